@@ -1,1 +1,1 @@
-"""Monitoring of versions in production: status, metrics, held-out quality and drift."""
+"""Monitoring for versions in production: status, metrics, held-out quality and drift."""

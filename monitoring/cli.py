@@ -1,4 +1,4 @@
-"""`svc status`: the running server's state and figures on one screen. `svc monitor`: the metrics exporter."""
+"""`svc status` shows the running server's state and figures on one screen; `svc monitor` exports metrics."""
 
 import dataclasses
 import os
@@ -40,7 +40,7 @@ def status(
 ) -> None:
     """Show the running server's versions, engines, requests, latency and errors.
 
-    MODELS are model names; the default is all served models.
+    MODELS are model names. By default, all served models are shown.
     """
     of = remote_of(ctx) or settings_of(ctx)
     if watch:
@@ -65,7 +65,7 @@ def _as_json(model: Mapping[str, Any], drift: Mapping[str, Any], *, verbose: boo
 
 
 def _watch(of: ServerAddress | Settings, models: Sequence[str], interval_s: float, *, verbose: bool) -> None:
-    """Show the status until Ctrl-C; while the server or a model is missing, show the error instead."""
+    """Show the status until Ctrl-C. If the server or a model cannot be found, show the error instead."""
     from rich.live import Live
     from rich.text import Text
 
@@ -103,7 +103,7 @@ def _watch(of: ServerAddress | Settings, models: Sequence[str], interval_s: floa
 def monitor(ctx: click.Context, server: str | None, host: str | None, port: int | None) -> None:
     """Export metrics to Prometheus and check live traffic for drift, until SIGTERM or Ctrl-C.
 
-    The metrics are those of the server, versions, training runs, drift, keys and backups.
+    The metrics cover the server, versions, training runs, drift, keys and backups.
     """
     given = {"server": server, "host": host, "port": port}
     settings = settings_of(ctx, monitor={key: value for key, value in given.items() if value is not None} or None)
@@ -144,12 +144,12 @@ def _look(of: ServerAddress | Settings, models: Sequence[str]) -> "Look":
     """Return one reading of a server: its status, metrics and drift.
 
     Args:
-        of: a remote server, or a home's settings; only a home has drift.
-        models: names of the models to show; if empty, all models.
+        of: a remote server's address, or a home's settings. Drift results are available only for a home.
+        models: names of the models to show; if empty, all models are shown.
 
     Raises:
-        ServerNotRunningError: no server runs, it does not answer, or it answers unexpectedly.
-        NotFoundError: a model is neither served nor among the models that the server refused to serve.
+        ServerNotRunningError: no server is running, or it does not respond or gives an unexpected response.
+        NotFoundError: a model is neither served nor among those that the server refused to serve.
     """
     import httpx
 
@@ -183,7 +183,7 @@ def _look(of: ServerAddress | Settings, models: Sequence[str]) -> "Look":
 
 
 def _only(state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Return the state with only the selected models."""
+    """Return the server state restricted to the selected models."""
     served = [model["model"] for model in state["models"]]
     for name in names:
         if name not in served and name not in state["refused"]:
@@ -204,9 +204,9 @@ def _store(home: Path) -> "Store":
 
 
 def _drift(settings: Settings, state: Mapping[str, Any]) -> dict[str, str]:
-    """Return the statuses of the served version's drift signals and of its held-out quality, as of the last check.
+    """Return the last check's statuses: those of the served version's drift signals and held-out quality.
 
-    The result is empty if nothing was checked yet, or if the results cannot be read.
+    The result is empty if no check has run yet or its results cannot be read.
     """
     from monitoring.drift.production import read_drift
     from svc.registry.registry import Registry

@@ -1,17 +1,21 @@
-"""Compare the quality of the served version with its registration by running the held-out set again.
+"""Compare the quality of the served version with its registration by rerunning the held-out set.
 
-The same weights on the same kind of engine give the same figures except for rounding. So a change here is not traffic
-drift but a serving fault: other weights, a broken kernel, a cache that answers for another version.
+The same weights on the same kind of engine give the same figures except for rounding. A change here is
+therefore not traffic drift but a serving fault, such as wrong weights, a broken kernel, or a cache that
+answers for another version.
 
-An engine of a different kind from the registration's rounds differently. There, later runs are compared with the first
-run there; only the probes (serving/replicas/verification.py) check whether that first run is good.
+An engine of a different kind from the one used at registration rounds differently. On such an engine,
+later runs are compared with its first run, and only the probes (serving/replicas/verification.py) check
+whether that first run is good.
 
-The log-likelihood counts as changed if its mean change is larger than rounding explains and large enough to matter;
-the primary metric if an exact paired test of its scores is significant. Each test raises at most one false alarm in
-10,000 runs; at the default interval, both together raise less than one in three years.
+The log-likelihood counts as changed if its mean change is larger than rounding explains and large enough
+to matter; the primary metric, if an exact paired test of its scores is significant. Each test raises at
+most one false alarm in 10,000 runs. At the default interval, both together raise less than one in three
+years.
 
-The test flips signs (Fisher 1935): without a change, a score is as often higher as it is lower by the same amount.
-Equal answers have equal scores and carry no information. For scores of 0 or 1 it is McNemar's exact test.
+The test flips signs (Fisher 1935): without a change, a score is as often higher as it is lower by the
+same amount. Equal answers have equal scores and carry no information. For scores of 0 or 1, it is
+McNemar's exact test.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,14 +37,14 @@ from svc.version import Target
 
 ALPHA = 1e-4
 MIN_NLL_CHANGE = 0.05
-"""Smallest change that matters, nats per token; other weights cause changes of whole nats. Running examples one by one,
-as here, instead of in batches of 16, as at registration, changes results by 0.01 on average: a batch is rounded
-differently."""
+"""Smallest mean change of the log-likelihood that matters, in nats per token; wrong weights cause changes
+of whole nats. Running examples one by one, as is done here, instead of in batches of 16, as at
+registration, changes results by 0.01 on average, because a batch is rounded differently."""
 _ROUNDING_NATS = 0.05
-"""Standard deviation of that rounding difference for one example; 0.03 was measured."""
+"""Standard deviation of the rounding difference for one example; the measured value was 0.03."""
 
 _SAME = 1e-9
-"""Smaller score differences are rounding: equal answers differ by less on any machine."""
+"""Smaller score differences count as rounding: equal answers differ by less than this on any machine."""
 _FLIPS = 99_999
 
 
@@ -48,10 +52,10 @@ class Figures(NamedTuple):
     """A version's results on one held-out example.
 
     Attributes:
-        nll: negative log-likelihood of the reference answer, nats per token.
-        hit: whether the answer matches exactly.
-        weight: tokens of the reference answer.
-        score: score by the watched metric.
+        nll: negative log-likelihood of the reference answer, in nats per token.
+        hit: whether the answer matches the reference answer exactly.
+        weight: number of tokens in the reference answer.
+        score: the answer's score by the watched metric.
     """
 
     nll: float
@@ -61,10 +65,10 @@ class Figures(NamedTuple):
 
 
 class Quality(StrEnum):
-    """Status of the served version's held-out quality, compared with its registration."""
+    """Status of the served version's held-out quality compared with its registration."""
 
     UNKNOWN = "unknown"
-    """The held-out set has not been run again, or cannot be."""
+    """The held-out set has not been rerun, or cannot be."""
     AS_REGISTERED = "as_registered"
     CHANGED = "changed"
 
@@ -74,17 +78,19 @@ class QualityReport:
     """Comparison of the newest held-out run with the registration.
 
     Attributes:
-        why: reason if quality is unknown.
-        nll, registered_nll: of the reference answers, nats per token, mean over their tokens; on an engine of a
-            different kind from the registration's, the figures of the first run there replace the registered ones.
+        why: the reason if the quality is unknown.
+        nll, registered_nll: negative log-likelihood of the reference answers in nats per token, averaged
+            over their tokens. On an engine of a different kind from that at registration, the figures of the
+            first run there replace the registered ones.
         nll_p: p-value of the mean change under the hypothesis that only rounding differs.
-        exact_match, registered_exact_match: shares of the answers that match exactly.
-        exact_match_p: p-value of McNemar's exact test; only displayed, unless exact match is the watched metric.
-        metric: name of the watched metric: the primary one, or its per-example part.
+        exact_match, registered_exact_match: shares of answers that match the reference exactly.
+        exact_match_p: p-value of McNemar's exact test; only for display, unless exact match is the watched
+            metric.
+        metric: name of the watched metric: the primary metric, or its per-example part.
         score, registered_score: means of the watched metric.
         score_p: p-value of the exact test of its scores.
-        examples: number of compared examples.
-        asked_at: end of the run.
+        examples: number of examples compared.
+        asked_at: time at which the held-out run ended.
     """
 
     quality: Quality
@@ -135,7 +141,7 @@ def read_quality(registry: Registry, store: Store, target: Target) -> QualityRep
 
 
 def _registered(results: Sequence[ExampleResult], metric: str | None) -> dict[int, Figures]:
-    """Return a mapping from each example's index to its registered results."""
+    """Return the registered results, keyed by example index."""
     return {
         place: Figures(
             result.nll,
@@ -152,11 +158,11 @@ def _by_exact_match(run: HoldoutRun) -> HoldoutRun:
 
 
 def judge(before: Mapping[int, Figures], run: HoldoutRun) -> QualityReport:
-    """Compare a completed run with earlier results, example by example, and return the comparison.
+    """Compare a completed held-out run with earlier results example by example, and return the comparison.
 
     Args:
-        before: results of registration, or of an earlier run, by index in the held-out file; examples without an
-            earlier result are skipped.
+        before: results at registration or in an earlier run, keyed by index in the held-out file. Examples
+            without an earlier result are skipped.
         run: the completed run, with scores by the same metric.
     """
     from scipy.stats import norm
@@ -190,10 +196,11 @@ def judge(before: Mapping[int, Figures], run: HoldoutRun) -> QualityReport:
 
 
 def _sign_flips(changes: NDArray[np.float64]) -> float:
-    """Return the p-value of the changes' sum under the hypothesis that their signs are random.
+    """Return the p-value of the sum of the changes under the hypothesis that their signs are random.
 
-    With up to 16 changes, all combinations of signs are used; otherwise 100,000 random ones including the observed one,
-    so that false alarms are never more frequent than the level (Phipson and Smyth 2010).
+    With up to 16 changes, all sign combinations are used; otherwise 100,000 random ones including the
+    observed one, so that false alarms are never more frequent than the significance level (Phipson and Smyth
+    2010).
     """
     from scipy.stats import binomtest, permutation_test
 

@@ -1,4 +1,4 @@
-"""Builds the parts of one server, once, and passes their dependencies explicitly. Starts nothing."""
+"""Builds the components of one server once, and passes dependencies explicitly. It starts nothing."""
 
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,8 +39,8 @@ from svc.settings import Settings, TelemetrySettings
 from svc.store.requests import Dropped
 
 MAX_BUFFERED_BYTES = 256 * 2**20
-"""Memory limit for all answers that wait for their clients: sixteen answers of the largest size, a small part of the
-memory of a machine with an engine."""
+"""Memory limit for all answers that are waiting for their clients: sixteen answers of the largest size,
+which is a small part of the memory of a machine with an engine."""
 
 if TYPE_CHECKING:
     from serving.telemetry.traces.traces import Traces
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class GatewayParts:
-    """The application that answers clients, and the parts of it that must be run or closed."""
+    """The application that answers clients, and those of its components that must be run or closed."""
 
     app: Application
     request_log: RequestLog
@@ -58,11 +58,11 @@ class GatewayParts:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The parts of a server that must be run or closed.
+    """The components of a server that must be run or closed.
 
     Attributes:
-        authenticator: loads the keys from the store, which must be done before the first request.
-        works: coroutine functions to be run while the server runs.
+        authenticator: loads the keys from the store; they must be loaded before the first request.
+        works: coroutine functions that must run while the server runs.
     """
 
     gateway: GatewayParts
@@ -82,14 +82,14 @@ def assemble(
     on_failure: OnFailure,
     make_slots: MakeSlots = EngineSlots,
 ) -> Parts:
-    """Return all parts of a server; its models are passed when its deployments run.
+    """Return all components of a server. Its models are passed later, when its deployments run.
 
     Args:
         capabilities: capabilities of this device.
-        on_phase: called with each phase of an engine's start.
+        on_phase: called with each phase of an engine start.
         on_ready: called with each version that starts to serve.
         on_failure: called with the reason why a model cannot be served.
-        make_slots: returns the object that starts and finds engines.
+        make_slots: function that returns the object that starts and finds engines.
     """
     disable_created_metrics()  # type: ignore[no-untyped-call]
     collector = CollectorRegistry()
@@ -140,12 +140,12 @@ def assemble_gateway(
     sources: Callable[[], Sequence[EngineSource]],
     status: Callable[[], Mapping[str, Any]],
 ) -> GatewayParts:
-    """Return the application and the other parts that answer clients in front of the router's backends.
+    """Return the application and the other components that answer clients in front of the router's backends.
 
     Args:
-        changes: writes the desired versions.
-        sources: returns the engines whose metrics are shown.
-        status: returns the JSON values of /svc/status.
+        changes: object that writes the desired versions.
+        sources: function that returns the engines whose metrics are shown.
+        status: function that returns the JSON values of /svc/status.
     """
     limits, traces = settings.serve, make_traces(settings.telemetry, metrics)
     lose_features = partial(metrics.rows_dropped, Dropped.FEATURES)
@@ -184,10 +184,10 @@ def assemble_gateway(
 
 
 def make_traces(settings: TelemetrySettings, metrics: GatewayMetrics) -> "Traces | None":
-    """Return the sender of traces; None, without loading OpenTelemetry, if no receiver is set.
+    """Return the trace sender, or None if no receiver is configured. OpenTelemetry is then not loaded.
 
     Raises:
-        SettingsError: an environment variable with headers for the receiver is malformed.
+        SettingsError: an environment variable that holds headers for the receiver is malformed.
     """
     if settings.otlp_endpoint is None:
         return None

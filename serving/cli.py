@@ -1,4 +1,4 @@
-"""`svc serve`, `svc add`, `svc remove`, `svc promote`, `svc rollback`, `svc chat`."""
+"""The commands `svc serve`, `svc add`, `svc remove`, `svc promote`, `svc rollback` and `svc chat`."""
 
 import asyncio
 import gc
@@ -31,7 +31,8 @@ from svc.store.swaps import SwapOutcome, SwapResult
 from svc.version import Format, Target, VersionId
 
 _COLLECTED_AFTER = 10_000
-"""Container allocations between two garbage collections. A request makes about a hundred, and frees nearly all."""
+"""Number of container allocations between two garbage collections. A request makes about a hundred
+allocations and frees nearly all of them."""
 
 _format_option = click.option(
     "--format",
@@ -58,9 +59,10 @@ def serve(
 ) -> None:
     """Serve MODELS to OpenAI clients until SIGTERM or Ctrl-C.
 
-    Each is NAME or NAME@N; the default is the models that were served last, or the only registered model. NAME@N
-    becomes the production version; NAME alone keeps the version that was served last. If a server is already running
-    on this home, MODELS are added to that server, as with `svc add`.
+    Each model is given as NAME or NAME@N. By default, the models that were served last are served, or the
+    only registered model. NAME@N becomes the production version, while NAME alone keeps the version that was
+    served last. If a server is already running on this home, MODELS are added to that server, as with
+    `svc add`.
     """
     if every and models:
         raise click.UsageError("pass either MODELS or --all, not both")
@@ -131,9 +133,10 @@ def serve(
 
 
 def _spare_collector() -> None:
-    """Make Python's garbage collector run less often and skip the existing objects, which live until the exit.
+    """Make Python's garbage collector run less often and skip existing objects, which live until exit.
 
-    Collections took a twelfth of a request's CPU time, although nearly all of its objects are freed without them.
+    Collections took a twelfth of a request's CPU time, although nearly all of its objects are freed without
+    a collection.
     """
     gc.collect()
     gc.freeze()
@@ -226,7 +229,10 @@ def promote(
 @json_option
 @click.pass_context
 def rollback(ctx: click.Context, name: str, reason: str | None, as_json: bool) -> None:
-    """Roll NAME back to its previous version; during a promotion, cancel the promotion and keep the current version."""
+    """Roll NAME back to its previous version.
+
+    During a promotion, cancel the promotion and keep the current version.
+    """
     administration = _administration(ctx)
     _follow(administration, administration.rollback(name, reason=reason), as_json=as_json)
 
@@ -341,7 +347,7 @@ def _figure(value: float | None) -> str:
 
 
 def _served_now(administration: Administration, outcome: SwapOutcome, change: VersionChange) -> str:
-    """Return a message that says which version is served after a failed promotion."""
+    """Return a message saying which version is served after a failed promotion."""
     served = change.before
     with suppress(ServerNotRunningError):  # the previously desired version may never have served
         served = read_served(administration.server).get(served.version.name, served)
@@ -362,7 +368,7 @@ def _waits(result: SwapResult) -> str:
 @click.option("--system", help="System prompt.")
 @click.pass_context
 def chat(ctx: click.Context, model: str, system: str | None) -> None:
-    """Chat with MODEL; exit with an empty line or Ctrl-D."""
+    """Chat with MODEL. An empty line or Ctrl-D ends the chat."""
     from serving.client.conversation import Conversation
     from svc.remote.server_url import server_address
 

@@ -1,4 +1,4 @@
-"""One model that a server serves: its admission, engines, rollouts, and the server's own requests."""
+"""One model on a server: its admission, engines and rollouts, and the server's own requests to it."""
 
 import asyncio
 import logging
@@ -35,10 +35,10 @@ _RESTART_PAUSE_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """All parts of one served model.
+    """All components of one served model.
 
     Attributes:
-        context: maximum length of prompt and answer together, tokens.
+        context: maximum combined length of prompt and answer, in tokens.
     """
 
     names: ModelNames
@@ -61,17 +61,17 @@ class Deployment:
         return self.names.name
 
     def check(self, model: str) -> Coroutine[object, object, None]:
-        """Check that a model name can be served; see serving.replicas.balancer.Balancer.check."""
+        """Check that a model name can be served. See serving.replicas.balancer.Balancer.check."""
         return self.balancer.check(model)  # not a coroutine of its own, which would cost time for each request
 
     def lease(self, model: str, *, without: Lease | None = None) -> AbstractAsyncContextManager[Lease]:
-        """Lease an engine for the body; see serving.replicas.balancer.Balancer.lease."""
+        """Lease an engine for the body. See serving.replicas.balancer.Balancer.lease."""
         return self.balancer.lease(model, without=without)
 
     def admitted(
         self, model: str, tokens: int, party: Party, waiting: Callable[[], AbstractContextManager[None]]
     ) -> AbstractAsyncContextManager[Lease]:
-        """Lease an engine for the body, after admission; see AdmittedLease."""
+        """Lease an engine for the body after admission. See AdmittedLease."""
         return AdmittedLease(self.admission, self.balancer.lease(model), tokens, party, waiting)
 
     async def run(self) -> None:
@@ -91,7 +91,10 @@ class Deployment:
                 tasks.create_task(self._keep_running(part, run))
 
     async def _keep_running(self, part: str, run: Callable[[], Awaitable[None]]) -> None:
-        """Run a part until cancelled; restart it after an unexpected error, without stopping other parts or models."""
+        """Run a component until cancelled.
+
+        After an unexpected error, restart it without stopping other components or models.
+        """
         task = asyncio.current_task()
         while True:
             try:
@@ -104,10 +107,10 @@ class Deployment:
             await asyncio.sleep(_RESTART_PAUSE_S)
 
     async def stop(self, *, leave: bool = False) -> None:
-        """Stop the engines and close the journal; call it after `run` has ended.
+        """Stop the engines and close the journal. Call this after `run` has ended.
 
         Args:
-            leave: keep ready engines running, for a server that starts later.
+            leave: keep ready engines running for a server that starts later.
         """
         try:
             await self.pool.stop(leave=leave)
@@ -115,12 +118,15 @@ class Deployment:
             await self.close()
 
     async def close(self) -> None:
-        """Record that the model is no longer served, and close the journal; call it after the engines have stopped."""
+        """Record that the model is no longer served, and close the journal.
+
+        Call this after the engines have stopped.
+        """
         self.reconciler.journal.stopped(self.name)
         await asyncio.to_thread(self.reconciler.journal.close)
 
     def status(self) -> Mapping[str, Any]:
-        """Return the model's part of /svc/status as JSON values; reads the store."""
+        """Return the model's section of /svc/status as JSON values. This reads the store."""
         actual, previous = self.reconciler.actual.target, self.reconciler.actual.previous
         unwritten = self.reconciler.journal.unwritten  # before the store, which has results that are written meanwhile
         swap, rollout = find_swap(self.store, self.name), active_rollout(self.store, self.name)
@@ -158,7 +164,7 @@ class Deployment:
 
 
 def _adapters(adapters: AdapterCache | None) -> list[dict[str, Any]] | None:
-    """Return the adapters that an engine has loaded; None if the engine applies no adapters."""
+    """Return the adapters that an engine has loaded, or None if the engine applies no adapters."""
     if adapters is None:
         return None
     return [{"version": str(each.version), "verified": each.checked.verified} for each in adapters.loaded]

@@ -1,4 +1,4 @@
-"""Builds the parts of one model, once, and passes their dependencies explicitly. Starts nothing."""
+"""Builds the components of one model once, and passes dependencies explicitly. It starts nothing."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ from svc.store.desired import Desired
 
 @dataclass(frozen=True, slots=True)
 class DeploymentBuilder:
-    """Builds each model's parts from the parts that all models share."""
+    """Builds each model's components from those that all models share."""
 
     settings: Settings
     registry: Registry
@@ -51,7 +51,7 @@ class DeploymentBuilder:
 
         Args:
             desired: the state to serve first.
-            make_room: frees memory for the deployment's engines.
+            make_room: function that frees memory for the deployment's engines.
         """
         name, engine = desired.name, self.settings.engine_for(desired.name)
         metrics = DeploymentMetrics(self.instruments, name, on_loaded=self.gateway_metrics.show_errors)

@@ -1,8 +1,8 @@
-"""The models that a server serves, including those that are added or removed while it runs.
+"""The models that a server serves, including those added or removed while it runs.
 
-Models start one after the other, because engines on one device would take each other's memory and cores. Before any
-start, engines of an earlier server are adopted, and the memory for the rest is checked. A model that cannot be served
-does not affect the others.
+Models start one after another, because engines on one device would take each other's memory and cores.
+Before any model starts, the engines of an earlier server are adopted and the memory for the remaining
+models is checked. A model that cannot be served does not affect the other models.
 """
 
 import asyncio
@@ -42,11 +42,13 @@ OnFailure = Callable[[Target, SvcError], None]
 
 @dataclass(eq=False, kw_only=True)
 class Deployments:
-    """A server's deployments, kept equal to the set of models in the store.
+    """A server's deployments, kept in line with the set of models in the store.
 
     Attributes:
-        build: returns a deployment, from its first desired state and a function that frees memory for its engines.
-        registered: returns the names of all models, for errors about models that are not served; reads the disk.
+        build: function that builds a deployment from its first desired state and a function that frees
+            memory for its engines.
+        registered: function that returns the names of all models, for errors about models that are not
+            served. It reads from disk.
         on_ready: called with each version that starts to serve.
         on_failure: called with the reason why a model cannot be served.
         looked: event that is set once the engines of an earlier server, if any, have been adopted.
@@ -68,23 +70,26 @@ class Deployments:
 
     @property
     def all(self) -> list[Deployment]:
-        """All deployments, whether they serve or not."""
+        """All deployments, whether or not they are serving."""
         return list(self._all.values())
 
     def served(self) -> Mapping[str, Target]:
-        """Return the version that is served under each name, which may not be the desired one yet."""
+        """Return the version that is served under each name. It may not be the desired version yet."""
         return {deployment.name: deployment.reconciler.actual.target for deployment in self.all}
 
     def status(self) -> Mapping[str, Any]:
-        """Return the JSON values of /svc/status; reads the store, so it must not run in the event loop's thread."""
+        """Return the JSON values of /svc/status.
+
+        This reads the store, so it must not run in the event loop's thread.
+        """
         models = [deployment.status() for deployment in self.all]
         return {"models": models, "refused": dict(self._refused), "pid": os.getpid()}
 
     async def run(self, wanted: Sequence[Desired]) -> None:
-        """Start these models, then follow changes of the store's set until cancelled.
+        """Start the given models, then follow changes to the store's set of models until cancelled.
 
         Raises:
-            SvcError: none of the models can be served, or there is not enough memory for all.
+            SvcError: none of the models can be served, or there is not enough memory for all of them.
         """
         try:
             await self._start_first(wanted)
@@ -107,10 +112,10 @@ class Deployments:
             await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     async def stop(self, *, leave: bool = False) -> None:
-        """Stop all engines, after `run` has ended, including those of an earlier server that were not adopted.
+        """Stop all engines after `run` has ended, including an earlier server's engines that were not adopted.
 
         Args:
-            leave: keep ready engines running, for a server that starts later.
+            leave: keep ready engines running for a server that starts later.
         """
         try:
             await asyncio.gather(*(deployment.stop(leave=leave) for deployment in self.all))
@@ -135,9 +140,9 @@ class Deployments:
             raise failed[0]
 
     async def _leave_out_of_collections(self) -> None:
-        """Wait for the last import, at most `_IMPORTED_S`, and exclude imported objects from garbage collection.
+        """Exclude imported objects from garbage collection, after waiting for the last import.
 
-        Scanning them repeatedly would delay every stream by 100 ms.
+        The wait lasts at most `_IMPORTED_S`. Scanning the objects repeatedly would delay every stream by 100 ms.
         """
         await asyncio.gather(*(each.alias.settled(_IMPORTED_S) for each in self.all))  # MLflow is imported last
         gc.freeze()
@@ -149,7 +154,10 @@ class Deployments:
         return deployment
 
     async def _start(self, deployment: Deployment) -> SvcError | None:
-        """Start a deployment and keep it running; if the start fails, return the error and retry in the background."""
+        """Start a deployment and keep it running.
+
+        If the start fails, return the error and retry in the background.
+        """
         target, failed = deployment.reconciler.actual.target, None
         try:
             await deployment.reconciler.start()
@@ -182,14 +190,14 @@ class Deployments:
             await asyncio.sleep(_POLL_S)
 
     async def _try(self, name: str, change: Callable[[str], Awaitable[None]]) -> None:
-        """Add or remove a model. A failure is logged, retried in the next turn, and affects no other model."""
+        """Add or remove a model. A failure is logged and retried next time, and affects no other model."""
         try:
             await change(name)
         except Exception:
             log.exception("could not add or remove %s; retrying", name)
 
     async def _bring(self, name: str) -> None:
-        """Start a model that was added; if it fails, remove it from the set and show the reason in the status."""
+        """Start a model that was added. If this fails, remove it from the set and show the reason in the status."""
         self._refused.pop(name, None)
         try:
             desired = await asyncio.to_thread(read_desired, self.store, name)
@@ -204,9 +212,9 @@ class Deployments:
             await asyncio.to_thread(remove_deployment, self.store, name)
 
     async def _make_room(self, target: Target) -> None:
-        """Let idle models sleep or stop, the longest idle first, until there is memory for a version's engines.
+        """Let idle models sleep or stop, longest idle first, until there is memory for a version's engines.
 
-        Sleeping models are stopped last: that frees little GPU memory, and they start slowly afterwards.
+        Sleeping models are stopped last, because that frees little GPU memory and they start slowly afterwards.
 
         Raises:
             SvcError: there is not enough memory, and no idle model is left.
@@ -223,7 +231,7 @@ class Deployments:
                     raise
 
     async def _end_asleep(self) -> bool:
-        """Stop the engines of the sleeping model that has been idle longest; return whether there was one."""
+        """Stop the engines of the sleeping model that has been idle longest, and return whether there was one."""
         for each in sorted(self.all, key=lambda each: each.admission.idle_s, reverse=True):
             if await each.idling.end_asleep():
                 log.info("stopped the sleeping engines of %s", each.name)
@@ -231,7 +239,7 @@ class Deployments:
         return False
 
     async def _take_away(self, name: str) -> None:
-        """Stop a model that was removed, after its last request or after `_DRAIN_S`."""
+        """Stop a removed model after its last request, or after `_DRAIN_S` at the latest."""
         deployment = self._all[name]
         self.router.remove(name)
         with suppress(TimeoutError):

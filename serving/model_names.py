@@ -1,7 +1,8 @@
-"""The names of one served model, and the version to which each currently refers.
+"""The names of one served model, and the version that each name currently refers to.
 
-Knows the loaded versions, but not how they were loaded. A name is resolved after admission, so that a request that was
-queued during a swap gets the new version. The router chooses the model of a request.
+This module knows the loaded versions, but not how they were loaded. A name is resolved after admission,
+so that a request that was queued during a swap gets the new version. The router chooses a request's
+model.
 """
 
 import time
@@ -12,11 +13,11 @@ from svc.errors import NotFoundError
 from svc.version import Alias, Format, Target, VersionId
 
 SHOWN_CHARS = 100
-"""Maximum length of a client's text in an error."""
+"""Maximum length of a client's text in an error message."""
 
 
 class ModelNotFoundError(NotFoundError):
-    """No loaded version has the model name."""
+    """Raised when no loaded version has the model name."""
 
 
 class ModelNames:
@@ -50,25 +51,25 @@ class ModelNames:
 
     @property
     def versions(self) -> set[VersionId]:
-        """The version in production and the loaded versions."""
+        """The version in production, plus the loaded versions."""
         return {target.version for target in (self.served, *self.loaded) if target}
 
     def all(self) -> tuple[str, ...]:
-        """Return the names that resolve now."""
+        """Return the names that currently resolve to a version."""
         if self.served is None:
             return ()
         aliases = [f"{self.name}@{Alias.PRODUCTION}", *([self.of_candidate] if self.candidate else [])]
         return self.name, *map(str, sorted(self.versions)), *aliases
 
     def resolve(self, model: str) -> VersionId | None:
-        """Return the version that a client's model name refers to; None for production.
+        """Return the version that a client's model name refers to, or None for the production version.
 
         Any ready engine answers requests to production. If adapters are served, the returned version may not be
-        loaded, or may not exist: the caller checks.
+        loaded, or may not exist, so the caller must check it.
 
         Raises:
             ModelNotFoundError: the name is not served here.
-            EngineUnavailableError: nothing is loaded yet.
+            EngineUnavailableError: no version is loaded yet.
         """
         if self.served is None:
             raise EngineUnavailableError("no version is loaded yet", todo="send the request again later")
@@ -91,7 +92,7 @@ class ModelNames:
         return self.candidate if on_demand or self.candidate in self.versions else None
 
     def _parsed(self, model: str) -> VersionId | None:
-        """Return any version of this model, loaded or not; None for other names."""
+        """Return the version of this model that a name refers to, loaded or not, or None for other names."""
         try:
             version = VersionId.parse(model)
         except NotFoundError:

@@ -18,11 +18,11 @@ from svc.version import VersionId
 
 
 class Backend(Protocol):
-    """Answers the requests of one model."""
+    """Answers the requests for one model."""
 
     @property
     def names(self) -> ModelNames:
-        """The names that clients may use."""
+        """The names by which clients may request the model."""
 
     @property
     def admission(self) -> Admission:
@@ -30,23 +30,23 @@ class Backend(Protocol):
 
     @property
     def context(self) -> int:
-        """Maximum length of prompt and answer together, tokens; limits an answer without a limit of its own."""
+        """Maximum combined length of prompt and answer, in tokens. It limits answers without a limit of their own."""
 
     async def check(self, model: str) -> None:
-        """Check that a model name can be served; reads the registry only if necessary.
+        """Check that a model name can be served. The registry is read only if necessary.
 
         Raises:
             ModelNotFoundError: no version has this name.
-            EngineUnavailableError: nothing is loaded yet.
+            EngineUnavailableError: no version is loaded yet.
         """
 
     def lease(self, model: str, *, without: Lease | None = None) -> AbstractAsyncContextManager[Lease]:
-        """Lease an engine for the body; see serving.replicas.balancer.Balancer.lease."""
+        """Lease an engine for the body. See serving.replicas.balancer.Balancer.lease."""
 
     def admitted(
         self, model: str, tokens: int, party: Party, waiting: Callable[[], AbstractContextManager[None]]
     ) -> AbstractAsyncContextManager[Lease]:
-        """Lease an engine for the body, after admission; see AdmittedLease."""
+        """Lease an engine for the body after admission. See AdmittedLease."""
 
 
 class Destination(NamedTuple):
@@ -63,13 +63,13 @@ class Destination(NamedTuple):
 
 
 class Router:
-    """The names of all models that a server serves.
+    """Routes the names of all models that a server serves.
 
     Args:
-        draw: returns a random number below 1, for requests whose client is unknown.
+        draw: function that returns a random number below 1, used for requests whose client is unknown.
 
     Attributes:
-        registered: names of registered models, for errors about those that are not served.
+        registered: names of registered models, for errors about models that are not served.
     """
 
     def __init__(self, *, draw: Callable[[], float] = random.random) -> None:
@@ -90,13 +90,13 @@ class Router:
             self._splits[name] = split
 
     def remove(self, name: str) -> None:
-        """Stop routing a name."""
+        """Stop routing requests for a model name."""
         self._backends.pop(name, None)
         self._splits.pop(name, None)
 
     @property
     def served(self) -> list[str]:
-        """The models that are served, or will be after their engines have started."""
+        """The models that are served, or will be once their engines have started."""
         return list(self._backends)
 
     @property
@@ -106,21 +106,24 @@ class Router:
 
     @property
     def only_version(self) -> VersionId | None:
-        """The version in production if only one model is served; None otherwise."""
+        """The version in production if only one model is served, otherwise None."""
         served = [backend.names.served for backend in self.backends]
         return served[0].version if len(served) == 1 and served[0] else None
 
     @property
     def versions(self) -> set[VersionId]:
-        """The versions of all models that are in production or loaded."""
+        """All models' versions that are in production or loaded."""
         return {version for backend in self.backends for version in backend.names.versions}
 
     def names(self) -> tuple[str, ...]:
-        """Return the names that resolve now."""
+        """Return the model names that currently resolve to a version."""
         return tuple(name for backend in self.backends for name in backend.names.all())
 
     def served_name(self, model: str) -> str | None:
-        """Return the name of a request's model, even if it is unavailable now; None if it is not served."""
+        """Return the name of a request's model, or None if the model is not served.
+
+        The name is returned even if the model is currently unavailable.
+        """
         name = model.partition("@")[0]
         return name if name in self._backends else None
 
@@ -128,8 +131,8 @@ class Router:
         """Return the backend for a request.
 
         Args:
-            model: model name as the client sent it.
-            who: identifies a client or conversation; empty if unknown.
+            model: model name as sent by the client.
+            who: text that identifies a client or conversation; empty if unknown.
 
         Raises:
             ModelNotFoundError: no backend has this name.

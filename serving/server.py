@@ -1,7 +1,7 @@
-"""`svc serve`: claims the port and the home, runs the parts of the server, and stops them.
+"""`svc serve`: claim the port and the home, run the server's components, and stop them.
 
-The port and the home are claimed before the engine starts, so that a second server fails immediately and not after
-forty seconds.
+The port and the home are claimed before the engine starts, so that a second server fails immediately
+rather than after forty seconds.
 """
 
 import asyncio
@@ -30,15 +30,16 @@ _SEND_BUFFER_BYTES = 128 * 1024
 _SOCKET = "http.sock"
 _NO_MANAGER = ServiceManager(None)
 _LOCAL_CONNECTIONS = 64
-"""Number of connections in addition to the clients', so that users on the machine can always connect."""
+"""Number of connections allowed in addition to those for clients, so that users on the machine can always
+connect."""
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A home and a port that this process holds.
+    """A home and a port claimed by this process.
 
     Attributes:
-        local: the socket in the home; requests through it need no key.
+        local: the socket in the home. Requests through it need no key.
     """
 
     listener: socket.socket
@@ -48,17 +49,17 @@ class Claim:
 
 @contextmanager
 def claim(settings: Settings, *, has_keys: bool = False, inherited: socket.socket | None = None) -> Iterator[Claim]:
-    """Claim the port and the home, before anything is read or started.
+    """Claim the port and the home before anything is read or started.
 
     Args:
-        settings: with the address of `inherited`, if there is one; see `at_address`.
+        settings: the settings, with the address of `inherited` if there is one; see `at_address`.
         has_keys: whether API keys exist.
-        inherited: socket on which the service manager already listens.
+        inherited: socket on which the service manager is already listening, if any.
 
     Raises:
         BusyError: another server uses this home or this port.
         SettingsError: the address does not belong to this machine, or is not safe to listen on.
-        EngineError: other users can access the folder for the socket.
+        EngineError: other users can access the folder that contains the socket.
     """
     require_safe(settings.serve, has_keys=has_keys)
     host, port = settings.serve.host, settings.serve.port
@@ -72,7 +73,7 @@ def claim(settings: Settings, *, has_keys: bool = False, inherited: socket.socke
 
 
 def at_address(settings: Settings, listener: socket.socket) -> Settings:
-    """Return the settings with the address of a socket that the service manager listens on."""
+    """Return the settings with the address of a socket on which the service manager listens."""
     host, port = listener.getsockname()[:2]
     return settings.model_copy(update={"serve": settings.serve.model_copy(update={"host": host, "port": port})})
 
@@ -81,7 +82,7 @@ def require_safe(serve: ServeSettings, *, has_keys: bool) -> None:
     """Check that other machines cannot use the server without a key, or read keys on the network.
 
     Raises:
-        SettingsError: they could; the message names what is missing.
+        SettingsError: other machines could do so. The message says what is missing.
     """
     if is_loopback(serve.host):
         return
@@ -112,7 +113,7 @@ def _bind(host: str, port: int) -> socket.socket:
 
 
 def _prepare(listener: socket.socket) -> None:
-    """Set the options that connections inherit."""
+    """Set the socket options that connections inherit from the listener."""
     # A token that waits for the acknowledgement of the one before arrives 40 ms late.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     # By default the kernel buffers megabytes of each answer, which would hide slow clients.
@@ -121,7 +122,10 @@ def _prepare(listener: socket.socket) -> None:
 
 @contextmanager
 def _bind_local(path: Path) -> Iterator[socket.socket]:
-    """Bind the socket in the home; the holder of the home's lock may remove an earlier server's socket."""
+    """Bind the socket in the home.
+
+    The holder of the home's lock may remove an earlier server's socket.
+    """
     path.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
@@ -141,13 +145,13 @@ async def serve(
     claim: Claim,
     manager: ServiceManager = _NO_MANAGER,
 ) -> None:
-    """Serve until SIGTERM, SIGINT or SIGHUP; a second signal stops without waiting for running requests.
+    """Serve until SIGTERM, SIGINT or SIGHUP. A second signal stops without waiting for running requests.
 
-    SIGUSR1 stops too, but leaves the engines running for the next server, which adopts them.
+    SIGUSR1 also stops the server, but leaves the engines running for the next server, which adopts them.
 
     Args:
-        wanted: the first desired state of each model.
-        manager: the service manager, notified regularly while the server runs.
+        wanted: the initial desired state of each model.
+        manager: the service manager, which is notified regularly while the server runs.
 
     Raises:
         SvcError: no model can be served.
@@ -162,7 +166,7 @@ async def serve(
 
 
 class _Server:
-    """Runs the parts of one server, and stops them in order."""
+    """Runs the components of one server, and stops them in order."""
 
     def __init__(self, parts: Parts, settings: ServeSettings, manager: ServiceManager) -> None:
         self._parts = parts
@@ -177,10 +181,10 @@ class _Server:
         self._http: list[HttpServer] = []
 
     def stop(self, *, leave: bool = False) -> None:
-        """Stop `run` after the running requests; a second call cancels these.
+        """Make `run` end after the running requests. A second call cancels these requests.
 
         Args:
-            leave: keep the engines running, for the next server.
+            leave: keep the engines running for the next server.
         """
         self._leave = leave
         if self._stopping.is_set():
@@ -189,8 +193,10 @@ class _Server:
         self._stopping.set()
 
     async def run(self, claim: Claim, wanted: Sequence[Desired]) -> None:
-        """Serve until stopped. Requests are answered after engines of an earlier server are adopted, with 503 until an
-        engine has started.
+        """Serve until stopped.
+
+        Requests are answered once the engines of an earlier server have been adopted. Until an engine has
+        started, the status is 503.
         """
         parts = self._parts
         parts.gateway.request_log.start()
@@ -240,7 +246,7 @@ class _Server:
             task.result()
 
     async def _let_in(self, http: HttpServer, listener: socket.socket) -> None:
-        """Accept clients once running engines are adopted; until then connections wait in the listener's queue."""
+        """Accept clients once running engines are adopted. Until then, connections wait in the listener's queue."""
         await self._parts.deployments.looked.wait()
         if not self._stopping.is_set():
             await http.serve(sockets=[listener])

@@ -1,4 +1,4 @@
-"""Implements systemd's protocol between a service manager and a process that it starts.
+"""Implement systemd's protocol between a service manager and a process that it starts.
 
 The service manager listens on a socket and passes it to the process, so that no connection is refused while the process
 is replaced. The process reports that it is ready, alive, or stopping. No library is used, because the protocol consists
@@ -16,17 +16,19 @@ from svc.errors import SettingsError
 log = logging.getLogger(__name__)
 
 _FIRST_DESCRIPTOR = 3
-"""First file descriptor that the service manager passes; those before it are the standard streams."""
+"""First file descriptor that the service manager passes. Lower ones are the standard streams."""
 _BEAT_S = 5.0
 _PATIENCE_S = 60.0
-"""Time that a start or stop may still take after each report that the event loop runs."""
+"""Additional time in seconds that a start or stop may take after each report that the event loop is
+running."""
 
 
 def inherited_listener(environment: MutableMapping[str, str] = os.environ) -> socket.socket | None:
-    """Return the TCP socket on which the service manager listens for this process; None if it passed no socket.
+    """Return the TCP socket on which the service manager listens for this process, or None if there is none.
 
     Args:
-        environment: the environment variables; those about the socket are removed, so that no child process uses it.
+        environment: the environment variables. Those about the socket are removed, so that no child process
+            uses it.
 
     Raises:
         SettingsError: the service manager passed something other than one listening TCP socket.
@@ -67,8 +69,9 @@ class ServiceManager:
     """The service manager that started this process and watches it.
 
     Args:
-        address: address of the service manager's socket; None if there is none: nothing is then reported.
-        watchdog_s: time without a report after which the service manager considers the process hung; None for never.
+        address: address of the service manager's socket. If it is None, nothing is reported.
+        watchdog_s: seconds without a report after which the service manager considers the process hung. None
+            means never.
     """
 
     def __init__(self, address: str | None, watchdog_s: float | None = None) -> None:
@@ -77,11 +80,11 @@ class ServiceManager:
 
     @classmethod
     def of(cls, environment: MutableMapping[str, str] = os.environ) -> "ServiceManager":
-        """Return the service manager that the environment names; without an address if it names none.
+        """Return the service manager named in the environment, or one without an address if there is none.
 
         Args:
-            environment: the environment variables; those about the service manager are removed, because a child process
-                must not report for this one.
+            environment: the environment variables. Those about the service manager are removed, because a child
+                process must not report for this one.
         """
         address = environment.pop("NOTIFY_SOCKET", None)
         interval, owner = environment.pop("WATCHDOG_USEC", ""), environment.pop("WATCHDOG_PID", None)
@@ -89,21 +92,24 @@ class ServiceManager:
         return cls(address, int(interval) / 1e6 if watched else None)
 
     def ready(self, status: str) -> None:
-        """Report that the service is ready, with one line of status for people."""
+        """Report that the service is ready, with a one-line human-readable status."""
         self._send(f"READY=1\nSTATUS={status}")
 
     def stopping(self) -> None:
-        """Report that the process is stopping as intended, not because of a fault."""
+        """Report that the process is stopping intentionally, rather than because of a fault."""
         self._send("STOPPING=1")
 
     async def run(self) -> None:
-        """Report regularly until cancelled that the event loop runs, so that a long start does not look like a hang."""
+        """Report regularly, until cancelled, that the event loop is running.
+
+        A long start therefore does not look like a hang.
+        """
         while True:
             self._send(f"WATCHDOG=1\nEXTEND_TIMEOUT_USEC={_PATIENCE_S * 1e6:.0f}")
             await asyncio.sleep(self._beat_s)
 
     def _send(self, text: str) -> None:
-        """Send a message to the service manager; a failure is only logged."""
+        """Send a message to the service manager. A failure is only logged."""
         if not self._address:
             return
         path = f"\0{self._address[1:]}" if self._address.startswith("@") else self._address

@@ -1,4 +1,5 @@
-"""Shared by all packages: errors, settings, data, registry, engine, store, evaluation, and the command line.
+"""Code shared by all packages: errors, settings, data, registry, engine, store, evaluation, command line.
 
-This package knows nothing of training, the HTTP API or Prometheus, and does not import the packages that have them.
+This package knows nothing about training, the HTTP API or Prometheus, and does not import the packages
+that implement them.
 """

@@ -1,7 +1,7 @@
-"""Runs a function in a separate process, for libraries whose threads, memory or patches would outlive the call.
+"""Runs a function in a separate process, for libraries whose threads, memory or patches outlive a call.
 
-Unlike a thread, the process can be stopped at any moment: it stops if the caller is interrupted or its process is
-killed, and its memory is released.
+Unlike a thread, the process can be stopped at any moment. It stops if the caller is interrupted or the
+caller's process is killed, and its memory is released.
 """
 
 import gc
@@ -18,7 +18,8 @@ from svc.errors import TrainingError
 from svc.terminal import quiet_libraries
 
 _CLEAN_UP_S = 5.0
-"""Time for a finished process to clean up, for example named semaphores: Python warns about each that remains."""
+"""How long a finished process may clean up, in seconds. It must release named semaphores, for example,
+because Python warns about each one left behind."""
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -30,11 +31,11 @@ def in_child_process(
     """Call `work` in a new process and return its result.
 
     Args:
-        work: module-level function; the function, its arguments and its result are pickled.
+        work: module-level function. The function, its arguments and its result are pickled.
 
     Raises:
-        TrainingError: the process died, for example because memory ran out.
-        BaseException: the exception that `work` raised, with its traceback as a note.
+        TrainingError: the process died, for example because it ran out of memory.
+        BaseException: the exception that `work` raised, with its original traceback as a note.
     """
     context = get_context("spawn")  # not forked: the caller has threads, for example torch's
     receiver, sender = context.Pipe(duplex=False)
@@ -72,9 +73,9 @@ def _work(sender: Connection, work: Callable[..., object], arguments: tuple[Any,
 
 
 def end_with_parent() -> None:
-    """Make this process stop as soon as its parent has exited; call this first in a spawned process.
+    """Make this process stop as soon as its parent exits. Call this first in a spawned process.
 
-    Ctrl-C is ignored here and handled by the parent: a terminal sends it to both.
+    Ctrl-C is ignored here and left to the parent, because a terminal sends it to both processes.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = parent_process()

@@ -1,7 +1,7 @@
-"""The `svc` command: a table of commands, each imported only when it runs, so that help appears immediately.
+"""The `svc` command: a table of commands, each imported only when it runs, so that help appears at once.
 
-This is the error boundary: an `SvcError` is printed as text and sets the exit code; any other exception is a defect
-and keeps its traceback.
+This is the error boundary. An `SvcError` is printed as text and sets the exit code; any other exception
+is a bug and keeps its traceback.
 """
 
 import atexit
@@ -50,10 +50,10 @@ COMMANDS = {
 
 
 class LazyGroup(click.Group):
-    """click group that imports a command's module on first use and takes its help from the table."""
+    """click group that imports a command's module on first use and takes the command's help from the table."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return all names, in the order of the table."""
+        """Return all command names, in the order of the table."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
@@ -87,12 +87,12 @@ def group(
     key_file: Path | None,
     ca: Path | None,
 ) -> None:
-    """Fine-tune a model on chat examples, serve it to OpenAI clients, promote and monitor its versions."""
+    """Fine-tune a model on chat examples, serve it to OpenAI clients, and promote and monitor its versions."""
     ctx.obj = {"home": home, "config": config, "server": server, "key_file": key_file, "ca": ca}
 
 
 def main() -> None:
-    """Run the command line. SIGTERM stops a command as Ctrl-C does: an engine that it started must not outlive it."""
+    """Run the command line. SIGTERM stops a command like Ctrl-C, so that no engine it started outlives it."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     os.umask(0o077)  # files that a command writes are for its user only
     atexit.register(gc.freeze)  # else Python's last collection takes 2 s at exit after an import of torch and TRL

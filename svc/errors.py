@@ -1,7 +1,8 @@
 """The exception hierarchy. Every error says what was wrong, what was expected and what to do next.
 
-Errors are raised where a fault is detected and caught only at a boundary: the command line prints the text and exits
-with `exit_code`; the gateway maps the class to an HTTP status (serving/http/errors.py).
+Errors are raised where a fault is detected, and caught only at a boundary. The command line prints the
+error's text and exits with `exit_code`; the gateway maps the class to an HTTP status
+(serving/http/errors.py).
 """
 
 from typing import ClassVar
@@ -11,9 +12,9 @@ class SvcError(Exception):
     """Base class of all errors that a user can cause or fix.
 
     Args:
-        wrong: the thing and what is wrong with it, including the value.
+        wrong: what is wrong, naming the affected thing and the value.
         expected: noun phrase that completes "expected: ..."; empty if `wrong` already says it.
-        todo: the next step for the user; a command if possible.
+        todo: the next step for the user, as a command if possible.
     """
 
     exit_code: ClassVar[int] = 1
@@ -34,71 +35,71 @@ class SvcError(Exception):
 
 
 class SettingsError(SvcError):
-    """An unknown setting, or a setting with an invalid value."""
+    """Raised for an unknown setting, or a setting with an invalid value."""
 
     exit_code = 2
 
 
 class DataError(SvcError):
-    """Examples that cannot be read or trained on."""
+    """Raised for examples that cannot be read or trained on."""
 
     exit_code = 3
 
 
 class RecipeError(SvcError):
-    """A recipe with an unknown key, a value of the wrong type, or values that contradict each other."""
+    """Raised for a recipe with an unknown key, a value of the wrong type, or contradictory values."""
 
     exit_code = 4
 
 
 class BaseModelError(SvcError):
-    """A base model that is missing, incomplete or unsupported."""
+    """Raised for a base model that is missing, incomplete or unsupported."""
 
     exit_code = 5
 
 
 class DiskSpaceError(SvcError):
-    """Not enough disk space for the next step; raised before the step starts."""
+    """Raised if there is not enough disk space for the next step, before that step starts."""
 
     exit_code = 6
 
 
 class BusyError(SvcError):
-    """Another process is using a run, a home or a port that this one needs."""
+    """Raised if another process is using a run, home or port that this process needs."""
 
     exit_code = 7
 
 
 class NotFoundError(SvcError):
-    """A model, version, alias, format or other named thing that does not exist."""
+    """Raised for a model, version, alias, format or other named thing that does not exist."""
 
     exit_code = 8
 
 
 class IntegrityError(SvcError):
-    """Stored data that is damaged or altered, for example a version whose files differ from its manifest."""
+    """Raised for damaged or altered stored data, such as a version whose files differ from its manifest."""
 
     exit_code = 9
 
 
 class RegistryError(SvcError):
-    """The registry or the store cannot be read or written."""
+    """Raised if the registry or the store cannot be read or written."""
 
     exit_code = 15
 
 
 class EngineError(SvcError):
-    """The engine did not start, died, or returned an error or an invalid answer."""
+    """Raised if the engine did not start, died, or returned an error or an invalid response."""
 
     exit_code = 10
 
 
 class ProbeError(EngineError):
-    """The engine's log-probabilities differ from the version's probes: the loaded weights are not the version's."""
+    """Raised if log-probabilities differ from the version's probes: the loaded weights are not the version's."""
 
 
 class SwapError(SvcError):
-    """A swap that failed; the previous version is served again."""
+    """Raised for a failed swap. The previous version is served again."""
 
     exit_code = 11
 
@@ -116,48 +117,48 @@ class UndecidedError(SvcError):
 
 
 class TrainingError(SvcError):
-    """A training stage that failed, or whose result is unusable."""
+    """Raised for a training stage that failed or whose result is unusable."""
 
     exit_code = 12
 
 
 class ServerNotRunningError(SvcError):
-    """No server is running, or the server does not answer correctly."""
+    """Raised if no server is running, or if the server does not respond correctly."""
 
     exit_code = 13
 
 
 class RefusedError(SvcError):
-    """A requested change, such as a promotion, that was rejected."""
+    """Raised if a requested change, such as a promotion, was refused."""
 
     exit_code = 14
 
 
 class InterruptedRunError(SvcError):
-    """A training run that was stopped before it finished; the same command resumes it."""
+    """Raised for a training run that was stopped before it finished. The same command resumes it."""
 
     exit_code = 16
 
 
 class InsufficientMemoryError(SvcError):
-    """A training run that does not fit in the available memory; raised before it starts."""
+    """Raised before a training run starts if it does not fit in the available memory."""
 
     exit_code = 20
 
 
 class AuthenticationError(SvcError):
-    """A key that is missing, invalid, expired or revoked. Its text contains at most the key's id, never a secret."""
+    """Raised for a missing, invalid, expired or revoked key. The text may contain its id, but never a secret."""
 
     exit_code = 17
 
 
 class PermissionDeniedError(SvcError):
-    """A valid key that lacks the required scope."""
+    """Raised for a valid key that lacks the required scope."""
 
     exit_code = 18
 
 
 class JudgeError(SvcError):
-    """A judge that cannot be reached, rejected the request, or returned too few verdicts."""
+    """Raised if a judge cannot be reached, rejected the request, or returned too few verdicts."""
 
     exit_code = 19

@@ -1,4 +1,4 @@
-"""Shared by the commands: common options, JSON output, confirmation, and settings from flags, file and environment."""
+"""Code shared by commands: options, JSON output, confirmation, settings (flags, file and environment)."""
 
 import json
 import sys
@@ -20,8 +20,8 @@ def confirm(question: str, *, yes: bool, as_json: bool = False) -> None:
     """Ask for confirmation on the terminal before something is destroyed.
 
     Args:
-        yes: whether `--yes` was given: nothing is asked.
-        as_json: whether `--json` was given: the caller is a program, which cannot answer.
+        yes: whether `--yes` was given, so that no question is asked.
+        as_json: whether `--json` was given, so that the caller is a program, which cannot answer.
 
     Raises:
         click.Abort: the answer was no.
@@ -39,7 +39,7 @@ def print_json(value: Any) -> None:
 
 
 def remote_of(ctx: click.Context) -> ServerAddress | None:
-    """Return the server that `svc --server` names; None without that option.
+    """Return the server given by `svc --server`, or None without that option.
 
     Raises:
         SettingsError: the key file cannot be used.
@@ -57,7 +57,7 @@ def settings_of(ctx: click.Context, **flags: Any) -> Settings:
     """Return the settings for a command that needs a home on this machine.
 
     Args:
-        flags: the command's own flags, in the form for `load_settings`.
+        flags: the command's own flags, in the form expected by `load_settings`.
 
     Raises:
         SettingsError: a key is unknown or a value is invalid.

@@ -1,6 +1,7 @@
-"""An event that happens once, such as the end of a connection or of a key's validity, and calls listeners.
+"""An event that happens once, such as a connection's end or a key's expiry, and calls listeners.
 
-A future would cost several times as much per request: it is bound to a loop and copies a context for each callback.
+A future would cost several times as much per request, because it is bound to a loop and copies a context
+for each callback.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ class OneShotEvent:
 
     Attributes:
         ended: whether the event has happened.
-        error: error given as the event's reason; None if unknown.
+        error: the error given as the event's reason, or None if unknown.
     """
 
     __slots__ = ("_listeners", "ended", "error")
@@ -24,7 +25,7 @@ class OneShotEvent:
         self.error: Exception | None = None
 
     def end(self, error: Exception | None = None) -> None:
-        """Make the event happen and call all listeners; does nothing if it has already happened."""
+        """Make the event happen and call all listeners. Does nothing if it has already happened."""
         if self.ended:
             return
         self.ended, self.error = True, error
@@ -32,7 +33,7 @@ class OneShotEvent:
             listener()
 
     def listen(self, listener: Listener) -> None:
-        """Add a listener; call it immediately if the event has happened."""
+        """Add a listener, and call it immediately if the event has already happened."""
         self._listeners[listener] = None
         if self.ended:
             listener()

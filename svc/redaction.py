@@ -1,11 +1,12 @@
-"""Redacts prompts and answers before they are stored: keys of this service, mail addresses, phone and card numbers, and
-matches of custom patterns.
+"""Redacts prompts and answers before they are stored: keys of this service, mail addresses, phone and card
+numbers, and matches of custom patterns.
 
-Patterns are imprecise: a number that only looks like a phone number is redacted in the log (never in the answer),
-and a phone number in an unusual notation remains. Names and places have no pattern. To keep all of these out of the
-log, store no content.
+Patterns are imprecise. A number that only looks like a phone number is redacted in the log (never in the
+answer), and a phone number in an unusual notation remains. No pattern covers names and places. To keep
+all of these out of the log, store no content.
 
-Clients choose the text: every pattern here runs in linear time, and custom patterns within a time limit.
+Clients choose the text, so every pattern here runs in linear time, and custom patterns run within a time
+limit.
 """
 
 import re
@@ -19,7 +20,8 @@ from svc.errors import SvcError
 from svc.identity.key_secret import KEY_BLANK, hide_secrets
 
 LIMIT_S = 0.25
-"""Maximum CPU time of custom patterns on one text or JSON value, seconds. Linear patterns read a MiB in 1 to 100 ms."""
+"""Maximum CPU time for custom patterns on one text or JSON value, in seconds. Linear patterns read a MiB in
+1 to 100 ms."""
 
 _GAP = " \u00a0\u202f\u2010\u2011-"  # spaces and hyphens, including those that do not break a line
 _MAIL = re.compile(r"(?<![\w.%+-])[\w.%+-]{1,64}@(?:[\w-]{1,63}\.)+\w{2,63}")
@@ -33,11 +35,11 @@ _PHONE = re.compile(
 _MIN_CARD_DIGITS = 13
 _OWN_BLANK, _MAIL_BLANK, _CARD_BLANK, _PHONE_BLANK = "[redacted]", "[mail]", "[card]", "[phone]"
 PLACEHOLDERS = (_OWN_BLANK, KEY_BLANK, _MAIL_BLANK, _CARD_BLANK, _PHONE_BLANK)
-"""Replacements for redacted parts. A text that contains one differs from the text that the model read or wrote."""
+"""Replacements for redacted text. A text that contains one differs from what the model read or wrote."""
 
 
 class RedactionTimeoutError(SvcError):
-    """Raised if a custom pattern takes too long on a text, which therefore cannot be stored.
+    """Raised if a custom pattern takes too long on a text, so that the text cannot be stored.
 
     Args:
         pattern: the pattern as configured.
@@ -53,18 +55,18 @@ class RedactionTimeoutError(SvcError):
 
 
 class Redactor:
-    """Replaces each match by the kind of data in brackets, for example `[mail]`.
+    """Replaces each match by its kind of data in brackets, for example `[mail]`.
 
     Args:
-        own: custom patterns, applied after the pattern for keys (a key from which they removed a part would not be
-            recognised) and before all others.
+        own: custom patterns, applied before all others except the pattern for keys (a key from which they
+            had removed a part would not be recognized).
     """
 
     def __init__(self, own: Sequence[str] = ()) -> None:
         self._own = [compile_pattern(pattern) for pattern in own]
 
     def text(self, text: str) -> str:
-        """Return a text with all matches replaced.
+        """Return the text with all matches replaced.
 
         Raises:
             RedactionTimeoutError: a custom pattern took too long.
@@ -72,7 +74,7 @@ class Redactor:
         return self._text(text, _Budget())
 
     def strings(self, value: Any) -> Any:
-        """Return a JSON value with every string, key and whole number in it redacted.
+        """Return a JSON value in which every string, key and whole number is redacted.
 
         Raises:
             RedactionTimeoutError: custom patterns took too long on the value as a whole.
@@ -101,22 +103,22 @@ class Redactor:
 
 
 def compile_pattern(pattern: str) -> Any:
-    """Return a compiled custom pattern, with the semantics of Python's `re`.
+    """Compile a custom pattern with the semantics of Python's `re`.
 
     Raises:
-        regex.error: the text is not a regular expression.
+        regex.error: the text is not a valid regular expression.
     """
     return regex.compile(pattern, regex.VERSION0)
 
 
 class _Budget:
-    """Remaining CPU time for custom patterns on one text or value."""
+    """Remaining CPU time for custom patterns on one text or JSON value."""
 
     def __init__(self) -> None:
         self._spent_s = 0.0
 
     def blank(self, pattern: Any, text: str) -> str:
-        """Return a text with a custom pattern's matches replaced."""
+        """Return the text with all matches of a custom pattern replaced."""
         began = time.thread_time()  # without the time for which the thread waits: that says nothing about a pattern
         try:
             if self._spent_s >= LIMIT_S:
@@ -129,7 +131,7 @@ class _Budget:
 
 
 def _blank_card(match: re.Match[str]) -> str:
-    """Replace a match's longest prefix that is a card number: other digits may follow directly."""
+    """Replace the longest prefix of a match that is a card number. Other digits may follow it directly."""
     text = match[0]
     for end in range(len(text), _MIN_CARD_DIGITS - 1, -1):
         if text[end - 1].isdigit() and _luhn(text[:end]):
@@ -138,7 +140,7 @@ def _blank_card(match: re.Match[str]) -> str:
 
 
 def _luhn(number: str) -> bool:
-    """Return whether a number's check digit is valid (ISO/IEC 7812); nine of ten random numbers fail."""
+    """Return whether a number's check digit is valid (ISO/IEC 7812). Nine in ten random numbers fail."""
     digits = [int(digit) for digit in number if digit.isdigit()]
     if len(digits) < _MIN_CARD_DIGITS:
         return False

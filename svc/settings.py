@@ -1,7 +1,9 @@
-"""One settings object for all packages: defaults < svc.yaml < `SVC_*` environment < flags.
+"""One settings object for all packages, merged in the order defaults < svc.yaml < `SVC_*` environment <
+flags.
 
-An unknown key is an error in every source, because a misspelt setting would otherwise be ignored silently.
-Keys of a recipe (trainer/recipe/sections.py) are not settings: settings belong to a machine, recipes to a model.
+An unknown key is an error in every source, because a misspelt setting would otherwise be silently
+ignored. Recipe keys (trainer/recipe/sections.py) are not settings: settings belong to a machine, recipes
+to a model.
 """
 
 import ipaddress
@@ -23,7 +25,7 @@ from svc.yaml_text import parse_yaml
 ENV_PREFIX = "SVC_"
 DEFAULT_FILE = Path("svc.yaml")
 _PASSWORD = re.compile(r"//[^/\s]*@")
-"""User and password in a rejected URL; the error's text must not contain them."""
+"""Matches the user and password in a rejected URL, which must not appear in the error message."""
 
 
 def _absolute(path: Path) -> Path:
@@ -44,7 +46,7 @@ Network = Annotated[str, AfterValidator(_network)]
 
 
 class Device(StrEnum):
-    """Device that the engine runs on."""
+    """Device on which the engine runs."""
 
     AUTO = "auto"
     CPU = "cpu"
@@ -52,7 +54,7 @@ class Device(StrEnum):
 
 
 class GptqKernel(StrEnum):
-    """Kernel that multiplies by a GPTQ model's 4-bit weights."""
+    """Kernel that computes matrix products with a GPTQ model's 4-bit weights."""
 
     AUTO = "auto"
     VLLM = "vllm"
@@ -60,7 +62,7 @@ class GptqKernel(StrEnum):
 
 
 class SwapChoice(StrEnum):
-    """Method by which engines switch to another version."""
+    """How engines switch to another version of a model."""
 
     AUTO = "auto"
     BLUEGREEN = "bluegreen"
@@ -71,9 +73,10 @@ class _Section(BaseModel):
 
 
 class EngineSettings(_Section):
-    """Launch of vLLM. Unset values depend on machine and model; `svc status --verbose` shows them with their reasons.
+    """Settings for launching vLLM. Defaults for unset values depend on the machine and model;
+    `svc status --verbose` shows them with their reasons.
 
-    `args` passes other arguments to vLLM and overrides everything else.
+    `args` passes further arguments to vLLM and overrides everything else.
     """
 
     device: Device = Field(
@@ -113,7 +116,7 @@ class EngineSettings(_Section):
 
 
 class AdapterSettings(_Section):
-    """Engines that serve versions as adapters of one base: `svc serve NAME --format adapter`."""
+    """Settings for engines that serve versions as adapters of a shared base: `svc serve NAME --format adapter`."""
 
     max_loaded: int = Field(
         8,
@@ -130,7 +133,7 @@ class AdapterSettings(_Section):
 
 
 class ServeSettings(_Section):
-    """Address and limits of the gateway: every resource that a client could exhaust has a limit."""
+    """The gateway's address and limits. Every resource that a client could exhaust has a limit."""
 
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on")
@@ -190,7 +193,9 @@ class ServeSettings(_Section):
 
 
 class RequestLimits(_Section):
-    """Limits on the structure of one request. A request that exceeds one gets 400 and reaches no engine."""
+    """Limits on the structure of a request. A request over any limit is rejected with status 400 and never
+    reaches an engine.
+    """
 
     reading_ms: float = Field(
         20.0,
@@ -223,7 +228,9 @@ Pattern = Annotated[str, AfterValidator(_pattern)]
 
 
 class RequestLogSettings(_Section):
-    """The request log: figures of every request, drift features of many, prompts and answers only of a share."""
+    """Settings of the request log, which stores metrics of every request, drift features of many, and the
+    prompts and answers of only a share.
+    """
 
     max_age_days: float = Field(
         30.0, gt=0, le=36_500, description="age at which a request and its feedback are deleted, days"
@@ -256,7 +263,9 @@ def _otlp_endpoint(text: str) -> str:
 
 
 class TelemetrySettings(_Section):
-    """OpenTelemetry traces of requests, for a collector, Langfuse, Phoenix and others."""
+    """Settings for OpenTelemetry tracing of requests, sent to a collector, Langfuse, Phoenix or another
+    backend.
+    """
 
     otlp_endpoint: Annotated[str, AfterValidator(_otlp_endpoint)] | None = Field(
         None,
@@ -272,10 +281,11 @@ class TelemetrySettings(_Section):
 
 
 class HoldoutSettings(_Section):
-    """Requests that the server itself sends for monitoring, with lower priority than clients' requests.
+    """Settings for requests that the server itself sends for monitoring, at lower priority than clients'
+    requests.
 
-    The held-out set of the served version runs after each start and swap, and then periodically. Answers whose content
-    is stored are scored by their likelihood under the version.
+    The held-out set of the served version is run after each start and swap, and then periodically. Answers
+    whose content is stored are scored by their likelihood under the version.
     """
 
     every_hours: float = Field(6.0, ge=0, description="interval between runs of the held-out set, hours; 0: no runs")
@@ -293,7 +303,7 @@ class HoldoutSettings(_Section):
 
 
 class MonitorSettings(_Section):
-    """`svc monitor`, the exporter as a separate process."""
+    """Settings of `svc monitor`, which runs the metrics exporter as a separate process."""
 
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(9464, ge=0, le=65535, description="port to listen on")
@@ -368,7 +378,7 @@ class RolloutSettings(_Section):
 
 
 class ModelSettings(_Section):
-    """Settings of one served model that differ from the general ones."""
+    """Settings of one served model that override the general settings."""
 
     engine: EngineSettings = Field(EngineSettings(), description="`engine` settings that differ for this model")
     idle_s: float | None = Field(None, gt=0, description="replaces `serve.idle_s`, seconds")
@@ -378,7 +388,7 @@ class ModelSettings(_Section):
 
 
 class Settings(BaseSettings):
-    """All settings. All state is in `home`, except the cache of base models."""
+    """All settings. All state is kept in `home`, except for the cache of base models."""
 
     model_config = SettingsConfigDict(
         env_prefix=ENV_PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True, env_ignore_empty=True
@@ -402,7 +412,7 @@ class Settings(BaseSettings):
     )
 
     def idle_s_of(self, name: str) -> float | None:
-        """Return the idle time after which a model's engines sleep or are stopped, seconds; None: never."""
+        """Return the idle time, in seconds, after which a model's engines sleep or are stopped, or None for never."""
         own = self.models[name].idle_s if name in self.models else None
         return own or self.serve.idle_s
 
@@ -411,7 +421,7 @@ class Settings(BaseSettings):
         return self.models[name].rollout if name in self.models else RolloutSettings()
 
     def engine_for(self, name: str) -> EngineSettings:
-        """Return a model's engine settings: the section `engine`, overridden by the model's section in `models`."""
+        """Return a model's engine settings: the `engine` section, overridden by the model's section in `models`."""
         own = self.models[name].engine if name in self.models else EngineSettings()
         given = {key: getattr(own, key) for key in own.model_fields_set}
         return self.engine.model_copy(update=given)
@@ -425,7 +435,9 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Accept passed values only: `load_settings` merges the sources, so that flags override the environment."""
+        """Accept only values passed as arguments; `load_settings` merges the sources, so that flags override the
+        environment.
+        """
         return (init_settings,)
 
 
@@ -433,8 +445,9 @@ def load_settings(config: Path | None = None, **flags: Any) -> Settings:
     """Load the settings from all sources.
 
     Args:
-        config: a YAML file; default: `svc.yaml` in the working folder, if it exists.
-        flags: values from the command line, as `section={key: value}` or `key=value`; `None` means not given.
+        config: a YAML file; defaults to `svc.yaml` in the working directory, if it exists.
+        flags: values from the command line, as `section={key: value}` or `key=value`; `None` means not
+            given.
 
     Raises:
         SettingsError: a key is unknown, a value is invalid, or the file cannot be read.
@@ -489,12 +502,12 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def setting_keys() -> list[str]:
-    """Return every key that can be set, as `section.key`."""
+    """Return every configurable key, as `section.key`."""
     return dotted_keys(Settings)
 
 
 def _check_environment() -> None:
-    """Raise SettingsError for an unknown `SVC_*` variable, which pydantic-settings would ignore."""
+    """Raise SettingsError if an unknown `SVC_*` variable is set, since pydantic-settings would ignore it."""
     known = {_variable(key) for key in [*setting_keys(), *Settings.model_fields]}
     for name in os.environ:
         if name.startswith(ENV_PREFIX) and name.upper() not in known:

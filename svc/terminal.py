@@ -1,5 +1,6 @@
-"""Output for people: text, tables and progress. Results go to stdout, all else to stderr, so that a pipe gets results
-only."""
+"""Human-readable output: text, tables and progress. Results go to stdout and everything else to stderr, so
+that a pipe receives results only.
+"""
 
 import logging
 import os
@@ -33,9 +34,10 @@ _TEXT = TextColumn("{task.description}")
 
 
 def quiet_libraries() -> None:
-    """Limit libraries to warnings, without progress bars; call it before they are imported.
+    """Restrict libraries to warnings and disable their progress bars. Must be called before they are imported.
 
-    Some enable logging for the whole process, HTTP clients log each request, and their progress bars disturb ours.
+    Some enable logging for the whole process, HTTP clients log each request, and their progress bars disturb
+    ours.
     """
     os.environ.setdefault("TQDM_DISABLE", "1")
     for library in ("httpx", "httpcore", "alembic", "uvicorn.error", "tokenicer", "huggingface_hub"):
@@ -46,7 +48,7 @@ def quiet_libraries() -> None:
 
 
 def print_table(headers: Sequence[str | Column], rows: Iterable[Sequence[object]], *, to: Console = output) -> None:
-    """Print a table of plain text; None is an empty cell."""
+    """Print a table of plain text, showing None as an empty cell."""
     table = Table(*headers, box=None)
     for row in rows:
         table.add_row(*("" if cell is None else escape(str(cell)) for cell in row))
@@ -55,7 +57,7 @@ def print_table(headers: Sequence[str | Column], rows: Iterable[Sequence[object]
 
 @contextmanager
 def heartbeat(line: Callable[[], str]) -> Iterator[None]:
-    """Print a line every 15 s while the body runs, for readers of a log; nothing on a terminal.
+    """Print a line every 15 s during the `with` block, for readers of a log. Prints nothing on a terminal.
 
     The lines come from a separate thread, because a step may take minutes without any output.
 
@@ -82,7 +84,7 @@ def heartbeat(line: Callable[[], str]) -> Iterator[None]:
 
 @contextmanager
 def counting(text: str, total: int) -> Iterator[Callable[[], None]]:
-    """Show a progress bar over a known number of steps; yield a callback that advances it by one."""
+    """Show a progress bar for a known number of steps, and yield a callback that advances it by one step."""
     started = time.monotonic()
     bar, task = _bar(text, total, SpinnerColumn(), _TEXT, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with bar, heartbeat(lambda: f"{text}: {task.completed:.0f}/{total} after {_since(started)}"):
@@ -92,7 +94,9 @@ def counting(text: str, total: int) -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def reading(text: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar for bytes within the body; yield a callback that takes the number of bytes read so far."""
+    """Show a progress bar for bytes during the `with` block, and yield a callback that takes the number of
+    bytes read so far.
+    """
     started = time.monotonic()
     columns = (SpinnerColumn(), _TEXT, BarColumn(), DownloadColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     bar, task = _bar(text, total, *columns, transient=True)
@@ -102,7 +106,8 @@ def reading(text: str, total: int) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def advancing(text: str, phases: Sequence[str]) -> Iterator[Callable[[str], None]]:
-    """Show a progress bar over named phases of different lengths, with the time; yield a callback that starts a phase.
+    """Show a progress bar with elapsed time over phases of different lengths, and yield a callback to start a
+    phase.
 
     Args:
         phases: names of the phases, in order; the bar shows how many are complete.
@@ -126,7 +131,7 @@ def advancing(text: str, phases: Sequence[str]) -> Iterator[Callable[[str], None
 
 @contextmanager
 def waiting(text: str) -> Iterator[None]:
-    """Show a spinner with the time, for a step of unknown length."""
+    """Show a spinner with the elapsed time during a step of unknown length."""
     started = time.monotonic()
     bar, _ = _bar(text, None, SpinnerColumn(), _TEXT, TimeElapsedColumn())
     _print_plain(f"{text} …")
@@ -136,14 +141,14 @@ def waiting(text: str) -> Iterator[None]:
 
 
 def _bar(text: str, total: int | None, *columns: ProgressColumn, transient: bool = False) -> tuple[Progress, Task]:
-    """Return a progress bar and its task. Without a terminal the bar is not shown, but the task is counted."""
+    """Return a progress bar and its task. Without a terminal the bar is hidden, but the task is still tracked."""
     bar = Progress(*columns, console=console, transient=transient, disable=not console.is_terminal)
     bar.add_task(text, total=total)
     return bar, bar.tasks[0]
 
 
 def _print_plain(line: str) -> None:
-    """Print the beginning or the end of a step for readers of a log; nothing on a terminal."""
+    """Print the start or end of a step for readers of a log. Prints nothing on a terminal."""
     if not console.is_terminal:
         console.print(f"  {line}")
 

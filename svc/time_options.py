@@ -1,4 +1,4 @@
-"""Durations and points in time on the command line: `90d`, `12h`, `2026-12-31`."""
+"""Command-line options for durations and points in time, such as `90d`, `12h` or `2026-12-31`."""
 
 import re
 from contextlib import suppress
@@ -12,7 +12,9 @@ _MAX_S = 36_500 * 86_400
 
 
 def duration(text: str) -> timedelta:
-    """click parameter type for durations up to a century: a number with the unit s, m, h, d or w; 0 needs no unit."""
+    """Click parameter type for durations of up to a century: a number with the unit s, m, h, d or w. 0 needs no
+    unit.
+    """
     match = _SPAN.fullmatch(text)
     if match is None and text != "0":
         raise click.BadParameter(
@@ -25,12 +27,12 @@ def duration(text: str) -> timedelta:
 
 
 def time_to_come(text: str) -> datetime:
-    """click parameter type for a future date or time, or a duration from now; the default time zone is UTC."""
+    """Click parameter type for a future date or time, or a duration from now. The default time zone is UTC."""
     return _moment(text, 1)
 
 
 def time_past(text: str) -> datetime:
-    """click parameter type for a past date or time, or a duration before now; the default time zone is UTC."""
+    """Click parameter type for a past date or time, or a duration before now. The default time zone is UTC."""
     return _moment(text, -1)
 
 

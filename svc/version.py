@@ -1,4 +1,4 @@
-"""Names of model versions: `NAME`, `NAME@N`, `NAME@alias`."""
+"""Names of models and their versions: `NAME`, `NAME@N`, `NAME@alias`."""
 
 import re
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from enum import StrEnum
 from svc.errors import NotFoundError
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
-"""Pattern of names that are safe as folders, as metric labels and in URLs; at most 63 characters."""
+"""Pattern for model names of at most 63 characters that are safe as folders, as metric labels and in URLs."""
 NUMBER_PATTERN = r"[1-9][0-9]{0,8}"
 
 
@@ -20,7 +20,7 @@ class Format(StrEnum):
 
 
 class Alias(StrEnum):
-    """A name that can be moved between a model's versions."""
+    """A movable name for one of a model's versions."""
 
     PRODUCTION = "production"
     CANDIDATE = "candidate"
@@ -29,7 +29,7 @@ class Alias(StrEnum):
 
 @dataclass(frozen=True, slots=True, order=True)
 class VersionId:
-    """`NAME@N`; numbers start at 1 and are never reused."""
+    """A version id, `NAME@N`. Numbers start at 1 and are never reused."""
 
     name: str
     number: int
@@ -39,10 +39,10 @@ class VersionId:
 
     @classmethod
     def parse(cls, text: str) -> "VersionId":
-        """Return the version that `NAME@N` names.
+        """Parse `NAME@N` into a version id.
 
         Raises:
-            NotFoundError: the text has another form.
+            NotFoundError: the text does not have this form.
         """
         name, at, number = text.rpartition("@")
         if not at or not re.fullmatch(NAME_PATTERN, name) or not re.fullmatch(NUMBER_PATTERN, number):
@@ -53,7 +53,7 @@ class VersionId:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A version together with the format in which it is served."""
+    """A version and the format in which it is served."""
 
     version: VersionId
     format: Format

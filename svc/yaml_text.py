@@ -1,4 +1,6 @@
-"""Reads YAML written by people. PyYAML raises various errors while converting values; here all become ValueError."""
+"""Parses hand-written YAML. PyYAML raises various errors while converting values; here they all become
+ValueError.
+"""
 
 from typing import Any
 
@@ -8,10 +10,11 @@ _ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, A
 
 
 def parse_yaml(text: str) -> Any:
-    """Return the value of a YAML text.
+    """Parse a YAML text and return its value.
 
     Raises:
-        ValueError: the text is not YAML, or contains an impossible value such as the date 2024-13-45 or `!!bool maybe`.
+        ValueError: the text is not YAML, or contains an impossible value such as the date 2024-13-45 or
+            `!!bool maybe`.
     """
     try:
         return yaml.safe_load(text)

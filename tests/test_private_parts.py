@@ -26,7 +26,7 @@ def defined(node: ast.AST) -> str | None:
     return None
 
 
-def test_every_private_part_of_a_library_that_we_use_is_listed_in_the_docs() -> None:
+def test_every_private_library_api_used_in_code_is_documented() -> None:
     nodes = [(path, node) for path in SOURCES for node in ast.walk(ast.parse(path.read_text("utf-8")))]
     listed = {part.rpartition(".")[2] for part in PARTS} | PUBLIC | {defined(node) for _, node in nodes}
     used = {
@@ -37,7 +37,7 @@ def test_every_private_part_of_a_library_that_we_use_is_listed_in_the_docs() -> 
     assert not used, "list them in docs/dependencies.md, with their reason"
 
 
-def test_every_listed_part_is_used_in_the_listed_file() -> None:
+def test_every_documented_private_api_is_used_in_the_documented_file() -> None:
     texts = {file: (ROOT / file).read_text("utf-8") for file in PARTS.values()}
     names = {part: re.compile(rf"\b{part.rpartition('.')[2]}\b") for part in PARTS}
     assert [f"{part} in {file}" for part, file in PARTS.items() if not names[part].search(texts[file])] == []
@@ -61,7 +61,7 @@ print("missing:", *(part for part in sys.argv[1:] if not found(part)))
 
 
 @pytest.mark.slow
-def test_every_listed_private_part_exists_in_the_installed_releases() -> None:
+def test_every_documented_private_api_exists_in_the_installed_releases() -> None:
     """In a process of its own, because gptqmodel changes the one that it is loaded in."""
     done = subprocess.run([sys.executable, "-c", FIND, *PARTS], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

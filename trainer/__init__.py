@@ -1,1 +1,3 @@
-"""From a recipe to a registered version. Talks to the other packages only through the registry and the store."""
+"""Turns a recipe into a registered version. Communicates with other packages only through the registry and
+the store.
+"""

@@ -1,4 +1,4 @@
-"""`svc train` and `svc estimate`."""
+"""The commands `svc train` and `svc estimate`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,7 +38,7 @@ def train(
     anyway: bool,
     as_json: bool,
 ) -> None:
-    """Train a model by RECIPE and register it as a version; an interrupted run is resumed."""
+    """Train a model from RECIPE and register it as a version. An interrupted run is resumed."""
     from svc.dataset.readers.bad_lines import BadLines
     from svc.registry.registry import Registry
     from svc.registry.render import print_version
@@ -99,7 +99,7 @@ def train(
 def estimate(
     ctx: click.Context, recipe: Path, overrides: tuple[str, ...], names: tuple[str, ...], as_json: bool
 ) -> None:
-    """Estimate memory, time and cost of RECIPE, here and on GPUs, without reading the base's weights."""
+    """Estimate memory, time and cost of RECIPE on this machine and on GPUs, without reading the base's weights."""
     from svc.terminal import quiet_libraries
     from trainer.estimate.render import as_json as to_json
     from trainer.estimate.render import print_estimate
@@ -118,7 +118,7 @@ def estimate(
 
 
 def _print_training_time(recipe: "Recipe", run: "Run") -> None:
-    """Print the expected training time of the complete run."""
+    """Print the expected training time of the full run."""
     from svc.terminal import console
     from trainer.pipeline.quick_trial import whole_run_seconds
     from trainer.recipe.stage import Stage

@@ -1,6 +1,7 @@
 """Redirects the output of libraries from the terminal to the log.
 
-gptqmodel prints a banner and tables to stdout, and PEFT imports it for every model it wraps. Stdout is for results.
+gptqmodel prints a banner and tables to stdout, which is reserved for results, and PEFT imports it for
+every model that it wraps.
 """
 
 import io
@@ -12,7 +13,7 @@ _log = logging.getLogger(__name__)
 
 
 class _LogLines(io.TextIOBase):
-    """A text stream whose lines are logged at DEBUG."""
+    """A text stream whose lines are logged at DEBUG level."""
 
     def __init__(self) -> None:
         self._rest = ""
@@ -30,10 +31,12 @@ class _LogLines(io.TextIOBase):
 
 @contextmanager
 def library_output_to_log() -> Iterator[None]:
-    """Redirect stdout to this module's logger within the body; progress, which is printed to stderr, is not affected.
+    """Redirect stdout to this module's logger during the `with` block. Progress is printed to stderr and is not
+    affected.
 
-    The root logger is restored: tokenicer, which gptqmodel imports, makes it print the logs of every library. Enter the
-    context after starting a progress display, because rich replaces stdout when it starts.
+    The root logger is restored afterwards, because tokenicer, which gptqmodel imports, makes it print the
+    logs of every library. Enter this context after starting a progress display, because rich replaces stdout
+    when it starts.
     """
     root = logging.getLogger()
     level, handlers = root.level, root.handlers[:]

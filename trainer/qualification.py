@@ -1,7 +1,7 @@
-"""Qualifies a format: evaluates the format and measures its probes on the engine that will serve it.
+"""Qualifies a format by evaluating it and measuring its probes on the engine that will serve it.
 
-The weights are loaded twice, in place in a running engine and by a new engine, and both must give the same
-log-probabilities. This verifies that a hot swap serves the evaluated weights.
+The weights are loaded twice, in place in a running engine and by a new engine, and both must give the
+same log-probabilities. This verifies that a hot swap serves the evaluated weights.
 """
 
 import time
@@ -45,10 +45,11 @@ _LOADS = 3
 
 
 class EngineReading(BaseModel):
-    """Measurements of a format on the engine, which the parity report compares with those of the trainer.
+    """Measurements of a format on the engine, which the parity report compares with the trainer's own.
 
     Attributes:
-        prompts_differ: indices of the evaluated examples whose prompt tokens differ between engine and training.
+        prompts_differ: indices of the evaluated examples whose prompt tokens differ between engine and
+            training.
         scores: token scores of the answers that the parity report compares.
     """
 
@@ -64,7 +65,7 @@ class Qualified(BaseModel):
 
     Attributes:
         results: the format's answer to each evaluated example.
-        general: the answers to general questions; empty if none were asked.
+        general: the answers to general questions; empty if no such questions were asked.
         reading: measurements for the parity report.
     """
 
@@ -83,7 +84,7 @@ class GeneralQuestions:
 
     Attributes:
         tokenized: the same questions, tokenized as in training.
-        of_base: the base's stored answers; None if the base has not answered the questions yet.
+        of_base: the base's stored answers, or None if the base has not yet answered the questions.
     """
 
     examples: Sequence[ChatExample]
@@ -93,10 +94,10 @@ class GeneralQuestions:
 
 @dataclass(frozen=True, slots=True)
 class BaseAnswers:
-    """The base's evaluation, and its answers.
+    """The base's evaluation together with its answers.
 
     Attributes:
-        general: the answers to the general questions; empty if none were asked.
+        general: the answers to the general questions; empty if no such questions were asked.
     """
 
     evaluation: Evaluation
@@ -114,8 +115,8 @@ class Qualifier:
         heldout: examples for the evaluation.
         tokenized: the same examples, tokenized as in training.
         compared: the examples that the parity report compares token by token.
-        context: maximum number of tokens in the engine, prompt and answer together.
-        general: questions outside the task; None for none.
+        context: maximum total number of tokens of a prompt and its answer in the engine.
+        general: questions outside the task, or None for none.
 
     Attributes:
         judged: the examples that are evaluated.
@@ -147,7 +148,7 @@ class Qualifier:
     async def base_and_merged(
         self, base: Path, merged: Path, *, same_fingerprint: bool
     ) -> tuple[BaseAnswers, Qualified]:
-        """Evaluate the base, then the merged model; in one engine if the merged model can be loaded in place."""
+        """Evaluate the base, then the merged model, in a single engine if the merged model can be loaded in place."""
         async with self._engine(base) as engine:
             evaluation = await self._judge(engine.client, "base", trained=False)
             known = self._general.of_base if self._general else None
@@ -157,17 +158,19 @@ class Qualifier:
         return base_answers, await self.alone(merged, "merged")
 
     async def alone(self, folder: Path, text: str) -> Qualified:
-        """Qualify a format on a separate engine."""
+        """Qualify a format on an engine of its own."""
         async with self._engine(folder) as engine:
             return await self._qualify(engine, folder, text)
 
     async def ask_base(self, base: Path) -> tuple[ExampleResult, ...]:
-        """Return the base's answers to the general questions, from a separate engine."""
+        """Return the base's answers to the general questions, using an engine of its own."""
         async with self._engine(base) as engine:
             return await self._ask_general(engine.client, "base")
 
     async def _qualify(self, engine: Engine, folder: Path, text: str) -> Qualified:
-        """Load a format in place if possible, measure it, and repeat on a new engine; the given engine is stopped."""
+        """Load and measure a format, in place if possible, then repeat on a new engine. The given engine is
+        stopped.
+        """
         client, options = engine.client, self._options
         loads, others_share = await measure_quietly(partial(self._loads, engine, folder), engine.processor_s)
         judged = await self._judge(client, text)
@@ -192,11 +195,13 @@ class Qualifier:
         )
 
     async def _loads(self, engine: Engine, folder: Path) -> list[float]:
-        """Load the format in place a few times; return the seconds of each, or none if the engine cannot reload."""
+        """Load the format in place a few times and return the seconds for each load; empty if the engine cannot
+        reload.
+        """
         return [await self._load(engine.client, folder) for _ in range(_LOADS if engine.capabilities.reloads else 0)]
 
     async def _load(self, client: EngineClient, folder: Path) -> float:
-        """Load in place and return the duration in seconds."""
+        """Load the format in place and return the duration in seconds."""
         started = time.monotonic()
         await client.reload_weights(folder)
         seconds = time.monotonic() - started
@@ -206,7 +211,9 @@ class Qualifier:
     async def _read(
         self, engine: Engine, prompts: Sequence[Sequence[int]], load_seconds: Interval | None, loading_share: float
     ) -> EngineReading:
-        """Measure on the engine; `loading_share` is the share of CPU time used by other processes during the loads."""
+        """Measure a format on the engine. `loading_share` is the share of CPU time that other processes used during
+        loads.
+        """
         client = engine.client
         asked = [await client.prompt_tokens(example.prompt, example.tools) for example in self.judged]
         pairs = enumerate(zip(asked, self._tokenized, strict=True))
@@ -251,7 +258,7 @@ class Qualifier:
 
     @asynccontextmanager
     async def _engine(self, folder: Path) -> AsyncIterator[Engine]:
-        """Yield a new engine with a model, and stop it after the body."""
+        """Yield a new engine with the given model, and stop it after the `with` block."""
         engine = self._launch(folder)
         with advancing("engine", tuple(EnginePhase)) as on_phase:
             await engine.start(on_phase)

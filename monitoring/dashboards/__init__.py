@@ -1,1 +1,1 @@
-"""The Grafana dashboards, in Grafana's export format, and the command that copies them."""
+"""Grafana dashboards in Grafana's export format, and the command that writes them to files."""

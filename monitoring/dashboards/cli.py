@@ -18,7 +18,7 @@ from svc.invocation import json_option, print_json
 )
 @json_option
 def dashboards(out: Path, as_json: bool) -> None:
-    """Write the Grafana dashboards as JSON files, ready to import or to provision."""
+    """Write the Grafana dashboards as JSON files, ready for import or provisioning."""
     os.umask(0o022)  # Grafana runs as another user
     out.mkdir(parents=True, exist_ok=True)
     paths = []

@@ -1,4 +1,4 @@
-"""A version's drift alarms; each feature has at most one active alarm."""
+"""A version's drift alarms. Each feature has at most one active alarm."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ MOVED = TypeAdapter(Line)
 
 
 class AlarmBook:
-    """A version's stored alarms, updated by the current check.
+    """A version's stored alarms, which the current check updates.
 
     Attributes:
         changed: alarms that started or ended in this check.
@@ -33,7 +33,7 @@ class AlarmBook:
         self.changed: list[DriftAlarm] = []
 
     def lasting(self, signal: Signal) -> dict[str, DriftAlarm]:
-        """Return a signal's active alarms by feature."""
+        """Return a signal's active alarms, keyed by feature."""
         return {feature: alarm for (of, feature), alarm in self._lasting.items() if of == signal}
 
     def report(self, signal: Signal) -> tuple[Lasting, ...]:
@@ -43,10 +43,10 @@ class AlarmBook:
     def begin(
         self, signal: Signal, moved: Line, *, since: datetime, called_at: datetime, examples: Sequence[str]
     ) -> None:
-        """Start an alarm.
+        """Start an alarm for a changed feature.
 
         Args:
-            moved: the feature that changed, with its values.
+            moved: the feature that changed, with its reference and live values.
             since: time of the first item that shows the change.
             called_at: time of the item that raised the alarm.
             examples: ids of requests that show the change.
@@ -59,7 +59,7 @@ class AlarmBook:
         self.changed.append(alarm)
 
     def end(self, signal: Signal, feature: str, time: datetime) -> None:
-        """End the active alarm of a feature, if any."""
+        """End a feature's active alarm, if it has one."""
         alarm = self._lasting.pop((signal, feature), None)
         if alarm is None:
             return
@@ -69,7 +69,10 @@ class AlarmBook:
         self.changed.append(replace(alarm, ended_at=time))
 
     def end_forgotten(self, signal: Signal, states: Mapping[str, FeatureState], time: datetime) -> None:
-        """End stored alarms unknown to the detector: its state was lost, or another release had other features."""
+        """End the stored alarms that the detector does not know.
+
+        This happens if the detector's state was lost, or if another release had different features.
+        """
         for feature in self.lasting(signal):
             if feature not in states or states[feature].alarm is None:
                 self.end(signal, feature, time)

@@ -1,4 +1,4 @@
-"""Serializes accepted traffic for the store: features and hashes of its requests, no text."""
+"""Serialize an accepted traffic baseline for the store: request features and hashes, but no text."""
 
 import io
 from typing import Any
@@ -13,7 +13,7 @@ Array = NDArray[Any]
 
 
 def baseline_bytes(baseline: Baseline) -> bytes:
-    """Return the baseline as the bytes of a NumPy archive without pickled objects."""
+    """Return the baseline serialized as a NumPy archive without pickled objects."""
     arrays = {
         **_arrays("prompts", baseline.prompts),
         **_arrays("answers", baseline.answers),
@@ -26,7 +26,7 @@ def baseline_bytes(baseline: Baseline) -> bytes:
 
 
 def read_baseline(data: bytes) -> Baseline:
-    """Return the baseline that `baseline_bytes` serialized."""
+    """Return the baseline from bytes written by `baseline_bytes`."""
     with np.load(io.BytesIO(data), allow_pickle=False) as archive:
         arrays = {name: archive[name] for name in archive.files}
     words = np.split(arrays["words"], np.cumsum(arrays["word_counts"]))[:-1]  # the last part is empty

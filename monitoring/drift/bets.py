@@ -1,7 +1,8 @@
-"""The bets on a stream: sets of values, chosen before an item arrives, and each set's largest normal share.
+"""The bets placed on a stream: sets of feature values, chosen before an item arrives, each with a bound.
 
-A share is normal up to `SLACK` times the upper limit of the 90 % Wilson interval of the reference's share: day and
-night, weekends and a growing client change the shares of topics and lengths by less than that, and are not drift.
+The bound is the largest share of items in the set that still counts as normal: `SLACK` times the upper
+limit of the 90 % Wilson interval of the reference's share. Day and night, weekends and a growing client
+change the shares of topics and lengths by less than that, so they do not count as drift.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,11 +18,11 @@ from svc.drift_reference.sample import Floats, Names, Sample
 
 SLACK, SURE = 2.0, 1.64
 _MAX_BOUND = 0.7
-"""Sets with a larger bound are not used: a bet on one could win almost nothing."""
+"""Sets with a larger bound are not used, because a bet on such a set could win almost nothing."""
 _TAILS = (0.0, 0.02, 0.1)
-"""Shares of the reference in a feature's lower and upper tail together; 0: values beyond the whole reference."""
+"""Shares of the reference in both tails of a feature together. 0 means values beyond the whole reference."""
 _MIN_SHARE = 0.02
-"""Minimum share of the reference for a category with its own set; rarer and new categories share one set."""
+"""Minimum share of the reference for a category to get its own set. Rarer and new categories share one set."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Bet:
     """A bet on a set of values of one feature.
 
     Attributes:
-        bound: largest normal probability of the set.
-        contains: returns for each of the feature's values whether it is in the set.
+        bound: largest probability of the set that still counts as normal.
+        contains: function that returns, for each value of the feature, whether it is in the set.
     """
 
     feature: str
@@ -38,7 +39,7 @@ class Bet:
     contains: Callable[[Floats | Names], NDArray[np.bool_]]
 
     def hits(self, items: Sample) -> Hits:
-        """Return which items are in the set."""
+        """Return, for each item, whether it is in the set or has no value for the feature."""
         if self.feature in items.numbers:
             values: Floats | Names = items.numbers[self.feature]
             missing = np.isnan(values)
@@ -49,7 +50,7 @@ class Bet:
 
 
 def upper_limit(count: int, size: int, z: float) -> float:
-    """Return the upper confidence limit of a share: the upper limit of its Wilson interval.
+    """Return the upper confidence limit of a share, which is the upper limit of its Wilson interval.
 
     Args:
         z: half width of the interval in standard errors.
@@ -60,7 +61,11 @@ def upper_limit(count: int, size: int, z: float) -> float:
 
 
 def feature_bets(reference: Sample) -> list[Bet]:
-    """Return bets on the readable features of a reference: tails of numbers; frequent, rare and new categories."""
+    """Return the bets on a reference's readable features.
+
+    The sets are the tails of numeric features, and the frequent, rare and new categories of categorical
+    ones.
+    """
     bets = [bet for name, values in reference.numbers.items() for bet in _tail_bets(name, values)]
     bets += [bet for name, values in reference.categories.items() for bet in _category_bets(name, values)]
     return [bet for bet in bets if bet.bound < _MAX_BOUND]
@@ -97,7 +102,7 @@ def _bound(count: int, size: int) -> float:
 
 
 def hit_table(bets: Sequence[Bet], items: Sample) -> Hits:
-    """Return which items hit which bets (items x bets)."""
+    """Return a table (items x bets) that says which items are in the set of which bet."""
     if not bets:
         return np.zeros((items.size, 0), dtype=np.int8)
     return np.stack([bet.hits(items) for bet in bets], axis=1)

@@ -1,6 +1,7 @@
-"""The false alarm budget: at most 0.1 false drift alarms are expected in 10,000 requests.
+"""The false alarm budget: at most 0.1 false drift alarms are expected per 10,000 requests.
 
-The budget covers all of a version's signals and features. Each bet (monitoring.drift.evidence) has a fixed share of it.
+The budget covers all signals and features of a version. Each bet (monitoring.drift.evidence) has a fixed
+share of it.
 """
 
 from collections.abc import Mapping
@@ -10,7 +11,10 @@ FALSE_ALARMS_PER_REQUEST = 1e-5
 
 
 class Signal(StrEnum):
-    """The watched parts of traffic. Held-out quality is separate: it is not traffic (monitoring/quality.py)."""
+    """A watched part of traffic.
+
+    Held-out quality is separate, because it is not measured on traffic (monitoring/quality.py).
+    """
 
     INPUT = "input"
     OUTPUT = "output"
@@ -18,4 +22,4 @@ class Signal(StrEnum):
 
 
 SIGNAL_SHARES: Mapping[Signal, float] = {Signal.INPUT: 0.6, Signal.OUTPUT: 0.25, Signal.PEOPLE: 0.15}
-"""The input has the largest share because it changes first."""
+"""Each signal's share of the false alarm budget. The input has the largest share because it changes first."""

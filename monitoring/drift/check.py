@@ -1,6 +1,7 @@
-"""One drift check of a version: runs new requests through the detector, and stores the results.
+"""Run one drift check for a version: pass new requests through the detector and store the results.
 
-Results do not depend on how often checks run or which process runs them. A lock in the home allows one at a time.
+The results do not depend on how often checks run or on which process runs them. A lock in the home
+allows only one check at a time.
 """
 
 import logging
@@ -39,11 +40,12 @@ _TRAFFIC_STATE: Final = TypeAdapter(TrafficState)
 _RATING_STATE: Final = TypeAdapter(RatingState)
 _MIN_REFERENCE = 10
 _MAX_READ = 5_000
-"""Maximum number of items per check; after days without a check, only the newest ones are read."""
+"""Maximum number of items per check. After days without a check, only the newest items are read."""
 _STALE = timedelta(hours=1)
-"""If new requests have had no features for this time, the server is assumed to store none."""
+"""If new requests have had no features for this long, the server is assumed not to store any."""
 _MAKING = timedelta(minutes=10)
-"""Requests without features are ignored until this age, because the process that computes features has to start."""
+"""Requests without features are ignored until they are this old, because the process that computes features
+needs time to start."""
 _SCORING = timedelta(minutes=5)
 """Longest wait for the log-probability of an answer whose content is stored."""
 _NO_FEATURES = "the server stores no features of new requests: set request_log.features and restart the server"
@@ -52,12 +54,12 @@ State = TypeVar("State")
 
 @dataclass(frozen=True)
 class _Bets:
-    """The detector for one version's traffic, with the reference that it was made for.
+    """The detector for one version's traffic, with the reference that it was built for.
 
     Attributes:
-        accepted: the accepted traffic to compare with; None to compare with the version's examples.
-        detector: None if nothing can be compared.
-        missing: why nothing can be compared, or why answers cannot be.
+        accepted: the accepted traffic that serves as reference, or None if the version's examples do.
+        detector: the detector, or None if nothing can be compared.
+        missing: the reason why nothing, or no answers, can be compared.
     """
 
     target: Target
@@ -67,10 +69,10 @@ class _Bets:
 
 
 class DriftCheck:
-    """Drift checks of the versions of one home; caches the detector of one version per model.
+    """Runs drift checks for the versions of one home, and caches one version's detector per model.
 
     Args:
-        settings: determine how the server redacts texts before it computes features.
+        settings: settings of the home; they determine how texts are redacted before features are computed.
         clock: returns the current time.
     """
 
@@ -94,7 +96,7 @@ class DriftCheck:
 
         Raises:
             NotFoundError: the version does not exist.
-            IntegrityError: its files differ from its manifest.
+            IntegrityError: the version's files differ from its manifest.
         """
         traffic, ratings = self._states(target)
         accepted = read_drift_baseline(self._store, target)
@@ -103,15 +105,15 @@ class DriftCheck:
         return self._advance(target, traffic, ratings, AlarmBook(self._store, target), accepted, earlier)
 
     def accept(self, target: Target) -> list[str]:
-        """End a version's active alarms: later traffic is compared with the traffic since they began.
+        """End a version's active alarms by accepting the traffic since they began as the new reference.
 
-        Alarms of traffic and of ratings are accepted independently.
+        Traffic alarms and rating alarms are accepted independently of each other.
 
         Returns:
-            The features whose alarms ended.
+            The names of the features whose alarms were ended.
 
         Raises:
-            RefusedError: no alarm is active, or too few requests or ratings arrived since the alarms began.
+            RefusedError: no alarm is active, or too few requests or ratings have arrived since the alarms began.
             NotFoundError, IntegrityError: see `run`.
         """
         (traffic, ratings), alarms = self._states(target), AlarmBook(self._store, target)
@@ -160,7 +162,7 @@ class DriftCheck:
         """Check new requests and ratings, and store all results in one transaction.
 
         Args:
-            earlier: previous reports on traffic, which are returned if there are no new requests.
+            earlier: the previous traffic reports, which are returned again if there are no new requests.
         """
         lasting = [alarms.report(report.signal) for report in earlier]
         if self._is_idle(target, traffic, accepted, earlier) and lasting == [report.alarms for report in earlier]:
@@ -214,7 +216,10 @@ class DriftCheck:
     def _is_idle(
         self, target: Target, state: TrafficState, accepted: bytes | None, earlier: Sequence[SignalReport]
     ) -> bool:
-        """Return whether the earlier reports are this process's, on the same reference, with no new request."""
+        """Return whether the earlier traffic reports are still current.
+
+        They are if this process made them, with the same reference, and no new request has arrived since.
+        """
         bets = self._bets.get(target.version.name)
         same = bets is not None and (bets.target, bets.accepted) == (target, accepted)
         compared = len(earlier) == len(SIGNALS) and earlier[0].status is not Status.OFF
@@ -222,7 +227,7 @@ class DriftCheck:
         return same and compared and newest is not None and newest.id <= state.cursor and not self._are_stale(target)
 
     def _are_stale(self, target: Target) -> bool:
-        """Return whether requests were answered long after the newest one with features."""
+        """Return whether requests were answered long after the newest request with stored features."""
         newest = self._newest(target)
         since = newest.item.started_at + _STALE if newest else None
         return was_answered(self._store, target, after=since, before=self._clock() - _MAKING)
@@ -231,14 +236,14 @@ class DriftCheck:
         return next(iter(read_items(self._store, target, after=0, newest=1)), None)
 
     def _items(self, target: Target, state: TrafficState) -> list[StoredItem]:
-        """Return the items to process, in order: counted ones, the newest ones seen, and new ones."""
+        """Return the items to process in order: counted items, the newest items already seen, and new items."""
         kept = read_items_with(self._store, target, state.kept)
         newest = read_items(self._store, target, after=0, newest=_MAX_READ)
         items = sorted({item.id: item for item in (*kept, *newest)}.values(), key=lambda item: item.id)
         return [*takewhile(lambda item: item.id <= state.cursor or not self._is_awaited(item), items)]
 
     def _is_awaited(self, item: StoredItem) -> bool:
-        """Return whether an answer's log-probability may still be computed."""
+        """Return whether an answer's log-probability is missing but may still be computed."""
         scored = item.logprob is not None or not self._scores
         return not scored and self._clock() - item.item.started_at < _SCORING
 
@@ -263,7 +268,7 @@ class DriftCheck:
 
 
 def read_reports(states: Mapping[str, DriftState]) -> list[SignalReport]:
-    """Return the last check's reports, without unreadable ones that another release wrote."""
+    """Return the last check's reports, skipping those that another release wrote in an unreadable form."""
     reports = list[SignalReport]()
     for signal in Signal:
         try:
@@ -275,7 +280,7 @@ def read_reports(states: Mapping[str, DriftState]) -> list[SignalReport]:
 
 
 def _read(kind: TypeAdapter[State], stored: DriftState | None, first: State) -> State:
-    """Return the stored state, or `first` if there is none or the stored one, from another release, cannot be read."""
+    """Return the stored state, or `first` if no state is stored or another release wrote it unreadably."""
     try:
         return kind.validate_json(stored.state) if stored else first
     except ValidationError:

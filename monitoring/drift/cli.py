@@ -1,4 +1,4 @@
-"""`svc drift`: compare live traffic with the examples of the version, and show what changed."""
+"""`svc drift`: compare live traffic with the version's examples and show what has changed."""
 
 from typing import TYPE_CHECKING
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 def drift(ctx: click.Context, model: str, accept: bool, as_json: bool) -> None:
     """Compare the live traffic of MODEL (NAME or NAME@N) with the examples it was trained on.
 
-    NAME means its version in production. Requests since the last check are checked first; alarms do not depend on how
-    often checks run.
+    NAME stands for the model's version in production. Requests since the last check are checked first.
+    Alarms do not depend on how often checks run.
     """
     settings = settings_of(ctx)
     from monitoring.drift.check import LOCK_FILE, DriftCheck
@@ -75,7 +75,10 @@ def _accept(check: "DriftCheck", store: "Store", target: "Target") -> None:
 
 
 def _target(registry: "Registry", store: "Store", model: str) -> "Target":
-    """Return the version in the format in which it is or was last served, or else in the preferred format."""
+    """Return the model's version as a target.
+
+    Its format is the one in which it is or was last served, or else the preferred format.
+    """
     from svc.store.desired import read_desired
     from svc.version import Format, Target
 

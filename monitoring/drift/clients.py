@@ -1,23 +1,23 @@
-"""Limit each client to about its usual share, so that a batch from one client does not look like changed traffic."""
+"""Limit each client to about its usual share, so that one client's batch does not look like drift."""
 
 from collections import Counter, deque
 
 COMPARED = 100
-"""Number of newest counted requests in which each client's share is limited."""
+"""Number of newest counted requests within which each client's share is limited."""
 _MIN_COUNT = 5
-"""Number of counted requests that every client may have, whatever its share."""
+"""Number of counted requests that every client may have, regardless of its share."""
 _SLACK = 1.2
-"""Factor by which a client may exceed its share."""
+"""Factor by which a client may exceed its usual share."""
 
 
 class ClientShares:
-    """Limits each client's counted requests to its share of the requests seen before.
+    """Limits each client's counted requests to its share of earlier requests.
 
     Args:
-        seen: clients of the newest requests, counted or not, oldest first; the newest `COMPARED` are ignored, since
-            they may be a batch.
+        seen: clients of the newest requests, counted or not, oldest first. The newest `COMPARED` are
+            ignored, since they may be a batch.
         kept: clients of the newest counted requests.
-        most_seen: number of seen requests that determine the shares.
+        most_seen: maximum number of seen requests from which the shares are computed.
     """
 
     def __init__(self, seen: list[str], kept: list[str], most_seen: int) -> None:
@@ -29,12 +29,12 @@ class ClientShares:
         self._kept_counts = Counter(self._kept)
 
     def may_count(self, client: str) -> bool:
-        """Add the client of the next request; return whether the request is within its client's share.
+        """Add the next request's client and return whether the request is within that client's share.
 
-        Every request is, until `COMPARED` requests are known before the newest `COMPARED`.
+        Every request is within its share until `COMPARED` requests older than the newest `COMPARED` are known.
 
         Args:
-            client: empty if unknown; then the request is always within the share.
+            client: the request's client; if unknown, it is empty and the request is always within the share.
         """
         self._newest.append(client)
         if len(self._newest) > COMPARED:
@@ -47,7 +47,7 @@ class ClientShares:
         return not client or self._kept_counts[client] < max(_MIN_COUNT, _SLACK * share * COMPARED)
 
     def keep(self, client: str) -> None:
-        """Add the client of a counted request."""
+        """Add the client of a request that was counted."""
         if len(self._kept) == COMPARED:
             self._kept_counts[self._kept[0]] -= 1
         self._kept.append(client)

@@ -1,4 +1,4 @@
-"""Estimates over how many requests a stream's items depend on each other, for example in a conversation or a burst."""
+"""Estimate over how many requests a stream's items depend on each other, as in a conversation or a burst."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,25 +9,27 @@ from numpy.typing import NDArray
 from svc.drift_reference.sample import NOT_THERE, Floats, Names, Sample
 
 MAX_LAG = 64
-"""Maximum dependence, items; a longer one is a change of the stream."""
+"""Maximum dependence, in items. A longer dependence counts as a change of the stream."""
 LAGS = MAX_LAG + 38
-"""Number of lags examined; beyond `MAX_LAG`, items are assumed to be no more similar than any two items."""
+"""Number of lags examined. Beyond `MAX_LAG`, items are assumed to be no more similar than any two items."""
 ROWS = 600
-"""Number of items used. The newest `MAX_LAG` are not used, because they are similar when a change begins."""
+"""Number of items used for the estimate. The newest `MAX_LAG` items are left out, because they become
+similar when a change begins."""
 MIN_ROWS = 25
 ENOUGH = 226
-"""Number of items from which on all lags are examined; with fewer items, lags up to a fifth of their number."""
+"""Number of items from which all lags are examined. With fewer items, only lags up to a fifth of their
+number are examined."""
 _SURE = 2.5
-"""Standard errors beyond which items count as more similar."""
+"""Number of standard errors beyond which items count as more similar."""
 _BURST_SHARE = 0.25
-"""If the share of pairs with an equal feature exceeds the reference's by this much, the items are a burst or a
-change."""
+"""If the share of item pairs with equal features exceeds the reference's by this much, the items are a
+burst or a change."""
 
 
 class Resemblance:
-    """Similarity of items in everything that is bet on: half by topic, half by the share of equal features.
+    """Computes the similarity of items: half of it is by topic, half is the share of equal features.
 
-    Numbers are equal if they lie in the same quarter of the reference.
+    Numeric features are equal if their values lie in the same quarter of the reference.
 
     Args:
         usual: mean similarity of the reference's prompts.
@@ -47,11 +49,11 @@ class Resemblance:
         self._usually_shared = [float(np.equal.outer(codes, codes).mean()) for codes in self._codes(references)]
 
     def of(self, similar: NDArray[np.float32], samples: Sequence[Sample]) -> "Resemblances":
-        """Return the similarities between the items of a stream.
+        """Return the pairwise similarities between a stream's items.
 
         Args:
-            similar: similarities by the topic of prompts, items x items.
-            samples: the items' prompts and answers.
+            similar: similarities of the prompts by topic (items x items).
+            samples: samples of the items' prompts and answers.
         """
         codes = self._codes(samples)
         among = similar
@@ -63,7 +65,7 @@ class Resemblance:
         return Resemblances(among, similar, codes, self._usual, self._usually_shared)
 
     def _codes(self, samples: Sequence[Sample]) -> list[NDArray[np.intp]]:
-        """Return one code per item for each feature; equal codes mean an equal value."""
+        """Return one code per item for each feature. Items with equal codes have equal values."""
         codes = list[NDArray[np.intp]]()
         for sample, quarters in zip(samples, self._quarters, strict=True):
             for name, limits in quarters.items():
@@ -76,14 +78,14 @@ class Resemblance:
 
 @dataclass(frozen=True)
 class Resemblances:
-    """Similarities between the items of a stream (items x items).
+    """Pairwise similarities between a stream's items (items x items).
 
     Attributes:
-        among: similarities by topic and features together.
-        similar: similarities by the topic of prompts.
-        codes: for each feature a code per item; equal codes mean an equal value.
+        among: similarities by topic and features combined.
+        similar: similarities by prompt topic.
+        codes: one code per item for each feature; items with equal codes have equal values.
         usual: mean of `similar` in the reference.
-        usually_shared: for each feature the share of pairs of the reference that have an equal value.
+        usually_shared: for each feature, the share of reference pairs with an equal value.
     """
 
     among: NDArray[np.float32]
@@ -93,15 +95,15 @@ class Resemblances:
     usually_shared: Sequence[float]
 
     def dependence(self, first: int, stop: int, conversations: NDArray[np.int64]) -> float:
-        """Return the distance (1 to 64 items) within which items depend on each other; 64 while it is unknown.
+        """Return the distance (1 to 64 items) within which items depend on each other, or 64 while it is unknown.
 
         The distance is one more than the largest lag up to which items are more similar than at larger lags, or the
-        size of the conversation of a typical item. At the beginning of a stream it is known from about 60 items on,
-        but not while they are more similar than the reference's: that is a burst, or a change, or both.
+        size of a typical item's conversation. At the beginning of a stream, it is known from about 60 items on,
+        unless they are more similar than the reference's items, which indicates a burst, a change, or both.
 
         Args:
-            first, stop: index of the first item to use, and the index after the last one.
-            conversations: the conversation of each item.
+            first, stop: index of the first item to use, and index after the last item to use.
+            conversations: each item's conversation.
         """
         count = stop - first
         lag, lags = (MAX_LAG, LAGS) if count >= ENOUGH else (count // 5, count * LAGS // MAX_LAG // 5)
@@ -119,7 +121,7 @@ class Resemblances:
         return float(min(MAX_LAG, max(1 + depends, (sizes**2).sum() / sizes.sum())))
 
     def _is_burst(self, places: range, lag: int, lags: int) -> bool:
-        """Return whether items are more similar than the reference's at lags from `lag` to `lags`."""
+        """Return whether items at lags from `lag` to `lags` are more similar than the reference's items."""
         far = np.stack([self.similar[place, place - lags : place - lag].mean() for place in places])
         # Rows share items, so their error is underestimated.
         if far.mean() > self.usual + 2 * _SURE * _error(far):
@@ -132,7 +134,7 @@ class Resemblances:
 
 
 def _none_alike(values: Floats | Names) -> NDArray[np.intp]:
-    """Return a unique code for each item: missing values are never shared."""
+    """Return a different code for every item, because missing values never count as equal."""
     return -1 - np.arange(len(values))
 
 

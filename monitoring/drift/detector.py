@@ -1,7 +1,7 @@
-"""Compare the requests of a version with its reference: which requests count, and when alarms start and end.
+"""Compare a version's requests with its reference: decide which requests count, and start and end alarms.
 
-Pure: no store and no clock; the state is passed in as a value. So benchmarks and tests replay streams through the same
-code that watches traffic.
+This module is pure: it has no store and no clock, and its state is passed in as a value. Benchmarks and
+tests can therefore replay streams through the same code that watches live traffic.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,14 +28,14 @@ from monitoring.drift.near_copies import RARITY_REQUESTS, NearCopies, Words
 from svc.drift_reference.sample import Floats, Sample
 
 MEMORY = max(ROWS + LAGS, HISTORY + max(LEARNED_FROM)) + MAX_LAG
-"""Number of previous counted requests needed to check new requests."""
+"""Number of earlier counted requests needed to check new requests."""
 SEEN = RARITY_REQUESTS + COMPARED
-"""Number of previous requests, counted or not, that determine the rarity of words and each client's share."""
+"""Number of earlier requests, counted or not, that determine word rarity and each client's share."""
 _LEARNED_SHARE = 0.7
-"""Share of the input's budget for the learned sets of the domain classifier: they detect changes that no single feature
-shows. All other bets have equal parts of the rest."""
+"""Share of the input's budget for the domain classifier's learned sets, which detect changes that no single
+feature shows. All other bets share the rest equally."""
 _JUDGE_EVERY = 20
-"""Number of items between two estimates of the dependence."""
+"""Number of items after which the dependence is estimated again."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ class Requests:
     """A sequence of requests; each attribute has one entry per request.
 
     Attributes:
-        prompts: features of the prompts, with views of their texts.
+        prompts: features of the prompts, including views of their texts.
         answers: features of the answers.
         words: hashes of each prompt's words.
         conversations: hash of each request's conversation.
-        times: each request's start, seconds since 1970.
-        clients: the client of each request; empty if unknown.
+        times: start time of each request, in seconds since 1970.
+        clients: the client of each request, or an empty string if unknown.
     """
 
     prompts: Sample
@@ -63,7 +63,7 @@ class Requests:
         return self.prompts.size
 
     def at(self, places: NDArray[np.intp]) -> "Requests":
-        """Return the requests at these indexes, in this order."""
+        """Return the requests at the given indexes, in the given order."""
         return Requests(
             self.prompts.at(places),
             self.answers.at(places),
@@ -74,7 +74,7 @@ class Requests:
         )
 
     def followed_by(self, others: "Requests") -> "Requests":
-        """Return these requests followed by the others."""
+        """Return a sequence with these requests, followed by `others`."""
         return Requests(
             self.prompts.followed_by(others.prompts),
             self.answers.followed_by(others.answers),
@@ -86,7 +86,7 @@ class Requests:
 
 
 class Seen(NamedTuple):
-    """A previous request, counted or not."""
+    """An earlier request, whether or not it was counted."""
 
     words: Words
     client: str
@@ -97,9 +97,9 @@ class Baseline:
     """The reference with which requests are compared.
 
     Attributes:
-        prompts: features of the prompts, with views of their texts.
+        prompts: features of the prompts, including views of their texts.
         words: hashes of each prompt's words.
-        answers: features of the answers, mostly to prompts that are not in `prompts`.
+        answers: features of the answers, most of which belong to prompts that are not in `prompts`.
     """
 
     prompts: Sample
@@ -109,14 +109,14 @@ class Baseline:
 
 @dataclass(frozen=True, slots=True)
 class Watch:
-    """The state of a stream's detection between two checks.
+    """The state of drift detection on a stream between two checks.
 
     Attributes:
         kept: number of counted requests.
         dependence: distance, in counted requests, within which they depend on each other.
-        steady_since: position of the last counted request during an alarm; 0 if there was no alarm.
+        steady_since: position of the last request counted during an alarm, or 0 if there was no alarm.
         features: state of the bets on each feature.
-        newest_kept: one digit for each of the newest requests seen, newest last: 1 if it was counted, else 0.
+        newest_kept: one digit per request for the newest requests, newest last: 1 if it was counted, else 0.
     """
 
     kept: int = 0
@@ -131,10 +131,11 @@ class Advance:
     """Result of processing new requests.
 
     Attributes:
-        watch: the state after them.
+        watch: the state after the new requests.
         kept: indexes of the new requests that were counted.
-        events: alarms that started or ended; an event's position is the number of its request among all counted ones.
-        strengths: evidence for a change of each feature, see `Evidence.strengths`.
+        events: alarms that started or ended; an event's position is its request's number among all counted
+            ones.
+        strengths: evidence for a change in each feature, see `Evidence.strengths`.
     """
 
     watch: Watch
@@ -144,10 +145,10 @@ class Advance:
 
 
 class Detector:
-    """Detects changes of a version's traffic by bets; holds only the reference, not the state of a stream.
+    """Detects changes in a version's traffic by betting. It holds the reference, but no stream state.
 
     Args:
-        baseline: the reference; near copies in the reference count once, as in traffic.
+        baseline: the reference, in which near copies count only once, as they do in traffic.
     """
 
     def __init__(self, baseline: Baseline) -> None:
@@ -184,11 +185,11 @@ class Detector:
         )
 
     def advance(self, watch: Watch, before: Requests, seen_before: Sequence[Seen], new: Requests) -> Advance:
-        """Process new requests; return the new state and the alarms that started or ended.
+        """Process new requests, and return the new state and the alarms that started or ended.
 
         Args:
             watch: the state before the new requests.
-            before: the newest counted requests, up to `MEMORY`.
+            before: the newest counted requests, at most `MEMORY` of them.
             seen_before: the newest requests seen, counted or not.
         """
         kept = self._keep(before, seen_before, new)
@@ -220,7 +221,7 @@ class Detector:
         return Advance(watch, kept, events, evidence.strengths())
 
     def _keep(self, before: Requests, seen_before: Sequence[Seen], new: Requests) -> NDArray[np.intp]:
-        """Return the indexes of new requests that are not near copies and are within their clients' shares."""
+        """Return the indexes of new requests that are neither near copies nor beyond their client's share."""
         copies = NearCopies(self._words)
         clients = ClientShares([seen.client for seen in seen_before], list(before.clients), RARITY_REQUESTS)
         for seen in seen_before[-RARITY_REQUESTS:]:
@@ -237,6 +238,6 @@ class Detector:
         return np.array(kept, dtype=np.intp)
 
     def _fixed_hits(self, to_reference: Singles, new: Requests) -> Hits:
-        """Return which new requests are in which fixed sets (items x bets)."""
+        """Return a table (items x bets) that says which new requests are in which fixed set."""
         parts = [self.classifier.far_hits(to_reference), hit_table(self._prompt_bets, new.prompts)]
         return np.concatenate([*parts, hit_table(self._answer_bets, new.answers)], axis=1)

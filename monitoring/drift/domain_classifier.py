@@ -1,13 +1,15 @@
-"""The domain classifier: bets on changes that no single feature shows, from the similarity of prompts to each other.
+"""The domain classifier, which bets on changes that no single feature shows, using prompt similarity.
 
-There are two kinds of sets. Fixed: prompts far from the reference, on average or from their three nearest. Learned:
-prompts nearer to the newest prompts than to the reference, by the difference of the mean similarities, which is the
-witness of the maximum mean discrepancy (Gretton et al. 2012). Each set is learned from earlier items and bet on with
-the next one, so learning costs no false alarms (as in prequential two-sample tests).
+There are two kinds of sets. Fixed sets contain prompts far from the reference, either on average or from
+their three nearest reference prompts. Learned sets contain prompts that are nearer to the newest prompts
+than to the reference, by the difference of the mean similarities, which is the witness of the maximum
+mean discrepancy (Gretton et al. 2012). Each set is learned from earlier items and bet on with the next
+one, so learning causes no false alarms (as in prequential two-sample tests).
 
-Each learned set is bet on with two bounds. The first is `_LEARNED_SLACK` times the reference's share of the set. The
-second is slightly above the share in the hundreds of items before those it was learned from, or above the reference's
-if that is larger: it finds small sudden changes, and no slow ones such as day and night.
+Each learned set is bet on with two bounds. The first is `_LEARNED_SLACK` times the reference's share of
+the set. The second is slightly above the set's share in the hundreds of items that precede those it was
+learned from, or slightly above the reference's share if that is larger. It detects small sudden changes,
+but not slow ones such as day and night.
 """
 
 from dataclasses import dataclass
@@ -22,16 +24,16 @@ from svc.drift_reference.sample import Floats, Sample
 
 CLASSIFIER = "domain_classifier"
 WIDTHS = (1.0, 0.55)
-"""Kernel widths for a prompt's two views, topic and answer; chosen on training and held-out prompts."""
+"""Kernel widths for a prompt's two views, topic and answer, chosen on training and held-out prompts."""
 LEARNED_FROM = (16, 40)
-"""Numbers of newest items from which sets are learned."""
+"""Numbers of newest items from which the sets are learned."""
 HISTORY = 400
-"""Number of items before those; the share of them that is in a learned set counts as normal too."""
+"""Number of items before those a set is learned from. The set's share among them counts as normal too."""
 _MIN_HISTORY = 50
 _FAR = (0.0, 0.02, 0.1)
 """Shares of the reference's own prompts that count as far from the reference."""
 _LEARNED = (0.3, 0.5)
-"""Shares of the reference that a learned set contains."""
+"""Shares of the reference that the learned sets contain."""
 _LEARNED_SLACK, _STEP_SLACK = 1.8, 1.1
 _MAX_LEARNED_BOUND = 0.95
 _NEAREST = 3
@@ -41,11 +43,11 @@ Singles = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Similarities:
-    """Similarities of the items of a stream.
+    """Similarities of a stream's items to each other and to the reference.
 
     Attributes:
-        among: similarities to each other, items x items; only those to earlier items are used.
-        reference: similarities to the reference, items x items of the reference.
+        among: similarities to each other (items x items); only those to earlier items are used.
+        reference: similarities to the reference (items x reference items).
     """
 
     among: Singles
@@ -53,15 +55,15 @@ class Similarities:
 
 
 class DomainClassifier:
-    """Bets based on the similarity of prompts.
+    """Provides bets based on prompt similarity.
 
     Args:
-        reference: prompts with views.
+        reference: the reference prompts, including their views.
 
     Attributes:
-        far_bounds: each fixed set's bound.
+        far_bounds: bound of each fixed set.
         learned: number of bets on learned sets.
-        usual: mean similarity of two of the reference's prompts.
+        usual: mean similarity between two reference prompts.
     """
 
     def __init__(self, reference: Sample) -> None:
@@ -83,35 +85,36 @@ class DomainClassifier:
         self.learned = len(LEARNED_FROM) * len(_LEARNED) * 2
 
     def similar(self, ones: Sample, others: Sample | None = None) -> Singles:
-        """Return the similarities of items to others, by default to the reference (ones x others)."""
+        """Return the similarities (`ones` x `others`) between items. `others` defaults to the reference."""
         views = self._reference.views if others is None else others.views
         return self._similarity(ones.views, views).astype(np.float32)
 
     def separation(self, live: Sample) -> float:
-        """Return the area under the ROC curve: how well the classifier distinguishes prompts from the reference."""
+        """Return the area under the ROC curve for distinguishing live prompts from the reference."""
         return separation(self._all_similar(live), live.size)
 
     def most_typical(self, live: Sample, count: int) -> list[int]:
-        """Return the indexes of the prompts most similar to the others and least similar to the reference."""
+        """Return the indexes of the live prompts most similar to each other and least similar to the reference."""
         return typical(self._all_similar(live), live.size, count)
 
     def _all_similar(self, live: Sample) -> Floats:
-        """Return the similarities of all prompts to each other: the reference's, then the live ones."""
+        """Return the similarities between all prompts: the reference's first, then the live ones."""
         both = self._reference.followed_by(live)
         return self._similarity(both.views, both.views)
 
     def far_hits(self, to_reference: Singles) -> Hits:
-        """Return which items are in which fixed sets (items x bets), in the order of `far_bounds`."""
+        """Return a table (items x bets) that says which items are in which fixed set, in `far_bounds` order."""
         means, nearest = to_reference.mean(axis=1), _nearest(to_reference)
         hits = [row for mean, near in self._limits for row in (means < mean, nearest < near)]
         return np.where(np.stack(hits, axis=1), HIT, MISS).astype(np.int8)
 
     def learned_hits(self, similar: Similarities, place: int, dependence: float) -> tuple[Hits, Floats]:
-        """Return in which learned sets an item is, and the sets' bounds.
+        """Return which learned sets an item is in, and the bounds of those sets.
 
         Args:
             place: index of the item.
-            dependence: distance within which items depend on each other: nearer items are not learned from.
+            dependence: distance within which items depend on each other; sets are not learned from items this
+                near.
         """
         hits, bounds = np.full(self.learned, NOT_THERE, dtype=np.int8), np.ones(self.learned)
         mean = float(similar.reference[place].mean())
@@ -137,6 +140,6 @@ class DomainClassifier:
 
 
 def _nearest(similarities: Singles) -> Singles:
-    """Return the mean of the three largest values of each row."""
+    """Return the mean of the three largest values in each row."""
     count = min(_NEAREST, similarities.shape[1])
     return np.asarray(np.partition(similarities, -count, axis=1)[:, -count:].mean(axis=1))

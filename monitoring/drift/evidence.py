@@ -1,17 +1,19 @@
-"""Evidence that a stream's features have changed, collected by bets, and the rule for an alarm.
+"""Evidence that a stream's features have changed, collected by betting, and the rule for raising an alarm.
 
-A bet is on a set of values of a feature, such as "shorter than 99 % of the reference", with a bound: the largest
-probability of that set which still counts as unchanged. The bet stakes a part l of its money on each item; its money
-is multiplied by 1 - l + l * [item in set] / bound, which is at most 1 on average while nothing has changed. A new bet
-of 1 starts at each item, and the sum of their money, M <- e * (1 + M), is the statistic: the Shiryaev-Roberts
-e-detector (Shin, Ramdas and Rinaldo 2022, "E-detectors"). While nothing has changed, a weighted sum of such statistics
-exceeds A at most once in A items on average, however the bets depend on each other. So frequent checks add no false
-alarms, and there are no windows.
+A bet is on a set of values of a feature, such as "shorter than 99 % of the reference", and has a bound:
+the largest probability of the set that still counts as unchanged. The bet stakes a part l of its money
+on each item, and its money is multiplied by 1 - l + l * [item in set] / bound, which is at most 1 on
+average while nothing has changed. A new bet of 1 starts at each item, and the sum of their money, M <- e
+* (1 + M), is the statistic: the Shiryaev-Roberts e-detector (Shin, Ramdas and Rinaldo 2022,
+"E-detectors"). While nothing has changed, a weighted sum of such statistics exceeds A at most once in A
+items on average, however the bets depend on each other. Frequent checks therefore add no false alarms,
+and no windows are needed.
 
-Dependent items: with all factors to the power 1 / L, the bound holds for streams whose items are independent beyond
-L places (by Hoelder's inequality: the product of L dependent factors to the power 1 / L has a mean of at most 1).
+For dependent items, all factors are raised to the power 1 / L. The bound then holds for streams whose
+items are independent beyond L places (by Hoelder's inequality: the product of L dependent factors to the
+power 1 / L has a mean of at most 1).
 
-Pure: no store, no clock.
+This module is pure: it has no store and no clock.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,26 +25,26 @@ from numpy.typing import NDArray
 from svc.drift_reference.sample import Floats
 
 STAKES = np.array([0.1, 0.35, 0.7])
-"""Parts of a bet's money staked on each item; each bet is made with every stake. The largest finds a gross change in
-four items, the smallest finds a share of 1.5 times its bound in about 2,000 items."""
+"""Parts of a bet's money staked on each item. Each bet is made with every stake: the largest detects a
+gross change within four items, the smallest a share of 1.5 times its bound within about 2,000 items."""
 _MIN_PATIENCE, _MAX_PATIENCE = 200, 1_000
 _LASTING = 20.0
-"""Factor of the patience: a larger statistic is a sign that the change continues. Without a change, fewer than one in
-20 alarms has such a sign within its patience."""
+"""A statistic larger than this multiple of the patience is a sign that the change continues. Without a
+change, fewer than one in 20 alarms has such a sign within its patience."""
 
 Hits = NDArray[np.int8]
 HIT, MISS, NOT_THERE = 1, 0, -1
-"""Codes for an item that is in a bet's set, is not in the set, or has no value for the feature."""
+"""Codes for an item that is in a bet's set, is not in it, or has no value for the feature."""
 
 
 @dataclass(frozen=True, slots=True)
 class FeatureAlarm:
-    """An active alarm.
+    """An active alarm on a feature.
 
     Attributes:
         since: estimated position at which the change began.
         called: position at which the alarm was raised.
-        quiet: items since the last sign of the change.
+        quiet: number of items since the last sign of the change.
     """
 
     since: int
@@ -50,20 +52,23 @@ class FeatureAlarm:
     quiet: int = 0
 
     def patience(self, dependence: float) -> float:
-        """Return how many items without a sign of the change end the alarm: four times the number before it was raised.
+        """Return how many items without a sign of the change end the alarm.
 
-        Dependent items carry less information, so the minimum grows with the dependence.
+        This is four times the number of items from the change to the alarm.
+
+        Dependent items carry less information, so the minimum number grows with the dependence.
         """
         return min(max(_MIN_PATIENCE * dependence, 4 * (self.called - self.since)), _MAX_PATIENCE)
 
 
 @dataclass(frozen=True, slots=True)
 class FeatureState:
-    """State of the bets on one feature; each bet is made with every stake.
+    """State of the bets on one feature. Each bet is made with every stake.
 
     Attributes:
-        money: the statistics; during an alarm, they restart at each sign that the change continues.
-        began: for each statistic, the last position at which it was as low as without a change.
+        money: the statistics of the bets. During an alarm, they restart at each sign that the change
+            continues.
+        began: for each statistic, the last position at which it was no higher than without a change.
     """
 
     money: tuple[float, ...]
@@ -73,11 +78,11 @@ class FeatureState:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """The start or end of an alarm of a feature.
+    """The start or end of an alarm on a feature.
 
     Attributes:
-        position: position of the item that caused the start or end.
-        alarm: the started alarm; None if an alarm ended.
+        position: position of the item that started or ended the alarm.
+        alarm: the started alarm, or None if an alarm ended.
     """
 
     position: int
@@ -89,11 +94,12 @@ class Evidence:
     """The statistics of all bets on a stream.
 
     Args:
-        features: the feature of each bet.
+        features: each bet's feature.
         weights: each bet's weight; the sum over all bets on the stream is at most 1.
-        threshold: weighted sum of a feature's statistics that starts an alarm; while nothing has changed, at most one
-            alarm is expected in this number of items.
-        states: earlier states by feature, as returned by `states()`; features whose bets have changed start anew.
+        threshold: weighted sum of a feature's statistics that starts an alarm. While nothing has changed, at
+            most one alarm is expected in this number of items.
+        states: earlier states keyed by feature, as returned by `states()`. Features whose bets have changed
+            start anew.
     """
 
     def __init__(
@@ -118,12 +124,12 @@ class Evidence:
                     self._alarms[number] = state.alarm
 
     def add(self, position: int, hits: Hits, bounds: Floats, dependence: float) -> list[Event]:
-        """Add an item; return the alarms that it starts or ends.
+        """Add an item, and return the alarms that it starts or ends.
 
         Args:
-            hits: for each bet `HIT`, `MISS`, or `NOT_THERE`, which is no evidence.
+            hits: `HIT`, `MISS` or `NOT_THERE` for each bet; `NOT_THERE` counts as no evidence.
             bounds: each bet's bound, above 0.
-            dependence: the L of this module's docstring.
+            dependence: distance within which items depend on each other, called L in the module docstring.
         """
         there = hits != NOT_THERE
         self._began[self._money == 0] = position - 1  # no bet was made yet
@@ -140,11 +146,11 @@ class Evidence:
 
     @property
     def in_alarm(self) -> bool:
-        """Return whether an alarm is active."""
+        """Return whether any alarm is active."""
         return bool(self._alarms)
 
     def states(self) -> dict[str, FeatureState]:
-        """Return the states from which the next `Evidence` continues."""
+        """Return the states, keyed by feature, from which the next `Evidence` continues."""
         return {
             name: FeatureState(
                 tuple(self._money[self._feature == number].ravel().tolist()),
@@ -155,7 +161,7 @@ class Evidence:
         }
 
     def strengths(self) -> dict[str, float]:
-        """Return how close each feature is to an alarm, on a logarithmic scale: 0 is no evidence, 1 an alarm."""
+        """Return how close each feature is to an alarm, on a logarithmic scale: 0 is no evidence, 1 is an alarm."""
         strengths = np.minimum(np.log1p(self._sums()) / np.log1p(self._threshold), 1.0)
         return {
             name: 1.0 if number in self._alarms else float(strengths[number]) for number, name in enumerate(self.names)
@@ -174,7 +180,7 @@ class Evidence:
         return Event(position, self.names[number], alarm)
 
     def _judge_alarm(self, number: int, position: int, sums: Floats, dependence: float) -> Event | None:
-        """Continue or end an alarm; return the event if it ended."""
+        """Continue or end a feature's alarm, and return the event if the alarm ended."""
         bets, alarm = self._feature == number, self._alarms[number]
         patience = alarm.patience(dependence)
         if sums[number] / self._weights[bets].sum() >= _LASTING * patience:
@@ -188,7 +194,7 @@ class Evidence:
         return Event(position, self.names[number], None)
 
     def _set(self, number: int, alarm: FeatureAlarm | None) -> None:
-        """Set the alarm of a feature, and restart its bets."""
+        """Set or clear a feature's alarm, and restart the feature's bets."""
         self._money[self._feature == number] = 0.0
         if alarm:
             self._alarms[number] = alarm

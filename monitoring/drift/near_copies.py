@@ -1,7 +1,8 @@
-"""Detect requests that nearly repeat an earlier one (rephrasings, retries, health checks). Only the first one counts.
+"""Detect requests that nearly repeat an earlier one, such as rephrasings, retries and health checks.
 
-Words are weighted by their rarity; otherwise a shared template (RAG, forms) would make all prompts similar. No text is
-stored here: words are hashes (svc.drift_reference.item).
+Of several near copies, only the first counts. Words are weighted by their rarity, because otherwise a
+shared template (RAG, forms) would make all prompts similar. No text is stored here: words are hashes
+(svc.drift_reference.item).
 """
 
 import math
@@ -14,21 +15,21 @@ from numpy.typing import NDArray
 Words = NDArray[np.int32]
 
 MIN_OVERLAP = 0.5
-"""Minimum Jaccard index of two near copies' words; both the plain index and the index weighted by rarity must reach
-this minimum."""
+"""Minimum Jaccard index between the words of two near copies. Both the plain index and the index weighted
+by rarity must reach this minimum."""
 COMPARED = 100
 """Number of newest counted requests with which a new request is compared."""
 RARITY_REQUESTS = 1_000
-"""Number of newest requests, counted or not, from which rarity is computed, together with the reference."""
+"""Number of newest requests, counted or not, that determine word rarity together with the reference."""
 FORGOTTEN_S = 86_400.0
-"""A repetition after a day counts again: daily requests are part of the traffic."""
+"""Seconds after which a repeated request counts again, because daily requests are part of the traffic."""
 
 
 class NearCopies:
-    """Near-copy detection on a stream of requests.
+    """Detects near copies in a stream of requests.
 
     Args:
-        reference: words of each prompt of the reference.
+        reference: the words of each reference prompt.
     """
 
     def __init__(self, reference: Iterable[Words]) -> None:
@@ -43,12 +44,12 @@ class NearCopies:
         """Add a request that an earlier check counted.
 
         Args:
-            time_s: start of the request.
+            time_s: start time of the request, in seconds.
         """
         self._kept.append((frozenset(words.tolist()), time_s))
 
     def is_near_copy(self, words: Words, time_s: float) -> bool:
-        """Add the next request; return whether it nearly repeats a counted one. If not, it is counted itself."""
+        """Add the next request and return whether it nearly repeats a counted request. If not, count it."""
         distinct = self.see(words)
         if any(time_s - time < FORGOTTEN_S and self._overlap(distinct, other) for other, time in self._kept):
             return True
@@ -56,7 +57,7 @@ class NearCopies:
         return False
 
     def see(self, words: Words) -> frozenset[int]:
-        """Add a request without comparing it; return its distinct words."""
+        """Add a request without comparing it, and return its distinct words."""
         distinct = frozenset(words.tolist())
         self._newest.append(distinct)
         self._count(distinct, 1)

@@ -1,4 +1,4 @@
-"""Drift checks of the versions in production: for each served model, the desired version and format."""
+"""Drift checks for the versions in production: each served model's desired version and format."""
 
 import logging
 
@@ -21,24 +21,24 @@ log = logging.getLogger(__name__)
 
 
 def production_targets(store: Store) -> list[Target]:
-    """Return the desired target of each model that the home's server serves, or served last."""
+    """Return the desired target of each model that the home's server serves or last served."""
     deployments = [read_desired(store, name) for name in deployed_names(store)]
     return [desired.target for desired in deployments if desired is not None]
 
 
 def read_drift(registry: Registry, store: Store, target: Target) -> tuple[list[SignalReport], QualityReport]:
-    """Return the reports from a target's last check, and the result of its last held-out run.
+    """Return the reports of a target's last drift check and the result of its last held-out run.
 
     Raises:
         NotFoundError: the version does not exist.
-        IntegrityError: its registered results differ from its manifest.
+        IntegrityError: the registered results differ from the manifest.
     """
     states = read_drift_states(store, target)
     return read_reports(states), read_quality(registry, store, target)
 
 
 class ProductionChecks:
-    """Checks all production targets at each call; keeps their references in memory between calls."""
+    """Checks all production targets on each call, and keeps their references in memory between calls."""
 
     def __init__(self, settings: Settings) -> None:
         self._lock = settings.home / LOCK_FILE
@@ -46,7 +46,10 @@ class ProductionChecks:
         self._check = DriftCheck(Registry.of(settings), self._store, settings.request_log)
 
     def __call__(self) -> None:
-        """Check each target once, or none if another process is checking; a failure does not prevent other checks."""
+        """Check each target once, unless another process is already checking.
+
+        A failed check does not prevent the checks of other targets.
+        """
         try:
             with hold_lock(self._lock, "the drift check"):
                 for target in production_targets(self._store):

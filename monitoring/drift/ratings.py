@@ -1,6 +1,6 @@
-"""Compare ratings of a version's answers with ratings of earlier versions' answers: the report on the signal `people`.
+"""Compare ratings of a version's answers with those of earlier versions: the report on the signal `people`.
 
-Only each person's first rating per day counts.
+Only a person's first rating of each day counts.
 """
 
 from collections.abc import Iterable, Sequence
@@ -27,12 +27,12 @@ _MAX_RATINGS = 1_000
 _SHOWN = 100
 _MIN_ACCEPTED = 50
 _SURE = 2.0
-"""Standard errors: shares up to the upper limit of the 95 % Wilson interval are normal. Unlike topics, ratings do not
-change with the hour."""
+"""Number of standard errors: shares up to the upper limit of the 95 % Wilson interval are normal. Unlike
+topics, ratings do not change with the hour."""
 
 
 class RatingFeature(StrEnum):
-    """The features of ratings; each is a line in the drift table."""
+    """The features of ratings. Each one is a row of the drift table."""
 
     BAD = "bad_ratings"
     CORRECTED = "corrections"
@@ -40,13 +40,13 @@ class RatingFeature(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class RatingState:
-    """State from which the next check continues.
+    """State from which the next check of ratings continues.
 
     Attributes:
-        cursor: time of the newest rating seen, microseconds since 1970.
-        memory: ids of the newest compared ratings.
-        base: the ratings to compare with, each a pair (bad, corrected); fixed once collected.
-        position: number of compared ratings.
+        cursor: time of the newest rating seen, in microseconds since 1970.
+        memory: ids of the newest ratings that were compared.
+        base: the ratings to compare with, as pairs (bad, corrected); they do not change once collected.
+        position: number of ratings compared so far.
     """
 
     cursor: int = 0
@@ -82,10 +82,10 @@ def check_ratings(
 
 
 def rating_sample(pairs: Sequence[tuple[bool, bool]]) -> Sample:
-    """Return ratings as a sample.
+    """Return ratings as a drift sample.
 
     Args:
-        pairs: whether a rating is bad, and whether it has a correction.
+        pairs: for each rating, whether it is bad and whether it includes a correction.
     """
     columns = {RatingFeature.BAD: [bad for bad, _ in pairs], RatingFeature.CORRECTED: [fixed for _, fixed in pairs]}
     categories = {name: [YES if value else NO for value in values] for name, values in columns.items()}
@@ -93,7 +93,7 @@ def rating_sample(pairs: Sequence[tuple[bool, bool]]) -> Sample:
 
 
 def rating_bets(reference: Sample) -> list[Bet]:
-    """Return a bet on more bad ratings, and one on more corrections. Improvements raise no alarm."""
+    """Return one bet on more bad ratings and one on more corrections. Improvements raise no alarm."""
     return [
         Bet(name, upper_limit(int((values == YES).sum()), reference.size, _SURE), partial(np.equal, YES))
         for name, values in reference.categories.items()
@@ -101,7 +101,7 @@ def rating_bets(reference: Sample) -> list[Bet]:
 
 
 def one_a_day(ratings: Iterable[RatedAnswer]) -> list[RatedAnswer]:
-    """Return the first rating per person and day (UTC), and all ratings of requests that name no person."""
+    """Return each person's first rating per day (UTC), plus all ratings of requests that name no person."""
     first, counted = [], set[tuple[str, object]]()
     for rating in ratings:
         key = rating.person, rating.given_at.date()
@@ -171,10 +171,10 @@ class _Ratings:
 
 
 def accept_ratings(store: Store, target: Target, state: RatingState, since: datetime) -> RatingState:
-    """Return the state that compares later ratings with the ratings since a time.
+    """Return a state that compares later ratings with those given since the given time.
 
     Raises:
-        RefusedError: too few ratings were given since then.
+        RefusedError: too few ratings have been given since then.
     """
     ratings = [r for r in one_a_day(read_ratings(store, target, newest=_MAX_RATINGS)) if r.given_at >= since]
     if len(ratings) < _MIN_ACCEPTED:

@@ -1,4 +1,4 @@
-"""Formats the output of `svc drift`, as text and as JSON."""
+"""Format the output of `svc drift` as text and as JSON."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -29,10 +29,10 @@ _COLOURS = {
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A request that shows an alarm's change.
+    """An example request that shows the change behind an alarm.
 
     Attributes:
-        prompt: the last user turn.
+        prompt: the request's last user message.
     """
 
     prompt: str
@@ -46,11 +46,11 @@ def drift_screen(
     alarms: Sequence[DriftAlarm],
     examples: Mapping[str, Example],
 ) -> RenderableType:
-    """Return the text that `svc drift` prints.
+    """Return the report that `svc drift` prints.
 
     Args:
-        alarms: newest first.
-        examples: requests that are still stored, by id.
+        alarms: the alarms, newest first.
+        examples: example requests that are still stored, keyed by request id.
     """
     parts: list[RenderableType] = [
         Text.assemble((str(target), "bold"), ": live traffic compared with the version's examples")
@@ -75,7 +75,7 @@ def drift_json(
     alarms: Sequence[DriftAlarm],
     examples: Mapping[str, Example],
 ) -> dict[str, Any]:
-    """Return the JSON output of `svc drift`, with all stored alarms."""
+    """Return the JSON output of `svc drift`, including all stored alarms."""
     return {
         "version": str(target.version),
         "format": target.format.value,

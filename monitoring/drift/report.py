@@ -1,4 +1,4 @@
-"""The result of a drift check, shown by `svc drift` as a table or JSON and exported as metrics."""
+"""The result of a drift check, which `svc drift` shows as a table or JSON and the exporter as metrics."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,25 +19,26 @@ class Status(StrEnum):
     """Status of a drift signal."""
 
     OFF = "off"
-    """The signal cannot be watched; the report has the reason."""
+    """The signal cannot be watched. The report gives the reason."""
     WAITING = "waiting"
-    """Too few requests or ratings so far."""
+    """Too few requests or ratings have arrived so far."""
     UNWATCHED = "unwatched"
-    """There is traffic, but none of it can be compared; the report has the reason."""
+    """There is traffic, but none of it can be compared. The report gives the reason."""
     STEADY = "steady"
     ALARM = "alarm"
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """The newest items' values of one feature, compared with the reference.
+    """One feature's values in the newest items, compared with the reference.
 
     Attributes:
         name: the feature's name, or `domain_classifier`.
-        score: size of the difference: for the classifier the area under its ROC curve (0.5: none), otherwise the
-            population stability index beyond its expected value by chance (0: none).
-        evidence: evidence for a change, on a logarithmic scale: 0 is none, 1 an alarm.
-        expected: the reference's median, or its share of the category that changed most.
+        score: size of the difference. For the classifier, it is the area under the ROC curve (0.5 means
+            none); otherwise the population stability index above its value expected by chance (0 means
+            none).
+        evidence: evidence for a change, on a logarithmic scale: 0 means none, 1 means an alarm.
+        expected: the reference's median, or the reference share of the category that changed most.
         live: the same value for the newest items.
     """
 
@@ -50,7 +51,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Lasting:
-    """An active alarm.
+    """An active alarm, as shown in reports.
 
     Attributes:
         since: time of the first item that shows the change.
@@ -62,15 +63,15 @@ class Lasting:
 
 @dataclass(frozen=True, slots=True)
 class SignalReport:
-    """The report on one signal.
+    """The report on one drift signal.
 
     Attributes:
         why: the reason for the status, or a note.
-        items: requests, or ratings, compared since the version was first served.
+        items: number of requests or ratings compared since the version was first served.
         window: number of newest items that `lines` describe.
         alarms: the active alarms.
-        uncompared: features without values in the newest items.
-        newest_at: time when the newest item started or was rated.
+        uncompared: features that have no values in the newest items.
+        newest_at: time at which the newest request started or the newest rating was given.
     """
 
     signal: Signal
@@ -85,7 +86,7 @@ class SignalReport:
 
 
 def feature_line(name: str, evidence: float, reference: Sample, live: Sample) -> Line | None:
-    """Return the line for a readable feature; None if the live items have no values."""
+    """Return the line for a readable feature, or None if the live items have no values for it."""
     if name in reference.numbers:
         expected, actual = reference.numbers[name], live.numbers[name]
         if np.isnan(actual).all():
@@ -102,7 +103,7 @@ def feature_line(name: str, evidence: float, reference: Sample, live: Sample) ->
 
 
 def most_moved(name: str, reference: Sample, live: Sample) -> list[int]:
-    """Return the indexes of the live items, up to `EXAMPLES`, that are farthest from the reference in a feature.
+    """Return the indexes of up to `EXAMPLES` live items whose feature value is farthest from the reference.
 
     Among equally distant items, the newest come first.
     """
@@ -111,7 +112,7 @@ def most_moved(name: str, reference: Sample, live: Sample) -> list[int]:
 
 
 def _distances(name: str, reference: Sample, live: Sample) -> list[float]:
-    """Return the negative distances of the live items from the reference in a feature: smaller is farther."""
+    """Return the negative distance of each live item's feature value from the reference: smaller is farther."""
     if name in live.numbers:
         values = live.numbers[name]
         return list(-np.nan_to_num(np.abs(values - np.nanmedian(reference.numbers[name])), nan=-1.0))

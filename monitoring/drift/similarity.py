@@ -1,7 +1,7 @@
-"""Similarity of prompts, and a kernel classifier that distinguishes live prompts from the reference.
+"""Prompt similarity, and a kernel classifier that distinguishes live prompts from the reference.
 
-The classifier's score is the mean similarity to live prompts minus that to the reference: the witness of the maximum
-mean discrepancy (Gretton et al. 2012).
+The classifier's score is the mean similarity to live prompts minus the mean similarity to the reference:
+the witness of the maximum mean discrepancy (Gretton et al. 2012).
 """
 
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ from svc.drift_reference.sample import Floats
 
 
 class Similarity:
-    """Computes the similarity of two prompts, 0 to 1: the mean of Gaussian kernels, one per view.
+    """Computes the similarity of two prompts, from 0 to 1: the mean of Gaussian kernels, one per view.
 
-    The width is the median distance within the reference, as usual; for a view of answers 0.55 of it, since answers
-    form groups.
+    As usual, the kernel width is the median distance within the reference. For a view of answers, it is 0.55
+    times that distance, because answers form groups.
 
     Args:
-        reference: prompts x axes, one array per view.
-        widths: in median distances, one per view.
+        reference: the reference prompts, as one array (prompts x axes) per view.
+        widths: kernel widths as multiples of the median distance, one per view.
     """
 
     def __init__(self, reference: Sequence[Floats], widths: Sequence[float]) -> None:
@@ -31,7 +31,7 @@ class Similarity:
         ]
 
     def __call__(self, ones: Sequence[Floats], others: Sequence[Floats]) -> Floats:
-        """Return the similarities (ones x others)."""
+        """Return the similarities between two groups of prompts (ones x others)."""
         views = [
             np.exp(-_squared_distances(one, other) / scale)
             for one, other, scale in zip(ones, others, self._scales, strict=True)
@@ -41,12 +41,12 @@ class Similarity:
 
 
 def separation(similarities: Floats, live: int) -> float:
-    """Return the area under the ROC curve of the classifier: 0.5 is no distinction, 1 a perfect one.
+    """Return the area under the classifier's ROC curve: 0.5 means no distinction, 1 a perfect one.
 
-    Each prompt is classified by all others.
+    Each prompt is classified by means of all other prompts.
 
     Args:
-        similarities: of all prompts with each other: the reference's, then the live ones.
+        similarities: similarities between all prompts, the reference's first, then the live ones.
         live: number of live prompts.
     """
     from sklearn.metrics import roc_auc_score
@@ -57,13 +57,19 @@ def separation(similarities: Floats, live: int) -> float:
 
 
 def typical(similarities: Floats, live: int, count: int) -> list[int]:
-    """Return the indexes of the most typical live prompts: similar to live ones, and not to the reference."""
+    """Return the indexes of the most typical live prompts.
+
+    These are the prompts most similar to other live prompts and least similar to the reference.
+    """
     scores = _scores(similarities, live)[-live:]
     return [int(place) for place in np.argsort(-scores, kind="stable")[:count]]
 
 
 def _scores(similarities: Floats, live: int) -> Floats:
-    """Return the mean similarity to live prompts minus that to the others; both without the prompt itself."""
+    """Return each prompt's mean similarity to live prompts minus its mean similarity to the reference.
+
+    A prompt's similarity to itself is excluded from both means.
+    """
     others = len(similarities) - live
     without = similarities - np.diag(np.diag(similarities))
     is_live = np.arange(len(similarities)) >= others

@@ -1,4 +1,4 @@
-"""Size of a readable feature's shift: the population stability index (PSI)."""
+"""Size of the shift of a readable feature: the population stability index (PSI)."""
 
 from dataclasses import dataclass
 
@@ -14,12 +14,12 @@ _HALF = 0.5  # added to counts, so that an empty bin does not make the index inf
 @dataclass(frozen=True, slots=True)
 class Stability:
     """The population stability index: the size of a shift, not its certainty. By convention, values above 0.2
-    are a shift.
+    count as a shift.
 
     Attributes:
-        index: the conventional index.
-        by_chance: its mean without a shift, which is large for small samples: (bins - 1) times the sum of the inverse
-            sizes (Yurdakul and Naranjo 2020).
+        index: the population stability index itself.
+        by_chance: mean of the index without a shift, which is large for small samples: (bins - 1) times the
+            sum of the inverse sample sizes (Yurdakul and Naranjo 2020).
     """
 
     index: float
@@ -27,12 +27,15 @@ class Stability:
 
     @property
     def beyond_chance(self) -> float:
-        """Return `index` minus `by_chance`, at least 0: comparable with conventional limits for samples of any size."""
+        """Return `index` minus `by_chance`, but at least 0.
+
+        The result can be compared with the conventional limits for samples of any size.
+        """
         return max(0.0, self.index - self.by_chance)
 
 
 def number_stability(reference: Floats, live: Floats) -> Stability:
-    """Return the index over bins at the reference's deciles; missing values are ignored."""
+    """Return the stability index over bins bounded by the reference's deciles, ignoring missing values."""
     reference, live = reference[~np.isnan(reference)], live[~np.isnan(live)]
     if not len(reference) or not len(live):
         return Stability(0.0, 0.0)
@@ -45,7 +48,7 @@ def number_stability(reference: Floats, live: Floats) -> Stability:
 
 
 def category_stability(reference: Names, live: Names) -> Stability:
-    """Return the index over all categories in either sample; missing values are ignored."""
+    """Return the stability index over all categories found in either sample, ignoring missing values."""
     reference, live = reference[reference != NOT_THERE], live[live != NOT_THERE]
     if not len(reference) or not len(live):
         return Stability(0.0, 0.0)

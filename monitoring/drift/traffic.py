@@ -1,4 +1,4 @@
-"""Run the stored features of a version's requests through the detector: the reports on input and output."""
+"""Run the stored features of a version's requests through the detector to report on input and output."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,24 +19,25 @@ from svc.store.drift_items import StoredItem
 
 SIGNALS = (Signal.INPUT, Signal.OUTPUT)
 _SHOWN = 100
-"""Number of newest requests described by a report's lines and an alarm's examples."""
+"""Number of newest requests that a report's lines and an alarm's examples describe."""
 _MIN_SHOWN = 10
 _TOGETHER = 500
-"""Number of new requests processed together: time and memory grow with the square of this number."""
+"""Number of new requests processed at once. Time and memory grow with the square of this number."""
 _MIN_SEEN = 200
-"""Number of requests from which on the share of compared requests is meaningful."""
+"""Number of requests from which the share of compared requests is meaningful."""
 _FEW_KEPT, _NONE_KEPT = 0.2, 0.02
-"""Compared shares of the newest 1,000 requests: below the first, a note is shown; below the second, the watch stops."""
+"""Minimum shares of the newest 1,000 requests that are compared: below the first share, a note is shown;
+below the second, the signal is no longer watched."""
 _MIN_ACCEPTED, _MAX_ACCEPTED = 50, 500
 """Minimum and maximum number of requests in an accepted baseline."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrafficState:
-    """State from which the next check continues.
+    """State from which the next traffic check continues.
 
     Attributes:
-        cursor: id of the newest item seen.
+        cursor: id of the newest item seen so far.
         kept: ids of the newest counted items.
     """
 
@@ -51,7 +52,8 @@ def check_traffic(
     """Check new items, start and end alarms, and return the new state and the reports.
 
     Args:
-        items: stored items in order: those of `state.kept`, the newest seen, and the new ones.
+        items: stored items in order: those in `state.kept`, the newest items already seen, and the new
+            items.
     """
     new = [item for item in items if item.id > state.cursor]
     for start in range(0, max(1, len(new)), _TOGETHER):
@@ -68,7 +70,7 @@ def _take(
     new: Sequence[StoredItem],
     alarms: AlarmBook,
 ) -> tuple[TrafficState, "_Traffic", Mapping[str, float]]:
-    """Check a part of the new items."""
+    """Check some of the new items, and return the new state, the traffic and the evidence per feature."""
     kept = frozenset(state.kept)
     before = [item for item in items if item.id in kept]
     seen = [Seen(item.item.words, item.client) for item in items if item.id <= state.cursor][-SEEN:]
@@ -88,7 +90,7 @@ def _take(
 
 
 def requests_of(items: Sequence[StoredItem], detector: Detector) -> Requests:
-    """Return stored items as input of the detector."""
+    """Return stored items as requests for the detector."""
     features = [item.item for item in items]
     return Requests(
         prompt_sample(features, detector.prompts),
@@ -101,10 +103,10 @@ def requests_of(items: Sequence[StoredItem], detector: Detector) -> Requests:
 
 
 def accepted_baseline(detector: Detector, state: TrafficState, items: Sequence[StoredItem]) -> Baseline:
-    """Return the requests since the newest alarm began as the baseline for later ones.
+    """Return the requests counted since the newest alarm began, as the baseline for later requests.
 
     Raises:
-        RefusedError: too few requests were counted since then.
+        RefusedError: too few requests have been counted since then.
     """
     since = max(feature.alarm.since for feature in state.watch.features.values() if feature.alarm)
     count = min(state.watch.kept - since + 1, _MAX_ACCEPTED)
@@ -121,10 +123,10 @@ def accepted_baseline(detector: Detector, state: TrafficState, items: Sequence[S
 
 @dataclass(frozen=True)
 class _Traffic:
-    """The counted requests after a check.
+    """The counted requests as of the end of a check.
 
     Attributes:
-        items, requests: the newest ones in order, as stored items and as input of the detector.
+        items, requests: the newest counted requests in order, as stored items and as detector input.
     """
 
     detector: Detector
@@ -134,11 +136,11 @@ class _Traffic:
 
     @property
     def _first(self) -> int:
-        """Number of counted requests before the first of `items`."""
+        """Number of requests counted before the first of `items`."""
         return self.watch.kept - len(self.items)
 
     def note(self, event: Event, alarms: AlarmBook) -> None:
-        """Start or end an alarm."""
+        """Start or end an alarm, as the event says."""
         signal = self.detector.signals[event.feature]
         stop = event.position - self._first
         if event.alarm is None:
@@ -198,7 +200,7 @@ class _Traffic:
 
 
 def _status(watch: Watch, shown: int, *, compared: bool) -> tuple[Status, str]:
-    """Return the status of a signal without an alarm, and the reason.
+    """Return the status of a signal without an alarm, and the reason for the status.
 
     Args:
         shown: number of newest requests that are still stored.

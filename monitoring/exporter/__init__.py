@@ -1,1 +1,1 @@
-"""`svc monitor`: metrics of the server, versions, training and drift on one page."""
+"""`svc monitor`: exports metrics of the server, versions, training and drift on one page."""

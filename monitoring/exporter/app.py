@@ -1,7 +1,7 @@
-"""`svc monitor`: one page with the metrics of the server, versions, training runs, drift, keys and backups.
+"""`svc monitor`: one page with metrics of the server, versions, training runs, drift, keys and backups.
 
-The monitor is a separate process, so that it survives the server's exit. A monitor on another machine has only the
-server's own metrics.
+The monitor is a separate process, so that it outlives the server. A monitor on another machine exports
+only the server's own metrics.
 """
 
 import socket
@@ -40,14 +40,15 @@ def exporting(
     checking: bool = False,
     certificate: Path | None = None,
 ) -> Iterator[str]:
-    """Serve /metrics while the `with` body runs; yield the URL of the page.
+    """Serve /metrics while the `with` body runs, and yield the page's URL.
 
     Args:
-        home: folder with the training runs.
-        find_server: returns the server's current address; raises ServerNotRunningError.
-        port: 0 for any free port.
+        home: folder that contains the training runs.
+        find_server: returns the server's current address, or raises ServerNotRunningError if no server is
+            running.
+        port: port to listen on; 0 selects any free port.
         checking: whether drift checks run.
-        certificate: the server's certificate, in PEM; None if it has none.
+        certificate: the server's certificate file in PEM format, or None if it has none.
 
     Raises:
         BusyError: the port is in use.
@@ -78,10 +79,10 @@ def exporting(
 
 
 def _page(metrics: CollectorRegistry) -> "WSGIApplication":
-    """Return prometheus_client's page, with vLLM's metric names unchanged in OpenMetrics too.
+    """Return prometheus_client's metrics page, with vLLM's metric names unchanged in OpenMetrics too.
 
-    Its OpenMetrics encoder writes `vllm:` as `vllm_` unless the request accepts UTF-8 names; so this is added to the
-    `Accept` header of every request.
+    Its OpenMetrics encoder writes `vllm:` as `vllm_` unless the request accepts UTF-8 names, so this option
+    is added to every request's `Accept` header.
     """
     page = make_wsgi_app(metrics)
 

@@ -1,6 +1,7 @@
-"""Expiry times of the server's certificate and keys, and the time of the last backup of the home.
+"""Expiry times of the server's certificate and keys, and the time of the home's last backup.
 
-All are timestamps, not ages, so that they stay correct while the exporter's page is cached.
+All of them are timestamps rather than ages, so that they stay correct while the exporter's page is
+cached.
 """
 
 import logging
@@ -22,10 +23,10 @@ log = logging.getLogger(__name__)
 
 
 class DeadlineMetrics(Collector):
-    """Collector that reads the certificate's file and the store at each scrape.
+    """Collector that reads the certificate file and the store on each scrape.
 
     Args:
-        certificate: PEM file that starts with the server's own certificate; None if the server has none.
+        certificate: PEM file that starts with the server's own certificate, or None if the server has none.
     """
 
     def __init__(self, store: Store, certificate: Path | None) -> None:
@@ -33,7 +34,7 @@ class DeadlineMetrics(Collector):
         self._certificate = certificate
 
     def collect(self) -> Iterable[Metric]:
-        """Return the metrics; times that are unknown or cannot be read are left out."""
+        """Return the metrics, omitting times that are unknown or cannot be read."""
         certificate = GaugeMetricFamily(
             "svc_certificate_expiry_timestamp_seconds", "When the server's certificate expires", labels=[]
         )
@@ -56,9 +57,9 @@ class DeadlineMetrics(Collector):
         return certificate, key, backup
 
     def _newest_backup(self) -> float | None:
-        """Return the time of the newest backup; None before the first one.
+        """Return the time of the newest backup, or None if there is no backup yet.
 
-        If its folder cannot be read, this is the time at which `svc backup` started.
+        If the backup's folder cannot be read, this is the time at which `svc backup` started.
         """
         event = next(iter(read_events(self._store, newest=1, action=Action.BACKUP)), None)
         if event is None:
@@ -72,11 +73,11 @@ class DeadlineMetrics(Collector):
 
 
 def _expiry(certificate: Path) -> float:
-    """Return the expiry time of a file's first certificate.
+    """Return the expiry time of the first certificate in a file.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: the file has no certificate in PEM.
+        ValueError: the file contains no certificate in PEM format.
     """
     from cryptography.x509 import load_pem_x509_certificate
 

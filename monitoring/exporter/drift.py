@@ -1,4 +1,4 @@
-"""Metrics of the production versions' drift and held-out quality, from the newest drift checks and held-out runs."""
+"""Metrics of drift and held-out quality for the production versions, from their newest checks and runs."""
 
 import logging
 from collections.abc import Iterable, Iterator
@@ -39,17 +39,17 @@ _GAUGES = {
     "svc_holdout_examples": ("Held-out examples in the newest run", []),
     "svc_holdout_run_timestamp_seconds": ("End of the newest run of the held-out set, by outcome", ["outcome"]),
 }
-"""Each gauge's help text, and its labels after `model` and `version`."""
+"""Each gauge's help text, and its labels besides `model` and `version`."""
 _Sample = tuple[str, list[str], float]
-"""A gauge, the values of its labels in `_GAUGES`, and its value."""
+"""One gauge sample: the gauge's name, its label values in the order of `_GAUGES`, and the value."""
 
 
 class DriftMetrics(Collector):
     """Collector that reads the results of drift checks and held-out runs from the store.
 
     Args:
-        checking: whether drift checks run; if so, a version that was never checked has 0 as the time of its last check,
-            otherwise no time.
+        checking: whether drift checks run. If they do, a version that was never checked has 0 as the time of
+            its last check. If they do not, it has no such time.
     """
 
     def __init__(self, registry: Registry, store: Store, *, checking: bool = True) -> None:
@@ -63,7 +63,7 @@ class DriftMetrics(Collector):
         self._quality_after = quality_after
 
     def collect(self) -> Iterable[Metric]:
-        """Return the metrics of all versions in production whose results can be read."""
+        """Return the metrics of all production versions whose results can be read."""
         families = {
             name: GaugeMetricFamily(name, text, labels=["model", "version", *labels])
             for name, (text, labels) in _GAUGES.items()

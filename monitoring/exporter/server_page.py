@@ -1,7 +1,7 @@
-"""The server's own metrics page, passed through with the same names, and whether the server answered.
+"""The server's own metrics page, passed through with unchanged names, and whether the server responded.
 
-A server that answers with something other than metrics may still serve clients: it counts as up, with an unreadable
-page.
+A server that responds with something other than metrics may still serve clients, so it counts as up,
+with an unreadable page.
 """
 
 import logging
@@ -20,22 +20,22 @@ from svc.remote.server_url import ServerAddress
 log = logging.getLogger(__name__)
 
 _TIMEOUT_S = 4.0
-"""Well below Prometheus' timeout of ten seconds, so that a scrape can report that the server is down."""
+"""Timeout well below Prometheus' ten seconds, so that a scrape can still report that the server is down."""
 _OPENMETRICS = {"accept": "application/openmetrics-text; version=1.0.0; escaping=allow-utf-8"}
 
 
 class ServerPage(Collector):
-    """Collector that fetches the server's page at each scrape.
+    """Collector that fetches the server's metrics page on each scrape.
 
     Args:
-        find: returns the server's current address; raises ServerNotRunningError if none runs.
+        find: returns the server's current address; raises ServerNotRunningError if none is running.
     """
 
     def __init__(self, find: Callable[[], ServerAddress]) -> None:
         self._find = find
 
     def collect(self) -> Iterable[Metric]:
-        """Yield three metrics of this scrape, then the server's metrics if they can be read."""
+        """Yield three metrics about this scrape, then the server's metrics if they can be read."""
         started = time.monotonic()
         answer = self._ask()
         seconds = time.monotonic() - started
@@ -47,7 +47,10 @@ class ServerPage(Collector):
         yield from families or ()
 
     def _ask(self) -> httpx.Response | None:
-        """Return the server's answer; None if it is late or missing, or its status is 5xx, such as a proxy's 502."""
+        """Return the server's response.
+
+        The result is None if the response is late or missing, or has a 5xx status, such as a proxy's 502.
+        """
         try:
             with self._find().client(_TIMEOUT_S) as client:
                 # OpenMetrics is the only text format with exemplars.
@@ -61,7 +64,7 @@ class ServerPage(Collector):
 
 
 def _families(answer: httpx.Response) -> list[Metric] | None:
-    """Return the metrics of a page; None if they cannot be read."""
+    """Return the metrics on a page, or None if they cannot be read."""
     try:
         answer.raise_for_status()
         families: list[Metric] = list(text_string_to_metric_families(answer.text))  # type: ignore[no-untyped-call]

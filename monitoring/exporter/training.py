@@ -1,8 +1,8 @@
-"""Metrics of training: which models are being trained, and the figures of each model's newest run.
+"""Training metrics: which models are being trained, and the figures of each model's newest run.
 
-Active runs are found by their locks: MLflow receives data during training only, not during merging, evaluation and
-quantization, and a killed run stays open there. Figures come from MLflow; those of other homes that share it are
-included, but their runs never count as active.
+Active runs are detected by their locks, because MLflow receives data only during training, not during
+merging, evaluation and quantization, and because a killed run stays open in MLflow. The figures come
+from MLflow. Runs of other homes that share the same MLflow are included, but they never count as active.
 """
 
 import logging
@@ -40,11 +40,11 @@ _GAUGES = {
 
 
 class TrainingMetrics(Collector):
-    """Collector of the training metrics, with one sample per model.
+    """Collector for the training metrics, with one sample per model.
 
     Args:
-        registry: its MLflow has the figures of the runs.
-        home: folder with the training runs.
+        registry: the registry whose MLflow stores the figures of the runs.
+        home: folder that contains the training runs.
     """
 
     def __init__(self, registry: Registry, home: Path) -> None:
@@ -52,10 +52,10 @@ class TrainingMetrics(Collector):
         self._home = home
 
     def collect(self) -> Iterable[Metric]:
-        """Return the metrics of all models.
+        """Return the training metrics of all models.
 
-        Metrics whose source, the home or MLflow, cannot be read are left out, because an error here would also lose the
-        server's metrics.
+        Metrics are omitted if their source, the home or MLflow, cannot be read, because an error here would also
+        lose the server's metrics.
         """
         families = {name: GaugeMetricFamily(name, text, labels=["model"]) for name, text in _GAUGES.items()}
         try:
@@ -80,7 +80,7 @@ class TrainingMetrics(Collector):
         return families.values()
 
     def _figures(self, running: Sequence[TrainingRun]) -> dict[str, RunFigures]:
-        """Return the figures of each model's active run, or else of its newest run; none if MLflow does not answer."""
+        """Return the figures of each model's active or else newest run. Empty if MLflow does not respond."""
         figures = {}
         try:
             for name in self._tracking.experiments():

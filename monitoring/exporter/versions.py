@@ -1,4 +1,4 @@
-"""Metrics of registered versions: creation time, size and evaluation."""
+"""Metrics of registered versions: their creation time, size and evaluation."""
 
 import logging
 from collections.abc import Collection, Iterable
@@ -17,7 +17,8 @@ from svc.version import VersionId
 log = logging.getLogger(__name__)
 
 SHOWN_VERSIONS = 20
-"""Maximum number of versions per model, the newest: a registry grows without limit, the metrics page must not."""
+"""Maximum number of versions shown per model, newest first. A registry can grow without limit, but the
+metrics page must not."""
 BASE = "base"
 _SHOWN_DIGITS = 12  # of a held-out set's fingerprint: enough to distinguish the sets of one registry
 
@@ -33,7 +34,7 @@ _GAUGES = (
 
 
 class VersionMetrics(Collector):
-    """Collector that reads each manifest once: a version never changes."""
+    """Collector that reads each manifest only once, because a version never changes."""
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
@@ -68,7 +69,10 @@ class VersionMetrics(Collector):
         return self._manifests.values()
 
     def _manifest(self, version: VersionId) -> Manifest | None:
-        """Return a version's manifest; None if it cannot be read or was removed, so that the others are still shown."""
+        """Return a version's manifest, or None if it cannot be read or was removed.
+
+        The other versions are still shown in that case.
+        """
         try:
             return self._manifests.get(version) or self._registry.manifest(version)
         except (IntegrityError, NotFoundError):
@@ -77,7 +81,7 @@ class VersionMetrics(Collector):
 
 
 def heldout_set(fingerprint: str, examples: int) -> str:
-    """Return a short name of the evaluated examples; only results with the same name can be compared.
+    """Return a short name for the evaluated examples. Only results with the same name are comparable.
 
     Args:
         fingerprint: hash of the complete held-out set, `sha256:<hex>`.
@@ -87,7 +91,7 @@ def heldout_set(fingerprint: str, examples: int) -> str:
 
 
 def _estimates(report: EvaluationReport) -> dict[str, Interval]:
-    """Return the results of an evaluation by metric, without metrics that were not measured."""
+    """Return an evaluation's results, keyed by metric, without metrics that were not measured."""
     figures = {"exact_match": report.exact_match, "valid_json": report.valid_json, "nll": report.nll}
     figures |= {name: figure.estimate for name, figure in report.figures.items()}
     return {name: estimate for name, estimate in figures.items() if estimate is not None}

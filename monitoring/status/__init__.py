@@ -1,1 +1,1 @@
-"""`svc status`: the state and figures of a running server, as values and on a screen."""
+"""`svc status`: the state and figures of a running server, as Python values and as a screen."""

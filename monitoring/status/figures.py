@@ -1,6 +1,6 @@
-"""Figures of a running server, read from its metrics page: the same numbers that Prometheus scrapes.
+"""Figures of a running server, read from its metrics page. They are the numbers that Prometheus scrapes.
 
-This module depends only on the names of the metrics (docs/metrics.md).
+This module depends only on the metric names (docs/metrics.md).
 """
 
 import re
@@ -13,23 +13,23 @@ from prometheus_client.parser import text_string_to_metric_families
 
 QUANTILES = ("0.5", "0.95", "0.99")
 SERVER_FAULTS: Final = "overloaded|queue_.*|engine_.*|internal_error"
-"""Pattern of the reasons that are faults of the server; as in Prometheus, it matches the whole `reason` label of
-`svc_request_errors_total`.
+"""Pattern for error reasons that are faults of the server. As in Prometheus, it must match the whole
+`reason` label of `svc_request_errors_total`.
 
 Client errors (400, 404, 413, a closed connection) say nothing about a server or a version. The alert rules
-(deploy/prometheus/rules) and the dashboards repeat the pattern; docs/metrics.md explains each reason.
-"""
+(deploy/prometheus/rules) and the dashboards repeat this pattern. docs/metrics.md explains each reason."""
 
 
 @dataclass(slots=True)
 class VersionFigures:
-    """Figures of one version since the server started; after a day without requests they start again at 0.
+    """Figures of one version since the server started. They restart at 0 after a day without requests.
 
     Attributes:
-        requests: finished requests, with any status.
+        requests: finished requests, regardless of their status.
         errors: requests that failed through a fault of the server, including broken streams.
-        duration_s: seconds until an answer was complete: a value for each of `QUANTILES`, over the last 5 minutes.
-        first_token_s: the same, until the first token of a streamed answer.
+        duration_s: seconds until an answer was complete, one value per entry of `QUANTILES`, over the last 5
+            minutes.
+        first_token_s: seconds until the first token of a streamed answer, in the same form.
     """
 
     version: str
@@ -46,8 +46,8 @@ class Figures:
     """Figures of all versions on a metrics page.
 
     Attributes:
-        versions: by name, such as `tickets@2`.
-        errors: failed requests by reason, including client errors and requests that no version took.
+        versions: figures of each version, keyed by its name, such as `tickets@2`.
+        errors: failed requests by reason, including client errors and requests that reached no version.
     """
 
     versions: dict[str, VersionFigures]
@@ -56,13 +56,13 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """One reading of a server.
+    """One reading of a server's status, figures and drift.
 
     Attributes:
-        state: the answer of /svc/status.
-        figures: read from its metrics page.
-        drift: for each model, the statuses of its drift signals and of its held-out quality; empty for a model that was
-            not checked, and for a remote server.
+        state: the response of /svc/status.
+        figures: the figures read from the server's metrics page.
+        drift: for each model, the statuses of its drift signals and held-out quality. Empty for a model that
+            was not checked, and for a remote server.
     """
 
     url: str
@@ -79,10 +79,10 @@ class Rate(NamedTuple):
 
 
 def read_figures(exposition: str, models: Collection[str] = ()) -> Figures:
-    """Return the figures of a page in Prometheus' text format.
+    """Return the figures on a page in Prometheus' text format.
 
     Args:
-        models: names of the models to read; if empty, all, including requests for unknown models.
+        models: names of the models to read; if empty, all are read, including requests for unknown models.
     """
     versions: dict[str, VersionFigures] = {}
     errors = Counter[str]()
@@ -115,7 +115,9 @@ def _add(figures: VersionFigures, metric: str, labels: Mapping[str, str], value:
 
 
 def rates_between(before: Figures, now: Figures, seconds: float) -> dict[str, Rate]:
-    """Return each version's rates between two readings; a version whose counters fell has none: the server restarted.
+    """Return each version's rates between two readings.
+
+    A version whose counters fell is left out, because the server restarted in between.
 
     Args:
         seconds: time between the readings.

@@ -1,4 +1,4 @@
-"""The screen of `svc status`."""
+"""Render the screen that `svc status` shows."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,10 +13,10 @@ _DRIFT_COLOURS = {"alarm": "red", "changed": "red", "steady": "green", "as_regis
 
 
 def status_screen(look: Look, rates: Mapping[str, Rate] | None = None, *, verbose: bool = False) -> RenderableType:
-    """Return the screen of `svc status`.
+    """Return the screen that `svc status` shows.
 
     Args:
-        rates: each version's requests and tokens per second; None after a single reading, which gives no rates.
+        rates: each version's requests and tokens per second, or None if there was only one reading.
         verbose: also show the settings of each model's engine, with their origins and reasons.
     """
     state, figures = look.state, look.figures

@@ -1,12 +1,13 @@
-"""Admission between HTTP and the engines: counts running requests, and queues requests while no engine accepts them.
+"""Admission between HTTP and the engines: counts running requests and queues requests that have to wait.
 
-While an engine is changed and no other accepts requests, new requests wait, and each is answered by a single
-version. When all slots are taken, requests with a key wait too, and share free slots by the weights of their keys. A
-request without a key is then rejected, unless others are already queued: in that case it is queued too, with a share.
-The queue and the wait are bounded, because clients could grow them. The server's own requests have a separate slot and
-yield to every other request. Knows nothing of HTTP, of versions, or of why an engine is changed.
+While an engine is being changed and no other one accepts requests, new requests wait, and each is
+answered by a single version. When all slots are taken, requests with a key wait too, and free slots are
+shared according to the weights of their keys. A request without a key is then rejected, unless other
+requests are already queued: in that case it is queued too, with a share. The queue and the wait are
+bounded, because clients could make them grow. The server's own requests have a separate slot and yield
+to every other request. This module knows nothing of HTTP, of versions, or of why an engine is changed.
 
-One event loop, no locks: every change of state happens between two awaits.
+There is one event loop and there are no locks: every change of state happens between two awaits.
 """
 
 import asyncio
@@ -33,19 +34,20 @@ _ENDED_POLL_S = 0.05
 class Admission:
     """Decides which requests run in the engine, are queued or are rejected.
 
-    Three facts decide: whether an engine accepts requests, whether one is being changed (a swap), and whether all
-    slots or all tokens are taken: a request counts with its maximum number of tokens, since it can ask for hundreds
-    of answers. If no engine accepts requests, requests are queued while one is being changed (admission is closed),
-    even during a swap that restarts the engine; otherwise requests are rejected. Initially there is no engine.
+    The decision depends on whether an engine accepts requests, whether an engine is being changed (a swap),
+    and whether all slots or all tokens are taken. A request counts with its maximum number of tokens, since
+    it can ask for hundreds of answers. If no engine accepts requests, requests are queued while one is being
+    changed (admission is closed), even during a swap that restarts the engine; otherwise requests are
+    rejected. Initially there is no engine.
 
     Attributes:
         max_running: maximum number of requests in the engine.
         max_tokens: maximum number of tokens that the running requests' answers may have in total.
         max_queued: maximum number of queued requests.
-        queue_timeout_s: a request's longest wait in the queue, seconds.
-        wake_timeout_s: longest wait for an engine that was stopped because it was idle, seconds.
+        queue_timeout_s: a request's longest wait in the queue, in seconds.
+        wake_timeout_s: longest wait for an engine that was stopped because it was idle, in seconds.
         running: number of requests in the engine.
-        closed_s: how long admission was closed in the last change, seconds; None if it never was.
+        closed_s: how long admission was closed during the last change, in seconds, or None if it never was.
         queue: the queued requests.
         background_slot: the slot for the server's own requests.
     """
@@ -71,7 +73,7 @@ class Admission:
 
     @property
     def queued(self) -> int:
-        """Number of requests that wait, for a slot or for an adapter."""
+        """Number of requests waiting for a slot or for an adapter."""
         return len(self.queue) + self._preparing
 
     @property
@@ -80,17 +82,17 @@ class Admission:
 
     @property
     def idle_s(self) -> float:
-        """Seconds since a request last ran or waited, or since an engine became ready; 0 while a request does."""
+        """Seconds since a request last ran or waited, or since an engine became ready; 0 if one runs or waits now."""
         return 0.0 if self.running or self.queue or self._preparing else time.monotonic() - self._idle_since
 
     @property
     def unavailable_reason(self) -> str | None:
-        """Why there is no engine; None if there is one, or if it is being changed or will be started on demand."""
+        """Why there is no engine. None if there is one, or if it is being changed or will be started on demand."""
         return None if self._asleep else self._unavailable
 
     @contextmanager
     def preparing(self) -> Iterator[None]:
-        """Count a request that waits before it takes a slot, so that the model is not considered idle."""
+        """Count a request that is waiting before it takes a slot, so that the model is not considered idle."""
         self._preparing += 1
         try:
             yield
@@ -99,10 +101,10 @@ class Admission:
             self._idle_since = time.monotonic()
 
     async def enter(self, tokens: int, party: Party, *, may_wait: bool = False) -> None:
-        """Take a slot until `leave`; if none is free, wait for one.
+        """Take a slot until `leave` is called. If no slot is free, wait for one.
 
         Args:
-            tokens: maximum number of tokens in the answers; the cost of the slot.
+            tokens: maximum number of tokens in the answers, which is the cost of the slot.
             party: the tenant that sent the request.
             may_wait: queue the request like requests with a key, because it has already waited for an adapter.
 
@@ -122,16 +124,16 @@ class Admission:
             await self._wait(tokens, party)
 
     async def ended(self) -> None:
-        """Wait until no request runs or waits. Only useful when no new requests arrive."""
+        """Wait until no request is running or waiting. This is only useful when no new requests arrive."""
         while self.running or self.queue or self._preparing:
             await asyncio.sleep(_ENDED_POLL_S)
 
     @asynccontextmanager
     async def changing(self) -> AsyncIterator[None]:
-        """Queue requests instead of rejecting them while an engine is changed in the body and no other accepts them.
+        """While the body changes an engine and no other engine accepts requests, queue them instead of rejecting.
 
         Raises:
-            RuntimeError: an engine is being changed already; swaps run one at a time.
+            RuntimeError: an engine is already being changed; swaps run one at a time.
         """
         if self._changing:
             raise RuntimeError("an engine is being changed already")
@@ -144,23 +146,23 @@ class Admission:
             self._settle()
 
     def sleep(self) -> None:
-        """Queue requests while no engine accepts them, for at most `wake_timeout_s`; the first triggers a start."""
+        """Queue requests for at most `wake_timeout_s` while no engine accepts them. The first one starts an engine."""
         self._asleep = True
         self._settle()
 
     def wake(self) -> None:
-        """Undo `sleep`: while no engine accepts requests, reject them, including those already queued."""
+        """Undo `sleep`: while no engine accepts requests, reject both new and already queued requests."""
         self._asleep = False
         self._settle()
 
     def unavailable(self, reason: str | None) -> None:
         """Record that no engine accepts requests, and cancel the server's own request.
 
-        Queued and new requests are rejected, or wait while admission is closed.
+        Queued and new requests are rejected, unless admission is closed, in which case they wait.
 
         Args:
-            reason: shown to clients, so without paths, such as "the engine is starting"; None for an engine that is
-                being changed.
+            reason: shown to clients, so it contains no paths, such as "the engine is starting". None for an
+                engine that is being changed.
         """
         self._ready, self._unavailable = False, reason or self._unavailable
         self.background_slot.end()
@@ -174,7 +176,7 @@ class Admission:
         self._settle()
 
     def _settle(self) -> None:
-        """Apply a change of state to queued requests, the background slot and the time of closed admission."""
+        """Apply a change of state to the queued requests, the background slot and the closed time."""
         now = time.monotonic()
         if self._closed and self._closed_at is None:
             self._closed_at = now
@@ -185,7 +187,7 @@ class Admission:
         self._show()
 
     def _enter(self, tokens: int, party: Party, may_wait: bool) -> bool:
-        """Take a slot; return False if the request must be queued; raise if it is rejected."""
+        """Take a slot. Return False if the request must be queued, and raise if it is rejected."""
         if not self._ready:
             raise self._no_engine()
         if self.queue:
@@ -210,7 +212,7 @@ class Admission:
         )
 
     def _take_place(self, tokens: int) -> bool:
-        """Take a slot; return False if none is free."""
+        """Take a slot, or return False if no slot is free."""
         if self.running >= self.max_running or self._tokens + tokens > self.max_tokens:
             return False
         self.running += 1
@@ -219,7 +221,7 @@ class Admission:
         return True
 
     def leave(self, tokens: int) -> None:
-        """Release the slot of a request with this many tokens, and give free slots to queued requests."""
+        """Release the slot of a request with the given number of tokens, and give free slots to queued requests."""
         self.running -= 1
         self._tokens -= tokens
         self._idle_since = time.monotonic()
@@ -228,7 +230,7 @@ class Admission:
         self._show()
 
     async def _wait(self, tokens: int, party: Party) -> None:
-        """Queue the request until it has a slot."""
+        """Queue the request and wait until it gets a slot."""
         timeout_s, closed = self._wake_timeout_s if self._asleep else self.queue_timeout_s, self._closed
         try:
             place = self.queue.join(party, tokens)
@@ -245,7 +247,7 @@ class Admission:
             raise OverloadedError(f"{error.wrong}; {self._full}", todo=error.todo) from error
 
     def _admit_waiting(self) -> None:
-        """Give free slots to queued requests in their order; without an engine, reject all of them."""
+        """Give free slots to the queued requests in order. If there is no engine, reject all of them."""
         if self._closed:
             return
         if self._ready:

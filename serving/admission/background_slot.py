@@ -1,7 +1,8 @@
-"""A slot for the server's own requests, in addition to the clients' slots and with a lower priority.
+"""A low-priority slot for the server's own requests, in addition to the slots of clients.
 
-Such a request does not count as running, and no client waits for it. The slot is available while admission is open and
-there is an engine; otherwise the request is cancelled, because its answer could take longer than a swap may wait.
+A request in this slot does not count as running, and no client waits for it. The slot is available while
+admission is open and there is an engine. Otherwise the request is cancelled, because its answer could
+take longer than a swap may wait.
 """
 
 import asyncio
@@ -10,14 +11,14 @@ from contextlib import asynccontextmanager, suppress
 
 
 class BackgroundSlotEndedError(Exception):
-    """Raised when the server's own request was cancelled for a swap or an engine's stop; it may be sent again."""
+    """Raised when the server's own request was cancelled for a swap or engine stop. It may be sent again."""
 
 
 class BackgroundSlot:
-    """The only slot for the server's own requests.
+    """The single slot for the server's own requests.
 
     Attributes:
-        taken: time limit of the request that holds the slot; None if none does.
+        taken: time limit of the request that holds the slot, or None if the slot is free.
     """
 
     def __init__(self) -> None:
@@ -25,7 +26,7 @@ class BackgroundSlot:
         self.taken: asyncio.Timeout | None = None
 
     def show(self, *, open: bool, running: int) -> None:
-        """Set whether admission is open, and how many requests run."""
+        """Record whether admission is open and how many requests are running."""
         quiet = open and not running
         if open is not self._open.is_set() or quiet is not self._quiet.is_set():  # called for every request
             _set(self._open, open)
@@ -33,14 +34,15 @@ class BackgroundSlot:
 
     @asynccontextmanager
     async def take(self, patience_s: float) -> AsyncIterator[None]:
-        """Wait until no client's request runs, and hold the slot during the body.
+        """Wait until no client request is running, then hold the slot while the body runs.
 
         Args:
-            patience_s: longest wait for that, seconds; afterwards the body runs concurrently with clients' requests.
+            patience_s: longest wait for clients' requests to finish, in seconds. After that, the body runs
+                concurrently with them.
 
         Raises:
-            BackgroundSlotEndedError: `end` cancelled the body.
-            RuntimeError: the slot is taken.
+            BackgroundSlotEndedError: the body was cancelled by `end`.
+            RuntimeError: the slot is already taken.
         """
         await self._wait(patience_s)
         if self.taken is not None:
@@ -56,12 +58,15 @@ class BackgroundSlot:
             self.taken = None
 
     def end(self) -> None:
-        """Cancel the server's own request, if one runs: its engine is about to be changed."""
+        """Cancel the server's own request, if one is running, because its engine is about to be changed."""
         if self.taken is not None and not self.taken.expired():
             self.taken.reschedule(asyncio.get_running_loop().time())
 
     async def _wait(self, patience_s: float) -> None:
-        """Wait until admission is open and no request runs; after `patience_s`, only until admission is open."""
+        """Wait until admission is open and no request is running.
+
+        After `patience_s`, wait only until admission is open.
+        """
         with suppress(TimeoutError):
             async with asyncio.timeout(patience_s):
                 await _until_set(self._quiet)
@@ -76,6 +81,6 @@ def _set(event: asyncio.Event, value: bool) -> None:
 
 
 async def _until_set(event: asyncio.Event) -> None:
-    """Wait until the event is set and is still set when the waiting task runs."""
+    """Wait until the event is set, and is still set when the waiting task resumes."""
     while not event.is_set():
         await event.wait()

@@ -1,14 +1,17 @@
-"""The tenants that share a model: each key is one, and all requests without a key together are another."""
+"""The tenants that share a model: each key is a tenant, and all requests without a key form another one."""
 
 from typing import NamedTuple
 
 
 class Party(NamedTuple):
-    """A tenant and its share. A tuple, because one is created for each request and tuples are cheap to create.
+    """A tenant and its share of the slots.
+
+    This is a tuple because one is created for each request, and tuples are cheap to create.
 
     Attributes:
-        name: the key's id (only the operator creates keys); empty for the tenant of all requests without a key.
-        weight: the tenant's share, relative to others, when slots are scarce.
+        name: the key's id, which only the operator can create. Empty for the tenant of all requests without
+            a key.
+        weight: the tenant's share relative to other tenants when slots are scarce.
     """
 
     name: str = ""
@@ -16,7 +19,7 @@ class Party(NamedTuple):
 
     @property
     def has_key(self) -> bool:
-        """Whether the tenant is a key."""
+        """Whether the tenant is an API key."""
         return bool(self.name)
 
 

@@ -1,14 +1,15 @@
-"""Requests that wait for a slot, bounded in number and time, and served fairly between tenants.
+"""A queue of requests waiting for a slot, bounded in size and time, and shared fairly between tenants.
 
-Start-time fair queueing (Goyal, Vin and Cheng, 1996). Each tenant has a virtual time, which advances by the cost of its
-requests divided by its weight; the tenant with the earliest time is next, and its own requests run in arrival order. A
-tenant that was idle starts at the time of the others, so idling earns no credit. Waiting tenants therefore share by
-their weights, whatever their requests cost, and a tenant with few requests waits for at most one request of each other
-tenant.
+The queue uses start-time fair queueing (Goyal, Vin and Cheng, 1996). Each tenant has a virtual time,
+which advances by the cost of its requests divided by its weight. The tenant with the earliest virtual
+time is next, and its own requests run in arrival order. A tenant that was idle starts at the virtual
+time of the other tenants, so idling earns no credit. Waiting tenants therefore share slots in proportion
+to their weights, whatever their requests cost, and a tenant with few requests waits for at most one
+request of each other tenant.
 
-The head of the queue keeps its turn until it fits; otherwise smaller requests could overtake it forever.
-When the queue is full, the newest request of the tenant with the most waiting requests, relative to its weight, is
-rejected in favour of a tenant with fewer.
+The head of the queue keeps its turn until it fits, because otherwise smaller requests could overtake it
+forever. When the queue is full, the newest request of the tenant with the most waiting requests,
+relative to its weight, is rejected in favour of a tenant with fewer waiting requests.
 """
 
 import asyncio
@@ -28,11 +29,11 @@ class Place:
 
     Attributes:
         party: the tenant that sent the request.
-        tokens: maximum number of tokens in its answers.
+        tokens: maximum number of tokens in the request's answers.
         number: position in arrival order.
-        joined_at: time of arrival, by the event loop's clock, seconds.
+        joined_at: arrival time by the event loop's clock, in seconds.
         given: future that is done when the request gets its slot or is rejected. If the request is cancelled, its entry
-            stays in the queue until its own task removes it, in the same turn of the loop.
+            stays in the queue until its own task removes it, in the same iteration of the event loop.
     """
 
     party: Party
@@ -49,7 +50,7 @@ class RequestQueue:
         max_queued: maximum number of queued requests.
 
     Attributes:
-        most: largest number of requests queued at the same time since the last reset.
+        most: largest number of requests queued at the same time since this value was last reset.
     """
 
     def __init__(self, *, max_queued: int) -> None:
@@ -70,15 +71,15 @@ class RequestQueue:
             await self._wanted.wait()
 
     def charge(self, party: Party, tokens: int) -> None:
-        """Advance a tenant's virtual time by the cost of a slot that its request got, with or without a wait."""
+        """Advance a tenant's virtual time by the cost of a slot that its request got, whether or not it waited."""
         self._now = max(self._now, self._times.get(party.name, 0.0))
         self._times[party.name] = self._now + tokens / party.weight
 
     def join(self, party: Party, tokens: int) -> Place:
-        """Add a request to the queue and return its entry; to be followed by `until_given`.
+        """Add a request to the queue and return its entry. `until_given` must be called next.
 
         Args:
-            tokens: maximum number of tokens in its answers.
+            tokens: maximum number of tokens in the request's answers.
 
         Raises:
             QueueOverflowError: the queue is full.
@@ -92,23 +93,23 @@ class RequestQueue:
         return self._add(Place(party, tokens, self._arrived, loop.time(), loop.create_future()))
 
     def rejoin(self, place: Place) -> Place:
-        """Queue a request again that could not use its slot, and return the new entry; to be followed by `until_given`.
+        """Queue a request again that could not use its slot, and return its new entry.
 
-        The request keeps its turn and its time in the queue, its tenant is not charged for the unused slot, and the
-        request is queued even if the queue is full.
+        The request keeps its turn and its time in the queue, and is queued even if the queue is full. Its tenant
+        is not charged for the unused slot. `until_given` must be called next.
         """
         self._times[place.party.name] -= place.tokens / place.party.weight
         return self._add(replace(place, given=asyncio.get_running_loop().create_future()))
 
     async def until_given(self, place: Place, timeout_s: float, give_back: Callable[[], None]) -> None:
-        """Wait until the request is given its slot.
+        """Wait until the request gets its slot.
 
         Args:
-            give_back: called to release the slot if it was given just as the request was cancelled.
+            give_back: called to release the slot if the request was cancelled just as it got the slot.
 
         Raises:
-            QueueOverflowError: the queue is full, and the request gave way to another tenant's.
-            QueueTimeoutError: the request waited for `timeout_s`.
+            QueueOverflowError: the queue is full, and the request gave way to another tenant's request.
+            QueueTimeoutError: the request has waited for `timeout_s`.
             AdmissionError: the request was rejected.
         """
         # The timer settles the future itself: with asyncio.timeout a slot given in the same tick would be lost.
@@ -125,10 +126,10 @@ class RequestQueue:
             timer.cancel()
 
     def give(self, take: Callable[[int], bool]) -> None:
-        """Give slots to the queued requests in their order, as long as slots are free.
+        """Give slots to the queued requests in order, as long as slots are free.
 
         Args:
-            take: takes a slot for a number of tokens; returns False if none is free.
+            take: function that takes a slot for a number of tokens, or returns False if no slot is free.
         """
         while place := self._next():
             if not take(place.tokens):
@@ -138,13 +139,13 @@ class RequestQueue:
             self.charge(place.party, place.tokens)
 
     def send_away(self, error: Callable[[], AdmissionError]) -> None:
-        """Reject all queued requests."""
+        """Reject all queued requests with the given error."""
         waiting = [place for line in self._waiting.values() for place in line if not place.given.done()]
         for place in waiting:
             self._refuse(place, error())
 
     def _next(self) -> Place | None:
-        """Return the first request of the tenant with the earliest virtual time; of several, the oldest request."""
+        """Return the oldest request of the tenant with the earliest virtual time."""
         heads = [next((place for place in line if not place.given.done()), None) for line in self._waiting.values()]
         return min(filter(None, heads), key=lambda head: (self._times[head.party.name], head.number), default=None)
 
@@ -152,7 +153,8 @@ class RequestQueue:
         """Reject the newest request of the tenant with the most waiting requests relative to its weight.
 
         Raises:
-            QueueOverflowError: relative to its weight, no other tenant has more requests than this one would have.
+            QueueOverflowError: no other tenant has more requests, relative to its weight, than this tenant would
+                have.
         """
         overflow = QueueOverflowError(
             f"the queue is full: {self._queued} requests wait for an engine",
@@ -192,5 +194,5 @@ class RequestQueue:
 
 
 def _load(line: deque[Place]) -> float:
-    """Return a tenant's number of waiting requests divided by its newest weight, which the operator may change."""
+    """Return a tenant's number of waiting requests divided by its current weight, which may change."""
     return len(line) / line[-1].party.weight

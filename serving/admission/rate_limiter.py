@@ -1,13 +1,14 @@
-"""Enforces the limits of keys: requests and tokens per minute, tokens per day, concurrent requests.
+"""Enforces key limits: requests and tokens per minute, tokens per day, and concurrent requests.
 
-A request reserves its maximum use before it waits for anything, and settles its actual use at its end. A request that
-is rejected because of a client error counts as a request; a request that is rejected because no slot is free costs
-nothing. The state is in memory only, with one entry per key in use; keys come from the store, and clients cannot create
-any. The server adds today's earlier usage when it starts.
+A request reserves its maximum use before it waits for anything, and settles its actual use when it ends.
+A request rejected because of a client error counts as a request, while one rejected because no slot is
+free costs nothing. The state is kept in memory only, with one entry per key in use. Keys come from the
+store, so clients cannot create any. When the server starts, it adds the usage from earlier today.
 
-A prompt's tokens are known after the engine has counted them. Until then they are estimated from the request's size:
-text in most languages has three to five bytes per token, and a request has more because of its JSON. An estimate that
-is too low is corrected at the end of the request, and delays later requests.
+A prompt's token count is known only after the engine has counted it. Until then, it is estimated from
+the request's size: text in most languages has three to five bytes per token, and a request has more
+bytes because of its JSON. An estimate that is too low is corrected at the end of the request and delays
+later requests.
 """
 
 import math
@@ -22,13 +23,13 @@ from svc.identity.principal import Limits, Principal
 _BYTES_PER_TOKEN = 4
 _DAY_S = 86_400
 _UNTIL_ONE_ENDS_S = 1.0
-"""Retry time when a running request must complete first, which happens at an unknown time."""
+"""Retry time in seconds when a running request must complete first, which happens at an unknown time."""
 _ROUNDING = 1e-9
 _NONE = Limits()
 
 
 class Limit(StrEnum):
-    """A kind of limit on a key, named like its field in `svc.identity.principal.Limits`."""
+    """A kind of limit on a key. Each kind is named like its field in `svc.identity.principal.Limits`."""
 
     REQUESTS_PER_MINUTE = "requests_per_minute"
     TOKENS_IN_PER_MINUTE = "tokens_in_per_minute"
@@ -41,13 +42,14 @@ _NAMED = {limit: limit.value.replace("_", " ") for limit in Limit} | {Limit.CONC
 
 
 class Demand(NamedTuple):
-    """A request's maximum use of its key's limits.
+    """The most that a request may use of its key's limits.
 
     Attributes:
         tokens_in: estimated number of tokens in the prompt; see `estimated_tokens`.
         tokens_out: maximum number of tokens in all answers together.
-        said: whether the client limited the length of an answer. If not, the model's longest answer is reserved, but at
-            most the whole limit, so that a request without a length limit is delayed instead of never admitted.
+        said: whether the client limited the answer length. If not, the model's longest possible answer is
+            reserved, but at most the whole limit, so that a request without a length limit is delayed
+            instead of never admitted.
     """
 
     tokens_in: int
@@ -71,15 +73,16 @@ class Allowance(NamedTuple):
 
 
 def estimated_tokens(size: int) -> int:
-    """Return the estimated number of prompt tokens in a request whose body has `size` bytes."""
+    """Return the estimated number of prompt tokens in a request whose body is `size` bytes long."""
     return size // _BYTES_PER_TOKEN + 1
 
 
 class Reservation:
-    """The share of its key's limits that a request holds until it ends; to be settled or released once.
+    """The share of its key's limits that a request holds until it ends. It must be settled or released once.
 
     Args:
-        held: for each limit, its quota, the reserved amount and the amount that was free before.
+        held: for each limit, its quota, the reserved amount and the amount that was free before the
+            reservation.
     """
 
     __slots__ = ("_held",)
@@ -91,30 +94,30 @@ class Reservation:
         return Reservation([*self._held, *other._held])
 
     def allowances(self) -> dict[Limit, Allowance]:
-        """Return the unused part of each limit after this reservation; cheaper than asking the limiter again."""
+        """Return the unused part of each limit after this reservation. This is cheaper than asking the limiter."""
         return {
             quota.limit: Allowance(quota.most, max(0, int(free) - amount), quota.reset_s())
             for quota, amount, free in self._held
         }
 
     def settle(self, tokens_in: int, tokens_out: int) -> None:
-        """Replace the reservation by the request's actual use."""
+        """Replace the reservation with the request's actual use."""
         for quota, amount, _ in self._held:
             quota.reserved -= amount
             quota.used += quota.spent(tokens_in, tokens_out)
 
     def release(self) -> None:
-        """Release everything, because the request failed without a client error."""
+        """Release the whole reservation, because the request failed without a client error."""
         for quota, amount, _ in self._held:
             quota.reserved -= amount
 
 
 class RateLimiter:
-    """The limits of all keys.
+    """Applies the limits of all keys.
 
     Args:
-        clock: returns monotonic time, seconds.
-        wall: returns the wall clock's time, seconds since 1970.
+        clock: function that returns monotonic time, in seconds.
+        wall: function that returns wall-clock time, in seconds since 1970.
     """
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time) -> None:
@@ -123,7 +126,7 @@ class RateLimiter:
         self._keys: dict[str, Mapping[Limit, _Quota]] = {}
 
     def reserve_request(self, principal: Principal) -> Reservation:
-        """Reserve one of the key's requests per minute, before anything else is known about the request.
+        """Reserve one of the key's requests per minute before anything else is known about the request.
 
         Raises:
             RateLimitedError: the key has no requests left in this minute.
@@ -132,7 +135,7 @@ class RateLimiter:
         return _reserve([each for each in quotas if each.limit is Limit.REQUESTS_PER_MINUTE], _NO_DEMAND)
 
     def reserve(self, principal: Principal, demand: Demand, begun: Reservation | None = None) -> Reservation:
-        """Reserve the maximum use of a request.
+        """Reserve the most that a request may use.
 
         Args:
             begun: the reservation from `reserve_request`.
@@ -141,7 +144,8 @@ class RateLimiter:
             A reservation that includes `begun`.
 
         Raises:
-            RateLimitedError: not enough of a limit is left; of several, the error names the one with the longest wait.
+            RateLimitedError: not enough of a limit is left. If several limits are exceeded, the error names the
+                one with the longest wait.
         """
         quotas = self._quotas(principal)
         if begun is None:
@@ -149,18 +153,18 @@ class RateLimiter:
         return begun + _reserve([each for each in quotas if each.limit is not Limit.REQUESTS_PER_MINUTE], demand)
 
     def allowances(self, principal: Principal) -> dict[Limit, Allowance]:
-        """Return the unused part of each limit that a key has."""
+        """Return the unused part of each of a key's limits."""
         return Reservation([(quota, 0, quota.free()) for quota in self._quotas(principal)]).allowances()
 
     def add_used_today(self, tokens: Mapping[str, int]) -> None:
-        """Add the tokens (input plus output) that each key used today before this server started."""
+        """Add the tokens (input plus output) that each key used earlier today, before this server started."""
         for key_id, used in tokens.items():
             quota = self._of_key(key_id)[Limit.TOKENS_PER_DAY]
             quota.forget()
             quota.used += used
 
     def _quotas(self, principal: Principal) -> list["_Quota"]:
-        """Return the quota for each limit that a key has, after applying the operator's changes to the limits."""
+        """Return the quota for each of a key's limits, after applying the operator's changes to those limits."""
         if principal.limits == _NONE:
             return []
         held = []
@@ -204,18 +208,19 @@ def _reserve(quotas: Sequence["_Quota"], demand: Demand) -> Reservation:
 
 
 class _Quota:
-    """A key's use of one limit. This base class counts concurrent requests; a finished request uses none.
+    """A key's use of one limit.
 
-    A request's maximum use stays reserved while it runs: unlike past use, reservations do not expire with time. So the
-    sum of a key's reservations and past use never exceeds the limit.
+    This base class counts concurrent requests, of which a finished request uses none. A request's maximum
+    use stays reserved while it runs: unlike past use, reservations do not expire with time. The sum of a
+    key's reservations and past use therefore never exceeds the limit.
 
     Args:
-        clock: returns the time, seconds.
+        clock: function that returns the time, in seconds.
 
     Attributes:
         most: the limit's maximum amount.
-        used: past use that has not expired, as of the last `forget`.
-        reserved: amount reserved by requests that are not settled.
+        used: past use that had not expired at the last call of `forget`.
+        reserved: amount reserved by requests that are not settled yet.
     """
 
     def __init__(self, limit: Limit, clock: Callable[[], float]) -> None:
@@ -229,23 +234,26 @@ class _Quota:
         return 1
 
     def spent(self, tokens_in: int, tokens_out: int) -> int:
-        """Return the amount that a request has used; it may exceed an estimated reservation."""
+        """Return the amount that a request has used, which may exceed a reservation that was only estimated."""
         return 0
 
     def forget(self) -> None:
         """Release past use that has expired."""
 
     def reset_s(self) -> float:
-        """Return the seconds until all past use has expired; reservations are ignored, because their end is unknown."""
+        """Return the seconds until all past use has expired.
+
+        Reservations are ignored, because their end is unknown.
+        """
         return 0.0
 
     def free(self) -> float:
-        """Return the amount that may be reserved, plus a tolerance for rounding; negative if the limit is exceeded."""
+        """Return the amount that may be reserved, plus a rounding tolerance. Negative if the limit is exceeded."""
         self.forget()
         return self.most - self.used - self.reserved + _ROUNDING * self.most
 
     def wait_s(self, amount: int) -> float:
-        """Return the seconds until `amount` may be reserved, given that it may not be reserved now."""
+        """Return the seconds until `amount` may be reserved, given that it cannot be reserved now."""
         missing = self.used + self.reserved + amount - self.most
         return _UNTIL_ONE_ENDS_S if missing > self.used + _ROUNDING * self.most else self._until_free_s(missing)
 
@@ -254,7 +262,7 @@ class _Quota:
 
 
 class _OfMinute(_Quota):
-    """A limit per minute: past use expires at a constant rate, the full limit in one minute."""
+    """A limit per minute. Past use expires at a constant rate of the full limit per minute."""
 
     def forget(self) -> None:
         now = self._clock()
@@ -283,10 +291,10 @@ class _TokensIn(_OfMinute):
 
 class _TokensOut(_OfMinute):
     def demanded(self, demand: Demand) -> int:
-        """Return the request's tokens; if the client did not limit the length, at most the whole limit.
+        """Return the request's tokens, capped at the whole limit if the client did not limit the length.
 
         Raises:
-            RateLimitedError: the client asks for more than the limit.
+            RateLimitedError: the client asks for more tokens than the limit.
         """
         if demand.said and demand.tokens_out > self.most:
             raise RateLimitedError(
@@ -303,7 +311,7 @@ class _TokensOut(_OfMinute):
 
 
 class _TokensOfDay(_Quota):
-    """A limit per UTC day; its clock returns seconds since 1970."""
+    """A limit per UTC day. Its clock returns seconds since 1970."""
 
     def demanded(self, demand: Demand) -> int:
         tokens = demand.tokens_in + demand.tokens_out

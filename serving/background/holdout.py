@@ -1,7 +1,8 @@
-"""Repeatedly runs the served version's held-out set on its engine.
+"""Repeatedly run the served version's held-out set on its engine.
 
-After every load of weights, and then every few hours, the examples that were answered at registration are sent in the
-same way, or a sample of them if there are many. A run's results are stored in a row; nothing here evaluates them.
+After every weight load, and then every few hours, the examples that were answered at registration are
+sent again in the same way, or a sample of them if there are many. A run's results are stored as a
+database row. They are not evaluated here.
 """
 
 import asyncio
@@ -42,14 +43,15 @@ log = logging.getLogger(__name__)
 _Ask = Callable[[EngineClient], Awaitable[ExampleResult]]
 _POLL_S = 1.0
 _PAUSE_S = 60.0
-"""Pause after an unexpected error, or if the store rejects the row."""
+"""Pause after an unexpected error or a failed write to the store, in seconds."""
 _NEVER = "`holdout.every_hours` is 0"
 MAX_EXAMPLES = 200
-"""Maximum number of examples per run. Each may wait for `scheduler.PATIENCE_S`, 30 s: 200 take less than two hours."""
+"""Maximum number of examples per run. Each may wait for `scheduler.PATIENCE_S`, 30 s, so 200 examples take
+less than two hours."""
 
 
 class HoldoutState(StrEnum):
-    """State of the runs."""
+    """State of the held-out runs."""
 
     OFF = "off"
     WAITING = "waiting"
@@ -58,11 +60,11 @@ class HoldoutState(StrEnum):
 
 @dataclass(eq=False)
 class HoldoutRuns:
-    """Runs the held-out set while the server runs.
+    """Runs the held-out set repeatedly while the server runs.
 
     Attributes:
-        facts: returns the kind of engine that serves a version in a format.
-        every_hours: interval from the start of one run to the start of the next, hours; 0 for no runs.
+        facts: function that returns the kind of engine that serves a version in a given format.
+        every_hours: interval between the starts of two runs, in hours. 0 disables the runs.
         run_functions: whether a version's own metric function may be run.
     """
 
@@ -85,7 +87,7 @@ class HoldoutRuns:
         return self._progress is not None or self._due() is not None
 
     async def run(self) -> None:
-        """Run until cancelled."""
+        """Run the held-out set repeatedly until cancelled."""
         if not self.every_hours:
             log.warning("not running the held-out set again: %s", _NEVER)
         while True:
@@ -101,7 +103,7 @@ class HoldoutRuns:
             await asyncio.sleep(_POLL_S)
 
     def status(self, target: Target) -> dict[str, Any]:
-        """Return the held-out set's part of /svc/status for the served version; reads the store."""
+        """Return the /svc/status section on the served version's held-out set. This reads the store."""
         last = newest_holdout_run(self.store, target, completed=False)
         asked, total = self._progress or (0, 0)
         off = self._nothing_to_ask or self.scheduler.off if self.every_hours else _NEVER
@@ -121,7 +123,7 @@ class HoldoutRuns:
         }
 
     def _due(self) -> HoldoutCause | None:
-        """Return the reason why the set must be run now; None if no run is due."""
+        """Return the reason why the held-out set must be run now, or None if no run is due."""
         weights = self.pool.weights
         if not self.every_hours or self.scheduler.unfit or self.pool.state is not EngineState.READY:
             return None
@@ -130,10 +132,10 @@ class HoldoutRuns:
         return HoldoutCause.SCHEDULE if time.monotonic() >= self._next_at else None
 
     async def _ask_all(self, cause: HoldoutCause) -> None:
-        """Do one run and store its outcome.
+        """Perform one held-out run and store its outcome.
 
         Raises:
-            SupersededError: the run was cancelled and must start again.
+            SupersededError: the run was cancelled and must be started again.
         """
         primary = self.pool.primary
         if primary is None or primary.target is None:
@@ -163,7 +165,7 @@ class HoldoutRuns:
         await self._keep(await asyncio.to_thread(self._scored, run, results))
 
     def _scored(self, run: HoldoutRun, results: dict[int, ExampleResult]) -> HoldoutRun:
-        """Return the run with each answer's score by the primary metric, or by exact match if the metric fails."""
+        """Return the run with each answer scored by the primary metric, or by exact match if that metric fails."""
         if not results:
             return run
         try:
@@ -176,7 +178,10 @@ class HoldoutRuns:
         return replace(run, metric=metric.name, scores=tuple(scores))
 
     async def _keep(self, run: HoldoutRun) -> None:
-        """Store a run, retrying until that succeeds: an hour's work must not be lost because the store is busy."""
+        """Store a run, retrying until it succeeds.
+
+        An hour's work must not be lost because the store is busy.
+        """
         while True:
             try:
                 return await asyncio.to_thread(add_holdout_run, self.store, run)
@@ -187,7 +192,7 @@ class HoldoutRuns:
     async def _attempt(
         self, weights: LoadedWeights, target: Target, cause: HoldoutCause
     ) -> tuple[dict[int, ExampleResult], str | None]:
-        """Ask all examples; return the results by the examples' indexes, or the reason why there are none."""
+        """Send all examples. Return the results, keyed by example index, or the reason why there are none."""
         self._nothing_to_ask = None
         try:
             questions = await asyncio.to_thread(self._find_set, target)
@@ -206,9 +211,9 @@ class HoldoutRuns:
             return {}, error.wrong if isinstance(error, SvcError) else repr(error)
 
     def _find_set(self, target: Target) -> Mapping[int, _Ask]:
-        """Return a function for each selected example that sends it to an engine, by the example's index in the file.
+        """Return one function per selected example that sends it to an engine, keyed by the index in the file.
 
-        New answers have the same token limit as the registered ones.
+        New answers have the same token limit as the registered answers.
         """
         registered = self.registry.results(target.version, target.format)
         examples = self.registry.heldout(target.version)[: len(registered)]
@@ -236,6 +241,6 @@ class HoldoutRuns:
 
 
 def _evenly(total: int, most: int) -> list[int]:
-    """Return all indexes, or `most` of them spread over the whole range."""
+    """Return all indexes, or only `most` of them, spread evenly over the whole range."""
     count = min(total, most)
     return [(2 * at + 1) * total // (2 * count) for at in range(count)]

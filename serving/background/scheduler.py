@@ -1,7 +1,8 @@
-"""The server's own (background) requests to its engine: one at a time, slowly, and after clients' requests.
+"""Send the server's own (background) requests to its engine, one at a time and after clients' requests.
 
-They use the engine's socket directly, not the gateway, so request rows and metrics do not include them; vLLM's own
-metrics and log do. Knows neither the requests' contents nor the use of the answers.
+Background requests use the engine's socket directly instead of the gateway, so request rows and metrics
+do not include them, while vLLM's own metrics and log do. This module knows neither the contents of the
+requests nor how the answers are used.
 """
 
 import asyncio
@@ -26,22 +27,23 @@ Result = TypeVar("Result")
 
 ID_PREFIX = "holdout-"
 PATIENCE_S = 30.0
-"""A background request's longest wait for an idle engine; then it runs concurrently with other requests. 200
-held-out examples then take less than two hours of the six between two runs."""
+"""A background request's longest wait for an idle engine, in seconds. After that, it runs concurrently with
+other requests. 200 held-out examples then take less than two hours of the six between two runs."""
 _POLL_S = 1.0
 _MAX_DEATHS = 3
 _DEATHS_WITHIN_S = 24 * 3600.0
-"""Number of engine deaths during background requests in a day, for any reason, after which these requests stop. This
-protects clients: a request that kills the engine would be sent to each new engine within minutes."""
+"""Number of engine deaths in a day, during background requests and for any reason, after which these
+requests stop. This protects clients, because a request that kills the engine would be sent to each new
+engine within minutes."""
 _WITH_ENGINE = {EngineState.READY, EngineState.DRAINING, EngineState.SWAPPING}
 
 
 class SupersededError(Exception):
-    """Raised when the engine was loaded again since the request was sent, or background requests are off."""
+    """Raised when the engine was reloaded since the request was sent, or background requests are off."""
 
 
 class BackgroundScheduler:
-    """Sends background requests one at a time."""
+    """Sends background requests to the engine, one at a time."""
 
     def __init__(self, admission: Admission, pool: EnginePool, settings: HoldoutSettings) -> None:
         self._admission = admission
@@ -54,26 +56,27 @@ class BackgroundScheduler:
 
     @property
     def unfit(self) -> str | None:
-        """Why the current engine cannot answer such requests; None if it can or no engine runs."""
+        """Why the current engine cannot answer background requests. None if it can, or if no engine is running."""
         primary = self._pool.primary
         able = primary.capabilities if primary else None
         return able.unprobed if able else None
 
     @property
     def off(self) -> str | None:
-        """Why background requests are off; None if they are on."""
+        """Why background requests are off, or None if they are on."""
         return self._given_up or self.unfit
 
     async def ask(self, weights: LoadedWeights, send: Callable[[EngineClient], Awaitable[Result]]) -> Result:
-        """Wait for the request's turn and send it; if it is cut off, send it again to the same weights.
+        """Wait for the request's turn and send it. If it is interrupted, send it again to the same weights.
 
         Args:
             weights: the weights that the engine must hold.
-            send: sends the request and reads the answer.
+            send: function that sends the request and reads the response.
 
         Raises:
-            SupersededError: the engine was loaded again since then, or died too often during such requests.
-            EngineError: the engine rejected the request, or is alive but did not answer.
+            SupersededError: the engine was reloaded in the meantime, or has died too often during background
+                requests.
+            EngineError: the engine rejected the request, or is alive but did not respond.
         """
         async with self._turn:
             while True:
@@ -100,9 +103,11 @@ class BackgroundScheduler:
         return self._pool.state in _WITH_ENGINE and await client.healthy()
 
     async def _died(self, weights: LoadedWeights, client: EngineClient) -> bool:
-        """Wait until the engine answers a health check or no longer runs with these weights; return whether it died.
+        """Wait until the engine passes a health check or no longer runs these weights.
 
-        A failed request is no proof of a death: the engine may only be slow, and its replica waits longer.
+        The result says whether the engine died.
+
+        A failed request does not prove that the engine died: it may only be slow, and its replica waits longer.
         """
         while self._pool.weights == weights and self._pool.state in _WITH_ENGINE:
             if await client.healthy():

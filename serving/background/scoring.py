@@ -1,9 +1,10 @@
-"""Scores live answers by their log-probability under the version, comparable to the registered held-out answers.
+"""Score live answers by their log-probability under the version, for comparison with held-out answers.
 
-Only greedy answers with unredacted stored content are scored: the text is scored as part of a prompt, and the score of
-a sampled or redacted text would not be comparable. Long answers are cut to a held-out answer's maximum length. Answers
-are scored one at a time, evenly over the hour, after the held-out set. Only the messages of a request are stored:
-answers with tools or a reasoning parser are scored without them.
+Only greedy answers with unredacted stored content are scored: the text is scored as part of a prompt,
+and the score of a sampled or redacted text would not be comparable. Long answers are cut to the maximum
+length of a held-out answer. Answers are scored one at a time, spread evenly over the hour, after the
+held-out set has run. Only the messages of a request are stored, so answers with tools or a reasoning
+parser are scored without them.
 """
 
 import asyncio
@@ -35,19 +36,21 @@ log = logging.getLogger(__name__)
 
 _POLL_S = 5.0
 _PAUSE_S = 60.0
-"""Pause after an unexpected error, or if there was nothing to score: such a search reads all requests of the hour."""
+"""Pause in seconds after an unexpected error, or if there was nothing to score, because the search reads
+all requests of the hour."""
 _OLDEST = timedelta(hours=1)
 _MAX_SKIPPED = 500
-"""Number of rows remembered as tried without a score. Earlier ones may be tried again, at one request each."""
+"""Number of rows remembered as having been tried without a score. Older rows may be tried again, which
+costs one request each."""
 
 
 @dataclass(eq=False)
 class LiveScores:
-    """Scores answers while the server runs.
+    """Scores live answers while the server runs.
 
     Attributes:
-        busy: returns whether the held-out set currently has priority.
-        per_hour: maximum number of answers per hour; 0 for none.
+        busy: function that returns whether the held-out set currently has priority.
+        per_hour: maximum number of answers scored per hour; 0 disables scoring.
     """
 
     scheduler: BackgroundScheduler
@@ -62,7 +65,7 @@ class LiveScores:
     _cut: int | None = field(default=None, init=False)
 
     async def run(self) -> None:
-        """Run until cancelled."""
+        """Score live answers until cancelled."""
         while True:
             pause_s = _POLL_S
             try:
@@ -77,10 +80,10 @@ class LiveScores:
             await asyncio.sleep(max(pause_s, self._next_at - time.monotonic()))
 
     async def _score_newest(self) -> bool:
-        """Try to score the newest unscored answer; return False if there is none.
+        """Try to score the newest unscored answer, or return False if there is none.
 
         Raises:
-            SupersededError: the engine was loaded again in the meantime.
+            SupersededError: the engine was reloaded in the meantime.
         """
         primary = self.pool.primary
         if primary is None or primary.target is None:
@@ -104,7 +107,7 @@ class LiveScores:
         return True
 
     def _find_cut(self, target: Target) -> int | None:
-        """Return the held-out answers' largest length limit, tokens; None if the version has no such answers."""
+        """Return the largest length limit of the held-out answers in tokens, or None if the version has none."""
         try:
             return largest_limit(self.registry.results(target.version, target.format))
         except (NotFoundError, IntegrityError) as error:

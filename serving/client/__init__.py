@@ -1,1 +1,4 @@
-"""The client side of a running server, for `svc promote`, `svc rollback`, `svc add`, `svc remove` and `svc chat`."""
+"""The client side of a running server.
+
+It is used by `svc promote`, `svc rollback`, `svc add`, `svc remove` and `svc chat`.
+"""

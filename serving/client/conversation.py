@@ -1,4 +1,4 @@
-"""A conversation with a served model, for the terminal."""
+"""A terminal conversation with a served model."""
 
 import json
 from collections.abc import Iterator
@@ -15,12 +15,12 @@ _TIMEOUT_S = 600.0
 
 
 class Conversation:
-    """A conversation with a model, as a list of turns.
+    """A conversation with a model, stored as a list of turns.
 
     Args:
         server: the server that answers.
-        model: model name.
-        system: the system turn, if any.
+        model: name of the model.
+        system: text of the system turn, if any.
     """
 
     def __init__(self, server: ServerAddress, model: str, system: str | None = None) -> None:
@@ -32,7 +32,8 @@ class Conversation:
         """Add a user turn and yield the answer as it arrives.
 
         Raises:
-            EngineError: the server rejected the request, or the answer broke off. The user turn is then removed.
+            EngineError: the server rejected the request, or the answer was interrupted. In both cases, the user
+                turn is removed.
         """
         turns = [*self._turns, {"role": "user", "content": text}]
         answer = ""

@@ -1,4 +1,4 @@
-"""The client side of `svc add` and `svc remove`: changes the set of served models, and waits for the server."""
+"""The client side of `svc add` and `svc remove`: changes the set of served models and waits for the server."""
 
 import time
 from collections.abc import Mapping
@@ -19,17 +19,18 @@ _POLL_S = 0.2
 
 
 def add_model(settings: Settings, model: str, format: Format | None) -> Target:
-    """Add a model to the server that uses a home, and wait until it is served.
+    """Add a model to the server that uses a home, and wait until the model is served.
 
     Args:
         model: NAME, NAME@N or NAME@alias.
-        format: None for the format that was served last, else GPTQ if the version has it.
+        format: the format to serve; None selects the one that was served last, or else GPTQ if the version
+            has it.
 
     Raises:
-        RefusedError: the model is served already, or cannot be served.
-        NotFoundError: no such model, version or format.
-        ServerNotRunningError: no server uses the home, or the server has stopped; in that case it will serve the model
-            after its next start.
+        RefusedError: the model is already being served, or cannot be served.
+        NotFoundError: there is no such model, version or format.
+        ServerNotRunningError: no server uses the home, or the server has stopped. If it has stopped, it will
+            serve the model after its next start.
     """
     server, name = server_address(settings), model.partition("@")[0]
     registry, store = Registry.of(settings), open_database(settings.home)
@@ -53,8 +54,8 @@ def remove_model(settings: Settings, name: str) -> None:
 
     Raises:
         NotFoundError: the model is not served.
-        ServerNotRunningError: no server uses the home, or the server has stopped; in that case it will not serve the
-            model after its next start.
+        ServerNotRunningError: no server uses the home, or the server has stopped. If it has stopped, it will
+            not serve the model after its next start.
     """
     server, store = server_address(settings), open_database(settings.home)
     if not remove_deployment(store, name):

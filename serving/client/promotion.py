@@ -1,7 +1,7 @@
 """The client side of a promotion: changes the desired version, then follows the server's swap.
 
-Uses the home's store on the server's machine, and the server's API elsewhere (serving.client.remote). Both ways write
-the same desired state and read the same journal.
+On the server's machine, the home's store is used; elsewhere, the server's API (serving.client.remote).
+Both ways write the same desired state and read the same journal.
 """
 
 import time
@@ -26,15 +26,15 @@ from svc.version import Format, Target, VersionId
 _POLL_S = 0.1
 _ROLLOUT_POLL_S = 0.5
 _UNWRITTEN_S = 30.0
-"""Time that the server may take to write a result into the journal."""
+"""Time that the server may take to write a result to the journal, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class JournalEntry:
-    """A swap in the journal.
+    """A swap recorded in the journal.
 
     Attributes:
-        result: None while the swap is in progress.
+        result: result of the swap, or None while it is in progress.
     """
 
     target: Target
@@ -44,11 +44,11 @@ class JournalEntry:
 
 
 class Administration(Protocol):
-    """Changes the desired versions of a server, on this machine or another one, and reads its journal of swaps."""
+    """Changes the desired versions of a local or remote server, and reads its swap journal."""
 
     @property
     def server(self) -> ServerAddress:
-        """Address of the server, for its status."""
+        """The server's address, used to read its status."""
 
     def promote(
         self,
@@ -65,10 +65,10 @@ class Administration(Protocol):
         """See `VersionChanges.rollback`."""
 
     def journal(self, name: str, generation: int | None = None) -> JournalEntry | None:
-        """Return a name's last swap, or the swap for a generation.
+        """Return a model's last swap, or its swap for the given generation.
 
         Raises:
-            ServerNotRunningError: the server does not answer.
+            ServerNotRunningError: the server does not respond.
         """
 
     def rollouts(self, name: str) -> list[RolloutView]:
@@ -79,7 +79,7 @@ class Administration(Protocol):
         """
 
     def require_server(self) -> None:
-        """Check that a server is running, so that it can carry out a change.
+        """Check that a server is running that can carry out a change.
 
         Raises:
             ServerNotRunningError: the server has stopped.
@@ -88,7 +88,7 @@ class Administration(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LocalAdministration:
-    """Administration by the home's owner, on the machine of the server that uses the home."""
+    """Administration by the home's owner on the machine that runs the server."""
 
     settings: Settings
     registry: Registry
@@ -97,7 +97,7 @@ class LocalAdministration:
 
     @classmethod
     def of(cls, settings: Settings) -> "LocalAdministration":
-        """Return the administration of one home.
+        """Return the administration for a home.
 
         Raises:
             ServerNotRunningError: no server uses the home.
@@ -126,7 +126,7 @@ class LocalAdministration:
         return self._changes.rollback(name, reason=reason, actor=Actor.local())
 
     def journal(self, name: str, generation: int | None = None) -> JournalEntry | None:
-        """Return a name's last swap, or the swap for a generation."""
+        """Return a model's last swap, or its swap for the given generation."""
         swap = find_swap(self.store, name, generation)
         return JournalEntry(swap.target, swap.generation, swap.steps, swap.result) if swap else None
 
@@ -135,22 +135,24 @@ class LocalAdministration:
         return [RolloutView.of(record) for record in read_rollouts(self.store, name)]
 
     def require_server(self) -> None:
-        """Check that the server runs."""
+        """Check that the server is running."""
         server_address(self.settings)
 
 
 def follow(administration: Administration, change: VersionChange, on_step: Callable[[str], None]) -> SwapResult:
     """Wait until the server has carried out a change, and return the result.
 
-    A result that the server could not write to its journal is taken from its status, after a longer wait.
+    If the server could not write the result to its journal, it is read from the server's status after a
+    longer wait.
 
     Args:
-        change: a change with a generation.
+        change: the change to follow, which must have a generation.
         on_step: called with the text of each step, once per step.
 
     Raises:
         BusyError: another change was made before the server began this one.
-        ServerNotRunningError: the server stopped meanwhile; it will carry out the change after its next start.
+        ServerNotRunningError: the server stopped in the meantime. It will carry out the change after its
+            next start.
     """
     name, shown, unwritten = change.target.version.name, 0, None
     next_check = time.monotonic() + _UNWRITTEN_S
@@ -206,10 +208,10 @@ def follow_rollout(
 
 
 def read_served(server: ServerAddress) -> dict[str, Target]:
-    """Return the version that a server serves under each name, which may not be the desired one yet.
+    """Return the version that a server serves under each name. It may not be the desired version yet.
 
     Raises:
-        ServerNotRunningError: the server does not answer.
+        ServerNotRunningError: the server does not respond.
     """
     return {
         model["model"]: Target(VersionId.parse(model["version"]), Format(model["format"]))
@@ -218,7 +220,7 @@ def read_served(server: ServerAddress) -> dict[str, Target]:
 
 
 def swap_result(row: Mapping[str, Any]) -> SwapResult | None:
-    """Return the result of a swap from JSON; None if it has not ended."""
+    """Return a swap's result parsed from JSON, or None if the swap has not ended."""
     if not row["outcome"]:
         return None
     values = {field.name: row[field.name] for field in fields(SwapResult)}
@@ -227,7 +229,10 @@ def swap_result(row: Mapping[str, Any]) -> SwapResult | None:
 
 
 def _refuse_overtaken(administration: Administration, change: VersionChange) -> None:
-    """Raise if a newer change was made first: the server carries out only the newest change."""
+    """Raise an error if a newer change was made before this one began.
+
+    The server carries out only the newest change.
+    """
     last = administration.journal(change.target.version.name)
     if last and change.generation is not None and last.generation > change.generation:
         raise BusyError(
@@ -247,7 +252,7 @@ def _refuse_without_server(administration: Administration, change: VersionChange
 
 
 def _result_from_status(server: ServerAddress, change: VersionChange) -> SwapResult | None:
-    """Return a swap's result from the server's status; None if the status does not contain it."""
+    """Return a swap's result from the server's status, or None if the status does not contain it."""
     with suppress(ServerNotRunningError):
         for model in read_status(server)["models"]:
             swap = model["last_swap"]

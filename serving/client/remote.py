@@ -1,4 +1,4 @@
-"""The administration of a server from another machine, with a key."""
+"""Administration of a server from another machine, using an API key."""
 
 import time
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from svc.version import Format, Target, VersionId
 
 _PAUSE_S = 0.5
 _PATIENCE_S = 10.0
-"""Time that the network may be down while a change is followed."""
+"""Time in seconds for which the network may be down while a change is being followed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class RemoteAdministration:
         return _change(RemoteServer(self.server).post("/svc/rollback", {"model": name, "reason": reason}))
 
     def journal(self, name: str, generation: int | None = None) -> JournalEntry | None:
-        """Return a name's last swap, or the swap for a generation."""
+        """Return a model's last swap, or its swap for the given generation."""
         query = {} if generation is None else {"generation": str(generation)}
         swap = self._get(f"/svc/swaps/{name}", **query)["swap"]
         return swap and JournalEntry(_target(swap), swap["generation"], tuple(swap["steps"]), swap_result(swap))
@@ -64,7 +64,7 @@ class RemoteAdministration:
                 time.sleep(_PAUSE_S)
 
     def require_server(self) -> None:
-        """Do nothing: the server has just answered `journal`."""
+        """Do nothing, because the server has just responded to `journal`."""
 
 
 def _change(row: Mapping[str, Any]) -> VersionChange:

@@ -1,4 +1,4 @@
-"""Accepts connections, up to a maximum number of open ones.
+"""Accept client connections up to a maximum number of open ones.
 
 asyncio's own server accepts an unlimited number of connections, and a connection that never completes its TLS
 handshake never reaches a protocol that could count it.
@@ -24,14 +24,14 @@ _PAUSE_S = 1.0
 
 @dataclass(eq=False)
 class Acceptor:
-    """Passes a listener's connections to protocols; connections over the limits are closed.
+    """Passes a listener's connections to protocols, and closes connections that exceed the limits.
 
     Attributes:
-        make_protocol: returns a new protocol.
+        make_protocol: function that returns a new protocol.
         most: maximum number of connections, including those in their handshake.
-        address_limit: limit for one address, including connections in their handshake.
-        context: TLS context; None for plain connections.
-        handshake_s: longest time for a handshake, seconds.
+        address_limit: limit per address, including connections in their handshake.
+        context: TLS context, or None for unencrypted connections.
+        handshake_s: time limit for a handshake, in seconds.
     """
 
     listener: socket.socket
@@ -52,10 +52,10 @@ class Acceptor:
         self._resume()
 
     async def stop(self, patience_s: float) -> None:
-        """Stop accepting connections, after passing accepted ones to their protocols.
+        """Stop accepting connections, after passing those already accepted to their protocols.
 
         Args:
-            patience_s: longest wait for handshakes in progress, seconds.
+            patience_s: longest wait for handshakes in progress, in seconds.
         """
         asyncio.get_running_loop().remove_reader(self.listener)
         if self._pause is not None:
@@ -89,7 +89,7 @@ class Acceptor:
         task.add_done_callback(self._handshakes.discard)
 
     def _enter(self, address: str | None) -> bool:
-        """Count a connection until `_leave`; return False without counting it if it is over a limit."""
+        """Count a connection until `_leave` is called. If a limit is exceeded, return False without counting it."""
         if self._open >= self.most:
             return False
         if address is not None and not self.address_limit.enter(address):

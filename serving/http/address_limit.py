@@ -1,4 +1,4 @@
-"""Limits the connections from one address, so that no client locks out all others."""
+"""Limit the connections from one address, so that no client can lock out all others."""
 
 import ipaddress
 from collections import Counter
@@ -8,11 +8,12 @@ from serving.http.peer import ip_of, peer_of
 
 
 class AddressLimit:
-    """Counts connections by peer: an IPv4 address or an IPv6 /64 network.
+    """Counts connections by peer, which is an IPv4 address or an IPv6 /64 network.
 
     Args:
         most: maximum number of connections from one peer.
-        unlimited: networks without a limit, such as a proxy's: a proxy connects for many clients.
+        unlimited: networks without a limit, such as that of a proxy, which connects on behalf of many
+            clients.
     """
 
     def __init__(self, most: int, unlimited: Iterable[str] = ()) -> None:
@@ -21,7 +22,7 @@ class AddressLimit:
         self._held: Counter[str] = Counter()
 
     def enter(self, address: str) -> bool:
-        """Count a connection until `leave`; return False without counting it if its peer has too many."""
+        """Count a connection until `leave` is called. If its peer has too many, return False without counting it."""
         peer = peer_of(address)
         if self._held[peer] >= self.most and not self._is_unlimited(address):
             return False

@@ -1,7 +1,8 @@
-"""Endpoints for admins on other machines; they use the same desired state, journal, keys and audit log as `svc`.
+"""Endpoints for admins on other machines.
 
-Every path here requires a key with the scope `admin`, even while no key exists (serving.http.authentication): the
-first key is created on the server's machine.
+These endpoints use the same desired state, journal, keys and audit log as `svc`. Every path requires a
+key with the scope `admin`, even while no key exists (serving.http.authentication), because the first key
+is created on the server's machine.
 """
 
 import asyncio
@@ -59,7 +60,7 @@ class RollbackRequest(_Request):
 
 
 class KeyLimits(BaseModel):
-    """The fields of `svc.identity.principal.Limits`."""
+    """Request fields that match those of `svc.identity.principal.Limits`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -187,7 +188,7 @@ class Administration:
 
 
 def _with_full_errors(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-    """Return an endpoint whose errors are shown in full: admins may see the machine's paths and details."""
+    """Return an endpoint that shows errors in full, because admins may see the machine's paths and details."""
 
     async def answer(request: Request) -> Response:
         try:

@@ -1,8 +1,9 @@
 """The HTTP application and its complete list of routes.
 
-No documentation pages, no CORS, no redirects. Small routes use FastAPI. Completions and token counts are pure ASGI (see
-serving.http.inference): they are looked up by path and bypass the framework, whose overhead is several times their own
-cost. Both pass through the same middleware.
+There are no documentation pages, no CORS and no redirects. Small routes use FastAPI. Completions and
+token counts are pure ASGI applications (see serving.http.inference): they are looked up by path and
+bypass the framework, whose overhead is several times their own cost. Both kinds of routes pass through
+the same middleware.
 """
 
 import asyncio
@@ -45,13 +46,14 @@ def build_app(
     authentication: Authentication,
     administration: Administration,
 ) -> "Application":
-    """Return the application for one gateway.
+    """Return the HTTP application for a gateway.
 
     Args:
         gateway: answers completions; the other routes use its router and metrics.
         feedback: answers /v1/feedback.
-        engine_metrics: refreshed for each request to /metrics; in the same registry as `gateway.metrics`.
-        status: returns the JSON values of /svc/status; called in a thread.
+        engine_metrics: metrics that are refreshed for each request to /metrics, in the same registry as
+            `gateway.metrics`.
+        status: function that returns the JSON values of /svc/status; it is called in a thread.
         authentication: admits requests.
         administration: answers administration requests.
     """
@@ -74,7 +76,7 @@ def build_app(
 
 @dataclass(frozen=True, slots=True)
 class Application:
-    """Dispatches requests to the endpoints that bypass the framework, by path, or to the framework's application."""
+    """Dispatches each request by path, to an endpoint that bypasses the framework or to the framework."""
 
     framework: FastAPI
     direct: Mapping[str, ASGIApp]
@@ -127,12 +129,13 @@ def _add_operations(
 
 
 def _without_inside(status: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the part of the status for keys with the scope `metrics`.
+    """Return the part of the status that keys with the scope `metrics` may see.
 
-    The process, the engines' plans and the error texts are left out, because they contain the machine's paths.
+    The process, the engines' plans and the error texts are excluded, because they contain the machine's
+    paths.
 
     Args:
-        status: from `serving.deployments.Deployments.status`.
+        status: the complete status from `serving.deployments.Deployments.status`.
     """
     models = [_of_model(model) for model in status.get("models", ())]
     refused = dict.fromkeys(status.get("refused", ()), _FOR_ADMINS)

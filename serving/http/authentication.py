@@ -1,4 +1,4 @@
-"""Authenticates and authorises requests before anything else in them is read, in particular their bodies.
+"""Authenticate and authorise a request before anything else in it is read, in particular its body.
 
 Keys are required as soon as one exists, and always for administration. Requests through the home's socket need no
 key: only the home's owner can open the socket.
@@ -17,7 +17,8 @@ from svc.identity.principal import Scope
 log = logging.getLogger(__name__)
 
 _OPEN: Final = frozenset({"/health", "/health/live"})
-"""For load balancers and orchestrators, which have no keys. The answers show only whether the service is up."""
+"""Paths for load balancers and orchestrators, which have no keys. The responses show only whether the
+service is up."""
 _SCOPES: Final = {
     **dict.fromkeys((route.value for route in (*Route, *TokenRoute)), Scope.INFER),
     "/v1/models": Scope.INFER,
@@ -31,12 +32,13 @@ _BEARER = b"bearer "
 
 
 class Authentication:
-    """Admits requests.
+    """Decides whether requests are admitted.
 
     Args:
-        authenticator: must have loaded the keys from the store.
-        keys_needed: require a key even while none exists, because other machines can reach the server.
-        on_failure: called with the fault of each missing or invalid key.
+        authenticator: the authenticator, which must have loaded the keys from the store.
+        keys_needed: whether a key is required even while none exists, because other machines can reach the
+            server.
+        on_failure: called with what is wrong for each missing or invalid key.
     """
 
     def __init__(
@@ -48,7 +50,7 @@ class Authentication:
         self._failed = FailedKeys()
 
     def check(self, state: RequestState, path: str) -> None:
-        """Admit a request, or let it pass without admission if its path is open to all; raise as `admit` does."""
+        """Admit a request, or let it pass if its path is open to all. Raises the same errors as `admit`."""
         if self.needs_key(state, path):
             if path in _OPEN:
                 return
@@ -65,12 +67,12 @@ class Authentication:
         return _needed_scope(path) is Scope.ADMIN
 
     def admit(self, state: RequestState, path: str) -> Grant:
-        """Return the grant of a request's key; count and report a missing or invalid key.
+        """Return the grant of a request's key. A missing or invalid key is counted and reported.
 
         Raises:
             InvalidKeyError: the key is missing or invalid.
-            TooManyWrongKeysError: the key is invalid, and so were too many before it from the same address.
-            KeysUnavailableError: the store with the keys cannot be read.
+            TooManyWrongKeysError: the key is invalid, as were too many earlier keys from the same address.
+            KeysUnavailableError: the store that holds the keys cannot be read.
             PermissionDeniedError: the key lacks the required scope.
         """
         try:
@@ -88,7 +90,7 @@ class Authentication:
 
 
 def _needed_scope(path: str) -> Scope | None:
-    """Return the scope that a path needs; None if any key will do, as for paths that do not exist."""
+    """Return the scope that a path requires, or None if any key will do, as for paths that do not exist."""
     scope = _SCOPES.get(path)
     if scope is not None:
         return scope
@@ -98,7 +100,7 @@ def _needed_scope(path: str) -> Scope | None:
 
 
 def _secret(headers: Mapping[bytes, bytes]) -> str | None:
-    """Return the secret from the header that OpenAI's clients send, or else the one that Anthropic's clients send."""
+    """Return the secret from the header that OpenAI's clients send, or else from the one Anthropic's send."""
     bearer = headers.get(b"authorization", b"")
     if bearer[: len(_BEARER)].lower() == _BEARER:
         return bearer[len(_BEARER) :].strip().decode("latin-1")

@@ -1,4 +1,4 @@
-"""Reads a request body, with limits on its media type, size and arrival time."""
+"""Read a request body, with limits on its media type, size and arrival time."""
 
 import asyncio
 from collections.abc import Callable, Mapping
@@ -13,19 +13,19 @@ _JSON_TYPE = b"application/json"
 
 
 class BodyTooLargeError(SvcError):
-    """Raised when a body is larger than the limit."""
+    """Raised when a request body is larger than the limit."""
 
 
 class BodyTimeoutError(SvcError):
-    """Raised when a body did not arrive in time."""
+    """Raised when a request body did not arrive in time."""
 
 
 class MediaTypeError(SvcError):
-    """Raised when the Content-Type is not JSON."""
+    """Raised when a request's Content-Type is not JSON."""
 
 
 class ClientGoneError(Exception):
-    """Raised when the client closed the connection."""
+    """Raised when the client has closed the connection."""
 
 
 async def read_body(
@@ -36,16 +36,18 @@ async def read_body(
     timeout_s: float = BODY_TIMEOUT_S,
     slot: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> bytes:
-    """Return a request's body; its size is checked before and during reading.
+    """Return a request's body, checking its size before and while reading it.
 
     Args:
-        slot: returns a context manager that is entered to read the rest of a body that arrives in several parts.
+        slot: function that returns a context manager, which is entered to read the rest of a body that
+            arrives in several parts.
 
     Raises:
-        MediaTypeError: not `application/json`. A web page from another site can send some other types to a local port
-            without a preflight request.
-        BodyTooLargeError, BodyTimeoutError: larger than `max_bytes`, or incomplete after `timeout_s` seconds.
-        ClientGoneError: the client disconnected before the end of the body.
+        MediaTypeError: the media type is not `application/json`. A web page from another site can send some
+            other types to a local port without a preflight request.
+        BodyTooLargeError, BodyTimeoutError: the body is larger than `max_bytes`, or incomplete after
+            `timeout_s` seconds.
+        ClientGoneError: the client disconnected before the body was complete.
     """
     media_type = headers.get(b"content-type", b"")
     if media_type != _JSON_TYPE and media_type.partition(b";")[0].strip().lower() != _JSON_TYPE:
@@ -74,10 +76,10 @@ async def _receive_rest(begin: bytes, receive: Receive, max_bytes: int) -> bytes
 
 
 async def discard_body(receive: Receive, *, most: int) -> None:
-    """Read and discard the rest of a body, up to `most` bytes.
+    """Read and discard the rest of a request body, up to `most` bytes.
 
     Raises:
-        ClientGoneError: the client disconnected before the end of the body.
+        ClientGoneError: the client disconnected before the body was complete.
     """
     more = True
     while more and most > 0:
@@ -86,7 +88,7 @@ async def discard_body(receive: Receive, *, most: int) -> None:
 
 
 async def _receive_part(receive: Receive) -> tuple[bytes, bool]:
-    """Return the next part of a body, and whether more parts follow."""
+    """Return the next part of a request body and whether more parts follow."""
     message = await receive()
     if message["type"] == "http.disconnect":
         raise ClientGoneError

@@ -1,6 +1,7 @@
-"""Limits how many request bodies are received concurrently: a body takes memory before its model is known.
+"""Limit the number of request bodies received concurrently.
 
-A body that arrives together with its headers needs no slot.
+The limit is needed because a body takes memory before its model is known. A body that arrives together
+with its headers needs no slot.
 """
 
 from collections import Counter
@@ -11,12 +12,12 @@ from serving.admission.errors import OverloadedError
 
 
 class BodySlots:
-    """The slots for requests whose bodies are being received.
+    """Slots for requests whose bodies are being received.
 
     Args:
-        most: number of slots. One peer may take half of them: a client that sends slowly leaves slots for the
-            others, and half are enough for a proxy in front of all clients.
-        doing: what the requests are doing, for the error "N requests are ...".
+        most: number of slots. One peer may take half of them, so that a client that sends slowly leaves
+            slots for other clients. Half of the slots are enough for a proxy in front of all clients.
+        doing: what the requests are doing, for the error message "N requests are ...".
     """
 
     def __init__(self, most: int, doing: str = "being sent") -> None:
@@ -26,13 +27,14 @@ class BodySlots:
 
     @contextmanager
     def reading(self, peer: str) -> Iterator[None]:
-        """Hold a slot during the body of the `with`.
+        """Hold a slot while the `with` body runs.
 
         Args:
-            peer: key or address that sent the request.
+            peer: key or address from which the request came.
 
         Raises:
-            OverloadedError: no slot is free. The request does not wait for one: the other requests may never end.
+            OverloadedError: no slot is free. The request does not wait for a slot, because the other requests
+                may never end.
         """
         taken = self._reading.total()
         if taken >= self._most or self._reading[peer] >= max(1, self._most // 2):

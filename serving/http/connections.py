@@ -1,8 +1,9 @@
-"""Client connections: limited by file descriptors, and closed if the client sends no request or reads nothing.
+"""Client connections, limited by file descriptors and closed if a client sends no request or reads nothing.
 
-uvicorn waits indefinitely for a first request and for headers of any size, and closes a connection only after its
-client has read everything. If clients used all file descriptors, the server could not reach its engines. The limits
-use asyncio's callbacks and notifications from the application; of uvicorn, only the parser is replaced.
+uvicorn waits indefinitely for a first request and for headers of any size, and closes a connection only
+after its client has read everything. If clients used up all file descriptors, the server could not reach
+its engines. The limits rely on asyncio's callbacks and on notifications from the application. Only
+uvicorn's parser is replaced.
 """
 
 import asyncio
@@ -19,24 +20,29 @@ from serving.http.request_parser import RequestParser
 from svc.one_shot_event import OneShotEvent
 
 REQUEST_DEADLINE_S = 15.0
-"""Limit on the time from a connection's start, or its last answer, to the end of the next request's headers."""
+"""Maximum time in seconds from a connection's start, or its last response, to the end of the next request's
+headers."""
 FULL_DEADLINES = 4
-"""A client that reads no part of its answer for this many deadlines is disconnected. Completions have their own,
-shorter timeout, which is counted as `client_slow` (serving.http.delivery)."""
+"""A client that reads no part of its response for this many deadlines is disconnected. Completions have
+their own, shorter timeout, which is counted as `client_slow` (serving.http.delivery)."""
 LAST_REQUEST_S = 1.0
-"""When the server stops, requests that arrive on open connections within this time are still answered."""
+"""When the server stops, requests that arrive on open connections within this many seconds are still
+answered."""
 _STATE_KEY = "connection"
 _OWN_DESCRIPTORS = 512
-"""File descriptors for the store, logs, the registry and the server's own requests to its engines."""
+"""Number of file descriptors reserved for the store, logs, the registry and the server's own requests to
+its engines."""
 _MAX_CONNECTIONS = 8192
-"""Maximum number of connections even if the machine allows more: each takes about ten kilobytes."""
+"""Maximum number of connections, even if the machine allows more, because each one takes about ten
+kilobytes."""
 
 
 def raise_descriptor_limit() -> int:
-    """Raise this process's limit on open files to its maximum.
+    """Raise this process's limit on open files to the maximum.
 
     Returns:
-        Maximum number of client connections; each may need a second descriptor for a connection to an engine.
+        The maximum number of client connections. Each may need a second descriptor for a connection to an
+        engine.
     """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -45,19 +51,22 @@ def raise_descriptor_limit() -> int:
 
 
 def _nothing() -> None:
-    """Do nothing; the default for a connection's callbacks."""
+    """Do nothing. This is the default for a connection's callbacks."""
 
 
 @dataclass(slots=True)
 class Connection:
-    """A client's connection as its requests see it. With default values, for tests, it is never lost or slow.
+    """A client connection as its requests see it.
+
+    With its default values, which are for tests, a connection is never lost or slow.
 
     Attributes:
         through_socket: whether the client used the unix socket, which only the socket's owner can open.
-        is_writable: whether writes do not wait. A lost connection accepts and discards all data.
-        lost: event that is set once the connection is lost.
-        abort: closes the connection immediately, discarding unsent data.
-        on_request, on_answered: called when a request begins, and when its answer is complete.
+        is_writable: whether data can be written without waiting. A lost connection accepts and discards all
+            data.
+        lost: event that is set when the connection is lost.
+        abort: function that closes the connection immediately, discarding unsent data.
+        on_request, on_answered: functions called when a request begins, and when its response is complete.
     """
 
     through_socket: bool = False
@@ -73,7 +82,7 @@ def connection_of(scope: Scope) -> Connection:
 
 
 def watched(app: ASGIApp) -> ASGIApp:
-    """Return the application, wrapped to notify each connection when its requests begin and are answered."""
+    """Return the application, wrapped to notify each connection when a request begins and is answered."""
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         connection = connection_of(scope)
@@ -90,10 +99,10 @@ class ClientProtocol(HttpToolsProtocol):
     """uvicorn's protocol with limits, for an application wrapped by `watched`.
 
     Args:
-        deadline_s: see REQUEST_DEADLINE_S.
+        deadline_s: time limit for the next request, see REQUEST_DEADLINE_S.
 
     Attributes:
-        connection: given to each request.
+        connection: the connection object passed to each request.
     """
 
     def __init__(
@@ -124,7 +133,7 @@ class ClientProtocol(HttpToolsProtocol):
         self._check()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Notify the running request that the connection is lost."""
+        """Notify the running request that its connection is lost."""
         if self._timer is not None:
             self._timer.cancel()
         self.parser.close()
@@ -135,19 +144,19 @@ class ClientProtocol(HttpToolsProtocol):
         self.connection.abort = self.connection.on_request = self.connection.on_answered = _nothing
 
     def pause_writing(self) -> None:
-        """Note that the client reads slowly."""
+        """Record that the client is reading slowly."""
         self.connection.is_writable = False
         self._full_since = asyncio.get_running_loop().time()
         super().pause_writing()
 
     def resume_writing(self) -> None:
-        """Note that the client has read enough."""
+        """Record that the client has read enough for writing to resume."""
         self.connection.is_writable = True
         self._full_since = None
         super().resume_writing()
 
     def shutdown(self) -> None:
-        """Close the connection after the running request, or after one that arrives within LAST_REQUEST_S."""
+        """Close the connection after the running request, or after a request that arrives within LAST_REQUEST_S."""
         self._ending = True
         if self._waiting_since is None:
             super().shutdown()
@@ -167,9 +176,9 @@ class ClientProtocol(HttpToolsProtocol):
         self._waiting_since = asyncio.get_running_loop().time()
 
     def _check(self) -> None:
-        """Close the connection if its client sends no request or reads nothing; otherwise check again later.
+        """Close the connection if its client sends no request or reads nothing. Otherwise check again later.
 
-        One timer serves all of a connection's requests.
+        A single timer serves all requests of a connection.
         """
         loop, left_s = asyncio.get_running_loop(), self._deadline_s
         if self._full_since is not None and self._full_since + FULL_DEADLINES * self._deadline_s <= loop.time():

@@ -1,9 +1,10 @@
-"""Sends an answer to its client from a buffer, so that no engine, and no swap, waits for a client that reads slowly.
+"""Sends an answer to its client from a buffer, so that engines and swaps never wait for slow readers.
 
-Buffers are bounded per answer, per caller and in total: when they are full, a stream is read from the engine no faster
-than its client reads, and an answer that is not streamed is rejected. A client that reads too slowly is disconnected,
-which frees its buffer. Data for a writable connection is sent immediately; the buffer, and the task that empties it,
-serve the other connections. Knows nothing of engines or of an answer's content.
+Buffers are bounded per answer, per caller and in total. When they are full, a stream is read from the
+engine no faster than its client reads, and an answer that is not streamed is rejected. A client that
+reads too slowly is disconnected, which frees its buffer. Data for a writable connection is sent
+immediately; the buffer, and the task that empties it, serve the other connections. This module knows
+nothing of engines or of an answer's content.
 """
 
 import asyncio
@@ -18,30 +19,30 @@ from serving.http.connections import Connection
 from svc.errors import SvcError
 
 PART_BYTES = 64 * 1024
-"""Maximum size of one write to a connection. uvicorn buffers as much again, so a disconnected client has read less
-than about twice that size within `CLIENT_TIMEOUT_S`."""
+"""Maximum size of one write to a connection, in bytes. uvicorn buffers the same amount again, so a
+disconnected client has read less than about twice that size within `CLIENT_TIMEOUT_S`."""
 MAX_ANSWER_BYTES = 16 * 2**20
-"""Largest answer that is not streamed, and largest buffered part of a stream."""
+"""Maximum size in bytes of an answer that is not streamed, and of the buffered part of a stream."""
 CLIENT_TIMEOUT_S = 30.0
-"""A client that takes longer to read the next part of its answer is disconnected."""
+"""Seconds within which a client must read the next part of its answer, or else be disconnected."""
 
 
 class ClientSlowError(Exception):
-    """The client read its answer too slowly, and is disconnected."""
+    """Raised when a client reads its response too slowly and is disconnected."""
 
 
 class AnswerTooLargeError(SvcError):
-    """An answer, or an event in it, is over the limit."""
+    """Raised when an answer, or a single event in it, exceeds the size limit."""
 
 
 class AnswerBuffers:
-    """Memory used by all answers that wait for their clients.
+    """Memory used by all answers that are waiting for their clients.
 
     Args:
-        max_bytes: limit for all answers together. One caller may use half of them, but always enough for one answer:
-            callers that read slowly leave memory for the others.
-        max_answer_bytes: limit for one answer.
-        client_timeout_s: longest time for a client to read a part, seconds.
+        max_bytes: limit for all answers combined. One caller may use half of it, but always enough for one
+            answer, so that callers that read slowly leave memory for other callers.
+        max_answer_bytes: limit for a single answer.
+        client_timeout_s: time within which a client must read the next part, in seconds.
 
     Attributes:
         used: number of bytes in use.
@@ -59,11 +60,11 @@ class AnswerBuffers:
         self.used = 0
 
     def held_by(self, caller: str) -> int:
-        """Return the number of bytes that wait for one caller."""
+        """Return the number of bytes that are waiting for a caller."""
         return self._held.get(caller, 0)
 
     def take(self, size: int, held: int, caller: str) -> bool:
-        """Reserve `size` more bytes for an answer that already holds `held`; return whether enough memory was free."""
+        """Reserve `size` more bytes for an answer that already holds `held`, and return whether this succeeded."""
         if held + size > self.max_answer_bytes or self.used + size > self._max_bytes:
             return False
         of_caller = self.held_by(caller) + size
@@ -88,9 +89,9 @@ class AnswerBuffers:
 
 
 class Delivery:
-    """One answer on its way to its client; leaving the `async with` waits until everything is sent.
+    """Delivers one answer to its client. Leaving the `async with` waits until everything has been sent.
 
-    If the body of the `async with` raised, the answer is ended only by `send_last`.
+    If the body of the `async with` raises an error, the answer is ended only by `send_last`.
 
     Args:
         send: the ASGI callable.
@@ -116,7 +117,7 @@ class Delivery:
 
     @property
     def pending(self) -> bool:
-        """Whether a part of the answer is not sent yet."""
+        """Whether some part of the answer has not been sent yet."""
         return self._held > 0 or self._headers is not None
 
     async def __aenter__(self) -> Self:
@@ -125,7 +126,7 @@ class Delivery:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Wait until the rest of the answer is sent, and release its memory.
+        """Wait until the rest of the answer has been sent, and release its memory.
 
         Raises:
             ClientSlowError: the client read too slowly.
@@ -145,16 +146,18 @@ class Delivery:
             )  # the part that is not sent any more; the answer stays `pending`
 
     def start(self, headers: list[tuple[bytes, bytes]]) -> None:
-        """Set the headers of a successful answer; they are sent with the first part."""
+        """Set the headers of a successful response. They are sent with its first part."""
         self._headers, self.begun = headers, True
 
     def reserve(self, size: int) -> None:
-        """Reserve memory for a part of an answer that is not streamed; the complete answer is passed to `put` later.
+        """Reserve memory for a part of an answer that is not streamed.
+
+        The complete answer is passed to `put` later.
 
         Raises:
-            AnswerTooLargeError: the answer is over the limit.
-            OverloadedError: the buffers, or the caller's share, are full. Waiting for memory could deadlock, because
-                half-read answers would wait for each other.
+            AnswerTooLargeError: the answer exceeds the size limit.
+            OverloadedError: the buffers, or the caller's share of them, are full. Waiting for memory could
+                deadlock, because half-read answers would wait for each other.
         """
         if self._held + size > self._buffers.max_answer_bytes:
             raise _too_large(self._held + size, self._buffers.max_answer_bytes)
@@ -172,15 +175,17 @@ class Delivery:
         self._buffers.free(size, self._caller)
 
     def put(self, data: bytes) -> None:
-        """Buffer a part whose memory was reserved, to be sent."""
+        """Buffer a part, whose memory must have been reserved, for sending."""
         self._waiting += data
         self._filled.set()
 
     async def put_event(self, data: bytes) -> None:
-        """Send a part of a stream or, if the connection is not writable, buffer it once the buffers have memory for it.
+        """Send a part of a stream.
+
+        If the connection is not writable, the part is buffered once the buffers have memory for it.
 
         Raises:
-            AnswerTooLargeError: this part alone is over the limit for an answer.
+            AnswerTooLargeError: this part alone exceeds the size limit of an answer.
             ClientSlowError: the client was disconnected.
         """
         if self._connection.is_writable and not self._held and len(data) <= PART_BYTES:
@@ -201,7 +206,7 @@ class Delivery:
         self.put(data)
 
     async def send_last(self, data: bytes) -> None:
-        """Send the end of an answer that failed; call it after the `async with`.
+        """Send the end of an answer that failed. Call this after the `async with`.
 
         Raises:
             ClientSlowError: the client read too slowly.
@@ -223,7 +228,7 @@ class Delivery:
             self._buffers.free(0, self._caller)  # wakes a `put_event` that waits for memory
 
     async def _send_waiting(self, *, end: bool = False) -> None:
-        """Send the buffer in parts of up to `PART_BYTES`; small events share a write.
+        """Send the buffer in parts of up to `PART_BYTES`, so that small events share a write.
 
         Args:
             end: whether the last part ends the answer.

@@ -1,4 +1,4 @@
-"""Cancels the work for a client when it disconnects or its key becomes invalid, even if nothing was sent yet."""
+"""Cancel a client's work when it disconnects or its key becomes invalid, even if nothing was sent yet."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -13,7 +13,8 @@ async def while_connected(state: RequestState, work: Coroutine[object, object, N
 
     Raises:
         ClientGoneError: the client disconnected first.
-        InvalidKeyError: the client's key became invalid first. Exceptions raised by `work` are passed on.
+        InvalidKeyError: the client's key became invalid first. Exceptions raised by `work` propagate
+            unchanged.
     """
     signals = [state.connection.lost, *([state.grant.ended] if state.grant else ())]
     working, running, cancelled = asyncio.current_task(), True, False

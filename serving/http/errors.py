@@ -1,10 +1,11 @@
-"""The only mapping from errors to responses: status, type, code, headers.
+"""The only mapping from errors to responses, with status, type, code and headers.
 
-Clients get `{"error": {"message", "type", "param", "code"}}` for every status, as OpenAI's client expects. On
-Anthropic's paths `type` has Anthropic's values, and the object also contains `"type": "error"`.
-The code is also the label under which the error is counted. A message never contains a path or a traceback: only the
-errors listed here show their own message; all others are logged and answered as `internal_error`. Administration
-endpoints show some errors that others do not (`change_error`).
+Clients get `{"error": {"message", "type", "param", "code"}}` for every status, as OpenAI's client
+expects. On Anthropic's paths, `type` has Anthropic's values, and the object also contains
+`"type": "error"`. The code is also the label under which the error is counted. A message never contains
+a path or a traceback: only the errors listed here show their own message, while all others are logged
+and answered as `internal_error`. Administration endpoints show some errors that other endpoints do not
+(`change_error`).
 """
 
 import json
@@ -68,7 +69,8 @@ ANTHROPIC_TYPES = {
     504: "timeout_error",
 }
 _MAX_RETRY_S = 120
-"""OpenAI's client ignores a longer retry-after; Anthropic's client waits as long as retry-after says."""
+"""Maximum Retry-After value, in seconds. OpenAI's client ignores longer values, while Anthropic's client
+waits for as long as the header says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,7 @@ class ApiError:
         return ANTHROPIC_TYPES.get(self.status, "api_error" if self.status >= 500 else "invalid_request_error")
 
     def body(self, path: str = "") -> bytes:
-        """Return the JSON for a response, or for an event's data in a stream; secrets that a client sent are masked.
+        """Return the JSON for a response or for a stream event's data. Secrets sent by a client are masked.
 
         Args:
             path: the request's path.
@@ -106,10 +108,10 @@ class ApiError:
         return json.dumps({"error": error}).encode("ascii")
 
     def response(self, path: str = "") -> Response:
-        """Return the complete response.
+        """Return the complete error response.
 
-        Clients retry after 429 and any 5xx; `x-should-retry: false` prevents that if a retry would fail again or would
-        have to wait for long.
+        Clients retry after 429 and any 5xx; `x-should-retry: false` prevents this if a retry would fail again or
+        would have to wait for a long time.
 
         Args:
             path: the request's path.
@@ -159,13 +161,13 @@ _CHANGE_SHAPES: dict[type[Exception], tuple[int, ErrorCode]] = {
     SettingsError: (400, ErrorCode.INVALID_REQUEST),
     OSError: (409, ErrorCode.CHANGE_REFUSED),
 }
-"""Errors of administration endpoints."""
+"""Status and error code for each error of the administration endpoints."""
 _FRAMEWORK_CODES = {404: ErrorCode.NOT_FOUND, 405: ErrorCode.METHOD_NOT_ALLOWED}
 _UNREAD_BODY = frozenset({ErrorCode.BODY_TOO_LARGE, ErrorCode.BODY_TIMEOUT, ErrorCode.UNSUPPORTED_MEDIA_TYPE})
 
 
 def api_error(error: Exception) -> ApiError:
-    """Return the error as a client sees it. An unexpected error is logged here, with its traceback."""
+    """Return the error as a client sees it. Unexpected errors are logged here with their traceback."""
     if isinstance(error, SvcError):
         for kind in type(error).__mro__:
             if kind in _SHAPES:
@@ -177,7 +179,7 @@ def api_error(error: Exception) -> ApiError:
 
 
 def change_error(error: Exception) -> ApiError:
-    """Return an administration endpoint's error, shown in full: admins may see the machine's paths and details."""
+    """Return an administration endpoint's error in full, since admins may see the machine's paths and details."""
     for kind, shape in _CHANGE_SHAPES.items():
         if isinstance(error, kind):
             return _shaped(error if isinstance(error, SvcError) else SvcError(str(error)), *shape)
@@ -216,7 +218,7 @@ def _framework_error(error: HTTPException) -> ApiError:
 
 
 def install_handlers(app: FastAPI) -> None:
-    """Make errors from the framework and the small routes use OpenAI's error format."""
+    """Make errors from the framework and from the small routes use OpenAI's error format."""
 
     async def answer(request: Request, error: Exception) -> Response:
         return api_error(error).response(request.url.path)

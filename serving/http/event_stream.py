@@ -1,6 +1,7 @@
-"""Forwards the events of a streamed answer as they arrive, and times and counts its tokens.
+"""Forward the events of a streamed answer as they arrive, and time and count its tokens.
 
-The chunk with token counts, always requested from the engine, is forwarded only to clients that requested it.
+The chunk with token counts is always requested from the engine, but is forwarded only to clients that
+requested it.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,11 +21,11 @@ class EventStream:
     """Forwards one streamed answer to its client.
 
     Attributes:
-        begin: called with the engine's content type to begin the answer to the client.
-        between_tokens: called with the seconds between the arrivals of two tokens from the engine; with a slow client,
-            tokens may be read from the buffer much later than they arrived.
+        begin: called with the engine's content type to begin the response to the client.
+        between_tokens: called with the seconds between the arrivals of two tokens from the engine. With a
+            slow client, tokens may be read from the buffer much later than they arrived.
         wants_usage: whether the client requested the chunk with token counts.
-        show: rewrites each event first; see serving.replicas.balancer.Lease.
+        show: function that rewrites each event before it is forwarded; see serving.replicas.balancer.Lease.
     """
 
     account: RequestAccount
@@ -75,7 +76,7 @@ class EventStream:
             raise failure
 
     def _passes(self, event: bytes) -> bool:
-        """Account for an event; return whether to forward it to the client."""
+        """Account for an event and return whether to forward it to the client."""
         event_kind = self.format.classify(event)
         if event_kind.error is not None:
             code = event_kind.error.get("code") if isinstance(event_kind.error, dict) else None

@@ -1,6 +1,7 @@
-"""Limits how many invalid keys one peer may send per minute: enough for mistyped keys.
+"""Limit the number of invalid keys that a peer may send per minute, allowing enough for mistyped keys.
 
-Secrets cannot be guessed, so a valid key is never delayed because another client at its address sends invalid ones.
+Secrets cannot be guessed, so a valid key is never delayed because another client at the same address
+sends invalid ones.
 """
 
 import math
@@ -13,7 +14,7 @@ from svc.errors import SvcError
 MAX_INVALID_PER_MINUTE = 20
 _MINUTE_S = 60.0
 _MAX_PEERS = 4096
-"""Beyond this number of peers, the peer whose minute began first is forgotten."""
+"""Maximum number of peers remembered. Beyond it, the peer whose minute began first is forgotten."""
 
 
 class TooManyWrongKeysError(SvcError):
@@ -29,10 +30,10 @@ class TooManyWrongKeysError(SvcError):
 
 
 class FailedKeys:
-    """Counts invalid keys by peer, in minutes that begin with a peer's first invalid key.
+    """Counts invalid keys per peer, in minutes that begin with a peer's first invalid key.
 
     Args:
-        clock: returns monotonic time, seconds.
+        clock: function that returns monotonic time, in seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -40,10 +41,10 @@ class FailedKeys:
         self._peers: dict[str, tuple[float, int]] = {}  # the oldest minute first
 
     def add(self, address: str) -> bool:
-        """Count an invalid key; return whether it is the last one allowed in this minute.
+        """Count an invalid key and return whether it is the last one allowed in this minute.
 
         Raises:
-            TooManyWrongKeysError: the peer is over the limit.
+            TooManyWrongKeysError: the peer has exceeded the limit.
         """
         peer, now = peer_of(address), self._clock()
         began, count = self._peers.get(peer, (now, 0))

@@ -1,8 +1,9 @@
-"""`POST /v1/feedback`: a person's rating of an answer, identified by the answer's `x-request-id`.
+"""`POST /v1/feedback`: rates an answer, which is identified by its `x-request-id`.
 
-A key may rate only answers to its own requests; admins, and clients that need no key, may rate all answers.
-Each request has one rating; a second one replaces the first and is not counted again. A correction is stored even if
-content is not, because its sender wants it to be stored; corrections are redacted like content.
+A key may rate only answers to its own requests; admins, and clients that need no key, may rate all
+answers. Each request has one rating; a second rating replaces the first and is not counted again. A
+correction is stored even if content is not, because its sender wants it to be stored. Corrections are
+redacted like content.
 """
 
 import asyncio
@@ -34,7 +35,7 @@ _FLUSH_S = 5.0
 
 
 class RequestNotFoundError(NotFoundError):
-    """Raised when no stored request has the id."""
+    """Raised when no stored request has the given id."""
 
 
 class RequestLogBusyError(SvcError):
@@ -58,7 +59,7 @@ class FeedbackIntake:
     """Receives feedback and stores it.
 
     Args:
-        request_log: writes requests that are not stored yet, and redacts texts.
+        request_log: the log that writes requests not stored yet, and redacts texts.
         on_given: called with each request's first rating.
     """
 
@@ -73,12 +74,12 @@ class FeedbackIntake:
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="feedback")
 
     async def answer(self, request: Request) -> Response:
-        """Handle a request that carries feedback: store the feedback and confirm it.
+        """Handle a feedback request: store the feedback and confirm it.
 
         Raises:
             OverloadedError: too many feedback requests are being handled.
             RequestNotFoundError: no request with this id is stored.
-            RequestLogBusyError: the rated request is still not stored after a wait of a few seconds.
+            RequestLogBusyError: the rated request is still not stored after a few seconds.
             InvalidJsonError, InvalidRequestError: the body is not valid.
         """
         if self._at_once >= _MAX_CONCURRENT:

@@ -1,8 +1,8 @@
-"""The host names under which this server may be addressed.
+"""The host names by which this server may be addressed.
 
-A web page can make its own domain resolve to this machine (DNS rebinding) and then read answers as if they came from
-its own site. The domain is in the request's Host header, so only configured names are accepted there. Addresses are
-always accepted, since none of this server's addresses serves web pages.
+A web page can make its own domain resolve to this machine (DNS rebinding) and then read responses as if
+they came from its own site. The domain is in the request's Host header, so only configured names are
+accepted there. Addresses are always accepted, since none of this server's addresses serves web pages.
 """
 
 import ipaddress
@@ -15,28 +15,28 @@ from svc.errors import SvcError
 ANY = "*"
 _LOOPBACK = "localhost"
 _MAX_ADDRESS_CHARS = 45
-"""Prefix of an IPv6 address that ends with an IPv4 address."""
+"""Maximum length of an IP address: an IPv6 prefix followed by an IPv4 address."""
 
 
 class HostNotAllowedError(SvcError):
-    """Raised when the Host header has a name that is not this server's."""
+    """Raised when the Host header names a host that is not this server."""
 
 
 class AllowedHosts:
     """The accepted host names.
 
     Args:
-        names: names in addition to `localhost`; `*` allows every name.
+        names: names accepted in addition to `localhost`; `*` allows every name.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
         self._names = {_LOOPBACK, *(name.lower().rstrip(".") for name in names)}
 
     def check(self, header: bytes) -> None:
-        """Check a request's Host header; a request without one (HTTP/1.0) passes.
+        """Check a request's Host header. A request without one (HTTP/1.0) passes.
 
         Raises:
-            HostNotAllowedError: the name is not this server's.
+            HostNotAllowedError: the name in the header is not one of this server's names.
         """
         host = _name(header)
         if ANY in self._names or not host or host in self._names or _is_address(host):
@@ -50,7 +50,7 @@ class AllowedHosts:
 
 @lru_cache(maxsize=256)
 def _name(given: bytes) -> str:
-    """Return the host of a Host header, without the port and the brackets around an IPv6 address."""
+    """Return the host from a Host header, without the port and without the brackets around an IPv6 address."""
     header = str(given, "latin-1")
     if header.startswith("["):
         return header[1:].partition("]")[0]

@@ -22,15 +22,18 @@ _WARNING_LIMIT = WarningLimit()
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn's server without its signal handlers; the handlers in serving.server also interrupt a start in progress.
+    """uvicorn's server without its signal handlers.
+
+    The handlers in serving.server are used instead, because they also interrupt a start in progress.
 
     Args:
         most: maximum number of open connections.
-        most_per_address: maximum number from one address that is not a proxy; None for no limit.
-        certificate: None for plain HTTP.
+        most_per_address: maximum number of connections from one address that is not a proxy, or None for no
+            limit.
+        certificate: the TLS certificate, or None for plain HTTP.
         proxies: addresses whose forwarding headers are trusted; any other client can forge these headers.
         deadline_s: see `REQUEST_DEADLINE_S` in serving.http.connections.
-        idle_s: maximum idle time of a connection between two requests.
+        idle_s: maximum idle time of a connection between two requests, in seconds.
     """
 
     def __init__(
@@ -73,18 +76,18 @@ class HttpServer(uvicorn.Server):
         yield
 
     def stop(self) -> None:
-        """Make `serve` return after the running requests."""
+        """Make `serve` return once the running requests are done."""
         self.should_exit = True
         self._stopping.set()
 
     async def main_loop(self) -> None:
-        """Keep the Date header current; unlike uvicorn's own loop, do not poll ten times per second whether to stop."""
+        """Keep the Date header current without polling ten times per second for a stop, unlike uvicorn's loop."""
         while not await self.on_tick(0):
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), _DATE_S)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start as uvicorn does, with a limit on connections."""
+        """Start as uvicorn does, but with a limit on connections."""
         await super().startup(sockets=[])
         for listener in sockets or ():
             acceptor = Acceptor(
@@ -99,6 +102,6 @@ class HttpServer(uvicorn.Server):
             self._acceptors.append(acceptor)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Shut down as uvicorn does, without losing an accepted connection."""
+        """Shut down as uvicorn does, but without losing accepted connections."""
         await asyncio.gather(*(acceptor.stop(_HANDSHAKE_GRACE_S) for acceptor in self._acceptors))
         await super().shutdown(sockets=sockets)

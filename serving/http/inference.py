@@ -4,8 +4,9 @@ read -> route -> reserve -> load the adapter -> admit -> resolve -> forward -> a
 with three exceptions: the model's name on the way in, an adapter's private name on the way out, and the chunk with
 token counts in a stream, which is dropped for clients that did not ask for it.
 
-The response headers are sent with the first complete event: until then a failure can have its own status. Bytes that a
-client does not read immediately are buffered (serving.http.delivery) outside admission: the engine is done by then.
+The response headers are sent with the first complete event, so that a failure before it can have its own
+status. Bytes that a client does not read immediately are buffered (serving.http.delivery) outside
+admission, because the engine is done by then.
 """
 
 import asyncio
@@ -56,15 +57,16 @@ class Gateway:
         body_slots: limit on request bodies that are being received concurrently.
         metrics: counts requests.
         request_log: stores a row for each request.
-        settings: the settings with the limits on bodies and queues.
+        settings: the settings that contain the limits on bodies and queues.
         request_limits: limits on the structure of one request.
-        buffers: answers that wait for their clients.
+        buffers: memory for answers that are waiting for their clients.
         limiter: enforces the limits of keys.
-        usage: counts the usage per key.
-        begin_trace: returns a request's trace, begun or continued from its headers; None if traces are off.
-        clock: returns monotonic time, seconds.
-        adapter_slots: limit on requests that wait for adapters, except for those in production.
-        production_slots: limit on requests that wait for an adapter in production.
+        usage: counts usage per key.
+        begin_trace: function that returns a request's trace, begun or continued from its headers. None if
+            tracing is off.
+        clock: function that returns monotonic time, in seconds.
+        adapter_slots: limit on requests that are waiting for adapters that are not in production.
+        production_slots: limit on requests that are waiting for an adapter in production.
     """
 
     router: Router
@@ -88,13 +90,16 @@ class Gateway:
 
 
 def completion_endpoints(gateway: Gateway) -> dict[str, ASGIApp]:
-    """Return the ASGI applications for completions, by path."""
+    """Return the ASGI applications for completions, keyed by path."""
     return {route.value: _Endpoint(gateway, route) for route in Route}
 
 
 @dataclass(frozen=True, slots=True)
 class _Endpoint:
-    """ASGI application for one path. A class, because Starlette would wrap a function in its request machinery."""
+    """ASGI application for one path.
+
+    It is a class because Starlette would wrap a function in its request machinery.
+    """
 
     gateway: Gateway
     route: Route
@@ -104,7 +109,7 @@ class _Endpoint:
 
 
 class Exchange:
-    """Handles one request, and sends its answer."""
+    """Handles one request and sends its response."""
 
     def __init__(self, gateway: Gateway, route: Route, scope: Scope, send: Send) -> None:
         self._gateway = gateway
@@ -126,7 +131,7 @@ class Exchange:
         )
 
     async def run(self, receive: Receive) -> None:
-        """Answer the request, with an error if it fails."""
+        """Answer the request, or send an error if it fails."""
         settings, account = self._gateway.settings, self.account
         try:
             slot = partial(self._gateway.body_slots.reading, self._state.address)
@@ -178,7 +183,7 @@ class Exchange:
                 await self._forward_to_another(to, engine, request, error)
 
     def _waiting_for_adapter(self, to: Destination) -> AbstractContextManager[None]:
-        """Hold one of the slots for requests that wait for adapters; production versions have separate slots."""
+        """Hold a slot for requests that wait for adapters. Production versions have separate slots."""
         names, gateway = to.backend.names, self._gateway
         in_production = names.served is not None and names.resolve(to.model) in (None, names.served.version)
         slots = gateway.production_slots if in_production else gateway.adapter_slots
@@ -233,7 +238,7 @@ class Exchange:
         self._delivery.put(body)
 
     def _begin(self, content_type: str, length: int | None = None) -> None:
-        """Begin a successful answer."""
+        """Begin a successful response."""
         framing = (b"cache-control", b"no-cache") if length is None else (b"content-length", b"%d" % length)
         overhead = b"%.2f" % (self.account.begin() * 1000)
         self._delivery.start(
@@ -241,7 +246,7 @@ class Exchange:
         )
 
     async def _fail(self, error: ApiError, receive: Receive) -> None:
-        """Answer with an error; within a stream, send an error event in place of the event that ends an answer."""
+        """Respond with an error. Within a stream, send an error event in place of the final event."""
         self.account.failed(error.code)
         if not self.account.begun:
             self.account.status, self.account.begun = error.status, True
@@ -254,12 +259,15 @@ class Exchange:
 
     @property
     def _delivered(self) -> bool:
-        """Whether the complete answer was sent: OpenAI's client closes the connection once it reads the last event."""
+        """Whether the whole answer was sent.
+
+        OpenAI's client closes the connection as soon as it reads the last event.
+        """
         return self.account.complete and not self._delivery.pending
 
 
 async def read_whole(answer: EngineAnswer, engine: Lease, delivery: Delivery) -> bytes:
-    """Read and return the body of an engine's answer, reserving memory for it.
+    """Read and return the body of an engine's response, reserving memory for it.
 
     Raises:
         AnswerTooLargeError, OverloadedError: the body is too large, or the buffers are full.

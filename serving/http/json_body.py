@@ -1,4 +1,4 @@
-"""Reads the small JSON bodies that this server parses itself: validated by a schema; unknown keys are errors."""
+"""Read the small JSON bodies that this server parses itself, and validate them. Unknown keys are errors."""
 
 from typing import TypeVar
 

@@ -1,4 +1,4 @@
-"""The share of its key's limits that one request reserves, and the usage recorded at the request's end."""
+"""The share of its key's limits that a request reserves, and the usage recorded when the request ends."""
 
 from serving.admission.errors import RateLimitedError
 from serving.admission.party import NO_KEY, Party
@@ -16,11 +16,14 @@ _CLIENT_LEFT = (RequestOutcome.CLIENT_GONE, RequestOutcome.CLIENT_SLOW)
 
 
 class KeyAccount:
-    """One request's use of its key's limits, and its recorded usage; without a key there are no limits, only usage.
+    """One request's use of its key's limits, and its recorded usage.
+
+    Without a key there are no limits, only usage.
 
     Attributes:
         body_bytes: size of the request's body.
-        token_events: number of forwarded events with tokens, for answers without token counts from the engine.
+        token_events: number of forwarded events that contain tokens, for answers without token counts from
+            the engine.
     """
 
     def __init__(
@@ -35,16 +38,16 @@ class KeyAccount:
 
     @property
     def key_id(self) -> str | None:
-        """Id of the key; None without a key."""
+        """Id of the key, or None if the request has no key."""
         return self._principal.key_id if self._principal else None
 
     @property
     def party(self) -> Party:
-        """Tenant that the request belongs to when tenants share the model."""
+        """The tenant to which the request belongs when tenants share the model."""
         return Party(self._principal.key_id, self._principal.weight) if self._principal else NO_KEY
 
     def reserve_request(self) -> None:
-        """Count the request towards the key's requests per minute.
+        """Count the request towards its key's requests per minute.
 
         Raises:
             RateLimitedError: the key has no requests left in this minute.
@@ -58,7 +61,7 @@ class KeyAccount:
             raise
 
     def reserve(self, request: CompletionRequest, work: int, model: str) -> Reservation | None:
-        """Reserve the request's maximum use of its key's other limits; do nothing without a key.
+        """Reserve the most that a request may use of its key's other limits. Do nothing without a key.
 
         Args:
             work: maximum number of tokens in the request's answers.
@@ -80,13 +83,14 @@ class KeyAccount:
     def settle(
         self, served: Target | None, reason: ErrorCode | None, usage: Usage | None, *, computed: int = 0
     ) -> None:
-        """Count the request's usage and release its reservation; to be called once, at its end.
+        """Count the request's usage and release its reservation. Call this once, when the request ends.
 
         Args:
-            served: the version that answered; None if no version did.
-            reason: why the request failed; None if it succeeded.
-            usage: token counts from the engine, sent at the end of an answer.
-            computed: estimated number of tokens that the engine generated for an answer whose client left.
+            served: the version that answered, or None if no version did.
+            reason: why the request failed, or None if it succeeded.
+            usage: token counts that the engine sent at the end of the answer.
+            computed: estimated number of tokens that the engine generated for an answer whose client
+                disconnected.
         """
         spent = self._spent(reason, usage, computed) if served else None
         if self._reservation:
@@ -102,10 +106,10 @@ class KeyAccount:
             self._usage.add(self.key_id, model, tokens_in=spent.prompt, tokens_out=spent.completion)
 
     def _spent(self, reason: ErrorCode | None, usage: Usage | None, computed: int) -> Usage | None:
-        """Return the usage; None if the request was rejected, or failed before its first token.
+        """Return the usage, or None if the request was rejected or failed before its first token.
 
-        If the client disconnected, the tokens of prompt and answer are estimated, so that disconnecting early saves
-        nothing. An event may contain several tokens, so the number of events is a lower bound.
+        If the client disconnected, the tokens of the prompt and the answer are estimated, so that disconnecting
+        early saves nothing. An event may contain several tokens, so the number of events is a lower bound.
         """
         client_left = outcome_of(reason) in _CLIENT_LEFT
         if reason and not self.token_events and not client_left:

@@ -1,9 +1,9 @@
-"""The outermost layer: admits each request, adds the request id, version, processing time and the key's remaining
-limits to its response, and turns every exception into a response.
+"""The outermost layer, which admits requests, completes responses and turns exceptions into responses.
 
-The server generates request ids, because feedback refers to answers by id and a client may use an id twice. The
-client's id is stored and returned too. A version's name is sent only to clients that may use the version. Pure ASGI,
-because the framework's middleware would delay streams.
+It adds the request id, the version, the processing time and the key's remaining limits to each response.
+The server generates request ids itself, because feedback refers to answers by id and a client may use an
+id twice. The client's own id is stored and returned too. A version's name is sent only to clients that
+may use the version. The layer is pure ASGI, because the framework's middleware would delay streams.
 """
 
 import os
@@ -30,9 +30,9 @@ _CLIENT_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")  # safe in a log line
 
 
 def _random_numbers() -> Iterator[str]:
-    """Yield 128 random bits at a time, in hexadecimal.
+    """Yield random numbers of 128 bits each, in hexadecimal.
 
-    They are drawn in batches: the system call takes longer than the rest of creating an id.
+    They are drawn in batches, because the system call takes longer than the rest of creating an id.
     """
     while True:
         batch = os.urandom(_ID_BYTES * _BATCH)
@@ -46,11 +46,11 @@ class RequestMiddleware:
 
     Attributes:
         app: the wrapped application.
-        authentication: admits requests before they are passed on.
+        authentication: admits requests before they are passed to the application.
         router: if only one model is served, its production version is named in responses that no version generated.
-        hosts: host names that are accepted.
-        limiter: returns a key's remaining limits.
-        clock: returns monotonic time, seconds.
+        hosts: the accepted host names.
+        limiter: provides a key's remaining limits.
+        clock: function that returns monotonic time, in seconds.
     """
 
     app: ASGIApp
@@ -96,7 +96,7 @@ class RequestMiddleware:
             await api_error(error).response(scope["path"])(scope, receive, send_with_headers)
 
     def _headers(self, state: RequestState, path: str, seconds: float) -> list[tuple[bytes, bytes]]:
-        """Return the headers that all answers have."""
+        """Return the headers common to all responses."""
         headers = [
             (b"x-request-id", state.request_id.encode("ascii")),
             (b"openai-processing-ms", b"%d" % (seconds * 1000)),
@@ -116,7 +116,7 @@ class RequestMiddleware:
 
 
 def _client_request_id(headers: Mapping[bytes, bytes]) -> str | None:
-    """Return the request id that the client sent; None if it sent no valid one, or one that contains a secret."""
+    """Return the client's own request id, or None if it is missing, invalid or contains a secret."""
     for name in _CLIENT_HEADERS:
         value = headers.get(name)
         if value is not None and _CLIENT_ID.fullmatch(value):

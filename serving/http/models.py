@@ -1,7 +1,7 @@
-"""Endpoints that list and show the model names that clients may use, and that refuse to delete models.
+"""Endpoints that list and show the model names clients may use, and that refuse to delete models.
 
-Only the operator changes which versions are served and stored, by promotion and in the registry. A key that is limited
-to some models sees no others.
+Only the operator changes which versions are served and stored, by promotion and in the registry. A key
+that is restricted to some models sees no other models.
 """
 
 from typing import Any, NoReturn
@@ -26,8 +26,8 @@ def require_model(router: Router, principal: Principal | None, model: str) -> No
     """Check that a key may use a model.
 
     Raises:
-        ModelNotFoundError: the key may not use the model, or the model does not exist; the error does not say which of
-            the two, and lists the models that the key may use.
+        ModelNotFoundError: the key may not use the model, or the model does not exist. The error does not
+            reveal which of these is the case, and lists the models that the key may use.
     """
     if principal is None or principal.models is None:
         return
@@ -41,7 +41,7 @@ def require_model(router: Router, principal: Principal | None, model: str) -> No
 
 
 def add_models(app: FastAPI, router: Router) -> None:
-    """Add /v1/models to an application."""
+    """Add the /v1/models routes to an application."""
 
     def model(name: str, backend: Backend) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": backend.names.since, "owned_by": OWNER}

@@ -1,8 +1,9 @@
 """The HTTP API as an OpenAPI document, written by hand.
 
-Completions are ASGI applications whose bodies the framework's router does not know, and the gateway checks only a few
-fields of a completion. The document describes what the gateway itself guarantees: the fields that it checks, and the
-response format of each status. The engine's bodies are plain objects here; see vLLM's documentation for their fields.
+It is written by hand because completions are ASGI applications whose bodies the framework's router does
+not know, and the gateway checks only a few fields of a completion. The document describes what the
+gateway itself guarantees: the fields that it checks, and the response format of each status. The
+engine's bodies appear as plain objects; see vLLM's documentation for their fields.
 """
 
 from collections.abc import Mapping
@@ -150,7 +151,7 @@ _CHANGE_REFUSED = {
 
 @cache
 def openapi_document() -> Json:
-    """Return the document as JSON values; it is built once, and callers must not change it."""
+    """Return the OpenAPI document as JSON values. It is built once, and callers must not change it."""
     schemas = {"Error": _ERROR, "MessagesError": _MESSAGES_ERROR, "Model": _MODEL}
     schemas["FeedbackRequest"] = _schema(FeedbackRequest, schemas)
     requests = {route.value: _engine_request(route) for route in _REQUESTS}
@@ -164,7 +165,7 @@ def openapi_document() -> Json:
 
 
 def _schema(kind: type[BaseModel], schemas: Json) -> Json:
-    """Return a body's schema, and add the schemas that it refers to to `schemas`."""
+    """Return a body's JSON schema, and add the schemas that it refers to to `schemas`."""
     schema = kind.model_json_schema(ref_template=f"{_SCHEMAS}{{model}}")
     schemas |= schema.pop("$defs", {})
     return schema

@@ -1,7 +1,8 @@
-"""Response headers with a key's remaining limits, as clients of OpenAI's and Anthropic's APIs read them.
+"""Response headers with a key's remaining limits, in the forms that OpenAI's and Anthropic's clients read.
 
-OpenAI has one header for tokens: it shows the token limit with the smallest share left. Anthropic also has separate
-headers for input and output tokens, and gives the time at which a limit is fully reset; OpenAI gives the duration.
+OpenAI has a single header for tokens, which shows the token limit with the smallest share left.
+Anthropic also has separate headers for input and output tokens, and gives the time at which a limit is
+fully reset, while OpenAI gives the duration until then.
 """
 
 import math
@@ -18,7 +19,7 @@ _TOKENS = (Limit.TOKENS_IN_PER_MINUTE, Limit.TOKENS_OUT_PER_MINUTE, Limit.TOKENS
 def rate_limit_headers(
     allowances: Mapping[Limit, Allowance], path: str, now: datetime | None = None
 ) -> list[tuple[bytes, bytes]]:
-    """Return the headers for an answer to `path`, with the limits that a key has."""
+    """Return the rate limit headers for a response to `path`, covering the limits that the key has."""
     requests, tokens = allowances.get(_REQUESTS), _tightest(allowances)
     headers: list[tuple[bytes, bytes]] = []
     for name, allowance in ((b"requests", requests), (b"tokens", tokens)):
@@ -50,7 +51,7 @@ def rate_limit_headers(
 
 
 def duration(seconds: float) -> str:
-    """Return a duration in OpenAI's format: `120ms`, `1s`, `6m0s`, `1h0m0s`; rounded up."""
+    """Return a duration in OpenAI's format, rounded up: `120ms`, `1s`, `6m0s`, `1h0m0s`."""
     if seconds < 1:
         milliseconds = math.ceil(seconds * 1000)
         return f"{milliseconds}ms" if 0 < milliseconds < 1000 else f"{milliseconds // 1000}s"

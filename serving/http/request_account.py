@@ -1,7 +1,8 @@
-"""The record of one request: its key, the version that answered, times, tokens and outcome, for metrics and its row.
+"""The record of one request, from which its metrics and its database row are made.
 
-Filled in by serving.http.inference and, for streamed answers, by serving.http.event_stream.
-Knows nothing of connections, neither the client's nor the engine's.
+It contains the request's key, the version that answered, times, tokens and outcome.
+serving.http.inference fills it in and, for streamed answers, serving.http.event_stream. This module
+knows nothing of the client's or the engine's connection.
 """
 
 import math
@@ -27,19 +28,19 @@ from svc.version import Target
 
 @dataclass(eq=False)
 class RequestAccount:
-    """Record of one request, filled in from its arrival to its end.
+    """Record of one request, filled in from its arrival until it ends.
 
     Attributes:
-        state: identifies the request; its version is set here.
-        metrics: counts the request.
-        request_log: stores its row.
-        key: the request's use of its key's limits; settled at the end.
-        trace: the request's span, completed at the end; None if traces are off.
-        clock: returns monotonic time, seconds.
+        state: the request's state, which identifies it. Its version is set here.
+        metrics: metrics in which the request is counted.
+        request_log: log that stores the request's row.
+        key: the request's use of its key's limits, which is settled at the end.
+        trace: the request's span, which is completed at the end. None if tracing is off.
+        clock: function that returns monotonic time, in seconds.
         model: the requested model, from a bounded set of names.
         work: maximum number of tokens in the request's answers.
-        status: HTTP status of the answer; None until the answer begins.
-        begun: whether the headers of the answer were passed to the delivery, or sent.
+        status: HTTP status of the response, or None until the response begins.
+        begun: whether the response headers were sent or passed to the delivery.
         complete: whether the engine has sent the complete answer.
     """
 
@@ -73,11 +74,11 @@ class RequestAccount:
         self.complete = False
 
     def elapsed(self) -> float:
-        """Return the seconds since the request was read."""
+        """Return the seconds elapsed since the request was read."""
         return self.clock() - self._started
 
     def body_read(self, size: int) -> None:
-        """Start measuring the request's time, because its body is complete."""
+        """Start measuring the request's time, now that its body is complete."""
         self._started = self.clock()
         self.key.body_bytes = size
 
@@ -95,11 +96,11 @@ class RequestAccount:
             self._content.expects_json = assignment.expects_json
 
     def admitted(self, waited_s: float) -> None:
-        """Set how long the request waited for admission."""
+        """Record how long the request waited for admission."""
         self._place_s = waited_s
 
     def served_by(self, target: Target, pace: TokenPace) -> None:
-        """Set the version to which the request is sent now, and its engines' generation speed."""
+        """Record the version to which the request is now sent, and the generation speed of its engines."""
         if self._request and target != self._served:
             self._gather_features(self._request, target)
         self._served, self._pace = target, pace
@@ -107,7 +108,7 @@ class RequestAccount:
         self._asked = self.clock()
 
     def _gather_features(self, request: CompletionRequest, target: Target) -> None:
-        """Decide whether features of the request are stored for this version."""
+        """Decide whether the request's features are stored for this version."""
         wanted = self.request_log.wants_features(target)
         if wanted and self._content is None:
             self._content = Content(self.route, request.members, stored=False)
@@ -115,11 +116,11 @@ class RequestAccount:
             self._content.features = wanted
 
     def heard(self) -> None:
-        """Record the time at which a part arrived from the engine; only the last call before `begin` counts."""
+        """Record when a part arrived from the engine. Only the last call before `begin` counts."""
         self._engine_s = self.clock() - self._asked
 
     def begin(self) -> float:
-        """Begin a successful answer; return the gateway's own time until now, seconds."""
+        """Begin a successful response, and return the gateway's own time so far, in seconds."""
         self.status, self.begun = 200, True
         self._own_s = self.elapsed() - self._place_s - self._engine_s
         return self._own_s
@@ -135,50 +136,50 @@ class RequestAccount:
         self.metrics.first_token(self._answering, seconds, self.state.request_id)
 
     def finished(self, reason: str) -> None:
-        """Record an answer's finish reason; of several answers, only the first reason is kept."""
+        """Record an answer's finish reason. If there are several answers, only the first reason is kept."""
         self._finish_reason = self._finish_reason or reason
 
     def used(self, usage: Usage) -> None:
-        """Count the tokens of the answer."""
+        """Count the tokens used by the answer."""
         self._usage = usage
         self.metrics.tokens(self._answering, usage)
 
     def completed(self) -> None:
-        """Mark the answer as complete; to be called after `used`."""
+        """Mark the answer as complete. Call this after `used`."""
         self.complete = True
         if self._usage and self._pace:
             self._pace.observe(self._usage.completion / self._answers, self.clock() - self._asked)
 
     def failed(self, code: ErrorCode) -> None:
-        """Mark the request as failed, even if a part of the answer was sent."""
+        """Mark the request as failed, even if part of the answer has been sent."""
         self._reason = code
         self.metrics.request_failed(self._served, code, self.model)
 
     @property
     def _answers(self) -> int:
-        """Number of answers that the engine generates concurrently."""
+        """Number of answers that the engine generates concurrently for the request."""
         return self._request.answers if self._request else 1
 
     @property
     def _computed(self) -> int:
-        """Estimated number of tokens that the engine has generated for an incomplete answer; 0 for a complete one."""
+        """Estimated tokens that the engine has generated for an incomplete answer, or 0 if it is complete."""
         if self.complete or self._pace is None:
             return 0
         return min(self.work, math.ceil(self._answers * self._pace.tokens_in(self.clock() - self._asked)))
 
     @property
     def _answering(self) -> Target:
-        """The version that answers.
+        """The version that answers the request.
 
         Raises:
-            RuntimeError: `served_by` was not called yet.
+            RuntimeError: `served_by` has not been called yet.
         """
         if self._served is None:
             raise RuntimeError("the request was not sent to a version yet")
         return self._served
 
     def end(self) -> None:
-        """Count the request, settle its key's limits and store its row, once its outcome is known."""
+        """Once the outcome is known, count the request, settle its key's limits and store its row."""
         status = CLIENT_GONE_STATUS if self.status is None else self.status
         seconds, served, usage, request = self.elapsed(), self._served, self._usage, self._request
         self.metrics.request_ended(

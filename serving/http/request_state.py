@@ -1,4 +1,4 @@
-"""The state of one request, shared by all layers: an object in the request's ASGI scope.
+"""The state of one request, shared by all layers as an object in the request's ASGI scope.
 
 The outermost layer (serving.http.middleware) creates it, authentication admits the request, and the endpoint adds the
 values that the outermost layer sends in the response headers.
@@ -26,12 +26,12 @@ class RequestState:
 
     Attributes:
         request_id: the id that the server generated.
-        headers: values by lower-case name; of two headers with the same name, the first.
-        address: the client's address; empty for a unix socket.
+        headers: header values keyed by lower-case name. If a header occurs twice, its first value is kept.
+        address: the client's address, or an empty string for a unix socket.
         client_request_id: the client's own id, if it sent a valid one.
         admitted: whether authentication has admitted the request.
-        grant: the key's grant; None if no key was needed.
-        version: the version that answers.
+        grant: the key's grant, or None if no key was needed.
+        version: the version that answers the request.
         reservation: the share of its key's limits that the request has reserved.
     """
 
@@ -47,10 +47,10 @@ class RequestState:
 
     @property
     def principal(self) -> Principal | None:
-        """Sender of an admitted request; None if no key was needed: that sender has full access.
+        """Sender of an admitted request, or None if no key was needed. In that case the sender has full access.
 
         Raises:
-            RuntimeError: the request was not admitted.
+            RuntimeError: the request has not been admitted.
         """
         if not self.admitted:
             raise RuntimeError("the request has not passed authentication")
@@ -58,16 +58,16 @@ class RequestState:
 
     @property
     def caller(self) -> str:
-        """Key or, without a key, peer to which an admitted request is attributed; empty for a unix socket."""
+        """The key, or else the peer, to which an admitted request is attributed. Empty for a unix socket."""
         principal = self.principal
         return principal.key_id if principal else peer_of(self.address)
 
 
 def request_state(scope: Scope) -> RequestState:
-    """Return the state of a request.
+    """Return the state of the request with the given ASGI scope.
 
     Raises:
-        KeyError: the request has not passed the outermost layer.
+        KeyError: the request has not passed through the outermost layer.
     """
     state: RequestState = scope["state"][STATE_KEY]
     return state

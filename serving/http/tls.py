@@ -1,4 +1,4 @@
-"""The server's TLS certificate, reloaded when its files change, as at each renewal."""
+"""The server's TLS certificate, which is reloaded when its files change, as on each renewal."""
 
 import asyncio
 import logging
@@ -15,14 +15,14 @@ Stamp = tuple[tuple[int, int, int], ...]
 
 
 class Certificate:
-    """A certificate with its chain, and its private key, both in PEM.
+    """A certificate with its chain and private key, both in PEM format.
 
     Args:
-        certificate: file with the chain, the server's own certificate first.
-        key: file with the key, without a password.
+        certificate: file that contains the chain, with the server's own certificate first.
+        key: file that contains the private key, without a password.
 
     Attributes:
-        context: TLS context for new connections; a renewed certificate is loaded into the same context.
+        context: TLS context for new connections. A renewed certificate is loaded into the same context.
 
     Raises:
         SettingsError: the files cannot be read, or do not belong together.
@@ -42,13 +42,13 @@ class Certificate:
             ) from error
 
     async def follow(self) -> None:
-        """Check the files periodically until cancelled."""
+        """Check periodically whether the files have changed, until cancelled."""
         while True:
             await asyncio.sleep(_CHECK_INTERVAL_S)
             await asyncio.to_thread(self.look)
 
     def look(self) -> None:
-        """Load a changed certificate; if it cannot be used, keep the current one and log the error once."""
+        """Load a changed certificate. If it cannot be used, keep the current one and log the error once."""
         try:
             stamp = self._stamp_now()
         except OSError:  # the files are being exchanged, or are missing, which is logged below

@@ -1,8 +1,9 @@
-"""`POST /v1/messages/count_tokens` and `POST /tokenize`: count a prompt's tokens before the prompt is sent.
+"""`POST /v1/messages/count_tokens` and `POST /tokenize`: count a prompt's tokens before it is sent.
 
-An engine counts tokens without running its model, so these requests bypass admission, count towards no key limit
-(except that a rejected request counts towards the requests per minute) and are not stored in the request log.
-Because they use CPU, at most MAX_CONCURRENT of them are answered concurrently, and half of those for one caller.
+An engine counts tokens without running its model, so these requests bypass admission, count towards no
+key limit (except that a rejected request counts towards the requests per minute) and are not stored in
+the request log. Because they use CPU, at most MAX_CONCURRENT of them are answered concurrently, and half
+of those for any one caller.
 """
 
 from dataclasses import dataclass
@@ -27,18 +28,22 @@ from serving.replicas.transport import EngineCall
 
 MAX_CONCURRENT = 16
 _CHECKED_AS = {TokenRoute.COUNT_TOKENS: Route.MESSAGES, TokenRoute.TOKENIZE: Route.CHAT_COMPLETIONS}
-"""The completion route whose fields each path accepts: fields that are rejected there are rejected here too."""
+"""The completion route whose fields each path accepts. Fields that are rejected there are rejected here
+too."""
 
 
 def token_count_endpoints(gateway: Gateway) -> dict[str, ASGIApp]:
-    """Return the ASGI applications that count tokens for the models of a gateway, by path."""
+    """Return the ASGI applications that count tokens for a gateway's models, keyed by path."""
     slots = BodySlots(MAX_CONCURRENT, "having their tokens counted")
     return {route.value: _Endpoint(gateway, slots, route) for route in TokenRoute}
 
 
 @dataclass(frozen=True, slots=True)
 class _Endpoint:
-    """ASGI application for one path. A class, because Starlette would wrap a function in its request machinery."""
+    """ASGI application for one path.
+
+    It is a class because Starlette would wrap a function in its request machinery.
+    """
 
     gateway: Gateway
     slots: BodySlots

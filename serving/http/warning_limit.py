@@ -1,4 +1,4 @@
-"""Limits how often warnings are logged that any client can cause, such as uvicorn's about malformed requests."""
+"""Limit how often warnings that any client can cause are logged, such as those on malformed requests."""
 
 import logging
 import math
@@ -9,10 +9,12 @@ _INTERVAL_S = 60.0
 
 
 class WarningLimit(logging.Filter):
-    """Logging filter that passes each warning once per minute, whatever its arguments, and all records of other levels.
+    """Logging filter that passes each warning once per minute.
+
+    The arguments of a warning are ignored, and records of other levels always pass.
 
     Args:
-        clock: returns monotonic time, seconds.
+        clock: function that returns monotonic time, in seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -21,7 +23,7 @@ class WarningLimit(logging.Filter):
         self._logged: dict[str, float] = {}  # by text without arguments: a program has few of them
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Return whether the record is logged."""
+        """Return whether the record should be logged."""
         if record.levelno != logging.WARNING:
             return True
         now = self._clock()

@@ -1,1 +1,4 @@
-"""The routes' wire formats, as far as the gateway needs them. Knows nothing of engines or versions."""
+"""The wire formats of the routes, as far as the gateway needs them.
+
+This package knows nothing of engines or versions.
+"""

@@ -1,4 +1,4 @@
-"""The reasons why a request fails, for clients and for the metric that counts failures, and the outcome of each."""
+"""The reasons why requests fail, as shown to clients and counted in metrics, and the outcome of each."""
 
 from enum import StrEnum
 
@@ -6,7 +6,7 @@ from svc.store.requests import RequestOutcome
 
 
 class ErrorCode(StrEnum):
-    """`error.code` in answers and `reason` in svc_request_errors_total."""
+    """Values of `error.code` in responses and of `reason` in svc_request_errors_total."""
 
     INVALID_JSON = "invalid_json"
     INVALID_REQUEST = "invalid_request"
@@ -40,7 +40,7 @@ class ErrorCode(StrEnum):
     ENGINE_ERROR = "engine_error"
     INTERNAL_ERROR = "internal_error"
     CLIENT_GONE = "client_gone"
-    """Counted but never sent, like CLIENT_SLOW, because the client has disconnected."""
+    """Like CLIENT_SLOW, this code is counted but never sent, because the client has disconnected."""
     CLIENT_SLOW = "client_slow"
 
 
@@ -60,7 +60,7 @@ CLIENT_FAULTS = frozenset(
         ErrorCode.CLIENT_SLOW,
     }
 )
-"""Failures that the client caused: such a request counts towards its key's requests per minute."""
+"""Failures caused by the client. Such a request still counts towards its key's requests per minute."""
 _OUTCOMES = {
     ErrorCode.CLIENT_GONE: RequestOutcome.CLIENT_GONE,
     ErrorCode.CLIENT_SLOW: RequestOutcome.CLIENT_SLOW,
@@ -73,5 +73,5 @@ _OUTCOMES = {
 
 
 def outcome_of(reason: ErrorCode | None) -> RequestOutcome:
-    """Return a request's outcome; `reason` is None if the request succeeded."""
+    """Return the outcome of a request. `reason` is None if the request succeeded."""
     return RequestOutcome.COMPLETE if reason is None else _OUTCOMES.get(reason, RequestOutcome.REFUSED)

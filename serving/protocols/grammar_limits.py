@@ -1,16 +1,18 @@
-"""Limits on the JSON schemas and regular expressions in a request, because all clients share the engine.
+"""Limits on the JSON schemas and regular expressions in a request, needed because clients share the engine.
 
-vLLM parses a grammar in the loop that also answers all other requests and the health check, and compiles it on threads
-that compete with them for CPU. The limits are based on measurements of xgrammar 0.2.8 with a vocabulary of 49,000
-tokens, on a machine with two cores:
+vLLM parses a grammar in the loop that also answers all other requests and the health check, and compiles
+it on threads that compete with these requests for CPU. The limits are based on measurements of xgrammar
+0.2.8 with a vocabulary of 49,000 tokens, on a machine with two cores:
 
-- A pattern `[a-z]{0,N}` is parsed in 0.03 s for N = 500, 0.1 for 1,000, 1.7 for 4,000, and in more than 20 for 10,000.
-  Nested, `([a-z]{0,N},){0,N}` is compiled in 2 s for N = 30 and in more than 8 for 60; N times `[a-z]?` in 0.5 s for
-  N = 25, 3 for 50 and more than 6 for 100.
-- An object of N optional properties is compiled in 0.3 s for N = 300, 0.9 for 500, 3.5 for 1,000 and more than 20 for
-  3,000; if `maxProperties` is half of them, in 0.1 for 40 and 2 for 100, and for 300 parsing alone takes 1 s.
+- A pattern `[a-z]{0,N}` is parsed in 0.03 s for N = 500, 0.1 s for 1,000, 1.7 s for 4,000 and more than
+  20 s for 10,000. When nested, `([a-z]{0,N},){0,N}` is compiled in 2 s for N = 30 and more than 8 s for
+  60; N times `[a-z]?` in 0.5 s for N = 25, 3 s for 50 and more than 6 s for 100.
+- An object of N optional properties is compiled in 0.3 s for N = 300, 0.9 s for 500, 3.5 s for 1,000 and
+  more than 20 s for 3,000. If `maxProperties` is half of N, it is compiled in 0.1 s for N = 40 and 2 s
+  for 100, and parsing alone takes 1 s for 300.
 - Each string with a length limit takes about 1.4 s to compile, however long it is.
-- 64 KiB of EBNF, `choice`, `enum`, `anyOf` or nested objects are parsed in 0.1 s and compiled in half a second.
+- 64 KiB of EBNF, `choice`, `enum`, `anyOf` or nested objects are parsed in 0.1 s and compiled in half a
+  second.
 
 serving.protocols.structure limits the depth of a grammar together with the depth of the request.
 """
@@ -24,15 +26,16 @@ from serving.protocols.json_values import count_values
 from serving.protocols.refusal import Refusal
 
 MAX_BYTES = 64 * 1024
-"""Maximum size of all grammars in a request, as JSON."""
+"""Maximum total size of all grammars in a request, as JSON, in bytes."""
 MAX_VALUES = 8192
-"""Maximum number of values in all grammars of a request; checking more would block the event loop."""
+"""Maximum number of values in all grammars of a request. Checking more would block the event loop."""
 MAX_PROPERTIES = 500
-"""Maximum number of one object's properties."""
+"""Maximum number of properties of one object."""
 MAX_CHOICES_OF_PROPERTIES = 2_000
-"""Limit on the number of an object's properties times the larger of `minProperties` and `maxProperties`."""
+"""Maximum product of an object's number of properties and the larger of `minProperties` and
+`maxProperties`."""
 MAX_LENGTHS = 32
-"""Maximum number of strings with a length limit in a request."""
+"""Maximum number of strings with a length limit in one request."""
 MAX_ATOMS = 1_000
 """Maximum number of atoms (characters and classes) in one pattern, with its repetitions written out."""
 MAX_TOTAL_ATOMS = 10_000
@@ -40,14 +43,15 @@ MAX_TOTAL_ATOMS = 10_000
 _ATOM = re.compile(r"\\.?|\[(?:\\.|[^\]\\])*\]?|\{(\d+)(?:,(\d*))?\}|\{,(\d+)\}|.", re.DOTALL)
 _JSON_TEXTS = ("json", "structural_tag")
 _MAX_STEPS = 8 * MAX_ATOMS
-"""Maximum number of symbols in a pattern, since `|` and `?` are not atoms and there could be 60,000 of them."""
+"""Maximum number of symbols in a pattern. This limit is needed because `|` and `?` are not atoms, and there
+could be 60,000 of them."""
 _OPTIONAL = 20
-"""Number of atoms as which one optional atom counts."""
+"""Number of atoms that one optional atom counts as."""
 _MAX_NUMBER_DIGITS = 6  # a longer number exceeds the limits anyway
 
 
 def find_excessive_grammar(fields: Mapping[str, Any]) -> Refusal | None:
-    """Return a refusal for the first grammar that exceeds a limit; None if all together are within the limits."""
+    """Return a refusal for the first grammar that exceeds a limit, or None if all are within the limits."""
     grammars = {param: grammar for param, grammar in _grammars_of(fields) if grammar is not None}
     if not grammars or not (limit := excess([*grammars.values()])):
         return None
@@ -61,7 +65,7 @@ def find_excessive_grammar(fields: Mapping[str, Any]) -> Refusal | None:
 
 
 def _grammars_of(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield every field that vLLM compiles into a grammar, on any route."""
+    """Yield every field of a request that vLLM compiles into a grammar, on any route."""
     for name in ("response_format", "structured_outputs"):
         yield name, fields.get(name)
     for name in ("text", "output_config"):  # of responses, of messages
@@ -75,10 +79,11 @@ def _grammars_of(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def excess(grammar: Any) -> str | None:
-    """Return a text with the first limit that a grammar exceeds; None if the grammar is within all limits.
+    """Return a message naming the first limit the grammar exceeds, or None if it is within all limits.
 
     Args:
-        grammar: a JSON value with schemas anywhere in it; text that is JSON is parsed, other text is EBNF.
+        grammar: a JSON value with schemas anywhere in it. Text that is valid JSON is parsed; other text is
+            EBNF.
     """
     if count_values(grammar, MAX_VALUES) > MAX_VALUES:
         return f"at most {MAX_VALUES} values"
@@ -124,7 +129,7 @@ def _objects(grammar: Any, *, read: bool = True) -> Iterator[dict[str, Any]]:
     """Yield all objects in a JSON value, at any depth.
 
     Args:
-        read: also parse strings that contain JSON, and yield their objects.
+        read: whether to parse strings that contain JSON and yield their objects too.
     """
     nodes = [grammar]
     while nodes:
@@ -144,9 +149,10 @@ def _read(value: Any) -> Any:
 
 
 def written_out(pattern: str) -> int:
-    """Return the number of characters and classes in a regular expression with its bounded repetitions written out.
+    """Return the number of characters and classes in a regular expression.
 
-    An optional character or class counts as `_OPTIONAL`. Counting stops beyond MAX_ATOMS.
+    Bounded repetitions are counted as if they were written out. An optional character or class counts as
+    `_OPTIONAL`. Counting stops beyond MAX_ATOMS.
     """
     sums, last = [0], 0  # atoms in each open group, and in the part that a repetition would repeat
     before = ""

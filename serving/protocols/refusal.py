@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """An invalid field for which the gateway rejects a request, with the text of the error.
+    """An invalid field for which the gateway rejects a request, along with the text of the error.
 
     Attributes:
         param: the invalid field.
         wrong: what is wrong with the field.
-        expected: the values that are accepted; may be empty.
+        expected: the accepted values; may be empty.
         todo: what the client can do; may be empty.
     """
 

@@ -1,7 +1,7 @@
-"""Parses a completion request once: its JSON, and the few fields that the gateway must understand.
+"""Parse a completion request once: its JSON and the few fields that the gateway must understand.
 
 The engine checks everything else. Only the serialised result of this parser reaches the engine, so that no second
-parser can interpret the client's bytes differently from the checks here.
+parser can interpret the client's bytes differently from the checks made here.
 """
 
 import json
@@ -26,30 +26,31 @@ _MAX_TOKENS_FIELDS = {
     Route.RESPONSES: ("max_output_tokens",),
     Route.MESSAGES: ("max_tokens",),
 }
-"""Each route's fields for the maximum answer length; of several, the first that is set applies, as in the engine."""
+"""Each route's fields for the maximum answer length. As in the engine, the first one that is set applies."""
 _CONVERSATION_FIELD = {
     Route.CHAT_COMPLETIONS: "messages",
     Route.COMPLETIONS: "prompt",
     Route.RESPONSES: "input",
     Route.MESSAGES: "messages",
 }
-"""Each route's field that contains the conversation."""
+"""The field of each route that contains the conversation."""
 _WHO_CHARS = 256
 _NAMES_USER = frozenset({"user", "safety_identifier", "metadata"})
 _EMPTY = b"{}"
 _MAX_FALLBACK_BYTES = 256 * 1024
-"""Limit on a body that only the standard library's parser accepts, which is several times as slow."""
+"""Maximum size of a body that only the standard library's parser accepts, because that parser is several
+times slower."""
 _NUMBERS = (int, float)
 _RESPONSES = Route.RESPONSES  # looking up an enum member takes longer than the rest of a check
 _HAS_STREAM_OPTIONS = frozenset({Route.CHAT_COMPLETIONS, Route.COMPLETIONS})
 
 
 class InvalidJsonError(SvcError):
-    """The body is not a JSON object."""
+    """Raised when a request body is not a JSON object."""
 
 
 class InvalidRequestError(SvcError):
-    """A field has a value that is not supported."""
+    """Raised when a field has an unsupported value."""
 
     def __init__(self, wrong: str, *, param: str, expected: str = "", todo: str = "") -> None:
         super().__init__(wrong, expected=expected, todo=todo)
@@ -57,18 +58,22 @@ class InvalidRequestError(SvcError):
 
 
 class CompletionRequest(NamedTuple):
-    """A parsed completion request. A tuple, because one is created for each request and tuples are cheap to create.
+    """A parsed completion request.
+
+    This is a tuple because one is created for each request, and tuples are cheap to create.
 
     Attributes:
         model: the client's model name, as sent.
         members: the members of the JSON object for the engine, without `model`.
         stream: whether the client wants server-sent events.
-        wants_usage: whether the client wants the event with the token counts of a stream.
-        temperature: as sent; None if absent or not a number. The engine checks the value and applies its default.
-        max_tokens: maximum answer length, as sent; None if absent or not a number.
+        wants_usage: whether the client wants a stream to include the event with token counts.
+        temperature: the temperature as sent, or None if absent or not a number. The engine checks the value
+            and applies its default.
+        max_tokens: maximum answer length as sent, or None if absent or not a number.
         answers: total number of answers to all prompts.
-        who: identifies the client or conversation; empty if the request contains nothing that does.
-        user: the client's name for its user; None if not sent.
+        who: text that identifies the client or conversation, or an empty string if the request contains
+            none.
+        user: the client's name for its user, or None if not sent.
     """
 
     model: str
@@ -82,7 +87,7 @@ class CompletionRequest(NamedTuple):
     user: str | None = None
 
     def payload(self, engine_model: str) -> bytes:
-        """Return the JSON for the engine, in which the model is called `engine_model`."""
+        """Return the JSON for the engine, in which the model is named `engine_model`."""
         if self.members == _EMPTY:
             return _head(engine_model) + b"}"
         return b"".join((_head(engine_model), b",", memoryview(self.members)[1:]))  # megabytes are copied once
@@ -91,7 +96,8 @@ class CompletionRequest(NamedTuple):
         """Return the maximum number of tokens that the engine may generate for the request.
 
         Args:
-            context: maximum length of prompt and answer together, tokens; limits an answer without a limit of its own.
+            context: maximum combined length of prompt and answer, in tokens. It limits answers without a limit
+                of their own.
         """
         longest = context if self.max_tokens is None else min(max(1, self.max_tokens), context)
         return self.answers * longest
@@ -99,7 +105,10 @@ class CompletionRequest(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def _head(engine_model: str) -> bytes:
-    """Return the beginning of a payload, which contains the model's name; cached, because engines use few names."""
+    """Return the beginning of a payload, which contains the model name.
+
+    The result is cached, because engines use few names.
+    """
     return b'{"model":' + json.dumps(engine_model).encode("ascii")
 
 
@@ -107,13 +116,13 @@ _LIMITS = RequestLimits()
 
 
 def parse_request(body: bytes, route: Route, limits: RequestLimits = _LIMITS) -> CompletionRequest:
-    """Parse a body and prepare the payload for the engine.
+    """Parse a request body and prepare the payload for the engine.
 
     Raises:
-        InvalidJsonError: not a JSON object.
-        InvalidRequestError: `model`, `stream` or `stream_options` of a wrong type; more structure than the limits
-            allow, see serving.protocols.structure; or a field that is not supported, see
-            serving.protocols.unsupported_fields.
+        InvalidJsonError: the body is not a JSON object.
+        InvalidRequestError: `model`, `stream` or `stream_options` has the wrong type, the request exceeds a
+            limit on structure (see serving.protocols.structure), or a field is not supported (see
+            serving.protocols.unsupported_fields).
     """
     if takes_longer(body, limits.reading_ms):
         raise InvalidRequestError(
@@ -148,7 +157,9 @@ def parse_request(body: bytes, route: Route, limits: RequestLimits = _LIMITS) ->
 
 
 def _finite(number: str) -> float:
-    """Return a number that has a decimal point or an exponent; msgspec itself takes 24 us for 1e300.
+    """Return a number that has a decimal point or an exponent, parsed faster than by msgspec.
+
+    msgspec itself takes 24 us for 1e300.
 
     Raises:
         ValueError: the number is out of range.
@@ -163,10 +174,11 @@ _DECODER = msgspec.json.Decoder(float_hook=_finite)
 
 
 def _read_json(body: bytes) -> tuple[dict[str, Any], Callable[[dict[str, Any]], bytes]]:
-    """Return a body's object, and the function that serialises it.
+    """Return the JSON object in a body, and the function that serialises it.
 
-    msgspec is several times as fast, but also rejects valid JSON: lone surrogates, and numbers that Python can hold. So
-    the standard library, which can also locate an error, parses what msgspec rejects.
+    msgspec is several times faster, but also rejects some valid JSON: lone surrogates, and numbers that
+    Python can hold. The standard library, which can also locate an error, therefore parses what msgspec
+    rejects.
     """
     try:
         fields = _DECODER.decode(body)
@@ -222,7 +234,10 @@ def _encode(fields: dict[str, Any]) -> bytes:
 
 
 def _who(fields: Mapping[str, Any], route: Route) -> str:
-    """Return the `user`, else the beginning of the prompt or of the first user turn, which later requests repeat."""
+    """Return the `user` field, or else the beginning of the prompt or first user turn.
+
+    Later requests of the same client or conversation repeat this text.
+    """
     user = fields.get("user")
     if isinstance(user, str) and user:
         return user[:_WHO_CHARS]
@@ -240,7 +255,7 @@ def _who(fields: Mapping[str, Any], route: Route) -> str:
 
 
 def _user(fields: Mapping[str, Any]) -> str | None:
-    """Return OpenAI's `user` or its newer name `safety_identifier`, else Anthropic's `metadata.user_id`, if any."""
+    """Return OpenAI's `user` or the newer `safety_identifier`, else Anthropic's `metadata.user_id`, if any."""
     if _NAMES_USER.isdisjoint(fields):
         return None
     metadata = fields.get("metadata")
@@ -250,7 +265,10 @@ def _user(fields: Mapping[str, Any]) -> str | None:
 
 
 def _flag(fields: Mapping[str, Any], key: str, param: str) -> bool:
-    """Return a boolean that may be null or absent. Strict, because the engine would also take 1 or "yes" for true."""
+    """Return a boolean that may be null or absent.
+
+    The check is strict, because the engine would also accept 1 or "yes" as true.
+    """
     value = fields.get(key)
     if value is not None and not isinstance(value, bool):
         raise InvalidRequestError(f"'{param}' is not a boolean", param=param, expected="true or false")
@@ -274,7 +292,7 @@ def _max_tokens(fields: Mapping[str, Any], route: Route) -> int | None:
 
 
 def _ask_for_usage(fields: dict[str, Any]) -> bool:
-    """Make the engine report token counts; return whether the client asked for them too."""
+    """Make the engine report token counts, and return whether the client also asked for them."""
     options = fields.get("stream_options")
     if options is None:
         options = {}

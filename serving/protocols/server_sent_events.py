@@ -1,8 +1,8 @@
-"""Server-sent events as bytes: splits a stream into events, and reads the name and data of an event.
+"""Server-sent events as bytes: split a stream into events, and read the name and data of an event.
 
 Events are forwarded unchanged, and parsed only if they can contain a field of interest. Searching for a key's bytes is
 reliable, because quotes inside JSON strings are always escaped: a model cannot generate `"error":` unescaped.
-Knows nothing of the meaning of a route's events, see serving.protocols.wire_formats.
+This module does not know what a route's events mean; see serving.protocols.wire_formats.
 """
 
 import json
@@ -13,13 +13,16 @@ _BLANK_LINE = re.compile(rb"(?:\r\n|\n){2}")
 
 
 class EventSplitter:
-    """Splits a byte stream into events; chunks may end anywhere."""
+    """Splits a byte stream into events. Chunks may end anywhere."""
 
     def __init__(self) -> None:
         self._rest = b""
 
     def feed(self, chunk: bytes) -> list[bytes]:
-        """Return the events that are now complete, each with its blank line: joined together, they equal the stream."""
+        """Return the events that are now complete, each with its blank line.
+
+        Joined together, all returned events equal the stream.
+        """
         if not self._rest and chunk.find(b"\n\n") == len(chunk) - 2 >= 0 and b"\r" not in chunk:
             return [chunk]  # the usual case
         data = self._rest + chunk if self._rest else chunk
@@ -35,17 +38,17 @@ class EventSplitter:
 
 
 def is_event(part: bytes) -> bool:
-    """Return whether a part of an answer is an event rather than a JSON body."""
+    """Return whether part of an answer is an event rather than a JSON body."""
     return not part.startswith(b"{")
 
 
 def name_of(event: bytes) -> str:
-    """Return the name of an event; empty if it has none."""
+    """Return the name of an event, or an empty string if it has none."""
     return _lines(event, b"event:").decode("utf-8", "replace")
 
 
 def data_of(event: bytes) -> bytes:
-    """Return the data of an event; empty for a comment."""
+    """Return the data of an event, or empty bytes for a comment."""
     return _lines(event, b"data:")
 
 
@@ -55,7 +58,7 @@ def _lines(event: bytes, field: bytes) -> bytes:
 
 
 def json_of(part: bytes) -> dict[str, Any]:
-    """Return the JSON object of an event or a body; empty if there is none, as in a comment or `[DONE]`."""
+    """Return the JSON object in an event or body. Empty if there is none, as in a comment or `[DONE]`."""
     try:
         value = json.loads(data_of(part) if is_event(part) else part)
     except ValueError:
@@ -64,5 +67,5 @@ def json_of(part: bytes) -> dict[str, Any]:
 
 
 def find_error(event: bytes) -> Any | None:
-    """Return the top-level `error` of an event; None if it is not an error."""
+    """Return the top-level `error` of an event, or None if the event is not an error."""
     return json_of(event).get("error") if b'"error"' in event else None

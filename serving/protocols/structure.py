@@ -1,9 +1,11 @@
-"""Limits on the structure of a request, so that vLLM's API server, one thread for all clients, can check it quickly.
+"""Limits on request structure that let vLLM's API server check each request quickly.
 
-vLLM validates a body with pydantic, which tries every member of a union and collects every error: about 6 microseconds
-for each error, 233 errors for one wrong item of `/v1/responses`. 4,096 of those, 16 KiB, blocked the thread for 25 s.
-So lists are limited in length, with a stricter limit on elements of unions that have an unusual form
-(serving.protocols.usual_forms). docs/api.md has the limits, and the measured cost of the worst body within each.
+That server uses a single thread for all clients. vLLM validates a body with pydantic, which tries every
+member of a union and collects every error: about 6 microseconds for each error, and 233 errors for one
+wrong item of `/v1/responses`. 4,096 such items, in 16 KiB, blocked the thread for 25 s. Lists are
+therefore limited in length, with a stricter limit on elements of unions that have an unusual form
+(serving.protocols.usual_forms). docs/api.md lists the limits, along with the measured cost of the worst
+body within each limit.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,19 +20,20 @@ from svc.settings import RequestLimits
 Fields = Mapping[str, Any]
 
 _TURNS = {"messages": frozenset({"content", "tool_calls"}), "input": frozenset({"content", "output", "summary"})}
-"""Maps each field that contains a conversation to those fields of its turns that may contain lists."""
+"""Maps each field that contains a conversation to the fields of its turns that may contain lists."""
 _TOKEN_IDS = frozenset({"allowed_token_ids", "stop_token_ids", "logprob_token_ids"})
 _MIN_VALUE_BYTES = 2
-"""Bytes of the shortest value with its separator."""
+"""Size of the shortest value including its separator, in bytes."""
 _GRAMMARS = frozenset({"response_format", "structured_outputs", "text", "output_config"})
-"""Fields whose size and number of values serving.protocols.grammar_limits limits; that module also parses them."""
+"""Fields that serving.protocols.grammar_limits parses, and whose size and number of values it limits."""
 
 
 class _Unusual(NamedTuple):
     """Limits on elements for which vLLM has to try all members of a pydantic union.
 
     Attributes:
-        is_usual: returns whether an element has a form that vLLM accepts without trying all members.
+        is_usual: function that returns whether an element has a form that vLLM accepts without trying all
+            members.
         most: maximum number of elements without such a form.
         most_values: maximum total number of values in those elements.
     """
@@ -48,10 +51,10 @@ _UNUSUAL: Mapping[tuple[Route, str], _Unusual] = {
 
 
 def find_excess(fields: Fields, route: Route, limits: RequestLimits, body: bytes) -> Refusal | None:
-    """Return a refusal for the first limit on structure that a request exceeds; None if it is within all limits.
+    """Return a refusal for the first structure limit that a request exceeds, or None if it exceeds none.
 
     Args:
-        body: the raw request: a limit that a body of this size cannot exceed is not checked.
+        body: the raw request body. Limits that a body of this size cannot exceed are not checked.
     """
     if body.count(b"{") + body.count(b"[") > limits.depth and is_deeper(fields, limits.depth):
         return Refusal("", "the request body is nested too deeply", f"at most {limits.depth} levels", "flatten it")
@@ -110,7 +113,7 @@ def _excess_of_unusual(name: str, elements: Sequence[Any], route: Route, bound: 
 
 
 def _excess_of_prompt(prompt: Any) -> Refusal | None:
-    """Reject a prompt of mixed types: vLLM would report an error for each of its elements."""
+    """Return a refusal for a prompt of mixed types, because vLLM would report an error for each element."""
     if type(prompt) is list:
         kinds = set(map(type, prompt))
         if kinds == {str} or (kinds == {int} and _are_token_ids(prompt)):

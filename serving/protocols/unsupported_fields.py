@@ -1,7 +1,8 @@
-"""The fields of a request that the engine would accept but the gateway rejects, each with its reason.
+"""Request fields that the engine would accept but the gateway rejects, each with the reason.
 
-Only fields with which one client can harm others: crash the shared engine, use its memory or time unnoticed, or make it
-contact other machines. The engine checks everything else. Based on the fields of vLLM 0.32, whose types are lax.
+The list contains only fields with which one client can harm others: by crashing the shared engine, using
+its memory or time unnoticed, or making it contact other machines. The engine checks everything else. The
+list is based on the fields of vLLM 0.32, whose types are lax.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,8 +13,8 @@ from serving.protocols.refusal import Refusal
 from serving.protocols.route import Route
 
 MAX_ANSWERS = 1024
-"""Maximum number of answers to one request, however short; admission limits their tokens. vLLM has the same limit on
-the prompts in one request; its limit on `n` is 16,384 for each prompt."""
+"""Maximum number of answers to one request, however short they are; admission limits their tokens. vLLM has
+the same limit on the number of prompts in one request, while its limit on `n` is 16,384 for each prompt."""
 
 Fields = Mapping[str, Any]
 
@@ -22,21 +23,22 @@ _TRANSFER = {
     name: Refusal(name, f"'{name}' is not supported: it makes an engine read another engine's memory")
     for name in ("kv_transfer_params", "ec_transfer_params")
 }
-"""These name a host from which the engine fetches memory blocks, or keep blocks after the answer until they are
-fetched; `kv_transfer_params` in `vllm_xargs` make vLLM fail on an assertion."""
+"""These fields name a host from which the engine fetches memory blocks, or keep blocks after the answer
+until they are fetched. `kv_transfer_params` in `vllm_xargs` makes vLLM fail on an assertion."""
 _PROMPT_LOGPROBS = {
     "prompt_logprobs": Refusal("prompt_logprobs", f"log-probabilities of the prompt are not supported: {_ENDS_ENGINE}")
 }
-"""vLLM scores the whole prompt for these, which can exhaust or crash an engine."""
+"""For these fields, vLLM scores the whole prompt, which can exhaust or crash an engine."""
 _ECHO = {
     "echo": Refusal(
         "echo", f"'echo' is not supported for chat, because it requests the prompt's log-probabilities: {_ENDS_ENGINE}"
     )
 }
-"""In chat, vLLM's `top_logprobs` is 0 by default, which is enough to score the prompt."""
+"""Rejected for chat because vLLM's `top_logprobs` is 0 there by default, which is enough to score the
+prompt."""
 _PRIORITY = {"priority": Refusal("priority", "'priority' is not supported: the server decides the order of requests")}
-"""On an engine with `--scheduling-policy priority`, a client that sets it preempts the answers of all others; other
-engines reject it."""
+"""On an engine with `--scheduling-policy priority`, a client that sets this field preempts the answers of
+all other clients. Other engines reject it."""
 _MEDIA_OPTIONS = {
     name: Refusal(name, f"'{name}' is not supported: only text content is served")
     for name in ("mm_processor_kwargs", "media_io_kwargs")
@@ -49,8 +51,8 @@ _STORED = {
         for name in ("previous_response_id", "conversation")
     },
 }
-"""vLLM never deletes stored responses. A background answer has no client: it would hold no admission slot, and swaps
-would not wait for it."""
+"""vLLM never deletes stored responses. A background answer has no client, so it would hold no admission
+slot and swaps would not wait for it."""
 _UNSUPPORTED: Mapping[Route, Mapping[str, Refusal]] = {
     # In responses and messages vLLM has no `echo` and no `n`; it ignores unknown fields.
     Route.CHAT_COMPLETIONS: _PROMPT_LOGPROBS | _ECHO | _TRANSFER | _PRIORITY | _MEDIA_OPTIONS,
@@ -59,11 +61,12 @@ _UNSUPPORTED: Mapping[Route, Mapping[str, Refusal]] = {
     Route.MESSAGES: _PROMPT_LOGPROBS | _TRANSFER | _MEDIA_OPTIONS,
 }
 _SWITCHES = frozenset({"echo", "priority", "background", "store"})
-"""Fields that have no effect if they are false, 0 or null; all other fields have no effect only if they are null."""
+"""Fields that have no effect if they are false, 0 or null. All other fields have no effect only if they are
+null."""
 
 
 def find_refusal(fields: Fields, route: Route) -> Refusal | None:
-    """Return the first reason to reject a request; None if there is none."""
+    """Return the first reason to reject a request, or None if there is none."""
     unsupported = _UNSUPPORTED[route]
     for name in filter(unsupported.__contains__, fields):
         value = fields[name]
@@ -98,13 +101,16 @@ _MEDIA_KEYS = frozenset(
         *("video_url", "video_embeds", "prompt_embeds"),
     }
 )
-"""Keys that vLLM treats as media in a part without a type, or with a `uuid`."""
+"""Keys that vLLM treats as media in a content part that has no type, or has a `uuid`."""
 _TURNS = (("messages", ("content",)), ("input", ("content", "output")))
 
 
 def _media(fields: Fields) -> Refusal | None:
-    """Reject media: for a multimodal model vLLM fetches the URL of an image, audio or video, even from this machine or
-    from a network that the client cannot reach. For other models, vLLM itself rejects media."""
+    """Return a refusal if a request contains media.
+
+    For a multimodal model, vLLM fetches the URL of an image, audio or video, even from this machine or from
+    a network that the client cannot reach. For other models, vLLM itself rejects media.
+    """
     for name, keys in _TURNS:
         turns = fields.get(name)
         for number, turn in enumerate(turns if isinstance(turns, list) else ()):
@@ -120,7 +126,7 @@ def _no_text(param: str) -> Refusal:
 
 
 def _all_text(content: Any) -> bool:
-    """Return whether every part of the content is text; the engine rejects malformed parts."""
+    """Return whether every part of the content is text. Malformed parts are left to the engine to reject."""
     return not isinstance(content, list) or all(_is_text(part) for part in content if isinstance(part, dict))
 
 
@@ -148,14 +154,14 @@ _SEVERAL = frozenset({Route.CHAT_COMPLETIONS, Route.COMPLETIONS})
 
 
 def count_answers(fields: Fields, route: Route) -> int:
-    """Return the number of answers that a request asks for; call it only after `find_refusal` returned None."""
+    """Return the number of answers that a request asks for. Call this only if `find_refusal` returned None."""
     if route not in _SEVERAL:
         return 1
     return max(1, fields.get("n") or 1) * max(1, _count_prompts(fields.get("prompt")))
 
 
 def _count_prompts(prompt: Any) -> int:
-    """Return the number of prompts in one request; a list of numbers is one prompt of token ids."""
+    """Return the number of prompts in one request. A list of numbers is a single prompt of token ids."""
     several = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
     return len(prompt) if several else 1
 

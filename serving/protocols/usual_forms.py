@@ -1,7 +1,8 @@
-"""The usual forms of messages, input items and tools: whatever matches one is valid for vLLM too.
+"""The usual forms of messages, input items and tools. Whatever matches one of them is valid for vLLM too.
 
-An element that matches none may still be valid: vLLM decides. Each form has a subset of the fields and types that vLLM
-allows; tests/e2e/test_worst_requests.py compares them with vLLM. Checked by msgspec, in C.
+An element that matches none of them may still be valid, which is for vLLM to decide. Each form has a
+subset of the fields and types that vLLM allows; tests/e2e/test_worst_requests.py compares them with
+vLLM. msgspec checks them in C.
 """
 
 from typing import Annotated, Any, Literal
@@ -49,7 +50,10 @@ class _Assistant(_Form, tag_field="role", tag="assistant"):
 
 
 class _OneChatMessage(msgspec.Struct):
-    """A chat message, in a struct because msgspec caches its analysis of structs; a union's takes 10 us each time."""
+    """A chat message in a struct.
+
+    msgspec caches its analysis of structs, while that of a union takes 10 us each time.
+    """
 
     element: _System | _Developer | _User | _ToolAnswer | _Assistant
 
@@ -127,12 +131,12 @@ class _FunctionTool(_Form, tag_field="type", tag="function"):
 
 
 def is_usual_message(message: Any) -> bool:
-    """Return whether a chat-completions message has a usual form."""
+    """Return whether a chat-completions message has one of the usual forms."""
     return _fits({"element": message}, _OneChatMessage)
 
 
 def is_usual_item(item: Any) -> bool:
-    """Return whether an input item for /v1/responses has a usual form."""
+    """Return whether an input item for /v1/responses has one of the usual forms."""
     if not isinstance(item, dict):
         return False
     if item.get("type", "message") != "message":

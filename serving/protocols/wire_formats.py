@@ -1,11 +1,12 @@
-"""How each route encodes its prompts and answers: token counts, end, text, finish reason.
+"""How each route encodes its prompts and answers: token counts, end, text and finish reason.
 
-Three formats: completions (chat and plain) end with `[DONE]`, responses and messages with an event of their own. All
-values are returned in the terms of chat completions. A part of an answer is a JSON body or one event of a stream. Knows
-the bytes that vLLM writes, and changes none of them.
+There are three formats. Completions (chat and plain) end with `[DONE]`, responses and messages with an
+event of their own. All values are returned in the terms of chat completions. A part of an answer is a
+JSON body or one event of a stream. This module knows the bytes that vLLM writes, and changes none of
+them.
 
-Nearly all events of a stream contain one piece of text and nothing else. Each format recognises those without parsing,
-and parses only the others.
+Nearly all events of a stream contain one piece of text and nothing else. Each format recognises such
+events without parsing, and parses only the others.
 """
 
 import json
@@ -27,12 +28,13 @@ _PLAIN_TOKEN = re.compile(
     rb'data: \{"id":"[^"\\]*","object":"[a-z_.]+","created":\d+,"model":' + _TEXT + rb',"choices":\[\{"index":\d+,'
     rb'(?:"delta":\{"content":' + _TEXT + rb'\}|"text":' + _TEXT + rb")" + _NULLS + rb"\}\]" + _NULLS + rb"\}\n\n"
 )
-"""Matches a whole event, so that a match contains one piece of text and nothing else."""
+"""Matches a whole event, so that a matching event contains one piece of text and nothing else."""
 _USAGE = re.compile(rb'"usage"\s*:\s*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
 _FINISH_REASON = re.compile(rb'"finish_reason"\s*:\s*"([a-z_]{1,40})"')
 _DONE = b"[DONE]"
 _RESPONSE_ENDS = frozenset({"response.completed", "response.incomplete"})
-"""vLLM always sends the first as the last event; OpenAI sends the second after a truncated answer."""
+"""Names of final events. vLLM always sends the first one; OpenAI sends the second one after a truncated
+answer."""
 _STOP_REASONS = {"end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length", "tool_use": "tool_calls"}
 
 
@@ -45,14 +47,14 @@ class Usage(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """The content of a stream's event.
+    """The content of one event in a stream.
 
     Attributes:
-        token: whether the event contains generated tokens, and is not the event with token counts.
+        token: whether the event contains generated tokens and is not the event with token counts.
         end: whether the event ends a complete answer.
-        usage: see `WireFormat.usage`.
-        finish_reason: see `WireFormat.finish_reason`.
-        error: the event's top-level `error`; None if it is not an error.
+        usage: token counts, see `WireFormat.usage`.
+        finish_reason: finish reason, see `WireFormat.finish_reason`.
+        error: the event's top-level `error`, or None if it is not an error.
     """
 
     token: bool = False
@@ -64,11 +66,11 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """Text and tool calls collected so far from an answer's parts.
+    """Text and tool calls collected so far from the parts of an answer.
 
     Attributes:
-        text: pieces of its text.
-        calls: name and arguments of each tool call, by the call's place.
+        text: pieces of the answer's text.
+        calls: name and arguments of each tool call, keyed by the call's position.
     """
 
     text: list[str] = field(default_factory=list)
@@ -81,18 +83,18 @@ class _Answer:
 
 
 TOKEN = Seen(token=True)
-"""Content of an event with tokens and nothing else."""
+"""Content of an event that has tokens and nothing else."""
 
 
 class WireFormat(ABC):
-    """Reads a route's requests and answers."""
+    """Reads the requests and answers of a route."""
 
     _plain_head: bytes
-    """Beginning of an event with text and nothing else."""
+    """Beginning of an event that has text and nothing else."""
     _error_head = b"event: error\ndata: "
 
     def classify(self, event: bytes) -> Seen:
-        """Return what an event carries: a token, the usage, the finish reason, an error or the end."""
+        """Return what an event contains: a token, the usage, the finish reason, an error or the end."""
         if self.is_plain_token(event):
             return TOKEN
         usage, end = self.usage(event), self.is_end(event)
@@ -100,16 +102,16 @@ class WireFormat(ABC):
         return Seen(token, end, usage, self.finish_reason(event), find_error(event))
 
     def is_plain_token(self, event: bytes) -> bool:
-        """Return whether an event can be recognised, without parsing, as text and nothing else."""
+        """Return whether an event can be recognised, without parsing, as containing text and nothing else."""
         return event.startswith(self._plain_head) and b'"error"' not in event
 
     @abstractmethod
     def usage(self, part: bytes) -> Usage | None:
-        """Return the token counts of the whole answer; None for a part without them."""
+        """Return the token counts of the whole answer, or None for a part without them."""
 
     @abstractmethod
     def finish_reason(self, part: bytes) -> str | None:
-        """Return the finish reason, `stop`, `length` or `tool_calls`; None for a part without one."""
+        """Return the finish reason (`stop`, `length` or `tool_calls`), or None for a part without one."""
 
     @abstractmethod
     def is_token(self, event: bytes) -> bool:
@@ -121,10 +123,10 @@ class WireFormat(ABC):
 
     @abstractmethod
     def prompt(self, fields: Mapping[str, Any]) -> Any:
-        """Return the messages of a request, or its plain prompt."""
+        """Return a request's messages, or its plain prompt."""
 
     def text(self, parts: Iterable[bytes]) -> str:
-        """Return the text of an answer's first choice, with its tool calls as in the reference answers of examples."""
+        """Return the text of the first choice, with its tool calls formatted as in the examples' reference answers."""
         answer = _Answer()
         for part in parts:
             self._add_part(part, answer)
@@ -134,16 +136,16 @@ class WireFormat(ABC):
     def _add_part(self, part: bytes, answer: "_Answer") -> None: ...
 
     def error_event(self, error: bytes) -> bytes:
-        """Return the event that ends an incomplete answer.
+        """Return the error event that ends an incomplete answer.
 
         Args:
-            error: JSON object with `error`, in the route's format.
+            error: JSON object with the key `error`, in the route's format.
         """
         return self._error_head + error + b"\n\n"
 
 
 class CompletionsFormat(WireFormat):
-    """Chat and plain completions."""
+    """Format of chat completions and plain completions."""
 
     _error_head = b"data: "
 
@@ -151,9 +153,9 @@ class CompletionsFormat(WireFormat):
         return _PLAIN_TOKEN.fullmatch(event) is not None
 
     def usage(self, part: bytes) -> Usage | None:
-        """Return the token counts; in a stream, only the chunk without choices has them.
+        """Return the token counts. In a stream, only the chunk without choices has them.
 
-        The part is searched, not parsed, because log-probabilities can take megabytes.
+        The part is searched rather than parsed, because log-probabilities can take megabytes.
         """
         counts = _last_usage(part)
         if not counts or (is_event(part) and json_of(part).get("choices") != []):
@@ -164,13 +166,16 @@ class CompletionsFormat(WireFormat):
             return None
 
     def finish_reason(self, part: bytes) -> str | None:
-        """Return the first finish reason that is set."""
+        """Return the first finish reason that is set, or None if there is none."""
         at = part.find(b'"finish_reason"')  # many times as fast as the pattern in a part without one
         reason = _FINISH_REASON.search(part, at) if at >= 0 else None
         return reason[1].decode("ascii") if reason else None
 
     def is_token(self, event: bytes) -> bool:
-        """Return whether an event has tokens: comments, the end and the chunk that opens a chat message have none."""
+        """Return whether an event has tokens.
+
+        Comments, the end and the chunk that opens a chat message have none.
+        """
         return event.startswith(b"data:") and b'"role":' not in event and not self.is_end(event)
 
     def is_end(self, event: bytes) -> bool:
@@ -192,7 +197,8 @@ class CompletionsFormat(WireFormat):
 class ResponsesFormat(WireFormat):
     """Format of the Responses API.
 
-    The last event contains the whole response. It is parsed, not searched, because it also contains the client's tools.
+    The last event contains the whole response. It is parsed rather than searched, because it also contains
+    the client's tools.
     """
 
     _plain_head = b"event: response.output_text.delta\ndata: "
@@ -218,7 +224,7 @@ class ResponsesFormat(WireFormat):
         return name_of(event) in _RESPONSE_ENDS
 
     def prompt(self, fields: Mapping[str, Any]) -> Any:
-        """Return the turns with the instructions as the system turn, as vLLM does."""
+        """Return the conversation's turns, with the instructions as the system turn, as vLLM does."""
         turns = fields.get("input")
         turns = turns if isinstance(turns, list) else [{"role": "user", "content": turns}]
         instructions = fields.get("instructions")
@@ -248,15 +254,19 @@ class ResponsesFormat(WireFormat):
 
 
 class MessagesFormat(WireFormat):
-    """Anthropic's messages.
+    """Format of Anthropic's Messages API.
 
-    They are parsed, not searched, because they contain the input of a tool as an object that the model wrote.
+    Messages are parsed rather than searched, because they contain tool input as an object that the model
+    wrote.
     """
 
     _plain_head = b"event: content_block_delta\ndata: "
 
     def usage(self, part: bytes) -> Usage | None:
-        """Return the token counts, in a stream those of `message_delta`: the first event counts no generated tokens."""
+        """Return the token counts.
+
+        In a stream, these are the counts in `message_delta`: the first event counts no generated tokens.
+        """
         usage = self._end_of(part).get("usage")
         counts = _usage(usage, "input_tokens", "output_tokens")
         if not counts or not isinstance(usage, dict):

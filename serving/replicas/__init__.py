@@ -1,1 +1,1 @@
-"""The engines behind a model name: connections, supervision, verification at every load, and pooling."""
+"""The engines behind a model name: connections, supervision, verification on every load, and pooling."""

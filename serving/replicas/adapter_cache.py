@@ -1,11 +1,12 @@
-"""The adapters that one engine has loaded: loaded on demand, with eviction of the least recently used one.
+"""The adapters that one engine has loaded. They are loaded on demand, evicting the least recently used.
 
-An adapter is loaded at its first use, once for all requests that need it. An adapter in use is not evicted. If all are
-in use, requests for other adapters wait in order. For each adapter that is waited for, one loaded adapter, the least
-recently used, stops accepting requests until it is replaced, so no wait is longer than the running requests take.
+An adapter is loaded on its first use, once for all requests that need it. An adapter in use is not
+evicted. If all are in use, requests for other adapters wait in order. For each adapter that requests
+wait for, the least recently used loaded adapter stops accepting requests until it is replaced, so no
+wait is longer than the running requests take.
 
-Names in the engine are never reused, because the prefix cache identifies an adapter by its name. Knows neither
-HTTP nor the contents of a version.
+Names in the engine are never reused, because the prefix cache identifies an adapter by its name. This
+module knows neither HTTP nor the contents of a version.
 """
 
 import asyncio
@@ -24,11 +25,11 @@ from svc.version import VersionId
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """Result of a verification.
+    """Result of verifying a load.
 
     Attributes:
         found: description of the result, for the journal.
-        verified: false if there was nothing to compare with.
+        verified: False if there was nothing to compare with.
     """
 
     found: str
@@ -37,10 +38,10 @@ class Checked:
 
 @dataclass(frozen=True, slots=True)
 class LoadedAdapter:
-    """An adapter that requests may use.
+    """A loaded adapter that requests may use.
 
     Attributes:
-        name: its name in the engine.
+        name: the adapter's name in the engine.
     """
 
     version: VersionId
@@ -50,10 +51,10 @@ class LoadedAdapter:
 
 @dataclass(frozen=True, slots=True)
 class AdapterUse:
-    """One request's hold on a loaded adapter; prevents the adapter's eviction.
+    """One request's hold on a loaded adapter, which prevents the adapter's eviction.
 
     Attributes:
-        leave: to be called once, at the end of the request.
+        leave: function to be called once, when the request ends.
     """
 
     adapter: LoadedAdapter
@@ -61,16 +62,19 @@ class AdapterUse:
 
 
 class AdapterLoader(Protocol):
-    """Loads adapters into the engine."""
+    """Loads and unloads an engine's adapters."""
 
     async def check(self, version: VersionId) -> None:
-        """Raise if the version has no adapter that clients may use in this engine; called before any eviction."""
+        """Raise an error if the version has no adapter that clients may use in this engine.
+
+        This is called before any eviction.
+        """
 
     async def load(self, version: VersionId, name: str) -> Checked:
-        """Load an adapter under a name and verify it; raise if the load or the verification fails."""
+        """Load an adapter under a name and verify it. Raise an error if the load or the verification fails."""
 
     async def unload(self, name: str) -> None:
-        """Unload an adapter; do nothing if it is not loaded."""
+        """Unload an adapter, or do nothing if it is not loaded."""
 
 
 def _future() -> "asyncio.Future[LoadedAdapter]":
@@ -81,12 +85,12 @@ def _future() -> "asyncio.Future[LoadedAdapter]":
 
 @dataclass(slots=True, eq=False)
 class _Slot:
-    """A slot in the engine, taken by one adapter.
+    """A slot in the engine, occupied by one adapter.
 
     Attributes:
-        users: number of requests that use the adapter or wait for its load; the load itself counts as one.
-        closing: the slot accepts no new requests, because requests wait for another adapter.
-        dropped: the version was removed; the adapter is evicted when no request uses it.
+        users: number of requests that use the adapter or wait for it to load. The load itself counts as one.
+        closing: whether the slot accepts no new requests, because requests are waiting for another adapter.
+        dropped: whether the version was removed. The adapter is then evicted when no request uses it.
     """
 
     version: VersionId
@@ -99,10 +103,10 @@ class _Slot:
 
 @dataclass(slots=True, eq=False)
 class _Wait:
-    """The requests that wait for a slot for the same adapter.
+    """The requests that are waiting for a slot for the same adapter.
 
     Attributes:
-        given: future whose result is the slot; these requests are already counted in the slot's `users`.
+        given: future whose result is the slot. These requests are already counted in the slot's `users`.
     """
 
     count: int = 0
@@ -111,12 +115,13 @@ class _Wait:
 
 @dataclass(eq=False)
 class AdapterCache:
-    """The adapters that one engine has loaded, from the engine's start to its stop.
+    """The adapters that one engine has loaded, from the engine's start until its stop.
 
     Attributes:
         max_loaded: maximum number of loaded adapters.
-        patience_s: a request's longest wait for a slot, seconds.
-        on_change: called after a load with its duration in seconds, and after an eviction with None.
+        patience_s: a request's longest wait for a slot, in seconds.
+        on_change: function called after a load with its duration in seconds, and after an eviction with
+            None.
     """
 
     loader: AdapterLoader
@@ -134,24 +139,24 @@ class AdapterCache:
 
     @property
     def loaded(self) -> list[LoadedAdapter]:
-        """Adapters that requests may use now, the least recently used one first; may be read in another thread."""
+        """Adapters that requests may use now, least recently used first. May be read from another thread."""
         done = [slot.loaded for slot in list(self._slots.values()) if slot.loaded.done() and not slot.dropped]
         return [loaded.result() for loaded in done if not loaded.exception()]
 
     def has(self, version: VersionId) -> bool:
-        """Return whether a version's adapter is loaded, or is being loaded."""
+        """Return whether a version's adapter is loaded or being loaded."""
         slot = self._slots.get(version)
         return slot is not None and not slot.dropped
 
     def is_ready(self, version: VersionId, *, for_operator: bool = False) -> bool:
-        """Return whether a version's adapter is loaded and accepts requests; see `bring` about `for_operator`."""
+        """Return whether a version's adapter is loaded and accepts requests. See `bring` for `for_operator`."""
         slot = self._slots.get(version)
         if slot is None or slot.dropped or not self._takes(slot, for_operator) or not slot.loaded.done():
             return False
         return slot.loaded.exception() is None
 
     def take(self, version: VersionId, *, for_operator: bool = False) -> AdapterUse | None:
-        """Return a hold on an adapter that is ready; None if the request would have to wait for it."""
+        """Return a hold on an adapter that is ready, or None if the request would have to wait for it."""
         if not self.is_ready(version, for_operator=for_operator):
             return None
         slot = self._slots[version]
@@ -160,22 +165,22 @@ class AdapterCache:
         return AdapterUse(slot.loaded.result(), partial(self._leave, slot))
 
     async def check(self, version: VersionId) -> None:
-        """Check that a client's request may load a version's adapter; raise the loader's error if it may not."""
+        """Check that a client's request may load a version's adapter. Raises the loader's error if it may not."""
         if not self.has(version):
             await self.loader.check(version)
 
     async def bring(self, version: VersionId, *, for_operator: bool = False) -> AdapterUse:
-        """Return a hold on an adapter, after loading the adapter if necessary.
+        """Return a hold on an adapter, loading the adapter first if necessary.
 
         Args:
-            for_operator: the operator wants the version to be served: the loader does not check whether clients may use
-                it. If there are several slots, the adapter accepts requests even while others are waited for, and is
-                loaded before those.
+            for_operator: whether the operator wants the version to be served. If so, the loader does not check
+                whether clients may use it. If there are several slots, the adapter also accepts requests while
+                requests wait for other adapters, and is loaded before those.
 
         Raises:
             QueueTimeoutError: all loaded adapters were in use for too long.
-            EngineUnavailableError: the engine stopped meanwhile.
-            Exception: from the loader.
+            EngineUnavailableError: the engine stopped in the meantime.
+            Exception: any error raised by the loader.
         """
         if not for_operator:
             await self.check(version)
@@ -188,7 +193,7 @@ class AdapterCache:
 
     @asynccontextmanager
     async def use(self, version: VersionId, *, for_operator: bool = False) -> AsyncIterator[LoadedAdapter]:
-        """Hold a loaded adapter during the body; see `bring`."""
+        """Hold a loaded adapter while the body runs. See `bring`."""
         use = await self.bring(version, for_operator=for_operator)
         try:
             yield use.adapter
@@ -196,7 +201,7 @@ class AdapterCache:
             use.leave()
 
     def drop(self, version: VersionId) -> None:
-        """Handle the removal of a version: check later requests for it again, and evict its adapter once unused."""
+        """Handle a version's removal: recheck it for later requests, and evict its adapter once it is unused."""
         slot = self._slots.get(version)
         if slot is not None:
             slot.dropped = True
@@ -204,7 +209,7 @@ class AdapterCache:
             self.on_change(None)
 
     def close(self) -> None:
-        """Close the cache when the engine stops: fail waiting requests, and load no more adapters."""
+        """Close the cache when the engine stops: fail the waiting requests and load no more adapters."""
         self._closed = True
         for task in self._tasks:
             task.cancel()
@@ -221,7 +226,7 @@ class AdapterCache:
         return not slot.closing or (for_operator and self.max_loaded > 1)
 
     async def _occupy(self, version: VersionId, for_operator: bool) -> _Slot:
-        """Wait at most `patience_s` for the version's slot and return it; the caller must release it with `_leave`."""
+        """Wait up to `patience_s` for the version's slot and return it. The caller must release it with `_leave`."""
         if self._closed:
             raise _ended()
         slot = self._slots.get(version)
@@ -265,7 +270,7 @@ class AdapterCache:
         self._give_places()
 
     def _give_places(self) -> None:
-        """Give slots to the versions that were requested first, and close one used slot per version still waiting."""
+        """Give slots to the versions requested first, and close one used slot per version that is still waiting."""
         for unused in [slot for slot in self._slots.values() if slot.dropped and not slot.users]:
             self._evict(unused)
             self._start(self._unload_now())
@@ -283,7 +288,7 @@ class AdapterCache:
             slot.closing = place < len(self._waiting)
 
     def _new_slot(self, version: VersionId) -> _Slot | None:
-        """Return a slot for a version and start its load; None if all slots are in use."""
+        """Return a slot for a version and start loading it, or return None if all slots are in use."""
         if len(self._slots) >= self.max_loaded:
             idle = next((slot for slot in self._slots.values() if not slot.users), None)
             if idle is None:
@@ -304,7 +309,10 @@ class AdapterCache:
         task.add_done_callback(self._tasks.discard)
 
     async def _load(self, slot: _Slot) -> None:
-        """Load an adapter, one at a time; the load continues if all its requests are gone, since another may arrive."""
+        """Load an adapter. Adapters are loaded one at a time.
+
+        The load continues even if all its requests are gone, since another request may arrive.
+        """
         try:
             async with self._turn:
                 checked = await self._loaded(slot)
@@ -338,7 +346,7 @@ class AdapterCache:
                 await self._unload()
 
     async def _unload(self) -> None:
-        """Unload evicted adapters; a failed unload is retried at the next load."""
+        """Unload evicted adapters. A failed unload is retried on the next load."""
         while self._to_unload:
             await self.loader.unload(self._to_unload[0])
             del self._to_unload[0]

@@ -1,6 +1,6 @@
-"""Chooses a pool's engine for a request, and the name of the requested version in that engine.
+"""Choose an engine from a pool for a request, and the requested version's name in that engine.
 
-Knows neither HTTP nor how engines start and stop.
+This module knows neither HTTP nor how engines start and stop.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,10 @@ from svc.version import Format, Target
 
 
 class AdapterFailedError(EngineError):
-    """Raised when a version's adapter could not be loaded or failed its probes; the next request retries the load."""
+    """Raised when a version's adapter could not be loaded or failed its probes.
+
+    The next request retries the load.
+    """
 
     retry_after_s = ENGINE_RETRY_S
 
@@ -32,11 +35,11 @@ class Lease(NamedTuple):
 
     Attributes:
         http: client with connections to the engine.
-        served: the version that answers.
+        served: the version that answers the request.
         engine_model: the version's name in the engine.
         pace: generation speed of the model's engines.
-        show: replaces an adapter's private name with the version's name in a complete event or body; None if the
-            version has no private name.
+        show: function that replaces an adapter's private name with the version's name in a complete event or
+            body. None if the version has no private name.
     """
 
     http: EngineConnections
@@ -47,7 +50,7 @@ class Lease(NamedTuple):
 
 
 class Balancer:
-    """Distributes requests over the engines that are ready."""
+    """Distributes requests across the engines that are ready."""
 
     def __init__(self, pool: EnginePool, names: ModelNames) -> None:
         self._pool = pool
@@ -55,11 +58,11 @@ class Balancer:
         self.pace = TokenPace()
 
     async def check(self, model: str) -> None:
-        """Check that a model name can be served; reads the registry only if necessary.
+        """Check that a model name can be served. The registry is read only if necessary.
 
         Raises:
             ModelNotFoundError: no version has this name.
-            EngineUnavailableError: nothing is loaded yet.
+            EngineUnavailableError: no version is loaded yet.
         """
         wanted = self._names.resolve(model)
         if wanted is None:
@@ -72,17 +75,18 @@ class Balancer:
             await adapters[0].check(wanted)
 
     def lease(self, model: str, *, without: Lease | None = None) -> "Leasing":
-        """Lease the engine with the fewest running requests for the body, after loading the version's adapter, if any.
+        """Lease the engine with the fewest running requests for the body.
 
-        Engines that have already loaded the adapter are preferred.
+        If the version has an adapter, it is loaded first. Engines that have already loaded the adapter are
+        preferred.
 
         Args:
-            model: model name as the client sent it.
+            model: model name as sent by the client.
             without: lease of an engine that must not be chosen.
 
         Entering raises:
             ModelNotFoundError: no version has this name.
-            EngineUnavailableError: no engine accepts requests now.
+            EngineUnavailableError: no engine is currently accepting requests.
             QueueTimeoutError: all slots for adapters were in use for too long.
             AdapterFailedError: the version's adapter could not be loaded, or failed its probes.
         """
@@ -91,7 +95,8 @@ class Balancer:
     def lacks_adapter(self, model: str) -> bool:
         """Return whether a request would have to wait for an adapter in the engine that would be chosen now.
 
-        False if no engine accepts requests: a sleeping engine is woken by a request that waits for admission.
+        The result is False if no engine accepts requests, because a sleeping engine is woken by a request that
+        waits for admission.
 
         Raises:
             ModelNotFoundError: no version has this name.
@@ -106,10 +111,11 @@ class Balancer:
         return engine.lacks_adapter(served.version)
 
     def choose(self, model: str, without: Lease | None = None, kept: "_Kept | None" = None) -> tuple[Replica, Target]:
-        """Return an engine, and the version with which it answers the request.
+        """Return an engine, and the target with which it answers the request.
 
         Args:
-            kept: this engine is chosen if it still has the adapter and the request still needs that adapter.
+            kept: an adapter held for the request. Its engine is chosen if it still has the adapter and the
+                request still needs it.
 
         Raises:
             ModelNotFoundError, EngineUnavailableError: see `lease`.
@@ -133,7 +139,8 @@ class _Kept(NamedTuple):
     """An adapter held for a request that has not been admitted yet.
 
     Attributes:
-        adapters: the adapters of `engine` at that time; a restarted engine has a new object.
+        adapters: the adapter cache of `engine` when the adapter was taken. A restarted engine has a new
+            cache.
     """
 
     engine: Replica
@@ -141,14 +148,15 @@ class _Kept(NamedTuple):
     use: AdapterUse
 
     def fits(self, engine: Replica, served: Target) -> bool:
-        """Return whether this adapter is the one that `engine` would use to answer with `served`."""
+        """Return whether this is the adapter that `engine` would use to serve the target `served`."""
         return engine is self.engine and engine.adapters is self.adapters and served.version == self.use.adapter.version
 
 
 class Leasing:
-    """Context manager that leases an engine. A class, since a generator costs several times as much CPU time.
+    """Context manager that leases an engine.
 
-    Entering waits for the adapter. Callers that must not wait use `enter`, and `bring` to wait.
+    It is a class, because a generator costs several times as much CPU time. Entering it waits for the
+    adapter. Callers that must not wait use `enter`, and use `bring` to wait.
     """
 
     __slots__ = ("_balancer", "_engine", "_kept", "_model", "_use", "_without")
@@ -169,7 +177,8 @@ class Leasing:
         """If the version is served as an adapter, load it in an engine and hold it for this lease until `drop`.
 
         Raises:
-            EngineUnavailableError: no engine accepts requests now, or the engine stopped meanwhile.
+            EngineUnavailableError: no engine is currently accepting requests, or the engine stopped in the
+                meantime.
             ModelNotFoundError, QueueTimeoutError, AdapterFailedError: see `Balancer.lease`.
         """
         self.drop()
@@ -185,14 +194,16 @@ class Leasing:
             raise
 
     def drop(self) -> None:
-        """Release the adapter from `bring`."""
+        """Release the adapter that `bring` loaded."""
         if self._kept is not None:
             kept, self._kept = self._kept, None
             kept.engine.reserved -= 1
             kept.use.leave()
 
     def enter(self) -> Lease | None:
-        """Return an engine, to be released with `__aexit__`; None if its adapter must be loaded with `bring` first.
+        """Return an engine, or None if its adapter must be loaded with `bring` first.
+
+        The engine is to be released with `__aexit__`.
 
         Raises:
             ModelNotFoundError, EngineUnavailableError: see `Balancer.lease`.
@@ -243,11 +254,11 @@ def _lacks_adapter(engine: Replica, served: Target) -> bool:
 
 
 async def _brought(engine: Replica, adapters: AdapterCache, served: Target) -> AdapterUse:
-    """Return a hold on a version's adapter, after loading the adapter if necessary.
+    """Return a hold on a version's adapter, loading the adapter first if necessary.
 
     Raises:
-        EngineUnavailableError: the engine died or was stopped meanwhile.
-        AdapterFailedError: the adapter cannot be used; the log has the reason.
+        EngineUnavailableError: the engine died or was stopped in the meantime.
+        AdapterFailedError: the adapter cannot be used. The log contains the reason.
     """
     try:
         return await engine.bring_adapter(served.version)

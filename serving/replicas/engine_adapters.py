@@ -1,4 +1,4 @@
-"""Loads and verifies the adapters of one engine; serving.replicas.adapter_cache keeps track of the loaded ones.
+"""Load and verify one engine's adapters. serving.replicas.adapter_cache keeps track of those loaded.
 
 A version's files are compared with its manifest, loaded under a new name, and verified with its probes before a
 request may use the adapter.
@@ -31,8 +31,8 @@ class EngineAdapterLoader:
 
     Attributes:
         model: the model that the engine was started with.
-        watch: makes a request to the engine fail if the engine dies.
-        occupied: context manager that marks the engine as in use.
+        watch: watch that makes a request to the engine fail if the engine dies.
+        occupied: function that returns a context manager, which marks the engine as in use.
     """
 
     engine: Engine
@@ -46,7 +46,8 @@ class EngineAdapterLoader:
         """Check that a client's request may load a version's adapter.
 
         Raises:
-            ModelNotFoundError: it may not; the message, which clients see, has the reason and no paths.
+            ModelNotFoundError: the request may not load it. The message is shown to clients, so it gives the
+                reason without any paths.
         """
         try:
             async with self._reads:  # clients can request any number of versions, and these threads are shared
@@ -66,7 +67,7 @@ class EngineAdapterLoader:
         """Load an adapter and verify it.
 
         Raises:
-            ModelNotFoundError: the version was removed meanwhile.
+            ModelNotFoundError: the version was removed in the meantime.
             SvcError: the load or the verification failed.
         """
         target = Target(version, Format.ADAPTER)

@@ -1,7 +1,8 @@
-"""Detects an engine's death: its process has exited, its core is dead, or it does not answer health checks.
+"""Detect an engine's death: its process has exited, its core is dead, or it fails its health checks.
 
-An engine that does not answer health checks may be busy: vLLM's API server answers all clients from one thread. So
-silence alone does not mean death: the API server's CPU time shows whether it is working or hanging.
+An engine that does not answer health checks may be busy: vLLM's API server answers all clients from one
+thread. Silence alone therefore does not mean death; the API server's CPU time shows whether it is
+working or hanging.
 """
 
 import asyncio
@@ -17,18 +18,20 @@ Result = TypeVar("Result")
 
 _HEALTH_S = 2.0
 _UNHEALTHY_S = 30.0
-"""Limit on silence without CPU use: a working API server answers health checks within this time even under load."""
+"""Longest silence without CPU use, in seconds. Even under load, a working API server answers health checks
+within this time."""
 _BUSY_S = 300.0
-"""Limit on silence with CPU use: the API server may be in an endless loop."""
+"""Longest silence with CPU use, in seconds. After that, the API server is assumed to be in an endless loop."""
 _BUSY_SHARE = 0.05
-"""Share of one CPU core that a working API server exceeds, even next to a busy engine core; a hanging one uses less."""
+"""Share of one CPU core that a working API server exceeds, even next to a busy engine core. A hanging
+server uses less."""
 
 
 class EngineWatch:
-    """Watches the current engine of a replica.
+    """Watches a replica's current engine.
 
     Args:
-        engine: returns the engine; raises RuntimeError if there is none.
+        engine: function that returns the engine, or raises RuntimeError if there is none.
     """
 
     def __init__(self, engine: Callable[[], LastingEngine]) -> None:
@@ -37,11 +40,11 @@ class EngineWatch:
 
     @property
     def suspected(self) -> bool:
-        """Whether a request found the engine dead and the engine's health has not been checked since."""
+        """Whether a request found the engine dead and its health has not been checked since."""
         return self._suspected.is_set()
 
     def suspect(self) -> None:
-        """Report that a request found the engine dead: no requests are sent to it until its health has been checked."""
+        """Report that a request found the engine dead. It gets no requests until its health has been checked."""
         self._suspected.set()
 
     def clear(self) -> None:
@@ -49,7 +52,7 @@ class EngineWatch:
         self._suspected.clear()
 
     async def died(self) -> str:
-        """Wait until the engine has died, and return the reason."""
+        """Wait until the engine dies, and return the reason."""
         engine = self._engine()
         ended = asyncio.create_task(engine.wait())
         answered, front = time.monotonic(), _Front(engine)
@@ -75,11 +78,13 @@ class EngineWatch:
             ended.cancel()
 
     async def unless_dead(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """Run a request to the engine, and fail if the engine dies. If the core dies, vLLM's API server waits for the
-        core's pending answers before it exits, and these never arrive: a plain request would wait forever.
+        """Run a request to the engine, and fail if the engine dies in the meantime.
+
+        If the core dies, vLLM's API server waits for the core's pending answers before it exits. These never
+        arrive, so a plain request would wait forever.
 
         Raises:
-            EngineError: the engine died meanwhile.
+            EngineError: the engine died in the meantime.
         """
         working, dying = asyncio.create_task(work), asyncio.create_task(self.died())
         try:
@@ -101,7 +106,7 @@ class _Front:
         self._at, self._used_s = time.monotonic(), engine.front_s()
 
     def works(self) -> bool:
-        """Return whether the process is using CPU, measured since the last call; False if unknown."""
+        """Return whether the process has used CPU since the last call. False if this is unknown."""
         before, before_s = self._at, self._used_s
         self._at, self._used_s = time.monotonic(), self._engine.front_s()
         if before_s is None or self._used_s is None:

@@ -1,7 +1,7 @@
-"""The engines behind one model name: which of them accept requests, which is being changed, which is stopping.
+"""The engines behind one model name: which of them accept requests, are being changed or are stopping.
 
-Engines that are ready accept requests; admission is notified when no engine is ready. Knows neither HTTP nor the
-contents of a version, and leaves decisions about engines to the reconciler.
+Engines that are ready accept requests, and admission is notified when no engine is ready. This module
+knows neither HTTP nor the contents of a version, and leaves decisions about engines to the reconciler.
 """
 
 import asyncio
@@ -63,12 +63,12 @@ class EnginePool:
 
     @property
     def all(self) -> list[Replica]:
-        """Members and other engines."""
+        """All engines, both members and non-members."""
         return [*self.members, *self.others]
 
     @property
     def ready(self) -> list[Replica]:
-        """Members that accept requests."""
+        """Members that are currently accepting requests."""
         return [member for member in self.members if member.state is _READY]
 
     def ready_for(self, wanted: VersionId | None) -> list[Replica]:
@@ -90,28 +90,28 @@ class EnginePool:
 
     @property
     def starting(self) -> int:
-        """Number of engines that are starting and have not allocated all their memory yet."""
+        """Number of engines that are starting and have not yet allocated all their memory."""
         return sum(engine.state is EngineState.STARTING for engine in self.all)
 
     @property
     def primary(self) -> Replica | None:
-        """The first member that accepts requests; receives the server's own requests."""
+        """The first member that accepts requests. It receives the server's own requests."""
         return next(iter(self.ready), None)
 
     @property
     def weights(self) -> LoadedWeights:
-        """Weights of the primary; if none accepts requests, the last weights of the first member."""
+        """Weights of the primary engine, or the first member's last weights if no engine accepts requests."""
         first = self.primary or next(iter(self.members), None)
         return first.weights if first else NO_WEIGHTS
 
     @property
     def plan(self) -> list[dict[str, Any]] | None:
-        """How the first member was started; None if it has not been started."""
+        """How the first member was started, or None if it has not been started."""
         return next((member.plan for member in self.members), None)
 
     @property
     def state(self) -> EngineState:
-        """Combined state of the engines: the best state of any member."""
+        """Combined state of the engines, which is the best state of any member."""
         states = {member.state for member in self.members}
         order = (EngineState.READY, EngineState.SWAPPING, EngineState.DRAINING, EngineState.STARTING)
         least = self.members[0].state if self.members else EngineState.STOPPED
@@ -125,7 +125,7 @@ class EnginePool:
         self._show_loaded()
 
     def _show_loaded(self) -> None:
-        """Publish which versions resolve (held by an engine, or loaded as adapters) and how many are unverified."""
+        """Publish which versions resolve (held by an engine or loaded as adapters) and how many are unverified."""
         self.metrics.unverified({version for engine in self.all for version in engine.unverified})
         ready = self.ready
         drained = [member for member in self.members if member.state is EngineState.DRAINING]
@@ -136,7 +136,7 @@ class EnginePool:
             self.names.loaded = held | {Target(adapter.version, Format.ADAPTER) for adapter in loaded}
 
     def sources(self) -> list[EngineSource]:
-        """Return the engines whose metrics can be read, including those that were replaced."""
+        """Return the engines whose metrics can be read, including replaced engines."""
         engines = [(engine, engine.target) for engine in self.all]
         return [EngineSource(engine.client, served, engine.replica) for engine, served in engines if served]
 
@@ -146,14 +146,14 @@ class EnginePool:
         return engine
 
     def fill(self) -> None:
-        """Create the missing members, unstarted."""
+        """Create the missing members without starting them."""
         while len(self.members) < self.size:
             self.members.append(self._made(self.slots.take()))
         if self.ready:
             self._show()
 
     def add(self) -> Replica:
-        """Return a new, unstarted engine, for use with `replace` or `drop`."""
+        """Return a new engine that has not been started, for use with `replace` or `drop`."""
         engine = self._made(self.slots.take())
         self.others.append(engine)
         return engine
@@ -171,7 +171,7 @@ class EnginePool:
         self._show()
 
     def replace(self, old: Replica, new: Replica) -> None:
-        """Replace a member with a ready engine, between two requests; the old engine stops after its last request."""
+        """Replace a member with a ready engine between two requests. The old engine stops after its last request."""
         self.others.remove(new)
         self.members[self.members.index(old)] = new
         self.others.append(old)
@@ -180,13 +180,14 @@ class EnginePool:
         self.retirement.after_requests(old)
 
     async def adopt(self, target: Target, on_first: Callable[[], None]) -> bool:
-        """Adopt engines that an earlier server left running with a version, as members.
+        """Adopt, as members, engines that an earlier server left running with the given version.
 
         Args:
-            on_first: called for the first engine before it accepts requests; others are adopted while it serves.
+            on_first: function called for the first engine before it accepts requests. Further engines are
+                adopted while it serves.
 
         Returns:
-            Whether at least one engine was adopted. Engines that failed the verification were stopped.
+            Whether at least one engine was adopted. Engines that failed verification were stopped.
         """
         for number in await self.slots.orphans():
             if len(self.members) == self.size:
@@ -216,7 +217,7 @@ class EnginePool:
 
     @asynccontextmanager
     async def held(self, engine: Replica) -> AsyncIterator[None]:
-        """Wait for the right to start, change or stop the engine, and hold it during the body."""
+        """Wait for the right to start, change or stop the engine, and hold that right while the body runs."""
         try:
             async with engine.lock:
                 yield
@@ -224,7 +225,7 @@ class EnginePool:
             self._changed.set()  # the engine may be down, and free to be restarted
 
     async def changed(self, timeout_s: float | None) -> None:
-        """Wait until an engine has changed its state since the last call, or for `timeout_s` seconds."""
+        """Wait until an engine's state has changed since the last call, or until `timeout_s` seconds have passed."""
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._changed.wait()
@@ -238,7 +239,7 @@ class EnginePool:
         """Stop all engines.
 
         Args:
-            leave: keep ready engines running, for a server that starts later.
+            leave: keep ready engines running for a server that starts later.
         """
         for task in self._watches.values():
             task.cancel()
@@ -268,7 +269,10 @@ class EnginePool:
         engine.enter(EngineState.FAILED)
 
     def _show(self) -> None:
-        """Publish the engines' state to admission, names and metrics; end a background request to a former primary."""
+        """Publish the state of the engines to admission, names and metrics.
+
+        A background request to an engine that is no longer the primary is ended.
+        """
         self.metrics.engine_states([engine.state for engine in self.all])
         ready = self.ready
         self._show_loaded()
@@ -282,7 +286,10 @@ class EnginePool:
 
 
 def _why_none(states: set[EngineState]) -> str | None:
-    """Return the reason, for clients, why no engine accepts requests; None during a change or a start on demand."""
+    """Return the reason why no engine accepts requests, worded for clients.
+
+    The result is None during a change or a start on demand.
+    """
     if states & _ASKED_FOR:
         return None
     if EngineState.STARTING in states:

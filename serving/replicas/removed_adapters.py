@@ -1,8 +1,8 @@
-"""Evicts adapters of versions that were removed from the registry.
+"""Evict adapters of versions that were removed from the registry.
 
-Another process removes versions without asking the server. The store protects only versions that it marks as needed,
-not adapters that requests loaded by version number. Running requests complete with such an adapter; later requests
-fail because its version no longer exists.
+Other processes remove versions without asking the server. The store protects only versions that it marks
+as needed, not adapters that requests loaded by version number. Running requests complete with the
+removed version's adapter; later requests fail because the version no longer exists.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ class RemovedAdapters:
     """Finds and evicts adapters of removed versions in one model's engines.
 
     Args:
-        registered: returns the registered versions of the model.
+        registered: function that returns the registered versions of the model.
     """
 
     def __init__(self, pool: EnginePool, registered: Callable[[], Awaitable[set[VersionId]]]) -> None:
@@ -29,7 +29,7 @@ class RemovedAdapters:
         self._registered = registered
 
     async def run(self) -> None:
-        """Run until cancelled."""
+        """Check for removed versions until cancelled."""
         while True:
             try:
                 await self._check()
@@ -38,7 +38,7 @@ class RemovedAdapters:
             await asyncio.sleep(_POLL_S)
 
     async def _check(self) -> None:
-        """Evict the adapters of removed versions, except the version in production, which continues to serve."""
+        """Evict the adapters of removed versions, except for the production version, which continues to serve."""
         engines = [(engine, engine.adapters) for engine in self._pool.all if engine.adapters]
         loaded = [
             (adapters, each.version)

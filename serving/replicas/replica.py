@@ -1,6 +1,7 @@
-"""Manages one engine: starts it with a version or adopts a running one, verifies its weights, and detects its death.
+"""Manage one engine: start it or adopt a running one, verify its weights, and detect its death.
 
-The reconciler decides what to load and what to do after a death; the pool decides which engine gets a request.
+The reconciler decides what to load and what to do after a death, while the pool decides which engine
+gets a request.
 """
 
 import asyncio
@@ -30,42 +31,45 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedWeights:
-    """Identity of one load of verified weights; no two loads are equal, even of the same version.
+    """Identity of one load of verified weights. No two loads are equal, even of the same version.
 
     Attributes:
-        fresh: a new engine loaded the weights, not one that was already running.
+        fresh: whether a new engine loaded the weights, rather than one that was already running.
     """
 
     fresh: bool
 
 
 NO_WEIGHTS = LoadedWeights(fresh=True)
-"""The weights before the first load."""
+"""The weights before anything has been loaded."""
 
 
 @dataclass(eq=False)
 class Replica:
-    """One engine slot of a model: its current engine, if any, the version that it holds, and its running requests.
+    """One engine slot of a model: its current engine, if any, that engine's version, and its running requests.
 
     Attributes:
         replica: the engine's number, which names its folder and log.
-        launch: returns an unstarted engine for a model.
-        on_change: called at each change of state.
-        on_phase: called with each phase of a start.
+        launch: function that returns a new engine for a model, without starting it.
+        on_change: called on each state change.
+        on_phase: called with each phase of an engine start.
         turn: lock held while an engine starts, shared with other engines on the device.
-        adapter_patience_s: a request's longest wait for an adapter slot, seconds.
-        silence_s: longest time without data from the engine during a client's request, seconds.
-        target: version that the engine was last verified to hold (with adapters: in production); None if unknown.
-        checked: result of that verification.
-        why: reason for the engine's last death.
+        adapter_patience_s: a request's longest wait for an adapter slot, in seconds.
+        silence_s: longest time without data from the engine during a client's request, in seconds.
+        target: version that the engine was last verified to hold (with adapters, the one in production), or
+            None if unknown.
+        checked: result of the last verification.
+        why: the reason for the engine's last death.
         lock: held while the engine is started, changed or stopped; see `EnginePool.held`.
-        watch: detects the engine's death.
-        asleep: the engine has freed its GPU.
-        adapters: adapters that the engine applies to its base; None if it holds a merged version.
-        on_adapter: called after an adapter's load with its duration in seconds, and after an eviction with None.
-        model: model that the engine was started with; None before the first start.
+        watch: watch that detects the engine's death.
+        asleep: whether the engine has released its GPU memory.
+        adapters: adapters that the engine applies to its base, or None if it holds a merged version.
+        on_adapter: called after an adapter load with its duration in seconds, and after an eviction with
+            None.
+        model: model that the engine was started with, or None before the first start.
         running: number of running requests, including the server's own.
-        reserved: number of requests that do not run yet but for which the engine has loaded or is loading an adapter.
+        reserved: number of requests that are not running yet but for which the engine has loaded or is
+            loading an adapter.
     """
 
     replica: int
@@ -97,19 +101,19 @@ class Replica:
 
     @property
     def client(self) -> EngineClient:
-        """Client for the server's own requests.
+        """Client for the server's own requests to the engine.
 
         Raises:
-            RuntimeError: no engine runs.
+            RuntimeError: no engine is running.
         """
         return self._started.client
 
     @property
     def http(self) -> EngineConnections:
-        """Client with the connections for clients' requests.
+        """Client whose connections carry clients' requests to the engine.
 
         Raises:
-            RuntimeError: no engine runs.
+            RuntimeError: no engine is running.
         """
         if self._http is None:
             raise RuntimeError("no engine runs")
@@ -123,19 +127,19 @@ class Replica:
 
     @property
     def capabilities(self) -> EngineCapabilities | None:
-        """Capabilities of the engine; None if there is no engine."""
+        """Capabilities of the engine, or None if there is no engine."""
         engine = self._engine
         return engine.capabilities if engine else None
 
     @property
     def plan(self) -> list[dict[str, Any]] | None:
-        """How the engine was started; None if there is no engine."""
+        """How the engine was started, or None if there is no engine."""
         engine = self._engine  # read once: the status is built in another thread
         return engine.plan if engine else None
 
     @property
     def has_engine(self) -> bool:
-        """Whether the replica has an engine, which may have died a moment ago."""
+        """Whether the replica has an engine, even if that engine died a moment ago."""
         return self._engine is not None
 
     @property
@@ -148,26 +152,29 @@ class Replica:
         return versions
 
     def serves(self, wanted: VersionId | None) -> Target | None:
-        """Return the target with which this engine answers requests for a version; None if it cannot serve the version.
+        """Return the target with which this engine serves a version, or None if it cannot serve that version.
 
         Args:
-            wanted: None for the version that the engine holds.
+            wanted: the version; None stands for the version that the engine holds.
         """
         if self.target is None or wanted in (None, self.target.version):
             return self.target
         return Target(wanted, Format.ADAPTER) if wanted and self.target.format is Format.ADAPTER else None
 
     def lacks_adapter(self, version: VersionId) -> bool:
-        """Return whether the engine applies adapters and a request would have to wait for this version's."""
+        """Return whether a request would have to wait for the version's adapter in this engine.
+
+        The result is False if the engine applies no adapters.
+        """
         adapters = self.adapters
         return adapters is not None and not adapters.is_ready(version, for_operator=self._in_production(version))
 
     def take_adapter(self, version: VersionId) -> AdapterUse | None:
-        """Return a hold on a version's adapter; None if it is not ready, or if the engine applies no adapters."""
+        """Return a hold on a version's adapter, or None if it is not ready or the engine applies no adapters."""
         return self.adapters.take(version, for_operator=self._in_production(version)) if self.adapters else None
 
     async def bring_adapter(self, version: VersionId) -> AdapterUse:
-        """Return a hold on a version's adapter, after loading the adapter if necessary.
+        """Return a hold on a version's adapter, loading the adapter first if necessary.
 
         Raises:
             RuntimeError: the engine holds a merged version and applies no adapters.
@@ -184,7 +191,7 @@ class Replica:
 
     @contextmanager
     def occupied(self) -> Iterator[None]:
-        """Mark the engine as in use during the body."""
+        """Mark the engine as in use while the body runs."""
         self.occupy()
         try:
             yield
@@ -192,27 +199,27 @@ class Replica:
             self.vacate()
 
     def occupy(self) -> None:
-        """Count a running request until `vacate`."""
+        """Count a request as running until `vacate` is called."""
         self.running += 1
         self._idle.clear()
 
     def vacate(self) -> None:
-        """Stop counting a running request."""
+        """Stop counting a request as running."""
         self.running -= 1
         if not self.running:
             self._idle.set()
 
     async def drained(self, timeout_s: float) -> None:
-        """Wait until no request runs. Only useful while the engine accepts no new requests.
+        """Wait until no request is running. This is only useful while the engine accepts no new requests.
 
         Raises:
-            TimeoutError: a request still runs after `timeout_s` seconds.
+            TimeoutError: a request is still running after `timeout_s` seconds.
         """
         async with asyncio.timeout(timeout_s):
             await self._idle.wait()
 
     def enter(self, state: EngineState) -> None:
-        """Set the state and notify the pool, which routes requests by the engines' states."""
+        """Set the engine's state and notify the pool, which routes requests by engine state."""
         if state is EngineState.READY and self.state is not EngineState.DRAINING:  # else a swap was cancelled early
             self.weights = LoadedWeights(fresh=self.state is EngineState.STARTING)
         if state is EngineState.READY:
@@ -221,10 +228,10 @@ class Replica:
         self.on_change(self)
 
     async def start(self, target: Target) -> str:
-        """Stop the engine, if there is one, start a new one with a version, and verify its weights.
+        """Start a new engine with a version and verify its weights. The previous engine, if any, is stopped first.
 
         Returns:
-            Result of the verification, for the journal.
+            The result of the verification, for the journal.
 
         Raises:
             NotFoundError, IntegrityError: the version's files are missing or damaged.
@@ -245,11 +252,11 @@ class Replica:
         return result
 
     async def adopt(self, target: Target) -> bool:
-        """Adopt the engine that an earlier server left here, if it holds the version and passes the verification.
+        """Adopt the engine left by an earlier server, if it holds the version and passes verification.
 
         Returns:
-            Whether the engine was adopted. If not, it has another version and is left alone, or it failed and was
-            stopped.
+            Whether the engine was adopted. If not, it either holds another version and is left alone, or it
+            failed verification and was stopped.
         """
         engine = await self._launched(target)
         if await engine.orphan_holds() != str(target):
@@ -273,7 +280,7 @@ class Replica:
         return True
 
     async def _launched(self, target: Target) -> LastingEngine:
-        """Create the engine's folders, and return an unstarted engine."""
+        """Create the engine's folders, and return an engine that is not started yet."""
         self.model = await self.verification.model(target)
         return await asyncio.to_thread(self.launch, self.model)
 
@@ -287,7 +294,7 @@ class Replica:
         self._engine = self._http = None
 
     def _make_adapters(self) -> None:
-        """Create a new engine's adapter cache if it applies adapters, and drop the previous engine's cache."""
+        """Create a new engine's adapter cache if it applies adapters, and discard the previous engine's cache."""
         self._end_adapters()
         engine = self._started
         if self.model and engine.capabilities.adapters:
@@ -304,7 +311,7 @@ class Replica:
             adapters.close()
 
     async def clear(self) -> None:
-        """Mark the version that the engine holds as unknown, so that no later server adopts the engine.
+        """Mark the engine's version as unknown, so that no later server adopts the engine.
 
         Raises:
             OSError: the record cannot be written.
@@ -313,27 +320,29 @@ class Replica:
         self.target = self.checked = None
 
     async def reload(self, folder: Path) -> None:
-        """Load other weights in place and reset the prefix cache; call `clear` before and `verify` afterwards.
+        """Load other weights in place and reset the prefix cache.
+
+        Call `clear` before this and `verify` afterwards.
 
         Raises:
-            EngineError: the reload failed; the engine counts as dead.
+            EngineError: the reload failed. The engine then counts as dead.
         """
         await self.watch.unless_dead(self.client.reload_weights(folder))
         await self.watch.unless_dead(self.client.reset_prefix_cache())
 
     async def verify(self, target: Target, *, fresh: bool = False) -> str:
-        """Check with probes that the engine holds a version, and record it, also for a later server.
+        """Check with probes that the engine holds a version, and record this, also for a later server.
 
         An engine that cannot be probed is assumed to hold the version that it was started with.
 
         Args:
-            fresh: the engine was started with the version's files.
+            fresh: whether the engine was newly started with the version's files.
 
         Returns:
-            Result of the verification, for the journal.
+            The result of the verification, for the journal.
 
         Raises:
-            ProbeError: the engine runs other weights, or was running before and cannot be verified.
+            ProbeError: the engine runs other weights, or was already running and cannot be verified.
         """
         if self.adapters is not None:
             async with self.adapters.use(target.version, for_operator=True) as loaded:
@@ -349,14 +358,19 @@ class Replica:
         return checked.found
 
     async def _verify_again(self, target: Target) -> None:
-        """Verify an engine that an earlier server left. Its adapters are unloaded first: their weights are unknown."""
+        """Verify an engine left by an earlier server.
+
+        Its adapters are unloaded first, because their weights are unknown.
+        """
         self._make_adapters()
         if self.adapters is not None:
             await self.watch.unless_dead(unload_all(self.client))
         await self.verify(target)
 
     async def sleep(self) -> None:
-        """Make the engine release its GPU memory and stop accepting requests. A later server does not adopt the engine.
+        """Make the engine release its GPU memory and stop accepting requests.
+
+        A later server does not adopt a sleeping engine.
 
         Raises:
             SvcError, OSError: the engine could not be put to sleep, and must be stopped.
@@ -370,10 +384,12 @@ class Replica:
         self.asleep = True
 
     async def wake(self, target: Target) -> None:
-        """Make the engine allocate its GPU memory again, and verify its version; an engine that fails is stopped.
+        """Make the engine allocate its GPU memory again, and verify its version.
+
+        An engine that fails to wake up or to pass verification is stopped.
 
         Raises:
-            SvcError: the engine did not wake, or holds other weights (ProbeError).
+            SvcError: the engine did not wake up, or holds other weights (ProbeError).
         """
         self.enter(EngineState.STARTING)
         try:
@@ -387,13 +403,15 @@ class Replica:
         self.enter(EngineState.READY)
 
     async def bring(self, target: Target) -> str:
-        """Put another adapter of the same base into production, after loading and verifying it while requests run.
+        """Put another adapter of the same base into production.
+
+        The adapter is loaded and verified while requests run.
 
         Returns:
-            Result of the verification, for the journal.
+            The result of the verification, for the journal.
 
         Raises:
-            SvcError: the load or the verification failed; the previous adapter stays in production.
+            SvcError: the load or the verification failed. The previous adapter stays in production.
         """
         result = await self.verify(target)
         self.weights = LoadedWeights(fresh=False)
@@ -401,7 +419,7 @@ class Replica:
         return result
 
     async def _start_checked(self, engine: LastingEngine, target: Target) -> None:
-        """Compare the files' hashes while the engine starts; no request is served before both are done."""
+        """Check the file hashes while the engine starts. No request is served before both are done."""
         starting = asyncio.create_task(engine.start(self.on_phase))
         try:
             await self.verification.files(target)
@@ -411,7 +429,7 @@ class Replica:
             await asyncio.gather(starting, return_exceptions=True)
 
     async def stop(self, state: EngineState = EngineState.STOPPED) -> None:
-        """Stop the engine, if there is one, and enter a state in which it gets no requests."""
+        """Stop the engine, if there is one, and enter a state in which no requests are routed to it."""
         self.target = self.checked = None
         self.asleep = False
         self.enter(state)
@@ -422,7 +440,7 @@ class Replica:
             self._drop()
 
     async def leave(self) -> None:
-        """Detach from the engine and leave it running: a server that starts later can adopt it."""
+        """Detach from the engine and leave it running, so that a server that starts later can adopt it."""
         self._end_adapters()
         if self._engine is not None:
             await self._engine.leave()

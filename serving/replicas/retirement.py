@@ -1,4 +1,4 @@
-"""Stops engines that are no longer needed, in background tasks: after their last request, or during a start."""
+"""Stop engines that are no longer needed in background tasks, after their last request or during a start."""
 
 import asyncio
 import logging
@@ -10,16 +10,16 @@ from serving.replicas.replica import Replica
 log = logging.getLogger(__name__)
 
 RETIRE_TIMEOUT_S = 3600.0
-"""Longest time that a replaced engine keeps running for its requests: longer than any answer takes. The engine uses
-memory until then."""
+"""Longest time that a replaced engine keeps running for its requests, in seconds. It exceeds the duration
+of any answer. The engine uses memory until then."""
 _RETRY_S = 30.0
 
 
 class Retirement:
-    """Stops engines that have not become, or no longer are, members of a pool.
+    """Stops engines that never became members of a pool, or no longer are.
 
     Args:
-        drop: stops an engine.
+        drop: function that stops an engine.
     """
 
     def __init__(self, drop: Callable[[Replica], Awaitable[None]]) -> None:
@@ -29,15 +29,15 @@ class Retirement:
 
     @property
     def under_way(self) -> bool:
-        """Whether some engines have not been stopped yet."""
+        """Whether some engines still have to be stopped."""
         return bool(self._endings)
 
     def after_requests(self, engine: Replica) -> None:
-        """Stop a replaced engine in the background, after its last request or after `RETIRE_TIMEOUT_S`."""
+        """Stop a replaced engine in the background, after its last request or `RETIRE_TIMEOUT_S` at the latest."""
         self._later(self._end_drained(engine))
 
     def after_start(self, engine: Replica, starting: asyncio.Task[Any]) -> None:
-        """Cancel an engine's start, and stop the engine in the background, because that takes seconds.
+        """Cancel an engine's start, and stop the engine in the background, because stopping takes seconds.
 
         Args:
             starting: the task that starts the engine.
@@ -48,7 +48,10 @@ class Retirement:
         self._later(self._end_started(starting, engine))
 
     async def cut_off(self) -> None:
-        """Cancel the background tasks, because the caller stops all engines; wait until cancelled starts have ended."""
+        """Cancel the background tasks, because the caller stops all engines.
+
+        This waits until cancelled starts have ended.
+        """
         for task in self._endings:
             task.cancel()
         if self._cut_starts:  # they stop their engines themselves

@@ -1,4 +1,4 @@
-"""The model with which an engine is started for a version in a format, and the adapters that the engine can apply."""
+"""The model with which an engine is started for a given target, and the adapters the engine can apply."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,9 @@ class ServedModel:
     """The model files and adapter capacity with which an engine is started.
 
     Attributes:
-        folder: the version's model folder, or its base's if it is served as an adapter.
-        base: the adapters' base model; None if the folder contains the version itself.
-        lora: capacity for adapters; None without a base.
+        folder: the version's model folder, or its base model's folder if it is served as an adapter.
+        base: the base model of the adapters, or None if the folder contains the version itself.
+        lora: capacity for adapters, or None without a base.
     """
 
     folder: Path
@@ -28,16 +28,17 @@ class ServedModel:
 
     @property
     def template_kwargs(self) -> TemplateKwargs | None:
-        """The chat template's arguments; None for those in the folder."""
+        """The chat template arguments, or None to use those in the folder."""
         return dict(self.base.template_kwargs) if self.base else None
 
 
 def served_model(registry: Registry, target: Target, settings: AdapterSettings) -> ServedModel:
-    """Return the model with which an engine is started for a version; reads the disk.
+    """Return the model with which an engine is started for a version. This reads from disk.
 
     Raises:
-        NotFoundError: no such version or format, or the base of its adapter is missing.
-        RefusedError: vLLM cannot apply its adapter to the base, or its rank is too large.
+        NotFoundError: there is no such version or format, or its adapter's base is missing.
+        RefusedError: vLLM cannot apply the version's adapter to the base, or the adapter's rank is too
+            large.
         IntegrityError: the adapter's config is damaged.
     """
     if target.format is not Format.ADAPTER:
@@ -63,7 +64,7 @@ def require_fit(model: ServedModel, adapter: AdapterFacts) -> None:
         model: the model that the engine was started with.
 
     Raises:
-        RefusedError: the engine cannot apply the adapter; the message has the reason, without paths.
+        RefusedError: the engine cannot apply the adapter. The message gives the reason without any paths.
     """
     slots = model.lora
     if slots is None or adapter.base != model.base:

@@ -1,7 +1,7 @@
-"""Starts and finds the engines of one home by number, and tells whether this machine has memory for more.
+"""Start and find the engines of one home by number, and tell whether the machine has memory for more.
 
-The numbers are unique across models; an engine's folder and log are named by its number. The rest of the server reaches
-processes, the machine's memory and its device only through this module.
+Engine numbers are unique across models, and an engine's folder and log are named after its number. The
+rest of the server reaches processes, the machine's memory and its device only through this module.
 """
 
 import asyncio
@@ -29,13 +29,14 @@ MakeSlots = Callable[[Settings, Registry, DeviceCapabilities, Served], "EngineSl
 
 
 class EngineSlots:
-    """The engines of one home, by number.
+    """The engines of one home, keyed by number.
 
     Args:
-        served: returns the models that are served, or will be once their engines have started: all share the machine.
+        served: function that returns the models that are served, or will be once their engines have started.
+            They all share the machine.
 
     Attributes:
-        turn: lock held while an engine starts, since engines on one device must start one after the other.
+        turn: lock held while an engine starts, since engines on one device must start one after another.
     """
 
     def __init__(
@@ -49,17 +50,17 @@ class EngineSlots:
         self.turn = asyncio.Lock()
 
     def engine(self, number: int, name: str, model: ServedModel) -> LastingEngine:
-        """Return an unstarted engine for a model."""
+        """Return an engine for a model without starting it."""
         return EngineProcess(self.spec(number, name, model))
 
     def take(self, number: int | None = None) -> int:
-        """Take a number for an engine and return it.
+        """Reserve a number for an engine and return it.
 
         Args:
-            number: an orphaned engine's number; None for the lowest free number.
+            number: number of an orphaned engine, or None for the lowest free number.
 
         Raises:
-            ValueError: another engine has this number.
+            ValueError: another engine already has this number.
         """
         if number is None:
             number = next(number for number in count() if number not in self._taken)
@@ -73,27 +74,27 @@ class EngineSlots:
         self._taken.discard(number)
 
     async def orphans(self) -> list[int]:
-        """Return the numbers of engines that an earlier server left running and this server has not taken."""
+        """Return the numbers of engines left running by an earlier server and not taken by this one."""
         return [number for number in await asyncio.to_thread(self.numbers) if number not in self._taken]
 
     async def end_orphans(self) -> None:
-        """Stop the engines that an earlier server left running and this server has not taken."""
+        """Stop the engines left running by an earlier server and not taken by this one."""
         for number in await self.orphans():
             await asyncio.to_thread(self.end, number)
 
     def numbers(self) -> list[int]:
-        """Return the numbers of engines that an earlier server may have left running; reads the disk."""
+        """Return the numbers of engines that an earlier server may have left running. This reads from disk."""
         return list(state_folders(self.settings.home))
 
     def end(self, number: int) -> None:
-        """Stop the engine with this number; blocks for some seconds."""
+        """Stop the engine with the given number. This blocks for some seconds."""
         end_engine(state_folder(self.settings.home, number))
 
     def shortage(self, engines: Mapping[Target, int]) -> str | None:
-        """Return a description of the memory that is missing for more engines; None if there is enough.
+        """Return a message saying how much memory is missing for more engines, or None if there is enough.
 
         Args:
-            engines: number of additional engines with each version.
+            engines: number of additional engines per target.
 
         Raises:
             NotFoundError, RefusedError, IntegrityError: see serving.replicas.served_model.
@@ -101,11 +102,11 @@ class EngineSlots:
         return shortage([*chain.from_iterable([self._spec_for(target)] * number for target, number in engines.items())])
 
     def require_memory(self, targets: Sequence[Target]) -> None:
-        """Check that there is memory for all engines of these versions.
+        """Check that there is enough memory for all engines of the given targets.
 
         Raises:
-            EngineError: memory is short; the message has the needed and the free memory.
-            NotFoundError: no such version or format.
+            EngineError: not enough memory is free. The message states how much is needed and how much is free.
+            NotFoundError: there is no such version or format.
         """
         missing = self.shortage({target: self.settings.engine_for(target.version.name).replicas for target in targets})
         if missing:
@@ -116,11 +117,14 @@ class EngineSlots:
             )
 
     def capabilities(self, target: Target) -> EngineCapabilities:
-        """Return the capabilities of an engine that starts with a version; reads the disk and raises as `shortage`."""
+        """Return the capabilities of an engine that starts with a version.
+
+        This reads from disk and raises the same errors as `shortage`.
+        """
         return self._spec_for(target).engine_capabilities
 
     def facts(self, name: str, folder: Path) -> EngineFacts:
-        """Return the kind of engine that serves a model folder under a name."""
+        """Return the kind of engine that would serve a model folder under the given name."""
         return engine_facts(self.settings.engine_for(name), self._capabilities, folder)
 
     def _spec_for(self, target: Target) -> EngineSpec:
@@ -128,7 +132,7 @@ class EngineSlots:
         return self.spec(0, name, served_model(self._registry, target, self.settings.adapters))
 
     def spec(self, number: int, name: str, model: ServedModel) -> EngineSpec:
-        """Return the specification for starting an engine with a model; `name` is the model's name in the engine."""
+        """Return the specification for starting an engine with a model, which the engine knows as `name`."""
         home, served = self.settings.home, {*self._served(), name}
         return EngineSpec(
             model=model.folder,

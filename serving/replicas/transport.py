@@ -1,6 +1,7 @@
-"""One call to the engine. Failures and rejections are raised as typed errors.
+"""A single call to the engine. Failures and rejections are raised as typed errors.
 
-The only module that knows vLLM's error texts. A text never decides whether an engine is alive.
+This is the only module that knows vLLM's error texts. An error text never decides whether an engine is
+alive.
 """
 
 import asyncio
@@ -23,7 +24,8 @@ from svc.errors import EngineError
 
 _HEALTH_TIMEOUT_S = 2.0
 PASSED_STATUSES = frozenset({400, 413, 422, 429, 503})
-"""Statuses for requests that the engine rejects or is too busy for; with other error statuses, the engine failed."""
+"""Statuses for requests that the engine rejects or is too busy for. Any other error status means that the
+engine failed."""
 _MESSAGE_CHARS = 1000
 _TOO_LONG = ("maximum context length", "maximum model length", "cannot be greater than max_model_len")
 _GONE = "the engine stopped; it is being restarted"
@@ -33,38 +35,41 @@ _TRACEBACK = re.compile(r"Traceback \(most recent call last\)|File \"[^\"]*\", l
 
 
 class EngineDiedError(EngineError):
-    """The engine cannot be reached, or stopped during an answer."""
+    """Raised when the engine cannot be reached, or stopped during an answer."""
 
     retry_after_s = ENGINE_RETRY_S
 
 
 class EngineUnreachableError(EngineDiedError):
-    """The engine refused the connection, so it never got the request; another engine may answer the request."""
+    """Raised when the engine refused the connection, so that it never got the request.
+
+    Another engine may answer the request.
+    """
 
 
 class EngineSilentError(EngineError):
-    """The engine sent nothing for too long."""
+    """Raised when the engine has sent nothing for too long."""
 
 
 class EngineFailedError(EngineError):
     """Raised when the engine failed to answer a request, or rejected it because of an error in the gateway.
 
-    The message is logged, and therefore quotes nothing from the request.
+    The message is logged, so it quotes nothing from the request.
     """
 
 
 class EngineBusyError(EngineError):
-    """The engine accepts no more requests now."""
+    """Raised when the engine currently accepts no more requests."""
 
     retry_after_s = OVERLOADED_RETRY_S
 
 
 class EngineRefusedError(EngineError):
-    """The engine rejected the client's request.
+    """Raised when the engine rejected the client's request.
 
     Args:
         status: the engine's HTTP status.
-        param: the invalid field, if the engine names one.
+        param: name of the invalid field, if the engine reports one.
     """
 
     def __init__(self, wrong: str, *, status: int, param: str | None) -> None:
@@ -74,24 +79,26 @@ class EngineRefusedError(EngineError):
 
 
 class ContextLengthError(EngineRefusedError):
-    """The request has more tokens than the model's context."""
+    """Raised when a request has more tokens than the model's context allows."""
 
 
 class EngineCall:
-    """Sends a request; the body of the `async with` reads the answer, and leaving it early cancels the engine's work.
+    """Sends a request to the engine. The body of the `async with` reads the answer.
 
-    A class, since a generator costs several times as much CPU time per request.
+    Leaving the body early cancels the engine's work. This is a class because a generator costs several times
+    as much CPU time per request.
 
     Args:
-        header_lines: additional header lines, each with its line end.
-        show: rewrites the body of an error before it is read; see `Lease`.
+        header_lines: additional header lines, each including its line end.
+        show: function that rewrites the body of an error before it is read; see `Lease`.
 
     Entering and leaving raises:
-        EngineUnreachableError: nothing was sent.
-        EngineDiedError, EngineSilentError: also while the answer is read.
-        EngineFailedError: the engine's answer is an error, or breaks off while the engine is alive, as vLLM's
-            streamed responses do after an internal error.
-        EngineBusyError, EngineRefusedError: the engine's answer is an error.
+        EngineUnreachableError: the connection was refused, and nothing was sent.
+        EngineDiedError, EngineSilentError: the engine died or sent nothing for too long, also while the
+            answer is being read.
+        EngineFailedError: the engine's response is an error, or breaks off while the engine is alive, as
+            vLLM's streamed responses do after an internal error.
+        EngineBusyError, EngineRefusedError: the engine's response is an error.
     """
 
     __slots__ = ("_answer", "_engine", "_show")
@@ -161,11 +168,11 @@ async def _lives(engine: EngineConnections) -> bool:
 
 
 def refusal(status: int, error: Any) -> EngineError:
-    """Return the typed error for vLLM's `error`, from an answer or a stream.
+    """Return the typed error for an `error` value that vLLM sent in a response or a stream.
 
     Args:
-        status: HTTP status; in a stream, the `code` of the error.
-        error: `{message, type, param, code}`, or any other value that an engine may send.
+        status: the HTTP status or, in a stream, the error's `code`.
+        error: an object `{message, type, param, code}`, or any other value that an engine may send.
     """
     fields = error if isinstance(error, dict) else {}
     message = str(fields.get("message") or "")
@@ -183,7 +190,7 @@ def refusal(status: int, error: Any) -> EngineError:
 
 
 def for_clients(message: str) -> str:
-    """Return an engine's message without paths, tracebacks and other internals."""
+    """Return an engine's error message without paths, tracebacks and other internals."""
     trace = _TRACEBACK.search(message)
     text = _FIELDS.sub("", message[: trace.start()] if trace else message)
     return _PATH.sub("<path>", text)[:_MESSAGE_CHARS].strip()

@@ -1,4 +1,4 @@
-"""Verifies that the engine runs a version's weights: by its files' hashes, and by probes after the load."""
+"""Verify that the engine runs a version's weights, by file hashes and by probes after loading."""
 
 import asyncio
 import logging
@@ -26,21 +26,23 @@ log = logging.getLogger(__name__)
 _HASHING_THREADS = 4  # some may be busy with comparisons of superseded promotions
 _RETAKE_REPEATS = 5
 _ADAPTER_REPEATS = 2
-"""Measurements of each probe for an adapter at its first use; few, because a request waits for the adapter."""
+"""Number of measurements per probe on an adapter's first use. It is small, because a request waits for the
+adapter."""
 _OTHER_WEIGHTS_NATS = 0.5
-"""Mean difference, nats, that proves other weights: kernels differ in the second decimal, weights by whole nats."""
+"""Mean difference in nats that proves other weights: kernels differ in the second decimal, other weights by
+whole nats."""
 
 
 class UnknownProbesError(ProbeError):
-    """Raised when a version has no probes from this kind of engine, and this engine cannot be used to record any."""
+    """Raised when a version has no probes for this kind of engine and none can be recorded on this engine."""
 
 
 @dataclass(eq=False)
 class Verification:
-    """Checks that an engine runs a version, before clients may use it.
+    """Checks that an engine runs a version before clients may use it.
 
     Attributes:
-        facts_of: returns the kind of engine that serves a model folder here.
+        facts_of: function that returns the kind of engine that serves a model folder on this machine.
         adapters: settings for versions that are served as adapters.
     """
 
@@ -54,7 +56,7 @@ class Verification:
         self._hashing = ThreadPoolExecutor(max_workers=_HASHING_THREADS, thread_name_prefix="hashing")
 
     async def model(self, target: Target) -> ServedModel:
-        """Return the model that an engine is started with for a version, unverified.
+        """Return the model with which an engine is started for a version, without verifying it.
 
         Raises:
             NotFoundError, RefusedError, IntegrityError: see serving.replicas.served_model.
@@ -62,10 +64,10 @@ class Verification:
         return await asyncio.to_thread(served_model, self.registry, target, self.adapters)
 
     async def adapter(self, version: VersionId, model: ServedModel) -> AdapterFacts:
-        """Return a version's adapter, its files unverified.
+        """Return a version's adapter without verifying its files.
 
         Args:
-            model: model of the engine that will apply it.
+            model: model of the engine that will apply the adapter.
 
         Raises:
             NotFoundError, RefusedError, IntegrityError: the adapter is missing, or the engine cannot apply it.
@@ -75,41 +77,43 @@ class Verification:
         return adapter
 
     async def registered(self, name: str) -> set[VersionId]:
-        """Return the registered versions of a name."""
+        """Return the registered versions of a model name."""
         return set(await asyncio.to_thread(self.registry.versions, name))
 
     async def folder(self, target: Target) -> Path:
-        """Return a version's model folder, unverified.
+        """Return a version's model folder without verifying it.
 
         Raises:
-            NotFoundError: no such version or format.
+            NotFoundError: there is no such version or format.
         """
         return await asyncio.to_thread(self.registry.artifact, target.version, target.format)
 
     async def files(self, target: Target) -> Path:
-        """Check the hashes of a version's files and return its model folder.
+        """Check the hashes of a version's files, and return its model folder.
 
         Raises:
-            NotFoundError: no such version or format.
-            IntegrityError: a file was changed.
+            NotFoundError: there is no such version or format.
+            IntegrityError: a file has been changed.
         """
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._hashing, self.registry.verify, target.version, target.format)
         return await self.folder(target)
 
     async def probes(self, engine: Engine, target: Target, *, fresh: bool) -> Checked:
-        """Check all probes on the engine, concurrently, and return the result.
+        """Check all probes on the engine concurrently, and return the result.
 
-        If this kind of engine has not run the version before, there are no probes to compare with: new probes are
-        recorded, and every later load is compared with them. Versions of one base can differ by less than two kinds of
-        engine do, so a load that did nothing could pass: probes are only recorded on engines that were started with the
-        files. For the same reason an engine that cannot be probed may only hold the version that it was started with.
+        If this kind of engine has not run the version before, there are no probes to compare with: new probes
+        are recorded, and every later load is compared with them. Two versions of one base can differ by less
+        than two kinds of engine do, so a load that did nothing could pass. Probes are therefore recorded only on
+        engines that were started with the version's files. For the same reason, an engine that cannot be probed
+        may only hold the version that it was started with.
 
         Args:
-            fresh: the engine was started with the version's files; otherwise it was running before.
+            fresh: whether the engine was started with the version's files; otherwise it was already running.
 
         Raises:
-            UnknownProbesError: the engine was running before, and there are no probes for it or it cannot be probed.
+            UnknownProbesError: the engine was already running, and there are no probes for it or it cannot be
+                probed.
             ProbeError: the engine runs other weights.
         """
         if why := engine.capabilities.unprobed:
@@ -127,10 +131,10 @@ class Verification:
         return await _compared(client, known)
 
     async def adapter_probes(self, engine: Engine, name: str, target: Target) -> Checked:
-        """Check a loaded adapter as `probes` does, also while requests run.
+        """Check a loaded adapter as `probes` does. This also works while requests are running.
 
-        No probes are recorded for adapters at registration. So at its first load on a kind of engine, an adapter is
-        compared with the probes of the version's merged weights, and must differ from the base.
+        No probes are recorded for adapters at registration. On its first load on a kind of engine, an adapter is
+        therefore compared with the probes of the version's merged weights, and must differ from the base.
 
         Args:
             name: the adapter's name in the engine.
@@ -150,17 +154,19 @@ class Verification:
         return await _compared(adapter, known)
 
     async def _reference(self, target: Target) -> tuple[Probe, ...]:
-        """Return the recorded probes that are closest to a version's adapter."""
+        """Return the recorded probes that are the closest match for a version's adapter."""
         formats = (await asyncio.to_thread(self.registry.manifest, target.version)).formats
         recorded = (formats[format].probes for format in (Format.MERGED, Format.GPTQ) if format in formats)
         return next((probes for probes in recorded if probes), ())
 
     async def has_probes(self, target: Target) -> bool:
-        """Return whether a version can be verified in a running engine; if not, an engine must start with its files.
+        """Return whether a version can be verified in a running engine.
+
+        If not, an engine must be started with the version's files.
 
         Raises:
-            EngineError: the format cannot be served here.
-            NotFoundError: no such version or format.
+            EngineError: the format cannot be served on this machine.
+            NotFoundError: there is no such version or format.
         """
         return await self._known(target, await self._recorded(target), await self.facts(target)) is not None
 
@@ -168,18 +174,21 @@ class Verification:
         return (await asyncio.to_thread(self.registry.format, target.version, target.format)).probes
 
     async def _known(self, target: Target, recorded: tuple[Probe, ...], facts: EngineFacts) -> tuple[Probe, ...] | None:
-        """Return the probes for a kind of engine, from the registration or later; None if they were never recorded."""
+        """Return a version's probes for a kind of engine, or None if they were never recorded.
+
+        The probes come from registration or were recorded later.
+        """
         known = tuple(probe for probe in recorded if probe.engine == facts)
         if known or not recorded:
             return known
         return await asyncio.to_thread(find_retaken_probes, self.store, target, facts)
 
     async def facts(self, target: Target) -> EngineFacts:
-        """Return the kind of engine that serves a version in a format here.
+        """Return the kind of engine that serves a target on this machine.
 
         Raises:
-            EngineError: the format cannot be served here.
-            NotFoundError: no such version or format.
+            EngineError: the format cannot be served on this machine.
+            NotFoundError: there is no such version or format.
         """
         return await asyncio.to_thread(self.facts_of, (await self.model(target)).folder)
 
@@ -192,7 +201,7 @@ class Verification:
         *,
         without: EngineClient | None = None,
     ) -> str:
-        """Record the version's probes on this kind of engine, store them, and return a text for the journal.
+        """Record and store the version's probes on this kind of engine, and return a text for the journal.
 
         Args:
             without: client of the same engine without the adapter that `client` uses.
@@ -219,10 +228,10 @@ def _unverified(target: Target, why: str) -> Checked:
 
 
 def _unprobed(target: Target, why: str, *, fresh: bool) -> Checked:
-    """Return the result for an engine that cannot be probed: it was started with files whose hashes were compared.
+    """Return the result for an engine that cannot be probed but was started with files of verified hashes.
 
     Raises:
-        UnknownProbesError: the engine was running before, and may hold other weights.
+        UnknownProbesError: the engine was already running, and may hold other weights.
     """
     if not fresh:
         raise UnknownProbesError(
@@ -239,10 +248,12 @@ async def _compared(client: EngineClient, known: Sequence[Probe]) -> Checked:
 
 
 def _refuse_other_weights(recorded: Sequence[Probe], measured: Sequence[Sequence[float]]) -> None:
-    """Check that the probes are the version's own, before they become its reference: the load may have done nothing.
+    """Check that measured probes are the version's own before they become its reference.
+
+    The check is needed because the load may have done nothing.
 
     Raises:
-        ProbeError: the difference is larger than two kinds of engine explain.
+        ProbeError: the difference is larger than that between two kinds of engine.
     """
     difference = _mean_difference([probe.logprobs for probe in recorded], measured)
     if not difference <= _OTHER_WEIGHTS_NATS:  # also true for NaN
@@ -259,7 +270,7 @@ def _refuse_base(
     """Check that the engine applies the adapter, before its probes become the version's reference.
 
     Raises:
-        ProbeError: the engine's answers are those of the base, not of the version.
+        ProbeError: the engine gives the answers of the base model rather than those of the version.
     """
     own = _mean_difference([probe.logprobs for probe in recorded], measured)
     if own > MIN_TOLERANCE >= _mean_difference(base, measured):

@@ -1,1 +1,1 @@
-"""Makes the served versions match the desired ones: the reconciler, the four kinds of swap, and their journal."""
+"""Make the served versions match the desired ones: the reconciler, the four kinds of swap, and the journal."""

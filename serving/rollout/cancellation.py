@@ -1,7 +1,7 @@
-"""Cancels a running swap when another version is desired.
+"""Cancel a running swap when another version is desired.
 
-The swap checks for a cancellation wherever it can stop safely: cancelling its task from outside could interrupt a
-reload, and the engine's weights would be unknown.
+The swap checks for a cancellation wherever it can stop safely. Cancelling its task from outside could
+interrupt a reload, after which the engine's weights would be unknown.
 """
 
 import asyncio
@@ -16,24 +16,27 @@ Result = TypeVar("Result")
 
 
 class SupersededError(Exception):
-    """Raised when another version is desired: the swap stops, and the previous version remains in production."""
+    """Raised when another version is desired.
+
+    The swap then stops, and the previous version remains in production.
+    """
 
 
 class Cancellation:
-    """A request to cancel one swap, and its reason."""
+    """A request to cancel one swap, along with its reason."""
 
     def __init__(self) -> None:
         self._asked = asyncio.Event()
         self._reason = ""
 
     def ask(self, reason: str) -> None:
-        """Request the cancellation; of several reasons, the first is kept."""
+        """Request the cancellation. If it is requested more than once, the first reason is kept."""
         if not self._asked.is_set():
             self._reason = reason
         self._asked.set()
 
     def check(self) -> None:
-        """Stop the swap here if requested.
+        """Stop the swap here if cancellation was requested.
 
         Raises:
             SupersededError: cancellation was requested.
@@ -42,10 +45,12 @@ class Cancellation:
             raise SupersededError(self._reason)
 
     async def outcome_of(self, work: "asyncio.Task[Result]") -> Result:
-        """Wait for a task's result or for the cancellation; the cancellation does not cancel the task.
+        """Wait for a task's result or for the cancellation, whichever comes first.
+
+        The task itself is not cancelled.
 
         Raises:
-            SupersededError: the cancellation came first.
+            SupersededError: cancellation was requested first.
         """
         asked = asyncio.create_task(self._asked.wait())
         try:
@@ -57,10 +62,10 @@ class Cancellation:
         return work.result()
 
     async def interrupting(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """Run `work` and return its result; cancel it if the cancellation comes first.
+        """Run `work` and return its result, cancelling it if cancellation is requested before it finishes.
 
         Raises:
-            SupersededError: the cancellation came first.
+            SupersededError: cancellation was requested first.
         """
         working = asyncio.create_task(work)
         try:
@@ -71,10 +76,10 @@ class Cancellation:
 
     @asynccontextmanager
     async def holding(self, pool: EnginePool, engines: Sequence[Replica]) -> AsyncIterator[None]:
-        """Hold the right to change these engines during the body, after waiting for starts in progress.
+        """Hold the right to change these engines while the body runs, after waiting for starts in progress.
 
         Raises:
-            SupersededError: the cancellation came first.
+            SupersededError: cancellation was requested first.
         """
         async with AsyncExitStack() as stack:
             for engine in engines:

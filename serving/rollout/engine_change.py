@@ -1,13 +1,14 @@
-"""Changes the version of one engine, in place or by replacing it, and restores the previous one if that fails.
+"""Change one engine's version in place or by replacing the engine, restoring the old version on failure.
 
-In place: stop sending requests -> drain -> reload -> reset the prefix cache -> check the probes. If no other engine
-accepts requests, requests are queued meanwhile. Blue-green: start a second engine with the version, check the probes,
-replace the first engine, drain it. No request waits, but both engines must fit into memory. A version that this kind
-of engine has never loaded needs an engine that is started with it: a second engine, or the same engine after a restart
-if memory is short. An adapter of the same base is loaded and checked while requests run.
+In place: stop sending requests -> drain -> reload -> reset the prefix cache -> check the probes. If no
+other engine accepts requests, requests are queued in the meantime. Blue-green: start a second engine
+with the version, check the probes, replace the first engine, drain it. No request waits, but both
+engines must fit into memory. A version that this kind of engine has never loaded requires an engine that
+is started with it: a second engine, or the same engine after a restart if memory is short. An adapter of
+the same base is loaded and checked while requests run.
 
-A superseded change stops where it can: while it waits, while an engine starts, after a reload. A reload is not
-cancelled, because the engine's weights would be unknown.
+A superseded change stops where it can: while it waits, while an engine starts, or after a reload. A
+reload is not cancelled, because the engine's weights would be unknown.
 """
 
 import asyncio
@@ -36,11 +37,11 @@ log = logging.getLogger(__name__)
 _DRAIN_POLL_S = 0.1
 
 Result = tuple[SwapOutcome, str | None]
-"""A change's outcome, and the reason if the change did not succeed."""
+"""A change's outcome, plus the reason if the change did not succeed."""
 
 
 class RequestsRunError(EngineError):
-    """Raised when requests still run after the drain timeout; the engine keeps serving."""
+    """Raised when requests are still running after the drain timeout. The engine keeps serving."""
 
 
 @dataclass(slots=True)
@@ -48,10 +49,10 @@ class SwapInProgress:
     """A swap in progress.
 
     Attributes:
-        kind, why, restart, reloads: see `Plan`; updated if the plan cannot be carried out.
-        queued_s: total time for which admission was closed; None if it has not been closed.
-        running: number of requests in the engines at the beginning.
-        queued: largest number of requests that were queued at the same time.
+        kind, why, restart, reloads: see `Plan`. They are updated if the plan cannot be carried out.
+        queued_s: total time for which admission was closed, in seconds, or None if it was not closed.
+        running: number of requests in the engines when the swap began.
+        queued: largest number of requests queued at the same time.
     """
 
     current: Target
@@ -72,7 +73,7 @@ class EngineChange:
     """Changes the version in a pool's engines, one engine at a time.
 
     Attributes:
-        drain_timeout_s: longest wait for an engine's running requests before a change in place.
+        drain_timeout_s: longest wait for an engine's running requests before an in-place change, in seconds.
     """
 
     planner: SwapPlanner
@@ -83,7 +84,7 @@ class EngineChange:
     drain_timeout_s: float
 
     async def run(self, change: SwapInProgress, engine: Replica) -> Result:
-        """Change one engine, in place or by replacing it."""
+        """Change one engine's version, in place or by replacing the engine."""
         candidate = self.pool.candidate
         if candidate is not None and candidate.state is EngineState.READY and candidate.target == change.target:
             return self._promote_candidate(change, engine, candidate)
@@ -102,7 +103,7 @@ class EngineChange:
             return SwapOutcome.REFUSED, str(error)
 
     async def _by_adapter(self, change: SwapInProgress, engine: Replica) -> Result:
-        """Load and verify an adapter while requests run; new requests use it once it is verified."""
+        """Load and verify an adapter while requests run. New requests use it once it is verified."""
         try:
             result = await change.cancellation.interrupting(engine.bring(change.target))
         except SupersededError:
@@ -155,7 +156,10 @@ class EngineChange:
         return SwapOutcome.SUCCEEDED, None
 
     async def _start_second(self, change: SwapInProgress, new: Replica) -> str:
-        """Start the second engine; return the verification result. If superseded, stop the engine in the background."""
+        """Start the second engine and return the verification result.
+
+        If the change is superseded, stop that engine in the background.
+        """
         starting = asyncio.create_task(new.start(change.target))
         try:
             result = await change.cancellation.outcome_of(starting)
@@ -191,7 +195,10 @@ class EngineChange:
 
     @asynccontextmanager
     async def _without(self, change: SwapInProgress, engine: Replica) -> AsyncIterator[None]:
-        """Stop sending requests to the engine: they go to the other engines or, without others, wait in the queue."""
+        """Stop sending requests to the engine.
+
+        They go to the other engines or, if there are none, wait in the queue.
+        """
         try:
             async with self.admission.changing():
                 engine.enter(EngineState.DRAINING)
@@ -210,10 +217,12 @@ class EngineChange:
                 change.queued = max(change.queued or 0, self.admission.queue.most)
 
     async def _drain(self, engine: Replica) -> None:
-        """Wait until no request runs in the engine, including requests whose clients left; then reset its prefix cache.
+        """Wait until the engine runs no requests, then reset its prefix cache.
+
+        Requests whose clients have left count too.
 
         Raises:
-            RequestsRunError: requests still ran after the timeout.
+            RequestsRunError: requests were still running after the timeout.
             EngineError: the engine died, or is still busy.
         """
         try:
@@ -261,10 +270,10 @@ class EngineChange:
     async def _load(
         self, engine: Replica, target: Target, report: Report, check: Callable[[], None] = lambda: None
     ) -> None:
-        """Load and verify a version; a reload is never cancelled, because the engine's weights would be unknown.
+        """Load and verify a version. A reload is never cancelled, since the engine's weights would be unknown.
 
         Args:
-            check: raises if the change must stop.
+            check: function that raises an error if the change must stop.
         """
         started = time.monotonic()
         await engine.reload(await self.verification.folder(target))
@@ -274,7 +283,7 @@ class EngineChange:
         check()
 
     async def _restore(self, change: SwapInProgress, engine: Replica, error: Exception) -> SwapOutcome:
-        """Restore the previous version, in the same engine if it still answers, else in a new one.
+        """Restore the previous version, in the same engine if it still responds, or else in a new one.
 
         The engine counts as dead after any error except a failed probe, in particular after a failed reload.
         """
@@ -298,7 +307,10 @@ class EngineChange:
             return SwapOutcome.RESTORED if await self._start_before(change, engine) else SwapOutcome.FAILED
 
     async def _end_requests(self, engine: Replica) -> None:
-        """Wait until no request runs, for at most RETIRE_TIMEOUT_S, or `drain_timeout_s` while requests are queued."""
+        """Wait until no request is running.
+
+        The wait lasts at most RETIRE_TIMEOUT_S, or `drain_timeout_s` while requests are queued.
+        """
         deadline, queueing = time.monotonic() + RETIRE_TIMEOUT_S, False
         while engine.running and time.monotonic() < deadline:
             if not queueing and not self.pool.ready:
@@ -307,14 +319,17 @@ class EngineChange:
                 await engine.drained(_DRAIN_POLL_S)
 
     async def _replace_engine(self, change: SwapInProgress, engine: Replica) -> SwapOutcome:
-        """Replace an engine that is dead or untrusted with a new one that runs the previous version."""
+        """Replace a dead or untrusted engine with a new one that runs the previous version."""
         change.report("the engine cannot continue; replacing it")
         self.pool.count_restart()
         await self._start_before(change, engine)
         return SwapOutcome.FAILED
 
     async def _start_before(self, change: SwapInProgress, engine: Replica) -> bool:
-        """Start the engine with the previous version; return whether that succeeded. If not, the reviver retries."""
+        """Start the engine with the previous version, and return whether that succeeded.
+
+        If it fails, the reviver retries.
+        """
         try:
             await engine.start(change.current)
         except Exception as error:  # any error: it may be temporary
@@ -326,10 +341,10 @@ class EngineChange:
 
 
 def _resume(engine: Replica) -> None:
-    """Make an engine accept requests again; if its version is unknown, mark it as failed instead."""
+    """Make an engine accept requests again, or mark it as failed if its version is unknown."""
     engine.enter(EngineState.READY if engine.target is not None else EngineState.FAILED)
 
 
 def _line(error: Exception) -> str:
-    """Return the text of a step for an error: what went wrong, without the advice."""
+    """Return the journal text for an error: what went wrong, without the advice."""
     return error.wrong if isinstance(error, SvcError) else repr(error)

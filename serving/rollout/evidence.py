@@ -115,8 +115,8 @@ def expectations(store: Store, record: RolloutRecord) -> list[str]:
     if len(plan.canary) > 1:
         units, share = _units_to_pass(plan), plan.canary[0] / 100
         texts.append(
-            f"canary at {plan.canary[0]:g} %: a loss is excluded by about {units} users or conversations of the candidate "
-            f"if no request fails, {_takes(units / share, per_day)} at that rate if each sends one request"
+            f"canary at {plan.canary[0]:g} %: a loss is excluded by about {units} users or conversations of the "
+            f"candidate if no request fails, {_takes(units / share, per_day)} at that rate if each sends one request"
         )
         losses = Analysis(_margins(plan)).detectable(units, share)
         texts.append(

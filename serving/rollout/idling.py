@@ -1,8 +1,8 @@
-"""Stops a model's engines after a time without requests, and starts an engine again for the next request.
+"""Stop a model's engines after a time without requests, and start an engine for the next request.
 
-That request is queued, not rejected. Idling frees memory and, with a GPU, the device; a stopped engine starts as
-slowly as any other. An engine that can sleep does so instead of stopping: it keeps its process, and its weights in the
-machine's memory.
+That request is queued rather than rejected. Idling frees memory and, with a GPU, the device, but a
+stopped engine starts as slowly as any other. An engine that can sleep does so instead of stopping: it
+keeps its process, and its weights in the machine's memory.
 """
 
 import asyncio
@@ -31,10 +31,12 @@ class Idling:
     """Stops and wakes the engines of one model.
 
     Attributes:
-        target: returns the version to start an engine with.
-        timeout_s: idle time after which engines stop or sleep, seconds; None for never.
-        promoting: returns whether a swap is planned or in progress; the engines do not idle then.
-        make_room: stops other idle models' engines if this model's would not fit into memory.
+        target: function that returns the version to start an engine with.
+        timeout_s: idle time after which engines stop or sleep, in seconds. None means never.
+        promoting: function that returns whether a swap is planned or in progress. If so, the engines do not
+            idle.
+        make_room: function that stops the engines of other idle models if this model's engines would not fit
+            into memory.
         on_error: called with the reason why an engine could not be started again.
     """
 
@@ -49,7 +51,7 @@ class Idling:
     _asleep: asyncio.Event = field(default_factory=asyncio.Event, init=False)
 
     async def run(self) -> None:
-        """Run until cancelled."""
+        """Stop and wake the engines as needed until cancelled."""
         tasks = [asyncio.create_task(part) for part in (self._watch(), self._wake_repeatedly())]
         try:
             await asyncio.gather(*tasks)
@@ -60,15 +62,16 @@ class Idling:
 
     @property
     def idle_s(self) -> float | None:
-        """Seconds since the last request; None if the engines must not be stopped now."""
+        """Seconds since the last request, or None if the engines must not be stopped now."""
         if self.timeout_s is None or self.promoting() or not self.pool.ready or self.pool.others:
             return None
         return self.admission.idle_s if self.admission.idle_s > 0 else None
 
     async def sleep(self) -> bool:
-        """Put the engines to sleep or stop them, unless requests run or an engine is held; return whether all do so.
+        """Put the engines to sleep or stop them, and return whether all of them now sleep or have stopped.
 
-        An engine that could not be stopped is stopped again before its next start.
+        Nothing is done if requests are running or an engine is held. If an engine cannot be stopped, another
+        attempt is made before its next start.
         """
         members = self.pool.members
         if any(member.lock.locked() for member in members):
@@ -88,7 +91,10 @@ class Idling:
         return all(rests)
 
     async def end_asleep(self) -> bool:
-        """Stop sleeping engines, which hold some GPU memory, unless they are waking; return whether all stopped."""
+        """Stop sleeping engines, which hold some GPU memory, and return whether all have stopped.
+
+        Engines that are waking up are left alone.
+        """
         members = [member for member in self.pool.members if member.asleep]
         if not members or self.promoting() or any(member.lock.locked() for member in self.pool.members):
             return False
@@ -131,7 +137,7 @@ class Idling:
             await self._wake()
 
     async def _wake(self) -> None:
-        """Start or wake engines for the first queued request, unless a promotion has started one."""
+        """Start or wake engines for the first queued request, unless a promotion has already started one."""
         await self._wanted()
         began = time.monotonic()
         try:
@@ -149,7 +155,7 @@ class Idling:
                     member.enter(EngineState.STOPPED)  # the reviver starts it
 
     async def _bring_back(self, began: float) -> None:
-        """Wake all sleeping engines; if none of them accepts requests afterwards, start the first member."""
+        """Wake all sleeping engines. If none of them accepts requests afterwards, start the first member."""
         for member in self.pool.members:
             none_ready = not self.pool.ready
             if member.asleep and await self._woke(member) and none_ready:
@@ -176,7 +182,7 @@ class Idling:
             log.warning("could not free memory for %s; starting it nevertheless: %s", self.target(), error.wrong)
 
     async def _wanted(self) -> None:
-        """Wait until a request is queued, or an engine was started for another reason."""
+        """Wait until a request is queued or an engine has been started for another reason."""
         while not self.pool.ready:
             with suppress(TimeoutError):
                 async with asyncio.timeout(_MAX_CHECK_INTERVAL_S):

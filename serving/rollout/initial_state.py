@@ -1,4 +1,4 @@
-"""Chooses the models and versions that a server starts with, and checks which versions may be served."""
+"""Choose the models and versions that a server starts with, and check which versions may be served."""
 
 from collections.abc import Sequence
 
@@ -23,13 +23,14 @@ def choose_deployments(
     """Return a desired state for each model that a server starts with, and store the set of models.
 
     Args:
-        models: see `choose_desired`; if empty, the models that were served last, or the only registered model.
-        format: format of all named models.
-        every: choose every model that has ever been served.
+        models: models as for `choose_desired`. If empty, the models that were served last are used, or the
+            only registered model.
+        format: format in which all named models are served.
+        every: whether to choose every model that has ever been served.
 
     Raises:
-        NotFoundError, RefusedError: see `choose_desired`; also if no model is named and there is not exactly one, or if
-            a model is given more than once.
+        NotFoundError, RefusedError: see `choose_desired`. Also raised if no model is named and there is not
+            exactly one, or if a model is given more than once.
     """
     chosen = list(models) or (desired_names(store) if every else deployed_names(store))
     states = [choose_desired(registry, store, model, format) for model in chosen or [_only_name(registry, store)]]
@@ -45,16 +46,18 @@ def choose_deployments(
 
 
 def choose_desired(registry: Registry, store: Store, model: str, format: Format | None) -> Desired:
-    """Return the desired state to start with; a new one is first written to the store and the audit log.
+    """Return the desired state to start with. A new one is first written to the store and the audit log.
 
-    The audit log attributes the choice to the local user: only commands on this machine call this function.
+    The audit log attributes the choice to the local user, because only commands on this machine call this
+    function.
 
     Args:
         model: NAME, NAME@N or NAME@alias.
-        format: None for the format that was served last, else GPTQ if the version has it.
+        format: the format to serve. None selects the one that was served last, or else GPTQ if the version
+            has it.
 
     Raises:
-        NotFoundError: no such model, version or format.
+        NotFoundError: there is no such model, version or format.
         RefusedError: the version failed a check at registration, or vLLM cannot apply its adapter.
     """
     stored = read_desired(store, model.partition("@")[0])
@@ -71,11 +74,11 @@ def choose_desired(registry: Registry, store: Store, model: str, format: Format 
 
 
 def require_servable(registry: Registry, target: Target) -> None:
-    """Check that a version can be served in a format.
+    """Check that a version can be served in the given format.
 
     Raises:
-        NotFoundError: no such version or format, or the base of its adapter is missing.
-        RefusedError: vLLM cannot apply its adapter to its base.
+        NotFoundError: there is no such version or format, or its adapter's base is missing.
+        RefusedError: vLLM cannot apply the version's adapter to its base.
     """
     registry.format(target.version, target.format)
     if target.format is Format.ADAPTER:
@@ -83,10 +86,10 @@ def require_servable(registry: Registry, target: Target) -> None:
 
 
 def require_promotable(manifest: Manifest) -> None:
-    """Check that a version did not fail a check at its registration.
+    """Check that a version failed no check at its registration.
 
     Raises:
-        RefusedError: the version failed a check; the message lists the failed checks.
+        RefusedError: the version failed a check. The message lists all failed checks.
     """
     if manifest.failed:
         raise RefusedError(
@@ -97,7 +100,12 @@ def require_promotable(manifest: Manifest) -> None:
 
 
 def _resolve(registry: Registry, model: str) -> VersionId:
-    """Resolve a name in the registry; NAME alone means its newest version that passed every check, if there is one."""
+    """Resolve a model name in the registry.
+
+    NAME alone means its newest version that passed every check, or its newest version if none did.
+
+    NAME alone means its newest version that passed every check, or else its newest version.
+    """
     version = registry.resolve(model)
     if "@" in model or not registry.manifest(version).failed:
         return version

@@ -1,5 +1,6 @@
-"""Writes swaps and served versions to the store from one thread, in order, so that neither the event loop nor a swap
-waits for the disk.
+"""Write swaps and served versions to the store in order, from a single thread.
+
+Neither the event loop nor a swap therefore waits for the disk.
 """
 
 import asyncio
@@ -21,14 +22,15 @@ from svc.store.swaps import SwapRecord, SwapResult, add_step, begin_swap, end_sw
 log = logging.getLogger(__name__)
 
 _ATTEMPTS = 5
-"""Number of attempts to write a step. Steps may be lost; all other records are retried until they are written."""
+"""Number of attempts to write a step. Steps may be lost, while all other records are retried until they are
+written."""
 _PAUSE_S = 1.0
 _MAX_PAUSE_S = 30.0
 _CLOSE_S = 20.0  # longer than the store waits for another writer
 
 
 class Journal:
-    """Records swaps, their steps and results, and the served versions in the store."""
+    """Records swaps with their steps and results, and the served versions, in the store."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -38,19 +40,19 @@ class Journal:
 
     @property
     def unwritten(self) -> Mapping[int, SwapResult]:
-        """Results of swaps that are not in the store yet, by swap id; a copy."""
+        """A copy of the swap results that are not in the store yet, keyed by swap id."""
         return self._unwritten.copy()
 
     async def begin(self, desired: Desired) -> int:
-        """Record the beginning of a swap and return its id, without waiting for unwritten results of earlier swaps.
+        """Record that a swap has begun and return its id, without waiting for earlier swaps' unwritten results.
 
         Raises:
-            SQLAlchemyError: the write failed; the swap must not begin, because clients could not follow it.
+            SQLAlchemyError: the write failed. The swap must not begin, because clients could not follow it.
         """
         return await asyncio.to_thread(begin_swap, self._store, desired)
 
     def step(self, swap_id: int, text: str) -> None:
-        """Record a step in the background; it is lost if a few attempts fail."""
+        """Record a step in the background. The step is lost if a few attempts fail."""
         log.info("swap %d: %s", swap_id, text)
         self._writer.submit(self._write, lambda: add_step(self._store, swap_id, text), _ATTEMPTS)
 
@@ -60,26 +62,28 @@ class Journal:
         self._writer.submit(self._write, lambda: add_rollout_step(self._store, rollout_id, text), _ATTEMPTS)
 
     def end(self, swap_id: int, result: SwapResult) -> None:
-        """Record a swap's result in the background, after its steps; retried until it is written."""
+        """Record a swap's result in the background, after its steps. The write is retried until it succeeds."""
         log.info("swap %d: %s", swap_id, result.outcome)
         self._unwritten[swap_id] = result
         self._writer.submit(self._write_end, swap_id, result)
 
     def serves(self, desired: Desired, began_by: Began) -> None:
-        """Record in the background that a version is now serving; retry until written."""
+        """Record in the background that a version is now serving. The write is retried until it succeeds."""
         now = datetime.now(UTC)
         self._writer.submit(self._write, lambda: begin_serving(self._store, desired, began_by, now))
 
     def stopped(self, name: str) -> None:
-        """Record in the background that a name is no longer served; retry until written."""
+        """Record in the background that a model is no longer served. The write is retried until it succeeds."""
         now = datetime.now(UTC)
         self._writer.submit(self._write, lambda: end_serving(self._store, name, now))
 
     def close(self, timeout_s: float | None = None) -> None:
-        """Write the pending records and stop. Records not written in time are lost; the next start closes their swaps.
+        """Write the pending records and stop.
+
+        Records not written in time are lost, and the next start closes their swaps.
 
         Args:
-            timeout_s: longest time, seconds; by default longer than the wait for a busy store.
+            timeout_s: longest time to write, in seconds. The default is longer than the wait for a busy store.
         """
         last = self._writer.submit(lambda: None)
         self._writer.shutdown(wait=False)
@@ -95,7 +99,10 @@ class Journal:
             self._unwritten.pop(swap_id, None)
 
     def _write(self, write: Callable[[], None], attempts: int | None = None) -> bool:
-        """Write a record; return whether that succeeded. Without `attempts`, retry until `close` gives up."""
+        """Write a record and return whether that succeeded.
+
+        Without `attempts`, the write is retried until `close` gives up.
+        """
         failures, pause_s = 0, _PAUSE_S
         while True:
             try:
@@ -112,6 +119,9 @@ class Journal:
 
 
 def swap_row(swap: SwapRecord) -> dict[str, Any]:
-    """Return the JSON values of a swap and of its result, which are null while the swap is in progress."""
+    """Return the JSON values of a swap and its result.
+
+    The result's values are null while the swap is in progress.
+    """
     result = asdict(swap.result) if swap.result else dict.fromkeys(field.name for field in fields(SwapResult))
     return {"generation": swap.generation, "started_at": swap.started_at.isoformat(timespec="seconds"), **result}

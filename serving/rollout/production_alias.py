@@ -1,6 +1,7 @@
-"""Keeps MLflow's `production` alias equal to the served version.
+"""Keep MLflow's `production` alias pointing to the served version.
 
-Runs in its own task, because MLflow may be slow or down, and must delay neither an engine nor a swap.
+This runs in its own task, because MLflow may be slow or down and must delay neither an engine nor a
+swap.
 """
 
 import asyncio
@@ -16,7 +17,7 @@ _RETRY_S = 5.0
 
 
 class ProductionAlias:
-    """The `production` alias of one model name."""
+    """The `production` alias of one model."""
 
     def __init__(self, tracking: Tracking) -> None:
         self._tracking = tracking
@@ -25,7 +26,7 @@ class ProductionAlias:
         self._settled = asyncio.Event()
 
     async def read(self, name: str) -> VersionId | None:
-        """Return the version that has the alias in MLflow; None if no version has it or MLflow does not answer."""
+        """Return the version that has the alias in MLflow, or None if there is none or MLflow does not respond."""
         try:
             return await asyncio.to_thread(self._tracking.alias, name, Alias.PRODUCTION)
         except Exception:  # MLflow raises the errors of its transport
@@ -33,20 +34,20 @@ class ProductionAlias:
             return None
 
     def move(self, version: VersionId) -> None:
-        """Set the alias to a version, in the background."""
+        """Point the alias to a version, in the background."""
         self._wanted = version
         self._settled.clear()
         self._moved.set()
 
     async def settled(self, timeout_s: float) -> bool:
-        """Wait until MLflow has stored the alias; return False after `timeout_s`."""
+        """Wait until MLflow has stored the alias, or return False after `timeout_s`."""
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._settled.wait()
         return self._settled.is_set()
 
     async def run(self) -> None:
-        """Write the alias until cancelled, one write at a time: an older version must not overwrite a newer one."""
+        """Write the alias until cancelled, one write at a time so that no older version overwrites a newer one."""
         while True:
             await self._moved.wait()
             self._moved.clear()

@@ -1,9 +1,10 @@
-"""Reconciles the served version with the desired one; only code called from here starts, changes or stops engines.
+"""Reconcile the served version with the desired one.
 
-Two loops, which never change the same engine concurrently. One starts missing engines, with backoff after
-failures. The other swaps when the desired version changes; if a swap fails, it restores the desired state, which
-therefore always names the served version. A swap stops when another version is desired. If the store does not answer,
-serving continues, and the desired version is read later.
+Only code called from here starts, changes or stops engines. There are two loops, which never change the
+same engine concurrently. One starts missing engines, with backoff after failures. The other swaps when
+the desired version changes; if a swap fails, it restores the desired state, which therefore always names
+the served version. A swap stops when another version is desired. If the store does not respond, serving
+continues, and the desired version is read later.
 """
 
 import asyncio
@@ -37,7 +38,7 @@ log = logging.getLogger(__name__)
 _POLL_S = 0.25
 _STORE_PAUSE_S = 2.0
 _ALIAS_WAIT_S = 5.0
-"""A promotion is reported as done once MLflow has stored the alias, or after this time."""
+"""A promotion is reported as done once MLflow has stored the alias, or after this many seconds."""
 
 
 @dataclass(eq=False)
@@ -45,13 +46,13 @@ class Reconciler:
     """Makes a model's engines run the desired version, and keeps them running it.
 
     Attributes:
-        actual: the state that is being served or started; initially the desired state when the server starts.
-        slots: tells whether there is memory for another engine.
+        actual: the state that is being served or started; initially the desired state at server start.
+        slots: engine slots, which tell whether there is memory for another engine.
         swap: changes the version of the engines.
-        journal: records swaps; closed by the code that stops the server.
+        journal: journal that records swaps. The code that stops the server closes it.
         reviver: starts missing engines.
-        last_error: reason why the last swap or start failed.
-        promoting: whether a swap is planned or in progress; the engines must not idle until it has ended.
+        last_error: the reason why the last swap or start failed.
+        promoting: whether a swap is planned or in progress. The engines must not idle until it has ended.
     """
 
     actual: Desired
@@ -78,11 +79,11 @@ class Reconciler:
         )
 
     async def start(self) -> None:
-        """Start an engine with the desired version if none was adopted; the reviver starts the others.
+        """Start an engine with the desired version if none was adopted. The reviver starts the other engines.
 
         Raises:
-            SvcError: the version cannot be served. SwapError if another version was served before: that version becomes
-                the desired one again, and the next start uses it.
+            SvcError: the version cannot be served. It is a SwapError if another version was served before; that
+                version becomes the desired one again, and the next start uses it.
         """
         adopted = bool(self.pool.members)
         self.pool.fill()
@@ -112,7 +113,7 @@ class Reconciler:
         await self._end_cut_off(SwapResult(SwapOutcome.SUCCEEDED))
 
     async def adopt(self) -> bool:
-        """Adopt the engines that an earlier server left; return whether at least one was adopted. Call `start` next.
+        """Adopt the engines left by an earlier server, and return whether any was adopted. Call `start` next.
 
         If only engines with the previous version were left, for example by a server that died during a swap, that
         version is served immediately, and `follow` starts the swap to the desired version again.
@@ -137,7 +138,10 @@ class Reconciler:
             return bool(self.pool.members)
 
     async def follow(self) -> None:
-        """Swap to each desired version until cancelled. Call `start` first; `reviver.run` runs concurrently."""
+        """Swap to each desired version until cancelled.
+
+        Call `start` first. `reviver.run` runs concurrently.
+        """
         while True:
             desired = await self._changed()
             self.promoting = True
@@ -165,7 +169,7 @@ class Reconciler:
             await asyncio.sleep(_POLL_S)
 
     async def _cancel_superseded(self, desired: Desired, cancellation: Cancellation) -> None:
-        """Cancel the swap when another version is desired; promoting the same version again has no effect."""
+        """Cancel the swap when another version is desired. Promoting the same version again has no effect."""
         while True:
             try:
                 newer = await asyncio.to_thread(read_desired, self.store, desired.name)
@@ -202,7 +206,10 @@ class Reconciler:
             await asyncio.gather(listening, return_exceptions=True)
 
     def _give_up(self, before: Desired, error: Exception) -> SwapResult:
-        """Return the result of a swap with an unexpected error; mark engines without the previous version as dead."""
+        """Return the result of a swap that failed with an unexpected error.
+
+        Engines that do not hold the previous version are marked as dead.
+        """
         for engine in self.pool.ready:
             if engine.target != before.target:
                 engine.why = f"unexpected error in a swap: {error!r}"
@@ -212,7 +219,7 @@ class Reconciler:
         return result
 
     async def _bring(self, desired: Desired, before: Desired, report: Report, cancellation: Cancellation) -> SwapResult:
-        """Put the desired version into production by a swap or, if no engine serves, by starting one."""
+        """Put the desired version into production by a swap or, if no engine is serving, by starting one."""
         try:
             if not self.pool.ready:
                 async with cancellation.holding(self.pool, self.pool.members):
@@ -228,7 +235,10 @@ class Reconciler:
         return result
 
     async def _start(self, target: Target) -> str | None:
-        """Start the first engine with a version; return the reason if that failed. The reviver starts the others."""
+        """Start the first engine with a version, and return the reason if that fails.
+
+        The reviver starts the other engines.
+        """
         for member in self.pool.members:
             if member.state is EngineState.IDLE:  # a sleeping engine holds the previous version
                 await member.stop()
@@ -253,7 +263,7 @@ class Reconciler:
         """Publish the version that is now serving.
 
         Args:
-            began_by: reason for the change; None if the same version was served before.
+            began_by: reason for the change, or None if the same version was served before.
         """
         target = self.actual.target
         self.names.serve(target)
@@ -263,12 +273,12 @@ class Reconciler:
             self.journal.serves(self.actual, began_by)
 
     def _revived(self) -> None:
-        """Publish the served version after the reviver started an engine, if the first start had failed."""
+        """If the first start had failed, publish the served version once the reviver has started an engine."""
         if self.names.served is None:
             self._serves(Began.START)
 
     def note_error(self, error: str) -> None:
-        """Set the reason why no engine runs, for the status."""
+        """Set the reason, shown in the status, why no engine is running."""
         self.last_error = error
 
     async def _rewrite(self, seen: Desired, target: Target, previous: Target | None) -> None:
@@ -279,13 +289,19 @@ class Reconciler:
             log.info("another promotion was requested meanwhile and will be carried out next")
 
     async def _correct_previous(self, before: Desired) -> None:
-        """Correct the recorded previous version: a promotion that is requested during another one can only guess it."""
+        """Correct the recorded previous version.
+
+        A promotion requested during another one can only guess it.
+        """
         previous = before.previous if self.actual.target == before.target else before.target
         if self.actual.previous != previous:
             await self._rewrite(self.actual, self.actual.target, previous)
 
     async def _end_cut_off(self, result: SwapResult) -> None:
-        """Record the result of a swap that the server's stop interrupted; failed if this start uses another version."""
+        """Record the result of a swap that was interrupted when the server stopped.
+
+        The swap counts as failed if this start uses another version.
+        """
         last = await asyncio.to_thread(find_swap, self.store, self.actual.name)
         if last is None or last.result is not None:
             return

@@ -1,4 +1,7 @@
-"""Starts engines for members without a running engine, after a death or before the first start; skips held engines."""
+"""Start engines for members without a running one, after a death or before the first start.
+
+Held engines are skipped.
+"""
 
 import asyncio
 import logging
@@ -20,10 +23,10 @@ _BACKOFF_S: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
 
 @dataclass(slots=True)
 class _Turn:
-    """The planned start of an engine for a member that has none.
+    """The planned engine start for a member that has no engine.
 
     Attributes:
-        at: time of the start by the event loop's clock, seconds.
+        at: time of the planned start by the event loop's clock, in seconds.
         attempts: number of failed starts so far.
         died: whether the member's engine died, rather than never having been started.
     """
@@ -35,14 +38,16 @@ class _Turn:
 
 @dataclass(eq=False)
 class Reviver:
-    """Starts engines one after the other; the pause before a member's next start grows with each failure.
+    """Starts engines one after another. The pause before a member's next start grows with each failure.
 
     Attributes:
-        target: returns the version to start engines with, which during a swap is the previous one.
-        slots: tells whether there is memory for another engine.
+        target: function that returns the version to start engines with. During a swap, this is the previous
+            version.
+        slots: engine slots, which tell whether there is memory for another engine.
         on_start: called when a member has an engine again.
         on_error: called with the reason why a member has no engine.
-        backoff_s: pauses before the first, second, ... start after a death; the last pause is repeated.
+        backoff_s: pauses before the first, second, ... start after a death, in seconds. The last pause is
+            repeated.
     """
 
     pool: EnginePool
@@ -54,7 +59,7 @@ class Reviver:
     _turns: dict[Replica, _Turn] = field(default_factory=dict, init=False)
 
     async def run(self) -> None:
-        """Run until cancelled."""
+        """Start missing engines until cancelled."""
         while True:
             engine = await self._due()
             async with self.pool.held(engine):
@@ -62,7 +67,7 @@ class Reviver:
                     await self._revive(engine)
 
     async def _due(self) -> Replica:
-        """Clean up engines that died; wait until a member without an engine is due for a start, and return it."""
+        """Wait until a member without an engine is due for a start, and return it. Dead engines are cleaned up."""
         now = asyncio.get_running_loop().time
         while True:
             self._note_deaths(now())
@@ -89,7 +94,7 @@ class Reviver:
                 self._turns[engine] = _Turn(now + self.backoff_s[0], 0, died)
 
     async def _has_room(self, engine: Replica) -> bool:
-        """Return whether memory suffices next to a swap's second or replaced engines; if not, postpone the start."""
+        """Return whether memory suffices besides a swap's second or replaced engines. If not, postpone the start."""
         if not self.pool.others:
             return True
         try:
@@ -103,7 +108,7 @@ class Reviver:
         return not shortage
 
     async def _revive(self, engine: Replica) -> None:
-        """Start an engine; if that fails, schedule the next attempt with backoff."""
+        """Start an engine. If that fails, schedule the next attempt with backoff."""
         turn = self._turns[engine]
         if turn.died:
             self.pool.count_restart()
@@ -118,7 +123,7 @@ class Reviver:
 
 
 async def start_engine(engine: Replica, target: Target) -> str | None:
-    """Start a member's engine; return the reason if it fails."""
+    """Start a member's engine, and return the reason if that fails."""
     try:
         await engine.start(target)
     except Exception as error:  # any error: it may be temporary

@@ -1,9 +1,10 @@
-"""Changes the version of all engines without losing a request or answering one request with two versions.
+"""Change the version of all engines without losing a request or answering one with two versions.
 
-Engines are changed one after the other by `EngineChange`; the others answer meanwhile. If the swap fails or is
-superseded, the previous version is restored and verified again on every engine; an engine for which that fails accepts
-no requests. Each engine is held while it is changed: an engine that dies before or after its turn is restarted with
-the previous version, independently of the swap, and then changed.
+`EngineChange` changes the engines one after another, while the others keep answering requests. If the
+swap fails or is superseded, the previous version is restored and verified again on every engine; an
+engine for which this fails accepts no requests. Each engine is held while it is changed: an engine that
+dies before or after its turn is restarted with the previous version, independently of the swap, and then
+changed.
 """
 
 import asyncio
@@ -36,8 +37,8 @@ class Swap:
     """Changes the version in all engines of a pool.
 
     Attributes:
-        planner: chooses the kind of swap.
-        engine_change: changes one engine.
+        planner: planner that chooses the kind of swap.
+        engine_change: object that changes the version of a single engine.
     """
 
     planner: SwapPlanner
@@ -54,7 +55,7 @@ class Swap:
         Args:
             current: version that the engines hold.
             report: called with the text of each step.
-            cancellation: stops the swap, restoring `current`.
+            cancellation: request that stops the swap and restores `current`.
         """
         began, cancellation = time.monotonic(), cancellation or Cancellation()
         try:
@@ -75,7 +76,7 @@ class Swap:
         return SwapResult(outcome, reason, change.queued_s, change.running, change.queued, change.kind, took_s)
 
     async def _change_all_or_none(self, change: SwapInProgress) -> Result:
-        """Change all engines. If one cannot be changed, restore the previous version on all of them."""
+        """Change all engines. If one of them cannot be changed, restore the previous version on all of them."""
         try:
             outcome, reason = await self._change_all(change)
         except SupersededError as error:
@@ -113,7 +114,10 @@ class Swap:
         return SwapOutcome.SUCCEEDED, None
 
     def _next(self, change: SwapInProgress) -> Replica | None:
-        """Return the next member to change, which may be starting with the previous version; None if all are done."""
+        """Return the next member to change, or None if all are done.
+
+        The member may be starting with the previous version.
+        """
         return next((member for member in self.pool.members if not self._is_changed(change, member)), None)
 
     def _is_changed(self, change: SwapInProgress, engine: Replica) -> bool:
@@ -121,10 +125,10 @@ class Swap:
         return engine.target == change.target or engine in self.pool.down
 
     async def _back(self, change: SwapInProgress) -> SwapOutcome:
-        """Restore the previous version on engines that were changed already, by the same kind of swap.
+        """Restore the previous version on engines already changed, using the same kind of swap.
 
         Returns:
-            The worst outcome; SUCCEEDED if no engine was changed.
+            The worst outcome, or SUCCEEDED if no engine had been changed.
         """
         worst = SwapOutcome.SUCCEEDED
         # Restoring the previous version cannot be cancelled.
@@ -145,9 +149,10 @@ class Swap:
 
 
 async def _recovers(engine: Replica) -> bool:
-    """Wait until an engine answers its health check or is no longer ready; return whether it answers.
+    """Wait until an engine passes its health check or is no longer ready, and return whether it passed.
 
-    Each check without an answer is reported to the engine's watch, which decides whether the engine is dead.
+    Each check that gets no response is reported to the engine's watch, which decides whether the engine is
+    dead.
     """
     while engine.state is EngineState.READY:
         if await engine.client.health() not in DOWN:

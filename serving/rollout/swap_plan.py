@@ -1,4 +1,4 @@
-"""Plans a swap, and runs all checks that are possible before an engine is touched."""
+"""Plan a swap, and run every check that is possible before an engine is touched."""
 
 import asyncio
 import time
@@ -31,10 +31,10 @@ _FIRST_LOAD = (
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A plan for changing the engines to a version.
+    """A plan for changing the engines to another version.
 
     Attributes:
-        why: reason for this kind of swap.
+        why: the reason for choosing this kind of swap.
         restart: whether an in-place swap restarts the first engine with the version instead of reloading it.
         reloads: whether the other engines are reloaded after that restart; otherwise they are restarted too.
     """
@@ -47,12 +47,14 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SwapPlanner:
-    """Chooses the kind of swap.
+    """Chooses the kind of swap for a change of version.
 
     Attributes:
-        choice: setting that decides whether to start a second engine even if a reload in place is possible.
-        slots: tells whether there is memory for another engine, and its capabilities.
-        patience_s: longest wait for stopping engines to free memory and for starting ones to take theirs, seconds.
+        choice: setting that decides whether to start a second engine even if an in-place reload is possible.
+        slots: engine slots, which tell whether there is memory for another engine and what its capabilities
+            are.
+        patience_s: longest wait for stopping engines to free their memory and for starting engines to
+            allocate theirs, in seconds.
     """
 
     registry: Registry
@@ -63,7 +65,9 @@ class SwapPlanner:
     patience_s: float
 
     async def plan(self, current: Target, target: Target, report: Report) -> Plan:
-        """Compare files and versions, and return the plan. All checks come first: a failed reload kills the engine.
+        """Compare files and versions, and return the plan.
+
+        All checks come first, because a failed reload kills the engine.
 
         Args:
             current: version that the engines hold.
@@ -72,8 +76,8 @@ class SwapPlanner:
         Raises:
             NotFoundError, IntegrityError: the version's files are missing or damaged.
             RefusedError: the version cannot be served as an adapter.
-            EngineError: the format cannot be served here.
-            OSError, SQLAlchemyError: files or store cannot be read.
+            EngineError: the format cannot be served on this machine.
+            OSError, SQLAlchemyError: the files or the store cannot be read.
         """
         await self.verification.files(target)
         report("the files match the manifest")
@@ -89,7 +93,7 @@ class SwapPlanner:
         return plan
 
     async def _with_adapter(self, current: Target, target: Target) -> Plan:
-        """Plan a swap to or from an adapter; an adapter that fits all running engines is loaded in them."""
+        """Plan a swap to or from an adapter. An adapter that fits all running engines is loaded in them."""
         await self.verification.model(target)
         if current.format is not target.format:
             return Plan(SwapKind.BLUEGREEN, _DIFFERENT)
@@ -103,10 +107,10 @@ class SwapPlanner:
         return Plan(SwapKind.ADAPTER, "an adapter of the same base")
 
     async def _in_place(self, target: Target) -> Plan:
-        """Plan a reload if engines of this kind can perform and verify one.
+        """Plan an in-place reload if engines of this kind can perform and verify one.
 
-        Otherwise plan the start of an engine with the version: a second engine or, if memory is short, the same engine
-        after a restart.
+        Otherwise, plan the start of an engine with the version: a second engine or, if memory is short, the same
+        engine after a restart.
         """
         several = len(self.pool.alive) > 1
         kind = SwapKind.ROLLING if several else SwapKind.INPLACE
@@ -125,10 +129,11 @@ class SwapPlanner:
         return Plan(kind, f"{why}; no memory for a second engine: {shortage}", restart=True, reloads=reloads)
 
     def _fits(self, current: Target, target: Target) -> bool:
-        """Return whether the versions' fingerprints are equal, so that the weights can be reloaded in place.
+        """Return whether two versions' fingerprints are equal, so that weights can be reloaded in place.
 
-        Stored fingerprints are compared first. Computing them parses both tokenizers, which blocks the interpreter, and
-        with it every stream, for 100 ms or more: it is done only if they are missing or differ, as between releases.
+        Stored fingerprints are compared first. Computing them parses both tokenizers, which blocks the
+        interpreter, and with it every stream, for 100 ms or more. It is therefore done only if the stored ones
+        are missing or differ, as between releases.
         """
         stored = [self.registry.format(of.version, of.format).fingerprint for of in (current, target)]
         if stored[0] and stored[0] == stored[1]:
@@ -138,7 +143,10 @@ class SwapPlanner:
         return computed[0] == computed[1]
 
     async def shortage(self, target: Target) -> str | None:
-        """Return the missing memory for one more engine, after waiting for engines that stop or start; else None."""
+        """Return a message saying how much memory is missing for one more engine, or None if there is enough.
+
+        Engines that are stopping or starting are waited for first.
+        """
         deadline = time.monotonic() + self.patience_s
         while True:
             starting = self.pool.starting

@@ -1,6 +1,6 @@
-"""Changes a model's desired version: checks whether the version may be served, and writes the change.
+"""Change a model's desired version: check whether the version may be served, and write the change.
 
-The journal of swaps shows whether the change was carried out.
+The swap journal shows whether the change was carried out.
 """
 
 from collections.abc import Callable, Mapping
@@ -165,7 +165,7 @@ class VersionChanges:
             )
 
     def _current(self, name: str) -> tuple[Desired, Target]:
-        """Return a name's desired state, and the version that is served under the name."""
+        """Return a model's desired state, and the version that is being served under its name."""
         served = self._served()
         desired = read_desired(self._store, name) if name in served else None
         if desired is None:

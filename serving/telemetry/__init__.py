@@ -1,1 +1,1 @@
-"""Metrics, quantiles and traces of requests, and the request log."""
+"""Metrics, quantiles and traces of requests, plus the request log."""

@@ -1,6 +1,6 @@
-"""Extracts a request's prompt and answer as texts from the forwarded bytes.
+"""Extract a request's prompt and answer as text from the forwarded bytes.
 
-Runs in the thread that writes records, long after the client was answered.
+This runs in the thread that writes records, long after the client got its answer.
 """
 
 import json
@@ -11,7 +11,7 @@ from serving.protocols.wire_formats import wire_format
 from svc.redaction import Redactor
 
 MAX_ANSWER_BYTES = 4 * 2**20
-"""Maximum size of a stored answer: 20,000 tokens as events of about 200 bytes."""
+"""Maximum size of a stored answer in bytes, which is 20,000 tokens as events of about 200 bytes."""
 
 
 @dataclass(slots=True)
@@ -47,7 +47,7 @@ class Content:
         self.size = len(self.payload)
 
     def add(self, part: bytes) -> None:
-        """Add a part of the answer."""
+        """Append part of the answer's bytes."""
         self.too_long = self.too_long or self.size + len(part) > len(self.payload) + MAX_ANSWER_BYTES
         if self.too_long:
             self.answer.clear()
@@ -57,7 +57,7 @@ class Content:
 
 
 def prompt_text(content: Content, redactor: Redactor) -> str:
-    """Return the redacted JSON of the messages or of a plain completion's prompt.
+    """Return the redacted JSON of a request's messages, or of a plain completion's prompt.
 
     Raises:
         ValueError: the prompt consists of token ids, which are readable with the tokenizer but cannot be redacted.
@@ -70,9 +70,9 @@ def prompt_text(content: Content, redactor: Redactor) -> str:
 
 
 def answer_text(content: Content, redactor: Redactor) -> str:
-    """Return the redacted text of the first choice, with its tool calls.
+    """Return the redacted text of the answer's first choice, including its tool calls.
 
-    The text is redacted after its events are joined: a number may be spread over many events.
+    The text is redacted after its events are joined, because a number may be spread over many events.
     """
     return _encodable(redactor.text(wire_format(content.route).text(content.answer)))
 
@@ -86,5 +86,5 @@ def is_json_answer(content: Content) -> bool:
 
 
 def _encodable(text: str) -> str:
-    """Replace lone surrogates, which JSON can hold and UTF-8 cannot."""
+    """Return the text with lone surrogates replaced, because JSON can hold them but UTF-8 cannot."""
     return text.encode("utf-8", "replace").decode("utf-8")

@@ -1,4 +1,4 @@
-"""Prometheus instruments for the served models: their engines, rollouts and queues."""
+"""Prometheus instruments for the served models, covering their engines, rollouts and queues."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -32,10 +32,10 @@ class ShadowOutcome(StrEnum):
 
 
 class DeploymentInstruments:
-    """Prometheus instruments, each with the label `model`.
+    """Prometheus instruments that each have the label `model`.
 
     Args:
-        registry: registry for the instruments; each registry has only one DeploymentInstruments.
+        registry: registry for the instruments. Each registry may have only one DeploymentInstruments.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -93,10 +93,10 @@ class DeploymentInstruments:
 
 @dataclass(eq=False)
 class DeploymentMetrics:
-    """Metrics of one model.
+    """Metrics of one served model.
 
     Attributes:
-        instruments: shared by all models.
+        instruments: the instruments, which all models share.
         model: name of the model.
         on_loaded: called with each version that is loaded.
     """
@@ -113,7 +113,7 @@ class DeploymentMetrics:
             self.instruments.rollouts.labels(self.model, ended.value)
 
     def watch_admission(self, running: Callable[[], int], queued: Callable[[], int]) -> None:
-        """Make two gauges read admission at each scrape."""
+        """Make two gauges read the running and queued requests on each scrape."""
         self.instruments.running.labels(self.model).set_function(running)
         self.instruments.queued.labels(self.model).set_function(queued)
 
@@ -130,16 +130,16 @@ class DeploymentMetrics:
         self.instruments.adapters_loaded.labels(self.model).set(count)
 
     def adapter_loaded(self, seconds: float) -> None:
-        """Count and time the load of an adapter."""
+        """Count an adapter load, and record its duration."""
         self.instruments.adapter_loads.labels(self.model).inc()
         self.instruments.adapter_load.labels(self.model).observe(seconds)
 
     def unverified(self, versions: Collection[VersionId]) -> None:
-        """Set the number of served versions that were not verified."""
+        """Set the number of served versions that are unverified."""
         self.instruments.unverified.labels(self.model).set(len(versions))
 
     def swap_ended(self, result: SwapResult) -> None:
-        """Count a swap, and time it if admission was closed for it."""
+        """Count a swap, and record how long admission was closed for it, if at all."""
         self.instruments.swaps.labels(self.model, result.outcome.value).inc()
         if result.queued_s is not None:
             self.instruments.swap_duration.labels(self.model, result.outcome.value).observe(result.queued_s)
@@ -159,23 +159,23 @@ class DeploymentMetrics:
         self.instruments.shadow_requests.labels(self.model, outcome.value).inc()
 
     def woke(self, seconds: float) -> None:
-        """Record the time to start or wake an idle engine."""
+        """Record the time taken to start or wake an idle engine."""
         self.instruments.wake_duration.labels(self.model).observe(seconds)
 
     def version_loaded(self, served: Target) -> None:
-        """Set the info metric to the version that is loaded, and remove the previous one."""
+        """Set the info metric to the loaded version, and remove the previous version's."""
         self._forget(self.instruments.version_info)
         self.instruments.version_info.labels(self.model, str(served.version.number), served.format.value).set(1)
         self.on_loaded(served)
 
     def holdout_due(self, served: Target | None, every_s: float) -> None:
-        """Set the interval between runs of a version's held-out set; `served` is None if there is no set to run."""
+        """Set the interval between held-out runs of a version. `served` is None if there is no set to run."""
         self._forget(self.instruments.holdout_interval)
         if served:
             self.instruments.holdout_interval.labels(self.model, str(served.version.number)).set(every_s)
 
     def remove(self) -> None:
-        """Remove the series of all gauges; counters stay, as Prometheus expects."""
+        """Remove the series of all gauges. Counters stay, as Prometheus expects."""
         for instrument in vars(self.instruments).values():
             if isinstance(instrument, Gauge):
                 self._forget(instrument)

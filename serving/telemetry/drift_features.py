@@ -1,10 +1,11 @@
-"""Drift features of requests, computed in a separate process and stored without text.
+"""Drift features of requests, computed in a separate process and stored without any text.
 
     request log ──records with texts──▶ queue ──≤ 100 at a time──▶ process: items ──▶ store
 
-The imports for features take 2 s and 300 MB, and a prompt takes up to 5 ms of a core. So the process starts with the
-first request for a version that can be compared, keeps running at a low priority (niceness 10), and exits with its
-parent. If it dies, the next batch starts another one. Texts are only in memory, and neither stored nor logged.
+The imports for features take 2 s and 300 MB, and a prompt takes up to 5 ms of CPU time. The process
+therefore starts with the first request for a version that can be compared, keeps running at a low
+priority (niceness 10), and exits with its parent. If it dies, the next batch starts another process.
+Texts are kept only in memory, and are neither stored nor logged.
 """
 
 import logging
@@ -38,28 +39,31 @@ log = logging.getLogger(__name__)
 
 BURST = 2_000
 PER_DAY = 10_000
-"""Maximum numbers of requests per version whose features are stored, in a burst and per day; monitoring compares no
-more."""
+"""Maximum number of requests per version whose features are stored, in a burst and per day. Monitoring does
+not compare more than that."""
 MAX_QUEUED = 2_000
 MAX_QUEUED_BYTES = 64 * 2**20
 MAX_STORED = 50_000
-"""Maximum number of items kept per version and format, about 100 MB; monitoring deletes old ones much earlier."""
+"""Maximum number of items kept per version and format, which take about 100 MB. Monitoring deletes old
+items much earlier."""
 _NICENESS = 10
 _DAY_S = 86_400.0
 _BATCH = 100
-"""Maximum batch size. A prompt takes 0.9 ms in a batch of 100, and 4.5 ms alone."""
+"""Maximum batch size. A prompt takes 0.9 ms in a batch of 100, but 4.5 ms on its own."""
 _GATHER_S = 1.0
 _ANSWER_TIMEOUT_S = 600.0
-"""A process that does not answer within this time is considered hung. On a busy machine its start takes a minute."""
+"""A process that does not respond within this many seconds is considered hung. On a busy machine, its start
+takes a minute."""
 _PAUSE_S = 10.0
-"""Pause after the process died during a batch, before another one is started."""
+"""Pause in seconds before another process is started after one died during a batch."""
 _CLOSE_S = 2.0
-"""Time to store a full queue when the server stops; a process that has just started is not waited for."""
+"""Time in seconds to store a full queue when the server stops. A process that has just started is not
+waited for."""
 _STOP_S = 0.1
 _PRUNED_AFTER = 1_000
-"""Number of newly stored items per version after which old ones are deleted."""
+"""Number of newly stored items per version after which old items are deleted."""
 _REFERENCES = 8
-"""Maximum number of drift references in memory, 20 MB each."""
+"""Maximum number of drift references held in memory, at 20 MB each."""
 
 
 @dataclass(eq=False)
@@ -68,7 +72,7 @@ class FeatureProcess:
 
     Attributes:
         on_dropped: called with the number of requests whose features were lost.
-        clock: returns monotonic time, seconds.
+        clock: function that returns monotonic time, in seconds.
     """
 
     settings: Settings
@@ -89,7 +93,7 @@ class FeatureProcess:
         self._connection: Connection | None = None
 
     def wants(self, target: Target) -> bool:
-        """Decide whether a request's features are stored, and count the request. Called only by the event loop."""
+        """Decide whether to store a request's features, and count the request. Called only by the event loop."""
         if not self._compared.get(target, True):
             return False
         now = self.clock()
@@ -100,7 +104,7 @@ class FeatureProcess:
         return wanted
 
     def add(self, records: Sequence[RequestRecord]) -> None:
-        """Queue records that are already in the store, with their redacted texts; return immediately."""
+        """Queue records that are already in the store, along with their redacted texts. This returns immediately."""
         with self._lock:
             taken = 0
             for record in records:
@@ -117,7 +121,10 @@ class FeatureProcess:
         self._arrived.set()
 
     def close(self, timeout_s: float | None = None) -> None:
-        """Store queued records for at most `timeout_s` (default: `_CLOSE_S`), and stop the process; others are lost."""
+        """Store queued records for at most `timeout_s` (default: `_CLOSE_S`), then stop the process.
+
+        Records not stored in time are lost.
+        """
         self._closing.set()
         self._arrived.set()
         if self._thread:
@@ -152,7 +159,7 @@ class FeatureProcess:
         return batch
 
     def _store(self, batch: Sequence[RequestRecord]) -> None:
-        """Let the process store the features of a batch, in at most two attempts."""
+        """Let the process store the features of a batch, trying at most twice."""
         batch = [record for record in batch if self._can_compare(target_of(record))]
         if not batch:
             return
@@ -163,7 +170,7 @@ class FeatureProcess:
             self.on_dropped(lost)
 
     def _ask(self, batch: Sequence[RequestRecord]) -> tuple[int, set[Target]] | None:
-        """Return the process's answer to a batch, see `_FeatureMaker.store`; None if it dies or hangs."""
+        """Return the process's reply to a batch (see `_FeatureMaker.store`), or None if it dies or hangs."""
         if self._abandoned.is_set():
             return None
         connection = self._running()
@@ -191,7 +198,7 @@ class FeatureProcess:
         return self._compared[target]
 
     def _running(self) -> Connection:
-        """Return the connection to a running process; start it if necessary."""
+        """Return the connection to a running process, starting one if necessary."""
         if self._process and not self._process.is_alive():
             log.error("the process that computes drift features exited with code %s", self._process.exitcode)
             self._stop_process()
@@ -212,10 +219,10 @@ class FeatureProcess:
 
 
 def target_of(record: RequestRecord) -> Target:
-    """Return the target (version and format) that answered.
+    """Return the target (version and format) that answered a request.
 
     Raises:
-        ValueError: no version answered.
+        ValueError: no version answered the request.
     """
     if record.version is None or record.format is None:
         raise ValueError(f"no version answered request {record.request_id}")
@@ -223,7 +230,7 @@ def target_of(record: RequestRecord) -> Target:
 
 
 def _work(connection: Connection, settings: Settings) -> None:
-    """Compute and store features until the parent process has exited."""
+    """Compute and store features until the parent process exits."""
     end_with_parent()
     os.nice(_NICENESS)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -234,7 +241,7 @@ def _work(connection: Connection, settings: Settings) -> None:
 
 
 class _FeatureMaker:
-    """Computes and stores features; runs in the separate process."""
+    """Computes and stores features. It runs in the separate process."""
 
     def __init__(self, settings: Settings) -> None:
         from svc.store.database import open_database
@@ -249,7 +256,8 @@ class _FeatureMaker:
         """Compute and store the features of a batch.
 
         Returns:
-            Number of requests whose features were lost to an unexpected error, and the targets that cannot be compared.
+            The number of requests whose features were lost to an unexpected error, and the targets that cannot
+            be compared.
         """
         lost, off = 0, set[Target]()
         records: dict[Target, list[RequestRecord]] = {}

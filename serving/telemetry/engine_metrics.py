@@ -1,7 +1,8 @@
-"""vLLM's own metrics on the server's page, each with the labels `model`, `version` and `replica`.
+"""vLLM's own metrics, shown on the server's page with the labels `model`, `version` and `replica`.
 
-An engine listens on a private socket that scrapers cannot reach. Its counters continue across an in-place swap: each
-version's series then begins at the previous version's value, which `rate` and `increase` handle.
+An engine listens on a private socket that scrapers cannot reach. Its counters continue across an
+in-place swap, so each version's series begins at the previous version's value, which `rate` and
+`increase` handle.
 """
 
 import asyncio
@@ -20,9 +21,11 @@ from svc.version import Target
 log = logging.getLogger(__name__)
 
 _NOT_SHOWN = "vllm:lora_requests_info"
-"""Omitted: its labels contain adapter names, which are new at each load, so the number of series would be unbounded."""
+"""This metric is omitted because its labels contain adapter names, which are new on each load, so the
+number of series would be unbounded."""
 _TIMEOUT_S = 2.0
-"""Short, because the server's own metrics must not wait for a hung engine: they are needed most then."""
+"""Timeout in seconds. It is short, because the server's own metrics must not wait for a hung engine, which
+is when they are needed most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +38,10 @@ class EngineSource:
 
 
 class EngineMetrics(Collector):
-    """The engines' metric families from the last `refresh`.
+    """The engines' metric families as of the last `refresh`.
 
     Args:
-        sources: returns the engines that are running now.
+        sources: function that returns the engines that are currently running.
     """
 
     def __init__(self, sources: Callable[[], Sequence[EngineSource]]) -> None:
@@ -46,7 +49,7 @@ class EngineMetrics(Collector):
         self._families: list[Metric] = []
 
     async def refresh(self) -> None:
-        """Read the engines' metrics; omit an engine that does not answer within `_TIMEOUT_S`."""
+        """Read the engines' metrics, omitting engines that do not respond within `_TIMEOUT_S`."""
         sources = self._sources()
         pages = await asyncio.gather(*(_page(source) for source in sources))
         # In a thread, because it takes some milliseconds, and streams must not wait.
@@ -65,7 +68,7 @@ async def _page(source: EngineSource) -> str:
 
 
 def _merged(sources: Sequence[EngineSource], pages: Sequence[str]) -> list[Metric]:
-    """Return one family for each name, with the samples of all engines."""
+    """Return one metric family per name, containing the samples of all engines."""
     merged: dict[str, Metric] = {}
     for source, page in zip(sources, pages, strict=True):
         version = source.served.version

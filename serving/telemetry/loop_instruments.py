@@ -1,8 +1,8 @@
-"""A counter and a histogram for events of every request and every token, of which there are thousands per second.
+"""A counter and a histogram for the thousands of request and token events that occur per second.
 
-prometheus_client's instruments take a lock for each sample, check its labels and walk through the buckets. These
-instruments need no lock, because only the event loop's thread adds samples; a page that another thread writes
-meanwhile may miss the newest samples.
+prometheus_client's instruments take a lock for each sample, check its labels and walk through the
+buckets. These instruments need no lock, because only the event loop's thread adds samples. A page that
+another thread is writing at the same time may miss the newest samples.
 """
 
 import time
@@ -19,12 +19,12 @@ from prometheus_client.utils import floatToGoString
 
 
 class LoopCounter(Collector):
-    """Counts by label values: `counter.counts["tuned", "1"] += 1`.
+    """A counter per set of label values, used as `counter.counts["tuned", "1"] += 1`.
 
     Args:
         name: the metric's name.
-        documentation: its help text.
-        labels: label names, in the order of the values.
+        documentation: the metric's help text.
+        labels: label names, in the order of the label values.
         registry: registry that exports the metric.
     """
 
@@ -34,7 +34,7 @@ class LoopCounter(Collector):
         registry.register(self)
 
     def remove(self, firsts: Container[tuple[str, ...]]) -> None:
-        """Remove the counts whose first two label values are one of the pairs in `firsts`."""
+        """Remove the counts whose first two label values are among the pairs in `firsts`."""
         for labels in [labels for labels in self.counts if labels[:2] in firsts]:
             del self.counts[labels]
 
@@ -46,7 +46,7 @@ class LoopCounter(Collector):
 
 
 class LoopSeries:
-    """The histogram of one set of label values.
+    """The histogram for one set of label values.
 
     Args:
         bounds: upper bounds of the buckets, in ascending order, without infinity.
@@ -61,10 +61,10 @@ class LoopSeries:
         self.sum = 0.0
 
     def observe(self, value: float, exemplar: dict[str, str] | None = None) -> None:
-        """Add a sample.
+        """Add a sample to the histogram.
 
         Args:
-            exemplar: labels that identify the sample's source; each bucket shows its newest exemplar.
+            exemplar: labels that identify the sample's source. Each bucket shows its newest exemplar.
         """
         bucket = bisect_left(self._bounds, value)
         self.counts[bucket] += 1
@@ -74,12 +74,12 @@ class LoopSeries:
 
 
 class LoopHistogram(Collector):
-    """A histogram with one series for each set of label values.
+    """A histogram with one series per set of label values.
 
     Args:
         name: the metric's name.
-        documentation: its help text.
-        labels: label names, in the order of the values.
+        documentation: the metric's help text.
+        labels: label names, in the order of the label values.
         buckets: upper bounds of the buckets, in ascending order, without infinity.
         registry: registry that exports the metric.
     """
@@ -99,14 +99,14 @@ class LoopHistogram(Collector):
         registry.register(self)
 
     def series(self, *labels: str) -> LoopSeries:
-        """Return the series of these label values."""
+        """Return the series for the given label values."""
         series = self._series.get(labels)
         if series is None:
             series = self._series[labels] = LoopSeries(self._bounds)
         return series
 
     def remove(self, firsts: Container[tuple[str, ...]]) -> None:
-        """Remove the series whose first two label values are one of the pairs in `firsts`."""
+        """Remove the series whose first two label values are among the pairs in `firsts`."""
         for labels in [labels for labels in self._series if labels[:2] in firsts]:
             del self._series[labels]
 

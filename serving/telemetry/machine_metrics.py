@@ -1,4 +1,4 @@
-"""Metrics of the server's environment: its release and engine, its own process, the disk of its home."""
+"""Metrics of the server's environment: its release and engine, its own process, and its home's disk."""
 
 import shutil
 from importlib.metadata import version
@@ -13,12 +13,12 @@ from svc.settings import EngineSettings
 def add_machine_metrics(
     registry: CollectorRegistry, home: Path, capabilities: DeviceCapabilities, settings: EngineSettings
 ) -> None:
-    """Register the metrics; the disk is measured at each scrape.
+    """Register the machine metrics. The disk is measured on each scrape.
 
     Args:
-        home: the folder of all state; it exists.
+        home: the folder with all state, which must exist.
         capabilities: capabilities of this device and its vLLM.
-        settings: settings of the engine.
+        settings: the engine settings.
     """
     ProcessCollector(registry=registry)
     build = Gauge("svc_build_info", "1 for the installed release", ("release", "engine", "device"), registry=registry)

@@ -1,9 +1,10 @@
 """The gateway's own Prometheus instruments, on a registry that is passed in.
 
-Clients cannot create series: models that are not served are counted under `unknown`, routes and reasons are enums, and
-only statuses that the gateway sends are counted. The number of versions grows, so versions without requests for a day
-are removed (`remove_idle`). The number of key ids grows too, but only the operator creates keys.
-Knows nothing of the engine's own metrics, nor of engines and rollouts (deployment_metrics).
+Clients cannot create series: models that are not served are counted under `unknown`, routes and reasons
+are enums, and only statuses that the gateway sends are counted. The number of versions grows, so
+versions without requests for a day are removed (`remove_idle`). The number of key ids grows too, but
+only the operator creates keys. This module knows nothing of the engine's own metrics, nor of engines and
+rollouts (deployment_metrics).
 """
 
 import time
@@ -24,11 +25,11 @@ from svc.store.requests import Dropped
 from svc.version import Target, VersionId
 
 CLIENT_GONE_STATUS = 499
-"""nginx's status for a client that left before its answer began; counted, but never sent."""
+"""nginx's status for a client that disconnected before its response began. It is counted, but never sent."""
 UNKNOWN_MODEL = "unknown"
 IDLE_VERSION_TIMEOUT_S = 24 * 3600.0
-"""Time without requests after which an unserved version's series are removed. With the series of 300 versions the page
-had 2 MB."""
+"""Seconds without requests after which an unserved version's series are removed. With the series of 300
+versions, the page had grown to 2 MB."""
 _NOT_COMPLETIONS = {
     ErrorCode.PERMISSION_DENIED,
     ErrorCode.TOO_MANY_WRONG_KEYS,
@@ -60,13 +61,14 @@ class GatewayMetrics:
     """Counts and times the gateway's requests.
 
     Args:
-        registry: where the instruments are registered; one GatewayMetrics for each registry.
-        clock: returns monotonic time, seconds, for the window of the quantiles and for idle versions.
+        registry: registry for the instruments. Each registry may have only one GatewayMetrics.
+        clock: function that returns monotonic time in seconds, for the quantiles' window and for idle
+            versions.
 
     Attributes:
-        rows_stored: counts rows written to the store.
-        spans_sent: counts spans that the receiver accepted.
-        loop_lagged: called with the delay after which the event loop woke up a task, seconds.
+        rows_stored: function that counts rows written to the store.
+        spans_sent: function that counts spans accepted by the receiver.
+        loop_lagged: function called with the delay after which the event loop woke up a task, in seconds.
     """
 
     def __init__(self, registry: CollectorRegistry, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -141,23 +143,23 @@ class GatewayMetrics:
         ).observe
 
     def show_errors(self, served: Target | None, model: str = UNKNOWN_MODEL) -> None:
-        """Create a version's error series before the first error, so that `increase` counts that error.
+        """Create a version's error series before its first error, so that `increase` counts that error.
 
         Args:
-            served: version that answers; None for requests that no version answers.
-            model: model of those requests.
+            served: version that answers requests, or None for requests that no version answers.
+            model: model of the requests that no version answers.
         """
         for code in set(ErrorCode) - _NOT_COMPLETIONS:
             self._errors.counts[*self._labels(served, model), code.value] += 0
 
     def remove_idle(self, served: Iterable[VersionId]) -> None:
-        """Remove all series of versions that had no request for IDLE_VERSION_TIMEOUT_S and are not served.
+        """Remove all series of unserved versions that have had no request for IDLE_VERSION_TIMEOUT_S.
 
-        Runs in the event loop, before a page is written. A call of `between_tokens` or of any counting method counts as
-        a request, so that a running request's series stay on the page.
+        This runs in the event loop, before a page is written. A call of `between_tokens` or of any counting
+        method counts as a request, so that a running request's series stay on the page.
 
         Args:
-            served: the versions that are served now; they stay.
+            served: the versions that are currently served, whose series stay.
         """
         now = self._clock()
         self._used.update((version.name, str(version.number)) for version in served)
@@ -180,11 +182,11 @@ class GatewayMetrics:
             del self._last_used[version]
 
     def key_used(self, key_id: str, model: str, usage: Usage) -> None:
-        """Count the usage of a request.
+        """Count the usage of one request.
 
         Args:
-            key_id: empty without a key.
-            model: model name, from a bounded set.
+            key_id: id of the key; empty if there is none.
+            model: model name from a bounded set.
         """
         self._key_requests.counts[model, key_id] += 1
         self._key_tokens.counts[model, key_id, "in"] += usage.prompt
@@ -205,15 +207,15 @@ class GatewayMetrics:
         reason: ErrorCode | None = None,
         model: str = UNKNOWN_MODEL,
     ) -> None:
-        """Count an answer, and time it when it is complete.
+        """Count a response, and record its duration if it is complete.
 
         Args:
-            served: the version that answered; None if no version did.
-            status: as sent, or `CLIENT_GONE_STATUS`.
-            seconds: from the request's last byte to the answer's last.
-            request_id: shown in the exemplar.
-            reason: why the request failed, possibly within a stream; None if it succeeded.
-            model: the requested model, used if no version answered; from a bounded set.
+            served: the version that answered, or None if no version did.
+            status: the HTTP status that was sent, or `CLIENT_GONE_STATUS`.
+            seconds: time from the last byte of the request to the last byte of the response.
+            request_id: id shown in the exemplar.
+            reason: why the request failed, possibly within a stream, or None if it succeeded.
+            model: the requested model from a bounded set, used if no version answered.
         """
         model, version = labels = self._version_labels(served.version) if served else (model, "")
         self._requests.counts[model, version, route, str(status), outcome_of(reason)] += 1
@@ -227,7 +229,10 @@ class GatewayMetrics:
         self._first_token_quantiles.observe(version, seconds)
 
     def between_tokens(self, served: Target) -> Callable[[float], None]:
-        """Return a function that records the seconds between two tokens; looked up once per answer, not per token."""
+        """Return a function that records the seconds between two tokens.
+
+        It is looked up once per answer rather than once per token.
+        """
         return self._between_tokens.series(*self._version_labels(served.version)).observe
 
     def tokens(self, served: Target, usage: Usage) -> None:
@@ -236,10 +241,10 @@ class GatewayMetrics:
         self._tokens.counts[model, version, "out"] += usage.completion
 
     def request_failed(self, served: Target | None, code: ErrorCode, model: str = UNKNOWN_MODEL) -> None:
-        """Count a failed request under its reason, including failures in a stream with status 200.
+        """Count a failed request by its reason, including failures within a stream that has status 200.
 
         Args:
-            served, model: as for `request_ended`.
+            served, model: see `request_ended`.
         """
         self._errors.counts[*self._labels(served, model), code.value] += 1
 
@@ -263,7 +268,7 @@ class GatewayMetrics:
         return self._version_labels(served.version) if served else (model, "")
 
     def _version_labels(self, version: VersionId) -> tuple[str, str]:
-        """Return the labels' values for `model` and `version`, and record that the version is in use."""
+        """Return the values for the labels `model` and `version`, and record that the version is in use."""
         labels = version.name, str(version.number)
         self._used.add(labels)
         return labels

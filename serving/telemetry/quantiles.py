@@ -1,9 +1,10 @@
-"""Quantiles of the last five minutes, accurate to one per cent, in little and bounded memory.
+"""Quantiles over the last five minutes, accurate to one per cent, in little and bounded memory.
 
-Samples are counted in buckets whose upper bounds grow by 2 %, as in a DDSketch (Masson, Rim and Lee 2019): the middle
-of a bucket is within 1 % of all its samples, and counts of several half minutes are merged exactly. Samples expire with
-their half minute. Prometheus histograms give quantiles for any time range and many servers, at the resolution of their
-buckets; these quantiles give an operator a quick overview.
+Samples are counted in buckets whose upper bounds grow by 2 %, as in a DDSketch (Masson, Rim and Lee
+2019). The middle of a bucket is within 1 % of all its samples, and the counts of several half minutes
+can be merged exactly. Samples expire along with their half minute. Prometheus histograms give quantiles
+for any time range and many servers, at the resolution of their buckets, while these quantiles give an
+operator a quick overview.
 """
 
 import math
@@ -25,18 +26,18 @@ _RELATIVE_ACCURACY = 0.01
 _GROWTH = (1 + _RELATIVE_ACCURACY) / (1 - _RELATIVE_ACCURACY)
 _LOG_GROWTH = math.log(_GROWTH)
 _MIN_S = 1e-6
-"""Shorter times are counted as this time."""
+"""Minimum time in seconds. Shorter times are counted as this time."""
 
 _Version = tuple[str, str]
 
 
 class VersionQuantiles(Collector):
-    """A gauge with each version's quantiles. A version without samples in the window has no series.
+    """A gauge that shows each version's quantiles. Versions without samples in the window have no series.
 
     Args:
         name: the gauge's name.
-        documentation: its help text.
-        clock: returns monotonic time, seconds.
+        documentation: the gauge's help text.
+        clock: function that returns monotonic time, in seconds.
         registry: registry that exports the gauge.
     """
 
@@ -51,7 +52,7 @@ class VersionQuantiles(Collector):
         registry.register(self)
 
     def observe(self, version: _Version, seconds: float) -> None:
-        """Add a sample.
+        """Add a sample for a version.
 
         Args:
             version: the values of the labels `model` and `version`.
@@ -79,7 +80,7 @@ class VersionQuantiles(Collector):
 
 
 def _quantiles(counts: Counter[int]) -> list[float]:
-    """Return the middles of the buckets that hold the samples at ranks q(n-1), rounded down."""
+    """Return the middles of the buckets that contain the samples at ranks q(n-1), rounded down."""
     buckets = sorted(counts)
     reached = list(accumulate(counts[bucket] for bucket in buckets))
     ranks = [int(quantile * (reached[-1] - 1)) for quantile in QUANTILES]

@@ -1,7 +1,7 @@
-"""Writes a row for each ended request, from one thread, in batches, and deletes old rows.
+"""Write a row for each completed request in batches, from a single thread, and delete old rows.
 
 Requests never wait for the log: rows that do not fit into the queue or that the store rejects are dropped and counted.
-Content is extracted, redacted and checked against its limit here, not while the request runs.
+Content is extracted, redacted and checked against its limit here rather than while the request runs.
 """
 
 import logging
@@ -38,14 +38,17 @@ log = logging.getLogger(__name__)
 MAX_QUEUED = 10_000
 MAX_QUEUED_CONTENT_BYTES = 64 * 2**20
 _BATCH = 1000
-"""Maximum number of rows per transaction: syncing the disk takes longer than writing the rows."""
+"""Maximum number of rows per transaction. Rows are batched because syncing the disk takes longer than
+writing them."""
 _YIELD_S = 0.0005
-"""Pause after each content. Without it the event loop has to wait for Python's switch interval, 5 ms, at each of its
-turns: with 8 streams at full load the 99th percentile was 113 ms, and with the pause 41 ms."""
+"""Pause in seconds after each piece of content. Without it, the event loop has to wait for Python's switch
+interval, 5 ms, on each of its turns: with 8 streams at full load, the 99th percentile was 113 ms without
+the pause and 41 ms with it."""
 _SPANS_PER_PAUSE = 50
-"""Number of spans created between two pauses, which takes a millisecond or two."""
+"""Number of spans created between two pauses. Creating them takes a millisecond or two."""
 _GATHER_S = 0.2
-"""Rows that end within this time are written in one transaction, so that a busy server syncs a few times per second."""
+"""Rows that end within this many seconds are written in one transaction, so that a busy server syncs a few
+times per second."""
 _PRUNE_EVERY_S = 60.0
 _ESCAPED = 6  # growth of a character, at most, in ASCII-only JSON: \u00e9
 _GOOD_STATUS = 200
@@ -59,7 +62,7 @@ class _Entry(NamedTuple):
 
 
 class _Texts(NamedTuple):
-    """A request's redacted prompt and answer."""
+    """The redacted prompt and answer of a request."""
 
     prompt: str
     answer: str
@@ -67,14 +70,14 @@ class _Texts(NamedTuple):
 
 @dataclass(eq=False)
 class RequestLog:
-    """The log of requests: queues records, and writes them to the store.
+    """The request log, which queues records and writes them to the store.
 
     Attributes:
         on_stored: called with the number of rows written.
-        on_dropped: called with the reason, and the number of rows or contents lost.
-        spans: gets the rows of traced requests, including those that the store rejects.
-        features: stores drift features for some requests; closed with the log.
-        now: returns the wall clock's time.
+        on_dropped: called with the reason and the number of rows or contents lost.
+        spans: sink for the rows of traced requests, including those that the store rejects.
+        features: process that stores drift features for some requests. It is closed along with the log.
+        now: function that returns wall-clock time.
     """
 
     store: Store
@@ -106,19 +109,19 @@ class RequestLog:
         self._thread.start()
 
     def wants_content(self) -> bool:
-        """Decide at random, by `content_share`, whether one request's prompt and answer are stored."""
+        """Decide at random, according to `content_share`, whether to store a request's prompt and answer."""
         share = self.settings.content_share
         return share > 0 and random.random() < share  # noqa: S311 - a sample, no secret
 
     def wants_features(self, target: Target) -> bool:
-        """Decide whether drift features of one request's prompt and answer are stored."""
+        """Decide whether to store drift features of a request's prompt and answer."""
         return self.features is not None and self.features.wants(target)
 
     def add(self, record: RequestRecord, content: Content | None = None, trace: RequestTrace | None = None) -> None:
-        """Queue a record, or drop it if the queue is full; return immediately.
+        """Queue a record, or drop it if the queue is full. This returns immediately.
 
         Args:
-            content: prompt and answer, if they or their features are stored.
+            content: the prompt and answer, if they or their features are to be stored.
             trace: the request's trace, if it gets a span.
         """
         if len(self._queue) >= self.max_queued:
@@ -144,14 +147,14 @@ class RequestLog:
         return request_id in self._queued_ids
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait until all records added before are in the store; return False after `timeout_s`."""
+        """Wait until all records added so far are in the store, or return False after `timeout_s`."""
         done = threading.Event()
         self._queue.append(done)
         self._wake()
         return done.wait(timeout_s)
 
     def close(self, timeout_s: float = _CLOSE_S) -> None:
-        """Write the queued rows and stop; rows not written within `timeout_s` are lost and counted."""
+        """Write the queued rows and stop. Rows not written within `timeout_s` are lost and counted."""
         self._closing = True
         self._wake()
         self._thread.join(timeout_s)
@@ -166,7 +169,7 @@ class RequestLog:
         self._arrived.set()
 
     def redacted(self, text: str | None) -> str | None:
-        """Return the redacted form of another text, such as feedback; None if it is empty or cannot be redacted."""
+        """Return another text, such as feedback, in redacted form. None if it is empty or cannot be redacted."""
         try:
             return self._redactor.text(text) if text else None
         except RedactionTimeoutError as error:
@@ -180,19 +183,22 @@ class RequestLog:
             log.error("could not redact a request's content, so it is not stored (logged once per pattern): %s", error)
 
     def _drop(self, content: Content, reason: Dropped) -> None:
-        """Count lost content once for each use (storage, features) that it had."""
+        """Count lost content once per intended use (storage, features)."""
         if content.stored:
             self.on_dropped(reason, 1)
         if content.features:
             self.on_dropped(Dropped.FEATURES, 1)
 
     def has_grown(self, size: int) -> None:
-        """Add to the known size of the stored rows; to be called for changes by other writers too, such as feedback."""
+        """Add to the known size of the stored rows.
+
+        This must be called for changes by other writers too, such as feedback.
+        """
         with self._lock:
             self._grown_bytes += size
 
     def _reserve(self, content: Content) -> bool:
-        """Reserve memory for content; return whether there was enough."""
+        """Reserve memory for content, and return whether there was enough."""
         with self._lock:
             if content.too_long or self._content_bytes + content.size > MAX_QUEUED_CONTENT_BYTES:
                 return False
@@ -257,7 +263,7 @@ class RequestLog:
                 time.sleep(_YIELD_S)
 
     def _add_features(self, entries: Sequence[_Entry], texts: Sequence[_Texts | None]) -> None:
-        """Queue records for drift features, after their rows are stored: features are deleted with their rows."""
+        """Queue records for drift features once their rows are stored, since features are deleted with their rows."""
         if self.features is None:
             return
         records = [
@@ -269,7 +275,7 @@ class RequestLog:
             self.features.add(records)
 
     def _read_texts(self, record: RequestRecord, content: Content) -> _Texts | None:
-        """Return the redacted prompt and answer of a request; count them as lost and return None if that fails."""
+        """Return a request's redacted prompt and answer. If that fails, count them as lost and return None."""
         with self._lock:
             self._content_bytes -= content.size
         if not (content.stored or content.features):
@@ -315,7 +321,7 @@ class RequestLog:
 
 
 def _stored(entry: _Entry, texts: _Texts | None) -> RequestRecord:
-    """Return the row of a request, with its prompt and answer if they are stored."""
+    """Return a request's row, including its prompt and answer if they are stored."""
     if texts is None or entry.content is None or not entry.content.stored:
         return entry.record
     return entry.record._replace(prompt=texts.prompt, answer=texts.answer)
@@ -333,6 +339,6 @@ def _checked(record: RequestRecord, entry: _Entry) -> RequestRecord:
 
 
 def _is_good(record: RequestRecord) -> bool:
-    """Return whether a version gave a complete answer; only such answers are compared."""
+    """Return whether a version gave a complete answer. Only such answers are compared."""
     complete = record.status == _GOOD_STATUS and record.outcome is RequestOutcome.COMPLETE
     return complete and record.version is not None

@@ -1,7 +1,8 @@
-"""Decides when rows are too old to keep, by a wall clock that can be wrong.
+"""Decide when rows are too old to keep, based on a wall clock that can be wrong.
 
-If a clock is a year ahead for a minute, because of a wrong time server or a virtual machine that resumes, all rows
-would be deleted. So the wall clock is trusted only while it advances at the same rate as the time since boot.
+If a clock were a year ahead for a minute, because of a wrong time server or a resumed virtual machine,
+all rows would be deleted. The wall clock is therefore trusted only while it advances at the same rate as
+the time since boot.
 """
 
 import logging
@@ -23,12 +24,14 @@ def _since_boot() -> float:
 
 @dataclass(eq=False)
 class RetentionClock:
-    """Decides when rows are too old. A distrusted clock is trusted again after a day, or after `max_age` if shorter.
+    """Decides when rows are too old to keep.
+
+    A distrusted clock is trusted again after a day, or after `max_age` if that is shorter.
 
     Attributes:
-        max_age: maximum age of rows that are kept.
-        now: returns the wall clock's time.
-        elapsed_s: returns the seconds since a fixed moment, independently of the wall clock.
+        max_age: maximum age of the rows that are kept.
+        now: function that returns wall-clock time.
+        elapsed_s: function that returns the seconds since a fixed moment, independently of the wall clock.
     """
 
     max_age: timedelta
@@ -41,11 +44,11 @@ class RetentionClock:
         self._doubted: tuple[float, float] | None = None  # a new difference, and since when
 
     def oldest_kept(self, newest: Callable[[], datetime | None]) -> datetime | None:
-        """Return the time before which rows are too old; None while the clock is not trusted.
+        """Return the time before which rows are too old, or None while the clock is not trusted.
 
         Args:
-            newest: returns the newest row's time; None without rows. Used at the first call: if even that row is too
-                old, the clock may be wrong.
+            newest: function that returns the newest row's time, or None if there are no rows. It is used on the
+                first call: if even that row is too old, the clock may be wrong.
         """
         now, elapsed_s = self.now(), self.elapsed_s()
         ahead_s = now.timestamp() - elapsed_s

@@ -1,7 +1,7 @@
-"""Writes the usage per key to the store, every few seconds and when the server stops, in a thread.
+"""Writes per-key usage to the store in a thread, every few seconds and when the server stops.
 
-First it reads each key's usage today, so that limits survive a restart. Nothing is written before that, because the
-server would read its own counts back.
+First it reads each key's usage so far today, so that limits survive a restart. Nothing is written before
+that, because the server would otherwise read back its own counts.
 """
 
 import asyncio
@@ -20,13 +20,13 @@ from svc.store.usage import usage_since
 log = logging.getLogger(__name__)
 
 _EVERY_S = 5.0
-"""Interval between writes. A server that dies loses the usage of this time; each write adds a row per key and model in
-use."""
+"""Interval between writes, in seconds. A server that dies loses up to this much usage. Each write adds one
+row per key and model in use."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class UsageWriter:
-    """Writes the counts of a meter to the store.
+    """Writes a meter's counts to the store.
 
     Attributes:
         on_known: called once with a mapping from each key's id to the tokens that the key has used today.
@@ -51,7 +51,7 @@ class UsageWriter:
             await asyncio.sleep(self.every_s)
 
     def close(self) -> None:
-        """Write the last counts; they are lost if the store fails."""
+        """Write the remaining counts. They are lost if the store fails."""
         try:
             self.meter.flush()
         except SQLAlchemyError:

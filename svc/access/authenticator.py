@@ -1,8 +1,8 @@
-"""Authenticates secrets against keys in memory. The store is polled for changes twice per second.
+"""Authenticates secrets against the keys in memory, and polls the store for changes twice per second.
 
-Every secret is checked against the keys in memory. The grant of a valid secret is cached by the secret's hash, so that
-all its requests share one grant; no secret stays in memory. An invalid secret is rejected by its checksum, its id
-(which is public) or its hash, which is compared in constant time; the store is not queried.
+The grant of a valid secret is cached under the secret's hash, so that all requests with that secret
+share one grant and no secret stays in memory. An invalid secret is rejected by its checksum, its id
+(which is public) or its hash, which is compared in constant time. The store is not queried.
 
 Failed attempts are not counted here.
 """
@@ -28,19 +28,20 @@ from svc.store.keys import Key, keys_revision, read_keys
 log = logging.getLogger(__name__)
 
 LOOK_S = 0.5
-"""Interval between polls of the store: a revocation takes effect within a second."""
+"""Interval between polls of the store, in seconds. A revocation takes effect within a second."""
 _STALE_S = 60.0
-"""Maximum age of the keys in memory. Once they are older, every key is rejected, as it may have been revoked since."""
+"""Maximum age of the keys in memory, in seconds. Once they are older, every key is rejected, because it may
+have been revoked in the meantime."""
 
 
 class KeyFault(StrEnum):
-    """Reason why a key is rejected."""
+    """Reason why a key was rejected."""
 
     MISSING = "missing"
     MALFORMED = "malformed"
-    """Not a secret, or a secret with a typo."""
+    """The given text is not a secret, or is a secret with a typo."""
     UNKNOWN = "unknown"
-    """A well-formed secret that was never issued, or was replaced by a rotation."""
+    """The secret is well-formed, but was never issued or has been replaced by a rotation."""
     REVOKED = "revoked"
     EXPIRED = "expired"
 
@@ -58,7 +59,7 @@ class InvalidKeyError(AuthenticationError):
 
 
 class KeysUnavailableError(SvcError):
-    """Raised if the store has not answered for so long that no key can be considered valid."""
+    """Raised if the store has been unreachable for so long that no key can be considered valid."""
 
     retry_after_s = 2
 
@@ -68,8 +69,8 @@ class Grant:
     """A valid secret's principal, until the secret becomes invalid. All requests with one secret share a grant.
 
     Attributes:
-        principal: principal as of the newest request.
-        ended: event that happens, with an InvalidKeyError, once the secret is no longer valid.
+        principal: principal as of the latest request.
+        ended: event set with an InvalidKeyError once the secret is no longer valid.
     """
 
     principal: Principal
@@ -77,11 +78,11 @@ class Grant:
 
 
 class Authenticator:
-    """Checks secrets against a store's keys, held in memory. Call `look` before the first `grant`, in any thread.
+    """Checks secrets against a store's keys in memory. Call `look`, in any thread, before the first `grant`.
 
     Args:
-        now: returns the current time, for expiry.
-        clock: returns monotonic time in seconds, for the age of the keys in memory.
+        now: returns the current time, used to check expiry.
+        clock: returns monotonic time in seconds, used to measure the age of the keys in memory.
     """
 
     def __init__(
@@ -101,14 +102,14 @@ class Authenticator:
 
     @property
     def empty(self) -> bool:
-        """Whether no key was ever created."""
+        """Whether no key has ever been created."""
         return not self._keys
 
     def look(self) -> None:
-        """Reload the keys if any has changed in the store. This blocks: do not call it on an event loop.
+        """Reload the keys if any of them has changed in the store. This blocks, so do not call it on an event loop.
 
         Raises:
-            SQLAlchemyError: the store does not answer; the keys in memory remain usable for a minute.
+            SQLAlchemyError: the store does not respond; the keys in memory remain usable for a minute.
         """
         began = self._clock()
         revision = keys_revision(self._store)
@@ -120,7 +121,8 @@ class Authenticator:
     async def follow(self) -> None:
         """Reload the keys periodically until cancelled, and end grants whose secrets have become invalid.
 
-        Reads run in their own thread: if slow work occupied all shared threads, keys would be rejected after a minute.
+        Reads run in their own thread. Otherwise, if slow work occupied all shared threads, keys would be
+        rejected after a minute.
         """
         loop, thread = asyncio.get_running_loop(), ThreadPoolExecutor(max_workers=1, thread_name_prefix="keys")
         try:
@@ -146,11 +148,11 @@ class Authenticator:
                 grant.ended.end(error)
 
     def grant(self, secret: str | None) -> Grant:
-        """Return the grant of a secret; touches neither disk nor network.
+        """Return the grant for a secret. Uses neither the disk nor the network.
 
         Raises:
             InvalidKeyError: no key has this secret, or its key is not valid.
-            KeysUnavailableError: the keys have not been read for too long.
+            KeysUnavailableError: the keys have not been reloaded for too long.
         """
         if not secret:
             raise InvalidKeyError(KeyFault.MISSING, "missing API key", expected="Authorization: Bearer KEY")
@@ -170,10 +172,10 @@ class Authenticator:
         return grant
 
     def _check(self, key_id: str, hashed: str) -> Principal:
-        """Return a key's principal, if a secret with this hash is valid for the key.
+        """Return a key's principal if a secret with this hash is valid for the key.
 
         Raises:
-            InvalidKeyError: the secret is not the key's, or the key is revoked or expired.
+            InvalidKeyError: the secret does not belong to the key, or the key is revoked or expired.
         """
         key, now = self._keys.get(key_id), self._now()
         if key is None or not _is_of(hashed, key, now):
@@ -186,7 +188,7 @@ class Authenticator:
 
 
 def _is_of(hashed: str, key: Key, now: datetime) -> bool:
-    """Return whether a hash matches a key's secret or, within the last rotation's grace period, the previous secret."""
+    """Return whether a hash matches the key's current secret, or the previous one during its grace period."""
     if is_hash_of(key.hash, hashed):
         return True
     if key.previous_hash is None or key.previous_until is None or now >= key.previous_until:

@@ -1,4 +1,4 @@
-"""`svc keys` manages keys. `svc usage` shows their use."""
+"""`svc keys` manages API keys. `svc usage` shows how much they are used."""
 
 import csv
 import sys
@@ -79,7 +79,7 @@ def create(
     as_json: bool,
     **limits: int | None,
 ) -> None:
-    """Create a key. Its secret is printed to stdout once."""
+    """Create a key. Its secret is printed to stdout once and cannot be shown again."""
     asked: dict[str, Any] = {
         "scopes": frozenset(map(Scope, scopes)) or frozenset({Scope.INFER, Scope.FEEDBACK}),
         "name": name,
@@ -98,7 +98,7 @@ def create(
 @json_option
 @click.pass_context
 def list_keys(ctx: click.Context, every: bool, as_json: bool) -> None:
-    """List keys with their scopes and limits; secrets are not stored and cannot be shown."""
+    """List keys with their scopes and limits. Secrets are not stored and cannot be shown."""
     from svc.terminal import print_table
 
     rows = [row for row in _rows(ctx) if every or row["revoked_at"] is None]
@@ -136,7 +136,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 @json_option
 @click.pass_context
 def rotate(ctx: click.Context, key: str, grace: timedelta, reason: str | None, yes: bool, as_json: bool) -> None:
-    """Replace the secret of KEY (id or name); the new secret is printed to stdout once."""
+    """Replace the secret of KEY (id or name). The new secret is printed to stdout once."""
     key_id, title = _find(ctx, key)
     if not grace:
         confirm(f"The current secret of {title} will be invalid immediately. Continue?", yes=yes, as_json=as_json)
@@ -154,7 +154,7 @@ def rotate(ctx: click.Context, key: str, grace: timedelta, reason: str | None, y
 @json_option
 @click.pass_context
 def revoke(ctx: click.Context, key: str, reason: str | None, yes: bool, as_json: bool) -> None:
-    """Permanently revoke KEY (id or name). A running server rejects it within a second."""
+    """Permanently revoke KEY (id or name). Running servers reject it within a second."""
     from svc.access.keyring import key_row
 
     key_id, title = _find(ctx, key)
@@ -180,7 +180,7 @@ def revoke(ctx: click.Context, key: str, reason: str | None, yes: bool, as_json:
 @json_option
 @click.pass_context
 def usage(ctx: click.Context, since: datetime, as_csv: bool, as_json: bool) -> None:
-    """Show requests and tokens by key and model."""
+    """Show the number of requests and tokens by key and model."""
     if as_csv and as_json:
         raise click.UsageError("--csv and --json cannot be combined")
     from svc.store.database import open_database
@@ -224,7 +224,7 @@ def usage(ctx: click.Context, since: datetime, as_csv: bool, as_json: bool) -> N
 
 
 def _rows(ctx: click.Context) -> list[dict[str, Any]]:
-    """Return all keys as JSON, from the server that `svc --server` names, else from the home."""
+    """Return all keys as JSON, from the server given by `svc --server` or else from the home."""
     if remote := remote_of(ctx):
         from svc.remote.remote_server import RemoteServer
 
@@ -233,7 +233,7 @@ def _rows(ctx: click.Context) -> list[dict[str, Any]]:
 
 
 def _find(ctx: click.Context, text: str) -> tuple[str, str]:
-    """Return the id and the display title of the key with this id or, if there is none, this name.
+    """Return the id and display title of the key with this id or, failing that, with this name.
 
     Raises:
         NotFoundError: no key has this id or name.
@@ -249,11 +249,11 @@ def _find(ctx: click.Context, text: str) -> tuple[str, str]:
 def _change(
     ctx: click.Context, path: str, asked: dict[str, Any], change: Callable[["Keyring"], dict[str, Any]]
 ) -> dict[str, Any]:
-    """Change the keys of the server that `svc --server` names, else of the home; return the changed key as JSON.
+    """Change keys on the server given by `svc --server`, or else in the home; return the changed key as JSON.
 
     Args:
         path: path in the server's API.
-        asked: body of the request.
+        asked: request body.
         change: function that makes the same change in the home.
     """
     if remote := remote_of(ctx):

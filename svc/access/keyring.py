@@ -1,4 +1,4 @@
-"""Creates, rotates and revokes keys, each with an event in the audit log. Secrets are returned once, never stored."""
+"""Creates, rotates and revokes keys, and records each change in the audit log. Secrets are never stored."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -22,18 +22,18 @@ _KEY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,62}")
 
 @dataclass(frozen=True, slots=True)
 class IssuedKey:
-    """A new or rotated key with its secret, which cannot be retrieved later."""
+    """A new or rotated key together with its secret, which cannot be retrieved later."""
 
     key: Key
     secret: str = field(repr=False)
 
     def row(self) -> dict[str, Any]:
-        """Return the key as JSON, with its secret."""
+        """Return the key as JSON, including its secret."""
         return {**key_row(self.key), "secret": self.secret}
 
 
 class Keyring:
-    """Reads and changes the keys in one store.
+    """Reads and changes the keys in a store.
 
     Args:
         actor: user or key that makes the changes, for the audit log.
@@ -46,7 +46,7 @@ class Keyring:
         self._now = now
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return all keys as JSON, each with the hour of its last use."""
+        """Return all keys as JSON, each with the hour in which it was last used."""
         used = last_used(self._store)
         return [{**key_row(key), "last_used": iso_seconds(used.get(key.id))} for key in read_keys(self._store)]
 
@@ -64,13 +64,13 @@ class Keyring:
         """Create a key.
 
         Args:
-            name: name of the key; None: its id.
-            models: names of the models that the key may use; None: all.
-            expires_at: time of expiry; None: never.
+            name: name of the key, or None to use its id.
+            models: names of the models that the key may use, or None for all models.
+            expires_at: time at which the key expires, or None if it never expires.
 
         Raises:
             SettingsError: a name is invalid, or the expiry is in the past.
-            RefusedError: another key that is not revoked has the name.
+            RefusedError: another key with this name exists and is not revoked.
         """
         key_id, now = new_key_id(), self._now()
         _check(name, models, expires_at, now)
@@ -92,8 +92,8 @@ class Keyring:
         """Replace a key's secret.
 
         Args:
-            text: its id or name.
-            grace: time for which the old secret stays valid.
+            text: id or name of the key.
+            grace: how long the old secret stays valid.
 
         Raises:
             NotFoundError: no key has this id or name.
@@ -111,7 +111,7 @@ class Keyring:
         """Revoke a key permanently.
 
         Args:
-            text: its id or name.
+            text: id or name of the key.
 
         Raises:
             NotFoundError: no key has this id or name.
@@ -141,7 +141,7 @@ def _check(name: str | None, models: frozenset[str] | None, expires_at: datetime
 
 
 def key_row(key: Key) -> dict[str, Any]:
-    """Return a key as JSON without any hash, for `--json` and the administration API."""
+    """Return a key as JSON without any hashes, for `--json` and the administration API."""
     principal, now = key.principal, datetime.now(UTC)
     rotating = key.previous_until is not None and key.previous_until > now
     return {
@@ -160,5 +160,5 @@ def key_row(key: Key) -> dict[str, Any]:
 
 
 def iso_seconds(moment: datetime | None) -> str | None:
-    """Return a time as ISO 8601, to the second."""
+    """Return a time in ISO 8601 format with second precision, or None if there is no time."""
     return moment.isoformat(timespec="seconds") if moment else None

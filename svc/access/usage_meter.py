@@ -1,7 +1,8 @@
-"""Counts usage per key in memory, and adds it to the store at intervals.
+"""Counts usage per key in memory and adds it to the store at intervals.
 
-`add` takes a few microseconds and never waits, so it may be called on an event loop; `flush` writes one row for each
-key, model and hour, and must be called in a thread. A server that dies loses the usage since its last flush.
+`add` takes a few microseconds and never waits, so it may be called on an event loop. `flush` writes one
+row for each key, model and hour, and must be called in a thread. A server that dies loses the usage
+since its last flush.
 """
 
 import threading
@@ -14,11 +15,12 @@ from svc.store.usage import Usage, UsageOf, add_usage
 
 _HOUR_S = 3600
 _Of = tuple[int, str, str]
-"""Hours since 1970, key and model. A tuple, because hashing a `UsageOf` takes longer than everything else here."""
+"""Hours since 1970, key and model. This is a tuple because hashing a `UsageOf` would take longer than
+everything else here."""
 
 
 class UsageMeter:
-    """Counter of usage that is not yet in the store.
+    """Counts usage that is not yet in the store.
 
     Args:
         now: returns the current time.
@@ -31,21 +33,21 @@ class UsageMeter:
         self._used: dict[_Of, Usage] = {}  # not yet written by a flush
 
     def add(self, key_id: str | None, model: str, *, tokens_in: int, tokens_out: int) -> None:
-        """Count a request that has ended.
+        """Count a finished request.
 
         Args:
-            key_id: id of the request's key; None without a key.
-            model: name of a model that the server knows, never a client's text.
+            key_id: id of the request's key, or None if the request had no key.
+            model: name of a model that the server knows, never text supplied by a client.
         """
         with self._lock:
             hour = int(self._now().timestamp()) // _HOUR_S
             self._add((hour, key_id or "", model), Usage(1, tokens_in, tokens_out))
 
     def flush(self) -> None:
-        """Write the usage since the last flush.
+        """Write the usage counted since the last flush.
 
         Raises:
-            SQLAlchemyError: the store failed; the next flush retries.
+            SQLAlchemyError: the store failed; the next flush tries again.
         """
         with self._lock:
             used, self._used = self._used, {}
@@ -64,5 +66,5 @@ class UsageMeter:
             raise
 
     def _add(self, of: _Of, usage: Usage) -> None:
-        """Add to the usage in memory; the caller holds the lock."""
+        """Add to the usage in memory. The caller must hold the lock."""
         self._used[of] = self._used.get(of, Usage()).plus(usage)

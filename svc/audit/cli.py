@@ -1,4 +1,4 @@
-"""`svc audit` shows the audit log, `svc history` the served versions; `svc forget` deletes logged requests."""
+"""`svc audit` shows the audit log and `svc history` served versions; `svc forget` deletes logged requests."""
 
 from dataclasses import asdict
 from datetime import datetime
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 @json_option
 @click.pass_context
 def audit(ctx: click.Context, /, verify: bool, expected: str | None, as_json: bool, **chosen: Any) -> None:
-    """Show promotions, rollbacks, changes to keys and deletions: who, when, from where and why."""
+    """Show promotions, rollbacks, key changes and deletions: who made them, when, from where and why."""
     if expected and not verify:
         raise click.UsageError("--expect needs --verify")
     from svc.store.audit import read_events
@@ -92,7 +92,7 @@ def _second(moment: str) -> str:
 @json_option
 @click.pass_context
 def history(ctx: click.Context, name: str, as_json: bool) -> None:
-    """Show which version of NAME was served when, and who requested it."""
+    """Show which versions of NAME were served when, and who requested them."""
     from svc.audit.history import read_history
     from svc.store.database import open_database
     from svc.terminal import print_table
@@ -132,7 +132,7 @@ def forget(
     yes: bool,
     as_json: bool,
 ) -> None:
-    """Delete logged requests with their prompts, answers and feedback: by user, by key or by time."""
+    """Delete logged requests with their prompts, answers and feedback, selected by user, key or time."""
     if sum(given is not None for given in (user, key, before)) != 1:
         raise click.UsageError("give exactly one of --user, --key and --before")
     from svc.store.audit import Action, AuditEntry, record_event
@@ -161,7 +161,7 @@ def forget(
 def _which(
     store: "Store", user: str | None, key: str | None, before: datetime | None
 ) -> tuple["ColumnElement[bool]", str]:
-    """Return the condition that selects the requests, and the event's subject, in which a user is only a hash."""
+    """Return the condition that selects the requests, and the audit event's subject, with any user hashed."""
     from svc.store import erasure as forgetting
     from svc.store.keys import find_key
     from svc.store.requests import hash_user

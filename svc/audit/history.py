@@ -1,4 +1,4 @@
-"""History of a model: which version was served when, and who requested it."""
+"""A model's history: which version was served when, and who requested it."""
 
 from typing import Any
 
@@ -12,9 +12,10 @@ _EVENTS = 10_000
 
 
 def read_history(store: Store, name: str) -> list[dict[str, Any]]:
-    """Return each period in which a version of a name was served, in order, as JSON.
+    """Return each period in which a version of a name was served, in chronological order, as JSON.
 
-    `action`, `who` and `why` are from the event that requested the version; None if the log has no such event.
+    `action`, `who` and `why` come from the event that requested the version. They are None if the log has no
+    such event.
     """
     events = read_events(store, newest=_EVENTS, subject=name)
     asked = {event.details.get("generation"): event for event in events if event.action in _REQUESTING}

@@ -1,1 +1,1 @@
-"""Backups of a home that is in use, and their restoration."""
+"""Creates backups of a home that is in use, and restores them."""

@@ -1,11 +1,12 @@
-"""A folder of backups of one home.
+"""A folder with backups of one home.
 
-    DIR/models/NAME/N/           versions, each once, for all snapshots
-    DIR/snapshots/TIME/          svc.db  mlflow.db  files/  snapshot.json, which is written last
+    DIR/models/NAME/N/           versions, each stored once for all snapshots
+    DIR/snapshots/TIME/          svc.db  mlflow.db  files/  snapshot.json (written last)
     DIR/lock
 
-A version never changes, so it is copied once. Everything else is small and copied into each snapshot, so that an older
-snapshot can be restored too. No file is a hard link to one in the home: damage there must not affect the copy.
+A version never changes, so it is copied only once. Everything else is small and is copied into each
+snapshot, so that older snapshots can be restored too. No file is a hard link to a file in the home,
+because damage there must not affect the copy.
 """
 
 import re
@@ -28,15 +29,15 @@ _NAME = re.compile(r"\d{8}T\d{6}\.\d{3}Z")
 
 
 class Snapshot(BaseModel):
-    """A copy of a home's state at one time.
+    """A copy of a home's state at one point in time.
 
     Attributes:
         name: time of the snapshot in UTC, which is also its folder's name.
         release: tuneserve's release that created it.
         versions: `NAME@N` of the included versions.
         files: records of the files in the snapshot's folder: everything except weights.
-        tracking: MLflow server that stores runs and aliases; None if they are in `mlflow.db`.
-        left_out: why each damaged or missing version is not included, by version.
+        tracking: MLflow server that stores runs and aliases, or None if they are in `mlflow.db`.
+        left_out: why each damaged or missing version is not included, keyed by version.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,7 +55,7 @@ class Archive:
     """A folder with backups of one home.
 
     Args:
-        folder: created if missing; other users get no access.
+        folder: path of the folder. It is created if missing, with owner-only permissions.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -67,14 +68,14 @@ class Archive:
         return str(self._folder)
 
     def prepare(self) -> None:
-        """Create the archive's folders, private because they will contain prompts and answers."""
+        """Create the archive's folders with owner-only permissions, because they will contain prompts and answers."""
         for folder in (self._folder, self.models, self._snapshots):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def begin(self) -> Path:
-        """Remove the folders of unfinished snapshots, and create the folder of the next one.
+        """Remove the folders of unfinished snapshots, and create the folder of the next snapshot.
 
-        The folder is ignored until `finish` has written its record.
+        The new folder is ignored until `finish` has written the snapshot's record.
         """
         for unfinished in self._folders():
             if not (unfinished / _RECORD_FILE).is_file():  # of an interrupted backup
@@ -90,15 +91,15 @@ class Archive:
         write_whole(self.folder(snapshot) / _RECORD_FILE, snapshot.model_dump_json(indent=1).encode("utf-8"))
 
     def folder(self, snapshot: Snapshot) -> Path:
-        """Return the folder with a snapshot's own files."""
+        """Return the folder that contains a snapshot's own files."""
         return self._snapshots / snapshot.name
 
     def version(self, version: VersionId) -> Path:
-        """Return the folder of a version's copy, which may not exist."""
+        """Return the folder for the copy of a version. The folder may not exist."""
         return self.models / version.name / str(version.number)
 
     def newest_at(self) -> datetime | None:
-        """Return the time of the newest finished snapshot, without reading its record; None if there is none.
+        """Return the time of the newest finished snapshot without reading its record, or None if there is none.
 
         Raises:
             OSError: the folder cannot be read.
@@ -108,7 +109,7 @@ class Archive:
         return datetime.strptime(newest.name, "%Y%m%dT%H%M%S.%f%z") if newest else None
 
     def snapshots(self) -> list[Snapshot]:
-        """Return all snapshots that can be restored, the oldest first.
+        """Return all restorable snapshots, oldest first.
 
         Raises:
             IntegrityError: a record cannot be read.
@@ -130,7 +131,7 @@ class Archive:
         """Return one snapshot.
 
         Args:
-            name: name of the snapshot; None: the newest.
+            name: name of the snapshot, or None for the newest.
 
         Raises:
             NotFoundError: there is no such snapshot.
@@ -145,7 +146,7 @@ class Archive:
         return chosen[-1]
 
     def prune(self, keep: int) -> tuple[str, ...]:
-        """Remove the oldest snapshots, and versions that no remaining snapshot includes; return the removed names.
+        """Remove the oldest snapshots, and versions that no remaining snapshot includes. Return the removed names.
 
         Args:
             keep: number of snapshots to keep.

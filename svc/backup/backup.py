@@ -1,9 +1,9 @@
 """Creates a snapshot of a home that may be in use by servers, training runs and commands.
 
-A snapshot must contain every version that its databases name. So the databases are copied before weights, and the store
-before MLflow, because MLflow knows a version before the store can name it. A needed version stays in the home unless
-it becomes unneeded and is removed before it is copied; then the databases are copied again. Versions that are
-registered during a backup are in the next one.
+A snapshot must contain every version that its databases name. The databases are therefore copied before
+the weights, and the store before MLflow, because MLflow knows a version before the store can name it. A
+needed version stays in the home unless it becomes unneeded and is removed before it is copied. In that
+case the databases are copied again. Versions registered during a backup are included in the next one.
 """
 
 import shutil
@@ -38,7 +38,7 @@ class BackupReport:
 
     Attributes:
         snapshot: the new snapshot.
-        copied: versions whose weights were copied; the others were already in the archive.
+        copied: versions whose weights were copied; the other versions were already in the archive.
         pruned: older snapshots that were removed.
     """
 
@@ -52,7 +52,7 @@ class Backup:
     """A backup of one home into one archive.
 
     Attributes:
-        verify: whether earlier copies are also compared with their hashes, and copied again if damaged.
+        verify: whether existing copies are also checked against their hashes, and copied again if damaged.
     """
 
     settings: Settings
@@ -96,7 +96,7 @@ class Backup:
         raise AssertionError("the last try returns a snapshot")
 
     def _take(self, folder: Path, *, is_last: bool) -> Snapshot | None:
-        """Fill the folder of a snapshot; return None if a version that the databases need was removed meanwhile."""
+        """Fill a snapshot's folder. Return None if a version that the databases need was removed in the meantime."""
         home, tracking_uri, registry = self.settings.home, self.settings.tracking_uri, Registry.of(self.settings)
         there = set(registry.versions())  # first: those that MLflow's copy will know
         copy_database(home / STORE_FILE, folder / STORE_FILE)
@@ -125,8 +125,8 @@ class Backup:
         """Copy versions that are not in the archive yet.
 
         Returns:
-            The versions now in the archive, and for each damaged version the reason why it is not. A version that was
-            removed from the home meanwhile is in neither.
+            The versions now in the archive, and for each damaged version the reason why it is not there. A
+            version that was removed from the home in the meantime appears in neither.
         """
         kept, left_out, to_copy = set[VersionId](), dict[VersionId, str](), list[Manifest]()
         for version in wanted:
@@ -165,13 +165,13 @@ class Backup:
 
 
 def _other_files(home: Path) -> list[Path]:
-    """Return files that a user put into the home, such as settings and key files."""
+    """Return the files that a user has put into the home, such as settings and key files."""
     files = [path for path in home.iterdir() if path.is_file() and not path.is_symlink()]
     return sorted(path for path in files if not path.name.endswith(_NOT_COPIED) and not path.name.startswith("."))
 
 
 def _needed_versions(registry: Registry, folder: Path) -> set[VersionId]:
-    """Return the versions that an alias, a desired state, a rollback, an adapter or a running swap needs.
+    """Return the versions needed by an alias, a desired state, a rollback, an adapter or a running swap.
 
     Args:
         registry: registry over the home's versions and the copy of MLflow's database.

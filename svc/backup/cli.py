@@ -1,4 +1,4 @@
-"""`svc backup` copies a home, `svc restore` creates a home from the copy."""
+"""`svc backup` copies a home, and `svc restore` creates a home from a copy."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -35,7 +35,7 @@ _folder = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path
 @json_option
 @click.pass_context
 def backup(ctx: click.Context, folder: Path, keep: int, verify: bool, as_json: bool) -> None:
-    """Copy the home to DIR as a snapshot, even while it is in use; weights already in DIR are not copied again."""
+    """Copy the home to DIR as a snapshot, even while it is in use. Weights already in DIR are not copied again."""
     from svc.backup.archive import Archive
     from svc.backup.backup import Backup
     from svc.store.audit import Action, AuditEntry, record_event
@@ -80,10 +80,10 @@ def backup(ctx: click.Context, folder: Path, keep: int, verify: bool, as_json: b
 def restore(
     ctx: click.Context, folder: Path, name: str | None, listing: bool, revoke_keys: bool, yes: bool, as_json: bool
 ) -> None:
-    """Create a home from a snapshot in DIR. The home must be empty; every file is compared with its hash.
+    """Create a home from a snapshot in DIR. The home must be empty; every file is checked against its hash.
 
-    The keys are those in the snapshot, but a key that is revoked in a newer snapshot in DIR stays revoked. Keys that
-    will be valid are listed, and must be confirmed.
+    The keys are those in the snapshot, except that a key revoked in a newer snapshot in DIR stays revoked.
+    Keys that will be valid are listed and must be confirmed.
     """
     from svc.backup.archive import Archive
     from svc.backup.restore import Restore
@@ -155,7 +155,7 @@ def _key_rows(keys: "RestoredKeys") -> dict[str, Any]:
 
 
 def _show_keys(keys: dict[str, Any]) -> None:
-    """List the revoked and the valid keys on stderr, which a pipe does not capture."""
+    """List the revoked and the valid keys on stderr, so that a pipe does not capture them."""
     from svc.terminal import console, print_table
 
     for name in keys["unread_snapshots"]:

@@ -1,4 +1,4 @@
-"""Copies files so that a copy is complete and verified, or absent."""
+"""Copies files so that each copy is either complete and verified, or absent."""
 
 import os
 import shutil
@@ -18,28 +18,30 @@ _BUSY_S = 30.0
 
 OnBytes = Callable[[int], None]
 Progress = Callable[[int], AbstractContextManager[OnBytes]]
-"""Context manager, given the total bytes to copy; yields a callback that takes the bytes copied in each step."""
+"""Takes the total number of bytes to copy and returns a context manager. It yields a callback, which is
+called with the number of bytes copied in each step."""
 
 
 @contextmanager
 def no_progress(total: int) -> Iterator[OnBytes]:
-    """Report no progress."""
+    """Yield a callback that reports no progress."""
     yield lambda count: None
 
 
 def files_of(manifest: Manifest) -> tuple[FileRecord, ...]:
-    """Return all files of a version that have a hash in its manifest."""
+    """Return all of a version's files that have a hash in its manifest."""
     return (manifest.heldout, *manifest.reference, *(file for each in manifest.formats.values() for file in each.files))
 
 
 def is_copied(manifest: Manifest, target: Path, *, verify: bool = False) -> bool:
-    """Return whether a complete copy of a version exists: the same manifest, and files of the right size.
+    """Return whether a complete copy of a version exists, with the same manifest and files of the right size.
 
     Args:
-        verify: whether the files are also compared with their hashes.
+        verify: whether the files are also checked against their hashes.
 
     Raises:
-        IntegrityError: the copy is a different version with this name and number, or its manifest is damaged.
+        IntegrityError: the copy is a different version with this name and number, or its manifest is
+            damaged.
     """
     if not (target / MANIFEST_FILE).exists():
         return False
@@ -61,13 +63,13 @@ def is_copied(manifest: Manifest, target: Path, *, verify: bool = False) -> bool
 
 
 def copy_version(manifest: Manifest, source: Path, target: Path, on_bytes: OnBytes) -> None:
-    """Copy a version's folder, and compare the copy with the manifest.
+    """Copy a version's folder and check the copy against the manifest.
 
     Args:
         on_bytes: called with the number of bytes copied in each step.
 
     Raises:
-        FileNotFoundError: the version was removed meanwhile.
+        FileNotFoundError: the version was removed in the meantime.
         IntegrityError: a file differs from the manifest.
     """
     staging = target.with_name(f".{target.name}")
@@ -89,7 +91,7 @@ def copy_version(manifest: Manifest, source: Path, target: Path, on_bytes: OnByt
 
 
 def copy_file(source: str | Path, target: str | Path, on_bytes: OnBytes = lambda count: None) -> None:
-    """Copy a file with its mode, and sync the copy to the disk."""
+    """Copy a file with its mode and sync the copy to disk."""
     with open(source, "rb") as reading, open(target, "wb") as writing:
         os.fchmod(writing.fileno(), os.fstat(reading.fileno()).st_mode & 0o777)
         while part := reading.read(_AT_ONCE):
@@ -100,12 +102,12 @@ def copy_file(source: str | Path, target: str | Path, on_bytes: OnBytes = lambda
 
 
 def copy_database(source: Path, target: Path) -> None:
-    """Copy an SQLite database in a consistent state, even during writes.
+    """Copy an SQLite database in a consistent state, even while it is being written to.
 
-    The copy takes one step, because a copy in several steps restarts with every write.
+    The copy is made in one step, because a copy made in several steps restarts with every write.
 
     Raises:
-        IntegrityError: the copy is damaged, and so is the database.
+        IntegrityError: the copy is damaged, which means that the database is damaged too.
     """
     target.touch(mode=0o600)
     with (

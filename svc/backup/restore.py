@@ -1,7 +1,7 @@
-"""Creates a home from a snapshot. The databases are put in place last; until then, the home has no state to serve.
+"""Creates a home from a snapshot. The databases come last; until then, the home has nothing to serve.
 
-The store is first copied to a separate folder, where keys are revoked, so that the home never accepts a revoked
-key. The home's lock keeps servers out during the restore.
+The store is first copied to a separate folder, where keys are revoked, so that the home never accepts a
+revoked key. The home's lock keeps servers out during the restore.
 """
 
 import os
@@ -33,8 +33,9 @@ class Restore:
 
     Attributes:
         home: folder of the home to create.
-        revoke_keys: whether all keys of the snapshot are revoked.
-        on_keys: called with the keys before anything is copied into the home; an exception stops the restore.
+        revoke_keys: whether to revoke all of the snapshot's keys.
+        on_keys: called with the keys before anything is copied into the home; an exception aborts the
+            restore.
     """
 
     archive: Archive
@@ -47,7 +48,7 @@ class Restore:
         """Restore the snapshot, or resume an interrupted restore.
 
         Raises:
-            BusyError: a server uses the home, or a backup is running.
+            BusyError: a server is using the home, or a backup is running.
             SettingsError: the home is not empty.
             IntegrityError: the snapshot is damaged; none of its files are used.
         """
@@ -69,7 +70,7 @@ class Restore:
                 shutil.rmtree(aside, ignore_errors=True)
 
     def _put_aside(self, snapshot: Snapshot, aside: Path) -> RestoredKeys:
-        """Copy the store to a separate folder and revoke keys in the copy."""
+        """Copy the store to a separate folder and revoke keys in that copy."""
         shutil.rmtree(aside, ignore_errors=True)  # of a restore that was killed
         aside.mkdir(mode=0o700)
         copy_file(self.archive.folder(snapshot) / STORE_FILE, aside / STORE_FILE)

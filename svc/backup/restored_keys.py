@@ -1,4 +1,4 @@
-"""Keys that a restored store would accept. Keys that were revoked after its snapshot stay revoked."""
+"""Determines which keys a restored store accepts. Keys revoked after its snapshot stay revoked."""
 
 import sqlite3
 from collections.abc import Mapping
@@ -22,10 +22,11 @@ class RestoredKeys:
 
     Attributes:
         valid: keys that the restored home will accept.
-        last_used: hour of each key's last use before the snapshot, by id.
-        revoked: keys that this restore revoked, each with the newer snapshot in which it is revoked, or "" if all keys
-            are revoked on request.
-        rotated: ids of valid keys with another secret in a newer snapshot; the old secret will be valid again.
+        last_used: hour of each key's last use before the snapshot, keyed by key id.
+        revoked: keys revoked by this restore, each with the newer snapshot in which it is revoked, or "" if
+            all keys are revoked on request.
+        rotated: ids of valid keys that have a different secret in a newer snapshot; the old secret becomes
+            valid again.
         unread: newer snapshots whose store cannot be read.
     """
 
@@ -37,11 +38,11 @@ class RestoredKeys:
 
 
 def settle_keys(store: Store, archive: Archive, snapshot: Snapshot, *, revoke_all: bool) -> RestoredKeys:
-    """Revoke the keys that are revoked in an archive's newer snapshots; each is recorded in the audit log.
+    """Revoke the keys that are revoked in newer snapshots of an archive, recording each in the audit log.
 
     Args:
         store: copy of the snapshot's store, not yet in use.
-        revoke_all: whether all other keys are revoked too.
+        revoke_all: whether to revoke all other keys too.
     """
     keyring, revoked, rotated = Keyring(store, Actor.local()), list[tuple[Key, str]](), set[str]()
     hashes, revoked_in, unread = _later(archive, snapshot)
@@ -59,11 +60,12 @@ def settle_keys(store: Store, archive: Archive, snapshot: Snapshot, *, revoke_al
 
 
 def _later(archive: Archive, snapshot: Snapshot) -> tuple[dict[str, str], dict[str, str], tuple[str, ...]]:
-    """Read the keys in the snapshots that are newer than this one.
+    """Read the keys in the snapshots that are newer than the given one.
 
     Returns:
-        By key id: the secret's hash in the newest of them, and the oldest of them in which the key is revoked; and the
-        names of those whose store cannot be read.
+        Two mappings by key id, to the secret's hash in the newest of these snapshots and to the oldest of
+        these snapshots in which the key is revoked; then the names of the snapshots whose store cannot be
+        read.
     """
     hashes, revoked_in, unread = dict[str, str](), dict[str, str](), list[str]()
     for newer in archive.snapshots():
@@ -82,6 +84,6 @@ def _later(archive: Archive, snapshot: Snapshot) -> tuple[dict[str, str], dict[s
 
 
 def _read_keys(path: Path) -> list[tuple[str, str, str | None]]:
-    """Read the keys of a snapshot without changing it: no migration, and no new files in its folder."""
+    """Read a snapshot's keys without changing the snapshot: no migration, and no new files in its folder."""
     with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)) as database:
         return database.execute("SELECT id, hash, revoked_at FROM keys").fetchall()

@@ -1,1 +1,1 @@
-"""Chat examples: their schema, reading, checks and fingerprint."""
+"""Chat examples: their schema, readers, checks and fingerprint."""

@@ -1,4 +1,4 @@
-"""`svc data check` reports problems in examples before training."""
+"""`svc data check` reports problems in examples before they are trained on."""
 
 import json
 import sys
@@ -42,7 +42,7 @@ def data() -> None:
 def check(
     ctx: click.Context, files: tuple[str, ...], heldout: str | None, base: Path | None, max_length: int, as_json: bool
 ) -> None:
-    """Report problems by line number; exit code 1 if a line cannot be trained on.
+    """Report problems by line number. The exit code is 1 if any line cannot be trained on.
 
     FILES are files, folders or hub datasets (hf:ORG/NAME) to train on together.
     """
@@ -74,7 +74,7 @@ def check(
 
 
 def _print_json(reports: "list[DataReport]") -> None:
-    """Print the reports as a JSON list, one problem per line: there may be millions."""
+    """Print the reports as a JSON list, with one problem per line because there may be millions."""
     write = sys.stdout.write
     for place, report in enumerate(reports):
         head = json.dumps(_machine(report), indent=1, ensure_ascii=False)

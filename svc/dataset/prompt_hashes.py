@@ -1,8 +1,9 @@
-"""Prompts as hashes of eight bytes: a version's record of its training prompts, without the texts.
+"""Stores prompts as eight-byte hashes: a version's record of its training prompts, without the texts.
 
-Examples that a version was trained on are not held out for a later version of the same name. Prompts that differ only
-in spacing and case share a hash. A hash does not reveal the text, but anyone who has a prompt can test whether its hash
-is among them. Knows nothing of versions, and nothing of near duplicates.
+Examples that a version was trained on are not held out for a later version of the same name. Prompts
+that differ only in spacing and case share a hash. A hash does not reveal the text, but anyone who has a
+prompt can test whether its hash is in the record. This module knows nothing about versions or near
+duplicates.
 """
 
 import hashlib
@@ -22,7 +23,7 @@ NO_PROMPTS: PromptHashes = np.zeros(0, np.uint64)
 
 
 def hash_text(text: str) -> int:
-    """Return eight bytes of BLAKE2b as a number."""
+    """Return the eight-byte BLAKE2b hash of a text as a number."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
@@ -33,21 +34,21 @@ def hash_prompts(examples: Iterable[ChatExample]) -> PromptHashes:
 
 
 def hash_answered_prompts(examples: Iterable[ChatExample]) -> PromptHashes:
-    """Return the hashes of the prompts of all answers, including the earlier ones of conversations."""
+    """Return the hashes of the prompts of all answers, including the earlier answers in conversations."""
     prompts = (prompt for example in examples for prompt in answered_prompts(example))
     return np.fromiter(map(hash_text, prompts), np.uint64)
 
 
 def write_prompt_hashes(path: Path, hashes: PromptHashes) -> None:
-    """Write the hashes as a NumPy array without pickled objects: each once, and sorted to hide the examples' order."""
+    """Write the hashes as a NumPy array without pickled objects, deduplicated and sorted to hide their order."""
     np.save(path, np.unique(hashes).astype("<u8"), allow_pickle=False)
 
 
 def read_prompt_hashes(path: Path) -> PromptHashes:
-    """Read hashes from a file.
+    """Read prompt hashes from a file.
 
     Raises:
-        IntegrityError: the file is missing or is not such an array.
+        IntegrityError: the file is missing or does not contain an array of hashes.
     """
     todo = "restore it from a backup, or train again"
     try:

@@ -1,10 +1,11 @@
-"""Selection of held-out examples and of general examples to mix in. It depends on content and seed only, so it is the
-same wherever the files are and in whatever order they are read.
+"""Selects held-out examples, and general examples to mix in. The selection depends only on content and
+seed, so it is the same wherever the files are and in whatever order they are read.
 
-Near duplicates stay on one side: a held-out example that nearly repeats a training example measures memory. So do the
-examples of one conversation, whose turns are answers in one example and context in another. Each group is assigned by
-its own hash, so that added data leave the existing examples where they are, unless an opening becomes too common to
-mark a conversation. Knows nothing of files and versions.
+Near duplicates stay on one side, because a held-out example that nearly repeats a training example
+measures memory. So do the examples of one conversation, whose turns are answers in one example and
+context in another. Each group is assigned by its own hash, so that added data leave the existing
+examples where they are, unless an opening becomes too common to identify a conversation. This module
+knows nothing about files or versions.
 """
 
 import hashlib
@@ -22,16 +23,16 @@ from svc.dataset.schema.example import ChatExample, normal_opening, normal_promp
 from svc.errors import DataError
 
 _FEW_TOGETHER = 4
-"""Number of examples that may be one conversation, however small the data are."""
+"""Number of examples that may form one conversation, however small the data set is."""
 
 
 @dataclass(frozen=True, slots=True)
 class HeldoutSplit:
-    """Examples in two parts, both in their original order.
+    """Examples split into two parts, both in their original order.
 
     Attributes:
-        learnt_before: number of examples in `train` that would be held out if no earlier version had been trained on
-            their prompts or near duplicates of them.
+        learnt_before: number of examples in `train` that would have been held out if no earlier version had
+            been trained on their prompts or near duplicates of them.
     """
 
     train: list[ChatExample]
@@ -42,23 +43,25 @@ class HeldoutSplit:
 def split_heldout(
     examples: Sequence[ChatExample], share: float, seed: int, learnt: PromptHashes = NO_PROMPTS
 ) -> HeldoutSplit:
-    """Split examples into those to train on and those to hold out.
+    """Split examples into a training set and a held-out set.
 
-    Examples are one conversation if they begin with the same turns up to the first user turn. A group of conversations
-    with near duplicates is held out if the smallest hash of its openings, as a share of all hashes, is below `share`.
-    So a group with k different openings is held out with probability 1 - (1 - share) ** k: with a share of 0.1,
-    an example without near duplicates with probability 0.1, a pair nearly twice and a group of ten 6.5 times as often.
-    In data with many near copies more than `share` is expected to be held out; a large group is held out as a whole.
+    Examples belong to one conversation if they begin with the same turns up to the first user turn. A group
+    of conversations with near duplicates is held out if the smallest hash of its openings, as a fraction of
+    the hash range, is below `share`. A group with k different openings is therefore held out with
+    probability 1 - (1 - share) ** k. With a share of 0.1, an example without near duplicates is held out
+    with probability 0.1, a pair nearly twice as often, and a group of ten 6.5 times as often. In data with
+    many near copies, more than `share` is expected to be held out; a large group is held out as a whole.
 
-    In return, added data move no held-out example to the training set, as long as its group stays together and more
-    than one group is held out: if no hash is below `share`, the group with the smallest is held out, and if all are,
-    the group with the largest is trained on. A training example can become a held-out one if a near duplicate with
-    a smaller hash is added, which `learnt` prevents.
+    In return, added data move no held-out example to the training set, as long as its group stays together
+    and more than one group is held out. If no hash is below `share`, the group with the smallest hash is
+    held out, and if all are, the group with the largest is trained on. A training example can become a
+    held-out one if a near duplicate with a smaller hash is added, which `learnt` prevents.
 
     Args:
-        share: share of the range of hashes; about the share of examples that are held out.
-        seed: another seed holds out other examples.
-        learnt: prompts that an earlier version was trained on. A group with one of them is trained on.
+        share: share of the hash range, which is about the share of examples that are held out.
+        seed: a different seed holds out different examples.
+        learnt: prompts that an earlier version was trained on; any group that contains one of them is
+            trained on.
 
     Raises:
         DataError: nothing can be held out.
@@ -82,7 +85,7 @@ def split_heldout(
 
 
 def put_sample_first(examples: Sequence[ChatExample], size: int, seed: int) -> list[ChatExample]:
-    """Return the examples with a random sample of `size` first. Sample and rest each keep their order."""
+    """Return the examples with a random sample of `size` first. The sample and the rest each keep their order."""
     drawn = set(_seeded(range(len(examples)), examples, seed)[:size])
     order = sorted(range(len(examples)), key=lambda place: (place not in drawn, place))
     return [examples[place] for place in order]
@@ -98,7 +101,7 @@ def mix_general(
     """Return the general examples to train on in addition to the task's, so that the model forgets less.
 
     Args:
-        general: candidates; those with an answer to a held-out prompt are never chosen.
+        general: candidate examples; those that contain an answer to a held-out prompt are never chosen.
         share: share of general examples among all training examples.
 
     Raises:
@@ -117,12 +120,12 @@ def mix_general(
 
 
 def group_near_duplicates(examples: Sequence[ChatExample]) -> NDArray[np.int64]:
-    """Return for each example the index of the first one in its group of equal prompts and near duplicates."""
+    """Return for each example the index of the first example in its group of equal or nearly equal prompts."""
     return _groups(_table(examples))
 
 
 def near_leaks(examples: Sequence[ChatExample], heldout: Sequence[ChatExample]) -> list[int]:
-    """Return the indices of the examples that are near duplicates of a held-out one."""
+    """Return the indices of the examples that are near duplicates of a held-out example."""
     sketches, count = _table([*heldout, *examples]).sketches, len(heldout)
     matches = nearest(sketches[count:], sketches[:count])
     return [int(place) for place in np.flatnonzero(matches >= 0)]
@@ -135,9 +138,10 @@ def _groups(table: LineTable) -> NDArray[np.int64]:
 
 
 def _answered_elsewhere(table: LineTable, groups: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the groups with a prompt that a conversation of another group answers: they cannot be held out.
+    """Return the groups that cannot be held out because a conversation in another group answers their prompts.
 
-    Conversations that begin with a common opening are in several groups, and one may consist of the opening alone.
+    Conversations that begin with a common opening are spread over several groups, and one of them may
+    consist of the opening alone.
     """
     places = places_in(table.earlier["prompts"], table.rows["prompts"])
     elsewhere = (places >= 0) & (groups[places] != groups[table.earlier["rows"]])
@@ -146,10 +150,11 @@ def _answered_elsewhere(table: LineTable, groups: NDArray[np.int64]) -> NDArray[
 
 
 def _openings(examples: Sequence[ChatExample], share: float) -> PromptHashes:
-    """Return a hash for each example that is the same for examples of one conversation.
+    """Return a hash for each example that is equal for examples of the same conversation.
 
-    It is that of the turns up to the first user turn. An opening of more examples than are to be held out is that of
-    many conversations, such as a greeting: there the turns up to the next user turn count, as often as necessary.
+    It is the hash of the turns up to the first user turn. An opening shared by more examples than are to be
+    held out, such as a greeting, belongs to many conversations. In that case the turns up to the next user
+    turn are hashed, and so on as often as necessary.
     """
     most, questions = max(_FEW_TOGETHER, share * len(examples)), 1
     openings = _opening_hashes(examples, questions)
@@ -170,11 +175,11 @@ def _opening_hashes(examples: Sequence[ChatExample], questions: int) -> PromptHa
 def _held_groups(
     groups: NDArray[np.int64], free: NDArray[np.int64], smallest: NDArray[np.float64], share: float
 ) -> NDArray[np.int64]:
-    """Return the groups to hold out: at least one, and not all.
+    """Return the groups to hold out: at least one, but never all of them.
 
     Args:
         free: groups that may be held out.
-        smallest: smallest hash of each group, from 0 to 1, indexed by the group's number.
+        smallest: smallest hash of each group, from 0 to 1, indexed by group number.
     """
     if len(groups) < 2:
         raise DataError(
@@ -197,7 +202,7 @@ def _held_groups(
 
 
 def _fractions(hashes: PromptHashes, seed: int) -> NDArray[np.float64]:
-    """Return a number from 0 to 1 for each hash, determined by the seed."""
+    """Return a number from 0 to 1 for each hash. The seed determines the numbers."""
     salt = f"{seed}\x1f".encode()
     digests = (hashlib.blake2b(salt + int(number).to_bytes(8, "little"), digest_size=8).digest() for number in hashes)
     return np.fromiter((int.from_bytes(digest, "little") / 2**64 for digest in digests), np.float64)
@@ -211,7 +216,7 @@ def _table(examples: Sequence[ChatExample]) -> LineTable:
 
 
 def _seeded(places: Sequence[int], examples: Sequence[ChatExample], seed: int) -> list[int]:
-    """Return the places in an order determined by content and seed; equal examples keep their order."""
+    """Return the indices in an order determined by content and seed. Equal examples keep their order."""
 
     def key(place: int) -> tuple[bytes, int]:
         text = f"{seed}\x1f{normal_prompt(examples[place])}\x1f{examples[place].answer}"

@@ -1,6 +1,6 @@
-"""Summary of a data set in a few numbers. It is stored with a version, because the version's training examples are not.
+"""Summarizes a data set in a few numbers, which a version keeps in place of its training examples.
 
-It contains no text of examples except labels, which are few and short.
+The summary contains no example text except labels, which are few and short.
 """
 
 from collections import Counter
@@ -17,9 +17,9 @@ from svc.dataset.text.plain_text import normal
 from svc.files.json_file import read_record
 
 DATA_SUMMARY_FILE = "data_summary.json"
-"""Name of the file in a version's reference folder."""
+"""Name of the summary file in a version's reference folder."""
 _EDGES = sorted({round(1.25**power) for power in range(100)})
-"""Whole numbers, so that every bar can contain a length."""
+"""Histogram edges in characters. They are whole numbers, so that every bar can contain a length."""
 
 
 class _Record(BaseModel):
@@ -27,11 +27,12 @@ class _Record(BaseModel):
 
 
 class Lengths(_Record):
-    """Distribution of the lengths of texts, characters.
+    """Distribution of text lengths, in characters.
 
     Attributes:
         median, p95, longest: length that 50 %, 95 % and 100 % of the texts do not exceed.
-        edges: edges of a histogram's bars, each a quarter above the previous; the last one is exclusive.
+        edges: edges of the histogram bars, each a quarter above the previous one; the last edge is
+            exclusive.
         counts: number of texts in each bar.
     """
 
@@ -43,7 +44,7 @@ class Lengths(_Record):
 
     @classmethod
     def of(cls, lengths: Sequence[int]) -> "Lengths":
-        """Return the distribution of these lengths, of which there must be at least one."""
+        """Return the distribution of the given lengths. At least one length is required."""
         values = np.maximum(np.asarray(lengths), 1)
         first, last = np.searchsorted(_EDGES, [values.min(), values.max()], side="right")
         edges = _EDGES[first - 1 : last + 1]
@@ -58,10 +59,12 @@ class DataSummary(_Record):
     Attributes:
         general: number of training examples from data.general.
         prompts, answers: lengths of the training prompts (all turns before the answer) and answers.
-        labels: count of each label among the other training examples, the most frequent first, ignoring spacing and
-            case; empty if the answers are not labels.
-        near_duplicates: number of training examples with the same or nearly the same prompt as an earlier one.
-        near_heldout: number of held-out examples with the same or nearly the same prompt as a training example.
+        labels: count of each label among the other training examples, most frequent first, ignoring spacing
+            and case; empty if the answers are not labels.
+        near_duplicates: number of training examples with the same or nearly the same prompt as an earlier
+            example.
+        near_heldout: number of held-out examples with the same or nearly the same prompt as a training
+            example.
     """
 
     train: int
@@ -75,11 +78,11 @@ class DataSummary(_Record):
 
 
 def summarize_data(train: Sequence[ChatExample], heldout: Sequence[ChatExample], general: int = 0) -> DataSummary:
-    """Return the summary.
+    """Return the summary of a training set and its held-out set.
 
     Args:
-        train: at least one example.
-        general: number of general examples, which are the last ones of `train`.
+        train: training examples, at least one.
+        general: number of general examples, which come last in `train`.
     """
     return DataSummary(
         train=len(train),
@@ -94,7 +97,7 @@ def summarize_data(train: Sequence[ChatExample], heldout: Sequence[ChatExample],
 
 
 def _labels(examples: Sequence[ChatExample]) -> dict[str, int]:
-    """Return the count of each label; empty if an answer is not a label, or there are too many different ones."""
+    """Return the count of each label, or an empty dict if some answer is not a label or there are too many."""
     counts: Counter[str] = Counter()
     for example in examples:
         label = find_label(example.answer)
@@ -108,6 +111,6 @@ def read_data_summary(path: Path) -> DataSummary:
     """Read a summary that `model_dump_json` wrote.
 
     Raises:
-        IntegrityError: the file is missing, or is not a summary.
+        IntegrityError: the file is missing or is not a summary.
     """
     return read_record(path, DataSummary)

@@ -1,1 +1,1 @@
-"""The data that a version stores about its examples for drift, and the compared features of prompts and answers."""
+"""The example data that a version stores for drift, and the features compared for prompts and answers."""

@@ -1,9 +1,10 @@
-"""Features of an answer that a person can understand: its length, its end, and whether it has the form of the task.
+"""Human-readable features of an answer: its length, how it ends, and whether it has the form of the task.
 
-The length, end and likelihood of an answer depend on its sampling, and held-out answers are greedy. These three are
-compared only for live answers with temperature 0, as if they had been truncated where held-out answers were; otherwise
-every client with a higher temperature would count as drift. Each held-out answer has its own limit, and a live prompt
-has no reference to derive one from: the largest of the limits applies.
+The length, end and likelihood of an answer depend on how it was sampled, and held-out answers are
+greedy. These three are therefore compared only for live answers with temperature 0, as if they had been
+truncated where held-out answers were. Otherwise every client with a higher temperature would count as
+drift. Each held-out answer has its own limit, but a live prompt has no reference to derive one from, so
+the largest of the limits applies.
 """
 
 import re
@@ -19,10 +20,10 @@ from svc.drift_reference.sample import NO, NOT_THERE, YES, Sample
 from svc.evaluation.metrics.json_answers import is_json
 
 _ENDED = ("stop", "tool_calls")
-"""Finish reasons of an answer that the model ended."""
+"""Finish reasons of answers that the model itself ended."""
 _MAX_LABELS = 30
 _MIN_PER_LABEL = 3
-"""References per label, on average; with fewer, the references are texts, not labels."""
+"""Minimum average number of references per label. With fewer, the references are texts rather than labels."""
 _REFUSAL = re.compile(
     r"\b(?:i(?:'m| am) (?:sorry|unable|not able)"
     r"|i (?:can(?:'t|not| not)|won't|will not) (?:help|assist|answer|provide|do|comply|fulfil)"
@@ -30,36 +31,38 @@ _REFUSAL = re.compile(
     re.IGNORECASE,
 )
 _REFUSAL_CHARS = 200
-"""Number of characters at the beginning of an answer that are searched for a refusal."""
+"""Number of characters at the start of an answer that are searched for a refusal."""
 
 
 class AnswerFeature(StrEnum):
-    """The compared features of an answer, each a line of the drift table."""
+    """The features by which answers are compared. Each is a line of the drift table."""
 
     TOKENS = "answer_tokens"
-    """Length in tokens, at most the largest limit of held-out answers; greedy answers only."""
+    """Length in tokens, capped at the largest limit of the held-out answers. Used only for greedy answers."""
     LOGPROB = "answer_logprob"
-    """Mean log-probability of its tokens, rounded to tenths of a nat, because a second scoring differs by hundredths;
-    greedy answers with a score only."""
+    """Mean log-probability of the answer's tokens, rounded to tenths of a nat because scoring again differs by
+    hundredths. Used only for greedy answers that have a score."""
     FINISH_REASON = "finish_reason"
-    """`stop`, `length` or `tool_calls`; greedy answers only."""
+    """`stop`, `length` or `tool_calls`. Used only for greedy answers."""
     EMPTY = "empty"
     REFUSAL = "refusal"
-    """The answer begins like a refusal in English."""
+    """Whether the answer begins like an English refusal."""
     VALID_JSON = "valid_json"
-    """Whether it is JSON; only if all held-out references are, and only for answers that ended within that limit."""
+    """Whether the answer is JSON. Used only if all held-out references are JSON, and only for answers that
+    ended within the largest limit of the held-out answers."""
     LABEL = "label"
-    """The answer if it is one of the labels, else `other`; only if the references are a few labels, and only for
-    answers that ended within the largest limit of held-out answers."""
+    """The answer if it is one of the labels, else `other`. Used only if the references consist of a few labels,
+    and only for answers that ended within the largest limit of the held-out answers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The compared properties of an answer; unknown ones are None.
+    """The properties by which an answer is compared. Unknown properties are None.
 
     Attributes:
-        greedy: whether it was sampled as held-out answers are; if not, length, end and likelihood are not compared.
-        logprob: mean log-probability of its tokens, nats.
+        greedy: whether the answer was sampled as held-out answers are; if not, its length, end and
+            likelihood are not compared.
+        logprob: mean log-probability of the answer's tokens, in nats.
     """
 
     text: str | None
@@ -73,8 +76,10 @@ class AnswerSampler:
     """Creates samples of answers that can be compared with each other.
 
     Args:
-        references: the right answers of the held-out set; they determine whether the task asks for JSON or for labels.
-        cut: length in tokens at which live answers count as truncated: the largest limit of the held-out ones.
+        references: reference answers of the held-out set; they determine whether the task asks for JSON or
+            labels.
+        cut: length in tokens at which live answers count as truncated, which is the largest limit of the
+            held-out answers.
     """
 
     def __init__(self, references: Sequence[str], cut: int) -> None:
@@ -87,7 +92,7 @@ class AnswerSampler:
         self._wants_json = bool(references) and not calls and all(map(is_json, references))
 
     def sample(self, answers: Sequence[Answer]) -> Sample:
-        """Return the features of answers; those of their texts are without thinking, which varies more."""
+        """Return the features of answers. Text features exclude thinking, which varies more."""
         answers = [
             answer if answer.text is None else replace(answer, text=without_thinking(answer.text)) for answer in answers
         ]
@@ -119,7 +124,7 @@ class AnswerSampler:
         return _yes(answer.text if known else None, lambda text: not text.strip())
 
     def _whole(self, answer: Answer) -> str | None:
-        """Return the text if it ended by itself within the limit of held-out answers: truncated JSON is not JSON."""
+        """Return the text if the answer ended by itself within the limit of held-out answers, else None."""
         ended = answer.finish_reason in _ENDED and answer.tokens is not None and answer.tokens <= self.cut
         return answer.text if ended else None
 
@@ -130,18 +135,18 @@ class AnswerSampler:
 
 
 def is_greedy(temperature: float | None, max_tokens: int | None, cut: int) -> bool:
-    """Return whether a request was sampled as held-out ones are.
+    """Return whether a request was sampled like held-out requests.
 
     Args:
-        temperature: temperature in the request; None: the model's own default, which is rarely 0.
-        max_tokens: limit in the request; None: no limit.
-        cut: the largest limit of held-out answers, tokens.
+        temperature: temperature in the request, or None for the model's own default, which is rarely 0.
+        max_tokens: token limit in the request, or None if it has none.
+        cut: the largest limit of the held-out answers, in tokens.
     """
     return temperature == 0 and (max_tokens is None or max_tokens >= cut)
 
 
 def compared_logprob(logprob: float | None, *, greedy: bool) -> float:
-    """Return an answer's log-probability, rounded for the comparison; NaN if it is not compared."""
+    """Return an answer's log-probability, rounded for comparison, or NaN if it is not compared."""
     return _number(round(logprob, 1) if greedy and logprob is not None else None)
 
 

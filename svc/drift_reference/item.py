@@ -1,6 +1,7 @@
-"""Drift items: the features of one live request each, computed as the reference's are, and converted to samples.
+"""Drift items: the features of live requests, computed like the reference's and converted to samples.
 
-The same code computes both sides of a comparison. Knows nothing of how items are stored.
+Each item holds one request's features. The same code computes both sides of a comparison. This module
+does not know how items are stored.
 """
 
 import math
@@ -19,7 +20,7 @@ from svc.store.requests import RequestRecord
 
 
 class ItemMaker:
-    """Creates items of requests of one version in one format.
+    """Creates drift items from the requests of one version in one format.
 
     Raises:
         NotFoundError: the version has no prompts to compare with.
@@ -32,7 +33,7 @@ class ItemMaker:
         self._reference = reference
 
     def make(self, records: Sequence[RequestRecord]) -> list[Item]:
-        """Return an item for each record.
+        """Return a drift item for each record.
 
         Args:
             records: requests with their redacted prompts and answers.
@@ -56,7 +57,7 @@ class ItemMaker:
         ]
 
     def _answers(self, records: Sequence[RequestRecord]) -> Sample:
-        """Return features of the answers, without log-probabilities: none of them has a score yet."""
+        """Return the features of the answers. Log-probabilities are missing, because no answer has a score yet."""
         sampler = self._reference.answer_sampler
         if sampler is None:
             return Sample(len(records))
@@ -95,9 +96,9 @@ def answer_sample(items: Sequence[Item], logprobs: Sequence[float | None], like:
     """Return the features of the items' answers as a sample.
 
     Args:
-        logprobs: log-probability of each answer; None if it has no score.
-        like: the reference's sample; the result has the same features, and a feature that an item lacks counts as
-            missing.
+        logprobs: log-probability of each answer, or None for an answer without a score.
+        like: the reference's sample; the result has the same features, and a feature that an item lacks
+            counts as missing.
     """
     rows: list[Mapping[str, float | str | None]] = []
     for item, logprob in zip(items, logprobs, strict=True):

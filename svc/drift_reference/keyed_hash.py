@@ -1,7 +1,8 @@
-"""Hashes of words and of conversations, from which a reader of the database alone learns nothing.
+"""Hashes words and conversations so that a reader of the database alone learns nothing from the hashes.
 
-The hashes use a random key of the home, a file beside the database: a person who has only the database cannot
-test whether a given word was in a prompt. They are equal for equal texts, which is all that a comparison needs.
+The hashes use the home's random key, which is a file beside the database. Someone who has only the
+database cannot test whether a given word was in a prompt. Equal texts have equal hashes, which is all
+that a comparison needs.
 """
 
 import os
@@ -22,23 +23,23 @@ from svc.files.disk import sync_folder
 
 KEY_FILE = "drift.key"
 MAX_WORDS = 512
-"""Maximum number of hashed words of a prompt; a page of text has about 250 distinct words."""
+"""Maximum number of hashed words per prompt. A page of text has about 250 distinct words."""
 _KEY_BYTES = 16
 _WORD = re.compile(rf"{WORD}|\d+")
 
 
 @dataclass(frozen=True, slots=True)
 class KeyedHash:
-    """Hashes with the key of one home."""
+    """Computes hashes with the key of one home."""
 
     key: bytes = field(repr=False)
 
     @classmethod
     def of_home(cls, home: Path) -> "KeyedHash":
-        """Return the keyed hash of a home; create the home's key at first use.
+        """Return the keyed hash of a home, creating the home's key on first use.
 
         Raises:
-            IntegrityError: the file with the key is damaged.
+            IntegrityError: the key file is damaged.
         """
         path = home / KEY_FILE
         if not path.exists():
@@ -53,16 +54,16 @@ class KeyedHash:
         return cls(key)
 
     def words(self, text: str) -> NDArray[np.int32]:
-        """Return sorted hashes of the distinct words of a text: at most `MAX_WORDS`, the smallest ones.
+        """Return the sorted hashes of a text's distinct words, limited to the `MAX_WORDS` smallest hashes.
 
-        They are a random sample of the words that is consistent: a word has the same hash in every text.
+        The hashes are a consistent random sample of the words, because a word has the same hash in every text.
         """
         distinct = set(_WORD.findall(head_and_tail(text).lower()))
         hashes = {self._number(word, 4) for word in distinct}
         return np.array(sorted(hashes)[:MAX_WORDS], dtype=np.int32)
 
     def conversation(self, opening: str) -> int:
-        """Return the hash of the beginning of a conversation."""
+        """Return the hash of a conversation's beginning."""
         return self._number(opening, 8)
 
     def _number(self, text: str, size: int) -> int:
@@ -71,7 +72,7 @@ class KeyedHash:
 
 
 def _make_key(path: Path) -> None:
-    """Write a new key, if no other process has written one meanwhile."""
+    """Write a new key, unless another process has written one in the meantime."""
     with NamedTemporaryFile(dir=path.parent, prefix=f".{KEY_FILE}.") as file:  # has mode 0600
         file.write(secrets.token_bytes(_KEY_BYTES))
         file.flush()

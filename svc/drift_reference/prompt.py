@@ -1,4 +1,4 @@
-"""Features of a prompt that a person can understand: its length, language, words and preceding turns."""
+"""Human-readable features of a prompt: its length, language, words and preceding turns."""
 
 import re
 from collections.abc import Sequence
@@ -17,35 +17,37 @@ _SYMBOL = re.compile(r"[^\w\s]")
 
 
 class PromptFeature(StrEnum):
-    """The compared features of a prompt, each a line of the drift table."""
+    """The features by which prompts are compared. Each is a line of the drift table."""
 
     CHARACTERS = "characters"
-    """Length of the last user turn."""
+    """Length of the last user turn in characters."""
     DISTINCT_WORDS = "distinct_words"
-    """Number of distinct words, divided by the number of words."""
+    """Number of distinct words divided by the total number of words."""
     UNKNOWN_WORDS = "unknown_words"
-    """Share of its distinct words that are in none of the text space's prompts."""
+    """Fraction of the prompt's distinct words that occur in none of the text space's prompts."""
     WORD_LENGTH = "word_length"
-    """Mean length of a word, characters."""
+    """Mean word length, in characters."""
     SYMBOLS = "symbols"
-    """Share of characters that are neither letter, digit nor space."""
+    """Fraction of the characters that are neither letters, digits nor spaces."""
     TURNS = "turns"
-    """User and assistant turns before the answer."""
+    """Number of user and assistant turns before the answer."""
     LANGUAGE = "language"
-    """ISO 639 code."""
+    """ISO 639 code of the prompt's language."""
     SYSTEM_PROMPT = "system_prompt"
-    """Its checksum; a system prompt with a date in it differs each day, in the reference and in live traffic."""
+    """Checksum of the system prompt. A system prompt that contains a date differs each day, both in the
+    reference and in live traffic."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """The compared parts of a request.
+    """The parts of a request that are compared.
 
     Attributes:
         text: the last user turn.
-        turns: user and assistant turns before the answer.
+        turns: number of user and assistant turns before the answer.
         system: the system turn; empty if there is none.
-        opening: the messages up to and including the first user turn, the same for all turns of a conversation.
+        opening: the messages up to and including the first user turn, which are the same for all turns of a
+            conversation.
     """
 
     text: str
@@ -58,14 +60,14 @@ class PromptSampler:
     """Creates samples of prompts that can be compared with each other.
 
     Args:
-        space: the version's text space, fitted on none of the compared prompts.
+        space: the version's text space, which was not fitted on any of the compared prompts.
     """
 
     def __init__(self, space: TextSpace) -> None:
         self._space = space
 
     def sample(self, prompts: Sequence[Prompt]) -> Sample:
-        """Return features and views of prompts. For a long text, all features except its length use `head_and_tail`."""
+        """Return features and views of prompts. Except for their length, long texts are cut to `head_and_tail`."""
         texts = [head_and_tail(prompt.text) for prompt in prompts]
         word_lists = [_WORD.findall(text.lower()) for text in texts]
         numbers: dict[PromptFeature, ArrayLike] = {
@@ -86,14 +88,14 @@ class PromptSampler:
 
 
 def language(text: str) -> str:
-    """Return the language of a text as its ISO 639 code."""
+    """Return the language of a text as an ISO 639 code."""
     from py3langid import classify
 
     return str(classify(head_and_tail(text))[0])
 
 
 def _in_single(view: Floats) -> Floats:
-    """Round to single precision, in which live vectors are stored: both sides of a comparison are rounded equally."""
+    """Round to single precision, in which live vectors are stored, so that both sides are rounded equally."""
     return view.astype(np.float32).astype(np.float64)
 
 

@@ -1,8 +1,9 @@
-"""A version's reference: samples of the prompts that it was trained for and of its answers.
+"""A version's reference for drift: samples of the prompts that it was trained for, and of its answers.
 
-Read from the registry. Prompts are a random sample of all of its examples; answers are those to the held-out examples,
-the only ones that it has answered and was not trained on. Both are redacted as live texts are before they are stored,
-so that mail addresses are blanked in both.
+The samples are read from the registry. The prompts are a random sample of all of the version's examples.
+The answers are those to the held-out examples, which are the only ones that it has answered and was not
+trained on. Both are redacted in the same way as live texts before storage, so that mail addresses are
+blanked on both sides.
 """
 
 import json
@@ -29,19 +30,20 @@ from svc.registry.registry import Registry
 from svc.version import Target
 
 _MAX_ANSWERS = 1_000
-"""Maximum number of held-out answers, evenly spaced: more would add needless precision, and take seconds to redact."""
+"""Maximum number of held-out answers, which are evenly spaced. More would add needless precision and take
+seconds to redact."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Samples that live traffic of a version in a format is compared with.
+    """Samples with which a version's live traffic in one format is compared.
 
     Attributes:
-        prompts: the drift sample's prompts; None if the version has no text space.
-        answers: answers to the held-out examples; None if the version has no stored answers.
-        missing: the reason why one of them is None.
-        words: `KeyedHash.words` of each of the prompts.
-        hashes: keyed hash of the home, for words and conversations of live prompts.
+        prompts: the drift sample's prompts, or None if the version has no text space.
+        answers: answers to the held-out examples, or None if the version has no stored answers.
+        missing: why `prompts` or `answers` is None.
+        words: `KeyedHash.words` of each prompt.
+        hashes: the home's keyed hash, for words and conversations of live prompts.
     """
 
     prompt_sampler: PromptSampler | None
@@ -54,11 +56,11 @@ class Reference:
 
 
 def read_reference(registry: Registry, target: Target, redactor: Redactor) -> Reference:
-    """Read the reference of a version.
+    """Read a version's drift reference.
 
     Raises:
-        NotFoundError: no such version.
-        IntegrityError: its files differ from its manifest.
+        NotFoundError: there is no such version.
+        IntegrityError: the version's files differ from its manifest.
     """
     version = target.version
     examples = registry.heldout(version)
@@ -91,8 +93,9 @@ def read_reference(registry: Registry, target: Target, redactor: Redactor) -> Re
 
 
 def _heldout_answer(example: ChatExample, result: ExampleResult, redactor: Redactor) -> Answer:
-    """Return the answer as a live one would be stored: if it calls tools, or prompt or answer contains redacted
-    text, it has no score."""
+    """Return a held-out answer as a live one would be stored. It has no score if it calls tools, or if the
+    prompt or the answer contains redacted text.
+    """
     texts = [*(message.content for message in example.prompt), result.answer]
     unredacted = all(redactor.text(text) == text for text in texts)
     logprob = result.logprob if unredacted and not calls_in(result.answer) else None
@@ -100,7 +103,7 @@ def _heldout_answer(example: ChatExample, result: ExampleResult, redactor: Redac
 
 
 def read_prompt(stored: str) -> Prompt:
-    """Return a prompt from its stored form: JSON of the messages, or of the text of a plain completion."""
+    """Return a prompt from its stored form, which is JSON of the messages or of a plain completion's text."""
     content = json.loads(stored) if stored else ""
     if not isinstance(content, list):
         return Prompt(str(content), opening=str(content))
@@ -125,7 +128,7 @@ def _prompt(turns: Sequence[tuple[str, str]]) -> Prompt:
 
 
 def _text(content: Any) -> str:
-    """Return the text of a message's content, which may consist of parts."""
+    """Return the text of a message's content, which may consist of several parts."""
     if isinstance(content, list):
         parts = [part.get("text") for part in content if isinstance(part, dict)]
         return "\n".join(text for text in parts if isinstance(text, str))

@@ -1,4 +1,4 @@
-"""Compared items, one per row: their features, and their positions in text space."""
+"""Compared items, one per row, with their features and their positions in text space."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,10 +12,10 @@ Names = NDArray[np.str_]
 Feature = TypeVar("Feature", bound=str)
 
 NOT_THERE = ""
-"""A missing category; a missing number is NaN. Neither is compared."""
+"""Marks a missing category. A missing number is NaN. Neither is compared."""
 
 YES, NO = "yes", "no"
-"""Categories of a boolean feature."""
+"""Category names of a boolean feature."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +24,8 @@ class Sample:
 
     Attributes:
         size: number of items.
-        numbers: a value for each item, by feature.
-        categories: a name for each item, by feature.
+        numbers: one value per item, keyed by feature.
+        categories: one category name per item, keyed by feature.
         views: items by axes, one array per view of the text; empty if texts are not compared.
     """
 
@@ -42,7 +42,7 @@ class Sample:
         categories: Mapping[Feature, Sequence[str]],
         views: tuple[Floats, ...] = (),
     ) -> "Sample":
-        """Return lists of values as a sample; a number that is None is missing."""
+        """Build a sample from lists of values. A number that is None counts as missing."""
         return cls(
             size,
             {str(name): np.asarray(values, dtype=np.float64) for name, values in numbers.items()},
@@ -51,11 +51,11 @@ class Sample:
         )
 
     def part(self, start: int, stop: int) -> "Sample":
-        """Return the items from `start` up to, but without, `stop`."""
+        """Return the items from `start` up to, but not including, `stop`."""
         return self.at(np.arange(self.size)[start:stop])
 
     def at(self, places: NDArray[np.intp]) -> "Sample":
-        """Return the items at these places, in this order."""
+        """Return the items at the given indices, in that order."""
         return Sample(
             len(places),
             {name: values[places] for name, values in self.numbers.items()},
@@ -64,7 +64,7 @@ class Sample:
         )
 
     def followed_by(self, other: "Sample") -> "Sample":
-        """Return these items, then those of a sample with the same features."""
+        """Return this sample's items followed by those of another sample with the same features."""
         return Sample(
             self.size + other.size,
             {name: np.concatenate([values, other.numbers[name]]) for name, values in self.numbers.items()},

@@ -1,13 +1,15 @@
-"""A map from prompts to vectors, fitted on a version's examples; it separates topics.
+"""A map from prompts to vectors that separates topics, fitted on a version's examples.
 
-Two views of a prompt: its position among the examples' prompts (latent semantic analysis of character n-grams,
-Deerwester et al. 1990), and the answer that it asks for (a ridge regression from the position to the answer). With the
-second view, a change of topics that matters to the task is detected with about two thirds of the prompts; Lipton et al.
-2018 and Rabanser et al. 2019 found such a gain with a classifier's outputs.
+There are two views of a prompt: its position among the examples' prompts (latent semantic analysis of
+character n-grams, Deerwester et al. 1990), and the answer that it asks for (a ridge regression from the
+position to the answer). With the second view, a change of topics that matters to the task is detected
+with about two thirds of the prompts; Lipton et al. 2018 and Rabanser et al. 2019 found such a gain with
+a classifier's outputs.
 
-The map is fitted on examples other than those that live prompts are compared with (drift_sample.py), so that neither of
-the two is nearer to it than the other, as a permutation test between them requires. Texts cannot be recovered from the
-map: n-grams and words are stored as hashes. Knows nothing of tests, windows and the served model.
+The map is fitted on examples other than those that live prompts are compared with (drift_sample.py), so
+that neither of the two is nearer to it than the other, as a permutation test between them requires.
+Texts cannot be recovered from the map, because n-grams and words are stored as hashes. This module knows
+nothing about tests, windows or the served model.
 """
 
 from collections.abc import Sequence
@@ -39,22 +41,23 @@ _MARKS = (
     "\u102b-\u103e\u1056-\u1059\u105e-\u1060\u1062-\u1064\u1067-\u106d\u1071-\u1074\u1082-\u108d\u108f\u109a-\u109d"
     "\u17b4-\u17d3\u17dd\u3099\u309a"
 )
-"""Combining vowels and tones, which belong to the letter before them."""
+"""Combining vowels and tones, which belong to the preceding letter."""
 WORD = rf"[{_UNSPACED}][{_MARKS}]*|[^\W\d_{_UNSPACED}]+"
-"""A run of letters; in a script without spaces, a single letter with its marks."""
+"""Matches a run of letters or, in a script without spaces, a single letter with its marks."""
 _BUCKETS = 2**14
 _WORD_BUCKETS = 2**20
 _AXES = 256
 _TOPIC_AXES = 64
-"""Number of axes that are compared directly; the answer is predicted from all axes."""
+"""Number of axes that are compared directly. The answer is predicted from all axes."""
 _ANSWER_AXES = 32
 _RIDGE = 0.3
 _MAX_EXAMPLES = 5_000
-"""More examples do not improve the axes, and cost memory."""
+"""Maximum number of examples to fit on. More examples do not improve the axes, and they cost memory."""
 _END_CHARS = 1_000
-"""Characters of a long text that are read at its beginning and at its end; n-grams of all of it cost 30 ms."""
+"""Number of characters read at the beginning and at the end of a long text. The n-grams of all of it would
+cost 30 ms."""
 _BATCH = 100
-"""Number of texts whose n-grams are in memory at the same time, before they are added up."""
+"""Number of texts whose n-grams are held in memory at the same time before they are added up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +65,9 @@ class Embedding:
     """Prompts as vectors.
 
     Attributes:
-        topic: prompts by axes; their positions among those that the map was fitted on.
-        answer: prompts by axes; the answer that they ask for. No axes if all answers were equal.
+        topic: prompts by axes; the prompts' positions among the prompts that the map was fitted on.
+        answer: prompts by axes; the answer that each prompt asks for. There are no axes if all answers were
+            equal.
     """
 
     topic: Floats
@@ -72,13 +76,13 @@ class Embedding:
 
 @dataclass(frozen=True, slots=True)
 class TextSpace:
-    """A fitted map. `save_text_space` stores all of its arrays.
+    """A fitted map from prompts to vectors. `save_text_space` stores all of its arrays.
 
     Attributes:
         idf: weight of each n-gram bucket.
-        axes: axes by buckets, the strongest first.
-        answers: coefficients of the regression, axes of the prompt by axes of the answer.
-        words: sorted hashes of the words of the prompts.
+        axes: axes by buckets, strongest axis first.
+        answers: regression coefficients, axes of the prompt by axes of the answer.
+        words: sorted hashes of the words in the prompts.
     """
 
     idf: NDArray[np.float32]
@@ -87,14 +91,14 @@ class TextSpace:
     words: NDArray[np.int32]
 
     def embed(self, prompts: Sequence[str]) -> Embedding:
-        """Return prompts as vectors."""
+        """Return the prompts as vectors."""
         if not prompts:
             return Embedding(np.zeros((0, min(_TOPIC_AXES, len(self.axes)))), np.zeros((0, self.answers.shape[1])))
         placed = np.asarray(_weighted(_ngrams(prompts), self.idf) @ self.axes.T, dtype=np.float64)
         return Embedding(placed[:, :_TOPIC_AXES], placed @ self.answers)
 
     def unknown_words(self, prompts: Sequence[str]) -> Floats:
-        """Return the share of each prompt's distinct words that the fitted prompts lack; 0 if it has no words."""
+        """Return the fraction of each prompt's distinct words that no fitted prompt has, or 0 if it has no words."""
         if not prompts:
             return np.zeros(0)
         counts = _words(prompts)
@@ -108,7 +112,7 @@ class TextSpace:
 
 
 def head_and_tail(text: str) -> str:
-    """Return the part of a text that is read: all of it, or the beginning and the end of a long one."""
+    """Return the part of a text that is read: all of it or, if it is long, its beginning and its end."""
     return text if len(text) <= 2 * _END_CHARS else f"{text[:_END_CHARS]}\n{text[-_END_CHARS:]}"
 
 
@@ -116,8 +120,8 @@ def fit_text_space(prompts: Sequence[str], answers: Sequence[str]) -> TextSpace:
     """Fit the map from prompts to vectors.
 
     Args:
-        prompts: at least one; if there are more than 5,000, an evenly spaced 5,000 of them are used.
-        answers: one for each prompt.
+        prompts: at least one prompt; if there are more than 5,000, an evenly spaced 5,000 of them are used.
+        answers: one answer per prompt.
     """
     from sklearn.feature_extraction.text import TfidfTransformer
 
@@ -142,16 +146,16 @@ def fit_text_space(prompts: Sequence[str], answers: Sequence[str]) -> TextSpace:
 
 
 def save_text_space(path: Path, space: TextSpace) -> None:
-    """Write a NumPy archive without pickled objects; axes in half precision, which affects no comparison."""
+    """Write a NumPy archive without pickled objects. Axes are in half precision, which affects no comparison."""
     arrays = {field.name: getattr(space, field.name) for field in fields(space)}
     np.savez_compressed(path, allow_pickle=False, **{**arrays, "axes": space.axes.astype(np.float16)})
 
 
 def load_text_space(path: Path) -> TextSpace:
-    """Load a map from its archive.
+    """Load a text space from its archive.
 
     Raises:
-        IntegrityError: the file is missing or not such an archive.
+        IntegrityError: the file is missing or is not such an archive.
     """
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
@@ -162,7 +166,7 @@ def load_text_space(path: Path) -> TextSpace:
 
 
 def _answer_map(placed: Floats, targets: Floats) -> Floats:
-    """Return the regression's coefficients, prompt axes by answer axes; an intercept would move all prompts equally."""
+    """Return regression coefficients, prompt axes by answer axes. An intercept would move all prompts equally."""
     from sklearn.linear_model import Ridge
 
     if not targets.shape[1]:
@@ -172,7 +176,7 @@ def _answer_map(placed: Floats, targets: Floats) -> Floats:
 
 
 def _main_axes(matrix: "csr_matrix", count: int) -> Floats:
-    """Return the strongest axes of a matrix of weights; at most as many as its shape allows."""
+    """Return the strongest axes of a weight matrix, `count` of them or as many as its shape allows."""
     from sklearn.decomposition import TruncatedSVD
 
     count = min(count, min(matrix.shape) - 1)
@@ -192,7 +196,7 @@ def _words(texts: Sequence[str]) -> "csr_matrix":
 
 
 def _hashed(texts: Sequence[str], **options: object) -> "csr_matrix":
-    """Return counts of hashed parts, texts by buckets."""
+    """Return the counts of hashed text parts, texts by buckets."""
     from scipy.sparse import vstack
     from sklearn.feature_extraction.text import HashingVectorizer
 
@@ -202,7 +206,7 @@ def _hashed(texts: Sequence[str], **options: object) -> "csr_matrix":
 
 
 def _weighted(counts: "csr_matrix", idf: NDArray[np.float32]) -> "csr_matrix":
-    """Return sublinear TF-IDF weights with rows of length 1."""
+    """Return sublinear TF-IDF weights, with rows normalized to length 1."""
     from sklearn.preprocessing import normalize
 
     weighted = counts.astype(np.float64, copy=True)

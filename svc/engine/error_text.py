@@ -1,8 +1,8 @@
-"""Removes request content from an engine's errors before they are logged or stored: cuts them at the first value.
+"""Removes request content from engine errors before they are logged or stored, cutting at the first value.
 
-vLLM's messages contain values of the request: after `value=` and `got`, in quotes, as lists and objects of Python or
-JSON, and, for an invalid body, as pydantic's `'input'`. The request's sender gets these values; readers of a log do
-not.
+vLLM's messages contain values from the request: after `value=` and `got`, in quotes, as Python or JSON
+lists and objects, and, for an invalid body, as pydantic's `'input'`. The sender of the request gets
+these values; readers of a log do not.
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import Any
 
 _CHARS = 200
 _VALIDATION = re.compile(r"\d+ validation errors?:\s*\{'type': '(\w+)', 'loc': '(?:body\.)?(\w+)")
-"""Kind of the first error, and the field of the request."""
+"""Matches the type of the first validation error and the request field."""
 _INTERVAL = r"-?\d+(?:\.\d+)?, ?-?\d+(?:\.\d+)?[\])]"
 _VALUE = re.compile(
     r"(?<!\w)['\"`]"  # a quote, not an apostrophe
@@ -23,7 +23,7 @@ _VALUE = re.compile(
 
 
 def without_values(message: str) -> str:
-    """Return an engine's message up to the first value that it may quote, on one line."""
+    """Return an engine's message on one line, cut off before the first value that it may quote."""
     if match := _VALIDATION.match(message):
         return f"validation error {match[1]} in {match[2]}"
     value = _VALUE.search(message)
@@ -32,7 +32,7 @@ def without_values(message: str) -> str:
 
 
 def error_of(body: bytes) -> Any:
-    """Return `error` from vLLM's answer, or the whole object if it has no such field.
+    """Return `error` from vLLM's response, or the whole object if it has no such field.
 
     The result is None if the body is not a JSON object.
     """
@@ -44,7 +44,7 @@ def error_of(body: bytes) -> Any:
 
 
 def told_error(body: bytes) -> str:
-    """Return the message in an error answer, without the request's values; empty if there is none."""
+    """Return the message of an error response without the request's values, or "" if there is none."""
     error = error_of(body)
     message = error.get("message") if isinstance(error, dict) else error
     return without_values(message) if isinstance(message, str) else ""

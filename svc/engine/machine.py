@@ -1,6 +1,7 @@
-"""Resources of the machine for an engine: cores, memory, GPUs, within the limits of a container.
+"""Resources of the machine that an engine can use (cores, memory and GPUs) within a container's limits.
 
-Read from Linux and `nvidia-smi`, so that neither torch nor vLLM is imported. plan.py makes the choices.
+They are read from Linux and `nvidia-smi`, so that neither torch nor vLLM is imported. plan.py makes the
+choices.
 """
 
 import os
@@ -16,7 +17,7 @@ _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
 _NODES = Path("/sys/devices/system/node")
 _UNLIMITED = 2**60
-"""Limits above this mean "no limit", for which cgroups v1 uses a number near 2^63."""
+"""Limits above this value mean "no limit", for which cgroups v1 uses a number near 2^63."""
 _QUERY_S = 30.0
 _QUERY = ["nvidia-smi", "--query-gpu=index,uuid,memory.total,memory.free,name", "--format=csv,noheader,nounits"]
 _THREADS_VARIABLE = "VLLM_CPU_OMP_THREADS_BIND"
@@ -24,7 +25,7 @@ _THREADS_VARIABLE = "VLLM_CPU_OMP_THREADS_BIND"
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One GPU that this process may use; its memory in bytes."""
+    """One GPU that this process may use, with its memory in bytes."""
 
     name: str
     memory: int
@@ -37,13 +38,13 @@ class Machine:
 
     Attributes:
         cores: numbers of the logical cores on which this process may run; at least one.
-        quota: processor seconds per second of its cgroup; None without a limit.
-        memory: total memory that it may use, bytes.
-        free: memory that it may use now, bytes: on the memory node of its first core, where vLLM puts its cache, and
-            under the limits of its cgroup. The kernel's file cache counts as used under such a limit, because vLLM
-            counts it so before it allocates memory.
-        gpus: GPUs that `CUDA_VISIBLE_DEVICES` allows; empty if `nvidia-smi` does not answer.
-        nodes: number of memory nodes to which those cores belong.
+        quota: processor seconds per second allowed by its cgroup, or None if there is no limit.
+        memory: total memory that it may use, in bytes.
+        free: memory that it may use now, in bytes, on the memory node of its first core, where vLLM puts its
+            cache, and within the limits of its cgroup. The kernel's file cache counts as used under such a
+            limit, because vLLM counts it that way before it allocates memory.
+        gpus: GPUs that `CUDA_VISIBLE_DEVICES` allows; empty if `nvidia-smi` does not respond.
+        nodes: number of memory nodes to which the cores belong.
         threads_bind: value of vLLM's environment variable `VLLM_CPU_OMP_THREADS_BIND`.
     """
 
@@ -57,10 +58,10 @@ class Machine:
 
 
 def read_machine(*, gpus: bool) -> Machine:
-    """Read the current resources.
+    """Read the machine's current resources.
 
     Args:
-        gpus: whether to run `nvidia-smi`, which takes up to some seconds.
+        gpus: whether to run `nvidia-smi`, which can take several seconds.
     """
     cores = tuple(sorted(os.sched_getaffinity(0)))
     system = psutil.virtual_memory()
@@ -82,8 +83,8 @@ def visible_gpus(answer: str, visible: str | None) -> tuple[Gpu, ...]:
 
     Args:
         answer: output of `nvidia-smi`.
-        visible: `CUDA_VISIBLE_DEVICES`: indices or prefixes of UUIDs; as in CUDA, the first one that names no GPU ends
-            the list. None: all.
+        visible: `CUDA_VISIBLE_DEVICES`, which lists indices or UUID prefixes, or None for all GPUs. As in
+            CUDA, the first entry that names no GPU ends the list.
     """
     by_index, by_uuid = {}, {}
     for line in answer.splitlines():
@@ -112,7 +113,7 @@ def _ask_gpus() -> str:
 
 
 def _quotas() -> Iterator[float]:
-    """Yield the quota of every cgroup around this process that has one, processor seconds per second."""
+    """Yield the quota of every limiting cgroup around this process, in processor seconds per second."""
     for folder in _cgroup_folders("cpu"):
         quota, period = (_read(folder / "cpu.max") or "").split() or (None, None)
         quota, period = quota or _read(folder / "cpu.cfs_quota_us"), period or _read(folder / "cpu.cfs_period_us")
@@ -121,7 +122,7 @@ def _quotas() -> Iterator[float]:
 
 
 def _memory_limits() -> Iterator[tuple[int, int]]:
-    """Yield the memory limit and usage of every cgroup around this process that has a limit, bytes."""
+    """Yield the memory limit and usage, in bytes, of every cgroup around this process that has a limit."""
     for folder in _cgroup_folders("memory"):
         limit = _read(folder / "memory.max") or _read(folder / "memory.limit_in_bytes")
         used = _read(folder / "memory.current") or _read(folder / "memory.usage_in_bytes")
@@ -130,10 +131,10 @@ def _memory_limits() -> Iterator[tuple[int, int]]:
 
 
 def _cgroup_folders(controller: str) -> Iterator[Path]:
-    """Yield the folder of this process's cgroup for a controller, then the folders above it; for cgroups v1 and v2.
+    """Yield the folders of this process's cgroup and its parents for a controller, in cgroups v1 or v2.
 
-    In a container, the path may be the one on the host. Then its folders are missing, and a reader finds no files in
-    them, except in the topmost folder, which is the container's own cgroup.
+    In a container, the path may be the one on the host. Its folders are then missing, and a reader finds no
+    files in them, except in the topmost folder, which is the container's own cgroup.
     """
     for line in (_read(_OWN_CGROUPS) or "").splitlines():
         number, names, path = line.split(":", 2)
@@ -145,7 +146,7 @@ def _cgroup_folders(controller: str) -> Iterator[Path]:
 
 
 def _free_on_node(core: int) -> Iterator[int]:
-    """Yield the free memory on a core's memory node, bytes, including droppable file cache, as vLLM counts it."""
+    """Yield the free memory on a core's memory node in bytes. As in vLLM, this includes droppable file cache."""
     for entry in _NODES.glob(f"node*/cpu{core}"):
         cells = [line.split() for line in (_read(entry.parent / "meminfo") or "").splitlines()]
         sizes = {row[2].rstrip(":"): int(row[3]) * 1024 for row in cells if len(row) > 3}

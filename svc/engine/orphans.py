@@ -1,8 +1,9 @@
-"""Engines that outlive their server: a later server finds one by its lock and a record of its process and weights.
+"""Engines that outlive their server. A later server finds one by its lock and its record.
 
-The engine itself holds the lock: it inherits the locked file at its start, so that the kernel releases the lock when
-the engine exits for any reason, whatever happened to the server that started it. The record names the process,
-its launch, and the weights that were last verified. Knows nothing of sockets, HTTP or versions.
+The engine itself holds the lock: it inherits the locked file when it starts, so that the kernel releases
+the lock when the engine exits for any reason, whatever happened to the server that started it. The
+record names the process, its launch, and the weights that were last verified. This module knows nothing
+about sockets, HTTP or versions.
 """
 
 import contextlib
@@ -36,11 +37,11 @@ class EngineRecord:
     """Record of a running engine.
 
     Attributes:
-        pid: id of the started process; its process group has the same number.
-        boot, ticks: start of that process, see `start_of`: guards against a reused pid.
-        launch: digest of its launch, see svc.engine.vllm.launch.launch_digest.
-        plan: the choices for its launch, for display, see svc.engine.vllm.plan.EnginePlan.rows.
-        holds: the last verified content; None if unknown.
+        pid: id of the started process, which is also the number of its process group.
+        boot, ticks: start of that process, which guards against a reused pid; see `start_of`.
+        launch: digest of the engine's launch; see svc.engine.vllm.launch.launch_digest.
+        plan: the launch choices, for display; see svc.engine.vllm.plan.EnginePlan.rows.
+        holds: the last verified content, or None if unknown.
     """
 
     pid: int
@@ -53,7 +54,7 @@ class EngineRecord:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[IO[str]]:
-    """Yield the locked file, for a process that is started in the body and inherits it.
+    """Yield the locked file, which a process started in the body inherits.
 
     Raises:
         EngineError: another engine holds the lock.
@@ -70,12 +71,12 @@ def locked(folder: Path) -> Iterator[IO[str]]:
 
 
 def write_record(folder: Path, record: EngineRecord) -> None:
-    """Replace the record atomically."""
+    """Replace the engine's record atomically."""
     write_whole(folder / RECORD_FILE, json.dumps({_FOLDER: str(folder.resolve())} | asdict(record)).encode("utf-8"))
 
 
 def read_record(folder: Path) -> EngineRecord | None:
-    """Return the record; None if it is missing, damaged, or was copied together with the home that owns the engine."""
+    """Return the engine's record, or None if it is missing, damaged, or was copied together with its home."""
     try:
         record = json.loads((folder / RECORD_FILE).read_text("utf-8"))
         if record.pop(_FOLDER) != str(folder.resolve()):
@@ -86,7 +87,7 @@ def read_record(folder: Path) -> EngineRecord | None:
 
 
 def find_engine(folder: Path) -> psutil.Process | None:
-    """Return the process in the record, if it still runs and holds the lock."""
+    """Return the process named in the record if it is still running and holds the lock."""
     record = read_record(folder)
     if record is None or not is_locked(folder / LOCK_FILE):
         return None
@@ -98,9 +99,10 @@ def find_engine(folder: Path) -> psutil.Process | None:
 
 
 def end_engine(folder: Path, known: psutil.Process | None = None) -> None:
-    """Stop all processes of the engine that was last started in a folder: the first process, then its children.
+    """Stop all processes of the engine last started in a folder: the first process, then its children.
 
-    Repeats until no process remains, at most 20 times: a starting engine creates processes while it is being stopped.
+    This is repeated until no process remains, at most 20 times, because a starting engine creates processes
+    while it is being stopped.
 
     Args:
         known: the engine's first process, if the caller knows it, in case the folder was changed.
@@ -120,7 +122,7 @@ def end_engine(folder: Path, known: psutil.Process | None = None) -> None:
 
 
 def start_of(pid: int) -> tuple[str, int]:
-    """Return a process's start: boot id and clock ticks since boot. A time of day would change with the clock.
+    """Return a process's start as boot id and clock ticks since boot, since the time of day may be adjusted.
 
     Raises:
         psutil.NoSuchProcess: there is no such process.
@@ -133,7 +135,7 @@ def start_of(pid: int) -> tuple[str, int]:
 
 
 def runs(process: psutil.Process) -> bool:
-    """Return whether a process runs and is not a zombie; in a container, zombies may never be reaped."""
+    """Return whether a process is running and not a zombie. In a container, zombies may never be reaped."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -141,7 +143,7 @@ def runs(process: psutil.Process) -> bool:
 
 
 def end_processes(processes: list[psutil.Process]) -> None:
-    """Send SIGTERM and wait until the processes have exited; send SIGKILL to those that still run after 10 s."""
+    """Send SIGTERM and wait for the processes to exit, then send SIGKILL to any still running after 10 s."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -155,7 +157,7 @@ def end_processes(processes: list[psutil.Process]) -> None:
 
 
 def _holders(folder: Path) -> list[psutil.Process]:
-    """Return the processes that have the lock's file open, including an engine that has no record yet."""
+    """Return the processes that have the lock file open, including an engine that has no record yet."""
     lock = str((folder / LOCK_FILE).resolve())
 
     def has_open(process: psutil.Process) -> bool:
@@ -165,15 +167,16 @@ def _holders(folder: Path) -> list[psutil.Process]:
 
 
 def _group_of(number: int) -> list[psutil.Process]:
-    """Return the running processes of a group: if an engine's first process is killed, its core remains."""
+    """Return a group's running processes. If an engine's first process is killed, its core remains."""
     return _processes(lambda process: os.getpgid(process.pid) == number and runs(process))
 
 
 def _left_by(record: EngineRecord) -> list[psutil.Process]:
-    """Return the remaining processes of the group of an engine that may have exited.
+    """Return the remaining processes in the group of an engine that may have exited.
 
-    A pid is not reused while a group has it, but it may be after the whole group has exited: only processes that began
-    in the same boot, not before the engine, and run the same interpreter belong to it.
+    A pid is not reused while a group has it, but may be reused after the whole group has exited. Only
+    processes that began in the same boot, not before the engine, and run the same interpreter therefore
+    belong to the engine.
     """
     with contextlib.suppress(psutil.NoSuchProcess):
         if start_of(record.pid) != (record.boot, record.ticks):
@@ -193,7 +196,7 @@ def _processes(
     """Return the processes for which `fits` is true, except those that have exited or belong to other users.
 
     Args:
-        among: candidates; None: all processes.
+        among: candidate processes, or None for all processes.
     """
     fitting = list[psutil.Process]()
     for process in psutil.process_iter() if among is None else among:

@@ -1,8 +1,9 @@
 """Probes: short token sequences whose log-probabilities distinguish one set of weights from another.
 
-Measured when a version is qualified, checked after every load. They show *which* weights are loaded, not that they are
-good. An engine of another kind (version of vLLM, device, instruction set, compiled or not) rounds differently: there,
-probes are measured again, and the tolerance is never loosened.
+Probes are measured when a version is qualified and checked after every load. They show *which* weights
+are loaded, not that they are good. An engine of a different kind (vLLM version, device, instruction set,
+compiled or not) rounds differently. On such an engine the probes are measured again, and the tolerance
+is never loosened.
 """
 
 import asyncio
@@ -24,12 +25,12 @@ from svc.settings import Device, EngineSettings, GptqKernel
 MAX_PROBES = 8
 MAX_TOKENS = 64
 MIN_TOLERANCE = 1e-3
-"""Minimum tolerance, nats. Repeated probes on the CPU differ by 0.0000 if each is measured alone; another model's
-weights by about 10."""
+"""Minimum tolerance, in nats. Repeated probes on the CPU differ by 0.0000 if each is measured alone, while
+another model's weights differ by about 10."""
 _REMEASUREMENTS = 5
-"""Maximum number of repeated measurements of a probe that differs. With AMX, batches of some sizes round differently,
-by up to 0.28 nats. Measured alone, no probe differed; beside up to 15 streams of other requests, one measurement in
-forty did."""
+"""How often a probe that differs is measured again, at most. With AMX, batches of some sizes round
+differently, by up to 0.28 nats. Measured alone, no probe differed; beside up to 15 streams of other
+requests, one measurement in forty did."""
 
 TokenId = Annotated[int, Field(ge=0)]
 Scored = tuple[Sequence[int], int]
@@ -37,11 +38,11 @@ Scored = tuple[Sequence[int], int]
 
 
 class EngineFacts(BaseModel):
-    """Properties of one engine that determine how it rounds.
+    """Properties of an engine that determine how it rounds.
 
     Attributes:
         dtype: number type in which it computes.
-        kernel: kernel for 4-bit weights; `vllm` if the model has no such weights.
+        kernel: kernel for 4-bit weights, or `vllm` if the model has no such weights.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -55,18 +56,18 @@ class EngineFacts(BaseModel):
 
     @property
     def key(self) -> str:
-        """Text that is the same for equal facts."""
+        """Text that is equal for equal facts."""
         return self.model_dump_json()
 
 
 class Probe(BaseModel):
-    """One sequence and the version's log-probabilities for it.
+    """One token sequence and the log-probabilities that the version gives it.
 
     Attributes:
         token_ids: the sequence, at most 64 tokens.
         start: index of the first token of the answer.
-        logprobs: natural-log probability of each token from `start` on.
-        tolerance: maximum absolute difference of any log-probability, nats.
+        logprobs: natural-log probability of each token from `start` onward.
+        tolerance: maximum absolute difference of any log-probability, in nats.
         engine: kind of engine on which the log-probabilities were measured.
     """
 
@@ -86,10 +87,10 @@ class Probe(BaseModel):
 
 
 def engine_facts(settings: EngineSettings, capabilities: DeviceCapabilities, model: Path) -> EngineFacts:
-    """Return the facts about an engine that is started with these settings on this device.
+    """Return the rounding-related facts of an engine started with these settings on this device.
 
     Args:
-        model: folder of the model that it serves.
+        model: folder of the model that the engine serves.
 
     Raises:
         EngineError: the model's format cannot be served here.
@@ -106,14 +107,14 @@ def engine_facts(settings: EngineSettings, capabilities: DeviceCapabilities, mod
 
 
 def choose_sequences(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], count: int) -> list[Scored]:
-    """Return evenly spaced prompts with their answers, cut to at most 64 tokens.
+    """Return evenly spaced sequences of a prompt and its answer, each cut to at most 64 tokens.
 
     Args:
         pairs: token ids of prompts and of their answers.
         count: number of sequences, at most 8.
 
     Returns:
-        Pairs of a sequence and the index where its answer starts.
+        Pairs of a sequence and the index at which its answer starts.
     """
     step = max(1, len(pairs) // count)
     chosen: list[Scored] = []
@@ -127,10 +128,10 @@ def choose_sequences(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], count
 async def measure_probes(
     client: EngineClient, sequences: Sequence[Scored], *, repeats: int
 ) -> list[list[tuple[float, ...]]]:
-    """Measure all sequences repeatedly, one at a time; the differences are the engine's noise.
+    """Measure all sequences repeatedly, one at a time. The differences show the engine's noise.
 
     Args:
-        repeats: measurements of each sequence, at least 1.
+        repeats: number of measurements per sequence, at least 1.
 
     Returns:
         Log-probabilities by measurement and sequence.
@@ -141,10 +142,11 @@ async def measure_probes(
 def make_probes(
     sequences: Sequence[Scored], measured: Sequence[Sequence[tuple[float, ...]]], facts: EngineFacts
 ) -> tuple[Probe, ...]:
-    """Return probes whose tolerance is twice the largest difference of any measurement to the first, at least 0.001.
+    """Return probes, with twice the largest difference from the first measurement as tolerance, at least 0.001.
 
     Args:
-        measured: from `measure_probes`; measurements on several engines of one kind may be concatenated.
+        measured: result of `measure_probes`; measurements on several engines of one kind may be
+            concatenated.
 
     Raises:
         ProbeError: a measurement is not a finite number.
@@ -166,16 +168,17 @@ def make_probes(
 
 
 async def check_probes(client: EngineClient, probes: Sequence[Probe]) -> float:
-    """Measure all probes on the engine and compare.
+    """Measure all probes on the engine and compare the results with the stored log-probabilities.
 
-    All are measured concurrently, which takes half the time. Those that differ are measured again one at a time, up to
-    five times: rounding depends on the requests that share a batch, but other weights differ in every batch.
+    All probes are measured concurrently, which takes half the time. Probes that differ are measured again
+    one at a time, up to five times, because rounding depends on the requests that share a batch, whereas
+    other weights differ in every batch.
 
     Returns:
-        The largest difference, nats.
+        The largest difference, in nats.
 
     Raises:
-        ProbeError: a probe differs by more than its tolerance each time, or there is no probe.
+        ProbeError: a probe differs by more than its tolerance each time, or there are no probes.
     """
     if not probes:
         raise ProbeError("the version has no probes for this format", todo="qualify the version again")

@@ -1,25 +1,25 @@
-"""States of an engine, and phases of its start."""
+"""Engine states, and the phases of an engine's start."""
 
 from enum import StrEnum
 
 
 class EngineState(StrEnum):
-    """State of one engine; requests are admitted only in `ready`."""
+    """State of an engine. Requests are admitted only in the `ready` state."""
 
     STARTING = "starting"
     READY = "ready"
     SWAPPING = "swapping"
     DRAINING = "draining"
     RETIRING = "retiring"
-    """Replaced by another engine; completes its last requests."""
+    """Replaced by another engine, but still completing its last requests."""
     IDLE = "idle"
-    """Stopped, or asleep on its GPU, for lack of requests; the next request restores it."""
+    """Stopped, or asleep on its GPU, because there are no requests. The next request restores it."""
     STOPPED = "stopped"
     FAILED = "failed"
 
 
 class EnginePhase(StrEnum):
-    """Phase of an engine's start, in order. The value is the displayed text."""
+    """Phases of an engine's start, in order. Each value is the text to display."""
 
     PYTHON = "starting Python"
     ARGUMENTS = "reading arguments"

@@ -1,6 +1,6 @@
-"""Cache of a model's results, so that a base is evaluated once and not in every run.
+"""Caches a model's results, so that a base is evaluated once instead of in every run.
 
-One line of JSON for each example.
+The cache has one line of JSON per example.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 KnownResults = dict[tuple[str, int], ExampleResult]
-"""Results by cache key and token limit of the answer."""
+"""Results keyed by cache key and the answer's token limit."""
 
 
 class _Line(BaseModel):
@@ -33,23 +33,23 @@ class EvaluationCache:
     """Cached results of one model under one set of conditions.
 
     Args:
-        folder: folder of the caches of all models; created with the first result.
-        conditions: everything that determines an answer except its limit, such as weights and kind of engine.
+        folder: folder of the caches of all models, created with the first result.
+        conditions: everything that determines an answer except its limit, such as weights and engine kind.
     """
 
     def __init__(self, folder: Path, *conditions: str) -> None:
         self._path = folder / f"{hashlib.sha256(chr(0).join(conditions).encode()).hexdigest()[:32]}.jsonl"
 
     def find(self, examples: Sequence[ChatExample], limits: Sequence[int]) -> tuple[ExampleResult, ...] | None:
-        """Return the results of these examples, in order; None if one of them is missing.
+        """Return the cached results of these examples, in order, or None if any of them is missing.
 
         Args:
-            limits: maximum number of tokens of each answer; another limit may give another answer.
+            limits: maximum number of tokens per answer; a different limit may give a different answer.
         """
         return find_results(self._read(), examples, limits)
 
     def add(self, examples: Sequence[ChatExample], results: Sequence[ExampleResult]) -> None:
-        """Store the results of examples, in the same order, without scores, which depend on the metrics."""
+        """Store the results of examples, in the same order, without scores, because those depend on the metrics."""
         known = self._read()
         answers = [result.model_copy(update={"scores": {}}) for result in results]
         known |= results_by_example(zip(examples, answers, strict=True))
@@ -69,7 +69,7 @@ class EvaluationCache:
 
 
 def results_by_example(pairs: Iterable[tuple[ChatExample, ExampleResult]]) -> KnownResults:
-    """Return results by example and limit, for `find_results`."""
+    """Return the results keyed by example and limit, as `find_results` expects them."""
     listed = list(pairs)
     names = _names([example for example, _ in listed])
     return {(name, result.limit): result for name, (_, result) in zip(names, listed, strict=True)}
@@ -78,12 +78,12 @@ def results_by_example(pairs: Iterable[tuple[ChatExample, ExampleResult]]) -> Kn
 def find_results(
     known: KnownResults, examples: Sequence[ChatExample], limits: Sequence[int]
 ) -> tuple[ExampleResult, ...] | None:
-    """Return the results of these examples, in order; None if any has no result for its token limit."""
+    """Return the results of these examples, in order, or None if any has no result for its token limit."""
     results = [known.get(key) for key in zip(_names(examples), limits, strict=True)]
     return tuple(result for result in results if result is not None) if all(results) else None
 
 
 def _names(examples: Sequence[ChatExample]) -> list[str]:
-    """Return the cache key of each example. With tools, the key also depends on whether tool calls are parsed."""
+    """Return the cache key of each example. With tools, it also depends on whether tool calls are parsed."""
     calls = any_call_tools(examples)
     return [f"{fingerprint([example])}{'+calls' if calls and example.tools else ''}" for example in examples]

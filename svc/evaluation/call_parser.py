@@ -1,4 +1,4 @@
-"""Refuses examples whose reference answers call tools if the engine would not find the calls in the model's answers."""
+"""Rejects examples whose references call tools if the engine would not find calls in the model's answers."""
 
 from collections.abc import Sequence
 
@@ -8,13 +8,13 @@ from svc.errors import SettingsError
 
 
 def check_call_parser(examples: Sequence[ChatExample], arguments: Sequence[str]) -> None:
-    """Raise if references call tools and the engine has no parser for calls, so that every answer would count as wrong.
+    """Raise if references call tools but the engine has no tool call parser, so that all answers would fail.
 
     Args:
         arguments: `engine.args`.
 
     Raises:
-        SettingsError: names the options to set.
+        SettingsError: no parser is configured; the error names the options to set.
     """
     count = sum(example.calls_tools for example in examples)
     if count and not parses_calls(arguments):

@@ -1,8 +1,8 @@
-"""Comparison of two models on the same examples: the difference by each metric, with its interval, and the answers that
-differ most.
+"""Compares two models on the same examples: the difference by each metric, with its interval, and the
+answers that differ most.
 
-It is paired: differences are taken example by example, so that shared difficulty cancels out. All figures describe the
-second model relative to the first.
+The comparison is paired: differences are taken example by example, so that shared difficulty cancels
+out. All figures describe the second model relative to the first.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,21 +21,22 @@ from svc.evaluation.metrics.tokens import CutOff, Nll
 from svc.evaluation.results import ExampleResult
 
 SHOWN = 20
-"""Maximum number of examples that are shown side by side."""
+"""Maximum number of examples shown side by side."""
 _MIN_DIFFERENT = 6
-"""With fewer differing examples, all of them favour one model by chance more than once in twenty comparisons."""
+"""Minimum number of differing examples. With fewer, all of them favour one model by chance more than once
+in twenty comparisons."""
 _EQUAL = 1e-9
 
 
 class Direction(StrEnum):
-    """Outcome for the second model by one metric."""
+    """Outcome for the second model according to one metric."""
 
     BETTER = "better"
     WORSE = "worse"
     UNDECIDED = "undecided"
     """The interval of the difference contains 0, or too few examples differ."""
     DIFFERENT = "different"
-    """Significantly different by a descriptive metric."""
+    """The models differ significantly by a descriptive metric."""
 
 
 class _Part(BaseModel):
@@ -43,10 +44,10 @@ class _Part(BaseModel):
 
 
 class MetricComparison(_Part):
-    """Both models' figures by one metric.
+    """Both models' results on one metric.
 
     Attributes:
-        difference: the second model's figure minus the first's, paired by example.
+        difference: the second model's result minus the first's, paired by example.
     """
 
     title: str
@@ -63,7 +64,8 @@ class Tally(_Part):
 
     Attributes:
         metric: name of the metric whose scores are compared.
-        p_value: probability of such a lead by chance, by the two-sided exact sign test; 1 without a lead.
+        p_value: probability of such a lead by chance, by the two-sided exact sign test; 1 if there is no
+            lead.
     """
 
     metric: str
@@ -77,10 +79,10 @@ class DifferentAnswers(_Part):
     """An example that the two models answer differently.
 
     Attributes:
-        place: index of the example, from 0.
+        place: index of the example, starting at 0.
         asked: the example's last user turn.
-        gain: how much better the second model's score is; negative if the first's is better.
-        edits: edit distance of the answers, characters.
+        gain: how much better the second model's score is; negative if the first model's score is better.
+        edits: edit distance between the answers, in characters.
     """
 
     place: int
@@ -96,10 +98,11 @@ class VersionComparison(_Part):
     """Result of comparing a second model with a first one.
 
     Attributes:
-        metrics: by name, the primary one first; includes the share of answers that were cut off at their limit as
-            `cut_off`, and the negative log-likelihood of the references as `nll`.
-        left_out: reason why a metric cannot compare these models, by the metric's name.
-        different: examples whose answers differ most, by the tally's scores and then by edits.
+        metrics: comparisons keyed by metric name, the primary metric first; includes the share of answers
+            that were cut off at their limit as `cut_off`, and the negative log-likelihood of the references
+            as `nll`.
+        left_out: why a metric cannot compare these models, keyed by metric name.
+        different: examples whose answers differ most, ranked by the tally's scores and then by edits.
     """
 
     examples: int
@@ -111,7 +114,7 @@ class VersionComparison(_Part):
 
     @property
     def direction(self) -> Direction:
-        """Outcome by the primary metric."""
+        """Outcome according to the primary metric."""
         return self.metrics[self.primary].direction
 
 
@@ -123,13 +126,13 @@ def compare(
     *,
     no_tokens: str = "",
 ) -> VersionComparison:
-    """Compare two models' results.
+    """Compare the results of two models.
 
     Args:
-        first, second: one result for each example, in the same order; their scores are computed again.
-        metrics: the primary one first.
-        no_tokens: why metrics in the models' tokens cannot be compared: log-likelihoods are unknown, or the models
-            have different tokenizers. Empty if they can.
+        first, second: one result per example, in the same order; their scores are computed again.
+        metrics: metrics to compare, the primary one first.
+        no_tokens: why token-based metrics cannot be compared, because log-likelihoods are unknown or the
+            models have different tokenizers; empty if they can be compared.
 
     Raises:
         DataError: no comparable metric is left.
@@ -183,8 +186,8 @@ def _direction(difference: Interval, better: Better, differing: int) -> Directio
 def _gains(primary: Metric, one: Answered, other: Answered) -> tuple[list[float], str]:
     """Return the second model's gain on each example, and the name of the metric whose scores were used.
 
-    A metric of the whole set has no score per example: the metric that monitoring uses in its place is taken, if it
-    is among the results, else exact match.
+    A metric of the whole set has no score per example. In that case the metric that monitoring uses in its
+    place is taken if it is among the results, else exact match.
     """
     by = primary.name if primary.scored else primary.watched_by
     if by in one.results[0].scores:

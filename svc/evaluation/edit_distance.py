@@ -1,10 +1,11 @@
-"""Levenshtein distance of two texts: inserted, deleted and replaced characters."""
+"""Computes the Levenshtein distance between two texts: inserted, deleted and replaced characters."""
 
 
 def edit_distance(first: str, second: str) -> int:
-    """Return the distance by Myers' bit vectors (1999, as in Hyyrö 2003): a column of the usual table is one integer.
+    """Return the edit distance, computed with Myers' bit vectors (1999, as in Hyyrö 2003).
 
-    Answers of thousands of characters take milliseconds, instead of seconds with a loop over both.
+    Each column of the usual table is one integer. Answers of thousands of characters take milliseconds,
+    instead of seconds with a loop over both texts.
     """
     if not first or not second:
         return len(first) + len(second)

@@ -1,8 +1,8 @@
-"""A model at any OpenAI endpoint, such as another provider's or this gateway. It answers examples or acts as judge.
+"""A model at any OpenAI endpoint (another provider's or this gateway) that answers examples or judges.
 
-Differences between providers are detected from their errors: some reject a temperature, or have another name for the
-answer's limit. No provider returns log-probabilities of a prompt, so a reference's likelihood is unknown. The key is
-never written to a message, a log or a file.
+Differences between providers are detected from their errors: some reject a temperature, or have a
+different name for the answer's limit. No provider returns the log-probabilities of a prompt, so a
+reference's likelihood is unknown. The key is never written to a message, a log or a file.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 CONCURRENCY = 8
-"""Lower than for our own engine: providers limit the rate."""
+"""Maximum number of concurrent requests, lower than for our own engine because providers limit the rate."""
 _TIMEOUT_S, _CONNECT_S = 300.0, 10.0
 _MAX_TRIES = 5
 _MAX_PAUSE_S = 60.0
@@ -34,12 +34,12 @@ _MAX_SHOWN = 300
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A model behind a URL.
+    """A model served at a URL.
 
     Attributes:
         url: base URL to which `/chat/completions` is appended, for example `https://api.openai.com/v1`.
         model: the model's name at the endpoint.
-        key: API key, sent as a bearer token; None if the endpoint needs none.
+        key: API key, sent as a bearer token, or None if the endpoint needs none.
     """
 
     url: str
@@ -48,10 +48,10 @@ class Endpoint:
 
     @classmethod
     def parse(cls, text: str, key: str | None) -> "Endpoint":
-        """Return the endpoint that `https://HOST/v1#MODEL` names.
+        """Return the endpoint given as `https://HOST/v1#MODEL`.
 
         Raises:
-            SettingsError: the text has another form, or the key would cross a network in plain text.
+            SettingsError: the text has a different form, or the key would be sent over a network in plain text.
         """
         url, _, model = text.partition("#")
         if not model:
@@ -61,10 +61,10 @@ class Endpoint:
         return endpoint
 
     def check(self) -> None:
-        """Check the URL.
+        """Check that the URL is valid and safe for the key.
 
         Raises:
-            SettingsError: the URL is not valid, or the key would cross a network in plain text.
+            SettingsError: the URL is not valid, or the key would be sent over a network in plain text.
         """
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
@@ -79,10 +79,10 @@ class Endpoint:
 
     @asynccontextmanager
     async def chat(self, transport: "httpx.AsyncBaseTransport | None" = None) -> AsyncIterator["Chat"]:
-        """Yield a client of the endpoint.
+        """Yield a client for the endpoint.
 
         Args:
-            transport: replaces the network.
+            transport: HTTP transport used in place of the network.
         """
         import httpx
 
@@ -97,10 +97,10 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """An endpoint's answer.
+    """An answer returned by an endpoint.
 
     Attributes:
-        tokens: number of tokens in the answer, by the model's own tokenizer; 0 if not reported.
+        tokens: number of tokens in the answer according to the model's own tokenizer, or 0 if not reported.
     """
 
     text: str
@@ -109,12 +109,12 @@ class Completion:
 
 
 class Chat:
-    """Client of one endpoint. It adapts to the options that the endpoint accepts, and tries a request up to five times.
+    """Client of one endpoint. It adapts to the options that the endpoint accepts, and tries up to five times.
 
-    At most eight requests run at the same time; further ones wait.
+    At most eight requests run at the same time; all others wait.
 
     Args:
-        http: client, which the caller closes.
+        http: HTTP client, which the caller closes.
     """
 
     def __init__(self, http: "httpx.AsyncClient", endpoint: Endpoint) -> None:
@@ -125,15 +125,16 @@ class Chat:
         self._places = asyncio.Semaphore(CONCURRENCY)
 
     async def complete(self, messages: Sequence[Any], *, limit: int | None = None, **more: Any) -> Completion:
-        """Return the answer to a conversation.
+        """Return the endpoint's answer to a conversation.
 
         Args:
-            messages: in OpenAI's form.
-            limit: maximum number of tokens of the answer; None: the provider's default.
+            messages: messages in OpenAI's form.
+            limit: maximum number of tokens in the answer, or None for the provider's default.
             more: options for this request only.
 
         Raises:
-            EngineError: the endpoint did not answer, rejected the request, or returned another kind of answer.
+            EngineError: the endpoint did not respond, rejected the request, or returned a different kind of
+                response.
         """
         async with self._places:
             answer = await self._post({"model": self._endpoint.model, "messages": list(messages), **more}, limit)
@@ -178,7 +179,7 @@ class Chat:
         return self._options | ({} if limit is None else {self._limit_name: limit})
 
     def _adapt(self, answer: "httpx.Response") -> bool:
-        """Rename or drop an option that the endpoint rejected, for this and later requests; return whether one was."""
+        """Rename or drop an option that the endpoint rejected, now and later. Return whether one was changed."""
         if answer.status_code not in (400, 422):
             return False
         if "max_completion_tokens" in answer.text and self._limit_name == "max_tokens":
@@ -187,7 +188,7 @@ class Chat:
         return "temperature" in answer.text and self._options.pop("temperature", None) is not None
 
     def _shown(self, answer: "httpx.Response") -> str:
-        """Return the answer's text without the key, which some providers repeat."""
+        """Return the text of a response without the key, which some providers repeat."""
         text = answer.text.replace(self._endpoint.key, "…") if self._endpoint.key else answer.text
         return " ".join(text.split())[:_MAX_SHOWN]
 
@@ -200,12 +201,12 @@ async def ask_endpoint(
     on_done: Callable[[], None] = lambda: None,
     transport: "httpx.AsyncBaseTransport | None" = None,
 ) -> tuple[ExampleResult, ...]:
-    """Return the greedy answers to examples, in order. Their `nll` is 0 and meaningless.
+    """Return the greedy answers to examples, in order. Their `nll` is set to 0 and has no meaning.
 
     Args:
-        limits: maximum number of tokens of each answer.
+        limits: maximum number of tokens per answer.
         on_done: called after each example.
-        transport: replaces the network.
+        transport: HTTP transport used in place of the network.
 
     Raises:
         EngineError: see `Chat.complete`.
@@ -235,7 +236,7 @@ async def ask_endpoint(
 
 
 async def all_or_none(work: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
-    """Return all results; if one fails, cancel the others, because they would cost money."""
+    """Return all results. If one request fails, cancel the others, because they would cost money."""
     tasks = [asyncio.create_task(coroutine) for coroutine in work]
     try:
         return await asyncio.gather(*tasks)
@@ -245,7 +246,7 @@ async def all_or_none(work: Iterable[Coroutine[Any, Any, Result]]) -> list[Resul
 
 
 def _wanted_pause(answer: "httpx.Response", default: float) -> float:
-    """Return the seconds in `Retry-After`; the default if it is missing or a date."""
+    """Return the number of seconds given in `Retry-After`, or the default if it is missing or a date."""
     try:
         return max(0.0, float(answer.headers["retry-after"]))
     except (KeyError, ValueError):

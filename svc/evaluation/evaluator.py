@@ -1,7 +1,8 @@
-"""Evaluation for trainer, gates and monitoring, through the same endpoint that serves clients.
+"""Evaluation for the trainer, gates and monitoring, through the same endpoint that serves clients.
 
-Greedy answers are compared with references. The reference's log-likelihood shows differences that exact match is too
-coarse for. It covers the final answer with the token that ends it, and is training's loss on that answer.
+Greedy answers are compared with references. The reference's log-likelihood shows differences for which
+exact match is too coarse. It covers the final answer with the token that ends it, and equals the
+training loss on that answer.
 """
 
 import asyncio
@@ -36,7 +37,7 @@ class MetricReport(BaseModel):
     Attributes:
         title: name of the metric for display.
         estimate: the metric's value with its 95 % interval.
-        better: which values are better.
+        better: whether higher or lower values are better.
         unit: unit of the values.
     """
 
@@ -49,22 +50,23 @@ class MetricReport(BaseModel):
 
     @classmethod
     def of(cls, metric: Metric, estimate: Interval) -> "MetricReport":
-        """Return the report of a metric with this estimate."""
+        """Return the report of a metric with the given estimate."""
         return cls(title=metric.title, estimate=estimate, better=metric.better, unit=metric.unit)
 
 
 class EvaluationReport(BaseModel):
-    """Quality of the answers to a held-out set.
+    """Quality of a model's answers to a held-out set.
 
     Attributes:
         examples: number of evaluated examples.
-        exact_match: share of answers equal to the reference.
-        valid_json: share of answers that are JSON; None if the references are not.
-        cut_off: share of answers that were cut off at their limit of tokens.
-        nll: negative log-likelihood of the reference answers, nats per token, mean over all their tokens.
-        hits: exact match of each example, for paired comparison.
+        exact_match: share of answers that equal the reference.
+        valid_json: share of answers that are JSON, or None if the references are not.
+        cut_off: share of answers that were cut off at their token limit.
+        nll: negative log-likelihood of the reference answers, in nats per token, as a mean over all their
+            tokens.
+        hits: whether each example's answer matches exactly, for paired comparison.
         seconds: time for all answers and scores; 0 if they were cached.
-        metrics: report of each metric, by name.
+        metrics: report of each metric, keyed by name.
         primary: name of the metric that gates use and that monitoring measures again.
     """
 
@@ -82,19 +84,19 @@ class EvaluationReport(BaseModel):
 
     @property
     def figures(self) -> dict[str, MetricReport]:
-        """Reports of all metrics by name, the primary one first."""
+        """Reports of all metrics keyed by name, with the primary metric first."""
         return {self.primary: self.metrics[self.primary]} | self.metrics
 
     @property
     def all_figures(self) -> dict[str, MetricReport]:
-        """Reports of `figures`, followed by the share of cut-off answers and the log-likelihood."""
+        """The reports in `figures`, followed by the share of cut-off answers and the log-likelihood."""
         last = {CutOff.name: MetricReport.of(CutOff(), self.cut_off), Nll.name: MetricReport.of(Nll(), self.nll)}
         return self.figures | last
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """A report, and the results it was computed from, one for each example, in order."""
+    """An evaluation report, and the results it was computed from: one per example, in order."""
 
     report: EvaluationReport
     results: tuple[ExampleResult, ...]
@@ -113,13 +115,13 @@ async def evaluate(
 
     Args:
         tokenized: the same examples in the same order, as tokenized for training.
-        limits: maximum number of tokens of each answer, see svc.evaluation.answer_limit.
-        trained: whether the model was trained on such examples, so that many answers equal the reference; affects only
-            the time.
+        limits: maximum number of tokens per answer; see svc.evaluation.answer_limit.
+        trained: whether the model was trained on such examples, so that many answers equal the reference;
+            affects only the time needed.
         on_done: called after each example.
 
     Raises:
-        EngineError: a request failed; no report is made of only some of the examples.
+        EngineError: a request failed; no report is made from only some of the examples.
     """
     started = time.monotonic()
     results = await ask_examples(client, examples, tokenized, limits=limits, trained=trained, on_done=on_done)
@@ -135,7 +137,7 @@ async def ask_examples(
     trained: bool = True,
     on_done: Callable[[], None] = lambda: None,
 ) -> tuple[ExampleResult, ...]:
-    """Return the results of all examples without a report; arguments and errors as for `evaluate`."""
+    """Return the results of all examples without a report. Arguments and errors are those of `evaluate`."""
     places, calls = asyncio.Semaphore(CONCURRENCY), any_call_tools(examples)
 
     async def ask(example: ChatExample, tokens: TokenizedExample, limit: int) -> ExampleResult:
@@ -160,9 +162,9 @@ async def ask_example(
 
     Args:
         tokenized: the same example as tokenized for training.
-        limit: maximum number of tokens of the answer.
+        limit: maximum number of tokens in the answer.
         trained: as for `evaluate`.
-        find_calls: whether the references of the set call tools.
+        find_calls: whether any reference in the set calls tools.
 
     Raises:
         EngineError: the engine failed a request.
@@ -188,13 +190,13 @@ async def ask_example(
 
 
 def _is_reference(answer: Answer, tokenized: TokenizedExample) -> bool:
-    """Return whether the answer's tokens are the reference's, so that both have the same log-probability."""
+    """Return whether the answer and the reference have the same tokens, and so the same log-probability."""
     whole = len(tokenized.learnt) == 1 and tokenized.learnt[0][1] == len(tokenized.input_ids)
     return whole and answer.token_ids == tokenized.answer and len(answer.logprobs) == len(answer.token_ids)
 
 
 async def score(client: EngineClient, tokenized: TokenizedExample) -> float:
-    """Return the mean natural-log probability of all tokens that are learnt, each given all before it.
+    """Return the mean natural-log probability of all trained-on tokens, each given all tokens before it.
 
     Raises:
         EngineError: the engine rejected the request, or returned a number that is not finite.
@@ -207,7 +209,7 @@ async def mean_logprob(client: EngineClient, prompt: Sequence[int], answer: Sequ
     """Return the mean natural-log probability of a text's tokens, given a prompt.
 
     Args:
-        prompt, answer: token ids, at least one of each.
+        prompt, answer: token ids, at least one in each.
 
     Raises:
         EngineError: the engine rejected the request, or returned a number that is not finite.
@@ -230,12 +232,12 @@ def judge(
     seconds: float,
     metrics: Sequence[Metric] | None = None,
 ) -> Evaluation:
-    """Return the report on these results, with all scores computed again from the answers.
+    """Return the report on these results, recomputing all scores from the answers.
 
     Args:
-        results: one for each example, in the same order.
-        seconds: time for the answers; 0 if all were cached.
-        metrics: the primary one first; None: the task's default metrics.
+        results: one result per example, in the same order.
+        seconds: time for the answers; 0 if all of them were cached.
+        metrics: metrics to compute, the primary one first, or None for the task's default metrics.
 
     Raises:
         SvcError: a metric failed.

@@ -1,4 +1,4 @@
-"""Findings of a diagnosis: the fault, its numbers, the rule, and the recipe key to change."""
+"""Findings of a diagnosis: each has the fault, its numbers, the rule, and the recipe key to change."""
 
 from enum import StrEnum
 
@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class FindingKind(StrEnum):
-    """Kind of fault in a training run. docs/diagnosis.md has the rule for each, as a test checks."""
+    """Kind of fault in a training run. A test checks that docs/diagnosis.md has the rule for each kind."""
 
     DIVERGENCE = "divergence"
     LEARNING_RATE_HIGH = "learning_rate_high"
@@ -21,7 +21,7 @@ class FindingKind(StrEnum):
 
     @property
     def words(self) -> str:
-        """Name for display."""
+        """Return the name of the finding kind for display."""
         return self.value.replace("_", " ")
 
 
@@ -30,11 +30,11 @@ class _Record(BaseModel):
 
 
 class Advice(_Record):
-    """A change to the recipe that is worth trying.
+    """A recipe change that is worth trying.
 
     Attributes:
-        key: the recipe's key, dotted.
-        before: value in the run; empty if none was set.
+        key: the recipe's key in dotted form.
+        before: value used in the run; empty if none was set.
         value: value to try.
     """
 
@@ -50,8 +50,8 @@ class Finding(_Record):
     """One fault found in a training run.
 
     Attributes:
-        what: a sentence with the numbers.
-        advice: the change to try first.
+        what: a sentence that describes the fault, including the numbers.
+        advice: the recipe change to try first.
         rule: the rule that detected the fault.
     """
 

@@ -1,4 +1,4 @@
-"""Forgetting: loss of general knowledge by training, measured with the same questions before and after."""
+"""Forgetting: loss of general knowledge in training, measured with the same questions before and after."""
 
 from collections.abc import Sequence
 
@@ -14,14 +14,15 @@ from svc.version import Format
 
 
 class Forgetting(BaseModel):
-    """Comparison of the answers of a base, and of its version in one format, to general questions.
+    """Compares a base's answers to general questions with those of its version in one format.
 
     Attributes:
-        questions: name of the questions' file.
+        questions: name of the file with the questions.
         fingerprint: digest of the questions and their accepted answers.
-        before, after: share of right answers, of the base and of the version.
+        before, after: share of right answers of the base and of the version.
         difference: after minus before, paired by question; negative if the version answers fewer correctly.
-        nll_before, nll_after: negative log-likelihood of the references, nats per token; more sensitive than the share.
+        nll_before, nll_after: negative log-likelihood of the references, in nats per token; more sensitive
+            than the share.
         nll_difference: after minus before; positive if the references have become less likely.
         lost, gained: number of questions that only the base, or only the version, answers correctly.
     """
@@ -44,10 +45,10 @@ class Forgetting(BaseModel):
 def measure_forgetting(
     questions: GeneralSet, before: Sequence[ExampleResult], after: Sequence[ExampleResult]
 ) -> Forgetting:
-    """Compare the answers of base and version.
+    """Compare a base's answers with those of its version.
 
     Args:
-        before, after: one result for each question, in order.
+        before, after: one result per question, in order.
     """
     comparison = compare(questions.examples, before, after, [Contains(questions.accepted)])
     right, likely = comparison.metrics[Contains.name], comparison.metrics[Nll.name]
@@ -67,7 +68,7 @@ def measure_forgetting(
 
 
 def tracked(forgetting: Forgetting, format: Format) -> dict[str, float]:
-    """Return the figures of a format's comparison by their names in MLflow."""
+    """Return the comparison metrics for a format, keyed by their MLflow names."""
     return {
         "general_base": forgetting.before.value,
         f"general_{format}": forgetting.after.value,

@@ -1,4 +1,4 @@
-"""Estimates with 95 % intervals; no figure is reported without its uncertainty."""
+"""Estimates with 95 % intervals. No figure is reported without its uncertainty."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,14 +12,14 @@ from svc.sample_size import Z_INTERVAL
 Floats = NDArray[np.float64]
 _RESAMPLES = 2000
 _BATCH = 1_000_000
-"""Indices drawn in one batch: drawing all at once would take gigabytes with 100,000 examples."""
+"""Number of indices drawn in one batch. Drawing all at once would take gigabytes with 100,000 examples."""
 
 Statistic = Callable[[Floats], Floats]
-"""Maps how often each example was drawn (one row per resample) to one value per resample."""
+"""Maps how often each example was drawn (one row per resample) to one value for each resample."""
 
 
 class Interval(BaseModel):
-    """A value with its 95 % interval."""
+    """A value together with its 95 % interval."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -32,7 +32,7 @@ class Interval(BaseModel):
 
 
 def proportion(hits: int, total: int) -> Interval:
-    """Return the share of hits with Wilson's score interval, which stays valid near 0 and 1 (Wilson 1927).
+    """Return the proportion of hits with Wilson's score interval, which stays valid near 0 and 1 (Wilson 1927).
 
     Raises:
         ValueError: `total` is 0.
@@ -46,19 +46,20 @@ def proportion(hits: int, total: int) -> Interval:
 
 
 def mean(values: Sequence[float], weights: Sequence[float] | None = None) -> Interval:
-    """Return the mean with its bootstrap interval.
+    """Return the mean of the values with its bootstrap interval.
 
     Args:
-        weights: weight of each value, not all 0; a resample draws values with their weights. None: equal weights.
+        weights: weight of each value, not all 0, or None for equal weights; a resample draws values with
+            their weights.
 
     Raises:
-        ValueError: no values.
+        ValueError: there are no values.
     """
     return bootstrap(len(values), weighted_mean(values, weights))
 
 
 def weighted_mean(values: Sequence[float], weights: Sequence[float] | None = None) -> Statistic:
-    """Return the mean of these values as a `Statistic`."""
+    """Return the mean of the given values as a `Statistic`."""
     weight = np.ones(len(values)) if weights is None else np.array(weights, dtype=float)
     weighted = np.array(values, dtype=float) * weight
 
@@ -71,23 +72,24 @@ def weighted_mean(values: Sequence[float], weights: Sequence[float] | None = Non
 def paired_difference(
     first: Sequence[float], second: Sequence[float], weights: Sequence[float] | None = None
 ) -> Interval:
-    """Return the mean of second minus first, paired by example, with its interval: shared difficulty cancels out.
+    """Return the mean paired difference, second minus first, with its interval. Shared difficulty cancels out.
 
     Args:
-        weights: weight of each example; None: equal weights.
+        weights: weight of each example, or None for equal weights.
     """
     return mean([after - before for before, after in zip(first, second, strict=True)], weights)
 
 
 def share_difference(differences: Sequence[float]) -> Interval:
-    """Return the mean of paired differences of shares, each between -1 and 1, with its adjusted Wald interval.
+    """Return the mean of paired share differences, each between -1 and 1, with its adjusted Wald interval.
 
-    One difference of 1 and one of -1 are added (Bonett and Price 2012, J. Educ. Behav. Stat. 37, for answers that are
-    right or wrong). So the interval does not shrink to a point if no answer changes, as a bootstrap interval does, and
-    with 50 or more examples it excludes 0 only if at least six answers change in one direction.
+    One difference of 1 and one of -1 are added (Bonett and Price 2012, J. Educ. Behav. Stat. 37, for answers
+    that are right or wrong). The interval therefore does not shrink to a point if no answer changes, as a
+    bootstrap interval does, and with 50 or more examples it excludes 0 only if at least six answers change
+    in one direction.
 
     Raises:
-        ValueError: no differences.
+        ValueError: there are no differences.
     """
     if not differences:
         raise ValueError("no differences")
@@ -100,12 +102,13 @@ def share_difference(differences: Sequence[float]) -> Interval:
 
 
 def bootstrap(examples: int, statistic: Statistic) -> Interval:
-    """Return a statistic of all examples with its percentile interval (seeded, so equal values give equal intervals).
+    """Return a statistic of all examples with its percentile interval, seeded to be reproducible.
 
-    Resamples are drawn as counts of each example, so that a statistic of thousands of resamples is a matrix product.
+    Resamples are drawn as counts of each example, so that a statistic of thousands of resamples is a matrix
+    product.
 
     Raises:
-        ValueError: no examples.
+        ValueError: there are no examples.
     """
     if not examples:
         raise ValueError("no examples")
@@ -124,7 +127,7 @@ def bootstrap(examples: int, statistic: Statistic) -> Interval:
 
 
 def mean_or_proportion(values: Sequence[float]) -> Interval:
-    """Return the mean with its interval: Wilson's if all values are 0 or 1, else the bootstrap's."""
+    """Return the mean with its interval: Wilson's if all values are 0 or 1, otherwise a bootstrap interval."""
     if values and set(values) <= {0, 1}:
         return proportion(round(math.fsum(values)), len(values))
     return mean(values)

@@ -1,8 +1,8 @@
 """A judge: a model at any OpenAI endpoint that decides which of two answers is better.
 
-Prompts, references and answers are sent to that endpoint, so judging is off by default, and the destination is printed
-before they are sent. Judges favour the first answer, so each pair is judged in both orders; the report includes how
-often the two verdicts agree.
+Prompts, references and answers are sent to that endpoint, so judging is off by default, and the
+destination is printed before they are sent. Judges favour the first answer, so each pair is judged in
+both orders. The report includes how often the two verdicts agree.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from svc.evaluation.intervals import Interval, mean, proportion
 from svc.terminal import console, counting
 
 _MAX_UNREAD_SHARE = 0.1
-"""Maximum share of pairs without a verdict."""
+"""Maximum share of pairs that may be left without a verdict."""
 _LAST_WORD = re.compile(r"\b(A|B|TIE)\W*$")
 _INSTRUCTION = """\
 You compare two answers to the same conversation. Say which one serves the user better: is it right, does it do what \
@@ -30,7 +30,7 @@ with one word and nothing else: A, B, or TIE if neither is better."""
 
 
 class Preference(StrEnum):
-    """A verdict: which answer of a pair is better."""
+    """A verdict on which answer of a pair is better."""
 
     FIRST = "first"
     SECOND = "second"
@@ -42,13 +42,14 @@ _POINTS = {Preference.FIRST: 0.0, Preference.TIE: 0.5, Preference.SECOND: 1.0}
 
 
 class JudgeReport(BaseModel):
-    """A judge's verdicts on two models.
+    """A judge's verdicts on the answers of two models.
 
     Attributes:
         url, model: the judge's endpoint and model.
         pairs: number of pairs with a verdict in both orders.
-        unread: number of pairs without a verdict; they are left out of all figures.
-        win_rate: win rate of the second model: 1 for a win, 0.5 for a tie, mean over pairs and both orders.
+        unread: number of pairs without a verdict, which are excluded from all figures.
+        win_rate: win rate of the second model, as the mean over pairs and both orders: 1 for a win, 0.5 for
+            a tie.
         agreement: share of pairs with the same verdict in both orders.
         verdicts: both verdicts on each pair; empty for a pair without a verdict.
     """
@@ -72,15 +73,15 @@ async def judge_answers(
     *,
     title: str,
 ) -> JudgeReport:
-    """Return the judge's verdicts on each pair of answers, in both orders. Identical answers are a tie, and not sent.
+    """Return the verdicts on all pairs of answers, in both orders. Identical answers are ties and are not sent.
 
     Args:
         first, second: two models' answers to each example.
-        title: text beside the progress bar.
+        title: text shown beside the progress bar.
 
     Raises:
         SettingsError: the endpoint is not valid.
-        JudgeError: the judge did not answer, rejected a request, or returned too few verdicts.
+        JudgeError: the judge did not respond, rejected a request, or returned too few verdicts.
     """
     endpoint.check()
     asked = sum(one.strip() != other.strip() for one, other in zip(first, second, strict=True))
@@ -111,7 +112,7 @@ async def judge_answers(
 
 
 async def _compare(chat: Chat, example: ChatExample, first: str, second: str) -> tuple[Preference, ...]:
-    """Return the verdicts in both orders, each relative to the given order; empty if one is unreadable."""
+    """Return the verdicts in both orders, each relative to the given order, or () if one is unreadable."""
     if first.strip() == second.strip():
         return Preference.TIE, Preference.TIE
     shown, turned = await _ask(chat, example, first, second), await _ask(chat, example, second, first)
@@ -128,7 +129,7 @@ async def _ask(chat: Chat, example: ChatExample, first: str, second: str) -> Pre
 
 
 def _read_verdict(text: str) -> Preference | None:
-    """Return the verdict in the answer's only word, or in an explanation's last; None if there is none."""
+    """Return the verdict: the answer's only word, or the last word of an explanation. None if there is none."""
     match = _LAST_WORD.fullmatch(text.strip(" \n*_\"'").upper()) or _LAST_WORD.search(text)
     named = {"A": Preference.FIRST, "B": Preference.SECOND, "TIE": Preference.TIE}
     return named[match[1]] if match else None

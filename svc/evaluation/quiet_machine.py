@@ -1,7 +1,7 @@
-"""Measures while other processes leave the machine idle, or else reports how busy they kept it.
+"""Measures only while other processes leave the machine idle, or else reports how busy they kept it.
 
-An engine measured on a CPU during an unrelated training decoded 4 tokens/s instead of 140. Only processors are
-checked: another process on the same GPU goes unnoticed.
+An engine measured on a CPU during an unrelated training run decoded 4 tokens/s instead of 140. Only
+processors are checked, so another process on the same GPU goes unnoticed.
 """
 
 import asyncio
@@ -17,14 +17,14 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 MAX_OTHERS_SHARE = 0.1
-"""Maximum share of all processors for other processes: an idle system and a progress bar, too little to affect an
-engine."""
+"""Maximum share of all processors that other processes may use. It allows for an idle system and a progress
+bar, which is too little to affect an engine."""
 _TRIES = 3
 _PAUSE_S = 10.0
 
 
 def machine_s() -> float:
-    """Return the processor time used by all processes of this machine and stolen by its host, seconds."""
+    """Return the processor time in seconds used by all processes on this machine or stolen by its host."""
     times = psutil.cpu_times()
     return sum(times[:]) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0)
 
@@ -35,14 +35,16 @@ async def measure_quietly(
     *,
     used_s: Callable[[], float] = machine_s,
 ) -> tuple[Result, float]:
-    """Measure at most three times: again after a pause of 10 s if other processes kept the machine busy.
+    """Measure up to three times, pausing 10 s before each retry, if other processes keep the machine busy.
 
     Args:
-        own_s: returns the processor time of the measured processes, seconds; that of this process is added.
-        used_s: returns the processor time of all processes, seconds.
+        own_s: returns the processor time of the measured processes, in seconds; that of this process is
+            added.
+        used_s: returns the processor time of all processes, in seconds.
 
     Returns:
-        The result with the least disturbance, and the share of all processors that other processes used meanwhile.
+        The least disturbed result, and the share of all processors that other processes used during that
+        measurement.
     """
     best: tuple[Result, float] | None = None
     for attempt in range(_TRIES):

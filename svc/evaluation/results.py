@@ -1,7 +1,7 @@
 """Results of each held-out example, stored with a version so that later answers can be compared one by one.
 
-One line of JSON for each example, in the order of the held-out file; fewer lines than in that file if only its first
-examples were evaluated.
+The file has one line of JSON per example, in the order of the held-out file. It has fewer lines than
+that file if only its first examples were evaluated.
 """
 
 from collections.abc import Sequence
@@ -17,14 +17,14 @@ class ExampleResult(BaseModel):
 
     Attributes:
         answer: the greedy answer.
-        tokens: number of tokens in the answer, including the one that ended it.
-        limit: maximum number of tokens of the answer.
+        tokens: number of tokens in the answer, including the token that ended it.
+        limit: maximum number of tokens in the answer.
         finish_reason: the engine's `finish_reason`.
-        logprob: mean natural-log probability of the answer's tokens; None for an empty answer.
-        nll: negative log-likelihood of the reference answer, nats per token.
-        scored: number of tokens over which `nll` is the mean; 1 if nothing was scored.
+        logprob: mean natural-log probability of the answer's tokens, or None for an empty answer.
+        nll: negative log-likelihood of the reference answer, in nats per token.
+        scored: number of tokens over which `nll` is averaged; 1 if nothing was scored.
         hit: whether the answer equals the reference, ignoring surrounding white space.
-        scores: this example's score by each metric that scores examples, by the metric's name.
+        scores: this example's score by each metric that scores examples, keyed by metric name.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -41,22 +41,22 @@ class ExampleResult(BaseModel):
 
     @property
     def cut_off(self) -> bool:
-        """Whether the answer was cut off at its limit."""
+        """Whether the answer was cut off at its token limit."""
         return self.finish_reason == "length"
 
 
 def largest_limit(results: Sequence[ExampleResult]) -> int:
-    """Return the largest limit on the answers, tokens; there must be at least one answer."""
+    """Return the largest limit on the answers, in tokens. At least one answer is required."""
     return max(result.limit for result in results)
 
 
 def token_weights(results: Sequence[ExampleResult]) -> list[float]:
-    """Return each result's number of scored tokens, as the weight of its log-likelihood."""
+    """Return each result's number of scored tokens, which is the weight of its log-likelihood."""
     return [float(result.scored) for result in results]
 
 
 def write_results(path: Path, results: Sequence[ExampleResult]) -> None:
-    """Write one line for each result, in order."""
+    """Write one line per result, in order."""
     path.write_text("".join(f"{result.model_dump_json()}\n" for result in results), "utf-8")
 
 
@@ -64,6 +64,6 @@ def read_results(path: Path) -> tuple[ExampleResult, ...]:
     """Read results from a file.
 
     Raises:
-        IntegrityError: the file is missing, or a line is not a result.
+        IntegrityError: the file is missing, or one of its lines is not a valid result.
     """
     return read_records(path, ExampleResult, "result of an example")

@@ -1,4 +1,4 @@
-"""Speed of an engine under fixed conditions, so that formats can be compared on one machine."""
+"""Measures an engine's speed under fixed conditions, so that formats can be compared on one machine."""
 
 import asyncio
 import time
@@ -8,16 +8,16 @@ from svc.engine.client import EngineClient
 from svc.evaluation.intervals import Interval, mean
 
 STREAMS = 8
-"""Concurrent streams at which a format's speed is reported."""
+"""Number of concurrent streams at which a format's speed is reported."""
 TOKENS = 16
 REPEATS = 3
 
 
 async def first_token_seconds(client: EngineClient, prompt: Sequence[int]) -> Interval:
-    """Return the time to the first token of an uncached prompt, measured three times without other requests.
+    """Return the time to first token of an uncached prompt, measured three times with no other requests.
 
     Args:
-        prompt: token ids.
+        prompt: token ids of the prompt.
     """
     seconds = []
     for _ in range(REPEATS):
@@ -29,11 +29,11 @@ async def first_token_seconds(client: EngineClient, prompt: Sequence[int]) -> In
 
 
 async def decoding_speed(client: EngineClient, prompts: Sequence[Sequence[int]], streams: int) -> Interval:
-    """Return the generated tokens per second, measured three times with 16 tokens per stream and cached prompts.
+    """Return the generated tokens per second, measured three times with cached prompts, 16 tokens per stream.
 
     Args:
-        prompts: token ids; reused in turn if there are fewer than streams.
-        streams: concurrent requests.
+        prompts: token ids of each prompt; reused in turn if there are fewer prompts than streams.
+        streams: number of concurrent requests.
     """
     chosen = [prompts[index % len(prompts)] for index in range(streams)]
     await asyncio.gather(*(client.generate(prompt, tokens=1) for prompt in chosen))

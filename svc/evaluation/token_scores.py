@@ -11,11 +11,11 @@ from svc.engine.client import EngineClient
 
 _MAX_EXAMPLES = 32
 _MAX_TOKENS = 2048
-"""Maximum number of tokens of all examples: a quantized 135M model scores them in 20 s on two cores with AVX2."""
+"""Maximum total number of tokens. A quantized 135M model scores them in 20 s on two cores with AVX2."""
 
 
 class TokenScore(NamedTuple):
-    """Score of one token, given all tokens before it.
+    """Score of a single token, given all tokens before it.
 
     Attributes:
         logprob: the token's natural-log probability.
@@ -27,11 +27,11 @@ class TokenScore(NamedTuple):
 
 
 Scores = tuple[tuple[TokenScore, ...], ...]
-"""Scores of each learnt token of each example."""
+"""Scores of every trained-on token of every example."""
 
 
 def choose_examples(tokenized: Sequence[TokenizedExample]) -> list[TokenizedExample]:
-    """Return examples spread over the held-out set, with at most 2,048 tokens together; at least one."""
+    """Return examples spread over the held-out set, at least one, with at most 2,048 tokens in total."""
     stride = max(1, len(tokenized) // _MAX_EXAMPLES)
     chosen: list[TokenizedExample] = []
     tokens = 0
@@ -44,7 +44,7 @@ def choose_examples(tokenized: Sequence[TokenizedExample]) -> list[TokenizedExam
 
 
 async def score_on_engine(client: EngineClient, examples: Sequence[TokenizedExample]) -> Scores:
-    """Return the engine's scores for the examples' answers; examples are sent one at a time.
+    """Return the engine's scores for the examples' answers. Examples are sent one at a time.
 
     Raises:
         EngineError: the engine rejected a request.

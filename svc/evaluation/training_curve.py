@@ -1,4 +1,4 @@
-"""Training curve: one line of JSON for each point, in the reference folder of a version.
+"""Training curve, stored as one line of JSON per point in a version's reference folder.
 
 Point 0 is the model before its first step.
 """
@@ -11,21 +11,25 @@ from pydantic import BaseModel, ConfigDict, Field
 from svc.files.json_file import read_records
 
 TRAINING_CURVE_FILE = "training.jsonl"
-"""Name of the file in a version's reference folder."""
+"""Name of the training curve file in a version's reference folder."""
 
 
 class TrainingPoint(BaseModel):
-    """Figures of one step of the optimizer.
+    """Measurements at one optimizer step.
 
     Attributes:
         step: number of steps so far; 0 before the first.
-        epoch: passes over the examples so far.
-        loss: loss on this step's examples before the weights are updated, nats per answer token; None at step 0.
-        heldout_loss: loss on held-out examples after the step, nats per answer token; None if not measured.
+        epoch: number of passes over the examples so far.
+        loss: loss on this step's examples before the weights are updated, in nats per answer token; None at
+            step 0.
+        heldout_loss: loss on held-out examples after the step, in nats per answer token; None if not
+            measured.
         heldout_each: the same loss for each measured held-out example, in the same order at all points.
         learning_rate: learning rate of this step; None at step 0.
-        grad_norm: norm of the gradients before clipping; None at step 0, or if float16 training skipped the step.
-        tokens_per_second: prompt and answer tokens, without padding; None at step 0. Not reproducible.
+        grad_norm: norm of the gradients before clipping; None at step 0, or if float16 training skipped the
+            step.
+        tokens_per_second: prompt and answer tokens per second, without padding; None at step 0. Not
+            reproducible.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -41,14 +45,14 @@ class TrainingPoint(BaseModel):
 
 
 def write_training_curve(path: Path, points: Sequence[TrainingPoint]) -> None:
-    """Write one line for each point."""
+    """Write one line per point of the training curve."""
     path.write_text("".join(f"{point.model_dump_json(exclude_defaults=True)}\n" for point in points), "utf-8")
 
 
 def read_training_curve(path: Path) -> tuple[TrainingPoint, ...]:
-    """Read the points from a file.
+    """Read the points of a training curve from a file.
 
     Raises:
-        IntegrityError: the file is missing, or a line is not a point.
+        IntegrityError: the file is missing, or one of its lines is not a valid point.
     """
     return read_records(path, TrainingPoint, "point of a training curve")

@@ -1,8 +1,8 @@
-"""Verdict of a gate: a loss is within the allowed margin, beyond the margin, or undecided.
+"""A gate's verdict: whether a loss is within the allowed margin, beyond it, or undecided.
 
-A gate that rejects only a proven loss passes a bad version if there are few examples: losing 12 of 27 right answers to
-60 questions does not prove a loss of more than 0.1. So `passed` must be proven too. The third outcome, `undecided`,
-comes with the number of examples that would decide.
+A gate that rejects only a proven loss passes a bad version if there are few examples: losing 12 of 27
+right answers to 60 questions does not prove a loss of more than 0.1. `passed` must therefore be proven
+too. The third outcome, `undecided`, comes with the number of examples that would decide.
 """
 
 from enum import StrEnum
@@ -13,12 +13,12 @@ from svc.evaluation.intervals import Interval
 from svc.sample_size import Z_INTERVAL, about, detectable_loss, examples_needed
 
 _MAX_EXAMPLES = 1_000_000
-"""Maximum number of examples to recommend; larger sets are impractical."""
+"""Largest number of examples to recommend. Larger sets are impractical."""
 _ROUNDING = 1e-9  # 0.745 - 0.695 is slightly more than 0.05 in floating point
 
 
 class GateOutcome(StrEnum):
-    """Outcome of a gate, from the position of the loss's interval relative to the margin."""
+    """Outcome of a gate, determined by where the loss's interval lies relative to the margin."""
 
     PASSED = "passed"
     """The interval excludes a loss beyond the margin."""
@@ -28,7 +28,7 @@ class GateOutcome(StrEnum):
 
 
 class Gate(StrEnum):
-    """A kind of loss with a limit, named as the limit's key in the recipe's section `evaluate`."""
+    """A kind of loss with a limit, named after the limit's key in the recipe's `evaluate` section."""
 
     GPTQ_LOSS = "max_gptq_loss"
     GPTQ_NLL = "max_gptq_nll"
@@ -36,7 +36,7 @@ class Gate(StrEnum):
 
     @property
     def counted(self) -> str:
-        """Noun for what the gate counts, for messages."""
+        """Noun for what the gate counts, used in messages."""
         return "questions" if self is Gate.FORGETTING else "examples"
 
 
@@ -49,10 +49,11 @@ class Verdict(_Record):
 
     Attributes:
         loss: how much worse the second model is, with its 95 % interval; negative if it is better.
-        detectable: smallest distance of the loss from the margin that this number of examples decides with 80 %
-            power.
-        examples_to_decide: approximate number of examples for 80 % power if the loss stays the same. None if the
-            outcome is decided, or if the loss is so near to the margin that more than a million would be needed.
+        detectable: smallest distance of the loss from the margin that this number of examples decides with
+            80 % power.
+        examples_to_decide: approximate number of examples for 80 % power if the loss stays the same. None if
+            the outcome is decided, or if the loss is so close to the margin that more than a million would
+            be needed.
     """
 
     outcome: GateOutcome
@@ -68,7 +69,8 @@ class GateReport(_Record):
 
     Attributes:
         measured: text with the figures before and after.
-        limit: text with the recipe's key for the margin, and the figure of which a relative margin is a share.
+        limit: text with the recipe's key for the margin and, for a relative margin, the figure it is a share
+            of.
     """
 
     gate: Gate
@@ -97,14 +99,15 @@ class GateReport(_Record):
 def judge(loss: Interval, margin: float, examples: int, *, fewest: int = 1) -> Verdict:
     """Return the verdict on a loss.
 
-    The number of examples that would decide follows from the distance of the loss to the margin and from the variance
-    that the interval's width implies, by the normal approximation of svc.sample_size.
+    The number of examples that would decide follows from the distance of the loss to the margin and from the
+    variance that the interval's width implies, by the normal approximation of svc.sample_size.
 
     Args:
         loss: paired difference; above 0 if the second model is worse.
         margin: maximum allowed loss.
         examples: number of examples that both models answered, at least 1.
-        fewest: minimum number of examples for a decision: a bootstrap interval over very few is too narrow.
+        fewest: minimum number of examples for a decision, because a bootstrap interval over very few is too
+            narrow.
     """
     if examples < fewest:
         outcome = GateOutcome.UNDECIDED

@@ -1,1 +1,1 @@
-"""Files on disk: space, JSON, locks."""
+"""Files on disk: disk space, JSON files and locks."""

@@ -1,6 +1,6 @@
-"""Files that are complete or absent, also after a kill or a power cut; and the detection of a full disk.
+"""Writes files that are complete or absent even after a kill or power cut, and detects a full disk.
 
-Knows nothing of the files' contents.
+This module knows nothing about the files' contents.
 """
 
 import errno
@@ -15,7 +15,7 @@ _FULL = 1_000_000  # bytes; a disk with less cannot take another file of weights
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file atomically: a temporary file in the same folder is synced, then renamed to the path."""
+    """Write a file atomically. A temporary file in the same folder is synced, then renamed to the path."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("wb") as file:
         file.write(content)
@@ -44,9 +44,10 @@ def sync_files(folder: Path) -> None:
 
 
 def close_to_others(folder: Path, marks: Iterable[str]) -> None:
-    """Remove all other users' access to one of this service's folders, if it exists, and so to its content.
+    """Remove all other users' access to one of this service's folders, and so to its content, if it exists.
 
-    A shared folder such as /tmp, or one with other content, is left unchanged, even if it is configured as home.
+    A shared folder such as /tmp, or a folder with other content, is left unchanged, even if it is configured
+    as home.
 
     Args:
         marks: names of which this service's folders contain at least one, unless they are empty.
@@ -60,9 +61,10 @@ def close_to_others(folder: Path, marks: Iterable[str]) -> None:
 
 
 def is_full(error: Exception, folder: Path) -> bool:
-    """Return whether an error means that the disk, or the user's quota, is full.
+    """Return whether an error means that the disk or the user's quota is full.
 
-    Libraries report a full disk in different ways; torch reports a truncated write as an unexpected position.
+    Libraries report a full disk in different ways; torch reports a truncated write as an unexpected
+    position.
 
     Args:
         folder: folder that was written to.

@@ -1,4 +1,4 @@
-"""Files with one JSON object, or one per line. Errors name the file and the line."""
+"""Reads files that contain one JSON object, or one per line. Errors name the file and the line."""
 
 import json
 from pathlib import Path
@@ -10,14 +10,14 @@ from svc.errors import IntegrityError
 
 _Record = TypeVar("_Record", bound=BaseModel)
 _TODO = "restore it from a backup, or train again"
-"""The next step if a file that is stored with a version is damaged."""
+"""What to do next if a file that is stored with a version is damaged."""
 
 
 def read_json_object(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
     """Return the JSON object in a file.
 
     Args:
-        default: value to return if the file is missing; None: a missing file is an error.
+        default: value to return if the file is missing, or None to raise an error.
 
     Raises:
         IntegrityError: the file is missing or damaged.
@@ -35,10 +35,10 @@ def read_json_object(path: Path, default: dict[str, Any] | None = None) -> dict[
 
 
 def read_record(path: Path, kind: type[_Record]) -> _Record:
-    """Return the record in a version's file that `model_dump_json` wrote.
+    """Return the record that `model_dump_json` wrote to a version's file.
 
     Raises:
-        IntegrityError: the file is missing, or contains no such record.
+        IntegrityError: the file is missing or contains no such record.
     """
     try:
         return kind.model_validate_json(path.read_bytes())
@@ -50,7 +50,7 @@ def read_records(path: Path, kind: type[_Record], what: str) -> tuple[_Record, .
     """Return the records in a file, one per line.
 
     Args:
-        what: noun for a record, for the error's text.
+        what: noun for a record, used in error messages.
 
     Raises:
         IntegrityError: the file is missing, or a line contains no such record.

@@ -17,7 +17,7 @@ _PAUSE_S = 0.01
 
 @contextmanager
 def locked_file(path: Path) -> Iterator[IO[str]]:
-    """Yield the exclusively locked file, positioned at its end; a process that inherits it holds the lock too.
+    """Yield the exclusively locked file, positioned at its end. A process that inherits it holds the lock too.
 
     Raises:
         BlockingIOError: another process holds the lock, or has just removed the file.
@@ -30,7 +30,7 @@ def locked_file(path: Path) -> Iterator[IO[str]]:
 
 
 def is_locked(path: Path) -> bool:
-    """Return whether a process holds the lock; a concurrent check does not count."""
+    """Return whether a process holds the lock. A concurrent `is_locked` check does not count as a holder."""
     try:
         with path.open("r", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -46,11 +46,11 @@ def hold_lock(path: Path, what: str, **info: Any) -> Iterator[None]:
     """Hold an exclusive lock during the body.
 
     Args:
-        what: noun for the locked thing, for the error's text.
-        info: JSON values that `lock_holder` returns in other processes, in addition to `pid`.
+        what: noun for the locked thing, used in error messages.
+        info: JSON values that `lock_holder` returns to other processes, in addition to `pid`.
 
     Raises:
-        BusyError: another process holds the lock; names the process.
+        BusyError: another process holds the lock; the error names that process.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -69,12 +69,12 @@ def hold_lock(path: Path, what: str, **info: Any) -> Iterator[None]:
 
 
 def lock_holder(path: Path) -> dict[str, Any] | None:
-    """Return the holder's `pid` and info; None if no process holds the lock."""
+    """Return the lock holder's `pid` and info, or None if no process holds the lock."""
     return _read(path) if is_locked(path) else None
 
 
 def _lies_at(path: Path, file: IO[str]) -> bool:
-    """Return whether the path still leads to this file: the previous holder may have removed or renamed its folder."""
+    """Return whether the path still leads to this file. Its last holder may have removed or renamed its folder."""
     try:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except FileNotFoundError:
@@ -82,7 +82,7 @@ def _lies_at(path: Path, file: IO[str]) -> bool:
 
 
 def _take(file: IO[str]) -> None:
-    """Take the lock, with retries: another process in `is_locked` may hold the lock for microseconds."""
+    """Take the lock, retrying because another process in `is_locked` may hold it for microseconds."""
     deadline = time.monotonic() + _TAKE_TIMEOUT_S
     while True:
         try:

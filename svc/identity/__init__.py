@@ -1,1 +1,1 @@
-"""Identities: keys with their scopes and limits, their secrets, and the actors that the audit log names."""
+"""Identities: keys with their scopes and limits, their secrets, and the actors named in the audit log."""

@@ -1,4 +1,4 @@
-"""The author of a change in the audit log: a user or a key, and where the change was made."""
+"""The author of a change in the audit log: a user or a key, and where the change was made from."""
 
 import os
 import pwd
@@ -13,8 +13,8 @@ class Actor:
     """The user or key that makes a change.
 
     Attributes:
-        name: `user:NAME` of the operating system, or `key:ID`.
-        origin: the machine's name, or a client's address.
+        name: `user:NAME` with the operating system's user name, or `key:ID`.
+        origin: the machine's name, or the client's address.
     """
 
     name: str
@@ -22,7 +22,7 @@ class Actor:
 
     @classmethod
     def local(cls) -> "Actor":
-        """Return the user who runs this process, as known to the system: environment variables can be forged."""
+        """Return the user who runs this process, according to the system. Environment variables can be forged."""
         try:
             user = pwd.getpwuid(os.getuid()).pw_name
         except KeyError:  # the uid has no name, for example in a container
@@ -31,7 +31,7 @@ class Actor:
 
     @classmethod
     def of(cls, principal: Principal, address: str) -> "Actor":
-        """Return a key as the author of a change.
+        """Return the given key as the author of a change.
 
         Args:
             address: the client's address.

@@ -1,4 +1,4 @@
-"""Files with keys. Commands never take a key as an argument, because every user of the machine can read arguments."""
+"""Reads keys from files. Commands take no key as an argument, because all local users can read arguments."""
 
 import os
 import stat
@@ -9,10 +9,10 @@ from svc.identity.key_secret import key_id_of
 
 
 def read_key(path: Path) -> str:
-    """Return the API key of this service that a file contains.
+    """Return this service's API key from a file.
 
     Raises:
-        SettingsError: the file cannot be read, can be read by others, or contains no secret.
+        SettingsError: the file cannot be read, is readable by other users, or contains no secret.
     """
     secret = read_secret(path, "svc keys rotate")
     if key_id_of(secret) is None:
@@ -23,13 +23,13 @@ def read_key(path: Path) -> str:
 
 
 def read_secret(path: Path, renew: str) -> str:
-    """Return the API key, of any service, that a file contains.
+    """Return an API key of any service from a file.
 
     Args:
-        renew: instruction for replacing a key that others may have copied.
+        renew: instruction for replacing a key that other users may have copied.
 
     Raises:
-        SettingsError: the file cannot be read, can be read by others, or is empty.
+        SettingsError: the file cannot be read, is readable by other users, or is empty.
     """
     try:
         with path.open(encoding="utf-8") as file:

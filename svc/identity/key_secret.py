@@ -1,13 +1,13 @@
-"""An API key's secret: `ts_` + the key's id + `_` + 32 random characters + a checksum of 6.
+"""An API key's secret: `ts_` + the key's id + `_` + 32 random characters + a 6-character checksum.
 
     ts_k3v9q0xa_5yD0...Qe1x4T9a
        └─ id ─┘ └ 190 bits ┘└ CRC-32 ┘
 
-The id is public: it appears in rows, metrics and tables. The prefix lets scanners of repositories and logs find a
-secret, and the checksum detects a typo before any lookup.
+The id is public and appears in rows, metrics and tables. The prefix lets scanners of repositories and
+logs find a secret, and the checksum detects a typo before any lookup.
 
-Only the SHA-256 is stored. A slow password hash would not help: nobody can try 2^190 secrets, however fast the
-hash is, and it would slow down each request.
+Only the SHA-256 is stored. A slow password hash would not help, because nobody can try 2^190 secrets,
+however fast the hash is, and it would slow down every request.
 """
 
 import binascii
@@ -29,7 +29,7 @@ _ID_LENGTH, _RANDOM_LENGTH, _CHECKSUM_LENGTH = 8, 32, 6
 
 
 def new_key_id() -> str:
-    """Return a random id; the caller that stores it ensures that it is unique."""
+    """Return a random key id. The caller that stores it must ensure that it is unique."""
     return "".join(secrets.choice(_ID_LETTERS) for _ in range(_ID_LENGTH))
 
 
@@ -40,7 +40,7 @@ def new_secret(key_id: str) -> str:
 
 
 def key_id_of(secret: str) -> str | None:
-    """Return the id in a secret; None if the text is not a secret, or has a typo."""
+    """Return the key id in a secret, or None if the text is not a secret or has a typo."""
     match = _SECRET.fullmatch(secret)
     if match is None or secret[-_CHECKSUM_LENGTH:] != _checksum(secret[:-_CHECKSUM_LENGTH]):
         return None
@@ -48,7 +48,7 @@ def key_id_of(secret: str) -> str | None:
 
 
 def hide_secrets(text: str) -> str:
-    """Return a text with each complete or nearly complete secret replaced by `[key]`."""
+    """Return a text in which each complete or nearly complete secret is replaced by `[key]`."""
     return _PART.sub(KEY_BLANK, text) if PREFIX in text else text
 
 
@@ -58,12 +58,12 @@ def hash_secret(secret: str) -> str:
 
 
 def is_hash_of(stored: str, hashed: str) -> bool:
-    """Return whether two hashes are equal, in constant time."""
+    """Return whether two hashes are equal, comparing them in constant time."""
     return hmac.compare_digest(stored, hashed)
 
 
 def _checksum(text: str) -> str:
-    """Return a text's CRC-32 in base 62."""
+    """Return the CRC-32 of a text in base 62."""
     rest, letters = binascii.crc32(text.encode("ascii")), ""
     for _ in range(_CHECKSUM_LENGTH):
         rest, digit = divmod(rest, len(_LETTERS))

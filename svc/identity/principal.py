@@ -1,4 +1,4 @@
-"""Principals: keys with their scopes and limits. Knows nothing of secrets or of the transport of requests."""
+"""Principals: keys with their scopes and limits. This module knows nothing about secrets or transport."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -7,23 +7,24 @@ from svc.errors import PermissionDeniedError
 
 
 class Scope(StrEnum):
-    """Permission that a key may have."""
+    """A permission that a key may have."""
 
     INFER = "infer"
     FEEDBACK = "feedback"
     METRICS = "metrics"
     TRAIN = "train"
     ADMIN = "admin"
-    """Includes all other scopes, and permits every change to the service."""
+    """Includes all other scopes and permits any change to the service."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """A key's limits. Where one is None, only the server's limit applies.
+    """A key's limits. Where a limit is None, only the server's limit applies.
 
     Attributes:
         concurrent: maximum number of concurrent requests.
-        tokens_per_day: maximum number of prompt and answer tokens together per day, from midnight UTC.
+        tokens_per_day: maximum number of prompt and answer tokens in total per day, starting at midnight
+            UTC.
     """
 
     requests_per_minute: int | None = None
@@ -39,7 +40,7 @@ class Principal:
 
     Attributes:
         name: name for display.
-        models: names of models that the key may use, in any version; None: all.
+        models: names of models that the key may use in any version, or None for all models.
         weight: share of this key relative to other keys when capacity is short.
     """
 
@@ -51,11 +52,11 @@ class Principal:
     weight: int = 1
 
     def may(self, scope: Scope) -> bool:
-        """Return whether the key has a scope."""
+        """Return whether the key has the given scope."""
         return scope in self.scopes or Scope.ADMIN in self.scopes
 
     def may_ask(self, model: str) -> bool:
-        """Return whether the key may use a model.
+        """Return whether the key may use the given model.
 
         Args:
             model: NAME, NAME@N or NAME@alias.
@@ -63,7 +64,7 @@ class Principal:
         return self.models is None or model.partition("@")[0] in self.models
 
     def require(self, scope: Scope) -> None:
-        """Check that the key has a scope.
+        """Check that the key has the given scope.
 
         Raises:
             PermissionDeniedError: the key lacks the scope.

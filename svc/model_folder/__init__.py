@@ -1,1 +1,1 @@
-"""Model folders in the format of the Hugging Face hub."""
+"""Model folders in Hugging Face hub format."""

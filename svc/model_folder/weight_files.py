@@ -1,7 +1,8 @@
 """The files in a model folder that transformers and vLLM read: weights and tokenizer.
 
-A folder from the hub often contains more: the same weights in the publisher's own format (`consolidated.safetensors`,
-`original/`), parameters (`params.json`), pictures. These are ignored here.
+A folder from the hub often contains more: the same weights in the publisher's own format
+(`consolidated.safetensors`, `original/`), parameters (`params.json`) and pictures. These are ignored
+here.
 """
 
 from pathlib import Path
@@ -11,11 +12,11 @@ from svc.files.json_file import read_json_object
 
 WEIGHTS_INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-"""Each of these files is sufficient as a tokenizer."""
+"""Tokenizer files, each of which is sufficient as a tokenizer."""
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files with the weights, sorted by name: those in the index, or all if there is no index.
+    """Return the safetensors weight files, sorted by name: those in the index, or all if there is no index.
 
     Files in the index are returned even if they do not exist.
 

@@ -1,1 +1,1 @@
-"""Model versions: their content, their folders, and the resolution of names. The only owner of their paths."""
+"""Model versions: their content, folders and name resolution. Only this package handles their paths."""

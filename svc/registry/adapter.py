@@ -1,6 +1,6 @@
 """Adapters of versions: facts about an adapter, and why vLLM cannot apply it to its base at run time.
 
-vLLM supports LoRA and rsLoRA (vllm/lora/peft_helper.py). Other kinds of adapters are served merged.
+vLLM supports LoRA and rsLoRA (vllm/lora/peft_helper.py). All other kinds of adapters are served merged.
 """
 
 from collections.abc import Mapping
@@ -32,16 +32,17 @@ _FEATURES = {
     "use_bdlora": "block-diagonal LoRA",
     "use_qalora": "QALoRA",
 }
-"""Unsupported kinds of adapters, by the key of PEFT's config that selects each."""
+"""Unsupported kinds of adapters, keyed by the PEFT config key that selects them."""
 _PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
-"""Values of `init_lora_weights` that leave the base's weights unchanged, unlike PiSSA and OLoRA."""
+"""Values of `init_lora_weights` that leave the base's weights unchanged, unlike those for PiSSA and OLoRA."""
 _NOT_TARGETS = frozenset({"lm_head", "embed_tokens"})
-"""Layers for which vLLM would store one output layer per adapter, which kills its CPU engine at the next probe."""
+"""Layers that adapters must not change. vLLM would store one output layer per adapter, which kills its CPU
+engine at the next probe."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterBase:
-    """Properties that two adapters must share to be applied by one engine.
+    """Properties that two adapters must share for one engine to apply both.
 
     Attributes:
         folder: the base model's folder.
@@ -56,13 +57,13 @@ class AdapterBase:
 
 @dataclass(frozen=True, slots=True)
 class AdapterFacts:
-    """Facts about one version's adapter.
+    """Facts about the adapter of one version.
 
     Attributes:
         folder: folder with the adapter's files.
         rank: largest rank of any layer.
         targets: last parts of the names of the adapted layers, for example `q_proj`.
-        bytes: total size of the adapter's files.
+        bytes: total size of the adapter's files, in bytes.
         failed: checks that the version failed before its registration.
     """
 
@@ -76,11 +77,11 @@ class AdapterFacts:
 
 
 def read_adapter(registry: Registry, version: VersionId) -> AdapterFacts:
-    """Read the facts of a version's adapter, without its weights.
+    """Read the facts about a version's adapter, without loading its weights.
 
     Raises:
         NotFoundError: the version does not exist, or has no adapter, or its base is missing.
-        RefusedError: vLLM cannot apply the adapter to its base; contains the reason.
+        RefusedError: vLLM cannot apply the adapter to its base; the error contains the reason.
         IntegrityError: the adapter's config is missing or damaged.
     """
     folder, manifest = registry.artifact(version, Format.ADAPTER), registry.manifest(version)
@@ -110,10 +111,10 @@ def read_adapter(registry: Registry, version: VersionId) -> AdapterFacts:
 
 
 def adapter_refusal(config: Mapping[str, Any]) -> str | None:
-    """Return why vLLM cannot apply an adapter to its base; None if vLLM can.
+    """Return why vLLM cannot apply an adapter to its base, or None if it can.
 
     Args:
-        config: the adapter's config, written by PEFT.
+        config: the adapter's config, as written by PEFT.
     """
     kind, start = str(config.get("peft_type")), config.get("init_lora_weights", True)
     if kind != "LORA":

@@ -1,4 +1,4 @@
-"""`svc models`, `svc show` and `svc ui` show the registry. `svc models rm` and `svc gc` free disk space."""
+"""`svc models`, `svc show` and `svc ui` show the registry; `svc models rm` and `svc gc` free disk space."""
 
 import sys
 
@@ -16,7 +16,7 @@ from svc.version import VersionId
 @json_option
 @click.pass_context
 def models(ctx: click.Context, as_json: bool) -> None:
-    """List all versions with their aliases and figures."""
+    """List all versions with their aliases and metrics."""
     if ctx.invoked_subcommand is not None:
         return
     from svc.terminal import print_table
@@ -43,7 +43,7 @@ def models(ctx: click.Context, as_json: bool) -> None:
 @json_option
 @click.pass_context
 def rm(ctx: click.Context, versions: tuple[str, ...], reason: str | None, as_json: bool) -> None:
-    """Remove versions that no alias, server or rollback needs."""
+    """Remove versions that are not needed by any alias, server or rollback."""
     from svc.registry.housekeeping import remove_version
     from svc.store.audit import Action, AuditEntry, record_event
     from svc.store.database import open_database
@@ -75,7 +75,7 @@ def rm(ctx: click.Context, versions: tuple[str, ...], reason: str | None, as_jso
 @json_option
 @click.pass_context
 def gc(ctx: click.Context, older_than: float, dry_run: bool, reason: str | None, as_json: bool) -> None:
-    """Delete files left by old runs, sweeps, interrupted work, logs and caches; versions are not deleted."""
+    """Delete files left by old runs, sweeps, interrupted work, logs and caches. Versions are not deleted."""
     from svc.registry.housekeeping import find_reclaimable, reclaim
     from svc.store.audit import Action, AuditEntry, record_event
     from svc.store.database import open_database
@@ -125,7 +125,7 @@ def _row(manifest: Manifest, aliases: list[str]) -> dict[str, str]:
 @json_option
 @click.pass_context
 def show(ctx: click.Context, version: str, parity: bool, as_json: bool) -> None:
-    """Show one version: NAME, NAME@N or NAME@alias."""
+    """Show one version, given as NAME, NAME@N or NAME@alias."""
     registry = Registry.of(settings_of(ctx))
     manifest = registry.manifest(registry.resolve(version))
     if parity:
@@ -159,7 +159,7 @@ def _show_parity(registry: Registry, manifest: Manifest, *, as_json: bool) -> No
 @click.option("--port", default=5000, show_default=True, help="Port for MLflow's pages, on 127.0.0.1.")
 @click.pass_context
 def ui(ctx: click.Context, port: int) -> None:
-    """Start MLflow's pages on this machine; Ctrl-C stops them."""
+    """Start MLflow's web pages on this machine. Ctrl-C stops them."""
     import os
     import socket
 

@@ -1,4 +1,4 @@
-"""A version's files: their hashes, and the headers of safetensors files, read without the weights."""
+"""A version's files: their hashes, and safetensors headers, which are read without the weights."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ class FileRecord(BaseModel):
 
 @dataclass(frozen=True, slots=True, order=True)
 class Tensor:
-    """A tensor's entry in the header of a safetensors file."""
+    """A tensor's entry in a safetensors header."""
 
     name: str
     dtype: str
@@ -45,7 +45,7 @@ def record_file(root: Path, path: Path) -> FileRecord:
 
 
 def record_files(root: Path, folder: Path) -> tuple[FileRecord, ...]:
-    """Return the records of all files below a folder, in the order of their paths.
+    """Return the records of all files below a folder, sorted by path.
 
     Args:
         root: the version's folder, to which paths are relative.
@@ -55,10 +55,10 @@ def record_files(root: Path, folder: Path) -> tuple[FileRecord, ...]:
 
 
 def verify_files(root: Path, records: Iterable[FileRecord]) -> None:
-    """Compare files on disk with their records.
+    """Check files on disk against their records.
 
     Raises:
-        IntegrityError: a file is missing or was changed; names the first one.
+        IntegrityError: a file is missing or was changed; the error names the first such file.
     """
     for record in records:
         path = root / record.path
@@ -76,10 +76,10 @@ def verify_files(root: Path, records: Iterable[FileRecord]) -> None:
 
 
 def read_headers(folder: Path) -> tuple[Tensor, ...]:
-    """Return all tensors of a model folder, sorted by name.
+    """Return all tensors in a model folder, sorted by name.
 
     Raises:
-        IntegrityError: there is no weight file, or one is incomplete or damaged.
+        IntegrityError: there is no weight file, or a weight file is incomplete or damaged.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -104,7 +104,7 @@ def hash_tensor(folder: Path, name: str) -> str:
         name: a tensor's name, as returned by `read_headers`.
 
     Raises:
-        IntegrityError: no file of the folder contains it.
+        IntegrityError: no file in the folder contains the tensor.
     """
     for path in weight_files(folder):
         with path.open("rb") as file:

@@ -1,10 +1,11 @@
-"""Compatibility of versions: one can be loaded in place of another only if their fingerprints are equal.
+"""Version compatibility: one version can replace another in place only if their fingerprints are equal.
 
-A reload replaces only tensors, so everything that vLLM reads once at its start must be the same: architecture, shapes,
-quantization, tokenizer, chat template and its arguments, default sampling.
+A reload replaces only tensors, so everything that vLLM reads once when it starts must be the same:
+architecture, shapes, quantization, tokenizer, chat template and its arguments, default sampling.
 
-One tensor must be the same too: if input and output embeddings share a matrix, vLLM's CPU engine keeps a packed copy
-for the output, which a reload does not update. Adapters do not change that matrix; full fine-tuning does.
+One tensor must be the same too. If the input and output embeddings share a matrix, vLLM's CPU engine
+keeps a packed copy for the output, which a reload does not update. Adapters do not change that matrix,
+but full fine-tuning does.
 """
 
 import hashlib
@@ -40,11 +41,11 @@ _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "add_bos_
 
 
 def compatibility_fingerprint(folder: Path, template_kwargs: TemplateKwargs | None = None) -> str:
-    """Return the SHA-256 of everything that a reload in place cannot change, as `sha256:<hex>`.
+    """Return the SHA-256 of everything that an in-place reload cannot change, as `sha256:<hex>`.
 
     Args:
-        folder: a model folder: config.json, weights, tokenizer.
-        template_kwargs: arguments of the chat template; None: the ones stored in the folder.
+        folder: a model folder with config.json, weights and tokenizer.
+        template_kwargs: arguments of the chat template, or None to use those stored in the folder.
 
     Raises:
         IntegrityError: a file is missing or damaged.
@@ -67,7 +68,7 @@ def compatibility_fingerprint(folder: Path, template_kwargs: TemplateKwargs | No
 
 
 def tokenizer_fingerprint(folder: Path) -> str:
-    """Return the SHA-256 of a model folder's tokenizer; equal for models that tokenize every text identically.
+    """Return the SHA-256 of a model folder's tokenizer. It is equal for models that tokenize every text alike.
 
     Raises:
         IntegrityError: the tokenizer's file is missing or damaged.
@@ -83,8 +84,8 @@ def _digest(parts: dict[str, Any]) -> str:
 def _tokenizer(folder: Path) -> dict[str, Any]:
     """Return the content that determines the token ids of a text.
 
-    That is tokenizer.json without truncation and padding, which its last user may have set. If a folder lacks
-    it, as for many SentencePiece models, the hashes of its vocabulary files are returned.
+    This is tokenizer.json without truncation and padding, which its last user may have set. If a folder
+    lacks that file, as for many SentencePiece models, the hashes of its vocabulary files are returned.
     """
     if (folder / "tokenizer.json").is_file():
         tokenizer = read_json_object(folder / "tokenizer.json")
@@ -96,9 +97,10 @@ def _tokenizer(folder: Path) -> dict[str, Any]:
 
 
 def _shared_embedding(folder: Path, config: dict[str, Any], names: list[str]) -> str | None:
-    """Return the SHA-256 of an embedding that the output shares; None if the output has its own.
+    """Return the SHA-256 of an embedding shared with the output, or None if the output has its own.
 
-    The config may not say so: some architectures share the embedding by default and then save no output layer.
+    The config may not show this, because some architectures share the embedding by default and then save no
+    output layer.
     """
     text = config.get("text_config", config)
     if not text.get("tie_word_embeddings", config.get("tie_word_embeddings")) and any(
@@ -110,7 +112,7 @@ def _shared_embedding(folder: Path, config: dict[str, Any], names: list[str]) ->
 
 
 def normal_quantization(config: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return the quantization fields that affect the kernel, with defaults; None if the model is not quantized."""
+    """Return the quantization fields that affect the kernel, with defaults, or None for an unquantized model."""
     if config is None:
         return None
     normal = {key: config.get(key, default) for key, default in _QUANTIZATION_DEFAULTS.items()}
@@ -132,5 +134,5 @@ def _stable(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _content(token: Any) -> Any:
-    """Return the text of a special token, which is a string or an object that contains the text."""
+    """Return the text of a special token, which is given as a string or as an object that contains the text."""
     return token.get("content") if isinstance(token, dict) else token

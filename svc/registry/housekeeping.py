@@ -1,8 +1,9 @@
-"""Frees disk space: unneeded versions, and files left by runs, sweeps, logs and caches; never a version in use.
+"""Frees disk space: removes unneeded versions and old files of runs, sweeps, logs and caches.
 
-A version is needed if it has an alias, is or will be served, is the target of a rollback, or is the base of one of
-these that is an adapter. A version that a server has loaded only as an additional adapter is not needed: the server
-unloads it after the removal.
+A version in use is never removed. A version is needed if it has an alias, is or will be served, is the
+target of a rollback, or is the base of an adapter version that is needed for one of these reasons. A
+version that a server has loaded only as an additional adapter is not needed, and the server unloads it
+after the removal.
 """
 
 import logging
@@ -28,9 +29,9 @@ log = logging.getLogger(__name__)
 
 _DAY_S = 86_400
 _REGISTERED = "register.json"
-"""File in the folder of a finished run (trainer.pipeline.run_folder); the weights are in one folder per format."""
+"""File in a finished run's folder (trainer.pipeline.run_folder). The weights are in one folder per format."""
 _REMOVING = ".removing"
-"""Lock in the folder of a name's versions, held during a removal."""
+"""Lock file in the folder of a name's versions, held during a removal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +39,9 @@ class Reclaimable:
     """A file or folder that can be deleted.
 
     Attributes:
-        size: bytes that a deletion would free.
+        size: number of bytes that deleting it would free.
         why: why the file or folder is not needed.
-        touched: time of the last change to the content, seconds since the epoch.
+        touched: time of the last change to the content, in seconds since the epoch.
     """
 
     path: Path
@@ -50,7 +51,7 @@ class Reclaimable:
 
 
 def protected(registry: Registry, store: Store, name: str) -> dict[VersionId, str]:
-    """Return the versions of a name that must not be removed, each with the reason."""
+    """Return the versions of a name that must not be removed, each with the reason why."""
     reasons = {version: f"has the alias {alias}" for alias, version in registry.tracking.aliases(name).items()}
     desired = read_desired(store, name)
     if desired is not None:
@@ -61,7 +62,7 @@ def protected(registry: Registry, store: Store, name: str) -> dict[VersionId, st
 
 
 def _bases(registry: Registry, store: Store, name: str) -> dict[VersionId, str]:
-    """Return the versions of a name that are bases of adapters that are served, or would be after a rollback."""
+    """Return a name's versions that are bases of adapters that are served, or would be after a rollback."""
     reasons: dict[VersionId, str] = {}
     states = [state for desired in desired_names(store) if (state := read_desired(store, desired))]
     for target in [target for state in states for target in (state.previous, state.target) if target]:
@@ -74,7 +75,7 @@ def _bases(registry: Registry, store: Store, name: str) -> dict[VersionId, str]:
 
 
 def remove_version(registry: Registry, store: Store, version: VersionId) -> int:
-    """Remove a version with all its files; its number is not reused. Return the freed bytes.
+    """Remove a version with all its files, and return the freed bytes. Its number is not reused.
 
     Raises:
         NotFoundError: there is no such version.
@@ -104,7 +105,7 @@ def remove_version(registry: Registry, store: Store, version: VersionId) -> int:
 
 
 def _run_of(registry: Registry, version: VersionId) -> Path | None:
-    """Return the folder of the run that created a version; None if the version is damaged or the folder is missing."""
+    """Return the folder of the run that created a version. None if it is missing or the version is damaged."""
     try:
         folder = registry.models.parent / RUNS_FOLDER / registry.manifest(version).run
     except IntegrityError:
@@ -114,7 +115,7 @@ def _run_of(registry: Registry, version: VersionId) -> Path | None:
 
 
 def _drop_weights(run: Path) -> None:
-    """Remove a run's links to a removed version's weights, to free their space; not while the run is active."""
+    """Remove a run's links to a removed version's weights to free their space, unless the run is active."""
     try:
         with hold_lock(run / RUN_LOCK, f"the run {run.name}"):
             for format in Format:
@@ -140,8 +141,8 @@ def _refuse(registry: Registry, store: Store, version: VersionId) -> None:
 def find_reclaimable(registry: Registry, home: Path, older_than_days: float) -> Iterator[Reclaimable]:
     """Yield leftovers of interrupted work, and old files.
 
-    Unfinished runs and sweeps can be resumed, and a rotated log may still be read: all are kept for `older_than_days`
-    days since their last change. Files in use by a process are skipped.
+    Unfinished runs and sweeps can be resumed, and a rotated log may still be read. All of these are kept for
+    `older_than_days` days after their last change. Files in use by a process are skipped.
     """
     now = time.time()
     before = now - older_than_days * _DAY_S
@@ -152,7 +153,7 @@ def find_reclaimable(registry: Registry, home: Path, older_than_days: float) -> 
 
 
 def _leftovers(models: Path, home: Path) -> Iterator[tuple[Path, str]]:
-    """Yield every item that is not in use, of any age, with the reason why it is not needed."""
+    """Yield every unused item, whatever its age, with the reason why it is not needed."""
     for folder in _folders(models.glob("*/.*")):  # a registration takes minutes, less than a day
         yield folder, "left by an interrupted registration or removal"
     for folder in _folders((home / RUNS_FOLDER).glob("*")):
@@ -170,7 +171,7 @@ def _leftovers(models: Path, home: Path) -> Iterator[tuple[Path, str]]:
 
 
 def reclaim(item: Reclaimable) -> None:
-    """Delete an item if it is unchanged. A folder is deleted as a whole: part of a run could look finished.
+    """Delete an item if it is unchanged. Folders are deleted whole, because part of a run could look finished.
 
     Raises:
         BusyError: the item is in use, or was changed since it was found.
@@ -189,12 +190,12 @@ def reclaim(item: Reclaimable) -> None:
 
 
 def _folders(paths: Iterator[Path]) -> list[Path]:
-    """Return the folders, sorted. Links are left out, because users have created them."""
+    """Return the folders, sorted. Links are excluded, because users have created them."""
     return sorted(path for path in paths if path.is_dir() and not path.is_symlink())
 
 
 def _newest(path: Path, now: float) -> float:
-    """Return the time of the last change below a path, ignoring the lock of a run, which every check writes."""
+    """Return the time of the last change below a path, ignoring a run's lock, which every check writes to."""
     try:
         return max(entry.lstat().st_mtime for entry in (path, *path.rglob("*")) if entry.name != RUN_LOCK)
     except FileNotFoundError:  # it is being published or rotated
@@ -202,6 +203,6 @@ def _newest(path: Path, now: float) -> float:
 
 
 def size_on_disk(path: Path) -> int:
-    """Return the number of bytes that a deletion would free: files with another hard link do not count."""
+    """Return the number of bytes that a deletion would free. Files that have another hard link do not count."""
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     return sum(file.stat().st_size for file in files if file.stat().st_nlink == 1)

@@ -1,4 +1,4 @@
-"""The manifest: all facts about a version, written once and last."""
+"""The manifest: all facts about a version. It is written once, after everything else."""
 
 import json
 from datetime import datetime
@@ -34,7 +34,7 @@ class BaseRecord(_Record):
     Attributes:
         origin: name of the base in the recipe.
         revision: revision that pins the base's content.
-        licence: licence stated by the publisher; None if unknown.
+        licence: licence stated by the publisher, or None if unknown.
     """
 
     origin: str
@@ -43,7 +43,7 @@ class BaseRecord(_Record):
 
 
 class SelectedBy(StrEnum):
-    """Examples that selected a version's weights (early stopping) or the recipe's values (a sweep)."""
+    """The examples that selected a version's weights (early stopping) or the recipe's values (a sweep)."""
 
     NONE = "none"
     HELDOUT = "heldout"
@@ -62,7 +62,7 @@ class DataRecord(_Record):
 
     @property
     def selection(self) -> str:
-        """Text that says which examples selected the version, and what it means for its figures; empty if none did."""
+        """Text that says which examples selected the version, and how this affects its metrics. Empty if none did."""
         if self.selected_by is SelectedBy.HELDOUT:
             return "the same examples selected the version, so its figures are slightly too good (set data.validation)"
         if self.selected_by is SelectedBy.VALIDATION:
@@ -71,12 +71,13 @@ class DataRecord(_Record):
 
 
 class FormatRecord(_Record):
-    """The version in one format.
+    """A version's record for one format.
 
     Attributes:
-        fingerprint: versions with equal fingerprints can replace each other in a running engine.
-        evaluation: quality measured on the engine; None for a format that was not served.
-        load_seconds: time to load the weights into a running engine.
+        fingerprint: fingerprint of the format; versions with equal fingerprints can replace each other in a
+            running engine.
+        evaluation: quality measured on the engine, or None for a format that was not served.
+        load_seconds: time to load the weights into a running engine, in seconds.
         tokens_per_second: tokens decoded per second with 8 concurrent streams.
     """
 
@@ -89,23 +90,24 @@ class FormatRecord(_Record):
 
     @property
     def bytes(self) -> int:
-        """Size on disk."""
+        """Size on disk, in bytes."""
         return sum(file.bytes for file in self.files)
 
 
 class Manifest(_Record):
-    """All facts about one version. Training figures are in MLflow under `tracking_run`.
+    """All facts about one version. Training metrics are in MLflow under `tracking_run`.
 
     Attributes:
         reference: records of the files with which later traffic and answers are compared.
         base_evaluation: quality of the base, for comparison with the merged model; None if not evaluated.
-        failed: failed checks. A version with failed checks was registered on request and cannot be promoted.
-        parity: comparison of the trained with the served model; None if no format is served.
-        judge: a judge's comparison of the merged model with the base; None if there was no judge.
+        failed: failed checks; a version with failed checks was registered on request and cannot be promoted.
+        parity: comparison of the trained model with the served one, or None if no format is served.
+        judge: a judge's comparison of the merged model with the base, or None if there was no judge.
         findings: faults found in the training run.
-        forgetting: loss of general knowledge in each format, compared with the base; empty if no general questions
-            were asked.
-        gates: verdicts on the losses caused by quantization and training; empty if the recipe sets no limits.
+        forgetting: loss of general knowledge in each format compared with the base; empty if no general
+            questions were asked.
+        gates: verdicts on the losses caused by quantization and training; empty if the recipe sets no
+            limits.
     """
 
     schema_version: Literal[1] = 1
@@ -131,29 +133,29 @@ class Manifest(_Record):
 
     @property
     def id(self) -> VersionId:
-        """`NAME@N` of the version."""
+        """The version's id, `NAME@N`."""
         return VersionId(self.name, self.number)
 
     @property
     def undecided(self) -> tuple[str, ...]:
-        """Texts of the undecided gates, without those that count as failed."""
+        """Descriptions of the undecided gates, excluding those that count as failed."""
         undecided = (str(gate) for gate in self.gates if gate.verdict.outcome is GateOutcome.UNDECIDED)
         return tuple(gate for gate in undecided if gate not in self.failed)
 
     @property
     def judged_examples(self) -> int:
-        """Number of held-out examples on which its formats were evaluated; 0 for a version with only an adapter."""
+        """Number of held-out examples on which the version's formats were evaluated; 0 if it has only an adapter."""
         return next((record.evaluation.examples for record in self.formats.values() if record.evaluation), 0)
 
     @property
     def primary_title(self) -> str:
-        """Title of the primary metric; empty for a version with only an adapter."""
+        """Title of the primary metric; empty if the version has only an adapter."""
         report = next((record.evaluation for record in self.formats.values() if record.evaluation), None)
         return report.figures[report.primary].title if report else ""
 
     @property
     def max_answer_tokens(self) -> int | None:
-        """The recipe's limit on answers to held-out examples, tokens; None: each reference determines the limit."""
+        """The recipe's token limit on held-out answers, or None if each reference determines the limit."""
         limit: int | None = self.recipe.get("evaluate", {}).get("max_tokens")
         return limit
 
@@ -162,7 +164,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read a version's manifest.
 
     Raises:
-        IntegrityError: the file is missing, is not a manifest, or belongs to another version.
+        IntegrityError: the file is missing, is not a manifest, or belongs to a different version.
     """
     path = folder / MANIFEST_FILE
     manifest = read_record(path, Manifest)

@@ -1,7 +1,7 @@
 """A version's parity report: checks that the served model equals the trained one.
 
-Created once, before registration, from the files to register and on an engine that serves them. Knows nothing of its
-measurement (trainer/parity) or display.
+It is created once, before registration, from the files to register and on an engine that serves them.
+This module does not know how it is measured (trainer/parity) or displayed.
 """
 
 import math
@@ -21,7 +21,7 @@ class ParityCheck(_Record):
     """Result of one check in a parity report.
 
     Attributes:
-        name: name of the compared property.
+        name: name of the property that is compared.
         found: the property's actual value.
         expected: the required value or limit.
     """
@@ -36,12 +36,12 @@ class ParityCheck(_Record):
 
 
 class Differences(_Record):
-    """Differences between two models' scores of the same tokens, each given all tokens before it.
+    """Differences between two models' scores for the same tokens, each given all tokens before it.
 
     Attributes:
         nats: for each example and token, the second model's log-probability minus the first's.
         agreement: share of positions at which both models have the same top-1 token.
-        diverges_at: example and position of the first different top-1 token; None if there is none.
+        diverges_at: example and position of the first top-1 token that differs, or None if there is none.
     """
 
     nats: tuple[tuple[float, ...], ...]
@@ -50,33 +50,35 @@ class Differences(_Record):
 
     @property
     def all(self) -> list[float]:
-        """Differences of all tokens in one list, nats."""
+        """The differences of all tokens in one list, in nats."""
         return [difference for example in self.nats for difference in example]
 
     @property
     def mean(self) -> float:
-        """Mean of the absolute differences, nats per token."""
+        """Mean absolute difference, in nats per token."""
         return fmean(map(abs, self.all))
 
     @property
     def largest(self) -> float:
-        """The largest absolute difference, nats."""
+        """Largest absolute difference, in nats."""
         return max(map(abs, self.all))
 
     @property
     def shift(self) -> float:
-        """Increase of the negative log-likelihood from the first model to the second, nats per token."""
+        """Increase of the negative log-likelihood from the first model to the second, in nats per token."""
         return -math.fsum(self.all) / len(self.all)
 
 
 class Speed(_Record):
-    """Speed of one format on the engine, each figure measured several times.
+    """Speed of one format on the engine. Each value is measured several times.
 
     Attributes:
-        load_seconds: time of a reload in place; None for a model that only a new engine can load.
-        first_token_seconds: time to the first token of an uncached prompt, without other requests.
-        tokens_per_second: tokens decoded per second, by the number of concurrent streams.
-        memory_bytes: memory of the engine's processes; None if unknown.
+        load_seconds: time of an in-place reload in seconds, or None for a model that only a new engine can
+            load.
+        first_token_seconds: time to the first token of an uncached prompt, without other requests, in
+            seconds.
+        tokens_per_second: tokens decoded per second, keyed by the number of concurrent streams.
+        memory_bytes: memory of the engine's processes, or None if unknown.
         others_share: share of the machine's processors that other processes used during the measurement.
     """
 
@@ -88,13 +90,13 @@ class Speed(_Record):
 
 
 class ParityReport(_Record):
-    """All checks and measurements that compare the trained with the served model.
+    """All checks and measurements that compare the trained model with the served model.
 
     Attributes:
-        differences: differences token by token, by the name of the comparison.
+        differences: token-by-token differences, keyed by the name of the comparison.
         speed: speed of each served format.
         examples: number of held-out examples that were compared token by token.
-        seconds: time taken to create the report.
+        seconds: time taken to create the report, in seconds.
     """
 
     checks: tuple[ParityCheck, ...]
@@ -105,5 +107,5 @@ class ParityReport(_Record):
 
     @property
     def failed(self) -> tuple[str, ...]:
-        """A text for each failed check: its name, the actual value and the expected one."""
+        """A text for each failed check, with its name, the actual value and the expected value."""
         return tuple(str(check) for check in self.checks if not check.passed)

@@ -1,15 +1,15 @@
-"""A version's parity report as one self-contained HTML page: tables, and a plot of the differences."""
+"""A version's parity report as one self-contained HTML page with tables and a plot of the differences."""
 
 from pathlib import Path
 
 from svc.registry.parity import ParityReport
 
 PARITY_PAGE = "parity.html"
-"""Name of the page in the version's reference folder."""
+"""Name of the parity page in a version's reference folder."""
 
 
 def parity_page(name: str, report: ParityReport) -> str:
-    """Return the page.
+    """Return the parity report as an HTML page.
 
     Args:
         name: the model's name.

@@ -1,6 +1,7 @@
-"""A version's primary metric, stored with the version so that any machine can evaluate it by the same metric.
+"""A version's primary metric, stored with the version so that any machine can evaluate it in the same way.
 
-For most metrics the name is enough. A schema or a user's function is a file in the version's reference folder.
+For most metrics the name is enough. A schema or a user's function is stored as a file in the version's
+reference folder.
 """
 
 import json
@@ -23,7 +24,7 @@ def write_primary_metric(folder: Path, metric: Metric) -> None:
     """Write the files that a metric needs.
 
     Args:
-        folder: folder that becomes a version's `REFERENCE_FOLDER`.
+        folder: folder that will become a version's `REFERENCE_FOLDER`.
     """
     match metric:
         case SchemaValid():
@@ -36,8 +37,8 @@ def watched_metric(registry: Registry, target: Target, *, run_functions: bool) -
     """Return the metric that scores each held-out example: the primary metric, or its `watched_by`.
 
     Args:
-        run_functions: whether the version's own function may run, which is code from the user who registered it. If
-            not, exact match replaces it.
+        run_functions: whether the version's own function may run, which is code from the user who registered
+            the version; if not, exact match replaces it.
 
     Raises:
         NotFoundError: the version, or its format, does not exist.

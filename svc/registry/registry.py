@@ -1,9 +1,10 @@
-"""The registry: publishes, finds and verifies model versions. Owns `$SVC_HOME/models`.
+"""The registry publishes, finds and verifies model versions. It owns `$SVC_HOME/models`.
 
     models/NAME/N/manifest.json  adapter/  merged/  gptq/  heldout.jsonl  reference/
 
-A version is published atomically: it is built in a hidden folder beside the others, its manifest is written last, and a
-rename publishes it. A folder without a manifest is not a version. A version is never changed: its files are read-only.
+A version is published atomically. It is built in a hidden folder next to the published ones, its
+manifest is written last, and a rename publishes it. A folder without a manifest is not a version. A
+version never changes: its files are read-only.
 """
 
 import logging
@@ -32,10 +33,10 @@ log = logging.getLogger(__name__)
 
 HELDOUT_FILE = "heldout.jsonl"
 REFERENCE_FOLDER = "reference"
-"""Files for later comparisons: `BASE_RESULTS_FILE`, `results_file` of each format, the training curve, a sample of the
-prompts, the text space, and the hashes of the training prompts."""
+"""Folder with files for later comparisons: `BASE_RESULTS_FILE`, the `results_file` of each format, the
+training curve, a sample of the prompts, the text space, and the hashes of the training prompts."""
 HELDOUT_TOKENS_FILE = "heldout_tokens.jsonl"
-"""File in `REFERENCE_FOLDER` with the examples of `HELDOUT_FILE` as token ids, in order."""
+"""File in `REFERENCE_FOLDER` that contains the examples of `HELDOUT_FILE` as token ids, in order."""
 
 
 BASE_RESULTS_FILE = "base.jsonl"
@@ -48,11 +49,11 @@ def results_file(format: Format) -> str:
 
 
 class Registry:
-    """The versions of one home.
+    """The versions in one home.
 
     Args:
-        models: folder with all versions.
-        tracking: MLflow, which allocates version numbers and stores aliases.
+        models: folder that contains all versions.
+        tracking: MLflow store, which allocates version numbers and stores aliases.
     """
 
     def __init__(self, models: Path, tracking: Tracking) -> None:
@@ -61,7 +62,7 @@ class Registry:
 
     @classmethod
     def of(cls, settings: Settings) -> "Registry":
-        """Return the registry of the settings' home."""
+        """Return the registry of the home given in the settings."""
         settings.home.mkdir(parents=True, exist_ok=True)
         if settings.tracking_uri:
             return cls(settings.home / "models", Tracking(settings.tracking_uri))
@@ -69,22 +70,22 @@ class Registry:
         return cls(settings.home / "models", tracking)
 
     def names(self) -> list[str]:
-        """Return the names of all models that have a version."""
+        """Return the names of all models that have at least one version."""
         return sorted({version.name for version in self.versions()})
 
     def versions(self, name: str | None = None) -> list[VersionId]:
-        """Return all versions, or those of one name, sorted by name and number."""
+        """Return all versions, or only those of one name, sorted by name and number."""
         if name is not None and not re.fullmatch(NAME_PATTERN, name):
             return []
         folders = [path.parent for path in self.models.glob(f"{name or '*'}/*/{MANIFEST_FILE}")]
         return sorted(VersionId(f.parent.name, int(f.name)) for f in folders if re.fullmatch(NUMBER_PATTERN, f.name))
 
     def folder(self, version: VersionId) -> Path:
-        """Return the folder of a version, which may not exist."""
+        """Return the folder of a version. It may not exist."""
         return self.models / version.name / str(version.number)
 
     def artifact(self, version: VersionId, format: Format) -> Path:
-        """Return the model folder of a version in a format.
+        """Return the model folder of a version in the given format.
 
         Raises:
             NotFoundError: the version, or its format, does not exist.
@@ -96,7 +97,7 @@ class Registry:
         """Return a version's manifest.
 
         Raises:
-            NotFoundError: the version does not exist; the error lists those that do.
+            NotFoundError: the version does not exist; the error lists the versions that do.
             IntegrityError: the manifest cannot be read.
         """
         if not (self.folder(version) / MANIFEST_FILE).is_file():
@@ -107,7 +108,7 @@ class Registry:
         return read_manifest(self.folder(version))
 
     def format(self, version: VersionId, format: Format) -> FormatRecord:
-        """Return a version's record of one format.
+        """Return a version's record for the given format.
 
         Raises:
             NotFoundError: the version, or its format, does not exist.
@@ -118,7 +119,7 @@ class Registry:
         return formats[format]
 
     def resolve(self, text: str) -> VersionId:
-        """Return the version that `NAME@N`, `NAME@alias` or `NAME` (production, else the newest) names.
+        """Return the version given as `NAME@N`, `NAME@alias` or `NAME` (production, else the newest version).
 
         Raises:
             NotFoundError: there is no such version.
@@ -142,7 +143,7 @@ class Registry:
         return self.tracking.alias(name, Alias.PRODUCTION) or known[-1]
 
     def verify(self, version: VersionId, format: Format) -> None:
-        """Compare the files of one format with the manifest.
+        """Check the files of one format against the manifest.
 
         Raises:
             IntegrityError: a file is missing or was changed.
@@ -150,7 +151,7 @@ class Registry:
         verify_files(self.folder(version), self.format(version, format).files)
 
     def heldout(self, version: VersionId) -> list[ChatExample]:
-        """Return a version's held-out examples; with `evaluate.limit` only the first ones were evaluated.
+        """Return a version's held-out examples. With `evaluate.limit`, only the first of them were evaluated.
 
         Raises:
             NotFoundError: the version does not exist.
@@ -161,10 +162,10 @@ class Registry:
         return read_examples(self.folder(version) / record.path)
 
     def reference(self, version: VersionId, file: str) -> Path:
-        """Return the path of a verified file for comparisons with later traffic and answers.
+        """Return the verified path of a file used for comparisons with later traffic and answers.
 
         Args:
-            file: its name in `REFERENCE_FOLDER`.
+            file: name of the file in `REFERENCE_FOLDER`.
 
         Raises:
             NotFoundError: the version, or its file, does not exist.
@@ -178,10 +179,11 @@ class Registry:
         return self.folder(version) / path
 
     def results(self, version: VersionId, format: Format) -> tuple[ExampleResult, ...]:
-        """Return a version's results on its held-out examples at registration: the first ones, in the file's order.
+        """Return a version's results at registration, for the first of its held-out examples, in file order.
 
         Raises:
-            NotFoundError: the version does not exist, or has no results in this format, as for an adapter.
+            NotFoundError: the version does not exist, or has no results in this format, as is the case for an
+                adapter.
             IntegrityError: the file is missing or was changed.
         """
         if format is Format.ADAPTER:
@@ -189,7 +191,7 @@ class Registry:
         return read_results(self.reference(version, results_file(format)))
 
     def base_results(self, version: VersionId) -> tuple[ExampleResult, ...]:
-        """Return the base's results on a version's held-out examples, in the order of `results`.
+        """Return the base's results on a version's held-out examples, in the same order as `results`.
 
         Raises:
             NotFoundError: the version does not exist, or its base was not evaluated.
@@ -198,7 +200,7 @@ class Registry:
         return read_results(self.reference(version, BASE_RESULTS_FILE))
 
     def heldout_tokens(self, version: VersionId) -> tuple[TokenizedExample, ...]:
-        """Return the examples of `heldout`, as tokenized by the trainer.
+        """Return the examples that `heldout` returns, as tokenized by the trainer.
 
         Raises:
             NotFoundError: the version does not exist.
@@ -207,9 +209,9 @@ class Registry:
         return read_tokenized(self.reference(version, HELDOUT_TOKENS_FILE))
 
     def learnt_prompts(self, name: str) -> PromptHashes:
-        """Return hashes of the prompts that a name's versions were trained on.
+        """Return the hashes of all prompts that the versions of a name were trained on.
 
-        A damaged version is logged and skipped, so that another one can be trained.
+        A damaged version is logged and skipped, so that a new version can still be trained.
         """
         hashes = [NO_PROMPTS]
         for version in self.versions(name):
@@ -234,8 +236,8 @@ class Registry:
             name: the model's name.
             run_id: the MLflow run that created the version.
             content: maps each name in the version's folder to its source file or folder. Files are linked if the
-                file system supports links, so nothing is copied within one disk.
-            manifest: returns the manifest, given the version and the folder that contains the content.
+                file system supports links, so that nothing is copied within one disk.
+            manifest: called with the version and the folder that contains the content; returns the manifest.
         """
         parent = self.models / name
         parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Prints a version on one screen: base, data, and each format's quality, size and speed."""
+"""Prints a version on one screen: base, data, and the quality, size and speed of each format."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -50,7 +50,7 @@ def print_version(manifest: Manifest, folder: Path) -> None:
 
 
 def _forgetting_table(results: Mapping[Format, Forgetting]) -> Table:
-    """Return a table of the answers to general questions: base and formats, with each format's change."""
+    """Return a table of results on general questions: the base, and each format with its change."""
     base, formats = next(iter(results.values())), results.values()
     table = Table(f"{base.examples} general questions", "base", *results, box=None)
     table.add_row("right answers", str(base.before), *(str(result.after) for result in formats))
@@ -69,7 +69,7 @@ def _judge(report: JudgeReport) -> str:
 
 
 def print_parity(report: ParityReport, page: Path) -> None:
-    """Print a parity report, and the path of its page."""
+    """Print a parity report and the path of its HTML page."""
     table = Table("check", "", "found", "expected", box=None)
     for check in report.checks:
         table.add_row(
@@ -80,7 +80,7 @@ def print_parity(report: ParityReport, page: Path) -> None:
 
 
 def evaluation_table(manifest: Manifest) -> Table:
-    """Return a table of base, merged and GPTQ: quality with 95 % intervals, primary metric first; size, speed."""
+    """Return a table of base, merged and GPTQ: quality (95 % intervals, primary metric first), size, speed."""
     records = {format.value: record for format, record in manifest.formats.items() if record.evaluation}
     reports = {"base": manifest.base_evaluation} | {name: record.evaluation for name, record in records.items()}
     judged = {name: report for name, report in reports.items() if report}

@@ -1,4 +1,4 @@
-"""Record of a version's training run: machine and time, stored with the version for information only."""
+"""Record of a version's training run, such as machine and time. It is stored for information only."""
 
 import platform
 
@@ -8,7 +8,7 @@ from svc.engine.device import cpu_identity
 from svc.engine.machine import read_machine
 
 RUN_RECORD_FILE = "run.json"
-"""Name of the file in a version's reference folder."""
+"""Name of the run record file in a version's reference folder."""
 
 
 class MachineRecord(BaseModel):
@@ -17,7 +17,7 @@ class MachineRecord(BaseModel):
     Attributes:
         processor: the kernel's name for the processor.
         cores: number of logical cores that the process may use.
-        memory: memory that the process may use, bytes.
+        memory: memory that the process may use, in bytes.
         gpus: names of GPUs that the process may use.
     """
 
@@ -46,15 +46,17 @@ class MachineRecord(BaseModel):
 
 
 class RunRecord(BaseModel):
-    """Figures of a version's training run.
+    """Measurements of a version's training run.
 
     Attributes:
-        machine: machine that registered the version; stages of an interrupted run may have run on others.
+        machine: machine that registered the version; stages of an interrupted run may have run on other
+            machines.
         number_type: number type of matrix products.
         steps: number of optimizer steps.
         tokens: number of prompt and answer tokens trained on, without padding.
-        tokens_per_second, seconds: speed and duration of the optimizer's run, in the process that finished it.
-        best_step: step whose weights the version has, if the recipe requests the best ones instead of the last.
+        tokens_per_second, seconds: speed and duration of the optimization, in the process that finished it.
+        best_step: step that the version's weights come from, if the recipe requests the best weights instead
+            of the last.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

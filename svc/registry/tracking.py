@@ -1,7 +1,7 @@
 """MLflow: runs with their curves, registered versions and aliases, for people to browse.
 
-Version numbers are allocated here, because MLflow never reuses one, not even after a deletion. The files of a version
-are elsewhere (registry.py); MLflow stores their path.
+Version numbers are allocated here, because MLflow never reuses a number, not even after a deletion. The
+files of a version are elsewhere (registry.py); MLflow stores their path.
 """
 
 import logging
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 
 
 LOSS, HELDOUT_LOSS = "loss", "heldout_loss"
-"""Names of the trainer's losses in MLflow (trainer.callbacks.loss_log)."""
+"""Names of the trainer's losses in MLflow (see trainer.callbacks.loss_log)."""
 PARENT, RUN_NAME = "mlflow.parentRunId", "mlflow.runName"
-"""Tags by which MLflow's pages nest and name runs."""
+"""Tags that MLflow's pages use to nest and name runs."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunFigures:
-    """Figures of one MLflow run. MLflow cannot tell whether a run is active: a killed run stays open there.
+    """Metrics of one MLflow run. MLflow cannot tell whether a run is active: a killed run stays open there.
 
     Attributes:
-        metrics: the newest value of each metric, by name.
+        metrics: the latest value of each metric, keyed by name.
     """
 
     started_at: datetime
@@ -42,12 +42,12 @@ class RunFigures:
 
 
 class Tracking:
-    """One MLflow tracking store.
+    """An MLflow tracking store.
 
     Args:
         uri: `sqlite:////absolute/path` or the URL of a tracking server.
-        artifacts: folder for the artifacts of new experiments; None: the tracking server's. Without a server and this
-            folder, MLflow would write below the working folder.
+        artifacts: folder for the artifacts of new experiments, or None for the tracking server's. Without a
+            server and without this folder, MLflow would write below the working folder.
     """
 
     def __init__(self, uri: str, artifacts: Path | None = None) -> None:
@@ -67,11 +67,11 @@ class Tracking:
 
     @contextmanager
     def _asking(self) -> Iterator[None]:
-        """Convert MLflow's errors in the body to errors of this project.
+        """Convert MLflow errors raised in the body to this project's errors.
 
         Raises:
             NotFoundError: MLflow does not know the requested object.
-            RegistryError: MLflow does not answer, or answers with an error.
+            RegistryError: MLflow does not respond, or responds with an error.
         """
         from mlflow.exceptions import MlflowException
 
@@ -83,7 +83,7 @@ class Tracking:
             raise RegistryError(f"MLflow at {self.uri} failed: {error.message}") from error
 
     def start_run(self, experiment: str, tags: dict[str, str]) -> str:
-        """Create a run and return its id; `attach` makes it the active one."""
+        """Create a run and return its id. `attach` then makes it the active run."""
         existing = self._client.get_experiment_by_name(experiment)
         folder = str(self._artifacts / experiment) if self._artifacts else None
         experiment_id = existing.experiment_id if existing else self._client.create_experiment(experiment, folder)
@@ -91,7 +91,7 @@ class Tracking:
 
     @contextmanager
     def attach(self, run_id: str) -> Iterator[None]:
-        """Mark a run as running during the body, and then as finished or failed."""
+        """Mark a run as running during the body, and afterwards as finished or failed."""
         import mlflow
 
         _ = self._client
@@ -100,10 +100,10 @@ class Tracking:
             yield
 
     def log_metrics(self, run_id: str, metrics: dict[str, float], step: int = 0) -> None:
-        """Log figures to a run.
+        """Log metrics to a run.
 
         Args:
-            step: optimizer step, for points of a curve.
+            step: optimizer step, for points on a curve.
         """
         from mlflow.entities import Metric
 
@@ -111,7 +111,7 @@ class Tracking:
         self._client.log_batch(run_id, metrics=[Metric(key, value, now, step) for key, value in metrics.items()])
 
     def log_file(self, run_id: str, path: Path) -> None:
-        """Add a file to a run, for example a plot; a file of the same name is replaced."""
+        """Add a file, such as a plot, to a run, replacing any file of the same name."""
         self._client.log_artifact(run_id, str(path))
 
     def end_run(self, run_id: str, *, failed: bool = False) -> None:
@@ -119,13 +119,13 @@ class Tracking:
         self._client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
 
     def log_parameters(self, run_id: str, parameters: dict[str, str]) -> None:
-        """Log a run's parameters; if they are logged again, the values must be the same."""
+        """Log a run's parameters. If they are logged again, the values must be the same."""
         from mlflow.entities import Param
 
         self._client.log_batch(run_id, params=[Param(key, value) for key, value in parameters.items()])
 
     def log_page(self, version: VersionId, run_id: str, page: str) -> str:
-        """Add a version's page to its run; return the page's path within MLflow's pages.
+        """Add a version's page to its run, and return the page's path within MLflow's pages.
 
         Raises:
             RegistryError: MLflow rejected the page.
@@ -140,20 +140,20 @@ class Tracking:
         return f"#/experiments/{experiment}/runs/{run_id}/artifacts/{_page_name(version)}"
 
     def experiments(self) -> list[str]:
-        """Return the names of all experiments except MLflow's default; each is a trained model's.
+        """Return the names of all experiments except MLflow's default. Each is the name of a trained model.
 
         Raises:
-            RegistryError: MLflow does not answer.
+            RegistryError: MLflow does not respond.
         """
         with self._asking():
             names = (experiment.name for experiment in self._client.search_experiments())
             return sorted(name for name in names if name != "Default")
 
     def newest_run(self, experiment: str) -> RunFigures | None:
-        """Return an experiment's most recently started run; None if it has no runs.
+        """Return an experiment's most recently started run, or None if it has no runs.
 
         Raises:
-            RegistryError: MLflow does not answer.
+            RegistryError: MLflow does not respond.
         """
         with self._asking():
             existing = self._client.get_experiment_by_name(experiment)
@@ -162,17 +162,17 @@ class Tracking:
         return _figures(runs[0]) if runs else None
 
     def run(self, run_id: str) -> RunFigures | None:
-        """Return one run; None if MLflow does not know it.
+        """Return the run with the given id, or None if MLflow does not know it.
 
         Raises:
-            RegistryError: MLflow does not answer.
+            RegistryError: MLflow does not respond.
         """
         with suppress(NotFoundError), self._asking():
             return _figures(self._client.get_run(run_id))
         return None
 
     def allocate(self, name: str, source: str, run_id: str) -> VersionId:
-        """Register the next version of a name and return it."""
+        """Register the next version of a name, and return its id."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -183,10 +183,10 @@ class Tracking:
         return VersionId(name, int(version.version))
 
     def discard(self, version: VersionId) -> None:
-        """Delete a version's entry and page in MLflow; the number is not reused. An unknown version is not an error.
+        """Delete a version's entry and page in MLflow. The number is not reused; unknown versions are ignored.
 
         Raises:
-            RegistryError: MLflow does not answer.
+            RegistryError: MLflow does not respond.
         """
         with suppress(NotFoundError), self._asking():
             self._remove_page(version, self._client.get_model_version(version.name, str(version.number)).run_id)
@@ -206,18 +206,18 @@ class Tracking:
             self._client.set_model_version_tag(version.name, str(version.number), key, value)
 
     def alias(self, name: str, alias: Alias) -> VersionId | None:
-        """Return the version that has an alias; None if no version has it."""
+        """Return the version that has the given alias, or None if no version has it."""
         return self.aliases(name).get(alias)
 
     def aliases(self, name: str) -> dict[Alias, VersionId]:
-        """Return this project's aliases of a name; empty if MLflow does not know the name."""
+        """Return this project's aliases for a name, or an empty dict if MLflow does not know the name."""
         with suppress(NotFoundError), self._asking():
             aliases = self._client.get_registered_model(name).aliases
             return {Alias(key): VersionId(name, int(number)) for key, number in aliases.items() if key in set(Alias)}
         return {}
 
     def set_alias(self, version: VersionId, alias: Alias) -> None:
-        """Set or move an alias."""
+        """Set an alias, moving it if another version has it."""
         self._client.set_registered_model_alias(version.name, alias.value, str(version.number))
 
 

@@ -1,9 +1,9 @@
-"""A home's training runs, read from outside the trainer: their models, and which are active.
+"""A home's training runs, as seen from outside the trainer: their models, and which runs are active.
 
     $SVC_HOME/runs/NAME-KEY/   lock  mlflow.json
 
-A run is active while its lock is held: from its first stage to its last, even if a step takes long, and no longer than
-its process lives. Knows nothing of stages, and nothing of runs in other homes.
+A run is active while its lock is held: from its first stage to its last, even if a step takes long, and
+no longer than its process lives. This module knows nothing about stages, or about runs in other homes.
 """
 
 import re
@@ -27,8 +27,9 @@ class TrainingRun:
     Attributes:
         name: the model's name.
         running: whether the run is active.
-        tracking_run: id of the run in MLflow; None if the run has none yet, or is inactive.
-        written_at: time of the last write to a file in the folder, seconds since 1970; None for an inactive run.
+        tracking_run: id of the run in MLflow; None if the run does not have one yet, or is inactive.
+        written_at: time of the last write to a file in the folder, in seconds since 1970; None for an
+            inactive run.
     """
 
     name: str
@@ -38,7 +39,7 @@ class TrainingRun:
 
 
 def find_training_runs(home: Path) -> Iterator[TrainingRun]:
-    """Yield all runs whose folders exist.
+    """Yield all training runs whose folders exist.
 
     Raises:
         OSError: a lock cannot be checked.
@@ -54,7 +55,7 @@ def find_training_runs(home: Path) -> Iterator[TrainingRun]:
 
 
 def _written_at(folder: Path) -> float:
-    """Return the time of the last write below a folder; files that are removed meanwhile are skipped."""
+    """Return the time of the last write below a folder, skipping files that are removed in the meantime."""
     times = [folder.stat().st_mtime]
     for path in folder.rglob("*"):
         with suppress(FileNotFoundError):

@@ -1,1 +1,1 @@
-"""Addresses of a server, and clients that reach it from this machine or another one."""
+"""Server addresses, and clients that reach a server from this machine or another one."""

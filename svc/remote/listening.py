@@ -1,4 +1,4 @@
-"""Addresses that a command listens on: their URL, and the errors of binding them."""
+"""Addresses that a command listens on: their URLs, and errors when binding them."""
 
 import errno
 import ipaddress
@@ -8,12 +8,12 @@ from svc.errors import BusyError, SettingsError, SvcError
 
 
 def address_family(host: str) -> socket.AddressFamily:
-    """Return IPv6 for an address with a colon, else IPv4."""
+    """Return IPv6 if the address contains a colon, else IPv4."""
     return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether an address is loopback. Host names other than `localhost` are treated as not loopback."""
+    """Return whether an address is loopback. Host names other than `localhost` are not treated as loopback."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -21,7 +21,7 @@ def is_loopback(host: str) -> bool:
 
 
 def http_url(host: str, port: int, *, tls: bool = False) -> str:
-    """Return the URL of a server at an address."""
+    """Return the URL of a server at the given address."""
     return f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
 

@@ -1,4 +1,4 @@
-"""Requests to a server's administration API. The server's errors are raised as the same classes here."""
+"""Sends requests to a server's administration API, and raises the server's errors as the same classes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ _ERRORS: Mapping[str, type[SvcError]] = {
     "host_not_allowed": SettingsError,
     "too_many_wrong_keys": AuthenticationError,
 }
-"""Classes of errors by error code; any other code means that the server does not answer correctly."""
+"""Error classes keyed by error code. Any other code means that the server does not respond correctly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +36,15 @@ class RemoteServer:
     address: ServerAddress
 
     def get(self, path: str, **query: str) -> dict[str, Any]:
-        """Return the answer to a GET request.
+        """Send a GET request and return the decoded response.
 
         Raises:
-            SvcError: the server's error; ServerNotRunningError for an invalid answer.
+            SvcError: the server's error, or ServerNotRunningError for an invalid response.
         """
         return self._ask("GET", path, params=query)
 
     def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Send a POST request, without values that are None, and return the answer.
+        """Send a POST request, omitting values that are None, and return the decoded response.
 
         Raises:
             SvcError: see `get`.
@@ -70,7 +70,7 @@ class RemoteServer:
 
 
 def told_error(url: str, status: int, answer: object) -> SvcError:
-    """Convert a server's error answer to the error to raise.
+    """Convert a server's error response to the error to raise.
 
     Args:
         answer: the decoded JSON, of any type.

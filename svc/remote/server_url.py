@@ -1,6 +1,6 @@
 """The address of a home's server, read from the server's lock, and the server's status.
 
-On the same machine, requests use the socket in its home, which needs no key.
+On the same machine, requests use the socket in the server's home, which needs no key.
 """
 
 from collections.abc import Mapping
@@ -26,13 +26,14 @@ _CONNECT_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class ServerAddress:
-    """A server's address, with the credentials to reach it.
+    """A server's address and the credentials needed to reach it.
 
     Attributes:
-        url: root URL, also for display.
-        socket: unix socket in the server's home; None: the URL is used.
-        key: API key sent with each request; None if none is needed.
-        authority: file with the CA certificates that verify the server; None: those of the machine.
+        url: root URL, which is also displayed.
+        socket: Unix socket in the server's home, or None to use the URL.
+        key: API key sent with each request, or None if none is needed.
+        authority: file with the CA certificates that verify the server, or None for the machine's own
+            certificates.
     """
 
     url: str
@@ -42,10 +43,11 @@ class ServerAddress:
 
     @classmethod
     def with_key(cls, url: str, key_file: Path | None, authority: Path | None) -> "ServerAddress":
-        """Return the address of a server that is reached by its URL.
+        """Return the address of a server that is reached through its URL.
 
         Raises:
-            SettingsError: the URL is invalid, the key would cross a network in plain text, or its file is unusable.
+            SettingsError: the URL is invalid, the key would be sent over a network in plain text, or its file is
+                unusable.
         """
         from urllib.parse import urlsplit
 
@@ -62,7 +64,7 @@ class ServerAddress:
         """Return an HTTP client for the server.
 
         Args:
-            timeout_s: maximum time without data from the server, seconds.
+            timeout_s: maximum time without data from the server, in seconds.
         """
         import httpx
 
@@ -91,7 +93,7 @@ class ServerAddress:
 
 
 def server_address(settings: Settings) -> ServerAddress:
-    """Return the address of the server that uses this home.
+    """Return the address of the server that is using this home.
 
     Raises:
         ServerNotRunningError: no server is running.
@@ -106,10 +108,10 @@ def server_address(settings: Settings) -> ServerAddress:
 
 
 def read_status(address: ServerAddress) -> Mapping[str, Any]:
-    """Return a server's /svc/status.
+    """Return the server's status from /svc/status.
 
     Raises:
-        ServerNotRunningError: the server does not answer, or not with JSON.
+        ServerNotRunningError: the server does not respond, or does not respond with JSON.
     """
     import httpx
 
@@ -124,10 +126,10 @@ def read_status(address: ServerAddress) -> Mapping[str, Any]:
 
 
 def read_json(url: str, answer: "httpx.Response") -> Any:
-    """Return the JSON of an answer.
+    """Return the decoded JSON of a response.
 
     Raises:
-        ServerNotRunningError: the answer is not JSON, such as a proxy's page.
+        ServerNotRunningError: the response is not JSON, for example because it is a proxy's page.
     """
     try:
         return answer.json()

@@ -1,1 +1,1 @@
-"""The report of a version: all its facts on one page."""
+"""The report of a version: all facts about it on one page."""

@@ -1,4 +1,4 @@
-"""`svc report` writes all facts of a version as one page."""
+"""`svc report` writes all facts about a version as one page."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from svc.registry.registry import Registry
 @json_option
 @click.pass_context
 def report(ctx: click.Context, version: str, output: Path | None, show: bool, as_json: bool) -> None:
-    """Write the report of a version, NAME, NAME@N or NAME@alias, as one HTML file that needs no network."""
+    """Write the report of a version (NAME, NAME@N or NAME@alias) as one HTML file that needs no network."""
     from svc.report.page import report_page
     from svc.report.report import gather_report
 

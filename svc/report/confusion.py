@@ -1,4 +1,4 @@
-"""The confusion matrix of a task whose answers are labels."""
+"""Confusion matrix for a task whose answers are labels."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -16,11 +16,13 @@ _NONE = "(no label)"
 
 @dataclass(frozen=True, slots=True)
 class ConfusionMatrix:
-    """Number of examples for each label of the reference and each label of the answer.
+    """Number of examples for each combination of reference label and answer label.
 
     Attributes:
-        labels: labels of the references, one per row; if there are more than 25, the rarest share the last row.
-        given: labels of the answers, one per column: the same labels, then one column for all other answers, if any.
+        labels: labels of the references, one per row; if there are more than 25, the rarest share the last
+            row.
+        given: labels of the answers, one per column: the same labels, then one column for all other answers,
+            if any.
         counts: number of examples, by row and column.
     """
 
@@ -30,10 +32,10 @@ class ConfusionMatrix:
 
 
 def confusion_matrix(examples: Sequence[ChatExample], results: Sequence[ExampleResult]) -> ConfusionMatrix | None:
-    """Return the matrix; None if the references are not labels.
+    """Return the confusion matrix, or None if the references are not labels.
 
     Args:
-        results: one for each example, in order.
+        results: one result per example, in order.
     """
     if not results or find_task(examples) is not Task.LABELS:
         return None

@@ -15,20 +15,21 @@ from svc.evaluation.results import ExampleResult
 from svc.version import Format
 
 BASE = "base"
-"""Name of the base model, where other models have the names of formats."""
+"""Name used for the base model, where all other models are named after their formats."""
 WORST = 10
 SIDE_BY_SIDE = 20
 _WITHOUT_SCORES: dict[str, Metric] = {metric.name: metric for metric in (MacroF1(), Perplexity(), CutOff(), Nll())}
-"""Metrics whose scores are not stored with the results, and that are computed from the results alone."""
+"""Metrics whose scores are not stored with the results but can be computed from the results alone."""
 
 
 @dataclass(frozen=True, slots=True)
 class MetricRow:
-    """One metric of all evaluated models.
+    """One metric for all evaluated models.
 
     Attributes:
-        estimates: the metric's value with its interval, by model.
-        changes: paired differences from the base, by format; without formats for which they cannot be computed.
+        estimates: the metric's value with its interval, keyed by model.
+        changes: paired differences from the base, keyed by format; formats without a computable difference
+            are left out.
     """
 
     name: str
@@ -41,10 +42,10 @@ class MetricRow:
 
 @dataclass(frozen=True, slots=True)
 class ModelComparison:
-    """One model compared with another by the primary metric.
+    """Comparison of one model with another by the primary metric.
 
     Attributes:
-        change: paired difference from the other model; None if only the two intervals are known.
+        change: paired difference from the other model, or None if only the two intervals are known.
     """
 
     model: str
@@ -57,10 +58,11 @@ class ModelComparison:
 
 @dataclass(frozen=True)
 class Judged:
-    """Held-out examples with the models' answers. An example is identified by its line in the file, from 1.
+    """Held-out examples with the models' answers. An example is identified by its line number, from 1.
 
     Attributes:
-        evaluations: evaluation report of each model, the base first; empty for a version that was not evaluated.
+        evaluations: evaluation report of each model, the base first; empty for a version that was not
+            evaluated.
         results: answers and scores of each model, in the order of `examples`.
     """
 
@@ -70,12 +72,12 @@ class Judged:
 
     @property
     def tuned(self) -> str | None:
-        """Return the format that represents the version: merged if it was evaluated; None if no format was."""
+        """Return the format that represents the version: merged if it was evaluated, or None if no format was."""
         return next((format for format in (Format.MERGED, Format.GPTQ) if format in self.evaluations), None)
 
     @cached_property
     def rows(self) -> tuple[MetricRow, ...]:
-        """Return all metrics, the primary one first; the share of truncated answers and the log-likelihood last."""
+        """Return all metrics, primary metric first, and the cut-off share and log-likelihood last."""
         if self.tuned is None:
             return ()
         figures = {model: evaluation.all_figures for model, evaluation in self.evaluations.items()}
@@ -89,7 +91,7 @@ class Judged:
 
     @cached_property
     def verdicts(self) -> tuple[ModelComparison, ...]:
-        """Return comparisons of each format with the base, then of GPTQ with merged."""
+        """Return the comparisons of each format with the base, followed by that of GPTQ with merged."""
         formats = [model for model in self.evaluations if model != BASE]
         pairs = [(format, BASE) for format in formats if BASE in self.evaluations]
         if {Format.MERGED, Format.GPTQ} <= set(formats):
@@ -108,7 +110,7 @@ class Judged:
         return ModelComparison(model, other, outcome, value, before, change)
 
     def change(self, metric: str, before: str, after: str) -> Interval | None:
-        """Return the paired difference of a metric between two models; None if it cannot be computed."""
+        """Return the paired difference of a metric between two models, or None if it cannot be computed."""
         first, second = self.results.get(before), self.results.get(after)
         if not first or not second:
             return None
@@ -120,7 +122,7 @@ class Judged:
 
     @cached_property
     def worst(self) -> tuple[int, ...]:
-        """Return the lines of the ten worst wrong answers by the primary metric, the worst first.
+        """Return the line numbers of the ten worst wrong answers by the primary metric, worst first.
 
         Among equally bad answers, the one whose reference is least likely comes first.
         """
@@ -130,7 +132,7 @@ class Judged:
 
     @cached_property
     def lost(self) -> tuple[int, ...]:
-        """Return up to ten lines that the base answered better by the primary metric, the largest losses first."""
+        """Return up to ten lines that the base answered better by the primary metric, largest loss first."""
         base, tuned = self.results.get(BASE, ()), self.results.get(self.tuned or "", ())
         lines = range(1, min(len(base), len(tuned)) + 1)
         losses = {line: self._goodness(base, line) - self._goodness(tuned, line) for line in lines}
@@ -140,13 +142,13 @@ class Judged:
 
     @cached_property
     def side_by_side(self) -> tuple[int, ...]:
-        """Return up to 20 lines, evenly spaced over the held-out file, whatever their answers."""
+        """Return up to 20 line numbers, evenly spaced over the held-out file, regardless of the answers."""
         count = len(self.results.get(self.tuned or "", ()))
         chosen = min(count, SIDE_BY_SIDE)
         return tuple(place * count // chosen + 1 for place in range(chosen))
 
     def _goodness(self, results: Sequence[ExampleResult], line: int) -> float:
-        """Return a score (higher is better) by the primary metric or, if it scores no single answer, by exact match."""
+        """Return an answer's score (higher is better) by the primary metric, or by exact match if it has none."""
         result, primary = results[line - 1], self.rows[0]
         sign = -1 if primary.better is Better.LOWER else 1
         return sign * result.scores[primary.name] if primary.name in result.scores else float(result.hit)

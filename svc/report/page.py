@@ -1,7 +1,7 @@
-"""The report as one self-contained HTML page: no script, no network; light, dark and print styles.
+"""The report as one self-contained HTML page, with light, dark and print styles but no script or network.
 
-Models' answers are untrusted text. The template escapes every inserted value, and the page's content security policy
-lets a browser load and run nothing.
+The models' answers are untrusted text. The template escapes every inserted value, and the page's content
+security policy keeps a browser from loading or running anything.
 """
 
 from functools import cache
@@ -47,7 +47,7 @@ def say_verdict(verdict: ModelComparison, metric: str) -> str:
     """Return a verdict as a sentence.
 
     Args:
-        metric: title of the primary metric.
+        metric: display title of the primary metric.
     """
     model = f"the {verdict.model} model"
     other = "its base" if verdict.other == BASE else f"the {verdict.other} model"
@@ -60,17 +60,17 @@ def say_verdict(verdict: ModelComparison, metric: str) -> str:
 
 
 def signed(change: Interval) -> str:
-    """Return a change and its interval, all with signs."""
+    """Return a change and its interval as text, with a sign on every number."""
     return minus(f"{change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}]")
 
 
 def minus(text: str) -> str:
-    """Return a number with a minus sign that is as wide as a plus."""
+    """Return a number as text, with a minus sign that is as wide as a plus sign."""
     return text.replace("-", "\N{MINUS SIGN}")
 
 
 def duration(seconds: float) -> str:
-    """Return a duration in seconds, minutes, or hours and minutes."""
+    """Return a duration as text, in seconds, minutes, or hours and minutes."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -90,7 +90,7 @@ def _plots(report: Report) -> dict[str, str]:
 
 
 def _engines(manifest: Manifest) -> dict[str, EngineFacts]:
-    """Return the engine on which each format was evaluated."""
+    """Return the facts of the engine on which each format was evaluated."""
     return {format.value: record.probes[0].engine for format, record in manifest.formats.items() if record.probes}
 
 

@@ -1,4 +1,4 @@
-"""The data of a version's report, gathered for one page. Knows nothing of its display."""
+"""The data for a version's report, gathered for one page. This module does not know how it is displayed."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -22,10 +22,11 @@ from svc.version import Format, VersionId
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The data of a version's report.
+    """The data for a version's report.
 
     Attributes:
-        confusion: confusion matrix of the format that represents the version; None if answers are not labels.
+        confusion: confusion matrix of the format that represents the version, or None if answers are not
+            labels.
         heldout_labels: count of each label in the held-out examples, if `data` has labels.
     """
 
@@ -38,7 +39,7 @@ class Report:
     run: RunRecord
 
     def figures(self) -> dict[str, Any]:
-        """Return the figures as JSON, without texts, which are in the version's own files."""
+        """Return the report's figures as JSON, without texts, which are in the version's own files."""
         judged, manifest = self.judged, self.manifest
         figures = {
             "version": str(manifest.id),
@@ -64,11 +65,11 @@ class Report:
 
 
 def gather_report(registry: Registry, version: VersionId) -> Report:
-    """Return the data of a version's report.
+    """Return the data for a version's report.
 
     Raises:
         NotFoundError: the version does not exist.
-        IntegrityError: one of its files is missing or was changed.
+        IntegrityError: one of the version's files is missing or was changed.
     """
     manifest = registry.manifest(version)
     judged = _judged(registry, manifest)

@@ -1,4 +1,4 @@
-"""Untrusted texts for a page: limited in length, with invisible characters made visible."""
+"""Prepares untrusted text for a page: limits its length and makes invisible characters visible."""
 
 from typing import NamedTuple
 
@@ -8,11 +8,11 @@ _PREVIEW_LINES = 6
 
 
 class CutText(NamedTuple):
-    """A text as it is shown.
+    """A text as it is displayed.
 
     Attributes:
-        start: the part that is always visible: the beginning of a long text, else the complete text.
-        rest: the part that a reader can unfold; empty if `start` is complete.
+        start: the part that is always visible: the beginning of a long text, otherwise the whole text.
+        rest: the part that a reader can unfold; empty if `start` is the whole text.
         left_out: number of characters that are not on the page.
     """
 
@@ -22,7 +22,7 @@ class CutText(NamedTuple):
 
 
 def cut_text(text: str) -> CutText:
-    """Split a text into a short beginning and a folded rest, which ends at the 4,000th character of the text."""
+    """Split a text into a short beginning and a folded rest. The rest ends at the text's 4,000th character."""
     shown = visible(text[:LONGEST])
     start = "".join(shown.splitlines(keepends=True)[:_PREVIEW_LINES])[:_PREVIEW]
     left_out = max(0, len(text) - LONGEST)
@@ -32,7 +32,7 @@ def cut_text(text: str) -> CutText:
 
 
 def visible(text: str) -> str:
-    """Return a text with Unicode's pictures in place of control characters, some of which HTML must not contain."""
+    """Return a text with Unicode symbols in place of control characters, some of which HTML must not contain."""
     return text.translate(_PICTURES)
 
 

@@ -1,1 +1,1 @@
-"""The SQL store: desired states, keys, and records of requests, swaps, drift and changes."""
+"""The SQL store: desired states, API keys, and records of requests, swaps, drift and audited changes."""

@@ -1,4 +1,4 @@
-"""A version's answers and their ratings, read in order for monitoring."""
+"""Reads a version's answers and their ratings in order, for monitoring."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ _GOOD_STATUS = 200
 
 @dataclass(frozen=True, slots=True)
 class RatedAnswer:
-    """A person's rating of one answer.
+    """A user's rating of one answer.
 
     Attributes:
-        id: id of the request's row.
-        person: hash of the user's name as sent by the client; empty if the client sends none.
+        id: row id of the request.
+        person: hash of the user's name as sent by the client; empty if the client sent none.
     """
 
     id: int
@@ -34,10 +34,10 @@ class RatedAnswer:
 
 
 def was_answered(store: Store, target: Target, *, after: datetime | None, before: datetime) -> bool:
-    """Return whether a version in a format answered a request that began between two times.
+    """Return whether a version in a given format answered any request that started within a time period.
 
     Args:
-        after: start of the period; None: no lower limit.
+        after: start of the period, or None for no lower bound.
     """
     good = RequestRow.status == _GOOD_STATUS, RequestRow.outcome == RequestOutcome.COMPLETE
     query = select(RequestRow.id).where(answered_by(target), *good, RequestRow.started_at < before)
@@ -48,19 +48,19 @@ def was_answered(store: Store, target: Target, *, after: datetime | None, before
 
 
 def texts_of(store: Store, request_ids: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Return the stored prompts and answers of requests, by the request id that the client received."""
+    """Return the stored prompts and answers of requests, keyed by the request id that the client received."""
     query = select(RequestRow).where(RequestRow.request_id.in_(request_ids), RequestRow.prompt.is_not(None))
     with Session(store) as session:
         return {row.request_id: (row.prompt or "", row.answer or "") for row in session.scalars(query)}
 
 
 def read_ratings(store: Store, target: Target, *, newest: int) -> list[RatedAnswer]:
-    """Return the newest ratings of a version's answers, the oldest first."""
+    """Return the newest ratings of a version's answers, oldest first."""
     return _ratings(store, answered_by(target), newest)
 
 
 def read_earlier_ratings(store: Store, target: Target, *, newest: int) -> list[RatedAnswer]:
-    """Return the newest ratings of the same model's answers from before the target's first answer, the oldest first."""
+    """Return the newest ratings of the model's answers that predate the target's first answer, oldest first."""
     first = select(RequestRow.id).where(answered_by(target)).order_by(RequestRow.id).limit(1)
     with Session(store) as session:
         began = session.scalar(first)
@@ -88,7 +88,7 @@ def _ratings(store: Store, which: ColumnElement[bool], newest: int) -> list[Rate
 
 
 def answered_by(target: Target) -> ColumnElement[bool]:
-    """Return the condition for rows of requests to a version in a format."""
+    """Return an SQL condition that selects requests to a version in a given format."""
     return and_(
         RequestRow.model == target.version.name,
         RequestRow.number == target.version.number,

@@ -1,8 +1,8 @@
-"""The audit log: who did what, when, from where and why. Rows are only added, and each row's hash covers the
-previous hash, so that changed, removed and inserted rows are detected.
+"""The audit log: who did what, when, from where and why. It is append-only, and each row's hash covers the
+previous row's hash, so that changed, removed or inserted rows are detected.
 
-Triggers in the database reject changes. A user who can drop them can also rewrite all later hashes, or delete the
-newest rows: an earlier hash that is stored elsewhere detects that.
+Database triggers reject changes. A user who can drop the triggers can also recompute all later hashes or
+delete the newest rows; a copy of an earlier hash stored elsewhere detects that.
 """
 
 import hashlib
@@ -23,12 +23,12 @@ from svc.store.database import exclusive
 from svc.store.tables import AuditRow
 
 FIRST_HASH = "0" * 64
-"""Value used as the previous hash in the first row."""
+"""Value that stands in for the previous hash in the first row."""
 _READ_TOGETHER = 1_000
 
 
 class Action(StrEnum):
-    """Kind of change that an event records."""
+    """Kind of change that an audit event records."""
 
     SERVE = "serve"
     """A server was started with a version other than the last one served, or a model was added."""
@@ -43,18 +43,18 @@ class Action(StrEnum):
     COLLECT = "gc"
     FORGET = "forget"
     BACKUP = "backup"
-    """Recorded before the backup begins: anyone who has the copy can read the home's content."""
+    """Recorded before the backup begins, because anyone who has the copy can read the home's contents."""
     RESTORE = "restore"
     ACCEPT_DRIFT = "drift.accept"
 
 
 @dataclass(frozen=True, slots=True)
 class AuditEntry:
-    """An event to record.
+    """An audit event to record.
 
     Attributes:
-        subject: changed thing: a version, a key or a path.
-        details: further facts about the change, as JSON values.
+        subject: what was changed: a version, a key or a path.
+        details: further details of the change, as JSON values.
     """
 
     action: Action
@@ -66,10 +66,10 @@ class AuditEntry:
 
 @dataclass(frozen=True, slots=True)
 class AuditEvent:
-    """A recorded event.
+    """A recorded audit event.
 
     Attributes:
-        id: consecutive number from 1.
+        id: consecutive number, starting at 1.
         at: time in ISO 8601, UTC.
         action: a value of `Action`, or one written by another release.
         actor: user or key, see `Actor.name`.
@@ -88,7 +88,7 @@ class AuditEvent:
 
 @dataclass(frozen=True, slots=True)
 class ChainFault:
-    """The first altered row, and what is wrong with it."""
+    """The first altered row of the audit log, and what is wrong with it."""
 
     id: int
     wrong: str
@@ -96,10 +96,10 @@ class ChainFault:
 
 @dataclass(frozen=True, slots=True)
 class ChainReport:
-    """Result of verifying the log.
+    """Result of verifying the audit log.
 
     Attributes:
-        events: number of events, from the first one, that are unaltered.
+        events: number of consecutive unaltered events, counted from the first.
         head: hash of the last unaltered event.
     """
 
@@ -109,13 +109,13 @@ class ChainReport:
 
 
 def record_event(store: Store, entry: AuditEntry) -> int:
-    """Record an event in its own transaction; return its id."""
+    """Record an audit event in its own transaction and return its id."""
     with exclusive(store) as session:
         return append_event(session, entry)
 
 
 def append_event(session: Session, entry: AuditEntry) -> int:
-    """Record an event in the `exclusive` transaction of the change it describes; return its id."""
+    """Record an audit event within the `exclusive` transaction of the change it describes, and return its id."""
     last = session.scalar(select(AuditRow).order_by(AuditRow.id.desc()).limit(1))
     row = AuditRow(
         id=last.id + 1 if last else 1,
@@ -137,11 +137,11 @@ def append_event(session: Session, entry: AuditEntry) -> int:
 def read_events(
     store: Store, *, newest: int, action: str | None = None, subject: str | None = None, since: datetime | None = None
 ) -> list[AuditEvent]:
-    """Return the newest events, in order.
+    """Return the newest audit events, oldest first.
 
     Args:
-        newest: maximum number.
-        subject: exact subject, or a model's name for all its versions.
+        newest: maximum number of events.
+        subject: exact subject, or a model's name to match all of its versions.
     """
     query = select(AuditRow).order_by(AuditRow.id.desc()).limit(newest)
     if action is not None:
@@ -158,16 +158,16 @@ def read_events(
 
 
 def _event(row: AuditRow) -> AuditEvent:
-    """Return a row as an event. Its values are not checked, so that an altered row can be shown."""
+    """Convert a row to an event without validating its values, so that an altered row can still be shown."""
     values = {one.name: getattr(row, one.name) for one in fields(AuditEvent)}
     return AuditEvent(**values | {"details": _details(row.details)})
 
 
 def verify_chain(store: Store, *, expected: str | None = None) -> ChainReport:
-    """Read all rows, compute every hash again, and report the first altered row.
+    """Recompute every hash in the audit log and report the first altered row.
 
     Args:
-        expected: an earlier hash, stored elsewhere, that some row must have.
+        expected: an earlier hash, stored elsewhere, that must occur in some row.
     """
     head, count, seen = FIRST_HASH, 0, expected is None
     query = select(AuditRow).order_by(AuditRow.id).execution_options(yield_per=_READ_TOGETHER)
@@ -199,7 +199,9 @@ def _hash(row: AuditRow) -> str:
 
 
 def _details(text: str) -> dict[str, Any]:
-    """Return the details in a row; those of an altered row are returned in a form that can be shown."""
+    """Parse a row's details. Details that are not valid, as in an altered row, are returned in a displayable
+    form.
+    """
     try:
         details = json.loads(text)
     except ValueError:
@@ -208,6 +210,7 @@ def _details(text: str) -> dict[str, Any]:
 
 
 def _storable(text: str) -> str:
-    """Return a text without secrets, which could not be removed again, and without characters that UTF-8 or a terminal
-    cannot handle, such as bytes of a command line that are not text."""
+    """Redact secrets from a text, since they could not be removed later, and replace characters that UTF-8 or a
+    terminal cannot handle, such as undecodable bytes of a command line.
+    """
     return hide_secrets(text).encode("utf-8", "replace").decode("utf-8").replace("\0", "?")

@@ -1,4 +1,6 @@
-"""Opens the SQL store: SQLite in WAL mode under the home, migrated to the newest schema before use."""
+"""Opens the SQL store: an SQLite database in WAL mode under the home, migrated to the latest schema before
+use.
+"""
 
 import time
 from collections.abc import Iterator
@@ -26,10 +28,10 @@ _PAUSE_S = 0.01
 
 
 def open_database(home: Path) -> Store:
-    """Open a home's store; create or migrate it first if needed.
+    """Open the store of a home, creating or migrating it first if needed.
 
     Raises:
-        RegistryError: another release wrote the store.
+        RegistryError: the store was written by an incompatible release.
     """
     home.mkdir(parents=True, exist_ok=True)
     path = home / "svc.db"
@@ -42,7 +44,9 @@ def open_database(home: Path) -> Store:
 
 @contextmanager
 def exclusive(store: Store) -> Iterator[Session]:
-    """Run the body in an exclusive write transaction: no other writer can change what the body has read."""
+    """Run the `with` block in an exclusive write transaction, so that no other writer can change what the block
+    has read.
+    """
     with Session(store) as session, session.begin():
         session.connection().exec_driver_sql("BEGIN IMMEDIATE")
         yield session
@@ -58,10 +62,11 @@ def _prepare_sqlite(connection: DBAPIConnection, record: ConnectionPoolEntry) ->
 
 
 def _use_wal(cursor: DBAPICursor) -> None:
-    """Switch the file to WAL mode, in which readers never wait for a writer; the file stays in it.
+    """Switch the database file to WAL mode, in which readers never wait for a writer. The setting is
+    persistent.
 
-    SQLite ignores its busy timeout here: when three processes opened a new store concurrently, one of them failed at
-    once with "database is locked" in 14 of 300 attempts.
+    SQLite ignores its busy timeout here: when three processes opened a new store concurrently, one of them
+    failed at once with "database is locked" in 14 of 300 attempts.
 
     Raises:
         OperationalError: another process kept the file locked, or the file cannot be written.
@@ -108,7 +113,7 @@ def _migrate(store: Store) -> None:
 
 @cache
 def _newest_revision() -> str | None:
-    """Return the newest revision. It is cached, because reading it executes every migration script."""
+    """Return the newest migration revision. It is cached, because finding it executes every migration script."""
     from alembic.script import ScriptDirectory
 
     newest: str | None = ScriptDirectory.from_config(_configuration()).get_current_head()

@@ -1,4 +1,6 @@
-"""The models that a server serves: one row per name. Each model's version is in its desired state."""
+"""The models that a server serves, one row per name. The desired state of each model says which version is
+served.
+"""
 
 from collections.abc import Collection
 from datetime import UTC, datetime
@@ -14,13 +16,15 @@ _ADD = insert(DeploymentRow).on_conflict_do_nothing()
 
 
 def deployed_names(store: Store) -> list[str]:
-    """Return the names, in the order in which they were added."""
+    """Return the names of all deployed models, in the order in which they were added."""
     with store.connect() as connection:
         return list(connection.scalars(_NAMES))
 
 
 def set_deployments(store: Store, names: Collection[str]) -> None:
-    """Replace all names by these, in this order; an existing name keeps its position."""
+    """Replace the deployed models with the given names, in this order. Names that are already deployed keep
+    their position.
+    """
     with store.begin() as connection:
         connection.execute(delete(DeploymentRow).where(DeploymentRow.name.not_in(names)))
         for name in names:
@@ -28,12 +32,12 @@ def set_deployments(store: Store, names: Collection[str]) -> None:
 
 
 def add_deployment(store: Store, name: str) -> None:
-    """Add a name, unless it exists."""
+    """Add a model to the deployments unless it is already deployed."""
     with store.begin() as connection:
         connection.execute(_ADD, {"name": name, "added_at": datetime.now(UTC)})
 
 
 def remove_deployment(store: Store, name: str) -> bool:
-    """Remove a name; return whether it existed."""
+    """Remove a model from the deployments and return whether it was deployed."""
     with store.begin() as connection:
         return connection.execute(delete(DeploymentRow).where(DeploymentRow.name == name)).rowcount > 0

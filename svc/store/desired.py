@@ -1,4 +1,6 @@
-"""Desired states: one row per name, changed by compare-and-set, so that one of two concurrent promotions fails."""
+"""Desired states: one row per model name, changed by compare-and-set so that of two concurrent promotions
+one fails.
+"""
 
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -14,15 +16,16 @@ from svc.store.tables import DesiredRow, target_columns
 from svc.version import Format, Target, VersionId
 
 _READ = select(DesiredRow.__table__).where(DesiredRow.name == bindparam("name"))
-"""Built once: the query runs several times per second for each model, and building takes longer than executing."""
+"""Query that is built only once, because it runs several times per second per model and takes longer to
+build than to execute."""
 
 
 @dataclass(frozen=True, slots=True)
 class Desired:
-    """Desired state of a name: the version to serve.
+    """Desired state of a model: which version to serve.
 
     Attributes:
-        previous: version to which a rollback returns; None if there is none.
+        previous: version to which a rollback returns, or None if there is none.
         generation: number that increases with every change.
         forced: reason for serving a version that failed a check; None for any other version.
     """
@@ -34,12 +37,12 @@ class Desired:
 
     @property
     def name(self) -> str:
-        """The model's name."""
+        """Name of the model."""
         return self.target.version.name
 
 
 def read_desired(store: Store, name: str) -> Desired | None:
-    """Return the desired state of a name; None if no version of the name was ever promoted."""
+    """Return the desired state of a model, or None if no version of it was ever promoted."""
     with store.connect() as connection:
         row = connection.execute(_READ, {"name": name}).one_or_none()
     if row is None:
@@ -51,7 +54,7 @@ def read_desired(store: Store, name: str) -> Desired | None:
 
 
 def desired_names(store: Store) -> list[str]:
-    """Return all names with a desired state."""
+    """Return the names of all models that have a desired state."""
     with Session(store) as session:
         return list(session.scalars(select(DesiredRow.name).order_by(DesiredRow.name)))
 
@@ -65,16 +68,16 @@ def change_desired(
     forced: str | None = None,
     entry: AuditEntry | None = None,
 ) -> Desired:
-    """Change the desired state if it is still `seen`; return the new state.
+    """Change the desired state if it still equals `seen`, and return the new state.
 
     Args:
-        seen: the state on which the decision was based; None if there was none.
+        seen: the state on which the decision was based, or None if there was none.
         forced: reason for serving a version that failed a check; None for any other version.
-        entry: event to record with the change, to which details are added; None if no user requested the change, for
-            example if a server reverts a failed change.
+        entry: audit event to record with the change, completed with its details. None if no user requested
+            the change, for example when a server reverts a failed change.
 
     Raises:
-        BusyError: the state is no longer `seen`.
+        BusyError: the desired state no longer equals `seen`.
     """
     name, generation = target.version.name, (seen.generation if seen else 0) + 1
     with exclusive(store) as session:

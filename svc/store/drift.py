@@ -1,7 +1,7 @@
-"""Drift: the detectors' states for a version's traffic, and the alarms.
+"""Stores drift detection results: the detectors' states for a version's traffic, and the alarms.
 
-Only monitoring interprets states and reports; here they are texts. An alarm names the feature that drifted, the start
-of the drift, and requests that show it.
+States and reports are opaque texts here, interpreted only by monitoring. An alarm names the feature that
+drifted, the start of the drift, and requests that show it.
 """
 
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ from svc.store.tables import DriftAlarmRow, DriftBaselineRow, DriftStateRow, is_
 from svc.version import Target
 
 KEPT_ALARMS = 100
-"""Maximum number of ended alarms that are stored for a version in a format."""
+"""Maximum number of ended alarms to keep per version and format."""
 
 
 @dataclass(frozen=True, slots=True)
 class DriftState:
-    """State and last result of drift detection for one signal.
+    """Detector state and latest result for one drift signal.
 
     Attributes:
         signal: the signal's name.
@@ -37,15 +37,15 @@ class DriftState:
 
 @dataclass(frozen=True, slots=True)
 class DriftAlarm:
-    """An alarm: one feature drifted.
+    """A drift alarm for one feature.
 
     Attributes:
         feature: the feature that drifted.
         since: time of the first request that shows the drift.
-        ended_at: end of the alarm; None while it is active.
+        ended_at: when the alarm ended, or None while it is active.
         moved: how the feature drifted, as JSON.
         examples: ids of the requests that show the drift best.
-        id: id of the alarm's row; None before the alarm is stored.
+        id: row id of the alarm, or None before it is stored.
     """
 
     signal: str
@@ -59,7 +59,7 @@ class DriftAlarm:
 
 
 def read_drift_states(store: Store, target: Target) -> dict[str, DriftState]:
-    """Return the detection states for a version in a format, by signal."""
+    """Return the drift detection states for a version in a given format, keyed by signal."""
     query = select(DriftStateRow).where(is_of(DriftStateRow, target))
     with Session(store) as session:
         return {row.signal: row.read(DriftState) for row in session.scalars(query)}
@@ -72,11 +72,11 @@ def keep_drift(
     alarms: Sequence[DriftAlarm],
     baseline: bytes | None = None,
 ) -> None:
-    """Store the results of a check, all or nothing.
+    """Store the results of a drift check atomically.
 
     Args:
         alarms: alarms that began or ended; an alarm with an id replaces the row with that id.
-        baseline: traffic newly accepted as the reference; None: unchanged.
+        baseline: traffic newly accepted as the drift reference, or None to leave the reference unchanged.
     """
     key, mine = target_columns(target), is_of(DriftAlarmRow, target)
     newest = select(DriftAlarmRow.id).where(mine).order_by(DriftAlarmRow.id.desc()).limit(KEPT_ALARMS)
@@ -93,13 +93,15 @@ def keep_drift(
 
 
 def read_drift_baseline(store: Store, target: Target) -> bytes | None:
-    """Return the traffic that was accepted as the reference; None if the version's examples are the reference."""
+    """Return the traffic accepted as the drift reference, or None if the version's own examples are the
+    reference.
+    """
     with Session(store) as session:
         return session.scalar(select(DriftBaselineRow.data).where(is_of(DriftBaselineRow, target)))
 
 
 def read_drift_alarms(store: Store, target: Target) -> list[DriftAlarm]:
-    """Return the stored alarms for a version in a format, the newest first."""
+    """Return the stored drift alarms for a version in a given format, newest first."""
     query = select(DriftAlarmRow).where(is_of(DriftAlarmRow, target)).order_by(DriftAlarmRow.id.desc())
     with Session(store) as session:
         return [row.read(DriftAlarm, examples=row.examples.splitlines()) for row in session.scalars(query)]

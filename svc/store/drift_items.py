@@ -1,6 +1,7 @@
-"""Drift features of a bounded sample of requests. They contain no text.
+"""Stores drift features for a bounded sample of requests, without any of their text.
 
-Each item belongs to its request's row and is deleted with that row. Knows nothing of how features are computed.
+Each item belongs to a request's row and is deleted with it. This module does not depend on how features
+are computed.
 """
 
 import json
@@ -27,13 +28,15 @@ class Item:
     """Drift features of one request.
 
     Attributes:
-        prompt: the prompt's numbers and categories, by the feature's name.
-        answer: the answer's numbers and categories, without its log-probability, which is scored later; None for
-            a feature that the answer lacks. Empty if the version has no registered answers to compare with.
+        prompt: numeric and categorical features of the prompt, keyed by feature name.
+        answer: numeric and categorical features of the answer, except for its log-probability, which is
+            scored later. The value is None for a feature that the answer lacks. Empty if the version has no
+            registered answers to compare with.
         topic: the prompt's vector in the text space, float32.
-        wanted: the vector in the text space of the answer that the prompt asks for, float32.
+        wanted: text-space vector of the answer that the prompt asks for, float32.
         words: sorted keyed hashes of the prompt's distinct words, int32.
-        conversation: keyed hash of the messages up to the first user turn, the same for all turns of a conversation.
+        conversation: keyed hash of the messages up to the first user turn, the same for all turns of a
+            conversation.
     """
 
     request_id: str
@@ -48,12 +51,13 @@ class Item:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredItem:
-    """An item of the drift check as stored, with columns of its request's row.
+    """A stored item of the drift check, with columns of its request's row.
 
     Attributes:
         id: row id, which increases with each insertion and is never reused.
-        logprob: mean log-probability of the answer's tokens, nats; None if the answer has no score, or none yet.
-        client: hash of the request's user or, without a user, the id of the key; empty if neither is known.
+        logprob: mean log-probability of the answer's tokens, in nats, or None if the answer is not scored
+            (yet).
+        client: hash of the request's user or, without a user, the key id; empty if neither is known.
     """
 
     id: int
@@ -63,12 +67,12 @@ class StoredItem:
 
 
 def add_items(store: Store, target: Target, items: Sequence[Item]) -> int:
-    """Store items of a version in a format, all or nothing.
+    """Store drift items for a version in a given format, all or nothing.
 
-    Items are skipped if their request has been deleted, or already has an item.
+    Items are skipped if their request has been deleted or already has an item.
 
     Returns:
-        The number of stored items.
+        The number of items stored.
     """
     ids = [item.request_id for item in items]
     with exclusive(store) as session:  # no request is deleted between the look-up and the insert
@@ -83,7 +87,7 @@ def add_items(store: Store, target: Target, items: Sequence[Item]) -> int:
 
 
 def read_items(store: Store, target: Target, *, after: int, newest: int) -> list[StoredItem]:
-    """Return items of a version in a format, in order.
+    """Return drift items of a version in a given format, in insertion order.
 
     Args:
         after: return only items with a larger id.
@@ -95,14 +99,16 @@ def read_items(store: Store, target: Target, *, after: int, newest: int) -> list
 
 
 def read_items_with(store: Store, target: Target, ids: Sequence[int]) -> list[StoredItem]:
-    """Return the items of a version in a format with these ids, in order; deleted ones are left out."""
+    """Return the drift items with the given ids for a version in a given format, in insertion order. Deleted
+    items are skipped.
+    """
     query = _items_of(target).where(DriftItemRow.id.in_(ids)).order_by(DriftItemRow.id)
     with Session(store) as session:
         return [_read(row) for row in session.execute(query)]
 
 
 def item_ids(store: Store, target: Target, *, after: int = 0) -> list[int]:
-    """Return the ids of all items of a version in a format, in order.
+    """Return the ids of all drift items of a version in a given format, in insertion order.
 
     Args:
         after: return only larger ids.
@@ -113,14 +119,14 @@ def item_ids(store: Store, target: Target, *, after: int = 0) -> list[int]:
 
 
 def prune_items(store: Store, target: Target, keep: Collection[int], newest: int) -> int:
-    """Delete all items of a version in a format except those to keep.
+    """Delete all drift items of a version in a given format except those to keep.
 
     Args:
         keep: ids of items to keep.
-        newest: number of newest items to keep too.
+        newest: number of newest items to keep as well.
 
     Returns:
-        The number of deleted items.
+        The number of items deleted.
     """
     ids, keep_ids = item_ids(store, target), set(keep)
     old = [id for id in ids[: max(0, len(ids) - newest)] if id not in keep_ids]

@@ -1,4 +1,4 @@
-"""Deletes requests on demand, with prompts, answers and feedback: by user, key or time."""
+"""Deletes requests on demand, including their prompts, answers and feedback, selected by user, key or time."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,7 +13,7 @@ from svc.store.tables import FeedbackRow, RequestRow
 
 @dataclass(frozen=True, slots=True)
 class Forgotten:
-    """Numbers of requests that were deleted, or that would be.
+    """Counts of requests that were deleted, or that would be deleted.
 
     Attributes:
         contents: number of requests with a stored prompt or answer.
@@ -26,22 +26,22 @@ class Forgotten:
 
 
 def of_user(user: str) -> ColumnElement[bool]:
-    """Return the condition for a user's requests, by the user's name as sent by the client."""
+    """Return an SQL condition that selects a user's requests, given the user's name as sent by the client."""
     return RequestRow.user_hash == hash_user(user)
 
 
 def of_key(key_id: str) -> ColumnElement[bool]:
-    """Return the condition for requests made with a key."""
+    """Return an SQL condition that selects requests made with a key."""
     return RequestRow.key_id == key_id
 
 
 def before(moment: datetime) -> ColumnElement[bool]:
-    """Return the condition for requests before a time."""
+    """Return an SQL condition that selects requests made before a given time."""
     return RequestRow.started_at < moment
 
 
 def count_requests(store: Store, which: ColumnElement[bool]) -> Forgotten:
-    """Count the requests that meet a condition."""
+    """Count the requests that match a condition."""
     with_content = RequestRow.prompt.is_not(None) | RequestRow.answer.is_not(None)
     with Session(store) as session:
         requests = session.scalar(select(func.count()).select_from(RequestRow).where(which))
@@ -51,7 +51,9 @@ def count_requests(store: Store, which: ColumnElement[bool]) -> Forgotten:
 
 
 def forget_requests(store: Store, which: ColumnElement[bool]) -> Forgotten:
-    """Delete the requests that meet a condition, and erase their content from SQLite's file; return the numbers."""
+    """Delete the requests that match a condition, erase their content from the SQLite file, and return the
+    counts.
+    """
     counts = count_requests(store, which)
     with store.connect() as connection:
         _pragma(connection, "secure_delete=ON")

@@ -1,4 +1,4 @@
-"""Feedback on answers: each request has at most one rating, the last one given."""
+"""Feedback on answers. Each request has at most one rating, the latest given."""
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -13,7 +13,7 @@ from svc.version import VersionId
 
 
 class Rating(StrEnum):
-    """A thumb up or a thumb down."""
+    """A user's rating: thumbs up or thumbs down."""
 
     GOOD = "good"
     BAD = "bad"
@@ -21,10 +21,10 @@ class Rating(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Feedback:
-    """A person's feedback on one answer.
+    """A user's feedback on one answer.
 
     Attributes:
-        label: category of the answer, in the caller's words.
+        label: category of the answer, in the caller's own words.
         correction: the right answer, redacted.
     """
 
@@ -38,9 +38,9 @@ class KeptFeedback:
     """Result of storing feedback.
 
     Attributes:
-        version: version that gave the answer; None for an unanswered request.
-        replaced: the answer's earlier rating, which is deleted; None if there was none.
-        grown_bytes: growth of the request's row; negative for a shorter correction.
+        version: version that gave the answer, or None if the request was not answered.
+        replaced: the answer's earlier rating, now deleted, or None if there was none.
+        grown_bytes: growth of the request's row in bytes; negative for a shorter correction.
     """
 
     version: VersionId | None
@@ -51,13 +51,13 @@ class KeptFeedback:
 def keep_feedback(
     store: Store, request_id: str, feedback: Feedback, *, key_id: str | None = None
 ) -> KeptFeedback | None:
-    """Store feedback on the newest request with this id, in place of earlier feedback.
+    """Store feedback on the newest request with the given id, replacing any earlier feedback.
 
     Args:
-        key_id: restricts the search to requests of this key; None: requests of any key.
+        key_id: restricts the search to requests made with this key; None allows any key.
 
     Returns:
-        The result; None if no such request is stored, also if the request belongs to another key.
+        The result, or None if no such request is stored or it belongs to another key.
     """
     newest = select(RequestRow).where(RequestRow.request_id == request_id).order_by(RequestRow.id.desc()).limit(1)
     if key_id is not None:

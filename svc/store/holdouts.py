@@ -1,6 +1,6 @@
-"""Runs of the held-out set on the serving engine: a version's current results on its held-out examples.
+"""Held-out runs on the serving engine: a version's current results on its held-out examples.
 
-Only each example's figures are stored; the texts are in the registry.
+Only per-example metrics are stored; the texts are in the registry.
 """
 
 import json
@@ -18,22 +18,22 @@ from svc.version import Target
 
 _RESULTS = ("places", "hits", "nll", "metric", "scores")
 KEPT_RUNS = 200
-"""Number of runs stored per name; at the default interval they cover 50 days."""
+"""Number of runs kept per model name; at the default interval they cover 50 days."""
 
 
 class HoldoutCause(StrEnum):
-    """Reason for a run."""
+    """What triggered a held-out run."""
 
     START = "start"
-    """An engine was started."""
+    """The run was triggered by the start of an engine."""
     SWAP = "swap"
-    """Weights were loaded into a running engine."""
+    """The run was triggered by loading new weights into a running engine."""
     SCHEDULE = "schedule"
-    """The interval since the last run has passed."""
+    """The run was triggered because the configured interval since the last run had passed."""
 
 
 class HoldoutOutcome(StrEnum):
-    """Outcome of a run. A run that a swap or the engine's death interrupted is not stored."""
+    """Outcome of a held-out run. A run interrupted by a swap or by the engine's death is not stored."""
 
     COMPLETED = "completed"
     FAILED = "failed"
@@ -41,18 +41,18 @@ class HoldoutOutcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class HoldoutRun:
-    """A run of a version's held-out set.
+    """A held-out run of a version.
 
     Attributes:
         engine: kind of engine that answered.
-        reason: reason for the failure; None for a completed run.
-        places: indices of the evaluated examples in the held-out file and the registered results. Empty for a failed
-            run.
-        hits: whether each answer equals its reference.
-        nll: negative log-likelihood of each reference answer, nats per token.
-        metric: name of the metric that gave `scores`; None for a failed run.
+        reason: why the run failed, or None if it completed.
+        places: indices of the evaluated examples in the held-out file and in the registered results. Empty
+            for a failed run.
+        hits: whether each answer equals its reference answer.
+        nll: negative log-likelihood of each reference answer, in nats per token.
+        metric: name of the metric that produced `scores`, or None for a failed run.
         scores: score of each answer.
-        id: id of the run's row, larger for later runs; None before the run is stored.
+        id: row id of the run, larger for later runs, or None before the run is stored.
     """
 
     target: Target
@@ -71,7 +71,7 @@ class HoldoutRun:
 
 
 def add_holdout_run(store: Store, run: HoldoutRun) -> None:
-    """Store a run, and delete the oldest ones of its name beyond `KEPT_RUNS`."""
+    """Store a held-out run, and delete the oldest runs of the same model beyond `KEPT_RUNS`."""
     results = json.dumps({name: getattr(run, name) for name in _RESULTS} | {"hits": [int(hit) for hit in run.hits]})
     of_name = HoldoutRunRow.name == run.target.version.name
     newest = select(HoldoutRunRow.id).where(of_name).order_by(HoldoutRunRow.id.desc()).limit(KEPT_RUNS)
@@ -82,17 +82,19 @@ def add_holdout_run(store: Store, run: HoldoutRun) -> None:
 
 
 def newest_holdout_run(store: Store, target: Target, *, completed: bool = True) -> HoldoutRun | None:
-    """Return the newest run of a version in a format; None if there is none.
+    """Return the newest held-out run of a version in a given format, or None if there is none.
 
     Args:
-        completed: whether failed runs are skipped.
+        completed: whether to skip failed runs.
     """
     query = select(HoldoutRunRow).where(is_of(HoldoutRunRow, target)).order_by(HoldoutRunRow.id.desc())
     return _first(store, query.where(HoldoutRunRow.outcome == HoldoutOutcome.COMPLETED) if completed else query)
 
 
 def first_holdout_run(store: Store, target: Target, engine: EngineFacts) -> HoldoutRun | None:
-    """Return the oldest stored completed run of a version in a format on one kind of engine; None if there is none."""
+    """Return the oldest completed held-out run of a version and format on one engine kind, or None if none is
+    stored.
+    """
     completed = HoldoutRunRow.outcome == HoldoutOutcome.COMPLETED
     query = select(HoldoutRunRow).where(is_of(HoldoutRunRow, target), completed, HoldoutRunRow.engine == engine.key)
     return _first(store, query.order_by(HoldoutRunRow.id))

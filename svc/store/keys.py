@@ -1,4 +1,4 @@
-"""API keys: one row each, changed only together with an event in the audit log. Only hashes of secrets are stored."""
+"""API keys, one row each, changed only together with an audit log event. Secrets are stored only as hashes."""
 
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -22,7 +22,7 @@ class Key:
 
     Attributes:
         hash: hash of the current secret.
-        expires_at: time of expiry; None: never.
+        expires_at: expiry time, or None if the key never expires.
         previous_hash: hash of the secret before the last rotation, which is valid until `previous_until`.
     """
 
@@ -48,10 +48,10 @@ class Key:
 
 
 def add_key(store: Store, key: Key, entry: AuditEntry) -> None:
-    """Add a key.
+    """Add an API key.
 
     Raises:
-        RefusedError: the id exists, or another key that is not revoked has the name.
+        RefusedError: the id already exists, or the name belongs to another key that is not revoked.
     """
     principal = key.principal
     with exclusive(store) as session:
@@ -76,10 +76,10 @@ def add_key(store: Store, key: Key, entry: AuditEntry) -> None:
 
 
 def replace_secret(store: Store, key_id: str, hash: str, *, previous_until: datetime, entry: AuditEntry) -> None:
-    """Replace a key's secret.
+    """Replace the secret of an API key.
 
     Args:
-        previous_until: time until which the previous secret stays valid; older ones are invalid.
+        previous_until: time until which the previous secret stays valid. Older secrets are invalid.
 
     Raises:
         RefusedError: the key is revoked.
@@ -92,7 +92,7 @@ def replace_secret(store: Store, key_id: str, hash: str, *, previous_until: date
 
 
 def revoke_key(store: Store, key_id: str, *, at: datetime, entry: AuditEntry) -> None:
-    """Revoke a key permanently.
+    """Revoke an API key permanently.
 
     Raises:
         RefusedError: the key is already revoked.
@@ -104,19 +104,21 @@ def revoke_key(store: Store, key_id: str, *, at: datetime, entry: AuditEntry) ->
 
 
 def keys_revision(store: Store) -> int:
-    """Return a number that increases with every change to any key; 0 if there are none. Reads one index entry only."""
+    """Return a number that increases with every change to any API key, or 0 if there are none. Reads only one
+    index entry.
+    """
     with store.connect() as connection:  # read twice per second: without the ORM, a third of the time
         return connection.scalar(_REVISION) or 0
 
 
 def read_keys(store: Store) -> list[Key]:
-    """Return all keys, the oldest first."""
+    """Return all API keys, oldest first."""
     with Session(store) as session:
         return [_key(row) for row in session.scalars(select(KeyRow).order_by(KeyRow.created_at, KeyRow.id))]
 
 
 def find_key(store: Store, text: str) -> Key:
-    """Return the key with this id, or the key with this name that is not revoked.
+    """Return the API key with the given id, or the unrevoked key with the given name.
 
     Raises:
         NotFoundError: there is no such key.
@@ -131,7 +133,9 @@ def find_key(store: Store, text: str) -> Key:
 
 
 def no_such_key(text: str) -> NotFoundError:
-    """Return the error for an unknown key. If a secret was given instead of an id, only its beginning is shown."""
+    """Return the error for an unknown API key. If a secret was given instead of an id, only its beginning is
+    shown.
+    """
     shown = f"{text[:11]}..." if len(text) > 63 or text.startswith("ts_") else text
     return NotFoundError(
         f"there is no key {shown!r}", expected="the id or the name of a key", todo="list keys: svc keys list"

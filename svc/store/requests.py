@@ -1,4 +1,4 @@
-"""The request log: one row for each ended request, and its retention. Knows nothing of HTTP."""
+"""The request log, with one row per finished request, and its retention. Independent of HTTP."""
 
 import hashlib
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from svc.store.tables import RequestRow
 from svc.version import Format, VersionId
 
 _ROW_BYTES = 170
-"""Measured size of a row without content, including index entries, bytes."""
+"""Measured size of a row without content, including its index entries, in bytes."""
 _KEPT_SHARE = 0.9  # of the size limit after a pruning, so that not every pruning has to rank all rows
 _DELETED_TOGETHER = 2_000  # rows in one transaction: no other writer waits long for it
 
@@ -25,27 +25,31 @@ class RequestOutcome(StrEnum):
 
     COMPLETE = "complete"
     REFUSED = "refused"
-    """Rejected with an error before it began: an invalid request, or no free capacity."""
+    """The request was rejected with an error before it started, because it was invalid or no capacity was free."""
     CLIENT_GONE = "client_gone"
     CLIENT_SLOW = "client_slow"
-    """Cut off because the client read the answer too slowly."""
+    """The request was cut off because the client read the response too slowly."""
     ENGINE_ERROR = "engine_error"
     SERVER_ERROR = "server_error"
 
 
 class Dropped(StrEnum):
-    """Reason why a row, or a part of it, is not stored."""
+    """Why a request's row, or part of it, is not stored."""
 
     QUEUE_FULL = "queue_full"
     STORE_FAILED = "store_failed"
     CONTENT_LIMIT = "content_limit"
-    """The row is stored without prompt and answer: they are too long, or too many wait to be stored."""
+    """The request's row is stored without prompt and answer, because they are too long or too many are waiting
+    to be stored."""
     CONTENT_UNREADABLE = "content_unreadable"
-    """The row is stored without prompt and answer: they are not text, and so cannot be redacted."""
+    """The request's row is stored without prompt and answer, because they are not valid text and so cannot be
+    redacted."""
     CONTENT_UNREDACTED = "content_unredacted"
-    """The row is stored without prompt and answer, or feedback without texts: a custom pattern took too long."""
+    """The request's row is stored without prompt and answer, or its feedback without texts, because a custom
+    redaction pattern took too long."""
     FEATURES = "features"
-    """The row is stored without drift features: the text is unreadable or too long, or too many rows wait."""
+    """The request's row is stored without drift features, because the text is unreadable or too long, or too
+    many rows are waiting."""
 
 
 class RequestRecord(NamedTuple):
@@ -97,25 +101,27 @@ class RequestRecord(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Approximate size in the store; the request id is also in an index."""
+        """Approximate size in the store, counting the request id's entry in an index."""
         texts = (self.prompt, self.answer, self.client_request_id, self.user_hash, self.unit)
         content = sum(len(text.encode("utf-8")) for text in texts if text)
         return _ROW_BYTES + 2 * len(self.request_id) + content
 
 
 def hash_user(user: str) -> str:
-    """Return the hash of a user's name, often a mail address, by which requests are stored and found for deletion."""
+    """Hash a user's name (often an email address). Requests are stored, and found for deletion, by this hash."""
     return hashlib.sha256(user.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 _BATCH_ROWS = 100
-"""Rows per statement. One statement holds the interpreter for one or two ms, too short to delay answers."""
+"""Number of rows per SQL statement. A statement of this size blocks the interpreter for one or two ms, too
+short to delay answers."""
 
 
 def add_requests(store: Store, records: Sequence[RequestRecord]) -> None:
-    """Write a batch, all or nothing.
+    """Write a batch of request records, all or nothing.
 
-    It uses the driver directly: SQLAlchemy's processing of every value takes longer than the database's work.
+    This uses the database driver directly, because SQLAlchemy's processing of each value takes longer than
+    the database's work.
     """
     with store.begin() as connection:
         for start in range(0, len(records), _BATCH_ROWS):
@@ -128,7 +134,7 @@ _INSERT = f"INSERT INTO requests ({', '.join(_COLUMNS)}) VALUES ({_VALUES})"  # 
 
 
 def _row(record: RequestRecord) -> tuple[Any, ...]:
-    """Return a record's values in SQLite's form, in the order of `_COLUMNS`."""
+    """Return a record's values as SQLite stores them, in the order of `_COLUMNS`."""
     # Enums as plain texts: the driver's adaptation of other classes is slow.
     stored: dict[str, Any] = {
         "started_at": record.started_at.astimezone(UTC).replace(tzinfo=None).isoformat(" ", "microseconds"),
@@ -144,8 +150,8 @@ class Pruned:
     """Result of deleting old rows.
 
     Attributes:
-        rows: number of deleted rows.
-        left_bytes: total size of the remaining rows.
+        rows: number of rows deleted.
+        left_bytes: total size of the remaining rows, in bytes.
     """
 
     rows: int
@@ -153,7 +159,7 @@ class Pruned:
 
 
 def newest_request_at(store: Store) -> datetime | None:
-    """Return the start of the request that was stored last; None if there are no requests.
+    """Return the start time of the most recently stored request, or None if there are no requests.
 
     Requests are ordered by id, because a clock may have been wrong.
     """
@@ -162,13 +168,14 @@ def newest_request_at(store: Store) -> datetime | None:
 
 
 def prune_requests(store: Store, *, before: datetime | None, max_bytes: int, known_bytes: int | None = None) -> Pruned:
-    """Delete rows that are too old, then the oldest ones until the rest is small enough, each with its feedback.
+    """Delete rows that are too old, then the oldest rows until the rest fits the size limit, with their
+    feedback.
 
     Args:
-        before: requests that began earlier are deleted; None: no deletion by age.
-        max_bytes: maximum size of all rows together; if it is exceeded, rows are deleted down to nine tenths of it.
-        known_bytes: upper bound on the size of all rows, counted by their writer: if within the limit, the sum over all
-            rows is not computed. None if unknown.
+        before: delete requests that started earlier; None disables deletion by age.
+        max_bytes: maximum total size of all rows; if exceeded, rows are deleted down to nine tenths of it.
+        known_bytes: upper bound on the total size of all rows, tracked by their writer. If it is within the
+            limit, the sum over all rows is not computed. None if unknown.
     """
     deleted, deleted_bytes = 0, 0
     if before is not None:
@@ -191,10 +198,10 @@ def prune_requests(store: Store, *, before: datetime | None, max_bytes: int, kno
 
 
 def delete_requests(connection: Connection, which: ColumnElement[bool]) -> tuple[int, int]:
-    """Delete the rows that meet a condition, and their feedback, the oldest first, in several transactions.
+    """Delete the rows that match a condition, with their feedback, oldest first and in several transactions.
 
     Returns:
-        The number of deleted rows, and their size in bytes.
+        The number of rows deleted, and their size in bytes.
     """
     rows, size = 0, 0
     while True:

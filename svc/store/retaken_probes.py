@@ -1,4 +1,4 @@
-"""Probes measured again on an engine of a different kind from the one that qualified the version."""
+"""Probes that were measured again on a different kind of engine from the one that qualified the version."""
 
 from pydantic import TypeAdapter
 from sqlalchemy import Engine as Store
@@ -12,14 +12,14 @@ _PROBES = TypeAdapter(tuple[Probe, ...])
 
 
 def find_retaken_probes(store: Store, target: Target, facts: EngineFacts) -> tuple[Probe, ...] | None:
-    """Return the probes for this kind of engine; None if none were measured yet."""
+    """Return the probes measured for the given engine kind, or None if none have been measured yet."""
     with Session(store) as session:
         row = session.get(RetakenProbesRow, target_columns(target) | {"engine": facts.key})
         return _PROBES.validate_json(row.probes) if row else None
 
 
 def keep_retaken_probes(store: Store, target: Target, facts: EngineFacts, probes: tuple[Probe, ...]) -> None:
-    """Store probes for later loads."""
+    """Store remeasured probes, so that later loads on this engine kind can be checked against them."""
     text = _PROBES.dump_json(probes).decode("utf-8")
     with Session(store) as session, session.begin():
         session.merge(RetakenProbesRow(**target_columns(target), engine=facts.key, probes=text))

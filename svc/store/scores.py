@@ -1,4 +1,4 @@
-"""Likelihood scores of stored answers: selects the answers to score, and stores the scores."""
+"""Likelihood scores of stored answers: selects the answers to score, and stores their scores."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -14,16 +14,17 @@ from svc.version import Target
 
 _ENDS = ("stop", "length")
 _CALL = '{"name": "%", "arguments": %}'
-"""A tool call in a stored answer, as a pattern. Such answers are not scored: `answer_text` rewrote the model's text."""
+"""SQL pattern that matches a tool call in a stored answer. Such answers are not scored, because
+`answer_text` rewrote the model's text."""
 _BLANKS = " \t\r\n"
 MOST_TOKENS = 2_048
-"""Maximum number of tokens of a scored prompt and answer together. vLLM does not budget memory for prompt
-log-probabilities; their JSON takes a hundred bytes per token."""
+"""Maximum total number of tokens in a scored prompt and its answer. vLLM does not budget memory for prompt
+log-probabilities, and their JSON takes a hundred bytes per token."""
 
 
 @dataclass(frozen=True, slots=True)
 class KeptAnswer:
-    """A request's row with stored prompt and answer.
+    """A request's row that has a stored prompt and answer.
 
     Attributes:
         prompt: JSON of the messages.
@@ -37,12 +38,12 @@ class KeptAnswer:
 def newest_unscored(
     store: Store, target: Target, *, route: str, since: datetime, without: Sequence[str], passed: Collection[int]
 ) -> KeptAnswer | None:
-    """Return the newest greedy answer of a version in a format without a score.
+    """Return a version's newest greedy answer in a given format that has no score yet.
 
     Args:
         route: the request's route.
-        since: older requests are skipped.
-        without: texts; rows whose prompt or answer contains one are skipped.
+        since: skip requests older than this.
+        without: skip rows whose prompt or answer contains any of these texts.
         passed: ids of rows to skip; a few hundred at most.
     """
     query = (
@@ -58,7 +59,7 @@ def newest_unscored(
 
 
 def keep_logprob(store: Store, row: int, logprob: float) -> None:
-    """Store a row's score, unless the row has been deleted."""
+    """Store the score of a row's answer, unless the row has been deleted."""
     with store.begin() as connection:
         connection.execute(update(RequestRow).where(RequestRow.id == row).values(logprob=logprob))
 

@@ -1,4 +1,4 @@
-"""Periods in which versions were served under a name. The server writes them; `svc history` shows them."""
+"""Periods in which a model's versions were served, recorded by the server and shown by `svc history`."""
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,25 +15,25 @@ from svc.version import Target
 
 
 class Began(StrEnum):
-    """Event that started a period."""
+    """Event that started a serving period."""
 
     START = "start"
-    """A server started an engine with the version."""
+    """Serving began because a server started an engine with the version."""
     ADOPTED = "adopted"
-    """A server started and adopted a running engine with the version."""
+    """Serving began because a server started and adopted a running engine with the version."""
     SWAP = "swap"
-    """The version was promoted."""
+    """Serving began because the version was promoted."""
 
 
 class Ended(StrEnum):
-    """Event that ended a period."""
+    """Event that ended a serving period."""
 
     SWAP = "swap"
-    """Another version replaced it."""
+    """Serving ended because another version replaced it."""
     STOP = "stop"
-    """The server was stopped, or the model was removed from it."""
+    """Serving ended because the server was stopped or the model was removed from it."""
     LOST = "lost"
-    """The server died; the recorded end is the next server's start, an upper bound."""
+    """Serving ended because the server died. The recorded end is an upper bound: the next server's start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,8 @@ class ServedSpan:
 
     Attributes:
         generation: generation of the desired state.
-        ended_at: end of the period; None if it has not ended, or if the server died and none was started since.
+        ended_at: end of the period, or None if it has not ended, or if the server died and none has started
+            since.
     """
 
     target: Target
@@ -54,10 +55,10 @@ class ServedSpan:
 
 
 def begin_serving(store: Store, desired: Desired, began_by: Began, at: datetime | None = None) -> None:
-    """Record the start of serving a version; changes nothing if the version is already being served.
+    """Record that a version has started being served. Does nothing if it is already being served.
 
     Args:
-        at: time of the start; None: now.
+        at: time of the start, or None for now.
     """
     now = at or datetime.now(UTC)
     with exclusive(store) as session:
@@ -72,14 +73,14 @@ def begin_serving(store: Store, desired: Desired, began_by: Began, at: datetime 
 
 
 def end_serving(store: Store, name: str, at: datetime | None = None) -> None:
-    """Record the end of serving a name."""
+    """Record that a model is no longer being served."""
     with exclusive(store) as session:
         for row in session.scalars(_lasting(name)):
             row.ended_at, row.ended_by = at or datetime.now(UTC), Ended.STOP
 
 
 def served_spans(store: Store, name: str) -> list[ServedSpan]:
-    """Return all periods of a name, in order."""
+    """Return all serving periods of a model, oldest first."""
     query = select(ServedRow).where(ServedRow.name == name).order_by(ServedRow.id)
     with Session(store) as session:
         return [row.read(ServedSpan, target=target_of(row)) for row in session.scalars(query)]

@@ -1,4 +1,6 @@
-"""The journal of swaps: the server writes it, `svc promote` follows it, `svc status` shows the last one."""
+"""The journal of swaps: the server writes it, `svc promote` follows it, and `svc status` shows its last
+entry.
+"""
 
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -18,26 +20,27 @@ class SwapOutcome(StrEnum):
 
     SUCCEEDED = "succeeded"
     REFUSED = "refused"
-    """Rejected: a check failed before the engine was changed."""
+    """A check failed before the engine was changed, so the swap was rejected."""
     RESTORED = "restored"
-    """A check failed after the load; the previous version was loaded again and verified by its probes."""
+    """A check failed after the load, so the previous version was loaded again and verified by its probes."""
     CANCELLED = "cancelled"
-    """The desired version changed during the swap; the previous version is served until the new one is loaded."""
+    """The swap was cancelled because the desired version changed. The previous version is served until the new
+    one is loaded."""
     FAILED = "failed"
-    """The engine died, or the previous version could be restored only by a new engine."""
+    """The swap failed because the engine died or because only a new engine could restore the previous version."""
 
 
 class SwapKind(StrEnum):
-    """Method by which a swap loads the version into the engines."""
+    """How a swap loads the version into the engines."""
 
     INPLACE = "inplace"
-    """Reload weights in the only engine; requests are queued meanwhile."""
+    """Reload weights in the only engine, queueing requests in the meantime."""
     BLUEGREEN = "bluegreen"
-    """A second engine replaces the first."""
+    """Start a second engine that replaces the first."""
     ROLLING = "rolling"
-    """Reload the engines in place one at a time; the others answer meanwhile."""
+    """Reload the engines in place one at a time, while the other engines keep answering."""
     ADAPTER = "adapter"
-    """Load another adapter of the base that the engines serve; no request waits."""
+    """Load another adapter of the base that the engines already serve. No request has to wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +48,12 @@ class SwapResult:
     """Result of a swap.
 
     Attributes:
-        reason: reason for the failure.
-        queued_s: time for which admission was closed, seconds; None if no request had to wait.
-        running: number of requests in the engines at the swap's start.
-        queued: maximum number of requests that waited concurrently; None if no request had to wait.
-        kind: method of the swap; None if the swap was rejected before the method was known.
-        took_s: time from the first check to the end, seconds.
+        reason: why the swap failed.
+        queued_s: time for which admission was closed, in seconds, or None if no request had to wait.
+        running: number of requests in the engines when the swap started.
+        queued: maximum number of requests waiting at once, or None if no request had to wait.
+        kind: method of the swap, or None if the swap was rejected before the method was known.
+        took_s: time from the first check to the end of the swap, in seconds.
     """
 
     outcome: SwapOutcome
@@ -64,11 +67,11 @@ class SwapResult:
 
 @dataclass(frozen=True, slots=True)
 class SwapRecord:
-    """One swap.
+    """One swap as recorded in the journal.
 
     Attributes:
-        result: result of the swap; None while it is running.
-        steps: texts of the steps completed so far.
+        result: result of the swap, or None while it is running.
+        steps: descriptions of the steps completed so far.
     """
 
     id: int
@@ -80,7 +83,7 @@ class SwapRecord:
 
 
 def begin_swap(store: Store, desired: Desired) -> int:
-    """Record the start of a swap; return its id. An unfinished swap for the same desired state is resumed."""
+    """Record the start of a swap and return its id. An unfinished swap for the same desired state is resumed."""
     last = find_swap(store, desired.name, desired.generation)
     if last is not None and last.result is None:
         return last.id
@@ -92,19 +95,19 @@ def begin_swap(store: Store, desired: Desired) -> int:
 
 
 def add_step(store: Store, swap_id: int, text: str) -> None:
-    """Record a step of a swap."""
+    """Record a completed step of a swap."""
     with Session(store) as session, session.begin():
         session.add(SwapStepRow(swap_id=swap_id, at=datetime.now(UTC), text=text))
 
 
 def end_swap(store: Store, swap_id: int, result: SwapResult) -> None:
-    """Record the result of a swap."""
+    """Record the final result of a swap."""
     with store.begin() as connection:
         connection.execute(update(SwapRow).where(SwapRow.id == swap_id).values(**asdict(result)))
 
 
 def find_swap(store: Store, name: str, generation: int | None = None) -> SwapRecord | None:
-    """Return the last swap of a name, or the last one for a generation of its desired state."""
+    """Return the last swap of a model, or its last swap for the given generation of the desired state."""
     query = select(SwapRow).where(SwapRow.name == name).order_by(SwapRow.id.desc()).limit(1)
     if generation is not None:
         query = query.where(SwapRow.generation == generation)

@@ -1,6 +1,6 @@
-"""The tables. Changed only together with a migration (svc/store/migrations).
+"""The database tables. Change them only together with a migration (svc/store/migrations).
 
-`Table.of` and `Table.read` convert records of the other modules to rows and back, by the names of their fields.
+`Table.of` and `Table.read` convert between rows and other modules' records, matching fields by name.
 """
 
 from collections.abc import Callable
@@ -20,22 +20,22 @@ Record = TypeVar("Record")
 
 
 class UtcDateTime(sa.TypeDecorator[datetime]):
-    """A point in time, stored in UTC. SQLite stores no time zone: values are read as UTC."""
+    """A point in time, stored in UTC. SQLite stores no time zone, so values are read back as UTC."""
 
     impl = sa.DateTime(timezone=True)
     cache_ok = True
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """Convert a value to UTC for the database."""
+        """Convert a value to UTC before it is written to the database."""
         return None if value is None else value.astimezone(UTC)
 
     def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """Return a value of the database with the zone UTC."""
+        """Attach the UTC time zone to a value read from the database."""
         return None if value is None else value.replace(tzinfo=UTC)
 
 
 class Table(DeclarativeBase):
-    """Base class of all tables of the store."""
+    """Base class of all tables in the store."""
 
     metadata = sa.MetaData(
         naming_convention={
@@ -48,20 +48,20 @@ class Table(DeclarativeBase):
 
     @classmethod
     def of(cls, record: object, **others: Any) -> Self:
-        """Return a record as a row.
+        """Create a row from a record.
 
         Args:
-            others: values of columns that the record lacks or has in another form.
+            others: values of columns that the record lacks or has in a different form.
         """
         columns = {column.name for column in cls.__table__.columns if hasattr(record, column.name)}
         return cls(**{name: getattr(record, name) for name in columns - others.keys()}, **others)
 
     def read(self, kind: Callable[..., Record], **others: Any) -> Record:
-        """Return a row as a record; pydantic converts the columns to the types of its fields.
+        """Create a record from this row, letting pydantic convert the columns to the types of the record's fields.
 
         Args:
             kind: dataclass of the record.
-            others: values of fields that are not columns or have another form.
+            others: values of fields that are not columns or that have a different form.
         """
         adapter, names = _reader(kind)
         record: Record = adapter.validate_python({name: getattr(self, name) for name in names - others.keys()} | others)
@@ -74,7 +74,7 @@ def _reader(kind: Any) -> tuple[TypeAdapter[Any], frozenset[str]]:
 
 
 class DesiredRow(Table):
-    """Desired version of a name. `generation` increases with every change, so that a stale writer is detected."""
+    """Desired version of a model. `generation` increases with every change, so that stale writers are detected."""
 
     __tablename__ = "desired"
 
@@ -89,7 +89,7 @@ class DesiredRow(Table):
 
 
 class DeploymentRow(Table):
-    """A model to serve; its version is in its desired state."""
+    """A model to serve. Its version is given by its desired state."""
 
     __tablename__ = "deployments"
 
@@ -98,7 +98,9 @@ class DeploymentRow(Table):
 
 
 class SwapRow(Table):
-    """One attempt to load a desired version into the engine. Without an outcome it is running, or was interrupted."""
+    """One attempt to load a desired version into the engine. Without an outcome, it is running or was
+    interrupted.
+    """
 
     __tablename__ = "swaps"
 
@@ -118,7 +120,7 @@ class SwapRow(Table):
 
 
 class SwapStepRow(Table):
-    """One step of a swap, read by commands that follow it."""
+    """One step of a swap, which commands read to follow its progress."""
 
     __tablename__ = "swap_steps"
 
@@ -189,7 +191,7 @@ class ShadowPairRow(Table):
 
 
 class RetakenProbesRow(Table):
-    """Probes of a version, measured on a different kind of engine from the one that qualified it."""
+    """Probes of a version that were measured on a different kind of engine from the one that qualified it."""
 
     __tablename__ = "retaken_probes"
 
@@ -201,7 +203,7 @@ class RetakenProbesRow(Table):
 
 
 class RequestRow(Table):
-    """One finished request. `bytes` is the approximate size of the row, for retention by size."""
+    """One finished request. `bytes` is the row's approximate size, used for size-based retention."""
 
     __tablename__ = "requests"
 
@@ -234,7 +236,7 @@ class RequestRow(Table):
 
 
 class FeedbackRow(Table):
-    """A person's feedback on an answer. It is deleted with its request."""
+    """A user's feedback on an answer, deleted together with its request."""
 
     __tablename__ = "feedback"
 
@@ -246,7 +248,7 @@ class FeedbackRow(Table):
 
 
 class HoldoutRunRow(Table):
-    """A run of a version's held-out set on the engine that serves it. `results` is JSON, without texts."""
+    """A held-out run of a version on the engine that serves it. `results` is JSON that contains no texts."""
 
     __tablename__ = "holdout_runs"
 
@@ -264,7 +266,9 @@ class HoldoutRunRow(Table):
 
 
 class DriftStateRow(Table):
-    """Drift detection of one signal in a version's traffic; `state` and `report` are monitoring's JSON."""
+    """Drift detection for one signal of a version's traffic. `state` and `report` are JSON defined by
+    monitoring.
+    """
 
     __tablename__ = "drift_states"
 
@@ -278,7 +282,7 @@ class DriftStateRow(Table):
 
 
 class DriftAlarmRow(Table):
-    """One drift alarm; active while it has no end. `examples` are ids of requests, one per line."""
+    """One drift alarm, active until its end is set. `examples` holds request ids, one per line."""
 
     __tablename__ = "drift_alarms"
 
@@ -296,9 +300,9 @@ class DriftAlarmRow(Table):
 
 
 class DriftItemRow(Table):
-    """Drift features of one request, without text. The row is deleted with its request.
+    """Drift features of one request, without its text. The row is deleted together with its request.
 
-    `features` is JSON. `topic` and `wanted` are float32, `words` are int32, all little-endian.
+    `features` is JSON. `topic` and `wanted` are float32 and `words` is int32, all little-endian.
     """
 
     __tablename__ = "drift_items"
@@ -318,7 +322,9 @@ class DriftItemRow(Table):
 
 
 class DriftBaselineRow(Table):
-    """A version's accepted traffic, with which later traffic is compared instead of the version's examples."""
+    """Accepted traffic of a version, with which later traffic is compared instead of the version's own
+    examples.
+    """
 
     __tablename__ = "drift_baselines"
 
@@ -329,7 +335,9 @@ class DriftBaselineRow(Table):
 
 
 class KeyRow(Table):
-    """A key, possibly revoked. `revision` increases with every change to any key; lists are separated by spaces."""
+    """An API key, possibly revoked. `revision` increases with every change to any key; lists are
+    space-separated.
+    """
 
     __tablename__ = "keys"
 
@@ -353,7 +361,9 @@ class KeyRow(Table):
 
 
 class AuditRow(Table):
-    """An audit event. Never changed and never deleted; `at` is text, because the hash covers it literally."""
+    """An audit event, never changed or deleted. `at` is stored as text because the hash covers its exact
+    characters.
+    """
 
     __tablename__ = "audit"
 
@@ -379,7 +389,7 @@ def _refuse_audit_changes(target: object, connection: sa.Connection, **options: 
 
 
 class UsageRow(Table):
-    """A key's usage of a model in one hour. `key_id` is empty for requests without a key."""
+    """One key's usage of one model in one hour. `key_id` is empty for requests without a key."""
 
     __tablename__ = "usage"
 
@@ -392,7 +402,9 @@ class UsageRow(Table):
 
 
 class ServedRow(Table):
-    """A period in which a version was served under its name. Without an end, it lasts or the server died."""
+    """A period in which a version of a model was served. Without an end, it is still running or the server
+    died.
+    """
 
     __tablename__ = "served"
 
@@ -418,19 +430,19 @@ TargetRow = (
     | DriftBaselineRow
     | ServedRow
 )
-"""Rows of a version in a format."""
+"""Union of the row types that belong to a version in a given format."""
 
 
 def target_columns(target: Target) -> dict[str, Any]:
-    """Return the columns of a `TargetRow` that name its version and format."""
+    """Return the `TargetRow` columns that identify a version and its format."""
     return {"name": target.version.name, "number": target.version.number, "format": target.format}
 
 
 def target_of(row: TargetRow) -> Target:
-    """Return the version and the format of a row."""
+    """Return the version and format to which a row belongs."""
     return Target(VersionId(row.name, row.number), Format(row.format))
 
 
 def is_of(table: type[TargetRow], target: Target) -> sa.ColumnElement[bool]:
-    """Return the condition for rows of a version in a format."""
+    """Return an SQL condition that selects the rows of a version in a given format."""
     return sa.and_(*(getattr(table, name) == value for name, value in target_columns(target).items()))

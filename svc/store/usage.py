@@ -1,4 +1,4 @@
-"""Usage of keys: requests and tokens by hour, key and model. These figures outlive the request log's rows."""
+"""API key usage: requests and tokens by hour, key and model. These totals outlive the request log's rows."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ from svc.store.tables import UsageRow
 
 
 class UsageOf(NamedTuple):
-    """Hour, key and model that a usage figure belongs to.
+    """Hour, key and model to which a usage record belongs.
 
     Attributes:
         hour: start of the hour.
-        key_id: id of the key; empty for requests without a key.
+        key_id: id of the API key; empty for requests without a key.
     """
 
     hour: datetime
@@ -27,14 +27,14 @@ class UsageOf(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """Numbers of requests and tokens. A tuple, because one is created for each request."""
+    """Counts of requests and tokens. A tuple for speed, because one is created for each request."""
 
     requests: int = 0
     tokens_in: int = 0
     tokens_out: int = 0
 
     def plus(self, other: "Usage") -> "Usage":
-        """Return the sum of both."""
+        """Return the sum of this usage and another usage."""
         return Usage(
             self.requests + other.requests, self.tokens_in + other.tokens_in, self.tokens_out + other.tokens_out
         )
@@ -49,7 +49,7 @@ _ADD = _ROW.on_conflict_do_update(
 
 @dataclass(frozen=True, slots=True)
 class UsageTotal:
-    """A key's total usage of a model; see `UsageOf`."""
+    """A key's total usage of a model (see `UsageOf`)."""
 
     key_id: str
     model: str
@@ -57,12 +57,12 @@ class UsageTotal:
 
 
 def hour_of(moment: datetime) -> datetime:
-    """Return the start of the hour that contains a time."""
+    """Return the start of the hour that contains the given time."""
     return moment.astimezone(UTC).replace(minute=0, second=0, microsecond=0)
 
 
 def add_usage(store: Store, used: Mapping[UsageOf, Usage]) -> None:
-    """Add to the stored usage, all or nothing; several processes may do so concurrently."""
+    """Add usage to the stored totals, all or nothing. Several processes may do so concurrently."""
     if not used:
         return
     with store.begin() as connection:
@@ -70,7 +70,7 @@ def add_usage(store: Store, used: Mapping[UsageOf, Usage]) -> None:
 
 
 def usage_since(store: Store, since: datetime) -> list[UsageTotal]:
-    """Return the usage by key and model from the start of the hour that contains `since`, the largest first."""
+    """Return usage totals by key and model, largest first, from the start of the hour that contains `since`."""
     tokens_in, tokens_out = func.sum(UsageRow.tokens_in), func.sum(UsageRow.tokens_out)
     query = (
         select(UsageRow.key_id, UsageRow.model, func.sum(UsageRow.requests), tokens_in, tokens_out)
@@ -83,7 +83,7 @@ def usage_since(store: Store, since: datetime) -> list[UsageTotal]:
 
 
 def last_used(store: Store) -> dict[str, datetime]:
-    """Return the hour in which each key was last used."""
+    """Return the hour in which each API key was last used."""
     with Session(store) as session:
         query = select(UsageRow.key_id, func.max(UsageRow.hour, type_=UsageRow.hour.type)).group_by(UsageRow.key_id)
         return {row[0]: row[1] for row in session.execute(query)}

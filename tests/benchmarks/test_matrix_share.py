@@ -25,26 +25,26 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("base"))
 
 
-def test_a_shared_prefix_is_counted_once() -> None:
+def test_flops_of_a_shared_prefix_are_counted_once() -> None:
     assert BATCH.computed == 4 + 3 * 6
 
 
-def test_a_token_needs_four_operations_per_frozen_weight_and_six_per_trained_one() -> None:
+def test_token_costs_four_flops_per_frozen_weight_and_six_per_trained_weight() -> None:
     assert needed_flops(Shape(linear=100, adapter=0, head=0, attention=0), BATCH) == 4 * 100 * 22
     assert needed_flops(Shape(linear=0, adapter=10, head=0, attention=0), BATCH) == 6 * 10 * 22
 
 
-def test_the_head_is_counted_only_at_answers() -> None:
+def test_output_head_flops_are_counted_only_at_answer_tokens() -> None:
     assert needed_flops(Shape(linear=0, adapter=0, head=1000, attention=0), BATCH) == 4 * 1000 * 5
 
 
-def test_attention_is_counted_up_to_each_token() -> None:
+def test_attention_flops_count_only_preceding_tokens() -> None:
     pairs = sum(range(1, 5)) + 3 * sum(range(5, 11))
     assert needed_flops(Shape(linear=0, adapter=0, head=0, attention=8), BATCH) == 12 * 8 * pairs
 
 
 @pytest.mark.slow
-def test_the_counted_operations_equal_those_that_pytorch_counts_for_the_model(tiny_base: Path) -> None:
+def test_counted_flops_match_pytorch_flop_counter(tiny_base: Path) -> None:
     recipe = make_recipe()
     model = add_adapter(load_model(tiny_base, ModelForm(NumberType.FLOAT32)), recipe, 1)
     shape, tokens = read_shape(model), 24
@@ -58,7 +58,7 @@ def test_the_counted_operations_equal_those_that_pytorch_counts_for_the_model(ti
     assert counter.get_total_flops() == pytest.approx(without_attention, rel=0.1)
 
 
-def test_batches_equal_those_of_the_trainer(tiny_base: Path) -> None:
+def test_counted_batches_match_those_of_the_trainer(tiny_base: Path) -> None:
     tokenizer = load_tokenizer(tiny_base)
     rows = tokenize_examples(tokenizer, EXAMPLES, stop_tokens(tiny_base, tokenizer), {})
     lengths = [len(row.input_ids) for row in rows]
@@ -73,7 +73,7 @@ def test_batches_equal_those_of_the_trainer(tiny_base: Path) -> None:
     assert sum(batch.answers for batch in batches) == sum(end - start for row in rows for start, end in row.learnt)
 
 
-def test_matrix_speed_includes_all_three_products(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measured_matrix_speed_includes_all_three_products(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(float(second) for second in range(100))
     monkeypatch.setattr("trainer.estimate.devices.time.perf_counter", lambda: next(clock))
     assert measure_matrix_speed(4, 5, 6, NumberType.FLOAT32, repeats=3) == 3 * 2 * 4 * 5 * 6

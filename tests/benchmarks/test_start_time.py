@@ -11,17 +11,17 @@ PAIRS = [
 ]
 
 
-def test_a_start_is_the_sum_of_its_parts() -> None:
+def test_start_time_is_the_sum_of_its_phases() -> None:
     assert PAIRS[0].served.total == 21.5
 
 
-def test_figures_are_medians_of_the_measurements() -> None:
+def test_start_time_summary_reports_medians() -> None:
     result = summary(PAIRS)
     assert (result["bare"], result["served"]) == (25.0, 28.2)
     assert (result["before"], result["after"]) == (1.0, 0.4)
 
 
-def test_differences_are_computed_within_pairs() -> None:
+def test_start_time_differences_are_computed_within_pairs() -> None:
     result = summary(PAIRS)
     assert result["difference"] == pytest.approx(1.5)
     assert result["engine_over_bare"] == 0.0

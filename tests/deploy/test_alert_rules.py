@@ -35,17 +35,17 @@ def _run(promtool: Path, *arguments: str | Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_prometheus_accepts_its_configuration(promtool: Path) -> None:
+def test_prometheus_accepts_its_configuration_file(promtool: Path) -> None:
     _run(promtool, "check", "config", "prometheus.yml")
 
 
-def test_prometheus_accepts_the_rules(promtool: Path) -> None:
+def test_prometheus_accepts_the_alert_rules(promtool: Path) -> None:
     _run(promtool, "check", "rules", "--lint-fatal", *FOLDER.glob("rules/*.yml"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", sorted(FOLDER.glob("tests/*.yml")), ids=lambda file: file.stem)
-def test_the_rules_record_and_fire_as_expected(promtool: Path, file: Path) -> None:
+def test_prometheus_rules_record_and_fire_as_expected(promtool: Path, file: Path) -> None:
     _run(promtool, "test", "rules", file)
 
 
@@ -61,7 +61,7 @@ def _is_quiet_case(case: dict[str, Any], alert: str) -> bool:
     return bool(late and series & read_by(rule["expr"])) and not any(check.get("exp_alerts") for check in checks)
 
 
-def test_every_alert_has_a_test_case_in_which_it_fires_and_one_in_which_it_stays_silent() -> None:
+def test_every_alert_has_a_firing_and_a_silent_test_case() -> None:
     firing = {
         check["alertname"] for case in cases() for check in case.get("alert_rule_test", []) if check.get("exp_alerts")
     }
@@ -69,21 +69,21 @@ def test_every_alert_has_a_test_case_in_which_it_fires_and_one_in_which_it_stays
     assert [alert for alert in ALERTS if not any(_is_quiet_case(case, alert) for case in cases())] == []
 
 
-def test_every_alert_in_a_case_exists() -> None:
+def test_every_alert_in_a_test_case_exists() -> None:
     assert {check["alertname"] for case in cases() for check in case.get("alert_rule_test", [])} <= set(ALERTS)
 
 
-def test_the_values_of_every_recording_rule_are_checked() -> None:
+def test_every_recording_rule_has_its_values_checked() -> None:
     checks = [check for case in cases() for check in case.get("promql_expr_test", []) if check["exp_samples"]]
     checked = set().union(*(metrics(check["expr"]) for check in checks))
     assert checked == {rule["record"] for rule in rules("record")}
 
 
-def test_the_runbook_and_the_rules_name_the_same_alerts() -> None:
+def test_runbook_and_rules_name_the_same_alerts() -> None:
     assert set(ALERTS) == HEADINGS
 
 
-def test_an_alert_has_a_severity_a_description_and_a_runbook_link() -> None:
+def test_every_alert_has_severity_description_and_runbook_link() -> None:
     wrong = [
         alert
         for alert, rule in ALERTS.items()
@@ -94,13 +94,13 @@ def test_an_alert_has_a_severity_a_description_and_a_runbook_link() -> None:
     assert wrong == []
 
 
-def test_the_severity_in_the_runbook_equals_that_of_the_alert() -> None:
+def test_alert_severity_matches_the_runbook() -> None:
     sections = {alert: read("docs/runbook.md").partition(f"\n### {alert}\n\n")[2].lower() for alert in ALERTS}
     severities = {alert: rule["labels"]["severity"] for alert, rule in ALERTS.items()}
     assert [alert for alert in ALERTS if not sections[alert].startswith(f"{severities[alert]}.")] == []
 
 
-def test_a_comparison_is_between_a_vector_and_a_number() -> None:
+def test_alert_expressions_compare_vectors_only_with_numbers() -> None:
     # Braces are removed: a matcher is not a comparison.
     expressions = [re.sub(r"\{[^}]*\}", "{}", rule["expr"]) for rule in ALERTS.values()]
     assert [one for one in expressions if len(COMPARISON.findall(one)) != len(PLAIN_COMPARISON.findall(one))] == []

@@ -90,7 +90,7 @@ def _alert(name: str, namespace: str = "production", **labels: str) -> Labels:
         ("dev", "page", "tickets"),
     ],
 )
-def test_an_alert_reaches_the_pager_only_with_severity_page_and_not_from_staging(
+def test_only_page_severity_alerts_outside_staging_reach_the_pager(
     programs: Path, namespace: str, severity: str, expected: str
 ) -> None:
     labels = [f"{name}={value}" for name, value in _alert("SvcEngineDown", namespace, severity=severity).items()]
@@ -100,7 +100,7 @@ def test_an_alert_reaches_the_pager_only_with_severity_page_and_not_from_staging
 
 
 @pytest.mark.slow
-def test_the_errors_of_a_model_are_inhibited_when_the_model_has_no_engine(
+def test_model_error_alerts_are_inhibited_when_model_has_no_engine(
     inhibited: Send,
 ) -> None:
     errors = _alert("SvcAvailabilityBurnFast", model="m")
@@ -109,13 +109,13 @@ def test_the_errors_of_a_model_are_inhibited_when_the_model_has_no_engine(
 
 
 @pytest.mark.slow
-def test_a_stale_alert_is_inhibited_when_its_monitor_is_down(inhibited: Send) -> None:
+def test_stale_data_alert_is_inhibited_when_its_monitor_is_down(inhibited: Send) -> None:
     stale, other = (_alert("SvcEngineDown", instance=instance, model="m") for instance in "ab")
     assert inhibited(_alert("SvcMonitorDown", instance="a"), stale, other) == [stale]
 
 
 @pytest.mark.slow
-def test_the_disk_and_training_are_not_inhibited_when_the_server_is_down(
+def test_disk_and_training_alerts_are_not_inhibited_when_server_is_down(
     inhibited: Send,
 ) -> None:
     others = ("SvcDiskAlmostFull", "SvcTrainingFailed", "SvcBackupOld", "SvcGpuFault")
@@ -123,7 +123,7 @@ def test_the_disk_and_training_are_not_inhibited_when_the_server_is_down(
 
 
 @pytest.mark.slow
-def test_no_page_is_inhibited_when_only_tickets_fire(inhibited: Send) -> None:
+def test_ticket_severity_alerts_never_inhibit_a_page(inhibited: Send) -> None:
     """Each page fires together with all tickets and with its own labels, so that no page is the cause of another."""
     pages = [name for name, rule in ALERTS.items() if rule["labels"]["severity"] == "page"]
     tickets = ALERTS.keys() - pages
@@ -147,7 +147,7 @@ def _labels_of(alert: str) -> set[str]:
     return set.union(*fired) | {"namespace"}
 
 
-def test_an_inhibition_names_alerts_that_exist_and_labels_that_they_have() -> None:
+def test_inhibition_rules_name_only_existing_alerts_and_labels() -> None:
     wrong = []
     for rule in CONFIG["inhibit_rules"]:
         for end in ("source", "target"):

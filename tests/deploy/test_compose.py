@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.skipif(not HAS_COMPOSE, reason="no docker compose here")
 @pytest.mark.parametrize("profile", ["cpu", "gpu"])
 @pytest.mark.parametrize("files", [COMPOSE[:1], COMPOSE], ids=["loopback", "tls"])
-def test_docker_compose_accepts_the_files(folder: Path, profile: str, files: list[Path]) -> None:
+def test_docker_compose_accepts_the_compose_files(folder: Path, profile: str, files: list[Path]) -> None:
     given = [word for file in files for word in ("--file", file.name)]
     done = subprocess.run(
         ["docker", "compose", *given, "config", "--format", "json"],
@@ -47,7 +47,7 @@ def test_docker_compose_accepts_the_files(folder: Path, profile: str, files: lis
     assert ("SVC_SERVE__HOST" in services[f"server-{profile}"].get("environment", {})) == (len(files) == 2)
 
 
-def test_a_service_has_minimal_rights() -> None:
+def test_compose_services_run_with_minimal_privileges() -> None:
     for name, service in SERVICES.items():
         assert service["read_only"] and service["cap_drop"] == ["ALL"], name
         assert "no-new-privileges:true" in service["security_opt"], name
@@ -62,13 +62,13 @@ def test_third_party_images_are_pinned_and_listen_on_loopback() -> None:
         assert any("127.0.0.1" in text for text in texts), name
 
 
-def test_a_stop_waits_for_running_answers() -> None:
+def test_compose_stop_timeout_allows_running_requests_to_finish() -> None:
     from serving.http.http_server import _GRACE_S
 
     for name in ("server-cpu", "server-gpu"):
         assert int(SERVICES[name]["stop_grace_period"].removesuffix("s")) > 2 * _GRACE_S
 
 
-def test_no_secret_can_be_committed() -> None:
+def test_secret_files_are_ignored_by_git() -> None:
     rules = (DEPLOY / "compose" / "secrets" / ".gitignore").read_text("utf-8").splitlines()
     assert rules == ["*", "!.gitignore"]

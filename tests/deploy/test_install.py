@@ -38,13 +38,13 @@ def tools(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_error_names_the_packages_when_a_compiler_is_missing(checkout: Path, tools: Path) -> None:
+def test_install_error_names_missing_compiler_packages(checkout: Path, tools: Path) -> None:
     status, output = install(checkout, sys.executable, tools=tools)
     assert status == 1
     assert "do: apt-get install g++\n" in output
 
 
-def test_the_error_names_the_python_when_it_is_too_old(checkout: Path, tools: Path) -> None:
+def test_install_error_names_the_python_that_is_too_old(checkout: Path, tools: Path) -> None:
     python = tools / "python3.10"
     python.write_text('#!/bin/bash\n[ "$1" = --version ] && echo Python 3.10.13\nexit 1\n')
     python.chmod(0o755)

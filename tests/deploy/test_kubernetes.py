@@ -48,7 +48,7 @@ def test_kustomize_builds_every_overlay_with_a_tagged_image(folder: Path) -> Non
 
 @needs_kubectl
 @pytest.mark.parametrize(("overlay", "gpus"), [("cpu", None), ("gpu", "1"), ("gpus", "4")])
-def test_an_overlay_requests_its_gpus_and_keeps_the_rest_of_the_server(overlay: str, gpus: str | None) -> None:
+def test_overlay_requests_its_gpus_and_keeps_server_probes_and_volumes(overlay: str, gpus: str | None) -> None:
     (pod,) = [pod for pod in _pods(built(KUBERNETES / "overlays" / overlay)) if len(pod["containers"]) > 1]
     (server,) = [container for container in pod["containers"] if container["name"] == "server"]
     assert server["resources"]["limits"].get("nvidia.com/gpu") == gpus
@@ -57,7 +57,7 @@ def test_an_overlay_requests_its_gpus_and_keeps_the_rest_of_the_server(overlay: 
     assert {volume["name"] for volume in pod["volumes"]} >= {"home", "base", "tmp", "shm"}
 
 
-def test_a_pod_has_minimal_rights() -> None:
+def test_pods_run_with_minimal_privileges() -> None:
     for where, spec in pod_specs():
         pod = spec["securityContext"]
         assert pod["runAsNonRoot"] and pod["seccompProfile"] == {"type": "RuntimeDefault"}, where
@@ -73,29 +73,29 @@ def _server() -> dict[str, Any]:
     return spec
 
 
-def test_a_long_start_and_a_dead_engine_do_not_restart_the_pod() -> None:
+def test_slow_start_or_dead_engine_does_not_restart_the_pod() -> None:
     (server,) = [container for container in _server()["containers"] if container["name"] == "server"]
     asked = {kind: server[kind]["httpGet"]["path"] for kind in ("startupProbe", "livenessProbe", "readinessProbe")}
     assert asked == {"startupProbe": "/health/live", "livenessProbe": "/health/live", "readinessProbe": "/health"}
 
 
-def test_a_stop_waits_for_running_answers() -> None:
+def test_pod_termination_waits_for_running_requests() -> None:
     assert _server()["terminationGracePeriodSeconds"] > 2 * _GRACE_S
 
 
-def test_the_sockets_of_engines_are_in_the_memory_of_the_pod() -> None:
+def test_engine_sockets_are_in_a_memory_backed_volume() -> None:
     (tmp,) = [volume for volume in _server()["volumes"] if volume["name"] == "tmp"]
     assert tmp["emptyDir"]["medium"] == "Memory"
     mounts = [mount for container in _server()["containers"] for mount in container["volumeMounts"]]
     assert {mount["name"] for mount in mounts if mount["mountPath"] == "/tmp"} == {"tmp"}
 
 
-def test_there_is_one_server_for_one_home() -> None:
+def test_only_one_server_pod_uses_a_home() -> None:
     (manifest,) = [one for _, one in objects() if one["kind"] == "StatefulSet" and "replicas" in one["spec"]]
     assert manifest["spec"]["replicas"] == 1
 
 
-def test_a_job_resumes_after_a_drain_and_fails_on_any_other_error() -> None:
+def test_training_job_resumes_after_node_drain_and_fails_on_other_errors() -> None:
     (manifest,) = [one for _, one in objects() if one["kind"] == "Job"]
     (rule,) = [one["onExitCodes"] for one in manifest["spec"]["podFailurePolicy"]["rules"] if "onExitCodes" in one]
     assert rule["operator"] == "NotIn"
@@ -103,7 +103,7 @@ def test_a_job_resumes_after_a_drain_and_fails_on_any_other_error() -> None:
     assert manifest["spec"]["template"]["spec"]["restartPolicy"] == "Never"
 
 
-def test_the_rules_of_the_operator_equal_those_of_prometheus() -> None:
+def test_operator_rules_match_prometheus_rules() -> None:
     source = importlib.util.spec_from_file_location("prometheus_rule", KUBERNETES / "prometheus_rule.py")
     assert source is not None and source.loader is not None
     module = importlib.util.module_from_spec(source)

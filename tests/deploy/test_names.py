@@ -36,25 +36,25 @@ PORTS = {str(Settings().serve.port), str(Settings().monitor.port)}
 PATHS = set(openapi_document()["paths"])
 
 
-def test_every_variable_is_a_setting() -> None:
+def test_every_environment_variable_is_a_known_setting() -> None:
     known = VARIABLES | {"SVC_SERVER"}
     named = {name: set(re.findall(rf"\b{ENV_PREFIX}[A-Z][A-Z0-9_]*", text)) for name, text in TEXTS.items()}
     assert [f"{name}: {variable}" for name, variables in named.items() for variable in variables - known] == []
 
 
-def test_every_metric_is_exported_or_recorded() -> None:
+def test_every_metric_named_in_deploy_files_is_exported_or_recorded() -> None:
     known = {f"{name}{end}" for name in EXPORTED for end in ("", "_bucket", "_sum", "_count")}
     known |= {part for name in RECORDED for part in re.findall(r"svc_\w+", name)}
     named = {name: set(re.findall(r"\bsvc_[a-z_]+\b", text)) for name, text in TEXTS.items()}
     assert [f"{name}: {metric}" for name, metrics in named.items() for metric in metrics - known] == []
 
 
-def test_every_container_runs_a_command_that_exists() -> None:
+def test_every_container_runs_an_existing_command() -> None:
     errors = {container.where: usage_error(container.words) for container in CONTAINERS if container.words}
     assert {where: error for where, error in errors.items() if error} == {}
 
 
-def test_every_container_has_a_volume_for_each_folder_that_it_writes() -> None:
+def test_every_folder_that_a_container_writes_has_a_volume() -> None:
     """The rest of the file system is read-only."""
     missing = []
     for container in CONTAINERS:
@@ -71,20 +71,20 @@ def test_every_container_has_a_volume_for_each_folder_that_it_writes() -> None:
     assert missing == []
 
 
-def test_every_probed_path_is_answered_without_a_key() -> None:
+def test_every_probed_path_needs_no_api_key() -> None:
     from serving.http.authentication import _OPEN
 
     open_paths = PATHS & _OPEN
     assert [f"{one.where}: {path}" for one in CONTAINERS for path in set(one.probes) - open_paths] == []
 
 
-def test_the_settings_files_are_accepted() -> None:
+def test_deployed_settings_files_are_accepted() -> None:
     for path in (DEPLOY / "systemd" / "svc.yaml", KUBERNETES / "base" / "svc.yaml"):
         settings = load_settings(path)
         assert {str(settings.serve.port), str(settings.monitor.port)} == PORTS, path
 
 
-def test_the_settings_of_compose_are_accepted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_compose_environment_settings_are_accepted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     for service in compose_services():
         for name, value in service.variables.items():
@@ -92,12 +92,12 @@ def test_the_settings_of_compose_are_accepted(monkeypatch: pytest.MonkeyPatch, t
     assert load_settings().serve.tls_certificate == Path("/run/secrets/tls_certificate")
 
 
-def test_the_image_exposes_the_ports_of_the_settings() -> None:
+def test_image_exposes_the_ports_in_the_settings() -> None:
     text = (DEPLOY / "docker" / "Dockerfile").read_text("utf-8")
     assert set(re.findall(r"^EXPOSE (.*)$", text, re.MULTILINE)[0].split()) == PORTS
 
 
-def test_pods_and_services_listen_on_the_ports_of_the_settings() -> None:
+def test_pods_and_services_use_the_ports_in_the_settings() -> None:
     of_containers = {
         str(port["containerPort"])
         for _, spec in pod_specs()
@@ -118,7 +118,7 @@ def test_prometheus_scrapes_the_exporter() -> None:
     assert targets == [f"{Settings().monitor.host}:{Settings().monitor.port}"]
 
 
-def test_the_job_has_the_name_that_the_rules_use() -> None:
+def test_scrape_job_name_matches_the_rules() -> None:
     (config,) = documents(DEPLOY / "prometheus" / "prometheus.yml")
     (monitor,) = [one for _, one in objects() if one["kind"] == "ServiceMonitor"]
     label, wanted = monitor["spec"]["jobLabel"], monitor["spec"]["selector"]["matchLabels"]
@@ -127,7 +127,7 @@ def test_the_job_has_the_name_that_the_rules_use() -> None:
     assert [chosen[label]] == [job["job_name"] for job in config["scrape_configs"]]
 
 
-def test_every_secret_of_compose_is_defined_and_mounted_where_it_is_read() -> None:
+def test_every_compose_secret_is_defined_and_mounted_where_it_is_read() -> None:
     for path in COMPOSE:
         (file,) = documents(path)
         services = [service for service in file["services"].values() if service.get("secrets")]
@@ -138,14 +138,14 @@ def test_every_secret_of_compose_is_defined_and_mounted_where_it_is_read() -> No
         assert all("file" in secret for secret in file["secrets"].values()), path
 
 
-def test_every_volume_of_a_pod_exists_and_is_used() -> None:
+def test_every_pod_volume_exists_and_is_used() -> None:
     for where, spec in pod_specs():
         containers = [*spec.get("initContainers", []), *spec["containers"]]
         mounted = {mount["name"] for container in containers for mount in container["volumeMounts"]}
         assert mounted == {volume["name"] for volume in spec["volumes"]}, where
 
 
-def test_every_claim_is_defined_here_or_named_in_the_docs() -> None:
+def test_every_claim_and_secret_is_defined_or_documented() -> None:
     made = {one["metadata"]["name"] for _, one in objects() if one["kind"] == "PersistentVolumeClaim"}
     claims = {
         volume["persistentVolumeClaim"]["claimName"]
@@ -160,11 +160,11 @@ def test_every_claim_is_defined_here_or_named_in_the_docs() -> None:
     assert {name for name in (claims - made) | secrets if name not in page} == set()
 
 
-def test_secrets_are_references() -> None:
+def test_kubernetes_manifests_reference_secrets_without_containing_them() -> None:
     assert [one for _, one in objects() if one["kind"] == "Secret"] == []
 
 
-def test_the_certificate_is_read_where_the_secret_is_mounted() -> None:
+def test_certificate_path_is_inside_the_mounted_secret() -> None:
     serve = load_settings(KUBERNETES / "base" / "svc.yaml").serve
     servers = [one for one in pod_containers() if "serve" in one.words]
     assert servers
@@ -172,7 +172,7 @@ def test_the_certificate_is_read_where_the_secret_is_mounted() -> None:
         assert serve.tls_certificate is not None and str(serve.tls_certificate.parent) in server.mounts
 
 
-def test_the_server_accepts_the_names_of_the_service() -> None:
+def test_server_accepts_the_service_host_names() -> None:
     hosts = set(load_settings(KUBERNETES / "base" / "svc.yaml").serve.allowed_hosts)
     (namespace,) = [one["metadata"]["name"] for _, one in objects() if one["kind"] == "Namespace"]
     services = [one["metadata"]["name"] for _, one in objects() if one["kind"] == "Service"]
@@ -181,14 +181,14 @@ def test_the_server_accepts_the_names_of_the_service() -> None:
     assert hosts == {service, f"{service}.{namespace}", f"{service}.{namespace}.svc", full}
 
 
-def test_the_files_that_compose_mounts_exist() -> None:
+def test_files_mounted_by_compose_exist() -> None:
     for service in compose()["services"].values():
         for volume in service.get("volumes", []):
             source = volume.split(":")[0]
             assert not source.startswith(".") or (COMPOSE[0].parent / source).exists(), source
 
 
-def test_dashboards_are_in_the_folder_that_grafana_reads() -> None:
+def test_dashboards_are_in_the_folder_grafana_reads() -> None:
     (provider,) = documents(DEPLOY / "grafana" / "provisioning" / "dashboards" / "tuneserve.yml")
     mounts = compose()["services"]["grafana"]["volumes"]
     folder = provider["providers"][0]["options"]["path"]
@@ -198,7 +198,7 @@ def test_dashboards_are_in_the_folder_that_grafana_reads() -> None:
     assert named == set((DEPLOY.parent / "monitoring" / "dashboards").glob("*.json"))
 
 
-def test_the_health_check_reads_the_lock_of_the_server() -> None:
+def test_health_check_reads_the_server_lock_file() -> None:
     text = (DEPLOY / "docker" / "health.py").read_text("utf-8")
     assert f'"{LOCK_FILE}"' in text
     assert set(re.findall(r'"(/health\S*)"', text)) <= PATHS

@@ -35,13 +35,13 @@ def _labels(name: str) -> set[str]:
     return labels | SCRAPED | ({"le"} if name.endswith("_bucket") else set())
 
 
-def test_every_metric_that_a_rule_reads_is_exported_or_recorded() -> None:
+def test_every_metric_in_a_rule_is_exported_or_recorded() -> None:
     known = set(EXPORTED) | RECORDED
     read = [(rule["expr"], name) for rule in RULES for name in metrics(rule["expr"])]
     assert [f"{name} in {expression}" for expression, name in read if _family(name) not in known] == []
 
 
-def test_every_label_that_a_rule_reads_exists() -> None:
+def test_every_label_in_a_rule_exists() -> None:
     unknown = []
     for expression in (rule["expr"] for rule in RULES):
         labels = {name: _labels(name) for name in metrics(expression)}
@@ -52,7 +52,7 @@ def test_every_label_that_a_rule_reads_exists() -> None:
     assert unknown == []
 
 
-def test_an_alert_on_a_metric_per_model_has_the_label_model() -> None:
+def test_alerts_on_per_model_metrics_have_the_model_label() -> None:
     wrong = []
     for rule in rules("alert"):
         names = metrics(rule["expr"])
@@ -63,12 +63,12 @@ def test_an_alert_on_a_metric_per_model_has_the_label_model() -> None:
     assert wrong == []
 
 
-def test_an_aggregation_keeps_job_and_namespace() -> None:
+def test_aggregations_in_rules_keep_job_and_namespace() -> None:
     kept = [(rule["expr"], labels) for rule in RULES for labels in re.findall(r"\bby \(([^)]*)\)", rule["expr"])]
     assert [one for one in kept if not {"job", "namespace"} <= set(re.split(r", ?", one[1]))] == []
 
 
-def test_every_value_that_a_rule_selects_is_documented() -> None:
+def test_every_label_value_selected_by_a_rule_is_documented() -> None:
     values = re.findall(r"`(\w+)`", PAGE)
     patterns = {
         pattern
@@ -80,7 +80,7 @@ def test_every_value_that_a_rule_selects_is_documented() -> None:
     assert [pattern for pattern in patterns if not any(re.fullmatch(pattern, value) for value in values)] == []
 
 
-def test_a_fault_of_the_server_has_status_429_or_5xx_except_for_a_keys_own_limit() -> None:
+def test_server_faults_are_429_or_5xx_except_a_keys_own_rate_limit() -> None:
     faults = {reason.strip("`") for reason, status, _ in rows(PAGE, "reason | status") if re.match(r"429|5", status)}
     faults -= {"rate_limit_exceeded"}
     reasons = {reason.strip("`") for reason, *_ in rows(PAGE, "reason | status")}
@@ -95,7 +95,7 @@ def test_a_fault_of_the_server_has_status_429_or_5xx_except_for_a_keys_own_limit
     assert all(selected == faults for selected in selections)
 
 
-def test_every_objective_is_a_bucket_of_its_histogram_in_the_servers_notation() -> None:
+def test_every_latency_objective_is_a_histogram_bucket_as_the_server_writes_it() -> None:
     histograms = {
         "svc_time_to_first_token_seconds": _FIRST_TOKEN_BUCKETS_S,
         "svc_time_between_tokens_seconds": _BETWEEN_TOKENS_BUCKETS_S,
@@ -115,7 +115,7 @@ def test_every_objective_is_a_bucket_of_its_histogram_in_the_servers_notation() 
             assert objectives <= set(written), metric
 
 
-def test_long_windows_are_evaluated_less_often_and_without_gaps() -> None:
+def test_rules_with_long_windows_are_evaluated_less_often_without_gaps() -> None:
     long = [group for group in groups() if group["name"] in ("tuneserve_availability_long", "tuneserve_latency_long")]
     assert len(long) == 2
     for group in long:

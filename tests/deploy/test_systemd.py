@@ -43,7 +43,7 @@ def runnable(folder: Path) -> None:
 
 
 @needs_systemd
-def test_systemd_verifies_the_units(tmp_path: Path) -> None:
+def test_systemd_verifies_the_unit_files(tmp_path: Path) -> None:
     runnable(tmp_path)
     command = ["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", *(path.name for path in UNITS)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
@@ -52,14 +52,14 @@ def test_systemd_verifies_the_units(tmp_path: Path) -> None:
 
 
 @needs_systemd
-def test_systemd_rates_the_exposure_ok() -> None:
+def test_systemd_security_rates_unit_exposure_ok() -> None:
     command = ["systemd-analyze", "security", "--offline=true", f"--threshold={MAX_EXPOSURE}", *map(str, SERVICES)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("Overall exposure level") == len(SERVICES)
 
 
-def test_a_stop_leaves_the_engines_running_and_kills_no_other_process() -> None:
+def test_stopping_the_unit_kills_no_process_except_the_server() -> None:
     service = unit("tuneserve.service")["Service"]
     assert (service["KillMode"], service["KillSignal"]) == ("process", signal.SIGUSR1.name)
     assert service["OOMPolicy"] == "continue"  # an engine killed for its memory does not stop the server
@@ -67,30 +67,32 @@ def test_a_stop_leaves_the_engines_running_and_kills_no_other_process() -> None:
     assert service.get("PrivateTmp", "no") == "no"
 
 
-def test_a_stop_waits_for_running_answers() -> None:
+def test_unit_stop_timeout_allows_running_requests_to_finish() -> None:
     assert int(unit("tuneserve.service")["Service"]["TimeoutStopSec"]) > 2 * _GRACE_S
 
 
-def test_start_and_watchdog_timeouts_exceed_the_interval_of_notifications() -> None:
+def test_start_and_watchdog_timeouts_exceed_the_notification_interval() -> None:
     service = unit("tuneserve.service")["Service"]
     assert service["Type"] == "notify"
     assert int(service["WatchdogSec"]) > 3 * systemd_notify._BEAT_S
     assert int(service["TimeoutStartSec"]) >= systemd_notify._PATIENCE_S
 
 
-def test_the_server_is_not_restarted_after_a_permanent_error() -> None:
+def test_unit_is_not_restarted_after_a_permanent_error() -> None:
     server, monitor = (unit(name)["Service"] for name in ("tuneserve.service", "tuneserve-monitor.service"))
     assert server["RestartPreventExitStatus"] == f"{SettingsError.exit_code} {NotFoundError.exit_code}"
     assert monitor["RestartPreventExitStatus"] == str(SettingsError.exit_code)
 
 
-def test_the_socket_listens_on_the_default_address_of_the_server() -> None:
+def test_socket_unit_listens_on_the_servers_default_address() -> None:
     host, _, port = unit("tuneserve.socket")["Socket"]["ListenStream"].rpartition(":")
     assert (host, int(port)) == (Settings().serve.host, Settings().serve.port)
 
 
 @pytest.mark.parametrize("path", SERVICES, ids=lambda path: path.name)
-def test_every_unit_runs_a_command_with_settings_that_exist(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_unit_runs_an_existing_command_with_existing_settings(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     service = unit(path.name)["Service"]
     program, *words = service["ExecStart"].split()
     assert program.endswith("/bin/svc")
@@ -103,7 +105,7 @@ def test_every_unit_runs_a_command_with_settings_that_exist(path: Path, monkeypa
     assert settings.base_cache.is_relative_to(f"/var/cache/{service['CacheDirectory']}")
 
 
-def test_server_and_exporter_find_each_other() -> None:
+def test_server_and_exporter_units_share_user_folders_and_environment() -> None:
     of = [unit(name)["Service"] for name in ("tuneserve.service", "tuneserve-monitor.service")]
     for key in ("User", "Environment", "RuntimeDirectory", "WorkingDirectory"):
         assert of[0][key] == of[1][key]

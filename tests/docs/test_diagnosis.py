@@ -14,11 +14,11 @@ _PARTS = re.split(r"^## (.+)$", PAGE, flags=re.MULTILINE)
 SECTIONS = {kind: " ".join(text.split()) for kind, text in zip(_PARTS[1::2], _PARTS[2::2], strict=True)}
 
 
-def test_every_finding_is_documented_with_a_change_to_the_recipe() -> None:
+def test_every_finding_is_documented_with_a_recipe_change() -> None:
     assert [kind for kind in FindingKind if "**Change** `" not in SECTIONS.get(kind, "")] == []
 
 
-def test_the_thresholds_equal_those_of_the_code() -> None:
+def test_documented_finding_thresholds_match_the_code() -> None:
     phrases = {
         FindingKind.DIVERGENCE: [f"{curve_rules.SURE:g} standard errors and {curve_rules.ABOVE_START:.0%}"],
         FindingKind.UNDERFITTING: [

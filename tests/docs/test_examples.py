@@ -20,24 +20,24 @@ def _problems(report: DataReport) -> list[str]:
     return [f"line {problem.line}: {problem.message}" for problem in report.problems]
 
 
-def test_there_are_examples() -> None:
+def test_examples_folder_contains_examples() -> None:
     assert RECIPES
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=page_id)
-def test_the_recipe_parses_and_its_folder_has_a_readme(path: Path) -> None:
+def test_example_recipes_parse_and_have_a_readme(path: Path) -> None:
     assert load_recipe(path).name
     assert (path.parent / "README.md").is_file()
 
 
 @pytest.mark.parametrize(("train", "heldout"), DATA)
-def test_the_data_have_no_problems_and_no_leaks(train: tuple[str, ...], heldout: tuple[str, ...]) -> None:
+def test_example_data_has_no_problems_or_leaks(train: tuple[str, ...], heldout: tuple[str, ...]) -> None:
     for report in check_files([*map(Path, train)], [*map(Path, heldout)]):
         assert _problems(report) == []
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "heldout.jsonl"])
-def test_every_line_of_debian_triage_has_its_package_and_section(name: str) -> None:
+def test_every_debian_triage_example_names_its_package_and_section(name: str) -> None:
     with (TRIAGE / "provenance.tsv").open(encoding="utf-8", newline="") as file:
         origins = [row for row in csv.DictReader(file, delimiter="\t") if row["file"] == name]
     answers = [json.loads(example.answer)["section"] for example in read_examples(TRIAGE / name)]

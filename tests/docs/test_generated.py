@@ -5,14 +5,14 @@ from svc.settings import setting_keys
 from trainer.recipe.file import recipe_keys
 
 
-def test_a_generated_page_is_current() -> None:
+def test_generated_pages_are_up_to_date() -> None:
     generated = pages()
     assert [name for name in generated if (FOLDER / name).read_text("utf-8") != generated[name]] == [], (
         "run `make docs`"
     )
 
 
-def test_every_key_has_a_row() -> None:
+def test_every_setting_and_recipe_key_has_a_table_row() -> None:
     generated = pages()
     for name, keys in (("configuration.md", setting_keys()), ("recipe.md", recipe_keys())):
         assert [key for key in keys if f"| `{key}` |" not in generated[name]] == [], name

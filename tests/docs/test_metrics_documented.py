@@ -82,14 +82,14 @@ def test_every_metric_is_documented_with_its_type_and_labels(families: dict[str,
     assert documented == families
 
 
-def test_every_label_is_explained(families: dict[str, tuple[str, set[str]]]) -> None:
+def test_every_metric_label_is_documented(families: dict[str, tuple[str, set[str]]]) -> None:
     used = {label for _, labels in families.values() for label in labels}
     table = PAGE.partition("| label |")[2].partition("\n\n")[0]
     named = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", table, re.MULTILINE)
     assert {label for cell in named for label in re.findall(r"`(\w+)`", cell)} == used
 
 
-def test_every_reason_is_explained() -> None:
+def test_every_failure_reason_is_documented() -> None:
     table = PAGE.partition("| reason | status |")[2].partition("\n\n")[0]
     assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == set(ErrorCode) - _NOT_COMPLETIONS
 
@@ -104,18 +104,18 @@ CLOSED: dict[str, set[str]] = {
 }
 
 
-def test_every_value_of_a_closed_label_is_named() -> None:
+def test_every_value_of_a_closed_label_is_documented() -> None:
     rows = {label: PAGE.partition(f"| `{label}` | ")[2].partition(" |\n")[0] for label in CLOSED}
     named = {label: set(re.findall(r"`(\w+)`", row)) for label, row in rows.items()}
     assert named == {label: {str(value) for value in values} for label, values in CLOSED.items()}
 
 
-def test_every_reason_of_a_dropped_record_is_named() -> None:
+def test_every_reason_for_dropping_a_record_is_documented() -> None:
     row = PAGE.partition("| `reason` | ")[2].partition(" |\n")[0]
     assert {reason.value for reason in (*Dropped, *SpanDropped)} <= set(re.findall(r"`(\w+)`", row))
 
 
-def test_every_feature_that_is_compared_is_explained() -> None:
+def test_every_compared_drift_feature_is_documented() -> None:
     features = {
         (Signal.INPUT.value, CLASSIFIER),
         *((Signal.INPUT.value, feature.value) for feature in PromptFeature),

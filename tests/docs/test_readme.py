@@ -32,36 +32,36 @@ MAKE_LINES = [line for line in COMMAND_LINES if _words(line, "make") is not None
 SVC_LINES = [line for line in COMMAND_LINES if _words(line, "svc") is not None]
 
 
-def test_the_readme_shows_demo_and_test() -> None:
+def test_readme_shows_the_demo_and_test_commands() -> None:
     assert {"make demo", "make test"} <= {line.partition("#")[0].strip() for line in MAKE_LINES}
 
 
-def test_every_make_target_exists() -> None:
+def test_every_make_target_in_the_docs_exists() -> None:
     assert [line for line in MAKE_LINES if not set(_words(line, "make") or []) <= TARGETS] == []
 
 
-def test_every_svc_command_parses() -> None:
+def test_every_svc_command_in_the_docs_parses() -> None:
     errors = {line: usage_error(_words(line, "svc") or []) for line in SVC_LINES}
     assert {line: error for line, error in errors.items() if error} == {}
 
 
-def test_the_readme_has_the_table_of_commands() -> None:
+def test_readme_contains_the_command_table() -> None:
     assert rows(README, "command") == [[f"`svc {name}`", text] for name, (_, text) in COMMANDS.items()]
 
 
-def test_the_recipe_in_the_readme_parses(tmp_path: Path) -> None:
+def test_recipe_in_the_readme_parses(tmp_path: Path) -> None:
     [recipe] = blocks(README, "yaml")
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe, "utf-8")
     assert f"svc serve {load_recipe(path).name}" in README
 
 
-def test_the_snippet_in_the_readme_compiles() -> None:
+def test_snippet_in_the_readme_compiles() -> None:
     [snippet] = blocks(README, "python")
     compile(snippet, "README.md", "exec")
 
 
-def test_links_within_the_project_have_targets() -> None:
+def test_project_internal_links_have_targets() -> None:
     broken = []
     for page in PAGES:
         for link in re.findall(r"\]\((?!https?://)([^)]+)\)", page.read_text("utf-8")):
@@ -74,13 +74,13 @@ def test_links_within_the_project_have_targets() -> None:
     assert broken == []
 
 
-def test_named_source_files_exist() -> None:
+def test_source_files_named_in_docs_exist() -> None:
     path = re.compile(r"`((?:svc|trainer|serving|monitoring|deploy|docs|examples|tests)/[\w./-]*)`")
     named = [(page_id(page), name) for page in PAGES for name in path.findall(page.read_text("utf-8"))]
     assert [f"{page}: {name}" for page, name in named if not (ROOT / name).exists()] == []
 
 
-def test_named_keys_and_variables_exist() -> None:
+def test_keys_and_variables_named_in_docs_exist() -> None:
     known = {*setting_keys(), *recipe_keys()}
     known |= {ENV_PREFIX + key.upper().replace(".", "__") for key in setting_keys()}
     sections = "|".join({key.partition(".")[0] for key in known if "." in key})

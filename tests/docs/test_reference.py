@@ -22,7 +22,7 @@ def test_every_error_class_is_in_the_runbook_with_its_exit_code() -> None:
     assert documented == {(kind.exit_code, kind.__name__) for kind in kinds}
 
 
-def test_exit_codes_without_an_error_are_in_the_runbook() -> None:
+def test_exit_codes_without_an_error_class_are_in_the_runbook() -> None:
     assert {int(code) for code, name, *_ in rows(RUNBOOK, "code | error") if not name} == NOT_ERRORS
 
 
@@ -41,7 +41,7 @@ def test_every_http_error_is_in_the_api_page_with_its_status() -> None:
     assert {code for _, code in documented} == {code.value for code in ErrorCode} - {"client_gone", "client_slow"}
 
 
-def test_every_dependency_has_its_reason() -> None:
+def test_every_dependency_has_a_documented_reason() -> None:
     project = tomllib.loads(read("pyproject.toml"))
     groups = [project["project"]["dependencies"], *project["project"]["optional-dependencies"].values()]
     groups += project["dependency-groups"].values()
@@ -51,7 +51,7 @@ def test_every_dependency_has_its_reason() -> None:
     assert all(reason for _, reason in table)
 
 
-def test_every_problem_of_data_is_documented() -> None:
+def test_every_data_problem_is_documented() -> None:
     table = read("docs/data.md").partition("| code | severity |")[2]
     documented = re.findall(r"^\| `(\w+)` \| (\w+) \|", table, re.MULTILINE)
     assert dict(documented) == {code.value: severity_of(code).value for code in Code}

@@ -43,7 +43,7 @@ def counted(instance: Instance) -> tuple[float, float]:
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed in intervals"])
 @pytest.mark.parametrize("together", [1, 8])
-def test_the_charge_for_abandoned_answers_is_close_to_the_computed_tokens(
+def test_charge_for_abandoned_answers_is_close_to_tokens_computed(
     instance: Instance, report: Report, *, stream: bool, together: int
 ) -> None:
     chance = random.Random(1)

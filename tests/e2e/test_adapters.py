@@ -71,7 +71,7 @@ def client(instance: Instance) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def test_the_first_use_of_an_adapter_loads_it(
+def test_adapter_is_loaded_on_first_use(
     instance: Instance, merged: Texts, client: openai.OpenAI, report: Report
 ) -> None:
     began, messages = time.monotonic(), list[Any](PROMPTS[0])
@@ -83,7 +83,7 @@ def test_the_first_use_of_an_adapter_loads_it(
         client.models.retrieve("tiny@9")
 
 
-def test_each_name_answers_like_the_merged_weights_of_its_version(
+def test_each_adapter_name_answers_like_its_merged_version(
     instance: Instance, merged: Texts, own: Texts, report: Report
 ) -> None:
     """Merged weights are rounded to 16 bits, an adapter's contribution is not, so late tokens may differ."""
@@ -96,7 +96,7 @@ def test_each_name_answers_like_the_merged_weights_of_its_version(
     assert own[ONE] != own[TWO]
 
 
-def test_an_adapter_scores_prompts_while_requests_run(instance: Instance, own: Texts, report: Report) -> None:
+def test_adapter_scores_prompts_while_requests_run(instance: Instance, own: Texts, report: Report) -> None:
     """These requests crashed vLLM on a CPU before the output layer was excluded."""
     (number,) = instance.engines_by_replica()
     examples = read_examples(DATA / "heldout.jsonl")[:24]
@@ -119,9 +119,7 @@ def test_an_adapter_scores_prompts_while_requests_run(instance: Instance, own: T
     assert load.failed == []
 
 
-def test_no_request_waits_when_an_adapter_is_promoted_under_load(
-    instance: Instance, own: Texts, report: Report
-) -> None:
+def test_no_request_waits_when_adapter_is_promoted_under_load(instance: Instance, own: Texts, report: Report) -> None:
     engines = instance.engines()
     with Load(instance.url, "tiny", instance.prompts) as load:
         load.wait_for(8)
@@ -135,7 +133,7 @@ def test_no_request_waits_when_an_adapter_is_promoted_under_load(
     assert instance.engines() == engines
 
 
-def test_the_next_server_adopts_the_engine_when_the_server_was_killed(instance: Instance, own: Texts) -> None:
+def test_next_server_adopts_adapter_engine_after_server_is_killed(instance: Instance, own: Texts) -> None:
     engines = instance.engines()
     assert instance.end(signal.SIGKILL) == -signal.SIGKILL
     instance.start()
@@ -174,7 +172,7 @@ def test_three_adapters_and_two_models_answer_concurrently(instance: Instance, o
     assert instance.command("remove", OTHER).returncode == 0
 
 
-def test_a_new_engine_starts_with_its_adapter(instance: Instance, own: Texts, report: Report) -> None:
+def test_new_engine_starts_with_its_adapter_loaded(instance: Instance, own: Texts, report: Report) -> None:
     instance.end()
     report(f"a server with an adapter is ready after {instance.start():.1f} s")
     (engine,) = instance.status()["engines"]
@@ -182,7 +180,7 @@ def test_a_new_engine_starts_with_its_adapter(instance: Instance, own: Texts, re
     assert instance.answers() == own[TWO]
 
 
-def test_two_hundred_adapters_answer_in_turn_when_four_are_loaded(
+def test_two_hundred_adapters_answer_in_turn_with_four_loaded_at_once(
     instance: Instance, own: Texts, client: openai.OpenAI, report: Report
 ) -> None:
     texts = [own[ONE][0][1], own[TWO][0][1], instance.answers(THREE)[0][1]]

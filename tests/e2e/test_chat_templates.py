@@ -91,7 +91,9 @@ async def prompt_length(engine: EngineProcess, example: ChatExample) -> int:
         *(pytest.param(family, False, marks=pytest.mark.matrix) for family in ("phi3", "qwen2_5", "glm4moe")),
     ],
 )
-async def test_the_engine_uses_the_same_tokens_as_training(family: str, tools: bool, tmp_path: Path) -> None:
+async def test_engine_chat_template_yields_the_same_tokens_as_training(
+    family: str, tools: bool, tmp_path: Path
+) -> None:
     model = model_with(family, tmp_path / "model")
     tokenizer = load_tokenizer(model)
     examples: list[ChatExample] = [parse_example(value) for value in (*CONVERSATIONS, *(TOOLS if tools else []))]

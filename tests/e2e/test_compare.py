@@ -21,7 +21,7 @@ def test_versions_are_compared_by_their_registered_answers(home: Path) -> None:
     assert compared["metrics"]["nll"]["first"] == shown["nll"]
 
 
-def test_a_base_and_its_version_share_one_engine(home: Path, workplace: Path) -> None:
+def test_base_and_its_version_share_one_engine(home: Path, workplace: Path) -> None:
     options = ("--format", "merged", "--limit", "6", "--fresh", "--json")
     asked = svc(home, "compare", str(workplace / "base"), "tiny@1", *options, capture_output=True)
     assert asked.returncode == 0, asked.stderr
@@ -31,7 +31,7 @@ def test_a_base_and_its_version_share_one_engine(home: Path, workplace: Path) ->
     assert compared["metrics"]["nll"]["second"]["value"] < compared["metrics"]["nll"]["first"]["value"]
 
 
-def test_a_remote_endpoint_gives_the_same_answers_as_the_version(server: Server) -> None:
+def test_remote_endpoint_gives_the_same_answers_as_local_version(server: Server) -> None:
     endpoint = f"{server.url}/v1#tiny@1"
     done = svc(server.home, "compare", "tiny@1", endpoint, "--limit", "6", capture_output=True)
     assert f"the prompts of 6 examples are sent to {server.url}/v1" in done.stderr
@@ -41,7 +41,7 @@ def test_a_remote_endpoint_gives_the_same_answers_as_the_version(server: Server)
     assert compared["direction"] == "undecided"
 
 
-def test_a_version_reports_forgetting(home: Path) -> None:
+def test_version_reports_forgetting_for_merged_and_gptq_formats(home: Path) -> None:
     formats = svc_json(home, "show", "tiny@1")["forgetting"]
     assert list(formats) == ["merged", "gptq"]
     assert formats["merged"]["before"] == formats["gptq"]["before"]

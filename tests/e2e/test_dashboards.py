@@ -225,7 +225,7 @@ def _rate(server: Server, request_id: str, rating: str, **more: str) -> None:
 
 
 @pytest.mark.parametrize("query", PANELS, ids=lambda query: f"{query.dashboard}: {query.panel}")
-def test_every_panel_has_data(watched: Watched, query: PanelQuery) -> None:
+def test_every_dashboard_panel_has_data(watched: Watched, query: PanelQuery) -> None:
     result = watched.ask(query.expr)
     if query.panel.startswith("annotation") or query.panel in DID_NOT_HAPPEN:
         return  # has data only at the moment of a change, or none in this test; the query is valid
@@ -244,7 +244,7 @@ NOT_HERE = re.compile(r"svc_(certificate|key|backup)_|svc_training_|DCGM_")
 
 
 @pytest.mark.parametrize("rule", rules("alert"), ids=lambda rule: rule["alert"])
-def test_every_alert_reads_data(watched: Watched, rule: dict[str, Any]) -> None:
+def test_every_alert_expression_reads_existing_data(watched: Watched, rule: dict[str, Any]) -> None:
     """With `bool`, a false comparison gives 0 instead of nothing, so an empty result means missing data.
 
     An exception after `unless` becomes an alternative, because with `bool` it would remove everything.
@@ -256,13 +256,13 @@ def test_every_alert_reads_data(watched: Watched, rule: dict[str, Any]) -> None:
     assert watched.ask(expression) or NOT_HERE.search(expression), expression
 
 
-def test_no_rule_failed(watched: Watched) -> None:
+def test_no_prometheus_rule_fails_to_evaluate(watched: Watched) -> None:
     groups = watched.prometheus.get("/api/v1/rules").json()["data"]["groups"]
     states = [(rule["health"], rule.get("lastError")) for group in groups for rule in group["rules"]]
     assert states == [("ok", None)] * (len(rules("record")) + len(rules("alert")))
 
 
-def test_the_counts_in_prometheus_equal_those_of_the_clients(watched: Watched) -> None:
+def test_prometheus_request_counts_match_those_of_the_clients(watched: Watched) -> None:
     for version in ("1", "2"):
         got = sum(answer.version == f"tiny@{version}" for answer in watched.load.answers)
         counted = watched.value(f'sum(svc_requests_total{{model="tiny", version="{version}", status="200"}})')
@@ -270,7 +270,7 @@ def test_the_counts_in_prometheus_equal_those_of_the_clients(watched: Watched) -
         assert counted - watched.before.get(version, 0) == got + extra
 
 
-def test_every_request_has_a_row_consistent_with_the_counters(watched: Watched) -> None:
+def test_stored_request_rows_match_the_request_counters(watched: Watched) -> None:
     columns = (RequestRow.number, RequestRow.status, RequestRow.outcome)
     rows = select(*columns, func.count()).group_by(*columns)
     with Session(open_database(watched.server.home)) as session:
@@ -284,7 +284,7 @@ def test_every_request_has_a_row_consistent_with_the_counters(watched: Watched) 
     assert watched.value("sum(svc_request_log_dropped_total)") == 0
 
 
-def test_content_and_feedback_are_stored_redacted(watched: Watched) -> None:
+def test_stored_content_and_feedback_are_redacted(watched: Watched) -> None:
     with Session(open_database(watched.server.home)) as session:
         row = session.scalars(select(RequestRow).where(RequestRow.request_id == watched.rated)).one()
         feedback = session.get_one(FeedbackRow, row.id)
@@ -294,7 +294,7 @@ def test_content_and_feedback_are_stored_redacted(watched: Watched) -> None:
     assert (feedback.rating, feedback.correction) == ("bad", "mail [mail]")
 
 
-def test_an_exemplar_leads_to_a_stored_request(watched: Watched) -> None:
+def test_metric_exemplars_point_to_stored_requests(watched: Watched) -> None:
     answer = watched.prometheus.get(
         f"http://127.0.0.1:{MONITOR_PORT}/metrics", headers={"accept": "application/openmetrics-text;version=1.0.0"}
     )
@@ -305,7 +305,7 @@ def test_an_exemplar_leads_to_a_stored_request(watched: Watched) -> None:
     assert known == ids
 
 
-def test_the_percentiles_match_the_requests(watched: Watched) -> None:
+def test_latency_percentiles_match_the_stored_requests(watched: Watched) -> None:
     """Within the sketch's 1 %, at the rank q(n-1) rounded down of the stored rows."""
     answered = select(RequestRow.seconds).where(RequestRow.number == 1, RequestRow.status < 400)
     with Session(open_database(watched.server.home)) as session:

@@ -46,7 +46,7 @@ def check(answers: list[Answer], expected: dict[str, list[tuple[str, str]]]) -> 
         assert (answer.version, answer.text) == expected[answer.version][answer.prompt]
 
 
-def test_both_models_answer_the_official_client(instance: Instance) -> None:
+def test_official_client_gets_answers_from_both_models(instance: Instance) -> None:
     messages: Any = PROMPTS[0]
     with openai.OpenAI(base_url=f"{instance.url}/v1", api_key="none", max_retries=0) as client:
         assert {TINY, f"{TINY}@1", OTHER, f"{OTHER}@2"} <= {model.id for model in client.models.list()}
@@ -57,13 +57,13 @@ def test_both_models_answer_the_official_client(instance: Instance) -> None:
             client.chat.completions.create(model=f"{OTHER}@1", messages=messages)
 
 
-def test_the_engines_of_both_models_share_the_cores(instance: Instance) -> None:
+def test_engines_of_both_models_share_the_cpu_cores(instance: Instance) -> None:
     shown = [{choice["name"]: choice for choice in model["engine"]["plan"]} for model in instance.models().values()]
     cores = len(os.sched_getaffinity(0))
     assert [choices["threads"]["value"] for choices in shown] == [max(1, cores // 2)] * 2
 
 
-def test_no_request_of_either_model_fails_when_one_is_swapped(instance: Instance, report: Report) -> None:
+def test_no_request_to_either_model_fails_during_a_swap(instance: Instance, report: Report) -> None:
     expected = {f"{TINY}@1": instance.answers(TINY), f"{OTHER}@2": instance.answers(OTHER)}
     with (
         Load(instance.url, TINY, PROMPTS, streams=4) as tiny,
@@ -81,7 +81,7 @@ def test_no_request_of_either_model_fails_when_one_is_swapped(instance: Instance
 
 
 @pytest.mark.matrix
-def test_no_request_of_the_other_model_fails_when_an_engine_is_killed(instance: Instance, report: Report) -> None:
+def test_killing_an_engine_fails_no_request_to_the_other_model(instance: Instance, report: Report) -> None:
     expected = {f"{OTHER}@2": instance.answers(OTHER)}
     engine = instance.engines_by_replica()[instance.models()[TINY]["engines"][0]["replica"]]
     with Load(instance.url, OTHER, PROMPTS, streams=4) as other:
@@ -99,7 +99,7 @@ def test_no_request_of_the_other_model_fails_when_an_engine_is_killed(instance: 
 
 
 @pytest.mark.matrix
-def test_a_model_is_removed_and_added_while_the_other_answers(instance: Instance, report: Report) -> None:
+def test_model_is_removed_and_added_while_the_other_keeps_answering(instance: Instance, report: Report) -> None:
     expected = {f"{OTHER}@2": instance.answers(OTHER)}
     answers = instance.answers(TINY)
     with Load(instance.url, OTHER, PROMPTS, streams=2) as other:
@@ -117,9 +117,7 @@ def test_a_model_is_removed_and_added_while_the_other_answers(instance: Instance
     assert instance.answers(TINY) == answers
 
 
-def test_the_next_server_adopts_the_engines_of_both_models_when_the_server_was_killed(
-    instance: Instance, report: Report
-) -> None:
+def test_next_server_adopts_engines_of_both_models_after_server_is_killed(instance: Instance, report: Report) -> None:
     before, engines = {name: instance.answers(name) for name in (TINY, OTHER)}, instance.engines()
     assert instance.end(signal.SIGKILL) == -signal.SIGKILL
     began = time.monotonic()
@@ -131,7 +129,7 @@ def test_the_next_server_adopts_the_engines_of_both_models_when_the_server_was_k
 
 
 @pytest.mark.matrix
-def test_an_additional_model_without_requests_costs_little_processor_time(instance: Instance, report: Report) -> None:
+def test_extra_model_without_requests_costs_little_cpu_time(instance: Instance, report: Report) -> None:
     """Reports the figure, and asserts that it is a small part of the server's own."""
 
     def at_rest() -> tuple[float, int]:
@@ -153,7 +151,7 @@ def test_an_additional_model_without_requests_costs_little_processor_time(instan
 
 
 @pytest.mark.matrix
-def test_an_idle_models_engine_stops_and_starts_with_the_next_requests(instance: Instance, report: Report) -> None:
+def test_idle_engine_stops_and_starts_again_on_the_next_requests(instance: Instance, report: Report) -> None:
     alone = instance.answers(TINY)
     instance.end()
     instance.settings |= {"SVC_SERVE__IDLE_S": "3"}
@@ -171,7 +169,7 @@ def test_an_idle_models_engine_stops_and_starts_with_the_next_requests(instance:
     assert f'svc_engine_wake_seconds_count{{model="{TINY}"}} 1.0' in page
 
 
-def test_no_engine_starts_when_memory_is_too_small_for_both_models(instance: Instance) -> None:
+def test_no_engine_starts_if_memory_is_too_small_for_both_models(instance: Instance) -> None:
     instance.end()
     instance.settings |= {"SVC_ENGINE__REPLICAS": "64"}
     server = instance.launch(TINY, OTHER)

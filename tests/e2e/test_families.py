@@ -76,14 +76,14 @@ def quantizes(family: Family) -> bool:
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_a_family_is_registered_and_answers_when_its_base_is_as_published(
+def test_model_family_with_published_base_is_registered_and_served(
     families_home: Path, report: Report, family: Family
 ) -> None:
     train_and_ask(families_home, report, family, None)
 
 
 @pytest.mark.parametrize(("family", "template"), [("llama_2", "chatml"), ("phi_2", "alpaca")])
-def test_a_base_without_a_chat_template_is_registered_and_answers_when_the_recipe_has_one(
+def test_base_without_chat_template_is_served_with_the_recipes_template(
     families_home: Path, report: Report, family: str, template: str
 ) -> None:
     train_and_ask(families_home, report, FAMILIES[family], template)

@@ -83,7 +83,7 @@ async def measure(engine: EngineProcess) -> Logprobs:
     "group_size",
     [32, *(pytest.param(size, marks=pytest.mark.matrix) for size in (64, 128, -1))],
 )
-async def test_log_probabilities_match_the_dequantized_weights_even_after_reloads(
+async def test_gptq_log_probabilities_match_dequantized_weights_even_after_reloads(
     bases: tuple[Path, Path], tmp_path: Path, report: Report, group_size: int
 ) -> None:
     folders = [tmp_path / f"gptq-{number}" for number in range(len(bases))]

@@ -28,9 +28,7 @@ def instance(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[I
         yield instance
 
 
-def test_no_request_waits_and_no_answer_is_mixed_in_a_rolling_swap_under_load(
-    instance: Instance, report: Report
-) -> None:
+def test_rolling_swap_under_load_delays_no_request_and_mixes_no_answer(instance: Instance, report: Report) -> None:
     expected = {"tiny@1": instance.answers()}
     with Load(instance.url, "tiny", instance.prompts) as load:
         load.wait_for(16)
@@ -46,7 +44,7 @@ def test_no_request_waits_and_no_answer_is_mixed_in_a_rolling_swap_under_load(
         assert (answer.version, answer.text) == expected[answer.version][answer.prompt]
 
 
-def test_the_next_server_adopts_both_engines_when_the_server_was_killed(instance: Instance, report: Report) -> None:
+def test_next_server_adopts_both_engines_after_server_is_killed(instance: Instance, report: Report) -> None:
     before, engines = instance.answers(), instance.engines()
     assert instance.end(signal.SIGKILL) == -signal.SIGKILL
     ready_s = instance.start()
@@ -56,14 +54,14 @@ def test_the_next_server_adopts_both_engines_when_the_server_was_killed(instance
     assert instance.answers() == before
 
 
-def test_the_next_server_adopts_the_engines_when_the_server_left_them_running(instance: Instance) -> None:
+def test_next_server_adopts_engines_that_the_last_server_left_running(instance: Instance) -> None:
     engines = instance.engines()
     assert instance.end(signal.SIGUSR1) == 0
     instance.start()
     assert instance.engines() == engines
 
 
-def test_no_request_waits_in_a_blue_green_swap_under_load(instance: Instance, report: Report) -> None:
+def test_blue_green_swap_under_load_delays_no_request(instance: Instance, report: Report) -> None:
     """The format changes: the kernels differ, so the answers may differ too, and only need to be complete."""
     old = instance.engines()
     with Load(instance.url, "tiny", instance.prompts, streams=2) as load:
@@ -78,7 +76,7 @@ def test_no_request_waits_in_a_blue_green_swap_under_load(instance: Instance, re
     assert not set(old) & set(instance.engines())
 
 
-def test_all_engines_stop_when_the_server_is_stopped(instance: Instance) -> None:
+def test_stopping_the_server_stops_all_engines(instance: Instance) -> None:
     engines = instance.engines()
     assert instance.end(signal.SIGTERM) == 0
     assert not any(runs(engine) for engine in engines)

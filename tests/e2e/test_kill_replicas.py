@@ -81,7 +81,7 @@ def serving(instance: Instance, expected: dict[str, list[tuple[str, str]]]) -> I
 
 
 @pytest.mark.parametrize(("moment", "killed"), TABLE, ids=lambda value: value.value)
-def test_both_engines_have_the_same_version_after_a_kill_in_a_rolling_swap(
+def test_both_engines_serve_the_same_version_after_a_kill_during_rolling_swap(
     serving: Instance, expected: dict[str, list[tuple[str, str]]], moment: Moment, killed: Killed, report: Report
 ) -> None:
     serves, outcome = TABLE[moment, killed]
@@ -117,7 +117,7 @@ def test_both_engines_have_the_same_version_after_a_kill_in_a_rolling_swap(
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
-def test_no_engine_is_lost_when_the_server_ends_during_adoption(
+def test_no_engine_is_lost_if_server_exits_during_adoption(
     serving: Instance, expected: dict[str, list[tuple[str, str]]], number: signal.Signals
 ) -> None:
     engines = serving.engines()

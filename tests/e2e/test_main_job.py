@@ -42,7 +42,7 @@ pytestmark = [pytest.mark.slow]
 Found = TypeVar("Found")
 
 
-def test_a_trained_version_is_registered_with_its_evaluation_and_probes(home: Path) -> None:
+def test_trained_version_is_registered_with_evaluation_and_probes(home: Path) -> None:
     shown = svc_json(home, "show", "tiny@1")
     assert set(shown["formats"]) == {"adapter", "merged", "gptq"}
     for name in ("merged", "gptq"):
@@ -51,7 +51,7 @@ def test_a_trained_version_is_registered_with_its_evaluation_and_probes(home: Pa
     assert shown["formats"]["merged"]["evaluation"]["nll"]["value"] < shown["base_evaluation"]["nll"]["value"]
 
 
-def test_probes_record_the_number_type_and_kernel_of_their_measurement(home: Path) -> None:
+def test_probes_record_the_number_type_and_kernel_they_were_measured_with(home: Path) -> None:
     able, manifest = read_capabilities(home), Registry.of(Settings(home=home)).manifest(VersionId("tiny", 1))
     engine = EngineSettings()
     for format in (Format.MERGED, Format.GPTQ):
@@ -63,7 +63,7 @@ def test_probes_record_the_number_type_and_kernel_of_their_measurement(home: Pat
     assert merged.dtype == ("bfloat16" if able.cpu_bfloat16 else "float32")
 
 
-def test_a_version_stores_its_answers_with_their_log_probabilities(home: Path) -> None:
+def test_version_stores_its_answers_with_log_probabilities(home: Path) -> None:
     registry = Registry.of(Settings(home=home))
     for format in (Format.MERGED, Format.GPTQ):
         results = registry.results(VersionId("tiny", 1), format)
@@ -72,19 +72,19 @@ def test_a_version_stores_its_answers_with_their_log_probabilities(home: Path) -
         assert all(0 < result.tokens <= 8 for result in results)
 
 
-def test_a_killed_run_resumes_from_its_last_finished_stage(home: Path) -> None:
+def test_killed_run_resumes_from_its_last_finished_stage(home: Path) -> None:
     output = (home / "resumed.txt").read_text("utf-8")
     assert "train: already done" in output
     assert "merge: already done" in output
     assert "evaluate: already done" not in output
 
 
-def test_the_same_recipe_does_not_register_a_second_version(home: Path, workplace: Path) -> None:
+def test_rerunning_the_same_recipe_does_not_register_a_second_version(home: Path, workplace: Path) -> None:
     assert svc_json(home, "train", str(workplace / "recipe.yaml"))["version"] == "tiny@1"
     assert len(svc_json(home, "models")) == 2
 
 
-def test_the_official_client_gets_an_answer_with_its_version(server: Server) -> None:
+def test_response_to_official_client_names_its_version(server: Server) -> None:
     messages: Any = server.prompts[0]
     raw = server.client.chat.completions.with_raw_response.create(model="tiny", messages=messages, max_tokens=5)
     assert raw.headers["x-model-version"] == "tiny@1"
@@ -94,7 +94,7 @@ def test_the_official_client_gets_an_answer_with_its_version(server: Server) -> 
     assert answer.usage.completion_tokens == 5
 
 
-def test_a_stream_has_the_same_text_as_a_complete_answer(server: Server) -> None:
+def test_streamed_text_matches_the_complete_answer(server: Server) -> None:
     messages: Any = server.prompts[1]
     stream = server.client.chat.completions.create(
         model="tiny@1", messages=messages, max_tokens=24, temperature=0, stream=True
@@ -102,7 +102,7 @@ def test_a_stream_has_the_same_text_as_a_complete_answer(server: Server) -> None
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == server.answer(1)
 
 
-def test_a_held_out_run_gives_the_same_results_as_at_registration(server: Server, report: Report) -> None:
+def test_held_out_run_reproduces_the_results_from_registration(server: Server, report: Report) -> None:
     target = Target(VersionId("tiny", 1), Format.GPTQ)
     store, registry = open_database(server.home), Registry.of(Settings(home=server.home))
     run = _wait_for(lambda: newest_holdout_run(store, target))
@@ -114,7 +114,7 @@ def test_a_held_out_run_gives_the_same_results_as_at_registration(server: Server
     assert max(differences) < 0.05
 
 
-def test_a_live_answer_gets_the_engines_score_of_its_text(server: Server) -> None:
+def test_live_answer_gets_the_engines_score_of_its_text(server: Server) -> None:
     """It differs from the registration's: the model's random answers are tokenized differently than generated."""
     registered = Registry.of(Settings(home=server.home)).results(VersionId("tiny", 1), Format.GPTQ)
     messages: Any = server.prompts[0]
@@ -145,7 +145,7 @@ def _wait_for(find: Callable[[], Found | None], timeout_s: float = 120) -> Found
     return result
 
 
-def test_the_held_out_loss_of_training_equals_the_likelihood_on_the_engine(server: Server, report: Report) -> None:
+def test_held_out_training_loss_equals_likelihood_on_the_engine(server: Server, report: Report) -> None:
     """The tokens and weights of the examples are the same; only the engines' rounding differs."""
     manifest = Registry.of(Settings(home=server.home)).manifest(VersionId("tiny", 1))
     evaluation, parity = manifest.formats[Format.MERGED].evaluation, manifest.parity
@@ -160,7 +160,7 @@ def test_the_held_out_loss_of_training_equals_the_likelihood_on_the_engine(serve
     assert abs(loss - evaluation.nll.value) <= max(0.02, 3 * floor.mean)
 
 
-def test_every_check_of_the_parity_report_passed_and_its_page_exists(server: Server) -> None:
+def test_parity_report_passes_every_check_and_its_page_exists(server: Server) -> None:
     for version in ("tiny@1", "tiny@2"):
         shown: Any = svc_json(server.home, "show", version, "--parity")
         assert [check for check in shown["checks"] if not check["passed"]] == []
@@ -170,26 +170,24 @@ def test_every_check_of_the_parity_report_passed_and_its_page_exists(server: Ser
     assert registry.reference(VersionId("tiny", 1), "parity.html").stat().st_size > 1000
 
 
-def test_a_request_for_prompt_logprobs_is_rejected(server: Server) -> None:
+def test_request_for_prompt_logprobs_is_rejected(server: Server) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         server.answer(0, extra_body={"prompt_logprobs": 1})
     assert caught.value.param == "prompt_logprobs"
 
 
-def test_a_prompt_longer_than_the_context_gets_400(server: Server) -> None:
+def test_prompt_longer_than_context_returns_400(server: Server) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         server.client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "long " * 5000}])
     assert caught.value.code == "context_length_exceeded"
 
 
-def test_an_unknown_model_gets_404(server: Server) -> None:
+def test_unknown_model_returns_404(server: Server) -> None:
     with pytest.raises(openai.NotFoundError):
         server.client.chat.completions.create(model="other", messages=[{"role": "user", "content": "hi"}])
 
 
-def test_no_request_is_lost_and_no_answer_is_mixed_in_promotion_and_rollback_under_load(
-    server: Server, report: Report
-) -> None:
+def test_promotion_and_rollback_under_load_lose_no_request_and_mix_no_answer(server: Server, report: Report) -> None:
     expected = {"tiny@1": server.answers()}
     with Load(server.url, "tiny", server.prompts) as load:
         load.wait_for(16)
@@ -212,7 +210,7 @@ def test_no_request_is_lost_and_no_answer_is_mixed_in_promotion_and_rollback_und
     svc_json(server.home, "rollback", "tiny")
 
 
-def test_a_promotion_is_refused_by_hash_when_a_file_was_altered_after_registration(server: Server) -> None:
+def test_promotion_is_refused_by_hash_if_a_file_changed_after_registration(server: Server) -> None:
     before = server.answers()
     alter_weights(server.folder(2), server.folder(3), "gptq")
     refused = svc(server.home, "promote", "tiny@3", capture_output=True)
@@ -221,7 +219,7 @@ def test_a_promotion_is_refused_by_hash_when_a_file_was_altered_after_registrati
     assert server.answers() == before
 
 
-def test_a_promotion_is_refused_by_probe_when_the_weights_are_another_models(server: Server) -> None:
+def test_promotion_is_refused_by_probe_if_weights_belong_to_another_model(server: Server) -> None:
     before = server.answers()
     replace_weights(server.folder(2), server.folder(4), "gptq", weights_of=server.folder(1))
     with Load(server.url, "tiny", server.prompts) as load:
@@ -237,16 +235,16 @@ def test_a_promotion_is_refused_by_probe_when_the_weights_are_another_models(ser
     assert server.answers() == before
 
 
-def test_a_promotion_fails_when_the_version_does_not_exist(server: Server) -> None:
+def test_promoting_a_nonexistent_version_fails(server: Server) -> None:
     assert svc(server.home, "promote", "tiny@77", capture_output=True).returncode == 8
 
 
-def test_a_second_server_fails_on_the_same_home_or_port(server: Server, tmp_path: Path) -> None:
+def test_second_server_on_the_same_home_or_port_fails(server: Server, tmp_path: Path) -> None:
     assert svc(server.home, "serve", "tiny", "--port", "0", capture_output=True).returncode == 7
     assert svc(tmp_path, "serve", "tiny", "--port", str(PORT), capture_output=True).returncode == 7
 
 
-def test_status_shows_number_type_and_kernel_of_the_engine(server: Server) -> None:
+def test_status_shows_engine_number_type_and_kernel(server: Server) -> None:
     plan = {row["name"]: row for row in svc_json(server.home, "status", "--verbose")["models"][0]["engine"]["plan"]}
     kernel = read_capabilities(server.home).gptq_kernel(EngineSettings())
     assert plan["gptq_kernel"]["value"] == kernel
@@ -254,7 +252,7 @@ def test_status_shows_number_type_and_kernel_of_the_engine(server: Server) -> No
     assert plan["dtype"]["reason"]
 
 
-def test_status_and_metrics_show_the_requests(server: Server) -> None:
+def test_status_and_metrics_show_served_requests(server: Server) -> None:
     status = server.status()
     figures = status["versions"]["tiny@1"]
     assert figures["requests"] > 16
@@ -265,7 +263,7 @@ def test_status_and_metrics_show_the_requests(server: Server) -> None:
     assert 'svc_swaps_total{model="tiny",outcome="restored"} 1.0' in page
 
 
-def test_the_engine_is_restarted_and_serves_again_when_it_dies(server: Server) -> None:
+def test_dead_engine_is_restarted_and_serves_again(server: Server) -> None:
     before = server.answers()
     pid = engine_pid(server.home)
     with Load(server.url, "tiny", server.prompts, max_tokens=400) as load:

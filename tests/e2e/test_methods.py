@@ -48,7 +48,7 @@ def client(versions: Versions, methods_home: Path) -> Iterator[openai.OpenAI]:
 
 
 @pytest.mark.parametrize("method", Method)
-def test_every_method_is_evaluated_and_registered(
+def test_every_training_method_is_evaluated_and_registered(
     versions: Versions, methods_home: Path, method: Method, report: Report
 ) -> None:
     shown: Any = svc_json(methods_home, "show", versions[method])
@@ -61,7 +61,9 @@ def test_every_method_is_evaluated_and_registered(
 
 
 @pytest.mark.parametrize("method", [Method.LORA, *ADAPTERS, Method.FULL])
-def test_every_method_is_served(versions: Versions, methods_home: Path, client: openai.OpenAI, method: Method) -> None:
+def test_version_from_every_training_method_is_served(
+    versions: Versions, methods_home: Path, client: openai.OpenAI, method: Method
+) -> None:
     if method is not Method.LORA:
         swap: Any = svc_json(methods_home, "promote", versions[method])
         # Adapters do not change the embedding, which is also this model's output layer; full fine-tuning does.

@@ -52,7 +52,7 @@ def row_of(server: Server, request_id: str) -> RequestRow:
     raise AssertionError(f"no row of {request_id}")
 
 
-def test_a_response_has_the_same_text_as_a_chat_completion(server: Server) -> None:
+def test_responses_api_returns_the_same_text_as_chat_completions(server: Server) -> None:
     turns: Any = server.prompts[0]
     expected = server.answer(0)
     asked: dict[str, Any] = {"model": "tiny", "input": turns, "max_output_tokens": 24, "temperature": 0}
@@ -73,7 +73,7 @@ def test_a_response_has_the_same_text_as_a_chat_completion(server: Server) -> No
     assert row.answer == expected
 
 
-def test_a_message_has_the_same_text_as_a_chat_completion(server: Server) -> None:
+def test_messages_api_returns_the_same_text_as_chat_completions(server: Server) -> None:
     expected = server.answer(0)
     whole = httpx.post(f"{server.url}/v1/messages", json=message_body(server), timeout=60).json()
     streamed = httpx.post(
@@ -121,7 +121,7 @@ def calls(path: str) -> dict[str, Any]:
         ("/v1/messages", True),  # not streamed, the arguments must be an object
     ],
 )
-def test_a_tool_call_is_stored_in_the_form_of_reference_answers(server: Server, path: str, stream: bool) -> None:
+def test_tool_call_is_stored_in_the_same_form_as_reference_answers(server: Server, path: str, stream: bool) -> None:
     name, body = f"call-{path.rpartition('/')[2]}-{stream}", {"model": "tiny", "temperature": 0, "stream": stream}
     answer = httpx.post(f"{server.url}{path}", json=body | calls(path), headers={"x-request-id": name}, timeout=60)
     assert answer.status_code == 200, answer.text
@@ -130,7 +130,7 @@ def test_a_tool_call_is_stored_in_the_form_of_reference_answers(server: Server, 
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_too_long_prompt_gets_400_on_responses_and_messages(server: Server, stream: bool) -> None:
+def test_overlong_prompt_returns_400_on_responses_and_messages(server: Server, stream: bool) -> None:
     for path, body in (
         ("/v1/responses", {"model": "tiny", "input": TOO_LONG}),
         ("/v1/messages", message_body(server, messages=[{"role": "user", "content": TOO_LONG}])),
@@ -139,7 +139,7 @@ def test_a_too_long_prompt_gets_400_on_responses_and_messages(server: Server, st
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
 
 
-def test_the_engine_stays_alive_when_it_fails_on_a_streamed_response(server: Server) -> None:
+def test_engine_stays_alive_when_a_streamed_response_fails(server: Server) -> None:
     bad: Any = {"format": {"type": "json_schema", "name": "x", "schema": {"type": "nonsense"}}}
     stream = server.client.responses.create(model="tiny", input="hi", text=bad, stream=True)
     with pytest.raises(openai.APIError) as caught:
@@ -148,7 +148,7 @@ def test_the_engine_stays_alive_when_it_fails_on_a_streamed_response(server: Ser
     assert server.answer(0)
 
 
-def test_schemas_several_answers_and_log_probabilities_are_supported(server: Server) -> None:
+def test_json_schemas_multiple_choices_and_logprobs_are_supported(server: Server) -> None:
     messages: Any = server.prompts[0]
     schema: Any = {"type": "json_schema", "json_schema": {"name": "choice", "schema": CHOICE}}
     chat = server.client.chat.completions.create(
@@ -163,7 +163,7 @@ def test_schemas_several_answers_and_log_probabilities_are_supported(server: Ser
     assert json.loads(response.output_text) in CHOICE["enum"]
 
 
-def test_the_engine_stops_working_when_the_client_disconnects(server: Server, engine: httpx.Client) -> None:
+def test_engine_stops_generating_when_client_disconnects(server: Server, engine: httpx.Client) -> None:
     """The engine would generate 800 tokens; the server's own concurrent requests take fewer."""
     body = {"model": "tiny", "input": "hi", "stream": True, "max_output_tokens": 800, "ignore_eos": True}
     before = generated(engine)
@@ -185,13 +185,13 @@ def generated(engine: httpx.Client) -> float:
     return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:generation_tokens_total"))
 
 
-def test_every_route_of_the_engine_is_served_or_closed(engine: httpx.Client) -> None:
+def test_every_engine_route_is_served_or_closed(engine: httpx.Client) -> None:
     paths = engine.get("/openapi.json").json()["paths"]
     routes = {f"{method.upper()} {path}" for path, methods in paths.items() for method in methods}
     assert {route.replace("{response_id}", "resp_1") for route in routes} <= {*CLOSED, *OURS}
 
 
-def test_the_engines_development_routes_are_closed(server: Server, engine: httpx.Client) -> None:
+def test_engine_development_routes_are_closed(server: Server, engine: httpx.Client) -> None:
     assert engine.get("/is_sleeping").status_code == 200
     for route in CLOSED:
         method, path = route.split()

@@ -38,7 +38,7 @@ def outcomes(request: pytest.FixtureRequest) -> Iterator[Counter[str]]:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_model_with_its_publishers_files_is_merged_or_refused(
+def test_published_model_config_is_merged_or_refused_with_a_reason(
     tmp_path: Path, outcomes: Counter[str], report: Report, model: str
 ) -> None:
     published = Path(HUB_CONFIGS or "") / model

@@ -14,7 +14,7 @@ from tests.e2e.server import Server
 pytestmark = [pytest.mark.slow]
 
 
-def test_the_server_stops_its_engine_when_it_gets_a_stop_signal(server: Server) -> None:
+def test_server_stops_its_engine_on_a_stop_signal(server: Server) -> None:
     pid = engine_pid(server.home)
     holder = json.loads((server.home / "serve.lock").read_text("utf-8"))["pid"]
     os.kill(holder, signal.SIGTERM)

@@ -249,7 +249,7 @@ def _descriptors(instance: Instance) -> Descriptors:
     return Descriptors(store, process.num_fds() - store)
 
 
-def test_each_answer_is_from_the_version_named_in_its_header(soaked: Soak, report: Report) -> None:
+def test_each_answer_comes_from_the_version_in_its_header(soaked: Soak, report: Report) -> None:
     tally, watched = soaked.tally, soaked.watched
     kills = Counter(kill.model for kill in watched.kills)
     report(f"soak, {MINUTES:g} min: {dict(tally.complete)} answers, {watched.wakes} wakes, kills {dict(kills)}")
@@ -258,7 +258,7 @@ def test_each_answer_is_from_the_version_named_in_its_header(soaked: Soak, repor
     assert watched.wakes > 0
 
 
-def test_only_requests_of_a_killed_engine_fail(soaked: Soak, report: Report) -> None:
+def test_only_requests_on_a_killed_engine_fail(soaked: Soak, report: Report) -> None:
     errors, kills = soaked.tally.errors, soaked.watched.kills
     away = [error for error in errors if any(kill.covers(error.model, error.ended) for kill in kills)]
     codes = Counter(f"{error.model} {error.code}" for error in away)
@@ -267,7 +267,7 @@ def test_only_requests_of_a_killed_engine_fail(soaked: Soak, report: Report) -> 
     assert [error for error in errors if error not in away] == []
 
 
-def test_no_request_is_sent_to_an_engine_known_to_be_dead(soaked: Soak) -> None:
+def test_no_request_is_sent_to_a_known_dead_engine(soaked: Soak) -> None:
     """A killed engine cuts off its running requests and those that arrive before the first of these errors."""
     for kill in soaked.watched.kills:
         errors = [one for one in soaked.tally.errors if kill.covers(one.model, one.ended)]
@@ -276,7 +276,7 @@ def test_no_request_is_sent_to_an_engine_known_to_be_dead(soaked: Soak) -> None:
         assert [one for one in cut_off if one.began > seen + SEEN_S] == []
 
 
-def test_swaps_succeed_except_when_their_engine_was_killed(soaked: Soak, report: Report) -> None:
+def test_swaps_succeed_unless_their_engine_is_killed(soaked: Soak, report: Report) -> None:
     watched = soaked.watched
     report(f"swaps by exit code: {dict(Counter(f'{swap.model} {swap.code}' for swap in watched.swaps))}")
     failed = [
@@ -290,7 +290,7 @@ def test_swaps_succeed_except_when_their_engine_was_killed(soaked: Soak, report:
     assert failed == []
 
 
-def test_bad_clients_get_client_errors(soaked: Soak, report: Report) -> None:
+def test_invalid_client_requests_get_client_errors(soaked: Soak, report: Report) -> None:
     tally = soaked.tally
     report(f"wrong requests: {dict(tally.refused)}; slow ones: {dict(tally.slow)}; feedback: {dict(tally.feedback)}")
     assert set(tally.refused) <= {400, 404, 405, 413, 415, 422, 503}
@@ -299,7 +299,7 @@ def test_bad_clients_get_client_errors(soaked: Soak, report: Report) -> None:
     assert tally.slow["read nothing: whole"] == 0
 
 
-def test_hostile_clients_are_answered_or_rejected(soaked: Soak, report: Report) -> None:
+def test_hostile_clients_get_an_answer_or_a_rejection(soaked: Soak, report: Report) -> None:
     seen = soaked.hostile.seen
     report(f"hostile clients: {dict(sorted(seen.items()))}")
     assert seen["too much: 400"] > 0
@@ -311,7 +311,7 @@ def test_hostile_clients_are_answered_or_rejected(soaked: Soak, report: Report) 
     assert not [name for name in seen if name.endswith(("500", "502"))]
 
 
-def test_memory_and_descriptors_stay_flat(soaked: Soak, report: Report) -> None:
+def test_memory_and_file_descriptors_stay_flat_over_time(soaked: Soak, report: Report) -> None:
     watched = soaked.watched
     (engine,) = {pid for pid, _ in watched.engine_memory}  # in place: one process after the last kill
     assert watched.descriptors
@@ -325,7 +325,7 @@ def test_memory_and_descriptors_stay_flat(soaked: Soak, report: Report) -> None:
     assert afterwards.store <= MOST_STORE_DESCRIPTORS
 
 
-def test_the_event_loop_lag_is_close_to_that_of_an_idle_gateway(soaked: Soak, report: Report) -> None:
+def test_event_loop_lag_stays_close_to_that_of_an_idle_gateway(soaked: Soak, report: Report) -> None:
     watched = soaked.watched
     report(lag_figure("busy gateway", watched.lag))
     report(lag_figure("idle gateway beside it", watched.idle_lag))

@@ -34,7 +34,7 @@ def ask(instance: Instance, tokens: int) -> httpx.Response:
     return httpx.post(f"{instance.url}/v1/completions", json=body, timeout=120, trust_env=False)
 
 
-def test_answer_and_swap_complete_when_the_answer_exceeds_the_drain_timeout(instance: Instance, report: Report) -> None:
+def test_answer_and_swap_both_complete_if_answer_exceeds_drain_timeout(instance: Instance, report: Report) -> None:
     with ThreadPoolExecutor() as clients:
         long = clients.submit(ask, instance, 1000)
         instance.until(lambda status: status["requests"]["running"])

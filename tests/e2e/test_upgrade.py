@@ -62,7 +62,7 @@ def managed(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ma
         yield managed
 
 
-def test_no_client_is_refused_and_the_engine_stays_in_an_upgrade_under_load(managed: Managed, report: Report) -> None:
+def test_upgrade_under_load_refuses_no_client_and_keeps_the_engine(managed: Managed, report: Report) -> None:
     expected, engines, errors = managed.answers(), managed.engines(), list[str]()
     asked, ended = 0, threading.Event()
 
@@ -96,7 +96,7 @@ def test_no_client_is_refused_and_the_engine_stays_in_an_upgrade_under_load(mana
     assert managed.engines() == engines
 
 
-def test_a_backup_under_load_restores_to_a_home_with_the_same_answers(
+def test_backup_taken_under_load_restores_to_a_home_with_the_same_answers(
     managed: Managed, tmp_path: Path, report: Report
 ) -> None:
     expected = managed.answers()

@@ -8,10 +8,10 @@ def minutes(speed: float, import_s: float) -> float:
     return MachineSpeed(NumberType.BFLOAT16, speed, import_s).demo_minutes
 
 
-def test_a_machine_that_is_half_as_fast_takes_twice_as_long() -> None:
+def test_half_as_fast_machine_takes_twice_as_long() -> None:
     assert minutes(1e11, 3.0) == 2 * minutes(2e11, 1.5)
 
 
-def test_products_and_the_start_of_processes_both_count() -> None:
+def test_duration_estimate_includes_matrix_speed_and_process_start_time() -> None:
     assert minutes(1e11, 1.5) > minutes(2e11, 1.5)
     assert minutes(2e11, 3.0) > minutes(2e11, 1.5)

@@ -32,7 +32,7 @@ except KeyboardInterrupt:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("all_of_them", [True, False], ids=["Ctrl-C in a terminal", "SIGTERM to the script alone"])
-def test_a_command_saves_its_work_when_it_is_interrupted(tmp_path: Path, all_of_them: bool) -> None:
+def test_interrupted_example_command_saves_its_work(tmp_path: Path, all_of_them: bool) -> None:
     command = tmp_path / "svc"
     command.write_text(COMMAND)
     command.chmod(0o755)

@@ -102,7 +102,7 @@ def status(svc: Svc, tmp_path: Path) -> Status:
     return status
 
 
-def test_the_screen_shows_version_engine_traffic_and_errors(status: Status) -> None:
+def test_status_screen_shows_version_engine_traffic_and_errors(status: Status) -> None:
     ended = status()
     assert ended.code == 0
     for text in (
@@ -117,12 +117,12 @@ def test_the_screen_shows_version_engine_traffic_and_errors(status: Status) -> N
         assert text in ended.out
 
 
-def test_requests_and_errors_of_a_version_are_in_its_row(status: Status) -> None:
+def test_status_row_of_a_version_shows_its_requests_and_errors(status: Status) -> None:
     row = next(line for line in status().out.splitlines() if line.strip().startswith("tiny@2 ") and "1000" in line)
     assert row.split()[:4] == ["tiny@2", "42", "1", "1000/200"]
 
 
-def test_json_has_the_same_content_as_the_screen(status: Status) -> None:
+def test_json_status_has_the_same_content_as_the_screen(status: Status) -> None:
     output = json.loads(status("--json").out)
     (model,) = output["models"]
     assert model["version"] == "tiny@2"
@@ -132,23 +132,23 @@ def test_json_has_the_same_content_as_the_screen(status: Status) -> None:
     assert output["url"].startswith("http://127.0.0.1:")
 
 
-def test_the_settings_of_the_engine_are_shown_when_verbose(status: Status) -> None:
+def test_verbose_status_shows_the_engine_settings(status: Status) -> None:
     rows = [line.split() for line in status("--verbose").out.splitlines()]
     assert ["threads", "2", "machine", "2", "cores", "of", "this", "process"] in rows
     assert ["block_size", "[auto]", "vLLM's", "default"] in rows
     assert "threads" not in status().out
 
 
-def test_json_has_the_settings_of_the_engine_when_verbose(status: Status) -> None:
+def test_verbose_json_status_contains_the_engine_settings(status: Status) -> None:
     assert json.loads(status("--verbose", "--json").out)["models"][0]["engine"] == STATE["engine"]
 
 
-def test_the_screen_says_so_when_the_engine_was_not_started(status: Status) -> None:
+def test_status_screen_says_if_the_engine_was_not_started(status: Status) -> None:
     engine = {"state": "failed", "restarts": 1, "last_error": None, "plan": None}
     assert "engine: not started" in status("--verbose", engine=engine).out
 
 
-def test_neither_swap_nor_error_is_shown_when_the_server_is_new(status: Status) -> None:
+def test_status_of_a_new_server_shows_no_swap_and_no_error(status: Status) -> None:
     ended = status(previous=None, last_swap=None, pages={"/metrics": (200, "")})
     assert ended.code == 0
     assert "previous: none" in ended.out
@@ -156,26 +156,26 @@ def test_neither_swap_nor_error_is_shown_when_the_server_is_new(status: Status) 
     assert "last swap" not in ended.out
 
 
-def test_the_adapters_of_each_engine_are_shown_and_unverified_ones_are_marked(status: Status) -> None:
+def test_status_shows_adapters_of_each_engine_and_marks_unverified_ones(status: Status) -> None:
     loaded = [{"version": "tiny@2", "verified": True}, {"version": "tiny@3", "verified": False}]
     out = status(engines=[STATE["engines"][0] | {"adapters": loaded}]).out
     assert "replica 0: adapters loaded: tiny@2, tiny@3 (not verified)" in out
     assert "adapters loaded" not in status().out
 
 
-def test_an_unverified_engine_is_shown_with_the_reason(status: Status) -> None:
+def test_unverified_engine_is_shown_with_the_reason(status: Status) -> None:
     unverified = {"verified": False, "verification": "not verified: it would end it"}
     assert "replica 0: not verified: it would end it" in status(engines=[STATE["engines"][0] | unverified]).out
     verified = {"verified": True, "verification": "8 probes passed"}
     assert "8 probes" not in status(engines=[STATE["engines"][0] | verified]).out
 
 
-def test_a_swap_in_progress_is_shown(status: Status) -> None:
+def test_status_shows_a_swap_in_progress(status: Status) -> None:
     swap = STATE["last_swap"] | {"outcome": None, "kind": None, "queued_s": None, "running": None, "queued": None}
     assert "last swap: to tiny@2 (gptq), in progress" in status(last_swap=swap).out
 
 
-def test_all_served_and_refused_models_are_shown(status: Status) -> None:
+def test_status_shows_all_served_and_refused_models(status: Status) -> None:
     out = status(pages=TWO_MODELS).out
     assert "tiny@2 (gptq)  previous: tiny@1 (gptq)" in out
     assert "other@7 (gptq)  previous: none" in out
@@ -199,7 +199,7 @@ svc_requests_total{model="other",version="7",route="chat",status="200"} 12
 }
 
 
-def test_only_one_model_is_shown_when_it_is_named(status: Status) -> None:
+def test_status_shows_only_the_named_model(status: Status) -> None:
     out = status("other", pages=TWO_MODELS).out
     assert "other@7 (gptq)  previous: none" in out
     assert "tiny@2" not in out
@@ -207,14 +207,14 @@ def test_only_one_model_is_shown_when_it_is_named(status: Status) -> None:
     assert "errors by reason: engine_timeout 1, engine_unavailable 5" in out
 
 
-def test_several_models_are_shown_when_they_are_named(status: Status) -> None:
+def test_status_shows_several_named_models(status: Status) -> None:
     out = status("tiny", "other", pages=TWO_MODELS).out
     assert "tiny@2 (gptq)" in out
     assert "other@7 (gptq)" in out
     assert "large" not in out
 
 
-def test_json_has_only_the_named_models(status: Status) -> None:
+def test_json_status_contains_only_the_named_models(status: Status) -> None:
     output = json.loads(status("other", "--json", pages=TWO_MODELS).out)
     assert [model["version"] for model in output["models"]] == ["other@7"]
     assert output["refused"] == {}
@@ -222,7 +222,7 @@ def test_json_has_only_the_named_models(status: Status) -> None:
     assert output["errors"] == {"engine_timeout": 1, "engine_unavailable": 5}
 
 
-def test_the_reason_of_a_refused_model_is_shown_when_it_is_named(status: Status) -> None:
+def test_status_of_a_refused_model_shows_the_reason(status: Status) -> None:
     ended = status("large", pages=TWO_MODELS)
     assert ended.code == 0
     assert "large is not served: no memory for large@1" in ended.out
@@ -230,35 +230,33 @@ def test_the_reason_of_a_refused_model_is_shown_when_it_is_named(status: Status)
 
 
 @pytest.mark.parametrize("named", [("unserved",), ("tiny", "unserved"), ("tiny@2",)])
-def test_the_error_lists_the_served_models_when_the_named_one_is_not_served(
-    status: Status, named: tuple[str, ...]
-) -> None:
+def test_error_for_an_unserved_model_lists_the_served_models(status: Status, named: tuple[str, ...]) -> None:
     ended = status(*named, pages=TWO_MODELS)
     assert ended.code == 8
     assert f"{named[-1]!r} is not served" in ended.err
     assert "tiny, other" in ended.err
 
 
-def test_the_last_error_is_shown_unchanged(status: Status) -> None:
+def test_status_shows_the_last_error_unchanged(status: Status) -> None:
     engine = {"state": "failed", "restarts": 4, "last_error": "vLLM [ended] with code 1"}
     out = status(engine=engine).out
     assert "engine failed" in out
     assert "last error: vLLM [ended] with code 1" in out
 
 
-def test_the_error_says_how_to_start_a_server_when_none_runs(svc: Svc) -> None:
+def test_error_without_a_server_says_how_to_start_one(svc: Svc) -> None:
     ended = svc("status")
     assert ended.code == 13
     assert "svc serve NAME" in ended.err
 
 
-def test_the_command_fails_when_the_server_has_ended(svc: Svc, tmp_path: Path) -> None:
+def test_status_fails_if_the_server_has_exited(svc: Svc, tmp_path: Path) -> None:
     with hold_lock(tmp_path / "home" / LOCK_FILE, "the home", url="http://127.0.0.1:9"):
         pass
     assert "no server is running for the home" in svc("--home", "home", "status").err
 
 
-def test_the_command_fails_when_the_server_is_still_starting(svc: Svc, tmp_path: Path) -> None:
+def test_status_fails_while_the_server_is_still_starting(svc: Svc, tmp_path: Path) -> None:
     with hold_lock(tmp_path / "home" / LOCK_FILE, "the home", url="http://127.0.0.1:9"):
         ended = svc("--home", "home", "status")
     assert ended.code == 13
@@ -276,7 +274,7 @@ def test_the_command_fails_when_the_server_is_still_starting(svc: Svc, tmp_path:
     ],
     ids=str,
 )
-def test_there_is_no_traceback_when_the_server_answers_unexpectedly(
+def test_unexpected_server_response_causes_no_traceback(
     status: Status, pages: dict[str, tuple[int, str]], wrong: str
 ) -> None:
     ended = status(pages=pages)
@@ -284,7 +282,7 @@ def test_there_is_no_traceback_when_the_server_answers_unexpectedly(
     assert wrong in ended.err
 
 
-def test_a_proxy_in_the_environment_is_ignored(status: Status, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_proxy_environment_variables_are_ignored(status: Status, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     for name in ("NO_PROXY", "no_proxy"):
@@ -318,7 +316,7 @@ def test_watch_cannot_be_combined_with_json(svc: Svc) -> None:
 
 
 @pytest.mark.slow
-def test_watch_waits_when_the_model_is_not_served(svc: Svc, tmp_path: Path) -> None:
+def test_watch_keeps_waiting_if_the_model_is_not_served(svc: Svc, tmp_path: Path) -> None:
     looks = iter([[], [STATE]])
 
     class Pages(dict[str, tuple[int, str]]):

@@ -113,14 +113,14 @@ def _layout_faults(name: str) -> Iterator[str]:
         ids.add(panel["id"])
 
 
-def test_dashboards_and_panels_have_no_faults_in_file_layout_or_text() -> None:
+def test_dashboards_have_no_faults_in_file_layout_or_panel_text() -> None:
     faults = [f"{name}: {fault}" for name in DASHBOARDS for fault in (*_file_faults(name), *_layout_faults(name))]
     faults += [f"{title}: {fault}" for title, panel in PANELS for fault in _panel_faults(panel)]
     assert len(DASHBOARDS) == 5
     assert not faults, "\n".join(faults)
 
 
-def test_the_command_writes_files_for_all_users_and_prints_their_paths(svc: Svc, tmp_path: Path) -> None:
+def test_dashboards_command_writes_world_readable_files_and_prints_their_paths(svc: Svc, tmp_path: Path) -> None:
     out = tmp_path / "new" / "folder"
     ended = svc("dashboards", "--out", out)
     assert ended.code == 0
@@ -129,7 +129,7 @@ def test_the_command_writes_files_for_all_users_and_prints_their_paths(svc: Svc,
     assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o644}
 
 
-def test_the_command_prints_the_paths_as_json(svc: Svc, tmp_path: Path) -> None:
+def test_dashboards_command_prints_the_paths_as_json(svc: Svc, tmp_path: Path) -> None:
     ended = svc("dashboards", "--json", "--out", tmp_path)
     assert json.loads(ended.out) == {"dashboards": [str(tmp_path / name) for name in TEXTS]}
 
@@ -155,7 +155,7 @@ def _model_faults(panel: dict[str, Any]) -> Iterator[str]:
                 yield f"a line without its model: {target['legendFormat']}"
 
 
-def test_each_query_is_filtered_and_grouped_by_model_when_its_metric_has_the_label_model() -> None:
+def test_queries_on_metrics_with_a_model_label_filter_and_group_by_model() -> None:
     faults = [f"{title}: {fault}" for title, panel in PANELS for fault in _model_faults(panel)]
     assert not faults, "\n".join(faults)
 
@@ -173,7 +173,7 @@ def test_every_query_selects_the_chosen_job_and_namespace() -> None:
     assert not faults, "\n".join(faults)
 
 
-def test_every_metric_of_a_query_exists() -> None:
+def test_every_metric_in_a_dashboard_query_exists() -> None:
     process = {sample.name for family in ProcessCollector(registry=None).collect() for sample in family.samples}
     known = DOCUMENTED | _vllm_names() | {rule["record"] for rule in rules("record")} | process
     faults = [
@@ -184,13 +184,13 @@ def test_every_metric_of_a_query_exists() -> None:
     assert not faults, "\n".join(faults)
 
 
-def test_every_documented_metric_is_shown() -> None:
+def test_every_documented_metric_is_shown_on_a_dashboard() -> None:
     in_rules = set().union(*(_names(path.read_text("utf-8")) for path in RULES.glob("*.yml")))
     shown = set().union(*(_names(query.expr) for query in QUERIES))
     assert DOCUMENTED - shown - in_rules == set(NOT_SHOWN)
 
 
-def test_faults_and_objectives_equal_those_of_the_rules() -> None:
+def test_dashboard_faults_and_objectives_match_the_alert_rules() -> None:
     recording = (RULES / "recording.yml").read_text("utf-8")
     faults = re.compile(r'svc_request_errors_total\{[^}]*\breason=~"(.+?)"')
     assert set(faults.findall(recording)) == {SERVER_FAULTS}
@@ -209,14 +209,14 @@ def test_faults_and_objectives_equal_those_of_the_rules() -> None:
     assert f"{first_token * 100:g} % of streamed answers" in " ".join(recording.split())
 
 
-def test_the_scrape_interval_in_grafana_equals_that_of_prometheus() -> None:
+def test_grafana_scrape_interval_matches_that_of_prometheus() -> None:
     source = yaml.safe_load((DEPLOY / "grafana/provisioning/datasources/prometheus.yml").read_text("utf-8"))
     prometheus = yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text("utf-8"))
     interval = source["datasources"][0]["jsonData"]["timeInterval"]
     assert interval == prometheus["global"]["scrape_interval"]
 
 
-def test_changes_below_zero_and_small_p_values_are_visible() -> None:
+def test_drift_panels_show_negative_changes_and_small_p_values() -> None:
     axes = {title: panel["fieldConfig"]["defaults"] for title, panel in PANELS if title.startswith("drift.json")}
     assert [title for title in axes if title.startswith("drift.json: Change of") and "min" in axes[title]] == []
     pvalues = [axis for title, axis in axes.items() if title.startswith("drift.json: p-value of")]
@@ -224,7 +224,7 @@ def test_changes_below_zero_and_small_p_values_are_visible() -> None:
     assert all(axis["custom"]["scaleDistribution"] == {"type": "log", "log": 10} for axis in pvalues)
 
 
-def test_every_query_is_valid_promql(tmp_path: Path) -> None:
+def test_every_dashboard_query_is_valid_promql(tmp_path: Path) -> None:
     recorded = [{"record": f"query:{index}", "expr": query.expr} for index, query in enumerate(QUERIES)]
     page = tmp_path / "rules.yml"
     page.write_text(yaml.safe_dump({"groups": [{"name": "queries", "rules": recorded}]}), "utf-8")
@@ -232,7 +232,7 @@ def test_every_query_is_valid_promql(tmp_path: Path) -> None:
     assert checked.returncode == 0, checked.stderr
 
 
-def test_queries_are_read_when_grafana_has_rewritten_the_file(tmp_path: Path) -> None:
+def test_dashboard_queries_are_still_found_after_grafana_rewrote_the_file(tmp_path: Path) -> None:
     dashboard = {
         "panels": [{"title": "A", "targets": [{"expr": 'a{model=~"${model}"}'}]}],
         "templating": {"list": [{"type": "query", "name": "model", "query": {"query": "label_values(a, model)"}}]},

@@ -49,46 +49,46 @@ def quality(change: Sequence[float], hits: Sequence[bool], hits_now: Sequence[bo
 HITS = [place % 4 > 0 for place in range(200)]
 
 
-def test_quality_is_as_registered_when_the_figures_are_the_same() -> None:
+def test_quality_is_as_registered_if_the_results_are_the_same() -> None:
     report = judge(figures([0.2, 0.4], [True, False]), run([0.2, 0.4], [True, False]))
     assert report.quality is Quality.AS_REGISTERED
     assert [report.nll, report.registered_nll] == pytest.approx([0.3, 0.3])
     assert (report.nll_p, report.exact_match_p) == (1.0, 1.0)
 
 
-def test_examples_are_weighted_by_their_tokens_as_at_registration() -> None:
+def test_held_out_examples_are_weighted_by_tokens_as_at_registration() -> None:
     report = judge(figures([0.2, 0.4], [True, False], weight=[3, 1]), run([0.2, 0.8], [True, False]))
     assert [report.nll, report.registered_nll] == pytest.approx([0.35, 0.25])
 
 
-def test_rounding_is_not_a_change() -> None:
+def test_rounding_errors_are_not_a_quality_change() -> None:
     noise = np.random.default_rng(0).normal(0, 0.02, 200)
     assert quality(noise.tolist(), HITS, HITS) is Quality.AS_REGISTERED
 
 
 @pytest.mark.parametrize("change", [0.5, -0.5])
-def test_quality_has_changed_when_likelihoods_differ_in_either_direction(change: float) -> None:
+def test_quality_is_changed_if_likelihoods_differ_in_either_direction(change: float) -> None:
     assert quality([change] * 200, HITS, HITS) is Quality.CHANGED
 
 
-def test_quality_has_changed_when_only_a_few_examples_differ() -> None:
+def test_quality_is_changed_even_if_only_a_few_examples_differ() -> None:
     assert quality([3.0] * 10 + [0.0] * 190, HITS, HITS) is Quality.CHANGED
 
 
-def test_quality_has_changed_when_a_small_heldout_set_differs() -> None:
+def test_quality_is_changed_if_a_small_held_out_set_differs() -> None:
     assert quality([1.0] * 8, HITS[:8], HITS[:8]) is Quality.CHANGED
 
 
-def test_quality_is_as_registered_when_a_significant_change_is_small() -> None:
+def test_quality_is_as_registered_if_a_significant_change_is_small() -> None:
     assert quality([0.015] * 200, HITS, HITS) is Quality.AS_REGISTERED
 
 
-def test_quality_has_changed_when_answers_are_lost() -> None:
+def test_quality_is_changed_if_correct_answers_are_lost() -> None:
     lost = [hit and place > 40 for place, hit in enumerate(HITS)]
     assert quality([0.0] * 200, HITS, lost) is Quality.CHANGED
 
 
-def test_quality_is_as_registered_when_a_few_answers_are_lost_and_won() -> None:
+def test_quality_is_as_registered_after_few_correct_answers_lost_and_gained() -> None:
     swapped = [not hit if place < 6 else hit for place, hit in enumerate(HITS)]
     assert quality([0.0] * 200, HITS, swapped) is Quality.AS_REGISTERED
 
@@ -100,7 +100,7 @@ def registry(tmp_path: Path) -> Registry:
     return registry
 
 
-def test_the_newest_completed_run_is_compared(registry: Registry, tmp_path: Path) -> None:
+def test_newest_completed_held_out_run_is_compared(registry: Registry, tmp_path: Path) -> None:
     store = new_store(tmp_path)
     registered = registry.results(target().version, target().format)
     good = run([one.nll for one in registered], [one.hit for one in registered])
@@ -116,28 +116,26 @@ def test_the_newest_completed_run_is_compared(registry: Registry, tmp_path: Path
     assert report.asked_at == NOW
 
 
-def test_quality_is_unknown_when_there_was_no_run(registry: Registry, tmp_path: Path) -> None:
+def test_quality_is_unknown_without_a_held_out_run(registry: Registry, tmp_path: Path) -> None:
     report = read_quality(registry, new_store(tmp_path), target())
     assert report.quality is Quality.UNKNOWN
     assert "not been run again yet" in report.why
 
 
-def test_quality_is_unknown_when_a_version_has_no_answers(registry: Registry, tmp_path: Path) -> None:
+def test_quality_is_unknown_if_the_version_has_no_registered_answers(registry: Registry, tmp_path: Path) -> None:
     register(registry, 2, space=False)
     report = read_quality(registry, new_store(tmp_path), target(2))
     assert report.quality is Quality.UNKNOWN
     assert "triage@2 has no" in report.why
 
 
-def test_only_examples_in_the_run_are_compared() -> None:
+def test_only_examples_in_the_held_out_run_are_compared() -> None:
     picked = replace(run([1.0, 1.0], [True, True]), places=(0, 2))
     report = judge(figures([1.0, 9.0, 1.0], [True, False, True]), picked)
     assert (report.quality, report.examples, report.registered_nll) == (Quality.AS_REGISTERED, 2, 1.0)
 
 
-def test_later_runs_are_compared_with_the_first_one_when_the_kind_of_engine_differs(
-    registry: Registry, tmp_path: Path
-) -> None:
+def test_later_runs_are_compared_with_the_first_run_if_engine_kind_differs(registry: Registry, tmp_path: Path) -> None:
     store = new_store(tmp_path)
     registered = registry.results(target().version, target().format)
     first = run([one.nll + 0.3 for one in registered], [one.hit for one in registered], OTHER_FACTS)
@@ -160,7 +158,7 @@ def by_rouge(before: Sequence[float], now: Sequence[float]) -> QualityReport:
     return judge(registered, replace(ran, metric="rouge_l", scores=tuple(now)))
 
 
-def test_quality_has_changed_when_texts_are_worse_without_a_change_of_exact_match() -> None:
+def test_quality_is_changed_if_texts_are_worse_even_with_equal_exact_match() -> None:
     before = [0.3 + place / 1000 for place in range(200)]
     report = by_rouge(before, [score - 0.2 if place % 4 == 0 else score for place, score in enumerate(before)])
     assert (report.quality, report.metric) == (Quality.CHANGED, "rouge_l")
@@ -168,19 +166,19 @@ def test_quality_has_changed_when_texts_are_worse_without_a_change_of_exact_matc
     assert report.exact_match_p == 1.0
 
 
-def test_quality_is_as_registered_when_texts_are_as_often_better_as_worse() -> None:
+def test_quality_is_as_registered_if_texts_are_as_often_better_as_worse() -> None:
     before = [0.5] * 200
     noise = np.random.default_rng(0).normal(0, 0.2, 60).tolist()
     assert by_rouge(before, [0.5 + one for one in noise] + before[60:]).quality is Quality.AS_REGISTERED
 
 
-def test_equal_texts_do_not_affect_the_test() -> None:
+def test_identical_texts_do_not_affect_the_quality_test() -> None:
     report = by_rouge([0.3] * 200, [0.3] * 200)
     assert (report.quality, report.score_p) == (Quality.AS_REGISTERED, 1.0)
 
 
 @pytest.mark.slow
-def test_the_false_alarm_rate_of_the_test_is_within_its_level() -> None:
+def test_false_alarm_rate_of_the_quality_test_is_within_its_level() -> None:
     """Uses the level 0.05, which needs few runs; for 14 changes all combinations are counted."""
     generator = np.random.default_rng(1)
     found = [by_rouge([0.0] * 14, generator.normal(0, 1, 14).tolist()).score_p <= 0.05 for _ in range(300)]
@@ -188,6 +186,6 @@ def test_the_false_alarm_rate_of_the_test_is_within_its_level() -> None:
 
 
 @pytest.mark.parametrize("changed", [16, 17, 200])
-def test_the_smallest_p_value_is_below_the_level_from_a_few_changes_on(changed: int) -> None:
+def test_quality_test_can_detect_a_change_with_only_a_few_changed_examples(changed: int) -> None:
     worse = [-0.1 - place / 1000 for place in range(changed)]
     assert by_rouge([0.0] * changed, worse).quality is Quality.CHANGED

@@ -73,7 +73,7 @@ REQUESTS = 'svc_requests_total{model="tiny",version="1",route="r",status="200"}'
 ERRORS = 'svc_request_errors_total{{model="tiny",version="1",reason="{}"}}'
 
 
-def test_only_faults_of_the_server_count_as_errors_of_the_version(passes: Passes) -> None:
+def test_only_server_faults_count_as_version_errors_on_the_dashboard(passes: Passes) -> None:
     faults = ("engine_died", "engine_timeout", "engine_error", "internal_error", "overloaded")
     of_clients = ("invalid_request", "context_length_exceeded", "body_too_large", "client_gone")
     passes(
@@ -86,12 +86,12 @@ def test_only_faults_of_the_server_count_as_errors_of_the_version(passes: Passes
     )
 
 
-def test_errors_of_another_version_do_not_count(passes: Passes) -> None:
+def test_errors_of_another_version_do_not_count_on_the_dashboard(passes: Passes) -> None:
     series = {REQUESTS: counted(600), ERRORS.format("engine_died").replace('"1"', '"2"'): counted(60)}
     passes([case(query("Error share of A"), series, {'{version="1"}': 0})])
 
 
-def test_error_share_has_the_interval_that_evaluations_have_when_errors_are_counted(passes: Passes) -> None:
+def test_error_share_has_the_same_kind_of_interval_as_evaluations(passes: Passes) -> None:
     """Increases are extrapolated, so there may be more errors than requests; the share is then 1."""
     cases = []
     for side, version in VERSIONS.items():
@@ -103,7 +103,7 @@ def test_error_share_has_the_interval_that_evaluations_have_when_errors_are_coun
     passes(cases)
 
 
-def test_p95_has_the_interval_of_its_rank_when_all_values_are_in_one_bucket(passes: Passes) -> None:
+def test_p95_interval_matches_its_rank_for_values_in_one_bucket(passes: Passes) -> None:
     """With one bucket from 0 to 1, a quantile is its own rank."""
     histograms = {"Duration": "svc_request_duration_seconds", "First token": "svc_time_to_first_token_seconds"}
     cases = []
@@ -122,7 +122,7 @@ def judged(version: str, heldout: str, suffix: str = "") -> str:
     return f"svc_registry_version_evaluation{suffix}{{{labels}}}"
 
 
-def test_only_versions_evaluated_on_the_chosen_set_are_compared(passes: Passes) -> None:
+def test_only_versions_evaluated_on_the_chosen_held_out_set_are_compared(passes: Passes) -> None:
     passes(
         case(
             query("Answers", index),
@@ -133,12 +133,12 @@ def test_only_versions_evaluated_on_the_chosen_set_are_compared(passes: Passes) 
     )
 
 
-def test_the_held_out_sets_to_choose_from_are_the_sets_of_the_two_versions(passes: Passes) -> None:
+def test_selectable_held_out_sets_are_those_of_the_two_compared_versions(passes: Passes) -> None:
     series = {judged("1", CHOSEN): "1x60", judged("2", OTHER): "1x60", judged("3", "aaaaaaaaaaaa:4"): "1x60"}
     passes([case(query("variable heldout"), series, {f'{{heldout="{heldout}"}}': 1 for heldout in (CHOSEN, OTHER)})])
 
 
-def test_good_feedback_has_the_interval_that_evaluations_have_when_answers_are_rated(passes: Passes) -> None:
+def test_good_feedback_share_has_the_same_kind_of_interval_as_evaluations(passes: Passes) -> None:
     feedback = 'svc_feedback_total{{model="tiny",version="1",rating="{}"}}'
     passes(
         case(

@@ -43,7 +43,7 @@ def asking(client: httpx.AsyncClient, models: Sequence[int]) -> list[asyncio.Tas
     return [asyncio.create_task(ask(client, f"{NAME}@{number}")) for number in models]
 
 
-async def test_production_is_answered_when_300_requests_wait_for_other_adapters(make: Make) -> None:
+async def test_production_is_answered_while_300_requests_wait_for_other_adapters(make: Make) -> None:
     control = made(make, max_running=4)
     async with control.run(), control.client() as client:
         running = await occupied(control, client)
@@ -61,7 +61,7 @@ async def test_production_is_answered_when_300_requests_wait_for_other_adapters(
     assert (control.admission.running, control.admission.queued) == (0, 0)
 
 
-async def test_idle_production_version_comes_back_first_when_others_wait_for_adapters(make: Make) -> None:
+async def test_idle_production_version_is_reloaded_first_if_others_wait_for_adapters(make: Make) -> None:
     control = made(make)
     async with control.run(), control.client() as client:
         for number in (2, 3):  # replaces version 1
@@ -80,7 +80,7 @@ async def test_idle_production_version_comes_back_first_when_others_wait_for_ada
     assert "/1/adapter" in control.double.adapter_loads[before]
 
 
-async def test_request_waits_for_its_place_when_it_has_waited_for_its_adapter(make: Make) -> None:
+async def test_request_that_waited_for_its_adapter_then_waits_for_a_slot(make: Make) -> None:
     control = made(make, max_running=2)
     async with control.run(), control.client() as client:
         running = await occupied(control, client)
@@ -91,7 +91,7 @@ async def test_request_waits_for_its_place_when_it_has_waited_for_its_adapter(ma
         await asyncio.gather(*running)
 
 
-async def test_adapter_stays_loaded_when_its_request_waits_for_a_place(make: Make) -> None:
+async def test_adapter_stays_loaded_while_its_request_waits_for_a_slot(make: Make) -> None:
     control = made(make, max_running=1)
     async with control.run(), control.client() as client:
         control.double.proceed.clear()
@@ -110,7 +110,7 @@ async def test_adapter_stays_loaded_when_its_request_waits_for_a_place(make: Mak
     assert len(control.double.adapter_loads) == 3
 
 
-async def test_second_key_gets_its_turn_in_order_when_the_first_floods(make: Make) -> None:
+async def test_second_key_gets_its_turn_in_order_while_the_first_floods(make: Make) -> None:
     control = made(make, max_queued=8)
     control.principals = {name: principal(name) for name in ("flooding", "modest")}
     async with control.run(), control.client() as client:
@@ -143,7 +143,7 @@ async def test_second_key_gets_its_turn_in_order_when_the_first_floods(make: Mak
 
 
 @pytest.mark.parametrize("swap", [SwapChoice.AUTO, SwapChoice.BLUEGREEN])
-async def test_no_request_is_lost_when_a_swap_comes_while_they_wait_for_adapters(make: Make, swap: SwapChoice) -> None:
+async def test_swap_loses_no_request_waiting_for_an_adapter(make: Make, swap: SwapChoice) -> None:
     control = made(make, swap=swap, adapters=AdapterSettings(max_loaded=3))
     async with control.run(), control.client() as client:
         first = control.double
@@ -164,7 +164,7 @@ async def test_no_request_is_lost_when_a_swap_comes_while_they_wait_for_adapters
     assert first.dropped_in_use == []
 
 
-async def test_requests_go_to_the_other_engine_when_theirs_dies_while_they_wait_for_adapters(make: Make) -> None:
+async def test_requests_waiting_for_adapters_move_to_the_other_engine_if_theirs_dies(make: Make) -> None:
     async with made(make, replicas=2).run() as control, control.client() as client:
         await until(lambda: len(control.pool.ready) == 2)
         engines = [engine.double for engine in control.park.engines]
@@ -182,7 +182,7 @@ async def test_requests_go_to_the_other_engine_when_theirs_dies_while_they_wait_
         assert not any(member.reserved for member in control.pool.members)
 
 
-async def test_nothing_stays_reserved_when_the_clients_leave_while_they_wait_for_adapters(make: Make) -> None:
+async def test_nothing_stays_reserved_if_clients_disconnect_while_waiting_for_adapters(make: Make) -> None:
     control = made(make)
     async with control.run(), control.client() as client:
         running = await occupied(control, client)

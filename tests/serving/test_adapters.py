@@ -60,7 +60,7 @@ def numbers(double: EngineDouble) -> list[int]:
     return sorted(int(folder.split("/")[-2]) for folder in double.adapters.values())
 
 
-async def test_engine_holds_the_base_and_the_name_means_the_version_in_production(served: Control) -> None:
+async def test_engine_holds_the_base_and_the_model_name_selects_production(served: Control) -> None:
     assert served.double.weights == str(base_folder(served.registry))
     async with served.client() as client:
         assert await ask(client, NAME) == (200, f"{NAME}@1", "1")
@@ -78,7 +78,7 @@ async def test_any_registered_version_is_loaded_and_answers(served: Control) -> 
     assert served.sample("svc_adapters_loaded", model=NAME) == 2
 
 
-async def test_loaded_versions_are_listed_and_any_version_can_be_shown(served: Control) -> None:
+async def test_loaded_versions_are_listed_and_any_version_can_be_retrieved(served: Control) -> None:
     async with served.client() as client:
         await ask(client, f"{NAME}@2")
         listed = [model["id"] for model in (await client.get("/v1/models")).json()["data"]]
@@ -89,7 +89,7 @@ async def test_loaded_versions_are_listed_and_any_version_can_be_shown(served: C
     assert unknown.status_code == 404
 
 
-async def test_request_reaches_no_engine_when_its_name_means_no_version(served: Control) -> None:
+async def test_request_with_an_invalid_version_name_reaches_no_engine(served: Control) -> None:
     for model in (f"{NAME}@9", f"{NAME}@x", f"{NAME}@", f"{NAME}@1/../2", f"{NAME}@0", f"{NAME}@2#a"):
         before = len(served.double.calls)
         async with served.client() as client:
@@ -106,7 +106,7 @@ BODIES: dict[str, dict[str, Any]] = {
 }
 
 
-async def test_answers_name_the_version_when_an_adapter_serves(served: Control) -> None:
+async def test_answers_from_an_adapter_name_its_version(served: Control) -> None:
     async with served.client() as client:
         for path, body in BODIES.items():
             for stream in (False, True):
@@ -116,7 +116,7 @@ async def test_answers_name_the_version_when_an_adapter_serves(served: Control) 
                 assert f"{NAME}@2#" not in answer.text, path
 
 
-async def test_rejections_of_the_engine_name_the_version_when_an_adapter_serves(served: Control) -> None:
+async def test_engine_rejections_for_an_adapter_name_its_version(served: Control) -> None:
     async with served.client() as client:
         await ask(client, f"{NAME}@2")
         (private,) = (name for name in served.double.adapters if name.startswith(f"{NAME}@2#"))
@@ -130,9 +130,7 @@ async def test_rejections_of_the_engine_name_the_version_when_an_adapter_serves(
             assert private not in answer.text, path
 
 
-async def test_token_counts_name_the_version_when_an_adapter_serves(
-    served: Control, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_token_counts_for_an_adapter_name_its_version(served: Control, monkeypatch: pytest.MonkeyPatch) -> None:
     async def counted(double: EngineDouble, send: Send, path: str, body: dict[str, Any]) -> None:
         await JSONResponse({"count": 3, "model": body["model"]})({"type": "http"}, _never, send)
 
@@ -146,7 +144,7 @@ async def _never() -> Message:
     raise AssertionError("a JSON answer reads nothing")
 
 
-async def test_error_within_a_stream_names_the_version_when_an_adapter_serves(
+async def test_mid_stream_error_from_an_adapter_names_its_version(
     served: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(wire: Wire, message: str) -> list[bytes]:
@@ -161,7 +159,7 @@ async def test_error_within_a_stream_names_the_version_when_an_adapter_serves(
     assert f"{NAME}@2#" not in answer.text
 
 
-async def test_content_length_of_a_large_answer_is_right_when_an_adapter_serves(served: Control) -> None:
+async def test_content_length_of_a_large_adapter_answer_is_correct(served: Control) -> None:
     served.double.tokens = 20_000
     async with served.client() as client:
         answer = await client.post("/v1/chat/completions", json=BODY | {"model": f"{NAME}@2", "max_tokens": 20_000})
@@ -169,7 +167,7 @@ async def test_content_length_of_a_large_answer_is_right_when_an_adapter_serves(
     assert answer.json()["model"] == f"{NAME}@2"
 
 
-async def test_forty_versions_are_answered_with_four_places(make: Make) -> None:
+async def test_forty_adapter_versions_are_served_with_four_slots(make: Make) -> None:
     control = make(format=Format.ADAPTER, adapters=AdapterSettings(max_loaded=4))
     versions(control, *range(4, 41))
     async with control.run(), control.client() as client:
@@ -178,7 +176,7 @@ async def test_forty_versions_are_answered_with_four_places(make: Make) -> None:
         assert (control.double.most_adapters, len(control.double.adapter_loads)) == (4, 40)
 
 
-async def test_adapter_is_loaded_once_when_many_first_requests_need_it(served: Control) -> None:
+async def test_adapter_needed_by_many_first_requests_is_loaded_once(served: Control) -> None:
     served.double.adapter_delay_s = 0.05
     async with served.client() as client:
         answers = await asyncio.gather(*(ask(client, f"{NAME}@2") for _ in range(30)))
@@ -186,7 +184,7 @@ async def test_adapter_is_loaded_once_when_many_first_requests_need_it(served: C
     assert len(served.double.adapter_loads) == 2
 
 
-async def test_adapter_is_not_unloaded_while_it_answers(served: Control) -> None:
+async def test_adapter_is_not_unloaded_while_it_is_answering(served: Control) -> None:
     versions(served, 4, 5, 6)
     served.double.token_delay_s = 0.005
     async with served.client() as client:
@@ -196,7 +194,7 @@ async def test_adapter_is_not_unloaded_while_it_answers(served: Control) -> None
     assert (served.double.dropped_in_use, served.double.most_adapters) == ([], 2)
 
 
-async def test_answer_has_retry_after_when_no_adapter_place_becomes_free_in_time(make: Make) -> None:
+async def test_response_has_retry_after_if_no_adapter_slot_becomes_free_in_time(make: Make) -> None:
     control = make(format=Format.ADAPTER, adapters=AdapterSettings(max_loaded=1), queue_timeout_s=0.05)
     async with control.run(), control.client() as client:
         control.double.token_delay_s = 0.1
@@ -208,7 +206,7 @@ async def test_answer_has_retry_after_when_no_adapter_place_becomes_free_in_time
         assert await first == (200, f"{NAME}@1", "1")
 
 
-async def test_adapter_is_unloaded_without_answering_when_it_fails_its_probes(served: Control) -> None:
+async def test_adapter_that_fails_its_probes_is_unloaded_without_answering(served: Control) -> None:
     versions(served, 4, probes_of="/elsewhere")
     async with served.client() as client:
         assert (await ask(client, f"{NAME}@4"))[::2] == (503, "engine_adapter_failed")
@@ -216,7 +214,7 @@ async def test_adapter_is_unloaded_without_answering_when_it_fails_its_probes(se
     assert numbers(served.double) == [1]
 
 
-async def test_version_is_rejected_when_the_engine_does_not_apply_its_adapter(served: Control) -> None:
+async def test_version_is_rejected_if_the_engine_does_not_apply_its_adapter(served: Control) -> None:
     """The engine then answers like the base, which can be closer to the version than half a nat."""
     versions(served, 4, probes_of=served.double.weights, noise=0.1)
     served.double._weights_of = lambda model: served.double.weights  # type: ignore[method-assign]
@@ -224,7 +222,7 @@ async def test_version_is_rejected_when_the_engine_does_not_apply_its_adapter(se
         assert (await ask(client, f"{NAME}@4"))[::2] == (503, "engine_adapter_failed")
 
 
-async def test_load_is_tried_again_when_the_engine_rejected_an_adapter(served: Control) -> None:
+async def test_load_of_a_rejected_adapter_is_retried_on_the_next_request(served: Control) -> None:
     served.double.broken_adapters = {"2/adapter"}
     async with served.client() as client:
         assert (await ask(client, f"{NAME}@2"))[::2] == (503, "engine_adapter_failed")
@@ -232,7 +230,7 @@ async def test_load_is_tried_again_when_the_engine_rejected_an_adapter(served: C
         assert await ask(client, f"{NAME}@2") == (200, f"{NAME}@2", "2")
 
 
-async def test_changed_files_are_not_loaded(served: Control) -> None:
+async def test_altered_adapter_files_are_not_loaded(served: Control) -> None:
     file = served.registry.folder(VersionId(NAME, 2)) / "adapter" / "adapter_model.safetensors"
     file.write_bytes(b"other")
     async with served.client() as client:
@@ -240,7 +238,7 @@ async def test_changed_files_are_not_loaded(served: Control) -> None:
     assert len(served.double.adapter_loads) == 1
 
 
-async def test_probes_are_stored_for_the_next_load(served: Control) -> None:
+async def test_adapter_probes_are_stored_for_the_next_load(served: Control) -> None:
     async with served.client() as client:
         await ask(client, f"{NAME}@2")
         assert find_retaken_probes(served.store, adapter(2), FACTS)
@@ -250,7 +248,7 @@ async def test_probes_are_stored_for_the_next_load(served: Control) -> None:
         assert (await ask(client, f"{NAME}@2"))[::2] == (503, "engine_adapter_failed")
 
 
-async def test_version_without_any_probes_serves_as_unverified(served: Control) -> None:
+async def test_adapter_without_any_probes_is_served_as_unverified(served: Control) -> None:
     make_version(served.registry, 4, formats=(Format.ADAPTER,))
     async with served.client() as client:
         assert (await ask(client, f"{NAME}@4"))[:2] == (200, f"{NAME}@4")
@@ -259,7 +257,7 @@ async def test_version_without_any_probes_serves_as_unverified(served: Control) 
     assert served.sample("svc_versions_unverified", model=NAME) == 1
 
 
-async def test_promoted_unverified_version_is_marked_in_the_journal_and_the_status(served: Control) -> None:
+async def test_promoted_unverified_version_is_marked_in_journal_and_status(served: Control) -> None:
     make_version(served.registry, 4, formats=(Format.ADAPTER,))
     assert (await served.promote(4)).outcome is SwapOutcome.SUCCEEDED
     assert served.steps[-1] == "adapter loaded: not verified: the version has no probes in any format"
@@ -269,7 +267,7 @@ async def test_promoted_unverified_version_is_marked_in_the_journal_and_the_stat
     assert served.pool.members[0].checked and served.pool.members[0].checked.verified
 
 
-async def test_version_is_rejected_with_the_reason_when_the_base_cannot_apply_it(served: Control) -> None:
+async def test_adapter_that_the_base_cannot_apply_is_rejected_with_the_reason(served: Control) -> None:
     other = served.settings.home / "other"
     shutil.copytree(base_folder(served.registry), other)
     cases: list[tuple[dict[str, Any], str]] = [
@@ -286,7 +284,7 @@ async def test_version_is_rejected_with_the_reason_when_the_base_cannot_apply_it
             assert reason in answer.json()["error"]["message"] and str(served.settings.home) not in answer.text
 
 
-async def test_version_that_failed_a_check_is_served_only_in_production(served: Control) -> None:
+async def test_adapter_that_failed_a_check_is_served_only_in_production(served: Control) -> None:
     versions(served, 4, failed=("parity",))
     async with served.client() as client:
         assert (await ask(client, f"{NAME}@4"))[::2] == (404, "model_not_found")
@@ -296,7 +294,7 @@ async def test_version_that_failed_a_check_is_served_only_in_production(served: 
         assert await ask(client, NAME) == (200, f"{NAME}@4", "4")
 
 
-async def test_version_with_only_merged_weights_is_not_found(served: Control) -> None:
+async def test_version_with_only_merged_weights_is_not_found_as_an_adapter(served: Control) -> None:
     make_version(served.registry, 4)
     async with served.client() as client:
         assert (await ask(client, f"{NAME}@4"))[::2] == (404, "model_not_found")
@@ -314,7 +312,7 @@ async def test_no_request_waits_when_an_adapter_is_promoted(served: Control) -> 
     assert served.book.book["production"] == VersionId(NAME, 2)  # type: ignore[index]
 
 
-async def test_served_version_stays_when_a_promotion_fails_its_probes(served: Control) -> None:
+async def test_served_version_stays_if_the_promoted_adapter_fails_its_probes(served: Control) -> None:
     versions(served, 4, probes_of="/elsewhere")
     result = await served.promote(4)
     assert (result.outcome, served.desired().target) == (SwapOutcome.REFUSED, adapter(1))
@@ -322,7 +320,7 @@ async def test_served_version_stays_when_a_promotion_fails_its_probes(served: Co
         assert await ask(client, NAME) == (200, f"{NAME}@1", "1")
 
 
-async def test_promotion_is_cancelled_when_another_version_becomes_desired(served: Control) -> None:
+async def test_adapter_promotion_is_cancelled_if_another_version_becomes_desired(served: Control) -> None:
     served.double.adapter_delay_s = 0.3
     loads = served.double.calls.count("/v1/load_lora_adapter")
     wish = served.wish(2)
@@ -344,13 +342,13 @@ async def test_promotion_to_another_base_is_blue_green(served: Control) -> None:
         assert await ask(client, NAME) == (200, f"{NAME}@4", "4")
 
 
-async def test_promotion_to_a_larger_rank_is_blue_green(served: Control) -> None:
+async def test_promotion_to_a_larger_lora_rank_is_blue_green(served: Control) -> None:
     versions(served, 4, adapter={"r": 64})
     result = await served.promote(4)
     assert (result.outcome, result.kind) == (SwapOutcome.SUCCEEDED, SwapKind.BLUEGREEN)
 
 
-async def test_rank_over_the_setting_is_refused_with_a_remedy(make: Make) -> None:
+async def test_promotion_above_the_configured_maximum_rank_is_refused_with_a_remedy(make: Make) -> None:
     control = make(format=Format.ADAPTER, adapters=AdapterSettings(max_rank=32))
     versions(control, 4, adapter={"r": 64})
     async with control.run():
@@ -358,12 +356,12 @@ async def test_rank_over_the_setting_is_refused_with_a_remedy(make: Make) -> Non
     assert result.outcome is SwapOutcome.REFUSED and result.reason and "increase `adapters.max_rank`" in result.reason
 
 
-async def test_promotion_is_always_blue_green_when_configured(make: Make) -> None:
+async def test_promotion_is_always_blue_green_if_configured(make: Make) -> None:
     async with make(format=Format.ADAPTER, swap=SwapChoice.BLUEGREEN).run() as control:
         assert (await control.promote(2)).kind is SwapKind.BLUEGREEN
 
 
-async def test_each_of_several_engines_gets_the_adapter(make: Make) -> None:
+async def test_each_of_several_engines_loads_the_promoted_adapter(make: Make) -> None:
     async with make(format=Format.ADAPTER, replicas=2).run() as control:
         await until(lambda: len(control.pool.ready) == 2)
         result = await control.promote(2)
@@ -371,7 +369,7 @@ async def test_each_of_several_engines_gets_the_adapter(make: Make) -> None:
         assert [member.target for member in control.pool.members] == [adapter(2)] * 2
 
 
-async def test_first_engine_is_restored_when_the_second_rejects_the_adapter(make: Make) -> None:
+async def test_first_engine_is_restored_if_the_second_rejects_the_adapter(make: Make) -> None:
     async with make(format=Format.ADAPTER, replicas=2).run() as control:
         await until(lambda: len(control.pool.ready) == 2)
         control.park.engines[1].double.broken_adapters = {"2/adapter"}
@@ -380,7 +378,7 @@ async def test_first_engine_is_restored_when_the_second_rejects_the_adapter(make
         assert [member.target for member in control.pool.members] == [adapter(1)] * 2
 
 
-async def test_adapters_are_loaded_again_on_demand_after_a_death(served: Control) -> None:
+async def test_adapters_are_reloaded_on_demand_after_engine_death(served: Control) -> None:
     async with served.client() as client:
         await ask(client, f"{NAME}@2")
         served.double.die()
@@ -417,14 +415,14 @@ async def test_swap_between_formats_uses_a_second_engine(make: Make) -> None:
         assert await ask(client, f"{NAME}@1") == (200, f"{NAME}@1", "1")
 
 
-async def test_missing_base_is_reported(make: Make) -> None:
+async def test_missing_base_model_is_reported(make: Make) -> None:
     control = make(format=Format.ADAPTER)
     shutil.rmtree(base_folder(control.registry))
     with pytest.raises(Exception, match="the base model of tuned@1 is no longer in"):
         await control.start()
 
 
-async def test_probes_are_recorded_again_on_another_kind_of_engine(make: Make) -> None:
+async def test_adapter_probes_are_recorded_again_on_another_engine_kind(make: Make) -> None:
     other: EngineFacts = FACTS.model_copy(update={"vllm": "0.33.0"})
     control = make(format=Format.ADAPTER, facts=other)
     control.park.prepare = lambda double: setattr(double, "probe_noise", 0.01)
@@ -432,7 +430,7 @@ async def test_probes_are_recorded_again_on_another_kind_of_engine(make: Make) -
         assert find_retaken_probes(control.store, adapter(1), other)
 
 
-async def test_server_process_serves_adapters_of_their_base(home: Home) -> None:
+async def test_server_process_serves_adapters_of_its_base(home: Home) -> None:
     for number in (4, 5):
         make_version(home.registry, number, formats=BOTH)
     change_desired(home.store, None, adapter(4), None)
@@ -449,7 +447,7 @@ async def test_server_process_serves_adapters_of_their_base(home: Home) -> None:
     assert 'svc_adapters_loaded{model="tuned"} 2.0' in page
 
 
-async def test_held_out_set_is_not_run_for_adapters_and_the_reason_is_shown(home: Home) -> None:
+async def test_held_out_set_is_skipped_for_adapters_and_the_reason_is_shown(home: Home) -> None:
     make_version(home.registry, 4, formats=BOTH, answered=3)
     change_desired(home.store, None, adapter(4), None)
     async with home.serving(NAME) as client:

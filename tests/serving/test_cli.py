@@ -59,27 +59,27 @@ def other(home: Home) -> str:
 
 
 @pytest.mark.parametrize("command", ["add", "serve"])
-async def test_model_is_added_to_the_running_server(serving: Home, other: str, command: str) -> None:
+async def test_add_serves_a_model_on_the_running_server(serving: Home, other: str, command: str) -> None:
     result = await type_in(serving, command, other)
     assert result.exit_code == 0, result.output
     assert "other@7 (merged) is served" in result.output
     assert [model["model"] for model in await asyncio.to_thread(models_of, serving)] == [NAME, "other"]
 
 
-async def test_model_is_not_added_when_it_is_already_served(serving: Home) -> None:
+async def test_adding_an_already_served_model_fails(serving: Home) -> None:
     error = error_of(await type_in(serving, "add", NAME))
     assert isinstance(error, RefusedError)
     assert f"svc promote {NAME}@N" in error.todo
 
 
-async def test_reason_is_shown_when_a_model_cannot_be_added(serving: Home, other: str) -> None:
+async def test_reason_is_shown_if_a_model_cannot_be_added(serving: Home, other: str) -> None:
     serving.park.room = "it needs 9 GiB"
     error = error_of(await type_in(serving, "add", other))
     assert isinstance(error, RefusedError)
     assert "it needs 9 GiB" in error.wrong
 
 
-async def test_model_is_added_when_an_earlier_attempt_failed(serving: Home, other: str) -> None:
+async def test_model_can_be_added_after_an_earlier_attempt_failed(serving: Home, other: str) -> None:
     serving.park.room = "it needs 9 GiB"
     error_of(await type_in(serving, "add", other))
     serving.park.room = None
@@ -87,24 +87,24 @@ async def test_model_is_added_when_an_earlier_attempt_failed(serving: Home, othe
     assert result.exit_code == 0, result.output
 
 
-async def test_unknown_model_is_not_added(serving: Home) -> None:
+async def test_adding_an_unknown_model_fails(serving: Home) -> None:
     assert isinstance(error_of(await type_in(serving, "add", "nothing")), NotFoundError)
 
 
-async def test_model_is_removed(serving: Home, other: str) -> None:
+async def test_remove_stops_serving_a_model(serving: Home, other: str) -> None:
     await type_in(serving, "add", other)
     result = await type_in(serving, "remove", NAME)
     assert result.exit_code == 0, result.output
     assert [model["model"] for model in await asyncio.to_thread(models_of, serving)] == ["other"]
 
 
-async def test_model_is_not_removed_when_it_is_not_served(serving: Home) -> None:
+async def test_removing_an_unserved_model_fails(serving: Home) -> None:
     error = error_of(await type_in(serving, "remove", "nothing"))
     assert isinstance(error, NotFoundError)
     assert NAME in error.expected
 
 
-async def test_promote_and_rollback_affect_one_model(serving: Home, other: str) -> None:
+async def test_promote_and_rollback_affect_only_one_model(serving: Home, other: str) -> None:
     make_version(serving.registry, 8, name="other")
     await type_in(serving, "add", f"{other}@7")
     assert (await type_in(serving, "promote", f"{other}@8")).exit_code == 0
@@ -115,7 +115,7 @@ async def test_promote_and_rollback_affect_one_model(serving: Home, other: str) 
     assert versions == {NAME: f"{NAME}@1", "other": "other@7"}
 
 
-def test_serve_rejects_models_together_with_all(home: Home) -> None:
+def test_serve_rejects_model_names_together_with_all(home: Home) -> None:
     assert "either MODELS or --all" in type_now(home, "serve", NAME, "--all").output
 
 
@@ -131,7 +131,7 @@ async def test_promote_shows_the_served_version_and_the_swap(serving: Home) -> N
     assert "files match the manifest" in result.output
 
 
-async def test_promote_prints_json_when_requested(serving: Home) -> None:
+async def test_promote_prints_json_if_requested(serving: Home) -> None:
     result = await type_in(serving, "promote", f"{NAME}@2", "--json")
     result_json = json.loads(result.stdout)
     assert (result_json["target"], result_json["outcome"], result_json["queued"]) == (str(target(2)), "succeeded", 0)
@@ -145,7 +145,7 @@ async def test_version_that_failed_a_check_is_not_promoted(serving: Home) -> Non
     assert "svc promote tuned@4 --force --reason TEXT" in error.todo
 
 
-async def test_undecided_version_is_promoted_with_a_warning(serving: Home) -> None:
+async def test_version_with_undecided_verdict_is_promoted_with_a_warning(serving: Home) -> None:
     make_version(serving.registry, 4, gates=(gate_report(0.04), gate_report(0.09)))
     result = await type_in(serving, "promote", f"{NAME}@4")
     assert result.stdout.startswith("tuned@4 (merged) is served")
@@ -153,14 +153,14 @@ async def test_undecided_version_is_promoted_with_a_warning(serving: Home) -> No
     assert "a loss of up to 0.090 cannot be excluded with 60 examples; about 500 would decide" in result.stderr
 
 
-async def test_version_that_failed_a_check_is_promoted_by_force_and_the_swap_shows_why(serving: Home) -> None:
+async def test_failed_version_is_promoted_by_force_and_the_swap_shows_why(serving: Home) -> None:
     make_version(serving.registry, 4, failed=("GPTQ lost 0.3",))
     result = await type_in(serving, "promote", f"{NAME}@4", "--force", "--reason", "the demo of Monday")
     assert "tuned@4 (merged) is served" in result.output
     assert "the version failed a check; it is promoted anyway, for this reason: the demo of Monday" in result.output
 
 
-async def test_force_needs_a_reason(serving: Home) -> None:
+async def test_force_option_requires_a_reason(serving: Home) -> None:
     cases: list[list[str]] = [["--force"], ["--force", "--reason", " "]]
     for options in cases:
         result = await type_in(serving, "promote", f"{NAME}@2", *options)
@@ -168,14 +168,14 @@ async def test_force_needs_a_reason(serving: Home) -> None:
         assert "--force requires --reason" in result.output, options
 
 
-async def test_force_is_not_recorded_when_the_version_passed(serving: Home) -> None:
+async def test_force_is_not_recorded_if_the_version_passed_its_checks(serving: Home) -> None:
     await type_in(serving, "promote", f"{NAME}@2", "--force", "--reason", "why")
     desired = read_desired(serving.store, NAME)
     assert desired is not None
     assert desired.forced is None
 
 
-async def test_promotions_and_rollbacks_are_in_the_audit_log_with_actor_and_reason(serving: Home) -> None:
+async def test_audit_log_has_promotions_and_rollbacks_with_actor_and_reason(serving: Home) -> None:
     await type_in(serving, "promote", f"{NAME}@2", "--reason", "it is better")
     await type_in(serving, "rollback", NAME, "--reason", "it is not")
     await type_in(serving, "promote", f"{NAME}@1")  # already served
@@ -189,7 +189,7 @@ async def test_promotions_and_rollbacks_are_in_the_audit_log_with_actor_and_reas
     assert {(event.actor, event.origin) for event in events} == {(me.name, me.origin)}
 
 
-async def test_failed_promotion_is_in_the_history_as_desired_and_never_served(serving: Home) -> None:
+async def test_failed_promotion_is_in_the_audit_log_but_never_served(serving: Home) -> None:
     weights = serving.registry.folder(VersionId(NAME, 2)) / "merged" / "model.safetensors"
     weights.chmod(0o644)
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")
@@ -198,7 +198,7 @@ async def test_failed_promotion_is_in_the_history_as_desired_and_never_served(se
     assert {span.target.version.number for span in served_spans(serving.store, NAME)} == {1}
 
 
-async def test_history_has_the_start_the_swaps_and_the_stop(home: Home) -> None:
+async def test_history_shows_the_start_the_swaps_and_the_stop(home: Home) -> None:
     async with home.serving(f"{NAME}@1"):
         await type_in(home, "promote", f"{NAME}@2", "--reason", "it is better")
     rows = json.loads((await type_in(home, "history", NAME, "--json")).stdout)
@@ -247,7 +247,7 @@ async def test_rollback_during_a_promotion_keeps_the_served_version(starting: Ho
     assert "superseded by tuned@1 (merged)" in error.wrong
 
 
-async def test_rollback_never_goes_to_a_superseded_version(starting: Home) -> None:
+async def test_rollback_never_returns_to_a_superseded_version(starting: Home) -> None:
     first = asyncio.create_task(promote_beside(starting, 4))
     await until(lambda: len(starting.park.engines) == 2)
     second = asyncio.create_task(promote_beside(starting, 5))
@@ -259,13 +259,13 @@ async def test_rollback_never_goes_to_a_superseded_version(starting: Home) -> No
     assert isinstance(error_of(await type_in(starting, "rollback", NAME)), NotFoundError)
 
 
-async def test_rollback_fails_when_there_is_no_previous_version(serving: Home) -> None:
+async def test_rollback_fails_if_there_is_no_previous_version(serving: Home) -> None:
     error = error_of(await type_in(serving, "rollback", NAME))
     assert isinstance(error, NotFoundError)
     assert "no version before" in error.wrong
 
 
-async def test_no_swap_runs_when_the_version_is_already_served(serving: Home) -> None:
+async def test_no_swap_runs_if_the_version_is_already_served(serving: Home) -> None:
     cases: list[tuple[str, ...]] = [(), ("--json",)]
     for json_flag in cases:
         result = await type_in(serving, "promote", f"{NAME}@1", *json_flag)
@@ -274,7 +274,7 @@ async def test_no_swap_runs_when_the_version_is_already_served(serving: Home) ->
         assert "/collective_rpc" not in serving.park.double.calls, json_flag
 
 
-async def test_promotion_is_rejected_when_the_same_one_is_in_progress(serving: Home) -> None:
+async def test_promotion_is_rejected_if_the_same_promotion_is_in_progress(serving: Home) -> None:
     serving.park.double.reload_delay_s = 0.3
     first = asyncio.create_task(type_in(serving, "promote", f"{NAME}@2"))
     await until(lambda: "/collective_rpc" in serving.park.double.calls)
@@ -284,14 +284,14 @@ async def test_promotion_is_rejected_when_the_same_one_is_in_progress(serving: H
     assert (await first).exit_code == 0
 
 
-async def test_unknown_version_is_not_promoted(serving: Home) -> None:
+async def test_promoting_an_unknown_version_fails(serving: Home) -> None:
     for version in (f"{NAME}@9", NAME, f"{NAME}@production", "other@1", f"{NAME}@0"):
         before = read_desired(serving.store, NAME)
         assert isinstance(error_of(await type_in(serving, "promote", version)), NotFoundError), version
         assert read_desired(serving.store, NAME) == before, version
 
 
-async def test_missing_format_is_not_promoted(serving: Home) -> None:
+async def test_promoting_a_missing_format_fails(serving: Home) -> None:
     error = error_of(await type_in(serving, "promote", f"{NAME}@2", "--format", "gptq"))
     assert "has no format gptq" in error.wrong
 
@@ -306,25 +306,25 @@ async def test_refusal_shows_the_reason_and_the_served_version(serving: Home) ->
     assert json.loads(result.stdout)["outcome"] == "restored"
 
 
-async def test_failure_does_not_claim_that_the_previous_version_serves(serving: Home) -> None:
+async def test_failed_promotion_does_not_claim_the_previous_version_serves(serving: Home) -> None:
     serving.park.double.loadable = lambda folder: False
     error = error_of(await type_in(serving, "promote", f"{NAME}@2"))
     assert "`svc status` shows whether tuned@1 (merged) is served again" in error.wrong
 
 
-def test_chat_fails_when_no_server_runs(home: Home) -> None:
+def test_chat_fails_if_no_server_is_running(home: Home) -> None:
     cases: list[tuple[str, str]] = [("promote", f"{NAME}@2"), ("rollback", NAME), ("chat", NAME)]
     for command in cases:
         assert isinstance(error_of(type_now(home, *command)), ServerNotRunningError), command
 
 
-async def test_chat_answers_until_an_empty_line(serving: Home) -> None:
+async def test_chat_continues_until_an_empty_line(serving: Home) -> None:
     result = await type_in(serving, "chat", NAME, answers="hello\nand then?\n\n")
     assert result.exit_code == 0, result.output
     assert result.output.count("1.0 1.1 1.2 1.3") == 2
 
 
-async def test_chat_ends_at_the_end_of_its_input(serving: Home) -> None:
+async def test_chat_ends_at_end_of_input(serving: Home) -> None:
     assert (await type_in(serving, "chat", NAME, answers="")).exit_code == 0
 
 
@@ -355,7 +355,7 @@ def test_serve_runs_until_it_is_stopped(home: Home, monkeypatch: pytest.MonkeyPa
         server_address(home.settings)
 
 
-async def test_serve_starts_no_engine_when_another_server_runs_on_the_home(serving: Home) -> None:
+async def test_serve_starts_no_engine_if_another_server_uses_the_home(serving: Home) -> None:
     error = error_of(await type_in(serving, "serve", f"{NAME}@2", "--port", "0"))
     assert isinstance(error, BusyError)
     assert len(serving.park.engines) == 1
@@ -363,6 +363,6 @@ async def test_serve_starts_no_engine_when_another_server_runs_on_the_home(servi
     assert desired is not None and desired.target == target(1)
 
 
-def test_serve_starts_no_engine_when_the_model_does_not_exist(home: Home) -> None:
+def test_serve_starts_no_engine_if_the_model_does_not_exist(home: Home) -> None:
     assert isinstance(error_of(type_now(home, "serve", f"{NAME}@9", "--port", "0")), NotFoundError)
     assert home.park.engines == []

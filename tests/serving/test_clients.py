@@ -115,11 +115,11 @@ async def served(home: Home, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[S
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("client", CLIENTS)
-async def test_client_gets_the_answer(served: Served, client: str, stream: bool) -> None:
+async def test_official_client_gets_the_answer(served: Served, client: str, stream: bool) -> None:
     assert await served.ask(CLIENTS[client], stream=stream) == TEXT
 
 
-async def test_client_raises_when_its_key_is_invalid(served: Served) -> None:
+async def test_official_client_raises_if_its_key_is_invalid(served: Served) -> None:
     for client in CLIENTS:
         with pytest.raises(Exception, match=r"(?i)key") as raised:
             await served.ask(CLIENTS[client], key="none-of-yours")
@@ -127,7 +127,7 @@ async def test_client_raises_when_its_key_is_invalid(served: Served) -> None:
 
 
 @pytest.mark.parametrize("client", CLIENTS)
-async def test_client_retries_when_a_limit_allows_it(served: Served, client: str) -> None:
+async def test_official_client_retries_if_a_rate_limit_allows_it(served: Served, client: str) -> None:
     headers = {"authorization": f"Bearer {served.key}"}
     asked = [served.http.post("/v1/chat/completions", json=BODY, headers=headers) for _ in range(A_MINUTE)]
     assert {answer.status_code for answer in await asyncio.gather(*asked)} == {200}

@@ -74,7 +74,7 @@ async def test_each_model_answers_to_its_names(two: Home) -> None:
     assert {NAME, f"{NAME}@1", OTHER, f"{OTHER}@7"} <= set(listed)
 
 
-async def test_engines_of_two_models_start_one_after_the_other(two: Home) -> None:
+async def test_engines_of_two_models_start_one_after_another(two: Home) -> None:
     two.park.start_delay_s = 0.05
     async with two.serving(f"{NAME}@1", f"{OTHER}@7") as client:
         await all_ready(client, NAME, OTHER)
@@ -100,7 +100,7 @@ async def test_swap_of_one_model_does_not_affect_another(two: Home) -> None:
         assert engine_of(two, NAME).double.weights == untouched
 
 
-async def test_only_its_own_model_is_unavailable_when_an_engine_dies(two: Home) -> None:
+async def test_engine_death_makes_only_its_own_model_unavailable(two: Home) -> None:
     async with two.serving(f"{NAME}@1", f"{OTHER}@7") as client:
         await all_ready(client, NAME, OTHER)
         two.park.failing_starts = 1000
@@ -114,7 +114,7 @@ async def test_only_its_own_model_is_unavailable_when_an_engine_dies(two: Home) 
         assert (await client.get("/health")).status_code == 200
 
 
-async def test_other_models_are_served_when_one_cannot_be(two: Home) -> None:
+async def test_other_models_are_served_even_if_one_cannot_be_served(two: Home) -> None:
     (two.registry.folder(VersionId(OTHER, 7)) / "merged" / "config.json").write_text("{}")
     async with two.serving(f"{NAME}@1", f"{OTHER}@7") as client:
         assert await answer_of(client, NAME) == (200, f"{NAME}@1", "1")
@@ -122,7 +122,7 @@ async def test_other_models_are_served_when_one_cannot_be(two: Home) -> None:
     assert "was changed after registration" in str(two.failures[0])
 
 
-async def test_other_models_are_served_when_the_disk_fails_the_start_of_one(two: Home) -> None:
+async def test_other_models_are_served_if_a_disk_error_fails_the_start_of_one(two: Home) -> None:
     failures = [OSError("no space left on device")]
 
     def fail_once(double: EngineDouble) -> None:
@@ -138,21 +138,21 @@ async def test_other_models_are_served_when_the_disk_fails_the_start_of_one(two:
         assert await answer_of(client, OTHER) == (200, f"{OTHER}@7", "7")
 
 
-async def test_server_stops_with_the_reason_when_no_model_can_be_served(two: Home) -> None:
+async def test_server_stops_with_the_reason_if_no_model_can_be_served(two: Home) -> None:
     two.park.failing_starts = 2
     with server.claim(two.settings) as claim, pytest.raises(EngineError, match="no memory"):
         await two.serve(claim, f"{NAME}@1", f"{OTHER}@7")
     assert two.park.alive == 0
 
 
-async def test_no_engine_starts_when_there_is_no_memory_for_both_models(two: Home) -> None:
+async def test_no_engine_starts_if_memory_is_too_small_for_both_models(two: Home) -> None:
     two.park.shortage = lambda more: "no room" if more > 1 else None
     with server.claim(two.settings) as claim, pytest.raises(EngineError, match=r"no memory for tuned@1.*other@7"):
         await two.serve(claim, f"{NAME}@1", f"{OTHER}@7")
     assert two.park.engines == []
 
 
-async def test_server_without_names_serves_the_models_that_it_served_last(two: Home) -> None:
+async def test_server_started_without_names_serves_the_last_served_models(two: Home) -> None:
     async with two.serving(f"{NAME}@1", f"{OTHER}@7") as client:
         await all_ready(client, NAME, OTHER)
     async with two.serving() as client:
@@ -181,7 +181,7 @@ async def test_running_engines_are_adopted_by_their_models_in_any_order(two: Hom
     assert len(two.park.engines) == started + 2, "adopted, and none started"
 
 
-async def test_running_engine_is_stopped_when_its_model_is_no_longer_served(two: Home) -> None:
+async def test_running_engine_of_a_model_no_longer_served_is_stopped(two: Home) -> None:
     with server.claim(two.settings) as claim:
         async with httpx.AsyncClient(base_url=claim.url, timeout=10) as client:
             task = asyncio.create_task(two.serve(claim, f"{NAME}@1", f"{OTHER}@7"))
@@ -215,7 +215,7 @@ async def _message(client: httpx.AsyncClient, model: str) -> str:
     return str(answer.json()["error"]["message"])
 
 
-async def test_model_is_not_added_and_the_status_shows_why_when_there_is_no_memory(two: Home) -> None:
+async def test_model_is_not_added_without_enough_memory_and_status_shows_why(two: Home) -> None:
     async with two.serving(f"{NAME}@1") as client:
         two.park.room = "no room"
         change_desired(two.store, None, Target(VersionId(OTHER, 7), Format.MERGED), None)
@@ -229,7 +229,7 @@ async def test_model_is_not_added_and_the_status_shows_why_when_there_is_no_memo
         assert two.park.alive == 1
 
 
-async def test_model_is_not_added_when_it_does_not_start(two: Home) -> None:
+async def test_model_that_does_not_start_is_not_added(two: Home) -> None:
     async with two.serving(f"{NAME}@1") as client:
         two.park.failing_starts = 1000
         change_desired(two.store, None, Target(VersionId(OTHER, 7), Format.MERGED), None)
@@ -268,7 +268,7 @@ async def test_removed_model_can_be_added_again(two: Home) -> None:
         assert await answer_of(client, OTHER) == (200, f"{OTHER}@7", "7")
 
 
-async def test_metrics_of_each_model_have_its_name(two: Home) -> None:
+async def test_metrics_of_each_model_have_its_name_as_label(two: Home) -> None:
     async with two.serving(f"{NAME}@1", f"{OTHER}@7") as client:
         await all_ready(client, NAME, OTHER)
         await answer_of(client, OTHER)
@@ -284,7 +284,7 @@ async def test_metrics_of_each_model_have_its_name(two: Home) -> None:
 @pytest.mark.parametrize(
     ("part", "method"), [(Reconciler, "follow"), (Reviver, "run"), (Idling, "run"), (ProductionAlias, "run")]
 )
-async def test_part_of_a_model_is_restarted_when_it_has_a_defect(
+async def test_defective_component_of_a_model_is_restarted(
     two: Home, monkeypatch: pytest.MonkeyPatch, part: type, method: str
 ) -> None:
     """Neither the server nor another model stops; the status shows the error."""
@@ -311,7 +311,7 @@ async def test_part_of_a_model_is_restarted_when_it_has_a_defect(
                     await asyncio.sleep(0.02)
 
 
-async def test_server_continues_when_a_removed_model_cannot_be_stopped_at_first(
+async def test_server_continues_if_a_removed_model_cannot_be_stopped_at_first(
     two: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with two.serving(f"{NAME}@1", f"{OTHER}@7") as client:

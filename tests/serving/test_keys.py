@@ -42,7 +42,7 @@ def local(home: Home) -> ServerAddress:
     return address
 
 
-async def test_server_requires_a_key_from_its_first_moment_when_one_exists(home: Home) -> None:
+async def test_existing_key_is_required_from_the_moment_the_server_starts(home: Home) -> None:
     make_key(home)
     home.park.start_delay_s = 0.2
     with server.claim(home.settings) as claim:
@@ -64,7 +64,7 @@ async def test_new_key_is_required_and_accepted_while_the_server_runs(home: Home
         assert (await ask(client, stream=True)).words == {"1"}
 
 
-async def test_revocation_takes_effect_within_a_second(home: Home, client: httpx.AsyncClient) -> None:
+async def test_key_revocation_takes_effect_within_one_second(home: Home, client: httpx.AsyncClient) -> None:
     issued = make_key(home)
     client.headers["x-api-key"] = issued.secret
     async with asyncio.timeout(1.5):
@@ -76,7 +76,7 @@ async def test_revocation_takes_effect_within_a_second(home: Home, client: httpx
             await asyncio.sleep(0.05)
 
 
-async def test_commands_on_the_machine_need_no_key(home: Home, client: httpx.AsyncClient) -> None:
+async def test_local_commands_need_no_key(home: Home, client: httpx.AsyncClient) -> None:
     cases: list[tuple[tuple[str, ...], str]] = [
         (("status",), f"{NAME}@1"),
         (("chat", NAME), "1.0 1.1"),
@@ -88,7 +88,7 @@ async def test_commands_on_the_machine_need_no_key(home: Home, client: httpx.Asy
         assert said in result.output, command
 
 
-async def test_only_its_owner_can_open_the_socket_and_it_is_removed_with_the_server(home: Home) -> None:
+async def test_socket_has_owner_only_permissions_and_is_removed_with_the_server(home: Home) -> None:
     async with home.serving(f"{NAME}@1"):
         path = local(home).socket
         assert path is not None
@@ -123,7 +123,7 @@ async def test_no_header_makes_a_request_count_as_local(client: httpx.AsyncClien
     assert (await client.get("/svc/status", headers=headers)).status_code == 401
 
 
-async def test_requests_through_the_socket_end_when_the_server_is_stopped(home: Home) -> None:
+async def test_requests_through_the_socket_end_when_the_server_stops(home: Home) -> None:
     async with home.serving(f"{NAME}@1"):
         home.park.double.token_delay_s = 0.02
         result = asyncio.create_task(type_in(home, "chat", NAME, answers="hello\n\n"))
@@ -131,7 +131,7 @@ async def test_requests_through_the_socket_end_when_the_server_is_stopped(home: 
     assert "1.0" in (await result).output
 
 
-def test_only_loopback_addresses_are_allowed_when_no_key_exists(home: Home) -> None:
+def test_only_loopback_addresses_are_allowed_if_no_key_exists(home: Home) -> None:
     for host in ("0.0.0.0", "::", "192.0.2.1", "example.org"):
         settings = home.settings.model_copy(update={"serve": ServeSettings(host=host, port=0)})
         with pytest.raises(SettingsError, match="no key exists") as raised, server.claim(settings):
@@ -139,12 +139,12 @@ def test_only_loopback_addresses_are_allowed_when_no_key_exists(home: Home) -> N
         assert "svc keys create --scope admin" in raised.value.todo, host
 
 
-def test_loopback_address_is_allowed(home: Home) -> None:
+def test_loopback_address_is_allowed_without_a_key(home: Home) -> None:
     for host in ("127.0.0.1", "127.0.0.2", "::1", "localhost"):
         server.require_safe(ServeSettings(host=host), has_keys=False)
 
 
-def test_home_with_a_long_path_has_a_socket(home: Home, tmp_path: Path) -> None:
+def test_home_with_a_long_path_still_has_a_socket(home: Home, tmp_path: Path) -> None:
     deep = tmp_path / ("deep" * 30)
     with server.claim(home.settings.model_copy(update={"home": deep})) as claim:
         assert claim.local.getsockname()

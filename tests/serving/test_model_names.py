@@ -15,11 +15,11 @@ def names() -> ModelNames:
 
 
 @pytest.mark.parametrize("model", ["tuned", "tuned@production"])
-def test_name_means_the_served_version(model: str) -> None:
+def test_name_resolves_to_the_served_version(model: str) -> None:
     assert names().resolve(model) is None
 
 
-def test_number_means_that_version() -> None:
+def test_version_number_resolves_to_that_version() -> None:
     assert names().resolve("tuned@1") == ONE.version
 
 
@@ -30,14 +30,14 @@ def test_both_versions_are_served_during_a_swap_of_several_engines() -> None:
     assert model_names.resolve("tuned@2") == TWO.version
 
 
-def test_other_names_are_rejected_with_a_list_of_served_names() -> None:
+def test_unknown_names_are_rejected_with_a_list_of_served_names() -> None:
     for model in ("", "other", "tuned@2", "tuned@candidate", "tuned@", "tuned@01", "TUNED", " tuned"):
         with pytest.raises(ModelNotFoundError) as caught:
             names().resolve(model)
         assert "tuned, tuned@1, tuned@production" in caught.value.expected, model
 
 
-def test_old_number_is_unknown_and_the_name_means_the_new_version_after_a_swap() -> None:
+def test_swap_makes_old_number_unknown_and_name_refer_to_new_version() -> None:
     model_names = names()
     model_names.serve(TWO)
     model_names.loaded = {TWO}
@@ -46,7 +46,7 @@ def test_old_number_is_unknown_and_the_name_means_the_new_version_after_a_swap()
         model_names.resolve("tuned@1")
 
 
-def test_long_name_is_truncated_in_the_error() -> None:
+def test_long_model_name_is_truncated_in_the_error() -> None:
     with pytest.raises(ModelNotFoundError) as caught:
         names().resolve("x" * 10_000)
     assert len(caught.value.wrong) < 200
@@ -57,5 +57,5 @@ def test_model_is_unavailable_before_its_first_version() -> None:
         ModelNames("tuned").resolve("tuned")
 
 
-def test_time_of_loading_is_in_whole_seconds() -> None:
+def test_load_time_is_in_whole_seconds() -> None:
     assert names().since == 7

@@ -167,7 +167,7 @@ def _search_rows(home: Home, secrets: list[str]) -> None:
             assert table == "keys" or not stored, table
 
 
-def test_search_finds_a_secret_when_there_is_one(home: Home) -> None:
+def test_secret_search_finds_a_leaked_secret(home: Home) -> None:
     issued: IssuedKey = make_key(home, Scope.INFER)
     assert hits(f"x {issued.secret[8:40]} y", [issued.secret])
     assert hits(f"x {hash_secret(issued.secret)} y", [issued.secret])

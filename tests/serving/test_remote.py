@@ -74,7 +74,7 @@ def remote(client: httpx.AsyncClient, admin: IssuedKey, tmp_path: Path) -> Remot
     return type_in
 
 
-async def test_promote_and_rollback_print_the_same_as_on_the_machine(home: Home, remote: Remote) -> None:
+async def test_remote_promote_and_rollback_print_the_same_as_local_commands(home: Home, remote: Remote) -> None:
     result = await remote("promote", f"{NAME}@2")
     assert result.exit_code == 0, result.output
     assert "tuned@2 (merged) is served\n  inplace swap in " in result.output
@@ -85,16 +85,16 @@ async def test_promote_and_rollback_print_the_same_as_on_the_machine(home: Home,
     assert desired is not None and desired.target == target(1)
 
 
-async def test_undecided_version_is_promoted_with_a_warning_when_the_server_is_remote(
-    home: Home, remote: Remote
-) -> None:
+async def test_version_with_undecided_verdict_is_promoted_remotely_with_a_warning(home: Home, remote: Remote) -> None:
     make_version(home.registry, 4, gates=(gate_report(0.04), gate_report(0.09)))
     result = await remote("promote", f"{NAME}@4")
     assert result.exit_code == 0, result.output
     assert result.stderr.count("warning: GPTQ lowered accuracy by 0.010") == 1
 
 
-async def test_audit_log_has_the_key_and_the_peer(home: Home, remote: Remote, admin: IssuedKey) -> None:
+async def test_audit_log_records_the_key_and_peer_of_remote_changes(
+    home: Home, remote: Remote, admin: IssuedKey
+) -> None:
     await remote("promote", f"{NAME}@2", "--reason", "it is better")
     await remote("keys", "create", "--name", "ci")
     promoted, created = read_events(home.store, newest=2)
@@ -104,13 +104,13 @@ async def test_audit_log_has_the_key_and_the_peer(home: Home, remote: Remote, ad
         assert (event.actor, event.origin) == (f"key:{admin.key.id}", "127.0.0.1")
 
 
-async def test_status_is_shown(remote: Remote) -> None:
+async def test_remote_status_is_shown(remote: Remote) -> None:
     result = await remote("status")
     assert result.exit_code == 0, result.output
     assert f"{NAME}@1" in result.output
 
 
-async def test_key_with_scope_metrics_reads_the_status_and_changes_nothing(home: Home, remote: Remote) -> None:
+async def test_key_with_metrics_scope_can_read_status_and_change_nothing(home: Home, remote: Remote) -> None:
     issued = make_key(home, Scope.METRICS)
     await asyncio.sleep(0.6)
     assert f"{NAME}@1" in (await remote("status", issued=issued)).output
@@ -122,7 +122,7 @@ async def test_key_with_scope_metrics_reads_the_status_and_changes_nothing(home:
     assert desired is not None and desired.target == target(1)
 
 
-async def test_keys_are_created_listed_rotated_and_revoked(home: Home, remote: Remote) -> None:
+async def test_keys_can_be_created_listed_rotated_and_revoked_remotely(home: Home, remote: Remote) -> None:
     made = json.loads((await remote("keys", "create", "--name", "ci", "--model", NAME, "--json")).stdout)
     assert (made["name"], made["models"], made["scopes"]) == ("ci", [NAME], ["feedback", "infer"])
     listed = json.loads((await remote("keys", "list", "--json")).stdout)
@@ -137,7 +137,7 @@ async def test_keys_are_created_listed_rotated_and_revoked(home: Home, remote: R
     assert isinstance(again, RefusedError)
 
 
-async def test_errors_are_the_same_as_on_the_machine(home: Home, remote: Remote) -> None:
+async def test_remote_errors_are_the_same_as_local_errors(home: Home, remote: Remote) -> None:
     cases: list[tuple[tuple[str, ...], type[Exception]]] = [
         (("promote", f"{NAME}@9"), NotFoundError),
         (("promote", "other@1"), NotFoundError),
@@ -157,7 +157,7 @@ async def test_errors_are_the_same_as_on_the_machine(home: Home, remote: Remote)
         assert local.wrong in there.wrong, command
 
 
-async def test_refusal_shows_the_reason_and_the_served_version(home: Home, remote: Remote) -> None:
+async def test_remote_refusal_shows_the_reason_and_the_served_version(home: Home, remote: Remote) -> None:
     make_version(home.registry, 4, probes_of="/elsewhere")
     error = error_of(await remote("promote", f"{NAME}@4"))
     assert isinstance(error, RefusedError)
@@ -165,7 +165,7 @@ async def test_refusal_shows_the_reason_and_the_served_version(home: Home, remot
     assert "not the version's weights" in error.wrong
 
 
-async def test_promotion_is_rejected_when_the_same_one_is_in_progress(home: Home, remote: Remote) -> None:
+async def test_remote_promotion_is_rejected_if_the_same_promotion_is_in_progress(home: Home, remote: Remote) -> None:
     home.park.double.reload_delay_s = 0.5
     first = asyncio.create_task(type_in(home, "promote", f"{NAME}@2"))
     await until(lambda: "/collective_rpc" in home.park.double.calls)
@@ -175,7 +175,9 @@ async def test_promotion_is_rejected_when_the_same_one_is_in_progress(home: Home
     assert (await first).exit_code == 0
 
 
-async def test_invalid_key_is_reported(remote: Remote, home: Home, client: httpx.AsyncClient) -> None:
+async def test_remote_command_with_a_revoked_key_raises_authentication_error(
+    remote: Remote, home: Home, client: httpx.AsyncClient
+) -> None:
     issued = make_key(home, Scope.ADMIN)
     home_keys = await type_in(home, "keys", "revoke", issued.key.id, "--yes")
     assert home_keys.exit_code == 0
@@ -186,7 +188,7 @@ async def test_invalid_key_is_reported(remote: Remote, home: Home, client: httpx
         assert issued.secret not in str(error)
 
 
-async def test_invalid_body_is_rejected(client: httpx.AsyncClient) -> None:
+async def test_invalid_bodies_of_remote_commands_are_rejected(client: httpx.AsyncClient) -> None:
     cases: list[tuple[str, Any]] = [
         ("/svc/promote", {"version": f"{NAME}@2", "unknown": 1}),
         ("/svc/promote", {}),
@@ -203,11 +205,11 @@ async def test_invalid_body_is_rejected(client: httpx.AsyncClient) -> None:
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_request"), path
 
 
-async def test_answer_with_a_secret_is_not_cached(client: httpx.AsyncClient) -> None:
+async def test_response_with_a_secret_is_not_cached(client: httpx.AsyncClient) -> None:
     assert (await client.post("/svc/keys", json={})).headers["cache-control"] == "no-store"
 
 
-async def test_nothing_can_be_changed_remotely_when_no_key_exists(home: Home) -> None:
+async def test_nothing_can_be_changed_remotely_if_no_key_exists(home: Home) -> None:
     """Nor by another user of the machine: the owner of the home creates the first key."""
     async with home.serving(f"{NAME}@1") as client:
         for path in ("/svc/keys", "/svc/promote"):
@@ -223,7 +225,7 @@ def post(address: ServerAddress, path: str, body: Any) -> httpx.Response:
         return client.post(path, json=body)
 
 
-async def test_server_with_a_private_authority_is_reached_over_tls(
+async def test_server_with_a_private_certificate_authority_is_reached_over_tls(
     home: Home, admin: IssuedKey, tmp_path: Path
 ) -> None:
     certificate, key = make_certificate(tmp_path)
@@ -243,13 +245,13 @@ def test_key_is_not_sent_to_an_unsafe_url(admin: IssuedKey, tmp_path: Path) -> N
             ServerAddress.with_key(url, write_key(tmp_path, admin), None)
 
 
-def test_shown_address_has_no_key(admin: IssuedKey, tmp_path: Path) -> None:
+def test_server_address_repr_does_not_contain_the_key(admin: IssuedKey, tmp_path: Path) -> None:
     address = ServerAddress.with_key("https://h", write_key(tmp_path, admin), None)
     assert address.key == admin.secret
     assert admin.secret not in repr(address)
 
 
-def test_commands_for_a_home_are_rejected_remotely(home: Home) -> None:
+def test_local_only_commands_are_rejected_with_the_server_option(home: Home) -> None:
     result = CliRunner().invoke(group, ["--server", "https://h", "add", NAME])
     assert result.exit_code == 2
     assert "--server works only with status, promote" in result.output

@@ -53,7 +53,7 @@ async def listed(client: httpx.AsyncClient) -> list[str]:
     return [model["id"] for model in (await client.get("/v1/models")).json()["data"]]
 
 
-async def test_removed_version_is_neither_answered_nor_listed(served: Control) -> None:
+async def test_removed_version_is_neither_served_nor_listed(served: Control) -> None:
     async with served.client() as client:
         assert await ask(client, str(TWO)) == (200, str(TWO), "2")
         remove(served)
@@ -87,7 +87,7 @@ async def test_running_answer_completes_when_its_version_is_removed(served: Cont
     assert served.double.dropped_in_use == []
 
 
-async def test_version_is_not_found_when_it_is_removed_during_its_load(served: Control) -> None:
+async def test_version_removed_during_its_load_is_not_found(served: Control) -> None:
     files, checking, removed = Registry.verify, asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -107,7 +107,7 @@ async def test_version_is_not_found_when_it_is_removed_during_its_load(served: C
             assert (await asking)[::2] == GONE
 
 
-async def test_frequent_client_gets_only_the_version_or_not_found(served: Control) -> None:
+async def test_clients_get_only_answers_or_not_found_while_a_version_is_removed(served: Control) -> None:
     results = set[tuple[int | str, ...]]()
 
     async def ask_on(client: httpx.AsyncClient) -> None:
@@ -130,7 +130,7 @@ async def test_production_and_previous_versions_are_not_removed(served: Control)
     assert loaded(served) == [VersionId(NAME, 1), TWO]
 
 
-async def test_production_keeps_serving_when_its_files_are_lost(served: Control) -> None:
+async def test_production_keeps_serving_if_its_files_are_lost(served: Control) -> None:
     async with served.client() as client:
         await ask(client, str(TWO))
         served.registry.models.rename(served.settings.home / "elsewhere")
@@ -138,7 +138,7 @@ async def test_production_keeps_serving_when_its_files_are_lost(served: Control)
         assert await ask(client, NAME) == (200, f"{NAME}@1", "1")
 
 
-async def test_adapters_stay_loaded_when_the_registry_cannot_be_read(
+async def test_adapters_stay_loaded_if_the_registry_is_unreadable(
     served: Control, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def unreadable(registry: Registry, name: str | None = None) -> list[VersionId]:
@@ -154,7 +154,7 @@ async def test_adapters_stay_loaded_when_the_registry_cannot_be_read(
         await gone(served)
 
 
-async def test_each_of_several_engines_evicts_the_adapter(make: Make) -> None:
+async def test_each_of_several_engines_evicts_the_removed_adapter(make: Make) -> None:
     async with make(format=Format.ADAPTER, replicas=2).run() as control, control.client() as client:
         await until(lambda: len(control.pool.ready) == 2)
         for member in control.pool.members:
@@ -166,7 +166,7 @@ async def test_each_of_several_engines_evicts_the_adapter(make: Make) -> None:
         assert (await ask(client, str(TWO)))[::2] == GONE
 
 
-async def test_server_process_evicts_the_adapter(home: Home) -> None:
+async def test_server_process_evicts_the_removed_adapter(home: Home) -> None:
     for number in (4, 5):
         make_version(home.registry, number, formats=(Format.MERGED, Format.ADAPTER))
     change_desired(home.store, None, adapter(4), None)

@@ -43,14 +43,14 @@ def router(*backends: OneBackend) -> Router:
     return built
 
 
-def test_name_goes_to_its_model() -> None:
+def test_request_by_name_is_routed_to_that_model() -> None:
     for model in ("b", "b@7", "b@production"):
         a, b = backend("a", 1), backend("b", 7)
         destination = router(a, b).find(model)
         assert (destination.backend, destination.model) == (b, model), model
 
 
-def test_model_of_a_request_is_known_even_if_it_is_unavailable() -> None:
+def test_model_name_is_resolved_even_if_the_model_is_unavailable() -> None:
     two_models = router(backend("a", 1), backend("b"))
     names = ("a", "a@1", "a@99", "b", "b@production", "c", "")
     assert [two_models.served_name(model) for model in names] == ["a", "a", "a", "b", "b", None, None]
@@ -61,7 +61,7 @@ def test_all_names_of_all_models_are_listed() -> None:
     assert names == ("a", "a@1", "a@production", "b", "b@7", "b@production")
 
 
-def test_other_names_are_rejected() -> None:
+def test_router_rejects_unknown_model_names() -> None:
     for model in ("", "c", "a@7", "b@1", "A"):
         with pytest.raises(ModelNotFoundError):
             router(backend("a", 1), backend("b", 7)).find(model)
@@ -75,7 +75,7 @@ def test_error_says_that_a_model_is_registered_but_not_served() -> None:
     assert "svc add b" in caught.value.todo
 
 
-def test_removed_model_is_unknown() -> None:
+def test_removed_model_is_unknown_to_the_router() -> None:
     two_models = router(backend("a", 1), backend("b", 7))
     two_models.remove("b")
     assert two_models.names() == ("a", "a@1", "a@production")
@@ -83,7 +83,7 @@ def test_removed_model_is_unknown() -> None:
         two_models.find("b")
 
 
-def test_starting_model_is_unavailable_and_not_unknown() -> None:
+def test_starting_model_is_unavailable_instead_of_unknown() -> None:
     with pytest.raises(EngineUnavailableError):
         router(backend("a", 1), backend("b")).find("b")
 
@@ -94,7 +94,7 @@ def test_error_says_that_a_server_has_no_models() -> None:
     assert "none yet" in caught.value.expected
 
 
-def test_version_of_the_only_model_is_known() -> None:
+def test_version_is_known_if_the_server_has_only_one_model() -> None:
     assert router(backend("a", 3)).only_version == VersionId("a", 3)
     assert router(backend("a")).only_version is None
     assert router(backend("a", 3), backend("b", 1)).only_version is None

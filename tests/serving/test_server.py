@@ -54,7 +54,7 @@ def slow(double: EngineDouble) -> None:
     double.token_delay_s = 0.05
 
 
-async def test_server_answers(home: Home) -> None:
+async def test_started_server_answers_and_reports_its_status(home: Home) -> None:
     async with home.serving(f"{NAME}@1") as client:
         answer = await ask(client, stream=True)
         assert (answer.status, answer.version, answer.words) == (200, f"{NAME}@1", {"1"})
@@ -64,7 +64,7 @@ async def test_server_answers(home: Home) -> None:
     assert status["last_swap"] is None
 
 
-async def test_lag_of_the_event_loop_is_measured_from_the_start(home: Home) -> None:
+async def test_event_loop_lag_is_measured_from_server_start(home: Home) -> None:
     async with home.serving(f"{NAME}@1") as client, asyncio.timeout(3):
         count = "0"
         while float(count) == 0:
@@ -79,7 +79,7 @@ async def test_imported_objects_are_excluded_from_garbage_collection(home: Home)
         await until(lambda: gc.get_freeze_count() > before)
 
 
-async def test_swap_is_in_the_status(home: Home) -> None:
+async def test_status_shows_the_last_swap(home: Home) -> None:
     async with home.serving(f"{NAME}@1") as client:
         seen = read_desired(home.store, NAME)
         assert seen is not None
@@ -89,7 +89,7 @@ async def test_swap_is_in_the_status(home: Home) -> None:
     assert (status["last_swap"]["to"], status["last_swap"]["outcome"]) == (str(target(2)), "succeeded")
 
 
-async def test_unwritten_result_is_in_the_status_and_does_not_delay_the_stop(
+async def test_unwritten_swap_result_is_in_the_status_without_delaying_the_stop(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
@@ -121,7 +121,7 @@ async def _status_with_outcome(client: httpx.AsyncClient) -> dict[str, Any]:
                 return status
 
 
-async def test_death_is_in_status_and_metrics(home: Home) -> None:
+async def test_engine_death_is_in_status_and_metrics(home: Home) -> None:
     async with home.serving(f"{NAME}@1") as client:
         home.park.failing_starts = 1000
         home.park.engines[0].kill()
@@ -133,13 +133,13 @@ async def test_death_is_in_status_and_metrics(home: Home) -> None:
     assert 'svc_engine_state{model="tuned",state="failed"} 1.0' in metrics
 
 
-async def test_metrics_have_no_series_for_creation_times(home: Home) -> None:
+async def test_metrics_have_no_created_series(home: Home) -> None:
     async with home.serving(f"{NAME}@1") as client:
         await ask(client, stream=False)
         assert "_created" not in (await client.get("/metrics")).text
 
 
-async def test_starting_server_answers_that_it_is_starting(home: Home) -> None:
+async def test_starting_server_responds_that_it_is_starting(home: Home) -> None:
     home.park.start_delay_s = 10
     async with started(home) as (task, client):
         answer = await ask(client, stream=False)
@@ -150,7 +150,7 @@ async def test_starting_server_answers_that_it_is_starting(home: Home) -> None:
         await asyncio.wait({task})
 
 
-async def test_signal_stops_a_start(home: Home) -> None:
+async def test_signal_stops_a_starting_server(home: Home) -> None:
     home.park.start_delay_s = 10
     async with started(home) as (task, _):
         await until(lambda: home.park.alive)
@@ -160,7 +160,7 @@ async def test_signal_stops_a_start(home: Home) -> None:
     assert len(home.park.engines) == 1
 
 
-async def test_running_answers_complete_after_a_signal(home: Home) -> None:
+async def test_running_answers_complete_after_a_stop_signal(home: Home) -> None:
     home.park.prepare = slow
     async with started(home) as (task, client):
         await home.ready.wait()
@@ -173,7 +173,7 @@ async def test_running_answers_complete_after_a_signal(home: Home) -> None:
     assert (home.park.alive, len(home.park.engines)) == (0, 1)
 
 
-async def test_second_signal_cancels_running_answers(home: Home) -> None:
+async def test_second_stop_signal_cancels_running_answers(home: Home) -> None:
     async with started(home) as (task, client):
         await home.ready.wait()
         home.park.double.token_delay_s = 10
@@ -190,7 +190,7 @@ async def test_second_signal_cancels_running_answers(home: Home) -> None:
 
 
 @pytest.mark.parametrize("path", ["/collective_rpc", "/reset_prefix_cache"])
-async def test_signal_cancels_a_swap_and_the_next_start_carries_it_out(home: Home, path: str) -> None:
+async def test_swap_cancelled_by_stop_signal_is_carried_out_at_next_start(home: Home, path: str) -> None:
     async with started(home) as (task, client):
         await home.ready.wait()
         await until(lambda: home.book.book)
@@ -232,7 +232,7 @@ async def test_signal_stops_a_server_whose_engine_does_not_come_back(home: Home)
     assert home.park.alive == 0
 
 
-async def test_no_task_is_left_when_the_server_has_stopped(home: Home) -> None:
+async def test_stopped_server_leaves_no_tasks_running(home: Home) -> None:
     before = asyncio.all_tasks()
     async with started(home) as (task, _):
         await home.ready.wait()
@@ -250,7 +250,7 @@ async def test_failed_start_is_reported_and_releases_the_port(home: Home) -> Non
         assert (await ask(client, stream=False)).words == {"2"}
 
 
-async def test_version_named_at_the_start_becomes_desired(home: Home) -> None:
+async def test_version_named_at_startup_becomes_desired(home: Home) -> None:
     async with home.serving(f"{NAME}@1"):
         pass
     async with home.serving(f"{NAME}@3"):
@@ -261,16 +261,14 @@ async def test_version_named_at_the_start_becomes_desired(home: Home) -> None:
     assert desired is not None and desired.previous == target(1)
 
 
-def test_no_token_waits_for_the_acknowledgement_of_the_previous_one(home: Home) -> None:
+def test_accepted_connections_have_tcp_nodelay_enabled(home: Home) -> None:
     with server.claim(home.settings) as claim, socket.create_connection(claim.listener.getsockname()):
         accepted, _ = claim.listener.accept()
         with accepted:
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
-async def test_server_stops_while_the_engine_starts_when_it_cannot_listen(
-    home: Home, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_server_that_cannot_listen_stops_its_starting_engine(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     async def refuse(*_: object, **__: object) -> None:
         raise OSError("address already in use")
 
@@ -282,7 +280,7 @@ async def test_server_stops_while_the_engine_starts_when_it_cannot_listen(
     assert home.park.alive == 0
 
 
-async def test_server_stops_and_leaves_its_engine_running_when_a_part_shared_by_all_models_has_a_defect(
+async def test_defect_in_a_shared_component_stops_the_server_but_not_its_engine(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def fail(_: object) -> None:
@@ -316,7 +314,7 @@ async def test_second_server_on_a_port_fails_immediately(home: Home, tmp_path: P
             pass
 
 
-def test_port_is_free_when_its_claim_has_ended(home: Home) -> None:
+def test_port_is_free_after_its_claim_has_ended(home: Home) -> None:
     with server.claim(home.settings) as first:
         port = int(first.url.rpartition(":")[2])
     again = Settings.model_validate({"home": home.settings.home, "serve": {"port": port}})
@@ -340,7 +338,7 @@ def test_ipv6_address_is_bracketed_in_the_url(home: Home) -> None:
         pytest.skip("no IPv6 here")
 
 
-async def test_error_is_shown_when_the_engine_cannot_start(home: Home) -> None:
+async def test_error_is_shown_if_the_engine_cannot_start(home: Home) -> None:
     home.park.failing_starts = 1
     with server.claim(home.settings) as claim, pytest.raises(EngineError, match="no memory"):
         await home.serve(claim, f"{NAME}@1")

@@ -13,7 +13,7 @@ from tests.serving.socket_server import SocketServer
 
 
 @pytest.mark.filterwarnings("default::ResourceWarning")
-def test_connection_is_closed_when_it_arrives_during_the_stop(socket_folder: Path) -> None:
+def test_connection_arriving_during_shutdown_is_closed(socket_folder: Path) -> None:
     async def end_while_a_client_connects(ticks: int) -> None:
         server = SocketServer(Response(), socket_folder / "engine.sock")
         await server.start()

@@ -29,7 +29,7 @@ def variables(**changed: str) -> dict[str, str]:
     return {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "1", "LISTEN_FDNAMES": "http"} | changed
 
 
-def test_socket_is_used_and_not_inherited_by_children(passed: socket.socket) -> None:
+def test_inherited_socket_is_used_and_not_passed_on_to_children(passed: socket.socket) -> None:
     passed.listen()
     given = variables() | {"HOME": "/"}
     listener = inherited_listener(given)
@@ -41,17 +41,17 @@ def test_socket_is_used_and_not_inherited_by_children(passed: socket.socket) -> 
 
 
 @pytest.mark.parametrize("given", [{}, variables(LISTEN_PID="1")], ids=["none", "of another process"])
-def test_no_socket_is_returned_when_none_was_passed(given: dict[str, str]) -> None:
+def test_no_listener_is_returned_if_no_socket_was_passed(given: dict[str, str]) -> None:
     assert inherited_listener(given) is None
 
 
 @pytest.mark.parametrize("count", ["0", "2", "many"])
-def test_exactly_one_socket_is_expected(count: str) -> None:
+def test_number_of_passed_sockets_other_than_one_is_rejected(count: str) -> None:
     with pytest.raises(SettingsError, match=f"LISTEN_FDS={count}"):
         inherited_listener(variables(LISTEN_FDS=count))
 
 
-def test_socket_is_rejected_when_it_does_not_listen(passed: socket.socket) -> None:
+def test_socket_that_does_not_listen_is_rejected(passed: socket.socket) -> None:
     with pytest.raises(SettingsError, match="not a listening TCP socket"):
         inherited_listener(variables())
 
@@ -67,7 +67,7 @@ def test_unix_socket_is_rejected_because_its_requests_need_no_key(
             inherited_listener(variables())
 
 
-def test_descriptor_is_rejected_when_it_is_not_a_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_descriptor_that_is_not_a_socket_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with (tmp_path / "file").open("wb") as file:
         monkeypatch.setattr(systemd_notify, "_FIRST_DESCRIPTOR", file.fileno())
         with pytest.raises(SettingsError, match="did not pass a socket"):
@@ -82,7 +82,7 @@ def notices(tmp_path: Path) -> Iterator[socket.socket]:
         yield notices
 
 
-def test_reports_reach_the_manager(notices: socket.socket) -> None:
+def test_ready_and_stopping_notifications_reach_the_service_manager(notices: socket.socket) -> None:
     given = {"NOTIFY_SOCKET": notices.getsockname(), "HOME": "/"}
     manager = ServiceManager.of(given)
     manager.ready("serving tickets@1")
@@ -92,7 +92,7 @@ def test_reports_reach_the_manager(notices: socket.socket) -> None:
     assert given == {"HOME": "/"}
 
 
-async def test_watched_process_reports_often_enough(notices: socket.socket) -> None:
+async def test_watchdog_notifications_are_sent_often_enough(notices: socket.socket) -> None:
     watchdog_s = 0.3
     given = {"NOTIFY_SOCKET": notices.getsockname(), "WATCHDOG_USEC": f"{watchdog_s * 1e6:.0f}"}
     beating = asyncio.create_task(ServiceManager.of(given).run())
@@ -102,9 +102,9 @@ async def test_watched_process_reports_often_enough(notices: socket.socket) -> N
     beating.cancel()
 
 
-def test_process_continues_when_the_manager_is_gone(tmp_path: Path) -> None:
+def test_process_continues_if_the_service_manager_is_gone(tmp_path: Path) -> None:
     ServiceManager(str(tmp_path / "gone")).stopping()
 
 
-def test_nothing_is_reported_when_there_is_no_manager() -> None:
+def test_nothing_is_reported_without_a_service_manager() -> None:
     ServiceManager.of({}).ready("serving")

@@ -64,9 +64,7 @@ async def test_official_client_connects_with_tls_and_a_key(home: Home, files: tu
             assert raised.value.code == "invalid_api_key"
 
 
-async def test_client_fails_when_it_does_not_trust_the_certificate_or_uses_no_tls(
-    home: Home, files: tuple[Path, Path]
-) -> None:
+async def test_client_that_distrusts_the_certificate_or_uses_no_tls_fails(home: Home, files: tuple[Path, Path]) -> None:
     async with home.serving(f"{NAME}@1") as client:
         with pytest.raises(httpx.ConnectError, match="certificate verify failed"):
             await client.get("/health")
@@ -94,7 +92,7 @@ async def test_new_certificate_is_used_without_a_restart(
                         await asyncio.sleep(0.02)
 
 
-async def test_commands_on_the_machine_need_no_certificate(home: Home, files: tuple[Path, Path]) -> None:
+async def test_local_commands_need_no_certificate(home: Home, files: tuple[Path, Path]) -> None:
     make_key(home)
     async with home.serving(f"{NAME}@1"):
         result = await type_in(home, "status")
@@ -124,7 +122,7 @@ async def test_connections_without_a_handshake_block_others_only_briefly(
 
 
 @pytest.mark.parametrize(("configured", "let_in"), [({}, 2), ({"max_connections_per_address": 3}, 3)])
-async def test_one_address_holds_only_a_share_of_all_connections(
+async def test_one_address_can_hold_only_a_share_of_all_connections(
     home: Home, monkeypatch: pytest.MonkeyPatch, configured: dict[str, int], let_in: int
 ) -> None:
     monkeypatch.setattr("serving.server.raise_descriptor_limit", lambda: 4)
@@ -147,7 +145,7 @@ async def closed(reader: asyncio.StreamReader) -> bool:
         return True
 
 
-def test_address_is_refused_when_keys_would_cross_the_network_in_plain_text() -> None:
+def test_address_is_refused_if_keys_would_be_sent_unencrypted() -> None:
     for host in ("0.0.0.0", "::", "192.0.2.1"):
         with pytest.raises(SettingsError, match="plain text") as raised:
             server.require_safe(ServeSettings(host=host), has_keys=True)
@@ -165,7 +163,7 @@ def test_every_address_is_allowed_with_keys_and_tls(given: dict[str, Any]) -> No
         server.require_safe(ServeSettings(host="0.0.0.0", **given), has_keys=False)
 
 
-def test_incomplete_or_invalid_settings_are_rejected() -> None:
+def test_incomplete_or_invalid_tls_and_proxy_settings_are_rejected() -> None:
     cases: list[dict[str, Any]] = [{"tls_certificate": "/c.pem"}, {"tls_key": "/c.key"}, {"behind_proxy": ("proxy",)}]
     for given in cases:
         with pytest.raises(ValidationError):
@@ -179,7 +177,7 @@ async def spend(client: httpx.AsyncClient, address: str) -> int:
     return answers[-1].status_code
 
 
-async def test_trusted_proxy_names_its_clients(home: Home) -> None:
+async def test_client_addresses_are_taken_from_a_trusted_proxy(home: Home) -> None:
     configure(home, behind_proxy=("127.0.0.0/8",))
     make_key(home)
     async with home.serving(f"{NAME}@1") as client:
@@ -192,7 +190,7 @@ async def test_trusted_proxy_names_its_clients(home: Home) -> None:
 
 
 @pytest.mark.parametrize("proxies", [(), ("10.0.0.0/8",)])
-async def test_forwarding_headers_of_others_are_ignored(home: Home, proxies: tuple[str, ...]) -> None:
+async def test_forwarding_headers_from_untrusted_addresses_are_ignored(home: Home, proxies: tuple[str, ...]) -> None:
     configure(home, behind_proxy=proxies)
     make_key(home, Scope.ADMIN)
     async with home.serving(f"{NAME}@1") as client:

@@ -50,7 +50,7 @@ async def test_server_sends_the_spans_of_its_requests_before_it_stops(home: Home
 
 
 @pytest.mark.slow
-async def test_server_starts_answers_and_stops_when_the_receiver_is_down(
+async def test_server_starts_answers_and_stops_if_the_trace_receiver_is_down(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Traces.close, "__defaults__", (0.2,))  # seconds that a stop waits for the receiver
@@ -59,7 +59,7 @@ async def test_server_starts_answers_and_stops_when_the_receiver_is_down(
         assert (await client.post("/v1/chat/completions", json=CHAT)).status_code == 200
 
 
-async def test_status_and_metrics_do_not_show_the_receivers_headers(
+async def test_status_and_metrics_do_not_show_the_trace_receiver_headers(
     home: Home, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", f"authorization=Basic%20{SECRET}")
@@ -75,7 +75,7 @@ async def test_status_and_metrics_do_not_show_the_receivers_headers(
 
 
 @pytest.mark.slow
-def test_malformed_header_is_an_error_before_anything_starts(
+def test_malformed_trace_header_is_an_error_before_anything_starts(
     svc: Svc, home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", SECRET)
@@ -96,6 +96,6 @@ print([name for name in sys.modules if name.startswith("opentelemetry")])
 """
 
 
-def test_opentelemetry_is_not_loaded_when_there_is_no_receiver() -> None:
+def test_opentelemetry_is_not_imported_without_a_receiver() -> None:
     done = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, check=True, env=os.environ)
     assert done.stdout == "[]\n"

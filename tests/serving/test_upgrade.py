@@ -124,7 +124,7 @@ def service(memory_folder: Path, socket_folder: Path) -> Iterator[Service]:
             end_engine(state_folder(memory_folder, 0))
 
 
-def test_no_connection_is_refused_and_no_request_fails_while_servers_replace_each_other(service: Service) -> None:
+def test_server_replacement_refuses_no_connection_and_fails_no_request(service: Service) -> None:
     clients, engine = Clients(service.manager.url, kept=CLIENTS // 2), service.engine
     assert engine is not None
     with clients.asking():
@@ -138,7 +138,7 @@ def test_no_connection_is_refused_and_no_request_fails_while_servers_replace_eac
     assert service.engine == engine
 
 
-def test_systemd_is_notified_that_the_server_is_alive_and_that_it_stops(service: Service) -> None:
+def test_systemd_is_notified_that_the_server_is_alive_and_stopping(service: Service) -> None:
     service.manager.wait_for("WATCHDOG=1", timeout_s=5)
     service.end(signal.SIGTERM)
     service.manager.wait_for("STOPPING=1", timeout_s=5)

@@ -32,7 +32,7 @@ def test_help_loads_no_heavy_library() -> None:
     assert not loaded_after(code) & set(NOT_FOR_HELP)
 
 
-def test_only_the_trainer_package_needs_torch_at_import() -> None:
+def test_importing_the_service_packages_does_not_load_torch() -> None:
     assert not loaded_after("import svc.cli, serving, monitoring, svc.registry.registry") & set(HEAVY)
 
 
@@ -42,7 +42,7 @@ def test_no_command_loads_torch_before_it_runs() -> None:
     assert not loaded_after(code) & set(HEAVY)
 
 
-def test_help_lists_every_command(svc: Svc) -> None:
+def test_help_lists_all_commands(svc: Svc) -> None:
     result = svc("--help")
     assert result.code == 0
     assert all(name in result.out and text in result.out for name, (_, text) in cli.COMMANDS.items())
@@ -64,7 +64,7 @@ def add_failing_command(monkeypatch: pytest.MonkeyPatch, error: BaseException) -
     monkeypatch.setitem(cli.COMMANDS, "fail", (f"{__name__}:failing", "Fails."))
 
 
-def test_error_is_printed_as_text_with_its_exit_code(svc: Svc, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_service_error_is_printed_as_text_with_its_exit_code(svc: Svc, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "error: the disk is on fire\n  expected: a cool disk\n  do: call somebody\n"
     results = {}
     every: list[type[SvcError]] = [SvcError, *kinds()]
@@ -74,14 +74,14 @@ def test_error_is_printed_as_text_with_its_exit_code(svc: Svc, monkeypatch: pyte
     assert [kind for kind, end in results.items() if (end.code, end.err, end.out) != (kind.exit_code, text, "")] == []
 
 
-def test_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unexpected_exception_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     add_failing_command(monkeypatch, ZeroDivisionError())
     monkeypatch.setattr(sys, "argv", ["svc", "fail"])
     with pytest.raises(ZeroDivisionError):
         cli.main()
 
 
-def test_interruption_exits_with_130(svc: Svc, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keyboard_interrupt_exits_with_130(svc: Svc, monkeypatch: pytest.MonkeyPatch) -> None:
     add_failing_command(monkeypatch, KeyboardInterrupt())
     result = svc("fail")
     assert result.code == 130
@@ -108,7 +108,7 @@ cli.main()
 """
 
 
-def test_sigterm_lets_a_command_clean_up_like_an_interruption() -> None:
+def test_sigterm_lets_a_command_clean_up_like_an_interrupt() -> None:
     with subprocess.Popen([sys.executable, "-c", SLOW_COMMAND], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "waiting\n"
@@ -119,7 +119,7 @@ def test_sigterm_lets_a_command_clean_up_like_an_interruption() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("existed", [False, True])
-def test_home_and_its_content_are_readable_only_by_their_user(tmp_path: Path, existed: bool) -> None:
+def test_home_and_its_contents_have_owner_only_permissions(tmp_path: Path, existed: bool) -> None:
     home = tmp_path / "home"
     if existed:
         home.mkdir()
@@ -128,7 +128,7 @@ def test_home_and_its_content_are_readable_only_by_their_user(tmp_path: Path, ex
     assert [path for path in (home, *home.rglob("*")) if path.stat().st_mode & 0o077] == []
 
 
-def test_home_of_an_older_release_is_closed_to_others(tmp_path: Path) -> None:
+def test_home_of_an_older_release_gets_owner_only_permissions(tmp_path: Path) -> None:
     (tmp_path / "home").mkdir(mode=0o755)
     subprocess.run([sys.executable, "-m", "svc.cli", "--home", tmp_path / "home", "status"], capture_output=True)
     assert (tmp_path / "home").stat().st_mode & 0o777 == 0o700
@@ -152,7 +152,7 @@ def test_home_of_an_older_release_is_closed_to_others(tmp_path: Path) -> None:
         (["train", "--fast"], 2, "No such option"),
     ],
 )
-def test_error_is_printed_without_a_traceback_and_has_its_exit_code(
+def test_error_exits_with_its_code_and_without_a_traceback(
     svc: Svc, arguments: list[str], code: int, text: str
 ) -> None:
     result = svc(*arguments)
@@ -161,7 +161,7 @@ def test_error_is_printed_without_a_traceback_and_has_its_exit_code(
     assert "Traceback" not in result.err + result.out
 
 
-def test_unknown_variable_stops_every_command(svc: Svc, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_environment_variable_stops_every_command(svc: Svc, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SVC_HOEM", "x")
     result = svc("status")
     assert result.code == 2
@@ -173,18 +173,18 @@ def test_home_option_overrides_the_environment(svc: Svc, monkeypatch: pytest.Mon
     assert f"no server is running for the home {tmp_path / 'above'}" in svc("--home", "above", "status").err
 
 
-def test_no_traceback_is_printed_to_a_terminal(tmp_path: Path) -> None:
+def test_command_run_in_a_subprocess_prints_no_traceback(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "svc.cli", "data", "check", "none.jsonl"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 3
     assert done.stderr.startswith("error: cannot open data file none.jsonl")
 
 
-def test_empty_list_of_models_says_how_to_create_one(svc: Svc) -> None:
+def test_empty_model_list_says_how_to_create_a_model(svc: Svc) -> None:
     assert "svc train RECIPE" in svc("models").out
 
 
-def test_empty_list_of_models_is_an_empty_json_list(svc: Svc) -> None:
+def test_empty_model_list_is_an_empty_json_list(svc: Svc) -> None:
     assert json.loads(svc("models", "--json").out) == []
 
 
@@ -193,30 +193,30 @@ def data_check(svc: Svc, path: Path, *options: str | Path) -> tuple[int, Any]:
     return result.code, json.loads(result.out)
 
 
-def test_good_data_exits_with_0(svc: Svc, tmp_path: Path) -> None:
+def test_data_check_of_valid_data_exits_with_0(svc: Svc, tmp_path: Path) -> None:
     write_examples(tmp_path / "good.jsonl", [chat("a"), chat("b")])
     code, reports = data_check(svc, tmp_path / "good.jsonl")
     assert (code, reports[0]["examples"], reports[0]["errors"]) == (0, 2, 0)
 
 
-def test_bad_data_exits_with_1_and_names_the_line(svc: Svc, tmp_path: Path) -> None:
+def test_data_check_of_invalid_data_exits_with_1_and_names_the_line(svc: Svc, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text(json.dumps(chat().as_dict()) + "\n{}\n")
     code, reports = data_check(svc, tmp_path / "bad.jsonl")
     assert (code, [problem["line"] for problem in reports[0]["problems"]]) == (1, [2])
 
 
-def test_warnings_alone_exit_with_0(svc: Svc, tmp_path: Path) -> None:
+def test_data_check_with_only_warnings_exits_with_0(svc: Svc, tmp_path: Path) -> None:
     write_examples(tmp_path / "twice.jsonl", [chat("a"), chat("a")])
     assert data_check(svc, tmp_path / "twice.jsonl")[0] == 0
 
 
-def test_leak_exits_with_1(svc: Svc, tmp_path: Path) -> None:
+def test_data_check_with_held_out_leakage_exits_with_1(svc: Svc, tmp_path: Path) -> None:
     write_examples(tmp_path / "train.jsonl", [chat("a"), chat("b")])
     write_examples(tmp_path / "heldout.jsonl", [chat("b")])
     assert data_check(svc, tmp_path / "train.jsonl", "--heldout", tmp_path / "heldout.jsonl")[0] == 1
 
 
-def test_problems_are_printed_by_line(svc: Svc, tmp_path: Path) -> None:
+def test_data_check_prints_problems_by_line(svc: Svc, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text(json.dumps(chat().as_dict()) + "\n{}\n")
     result = svc("data", "check", tmp_path / "bad.jsonl")
     assert result.code == 1

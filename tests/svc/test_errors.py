@@ -14,25 +14,25 @@ def kinds(root: type[SvcError] = SvcError) -> Iterator[type[SvcError]]:
             yield from kinds(kind)
 
 
-def test_text_has_all_three_parts() -> None:
+def test_error_text_includes_problem_expectation_and_advice() -> None:
     error = DataError("x.jsonl:3: not JSON", expected="one object in a line", todo="fix the line")
     assert str(error) == "x.jsonl:3: not JSON\n  expected: one object in a line\n  do: fix the line"
 
 
-def test_missing_parts_have_no_line() -> None:
+def test_missing_error_fields_add_no_lines() -> None:
     assert str(DataError("wrong")) == "wrong"
 
 
-def test_exit_codes_distinguish_the_errors() -> None:
+def test_exit_codes_distinguish_error_types() -> None:
     codes = {kind.__name__: kind.exit_code for kind in kinds() if kind is not ProbeError}
     assert len(set(codes.values())) == len(codes)
     assert SvcError.exit_code not in codes.values()
 
 
-def test_failed_probe_is_an_engine_error() -> None:
+def test_probe_error_is_an_engine_error() -> None:
     assert ProbeError.exit_code == errors.EngineError.exit_code
 
 
-def test_exit_codes_differ_from_those_of_shells() -> None:
+def test_exit_codes_do_not_collide_with_shell_exit_codes() -> None:
     every: list[type[SvcError]] = [SvcError, *kinds()]
     assert [kind for kind in every if not 0 < kind.exit_code < 126] == []

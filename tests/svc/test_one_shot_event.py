@@ -3,7 +3,7 @@
 from svc.one_shot_event import OneShotEvent
 
 
-def test_every_callback_is_called_at_the_event() -> None:
+def test_one_shot_event_calls_all_callbacks() -> None:
     signal, heard = OneShotEvent(), list[str]()
     signal.listen(lambda: heard.append("one"))
     signal.listen(lambda: heard.append("two"))
@@ -13,7 +13,7 @@ def test_every_callback_is_called_at_the_event() -> None:
     assert (signal.ended, signal.error, heard) == (True, error, ["one", "two"])
 
 
-def test_event_happens_once() -> None:
+def test_one_shot_event_fires_only_once() -> None:
     signal, heard = OneShotEvent(), list[str]()
     signal.listen(lambda: heard.append("one"))
     signal.end()
@@ -40,7 +40,7 @@ def test_removed_callback_is_not_called() -> None:
     assert heard == []
 
 
-def test_callback_that_removes_itself_does_not_prevent_the_others() -> None:
+def test_callback_removing_itself_does_not_prevent_later_callbacks() -> None:
     signal, heard = OneShotEvent(), list[str]()
 
     def first() -> None:

@@ -17,7 +17,7 @@ REDACTOR = Redactor()
 @pytest.mark.parametrize(
     "mail", ["a@b.de", "jane.doe+x@mail.example.co.uk", "JANE_DOE@EXAMPLE.COM", "müller@müller.de", "x%y@a-b.org"]
 )
-def test_mail_addresses_are_redacted(mail: str) -> None:
+def test_email_addresses_are_redacted(mail: str) -> None:
     assert REDACTOR.text(f"Write to {mail}, please.") == "Write to [mail], please."
 
 
@@ -76,7 +76,7 @@ def test_card_numbers_are_redacted(card: str) -> None:
         "sha256 7f83b1657ff1fc53b92dc18148a1d65dfc2d4b1fa3d677284addd200126d9069",
     ],
 )
-def test_numbers_that_are_not_private_are_unchanged(text: str) -> None:
+def test_non_sensitive_numbers_are_unchanged(text: str) -> None:
     assert REDACTOR.text(text) == text
 
 
@@ -88,7 +88,7 @@ def test_numbers_that_are_not_private_are_unchanged(text: str) -> None:
         "ts_00000000_41111111111111111111111111111111111111",  # a card number in it
     ],
 )
-def test_keys_of_this_service_are_redacted(secret: str) -> None:
+def test_service_api_keys_are_redacted(secret: str) -> None:
     arounds = ["{}", "Bearer {}", "'{}'", "key={}&x=1", "{}.", "https://x:{}@host/"]
     redacted = [REDACTOR.text(around.replace("{}", secret)) for around in arounds]
     assert redacted == [around.replace("{}", "[key]") for around in arounds]
@@ -97,24 +97,24 @@ def test_keys_of_this_service_are_redacted(secret: str) -> None:
 @pytest.mark.parametrize(
     "text", ["ts_abcd0123", "ts_config_file", "its_abcd0123_0123456789abcdef", "ts_abcd0123_short"]
 )
-def test_text_that_only_begins_like_a_key_is_unchanged(text: str) -> None:
+def test_text_resembling_an_api_key_is_unchanged(text: str) -> None:
     assert REDACTOR.text(text) == text
 
 
-def test_custom_pattern_leaves_no_part_of_a_key() -> None:
+def test_custom_pattern_leaves_no_part_of_an_api_key() -> None:
     assert Redactor([r"\d+"]).text("ts_abcd0123_0a1b2c3d4e5f6789abcdefgh") == "[key]"
 
 
 @pytest.mark.parametrize("around", ["id-{}", "{}-", "{} 12", "{},{}"])
-def test_neighbouring_text_does_not_hide_a_card_number(around: str) -> None:
+def test_card_number_is_redacted_despite_adjacent_text(around: str) -> None:
     assert REDACTOR.text(around.replace("{}", "4111111111111111")) == around.replace("{}", "[card]")
 
 
-def test_custom_patterns_are_redacted_first() -> None:
+def test_custom_patterns_take_precedence_over_built_in_ones() -> None:
     assert Redactor([r"TICKET-\d+", r"jane@\S+"]).text("TICKET-12 of jane@b.de") == "[redacted] of [redacted]"
 
 
-def test_strings_are_redacted_at_any_depth() -> None:
+def test_nested_strings_are_redacted_at_any_depth() -> None:
     value = [
         {"role": "user", "content": [{"type": "text", "text": "a@b.de"}], "n": 4111111111111111, "x": [None, True, 7]}
     ]
@@ -123,12 +123,12 @@ def test_strings_are_redacted_at_any_depth() -> None:
 
 
 @given(st.from_regex(r"[a-z0-9._%+-]{1,30}@([a-z0-9-]{1,20}\.){1,3}[a-z]{2,10}", fullmatch=True), st.text(max_size=20))
-def test_no_mail_address_survives(mail: str, after: str) -> None:
+def test_no_email_address_survives_redaction(mail: str, after: str) -> None:
     assert mail not in REDACTOR.text(f"{mail} {after}")
 
 
 @given(st.integers(10**11, 10**18 - 1), st.sampled_from(["", " ", "-"]))
-def test_no_number_with_a_valid_check_digit_survives(stem: int, between: str) -> None:
+def test_no_number_with_a_valid_check_digit_survives_redaction(stem: int, between: str) -> None:
     card = next(f"{stem}{digit}" for digit in range(10) if _checks(f"{stem}{digit}"))
     written = between.join(card[index : index + 4] for index in range(0, len(card), 4))
     assert REDACTOR.text(f"({written})") == "([card])"
@@ -143,7 +143,7 @@ def _checks(number: str) -> bool:
 
 
 @given(st.text())
-def test_second_redaction_changes_nothing(text: str) -> None:
+def test_redaction_is_idempotent(text: str) -> None:
     once = REDACTOR.text(text)
     assert REDACTOR.text(once) == once
 
@@ -151,7 +151,7 @@ def test_second_redaction_changes_nothing(text: str) -> None:
 @pytest.mark.parametrize(
     "unit", ["a", "a.", "1", "1 ", "a@", "+1", "0", "(1", "- ", "a@b.", "00", "ts_", "ts_abcd0123_"]
 )
-def test_no_text_makes_redaction_slow(unit: str) -> None:
+def test_redaction_is_fast_for_any_text(unit: str) -> None:
     """Ten times the text takes about ten times as long, not a hundred times."""
 
     def seconds(length: int) -> float:
@@ -167,7 +167,7 @@ def test_no_text_makes_redaction_slow(unit: str) -> None:
 @pytest.mark.parametrize(
     "secret", ["a@b.de", "4111 1111 1111 1111", "+49 30 901820", "order 77", "ts_abcd0123_0123456789abcdefghijkl"]
 )
-def test_redacted_text_is_recognizable(secret: str) -> None:
+def test_redacted_text_is_marked_with_a_placeholder(secret: str) -> None:
     blanked = Redactor([r"order \d+"]).text(f"It is {secret}.")
     assert [placeholder in blanked for placeholder in PLACEHOLDERS].count(True) == 1
 
@@ -185,20 +185,20 @@ def blank_endless() -> None:
     assert ENDLESS not in str(raised.value)
 
 
-def test_custom_pattern_that_takes_too_long_is_stopped() -> None:
+def test_custom_pattern_exceeding_the_time_limit_is_stopped() -> None:
     began = time.monotonic()
     blank_endless()
     assert time.monotonic() - began < 8 * LIMIT_S
 
 
-def test_time_limit_applies_to_all_texts_of_a_value_together() -> None:
+def test_redaction_time_limit_applies_to_all_texts_of_a_value_together() -> None:
     began = time.monotonic()
     with pytest.raises(RedactionTimeoutError):
         Redactor([SLOW]).strings([{"content": "a" * 20 + "!"}] * 100_000)
     assert time.monotonic() - began < 8 * LIMIT_S
 
 
-def test_other_threads_run_while_a_pattern_takes_long() -> None:
+def test_other_threads_run_during_a_slow_pattern() -> None:
     working = threading.Thread(target=blank_endless)
     working.start()
     turns = 0
@@ -209,7 +209,7 @@ def test_other_threads_run_while_a_pattern_takes_long() -> None:
 
 
 @pytest.mark.parametrize("pattern", [r"(?<!x)TICKET-\d+(?=\b)", r"(?i)ticket-\d{2,}", r"[[T]ICKET-12", r"\bT\w+-\d+\b"])
-def test_custom_patterns_have_the_meaning_of_pythons_re(pattern: str) -> None:
+def test_custom_patterns_behave_like_the_python_re_module(pattern: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         expected = re.sub(pattern, "[redacted]", "TICKET-12 and ticket-77")

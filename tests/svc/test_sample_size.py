@@ -17,13 +17,13 @@ def test_more_examples_detect_a_smaller_loss(examples: int, variance: float) -> 
 
 
 @given(LOSSES, VARIANCES)
-def test_number_of_examples_that_a_loss_needs_detects_it_and_fewer_do_not(loss: float, variance: float) -> None:
+def test_required_number_of_examples_is_the_smallest_that_detects_the_loss(loss: float, variance: float) -> None:
     needed = examples_needed(loss, variance)
     assert detectable_loss(needed, variance) <= loss * (1 + 1e-9)
     assert needed == 1 or detectable_loss(needed - 1, variance) > loss * (1 - 1e-9)
 
 
-def test_detectable_loss_is_proven_in_four_of_five_samples_when_a_tenth_of_the_answers_change() -> None:
+def test_detectable_loss_is_proven_in_80_percent_of_samples_under_its_assumption() -> None:
     examples = 400
     loss = detectable_loss(examples)
     lost, gained = (ASSUMED_CHANGED + loss) / 2, (ASSUMED_CHANGED - loss) / 2
@@ -36,7 +36,7 @@ def test_detectable_loss_is_proven_in_four_of_five_samples_when_a_tenth_of_the_a
 @pytest.mark.parametrize(
     ("examples", "said"), [(7, "7"), (60, "60"), (232, "240"), (240, "240"), (1535, "1,600"), (995, "1,000")]
 )
-def test_number_of_examples_is_rounded_up_to_two_digits(examples: int, said: str) -> None:
+def test_required_number_of_examples_is_rounded_up_to_two_digits(examples: int, said: str) -> None:
     assert about(examples) == said
 
 

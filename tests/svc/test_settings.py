@@ -39,7 +39,7 @@ def refusal(config: Path | None = None, **flags: Any) -> str:
     return str(caught.value)
 
 
-def test_defaults_need_no_source(folder: Path) -> None:
+def test_settings_have_defaults_without_any_source(folder: Path) -> None:
     settings = load_settings()
     assert settings.home == folder / ".svc"
     assert settings.serve.host == "127.0.0.1"
@@ -47,12 +47,12 @@ def test_defaults_need_no_source(folder: Path) -> None:
     assert settings.engine.device is Device.AUTO
 
 
-def test_file_overrides_the_defaults(write: Write) -> None:
+def test_settings_file_overrides_defaults(write: Write) -> None:
     write("serve: {port: 1111}")
     assert load_settings().serve.port == 1111
 
 
-def test_environment_overrides_the_file(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_overrides_the_settings_file(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     write("serve: {port: 1111}")
     monkeypatch.setenv("SVC_SERVE__PORT", "2222")
     assert load_settings().serve.port == 2222
@@ -64,19 +64,19 @@ def test_flags_override_the_environment(write: Write, monkeypatch: pytest.Monkey
     assert load_settings(serve={"port": 3333}).serve.port == 3333
 
 
-def test_sources_of_one_section_are_merged_key_by_key(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sources_are_merged_key_by_key_within_a_section(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     write("serve: {max_running: 11, max_queued: 11, host: 0.0.0.0}")
     monkeypatch.setenv("SVC_SERVE__MAX_QUEUED", "22")
     settings = load_settings(serve={"host": "::1"}).serve
     assert (settings.max_running, settings.max_queued, settings.host) == (11, 22, "::1")
 
 
-def test_flag_that_was_not_given_overrides_nothing(write: Write) -> None:
+def test_flag_not_given_overrides_nothing(write: Write) -> None:
     write("home: elsewhere")
     assert load_settings(home=None, serve=None).home.name == "elsewhere"
 
 
-def test_named_file_replaces_svc_yaml(write: Write, folder: Path) -> None:
+def test_explicitly_named_file_replaces_svc_yaml(write: Write, folder: Path) -> None:
     write("serve: {port: 1111}")
     other = folder / "other.yaml"
     other.write_text("serve: {max_queued: 7}")
@@ -84,23 +84,23 @@ def test_named_file_replaces_svc_yaml(write: Write, folder: Path) -> None:
     assert (settings.port, settings.max_queued) == (8000, 7)
 
 
-def test_empty_file_is_valid(write: Write) -> None:
+def test_empty_settings_file_is_valid(write: Write) -> None:
     assert load_settings(write("# nothing yet\n")).serve.port == 8000
 
 
-def test_complete_section_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variable_may_set_a_whole_section(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SVC_ENGINE", '{"device": "cpu", "args": ["--seed", "1"]}')
     engine = load_settings().engine
     assert (engine.device, engine.args) == (Device.CPU, ("--seed", "1"))
 
 
-def test_empty_variable_counts_as_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_environment_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SVC_SERVE__PORT", "")
     assert load_settings().serve.port == 8000
 
 
 @pytest.mark.parametrize("name", ["SVC_HOEM", "SVC_SERVE__PROT", "SVC_PORT", "SVC_SERVE_PORT", "SVC_HOME__X", "SVC_"])
-def test_unknown_variable_is_rejected_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_environment_variable_is_rejected_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "1")
     text = refusal()
     assert f"environment variable {name} is not a setting" in text
@@ -118,7 +118,9 @@ def test_unknown_variable_is_rejected_by_name(name: str, monkeypatch: pytest.Mon
         ("SVC_ENGINE__ARGS", "--seed 1", "expected: JSON"),
     ],
 )
-def test_wrong_variable_is_rejected(name: str, value: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_environment_variable_is_rejected(
+    name: str, value: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(name, value)
     assert text in refusal()
 
@@ -141,20 +143,20 @@ def test_wrong_variable_is_rejected(name: str, value: str, text: str, monkeypatc
         ("home: !!python/object:os.system x", "cannot read settings"),
     ],
 )
-def test_wrong_file_is_rejected_with_key_and_value(content: str, text: str, write: Write) -> None:
+def test_invalid_settings_file_is_rejected_with_key_and_value(content: str, text: str, write: Write) -> None:
     assert text in refusal(write(content))
 
 
-def test_missing_named_file_is_rejected(folder: Path) -> None:
+def test_missing_named_settings_file_is_rejected(folder: Path) -> None:
     assert f"cannot read settings from {folder / 'none.yaml'}" in refusal(folder / "none.yaml")
 
 
-def test_file_that_is_not_utf8_is_rejected(folder: Path) -> None:
+def test_non_utf8_settings_file_is_rejected(folder: Path) -> None:
     (folder / "svc.yaml").write_bytes(b"home: caf\xe9")
     assert "cannot read settings" in refusal()
 
 
-def test_wrong_flag_is_rejected() -> None:
+def test_invalid_flag_is_rejected() -> None:
     assert "'serve.port' is -1" in refusal(serve={"port": -1})
 
 
@@ -163,7 +165,7 @@ def test_settings_are_immutable() -> None:
         load_settings().serve.port = 1  # type: ignore[misc]
 
 
-def test_setting_keys_name_every_leaf() -> None:
+def test_setting_keys_include_every_leaf() -> None:
     dumped = Settings().model_dump()
     leaves = {
         f"{key}.{inner}" if inner else key
@@ -174,7 +176,7 @@ def test_setting_keys_name_every_leaf() -> None:
 
 
 @given(mappings_of(setting_keys()))
-def test_any_mapping_is_settings_or_a_settings_error(content: dict[str, Any]) -> None:
+def test_any_mapping_yields_settings_or_a_settings_error(content: dict[str, Any]) -> None:
     Path("svc.yaml").write_text(yaml.safe_dump(content), "utf-8")
     try:
         settings = load_settings()
@@ -184,7 +186,7 @@ def test_any_mapping_is_settings_or_a_settings_error(content: dict[str, Any]) ->
 
 
 @given(st.text(max_size=60) | st.binary(max_size=60))
-def test_any_file_is_settings_or_a_settings_error(content: str | bytes) -> None:
+def test_any_file_yields_settings_or_a_settings_error(content: str | bytes) -> None:
     Path("svc.yaml").write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
     try:
         load_settings()
@@ -192,7 +194,7 @@ def test_any_file_is_settings_or_a_settings_error(content: str | bytes) -> None:
         assert error.wrong  # noqa: PT017 - either outcome is right
 
 
-def test_engine_settings_of_a_model_override_those_of_all() -> None:
+def test_model_engine_settings_override_global_ones() -> None:
     settings = Settings.model_validate(
         {"engine": {"max_model_len": 1024, "replicas": 2}, "models": {"a": {"engine": {"max_model_len": 64}}}}
     )
@@ -200,25 +202,25 @@ def test_engine_settings_of_a_model_override_those_of_all() -> None:
     assert settings.engine_for("b") == settings.engine
 
 
-def test_setting_of_a_model_applies_when_it_equals_the_default() -> None:
+def test_model_setting_equal_to_the_default_overrides_the_global_one() -> None:
     settings = Settings.model_validate({"engine": {"replicas": 2}, "models": {"a": {"engine": {"replicas": 1}}}})
     assert settings.engine_for("a").replicas == 1
 
 
-def test_unknown_setting_of_a_model_is_an_error(tmp_path: Path) -> None:
+def test_unknown_model_setting_raises_error(tmp_path: Path) -> None:
     file = tmp_path / "svc.yaml"
     file.write_text("models: {a: {engine: {replica: 2}}}")
     with pytest.raises(SettingsError, match=r"models\.a\.engine\.replica"):
         load_settings(file)
 
 
-def test_traces_are_off_without_a_collector() -> None:
+def test_tracing_is_disabled_without_a_collector() -> None:
     telemetry = load_settings().telemetry
     assert (telemetry.otlp_endpoint, telemetry.sample_share) == (None, 1.0)
 
 
 @pytest.mark.parametrize("url", ["http://c:4318", "https://c/api/public/otel", "http://[::1]:6006/v1/traces"])
-def test_collector_is_named_by_its_url(url: str) -> None:
+def test_collector_is_configured_by_its_url(url: str) -> None:
     assert load_settings(telemetry={"otlp_endpoint": url}).telemetry.otlp_endpoint == url
 
 
@@ -228,7 +230,7 @@ def test_invalid_collector_url_is_rejected(url: str) -> None:
 
 
 @pytest.mark.parametrize("url", ["http://user:passw0rd@c", "https://passw0rd@c/v1/traces", "ftp://u:passw0rd@c"])
-def test_password_in_a_url_is_rejected_and_not_repeated(url: str) -> None:
+def test_password_in_a_collector_url_is_rejected_without_quoting_it(url: str) -> None:
     refused = refusal(telemetry={"otlp_endpoint": url})
     assert "telemetry.otlp_endpoint" in refused
     assert "passw0rd" not in refused

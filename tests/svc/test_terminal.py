@@ -27,7 +27,7 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> Show:
     return shown
 
 
-def test_progress_bar_shows_the_phase_and_the_count(shown: Show) -> None:
+def test_progress_bar_shows_phase_and_count(shown: Show) -> None:
     file = shown(True)
     with advancing("tea", PHASES) as begin:
         begin("brew tea")
@@ -35,14 +35,14 @@ def test_progress_bar_shows_the_phase_and_the_count(shown: Show) -> None:
     assert "1/3" in file.getvalue()
 
 
-def test_progress_bar_is_full_when_all_is_done(shown: Show) -> None:
+def test_progress_bar_is_full_at_completion(shown: Show) -> None:
     file = shown(True)
     with advancing("tea", PHASES) as begin:
         begin("drink")
     assert "3/3" in file.getvalue().rpartition("2/3")[2]
 
 
-def test_pipe_gets_the_first_and_the_last_line(shown: Show) -> None:
+def test_piped_output_has_only_the_first_and_last_line_of_a_short_task(shown: Show) -> None:
     file = shown(False)
     with advancing("tea", PHASES) as begin:
         for phase in PHASES:
@@ -50,7 +50,7 @@ def test_pipe_gets_the_first_and_the_last_line(shown: Show) -> None:
     assert file.getvalue().splitlines() == ["  tea …", "  tea: 0 s"]
 
 
-def test_pipe_gets_the_phases_of_a_long_start(shown: Show, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_piped_output_has_the_phases_of_a_long_task(shown: Show, monkeypatch: pytest.MonkeyPatch) -> None:
     file = shown(False)
     monkeypatch.setattr(terminal, "_PLAIN_LINE_S", 0.01)
     with advancing("tea", PHASES) as begin:
@@ -59,7 +59,7 @@ def test_pipe_gets_the_phases_of_a_long_start(shown: Show, monkeypatch: pytest.M
     assert "  tea: brew tea, 1/3 after 0 s" in file.getvalue().splitlines()
 
 
-def test_pipe_gets_the_count(shown: Show) -> None:
+def test_piped_output_has_the_final_count(shown: Show) -> None:
     file = shown(False)
     with counting("cups", 3) as advance:
         advance()
@@ -76,7 +76,7 @@ def test_pipe_gets_the_count(shown: Show) -> None:
     ],
     ids=["counting", "reading", "waiting"],
 )
-def test_pipe_gets_a_line_for_a_step_without_output(
+def test_piped_output_has_a_line_for_a_long_silent_step(
     shown: Show, monkeypatch: pytest.MonkeyPatch, step: Callable[[], AbstractContextManager[object]], line: str
 ) -> None:
     file = shown(False)
@@ -90,7 +90,7 @@ def test_pipe_gets_a_line_for_a_step_without_output(
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
-def test_phase_that_begins_after_the_end_is_not_shown(
+def test_phase_reported_after_the_end_is_not_shown(
     shown: Show, monkeypatch: pytest.MonkeyPatch, is_terminal: bool
 ) -> None:
     file = shown(is_terminal)
@@ -103,7 +103,7 @@ def test_phase_that_begins_after_the_end_is_not_shown(
     assert file.getvalue() == before
 
 
-def test_failure_is_not_shown_as_done(shown: Show) -> None:
+def test_failed_task_is_not_shown_as_done(shown: Show) -> None:
     file = shown(False)
     with pytest.raises(ValueError, match="cold"), advancing("tea", PHASES):
         raise ValueError("cold")

@@ -21,14 +21,14 @@ from svc.time_options import duration, time_past, time_to_come
         ("2w", timedelta(days=14)),
     ],
 )
-def test_number_with_a_unit_is_a_duration(text: str, span: timedelta) -> None:
+def test_number_with_a_unit_is_parsed_as_a_duration(text: str, span: timedelta) -> None:
     assert duration(text) == span
 
 
 @pytest.mark.parametrize(
     "text", ["", "90", "d", "-1d", "1.5h", "1y", "1d2h", "٣d", "36501d", "999999999w", "0001-01-01T00:00+02:00"]
 )
-def test_other_texts_are_not_durations(text: str) -> None:
+def test_invalid_duration_is_rejected(text: str) -> None:
     with pytest.raises(click.BadParameter):
         duration(text)
 
@@ -41,18 +41,18 @@ def test_other_texts_are_not_durations(text: str) -> None:
         ("2026-12-31T08:30+02:00", datetime(2026, 12, 31, 6, 30, tzinfo=UTC)),
     ],
 )
-def test_date_is_the_same_moment_in_options_for_past_and_future_times(text: str, moment: datetime) -> None:
+def test_date_means_the_same_moment_in_past_and_future_options(text: str, moment: datetime) -> None:
     assert time_past(text) == time_to_come(text) == moment
 
 
-def test_duration_counts_from_now() -> None:
+def test_duration_is_relative_to_now() -> None:
     now = datetime.now(UTC)
     assert abs(time_to_come("1h") - now - timedelta(hours=1)) < timedelta(seconds=5)
     assert abs(now - time_past("1h") - timedelta(hours=1)) < timedelta(seconds=5)
 
 
 @given(st.text(max_size=12))
-def test_any_other_text_is_a_usage_error(text: str) -> None:
+def test_any_text_is_parsed_as_a_time_or_raises_a_usage_error(text: str) -> None:
     try:
         found = time_past(text)
     except click.BadParameter:

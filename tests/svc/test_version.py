@@ -8,7 +8,7 @@ from svc.errors import NotFoundError
 from svc.version import NAME_PATTERN, VersionId
 
 
-def test_version_is_parsed_as_it_is_printed() -> None:
+def test_printed_version_id_round_trips() -> None:
     assert VersionId.parse("my-model.v2@17") == VersionId("my-model.v2", 17)
     assert str(VersionId("my-model.v2", 17)) == "my-model.v2@17"
 
@@ -41,7 +41,7 @@ def test_version_is_parsed_as_it_is_printed() -> None:
         "a" * 64 + "@1",
     ],
 )
-def test_text_that_is_not_a_version_is_rejected_with_the_expected_form(text: str) -> None:
+def test_text_that_is_not_a_version_is_rejected_with_the_expected_format(text: str) -> None:
     with pytest.raises(NotFoundError) as caught:
         VersionId.parse(text)
     assert repr(text) in caught.value.wrong
@@ -49,7 +49,7 @@ def test_text_that_is_not_a_version_is_rejected_with_the_expected_form(text: str
 
 
 @given(st.text() | st.from_regex(r"\A[a-z0-9._-]{1,5}@\d{1,4}\Z"))
-def test_any_text_is_a_version_that_round_trips_or_is_rejected(text: str) -> None:
+def test_arbitrary_text_is_rejected_or_round_trips_as_a_version(text: str) -> None:
     try:
         version = VersionId.parse(text)
     except NotFoundError:
@@ -59,10 +59,10 @@ def test_any_text_is_a_version_that_round_trips_or_is_rejected(text: str) -> Non
 
 
 @given(st.from_regex(NAME_PATTERN, fullmatch=True).filter(lambda name: "\n" not in name), st.integers(1, 999_999_999))
-def test_every_possible_version_is_parsed(name: str, number: int) -> None:
+def test_every_possible_version_id_round_trips(name: str, number: int) -> None:
     version = VersionId(name, number)
     assert VersionId.parse(str(version)) == version
 
 
-def test_versions_are_ordered_by_their_numbers() -> None:
+def test_versions_are_ordered_numerically() -> None:
     assert VersionId("a", 9) < VersionId("a", 10) < VersionId("b", 1)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from svc.yaml_text import parse_yaml
 
 
-def test_mapping_is_read() -> None:
+def test_yaml_mapping_is_parsed() -> None:
     assert parse_yaml("a: {b: [1, 2.5, yes]}") == {"a": {"b": [1, 2.5, True]}}
 
 
@@ -28,7 +28,7 @@ def test_mapping_is_read() -> None:
     ],
 )
 @pytest.mark.slow
-def test_invalid_yaml_is_a_value_error(text: str) -> None:
+def test_invalid_yaml_raises_value_error(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         parse_yaml(text)
 
@@ -37,7 +37,7 @@ tags = st.sampled_from(["!!bool ", "!!int ", "!!float ", "!!timestamp ", "!!set 
 
 
 @given(st.lists(tags | st.text(alphabet="01_:.-xbe{}[],? \n'\"=<#|", max_size=12), max_size=5).map("".join))
-def test_any_text_is_a_value_or_a_value_error(text: str) -> None:
+def test_any_yaml_text_yields_a_value_or_a_value_error(text: str) -> None:
     try:
         parse_yaml(text)
     except Exception as error:  # noqa: BLE001 - the kind is what is tested

@@ -16,7 +16,7 @@ from tests.svc.registry.manifests import make_manifest
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "warned"), [("triage", True), ("other", False)])
-def test_learnt_prompts_of_earlier_versions_are_known_when_data_are_read(
+def test_prompts_trained_on_by_earlier_versions_are_known_when_reading_data(
     svc: Svc, tmp_path: Path, name: str, warned: bool
 ) -> None:
     examples = [chat(f"question {number}") for number in range(40)]

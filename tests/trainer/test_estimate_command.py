@@ -24,7 +24,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_estimate_needs_only_the_bases_config(svc: Svc, tmp_path: Path, recipe: Path) -> None:
+def test_estimate_needs_only_the_base_config(svc: Svc, tmp_path: Path, recipe: Path) -> None:
     ended = svc("--home", tmp_path / "home", "estimate", recipe, "--set", "method=qlora", "--json")
     assert ended.code == 0
     content = json.loads(ended.out)
@@ -41,7 +41,9 @@ def test_estimate_needs_only_the_bases_config(svc: Svc, tmp_path: Path, recipe: 
     }
 
 
-def test_estimate_says_what_to_change_when_a_chosen_device_is_too_small(svc: Svc, tmp_path: Path, recipe: Path) -> None:
+def test_estimate_says_what_to_change_when_the_chosen_device_is_too_small(
+    svc: Svc, tmp_path: Path, recipe: Path
+) -> None:
     ended = svc("--home", tmp_path / "home", "estimate", recipe, "--device", "a100-80", "--device", "h200")
     assert ended.code == 0
     assert "A100 80 GB: fits with quantization=nf4" in ended.out
@@ -57,7 +59,7 @@ def test_estimate_says_what_to_download_when_the_base_has_no_config(svc: Svc, tm
 
 
 @pytest.mark.parametrize("command", [["train"], ["train", "--curve"], ["sweep"]], ids=" ".join)
-def test_command_is_rejected_before_any_work_when_training_cannot_fit(
+def test_training_that_cannot_fit_is_refused_before_any_work(
     svc: Svc, tmp_path: Path, recipe: Path, command: list[str]
 ) -> None:
     ended = svc("--home", tmp_path / "home", *command, recipe)
@@ -67,7 +69,7 @@ def test_command_is_rejected_before_any_work_when_training_cannot_fit(
 
 
 @pytest.mark.parametrize("command", [["train"], ["train", "--curve"], ["sweep"]], ids=" ".join)
-def test_command_continues_to_the_next_fault_when_anyway_is_set(
+def test_anyway_option_continues_past_the_memory_check(
     svc: Svc, tmp_path: Path, recipe: Path, command: list[str]
 ) -> None:
     ended = svc("--home", tmp_path / "home", *command, recipe, "--anyway")

@@ -20,9 +20,7 @@ pytestmark = [pytest.mark.slow]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_merged_model_has_the_files_and_config_of_its_base_when_they_are_as_published(
-    tmp_path: Path, family: str
-) -> None:
+def test_merged_model_of_each_family_keeps_the_files_and_config_of_its_base(tmp_path: Path, family: str) -> None:
     base = resolve_base(str(build_hub_model(tmp_path / "base", family)), tmp_path / "cache").folder
     merged = train_and_merge(base, tmp_path)
     check_merged(base, merged)
@@ -35,7 +33,7 @@ def test_merged_model_has_the_files_and_config_of_its_base_when_they_are_as_publ
 
 @pytest.mark.parametrize("template", NamedTemplate)
 @pytest.mark.parametrize("family", ["llama_2", "phi_2"])
-def test_merged_model_has_the_recipes_chat_template_when_its_base_has_none(
+def test_merged_model_gets_the_recipe_chat_template_when_its_base_has_none(
     tmp_path: Path, family: str, template: NamedTemplate
 ) -> None:
     untemplated = build_base_model(tmp_path / "base", family)

@@ -44,14 +44,14 @@ def qualifier(engines: Engines, heldout: list[ChatExample] | None = None, **sect
     return Qualifier(engines, lambda folder: FACTS, *parts, context=CONTEXT)
 
 
-async def test_merged_model_is_loaded_in_the_bases_engine_and_then_in_a_new_engine() -> None:
+async def test_merged_model_is_evaluated_in_the_base_engine_and_again_in_a_new_one() -> None:
     engines = Engines()
     await qualifier(engines).base_and_merged(BASE, MERGED, same_fingerprint=True)
     assert engines.started_with == ["base", "merged"]
     assert Path(engines.launched[0].double.weights) == MERGED
 
 
-async def test_merged_model_gets_its_own_engine_when_its_fingerprint_differs_from_the_bases() -> None:
+async def test_merged_model_gets_its_own_engine_when_its_fingerprint_differs_from_the_base() -> None:
     engines = Engines()
     await qualifier(engines).base_and_merged(BASE, MERGED, same_fingerprint=False)
     assert engines.started_with == ["base", "merged", "merged"]
@@ -66,7 +66,7 @@ async def test_merged_model_gets_its_own_engine_when_the_engine_cannot_reload() 
     assert merged.reading.speed.load_seconds is None
 
 
-async def test_quantized_model_is_loaded_in_place_and_in_a_new_engine() -> None:
+async def test_quantized_model_is_reloaded_in_place_and_started_in_a_new_engine() -> None:
     engines = Engines()
     await qualifier(engines).alone(GPTQ, "gptq")
     assert engines.started_with == ["gptq", "gptq"]
@@ -80,7 +80,7 @@ async def test_base_and_merged_model_are_evaluated_with_their_own_weights() -> N
     assert merged.evaluation.hits == (False, True)
 
 
-async def test_results_have_the_answer_to_each_example() -> None:
+async def test_qualification_results_have_the_answer_to_each_example() -> None:
     heldout = [make_example("a", answered_by("base")), make_example("b", answered_by("merged"))]
     _, merged = await qualifier(Engines(), heldout).base_and_merged(BASE, MERGED, same_fingerprint=True)
     gptq = await qualifier(Engines(), heldout).alone(GPTQ, "gptq")
@@ -89,7 +89,7 @@ async def test_results_have_the_answer_to_each_example() -> None:
         assert tuple(result.hit for result in qualified.results) == qualified.evaluation.hits
 
 
-async def test_probes_belong_to_the_weights_and_name_the_engine() -> None:
+async def test_probes_are_measured_on_the_weights_and_name_the_engine_kind() -> None:
     qualified = await qualifier(Engines(), qualify={"repeats": 1}).alone(GPTQ, "gptq")
     assert len(qualified.probes) == 4
     for probe in qualified.probes:
@@ -98,7 +98,7 @@ async def test_probes_belong_to_the_weights_and_name_the_engine() -> None:
         assert probe.engine == FACTS
 
 
-async def test_load_time_and_speed_are_measured() -> None:
+async def test_qualification_measures_load_time_and_speed() -> None:
     qualified = await qualifier(Engines()).alone(GPTQ, "gptq")
     speed = qualified.reading.speed
     assert speed.load_seconds is not None and speed.load_seconds.low > 0
@@ -106,7 +106,7 @@ async def test_load_time_and_speed_are_measured() -> None:
     assert {streams: rate.low > 0 for streams, rate in speed.tokens_per_second.items()} == {1: True, 8: True}
 
 
-async def test_format_is_rejected_when_reloaded_and_new_engine_disagree() -> None:
+async def test_format_is_rejected_when_reloaded_and_new_engines_disagree() -> None:
     engines = Engines()
 
     def differ(number: int, double: EngineDouble) -> None:
@@ -125,7 +125,7 @@ async def test_no_second_engine_is_started_when_restart_is_false() -> None:
     assert engines.running == 0
 
 
-async def test_answer_limits_follow_each_reference_when_the_recipe_sets_none() -> None:
+async def test_answer_limits_follow_each_reference_unless_set_by_the_recipe() -> None:
     heldout = [make_example("a", "one"), make_example("b", " ".join(["word"] * 100))]
     base, merged = await qualifier(Engines(), heldout).base_and_merged(BASE, MERGED, same_fingerprint=True)
     gptq = await qualifier(Engines(), heldout).alone(GPTQ, "gptq")
@@ -133,12 +133,12 @@ async def test_answer_limits_follow_each_reference_when_the_recipe_sets_none() -
         assert [result.limit for result in results] == [19, 168]  # 2 and 101 tokens, including the end token
 
 
-async def test_general_questions_keep_their_limit_when_held_out_examples_have_their_own() -> None:
+async def test_general_questions_keep_their_own_answer_limit() -> None:
     base, merged = await asking_general(Engines()).base_and_merged(BASE, MERGED, same_fingerprint=True)
     assert {result.limit for result in (*base.general, *merged.general)} == {MAX_TOKENS}
 
 
-async def test_number_of_asked_examples_is_the_recipes_limit() -> None:
+async def test_recipe_limits_the_number_of_evaluated_examples() -> None:
     qualified = await qualifier(Engines(), evaluate={"limit": 2}).alone(GPTQ, "gptq")
     assert qualified.evaluation.examples == 2
 
@@ -155,13 +155,13 @@ def asking_general(engines: Engines, **options: Any) -> Qualifier:
 
 
 @pytest.mark.parametrize("same", [True, False])
-async def test_general_questions_are_asked_of_base_and_merged_model(same: bool) -> None:
+async def test_base_and_merged_model_answer_general_questions(same: bool) -> None:
     base, merged = await asking_general(Engines()).base_and_merged(BASE, MERGED, same_fingerprint=same)
     assert [result.hit for result in base.general] == [True, False]
     assert [result.hit for result in merged.general] == [False, True]
 
 
-async def test_base_is_not_asked_general_questions_when_its_answers_are_known() -> None:
+async def test_base_with_known_answers_does_not_answer_general_questions_again() -> None:
     known = (
         ExampleResult(
             answer="known", tokens=2, limit=32, finish_reason="stop", logprob=-0.5, nll=1.0, scored=1, hit=True
@@ -175,24 +175,24 @@ async def test_base_is_not_asked_general_questions_when_its_answers_are_known() 
     assert len(asked) == 1
 
 
-async def test_quantized_model_is_asked_general_questions() -> None:
+async def test_quantized_model_answers_general_questions() -> None:
     results = (await asking_general(Engines()).alone(GPTQ, "gptq")).general
     assert [result.limit for result in results] == [MAX_TOKENS] * 2
 
 
-async def test_format_is_qualified_when_there_is_one_example() -> None:
+async def test_format_can_be_qualified_with_a_single_example() -> None:
     qualified = await qualifier(Engines(), [make_example("a", "b")]).alone(GPTQ, "gptq")
     assert len(qualified.probes) == 1
 
 
-async def test_no_engine_runs_after_the_qualification() -> None:
+async def test_no_engine_is_left_running_after_qualification() -> None:
     engines = Engines()
     await qualifier(engines).base_and_merged(BASE, MERGED, same_fingerprint=True)
     assert engines.running == 0
 
 
 @pytest.mark.parametrize("same", [True, False])
-async def test_no_engine_runs_when_the_qualification_failed(same: bool) -> None:
+async def test_no_engine_is_left_running_after_failed_qualification(same: bool) -> None:
     engines = Engines()
 
     def refuse(number: int, double: EngineDouble) -> None:
@@ -204,7 +204,7 @@ async def test_no_engine_runs_when_the_qualification_failed(same: bool) -> None:
     assert engines.running == 0
 
 
-async def test_qualification_fails_when_the_engine_answers_with_an_error() -> None:
+async def test_qualification_fails_on_an_engine_error_response() -> None:
     engines = Engines()
 
     def refuse(number: int, double: EngineDouble) -> None:

@@ -1,1 +1,1 @@
-"""Base models: their sources and their checks."""
+"""Base models: where they come from and how they are checked."""

@@ -1,4 +1,4 @@
-"""Folders in the cache of base models, which several processes may build at the same time."""
+"""Folders in the base model cache, which several processes may build at the same time."""
 
 import os
 import shutil
@@ -8,9 +8,9 @@ from pathlib import Path
 
 
 def build_once(target: Path, build: Callable[[Path], None]) -> Path:
-    """Build a folder under a temporary name and rename it, so that it is never visible incomplete.
+    """Build a folder under a temporary name and then rename it, so that an incomplete folder is never visible.
 
-    Two processes may build the same folder; the second one to finish deletes its own.
+    If two processes build the same folder, the second one to finish deletes its own copy.
     """
     if target.is_dir():
         return target

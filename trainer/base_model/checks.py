@@ -1,4 +1,4 @@
-"""Checks that a folder is a base model: a complete language model for text, in floating-point safetensors."""
+"""Checks that a folder is a valid base model: a complete text language model in floating-point safetensors."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,20 +16,21 @@ _LANGUAGE_MODELS = {
     ("gemma3", "gemma3_text"): "Gemma3ForCausalLM",
     ("mistral3", "mistral"): "MistralForCausalLM",
 }
-"""Architectures of language models that can be used without the rest of their checkpoint, by both `model_type`s."""
+"""Architectures whose language model can be used without the rest of the checkpoint, keyed by both
+`model_type`s."""
 _REFUSED = {
     "llama4": "no test trains, merges and serves its mixture of experts",
     "qwen3_5": "no test trains, merges and serves its layers of linear attention",
     "qwen3_5_moe": "no test trains, merges and serves its layers of linear attention and its experts",
 }
-"""Reasons why a family is refused, by `model_type`."""
+"""Why a model family is rejected, keyed by `model_type`."""
 _TEXT_MODELS = (
     "a language model for text only, or a checkpoint whose language model can be used alone: Gemma 3, Mistral 3"
 )
 
 
 def check_folder(folder: Path) -> None:
-    """Check a base model's file names and configs; weights are not read.
+    """Check a base model's file names and configs, without reading its weights.
 
     Raises:
         BaseModelError: a file is missing, or the model is not supported.
@@ -72,15 +73,15 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
 
 
 def is_text_only(config: Mapping[str, Any]) -> bool:
-    """Return whether a model takes neither images nor audio."""
+    """Return whether a model accepts neither images nor audio."""
     return not any(config.get(key) for key in _OTHER_MODALITIES)
 
 
 def text_architecture(folder: Path, config: Mapping[str, Any]) -> str:
-    """Return the architecture of the language model in a checkpoint that also takes images.
+    """Return the architecture of the language model in a checkpoint that also accepts images.
 
     Args:
-        folder: folder of the checkpoint, for the error.
+        folder: folder of the checkpoint, named in the error message.
 
     Raises:
         BaseModelError: the family's language model cannot be used alone.
@@ -100,7 +101,7 @@ def text_architecture(folder: Path, config: Mapping[str, Any]) -> str:
 
 
 def _missing_weights(folder: Path) -> list[str]:
-    """Return the names of the weight files that the folder lacks."""
+    """Return the names of the weight files missing from a folder."""
     if (folder / WEIGHTS_INDEX).is_file():
         try:
             return [path.name for path in weight_files(folder) if not path.is_file()]
@@ -132,7 +133,7 @@ def check_chat_template(folder: Path) -> None:
     """Check that a base model has a chat template.
 
     Raises:
-        BaseModelError: it has none.
+        BaseModelError: it has no chat template.
     """
     if not has_chat_template(folder):
         raise BaseModelError(
@@ -143,7 +144,7 @@ def check_chat_template(folder: Path) -> None:
 
 
 def has_chat_template(folder: Path) -> bool:
-    """Return whether a model has a chat template of its own."""
+    """Return whether a model comes with its own chat template."""
     if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
         return True
     config = folder / "tokenizer_config.json"
@@ -151,10 +152,10 @@ def has_chat_template(folder: Path) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object of a base model.
+    """Read a JSON object from one of a base model's files.
 
     Raises:
-        BaseModelError: the file cannot be read, or does not contain an object.
+        BaseModelError: the file cannot be read, or does not contain a JSON object.
     """
     try:
         return read_json_object(path)

@@ -1,4 +1,4 @@
-"""Content of a base model's files: the hash that identifies it, and the licence."""
+"""Identifies the content of a base model's files by a hash, and reads its licence."""
 
 import hashlib
 import json
@@ -26,13 +26,13 @@ SHIPPED_FILES = (
     "vocab.json",
     "vocab.txt",
 )
-"""Files of a model other than weights and config. Models derived from the base contain them byte for byte,
-except a chat template that renders today's date."""
+"""Model files other than weights and config. Models derived from the base contain byte-for-byte copies,
+except of a chat template that renders today's date."""
 _HASHED = (".json", ".jinja", ".model", ".txt")
 
 
 def read_licence(folder: Path) -> str | None:
-    """Return the licence in the model card's header."""
+    """Return the licence stated in the header of the model card."""
     card = folder / "README.md"
     if not card.is_file():
         return None
@@ -43,19 +43,19 @@ def read_licence(folder: Path) -> str | None:
 
 
 def model_files(folder: Path) -> list[Path]:
-    """Return the files that decide what a model is: weights, configs, tokenizer, templates."""
+    """Return the files that define a model: weights, configs, tokenizer and templates."""
     others = (file for file in folder.iterdir() if file.suffix in _HASHED and file.is_file())
     return sorted([*weight_files(folder), *others])
 
 
 def copy_shipped_files(model: Path, out: Path, quantization: Mapping[str, Any] | None = None) -> None:
-    """Copy a model's config, tokenizer, chat template and generation config to a folder with weights derived from it.
+    """Copy a model's config, tokenizer, chat template and generation config next to weights derived from it.
 
-    Files of these names that the model lacks are deleted from the folder.
+    Existing files with these names that the model itself lacks are deleted from the target folder.
 
     Args:
-        out: folder of weights in bf16, which may be quantized.
-        quantization: their quantization config; None if they are not quantized.
+        out: folder of the derived bf16 weights, which may be quantized.
+        quantization: quantization config of the weights, or None if they are not quantized.
     """
     _write_config(model, out, quantization)
     for name in SHIPPED_FILES:
@@ -67,10 +67,10 @@ def copy_shipped_files(model: Path, out: Path, quantization: Mapping[str, Any] |
 
 
 def _write_config(model: Path, out: Path, quantization: Mapping[str, Any] | None) -> None:
-    """Write the model's own config.json, with the number type and the quantization of the weights in `out`.
+    """Write the model's own config.json, updated with the number type and quantization of the weights in `out`.
 
-    The config that transformers saves is not used: transformers renames keys (`rope_parameters` for `rope_theta`) and
-    adds defaults, and TRL and gptqmodel change the config while they work.
+    The config that transformers saves is not used: transformers renames keys (`rope_parameters` for
+    `rope_theta`) and adds defaults, and TRL and gptqmodel change the config while they work.
     """
     config = read_json_object(model / CONFIG_FILE)
     changed: dict[str, Any] = {key: "bfloat16" for key in ("dtype", "torch_dtype") if key in config}
@@ -84,14 +84,14 @@ def _write_config(model: Path, out: Path, quantization: Mapping[str, Any] | None
 
 
 def pinned_template(model: Path) -> str | None:
-    """Return the template to serve in place of one that renders today's date; None for any other template."""
+    """Return the template to serve in place of one that renders today's date, or None for any other template."""
     template = read_chat_template(model) or ""
     pinned = pin_date(template)
     return pinned if pinned != template else None
 
 
 def hash_files(files: list[Path]) -> str:
-    """Return a SHA-256: for one file, of its content; for several files, of their names, sizes and contents."""
+    """Return a SHA-256 hash: of the content of a single file, or of the names, sizes and contents of several."""
     digest = hashlib.sha256()
     with waiting("Hashing the base model"):
         for file in files:

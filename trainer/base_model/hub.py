@@ -1,4 +1,4 @@
-"""A model from the Hugging Face hub: its text files and safetensors, never pickle and never code."""
+"""Downloads a model from the Hugging Face Hub: its text files and safetensors, never pickle files or code."""
 
 from pathlib import Path
 from typing import Any
@@ -9,23 +9,24 @@ from trainer.base_model.pypi_wheel import KNOWN
 
 _CONFIG_FILES = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "README.md"]
 _HUB_FILES = ["model.safetensors", "model-*-of-*.safetensors", *_CONFIG_FILES]
-"""Not `consolidated.safetensors`: Mistral's repositories contain all weights a second time in that file."""
+"""File patterns to download. They exclude `consolidated.safetensors`, a second copy of all weights in
+Mistral's repositories."""
 
 
 def fetch_snapshot(base: str, cache: Path) -> Path:
-    """Download a model's missing files into the cache; return their folder, which is named by the commit.
+    """Download a model's missing files into the cache and return their folder, which is named after the commit.
 
     Raises:
-        BaseModelError: the hub cannot be reached, or rejects the request.
+        BaseModelError: the Hub cannot be reached, or rejects the request.
     """
     return _fetch(base, cache / "hub", _HUB_FILES)
 
 
 def fetch_config(base: str, cache: Path) -> Path:
-    """Return a folder of the cache with a model's config and tokenizer; download them, but no weights, if missing.
+    """Return a cache folder with a model's config and tokenizer, downloading them (but no weights) if missing.
 
     Raises:
-        BaseModelError: the hub cannot be reached, or rejects the request.
+        BaseModelError: the Hub cannot be reached, or rejects the request.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -42,7 +43,7 @@ def _fetch(base: str, folder: Path, patterns: list[str]) -> Path:
     from huggingface_hub.utils.tqdm import tqdm
 
     class Bar(tqdm):
-        """Progress bar of a download, which may take an hour; shown on terminals only."""
+        """Progress bar for a download, which may take an hour. Shown only on a terminal."""
 
         def __init__(self, *arguments: Any, **named: Any) -> None:
             super().__init__(*arguments, **named | {"disable": not console.is_terminal})  # type: ignore[no-untyped-call]

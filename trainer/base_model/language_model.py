@@ -1,7 +1,8 @@
-"""The language model of a checkpoint that also takes images: a folder of the cache with its config and its weights.
+"""Extracts the language model of a checkpoint that also accepts images into a cache folder with its config
+and weights.
 
-All later stages see an ordinary text-only base. Tensors are copied without a change and renamed; those of the other
-parts are left out.
+All later stages see an ordinary text-only base. The language model's tensors are copied unchanged under
+new names; all other tensors are left out.
 """
 
 import hashlib
@@ -26,23 +27,24 @@ _RENAMED = {
     "model.language_model.": "model.",
     "lm_head.": "lm_head.",
 }
-"""Beginnings of the language model's tensor names, as published and as transformers writes them since 4.52."""
+"""Prefixes of the language model's tensor names, as published and as transformers writes them since 4.52."""
 _LEFT_OUT = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 _OF_WHOLE = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "torch_dtype", "dtype")
-"""Keys that belong to the language model, but that a config may have at its top level only."""
+"""Keys that belong to the language model but may appear only at the top level of a config."""
 _SHIPPED = (*SHIPPED_FILES, "README.md")
 
 
 def language_model(folder: Path, cache: Path, revision: str | None) -> Path:
-    """Return a folder with the language model of a checkpoint; the folder itself if it contains nothing else.
+    """Return a folder with the language model of a checkpoint, or the same folder if it contains nothing else.
 
     Args:
         cache: folder for converted models; any number of processes may share it.
-        revision: identifier of the checkpoint's content; None: only the config and the tokenizer are needed.
+        revision: identifier of the checkpoint's content, or None if only the config and tokenizer are
+            needed.
 
     Raises:
         BaseModelError: the family's language model cannot be used alone.
-        DiskSpaceError: the cache has too little space.
+        DiskSpaceError: the cache has not enough free space.
         IntegrityError: a weight file is damaged.
     """
     config = read_json(folder / CONFIG_FILE)
@@ -55,7 +57,7 @@ def language_model(folder: Path, cache: Path, revision: str | None) -> Path:
 
 
 def _text_config(folder: Path, config: Mapping[str, Any]) -> str:
-    """Return the language model's config.json."""
+    """Return the language model's config.json as text."""
     architecture = text_architecture(folder, config)
     text = config["text_config"] | {"architectures": [architecture]}
     text |= {key: config[key] for key in _OF_WHOLE if key in config and key not in text}
@@ -98,7 +100,7 @@ def _write_weights(folder: Path, out: Path) -> None:
 
 
 def _renamed(folder: Path, name: str) -> str | None:
-    """Return the name of a tensor in the language model; None if the tensor is not part of it."""
+    """Return a tensor's name within the language model, or None if the tensor is not part of it."""
     if name.startswith(_LEFT_OUT):
         return None
     for old, new in _RENAMED.items():

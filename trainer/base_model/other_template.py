@@ -1,4 +1,4 @@
-"""Replaces a base's chat template: a new folder has the template, and links to the base's other files.
+"""Replaces a base model's chat template, in a new folder that links to the base's other files.
 
 All later stages see an ordinary base with this template.
 """
@@ -15,18 +15,21 @@ from trainer.base_model.content import TEMPLATE_FILE
 
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _OLD_TEMPLATE = (TEMPLATE_FILE, "chat_template.json", TEMPLATE_KWARGS_FILE)
-"""Files of the base's own template, and of its arguments."""
+"""Files that hold the base's own chat template and its arguments."""
 
 
 def revision_with_template(revision: str, template: str) -> str:
-    """Return the revision of a base whose chat template was replaced by this text; it names both."""
+    """Return the revision of a base with a replaced chat template: the base's revision plus the template's
+    hash.
+    """
     return f"{revision}+template:{hashlib.sha256(template.encode()).hexdigest()}"
 
 
 def folder_with_template(folder: Path, template: str, cache: Path) -> Path:
-    """Return a folder of the cache with links to a model's files, and this chat template in place of the model's own.
+    """Return a cache folder that links to a model's files but contains the given chat template instead of its
+    own.
 
-    The folder is named by its content, so it is built again if the model has more files than before, or has moved.
+    The folder is named after its content, so it is rebuilt if the model gains files or is moved.
 
     Args:
         cache: folder for converted models; any number of processes may share it.

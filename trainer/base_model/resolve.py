@@ -1,8 +1,9 @@
-"""Resolves a base model: a known id, a GGUF file, a local folder or a model of the Hugging Face hub.
+"""Resolves a base model: a known id, a GGUF file, a local folder or a model on the Hugging Face Hub.
 
-Training gets one folder from every source: config.json, safetensors weights, tokenizer, and its chat template if
-it has one. Weights in pickle and models with their own Python code are rejected, because loading them runs untrusted
-code. Knows nothing of registered versions: the caller turns NAME@N into a folder.
+Whatever the source, training gets one folder with config.json, safetensors weights, the tokenizer, and
+the chat template if there is one. Pickled weights and models with their own Python code are rejected,
+because loading them runs untrusted code. Registered versions are unknown here: the caller turns NAME@N
+into a folder.
 """
 
 import re
@@ -27,10 +28,11 @@ class Base:
     """A base model that is ready for training.
 
     Attributes:
-        folder: config.json, *.safetensors, tokenizer files, and the chat template if there is one.
-        origin: name in the recipe.
-        licence: as the source states it; None if it states none.
-        revision: identifier of the content: `sha256:<hex>` of the wheel, GGUF file or folder, or the hub's commit.
+        folder: contains config.json, *.safetensors, tokenizer files, and the chat template if there is one.
+        origin: name of the base in the recipe.
+        licence: the licence stated by the source, or None if it states none.
+        revision: identifier of the content: `sha256:<hex>` of the wheel, GGUF file or folder, or the Hub
+            commit.
     """
 
     folder: Path
@@ -40,15 +42,16 @@ class Base:
 
 
 def resolve_base(base: str, cache: Path) -> Base:
-    """Return a base model; fetch and convert it if necessary.
+    """Return a base model, fetching and converting it if necessary.
 
     Args:
-        base: a known id, a path to a folder or a .gguf file, or a hub id such as `org/name`.
+        base: a known id, a path to a folder or a .gguf file, or a Hub id such as `org/name`.
         cache: folder for fetched and converted models; any number of processes may share it.
 
     Raises:
-        BaseModelError: the base is unknown, unreachable, incomplete, not in safetensors, or of an unsupported family.
-        DiskSpaceError: the cache has too little space.
+        BaseModelError: the base is unknown, unreachable, incomplete, not in safetensors, or of an
+            unsupported family.
+        DiskSpaceError: the cache has not enough free space.
         IntegrityError: a weight file is damaged.
     """
     if base in KNOWN:
@@ -72,13 +75,13 @@ def resolve_base(base: str, cache: Path) -> Base:
 
 
 def resolve_config(base: str, cache: Path) -> Path:
-    """Return a folder with a base model's config.json, and with its tokenizer if available; weights may be missing.
+    """Return a folder with a base model's config.json, and its tokenizer if available. Weights may be missing.
 
     Args:
         base: as for `resolve_base`.
 
     Raises:
-        BaseModelError: the base is unknown, unreachable, or has no config.
+        BaseModelError: the base is unknown or unreachable, or has no config.
     """
     if base not in KNOWN and base.startswith((".", "/", "~")) and not base.endswith(".gguf"):
         path = Path(base).expanduser().absolute()
@@ -116,10 +119,10 @@ def _from_gguf(base: str, path: Path, cache: Path) -> Base:
 
 
 def _convert_gguf(path: Path, folder: Path, licence: str | None) -> None:
-    """Write a GGUF model as bf16 safetensors, with the licence in a model card, as on the hub.
+    """Convert a GGUF model to bf16 safetensors, recording its licence in a model card as on the Hub.
 
     Raises:
-        BaseModelError: transformers cannot read it.
+        BaseModelError: transformers cannot read the file.
     """
     with waiting(f"Converting {path.name} to safetensors (about 30 s)"):
         import torch
@@ -145,7 +148,7 @@ def _convert_gguf(path: Path, folder: Path, licence: str | None) -> None:
 
 
 def _gguf_licence(path: Path) -> str | None:
-    """Return the licence in the file's metadata."""
+    """Return the licence stated in the metadata of a GGUF file."""
     from gguf import GGUFReader
 
     field = GGUFReader(path).get_field("general.license")

@@ -1,1 +1,1 @@
-"""Callbacks that watch a run step by step. Imports transformers."""
+"""Callbacks that watch a training run step by step. Imports transformers."""

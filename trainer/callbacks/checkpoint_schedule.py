@@ -1,7 +1,7 @@
-"""Schedule of checkpoints: by steps, by minutes, and immediately when a signal stops the run.
+"""Schedules checkpoints by steps, by minutes, and immediately when a signal stops the run.
 
-transformers' own checkpoint on SIGTERM waits for three seconds and then for the end of a step, which may take minutes
-here, and a kill while it writes leaves an incomplete folder. Imports transformers.
+On SIGTERM, transformers' own checkpoint waits for three seconds and then for the end of a step, which
+may take minutes here, and a kill while it writes leaves an incomplete folder. Imports transformers.
 """
 
 import time
@@ -15,11 +15,11 @@ from trainer.recipe.sections import Checkpoints
 
 
 class CheckpointSchedule(TrainerCallback):
-    """Requests checkpoints.
+    """Training callback that requests checkpoints.
 
     Args:
         due: the recipe's section `checkpoints`.
-        preemption: its signal stops the run after the step.
+        preemption: watches for a signal, which stops the run after the current step.
         clock: returns the time in seconds.
     """
 
@@ -32,11 +32,11 @@ class CheckpointSchedule(TrainerCallback):
         self._last = clock()
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Start counting minutes."""
+        """Start the timer for time-based checkpoints."""
         self._last = self._clock()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Request a checkpoint if one is due after the step."""
+        """Request a checkpoint if one is due after this step."""
         every = self._due.every_steps
         if self._preemption.by is not None:
             control.should_save = control.should_training_stop = True
@@ -44,10 +44,10 @@ class CheckpointSchedule(TrainerCallback):
             control.should_save = True
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stop with a checkpoint if a signal arrived during the measurement, which takes as long as many steps."""
+        """Stop with a checkpoint if a signal arrived during evaluation, which may take as long as many steps."""
         if self._preemption.by is not None:
             control.should_save = control.should_training_stop = True
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Restart counting minutes after any checkpoint."""
+        """Restart the timer for time-based checkpoints after any checkpoint."""
         self._last = self._clock()

@@ -1,4 +1,4 @@
-"""Stops diverging runs after a few steps instead of after a night.
+"""Stops a diverging run after a few steps instead of after a whole night.
 
 Imports transformers.
 """
@@ -15,22 +15,25 @@ from svc.errors import TrainingError
 from trainer.callbacks.loss_log import LOSS
 
 _FIRST, _LAST = 5, 20
-"""Numbers of first and of last steps whose mean losses are compared. The first are few, because with a far too high
-learning rate the loss explodes within 20 steps."""
+"""Numbers of steps at the start and at the end whose mean losses are compared. The first number is small
+because the loss explodes within 20 steps if the learning rate is far too high."""
 _SKIPPED = 20
-"""Maximum number of consecutive steps that the optimizer may skip: in float16 it finds the loss scale by halving."""
+"""Maximum number of consecutive steps that the optimizer may skip. In float16, it halves the loss scale at
+each skipped step until the scale fits."""
 _TIMES, _NATS = 2.0, 1.0
-"""The loss has exploded only if its mean is more than twice that of the first steps, and more than one nat above it."""
+"""Minimum factor and minimum difference in nats by which the mean loss must exceed that of the first steps
+to count as exploded."""
 _SURE = 4.0
-"""Minimum rise in standard errors; high, because every step is a comparison. A batch's loss depends on its examples,
-so the error is the scatter of the steps: if easy and hard batches alternate, many hard ones in a row are chance."""
+"""Minimum rise of the loss, in standard errors. It is high because every step is compared. A batch's loss
+depends on its examples, so the error is estimated from the scatter of the steps: if easy and hard
+batches alternate, several hard batches in a row are chance."""
 
 
 class DivergenceWatch(TrainerCallback):
-    """Stops a run whose loss explodes, or whose gradient is not finite.
+    """Stops a run whose loss explodes or whose gradient is not finite.
 
     Args:
-        learning_rate: learning rate of the run; errors propose a lower one.
+        learning_rate: learning rate of the run; error messages suggest a lower one.
     """
 
     def __init__(self, learning_rate: float) -> None:
@@ -38,7 +41,7 @@ class DivergenceWatch(TrainerCallback):
         self._skipped = 0
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        """Check loss and gradient of a step.
+        """Check the loss and gradient of a step.
 
         Raises:
             TrainingError: the run diverges.
@@ -73,7 +76,8 @@ def diverged(wrong: str, learning_rate: float, *, first_in_float16: bool = False
     """Return the error for a diverged run.
 
     Args:
-        first_in_float16: whether this is the first loss of a run in float16, so that training cannot be the cause.
+        first_in_float16: whether this is the first loss of a float16 run, so that training cannot be the
+            cause.
     """
     if first_in_float16:
         return TrainingError(
@@ -90,9 +94,11 @@ def diverged(wrong: str, learning_rate: float, *, first_in_float16: bool = False
 
 
 def _exploded(first: Sequence[float], last: Sequence[float]) -> bool:
-    """Return whether the last losses are far above the first: their mean, beyond chance, or even the lowest of them.
+    """Return whether the last losses are far above the first ones: either on average, beyond chance, or even
+    the lowest of them.
 
-    The second condition finds a loss that grows steadily: its growth counts as scatter, which hides it from the first.
+    The second condition catches a steadily growing loss, whose growth counts as scatter and hides it from
+    the first.
     """
     start, highest = fmean(first), max(first)
     rise = fmean(last) - start

@@ -1,8 +1,9 @@
-"""Held-out loss during training: measured on schedule, it selects the best weights and stops the run.
+"""Held-out loss during training: measured on schedule, it selects the best weights and can stop the run
+early.
 
-All decisions follow from the losses in the trainer's state, so that a resumed run decides like an uninterrupted one.
-transformers' EarlyStoppingCallback has its own counters, and needs its own checkpoints for the best weights. Imports
-transformers.
+All decisions follow from the losses in the trainer's state, so that a resumed run decides like an
+uninterrupted one. transformers' EarlyStoppingCallback keeps its own counters, and needs its own
+checkpoints for the best weights. Imports transformers.
 """
 
 from collections.abc import Callable
@@ -16,12 +17,14 @@ from trainer.recipe.sections import Stopping
 
 
 class EarlyStopping(TrainerCallback):
-    """Requests measurements, a checkpoint of the best weights, and the end of the run.
+    """Training callback that measures held-out loss on schedule, saves the best weights, and stops the run
+    early.
 
     Args:
         stopping: the recipe's section `stopping`.
         schedule: steps at which held-out loss is measured.
-        measure: called before the first step, and after a resume if the run was interrupted before a due measurement.
+        measure: called before the first step, and after a resume if the run was interrupted before a due
+            measurement.
     """
 
     def __init__(
@@ -32,17 +35,17 @@ class EarlyStopping(TrainerCallback):
         self._measure = measure
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Measure if a due measurement is missing; weights and state are already those of the checkpoint."""
+        """Measure held-out loss if a due measurement is missing. The weights and state have already been restored."""
         if misses_measurement(state, self._schedule):
             self._measure()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Request the measurements that are due."""
+        """Request a measurement of held-out loss if one is due."""
         if self._schedule.due(state):
             control.should_evaluate = True
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Request a checkpoint of the best weights; if patience is exhausted, stop with a checkpoint."""
+        """Request a checkpoint of the best weights. If patience is exhausted, stop with a checkpoint."""
         if self._stopping.keep_best and best_step(state) == state.global_step:
             control.should_save = True
         if out_of_patience(state, self._stopping.patience):
@@ -50,19 +53,23 @@ class EarlyStopping(TrainerCallback):
 
 
 def misses_measurement(state: TrainerState, schedule: HeldoutSchedule) -> bool:
-    """Return whether a due measurement is missing: at the start, or because the run was interrupted before it."""
+    """Return whether a due measurement of held-out loss is missing, at the start or because the run was
+    interrupted.
+    """
     return schedule.due(state) and state.global_step not in heldout_losses(state)
 
 
 def best_step(state: TrainerState) -> int | None:
-    """Return the first step with the lowest held-out loss; None if nothing was measured after a step."""
+    """Return the first step with the lowest held-out loss, or None if nothing was measured after any step."""
     # The base's loss, measured before step 1, is not a result of the run.
     losses = {step: loss for step, loss in heldout_losses(state).items() if step > 0}
     return min(losses, key=lambda step: losses[step]) if losses else None
 
 
 def out_of_patience(state: TrainerState, patience: int | None) -> bool:
-    """Return whether `patience` or more measurements followed the best one; false without patience."""
+    """Return whether at least `patience` measurements followed the best one; always false if patience is not
+    set.
+    """
     best = best_step(state)
     if patience is None or best is None:
         return False

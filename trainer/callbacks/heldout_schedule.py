@@ -1,8 +1,9 @@
-"""Steps at which held-out loss is measured, and number of measured examples.
+"""Steps at which held-out loss is measured, and the number of examples measured.
 
-If the recipe asks for held-out loss, all examples are measured. Otherwise a few are, so that every run has a curve that
-costs less than a twentieth of its time, or a quarter of a short run's. The schedule follows from the recipe, the data
-and the trainer's state, so that a resumed run measures like an uninterrupted one. Imports transformers.
+If the recipe asks for held-out loss, all examples are measured. Otherwise only a few are, so that every
+run has a curve that costs less than a twentieth of its time, or a quarter for a short run. The schedule
+follows from the recipe, the data and the trainer's state, so that a resumed run measures like an
+uninterrupted one. Imports transformers.
 """
 
 import random
@@ -17,23 +18,23 @@ from trainer.recipe.sections import Stopping
 
 _MEASUREMENTS = 10  # of a run whose recipe asks for measurements without an interval
 _SHARE = 0.08
-"""Measured tokens per trained token. Measuring an example costs 0.37 times as much as training on it (SmolLM2-135M,
-LoRA, batches of four, a CPU)."""
+"""Held-out tokens measured per trained token. Measuring an example costs 0.37 times as much as training on
+it (SmolLM2-135M, LoRA, batches of four, on a CPU)."""
 _MIN_EXAMPLES, _MAX_EXAMPLES = 8, 64
-"""Number of examples on which the curve is measured."""
+"""Minimum and maximum number of examples on which the held-out curve is measured."""
 _POINTS = 6
-"""Maximum number of measurements, including the one before the first step."""
+"""Maximum number of held-out measurements, including the one before the first step."""
 _SHORT_SHARE, _SHORT_POINTS = 0.6, 3
-"""Tokens and measurements of a short run, which may spend more: in a twentieth of its time too few examples would be
-measured to tell whether their loss falls in the second half of the steps."""
+"""Share of tokens and number of measurements for a short run, which may spend more: a twentieth of its time
+would allow too few examples to tell whether their loss falls in the second half of the steps."""
 
 
 @dataclass(frozen=True, slots=True)
 class HeldoutSchedule:
-    """Schedule of measurements: evenly spaced in the run, and at its end.
+    """Schedule of held-out measurements, evenly spaced over the run and at its end.
 
     Attributes:
-        every_steps: steps between two measurements; None: `points` measurements in the run.
+        every_steps: steps between two measurements; if None, there are `points` measurements in the run.
         untrained: whether to measure before the first step.
     """
 
@@ -43,11 +44,11 @@ class HeldoutSchedule:
 
     @classmethod
     def of(cls, stopping: Stopping) -> "HeldoutSchedule":
-        """Return the schedule of the recipe's section."""
+        """Create the schedule from the recipe's `stopping` section."""
         return cls(stopping.every_steps, _MEASUREMENTS)
 
     def due(self, state: TrainerState) -> bool:
-        """Return whether a measurement is due after the last step."""
+        """Return whether a measurement is due after the last completed step."""
         step, last = state.global_step, state.max_steps
         if step == 0:
             return self.untrained
@@ -60,7 +61,7 @@ class HeldoutSchedule:
 
 @dataclass(frozen=True, slots=True)
 class HeldoutCurve:
-    """Held-out examples to measure during a run, and when.
+    """The held-out examples to measure during a run, and the schedule for measuring them.
 
     Attributes:
         rows: examples to measure; empty if the run is too short.
@@ -71,13 +72,14 @@ class HeldoutCurve:
 
     @classmethod
     def affordable(cls, heldout: Sequence[dict[str, Any]], trained_tokens: float, steps: int) -> "HeldoutCurve":
-        """Return two to six measurements of 8 to 64 examples, which cost less than a twentieth of the run.
+        """Plan two to six measurements of 8 to 64 held-out examples that cost less than a twentieth of the run.
 
-        A short run whose curve is diagnosed has up to three, which cost less than a quarter of the run.
+        A short run whose curve is diagnosed gets up to three measurements, which cost less than a quarter of the
+        run.
 
         Args:
-            heldout: all rows.
-            trained_tokens: tokens of all steps together.
+            heldout: all held-out rows.
+            trained_tokens: total number of tokens over all steps.
         """
         tokens = sum(len(row["input_ids"]) for row in heldout) / max(1, len(heldout))
         short = MIN_STEPS <= steps < FEW_STEPS

@@ -1,7 +1,8 @@
 """The loss curve: the loss of each step, reported as a hundred points.
 
-The trainer stores the loss of every step in its state, which is in every checkpoint. Points are means at fixed steps,
-so that a resumed run draws the same curve as an uninterrupted one. Imports transformers.
+The trainer stores the loss of every step in its state, which is part of every checkpoint. Points are
+means at fixed steps, so that a resumed run draws the same curve as an uninterrupted one. Imports
+transformers.
 """
 
 import math
@@ -16,22 +17,23 @@ from svc.evaluation.training_curve import TrainingPoint
 LOSS, HELDOUT_LOSS = "loss", "heldout_loss"
 TOKENS_PER_SECOND = "tokens_per_second"
 HELDOUT_EACH, HELDOUT_SET = "heldout_each", "heldout_set"
-"""Keys in the trainer's state with a held-out loss: the loss of each example, and a hash of the examples."""
+"""Keys for held-out loss in the trainer's state: the loss of each example, and a hash of the examples."""
 _POINTS = 100
 
 Report = Callable[[int, dict[str, float]], None]
-"""Callback that receives a step and its figures."""
+"""Callback that receives a step and its metrics."""
 
 
 def heldout_losses(state: TrainerState) -> dict[int, float]:
-    """Return the held-out loss of each measured step in nats per token."""
+    """Return the held-out loss of each measured step, in nats per token."""
     return {entry["step"]: entry[HELDOUT_LOSS] for entry in state.log_history if HELDOUT_LOSS in entry}
 
 
 def training_points(state: TrainerState) -> tuple[TrainingPoint, ...]:
-    """Return a point for every step, and one for the measurement before the first step.
+    """Return one point per step, plus one for the measurement before the first step.
 
-    If a run was resumed with other held-out examples, only measurements comparable with the last one are returned.
+    If a run was resumed with different held-out examples, only measurements comparable with the last one are
+    returned.
     """
     measured = {entry["step"]: entry for entry in state.log_history if HELDOUT_LOSS in entry}
     current = list(measured.values())[-1].get(HELDOUT_SET) if measured else None
@@ -55,7 +57,7 @@ def _point(step: int, taken: dict[str, Any], measured: dict[str, Any]) -> Traini
 
 
 class LossReport(TrainerCallback):
-    """Reports the curve during training.
+    """Training callback that reports the loss curve.
 
     Args:
         report: receives the points.
@@ -65,7 +67,7 @@ class LossReport(TrainerCallback):
         self._report = report
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        """Report held-out losses, and after each hundredth of the run the mean of its steps."""
+        """Report held-out losses, and the mean training loss after each hundredth of the run."""
         step, every = state.global_step, max(1, state.max_steps // _POINTS)
         if HELDOUT_LOSS in logs:
             self._report(step, {HELDOUT_LOSS: logs[HELDOUT_LOSS]})

@@ -1,7 +1,8 @@
-"""Signals that stop a run: a spot machine's notice, an administrator's kill, Ctrl-C.
+"""Signals that stop a run, such as a spot machine's notice, an administrator's kill or Ctrl-C.
 
-The first signal abandons the current step, which may take minutes to finish, or is recorded until work that must not be
-interrupted has finished; the second signal ends the process in the default way.
+The first signal abandons the current step, which may take minutes to finish. During work that must not
+be interrupted, the signal is recorded until that work has finished. The second signal ends the process
+in the default way.
 """
 
 import signal
@@ -16,14 +17,14 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StepAbandoned(KeyboardInterrupt):
-    """Raised to abandon a step before it changes the state from which the run resumes.
+    """Raised to abandon a training step before it changes the state from which the run resumes.
 
-    Like `KeyboardInterrupt`, this is not an `Exception`, so that handlers of errors do not catch it.
+    Like `KeyboardInterrupt`, this is not an `Exception`, so that error handlers do not catch it.
     """
 
 
 class Preemption:
-    """Holds the signal that was received, if any."""
+    """Holds the stop signal that was received, if any."""
 
     def __init__(self) -> None:
         self.by: signal.Signals | None = None
@@ -31,10 +32,10 @@ class Preemption:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Allow signals to interrupt the body at any moment.
+        """Allow signals to interrupt the `with` block at any moment.
 
         Raises:
-            StepAbandoned: a signal arrives in the body, or arrived before.
+            StepAbandoned: a signal arrives during the block, or had arrived before.
         """
         self._interruptible = True
         try:
@@ -44,7 +45,7 @@ class Preemption:
             self._interruptible = False
 
     def receive(self, by: signal.Signals) -> None:
-        """Record a signal, and raise if the present work is interruptible."""
+        """Record a signal, and raise StepAbandoned if the current work is interruptible."""
         self.by = by
         self._check()
 
@@ -55,7 +56,9 @@ class Preemption:
 
 @contextmanager
 def preemption() -> Iterator[Preemption]:
-    """Pass the body's first SIGTERM or Ctrl-C to the yielded object; only the main thread gets signals."""
+    """Pass the first SIGTERM or Ctrl-C during the `with` block to the yielded object. Only the main thread
+    receives signals.
+    """
     received = Preemption()
     if threading.current_thread() is not threading.main_thread():
         yield received

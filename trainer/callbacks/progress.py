@@ -1,4 +1,4 @@
-"""Progress of a training run: a live bar on a terminal, else a line every 15 s and one at the end.
+"""Progress of a training run: a live bar on a terminal, otherwise a line every 15 s and one at the end.
 
 Imports transformers.
 """
@@ -15,7 +15,7 @@ from svc.terminal import console, heartbeat
 
 
 class TrainingProgress(TrainerCallback):
-    """Shows loss, tokens per second and remaining time.
+    """Shows the loss, tokens per second and remaining time of a training run.
 
     Args:
         bar: progress bar that the caller starts and stops.
@@ -30,26 +30,26 @@ class TrainingProgress(TrainerCallback):
         self._before = (0, 0)  # steps and tokens of earlier processes
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Start the clock."""
+        """Start timing the run."""
         self._started = time.monotonic()
         self._before = (state.global_step, int(state.num_input_tokens_seen))
         self._step, self._last = state.global_step, state.max_steps
         self._bar.update(self._task, total=state.max_steps)
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        """Store the latest loss."""
+        """Remember the latest loss for display."""
         if "loss" in logs:
             self._loss = f"{logs['loss']:.3f}"
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Move the bar."""
+        """Advance the progress bar."""
         elapsed = time.monotonic() - self._started
         self._speed = (state.num_input_tokens_seen - self._before[1]) / elapsed
         self._step = state.global_step
         self._bar.update(self._task, completed=state.global_step, loss=self._loss, speed=self._speed)
 
     def line(self) -> str:
-        """Return the progress as a line for a log."""
+        """Return the current progress as a log line."""
         elapsed = time.monotonic() - self._started
         if self._step == self._before[0]:
             return f"Training: step {self._step + 1}/{self._last}, {elapsed:.0f} s so far"
@@ -62,7 +62,7 @@ class TrainingProgress(TrainerCallback):
 
 @contextmanager
 def training_progress() -> Iterator[TrainingProgress]:
-    """Yield the callback; its progress bar is shown during the body."""
+    """Yield the progress callback and show its progress bar during the `with` block."""
     columns = (TextColumn("Training"), BarColumn(), MofNCompleteColumn())
     fields = TextColumn("loss {task.fields[loss]}  {task.fields[speed]:.0f} tokens/s  left")
     with Progress(*columns, fields, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:

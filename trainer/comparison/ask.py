@@ -1,4 +1,4 @@
-"""Collects models' answers: stored ones are reused; other models answer on engines, one after the other."""
+"""Collects models' answers. Stored answers are reused; other models answer on engines, one model at a time."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class Answers:
     """One model's answers to the examples.
 
     Attributes:
-        kept: whether all answers had been stored before, so that the model was not run.
+        kept: whether all answers were already stored, so that the model was not run.
     """
 
     results: tuple[ExampleResult, ...]
@@ -45,19 +45,19 @@ class Answers:
 
 
 _Asked = tuple[Sequence[TokenizedExample], Sequence[int]]
-"""The examples, tokenized for one model, and the maximum number of tokens of each answer."""
+"""The examples tokenized for one model, and the token limit for each answer."""
 
 
 @dataclass(frozen=True)
 class Interview:
-    """Collects the answers of several models to the same examples.
+    """Collects several models' answers to the same examples.
 
     Args:
-        max_tokens: token limit of every answer; None: the limit depends on each reference.
+        max_tokens: token limit for every answer; if None, the limit depends on each reference answer.
         launch: creates a new, unstarted engine for a model folder.
         fresh: whether to ignore stored answers.
         tokenize: tokenizes examples as training does.
-        transport: HTTP transport for requests to endpoints; None for the network.
+        transport: HTTP transport for requests to endpoints, or None for the network.
     """
 
     settings: Settings
@@ -71,7 +71,7 @@ class Interview:
     transport: httpx.AsyncBaseTransport | None = None
 
     async def ask(self, models: Sequence[Model]) -> list[Answers]:
-        """Return the answers of each model, in the order of the models; new answers are stored.
+        """Return each model's answers, in the order of the models. New answers are stored.
 
         Raises:
             SvcError: an engine or an endpoint failed, or an example is too long; all engines are stopped.
@@ -91,11 +91,12 @@ class Interview:
         return answers
 
     async def _at_endpoint(self, endpoint: Endpoint, local: Sequence[_Asked]) -> tuple[ExampleResult, ...]:
-        """Return the answers of an endpoint.
+        """Return the answers of a remote endpoint.
 
-        Its answers have the limits of the local model that it is compared with, so that both have the same maximum
-        length. For two endpoints, whose tokenizers are unknown, the limits are upper bounds from the bytes of each
-        reference: a limit that is too high costs some tokens; a limit that is too low would cut off correct answers.
+        They get the token limits of the local model with which the endpoint is compared, so that both have the
+        same maximum length. For two endpoints, whose tokenizers are unknown, the limits are upper bounds derived
+        from the bytes of each reference: a limit that is too high costs some tokens; a limit that is too low
+        would cut off correct answers.
         """
         if local:
             (_, limits), *_ = local
@@ -107,9 +108,10 @@ class Interview:
     async def _on_engines(
         self, models: dict[str, LocalModel], prepared: dict[str, _Asked]
     ) -> dict[str, tuple[ExampleResult, ...]]:
-        """Return and store answers, by the models' revisions; models run one after the other.
+        """Run the models one after the other, and return and store their answers, keyed by model revision.
 
-        A model with the fingerprint of the previous one is loaded into the same engine; any other gets a new engine.
+        A model with the same fingerprint as the previous one is loaded into the same engine; any other gets a
+        new engine.
         """
         results = {}
         if models:
@@ -127,7 +129,7 @@ class Interview:
             return await ask_examples(client, self.examples, tokenized, limits=limits, trained=trained, on_done=advance)
 
     def _prepare(self, model: LocalModel) -> _Asked:
-        """Tokenize and check the examples before any engine starts, so that faults show immediately."""
+        """Tokenize and check the examples before any engine starts, so that errors show up immediately."""
         tokenized = self.tokenize(model.folder, self.examples, model.template_kwargs)
         longest = self.settings.engine.max_model_len
         served = min(longest, read_model_facts(model.folder).context or longest)
@@ -135,13 +137,15 @@ class Interview:
         return tokenized, answer_limits(tokenized, context=served, fixed=self.max_tokens)
 
     def _known(self, model: LocalModel, limits: Sequence[int]) -> tuple[ExampleResult, ...] | None:
-        """Return the answers stored for these limits and this kind of engine; None if an example's is missing."""
+        """Return the answers stored for these limits and this engine kind, or None if any example's answer is
+        missing.
+        """
         if self.fresh:
             return None
         return self._cache(model).find(self.examples, limits) or self._registered(model, limits)
 
     def _registered(self, model: LocalModel, limits: Sequence[int]) -> tuple[ExampleResult, ...] | None:
-        """Return the answers stored when the version was registered; None if some are missing or not comparable."""
+        """Return the answers stored at the version's registration, or None if any are missing or not comparable."""
         manifest, format = model.manifest, model.format
         if manifest is None or format is None:
             return None

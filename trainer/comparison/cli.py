@@ -1,4 +1,4 @@
-"""`svc compare`."""
+"""The command `svc compare`."""
 
 import os
 from pathlib import Path
@@ -64,7 +64,7 @@ def compare(
     as_json: bool,
     **wanted: Any,
 ) -> None:
-    """Send the same examples to the models A and B, and show which one answers better.
+    """Send the same examples to models A and B and show which one answers better.
 
     A and B are versions (NAME, NAME@N, NAME@alias), bases as in a recipe, or remote models
     (https://HOST/v1#MODEL), to which the prompts are sent.
@@ -100,7 +100,9 @@ def _judge(url: str | None, model: str | None, key_file: Path | None) -> "Endpoi
 
 
 def _key(file: Path | None, variable: str | None) -> str | None:
-    """Return the endpoint's key, or None; no option contains the key, as every user can read a command line."""
+    """Return the endpoint's API key, or None. The key is never a command-line option, because every user can
+    read those.
+    """
     from svc.identity.key_file import read_secret
 
     if file and variable:

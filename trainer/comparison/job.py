@@ -1,4 +1,6 @@
-"""One comparison, from the command's arguments to its result. Prints before it starts which data leave this machine."""
+"""Runs one comparison, from the command's arguments to its result. First prints which data will leave this
+machine.
+"""
 
 import asyncio
 from collections.abc import Sequence
@@ -25,12 +27,12 @@ from trainer.data.chat_template import tokenize_as_trained
 from trainer.pipeline.evaluation_engine import LaunchModel, evaluation_engine
 
 FOLDER = "compare"
-"""Folder in $SVC_HOME for the engine's log and a lock."""
+"""Folder in $SVC_HOME for the engine's log and a lock file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """Two models with their questions, their answers and the comparison."""
+    """Two models with the questions, their answers and the comparison."""
 
     models: Sequence[Model]
     questions: Questions
@@ -52,12 +54,12 @@ def compare_models(
     """Compare model B with model A.
 
     Args:
-        registry, capabilities: default: those of the settings, and of this machine.
-        launch: creates a new, unstarted engine; default: a vLLM process on this machine.
+        registry, capabilities: default to those of the settings and of this machine.
+        launch: creates a new, unstarted engine; defaults to a vLLM process on this machine.
         tokenize, transport: see `Interview`.
 
     Raises:
-        BusyError: another comparison runs in this home.
+        BusyError: another comparison is running in this home.
         SvcError: a model, the data or a metric is missing or unusable, or an engine failed.
     """
     registry = registry or Registry.of(settings)
@@ -96,7 +98,7 @@ def compare_models(
 
 
 def _warn(models: Sequence[Model], questions: Questions, registry: Registry) -> None:
-    """Print which data leave the machine, and which models were trained on the examples."""
+    """Print which data will leave the machine, and which of the models were trained on the examples."""
     count = len(questions.examples)
     for model in models:
         message = ""
@@ -109,7 +111,7 @@ def _warn(models: Sequence[Model], questions: Questions, registry: Registry) -> 
 
 
 def _why_no_tokens(models: Sequence[Model]) -> str:
-    """Return the reason why token metrics cannot be compared; empty if they can."""
+    """Return why token metrics cannot be compared, or an empty text if they can."""
     if any(isinstance(model, Endpoint) for model in models):
         return "a remote endpoint returns no log-probabilities for a prompt, and uses its own tokenizer"
     folders = {model.folder for model in models if isinstance(model, LocalModel)}

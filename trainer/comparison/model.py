@@ -1,4 +1,4 @@
-"""The models of `svc compare`: a version, a base model, or a remote endpoint."""
+"""The models that `svc compare` accepts: a version, a base model, or a remote endpoint."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,11 +27,11 @@ class LocalModel:
     """A model that an engine on this machine can load.
 
     Attributes:
-        name: name for display.
+        name: display name.
         revision: digest of the model's content.
         template_kwargs: arguments of its chat template.
-        manifest: manifest of a version; None for a base.
-        format: format of a version; None for a base.
+        manifest: manifest of a version, or None for a base.
+        format: format of a version, or None for a base.
     """
 
     name: str
@@ -49,11 +49,12 @@ Model = LocalModel | Endpoint
 
 
 def find_model(text: str, registry: Registry, settings: Settings, *, format: Format | None, key: str | None) -> Model:
-    """Return the model that a command-line argument names.
+    """Find the model that a command-line argument refers to.
 
     Args:
-        text: an endpoint (https://HOST/v1#MODEL); `NAME`, `NAME@N` or `NAME@alias`; or a base as in a recipe.
-        format: format of a version; None: GPTQ if the version has it, as in serving.
+        text: an endpoint (https://HOST/v1#MODEL); `NAME`, `NAME@N` or `NAME@alias`; or a base as in a
+            recipe.
+        format: format of a version; if None, GPTQ is used if the version has it, as in serving.
         key: key for an endpoint.
 
     Raises:
@@ -76,9 +77,9 @@ def find_model(text: str, registry: Registry, settings: Settings, *, format: For
 
 
 def asked_alike(base: Model, other: Model, cache: Path) -> Model:
-    """Return `base` with the chat template and its arguments of `other`, a version trained from it.
+    """Return `base` with the chat template and template arguments of `other`, a version trained from it.
 
-    Other models are returned unchanged.
+    Any other models are returned unchanged.
 
     Args:
         cache: folder for converted base models.

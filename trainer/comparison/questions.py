@@ -1,4 +1,6 @@
-"""The questions to two models: a file, or the held-out set that both versions share; and the metrics."""
+"""The questions for comparing two models, from a file or from the held-out set that both versions share,
+and the metrics.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,7 +27,7 @@ class Wanted:
 
     Attributes:
         key: key for endpoints among the models.
-        judge: endpoint of a judge that compares the answers too; None for no judge.
+        judge: endpoint of a judge that also compares the answers, or None for no judge.
     """
 
     first: str
@@ -47,9 +49,9 @@ class Questions:
 
     Attributes:
         origin: source of the examples, for display.
-        max_tokens: token limit of every answer; None: the limit depends on each reference.
+        max_tokens: token limit for every answer; if None, the limit depends on each reference answer.
         options: metrics for the answers.
-        whole: all examples of the origin, which determine the kind of task even if few are sent.
+        whole: all examples of the source, which determine the task kind even if only a few are sent.
     """
 
     examples: Sequence[ChatExample]
@@ -60,15 +62,16 @@ class Questions:
 
 
 def choose_questions(models: Sequence[Model], registry: Registry, wanted: Wanted, cache: Path) -> Questions:
-    """Return the examples, with the metrics and limits for the answers.
+    """Choose the examples of a comparison, with the metrics and token limits for the answers.
 
     Args:
-        wanted: without data, the held-out set of the versions among the models is used, limited to the examples of
-            their evaluation; without metrics, the metrics of the version.
-        cache: folder for hub datasets.
+        wanted: without data, the held-out set of the versions among the models is used, limited to the
+            examples of their evaluation; without metrics, the metrics of the version are used.
+        cache: folder for Hub datasets.
 
     Raises:
-        DataError: the versions have different held-out sets, neither model has one, or the data cannot be read.
+        DataError: the versions have different held-out sets, neither model has one, or the data cannot be
+            read.
     """
     versions = [model.manifest for model in models if isinstance(model, LocalModel) and model.manifest]
     options = MetricOptions(tuple(wanted.metrics) or None, wanted.primary)
@@ -93,7 +96,7 @@ def choose_questions(models: Sequence[Model], registry: Registry, wanted: Wanted
 
 
 def count_learnt(version: Manifest, examples: Sequence[ChatExample], registry: Registry) -> int:
-    """Return the number of prompts that a version, or a version that it continues, was trained on."""
+    """Count the prompts on which a version, or any version that it continues, was trained."""
     prompts, learnt = hash_prompts(examples), np.zeros(len(examples), bool)
     continued: Manifest | None = version
     while continued is not None:

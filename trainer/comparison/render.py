@@ -1,4 +1,4 @@
-"""Output of a comparison: on the terminal, and as JSON with all answers."""
+"""Output of a comparison, on the terminal or as JSON with all answers."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from trainer.comparison.job import Compared
 from trainer.comparison.model import LocalModel, Model
 
 _MAX_SHOWN = 160
-"""Maximum number of characters of a text that are shown."""
+"""Maximum number of characters of a text to show."""
 _VERDICTS = {
     Direction.BETTER: "[green]B is better[/green]",
     Direction.WORSE: "[red]B is worse[/red]",
@@ -78,13 +78,13 @@ def _print_example(shown: DifferentAnswers, metric: str) -> None:
 
 
 def _short(text: str) -> str:
-    """Return the text on one line, cut off at the maximum length."""
+    """Return the text on one line, truncated to the maximum length."""
     line = " ".join(text.split())
     return line if len(line) <= _MAX_SHOWN else f"{line[:_MAX_SHOWN]}…"
 
 
 def everything(compared: Compared) -> dict[str, Any]:
-    """Return the figures, and each model's answer to each example."""
+    """Return all metrics of a comparison, and each model's answer to each example."""
     likely = Nll.name in compared.comparison.metrics
     first, second = compared.answers
     rows = zip(compared.questions.examples, first.results, second.results, strict=True)
@@ -109,5 +109,5 @@ def _model(model: Model, answers: Answers) -> dict[str, Any]:
 
 
 def _result(result: ExampleResult, *, likely: bool) -> dict[str, Any]:
-    """Return a result; the reference's likelihood is included only if known for both models."""
+    """Convert a result to JSON values. The reference's likelihood is included only if known for both models."""
     return result.model_dump(mode="json", exclude={"scores"} if likely else {"scores", "nll", "scored", "logprob"})

@@ -1,1 +1,1 @@
-"""Code that makes training on a CPU fast enough. Imports torch."""
+"""Optimizations that make training on a CPU fast enough. Imports torch."""

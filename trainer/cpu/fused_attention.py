@@ -1,9 +1,11 @@
-"""Attention in bfloat16 as unblocked matrix products in one step of autograd: faster on a CPU for short rows.
+"""bfloat16 attention as unblocked matrix products in a single autograd step, which is faster on a CPU for
+short rows.
 
-PyTorch's own attention for CPUs computes small blocks, and gets a copy of each key and value for every query head that
-shares it. On rows of a few hundred tokens, the usual ones in fine-tuning, two complete products forward and four
-backward take between a third and four fifths of its time in bfloat16 (two cores with AVX-512). In float32 they are not
-faster. Same formula; scores are rounded to bfloat16 before the softmax, as in transformers' `eager`.
+PyTorch's own CPU attention computes small blocks, and gets a copy of each key and value for every query
+head that shares it. On rows of a few hundred tokens, which are usual in fine-tuning, two complete
+products forward and four backward take between a third and four fifths of its time in bfloat16 (two
+cores with AVX-512). In float32 they are not faster. The formula is the same; scores are rounded to
+bfloat16 before the softmax, as in transformers' `eager`.
 
 PyTorch computes longer rows and everything except plain attention. Imports torch.
 """
@@ -19,11 +21,12 @@ from transformers.masking_utils import sdpa_mask
 
 _NAME = "tuneserve"
 _MAX_KEYS = 512
-"""Maximum number of keys. With more, PyTorch's attention is as fast, because it skips masked positions."""
+"""Maximum number of keys. With more keys, PyTorch's attention is as fast, because it skips masked
+positions."""
 
 
 def fuse_attention(model: PreTrainedModel) -> bool:
-    """Replace PyTorch's attention in a model by the function `attention`; return whether it was replaced.
+    """Replace PyTorch's attention in a model by the function `attention`, and return whether it was replaced.
 
     Weights and saved files are not affected.
     """
@@ -45,17 +48,18 @@ def attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Compute attention of one layer, with transformers' signature.
+    """Compute the attention of one layer, with transformers' signature.
 
     Args:
         module: the layer; its `is_causal` is read if `kwargs` has none.
         query: [batch, heads, queries, size].
         key: [batch, key heads, keys, size]; `heads` is a multiple of `key heads`.
-        value: as `key`.
-        attention_mask: [batch or 1, 1, queries, keys], true where a query may attend; None for causal attention.
+        value: same shape as `key`.
+        attention_mask: [batch or 1, 1, queries, keys], true where a query may attend; None for causal
+            attention.
 
     Returns:
-        [batch, queries, heads, size], and None in place of the weights.
+        [batch, queries, heads, size], and None in place of the attention weights.
     """
     if not _is_plain(module, (query, key, value), attention_mask, dropout, kwargs):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
@@ -74,7 +78,9 @@ def _is_plain(
     dropout: float,
     others: dict[str, Any],
 ) -> bool:
-    """Return whether this is softmax(s Q K^T) V under a mask shared by all heads, of a size that is faster here."""
+    """Return whether the call is plain softmax(s Q K^T) V under a mask shared by all heads, at a size that is
+    faster here.
+    """
     query, key, value = inputs
     if key.shape != value.shape or any(tensor.dtype is not torch.bfloat16 for tensor in inputs):
         return False
@@ -89,17 +95,18 @@ def _is_plain(
 
 
 class _Attention(torch.autograd.Function):
-    """softmax(s Q K^T) V. Queries that share a key head are stacked as one matrix."""
+    """Computes softmax(s Q K^T) V. Queries that share a key head are stacked into one matrix."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, masked: Tensor, scale: float) -> Tensor:
-        """
+        """Compute the attention output and save what the backward pass needs.
+
         Args:
             query: [batch, heads, queries, size].
             key: [batch, key heads, keys, size].
-            value: as `key`.
+            value: same shape as `key`.
             masked: [batch or 1, 1, queries, keys], true where a query must not attend.
-            scale: factor of the scores.
+            scale: factor by which the scores are multiplied.
         """
         batch, groups, keys, size = key.shape
         rows = query.reshape(batch * groups, -1, size)
@@ -115,7 +122,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Apply the chain rule; for the softmax as in FlashAttention (Dao et al. 2022, appendix B.2)."""
+        """Apply the chain rule; the softmax gradient follows FlashAttention (Dao et al. 2022, appendix B.2)."""
         rows, key, value, weights, output = ctx.saved_tensors
         gradient = gradient.reshape(output.shape)
         for_value = torch.bmm(weights.transpose(1, 2), gradient)

@@ -1,11 +1,13 @@
-"""LoRA's linear layers as one step of autograd each, where PEFT's forward needs ten.
+"""LoRA linear layers as one autograd step each, where PEFT's forward needs ten.
 
-Under bf16 autocast PEFT casts a layer's input to the adapter's float32 and back, scales, adds and casts once more, and
-stores a tensor of each step for the backward pass. On a CPU these passes over memory take as long as the matrix
-products. Here the adapter's small weights are cast instead of the layer's large inputs, the update is added inside its
-matrix product, and layers with the same input store it once. Same formula; values are rounded to bf16 at other points.
+Under bf16 autocast, PEFT casts a layer's input to the adapter's float32 and back, scales, adds and casts
+once more, and stores a tensor of each step for the backward pass. On a CPU these passes over memory take
+as long as the matrix products. Here the adapter's small weights are cast instead of the layer's large
+inputs, the update is added inside its matrix product, and layers with the same input store it once. The
+formula is the same, but values are rounded to bf16 at different points.
 
-Supports only plain LoRA on `torch.nn.Linear`; every other layer uses PEFT's own forward. Imports torch and PEFT.
+Supports only plain LoRA on `torch.nn.Linear`; every other layer uses PEFT's own forward. Imports torch
+and PEFT.
 """
 
 from collections.abc import Callable
@@ -20,7 +22,7 @@ from torch.nn.functional import linear
 
 
 def fuse_lora(model: torch.nn.Module) -> int:
-    """Replace the forward of every plain LoRA layer in the model; return the number of such layers.
+    """Replace the forward of every plain LoRA layer in a model, and return the number of layers replaced.
 
     Weights and their names do not change, so checkpoints and merges are not affected.
     """
@@ -31,7 +33,9 @@ def fuse_lora(model: torch.nn.Module) -> int:
 
 
 def _forward(layer: Linear, original: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Compute a layer's output; each call checks the layer, as its adapter may be disabled, merged or exchanged."""
+    """Compute a layer's output. Each call checks the layer, because its adapter may be disabled, merged or
+    exchanged.
+    """
     if args or kwargs or not _is_plain(layer, x):
         return original(x, *args, **kwargs)
     (name,) = layer.active_adapters
@@ -42,7 +46,9 @@ def _forward(layer: Linear, original: Callable[..., Tensor], x: Tensor, *args: A
 
 
 def _is_plain(layer: Linear, x: Tensor) -> bool:
-    """Return whether this is W x + b + s B A x with a frozen W, no dropout, and only W's type from input to output."""
+    """Return whether a layer computes W x + b + s B A x with a frozen W, no dropout, and W's number type
+    throughout.
+    """
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return False
     name = layer.active_adapters[0]
@@ -57,22 +63,23 @@ def _is_plain(layer: Linear, x: Tensor) -> bool:
 
 
 class _LoraLinear(torch.autograd.Function):
-    """y = W x + b + s B A x; gradients for x, A and B.
+    """Computes y = W x + b + s B A x, with gradients for x, A and B.
 
-    The update s B A is added to the outputs, or, in float32 with many rows, to the weight, which is then the smaller
-    tensor. In 16 bits the update is never added to the weight: it is smaller than the spacing of numbers there, and
-    would be rounded away. The same happens, undetected, in float32 products that PyTorch computes with fewer bits
-    (`torch.set_float32_matmul_precision`).
+    The update s B A is added to the outputs, or, in float32 with many rows, to the weight, which is then the
+    smaller tensor. In 16 bits the update is never added to the weight: it is smaller than the spacing of
+    numbers there, and would be rounded away. The same happens, undetected, in float32 products that PyTorch
+    computes with fewer bits (`torch.set_float32_matmul_precision`).
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, high: Tensor, scaling: float
     ) -> Tensor:
-        """
+        """Compute the layer's output and save what the backward pass needs.
+
         Args:
             x: [..., in].
-            weight: [out, in], as `bias`, [out], without a gradient.
+            weight: [out, in]; like `bias`, which is [out], it gets no gradient.
             low: A, [rank, in].
             high: B, [out, rank].
         """
@@ -92,7 +99,8 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Apply the chain rule, with s multiplied into B.
 
-        The weight with its update is computed again: storing those of all layers needs as much memory as the model.
+        The updated weight is computed again, because storing it for every layer needs as much memory as the
+        model.
         """
         rows, inner, weight, low, high = ctx.saved_tensors
         gradient = gradient.reshape(-1, gradient.shape[-1])
@@ -110,8 +118,10 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def _fits_into_weight(number_type: torch.dtype, rows: int, width: int) -> bool:
-    """Return whether to add the update to the weight before a product with [rows, width]: exact enough and cheaper.
+    """Return whether adding the update to the weight before a product with [rows, width] is both exact enough
+    and cheaper.
 
-    The product is [rows, columns] and the weight, or its transpose, [width, columns]: the smaller one is updated.
+    The product is [rows, columns] and the weight, or its transpose, [width, columns]; the smaller of the two
+    is updated.
     """
     return number_type is torch.float32 and rows > width

@@ -1,1 +1,1 @@
-"""Examples in the form that a model trains on: token ids, packed rows, and their order."""
+"""Examples in the form on which a model trains: token ids, packed rows, and their order."""

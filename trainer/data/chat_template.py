@@ -1,11 +1,12 @@
-"""A chat example as token ids, with the positions of its answers.
+"""Converts a chat example to token ids, with the positions of its answers.
 
-The base model's own chat template is used, so that training, calibration and serving see the same text. In serving, the
-engine renders the prompt and the model continues it: so an answer is trained after the prompt that the engine renders
-for it, even if the template renders the complete conversation differently. If the prompt of a later answer repeats an
-earlier one differently, as Qwen3's does without the earlier thinking, the example becomes several rows. A template that
-makes the model think before the answer, or begin with any other text, is rejected, because examples with answers alone
-do not teach that. Knows nothing of batches or losses.
+The base model's own chat template is used, so that training, calibration and serving see the same text.
+In serving, the engine renders the prompt and the model continues it, so an answer is trained after the
+prompt that the engine renders for it, even if the template renders the complete conversation
+differently. If the prompt of a later answer repeats an earlier answer differently, as Qwen3's does by
+leaving out the earlier thinking, the example becomes several rows. A template that makes the model think
+before the answer, or begin with any other text, is rejected, because examples that contain only answers
+do not teach that. Independent of batches and losses.
 """
 
 import re
@@ -31,11 +32,13 @@ IGNORED = -100  # PyTorch's label for positions that are not scored
 _MAX_SHOWN = 60
 _MARK = "\u241f"  # Unicode's symbol for a separator; replaces an answer to find its position in the template's text
 _THINKS = re.compile(r"<\|?(start_)?think(ing)?\|?>\s*$", re.IGNORECASE)
-"""Matches a prompt that makes the model think first."""
+"""Matches a prompt that makes the model think before it answers."""
 
 
 def training_row(example: TokenizedExample) -> dict[str, list[int]]:
-    """Return the trainer's form of an example: labels are the ids of learnt answers, and -100 elsewhere."""
+    """Return an example as the trainer expects it: labels are the token ids of learnt answers, and -100
+    elsewhere.
+    """
     ids = list(example.input_ids)
     labels = [IGNORED] * len(ids)
     for start, end in example.learnt:
@@ -44,7 +47,7 @@ def training_row(example: TokenizedExample) -> dict[str, list[int]]:
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
-    """Load the tokenizer of a model folder, with its chat template. No code from the folder is run.
+    """Load the tokenizer of a model folder, including its chat template, without running code from the folder.
 
     Raises:
         BaseModelError: transformers cannot read the tokenizer, or it has no chat template.
@@ -58,7 +61,8 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
 
 
 def read_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
-    """Load the tokenizer of a model folder, which may have no chat template. No code from the folder is run.
+    """Load the tokenizer of a model folder that may have no chat template, without running code from the
+    folder.
 
     Raises:
         BaseModelError: transformers cannot read the tokenizer.
@@ -83,7 +87,8 @@ def read_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
 def stop_tokens(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> set[int]:
     """Return the ids of the tokens at which the engine stops an answer.
 
-    They are the tokenizer's end token and those of generation_config.json; without that file vLLM reads config.json.
+    They are the tokenizer's end token and those in generation_config.json, or in config.json if that file is
+    missing.
     """
     name = "generation_config.json" if (folder / "generation_config.json").is_file() else "config.json"
     configured = read_json_object(folder / name).get("eos_token_id")
@@ -94,13 +99,13 @@ def stop_tokens(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> set[int]:
 def check_ending(
     folder: Path, tokenizer: "PreTrainedTokenizerBase", stops: set[int], template_kwargs: TemplateKwargs
 ) -> None:
-    """Check that a client sees no text of the chat template after an answer.
+    """Check that no chat template text reaches the client after an answer.
 
-    The end of a turn may be ordinary text to the tokenizer, for example `<|im_end|>` to Llama 2's: the engine would not
-    stop there.
+    The tokenizer may treat the end of a turn as ordinary text, as Llama 2's does with `<|im_end|>`, and then
+    the engine would not stop there.
 
     Args:
-        folder: folder of the model, for the error.
+        folder: folder of the model, named in the error message.
         stops: ids of the tokens at which the engine stops.
 
     Raises:
@@ -133,17 +138,19 @@ def tokenize_turns(
     stops: set[int],
     template_kwargs: TemplateKwargs,
 ) -> list[list[TokenizedExample]]:
-    """Return the rows that teach each example's learnt answers.
+    """Tokenize examples into the rows that teach their learnt answers.
 
-    An example has one row if the template renders the turns before an answer the same way in every later prompt.
+    An example has one row if the template renders the turns before an answer the same way in every later
+    prompt.
 
     Args:
         stops: ids of the tokens that end an answer.
-        template_kwargs: arguments of the template, see svc.model_folder.chat_template.choose_template_kwargs.
+        template_kwargs: arguments of the template, see
+            svc.model_folder.chat_template.choose_template_kwargs.
 
     Raises:
-        DataError: the template rejects an example, as some do with a system turn, or the learnt text would differ from
-            the answer in serving.
+        DataError: the template rejects an example, as some do with a system turn, or the learnt text would
+            differ from the answer in serving.
     """
     conversations = _conversations(tokenizer, examples, stops, template_kwargs)
     return [conversation.rows(conversation.example.learnt) for conversation in conversations]
@@ -155,9 +162,9 @@ def tokenize_examples(
     stops: set[int],
     template_kwargs: TemplateKwargs,
 ) -> list[TokenizedExample]:
-    """Return each example's final answer after its prompt, for evaluation; see `tokenize_turns`.
+    """Return each example's final answer, tokenized after its prompt, for evaluation (see `tokenize_turns`).
 
-    It is tokenized as in training, and measured whatever the example's weights are.
+    It is tokenized as in training, and measured regardless of the example's weights.
     """
     conversations = _conversations(tokenizer, examples, stops, template_kwargs)
     return [conversation.rows([len(conversation.example.messages) - 1])[0] for conversation in conversations]
@@ -166,7 +173,9 @@ def tokenize_examples(
 def tokenize_turns_of(
     folder: Path, examples: Sequence[ChatExample], template_kwargs: TemplateKwargs
 ) -> list[list[TokenizedExample]]:
-    """Return examples tokenized for training from a model folder; see `load_tokenizer` and `tokenize_turns`."""
+    """Tokenize examples for training with a model folder's tokenizer; see `load_tokenizer` and
+    `tokenize_turns`.
+    """
     tokenizer = load_tokenizer(folder)
     return tokenize_turns(tokenizer, examples, stop_tokens(folder, tokenizer), template_kwargs)
 
@@ -174,17 +183,17 @@ def tokenize_turns_of(
 def tokenize_as_trained(
     folder: Path, examples: Sequence[ChatExample], template_kwargs: TemplateKwargs
 ) -> list[TokenizedExample]:
-    """Return final answers tokenized as in training; see `load_tokenizer` and `tokenize_examples`."""
+    """Tokenize final answers as in training; see `load_tokenizer` and `tokenize_examples`."""
     tokenizer = load_tokenizer(folder)
     return tokenize_examples(tokenizer, examples, stop_tokens(folder, tokenizer), template_kwargs)
 
 
 @dataclass(frozen=True, slots=True)
 class _Conversation:
-    """An example in the form of a base model's chat template.
+    """An example rendered with a base model's chat template.
 
     Attributes:
-        number: number of the example, for errors.
+        number: number of the example, for error messages.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -194,10 +203,10 @@ class _Conversation:
     number: int
 
     def rows(self, turns: Iterable[int]) -> list[TokenizedExample]:
-        """Return the token ids of these answers, each after the prompt that the engine renders for it.
+        """Return the token ids of the given answers, each after the prompt that the engine renders for it.
 
-        An answer joins the row before it if its prompt repeats that row. Every answer ends with an end token, even if
-        the template omits the token or puts text after it.
+        An answer is appended to the preceding row if its prompt repeats that row. Every answer ends with an end
+        token, even if the template omits the token or puts text after it.
         """
         from jinja2 import TemplateError
 
@@ -228,7 +237,7 @@ class _Conversation:
         return TokenizedExample(tuple(ids), ((start, len(ids)),))
 
     def _after_prompt(self, turn: int, prompt: str) -> str:
-        """Return the answer with its end, as the template renders them.
+        """Return an answer and its end, as the template renders them.
 
         Raises:
             DataError: the model would learn a different text.
@@ -284,7 +293,7 @@ class _Conversation:
         return learnt
 
     def text(self, turns: int, *, add_generation_prompt: bool = False) -> str:
-        """Return the text of the first turns, as the engine renders it."""
+        """Return the text of a conversation's first turns as the engine renders it."""
         arguments = self.example.templated(turns)
         text = self.tokenizer.apply_chat_template(
             **arguments, tokenize=False, add_generation_prompt=add_generation_prompt, **self.kwargs
@@ -292,7 +301,7 @@ class _Conversation:
         return str(text)
 
     def ids(self, text: str) -> list[int]:
-        """Return the token ids of a template's text, which contains its special tokens already."""
+        """Return the token ids of rendered template text, which already contains its special tokens."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
@@ -300,7 +309,7 @@ class _Conversation:
 def _conversations(
     tokenizer: "PreTrainedTokenizerBase", examples: Sequence[ChatExample], stops: set[int], kwargs: TemplateKwargs
 ) -> Iterator[_Conversation]:
-    """Yield the conversation of each example, and show the progress."""
+    """Yield each example's conversation and show the progress."""
     with counting("Tokenizing", len(examples)) as advance:
         for number, example in enumerate(examples, start=1):
             yield _Conversation(tokenizer, kwargs, stops, example, number)
@@ -308,7 +317,7 @@ def _conversations(
 
 
 def _squeezed(text: str) -> str:
-    """Return a text without white space."""
+    """Remove all whitespace from a text."""
     return "".join(text.split())
 
 

@@ -1,6 +1,6 @@
-"""Handling of examples that are longer than `train.max_length`, and the check that examples can be served.
+"""Handles examples longer than `train.max_length`, and checks that examples fit into the engine.
 
-Knows only token ids.
+Works on token ids only.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from trainer.recipe.sections import TooLong, Train
 
 
 def fit_length(examples: Sequence[Sequence[TokenizedExample]], train: Train) -> list[list[TokenizedExample]]:
-    """Return the training examples, with longer ones dropped or truncated to `train.max_length`; print their number.
+    """Drop or truncate training examples longer than `train.max_length`, and print how many there were.
 
     Args:
         examples: the rows of each example; an example is as long as its longest row.
@@ -54,17 +54,17 @@ def fit_length(examples: Sequence[Sequence[TokenizedExample]], train: Train) -> 
 
 
 def truncate(row: TokenizedExample, length: int) -> TokenizedExample:
-    """Return a row truncated to a length, with the answers that begin before it."""
+    """Truncate a row to the given length, keeping the answers that begin before it."""
     learnt = tuple((start, min(end, length)) for start, end in row.learnt if start < length)
     return replace(row, input_ids=row.input_ids[:length], learnt=learnt)
 
 
 def check_served_length(rows: Sequence[TokenizedExample], longest: int, what: str, *, room: int = 0) -> None:
-    """Raise if an example does not fit into the engine.
+    """Raise DataError if any example does not fit into the engine.
 
     Args:
-        longest: maximum number of tokens of a prompt with its answer in the engine.
-        what: kind of examples, for the error, such as `held-out`.
+        longest: maximum number of tokens in the engine for a prompt with its answer.
+        what: kind of examples, for the error message, such as `held-out`.
         room: number of tokens to allow for an answer, if more than the example's own answer has.
 
     Raises:

@@ -1,10 +1,11 @@
-"""The order of examples: batches of similar lengths in random order, which depends only on seed and epoch.
+"""Orders examples into batches of similar lengths, in a random order that depends only on seed and epoch.
 
-The order of batches is random because a task's losses depend on length: if batches went from long to short, the loss
-curve of a healthy run would rise or fall with them, and the last steps of an epoch would train only on short examples.
+The order of batches is random because a task's losses depend on length: if batches went from long to
+short, the loss curve of a healthy run would rise or fall with them, and the last steps of an epoch would
+train only on short examples.
 
-A sampler that draws from the process's random numbers cannot be resumed: the batches would differ from those of an
-uninterrupted run. Imports torch.
+A sampler that draws from the process's random numbers cannot be resumed, because the batches would
+differ from those of an uninterrupted run. Imports torch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,15 +15,15 @@ import torch
 from torch.utils.data import Sampler
 
 _MAX_WINDOW = 50
-"""Number of batches whose examples are sorted together by length."""
+"""Number of batches whose examples are sorted by length together."""
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """Sampler of the indices of examples.
+    """Samples example indices in batches of similar lengths.
 
     Args:
-        lengths: tokens of each example.
-        batch_size: number of examples of a step, which have similar lengths.
+        lengths: number of tokens in each example.
+        batch_size: number of examples per step, which have similar lengths.
         seed: seed of the run.
     """
 
@@ -33,7 +34,7 @@ class LengthGroupedSampler(Sampler[int]):
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch; the trainer's data loader calls this before each epoch."""
+        """Set the epoch. The trainer's data loader calls this before each epoch."""
         self._epoch = epoch
 
     def __len__(self) -> int:

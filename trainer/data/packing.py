@@ -1,7 +1,7 @@
-"""Packing: several examples in one row, so that short ones fill the maximum length of a row.
+"""Packing: several examples in one row, so that short examples fill a row's maximum length.
 
-Positions start again with each example. From them transformers derives an attention mask between examples, so that each
-example is learnt as in a row of its own. Imports torch and TRL.
+Positions start again with each example. From them, transformers derives an attention mask between
+examples, so that each example is learnt as if in a row of its own. Imports torch and TRL.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def refuse_recurrent(config: "PreTrainedConfig") -> None:
-    """Reject models with a recurrent state, which the attention mask between packed examples does not separate.
+    """Reject models with recurrent state, which the attention mask between packed examples does not separate.
 
     Raises:
         RecipeError: the model has recurrent layers.
@@ -37,11 +37,12 @@ def refuse_recurrent(config: "PreTrainedConfig") -> None:
 
 
 def pack(rows: "Dataset", max_length: int) -> "Dataset":
-    """Return examples packed into few rows by best-fit decreasing; `seq_lengths` are the lengths of a row's examples.
+    """Pack examples into few rows by best-fit decreasing; `seq_lengths` gives the lengths of each row's
+    examples.
 
     Args:
         rows: `input_ids` and `labels`, none longer than `max_length`.
-        max_length: tokens of a row.
+        max_length: number of tokens per row.
     """
     return pack_dataset(
         rows, max_length, strategy="bfd", map_kwargs={"batch_size": None, "load_from_cache_file": False}
@@ -49,7 +50,7 @@ def pack(rows: "Dataset", max_length: int) -> "Dataset":
 
 
 def collate_packed(rows: Sequence[dict[str, Any]], pad_token: int) -> dict[str, Tensor]:
-    """Return a batch of packed rows, padded on the right; a row without `seq_lengths` is one example.
+    """Collate packed rows into a batch, padded on the right. A row without `seq_lengths` is a single example.
 
     Returns:
         input_ids, labels, position_ids, attention_mask: [rows, longest row].

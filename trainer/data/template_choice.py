@@ -1,7 +1,8 @@
-"""Texts of the chat templates that a recipe can choose by name, and of those in a user's own file.
+"""The chat templates that a recipe can choose by name or from a user's own file.
 
-They consist of ordinary text and of the tokenizer's own begin and end token, so they work with every tokenizer and
-without new rows in the embedding. Every answer ends with the end token, at which the engine stops.
+They consist of ordinary text and the tokenizer's own begin and end tokens, so they work with every
+tokenizer and without new embedding rows. Every answer ends with the end token, at which the engine
+stops.
 """
 
 from pathlib import Path
@@ -70,8 +71,8 @@ def template_text(chosen: NamedTemplate | Path, folder: Path) -> str:
 
     Args:
         chosen: a name, or the path of a file.
-        folder: folder of the base model. A named template begins with the begin token if the base's tokenizer puts it
-            before every text, because the base was trained with it.
+        folder: folder of the base model. A named template begins with the begin token if the base's
+            tokenizer puts it before every text, because the base was trained with it.
 
     Raises:
         BaseModelError: the file cannot be read, or the base's tokenizer has no end token.

@@ -1,7 +1,8 @@
-"""Check that a tokenizer's ids have rows in the model's embedding.
+"""Checks that a tokenizer's ids have rows in the model's embedding.
 
-Published tokenizers may have more ids than the model has rows: Gemma 3 1B's has one for images. This is harmless
-unless such an id is used, which is an index error in the middle of training, quantizing or serving.
+Published tokenizers may have more ids than the model has rows: Gemma 3 1B's has one for images. This is
+harmless unless such an id is used, which causes an index error in the middle of training, quantizing or
+serving.
 """
 
 from collections.abc import Collection, Sequence
@@ -18,10 +19,11 @@ if TYPE_CHECKING:
 def check_tokenizer(
     folder: Path, tokenizer: "PreTrainedTokenizerBase", stops: Collection[int], embedding_rows: int
 ) -> None:
-    """Check the ids that ordinary text may contain, and those of the special tokens that libraries add.
+    """Check that ids that may occur in ordinary text, or in special tokens added by libraries, have embedding
+    rows.
 
     Args:
-        folder: folder of the model, for the error.
+        folder: folder of the model, named in the error message.
         stops: ids of the tokens that end an answer.
         embedding_rows: number of rows of the model's embedding.
 
@@ -55,14 +57,14 @@ def check_tokenizer(
 
 
 def check_ids(examples: Sequence[Sequence[TokenizedExample]], embedding_rows: int, what: str) -> None:
-    """Check the ids of examples, which may contain special tokens that other texts lack.
+    """Check that all token ids of examples have embedding rows. Examples may contain rare special tokens.
 
     Args:
         examples: the rows of each example.
-        what: kind of examples, for the error, such as `training`.
+        what: kind of examples, for the error message, such as `training`.
 
     Raises:
-        DataError: names the first example with an id that has no row.
+        DataError: names the first example with an id that has no embedding row.
     """
     for number, rows in enumerate(examples, start=1):
         if (largest := max(max(row.input_ids) for row in rows)) >= embedding_rows:

@@ -1,1 +1,1 @@
-"""Diagnoses a training run from its measurements: finds faults and explains them."""
+"""Diagnosis of a training run: finds faults in its measurements and explains them."""

@@ -1,4 +1,6 @@
-"""Rules on the curve of the training loss: divergence, a learning rate too high or too low, underfitting."""
+"""Rules on the training loss curve, for divergence, a learning rate that is too high or too low, and
+underfitting.
+"""
 
 import math
 from itertools import accumulate
@@ -9,21 +11,24 @@ from trainer.diagnosis.training_run import TrainingRun
 from trainer.diagnosis.window import Window, start_of, taken, width, window_of, windows
 
 SURE = 3.0
-"""Standard errors above which a difference between windows is not chance. Many pairs of windows are compared, so a
-difference must be large as well."""
+"""Number of standard errors above which a difference between windows is not chance. Because many pairs of
+windows are compared, a difference must also be large."""
 ABOVE_START = 0.1
-"""Minimum rise as a share of the loss before the first step; a smaller one is not worth another run."""
+"""Minimum rise of the loss, as a share of the loss before the first step. A smaller rise is not worth
+another run."""
 GIVEN_BACK = 0.25
-"""Minimum rise as a share of the fall so far: hard batches alone cause smaller rises."""
+"""Minimum rise of the loss, as a share of its fall so far. Hard batches alone cause smaller rises."""
 UNFINISHED_SHARE, HELDOUT_SHARE = 0.2, 0.12
-"""Shares of the total fall of the training loss, and of held-out loss, above which the fall in the last third of the
-learning counts as unfinished. A loss that approaches its limit exponentially, with a share of 0.2 in that third, is
-three quarters of the way to the limit."""
+"""Shares of the total fall of the training loss and of the held-out loss above which the fall in the last
+third of the learning counts as unfinished. A loss that approaches its limit exponentially, with a share
+of 0.2 in that third, is three quarters of the way to the limit."""
 LATE_SURE = 2.0
-"""Minimum late fall in standard errors: of held-out loss over the same examples, if measured, else of the training
-loss. Only one comparison is made, so fewer are enough than for pairs of windows."""
+"""Minimum late fall of the loss in standard errors: of the held-out loss over the same examples, if
+measured, or else of the training loss. Because only one comparison is made, fewer are enough than for
+pairs of windows."""
 USUAL_TIMES = 3.0
-"""Multiple of the usual rate at which the rate counts as the cause: neighbouring rates of a sweep differ by this."""
+"""Multiple of the usual learning rate at which the rate counts as the cause of a finding. Neighbouring
+rates of a sweep differ by this factor."""
 
 
 def find_divergence(run: TrainingRun) -> Finding | None:
@@ -45,7 +50,9 @@ def find_divergence(run: TrainingRun) -> Finding | None:
 
 
 def find_high_rate(run: TrainingRun) -> Finding | None:
-    """Return a finding if the loss jumps up while falling: above the starting loss, or far above an earlier value."""
+    """Return a finding if the loss jumps up while falling, either above the starting loss or far above an
+    earlier value.
+    """
     parts = windows(run.curve)
     if not parts or find_divergence(run):
         return None
@@ -65,7 +72,9 @@ def find_high_rate(run: TrainingRun) -> Finding | None:
 
 
 def find_low_rate(run: TrainingRun) -> Finding | None:
-    """Return a finding if the loss was still falling at the end, or hardly fell, at a rate far below the usual one."""
+    """Return a finding if the loss hardly fell or was still falling at the end, at a rate far below the usual
+    one.
+    """
     if run.learning_rate * USUAL_TIMES > run.usual_learning_rate:
         return None
     parts = windows(run.curve)
@@ -86,7 +95,7 @@ def find_low_rate(run: TrainingRun) -> Finding | None:
 
 
 def find_underfitting(run: TrainingRun) -> Finding | None:
-    """Return a finding if the loss was still falling at the end, at a usual rate."""
+    """Return a finding if the loss was still falling at the end with a usual learning rate."""
     if run.learning_rate * USUAL_TIMES <= run.usual_learning_rate or not (ends := _unfinished(run)):
         return None
     first, two_thirds, last = ends
@@ -101,7 +110,7 @@ def find_underfitting(run: TrainingRun) -> Finding | None:
 
 
 def not_learnt(run: TrainingRun, what: str, rule: str) -> Finding:
-    """Return a finding of too few steps, or of a high learning rate if the rate is far above the default."""
+    """Return a finding of too few steps, or of too high a learning rate if the rate is far above the default."""
     train = run.recipe.train
     if run.learning_rate >= USUAL_TIMES * run.usual_learning_rate:
         return Finding(
@@ -118,9 +127,11 @@ def not_learnt(run: TrainingRun, what: str, rule: str) -> Finding:
 
 
 def late_windows(run: TrainingRun) -> tuple[Window, Window, Window] | None:
-    """Return the windows at the start, after two thirds of the learning, and at the end; None if the run is too short.
+    """Return the windows at the start, at two thirds of the learning, and at the end, or None if the run is too
+    short.
 
-    Learning is measured as the sum of learning rates, not of steps: a rate that falls to 0 slows every run down.
+    Learning is measured as the sum of learning rates, not of steps, because a rate that falls to 0 slows
+    every run down.
     """
     steps = taken(run.curve)
     if not windows(run.curve):
@@ -135,7 +146,7 @@ def late_windows(run: TrainingRun) -> tuple[Window, Window, Window] | None:
 
 
 def _unfinished(run: TrainingRun) -> tuple[Window, Window, Window] | None:
-    """Return the late windows if too much of the fall was after the second one; else None."""
+    """Return the late windows if too much of the loss's fall came after the second window, or else None."""
     parts = late_windows(run)
     if not parts or find_high_rate(run):  # a loss that was thrown off falls while it recovers
         return None
@@ -150,7 +161,9 @@ def _unfinished(run: TrainingRun) -> tuple[Window, Window, Window] | None:
 
 
 def _late_heldout(run: TrainingRun, step: int) -> bool | None:
-    """Return whether much of the fall of held-out loss came after a step; None if not measured before and after."""
+    """Return whether much of the held-out loss's fall came after a step, or None without measurements before
+    and after it.
+    """
     points = [point for point in run.curve if len(point.heldout_each) > 1]
     measured = [point for point in points if len(point.heldout_each) == len(points[-1].heldout_each)]
     before = [point for point in measured if point.step <= step]
@@ -162,18 +175,18 @@ def _late_heldout(run: TrainingRun, step: int) -> bool | None:
 
 
 def _pairs(parts: list[Window]) -> list[tuple[Window, Window]]:
-    """Return each window with the lowest window up to it."""
+    """Pair each window with the lowest window up to that point."""
     return [(min(parts[: index + 1], key=lambda part: part.mean), window) for index, window in enumerate(parts)]
 
 
 def _is_above(window: Window, other: Window, least: float) -> bool:
-    """Return whether a window's mean exceeds another's by more than `least`, and beyond chance."""
+    """Return whether a window's mean exceeds another's by more than `least`, beyond chance."""
     difference, error = window.above(other)
     return difference > max(SURE * error, least)
 
 
 def _slower(run: TrainingRun) -> Advice:
-    """Return the same advice as for a run that was stopped for divergence: trainer.callbacks.divergence."""
+    """Return the same advice as for a run that was stopped for divergence (trainer.callbacks.divergence)."""
     return _other_rate(run, f"{run.learning_rate / 3:.1g}")
 
 

@@ -1,4 +1,6 @@
-"""Applies all rules to a run: pure functions of its measurements, so that a run always has the same diagnosis."""
+"""Applies all diagnosis rules to a run. The rules are pure functions of its measurements, so that the
+diagnosis of a run is always the same.
+"""
 
 from svc.evaluation.finding import Advice, Finding, FindingKind
 from trainer.diagnosis.curve_rules import (
@@ -17,12 +19,13 @@ from trainer.diagnosis.label_rules import find_label_noise
 from trainer.diagnosis.training_run import TrainingRun
 
 FORGOTTEN = 0.02
-"""Minimum loss of a score between 0 and 1; a smaller loss is not worth another run."""
+"""Smallest score loss that counts as forgetting, for scores between 0 and 1. A smaller loss is not worth
+another run."""
 _RULES = (find_divergence, find_high_rate, find_low_rate, find_overfitting, find_too_little_data)
 
 
 def diagnose(run: TrainingRun) -> tuple[Finding, ...]:
-    """Return the findings on a run; none for a healthy one."""
+    """Return the findings on a training run; a healthy run has none."""
     findings = [finding for rule in _RULES if (finding := rule(run))]
     # The loss of memorized examples still falls, and each other fault makes a model unsure, or overconfident.
     for rule in (find_underfitting, find_label_noise):

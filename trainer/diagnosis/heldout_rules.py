@@ -1,4 +1,6 @@
-"""Rules on the held-out set: overfitting, too little data, a held-out set that is too small, and cut answers."""
+"""Rules on the held-out set, for overfitting, too little data, too small a held-out set, and cut-off
+answers.
+"""
 
 import math
 from statistics import fmean, stdev
@@ -10,25 +12,30 @@ from trainer.diagnosis.window import measured_points, start_of, taken, width, wi
 from trainer.recipe.sections import Train
 
 FALSE_ALARMS = 0.05
-"""Share of healthy runs in which the paired test alone may find a rise; divided among the measurements."""
+"""Share of healthy runs in which the paired test alone may find a rise in held-out loss, divided among the
+measurements."""
 RISE = 0.1
-"""Minimum rise as a share of the lowest held-out loss: a smaller one is not worth another run."""
+"""Minimum rise of the held-out loss, as a share of its lowest value. A smaller rise is not worth another
+run."""
 FEW_EXAMPLES = 50
-"""OpenAI's guide to fine-tuning sees clear improvements from 50 to 100 examples on."""
+"""Number of examples below which a data set is small: OpenAI's fine-tuning guide sees clear improvements
+from 50 to 100 examples."""
 MANY_EXAMPLES = 1000
 GAP, GAP_OF_MANY_EPOCHS, MANY_EPOCHS = 2.0, 1.5, 10
-"""Ratio of held-out to training loss above which a model has memorized its examples. The second applies from
-MANY_EPOCHS on: a model that has seen an example ten times has memorized it, so a smaller gap is enough. Of 20 runs of
-20 epochs on 60 examples 16 were found by the first and 18 by the second (benchmarks.diagnosis, seeds 3000 to 3019)."""
+"""Ratio of held-out to training loss above which a model has memorized its examples. The second applies
+from MANY_EPOCHS on: a model that has seen an example ten times has memorized it, so a smaller gap is
+enough. Of 20 runs of 20 epochs on 60 examples, the first ratio found 16 and the second 18
+(benchmarks.diagnosis, seeds 3000 to 3019)."""
 WIDEST = 0.2
-"""Maximum width of the interval of exact match: with a wider one, a version that is ten points worse looks the same."""
+"""Maximum width of the exact-match interval. With a wider interval, a version that is ten points worse
+looks the same."""
 
 CUT_OFF = 0.02
-"""Share of answers that were cut off at their limit: a smaller share barely changes the metrics."""
+"""Share of answers cut off at their token limit. A smaller share barely changes the metrics."""
 
 
 def find_overfitting(run: TrainingRun) -> Finding | None:
-    """Return a finding if held-out loss rose after its lowest point while the training loss continued to fall."""
+    """Return a finding if held-out loss rose after its lowest point while the training loss kept falling."""
     measured = measured_points(run.curve)
     if run.recipe.stopping.keep_best or len(measured) < 2:
         return None
@@ -53,7 +60,7 @@ def find_overfitting(run: TrainingRun) -> Finding | None:
 
 
 def find_too_little_data(run: TrainingRun) -> Finding | None:
-    """Return a finding if there are very few examples, or few examples that the model has memorized."""
+    """Return a finding if there are very few training examples, or few that the model has memorized."""
     limit, count = run.recipe.data.limit, run.train_examples
     if count < FEW_EXAMPLES:
         what = f"{count} training examples"
@@ -81,7 +88,7 @@ def find_too_little_data(run: TrainingRun) -> Finding | None:
 
 
 def find_small_heldout(run: TrainingRun) -> Finding | None:
-    """Return a finding if the figures are too uncertain to compare versions."""
+    """Return a finding if the held-out metrics are too uncertain to compare versions."""
     if run.evaluation is None:
         return None
     match, asked, data = run.evaluation.exact_match, run.evaluation.examples, run.recipe.data
@@ -141,7 +148,7 @@ def _critical(examples: int, comparisons: int) -> float:
 
 
 def _fell_between(run: TrainingRun, lowest: TrainingPoint, last: TrainingPoint) -> bool:
-    """Return whether the training loss fell after the lowest point, to a value below that of the base."""
+    """Return whether the training loss fell after the lowest point, to a value below that of the base model."""
     steps = taken(run.curve)
     size = width(len(steps))
     until = [point for point in steps if point.step <= max(lowest.step, size)][-size:]
@@ -164,10 +171,11 @@ def _least_gap(run: TrainingRun) -> float:
 
 
 def _gap(run: TrainingRun) -> tuple[float, float] | None:
-    """Return the training loss at the end and a lower bound of held-out loss, in nats per token; None in epoch 1.
+    """Return the final training loss and a lower bound of the held-out loss, in nats per token, or None in
+    epoch 1.
 
-    The training loss of an example's first pass is a held-out loss. If other answers than the final ones are learnt,
-    the two are not comparable.
+    The training loss of an example's first pass is a held-out loss. If answers other than the final ones are
+    learnt, the two losses are not comparable.
     """
     parts = windows(run.curve)
     if not parts or run.curve[-1].epoch <= 1.0 or not run.learns_final_answers:

@@ -1,4 +1,4 @@
-"""Rules that detect wrong labels, and labels that were not learnt."""
+"""Rules that detect wrong labels and labels that were not learnt."""
 
 import math
 from collections import Counter
@@ -13,35 +13,41 @@ from trainer.diagnosis.training_run import TrainingRun
 from trainer.diagnosis.window import FEW_STEPS, measured_points, taken
 
 MAX_LABELS = 50
-"""Number of different answers above which a task does not count as labelling; the same as in `svc data check`."""
+"""Number of different answers above which a task does not count as labelling, as in `svc data check`."""
 MIN_ASKED = 60
 """Minimum number of held-out examples, so that a third of them is at least twenty."""
 WRONG = 0.06
-"""Share of wrong answers in the surest third. On the section task 2 to 4 % are wrong there, and 25 to 35 % in all."""
+"""Share of wrong answers in the surest third of examples. On the section task, 2 to 4% are wrong there, and
+25 to 35% overall."""
 LEARNT, SURE = 0.7, 0.88
-"""Mean probability of the surest third, and of the surest sixth. A model below the first has not learnt its task. With
-right labels some examples are easy, and the model's probability for them is above the second: 0.96 on the section task.
-Randomly drawn wrong labels affect easy examples too, and a model that has learnt their share is as unsure."""
+"""Mean probability of the surest third of answers, and of the surest sixth. A model below the first value
+has not learnt its task. With right labels some examples are easy, and the model's probability for them
+is above the second value: 0.96 on the section task. Randomly drawn wrong labels affect easy examples
+too, and a model that has learnt their share is as unsure."""
 STILL_LEARNING = 0.3
-"""Fall of the training loss in the last third of the learning, as a share of its level at the end, above which a model
-is still learning. Such a model is unsure of right labels too. Label noise was found in 5 of 300 healthy runs without
-this limit and in 1 with it, and in 19 and 15 of 60 runs with a fifth of wrong labels (seeds from 3000)."""
+"""Fall of the training loss in the last third of the learning, as a share of its final level, above which a
+model is still learning. Such a model is also unsure of right labels. Label noise was found in 5 of 300
+healthy runs without this limit and in 1 with it, and in 19 and 15 of 60 runs with a fifth of wrong
+labels (seeds from 3000)."""
 CONTRADICTED = 0.02
 GAINED = 0.05
-"""Share of the entropy of the labels that the prompts explain: below it, the model has learnt only how frequent each
-label is."""
+"""Minimum share of the label entropy that the prompts must explain. Below it, the model has learnt only how
+frequent each label is."""
 HARDLY_GAINED, STILL_FALLING, LATE_SURE = 0.15, 0.15, 1.5
-"""The same share for a model that has hardly started to learn, and the fall of the training loss in the last third of
-the learning above which more steps would help: as a share of its level at the end, and in standard errors. With labels
-that nothing explains, the loss falls by 7 % at most (docs/diagnosis.md)."""
+"""Thresholds for a model that has hardly started to learn: the explained share of the label entropy, and
+the fall of the training loss in the last third of the learning above which more steps would help, as a
+share of its final level and in standard errors. With labels that nothing explains, the loss falls by 7%
+at most (docs/diagnosis.md)."""
 PARTLY_GAINED, HELDOUT_FALLING, HELDOUT_SURE = 0.5, 0.05, 2.0
-"""The same share for a model that has learnt a part in a short run, and the fall of held-out loss in the second half of
-the steps above which more steps would help: as a share of its level at the end, and in standard errors over the same
-examples."""
+"""Thresholds for a model that has learnt a part in a short run: the explained share of the label entropy,
+and the fall of the held-out loss in the second half of the steps above which more steps would help, as a
+share of its final level and in standard errors over the same examples."""
 
 
 def find_label_noise(run: TrainingRun) -> Finding | None:
-    """Return a finding if the model's surest answers often differ from the reference, or examples are contradictory."""
+    """Return a finding if the model's surest answers often differ from the reference, or if examples contradict
+    each other.
+    """
     if not _are_labels(run.answers):
         return None
     if run.train_examples and run.contradictions / run.train_examples > CONTRADICTED:
@@ -66,7 +72,9 @@ def find_label_noise(run: TrainingRun) -> Finding | None:
 
 
 def _find_unlearnt(run: TrainingRun) -> Finding | None:
-    """Return a finding if labels were not learnt, with the cause: a high learning rate, too few steps, wrong labels."""
+    """Return a finding if labels were not learnt, with the cause: a high learning rate, too few steps or wrong
+    labels.
+    """
     counts, asked = Counter(run.answers), len(run.answers)
     surprise = [-math.log(counts[answer] / asked) for answer in run.answers]
     gain = [known - result.nll * result.scored for known, result in zip(surprise, run.results, strict=True)]
@@ -100,9 +108,10 @@ def _find_unlearnt(run: TrainingRun) -> Finding | None:
 
 
 def _still_falls(run: TrainingRun) -> bool:
-    """Return whether held-out loss fell in the second half of the steps, or if not measured, the training loss.
+    """Return whether held-out loss (or training loss, if not measured) was falling in the second half of the
+    steps.
 
-    The training loss is only the second choice, because memorizing lowers it as well.
+    The training loss is only a fallback, because memorizing lowers it as well.
     """
     measured = measured_points(run.curve)
     middle = [point for point in measured if 0 < 2 * point.step <= measured[-1].step + 1]
@@ -115,10 +124,10 @@ def _still_falls(run: TrainingRun) -> bool:
 
 
 def _falls_late(run: TrainingRun, share: float, errors: float = 0.0) -> bool:
-    """Return whether the training loss fell in the last third of the learning.
+    """Return whether the training loss was still falling in the last third of the learning.
 
     Args:
-        share: minimum fall, as a share of the level at the end.
+        share: minimum fall, as a share of the final level.
         errors: minimum fall in standard errors.
     """
     if not (parts := late_windows(run)):
@@ -129,7 +138,7 @@ def _falls_late(run: TrainingRun, share: float, errors: float = 0.0) -> bool:
 
 
 def probability(result: ExampleResult) -> float:
-    """Return the probability of the model's complete answer; 0 for an empty one."""
+    """Return the probability of the model's complete answer, or 0 for an empty answer."""
     return 0.0 if result.logprob is None else math.exp(result.logprob * result.tokens)
 
 

@@ -1,4 +1,4 @@
-"""The recipe and the measurements of a training run that a diagnosis reads."""
+"""The recipe and measurements of a training run, as input to its diagnosis."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,20 +12,21 @@ from trainer.recipe.sections import Recipe
 
 @dataclass(frozen=True, slots=True)
 class TrainingRun:
-    """Recipe and measurements of one run.
+    """Recipe and measurements of one training run.
 
     Attributes:
         recipe: the run's recipe; findings may recommend changes to its values.
-        usual_learning_rate: default learning rate of the method and base.
-        curve: every step.
+        usual_learning_rate: default learning rate for the method and base.
+        curve: a point for every step.
         train_examples: number of training examples.
         contradictions: number of training examples whose prompt also occurs with a different answer.
-        answers: the reference answers of `results`; of all held-out examples if none were evaluated.
-        learns_final_answers: whether the training loss is that of final answers only, as held-out loss is.
-        evaluation: evaluation of the trained model; None if it was not served.
-        cut_off: by format, the share of held-out answers that were cut off at their limit.
+        answers: the reference answers of `results`, or of all held-out examples if none were evaluated.
+        learns_final_answers: whether the training loss covers final answers only, as held-out loss does.
+        evaluation: evaluation of the trained model, or None if it was not served.
+        cut_off: share of held-out answers cut off at their token limit, keyed by format.
         results: the trained model's result on each held-out example.
-        general_change: the score on general tasks after training minus the one before; None if not measured.
+        general_change: the score on general tasks after training minus the score before, or None if not
+            measured.
     """
 
     recipe: Recipe
@@ -42,5 +43,5 @@ class TrainingRun:
 
     @property
     def learning_rate(self) -> float:
-        """Peak learning rate."""
+        """Peak learning rate of the run."""
         return self.recipe.train.learning_rate or self.usual_learning_rate

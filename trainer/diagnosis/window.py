@@ -1,4 +1,4 @@
-"""Means over consecutive steps with their errors, because one batch's loss says little."""
+"""Mean losses over consecutive steps, with standard errors, because a single batch's loss says little."""
 
 import math
 from collections.abc import Sequence
@@ -8,20 +8,20 @@ from statistics import fmean, stdev
 from svc.evaluation.training_curve import TrainingPoint
 
 MIN_STEPS = 20
-"""Minimum number of steps; a shorter run's curve shows nothing."""
+"""Minimum number of steps for reading a loss curve. The curve of a shorter run shows nothing."""
 FEW_STEPS = 50
-"""A run of fewer steps is short: its labels may be unknown only because of that, and its held-out loss is measured on
-more examples."""
+"""Number of steps below which a run is short. Its labels may be unlearnt only because of that, and its
+held-out loss is measured on more examples."""
 MIN_MEASURED = 8
-"""Minimum number of held-out examples; fewer are not representative."""
+"""Minimum number of held-out examples. Fewer are not representative."""
 _MIN_WIDTH, _SHARE = 5, 10  # steps, and the divisor of the run's steps
 _FIRST = 2
-"""Number of first steps whose loss shows no learning yet: the learning rate still rises."""
+"""Number of first steps whose loss shows no learning yet, because the learning rate is still rising."""
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Mean loss of consecutive steps.
+    """Mean loss over consecutive steps.
 
     Attributes:
         step: the last step.
@@ -34,34 +34,36 @@ class Window:
     error: float
 
     def above(self, other: "Window") -> tuple[float, float]:
-        """Return this mean minus another window's, and the difference's standard error."""
+        """Return this window's mean minus another's, and the standard error of the difference."""
         return self.mean - other.mean, math.hypot(self.error, other.error)
 
 
 def window_of(points: Sequence[TrainingPoint]) -> Window:
-    """Return the window of these steps, of which there must be at least two."""
+    """Return the window over the given steps, of which there must be at least two."""
     losses = [point.loss for point in points if point.loss is not None]
     return Window(points[-1].step, fmean(losses), stdev(losses) / math.sqrt(len(losses)))
 
 
 def taken(curve: Sequence[TrainingPoint]) -> list[TrainingPoint]:
-    """Return the points that are steps, without the measurement before the first step."""
+    """Return the points of actual steps, without the measurement before the first step."""
     return [point for point in curve if point.loss is not None]
 
 
 def measured_points(curve: Sequence[TrainingPoint]) -> list[TrainingPoint]:
-    """Return the points with held-out losses of enough examples, the same in all points."""
+    """Return the points whose held-out loss was measured on enough examples, provided that all use the same
+    examples.
+    """
     points = [point for point in curve if len(point.heldout_each) >= MIN_MEASURED]
     return [point for point in points if len(point.heldout_each) == len(points[-1].heldout_each)]
 
 
 def width(steps: int) -> int:
-    """Return the number of steps of a window in a run of this many steps."""
+    """Return the window size, in steps, for a run of the given length."""
     return max(_MIN_WIDTH, steps // _SHARE)
 
 
 def windows(curve: Sequence[TrainingPoint]) -> list[Window]:
-    """Return the run in windows of a tenth of its steps, aligned to its end; empty if the run is too short."""
+    """Split the run into windows of a tenth of its steps, aligned to its end. Empty if the run is too short."""
     steps = taken(curve)
     if len(steps) < MIN_STEPS:
         return []
@@ -71,7 +73,8 @@ def windows(curve: Sequence[TrainingPoint]) -> list[Window]:
 
 
 def start_of(curve: Sequence[TrainingPoint]) -> Window:
-    """Return the loss before training: of the first steps, or on held-out examples, whichever is higher.
+    """Return the loss before training: that of the first steps or that on held-out examples, whichever is
+    higher.
 
     The higher value is used because a held-out set may be harder or easier than the training examples.
     """

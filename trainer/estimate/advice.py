@@ -1,8 +1,8 @@
-"""Advice for a recipe that does not fit: the fewest changed keys, the cheapest changes first.
+"""Advice for a recipe that does not fit: change as few keys as possible, with the cheapest changes first.
 
-Each proposal is estimated with all its changes, so it is as accurate as the estimate. First come changes without effect
-on the result (smaller batches with more accumulation, checkpointing), then rounding of the optimizer's moments, then
-another method, and last changes that reduce what is learnt.
+Each proposal is estimated with all of its changes, so it is as accurate as the estimate. Changes that do
+not affect the result come first (smaller batches with more accumulation, checkpointing), then rounding
+of the optimizer's moments, then another method, and last, changes that reduce what is learnt.
 """
 
 import json
@@ -21,7 +21,7 @@ Changes = dict[str, Any]
 
 
 def advise(recipe: Recipe, shape: ModelShape, workload: Workload, device: ComputeDevice) -> dict[str, Any] | None:
-    """Return keys and values with which the recipe fits; empty if it fits unchanged, None if no change helps."""
+    """Return changes to a recipe that make it fit. Empty if it fits unchanged, or None if no change helps."""
 
     def fits(changes: Changes) -> bool:
         changed = recipe.changed(changes)
@@ -43,7 +43,7 @@ def advise(recipe: Recipe, shape: ModelShape, workload: Workload, device: Comput
 
 
 def _steps(recipe: Recipe, device: ComputeDevice) -> Iterator[Changes]:
-    """Yield changes, cheapest first; each applies in addition to the earlier ones."""
+    """Yield recipe changes, cheapest first. Each change applies in addition to the earlier ones."""
     yield {}
     asked = recipe.train.gradient_checkpointing
     if asked is False or (asked is None and device.cpu):
@@ -65,7 +65,9 @@ def _steps(recipe: Recipe, device: ComputeDevice) -> Iterator[Changes]:
 
 
 def _sizes(train: Train) -> list[int]:
-    """Return the batch sizes that divide the recipe's, so that the number of steps stays the same; largest first."""
+    """Return the divisors of the recipe's batch size, largest first, so that the number of steps stays the
+    same.
+    """
     size = train.batch_size
     return [divisor for divisor in range(size, 0, -1) if size % divisor == 0]
 
@@ -78,7 +80,7 @@ def _batch(train: Train, size: int) -> Changes:
 
 
 def as_text(changes: Changes) -> str:
-    """Return changes as text for `--set` and for messages."""
+    """Format recipe changes for `--set` and for messages."""
     return ", ".join(
         f"{key}={json.dumps(value) if not isinstance(value, str) else value}" for key, value in changes.items()
     )

@@ -1,8 +1,8 @@
 """The batches of a training run, which determine its memory and time.
 
-They are the trainer's own batches, with the examples' real lengths: padding, grouping by length and shared prompts are
-counted as in training. Without the base's tokenizer, texts are cut into pieces of 4.2 characters, the average token of
-English text; other languages and code need more tokens.
+They are the trainer's own batches with the real lengths of the examples: padding, grouping by length and
+shared prompts are counted as in training. Without the base's tokenizer, texts are cut into pieces of 4.2
+characters, the average length of a token in English text; other languages and code need more tokens.
 """
 
 import math
@@ -27,7 +27,7 @@ CHARACTERS_A_TOKEN = 4.2
 _TURN = 5
 """Number of tokens that a chat template adds to each turn."""
 _MAX_EXAMPLES = 1000
-"""Number of examples to measure; a larger data set is sampled."""
+"""Maximum number of examples to measure. A larger data set is sampled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +36,9 @@ class Batch:
 
     Attributes:
         rows: number of examples.
-        length: tokens of the longest example.
-        shared: tokens of the prefix that all examples share, which is computed once.
-        answers: tokens that are learnt.
+        length: number of tokens in the longest example.
+        shared: number of tokens in the prefix that all examples share, which is computed once.
+        answers: number of tokens that are learnt.
     """
 
     rows: int
@@ -48,28 +48,29 @@ class Batch:
 
     @property
     def computed(self) -> int:
-        """Number of tokens that the model computes."""
+        """Number of tokens for which the model computes."""
         return self.shared + self.rows * (self.length - self.shared)
 
     def resized(self, rows: int) -> "Batch":
-        """Return the batch with another number of examples, for its memory."""
+        """Return the batch with a different number of examples, for estimating its memory."""
         answers = math.ceil(self.answers * rows / self.rows)
         return Batch(rows, self.length, self.shared if rows > 1 else 0, answers)
 
     def shortened(self, longest: int) -> "Batch":
-        """Return the batch cut to a length, for its memory."""
+        """Return the batch truncated to the given length, for estimating its memory."""
         length = min(self.length, longest)
         return Batch(self.rows, length, min(self.shared, length), min(self.answers, self.rows * length))
 
 
 @dataclass(frozen=True)
 class Workload:
-    """All batches of a run.
+    """All batches of a training run.
 
     Attributes:
         examples: number of training examples.
-        mean_length: tokens of an example, or of its longest row if the chat template makes several of it.
-        tokens: tokens of one epoch, without padding.
+        mean_length: mean number of tokens in an example, or in its longest row if the chat template splits
+            it.
+        tokens: number of tokens in one epoch, without padding.
         batches: batches of one epoch, or of a sample of its examples.
         repeats: how often `batches` are computed in the complete run.
         largest: the batch that needs the most memory.
@@ -86,7 +87,7 @@ class Workload:
 
 
 def read_workload(examples: Sequence[ChatExample], recipe: Recipe, folder: Path) -> Workload:
-    """Return the batches of a recipe's training with these examples.
+    """Return the batches of a recipe's training run with the given examples.
 
     Args:
         folder: folder with the base's tokenizer, if it has one.
@@ -118,13 +119,13 @@ def read_workload(examples: Sequence[ChatExample], recipe: Recipe, folder: Path)
 
 
 def unshared(workload: Workload) -> Workload:
-    """Return the same batches without shared prefixes."""
+    """Return the workload with the same batches but no shared prefixes."""
     batches = tuple(replace(batch, shared=0) for batch in workload.batches)
     return replace(workload, batches=batches, largest=replace(workload.largest, shared=0))
 
 
 def plan_batches(rows: Sequence[TokenizedExample], train: Train) -> list[Batch]:
-    """Return the batches of our trainer's first epoch, as for steps without accumulation."""
+    """Return the batches of the trainer's first epoch, ignoring gradient accumulation."""
     from trainer.data.length_grouped_sampler import LengthGroupedSampler
 
     size, step = train.batch_size, train.batch_size * train.gradient_accumulation
@@ -135,7 +136,7 @@ def plan_batches(rows: Sequence[TokenizedExample], train: Train) -> list[Batch]:
 
 
 def measure_batch(rows: Sequence[TokenizedExample]) -> Batch:
-    """Return the batch of these examples, padded to the longest."""
+    """Return the batch of the given examples, padded to the longest one."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
@@ -152,7 +153,7 @@ def measure_batch(rows: Sequence[TokenizedExample]) -> Batch:
 def _tokenize(
     examples: Sequence[ChatExample], folder: Path, recipe: Recipe, *, counted: bool
 ) -> list[list[TokenizedExample]]:
-    """Return the rows of each example that fits, cut to the maximum length."""
+    """Return the rows of each example that fits, truncated to the maximum length."""
     if counted:
         kwargs = choose_template_kwargs(folder, recipe.chat_template_kwargs)
         tokenized = tokenize_turns_of(folder, examples, kwargs)
@@ -164,7 +165,7 @@ def _tokenize(
 
 
 def cut_into_pieces(example: ChatExample) -> TokenizedExample:
-    """Return an example cut into pieces in place of tokens; equal prefixes of texts stay equal."""
+    """Cut an example into pieces that stand in for tokens. Equal prefixes of texts stay equal."""
     ids: list[int] = []
     learnt = []
     for turn, message in enumerate(example.messages):

@@ -1,8 +1,10 @@
-"""Time of a training run: the operations of its matrix products divided by their speed, plus passes over memory.
+"""Time of a training run: the operations of its matrix products divided by their speed, plus passes over
+memory.
 
-A weight's product with a token is 2 operations; the gradient for the token is 2 more, and for a trained weight another
-2 (Kaplan et al. 2020, section 2.1, without the part that LoRA saves). Checkpointing computes the forward pass twice.
-Attention has two products forward and four backward, for each token with itself and all earlier tokens.
+Multiplying a weight by a token takes 2 operations; the gradient for the token takes 2 more, and for a
+trained weight another 2 (Kaplan et al. 2020, section 2.1, without the part that LoRA saves).
+Checkpointing computes the forward pass twice. Attention has two products forward and four backward, for
+each token with itself and all earlier tokens.
 """
 
 from trainer.estimate.batches import Batch, Workload
@@ -11,21 +13,23 @@ from trainer.estimate.memory import Training
 from trainer.recipe.sections import AdapterType
 
 _ADAM_BYTES = 28
-"""Memory traffic of a trained weight per step: gradient read; weight and two moments read and written."""
+"""Memory traffic of a trained weight per step, in bytes: the gradient is read, and the weight and two
+moments are read and written."""
 _UNPACKED_BYTES = {True: 12.0, False: 2.6}
-"""Bytes read and written to unpack a weight from NF4: its half byte and its 2 bytes in 16 bits. On a CPU (true)
-bitsandbytes passes over the weight several times."""
+"""Bytes read and written to unpack a weight from NF4: its half byte and its 2 bytes in 16 bits. On a CPU
+(key true), bitsandbytes passes over the weight several times."""
 
 _LAUNCHES_S = 2e-3
-"""Seconds to start a layer's kernels, forward and backward: about 200 of them at 10 microseconds each, the time of a
-small model on any fast GPU. Assumed, not measured."""
+"""Seconds to start a layer's kernels, forward and backward: about 200 of them at 10 microseconds each,
+which is the time of a small model on any fast GPU. Assumed, not measured."""
 _CALLS_S = 1e-2
-"""Seconds by which a CPU starts and ends all its threads for a layer's operations, forward and backward: about 500 of
-them at 20 microseconds each, in a profile of SmolLM2-135M on two cores. A GPU starts them while it computes."""
+"""Seconds that a CPU spends starting and ending all its threads for a layer's operations, forward and
+backward: about 500 operations at 20 microseconds each, in a profile of SmolLM2-135M on two cores. A GPU
+starts them while it computes."""
 
 
 def training_seconds(training: Training, workload: Workload, device: ComputeDevice) -> float:
-    """Return the seconds from the first step's start to the end of the last one."""
+    """Return the time in seconds from the start of the first training step to the end of the last one."""
     shape, recipe = training.shape, training.recipe
     operations = sum(batch_operations(training, batch) for batch in workload.batches) * workload.repeats
     batches = len(workload.batches) * workload.repeats
@@ -39,7 +43,7 @@ def training_seconds(training: Training, workload: Workload, device: ComputeDevi
 
 
 def batch_operations(training: Training, batch: Batch) -> float:
-    """Return the floating-point operations of a batch, forward and backward."""
+    """Return the number of floating-point operations for a batch, forward and backward."""
     shape = training.shape
     forward = 2 * shape.used_weights * batch.computed
     pairs = _up_to(batch.shared) + batch.rows * (_up_to(batch.length) - _up_to(batch.shared))
@@ -51,7 +55,7 @@ def batch_operations(training: Training, batch: Batch) -> float:
 
 
 def _adapter_products(training: Training) -> float:
-    """Return the number of adapter weights that each token is multiplied with."""
+    """Return the number of adapter weights by which each token is multiplied."""
     shape, rank = training.shape, training.recipe.rank
     match training.recipe.adapter_type:
         case None:
@@ -63,11 +67,11 @@ def _adapter_products(training: Training) -> float:
 
 
 def _memory_traffic(training: Training) -> float:
-    """Return the bytes that a batch of any size reads and writes: each pass through the layers unpacks NF4."""
+    """Return the bytes read and written for a batch of any size: each pass through the layers unpacks NF4."""
     passes = 3 if training.checkpointing else 2
     return passes * _UNPACKED_BYTES[training.cpu] * training.shape.linear_weights if training.nf4 else 0.0
 
 
 def _up_to(tokens: int) -> int:
-    """Return the number of pairs of a token with itself or an earlier token."""
+    """Return the number of pairs in which a token attends to itself or to an earlier token."""
     return tokens * (tokens + 1) // 2

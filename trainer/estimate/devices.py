@@ -1,8 +1,8 @@
-"""The devices of an estimate: the GPUs of devices.yaml, and this machine.
+"""The devices of an estimate: the GPUs in devices.yaml, and this machine.
 
-This machine's matrix speed is measured once, in training's number type, and stored under `$SVC_HOME/cache` by the kind
-of processor. The median of two seconds counts: with AMX on a shared machine, single products ran at 1,250 GFLOP/s, but
-seconds of them at 500, and a training lasts longer.
+This machine's matrix speed is measured once, in training's number type, and stored under
+`$SVC_HOME/cache` by processor type. The median over two seconds is used: with AMX on a shared machine,
+single products ran at 1,250 GFLOP/s, but seconds of them at 500, and training lasts longer.
 """
 
 import hashlib
@@ -30,16 +30,18 @@ log = logging.getLogger(__name__)
 
 DEVICES_FILE = Path(__file__).with_name("devices.yaml")
 HERE = "here"
-"""Name of this machine as a device."""
+"""Device name of this machine."""
 _GIB = 2**30
 _USABLE = 0.97
-"""Share of a GPU's memory that a process can use: the driver reserves the rest."""
+"""Share of a GPU's memory that a process can use. The driver reserves the rest."""
 _CPU_BANDWIDTH = 1e10
-"""Bytes per second that a few cores of a CPU read or write in passes over whole tensors."""
+"""Bytes per second that a few CPU cores read or write in passes over whole tensors."""
 
 
 def training_kind(recipe: Recipe) -> Method:
-    """Return the method that has the recipe's training speed; the base's quantization matters only for LoRA."""
+    """Return the method whose training speed applies to the recipe. The base's quantization matters only for
+    LoRA.
+    """
     if recipe.adapter_type is None:
         return Method.FULL
     if recipe.adapter_type is AdapterType.LORA and recipe.base_quantization is Quantization.NF4:
@@ -59,9 +61,10 @@ CPU_UTILIZATION: dict[NumberType, dict[Method, float]] = {
     NumberType.BFLOAT16: _BFLOAT16_UTILIZATION,
     NumberType.FLOAT32: _BFLOAT16_UTILIZATION | {Method.LORA: 0.60},
 }
-"""Share of the machine's matrix speed that training reaches, measured by `make bench-estimate` on two idle AVX-512
-cores, between the values for batches of 4 and of 16. In float32 only LoRA was measured (docs/training-speed.md); the
-other values are those of bfloat16, which runs in float32 confirmed (docs/estimate.md)."""
+"""Share of the machine's matrix speed that training reaches, measured by `make bench-estimate` on two idle
+AVX-512 cores and chosen between the values for batches of 4 and of 16. In float32 only LoRA was measured
+(docs/training-speed.md); the other values are those of bfloat16, which float32 runs confirmed
+(docs/estimate.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +75,11 @@ class ComputeDevice:
         name: `HERE` for this machine.
         memory: bytes that training may use.
         speed: operations per second of bare matrix products.
-        bandwidth: bytes per second that memory transfers.
-        utilization: the share of `speed` that training reaches; methods that are missing have LoRA's share.
-        dollars: price per hour; None for this machine.
-        ram: bytes of main memory that a process may use in addition to a GPU; None if unknown, as for listed GPUs.
+        bandwidth: memory bandwidth in bytes per second.
+        utilization: the share of `speed` that training reaches, by method; missing methods use LoRA's share.
+        dollars: price per hour, or None for this machine.
+        ram: bytes of main memory that a process may use in addition to a GPU, or None if unknown, as for
+            listed GPUs.
     """
 
     name: str
@@ -90,7 +94,7 @@ class ComputeDevice:
     ram: float | None = None
 
     def effective_speed(self, kind: Method) -> float:
-        """Return the operations per second that training reaches."""
+        """Return the operations per second that training actually reaches."""
         return self.speed * self.utilization.get(kind, self.utilization[Method.LORA])
 
 
@@ -109,7 +113,7 @@ class _Listed(BaseModel):
     price_source: str
 
     def named(self, name: str) -> ComputeDevice:
-        """Return the entry as a device with this name."""
+        """Return this entry as a device with the given name."""
         return ComputeDevice(
             name=name,
             label=self.label,
@@ -131,7 +135,7 @@ class _Catalogue(BaseModel):
 
 
 def read_devices(path: Path = DEVICES_FILE) -> dict[str, ComputeDevice]:
-    """Return the listed GPUs by name.
+    """Return the GPUs listed in devices.yaml, keyed by name.
 
     Raises:
         SettingsError: the file cannot be read or is not valid.
@@ -146,10 +150,10 @@ def read_devices(path: Path = DEVICES_FILE) -> dict[str, ComputeDevice]:
 
 
 def choose_devices(names: Sequence[str], home: Path) -> list[ComputeDevice]:
-    """Return the named devices, or this machine and all listed GPUs if no name is given.
+    """Return the named devices, or this machine and all listed GPUs if no names are given.
 
     Raises:
-        SettingsError: no device has this name.
+        SettingsError: no device has the given name.
         EngineError: this machine's capabilities cannot be read.
     """
     listed = read_devices()
@@ -168,7 +172,7 @@ def this_machine(capabilities: DeviceCapabilities, machine: Machine, home: Path)
     """Describe this machine as the device that `svc train` would use.
 
     Args:
-        machine: the machine's present state; training uses at most its first GPU.
+        machine: the machine's current state; training uses at most its first GPU.
         home: folder whose cache stores the measured speed.
     """
     number_type = capabilities.training_type
@@ -197,7 +201,7 @@ def this_machine(capabilities: DeviceCapabilities, machine: Machine, home: Path)
 
 
 def measured_speed(capabilities: DeviceCapabilities, number_type: NumberType, home: Path) -> float:
-    """Return the speed of bare matrix products here, from the cache or measured now, in a second or two."""
+    """Return this machine's speed of bare matrix products, from the cache or measured now in a second or two."""
     cores = len(os.sched_getaffinity(0))
     identity = f"{capabilities.model_dump_json()}{number_type}{cores}"
     path = home / "cache" / f"matrix-speed-{hashlib.sha256(identity.encode('utf-8')).hexdigest()[:12]}.json"
@@ -223,14 +227,14 @@ def measure_matrix_speed(
     repeats: int = 15,
     least_s: float = 0.0,
 ) -> float:
-    """Return the median operations per second of a layer's product and the two for its gradients, taken together.
+    """Measure a layer's matrix product and its two gradient products together, in median operations per second.
 
     Args:
         tokens: rows of the layer's input.
         width: width of the input.
         height: width of the output.
         repeats: minimum number of measurements.
-        least_s: minimum time of all measurements together, seconds.
+        least_s: minimum total time of all measurements, in seconds.
     """
     import torch
 

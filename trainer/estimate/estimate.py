@@ -1,8 +1,9 @@
-"""Estimate of a recipe on each device: memory by part, whether it fits, the largest batch, time and cost.
+"""Estimates a recipe on each device: memory by part, whether it fits, the largest batch, time and cost.
 
-The estimated memory was within a fifth of the measured one, and the time mostly within a third, with AMX less often
-(docs/estimate.md). A run is therefore refused only if `least`, which no batch size reduces, exceeds the memory.
-Training uses one GPU, and so does the estimate: several GPUs help only the engine, and are not counted.
+The estimated memory was within a fifth of the measured memory, and the time mostly within a third, with
+AMX less often (docs/estimate.md). A run is therefore rejected only if `least`, which no batch size
+reduces, exceeds the memory. Training uses one GPU, and so does the estimate: several GPUs help only the
+engine, and are not counted.
 """
 
 from bisect import bisect_right
@@ -18,7 +19,7 @@ from trainer.estimate.stages import EnginePart, StageMemory, engine_memory, stag
 from trainer.recipe.sections import Recipe
 
 _MAX_BATCH = 1024
-"""Largest batch size to consider."""
+"""Largest batch size that an estimate considers."""
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,13 @@ class DeviceEstimate:
     """Estimate of a recipe on one device.
 
     Attributes:
-        parts: bytes of training at its peak, by part.
+        parts: peak bytes of training, by part.
         least: minimum bytes of a training step with any batch.
         engine: bytes of the engine that serves the merged model, with one sequence of maximum length.
-        stages: memory and disk of each stage, including training.
-        largest_batch: largest batch size that fits; 0 if not even one example fits.
+        stages: memory and disk space of each stage, including training.
+        largest_batch: largest batch size that fits, or 0 if not even one example fits.
         seconds: time from the first training step to the last.
-        dollars: price of that time; None for a device without a price.
+        dollars: price of that time, or None for a device without a price.
     """
 
     device: ComputeDevice
@@ -46,12 +47,12 @@ class DeviceEstimate:
 
     @property
     def memory(self) -> float:
-        """Bytes of training at its peak."""
+        """Peak memory of training, in bytes."""
         return sum(self.parts.values())
 
     @property
     def ram(self) -> float:
-        """Bytes of main memory that the largest stage needs on a machine with a GPU; 0 without a GPU."""
+        """Bytes of main memory that the most demanding stage needs on a machine with a GPU; 0 without a GPU."""
         return 0.0 if self.device.cpu else max(stage.peak.ram for stage in self.stages)
 
     @property
@@ -71,7 +72,7 @@ class Estimate:
 
     Attributes:
         trained: number of trained weights.
-        disk: bytes that a run writes, without the base.
+        disk: bytes that a run writes, not counting the base.
         devices: estimates for the requested devices.
     """
 
@@ -84,17 +85,17 @@ class Estimate:
 
     @property
     def here(self) -> DeviceEstimate:
-        """Estimate for this machine, which must be one of the devices."""
+        """Estimate for this machine, which must be among the devices."""
         return next(estimate for estimate in self.devices if estimate.device.name == HERE)
 
 
 def estimate_recipe(
     recipe: Recipe, shape: ModelShape, workload: Workload, devices: Sequence[ComputeDevice], served_length: int
 ) -> Estimate:
-    """Return the estimate of a recipe on each device.
+    """Estimate a recipe on each of the given devices.
 
     Args:
-        served_length: maximum number of tokens of a sequence in the engine.
+        served_length: maximum sequence length in the engine, in tokens.
     """
     estimates = tuple(estimate_device(recipe, shape, workload, device, served_length) for device in devices)
     trained = Training(recipe, shape, devices[0].cpu, devices[0].number_type).trained
@@ -105,7 +106,7 @@ def estimate_recipe(
 def estimate_device(
     recipe: Recipe, shape: ModelShape, workload: Workload, device: ComputeDevice, served_length: int
 ) -> DeviceEstimate:
-    """Return the estimate of a recipe on one device."""
+    """Estimate a recipe on one device."""
     training = Training(recipe, shape, device.cpu, device.number_type)
     workload = workload if training.shares_prompts else unshared(workload)
     seconds = training_seconds(training, workload, device)
@@ -122,12 +123,12 @@ def estimate_device(
 
 
 def memory_on(recipe: Recipe, shape: ModelShape, batch: Batch, device: ComputeDevice) -> float:
-    """Return the peak bytes of training with this batch, without the other stages."""
+    """Return the peak memory of training with the given batch, in bytes, without the other stages."""
     training = Training(recipe, shape, device.cpu, device.number_type)
     return training.peak(batch if training.shares_prompts else replace(batch, shared=0))
 
 
 def _largest_batch(training: Training, workload: Workload, memory: float) -> int:
-    """Return the largest batch size that fits if all examples are as long as the longest; 0 if not even one fits."""
+    """Return the largest batch size that fits if all examples are as long as the longest, or 0 if none fits."""
     sizes = range(1, _MAX_BATCH + 1)
     return bisect_right(sizes, memory, key=lambda size: training.peak(workload.largest.resized(size)))

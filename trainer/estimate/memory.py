@@ -1,10 +1,11 @@
 """Peak memory of training, by part.
 
-Weights, gradients and the optimizer's state are counted as in Rajbhandari et al. 2020 (ZeRO, section 3.1), the
-quantized base as in Dettmers et al. 2023 (QLoRA, section 3: 4 bits, and 0.127 for the scales of scales), checkpointed
-activations as in Korthikanti et al. 2022 (section 5). The tensors that a layer saves for its backward pass were counted
-in this trainer with `torch.autograd.graph.saved_tensors_hooks`: its answers-only head, its LoRA and attention on CPUs,
-and PEFT's layers do not save the same tensors as the papers' models.
+Weights, gradients and the optimizer's state are counted as in Rajbhandari et al. 2020 (ZeRO, section
+3.1), the quantized base as in Dettmers et al. 2023 (QLoRA, section 3: 4 bits, plus 0.127 for the scales
+of scales), and checkpointed activations as in Korthikanti et al. 2022 (section 5). The tensors that a
+layer saves for its backward pass were counted in this trainer with
+`torch.autograd.graph.saved_tensors_hooks`: its answers-only head, its LoRA and attention on CPUs, and
+PEFT's layers do not save the same tensors as the papers' models.
 """
 
 from dataclasses import dataclass
@@ -17,28 +18,29 @@ from trainer.estimate.model_shape import ModelShape
 from trainer.recipe.sections import AdapterType, Optimizer, Quantization, Recipe
 
 FLOAT32, BFLOAT16 = 4, 2
-"""Bytes of a number."""
+"""Bytes per number in float32 and bfloat16."""
 _ADAM = 2 * FLOAT32
-"""Two moments (Kingma and Ba 2015), in the number type of the trained weights."""
+"""Bytes of Adam's two moments per weight (Kingma and Ba 2015), in the number type of the trained weights."""
 _NF4 = (4 + 0.127) / 8
 """Bytes per weight in NF4, including the weight's share of the scales."""
 PROCESS = 0.75e9
-"""Python with torch, transformers, PEFT and TRL, before a model is loaded: 0.69 GB measured, plus the command."""
+"""Memory of Python with torch, transformers, PEFT and TRL before a model is loaded: 0.69 GB measured, plus
+the command."""
 _QUANTIZING = 0.16e9
-"""Memory that remains after quantizing, measured with SmolLM2-135M: bitsandbytes, and pages of the weights' file, which
-the kernel can reclaim."""
+"""Memory still in use after quantizing, measured with SmolLM2-135M: bitsandbytes, and pages of the weight
+file, which the kernel can reclaim."""
 _CUDA = 0.75 * 2**30
-"""The CUDA context and cuBLAS's workspace: 0.4 to 0.8 GiB by driver and GPU."""
+"""Memory of the CUDA context and cuBLAS workspace: 0.4 to 0.8 GiB, depending on driver and GPU."""
 _FRAGMENTS_CPU, _FRAGMENTS_GPU = 1.07, 1.1
-"""Factors on the activations for fragmentation and short-lived tensors. Measured on a CPU, where every batch has a
-different length; on GPUs a tenth is assumed."""
+"""Factors on activation memory for fragmentation and short-lived tensors. Measured on a CPU, where every
+batch has a different length; for GPUs, a tenth is assumed."""
 _LOGITS_AT_ONCE = 2**26  # as in trainer.training.loss
 _TILE = 4096 * 8192 * 6
-"""Bytes of the part of the logits that TRL's head has in memory on a GPU."""
+"""Bytes of logits that TRL's output head holds in GPU memory at a time."""
 
 
 class Part(StrEnum):
-    """Purpose for which training uses memory."""
+    """What a part of training memory is used for."""
 
     WEIGHTS = "weights"
     QUANTIZED = "quantized base"
@@ -53,7 +55,8 @@ class Part(StrEnum):
 
 @dataclass(frozen=True)
 class Training:
-    """Everything except the batches that determines the memory and time of a training run on one kind of device.
+    """Everything that determines the memory and time of a training run on one kind of device, except the
+    batches.
 
     Attributes:
         number_type: number type of the matrix products.
@@ -71,30 +74,30 @@ class Training:
 
     @property
     def nf4(self) -> bool:
-        """Whether the frozen weights are in 4 bits."""
+        """Whether the frozen weights are stored in 4 bits."""
         return self.recipe.base_quantization is Quantization.NF4
 
     @property
     def checkpointing(self) -> bool:
-        """Whether layers save only their inputs and are computed twice; decided as in trainer.training.arguments."""
+        """Whether layers save only their inputs and are computed twice, as decided in trainer.training.arguments."""
         asked = self.recipe.train.gradient_checkpointing
         return not self.cpu if asked is None else asked
 
     @property
     def shares_prompts(self) -> bool:
-        """Whether the common prefix of a batch is computed once; see trainer.training.loss."""
+        """Whether the common prefix of a batch is computed only once; see trainer.training.loss."""
         train, shape = self.recipe.train, self.shape
         whole_rows = self.checkpointing or train.neftune_alpha is not None or train.packing or shape.experts
         return self.cpu and shape.shares_keys and not whole_rows
 
     @property
     def size(self) -> int:
-        """Bytes of a number."""
+        """Bytes per number."""
         return number_size(self.number_type)
 
     @cached_property
     def trained(self) -> int:
-        """Number of trained values."""
+        """Number of trained parameters."""
         shape, rank = self.shape, self.recipe.rank
         layers = shape.target_shapes
         match self.recipe.adapter_type:
@@ -113,16 +116,18 @@ class Training:
 
     @property
     def paged_bytes(self) -> float:
-        """Bytes of moments that can be moved out of the GPU: those of large parameters, which adapters do not have.
+        """Bytes of optimizer moments that can be paged out of the GPU. Adapters have no parameters large enough for
+        this.
 
-        bitsandbytes pages no parameter with fewer than 100,000 weights; one of rank 16 and 4,096 inputs has 65,536.
+        bitsandbytes pages no parameter with fewer than 100,000 weights; an adapter parameter of rank 16 and
+        4,096 inputs has 65,536.
         """
         optimizer = self.recipe.train.optimizer
         paged = optimizer.is_paged and self.full and not self.cpu
         return moment_bytes(optimizer) * self.shape.parameters if paged else 0.0
 
     def memory(self, batch: Batch) -> dict[Part, float]:
-        """Return the bytes by part at the peak of a step with this batch."""
+        """Return the peak memory of a step with the given batch, in bytes, by part."""
         recipe, shape = self.recipe, self.shape
         # AdaLoRA's allocator stores three averages of each weight's importance.
         means = 3 * FLOAT32 if recipe.adapter_type is AdapterType.ADALORA else 0
@@ -141,7 +146,7 @@ class Training:
         return parts
 
     def peak(self, batch: Batch) -> float:
-        """Return the bytes of all parts."""
+        """Return the peak memory of a step with the given batch, in bytes, summed over all parts."""
         return sum(self.memory(batch).values())
 
     @property
@@ -165,7 +170,7 @@ class Training:
         return {Part.WEIGHTS: self.size * unpacked, Part.QUANTIZED: _NF4 * shape.linear_weights}
 
     def _shared_projections(self) -> int:
-        """Return the number of untrained random values that all VeRA layers share."""
+        """Return the number of untrained random values shared by all VeRA layers."""
         layers = self.shape.target_shapes
         if self.recipe.adapter_type is not AdapterType.VERA or not layers:
             return 0
@@ -184,7 +189,7 @@ class Training:
         return norms + shape.layers * (layer + whole_experts)
 
     def _layer_bytes(self, batch: Batch) -> float:
-        """Return the bytes that a layer saves for each token."""
+        """Return the bytes that a layer saves per token for the backward pass."""
         shape, size = self.shape, self.size
         q, kv = shape.queries, shape.keys
         repeated = batch.rows * batch.length / batch.computed  # keys of a shared prefix are copied for each row
@@ -196,7 +201,7 @@ class Training:
         return norms + attention + size * (3 * shape.inner + self._linear_inputs())
 
     def _linear_inputs(self) -> float:
-        """Return the number of values that a block's linear layers save per token, without the feed-forward block."""
+        """Return how many values a block's linear layers save per token, excluding the feed-forward block."""
         recipe, shape = self.recipe, self.shape
         h, q, m = shape.hidden, shape.queries, shape.inner
         layers = len(shape.target_shapes) / shape.layers
@@ -222,14 +227,14 @@ class Training:
 
 
 def number_size(number_type: NumberType) -> int:
-    """Return the bytes per number."""
+    """Return the number of bytes per number."""
     return FLOAT32 if number_type is NumberType.FLOAT32 else BFLOAT16
 
 
 def moment_bytes(optimizer: Optimizer) -> float:
-    """Return the bytes of a trained weight's two moments.
+    """Return the number of bytes for a trained weight's two optimizer moments.
 
-    8-bit moments have a scale in float32 for each block of 256. bitsandbytes leaves parameters of fewer than 4,096
-    weights in float32, which are not counted separately.
+    8-bit moments have a float32 scale for each block of 256. bitsandbytes leaves parameters with fewer than
+    4,096 weights in float32, which are not counted separately.
     """
     return 2 * (1 + FLOAT32 / 256) if optimizer.is_8bit else _ADAM

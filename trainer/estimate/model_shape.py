@@ -1,7 +1,9 @@
-"""Size of a base model from its config.json alone: the model is built without weights, and its layers are counted.
+"""Determines the size of a base model from config.json alone, by building it without weights and counting
+its layers.
 
-So every architecture that transformers knows is counted exactly, including mixtures of experts. For other architectures
-the config's widths are assumed to be those of a Llama with full attention; `notes` say what is unknown.
+Every architecture that transformers knows is thus counted exactly, including mixtures of experts. For
+other architectures, the config's widths are assumed to be those of a Llama with full attention; `notes`
+say what is unknown.
 """
 
 from collections.abc import Mapping
@@ -31,20 +33,22 @@ class ModelShape:
 
     Attributes:
         architecture: name in the config.
-        parameters: number of weights; those that two layers share count once.
+        parameters: number of weights; weights shared by two layers count once.
         hidden: width of the hidden states between layers.
-        inner: inner width of the feed-forward block for one token; summed over all experts that compute the token.
+        inner: inner width of the feed-forward block for one token, summed over all experts that compute the
+            token.
         layers: number of layers.
-        heads, kv_heads, head_width: heads of attention, and their width.
+        heads, kv_heads, head_width: numbers of attention heads, and their width.
         vocabulary: number of tokens.
-        linear: inputs and outputs of each linear layer except the output head, by name.
+        linear: inputs and outputs of each linear layer except the output head, keyed by name.
         targets: names of the linear layers that an adapter changes.
         experts: shapes [experts, rows, columns] of the parameters that contain all experts of a layer.
         experts_share: share of the experts that compute a token.
-        adapts_experts: whether an adapter changes the experts too.
-        context: the model's maximum number of tokens; None if the config does not state it.
-        shares_keys: whether every layer attends to all earlier tokens, so that a common prefix can be computed once.
-        notes: unknown facts, as sentences.
+        adapts_experts: whether an adapter also changes the experts.
+        context: the model's maximum number of tokens, or None if the config does not state it.
+        shares_keys: whether every layer attends to all earlier tokens, so that a common prefix can be
+            computed once.
+        notes: sentences saying what is unknown.
     """
 
     architecture: str
@@ -67,47 +71,47 @@ class ModelShape:
 
     @property
     def head(self) -> int:
-        """Weights of the output head."""
+        """Number of weights in the output head."""
         return self.hidden * self.vocabulary
 
     @cached_property
     def linear_weights(self) -> int:
-        """Number of weights that NF4 quantizes: those of all linear layers except the head."""
+        """Number of weights that NF4 quantizes: those of all linear layers except the output head."""
         return sum(inputs * outputs for inputs, outputs in self.linear.values())
 
     @cached_property
     def expert_weights(self) -> int:
-        """Weights of all experts."""
+        """Number of weights in all experts."""
         return sum(prod(shape) for shape in self.experts)
 
     @property
     def used_weights(self) -> float:
-        """Weights that one token is multiplied with, without the head."""
+        """Number of weights by which one token is multiplied, excluding the output head."""
         return self.linear_weights + self.expert_weights * self.experts_share
 
     @cached_property
     def largest_layer(self) -> int:
-        """Weights of the largest linear layer."""
+        """Number of weights in the largest linear layer."""
         return max((inputs * outputs for inputs, outputs in self.linear.values()), default=0)
 
     @property
     def queries(self) -> int:
-        """Width of all queries of a layer."""
+        """Total width of a layer's queries."""
         return self.heads * self.head_width
 
     @property
     def keys(self) -> int:
-        """Width of all keys of a layer, and of all values."""
+        """Total width of a layer's keys, which is also that of its values."""
         return self.kv_heads * self.head_width
 
     @property
     def target_shapes(self) -> list[tuple[int, int]]:
-        """Inputs and outputs of the linear layers that an adapter changes."""
+        """Input and output sizes of the linear layers that an adapter changes."""
         return [self.linear[name] for name in self.targets]
 
 
 def read_model_shape(folder: Path, preset: Targets = Targets.ALL_LINEAR) -> ModelShape:
-    """Return the shape of the model in a folder's config.json; no weights are read.
+    """Return the shape of the model described by a folder's config.json. No weights are read.
 
     Args:
         preset: the layers that an adapter changes.
@@ -129,7 +133,7 @@ def read_model_shape(folder: Path, preset: Targets = Targets.ALL_LINEAR) -> Mode
 
 
 def _read_config(folder: Path) -> tuple["PreTrainedConfig", tuple[str, ...]]:
-    """Return the config, and notes on what was assumed if transformers does not know the architecture."""
+    """Return the config, with notes on what was assumed if transformers does not know the architecture."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -142,7 +146,9 @@ def _read_config(folder: Path) -> tuple["PreTrainedConfig", tuple[str, ...]]:
 
 
 def _as_llama(path: Path, content: dict[str, Any]) -> tuple["PreTrainedConfig", tuple[str, ...]]:
-    """Return the config of a Llama with the same widths, at least as large as the model's part with these widths."""
+    """Return the config of a Llama with the same widths, at least as large as the part of the model that has
+    these widths.
+    """
     from transformers import LlamaConfig
 
     text = content.get("text_config")
@@ -169,7 +175,7 @@ def count_model(model: "PreTrainedModel", preset: Targets, notes: tuple[str, ...
 
     Args:
         preset: the layers that an adapter changes.
-        notes: notes on assumptions.
+        notes: assumptions to include in the shape's notes.
     """
     from trainer.training.loss import keeps_all_keys
 
@@ -211,7 +217,7 @@ def _inner(
     experts: tuple[tuple[int, int, int], ...],
     used: int,
 ) -> int:
-    """Return the inner width of a feed-forward block; from its layers if the config does not name it."""
+    """Return the inner width of a feed-forward block, derived from its layers if the config does not state it."""
     own = getattr(config, "intermediate_size", None)
     if experts:
         # Gate and up are one parameter, [experts, 2 x inner, hidden] or with the last two swapped.

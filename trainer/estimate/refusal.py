@@ -1,7 +1,8 @@
-"""Rejects runs that cannot fit before they start: compares each stage's minimum memory with the machine's.
+"""Rejects runs that cannot fit before they start, by comparing each stage's minimum memory with the
+machine's.
 
-Rejecting a run that would fit is worse than starting one that fails. So the minimum need is compared with all memory
-of the machine, not with the memory that is free now.
+Rejecting a run that would fit is worse than starting one that fails. The minimum is therefore compared
+with the total memory of the machine, not with the memory that is currently free.
 """
 
 import shutil
@@ -22,10 +23,10 @@ _ANYWAY = "to start the run anyway, use --anyway"
 
 
 def refuse_memory(estimate: Estimate, machine: Machine) -> None:
-    """Raise if training does not fit into memory.
+    """Raise InsufficientMemoryError if training does not fit into memory.
 
     Raises:
-        InsufficientMemoryError: the message names the missing memory, and the keys to change.
+        InsufficientMemoryError: the message states how much memory is missing and which keys to change.
     """
     here = estimate.here
     whole = float(machine.memory if here.device.cpu or not machine.gpus else machine.gpus[0].memory)
@@ -41,10 +42,10 @@ def refuse_memory(estimate: Estimate, machine: Machine) -> None:
 
 
 def refuse_stages(estimate: Estimate, machine: Machine) -> None:
-    """Raise if a stage after training does not fit into memory.
+    """Raise InsufficientMemoryError if a stage after training does not fit into memory.
 
-    An engine may use several GPUs and main memory too, and parity runs on the CPU if the GPU is too small: their need
-    of GPU memory is compared with all memory of the machine.
+    An engine may also use several GPUs and main memory, and parity runs on the CPU if the GPU is too small,
+    so their GPU memory requirements are compared with the total memory of the machine.
 
     Raises:
         InsufficientMemoryError: the message names the stage, the missing memory, and a format that fits.
@@ -62,7 +63,7 @@ def refuse_stages(estimate: Estimate, machine: Machine) -> None:
 
 
 def _missing(stage: StageMemory, machine: Machine) -> float:
-    """Return the bytes that a stage after training lacks; 0 or less if it fits."""
+    """Return how many bytes a stage after training is short of; 0 or less if it fits."""
     if stage.stage is Stage.TRAIN:
         return 0.0
     return max(stage.least.ram - machine.memory, stage.least.device - _all_memory(machine))
@@ -73,7 +74,7 @@ def _all_memory(machine: Machine) -> float:
 
 
 def _other_formats(estimate: Estimate, machine: Machine) -> str:
-    """Return recipe changes with which every stage fits, to one format; or other advice if there are none."""
+    """Return recipe changes to a single format with which every stage fits, or other advice if there are none."""
     recipe, device = estimate.recipe, estimate.here.device
     for format in _FEWER_FORMATS if recipe.adapter_type else _FEWER_FORMATS[:-1]:
         changes: Changes = {"formats": [format]}
@@ -88,10 +89,10 @@ def _other_formats(estimate: Estimate, machine: Machine) -> str:
 
 
 def refuse_disk(estimate: Estimate, home: Path) -> None:
-    """Raise if a version does not fit on the disk.
+    """Raise DiskSpaceError if a version does not fit on the disk.
 
     Args:
-        home: folder on the disk that a run writes to.
+        home: folder on the disk to which a run writes.
 
     Raises:
         DiskSpaceError: the message names the stage that fills the disk, and the missing space.

@@ -1,4 +1,4 @@
-"""Output of an estimate as tables and as JSON."""
+"""Prints an estimate as tables or as JSON."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -18,7 +18,7 @@ _GB = 1e9
 
 
 def print_estimate(estimate: Estimate) -> None:
-    """Print memory by part and by stage, one line per device, and the changes with which the recipe fits."""
+    """Print memory by part and by stage, one line per device, and the changes with which the recipe would fit."""
     _print_head(estimate)
     output.print(_parts_table(estimate.devices))
     output.print(_stages_table(estimate.devices))
@@ -31,7 +31,7 @@ def print_estimate(estimate: Estimate) -> None:
 
 
 def print_short(estimate: Estimate) -> None:
-    """Print the estimate that `svc train` shows before it starts."""
+    """Print the short estimate that `svc train` shows before it starts."""
     here = estimate.here
     console.print(
         f"  estimate: {_size(here.memory)} of memory ({_size(here.device.memory)} free); training takes about "
@@ -57,7 +57,7 @@ def lacking(estimate: DeviceEstimate) -> list[str]:
 
 
 def advice_text(estimate: Estimate, device: ComputeDevice) -> str:
-    """Return a sentence with the changes that make the recipe fit on the device, or saying that no change does."""
+    """Return a sentence naming the changes that make the recipe fit on the device, or saying that none do."""
     changes = advise(estimate.recipe, estimate.shape, estimate.workload, device)
     if changes is None:
         return "no change makes the recipe fit: use a smaller base or another device"
@@ -65,7 +65,7 @@ def advice_text(estimate: Estimate, device: ComputeDevice) -> str:
 
 
 def as_json(estimate: Estimate) -> dict[str, Any]:
-    """Return all figures, in bytes, seconds and dollars."""
+    """Return all values of an estimate as JSON, in bytes, seconds and dollars."""
     shape, workload = estimate.shape, estimate.workload
     return {
         "base": {
@@ -139,7 +139,7 @@ def _parts_table(devices: Sequence[DeviceEstimate]) -> Table:
 
 
 def _stages_table(devices: Sequence[DeviceEstimate]) -> Table:
-    """Return a table with a row for each stage, in GB; for a GPU its memory plus main memory."""
+    """Return a table with one row per stage, in GB. For a GPU, its own memory is shown plus main memory."""
     titles = [one.device.label if one.device.cpu else f"{one.device.label} + RAM" for one in devices]
     table = Table("stage, GB", *(Column(title, justify="right") for title in (*titles, "disk")), box=None)
     for of_stage in zip(*(one.stages for one in devices), strict=True):

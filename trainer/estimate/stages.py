@@ -1,9 +1,9 @@
-"""Estimate of memory and disk of each stage, before a run.
+"""Estimates the memory and disk space of each stage before a run.
 
-The stages run in sequence, and each frees its memory before the next starts, so a run needs the memory of its largest
-stage; their outputs are kept, so disk space adds up. Figures are peaks of resident memory, including mapped pages of
-files. Formulas are arithmetic unless stated otherwise; their constants were measured with `benchmarks.stage_memory` on
-a CPU (docs/estimate.md). Nothing was measured on a GPU.
+The stages run in sequence, and each frees its memory before the next starts, so a run needs the memory
+of its largest stage; their outputs are kept, so disk space adds up. Values are peaks of resident memory,
+including mapped pages of files. Formulas are arithmetic unless stated otherwise; their constants were
+measured with `benchmarks.stage_memory` on a CPU (docs/estimate.md). Nothing was measured on a GPU.
 """
 
 from dataclasses import dataclass
@@ -21,20 +21,22 @@ from trainer.export.gptq import calibration_type
 from trainer.recipe.stage import Stage, choose_stages
 
 _GPTQ_BYTES, _GROUP_BYTES = 0.5, 2.5
-"""Bytes per weight in GPTQ, and per group for its scale in float16 and its zero point in 4 bits."""
+"""Bytes per weight in GPTQ, and bytes per group for its float16 scale and 4-bit zero point."""
 _GPTQMODEL = 1.0e9
-"""Bytes of gptqmodel's process before a model is loaded."""
+"""Memory of gptqmodel's process before a model is loaded, in bytes."""
 _MATRIX_COPIES, _HESSIAN_COPIES, _HIDDEN_COPIES = 3, 2, 3
-"""Number of copies of the matrix being rounded, of its Hessian, and of the hidden states of all calibration tokens."""
+"""Number of copies held while quantizing: of the matrix being rounded, of its Hessian, and of the hidden
+states of all calibration tokens."""
 _COMPARED_COPIES = 12
-"""Float32 copies of a layer while its merged weights are compared with base plus adapter (trainer.parity.adapter)."""
+"""Number of float32 copies of a layer while its merged weights are compared with base plus adapter
+(trainer.parity.adapter)."""
 _PARITY_ROOM = 1.2, 2 * 2**30
-"""A model is scored on a GPU if this multiple of its weights plus these bytes are free there; the same rule as in
-`trainer.parity.scores.choose_device`."""
+"""A model is scored on a GPU if this multiple of its weights plus this many bytes are free there, the same
+rule as in `trainer.parity.scores.choose_device`."""
 
 
 class EnginePart(StrEnum):
-    """Purpose of the engine's memory."""
+    """What a part of the engine's memory is used for."""
 
     WEIGHTS = "weights"
     KEYS = "keys and values"
@@ -43,7 +45,7 @@ class EnginePart(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """Required bytes of GPU memory, main memory and disk."""
+    """Memory and disk requirement in bytes: GPU memory, main memory and disk space."""
 
     device: float = 0.0
     ram: float = 0.0
@@ -52,11 +54,11 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class StageMemory:
-    """Memory and disk of one stage.
+    """Memory and disk space of one stage.
 
     Attributes:
-        peak: the stage's peak need; for disk, the bytes that the stage writes.
-        least: the stage's minimum need with any batch; only this need can reject a run.
+        peak: the stage's peak requirement; for disk, the bytes that the stage writes.
+        least: the stage's minimum requirement with any batch; only this can cause a run to be rejected.
     """
 
     stage: Stage
@@ -67,11 +69,12 @@ class StageMemory:
 def stage_memory(
     training: Training, workload: Workload, device: ComputeDevice, served_length: int
 ) -> tuple[StageMemory, ...]:
-    """Return the needs of the recipe's stages, in order; `judge` and `register` are omitted: they need almost nothing.
+    """Return the requirements of a recipe's stages, in order, omitting `judge` and `register`, which need
+    almost nothing.
 
     Args:
-        workload: the batches of the training.
-        served_length: maximum number of tokens of a sequence in the engine.
+        workload: the batches of the training run.
+        served_length: maximum sequence length in the engine, in tokens.
     """
     recipe, shape = training.recipe, training.shape
     whole = number_size(device.number_type) * shape.parameters
@@ -100,16 +103,17 @@ def stage_memory(
 
 
 def gptq_bytes(group_size: int, shape: ModelShape) -> float:
-    """Return the size of the quantized model."""
+    """Return the size of the quantized model, in bytes."""
     quantized = shape.linear_weights + shape.expert_weights
     size = _GPTQ_BYTES + _GROUP_BYTES / group_size
     return size * quantized + BFLOAT16 * (shape.parameters - quantized)
 
 
 def engine_memory(shape: ModelShape, number_type: NumberType, served_length: int) -> dict[EnginePart, float]:
-    """Return the memory of an engine with the merged weights, counted as in svc.engine.vllm.headroom before a start.
+    """Return the memory of an engine with the merged weights, counted as in svc.engine.vllm.headroom before a
+    start.
 
-    The KV cache is that of one sequence of maximum length.
+    The KV cache holds one sequence of maximum length.
     """
     size, length = number_size(number_type), min(served_length, shape.context or served_length)
     return {
@@ -120,9 +124,10 @@ def engine_memory(shape: ModelShape, number_type: NumberType, served_length: int
 
 
 def _train(training: Training, workload: Workload) -> tuple[Need, Need]:
-    """Return the needs of training (trainer.estimate.memory); before a GPU gets the model, it is in main memory.
+    """Return the requirements of training (trainer.estimate.memory). The model is in main memory before it
+    moves to a GPU.
 
-    Each of the checkpoints on the disk contains weights in float32 and two moments.
+    Each checkpoint on disk contains float32 weights and two moments.
     """
     recipe, shape = training.recipe, training.shape
     kept = recipe.checkpoints.keep + 1 + recipe.stopping.keep_best
@@ -137,10 +142,11 @@ def _train(training: Training, workload: Workload) -> tuple[Need, Need]:
 
 
 def _merge(training: Training) -> tuple[Need, Need]:
-    """Return merging's needs: two bf16 copies of the largest tensor, or four float32 ones of the largest adapted one.
+    """Return the requirements of merging: two bf16 copies of the largest tensor, or four float32 copies of the
+    largest adapted tensor.
 
-    After full fine-tuning the base and the trained model are compared: a layer of each, mapped and read, their
-    difference, and the mask of differences.
+    After full fine-tuning the base and the trained model are compared: a layer of each, mapped and read,
+    their difference, and the mask of differences.
     """
     largest = _largest_layer(training)
     if training.full:
@@ -152,7 +158,7 @@ def _merge(training: Training) -> tuple[Need, Need]:
 
 
 def _engine(training: Training, weights: float, served_length: int) -> tuple[Need, Need]:
-    """Return the needs of an engine, in its own process, with the KV cache of one sequence."""
+    """Return the requirements of an engine in its own process, with a KV cache for one sequence."""
     parts = engine_memory(training.shape, training.number_type, served_length) | {EnginePart.WEIGHTS: weights}
     size = sum(parts.values())
     peak = Need(ram=PROCESS + size) if training.cpu else Need(device=size, ram=PROCESS + weights + ENGINE_OVERHEAD)
@@ -161,12 +167,14 @@ def _engine(training: Training, weights: float, served_length: int) -> tuple[Nee
 
 
 def _quantize(training: Training, example_tokens: float) -> tuple[Need, Need]:
-    """Return the needs of quantizing: one layer, and GPTQ's work on its largest matrix, in a separate process.
+    """Return the requirements of quantizing in a separate process: one layer, and GPTQ's work on its largest
+    matrix.
 
-    gptqmodel reads each layer from the merged model's files in turn, and writes the finished layer to the disk
-    (`offload_to_disk`), from which the model's files are written: so the disk has every layer twice. The input
-    embeddings are completely in memory; an untied output head is not. GPTQ has float32 copies of the matrix, and the
-    squared inputs (the Hessian) with their inverse. Fitted to docs/estimate.md's measurements.
+    gptqmodel reads each layer from the merged model's files in turn and writes the finished layer to disk
+    (`offload_to_disk`), from which the model's files are written, so every layer is on the disk twice. The
+    input embeddings are completely in memory; an untied output head is not. GPTQ has float32 copies of the
+    matrix, and the squared inputs (the Hessian) with their inverse. Fitted to the measurements in
+    docs/estimate.md.
     """
     recipe, shape = training.recipe, training.shape
     size = number_size(calibration_type(training.number_type))
@@ -184,10 +192,11 @@ def _quantize(training: Training, example_tokens: float) -> tuple[Need, Need]:
 
 
 def _parity(training: Training, memory: float) -> tuple[Need, Need]:
-    """Return the needs of parity: one copy of the model with the adapter, and float32 copies of the compared layer.
+    """Return the requirements of the parity checks: one model copy with the adapter, and float32 copies of the
+    compared layer.
 
-    They are on the GPU if they fit, else on the CPU. There, weights in bfloat16 are mapped pages of the files, which
-    the system can reclaim: reading them again is slow, but no reason to reject a run.
+    They are on the GPU if they fit, and otherwise on the CPU. There, bfloat16 weights are mapped pages of
+    the files, which the system can reclaim: reading them again is slow, but no reason to reject a run.
     """
     number_type = calibration_type(training.number_type)
     weights = number_size(number_type) * training.shape.parameters
@@ -202,7 +211,7 @@ def _parity(training: Training, memory: float) -> tuple[Need, Need]:
 
 
 def _computed(training: Training, size: float, ram: float = 0.0, disk: float = 0.0) -> Need:
-    """Return a need of the computing device's memory; with a GPU, `ram` is needed in addition."""
+    """Return a memory requirement for the compute device; with a GPU, `ram` is required on the host as well."""
     return Need(ram=size, disk=disk) if training.cpu else Need(device=size, ram=ram, disk=disk)
 
 
@@ -211,12 +220,14 @@ def _adapter(training: Training) -> float:
 
 
 def _largest_layer(training: Training) -> int:
-    """Return the number of weights of the largest parameter that training changes."""
+    """Return the number of weights in the largest parameter that training changes."""
     shape, full = training.shape, training.full
     experts = shape.experts if full or shape.adapts_experts else ()
     return max(map(prod, (*(shape.linear.values() if full else shape.target_shapes), *experts)), default=0)
 
 
 def _largest_tensor(shape: ModelShape) -> int:
-    """Return the weights of the largest parameter: an embedding, a linear layer, or all experts of a block."""
+    """Return the number of weights in the largest parameter: an embedding, a linear layer, or all experts of a
+    block.
+    """
     return max([shape.head, shape.largest_layer, *map(prod, shape.experts)])

@@ -1,1 +1,1 @@
-"""From trained weights to the served formats: merged, and quantized with GPTQ."""
+"""Exports trained weights to the served formats: merged, and quantized with GPTQ."""

@@ -1,8 +1,9 @@
-"""GPTQ with gptqmodel: quantizes a merged model to 4 bits.
+"""Quantizes a merged model to 4 bits by GPTQ, with gptqmodel.
 
-Rounding is calibrated on training examples, never on held-out ones. Activation order is `act_group_aware`: vLLM
-rejects `desc_act` with groups on every platform. On devices with slow bfloat16 the layers are computed in float32; the
-files have the same types. Knows nothing of the loss of quality by rounding, which the evaluation measures.
+Rounding is calibrated on training examples, never on held-out ones. Activation order is
+`act_group_aware`, because vLLM rejects `desc_act` with groups on every platform. On devices with slow
+bfloat16, the layers are computed in float32; the files have the same types. The quality lost by rounding
+is measured elsewhere, by the evaluation.
 """
 
 import json
@@ -41,23 +42,25 @@ from trainer.recipe.sections import Quantize, Recipe
 _FUSED = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj") | dict.fromkeys(
     ("gate_proj", "up_proj"), "gate_up_proj"
 )
-"""Layers that the engine fuses into one."""
+"""Layers that the engine fuses into a single layer."""
 _BITS = 4
-"""Bits per weight: the only number that the engine's CPU kernel supports."""
+"""Bits per weight. The engine's CPU kernel supports no other number."""
 _BATCH = 4  # calibration examples in one forward pass
 _SCALE_ERROR = 2.0
-"""A group's scale is the one with the smallest sum of rounding errors to this power, not the one that reaches the
-largest weight."""
+"""Exponent of the rounding errors. A group's scale is the one that minimizes their sum at this power, not
+the one that reaches the largest weight."""
 _SCALE_STEPS, _MIN_SCALE = 20, 0.5
-"""The search tries 1, 0.95, 0.9 and so on times the scale that reaches the largest weight. gptqmodel's own 80 steps,
-down to 0.2, take eight times as long, and 400 held-out examples of the example task showed no difference."""
+"""Number of steps and lowest factor of the scale search, which tries 1, 0.95, 0.9 and so on times the scale
+that reaches the largest weight. gptqmodel's own 80 steps, down to 0.2, take eight times as long, and 400
+held-out examples of the example task showed no difference."""
 _CPU_BLOCK = 32
-"""Number of columns that are rounded in sequence before the rest of the layer is corrected for all of them. Apart from
-the scales, which include more corrections, the result is the same as with gptqmodel's own blocks of 128, which correct
-four times as many columns one by one."""
+"""Number of columns that are rounded in sequence before the rest of the layer is corrected for all of them.
+Apart from the scales, which include more corrections, the result is the same as with gptqmodel's own
+blocks of 128, which correct four times as many columns one by one."""
 _QUANTIZED_MIXTURES = ("olmoe", "qwen3_moe")
-"""Mixtures of which gptqmodel 7.6 quantizes every expert and writes it under the base's own name. It silently skips the
-experts of GraniteMoE and MiniMax M2, and renames those of Mixtral, Phi-3.5-MoE and gpt-oss."""
+"""Mixture-of-experts models in which gptqmodel 7.6 quantizes every expert and keeps the base's own names.
+It silently skips the experts of GraniteMoE and MiniMax M2, and renames those of Mixtral, Phi-3.5-MoE and
+gpt-oss."""
 _EXPERT = re.compile(r"(.+\.experts\.\d+\.\w+)\.weight")
 
 
@@ -66,9 +69,9 @@ class QuantizeSummary:
     """Summary of a quantization.
 
     Attributes:
-        layers: number of quantized linear layers and matrices of experts.
+        layers: number of quantized linear layers and expert matrices.
         samples: number of calibration examples.
-        tokens: number of tokens of those examples.
+        tokens: number of tokens in those examples.
         worst_layer: layer whose output was changed most by rounding.
         worst_loss: gptqmodel's mean squared error of that layer on the calibration examples.
         seconds: total time.
@@ -90,13 +93,13 @@ def quantize_gptq(
     *,
     number_type: NumberType,
 ) -> QuantizeSummary:
-    """Write the model as 4-bit GPTQ safetensors, with tokenizer and chat template, to `out`.
+    """Write a model to `out` as 4-bit GPTQ safetensors, with its tokenizer and chat template.
 
     Args:
         model: folder of the merged model.
         examples: training examples, of which `quantize.samples` are picked by the recipe's seed.
-        out: created if missing. Equal input gives an equal config.json.
-        number_type: number type in which the layers are computed; it does not change the types of the files.
+        out: output folder, created if missing. Equal input gives an equal config.json.
+        number_type: number type in which the layers are computed; it does not change the types in the files.
 
     Raises:
         RecipeError: `quantize.group_size` does not fit the model; raised before any work.
@@ -129,16 +132,17 @@ def quantize_gptq(
 
 
 def check_layers(model: Path, group_size: int, multiple: int = 1) -> list[str]:
-    """Return the names of the layers to quantize, after checking their shapes; loads no weights.
+    """Check the shapes of the layers to quantize and return their names, without loading weights.
 
     Args:
         group_size: number of inputs that share a scale; must divide each layer's inputs.
-        multiple: the outputs of each layer of the engine must be a multiple of this; above 1 for an engine on a CPU.
+        multiple: the outputs of each engine layer must be a multiple of this; above 1 for an engine on a
+            CPU.
 
     Raises:
         RecipeError: `group_size` does not divide a layer's width; names the layer, and the sizes that fit.
-        TrainingError: the engine's kernel for 4-bit weights does not support a layer, or an expert cannot be quantized
-            or served.
+        TrainingError: the engine's kernel for 4-bit weights does not support a layer, or an expert cannot be
+            quantized or served.
     """
     empty = empty_model(model)
     shapes = linear_layers(empty)
@@ -151,10 +155,11 @@ def check_layers(model: Path, group_size: int, multiple: int = 1) -> list[str]:
 
 
 def check_quantizer(model: Path) -> None:
-    """Check that gptqmodel has a definition of the model's architecture; it would guess the layers of any other.
+    """Check that gptqmodel has a definition of the model's architecture, because it would guess the layers
+    otherwise.
 
     Raises:
-        TrainingError: gptqmodel has no definition.
+        TrainingError: gptqmodel has no definition of the architecture.
     """
     with library_output_to_log():
         from gptqmodel.models.auto import SUPPORTED_MODELS
@@ -186,7 +191,9 @@ def _check_experts(model: Path, expert: str, *, on_cpu: bool) -> None:
 
 
 def _expert_shapes(model: Path) -> dict[str, tuple[int, int]]:
-    """Return inputs and outputs of each expert's matrices, which are separate in the files but joined in memory."""
+    """Return the input and output sizes of each expert's matrices, which are separate in the files but joined
+    in memory.
+    """
     shapes = {match[1]: tensor.shape for tensor in read_headers(model) if (match := _EXPERT.fullmatch(tensor.name))}
     return {name: (inputs, outputs) for name, (outputs, inputs) in shapes.items()}
 
@@ -220,31 +227,34 @@ def _check_outputs(outputs: dict[str, int], multiple: int) -> None:
 
 
 def calibration_rows(model: Path, examples: Sequence[ChatExample], recipe: Recipe) -> list[tuple[int, ...]]:
-    """Return the token ids of the examples for calibration, truncated to `train.max_length` as in training."""
+    """Return the token ids of the calibration examples, truncated to `train.max_length` as in training."""
     picked = pick_calibration(examples, recipe.quantize.samples, recipe.train.seed)
     rows = tokenize_as_trained(model, picked, choose_template_kwargs(model, recipe.chat_template_kwargs))
     return [row.input_ids[: recipe.train.max_length] for row in rows]
 
 
 def pick_calibration(examples: Sequence[ChatExample], samples: int, seed: int) -> list[ChatExample]:
-    """Return `samples` examples drawn at random by the seed; all examples, in random order, if there are fewer."""
+    """Return `samples` randomly drawn examples, or all examples in random order if there are fewer, using the
+    given seed.
+    """
     return random.Random(seed).sample(list(examples), min(samples, len(examples)))  # noqa: S311
 
 
 def calibration_type(number_type: NumberType) -> NumberType:
-    """Return the number type in which calibration computes layers, given that of the training.
+    """Return the number type in which calibration computes layers, given the number type of training.
 
-    Never float16: activations can exceed 65504, and no loss scaling helps here. Float32 costs memory for one layer at a
-    time, and converts weights from bf16 and back without rounding.
+    Never float16, because activations can exceed 65504 and no loss scaling helps here. Float32 costs memory
+    for one layer at a time, and converts weights from bf16 and back without rounding.
     """
     return NumberType.BFLOAT16 if number_type is NumberType.BFLOAT16 else NumberType.FLOAT32
 
 
 def link_with_padding(model: Path, copy: Path) -> None:
-    """Copy a model folder as links, with a config that names a padding token with an embedding row.
+    """Copy a model folder as links, with a config whose padding token has an embedding row.
 
-    gptqmodel pads calibration examples, and masks the padding. If the config names no padding token, or one that has
-    another role, gptqmodel searches the vocabulary for usual names, and may choose one without an embedding row.
+    gptqmodel pads calibration examples, and masks the padding. If the config names no padding token, or one
+    that has another role, gptqmodel searches the vocabulary for usual names, and may choose one without an
+    embedding row.
     """
     copy.mkdir()
     for file in model.iterdir():
@@ -265,9 +275,10 @@ def _run_gptqmodel(
     offload: str,
     number_type: NumberType,
 ) -> list[dict[str, Any]]:
-    """Quantize and save; return gptqmodel's record of every layer.
+    """Quantize and save a model, and return gptqmodel's record of every layer.
 
-    Runs in a separate process: gptqmodel's threads continue after an exception, and abort the process when it exits.
+    Runs in a separate process, because gptqmodel's threads continue after an exception and abort the process
+    when it exits.
 
     Args:
         offload: an empty folder for temporary files.
@@ -308,10 +319,11 @@ def _run_gptqmodel(
 
 @contextmanager
 def faster_rounding(*, cpu: bool) -> Iterator[None]:
-    """Within the body, make gptqmodel search scales in our steps and round in our blocks; it has no options for them.
+    """Make gptqmodel use our scale search and block size during the `with` block, because it has no options for
+    them.
 
     Args:
-        cpu: whether the layers are on a CPU; on a GPU gptqmodel has a kernel for its own blocks.
+        cpu: whether the layers are on a CPU; on a GPU, gptqmodel has a kernel for its own blocks.
     """
     from gptqmodel.quantization.gptq import GPTQ
     from gptqmodel.quantization.quantizer import Quantizer

@@ -23,20 +23,21 @@ _ADAPTER_TENSOR = re.compile(r"\.(lora|vera)_")
 
 
 def merge_adapter(base: Path, adapter: Path, out: Path, *, dequantized: bool = False) -> MergeSummary:
-    """Write base plus adapter as bf16 safetensors, with the base's unchanged tokenizer and templates, to `out`.
+    """Write base plus adapter to `out` as bf16 safetensors, with the base's unchanged tokenizer and templates.
 
     The sum is computed in float32 and rounded so that small changes are not lost (`trainer.model.rounding`).
-    Tensors are read, merged, written and compared one by one: memory depends on the largest tensor, not on the model.
+    Tensors are read, merged, written and compared one by one, so memory depends on the largest tensor, not
+    on the model.
 
     Args:
         base: folder of the model that the adapter was trained on.
         adapter: folder with adapter_config.json and adapter_model.safetensors.
-        dequantized: add the adapter to the base's weights rounded to NF4, with which it was trained; linear layers
-            without an adapter are rounded too.
+        dequantized: add the adapter to the base's weights rounded to NF4, with which it was trained; linear
+            layers without an adapter are also rounded.
 
     Raises:
-        TrainingError: a module that the adapter targets still has the base's weights, another tensor differs, or the
-            adapter has tensors that are not part of an adapted layer.
+        TrainingError: a module that the adapter targets still has the base's weights, another tensor
+            differs, or the adapter has tensors that are not part of an adapted layer.
     """
     with waiting("Merging the adapter into the base model"), library_output_to_log():
         from trainer.model.nf4 import DequantizedWeights
@@ -50,7 +51,9 @@ def merge_adapter(base: Path, adapter: Path, out: Path, *, dequantized: bool = F
 
 
 def unused_modules(adapter: Path) -> set[str]:
-    """Return the modules whose rank AdaLoRA has reduced to 0: a merge rightly leaves their weights unchanged."""
+    """Return the modules whose rank AdaLoRA has reduced to 0, so that a merge rightly leaves their weights
+    unchanged.
+    """
     config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
     unused = {
         name for name, mask in (config.get("rank_pattern") or {}).items() if isinstance(mask, list) and not any(mask)
@@ -59,7 +62,7 @@ def unused_modules(adapter: Path) -> set[str]:
 
 
 def _merge(base: Path, weights: "StoredWeights", adapter: Path, out: Path) -> set[str]:
-    """Merge, write, and return the modules and parameters that must have changed."""
+    """Merge and write the model, and return the modules and parameters that must have changed."""
     import torch
     from safetensors import safe_open
 
@@ -103,7 +106,7 @@ def _merge(base: Path, weights: "StoredWeights", adapter: Path, out: Path) -> se
 
 
 def _merge_layer(layer: Any, weight: "torch.Tensor") -> "torch.Tensor":
-    """Return the sum of a layer's weight and its adapter, as PEFT computes it.
+    """Return a layer's weight plus its adapter's update, as PEFT computes it.
 
     Args:
         layer: PEFT's layer around a placeholder that has the weight's shape and needs no memory.
@@ -120,9 +123,10 @@ def _merge_layer(layer: Any, weight: "torch.Tensor") -> "torch.Tensor":
 
 
 def _without_weights(base: Path) -> "PreTrainedModel":
-    """Return the model with a single zero, expanded to the weight's shape, in place of each weight.
+    """Return the model with each weight replaced by a single zero expanded to the weight's shape.
 
-    PEFT moves an adapter to the device of its layer: on the meta device the adapter would lose its weights too.
+    PEFT moves an adapter to the device of its layer, so on the meta device the adapter would lose its
+    weights too.
     """
     import torch
 

@@ -1,9 +1,9 @@
-"""Converts gptqmodel's files to those of the architecture and of the source model.
+"""Converts gptqmodel's files to the layout of the model architecture and of the source model.
 
-gptqmodel quantizes and writes fused feed-forward layers, such as Phi-3's `gate_up_proj`, as `gate_proj` and `up_proj`;
-the engine looks for the names of the architecture. GPTQ rounds each row of a layer separately, with statistics of the
-layer's inputs, which are the same for both parts, so their concatenation equals quantizing the fused layer. Knows
-nothing of rounding.
+gptqmodel quantizes and writes fused feed-forward layers, such as Phi-3's `gate_up_proj`, as `gate_proj`
+and `up_proj`, but the engine looks for the names of the architecture. GPTQ rounds each row of a layer
+separately, with statistics of the layer's inputs, which are the same for both parts, so their
+concatenation equals quantizing the fused layer. The rounding itself is done elsewhere.
 """
 
 import json
@@ -26,7 +26,7 @@ _VOLATILE_KEYS = {"offload_to_disk_path"}  # of gptqmodel's metadata; they diffe
 
 
 def write_bfloat16(folder: Path) -> None:
-    """Write a quantized model's unquantized weights, which are in float32, in bf16.
+    """Convert the unquantized float32 weights of a quantized model to bf16.
 
     They come from a merged model in bf16, so nothing is rounded. Packed layers keep their types.
     """
@@ -40,7 +40,7 @@ def write_bfloat16(folder: Path) -> None:
 
 
 def join_fused_layers(folder: Path, layers: list[str]) -> None:
-    """Rewrite a quantized model's safetensors with joined layers, if gptqmodel has split a layer.
+    """Rewrite a quantized model's safetensors, joining layers that gptqmodel has split.
 
     Args:
         folder: the quantized model.
@@ -77,7 +77,7 @@ def _parts(layer: str) -> list[str]:
 
 
 def _join(tensors: "dict[str, torch.Tensor]", layer: str, parts: list[str]) -> None:
-    """Replace the tensors of the parts by those of the layer."""
+    """Replace the tensors of a layer's parts with those of the joined layer."""
     import torch
 
     groups = [tensors.pop(f"{part}.{_INPUT_GROUPS}") for part in parts]
@@ -94,7 +94,7 @@ def _join(tensors: "dict[str, torch.Tensor]", layer: str, parts: list[str]) -> N
 
 
 def check_packed(folder: Path, layers: list[str]) -> None:
-    """Check that each of the layers is packed in a quantized model.
+    """Check that each of the given layers is stored in packed form in a quantized model.
 
     Raises:
         TrainingError: a layer is not packed.
@@ -109,10 +109,11 @@ def check_packed(folder: Path, layers: list[str]) -> None:
 
 
 def finish_folder(model: Path, out: Path) -> None:
-    """Replace the config, tokenizer and templates that gptqmodel wrote by the model's own.
+    """Replace the config, tokenizer and templates that gptqmodel wrote with the model's own.
 
-    gptqmodel writes the config that its loader has changed; Gemma 3's had the frequencies twice, in two shapes. Only
-    its quantization config is kept, without keys that differ between two runs on equal input.
+    gptqmodel writes the config that its loader has changed; Gemma 3's contained the frequencies twice, in
+    two shapes. Only its quantization config is kept, without keys that differ between two runs on equal
+    input.
     """
     (out / "quant_log.csv").unlink(missing_ok=True)
     path = out / "quantize_config.json"

@@ -1,7 +1,7 @@
-"""Writer of safetensors files, tensor by tensor in any order, with the file names of `save_pretrained`.
+"""Writes safetensors files tensor by tensor in any order, with the same file names as `save_pretrained`.
 
-safetensors' own writer needs all tensors of a file in memory. The format begins with the offset of each tensor, which
-follows from the shapes. Imports torch.
+safetensors' own writer needs all tensors of a file in memory. The format begins with the offset of each
+tensor, which follows from the shapes. Imports torch.
 """
 
 import json
@@ -23,11 +23,12 @@ _NAMES = {torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32", torch.
 def open_tensor_files(
     folder: Path, shapes: Mapping[str, torch.Tensor], parameters: int
 ) -> Iterator[Callable[[str, torch.Tensor], None]]:
-    """Open the files of a model, and yield a function that writes one tensor; several files get an index.
+    """Open the model's files and yield a function that writes one tensor. If there are several files, write an
+    index too.
 
     Args:
-        folder: created if missing.
-        shapes: tensors without weights, by their names in the files, in the types of the files.
+        folder: output folder, created if missing.
+        shapes: tensors without data, keyed by their names in the files, with the number types of the files.
         parameters: number of the model's parameters, for the index.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +54,9 @@ def open_tensor_files(
 
 
 def _begin(file: BinaryIO, shapes: Mapping[str, torch.Tensor]) -> dict[str, tuple[BinaryIO, int]]:
-    """Write the header, with the widest number types first, as safetensors does; return each tensor's offset."""
+    """Write the header and return each tensor's offset. The widest number types come first, as safetensors
+    itself does it.
+    """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     starts, end = {}, 0
     for name, tensor in sorted(shapes.items(), key=lambda item: (-item[1].itemsize, item[0])):

@@ -1,8 +1,8 @@
 """Verifies that training changed the weights, by comparing every written tensor with the base's.
 
-If a merge silently does nothing, the version answers like the base; if other tensors change, the version is not the one
-that was trained. The output of full fine-tuning is compared in the same way. Knows nothing of quality, which the
-evaluation measures.
+If a merge silently does nothing, the version answers like the base; if other tensors change, the version
+is not the one that was trained. The output of full fine-tuning is compared in the same way. Quality is
+not checked here but measured by the evaluation.
 """
 
 from collections.abc import Mapping
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class MergeSummary:
-    """Changes of the weights in training.
+    """How training changed the weights.
 
     Attributes:
-        modules: number of changed linear layers and parameters of experts.
-        smallest_changed_share: smallest share of a layer's weights that differ; below 1, because learnt changes smaller
-            than the precision of bf16 may be rounded away.
+        modules: number of changed linear layers and expert parameters.
+        smallest_changed_share: smallest share of a layer's weights that differ; below 1, because learnt
+            changes smaller than the precision of bf16 may be rounded away.
         largest_change: largest difference of one weight.
     """
 
@@ -38,14 +38,14 @@ class MergeSummary:
 
 
 def verify_full(base: Path, trained: Path) -> MergeSummary:
-    """Return the changes of a model of which every weight was trained.
+    """Verify a fully fine-tuned model and return how its weights changed.
 
     Args:
         base: folder of the base model.
         trained: folder of the trained model.
 
     Raises:
-        TrainingError: a linear layer or an expert's parameter still has the base's weights.
+        TrainingError: a linear layer or an expert parameter still has the base's weights.
     """
     from trainer.model.stored_weights import StoredWeights
 
@@ -56,7 +56,9 @@ def verify_full(base: Path, trained: Path) -> MergeSummary:
 
 
 def adapted_tensors(model: "PeftModel") -> dict[str, str]:
-    """Return the linear layers and expert parameters that an adapter changes, by the name of the adapter's layer."""
+    """Return the linear layers and expert parameters that an adapter changes, keyed by the name of the
+    adapter's layer.
+    """
     from peft.tuners.lora.layer import ParamWrapper
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -76,10 +78,11 @@ def compare_weights(
     *,
     others_change: bool = False,
 ) -> MergeSummary:
-    """Return the changes; raise unless exactly the targeted weights differ. Each tensor is looked up once, in turn.
+    """Check that exactly the targeted weights differ and return the changes. Each tensor is looked up once, in
+    turn.
 
     Args:
-        base, merged: tensors by parameter name.
+        base, merged: tensors keyed by parameter name.
         targets: modules that the adapter names, such as `model.layers.0.mlp.up_proj`, or parameters.
         others_change: whether embeddings, norms and biases may differ too.
 
@@ -105,7 +108,9 @@ def compare_weights(
 
 
 def _change(name: str, before: "torch.Tensor", after: "torch.Tensor") -> tuple[float, float]:
-    """Return the share of weights that differ and the largest difference; raise if no weight differs."""
+    """Return the share of weights that differ and the largest difference, or raise TrainingError if no weight
+    differs.
+    """
     differing = int((before != after).sum())
     if not differing:
         raise merge_failed(f"module {name.removesuffix('.weight')!r} still has the base's weights")

@@ -1,1 +1,1 @@
-"""The trained model: its loading, its adapters and its layers."""
+"""The trained model: loading, adapters and layers."""

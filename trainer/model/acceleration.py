@@ -1,7 +1,7 @@
-"""Options that make training fast on a machine, each chosen from facts with a reason.
+"""Options that make training fast on a given machine, each chosen from its properties for a stated reason.
 
-Knows no model and no recipe. Options whose packages are not installed are left off. The loss and the layers that are
-used only on a CPU are chosen in trainer.training.loss.
+Independent of the model and recipe. Options whose packages are not installed are left off. The loss and
+the layers that are used only on a CPU are chosen in trainer.training.loss.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from enum import StrEnum
 
 
 class Attention(StrEnum):
-    """Implementation of attention, by transformers' name for `attn_implementation`."""
+    """Attention implementation, as named in transformers' `attn_implementation`."""
 
     FLASH_3 = "flash_attention_3"
     FLASH_2 = "flash_attention_2"
@@ -18,11 +18,13 @@ class Attention(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """The machine and its installed packages.
+    """Properties of the machine and its installed packages.
 
     Attributes:
-        capability: compute capability of the NVIDIA GPU, for example (9, 0) for Hopper; None without one.
-        flash_attention_2, flash_attention_3, liger_kernels: whether they are installed in a release that transformers
+        capability: compute capability of the NVIDIA GPU, for example (9, 0) for Hopper, or None without such
+            a GPU.
+        flash_attention_2, flash_attention_3, liger_kernels: whether they are installed in a release that
+        transformers
             supports. A check of the import names alone would mistake FlashAttention 4 for 2.
     """
 
@@ -34,15 +36,16 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Acceleration:
-    """Options for training on a machine.
+    """Acceleration options for training on a machine.
 
     Attributes:
-        attention: FlashAttention 3 supports only Hopper; 2 needs Ampere or later. Otherwise PyTorch's SDPA is used.
-        padding_free: the rows of a batch are concatenated, so nothing is padded. Only FlashAttention separates rows
-            by their lengths; SDPA would need a mask whose size is the square of the batch's.
+        attention: FlashAttention 3 supports only Hopper; 2 needs Ampere or later. Otherwise PyTorch's SDPA
+            is used.
+        padding_free: the rows of a batch are concatenated, so nothing is padded. Only FlashAttention
+            separates rows by their lengths; SDPA would need a mask whose size is the square of the batch's.
         liger_kernels: fused RMSNorm, rotary embedding and SwiGLU in Triton, which does not run on a CPU.
-        gradient_checkpointing: layers are computed twice to save memory, which is scarce on a GPU; on a CPU time is
-            scarcer.
+        gradient_checkpointing: layers are computed twice to save memory, which is scarce on a GPU; on a CPU,
+            time is scarcer.
     """
 
     attention: Attention
@@ -64,7 +67,7 @@ def machine_facts() -> Facts:
 
 
 def choose_acceleration(facts: Facts, *, flash: bool = True) -> Acceleration:
-    """Return the options for a machine; see `Acceleration` for the reason of each.
+    """Choose the acceleration options for a machine; see `Acceleration` for the reasons.
 
     Args:
         flash: whether the model supports FlashAttention.

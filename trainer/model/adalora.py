@@ -1,7 +1,8 @@
-"""AdaLoRA's schedule of ranks, and the state of its allocator.
+"""AdaLoRA's rank schedule, and the state of its rank allocator.
 
-AdaLoRA distributes ranks by a schedule that depends on the number of steps. Its allocator masks the least important
-directions and must be called after each step; neither transformers' trainer nor TRL's calls it. Imports torch and PEFT.
+AdaLoRA distributes ranks by a schedule that depends on the number of steps. Its allocator masks the
+least important directions and must be called after each step, which neither transformers' nor TRL's
+trainer does. Imports torch and PEFT.
 """
 
 import json
@@ -15,14 +16,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 _ALLOCATOR_FILE = "rank_allocator.safetensors"
 _WARMUP, _FINAL = 0.1, 0.3
-"""Shares of all steps at the start in which all ranks are kept, and at the end in which the chosen ranks are fixed."""
+"""Share of steps at the start in which all ranks are kept, and share at the end in which the chosen ranks
+are fixed."""
 
 
 def rank_plan(steps: int) -> dict[str, int]:
-    """Return the steps of a run in which AdaLoRA distributes ranks, by the names in PEFT's config.
+    """Return the steps of a run in which AdaLoRA distributes ranks, keyed by their names in PEFT's config.
 
-    The final distribution uses measurements of at least one earlier step, so it needs two steps. In a run of one step
-    the second one is never reached, and all ranks are kept.
+    The final distribution uses measurements of at least one earlier step, so it needs two steps. In a run of
+    one step, the second step is never reached, and all ranks are kept.
     """
     planned = max(steps, 2)
     warmup = round(_WARMUP * steps) if steps > 1 else 1
@@ -31,7 +33,8 @@ def rank_plan(steps: int) -> dict[str, int]:
 
 
 class RankAllocation(TrainerCallback):
-    """Callback that updates AdaLoRA's allocator after the optimizer's step and before gradients are cleared.
+    """Callback that updates AdaLoRA's rank allocator after the optimizer's step and before gradients are
+    cleared.
 
     Args:
         model: model with an AdaLoRA adapter.
@@ -41,7 +44,7 @@ class RankAllocation(TrainerCallback):
         self._model = model
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Update the allocator; `global_step` does not count this step yet."""
+        """Update the rank allocator. `global_step` does not yet include this step."""
         step, config = state.global_step + 1, self._model.peft_config["default"]
         if step < config.total_step - config.tfinal:
             # In float16 the optimizer skips a step whose gradients are not finite, which would spoil the means.
@@ -52,14 +55,14 @@ class RankAllocation(TrainerCallback):
             self._model.base_model.update_and_allocate(step)
 
     def save(self, folder: Path) -> None:
-        """Write the allocator's running means and its masks to a checkpoint's folder."""
+        """Write the rank allocator's running means and masks to a checkpoint folder."""
         allocator, config = self._model.base_model.rankallocator, self._model.peft_config["default"]
         kinds = {"ipt": allocator.ipt, "mean": allocator.exp_avg_ipt, "uncertainty": allocator.exp_avg_unc}
         tensors = {f"{kind}/{name}": value for kind, values in kinds.items() for name, value in values.items()}
         save_file(tensors, folder / _ALLOCATOR_FILE, {"rank_pattern": json.dumps(config.rank_pattern)})
 
     def restore(self, folder: Path) -> None:
-        """Load the state that `save` wrote."""
+        """Load the rank allocator's state as written by `save`."""
         allocator, config = self._model.base_model.rankallocator, self._model.peft_config["default"]
         kinds = {"ipt": allocator.ipt, "mean": allocator.exp_avg_ipt, "uncertainty": allocator.exp_avg_unc}
         device = next(self._model.parameters()).device

@@ -1,7 +1,7 @@
-"""Choice of the implementation of attention in transformers that follows the model's config.
+"""Chooses the transformers attention implementation that honours the model's config.
 
-The default, PyTorch's scaled dot product attention, silently omits Gemma 2's soft cap on attention scores, while the
-engine applies it: the served model would differ from the trained one.
+The default, PyTorch's scaled dot product attention, silently omits Gemma 2's soft cap on attention
+scores, which the engine applies, so the served model would differ from the trained one.
 """
 
 from pathlib import Path
@@ -14,12 +14,13 @@ if TYPE_CHECKING:
 
 
 def attention_implementation(config: "PreTrainedConfig") -> str | None:
-    """Return the value for `attn_implementation`; None leaves the choice to transformers."""
+    """Return the value for `attn_implementation`, or None to leave the choice to transformers."""
     return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
 
 
 def takes_flash_attention(base: Path) -> bool:
-    """Return whether the model's code in transformers supports FlashAttention; otherwise loading with it fails.
+    """Return whether transformers' code for the model supports FlashAttention; if not, loading with it would
+    fail.
 
     Args:
         base: folder of the base model.

@@ -1,4 +1,4 @@
-"""The config of a model folder, read by transformers, which converts old keys and adds defaults."""
+"""Reads the config of a model folder with transformers, which converts old keys and adds defaults."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,10 +10,11 @@ if TYPE_CHECKING:
 
 
 def load_config(folder: Path) -> "PreTrainedConfig":
-    """Load the config of a model folder. No code from the folder is run.
+    """Load the config of a model folder without running any code from the folder.
 
     Raises:
-        BaseModelError: transformers cannot read it, for example because of an invalid value or unknown architecture.
+        BaseModelError: transformers cannot read it, for example because of an invalid value or unknown
+            architecture.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
@@ -30,7 +31,7 @@ def load_config(folder: Path) -> "PreTrainedConfig":
 
 
 def read_width(folder: Path) -> int:
-    """Return the width of the hidden states of the model in a folder.
+    """Return the hidden width of the model in a folder.
 
     Raises:
         BaseModelError: transformers cannot read its config.

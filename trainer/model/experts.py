@@ -1,8 +1,8 @@
-"""The experts of a mixture: their number, and the parameters that contain them.
+"""The experts of a mixture-of-experts model: their number, and the parameters that contain them.
 
-transformers stores the experts of a layer in two parameters with one matrix for each expert. These are not linear
-layers, so code that handles only linear layers silently misses nine tenths of a model. Knows nothing of routing and
-adapters.
+transformers stores the experts of a layer in two parameters with one matrix for each expert. These are
+not linear layers, so code that handles only linear layers silently misses nine tenths of a model.
+Independent of routing and adapters.
 """
 
 from typing import TYPE_CHECKING
@@ -15,15 +15,15 @@ _NAMES = (_COMMON, "num_local_experts", "n_routed_experts")
 
 
 def count_experts(config: "PreTrainedConfig") -> int:
-    """Return the number of experts per layer; 0 if the model is not a mixture."""
+    """Return the number of experts per layer, or 0 if the model is not a mixture of experts."""
     name = _name(config)
     return int(getattr(config.get_text_config(), name)) if name else 0
 
 
 def name_experts(config: "PreTrainedConfig") -> None:
-    """Make configs of this kind provide their number of experts as `num_experts`, the name that TRL uses.
+    """Make configs of this class provide their number of experts as `num_experts`, the name that TRL uses.
 
-    transformers defines this alias for Mixtral, and not for Granite. Written configs keep their own name.
+    transformers defines this alias for Mixtral, but not for Granite. Written configs keep their own name.
     """
     text, name = config.get_text_config(), _name(config)
     if name and not hasattr(text, _COMMON):
@@ -38,7 +38,10 @@ def _name(config: "PreTrainedConfig") -> str | None:
 
 
 def fused_experts(model: "PreTrainedModel") -> list[str]:
-    """Return the names of parameters [experts, rows, columns], such as `model.layers.0.mlp.experts.gate_up_proj`."""
+    """Return the names of all expert parameters of shape [experts, rows, columns].
+
+    One such name is `model.layers.0.mlp.experts.gate_up_proj`.
+    """
     return [
         f"{name}.{parameter}"
         for name, module in model.named_modules()

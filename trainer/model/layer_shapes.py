@@ -1,4 +1,4 @@
-"""A model without weights, from its config alone, and the shapes of its linear layers."""
+"""Builds a model without weights from its config alone, and returns the shapes of its linear layers."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +10,9 @@ if TYPE_CHECKING:
 
 
 def linear_layers(model: "PreTrainedModel") -> dict[str, tuple[int, int]]:
-    """Return inputs and outputs of a model's linear layers, by name, except the output head and fused experts."""
+    """Return the input and output sizes of a model's linear layers, keyed by name, without output head and
+    fused experts.
+    """
     import torch
 
     head = model.get_output_embeddings()
@@ -22,12 +24,12 @@ def linear_layers(model: "PreTrainedModel") -> dict[str, tuple[int, int]]:
 
 
 def empty_model(model: Path) -> "PreTrainedModel":
-    """Return the model of a folder, without weights."""
+    """Build the model of a folder without loading its weights."""
     return without_weights(load_config(model))
 
 
 def without_weights(config: "PreTrainedConfig") -> "PreTrainedModel":
-    """Return the model of a config, without weights."""
+    """Build the model that a config describes, without weights."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -1,4 +1,4 @@
-"""The base model in the form that a recipe trains on. Imports torch and transformers."""
+"""Loads the base model in the form that a recipe trains. Imports torch and transformers."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ class ModelForm:
         number_type: number type of matrix products.
         quantization: quantization of the frozen weights.
         full: whether every weight is trained.
-        attention: fastest implementation that the machine supports.
+        attention: fastest attention implementation that the machine supports.
     """
 
     number_type: NumberType
@@ -33,11 +33,11 @@ class ModelForm:
 
 
 def load_model(base: Path, form: ModelForm) -> PreTrainedModel:
-    """Return the base model in the form that a recipe trains on.
+    """Load the base model in the form that a recipe trains.
 
-    Full fine-tuning updates float32 weights, which the forward pass rounds to the number type: in 16 bits Adam's small
-    updates would be rounded away. Frozen weights have the number type, or, if the recipe says so, NF4 with quantized
-    scales.
+    Full fine-tuning updates float32 weights, which the forward pass rounds to the number type, because in 16
+    bits Adam's small updates would be rounded away. Frozen weights have the number type, or, if the recipe
+    says so, NF4 with quantized scales.
 
     Args:
         base: folder of the base model.
@@ -77,10 +77,10 @@ def load_model(base: Path, form: ModelForm) -> PreTrainedModel:
 
 
 def _keep_layout(model: PreTrainedModel) -> None:
-    """Prevent bitsandbytes from packing weights for its kernel for CPUs with bfloat16, and from using that kernel.
+    """Keep bitsandbytes from packing weights for its bfloat16 CPU kernel, and from using that kernel.
 
-    bitsandbytes packs at the first measurement of held-out loss, and never unpacks; the kernel supports neither
-    gradients nor float32.
+    bitsandbytes packs at the first measurement of held-out loss and never unpacks, but the kernel supports
+    neither gradients nor float32.
     """
     from bitsandbytes.nn.modules import Linear4bit  # optional on a CPU, which trains with other methods without it
 

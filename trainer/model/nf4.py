@@ -1,6 +1,8 @@
-"""A base's weights as QLoRA trains on them: linear layers rounded to NF4 and dequantized. Imports torch.
+"""A base's weights as QLoRA trains on them, with linear layers rounded to NF4 and dequantized. Imports
+torch.
 
-bitsandbytes dequantizes a layer for each product, so an adapter is trained on these weights and not on the base's own.
+bitsandbytes dequantizes a layer for each product, so an adapter is trained on these weights and not on
+the base's own.
 """
 
 from pathlib import Path
@@ -13,7 +15,7 @@ from trainer.model.stored_weights import StoredWeights
 
 
 class DequantizedWeights(StoredWeights):
-    """Weights of a model folder; those of linear layers are rounded to NF4 and dequantized.
+    """Weights of a model folder, with those of linear layers rounded to NF4 and dequantized.
 
     Args:
         folder: a model in safetensors.
@@ -30,7 +32,7 @@ class DequantizedWeights(StoredWeights):
 
 
 def round_layers_to_nf4(model: PreTrainedModel) -> PreTrainedModel:
-    """Round the linear layers of a loaded model in place, one by one, and return the model."""
+    """Round the linear layers of a loaded model to NF4 in place, one by one, and return the model."""
     for name in linear_layers(model):
         weight = model.get_submodule(name).weight
         weight.data = round_to_nf4(weight.data)
@@ -38,7 +40,7 @@ def round_layers_to_nf4(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def round_to_nf4(weight: torch.Tensor) -> torch.Tensor:
-    """Return the weight of a linear layer quantized to NF4, with quantized scales, and dequantized to its own type."""
+    """Quantize a linear layer's weight to NF4 with quantized scales, and dequantize it to its own number type."""
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn.modules import Params4bit
 

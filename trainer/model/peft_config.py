@@ -1,6 +1,6 @@
-"""The adapter of each method, created by PEFT.
+"""Creates the PEFT adapter for each training method.
 
-Knows nothing of data or the optimizer. Imports torch and PEFT.
+Independent of data and the optimizer. Imports torch and PEFT.
 """
 
 import warnings
@@ -26,13 +26,14 @@ from trainer.recipe.targets import Targets
 
 
 def add_adapter(model: PreTrainedModel, recipe: Recipe, steps: int) -> PreTrainedModel | PeftModel:
-    """Return the model with the recipe's adapter in float32; the unchanged model for full fine-tuning.
+    """Return the model with the recipe's adapter in float32, or the unchanged model for full fine-tuning.
 
     Args:
-        steps: number of steps of the complete run, for AdaLoRA's schedule.
+        steps: number of steps in the complete run, for AdaLoRA's schedule.
 
     Raises:
-        RecipeError: the model has no layer of `adapter.targets`, or the method cannot train the experts of a mixture.
+        RecipeError: the model has no layer of `adapter.targets`, or the method cannot train the experts of a
+            mixture.
     """
     if recipe.adapter_type is None:
         return model
@@ -47,7 +48,7 @@ def add_adapter(model: PreTrainedModel, recipe: Recipe, steps: int) -> PreTraine
 
 
 def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
-    """Return a model with a trained adapter, with exactly the weights of its file even if the model is in bf16."""
+    """Return a model with a trained adapter, with exactly the weights in its file even if the model is in bf16."""
     _import_gptqmodel()
     with warnings.catch_warnings(), _targets_as_named():
         # PEFT mistakes AdaLoRA's masks for ranks of plain LoRA and warns that none applies; they are applied anyway.
@@ -59,18 +60,20 @@ def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
 
 
 def _import_gptqmodel() -> None:
-    """Import gptqmodel if it is installed, as PEFT does while it adds the first adapter of a process.
+    """Import gptqmodel if it is installed, as PEFT does when it adds the first adapter of a process.
 
-    gptqmodel stores the exception of an optional package that is missing. The exception keeps every frame of the stack
-    as long as the process lives, and the frames of PEFT and its callers keep the model. A thread has its own stack.
+    gptqmodel stores the exception raised for a missing optional package. The exception keeps every frame of
+    the stack for as long as the process lives, and the frames of PEFT and its callers keep the model. A
+    thread has its own stack.
     """
     with ThreadPoolExecutor(1) as pool:
         pool.submit(is_gptqmodel_quant_linear, torch.nn.Module()).result()
 
 
 def _load_unrounded(model: PeftModel, adapter: Path) -> None:
-    """Load AdaLoRA's matrices again: PEFT creates those of the kept ranks in the base's number type, loads them, and
-    converts them to float32 only afterwards, when bf16 has rounded them."""
+    """Load AdaLoRA's matrices again, because PEFT creates those of the kept ranks in the base's number type,
+    loads them, and converts them to float32 only afterwards, when bf16 has already rounded them.
+    """
     weights = dict(model.named_parameters())
     name = model.active_adapter
     for key, trained in load_file(adapter / SAFETENSORS_WEIGHTS_NAME).items():
@@ -79,7 +82,7 @@ def _load_unrounded(model: PeftModel, adapter: Path) -> None:
 
 
 def _refuse_experts(recipe: Recipe, experts: list[str]) -> None:
-    """Reject methods that PEFT supports only for linear layers.
+    """Reject training methods that PEFT supports only for linear layers.
 
     Raises:
         RecipeError: the recipe's method is one of them; names the first expert.
@@ -101,11 +104,11 @@ def _refuse_experts(recipe: Recipe, experts: list[str]) -> None:
 
 @contextmanager
 def _targets_as_named() -> Iterator[None]:
-    """Make PEFT use exactly the targets of its config within the `with` block.
+    """Make PEFT use exactly the targets in its config within the `with` block.
 
-    Newer releases of transformers store all experts of a layer in one parameter. For some mixtures of experts PEFT
-    takes our targets for those of an older release and converts them: it drops shared experts and layers without
-    experts, adds the router, and doubles one rank.
+    Newer releases of transformers store all experts of a layer in one parameter. For some mixtures of
+    experts, PEFT takes our targets for those of an older release and converts them: it drops shared experts
+    and layers without experts, adds the router, and doubles one rank.
     """
     before = transformers_weight_conversion._MOE_TARGET_MODULE_MAPPING
     transformers_weight_conversion._MOE_TARGET_MODULE_MAPPING = {}
@@ -116,12 +119,12 @@ def _targets_as_named() -> Iterator[None]:
 
 
 def adapter_config(recipe: Recipe, targets: list[str] | str, steps: int, experts: Sequence[str] = ()) -> PeftConfig:
-    """Return PEFT's config.
+    """Return the PEFT config for the recipe's method.
 
     Args:
-        targets: layer names or ends of them, or `all-linear`.
-        steps: number of steps of the complete run.
-        experts: names of the experts' parameters, which are not linear layers; only for LoRA and QLoRA.
+        targets: layer names or suffixes of them, or `all-linear`.
+        steps: number of steps in the complete run.
+        experts: names of the expert parameters, which are not linear layers; only for LoRA and QLoRA.
     """
     adapter, common = recipe.adapter, {"target_modules": targets, "task_type": "CAUSAL_LM"}
     lora = common | {"lora_alpha": recipe.alpha, "lora_dropout": adapter.dropout}

@@ -1,14 +1,14 @@
-"""Release of memory between two models, and before another process, the engine, starts."""
+"""Releases memory between two models, and before another process, the engine, starts."""
 
 import gc
 import sys
 
 
 def release_memory() -> None:
-    """Release unused memory.
+    """Release unused memory, including the GPU memory that PyTorch caches.
 
-    Trainers and models form reference cycles, which only the garbage collector frees. PyTorch caches the GPU's memory,
-    so an engine would find the device full.
+    Trainers and models form reference cycles, which only the garbage collector frees. PyTorch caches GPU
+    memory, so an engine would find the device full.
     """
     gc.collect()
     torch = sys.modules.get("torch")

@@ -1,8 +1,10 @@
-"""Weights of a model folder by the names of the model's parameters, each read from its file on request.
+"""Weights of a model folder, keyed by the names of the model's parameters, each read from its file on
+demand.
 
-No model is loaded, so memory contains only the tensors that a caller keeps. Names and tensors of the files may differ
-from the model's: transformers renames some, and joins the experts of a mixture into one parameter. The functions of its
-loader are called here for one parameter at a time. Imports torch and transformers.
+No model is loaded, so memory contains only the tensors that a caller keeps. Names and tensors in the
+files may differ from the model's: transformers renames some, and joins the experts of a mixture into one
+parameter. The functions of its loader are called here for one parameter at a time. Imports torch and
+transformers.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -33,7 +35,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 class StoredWeights(Mapping[str, torch.Tensor]):
-    """Tensors by parameter name in bf16, as in a model loaded from the folder.
+    """Tensors in bf16, keyed by parameter name, as in a model loaded from the folder.
 
     Args:
         folder: a model in safetensors.
@@ -44,7 +46,7 @@ class StoredWeights(Mapping[str, torch.Tensor]):
 
     def __init__(self, folder: Path) -> None:
         self.model: PreTrainedModel = empty_model(folder)
-        """The model without weights."""
+        """The model, built without weights."""
         self._folder = folder
         self._shapes: Tensors = self.model.state_dict()
         self._files = _files_of_tensors(folder)
@@ -78,7 +80,7 @@ class StoredWeights(Mapping[str, torch.Tensor]):
         return self.read(name, torch.bfloat16)
 
     def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """Read one parameter from the files.
+        """Read one parameter from the model's files.
 
         Args:
             dtype: floating-point type of the result; integers keep their type.
@@ -97,10 +99,10 @@ class StoredWeights(Mapping[str, torch.Tensor]):
         return tensor
 
     def saved_together(self) -> list[list[str]]:
-        """Return the parameters that `save_pretrained` writes, in groups that do not depend on each other.
+        """Return the parameters that `save_pretrained` writes, in mutually independent groups.
 
-        Tied parameters are left out. A group has more than one parameter only if several of them are one tensor in the
-        files; then all parameters are one group.
+        Tied parameters are left out. A group has more than one parameter only if several of them are one tensor
+        in the files; then all parameters form one group.
         """
         tied_to_another = set(self.model.all_tied_weights_keys) & (set(self._ties) | set(self._ties.values()))
         ignored = self.model._keys_to_ignore_on_save or set()
@@ -112,7 +114,9 @@ class StoredWeights(Mapping[str, torch.Tensor]):
         return [names]
 
     def saved_shapes(self) -> Tensors:
-        """Return the tensors that `save_pretrained` writes for the model in bf16, by name, without their data."""
+        """Return the tensors that `save_pretrained` writes for the model in bf16, keyed by name, without their
+        data.
+        """
         shapes = {name: self._shapes[name] for group in self.saved_together() for name in group}
         complete = {
             name: shape.to(torch.bfloat16) if shape.is_floating_point() else shape for name, shape in shapes.items()
@@ -124,10 +128,10 @@ class StoredWeights(Mapping[str, torch.Tensor]):
         }
 
     def as_saved(self, tensors: Tensors) -> Tensors:
-        """Return tensors under the names, and in the parts, that `save_pretrained` gives them in a file.
+        """Return tensors as `save_pretrained` writes them to a file, with its names and its splitting into parts.
 
         Args:
-            tensors: complete groups of `saved_together`, by parameter name.
+            tensors: complete groups of `saved_together`, keyed by parameter name.
         """
         saved: Tensors = revert_weight_conversion(self.model, tensors)
         return saved
@@ -135,7 +139,9 @@ class StoredWeights(Mapping[str, torch.Tensor]):
     def _rename(
         self, stored: str, renamings: list[WeightRenaming], converters: list[WeightConverter]
     ) -> tuple[str, str | None]:
-        """Return the parameter's name and its converter's pattern, as `convert_and_load_state_dict_in_model` does."""
+        """Map a stored tensor to its parameter name and converter pattern, as
+        `convert_and_load_state_dict_in_model` does.
+        """
         prefix = self.model.base_model_prefix
         name, pattern = rename_source_key(stored, renamings, converters, prefix, self._shapes)
         if name not in self._shapes and stored in self._shapes:
@@ -143,13 +149,13 @@ class StoredWeights(Mapping[str, torch.Tensor]):
         return name, pattern
 
     def _made_of(self, first: str) -> list[str]:
-        """Return the names of the parameters that are created together with this one."""
+        """Return the names of the parameters that are created together with the given one."""
         if all(pattern is None for _, pattern in self._sources[first]):
             return [first]
         return list(self._convert(first, _without_weights))
 
     def _convert(self, first: str, read: Callable[[Any, str], torch.Tensor]) -> Tensors:
-        """Return a parameter, and those that are created together with it.
+        """Return a parameter together with those created from the same stored tensors.
 
         Args:
             read: returns a tensor of an open file by its name there.
@@ -165,9 +171,10 @@ class StoredWeights(Mapping[str, torch.Tensor]):
         return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
 
     def _find_ties(self) -> dict[str, str]:
-        """Return tied parameters with the parameter whose weights they share, as transformers ties them after loading.
+        """Map each tied parameter to the parameter whose weights it shares, as transformers ties them after
+        loading.
 
-        Where both are in the files, they are tied only if they are equal.
+        If both are in the files, they are tied only if they are equal.
         """
         ties = {}
         for target, source in self.model.all_tied_weights_keys.items():

@@ -1,8 +1,9 @@
-"""The layers of a base model that an adapter changes: three presets, resolved by the names of the model's layers.
+"""The layers of a base model that an adapter changes: three presets, resolved from the names of the model's
+layers.
 
-Architectures name and fuse their projections differently, so a list for one does not fit another: if query, key and
-value are one layer, as in Phi-3's `qkv_proj`, no preset can separate them, and each includes the complete layer. Knows
-nothing of adapters and their cost.
+Architectures name and fuse their projections differently, so a list for one does not fit another: if
+query, key and value are one layer, as in Phi-3's `qkv_proj`, no preset can separate them, and each
+preset includes the complete layer. Independent of adapters and their cost.
 """
 
 import re
@@ -25,8 +26,8 @@ def target_modules(model: "PreTrainedModel", preset: Targets) -> list[str] | str
     """Return the value for PEFT's `target_modules`.
 
     Returns:
-        Sorted ends of layer names, such as `q_proj`; with the module, such as `attn.proj`, if a layer outside of
-        attention has the same end. For ALL_LINEAR, PEFT's own keyword.
+        Sorted layer name suffixes, such as `q_proj`, which include the module, as in `attn.proj`, if a layer
+        outside of attention has the same suffix. For ALL_LINEAR, PEFT's own keyword.
 
     Raises:
         RecipeError: the model has no layer of the preset; names its layers.

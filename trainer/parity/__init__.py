@@ -1,1 +1,1 @@
-"""The parity report: checks that the served model is the trained model."""
+"""The parity report, which checks that the served model is the trained model."""

@@ -1,7 +1,8 @@
-"""Check that a merged model is its base plus the adapter, applied once, with the recipe's scale.
+"""Checks that a merged model is its base plus the adapter, applied exactly once and with the recipe's
+scale.
 
-Each written weight must be one of the two bf16 neighbours of the sum, and its change is compared with the adapter's.
-Imports torch.
+Each written weight must be one of the two bf16 neighbours of the sum, and its change is compared with
+the adapter's. Imports torch.
 """
 
 import json
@@ -19,14 +20,15 @@ from trainer.model.rounding import neighbours
 from trainer.recipe.sections import AdapterType, Recipe
 
 _ROUNDED_SUM, _ROUNDED_BASE = 1.0, 0.5
-"""Allowed deviation of a weight in bf16 steps: one step of the sum, which is rounded up or down, and half a step of the
-base, which is rounded to nearest if it is published in another number type, as Llama 2 in float16."""
+"""Allowed deviation of a weight in bf16 steps: one step for the sum, which is rounded up or down, and half
+a step for the base, which is rounded to nearest if it is published in another number type, such as Llama
+2 in float16."""
 _ONCE = 0.02
-"""Allowed deviation from one application of the adapter; rounding moves the value of a trained adapter by less than a
-hundredth."""
+"""Allowed deviation from a single application of the adapter. Rounding changes the factor of a trained
+adapter by less than a hundredth."""
 _SIGMAS = 5.0
-"""Allowed deviation in standard deviations of random rounding of small changes; one module in two million exceeds it.
-"""
+"""Allowed deviation in standard deviations of the random rounding of small changes. One module in two
+million exceeds it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +36,10 @@ class Applied:
     """Result of comparing merged weights with base plus adapter.
 
     Attributes:
-        lowest, highest: smallest and largest factor, over the modules, with which the update is in the merged weights;
+        lowest, highest: smallest and largest factor, over all modules, with which the update is in the
+        merged weights;
             1 if it was added exactly once.
-        wrong: a module whose factor differs from 1 by more than rounding explains; None if there is none.
+        wrong: a module whose factor differs from 1 by more than rounding explains, or None if there is none.
         off: largest share of a module's weights that differ from the sum by more than rounding explains.
         module: the module with this share.
     """
@@ -53,8 +56,9 @@ def compare(model: PeftModel, merged: Mapping[str, torch.Tensor]) -> Applied:
     """Compare the merged weights with base plus adapter.
 
     Args:
-        model: the base with the unmerged adapter; weights of the base in any number type that contains bf16.
-        merged: tensors by parameter name.
+        model: the base with the unmerged adapter; the base's weights may have any number type that contains
+            bf16.
+        merged: tensors keyed by parameter name.
     """
     times, wrong, off = [], [], [(0.0, "")]
     for name, base, change in _changes(model):
@@ -74,13 +78,13 @@ def compare(model: PeftModel, merged: Mapping[str, torch.Tensor]) -> Applied:
 
 
 def _step(weights: torch.Tensor) -> torch.Tensor:
-    """Return the distance of each weight's two neighbours in bf16."""
+    """Return the distance between each weight's two bf16 neighbours."""
     lower, upper = neighbours(weights)
     return (upper - lower).abs()
 
 
 def _changes(model: PeftModel) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """Yield each adapted tensor's name, the base's weights, and the adapter's change of them."""
+    """Yield each adapted tensor's name, its base weights, and the change that the adapter makes to them."""
     base_model = model.get_base_model()
     for name, tensor in adapted_tensors(model).items():
         layer: Any = base_model.get_submodule(name)
@@ -99,7 +103,9 @@ def _changes(model: PeftModel) -> Iterator[tuple[str, torch.Tensor, torch.Tensor
 
 
 def _change_of_experts(layer: ParamWrapper, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the base's weights and the adapter's change, in float32: PEFT would return the change rounded to bf16."""
+    """Return the experts' base weights and the adapter's change in float32, since PEFT would round the change
+    to bf16.
+    """
     parameter = layer.get_param()
     stored, parameter.data = parameter.data, parameter.data.float()
     try:
@@ -109,7 +115,7 @@ def _change_of_experts(layer: ParamWrapper, adapter: str) -> tuple[torch.Tensor,
 
 
 def scale_of(adapter: Path, recipe: Recipe) -> tuple[float, float] | None:
-    """Return the scale of an adapter's update in its config and in the recipe; None for VeRA."""
+    """Return the scale of an adapter's update according to its config and to the recipe, or None for VeRA."""
     if recipe.adapter_type is AdapterType.VERA:
         return None
     config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))

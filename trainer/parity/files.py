@@ -1,7 +1,9 @@
-"""Check that a model folder has the same files as its base, apart from weights, and complete weight files.
+"""Checks that a model folder has the same files as its base, apart from weights, and that its weight files
+are complete.
 
-Tokenizer, chat template and generation config are compared byte for byte: a served model with another tokenization
-answers differently, and no other check would show it. Only the names and sizes of weights are read.
+Tokenizer, chat template and generation config are compared byte for byte: a served model with a
+different tokenization answers differently, and no other check would show it. Only the names and sizes of
+weights are read.
 """
 
 from pathlib import Path
@@ -13,7 +15,7 @@ from trainer.base_model.content import SHIPPED_FILES, TEMPLATE_FILE, pinned_temp
 from trainer.model.config import load_config
 
 _MAY_DIFFER = {"_name_or_path", "quantization_config", "transformers_version"}
-"""Keys of a config that describe the location and packing of weights, not the computation."""
+"""Config keys that describe where and how weights are stored, not the computation."""
 
 
 def other_files(base: Path, folder: Path) -> list[str]:
@@ -31,8 +33,8 @@ def _content(path: Path) -> bytes | None:
 def other_config(base: Path, folder: Path) -> list[str]:
     """Return the keys of a folder's config whose meaning differs from the base's.
 
-    Both are read by the same transformers as in the engine, which fills in defaults, and knows that `rope_theta` and
-    `rope_parameters` mean the same.
+    Both configs are read by the same transformers as in the engine, which fills in defaults and knows that
+    `rope_theta` and `rope_parameters` mean the same.
 
     Raises:
         BaseModelError: transformers cannot read the base's config.
@@ -46,14 +48,14 @@ def other_config(base: Path, folder: Path) -> list[str]:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value without keys that may differ, also in nested configs."""
+    """Return a config value without the keys that may differ, including in nested configs."""
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items() if key not in _MAY_DIFFER}
     return value
 
 
 def unreadable_weights(folder: Path) -> str | None:
-    """Return the fault of the weight files; None if they are complete."""
+    """Return what is wrong with the weight files, or None if they are complete."""
     try:
         read_headers(folder)
     except IntegrityError as error:

@@ -1,7 +1,7 @@
-"""Check that a quantized model's weights are those of its source model, except for rounding to four bits.
+"""Checks that a quantized model's weights are those of its source model, except for rounding to four bits.
 
-Compares layer by layer, from the files. GPTQ moves weights beyond their own rounding to preserve their layer's outputs;
-the allowed change follows from measurements and is stated below. Imports torch.
+Compares layer by layer, from the files. GPTQ moves weights beyond their own rounding to preserve their
+layer's outputs; the allowed change follows from measurements and is stated below. Imports torch.
 """
 
 import math
@@ -16,8 +16,9 @@ from safetensors import safe_open
 from svc.model_folder.weight_files import weight_files
 
 MAX_OFF = 0.45
-"""Norm of a layer's change divided by that of its weights. Measured: 0.12 for tiny models, 0.24 for SmolLM2's worst
-layer with 32 samples and groups of 64. Scales that are off by half change a layer by 0.5."""
+"""Maximum norm of a layer's change divided by that of its weights. Measured: 0.12 for tiny models, 0.24 for
+SmolLM2's worst layer with 32 samples and groups of 64. Scales that are off by half change a layer by
+0.5."""
 _PACKED = ".qweight"
 _ZERO_POINT = 8  # symmetric four bits
 _IN_ONE_NUMBER = 8
@@ -25,7 +26,7 @@ _IN_ONE_NUMBER = 8
 
 @torch.no_grad()
 def compare(gptq: Path, merged: Path) -> tuple[float, str]:
-    """Compare every quantized layer, one after the other, by the names in the files.
+    """Compare every quantized layer with the source model, one layer at a time, by the names in the files.
 
     Args:
         gptq: folder of the quantized model.
@@ -47,18 +48,18 @@ def compare(gptq: Path, merged: Path) -> tuple[float, str]:
 
 
 def _open(folder: Path, stack: ExitStack) -> dict[str, Callable[[], torch.Tensor]]:
-    """Return a reader for each tensor of a folder, by the tensor's name."""
+    """Return a reader for each tensor in a folder, keyed by the tensor's name."""
     files = [stack.enter_context(safe_open(path, framework="pt")) for path in weight_files(folder)]
     return {name: partial(file.get_tensor, name) for file in files for name in file.keys()}  # noqa: SIM118 - no mapping
 
 
 def expand(packed: torch.Tensor, scales: torch.Tensor, groups: torch.Tensor | None) -> torch.Tensor:
-    """Return the weights of a layer, [outputs, inputs], in float32.
+    """Unpack a quantized layer's weights to float32, with shape [outputs, inputs].
 
     Args:
         packed: [inputs / 8, outputs], int32: eight inputs in a number, the first in its lowest bits.
         scales: [groups, outputs].
-        groups: the group of each input; None: consecutive groups.
+        groups: the group of each input, or None for consecutive groups.
     """
     shifts = torch.arange(0, 4 * _IN_ONE_NUMBER, 4, dtype=torch.int32)
     numbers = (packed[:, None, :] >> shifts[None, :, None]) & 15

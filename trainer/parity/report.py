@@ -1,8 +1,9 @@
-"""The parity report of a version: compares its files and the engine's answers with training, check by check.
+"""The parity report of a version: compares its files and the engine's answers with training, check by
+check.
 
-All comparisons use the same held-out examples in the token ids of training. The difference of two correct
-implementations on the same weights is measured too, so that the limits follow this machine's rounding. All thresholds
-are below, each with its source. Imports torch.
+All comparisons use the same held-out examples in the token ids of training. The difference between two
+correct implementations on the same weights is also measured, so that the limits follow this machine's
+rounding. All thresholds are below, each with its source. Imports torch.
 """
 
 import time
@@ -31,27 +32,29 @@ from trainer.qualification import EngineReading
 from trainer.recipe.sections import Recipe
 
 BESIDE_TRAINED = "merged: compared with the trained model"
-"""Name of the final check, which covers merging and serving together."""
+"""Name of the final parity check, which covers merging and serving together."""
 BESIDE_NF4 = "adapter on the base's own weights compared with NF4, on which it was trained"
-"""Name of a comparison after QLoRA; it has no limit, because training itself uses the rounded weights."""
+"""Name of a comparison after QLoRA. It has no limit, because training itself uses the rounded weights."""
 _NOT_THE_SUM = 1e-3
-"""Maximum share of a module's weights that differ from the sum by more than a bf16 step: sums near 0, whose terms
-cancel."""
+"""Maximum share of a module's weights that may differ from the sum by more than a bf16 step: sums near 0,
+whose terms cancel."""
 _MIN_LIMIT = 0.02
-"""Nats per token. A smaller difference between two nearly identical models changes no answer."""
+"""Smallest limit on a difference, in nats per token. A smaller difference between two nearly identical
+models changes no answer."""
 _TIMES_FLOOR = 3.0
-"""Multiple of the rounding difference. Two independent ones add up to 1.4 times one; the rest is a margin for few
-tokens."""
+"""Multiple of the rounding difference that is allowed. Two independent differences add up to 1.4 times one;
+the rest is a margin for few tokens."""
 _MAX_FLOOR = 0.1
-"""Nats per token on average. A correct bf16 engine differs from transformers by 0.01 to 0.03, a wrong one by nats."""
+"""Largest allowed rounding difference, in nats per token on average. A correct bf16 engine differs from
+transformers by 0.01 to 0.03, a wrong one by whole nats."""
 
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A run's outputs, which the parity report compares.
+    """The outputs of a run that the parity report compares.
 
     Attributes:
-        adapter: folder of the adapter; None after full fine-tuning.
+        adapter: folder of the adapter, or None after full fine-tuning.
         formats: folders of the formats to serve, each with its measurements on the engine.
     """
 
@@ -64,7 +67,7 @@ class Made:
 def make_report(
     made: Made, recipe: Recipe, compared: Sequence[TokenizedExample], judged: int, *, number_type: NumberType
 ) -> ParityReport:
-    """Return the report.
+    """Create the parity report of a run.
 
     Args:
         compared: the examples whose scores are in the readings.
@@ -147,7 +150,7 @@ def _compare(
 def _read_trained(
     made: Made, adapter: Path, compared: Sequence[TokenizedExample], number_type: NumberType, *, on_nf4: bool
 ) -> tuple[adapter_parity.Applied, Scores]:
-    """Return the comparison of adapter and merged weights, and the scores of base plus adapter.
+    """Compare the adapter with the merged weights, and score base plus adapter.
 
     Args:
         on_nf4: whether the adapter was merged into the base's weights rounded to NF4.
@@ -191,7 +194,7 @@ def _check(name: str, passed: bool, found: str, expected: str) -> ParityCheck:
 
 
 def between(first: Scores, second: Scores) -> Differences:
-    """Return the differences of two scorings of the same examples, the second minus the first."""
+    """Return the differences between two scorings of the same examples, as second minus first."""
     pairs = [list(zip(before, after, strict=True)) for before, after in zip(first, second, strict=True)]
     same = [[before.likeliest == after.likeliest for before, after in example] for example in pairs]
     diverged = ((at, example.index(False)) for at, example in enumerate(same) if not all(example))

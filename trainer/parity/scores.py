@@ -1,6 +1,7 @@
-"""Scores held-out answers token by token with the trainer's own models: base with adapter, and the merged model.
+"""Scores held-out answers token by token with the trainer's own models: base with adapter, and the merged
+model.
 
-Uses transformers with the unmerged adapter, which is the model of training. Imports torch.
+Uses transformers with the unmerged adapter, exactly the model that was trained. Imports torch.
 """
 
 import math
@@ -22,14 +23,14 @@ from trainer.model.config import load_config
 from trainer.model.product_caches import bound_product_caches
 
 _WITH_LAYERS = 1.2
-"""Factor on the weights for the adapter and for float32 copies of one layer while its weights are compared. For an 8B
-model these are about twelve of 0.23 GB."""
+"""Factor on the weights for the adapter and for float32 copies of one layer while its weights are compared.
+For an 8B model there are about twelve copies of 0.23 GB."""
 _WITH_LOGITS = 2 * 2**30
-"""Bytes for the logits of one answer in float32, and for a forward pass."""
+"""Bytes for one answer's float32 logits and for a forward pass."""
 
 
 def load(folder: Path, number_type: NumberType) -> PreTrainedModel:
-    """Load a model folder, on the GPU if the machine has one with enough free memory."""
+    """Load a model from a folder, on the GPU if there is one with enough free memory."""
     bound_product_caches()
     dtype: torch.dtype = getattr(torch, number_type)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -43,21 +44,24 @@ def load(folder: Path, number_type: NumberType) -> PreTrainedModel:
 
 
 def choose_device(size: int, free: int | None) -> str:
-    """Return the device on which a model is scored: the CPU if one copy of the model does not fit on the GPU.
+    """Return the device on which to score a model: the GPU, or the CPU if a copy of the model does not fit on
+    the GPU.
 
     Args:
-        size: bytes of the model's weights.
-        free: free bytes of GPU memory; None without a GPU.
+        size: size of the model's weights, in bytes.
+        free: free bytes of GPU memory, or None without a GPU.
     """
     return "cuda" if free is not None and size * _WITH_LAYERS + _WITH_LOGITS <= free else "cpu"
 
 
 def sum_in_float32(model: torch.nn.Module) -> None:
-    """Make adapted layers add their adapter before rounding, as merged layers do; useful if a model is in bf16.
+    """Make adapted layers add their adapter before rounding, as merged layers do, which matters if a model is
+    in bf16.
 
-    PEFT adds the adapter's output to the already rounded output of the base's layer. It is often smaller than the
-    rounding step and vanishes from most sums, always towards the base: SmolLM2 with a second adapter on a merged first
-    one was off by 0.020 nats per token in bf16, where base and adapter in float32 and the merged model differ by 0.004.
+    PEFT adds the adapter's output to the already rounded output of the base's layer. It is often smaller
+    than the rounding step and vanishes from most sums, always towards the base: SmolLM2 with a second
+    adapter on a merged first one was off by 0.020 nats per token in bf16, where base and adapter in float32
+    and the merged model differ by 0.004.
 
     Args:
         model: a model with an unmerged adapter; its weights are not changed.
@@ -72,8 +76,8 @@ def sum_in_float32(model: torch.nn.Module) -> None:
 class _LinearInFloat32(torch.nn.Linear):
     """A layer with 16-bit weights and a float32 result.
 
-    A class, because a function on the instance that refers to the instance is a reference cycle, which would keep an
-    unused model in memory.
+    This is a class because a function on the instance that refers to the instance is a reference cycle,
+    which would keep an unused model in memory.
     """
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -87,7 +91,7 @@ def _rounded(dtype: torch.dtype, layer: torch.nn.Module, inputs: Any, output: to
 
 @torch.no_grad()
 def score(model: torch.nn.Module, examples: Sequence[TokenizedExample]) -> Scores:
-    """Return a model's scores of the examples' answers.
+    """Return a model's token-by-token scores for the answers of the examples.
 
     Args:
         model: accepts token ids and `logits_to_keep`, as transformers' models do.

@@ -1,1 +1,1 @@
-"""The stages from a recipe to a registered version; finished stages are not repeated."""
+"""The stages from a recipe to a registered version. Finished stages are not repeated."""

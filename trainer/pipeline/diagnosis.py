@@ -27,10 +27,10 @@ def diagnose_training(
     """Return the findings on a training run.
 
     Args:
-        curve: loss curve of the training.
+        curve: loss curve of the training run.
         qualified: the formats with a complete model; the merged format is the trained model.
-        general_change: score on general tasks after training minus that before; None if not measured.
-        width: width of the base's hidden states.
+        general_change: score on general tasks after training minus that before, or None if not measured.
+        width: hidden width of the base.
     """
     merged = qualified.get(Format.MERGED)
     evaluated = examples.heldout[: len(merged.results)] if merged else examples.heldout

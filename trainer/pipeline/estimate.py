@@ -1,4 +1,6 @@
-"""Estimates a recipe's memory and time, rejects runs that cannot fit, and compares estimates with measurements."""
+"""Estimates a recipe's memory and time, rejects runs that cannot fit, and compares estimates with
+measurements.
+"""
 
 from dataclasses import replace
 
@@ -19,7 +21,7 @@ from trainer.training.summary import TrainingSummary
 
 
 def estimate_devices(recipe: Recipe, examples: Examples, settings: Settings, names: tuple[str, ...] = ()) -> Estimate:
-    """Return the estimate of a recipe on the named devices, or on all if no name is given.
+    """Estimate a recipe on the named devices, or on all devices if no names are given.
 
     Raises:
         SvcError: a name is unknown, or the base's config or an example is invalid.
@@ -34,7 +36,7 @@ def estimate_devices(recipe: Recipe, examples: Examples, settings: Settings, nam
 def estimate_here(
     recipe: Recipe, examples: Examples, settings: Settings, *, anyway: bool, makes_version: bool = True
 ) -> DeviceEstimate | None:
-    """Print and return the estimate for this machine; None if no estimate is possible.
+    """Print and return the estimate for this machine, or return None if no estimate is possible.
 
     Args:
         anyway: do not raise if the run cannot fit.
@@ -60,7 +62,7 @@ def estimate_here(
 
 
 def compare_with_real(expected: DeviceEstimate, summary: TrainingSummary) -> TrainingSummary:
-    """Print measured and estimated figures; return the summary with the estimates added."""
+    """Print measured values next to their estimates, and return the summary with the estimates added."""
     compared = replace(summary, estimated_memory=expected.memory, estimated_seconds=expected.seconds)
     if summary.peak_memory is not None:
         console.print(
@@ -71,7 +73,7 @@ def compare_with_real(expected: DeviceEstimate, summary: TrainingSummary) -> Tra
 
 
 def estimate_metrics(summary: TrainingSummary) -> dict[str, float]:
-    """Return the known estimated and measured figures for the tracking server."""
+    """Return the known estimated and measured values as metrics for the tracking server."""
     figures = {
         "estimate.memory": summary.estimated_memory,
         "estimate.memory_real": summary.peak_memory,

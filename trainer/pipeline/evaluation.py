@@ -1,6 +1,6 @@
-"""Evaluation of a run's models (base, merged, GPTQ) on the engine, with the held-out examples.
+"""Evaluates a run's models (base, merged, GPTQ) on the engine, with the held-out examples.
 
-Stored answers are scored again by the metrics that the recipe names now.
+Stored answers are scored again by the metrics that the recipe currently names.
 """
 
 import asyncio
@@ -48,7 +48,7 @@ class Evaluated(BaseModel):
 
     Attributes:
         base_results: the base's answer to each evaluated example.
-        base_general: the base's answers to the general questions; empty if none were asked.
+        base_general: the base's answers to the general questions; empty if no such questions were asked.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -63,7 +63,7 @@ class QualifiedGptq(Qualified):
     """Result of the stage `qualify`.
 
     Attributes:
-        base_general: the base's answers to the general questions; empty if none were asked.
+        base_general: the base's answers to the general questions; empty if no such questions were asked.
     """
 
     base_general: tuple[ExampleResult, ...] = ()
@@ -75,11 +75,11 @@ class RunEvaluation:
 
     Args:
         heldout: all held-out examples; the first `options.limit` of them are evaluated.
-        questions: general questions; None if none are asked.
+        questions: general questions, or None if there are none to ask.
         formats: the recipe's formats.
         name: name of the model in requests.
         template_kwargs: arguments of the chat template, the same for the base and its versions.
-        launch: creates engines; default: vLLM processes on this machine.
+        launch: creates engines; defaults to vLLM processes on this machine.
     """
 
     settings: Settings
@@ -107,13 +107,14 @@ class RunEvaluation:
 
     @property
     def context(self) -> int:
-        """Maximum number of tokens in this machine's engine, prompt and answer together."""
+        """Maximum total number of tokens in a prompt and its answer on this machine's engine."""
         longest = self.settings.engine.max_model_len
         return min(longest, read_model_facts(self.base.folder).context or longest)
 
     @cached_property
     def metrics(self) -> Sequence[Metric]:
-        """Metrics, chosen by all held-out examples, as in later evaluations of the version.
+        """The evaluation metrics. They are chosen from all held-out examples, as in later evaluations of the
+        version.
 
         Raises:
             RecipeError: the recipe names a metric that does not exist or cannot score these examples.
@@ -122,7 +123,7 @@ class RunEvaluation:
 
     @cached_property
     def forgetting(self) -> ForgettingTest | None:
-        """The test for forgetting; None without general questions, or if only an adapter is registered."""
+        """The test for forgetting, or None if there are no general questions or only an adapter is registered."""
         if self.questions is None or not {Format.MERGED, Format.GPTQ} & set(self.formats):
             return None
         tokenized = tokenize_as_trained(self.base.folder, self.questions.examples, self.template_kwargs)
@@ -130,17 +131,17 @@ class RunEvaluation:
 
     @property
     def evaluated(self) -> Evaluated | None:
-        """Result of the stage `evaluate`; None if the recipe does not list the merged format."""
+        """Result of the stage `evaluate`, or None if the recipe does not list the merged format."""
         return self.run.load(Stage.EVALUATE, Evaluated) if Format.MERGED in self.formats else None
 
     @property
     def gptq(self) -> QualifiedGptq | None:
-        """Result of the stage `qualify`; None if the recipe does not list GPTQ."""
+        """Result of the stage `qualify`, or None if the recipe does not list GPTQ."""
         return self.run.load(Stage.QUALIFY, QualifiedGptq) if Format.GPTQ in self.formats else None
 
     @property
     def qualified(self) -> dict[Format, Qualified]:
-        """The results of the formats with a complete model: merged and GPTQ."""
+        """The results of the formats with a complete model, merged and GPTQ."""
         qualified: dict[Format, Qualified] = {}
         if evaluated := self.evaluated:
             qualified[Format.MERGED] = evaluated.merged
@@ -150,7 +151,7 @@ class RunEvaluation:
 
     @property
     def forgotten(self) -> dict[Format, Forgetting]:
-        """Measured forgetting of each format that was asked general questions, compared with the base."""
+        """Forgetting, relative to the base, measured for each format that was asked general questions."""
         if self.forgetting is None:
             return {}
         forgotten: dict[Format, Forgetting] = {}
@@ -164,8 +165,8 @@ class RunEvaluation:
         """Check before training that every example fits into the engine and can be scored.
 
         Raises:
-            SvcError: an example does not fit into the engine, the engine does not find tool calls in answers, or a
-                metric cannot score the references.
+            SvcError: an example does not fit into the engine, the engine does not find tool calls in answers, or
+                a metric cannot score the references.
         """
         check_call_parser(self.heldout, self.settings.engine.args)
         check_served_length(self.tokenized, self.context, "held-out", room=self.options.max_tokens or 0)
@@ -174,7 +175,7 @@ class RunEvaluation:
         try_on_references(self.metrics, self.heldout[: self.options.limit])
 
     def evaluate(self) -> Evaluated:
-        """Evaluate base and merged model; the base's stored answers to the same examples are reused."""
+        """Evaluate the base and the merged model, reusing the base's stored answers to the same examples."""
         base, merged, test = self.base, self.run.merged, self.forgetting
         general = test.prepare(base.revision, base.folder) if test else None
         qualifier, cache = self._qualifier(general), self._cache(base.revision, base.folder)
@@ -192,10 +193,12 @@ class RunEvaluation:
         return Evaluated(base=report, base_results=results, base_general=answers.general, merged=qualified)
 
     def qualify_gptq(self) -> QualifiedGptq:
-        """Evaluate the quantized model; the base is asked the general questions first, unless its answers are stored.
+        """Evaluate the quantized model. The base is asked the general questions first, unless its answers are
+        stored.
 
         Raises:
-            EngineError: the base cannot be served, for example because only the quantized model fits into memory.
+            EngineError: the base cannot be served, for example because only the quantized model fits into
+                memory.
         """
         base, test = self.base, self.forgetting
         general = test.prepare(base.revision, base.folder) if test else None
@@ -216,13 +219,13 @@ class RunEvaluation:
         self._keep(revision, folder, merged.results, merged.general)
 
     def judge_format(self, measured: Qualified) -> Qualified:
-        """Return a format with its stored answers scored again by the metrics."""
+        """Return a format's evaluation with its stored answers scored again by the metrics."""
         results = measured.results
         evaluation = judge(self.heldout[: len(results)], results, measured.evaluation.seconds, self.metrics)
         return measured.model_copy(update={"evaluation": evaluation.report, "results": evaluation.results})
 
     def judge_base(self, evaluated: Evaluated) -> Evaluation:
-        """Return the base's report and results, scored again by the metrics."""
+        """Return the base's report and results, with its stored answers scored again by the metrics."""
         results = evaluated.base_results
         return judge(self.heldout[: len(results)], results, evaluated.base.seconds, self.metrics)
 
@@ -234,7 +237,7 @@ class RunEvaluation:
             self.forgetting.keep(revision, model, general)
 
     def _cache(self, revision: str, model: Path) -> EvaluationCache:
-        """Return the cache of a model's answers on an engine with the present settings."""
+        """Return the cache of a model's answers on an engine with the current settings."""
         kwargs = self.template_kwargs
         return evaluation_cache(self.settings, self.capabilities, revision, model, template_kwargs=kwargs)
 

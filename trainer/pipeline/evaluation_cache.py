@@ -18,7 +18,7 @@ def evaluation_cache(
     *,
     template_kwargs: TemplateKwargs,
 ) -> EvaluationCache:
-    """Return the cache of a model's answers on an engine with the present settings.
+    """Return the cache of a model's answers on an engine with the current settings.
 
     Args:
         revision: digest of the model's content.

@@ -21,7 +21,7 @@ from svc.store.scores import MOST_TOKENS
 from svc.terminal import advancing
 
 LaunchModel = Callable[..., Engine]
-"""Creates a new, unstarted engine for a model folder with its `template_kwargs`."""
+"""Function that creates a new, unstarted engine for a model folder with its `template_kwargs`."""
 _SCORED_AT_ONCE = f"--max-num-batched-tokens={MOST_TOKENS}"
 
 
@@ -34,7 +34,7 @@ def evaluation_engine(
     name: str,
     template_kwargs: TemplateKwargs,
 ) -> EngineProcess:
-    """Return a vLLM process on this machine, not started.
+    """Create a vLLM process on this machine, without starting it.
 
     Args:
         model: folder of the model to serve.
@@ -62,9 +62,9 @@ def evaluation_engine(
 
 
 class ReusedEngine:
-    """One engine for several models, one after the other: those of one fingerprint are loaded in place.
+    """One engine that serves several models in turn. Models with the same fingerprint are loaded in place.
 
-    As a context manager, it stops the engine at the end.
+    Used as a context manager, it stops the engine at the end.
 
     Args:
         launch: creates the engines.
@@ -76,7 +76,7 @@ class ReusedEngine:
         self._fingerprint = ""
 
     async def serve(self, folder: Path, template_kwargs: TemplateKwargs) -> EngineClient:
-        """Load a model, in place if possible, else in a new engine, and return the client of its engine.
+        """Load a model, in place if possible or else in a new engine, and return a client for its engine.
 
         Raises:
             EngineError: the model could not be loaded.

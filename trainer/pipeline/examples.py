@@ -1,4 +1,4 @@
-"""The examples of a run: those for training and those for evaluation."""
+"""The training and evaluation examples of a run."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ from trainer.recipe.sections import Evaluate, Learn, Recipe
 _MANY_HELD = 2.0
 """Multiple of `data.heldout_share` above which a warning is printed."""
 _FEW = 20
-"""Number of additional held-out examples that chance may explain."""
+"""Number of additional held-out examples that may be due to chance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +32,10 @@ class Examples:
 
     Attributes:
         train: the task's examples, then the general ones.
-        heldout: held-out examples; those to evaluate are first.
+        heldout: held-out examples; those to evaluate come first.
         given: the task's examples as read from the files, before any were held out or excluded.
         general: number of general examples at the end of `train`.
-        questions: general questions, of which `train` contains none; None if none are asked.
+        questions: general questions, of which `train` contains none, or None if there are none to ask.
         validation: examples of `data.validation`.
         selected_by: examples that selected the version's weights or the recipe's values.
     """
@@ -52,17 +52,17 @@ class Examples:
 
     @property
     def measured(self) -> tuple[ChatExample, ...]:
-        """Examples whose loss is measured during training and in sweeps."""
+        """Examples on which loss is measured during training and in sweeps."""
         return self.validation or self.heldout
 
     @property
     def measured_fingerprint(self) -> str:
-        """Fingerprint of `measured`."""
+        """Fingerprint of the examples in `measured`."""
         return fingerprint(self.validation) if self.validation else self.heldout_fingerprint
 
     @property
     def selected(self) -> "Examples":
-        """The same examples, for a version that `measured` selects."""
+        """The same examples, for a version that was selected on the `measured` examples."""
         return replace(self, selected_by=SelectedBy.VALIDATION if self.validation else SelectedBy.HELDOUT)
 
 
@@ -73,15 +73,16 @@ def read_run_examples(
     bad_lines: BadLines | None = None,
     learnt: PromptHashes = NO_PROMPTS,
 ) -> Examples:
-    """Load a recipe's data.
+    """Load the examples that a recipe names.
 
     Args:
-        cache: folder for hub datasets.
-        bad_lines: collects lines that cannot be trained on, including leaks; without it, the first such line raises.
+        cache: folder for Hub datasets.
+        bad_lines: collects lines that cannot be trained on, including leaks; without it, the first such line
+            raises.
         learnt: prompts on which earlier versions with the recipe's name were trained.
 
     Raises:
-        DataError: a line cannot be trained on; the message names file and line.
+        DataError: a line cannot be trained on; the message names the file and line.
     """
     data = recipe.data
     read = partial(read_examples, cache=cache, bad_lines=bad_lines)
@@ -124,7 +125,7 @@ def read_run_examples(
 
 
 def _questions(evaluate: Evaluate) -> GeneralSet | None:
-    """Return the recipe's general questions; None if there are none."""
+    """Return the recipe's general questions, or None if there are none."""
     if evaluate.general is False:
         return None
     questions = shipped_general_set() if evaluate.general is True else read_general_set(evaluate.general)
@@ -132,10 +133,10 @@ def _questions(evaluate: Evaluate) -> GeneralSet | None:
 
 
 def _leave_out(train: list[ChatExample], questions: GeneralSet | None) -> list[ChatExample]:
-    """Return the training examples without those that ask a general question; print the number excluded.
+    """Return the training examples except those that ask a general question, and print the number excluded.
 
     Raises:
-        DataError: fewer than two remain.
+        DataError: fewer than two examples remain.
     """
     asked = set(shared_prompts(train, questions.examples)) if questions else set()
     if not asked:
@@ -156,7 +157,9 @@ def _leave_out(train: list[ChatExample], questions: GeneralSet | None) -> list[C
 def _split(
     recipe: Recipe, examples: list[ChatExample], learnt: PromptHashes
 ) -> tuple[list[ChatExample], list[ChatExample]]:
-    """Return the examples to train on and those to hold out; warn about examples that earlier versions learnt."""
+    """Return the examples to train on and those to hold out, warning about held-out examples that earlier
+    versions learnt.
+    """
     share, count = recipe.data.heldout_share, len(examples)
     split = split_heldout(examples, share, recipe.data.seed, learnt)
     if len(split.heldout) > max(_MANY_HELD * share * count, share * count + _FEW):
@@ -173,7 +176,9 @@ def _split(
 
 
 def _warn_learnt(name: str, heldout: list[ChatExample], learnt: PromptHashes) -> None:
-    """Warn about learnt prompts in a held-out file; the file is used unchanged, because its author may want them."""
+    """Warn about prompts in a held-out file that were already learnt. The file is used unchanged, as its author
+    may want them.
+    """
     if count := int(np.isin(hash_prompts(heldout), learnt).sum()):
         console.print(
             f"[yellow]an earlier version of {name} was trained on {count} of {len(heldout)} held-out prompts: "
@@ -183,7 +188,7 @@ def _warn_learnt(name: str, heldout: list[ChatExample], learnt: PromptHashes) ->
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Examples for one purpose, and the files from which the recipe reads them."""
+    """The examples for one purpose, with the files from which the recipe reads them."""
 
     purpose: str
     files: Sequence[str]
@@ -191,7 +196,9 @@ class _Part:
 
 
 def _refuse_leaks(part: _Part, other: _Part) -> None:
-    """Raise if an example of the part has the prompt of one of the other; warn if the prompts are nearly the same."""
+    """Raise DataError if examples for two purposes, such as training and evaluation, share a prompt; warn about
+    near copies.
+    """
     check = f"svc data check {' '.join(part.files)} --heldout {' '.join(other.files)}"
     leaked = shared_prompts(part.examples, other.examples)
     if leaked:

@@ -1,4 +1,4 @@
-"""Resolves the base model that a recipe names, which may be a version of the registry."""
+"""Resolves the base model that a recipe names, which may be a registered version."""
 
 import hashlib
 from dataclasses import replace
@@ -18,13 +18,14 @@ from trainer.recipe.named_template import NamedTemplate
 
 
 def find_base(name: str, settings: Settings, template: NamedTemplate | Path | None = None) -> Base:
-    """Return the base model that a recipe names: a version's merged weights, or a base that `resolve_base` finds.
+    """Return the base model that a recipe names: a version's merged weights, or a base found by `resolve_base`.
 
     Args:
-        template: chat template in place of the base's own; None: the base's own.
+        template: chat template to use in place of the base's own, or None to keep the base's own.
 
     Raises:
-        BaseModelError: there is no such base, or it has no chat template, or the given template cannot be used.
+        BaseModelError: there is no such base, or it has no chat template, or the given template cannot be
+            used.
         NotFoundError: there is no such version.
     """
     base = _find(name, settings)
@@ -50,10 +51,11 @@ def _find(name: str, settings: Settings) -> Base:
 
 
 def find_config(name: str, settings: Settings, template: NamedTemplate | Path | None = None) -> Path:
-    """Return a folder with the config.json of a base model; weights are neither fetched nor read.
+    """Return a folder with a base model's config.json, without fetching or reading any weights.
 
     Args:
-        template: chat template in place of the base's own, if the folder has a tokenizer; None: the base's own.
+        template: chat template to use in place of the base's own, if the folder has a tokenizer, or None to
+            keep the base's own.
 
     Raises:
         BaseModelError: there is no such base, or the given template cannot be used.
@@ -69,11 +71,11 @@ def find_config(name: str, settings: Settings, template: NamedTemplate | Path | 
 
 
 def merged_revision(manifest: Manifest) -> str:
-    """Return the digest (`sha256:<hex>`) of a merged model that another version uses as its base."""
+    """Return the digest (`sha256:<hex>`) of a version's merged model, for use as the base of another version."""
     return format_revision(manifest, Format.MERGED)
 
 
 def format_revision(manifest: Manifest, format: Format) -> str:
-    """Return the digest (`sha256:<hex>`) of a version's files in a format."""
+    """Return the digest (`sha256:<hex>`) of a version's files in the given format."""
     hashes = " ".join(file.sha256 for file in manifest.formats[format].files)
     return f"sha256:{hashlib.sha256(hashes.encode()).hexdigest()}"

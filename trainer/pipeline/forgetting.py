@@ -1,4 +1,6 @@
-"""Forgetting in one run: base and served formats answer general questions; each loss is compared with a limit."""
+"""Measures forgetting in a run: the base and the served formats answer general questions, and each loss is
+compared with a limit.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from trainer.qualification import GeneralQuestions
 
 @dataclass(frozen=True, slots=True)
 class ForgettingTest:
-    """The general questions of a run, with the cache of their answers.
+    """A run's general questions, with the cache of their answers.
 
     Args:
         tokenized: the questions, tokenized as in training.
@@ -29,26 +31,27 @@ class ForgettingTest:
     cache: Callable[[str, Path], EvaluationCache]
 
     def prepare(self, revision: str, base: Path) -> GeneralQuestions:
-        """Return the questions, with the base's stored answers if there are any."""
+        """Return the general questions, with the base's stored answers if there are any."""
         examples = self.questions.examples
         known = self.cache(revision, base).find(examples, [MAX_TOKENS] * len(examples))
         return GeneralQuestions(examples, self.tokenized, known)
 
     def keep(self, revision: str, model: Path, answers: Sequence[ExampleResult]) -> None:
-        """Store a model's answers, if there are any."""
+        """Store a model's answers to the general questions, if there are any."""
         if answers:
             self.cache(revision, model).add(self.questions.examples, answers)
 
     def compare(self, before: Sequence[ExampleResult], after: Sequence[ExampleResult]) -> Forgetting:
-        """Return the measured forgetting."""
+        """Measure forgetting by comparing the answers before and after training."""
         return measure_forgetting(self.questions, before, after)
 
 
 def judge_forgetting(forgetting: Forgetting, margin: float, format: Format) -> GateReport:
-    """Return the verdict on the fall of the share of correct answers to general questions: lost minus gained.
+    """Return the verdict on the fall in correct answers to general questions: the share lost minus the share
+    gained.
 
     Args:
-        margin: the largest allowed fall of this share.
+        margin: the largest allowed fall of the share of correct answers.
         format: the format that gave the later answers.
     """
     lost, gained, examples = forgetting.lost, forgetting.gained, forgetting.examples

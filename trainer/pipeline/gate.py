@@ -1,4 +1,6 @@
-"""A version's gates: the loss that each allows, the loss that it can detect, and the effect of its verdict."""
+"""A version's gates: the loss that each gate allows, the loss that it can detect, and the effect of its
+verdict.
+"""
 
 from svc.errors import TrainingError
 from svc.evaluation.metrics.metric import Metric, Unit
@@ -22,7 +24,7 @@ _ASK_MORE = "ask more questions: evaluate.general_limit, or a larger file in eva
 
 
 def check_gate(report: GateReport, undecided: Undecided) -> None:
-    """Print a warning for an undecided gate.
+    """Warn if a gate is undecided.
 
     Args:
         undecided: the recipe's `evaluate.undecided`.
@@ -47,7 +49,7 @@ def check_gate(report: GateReport, undecided: Undecided) -> None:
 
 
 def say_gates(recipe: Recipe, examples: Examples, primary: Metric) -> None:
-    """Print, for each limit on a share of answers, how far from it a loss must be for a verdict on these examples."""
+    """Print how far a loss must be from each limit on a share of answers for a verdict with these examples."""
     limits = recipe.evaluate
     if {Format.MERGED, Format.GPTQ} <= set(recipe.formats) and primary.unit is Unit.SHARE:
         asked = len(examples.heldout[: limits.limit])

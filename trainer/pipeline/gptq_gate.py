@@ -1,7 +1,7 @@
-"""Tests whether the quantized model is worse than the merged one on the same examples.
+"""Tests whether the quantized model is worse than the merged model on the same examples.
 
-The primary metric and the log-likelihood are both compared: if neither model gives the reference, as with free text and
-exact match, a broken model would pass by the metric alone.
+Both the primary metric and the log-likelihood are compared. If neither model gives the reference answer,
+as with free text and exact match, a broken model would pass by the metric alone.
 """
 
 from collections.abc import Sequence
@@ -15,16 +15,17 @@ from trainer.qualification import Qualified
 from trainer.recipe.sections import Evaluate
 
 _MIN_NLL_MARGIN = 0.005
-"""Minimum limit in nats per token: a share of the NLL of a nearly certain model is less than the engine's rounding."""
+"""Smallest limit on the NLL loss, in nats per token. For a nearly certain model, a share of its NLL is less
+than the engine's rounding."""
 _MIN_DIFFERENCES = 8
-"""Minimum number of examples: fewer may all differ in one direction by chance (1 case in 128), which a bootstrap does
-not show."""
+"""Minimum number of examples for a verdict. Fewer may all differ in one direction by chance (1 case in
+128), which a bootstrap does not show."""
 
 
 def judge_gptq(
     metric: Metric, examples: Sequence[ChatExample], merged: Qualified, gptq: Qualified, limits: Evaluate
 ) -> tuple[GateReport, GateReport]:
-    """Return the verdicts on the loss through quantization: in the primary metric and in log-likelihood.
+    """Return the verdicts on the loss through quantization, in the primary metric and in log-likelihood.
 
     Args:
         metric: the primary metric.
@@ -60,7 +61,9 @@ def _judge_metric(
 
 
 def _loss(metric: Metric, before: Answered, after: Answered) -> Interval:
-    """Return how much worse the second model is; a share's interval is as wide as for unchanged answers, or wider."""
+    """Return how much worse the second model is. For shares, the interval is at least as wide as for unchanged
+    answers.
+    """
     sign = 1 if metric.better is Better.LOWER else -1
     if metric.unit is Unit.SHARE and metric.scored:
         pairs = zip(metric.stored_scores(before), metric.stored_scores(after), strict=True)

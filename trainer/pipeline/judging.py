@@ -12,7 +12,7 @@ from trainer.recipe.sections import Judge
 
 
 def judge_endpoint(judge: Judge) -> Endpoint | None:
-    """Return the endpoint of the recipe's judge; None if the recipe names no judge.
+    """Return the endpoint of the recipe's judge, or None if the recipe names no judge.
 
     Raises:
         SettingsError: the URL is not that of an endpoint, or other users can read the key file.
@@ -28,11 +28,11 @@ def judge_endpoint(judge: Judge) -> Endpoint | None:
 def compare_answers(
     judge: Judge, heldout: Sequence[ChatExample], base: Sequence[ExampleResult], merged: Sequence[ExampleResult]
 ) -> JudgeReport:
-    """Return the judge's comparison of the merged model's answers with the base's.
+    """Let the judge compare the merged model's answers with the base's, and return its report.
 
     Args:
-        judge: must have a url and a model.
-        heldout: all examples; the first ones were answered.
+        judge: must have a URL and a model.
+        heldout: all held-out examples; the first ones were answered.
 
     Raises:
         SvcError: the judge cannot be reached, or its answers are not verdicts.

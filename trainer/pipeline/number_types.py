@@ -1,4 +1,6 @@
-"""Prints the number types in which a run trains and its formats are served on this machine, with the reasons."""
+"""Prints the number types in which a run trains and its formats are served on this machine, with the
+reasons.
+"""
 
 from collections.abc import Sequence
 
@@ -11,7 +13,7 @@ from svc.version import Format
 
 
 def say_number_types(able: DeviceCapabilities, engine: EngineSettings, formats: Sequence[Format]) -> None:
-    """Print the number types chosen for this device, and the reasons.
+    """Print the number types chosen for this device, with the reasons.
 
     Args:
         formats: the recipe's formats.

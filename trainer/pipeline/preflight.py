@@ -1,7 +1,8 @@
 """Checks in seconds, before the first stage, that a base supports every stage of the run.
 
-Faults in the base's own files raise here instead of hours later: a config that cannot be copied, a tokenizer
-that does not belong to the weights, layers that cannot be quantized, an architecture that vLLM lacks.
+Faults in the base's own files are raised here instead of hours later: a config that cannot be copied, a
+tokenizer that does not belong to the weights, layers that cannot be quantized, an architecture that vLLM
+lacks.
 """
 
 import tempfile
@@ -39,8 +40,9 @@ def check_base(base: Path, recipe: Recipe, capabilities: DeviceCapabilities, eng
     Raises:
         BaseModelError: the base itself has a fault.
         IntegrityError: a file of its weights is damaged.
-        RecipeError, TrainingError: its layers cannot be quantized, or not with these options; or the optimizer does not
-            work on this machine.
+        RecipeError, TrainingError: its layers cannot be quantized, at least not with these options, or the
+        optimizer does
+            not work on this machine.
         EngineError: vLLM does not start.
     """
     check_optimizer(recipe.train.optimizer, cuda=capabilities.training_device is Device.CUDA)
@@ -75,9 +77,10 @@ def _check_architecture(base: Path, config: "PreTrainedConfig") -> None:
 
 
 def _check_weights(base: Path, config: "PreTrainedConfig") -> None:
-    """Reject damaged files, and an output matrix that differs from the embedding although the config ties them.
+    """Reject damaged weight files, and output weights that differ from the embedding although the config ties
+    them.
 
-    transformers keeps both matrices, and vLLM drops the second.
+    In that case, transformers keeps both matrices, and vLLM drops the second.
     """
     names = [tensor.name for tensor in read_headers(base)]
     if not config.get_text_config().tie_word_embeddings:
@@ -94,10 +97,10 @@ def _check_weights(base: Path, config: "PreTrainedConfig") -> None:
 
 
 def _check_long_rope(base: Path, config: "PreTrainedConfig", max_model_len: int) -> None:
-    """Reject a context length with which vLLM rotates positions differently from training (Phi-3.5: above 4,096).
+    """Reject a context length at which vLLM rotates positions differently from training (Phi-3.5: above 4,096).
 
-    LongRoPE has factors for short texts and for long texts. transformers chooses by the length of each text, vLLM once
-    for all requests, by the maximum length that it accepts.
+    LongRoPE has factors for short texts and for long texts. transformers chooses them by the length of each
+    text, vLLM once for all requests, by the maximum length that it accepts.
     """
     rope = config.get_text_config().rope_parameters or {}
     original = rope.get("original_max_position_embeddings")
@@ -112,7 +115,9 @@ def _check_long_rope(base: Path, config: "PreTrainedConfig", max_model_len: int)
 
 
 def _check_copy(base: Path) -> None:
-    """Compare the base with an unchanged copy, in the same way as the parity report compares it with the version."""
+    """Compare the base with an unchanged copy, in the same way as the parity report compares it with the
+    version.
+    """
     with tempfile.TemporaryDirectory(prefix="base-copy-") as folder:
         copy = Path(folder)
         copy_shipped_files(base, copy)

@@ -1,6 +1,6 @@
 """Quick trial of a recipe: a tenth of the examples, one epoch, all stages, under its own name.
 
-The trial tests the set-up, from the data to the engine, before the complete run. The quality of its version
+The trial tests the set-up, from the data to the engine, before the full run. The quality of its version
 is not representative.
 """
 
@@ -19,13 +19,14 @@ _SHARE = 0.1
 _SUFFIX = "-quick"
 _MAX_NAME_LENGTH = 63
 _MIN_EXAMPLES = 2
-"""Minimum number of training examples, and of held-out examples."""
+"""Minimum number of training examples and, separately, of held-out examples."""
 
 
 def quick_trial(recipe: Recipe, examples: Examples) -> tuple[Recipe, Examples]:
-    """Return the recipe and the examples of the trial: a tenth of each kind, drawn at random by the recipe's seed.
+    """Return the recipe and examples of a quick trial, with a random tenth of each kind drawn by the recipe's
+    seed.
 
-    Files are often sorted, by label or by length: the first tenth would not be like the rest.
+    Files are often sorted, by label or by length, so the first tenth would not be representative.
     """
     seed, task = recipe.data.seed, len(examples.train) - examples.general
     general = _tenth(examples.train[task:], seed)
@@ -57,10 +58,10 @@ def _tenth(examples: Sequence[ChatExample], seed: int, fewest: int = 0) -> tuple
 
 
 def whole_run_seconds(train: Train, trial: TrainingSummary) -> float | None:
-    """Return the training time of the complete run, from the speed of the trial; None if the speed is not known.
+    """Return the expected training time of the full run at the trial's speed, or None if the speed is unknown.
 
     Args:
-        train: section of the complete run.
+        train: the `train` section of the full run.
         trial: summary of the trial's training.
     """
     if trial.tokens_per_second == 0:  # the trial was interrupted after its last step

@@ -1,4 +1,5 @@
-"""Turns the results of a run into a version: checked against the recipe's limits, assembled, and registered once.
+"""Turns the results of a run into a version: checked against the recipe's limits, assembled, and registered
+once.
 
 The checks run last, so that nothing is measured again if the limits change.
 """
@@ -72,7 +73,7 @@ class Registered(BaseModel):
     """Result of the stage `register`.
 
     Attributes:
-        failed: checks that the version failed; it was registered nevertheless.
+        failed: checks that the version failed, although it was registered.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -93,7 +94,7 @@ class Registration:
 
     Args:
         evaluation: evaluation of the run's models.
-        number_type: number type of the training.
+        number_type: number type used in training.
         tracking_run: id of the MLflow run.
     """
 
@@ -108,12 +109,12 @@ class Registration:
 
     @cached_property
     def training(self) -> TrainingSummary:
-        """Summary of the training."""
+        """Summary of the training stage."""
         return self.run.load(Stage.TRAIN, TrainingSummary)
 
     @cached_property
     def base_evaluation(self) -> Evaluation | None:
-        """Evaluation of the base's answers; None if the base was not evaluated."""
+        """Evaluation of the base's answers, or None if the base was not evaluated."""
         evaluated = self.evaluation.evaluated
         return self.evaluation.judge_base(evaluated) if evaluated else None
 
@@ -130,7 +131,7 @@ class Registration:
 
     @cached_property
     def gates(self) -> tuple[GateReport, ...]:
-        """Verdicts on the losses through quantization and training that the recipe limits."""
+        """Verdicts of the recipe's gates, which limit the losses through quantization and training."""
         limits = self.recipe.evaluate
         reports: list[GateReport] = []
         if len(self.qualified) == 2:
@@ -144,7 +145,7 @@ class Registration:
 
     @cached_property
     def report(self) -> ParityReport | None:
-        """Parity report; None if no format is served."""
+        """Parity report, or None if no format is served."""
         return self.run.load(Stage.PARITY, ParityReport) if self.qualified else None
 
     @property
@@ -153,7 +154,7 @@ class Registration:
         return self.evaluation.metrics[0]
 
     def figures(self) -> dict[str, float]:
-        """Return the figures of base and formats, for the reports that the recipe names."""
+        """Return the metrics of the base and all formats, for the trackers that the recipe names."""
         reports = {format.value: qualified.evaluation for format, qualified in self.qualified.items()}
         if self.base_evaluation:
             reports["base"] = self.base_evaluation.report
@@ -161,7 +162,7 @@ class Registration:
         return figures | {f"nll_{name}": report.nll.value for name, report in reports.items()}
 
     def register(self, *, failed_too: bool) -> Manifest:
-        """Register the version, or return the manifest that an interrupted run has already registered.
+        """Register the version, or return the manifest if an interrupted run has already registered it.
 
         Args:
             failed_too: also register a version that fails a check; it cannot be promoted.
@@ -190,7 +191,9 @@ class Registration:
         return manifest
 
     def _log_report(self, manifest: Manifest) -> str | None:
-        """Log the report to MLflow and return its URL; None if MLflow fails: the version is complete without it."""
+        """Log the report to MLflow and return its URL. If MLflow fails, return None, because the version is
+        complete without it.
+        """
         try:
             page = report_page(gather_report(self.registry, manifest.id))
             return self.registry.tracking.log_page(manifest.id, self.tracking_run, page)
@@ -199,7 +202,7 @@ class Registration:
             return None
 
     def _check(self, *, failed_too: bool) -> tuple[str, ...]:
-        """Return and print the checks that the version fails; without `failed_too`, raise at the first one."""
+        """Print and return the checks that the version fails. Without `failed_too`, raise at the first failure."""
         failed = []
         gates = (partial(check_gate, gate, self.recipe.evaluate.undecided) for gate in self.gates)
         checks: list[Callable[[], None]] = [self._check_parity, *gates]
@@ -221,7 +224,7 @@ class Registration:
             )
 
     def _published(self, failed: tuple[str, ...]) -> Manifest | None:
-        """Return the manifest that this run published, with the same results, before it was interrupted, if any."""
+        """Return the manifest that this run published with the same results before it was interrupted, or None."""
         for version_id in reversed(self.registry.versions(self.recipe.name)):
             try:
                 manifest = self.registry.manifest(version_id)
@@ -233,7 +236,7 @@ class Registration:
         return None
 
     def _matches(self, manifest: Manifest) -> bool:
-        """Return whether a version of this run has the present recipe and the present results."""
+        """Return whether a version registered by this run has the current recipe and the current results."""
         same = manifest.data.heldout_fingerprint == self.examples.heldout_fingerprint
         recorded = {format: record.evaluation for format, record in manifest.formats.items() if record.evaluation}
         # The evaluations differ if a metric function has been fixed since.
@@ -251,7 +254,7 @@ class Registration:
         return self.registry.publish(self.recipe.name, self.tracking_run, content, partial(self._manifest, failed))
 
     def _manifest(self, failed: tuple[str, ...], version_id: VersionId, folder: Path) -> Manifest:
-        """Return the manifest of a version whose files are complete in its folder."""
+        """Return the manifest of a version whose files are already complete in its folder."""
         trained = self.forgetting.get(Format.MERGED)
         general_change = trained.difference if trained else None
         return Manifest(
@@ -307,7 +310,9 @@ class Registration:
         return formats
 
     def _reference(self) -> Path:
-        """Write the reference for later traffic and answers; the folder is new, as an earlier one may be read-only."""
+        """Write the reference for later traffic and answers to a new folder, because an earlier one may be
+        read-only.
+        """
         folder = self.run.fresh(self.run.reference)
         folder.mkdir()
         if self.report is not None:
@@ -338,11 +343,11 @@ class Registration:
 
 
 def _write_data_reference(folder: Path, examples: Examples, seed: int) -> None:
-    """Write drift sample, text space, data summary and hashes of the training prompts.
+    """Write the drift sample, text space, data summary and training prompt hashes.
 
     Args:
         folder: the reference folder of a run.
-        seed: seed of the sample.
+        seed: seed for drawing the drift sample.
     """
     drawn = draw_drift_sample(examples.given, seed)
     write_examples(folder / DRIFT_SAMPLE_FILE, drawn.sample)

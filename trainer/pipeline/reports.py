@@ -1,7 +1,8 @@
-"""Trackers of a run's curves and figures in addition to MLflow: Weights & Biases, TensorBoard.
+"""Trackers for a run's curves and metrics in addition to MLflow: Weights & Biases and TensorBoard.
 
-transformers' own callbacks are not used: they see only the training, not the evaluation after it; W&B's starts a new
-run when a training is resumed, and sends the model's complete configuration. Both packages are optional.
+transformers' own callbacks are not used, because they see only the training, not the evaluation after
+it; W&B's also starts a new run when a training is resumed, and sends the model's complete configuration.
+Both packages are optional.
 """
 
 import os
@@ -21,11 +22,11 @@ _RUN_ID = "wandb_run_id"
 
 
 Report = Callable[[int, Mapping[str, float]], None]
-"""Callback that receives figures and their optimizer step."""
+"""Callback that receives metrics and the optimizer step to which they belong."""
 
 
 def check_reports(wanted: tuple[ReportTo, ...]) -> None:
-    """Check the trackers' packages and keys before the first stage.
+    """Check that the trackers' packages and keys are available, before the first stage.
 
     Raises:
         RecipeError: a package is not installed, or W&B has no key and is not offline.
@@ -52,10 +53,10 @@ def check_reports(wanted: tuple[ReportTo, ...]) -> None:
 def open_reports(
     wanted: tuple[ReportTo, ...], folder: Path, name: str, run: str, parameters: dict[str, str]
 ) -> Iterator[list[Report]]:
-    """Open the trackers that the recipe names in addition to MLflow, and close them after the body.
+    """Open the trackers that the recipe names in addition to MLflow, and close them after the `with` block.
 
     Args:
-        folder: folder for the trackers' files of this run, which a resumed run uses again.
+        folder: folder for this run's tracker files, which a resumed run uses again.
         name: name of the model.
         run: name of the run.
         parameters: the recipe's values that affect the result.
@@ -73,8 +74,8 @@ def open_reports(
 def _wandb_run(folder: Path, name: str, run: str, parameters: dict[str, str]) -> Iterator[Report]:
     """Open a W&B run, or resume the one that an earlier process opened for the same training.
 
-    Key, entity, project and mode are set by W&B's own variables. Only parameters and figures are sent: no code, no Git
-    state, no terminal output, no system metrics.
+    Key, entity, project and mode are set by W&B's own variables. Only parameters and metrics are sent: no
+    code, no Git state, no terminal output, no system metrics.
     """
     import wandb
 
@@ -105,7 +106,9 @@ def _wandb_run(folder: Path, name: str, run: str, parameters: dict[str, str]) ->
 
 @contextmanager
 def _tensorboard(folder: Path, parameters: dict[str, str]) -> Iterator[Report]:
-    """Open an event file for this process; events of a killed process after its last checkpoint are discarded."""
+    """Open a TensorBoard event file for this process. A killed process's events after its last checkpoint are
+    discarded.
+    """
     writer: Any = None
 
     def report(step: int, figures: Mapping[str, float]) -> None:

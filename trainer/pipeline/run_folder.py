@@ -2,9 +2,9 @@
 
     $SVC_HOME/runs/NAME-KEY/   train.json  adapter/  merge.json  merged/  evaluate.json  ...
 
-A stage is done if its result file exists with the key of the stage's present input. The file is written last and
-atomically, so an interrupted stage is repeated from its start, and a finished stage is not repeated. The folder's key
-is that of training: recipes with the same training share the folder.
+A stage is done if its result file exists with the key of the stage's current input. The file is written
+last and atomically, so an interrupted stage is repeated from its start, and a finished stage is not
+repeated. The folder's key is that of training, so recipes with the same training share the folder.
 """
 
 import json
@@ -30,11 +30,11 @@ Result = TypeVar("Result")
 
 
 class Run:
-    """A run's folder.
+    """The folder of a training run.
 
     Args:
-        folder: created when the run starts.
-        keys: key of each stage's present input.
+        folder: run folder, created when the run starts.
+        keys: key of each stage's current input.
 
     Attributes:
         adapter: the trained adapter.
@@ -56,12 +56,12 @@ class Run:
 
     @classmethod
     def of(cls, runs: Path, recipe: Recipe, base: Base, examples: Examples) -> "Run":
-        """Return the run of a recipe: one folder for each training, shared by all formats created from it."""
+        """Return the run of a recipe. Recipes with the same training share one run folder, whatever their formats."""
         keys = stage_keys(recipe, base, examples)
         return cls(runs / f"{recipe.name}-{keys[Stage.TRAIN]}", keys)
 
     def done(self, stage: Stage, *outputs: Path) -> bool:
-        """Return whether a stage was finished with its present input.
+        """Return whether a stage has finished with its current input.
 
         Args:
             outputs: folders that the stage wrote and that are still needed.
@@ -74,11 +74,11 @@ class Run:
         return stored.get("key") == self._keys[stage] and all(output.is_dir() for output in outputs)
 
     def begin(self, stage: Stage) -> None:
-        """Mark a stage as unfinished, before its outputs are written again."""
+        """Mark a stage as unfinished before its outputs are overwritten."""
         self._result(stage).unlink(missing_ok=True)
 
     def save(self, stage: Stage, result: Result) -> Result:
-        """Mark a stage as finished and return its result.
+        """Save a stage's result, which marks the stage as finished, and return the result.
 
         Args:
             result: a dataclass or a pydantic model.
@@ -91,34 +91,34 @@ class Run:
         return result
 
     def load(self, stage: Stage, kind: type[Result]) -> Result:
-        """Return the result of a finished stage."""
+        """Load the result of a finished stage."""
         return TypeAdapter(kind).validate_python(read_json_object(self._result(stage))["result"])
 
     def fresh(self, folder: Path) -> Path:
-        """Remove a folder that an interrupted stage may have left, and return its path."""
+        """Delete a folder that an interrupted stage may have left behind, and return its path."""
         shutil.rmtree(folder, ignore_errors=True)
         return folder
 
     def forget_registration(self) -> None:
-        """Allow the version to be registered again, in a new MLflow run, after the registered one was removed."""
+        """Allow the version to be registered again in a new MLflow run, after the registered version was removed."""
         for path in (self._result(Stage.REGISTER), self.tracking):
             path.unlink(missing_ok=True)
 
     def clean(self) -> None:
-        """Remove folders that are not needed after registration.
+        """Remove folders that are no longer needed after registration.
 
-        Weights that are hard-linked to the registry's take no space, and let a later recipe quantize again without
-        training; other weights are removed.
+        Weights that are hard links to the registry's take no space, and let a later recipe quantize again
+        without training; other weights are removed.
         """
         for folder in self.folder.iterdir():
             if folder.is_dir() and folder != self.reports and (folder not in self._weights or not _is_linked(folder)):
                 shutil.rmtree(folder)
 
     def require_space(self, stage: Stage, need: int) -> None:
-        """Check the free disk space before a stage starts.
+        """Check that there is enough free disk space before a stage starts.
 
         Args:
-            need: bytes that the stage writes.
+            need: number of bytes that the stage writes.
 
         Raises:
             DiskSpaceError: the disk has less free space.
@@ -135,5 +135,5 @@ class Run:
 
 
 def _is_linked(folder: Path) -> bool:
-    """Return whether all weights of a folder have a second hard link."""
+    """Return whether every weight file in a folder has a second hard link."""
     return all(path.stat().st_nlink > 1 for path in folder.glob("*.safetensors"))

@@ -1,4 +1,6 @@
-"""Runs the stages of a run in their order, skips finished ones, and turns failures into errors with a next step."""
+"""Runs the stages of a run in order, skips finished ones, and turns failures into errors that state the
+next step.
+"""
 
 import re
 import traceback
@@ -20,7 +22,7 @@ _OWN_PACKAGES = tuple(Path(__file__).parents[2] / package for package in ("svc",
 _PACKAGES = re.compile(r"(?:site|dist)-packages/(\w+)")
 _CHILD_FRAME = re.compile(r'^  File "(.+)", line \d+', re.MULTILINE)
 LOG_FILE = "error.log"
-"""File in the run's folder with the traceback of the last failure."""
+"""File in the run's folder that holds the traceback of the last failure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,7 @@ class Step:
 
     Attributes:
         work: runs the stage and returns its result.
-        need: bytes that the stage may write.
+        need: number of bytes that the stage may write.
         outputs: folders that the stage writes.
     """
 
@@ -39,7 +41,7 @@ class Step:
 
 
 def run_stages(run: Run, steps: Mapping[Stage, Step]) -> None:
-    """Run the unfinished stages, in their order.
+    """Run the unfinished stages in order.
 
     Raises:
         InterruptedRunError: a signal arrived; the same command resumes the run.
@@ -58,7 +60,9 @@ def run_stages(run: Run, steps: Mapping[Stage, Step]) -> None:
 
 @contextmanager
 def _explained(stage: Stage, run: Path) -> Iterator[None]:
-    """Turn a library's exception into an error with the stage and the next step; release memory after the body."""
+    """Turn a library's exception into an error that names the stage and the next step. Memory is released
+    afterwards.
+    """
     try:
         yield
     except KeyboardInterrupt as error:
@@ -78,7 +82,7 @@ def _explained(stage: Stage, run: Path) -> Iterator[None]:
 
 
 def stage_failure(stage: Stage, error: Exception, run: Path) -> TrainingError | None:
-    """Return the error to raise in place of a library's; None if our own code failed.
+    """Return the error to raise in place of a library's exception, or None if our own code failed.
 
     Defects of our own code keep their traceback on the terminal; a library's traceback is written to a file.
 
@@ -99,7 +103,8 @@ def stage_failure(stage: Stage, error: Exception, run: Path) -> TrainingError | 
 
 
 def failed_library(error: BaseException) -> str | None:
-    """Return the package that our code called when the exception was raised; None if our own code raised it.
+    """Return the package that our code was calling when the exception was raised, or None if our own code
+    raised it.
 
     The traceback of an exception from a child process is one of its notes (svc.child_process).
     """

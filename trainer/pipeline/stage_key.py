@@ -1,8 +1,9 @@
-"""Keys of the stages of a run: a short hash of everything that affects a stage's result.
+"""Keys of a run's stages: a short hash of everything that affects a stage's result.
 
-A stage's key is computed from the stage's inputs: recipe values, data, and the keys of the earlier stages whose files
-it reads. So a change of `quantize` does not repeat training, merging or their evaluation. Answers are scored, and
-compared with limits, when the version is registered: a change of metrics or limits does not repeat the evaluation.
+A stage's key is computed from the stage's inputs: recipe values, data, and the keys of the earlier
+stages whose files it reads. A change of `quantize` therefore does not repeat training, merging or their
+evaluation. Answers are scored and compared with limits when the version is registered, so a change of
+metrics or limits does not repeat the evaluation.
 """
 
 import hashlib
@@ -21,16 +22,18 @@ _METRICS = ("metrics", "primary", "json_schema", "metric_seconds")
 """Keys of the section `evaluate` that affect only the registration: limits, and metrics of the answers."""
 
 _GENERAL = ("general", "general_limit")
-"""Keys of the same section that choose the general questions; the questions' content is hashed instead."""
+"""Keys of the section `evaluate` that choose the general questions. The questions' content is hashed
+instead."""
 
 
 StageKeys = Mapping[Stage, str]
 
 
 def stage_keys(recipe: Recipe, base: Base, examples: Examples) -> StageKeys:
-    """Return the key of each stage.
+    """Return the key of each stage of a run.
 
-    Data paths, the checkpoint interval and the held-out loss curve are excluded: they do not affect the result.
+    Data paths, the checkpoint interval and the held-out loss curve are excluded, because they do not affect
+    the result.
     """
     content = recipe.model_dump(mode="json")
     measured = examples.measured_fingerprint if recipe.stopping.measures else None
@@ -64,9 +67,10 @@ def stage_keys(recipe: Recipe, base: Base, examples: Examples) -> StageKeys:
 
 
 def _content(path: Path) -> str | None:
-    """Return the hash of a file that metrics use, as a fixed function must repeat the registration.
+    """Return the hash of a file that metrics use, because a change of a metric's function must repeat the
+    registration.
 
-    An unreadable file has None; the fault is reported later.
+    An unreadable file gives None; the fault is reported later.
     """
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,9 +1,10 @@
-"""From a recipe to a registered version, stage by stage; each stage reads the files of the earlier ones.
+"""Turns a recipe into a registered version, stage by stage. Each stage reads the files of the earlier
+stages.
 
 train -> merge -> evaluate (base, merged) -> quantize -> qualify (gptq) -> parity -> judge -> register
 
-The recipe's formats decide which stages run. Measurements are compared with the recipe's limits last, so that nothing
-is measured again if the limits change.
+The recipe's formats decide which stages run. Measurements are compared with the recipe's limits last, so
+that nothing is measured again if the limits change.
 """
 
 import shutil
@@ -53,12 +54,12 @@ from trainer.training.summary import TrainingData, TrainingSummary
 
 @dataclass(frozen=True)
 class Pipeline:
-    """One run with everything that its stages need.
+    """A training run with everything that its stages need.
 
     Args:
-        launch: creates engines; default: vLLM processes on this machine.
+        launch: creates engines; defaults to vLLM processes on this machine.
         register_failed: also register a version that fails a check; it cannot be promoted.
-        expected: estimate of the training on this machine; None if there is none.
+        expected: estimate of the training on this machine, or None if there is none.
     """
 
     settings: Settings
@@ -73,10 +74,10 @@ class Pipeline:
     expected: DeviceEstimate | None = None
 
     def train_version(self) -> VersionId:
-        """Run the unfinished stages and return the version.
+        """Run all unfinished stages and return the resulting version.
 
         Raises:
-            BusyError: another process works on this run.
+            BusyError: another process is working on this run.
             InterruptedRunError: a signal arrived; the same command resumes the run.
             SvcError: a stage failed; finished stages are kept.
         """
@@ -89,7 +90,7 @@ class Pipeline:
             return self.run.load(Stage.REGISTER, Registered).version
 
     def _reopen_registration(self) -> None:
-        """Repeat the registration if the version was removed, or if it failed a check that it must pass now."""
+        """Reopen the registration if the version was removed, or if it failed a check that it must now pass."""
         if not self.run.done(Stage.REGISTER):
             return
         registered = self.run.load(Stage.REGISTER, Registered)
@@ -106,15 +107,15 @@ class Pipeline:
 
     @property
     def _trained(self) -> Path:
-        """Folder that training writes."""
+        """Folder to which training writes its result."""
         return self.run.merged if self._full else self.run.adapter
 
     def _steps(self) -> dict[Stage, Step]:
-        """Return the stages that the recipe's formats need; merging and quantizing write no more than the base's size.
+        """Return the stages that the recipe's formats need. Merging and quantizing write at most the base's size.
 
-        A checkpoint of full fine-tuning contains weights in float32 and two moments, with AdamW six times the base in
-        bf16. In addition to the kept checkpoints there are the one being written and the best one. Those of a resumed
-        run are on the disk already.
+        A checkpoint of full fine-tuning contains float32 weights and two moments, with AdamW six times the base
+        in bf16. In addition to the kept checkpoints there are the one being written and the best one. Those of a
+        resumed run are already on the disk.
         """
         run, size = self.run, sum(path.stat().st_size for path in weight_files(self.base.folder))
         kept = self.recipe.checkpoints.keep + 1 + self.recipe.stopping.keep_best
@@ -180,7 +181,9 @@ class Pipeline:
 
     @contextmanager
     def _report_to(self) -> Iterator[Report]:
-        """Open a callback that sends figures to all the recipe's trackers; after a resume, each continues its run."""
+        """Open a callback that sends metrics to all of the recipe's trackers. After a resume, each tracker
+        continues its run.
+        """
         recipe, run, run_id = self.recipe, self.run, self._tracking_run()
         with open_reports(recipe.report_to, run.reports, recipe.name, run.folder.name, recipe.flat()) as reports:
 
@@ -250,7 +253,7 @@ class Pipeline:
         return Registered(name=manifest.name, number=manifest.number, failed=manifest.failed)
 
     def _tracking_run(self) -> str:
-        """Return the id of this folder's MLflow run."""
+        """Return the id of the MLflow run that belongs to this folder."""
         tags = {"tuneserve.run": self.run.folder.name, "tuneserve.base": self.base.origin}
         return tracked_run(self.run.tracking, lambda: self.registry.tracking.start_run(self.recipe.name, tags))
 

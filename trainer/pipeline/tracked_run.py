@@ -1,4 +1,4 @@
-"""The MLflow run of a folder: created once, so that a resumed run continues it."""
+"""The MLflow run that belongs to a run folder, created only once so that a resumed run continues it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +10,7 @@ from svc.files.json_file import read_record
 
 
 class TrackedRun(BaseModel):
-    """Content of `mlflow.json`."""
+    """Content of a run folder's `mlflow.json`."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -18,7 +18,7 @@ class TrackedRun(BaseModel):
 
 
 def tracked_run(path: Path, start: Callable[[], str]) -> str:
-    """Return the id of a folder's MLflow run.
+    """Return the id of the MLflow run that belongs to a folder.
 
     Args:
         path: the folder's `mlflow.json`.

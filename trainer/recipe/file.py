@@ -1,4 +1,4 @@
-"""Reads recipe files: YAML with command-line overrides; errors name the key and its value."""
+"""Reads recipe files: YAML with command-line overrides. Errors name the key and its value."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,7 @@ from trainer.recipe.sections import Recipe, suggest
 
 
 def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
-    """Load a recipe.
+    """Load a recipe file and apply overrides.
 
     Args:
         overrides: `key=value` with a dotted key and a YAML value, for example `train.epochs=2`.
@@ -71,5 +71,5 @@ def _explain(path: Path, error: ValidationError) -> RecipeError:
 
 
 def recipe_keys() -> list[str]:
-    """Return all keys of a recipe, dotted."""
+    """Return all recipe keys in dotted form."""
     return dotted_keys(Recipe)

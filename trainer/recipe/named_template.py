@@ -1,10 +1,10 @@
-"""Names of the chat templates that this project has. trainer.data.template_choice has their texts."""
+"""Names of the chat templates included in this project. Their texts are in trainer.data.template_choice."""
 
 from enum import StrEnum
 
 
 class NamedTemplate(StrEnum):
-    """Chat template for a base that has none."""
+    """Built-in chat template for a base that has none."""
 
     CHATML = "chatml"
     """Turns between `<|im_start|>ROLE` and the end token, as in Qwen's models."""
@@ -18,4 +18,4 @@ class NamedTemplate(StrEnum):
 
 TEMPLATE_CHOICES = f"one of {', '.join(NamedTemplate)}; or a file that ends in .jinja"
 SET_TEMPLATE = f"set chat_template in the recipe ({TEMPLATE_CHOICES}), or choose an instruction-tuned base"
-"""Advice in errors about a base without a chat template."""
+"""Advice for errors about a base without a chat template."""

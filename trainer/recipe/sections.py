@@ -36,7 +36,7 @@ class _Section(BaseModel):
 
 
 def _beside_recipe(value: Any, info: ValidationInfo) -> Any:
-    """Resolve a path relative to the recipe's folder, so that the recipe runs from any working folder.
+    """Resolve a path relative to the recipe's folder, so that the recipe works from any working directory.
 
     Any other value is returned unchanged.
     """
@@ -48,7 +48,7 @@ def _beside_recipe(value: Any, info: ValidationInfo) -> Any:
 
 
 def _as_sources(value: Any) -> Any:
-    """Return a single source as a list."""
+    """Wrap a single data source in a list."""
     return [str(value)] if isinstance(value, str | Path) else value
 
 
@@ -59,7 +59,7 @@ def _sources_beside_recipe(sources: tuple[str, ...], info: ValidationInfo) -> tu
 
 
 def _as_template(value: Any) -> Any:
-    """Return a template's name, or the path of a file that ends in .jinja.
+    """Parse the value as a template's name or as the path of a file ending in .jinja.
 
     Raises:
         ValueError: the value is neither.
@@ -79,11 +79,11 @@ Sources = Annotated[
     Field(min_length=1),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
 ]
-"""Files, folders, or hub datasets (hf:ORG/NAME): a list, or a single one."""
+"""Data sources, which are files, folders or Hub datasets (hf:ORG/NAME), as a list or a single entry."""
 
 
 def _metric_beside_recipe(name: str | None, info: ValidationInfo) -> str | None:
-    """Resolve the path in a metric function's name; return the name of any other metric unchanged."""
+    """Resolve the path in a metric function's name. The name of any other metric is returned unchanged."""
     spec = name and FunctionSpec.parse(name)
     return f"{_beside_recipe(spec.path, info)}:{spec.function}" if spec else name
 
@@ -98,7 +98,7 @@ ChatTemplate = Annotated[
     AfterValidator(_beside_recipe),
     WithJsonSchema({"anyOf": [{"enum": list(NamedTemplate)}, {"type": "string", "format": "path"}, {"type": "null"}]}),
 ]
-"""A template's name, or a file that ends in .jinja."""
+"""A template's name, or the path of a file ending in .jinja."""
 Metrics = Annotated[
     tuple[_NAME, ...],
     BeforeValidator(_as_sources),
@@ -106,18 +106,18 @@ Metrics = Annotated[
     Field(min_length=1),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
 ]
-"""Metric names or functions (`./FILE.py:FUNCTION`): a list, or a single one."""
+"""Metric names or functions (`./FILE.py:FUNCTION`), as a list or a single entry."""
 
 
 class Learn(StrEnum):
-    """Answers of a training example that are learnt, if none of its turns has a weight."""
+    """Which answers of a training example are learnt if none of its turns has a weight."""
 
     LAST = "last"
     ALL = "all"
 
 
 class Data(_Section):
-    """Sources of examples: files, folders, or hub datasets (`hf:ORG/NAME`); see [data](data.md)."""
+    """Sources of examples: files, folders, or Hub datasets (`hf:ORG/NAME`); see [data](data.md)."""
 
     train: Sources
     """training examples"""
@@ -126,17 +126,18 @@ class Data(_Section):
     heldout_share: float = Field(0.1, gt=0, lt=1)
     """share of `data.train` to hold out if `data.heldout` is not set"""
     validation: Sources | None = None
-    """examples whose loss is measured during training and in sweeps, and so chooses weights and values; then nothing is
-    chosen by the held-out examples, and a version's figures are not too good; default: the held-out examples"""
+    """examples whose loss is measured during training and in sweeps, and which therefore choose weights and
+    values; the held-out examples then choose nothing, so that a version's metrics are not too optimistic;
+    default: the held-out examples"""
     general: Sources | None = None
     """general examples to mix into the training examples, to reduce forgetting"""
     general_share: float = Field(0.1, gt=0, lt=1)
-    """share of general examples among the training examples"""
+    """share of general examples in the training examples"""
     learn: Learn = Learn.ALL
-    """all or last: the answers of a training example that are learnt; a `weight` in its turns overrides this, see
+    """all or last: which answers of a training example are learnt; a `weight` in its turns overrides this, see
     [data](data.md#conversations)"""
     seed: int = Field(0, ge=0)
-    """seed for choosing the held-out and the general examples"""
+    """seed for choosing the held-out examples and the general examples"""
     skip: int = Field(0, ge=0)
     """number of training examples to skip at the start"""
     limit: Annotated[int, Field(ge=2)] | None = None
@@ -149,51 +150,51 @@ class AdapterType(StrEnum):
     LORA = "lora"
     """A low-rank update added to frozen weights (Hu et al. 2021)."""
     DORA = "dora"
-    """LoRA for the direction, and one magnitude per output (Liu et al. 2024)."""
+    """LoRA for the direction, plus one magnitude per output (Liu et al. 2024)."""
     ADALORA = "adalora"
     """LoRA that distributes its ranks among the layers during training (Zhang et al. 2023)."""
     VERA = "vera"
-    """Two vectors per layer, with random matrices that all layers share (Kopiczko et al. 2023)."""
+    """Two trained vectors per layer, with random matrices that all layers share (Kopiczko et al. 2023)."""
 
 
 class Quantization(StrEnum):
-    """Format of the frozen weights while an adapter is trained."""
+    """Number format of the frozen weights while an adapter is trained."""
 
     NF4 = "nf4"
-    """Four bits, with quantized scales (Dettmers et al. 2023)."""
+    """Quantization to four bits, with quantized scales (Dettmers et al. 2023)."""
 
 
 class Method(StrEnum):
-    """The usual name for an adapter type and the quantization of its base; `full` trains all weights."""
+    """Common name for an adapter type together with its base's quantization; `full` trains all weights."""
 
     FULL = "full"
-    """All weights are trained."""
+    """Every weight is trained."""
     LORA = "lora"
     """Low-rank updates added to frozen weights (Hu et al. 2021)."""
     QLORA = "qlora"
-    """LoRA on weights that are frozen in 4 bits (Dettmers et al. 2023): a quarter of the memory."""
+    """LoRA on weights frozen in 4 bits (Dettmers et al. 2023), which need a quarter of the memory."""
     DORA = "dora"
-    """LoRA for the direction, and one magnitude per output (Liu et al. 2024)."""
+    """LoRA for the direction, plus one magnitude per output (Liu et al. 2024)."""
     ADALORA = "adalora"
     """LoRA that distributes its ranks among the layers during training (Zhang et al. 2023)."""
     VERA = "vera"
-    """Two vectors per layer, with random matrices that all layers share (Kopiczko et al. 2023)."""
+    """Two trained vectors per layer, with random matrices that all layers share (Kopiczko et al. 2023)."""
 
 
 MAX_RANK = 1024
 
 
 class Adapter(_Section):
-    """The adapter; not used by `method: full`."""
+    """Adapter settings, not used by `method: full`."""
 
     type: AdapterType | None = None
     """lora, dora, adalora or vera; default: the type implied by `method`"""
     rank: Annotated[int, Field(ge=1, le=MAX_RANK)] | None = None
-    """rank of the update: a higher rank can learn more but needs more memory; default: 16, or 256 for vera"""
+    """rank of the update; a higher rank can learn more but needs more memory; default: 16, or 256 for vera"""
     alpha: Annotated[int, Field(ge=1)] | None = None
-    """scale: the update is multiplied by alpha / rank; default: twice the rank; not used by vera"""
+    """scale of the update, which is multiplied by alpha / rank; default: twice the rank; not used by vera"""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """share of the adapter's inputs dropped in each step"""
+    """share of the adapter's inputs that is dropped in each step"""
     targets: Targets = Targets.ALL_LINEAR
     """layers that get an adapter: all-linear, attention, or attention-min for query and value only"""
     rslora: bool = False
@@ -201,7 +202,7 @@ class Adapter(_Section):
 
 
 class Schedule(StrEnum):
-    """Shape of the learning rate after the warmup."""
+    """Shape of the learning rate schedule after warmup."""
 
     LINEAR = "linear"
     COSINE = "cosine"
@@ -209,7 +210,7 @@ class Schedule(StrEnum):
 
 
 class TooLong(StrEnum):
-    """What to do with an example that is longer than `train.max_length`."""
+    """What to do with an example longer than `train.max_length`."""
 
     ERROR = "error"
     DROP = "drop"
@@ -217,7 +218,7 @@ class TooLong(StrEnum):
 
 
 class Optimizer(StrEnum):
-    """Optimizer, with the size and the location of its two moments per weight."""
+    """Optimizer, which determines the size and location of its two moments per weight."""
 
     ADAMW = "adamw"
     """AdamW with moments in float32 (Loshchilov and Hutter 2019)."""
@@ -230,112 +231,119 @@ class Optimizer(StrEnum):
 
     @property
     def is_8bit(self) -> bool:
-        """Whether the moments have 8 bits."""
+        """Whether the optimizer's moments are stored in 8 bits."""
         return self in (Optimizer.ADAMW_8BIT, Optimizer.PAGED_ADAMW_8BIT)
 
     @property
     def is_paged(self) -> bool:
-        """Whether the moments can be moved to main memory."""
+        """Whether the optimizer's moments can be moved to main memory."""
         return self in (Optimizer.PAGED_ADAMW, Optimizer.PAGED_ADAMW_8BIT)
 
 
 class Train(_Section):
-    """The training itself: optimizer, learning rate, batches and lengths."""
+    """Training settings: optimizer, learning rate, batches and lengths."""
 
     optimizer: Optimizer = Optimizer.ADAMW
-    """adamw, adamw-8bit, paged-adamw or paged-adamw-8bit: 8-bit moments take a quarter of the memory, paged moments are
-    moved to main memory when the GPU is full; see [training](training.md#optimizers)"""
+    """adamw, adamw-8bit, paged-adamw or paged-adamw-8bit; 8-bit moments take a quarter of the memory, and paged
+    moments are moved to main memory when the GPU is full; see [training](training.md#optimizers)"""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """peak learning rate; default: 5e-4, or 1e-2 for adalora, 6e-2 for vera and 5e-5 for full, for bases of hidden
-    width 576 or less; lower for wider ones, see [training](training.md#learning-rate)"""
+    """peak learning rate; default for bases of hidden width 576 or less: 5e-4, or 1e-2 for adalora, 6e-2 for
+    vera and 5e-5 for full; lower for wider bases, see [training](training.md#learning-rate)"""
     schedule: Schedule = Schedule.LINEAR
     """decay of the learning rate: linear or cosine to 0, or constant"""
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
-    """share of the steps used for the warmup, in which the learning rate rises"""
+    """share of the steps used for warmup, during which the learning rate rises"""
     epochs: float = Field(1.0, gt=0)
-    """passes over the examples"""
+    """number of passes over the training examples"""
     steps: Annotated[int, Field(ge=1)] | None = None
     """number of steps; overrides `epochs`"""
     batch_size: int = Field(16, ge=1)
-    """examples per batch on a device"""
+    """number of examples per batch and device"""
     gradient_accumulation: int = Field(1, ge=1)
-    """batches per optimizer step; more batches need less memory than a larger batch"""
+    """number of batches per optimizer step; accumulating batches needs less memory than one larger batch"""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's weight decay"""
     max_grad_norm: float = Field(1.0, gt=0)
-    """gradients with a larger norm are clipped"""
+    """maximum gradient norm; gradients with a larger norm are clipped"""
     max_length: int = Field(1024, ge=16)
-    """maximum length of an example in tokens"""
+    """maximum length of an example, in tokens"""
     too_long: TooLong = TooLong.ERROR
-    """error, drop or truncate: what to do with longer examples; with `--skip-bad`, error drops them too"""
+    """error, drop or truncate: what to do with longer examples; with `--skip-bad`, error also drops them"""
     packing: bool = False
-    """pack several examples, each attending only to itself, into one row of max_length tokens; a row counts as one
-    example"""
+    """pack several examples, each attending only to itself, into one row of max_length tokens; a row then
+    counts as one example"""
     gradient_checkpointing: bool | None = None
     """recompute activations instead of storing them; default: true on a GPU, false on a CPU"""
     neftune_alpha: Annotated[float, Field(gt=0)] | None = None
-    """strength of the noise on the embeddings (Jain et al. 2023), usually 5; default: no noise"""
+    """strength of the noise added to the embeddings (Jain et al. 2023), usually 5; default: no noise"""
     seed: int = Field(0, ge=0, lt=2**32)
     """seed for the order of the examples and the adapter's initial weights"""
 
 
 class Stopping(_Section):
-    """Held-out loss during training, or validation loss with `data.validation`. A loss that selects the weights is
-    slightly too good."""
+    """Use of held-out loss during training, or of validation loss with `data.validation`. A loss that selects
+    the weights is slightly optimistic.
+    """
 
     every_steps: Annotated[int, Field(ge=1)] | None = None
-    """steps between two measurements; default: a tenth of all steps, if another key needs measurements"""
+    """number of steps between two measurements; default: a tenth of all steps, if another key needs
+    measurements"""
     patience: Annotated[int, Field(ge=1)] | None = None
-    """stop after this many measurements without a lower loss; default: never"""
+    """stop after this many measurements without a lower held-out loss; default: never"""
     keep_best: bool = False
-    """keep the weights with the lowest held-out loss instead of the last ones"""
+    """keep the weights with the lowest held-out loss instead of the final weights"""
     curve: bool = True
-    """if no other key requires it, measure held-out loss up to six times on up to 64 examples, in under a twentieth of
-    the run's time, or in runs of 20 to 49 steps up to three times in under a quarter; has no effect on the weights"""
+    """if no other key requires it, measure held-out loss up to six times on up to 64 examples, in under a
+    twentieth of the run's time, or in runs of 20 to 49 steps up to three times in under a quarter; does not
+    affect the weights"""
 
     @property
     def measures(self) -> bool:
-        """Whether a key other than `curve` requires held-out loss."""
+        """Whether any key other than `curve` requires measuring held-out loss."""
         return self.every_steps is not None or self.selects
 
     @property
     def selects(self) -> bool:
-        """Whether held-out loss decides which weights are kept (early stopping or `keep_best`)."""
+        """Whether held-out loss decides which weights are kept, through early stopping or `keep_best`."""
         return self.patience is not None or self.keep_best
 
 
 class Checkpoints(_Section):
-    """Checkpoints from which an interrupted training is resumed. They do not change the result."""
+    """Checkpoints from which an interrupted training run resumes. They do not change the result."""
 
     every_steps: Annotated[int, Field(ge=1)] | None = None
-    """steps between two checkpoints; default: by time only"""
+    """number of steps between two checkpoints; default: checkpoints by time only"""
     every_minutes: float = Field(10.0, gt=0)
-    """minutes between two checkpoints"""
+    """number of minutes between two checkpoints"""
     keep: int = Field(2, ge=1)
-    """number of newest checkpoints to keep; the best one is kept too"""
+    """number of newest checkpoints to keep, in addition to the best one"""
 
 
 class Quantize(_Section):
-    """GPTQ in 4 bits. `group_size` must divide the model's layer widths: 64 fits most; large models often use 128."""
+    """4-bit GPTQ quantization. `group_size` must divide the model's layer widths: 64 fits most models, and
+    large models often use 128.
+    """
 
     group_size: Literal[32, 64, 128] = 64
-    """number of weights that share a scale"""
+    """number of weights that share a quantization scale"""
     samples: int = Field(64, ge=8, le=1024)
-    """number of training examples, cut to `train.max_length`, for calibrating GPTQ"""
+    """number of training examples, truncated to `train.max_length`, for calibrating GPTQ"""
     sequential: bool = True
-    """quantize a block's layers in turn, each on the outputs of the already quantized ones; slower"""
+    """quantize a block's layers in turn, each on the outputs of those already quantized; slower"""
 
 
 class Judge(_Section):
-    """A model that compares the merged model's answers with the base's; see [evaluation](evaluation.md#a-judge)."""
+    """A model that compares the merged model's answers with the base's; see
+    [evaluation](evaluation.md#a-judge).
+    """
 
     url: str | None = None
-    """OpenAI-compatible endpoint, for example `https://api.openai.com/v1`, which receives prompts, references and
-    answers; default: no judge"""
+    """OpenAI-compatible endpoint of the judge, for example `https://api.openai.com/v1`, to which prompts,
+    reference answers and answers are sent; default: no judge"""
     model: str | None = None
-    """the judge's model name at this endpoint"""
+    """the judge's model name at its endpoint"""
     key_file: Annotated[Path, AfterValidator(_beside_recipe)] | None = None
-    """file with the API key, readable by its owner only; default: no key"""
+    """file with the API key, readable only by its owner; default: no key"""
 
     @model_validator(mode="after")
     def _is_complete(self) -> "Judge":
@@ -345,7 +353,7 @@ class Judge(_Section):
 
 
 class Undecided(StrEnum):
-    """Verdict of a gate whose interval neither excludes nor proves a loss above its limit."""
+    """Outcome of a gate whose interval neither proves nor rules out a loss above its limit."""
 
     WARN = "warn"
     FAIL = "fail"
@@ -355,63 +363,64 @@ class Evaluate(_Section):
     """Evaluation of the base, merged and GPTQ models on the engine."""
 
     limit: Annotated[int, Field(ge=1)] | None = None
-    """number of held-out examples, drawn at random with `data.seed`; default: all"""
+    """number of held-out examples to evaluate, drawn at random with `data.seed`; default: all"""
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    """maximum length of an answer in tokens; default: 1.5 times the length of the example's reference plus 16, see
-    [evaluation](evaluation.md#how-long-an-answer-may-be)"""
+    """maximum length of an answer in tokens; default: 1.5 times the length of the example's reference answer
+    plus 16, see [evaluation](evaluation.md#how-long-an-answer-may-be)"""
     metrics: Metrics | None = None
-    """metrics for the answers: names, `rouge` for all three, or functions (`./FILE.py:FUNCTION`); default: those of the
-    task, see [evaluation](evaluation.md)"""
+    """metrics for scoring the answers: names, `rouge` for all three ROUGE metrics, or functions
+    (`./FILE.py:FUNCTION`); default: those of the task, see [evaluation](evaluation.md)"""
     primary: Annotated[_NAME, AfterValidator(_metric_beside_recipe)] | None = None
-    """metric that gates GPTQ and that monitoring measures again; default: the task's primary metric"""
+    """metric that gates GPTQ and is measured again by monitoring; default: the task's primary metric"""
     json_schema: Annotated[Path, AfterValidator(_beside_recipe)] | None = None
     """file with the JSON Schema for `schema_valid`; default: inferred from the held-out answers"""
     metric_seconds: float = Field(60.0, gt=0)
-    """timeout of a metric function in seconds, for all answers together"""
+    """total time limit, in seconds, for a metric function to score all answers"""
     max_gptq_loss: float = Field(0.05, ge=0, le=1)
-    """largest allowed loss in the primary metric through quantization; relative to the merged model's value if the
-    metric is not a share (for example perplexity); a version is rejected if a larger loss is proven"""
+    """largest allowed loss in the primary metric through quantization, relative to the merged model's value if
+    the metric is not a share (for example perplexity); a version is rejected if a larger loss is proven"""
     # 4 bits cost SmolLM2-135M 0.042 [0.033, 0.053] on free text (synopsis task), and nothing of its ROUGE.
     max_gptq_nll: float = Field(0.05, ge=0)
-    """largest allowed increase of negative log-likelihood through quantization, as a share of the merged model's, but
-    at least 0.005 nats per token; a version is rejected if a larger increase is proven"""
+    """largest allowed increase in negative log-likelihood through quantization, as a share of the merged
+    model's but at least 0.005 nats per token; a version is rejected if a larger increase is proven"""
 
     general: Annotated[bool | Path, AfterValidator(_beside_recipe)] = True
-    """send general questions, which are never trained on, to base, merged and GPTQ model: true for the built-in ones, a
-    file with your own, or false for none; see [evaluation](evaluation.md#forgetting)"""
+    """send general questions, which are never trained on, to the base, merged and GPTQ models: true for the
+    built-in questions, a file with your own, or false for none; see [evaluation](evaluation.md#forgetting)"""
     general_limit: Annotated[int, Field(ge=1)] | None = 60
-    """maximum number of general questions, of which the first ones are asked; null: all"""
+    """maximum number of general questions, taken from the start of the set; null: all"""
     max_forgetting: Annotated[float, Field(ge=0, le=1)] | None = None
-    """largest allowed loss of correct answers to general questions, from the base to the merged model and to GPTQ, as a
-    share of all; a version is rejected if a larger loss is proven; default: no limit"""
+    """largest allowed loss of correct answers to general questions, from the base to the merged model and to
+    GPTQ, as a share of all questions; a version is rejected if a larger loss is proven; default: no limit"""
     undecided: Undecided = Undecided.WARN
-    """warn or fail: what to do with a version if too few examples were evaluated to prove or exclude a loss above one
-    of these limits; see [evaluation](evaluation.md#verdicts)"""
+    """warn or fail: what to do with a version if too few examples were evaluated to prove or rule out a loss
+    above one of these limits; see [evaluation](evaluation.md#verdicts)"""
 
     @property
     def metric_options(self) -> MetricOptions:
-        """Keys that choose the metrics."""
+        """The settings that choose the metrics."""
         return MetricOptions(self.metrics, self.primary, self.json_schema, self.metric_seconds)
 
     @property
     def metric_files(self) -> tuple[Path, ...]:
-        """The user's own files of metrics: functions and JSON Schema."""
+        """The user's own metric files: functions and JSON Schema."""
         named = (*(self.metrics or ()), *([self.primary] if self.primary else []))
         functions = [spec.path for name in named if (spec := FunctionSpec.parse(name))]
         return (*functions, *([self.json_schema] if self.json_schema else []))
 
 
 class Qualify(_Section):
-    """The probes that verify, at every later load, that the engine runs these weights."""
+    """The probes that verify, at every later load, that the engine is running these weights."""
 
     repeats: int = Field(10, ge=1)
     """number of measurements of the engine's own noise, which sets the minimum tolerance"""
     restart: bool = True
-    """measure on a second engine too: weights loaded in place and weights loaded at start must give the same results"""
+    """also measure on a second engine: weights loaded in place and weights loaded at start must give the same
+    results"""
 
 
 class ReportTo(StrEnum):
-    """Tracker of a run's parameters, curves and figures."""
+    """Tracker for a run's parameters, curves and metrics."""
 
     MLFLOW = "mlflow"
     WANDB = "wandb"
@@ -419,7 +428,7 @@ class ReportTo(StrEnum):
 
 
 class Between(_Section):
-    """A range of a search space; contains only integers if both ends are integers."""
+    """A range in a search space. It contains only integers if both ends are integers."""
 
     low: int | float
     high: int | float
@@ -433,21 +442,22 @@ class Between(_Section):
 
 
 class Sweep(_Section):
-    """Search space and finals of `svc sweep`; see [sweep](sweep.md)."""
+    """Search space and final evaluation of `svc sweep`; see [sweep](sweep.md)."""
 
     space: (
         Annotated[dict[str, Annotated[tuple[Any, ...], Field(min_length=1)] | Between], Field(min_length=1)] | None
     ) = None
-    """keys of `train` and `adapter`, each with a list of values or `{low: , high: , log: true}`; default: the three
-    phases"""
+    """keys of `train` and `adapter`, each with a list of values or `{low: , high: , log: true}`; default: the
+    three phases"""
     trials: int = Field(20, ge=1)
-    """maximum number of trials in `sweep.space`; if it has lists only and fewer combinations, all of them are tried"""
+    """maximum number of trials in `sweep.space`; if it consists only of lists with fewer combinations, all of
+    them are tried"""
     seconds: Annotated[float, Field(gt=0)] | None = None
     """time in seconds after which no further trial is started; default: no limit"""
     finalists: int = Field(3, ge=0)
-    """number of trials with the lowest held-out loss to evaluate on the engine, in addition to the unchanged recipe, or
-    more while all exceed `evaluate.max_forgetting`; the primary metric decides among the others; 0: held-out loss alone
-    decides"""
+    """number of trials with the lowest held-out loss to evaluate on the engine in addition to the unchanged
+    recipe, or more while all of them exceed `evaluate.max_forgetting`; the primary metric decides among
+    those within the limit; 0: held-out loss alone decides"""
 
     @field_validator("space")
     @classmethod
@@ -460,7 +470,7 @@ class Sweep(_Section):
 
 
 def suggest(key: str, known: Sequence[str]) -> str:
-    """Return a question that names the most similar known key; empty if none is similar."""
+    """Return a "did you mean" question naming the most similar known key, or an empty text if none is similar."""
     close = difflib.get_close_matches(key, known, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
@@ -469,21 +479,22 @@ def suggest(key: str, known: Sequence[str]) -> str:
 # 2e-3 2.52; vera 0.36, at 2e-2 0.73. Their vectors start at or near 0, and Adam moves each by no more than the rate.
 _LEARNING_RATES = {None: 5e-5, AdapterType.ADALORA: 1e-2, AdapterType.VERA: 6e-2}
 _MEASURED_WIDTH = 576
-"""Hidden width of SmolLM2-135M, with which these rates were measured. Rates for wider models: docs/training.md."""
+"""Hidden width of SmolLM2-135M, for which these learning rates were measured. Rates for wider models:
+docs/training.md."""
 _UNUSED = {AdapterType.VERA: frozenset({"alpha", "rslora"}), AdapterType.ADALORA: frozenset({"rslora"})}
-"""Keys of `adapter` that a type does not use."""
+"""Keys of the section `adapter` that an adapter type does not use."""
 _ADAPTER_TYPES = {Method.FULL: None, Method.QLORA: AdapterType.LORA} | {
     method: AdapterType(method) for method in Method if method not in (Method.FULL, Method.QLORA)
 }
 
 
 class Recipe(_Section):
-    """One model to train."""
+    """Recipe for training one model."""
 
     name: str = Field(pattern=NAME_PATTERN)
     """name under which clients request the model"""
     base: str = Field(min_length=1)
-    """base model: a known id, hub id, NAME@N, local folder or GGUF file"""
+    """base model: a known id, Hub id, NAME@N, local folder or GGUF file"""
     method: Method = Method.LORA
     """full, lora, qlora, dora, adalora or vera; for other combinations, such as QDoRA, set `adapter.type` and
     `quantization` instead"""
@@ -493,16 +504,16 @@ class Recipe(_Section):
     """with nf4: merge the adapter into the dequantized weights with which it was trained, not into the base's own; see
     [training](training.md#merging-after-qlora)"""
     chat_template: ChatTemplate = None
-    """chat template for a base without one, by name or from a file (`./FILE.jinja`); if the base has one, it is
-    replaced; see [base models](base_models.md#a-base-without-a-chat-template); default: the base's own"""
+    """chat template by name or from a file (`./FILE.jinja`), for a base without one or to replace the base's
+    own; see [base models](base_models.md#a-base-without-a-chat-template); default: the base's own"""
     chat_template_kwargs: dict[str, TemplateValue] | None = None
     """arguments of the chat template in training, evaluation and serving; default: `enable_thinking: false` and
     `date_string: 26 Jul 2024`, if the template uses them"""
     formats: Annotated[tuple[Format, ...], Field(min_length=1)] = (Format.MERGED, Format.GPTQ)
-    """adapter, merged, gptq: formats to create, evaluate and register; an adapter is always stored. Without merged, the
-    base is not evaluated either, and only answers the general questions"""
+    """formats to create, evaluate and register: adapter, merged, gptq; an adapter is always stored. Without
+    merged, the base is not evaluated either, and only answers the general questions"""
     report_to: tuple[ReportTo, ...] = (ReportTo.MLFLOW,)
-    """mlflow, wandb, tensorboard: trackers of parameters, losses and figures; MLflow always receives them"""
+    """trackers for parameters, losses and metrics: mlflow, wandb, tensorboard; MLflow always receives them"""
     data: Data
     adapter: Adapter = Adapter()
     train: Train = Train()
@@ -517,7 +528,7 @@ class Recipe(_Section):
     @field_validator("base")
     @classmethod
     def _local_base(cls, base: str, info: ValidationInfo) -> str:
-        """Resolve a base that is written as a path relative to the recipe's folder."""
+        """Resolve a base given as a relative path against the recipe's folder."""
         is_path = base.startswith((".", "/", "~")) or base.endswith(".gguf")
         return str(_beside_recipe(Path(base), info)) if is_path else base
 
@@ -545,16 +556,17 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _fits_method(self) -> "Recipe":
-        """Reject adapter keys that the method ignores: a user would expect them to have an effect."""
+        """Reject adapter keys that the method ignores, because a user would expect them to have an effect."""
         given, kind = self.adapter.model_fields_set, self.adapter_type
         if unused := given & _UNUSED.get(kind, frozenset()) if kind else given:
             raise ValueError(f"adapter.{min(unused)} is not used by {kind or f'`method: {self.method}`'}")
         return self
 
     def flat(self) -> dict[str, str]:
-        """Return the values that affect the result, as text by dotted key; an unset key has the method's default.
+        """Return the recipe values that affect the result as text under dotted keys. An unset key has the
+        method's default.
 
-        An unset learning rate is None: it depends on the base (`with_learning_rate`).
+        An unset learning rate is None, because it depends on the base (`with_learning_rate`).
         """
         sections = self.model_dump(mode="json", exclude={"checkpoints", "data", "judge", "report_to", "sweep"})
         chosen: dict[str, Any] = {}
@@ -573,7 +585,7 @@ class Recipe(_Section):
 
     @property
     def adapter_type(self) -> AdapterType | None:
-        """`adapter.type`, else the method's type; None if all weights are trained."""
+        """The adapter type: `adapter.type`, or else the method's type. None if all weights are trained."""
         implied = _ADAPTER_TYPES[self.method]
         return implied and (self.adapter.type or implied)
 
@@ -583,7 +595,7 @@ class Recipe(_Section):
         return self.quantization or (Quantization.NF4 if self.method is Method.QLORA else None)
 
     def learning_rate(self, width: int) -> float:
-        """Return the recipe's learning rate, else `usual_learning_rate`.
+        """Return the recipe's learning rate, or else `usual_learning_rate`.
 
         Args:
             width: width of the base's hidden states.
@@ -591,16 +603,17 @@ class Recipe(_Section):
         return self.train.learning_rate or self.usual_learning_rate(width)
 
     def usual_learning_rate(self, width: int) -> float:
-        """Return the default learning rate of the adapter type, or of training all weights, for a base of this width.
+        """Return the default learning rate for the adapter type, or for training all weights, on a base of the
+        given width.
 
-        It falls with the root of the width: between the exponents of "LoRA Without Regret" for Llama (0.78) and Qwen
-        (0.08), and within the customary rates of models from 1B to 70B.
+        It falls with the square root of the width: between the exponents of "LoRA Without Regret" for Llama
+        (0.78) and Qwen (0.08), and within the usual rates of models from 1B to 70B.
         """
         rate = _LEARNING_RATES.get(self.adapter_type, 5e-4) * min(1.0, math.sqrt(_MEASURED_WIDTH / width))
         return float(f"{rate:.2g}")
 
     def changed(self, values: Mapping[str, Any], *, without: str | None = None) -> "Recipe":
-        """Return the recipe with other values, by dotted key.
+        """Return the recipe with some values changed, given by dotted key.
 
         Args:
             without: a section to leave out.
@@ -615,21 +628,21 @@ class Recipe(_Section):
         return Recipe.model_validate(content)
 
     def with_learning_rate(self, width: int) -> "Recipe":
-        """Return the recipe with its learning rate for a base of this width written out, so that runs record it."""
+        """Return the recipe with an explicit learning rate for a base of the given width, so that runs record it."""
         train = self.train.model_copy(update={"learning_rate": self.learning_rate(width)})
         return self.model_copy(update={"train": train})
 
     @property
     def rank(self) -> int:
-        """The adapter's rank, else the default of its type."""
+        """The adapter's rank, or else the default rank of its type."""
         return self.adapter.rank or (256 if self.adapter_type is AdapterType.VERA else 16)
 
     @property
     def alpha(self) -> int:
-        """The adapter's alpha, else twice its rank."""
+        """The adapter's alpha, or else twice its rank."""
         return self.adapter.alpha or 2 * self.rank
 
     @property
     def initial_rank(self) -> int:
-        """AdaLoRA's rank in every layer at the start: 1.5 times the final average, as in its paper."""
+        """AdaLoRA's initial rank in every layer: 1.5 times the final average, as in its paper."""
         return math.ceil(1.5 * self.rank)

@@ -7,7 +7,7 @@ from trainer.recipe.sections import Recipe
 
 
 class Stage(StrEnum):
-    """A stage of a run; members are in the order of execution."""
+    """A stage of a run. Members are in order of execution."""
 
     TRAIN = "train"
     MERGE = "merge"
@@ -20,7 +20,7 @@ class Stage(StrEnum):
 
 
 def choose_stages(recipe: Recipe) -> tuple[Stage, ...]:
-    """Return the stages that the recipe's formats need, in the order of execution."""
+    """Return the stages that the recipe's formats need, in order of execution."""
     formats = set(recipe.formats)
     merged, gptq = Format.MERGED in formats, Format.GPTQ in formats
     needed = {

@@ -1,14 +1,14 @@
-"""Presets of the layers that get an adapter. trainer.model.target_modules finds them in a model."""
+"""Presets for the layers that get an adapter. trainer.model.target_modules finds these layers in a model."""
 
 from enum import StrEnum
 
 
 class Targets(StrEnum):
-    """Preset of layers that get an adapter."""
+    """Preset for the layers that get an adapter."""
 
     ATTENTION_MIN = "attention-min"
     """Query and value projections, as in the LoRA paper (Hu et al. 2021, section 4.2)."""
     ATTENTION = "attention"
-    """Every attention projection: query, key, value, output."""
+    """Every attention projection: query, key, value and output."""
     ALL_LINEAR = "all-linear"
-    """Attention and feed-forward, as in the QLoRA paper (Dettmers et al. 2023)."""
+    """Attention and feed-forward layers, as in the QLoRA paper (Dettmers et al. 2023)."""

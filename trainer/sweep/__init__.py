@@ -1,1 +1,3 @@
-"""Searches for a recipe's best values, or predicts the gain from more data, with many trials on one loaded base."""
+"""Searches for a recipe's best values, or predicts the gain from more data, using many trials on one loaded
+base.
+"""

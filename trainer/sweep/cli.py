@@ -1,4 +1,4 @@
-"""`svc sweep` and `svc train --curve`."""
+"""The commands `svc sweep` and `svc train --curve`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def sweep(
     ctx: click.Context, recipe: Path, overrides: tuple[str, ...], register: bool, anyway: bool, as_json: bool
 ) -> None:
-    """Search for the best values of RECIPE; an interrupted sweep is resumed."""
+    """Search for the best values of RECIPE. An interrupted sweep is resumed."""
     from svc.terminal import quiet_libraries
     from trainer.recipe.file import load_recipe
 
@@ -53,7 +53,7 @@ def sweep(
 
 
 def learning_curve(settings: "Settings", recipe: "Recipe", *, anyway: bool, as_json: bool) -> None:
-    """Measure a learning curve and print it."""
+    """Measure a learning curve and print it to stdout."""
     from svc.terminal import output
 
     place = _open_workplace(settings, recipe, "curve", anyway=anyway, makes_version=False)
@@ -77,16 +77,16 @@ def learning_curve(settings: "Settings", recipe: "Recipe", *, anyway: bool, as_j
 def _open_workplace(
     settings: "Settings", recipe: "Recipe", kind: str, *, anyway: bool, makes_version: bool
 ) -> "Workplace":
-    """Return the workplace of a recipe's trials.
+    """Return the workplace in which a recipe's trials run.
 
     Args:
         kind: `sweep` or `curve`.
-        anyway: do not raise if memory or disk space is too small.
+        anyway: do not raise if there is not enough memory or disk space.
         makes_version: whether the winner will be registered.
 
     Raises:
-        InsufficientMemoryError: a training cannot fit.
-        DiskSpaceError: the disk has too little space for the version.
+        InsufficientMemoryError: a training cannot fit into memory.
+        DiskSpaceError: not enough disk space for the version.
     """
     from svc.engine.device import read_capabilities
     from svc.registry.registry import Registry
@@ -105,7 +105,7 @@ def _open_workplace(
 
 
 def _open_finals(settings: "Settings", place: "Workplace") -> "Finals | None":
-    """Return the finals of a sweep, checked as far as possible without a trial; None if the recipe has none."""
+    """Return a sweep's finals, checked as far as possible without a trial, or None if the recipe has no finals."""
     from svc.engine.device import read_capabilities
     from trainer.pipeline.preflight import check_base
     from trainer.sweep.finals import Finals
@@ -120,7 +120,7 @@ def _open_finals(settings: "Settings", place: "Workplace") -> "Finals | None":
 
 
 def _register(settings: "Settings", place: "Workplace", winner: "Values", *, as_json: bool) -> str:
-    """Run all stages of `svc train` with the winner's values, and return the id of the version."""
+    """Run all stages of `svc train` with the winning trial's values, and return the id of the version."""
     from svc.registry.registry import Registry
     from svc.registry.render import print_version
     from trainer.pipeline.stages import open_pipeline

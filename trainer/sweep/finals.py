@@ -1,8 +1,10 @@
-"""The finals of a sweep: the trials with the lowest held-out loss are asked on the engine, and their answers decide.
+"""The finals of a sweep: the trials with the lowest held-out loss answer on the engine, and their answers
+decide.
 
-Held-out loss says little about general ability, and not everything about the primary metric. Both need answers, so they
-are measured for a few trials only, in one engine: each adapter is merged, and the merged weights are loaded in place,
-as `svc train` evaluates a version. So every adapter type can be measured, also those that vLLM does not serve.
+Held-out loss says little about general ability, and not everything about the primary metric. Both need
+answers, so they are measured for a few trials only, in one engine: each adapter is merged, and the
+merged weights are loaded in place, as `svc train` evaluates a version. Every adapter type can thus be
+measured, including those that vLLM does not serve.
 """
 
 import asyncio
@@ -53,8 +55,8 @@ class Finalist:
 
     Attributes:
         results: answers to the held-out examples.
-        primary: the primary metric.
-        forgetting: None if no general questions were asked.
+        primary: value of the primary metric.
+        forgetting: measured forgetting, or None if no general questions were asked.
         allowed: whether the loss of general ability is within `evaluate.max_forgetting`.
     """
 
@@ -66,13 +68,13 @@ class Finalist:
 
 
 class FinalLine(BaseModel):
-    """One row of the finals' table.
+    """One row in the table of finalists.
 
     Attributes:
         values: recipe keys that the trial changes, with their values.
-        primary: the primary metric.
+        primary: value of the primary metric.
         difference: primary metric minus the winner's, on the same examples.
-        general: share of correct answers to the general questions; None if none were asked.
+        general: share of correct answers to the general questions, or None if none were asked.
         forgetting: that share minus the base's.
     """
 
@@ -87,12 +89,12 @@ class FinalLine(BaseModel):
 
 
 class FinalsResult(BaseModel):
-    """Result of the finals.
+    """Result of a sweep's finals.
 
     Attributes:
         metric: name of the primary metric.
         examples: number of held-out examples that were answered.
-        general: share of correct answers of the base to the general questions; None if none were asked.
+        general: the base's share of correct answers to the general questions, or None if none were asked.
         questions: number of general questions.
     """
 
@@ -107,10 +109,10 @@ class FinalsResult(BaseModel):
 
 @dataclass(frozen=True)
 class Finals:
-    """Measures trials on the engine, and chooses the winner.
+    """Measures a sweep's best trials on the engine and chooses the winner.
 
     Args:
-        launch: creates engines; default: vLLM processes on this machine.
+        launch: creates engines; defaults to vLLM processes on this machine.
     """
 
     place: Workplace
@@ -120,12 +122,12 @@ class Finals:
 
     @cached_property
     def examples(self) -> tuple[ChatExample, ...]:
-        """The held-out examples to answer."""
+        """The held-out examples that finalists have to answer."""
         return self.place.judged[: self.place.recipe.evaluate.limit]
 
     @cached_property
     def metric(self) -> Metric:
-        """The primary metric, as `svc train` chooses it.
+        """The primary metric, chosen as in `svc train`.
 
         Raises:
             RecipeError: the recipe names a metric that does not exist or cannot score these examples.
@@ -138,7 +140,7 @@ class Finals:
         return min(longest, read_model_facts(self.place.base.folder).context or longest)
 
     def check(self) -> None:
-        """Check before the first trial that the engine can answer the examples and the metric can score them.
+        """Check before the first trial that the engine can answer the examples and that the metric can score them.
 
         Raises:
             SvcError: an example does not fit into the engine, or the metric cannot score the references.
@@ -150,7 +152,7 @@ class Finals:
         try_on_references([self.metric], self.examples)
 
     def rank(self, trials: Sequence[TrialOutcome]) -> list[TrialOutcome]:
-        """Return each completed trial that has an adapter once: the first two, then the others by held-out loss."""
+        """Return each completed trial with an adapter once: the first two, then the rest by held-out loss."""
         order = [*trials[:2], *sorted(trials[2:], key=lambda trial: trial.mean)]
         unique: dict[str, TrialOutcome] = {}
         for trial in order:
@@ -159,10 +161,11 @@ class Finals:
         return list(unique.values())
 
     def measure(self, trials: Sequence[TrialOutcome]) -> list[Finalist]:
-        """Measure the first trial and the recipe's number of others, or more while all of them forget too much.
+        """Measure the first trial and the configured number of finalists, or more while all of them forget too
+        much.
 
         Args:
-            trials: trials with adapters, in the order of preference.
+            trials: trials with adapters, in order of preference.
 
         Raises:
             SvcError: an engine failed.
@@ -171,10 +174,11 @@ class Finals:
         return asyncio.run(self._measure(trials))
 
     def choose(self, finalists: Sequence[Finalist], preferred: TrialOutcome, losses: TrialComparison) -> Finalist:
-        """Return the winner.
+        """Choose the winner among the finalists.
 
-        Finalists that forget too much are left out; if all do, the one that forgets least wins. Of the others, those
-        whose primary metric is worse than the best beyond chance are left out. Held-out loss decides among the rest.
+        Finalists that forget too much are left out; if all do, the one that forgets least wins. Of the remaining
+        ones, those whose primary metric is worse than the best beyond chance are left out. Held-out loss decides
+        among the rest.
 
         Args:
             preferred: the winner by held-out loss.
@@ -190,7 +194,9 @@ class Finals:
         return good[losses.choose([finalist.trial for finalist in good.values()]).key]
 
     def reasons(self, winner: Finalist, finalists: Sequence[Finalist], preferred: TrialOutcome) -> list[str]:
-        """Return sentences that say why the winner is not the one by held-out loss; empty if it is."""
+        """Return sentences explaining why held-out loss alone would have chosen another winner; empty if it would
+        not.
+        """
         if not winner.allowed:
             return [
                 "all measured trials forget more than evaluate.max_forgetting allows; the one that forgets least wins"
@@ -202,7 +208,7 @@ class Finals:
         return [f"{describe(preferred.values)} would win by held-out loss, but {why}"]
 
     def result(self, winner: Finalist, finalists: Sequence[Finalist]) -> FinalsResult:
-        """Return the table of the finals."""
+        """Return the result of the finals, as a table of finalists."""
         lines = [
             FinalLine(
                 values=finalist.trial.values,
@@ -258,7 +264,7 @@ class Finals:
     def _finalist(
         self, trial: TrialOutcome, results: tuple[ExampleResult, ...], forgetting: Forgetting | None
     ) -> Finalist:
-        """Score a trial's answers, print the figures, and add them to its run in MLflow."""
+        """Score a trial's answers, print the metrics, and add them to the trial's MLflow run."""
         evaluation = judge(self.examples, results, 0.0, [self.metric])
         primary, options = evaluation.report.figures[self.metric.name].estimate, self.place.recipe.evaluate
         allowed = True
@@ -277,12 +283,13 @@ class Finals:
     async def _ask(
         self, engine: ReusedEngine, name: str, revision: str, make: Callable[[], Path], *, task: bool
     ) -> list[tuple[ExampleResult, ...]]:
-        """Return a model's answers to the general questions, after those to the held-out examples if `task` is set.
+        """Return a model's answers to the general questions, preceded by those to the held-out examples if `task`
+        is set.
 
         Stored answers are reused.
 
         Args:
-            make: returns the model's folder, if it has to answer.
+            make: returns the model's folder, called only if the model has to answer.
         """
         place, kwargs = self.place, self.place.template_kwargs
         cache = evaluation_cache(self.settings, self.capabilities, revision, place.base.folder, template_kwargs=kwargs)

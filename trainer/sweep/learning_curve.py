@@ -1,6 +1,8 @@
-"""`svc train --curve`: trains on parts of the data and estimates the gain of twice as much by a power law.
+"""`svc train --curve`: trains on parts of the data and estimates the gain from twice as much data by a
+power law.
 
-loss(n) = floor + scale * n^-exponent, the form of most learning curves of neural networks (Hestness et al. 2017).
+loss(n) = floor + scale * n^-exponent, the form of most learning curves of neural networks (Hestness et
+al. 2017).
 """
 
 from collections import defaultdict
@@ -26,18 +28,18 @@ if TYPE_CHECKING:
 
 CURVE_FILE = "curve.json"
 _MIN_EXAMPLES = 20
-"""Minimum number of examples: a tenth of fewer is too little to train on."""
+"""Minimum number of examples for a learning curve. A tenth of any fewer is too little to train on."""
 _SHARES = (0.1, 0.25, 0.5, 1.0)
 _MIN_POINTS = 4
 _EXPONENTS = np.linspace(0.05, 2.0, 79)
 _MAX_MISFIT = 0.15
-"""Maximum error of a fit at any point, as a share of the fall of the measured losses."""
+"""Maximum error of the power-law fit at any point, as a share of the fall of the measured losses."""
 _MIN_GAIN = 0.02
-"""Share of the loss with all examples; a smaller gain counts as little."""
+"""Share of the loss with all examples below which a gain counts as small."""
 
 
 class Benefit(StrEnum):
-    """Verdict on the benefit of twice as much data."""
+    """Verdict on the benefit of doubling the data."""
 
     WORTH = "worth it"
     LITTLE = "little"
@@ -49,7 +51,7 @@ class _Result(BaseModel):
 
 
 class Point(_Result):
-    """A training on a part of the data, with its held-out loss in nats per answer token."""
+    """A training run on a part of the data, with its held-out loss in nats per answer token."""
 
     examples: int
     loss: Interval
@@ -58,26 +60,26 @@ class Point(_Result):
 
 
 class PowerLaw(_Result):
-    """loss(n) = floor + scale * n^-exponent."""
+    """A power law for the loss: loss(n) = floor + scale * n^-exponent."""
 
     floor: float
     scale: float
     exponent: float
 
     def at(self, examples: "Floats") -> "Floats":
-        """Return the predicted losses."""
+        """Return the predicted losses for the given numbers of examples."""
         return np.asarray(self.floor + self.scale * examples**-self.exponent)
 
 
 class LearningCurve(_Result):
-    """A learning curve's measured points, and the conclusion from them.
+    """A learning curve's measured points and the conclusion drawn from them.
 
     Attributes:
         base: held-out loss before any training.
-        law: None if no power law fits the points; then `doubled` and `gain` are None too.
+        law: the fitted power law, or None if none fits the points; then `doubled` and `gain` are None too.
         doubled: predicted loss with twice the examples.
         gain: predicted loss with all examples minus that with twice as many.
-        sentence: the conclusion for a person.
+        sentence: the conclusion as a human-readable sentence.
     """
 
     points: tuple[Point, ...]
@@ -90,12 +92,13 @@ class LearningCurve(_Result):
 
 
 def run_curve(place: "Workplace") -> LearningCurve:
-    """Run the remaining trainings, and write and return the curve; the caller holds the workplace's lock.
+    """Run the remaining trainings, then write and return the learning curve. The caller holds the workplace's
+    lock.
 
     Raises:
         DataError: there are too few examples.
         InterruptedRunError: a signal arrived; the same command resumes the curve.
-        TrainingError: a training's loss exploded, or memory was short.
+        TrainingError: a training's loss exploded, or memory ran out.
     """
     examples, rows = place.examples.train, place.data.train
     if len(examples) < _MIN_EXAMPLES:
@@ -117,7 +120,8 @@ def run_curve(place: "Workplace") -> LearningCurve:
 
 
 def nested_subsets(labels: Sequence[Hashable], seed: int) -> list[tuple[int, ...]]:
-    """Return the indices of each share's examples. A subset contains the previous one and its share of each label.
+    """Return nested subsets of example indices, one per share. Each contains the previous one and its share of
+    each label.
 
     Args:
         labels: labels of all examples; if each label is unique, the subsets are random.
@@ -135,9 +139,10 @@ def nested_subsets(labels: Sequence[Hashable], seed: int) -> list[tuple[int, ...
 
 
 def fit(examples: "Floats", losses: "Floats") -> "Floats":
-    """Fit power laws by least squares, with floor and scale not below 0.
+    """Fit power laws by least squares, with non-negative floor and scale.
 
-    For each exponent of a grid floor and scale are a linear regression, which is solved for all rows together.
+    For each exponent in a grid, floor and scale are a linear regression, which is solved for all rows
+    together.
 
     Args:
         examples: [points].
@@ -161,12 +166,12 @@ def fit(examples: "Floats", losses: "Floats") -> "Floats":
 def extrapolate(
     points: Sequence[Point], each: Sequence[Sequence[float]], tokens: Sequence[int], base: Interval
 ) -> LearningCurve:
-    """Return the conclusion from trainings on parts of the data.
+    """Fit a learning curve to training runs on parts of the data and draw the conclusion.
 
     Intervals are a bootstrap over the held-out examples, with the same draws for all points.
 
     Args:
-        points: in ascending order of their examples.
+        points: in ascending order of their number of examples.
         each: held-out loss of each example, for each point.
         tokens: number of answer tokens of each held-out example.
     """
@@ -202,7 +207,7 @@ def extrapolate(
 
 
 def _misfit(law: PowerLaw, sizes: "Floats", losses: "Floats") -> str | None:
-    """Return the reason why the points allow no extrapolation; None if they do."""
+    """Return why the points do not allow extrapolation, or None if they do."""
     if len(sizes) < _MIN_POINTS:
         return f"there are {len(sizes)} points, but a fit needs {_MIN_POINTS}"
     fall = losses[0] - losses[-1]
@@ -217,7 +222,7 @@ def _misfit(law: PowerLaw, sizes: "Floats", losses: "Floats") -> str | None:
 
 
 def print_curve(curve: LearningCurve, heldout: int) -> None:
-    """Print the curve to stdout."""
+    """Print the learning curve to stdout."""
     table = Table("examples", "held-out loss", "steps", "time", box=None)
     table.add_row("0 (base)", str(curve.base))
     for point in curve.points:

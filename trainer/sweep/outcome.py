@@ -1,4 +1,4 @@
-"""Trial results, and the choice among them: differences that may be chance do not count."""
+"""Trial results, and the choice among them: differences that may be due to chance do not count."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from svc.evaluation.training_curve import TrainingPoint
 
 
 class Status(StrEnum):
-    """Final state of a trial; the names are those of Optuna's states."""
+    """Final state of a trial, named as in Optuna."""
 
     COMPLETE = "complete"
     PRUNED = "pruned"
@@ -23,13 +23,13 @@ class Status(StrEnum):
 
 
 class Summary(BaseModel):
-    """The part of a trial's result that the table of a sweep shows.
+    """The part of a trial's result that is shown in the table of a sweep.
 
     Attributes:
         values: recipe keys that the trial changes, with their values.
-        loss: held-out loss, in nats per answer token; None if the trial was not completed.
+        loss: held-out loss in nats per answer token, or None if the trial was not completed.
         seconds: duration of the training, in the process that finished it.
-        why: reason why the trial was not completed.
+        why: why the trial was not completed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
@@ -59,7 +59,7 @@ class TrialOutcome(Summary):
 
     @property
     def mean(self) -> float:
-        """Held-out loss; infinite if the trial was not completed."""
+        """Held-out loss, or infinity if the trial was not completed."""
         return self.loss.value if self.loss else float("inf")
 
     @property
@@ -86,19 +86,19 @@ class TrialComparison:
     tokens: tuple[int, ...]
 
     def difference(self, first: TrialOutcome, second: TrialOutcome) -> Interval:
-        """Return the held-out loss of the second minus that of the first, example by example."""
+        """Return the second trial's held-out loss minus the first's, compared example by example."""
         return paired_difference(first.heldout_each, second.heldout_each, self.tokens)
 
     def distinct(self, first: TrialOutcome, second: TrialOutcome) -> bool:
-        """Return whether two outcomes differ beyond chance."""
+        """Return whether the losses of two trials differ beyond chance."""
         difference = self.difference(first, second)
         return difference.low > 0 or difference.high < 0
 
     def choose(self, outcomes: Sequence[TrialOutcome]) -> TrialOutcome:
-        """Return the first outcome that cannot be told apart from the best one.
+        """Return the first trial outcome that cannot be distinguished from the best one.
 
         Args:
-            outcomes: the preferred ones first.
+            outcomes: trial outcomes, the preferred ones first.
 
         Raises:
             TrainingError: no trial was completed.

@@ -1,4 +1,4 @@
-"""Pictures of a sweep and of a learning curve, as SVG. Imports matplotlib when it draws."""
+"""Draws sweeps and learning curves as SVG. Imports matplotlib only when drawing."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -21,7 +21,9 @@ _LABEL = "held-out loss, nats per token"
 
 
 def draw_sweep(result: SweepResult, path: Path) -> Path:
-    """Draw held-out loss by value: one panel for each phase, or for each key of the recipe's space."""
+    """Draw held-out loss against each tried value, with one panel per phase or per key of the recipe's search
+    space.
+    """
     from matplotlib.figure import Figure
 
     panels: dict[str, list[Line]] = defaultdict(list)
@@ -44,7 +46,7 @@ def draw_sweep(result: SweepResult, path: Path) -> Path:
 
 
 def draw_curve(curve: LearningCurve, path: Path) -> Path:
-    """Draw held-out loss by examples, and the fit up to twice as many."""
+    """Draw held-out loss against the number of examples, with the fit extended to twice as many."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 3.4), layout="constrained")
@@ -70,7 +72,7 @@ def _mark(axis: "Axes", place: float | str, loss: Interval | None, colour: str) 
 
 
 def _save(figure: "Figure", path: Path) -> Path:
-    """Write a figure; the same figure gives the same file."""
+    """Save a figure. The same figure always gives the same file."""
     import matplotlib as mpl
 
     with mpl.rc_context({"svg.hashsalt": "tuneserve"}):

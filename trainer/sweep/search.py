@@ -1,8 +1,8 @@
-"""The order in which a sweep tries values: phase by phase, or through the recipe's own space.
+"""The order in which a sweep tries values: phase by phase, or through the recipe's own search space.
 
-Optuna's studies, one for each phase, propose values of the recipe's space and decide which trials are pruned. A resumed
-sweep repeats all calls to Optuna with new studies. The results of its trainings are stored and the sampler is seeded,
-so all decisions are the same. Knows nothing of training.
+Optuna's studies, one for each phase, propose values from the recipe's space and decide which trials are
+pruned. A resumed sweep repeats all calls to Optuna with new studies. The results of its trainings are
+stored and the sampler is seeded, so all decisions are the same. Independent of how trials are trained.
 """
 
 import itertools
@@ -28,22 +28,24 @@ from trainer.sweep.workplace import Watch
 RATE, RANK, EPOCHS, STEPS = "train.learning_rate", "adapter.rank", "train.epochs", "train.steps"
 TARGETS, DROPOUT = "adapter.targets", "adapter.dropout"
 _RATES = (0.02, 0.1, 0.2, 0.4, 1.0)
-"""Learning rates to try, as multiples of the default: 1e-5 to 5e-4 for LoRA on a base of width 576."""
+"""Learning rates to try, as multiples of the default. For LoRA on a base of width 576, they are 1e-5 to
+5e-4."""
 _RANKS = (8, 16, 32)
 _EPOCHS = (1.0, 2.0, 3.0)
 _MAX_BEYOND_RATES, _MAX_BEYOND_RANKS = 4, 2
-"""Maximum number of values beyond the lowest or the highest, each twice or half as large as the previous one."""
+"""Maximum number of learning rates and of ranks to try beyond the lowest or the highest, each twice or half
+as large as the previous one."""
 _DROPOUTS = (0.05, 0.1)
 _UNPRUNED = 2
-"""Number of a phase's trials that finish before any is pruned."""
+"""Number of trials in a phase that finish before any is pruned."""
 _RANDOM = 5
-"""Number of random trials in the recipe's space before the sampler uses their results."""
+"""Number of random trials in the recipe's search space before the sampler uses their results."""
 
 Space = Mapping[str, Sequence[Any] | Between]
 
 
 class Phase(StrEnum):
-    """Phase of a sweep; each phase starts from the values that the previous one chose."""
+    """Phase of a sweep. Each phase starts from the values that the previous one chose."""
 
     LEARNING_RATE = "learning rate"
     RANK = "rank"
@@ -60,12 +62,12 @@ class Search:
 
     Args:
         recipe: the recipe as loaded.
-        usual_rate: default learning rate of its method and base.
+        usual_rate: default learning rate for its method and base.
         run_trial: trains with the given values, or returns the outcome of an earlier training.
         storage: Optuna's storage, or its URL.
 
     Attributes:
-        tried: trials so far, in their order; one training may serve two phases.
+        tried: trials so far, in order; one training may serve two phases.
         notes: why a phase was skipped or extended.
     """
 
@@ -78,7 +80,8 @@ class Search:
     notes: list[str] = field(default_factory=list)
 
     def run(self) -> TrialOutcome:
-        """Run all trials and return the winner. The first trial is the unchanged recipe, which is never pruned.
+        """Run all trials and return the winning one. The first trial is the unchanged recipe, which is never
+        pruned.
 
         Raises:
             TrainingError: no trial of a phase was completed.
@@ -104,7 +107,9 @@ class Search:
         return best
 
     def _learning_rate(self, unchanged: TrialOutcome) -> TrialOutcome:
-        """Try learning rates outwards from the recipe's own. All cost the same: after this one, prefer the best."""
+        """Try learning rates outwards from the recipe's own. That one is preferred, then the best, since all rates
+        cost the same.
+        """
         own = self.recipe.train.learning_rate or self.usual_rate
         rates = sorted({float(f"{rate * self.usual_rate:.3g}") for rate in _RATES} | {own})
         order = sorted(rates, key=lambda rate: abs(math.log(rate / own)))
@@ -115,7 +120,9 @@ class Search:
         return chosen or unchanged
 
     def _rank(self, best: TrialOutcome, ranks: Sequence[int]) -> TrialOutcome:
-        """Try ranks; after the recipe's own, prefer the lowest."""
+        """Try different ranks. Among indistinguishable results, the recipe's own rank is preferred, then the
+        lowest.
+        """
         order = sorted(ranks, key=lambda rank: rank != self.recipe.rank)
         lower = [rank for step in range(1, _MAX_BEYOND_RANKS + 1) if (rank := ranks[0] // 2**step)]
         higher = [rank for step in range(1, _MAX_BEYOND_RANKS + 1) if (rank := ranks[-1] * 2**step) <= MAX_RANK]
@@ -136,12 +143,12 @@ class Search:
         """Try values in order, then lower ones while the lowest is the best, and higher ones while the highest is.
 
         Args:
-            order: the recipe's own value first, which is preferred.
+            order: values to try, starting with the recipe's own value, which is preferred.
             lower, higher: further values, nearest first.
             preference: order of the other trials, of which the first ones are preferred.
 
         Returns:
-            the chosen trial; None if there was no time for any.
+            the chosen trial, or None if there was no time for any trial.
         """
         trials: list[TrialOutcome] = []
 
@@ -165,7 +172,9 @@ class Search:
         return choose() if trials else None
 
     def _epochs(self, best: TrialOutcome) -> TrialOutcome:
-        """Try one epoch, then longer trainings as long as each lowers held-out loss, at the end beyond chance."""
+        """Try one epoch, then longer trainings while each lowers held-out loss. The longest must lower it beyond
+        chance.
+        """
         own = None if self.recipe.train.steps else self.recipe.train.epochs
         lengths = sorted({*_EPOCHS, own or 1.0})
         most = lengths[-1]
@@ -181,7 +190,7 @@ class Search:
         return self.comparison.choose(trials or [best])
 
     def _targets(self, best: TrialOutcome, largest: int) -> TrialOutcome:
-        """Try an adapter on all linear layers if the largest rank was chosen and the recipe has fewer targets."""
+        """Try adapters on all linear layers if the largest rank was chosen and the recipe targets fewer layers."""
         if self.recipe.adapter.targets is Targets.ALL_LINEAR:
             return best
         rank = with_values(self.recipe, best.values).rank
@@ -208,12 +217,12 @@ class Search:
         space: Space,
         combinations: Iterable[dict[str, Any] | None] | None = None,
     ) -> Iterator[TrialOutcome]:
-        """Run the trials of a phase, one after the other; start none after the trainings have taken `sweep.seconds`.
+        """Run the trials of a phase one after the other, starting none once trainings have taken `sweep.seconds`.
 
         Args:
-            fixed: values of all trials.
-            combinations: values of each trial, or None for a trial of the sampler; default: every combination of the
-                space, which then has lists only.
+            fixed: values shared by all trials.
+            combinations: values of each trial, or None for a trial chosen by the sampler; default: every
+                combination of the space, which then has lists only.
         """
         study = optuna.create_study(
             storage=self.storage,
@@ -251,12 +260,14 @@ class Search:
 
     @property
     def seconds(self) -> float:
-        """Duration of all trainings."""
+        """Total duration of all trainings, in seconds."""
         return sum({trial.key: trial.seconds for _, trial in self.tried}.values())
 
 
 def possible_ranks(recipe: Recipe) -> list[int]:
-    """Return the customary ranks, scaled to the method's default, and the recipe's own; none for full fine-tuning."""
+    """Return the usual LoRA ranks, scaled to the method's default, plus the recipe's rank. Empty for full
+    fine-tuning.
+    """
     if recipe.adapter_type is None:
         return []
     scale = 16 if recipe.adapter_type is AdapterType.VERA else 1
@@ -265,7 +276,9 @@ def possible_ranks(recipe: Recipe) -> list[int]:
 
 
 def _combinations(space: Space, most: int | None) -> Sequence[dict[str, Any] | None]:
-    """Return every combination of a space's values; if there are too many, None for each trial of the sampler."""
+    """Return every combination of a search space, or if there are too many, None for each trial left to the
+    sampler.
+    """
     lists = [values for values in space.values() if not isinstance(values, Between)]
     if most is not None and (len(lists) < len(space) or math.prod(map(len, lists)) > most):
         return [None] * most

@@ -1,4 +1,4 @@
-"""Runs a sweep from its first trial to its winner, and writes the result as files and as a table."""
+"""Runs a sweep from its first trial to its winner, and writes the result to files and as a table."""
 
 import shlex
 from pathlib import Path
@@ -23,7 +23,7 @@ RESULT_FILE, WINNER_FILE = "result.json", "winner.yaml"
 
 
 class Line(Summary):
-    """One row of the table; a training that serves two phases has two.
+    """One row in the table of a sweep. A training that serves two phases has two rows.
 
     Attributes:
         difference: held-out loss minus the winner's, on the same examples.
@@ -38,14 +38,14 @@ class SweepResult(BaseModel):
 
     Attributes:
         winner: values that the winner changes in the recipe; empty if no trial is better beyond chance.
-        recipe: loss of the unchanged recipe; None if that trial was not completed.
-        runner_up: values of the other trial with the lowest loss; None if no other trial was completed.
+        recipe: loss of the unchanged recipe, or None if that trial was not completed.
+        runner_up: values of the other trial with the lowest loss, or None if no other trial was completed.
         difference: held-out loss of the runner-up minus the winner's.
-        warning: set if the two cannot be told apart.
-        seconds: duration of all trainings.
-        heldout: number of held-out examples that evaluate trials.
+        warning: set if winner and runner-up cannot be distinguished.
+        seconds: total duration of all trainings.
+        heldout: number of held-out examples on which trials are evaluated.
         notes: why a phase was skipped or extended.
-        finals: answers of the best trials on the engine; None if held-out loss alone chose the winner.
+        finals: answers of the best trials on the engine, or None if held-out loss alone chose the winner.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -65,14 +65,15 @@ class SweepResult(BaseModel):
 
 
 def run_sweep(place: Workplace, finals: Finals | None = None) -> SweepResult:
-    """Run the remaining trials, and write and return the result; the caller holds the workplace's lock.
+    """Run the remaining trials, then write and return the sweep's result. The caller holds the workplace's
+    lock.
 
     Args:
         finals: measures the best trials on the engine; None to choose by held-out loss alone.
 
     Raises:
         InterruptedRunError: a signal arrived; the same command resumes the sweep.
-        RecipeError: a value of the recipe's space is not valid for its key.
+        RecipeError: a value in the recipe's search space is not valid for its key.
         TrainingError: no trial was completed.
     """
     _check_space(place.recipe)
@@ -93,7 +94,8 @@ def run_sweep(place: Workplace, finals: Finals | None = None) -> SweepResult:
 
 
 def _run_finals(finals: Finals, search: Search, preferred: TrialOutcome) -> tuple[TrialOutcome, FinalsResult | None]:
-    """Return the winner of the finals, and their table; the winner by held-out loss if no trial has an adapter.
+    """Run the finals and return the winner with the table of results. If no trial has an adapter, held-out loss
+    decides.
 
     Args:
         preferred: the winner by held-out loss.
@@ -111,14 +113,14 @@ def _run_finals(finals: Finals, search: Search, preferred: TrialOutcome) -> tupl
 
 
 def _check_space(recipe: Recipe) -> None:
-    """Raise before the first trial if a key does not accept one of its values."""
+    """Check before the first trial that each key of the search space accepts all of its values."""
     for key, values in (recipe.sweep.space or {}).items():
         for value in (values.low, values.high) if isinstance(values, Between) else values:
             with_values(recipe, {key: value})
 
 
 def summarize(search: Search, winner: TrialOutcome, base: Interval, finals: FinalsResult | None = None) -> SweepResult:
-    """Return the result of a search."""
+    """Summarize a finished search as the result of the sweep."""
     compare, trials = search.comparison, [trial for _, trial in search.tried]
     others = [trial for trial in trials if trial.loss and trial.key != winner.key]
     second = min(others, key=lambda trial: trial.mean, default=None)
@@ -160,12 +162,14 @@ def recipe_text(recipe: Recipe) -> str:
 
 
 def settings_of_winner(result: SweepResult) -> list[str]:
-    """Return the winner's values for `--set`, as YAML: it would read Python's 5e-05 as a string, but reads 5.0e-05."""
+    """Format the winner's values for `--set` as YAML, which reads 5.0e-05 as a number but Python's 5e-05 as a
+    string.
+    """
     return [f"{key}={yaml.safe_dump(value).splitlines()[0]}" for key, value in result.winner.items()]
 
 
 def print_sweep(result: SweepResult, folder: Path, picture: Path) -> None:
-    """Print the result to stdout."""
+    """Print the result of a sweep to stdout."""
     table = Table("phase", "trial", "held-out loss", "minus the winner's", "steps", "time", box=None)
     for line in result.trials:
         name = escape(describe(line.values))

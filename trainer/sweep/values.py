@@ -1,4 +1,4 @@
-"""The changes that a trial makes in a recipe: dotted keys with their values."""
+"""The changes that a trial makes to a recipe, as dotted keys with their values."""
 
 import hashlib
 import json
@@ -11,11 +11,11 @@ from svc.errors import RecipeError
 from trainer.recipe.sections import Recipe
 
 Values = Mapping[str, Any]
-"""For example `{"train.learning_rate": 1e-4}`."""
+"""Recipe values by dotted key, for example `{"train.learning_rate": 1e-4}`."""
 
 
 def with_values(recipe: Recipe, values: Values) -> Recipe:
-    """Return the recipe with other values, and without its section `sweep`.
+    """Return the recipe with the given values changed and without its section `sweep`.
 
     Raises:
         RecipeError: a value is not valid for its key, or does not fit the others.
@@ -30,7 +30,7 @@ def with_values(recipe: Recipe, values: Values) -> Recipe:
 
 
 def training_key(recipe: Recipe) -> str:
-    """Return a key of a trial's training: the same for a default and for its explicit value."""
+    """Return a key that identifies a trial's training. A default and its explicit value give the same key."""
     content = {key: value for key, value in recipe.flat().items() if key.startswith(("adapter.", "train."))}
     if recipe.train.steps is not None:
         content.pop("train.epochs")
@@ -38,11 +38,11 @@ def training_key(recipe: Recipe) -> str:
 
 
 def describe(values: Values) -> str:
-    """Return values as text for display: `learning_rate 0.0002, rank 8`."""
+    """Format changed values for display, as in `learning_rate 0.0002, rank 8`."""
     parts = [f"{key.rpartition('.')[2]} {show(value)}" for key, value in values.items() if value is not None]
     return ", ".join(parts) or "unchanged recipe"
 
 
 def show(value: Any) -> str:
-    """Return one value as text."""
+    """Format a single value for display."""
     return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)

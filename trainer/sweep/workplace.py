@@ -1,10 +1,11 @@
-"""The folder of one sweep or learning curve: its lock, its trainings and their runs in MLflow.
+"""The folder of one sweep or learning curve: its lock, its trainings and their MLflow runs.
 
-    $SVC_HOME/sweeps/NAME-KEY/   lock  mlflow.json  base.json  study.db  result.json  winner.yaml  trials.svg
+    $SVC_HOME/sweeps/NAME-KEY/   lock  mlflow.json  base.json  study.db  result.json  winner.yaml
+    trials.svg
         trials/KEY/              mlflow.json  watched.json  checkpoints/  adapter/  outcome.json
 
-Base and examples are read once for all trainings. `outcome.json` is written last: an interrupted training resumes from
-its checkpoint. Imports torch when it trains.
+The base and examples are read once for all trainings. `outcome.json` is written last, so an interrupted
+training resumes from its checkpoint. Imports torch only when training.
 """
 
 import hashlib
@@ -49,18 +50,18 @@ if TYPE_CHECKING:
     from trainer.training.trial import TrialData
 
 Watch = Callable[[int, float], None]
-"""Callback with a step and its held-out loss; raises `optuna.TrialPruned`."""
+"""Callback that receives a step and its held-out loss, and may raise `optuna.TrialPruned`."""
 ADAPTER = "adapter"
 _MAX_JUDGED, _MAX_WATCHED = 200, 64
-"""Maximum number of held-out examples measured after a trial, and during the trial."""
+"""Maximum numbers of held-out examples measured after a trial and during a trial."""
 
 
 @dataclass(frozen=True)
 class Workplace:
-    """Runs the trainings of one command; commands with the same recipe, data and base share a folder.
+    """Runs the trainings of one command. Commands with the same recipe, data and base share a folder.
 
     Args:
-        sweeps: folder of all sweeps and curves.
+        sweeps: folder of all sweeps and learning curves.
         kind: `sweep` or `curve`.
         number_type: number type of matrix products in training.
     """
@@ -75,7 +76,7 @@ class Workplace:
 
     @cached_property
     def folder(self) -> Path:
-        """The folder, which may not exist yet."""
+        """The folder of this sweep or curve, which may not exist yet."""
         train_key = stage_keys(self.recipe, self.base, self.examples)[Stage.TRAIN]
         content = [
             self.kind,
@@ -88,10 +89,10 @@ class Workplace:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Hold the folder's lock.
+        """Hold the folder's lock during the `with` block.
 
         Raises:
-            BusyError: another process holds it.
+            BusyError: another process holds the lock.
             InterruptedRunError: Ctrl-C or SIGTERM between two trainings.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -105,26 +106,26 @@ class Workplace:
 
     @cached_property
     def loaded(self) -> "LoadedBase":
-        """The base, which is read once."""
+        """The base model, which is read only once."""
         from trainer.training.loaded_base import LoadedBase
 
         return LoadedBase(self.base.folder)
 
     @property
     def template_kwargs(self) -> TemplateKwargs:
-        """Arguments of the chat template."""
+        """Arguments of the base's chat template."""
         return choose_template_kwargs(self.base.folder, self.recipe.chat_template_kwargs)
 
     @cached_property
     def judged(self) -> tuple[ChatExample, ...]:
-        """The held-out examples that evaluate trials: if there are many, a random sample."""
+        """The held-out examples on which trials are evaluated, or a random sample if there are many."""
         measured = self.examples.measured
         generator = random.Random(0)  # noqa: S311 - no secret
         return tuple(generator.sample(measured, min(_MAX_JUDGED, len(measured))))
 
     @cached_property
     def data(self) -> "TrialData":
-        """The examples as token ids."""
+        """The training and held-out examples as token ids."""
         from trainer.data.chat_template import tokenize_as_trained, tokenize_turns_of
         from trainer.training.trial import TrialData
 
@@ -137,11 +138,11 @@ class Workplace:
 
     @cached_property
     def answer_lengths(self) -> tuple[int, ...]:
-        """Number of answer tokens of each judged example."""
+        """Number of answer tokens in each held-out example on which trials are evaluated."""
         return tuple(row.scored for row in self.data.judged)
 
     def base_loss(self) -> Interval:
-        """Return the held-out loss of the base, which is measured once."""
+        """Return the held-out loss of the base, which is measured only once."""
         from trainer.training.trial import untrained_losses
 
         path = self.folder / "base.json"
@@ -156,12 +157,12 @@ class Workplace:
     def run_trial(
         self, values: Values, watch: Watch, train: Sequence[Sequence[TokenizedExample]] | None = None
     ) -> TrialOutcome:
-        """Train, or return the outcome of an earlier training.
+        """Train with the given values, or return the outcome of an earlier training with them.
 
         Args:
             values: the recipe's changed values.
             watch: called with each step and its held-out loss; prunes the trial by raising `optuna.TrialPruned`.
-            train: the rows of each example to train on; None for all.
+            train: the rows of each example to train on, or None for all examples.
 
         Raises:
             InterruptedRunError: a signal arrived; the next call resumes the training.
@@ -193,7 +194,9 @@ class Workplace:
 
     @property
     def has_finals(self) -> bool:
-        """Whether the best trials are evaluated on the engine: adapters are trained, and `formats` lists merged."""
+        """Whether the best trials are evaluated on the engine, which requires adapters and the merged format in
+        `formats`.
+        """
         recipe = self.recipe
         return bool(recipe.sweep.finalists and recipe.adapter_type) and Format.MERGED in recipe.formats
 
@@ -202,17 +205,17 @@ class Workplace:
         return self.folder / "trials" / trial.key / ADAPTER
 
     def log_final(self, trial: TrialOutcome, figures: dict[str, float]) -> None:
-        """Add the figures of a trial's answers to its run in MLflow."""
+        """Add the metrics of a trial's answers to its MLflow run."""
         path = self.folder / "trials" / trial.key / "mlflow.json"
         self.tracking.log_metrics(read_record(path, TrackedRun).run_id, figures, trial.steps)
 
     def unload(self) -> None:
-        """Release the memory of the base, which the engine needs."""
+        """Release the base's memory, which the engine needs."""
         vars(self).pop("loaded", None)
         release_memory()
 
     def publish(self, figures: Mapping[str, float], *files: Path) -> None:
-        """Add a result to the parent run in MLflow, and close that run."""
+        """Add the result to the parent MLflow run, and close that run."""
         self.tracking.log_metrics(self._parent, dict(figures))
         for file in files:
             self.tracking.log_file(self._parent, file)
@@ -221,7 +224,7 @@ class Workplace:
     def _train(
         self, train: Sequence[Sequence[TokenizedExample]], recipe: Recipe, folder: Path, run_id: str, watch: Watch
     ) -> dict[str, Any]:
-        """Train, and return the fields of the outcome that depend on the training."""
+        """Train, and return those fields of the outcome that depend on training."""
         from optuna import TrialPruned
 
         from trainer.training.trial import train_trial

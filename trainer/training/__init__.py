@@ -1,1 +1,1 @@
-"""Supervised fine-tuning: the run itself, its loss and its checkpoints."""
+"""Supervised fine-tuning: the training run itself, its loss and its checkpoints."""

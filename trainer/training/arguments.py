@@ -1,4 +1,4 @@
-"""Arguments of TRL's trainer for a recipe on this machine. Imports torch and TRL."""
+"""Builds the arguments of TRL's trainer for a recipe on this machine. Imports torch and TRL."""
 
 import math
 from pathlib import Path
@@ -13,7 +13,7 @@ from trainer.training.optimizer import check_optimizer, choose_optimizer
 
 
 def count_steps(rows: int, train: Train) -> int:
-    """Return the number of optimizer steps in a complete run, as transformers counts them.
+    """Return the number of optimizer steps in a full run, counted as transformers does.
 
     Args:
         rows: number of examples, or of packed rows.
@@ -25,7 +25,7 @@ def count_steps(rows: int, train: Train) -> int:
 
 
 def checkpoints_layers(train: Train) -> bool:
-    """Return whether gradients are checkpointed: the recipe's choice, or the machine's default."""
+    """Return whether gradient checkpointing is enabled: the recipe's setting, or else the machine's default."""
     asked = train.gradient_checkpointing
     return choose_acceleration(machine_facts()).gradient_checkpointing if asked is None else asked
 
@@ -33,11 +33,11 @@ def checkpoints_layers(train: Train) -> bool:
 def training_arguments(
     recipe: Recipe, learning_rate: float, out: Path, acceleration: Acceleration, steps: int, number_type: NumberType
 ) -> SFTConfig:
-    """Return the arguments of TRL's trainer.
+    """Build the arguments of TRL's trainer.
 
     Args:
         learning_rate: peak learning rate.
-        steps: number of steps of the complete run.
+        steps: number of steps in the full run.
 
     Raises:
         RecipeError: the optimizer does not work on this machine.

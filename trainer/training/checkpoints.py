@@ -1,11 +1,12 @@
-"""Checkpoints on disk: either complete and verified, or absent.
+"""Checkpoints on disk, each either complete and verified or absent.
 
-    checkpoints/step-00000120/   weights.safetensors  optimizer.pt  scheduler.pt  rng_state.pth  trainer_state.json
+    checkpoints/step-00000120/   weights.safetensors  optimizer.pt  scheduler.pt  rng_state.pth
+    trainer_state.json
                                  in float16: scaler.pt; AdaLoRA: rank_allocator.safetensors
                                  files.json: size and SHA-256 of each
 
-A checkpoint is written to a temporary folder, synced, and renamed, so that a kill at any time leaves the previous one.
-This module does not depend on the files' content.
+A checkpoint is written to a temporary folder, synced, and renamed, so that a kill at any time leaves the
+previous one intact. This module does not depend on the files' content.
 """
 
 import logging
@@ -28,10 +29,10 @@ _RECORDS = TypeAdapter(tuple[FileRecord, ...])
 
 
 class CheckpointFolder:
-    """The checkpoints of one run.
+    """The checkpoints of one training run.
 
     Args:
-        folder: created with the first checkpoint.
+        folder: checkpoint folder, created with the first checkpoint.
         keep: number of newest checkpoints to keep.
     """
 
@@ -41,12 +42,14 @@ class CheckpointFolder:
 
     @contextmanager
     def writing(self, step: int, best: int | None = None) -> Iterator[Path]:
-        """Yield a folder for a new checkpoint; after the body, move it to its final path and delete old checkpoints.
+        """Yield a folder for a new checkpoint. After the `with` block, move it to its final path and delete old
+        checkpoints.
 
-        Later checkpoints are deleted too: the run resumed before them, so they are damaged, and would seem the newest.
+        Checkpoints of later steps are deleted too: the run resumed before them, so they are damaged, and would
+        seem the newest.
 
         Args:
-            step: the optimizer's steps so far.
+            step: number of optimizer steps so far.
             best: the step whose checkpoint is kept regardless of its age.
 
         Raises:
@@ -76,7 +79,7 @@ class CheckpointFolder:
         self._prune(step, best)
 
     def newest(self) -> Path | None:
-        """Return the newest complete checkpoint; damaged ones are skipped."""
+        """Return the newest complete checkpoint, skipping damaged ones."""
         for folder in reversed(self._all()):
             if self._whole(folder):
                 return folder
@@ -84,7 +87,7 @@ class CheckpointFolder:
         return None
 
     def whole(self, step: int) -> Path:
-        """Return the complete checkpoint of a step.
+        """Return the checkpoint of the given step if it is complete.
 
         Raises:
             IntegrityError: the checkpoint is missing or damaged.

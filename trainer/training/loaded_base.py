@@ -1,4 +1,4 @@
-"""A base model that is shared by many trainings of one process: read from the disk once, and never changed.
+"""A base model shared by many trainings in one process, read from disk once and never changed.
 
 Imports torch and transformers.
 """
@@ -15,10 +15,10 @@ from trainer.model.load import ModelForm, load_model
 
 
 class LoadedBase:
-    """Provides each training with its own model, with separate hooks, adapter and types.
+    """Provides each training with its own model, so that hooks, adapter and types are separate.
 
-    All models share the memory of frozen weights; trained weights are copied, and so are quantized ones, which
-    libraries change when they move them.
+    All models share the memory of frozen weights. Trained weights are copied, and so are quantized ones,
+    which libraries change when they move them.
 
     Args:
         folder: folder of the base model.
@@ -31,18 +31,18 @@ class LoadedBase:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Tokenizer of the base."""
+        """Tokenizer of the base model."""
         return load_tokenizer(self.folder)
 
     def load(self, base: Path, form: ModelForm) -> PreTrainedModel:
-        """Return a copy of the model, like trainer.model.load.load_model; the folder is read once per form."""
+        """Return a copy of the model, like trainer.model.load.load_model. The folder is read once per form."""
         if self._model is None or form != self._form:
             self._model, self._form = load_model(base, form), form
         return copy.deepcopy(self._model, {} if form.full else _shared(self._model))
 
 
 def _shared(model: PreTrainedModel) -> dict[int, torch.nn.Parameter]:
-    """Return a new parameter on the same memory for each weight, for use as `deepcopy`'s memo."""
+    """Map each weight to a new parameter on the same memory, for use as `deepcopy`'s memo."""
     return {
         id(weight): torch.nn.Parameter(weight.data, requires_grad=weight.requires_grad)
         for weight in model.parameters()

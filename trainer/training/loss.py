@@ -1,8 +1,9 @@
-"""TRL's trainer with a cheaper loss for CPUs: shared prompts are computed once, the head at answer positions only.
+"""TRL's trainer with a cheaper loss on CPUs: shared prompts are computed once, the output head only at
+answer positions.
 
-On the CPU TRL scores every position and computes entropy over the vocabulary; on other devices its own loss already
-scores only answer positions, and is used if its logits are those of the model. No state is added to the trainer's own,
-so that checkpoints resume unchanged. Imports torch and TRL.
+On the CPU, TRL scores every position and computes entropy over the vocabulary. On other devices its own
+loss already scores only answer positions, and is used if its logits are those of the model. No state is
+added to the trainer's own, so that checkpoints resume unchanged. Imports torch and TRL.
 """
 
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ _TRIED, _LARGEST_TRIED = 16, 100.0  # number of hidden states that test TRL's he
 
 
 class AnswerTrainer(SFTTrainer):
-    """`SFTTrainer` on examples of `input_ids` and `labels`, padded on the right."""
+    """`SFTTrainer` for examples given as `input_ids` and `labels`, padded on the right."""
 
     aux_loss_enabled: bool  # TRL's
 
@@ -55,7 +56,7 @@ class AnswerTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the mean cross entropy of the answer tokens in nats; with AdaLoRA, its regularisation is added.
+        """Return the mean cross entropy of the answer tokens in nats, plus AdaLoRA's regularisation if it is used.
 
         Raises:
             TrainingError: the loss is not finite.
@@ -88,12 +89,12 @@ class AnswerTrainer(SFTTrainer):
 
 
 def fused_head_is_right(model: PreTrainedModel | PeftModel) -> bool:
-    """Return whether TRL's head computes the same log-probabilities as the model's own forward.
+    """Return whether TRL's output head computes the same log-probabilities as the model's own forward pass.
 
-    TRL multiplies hidden states by the head's weights itself, and knows by config keys how most models change logits:
-    Granite's and Cohere's scale, Gemma's soft cap. Unknown changes, such as RecurrentGemma's cap and Inkling's scale,
-    are silently ignored. Hidden states with logits of up to 100 show the difference, far above the rounding of any
-    number type.
+    TRL multiplies hidden states by the head's weights itself, and knows from config keys how most models
+    change logits: Granite's and Cohere's scale, Gemma's soft cap. Unknown changes, such as RecurrentGemma's
+    cap and Inkling's scale, are silently ignored. Hidden states with logits of up to 100 show the
+    difference, far above the rounding of any number type.
 
     Args:
         model: a model to which TRL has added its head.
@@ -120,15 +121,15 @@ def answer_loss(
 ) -> Tensor:
     """Return the cross entropy summed over the answer tokens, in nats.
 
-    The common prefix of all prompts of the batch, such as a system prompt, is computed once, and the rows attend
-    to its keys and values; the gradient flows back through them, so that this is the loss of the complete batch.
-    Padding needs no mask: it is on the right, and attention is causal.
+    The common prefix of all prompts in the batch, such as a system prompt, is computed once, and the rows
+    attend to its keys and values; the gradient flows back through them, so that this is the loss of the
+    complete batch. Padding needs no mask: it is on the right, and attention is causal.
 
     Args:
         input_ids: [batch, length].
         labels: [batch, length]; the token id at learnt positions, which may be anywhere in a row, else -100.
         position_ids: [batch, length]; for packed rows, in which positions restart with each example.
-        share_prefix: if false, each row is computed completely.
+        share_prefix: whether to share the common prefix; if false, each row is computed completely.
     """
     hidden, targets = _before_answers(model, input_ids, labels, position_ids, share_prefix=share_prefix)
     return _summed_cross_entropy(model, hidden, targets, _LOGITS_AT_ONCE)
@@ -137,7 +138,9 @@ def answer_loss(
 def answer_token_losses(
     model: PreTrainedModel | PeftModel, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None
 ) -> Tensor:
-    """Return the cross entropy of each answer token in nats, row by row, without a gradient; see `answer_loss`."""
+    """Return the cross entropy of each answer token in nats, row by row and without a gradient; see
+    `answer_loss`.
+    """
     hidden, targets = _before_answers(model, input_ids, labels, position_ids, share_prefix=True)
     size = max(1, _LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
     parts = zip(hidden.split(size), targets.split(size), strict=True)
@@ -152,7 +155,7 @@ def _before_answers(
     *,
     share_prefix: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return the hidden states before the answer tokens, and these tokens."""
+    """Return the hidden states at the positions before the answer tokens, and the answer tokens."""
     share_prefix = share_prefix and position_ids is None and _can_share(model)
     shared = shared_prefix(input_ids, labels) if share_prefix else 0
     cache = None
@@ -166,10 +169,11 @@ def _before_answers(
 
 
 def orthogonality_penalty(model: torch.nn.Module) -> Tensor | None:
-    """Return AdaLoRA's weighted regularisation, which PEFT adds only to the model's own loss; None for other adapters.
+    """Return AdaLoRA's weighted regularisation, which PEFT adds only to the model's own loss, or None for other
+    adapters.
 
-    Its singular vectors are free matrices that are pulled towards orthogonality (Zhang et al. 2023, eq. 4). PEFT's own
-    code computes the penalty here, around a model that only returns a loss of 0.
+    Its singular vectors are free matrices that are pulled towards orthogonality (Zhang et al. 2023, eq. 4).
+    PEFT's own code computes the penalty here, around a model that only returns a loss of 0.
     """
     tuner = getattr(model, "base_model", None)
     if not isinstance(tuner, AdaLoraModel):
@@ -187,10 +191,11 @@ def _hidden_states(
     cache: DynamicCache | None,
     position_ids: Tensor | None,
 ) -> Tensor:
-    """Return the head's inputs at the positions before learnt tokens, [number of learnt tokens, width].
+    """Return the output head's inputs at the positions before learnt tokens, with shape [number of learnt
+    tokens, width].
 
-    `logits_to_keep` would score the same positions in all rows, up to ten times as many, because rows end at different
-    positions. The output of the head is not used here.
+    `logits_to_keep` would score the same positions in all rows, up to ten times as many, because rows end at
+    different positions. The output of the head is not used here.
 
     Args:
         learnt: [batch, length - 1], true if the next token is learnt.
@@ -213,10 +218,10 @@ def _hidden_states(
 def _summed_cross_entropy(
     model: PreTrainedModel | PeftModel, hidden: Tensor, targets: Tensor, logits_at_once: int
 ) -> Tensor:
-    """Return the cross entropy summed over these positions.
+    """Return the cross entropy summed over the given positions, in nats.
 
-    Long answers are scored in parts, and the logits of a part are computed again for its gradient, so that the logits
-    of all positions are never in memory together.
+    Long answers are scored in parts, and the logits of a part are computed again for its gradient, so that
+    the logits of all positions are never in memory together.
 
     Args:
         hidden: [positions, width], from `_hidden_states`.
@@ -236,7 +241,8 @@ def _cross_entropy(model: PreTrainedModel | PeftModel, hidden: Tensor, targets: 
 
 
 def _logits(model: PreTrainedModel | PeftModel, hidden: Tensor) -> Tensor:
-    """Compute the logits with the model's own forward pass: some models scale or cap them, or scale hidden states.
+    """Compute the logits with the model's own forward pass, since some models scale or cap logits, or scale
+    hidden states.
 
     Args:
         hidden: [positions, width], from `_hidden_states`.
@@ -251,7 +257,7 @@ def _logits(model: PreTrainedModel | PeftModel, hidden: Tensor) -> Tensor:
 
 
 def _decoder(model: PreTrainedModel | PeftModel) -> torch.nn.Module:
-    """Return the part of the model that computes the head's inputs."""
+    """Return the part of the model that computes the inputs of the output head."""
     base = _without_adapter(model)
     decoder = base.get_decoder()
     # `get_decoder` returns a part of the head for ModernBERT's decoder, and the complete model for Llama 4.
@@ -260,13 +266,13 @@ def _decoder(model: PreTrainedModel | PeftModel) -> torch.nn.Module:
 
 
 def _without_adapter(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """Return the model that contains the adapter's layers."""
+    """Return the underlying model, which contains the adapter's layers."""
     base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
     return base
 
 
 class _DecoderOutput(MoeModelOutputWithPast):
-    """Hidden states, and None for every other attribute of a decoder's output."""
+    """A decoder output that holds hidden states, and None for every other attribute."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
@@ -275,7 +281,7 @@ class _DecoderOutput(MoeModelOutputWithPast):
 
 @contextmanager
 def _forward_replaced(module: torch.nn.Module, output: Any) -> Iterator[None]:
-    """Make the module return this output for every input, within the body."""
+    """Make a module return the given output for every input during the `with` block."""
     before = vars(module).get("forward")
     module.forward = lambda *args, **kwargs: output
     try:
@@ -287,7 +293,8 @@ def _forward_replaced(module: torch.nn.Module, output: Any) -> Iterator[None]:
 
 
 def shared_prefix(input_ids: Tensor, labels: Tensor) -> int:
-    """Return the length of the rows' common prefix that predicts no answer token; 0 for one row or a short prefix.
+    """Return the length of the rows' common prefix that predicts no answer token, or 0 for one row or a short
+    prefix.
 
     Args:
         input_ids: [batch, length].
@@ -304,10 +311,12 @@ def shared_prefix(input_ids: Tensor, labels: Tensor) -> int:
 
 
 def _can_share(model: PreTrainedModel | PeftModel) -> bool:
-    """Return whether keys and values can be shared: not with checkpointed layers, which run without a cache."""
+    """Return whether keys and values can be shared. Checkpointed layers cannot share them, because they run
+    without a cache.
+    """
     return not _without_adapter(model).is_gradient_checkpointing and keeps_all_keys(model.config)
 
 
 def keeps_all_keys(config: PreTrainedConfig) -> bool:
-    """Return whether all layers attend to all earlier positions: no sliding window and no recurrent state."""
+    """Return whether all layers attend to all earlier positions, with no sliding window and no recurrent state."""
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)

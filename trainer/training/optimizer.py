@@ -1,4 +1,4 @@
-"""transformers' name for a recipe's optimizer, and the check that it works on this machine."""
+"""Maps a recipe's optimizer to its name in transformers, and checks that it works on this machine."""
 
 from importlib.util import find_spec
 
@@ -14,7 +14,7 @@ _NAMES = {
 
 
 def choose_optimizer(optimizer: Optimizer, *, scaled: bool) -> str:
-    """Return transformers' name for an optimizer.
+    """Return the name of an optimizer in transformers.
 
     Args:
         scaled: whether the loss is scaled, as in float16.
@@ -26,7 +26,7 @@ def choose_optimizer(optimizer: Optimizer, *, scaled: bool) -> str:
 
 
 def check_optimizer(optimizer: Optimizer, *, cuda: bool) -> None:
-    """Raise if an optimizer does not work on this machine.
+    """Raise RecipeError if an optimizer does not work on this machine.
 
     On a CPU, bitsandbytes 0.50 silently replaces a paged optimizer by one that is not paged.
 

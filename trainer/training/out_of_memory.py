@@ -1,4 +1,4 @@
-"""Advice when training runs out of memory: the setting to lower, and its new value.
+"""Advice for when training runs out of memory: which setting to lower, and its new value.
 
 Imports torch.
 """
@@ -15,7 +15,7 @@ from trainer.training.arguments import checkpoints_layers
 
 @contextmanager
 def advising_on_memory(recipe: Recipe) -> Iterator[None]:
-    """Turn out-of-memory errors of the body into an error that names the setting to lower.
+    """Turn an out-of-memory error in the `with` block into an error that names the setting to lower.
 
     Raises:
         TrainingError: training ran out of memory.
@@ -29,10 +29,11 @@ def advising_on_memory(recipe: Recipe) -> Iterator[None]:
 
 
 def out_of_memory(recipe: Recipe, error: Exception, *, checkpointing: bool) -> TrainingError | None:
-    """Return an error with the cheapest change that helps; None if the error is not a lack of memory.
+    """Return an error naming the cheapest change that helps, or None if the error is not about memory.
 
     Args:
-        checkpointing: whether gradients were checkpointed, by the recipe's choice or the machine's default.
+        checkpointing: whether gradient checkpointing was enabled, by the recipe's setting or the machine's
+            default.
     """
     message = str(error)
     if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in message:
@@ -45,7 +46,9 @@ def out_of_memory(recipe: Recipe, error: Exception, *, checkpointing: bool) -> T
 
 
 def cheaper(recipe: Recipe, *, checkpointing: bool) -> str:
-    """Return the next setting to change: first those without effect on the result, last the method."""
+    """Return advice on the next setting to change: settings that do not affect the result come first, the
+    method last.
+    """
     train = recipe.train
     if train.batch_size > 1:
         # With the largest divisor, a step has as many examples as before.

@@ -1,7 +1,8 @@
-"""Supervised fine-tuning: from chat examples and a base model to an adapter or a trained model.
+"""Supervised fine-tuning, from chat examples and a base model to an adapter or a trained model.
 
-Only answers are learnt, including the token that ends them; all other turns are context. Does not depend on the
-source of the examples, on registered versions, or on the quality of the result. Imports torch and TRL.
+Only answers are learnt, including the token that ends them; all other turns are context. Independent of
+the source of the examples, of registered versions, and of the quality of the result. Imports torch and
+TRL.
 """
 
 import logging
@@ -62,23 +63,25 @@ def train_model(
     *,
     number_type: NumberType,
 ) -> TrainingSummary:
-    """Train an adapter or the complete model, as the recipe says, and write it with the tokenizer's files to `out`.
+    """Train an adapter or the complete model, as the recipe says, and write it to `out` with the tokenizer's
+    files.
 
-    An interrupted run resumes from its newest complete checkpoint, with the same result as an uninterrupted run. A run
-    that started in another number type is converted, with a message, and its result is nearly the same.
+    An interrupted run resumes from its newest complete checkpoint, with the same result as an uninterrupted
+    run. A run that started in another number type is converted, with a message, and its result is nearly the
+    same.
 
     Args:
         base: folder of the base model (trainer.base_model.resolve).
-        out: created if missing; receives adapter_config.json and adapter_model.safetensors, or with full fine-tuning
-            the complete model in bf16.
+        out: output folder, created if missing; receives adapter_config.json and adapter_model.safetensors,
+            or with full fine-tuning the complete model in bf16.
         checkpoints: folder of this run's checkpoints.
         report: callback for the loss curve.
         number_type: number type of the matrix products; trained weights are always in float32.
 
     Raises:
-        DataError: an example is longer than `train.max_length` or than the engine accepts, is rejected by the chat
-            template, or contains a token without an embedding row.
-        DiskSpaceError: the disk has too little space for a checkpoint.
+        DataError: an example is longer than `train.max_length` or than the engine accepts, is rejected by
+            the chat template, or contains a token without an embedding row.
+        DiskSpaceError: not enough disk space for a checkpoint.
         InterruptedRunError: a signal arrived, and a checkpoint was written.
         TrainingError: the loss or a weight is not finite, the loss explodes, or memory runs out.
     """
@@ -105,7 +108,8 @@ def train_model(
 
 
 def run_trainer(trainer: ResumableTrainer, stopping: Stopping, asked: Preemption, number_type: NumberType) -> float:
-    """Train to the end, from the newest checkpoint if there is one; return the seconds spent in this process.
+    """Train to the end, from the newest checkpoint if there is one, and return the seconds spent in this
+    process.
 
     Raises:
         InterruptedRunError: a signal arrived, and a checkpoint was written.
@@ -151,7 +155,7 @@ def run_trainer(trainer: ResumableTrainer, stopping: Stopping, asked: Preemption
 
 
 def summarize(trainer: ResumableTrainer, seconds: float, *, kept_best: bool) -> TrainingSummary:
-    """Return the summary of a run."""
+    """Return the summary of a training run."""
     state = trainer.state
     tokens = int(state.num_input_tokens_seen)
     here = tokens - int(getattr(trainer, "_initial_num_input_tokens_seen", tokens))
@@ -187,12 +191,12 @@ def build_trainer(
     curve: HeldoutCurve | None = None,
     load: Callable[[Path, ModelForm], PreTrainedModel] = load_model,
 ) -> ResumableTrainer:
-    """Return the trainer of a run. Trained weights are in float32: Adam's small steps vanish in 16 bits.
+    """Build the trainer of a run. Trained weights are in float32, because Adam's small steps vanish in 16 bits.
 
     Args:
         examples: the rows of each training example.
         heldout: examples measured during training, as the recipe says or as the run can afford.
-        curve: other examples to measure during training, with the steps; None for those in `heldout`.
+        curve: other examples to measure during training, with the steps, or None to use those in `heldout`.
         load: loads the base's weights.
     """
     acceleration = choose_acceleration(machine_facts(), flash=takes_flash_attention(base))
@@ -245,13 +249,15 @@ def build_trainer(
 
 
 def _trained_tokens(rows: list[TokenizedExample], dataset_rows: int, steps: int, train: Train) -> float:
-    """Return the approximate number of tokens in all steps."""
+    """Return the approximate total number of tokens over all steps."""
     in_a_step = min(train.batch_size * train.gradient_accumulation, dataset_rows)
     return steps * in_a_step / dataset_rows * sum(len(row.input_ids) for row in rows)
 
 
 def save_model(trainer: ResumableTrainer, tokenizer: PreTrainedTokenizerBase, out: Path, *, full: bool) -> None:
-    """Write the trained adapter, or with `full` the complete model in bf16, with the tokenizer's files."""
+    """Write the trained adapter, or with `full` the complete model in bf16, together with the tokenizer's
+    files.
+    """
     model = trainer.model
     if full:
         round_to_bfloat16(model.parameters())

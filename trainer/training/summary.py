@@ -1,4 +1,4 @@
-"""Input and summary of a training run. Does not import torch."""
+"""Input data and summary of a training run. Does not import torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ class TrainingSummary:
 
     Attributes:
         steps: number of optimizer steps.
-        tokens: prompt and answer tokens seen, without padding.
+        tokens: number of prompt and answer tokens seen, without padding.
         tokens_per_second: speed in the process that finished the run.
         seconds: time of the steps in the process that finished the run, without loading.
-        best_step: the step whose weights were kept as the best; None if the last ones were kept.
+        best_step: the step whose weights were kept as the best, or None if the last weights were kept.
         points: every step, with held-out loss if it was measured.
-        peak_memory: peak bytes of GPU memory, or on a CPU of the process, until the end of training.
-        estimated_memory, estimated_seconds: the estimates before the run.
+        peak_memory: peak bytes of GPU memory, or of the process on a CPU, until the end of training.
+        estimated_memory, estimated_seconds: the estimates made before the run.
     """
 
     steps: int
@@ -38,7 +38,8 @@ class TrainingData:
     """Examples to learn, and held-out examples whose loss is measured during training.
 
     Attributes:
-        served_length: maximum number of tokens of an example that can be served; None if no format will be served.
+        served_length: maximum length in tokens of an example that can be served, or None if no format will
+            be served.
     """
 
     train: Sequence[ChatExample]

@@ -1,9 +1,9 @@
 """A trainer whose run can be interrupted at any moment and resumed with the same result.
 
-A checkpoint contains everything that the next step depends on: trained weights, optimizer, schedule, random numbers,
-position in the data, the losses so far, AdaLoRA's allocator, and in float16 the scale of the loss. It names the number
-type of its computation; trained weights are always in float32, so that a machine with another number type can resume
-it. Imports torch and TRL.
+A checkpoint contains everything that the next step depends on: trained weights, optimizer, schedule,
+random number state, position in the data, the losses so far, AdaLoRA's allocator, and in float16 the
+scale of the loss. It names the number type of its computation; trained weights are always in float32, so
+that a machine with another number type can resume it. Imports torch and TRL.
 """
 
 import hashlib
@@ -43,8 +43,8 @@ class ResumableTrainer(AnswerTrainer):
         checkpoints: folder of the checkpoints.
         number_type: number type of the computation in this process.
         heldout: rows in the form of the training rows; empty if held-out loss is not measured.
-        heldout_schedule: steps at which held-out loss is measured; None for never.
-        allocation: AdaLoRA's allocation of ranks, which has its own state.
+        heldout_schedule: steps at which held-out loss is measured, or None for never.
+        allocation: AdaLoRA's rank allocation, which has its own state.
         preemption: its signals interrupt a step, or a measurement of held-out loss, in the middle.
     """
 
@@ -74,7 +74,7 @@ class ResumableTrainer(AnswerTrainer):
             self.add_callback(allocation)
 
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
-        """Return the mean loss of the held-out answers' tokens in nats. Draws no random number."""
+        """Return the mean loss per token of the held-out answers, in nats. Draws no random numbers."""
         with self._preemption.interruptible():
             sums = self.loss_sums(self._heldout)
         tokens = [answer_tokens(row) for row in self._heldout]
@@ -89,7 +89,7 @@ class ResumableTrainer(AnswerTrainer):
         return figures
 
     def loss_sums(self, examples: Sequence[dict[str, Any]]) -> list[float]:
-        """Return the loss of each example, summed over its answers' tokens. Draws no random number.
+        """Return the loss of each example, summed over its answer tokens. Draws no random numbers.
 
         Args:
             examples: rows in the form of the training rows, sorted so that neighbours have similar lengths.
@@ -109,13 +109,13 @@ class ResumableTrainer(AnswerTrainer):
         return sums
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log figures, with the speed of the step added to its loss."""
+        """Log metrics, adding the speed of the step to its loss."""
         if LOSS in logs:
             logs[TOKENS_PER_SECOND] = self._step_start.tokens_per_second
         super().log(logs, start_time)
 
     def training_step(self, *args: Any, **options: Any) -> torch.Tensor:
-        """Run a batch forward and backward; of the state in a checkpoint, only the random numbers change.
+        """Run a batch forward and backward. Of the state in a checkpoint, only the random number state changes.
 
         Raises:
             StepAbandoned: a signal arrived.
@@ -127,12 +127,14 @@ class ResumableTrainer(AnswerTrainer):
             return super().training_step(*args, **options)
 
     def save_step_start(self) -> None:
-        """Write the checkpoint before the abandoned step, unless it exists or this process has taken no step."""
+        """Write a checkpoint of the state before the abandoned step, unless it exists or this process has taken no
+        step.
+        """
         if self._saved_step != self.state.global_step and self._step_start.restore(self.state):
             self._save_checkpoint(self.model, None)
 
     def load_weights(self, checkpoint: Path) -> None:
-        """Load the trained weights of a checkpoint, and AdaLoRA's ranks.
+        """Load the trained weights and AdaLoRA's ranks from a checkpoint.
 
         Raises:
             IntegrityError: the checkpoint belongs to another model.
@@ -155,7 +157,7 @@ class ResumableTrainer(AnswerTrainer):
         return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
 
     def check_finite(self) -> None:
-        """Raise if a trained weight is not finite.
+        """Raise TrainingError if a trained weight is not finite.
 
         Raises:
             TrainingError: names the weight.
@@ -184,7 +186,7 @@ class ResumableTrainer(AnswerTrainer):
         self.load_weights(Path(resume_from_checkpoint))
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        """Load the scale of the loss, unless this process does not scale it."""
+        """Load the loss scale, unless this process does not scale the loss."""
         if self.accelerator.scaler is not None:
             super()._load_scaler(checkpoint)
 
@@ -195,16 +197,18 @@ class ResumableTrainer(AnswerTrainer):
 
 
 def answer_tokens(row: dict[str, Any]) -> int:
-    """Return the number of a row's tokens that are learnt or evaluated."""
+    """Return the number of tokens in a row that are learnt or evaluated."""
     return sum(label != IGNORED for label in row["labels"])
 
 
 class NoStepLeftError(Exception):
-    """Raised if the run is complete but transformers starts another step."""
+    """Raised when the run is complete but transformers starts another step."""
 
 
 class _StepStart(TrainerCallback):
-    """Stores the random numbers and the token count of a step's start, for a checkpoint, and measures its speed."""
+    """Stores the random state and token count at the start of a step, for a checkpoint, and measures the step's
+    speed.
+    """
 
     def __init__(self) -> None:
         self._random: tuple[Any, Any, torch.Tensor, list[torch.Tensor]] | None = None
@@ -213,18 +217,18 @@ class _StepStart(TrainerCallback):
         self.tokens_per_second = 0.0
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Start the clock; no token of the step is counted yet."""
+        """Start timing the step, before any of its tokens are counted."""
         self._tokens_before, self._began = int(state.num_input_tokens_seen), time.monotonic()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Store the state for the next step."""
+        """Store the random state and token count for the next step."""
         on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         self._random = random.getstate(), np.random.get_state(), torch.get_rng_state(), on_gpus
         self._tokens = int(state.num_input_tokens_seen)
         self.tokens_per_second = (self._tokens - self._tokens_before) / max(time.monotonic() - self._began, 1e-9)
 
     def restore(self, state: TrainerState) -> bool:
-        """Restore the state; return false if this process has taken no step."""
+        """Restore the state at the start of the step, and return false if this process has taken no step."""
         if self._random is None:
             return False
         python_state, numpy_state, torch_state, on_gpus = self._random
@@ -238,7 +242,9 @@ class _StepStart(TrainerCallback):
 
 
 def hear_signals_between_layers(model: torch.nn.Module) -> None:
-    """Let Python handle signals after each layer of a backward pass, which otherwise is one call."""
+    """Let Python handle signals after each layer of a backward pass, which would otherwise be a single
+    uninterruptible call.
+    """
     names = set(getattr(model, "_no_split_modules", None) or ())
 
     def hook(module: torch.nn.Module, inputs: Any, output: Any) -> None:
@@ -252,7 +258,7 @@ def hear_signals_between_layers(model: torch.nn.Module) -> None:
 
 
 def number_type_of(checkpoint: Path) -> NumberType:
-    """Return the number type in which a checkpoint was computed."""
+    """Return the number type with which a checkpoint was computed."""
     with safe_open(checkpoint / _WEIGHTS, framework="pt") as file:
         # Checkpoints without this entry were computed in bfloat16.
         return NumberType((file.metadata() or {}).get(_NUMBER_TYPE, NumberType.BFLOAT16))

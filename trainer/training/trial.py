@@ -1,6 +1,7 @@
-"""Trains to measure held-out loss; nothing is merged or served. Imports torch and TRL.
+"""Trains only to measure held-out loss, without merging or serving anything. Imports torch and TRL.
 
-A trial computes bit for bit the same as `train_model` with the same recipe, after any earlier training in the process.
+A trial computes bit for bit the same as `train_model` with the same recipe, even after earlier trainings
+in the same process.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,9 +26,9 @@ from trainer.training.sft import build_trainer, run_trainer, save_model, summari
 from trainer.training.trainer import ResumableTrainer, answer_tokens
 
 _MEASUREMENTS = 3
-"""Number of measurements of the watched examples: one after each third of the steps."""
+"""Number of measurements of the watched examples, one after each third of the steps."""
 _STOPPING = Stopping(curve=False)
-"""Replaces the recipe's section `stopping` in a trial."""
+"""Stopping settings that replace the recipe's section `stopping` in a trial."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class TrialData:
     Attributes:
         train: the rows of each training example.
         watched: held-out examples that are measured during training.
-        judged: held-out examples that are measured after training; sorted by length.
+        judged: held-out examples that are measured after training, sorted by length.
     """
 
     train: Sequence[Sequence[TokenizedExample]]
@@ -51,7 +52,7 @@ class TrialRun:
 
     Attributes:
         steps: number of optimizer steps.
-        heldout_each: nats per answer token of each judged example.
+        heldout_each: loss of each judged example, in nats per answer token.
         points: every step, with the losses of the watched examples.
     """
 
@@ -70,14 +71,14 @@ def train_trial(
     number_type: NumberType,
     adapter: Path | None = None,
 ) -> TrialRun:
-    """Train by the recipe without its section `stopping`, then measure the loss of each judged example.
+    """Train with the recipe, ignoring its section `stopping`, then measure the loss of each judged example.
 
     Resumes from the newest checkpoint, if there is one.
 
     Args:
         checkpoints: folder for this trial's checkpoints only.
         report: callback for losses; any exception that it raises stops the trial.
-        adapter: folder for the trained adapter; None to write none.
+        adapter: folder for the trained adapter, or None to write none.
 
     Raises:
         InterruptedRunError: a signal arrived, and a checkpoint was written.
@@ -102,7 +103,7 @@ def train_trial(
 def untrained_losses(
     base: LoadedBase, data: TrialData, recipe: Recipe, folder: Path, *, number_type: NumberType
 ) -> tuple[float, ...]:
-    """Return the loss of the untrained model on each judged example.
+    """Return the untrained model's loss on each judged example.
 
     Raises:
         InterruptedRunError: a signal arrived.

@@ -1,1 +1,4 @@
-"""Request traces with OpenTelemetry. `request_trace` does not load the SDK; import the others only if traces are on."""
+"""Request traces with OpenTelemetry.
+
+`request_trace` does not load the SDK. Import the other modules only if tracing is on.
+"""

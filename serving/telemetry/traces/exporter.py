@@ -1,4 +1,4 @@
-"""Sends spans to a receiver by OTLP over HTTP, with the SDK's own exporter.
+"""Send spans to a receiver via OTLP over HTTP, using the SDK's own exporter.
 
 Headers with secrets come from the standard environment variables, which the SDK reads itself. They are checked here
 first, because the SDK would log the value of a malformed header.
@@ -21,15 +21,16 @@ _LOGGER = "opentelemetry.exporter.otlp.proto.http.trace_exporter"
 _LOG_EVERY_S = 60.0
 _PATH = "/v1/traces"
 _HEADER = re.compile(r"[ \t]*[!#$%&'*+.^_`|~0-9A-Za-z-]+[ \t]*=([\x20!#-+\x2d-:<-\[\]-~]*)")
-"""`name=value`, as the SDK parses it: values are percent-encoded, or at least without `"`, `,`, `;` and `\\`."""
+"""A `name=value` header as parsed by the SDK. The value is percent-encoded, or at least contains no `"`,
+`,`, `;` or `\\`."""
 _VALUE = re.compile(r"[\t -~]*")
 
 
 class LogLimit(logging.Filter):
-    """Logging filter that passes one record per minute, however many batches a receiver rejects.
+    """Logging filter that passes one record per minute, no matter how many batches a receiver rejects.
 
     Args:
-        clock: returns monotonic time, seconds.
+        clock: function that returns monotonic time, in seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -38,7 +39,7 @@ class LogLimit(logging.Filter):
         self._next = float("-inf")
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Return whether the record is logged."""
+        """Return whether the record should be logged."""
         now = self._clock()
         if now < self._next:
             return False
@@ -50,13 +51,13 @@ _LIMIT = LogLimit()
 
 
 def otlp_exporter(endpoint: str) -> SpanExporter:
-    """Return the SDK's exporter.
+    """Return the SDK's OTLP exporter for a receiver.
 
     Args:
         endpoint: the receiver's base URL, or its URL for traces.
 
     Raises:
-        SettingsError: an environment variable with headers is malformed.
+        SettingsError: an environment variable that holds headers is malformed.
     """
     for name in (OTEL_EXPORTER_OTLP_TRACES_HEADERS, OTEL_EXPORTER_OTLP_HEADERS):
         _check_headers(name, os.environ.get(name, ""))
@@ -65,7 +66,7 @@ def otlp_exporter(endpoint: str) -> SpanExporter:
 
 
 def traces_url(endpoint: str) -> str:
-    """Return the URL for traces, derived from the base URL as the standard defines it."""
+    """Return the URL for traces, derived from the receiver's base URL as the standard defines it."""
     base = endpoint.rstrip("/")
     return base if base.endswith(_PATH) else base + _PATH
 

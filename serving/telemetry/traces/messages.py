@@ -1,6 +1,7 @@
 """Prompts and answers in the format of the GenAI conventions: messages with a role and typed parts.
 
-Reads the redacted content of the request log: the prompt as JSON in its route's format, the answer as text.
+They are made from the redacted content of the request log: the prompt as JSON in its route's format, and
+the answer as text.
 """
 
 import json
@@ -13,7 +14,7 @@ def input_messages(prompt: str) -> str:
     """Return the JSON of a prompt's messages.
 
     Args:
-        prompt: JSON of messages, or of a plain completion's texts.
+        prompt: JSON of messages or of a plain completion's texts.
     """
     turns = json.loads(prompt)
     turns = turns if isinstance(turns, list) else [turns]
@@ -21,7 +22,7 @@ def input_messages(prompt: str) -> str:
 
 
 def output_messages(answer: str, finish_reason: str | None) -> str:
-    """Return the JSON of a list with the answer's one message, which has no parts if the answer is empty."""
+    """Return the JSON of a list with the answer's single message, which has no parts if the answer is empty."""
     text, calls = split_calls(answer)
     parts = [*([_text(text)] if text else []), *(_call(None, name, arguments) for name, arguments in calls)]
     return _json([{"role": "assistant", "parts": parts, "finish_reason": finish_reason or "error"}])
@@ -46,7 +47,7 @@ def _role(item: dict[str, Any]) -> str:
 
 
 def _part(part: Any) -> dict[str, Any]:
-    """Return a text, tool call or tool result in the conventions' format; other parts stay unchanged."""
+    """Return a text, tool call or tool result in the conventions' format. Other parts remain unchanged."""
     if not isinstance(part, dict):
         return _text(str(part))
     match part.get("type"):
@@ -78,5 +79,5 @@ def _result(id: Any, response: Any) -> dict[str, Any]:
 
 
 def _json(messages: list[dict[str, Any]]) -> str:
-    """Return JSON without lone surrogates, since one of them would make a whole batch of spans fail."""
+    """Return the messages as JSON without lone surrogates, one of which would make a whole span batch fail."""
     return json.dumps(messages, ensure_ascii=False).encode("utf-8", "replace").decode("utf-8")

@@ -1,8 +1,8 @@
-"""The span for an ended request, following OpenTelemetry's conventions for GenAI and HTTP.
+"""Builds the span for a finished request, following OpenTelemetry's GenAI and HTTP conventions.
 
-The names are literals: the conventions' package has deprecated the GenAI names, which moved to a separate repository
-(open-telemetry/semantic-conventions-genai) that has no package yet. Attributes without a name in the
-conventions begin with `tuneserve.`.
+Attribute names are written as literals: the conventions package has deprecated the GenAI names, which
+moved to a separate repository (open-telemetry/semantic-conventions-genai) that has not been packaged
+yet. Attributes that the conventions do not define begin with `tuneserve.`.
 """
 
 from http import HTTPStatus
@@ -21,24 +21,24 @@ _SERVER_FAULTS = frozenset({RequestOutcome.ENGINE_ERROR, RequestOutcome.SERVER_E
 
 
 def operation(record: RequestRecord) -> str:
-    """Return the conventions' name for the operation of a route."""
+    """Return the operation name that the conventions define for the request's route."""
     return "text_completion" if record.route == Route.COMPLETIONS else "chat"
 
 
 def span_name(record: RequestRecord) -> str:
-    """Return the span's name, from a bounded set."""
+    """Return the span's name, which is one of a bounded set."""
     return f"{operation(record)} {record.model}"
 
 
 def span_status(record: RequestRecord) -> Status:
-    """Return an error status if the server is at fault; client errors and disconnects are not server errors."""
+    """Return an error status if the server is at fault. Client errors and disconnects are not server errors."""
     if record.outcome in _SERVER_FAULTS or record.status >= 500:
         return Status(StatusCode.ERROR, record.reason)
     return Status(StatusCode.UNSET)
 
 
 def span_attributes(trace: RequestTrace, record: RequestRecord) -> dict[str, AttributeValue]:
-    """Return all known attributes of a request."""
+    """Return all known span attributes for a request."""
     # No status was sent to a client that left before its answer began.
     sent = record.outcome is not RequestOutcome.CLIENT_GONE or record.status == HTTPStatus.OK
     attributes: dict[str, AttributeValue | None] = {

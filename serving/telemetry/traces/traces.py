@@ -1,7 +1,8 @@
-"""Traces of requests: begins each trace, and sends the span of each ended request to the receiver.
+"""Request traces: begins each trace and sends the span of each finished request to the receiver.
 
-Nothing here waits for the receiver. Spans that arrive faster than it accepts them are lost and counted, and so is the
-content of spans beyond the queue's limit. OpenTelemetry's own code handles malformed Trace Context headers.
+Nothing here waits for the receiver. Spans that arrive faster than it accepts them are dropped and
+counted, and so is span content beyond the queue's limit. OpenTelemetry's own code handles malformed
+Trace Context headers.
 """
 
 import logging
@@ -29,20 +30,21 @@ log = logging.getLogger(__name__)
 
 MAX_QUEUED = 4096
 MAX_QUEUED_CONTENT = 64 * 2**20
-"""Maximum number of characters in all queued prompts and answers."""
+"""Maximum total number of characters in queued prompts and answers."""
 _BATCH = 64
-"""Maximum number of spans per request to the receiver. Serialising them takes 5 ms, Python's switch interval: with
-more spans, the event loop would have to wait several times."""
+"""Maximum number of spans sent to the receiver in one request. Serializing them takes 5 ms, which is
+Python's switch interval; with more spans, the event loop would have to wait several times."""
 _EVERY_MS = 2000
 _CLOSE_S = 5.0
 _PARENT, _STATE = b"traceparent", b"tracestate"
 
 
 class Tracer:
-    """Begins traces, and continues those of clients: a request's span is a child of the client's, or begins a trace.
+    """Begins or continues traces: each span is a child of the client's span, or starts a trace.
 
     Args:
-        sample_share: sampled share of the traces that begin here; for a client's trace, the client decides.
+        sample_share: fraction of the traces begun here that are sampled; for a client's trace, the client
+            decides.
     """
 
     def __init__(self, sample_share: float) -> None:
@@ -53,7 +55,7 @@ class Tracer:
         logging.getLogger("opentelemetry.trace").setLevel(logging.ERROR)
 
     def begin(self, headers: Sequence[tuple[bytes, bytes]]) -> RequestTrace:
-        """Return the beginning of a new request's span, in the client's trace or in a new one."""
+        """Begin the span of a new request, in the client's trace if it has one, otherwise in a new trace."""
         parent = self._parent(headers)
         span_id = self._ids.generate_span_id()
         if parent is not None:
@@ -76,14 +78,14 @@ class Tracer:
 
 @dataclass(eq=False)
 class Traces(SpanExporter):
-    """Begins traces, and sends the spans of requests that ended.
+    """Begins traces and sends the spans of finished requests.
 
-    Spans are built at a request's end and put into the SDK's queue. This class is that queue's exporter, so that it can
-    count each batch on its way to the receiver.
+    Spans are built when a request ends and are put into the SDK's queue. This class acts as that queue's
+    exporter, so that it can count each batch on its way to the receiver.
 
     Attributes:
         exporter: sends batches.
-        sample_share: sampled share of the traces that begin here.
+        sample_share: fraction of the traces begun here that are sampled.
         release: this server's release.
         on_sent: called with the number of spans that the receiver accepted.
         on_dropped: called with the reason and the number of spans lost.
@@ -114,7 +116,7 @@ class Traces(SpanExporter):
         )
 
     def add(self, trace: RequestTrace, record: RequestRecord) -> None:
-        """Send the span of a request that ended, or drop and count it: the SDK would silently drop the oldest one."""
+        """Queue a finished request's span, or drop and count it. The SDK alone would silently drop the oldest one."""
         limits = self._limits
         attributes = BoundedAttributes(
             limits.max_span_attributes,
@@ -153,11 +155,11 @@ class Traces(SpanExporter):
         self._processor.on_end(span)
 
     def drop(self) -> None:
-        """Count a span that is lost."""
+        """Count a dropped span."""
         self.on_dropped(SpanDropped.QUEUE_FULL, 1)
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        """Send a batch, or drop it after the SDK's attempts; called in the thread of the SDK's queue."""
+        """Send a batch, or drop it once the SDK's attempts are used up. Called in the thread of the SDK's queue."""
         result = SpanExportResult.FAILURE
         try:
             result = self.exporter.export(spans)
@@ -172,13 +174,13 @@ class Traces(SpanExporter):
         return result
 
     def shutdown(self) -> None:
-        """Stop waiting between attempts; later batches are dropped immediately."""
+        """Stop waiting between attempts; any later batch is dropped immediately."""
         if not self._ended:
             self._ended = True
             self.exporter.shutdown()
 
     def close(self, timeout_s: float = _CLOSE_S) -> None:
-        """Send the queued spans and stop; spans that are not accepted within `timeout_s` are lost and counted."""
+        """Send the queued spans and stop. Spans not accepted within `timeout_s` are lost and counted."""
         # The SDK's own limit is half a minute, and cannot be set.
         ending = threading.Thread(target=self._processor.shutdown, name="traces-end", daemon=True)
         ending.start()

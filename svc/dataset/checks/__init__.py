@@ -1,1 +1,1 @@
-"""Checks of a data set: texts, labels, duplicates, leaks."""
+"""Data set checks: texts, labels, duplicates and leaks."""

@@ -1,7 +1,7 @@
-"""A base model's tokenizer and chat template: its special tokens, and the number of tokens of an example.
+"""A base model's tokenizer and chat template: its special tokens, and the token count of an example.
 
-The whole conversation is counted, including the template's text after the last answer (usually a line end), which
-training leaves out.
+The whole conversation is counted, including the template's text after the last answer (usually a line
+end), which training leaves out.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from svc.model_folder.chat_template import choose_template_kwargs
 
 
 class BaseTokenizer:
-    """The tokenizer and the chat template in the folder of a model to train.
+    """The tokenizer and chat template in the folder of a model to be trained.
 
     Attributes:
         special_tokens: texts of the tokens that an example should not contain.
@@ -46,7 +46,7 @@ class BaseTokenizer:
         self.special_tokens = [token.content for token in added if token.special]
 
     def count(self, example: ChatExample) -> int:
-        """Return the number of tokens of a conversation with its tools.
+        """Return the number of tokens in a conversation, including its tools.
 
         Raises:
             RowError: the chat template rejects the conversation.

@@ -1,8 +1,8 @@
 """Checks data files line by line, before any model is loaded.
 
-Errors are lines that cannot be trained on. Warnings are lines that a person should check. Files are streamed: about 200
-bytes of each example stay in memory, never its text; checks that need all examples (copies, leaks, labels) run at the
-end.
+Errors are lines that cannot be trained on. Warnings are lines that a person should check. Files are
+streamed: about 200 bytes per example stay in memory, but never its text. Checks that need all examples
+(copies, leaks, labels) run at the end.
 """
 
 from array import array
@@ -26,7 +26,7 @@ from svc.dataset.readers.reader import Line, read_lines
 from svc.dataset.schema.example import ChatExample, Role, answered_prompts, normal_prompt
 
 MAX_LENGTH = 4096
-"""Default maximum length of an example, tokens."""
+"""Default maximum length of an example, in tokens."""
 _BYTES_PER_TOKEN = 4.2  # English under a byte-level BPE of 49,152 entries; other languages have fewer
 _MAX_COUNTED_ANSWER = 200
 
@@ -35,12 +35,13 @@ OnRead = Callable[[int], None]
 
 @dataclass(slots=True)
 class DataReport:
-    """Examples and problems of one file.
+    """Examples and problems found in one file.
 
     Attributes:
-        lengths: total characters of each valid example.
+        lengths: total number of characters of each valid example.
         tokens: number of tokens of each valid example; empty if they were not counted.
-        answers: how often each final answer occurs; incomplete if there are too many different ones to be labels.
+        answers: how often each final answer occurs; incomplete if there are too many different answers to be
+            labels.
     """
 
     file: str
@@ -53,21 +54,21 @@ class DataReport:
 
     @property
     def median_characters(self) -> int:
-        """Median length of an example, characters; 0 without examples."""
+        """Median length of an example in characters, or 0 if there are no examples."""
         return _median(self.lengths)
 
     @property
     def median_tokens(self) -> int:
-        """Median length of an example, tokens; 0 if they were not counted."""
+        """Median length of an example in tokens, or 0 if tokens were not counted."""
         return _median(self.tokens)
 
     @property
     def labels(self) -> dict[str, int] | None:
-        """Count of each label, the most frequent first; None if the answers are too varied to be labels."""
+        """Count of each label, most frequent first, or None if the answers are too varied to be labels."""
         return few_labels(self.answers, self.examples) or None
 
     def add(self, line: int, code: Code, message: str, where: str = "") -> None:
-        """Add one problem."""
+        """Add a problem to the report."""
         self.problems.add(self.file, line, code, message, where)
 
 
@@ -86,17 +87,19 @@ def check_files(
     """Check all files and report every problem.
 
     Args:
-        paths: files to train on, together.
-        heldout: files with held-out examples: training on one of these falsifies every later figure.
+        paths: files to be trained on together.
+        heldout: files with held-out examples; training on any of these would invalidate all later metrics.
         max_length: maximum number of tokens per example.
-        base: tokenizer that counts tokens and adds its special tokens to the known ones; None: tokens are estimated.
+        base: tokenizer that counts tokens and adds its special tokens to the known ones, or None to estimate
+            token counts.
         on_read: called with the number of bytes read so far, over all files.
 
     Returns:
-        One report for each of `paths`, then one for each held-out file; copies are reported for `paths` only.
+        One report for each of `paths`, then one for each held-out file. Copies are reported only for
+        `paths`.
 
     Raises:
-        DataError: a file that cannot be opened.
+        DataError: a file cannot be opened.
     """
     reports = [DataReport(file=str(path)) for path in (*heldout, *paths)]
     checks = _LineChecks(max_length, base)
@@ -117,16 +120,16 @@ def check_files(
 
 
 def shared_prompts(examples: Sequence[ChatExample], others: Sequence[ChatExample]) -> list[int]:
-    """Return the indices of the examples that have a prompt of `others`, ignoring spacing and case.
+    """Return the indices of the examples that share a prompt with `others`, ignoring spacing and case.
 
-    The earlier answers of an example have prompts, too: they may be learnt.
+    The prompts of an example's earlier answers count too, because those answers may be trained on.
     """
     prompts = {normal_prompt(other) for other in others}
     return [index for index, example in enumerate(examples) if not prompts.isdisjoint(answered_prompts(example))]
 
 
 class _LineChecks:
-    """Runs the checks that need one line only, and adds their problems to a report."""
+    """Runs the checks that need only one line, and adds the problems they find to a report."""
 
     def __init__(self, max_length: int, base: BaseTokenizer | None) -> None:
         self._max_length = max_length
@@ -193,10 +196,10 @@ def _too_long(example: ChatExample, tokens: int, about: str, limit: int) -> str:
 
 
 def _compare(reports: list[DataReport], table: LineTable, held: int) -> None:
-    """Report the problems that can be found only once all lines are known: copies, leaks, odd answers.
+    """Report problems that can be found only once all lines are known: copies, leaks and odd answers.
 
     Args:
-        held: number of held-out examples, which come first.
+        held: number of held-out examples, which come first in the table.
     """
     train = table.rows[held:]
     odd: dict[int, tuple[Code, str]] = {}
@@ -225,8 +228,9 @@ def _copies(table: LineTable, held: int) -> list[tuple[Code, str, Rows, NDArray[
     """Find the training examples that repeat another example.
 
     Returns:
-        For each kind of copy: its code; its text, with a placeholder for the other example's line; the rows that have
-        the other example; and, for each training example, the index of its other example there, or -1.
+        For each kind of copy, its code; its message, with a placeholder for the other example's line; the
+        rows that contain the other example; and, for each training example, the index of the other example
+        in those rows, or -1.
     """
     heldout, train = table.rows[:held], table.rows[held:]
     sketches = table.sketches[held:]
@@ -252,6 +256,6 @@ def _copies(table: LineTable, held: int) -> list[tuple[Code, str, Rows, NDArray[
 
 
 def _earlier(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Return for each key the index of its first occurrence; -1 for the first occurrence itself."""
+    """Return the index of each key's first occurrence, or -1 for the first occurrence itself."""
     first = first_with_same(keys)
     return np.where(first == np.arange(len(keys)), -1, first)

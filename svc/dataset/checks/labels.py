@@ -1,9 +1,10 @@
-"""Finds answers unlike the other answers to the same instruction: another label, or not JSON.
+"""Finds answers unlike other answers to the same instruction, with an odd label or invalid JSON.
 
-A label is an answer from a small set: short text, or a JSON object with one text or number in it. The set is what the
-instruction lists, if it contains the labels of nearly all examples. If it lists none, a label that occurs once among
-labels that all occur often is reported, unless it is a number among numbers. A rare spelling of a frequent label is
-always reported. Knows nothing of files.
+A label is an answer from a small set: a short text, or a JSON object that contains a single text or
+number. The set is what the instruction lists, if it contains the labels of nearly all examples. If it
+lists none, a label that occurs once among labels that all occur often is reported, unless it is a number
+among numbers. A rare spelling of a frequent label is always reported. This module knows nothing about
+files.
 """
 
 import re
@@ -20,7 +21,7 @@ from svc.dataset.schema.example import ChatExample, Role
 from svc.dataset.schema.tool_calls import decode_inner
 
 FEW_ANSWERS = 50
-"""Maximum number of different answers of a task with labels."""
+"""Maximum number of different answers that a task with labels may have."""
 _MIN_EXAMPLES = 10
 _EXCEPTIONS = 0.05
 _FEW = 3
@@ -32,11 +33,11 @@ _MIN_EXAMPLES_FOR_RARE = 100
 
 _NUMBER = re.compile(r"(?:(?<!\d)[-+])?\d+(?:[.,]\d+)?")  # 1-5 does not contain -5
 _UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
-"""Letters of scripts without spaces between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese."""
+"""Letters of scripts that do not separate words by spaces: Thai, Lao, Burmese, Khmer, Japanese and Chinese."""
 
 
 class AnswerKind(IntFlag):
-    """Properties of an answer, which may be combined."""
+    """Properties of an answer. They can be combined."""
 
     JSON = 1
     LABEL = 2
@@ -48,7 +49,7 @@ class Answer(NamedTuple):
     """Kind and label of an answer.
 
     Attributes:
-        label: the text, or the value in JSON; empty if the answer is not a label.
+        label: the answer's text, or the value in its JSON object; empty if the answer is not a label.
     """
 
     kind: AnswerKind
@@ -56,7 +57,7 @@ class Answer(NamedTuple):
 
 
 def look_at_answer(example: ChatExample) -> Answer:
-    """Return kind and label of an example's answer; its instruction is the system turn or, without one, the prompt."""
+    """Return an example's answer kind and label. The instruction is the system turn, or else the prompt."""
     if example.calls_tools:
         return Answer(AnswerKind(0))
     answer = example.answer.strip()
@@ -78,13 +79,13 @@ def look_at_answer(example: ChatExample) -> Answer:
 
 
 def find_label(answer: str) -> str | None:
-    """Return the label of an answer: its text, or the only value in a JSON object; None if it is not a label."""
+    """Return an answer's label: its text, or the only value in its JSON object. None if it is not a label."""
     answer = answer.strip()
     return _label(answer, _json(answer))
 
 
 def few_labels(counts: Counter[str], examples: int) -> dict[str, int]:
-    """Return answers by frequency if they are few enough to be labels, else an empty dict."""
+    """Return the answers by frequency if they are few enough to be labels, else an empty dict."""
     return dict(counts.most_common()) if 1 < len(counts) <= min(FEW_ANSWERS, examples // 2) else {}
 
 
@@ -94,10 +95,10 @@ def odd_answers(
     labels: NDArray[np.uint64],
     kinds: NDArray[np.uint8],
 ) -> dict[int, tuple[Code, str]]:
-    """Return the indices of answers unlike the others to the same task, each with the problem's code and text.
+    """Return the indices of answers unlike other answers to the same task, each with its code and message.
 
     Args:
-        tasks, answers, labels: hashes, one for each example.
+        tasks, answers, labels: hashes, one per example.
         kinds: `AnswerKind` of each example's answer.
     """
     odd: dict[int, tuple[Code, str]] = {}
@@ -150,20 +151,20 @@ def _odd_labels(kinds: NDArray[np.uint8], answers: NDArray[np.uint64], labels: N
 
 
 def _usual_numbers(kinds: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Return for each label whether it is a number; all False unless most are. A rare number on a scale is not odd."""
+    """Return for each label whether it is a number, or all False unless most are. Rare numbers are not odd."""
     numbers = kinds & AnswerKind.NUMBER > 0
     return numbers if numbers.mean() > 0.5 else np.zeros_like(numbers)
 
 
 def _exceptions(usual: NDArray[np.bool_]) -> int:
-    """Return the number of unusual values if they are few; 0 if there are none, or too many to be exceptions."""
+    """Return the number of unusual values if they are few, or 0 if there are none or too many to be exceptions."""
     count = int((~usual).sum())
     few = len(usual) >= _MIN_EXAMPLES and count <= max(_FEW, _EXCEPTIONS * len(usual))
     return count if few and count < len(usual) / 2 else 0
 
 
 def _json(answer: str) -> object | None:
-    """Return the JSON object or list in an answer; None if the answer is neither."""
+    """Return the JSON object or list that an answer consists of, or None if it is neither."""
     value: object = decode_inner(answer) if answer.startswith(("{", "[")) else None
     return value
 
@@ -179,7 +180,7 @@ def _label(answer: str, value: object | None) -> str | None:
 
 @lru_cache(maxsize=1024)
 def _stands_in(label: str, text: str) -> bool:
-    """Return whether a label is a word of a text, or a number within a range that the text names."""
+    """Return whether a label is a word of the text, or a number within a range that the text names."""
     label, text = label.lower(), text.lower()
     at = text.find(label)
     while at >= 0:
@@ -191,7 +192,7 @@ def _stands_in(label: str, text: str) -> bool:
 
 
 def _is_between(value: float, text: str) -> bool:
-    """Return whether a text names a smaller number and a larger one, as in "from 1 to 5"."""
+    """Return whether a text names both a smaller and a larger number, as in "from 1 to 5"."""
     numbers = [_number(number) for number in _NUMBER.findall(text)]
     return min(numbers, default=value) < value < max(numbers, default=value)
 

@@ -1,4 +1,4 @@
-"""Data about each example that stay in memory while files are streamed: 65 bytes and a sketch of 130 bytes, no text."""
+"""Data kept in memory per example while files are streamed: 65 bytes and a 130-byte sketch, but no text."""
 
 import struct
 from functools import lru_cache
@@ -32,22 +32,20 @@ Rows = NDArray[np.void]
 
 
 class LineTable(NamedTuple):
-    """One row for each example, in the order of reading.
+    """One row for each example, in reading order.
 
     Attributes:
-        rows: numbers and hashes.
-            files: index of the file.
-            lines: number in the file.
-            prompts: hash of all turns before the answer; equal for equal prompts, ignoring spacing and case.
-            pairs: the same kind of hash of prompt and answer together, with the answer's thinking.
-            systems: the same kind of hash of the system turn and the tools; 0 without them.
-            beginnings, endings: equal for examples of one task: hash of the system turn or, without one, of the first
-                and of the last words of the prompt, where instructions are.
-            answers: hash of the exact answer.
-            labels: hash of the answer's label, ignoring spacing and case; 0 if it is not a label.
-            kinds: `AnswerKind` of the answer.
-        sketches: sketches of the prompts, for near duplicates.
-        earlier: the same hash as in `prompts` for each answer before the final one, and the index of its row in `rows`.
+        rows: numbers and hashes. files: index of the file. lines: line number in the file. prompts: hash of
+            all turns before the answer; equal for equal prompts, ignoring spacing and case. pairs: the same
+            kind of hash for prompt and answer together, including the answer's thinking. systems: the same
+            kind of hash for the system turn and the tools; 0 if there are none. beginnings, endings: equal
+            for examples of the same task: hash of the system turn or, without one, of the first and of the
+            last words of the prompt, where instructions are. answers: hash of the exact answer. labels: hash
+            of the answer's label, ignoring spacing and case; 0 if the answer is not a label. kinds:
+            `AnswerKind` of the answer.
+        sketches: sketches of the prompts, for finding near duplicates.
+        earlier: for each answer before the final one, the same hash as in `prompts`, and the index of its
+            row in `rows`.
     """
 
     rows: Rows
@@ -56,7 +54,7 @@ class LineTable(NamedTuple):
 
 
 class LineTableBuilder:
-    """Builds a table, one example at a time."""
+    """Builds a `LineTable`, one example at a time."""
 
     def __init__(self) -> None:
         self._rows = bytearray()
@@ -70,8 +68,8 @@ class LineTableBuilder:
         """Add the next example.
 
         Args:
-            file: index of its file.
-            answer: kind and label of its answer.
+            file: index of the example's file.
+            answer: kind and label of the example's answer.
         """
         *earlier, prompt = answered_prompts(example)
         for before in earlier:
@@ -95,19 +93,19 @@ class LineTableBuilder:
         self._sketcher.add(_asked(example))
 
     def finish(self) -> LineTable:
-        """Return the table. Nothing can be added after that."""
+        """Return the finished table. No more examples can be added after this."""
         earlier = np.frombuffer(self._earlier, _EARLIER)
         return LineTable(np.frombuffer(self._rows, _ROW), self._sketcher.finish(), earlier)
 
 
 def first_with_same(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Return for each key the index of its first occurrence."""
+    """Return the index of each key's first occurrence."""
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
     return first[inverse]
 
 
 def _asked(example: ChatExample) -> str:
-    """Return the text compared for near duplicates: the prompt without the system turn, which many share."""
+    """Return the text compared for near duplicates: the prompt without the system turn, which is often shared."""
     return "\n".join(message.content for message in example.prompt if message.role is not Role.SYSTEM)
 
 
@@ -121,5 +119,5 @@ def _last_words(text: str) -> str:
 
 @lru_cache(maxsize=128)
 def _normal_hash(*texts: str) -> int:
-    """Return the hash of texts that recur often: system turns, tools, labels."""
+    """Return the hash of texts that recur often, such as system turns, tools and labels."""
     return hash_text("\x1d".join(map(normal, texts)))

@@ -1,14 +1,15 @@
-"""Finds near duplicates among very many texts, with 128 bytes per text and without comparing all pairs.
+"""Finds near duplicates among very many texts, using 128 bytes per text and without comparing all pairs.
 
-MinHash (Broder 1997) of runs of three words estimates the Jaccard similarity of two texts; texts that share one of 16
-bands of 4 values are compared (locality-sensitive hashing, Indyk and Motwani 1998): of pairs with similarity 0.8 it
-misses 2 in 10,000. The standard error of an estimate is 0.06. datasketch, with which the tests compare it, takes ten
-times as long and 3 kB per text (6,000 questions of 60 words: 1.7 s instead of 0.15 s).
+MinHash (Broder 1997) over runs of three words estimates the Jaccard similarity of two texts. Texts that
+share one of 16 bands of 4 values are compared (locality-sensitive hashing, Indyk and Motwani 1998),
+which misses 2 in 10,000 of the pairs with similarity 0.8. The standard error of an estimate is 0.06.
+datasketch, which the tests use for comparison, takes ten times as long and 3 kB per text (6,000
+questions of 60 words: 1.7 s instead of 0.15 s).
 
-Runs that occur in more than 5 % of the first 2,000 texts, and in more than 4 different ones, are the task's wording:
-they are left out, so that two short questions under the same long instruction do not count as copies. If fewer than 24
-runs are left, texts count as near only if all runs are the same: in a short text, one different word makes another
-question.
+Runs that occur in more than 5 % of the first 2,000 texts, and in more than 4 different texts, belong to
+the task's wording. They are left out, so that two short questions under the same long instruction do not
+count as copies. If fewer than 24 runs remain, texts count as near duplicates only if all their runs are
+the same, because in a short text a single different word makes a different question.
 """
 
 import re
@@ -21,20 +22,21 @@ from numpy.typing import NDArray
 from svc.dataset.text.plain_text import unified
 
 SIMILAR = 0.7
-"""Minimum Jaccard similarity of near duplicates."""
+"""Minimum Jaccard similarity of two texts that count as near duplicates."""
 _VALUES = 64
 _BAND = 4
 _MIN_RUNS = 24
 _SAMPLE = 2_000
 _COMMON_SHARE = 0.05
 _COMMON_TEXTS = 4
-"""Number of different texts that may share a run that is not common: a small file may have as many altered copies."""
+"""Number of different texts that may share a run before it counts as common, because a small file may
+contain that many altered copies."""
 _BATCH = 256
 _MAX_WORDS = 4_096
 _MAX_CHARS = 60_000
 _PAIR_BATCH = 2**16
 _WORD = re.compile("[\u3040-\u30ff\u3400-\u9fff]|[^\\W\u3040-\u30ff\u3400-\u9fff]+")
-"""A word; in Chinese and Japanese, a character."""
+"""Matches a word or, in Chinese and Japanese, a single character."""
 _ASCII_WORDS = bytes(code if _WORD.fullmatch(chr(code)) else 0x20 for code in range(128)) + bytes(128)
 _EDGE = [0x51ED270B, 0xB5026F5B]
 
@@ -46,15 +48,14 @@ _OFFSETS = _random.integers(0, 2**32, _VALUES, dtype=np.uint32)
 
 _SKETCH = np.dtype([("values", np.uint16, _VALUES), ("runs", np.uint16)])
 Sketches = NDArray[np.void]
-"""One row for each text.
+"""One row per text.
 
-`values`: the low 16 bits of the smallest hash under each of 64 functions. `runs`: number of different runs of three
-words in the text, without the common ones; 0 if it cannot be compared.
-"""
+`values`: the low 16 bits of the smallest hash under each of 64 functions. `runs`: number of different
+runs of three words in the text, excluding common ones; 0 if the text cannot be compared."""
 
 
 class Sketcher:
-    """Builds sketches of one text after the other, with 130 bytes of memory per text."""
+    """Builds sketches of texts added one after another, using 130 bytes of memory per text."""
 
     def __init__(self) -> None:
         self._rows = bytearray()
@@ -62,14 +63,14 @@ class Sketcher:
         self._common: Numbers | None = None
 
     def add(self, text: str) -> None:
-        """Add the next text. Spacing, case and punctuation do not count."""
+        """Add the next text. Spacing, case and punctuation are ignored."""
         hashes = list(map(zlib.crc32, _words(unified(text[:_MAX_CHARS]))[:_MAX_WORDS]))
         self._waiting.append(np.array([*_EDGE, *hashes, *_EDGE] if hashes else [], dtype=np.uint32))
         if len(self._waiting) >= (_SAMPLE if self._common is None else _BATCH):
             self._flush()
 
     def finish(self) -> Sketches:
-        """Return the sketches of all texts, in order."""
+        """Return the sketches of all added texts, in order."""
         self._flush()
         return np.frombuffer(self._rows, _SKETCH)
 
@@ -85,8 +86,8 @@ def clusters(sketches: Sketches) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Group near duplicates transitively.
 
     Returns:
-        For each text: the index of the first text in its group, and the index of the first earlier text that is near to
-        it, or -1.
+        For each text, the index of the first text in its group, and the index of the first earlier text that
+        is a near duplicate of it, or -1.
     """
     count = len(sketches)
     group, earlier = np.arange(count), np.full(count, count)
@@ -107,7 +108,7 @@ def clusters(sketches: Sketches) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 
 
 def nearest(sketches: Sketches, others: Sketches) -> NDArray[np.int64]:
-    """Return for each text the index of one of the others that is near to it; -1 if there is none."""
+    """Return for each text the index of a near duplicate among `others`, or -1 if there is none."""
     matches = np.full(len(sketches), -1)
     usable, theirs = np.flatnonzero(sketches["runs"]), np.flatnonzero(others["runs"])
     for band in range(_VALUES // _BAND):
@@ -120,7 +121,7 @@ def nearest(sketches: Sketches, others: Sketches) -> NDArray[np.int64]:
 
 
 def places_in(keys: NDArray[np.uint64], others: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Return the index of each key's first occurrence among the others, or -1."""
+    """Return the index of each key's first occurrence in `others`, or -1 if it does not occur there."""
     if not len(others):
         return np.full(len(keys), -1)
     order = np.argsort(others, kind="stable")
@@ -129,14 +130,14 @@ def places_in(keys: NDArray[np.uint64], others: NDArray[np.uint64]) -> NDArray[n
 
 
 def _words(text: str) -> list[bytes]:
-    """Return the words of a text in lower case; ASCII, as in most texts, takes a fifth of the time."""
+    """Return the words of a text in lower case. ASCII text, the most common case, takes a fifth of the time."""
     if text.isascii():
         return text.encode("ascii").translate(_ASCII_WORDS).split()
     return [word.encode("utf-8", "surrogatepass") for word in _WORD.findall(text)]
 
 
 def _runs_of_three(texts: Sequence[Numbers]) -> tuple[Numbers, NDArray[np.int64]]:
-    """Return all runs of all texts, and the text that each belongs to; runs of one text are sorted and unique."""
+    """Return all runs of all texts, and the text that each run belongs to. A text's runs are sorted and unique."""
     words = np.concatenate(texts)
     owner = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
     if len(words) < 3:
@@ -149,7 +150,7 @@ def _runs_of_three(texts: Sequence[Numbers]) -> tuple[Numbers, NDArray[np.int64]
 
 
 def _mixed(numbers: Numbers) -> Numbers:
-    """Apply MurmurHash3's finalizer: every bit depends on every other."""
+    """Apply MurmurHash3's finalizer, which makes every bit depend on every other bit."""
     numbers = (numbers ^ numbers >> np.uint32(16)) * np.uint32(0x85EBCA6B)
     numbers = (numbers ^ numbers >> np.uint32(13)) * np.uint32(0xC2B2AE35)
     return numbers ^ numbers >> np.uint32(16)
@@ -178,7 +179,7 @@ def _sketch(texts: Sequence[Numbers], common: Numbers | None) -> Sketches:
 
 
 def _band(sketches: Sketches, band: int) -> NDArray[np.uint64]:
-    """Return four values of 16 bits as one of 64."""
+    """Return the four 16-bit values of a band as one 64-bit value."""
     part = np.ascontiguousarray(sketches["values"][:, band * _BAND : (band + 1) * _BAND])
     return part.view(np.uint64).ravel()
 
@@ -186,7 +187,7 @@ def _band(sketches: Sketches, band: int) -> NDArray[np.uint64]:
 def _near(
     sketches: Sketches, ones: NDArray[np.int64], others: Sketches, theirs: NDArray[np.int64]
 ) -> NDArray[np.bool_]:
-    """Return for each pair whether it is similar enough."""
+    """Return for each pair of texts whether they are similar enough to be near duplicates."""
     near = np.zeros(len(ones), np.bool_)
     for start in range(0, len(ones), _PAIR_BATCH):
         part = slice(start, start + _PAIR_BATCH)
@@ -199,10 +200,10 @@ def _near(
 
 
 def unite(group: NDArray[np.int64], ones: NDArray[np.int64], others: NDArray[np.int64]) -> None:
-    """Merge the groups of each pair in place, into the group with the smaller number.
+    """Merge the groups of each pair, in place, into the group with the smaller number.
 
     Args:
-        group: for each text the index of its group's first text.
+        group: for each text, the index of the first text in its group.
         ones, others: the first and the second text of each pair.
     """
     while len(ones):

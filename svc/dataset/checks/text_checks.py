@@ -1,6 +1,7 @@
 """Suspicious content in texts: special tokens, template code, control characters, wrongly decoded UTF-8.
 
-All of these are warnings: the text can be trained on. Knows nothing of examples.
+All of these are only warnings, because the text can be trained on. This module knows nothing about
+examples.
 """
 
 import re
@@ -29,18 +30,20 @@ _JINJA = re.compile(
     r"|(?<![\\\w{}^$=])\{\{(?!-?[\d\s.]{1,60}\}\})-?[ \t]{0,20}[\w.\[\]'\"]{1,80}"  # not a number: C++ has {{1}}
     r"(?:[ \t]{0,20}(?:[|*/+(\[~<>-]|[=!]=|\b(?:if|is|in|and|or|not)\b)[^{};\n]{0,200})?[ \t]{0,20}-?\}\}"
 )
-"""Repetitions are bounded or end at a brace, so that the time is linear in a text's length."""
+"""Matches template code. Repetitions are bounded or end at a brace, so that matching takes linear time."""
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x84\x86-\x9f]")
 _HIDDEN = re.compile("\u202e|(?<![\U0001f3f4\U000e0020-\U000e007e])[\U000e0020-\U000e007f]")
-"""Characters that hide text or its order. Tag characters after a black flag are excluded: they are a region's flag."""
+"""Characters that hide text or change its order. Tag characters after a black flag are excluded, because
+they encode a region's flag."""
 
 _GOOD = re.compile("\x85|(?<=Å)[²³±]|(?<=[A-ZÀ-Þ]Ã)[”»]|»(?=[ÄÖÜ])")
-"""Valid text that ftfy doubts: a line end, units (Å²), quotes after words in capitals and around German (»Öl«)."""
+"""Valid text that ftfy would flag: a line end, units (Å²), and quotes after capitalized words or around
+German words (»Öl«)."""
 _MAX_SHOWN = 60
 
 
 class TextChecks:
-    """Finds suspicious content in a text.
+    """Finds suspicious content in texts.
 
     Args:
         tokens: special tokens of the base model, in addition to the known ones.
@@ -52,7 +55,7 @@ class TextChecks:
         self._marks = None if own else ("<", "[")
 
     def problems(self, text: str) -> tuple[tuple[Code, str], ...]:
-        """Return the code and the text of each kind of suspicious content, with its first position."""
+        """Return a code and message for each kind of suspicious content found, with its first position."""
         return tuple(self._find(text))
 
     def _find(self, text: str) -> Iterator[tuple[Code, str]]:

@@ -1,1 +1,1 @@
-"""Problems of lines, and the log that collects them."""
+"""Problems found in data lines, and the log that collects them."""

@@ -1,6 +1,7 @@
-"""Problems in examples: every kind has a code, a severity and a remedy.
+"""Problems found in examples. Every kind of problem has a code, a severity and a remedy.
 
-docs/data.md explains each code, as a test checks. Knows nothing of files beyond their names.
+docs/data.md explains each code; a test checks this. This module knows nothing about files except their
+names.
 """
 
 from dataclasses import dataclass
@@ -10,14 +11,14 @@ from svc.errors import DataError
 
 
 class Severity(StrEnum):
-    """Whether a line can be trained on."""
+    """Severity of a problem: whether the line can still be trained on."""
 
     ERROR = "error"
     WARNING = "warning"
 
 
 class Code(StrEnum):
-    """The kinds of problems."""
+    """The kinds of problems that a line can have."""
 
     UNREADABLE = "unreadable"
     NOT_UTF8 = "not_utf8"
@@ -82,11 +83,11 @@ _WARNINGS = {
     Code.ANSWER_NOT_JSON: "write the answer as JSON like the others, or drop the example",
 }
 TODO: dict[Code, str] = {**_ERRORS, **_WARNINGS}
-"""The next thing to do, for every code."""
+"""What the user should do next, for every problem code."""
 
 
 def severity_of(code: Code) -> Severity:
-    """Return the severity: an error is a line that cannot be trained on, a warning one that a person should check."""
+    """Return a code's severity. Lines with errors cannot be trained on; lines with warnings need checking."""
     return Severity.ERROR if code in _ERRORS else Severity.WARNING
 
 
@@ -95,8 +96,9 @@ class Problem:
     """A problem in one line of a data file.
 
     Attributes:
-        line: from 1; the row of a Parquet file.
-        field: path in the example, as the file names it; empty for the example as a whole.
+        line: line number, starting at 1; for a Parquet file, the row number.
+        field: path within the example, as named in the file; empty if the problem concerns the whole
+            example.
     """
 
     file: str
@@ -109,18 +111,18 @@ class Problem:
 
 
 def printable(text: str) -> str:
-    """Return a text with escapes for characters that move a terminal's cursor or cannot be written as UTF-8."""
+    """Return a text, escaping characters that move a terminal's cursor or cannot be written as UTF-8."""
     if text.isprintable():
         return text
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 class RowError(DataError):
-    """An example that cannot be trained on.
+    """Raised for an example that cannot be trained on.
 
     Args:
-        field: path in the example; the message begins with it.
-        wrong: the fault, with the value, which may be any text.
+        field: path within the example; the message begins with it.
+        wrong: what is wrong, including the value, which may be any text.
     """
 
     def __init__(self, code: Code, wrong: str, *, field: str = "", expected: str = "") -> None:
@@ -131,5 +133,5 @@ class RowError(DataError):
         self._detail = wrong
 
     def at(self, field: str) -> "RowError":
-        """Return the same error with another field name."""
+        """Return the same error for a different field."""
         return RowError(self.code, self._detail, field=field, expected=self.expected)

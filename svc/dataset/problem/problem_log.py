@@ -1,4 +1,4 @@
-"""The problems of one file: any number of them in bounded memory, read back in the order of lines."""
+"""The problems of one file. Stores any number in bounded memory and reads them back in line order."""
 
 import os
 import sqlite3
@@ -9,7 +9,7 @@ from svc.dataset.problem.problem import TODO, Code, Problem, Severity, severity_
 
 
 class ProblemLog:
-    """Problems in the order of their lines; those of one line in the order in which they were added."""
+    """A file's problems, ordered by line and, within a line, by the order in which they were added."""
 
     def __init__(self) -> None:
         self.codes: Counter[Code] = Counter()
@@ -17,7 +17,7 @@ class ProblemLog:
         self._database.execute("CREATE TABLE problem (file, line, code, message, field)")
 
     def add(self, file: str, line: int, code: Code, message: str, field: str) -> None:
-        """Add a problem."""
+        """Add a problem to the log."""
         self.codes[code] += 1
         self._database.execute(
             "INSERT INTO problem VALUES (?, ?, ?, ?, ?)", (os.fsencode(file), line, code.value, message, field)
@@ -25,7 +25,7 @@ class ProblemLog:
 
     @property
     def errors(self) -> int:
-        """Number of problems that prevent training on their line."""
+        """Number of problems that make their line unusable for training."""
         return sum(count for code, count in self.codes.items() if severity_of(code) is Severity.ERROR)
 
     def __len__(self) -> int:

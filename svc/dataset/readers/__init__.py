@@ -1,1 +1,1 @@
-"""Chat examples from files: JSONL, JSON, CSV and Parquet, compressed or not, in the formats of the field."""
+"""Reads chat examples from JSONL, JSON, CSV and Parquet files, compressed or not, in commonly used formats."""

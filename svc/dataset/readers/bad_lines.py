@@ -1,9 +1,9 @@
-"""Lines that a training run skipped: their bytes, and the problem of each.
+"""Stores the lines that a training run skipped: their bytes, and the problem with each line.
 
     FOLDER/train.jsonl      the bytes of every bad line of train.jsonl
-    FOLDER/problems.jsonl   file, line, code and message of each
+    FOLDER/problems.jsonl   file, line, code and message of each problem
 
-A fixed line can be put back into the data.
+Once fixed, a line can be put back into the data.
 """
 
 import json
@@ -17,10 +17,10 @@ _INDEX = "problems.jsonl"
 
 
 class BadLines:
-    """Collects bad lines. The folder is created with the first line; content of an earlier run is deleted.
+    """Collects bad lines. The folder is created with the first line, and an earlier run's content is deleted.
 
     Args:
-        folder: used by this object only.
+        folder: folder for the lines, used by this object only.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -30,10 +30,10 @@ class BadLines:
         shutil.rmtree(folder, ignore_errors=True)
 
     def add(self, path: Path, number: int, raw: bytes, problem: RowError) -> None:
-        """Store one line.
+        """Store one bad line.
 
         Args:
-            raw: its bytes.
+            raw: the line's bytes.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self.count += 1
@@ -44,7 +44,7 @@ class BadLines:
             index.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
     def _name(self, path: Path) -> str:
-        """Return the file's name without compression suffix; the second file with the same name gets a number."""
+        """Return the file's name without its compression suffix. A second file with the same name gets a number."""
         if path not in self._names:
             name = path.stem if path.suffix.lower() in COMPRESSIONS else path.name
             name += ".jsonl" if name.endswith(".parquet") else ""

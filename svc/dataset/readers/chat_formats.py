@@ -1,7 +1,7 @@
-"""Formats of examples, and their conversion to chat examples.
+"""Chat example formats, and their conversion to chat examples.
 
-A format is recognised by its keys. Nothing is guessed: a row with the keys of two formats is an error. Knows nothing of
-files.
+A format is recognized by its keys. Nothing is guessed: a row with the keys of two formats is an error.
+This module knows nothing about files.
 """
 
 import re
@@ -28,7 +28,7 @@ _PLACE = re.compile(r"messages\[(\d+)\](?:\.(\w+))?")
 
 
 class Format(StrEnum):
-    """Layout of a row, recognised by its keys."""
+    """Layout of a row, recognized by its keys."""
 
     CHAT = "chat"
     SHAREGPT = "sharegpt"
@@ -50,17 +50,17 @@ KEYS: dict[Format, tuple[str, ...]] = {
     Format.OPENAI_EVALS_OUTPUT: ("datasource_item",),
     Format.OPENAI_EVALS_ITEM: ("item",),
 }
-"""Keys of each format; a row with the keys of several has the first format."""
+"""Keys of each format. A row that has the keys of several formats is assigned the first one."""
 _OWN_KEYS = {Format.XLAM, Format.OPENAI_EVALS_ITEM, Format.OPENAI_EVALS_OUTPUT}
-"""Formats whose keys may also be unrelated keys in a row of another format."""
+"""Formats whose keys may also occur as unrelated keys in a row of another format."""
 _OPTIONAL_KEYS = {"input", "system", "history", "tools", "functions", "sample"}
 READ_KEYS = _OPTIONAL_KEYS.union(*KEYS.values())
-"""All keys of a row that are read."""
+"""All row keys that are read."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Turns:
-    """Chat turns, and for each the fields of the file that its role and its content come from."""
+    """Chat turns, with the file's fields from which each turn's role and content come."""
 
     turns: list[dict[str, Any]] = field(default_factory=list)
     fields: list[tuple[str, str]] = field(default_factory=list)
@@ -70,12 +70,12 @@ class _Turns:
         self.fields.append((role_place or place, place))
 
     def add_system(self, value: dict[str, Any]) -> None:
-        """Add the system prompt, if the row has one apart from its turns."""
+        """Add the system prompt if the row stores one separately from its turns."""
         if not _absent(value.get("system")):
             self.add("system", value["system"], "system")
 
     def source_field(self, name: str) -> str:
-        """Return the file's name for a field such as `messages[1].content`."""
+        """Return the file's own name for a field such as `messages[1].content`."""
         place = _PLACE.match(name)
         if not place:
             return name
@@ -90,12 +90,12 @@ class _Turns:
 
 
 def recognise(value: Any) -> Format | None:
-    """Return the format whose keys a row has, or the first of several."""
+    """Return the format whose keys a row has, or the first such format if there are several."""
     return next((form for form in KEYS if isinstance(value, dict) and _has_keys(value, form)), None)
 
 
 def header_fault(names: Sequence[str]) -> RowError | None:
-    """Return an error if a table has two columns for one key, of which only one could be read."""
+    """Return an error if a table has two columns for the same key, because only one of them could be read."""
     twice = [name for name, count in Counter(names).items() if count > 1 and name in READ_KEYS]
     if not twice:
         return None
@@ -103,14 +103,14 @@ def header_fault(names: Sequence[str]) -> RowError | None:
 
 
 def parse_row(value: Any, form: Format) -> tuple[ChatExample, tuple[str, ...]]:
-    """Return the chat example of a row, and for each message the field that holds its text.
+    """Return a row's chat example, and for each message the field that holds its text.
 
     Args:
         form: the format of the file.
 
     Raises:
-        RowError: the row's format differs from the file's, or the row is not valid in it; the error names fields as
-            the file does.
+        RowError: the row's format differs from the file's, or the row is invalid in that format; the error
+            uses the file's field names.
     """
     own, keys = recognise(value), _quoted(KEYS[form])
     if own is not None and own is not form:
@@ -143,12 +143,12 @@ def _has_keys(value: dict[str, Any], form: Format) -> bool:
 
 
 def _own_fields(example: ChatExample) -> tuple[ChatExample, tuple[str, ...]]:
-    """Return an example, and for each message its field in the chat format, such as `messages[1].content`."""
+    """Return an example, and the chat-format field of each message, such as `messages[1].content`."""
     return example, tuple(f"messages[{place}].content" for place in range(len(example.messages)))
 
 
 def _read_chat(value: dict[str, Any]) -> tuple[ChatExample, tuple[str, ...]]:
-    """Read turns that need no change; the row may have a system prompt apart from them, as in Anthropic's API."""
+    """Read turns that need no conversion. The system prompt may be separate, as in Anthropic's API."""
     system, turns = value.get("system"), value["messages"]
     if _absent(system) or not isinstance(turns, list):
         return _own_fields(parse_example(value))
@@ -160,7 +160,7 @@ def _read_chat(value: dict[str, Any]) -> tuple[ChatExample, tuple[str, ...]]:
 
 
 def _without_system(place: re.Match[str]) -> str:
-    """Return a field's name if the system turn does not count: `messages[0].role` for `messages[1].role`."""
+    """Return a field's name without counting the system turn: `messages[0].role` for `messages[1].role`."""
     number = int(place[1])
     return place[0].replace(f"[{number}]", f"[{number - 1}]", 1) if number else "system"
 
@@ -192,7 +192,7 @@ def _read_alpaca(value: dict[str, Any], chat: _Turns) -> None:
 
 
 def _read_prompt_completion(value: dict[str, Any], chat: _Turns) -> None:
-    """Read two texts, or two lists of turns as in TRL."""
+    """Read a prompt and a completion, given as two texts or, as in TRL, as two lists of turns."""
     chat.add_system(value)
     for key, role in (("prompt", "user"), ("completion", "assistant")):
         if not isinstance(value[key], list):
@@ -222,7 +222,7 @@ def _read_sharegpt(value: dict[str, Any], chat: _Turns) -> None:
 
 
 def _read_xlam(value: dict[str, Any], chat: _Turns) -> None:
-    """Read a question and the calls that answer it, as JSON text."""
+    """Read a question and the tool calls that answer it, both given as JSON text."""
     chat.add_system(value)
     chat.add("user", value["query"], "query")
     chat.add("assistant", None, "answers", tool_calls=_called(value["answers"], "answers"))
@@ -239,7 +239,7 @@ def _called(content: Any, field: str) -> list[dict[str, Any]]:
 
 
 def _absent(value: Any) -> bool:
-    """Return whether an optional value is missing: CSV and Alpaca files have empty text instead."""
+    """Return whether an optional value is missing. CSV and Alpaca files use empty text for missing values."""
     return value is None or (isinstance(value, str) and not value.strip())
 
 

@@ -1,7 +1,7 @@
-"""Records of CSV files: the header names the keys, every cell is text.
+"""Reads CSV records. The header names the keys, and every cell is text.
 
-Cells of the columns with lists (`messages`, `conversations`, `tools`, `history`) are JSON. The separator is the one of
-comma, semicolon and tab with which the header has the keys of a format.
+Cells of columns that hold lists (`messages`, `conversations`, `tools`, `history`) are JSON. The
+separator is whichever of comma, semicolon and tab makes the header contain the keys of a format.
 """
 
 import codecs
@@ -22,7 +22,7 @@ _NAMED_SEPARATOR = re.compile(r'"?sep=([^\w\s"]|\t)"?')
 
 
 def read_csv(stream: BinaryIO) -> Iterator[Row]:
-    """Yield every record with the number of its first line."""
+    """Yield every record with its first line number."""
     csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW_BYTES))
     lines = _Lines(stream)
     separator, names = _find_header(lines)
@@ -49,7 +49,7 @@ def read_csv(stream: BinaryIO) -> Iterator[Row]:
 
 
 class _Lines:
-    """The lines of a file as text; `taken` contains the bytes read since it was last cleared."""
+    """The lines of a file as text. `taken` holds the bytes read since it was last cleared."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -70,10 +70,10 @@ class _Lines:
 
 
 def _find_header(lines: _Lines) -> tuple[str, list[str]]:
-    """Return the separator and the names of the columns.
+    """Return the separator and the column names.
 
-    The header is the first line that is not blank, or the second after a line that names the separator. Spreadsheets
-    write such a line, as `sep=;`, for other spreadsheets.
+    The header is the first line that is not blank, or the line after it if the first one names the
+    separator. Spreadsheet programs write such a line, for example `sep=;`, for other spreadsheet programs.
     """
     written = (line for line in lines if line.strip())
     line, separators = next(written, ""), _SEPARATORS

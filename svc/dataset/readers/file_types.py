@@ -1,4 +1,4 @@
-"""Reads the records of a data file. The file name determines the container format and the compression."""
+"""Reads the records of a data file. The file name determines its container format and compression."""
 
 import bz2
 import gzip
@@ -35,26 +35,26 @@ _DECOMPRESS: dict[str, Callable[[BinaryIO], Any]] = {
 COMPRESSIONS = tuple(_DECOMPRESS)
 CONTAINERS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 SUITES = (".yaml", ".yml")
-"""Read only if the file itself is given; in a folder it may be a recipe."""
+"""Suffixes of files that are read only if given directly. In a folder, such a file may be a recipe."""
 _REPORT_EVERY = 256  # rows
 
 
 def is_data_file(path: Path) -> bool:
-    """Return whether a file's name means that it contains examples."""
+    """Return whether the file name indicates that the file contains examples."""
     return bare_name(path).endswith(CONTAINERS)
 
 
 def bare_name(path: Path) -> str:
-    """Return a file's name in lower case without its compression suffix."""
+    """Return the file name in lower case, without its compression suffix."""
     name = path.name.lower()
     return name[: -len(path.suffix)] if path.suffix.lower() in COMPRESSIONS else name
 
 
 def read_rows(path: Path, on_read: Callable[[int], None] = lambda position: None) -> Iterator[Row]:
-    """Yield the records of a file; a file of unknown type is read as JSONL.
+    """Yield the records of a file. Files of unknown type are read as JSONL.
 
     Args:
-        on_read: called at intervals with the number of bytes of the file on disk that were read so far.
+        on_read: called at intervals with the number of bytes of the file on disk read so far.
 
     Raises:
         DataError: the file does not exist or cannot be opened.

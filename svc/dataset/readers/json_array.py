@@ -1,8 +1,9 @@
-"""Records of a JSON file that is one long list; never in memory as a whole.
+"""Reads the records of a JSON file that is one long list, without loading the whole list into memory.
 
-ijson reads such lists three times as fast. But it reports neither the line nor the bytes of an element, which reports
-of bad lines need; it takes the last of duplicate keys, turns half a surrogate pair into `?`, and stops at the first
-byte that is not UTF-8 and at the first NaN, although good elements may follow.
+ijson reads such lists three times as fast. However, it reports neither the line nor the bytes of an
+element, which reports of bad lines need. It also takes the last of duplicate keys, turns half a
+surrogate pair into `?`, and stops at the first byte that is not UTF-8 and at the first NaN, although
+good elements may follow.
 """
 
 import codecs
@@ -20,17 +21,17 @@ _NO_SPACE = re.compile(r"[^ \t\r\n]")
 
 
 def starts_with_list(head: bytes) -> bool:
-    """Return whether a file that begins with these bytes is one list rather than JSONL."""
+    """Return whether a file beginning with these bytes is a single list rather than JSONL."""
     return head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
 
 
 def read_list(stream: BinaryIO) -> Iterator[Row]:
-    """Yield the elements of a list. A syntax error is the last row, because no later element can be found."""
+    """Yield the elements of a list. A syntax error ends the list, because later elements cannot be located."""
     return _ListReader(stream).rows()
 
 
 class _ListReader:
-    """Decodes element after element from a buffer that is filled as needed."""
+    """Decodes one element after another from a buffer that is filled as needed."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -90,7 +91,7 @@ class _ListReader:
         return Row(line, raw, value, fault)
 
     def _next(self) -> str:
-        """Advance to the next character that is not white space and return it; empty at the end of the file."""
+        """Advance to the next non-whitespace character and return it, or return "" at the end of the file."""
         while True:
             match = _NO_SPACE.search(self._text, self._at)
             end = match.start() if match else len(self._text)
@@ -107,7 +108,7 @@ class _ListReader:
         self._at = 0
 
     def _give_up(self, line: int, error: RowError) -> Row:
-        """Return the last row: the element's end is unknown, so no later element can be found."""
+        """Return the last row. The element's end is unknown, so no later element can be found."""
         self._lost = True
         rest = self._text[self._at : self._at + MAX_ROW_BYTES]
         return Row(line, rest.encode("utf-8", "surrogateescape"), error=error)
@@ -118,7 +119,7 @@ class _ListReader:
 
 
 def _decode(text: str, at: int) -> tuple[Any, int, RowError | None]:
-    """Return an element, the index after it, and the fault that only the strict decoder found, if any."""
+    """Return an element, the index after it, and the error that only the strict decoder raises, if any."""
     try:
         return *STRICT.raw_decode(text, at), None
     except RowError as fault:

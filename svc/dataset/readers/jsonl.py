@@ -1,6 +1,6 @@
-"""Records of JSONL files; never in memory as a whole.
+"""Reads JSONL records without loading the whole file into memory.
 
-Lines end only at the LF byte: `str.splitlines` also breaks at U+2028, which is valid JSON.
+Lines end only at the LF byte, because `str.splitlines` also breaks at U+2028, which is valid in JSON.
 """
 
 import codecs
@@ -15,7 +15,7 @@ _BLOCK = 2**20
 
 
 def read_jsonl(stream: BinaryIO) -> Iterator[Row]:
-    """Yield every line; memory is bounded by the longest line, at most `MAX_ROW_BYTES`."""
+    """Yield every line. Memory is bounded by the longest line, up to `MAX_ROW_BYTES`."""
     number = 0
     while raw := stream.readline(MAX_ROW_BYTES + 1):
         number += 1

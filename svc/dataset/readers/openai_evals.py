@@ -1,7 +1,7 @@
-"""Files of OpenAI's evals: lines of the open-source `evals`, data sources of the hosted product, and its results.
+"""Reads OpenAI evals files: open-source `evals` lines, and the hosted product's data sources and results.
 
-The keys of data sources are chosen by their owner. Question and answer are recognised by customary names; without
-exactly one of each, the row is rejected.
+The owner of a data source chooses its keys. The question and the answer are recognized by their usual
+names; a row without exactly one of each is rejected.
 """
 
 from collections.abc import Sequence
@@ -21,16 +21,16 @@ def turns_of_line(value: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the turns of a row with `input` and `ideal`, as in the open-source `evals`.
 
     Raises:
-        RowError: the row is not of this kind; the error names the field at fault.
+        RowError: the row is not of this kind; the error names the faulty field.
     """
     return [*_turns(value["input"], "input"), _answer(value["ideal"], "ideal")]
 
 
 def turns_of_item(value: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the turns of `{"item": {...}}` of a data source.
+    """Return the turns of a data source's row, `{"item": {...}}`.
 
     Raises:
-        RowError: the row is not of this kind; the error names the field at fault.
+        RowError: the row is not of this kind; the error names the faulty field.
     """
     item = expect(dict, value["item"], "item", "an object")
     question, answer = _key(item, QUESTIONS, "item"), _key(item, ANSWERS, "item")
@@ -38,10 +38,10 @@ def turns_of_item(value: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def turns_of_output(value: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the turns of an evaluation's result: the question and its reference; the model's answer is ignored.
+    """Return the turns of an evaluation result: the question and its reference. The model's answer is ignored.
 
     Raises:
-        RowError: the row is not of this kind; the error names the field at fault.
+        RowError: the row is not of this kind; the error names the faulty field.
     """
     item, sample = expect(dict, value["datasource_item"], "datasource_item", "an object"), value.get("sample")
     item = item["item"] if isinstance(item.get("item"), dict) else item
@@ -70,7 +70,7 @@ def _turns(value: Any, field: str) -> list[dict[str, Any]]:
 
 
 def _text(content: Any) -> Any:
-    """Return content in parts as one text, if all parts are text."""
+    """Return multi-part content as one text if all its parts are text."""
     if not isinstance(content, list):
         return content
     texts = [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
@@ -78,7 +78,7 @@ def _text(content: Any) -> Any:
 
 
 def _answer(value: Any, field: str) -> dict[str, Any]:
-    """Return the reference as a turn. Several accepted answers are an error, because an example has one reference."""
+    """Return the reference as a turn. Several accepted answers are an error: an example has one reference."""
     if isinstance(value, list):
         if len(value) != 1:
             wrong = f"has {len(value)} answers"

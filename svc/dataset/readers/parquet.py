@@ -1,6 +1,7 @@
-"""Records of Parquet files, one batch of rows in memory at a time.
+"""Reads Parquet records, holding one batch of rows in memory at a time.
 
-Only the columns of the formats are read: others are irrelevant, and may have types that Python lacks.
+Only the columns that the formats use are read. All other columns are irrelevant, and may have types that
+Python lacks.
 """
 
 import json
@@ -16,10 +17,10 @@ _BATCH_ROWS = 256
 
 
 def read_parquet(path: Path, on_read: Callable[[int], None]) -> Iterator[Row]:
-    """Yield every row; its row number replaces the line number.
+    """Yield every row, with its row number in place of a line number.
 
     Args:
-        on_read: called with the approximate number of bytes that were read so far.
+        on_read: called with the approximate number of bytes read so far.
     """
     import pyarrow
     import pyarrow.parquet
@@ -48,7 +49,7 @@ def _row(number: int, batch: Any, place: int, others: list[str]) -> Row:
     """Return one row.
 
     Args:
-        others: columns that are not read: included without a value, so that errors can name them.
+        others: columns that are not read; they are included without a value, so that errors can name them.
     """
     try:
         value = batch.slice(place, 1).to_pylist()[0]

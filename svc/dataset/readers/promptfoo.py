@@ -1,7 +1,8 @@
-"""Promptfoo's YAML as rows in the chat format: every test with every prompt, its variables and its reference answer.
+"""Reads Promptfoo's YAML as chat rows: each test with each prompt, its variables and reference answer.
 
-Templates are in Nunjucks, a programming language: only names are replaced here; anything else in braces and code in
-other files are rejected. Text files in the YAML's folder or below are read. A test that yields no example is an error.
+Promptfoo's templates use Nunjucks, a programming language. Only names are replaced here; anything else
+in braces, and code in other files, is rejected. Text files in the YAML file's folder or below are read.
+A test that yields no example is an error.
 """
 
 import json
@@ -23,14 +24,15 @@ _CODE = re.compile(r"\{\{|\{%|\{#")
 _FILE = "file://"
 _TEXT_FILES = (".txt", ".md", ".json")
 _REFERENCES = ("equals", "similar", "levenshtein", "rouge-n", "bleu", "meteor", "factuality", "contains", "icontains")
-"""Assertions whose value is an answer; the first one in a test is its reference."""
+"""Assertion types whose value is an answer, in order of preference. The first one that a test has gives the
+test's reference answer."""
 
 
 def read_promptfoo(path: Path, stream: BinaryIO) -> Iterator[Row]:
-    """Yield a row for each test and prompt, with the first line of the test.
+    """Yield a row for each combination of test and prompt, with the first line number of the test.
 
     Args:
-        path: path of the file; files that it names are in the same folder or below.
+        path: path of the YAML file; the files that it names are in the same folder or below.
     """
     raw = stream.read(MAX_ROW_BYTES + 1)
     try:
@@ -56,11 +58,11 @@ def read_promptfoo(path: Path, stream: BinaryIO) -> Iterator[Row]:
 
 @dataclass(frozen=True, slots=True)
 class _Suite:
-    """The tests, and the prompts, variables and assertions that they share.
+    """The tests, together with the prompts, variables and assertions that they share.
 
     Attributes:
-        folder: folder that contains the file.
-        prompts: each a text or a list of turns.
+        folder: folder that contains the YAML file.
+        prompts: prompts, each a text or a list of turns.
     """
 
     folder: Path
@@ -70,10 +72,10 @@ class _Suite:
     assertions: list[Any]
 
     def example(self, prompt: Any, test: Any) -> dict[str, Any]:
-        """Return a row in the chat format.
+        """Return the row in the chat format for one prompt and one test.
 
         Raises:
-            RowError: the test has no reference, or needs code.
+            RowError: the test has no reference answer, or it needs code.
         """
         if not isinstance(test, dict):
             raise _fault("tests", f"is {test!r:.80}", "a mapping with vars and assert")
@@ -105,10 +107,10 @@ def _reference(assertions: list[Any], variables: dict[str, Any]) -> str:
 
 
 def _render(template: str, variables: dict[str, Any], field: str) -> str:
-    """Replace names by the values of variables; values are not templates.
+    """Replace names in a template with variable values. The values themselves are not treated as templates.
 
     Raises:
-        RowError: the template has an unknown name, or code.
+        RowError: the template contains an unknown name or code.
     """
     if _CODE.search(_NAME.sub("", template)):
         raise _fault(field, f"has code in its template: {template!r:.120}", "names only, as {{question}}")
@@ -125,7 +127,7 @@ def _render(template: str, variables: dict[str, Any], field: str) -> str:
 
 
 def _read_beside(folder: Path, reference: str, field: str) -> str:
-    """Return the text of a file that the YAML names.
+    """Return the text of a file named in the YAML.
 
     Raises:
         RowError: the file is outside the folder, contains code, or cannot be read.
@@ -173,7 +175,7 @@ def _prompt(folder: Path, prompt: Any) -> Any:
 
 
 def _test_lines(text: str) -> list[int]:
-    """Return the first line of each test, from 1."""
+    """Return the first line number of each test, counting from 1."""
     root: Any = yaml.compose(text, Loader=yaml.SafeLoader)
     *_, tests = (node for key, node in root.value if key.value == "tests")  # YAML takes the last of duplicate keys
     return [node.start_mark.line + 1 for node in tests.value]

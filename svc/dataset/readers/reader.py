@@ -1,6 +1,6 @@
-"""Reads chat examples from data files. Each bad line is reported as one problem; nothing is guessed.
+"""Reads chat examples from data files. Each bad line is reported as one problem, and nothing is guessed.
 
-A file has one format, that of most of its first rows; a row in another format is an error.
+A file has one format, the one that most of its first rows have. A row in another format is an error.
 """
 
 import json
@@ -26,10 +26,10 @@ Source = str | Path
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of a file: an example or an error; both None if the line is blank.
+    """One line of a file: an example or an error. Both are None if the line is blank.
 
     Attributes:
-        number: from 1.
+        number: line number, starting at 1.
         raw: the line's bytes.
         fields: for each message of the example, the path of its text in the line.
     """
@@ -42,10 +42,10 @@ class Line:
 
 
 def read_lines(path: Path, on_read: Callable[[int], None] = lambda position: None) -> Iterator[Line]:
-    """Yield every line of a data file; memory is bounded by the longest line.
+    """Yield every line of a data file. Memory is bounded by the longest line.
 
     Args:
-        on_read: called at intervals with the number of bytes of the file that were read so far.
+        on_read: called at intervals with the number of bytes of the file read so far.
 
     Raises:
         DataError: the file does not exist or cannot be opened.
@@ -76,13 +76,13 @@ def read_examples(
     bad_lines: BadLines | None = None,
     kept_back: Sequence[ChatExample] = (),
 ) -> list[ChatExample]:
-    """Return all examples of one or more sources, in order.
+    """Return all examples from one or more sources, in order.
 
     Args:
-        sources: files, folders, or hub datasets as `hf:ORG/NAME`.
-        minimum: minimum number of examples.
+        sources: files, folders, or hub datasets given as `hf:ORG/NAME`.
+        minimum: minimum number of examples required.
         cache: folder for files fetched from the hub.
-        bad_lines: collects bad lines; None: the first bad line is an error.
+        bad_lines: collects bad lines, or None to raise an error for the first bad line.
         kept_back: held-out examples; a line that repeats one of their prompts is bad.
 
     Raises:
@@ -110,7 +110,7 @@ def read_examples(
 
 
 def write_examples(path: Path, examples: Iterable[ChatExample]) -> None:
-    """Write examples as JSONL in UTF-8."""
+    """Write examples as UTF-8 JSONL."""
     lines = (json.dumps(example.as_dict(), ensure_ascii=False) + "\n" for example in examples)
     path.write_text("".join(lines), "utf-8")
 

@@ -1,4 +1,4 @@
-"""One record of a data file, before its format is known, and the limit on its size."""
+"""One record of a data file before its format is known, and the limit on its size."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,16 +6,18 @@ from typing import Any
 from svc.dataset.problem.problem import Code, RowError
 
 MAX_ROW_BYTES = 16 * 2**20
-"""Maximum size of a line, element, record or cell; a larger one is an error and never in memory as a whole."""
+"""Maximum size of a line, element, record or cell, in bytes. A larger one is an error, and is never held in
+memory as a whole."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A record: a value or an error; both None if the line is blank.
+    """A record: a value or an error. Both are None if the line is blank.
 
     Attributes:
-        number: first line of the record, from 1; the row of a Parquet file.
-        raw: the record's bytes in the file (a Parquet row: as JSON); if the record is too large, only their beginning.
+        number: number of the record's first line, starting at 1; for a Parquet file, the row number.
+        raw: the record's bytes in the file (for a Parquet row, as JSON); only their beginning if the record
+            is too large.
     """
 
     number: int
@@ -26,6 +28,6 @@ class Row:
 
 
 def too_large() -> RowError:
-    """Return the error for a record above the limit."""
+    """Return the error for a record that exceeds the size limit."""
     wrong = f"more than {MAX_ROW_BYTES // 2**20} MiB in one example"
     return RowError(Code.TOO_LARGE, wrong, expected=f"at most {MAX_ROW_BYTES} bytes")

@@ -1,7 +1,7 @@
-"""Sources of examples: a file, a folder, or a dataset of the Hugging Face hub; each becomes a list of files.
+"""Example sources: a file, a folder or a Hugging Face hub dataset. Each is resolved to a list of files.
 
-A hub dataset is written `hf:ORG/NAME`, because `ORG/NAME` is also a valid path. Only its data files are fetched; code
-that comes with a dataset is never run.
+A hub dataset is written as `hf:ORG/NAME`, because `ORG/NAME` is also a valid path. Only its data files
+are fetched; code that comes with a dataset is never run.
 """
 
 import re
@@ -18,24 +18,25 @@ _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revi
 _WORD = "(?<![a-z]){}(?![a-z])"
 _TRAINING = re.compile(_WORD.format("(train|training)"))
 _OTHER_SPLITS = re.compile(_WORD.format("(validation|valid|val|dev|test|testing|eval|evaluation)"))
-"""Words in paths by which the hub recognizes splits (https://huggingface.co/docs/hub/datasets-file-names-and-splits)."""
+"""Words in paths that the hub uses to recognize splits
+(https://huggingface.co/docs/hub/datasets-file-names-and-splits)."""
 _NO_EXAMPLES = {"dataset_info.json", "dataset_infos.json", "state.json"}
 DEFAULT_CACHE = Path("~/.cache/tuneserve/base")
-"""Folder for the hub's files if the caller has no settings."""
+"""Folder for files from the hub if the caller has no settings."""
 
 
 def data_files(source: str | Path, cache: Path | None = None, *, fetch: Callable[..., Any] | None = None) -> list[Path]:
     """Return the files of a source, in order.
 
     Args:
-        source: a file; a folder, of which all data files are read, also in subfolders, sorted by path; or
-            `hf:ORG/NAME[@REVISION][/FILE-OR-FOLDER]`, of which files of a test or validation split are read only if
-            FILE-OR-FOLDER names the split.
+        source: a file; a folder, whose data files are all read, including those in subfolders, sorted by
+            path; or `hf:ORG/NAME[@REVISION][/FILE-OR-FOLDER]`, whose test and validation files are read only
+            if FILE-OR-FOLDER names the split.
         cache: folder for files fetched from the hub.
         fetch: replaces `huggingface_hub.snapshot_download`.
 
     Raises:
-        DataError: a folder without data files, or a hub dataset that cannot be fetched or has no training split.
+        DataError: a folder has no data files, or a hub dataset cannot be fetched or has no training split.
     """
     text = str(source)
     if text.startswith(HUB_PREFIX):
@@ -82,7 +83,7 @@ def _hub_files(source: str, cache: Path, fetch: Callable[..., Any] | None) -> li
 
 
 def _training_files(dataset: str, path: Path) -> list[Path]:
-    """Return the files except those of test and validation splits, which are published to be held out.
+    """Return the files, excluding those of test and validation splits, which are published to be held out.
 
     Raises:
         DataError: no files are left.

@@ -1,1 +1,1 @@
-"""Chat examples: turns, tool calls, and a canonical form of the prompt."""
+"""Chat examples: turns, tool calls, and the canonical form of a prompt."""

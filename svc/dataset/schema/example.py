@@ -1,7 +1,7 @@
-"""One chat example, for training and evaluation.
+"""One chat example, used for training and evaluation.
 
-Knows nothing of tokenizers: lengths here are characters, and special tokens stay text. All file formats are converted
-to this form.
+This module knows nothing about tokenizers: lengths are in characters, and special tokens stay text. All
+file formats are converted to this form.
 """
 
 import json
@@ -38,14 +38,15 @@ class Role(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn.
+    """One turn of a conversation.
 
     Attributes:
-        content: blank only in an assistant turn with tool calls.
+        content: text of the turn; blank only in an assistant turn with tool calls.
         name: name of the user or tool, if there are several.
-        tool_call_id: in a tool's turn, the call that it answers.
-        weight: weight of an assistant turn: 1 is learnt, 0 is not; None if the example sets none.
-        reasoning: thinking before an assistant turn's text.
+        tool_call_id: in a tool's turn, the id of the call that it answers.
+        weight: training weight of an assistant turn: 1 if it is trained on, 0 if not, None if the example
+            sets none.
+        reasoning: thinking that precedes an assistant turn's text.
     """
 
     role: Role
@@ -57,14 +58,14 @@ class Message:
     reasoning: str | None = None
 
     def spoken(self) -> dict[str, Any]:
-        """Return the OpenAI form of the turn as a model sees it, without its weight; `reasoning` is vLLM's key."""
+        """Return the turn in OpenAI's form as a model sees it, without its weight; `reasoning` is vLLM's key."""
         turn = {key: value for key, value in self.as_dict().items() if key not in ("weight", "reasoning_content")}
         return turn if self.reasoning is None else turn | {"reasoning": self.reasoning}
 
     def templated(self) -> dict[str, Any]:
-        """Return the form for chat templates, in which the arguments of calls are objects and not JSON text.
+        """Return the turn in the form for chat templates, where call arguments are objects instead of JSON text.
 
-        Templates have one of two keys for the thinking; vLLM gives them both.
+        Templates use one of two keys for the thinking. vLLM provides both.
         """
         turn = self.spoken()
         if self.reasoning is not None:
@@ -74,7 +75,7 @@ class Message:
         return turn
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the form of the turn in files: OpenAI's, with its thinking as `reasoning_content`."""
+        """Return the turn in the form used in files, which is OpenAI's, with the thinking as `reasoning_content`."""
         turn: dict[str, Any] = {"role": self.role.value, "content": self.content}
         if self.tool_calls:
             turn["tool_calls"] = [call.as_dict() for call in self.tool_calls]
@@ -89,11 +90,12 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class ChatExample:
-    """A conversation that ends in the assistant's answer.
+    """A conversation that ends with the assistant's answer.
 
     Attributes:
-        messages: system turn (optional, first), then user, assistant and tool turns; the last is the assistant's.
-        tools: tools that the assistant may call: OpenAI's definitions, each as JSON text.
+        messages: system turn (optional, first), then user, assistant and tool turns; the last turn is the
+            assistant's.
+        tools: tools that the assistant may call, as OpenAI definitions, each stored as JSON text.
     """
 
     messages: tuple[Message, ...]
@@ -111,7 +113,7 @@ class ChatExample:
 
     @property
     def answer(self) -> str:
-        """Text of the final assistant turn, with its tool calls: the reference answer."""
+        """Text of the final assistant turn, including its tool calls. This is the reference answer."""
         return answer_text(self.messages[-1].content, self.messages[-1].tool_calls)
 
     @property
@@ -135,20 +137,21 @@ class ChatExample:
 
     @property
     def characters(self) -> int:
-        """Length of all texts, characters."""
+        """Total length of all texts, in characters."""
         return sum(map(len, self.texts))
 
     @property
     def utf8_bytes(self) -> int:
-        """Length of all texts in UTF-8: a better estimate of tokens than characters, for byte-level tokenizers."""
+        """Total length of all texts in UTF-8 bytes, a better estimate of byte-level token counts than characters."""
         return sum(len(text) if text.isascii() else len(text.encode()) for text in self.texts)
 
     @property
     def learnt(self) -> tuple[int, ...]:
-        """Indices of the assistant turns to learn: the last one, or if any has a weight, all whose weight is not 0.
+        """Indices of the assistant turns to train on.
 
-        As in OpenAI's fine-tuning, where a turn without a weight counts as weight 1. A greeting before the first user
-        turn is never learnt: it answers no prompt.
+        These are the turns whose weight is not 0 if any turn has a weight, otherwise only the last turn. As in
+        OpenAI's fine-tuning, a turn without a weight then counts as weight 1. A greeting before the first user
+        turn is never trained on, because it answers no prompt.
         """
         if all(message.weight is None for message in self.messages):
             return (len(self.messages) - 1,)
@@ -156,7 +159,7 @@ class ChatExample:
 
     @property
     def learning_all(self) -> "ChatExample":
-        """The example with every answer marked to be learnt; unchanged if it has weights."""
+        """The example with every answer marked to be trained on, or the unchanged example if it has weights."""
         replies = self.replies
         if len(replies) == 1 or any(message.weight is not None for message in self.messages):
             return self
@@ -167,47 +170,47 @@ class ChatExample:
 
     @property
     def replies(self) -> tuple[int, ...]:
-        """Indices of the assistant turns after the first user turn."""
+        """Indices of the assistant turns that follow the first user turn."""
         roles = [message.role for message in self.messages]
         first = roles.index(Role.USER)
         return tuple(place for place in range(first, len(roles)) if roles[place] is Role.ASSISTANT)
 
     def templated(self, turns: int | None = None) -> dict[str, Any]:
-        """Return the arguments `conversation` and `tools` of transformers' `apply_chat_template`.
+        """Return the `conversation` and `tools` arguments for transformers' `apply_chat_template`.
 
         Args:
-            turns: number of turns from the start; None: all.
+            turns: number of turns to include from the start, or None for all.
         """
         tools = [json.loads(tool) for tool in self.tools]
         return {"conversation": [message.templated() for message in self.messages[:turns]], "tools": tools or None}
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the JSONL form."""
+        """Return the example in its JSONL form."""
         tools = {"tools": [json.loads(tool) for tool in self.tools]} if self.tools else {}
         return {"messages": [message.as_dict() for message in self.messages], **tools}
 
 
 def any_call_tools(examples: Iterable[ChatExample]) -> bool:
-    """Return whether any reference calls tools. If so, the server must parse the calls in all answers."""
+    """Return whether any reference answer calls tools. If so, the server must parse the calls in all answers."""
     return any(example.calls_tools for example in examples)
 
 
 def normal_prompt(example: ChatExample) -> str:
-    """Return a text that is equal for equal prompts, ignoring spacing and case."""
+    """Return a normalized prompt text, which is equal for prompts that differ only in spacing and case."""
     return "\x1f".join(map(_normal_turn, example.prompt))
 
 
 def answered_prompts(example: ChatExample) -> list[str]:
-    """Return the prompt of every answer in a conversation, the final one last, in the form of `normal_prompt`."""
+    """Return each answer's prompt in a conversation, the final answer's last, in the form of `normal_prompt`."""
     turns = list(map(_normal_turn, example.prompt))
     return ["\x1f".join(turns[:reply]) for reply in example.replies]
 
 
 def normal_opening(example: ChatExample, questions: int) -> str:
-    """Return the part of `normal_prompt` up to a user turn; the complete prompt if it has no more turns.
+    """Return the part of `normal_prompt` up to a given user turn, or all of it if there are no more turns.
 
     Args:
-        questions: number of user turns in the part, at least one.
+        questions: number of user turns to include, at least one.
     """
     users = [place for place, turn in enumerate(example.prompt) if turn.role is Role.USER]
     return "\x1f".join(map(_normal_turn, example.prompt[: users[min(questions, len(users)) - 1] + 1]))
@@ -219,12 +222,13 @@ def _normal_turn(message: Message) -> str:
 
 
 def parse_example(value: dict[str, Any]) -> ChatExample:
-    """Return the example in one decoded JSON object with `messages`.
+    """Convert a decoded JSON object with `messages` to an example.
 
     Keys other than `messages` and `tools` are ignored, except the older `functions`, which is an error.
 
     Raises:
-        RowError: the value is not a valid example; the error names the field, its value and what was expected.
+        RowError: the value is not a valid example; the error names the field, its value and what was
+            expected.
     """
     turns = expect_turns(value["messages"], "messages")
     messages = tuple(_parse_message(f"messages[{index}]", turn) for index, turn in enumerate(turns))
@@ -312,9 +316,10 @@ def _check_order(messages: tuple[Message, ...]) -> None:
 
 
 def _check_calls(example: ChatExample) -> None:
-    """Check that every call has a result after it, and every result a call before it: chat templates may need both.
+    """Check that every tool call is followed by a result, and every result preceded by a call.
 
-    Calls without an id are only counted, and one tool turn may hold the results of all of them, as in ShareGPT files.
+    Chat templates may need both. Calls without an id are only counted, and one tool turn may hold the
+    results of all of them, as in ShareGPT files.
     """
     offered = dict.fromkeys(names_of(example.tools))
     caller, ids, unnamed, answered = "", dict[str, None](), 0, False

@@ -1,7 +1,8 @@
-"""A chat example as token ids, with the ranges of the answers that are learnt and scored.
+"""A chat example as token ids, with the ranges of the answers that are trained on and scored.
 
-Written once, by the trainer: training, evaluation and every later run of the held-out set read the same ids, so that
-loss and log-likelihood refer to the same tokens. Knows no tokenizer.
+Token ids are written once, by the trainer. Training, evaluation and every later held-out run read the
+same ids, so that loss and log-likelihood refer to the same tokens. This module does not know any
+tokenizer.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,8 +23,8 @@ class TokenizedExample:
     """Token ids of a conversation, up to and including the token that ends its last answer.
 
     Attributes:
-        learnt: start and exclusive end of each answer that is learnt, including the token that ends it. At least one,
-            in order.
+        learnt: start and exclusive end of each answer that is trained on, including the token that ends it;
+            at least one range, in order.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -33,26 +34,26 @@ class TokenizedExample:
 
     @property
     def prompt(self) -> tuple[int, ...]:
-        """Tokens before the last answer that is learnt."""
+        """Tokens before the last answer that is trained on."""
         return self.input_ids[: self.learnt[-1][0]]
 
     @property
     def answer(self) -> tuple[int, ...]:
-        """The last answer that is learnt, including the token that ends it."""
+        """Tokens of the last answer that is trained on, including the token that ends it."""
         return self.input_ids[slice(*self.learnt[-1])]
 
     def of_learnt(self, values: Sequence[Value]) -> list[Value]:
-        """Return the values of the tokens that are learnt.
+        """Return the values that belong to the tokens that are trained on.
 
         Args:
-            values: one for each token from the first learnt one on.
+            values: one value per token, starting at the first token that is trained on.
         """
         first = self.learnt[0][0]
         return [value for start, end in self.learnt for value in values[start - first : end - first]]
 
     @property
     def scored(self) -> int:
-        """Number of tokens that are learnt."""
+        """Number of tokens that are trained on."""
         return sum(end - start for start, end in self.learnt)
 
 
@@ -60,15 +61,15 @@ _LINE = TypeAdapter(TokenizedExample)
 
 
 def write_tokenized(path: Path, examples: Iterable[TokenizedExample]) -> None:
-    """Write one line of JSON for each example, in order."""
+    """Write one line of JSON per example, in order."""
     path.write_bytes(b"".join(_LINE.dump_json(example) + b"\n" for example in examples))
 
 
 def read_tokenized(path: Path) -> tuple[TokenizedExample, ...]:
-    """Read what `write_tokenized` wrote.
+    """Read the examples that `write_tokenized` wrote.
 
     Raises:
-        IntegrityError: the file is missing, or one of its lines is not an example.
+        IntegrityError: the file is missing, or one of its lines is not a valid example.
     """
     try:
         return tuple(_LINE.validate_json(line) for line in path.read_bytes().splitlines())

@@ -1,6 +1,7 @@
-"""Tools that an example offers and calls, in the format of OpenAI's API.
+"""Tools that an example offers, and its calls to them, in OpenAI's API format.
 
-Arguments and definitions are stored as JSON text: hashable, and the same after a round trip. Nothing here is ever run.
+Arguments and definitions are stored as JSON text, which is hashable and survives a round trip unchanged.
+Nothing here is ever run.
 """
 
 import json
@@ -12,19 +13,19 @@ from svc.dataset.problem.problem import Code, RowError
 from svc.dataset.text.decode import decode_text
 
 _MAX_DEPTH = 64
-"""Maximum nesting depth of a tool's schema and of a call's arguments: templates walk them recursively."""
+"""Maximum nesting depth of a tool's schema and a call's arguments, which templates walk recursively."""
 Value = TypeVar("Value")
 _FUNCTION = (None, "function")
-"""Valid types of a tool and of a call; None, because the only existing type may be left out."""
+"""Valid types of a tool or a call. None is valid because the only existing type may be omitted."""
 
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A function call by the assistant.
+    """A function call made by the assistant.
 
     Attributes:
         arguments: a JSON object as text, as in OpenAI's API.
-        id: id to which the tool's turn refers; None if the example has none.
+        id: id to which the tool's turn refers, or None if the example has none.
     """
 
     name: str
@@ -32,16 +33,16 @@ class ToolCall:
     id: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the OpenAI form."""
+        """Return the call in OpenAI's form."""
         identity = {} if self.id is None else {"id": self.id}
         return {**identity, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
 
 
 def answer_text(content: str, calls: Iterable[ToolCall]) -> str:
-    """Return an answer with tool calls as one text: its content, then a line of JSON for each call.
+    """Return an answer with tool calls as one text: its content, then one line of JSON per call.
 
-    The form is the same for all models and servers, and for arguments in another order. Arguments that are not JSON,
-    as in a call that was cut off, become a string.
+    The form does not depend on the model, the server or the order of the arguments. Arguments that are not
+    valid JSON, as in a call that was cut off, become a string.
     """
     lines = [f'{{"name": {json.dumps(call.name, ensure_ascii=False)}, "arguments": {_sorted(call)}}}' for call in calls]
     text = content.strip() if lines else content  # models write white space between their text and a call
@@ -59,14 +60,14 @@ def _sorted(call: ToolCall) -> str:
 
 
 def message_text(message: Mapping[str, Any]) -> str:
-    """Return the text of an answer in OpenAI's form, with its tool calls; see `answer_text`."""
+    """Return the text of an answer in OpenAI's form, including its tool calls. See `answer_text`."""
     functions = [call["function"] for call in message.get("tool_calls") or ()]
     calls = [ToolCall(str(function["name"]), str(function.get("arguments") or "")) for function in functions]
     return answer_text(str(message.get("content") or ""), calls)
 
 
 def split_calls(answer: str) -> tuple[str, list[tuple[str, Any]]]:
-    """Split the output of `answer_text` into its content and its calls, each as (name, arguments)."""
+    """Split the output of `answer_text` into its content and its calls, each given as (name, arguments)."""
     lines, calls = answer.split("\n"), list[tuple[str, Any]]()
     while lines:
         call = decode_inner(lines[-1]) if lines[-1].startswith('{"name": "') else None
@@ -78,19 +79,19 @@ def split_calls(answer: str) -> tuple[str, list[tuple[str, Any]]]:
 
 
 def calls_in(answer: str) -> list[tuple[str, Any]]:
-    """Return the tool calls in an answer, each as (name, arguments)."""
+    """Return the tool calls in an answer, each given as (name, arguments)."""
     return split_calls(answer)[1]
 
 
 def parse_calls(where: str, role: str, calls: Any) -> tuple[ToolCall, ...]:
-    """Return the calls of one turn.
+    """Return the tool calls of one turn.
 
     Args:
         where: path of the turn, for example `messages[1]`.
-        calls: the value of its `tool_calls`.
+        calls: the value of the turn's `tool_calls`.
 
     Raises:
-        RowError: the calls are not in the format of OpenAI's API.
+        RowError: the calls are not in OpenAI's API format.
     """
     if calls is None or calls == []:
         return ()
@@ -118,13 +119,13 @@ def _parse_call(field: str, call: Any) -> ToolCall:
 
 
 def parse_tools(tools: Any) -> tuple[str, ...]:
-    """Return the definitions of tools, each as JSON text.
+    """Return the tool definitions, each as JSON text.
 
     Args:
-        tools: a list in OpenAI's form, or the same list as JSON text, as in some files.
+        tools: a list in OpenAI's form, or the same list as JSON text, which some files use.
 
     Raises:
-        RowError: the value is neither.
+        RowError: the value is neither of these.
     """
     if tools is None:
         return ()
@@ -143,7 +144,7 @@ def parse_tools(tools: Any) -> tuple[str, ...]:
 
 
 def names_of(tools: tuple[str, ...]) -> list[str]:
-    """Return the names of tools that `parse_tools` returned."""
+    """Return the names of the tools that `parse_tools` returned."""
     return [json.loads(tool)["function"]["name"] for tool in tools]
 
 
@@ -172,12 +173,12 @@ def _is_named(function: dict[str, Any]) -> bool:
 
 
 def json_text(value: Any) -> str:
-    """Return compact JSON, or only the type of a value that is nested too deeply."""
+    """Return compact JSON, or only the value's type if it is nested too deeply."""
     return kind_of(value) if _is_too_deep(value) else json.dumps(value, ensure_ascii=False)
 
 
 def decode_inner(text: str) -> Any:
-    """Return the strict JSON value in a string; None if it is not JSON."""
+    """Return the strict JSON value contained in a string, or None if the string is not JSON."""
     try:
         return decode_text(text)
     except RowError:
@@ -190,16 +191,16 @@ def _is_too_deep(value: Any, levels: int = _MAX_DEPTH) -> bool:
 
 
 def kind_of(value: Any) -> str:
-    """Return a JSON value's type in words."""
+    """Return the type of a JSON value in words."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
     return "null" if value is None else names.get(type(value), type(value).__name__)
 
 
 def expect(kind: type[Value], value: Any, field: str, expected: str, code: Code = Code.WRONG_FORMAT) -> Value:
-    """Return a value that has the expected type.
+    """Return the value if it has the expected type.
 
     Raises:
-        RowError: the value has another type.
+        RowError: the value has a different type.
     """
     if not isinstance(value, kind):
         raise RowError(code, f"is {kind_of(value)}", field=field, expected=expected)
@@ -207,10 +208,10 @@ def expect(kind: type[Value], value: Any, field: str, expected: str, code: Code 
 
 
 def expect_turns(value: Any, field: str) -> list[Any]:
-    """Return a value that is a list with at least one turn.
+    """Return the value if it is a list of at least one turn.
 
     Raises:
-        RowError: the value is something else.
+        RowError: the value is anything else.
     """
     if value == []:
         raise RowError(Code.WRONG_FORMAT, "is an empty list", field=field, expected="a list of turns")
@@ -218,7 +219,7 @@ def expect_turns(value: Any, field: str) -> list[Any]:
 
 
 def check_encodable(field: str, text: str) -> None:
-    """Raise RowError if a text contains half of a surrogate pair, which JSON can escape and UTF-8 cannot encode."""
+    """Raise RowError if a text contains half a surrogate pair, which JSON can escape but UTF-8 cannot encode."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -227,10 +228,10 @@ def check_encodable(field: str, text: str) -> None:
 
 
 def optional_text(where: str, key: str, value: Any) -> str | None:
-    """Return a string that may be missing; an empty one counts as missing, as in Parquet and CSV.
+    """Return a string that may be missing. An empty string counts as missing, as in Parquet and CSV.
 
     Raises:
-        RowError: the value has another type, or UTF-8 cannot encode it.
+        RowError: the value has a different type, or UTF-8 cannot encode it.
     """
     if value is None or value == "":
         return None

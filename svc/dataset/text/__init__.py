@@ -1,1 +1,1 @@
-"""Strict decoding of UTF-8 and JSON, and the comparison of texts."""
+"""Strict decoding of UTF-8 and JSON, and comparison of texts."""

@@ -1,4 +1,4 @@
-"""Strict JSON: UTF-8, no NaN, no duplicate key in an object; each fault becomes an error of its line."""
+"""Strict JSON: UTF-8, no NaN, no duplicate keys. Each violation becomes an error for its line."""
 
 import json
 from collections import Counter
@@ -8,16 +8,16 @@ from svc.dataset.problem.problem import Code, RowError
 
 
 def not_utf8(error: UnicodeDecodeError, place: str = "") -> RowError:
-    """Return the error for bytes that are not UTF-8."""
+    """Return the error for bytes that are not valid UTF-8."""
     wrong = f"byte 0x{error.object[error.start]:02x}{place} is not UTF-8"
     return RowError(Code.NOT_UTF8, wrong, expected="text in UTF-8")
 
 
 def decode(raw: bytes) -> Any:
-    """Return one JSON value.
+    """Decode bytes as one JSON value.
 
     Raises:
-        RowError: the bytes are not UTF-8, or not JSON.
+        RowError: the bytes are not valid UTF-8 or not valid JSON.
     """
     try:
         return decode_text(raw.decode("utf-8"))
@@ -26,10 +26,10 @@ def decode(raw: bytes) -> Any:
 
 
 def decode_text(text: str) -> Any:
-    """Return one JSON value.
+    """Decode text as one JSON value.
 
     Raises:
-        RowError: the text is not JSON.
+        RowError: the text is not valid JSON.
     """
     try:
         return STRICT.decode(text)
@@ -38,7 +38,7 @@ def decode_text(text: str) -> Any:
 
 
 def explain(error: ValueError | RecursionError) -> RowError:
-    """Return the RowError for an error of the JSON parser."""
+    """Return a RowError that explains an error of the JSON parser."""
     if isinstance(error, json.JSONDecodeError):
         wrong = f"not JSON: {error.msg} at column {error.colno}"
     elif isinstance(error, RecursionError):
@@ -61,4 +61,4 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 STRICT = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_refuse_duplicates)
-"""Raises RowError for NaN, Infinity and duplicate keys."""
+"""Decoder that raises RowError for NaN, Infinity and duplicate keys."""

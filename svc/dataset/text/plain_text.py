@@ -1,6 +1,6 @@
-"""Comparison of texts: whether a text is blank, and whether two texts look the same to a reader.
+"""Compares texts: whether a text is blank, and whether two texts look the same to a reader.
 
-Knows nothing of examples.
+This module knows nothing about examples.
 """
 
 import re
@@ -8,18 +8,18 @@ import unicodedata
 
 _INVISIBLE = {"Zs", "Zl", "Zp", "Cc", "Cf"}
 _FILLERS = "\u115f\u1160\u2800\u3164\uffa0"
-"""Letters and symbols according to Unicode, but without a glyph: Hangul fillers and the blank Braille pattern."""
+"""Characters that Unicode calls letters or symbols but that have no glyph: Hangul fillers and the blank
+Braille pattern."""
 _UNIFIED = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | dict.fromkeys((0xAD, 0x200B, 0x2060, 0xFEFF))
-"""Full-width letters become ASCII; hyphens that only show at a line's end and spaces without a width are removed.
+"""Maps full-width letters to ASCII. Soft hyphens and zero-width spaces are removed.
 
-The joiners U+200C and U+200D stay, because they change a word in Persian and Hindi and an emoji. NFKC is not applied,
-because it would turn 5² into 52.
-"""
+The joiners U+200C and U+200D stay, because they change a word in Persian and Hindi and an emoji. NFKC is
+not applied, because it would turn 5² into 52."""
 _TO_UNIFY = re.compile("[\uff01-\uff5e\u00ad\u200b\u2060\ufeff]")
 
 
 def is_blank(text: str) -> bool:
-    """Return whether a text has no visible character."""
+    """Return whether a text has no visible characters."""
     if "!" <= text[:1] <= "~":
         return False  # nearly every text, in a tenth of the time
     return not any(unicodedata.category(letter) not in _INVISIBLE and letter not in _FILLERS for letter in text)
@@ -35,5 +35,5 @@ def unified(text: str) -> str:
 
 
 def normal(text: str) -> str:
-    """Return the canonical form of `unified`, ignoring spacing too."""
+    """Return the canonical form of `unified`, also ignoring spacing."""
     return " ".join(unified(text).split())

@@ -1,1 +1,1 @@
-"""One vLLM server as a process: its configuration, start and client; and our changes to it (plugin.py)."""
+"""One vLLM server process: its configuration, start and client, and our changes to vLLM (plugin.py)."""

@@ -1,4 +1,4 @@
-"""One option of an engine's launch: its value and its origin."""
+"""One option of an engine launch: its value and where the value comes from."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,11 +7,11 @@ from enum import StrEnum
 from svc.engine.vllm.engine_args import given
 
 AUTO = "auto"
-"""Value of a choice that vLLM makes."""
+"""Value of an option that is left to vLLM."""
 
 
 class Origin(StrEnum):
-    """Source that determined a choice."""
+    """Source of an option's value."""
 
     ARGS = "engine.args"
     SETTING = "setting"
@@ -27,12 +27,12 @@ Value = str | int | float | bool
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The value of one option of an engine's launch.
+    """The value of one option of an engine launch.
 
     Attributes:
         name: vLLM's name for the option, if it has one.
-        reason: reason for the value, in a few words; empty if the origin says enough.
-        arguments: arguments to add to vLLM's command line; empty if the user gave them, or if vLLM chooses.
+        reason: short reason for the value; empty if the origin says enough.
+        arguments: arguments to add to vLLM's command line; empty if the user gave them or vLLM chooses.
         variables: variables to add to vLLM's environment.
     """
 
@@ -45,22 +45,22 @@ class Choice:
 
 
 def as_argument(name: str, value: Value, origin: Origin, reason: str = "") -> Choice:
-    """Return a choice that is passed to vLLM under its own name."""
+    """Return a choice that is passed to vLLM under the option's own name."""
     return Choice(name, value, origin, reason, (_option(name), str(value)))
 
 
 def as_given(name: str, args: Sequence[str], *others: str) -> Choice | None:
-    """Return an option and its value from `engine.args`; None if they do not contain the option.
+    """Return an option and its value from `engine.args`, or None if the option is not given there.
 
     Args:
-        others: other names of the option, with their dashes.
+        others: other names of the option, including their dashes.
     """
     value = given(args, _option(name), *others)
     return None if value is None else Choice(name, as_number(value), Origin.ARGS)
 
 
 def as_number(text: str) -> int | float | str:
-    """Return a text as a number if it is one, else the text; vLLM also accepts `4k`."""
+    """Return a text as a number if it is one, else unchanged, because vLLM also accepts values such as `4k`."""
     for kind in (int, float):
         try:
             return kind(text)

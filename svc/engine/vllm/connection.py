@@ -1,7 +1,7 @@
-"""One connection to an engine's unix socket: clients' requests one after the other, each with its streamed answer.
+"""One connection to an engine's Unix socket: carries requests one after another, with streamed responses.
 
-Bytes of an answer are buffered until they are read; when the buffer is full, reading from the engine pauses. Knows
-nothing of versions, nor of the content of requests and answers.
+The bytes of a response are buffered until they are read. When the buffer is full, reading from the
+engine pauses. This module knows nothing about versions, or about the content of requests and responses.
 """
 
 import asyncio
@@ -10,49 +10,50 @@ from time import perf_counter
 from typing import cast
 
 _MAX_BUFFERED_BYTES = 256 * 1024
-"""Maximum unread bytes of an answer. The last read from the socket may add as many again."""
+"""Maximum number of unread bytes of a response. The last read from the socket may add as many again."""
 _MAX_JOINED_BYTES = 64 * 1024
-"""Maximum size of parts that are returned together; a single part may be larger."""
+"""Maximum total size of chunks that are returned together, in bytes. A single chunk may be larger."""
 _MAX_STRAY_BYTES = 64 * 1024
-"""Maximum consecutive bytes outside a body: the head of an answer, and the framing of its chunks."""
+"""Maximum number of consecutive bytes outside a body: the response head, and the framing of its chunks."""
 _CONTENT_TYPE, _CONTENT_LENGTH, _TRANSFER_ENCODING = b"content-type", b"content-length", b"transfer-encoding"
 
 
 class ConnectionFailedError(Exception):
-    """A request could not be sent, or its answer did not arrive."""
+    """Raised if a request could not be sent or its response did not arrive."""
 
 
 class UnreachableError(ConnectionFailedError):
-    """The engine accepted no connection, so it has received nothing of the request."""
+    """Raised if the engine accepted no connection, so that it has received nothing of the request."""
 
 
 class BrokenConnectionError(ConnectionFailedError):
-    """The connection broke before the answer was complete."""
+    """Raised if the connection broke before the response was complete."""
 
 
 class MalformedAnswerError(BrokenConnectionError):
-    """The answer is not HTTP/1.1, or exceeds a limit."""
+    """Raised if the response is not valid HTTP/1.1 or exceeds a limit."""
 
 
 class SilenceError(ConnectionFailedError):
-    """No byte arrived for too long."""
+    """Raised if no bytes arrived for too long."""
 
 
 class EngineConnection(asyncio.Protocol):
-    """A connection that sends one request at a time and stores its answer until the next request.
+    """A connection that sends one request at a time and stores its response until the next request.
 
     Args:
-        silence_s: maximum wait for the next bytes, seconds.
-        all_open: the pool's set of open connections, to which this one belongs while open.
+        silence_s: maximum wait for the next bytes, in seconds.
+        all_open: the pool's set of open connections, which contains this one while it is open.
 
     Attributes:
-        status: HTTP status of the answer, once its head has arrived.
-        content_type: Content-Type of the answer, likewise; empty if the engine sends none.
-        answered: whether at least one byte of the answer has arrived.
-        complete: whether the whole answer has arrived.
-        arrived: arrival time of the part that was read last, seconds. The clock stops while reading is paused, so that
-            the time between two parts does not include delays of their reader.
-        idle_since: time at which the last answer was completed, by the loop's clock.
+        status: HTTP status of the response, once its head has arrived.
+        content_type: Content-Type of the response, once its head has arrived; empty if the engine sends
+            none.
+        answered: whether at least one byte of the response has arrived.
+        complete: whether the whole response has arrived.
+        arrived: arrival time of the chunk that was read last, in seconds. The clock stops while reading is
+            paused, so that the time between two chunks does not include their reader's delays.
+        idle_since: time at which the last response was completed, by the event loop's clock.
     """
 
     def __init__(self, silence_s: float, all_open: "set[EngineConnection]") -> None:
@@ -84,14 +85,14 @@ class EngineConnection(asyncio.Protocol):
 
     @property
     def is_closed(self) -> bool:
-        """Whether it accepts no more requests."""
+        """Whether the connection accepts no more requests."""
         return self._transport.is_closing()
 
     async def ask(self, request: bytes) -> None:
-        """Send a request and wait for the head of its answer.
+        """Send a request and wait for the head of its response.
 
         Raises:
-            BrokenConnectionError, SilenceError: no answer arrived; the connection is closed.
+            BrokenConnectionError, SilenceError: no response arrived; the connection is closed.
         """
         if self._error is not None:
             raise self._error
@@ -109,7 +110,7 @@ class EngineConnection(asyncio.Protocol):
             raise
 
     async def read_some(self) -> bytes:
-        """Wait for the next bytes of the body, and return those that arrived together, about 64 KiB; empty at its end.
+        """Wait for body bytes and return those that arrived together, about 64 KiB. Empty at the end of the body.
 
         Raises:
             BrokenConnectionError, SilenceError: the rest will not arrive.
@@ -124,7 +125,7 @@ class EngineConnection(asyncio.Protocol):
         return part
 
     def release(self) -> bool:
-        """Finish an answer; close the connection if it cannot be reused. Return whether it can."""
+        """Finish with a response, closing the connection if it cannot be reused. Return whether it can be reused."""
         if not (self.complete and self._usable):
             self.close()
             return False
@@ -135,11 +136,11 @@ class EngineConnection(asyncio.Protocol):
         return True
 
     def close(self) -> None:
-        """Close the connection immediately: the engine cancels an unfinished request."""
+        """Close the connection immediately. The engine then cancels an unfinished request."""
         self._fail(BrokenConnectionError("the connection was closed by this process"))
 
     def _next(self) -> bytes:
-        """Return the first parts that arrived together, up to about `_MAX_JOINED_BYTES`."""
+        """Return the first chunks that arrived together, up to about `_MAX_JOINED_BYTES`."""
         self.arrived, first = self._parts.popleft()
         if not self._parts:  # nearly always true in a stream
             self._waiting_bytes = 0
@@ -156,7 +157,7 @@ class EngineConnection(asyncio.Protocol):
         return b"".join(parts)
 
     def _more(self) -> asyncio.Future[None]:
-        """Return a future that is done as soon as bytes arrive or an error occurs; callers await it in a loop."""
+        """Return a future that completes as soon as bytes arrive or an error occurs. Callers await it in a loop."""
         if self._error is not None:
             raise self._error
         self._heard = self._loop.time()
@@ -169,7 +170,7 @@ class EngineConnection(asyncio.Protocol):
             waiter.set_result(None)
 
     def _fail(self, error: ConnectionFailedError) -> None:
-        """Close the connection; the part of the answer that has arrived can still be read."""
+        """Close the connection. The part of the response that has arrived can still be read."""
         self._usable = False
         if self._error is None:
             self._error = error
@@ -180,7 +181,7 @@ class EngineConnection(asyncio.Protocol):
         self._wake()
 
     def _check_silence(self) -> None:
-        """Check the arrival of the last part; runs at intervals, not for each part."""
+        """Check when the last bytes arrived. This runs at intervals rather than for every chunk."""
         self._timer = None
         if not self._asked:
             return
@@ -236,7 +237,7 @@ class EngineConnection(asyncio.Protocol):
     # Called by the parser.
 
     def on_message_begin(self) -> None:
-        """Reject a second answer to one request."""
+        """Reject a second response to the same request."""
         if self._has_head:
             raise ValueError("bytes after the answer")
 
@@ -248,7 +249,7 @@ class EngineConnection(asyncio.Protocol):
             self._has_length = True
 
     def on_headers_complete(self) -> None:
-        """Check the head: only an answer with a known end can be distinguished from a broken one."""
+        """Check the response head. Only a response with a known end can be distinguished from a broken one."""
         if not self._has_length:
             raise ValueError("the response has neither Content-Length nor chunked encoding")
         if self._parser.get_http_version() != "1.1":

@@ -1,8 +1,9 @@
-"""Clients' requests to one engine over pooled connections, so that most requests need no new connection.
+"""Sends clients' requests to one engine over pooled connections, so that most need no new connection.
 
-The server's own requests use separate connections (svc.engine.client), so that a reload never queues behind streams.
-Our own implementation, because the fastest library takes three times as long per request, and does not report whether
-the engine may have received a failed one: docs/engine.md has the figures.
+The server's own requests use separate connections (svc.engine.client), so that a reload never queues
+behind streams. This is our own implementation, because the fastest library takes three times as long per
+request and does not report whether the engine may have received a failed request; docs/engine.md has the
+figures.
 """
 
 import asyncio
@@ -20,25 +21,25 @@ from svc.engine.vllm.connection import (
 )
 
 _CONNECT_TIMEOUT_S = 5.0
-"""Maximum wait for a connection. A local socket connects immediately, unless the engine must first accept hundreds of
-connections."""
+"""Maximum wait for a connection, in seconds. A local socket connects immediately, unless the engine must
+first accept hundreds of connections."""
 _CONNECT_PAUSE_S = 0.005
 _IDLE_S = 3.0
-"""Time after which an idle connection is closed. vLLM closes one that was idle for 5 s
+"""Time after which an idle connection is closed, in seconds. vLLM closes a connection that was idle for 5 s
 (VLLM_HTTP_TIMEOUT_KEEP_ALIVE)."""
 _MAX_BODY_BYTES = 64 * 2**20
 _EVENT_STREAM = "text/event-stream"
 
 
 class EngineConnections:
-    """A pool with one connection per concurrent request; the gateway limits their number.
+    """A pool with one connection per concurrent request. The gateway limits the number of requests.
 
     Args:
-        socket: the engine's unix socket.
-        silence_s: maximum wait for the next bytes of an answer, seconds.
+        socket: the engine's Unix socket.
+        silence_s: maximum wait for the next bytes of a response, in seconds.
 
     Attributes:
-        is_closed: whether it accepts no more requests.
+        is_closed: whether the pool accepts no more requests.
     """
 
     def __init__(self, socket: Path, *, silence_s: float) -> None:
@@ -50,10 +51,10 @@ class EngineConnections:
         self.is_closed = False
 
     def post(self, path: str, payload: bytes, request_id: str, header_lines: str = "") -> "EngineAnswer":
-        """Return a POST request with a JSON body, which is sent on entering its `async with`.
+        """Return a POST request with a JSON body. It is sent when its `async with` is entered.
 
         Args:
-            header_lines: additional header lines, each with its line end.
+            header_lines: additional header lines, each including its line ending.
         """
         head = (
             f"POST {path} HTTP/1.1\r\nhost: engine\r\naccept-encoding: identity\r\ncontent-type: application/json\r\n"
@@ -62,7 +63,7 @@ class EngineConnections:
         return EngineAnswer(self, head.encode("latin-1") + payload)
 
     def get(self, path: str) -> "EngineAnswer":
-        """Return a GET request, which is sent on entering its `async with`."""
+        """Return a GET request. It is sent when its `async with` is entered."""
         return EngineAnswer(self, f"GET {path} HTTP/1.1\r\nhost: engine\r\naccept-encoding: identity\r\n\r\n".encode())
 
     def close(self) -> None:
@@ -76,7 +77,7 @@ class EngineConnections:
             connection.close()
 
     def take(self) -> EngineConnection | None:
-        """Return the most recently used idle connection, so that the others expire; None if none is idle."""
+        """Return the most recently used idle connection, so that older ones expire, or None if none is idle."""
         while self._idle:
             connection = self._idle.pop()
             if not connection.is_closed:
@@ -86,7 +87,7 @@ class EngineConnections:
         return None
 
     async def connect(self) -> EngineConnection:
-        """Return a new connection.
+        """Open and return a new connection.
 
         Raises:
             UnreachableError: the engine accepts no connection.
@@ -109,7 +110,7 @@ class EngineConnections:
         return connection
 
     def give_back(self, connection: EngineConnection) -> None:
-        """Return a connection to the pool if its answer is complete; close it otherwise."""
+        """Return a connection to the pool if its response is complete; otherwise close it."""
         if connection.release():
             self._idle.append(connection)
             if self._sweeping is None:
@@ -117,11 +118,11 @@ class EngineConnections:
 
     @property
     def _oldest(self) -> float:
-        """Idle connections that were last used before this time are closed."""
+        """Cutoff time. Idle connections that were last used before it are closed."""
         return asyncio.get_running_loop().time() - _IDLE_S
 
     def _sweep(self) -> None:
-        """Close connections that were idle for too long; one timer serves all connections."""
+        """Close connections that have been idle for too long. A single timer serves all connections."""
         self._sweeping, oldest = None, self._oldest
         recent = [connection for connection in self._idle if connection.idle_since > oldest]
         for connection in self._idle[: len(self._idle) - len(recent)]:
@@ -133,14 +134,14 @@ class EngineConnections:
 
 
 class EngineAnswer:
-    """One request and its answer, within an `async with`. Leaving it early cancels the request in the engine.
+    """One request and its response, within an `async with`. Leaving it early cancels the request in the engine.
 
-    If a pooled connection breaks before the answer's first byte, the request is sent again on a new connection: the
-    engine may have closed the pooled one just then.
+    If a pooled connection breaks before the first byte of the response, the request is sent again on a new
+    connection, because the engine may just then have closed the pooled one.
 
     Entering raises:
         UnreachableError: nothing was sent.
-        BrokenConnectionError, SilenceError: no answer began.
+        BrokenConnectionError, SilenceError: no response began.
     """
 
     def __init__(self, pool: EngineConnections, request: bytes) -> None:
@@ -168,7 +169,7 @@ class EngineAnswer:
         self.end()
 
     def end(self) -> None:
-        """End the request, as leaving the `async with` does."""
+        """End the request, just as leaving the `async with` does."""
         connection = self._connection
         del self._connection
         self._pool.give_back(connection)
@@ -194,21 +195,21 @@ class EngineAnswer:
 
     @property
     def content_type(self) -> str:
-        """The answer's Content-Type; empty if the engine sends none."""
+        """The Content-Type of the response; empty if the engine sends none."""
         return self._connection.content_type
 
     @property
     def arrived(self) -> float:
-        """Arrival time of the bytes that `read_some` last returned, seconds; see EngineConnection."""
+        """Arrival time of the bytes that `read_some` last returned, in seconds. See EngineConnection."""
         return self._connection.arrived
 
     @property
     def is_event_stream(self) -> bool:
-        """Whether the body is server-sent events."""
+        """Whether the response body consists of server-sent events."""
         return self._connection.content_type.startswith(_EVENT_STREAM)
 
     def read_some(self) -> Coroutine[object, object, bytes]:
-        """Wait for the next bytes of the body, and return those that arrived together, about 64 KiB; empty at its end.
+        """Wait for body bytes and return those that arrived together, about 64 KiB. Empty at the end of the body.
 
         Raises:
             BrokenConnectionError, SilenceError: the rest will not arrive.
@@ -216,7 +217,7 @@ class EngineAnswer:
         return self._connection.read_some()
 
     async def read(self) -> bytes:
-        """Return the rest of the body. Raises as `read_some`, and MalformedAnswerError if it exceeds 64 MiB."""
+        """Return the rest of the body. Raises like `read_some`, and MalformedAnswerError if it exceeds 64 MiB."""
         parts, size = list[bytes](), 0
         while part := await self._connection.read_some():
             parts.append(part)
@@ -227,12 +228,13 @@ class EngineAnswer:
 
 
 async def _connected(path: str) -> sockets.socket:
-    """Return a connected socket; wait while the engine's backlog is full.
+    """Return a connected socket, waiting while the engine's backlog is full.
 
-    asyncio's `sock_connect` would treat a socket as connected that the kernel rejected because of a full backlog.
+    asyncio's `sock_connect` would treat a socket as connected even if the kernel rejected it because of a
+    full backlog.
 
     Raises:
-        OSError: no process listens.
+        OSError: no process is listening.
     """
     connecting = sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM)
     try:

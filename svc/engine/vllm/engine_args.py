@@ -1,16 +1,17 @@
-"""Reads arguments of vLLM's server as vLLM does.
+"""Reads vLLM server arguments the way vLLM does.
 
-This way a user's `engine.args` are neither passed twice nor overridden. A file after `--config` is not read.
+This ensures that a user's `engine.args` are neither passed twice nor overridden. A file given by
+`--config` is not read.
 """
 
 from collections.abc import Sequence
 
 
 def given(arguments: Sequence[str], *options: str) -> str | None:
-    """Return the value of an option in vLLM's arguments: `--block-size 32`, `--block_size=32`, or a prefix of its name.
+    """Return an option's value in vLLM's arguments: `--block-size 32`, `--block_size=32`, or a name prefix.
 
     Args:
-        options: the option's names, with their dashes.
+        options: the option's names, including their dashes.
 
     Returns:
         The last value given, which takes effect; empty for a flag; None if the option is not given.
@@ -34,7 +35,7 @@ def _is_one_of(name: str, options: Sequence[str]) -> bool:
 
 
 def given_flag(arguments: Sequence[str], flag: str) -> bool | None:
-    """Return True if the arguments contain `--FLAG`, False for `--no-FLAG`, None for neither."""
+    """Return True if the arguments contain `--FLAG`, False if `--no-FLAG`, or None if neither."""
     enabled = None
     for argument in arguments:
         if given([argument], f"--{flag}") is not None:
@@ -45,5 +46,5 @@ def given_flag(arguments: Sequence[str], flag: str) -> bool | None:
 
 
 def parses_calls(arguments: Sequence[str]) -> bool:
-    """Return whether vLLM finds tool calls in answers, because the arguments name a parser for them."""
+    """Return whether the arguments name a tool call parser, so that vLLM finds the calls in answers."""
     return bool(given_flag(arguments, "enable-auto-tool-choice") and given(arguments, "--tool-call-parser"))

@@ -1,7 +1,7 @@
-"""Environment variables that an engine inherits: those of its libraries, and no secrets.
+"""Selects the environment variables that an engine inherits: those of its libraries, and no secrets.
 
-An engine runs native code of many libraries, and writes a log. It must not get other variables of the server's
-environment, such as cloud credentials or a hub token.
+An engine runs native code from many libraries and writes a log. It must not get any other variables of
+the server's environment, such as cloud credentials or a hub token.
 """
 
 import os
@@ -16,13 +16,13 @@ _INHERITED = re.compile(
     "|TRITON|VLLM|XDG)(_.*)?",
     re.DOTALL,
 )
-"""Variables of Python, the C library, PyTorch, vLLM and their dependencies, mostly matched by the word before the first
-underscore."""
+"""Matches variables of Python, the C library, PyTorch, vLLM and their dependencies, mostly by the word
+before the first underscore."""
 _SECRET_WORDS = frozenset({"CREDENTIALS", "KEY", "PASSWORD", "SECRET", "TOKEN"})
 
 
 def inherited_environment(also: Iterable[str] = ()) -> dict[str, str]:
-    """Return the variables that an engine inherits.
+    """Return the environment variables that an engine inherits.
 
     Args:
         also: names of additional variables, from `engine.environment`.

@@ -1,6 +1,7 @@
-"""Folders of an engine's socket, lock and record.
+"""Folders for an engine's socket, lock and record.
 
-The socket's folder is private and has a short path. Lock and record are in the home, where the next server finds them.
+The socket's folder has owner-only permissions and a short path. The lock and the record are in the home,
+where the next server finds them.
 """
 
 import hashlib
@@ -16,16 +17,17 @@ _STATES = "engines"
 
 
 def runtime_folder(home: Path, purpose: str) -> Path:
-    """Create or check the folder for one engine of one home, and return it.
+    """Create or check the folder for one engine of one home, and return its path.
 
-    A unix socket's path has at most 107 characters, and a home's path may be long; so the folder has a short name under
-    the folder for temporary files. `$XDG_RUNTIME_DIR` is deleted when its user logs out, which a server may outlive.
+    A Unix socket's path has at most 107 characters, and a home's path may be long, so the folder gets a
+    short name under the folder for temporary files. `$XDG_RUNTIME_DIR` is not used, because it is deleted
+    when its user logs out, which a server may outlive.
 
     Args:
         purpose: distinguishes the folders of a home's engines; each is used by one engine at a time.
 
     Raises:
-        EngineError: the folder belongs to another user, or is open to others.
+        EngineError: the folder belongs to another user, or other users can access it.
     """
     parent = Path(tempfile.gettempdir())
     digest = hashlib.sha256(f"{home.resolve()}\0{purpose}".encode()).hexdigest()[:12]
@@ -50,7 +52,7 @@ def runtime_folder(home: Path, purpose: str) -> Path:
 
 
 def socket_folder(home: Path, replica: int) -> Path:
-    """Return the folder for the socket of one of a server's engines.
+    """Return the folder for the socket of one of the server's engines.
 
     Raises:
         EngineError: see `runtime_folder`.
@@ -59,13 +61,13 @@ def socket_folder(home: Path, replica: int) -> Path:
 
 
 def state_folder(home: Path, replica: int) -> Path:
-    """Return the folder for the lock and the record of one of a server's engines; create it if it is missing."""
+    """Return the folder for the lock and record of one of the server's engines, creating it if missing."""
     folder = home / _STATES / str(replica)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def state_folders(home: Path) -> dict[int, Path]:
-    """Return the existing state folders, by replica."""
+    """Return the existing state folders, keyed by replica."""
     folders = (home / _STATES).iterdir() if (home / _STATES).is_dir() else iter(())
     return dict(sorted((int(folder.name), folder) for folder in folders if folder.name.isdecimal()))

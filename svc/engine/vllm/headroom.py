@@ -1,7 +1,7 @@
-"""Estimates whether the free memory suffices for additional engines.
+"""Estimates whether there is enough free memory for additional engines.
 
-The estimate precedes a start, so that a server or a swap reports a shortage instead of running out of memory later, on
-the machine or in CUDA.
+The estimate is made before a start, so that a server or a swap reports a shortage instead of running out
+of memory later, on the machine or in CUDA.
 """
 
 from collections.abc import Sequence
@@ -14,16 +14,17 @@ from svc.engine.vllm.plan import GIB, EnginePlanner
 from svc.settings import Device
 
 ENGINE_OVERHEAD = 2 * GIB
-"""Memory of one engine in addition to weights and KV cache. On a CPU 1.8 GiB were measured with vLLM 0.32 and a
-model of a few megabytes: Python and torch in three processes, as when vLLM binds threads; with two it is 0.7 less. On a
-GPU it is not measured but covers the CUDA context and a long prompt."""
+"""Memory of one engine in addition to weights and KV cache. On a CPU, 1.8 GiB were measured with vLLM 0.32
+and a model of a few megabytes, for Python and torch in three processes, as when vLLM binds threads; with
+two processes it is 0.7 GiB less. On a GPU it was not measured, but it covers the CUDA context and a long
+prompt."""
 
 
 def shortage(specs: Sequence[EngineSpec]) -> str | None:
-    """Return why the free memory is not enough for these engines together; None if it is.
+    """Return why there is not enough free memory for these engines together, or None if there is.
 
-    Each needs its weights, its adapters' memory, the KV cache of one sequence, and `ENGINE_OVERHEAD`. If the share
-    of a GPU is set, vLLM requires all of that share to be free.
+    Each engine needs its weights, its adapters' memory, the KV cache of one sequence, and `ENGINE_OVERHEAD`.
+    If the share of a GPU is set, vLLM requires that whole share to be free.
 
     Args:
         specs: the engines, all on one device.
@@ -41,10 +42,10 @@ def shortage(specs: Sequence[EngineSpec]) -> str | None:
 
 
 def backup_shortage(spec: EngineSpec) -> str | None:
-    """Return why main memory cannot hold the weights of a sleeping engine; None if it can.
+    """Return why main memory cannot hold the weights of a sleeping engine, or None if it can.
 
-    vLLM copies weights and adapters' memory to pinned memory, block by block, and torch rounds each block up to a power
-    of two: up to twice as much.
+    vLLM copies the weights and the adapters' memory to pinned memory block by block, and torch rounds each
+    block up to a power of two, so that up to twice as much is needed.
     """
     wide = is_wide(choose_dtype(spec.settings, spec.capabilities, spec.facts))
     needed = 2 * (weight_bytes(spec.facts, wide=wide) + (spec.lora.memory if spec.lora else 0))
@@ -55,7 +56,7 @@ def backup_shortage(spec: EngineSpec) -> str | None:
 
 
 def _needed(spec: EngineSpec, machine: Machine) -> tuple[int, int]:
-    """Return the memory that an engine needs, and the free memory of its device, bytes."""
+    """Return the memory that an engine needs and the free memory of its device, in bytes."""
     model = spec.facts
     wide = is_wide(choose_dtype(spec.settings, spec.capabilities, model))
     length = min(spec.settings.max_model_len, model.context or spec.settings.max_model_len)

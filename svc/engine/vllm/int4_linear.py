@@ -1,7 +1,8 @@
-"""Linear layers of GPTQ models on a CPU without AVX-512, for which vLLM has no 4-bit kernel.
+"""Linear layers of GPTQ models on CPUs without AVX-512, for which vLLM has no 4-bit kernel.
 
-The product is PyTorch's operator for 4-bit weights, which has kernels for AVX2 and AVX-512. Weights stay in 4 bits,
-in the operator's layout; scales take 4 bytes per group instead of 2. Imported only inside vLLM.
+The product is computed by PyTorch's operator for 4-bit weights, which has kernels for AVX2 and AVX-512.
+Weights stay in 4 bits, in the operator's layout; scales take 4 bytes per group instead of 2. This module
+is imported only inside vLLM.
 """
 
 import torch
@@ -10,13 +11,13 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import unpack_qua
 from vllm.scalar_type import scalar_types
 
 _GROUP_SIZES = (256, 128, 64, 32)
-"""Group sizes of the operator, in PyTorch 2.13."""
+"""Group sizes that the operator supports in PyTorch 2.13."""
 _WIDTH = 32
-"""Divisor of inputs and outputs, required by the operator as by vLLM's own kernel."""
+"""Number that must divide a layer's inputs and outputs, for the operator as for vLLM's own kernel."""
 
 
 class Int4LinearKernel(MPLinearKernel):
-    """y = W x + b with W in 4 bits around a zero point of 8, and one bfloat16 scale for each group of inputs."""
+    """Computes y = W x + b, with 4-bit W around a zero point of 8 and one bfloat16 scale per group of inputs."""
 
     @classmethod
     def get_min_capability(cls) -> int:
@@ -24,7 +25,7 @@ class Int4LinearKernel(MPLinearKernel):
 
     @classmethod
     def can_implement(cls, c: MPLinearLayerConfig) -> tuple[bool, str | None]:
-        """Return whether the operator supports such a layer, and if not, the reason."""
+        """Return whether the operator supports a given layer, and if not, the reason."""
         inputs, outputs = c.partition_weight_shape
         if c.weight_type != scalar_types.uint4b8 or c.zero_points:
             return False, f"weights are {c.weight_type}; only symmetric 4-bit weights are supported"
@@ -37,7 +38,7 @@ class Int4LinearKernel(MPLinearKernel):
         return True, None
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Convert weights and scales to the operator's layout; called after each load, including a reload in place."""
+        """Convert weights and scales to the operator's layout, after each load, including an in-place reload."""
         inputs = self.config.partition_weight_shape[0]
         self._group_size = operator_group_size(self.config.group_size, inputs)
         groups = inputs // self._group_size
@@ -47,7 +48,7 @@ class Int4LinearKernel(MPLinearKernel):
             setattr(layer, self.w_zp_name, None)  # 8 for every group
 
     def apply_weights(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the layer's outputs.
+        """Return the outputs of the layer.
 
         Args:
             x: [..., in], bfloat16.
@@ -65,10 +66,10 @@ class Int4LinearKernel(MPLinearKernel):
 
 
 def operator_group_size(group_size: int, inputs: int) -> int:
-    """Return the largest group size of the operator that divides a model's.
+    """Return the operator's largest group size that divides the model's group size.
 
     Args:
-        group_size: inputs that share a scale, a multiple of 32; -1: all.
+        group_size: number of inputs that share a scale, a multiple of 32, or -1 for all inputs.
         inputs: number of the layer's inputs, a multiple of 32.
     """
     whole = inputs if group_size == -1 else group_size
@@ -76,10 +77,10 @@ def operator_group_size(group_size: int, inputs: int) -> int:
 
 
 def pack_weights(packed: torch.Tensor) -> torch.Tensor:
-    """Convert weights from GPTQ's layout to the operator's.
+    """Convert weights from the GPTQ layout to the operator's layout.
 
     Args:
-        packed: [in / 8, out], int32, each with the weights of eight inputs.
+        packed: [in / 8, out], int32; each value contains the weights of eight inputs.
 
     Returns:
         [out, in / 2], uint8.
@@ -89,7 +90,7 @@ def pack_weights(packed: torch.Tensor) -> torch.Tensor:
 
 
 def spread_scales(scales: torch.Tensor, groups: int) -> torch.Tensor:
-    """Return scales in the operator's layout, each with the offset 0.
+    """Return scales in the operator's layout, each with an offset of 0.
 
     Args:
         scales: [groups of the model, out].

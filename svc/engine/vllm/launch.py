@@ -1,7 +1,7 @@
-"""Launch of one vLLM server: its arguments and environment, from a spec. plan.py makes the choices.
+"""Builds the arguments and environment for launching a vLLM server from a spec. plan.py makes the choices.
 
-This is the interface for other launchers: running `command(spec)` with `environment(spec)` anywhere, with access to its
-HTTP API, gives an engine.
+This is the interface for other launchers: running `command(spec)` with `environment(spec)` anywhere
+gives an engine, provided that its HTTP API can be reached.
 """
 
 import hashlib
@@ -30,12 +30,13 @@ from svc.settings import Device, EngineSettings, GptqKernel
 
 SOCKET_FILE = "engine.sock"
 HUGGING_FACE_FORMAT = ["--config-format", "hf", "--tokenizer-mode", "hf"]
-"""Mistral's folders contain a model twice: by default vLLM reads `params.json` and `tekken.json`, while training reads
-`config.json` and `tokenizer.json`. `engine.args` come later, so they override this."""
+"""Makes vLLM read `config.json` and `tokenizer.json`, as training does. Mistral's folders contain a model
+twice, and by default vLLM reads `params.json` and `tekken.json`. `engine.args` come later, so they
+override this."""
 _ENTRY = "vllm.entrypoints.launchers.api_server.entry"
 _STARTER = "svc.engine.vllm.start"
 _LISTS = ("VLLM_DISABLED_KERNELS", "VLLM_PLUGINS")
-"""vLLM's variables that hold comma-separated names."""
+"""vLLM environment variables that hold comma-separated names."""
 _OUTPUT_LAYER = "lm_head"
 _LOG_LEVEL = "VLLM_LOGGING_LEVEL"
 _SLEEP_FLAG, _SLEEP_MODE = "enable-sleep-mode", "enable_sleep_mode"
@@ -45,18 +46,18 @@ _PLUGIN = "tuneserve"
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """One engine to start.
+    """The specification of one engine to start.
 
     Attributes:
         model: folder with config, safetensors and tokenizer.
         served_name: the engine's only model name.
-        runtime: private folder for its socket.
+        runtime: folder for its socket, with owner-only permissions.
         state: folder for its lock and record, which a later server reads.
         log: file for its output.
         cache: folder for compiled kernels.
         capabilities: capabilities of this device.
-        template_kwargs: arguments of the chat template; None: as in the model's folder.
-        lora: capacity for adapters; None: no adapters.
+        template_kwargs: arguments for the chat template, or None to use those in the model's folder.
+        lora: capacity for adapters, or None for an engine without adapters.
         engines: number of engines that share the machine, including this one.
         idles: whether the model has an idle time (`idle_s`), after which its engine may sleep.
     """
@@ -76,12 +77,12 @@ class EngineSpec:
 
     @property
     def socket(self) -> Path:
-        """The unix socket on which the engine listens."""
+        """The Unix socket on which the engine listens."""
         return self.runtime / SOCKET_FILE
 
     @cached_property
     def plan(self) -> plan.EnginePlan:
-        """Choices for the launch, from the machine's state at the first access; on a GPU, this may take seconds."""
+        """Choices for the launch, based on the machine's state at first access. On a GPU this may take seconds."""
         machine = read_machine(gpus=self.device is Device.CUDA)
         planner = plan.EnginePlanner(self.settings, self.capabilities, machine, self.facts, self.cache, self.engines)
         lora = lora_choices(self.lora, self.settings.args) if self.lora else ()
@@ -95,10 +96,10 @@ class EngineSpec:
 
     @cached_property
     def engine_capabilities(self) -> EngineCapabilities:
-        """Capabilities of the engine; the first access reads the model's folder.
+        """Capabilities of the engine. The first access reads the model's folder.
 
-        vLLM packs experts for a CPU at the first load but not at a reload: 0.32 was off by 2.5 nats per token after a
-        reload (Qwen3-MoE, Mixtral), and by 0.01 in an engine that started with the same files.
+        vLLM packs experts for a CPU at the first load but not at a reload. After a reload, vLLM 0.32 was off by
+        2.5 nats per token (Qwen3-MoE, Mixtral), but only by 0.01 in an engine that started with the same files.
         """
         return EngineCapabilities(
             reloads=self.device is not Device.CPU or not self.facts.experts,
@@ -111,9 +112,10 @@ class EngineSpec:
         )
 
     def _unprobed(self) -> str | None:
-        """Return why the engine cannot be probed; None if it can. Applies to vLLM 0.32.
+        """Return why the engine cannot be probed, or None if it can. Applies to vLLM 0.32.
 
-        On a CPU it cannot if adapters may change the output layer, as they may without `--lora-target-modules`.
+        On a CPU, probes are impossible if adapters may change the output layer, which they may without
+        `--lora-target-modules`.
         """
         args = self.settings.args
         if self.device is not Device.CPU or (self.lora is None and not given_flag(args, "enable-lora")):
@@ -125,7 +127,7 @@ class EngineSpec:
 
     @cached_property
     def facts(self) -> ModelFacts:
-        """Facts about the model, read from its folder."""
+        """Facts about the model, read from the model's folder."""
         facts = read_model_facts(self.model)
         if self.template_kwargs is None:
             return facts
@@ -140,7 +142,7 @@ def _sleep_choice(args: Sequence[str]) -> Choice:
 
 
 def command(spec: EngineSpec) -> list[str]:
-    """Return the server's argument list. Only safetensors are loaded, and no code that comes with a model is run."""
+    """Return the server's argument list. Only safetensors are loaded, and no code supplied with a model is run."""
     starter = [_STARTER] if spec.device is Device.CPU else []
     arguments = [sys.executable, "-m", *starter, _ENTRY]
     arguments += ["--model", str(spec.model), "--served-model-name", spec.served_name, "--uds", str(spec.socket)]
@@ -154,9 +156,10 @@ def command(spec: EngineSpec) -> list[str]:
 
 
 def environment(spec: EngineSpec) -> dict[str, str]:
-    """Return the server's environment.
+    """Return the server's environment variables.
 
-    The development mode enables the endpoints that reload weights; only the private socket reaches them.
+    Development mode enables the endpoints that reload weights. They can be reached only through the private
+    socket.
     """
     variables = {
         "VLLM_SERVER_DEV_MODE": "1",
@@ -185,7 +188,7 @@ def environment(spec: EngineSpec) -> dict[str, str]:
 
 
 def launch_digest(spec: EngineSpec) -> str:
-    """Return a hex SHA-256 of everything that determines a launch except the weights and the free memory.
+    """Return a hex SHA-256 of everything that determines a launch, except the weights and the free memory.
 
     The weights are identified by the engine's record and its probes.
     """

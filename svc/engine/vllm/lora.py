@@ -1,4 +1,4 @@
-"""Launch options of an engine that applies LoRA adapters to its base: vLLM's runtime LoRA."""
+"""Launch options for an engine that applies LoRA adapters to its base (vLLM's runtime LoRA)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from svc.engine.vllm.choice import Choice, Origin, Value, as_argument, as_given
 from svc.engine.vllm.plugin import LORA_VARIABLE
 
 RUNTIME_VARIABLE = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
-"""Enables the endpoints that load and unload adapters; only the private socket reaches them."""
+"""Enables the endpoints that load and unload adapters. They can be reached only through the private socket."""
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM accepts for `--max-lora-rank`."""
 LARGEST_RANK = _RANKS[-1]
@@ -19,18 +19,19 @@ USUAL_TARGETS = frozenset(
         *("gate_proj", "up_proj", "gate_up_proj", "down_proj"),
     }
 )
-"""Attention and MLP layers, as most architectures name them and as vLLM fuses them. If adapters may change all
-layers, including the output layer, log-probabilities of a prompt kill vLLM 0.32 on a CPU."""
+"""Attention and MLP layers, under the names used by most architectures and by vLLM when it fuses them. If
+adapters may change all layers, including the output layer, requesting a prompt's log-probabilities kills
+vLLM 0.32 on a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoraSlots:
-    """Capacity of an engine for adapters.
+    """An engine's capacity for adapters.
 
     Attributes:
         max_loaded: maximum number of loaded adapters.
         max_batched: maximum number of different adapters in one batch.
-        max_rank: maximum rank, one of those that vLLM accepts.
+        max_rank: maximum rank, one of the values that vLLM accepts.
         targets: last parts of the names of the layers that adapters may change, sorted.
         bytes: maximum memory of one adapter.
     """
@@ -43,22 +44,22 @@ class LoraSlots:
 
     @property
     def memory(self) -> int:
-        """Memory of all adapters, bytes."""
+        """Total memory of all adapters, in bytes."""
         return self.bytes * (self.max_loaded + self.max_batched)
 
     def parts(self) -> list[Value]:
-        """Return values that are equal for equal capacities."""
+        """Return a list of values that is equal for equal capacities."""
         return [self.max_loaded, self.max_batched, self.max_rank, *self.targets]
 
 
 def choose_slots(*, max_loaded: int, max_rank: int | None, rank: int, targets: frozenset[str], size: int) -> LoraSlots:
-    """Return the capacity for adapters similar to a given one.
+    """Return the capacity for adapters similar to a given adapter.
 
     Args:
-        max_loaded, max_rank: the settings.
-        rank: the given adapter's rank; at most `max_rank`.
-        targets: last parts of the names of the layers that it changes.
-        size: total size of the adapter's files, bytes.
+        max_loaded, max_rank: the values from the settings.
+        rank: the given adapter's rank, at most `max_rank`.
+        targets: last parts of the names of the layers that the adapter changes.
+        size: total size of the adapter's files, in bytes.
     """
     wanted = max(rank, _MIN_RANK) if max_rank is None else max_rank
     largest = next((accepted for accepted in _RANKS if accepted >= wanted), LARGEST_RANK)
@@ -72,7 +73,7 @@ def choose_slots(*, max_loaded: int, max_rank: int | None, rank: int, targets: f
 
 
 def lora_choices(slots: LoraSlots, args: Sequence[str]) -> tuple[Choice, ...]:
-    """Return the launch choices that give an engine this capacity.
+    """Return the launch choices that give an engine the requested capacity.
 
     Args:
         args: `engine.args`, which take precedence.

@@ -1,7 +1,8 @@
-"""Checks from the config alone whether vLLM can serve a model: vLLM's own validation, in a separate process.
+"""Checks from the config alone whether vLLM can serve a model, by its own validation in a separate process.
 
-The check takes 9 s, mostly for vLLM's import, so the caller starts it, does other work and then reads the answer.
-This file, run as a module, is that process. No weights are read, so a model that is too large passes.
+The check takes 9 s, mostly to import vLLM, so the caller starts it, does other work and then reads the
+result. That process runs this file as a module. No weights are read, so a model that is too large
+passes.
 """
 
 import json
@@ -24,12 +25,12 @@ _MAX_REASON = 160  # characters; vLLM lists all architectures that it has
 
 
 class ModelCheck:
-    """A check that is running.
+    """A running model check.
 
     Args:
         folder: folder of the model.
         command: command line of the process.
-        process: the process, which prints vLLM's reason for a rejection as JSON, or null.
+        process: the process, which prints vLLM's reason for rejecting the model as JSON, or null.
     """
 
     def __init__(self, folder: Path, command: Sequence[str], process: "subprocess.Popen[str]") -> None:
@@ -38,11 +39,11 @@ class ModelCheck:
         self._process = process
 
     def wait(self) -> None:
-        """Wait for the answer, at most 300 s.
+        """Wait at most 300 s for the result of the check.
 
         Raises:
-            BaseModelError: vLLM cannot serve the model; contains vLLM's reason.
-            EngineError: vLLM did not start, or did not answer.
+            BaseModelError: vLLM cannot serve the model; the error contains vLLM's reason.
+            EngineError: vLLM did not start or did not give a result.
         """
         try:
             answer, log = self._process.communicate(timeout=_TIMEOUT_S)
@@ -64,10 +65,10 @@ class ModelCheck:
 
 @contextmanager
 def model_check(folder: Path, settings: EngineSettings) -> Iterator[ModelCheck]:
-    """Start the check; stop it at the end of the body if it is still running.
+    """Start the check, and stop it at the end of the body if it is still running.
 
     Args:
-        settings: `args` and `environment` apply as for an engine that serves the model.
+        settings: settings whose `args` and `environment` apply as for an engine that serves the model.
     """
     command = [sys.executable, "-m", __name__, "--model", str(folder), *HUGGING_FACE_FORMAT, *settings.args]
     environment = inherited_environment(settings.environment) | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -81,7 +82,7 @@ def model_check(folder: Path, settings: EngineSettings) -> Iterator[ModelCheck]:
 
 
 def _refusal(arguments: Sequence[str]) -> str | None:
-    """Return why vLLM cannot serve a model, shortened; None if it can."""
+    """Return a shortened reason why vLLM cannot serve a model, or None if it can."""
     from pydantic import ValidationError
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser

@@ -1,4 +1,4 @@
-"""An engine's number type, its kernel for 4-bit weights, and the resulting size of the weights."""
+"""An engine's number type, its kernel for 4-bit weights, and the resulting size of the weights in memory."""
 
 from svc.engine.device import DeviceCapabilities, NumberType
 from svc.engine.model_facts import ModelFacts
@@ -8,19 +8,19 @@ from svc.errors import EngineError
 from svc.settings import Device, EngineSettings, GptqKernel
 
 GPTQ = "gptq"
-"""Quantization method in a 4-bit model's config."""
+"""Name of the quantization method in a 4-bit model's config."""
 _WIDE = (NumberType.FLOAT32.value, "float")
-"""vLLM's names for 32-bit numbers."""
+"""vLLM's names for 32-bit floating-point numbers."""
 _VLLM_KERNELS = "CPUWNA16LinearKernel,ZentorchWNA16LinearKernel"
-"""vLLM's own kernels for 4-bit weights on a CPU. The first claims support even without its operator, the second if the
-package zentorch is installed; both are tried before a plugin's."""
+"""vLLM's own CPU kernels for 4-bit weights. The first claims support even without its operator, the second
+if the package zentorch is installed. Both are tried before a plugin's kernel."""
 
 
 def choose_dtype(settings: EngineSettings, capabilities: DeviceCapabilities, model: ModelFacts) -> Choice:
-    """Return an engine's number type: the stored one, unless that is slow on the device.
+    """Return an engine's number type: the type of the stored weights, unless that is slow on the device.
 
     Raises:
-        EngineError: the model is in GPTQ, which cannot be served on this device.
+        EngineError: the model is in GPTQ format, which cannot be served on this device.
     """
     name, own, kernel = "dtype", model.dtype, choose_gptq_kernel(settings, capabilities, model)
     cpu = capabilities.device(settings) is Device.CPU
@@ -40,14 +40,14 @@ def choose_dtype(settings: EngineSettings, capabilities: DeviceCapabilities, mod
 
 
 def _check_gptq_dtype(value: str, kernel: GptqKernel | None, own: str | None) -> None:
-    """Check that the kernel supports a number type.
+    """Check that the 4-bit kernel supports a number type.
 
     Args:
-        value: from `engine.args`.
-        own: number type in which the model is stored; vLLM uses it for `auto`.
+        value: number type from `engine.args`.
+        own: number type in which the model is stored, which vLLM uses for `auto`.
 
     Raises:
-        EngineError: vLLM would not start with it.
+        EngineError: vLLM would not start with this number type.
     """
     supported = {GptqKernel.VLLM: ("bfloat16", "float16", "half", AUTO), GptqKernel.TORCH: ("bfloat16", AUTO)}
     if kernel is None or ((own if value == AUTO else value) or AUTO) in supported[kernel]:
@@ -62,19 +62,19 @@ def _check_gptq_dtype(value: str, kernel: GptqKernel | None, own: str | None) ->
 def choose_gptq_kernel(
     settings: EngineSettings, capabilities: DeviceCapabilities, model: ModelFacts
 ) -> GptqKernel | None:
-    """Return the kernel for 4-bit weights; None for a model without them.
+    """Return the kernel for 4-bit weights, or None if the model has none.
 
     Raises:
-        EngineError: there is no kernel for it.
+        EngineError: no kernel is available for the model.
     """
     return capabilities.gptq_kernel(settings) if model.quantization == GPTQ else None
 
 
 def explain_gptq_kernel(settings: EngineSettings, capabilities: DeviceCapabilities) -> Choice:
-    """Return the choice of the kernel for 4-bit weights, with its reason.
+    """Return the chosen kernel for 4-bit weights, with the reason for the choice.
 
     Raises:
-        EngineError: there is no kernel for it.
+        EngineError: no kernel is available for the model.
     """
     name, kernel = "gptq_kernel", capabilities.gptq_kernel(settings)
     asked = settings.gptq_kernel is not GptqKernel.AUTO
@@ -93,7 +93,7 @@ def is_wide(dtype: Choice) -> bool:
 
 
 def weight_bytes(model: ModelFacts, *, wide: bool) -> int:
-    """Return the memory that a model's weights take, bytes: in 32 bits, twice their 16-bit size on disk.
+    """Return the memory that a model's weights take, in bytes: in 32 bits, twice their 16-bit size on disk.
 
     Args:
         wide: whether the engine computes in 32 bits.

@@ -1,7 +1,8 @@
-"""Choices for the launch of an engine on this machine, each with its value and origin.
+"""Choices for launching an engine on this machine, each with its value and origin.
 
-The user's choices come first: `engine.args`, then settings. The rest follows from the machine and the model, or is left
-to vLLM if its choice is good. Knows no process and reads nothing: facts in, choices out.
+The user's choices come first: `engine.args`, then settings. The rest follows from the machine and the
+model, or is left to vLLM where its choice is good. This module starts no process and reads nothing: it
+turns facts into choices.
 """
 
 import json
@@ -22,23 +23,24 @@ from svc.settings import Device, EngineSettings
 GIB = 2**30
 _BLOCK_SIZE = 32
 _MEMORY_SHARE = 2
-"""The KV cache gets half of the memory that the weights leave free; the rest is for long prompts."""
+"""Divisor of the memory that the weights leave free. The KV cache gets half; the rest is for long prompts."""
 _UNKNOWN_KV_CACHE = 4 * GIB
 _GPU_SHARE = 0.9
-"""vLLM's default is 0.92. A reload in place needs some memory in addition to what vLLM measured at its start."""
+"""Share of a GPU's memory for an engine. vLLM's default is 0.92, but an in-place reload needs some memory
+in addition to what vLLM measured when it started."""
 _GPU_MARGIN = GIB // 2
-"""Approximate size of vLLM's CUDA context, after whose creation vLLM compares its share with the free memory."""
+"""Approximate size of vLLM's CUDA context. vLLM creates it before comparing its share with the free memory."""
 _MIN_GPU_SHARE = 0.01
 _SHARE_OPTIONS = ("--gpu-memory-utilization", "--device-memory-utilization")
 _ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
-"""vLLM's executor for a model in the process of its scheduler. Under the short name `uni`, a CPU gets `mp` instead, a
-separate process in which vLLM sets how OpenMP binds its threads."""
+"""vLLM's executor for running a model in the process of its scheduler. Under the short name `uni`, a CPU
+gets `mp` instead, which is a separate process in which vLLM sets how OpenMP binds its threads."""
 _OTHER_PARALLELISM = (("--pipeline-parallel-size", "-pp"), ("--data-parallel-size", "-dp"))
 
 
 @dataclass(frozen=True, slots=True)
 class EnginePlan:
-    """All choices for the launch of one engine."""
+    """All choices for launching one engine."""
 
     choices: tuple[Choice, ...]
 
@@ -47,16 +49,16 @@ class EnginePlan:
 
     @property
     def arguments(self) -> list[str]:
-        """Command-line arguments of all choices."""
+        """Command-line arguments that result from all choices."""
         return [argument for choice in self.choices for argument in choice.arguments]
 
     @property
     def variables(self) -> dict[str, str]:
-        """Environment variables of all choices."""
+        """Environment variables that result from all choices."""
         return dict(pair for choice in self.choices for pair in choice.variables)
 
     def rows(self) -> list[dict[str, Value]]:
-        """Return the choices as JSON objects, for display."""
+        """Return all choices as JSON objects for display."""
         return [
             {"name": choice.name, "value": choice.value, "origin": choice.origin.value, "reason": choice.reason}
             for choice in self.choices
@@ -65,10 +67,10 @@ class EnginePlan:
 
 @dataclass(frozen=True)
 class EnginePlanner:
-    """Makes all choices for one engine.
+    """Makes all launch choices for one engine.
 
     Args:
-        capabilities: capabilities of the device on which it will run.
+        capabilities: capabilities of the device on which the engine will run.
         machine: the machine's current resources.
         cache: folder for compiled kernels.
         engines: number of engines that share the machine, including this one.
@@ -94,11 +96,11 @@ class EnginePlanner:
         return self._device is Device.CPU
 
     def plan(self) -> EnginePlan:
-        """Return all choices.
+        """Return all launch choices.
 
         Raises:
-            EngineError: the model's format cannot be served on this device, or `engine.cores` exceeds the available
-                cores.
+            EngineError: the model's format cannot be served on this device, or `engine.cores` exceeds the number
+                of available cores.
         """
         length, concurrency, parallel = self._max_model_len(), self._max_num_seqs(), self._tensor_parallel()
         block, ranks = self._block_size(), _integer(parallel.value) or 1
@@ -189,7 +191,7 @@ class EnginePlanner:
         return Choice(name, count, origin, reason, variables=free)
 
     def _most_cores(self) -> tuple[int, str]:
-        """Return the number of cores this process may use, and the reason."""
+        """Return the number of cores this process may use, with the reason."""
         cores, quota = len(self._machine.cores), self._machine.quota
         if quota is not None and quota < cores:
             return max(1, int(quota)), f"a quota of {quota:g} cores"
@@ -221,7 +223,7 @@ class EnginePlanner:
         return as_argument(name, size, origin, f"{_gib(size)}: {reason}")
 
     def _sequence_bytes(self, length: Choice, block: Choice, *, wide: bool) -> int | None:
-        """Return the size of the KV cache of the longest sequence, bytes in whole blocks; None if unknown."""
+        """Return the longest sequence's KV cache size in bytes, rounded up to whole blocks, or None if unknown."""
         tokens, block_size = _integer(length.value) or self._model.context, _integer(block.value) or _BLOCK_SIZE
         if tokens is None or self._model.token_bytes is None:
             return None
@@ -286,7 +288,7 @@ class EnginePlanner:
 
 
 def is_eager(settings: EngineSettings, device: Device) -> bool:
-    """Return whether compilation is skipped: as given in `engine.args`, else on a CPU only."""
+    """Return whether compilation is skipped, as given in `engine.args` or else only on a CPU."""
     flag = given_flag(settings.args, "enforce-eager")
     return device is Device.CPU if flag is None else flag
 

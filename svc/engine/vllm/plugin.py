@@ -1,7 +1,7 @@
-"""The plugin that vLLM loads through the entry point `vllm.general_plugins`, in each of its processes.
+"""The plugin that vLLM loads in each of its processes through the entry point `vllm.general_plugins`.
 
-It does nothing in a vLLM that this project did not start: only `svc.engine.vllm.launch` sets the variables that enable
-it.
+It does nothing in a vLLM that this project did not start, because only `svc.engine.vllm.launch` sets the
+variables that enable it.
 """
 
 import logging
@@ -12,19 +12,19 @@ from functools import cache
 from typing import Any
 
 INT4_LINEAR_VARIABLE = "TUNESERVE_INT4_LINEAR"
-"""Set to 1 in the environment of an engine that uses our 4-bit kernel."""
+"""Environment variable set to 1 for an engine that uses our 4-bit kernel."""
 LORA_VARIABLE = "TUNESERVE_LORA"
-"""Set to 1 in the environment of an engine that applies adapters."""
+"""Environment variable set to 1 for an engine that applies adapters."""
 QUIET_VARIABLE = "TUNESERVE_QUIET_ERRORS"
-"""Set to 1 in the environment of an engine whose log must not contain requests' text."""
+"""Environment variable set to 1 for an engine whose log must not contain text from requests."""
 EMPTY_TOKENS_VARIABLE = "TUNESERVE_EMPTY_TOKENS"
-"""Set to 1 in the environment of an engine from which clients can request log-probabilities."""
+"""Environment variable set to 1 for an engine from which clients can request log-probabilities."""
 _REQUEST_LOGGERS = ("vllm.entrypoints.", "uvicorn.")
-"""Loggers of code that handles requests. The core's loggers, whose errors explain an engine's exit, are unchanged."""
+"""Loggers of request-handling code. Core loggers are not included, as their errors explain engine exits."""
 
 
 def register() -> None:
-    """Apply the changes that the variables enable. vLLM may call this function more than once."""
+    """Apply the changes enabled by the environment variables. vLLM may call this function more than once."""
     if os.environ.get(QUIET_VARIABLE) == "1" and not isinstance(logging.getLogRecordFactory(), _QuietRecords):
         logging.setLogRecordFactory(_QuietRecords(logging.getLogRecordFactory()))
     if os.environ.get(INT4_LINEAR_VARIABLE) == "1":
@@ -38,8 +38,8 @@ def register() -> None:
 class _QuietRecords:
     """Factory of log records that keep the stack and the type of a request's error, but not its message.
 
-    vLLM logs errors in `/v1/messages` and streams, uvicorn logs uncaught ones; pydantic's and vLLM's messages quote
-    the request.
+    vLLM logs errors in `/v1/messages` and in streams, and uvicorn logs uncaught errors. The messages of both
+    pydantic and vLLM quote the request.
 
     Args:
         make: the factory to wrap.
@@ -62,7 +62,7 @@ class _QuietRecords:
 
 
 def _register_int4_linear() -> None:
-    """Add the 4-bit linear kernel to those that vLLM may choose on a CPU."""
+    """Add our 4-bit linear kernel to the kernels that vLLM may choose on a CPU."""
     from vllm.model_executor.kernels.linear import register_linear_kernel
     from vllm.platforms import PlatformEnum
 
@@ -73,11 +73,11 @@ def _register_int4_linear() -> None:
 
 @cache  # once per process, however often vLLM calls it
 def _apply_no_adapter_to_the_base() -> None:
-    """Make vLLM on a CPU answer requests for the base with the base, even in a batch with requests for adapters.
+    """Make vLLM on a CPU serve base requests with the base, even in a batch with requests for adapters.
 
-    In such a batch, the base's tokens have the slot -1, which vLLM's GPU kernels skip. Its CPU kernels use -1 as
-    the index of the last slot, and apply the adapter there (vllm-project/vllm#48421). Zeros between the two
-    halves of an adapter make it add nothing.
+    In such a batch, the base's tokens have the slot -1, which vLLM's GPU kernels skip. Its CPU kernels use
+    -1 as the index of the last slot and apply the adapter there (vllm-project/vllm#48421). Zeros between the
+    two halves of an adapter make it add nothing.
     """
     from vllm.lora.ops import torch_ops
     from vllm.lora.ops.torch_ops import lora_ops
@@ -97,9 +97,9 @@ def _apply_no_adapter_to_the_base() -> None:
 def _show_ids_without_a_token_as_empty() -> None:
     """Make vLLM show a token id that has no token as an empty token.
 
-    A model may have more rows than its tokenizer has tokens: Phi-3 has 32,064 and 32,011. With a vocabulary of
-    SentencePiece, such an id among log-probabilities stops vLLM 0.32's output handler, and with it the front for all
-    clients; a client can name one in `logprob_token_ids`.
+    A model may have more rows than its tokenizer has tokens: Phi-3 has 32,064 and 32,011. With a
+    SentencePiece vocabulary, such an id among log-probabilities stops vLLM 0.32's output handler, and with
+    it the HTTP front end for all clients. A client can name such an id in `logprob_token_ids`.
     """
     from vllm.tokenizers import detokenizer_utils
 

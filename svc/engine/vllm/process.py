@@ -1,8 +1,8 @@
-"""Life cycle of one vLLM process on this machine: start or adoption, readiness, stop; no process is left unnoticed.
+"""Life cycle of one vLLM process on this machine: start or adoption, readiness and stop.
 
-An engine outlives a server that is killed. The next server finds it in its folder, and adopts or stops it. This module
-restarts nothing: the supervisor decides. Waiting for files, locks and processes happens in threads, because clients'
-requests run in the event loop.
+No process is left unnoticed. An engine outlives a server that is killed. The next server finds it in its
+folder, and adopts or stops it. This module restarts nothing, which is left to the supervisor. Waiting
+for files, locks and processes happens in threads, because clients' requests run in the event loop.
 """
 
 import asyncio
@@ -33,15 +33,16 @@ Result = TypeVar("Result")
 
 _POLL_S = 0.1
 _CPU_NICENESS = 5
-"""Added to the server's niceness for an engine on the CPU. The engine's threads keep every core busy; with equal
-priorities the server's event loop waited 20 ms for a core in 1 % of its turns, now 8 ms (docs/reliability.md)."""
+"""Added to the server's niceness for an engine on the CPU. The engine's threads keep every core busy. With
+equal priorities, the server's event loop waited 20 ms for a core in 1 % of its turns; now it waits 8 ms
+(docs/reliability.md)."""
 
 
 class EngineProcess:
-    """One vLLM server as a separate process, which outlives this one.
+    """One vLLM server as a separate process that outlives this one.
 
     Args:
-        spec: engine to start; its runtime folder must be private to this user.
+        spec: engine to start; its runtime folder must have owner-only permissions.
 
     Attributes:
         client: client for the server's own requests.
@@ -60,22 +61,23 @@ class EngineProcess:
 
     @property
     def socket(self) -> Path:
-        """The unix socket on which it listens."""
+        """The Unix socket on which the engine listens."""
         return self.spec.socket
 
     @property
     def capabilities(self) -> EngineCapabilities:
-        """Capabilities, known before the start."""
+        """Capabilities of the engine, known before it starts."""
         return self.spec.engine_capabilities
 
     async def start(self, on_phase: Callable[[EnginePhase], None] = lambda phase: None) -> None:
-        """Start the engine and return when it answers. Stops an engine that an earlier server left in the folder.
+        """Start the engine, stopping any that an earlier server left here. Return once it accepts requests.
 
         Args:
             on_phase: called with each phase of the start.
 
         Raises:
-            EngineError: vLLM exited, or was not ready within `start_timeout_s`; names the log and its last error.
+            EngineError: vLLM exited, or was not ready within `start_timeout_s`; the error names the log and its
+                last error.
         """
         await _in_own_thread(lambda: end_engine(self.spec.state))  # before the plan, which counts free memory
         self.plan = (await asyncio.to_thread(lambda: self.spec.plan)).rows()
@@ -116,7 +118,7 @@ class EngineProcess:
         return self._child.pid
 
     def _watch(self, pid: int) -> None:
-        """Make the event loop notice the process's exit by a pidfd; polling would fail if no descriptor is free.
+        """Use a pidfd to notify the event loop when the process exits. Polling fails if no descriptor is free.
 
         Raises:
             ProcessLookupError: there is no such process.
@@ -134,7 +136,7 @@ class EngineProcess:
         self._ended.set()
 
     async def orphan_holds(self) -> str | None:
-        """Return the content of an engine that an earlier server left running with the same launch, or None."""
+        """Return what is loaded in an engine that an earlier server left running (same launch), or None."""
         return await asyncio.to_thread(self._orphan_holds)
 
     def _orphan_holds(self) -> str | None:
@@ -144,10 +146,10 @@ class EngineProcess:
         return record.holds if find_engine(self.spec.state) else None
 
     async def adopt(self) -> None:
-        """Adopt the engine that an earlier server left in the folder, instead of starting one.
+        """Adopt the engine that an earlier server left in the folder, instead of starting a new one.
 
         Raises:
-            EngineError: the engine does not answer, or has just exited.
+            EngineError: the engine does not respond, or has just exited.
         """
         self._process = await asyncio.to_thread(find_engine, self.spec.state)
         record = await asyncio.to_thread(read_record, self.spec.state)
@@ -160,7 +162,7 @@ class EngineProcess:
             raise EngineError(f"the engine in {self.spec.state} has just exited", todo="start a new engine") from None
 
     async def record(self, holds: str | None) -> None:
-        """Record the loaded content for a later server; None if unknown.
+        """Record what the engine has loaded, for a later server. Pass None if it is unknown.
 
         Raises:
             OSError: the record cannot be written.
@@ -173,19 +175,19 @@ class EngineProcess:
             write_record(self.spec.state, replace(record, holds=holds))
 
     def memory(self) -> int | None:
-        """Return the engine's main memory, bytes, with its share of shared pages; None if no process runs."""
+        """Return the engine's main memory in bytes, with its share of shared pages, or None if it is not running."""
         with contextlib.suppress(psutil.Error):  # it is exiting
             return sum(process.memory_full_info().pss for process in self._processes()) or None
         return None
 
     def processor_s(self) -> float:
-        """Return the processor time of the engine's processes, seconds; 0 if none runs."""
+        """Return the processor time of the engine's processes in seconds, or 0 if none is running."""
         with contextlib.suppress(psutil.Error):
             return sum(sum(process.cpu_times()[:2]) for process in self._processes())
         return 0.0
 
     def front_s(self) -> float | None:
-        """Return the processor time of vLLM's HTTP process, the one that was started, seconds; None if unknown."""
+        """Return the processor time of vLLM's HTTP process (the one started) in seconds, or None if unknown."""
         with contextlib.suppress(psutil.Error):
             return sum(self._process.cpu_times()[:2]) if self._process else None
         return None
@@ -194,20 +196,20 @@ class EngineProcess:
         return [self._process, *self._process.children(recursive=True)] if self._process else []
 
     async def wait(self) -> int | None:
-        """Wait until the engine has exited; return its exit code, 0 if it was never started, None if adopted."""
+        """Wait until the engine exits and return its exit code, 0 if it was never started, or None if adopted."""
         if self._child is None and self._process is None:
             return 0
         await self._ended.wait()
         return self._child.wait() if self._child else None
 
     async def stop(self) -> None:
-        """Stop the engine and all its processes with SIGTERM, or with SIGKILL if they still run after 10 s."""
+        """Stop the engine and all its processes with SIGTERM, and with SIGKILL if any still run after 10 s."""
         await asyncio.shield(_in_own_thread(self._end))
         self._unwatch()
         await self.client.close()
 
     def _remove_sockets(self) -> None:
-        """Remove the engine's sockets, including those between its processes: vLLM removes none."""
+        """Remove the engine's sockets, including those between its processes. vLLM itself removes none."""
         for path in self.spec.runtime.glob("*"):
             if path.is_socket():
                 path.unlink(missing_ok=True)
@@ -223,7 +225,7 @@ class EngineProcess:
         """Free the engine's GPU.
 
         Raises:
-            EngineError: the free main memory is too small for the weights, or vLLM failed.
+            EngineError: there is not enough free main memory for the weights, or vLLM failed.
         """
         # Torch keeps the memory of the first sleep for the next one.
         if not self._has_backup and (shortage := await asyncio.to_thread(backup_shortage, self.spec)):
@@ -240,7 +242,7 @@ class EngineProcess:
         await self.client.wake()
 
     async def leave(self) -> None:
-        """Detach from the engine and leave it running for a later server; this object is no longer usable."""
+        """Detach from the engine and leave it running for a later server. This object is not usable afterwards."""
         if self._child:
             self._child.returncode = 0  # else Python warns that the child was not waited for
         self._child = self._process = None
@@ -278,7 +280,7 @@ class EngineProcess:
 
 
 def _in_own_thread(work: Callable[[], Result]) -> "asyncio.Future[Result]":
-    """Run work in a new thread. Stopping an engine can take long, and would block a shared thread."""
+    """Run `work` in a new thread. Stopping an engine can take long, and would block a shared thread."""
     thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine-end")
     working = asyncio.get_running_loop().run_in_executor(thread, work)
     thread.shutdown(wait=False)  # the thread ends with its work
@@ -286,7 +288,7 @@ def _in_own_thread(work: Callable[[], Result]) -> "asyncio.Future[Result]":
 
 
 async def _uncancelled(work: Callable[[], Result]) -> Result:
-    """Run work in a thread. A cancellation takes effect after the work is done, so that the caller can undo it."""
+    """Run `work` in a thread. Cancellation takes effect after the work is done, so that the caller can undo it."""
     working = asyncio.ensure_future(asyncio.to_thread(work))
     try:
         return await asyncio.shield(working)

@@ -2,11 +2,12 @@
 
     python -m svc.engine.vllm.start ENTRY_MODULE ARGUMENTS
 
-vLLM's HTTP process starts the engine core as a new Python process, which imports vLLM again: 9 of the 24 seconds of a
-start on two cores. Here a fork server imports vLLM while the HTTP process does, and the core is forked from the fork
-server: 15 seconds. Unlike the HTTP process, a fork server has no threads and has computed nothing, so forking it is
-safe. Only on a CPU: a process forked after CUDA was used cannot use CUDA. Imports only the standard library, so that
-the fork server starts at once.
+vLLM's HTTP process starts the engine core as a new Python process, which imports vLLM again. This takes
+9 of the 24 seconds of a start on two cores. Here a fork server imports vLLM while the HTTP process does,
+and the core is forked from the fork server, so that a start takes 15 seconds. Unlike the HTTP process, a
+fork server has no threads and has computed nothing, so forking it is safe. This is done only on a CPU,
+because a process forked after CUDA was used cannot use CUDA. Only the standard library is imported here,
+so that the fork server starts at once.
 """
 
 import multiprocessing
@@ -18,11 +19,11 @@ from multiprocessing import context, forkserver
 from typing import Any
 
 _CORE = ("vllm.v1.engine.core", "vllm.v1.worker.cpu_worker", "transformers")
-"""What the core imports in addition to the HTTP process. Modules that an older or newer vLLM lacks are skipped."""
+"""Modules that only the core imports, not the HTTP process. Any that the installed vLLM lacks are skipped."""
 
 
 class _Process(context.ForkServerProcess):
-    """A process that has the environment of the process that creates it, not that of the fork server."""
+    """A process that gets its creator's environment instead of the fork server's."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -42,11 +43,11 @@ class _Context(context.ForkServerContext):
 
 
 def start(entry: str, preloaded: Sequence[str] = _CORE) -> None:
-    """Run a module as the main program, with processes that already have it and other modules imported.
+    """Run a module as the main program, with processes that have already imported it and other modules.
 
     Args:
-        entry: the module; its arguments are `sys.argv[1:]`.
-        preloaded: the other modules.
+        entry: the module to run; its arguments are `sys.argv[1:]`.
+        preloaded: the other modules to import.
     """
     multiprocessing.set_forkserver_preload([entry, *preloaded])
     forkserver.ensure_running()

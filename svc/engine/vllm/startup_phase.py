@@ -1,4 +1,4 @@
-"""Reads the startup phase of vLLM from its log."""
+"""Reads the current phase of a vLLM start from its log."""
 
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ _ORDER = list(EnginePhase)
 
 
 class PhaseReader:
-    """Follows one start; reads only the log's new lines each time.
+    """Follows one engine start. Each look reads only the log's new lines.
 
     Args:
         log: vLLM's output since this start; it may not exist yet.
@@ -29,7 +29,7 @@ class PhaseReader:
         self._phase = EnginePhase.PYTHON
 
     def look(self) -> EnginePhase:
-        """Return the phase that the log has reached; never earlier than the previous result."""
+        """Return the phase that the log has reached, which is never earlier than the previous result."""
         try:
             with self._log.open("rb") as file:
                 file.seek(self._position)

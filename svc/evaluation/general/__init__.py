@@ -1,1 +1,1 @@
-"""General questions that no version is trained on, to measure forgetting."""
+"""General questions that no version is trained on, used to measure forgetting."""

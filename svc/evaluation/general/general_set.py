@@ -1,4 +1,4 @@
-"""The general questions: the set shipped with the package, or a user's own."""
+"""The general questions: either the set shipped with the package, or a user's own."""
 
 import hashlib
 import json
@@ -14,18 +14,18 @@ from svc.errors import DataError
 
 SHIPPED = "general.jsonl"
 MAX_TOKENS = 32
-"""Maximum number of tokens of an answer: the questions ask for a word or a sentence."""
+"""Maximum number of tokens in an answer. The questions ask for a word or a sentence."""
 _JSON_LINES = (".jsonl", ".ndjson")
 
 
 @dataclass(frozen=True, slots=True)
 class GeneralSet:
-    """Questions with accepted answers.
+    """General questions with accepted answers.
 
     Attributes:
         name: name of the file.
         examples: the questions, each with a reference answer.
-        accepted: for each example, the accepted texts; a right answer contains one of them.
+        accepted: accepted texts for each example; a right answer contains one of them.
     """
 
     name: str
@@ -34,22 +34,22 @@ class GeneralSet:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of questions and accepted answers, as `sha256:<hex>`."""
+        """Digest of the questions and accepted answers, as `sha256:<hex>`."""
         rows = [[example.as_dict(), texts] for example, texts in zip(self.examples, self.accepted, strict=True)]
         return f"sha256:{hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()}"
 
     def first(self, count: int | None) -> "GeneralSet":
-        """Return the first `count` questions; None: all."""
+        """Return the first `count` questions, or all questions if `count` is None."""
         return GeneralSet(self.name, self.examples[:count], self.accepted[:count])
 
 
 def shipped_general_set() -> GeneralSet:
-    """Return the set shipped with this package."""
+    """Return the set of general questions shipped with this package."""
     return read_general_set(Path(str(files("svc.evaluation.general") / SHIPPED)))
 
 
 def read_general_set(path: Path) -> GeneralSet:
-    """Read questions from a data file; rows of JSON lines may have a key `accepted`.
+    """Read general questions from a data file. Rows of JSON lines may have an `accepted` key.
 
     Raises:
         DataError: the file cannot be read, a line is not an example, or `accepted` is not a list of texts.

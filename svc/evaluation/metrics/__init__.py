@@ -1,1 +1,1 @@
-"""Metrics that evaluate answers, by kind of answer. `metric.py` is the interface, `choose.py` selects by task."""
+"""Metrics that evaluate answers, by kind of answer. `metric.py` is the interface; `choose.py` selects them."""

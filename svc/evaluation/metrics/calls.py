@@ -1,4 +1,4 @@
-"""Metrics for answers that call tools: the right tools, with the right arguments."""
+"""Metrics for answers that call tools: whether the right tools are called with the right arguments."""
 
 import json
 from collections import Counter
@@ -11,8 +11,8 @@ from svc.evaluation.metrics.metric import AnswerMetric
 class CallAccuracy(AnswerMetric):
     """Share of answers with exactly the reference's calls, in any order: the same tools with equal arguments.
 
-    Arguments are compared as JSON: the order of keys does not count, and 1 equals 1.0. Where the reference calls no
-    tool, an answer without calls is right, whatever its text.
+    Arguments are compared as JSON, so the order of keys does not matter, and 1 equals 1.0. If the reference
+    calls no tool, an answer without calls is right, whatever its text.
     """
 
     name = "call_accuracy"

@@ -1,4 +1,4 @@
-"""Selection of a task's metrics and of the primary one: from the references, unless the recipe names them."""
+"""Selects a task's metrics and the primary one, based on the references unless the recipe names them."""
 
 import re
 from collections.abc import Sequence
@@ -27,14 +27,14 @@ from svc.evaluation.metrics.tokens import Length, Perplexity
 from svc.evaluation.results import ExampleResult
 
 ENTRY_POINTS = "tuneserve.metrics"
-"""Entry-point group in which packages offer metrics: `Metric` classes whose constructor needs no arguments."""
+"""Entry-point group in which packages provide `Metric` classes, whose constructors need no arguments."""
 _NAME = re.compile("[a-z0-9_]+")
 _MOSTLY = 0.95
 _SEE = "correct evaluate.metrics or evaluate.primary; see docs/evaluation.md"
 
 
 class Task(StrEnum):
-    """Kind of answers that a task requires."""
+    """The kind of answers that a task requires."""
 
     CALLS = "calls"
     LABELS = "labels"
@@ -44,13 +44,13 @@ class Task(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class MetricOptions:
-    """The recipe's choice of metrics.
+    """The metrics chosen by a recipe.
 
     Attributes:
-        names: names of the metrics; None: the task's default metrics.
-        primary: name of the primary metric; None: the task's default.
-        schema: file with a JSON schema; None: the schema is inferred from the references.
-        seconds: time limit for a call of a user's function, seconds.
+        names: names of the metrics, or None for the task's default metrics.
+        primary: name of the primary metric, or None for the task's default.
+        schema: file with a JSON schema, or None to infer the schema from the references.
+        seconds: time limit for one call of a user's function, in seconds.
     """
 
     names: tuple[str, ...] | None = None
@@ -86,8 +86,9 @@ _ALWAYS = ("perplexity", "length")
 def find_task(references: Sequence[ChatExample]) -> Task:
     """Infer the kind of task from the references.
 
-    Answers are calls if at least half of them call tools. They are labels if there are only a few different ones, as in
-    the data check, or if the instruction lists them; they are JSON if all are objects or lists, and else text.
+    The answers are calls if at least half of them call tools. They are labels if there are only a few
+    different answers, as in the data check, or if the instruction lists them. They are JSON if all of them
+    are objects or lists, and otherwise text.
     """
     calls = sum(example.calls_tools for example in references)
     if calls and calls * 2 >= len(references):
@@ -102,13 +103,13 @@ def find_task(references: Sequence[ChatExample]) -> Task:
 
 
 def choose_metrics(examples: Sequence[ChatExample], options: MetricOptions | None = None) -> tuple[Metric, ...]:
-    """Return the metrics that evaluate examples, the primary one first.
+    """Return the metrics that evaluate the examples, with the primary metric first.
 
     Args:
         examples: the whole held-out set, with references.
 
     Raises:
-        RecipeError: an unknown metric, or a metric that cannot evaluate these references.
+        RecipeError: a metric is unknown, or cannot evaluate these references.
     """
     options = options or MetricOptions()
     of_task = _of_task(examples)
@@ -131,19 +132,19 @@ def choose_metrics(examples: Sequence[ChatExample], options: MetricOptions | Non
 
 
 def named_metric(name: str) -> Metric:
-    """Return the metric with this name, if it needs no options.
+    """Return the metric with the given name if it needs no options.
 
     Raises:
-        RecipeError: the metric is unknown, or cannot be loaded.
+        RecipeError: the metric is unknown or cannot be loaded.
     """
     return _make(name, (), MetricOptions())
 
 
 def try_on_references(metrics: Sequence[Metric], examples: Sequence[ChatExample]) -> None:
-    """Evaluate the references as if they were answers, to detect a metric's faults before training.
+    """Evaluate the references as if they were answers, to detect faulty metrics before training.
 
     Raises:
-        SvcError: a metric cannot evaluate them.
+        SvcError: a metric cannot evaluate the references.
     """
     results = [
         ExampleResult(

@@ -1,6 +1,6 @@
-"""A user's Python function as a metric: it runs in a separate process, with a time limit.
+"""Uses a user's Python function as a metric. It runs in a separate process with a time limit.
 
-The file and its imports are the user's code; a crash of that process does not affect this one.
+The file and its imports are the user's code. If that process crashes, this one is not affected.
 """
 
 import contextlib
@@ -24,10 +24,10 @@ _SPEC = re.compile(r"(?P<path>.+\.py):(?P<function>\w+)")
 
 @dataclass(frozen=True, slots=True)
 class FunctionSpec:
-    """Location of a function: a file and a name in it.
+    """Location of a user's function: a file, and the name of a function in it.
 
     Attributes:
-        path: the function's file.
+        path: the file that contains the function.
         function: the function's name in the file.
     """
 
@@ -36,13 +36,13 @@ class FunctionSpec:
 
     @classmethod
     def parse(cls, text: str) -> "FunctionSpec | None":
-        """Return the location that `FILE.py:FUNCTION` names; None if the text has another form."""
+        """Return the location given as `FILE.py:FUNCTION`, or None if the text has a different form."""
         match = _SPEC.fullmatch(text)
         return match and cls(Path(match["path"]), match["function"])
 
     @property
     def name(self) -> str:
-        """The metric's name: the names of file and function, or one of them if both are the same."""
+        """The metric's name: file and function name combined, or just one of them if both are the same."""
         words = dict.fromkeys((self.path.stem.lower(), self.function.lower()))
         return re.sub(r"[^a-z0-9_]", "_", "_".join(words))
 
@@ -51,14 +51,15 @@ class FunctionSpec:
 
 
 class FunctionMetric(Metric):
-    """Metric by a user's function: the mean of its scores over the examples; higher is better.
+    """Metric defined by a user's function: the mean of its scores over the examples. Higher is better.
 
-    The function is called once, as `function(answers, references)`, or `function(answers, references, prompts)` if it
-    has three parameters: lists of text, prompts as lists of OpenAI messages. It returns one number for each answer.
+    The function is called once, as `function(answers, references)`. If it has three parameters, it is called
+    as `function(answers, references, prompts)`. Answers and references are lists of text, and prompts are
+    lists of OpenAI messages. It returns one number for each answer.
 
     Args:
-        seconds: time limit for a call.
-        name: name of the metric; None: derived from file and function.
+        seconds: time limit for a call, in seconds.
+        name: name of the metric, or None to derive it from file and function.
     """
 
     unit = Unit.NUMBER
@@ -82,7 +83,7 @@ class FunctionMetric(Metric):
         return list(output["scores"])
 
     def _call(self, given: bytes) -> dict[str, Any]:
-        """Return the worker's output.
+        """Call the function in a worker process and return the worker's output.
 
         Raises:
             RecipeError: the file is missing, or the function took too long or exited its process.

@@ -24,12 +24,12 @@ _TYPES = {
 
 
 def is_json(text: str) -> bool:
-    """Return whether a text is one valid JSON object or array."""
+    """Return whether a text is a single valid JSON object or array."""
     return read_json(text) is not None
 
 
 def read_json(text: str) -> dict[str, Any] | list[Any] | None:
-    """Return the JSON object or array in a text; None if the text is neither."""
+    """Return the JSON object or array in a text, or None if the text is neither."""
     try:
         value = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):  # a model that repeats "[" nests too deeply
@@ -42,7 +42,7 @@ def _refuse_constant(name: str) -> None:
 
 
 class ValidJson(AnswerMetric):
-    """Share of answers that are one JSON object or array."""
+    """Share of answers that are a single JSON object or array."""
 
     name = "valid_json"
     title = "valid JSON"
@@ -52,10 +52,11 @@ class ValidJson(AnswerMetric):
 
 
 class FieldAccuracy(AnswerMetric):
-    """Share of the reference's fields that have the same value in the answer, mean over examples.
+    """Share of the reference's fields that have the same value in the answer, averaged over examples.
 
-    A field is a value that contains no other value, at any depth of objects and lists. Fields that the reference
-    lacks do not count here: `schema_valid` finds them. An answer that is not JSON has no fields.
+    A field is a value that contains no other value, at any depth of objects and lists. Fields that the
+    reference lacks do not count here, because `schema_valid` finds them. An answer that is not JSON has no
+    fields.
     """
 
     name = "field_accuracy"
@@ -70,7 +71,7 @@ class FieldAccuracy(AnswerMetric):
 
 
 def _fields(value: Any, path: _Path = ()) -> Iterator[tuple[_Path, Any]]:
-    """Yield the path and value of each field; an empty object or list is a field too."""
+    """Yield the path and value of each field. An empty object or list counts as a field too."""
     if isinstance(value, dict | list) and value:
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _fields(inner, (*path, key))
@@ -79,15 +80,15 @@ def _fields(value: Any, path: _Path = ()) -> Iterator[tuple[_Path, Any]]:
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Return whether values are equal in JSON: 1 and 1.0 are, 1 and true are not."""
+    """Return whether two values are equal in JSON. 1 and 1.0 are equal, but 1 and true are not."""
     return bool(one == other) and isinstance(one, bool) is isinstance(other, bool)
 
 
 class SchemaValid(AnswerMetric):
-    """Share of answers that a JSON schema accepts: a program can rely on their keys and types.
+    """Share of answers accepted by a JSON schema, so that a program can rely on the answers' keys and types.
 
     Args:
-        schema: JSON Schema, draft 2020-12 unless it names another.
+        schema: JSON Schema, draft 2020-12 unless it names another draft.
     """
 
     name = "schema_valid"
@@ -100,7 +101,7 @@ class SchemaValid(AnswerMetric):
         return float(self.accepts(answer))
 
     def accepts(self, answer: str) -> bool:
-        """Return whether an answer is JSON that the schema accepts."""
+        """Return whether an answer is JSON and is accepted by the schema."""
         value = read_json(answer)
         return value is not None and bool(self._validator.is_valid(value))
 
@@ -112,10 +113,11 @@ class SchemaValid(AnswerMetric):
 
 
 def infer_schema(references: Sequence[Any]) -> JsonSchema:
-    """Return a schema that accepts all references, and is as narrow as types and keys can make it.
+    """Return a schema that accepts all references and is as narrow as types and keys can make it.
 
-    It states types; for objects also the keys, which are required if all references have them, and allows no others;
-    for lists one schema for all items. It sets no bounds and lists no values: a right answer may have a new value.
+    The schema states types. For objects it also states the keys, which are required if all references have
+    them, and allows no others. For lists it states one schema for all items. It sets no bounds and lists no
+    values, because a right answer may have a new value.
     """
     schema: JsonSchema = {"type": sorted({_TYPES[type(value)] for value in references})}
     if {"integer", "number"} <= set(schema["type"]):
@@ -133,10 +135,10 @@ def infer_schema(references: Sequence[Any]) -> JsonSchema:
 
 
 def read_schema(path: Path) -> JsonSchema:
-    """Read a JSON schema.
+    """Read a JSON schema from a file.
 
     Raises:
-        RecipeError: the file is missing, or is not a JSON schema.
+        RecipeError: the file is missing or is not a JSON schema.
     """
     from jsonschema.exceptions import SchemaError
     from jsonschema.validators import Draft202012Validator, validator_for

@@ -9,16 +9,16 @@ from svc.evaluation.metrics.metric import Answered, AnswerMetric, SetMetric
 
 
 def label_of(answer: str) -> str:
-    """Return the label of an answer, found by the data check's rules, ignoring spacing and case.
+    """Return the label of an answer, found by the rules of the data check, ignoring spacing and case.
 
-    For JSON with one value, the label is that value; for others, the text. If no label is found, the whole text
-    is returned: it equals no reference's label, so it counts as a wrong class.
+    For JSON with a single value, the label is that value; otherwise it is the text. If no label is found,
+    the whole text is returned. It equals no reference's label, so it counts as a wrong class.
     """
     return normal(find_label(answer) or answer)
 
 
 class Accuracy(AnswerMetric):
-    """Share of answers whose label equals the reference's: scikit-learn's `accuracy_score` of the labels."""
+    """Share of answers whose label equals the reference's, as in scikit-learn's `accuracy_score`."""
 
     name = "accuracy"
     title = "accuracy"
@@ -28,11 +28,11 @@ class Accuracy(AnswerMetric):
 
 
 class MacroF1(SetMetric):
-    """Mean F1 of all labels with equal weight: it shows that a rare label is never predicted, which accuracy hides.
+    """Mean F1 over all labels with equal weight. Unlike accuracy, it shows if a rare label is never predicted.
 
-    scikit-learn's `f1_score(average="macro", zero_division=0, labels=...)` over the labels of the references. An answer
-    with another label misses its reference's label, and lowers no label's precision. A resample uses the labels
-    in its references.
+    This is scikit-learn's `f1_score(average="macro", zero_division=0, labels=...)` over the labels of the
+    references. An answer with a different label misses its reference's label, and lowers no label's
+    precision. A resample uses the labels in its references.
     """
 
     name = "macro_f1"

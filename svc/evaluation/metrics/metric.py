@@ -1,7 +1,8 @@
-"""The metric interface. Evaluator, gates and monitoring use it and know no metric by name.
+"""The metric interface. The evaluator, gates and monitoring use it and do not know any metric by name.
 
-Most metrics score each example. Scores are stored with the results, so that two models are compared example by example.
-A metric of a whole set, such as macro-F1 and perplexity, resamples the set for its interval.
+Most metrics score each example. Scores are stored with the results, so that two models can be compared
+example by example. A metric of a whole set, such as macro-F1 or perplexity, resamples the set for its
+interval.
 """
 
 import math
@@ -22,21 +23,21 @@ class Better(StrEnum):
     HIGHER = "higher"
     LOWER = "lower"
     NEITHER = "neither"
-    """Descriptive: no value is better."""
+    """The metric is descriptive; no value is better than another."""
 
 
 class Unit(StrEnum):
-    """Unit of a metric; determines how values are displayed and how a limit on a loss is read."""
+    """Unit of a metric. It determines how values are displayed and how a limit on a loss is read."""
 
     SHARE = "share"
-    """Between 0 and 1."""
+    """A value between 0 and 1."""
     TOKENS = "tokens"
     NUMBER = "number"
 
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """Examples with one model's results, in the same order."""
+    """Examples together with one model's results, in the same order."""
 
     examples: Sequence[ChatExample]
     results: Sequence[ExampleResult]
@@ -53,15 +54,16 @@ class Answered:
 
 
 class Metric(ABC):
-    """A measure of the quality of answers.
+    """A measure of answer quality.
 
     Attributes:
-        name: identifier of a to z, digits and `_`.
+        name: identifier made of a to z, digits and `_`.
         title: name for display.
         scored: whether each example has its own score.
-        watched_by: name of the metric that monitoring uses instead, if examples have no scores; empty: this metric.
-        in_tokens: whether values depend on the model's tokenizer, so that models with different tokenizers cannot be
-            compared.
+        watched_by: name of the metric that monitoring uses instead if examples have no scores; empty for
+            this metric.
+        in_tokens: whether values depend on the model's tokenizer, so that models with different tokenizers
+            cannot be compared.
     """
 
     name: str
@@ -74,17 +76,17 @@ class Metric(ABC):
 
     @abstractmethod
     def score(self, answered: Answered) -> list[float]:
-        """Return the score of each example; empty if examples have none.
+        """Return the score of each example, or an empty list if examples have no scores.
 
         Raises:
             SvcError: the metric cannot evaluate these answers.
         """
 
     def checked_score(self, answered: Answered) -> list[float]:
-        """Return the scores, checked because the metric may come from a package or a user's file.
+        """Return the scores after checking them, because a metric may come from a package or a user's file.
 
         Raises:
-            SvcError: the metric cannot evaluate these answers, or did not return one finite number for each.
+            SvcError: the metric cannot evaluate these answers, or did not return one finite number per answer.
         """
         scores = self.score(answered)
         if self.scored and (fault := _fault(scores, len(answered.results))):
@@ -96,18 +98,18 @@ class Metric(ABC):
         return scores
 
     def stored_scores(self, answered: Answered) -> list[float]:
-        """Return the scores stored in the results."""
+        """Return this metric's scores as stored in the results."""
         return [result.scores[self.name] for result in answered.results]
 
     def estimate(self, answered: Answered) -> Interval:
-        """Return the metric's value over all examples, with its interval; every result must have scores."""
+        """Return the metric's value over all examples with its interval. Every result must have scores."""
         return mean_or_proportion(self.stored_scores(answered))
 
     def difference(self, before: Answered, after: Answered) -> Interval:
         """Return `after` minus `before`, paired by example, with its interval.
 
         Args:
-            before, after: the same examples with two models' results, which must have scores.
+            before, after: the same examples with the results of two models, which must have scores.
         """
         return paired_difference(self.stored_scores(before), self.stored_scores(after))
 
@@ -124,13 +126,13 @@ class AnswerMetric(Metric):
 
 
 class SetMetric(Metric):
-    """A metric of all examples together: a single answer has no score."""
+    """A metric computed over all examples together. A single answer has no score."""
 
     scored = False
 
     @abstractmethod
     def statistic(self, answered: Answered) -> Statistic:
-        """Return the metric as a `Statistic`, a function of how often each example is drawn."""
+        """Return the metric as a `Statistic`, which is a function of how often each example is drawn."""
 
     def score(self, answered: Answered) -> list[float]:
         return []
@@ -144,7 +146,7 @@ class SetMetric(Metric):
 
 
 def _fault(scores: Sequence[float], answers: int) -> str | None:
-    """Return the fault in scores; None if there is one finite number for each answer."""
+    """Return what is wrong with the scores, or None if there is one finite number for each answer."""
     if len(scores) != answers:
         return f"it returned {len(scores)} scores for {answers} answers"
     wrong = next((place for place, score in enumerate(scores) if not math.isfinite(score)), None)

@@ -1,4 +1,4 @@
-"""Metrics for answers that are text: equality with the reference, and similarity to it."""
+"""Metrics for text answers: equality with the reference, and similarity to it."""
 
 from functools import cached_property
 from typing import Any
@@ -9,17 +9,17 @@ from svc.evaluation.metrics.metric import AnswerMetric
 
 
 def comparable_text(answer: str, example: ChatExample) -> str:
-    """Return a model's answer in the form of the reference: without thinking, if the reference's is a separate text."""
+    """Return a model's answer in its reference's form: without thinking, if the reference stores it separately."""
     return answer if example.messages[-1].reasoning is None else without_thinking(answer)
 
 
 def matches(answer: str, reference: str) -> bool:
-    """Return whether texts are equal, ignoring surrounding white space."""
+    """Return whether two texts are equal, ignoring surrounding white space."""
     return answer.strip() == reference.strip()
 
 
 class ExactMatch(AnswerMetric):
-    """Share of answers equal to the reference, ignoring surrounding white space."""
+    """Share of answers that equal the reference, ignoring surrounding white space."""
 
     name = "exact_match"
     title = "exact match"
@@ -29,13 +29,14 @@ class ExactMatch(AnswerMetric):
 
 
 class Rouge(AnswerMetric):
-    """ROUGE (Lin 2004): F-measure of rouge-score's `RougeScorer`, mean over examples.
+    """ROUGE (Lin 2004): F-measure of rouge-score's `RougeScorer`, averaged over examples.
 
-    The stemmer, for English only, is not used. Only letters a to z and digits count, so text in another script has
-    no words: use chrF instead.
+    The stemmer is not used, because it is for English only. Only the letters a to z and digits count, so
+    text in another script has no words; use chrF for such text.
 
     Args:
-        kind: unit of comparison: "1" words, "2" pairs of words, "L" the longest common subsequence of words.
+        kind: unit of comparison: "1" for words, "2" for pairs of words, "L" for the longest common
+            subsequence of words.
     """
 
     def __init__(self, kind: str) -> None:
@@ -52,9 +53,10 @@ class Rouge(AnswerMetric):
 
 
 class Chrf(AnswerMetric):
-    """chrF (Popović 2015): overlap of an answer's and its reference's character sequences, in any language.
+    """chrF (Popović 2015): overlap of the character sequences of an answer and its reference, in any language.
 
-    sacrebleu's `sentence_chrf`, as a share of 1, mean over examples: chrF2 with 6 characters and no words.
+    This is sacrebleu's `sentence_chrf` as a fraction of 1, averaged over examples: chrF2 with 6 characters
+    and no words.
     """
 
     name = "chrf"

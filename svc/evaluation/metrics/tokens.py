@@ -1,4 +1,4 @@
-"""Metrics of tokens: likelihood of the reference's tokens, and length of the answers."""
+"""Token-based metrics: likelihood of the reference's tokens, and length of the answers."""
 
 import numpy as np
 
@@ -7,11 +7,11 @@ from svc.evaluation.metrics.metric import Answered, Better, Metric, SetMetric, U
 from svc.evaluation.results import token_weights
 
 _MAX_NATS = 700.0
-"""Upper bound on the exponent, so that the exponential stays finite."""
+"""Upper bound on the exponent, in nats, so that the exponential stays finite."""
 
 
 class Nll(SetMetric):
-    """Mean negative log-likelihood of all reference tokens, nats per token."""
+    """Mean negative log-likelihood of all reference tokens, in nats per token."""
 
     name = "nll"
     title = "NLL / token"
@@ -40,7 +40,7 @@ class Perplexity(Nll):
 
 
 class CutOff(Metric):
-    """Share of answers that were cut off at their limit of tokens."""
+    """Share of answers that were cut off at their token limit."""
 
     name = "cut_off"
     title = "cut off at the limit"
@@ -54,7 +54,7 @@ class CutOff(Metric):
 
 
 class Length(Metric):
-    """Mean number of tokens per answer, including the one that ends it. Descriptive: no length is better."""
+    """Mean number of tokens per answer, including the end token. It is descriptive: no length is better."""
 
     name = "length"
     title = "length"

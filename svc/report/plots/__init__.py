@@ -1,1 +1,1 @@
-"""The plots of a report, by subject."""
+"""The plots in a report, by subject."""

@@ -1,4 +1,4 @@
-"""The curves of a training: training loss and held-out loss, and learning rate."""
+"""Plots of training curves: training loss and held-out loss, and learning rate."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -19,11 +19,11 @@ _HEIGHT = 250
 _FEW_POINTS = 40
 _WINDOW = 0.05
 _STEEP = 20
-"""If the largest loss exceeds the median by this factor, only a logarithmic axis shows both."""
+"""Ratio of the largest loss to the median loss above which only a logarithmic axis shows both."""
 
 
 def plot_loss(curve: Sequence[TrainingPoint]) -> str | None:
-    """Return a plot of the loss at each step, smoothed if there are many, and of the held-out loss.
+    """Return a plot of the held-out loss and the loss at each step, smoothed if there are many steps.
 
     None if the curve has neither.
     """
@@ -61,7 +61,7 @@ def plot_loss(curve: Sequence[TrainingPoint]) -> str | None:
 
 
 def plot_learning_rate(curve: Sequence[TrainingPoint]) -> str | None:
-    """Return a plot of the learning rate at each step; None if the curve has no learning rates."""
+    """Return a plot of the learning rate at each step, or None if the curve has no learning rates."""
     steps, rates = _series(curve, "learning_rate")
     if not len(steps):
         return None
@@ -90,6 +90,6 @@ def _series(curve: Sequence[TrainingPoint], name: str) -> tuple["Floats", "Float
 
 
 def _smoothed(values: "Floats") -> "Floats":
-    """Return centered moving means over a twentieth of all steps, with shorter windows at both ends."""
+    """Return centered moving averages over a twentieth of all steps, with shorter windows at both ends."""
     window = np.ones(2 * max(1, round(len(values) * _WINDOW / 2)) + 1)
     return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")

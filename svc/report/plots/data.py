@@ -1,4 +1,4 @@
-"""The data of a training: lengths of texts, and frequencies of labels."""
+"""Plots of training data: lengths of texts, and frequencies of labels."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ _MAX_LABELS = 25
 
 
 def plot_lengths(data: DataSummary) -> str:
-    """Return a plot of the lengths of prompts and answers: two histograms over one logarithmic axis."""
+    """Return a plot of prompt and answer lengths, as two histograms over one logarithmic axis."""
     parts = {"prompts": (data.prompts, Colour.MERGED), "answers": (data.answers, Colour.GPTQ)}
 
     def draw(figure: "Figure") -> None:
@@ -46,10 +46,10 @@ def plot_lengths(data: DataSummary) -> str:
 
 
 def plot_labels(trained: Mapping[str, int], heldout: Mapping[str, int]) -> str | None:
-    """Return a plot of each label's share in training and held-out examples; None if there are no labels.
+    """Return a plot of each label's share of training and held-out examples, or None if there are no labels.
 
     Args:
-        trained: count of each label, the most frequent first; at most 25 are drawn.
+        trained: count of each label, most frequent first; at most 25 are drawn.
     """
     if not trained:
         return None

@@ -1,4 +1,4 @@
-"""Metrics of base, merged and GPTQ as dots with intervals."""
+"""Plots the metrics of base, merged and GPTQ as dots with intervals."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -20,13 +20,13 @@ _LOOKS = {
     Format.MERGED.value: (Colour.MERGED, "s"),
     Format.GPTQ.value: (Colour.GPTQ, "D"),
 }
-"""Colour and mark of each model; either one identifies the model."""
+"""Colour and marker of each model. Either of them identifies the model."""
 _ROW = 46
 _MAX_TITLE_CHARS = 24
 
 
 def plot_shares(rows: Sequence[MetricRow]) -> str | None:
-    """Return a plot of the metrics that are shares and better when higher, on one axis; None if there are none."""
+    """Return a plot, on one axis, of the metrics that are shares and better when higher, or None if none are."""
     shares = [row for row in rows if row.unit is Unit.SHARE and row.better is Better.HIGHER]
     if not shares:
         return None
@@ -42,9 +42,9 @@ def plot_shares(rows: Sequence[MetricRow]) -> str | None:
 
 
 def plot_numbers(rows: Sequence[MetricRow]) -> str | None:
-    """Return a plot of the other metrics that rank models, each on its own axis; None if there are none.
+    """Return a plot of all other metrics that rank models, each on its own axis, or None if there are none.
 
-    Perplexity is left out: it is a function of the log-likelihood.
+    Perplexity is left out, because it is a function of the log-likelihood.
     """
     directed = [row for row in rows if row.better is not Better.NEITHER]
     numbers = [row for row in directed if row.unit is not Unit.SHARE and row.name != Perplexity.name]
@@ -63,14 +63,14 @@ def plot_numbers(rows: Sequence[MetricRow]) -> str | None:
 
 
 def _describe(rows: Sequence[MetricRow]) -> str:
-    """Return all figures as text."""
+    """Return all values in the rows as text."""
     return "; ".join(
         f"{row.title}: {', '.join(f'{model} {estimate}' for model, estimate in row.estimates.items())}" for row in rows
     )
 
 
 def _dots(axes: "Axes", rows: Sequence[MetricRow]) -> None:
-    """Draw rows from top to bottom, and in each row the models from top to bottom."""
+    """Draw the rows from top to bottom, and the models within each row from top to bottom."""
     models = [model for model in _LOOKS if any(model in row.estimates for row in rows)]
     for at, model in enumerate(models):
         colour, mark = _LOOKS[model]

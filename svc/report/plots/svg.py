@@ -1,7 +1,7 @@
-"""Draws a figure with matplotlib as SVG that inherits colours and typeface from its page.
+"""Draws a matplotlib figure as SVG that inherits colours and typeface from its page.
 
-So one figure works for light, dark and print: matplotlib gets a placeholder colour for each role, and the page's
-stylesheet defines the role's colour. Knows nothing of what is drawn.
+One figure therefore works for light, dark and print: matplotlib gets a placeholder colour for each role,
+and the page's stylesheet defines the role's colour. This module does not know what is drawn.
 """
 
 import io
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 400
-"""Width of every figure; the font size is 12. Two figures fit side by side on a desktop, one fills a phone."""
+"""Width of every figure; the font size is 12. Two fit side by side on a desktop, and one fills a phone."""
 _FONT = 12
 
 
 class Colour(StrEnum):
-    """A role and its placeholder colour in matplotlib; the page's CSS variable has the role's name."""
+    """A colour role and its placeholder colour in matplotlib. The page's CSS variable has the role's name."""
 
     INK = "#010101"
     MUTED = "#010102"
@@ -56,12 +56,12 @@ _STYLE: dict[Any, Any] = {
 
 
 def draw_svg(name: str, description: str, height: float, draw: Callable[["Figure"], None]) -> str:
-    """Return a figure as an `<svg>` element, the same bytes for the same data.
+    """Return a figure as an `<svg>` element. The same data always give the same bytes.
 
     Args:
         name: name of the figure, unique on its page.
         description: text alternative for screen readers.
-        height: height of the figure, in the unit of `WIDTH`.
+        height: height of the figure, in the same unit as `WIDTH`.
         draw: adds axes to an empty figure.
     """
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # else it logs the creation of its font cache
@@ -79,7 +79,7 @@ def draw_svg(name: str, description: str, height: float, draw: Callable[["Figure
 
 
 def _for_page(svg: str, description: str, height: float) -> str:
-    """Return the figure without its own size, ids, typefaces and rules."""
+    """Return the figure without its own size, ids, typefaces and style rules."""
     body = svg[svg.index("<defs>", svg.index("<svg")) :]
     body = re.sub(r"<style.*?</style>", "", body, count=1, flags=re.DOTALL)
     body = re.sub(r' id="[a-zA-Z0-9.]+_[0-9_]+"', "", body)

@@ -43,7 +43,7 @@ def event(position: int, *, feature: str = "characters", begins: bool) -> Event:
     return Event(position, feature, FeatureAlarm(position - 3, position) if begins else None)
 
 
-def test_the_index_of_an_alarm_counts_all_requests_including_near_copies() -> None:
+def test_alarm_request_index_includes_near_copies() -> None:
     result = Replay(kept=[0, 3, 4, 9], events=[event(3, begins=True)])
     assert result.place(result.alarms[0]) == 4
 
@@ -59,18 +59,18 @@ def test_time_in_alarm_counts_overlapping_alarms_once() -> None:
     assert Replay(list(range(100)), events).in_alarm(100) == 30
 
 
-def test_time_in_alarm_reaches_to_the_end_when_the_alarm_stays_active() -> None:
+def test_time_in_alarm_extends_to_end_of_stream_if_alarm_stays_active() -> None:
     assert Replay(list(range(100)), [event(91, begins=True)]).in_alarm(100) == 10
 
 
-def test_a_change_is_detected_only_after_it_began(pool: Pool) -> None:
+def test_change_is_never_detected_before_it_begins(pool: Pool) -> None:
     reference, live, generator = draw_reference(pool, 1)
     stream = Change("strong", 100).make(pool, live, generator)
     result = replay(pool, Detector(pool.baseline(reference)), stream)
     assert 0 <= result.place(result.alarms[0]) - CHANGE_AFTER < 10
 
 
-def test_a_stream_has_the_requested_length_and_no_prompt_of_the_reference(pool: Pool) -> None:
+def test_stream_has_requested_length_and_excludes_reference_prompts(pool: Pool) -> None:
     for name, make in WITHOUT_CHANGE.items():
         reference, live, generator = draw_reference(pool, 2)
         stream = make(pool, live, generator, 500)
@@ -79,20 +79,20 @@ def test_a_stream_has_the_requested_length_and_no_prompt_of_the_reference(pool: 
         assert set(originals) <= set(live) - set(reference), name
 
 
-def test_a_run_has_different_prompts_of_one_topic(pool: Pool) -> None:
+def test_each_run_contains_distinct_prompts_from_one_topic(pool: Pool) -> None:
     _, live, generator = draw_reference(pool, 3)
     first = runs(5)(pool, live, generator, 100).prompts[:5]
     assert len({pool.sections[place] for place in first}) == 1
     assert len(set(first)) == 5
 
 
-def test_a_session_repeats_one_prompt_in_other_words(pool: Pool) -> None:
+def test_each_session_consists_of_rephrasings_of_one_prompt(pool: Pool) -> None:
     _, live, generator = draw_reference(pool, 4)
     first, *others = sessions(5, 1)(pool, live, generator, 5).prompts
     assert set(others) <= set(pool.rephrased[first])
 
 
-def test_turns_of_a_conversation_share_its_number(pool: Pool) -> None:
+def test_conversation_turns_share_one_conversation_id(pool: Pool) -> None:
     _, live, generator = draw_reference(pool, 5)
     stream = conversations(5, 3)(pool, live, generator, 300)
     assert stream.conversations is not None
@@ -100,6 +100,6 @@ def test_turns_of_a_conversation_share_its_number(pool: Pool) -> None:
     assert max(sizes) == 5
 
 
-def test_replays_are_the_same_when_the_seed_is(pool: Pool) -> None:
+def test_replay_is_reproducible_with_the_same_seed(pool: Pool) -> None:
     streams = [independent(pool, *draw_reference(pool, 6)[1:], 50).prompts for _ in range(2)]
     assert (streams[0] == streams[1]).all()

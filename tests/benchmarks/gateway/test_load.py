@@ -80,7 +80,7 @@ def cut(data: bytes, places: set[int]) -> list[bytes]:
         (STREAM, with_length(b"".join(EVENTS))),
     ],
 )
-def test_an_answer_is_complete_however_it_is_split(ask: Ask, answer: bytes, places: set[int]) -> None:
+def test_response_is_read_completely_however_it_is_split(ask: Ask, answer: bytes, places: set[int]) -> None:
     load, sent = heard(ask, cut(answer, places) + cut(answer, places), requests=2)
     assert (load.done, load.failed, len(load.first), sent) == (2, 0, 2, 2)
 
@@ -94,23 +94,23 @@ def test_an_answer_is_complete_however_it_is_split(ask: Ask, answer: bytes, plac
     ],
     ids=["an error", "no end", "too few chunks"],
 )
-def test_a_wrong_answer_counts_as_failed(ask: Ask, answer: bytes) -> None:
+def test_wrong_response_counts_as_failed(ask: Ask, answer: bytes) -> None:
     load, _ = heard(ask, [answer])
     assert (load.done, load.failed) == (0, 1)
     assert load.wrong
 
 
-def test_a_broken_answer_counts_as_failed() -> None:
+def test_malformed_response_counts_as_failed() -> None:
     load, _ = heard(STREAM, [in_chunks(EVENTS)[:-5]], closes=True)
     assert (load.done, load.failed) == (0, 1)
 
 
-def test_an_answer_is_complete_when_the_connection_is_closed_after_it() -> None:
+def test_response_is_complete_when_server_closes_connection_after_it() -> None:
     load, _ = heard(WHOLE, [with_length(whole(2))], closes=True)
     assert (load.done, load.failed) == (1, 0)
 
 
-def test_the_time_to_the_first_event_excludes_the_headers() -> None:
+def test_time_to_first_event_excludes_response_headers() -> None:
     head = in_chunks(EVENTS).partition(b"data: ")[0]
     load, _ = heard(STREAM, [head])
     assert load.first == []

@@ -20,7 +20,7 @@ from svc.store.usage import usage_since
 pytestmark = pytest.mark.slow
 
 
-def test_requests_go_through_a_complete_server_to_the_upstream() -> None:
+def test_requests_reach_upstream_through_the_full_server() -> None:
     with TemporaryDirectory(prefix="gw") as name:
         folder = Path(name)
         upstream = Upstream(folder / "upstream.sock", free_port())

@@ -43,14 +43,14 @@ def wait_until_ready(log: Path) -> None:
     ],
     ids=["its own", "of a child that has ended", "of a child that runs"],
 )
-def test_processor_time_includes_all_processes(tmp_path: Path, code: str) -> None:
+def test_measured_cpu_time_includes_all_processes(tmp_path: Path, code: str) -> None:
     log = tmp_path / "log"
     with running(python(code), log=log) as process:
         wait_until_ready(log)
         assert 0.3 <= cpu_seconds(process.pid) < 1.0
 
 
-def test_memory_includes_children(tmp_path: Path) -> None:
+def test_measured_memory_includes_child_processes(tmp_path: Path) -> None:
     log = tmp_path / "log"
     code = f"{CHILD}begin({HOLD + SLEEP!r}).stdout.readline()\n"
     with running(python(code), log=log) as process:
@@ -58,7 +58,7 @@ def test_memory_includes_children(tmp_path: Path) -> None:
         assert resident_bytes(process.pid) > 50_000_000 > psutil.Process(process.pid).memory_info().rss
 
 
-def test_no_process_survives_the_context(tmp_path: Path) -> None:
+def test_no_process_outlives_its_context_manager(tmp_path: Path) -> None:
     log = tmp_path / "log"
     code = f"{CHILD}child = begin({SLEEP!r})\n"
     with running(python(code), log=log) as process:
@@ -68,7 +68,7 @@ def test_no_process_survives_the_context(tmp_path: Path) -> None:
     assert not any(each.is_running() for each in tree)
 
 
-def test_a_process_runs_on_its_assigned_core(tmp_path: Path) -> None:
+def test_process_runs_on_its_assigned_core(tmp_path: Path) -> None:
     log, core = tmp_path / "log", max(os.sched_getaffinity(0))
     with running(python("import time\n"), core=core, log=log) as process:
         wait_until_ready(log)

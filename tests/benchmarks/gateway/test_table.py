@@ -26,11 +26,11 @@ def printed(rounds: list[dict[str, Figures]]) -> list[str]:
 
 
 @pytest.mark.parametrize(("share", "value"), [(0.5, 50.0), (0.99, 99.0), (1.0, 100.0), (0.001, 1.0)])
-def test_a_quantile_is_one_of_the_values(share: float, value: float) -> None:
+def test_reported_quantile_is_one_of_the_measured_values(share: float, value: float) -> None:
     assert quantile([float(number) for number in range(100, 0, -1)], share) == value
 
 
-def test_the_time_to_the_first_token_excludes_that_of_the_upstream_in_the_same_round() -> None:
+def test_added_time_to_first_token_excludes_upstream_time_of_same_round() -> None:
     rounds = [
         {"direct": figures(first_ms_p50=own), "nginx": figures(first_ms_p50=through)}
         for own, through in [(1.0, 1.5), (5.0, 5.25), (2.0, 4.0)]
@@ -38,7 +38,7 @@ def test_the_time_to_the_first_token_excludes_that_of_the_upstream_in_the_same_r
     assert summary(rounds)["gateways"]["nginx"]["first_ms_p50"]["median"] == pytest.approx(0.5)
 
 
-def test_ratios_are_computed_within_rounds() -> None:
+def test_gateway_ratios_are_computed_within_rounds() -> None:
     rounds = [
         {"tuneserve": figures(request_ms_64=ours), "vllm-router": figures(request_ms_64=router)}
         for ours, router in [(2.0, 1.0), (12.0, 4.0), (40.0, 10.0)]
@@ -48,17 +48,17 @@ def test_ratios_are_computed_within_rounds() -> None:
     assert ratio["low"] < 3.0 < ratio["high"]
 
 
-def test_there_is_no_interval_when_there_is_one_round() -> None:
+def test_single_round_has_no_confidence_interval() -> None:
     rate = summary([{"nginx": ONES}])["gateways"]["nginx"]["rate"]
     assert rate == {"median": 1.0, "low": None, "high": None}
 
 
-def test_a_gateway_is_skipped_when_it_was_not_measured_in_each_round() -> None:
+def test_gateway_missing_from_any_round_is_skipped() -> None:
     rounds = complete([{"direct": ONES, "nginx": ONES, "LiteLLM": ONES}, {"nginx": ONES, "direct": ONES}])
     assert [list(each) for each in rounds] == [["direct", "nginx"]] * 2
 
 
 @pytest.mark.parametrize(("busy", "cell"), [(0.5, "≥ 7"), (0.95, "7")])
-def test_a_rate_is_a_lower_bound_when_the_gateway_was_not_the_limit(busy: float, cell: str) -> None:
+def test_rate_is_shown_as_lower_bound_if_gateway_was_not_the_bottleneck(busy: float, cell: str) -> None:
     [line] = [line for line in printed([{"nginx": figures(rate=7.0, busy=busy)}]) if "requests/s" in line]
     assert line.split("requests/s")[1].strip() == cell

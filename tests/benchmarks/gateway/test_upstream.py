@@ -49,7 +49,7 @@ async def _listening() -> AsyncIterator[tuple[Path, int]]:
             await asyncio.wait({task})
 
 
-async def test_openais_client_reads_a_complete_answer() -> None:
+async def test_openai_client_reads_complete_response_from_fake_upstream() -> None:
     async with client() as openai:
         answer = await openai.chat.completions.create(model=MODEL, messages=ASKED, max_tokens=3)
     assert answer.choices[0].message.content == "token token token"
@@ -57,7 +57,7 @@ async def test_openais_client_reads_a_complete_answer() -> None:
 
 
 @pytest.mark.parametrize("usage", [True, False])
-async def test_openais_client_reads_a_stream(usage: bool) -> None:
+async def test_openai_client_reads_stream_from_fake_upstream(usage: bool) -> None:
     async with client() as openai:
         stream = await openai.chat.completions.create(
             model=MODEL, messages=ASKED, max_tokens=3, stream=True, stream_options={"include_usage": usage}
@@ -69,7 +69,7 @@ async def test_openais_client_reads_a_stream(usage: bool) -> None:
     assert [chunk.usage.completion_tokens for chunk in chunks if chunk.usage] == [3] * usage
 
 
-async def test_chunks_are_sent_at_the_configured_pace() -> None:
+async def test_upstream_sends_chunks_at_the_configured_pace() -> None:
     body = {"model": MODEL, "messages": ASKED, "max_tokens": 4, "stream": True}
     async with (
         upstream() as socket,
@@ -81,7 +81,7 @@ async def test_chunks_are_sent_at_the_configured_pace() -> None:
     assert time.monotonic() - began >= 3 * 0.05
 
 
-async def test_a_request_is_answered_once_when_it_arrives_in_pieces() -> None:
+async def test_request_arriving_in_pieces_is_answered_once() -> None:
     body = b'{"messages":[],"max_tokens":1}'
     request = b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
     async with upstream() as socket:

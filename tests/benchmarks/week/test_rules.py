@@ -25,7 +25,7 @@ OUTPUT = """Unit Testing:  week.yml
 """
 
 
-def test_alerts_in_consecutive_minutes_count_as_one() -> None:
+def test_alerts_in_consecutive_minutes_count_as_one_alert() -> None:
     assert sorted(firings(OUTPUT, 2), key=lambda firing: (firing.labels, firing.begins)) == [
         Firing("SvcDrift", (("model", "m"),), 1618, 1622),
         Firing("SvcDrift", (("model", "m"),), 1624, 1626),
@@ -44,7 +44,7 @@ def test_alerts_in_consecutive_minutes_count_as_one() -> None:
         ([Firing("SvcEngineDown", LABELS, 2, 4), Firing("SvcEngineDown", LABELS, 11, 21)], [True, False]),
     ],
 )
-def test_an_alert_is_as_expected_only_when_labels_and_times_match(reported: list[Firing], right: list[bool]) -> None:
+def test_alert_is_expected_only_if_its_labels_and_times_match(reported: list[Firing], right: list[bool]) -> None:
     assert [row.as_expected for row in compare([EXPECTED], reported)] == right
 
 
@@ -58,7 +58,7 @@ def test_every_alert_is_evaluated_for_every_model() -> None:
         assert sorted(evaluated) == sorted(alerts)
 
 
-def test_an_ended_series_is_stale_and_counters_that_stay_0_are_omitted() -> None:
+def test_ended_series_becomes_stale_and_all_zero_counters_are_omitted() -> None:
     series = Series()
     alarm = ("svc_drift_alarm", (("model", "m"),))
     restarts = ("svc_engine_restarts_total", (("model", "m"),))
@@ -69,12 +69,12 @@ def test_an_ended_series_is_stale_and_counters_that_stay_0_are_omitted() -> None
     assert line.splitlines()[1].strip() == "values: '_ 1x1 stale 0 stale'"
 
 
-def test_every_expected_alert_exists_and_begins_before_it_ends() -> None:
+def test_every_expected_alert_exists_and_starts_before_it_ends() -> None:
     alerts = {rule["alert"] for group in groups() for rule in group["rules"] if "alert" in rule}
     for one in read_expected():
         assert one.alert in alerts
         assert one.begins[0] <= one.begins[1] < one.ends[0] <= one.ends[1]
 
 
-def test_a_moment_of_the_week_is_parsed_as_it_is_printed() -> None:
+def test_printed_moment_of_the_week_can_be_parsed_back() -> None:
     assert moment(at("3 11:25")) == "3 11:25"

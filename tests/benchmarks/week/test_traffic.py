@@ -23,42 +23,42 @@ def _of(arrivals: list[Arrival], model: str) -> list[Arrival]:
     return [arrival for arrival in arrivals if arrival.model == model]
 
 
-def test_the_same_seed_gives_the_same_requests() -> None:
+def test_same_seed_generates_the_same_requests() -> None:
     first, second, other = (list(islice(Clients(seed).minutes(), 60)) for seed in (1, 1, 2))
     assert first == second
     assert first != other
 
 
-def test_each_model_has_the_requests_of_the_timetable(monday: list[Arrival]) -> None:
+def test_each_model_gets_the_requests_in_its_timetable(monday: list[Arrival]) -> None:
     assert len(_of(monday, MAIN)) == pytest.approx(5_000, rel=0.1)
     assert len(_of(monday, SIDE)) == pytest.approx(1_000, rel=0.1)
     assert {model: len(_of(monday, model)) for model in WAKES} == {"legal": 25, "quarterly": 0}
 
 
-def test_the_rate_at_night_is_a_fifth_of_that_by_day(monday: list[Arrival]) -> None:
+def test_night_request_rate_is_one_fifth_of_day_rate(monday: list[Arrival]) -> None:
     by_day = [arrival for arrival in _of(monday, SIDE) if at("1 07:00") <= arrival.at < at("1 21:00")]
     at_night = len(_of(monday, SIDE)) - len(by_day)
     assert (at_night / 10) / (len(by_day) / 14) == pytest.approx(0.2, rel=0.25)
 
 
-def test_about_half_of_the_prompts_are_near_copies_or_of_the_heavy_client(monday: list[Arrival]) -> None:
+def test_about_half_of_prompts_are_near_copies_or_from_the_heavy_client(monday: list[Arrival]) -> None:
     known = {text for texts in read_prompts().by_section.values() for text in texts}
     copies = [arrival for arrival in _of(monday, MAIN) if arrival.prompt not in known]
     heavy = [arrival for arrival in _of(monday, MAIN) if arrival.key_id == "batch"]
     assert (len(copies) + len(heavy)) / len(_of(monday, MAIN)) == pytest.approx(0.42, abs=0.04)
 
 
-def test_only_the_heavy_client_is_limited(monday: list[Arrival]) -> None:
+def test_only_the_heavy_client_is_rate_limited(monday: list[Arrival]) -> None:
     limited = [arrival for arrival in monday if arrival.reason is ErrorCode.RATE_LIMIT_EXCEEDED]
     assert limited
     assert {arrival.key_id for arrival in limited} == {"batch"}
 
 
-def test_requests_are_ordered_by_time(monday: list[Arrival]) -> None:
+def test_generated_requests_are_ordered_by_time(monday: list[Arrival]) -> None:
     assert [arrival.at for arrival in monday] == sorted(arrival.at for arrival in monday)
 
 
-def test_a_fifth_of_the_prompts_are_of_a_new_kind_only_after_the_shift() -> None:
+def test_new_kind_makes_up_one_fifth_of_prompts_only_after_the_shift() -> None:
     known = set(read_prompts().shifted)
     clients = Clients(1)
     before, after = (
@@ -70,7 +70,7 @@ def test_a_fifth_of_the_prompts_are_of_a_new_kind_only_after_the_shift() -> None
     assert sum(text in known for text in after) / len(after) == pytest.approx(0.1, abs=0.02)
 
 
-def test_the_crashing_engine_restarts_about_twenty_times_in_25_minutes() -> None:
+def test_crashing_engine_restarts_about_twenty_times_in_25_minutes() -> None:
     restarts = [change for change in changes() if change.restarted]
     assert {change.model for change in restarts} == {SIDE}
     assert [moment(restarts[0].at), moment(restarts[-1].at)] == ["3 11:00", "3 11:26"]

@@ -36,49 +36,49 @@ def assert_survives(baseline: Baseline) -> None:
     assert all(words.dtype == np.int32 for words in read.words)
 
 
-def test_a_baseline_survives_the_store() -> None:
+def test_baseline_survives_storage_round_trip() -> None:
     assert_survives(BASELINE)
 
 
-def test_a_baseline_survives_the_store_when_values_are_missing() -> None:
+def test_baseline_with_missing_values_survives_storage() -> None:
     numbers = {"answer_tokens": np.array([np.nan, 3.0])}
     categories = {"finish_reason": np.array([NOT_THERE, "stop"])}
     assert_survives(replace(BASELINE, answers=Sample(2, numbers, categories)))
 
 
 @pytest.mark.parametrize("size", [0, 60])
-def test_a_baseline_survives_the_store_when_answers_have_no_features(size: int) -> None:
+def test_baseline_without_answer_features_survives_storage(size: int) -> None:
     assert_survives(replace(BASELINE, answers=Sample(size)))
 
 
-def test_a_baseline_survives_the_store_when_there_are_no_answers() -> None:
+def test_baseline_without_answers_survives_storage() -> None:
     assert_survives(replace(BASELINE, answers=BASELINE.answers.part(0, 0)))
 
 
 @pytest.mark.parametrize("size", [0, 1])
-def test_a_baseline_survives_the_store_when_it_has_no_or_one_prompt(size: int) -> None:
+def test_baseline_with_zero_or_one_prompt_survives_storage(size: int) -> None:
     assert_survives(baseline_of(draw_requests(1, size)))
 
 
-def test_a_baseline_survives_the_store_when_prompts_have_no_words_and_views_no_axes() -> None:
+def test_baseline_with_wordless_prompts_and_empty_views_survives_storage() -> None:
     none = np.zeros((60, 0))
     prompts = replace(BASELINE.prompts, views=(none, none))
     assert_survives(Baseline(prompts, [np.zeros(0, np.int32)] * 60, BASELINE.answers))
 
 
-def test_a_stored_baseline_holds_no_pickled_objects() -> None:
+def test_stored_baseline_contains_no_pickled_objects() -> None:
     with np.load(io.BytesIO(baseline_bytes(BASELINE)), allow_pickle=False) as archive:
         assert all(archive[name].dtype != object for name in archive.files)
 
 
-def test_a_file_with_pickled_objects_is_rejected() -> None:
+def test_baseline_file_with_pickled_objects_is_rejected() -> None:
     file = io.BytesIO()
     np.savez(file, words=np.array([{}], dtype=object))
     with pytest.raises(ValueError, match="allow_pickle"):
         read_baseline(file.getvalue())
 
 
-def test_a_detector_has_the_same_bets_when_its_baseline_was_stored() -> None:
+def test_detector_makes_the_same_bets_from_a_stored_baseline() -> None:
     stored, new = Detector(read_baseline(baseline_bytes(BASELINE))), Detector(BASELINE)
     assert stored.signals == new.signals
     assert stored.classifier.far_bounds.tolist() == new.classifier.far_bounds.tolist()

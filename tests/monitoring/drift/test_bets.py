@@ -38,25 +38,25 @@ def largest_win(reference: Sample, item: Sample) -> float:
 
 
 @given(counts, st.sampled_from([1.0, 2.0]))
-def test_upper_limit_is_the_upper_end_of_wilsons_interval(count: tuple[int, int], z: float) -> None:
+def test_upper_limit_equals_upper_end_of_wilson_interval(count: tuple[int, int], z: float) -> None:
     level = 1 - 2 * norm.sf(z)
     expected = binomtest(*count).proportion_ci(level, method="wilson").high
     assert upper_limit(*count, z) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("size", [1, 10, 200])
-def test_upper_limit_is_above_zero_when_no_item_has_the_value(size: int) -> None:
+def test_upper_limit_is_positive_when_no_item_has_the_value(size: int) -> None:
     assert upper_limit(0, size, 1.0) == pytest.approx(1 / (size + 1))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.1])
-def test_bounds_grow_when_the_reference_is_small(share: float) -> None:
+def test_bet_bounds_grow_as_the_reference_shrinks(share: float) -> None:
     bounds = [upper_limit(round(share * size), size, 1.64) for size in (2_000, 500, 100, 50)]
     assert bounds == sorted(bounds)
     assert bounds[0] < bounds[-1]
 
 
-def test_tail_bets_cover_both_sides_within_their_bounds_when_nothing_changed() -> None:
+def test_tail_bets_cover_both_sides_and_stay_within_bounds_without_change() -> None:
     generator = np.random.default_rng(1)
     bets = feature_bets(of_numbers(generator.normal(size=1000)))
     assert len(bets) == 6
@@ -66,32 +66,32 @@ def test_tail_bets_cover_both_sides_within_their_bounds_when_nothing_changed() -
 
 
 @pytest.mark.parametrize("moved", [-10.0, 10.0])
-def test_numbers_beyond_the_reference_are_in_all_sets_of_their_side(moved: float) -> None:
+def test_numbers_beyond_the_reference_range_are_in_all_sets_on_that_side(moved: float) -> None:
     bets = feature_bets(of_numbers(np.random.default_rng(1).normal(size=200)))
     assert sorted(hit_table(bets, of_numbers([moved]))[0].tolist()) == [MISS] * 3 + [HIT] * 3
 
 
-def test_another_number_on_either_side_is_in_a_set_when_all_numbers_of_the_reference_are_equal() -> None:
+def test_differing_number_is_in_a_set_if_all_reference_numbers_are_equal() -> None:
     bets = feature_bets(of_numbers([3.0] * 200))
     assert all(bet.bound == pytest.approx(SLACK * upper_limit(0, 200, SURE)) for bet in bets)
     below, same, above = (hit_table(bets, of_numbers([value]))[0] for value in (2.0, 3.0, 4.0))
     assert HIT in below and HIT in above and HIT not in same
 
 
-def test_each_frequent_category_and_all_new_ones_are_sets() -> None:
+def test_each_frequent_category_and_all_new_categories_form_bet_sets() -> None:
     reference = of_names(["stop"] * 90 + ["length"] * 10)
     assert largest_win(reference, of_names(["error"])) == pytest.approx(1 / (SLACK * upper_limit(0, 100, SURE)))
     assert largest_win(reference, of_names(["length"])) == pytest.approx(1 / (SLACK * upper_limit(10, 100, SURE)))
     assert largest_win(reference, of_names(["stop"])) == 0  # twice 90 % is more than all
 
 
-def test_a_category_is_in_a_set_when_it_is_rare_in_the_reference() -> None:
+def test_category_rare_in_the_reference_belongs_to_a_bet_set() -> None:
     reference = of_names(["stop"] * 198 + ["length"] * 2)
     assert largest_win(reference, of_names(["length"])) > 10
     assert largest_win(reference, of_names(["error"])) > 30
 
 
-def test_rare_and_new_categories_together_are_within_their_bounds_when_nothing_changed() -> None:
+def test_rare_and_new_categories_stay_within_bounds_without_change() -> None:
     generator = np.random.default_rng(1)
     kinds, shares = np.array([f"kind {number}" for number in range(60)]), np.full(60, 1 / 60)
     reference, live = (of_names(generator.choice(kinds, size, p=shares)) for size in (500, 20_000))
@@ -99,7 +99,7 @@ def test_rare_and_new_categories_together_are_within_their_bounds_when_nothing_c
     assert all(share < bet.bound for share, bet in zip(hit_shares(bets, live), bets, strict=True))
 
 
-def test_items_without_a_value_are_neither_hit_nor_miss() -> None:
+def test_items_without_a_value_count_as_neither_hit_nor_miss() -> None:
     columns = Sample(
         60,
         {"length": np.array(range(60), dtype=np.float64)},
@@ -111,28 +111,30 @@ def test_items_without_a_value_are_neither_hit_nor_miss() -> None:
     assert set(hit_table(bets, nothing)[0].tolist()) == {NO_HIT}
 
 
-def test_there_are_no_bets_on_a_feature_when_the_reference_has_no_value_of_it() -> None:
+def test_feature_without_reference_values_gets_no_bets() -> None:
     references = [of_numbers([]), of_numbers([NAN] * 9), of_names([]), of_names([NOT_THERE] * 9)]
     assert [feature_bets(reference) for reference in references] == [[]] * 4
 
 
-def test_there_are_no_bets_when_the_reference_is_one_item() -> None:
+def test_single_item_reference_gets_no_bets() -> None:
     """Twice the upper share of one item exceeds 1."""
     assert [feature_bets(reference) for reference in (of_numbers([1.0]), of_names(["a"]))] == [[], []]
 
 
-def test_the_hit_table_has_no_columns_when_there_are_no_bets() -> None:
+def test_hit_table_without_bets_has_no_columns() -> None:
     assert hit_table([], of_numbers([1.0, 2.0])).shape == (2, 0)
 
 
 @pytest.mark.parametrize("sample", [of_numbers([float(value) for value in range(50)]), of_names(["a", "b"] * 25)])
-def test_the_hit_table_has_no_rows_when_there_are_no_items(sample: Sample) -> None:
+def test_hit_table_without_items_has_no_rows(sample: Sample) -> None:
     bets = feature_bets(sample)
     assert hit_table(bets, sample.part(0, 0)).shape == (0, len(bets))
 
 
 @given(numbers, names)
-def test_no_set_has_more_of_the_reference_than_half_its_bound(values: list[float], categories: list[str]) -> None:
+def test_no_bet_set_covers_more_of_the_reference_than_half_its_bound(
+    values: list[float], categories: list[str]
+) -> None:
     for reference in (of_numbers(values), of_names(categories)):
         bets, table = feature_bets(reference), hit_table(feature_bets(reference), reference)
         there = (table != NO_HIT).sum(axis=0)
@@ -141,7 +143,7 @@ def test_no_set_has_more_of_the_reference_than_half_its_bound(values: list[float
             assert (table[:, number] == HIT).sum() / there[number] <= bet.bound / SLACK
 
 
-def test_there_is_no_bet_when_every_item_has_a_new_category() -> None:
+def test_new_category_hits_no_bet_if_all_reference_items_differ() -> None:
     """For example system prompts that contain a date."""
     dated = Sample(50, {}, {"system_prompt": np.array([f"day {day}" for day in range(50)])})
     live = Sample(20, {}, {"system_prompt": np.array([f"day {day}" for day in range(50, 70)])})

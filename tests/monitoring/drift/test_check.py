@@ -35,19 +35,19 @@ def alarmed(store: Store, signal: Signal) -> set[str]:
     return {alarm.feature for alarm in alarms(store, signal)}
 
 
-def test_traffic_like_the_heldout_set_is_steady(check: Check, traffic: Traffic, store: Store) -> None:
+def test_traffic_like_the_held_out_set_is_steady(check: Check, traffic: Traffic, store: Store) -> None:
     traffic.ask(ALIKE[:120])
     reports = check()
     assert [reports[signal].status for signal in (Signal.INPUT, Signal.OUTPUT)] == [Status.STEADY] * 2
     assert read_drift_alarms(store, target()) == []
 
 
-def test_the_status_is_waiting_when_there_are_few_requests(check: Check, traffic: Traffic) -> None:
+def test_drift_status_is_waiting_after_too_few_requests(check: Check, traffic: Traffic) -> None:
     traffic.ask(ALIKE[:9])
     assert check()[Signal.INPUT].status is Status.WAITING
 
 
-def test_an_alarm_has_its_start_and_examples_when_prompts_change(check: Check, traffic: Traffic, store: Store) -> None:
+def test_alarm_on_changed_prompts_reports_its_start_and_examples(check: Check, traffic: Traffic, store: Store) -> None:
     traffic.ask(ALIKE[:100])
     shifted = traffic.ask(STRONG[:20])
     report = check()[Signal.INPUT]
@@ -59,7 +59,7 @@ def test_an_alarm_has_its_start_and_examples_when_prompts_change(check: Check, t
     assert set(alarm.examples) <= set(shifted)
 
 
-def test_an_alarm_starts_once_and_ends_when_traffic_returns_to_normal(
+def test_alarm_starts_once_and_ends_when_traffic_returns_to_normal(
     check: Check, traffic: Traffic, store: Store
 ) -> None:
     traffic.ask([*ALIKE[500:850], *STRONG[:30]])
@@ -74,7 +74,7 @@ def test_an_alarm_starts_once_and_ends_when_traffic_returns_to_normal(
     assert all(time is not None and time > NOON + timedelta(minutes=410) for time in ended)
 
 
-def test_results_are_the_same_when_checks_run_more_often(
+def test_more_frequent_checks_give_the_same_results(
     registry: Registry, store: Store, check: Check, traffic: Traffic, tmp_path: Path
 ) -> None:
     once_store = new_store(tmp_path / "other")
@@ -92,7 +92,7 @@ def test_results_are_the_same_when_checks_run_more_often(
     assert often == at_once != []
 
 
-def test_a_repeated_prompt_counts_once(check: Check, traffic: Traffic, store: Store) -> None:
+def test_repeated_prompt_counts_once(check: Check, traffic: Traffic, store: Store) -> None:
     traffic.ask(ALIKE[:50])
     before = check()[Signal.INPUT].items
     traffic.ask(["ping me when the build is done"] * 100)
@@ -100,7 +100,7 @@ def test_a_repeated_prompt_counts_once(check: Check, traffic: Traffic, store: St
     assert alarms(store, Signal.INPUT) == []
 
 
-def test_a_signal_is_unwatched_with_a_reason_when_traffic_only_repeats_itself(check: Check, traffic: Traffic) -> None:
+def test_signal_is_unwatched_with_a_reason_if_traffic_only_repeats_itself(check: Check, traffic: Traffic) -> None:
     traffic.ask(ALIKE[:12])
     for _ in range(80):
         traffic.ask(ALIKE[:12])
@@ -110,7 +110,7 @@ def test_a_signal_is_unwatched_with_a_reason_when_traffic_only_repeats_itself(ch
         assert "of the newest 972 requests are compared" in reports[signal].why
 
 
-def test_a_report_has_a_note_when_less_than_a_fifth_of_the_requests_is_compared(check: Check, traffic: Traffic) -> None:
+def test_report_notes_if_less_than_one_fifth_of_requests_is_compared(check: Check, traffic: Traffic) -> None:
     for text in ALIKE[:50]:
         traffic.ask([text] * 7)
     report = check()[Signal.INPUT]
@@ -118,7 +118,7 @@ def test_a_report_has_a_note_when_less_than_a_fifth_of_the_requests_is_compared(
     assert "14% of the newest 350 requests are compared" in report.why
 
 
-def test_a_later_change_starts_another_alarm_when_one_is_active(check: Check, traffic: Traffic, store: Store) -> None:
+def test_later_change_starts_another_alarm_while_one_is_active(check: Check, traffic: Traffic, store: Store) -> None:
     traffic.ask([*ALIKE[:350], *STRONG[:60]])
     check()
     first = alarmed(store, Signal.INPUT)
@@ -128,7 +128,7 @@ def test_a_later_change_starts_another_alarm_when_one_is_active(check: Check, tr
     assert "system_prompt" in alarmed(store, Signal.INPUT)
 
 
-def test_turns_of_one_conversation_count_less_than_independent_requests(
+def test_conversation_turns_count_less_than_independent_requests(
     registry: Registry, check: Check, traffic: Traffic, store: Store
 ) -> None:
     """In 800 turns of 16 long conversations, the topic of one of them is not a change of the traffic."""
@@ -140,7 +140,7 @@ def test_turns_of_one_conversation_count_less_than_independent_requests(
     assert 30 < state["watch"]["dependence"] <= 50
 
 
-def test_an_output_alarm_starts_when_answers_are_no_longer_json(check: Check, traffic: Traffic, store: Store) -> None:
+def test_output_alarm_starts_when_answers_are_no_longer_json(check: Check, traffic: Traffic, store: Store) -> None:
     traffic.ask(ALIKE[:60])
     traffic.ask(ALIKE[60:90], ["I think it is science."] * 30)
     reports = check()
@@ -148,7 +148,7 @@ def test_an_output_alarm_starts_when_answers_are_no_longer_json(check: Check, tr
     assert "valid_json" in alarmed(store, Signal.OUTPUT)
 
 
-def test_an_output_alarm_starts_when_answers_are_refusals(check: Check, traffic: Traffic, store: Store) -> None:
+def test_output_alarm_starts_when_answers_become_refusals(check: Check, traffic: Traffic, store: Store) -> None:
     traffic.ask(ALIKE[:100])
     traffic.ask(ALIKE[100:140], ["I'm sorry, but I can't help with that."] * 40)
     check()
@@ -164,16 +164,14 @@ def test_only_lengths_of_greedy_answers_are_compared(
     assert check()[Signal.OUTPUT].status is status
 
 
-def test_a_live_answer_counts_as_cut_when_it_exceeds_the_limit_of_heldout_answers(
-    check: Check, traffic: Traffic
-) -> None:
+def test_live_answer_counts_as_cut_off_above_the_held_out_answer_limit(check: Check, traffic: Traffic) -> None:
     traffic.ask(ALIKE[:30], tokens=900)
     lines = {line.name: line for line in check()[Signal.OUTPUT].lines}
     assert lines["answer_tokens"].live == "16"
     assert lines["finish_reason"].live == "length 100%"
 
 
-def test_a_live_answer_counts_as_cut_at_the_largest_limit_when_limits_differ(
+def test_live_answer_counts_as_cut_off_at_the_largest_of_differing_limits(
     registry: Registry, check: Check, traffic: Traffic, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     register(registry, 2)
@@ -186,7 +184,7 @@ def test_a_live_answer_counts_as_cut_at_the_largest_limit_when_limits_differ(
     assert lines["finish_reason"].live == "length 100%"
 
 
-def test_traffic_is_compared_when_its_texts_are_not_stored(check: Check, traffic: Traffic, store: Store) -> None:
+def test_traffic_is_compared_even_if_its_texts_are_not_stored(check: Check, traffic: Traffic, store: Store) -> None:
     traffic.ask(ALIKE[:60], content=False)
     traffic.ask(STRONG[:30], content=False, tokens=16, finish_reason="length")
     reports = check()
@@ -194,9 +192,7 @@ def test_traffic_is_compared_when_its_texts_are_not_stored(check: Check, traffic
     assert "finish_reason" in alarmed(store, Signal.OUTPUT)
 
 
-def test_signals_of_traffic_are_off_and_name_the_setting_when_features_are_not_stored(
-    check: Check, traffic: Traffic
-) -> None:
+def test_traffic_signals_are_off_and_name_the_setting_without_stored_features(check: Check, traffic: Traffic) -> None:
     traffic.ask(ALIKE[:60], features=False)
     reports = check()
     for signal in (Signal.INPUT, Signal.OUTPUT):
@@ -204,11 +200,11 @@ def test_signals_of_traffic_are_off_and_name_the_setting_when_features_are_not_s
         assert "request_log.features" in reports[signal].why
 
 
-def test_the_status_is_waiting_when_there_was_no_request(check: Check) -> None:
+def test_drift_status_is_waiting_before_the_first_request(check: Check) -> None:
     assert check()[Signal.INPUT].status is Status.WAITING
 
 
-def test_an_alarm_ends_when_features_are_no_longer_stored(check: Check, traffic: Traffic, store: Store) -> None:
+def test_alarm_ends_when_features_are_no_longer_stored(check: Check, traffic: Traffic, store: Store) -> None:
     traffic.ask([*ALIKE[:100], *STRONG[:30]])
     check()
     traffic.ask(ALIKE[:50], features=False)
@@ -218,7 +214,9 @@ def test_an_alarm_ends_when_features_are_no_longer_stored(check: Check, traffic:
     assert {alarm.ended_at for alarm in alarms(store, Signal.INPUT)} == {traffic.now}
 
 
-def test_new_rows_are_compared_when_all_earlier_ones_were_deleted(check: Check, traffic: Traffic, store: Store) -> None:
+def test_new_rows_are_compared_after_all_earlier_rows_were_deleted(
+    check: Check, traffic: Traffic, store: Store
+) -> None:
     traffic.ask(ALIKE[:100])
     check()
     with store.begin() as connection:
@@ -227,7 +225,7 @@ def test_new_rows_are_compared_when_all_earlier_ones_were_deleted(check: Check, 
     assert check()[Signal.INPUT].status is Status.ALARM
 
 
-def test_repeated_questions_are_not_drift_when_the_sample_repeats_them_too(
+def test_repeated_questions_are_not_drift_if_drift_sample_repeats_them_too(
     registry: Registry, check: Check, traffic: Traffic
 ) -> None:
     """Repeated prompts count equally in the sample and in live traffic."""
@@ -244,7 +242,7 @@ def test_repeated_questions_are_not_drift_when_the_sample_repeats_them_too(
     assert check(2)[Signal.INPUT].status is Status.STEADY
 
 
-def test_complete_json_is_not_drift_when_heldout_json_was_cut(
+def test_complete_json_is_not_drift_if_held_out_json_was_cut_off(
     registry: Registry, check: Check, traffic: Traffic
 ) -> None:
     register(registry, 2, cut=True)
@@ -253,12 +251,12 @@ def test_complete_json_is_not_drift_when_heldout_json_was_cut(
     assert check(2)[Signal.OUTPUT].status is Status.STEADY
 
 
-def test_answers_with_only_tool_calls_do_not_count_as_empty(check: Check, traffic: Traffic) -> None:
+def test_tool_call_only_answers_do_not_count_as_empty(check: Check, traffic: Traffic) -> None:
     traffic.ask(ALIKE[:40], [""] * 40, finish_reason="tool_calls", temperature=0.7)
     assert check()[Signal.OUTPUT].status is Status.STEADY
 
 
-def test_detection_starts_anew_when_its_stored_state_is_from_another_release(
+def test_detection_restarts_if_its_stored_state_is_from_another_release(
     check: Check, traffic: Traffic, store: Store
 ) -> None:
     traffic.ask(ALIKE[:20])
@@ -268,9 +266,7 @@ def test_detection_starts_anew_when_its_stored_state_is_from_another_release(
     assert check()[Signal.INPUT].items == 20
 
 
-def test_a_feature_has_one_active_alarm_when_the_stored_state_was_lost(
-    check: Check, traffic: Traffic, store: Store
-) -> None:
+def test_feature_has_one_active_alarm_after_stored_state_is_lost(check: Check, traffic: Traffic, store: Store) -> None:
     traffic.ask([*ALIKE[:100], *STRONG[:40]])
     check()
     with store.begin() as connection:
@@ -281,7 +277,7 @@ def test_a_feature_has_one_active_alarm_when_the_stored_state_was_lost(
     assert len(lasting) == len(set(lasting))
 
 
-def test_an_alarm_ends_when_the_stored_state_lacks_its_feature(check: Check, traffic: Traffic, store: Store) -> None:
+def test_alarm_ends_if_stored_state_lacks_its_feature(check: Check, traffic: Traffic, store: Store) -> None:
     traffic.ask(ALIKE[:40])
     check()
     past = DriftAlarm(Signal.INPUT, "of_another_release", NOON, NOON, None, "{}", ())
@@ -290,7 +286,7 @@ def test_an_alarm_ends_when_the_stored_state_lacks_its_feature(check: Check, tra
     assert [alarm.ended_at for alarm in alarms(store, Signal.INPUT)] == [traffic.now]
 
 
-def test_only_a_checksum_of_a_system_prompt_is_stored(check: Check, traffic: Traffic, store: Store) -> None:
+def test_only_a_checksum_of_the_system_prompt_is_stored(check: Check, traffic: Traffic, store: Store) -> None:
     traffic.ask(ALIKE[:100])
     traffic.ask(ALIKE[100:130], system="SECRET-TOKEN is the password.")
     check()
@@ -300,9 +296,7 @@ def test_only_a_checksum_of_a_system_prompt_is_stored(check: Check, traffic: Tra
             assert rows and "SECRET" not in str(rows)
 
 
-def test_the_examples_of_an_alarm_are_requests_that_show_the_change(
-    check: Check, traffic: Traffic, store: Store
-) -> None:
+def test_alarm_examples_are_requests_that_show_the_change(check: Check, traffic: Traffic, store: Store) -> None:
     traffic.ask(ALIKE[:60])
     bad = traffic.ask(ALIKE[60:75], ["no json"] * 15)
     traffic.ask(ALIKE[75:76])
@@ -311,7 +305,7 @@ def test_the_examples_of_an_alarm_are_requests_that_show_the_change(
     assert set(alarm.examples) <= set(bad)
 
 
-def test_a_version_forgets_alarms_that_ended_long_ago(
+def test_version_forgets_alarms_that_ended_long_ago(
     check: Check, traffic: Traffic, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("svc.store.drift.KEPT_ALARMS", 2)
@@ -323,7 +317,7 @@ def test_a_version_forgets_alarms_that_ended_long_ago(
     assert len(read_drift_alarms(store, target())) == 2
 
 
-def test_signals_are_off_with_a_reason_when_a_version_has_no_text_space(
+def test_signals_are_off_with_a_reason_if_version_has_no_text_space(
     registry: Registry, check: Check, traffic: Traffic
 ) -> None:
     register(registry, 2, space=False)
@@ -333,7 +327,7 @@ def test_signals_are_off_with_a_reason_when_a_version_has_no_text_space(
     assert "triage@2 has no reference/" in reports[Signal.INPUT].why
 
 
-def test_prompts_are_compared_when_a_version_has_no_stored_answers(
+def test_prompts_are_compared_even_if_version_has_no_stored_answers(
     registry: Registry, check: Check, traffic: Traffic, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For example of an adapter, whose registered answers are those of another format."""
@@ -349,7 +343,7 @@ def test_prompts_are_compared_when_a_version_has_no_stored_answers(
     assert reports[Signal.OUTPUT].why == "there are no answers of an adapter"
 
 
-def test_an_alarm_starts_only_for_a_change_when_a_version_has_few_examples(
+def test_version_with_few_examples_raises_an_alarm_only_on_a_change(
     registry: Registry, check: Check, traffic: Traffic
 ) -> None:
     register(registry, 2, examples=12)
@@ -359,7 +353,7 @@ def test_an_alarm_starts_only_for_a_change_when_a_version_has_few_examples(
     assert check(2)[Signal.INPUT].status is Status.ALARM
 
 
-def test_prompts_are_compared_with_the_sample_and_answers_with_held_out_answers(
+def test_prompts_are_compared_with_drift_sample_and_answers_with_held_out_answers(
     registry: Registry, check: Check, traffic: Traffic
 ) -> None:
     """The held-out prompts of this version differ from its traffic; its answers to them do not."""
@@ -369,7 +363,7 @@ def test_prompts_are_compared_with_the_sample_and_answers_with_held_out_answers(
     assert [reports[signal].status for signal in (Signal.INPUT, Signal.OUTPUT)] == [Status.STEADY] * 2
 
 
-def test_an_alarm_starts_when_traffic_is_like_the_held_out_prompts_but_not_like_the_sample(
+def test_alarm_starts_if_traffic_matches_held_out_prompts_but_not_drift_sample(
     registry: Registry, check: Check, traffic: Traffic
 ) -> None:
     register(registry, 2, prompts=STRONG[:200], sample=ALIKE[:200])
@@ -377,7 +371,7 @@ def test_an_alarm_starts_when_traffic_is_like_the_held_out_prompts_but_not_like_
     assert check(2)[Signal.INPUT].status is Status.ALARM
 
 
-def test_the_sample_is_redacted_like_live_prompts(registry: Registry, store: Store, traffic: Traffic) -> None:
+def test_drift_sample_is_redacted_like_live_prompts(registry: Registry, store: Store, traffic: Traffic) -> None:
     """Live texts are redacted when they are stored, so the sample is redacted before the comparison."""
     checks = DriftCheck(registry, store, RequestLogSettings(redact=("package",)), clock=lambda: traffic.now)
     system = system_prompt().replace("package", "[redacted]")
@@ -386,14 +380,14 @@ def test_the_sample_is_redacted_like_live_prompts(registry: Registry, store: Sto
     assert reports[Signal.INPUT].status is Status.STEADY
 
 
-def test_an_alarm_starts_when_the_system_prompt_changes(check: Check, traffic: Traffic, store: Store) -> None:
+def test_alarm_starts_when_the_system_prompt_changes(check: Check, traffic: Traffic, store: Store) -> None:
     traffic.ask(ALIKE[:100])
     traffic.ask(ALIKE[100:130], system="You are a pirate.")
     check()
     assert alarmed(store, Signal.INPUT) == {"system_prompt"}
 
 
-def test_an_alarm_starts_when_there_are_more_bad_ratings_than_for_the_previous_version(
+def test_alarm_starts_if_version_gets_more_bad_ratings_than_the_previous_version(
     check: Check, traffic: Traffic, store: Store
 ) -> None:
     traffic.rate(traffic.ask(ALIKE[:100], number=2), bad=6)
@@ -404,13 +398,13 @@ def test_an_alarm_starts_when_there_are_more_bad_ratings_than_for_the_previous_v
     assert len(alarms(store, Signal.PEOPLE)) == 1
 
 
-def test_there_is_no_alarm_when_there_are_fewer_bad_ratings(check: Check, traffic: Traffic) -> None:
+def test_fewer_bad_ratings_cause_no_alarm(check: Check, traffic: Traffic) -> None:
     traffic.rate(traffic.ask(ALIKE[:100], number=2), bad=95)
     traffic.rate(traffic.ask(ALIKE[100:140]), bad=0)
     assert check()[Signal.PEOPLE].status is Status.STEADY
 
 
-def test_the_first_ratings_are_the_reference_when_there_is_no_previous_version(check: Check, traffic: Traffic) -> None:
+def test_first_ratings_are_the_reference_if_there_is_no_previous_version(check: Check, traffic: Traffic) -> None:
     traffic.rate(traffic.ask(ALIKE[:99]), bad=6)
     assert check()[Signal.PEOPLE].status is Status.WAITING
     traffic.rate(traffic.ask(ALIKE[99:100]), bad=0)
@@ -423,16 +417,14 @@ def test_the_first_ratings_are_the_reference_when_there_is_no_previous_version(c
     assert report.items == 50
 
 
-def test_an_alarm_starts_within_a_hundred_ratings_when_half_are_bad_instead_of_few(
-    check: Check, traffic: Traffic
-) -> None:
+def test_alarm_starts_within_100_ratings_if_half_are_bad_instead_of_few(check: Check, traffic: Traffic) -> None:
     traffic.rate(traffic.ask(ALIKE[:200], number=2), bad=12)
     for start in range(200, 300, 10):
         traffic.rate(traffic.ask(ALIKE[start : start + 10]), bad=5)
     assert check()[Signal.PEOPLE].status is Status.ALARM
 
 
-def test_later_ratings_count_when_the_clock_once_ran_ahead(check: Check, traffic: Traffic, store: Store) -> None:
+def test_later_ratings_count_even_if_the_clock_once_ran_ahead(check: Check, traffic: Traffic, store: Store) -> None:
     traffic.rate(traffic.ask(ALIKE[:100], number=2), bad=6)
     traffic.rate(traffic.ask(ALIKE[100:120]), bad=1)
     with store.begin() as connection:
@@ -442,14 +434,14 @@ def test_later_ratings_count_when_the_clock_once_ran_ahead(check: Check, traffic
     assert check()[Signal.PEOPLE].items >= 59
 
 
-def test_the_next_check_continues_from_the_stored_state(check: Check, traffic: Traffic, store: Store) -> None:
+def test_next_drift_check_continues_from_the_stored_state(check: Check, traffic: Traffic, store: Store) -> None:
     traffic.ask(ALIKE[:30])
     check()
     assert check()[Signal.INPUT].items == 30
     assert {state.checked_at for state in read_drift_states(store, target()).values()} == {traffic.now}
 
 
-def test_a_check_succeeds_when_rows_were_deleted(check: Check, traffic: Traffic, store: Store) -> None:
+def test_drift_check_succeeds_after_rows_were_deleted(check: Check, traffic: Traffic, store: Store) -> None:
     traffic.ask(ALIKE[:60])
     check()
     with store.begin() as connection:
@@ -458,7 +450,7 @@ def test_a_check_succeeds_when_rows_were_deleted(check: Check, traffic: Traffic,
     assert check()[Signal.INPUT].status is Status.STEADY
 
 
-def test_two_thousand_requests_take_less_than_ten_seconds_of_a_core(check: Check, traffic: Traffic) -> None:
+def test_checking_two_thousand_requests_takes_less_than_ten_cpu_seconds(check: Check, traffic: Traffic) -> None:
     import time
 
     from threadpoolctl import threadpool_limits
@@ -470,16 +462,14 @@ def test_two_thousand_requests_take_less_than_ten_seconds_of_a_core(check: Check
     assert time.process_time() - started < 10
 
 
-def test_a_signal_is_unwatched_when_features_are_no_longer_stored_while_requests_continue(
-    check: Check, traffic: Traffic
-) -> None:
+def test_signal_is_unwatched_if_requests_continue_without_stored_features(check: Check, traffic: Traffic) -> None:
     traffic.ask(ALIKE[:100])
     assert check()[Signal.INPUT].status is Status.STEADY
     traffic.ask(ALIKE[100:200], features=False)
     assert check()[Signal.INPUT].status is Status.UNWATCHED
 
 
-def test_the_status_is_waiting_when_the_rows_of_an_idle_model_have_expired(
+def test_drift_status_is_waiting_after_rows_of_an_idle_model_expired(
     check: Check, traffic: Traffic, store: Store
 ) -> None:
     traffic.ask(ALIKE[:100])
@@ -490,7 +480,7 @@ def test_the_status_is_waiting_when_the_rows_of_an_idle_model_have_expired(
     assert check()[Signal.INPUT].status is Status.WAITING
 
 
-def test_an_alarm_ends_when_requests_no_longer_have_a_value_of_its_feature(
+def test_alarm_ends_when_requests_no_longer_have_values_of_its_feature(
     check: Check, traffic: Traffic, store: Store
 ) -> None:
     traffic.ask(ALIKE[:350])
@@ -504,7 +494,7 @@ def test_an_alarm_ends_when_requests_no_longer_have_a_value_of_its_feature(
     ] == [True]
 
 
-def test_a_model_is_checked_when_its_stored_report_is_from_another_release(
+def test_model_is_checked_even_if_its_stored_report_is_from_another_release(
     check: Check, traffic: Traffic, store: Store
 ) -> None:
     traffic.ask(ALIKE[:20])
@@ -514,16 +504,14 @@ def test_a_model_is_checked_when_its_stored_report_is_from_another_release(
     assert check()[Signal.INPUT].items > 0
 
 
-def test_a_signal_is_waiting_when_the_features_of_its_first_requests_are_still_being_computed(
-    check: Check, traffic: Traffic
-) -> None:
+def test_signal_is_waiting_while_features_of_its_first_requests_are_computed(check: Check, traffic: Traffic) -> None:
     traffic.ask(ALIKE[:5], features=False)
     assert check()[Signal.INPUT].status is Status.WAITING
     traffic.ask(ALIKE[5:20], features=False)
     assert check()[Signal.INPUT].status is Status.OFF
 
 
-def test_an_answer_is_compared_with_its_log_probability_when_that_arrives_slightly_later(
+def test_late_log_probability_is_still_compared_with_its_answer(
     registry: Registry, store: Store, traffic: Traffic
 ) -> None:
     now = NOON
@@ -542,7 +530,7 @@ def test_an_answer_is_compared_with_its_log_probability_when_that_arrives_slight
     assert items() == 3
 
 
-def test_a_change_of_traffic_is_accepted_when_there_are_too_few_ratings_to_accept(
+def test_traffic_change_is_accepted_even_if_ratings_are_too_few_to_accept(
     registry: Registry, store: Store, check: Check, traffic: Traffic
 ) -> None:
     traffic.rate(traffic.ask(ALIKE[:100], number=2), bad=6)

@@ -44,7 +44,7 @@ class Drift:
         return self._svc("--home", self._home, "drift", *arguments)
 
 
-def test_an_alarm_is_shown_with_its_feature_and_example_prompts(drift: Drift, traffic: Traffic) -> None:
+def test_cli_shows_alarm_with_its_feature_and_example_prompts(drift: Drift, traffic: Traffic) -> None:
     traffic.ask([*prompts("none")[:100], *prompts("strong")[:30]])
     shown = drift("triage@1").out
     assert "input   alarm: characters since 2026-11-01 13:" in shown
@@ -53,7 +53,7 @@ def test_an_alarm_is_shown_with_its_feature_and_example_prompts(drift: Drift, tr
     assert any(" ".join(text.split())[:60] in shown for text in prompts("strong")[:30])
 
 
-def test_json_has_the_alarms_with_complete_examples(drift: Drift, traffic: Traffic) -> None:
+def test_json_output_contains_alarms_with_complete_examples(drift: Drift, traffic: Traffic) -> None:
     traffic.ask([*prompts("none")[:100], *prompts("strong")[:30]])
     output = json.loads(drift("triage@1", "--json").out)
     alarm = next(alarm for alarm in output["alarms"] if alarm["feature"] == "characters")
@@ -66,14 +66,14 @@ def test_json_has_the_alarms_with_complete_examples(drift: Drift, traffic: Traff
     assert any(line["evidence"] == 1 for line in report["lines"])
 
 
-def test_there_is_no_alarm_when_traffic_is_like_the_reference(drift: Drift, traffic: Traffic) -> None:
+def test_cli_shows_no_alarm_if_traffic_is_like_the_reference(drift: Drift, traffic: Traffic) -> None:
     traffic.ask(prompts("none")[:120])
     output = json.loads(drift("triage@1", "--json").out)
     assert all(line["evidence"] < 1 for report in output["signals"] for line in report["lines"])
     assert output["alarms"] == []
 
 
-def test_the_last_result_is_shown_when_another_check_is_running(drift: Drift, traffic: Traffic, home: Path) -> None:
+def test_last_drift_result_is_shown_while_another_check_is_running(drift: Drift, traffic: Traffic, home: Path) -> None:
     traffic.ask(prompts("none")[:12])
     drift("triage@1")
     traffic.ask(prompts("none")[12:24])
@@ -84,11 +84,11 @@ def test_the_last_result_is_shown_when_another_check_is_running(drift: Drift, tr
     assert "(12 requests compared, newest" in ended.out
 
 
-def test_the_command_fails_when_the_model_is_unknown(drift: Drift) -> None:
+def test_drift_command_fails_for_an_unknown_model(drift: Drift) -> None:
     assert drift("other@1").code == 8
 
 
-def test_a_name_means_its_version_in_production(
+def test_bare_model_name_refers_to_its_production_version(
     drift: Drift, traffic: Traffic, registry: Registry, store: Store
 ) -> None:
     for number in (1, 2):
@@ -102,9 +102,7 @@ def test_a_name_means_its_version_in_production(
     assert "input" in [alarm["signal"] for alarm in triage["alarms"]]
 
 
-def test_an_alarm_is_shown_when_the_rows_of_its_examples_were_deleted(
-    drift: Drift, traffic: Traffic, store: Store
-) -> None:
+def test_alarm_is_shown_even_if_its_example_rows_were_deleted(drift: Drift, traffic: Traffic, store: Store) -> None:
     traffic.ask([*prompts("none")[:100], *prompts("strong")[:30]])
     drift("triage@1")
     with store.begin() as connection:
@@ -127,7 +125,7 @@ def test_svc_status_shows_drift_in_one_line(svc: Svc, home: Path, traffic: Traff
     assert {model["model"]: model["drift"] for model in output["models"]} == {"triage": drift, "other": {}}
 
 
-def test_later_traffic_is_compared_with_accepted_traffic(drift: Drift, traffic: Traffic, store: Store) -> None:
+def test_later_traffic_is_compared_with_the_accepted_traffic(drift: Drift, traffic: Traffic, store: Store) -> None:
     traffic.ask([*prompts("none")[:100], *prompts("strong")[:80]])
     accepted = drift("triage@1", "--accept")
     assert accepted.code == 0
@@ -139,14 +137,14 @@ def test_later_traffic_is_compared_with_accepted_traffic(drift: Drift, traffic: 
     assert (event.action, event.subject) == ("drift.accept", "triage@1")
 
 
-def test_accept_is_refused_when_there_is_no_alarm(drift: Drift, traffic: Traffic) -> None:
+def test_accepting_drift_is_refused_without_an_alarm(drift: Drift, traffic: Traffic) -> None:
     traffic.ask(prompts("none")[:50])
     refused = drift("triage@1", "--accept")
     assert refused.code == 14
     assert "no active drift alarm" in refused.err
 
 
-def test_accept_is_refused_when_too_few_requests_show_the_change(drift: Drift, traffic: Traffic) -> None:
+def test_accepting_drift_is_refused_if_too_few_requests_show_the_change(drift: Drift, traffic: Traffic) -> None:
     traffic.ask([*prompts("none")[:100], *prompts("strong")[:20]])
     refused = drift("triage@1", "--accept")
     assert refused.code == 14

@@ -20,33 +20,33 @@ def mixed(count: int, shares: dict[str, float], seed: int = 0) -> list[str]:
     return random.Random(seed).choices(list(shares), list(shares.values()), k=count)
 
 
-def test_a_batch_of_a_client_counts_for_a_few_requests_when_it_asked_little_before() -> None:
+def test_batch_from_a_previously_quiet_client_counts_as_few_requests() -> None:
     shares = ClientShares([], [], 1_000)
     counted(shares, mixed(600, {f"client {number}": 1 for number in range(100)}))
     assert sum(counted(shares, ["batch"] * 100)) == 5
 
 
-def test_a_client_counts_for_about_its_usual_share_when_it_sends_a_burst() -> None:
+def test_client_sending_a_burst_counts_for_about_its_usual_share() -> None:
     shares = ClientShares([], [], 1_000)
     counted(shares, mixed(900, {"large": 0.3, **{f"client {number}": 0.007 for number in range(100)}}))
     assert sum(counted(shares, ["large"] * 100)) < 30
 
 
 @pytest.mark.parametrize("client", ["", "only"])
-def test_all_requests_count_when_there_is_one_client_or_clients_are_unknown(client: str) -> None:
+def test_all_requests_count_with_one_client_or_unknown_clients(client: str) -> None:
     assert all(counted(ClientShares([], [], 1_000), [client] * 1_500))
 
 
-def test_nearly_all_requests_count_when_two_clients_send_equally_many() -> None:
+def test_nearly_all_requests_count_with_two_equally_active_clients() -> None:
     results = counted(ClientShares([], [], 1_000), mixed(2_000, {"one": 0.5, "other": 0.5}))
     assert sum(results) > 0.9 * len(results)
 
 
-def test_all_clients_count_when_their_usual_shares_are_still_unknown() -> None:
+def test_all_clients_count_while_their_usual_shares_are_unknown() -> None:
     assert all(counted(ClientShares([], [], 1_000), ["one"] * 2 * COMPARED))
 
 
-def test_a_new_client_counts_more_when_it_continues_to_send_requests() -> None:
+def test_new_client_counts_more_as_it_keeps_sending_requests() -> None:
     shares = ClientShares([], [], 1_000)
     counted(shares, mixed(1_200, {f"client {number}": 1 for number in range(50)}))
     after = mixed(2_000, {"new": 0.2, **{f"client {number}": 0.016 for number in range(50)}}, seed=1)
@@ -54,7 +54,7 @@ def test_a_new_client_counts_more_when_it_continues_to_send_requests() -> None:
     assert sum(results[-100:]) > 2 * sum(results[:100])
 
 
-def test_results_are_the_same_after_a_restart() -> None:
+def test_client_shares_are_the_same_after_a_restart() -> None:
     clients = mixed(1_500, {"large": 0.4, **{f"client {number}": 0.006 for number in range(100)}}, seed=2)
     whole = counted(ClientShares([], [], 1_000), clients)
     seen, kept = clients[:1_200], [one for one, counts in zip(clients[:1_200], whole, strict=False) if counts]

@@ -71,13 +71,13 @@ AT_ONCE = Stream().add(CHANGING)
 
 @settings(max_examples=8)
 @given(st.lists(st.integers(0, CHANGING.size), max_size=5))
-def test_the_result_is_the_same_when_a_stream_is_checked_in_pieces(cuts: list[int]) -> None:
+def test_checking_a_request_stream_in_pieces_gives_the_same_result(cuts: list[int]) -> None:
     stream = Stream().add_in_pieces(CHANGING, cuts)
     assert AT_ONCE.events
     assert (stream.watch, stream.events) == (AT_ONCE.watch, AT_ONCE.events)
 
 
-def test_the_result_is_the_same_in_pieces_when_a_stream_is_longer_than_the_memory() -> None:
+def test_checking_in_pieces_gives_the_same_result_if_stream_exceeds_the_memory() -> None:
     long = draw_requests(4, 750, repeats=0.05)
     long = long.followed_by(draw_requests(5, 300, first=750, run=8))  # the dependence grows
     long = long.followed_by(draw_requests(6, 60, first=1_050, moved=4.0))
@@ -89,7 +89,7 @@ def test_the_result_is_the_same_in_pieces_when_a_stream_is_longer_than_the_memor
     assert (pieces.watch, pieces.events) == (at_once.watch, at_once.events)
 
 
-def test_the_watch_is_unchanged_when_there_are_no_requests() -> None:
+def test_watch_state_is_unchanged_if_there_are_no_new_requests() -> None:
     stream = Stream()
     stream.add(CHANGING)
     watch = stream.watch
@@ -105,7 +105,7 @@ def test_near_copies_are_seen_but_not_counted() -> None:
     assert (advance.watch.kept, advance.watch.newest_kept) == (40, "10" * 40)
 
 
-def test_the_watch_records_for_each_of_the_newest_requests_whether_it_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_watch_state_records_which_of_the_newest_requests_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("monitoring.drift.detector.RARITY_REQUESTS", 50)
     requests = draw_requests(2, 45)
     stream = Stream()
@@ -130,7 +130,7 @@ def test_near_copies_in_the_reference_count_once() -> None:
         pytest.param({"cut": 1.0}, {"finish_reason"}, Signal.OUTPUT, id="cut answers"),
     ],
 )
-def test_an_alarm_names_the_feature_within_12_requests_when_the_shift_is_clear(
+def test_alarm_names_the_feature_within_12_requests_of_a_clear_shift(
     change: dict[str, float], features: set[str], signal: Signal
 ) -> None:
     feature, delay = first_alarm(draw_requests(2, 300), draw_requests(3, 40, first=300, **change))  # type: ignore[arg-type]
@@ -139,13 +139,13 @@ def test_an_alarm_names_the_feature_within_12_requests_when_the_shift_is_clear(
     assert delay <= 12
 
 
-def test_an_alarm_starts_after_a_burst_is_ruled_out_when_the_first_request_is_already_shifted() -> None:
+def test_alarm_for_an_initial_shift_starts_after_a_burst_is_ruled_out() -> None:
     feature, delay = first_alarm(draw_requests(2, 0), draw_requests(3, 400, longer=20.0))
     assert feature == "characters"
     assert 50 < delay < 260
 
 
-def test_an_alarm_starts_when_topics_change_slightly() -> None:
+def test_alarm_starts_when_topics_change_slightly() -> None:
     stream = Stream()
     stream.add(draw_requests(2, 500))
     assert stream.events == []
@@ -161,14 +161,14 @@ def test_an_alarm_starts_when_topics_change_slightly() -> None:
         pytest.param(1, 0.3, 800, id="near copies"),
     ],
 )
-def test_there_is_no_alarm_when_requests_are_like_the_reference(run: int, repeats: float, size: int) -> None:
+def test_requests_like_the_reference_cause_no_alarm(run: int, repeats: float, size: int) -> None:
     stream = Stream()
     stream.add_in_pieces(draw_requests(6, size, run=run, repeats=repeats), range(600, size, 600))
     assert stream.events == []
     assert stream.watch.kept > 0.6 * size
 
 
-def test_the_estimated_dependence_is_about_the_length_of_a_streams_runs() -> None:
+def test_estimated_dependence_is_about_the_run_length_of_the_stream() -> None:
     alone, runs = Stream(), Stream()
     alone.add(draw_requests(2, 300))
     runs.add(draw_requests(2, 300, run=6))
@@ -176,7 +176,7 @@ def test_the_estimated_dependence_is_about_the_length_of_a_streams_runs() -> Non
     assert 4 <= runs.watch.dependence <= 8
 
 
-def test_the_dependence_is_64_when_there_are_few_requests() -> None:
+def test_dependence_is_64_after_few_requests() -> None:
     assert Stream().add(draw_requests(2, 50)).watch.dependence == MAX_LAG
 
 
@@ -193,7 +193,7 @@ def test_changed_prompts_are_detected_when_neither_side_has_answers(strip: Calla
     assert next(event.feature for event in stream.events) == CLASSIFIER
 
 
-def test_there_is_no_output_alarm_when_answers_have_no_values() -> None:
+def test_answers_without_values_cause_no_output_alarm() -> None:
     stream = Stream()
     stream.add(draw_requests(2, 100))
     before = stream.watch.features
@@ -203,20 +203,20 @@ def test_there_is_no_output_alarm_when_answers_have_no_values() -> None:
     assert stream.events == []
 
 
-def test_the_weights_of_all_bets_are_within_the_shares_of_their_signals() -> None:
+def test_bet_weights_stay_within_the_share_of_their_signal() -> None:
     with_answers, without = DETECTOR, Detector(baseline_of(no_answers(REFERENCE)))
     assert with_answers._weights.sum() == pytest.approx(SIGNAL_SHARES[Signal.INPUT] + SIGNAL_SHARES[Signal.OUTPUT])
     assert without._weights.sum() == pytest.approx(SIGNAL_SHARES[Signal.INPUT])
     assert (with_answers._weights > 0).all()
 
 
-def test_there_is_no_alarm_when_the_reference_is_tiny() -> None:
+def test_tiny_reference_causes_no_alarm() -> None:
     for size in (1, 2, 3):
         detector = Detector(baseline_of(REFERENCE.at(np.arange(size))))
         assert Stream(detector).add(draw_requests(2, 300)).events == [], size
 
 
-def test_a_change_of_length_is_detected_when_views_have_no_axes() -> None:
+def test_length_change_is_detected_even_if_views_have_no_axes() -> None:
     def flat(requests: Requests) -> Requests:
         none = np.zeros((requests.size, 0))
         return replace(requests, prompts=replace(requests.prompts, views=(none, none)))
@@ -226,7 +226,7 @@ def test_a_change_of_length_is_detected_when_views_have_no_axes() -> None:
     assert [event.feature for event in stream.events] == ["characters"]
 
 
-def test_requests_keep_their_order_when_they_are_chosen_and_joined() -> None:
+def test_selected_and_joined_requests_keep_their_order() -> None:
     some = CHANGING.at(np.array([3, 1]))
     both = some.followed_by(CHANGING.at(np.array([2])))
     assert both.times.tolist() == [CHANGING.times[place] for place in (3, 1, 2)]
@@ -234,7 +234,7 @@ def test_requests_keep_their_order_when_they_are_chosen_and_joined() -> None:
     assert both.size == 3
 
 
-def test_a_baseline_is_compared_by_its_own_features() -> None:
+def test_detector_compares_only_features_of_its_baseline() -> None:
     baseline = Baseline(REFERENCE.prompts, REFERENCE.words, REFERENCE.answers)
     assert set(Detector(baseline).signals) == {
         CLASSIFIER,

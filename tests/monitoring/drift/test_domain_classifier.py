@@ -51,7 +51,7 @@ def is_bet_on(hits: Hits) -> list[bool]:
 
 
 @pytest.mark.parametrize("dependence", [1.0, 5.0, 64.0])
-def test_learned_sets_are_bet_on_when_there_are_enough_earlier_items(dependence: float) -> None:
+def test_learned_sets_are_bet_on_once_there_are_enough_earlier_items(dependence: float) -> None:
     later = round(dependence) - 1
     counts = [
         sum(is_bet_on(CLASSIFIER.learned_hits(SIMILAR, place + later, dependence)[0]))
@@ -63,7 +63,7 @@ def test_learned_sets_are_bet_on_when_there_are_enough_earlier_items(dependence:
 
 @settings(max_examples=25)
 @given(st.integers(ALL_LEARNED + 65, SIZE - 1), st.integers(1, 65), st.data())
-def test_a_learned_set_and_its_bounds_are_the_same_whatever_the_items_within_the_dependence_are(
+def test_learned_sets_and_bounds_ignore_items_within_the_dependence(
     place: int, dependence: int, data: st.DataObject
 ) -> None:
     hits, bounds = CLASSIFIER.learned_hits(SIMILAR, place, float(dependence))
@@ -76,7 +76,7 @@ def test_a_learned_set_and_its_bounds_are_the_same_whatever_the_items_within_the
 
 
 @pytest.mark.parametrize("dependence", [1.0, 5.0])
-def test_an_item_changes_neither_the_limits_nor_the_bounds_of_the_sets_it_is_bet_on_with(dependence: float) -> None:
+def test_bet_limits_and_bounds_do_not_depend_on_the_item_itself(dependence: float) -> None:
     place, expected = 500, CLASSIFIER.learned_hits(SIMILAR, 500, dependence)[1]
     results = []
     for score in np.linspace(-1, 1, 41):
@@ -91,7 +91,7 @@ def test_an_item_changes_neither_the_limits_nor_the_bounds_of_the_sets_it_is_bet
 
 
 @pytest.mark.parametrize("dependence", [1, 5])
-def test_a_learned_set_changes_when_the_nearest_item_beyond_the_dependence_does(dependence: int) -> None:
+def test_learned_set_changes_with_the_nearest_item_beyond_the_dependence(dependence: int) -> None:
     """The control of the tests above."""
     changes = 0
     for place in range(500, 540):
@@ -105,7 +105,7 @@ def test_a_learned_set_changes_when_the_nearest_item_beyond_the_dependence_does(
 
 @settings(max_examples=25)
 @given(st.integers(0, 1_000), st.integers(0, 120), st.sampled_from([1.0, 7.4, 65.0]))
-def test_bounds_of_learned_sets_are_above_0_and_at_most_95_percent(seed: int, back: int, dependence: float) -> None:
+def test_learned_set_bounds_are_above_0_and_at_most_95_percent(seed: int, back: int, dependence: float) -> None:
     chance = np.random.default_rng(seed)
     similar = Similarities(
         chance.random((300, 300)).astype(np.float32), (chance.random((300, 200)) ** 3).astype(np.float32)
@@ -115,18 +115,18 @@ def test_bounds_of_learned_sets_are_above_0_and_at_most_95_percent(seed: int, ba
     assert ((there > 0) & (there <= 0.95)).all()
 
 
-def test_items_are_in_learned_sets_less_often_than_the_bounds_when_nothing_changed() -> None:
+def test_unchanged_items_hit_learned_sets_less_often_than_their_bounds() -> None:
     hits, bounds = learned(SIMILAR, range(ALL_LEARNED, SIZE))
     assert (hits.mean(axis=0) < bounds.mean(axis=0)).all()
 
 
-def test_items_are_in_learned_sets_more_often_than_the_bounds_when_topics_have_changed() -> None:
+def test_items_hit_learned_sets_more_often_than_bounds_after_topic_change() -> None:
     moved = ALIKE.part(0, 300).followed_by(draw_requests(3, 60, moved=1.0).prompts)
     hits, bounds = learned(compare(moved), range(320, 330))
     assert (hits[:, :4].mean(axis=0) > bounds[:, :4].mean(axis=0)).all()
 
 
-def test_a_share_that_earlier_items_had_too_is_within_the_second_bound() -> None:
+def test_share_already_seen_in_earlier_items_is_within_the_second_bound() -> None:
     """Long after a change, the share in the reference differs from the recent one."""
     half_moved = draw_requests(3, 250, moved=2.0).prompts.followed_by(draw_requests(4, 250).prompts)
     mixed = half_moved.at(np.random.default_rng(1).permutation(500))
@@ -135,7 +135,7 @@ def test_a_share_that_earlier_items_had_too_is_within_the_second_bound() -> None
     assert bounds[:, 1::2].mean() > plain[:, 1::2].mean() + 0.05
 
 
-def test_items_before_the_history_have_no_influence() -> None:
+def test_domain_classifier_ignores_items_older_than_its_history() -> None:
     place = SIZE - 1
     changed = copy(SIMILAR)
     for old in range(place - max(LEARNED_FROM) - HISTORY):
@@ -151,24 +151,24 @@ def test_prompts_far_from_the_reference_are_in_all_far_sets() -> None:
     assert (hits == HIT).all()
 
 
-def test_prompts_like_the_reference_are_in_far_sets_less_often_than_the_bounds() -> None:
+def test_prompts_like_the_reference_hit_far_sets_less_often_than_bounds() -> None:
     classifiers = [DomainClassifier(draw_requests(seed, 100).prompts) for seed in range(10, 30)]
     hits = [classifier.far_hits(classifier.similar(ALIKE)) == HIT for classifier in classifiers]
     assert (np.mean(hits, axis=(0, 1)) < np.mean([one.far_bounds for one in classifiers], axis=0)).all()
 
 
-def test_bounds_of_far_sets_are_twice_the_upper_limit_of_the_reference_shares() -> None:
+def test_far_set_bounds_are_twice_the_upper_limit_of_reference_shares() -> None:
     expected = [SLACK * upper_limit(count, 200, SURE) for count in (0, 0, 4, 4, 20, 20)]
     assert CLASSIFIER.far_bounds == pytest.approx(expected)
 
 
-def test_changed_prompts_are_distinguished_from_the_reference_and_are_the_most_typical() -> None:
+def test_changed_prompts_are_separated_from_reference_and_rank_as_most_typical() -> None:
     live = ALIKE.part(0, 40).followed_by(draw_requests(3, 60, moved=3.0).prompts)
     assert CLASSIFIER.separation(ALIKE.part(0, 100)) < 0.65 < CLASSIFIER.separation(live)
     assert all(place >= 40 for place in CLASSIFIER.most_typical(live, 5))
 
 
-def test_prompts_of_the_reference_are_in_no_far_set_when_the_reference_is_tiny() -> None:
+def test_prompts_of_a_tiny_reference_are_in_no_far_set() -> None:
     for size in (1, 2, 3, 4):
         reference = REFERENCE.part(0, size)
         classifier = DomainClassifier(reference)
@@ -179,7 +179,7 @@ def test_prompts_of_the_reference_are_in_no_far_set_when_the_reference_is_tiny()
 
 
 @pytest.mark.parametrize("view", [np.zeros((200, 0)), np.zeros((200, 3)), np.full((200, 2), 0.1)])
-def test_no_prompt_is_in_any_set_when_views_carry_no_information(view: Floats) -> None:
+def test_uninformative_views_put_no_prompt_in_any_set(view: Floats) -> None:
     flat = Sample(200, views=(view, np.zeros((200, 0))))
     classifier = DomainClassifier(flat)
     similar = compare(flat, classifier)
@@ -187,6 +187,6 @@ def test_no_prompt_is_in_any_set_when_views_carry_no_information(view: Floats) -
     assert (classifier.learned_hits(similar, 199, 1.0)[0] == MISS).all()
 
 
-def test_hits_have_no_rows_when_there_are_no_items() -> None:
+def test_hit_table_has_no_rows_without_items() -> None:
     nothing = REFERENCE.part(0, 0)
     assert CLASSIFIER.far_hits(CLASSIFIER.similar(nothing)).shape == (0, len(CLASSIFIER.far_bounds))

@@ -57,12 +57,12 @@ def alarms(known: list[ChatExample], reference: list[ChatExample], live: list[Ch
     return [event.feature for event in found.events if event.alarm]
 
 
-def test_there_is_no_alarm_when_traffic_is_compared_with_the_sample(requests: list[ChatExample]) -> None:
+def test_comparing_traffic_with_the_drift_sample_causes_no_alarm(requests: list[ChatExample]) -> None:
     drawn = draw_drift_sample(requests[:GIVEN], 0)
     assert alarms(drawn.rest, drawn.sample, requests[GIVEN:][:LIVE]) == []
 
 
-def test_there_would_be_an_alarm_when_traffic_is_compared_with_prompts_of_the_text_space(
+def test_comparing_traffic_with_text_space_prompts_would_cause_an_alarm(
     requests: list[ChatExample],
 ) -> None:
     """This is why the sample is excluded from the text space."""

@@ -123,9 +123,7 @@ def first_alarms(
 @pytest.mark.parametrize(
     ("before", "bound", "after", "run"), [(0.02, 0.06, 0.6, 1), (0.02, 0.06, 0.6, 20), (0.25, 0.5, 0.95, 5)]
 )
-def test_an_alarm_dates_the_start_of_the_change_approximately(
-    before: float, bound: float, after: float, run: int
-) -> None:
+def test_alarm_approximately_dates_the_start_of_the_change(before: float, bound: float, after: float, run: int) -> None:
     alarms, _ = first_alarms(before, after, bound, run=run)
     errors = [abs(alarm.since - CHANGE_AFTER - 1) for alarm in alarms]
     assert len(alarms) == 12
@@ -133,14 +131,14 @@ def test_an_alarm_dates_the_start_of_the_change_approximately(
 
 
 @pytest.mark.parametrize(("before", "bound", "after"), [(0.02, 0.05, 0.1), (0.05, 0.11, 0.16), (0.15, 0.33, 0.45)])
-def test_an_alarm_starts_when_a_share_stays_slightly_above_its_bound(before: float, bound: float, after: float) -> None:
+def test_alarm_starts_if_a_share_stays_slightly_above_its_bound(before: float, bound: float, after: float) -> None:
     alarms, _ = first_alarms(before, after, bound, items=8_000)
     assert len(alarms) == 12
     assert np.median([alarm.called - CHANGE_AFTER for alarm in alarms]) < 1_000
 
 
 @pytest.mark.parametrize("run", [1, 20])
-def test_an_alarm_starts_once_and_stays_active_when_the_change_continues(run: int) -> None:
+def test_alarm_starts_once_and_stays_active_while_the_change_continues(run: int) -> None:
     _, events = first_alarms(0.02, 0.5, 0.06, run=run, items=2500)
     assert len(events) == 12
 
@@ -156,7 +154,7 @@ def test_an_alarm_starts_once_and_stays_active_when_the_change_continues(run: in
         ((0.5,), (0.7,)),
     ],
 )
-def test_false_alarms_are_as_rare_as_the_threshold_says_when_shares_are_exactly_normal(
+def test_false_alarm_rate_matches_threshold_if_shares_are_exactly_normal(
     monkeypatch: pytest.MonkeyPatch, bounds: tuple[float, ...], stakes: tuple[float, ...]
 ) -> None:
     monkeypatch.setattr(evidence, "STAKES", np.array(stakes))
@@ -164,22 +162,24 @@ def test_false_alarms_are_as_rare_as_the_threshold_says_when_shares_are_exactly_
     assert 0 < rate <= 1 / THRESHOLD
 
 
-def test_false_alarms_are_rarer_when_shares_are_below_the_bound() -> None:
+def test_false_alarms_are_rarer_if_shares_are_below_the_bound() -> None:
     at, below = false_alarm_rate([0.5], [0.5]), false_alarm_rate([0.5], [0.35])
     assert below < at / 3
 
 
-def test_false_alarms_are_as_rare_as_the_threshold_says_when_runs_are_as_long_as_the_dependence() -> None:
+def test_false_alarm_rate_matches_threshold_for_runs_as_long_as_the_dependence() -> None:
     assert false_alarm_rate([0.1, 0.5], [0.1, 0.5], run=5, dependence=5.0) <= 1 / THRESHOLD
 
 
-def test_false_alarms_are_too_frequent_when_runs_are_taken_for_independent_items() -> None:
+def test_treating_runs_as_independent_items_causes_too_many_false_alarms() -> None:
     """The control: without this the test above could not fail."""
     assert false_alarm_rate([0.1, 0.5], [0.1, 0.5], run=5) > 1 / THRESHOLD
 
 
 @given(streams, st.integers(0, 150), st.integers(1, 40))
-def test_evidence_is_unchanged_when_items_have_no_value(items: list[tuple[int, ...]], place: int, count: int) -> None:
+def test_items_without_a_value_leave_the_evidence_unchanged(
+    items: list[tuple[int, ...]], place: int, count: int
+) -> None:
     nothing = [(NOT_THERE,) * 3] * count
     plain, with_gap = Watched().add(*items), Watched().add(*items[:place], *nothing, *items[place:])
     assert with_gap.evidence.strengths() == plain.evidence.strengths()
@@ -189,7 +189,7 @@ def test_evidence_is_unchanged_when_items_have_no_value(items: list[tuple[int, .
 
 
 @given(streams)
-def test_the_evidence_on_one_feature_is_independent_of_the_others(items: list[tuple[int, ...]]) -> None:
+def test_evidence_for_one_feature_is_independent_of_other_features(items: list[tuple[int, ...]]) -> None:
     together, alone = Watched(), Watched(["other"], [BOUND])
     for item in items:
         together.add(item)
@@ -198,13 +198,13 @@ def test_the_evidence_on_one_feature_is_independent_of_the_others(items: list[tu
     assert together.evidence.states()["other"] == alone.evidence.states()["other"]
 
 
-def test_both_features_have_an_alarm_when_one_changes_after_the_other() -> None:
+def test_features_that_change_one_after_the_other_both_get_an_alarm() -> None:
     watched = Watched().add(*[(HIT, HIT, MISS)] * 20, *[(HIT, HIT, HIT)] * 20)
     assert [(event.feature, event.position > 20) for event in watched.events] == [("one", False), ("other", True)]
     assert set(watched.lasting()) == {"one", "other"}
 
 
-def test_an_alarm_starts_once_ends_after_its_patience_and_can_start_again() -> None:
+def test_alarm_ends_after_its_patience_and_can_start_again() -> None:
     watched = one_bet().add(*[(MISS,)] * 200, *[(HIT,)] * 100, *[(MISS,)] * 300, *[(HIT,)] * 10)
     began, ended, again = watched.events
     assert began.alarm and again.alarm and ended.alarm is None
@@ -212,7 +212,7 @@ def test_an_alarm_starts_once_ends_after_its_patience_and_can_start_again() -> N
     assert (began.alarm.since, again.alarm.since) == (201, 601)
 
 
-def test_an_alarm_stays_active_when_the_change_pauses_for_less_than_the_patience() -> None:
+def test_alarm_stays_active_if_change_pauses_for_less_than_its_patience() -> None:
     watched = one_bet().add(*[(MISS,)] * 200)
     for _ in range(10):
         watched.add(*[(HIT,)] * 20, *[(MISS,)] * 20)
@@ -220,19 +220,19 @@ def test_an_alarm_stays_active_when_the_change_pauses_for_less_than_the_patience
     assert watched.lasting()
 
 
-def test_an_alarm_ends_later_when_it_took_longer_to_start() -> None:
+def test_alarm_that_took_longer_to_start_ends_later() -> None:
     watched = one_bet(FeatureAlarm(since=101, called=301)).add(*[(MISS,)] * 799)
     assert watched.events == []
     assert [event.position for event in watched.add((MISS,)).events] == [1101]
 
 
-def test_no_alarm_lasts_longer_than_1000_items_without_a_sign_of_the_change() -> None:
+def test_alarm_lasts_at_most_1000_items_without_a_sign_of_change() -> None:
     watched = one_bet(FeatureAlarm(since=1, called=9_001), dependence=64.0)
     assert [event.position for event in watched.add(*[(MISS,)] * 1_100).events] == [10_001]
 
 
 @given(streams, st.lists(st.integers(0, 150), max_size=4), st.sampled_from([1.0, 3.7]))
-def test_the_result_is_the_same_in_pieces_when_states_go_through_json(
+def test_restoring_state_from_json_between_pieces_gives_the_same_result(
     items: list[tuple[int, ...]], cuts: list[int], dependence: float
 ) -> None:
     whole = Watched(dependence=dependence).add(*items)
@@ -247,14 +247,14 @@ def test_the_result_is_the_same_in_pieces_when_states_go_through_json(
     assert states == whole.evidence.states()
 
 
-def test_a_feature_starts_anew_when_its_bets_have_changed() -> None:
+def test_feature_restarts_if_its_bets_have_changed() -> None:
     states = Watched().add(*[(HIT, HIT, HIT)] * 30).evidence.states()
     changed = Watched(["one", "other"], [BOUND, BOUND], states=states)
     assert changed.evidence.strengths() == {"one": 0.0, "other": 1.0}
 
 
 @given(streams)
-def test_strengths_are_between_0_and_1_and_1_only_during_an_alarm(items: list[tuple[int, ...]]) -> None:
+def test_alarm_strength_stays_between_0_and_1_and_reaches_1_only_during_alarms(items: list[tuple[int, ...]]) -> None:
     watched = Watched()
     for item in items:
         strengths = watched.add(item).evidence.strengths()
@@ -263,14 +263,14 @@ def test_strengths_are_between_0_and_1_and_1_only_during_an_alarm(items: list[tu
 
 
 @given(streams)
-def test_starts_and_ends_of_a_features_alarms_alternate(items: list[tuple[int, ...]]) -> None:
+def test_alarm_starts_and_ends_alternate_for_each_feature(items: list[tuple[int, ...]]) -> None:
     watched = Watched().add(*items)
     for name in ("one", "other"):
         began = [event.alarm is not None for event in watched.events if event.feature == name]
         assert began == [number % 2 == 0 for number in range(len(began))]
 
 
-def test_the_dated_start_of_a_change_is_not_after_its_alarm() -> None:
+def test_dated_start_of_a_change_is_never_after_its_alarm() -> None:
     generator = np.random.default_rng(1)
     watched = Watched().add(*np.where(generator.random((4000, 3)) < 0.15, HIT, MISS).tolist())
     alarms = [event.alarm for event in watched.events if event.alarm]
@@ -278,13 +278,13 @@ def test_the_dated_start_of_a_change_is_not_after_its_alarm() -> None:
     assert all(1 <= alarm.since <= alarm.called for alarm in alarms)
 
 
-def test_there_are_no_events_when_there_are_no_bets() -> None:
+def test_no_bets_produce_no_events() -> None:
     nothing = Evidence([], np.zeros(0), THRESHOLD, {})
     assert nothing.add(1, np.zeros(0, np.int8), np.zeros(0), 1.0) == []
     assert (nothing.states(), nothing.strengths()) == ({}, {})
 
 
-def test_an_alarm_dates_the_first_item_when_bets_restart_in_a_changed_stream() -> None:
+def test_alarm_dates_the_first_item_if_bets_restart_in_a_changed_stream() -> None:
     """For example after a change was accepted: the positions of the stream continue."""
     watched = Watched(["one"], [BOUND], position=5_000).add(*[(HIT,)] * 20)
     assert [event.alarm.since for event in watched.events if event.alarm] == [5_001]

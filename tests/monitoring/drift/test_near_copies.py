@@ -34,7 +34,7 @@ def decide(copies: NearCopies, prompts: Sequence[Words], times: Sequence[float] 
     return [copies.is_near_copy(prompt, time) for prompt, time in zip(prompts, moments, strict=True)]
 
 
-def test_a_request_with_the_same_words_is_a_near_copy() -> None:
+def test_request_with_the_same_words_is_a_near_copy() -> None:
     assert decide(NearCopies([]), [distinct(1), distinct(2), distinct(1)]) == [False, False, True]
 
 
@@ -42,56 +42,56 @@ def test_requests_without_common_words_are_not_near_copies() -> None:
     assert decide(NearCopies([]), [distinct(number) for number in range(30)]) == [False] * 30
 
 
-def test_a_request_with_a_tenth_of_its_words_replaced_is_a_near_copy() -> None:
+def test_request_with_10_percent_of_its_words_replaced_is_a_near_copy() -> None:
     rephrased = words([*distinct(1)[2:], 9_001, 9_002])
     others = [distinct(number) for number in range(2, 60)]
     assert decide(NearCopies([]), [distinct(1), *others, rephrased])[-1]
 
 
-def test_a_request_with_half_of_its_words_replaced_is_not_a_near_copy() -> None:
+def test_request_with_half_of_its_words_replaced_is_not_a_near_copy() -> None:
     rephrased = words([*distinct(1)[10:], *range(9_000, 9_010)])
     assert decide(NearCopies([]), [distinct(1), rephrased]) == [False, False]
 
 
-def test_prompts_of_one_template_are_near_copies_only_until_its_words_are_common() -> None:
+def test_template_prompts_are_near_copies_only_until_template_words_are_common() -> None:
     copies = NearCopies([distinct(number) for number in range(5_000, 5_200)])
     results = decide(copies, [form(number) for number in range(300)])
     assert results[1]
     assert not any(results[200:])
 
 
-def test_prompts_of_a_template_are_not_near_copies_when_the_reference_has_it_too() -> None:
+def test_template_prompts_are_not_near_copies_if_reference_uses_the_template() -> None:
     reference = [form(number) for number in range(1_000, 1_200)]
     assert decide(NearCopies(reference), [form(number) for number in range(50)]) == [False] * 50
 
 
-def test_a_repetition_in_a_template_is_a_near_copy_when_its_words_are_common() -> None:
+def test_repetition_within_a_template_is_a_near_copy_despite_common_words() -> None:
     reference = [form(number) for number in range(1_000, 1_200)]
     assert decide(NearCopies(reference), [form(1), form(2), form(1)]) == [False, False, True]
 
 
 @pytest.mark.parametrize(("after", "expected"), [(0.0, True), (23 * HOUR, True), (FORGOTTEN_S, False)])
-def test_a_repetition_counts_again_when_a_day_has_passed(after: float, expected: bool) -> None:
+def test_repeated_request_counts_again_after_one_day(after: float, expected: bool) -> None:
     assert decide(NearCopies([]), [distinct(1), distinct(1)], [1e9, 1e9 + after]) == [False, expected]
 
 
-def test_a_request_counts_once_per_day_when_it_repeats_all_day() -> None:
+def test_request_repeated_all_day_counts_once_per_day() -> None:
     times = [hour * HOUR for hour in range(72)]
     results = decide(NearCopies([]), [distinct(1)] * 72, times)
     assert [place for place, copy in enumerate(results) if not copy] == [0, 24, 48]
 
 
 @pytest.mark.parametrize(("between", "expected"), [(COMPARED - 1, True), (COMPARED, False)])
-def test_a_request_is_compared_with_the_newest_100_counted_ones(between: int, expected: bool) -> None:
+def test_request_is_compared_only_with_the_newest_100_counted_requests(between: int, expected: bool) -> None:
     others = [distinct(number) for number in range(2, 2 + between)]
     assert decide(NearCopies([]), [distinct(1), *others, distinct(1)])[-1] is expected
 
 
-def test_near_copies_do_not_displace_the_newest_100() -> None:
+def test_near_copies_do_not_displace_the_newest_100_counted_requests() -> None:
     assert decide(NearCopies([]), [distinct(1), *[distinct(2)] * 500, distinct(1)])[-1]
 
 
-def test_words_become_rare_again_when_no_recent_request_has_them() -> None:
+def test_words_become_rare_again_if_no_recent_request_contains_them() -> None:
     copies = NearCopies([])
     decide(copies, [form(number) for number in range(200)])
     assert decide(copies, [form(300), form(301)], [1e5, 1e5]) == [False, False]
@@ -100,12 +100,12 @@ def test_words_become_rare_again_when_no_recent_request_has_them() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_requests_with_no_or_one_word_are_compared_by_all_of_them(count: int) -> None:
+def test_requests_with_at_most_one_word_are_compared_by_all_their_words(count: int) -> None:
     same, other = distinct(1, count), distinct(2, 3)
     assert decide(NearCopies([]), [same, other, same]) == [False, False, True]
 
 
-def test_a_request_without_words_is_not_a_near_copy_of_one_with_words() -> None:
+def test_request_without_words_is_not_a_near_copy_of_one_with_words() -> None:
     assert decide(NearCopies([]), [distinct(1), words([])]) == [False, False]
 
 
@@ -129,7 +129,7 @@ def test_near_copies_are_the_same_after_a_restart(reference: list[Words], stream
 
 
 @given(prompts, st.integers(0, 40))
-def test_a_remembered_request_has_the_same_effect_as_a_checked_one(stream: list[Words], cut: int) -> None:
+def test_remembered_request_has_the_same_effect_as_a_checked_request(stream: list[Words], cut: int) -> None:
     expected = decide(NearCopies([]), stream)
     restarted = NearCopies([])
     for place, prompt in enumerate(stream[:cut]):

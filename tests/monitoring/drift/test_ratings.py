@@ -99,24 +99,24 @@ def people(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> People:
     return people
 
 
-def test_the_first_rating_of_a_person_and_day_counts() -> None:
+def test_only_first_rating_per_person_and_day_counts() -> None:
     first, second, other = rated([True, False, False], person="ada")
     next_day = RatedAnswer(9, "req-9", "ada", NOON + DAY, bad=False, corrected=False)
     somebody = RatedAnswer(10, "req-10", "bob", NOON, bad=False, corrected=False)
     assert one_a_day([first, second, somebody, other, next_day]) == [first, somebody, next_day]
 
 
-def test_all_ratings_count_when_requests_name_no_person() -> None:
+def test_all_ratings_count_if_requests_name_no_person() -> None:
     assert one_a_day(rated([True] * 5)) == rated([True] * 5)
 
 
-def test_a_day_begins_at_midnight_utc() -> None:
+def test_rating_day_starts_at_midnight_utc() -> None:
     late = RatedAnswer(1, "req-1", "ada", datetime(2026, 11, 1, 23, 59, tzinfo=UTC), bad=True, corrected=False)
     early = RatedAnswer(2, "req-2", "ada", datetime(2026, 11, 2, 0, 0, tzinfo=UTC), bad=True, corrected=False)
     assert one_a_day([late, early]) == [late, early]
 
 
-def test_an_alarm_starts_within_60_ratings_in_18_of_20_trials_when_half_are_bad_instead_of_6_percent(
+def test_alarm_starts_within_60_ratings_in_18_of_20_trials_if_half_are_bad_instead_of_6_percent(
     people: People,
 ) -> None:
     seen = 0
@@ -129,33 +129,33 @@ def test_an_alarm_starts_within_60_ratings_in_18_of_20_trials_when_half_are_bad_
     assert seen >= 18
 
 
-def test_an_alarm_on_bad_ratings_starts_within_60_when_they_rise_from_6_to_50_percent(people: People) -> None:
+def test_bad_rating_rise_from_6_to_50_percent_alarms_within_60_ratings(people: People) -> None:
     people.give(*[False] * 20, *exactly(30, 60))
     assert people.check().status is Status.ALARM
     assert people.lasting == ["bad_ratings"]
 
 
-def test_an_alarm_on_corrections_starts_when_there_are_more(people: People) -> None:
+def test_corrections_alarm_starts_when_corrections_increase(people: People) -> None:
     people.give(*[True, False] * 30, corrected=True)
     people.check()
     assert set(people.lasting) == {"bad_ratings", "corrections"}
 
 
-def test_there_is_no_alarm_when_there_are_fewer_bad_ratings(people: People) -> None:
+def test_fewer_bad_ratings_cause_no_alarm(people: People) -> None:
     people.earlier = rated(exactly(50, 100))
     people.give(*[False] * 500)
     assert people.check().status is Status.STEADY
     assert people.alarms.changed == []
 
 
-def test_there_is_no_alarm_when_ratings_are_like_the_earlier_ones(people: People) -> None:
+def test_ratings_like_the_earlier_ratings_cause_no_alarm(people: People) -> None:
     for seed in range(5):
         people.forget()
         people.give(*drawn(seed, 1_000, 0.06))
         assert people.check().status is Status.STEADY, seed
 
 
-def test_there_is_no_alarm_when_persons_give_runs_of_5_ratings(people: People) -> None:
+def test_runs_of_5_ratings_per_person_cause_no_alarm(people: People) -> None:
     for seed in range(5):
         people.forget()
         for number, bad in enumerate(drawn(seed, 200, 0.06)):
@@ -164,14 +164,14 @@ def test_there_is_no_alarm_when_persons_give_runs_of_5_ratings(people: People) -
         assert people.state.position == 200
 
 
-def test_there_is_no_alarm_when_one_person_gives_many_bad_ratings(people: People) -> None:
+def test_many_bad_ratings_from_one_person_cause_no_alarm(people: People) -> None:
     people.given = rated([True] * 200, person="ada")
     assert people.check().status is Status.STEADY
     assert people.state.position == 1
 
 
 @pytest.mark.parametrize("size", [1, 7, 33])
-def test_the_result_is_the_same_when_ratings_are_checked_in_pieces(people: People, size: int, tmp_path: Path) -> None:
+def test_checking_ratings_in_pieces_gives_the_same_result(people: People, size: int, tmp_path: Path) -> None:
     bad = [*drawn(1, 130, 0.06), *drawn(2, 60, 0.6), *drawn(3, 330, 0.03)]
     for start in range(0, len(bad), size):
         people.give(*bad[start : start + size])
@@ -183,7 +183,7 @@ def test_the_result_is_the_same_when_ratings_are_checked_in_pieces(people: Peopl
     assert (in_pieces, alarms) == (people.state, people.alarms.changed)
 
 
-def test_an_alarm_has_its_start_and_bad_answers_and_ends_when_ratings_are_good_again(people: People) -> None:
+def test_rating_alarm_reports_start_and_bad_answers_and_ends_after_good_ratings(people: People) -> None:
     people.give(*[False] * 80, *[True] * 20)
     people.check()
     alarm = people.alarms.lasting(Signal.PEOPLE)["bad_ratings"]
@@ -196,7 +196,7 @@ def test_an_alarm_has_its_start_and_bad_answers_and_ends_when_ratings_are_good_a
     assert ended and NOON + 290 * MINUTE <= ended < NOON + 300 * MINUTE  # 200 after the last sign
 
 
-def test_the_first_100_ratings_are_the_reference_when_there_are_no_earlier_ones(people: People) -> None:
+def test_first_100_ratings_are_the_reference_if_there_are_no_earlier_ratings(people: People) -> None:
     people.earlier = []
     people.give(*exactly(9, 99))
     assert people.check().status is Status.WAITING
@@ -208,7 +208,7 @@ def test_the_first_100_ratings_are_the_reference_when_there_are_no_earlier_ones(
     assert people.state.position == 20
 
 
-def test_the_reference_stays_the_same_when_more_earlier_ratings_arrive_later(people: People) -> None:
+def test_reference_stays_the_same_if_more_earlier_ratings_arrive_later(people: People) -> None:
     people.give(False)
     people.check()
     people.earlier += rated([True] * 300)
@@ -217,7 +217,7 @@ def test_the_reference_stays_the_same_when_more_earlier_ratings_arrive_later(peo
     assert sum(bad for bad, _ in people.state.base) == 6
 
 
-def test_the_state_is_unchanged_when_there_are_no_new_ratings(people: People) -> None:
+def test_checking_without_new_ratings_leaves_the_state_unchanged(people: People) -> None:
     people.give(*[False] * 80, *[True] * 20)
     people.check()
     state, changed = people.state, list(people.alarms.changed)
@@ -225,13 +225,13 @@ def test_the_state_is_unchanged_when_there_are_no_new_ratings(people: People) ->
     assert (people.state, people.alarms.changed) == (state, changed)
 
 
-def test_the_report_says_so_when_no_answer_was_rated(people: People) -> None:
+def test_report_states_that_no_answer_was_rated(people: People) -> None:
     report = people.check()
     assert (report.status, report.items, report.window, report.lines) == (Status.WAITING, 0, 0, ())
     assert report.newest_at is None
 
 
-def test_an_alarm_ends_when_the_reference_is_lost(people: People) -> None:
+def test_rating_alarm_ends_if_its_reference_is_lost(people: People) -> None:
     """For example after a change of the state's format, for a version without earlier ratings."""
     people.give(*[False] * 20, *[True] * 20)
     assert people.check().status is Status.ALARM
@@ -240,7 +240,7 @@ def test_an_alarm_ends_when_the_reference_is_lost(people: People) -> None:
     assert people.alarms.lasting(Signal.PEOPLE) == {}
 
 
-def test_a_check_succeeds_when_all_ratings_were_deleted(people: People) -> None:
+def test_rating_check_succeeds_after_all_ratings_were_deleted(people: People) -> None:
     people.give(*[False] * 20)
     people.check()
     people.given = []
@@ -248,7 +248,7 @@ def test_a_check_succeeds_when_all_ratings_were_deleted(people: People) -> None:
     assert (report.status, report.items, report.window) == (Status.STEADY, 20, 0)
 
 
-def test_later_ratings_count_when_the_clock_was_once_ahead(people: People) -> None:
+def test_later_ratings_count_even_if_the_clock_was_once_ahead(people: People) -> None:
     people.give(*[False] * 10)
     ahead = RatedAnswer(999, "req-999", "", NOON + 30 * DAY, bad=False, corrected=False)
     now = people.given[-1].given_at
@@ -259,7 +259,7 @@ def test_later_ratings_count_when_the_clock_was_once_ahead(people: People) -> No
     assert people.state.position == 31
 
 
-def test_later_ratings_are_compared_with_the_changed_ones_when_the_change_was_accepted(people: People) -> None:
+def test_later_ratings_are_compared_with_the_accepted_change(people: People) -> None:
     people.give(*[False] * 20, *exactly(30, 60))
     people.check()
     since = people.alarms.lasting(Signal.PEOPLE)["bad_ratings"].since
@@ -269,13 +269,13 @@ def test_later_ratings_are_compared_with_the_changed_ones_when_the_change_was_ac
     assert people.check().status is Status.STEADY
 
 
-def test_a_change_cannot_be_accepted_when_there_are_fewer_than_50_ratings(people: People) -> None:
+def test_change_cannot_be_accepted_with_fewer_than_50_ratings(people: People) -> None:
     people.give(*[True] * 49)
     with pytest.raises(RefusedError, match="only 49 ratings"):
         accept_ratings(people.store, TARGET, people.state, NOON)
 
 
-def test_the_features_of_ratings_are_bad_and_corrected() -> None:
+def test_ratings_have_a_bad_and_a_corrected_feature() -> None:
     sample = rating_sample([(True, True), (True, False), (False, False)])
     table = hit_table(rating_bets(sample), sample)
     assert (table == HIT).tolist() == [[True, True], [True, False], [False, False]]
@@ -289,11 +289,11 @@ def test_rating_bounds_are_upper_confidence_limits_of_the_reference_shares() -> 
     ]
 
 
-def test_the_bound_is_1_when_all_ratings_of_the_reference_are_bad() -> None:
+def test_rating_bound_is_1_if_all_reference_ratings_are_bad() -> None:
     assert rating_bets(rating_sample([(True, True)] * 100))[0].bound == pytest.approx(1)
 
 
-def test_a_sample_without_ratings_has_categories_of_text() -> None:
+def test_sample_without_ratings_still_has_text_categories() -> None:
     sample = rating_sample([])
     assert sample.size == 0
     assert all(values.dtype.kind == "U" for values in sample.categories.values())

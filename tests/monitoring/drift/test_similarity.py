@@ -25,77 +25,77 @@ def moved(reference: int = 40, live: int = 10, by: float = 6.0) -> Floats:
     return similarities(draw(1, reference, 3), draw(2, live, 3, at=by))
 
 
-def test_a_prompt_has_similarity_1_to_itself() -> None:
+def test_prompt_has_similarity_1_to_itself() -> None:
     views = [draw(1, 20, 5), draw(2, 20, 3)]
     assert np.diag(Similarity(views, WIDTHS)(views, views)) == pytest.approx(1)
 
 
-def test_similarity_is_the_same_from_either_side() -> None:
+def test_similarity_of_two_groups_is_symmetric() -> None:
     ones, others = [draw(1, 20, 5), draw(2, 20, 3)], [draw(3, 8, 5), draw(4, 8, 3)]
     similarity = Similarity(ones, WIDTHS)
     assert similarity(ones, others) == pytest.approx(similarity(others, ones).T)
 
 
-def test_similarity_lies_between_0_and_1() -> None:
+def test_similarity_is_between_0_and_1() -> None:
     views = [draw(1, 20, 5), draw(2, 20, 3)]
     far = [draw(3, 8, 5, at=1e6), draw(4, 8, 3, at=-1e6)]
     found = Similarity(views, WIDTHS)(views, far)
     assert found.min() >= 0 and found.max() <= 1
 
 
-def test_similarities_are_the_same_when_all_distances_are_scaled() -> None:
+def test_similarities_are_unchanged_if_all_distances_are_scaled() -> None:
     views = [draw(1, 20, 5)]
     wide = [1000 * views[0]]
     assert Similarity(views, [1.0])(views, views) == pytest.approx(Similarity(wide, [1.0])(wide, wide))
 
 
-def test_similarities_are_the_same_when_width_and_distances_are_halved() -> None:
+def test_similarities_are_unchanged_if_width_and_distances_are_halved() -> None:
     views, halved = [draw(1, 20, 5)], [draw(1, 20, 5) / 2]
     narrow, wide = Similarity(views, [0.5]), Similarity(views, [1.0])
     assert narrow(halved, halved) == pytest.approx(wide(views, views))
 
 
 @pytest.mark.parametrize("flat", [np.zeros((20, 3)), np.full((20, 3), 0.1), np.zeros((20, 0))])
-def test_a_view_is_left_out_when_it_has_no_spread(flat: Floats) -> None:
+def test_view_without_spread_is_ignored(flat: Floats) -> None:
     view = draw(1, 20, 5)
     alone, both = Similarity([view], [1.0]), Similarity([view, flat], WIDTHS)
     assert both([view, flat], [view, flat]) == pytest.approx(alone([view], [view]))
 
 
-def test_all_prompts_are_identical_when_no_view_has_spread() -> None:
+def test_all_prompts_are_identical_if_no_view_has_spread() -> None:
     reference, live = [np.zeros((20, 3)), np.zeros((20, 0))], [draw(1, 4, 3), np.zeros((4, 0))]
     assert (Similarity(reference, WIDTHS)(live, reference) == np.ones((4, 20))).all()
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_similarities_are_finite_when_the_reference_is_one_or_two_prompts(size: int) -> None:
+def test_similarities_are_finite_for_a_reference_of_one_or_two_prompts(size: int) -> None:
     views = [draw(1, size, 3)]
     assert np.isfinite(Similarity(views, [1.0])(views, views)).all()
 
 
-def test_groups_are_separated_when_they_lie_apart() -> None:
+def test_groups_that_lie_apart_are_fully_separated() -> None:
     assert separation(moved(), 10) == pytest.approx(1)
 
 
-def test_groups_are_hardly_separated_when_they_have_the_same_distribution() -> None:
+def test_groups_with_the_same_distribution_are_hardly_separated() -> None:
     assert separation(similarities(draw(1, 200, 3), draw(2, 100, 3)), 100) < 0.6
 
 
-def test_groups_are_not_separated_when_all_prompts_are_identical() -> None:
+def test_groups_are_not_separated_if_all_prompts_are_identical() -> None:
     assert separation(np.ones((50, 50)), 10) == 0.5
 
 
 @given(st.integers(0, 10_000), st.integers(1, 8), st.integers(1, 8))
-def test_separation_lies_between_a_half_and_1(seed: int, reference: int, live: int) -> None:
+def test_separation_is_between_one_half_and_1(seed: int, reference: int, live: int) -> None:
     matrix = draw(seed, reference + live, reference + live)
     assert 0.5 <= separation(matrix + matrix.T, live) <= 1
 
 
-def test_new_prompts_are_the_most_typical() -> None:
+def test_new_kinds_of_prompts_are_the_most_typical_of_live_traffic() -> None:
     live = draw(2, 12, 3)
     live[[3, 7, 8]] += 6
     assert set(typical(similarities(draw(1, 40, 3), live), 12, 3)) == {3, 7, 8}
 
 
-def test_all_live_prompts_are_returned_when_there_are_fewer_than_wanted() -> None:
+def test_all_live_prompts_are_returned_if_fewer_than_requested() -> None:
     assert sorted(typical(moved(live=4), 4, 9)) == [0, 1, 2, 3]

@@ -31,69 +31,69 @@ def normals(seed: int, size: int, at: float = 0.0) -> Floats:
 
 
 @given(numbers, numbers)
-def test_the_index_is_at_least_0_whatever_the_numbers_are(reference: Floats, live: Floats) -> None:
+def test_stability_index_is_non_negative_for_any_numbers(reference: Floats, live: Floats) -> None:
     assert number_stability(reference, live).index >= 0
 
 
 @given(names, names)
-def test_the_index_is_at_least_0_whatever_the_categories_are(reference: Names, live: Names) -> None:
+def test_stability_index_is_non_negative_for_any_categories(reference: Names, live: Names) -> None:
     assert category_stability(reference, live).index >= 0
 
 
 @given(numbers)
-def test_the_index_is_0_when_the_numbers_are_the_same(values: Floats) -> None:
+def test_stability_index_is_0_for_identical_numbers(values: Floats) -> None:
     assert number_stability(values, values).index == 0.0
 
 
 @given(names)
-def test_the_index_is_0_when_the_categories_are_the_same(values: Names) -> None:
+def test_stability_index_is_0_for_identical_categories(values: Names) -> None:
     assert category_stability(values, values).index == 0.0
 
 
 @pytest.mark.parametrize("nothing", [np.empty(0), np.full(5, NAN)])
-def test_the_index_is_0_when_there_are_no_numbers(nothing: Floats) -> None:
+def test_stability_index_is_0_without_numbers(nothing: Floats) -> None:
     assert number_stability(upto(9), nothing).index == number_stability(nothing, upto(9)).index == 0.0
 
 
-def test_the_index_is_0_when_there_are_no_categories() -> None:
+def test_stability_index_is_0_without_categories() -> None:
     assert category_stability(categories(en=9), np.array([NOT_THERE])).index == 0.0
 
 
-def test_missing_numbers_are_ignored() -> None:
+def test_stability_index_ignores_missing_numbers() -> None:
     reference, live = normals(1, 40), normals(2, 20, at=0.8)
     holes = np.full(7, NAN)
     with_holes = np.concatenate([holes, reference, holes]), np.concatenate([live, holes])
     assert number_stability(*with_holes) == number_stability(reference, live)
 
 
-def test_missing_categories_are_ignored() -> None:
+def test_stability_index_ignores_missing_categories() -> None:
     reference, live, holes = categories(en=30, de=10), categories(en=8, de=12), np.array([NOT_THERE] * 7)
     with_holes = np.concatenate([holes, reference]), np.concatenate([live, holes])
     assert category_stability(*with_holes) == category_stability(reference, live)
 
 
-def test_the_index_is_larger_when_the_shift_is() -> None:
+def test_stability_index_grows_with_the_shift() -> None:
     reference = normals(1, 500)
     small, medium, large, largest = (number_stability(reference, reference + by).index for by in (0.25, 0.5, 1.0, 2.0))
     assert small < medium < large < largest
 
 
 @pytest.mark.parametrize("live", [0.5, 1.5])
-def test_another_number_on_either_side_is_a_shift_when_all_numbers_are_equal(live: float) -> None:
+def test_differing_number_is_a_shift_if_all_reference_numbers_are_equal(live: float) -> None:
     assert number_stability(np.ones(200), np.full(100, live)).index > 0.2
 
 
-def test_a_new_category_exceeds_the_conventional_limit_of_a_shift() -> None:
+def test_new_category_exceeds_the_conventional_shift_limit() -> None:
     assert category_stability(categories(en=100), categories(en=50, de=50)).index > 0.2
 
 
-def test_the_index_equals_its_definition() -> None:
+def test_stability_index_matches_its_definition() -> None:
     # Shares of a half compared with three quarters and a quarter; the added half count is negligible for so many items.
     index = category_stability(categories(a=50_000, b=50_000), categories(a=75_000, b=25_000)).index
     assert index == pytest.approx(0.25 * np.log(1.5) - 0.25 * np.log(0.5), rel=1e-3)
 
 
-def test_the_index_beyond_chance_is_about_0_when_nothing_changed() -> None:
+def test_stability_index_beyond_chance_is_about_0_without_change() -> None:
     generator = np.random.default_rng(3)
     shifts = [number_stability(generator.normal(size=200), generator.normal(size=50)) for _ in range(200)]
     assert np.mean([one.index for one in shifts]) == pytest.approx(shifts[0].by_chance, rel=0.15)

@@ -61,7 +61,7 @@ def settings(home: Path) -> Settings:
 
 
 @pytest.mark.slow
-def test_checks_continue_in_the_same_process_when_one_failed(tmp_path: Path) -> None:
+def test_drift_checks_continue_in_the_same_process_after_one_fails(tmp_path: Path) -> None:
     with checking_drift(settings(tmp_path), note):
         processes = noted(tmp_path, 2)
     assert os.getpid() not in processes
@@ -69,13 +69,13 @@ def test_checks_continue_in_the_same_process_when_one_failed(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_the_process_is_restarted_when_it_dies(tmp_path: Path) -> None:
+def test_drift_process_is_restarted_when_it_dies(tmp_path: Path) -> None:
     with checking_drift(settings(tmp_path), die):
         assert len(set(noted(tmp_path, 2))) == 2
 
 
 @pytest.mark.slow
-def test_the_process_has_a_low_priority_and_is_stopped_with_its_worker(tmp_path: Path) -> None:
+def test_drift_process_has_low_priority_and_stops_with_its_worker(tmp_path: Path) -> None:
     with checking_drift(settings(tmp_path), note):
         (process, *_) = noted(tmp_path, 1)
         assert psutil.Process(process).nice() == 10

@@ -83,7 +83,7 @@ def value(page: str, name: str, **labels: str) -> float | None:
 
 
 @pytest.mark.parametrize("headers", [{}, OPENMETRICS], ids=["text", "openmetrics"])
-def test_the_servers_page_is_passed_through_with_its_names(registry: Registry, headers: dict[str, str]) -> None:
+def test_exporter_passes_server_metrics_through_with_their_names(registry: Registry, headers: dict[str, str]) -> None:
     with page_of(registry, (200, SERVER_PAGE)) as url:
         page = httpx.get(url, headers=headers).text
     assert "svc_server_up 1.0" in page
@@ -92,7 +92,7 @@ def test_the_servers_page_is_passed_through_with_its_names(registry: Registry, h
             assert line.partition(" # ")[0] in page
 
 
-def test_exemplars_are_passed_through(registry: Registry) -> None:
+def test_exporter_passes_exemplars_through(registry: Registry) -> None:
     with page_of(registry, (200, SERVER_PAGE)) as url:
         assert '# {request_id="req-7"} 0.5' in httpx.get(url, headers=OPENMETRICS).text
 
@@ -108,7 +108,7 @@ def test_exemplars_are_passed_through(registry: Registry) -> None:
     ],
     ids=["none", "500", "401", "html", "metrics"],
 )
-def test_the_other_metrics_are_exported_whether_the_server_is_up_and_its_page_readable_or_not(
+def test_other_metrics_are_exported_even_if_server_is_down_or_unreadable(
     registry: Registry, page: tuple[int, str] | None, up: float, readable: float
 ) -> None:
     make_version(registry, 1)
@@ -121,7 +121,7 @@ def test_the_other_metrics_are_exported_whether_the_server_is_up_and_its_page_re
     assert value(answer.text, "svc_training_loss", model="tiny") == 0.25
 
 
-def test_the_exporter_fails_when_the_port_is_in_use(registry: Registry) -> None:
+def test_exporter_fails_if_the_port_is_in_use(registry: Registry) -> None:
     with (
         page_of(registry, None) as url,
         pytest.raises(BusyError, match="is in use"),
@@ -130,7 +130,7 @@ def test_the_exporter_fails_when_the_port_is_in_use(registry: Registry) -> None:
         pass
 
 
-def test_the_exporter_fails_when_the_host_name_is_invalid(registry: Registry) -> None:
+def test_exporter_fails_if_the_host_name_is_invalid(registry: Registry) -> None:
     with (
         pytest.raises(SettingsError, match="cannot listen on xxx"),
         exporting(registry, _store(registry), _home(registry), _nowhere, "x" * 70, 0),
@@ -138,7 +138,7 @@ def test_the_exporter_fails_when_the_host_name_is_invalid(registry: Registry) ->
         pass
 
 
-def test_the_exporter_fails_when_the_address_belongs_to_another_machine(registry: Registry) -> None:
+def test_exporter_fails_if_the_address_belongs_to_another_machine(registry: Registry) -> None:
     with (
         pytest.raises(SettingsError, match=r"cannot listen on 192\.0\.2\.1"),
         exporting(registry, _store(registry), _home(registry), _nowhere, "192.0.2.1", 0),
@@ -147,7 +147,7 @@ def test_the_exporter_fails_when_the_address_belongs_to_another_machine(registry
 
 
 @pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6 here")
-def test_the_exporter_listens_on_ipv6(registry: Registry) -> None:
+def test_exporter_listens_on_ipv6(registry: Registry) -> None:
     with exporting(registry, _store(registry), _home(registry), _nowhere, "::1", 0) as url:
         assert url.startswith("http://[::1]:")
         assert "svc_server_up 0.0" in httpx.get(url).text
@@ -155,7 +155,7 @@ def test_the_exporter_listens_on_ipv6(registry: Registry) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["of its home", "elsewhere"])
-def test_the_command_exports_a_server_and_stops_on_a_signal(tmp_path: Path, elsewhere: bool) -> None:
+def test_export_command_exports_a_server_and_stops_on_a_signal(tmp_path: Path, elsewhere: bool) -> None:
     command = [sys.executable, "-m", "svc.cli", "--home", str(tmp_path / "home"), "monitor", "--port", "0"]
     lock = tmp_path / ("other" if elsewhere else "home") / LOCK_FILE
     with (
@@ -172,7 +172,7 @@ def test_the_command_exports_a_server_and_stops_on_a_signal(tmp_path: Path, else
         assert process.wait(10) == 0
 
 
-def test_a_remote_server_is_scraped_with_its_key(tmp_path: Path) -> None:
+def test_remote_server_is_scraped_with_its_api_key(tmp_path: Path) -> None:
     secret, asked = new_secret("abcd0123"), list[str]()
 
     class Page(http.server.BaseHTTPRequestHandler):

@@ -45,24 +45,24 @@ def back_up(store: Store, folder: Path, snapshot: str | None) -> None:
         archive.finish(made)
 
 
-def test_the_expiry_of_the_certificate_is_shown(store: Store, tmp_path: Path) -> None:
+def test_certificate_expiry_is_exported(store: Store, tmp_path: Path) -> None:
     certificate, _ = make_certificate(tmp_path)
     assert shown(store, CERTIFICATE, certificate) == pytest.approx(time.time() + DAY_S, abs=60)
 
 
-def test_a_certificate_has_no_expiry_when_its_file_cannot_be_read(store: Store, tmp_path: Path) -> None:
+def test_unreadable_certificate_has_no_expiry_metric(store: Store, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged.pem"
     damaged.write_text("no certificate")
     assert shown(store, CERTIFICATE, damaged) is None
     assert shown(store, CERTIFICATE, tmp_path / "missing.pem") is None
 
 
-def test_the_rest_is_shown_when_the_certificate_cannot_be_read(store: Store, tmp_path: Path) -> None:
+def test_backup_time_is_exported_even_if_the_certificate_is_unreadable(store: Store, tmp_path: Path) -> None:
     back_up(store, tmp_path / "backups", "20260102T030000.000Z")
     assert shown(store, BACKUP, tmp_path / "missing.pem") is not None
 
 
-def test_the_expiry_of_a_key_is_shown_while_the_key_is_usable(store: Store) -> None:
+def test_key_expiry_is_exported_while_the_key_is_usable(store: Store) -> None:
     keyring = Keyring(store, Actor.local())
     until = datetime.now(UTC) + timedelta(days=3)
     expiring, revoked = (
@@ -75,17 +75,17 @@ def test_the_expiry_of_a_key_is_shown_while_the_key_is_usable(store: Store) -> N
     assert shown(store, KEY, key_id=forever) is None
 
 
-def test_the_newest_finished_backup_is_shown_when_a_later_one_was_cut_off(store: Store, tmp_path: Path) -> None:
+def test_newest_finished_backup_is_exported_even_after_a_later_interrupted_one(store: Store, tmp_path: Path) -> None:
     back_up(store, tmp_path / "backups", "20260101T030000.000Z")
     back_up(store, tmp_path / "backups", "20260102T030000.500Z")
     back_up(store, tmp_path / "backups", None)
     assert shown(store, BACKUP) == datetime(2026, 1, 2, 3, 0, 0, 500_000, tzinfo=UTC).timestamp()
 
 
-def test_the_start_of_a_backup_is_shown_when_its_folder_is_elsewhere(store: Store, tmp_path: Path) -> None:
+def test_backup_start_time_is_exported_if_its_folder_is_elsewhere(store: Store, tmp_path: Path) -> None:
     back_up(store, tmp_path / "of-another-machine", None)
     assert shown(store, BACKUP) == pytest.approx(time.time(), abs=60)
 
 
-def test_no_backup_is_shown_when_none_was_ever_made(store: Store) -> None:
+def test_no_backup_time_is_exported_if_no_backup_was_ever_made(store: Store) -> None:
     assert shown(store, BACKUP) is None

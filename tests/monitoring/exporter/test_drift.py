@@ -81,7 +81,7 @@ def test_every_served_model_is_checked_and_exported(
     assert metrics.get_sample_value("svc_holdout_changed", VERSION) is None
 
 
-def test_a_model_is_neither_checked_nor_exported_when_it_was_removed(
+def test_removed_model_is_neither_checked_nor_exported(
     metrics: CollectorRegistry, checks: ProductionChecks, store: Store, other: Target
 ) -> None:
     remove_deployment(store, other.version.name)
@@ -92,7 +92,7 @@ def test_a_model_is_neither_checked_nor_exported_when_it_was_removed(
     assert metrics.get_sample_value("svc_drift_checked_timestamp_seconds", VERSION)
 
 
-def test_the_other_models_are_checked_when_the_check_of_one_has_a_defect(
+def test_defect_in_one_models_check_does_not_stop_checks_of_other_models(
     checks: ProductionChecks, store: Store, other: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unpatched = DriftCheck.run
@@ -107,18 +107,18 @@ def test_the_other_models_are_checked_when_the_check_of_one_has_a_defect(
     assert read_drift_states(store, other) != {}
 
 
-def test_the_check_time_is_zero_when_a_version_was_never_checked(metrics: CollectorRegistry) -> None:
+def test_check_time_is_zero_for_a_version_that_was_never_checked(metrics: CollectorRegistry) -> None:
     assert metrics.get_sample_value("svc_drift_checked_timestamp_seconds", VERSION) == 0
     assert metrics.get_sample_value("svc_holdout_changed", VERSION) is None
 
 
-def test_there_is_no_check_time_when_checks_are_off(registry: Registry, store: Store) -> None:
+def test_no_check_time_is_exported_if_checks_are_off(registry: Registry, store: Store) -> None:
     metrics = CollectorRegistry()
     metrics.register(DriftMetrics(registry, store, checking=False))
     assert metrics.get_sample_value("svc_drift_checked_timestamp_seconds", VERSION) is None
 
 
-def test_an_alarm_is_exported_with_its_feature(
+def test_drift_alarm_is_exported_with_its_feature(
     metrics: CollectorRegistry, checks: ProductionChecks, store: Store, registry: Registry
 ) -> None:
     Traffic(store, registry).ask([*prompts("none")[:100], *prompts("strong")[:30]])
@@ -135,7 +135,7 @@ def test_an_alarm_is_exported_with_its_feature(
     assert metrics.get_sample_value("svc_drift_checked_timestamp_seconds", VERSION)
 
 
-def test_a_signal_is_not_watched_when_it_waits_for_data(
+def test_signal_waiting_for_data_is_exported_as_unwatched(
     metrics: CollectorRegistry, checks: ProductionChecks, store: Store, registry: Registry
 ) -> None:
     Traffic(store, registry).ask(prompts("none")[:3])
@@ -144,7 +144,7 @@ def test_a_signal_is_not_watched_when_it_waits_for_data(
     assert metrics.get_sample_value("svc_drift_watched", {**VERSION, "signal": "people"}) == 0
 
 
-def test_a_run_of_the_heldout_set_is_exported(metrics: CollectorRegistry, registry: Registry, store: Store) -> None:
+def test_held_out_run_is_exported(metrics: CollectorRegistry, registry: Registry, store: Store) -> None:
     registered = registry.results(target().version, target().format)
     good = run([one.nll for one in registered], [one.hit for one in registered])
     ended = {**VERSION, "outcome": "completed"}
@@ -162,16 +162,14 @@ def test_a_run_of_the_heldout_set_is_exported(metrics: CollectorRegistry, regist
     assert metrics.get_sample_value("svc_holdout_changed", VERSION) == 1
 
 
-def test_a_failed_run_is_exported_together_with_the_last_completed_one(
-    metrics: CollectorRegistry, store: Store
-) -> None:
+def test_failed_held_out_run_is_exported_with_the_last_completed_run(metrics: CollectorRegistry, store: Store) -> None:
     failed = replace(run([], []), outcome=HoldoutOutcome.FAILED, reason="away")
     add_holdout_run(store, failed)
     shown = metrics.get_sample_value("svc_holdout_run_timestamp_seconds", {**VERSION, "outcome": "failed"})
     assert shown == failed.ended_at.timestamp()
 
 
-def test_the_other_versions_are_exported_when_one_cannot_be_read(
+def test_other_versions_are_exported_if_one_version_is_unreadable(
     metrics: CollectorRegistry, checks: ProductionChecks, store: Store, registry: Registry
 ) -> None:
     Traffic(store, registry).ask(prompts("none")[:12])
@@ -182,7 +180,7 @@ def test_the_other_versions_are_exported_when_one_cannot_be_read(
     assert metrics.get_sample_value("svc_holdout_changed", VERSION) is None
 
 
-def test_drift_is_exported_when_the_quality_of_the_version_cannot_be_read(
+def test_drift_is_exported_even_if_version_quality_is_unreadable(
     metrics: CollectorRegistry, checks: ProductionChecks, store: Store, registry: Registry
 ) -> None:
     Traffic(store, registry).ask(prompts("none")[:12])

@@ -53,18 +53,18 @@ def work(tmp_path: Path) -> Iterator[Work]:
         yield work
 
 
-def test_training_is_running_when_a_run_of_the_name_is_active(read: Read, work: Work) -> None:
+def test_training_is_running_if_a_run_of_that_name_is_active(read: Read, work: Work) -> None:
     work()
     assert read("svc_training_running") == 1
 
 
-def test_training_is_not_running_when_no_run_of_the_name_is_active(read: Read, tmp_path: Path) -> None:
+def test_training_is_not_running_if_no_run_of_that_name_is_active(read: Read, tmp_path: Path) -> None:
     with hold_lock(tmp_path / RUNS_FOLDER / "tiny-0123456789ab" / RUN_LOCK, "a run"):
         pass
     assert read("svc_training_running") == 0
 
 
-def test_the_time_of_the_newest_file_is_exported_when_a_run_is_active(read: Read, work: Work) -> None:
+def test_newest_file_time_of_an_active_run_is_exported(read: Read, work: Work) -> None:
     folder = work()
     (folder / "stage").mkdir()
     (folder / "stage" / "weights").touch()
@@ -72,79 +72,79 @@ def test_the_time_of_the_newest_file_is_exported_when_a_run_is_active(read: Read
     assert read("svc_training_written_timestamp_seconds") == 4e9
 
 
-def test_no_time_of_a_file_is_exported_when_no_run_is_active(read: Read, tmp_path: Path) -> None:
+def test_no_newest_file_time_is_exported_without_an_active_run(read: Read, tmp_path: Path) -> None:
     with hold_lock(tmp_path / RUNS_FOLDER / "tiny-0123456789ab" / RUN_LOCK, "a run"):
         pass
     assert read("svc_training_written_timestamp_seconds") is None
 
 
-def test_training_is_running_when_one_of_several_runs_is_active(read: Read, work: Work) -> None:
+def test_training_is_running_if_one_of_several_runs_is_active(read: Read, work: Work) -> None:
     folder = work()
     (folder.parent / "tiny-fedcba987654").mkdir()
     (folder.parent / "tiny-fedcba987654" / RUN_LOCK).touch()
     assert read("svc_training_running") == 1
 
 
-def test_training_is_not_running_when_the_home_has_no_run_of_the_name(read: Read, work: Work) -> None:
+def test_training_is_not_running_if_no_run_of_that_name_exists(read: Read, work: Work) -> None:
     work("other-0123456789ab")
     assert read("svc_training_running") == 0
 
 
-def test_training_is_running_when_mlflow_does_not_know_the_name(read: Read, work: Work) -> None:
+def test_training_is_running_even_if_mlflow_does_not_know_the_name(read: Read, work: Work) -> None:
     work("other-0123456789ab")
     assert read("svc_training_running", "other") == 1
 
 
-def test_training_is_running_when_mlflow_does_not_answer(read: Read, work: Work, mlflow: TrackedRuns) -> None:
+def test_training_is_running_even_if_mlflow_does_not_respond(read: Read, work: Work, mlflow: TrackedRuns) -> None:
     work()
     mlflow.away = True
     assert read("svc_training_running") == 1
 
 
-def test_there_are_no_figures_when_mlflow_does_not_answer(read: Read, mlflow: TrackedRuns) -> None:
+def test_no_training_metrics_are_exported_if_mlflow_does_not_respond(read: Read, mlflow: TrackedRuns) -> None:
     mlflow.away = True
     assert read("svc_training_loss") is None
 
 
-def test_the_running_state_is_not_exported_when_runs_cannot_be_read(read: Read, work: Work) -> None:
+def test_running_state_is_not_exported_if_runs_are_unreadable(read: Read, work: Work) -> None:
     (work() / "mlflow.json").write_text("not JSON")
     assert (read("svc_training_running"), read("svc_training_loss")) == (None, 0.25)
 
 
-def test_the_figures_are_those_of_the_newest_run(read: Read, mlflow: TrackedRuns) -> None:
+def test_exported_training_metrics_are_those_of_the_newest_run(read: Read, mlflow: TrackedRuns) -> None:
     mlflow.runs["tiny"].append(run_figures(2000, loss=0.5))
     assert read("svc_training_loss") == 0.5
 
 
-def test_an_active_run_is_preferred_to_one_that_started_later(read: Read, work: Work, mlflow: TrackedRuns) -> None:
+def test_active_run_is_preferred_to_a_later_started_run(read: Read, work: Work, mlflow: TrackedRuns) -> None:
     mlflow.runs["tiny"].append(run_figures(2000, loss=0.5))
     work(run_id="tiny/0")
     assert (read("svc_training_loss"), read("svc_training_started_timestamp_seconds")) == (0.25, 1000)
 
 
-def test_the_newer_run_is_exported_when_two_are_active(read: Read, work: Work, mlflow: TrackedRuns) -> None:
+def test_newer_of_two_active_runs_is_exported(read: Read, work: Work, mlflow: TrackedRuns) -> None:
     mlflow.runs["tiny"] += [run_figures(2000, loss=0.5), run_figures(3000, loss=0.75)]
     work("tiny-0123456789ab", "tiny/1")
     work("tiny-fedcba987654", "tiny/0")
     assert read("svc_training_loss") == 0.5
 
 
-def test_a_run_is_skipped_when_mlflow_has_lost_it(read: Read, work: Work) -> None:
+def test_run_lost_by_mlflow_is_skipped(read: Read, work: Work) -> None:
     work(run_id="lost")
     assert read("svc_training_loss") == 0.25
 
 
-def test_held_out_loss_is_exported(read: Read, mlflow: TrackedRuns) -> None:
+def test_held_out_loss_of_a_training_run_is_exported(read: Read, mlflow: TrackedRuns) -> None:
     mlflow.runs["tiny"].append(run_figures(2000, loss=0.5, heldout_loss=0.75))
     assert read("svc_training_heldout_loss") == 0.75
 
 
-def test_held_out_loss_is_not_exported_when_a_run_does_not_measure_it(read: Read) -> None:
+def test_held_out_loss_is_not_exported_if_the_run_lacks_it(read: Read) -> None:
     assert read("svc_training_heldout_loss") is None
 
 
 @pytest.mark.slow
-def test_the_losses_are_those_that_the_trainer_reports(tracking: Tracking, tmp_path: Path) -> None:
+def test_exported_losses_are_those_the_trainer_reports(tracking: Tracking, tmp_path: Path) -> None:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
     from trainer.callbacks.loss_log import LossReport

@@ -62,7 +62,7 @@ def evaluation(metrics: CollectorRegistry, metric: str, suffix: str = "", **labe
     return metrics.get_sample_value(f"svc_registry_version_evaluation{suffix}", where | labels)
 
 
-def test_the_time_of_registration_is_exported(registry: Registry, metrics: CollectorRegistry) -> None:
+def test_version_registration_time_is_exported(registry: Registry, metrics: CollectorRegistry) -> None:
     manifest = registry.manifest(make_version(registry, 1))
     created = metrics.get_sample_value(
         "svc_registry_version_created_timestamp_seconds", {"model": "tuned", "version": "1"}
@@ -70,7 +70,7 @@ def test_the_time_of_registration_is_exported(registry: Registry, metrics: Colle
     assert created == manifest.created_at.timestamp()
 
 
-def test_the_size_of_every_format_is_exported(registry: Registry, metrics: CollectorRegistry) -> None:
+def test_size_of_every_version_format_is_exported(registry: Registry, metrics: CollectorRegistry) -> None:
     formats = (Format.MERGED, Format.GPTQ)
     manifest = registry.manifest(make_version(registry, 1, formats=formats))
     version = {"model": "tuned", "version": "1"}
@@ -81,9 +81,7 @@ def test_the_size_of_every_format_is_exported(registry: Registry, metrics: Colle
     assert shown == [manifest.formats[format].bytes for format in formats]
 
 
-def test_every_figure_of_an_evaluation_is_exported_with_its_interval(
-    registry: Registry, metrics: CollectorRegistry
-) -> None:
+def test_every_evaluation_metric_is_exported_with_its_interval(registry: Registry, metrics: CollectorRegistry) -> None:
     judge(registry, make_version(registry, 1), REPORT)
     for format, metric in product(("base", "merged"), ("exact_match", "valid_json", "nll")):
         estimate = getattr(REPORT, metric)
@@ -91,7 +89,9 @@ def test_every_figure_of_an_evaluation_is_exported_with_its_interval(
         assert shown == (estimate.value, estimate.low, estimate.high), (format, metric)
 
 
-def test_each_metric_is_exported_by_name_and_one_is_primary(registry: Registry, metrics: CollectorRegistry) -> None:
+def test_each_metric_is_exported_by_name_and_one_is_marked_primary(
+    registry: Registry, metrics: CollectorRegistry
+) -> None:
     rouge = MetricReport(title="ROUGE-L", estimate=proportion(1, 4), better=Better.HIGHER, unit=Unit.SHARE)
     figures = REPORT.metrics | {"rouge_l": rouge}
     judge(registry, make_version(registry, 1), REPORT.model_copy(update={"metrics": figures, "primary": "rouge_l"}))
@@ -100,20 +100,20 @@ def test_each_metric_is_exported_by_name_and_one_is_primary(registry: Registry, 
     assert evaluation(metrics, "rouge_l", primary="false") is None
 
 
-def test_a_figure_is_not_exported_when_it_was_not_measured(registry: Registry, metrics: CollectorRegistry) -> None:
+def test_unmeasured_metric_is_not_exported(registry: Registry, metrics: CollectorRegistry) -> None:
     judge(registry, make_version(registry, 1), REPORT.model_copy(update={"valid_json": None}))
     assert evaluation(metrics, "valid_json") is None
 
 
-def test_a_part_of_a_held_out_set_is_another_set(registry: Registry, metrics: CollectorRegistry) -> None:
+def test_subset_of_a_held_out_set_is_labelled_as_a_different_set(
+    registry: Registry, metrics: CollectorRegistry
+) -> None:
     judge(registry, make_version(registry, 1), REPORT.model_copy(update={"examples": 3}))
     shown = [evaluation(metrics, "nll", heldout=heldout) for heldout in ("0123456789ab:4", "0123456789ab:3")]
     assert shown == [None, REPORT.nll.value]
 
 
-def test_only_the_newest_versions_are_exported_when_many_are_registered(
-    registry: Registry, metrics: CollectorRegistry
-) -> None:
+def test_only_the_newest_of_many_versions_are_exported(registry: Registry, metrics: CollectorRegistry) -> None:
     for number in range(1, SHOWN_VERSIONS + 3):
         judge(registry, make_version(registry, number), REPORT)
     newest = {str(number) for number in range(3, SHOWN_VERSIONS + 3)}

@@ -27,15 +27,15 @@ def read(traffic: GatewayMetrics) -> Read:
     return lambda: read_figures(generate_latest(traffic.registry).decode())
 
 
-def test_there_are_no_figures_when_the_server_has_just_started(read: Read) -> None:
+def test_status_figures_are_empty_when_the_server_has_just_started(read: Read) -> None:
     assert read() == Figures({}, {})
 
 
-def test_there_are_no_figures_when_the_page_is_empty() -> None:
+def test_status_figures_are_empty_if_the_metrics_page_is_empty() -> None:
     assert read_figures("") == Figures({}, {})
 
 
-def test_requests_of_all_routes_and_statuses_are_summed(traffic: GatewayMetrics, read: Read) -> None:
+def test_requests_are_summed_over_all_routes_and_statuses(traffic: GatewayMetrics, read: Read) -> None:
     traffic.request_ended(ONE, Route.CHAT_COMPLETIONS, 200, 0.1)
     traffic.request_ended(ONE, Route.CHAT_COMPLETIONS, 200, 0.1)
     traffic.request_ended(ONE, Route.COMPLETIONS, 200, 0.1)
@@ -44,15 +44,13 @@ def test_requests_of_all_routes_and_statuses_are_summed(traffic: GatewayMetrics,
     assert read().versions["tiny@1"].requests == 5
 
 
-def test_a_fault_of_the_server_counts_as_an_error_of_the_version_even_within_a_stream(
-    traffic: GatewayMetrics, read: Read
-) -> None:
+def test_server_fault_counts_as_a_version_error_even_within_a_stream(traffic: GatewayMetrics, read: Read) -> None:
     traffic.request_ended(ONE, Route.CHAT_COMPLETIONS, 200, 0.1)
     traffic.request_failed(ONE, ErrorCode.ENGINE_DIED)
     assert read().versions["tiny@1"].errors == 1
 
 
-def test_a_client_error_does_not_count_as_an_error_of_the_version(traffic: GatewayMetrics, read: Read) -> None:
+def test_client_error_does_not_count_as_a_version_error(traffic: GatewayMetrics, read: Read) -> None:
     traffic.request_ended(ONE, Route.CHAT_COMPLETIONS, 400, 0.1, reason=ErrorCode.INVALID_REQUEST)
     for code in (
         ErrorCode.INVALID_REQUEST,
@@ -64,7 +62,7 @@ def test_a_client_error_does_not_count_as_an_error_of_the_version(traffic: Gatew
         assert read().versions["tiny@1"].errors == 0, code
 
 
-def test_each_version_has_its_own_figures(traffic: GatewayMetrics, read: Read) -> None:
+def test_status_figures_are_separate_for_each_version(traffic: GatewayMetrics, read: Read) -> None:
     traffic.request_ended(ONE, Route.CHAT_COMPLETIONS, 200, 0.1)
     traffic.request_ended(TWO, Route.CHAT_COMPLETIONS, 500, 0.1, reason=ErrorCode.ENGINE_ERROR)
     traffic.request_failed(TWO, ErrorCode.INTERNAL_ERROR)
@@ -80,14 +78,14 @@ def test_requests_without_a_version_count_for_no_version(traffic: GatewayMetrics
     assert read().versions == {}
 
 
-def test_tokens_are_counted_by_direction(traffic: GatewayMetrics, read: Read) -> None:
+def test_tokens_are_counted_by_direction_in_the_status(traffic: GatewayMetrics, read: Read) -> None:
     traffic.tokens(ONE, Usage(prompt=30, completion=4))
     traffic.tokens(ONE, Usage(prompt=1, completion=2))
     figures = read().versions["tiny@1"]
     assert (figures.tokens_in, figures.tokens_out) == (31, 6)
 
 
-def test_quantiles_are_close_to_the_quantiles_of_the_observed_times(traffic: GatewayMetrics, read: Read) -> None:
+def test_quantiles_are_close_to_those_of_the_observed_times(traffic: GatewayMetrics, read: Read) -> None:
     for hundredth in range(1, 101):
         traffic.request_ended(ONE, Route.CHAT_COMPLETIONS, 200, hundredth / 100)
         traffic.first_token(ONE, hundredth / 1000)
@@ -97,24 +95,24 @@ def test_quantiles_are_close_to_the_quantiles_of_the_observed_times(traffic: Gat
     assert list(figures.first_token_s.values()) == pytest.approx([0.05, 0.095, 0.099], rel=0.05)
 
 
-def test_a_version_without_answers_in_the_window_has_no_quantiles(traffic: GatewayMetrics, read: Read) -> None:
+def test_version_without_answers_in_the_window_has_no_quantiles(traffic: GatewayMetrics, read: Read) -> None:
     traffic.request_ended(ONE, Route.CHAT_COMPLETIONS, 500, 0.1, reason=ErrorCode.ENGINE_ERROR)
     assert read().versions["tiny@1"].duration_s == {}
 
 
-def test_errors_are_counted_by_reason_without_zero_counts(traffic: GatewayMetrics, read: Read) -> None:
+def test_errors_are_counted_by_reason_and_zero_counts_are_omitted(traffic: GatewayMetrics, read: Read) -> None:
     traffic.request_failed(None, ErrorCode.INVALID_JSON)
     traffic.request_failed(None, ErrorCode.INVALID_JSON)
     assert read().errors == {"invalid_json": 2}
 
 
-def test_errors_of_one_reason_are_summed_over_versions(traffic: GatewayMetrics, read: Read) -> None:
+def test_errors_with_the_same_reason_are_summed_over_versions(traffic: GatewayMetrics, read: Read) -> None:
     for served in (None, ONE, TWO):
         traffic.request_failed(served, ErrorCode.ENGINE_DIED)
     assert read().errors == {"engine_died": 3}
 
 
-def test_only_the_named_models_are_read(traffic: GatewayMetrics) -> None:
+def test_only_figures_of_the_named_models_are_read(traffic: GatewayMetrics) -> None:
     other = Target(VersionId("other", 7), Format.GPTQ)
     for served, model in ((ONE, "tiny"), (other, "other"), (None, "other"), (None, "unknown")):
         traffic.request_ended(served, Route.CHAT_COMPLETIONS, 503, 0.1, reason=ErrorCode.ENGINE_DIED, model=model)
@@ -126,7 +124,7 @@ def test_only_the_named_models_are_read(traffic: GatewayMetrics) -> None:
     assert read_figures(page, ["unserved"]) == Figures({}, {})
 
 
-def test_there_are_no_figures_when_a_version_is_loaded_without_requests(traffic: GatewayMetrics, read: Read) -> None:
+def test_loaded_version_without_requests_shows_zero_requests(traffic: GatewayMetrics, read: Read) -> None:
     traffic.show_errors(ONE)
     assert all(figures.requests == 0 for figures in read().versions.values())
 
@@ -141,19 +139,19 @@ def counted(**requests: int) -> Figures:
     return Figures(versions, {})
 
 
-def test_rates_are_the_differences_between_readings_divided_by_the_time() -> None:
+def test_rates_are_differences_between_readings_divided_by_elapsed_time() -> None:
     assert rates_between(counted(a=6), counted(a=10), 2.0) == {"a": Rate(2.0, 20.0)}
 
 
-def test_the_rate_of_a_new_version_counts_from_zero() -> None:
+def test_rate_of_a_new_version_counts_from_zero() -> None:
     assert rates_between(counted(a=5), counted(a=5, b=4), 2.0) == {"a": Rate(0.0, 0.0), "b": Rate(2.0, 20.0)}
 
 
-def test_there_is_no_rate_when_the_server_was_restarted() -> None:
+def test_no_rate_is_shown_after_a_server_restart() -> None:
     assert rates_between(counted(a=500), counted(a=5), 2.0) == {}
 
 
-def test_there_is_no_rate_when_a_restarted_server_has_more_requests_but_fewer_tokens() -> None:
+def test_no_rate_is_shown_if_any_counter_decreased() -> None:
     before, now = (
         Figures({"a": VersionFigures("a", requests=requests, tokens_out=tokens)}, {})
         for requests, tokens in ((5, 500), (6, 60))

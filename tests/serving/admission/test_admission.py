@@ -13,14 +13,14 @@ from tests.serving.admission.opened import admitted, open_admission, run_until, 
 from tests.serving.service import closed
 
 
-async def test_request_is_counted_while_it_runs() -> None:
+async def test_running_request_is_counted_until_it_ends() -> None:
     admission = open_admission()
     async with admitted(admission):
         assert admission.running == 1
     assert admission.running == 0
 
 
-async def test_place_is_released_when_a_request_fails() -> None:
+async def test_slot_is_released_when_a_request_fails() -> None:
     admission = open_admission()
     with suppress(ValueError):
         async with admitted(admission):
@@ -28,7 +28,7 @@ async def test_place_is_released_when_a_request_fails() -> None:
     assert admission.running == 0
 
 
-async def test_request_is_rejected_when_all_places_are_taken() -> None:
+async def test_request_is_rejected_when_all_slots_are_taken() -> None:
     admission = open_admission(max_running=1)
     async with admitted(admission):
         with pytest.raises(OverloadedError):
@@ -37,7 +37,7 @@ async def test_request_is_rejected_when_all_places_are_taken() -> None:
     assert admission.running == 0
 
 
-async def test_admission_opens_when_a_swap_fails() -> None:
+async def test_admission_reopens_when_a_swap_fails() -> None:
     admission = open_admission()
     with suppress(ValueError):
         async with closed(admission):
@@ -46,7 +46,7 @@ async def test_admission_opens_when_a_swap_fails() -> None:
         assert admission.running == 1
 
 
-async def test_admission_is_closed_by_one_swap_at_a_time() -> None:
+async def test_only_one_swap_at_a_time_can_close_admission() -> None:
     admission = open_admission()
     async with closed(admission):
         with pytest.raises(RuntimeError):
@@ -54,14 +54,14 @@ async def test_admission_is_closed_by_one_swap_at_a_time() -> None:
                 pass
 
 
-async def test_requests_do_not_wait_for_a_swap_when_another_engine_accepts_them() -> None:
+async def test_requests_do_not_wait_for_a_swap_if_another_engine_accepts_them() -> None:
     admission = open_admission()
     async with admission.changing(), admitted(admission):
         assert admission.running == 1
     assert admission.closed_s is None
 
 
-async def test_requests_wait_when_the_other_engine_is_lost() -> None:
+async def test_requests_wait_if_the_other_engine_is_lost_during_a_swap() -> None:
     admission, end = open_admission(), asyncio.Event()
     end.set()
     async with admission.changing():
@@ -74,7 +74,7 @@ async def test_requests_wait_when_the_other_engine_is_lost() -> None:
     assert admission.closed_s is not None
 
 
-async def test_requests_do_not_wait_for_an_engine_when_there_is_no_swap() -> None:
+async def test_requests_without_a_ready_engine_do_not_wait_outside_a_swap() -> None:
     admission = open_admission()
     admission.unavailable(None)
     with pytest.raises(EngineUnavailableError, match="being changed"):
@@ -82,7 +82,7 @@ async def test_requests_do_not_wait_for_an_engine_when_there_is_no_swap() -> Non
             pass
 
 
-async def test_requests_are_rejected_with_the_reason_when_there_is_no_engine() -> None:
+async def test_requests_are_rejected_with_the_reason_if_there_is_no_engine() -> None:
     admission = Admission(max_running=1, max_tokens=100, max_queued=1, queue_timeout_s=1)
     with pytest.raises(EngineUnavailableError, match="starting"):
         async with admitted(admission):
@@ -118,25 +118,25 @@ async def test_queued_requests_are_rejected_when_a_swap_ends_without_an_engine()
 class TestTokens:
     """A request counts by the maximum number of tokens in its answers."""
 
-    async def test_request_runs_when_its_tokens_are_free(self) -> None:
+    async def test_request_runs_if_enough_tokens_are_free(self) -> None:
         admission = open_admission(max_tokens=100)
         async with admitted(admission, 60), admitted(admission, 40):
             assert admission.running == 2
 
-    async def test_request_is_rejected_when_its_tokens_are_not_free(self) -> None:
+    async def test_request_is_rejected_if_too_few_tokens_are_free(self) -> None:
         admission = open_admission(max_tokens=100)
         async with admitted(admission, 60):
             with pytest.raises(OverloadedError, match="up to 60 tokens"):
                 async with admitted(admission, 41):
                     pass
 
-    async def test_tokens_are_released_when_a_request_ends(self) -> None:
+    async def test_reserved_tokens_are_released_when_a_request_ends(self) -> None:
         admission = open_admission(max_tokens=100)
         for _ in range(3):
             async with admitted(admission, 100):
                 assert admission.running == 1
 
-    async def test_request_is_rejected_with_its_own_error_when_it_could_never_run(self) -> None:
+    async def test_request_that_could_never_run_is_rejected_with_its_own_error(self) -> None:
         with pytest.raises(TooManyTokensError, match="101"):
             async with admitted(open_admission(max_tokens=100), 101):
                 pass
@@ -169,7 +169,7 @@ async def test_idle_time_counts_from_the_end_of_the_last_request() -> None:
     assert admission.idle_s >= 0.05
 
 
-async def test_idle_time_counts_from_the_moment_at_which_an_engine_becomes_ready() -> None:
+async def test_idle_time_counts_from_when_an_engine_becomes_ready() -> None:
     """Otherwise a model that took longer than `idle_s` to load, or was promoted while idle, would stop at once."""
     admission = open_admission()
     admission.unavailable("the engine is starting")
@@ -178,7 +178,7 @@ async def test_idle_time_counts_from_the_moment_at_which_an_engine_becomes_ready
     assert admission.idle_s < 0.04
 
 
-async def test_request_is_queued_again_when_a_swap_begins_in_the_turn_in_which_it_gets_its_place() -> None:
+async def test_admitted_request_is_requeued_if_a_swap_begins_before_it_runs() -> None:
     """Its own task, which would send it to an engine, runs a turn after the swap begins."""
     admission, end, order = open_admission(max_running=3), asyncio.Event(), list[int]()
 
@@ -222,7 +222,7 @@ async def test_requeued_request_costs_its_key_nothing_and_keeps_its_turn() -> No
     assert order == ["a1", "b1", "a2", "b2"]
 
 
-async def test_requeued_request_waits_no_longer_in_total_than_the_timeout() -> None:
+async def test_total_wait_of_a_requeued_request_stays_within_the_timeout() -> None:
     admission, began = open_admission(queue_timeout_s=0.2), time.monotonic()
 
     async def request() -> None:
@@ -239,7 +239,7 @@ async def test_requeued_request_waits_no_longer_in_total_than_the_timeout() -> N
     assert (admission.running, admission.queued) == (0, 0)
 
 
-async def test_requeued_request_leaves_no_trace_when_its_client_leaves() -> None:
+async def test_requeued_request_leaves_no_trace_when_its_client_disconnects() -> None:
     admission = open_admission()
     async with closed(admission):
         asking = asyncio.create_task(run_until(admission, asyncio.Event()))
@@ -251,7 +251,7 @@ async def test_requeued_request_leaves_no_trace_when_its_client_leaves() -> None
         assert (admission.running, admission.queued) == (0, 0)
 
 
-async def test_model_is_not_idle_when_a_request_waits_for_something_else() -> None:
+async def test_model_is_not_idle_while_a_request_is_being_prepared() -> None:
     admission = open_admission()
     await asyncio.sleep(0.05)
     with admission.preparing():
@@ -260,7 +260,7 @@ async def test_model_is_not_idle_when_a_request_waits_for_something_else() -> No
     assert admission.queued == 0
 
 
-async def test_request_without_a_key_waits_for_a_place_when_it_has_waited_before() -> None:
+async def test_keyless_request_that_already_waited_may_wait_for_a_slot() -> None:
     admission = open_admission(max_running=1)
     async with admitted(admission):
         waiting = asyncio.create_task(admission.enter(1, NO_KEY, may_wait=True))

@@ -21,7 +21,7 @@ async def ask_in_background(admission: Admission, end: asyncio.Event, patience_s
     return "answered"
 
 
-async def test_background_request_is_not_counted() -> None:
+async def test_background_request_does_not_count_as_running() -> None:
     admission = open_admission(max_running=1)
     async with admission.background_slot.take(1):
         assert admission.running == 0
@@ -30,7 +30,7 @@ async def test_background_request_is_not_counted() -> None:
     assert admission.running == 0
 
 
-async def test_background_request_waits_for_a_moment_without_requests() -> None:
+async def test_background_request_waits_until_no_other_requests_run() -> None:
     admission, last, end = open_admission(), asyncio.Event(), asyncio.Event()
     first = asyncio.create_task(run_until(admission, end))
     second = asyncio.create_task(run_until(admission, last))
@@ -48,7 +48,7 @@ async def test_background_request_waits_for_a_moment_without_requests() -> None:
     await asyncio.wait([question])
 
 
-async def test_background_request_runs_with_others_when_its_patience_ends() -> None:
+async def test_background_request_runs_alongside_requests_once_its_patience_ends() -> None:
     admission, end = open_admission(), asyncio.Event()
     async with admitted(admission):
         question = asyncio.create_task(ask_in_background(admission, end, patience_s=0.01))
@@ -58,7 +58,7 @@ async def test_background_request_runs_with_others_when_its_patience_ends() -> N
         assert await question == "answered"
 
 
-async def test_background_request_waits_when_admission_is_closed() -> None:
+async def test_background_request_waits_while_admission_is_closed() -> None:
     admission, end = open_admission(), asyncio.Event()
     end.set()
     async with closed(admission):
@@ -68,7 +68,7 @@ async def test_background_request_waits_when_admission_is_closed() -> None:
     assert await question == "answered"
 
 
-async def test_background_request_waits_when_there_is_no_engine() -> None:
+async def test_background_request_waits_if_there_is_no_engine() -> None:
     admission, end = Admission(max_running=1, max_tokens=100, max_queued=1, queue_timeout_s=1), asyncio.Event()
     end.set()
     question = asyncio.create_task(ask_in_background(admission, end, patience_s=0.0))
@@ -78,7 +78,7 @@ async def test_background_request_waits_when_there_is_no_engine() -> None:
     assert await question == "answered"
 
 
-async def test_swap_cancels_the_background_request_and_waits_for_its_end() -> None:
+async def test_swap_cancels_the_background_request_and_waits_for_it_to_end() -> None:
     admission, ended = open_admission(), asyncio.Event()
 
     async def ask() -> None:
@@ -111,7 +111,7 @@ async def test_background_request_is_cancelled_when_the_engine_stops() -> None:
         await drained(admission, 0.1)
 
 
-async def test_late_cancellation_has_no_effect_when_the_request_just_ended() -> None:
+async def test_late_cancellation_has_no_effect_on_a_request_that_just_ended() -> None:
     """A cancellation that comes too late must not affect what the task does next."""
     for turns in range(6):
         admission, end = open_admission(), asyncio.Event()
@@ -131,7 +131,7 @@ async def test_late_cancellation_has_no_effect_when_the_request_just_ended() -> 
         assert await question in ("answered", "cut off")
 
 
-async def test_a_timeout_of_the_background_request_itself_is_not_taken_for_a_cancellation() -> None:
+async def test_timeout_within_a_background_request_is_not_mistaken_for_cancellation() -> None:
     admission = open_admission()
     with pytest.raises(TimeoutError):
         async with admission.background_slot.take(1), asyncio.timeout(0.001):

@@ -79,7 +79,7 @@ class Engine:
 @pytest.mark.slow
 @settings(max_examples=3, deadline=None)
 @given(weights=st.lists(st.integers(1, 5), min_size=50, max_size=50), seed=st.integers(0, 2**32))
-def test_fifty_keys_share_by_their_weights_within_ten_percent_when_all_flood(weights: list[int], seed: int) -> None:
+def test_fifty_flooding_keys_share_by_weight_within_ten_percent(weights: list[int], seed: int) -> None:
     async def run() -> None:
         parties = [Party(f"k{number}", weight) for number, weight in enumerate(weights)]
         engine = Engine(parties, random.Random(seed))
@@ -100,7 +100,7 @@ def test_fifty_keys_share_by_their_weights_within_ten_percent_when_all_flood(wei
     before=st.integers(0, 200),
     weight=st.integers(1, 10),
 )
-def test_small_tenant_waits_for_at_most_one_request_of_each_other(
+def test_small_tenant_waits_for_at_most_one_request_per_other_tenant(
     weights: list[int], seed: int, before: int, weight: int
 ) -> None:
     async def run() -> None:
@@ -119,7 +119,7 @@ def test_small_tenant_waits_for_at_most_one_request_of_each_other(
 
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32), keys=st.integers(1, 6), steps=st.integers(1, 120))
-def test_no_place_stays_free_when_the_next_request_fits(seed: int, keys: int, steps: int) -> None:
+def test_no_slot_stays_free_if_the_next_queued_request_fits(seed: int, keys: int, steps: int) -> None:
     async def run() -> None:
         chance = random.Random(seed)
         engine = Engine([], chance)
@@ -152,20 +152,20 @@ async def served_in_order(admission: Admission, asked: Sequence[tuple[Party, int
 class TestAfterASwap:
     """Requests that waited for an engine."""
 
-    async def test_keys_take_turns(self) -> None:
+    async def test_keys_take_turns_after_a_swap(self) -> None:
         order = await served_in_order(open_admission(max_running=1), [(A, 10)] * 4 + [(B, 10)] * 2)
         assert order == ["a", "b", "a", "b", "a", "a"]
 
-    async def test_turns_depend_on_the_requested_tokens(self) -> None:
+    async def test_turns_depend_on_the_number_of_requested_tokens(self) -> None:
         order = await served_in_order(open_admission(max_running=1), [(A, 40), (A, 40), *[(B, 10)] * 4])
         assert order == ["a", "b", "b", "b", "b", "a"]
 
-    async def test_turns_depend_on_weights(self) -> None:
+    async def test_turns_depend_on_tenant_weights(self) -> None:
         heavy = Party("b", weight=2)
         order = await served_in_order(open_admission(max_running=1), [(A, 10)] * 2 + [(heavy, 10)] * 4)
         assert order == ["a", "b", "b", "a", "b", "b"]
 
-    async def test_requests_without_a_key_are_one_tenant(self) -> None:
+    async def test_requests_without_a_key_form_one_tenant(self) -> None:
         order = await served_in_order(open_admission(max_running=1), [(NO_KEY, 10)] * 3 + [(A, 10)])
         assert order == ["", "a", "", ""]
 
@@ -173,7 +173,7 @@ class TestAfterASwap:
 class TestFull:
     """All places are taken."""
 
-    async def test_request_of_a_key_waits_for_a_place(self) -> None:
+    async def test_request_with_a_key_waits_for_a_slot(self) -> None:
         admission, order = open_admission(max_running=1), list[str]()
         async with admitted(admission, 1, A):
             waiting = asyncio.create_task(enter(admission, B, order))
@@ -182,14 +182,14 @@ class TestFull:
         await waiting
         assert order == ["b"]
 
-    async def test_request_without_a_key_is_rejected_immediately(self) -> None:
+    async def test_request_without_a_key_is_rejected_if_all_slots_are_taken(self) -> None:
         admission = open_admission(max_running=1)
         async with admitted(admission, 1, A):
             with pytest.raises(OverloadedError, match="1 requests are running"):
                 async with admitted(admission, 1):
                     pass
 
-    async def test_request_without_a_key_has_its_share_when_others_wait(self) -> None:
+    async def test_requests_without_a_key_get_their_share_while_others_wait(self) -> None:
         admission, order = open_admission(max_running=1), list[str]()
         async with admitted(admission, 1, A):
             waiting = [asyncio.create_task(enter(admission, party, order)) for party in (A, A, A, NO_KEY)]
@@ -197,7 +197,7 @@ class TestFull:
         await asyncio.gather(*waiting)
         assert order == ["", "a", "a", "a"]
 
-    async def test_flood_of_one_key_delays_no_other(self) -> None:
+    async def test_flood_from_one_key_does_not_delay_other_keys(self) -> None:
         admission, order = open_admission(max_running=1, max_queued=100), list[str]()
         async with admitted(admission, 1, A):
             flood = [asyncio.create_task(enter(admission, A, order)) for _ in range(50)]
@@ -207,7 +207,7 @@ class TestFull:
         await asyncio.gather(*flood, other)
         assert order.index("b") <= 1
 
-    async def test_head_of_the_queue_is_not_overtaken(self) -> None:
+    async def test_request_at_the_head_of_the_queue_is_not_overtaken(self) -> None:
         admission, order = open_admission(max_tokens=100), list[str]()
         async with admitted(admission, 60, A):
             large = asyncio.create_task(enter(admission, B, order, 60))
@@ -217,7 +217,7 @@ class TestFull:
             assert order == []
         await asyncio.gather(large, small)
 
-    async def test_request_runs_immediately_when_it_is_its_turn(self) -> None:
+    async def test_request_runs_immediately_if_it_is_its_turn(self) -> None:
         admission, order = open_admission(max_tokens=100), list[str]()
         async with admitted(admission, 60, A):
             large = asyncio.create_task(enter(admission, A, order, 60))
@@ -226,7 +226,7 @@ class TestFull:
             assert order == ["b"]
         await large
 
-    async def test_error_has_the_wait_and_the_running_requests_when_a_request_waited_too_long(self) -> None:
+    async def test_wait_timeout_error_reports_wait_time_and_running_requests(self) -> None:
         admission = open_admission(max_running=1, queue_timeout_s=0.01)
         async with admitted(admission, 1, A):
             with pytest.raises(OverloadedError, match=r"waited 0\.01 s.*1 requests are running"):
@@ -234,14 +234,14 @@ class TestFull:
                     pass
         assert admission.queued == 0
 
-    async def test_request_is_rejected_immediately_when_the_queue_has_no_places(self) -> None:
+    async def test_request_is_rejected_immediately_if_the_queue_has_no_room(self) -> None:
         admission = open_admission(max_running=1, max_queued=0)
         async with admitted(admission, 1, A):
             with pytest.raises(OverloadedError):
                 async with admitted(admission, 1, B):
                     pass
 
-    async def test_error_is_a_full_queue_or_a_queue_timeout_when_a_swap_runs(self) -> None:
+    async def test_request_during_a_swap_fails_with_full_queue_or_queue_timeout(self) -> None:
         admission = open_admission(max_queued=0)
         async with closed(admission):
             with pytest.raises(QueueOverflowError):
@@ -257,7 +257,7 @@ class TestFull:
 class TestFullQueue:
     """One key cannot fill the queue."""
 
-    async def test_newest_request_of_the_largest_tenant_gives_way(self) -> None:
+    async def test_newest_request_of_the_largest_tenant_is_dropped_when_queue_is_full(self) -> None:
         queue = RequestQueue(max_queued=4)
         places = [queue.join(A, 1) for _ in range(4)]
         mine = queue.join(B, 1)
@@ -265,7 +265,7 @@ class TestFullQueue:
         assert len(queue) == 4
         assert not any(place.given.done() for place in (*places[:3], mine))
 
-    async def test_requests_give_way_until_each_tenant_has_its_share(self) -> None:
+    async def test_queued_requests_are_dropped_until_each_tenant_has_its_share(self) -> None:
         queue = RequestQueue(max_queued=4)
         places = [queue.join(A, 1) for _ in range(4)]
         queue.join(B, 1)
@@ -276,7 +276,7 @@ class TestFullQueue:
         for place in places[2:]:
             place.given.exception()
 
-    async def test_shares_of_the_queue_depend_on_weights(self) -> None:
+    async def test_queue_shares_depend_on_tenant_weights(self) -> None:
         queue = RequestQueue(max_queued=4)
         places = [queue.join(A, 1) for _ in range(4)]
         heavy = [queue.join(Party("b", weight=3), 1) for _ in range(3)]
@@ -285,7 +285,7 @@ class TestFullQueue:
         for place in places[1:]:
             place.given.exception()
 
-    async def test_new_request_is_rejected_when_no_tenant_has_more_queued_requests(self) -> None:
+    async def test_new_request_is_rejected_if_no_tenant_has_more_queued_requests(self) -> None:
         queue = RequestQueue(max_queued=1)
         first = queue.join(A, 1)
         for party in (A, B):
@@ -294,7 +294,7 @@ class TestFullQueue:
         assert not first.given.done()
 
 
-async def test_idle_tenant_neither_gains_credit_nor_owes_any() -> None:
+async def test_idle_tenant_builds_up_neither_credit_nor_debt() -> None:
     queue, order = RequestQueue(max_queued=100), list[str]()
     for _ in range(1000):
         queue.charge(A, 10)
@@ -310,7 +310,7 @@ async def test_idle_tenant_neither_gains_credit_nor_owes_any() -> None:
     assert order == ["b", "a", "b", "a"]
 
 
-async def test_tenant_is_charged_nothing_when_its_request_left_the_queue() -> None:
+async def test_tenant_is_not_charged_for_a_request_that_left_the_queue() -> None:
     queue, admitted = RequestQueue(max_queued=100), list[Place]()
     gone = [asyncio.create_task(queue.until_given(queue.join(A, 1000), 60, lambda: None)) for _ in range(5)]
     await settle()
@@ -328,7 +328,7 @@ async def test_tenant_is_charged_nothing_when_its_request_left_the_queue() -> No
     assert len(queue) == 0
 
 
-async def test_tenant_leaves_no_trace_when_its_requests_leave_repeatedly() -> None:
+async def test_repeatedly_leaving_the_queue_leaves_no_trace_of_the_tenant() -> None:
     queue = RequestQueue(max_queued=100)
     queue.join(A, 10)
     for _ in range(1000):

@@ -11,7 +11,7 @@ from tests.serving.admission.opened import admit_once, admitted, open_admission,
 from tests.serving.service import closed
 
 
-async def test_largest_queue_length_is_kept_when_the_queue_is_empty_again() -> None:
+async def test_largest_queue_length_is_kept_after_the_queue_empties() -> None:
     admission = open_admission()
     async with closed(admission):
         waiting = [asyncio.create_task(run_until(admission, asyncio.Event())) for _ in range(3)]
@@ -24,7 +24,7 @@ async def test_largest_queue_length_is_kept_when_the_queue_is_empty_again() -> N
         assert admission.queue.most == 0
 
 
-async def test_requests_enter_in_order_when_admission_opens() -> None:
+async def test_queued_requests_are_admitted_in_order_when_admission_opens() -> None:
     admission, entered = open_admission(), list[int]()
 
     async def client(number: int) -> None:
@@ -39,7 +39,7 @@ async def test_requests_enter_in_order_when_admission_opens() -> None:
     assert entered == [0, 1, 2, 3, 4]
 
 
-async def test_request_is_rejected_when_the_queue_is_full() -> None:
+async def test_request_is_rejected_if_the_queue_is_full() -> None:
     admission, end = open_admission(max_queued=1), asyncio.Event()
     async with closed(admission):
         task = asyncio.create_task(run_until(admission, end))
@@ -51,7 +51,7 @@ async def test_request_is_rejected_when_the_queue_is_full() -> None:
     await task
 
 
-async def test_request_waits_no_longer_than_its_timeout() -> None:
+async def test_queued_request_waits_no_longer_than_its_timeout() -> None:
     admission = open_admission(queue_timeout_s=0.01)
     async with closed(admission):
         with pytest.raises(QueueTimeoutError):
@@ -60,7 +60,7 @@ async def test_request_waits_no_longer_than_its_timeout() -> None:
         assert admission.queued == 0
 
 
-async def test_each_request_gets_its_turn_when_more_wait_than_may_run() -> None:
+async def test_every_request_gets_its_turn_if_more_wait_than_may_run() -> None:
     admission, entered = open_admission(max_running=2), list[int]()
 
     async def client(number: int) -> None:
@@ -76,7 +76,7 @@ async def test_each_request_gets_its_turn_when_more_wait_than_may_run() -> None:
     assert entered == list(range(7))
 
 
-async def test_client_leaves_no_trace_when_it_leaves_in_the_tick_of_its_admission() -> None:
+async def test_client_disconnecting_in_its_admission_tick_leaves_no_trace() -> None:
     admission = open_admission()
     async with closed(admission):
         task = asyncio.create_task(run_until(admission, asyncio.Event()))
@@ -86,7 +86,7 @@ async def test_client_leaves_no_trace_when_it_leaves_in_the_tick_of_its_admissio
     assert (admission.running, admission.queued) == (0, 0)
 
 
-async def test_requests_wait_when_an_engine_is_started_on_demand() -> None:
+async def test_requests_wait_while_an_engine_starts_on_demand() -> None:
     admission = open_admission()
     admission.sleep()
     admission.unavailable(None)
@@ -102,7 +102,7 @@ async def test_requests_wait_when_an_engine_is_started_on_demand() -> None:
         await admit_once(admission)
 
 
-async def test_requests_are_rejected_when_the_engine_on_demand_does_not_start() -> None:
+async def test_requests_are_rejected_if_the_on_demand_engine_fails_to_start() -> None:
     admission = open_admission()
     admission.sleep()
     admission.unavailable(None)
@@ -114,7 +114,7 @@ async def test_requests_are_rejected_when_the_engine_on_demand_does_not_start() 
         await waiting
 
 
-async def test_requests_wait_as_long_as_a_start_may_take() -> None:
+async def test_requests_wait_as_long_as_an_engine_start_may_take() -> None:
     admission = Admission(max_running=1, max_tokens=9, max_queued=9, queue_timeout_s=0.01, wake_timeout_s=0.2)
     admission.sleep()
     admission.unavailable(None)

@@ -37,7 +37,7 @@ def refused(limiter: RateLimiter, of: object, demand: Demand) -> RateLimitedErro
 
 
 class TestRequests:
-    def test_error_has_the_wait_when_a_request_is_over_the_limit(self) -> None:
+    def test_rate_limit_error_includes_the_time_to_wait(self) -> None:
         clock, key = Clock(), principal(requests_per_minute=3)
         for _ in range(3):
             clock.limiter.reserve(key, asks()).settle(1, 1)
@@ -46,19 +46,19 @@ class TestRequests:
         clock.now = 20
         clock.limiter.reserve(key, asks())
 
-    def test_requests_become_free_one_after_the_other(self) -> None:
+    def test_request_allowance_is_refilled_one_request_at_a_time(self) -> None:
         clock, key = Clock(), principal(requests_per_minute=60)
         for _ in range(60):
             clock.limiter.reserve(key, asks()).settle(1, 1)
         clock.now = 2
         assert clock.limiter.allowances(key)[Limit.REQUESTS_PER_MINUTE] == Allowance(60, 2, 58.0)
 
-    def test_request_costs_nothing_when_it_is_rejected_elsewhere(self) -> None:
+    def test_request_rejected_elsewhere_does_not_use_up_the_limit(self) -> None:
         clock, key = Clock(), principal(requests_per_minute=1, tokens_per_day=10)
         clock.limiter.reserve(key, asks(5)).release()
         clock.limiter.reserve(key, asks(5))
 
-    def test_request_does_not_count_towards_other_limits_when_one_limit_rejects_it(self) -> None:
+    def test_request_rejected_by_one_limit_does_not_count_towards_others(self) -> None:
         clock, key = Clock(), principal(requests_per_minute=10, tokens_out_per_minute=10)
         clock.limiter.reserve(key, asks(10))
         refused(clock.limiter, key, asks(10))
@@ -72,7 +72,7 @@ class TestTokens:
         assert refused(clock.limiter, key, asks(41)).limit == "tokens_out_per_minute"
         clock.limiter.reserve(key, asks(40))
 
-    def test_reservation_does_not_expire_while_the_request_runs(self) -> None:
+    def test_token_reservation_does_not_expire_while_the_request_runs(self) -> None:
         clock, key = Clock(), principal(tokens_out_per_minute=100)
         clock.limiter.reserve(key, asks(100))
         clock.now = 1000
@@ -83,24 +83,24 @@ class TestTokens:
         clock.limiter.reserve(key, asks(100)).settle(1, 10)
         assert clock.limiter.allowances(key)[Limit.TOKENS_OUT_PER_MINUTE] == Allowance(100, 90, 6.0)
 
-    def test_next_request_waits_when_a_prompt_was_longer_than_estimated(self) -> None:
+    def test_next_request_waits_if_a_prompt_was_longer_than_estimated(self) -> None:
         clock, key = Clock(), principal(tokens_in_per_minute=60)
         clock.limiter.reserve(key, asks(tokens_in=10)).settle(100, 1)
         assert refused(clock.limiter, key, asks(tokens_in=20)).retry_after_s == 60
 
-    def test_request_waits_for_the_whole_limit_when_its_estimate_exceeds_it(self) -> None:
+    def test_request_waits_for_the_full_allowance_if_its_estimate_exceeds_the_limit(self) -> None:
         clock, key = Clock(), principal(tokens_in_per_minute=60)
         clock.limiter.reserve(key, asks(tokens_in=10)).settle(6, 1)
         assert refused(clock.limiter, key, asks(tokens_in=10_000)).retry_after_s == 6
         clock.now = 6
         clock.limiter.reserve(key, asks(tokens_in=10_000))
 
-    def test_error_has_no_retry_after_when_a_request_asks_for_more_than_the_limit(self) -> None:
+    def test_error_for_a_request_exceeding_the_whole_limit_has_no_retry_after(self) -> None:
         error = refused(Clock().limiter, principal(tokens_out_per_minute=100), asks(101))
         assert (error.limit, error.retry_after_s) == ("tokens_out_per_minute", None)
         assert "101" in error.wrong
 
-    def test_request_without_a_length_is_accepted_when_the_whole_limit_is_free(self) -> None:
+    def test_request_without_a_length_is_accepted_if_the_whole_allowance_is_free(self) -> None:
         clock, key = Clock(), principal(tokens_out_per_minute=100)
         clock.limiter.reserve(key, asks(2048, said=False)).settle(1, 30)
         assert refused(clock.limiter, key, asks(2048, said=False)).retry_after_s == 18
@@ -109,7 +109,7 @@ class TestTokens:
 
 
 class TestDay:
-    def test_limit_of_the_day_ends_at_midnight(self) -> None:
+    def test_daily_limit_resets_at_midnight(self) -> None:
         clock, key = Clock(), principal(tokens_per_day=100)
         clock.limiter.reserve(key, asks(50, 50)).settle(50, 50)
         assert refused(clock.limiter, key, asks()).retry_after_s == NOON
@@ -117,18 +117,18 @@ class TestDay:
         clock.now = NOON
         clock.limiter.reserve(key, asks(50, 50))
 
-    def test_wait_is_for_a_running_request_when_reservations_fill_the_limit(self) -> None:
+    def test_retry_after_is_one_second_if_running_reservations_fill_the_limit(self) -> None:
         clock, key = Clock(), principal(tokens_per_day=100)
         clock.limiter.reserve(key, asks(60, 1))
         assert refused(clock.limiter, key, asks(60, 1)).retry_after_s == 1
 
-    def test_request_without_a_length_reserves_the_rest_of_the_day(self) -> None:
+    def test_request_without_a_length_reserves_the_rest_of_the_daily_limit(self) -> None:
         clock, key = Clock(), principal(tokens_per_day=100)
         clock.limiter.reserve(key, asks(50, 49)).settle(49, 50)
         clock.limiter.reserve(key, asks(2048, said=False)).settle(1, 20)
         assert refused(clock.limiter, key, asks(2048, said=False)).retry_after_s == NOON
 
-    def test_usage_before_the_start_of_the_server_counts(self) -> None:
+    def test_usage_before_the_server_start_counts_towards_the_daily_limit(self) -> None:
         clock, key = Clock(), principal(tokens_per_day=100)
         clock.limiter.reserve(key, asks(10, 1)).settle(1, 10)
         clock.limiter.add_used_today({"k1": 80, "other": 1000})
@@ -144,41 +144,41 @@ def test_request_is_rejected_when_the_concurrency_limit_is_reached() -> None:
     clock.limiter.reserve(key, asks())
 
 
-def test_limit_with_the_longest_wait_is_named_when_several_are_reached() -> None:
+def test_error_names_the_exceeded_limit_with_the_longest_wait() -> None:
     clock, key = Clock(), principal(requests_per_minute=1, tokens_out_per_minute=100)
     clock.limiter.reserve(key, asks(10)).settle(1, 10)
     error = refused(clock.limiter, key, asks(100))
     assert (error.limit, error.retry_after_s) == ("requests_per_minute", 60)
 
 
-def test_usage_of_other_keys_has_no_effect() -> None:
+def test_usage_by_other_keys_does_not_affect_a_keys_limits() -> None:
     clock = Clock()
     clock.limiter.reserve(principal("a", requests_per_minute=1), asks())
     clock.limiter.reserve(principal("b", requests_per_minute=1), asks())
 
 
-def test_changed_limit_applies_immediately() -> None:
+def test_changed_rate_limit_applies_immediately() -> None:
     clock = Clock()
     clock.limiter.reserve(principal(requests_per_minute=10), asks()).settle(1, 1)
     refused(clock.limiter, principal(requests_per_minute=1), asks())
     clock.limiter.reserve(principal(requests_per_minute=2), asks())
 
 
-def test_key_without_limits_is_not_stored() -> None:
+def test_keys_without_limits_are_not_stored() -> None:
     limiter = RateLimiter()
     limiter.reserve(principal(), asks(10**9)).settle(1, 1)
     assert limiter.allowances(principal()) == {}
     assert not limiter._keys
 
 
-def test_memory_is_one_entry_for_each_key() -> None:
+def test_limiter_memory_is_one_entry_per_key() -> None:
     limiter = RateLimiter()
     for number in range(1000):
         limiter.reserve(principal(f"k{number % 10}", requests_per_minute=10**6), asks()).settle(1, 1)
     assert len(limiter._keys) == 10
 
 
-def test_estimate_of_a_prompt_grows_with_its_bytes_and_is_positive() -> None:
+def test_prompt_token_estimate_is_positive_and_grows_with_its_bytes() -> None:
     assert (estimated_tokens(0), estimated_tokens(400)) == (1, 101)
 
 
@@ -189,7 +189,9 @@ STEPS = st.lists(
 
 @settings(max_examples=4 * settings().max_examples, deadline=None)
 @given(steps=STEPS, limit=st.integers(1, 100))
-def test_usage_never_exceeds_the_limit_plus_its_refill(steps: list[tuple[float, int, float, bool]], limit: int) -> None:
+def test_token_usage_never_exceeds_the_limit_plus_its_refill(
+    steps: list[tuple[float, int, float, bool]], limit: int
+) -> None:
     clock, key = Clock(), principal(tokens_out_per_minute=limit)
     running: list[tuple[Reservation, int]] = []
     used, since = 0, 0.0
@@ -208,9 +210,7 @@ def test_usage_never_exceeds_the_limit_plus_its_refill(steps: list[tuple[float, 
 
 @settings(max_examples=4 * settings().max_examples, deadline=None)
 @given(amounts=st.lists(st.integers(1, 50), min_size=1, max_size=20), limit=st.integers(50, 200))
-def test_request_is_accepted_when_it_is_repeated_after_the_wait_given_in_the_error(
-    amounts: list[int], limit: int
-) -> None:
+def test_request_repeated_after_the_wait_in_the_error_is_accepted(amounts: list[int], limit: int) -> None:
     clock, key = Clock(), principal(tokens_out_per_minute=limit, requests_per_minute=7)
     for amount in amounts:
         try:

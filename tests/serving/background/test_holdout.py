@@ -105,7 +105,7 @@ async def run_of(control: Control, of: Target, runs: int = 1, *, completed: bool
     return run
 
 
-async def test_all_examples_are_asked_after_a_start(make: Make) -> None:
+async def test_all_held_out_examples_are_run_after_a_start(make: Make) -> None:
     async with asked(make) as (control, _):
         run = await run_of(control, target(1))
         assert (run.cause, run.outcome, run.reason, run.engine) == (
@@ -119,7 +119,7 @@ async def test_all_examples_are_asked_after_a_start(make: Make) -> None:
         assert len(rows(control)) == 1
 
 
-async def test_each_answer_has_the_score_of_the_versions_metric(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_each_answer_is_scored_with_the_versions_metric(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     rouge = Rouge("1")
     monkeypatch.setattr(holdout, "watched_metric", lambda registry, target, run_functions: rouge)
     async with asked(make) as (control, _):
@@ -129,13 +129,13 @@ async def test_each_answer_has_the_score_of_the_versions_metric(make: Make, monk
     assert run.hits == (True, False, False)
 
 
-async def test_each_answer_is_scored_by_exact_match_when_that_is_the_primary_metric(make: Make) -> None:
+async def test_exact_match_as_primary_metric_scores_each_answer(make: Make) -> None:
     async with asked(make) as (control, _):
         run = await run_of(control, target(1))
     assert (run.metric, run.scores) == ("exact_match", (1.0, 0.0, 0.0))
 
 
-async def test_run_is_stored_when_its_metric_cannot_run_here(
+async def test_held_out_run_is_stored_even_if_its_metric_cannot_run_here(
     make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(registry: Registry, target: Target, *, run_functions: bool) -> Metric:
@@ -148,7 +148,7 @@ async def test_run_is_stored_when_its_metric_cannot_run_here(
     assert "there is no metric 'own'" in caplog.text
 
 
-async def test_log_probabilities_are_of_the_registered_tokens(make: Make) -> None:
+async def test_held_out_log_probabilities_are_those_of_the_registered_tokens(make: Make) -> None:
     async with asked(make) as (control, _):
         run = await run_of(control, target(1))
         for example, nll in zip(HELDOUT, run.nll, strict=True):
@@ -158,7 +158,7 @@ async def test_log_probabilities_are_of_the_registered_tokens(make: Make) -> Non
             assert nll == pytest.approx(-sum(logprobs) / len(logprobs))
 
 
-async def test_examples_are_asked_as_at_the_registration(make: Make) -> None:
+async def test_held_out_examples_are_requested_as_at_registration(make: Make) -> None:
     async with asked(make) as (control, _):
         await run_of(control, target(1))
         chats = [body for body in control.double.requests if "messages" in body]
@@ -169,7 +169,9 @@ async def test_examples_are_asked_as_at_the_registration(make: Make) -> None:
     assert all(request_id.startswith(ID_PREFIX) for request_id in ids)
 
 
-async def test_each_example_has_its_registered_limit(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_each_held_out_example_uses_its_registered_token_limit(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     registered = tuple(RESULT.model_copy(update={"limit": limit}) for limit in (5, 9, 3))
     monkeypatch.setattr(Registry, "results", lambda self, version, format: registered)
     async with asked(make) as (control, _):
@@ -178,12 +180,12 @@ async def test_each_example_has_its_registered_limit(make: Make, monkeypatch: py
     assert [body["max_tokens"] for body in chats] == [5, 9, 3]
 
 
-async def test_only_examples_with_registered_answers_are_asked(make: Make) -> None:
+async def test_only_examples_with_registered_answers_are_run(make: Make) -> None:
     async with asked(make, answered=2) as (control, _):
         assert (await run_of(control, target(1))).hits == (True, False)
 
 
-async def test_only_a_sample_is_asked_when_there_are_many_examples(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_only_a_sample_of_a_large_held_out_set_is_run(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(holdout, "MAX_EXAMPLES", 2)
     async with asked(make) as (control, _):
         run = await run_of(control, target(1))
@@ -192,7 +194,7 @@ async def test_only_a_sample_is_asked_when_there_are_many_examples(make: Make, m
     assert [body["messages"] for body in chats] == [[m.as_dict() for m in HELDOUT[at].prompt] for at in (0, 2)]
 
 
-async def test_example_is_left_out_when_it_has_too_many_tokens(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_held_out_example_with_too_many_tokens_is_skipped(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second, third = map(tokenized, HELDOUT)
     long = TokenizedExample(second.input_ids + (1,) * MOST_TOKENS, second.learnt)
     monkeypatch.setattr(Registry, "heldout_tokens", lambda self, version: (first, long, third))
@@ -200,7 +202,7 @@ async def test_example_is_left_out_when_it_has_too_many_tokens(make: Make, monke
         assert (await run_of(control, target(1))).places == (0, 2)
 
 
-async def test_nothing_is_asked_and_the_reason_is_shown_when_no_example_fits(
+async def test_no_example_is_run_and_the_reason_is_shown_if_none_fits(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(holdout, "MOST_TOKENS", 1)
@@ -210,7 +212,7 @@ async def test_nothing_is_asked_and_the_reason_is_shown_when_no_example_fits(
         assert rows(control) == []
 
 
-def test_sample_is_spread_over_the_whole_set() -> None:
+def test_sample_is_spread_over_the_whole_held_out_set() -> None:
     cases: list[tuple[int, int]] = [(1000, 200), (201, 200), (399, 200), (200, 200), (5, 200), (1, 1)]
     for total, most in cases:
         places = holdout._evenly(total, most)
@@ -219,7 +221,7 @@ def test_sample_is_spread_over_the_whole_set() -> None:
         assert min(gaps) >= 1 and max(gaps) <= -(-total // most), total
 
 
-async def test_run_is_not_in_the_metrics_of_requests(make: Make) -> None:
+async def test_held_out_run_does_not_appear_in_request_metrics(make: Make) -> None:
     async with asked(make) as (control, _):
         await run_of(control, target(1))
         assert control.sample("svc_tokens_total", model=NAME, version="1", direction="out") == 0
@@ -236,7 +238,7 @@ async def test_held_out_set_is_run_on_the_new_version_after_a_swap(make: Make) -
         assert (run.cause, run.hits) == (HoldoutCause.SWAP, (False, True, False))
 
 
-async def test_held_out_set_is_run_again_on_the_old_version_when_a_swap_was_undone(make: Make) -> None:
+async def test_held_out_set_is_rerun_on_the_old_version_after_undone_swap(make: Make) -> None:
     async with asked(make) as (control, _):
         make_version(control.registry, 4, probes_of="/elsewhere", answered=3)
         await run_of(control, target(1))
@@ -245,20 +247,20 @@ async def test_held_out_set_is_run_again_on_the_old_version_when_a_swap_was_undo
         assert {row.number for row in rows(control)} == {1}
 
 
-async def test_held_out_set_is_run_on_the_next_engine_when_one_died(make: Make) -> None:
+async def test_held_out_set_is_run_on_the_next_engine_after_one_dies(make: Make) -> None:
     async with asked(make) as (control, _):
         await run_of(control, target(1))
         control.park.engines[0].kill()
         assert (await run_of(control, target(1), 2)).cause is HoldoutCause.START
 
 
-async def test_set_is_run_again_on_its_schedule(make: Make) -> None:
+async def test_held_out_set_is_rerun_on_schedule(make: Make) -> None:
     async with asked(make, every_hours=0.05 / 3600) as (control, _):
         assert (await run_of(control, target(1), 3)).cause is HoldoutCause.SCHEDULE
         assert [row.cause for row in rows(control)][:3] == ["start", "schedule", "schedule"]
 
 
-async def test_set_is_not_run_again_before_its_time(make: Make) -> None:
+async def test_held_out_set_is_not_rerun_before_its_scheduled_time(make: Make) -> None:
     async with asked(make) as (control, runs):
         await run_of(control, target(1))
         await asyncio.sleep(0.1)
@@ -266,7 +268,7 @@ async def test_set_is_not_run_again_before_its_time(make: Make) -> None:
         assert not runs.under_way
 
 
-async def test_run_is_restarted_when_a_swap_interrupts_it(make: Make) -> None:
+async def test_held_out_run_restarts_after_a_swap_interrupts_it(make: Make) -> None:
     control = make(answered=3)
     control.park.prepare = lambda double: setattr(double, "token_delay_s", 0.05)
     async with control.run(), running(runs_of(control)) as runs:
@@ -278,7 +280,7 @@ async def test_run_is_restarted_when_a_swap_interrupts_it(make: Make) -> None:
         assert [row.number for row in rows(control)] == [2]
 
 
-async def test_run_is_restarted_when_a_death_interrupts_it(make: Make) -> None:
+async def test_held_out_run_restarts_after_engine_death_interrupts_it(make: Make) -> None:
     control = make(answered=3)
     control.park.prepare = lambda double: setattr(double, "token_delay_s", 0.05)
     async with control.run(), running(runs_of(control)) as runs:
@@ -291,7 +293,9 @@ async def test_run_is_restarted_when_a_death_interrupts_it(make: Make) -> None:
 
 
 @pytest.mark.slow
-async def test_run_under_load_is_complete_and_fails_no_request(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_held_out_run_under_load_completes_and_fails_no_request(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("serving.background.scheduler.PATIENCE_S", 0.02)
     control = make(answered=3)
     control.park.prepare = lambda double: setattr(double, "token_delay_s", 0.002)
@@ -308,7 +312,7 @@ async def test_run_under_load_is_complete_and_fails_no_request(make: Make, monke
     load.check()
 
 
-async def test_run_fails_and_the_next_one_is_on_schedule_when_the_engine_rejects_an_example(
+async def test_rejected_example_fails_the_held_out_run_but_not_the_schedule(
     make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     control = make(answered=3)
@@ -323,7 +327,9 @@ async def test_run_fails_and_the_next_one_is_on_schedule_when_the_engine_rejects
     assert "the run of the held-out set of tuned@1 (merged) failed" in caplog.text
 
 
-async def test_run_fails_when_registered_answers_are_altered(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+async def test_held_out_run_fails_if_registered_answers_were_altered(
+    make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
     control = make(answered=3)
     path = control.registry.folder(target(1).version) / "reference" / "merged.jsonl"
     path.write_bytes(path.read_bytes() * 2)
@@ -333,7 +339,9 @@ async def test_run_fails_when_registered_answers_are_altered(make: Make, caplog:
     assert run.reason is not None and "was changed after registration" in run.reason
 
 
-async def test_failed_run_has_the_defect_as_its_reason(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_failed_held_out_run_reports_the_defect_as_its_reason(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("no")
 
@@ -343,7 +351,7 @@ async def test_failed_run_has_the_defect_as_its_reason(make: Make, monkeypatch: 
     assert run.reason == "ZeroDivisionError('no')"
 
 
-async def test_run_is_stored_when_the_store_failed_for_a_while(
+async def test_held_out_run_is_stored_even_if_the_store_failed_temporarily(
     make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     failures = 2
@@ -363,7 +371,7 @@ async def test_run_is_stored_when_the_store_failed_for_a_while(
     assert "database is locked" in caplog.text
 
 
-async def test_held_out_set_is_run_again_when_a_run_had_a_defect(
+async def test_held_out_set_is_rerun_after_a_run_with_a_defect(
     make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     failures = 1
@@ -381,7 +389,7 @@ async def test_held_out_set_is_run_again_when_a_run_had_a_defect(
     assert "could not run the held-out set" in caplog.text
 
 
-async def test_version_without_registered_answers_is_not_run_and_logged_once(
+async def test_version_without_registered_answers_is_skipped_and_logged_once(
     make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with asked(make, answered=0, every_hours=0.01 / 3600) as (control, runs):
@@ -402,7 +410,7 @@ async def test_version_without_registered_answers_is_not_run_and_logged_once(
     ("unprobed", "settings", "reason"),
     [("the engine dies of it", {}, "the engine dies of it"), (None, {"every_hours": 0}, "`holdout.every_hours` is 0")],
 )
-async def test_nothing_is_asked_and_the_reason_is_shown_when_runs_are_off(
+async def test_no_example_is_run_and_the_reason_shown_if_runs_are_off(
     make: Make, caplog: pytest.LogCaptureFixture, unprobed: str | None, settings: dict[str, Any], reason: str
 ) -> None:
     control = make(answered=3)
@@ -419,7 +427,7 @@ async def test_nothing_is_asked_and_the_reason_is_shown_when_runs_are_off(
     assert [record for record in caplog.records if record.levelno == logging.WARNING and reason in record.message]
 
 
-async def test_interval_of_runs_is_in_the_metrics_before_the_first_run_ends(make: Make) -> None:
+async def test_run_interval_is_in_the_metrics_before_the_first_run_ends(make: Make) -> None:
     control = make(answered=3)
     control.park.prepare = lambda double: setattr(double, "token_delay_s", 0.05)
     async with control.run(), running(runs_of(control, every_hours=2)) as runs:
@@ -430,7 +438,7 @@ async def test_interval_of_runs_is_in_the_metrics_before_the_first_run_ends(make
         assert (due(control, 1), due(control, 2)) == (None, 2 * 3600)
 
 
-async def test_status_shows_the_progress(make: Make) -> None:
+async def test_status_shows_held_out_run_progress(make: Make) -> None:
     control = make(answered=3)
     control.park.prepare = lambda double: setattr(double, "token_delay_s", 0.02)
     async with control.run(), running(runs_of(control)) as runs:
@@ -455,7 +463,7 @@ async def test_status_shows_the_progress(make: Make) -> None:
     }
 
 
-async def test_no_more_runs_start_when_runs_killed_three_engines(make: Make) -> None:
+async def test_no_more_held_out_runs_start_after_three_killed_engines(make: Make) -> None:
     """Otherwise each new engine would be killed by the run that its start begins."""
     control = make(answered=3)
 
@@ -478,7 +486,7 @@ async def test_no_more_runs_start_when_runs_killed_three_engines(make: Make) -> 
         assert control.state is EngineState.READY
 
 
-async def test_server_runs_the_held_out_set_and_shows_the_run_in_its_status(
+async def test_server_runs_the_held_out_set_and_reports_it_in_its_status(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_version(home.registry, 4, answered=3)
@@ -492,7 +500,7 @@ async def test_server_runs_the_held_out_set_and_shows_the_run_in_its_status(
         assert session.scalars(select(HoldoutRunRow.number)).all() == [4]
 
 
-async def test_server_stops_immediately_while_a_run_is_in_progress(home: Home) -> None:
+async def test_server_stops_immediately_during_a_held_out_run(home: Home) -> None:
     make_version(home.registry, 4, answered=3)
     async with home.serving(f"{NAME}@4"):
         home.park.double.token_delay_s = 30
@@ -501,7 +509,7 @@ async def test_server_stops_immediately_while_a_run_is_in_progress(home: Home) -
     assert asyncio.get_running_loop().time() - stopping < 2
 
 
-async def test_run_belongs_to_the_version_of_the_engine_that_answered(make: Make) -> None:
+async def test_held_out_run_is_attributed_to_the_version_that_answered(make: Make) -> None:
     """In a swap of two engines the first holds the new version long before that is in production."""
     control = make(answered=3, replicas=2, swap=SwapChoice.BLUEGREEN)
     async with control.run(), running(runs_of(control)):

@@ -29,7 +29,7 @@ async def put(client: EngineClient) -> Answer:
     return await client.chat(PROMPT, max_tokens=2)
 
 
-async def test_answer_comes_from_the_engine_and_is_in_no_metric(control: Control) -> None:
+async def test_background_answer_comes_from_the_engine_and_appears_in_no_metric(control: Control) -> None:
     answer = await questions(control).ask(control.replica.weights, put)
     assert answer.text == "1.0 1.1 "
     assert control.sample("svc_requests_running", model=NAME) == 0
@@ -37,7 +37,7 @@ async def test_answer_comes_from_the_engine_and_is_in_no_metric(control: Control
     assert [family.samples for family in families] == [[], []]
 
 
-async def test_ids_of_background_requests_have_their_own_prefix(control: Control) -> None:
+async def test_background_request_ids_have_their_own_prefix(control: Control) -> None:
     before = len(control.double.request_ids)
     await questions(control).ask(control.replica.weights, put)
     (own,) = control.double.request_ids[before:]
@@ -45,7 +45,7 @@ async def test_ids_of_background_requests_have_their_own_prefix(control: Control
     assert len(own) > len(ID_PREFIX)
 
 
-async def test_requests_are_sent_at_most_at_the_configured_rate(control: Control) -> None:
+async def test_background_requests_do_not_exceed_the_configured_rate(control: Control) -> None:
     asking = questions(control, requests_per_minute=60 / 0.1)
     began = time.monotonic()
     for _ in range(3):
@@ -53,7 +53,7 @@ async def test_requests_are_sent_at_most_at_the_configured_rate(control: Control
     assert 0.2 <= time.monotonic() - began < 1
 
 
-async def test_requests_run_one_at_a_time(control: Control) -> None:
+async def test_scheduled_background_requests_run_one_at_a_time(control: Control) -> None:
     asking, most = questions(control), 0
     control.double.token_delay_s = 0.01
 
@@ -67,13 +67,13 @@ async def test_requests_run_one_at_a_time(control: Control) -> None:
     assert most == 0  # no arriving request found another one running
 
 
-async def test_error_is_raised_when_the_engine_rejects_a_request(control: Control) -> None:
+async def test_error_is_raised_if_the_engine_rejects_a_background_request(control: Control) -> None:
     control.double.max_model_len = 2
     with pytest.raises(EngineError, match="maximum context length"):
         await questions(control).ask(control.replica.weights, put)
 
 
-async def test_request_is_not_sent_when_the_engine_has_other_weights(control: Control) -> None:
+async def test_background_request_is_not_sent_if_engine_weights_changed(control: Control) -> None:
     load = control.replica.weights
     await control.promote(2)
     calls = len(control.double.requests)
@@ -82,7 +82,7 @@ async def test_request_is_not_sent_when_the_engine_has_other_weights(control: Co
     assert len(control.double.requests) == calls
 
 
-async def test_swap_does_not_wait_for_an_answer_and_cancels_the_request(control: Control) -> None:
+async def test_swap_cancels_a_background_request_without_waiting_for_its_answer(control: Control) -> None:
     control.double.token_delay_s = 30
     asking = asyncio.create_task(questions(control).ask(control.replica.weights, put))
     await until(lambda: control.double.delayed)
@@ -94,7 +94,9 @@ async def test_swap_does_not_wait_for_an_answer_and_cancels_the_request(control:
         await asking
 
 
-async def test_request_is_sent_again_when_the_swap_was_cancelled(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_background_request_is_resent_if_the_swap_was_cancelled(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("serving.background.scheduler.PATIENCE_S", 0.0)
     async with make(drain_timeout_s=0.2).run() as control, control.client() as client:
         control.park.room = "full"
@@ -109,7 +111,7 @@ async def test_request_is_sent_again_when_the_swap_was_cancelled(make: Make, mon
         assert (await running).status == 200
 
 
-async def test_request_is_superseded_when_the_engine_died(control: Control) -> None:
+async def test_background_request_is_superseded_if_the_engine_died(control: Control) -> None:
     control.double.fault = Fault.DIE_BEFORE_ANSWER
     asking = questions(control)
     with pytest.raises(SupersededError):
@@ -118,7 +120,7 @@ async def test_request_is_superseded_when_the_engine_died(control: Control) -> N
     assert (await asking.ask(control.replica.weights, put)).text == "1.0 1.1 "
 
 
-async def test_request_is_sent_again_when_the_engine_was_only_slow(control: Control) -> None:
+async def test_background_request_is_resent_if_the_engine_was_only_slow(control: Control) -> None:
     asking = questions(control)
     for _ in range(3):
         tries, late = 0, 3
@@ -142,7 +144,7 @@ async def test_request_is_sent_again_when_the_engine_was_only_slow(control: Cont
     assert asking.off is None
 
 
-async def test_swap_of_a_slow_engine_does_not_count_as_death(
+async def test_swap_of_a_slow_engine_does_not_count_as_engine_death(
     control: Control, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     checks = 0
@@ -164,7 +166,9 @@ async def test_swap_of_a_slow_engine_does_not_count_as_death(
     assert "died" not in caplog.text
 
 
-async def test_no_more_requests_are_sent_after_three_deaths(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+async def test_no_more_background_requests_are_sent_after_three_engine_deaths(
+    make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
     async with make().run() as control:
         asking = questions(control)
         for _ in range(3):
@@ -180,7 +184,7 @@ async def test_no_more_requests_are_sent_after_three_deaths(make: Make, caplog: 
     assert caplog.text.count("stopping background requests") == 1
 
 
-async def test_deaths_of_earlier_days_are_forgotten(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_engine_deaths_on_earlier_days_are_forgotten(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.background.scheduler._DEATHS_WITHIN_S", 0.3)
     async with make().run() as control:
         asking = questions(control)
@@ -195,7 +199,7 @@ async def test_deaths_of_earlier_days_are_forgotten(make: Make, monkeypatch: pyt
         assert (await asking.ask(control.replica.weights, put)).text == "1.0 1.1 "
 
 
-async def test_cancelled_requests_leave_nothing_behind(control: Control) -> None:
+async def test_cancelled_background_request_leaves_nothing_running(control: Control) -> None:
     control.double.token_delay_s = 30
     asking = asyncio.create_task(questions(control).ask(control.replica.weights, put))
     await until(lambda: control.double.running)

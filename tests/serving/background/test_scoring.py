@@ -82,7 +82,7 @@ def logprobs(control: Control) -> list[float | None]:
         return list(session.scalars(select(RequestRow.logprob).order_by(RequestRow.id)))
 
 
-async def test_score_is_the_mean_over_the_tokens_of_the_answer(control: Control) -> None:
+async def test_live_answer_score_is_the_mean_over_its_tokens(control: Control) -> None:
     add_requests(control.store, [kept()])
     async with scoring_of(control):
         await until(lambda: logprobs(control) != [None])
@@ -91,7 +91,7 @@ async def test_score_is_the_mean_over_the_tokens_of_the_answer(control: Control)
     assert logprobs(control) == [pytest.approx(fmean(await client.logprobs(prompt + answer, len(prompt))))]
 
 
-async def test_long_answer_is_cut_like_a_held_out_one(control: Control) -> None:
+async def test_long_live_answer_is_truncated_like_a_held_out_answer(control: Control) -> None:
     words = [f"word{number}" for number in range(MAX_TOKENS + 2)]
     add_requests(control.store, [kept(answer=" ".join(words))])
     async with scoring_of(control):
@@ -101,7 +101,7 @@ async def test_long_answer_is_cut_like_a_held_out_one(control: Control) -> None:
     assert logprobs(control) == [pytest.approx(fmean(await client.logprobs(prompt + answer, len(prompt))))]
 
 
-async def test_store_is_seldom_read_when_there_is_nothing_to_score(
+async def test_store_is_read_rarely_if_there_is_nothing_to_score(
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks = 0
@@ -145,7 +145,7 @@ async def test_number_of_scores_per_hour_is_limited(control: Control) -> None:
         assert sum(score is not None for score in logprobs(control)) <= 4
 
 
-async def test_answer_is_skipped_for_good_when_the_engine_rejects_it(control: Control) -> None:
+async def test_answer_rejected_by_the_engine_is_skipped_permanently(control: Control) -> None:
     control.double.max_model_len = 10
     long = json.dumps([{"role": "user", "content": "long " * 20}])
     add_requests(control.store, [kept(prompt=long), kept(minutes_ago=2)])
@@ -157,7 +157,7 @@ async def test_answer_is_skipped_for_good_when_the_engine_rejects_it(control: Co
     assert logprobs(control)[0] is None
 
 
-async def test_nothing_is_scored_while_the_held_out_set_is_run(control: Control) -> None:
+async def test_nothing_is_scored_during_a_held_out_run(control: Control) -> None:
     busy = True
     add_requests(control.store, [kept()])
     async with scoring_of(control, busy=lambda: busy):
@@ -178,7 +178,7 @@ async def test_only_answers_of_the_served_version_are_scored(control: Control) -
 
 
 @pytest.mark.parametrize(("unprobed", "settings"), [("the engine dies of it", {}), (None, {"scored_per_hour": 0})])
-async def test_nothing_is_scored_when_background_requests_are_off(
+async def test_nothing_is_scored_if_background_requests_are_off(
     make: Make, unprobed: str | None, settings: dict[str, Any]
 ) -> None:
     control = make(answered=3)
@@ -191,7 +191,7 @@ async def test_nothing_is_scored_when_background_requests_are_off(
         assert len(control.double.requests) == asked
 
 
-async def test_nothing_is_scored_when_there_are_no_registered_answers(
+async def test_nothing_is_scored_if_the_version_has_no_registered_answers(
     make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with make().run() as control:
@@ -202,7 +202,7 @@ async def test_nothing_is_scored_when_there_are_no_registered_answers(
     assert caplog.text.count("not scoring live answers of tuned@1 (merged)") == 1
 
 
-async def test_answer_that_kills_the_engine_is_tried_once(control: Control) -> None:
+async def test_scoring_an_answer_that_kills_the_engine_is_tried_only_once(control: Control) -> None:
     add_requests(control.store, [kept()])
     control.double.fault = Fault.DIE_BEFORE_ANSWER
     async with scoring_of(control):
@@ -213,7 +213,7 @@ async def test_answer_that_kills_the_engine_is_tried_once(control: Control) -> N
         assert len(control.park.engines) == 2
 
 
-async def test_scoring_continues_when_the_store_failed(
+async def test_scoring_continues_after_a_store_failure(
     control: Control, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     failures = 2
@@ -232,7 +232,9 @@ async def test_scoring_continues_when_the_store_failed(
     assert "database is locked" in caplog.text
 
 
-async def test_prompt_of_parts_is_sent_unchanged(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_multi_part_prompt_is_sent_for_scoring_unchanged(
+    control: Control, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[Any] = []
 
     async def prompt_tokens(self: object, messages: Any) -> list[int]:
@@ -247,7 +249,7 @@ async def test_prompt_of_parts_is_sent_unchanged(control: Control, monkeypatch: 
     assert asked == [parts]
 
 
-async def test_server_scores_its_answers(home: Home) -> None:
+async def test_server_scores_its_live_answers(home: Home) -> None:
     make_version(home.registry, 4, answered=1)
     changes = {"holdout": HoldoutSettings.model_validate(FAST), "request_log": {"content_share": 1.0}}
     home.settings = type(home.settings).model_validate(home.settings.model_dump() | changes)
@@ -263,9 +265,7 @@ async def test_server_scores_its_answers(home: Home) -> None:
     assert -10 < (score() or 0) < 0
 
 
-async def test_server_does_not_look_for_answers_to_score_when_content_is_not_stored(
-    home: Home, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_scoring_reads_no_answers_if_content_is_not_stored(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[object] = []
     monkeypatch.setattr(scoring, "newest_unscored", lambda *_, **__: looks.append(None))
     make_version(home.registry, 4, answered=1)

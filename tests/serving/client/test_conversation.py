@@ -16,13 +16,13 @@ async def say(conversation: Conversation, text: str) -> list[str]:
     return await asyncio.to_thread(lambda: list(conversation.ask(text)))
 
 
-async def test_answer_arrives_in_pieces(home: Home) -> None:
+async def test_chat_answer_arrives_in_pieces(home: Home) -> None:
     async with home.serving(f"{NAME}@1") as client:
         pieces = await say(Conversation(ServerAddress(str(client.base_url)), NAME), "hello")
     assert pieces == ["1.0 ", "1.1 ", "1.2 ", "1.3 "]
 
 
-async def test_previous_turns_are_sent(home: Home) -> None:
+async def test_chat_request_includes_previous_turns(home: Home) -> None:
     async with home.serving(f"{NAME}@1") as client:
         conversation = Conversation(ServerAddress(str(client.base_url)), NAME, system="be short")
         await say(conversation, "hello")
@@ -32,7 +32,7 @@ async def test_previous_turns_are_sent(home: Home) -> None:
     assert sent[2]["content"] == "1.0 1.1 1.2 1.3 "
 
 
-async def test_turn_is_removed_when_the_server_rejects_it(home: Home) -> None:
+async def test_chat_turn_is_removed_if_the_server_rejects_it(home: Home) -> None:
     async with home.serving(f"{NAME}@1") as client:
         conversation = Conversation(ServerAddress(str(client.base_url)), NAME)
         home.park.double.max_model_len = 3
@@ -42,20 +42,20 @@ async def test_turn_is_removed_when_the_server_rejects_it(home: Home) -> None:
         assert [turn["content"] for turn in home.park.double.requests[-1]["messages"]] == ["one two"]
 
 
-async def test_error_is_raised_when_the_model_is_not_served(home: Home) -> None:
+async def test_chat_raises_if_the_model_is_not_served(home: Home) -> None:
     async with home.serving(f"{NAME}@1") as client:
         with pytest.raises(EngineError, match=r"404.*is not served here"):
             await say(Conversation(ServerAddress(str(client.base_url)), "other"), "hello")
 
 
-async def test_error_is_raised_when_an_answer_breaks_off(home: Home) -> None:
+async def test_chat_raises_if_an_answer_breaks_off(home: Home) -> None:
     async with home.serving(f"{NAME}@1") as client:
         home.park.double.fault = Fault.DIE_IN_STREAM
         with pytest.raises(EngineError, match="broke off"):
             await say(Conversation(ServerAddress(str(client.base_url)), NAME), "hello")
 
 
-async def test_error_is_raised_when_no_server_runs(home: Home) -> None:
+async def test_chat_raises_if_no_server_is_running(home: Home) -> None:
     async with home.serving(f"{NAME}@1") as client:
         server = ServerAddress(str(client.base_url))
     with pytest.raises(EngineError, match="does not answer"):

@@ -41,14 +41,14 @@ async def change(home: Home, number: int, steps: list[str] | None = None) -> Swa
     return await asyncio.to_thread(lambda: follow_in(home, wish(home, number), steps))
 
 
-async def test_promotion_returns_when_the_version_serves(serving: Home) -> None:
+async def test_promotion_returns_once_the_version_serves(serving: Home) -> None:
     swap = await change(serving, 2)
     assert swap.outcome is SwapOutcome.SUCCEEDED
     served = await asyncio.to_thread(read_served, server_address(serving.settings))
     assert served == {NAME: target(2)}
 
 
-async def test_each_step_is_reported_once(serving: Home) -> None:
+async def test_each_promotion_step_is_reported_once(serving: Home) -> None:
     steps = list[str]()
     await change(serving, 2, steps)
     swap = find_swap(serving.store, NAME)
@@ -57,12 +57,12 @@ async def test_each_step_is_reported_once(serving: Home) -> None:
     assert len(steps) == len(set(steps)) > 4
 
 
-async def test_nothing_changes_when_no_server_runs(home: Home) -> None:
+async def test_promotion_without_a_running_server_changes_nothing(home: Home) -> None:
     with pytest.raises(ServerNotRunningError):
         LocalAdministration.of(home.settings)
 
 
-async def test_name_is_rejected_when_it_is_not_served(serving: Home) -> None:
+async def test_promotion_of_an_unserved_name_is_rejected(serving: Home) -> None:
     """Even if it was served before: no server would carry the promotion out."""
     make_version(serving.registry, 1, name="other")
     change_desired(serving.store, None, Target(VersionId("other", 1), Format.MERGED), None)
@@ -85,7 +85,7 @@ async def test_second_of_two_concurrent_promotions_is_rejected(serving: Home, mo
     assert sorted(type(result).__name__ for result in results) == ["BusyError", "SwapResult"]
 
 
-async def test_promotion_fails_when_a_newer_one_superseded_it_before_the_server_saw_it(home: Home) -> None:
+async def test_promotion_fails_if_superseded_before_the_server_saw_it(home: Home) -> None:
     """The server saw only the newer one."""
     seen = change_desired(home.store, None, target(1), None)
     begin_swap(home.store, Desired(target(3), target(2), seen.generation + 2))
@@ -95,7 +95,7 @@ async def test_promotion_fails_when_a_newer_one_superseded_it_before_the_server_
         follow_in(home, asked)
 
 
-async def test_promotion_fails_when_the_server_stops(home: Home) -> None:
+async def test_promotion_fails_if_the_server_stops(home: Home) -> None:
     async with home.serving(f"{NAME}@1") as _:
         home.park.double.reload_delay_s = 10
         following = asyncio.create_task(change(home, 2))
@@ -106,7 +106,7 @@ async def test_promotion_fails_when_the_server_stops(home: Home) -> None:
     assert desired is not None and desired.target == target(2)
 
 
-async def test_promotion_fails_when_the_server_does_not_answer(home: Home) -> None:
+async def test_promotion_fails_if_the_server_does_not_respond(home: Home) -> None:
     change_desired(home.store, None, target(1), None)
     lock = hold_lock(home.settings.home / LOCK_FILE, "the home", url="http://127.0.0.1:9")
     with lock, pytest.raises(ServerNotRunningError, match="does not answer"):
@@ -128,7 +128,7 @@ def unwritten(serving: Home, monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
         yield serving
 
 
-async def test_result_is_reported_when_the_server_cannot_write_it(unwritten: Home) -> None:
+async def test_swap_result_is_reported_even_if_the_server_cannot_write_it(unwritten: Home) -> None:
     steps = list[str]()
     swap = await change(unwritten, 2, steps)
     assert (swap.outcome, swap.kind) == (SwapOutcome.SUCCEEDED, SwapKind.INPLACE)
@@ -136,7 +136,7 @@ async def test_result_is_reported_when_the_server_cannot_write_it(unwritten: Hom
     assert find_swap(unwritten.store, NAME, 2).result is None  # type: ignore[union-attr]
 
 
-async def test_refusal_is_reported_when_the_server_cannot_write_it(unwritten: Home) -> None:
+async def test_swap_refusal_is_reported_even_if_the_server_cannot_write_it(unwritten: Home) -> None:
     make_version(unwritten.registry, 4, width=8)
     unwritten.park.room = "full"
     swap = await change(unwritten, 4)
@@ -152,7 +152,7 @@ async def test_promotion_waits_for_a_long_swap(serving: Home, monkeypatch: pytes
     assert not any("journal" in step for step in steps[:-1])
 
 
-async def test_reason_of_a_refusal_is_reported(serving: Home) -> None:
+async def test_reason_for_a_refused_swap_is_reported(serving: Home) -> None:
     make_version(serving.registry, 4, width=8)
     serving.park.room = "full"
     swap = await change(serving, 4)
@@ -160,7 +160,7 @@ async def test_reason_of_a_refusal_is_reported(serving: Home) -> None:
     assert swap.reason is not None and "no memory for a second engine: full" in swap.reason
 
 
-async def test_result_is_returned_when_the_swap_ended_before_the_first_check(home: Home) -> None:
+async def test_swap_result_is_returned_if_swap_ended_before_the_first_check(home: Home) -> None:
     """A swap that ends before the first check."""
     change_desired(home.store, None, target(1), None)
     wanted = Desired(target(2), target(1), 2)

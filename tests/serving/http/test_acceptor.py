@@ -90,7 +90,7 @@ async def until(condition: Callable[[], Any]) -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_connection_is_closed_when_its_address_holds_its_share() -> None:
+async def test_connection_is_closed_if_its_address_already_has_its_maximum() -> None:
     async with serving() as clients:
         held = [await clients.connect() for _ in range(SHARE)]
         assert not await answered(await clients.connect())
@@ -98,7 +98,7 @@ async def test_connection_is_closed_when_its_address_holds_its_share() -> None:
         assert [await answered(client) for client in held] == [True] * SHARE
 
 
-async def test_address_can_connect_again_when_one_of_its_connections_is_closed() -> None:
+async def test_address_can_connect_again_after_one_of_its_connections_closes() -> None:
     async with serving() as clients:
         (_, first), *_ = [await clients.connect() for _ in range(SHARE)]
         assert not await answered(await clients.connect())
@@ -111,7 +111,7 @@ async def test_address_can_connect_again_when_one_of_its_connections_is_closed()
         assert not await answered(await clients.connect())  # only one was free again
 
 
-async def test_connections_are_unlimited_when_they_come_from_a_trusted_proxy() -> None:
+async def test_connections_from_a_trusted_proxy_are_unlimited() -> None:
     async with serving(proxies=["127.0.0.2/32"]) as clients:
         for _ in range(3 * SHARE):
             assert await answered(await clients.connect(OTHER))
@@ -119,13 +119,13 @@ async def test_connections_are_unlimited_when_they_come_from_a_trusted_proxy() -
         assert held == [True] * SHARE
 
 
-async def test_connections_are_unlimited_when_they_come_through_a_unix_socket(socket_folder: Path) -> None:
+async def test_connections_through_a_unix_socket_are_unlimited(socket_folder: Path) -> None:
     async with serving(str(socket_folder / "http.sock")) as clients:
         for _ in range(3 * SHARE):
             assert await answered(await clients.connect())
 
 
-async def test_connection_counts_towards_the_limit_when_its_client_begins_no_tls_handshake(
+async def test_connection_without_a_tls_handshake_counts_towards_the_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.http.http_server.REQUEST_DEADLINE_S", 0.5)
@@ -146,7 +146,7 @@ async def test_connection_counts_towards_the_limit_when_its_client_begins_no_tls
             await clients.connect(context=trusting)
 
 
-async def test_log_names_the_address_once_when_many_of_its_connections_are_closed(
+async def test_log_names_an_address_once_despite_many_closed_connections(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(

@@ -3,7 +3,7 @@
 from serving.http.address_limit import AddressLimit
 
 
-def test_address_can_connect_again_when_it_has_disconnected() -> None:
+def test_disconnected_address_can_connect_again() -> None:
     limit = AddressLimit(1)
     assert limit.enter("10.0.0.1")
     assert not limit.enter("10.0.0.1")
@@ -11,7 +11,7 @@ def test_address_can_connect_again_when_it_has_disconnected() -> None:
     assert limit.enter("10.0.0.1")
 
 
-def test_addresses_share_one_limit_when_they_belong_to_one_peer() -> None:
+def test_addresses_of_one_peer_share_one_connection_limit() -> None:
     cases: list[tuple[str, str, bool]] = [
         ("2001:db8::1", "2001:db8::ffff:2", True),
         ("2001:db8::1", "2001:db8:0:1::1", False),
@@ -24,13 +24,13 @@ def test_addresses_share_one_limit_when_they_belong_to_one_peer() -> None:
         assert limit.enter(other) is not together, one
 
 
-def test_address_has_no_limit_when_it_is_a_trusted_proxy() -> None:
+def test_trusted_proxy_address_has_no_connection_limit() -> None:
     for address in ("10.1.2.3", "::ffff:10.1.2.3", "2001:db8::1"):
         limit = AddressLimit(1, ["10.1.2.0/28", "2001:db8::/32"])
         assert [limit.enter(address) for _ in range(3)] == [True] * 3, address
 
 
-def test_address_is_forgotten_when_it_has_disconnected() -> None:
+def test_disconnected_address_is_forgotten() -> None:
     limit = AddressLimit(2)
     for number in range(10):
         limit.enter(f"10.0.0.{number}")

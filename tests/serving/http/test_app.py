@@ -19,26 +19,26 @@ async def test_models_are_listed_under_each_of_their_names(client: httpx.AsyncCl
     assert all(set(model) == {"id", "object", "created", "owned_by"} for model in answer["data"])
 
 
-async def test_one_model_is_shown_by_its_name(client: httpx.AsyncClient) -> None:
+async def test_model_is_retrieved_by_name(client: httpx.AsyncClient) -> None:
     answer = await client.get(f"/v1/models/{NAME}@1")
     assert answer.json() == {"id": f"{NAME}@1", "object": "model", "created": 1_700_000_000, "owned_by": "tuneserve"}
 
 
 @pytest.mark.parametrize("method", ["GET", "DELETE"])
-async def test_unknown_model_is_answered_404(client: httpx.AsyncClient, method: str) -> None:
+async def test_unknown_model_returns_404(client: httpx.AsyncClient, method: str) -> None:
     for name in ("other", "a%2Fb", "a/b", f"{NAME}@9"):
         answer = await client.request(method, f"/v1/models/{name}")
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found"), name
 
 
-async def test_served_model_is_not_deleted(client: httpx.AsyncClient) -> None:
+async def test_deleting_a_served_model_is_refused(client: httpx.AsyncClient) -> None:
     for name in (NAME, f"{NAME}@1", f"{NAME}@production"):
         answer = await client.delete(f"/v1/models/{name}")
         assert (answer.status_code, answer.json()["error"]["code"]) == (403, "model_not_deletable"), name
         assert (await client.get(f"/v1/models/{name}")).status_code == 200
 
 
-async def test_health_follows_the_state_of_the_engine(service: Service, client: httpx.AsyncClient) -> None:
+async def test_health_endpoint_follows_the_engine_state(service: Service, client: httpx.AsyncClient) -> None:
     assert (await client.get("/health")).status_code == 200
     service.admission.unavailable("the engine is starting")
     answer = await client.get("/health")
@@ -46,18 +46,18 @@ async def test_health_follows_the_state_of_the_engine(service: Service, client: 
     assert "retry-after" in answer.headers
 
 
-async def test_server_is_live_when_its_engine_is_down(service: Service, client: httpx.AsyncClient) -> None:
+async def test_server_is_live_even_if_its_engine_is_down(service: Service, client: httpx.AsyncClient) -> None:
     service.admission.unavailable("the engine is starting")
     answer = await client.get("/health/live")
     assert (answer.status_code, answer.json()) == (200, {"status": "live"})
 
 
-async def test_service_stays_healthy_when_a_swap_runs(service: Service, client: httpx.AsyncClient) -> None:
+async def test_service_stays_healthy_during_a_swap(service: Service, client: httpx.AsyncClient) -> None:
     async with closed(service.admission):
         assert (await client.get("/health")).status_code == 200
 
 
-async def test_metrics_are_text_or_openmetrics_as_requested(client: httpx.AsyncClient) -> None:
+async def test_metrics_are_plain_text_or_openmetrics_as_requested(client: httpx.AsyncClient) -> None:
     plain = await client.get("/metrics")
     assert plain.headers["content-type"].startswith("text/plain")
     assert 'svc_requests_running{model="tuned"} 0.0' in plain.text
@@ -66,7 +66,7 @@ async def test_metrics_are_text_or_openmetrics_as_requested(client: httpx.AsyncC
     assert openmetrics.text.endswith("# EOF\n")
 
 
-async def test_version_is_removed_from_the_metrics_when_it_is_neither_served_nor_requested(
+async def test_version_leaves_the_metrics_once_neither_served_nor_requested(
     service: Service, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.telemetry.metrics.IDLE_VERSION_TIMEOUT_S", 0.01)
@@ -80,11 +80,11 @@ async def test_version_is_removed_from_the_metrics_when_it_is_neither_served_nor
     assert (f'{requests}"1"' in page, f'{requests}"2"' in page) == (False, True)
 
 
-async def test_status_is_the_value_that_was_passed_in(service: Service, client: httpx.AsyncClient) -> None:
+async def test_status_endpoint_returns_the_value_passed_in(service: Service, client: httpx.AsyncClient) -> None:
     assert (await client.get("/svc/status")).json() == {"served": str(service.names.served)}
 
 
-async def test_other_paths_are_answered_404(service: Service, client: httpx.AsyncClient) -> None:
+async def test_unknown_paths_return_404(service: Service, client: httpx.AsyncClient) -> None:
     for path in ("/", "/v1", "/v1/", "/v1/chat/completions/", "/detokenize", "//v1/models", "/health/"):
         for method in ("GET", "POST"):
             answer = await client.request(method, f"http://localhost{path}")
@@ -92,19 +92,19 @@ async def test_other_paths_are_answered_404(service: Service, client: httpx.Asyn
     assert service.double.calls == []
 
 
-async def test_other_method_is_answered_405_in_the_same_shape(client: httpx.AsyncClient) -> None:
+async def test_unsupported_method_returns_405_in_the_api_error_format(client: httpx.AsyncClient) -> None:
     for method, path in (("GET", "/v1/chat/completions"), ("POST", "/health"), ("PUT", "/metrics")):
         answer = await client.request(method, path)
         assert (answer.status_code, answer.json()["error"]["code"]) == (405, "method_not_allowed")
         assert answer.headers["allow"]
 
 
-async def test_other_origins_are_not_allowed(client: httpx.AsyncClient) -> None:
+async def test_cross_origin_requests_get_no_cors_headers(client: httpx.AsyncClient) -> None:
     answer = await client.get("/v1/models", headers={"origin": "http://elsewhere"})
     assert not [name for name in answer.headers if name.startswith("access-control")]
 
 
-async def test_every_answer_has_the_request_id_and_the_version(client: httpx.AsyncClient) -> None:
+async def test_every_response_includes_request_id_and_version(client: httpx.AsyncClient) -> None:
     for path in ("/health", "/v1/models/none", "/nothing", "/v1/completions"):
         answer = await client.get(path)
         assert re.fullmatch(r"req-[0-9a-f]{32}", answer.headers["x-request-id"])
@@ -112,7 +112,7 @@ async def test_every_answer_has_the_request_id_and_the_version(client: httpx.Asy
 
 
 @pytest.mark.parametrize("header", ["x-request-id", "x-client-request-id"])
-async def test_client_request_id_is_returned_and_not_sent_to_the_engine(
+async def test_client_request_id_is_returned_but_not_sent_to_the_engine(
     service: Service, client: httpx.AsyncClient, header: str
 ) -> None:
     answer = await client.post("/v1/chat/completions", json=CHAT, headers={header: "Mine_1.2-3"})
@@ -121,7 +121,7 @@ async def test_client_request_id_is_returned_and_not_sent_to_the_engine(
     assert answer.headers["x-request-id"].startswith("req-")
 
 
-async def test_client_request_id_is_dropped_when_it_is_not_safe_in_a_log(client: httpx.AsyncClient) -> None:
+async def test_client_request_id_is_dropped_if_unsafe_to_log(client: httpx.AsyncClient) -> None:
     for unsafe in (b"", b"a b", b"x" * 129, b"a\tb", "é".encode(), b"a;b"):
         answer = await client.get("/health", headers=[(b"x-request-id", unsafe)])
         assert "x-client-request-id" not in answer.headers, unsafe

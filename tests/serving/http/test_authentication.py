@@ -52,11 +52,11 @@ def code_of(answer: httpx.Response) -> tuple[int, str]:
     return answer.status_code, answer.json()["error"]["code"]
 
 
-async def test_no_key_is_needed_when_none_exists(client: httpx.AsyncClient) -> None:
+async def test_no_key_is_required_if_none_exists(client: httpx.AsyncClient) -> None:
     assert (await client.post(CHAT_PATH, json=CHAT)).status_code == 200
 
 
-async def test_key_is_needed_when_the_first_one_exists(service: KeyedService, client: httpx.AsyncClient) -> None:
+async def test_key_is_required_once_the_first_key_exists(service: KeyedService, client: httpx.AsyncClient) -> None:
     service.key()
     answer = await client.post(CHAT_PATH, json=CHAT)
     assert code_of(answer) == (401, "invalid_api_key")
@@ -65,7 +65,7 @@ async def test_key_is_needed_when_the_first_one_exists(service: KeyedService, cl
     assert service.double.requests == []
 
 
-async def test_revoked_key_is_rejected_when_other_keys_exist(service: KeyedService, client: httpx.AsyncClient) -> None:
+async def test_revoked_key_is_rejected_if_other_keys_exist(service: KeyedService, client: httpx.AsyncClient) -> None:
     service.revoke(service.key())
     service.authenticator.look()
     assert (await client.post(CHAT_PATH, json=CHAT)).status_code == 401
@@ -81,7 +81,7 @@ async def test_revoked_key_is_rejected_when_other_keys_exist(service: KeyedServi
     ],
     ids=["OpenAI", "lower case", "Anthropic", "with another key for a proxy"],
 )
-async def test_key_is_read_from_the_headers_of_all_clients(
+async def test_key_is_accepted_in_the_headers_of_all_supported_clients(
     service: KeyedService, client: httpx.AsyncClient, route: Route, headers: Callable[[str], dict[str, str]]
 ) -> None:
     answer = await client.post(route.value, json=BODIES[route], headers=headers(service.key().secret))
@@ -120,14 +120,14 @@ async def test_key_may_only_use_the_paths_of_its_scopes(service: KeyedService, c
     assert wrong == []
 
 
-async def test_rejection_is_permission_denied_when_the_key_lacks_a_scope(service: KeyedService) -> None:
+async def test_missing_scope_is_reported_as_permission_denied(service: KeyedService) -> None:
     async with service.client_of(service.key(Scope.METRICS)) as client:
         assert code_of(await client.post(CHAT_PATH, json=CHAT)) == (403, "permission_denied")
     assert service.double.requests == []
 
 
 @pytest.mark.parametrize("path", [CHAT_PATH, "/tokenize"])
-async def test_key_may_only_use_its_models(service: KeyedService, client: httpx.AsyncClient, path: str) -> None:
+async def test_key_may_only_use_its_allowed_models(service: KeyedService, client: httpx.AsyncClient, path: str) -> None:
     other = service.key(models=frozenset({"mine"}))
     answer = await client.post(path, json=CHAT, headers=bearer(other.secret))
     assert code_of(answer) == (404, "model_not_found")
@@ -142,18 +142,18 @@ async def test_health_needs_no_key_and_shows_no_version(service: KeyedService, c
         assert NAME not in f"{answer.text}{answer.headers}"
 
 
-async def test_unlisted_paths_need_a_key(service: KeyedService, client: httpx.AsyncClient) -> None:
+async def test_unlisted_paths_require_a_key(service: KeyedService, client: httpx.AsyncClient) -> None:
     service.key()
     paths = ["/openapi.json", "/nothing", "/", "//svc/status", "/svc/../metrics", "/health/"]
     assert [path for path in paths if (await client.get(f"http://localhost{path}")).status_code != 401] == []
 
 
-async def test_rejected_client_is_shown_no_version(service: KeyedService, client: httpx.AsyncClient) -> None:
+async def test_response_to_rejected_client_reveals_no_version(service: KeyedService, client: httpx.AsyncClient) -> None:
     service.key()
     assert NAME not in str((await client.get("/v1/models")).headers)
 
 
-async def test_only_an_admin_reads_the_full_status(service: KeyedService, client: httpx.AsyncClient) -> None:
+async def test_only_admin_key_can_read_the_full_status(service: KeyedService, client: httpx.AsyncClient) -> None:
     inside = await client.get("/svc/status", headers=bearer(service.key(Scope.ADMIN).secret))
     outside = await client.get("/svc/status", headers=bearer(service.key(Scope.METRICS).secret))
     assert "pid" not in inside.json()  # the double has no paths to hide
@@ -168,7 +168,7 @@ async def test_expired_key_is_rejected(service: KeyedService, client: httpx.Asyn
     assert "expired" in answer.json()["error"]["message"]
 
 
-async def test_key_sees_and_uses_its_models(service: KeyedService) -> None:
+async def test_key_sees_and_uses_only_its_models(service: KeyedService) -> None:
     async with service.client_of(service.key(models=frozenset({NAME}))) as mine:
         assert len((await mine.get("/v1/models")).json()["data"]) == 3
         assert (await mine.post(CHAT_PATH, json=CHAT)).headers["x-model-version"] == f"{NAME}@1"
@@ -176,7 +176,7 @@ async def test_key_sees_and_uses_its_models(service: KeyedService) -> None:
         assert code_of(answer) == (404, "model_not_found")
 
 
-async def test_key_learns_nothing_about_models_that_it_may_not_use(service: KeyedService) -> None:
+async def test_key_learns_nothing_about_models_it_may_not_use(service: KeyedService) -> None:
     async with service.client_of(service.key(models=frozenset({"mine"}))) as mine:
         listed = await mine.get("/v1/models")
         assert listed.json()["data"] == []
@@ -192,7 +192,7 @@ async def test_key_learns_nothing_about_models_that_it_may_not_use(service: Keye
     assert service.double.requests == []
 
 
-async def test_keys_rate_only_their_own_answers(service: KeyedService) -> None:
+async def test_api_key_can_rate_only_its_own_answers(service: KeyedService) -> None:
     one, other, admin = service.key(), service.key(), service.key(Scope.ADMIN)
     async with service.client_of(one) as client:
         request_id = (await client.post(CHAT_PATH, json=CHAT)).headers["x-request-id"]
@@ -207,7 +207,7 @@ async def test_keys_rate_only_their_own_answers(service: KeyedService) -> None:
             assert (await client.post("/v1/feedback", json=rating)).status_code == 200
 
 
-async def test_invalid_keys_are_limited_and_a_valid_one_still_works(
+async def test_invalid_keys_are_rate_limited_while_a_valid_key_still_works(
     service: KeyedService, client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     issued = service.key()
@@ -255,7 +255,7 @@ async def cost(service: KeyedService, secret: str, count: int, addresses: int = 
 
 
 @pytest.mark.slow
-async def test_ten_thousand_invalid_keys_cost_less_than_valid_ones(service: KeyedService) -> None:
+async def test_ten_thousand_invalid_keys_cost_less_than_valid_keys(service: KeyedService) -> None:
     """Even if the id in them belongs to a key, so that their hashes are compared."""
     issued = service.key()
     right, statuses = await cost(service, issued.secret, 200)
@@ -270,7 +270,7 @@ async def test_ten_thousand_invalid_keys_cost_less_than_valid_ones(service: Keye
 
 @pytest.mark.slow
 @pytest.mark.parametrize("route", Route)
-async def test_stream_ends_within_a_second_when_its_key_is_revoked(service: KeyedService, route: Route) -> None:
+async def test_stream_ends_within_one_second_when_its_key_is_revoked(service: KeyedService, route: Route) -> None:
     issued = service.key()
     service.double.token_delay_s = 0.05
     service.double.tokens = 1000
@@ -295,7 +295,7 @@ async def test_stream_ends_within_a_second_when_its_key_is_revoked(service: Keye
     await asyncio.wait({following})
 
 
-async def test_queued_request_ends_when_its_key_is_revoked_and_others_continue(service: KeyedService) -> None:
+async def test_revoking_a_key_ends_its_queued_request_and_leaves_others_running(service: KeyedService) -> None:
     issued, other = service.key(), service.key()
     following = asyncio.create_task(service.authenticator.follow())
     async with service.client() as client:
@@ -329,7 +329,7 @@ async def test_running_requests_end_when_their_key_is_rotated_without_grace(
     await asyncio.wait({following})
 
 
-async def test_requests_are_rejected_when_keys_are_required_and_none_exists(service: KeyedService) -> None:
+async def test_requests_are_rejected_if_keys_are_required_and_none_exists(service: KeyedService) -> None:
     """As on a server that other machines can reach, whose store was lost."""
     authentication = Authentication(service.authenticator, keys_needed=True, on_failure=lambda fault: None)
     assert authentication.needs_key(RequestState("req-1", {}), "/metrics")
@@ -337,7 +337,7 @@ async def test_requests_are_rejected_when_keys_are_required_and_none_exists(serv
         authentication.admit(RequestState("req-1", {}), "/metrics")
 
 
-async def test_row_of_a_request_has_the_id_of_its_key(service: KeyedService, store: Store) -> None:
+async def test_request_row_stores_the_id_of_its_key(service: KeyedService, store: Store) -> None:
     issued = service.key()
     async with service.client_of(issued) as client:
         await client.post(CHAT_PATH, json=CHAT)
@@ -347,7 +347,7 @@ async def test_row_of_a_request_has_the_id_of_its_key(service: KeyedService, sto
     assert rows == [(issued.key.id,)]
 
 
-async def test_request_is_not_answered_when_it_bypassed_authentication(service: KeyedService) -> None:
+async def test_endpoint_raises_if_authentication_was_bypassed(service: KeyedService) -> None:
     """As with an endpoint that was mounted outside the layer."""
     endpoints = [getattr(route, "endpoint", None) for route in service.app.framework.router.routes]
     endpoint = next(each for each in endpoints if isinstance(each, _Endpoint))

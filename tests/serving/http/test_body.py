@@ -33,23 +33,23 @@ def receiving(*parts: bytes, gone: bool = False) -> Receive:
     return receive
 
 
-async def test_body_in_parts_is_read_completely() -> None:
+async def test_body_arriving_in_parts_is_read_completely() -> None:
     assert await read_body(headers(), receiving(b"ab", b"", b"c"), max_bytes=3, timeout_s=1) == b"abc"
 
 
-async def test_body_is_not_read_when_its_declared_size_is_too_large() -> None:
+async def test_body_is_not_read_if_its_declared_size_is_too_large() -> None:
     with pytest.raises(BodyTooLargeError):
         await read_body(headers(content_length="4"), receiving(b""), max_bytes=3, timeout_s=1)
 
 
-async def test_body_is_rejected_when_it_grows_too_large_while_it_is_read() -> None:
+async def test_body_is_rejected_if_it_grows_too_large_while_being_read() -> None:
     receive = receiving(b"ab", b"cd", b"ef")
     with pytest.raises(BodyTooLargeError):
         await read_body(headers(), receive, max_bytes=3, timeout_s=1)
     assert (await receive())["body"] == b"ef"
 
 
-async def test_reading_times_out_when_the_body_does_not_arrive() -> None:
+async def test_body_read_times_out_if_the_body_does_not_arrive() -> None:
     async def never() -> Message:
         await asyncio.sleep(60)
         raise AssertionError
@@ -58,18 +58,18 @@ async def test_reading_times_out_when_the_body_does_not_arrive() -> None:
         await read_body(headers(), never, max_bytes=3, timeout_s=0.01)
 
 
-async def test_client_counts_as_gone_when_it_disconnects_while_it_sends_its_body() -> None:
+async def test_disconnect_during_body_upload_raises_client_gone() -> None:
     with pytest.raises(ClientGoneError):
         await read_body(headers(), receiving(b"a", gone=True), max_bytes=3, timeout_s=1)
 
 
-async def test_other_media_types_than_json_are_rejected() -> None:
+async def test_media_types_other_than_json_are_rejected() -> None:
     for media_type in ("text/plain", "application/x-www-form-urlencoded", ""):
         with pytest.raises(MediaTypeError):
             await read_body(headers(content_type=media_type), receiving(b"{}"), max_bytes=3, timeout_s=1)
 
 
-async def test_charset_in_the_media_type_is_ignored() -> None:
+async def test_charset_in_the_content_type_is_ignored() -> None:
     given = headers(content_type="Application/JSON; charset=utf-8")
     assert await read_body(given, receiving(b"{}"), max_bytes=3, timeout_s=1) == b"{}"
 
@@ -88,7 +88,7 @@ class Slot:
 
 
 @pytest.mark.parametrize(("parts", "entered"), [([b"{}"], 0), ([b"{", b"}"], 1)], ids=["whole", "in parts"])
-async def test_body_takes_a_slot_when_it_arrives_in_parts(parts: Sequence[bytes], entered: int) -> None:
+async def test_body_takes_a_slot_only_if_it_arrives_in_parts(parts: Sequence[bytes], entered: int) -> None:
     slot = Slot()
     assert await read_body(headers(), receiving(*parts), max_bytes=3, slot=lambda: slot) == b"{}"
     assert slot.entered == entered

@@ -6,7 +6,7 @@ from serving.admission.errors import OverloadedError
 from serving.http.body_slots import BodySlots
 
 
-def test_as_many_bodies_are_received_as_there_are_slots() -> None:
+def test_bodies_received_at_once_are_limited_by_the_number_of_slots() -> None:
     slots = BodySlots(2)
     with slots.reading("one"):
         with slots.reading("other"), pytest.raises(OverloadedError), slots.reading("third"):
@@ -15,7 +15,7 @@ def test_as_many_bodies_are_received_as_there_are_slots() -> None:
             pass
 
 
-def test_one_peer_gets_half_of_the_slots() -> None:
+def test_one_peer_gets_at_most_half_of_the_body_slots() -> None:
     slots = BodySlots(4)
     with slots.reading("slow"), slots.reading("slow"):
         with pytest.raises(OverloadedError, match="2 of them from slow"), slots.reading("slow"):

@@ -105,9 +105,7 @@ OURS = {
 CLOSED = sorted(set(VLLM_ROUTES.split("\n")) - OURS - {""})
 
 
-async def test_vllms_routes_are_closed_when_the_gateway_does_not_offer_them(
-    service: Service, client: httpx.AsyncClient
-) -> None:
+async def test_vllm_routes_not_offered_by_the_gateway_are_closed(service: Service, client: httpx.AsyncClient) -> None:
     closed, answered = {(404, "not_found"), (405, "method_not_allowed")}, []
     for route in CLOSED:
         method, path = route.split()
@@ -119,7 +117,7 @@ async def test_vllms_routes_are_closed_when_the_gateway_does_not_offer_them(
     assert service.double.calls == []
 
 
-async def test_other_methods_are_rejected_on_offered_paths(service: Service, client: httpx.AsyncClient) -> None:
+async def test_unsupported_methods_are_rejected_on_offered_paths(service: Service, client: httpx.AsyncClient) -> None:
     for route in OURS:
         allowed, path = route.split()
         for method in {"GET", "POST", "PUT", "PATCH", "DELETE"} - {allowed}:

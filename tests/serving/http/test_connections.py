@@ -88,14 +88,14 @@ async def test_connection_over_the_limit_is_closed() -> None:
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET / HT", b"GET / HTTP/1.1\r\nhost: x\r\n"], ids=["none", "half", "no end"])
-async def test_connection_is_closed_when_no_request_arrives(sent: bytes) -> None:
+async def test_connection_is_closed_if_no_request_arrives(sent: bytes) -> None:
     async with serving(most=2) as connect:
         reader, writer = await connect()
         writer.write(sent)
         assert await ended(reader)
 
 
-async def test_connection_is_closed_when_headers_trickle_in() -> None:
+async def test_connection_is_closed_if_headers_trickle_in() -> None:
     async with serving(most=2) as connect:
         reader, writer = await connect()
         closed = asyncio.create_task(ended(reader))
@@ -107,7 +107,7 @@ async def test_connection_is_closed_when_headers_trickle_in() -> None:
         assert await closed
 
 
-async def test_request_longer_than_the_deadline_is_answered_and_so_is_the_next() -> None:
+async def test_requests_that_run_longer_than_the_header_deadline_are_still_answered() -> None:
     async with serving(most=2) as connect:
         reader, writer = await connect()
         for _ in range(2):
@@ -117,7 +117,7 @@ async def test_request_longer_than_the_deadline_is_answered_and_so_is_the_next()
             assert answer.endswith(b"ok")
 
 
-async def test_connection_is_closed_when_a_second_request_stays_incomplete() -> None:
+async def test_connection_is_closed_if_a_second_request_stays_incomplete() -> None:
     async with serving(most=2) as connect:
         reader, writer = await connect()
         writer.write(ASK)
@@ -127,7 +127,7 @@ async def test_connection_is_closed_when_a_second_request_stays_incomplete() -> 
 
 
 @pytest.mark.parametrize("app", [large_app, cutting_app], ids=["left alone", "cut off"])
-async def test_client_is_disconnected_when_it_reads_nothing(app: Any) -> None:
+async def test_client_that_reads_nothing_is_disconnected(app: Any) -> None:
     async with serving(most=1, app=app) as connect:
         _, writer = await connect()
         writer.write(ASK)
@@ -137,7 +137,7 @@ async def test_client_is_disconnected_when_it_reads_nothing(app: Any) -> None:
         assert await other.readexactly(15) == b"HTTP/1.1 200 OK"
 
 
-def test_maximum_of_connections_is_half_the_number_of_file_descriptors() -> None:
+def test_connection_limit_is_at_most_half_the_file_descriptor_limit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         room = raise_descriptor_limit()
@@ -148,7 +148,7 @@ def test_maximum_of_connections_is_half_the_number_of_file_descriptors() -> None
 
 
 @pytest.mark.parametrize("name", [b"x: " + b"y" * 1000, b"x-%d: y"], ids=["long", "many"])
-async def test_connection_is_closed_when_headers_never_end(name: bytes) -> None:
+async def test_connection_is_closed_if_headers_never_end(name: bytes) -> None:
     """Also after a request that is being answered."""
     async with serving(most=2, deadline_s=30) as connect:
         for begun in (b"", ASK):
@@ -171,7 +171,7 @@ CHUNKED = b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
 @pytest.mark.parametrize("begun", [b"GET / HTTP/1.1\r\n", CHUNKED + b"0\r\n"], ids=["headers", "trailers"])
-async def test_answer_is_400_when_headers_are_too_large(begun: bytes) -> None:
+async def test_oversized_headers_return_400(begun: bytes) -> None:
     async with serving(most=2, deadline_s=30) as connect:
         reader, writer = await connect()
         writer.write(begun + b"x: ")
@@ -189,7 +189,7 @@ async def cut(reader: asyncio.StreamReader) -> bool:
     return True
 
 
-async def test_large_body_does_not_count_as_header() -> None:
+async def test_large_body_does_not_count_towards_the_header_limit() -> None:
     async with serving(most=2, app=large_body_app) as connect:
         reader, writer = await connect()
         size = 16 * MAX_HEAD_BYTES
@@ -206,7 +206,7 @@ async def large_body_app(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": b""})
 
 
-async def test_client_is_disconnected_when_it_pipelines_without_end() -> None:
+async def test_client_that_pipelines_without_end_is_disconnected() -> None:
     async with serving(most=2) as connect:
         reader, writer = await connect()
         with suppress(ConnectionError):
@@ -225,7 +225,7 @@ async def test_pipelined_requests_are_answered() -> None:
             assert await reader.readexactly(2) == b"ok"
 
 
-async def test_client_is_disconnected_when_it_reads_nothing_of_its_answer() -> None:
+async def test_client_that_does_not_read_its_response_is_disconnected() -> None:
     lost = asyncio.Event()
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -242,7 +242,7 @@ async def test_client_is_disconnected_when_it_reads_nothing_of_its_answer() -> N
             await lost.wait()
 
 
-async def test_closed_connection_is_freed_without_the_garbage_collector() -> None:
+async def test_closed_connection_is_freed_without_garbage_collection() -> None:
     def protocols() -> int:
         return sum(type(thing) is ClientProtocol for thing in gc.get_objects())
 

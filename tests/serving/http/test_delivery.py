@@ -77,9 +77,7 @@ def test_stream_arrives_completely_and_in_order(sizes: Sequence[int], writable: 
 
 
 @pytest.mark.parametrize(("size", "writable"), [(10, True), (PART_BYTES + 1, True), (PART_BYTES + 1, False)])
-async def test_answer_that_is_not_streamed_arrives_completely(
-    buffers: AnswerBuffers, size: int, writable: bool
-) -> None:
+async def test_non_streamed_answer_arrives_completely(buffers: AnswerBuffers, size: int, writable: bool) -> None:
     connection = Client([writable] * 9)
     async with delivery(connection, buffers) as given:
         given.reserve(size)
@@ -93,7 +91,7 @@ async def test_answer_that_is_not_streamed_arrives_completely(
 
 
 @pytest.mark.parametrize("writable", [True, False])
-async def test_nothing_is_pending_when_an_answer_is_shorter_than_its_reservation(
+async def test_nothing_stays_pending_if_an_answer_is_shorter_than_its_reservation(
     buffers: AnswerBuffers, writable: bool
 ) -> None:
     connection = Client([writable] * 9)
@@ -106,7 +104,7 @@ async def test_nothing_is_pending_when_an_answer_is_shorter_than_its_reservation
     assert (buffers.used, given.pending) == (0, False)
 
 
-async def test_data_is_sent_immediately_when_the_connection_is_writable(buffers: AnswerBuffers) -> None:
+async def test_data_is_sent_immediately_if_the_connection_is_writable(buffers: AnswerBuffers) -> None:
     connection, tasks = Client(), len(asyncio.all_tasks())
     async with delivery(connection, buffers) as given:
         given.start(HEADERS)
@@ -114,7 +112,7 @@ async def test_data_is_sent_immediately_when_the_connection_is_writable(buffers:
         assert (connection.body, buffers.used, len(asyncio.all_tasks())) == (b"one", 0, tasks)
 
 
-async def test_data_waits_when_earlier_data_waits(buffers: AnswerBuffers) -> None:
+async def test_data_waits_behind_earlier_waiting_data(buffers: AnswerBuffers) -> None:
     connection = Client([False])
     async with delivery(connection, buffers) as given:
         given.start(HEADERS)
@@ -124,7 +122,7 @@ async def test_data_waits_when_earlier_data_waits(buffers: AnswerBuffers) -> Non
     assert connection.body == b"onetwo"
 
 
-async def test_failed_answer_is_not_ended_and_holds_no_memory(buffers: AnswerBuffers) -> None:
+async def test_failed_answer_is_not_completed_and_holds_no_memory(buffers: AnswerBuffers) -> None:
     connection = Client()
 
     async def break_off() -> None:
@@ -152,7 +150,7 @@ class SlowClient:
         self.taken += message.get("body", b"")
 
 
-async def test_stream_waits_for_its_client_when_its_caller_holds_half_of_the_buffers() -> None:
+async def test_stream_waits_for_its_client_if_caller_holds_half_the_buffers() -> None:
     buffers = AnswerBuffers(max_bytes=4 * PART_BYTES, max_answer_bytes=2 * PART_BYTES)
     client, events = SlowClient(), [bytes([number]) * PART_BYTES for number in range(4)]
     read: list[bytes] = []
@@ -176,7 +174,7 @@ async def test_stream_waits_for_its_client_when_its_caller_holds_half_of_the_buf
     assert (len(client.taken), buffers.used) == (9 * PART_BYTES, 0)
 
 
-async def test_answer_is_rejected_when_its_caller_holds_half_of_the_buffers() -> None:
+async def test_answer_is_rejected_if_its_caller_holds_half_the_buffers() -> None:
     buffers = AnswerBuffers(max_bytes=4 * PART_BYTES, max_answer_bytes=PART_BYTES)
     connection = Client()
 
@@ -191,7 +189,7 @@ async def test_answer_is_rejected_when_its_caller_holds_half_of_the_buffers() ->
     assert reserve("other").pending
 
 
-async def test_largest_answer_fits_when_it_is_more_than_half_of_the_buffers(buffers: AnswerBuffers) -> None:
+async def test_largest_allowed_answer_fits_even_above_half_of_the_buffers(buffers: AnswerBuffers) -> None:
     connection = Client()
     async with delivery(connection, buffers) as given:
         given.reserve(3 * PART_BYTES)
@@ -200,7 +198,7 @@ async def test_largest_answer_fits_when_it_is_more_than_half_of_the_buffers(buff
     assert (len(connection.body), buffers.used) == (3 * PART_BYTES, 0)
 
 
-def test_caller_is_forgotten_when_its_answers_are_delivered(buffers: AnswerBuffers) -> None:
+def test_caller_is_forgotten_after_its_answers_are_delivered(buffers: AnswerBuffers) -> None:
     for number in range(10):
         assert buffers.take(10, 0, str(number))
         buffers.free(10, str(number))
@@ -226,7 +224,7 @@ class FillingClient(Client):
 
 
 @pytest.mark.parametrize("streamed", [True, False])
-async def test_client_is_disconnected_when_only_the_headers_fit_its_connection(streamed: bool) -> None:
+async def test_client_is_disconnected_if_only_headers_fit_into_its_connection(streamed: bool) -> None:
     buffers = AnswerBuffers(max_bytes=4 * PART_BYTES, max_answer_bytes=3 * PART_BYTES, client_timeout_s=0.01)
 
     async def answer() -> None:
@@ -243,7 +241,7 @@ async def test_client_is_disconnected_when_only_the_headers_fit_its_connection(s
     assert buffers.used == 0
 
 
-async def test_buffered_data_is_sent_when_the_stream_fails(buffers: AnswerBuffers) -> None:
+async def test_buffered_data_is_sent_even_if_the_stream_fails(buffers: AnswerBuffers) -> None:
     class SlowClient(Client):
         async def send(self, message: Message) -> None:
             await asyncio.sleep(0.01)

@@ -13,7 +13,7 @@ from serving.replicas.transport import EngineFailedError
 from svc.errors import IntegrityError, SvcError
 
 
-def test_error_has_retry_after_when_a_retry_may_help() -> None:
+def test_error_includes_retry_after_if_a_retry_may_help() -> None:
     cases: list[tuple[SvcError, int, str, str]] = [
         (OverloadedError("x"), 429, "overloaded", "rate_limit_error"),
         (QueueOverflowError("x"), 503, "queue_overflow", "server_error"),
@@ -29,28 +29,30 @@ def test_error_has_retry_after_when_a_retry_may_help() -> None:
 @pytest.mark.parametrize(
     "error", [IntegrityError("/root/models/tuned/1 is broken"), ValueError("/etc/passwd"), SvcError("/x")]
 )
-def test_unexpected_error_is_logged_and_hidden(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
+def test_unexpected_error_is_logged_and_hidden_from_the_client(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
     shown = api_error(error)
     assert (shown.status, shown.code) == (500, ErrorCode.INTERNAL_ERROR)
     assert "/" not in shown.message
     assert caplog.records[0].exc_info is not None
 
 
-def test_engine_error_is_logged_and_hidden(caplog: pytest.LogCaptureFixture) -> None:
+def test_engine_error_is_logged_and_hidden_from_the_client(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.ERROR):
         shown = api_error(EngineFailedError("the engine answered 500: no room in /root/cache"))
     assert "/root" not in shown.message
     assert "/root/cache" in caplog.text
 
 
-def test_errors_of_the_framework_have_the_same_shape() -> None:
+def test_framework_errors_use_the_api_error_format() -> None:
     for status in (400, 401, 404, 405, 418, 500):
         error = json.loads(api_error(HTTPException(status, "/secret")).body())["error"]
         assert set(error) == {"message", "type", "param", "code"}, status
         assert "secret" not in error["message"], status
 
 
-def test_body_is_json_whatever_the_message_contains() -> None:
+def test_error_body_is_valid_json_for_any_message() -> None:
     body = ApiError(400, ErrorCode.INVALID_REQUEST, 'a "b"\n\x00\ud800', "p").body()
     assert b"\n" not in body
     assert json.loads(body)["error"]["message"] == 'a "b"\n\x00\ud800'

@@ -16,7 +16,7 @@ def between_tokens(service: Service, suffix: str, **labels: str) -> float:
     return service.count(f"svc_time_between_tokens_seconds_{suffix}", model=NAME, version="1", **labels)
 
 
-async def test_time_between_tokens_excludes_pauses_in_which_the_client_does_not_read(
+async def test_time_between_tokens_excludes_pauses_caused_by_a_slow_client(
     socket_folder: Path,
 ) -> None:
     buffers = AnswerBuffers(max_bytes=2**28, max_answer_bytes=64 * 1024)

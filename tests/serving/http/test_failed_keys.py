@@ -30,7 +30,7 @@ def spend(failed: FailedKeys, address: str) -> list[bool]:
     return [failed.add(address) for _ in range(MAX_INVALID_PER_MINUTE)]
 
 
-def test_key_is_rejected_when_the_limit_of_the_minute_is_reached(failed: FailedKeys, clock: Clock) -> None:
+def test_peer_is_rejected_once_failed_keys_reach_the_limit_per_minute(failed: FailedKeys, clock: Clock) -> None:
     assert spend(failed, "10.0.0.1") == [False] * (MAX_INVALID_PER_MINUTE - 1) + [True]
     clock.at = 20.5
     with pytest.raises(TooManyWrongKeysError) as raised:
@@ -38,29 +38,29 @@ def test_key_is_rejected_when_the_limit_of_the_minute_is_reached(failed: FailedK
     assert raised.value.retry_after_s == 40
 
 
-def test_limit_is_reset_when_the_minute_is_over(failed: FailedKeys, clock: Clock) -> None:
+def test_failed_key_limit_resets_after_one_minute(failed: FailedKeys, clock: Clock) -> None:
     spend(failed, "10.0.0.1")
     clock.at = 60.0
     assert spend(failed, "10.0.0.1")[-1]
 
 
-def test_limit_is_separate_for_each_peer(failed: FailedKeys) -> None:
+def test_failed_key_limit_is_separate_for_each_peer(failed: FailedKeys) -> None:
     spend(failed, "10.0.0.1")
     assert not failed.add("10.0.0.2")
 
 
-def test_addresses_of_one_peer_share_a_limit(failed: FailedKeys) -> None:
+def test_addresses_of_one_peer_share_the_failed_key_limit(failed: FailedKeys) -> None:
     spend(failed, "2001:db8::1")
     with pytest.raises(TooManyWrongKeysError):
         failed.add("2001:db8::ffff:2")
 
 
-def test_table_stays_bounded_when_many_peers_fail(failed: FailedKeys) -> None:
+def test_failed_key_table_stays_bounded_if_many_peers_fail(failed: FailedKeys) -> None:
     for number in range(_MAX_PEERS + 1000):
         failed.add(str(ipaddress.ip_address(number + 2**24)))
     assert len(failed._peers) == _MAX_PEERS
 
 
-def test_entry_is_small_when_the_address_is_not_valid(failed: FailedKeys) -> None:
+def test_failed_key_entry_for_an_invalid_address_is_small(failed: FailedKeys) -> None:
     failed.add("x" * 10_000)
     assert max(map(len, failed._peers)) <= 64

@@ -38,9 +38,7 @@ def kept(store: Store) -> list[FeedbackRow]:
         return list(session.scalars(select(FeedbackRow)))
 
 
-async def test_feedback_is_stored_when_the_answer_was_just_given(
-    client: httpx.AsyncClient, request_id: str, store: Store
-) -> None:
+async def test_feedback_on_a_fresh_answer_is_stored(client: httpx.AsyncClient, request_id: str, store: Store) -> None:
     given = {"request_id": request_id, "rating": "bad", "correction": "Plug it in.", "label": "hardware"}
     answer = await client.post(PATH, json=given)
     assert answer.status_code == 200
@@ -55,7 +53,7 @@ async def test_feedback_is_stored_when_the_answer_was_just_given(
     assert (row.rating, row.correction, row.label) == ("bad", "Plug it in.", "hardware")
 
 
-async def test_feedback_reaches_the_right_answer_when_a_client_uses_an_id_twice(
+async def test_feedback_reaches_the_right_answer_if_client_reuses_a_request_id(
     client: httpx.AsyncClient, service: Service, store: Store
 ) -> None:
     asked: dict[str, Any] = {"json": CHAT, "headers": {"x-request-id": "again"}}
@@ -69,7 +67,7 @@ async def test_feedback_reaches_the_right_answer_when_a_client_uses_an_id_twice(
     assert [row.request for row in kept(store)] == [oldest]
 
 
-async def test_answer_is_counted_once_when_it_is_rated_repeatedly(
+async def test_repeatedly_rated_answer_is_counted_once(
     client: httpx.AsyncClient, request_id: str, service: Service
 ) -> None:
     for rating in ("good", "bad", "good"):
@@ -79,20 +77,20 @@ async def test_answer_is_counted_once_when_it_is_rated_repeatedly(
     assert service.count("svc_feedback_total", model="tuned", version="1", rating="bad") == 0
 
 
-async def test_correction_is_redacted(client: httpx.AsyncClient, request_id: str, store: Store) -> None:
+async def test_correction_text_is_redacted(client: httpx.AsyncClient, request_id: str, store: Store) -> None:
     given = {"request_id": request_id, "rating": "bad", "correction": "ask a@b.de", "label": "a@b.de"}
     await client.post(PATH, json=given)
     (row,) = kept(store)
     assert (row.correction, row.label) == ("ask [mail]", "[mail]")
 
 
-async def test_feedback_is_answered_404_when_the_request_is_unknown(client: httpx.AsyncClient) -> None:
+async def test_feedback_on_an_unknown_request_returns_404(client: httpx.AsyncClient) -> None:
     answer = await client.post(PATH, json={"request_id": "req-other", "rating": "good"})
     assert answer.status_code == 404
     assert answer.json()["error"]["code"] == "request_not_found"
 
 
-async def test_log_is_not_flushed_when_the_request_is_unknown(
+async def test_request_log_is_not_flushed_for_feedback_on_an_unknown_request(
     client: httpx.AsyncClient, service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flushed: list[float] = []
@@ -101,7 +99,7 @@ async def test_log_is_not_flushed_when_the_request_is_unknown(
     assert flushed == []
 
 
-async def test_feedback_is_rejected_when_too_much_is_in_progress(
+async def test_feedback_is_rejected_if_too_many_submissions_run_concurrently(
     client: httpx.AsyncClient, request_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.http.feedback._MAX_CONCURRENT", 2)
@@ -112,7 +110,7 @@ async def test_feedback_is_rejected_when_too_much_is_in_progress(
     assert (await client.post(PATH, json=given)).status_code == 200
 
 
-async def test_client_is_asked_to_retry_when_the_store_lags(
+async def test_client_is_asked_to_retry_feedback_if_the_store_lags(
     client: httpx.AsyncClient, service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(service.request_log, "flush", lambda timeout_s: False)
@@ -122,7 +120,7 @@ async def test_client_is_asked_to_retry_when_the_store_lags(
     assert answer.headers["retry-after"] == "2"
 
 
-async def test_invalid_field_is_named(client: httpx.AsyncClient) -> None:
+async def test_error_names_the_invalid_feedback_field(client: httpx.AsyncClient) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"rating": "good"}, "request_id"),
         ({"request_id": "x"}, "rating"),
@@ -140,20 +138,20 @@ async def test_invalid_field_is_named(client: httpx.AsyncClient) -> None:
         assert answer.json()["error"]["param"] == param, body
 
 
-async def test_invalid_body_is_answered_400(client: httpx.AsyncClient) -> None:
+async def test_invalid_feedback_body_returns_400(client: httpx.AsyncClient) -> None:
     for body in (b"", b"{", b"[]", b"null", b"\xff", b'{"request_id": "\\ud800", "rating": "good"}'):
         answer = await client.post(PATH, content=body, headers={"content-type": "application/json"})
         assert answer.status_code in (400, 404), body
         assert answer.json()["error"]["type"] == "invalid_request_error", body
 
 
-async def test_body_over_the_limit_is_rejected(client: httpx.AsyncClient) -> None:
+async def test_feedback_body_over_the_limit_is_rejected(client: httpx.AsyncClient) -> None:
     body = json.dumps({"request_id": "x", "rating": "good", "correction": "x" * 300_000})
     answer = await client.post(PATH, content=body, headers={"content-type": "application/json"})
     assert answer.status_code == 413
 
 
-async def test_feedback_is_rejected_when_its_media_type_needs_no_preflight(client: httpx.AsyncClient) -> None:
+async def test_feedback_with_a_media_type_exempt_from_preflight_is_rejected(client: httpx.AsyncClient) -> None:
     """A form or a plain fetch from another site can send any media type but JSON."""
     answer = await client.post(PATH, content=b"{}", headers={"content-type": "text/plain"})
     assert answer.status_code == 415

@@ -15,7 +15,7 @@ async def service(socket_folder: Path) -> AsyncIterator[Service]:
         yield service
 
 
-async def test_request_is_answered_when_its_host_is_an_address_or_an_allowed_name(client: httpx.AsyncClient) -> None:
+async def test_request_with_an_ip_address_or_allowed_name_as_host_is_answered(client: httpx.AsyncClient) -> None:
     cases: list[str] = [
         *("localhost", "localhost:8000", "LOCALHOST.", "127.0.0.1:8000", "[::1]:8000", "10.1.2.3", "mine.lan:80"),
         *("chat.example.org", "chat.example.org:443"),
@@ -24,7 +24,7 @@ async def test_request_is_answered_when_its_host_is_an_address_or_an_allowed_nam
         assert (await client.get("/health", headers={"host": host})).status_code == 200, host
 
 
-async def test_request_is_rejected_on_every_path_when_its_host_is_not_allowed(client: httpx.AsyncClient) -> None:
+async def test_request_with_a_disallowed_host_is_rejected_on_every_path(client: httpx.AsyncClient) -> None:
     for path in ("/v1/models", "/metrics", "/svc/status", "/none"):
         for host in ("evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example"):
             answer = await client.get(path, headers={"host": host})
@@ -34,7 +34,7 @@ async def test_request_is_rejected_on_every_path_when_its_host_is_not_allowed(cl
             assert answer.headers["x-request-id"]
 
 
-async def test_completion_does_not_reach_the_engine_when_its_host_is_not_allowed(
+async def test_completion_with_a_disallowed_host_does_not_reach_the_engine(
     client: httpx.AsyncClient, service: Service
 ) -> None:
     answer = await client.post("/v1/chat/completions", json=CHAT, headers={"host": "evil.example"})
@@ -42,6 +42,6 @@ async def test_completion_does_not_reach_the_engine_when_its_host_is_not_allowed
     assert service.double.requests == []
 
 
-async def test_every_host_is_allowed_when_the_setting_is_a_star(socket_folder: Path) -> None:
+async def test_asterisk_in_allowed_hosts_allows_every_host(socket_folder: Path) -> None:
     async with Service(socket_folder, allowed_hosts=("*",)).run() as service, service.client() as client:
         assert (await client.get("/health", headers={"host": "any.example"})).status_code == 200

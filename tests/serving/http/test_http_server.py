@@ -40,7 +40,7 @@ async def shake_hands(app: Any, path: str, host: str = "localhost") -> tuple[int
         ("/v1/models", "evil.example", 421, "host_not_allowed"),
     ],
 )
-async def test_websocket_handshake_is_rejected_like_any_get_when_a_key_is_needed(
+async def test_websocket_handshake_is_rejected_like_any_get_if_a_key_is_required(
     socket_folder: Path, store: Store, path: str, host: str, status: int, code: str
 ) -> None:
     service = KeyedService(socket_folder, store=store)
@@ -53,14 +53,14 @@ async def test_websocket_handshake_is_rejected_like_any_get_when_a_key_is_needed
 @pytest.mark.parametrize(
     ("path", "status", "code"), [("/none", 404, "not_found"), ("/v1/chat/completions", 405, "method_not_allowed")]
 )
-async def test_websocket_handshake_is_answered_like_any_get_when_no_key_is_needed(
+async def test_websocket_handshake_is_answered_like_any_get_if_no_key_is_required(
     service: Service, path: str, status: int, code: str
 ) -> None:
     answered, content = await shake_hands(service.app, path)
     assert (answered, content["error"]["code"]) == (status, code)
 
 
-async def test_log_has_no_query_when_a_client_sends_one(service: Service, caplog: pytest.LogCaptureFixture) -> None:
+async def test_query_string_is_not_logged(service: Service, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     caplog.set_level(logging.DEBUG, "uvicorn.error")
     for path in ("/none", "/v1/models", "/v1/chat/completions"):
@@ -71,7 +71,7 @@ async def test_log_has_no_query_when_a_client_sends_one(service: Service, caplog
     assert not [record for record in caplog.records if "SECRET" in record.getMessage()]
 
 
-async def test_warning_is_logged_once_when_requests_are_malformed(
+async def test_warning_about_malformed_requests_is_logged_once(
     service: Service, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING, "uvicorn.error")  # the engine's double sets it higher

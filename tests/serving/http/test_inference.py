@@ -72,7 +72,7 @@ def ended(service: Service, status: str, outcome: str) -> float:
 
 
 class TestAnswers:
-    async def test_bytes_of_the_engine_are_forwarded_unchanged(
+    async def test_engine_response_bytes_are_forwarded_unchanged(
         self, service: Service, client: httpx.AsyncClient
     ) -> None:
         answer = await client.post(CHAT_PATH, json=CHAT)
@@ -80,22 +80,20 @@ class TestAnswers:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(service.double), base_url="http://e") as engine:
             assert answer.content == (await engine.post(CHAT_PATH, json=body)).content
 
-    async def test_engine_is_always_asked_by_its_own_model_name(
-        self, service: Service, client: httpx.AsyncClient
-    ) -> None:
+    async def test_engine_always_receives_its_own_model_name(self, service: Service, client: httpx.AsyncClient) -> None:
         for model in (NAME, f"{NAME}@1", f"{NAME}@production"):
             assert (await client.post(CHAT_PATH, json={**CHAT, "model": model})).status_code == 200
         assert {request["model"] for request in service.double.requests} == {NAME}
 
     @pytest.mark.parametrize("path", [CHAT_PATH, "/v1/completions"])
-    async def test_both_routes_are_served(self, client: httpx.AsyncClient, path: str) -> None:
+    async def test_chat_and_completion_routes_are_both_served(self, client: httpx.AsyncClient, path: str) -> None:
         answer = await client.post(path, json=CHAT | COMPLETION)
         assert answer.json()["usage"]["completion_tokens"] == 4
 
-    async def test_answer_has_the_version_that_gave_it(self, client: httpx.AsyncClient) -> None:
+    async def test_response_names_the_version_that_gave_the_answer(self, client: httpx.AsyncClient) -> None:
         assert (await client.post(CHAT_PATH, json=CHAT)).headers["x-model-version"] == f"{NAME}@1"
 
-    async def test_queued_request_for_the_name_gets_the_new_version_when_a_swap_ends(
+    async def test_queued_request_by_name_gets_the_new_version_after_a_swap(
         self, service: Service, client: httpx.AsyncClient
     ) -> None:
         async with closed(service.admission):
@@ -107,7 +105,7 @@ class TestAnswers:
         assert answer.headers["x-model-version"] == f"{NAME}@2"
         assert answer.json()["choices"][0]["message"]["content"].startswith("2.0")
 
-    async def test_queued_request_for_the_old_version_fails_when_a_swap_ends(
+    async def test_queued_request_for_the_old_version_fails_after_a_swap(
         self, service: Service, client: httpx.AsyncClient
     ) -> None:
         async with closed(service.admission):
@@ -116,7 +114,7 @@ class TestAnswers:
             service.load(TWO)
         assert error_of(await task)["code"] == "model_not_found"
 
-    async def test_requests_and_tokens_are_counted(self, service: Service, client: httpx.AsyncClient) -> None:
+    async def test_completed_requests_and_tokens_are_counted(self, service: Service, client: httpx.AsyncClient) -> None:
         await client.post(CHAT_PATH, json=CHAT)
         await client.post(CHAT_PATH, json=STREAM)
         version = {"model": NAME, "version": "1"}
@@ -130,17 +128,17 @@ class TestAnswers:
 class TestOverhead:
     """The gateway's own time in milliseconds, from the answer's header."""
 
-    async def test_time_of_the_engine_is_excluded(self, service: Service, client: httpx.AsyncClient) -> None:
+    async def test_overhead_header_excludes_engine_time(self, service: Service, client: httpx.AsyncClient) -> None:
         service.double.token_delay_s = 0.2
         answer = await client.post(CHAT_PATH, json=CHAT)
         assert float(answer.headers["openai-processing-ms"]) >= 200
         assert 0 < float(answer.headers["x-svc-overhead-ms"]) < 150
 
-    async def test_streams_have_the_header_too(self, client: httpx.AsyncClient) -> None:
+    async def test_streams_have_the_overhead_header_too(self, client: httpx.AsyncClient) -> None:
         answer = await client.post(CHAT_PATH, json=STREAM)
         assert 0 < float(answer.headers["x-svc-overhead-ms"]) < 150
 
-    async def test_wait_for_the_rest_of_the_first_event_is_excluded(
+    async def test_overhead_excludes_waiting_for_the_rest_of_the_first_event(
         self, service: Service, client: httpx.AsyncClient, socket_folder: Path
     ) -> None:
         async def reply(peer: Peer) -> None:
@@ -158,7 +156,7 @@ class TestOverhead:
         assert float(answer.headers["openai-processing-ms"]) >= 300
         assert 0 < float(answer.headers["x-svc-overhead-ms"]) < 90
 
-    async def test_wait_for_a_place_is_excluded(self, service: Service, client: httpx.AsyncClient) -> None:
+    async def test_overhead_excludes_waiting_for_a_slot(self, service: Service, client: httpx.AsyncClient) -> None:
         async with closed(service.admission):
             asking = asyncio.create_task(client.post(CHAT_PATH, json=CHAT))
             await asyncio.sleep(0.3)
@@ -168,14 +166,14 @@ class TestOverhead:
 
 
 class TestStreams:
-    async def test_chunk_with_token_counts_is_dropped_when_the_client_did_not_ask(
+    async def test_token_count_chunk_is_dropped_if_the_client_did_not_request_it(
         self, client: httpx.AsyncClient
     ) -> None:
         chunks = chunks_of((await client.post(CHAT_PATH, json=STREAM)).text)
         assert chunks[-1] == "[DONE]"
         assert all(chunk["choices"] for chunk in chunks[:-1])
 
-    async def test_chunk_with_token_counts_is_forwarded_when_the_client_asked(self, client: httpx.AsyncClient) -> None:
+    async def test_token_count_chunk_is_forwarded_if_the_client_requested_it(self, client: httpx.AsyncClient) -> None:
         answer = await client.post(CHAT_PATH, json={**STREAM, "stream_options": {"include_usage": True}})
         *_, usage, done = chunks_of(answer.text)
         assert (usage["choices"], usage["usage"]["completion_tokens"], done) == ([], 4, "[DONE]")
@@ -191,7 +189,7 @@ class TestStreams:
                     break
             assert service.double.running == 1
 
-    async def test_stream_holds_its_place_until_its_end(self, service: Service, live: httpx.AsyncClient) -> None:
+    async def test_stream_holds_its_slot_until_it_ends(self, service: Service, live: httpx.AsyncClient) -> None:
         service.double.token_delay_s = 0.05
         async with live.stream("POST", CHAT_PATH, json=STREAM) as answer:
             lines = answer.aiter_lines()
@@ -203,9 +201,7 @@ class TestStreams:
 
 
 class TestRefusals:
-    async def test_request_is_answered_404_when_the_model_is_unknown(
-        self, service: Service, client: httpx.AsyncClient
-    ) -> None:
+    async def test_request_for_an_unknown_model_returns_404(self, service: Service, client: httpx.AsyncClient) -> None:
         answer = await client.post(CHAT_PATH, json={**CHAT, "model": "x" * 5000})
         assert (answer.status_code, error_of(answer)["code"]) == (404, "model_not_found")
         assert NAME in error_of(answer)["message"]
@@ -213,19 +209,19 @@ class TestRefusals:
         labels = {"model": "unknown", "version": "", "route": CHAT_PATH, "status": "404", "outcome": "refused"}
         assert service.count("svc_requests_total", **labels) == 1
 
-    async def test_error_counts_for_the_model_when_its_version_is_not_loaded(
+    async def test_error_counts_for_the_model_if_its_version_is_not_loaded(
         self, service: Service, client: httpx.AsyncClient
     ) -> None:
         await client.post(CHAT_PATH, json={**CHAT, "model": f"{NAME}@99"})
         assert failed(service, "model_not_found", NAME, "") == 1
 
-    async def test_error_counts_for_the_model_when_no_version_is_loaded_yet(self, socket_folder: Path) -> None:
+    async def test_error_counts_for_the_model_if_no_version_is_loaded_yet(self, socket_folder: Path) -> None:
         async with Service(socket_folder).run() as service, service.client() as client:
             service.names.served = None
             assert (await client.post(CHAT_PATH, json=CHAT)).status_code == 503
         assert failed(service, "engine_unavailable", NAME, "") == 1
 
-    async def test_no_series_are_created_when_clients_invent_names(
+    async def test_unknown_model_names_create_no_metric_series(
         self, service: Service, client: httpx.AsyncClient
     ) -> None:
         await client.post(CHAT_PATH, json={**CHAT, "model": "first"})
@@ -243,7 +239,7 @@ class TestRefusals:
             (b'{"model": "tuned", "prompt_logprobs": 1}', "invalid_request", "prompt_logprobs"),
         ],
     )
-    async def test_body_is_rejected_when_it_is_not_supported(
+    async def test_unsupported_body_is_rejected_with_code_and_param(
         self, service: Service, client: httpx.AsyncClient, body: bytes, code: str, param: str | None
     ) -> None:
         answer = await client.post(CHAT_PATH, content=body, headers={"content-type": "application/json"})
@@ -251,7 +247,7 @@ class TestRefusals:
         assert service.double.calls == []
         assert reason(service, code) == 1
 
-    async def test_body_is_rejected_when_it_is_too_large(self, socket_folder: Path) -> None:
+    async def test_oversized_body_is_rejected(self, socket_folder: Path) -> None:
         async with Service(socket_folder, max_body_bytes=1024).run() as service, service.socket_client() as client:
 
             async def parts() -> AsyncIterator[bytes]:
@@ -263,15 +259,13 @@ class TestRefusals:
                 answer = await client.post(CHAT_PATH, content=content, headers=headers)
                 assert (answer.status_code, error_of(answer)["code"]) == (413, "body_too_large")
 
-    async def test_client_reads_the_error_when_it_sends_a_too_large_body_to_its_end(self, socket_folder: Path) -> None:
+    async def test_client_that_sends_all_of_an_oversized_body_can_read_the_error(self, socket_folder: Path) -> None:
         """As OpenAI's client does, which reads nothing before."""
         async with Service(socket_folder, max_body_bytes=1024).run() as service, service.socket_client() as client:
             answer = await client.post(CHAT_PATH, content=b" " * 2**22, headers={"content-type": "application/json"})
             assert (answer.status_code, error_of(answer)["code"]) == (413, "body_too_large")
 
-    async def test_request_is_rejected_when_places_or_the_queue_are_full_or_it_waited_too_long(
-        self, socket_folder: Path
-    ) -> None:
+    async def test_request_is_rejected_if_slots_or_queue_are_full_or_wait_expires(self, socket_folder: Path) -> None:
         service = Service(socket_folder, max_running=1, max_queued=1, queue_timeout_s=0.2)
         async with service.run(), service.client() as client:
             async with admitted(service.admission):
@@ -287,9 +281,7 @@ class TestRefusals:
             assert all("retry-after" in each.headers for each in (answer, over, late))
             assert (reason(service, "queue_overflow"), reason(service, "queue_timeout")) == (1, 1)
 
-    async def test_request_is_rejected_when_there_is_no_engine(
-        self, service: Service, client: httpx.AsyncClient
-    ) -> None:
+    async def test_request_is_rejected_if_there_is_no_engine(self, service: Service, client: httpx.AsyncClient) -> None:
         service.admission.unavailable("the engine is starting")
         answer = await client.post(CHAT_PATH, json=CHAT)
         assert (answer.status_code, error_of(answer)["code"]) == (503, "engine_unavailable")
@@ -297,7 +289,7 @@ class TestRefusals:
 
 
 class TestEngineErrors:
-    async def test_answer_is_context_length_exceeded_when_the_prompt_is_too_long(
+    async def test_overlong_prompt_returns_context_length_exceeded(
         self, service: Service, client: httpx.AsyncClient
     ) -> None:
         service.double.max_model_len = 2
@@ -305,7 +297,7 @@ class TestEngineErrors:
         assert (answer.status_code, error_of(answer)["code"]) == (400, "context_length_exceeded")
         assert "parameter=" not in error_of(answer)["message"]
 
-    async def test_rejected_field_is_named(self, service: Service, client: httpx.AsyncClient) -> None:
+    async def test_error_names_the_field_the_engine_rejected(self, service: Service, client: httpx.AsyncClient) -> None:
         service.double.refuse_with = 400, {"message": "top_p must be in (0, 1]", "param": "top_p", "code": 400}
         answer = await client.post(CHAT_PATH, json=CHAT)
         assert error_of(answer) == {
@@ -315,13 +307,13 @@ class TestEngineErrors:
             "code": "invalid_request",
         }
 
-    async def test_engine_404_is_answered_502(self, service: Service, client: httpx.AsyncClient) -> None:
+    async def test_engine_404_is_returned_as_502(self, service: Service, client: httpx.AsyncClient) -> None:
         service.double.name = "something else"
         answer = await client.post(CHAT_PATH, json=CHAT)
         assert (answer.status_code, error_of(answer)["code"]) == (502, "engine_error")
         assert "does not exist" not in answer.text
 
-    async def test_engine_500_is_answered_502_without_details(
+    async def test_engine_500_is_returned_as_502_without_details(
         self, service: Service, client: httpx.AsyncClient
     ) -> None:
         service.double.refuse_with = 500, {"message": "KeyError in /opt/vllm/x.py", "code": 500}
@@ -332,7 +324,7 @@ class TestEngineErrors:
 
 class TestEngineDeaths:
     @pytest.mark.parametrize("body", [CHAT, STREAM], ids=["whole", "stream"])
-    async def test_answer_is_engine_died_when_the_engine_dies_before_it(
+    async def test_engine_death_before_the_answer_returns_engine_died(
         self, service: Service, client: httpx.AsyncClient, body: dict[str, Any]
     ) -> None:
         service.double.fault = Fault.DIE_BEFORE_ANSWER
@@ -342,7 +334,7 @@ class TestEngineDeaths:
             assert "retry-after" in answer.headers
         assert service.admission.running == 0
 
-    async def test_error_has_its_own_status_when_it_comes_before_the_first_token(
+    async def test_error_before_the_first_token_has_its_own_status(
         self, service: Service, client: httpx.AsyncClient
     ) -> None:
         service.double.fault = Fault.DEATH_AT_ONCE_IN_STREAM
@@ -357,7 +349,7 @@ class TestEngineDeaths:
             (Fault.ERROR_IN_STREAM, "engine_error"),
         ],
     )
-    async def test_stream_ends_with_an_error_event_when_the_engine_fails_within_it(
+    async def test_stream_ends_with_an_error_event_if_the_engine_fails_midway(
         self, service: Service, client: httpx.AsyncClient, fault: Fault, code: str
     ) -> None:
         service.double.fault = fault
@@ -370,7 +362,7 @@ class TestEngineDeaths:
         assert reason(service, code) == 1
         assert service.admission.running == 0
 
-    async def test_events_before_an_error_in_the_same_part_are_forwarded(
+    async def test_events_in_the_same_chunk_before_an_error_are_forwarded(
         self, service: Service, socket_folder: Path
     ) -> None:
         token = b'data: {"choices":[{"index":0,"delta":{"content":"one"}}]}\n\n'
@@ -386,14 +378,14 @@ class TestEngineDeaths:
         assert token_event["choices"][0]["delta"]["content"] == "one"
         assert failure["error"]["code"] == "engine_error"
 
-    async def test_error_counts_for_the_version_when_its_stream_fails(
+    async def test_failed_stream_counts_as_an_error_of_its_version(
         self, service: Service, client: httpx.AsyncClient
     ) -> None:
         service.double.fault = Fault.ERROR_IN_STREAM
         await client.post(CHAT_PATH, json=STREAM)
         assert failed(service, "engine_error") == 1
 
-    async def test_error_counts_for_the_model_when_no_version_was_asked(self, socket_folder: Path) -> None:
+    async def test_refused_request_counts_as_an_error_of_the_model_without_a_version(self, socket_folder: Path) -> None:
         service = Service(socket_folder, max_running=1)
         async with service.run(), service.client() as client, admitted(service.admission):
             await client.post(CHAT_PATH, json=CHAT)
@@ -412,7 +404,7 @@ class TestEngineDeaths:
                 assert (await client.post(CHAT_PATH, json=CHAT)).status_code == 200
 
     @pytest.mark.parametrize("stream", [False, True])
-    async def test_request_times_out_when_the_engine_is_silent(self, socket_folder: Path, stream: bool) -> None:
+    async def test_request_times_out_if_the_engine_is_silent(self, socket_folder: Path, stream: bool) -> None:
         async with Service(socket_folder, request_timeout_s=0.1).run() as service, service.client() as client:
             service.double.fault = Fault.SILENCE
             answer = await client.post(CHAT_PATH, json={**CHAT, "stream": stream})
@@ -425,7 +417,7 @@ class TestEngineDeaths:
 
 class TestClientsThatLeave:
     @pytest.mark.parametrize("stream", [False, True])
-    async def test_work_of_the_engine_is_cancelled_when_the_client_leaves(
+    async def test_engine_work_is_cancelled_when_the_client_disconnects(
         self, service: Service, live: httpx.AsyncClient, stream: bool
     ) -> None:
         service.double.token_delay_s = 0.02
@@ -436,7 +428,7 @@ class TestClientsThatLeave:
         await until(lambda: service.double.cancelled == 1 and service.admission.running == 0)
         await until(lambda: reason(service, "client_gone") == 1)
 
-    async def test_request_counts_as_succeeded_when_the_client_leaves_after_the_last_event(
+    async def test_request_succeeds_if_client_disconnects_after_the_last_event(
         self, service: Service, live: httpx.AsyncClient
     ) -> None:
         service.double.linger_s = 0.2
@@ -447,7 +439,7 @@ class TestClientsThatLeave:
         await until(lambda: service.admission.running == 0)
         assert reason(service, "client_gone") == 0
 
-    async def test_queued_request_is_removed_when_its_client_leaves(
+    async def test_queued_request_is_removed_when_its_client_disconnects(
         self, service: Service, live: httpx.AsyncClient
     ) -> None:
         async with closed(service.admission):
@@ -459,7 +451,7 @@ class TestClientsThatLeave:
         labels = {"model": NAME, "version": "", "route": CHAT_PATH, "status": "499", "outcome": "client_gone"}
         await until(lambda: service.count("svc_requests_total", **labels) == 1)
 
-    async def test_place_is_released_when_the_client_does_not_read(self, socket_folder: Path) -> None:
+    async def test_slot_is_released_even_if_the_client_does_not_read(self, socket_folder: Path) -> None:
         async with Service(socket_folder).run() as service, service.socket_client() as client:
             service.double.tokens = MANY
             async with client.stream("POST", CHAT_PATH, json=STREAM) as answer:
@@ -467,7 +459,7 @@ class TestClientsThatLeave:
                 await until(lambda: service.admission.running == 0)
                 assert "data: [DONE]" in [line async for line in answer.aiter_lines()]
 
-    async def test_client_is_disconnected_when_it_does_not_read(self, socket_folder: Path) -> None:
+    async def test_client_that_does_not_read_is_disconnected(self, socket_folder: Path) -> None:
         slow = Service(socket_folder, buffers=small_buffers(client_timeout_s=0.3))
         async with slow.run() as service, service.socket_client() as client:
             service.double.tokens = MANY
@@ -476,7 +468,7 @@ class TestClientsThatLeave:
                 await until(lambda: service.admission.running == 0)
                 assert service.gateway_buffers.used == 0
 
-    async def test_client_gets_the_whole_answer_when_it_reads_slowly_and_steadily(self, socket_folder: Path) -> None:
+    async def test_slow_but_steady_reader_gets_the_whole_answer(self, socket_folder: Path) -> None:
         slow = Service(socket_folder, buffers=small_buffers(client_timeout_s=0.5))
         async with slow.run() as service, service.socket_client() as client:
             service.double.tokens = MANY
@@ -488,7 +480,7 @@ class TestClientsThatLeave:
             assert read.endswith(b"data: [DONE]\n\n")
             assert reason(service, "client_slow") == 0
 
-    async def test_other_callers_are_answered_when_one_does_not_read(self, socket_folder: Path) -> None:
+    async def test_other_callers_are_answered_while_one_does_not_read(self, socket_folder: Path) -> None:
         slow = Service(socket_folder, buffers=small_buffers(max_bytes=256 * 1024))
         async with slow.run() as service, service.socket_client() as client, AsyncExitStack() as stack:
             service.principals |= {"one": principal("k1"), "other": principal("k2")}
@@ -506,19 +498,19 @@ class TestClientsThatLeave:
 
 
 class TestLargeAnswers:
-    async def test_answer_over_the_limit_is_rejected(self, socket_folder: Path) -> None:
+    async def test_non_streamed_answer_over_the_size_limit_is_rejected(self, socket_folder: Path) -> None:
         async with Service(socket_folder, buffers=small_buffers()).run() as service, service.client() as client:
             service.double.tokens = 20_000
             answer = await client.post(CHAT_PATH, json=CHAT)
             assert (answer.status_code, error_of(answer)["code"]) == (400, "answer_too_large")
             assert service.gateway_buffers.used == 0
 
-    async def test_answer_over_the_limit_is_delivered_when_it_is_streamed(self, socket_folder: Path) -> None:
+    async def test_streamed_answer_over_the_size_limit_is_delivered(self, socket_folder: Path) -> None:
         async with Service(socket_folder, buffers=small_buffers()).run() as service, service.client() as client:
             service.double.tokens = MANY
             assert chunks_of((await client.post(CHAT_PATH, json=STREAM)).text)[-1] == "[DONE]"
 
-    async def test_answer_is_rejected_when_the_buffers_of_all_are_full(self, socket_folder: Path) -> None:
+    async def test_answer_is_rejected_if_the_shared_buffers_are_full(self, socket_folder: Path) -> None:
         async with (
             Service(socket_folder, buffers=AnswerBuffers(max_bytes=64 * 1024)).run() as service,
             service.client() as client,
@@ -528,7 +520,7 @@ class TestLargeAnswers:
             assert (answer.status_code, error_of(answer)["code"]) == (429, "overloaded")
 
     @pytest.mark.parametrize("asked", [{"n": 1024}, {"n": 2, "max_tokens": 2_000}], ids=["no limit", "a limit"])
-    async def test_request_is_rejected_when_it_asks_for_more_tokens_than_may_ever_run(
+    async def test_request_for_more_tokens_than_may_ever_run_is_rejected(
         self, socket_folder: Path, asked: dict[str, int]
     ) -> None:
         async with Service(socket_folder, max_running=1).run() as service, service.client() as client:
@@ -540,14 +532,12 @@ class TestLargeAnswers:
 class TestOutcomes:
     """Status 200 only means that an answer began; the outcome shows how it ended."""
 
-    async def test_outcome_is_engine_error_when_a_stream_fails(
-        self, service: Service, client: httpx.AsyncClient
-    ) -> None:
+    async def test_failed_stream_has_outcome_engine_error(self, service: Service, client: httpx.AsyncClient) -> None:
         service.double.fault = Fault.ERROR_IN_STREAM
         await client.post(CHAT_PATH, json=STREAM)
         assert ended(service, "200", "engine_error") == 1
 
-    async def test_duration_is_not_measured_when_a_stream_fails(
+    async def test_duration_of_a_failed_stream_is_not_measured(
         self, service: Service, client: httpx.AsyncClient
     ) -> None:
         service.double.fault = Fault.ERROR_IN_STREAM
@@ -555,7 +545,7 @@ class TestOutcomes:
         labels = {"model": NAME, "version": "1", "route": CHAT_PATH}
         assert service.count("svc_request_duration_seconds_count", **labels) == 0
 
-    async def test_outcome_is_client_gone_when_the_client_leaves_its_stream(
+    async def test_stream_abandoned_by_its_client_has_outcome_client_gone(
         self, service: Service, live: httpx.AsyncClient
     ) -> None:
         service.double.tokens, service.double.token_delay_s = 1000, 0.01
@@ -565,7 +555,7 @@ class TestOutcomes:
 
 
 class TestLoad:
-    async def test_no_answer_is_lost_or_mixed_when_the_version_changes_under_load(
+    async def test_version_change_under_load_loses_and_mixes_no_answer(
         self, service: Service, client: httpx.AsyncClient
     ) -> None:
         service.double.token_delay_s = 0.001

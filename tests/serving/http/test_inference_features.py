@@ -70,7 +70,7 @@ def rows(service: Service) -> list[RequestRow]:
 
 
 @pytest.mark.slow
-async def test_features_without_texts_are_in_the_database_with_default_settings(make: Make) -> None:
+async def test_default_settings_store_features_without_texts(make: Make) -> None:
     service = make()
     async with service.run():
         await ask(service, *[ASKED] * 5, *[{**ASKED, "stream": True}] * 5)
@@ -86,7 +86,7 @@ async def test_features_without_texts_are_in_the_database_with_default_settings(
 
 
 @pytest.mark.slow
-async def test_nothing_is_stored_when_features_are_switched_off(make: Make) -> None:
+async def test_no_features_are_stored_if_they_are_disabled(make: Make) -> None:
     service = make(features=False)
     async with service.run():
         await ask(service, ASKED)
@@ -100,7 +100,9 @@ async def test_text_is_redacted_before_features_are_computed(service: Service, h
     assert handed[0].answer
 
 
-async def test_request_is_handled_once_when_its_content_is_stored_too(make: Make, handed: list[RequestRecord]) -> None:
+async def test_request_with_stored_content_is_handed_over_for_features_once(
+    make: Make, handed: list[RequestRecord]
+) -> None:
     service = make(content_share=1.0)
     async with service.run():
         await ask(service, ASKED)
@@ -117,7 +119,7 @@ async def test_only_complete_answers_have_features(service: Service, handed: lis
     assert handed == []
 
 
-async def test_lost_features_are_counted_and_nothing_is_logged_when_a_prompt_has_no_text(
+async def test_tokenized_prompt_without_text_counts_as_lost_features_and_logs_nothing(
     service: Service, handed: list[RequestRecord], caplog: pytest.LogCaptureFixture
 ) -> None:
     async with service.client() as client:
@@ -128,7 +130,7 @@ async def test_lost_features_are_counted_and_nothing_is_logged_when_a_prompt_has
     assert service.count("svc_request_log_dropped_total", reason="content_unreadable") == 0
 
 
-async def test_no_texts_are_collected_beyond_the_limit_per_version(
+async def test_feature_texts_are_not_collected_beyond_the_limit_per_version(
     service: Service, handed: list[RequestRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(drift_features, "BURST", 2)

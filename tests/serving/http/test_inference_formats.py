@@ -47,7 +47,7 @@ def last_event(text: str) -> tuple[str, Any]:
 
 @both
 @whole_and_streamed
-async def test_bytes_of_the_engine_are_forwarded_unchanged(
+async def test_engine_response_bytes_are_forwarded_unchanged_on_every_route(
     service: Service, client: httpx.AsyncClient, path: str, stream: bool
 ) -> None:
     body = {**BODIES[path], "stream": stream}
@@ -60,7 +60,7 @@ async def test_bytes_of_the_engine_are_forwarded_unchanged(
 
 @both
 @whole_and_streamed
-async def test_row_has_the_same_values_as_for_a_chat(
+async def test_request_row_has_the_same_values_as_for_a_chat_request(
     service: Service, client: httpx.AsyncClient, path: str, stream: bool
 ) -> None:
     await client.post(path, json={**BODIES[path], "stream": stream, "temperature": 0.5})
@@ -73,7 +73,9 @@ async def test_row_has_the_same_values_as_for_a_chat(
 
 
 @both
-async def test_tokens_are_counted_and_timed(service: Service, client: httpx.AsyncClient, path: str) -> None:
+async def test_tokens_are_counted_and_timed_on_every_route(
+    service: Service, client: httpx.AsyncClient, path: str
+) -> None:
     await client.post(path, json=BODIES[path])
     await client.post(path, json={**BODIES[path], "stream": True})
     labels = {**VERSION, "route": path, "status": "200", "outcome": "complete"}
@@ -85,7 +87,9 @@ async def test_tokens_are_counted_and_timed(service: Service, client: httpx.Asyn
 
 
 @both
-async def test_queued_request_gets_the_new_version(service: Service, client: httpx.AsyncClient, path: str) -> None:
+async def test_queued_request_gets_the_new_version_after_a_swap(
+    service: Service, client: httpx.AsyncClient, path: str
+) -> None:
     async with closed(service.admission):
         task = asyncio.create_task(client.post(path, json=BODIES[path]))
         await until(lambda: service.admission.queued == 1)
@@ -97,7 +101,7 @@ async def test_queued_request_gets_the_new_version(service: Service, client: htt
 
 
 @both
-async def test_answer_is_context_length_exceeded_when_the_prompt_is_too_long(
+async def test_overlong_prompt_returns_context_length_exceeded(
     service: Service, client: httpx.AsyncClient, path: str
 ) -> None:
     service.double.max_model_len = 2
@@ -115,7 +119,7 @@ async def test_answer_is_context_length_exceeded_when_the_prompt_is_too_long(
         (RESPONSES, Fault.ERROR_IN_STREAM, "engine_error"),
     ],
 )
-async def test_stream_ends_with_an_error_when_the_engine_breaks_it_off(
+async def test_stream_ends_with_an_error_if_the_engine_breaks_it_off(
     service: Service, client: httpx.AsyncClient, path: str, fault: Fault, code: str
 ) -> None:
     service.double.fault = fault
@@ -127,7 +131,7 @@ async def test_stream_ends_with_an_error_when_the_engine_breaks_it_off(
     assert service.admission.running == 0
 
 
-async def test_error_in_a_stream_of_messages_counts_as_death_when_the_engine_is_dead(
+async def test_error_in_a_messages_stream_is_engine_died_for_dead_engine(
     service: Service, client: httpx.AsyncClient
 ) -> None:
     service.double.fault, service.double.dead = Fault.ERROR_IN_STREAM, True
@@ -136,7 +140,7 @@ async def test_error_in_a_stream_of_messages_counts_as_death_when_the_engine_is_
 
 
 @both
-async def test_text_before_a_failure_is_kept_when_a_stream_fails(
+async def test_text_sent_before_a_stream_failure_is_stored(
     service: Service, client: httpx.AsyncClient, path: str
 ) -> None:
     service.double.fault = Fault.DIE_IN_STREAM
@@ -147,9 +151,7 @@ async def test_text_before_a_failure_is_kept_when_a_stream_fails(
 
 @both
 @whole_and_streamed
-async def test_work_of_the_engine_is_cancelled_when_the_client_leaves(
-    service: Service, path: str, stream: bool
-) -> None:
+async def test_engine_work_is_cancelled_when_the_client_disconnects(service: Service, path: str, stream: bool) -> None:
     service.double.token_delay_s = 0.02
     service.double.tokens = 1000
     body = {**BODIES[path], "stream": stream, "max_tokens": 1000, "max_output_tokens": 1000}
@@ -162,9 +164,7 @@ async def test_work_of_the_engine_is_cancelled_when_the_client_leaves(
 
 
 @both
-async def test_request_counts_as_answered_when_the_client_leaves_after_the_last_event(
-    service: Service, path: str
-) -> None:
+async def test_request_is_complete_if_client_disconnects_after_the_last_event(service: Service, path: str) -> None:
     service.double.linger_s = 60
     async with (
         service.socket_client() as live,

@@ -39,7 +39,9 @@ async def row_after(service: Service, client: httpx.AsyncClient, body: Any, path
 
 
 @pytest.mark.parametrize("body", [CHAT, STREAM], ids=["whole", "streamed"])
-async def test_row_is_complete_when_the_answer_succeeds(service: Service, client: httpx.AsyncClient, body: Any) -> None:
+async def test_request_row_is_complete_for_a_successful_answer(
+    service: Service, client: httpx.AsyncClient, body: Any
+) -> None:
     row = await row_after(service, client, body)
     assert (row.client_request_id, row.model, row.number, row.format) == ("mine", NAME, 1, "merged")
     assert row.request_id.startswith("req-")
@@ -49,7 +51,9 @@ async def test_row_is_complete_when_the_answer_succeeds(service: Service, client
     assert 0 < row.seconds < 5
 
 
-async def test_row_is_engine_error_when_a_stream_fails(service: Service, client: httpx.AsyncClient) -> None:
+async def test_request_row_of_a_failed_stream_has_outcome_engine_error(
+    service: Service, client: httpx.AsyncClient
+) -> None:
     service.double.fault = Fault.ERROR_IN_STREAM
     row = await row_after(service, client, STREAM)
     assert (row.status, row.reason, row.outcome) == (200, "engine_error", "engine_error")
@@ -64,7 +68,7 @@ async def test_row_is_engine_error_when_a_stream_fails(service: Service, client:
         ({"max_tokens": 10**30, "temperature": 10**400, "model": "other"}, (None, None)),
     ],
 )
-async def test_row_has_the_sampling_parameters(
+async def test_request_row_stores_the_sampling_parameters(
     service: Service, client: httpx.AsyncClient, sent: Any, kept: tuple[float | None, int | None]
 ) -> None:
     row = await row_after(service, client, {**CHAT, **sent})
@@ -72,28 +76,28 @@ async def test_row_has_the_sampling_parameters(
 
 
 @pytest.mark.parametrize(("sent", "kept"), [({}, None), ({"user": "a@b.de"}, hash_user("a@b.de"))])
-async def test_row_has_only_a_hash_of_the_user(
+async def test_request_row_stores_only_a_hash_of_the_user(
     service: Service, client: httpx.AsyncClient, sent: dict[str, str], kept: str | None
 ) -> None:
     assert (await row_after(service, client, {**CHAT, **sent})).user_hash == kept
 
 
-async def test_only_a_stream_has_a_time_to_first_token(service: Service, client: httpx.AsyncClient) -> None:
+async def test_only_streams_have_a_time_to_first_token(service: Service, client: httpx.AsyncClient) -> None:
     row = await row_after(service, client, STREAM)
     assert row.first_token_seconds is not None
     assert 0 < row.first_token_seconds <= row.seconds
 
 
-async def test_prompt_and_answer_are_stored_when_content_is_switched_on(
-    service: Service, client: httpx.AsyncClient
-) -> None:
+async def test_prompt_and_answer_are_stored_if_content_is_enabled(service: Service, client: httpx.AsyncClient) -> None:
     row = await row_after(service, client, STREAM)
     assert row.prompt == '[{"role": "user", "content": "one two three"}]'
     assert row.answer
     assert row.answer.startswith("1.0")
 
 
-async def test_content_is_the_same_for_streamed_and_plain_answers(service: Service, client: httpx.AsyncClient) -> None:
+async def test_stored_content_is_the_same_for_streamed_and_plain_answers(
+    service: Service, client: httpx.AsyncClient
+) -> None:
     await client.post(CHAT_PATH, json=CHAT)
     await client.post(CHAT_PATH, json=STREAM)
     assert service.request_log.flush(5)
@@ -103,32 +107,34 @@ async def test_content_is_the_same_for_streamed_and_plain_answers(service: Servi
     assert whole == streamed
 
 
-async def test_no_content_is_stored_when_the_share_is_zero(socket_folder: Path, store: Store) -> None:
+async def test_no_content_is_stored_if_the_content_share_is_zero(socket_folder: Path, store: Store) -> None:
     async with Service(socket_folder, store=store).run() as service, service.client() as client:
         row = await row_after(service, client, STREAM)
     assert (row.prompt, row.answer) == (None, None)
 
 
-async def test_row_has_no_version_when_the_model_is_unknown(service: Service, client: httpx.AsyncClient) -> None:
+async def test_request_row_for_an_unknown_model_has_no_version(service: Service, client: httpx.AsyncClient) -> None:
     row = await row_after(service, client, {**CHAT, "model": "a client's own text"})
     assert (row.model, row.number, row.status, row.reason) == ("unknown", None, 404, "model_not_found")
     assert row.prompt is None
 
 
-async def test_row_names_the_model_when_no_version_was_asked(service: Service, client: httpx.AsyncClient) -> None:
+async def test_request_row_names_the_model_if_the_version_is_unknown(
+    service: Service, client: httpx.AsyncClient
+) -> None:
     row = await row_after(service, client, {**CHAT, "model": f"{NAME}@99"})
     assert (row.model, row.number, row.status, row.reason) == (NAME, None, 404, "model_not_found")
     assert row.prompt is None
 
 
-async def test_row_has_the_reason_when_a_stream_fails(service: Service, client: httpx.AsyncClient) -> None:
+async def test_request_row_of_a_failed_stream_stores_the_reason(service: Service, client: httpx.AsyncClient) -> None:
     service.double.fault = Fault.ERROR_IN_STREAM
     row = await row_after(service, client, STREAM)
     assert (row.status, row.number) == (200, 1)
     assert row.reason in ("engine_error", "engine_died")
 
 
-async def test_row_is_engine_error_when_the_server_stops_within_an_answer(service: Service) -> None:
+async def test_request_row_has_outcome_engine_error_if_server_stops_mid_answer(service: Service) -> None:
     service.double.token_delay_s = 0.05
     service.double.tokens = 1000
     sent = list[Any]()
@@ -170,12 +176,12 @@ def _receive_then_wait(body: bytes) -> Callable[[], Awaitable[Any]]:
     return receive
 
 
-async def test_row_has_the_reason_when_the_body_is_rejected(service: Service, client: httpx.AsyncClient) -> None:
+async def test_request_row_stores_the_reason_for_a_rejected_body(service: Service, client: httpx.AsyncClient) -> None:
     row = await row_after(service, client, {**CHAT, "prompt_logprobs": 1})
     assert (row.status, row.reason) == (400, "invalid_request")
 
 
-async def test_exemplars_have_the_request_id_in_openmetrics(client: httpx.AsyncClient) -> None:
+async def test_openmetrics_exemplars_contain_the_request_id(client: httpx.AsyncClient) -> None:
     answer = await client.post(CHAT_PATH, json=STREAM)
     page = await client.get("/metrics", headers={"accept": "application/openmetrics-text; version=1.0.0"})
     assert f'# {{request_id="{answer.headers["x-request-id"]}"}}' in page.text

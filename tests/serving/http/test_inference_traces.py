@@ -71,7 +71,7 @@ def traced(socket_folder: Path, store: Store, receiver: OtlpReceiver) -> Traced:
 
 
 @pytest.mark.parametrize("route", Route)
-async def test_span_is_complete_when_the_answer_succeeds(traced: Traced, route: Route) -> None:
+async def test_span_of_a_successful_answer_is_complete(traced: Traced, route: Route) -> None:
     span = await traced.span_of(BODIES[route], route.value)
     operation = "text_completion" if route is Route.COMPLETIONS else "chat"
     assert (span.name, span.kind, span.status) == (f"{operation} {NAME}", SERVER, UNSET)
@@ -100,14 +100,14 @@ async def test_span_is_complete_when_the_answer_succeeds(traced: Traced, route: 
 
 
 @pytest.mark.parametrize("route", Route)
-async def test_span_of_a_stream_has_the_time_to_first_token(traced: Traced, route: Route) -> None:
+async def test_stream_span_includes_the_time_to_first_token(traced: Traced, route: Route) -> None:
     span = await traced.span_of({**BODIES[route], "stream": True}, route.value)
     assert span.attributes["gen_ai.request.stream"] is True
     assert 0 < span.attributes["gen_ai.response.time_to_first_chunk"] <= span.seconds
     assert span.attributes["gen_ai.usage.output_tokens"] == 4
 
 
-async def test_span_has_the_request_parameters(traced: Traced) -> None:
+async def test_span_includes_the_request_parameters(traced: Traced) -> None:
     body = {**CHAT, "model": f"{NAME}@1", "temperature": 0.5, "max_tokens": 9}
     span = await traced.span_of(body, **{"x-request-id": "mine"})
     asked = ("gen_ai.request.model", "gen_ai.request.temperature", "gen_ai.request.max_tokens")
@@ -116,7 +116,7 @@ async def test_span_has_the_request_parameters(traced: Traced) -> None:
     assert span.name == f"chat {NAME}"
 
 
-async def test_span_is_under_the_clients_span_and_above_the_engines(traced: Traced) -> None:
+async def test_gateway_span_is_child_of_client_span_and_parent_of_engine_span(traced: Traced) -> None:
     async with traced.run() as (service, client):
         await client.post(CHAT_PATH, json=CHAT, headers=CLIENTS)
     [span], [head] = traced.receiver.spans, service.double.heads
@@ -125,7 +125,7 @@ async def test_span_is_under_the_clients_span_and_above_the_engines(traced: Trac
     assert head["tracestate"] == "vendor=1,other=x"
 
 
-async def test_each_request_begins_a_trace_when_the_client_has_none(traced: Traced) -> None:
+async def test_each_request_starts_a_new_trace_if_the_client_sends_none(traced: Traced) -> None:
     async with traced.run() as (service, client):
         await client.post(CHAT_PATH, json=CHAT)
         await client.post(CHAT_PATH, json=CHAT)
@@ -136,13 +136,13 @@ async def test_each_request_begins_a_trace_when_the_client_has_none(traced: Trac
     assert all("tracestate" not in head for head in service.double.heads)
 
 
-async def test_malformed_parent_is_ignored(traced: Traced) -> None:
+async def test_malformed_trace_parent_is_ignored(traced: Traced) -> None:
     span = await traced.span_of(CHAT, traceparent=f"00-{TRACE.upper()}-{PARENT}-01", tracestate="vendor=1")
     assert (span.parent, span.state) == ("", "")
     assert span.trace != TRACE
 
 
-async def test_neither_we_nor_the_engine_sample_when_the_client_does_not_sample(traced: Traced) -> None:
+async def test_gateway_and_engine_do_not_sample_if_the_client_does_not(traced: Traced) -> None:
     async with traced.run() as (service, client):
         await client.post(CHAT_PATH, json=CHAT, headers={"traceparent": f"00-{TRACE}-{PARENT}-00"})
     assert traced.receiver.spans == []
@@ -151,7 +151,7 @@ async def test_neither_we_nor_the_engine_sample_when_the_client_does_not_sample(
     assert PARENT not in service.double.heads[0]["traceparent"]
 
 
-async def test_sample_share_applies_to_traces_that_begin_here(
+async def test_sample_share_applies_only_to_traces_started_by_the_gateway(
     socket_folder: Path, store: Store, receiver: OtlpReceiver
 ) -> None:
     traced = Traced(socket_folder, store, receiver, sample_share=0.0)
@@ -162,7 +162,7 @@ async def test_sample_share_applies_to_traces_that_begin_here(
     assert service.double.heads[0]["traceparent"].endswith("-00")
 
 
-async def test_content_is_sent_redacted_when_it_is_stored(traced: Traced) -> None:
+async def test_stored_content_is_redacted_in_spans(traced: Traced) -> None:
     traced.keeping = RequestLogSettings(content_share=1.0, redact=("tulip",))
     messages = [{"role": "system", "content": "a tulip"}, {"role": "user", "content": "mail a@b.de"}]
     span = await traced.span_of({**CHAT, "messages": messages})
@@ -176,13 +176,13 @@ async def test_content_is_sent_redacted_when_it_is_stored(traced: Traced) -> Non
     assert answer["parts"][0]["content"].startswith("1.0")
 
 
-async def test_no_content_is_sent_when_the_share_is_zero(traced: Traced) -> None:
+async def test_spans_contain_no_content_if_the_content_share_is_zero(traced: Traced) -> None:
     span = await traced.span_of({**CHAT, "messages": [{"role": "user", "content": "a tulip"}]})
     assert not {*CONTENT} & {*span.attributes}
     assert b"tulip" not in b"".join(traced.receiver.bodies)
 
 
-async def test_span_has_no_content_when_it_is_too_long(traced: Traced) -> None:
+async def test_overlong_content_is_omitted_from_the_span(traced: Traced) -> None:
     traced.keeping = RequestLogSettings(content_share=1.0, max_content_kib=1)
     span = await traced.span_of({**CHAT, "messages": [{"role": "user", "content": "a " * 900}]})
     assert not {*CONTENT} & {*span.attributes}
@@ -192,14 +192,14 @@ def errors(span: ReceivedSpan) -> tuple[int | None, str, int]:
     return span.attributes.get("http.response.status_code"), span.attributes["error.type"], span.status
 
 
-async def test_span_is_not_an_error_when_the_client_made_a_mistake(traced: Traced) -> None:
+async def test_client_mistake_does_not_mark_the_span_as_an_error(traced: Traced) -> None:
     span = await traced.span_of({**CHAT, "prompt_logprobs": 1})
     assert errors(span) == (400, "invalid_request", UNSET)
     assert span.attributes["tuneserve.outcome"] == "refused"
 
 
 @pytest.mark.parametrize(("model", "shown"), [("\ud800 a@b.de", "unknown"), (f"{NAME}@9\ud800", NAME)])
-async def test_span_hides_the_clients_text_when_the_model_does_not_exist(
+async def test_span_hides_the_requested_name_if_the_model_does_not_exist(
     traced: Traced, model: str, shown: str
 ) -> None:
     async with traced.run() as (_, client):
@@ -212,7 +212,7 @@ async def test_span_hides_the_clients_text_when_the_model_does_not_exist(
 _JSON = {"content-type": "application/json"}
 
 
-async def test_span_has_the_reason_when_there_is_no_place(traced: Traced) -> None:
+async def test_span_of_a_request_rejected_without_a_slot_has_the_reason(traced: Traced) -> None:
     traced.settings = {"max_running": 1, "max_queued": 0}
     async with traced.run() as (service, client):
         service.double.token_delay_s, service.double.tokens = 0.01, 100_000
@@ -224,7 +224,7 @@ async def test_span_has_the_reason_when_there_is_no_place(traced: Traced) -> Non
     assert "gen_ai.response.model" not in refused.attributes
 
 
-async def test_span_is_an_error_when_the_engine_is_down(traced: Traced) -> None:
+async def test_span_is_an_error_if_the_engine_is_down(traced: Traced) -> None:
     async with traced.run() as (service, client):
         service.admission.unavailable("it is being restarted")
         assert (await client.post(CHAT_PATH, json=CHAT)).status_code == 503
@@ -240,7 +240,7 @@ async def test_span_is_an_error_when_the_engine_is_down(traced: Traced) -> None:
         (Fault.ERROR_IN_STREAM, STREAM, (200, "engine_error", ERROR)),
     ],
 )
-async def test_span_is_an_error_when_the_engine_fails(traced: Traced, fault: Fault, body: Any, expected: Any) -> None:
+async def test_span_is_an_error_if_the_engine_fails(traced: Traced, fault: Fault, body: Any, expected: Any) -> None:
     async with traced.run() as (service, client):
         service.double.fault = fault
         await client.post(CHAT_PATH, json=body)
@@ -250,7 +250,7 @@ async def test_span_is_an_error_when_the_engine_fails(traced: Traced, fault: Fau
 
 
 @pytest.mark.parametrize(("body", "status"), [(CHAT, None), (STREAM, 200)], ids=["before", "within"])
-async def test_span_is_client_gone_when_the_client_leaves(traced: Traced, body: Any, status: int | None) -> None:
+async def test_span_is_client_gone_if_the_client_disconnects(traced: Traced, body: Any, status: int | None) -> None:
     async with traced.run() as (service, client):
         service.double.token_delay_s, service.double.tokens = 0.01, 100_000
         asking = asyncio.create_task(_read_some(client, body))
@@ -269,7 +269,7 @@ async def _read_some(client: httpx.AsyncClient, body: Any) -> None:
             pass
 
 
-async def test_span_has_the_key_id_and_rejected_keys_leave_no_span(
+async def test_span_includes_the_key_id_and_rejected_keys_create_no_span(
     socket_folder: Path, store: Store, receiver: OtlpReceiver
 ) -> None:
     traced = Traced(socket_folder, store, receiver)
@@ -292,7 +292,7 @@ async def test_span_has_the_key_id_and_rejected_keys_leave_no_span(
 @pytest.mark.parametrize(
     ("endpoint", "path"), [("", "/v1/traces"), ("/api/public/otel/", "/api/public/otel/v1/traces"), ("/v1/traces",) * 2]
 )
-async def test_headers_from_the_standard_variable_are_sent_to_the_receiver(
+async def test_standard_otlp_headers_variable_is_sent_to_the_receiver(
     traced: Traced, monkeypatch: pytest.MonkeyPatch, endpoint: str, path: str
 ) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", f"Authorization={SECRET},x-project=a%20b")
@@ -304,7 +304,9 @@ async def test_headers_from_the_standard_variable_are_sent_to_the_receiver(
     assert traced.receiver.paths == [path]
 
 
-async def test_operator_sets_the_resource_attributes(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_resource_attributes_are_read_from_the_environment(
+    traced: Traced, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=test")
     span = await traced.span_of(CHAT)
     assert (span.resource["service.name"], span.resource["deployment.environment.name"]) == ("tuneserve", "test")
@@ -318,7 +320,7 @@ async def test_sent_spans_are_counted(traced: Traced) -> None:
 
 
 @pytest.mark.slow
-async def test_requests_are_unaffected_when_the_receiver_is_down(
+async def test_requests_are_unaffected_if_the_trace_receiver_is_down(
     traced: Traced, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", f"authorization={SECRET}")
@@ -339,7 +341,7 @@ async def test_requests_are_unaffected_when_the_receiver_is_down(
     assert SECRET not in caplog.text
 
 
-async def test_requests_are_not_delayed_when_the_receiver_does_not_answer(
+async def test_unresponsive_trace_receiver_does_not_delay_requests(
     socket_folder: Path, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.telemetry.traces.traces._EVERY_MS", 10)
@@ -364,8 +366,6 @@ async def test_rejected_spans_are_counted(traced: Traced, status: int) -> None:
     assert service.count("svc_spans_total") == 0
 
 
-async def test_engine_gets_no_trace_headers_when_there_is_no_receiver(
-    service: Service, client: httpx.AsyncClient
-) -> None:
+async def test_engine_gets_no_trace_headers_without_a_receiver(service: Service, client: httpx.AsyncClient) -> None:
     await client.post(CHAT_PATH, json=CHAT, headers=CLIENTS)
     assert "traceparent" not in service.double.heads[0]

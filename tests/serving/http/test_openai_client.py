@@ -28,20 +28,20 @@ async def official(service: Service) -> AsyncIterator[AsyncOpenAI]:
         yield official
 
 
-async def test_chat_is_answered(official: AsyncOpenAI) -> None:
+async def test_openai_client_gets_a_chat_answer(official: AsyncOpenAI) -> None:
     answer = await official.chat.completions.create(model=NAME, messages=MESSAGES)
     assert answer.choices[0].message.content == "1.0 1.1 1.2 1.3 "
     assert answer.usage is not None
     assert answer.usage.completion_tokens == 4
 
 
-async def test_streamed_chat_is_answered(official: AsyncOpenAI) -> None:
+async def test_openai_client_gets_a_streamed_chat_answer(official: AsyncOpenAI) -> None:
     stream = await official.chat.completions.create(model=f"{NAME}@production", messages=MESSAGES, stream=True)
     chunks = [chunk async for chunk in stream]
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "1.0 1.1 1.2 1.3 "
 
 
-async def test_streamed_chat_has_token_counts_when_requested(official: AsyncOpenAI) -> None:
+async def test_streamed_chat_includes_token_counts_if_requested(official: AsyncOpenAI) -> None:
     stream = await official.chat.completions.create(
         model=NAME, messages=MESSAGES, stream=True, stream_options={"include_usage": True}
     )
@@ -51,7 +51,7 @@ async def test_streamed_chat_has_token_counts_when_requested(official: AsyncOpen
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_completion_is_answered(official: AsyncOpenAI, stream: bool) -> None:
+async def test_openai_client_gets_a_completion(official: AsyncOpenAI, stream: bool) -> None:
     answer = await official.completions.create(model=f"{NAME}@1", prompt="one", stream=stream)
     if isinstance(answer, openai.AsyncStream):
         assert "".join([chunk.choices[0].text async for chunk in answer]) == "1.0 1.1 1.2 1.3 "
@@ -59,32 +59,32 @@ async def test_completion_is_answered(official: AsyncOpenAI, stream: bool) -> No
         assert answer.choices[0].text == "1.0 1.1 1.2 1.3 "
 
 
-async def test_version_and_request_id_are_readable(official: AsyncOpenAI) -> None:
+async def test_openai_client_can_read_version_and_request_id(official: AsyncOpenAI) -> None:
     raw = await official.chat.completions.with_raw_response.create(model=NAME, messages=MESSAGES)
     assert raw.headers["x-model-version"] == f"{NAME}@1"
     assert (raw.request_id or "").startswith("req-")
 
 
-async def test_models_are_listed(official: AsyncOpenAI) -> None:
+async def test_openai_client_lists_models(official: AsyncOpenAI) -> None:
     assert [model.id async for model in official.models.list()] == [NAME, f"{NAME}@1", f"{NAME}@production"]
     assert (await official.models.retrieve(f"{NAME}@1")).owned_by == "tuneserve"
     with pytest.raises(openai.NotFoundError):
         await official.models.retrieve("group/other")
 
 
-async def test_served_model_is_not_deleted(official: AsyncOpenAI) -> None:
+async def test_openai_client_cannot_delete_a_served_model(official: AsyncOpenAI) -> None:
     for name in (NAME, f"{NAME}@1", f"{NAME}@production"):
         with pytest.raises(openai.PermissionDeniedError) as caught:
             await official.models.delete(name)
         assert (caught.value.code, caught.value.type) == ("model_not_deletable", "invalid_request_error"), name
 
 
-async def test_deletion_raises_not_found_when_the_model_is_not_served(official: AsyncOpenAI) -> None:
+async def test_deleting_an_unserved_model_raises_not_found(official: AsyncOpenAI) -> None:
     with pytest.raises(openai.NotFoundError):
         await official.models.delete("group/other")
 
 
-async def test_client_does_not_retry_when_the_gateway_fails(
+async def test_openai_client_does_not_retry_a_gateway_failure(
     service: Service, official: AsyncOpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried = list[str]()
@@ -99,7 +99,7 @@ async def test_client_does_not_retry_when_the_gateway_fails(
     assert tried == [NAME]
 
 
-async def test_response_is_answered(official: AsyncOpenAI) -> None:
+async def test_openai_client_gets_a_response(official: AsyncOpenAI) -> None:
     answer = await official.responses.create(model=f"{NAME}@production", input="one two three", max_output_tokens=3)
     assert answer.output_text == "1.0 1.1 1.2 "
     assert answer.status == "incomplete"
@@ -109,7 +109,7 @@ async def test_response_is_answered(official: AsyncOpenAI) -> None:
     assert (answer.usage.input_tokens, answer.usage.output_tokens) == (3, 3)
 
 
-async def test_streamed_response_is_answered(official: AsyncOpenAI) -> None:
+async def test_openai_client_gets_a_streamed_response(official: AsyncOpenAI) -> None:
     stream = await official.responses.create(model=NAME, input="one two three", stream=True)
     events = [event async for event in stream]
     assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == "1.0 1.1 1.2 1.3 "
@@ -118,7 +118,7 @@ async def test_streamed_response_is_answered(official: AsyncOpenAI) -> None:
     assert events[-1].response.usage is not None
 
 
-async def test_stored_response_is_rejected(official: AsyncOpenAI) -> None:
+async def test_stored_responses_are_rejected(official: AsyncOpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         await official.responses.create(model=NAME, input="one", store=True)
     assert caught.value.param == "store"
@@ -129,7 +129,7 @@ async def test_stored_response_is_rejected(official: AsyncOpenAI) -> None:
 
 
 @pytest.mark.parametrize("fault", [Fault.DIE_IN_STREAM, Fault.END_WITHOUT_DONE])
-async def test_client_raises_when_a_streamed_response_fails(
+async def test_openai_client_raises_if_a_streamed_response_fails(
     service: Service, official: AsyncOpenAI, fault: Fault
 ) -> None:
     service.double.fault = fault
@@ -139,7 +139,7 @@ async def test_client_raises_when_a_streamed_response_fails(
             pass
 
 
-async def test_tool_call_is_parsed(service: Service, official: AsyncOpenAI) -> None:
+async def test_openai_client_parses_a_tool_call(service: Service, official: AsyncOpenAI) -> None:
     call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Bonn"}'}}
     service.double.message, service.double.finish_reason = {"content": None, "tool_calls": [call]}, "tool_calls"
     answer = await official.chat.completions.create(
@@ -153,7 +153,7 @@ async def test_tool_call_is_parsed(service: Service, official: AsyncOpenAI) -> N
     assert service.double.requests[0]["tool_choice"] == "required"
 
 
-async def test_answer_follows_a_schema(service: Service, official: AsyncOpenAI) -> None:
+async def test_answer_follows_the_requested_json_schema(service: Service, official: AsyncOpenAI) -> None:
     class Ticket(BaseModel):
         urgent: bool
 
@@ -164,7 +164,7 @@ async def test_answer_follows_a_schema(service: Service, official: AsyncOpenAI) 
     assert service.double.requests[0]["response_format"]["json_schema"]["schema"]["required"] == ["urgent"]
 
 
-async def test_several_answers_are_returned(official: AsyncOpenAI) -> None:
+async def test_multiple_choices_are_returned(official: AsyncOpenAI) -> None:
     answer = await official.chat.completions.create(model=NAME, messages=MESSAGES, n=3)
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
 
@@ -176,26 +176,26 @@ async def test_log_probabilities_of_the_answer_are_returned(official: AsyncOpenA
     assert [token.token for token in logprobs.content or []] == ["1.0 ", "1.1 ", "1.2 ", "1.3 "]
 
 
-async def test_client_raises_not_found_when_the_model_is_unknown(official: AsyncOpenAI) -> None:
+async def test_openai_client_raises_not_found_for_an_unknown_model(official: AsyncOpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
         await official.chat.completions.create(model="other", messages=MESSAGES)
     assert (caught.value.code, caught.value.type) == ("model_not_found", "invalid_request_error")
 
 
-async def test_client_raises_bad_request_when_prompt_log_probabilities_are_requested(official: AsyncOpenAI) -> None:
+async def test_openai_client_raises_bad_request_for_prompt_log_probabilities(official: AsyncOpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         await official.completions.create(model=NAME, prompt="a", extra_body={"prompt_logprobs": 1})
     assert caught.value.param == "prompt_logprobs"
 
 
-async def test_client_raises_bad_request_when_the_prompt_is_too_long(service: Service, official: AsyncOpenAI) -> None:
+async def test_openai_client_raises_bad_request_for_an_overlong_prompt(service: Service, official: AsyncOpenAI) -> None:
     service.double.max_model_len = 1
     with pytest.raises(openai.BadRequestError) as caught:
         await official.chat.completions.create(model=NAME, messages=MESSAGES)
     assert caught.value.code == "context_length_exceeded"
 
 
-async def test_client_raises_server_error_when_there_is_no_engine(service: Service, official: AsyncOpenAI) -> None:
+async def test_openai_client_raises_server_error_if_there_is_no_engine(service: Service, official: AsyncOpenAI) -> None:
     service.admission.unavailable("the engine is starting")
     with pytest.raises(openai.InternalServerError) as caught:
         await official.chat.completions.create(model=NAME, messages=MESSAGES)
@@ -203,7 +203,9 @@ async def test_client_raises_server_error_when_there_is_no_engine(service: Servi
     assert caught.value.request_id
 
 
-async def test_client_raises_rate_limit_when_too_many_requests_run(official: AsyncOpenAI, service: Service) -> None:
+async def test_openai_client_raises_rate_limit_error_if_too_many_requests_run(
+    official: AsyncOpenAI, service: Service
+) -> None:
     service.admission.max_running = 0
     with pytest.raises(openai.RateLimitError) as caught:
         await official.chat.completions.create(model=NAME, messages=MESSAGES)
@@ -211,7 +213,7 @@ async def test_client_raises_rate_limit_when_too_many_requests_run(official: Asy
 
 
 @pytest.mark.parametrize("fault", [Fault.DIE_IN_STREAM, Fault.ERROR_IN_STREAM, Fault.END_WITHOUT_DONE])
-async def test_client_raises_when_a_stream_fails(service: Service, official: AsyncOpenAI, fault: Fault) -> None:
+async def test_openai_client_raises_if_a_stream_fails(service: Service, official: AsyncOpenAI, fault: Fault) -> None:
     service.double.fault = fault
     stream = await official.chat.completions.create(model=NAME, messages=MESSAGES, stream=True)
     with pytest.raises(openai.APIError, match="engine"):

@@ -56,13 +56,13 @@ def operations(app: FastAPI) -> set[tuple[str, str]]:
     return operations_of_app
 
 
-async def test_document_has_every_path_and_no_other(service: Service, client: httpx.AsyncClient) -> None:
+async def test_openapi_document_lists_exactly_the_served_paths(service: Service, client: httpx.AsyncClient) -> None:
     paths = (await client.get("/openapi.json")).json()["paths"]
     described = {(method, path) for path, methods in paths.items() for method in methods if method != "parameters"}
     assert described == operations(service.app.framework)
 
 
-async def test_every_error_of_a_completion_is_documented_with_its_status(client: httpx.AsyncClient) -> None:
+async def test_every_completion_error_is_documented_with_its_status(client: httpx.AsyncClient) -> None:
     document = (await client.get("/openapi.json")).json()
     elsewhere = {ErrorCode.MODEL_NOT_DELETABLE, ErrorCode.CHANGE_CONFLICT, ErrorCode.CHANGE_REFUSED}
     statuses = {str(status) for status, code in _SHAPES.values() if code not in elsewhere} | {"500"}
@@ -70,7 +70,7 @@ async def test_every_error_of_a_completion_is_documented_with_its_status(client:
         assert statuses <= set(document["paths"][route.value]["post"]["responses"])
 
 
-def test_document_requires_the_fields_that_the_official_clients_require() -> None:
+def test_openapi_document_requires_the_fields_official_clients_require() -> None:
     from anthropic.types import message_create_params
     from openai.types import chat, completion_create_params
 
@@ -139,7 +139,7 @@ def cases() -> Iterator[tuple[str, str, GenerationMode]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "path", "mode"), sorted(cases()))
-def test_every_answer_is_documented(api: Any, method: str, path: str, mode: GenerationMode) -> None:
+def test_every_response_is_documented_in_openapi(api: Any, method: str, path: str, mode: GenerationMode) -> None:
     ask_all(api[path][method], mode)
 
 
@@ -155,7 +155,7 @@ def callers(store: Store) -> dict[str, dict[str, str]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "path"), sorted({(method, path) for method, path, _ in cases()}))
-def test_every_answer_is_documented_when_keys_are_required(
+def test_every_response_is_documented_even_if_keys_are_required(
     callers: dict[str, dict[str, str]], api: Any, method: str, path: str
 ) -> None:
     """The access of a caller depends on the path, not on the body."""

@@ -15,7 +15,7 @@ ALL = {
 }
 
 
-def test_duration_is_in_openais_format() -> None:
+def test_rate_limit_duration_is_in_openai_format() -> None:
     cases: list[tuple[float, str]] = [
         (0, "0s"),
         (0.12, "120ms"),
@@ -29,7 +29,7 @@ def test_duration_is_in_openais_format() -> None:
     assert [seconds for seconds, written in cases if duration(seconds) != written] == []
 
 
-def test_openai_headers_show_requests_and_the_token_limit_with_the_smallest_share_left() -> None:
+def test_openai_headers_show_requests_and_the_tightest_token_limit() -> None:
     assert rate_limit_headers(ALL, "/v1/chat/completions") == [
         (b"x-ratelimit-limit-requests", b"60"),
         (b"x-ratelimit-remaining-requests", b"59"),
@@ -40,7 +40,7 @@ def test_openai_headers_show_requests_and_the_token_limit_with_the_smallest_shar
     ]
 
 
-def test_anthropic_paths_have_anthropic_headers_too() -> None:
+def test_anthropic_paths_have_anthropic_rate_limit_headers_too() -> None:
     headers = dict(rate_limit_headers(ALL, "/v1/messages", NOW))
     assert headers[b"anthropic-ratelimit-requests-limit"] == b"60"
     assert headers[b"anthropic-ratelimit-requests-reset"] == b"2026-01-01T12:00:01Z"
@@ -50,7 +50,7 @@ def test_anthropic_paths_have_anthropic_headers_too() -> None:
     assert headers[b"x-ratelimit-limit-requests"] == b"60"
 
 
-def test_no_header_is_sent_when_a_limit_is_not_set() -> None:
+def test_no_rate_limit_header_is_sent_for_an_unset_limit() -> None:
     only_at_once = {Limit.CONCURRENT: Allowance(4, 3, 0.0)}
     assert rate_limit_headers({}, "/v1/messages") == []
     assert rate_limit_headers(only_at_once, "/v1/messages", NOW) == []

@@ -63,9 +63,7 @@ def left(service: Service, of: Limit) -> int:
     return service.limiter.allowances(service.principals["limited"])[of].remaining
 
 
-async def test_answer_names_the_limit_and_the_wait_when_there_are_too_many_requests(
-    service: Service, client: httpx.AsyncClient
-) -> None:
+async def test_rate_limit_response_names_the_limit_and_the_wait(service: Service, client: httpx.AsyncClient) -> None:
     limit(service, requests_per_minute=1)
     assert (await client.post(CHAT_PATH, json=SHORT, headers=LIMITED)).status_code == 200
     answer = await client.post(CHAT_PATH, json=SHORT, headers=LIMITED)
@@ -76,7 +74,7 @@ async def test_answer_names_the_limit_and_the_wait_when_there_are_too_many_reque
     assert "x-should-retry" not in answer.headers
 
 
-async def test_headers_are_on_every_answer(service: Service, client: httpx.AsyncClient) -> None:
+async def test_rate_limit_headers_are_on_every_response(service: Service, client: httpx.AsyncClient) -> None:
     limit(service, requests_per_minute=60, tokens_out_per_minute=100)
     good = await client.post(CHAT_PATH, json=SHORT, headers=LIMITED)
     assert good.headers["x-ratelimit-limit-requests"] == "60"
@@ -90,19 +88,19 @@ async def test_headers_are_on_every_answer(service: Service, client: httpx.Async
         assert bad.headers["x-ratelimit-remaining-tokens"] == "96"
 
 
-async def test_every_answer_has_its_processing_time(client: httpx.AsyncClient) -> None:
+async def test_every_response_has_a_processing_time_header(client: httpx.AsyncClient) -> None:
     for path in (CHAT_PATH, "/v1/models", "/health", "/nowhere"):
         took = (await client.post(path, json=CHAT)).headers["openai-processing-ms"]
         assert 0 <= int(took) < 5000, path
 
 
-async def test_no_limits_are_shown_when_there_is_no_key(client: httpx.AsyncClient) -> None:
+async def test_no_rate_limits_are_shown_without_a_key(client: httpx.AsyncClient) -> None:
     answer = await client.post(CHAT_PATH, json=CHAT)
     assert not [name for name in answer.headers if "ratelimit" in name]
 
 
 @pytest.mark.parametrize("body", [SHORT, {**SHORT, "stream": True}], ids=["whole", "streamed"])
-async def test_answer_is_charged_by_the_engines_token_counts(
+async def test_answer_is_charged_by_the_token_counts_of_the_engine(
     service: Service, client: httpx.AsyncClient, body: Any
 ) -> None:
     limit(service, tokens_in_per_minute=100, tokens_out_per_minute=100, tokens_per_day=1000, concurrent=1)
@@ -113,9 +111,7 @@ async def test_answer_is_charged_by_the_engines_token_counts(
     assert left(service, Limit.CONCURRENT) == 1
 
 
-async def test_max_tokens_count_n_times_when_a_request_asks_for_n_answers(
-    service: Service, client: httpx.AsyncClient
-) -> None:
+async def test_max_tokens_is_charged_n_times_for_n_choices(service: Service, client: httpx.AsyncClient) -> None:
     limit(service, tokens_out_per_minute=100)
     answer = await client.post(CHAT_PATH, json={**CHAT, "max_tokens": 30, "n": 4}, headers=LIMITED)
     assert error_of(answer)["code"] == "rate_limit_exceeded"
@@ -124,7 +120,7 @@ async def test_max_tokens_count_n_times_when_a_request_asks_for_n_answers(
 
 
 @pytest.mark.parametrize(("status", "requests"), [(400, 4), (503, 5)])
-async def test_no_tokens_are_charged_when_the_engine_rejects_a_request(
+async def test_no_tokens_are_charged_if_the_engine_rejects_a_request(
     service: Service, client: httpx.AsyncClient, status: int, requests: int
 ) -> None:
     limit(service, requests_per_minute=5, tokens_per_day=10_000)
@@ -143,7 +139,7 @@ async def test_no_tokens_are_charged_when_the_engine_rejects_a_request(
     ],
     ids=["no JSON", "no model", "too many messages"],
 )
-async def test_rejected_bodies_count_as_requests_until_the_limit_is_reached(
+async def test_rejected_bodies_count_as_requests_towards_the_limit(
     service: Service, client: httpx.AsyncClient, path: str, body: bytes
 ) -> None:
     limit(service, requests_per_minute=2)
@@ -152,13 +148,13 @@ async def test_rejected_bodies_count_as_requests_until_the_limit_is_reached(
     assert [answer.status_code for answer in answers] == [400, 400, 429]
 
 
-async def test_request_is_charged_when_the_model_is_unknown(service: Service, client: httpx.AsyncClient) -> None:
+async def test_request_for_an_unknown_model_is_charged(service: Service, client: httpx.AsyncClient) -> None:
     limit(service, requests_per_minute=2)
     await client.post(CHAT_PATH, json={**SHORT, "model": "unknown"}, headers=LIMITED)
     assert left(service, Limit.REQUESTS_PER_MINUTE) == 1
 
 
-async def test_nothing_is_charged_when_admission_rejects_a_request(service: Service, client: httpx.AsyncClient) -> None:
+async def test_nothing_is_charged_if_admission_rejects_a_request(service: Service, client: httpx.AsyncClient) -> None:
     limit(service, requests_per_minute=1)
     service.admission.unavailable("the engine is starting")
     assert (await client.post(CHAT_PATH, json=SHORT, headers=LIMITED)).status_code == 503
@@ -166,7 +162,7 @@ async def test_nothing_is_charged_when_admission_rejects_a_request(service: Serv
 
 
 @pytest.mark.parametrize("body", [CHAT, STREAM], ids=["whole", "streamed"])
-async def test_engine_tokens_are_charged_when_the_client_left_its_answer(
+async def test_engine_tokens_are_charged_if_the_client_abandons_its_answer(
     service: Service, live: httpx.AsyncClient, body: dict[str, Any]
 ) -> None:
     limit(service, tokens_out_per_minute=100, concurrent=1)
@@ -179,7 +175,7 @@ async def test_engine_tokens_are_charged_when_the_client_left_its_answer(
     assert 25 <= 100 - left(service, Limit.TOKENS_OUT_PER_MINUTE) <= 60
 
 
-async def test_at_least_the_forwarded_tokens_are_charged_when_the_client_left_its_stream(
+async def test_at_least_forwarded_tokens_are_charged_if_client_abandons_its_stream(
     service: Service, live: httpx.AsyncClient
 ) -> None:
     limit(service, tokens_out_per_minute=100, concurrent=1)
@@ -193,7 +189,7 @@ async def test_at_least_the_forwarded_tokens_are_charged_when_the_client_left_it
     assert 5 <= 100 - left(service, Limit.TOKENS_OUT_PER_MINUTE) < 50
 
 
-async def test_at_most_the_reserved_tokens_are_charged_when_the_client_left_its_answer(
+async def test_at_most_reserved_tokens_are_charged_if_client_abandons_its_answer(
     service: Service, live: httpx.AsyncClient
 ) -> None:
     limit(service, tokens_out_per_minute=100, concurrent=1)
@@ -204,7 +200,7 @@ async def test_at_most_the_reserved_tokens_are_charged_when_the_client_left_its_
     assert left(service, Limit.TOKENS_OUT_PER_MINUTE) == 60
 
 
-async def test_request_is_charged_when_another_limit_rejects_it(service: Service, client: httpx.AsyncClient) -> None:
+async def test_request_is_charged_even_if_another_limit_rejects_it(service: Service, client: httpx.AsyncClient) -> None:
     limit(service, requests_per_minute=2, tokens_out_per_minute=10)
     answers = [await client.post(CHAT_PATH, json={**SHORT, "max_tokens": 50}, headers=LIMITED) for _ in range(3)]
     assert [error_of(answer)["message"].partition(":")[0] for answer in answers[1:]] == [
@@ -213,21 +209,25 @@ async def test_request_is_charged_when_another_limit_rejects_it(service: Service
     ]
 
 
-async def test_running_requests_count_before_they_are_parsed(service: Service, client: httpx.AsyncClient) -> None:
+async def test_running_requests_count_towards_limits_before_they_are_parsed(
+    service: Service, client: httpx.AsyncClient
+) -> None:
     limit(service, requests_per_minute=1)
     service.double.token_delay_s = 0.05
     answers = await asyncio.gather(*(client.post(CHAT_PATH, json=SHORT, headers=LIMITED) for _ in range(3)))
     assert sorted(answer.status_code for answer in answers) == [200, 429, 429]
 
 
-async def test_complete_answers_update_the_pace_of_their_engine(service: Service, client: httpx.AsyncClient) -> None:
+async def test_complete_answers_update_the_token_pace_of_their_engine(
+    service: Service, client: httpx.AsyncClient
+) -> None:
     service.double.token_delay_s = 0.02
     for body in (SHORT, {**SHORT, "stream": True}):
         await client.post(CHAT_PATH, json=body)
     assert 20 <= service.pace.tokens_in(1.0) <= 50
 
 
-async def test_forwarded_tokens_are_charged_when_the_engine_fails_within_a_stream(
+async def test_forwarded_tokens_are_charged_if_the_engine_fails_mid_stream(
     service: Service, client: httpx.AsyncClient
 ) -> None:
     limit(service, tokens_out_per_minute=100, concurrent=1)
@@ -236,7 +236,7 @@ async def test_forwarded_tokens_are_charged_when_the_engine_fails_within_a_strea
     assert (left(service, Limit.TOKENS_OUT_PER_MINUTE), left(service, Limit.CONCURRENT)) == (98, 1)
 
 
-async def test_request_is_rejected_when_the_concurrency_limit_is_reached_until_one_ends(
+async def test_request_over_the_concurrency_limit_is_rejected_until_another_ends(
     service: Service, client: httpx.AsyncClient
 ) -> None:
     limit(service, concurrent=1)
@@ -250,9 +250,7 @@ async def test_request_is_rejected_when_the_concurrency_limit_is_reached_until_o
     assert (await client.post(CHAT_PATH, json=SHORT, headers=LIMITED)).status_code == 200
 
 
-async def test_client_does_not_wait_when_the_limit_of_the_day_is_reached(
-    service: Service, client: httpx.AsyncClient
-) -> None:
+async def test_client_is_told_not_to_retry_at_the_daily_limit(service: Service, client: httpx.AsyncClient) -> None:
     limit(service, tokens_per_day=100)
     service.limiter.add_used_today({"limited": 100})
     answer = await client.post(CHAT_PATH, json=SHORT, headers=LIMITED)
@@ -281,7 +279,9 @@ class TestFull:
             service.principals |= {"light": principal("light"), "heavy": principal("heavy", weight=3)}
             yield service
 
-    async def test_requests_of_keys_wait_and_share_by_weight(self, service: Service, client: httpx.AsyncClient) -> None:
+    async def test_requests_with_keys_wait_and_share_by_weight(
+        self, service: Service, client: httpx.AsyncClient
+    ) -> None:
         ended = list[str]()
 
         async def ask(key: str) -> int:
@@ -293,7 +293,9 @@ class TestFull:
         assert set(statuses) == {200}
         assert 10 <= ended[:16].count("heavy") <= 13
 
-    async def test_requests_without_a_key_are_rejected(self, service: Service, client: httpx.AsyncClient) -> None:
+    async def test_requests_without_a_key_are_rejected_if_all_slots_are_taken(
+        self, service: Service, client: httpx.AsyncClient
+    ) -> None:
         answers = await asyncio.gather(*(client.post(CHAT_PATH, json=SHORT) for _ in range(8)))
         codes = [error_of(answer)["code"] for answer in answers if answer.status_code == 429]
         assert codes == ["overloaded"] * 6
@@ -335,7 +337,7 @@ class TestUsage:
         totals = usage_since(store, datetime.now(UTC) - timedelta(hours=1))
         assert totals == [UsageTotal("limited", NAME, Usage(1, 3, 4))]
 
-    async def test_row_of_a_request_has_the_id_of_its_key(self, socket_folder: Path, store: Store) -> None:
+    async def test_request_row_stores_the_id_of_its_key(self, socket_folder: Path, store: Store) -> None:
         async with Service(socket_folder, store=store).run() as service, service.client() as client:
             limit(service)
             await client.post(CHAT_PATH, json=SHORT, headers=LIMITED)

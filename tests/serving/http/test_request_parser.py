@@ -67,7 +67,7 @@ async def answer(reader: asyncio.StreamReader) -> bytes:
     ids=["h2c with length", "websocket in chunks"],
 )
 @pytest.mark.parametrize("cuts", [(), (0,), (7,), (-30, 5)], ids=["one packet", "later", "in body", "in head and body"])
-async def test_body_is_read_when_the_request_offers_another_protocol(
+async def test_body_is_read_if_the_request_offers_a_protocol_upgrade(
     framing: bytes, body: bytes, offer: bytes, cuts: Sequence[int]
 ) -> None:
     async with connected(echo) as (reader, writer):
@@ -85,7 +85,7 @@ async def test_body_is_read_when_the_request_offers_another_protocol(
 
 @pytest.mark.parametrize("at_once", [True, False], ids=["pipelined", "kept"])
 @pytest.mark.parametrize(("framing", "body"), [(LENGTH, BODY), (CHUNKED, CHUNKS)], ids=["length", "chunked"])
-async def test_later_requests_are_answered_when_each_offers_another_protocol(
+async def test_later_requests_are_answered_if_each_offers_a_protocol_upgrade(
     framing: bytes, body: bytes, at_once: bool
 ) -> None:
     async with connected(echo) as (reader, writer):
@@ -99,7 +99,7 @@ async def test_later_requests_are_answered_when_each_offers_another_protocol(
 
 
 @pytest.mark.parametrize("version", [b"1.1", b"1.0"])
-async def test_connection_is_closed_after_the_answer_when_the_client_asks_for_that(version: bytes) -> None:
+async def test_connection_is_closed_after_the_response_if_the_client_requests_it(version: bytes) -> None:
     async with connected(echo) as (reader, writer):
         asked = head(H2C.replace(b"Upgrade,", b"Upgrade, close,"), LENGTH) + BODY
         writer.write(asked.replace(b"HTTP/1.1", b"HTTP/" + version))
@@ -107,7 +107,7 @@ async def test_connection_is_closed_after_the_answer_when_the_client_asks_for_th
         assert await reader.read() == b""
 
 
-async def test_body_is_not_parsed_as_a_request_when_it_looks_like_one() -> None:
+async def test_body_that_looks_like_a_request_is_not_parsed_as_one() -> None:
     async with connected(echo) as (reader, writer):
         inner = head(b"", method=b"GET")
         writer.write(head(H2C, b"content-length: %d\r\n" % len(inner)))
@@ -119,7 +119,7 @@ async def test_body_is_not_parsed_as_a_request_when_it_looks_like_one() -> None:
                 await reader.read()
 
 
-async def test_all_of_hundreds_of_requests_in_one_packet_are_answered_when_each_offers_another_protocol() -> None:
+async def test_hundreds_of_upgrade_requests_in_one_packet_are_all_answered() -> None:
     async with connected(echo) as (reader, writer):
         writer.write(300 * head(H2C, method=b"GET"))
         for _ in range(300):
@@ -127,14 +127,14 @@ async def test_all_of_hundreds_of_requests_in_one_packet_are_answered_when_each_
 
 
 @pytest.mark.parametrize("target", [b"localhost:443", b"http://localhost/v1?secret"])
-async def test_connect_request_is_answered_once_whatever_its_target(target: bytes) -> None:
+async def test_connect_request_is_answered_once_for_any_target(target: bytes) -> None:
     async with connected(echo) as (reader, writer):
         writer.write(b"CONNECT %b HTTP/1.1\r\nhost: localhost\r\n%b\r\n" % (target, H2C))
         async with asyncio.timeout(3):
             assert await reader.readexactly(9) == b"HTTP/1.1 "
 
 
-async def test_nothing_is_logged_when_a_request_offers_another_protocol(caplog: pytest.LogCaptureFixture) -> None:
+async def test_nothing_is_logged_if_a_request_offers_a_protocol_upgrade(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "uvicorn")
     async with connected(echo) as (reader, writer):
         for offer in (H2C, WEBSOCKET):
@@ -155,7 +155,7 @@ def curl_speaks_http2() -> bool:
 
 
 @pytest.mark.skipif(not curl_speaks_http2(), reason="curl with HTTP/2 is not installed")
-async def test_curl_is_answered_when_it_asks_for_http2() -> None:
+async def test_curl_is_answered_if_it_requests_http2() -> None:
     async with connected(echo) as (_, writer):
         port = writer.get_extra_info("peername")[1]
         output = await run(
@@ -175,7 +175,7 @@ async def test_curl_is_answered_when_it_asks_for_http2() -> None:
 
 
 @pytest.mark.skipif(shutil.which("javac") is None, reason="Java's compiler is not installed")
-async def test_java_client_is_answered_when_it_offers_http2(tmp_path: Path) -> None:
+async def test_java_client_is_answered_if_it_offers_http2(tmp_path: Path) -> None:
     source = tmp_path / "Ask.java"
     source.write_text(JAVA)
     async with connected(echo) as (_, writer):

@@ -64,7 +64,7 @@ async def answer(connection: Connection) -> bytes:
 
 
 @pytest.mark.parametrize("asked_before", [False, True], ids=["new", "kept"])
-async def test_request_on_an_open_connection_is_answered_as_the_last_one_when_the_server_stops(
+async def test_stopping_server_answers_one_last_request_on_an_open_connection(
     asked_before: bool,
 ) -> None:
     async with ending() as (server, connection):
@@ -77,27 +77,27 @@ async def test_request_on_an_open_connection_is_answered_as_the_last_one_when_th
         assert await connection[0].read() == b""
 
 
-async def test_connection_without_a_request_is_closed_soon_when_the_server_stops() -> None:
+async def test_stopping_server_soon_closes_a_connection_without_a_request() -> None:
     async with ending() as (server, (reader, _)):
         await told_to_end(server)
         async with asyncio.timeout(2 * LAST_REQUEST_S):
             assert await reader.read() == b""
 
 
-async def test_server_stops_without_waiting_for_the_next_update_of_the_date(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_server_stops_without_waiting_for_the_next_date_header_update(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_server_module, "_DATE_S", 60.0)
     async with asyncio.timeout(10), ending():
         pass
 
 
-async def test_answers_have_the_current_date() -> None:
+async def test_responses_have_the_current_date() -> None:
     async with ending() as (_, connection):
         first = await answer(connection)
         await asyncio.sleep(1.2)
         assert _date(await answer(connection)) > _date(first)
 
 
-async def test_every_connection_has_a_protocol_or_waits_in_the_listener_when_the_server_stops() -> None:
+async def test_every_accepted_connection_has_a_protocol_when_the_server_stops() -> None:
     for ticks in range(6):
         await stop_after_a_connection(ticks)
 

@@ -38,7 +38,7 @@ def exchange(folder: Path, name: str, into: tuple[Path, Path]) -> Path:
     return folder / f"{name}.ca"
 
 
-def test_client_connects_when_it_trusts_the_certificate(tmp_path: Path) -> None:
+def test_client_that_trusts_the_certificate_connects(tmp_path: Path) -> None:
     files = make_certificate(tmp_path)
     other, _ = make_certificate(tmp_path, "other")
     certificate = Certificate(*files)
@@ -46,11 +46,11 @@ def test_client_connects_when_it_trusts_the_certificate(tmp_path: Path) -> None:
     assert not shown(certificate, other)
 
 
-def test_versions_before_tls_1_2_are_rejected(tmp_path: Path) -> None:
+def test_tls_versions_before_1_2_are_rejected(tmp_path: Path) -> None:
     assert Certificate(*make_certificate(tmp_path)).context.minimum_version is ssl.TLSVersion.TLSv1_2
 
 
-def test_new_certificate_is_loaded_into_the_same_context(tmp_path: Path) -> None:
+def test_new_certificate_is_loaded_into_the_same_tls_context(tmp_path: Path) -> None:
     files = make_certificate(tmp_path)
     certificate = Certificate(*files)
     context = certificate.context
@@ -61,7 +61,7 @@ def test_new_certificate_is_loaded_into_the_same_context(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("broken", ["no PEM", "another's key", "gone"])
-def test_previous_certificate_stays_in_use_when_the_new_one_is_broken(
+def test_previous_certificate_stays_in_use_if_the_new_one_is_broken(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, broken: str
 ) -> None:
     files = make_certificate(tmp_path)
@@ -86,7 +86,7 @@ def test_previous_certificate_stays_in_use_when_the_new_one_is_broken(
 
 
 @pytest.mark.parametrize("broken", ["no file", "no PEM", "another's key", "a password"])
-def test_server_does_not_start_when_its_certificate_is_broken(tmp_path: Path, broken: str) -> None:
+def test_server_does_not_start_if_its_certificate_is_broken(tmp_path: Path, broken: str) -> None:
     certificate, key = make_certificate(tmp_path)
     match broken:
         case "no file":

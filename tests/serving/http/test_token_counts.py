@@ -46,7 +46,9 @@ async def test_token_count_and_version_come_from_the_engine(client: httpx.AsyncC
 
 
 @both
-async def test_count_takes_no_place_in_admission(service: Service, client: httpx.AsyncClient, path: str) -> None:
+async def test_token_counting_occupies_no_admission_slot(
+    service: Service, client: httpx.AsyncClient, path: str
+) -> None:
     service.double.tokenize_delay_s = 0.05
     counting = [asyncio.create_task(client.post(path, json=BODY)) for _ in range(4)]
     await asyncio.sleep(0.02)
@@ -58,7 +60,7 @@ async def test_count_takes_no_place_in_admission(service: Service, client: httpx
 
 
 @both
-async def test_count_costs_a_key_nothing(service: Service, client: httpx.AsyncClient, path: str) -> None:
+async def test_token_counting_costs_a_key_nothing(service: Service, client: httpx.AsyncClient, path: str) -> None:
     key = principal("k", requests_per_minute=1, tokens_in_per_minute=10, tokens_per_day=10, concurrent=1)
     service.principals["k"] = key
     answers = [await client.post(path, json=BODY, headers={"x-api-key": "k"}) for _ in range(3)]
@@ -70,7 +72,7 @@ async def test_count_costs_a_key_nothing(service: Service, client: httpx.AsyncCl
 
 
 @both
-async def test_counts_are_limited_and_one_key_gets_half_of_the_places(
+async def test_concurrent_token_counts_are_limited_and_one_key_gets_half_the_slots(
     service: Service, client: httpx.AsyncClient, path: str
 ) -> None:
     service.principals |= {name: principal(name) for name in ("one", "other")}
@@ -86,7 +88,7 @@ async def test_counts_are_limited_and_one_key_gets_half_of_the_places(
 
 
 @both
-async def test_key_cannot_count_for_models_that_it_may_not_use(
+async def test_key_cannot_count_tokens_for_models_it_may_not_use(
     service: Service, client: httpx.AsyncClient, path: str
 ) -> None:
     key = principal("k")
@@ -97,7 +99,7 @@ async def test_key_cannot_count_for_models_that_it_may_not_use(
 
 
 @both
-async def test_fields_are_rejected_when_completions_reject_them(
+async def test_token_counting_rejects_the_same_fields_as_completions(
     service: Service, client: httpx.AsyncClient, path: str
 ) -> None:
     image = {"type": "image_url", "image_url": {"url": "http://10.0.0.1/"}}
@@ -108,7 +110,7 @@ async def test_fields_are_rejected_when_completions_reject_them(
 
 
 @both
-async def test_invalid_requests_are_answered_with_their_error_code(client: httpx.AsyncClient, path: str) -> None:
+async def test_invalid_token_count_requests_get_their_error_code(client: httpx.AsyncClient, path: str) -> None:
     cases: list[tuple[Any, int, str]] = [
         ({**BODY, "model": "other"}, 404, "model_not_found"),
         ({"model": NAME}, 400, "invalid_request"),
@@ -121,14 +123,14 @@ async def test_invalid_requests_are_answered_with_their_error_code(client: httpx
 
 
 @both
-async def test_too_large_body_is_rejected_and_read(socket_folder: Path, path: str) -> None:
+async def test_oversized_token_count_body_is_rejected_after_being_read(socket_folder: Path, path: str) -> None:
     async with Service(socket_folder, max_body_bytes=2048).run() as service, service.socket_client() as client:
         answer = await client.post(path, json={**BODY, "messages": [{"role": "user", "content": "a" * 100_000}]})
         assert (answer.status_code, error_of(answer)["code"]) == (413, "body_too_large")
 
 
 @both
-async def test_answer_has_retry_after_when_there_is_no_engine(
+async def test_token_count_response_has_retry_after_if_there_is_no_engine(
     service: Service, client: httpx.AsyncClient, path: str
 ) -> None:
     assert service.engine is not None

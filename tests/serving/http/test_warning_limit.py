@@ -10,7 +10,7 @@ def passes(limit: WarningLimit, message: str, level: int = logging.WARNING) -> b
     return bool(limit.filter(logging.LogRecord("any", level, "", 0, message, ("argument",), None)))
 
 
-def test_warning_is_logged_again_when_a_minute_has_passed() -> None:
+def test_warning_is_logged_again_after_one_minute() -> None:
     clock = Clock()
     limit = WarningLimit(clock)
     assert passes(limit, "one %s")
@@ -21,13 +21,13 @@ def test_warning_is_logged_again_when_a_minute_has_passed() -> None:
     assert not passes(limit, "one %s")
 
 
-def test_warning_is_logged_when_a_different_one_was_just_logged() -> None:
+def test_warning_is_logged_right_after_a_different_warning() -> None:
     limit = WarningLimit(Clock())
     assert passes(limit, "one %s")
     assert passes(limit, "other %s")
 
 
-def test_every_error_is_logged_when_it_is_repeated() -> None:
+def test_repeated_errors_are_all_logged() -> None:
     limit = WarningLimit(Clock())
     assert passes(limit, "one %s", logging.ERROR)
     assert passes(limit, "one %s", logging.ERROR)

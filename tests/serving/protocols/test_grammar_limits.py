@@ -52,7 +52,7 @@ SLOW = [
 ]
 
 
-def test_schema_is_rejected_when_it_takes_seconds_to_compile() -> None:
+def test_schema_that_takes_seconds_to_compile_is_rejected() -> None:
     for schema, limit in SLOW:
         text = excess({"json_schema": {"schema": schema}})
         assert text is not None and limit in text, schema
@@ -72,7 +72,7 @@ def test_ordinary_grammar_is_within_all_limits() -> None:
     assert [grammar for grammar in cases if excess(grammar) is not None] == []
 
 
-def test_length_of_a_pattern_counts_its_repetitions_written_out() -> None:
+def test_pattern_length_counts_its_expanded_repetitions() -> None:
     cases: list[tuple[str, int]] = [
         ("abc", 3),
         ("[a-z()]{3}", 3),
@@ -95,7 +95,7 @@ def test_length_of_a_pattern_counts_its_repetitions_written_out() -> None:
     assert [text for text, size in cases if written_out(text) != size] == []
 
 
-def test_repetition_is_counted_in_every_spelling() -> None:
+def test_repetition_is_counted_in_every_notation() -> None:
     assert [
         text
         for text in ("a{99999999999999999999}", "(){9999}", "(a|){9999}", "(a{50}){50}?", "(?:a{50})+{50}")
@@ -104,11 +104,11 @@ def test_repetition_is_counted_in_every_spelling() -> None:
 
 
 @given(st.text(alphabet="a()[]{}\\,0123456789|*+?", max_size=60))
-def test_length_of_any_text_is_not_negative(text: str) -> None:
+def test_pattern_length_is_non_negative_for_any_input(text: str) -> None:
     assert written_out(text) >= 0
 
 
-def test_no_text_takes_long_to_scan() -> None:
+def test_no_pattern_takes_long_to_scan() -> None:
     for unit in ("[", "{1", "(", "\\", "((a){9}", "{", "1", "[\\"):
         started = time.perf_counter()
         written_out((unit * 65_536)[:65_536])
@@ -143,7 +143,7 @@ def test_every_field_with_a_grammar_is_checked() -> None:
         assert refusal is not None and refusal.param == param, fields
 
 
-def test_tools_are_not_checked_when_they_are_optional() -> None:
+def test_optional_tools_are_not_checked_for_grammar_limits() -> None:
     cases: list[tuple[Route, dict[str, Any]]] = [
         (Route.CHAT_COMPLETIONS, {"tools": [FUNCTION]}),
         (Route.CHAT_COMPLETIONS, {"tools": [FUNCTION], "tool_choice": "auto"}),

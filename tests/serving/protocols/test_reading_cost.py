@@ -92,7 +92,7 @@ def share_of_limit(body: bytes, route: Route) -> float:
 
 
 @pytest.mark.parametrize(("route", "head", "element"), LISTS, ids=lambda part: str(part)[:40])
-def test_lists_within_the_limits_block_the_loop_only_briefly(route: Route, head: bytes, element: bytes) -> None:
+def test_lists_within_the_limits_block_the_event_loop_only_briefly(route: Route, head: bytes, element: bytes) -> None:
     begin = b'{"model":"tuned",' + head
 
     def make(count: int) -> bytes:
@@ -105,7 +105,7 @@ def test_lists_within_the_limits_block_the_loop_only_briefly(route: Route, head:
 
 
 @pytest.mark.parametrize(("some", "other"), PAIRS_OF_TEXTS, ids=ascii)
-def test_texts_within_the_limits_block_the_loop_only_briefly(some: bytes, other: bytes) -> None:
+def test_texts_within_the_limits_block_the_event_loop_only_briefly(some: bytes, other: bytes) -> None:
     def make(count: int) -> bytes:
         half = count // 2
         return b'{"model":"tuned","prompt":"' + some * (half // len(some)) + other * (half // len(other)) + b'"}'
@@ -114,7 +114,7 @@ def test_texts_within_the_limits_block_the_loop_only_briefly(some: bytes, other:
         assert share_of_limit(body, Route.COMPLETIONS) < 1
 
 
-def test_worst_bodies_for_the_engine_are_accepted_and_block_the_loop_only_briefly() -> None:
+def test_worst_case_engine_bodies_are_accepted_and_block_only_briefly() -> None:
     faults = []
     for worst in worst_bodies():
         name, body = f"{worst.route.name} {worst.name}", worst.body("tuned")
@@ -139,7 +139,7 @@ def test_worst_bodies_for_the_engine_are_accepted_and_block_the_loop_only_briefl
     ],
     ids=lambda body: body[:8].decode(),
 )
-def test_too_slow_body_is_detected_without_parsing_it(body: bytes) -> None:
+def test_body_that_is_too_slow_to_parse_is_detected_without_parsing(body: bytes) -> None:
     began = time.thread_time()
     assert takes_longer(body, MAX_MS)
     assert time.thread_time() - began < max_cpu_s()
@@ -185,7 +185,7 @@ def count(value: object) -> tuple[int, int]:
 
 @given(value=JSON_VALUES, ensure_ascii=st.booleans(), size=st.integers(1, 40))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_separators_inside_strings_are_not_counted_whatever_the_slices(
+def test_separators_inside_strings_are_not_counted_for_any_slice_size(
     monkeypatch: pytest.MonkeyPatch, value: object, ensure_ascii: bool, size: int
 ) -> None:
     monkeypatch.setattr("serving.protocols.reading_cost._SLICE", size)

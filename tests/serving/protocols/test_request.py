@@ -37,7 +37,7 @@ def is_json_object(body: bytes) -> bool:
     return True
 
 
-def test_body_is_rejected_when_it_is_not_a_json_object() -> None:
+def test_body_that_is_not_a_json_object_is_rejected() -> None:
     bodies = [
         b"",
         b"no",
@@ -58,11 +58,11 @@ def test_body_is_rejected_when_it_is_not_a_json_object() -> None:
 
 
 @given(st.dictionaries(st.text(max_size=8).map(lambda key: "x" + key), JSON_VALUES, max_size=5))
-def test_all_fields_but_the_model_reach_the_engine_unchanged(fields: dict[str, Any]) -> None:
+def test_all_fields_except_the_model_reach_the_engine_unchanged(fields: dict[str, Any]) -> None:
     assert json.loads(parse({**fields, "model": "tuned@1"}).payload("tuned")) == {**fields, "model": "tuned"}
 
 
-def test_lone_surrogate_is_forwarded() -> None:
+def test_lone_surrogate_is_forwarded_to_the_engine() -> None:
     assert json.loads(parse(b'{"model": "tuned", "prompt": "\\ud800"}').payload("tuned"))["prompt"] == "\ud800"
 
 
@@ -94,7 +94,7 @@ def invalid_field(fields: dict[str, Any], route: Route) -> str | None:
     return None
 
 
-def test_invalid_field_is_named() -> None:
+def test_error_names_the_invalid_field() -> None:
     cases: list[tuple[Route, dict[str, Any], str]] = [
         *(
             (Route.CHAT_COMPLETIONS, fields, "model")
@@ -113,7 +113,7 @@ def test_invalid_field_is_named() -> None:
     assert [fields for route, fields, param in cases if invalid_field(fields, route) != param] == []
 
 
-def test_engine_is_always_asked_to_store_nothing() -> None:
+def test_engine_is_always_told_not_to_store_responses() -> None:
     cases: list[dict[str, Any]] = [{}, {"store": None, "background": None}, {"store": False, "background": False}]
     for sent in cases:
         request = parse({"model": "tuned", "input": "a", **sent}, Route.RESPONSES)
@@ -126,13 +126,13 @@ def test_engine_is_always_asked_to_store_nothing() -> None:
 
 
 @pytest.mark.parametrize("route", [Route.RESPONSES, Route.MESSAGES])
-def test_client_gets_the_token_counts_when_its_route_always_sends_them(route: Route) -> None:
+def test_client_gets_token_counts_if_its_route_always_sends_them(route: Route) -> None:
     request = parse({"model": "tuned", "stream": True}, route)
     assert request.wants_usage
     assert "stream_options" not in json.loads(request.payload("tuned"))
 
 
-def test_maximum_length_is_read_from_the_field_that_the_engine_reads() -> None:
+def test_maximum_length_is_read_from_the_field_the_engine_reads() -> None:
     cases: list[tuple[Route, dict[str, Any], int | None]] = [
         (Route.RESPONSES, {"max_output_tokens": 5, "max_tokens": 9}, 5),
         (Route.MESSAGES, {"max_tokens": 5, "max_completion_tokens": 9}, 5),
@@ -144,7 +144,7 @@ def test_maximum_length_is_read_from_the_field_that_the_engine_reads() -> None:
     ] == []
 
 
-def test_engine_is_always_asked_for_the_token_counts_of_a_stream() -> None:
+def test_stream_token_counts_are_always_requested_from_the_engine() -> None:
     cases: list[tuple[dict[str, Any] | None, bool, dict[str, Any]]] = [
         (None, False, {"include_usage": True}),
         ({}, False, {"include_usage": True}),
@@ -161,19 +161,19 @@ def test_engine_is_always_asked_for_the_token_counts_of_a_stream() -> None:
         assert json.loads(request.payload("tuned"))["stream_options"] == sent, options
 
 
-def test_nothing_is_added_when_the_request_is_not_a_stream() -> None:
+def test_nothing_is_added_to_a_non_streamed_request() -> None:
     request = parse({"model": "tuned", "stream": False})
     assert (request.stream, json.loads(request.payload("tuned"))) == (False, {"model": "tuned", "stream": False})
 
 
 @given(st.dictionaries(st.text(max_size=5), JSON_VALUES, max_size=3), st.text(min_size=1))
-def test_engine_is_asked_by_its_own_model_name(fields: dict[str, Any], engine_model: str) -> None:
+def test_engine_receives_its_own_model_name(fields: dict[str, Any], engine_model: str) -> None:
     body = json.dumps({"model": "tuned", "prompt": "a"} | {f"x_{key}": value for key, value in fields.items()}).encode()
     sent = json.loads(parse(body, Route.COMPLETIONS).payload(engine_model))
     assert sent == json.loads(body) | {"model": engine_model}
 
 
-def test_request_with_only_a_model_stays_valid() -> None:
+def test_request_with_only_a_model_field_stays_valid() -> None:
     assert parse({"model": "tuned"}).payload("other") == b'{"model":"other"}'
 
 
@@ -185,7 +185,7 @@ TURNS = [
 ]
 
 
-def test_client_is_identified_by_the_user_or_the_beginning_of_the_conversation() -> None:
+def test_client_is_identified_by_user_field_or_start_of_the_conversation() -> None:
     cases: list[tuple[Route, dict[str, Any], str]] = [
         (Route.CHAT_COMPLETIONS, {"user": "ann", "messages": TURNS}, "ann"),
         (Route.CHAT_COMPLETIONS, {"messages": TURNS}, "Hello"),
@@ -201,11 +201,11 @@ def test_client_is_identified_by_the_user_or_the_beginning_of_the_conversation()
     assert [fields for route, fields, who in cases if parse({"model": "tuned", **fields}, route).who != who] == []
 
 
-def test_client_is_identified_by_a_part_when_the_beginning_is_long() -> None:
+def test_overlong_client_identifier_is_truncated() -> None:
     assert len(parse({"model": "tuned", "user": "x" * 10_000}).who) < 1000
 
 
-def test_user_is_read_from_the_field_of_each_api() -> None:
+def test_user_is_read_from_the_field_used_by_each_api() -> None:
     cases: list[tuple[dict[str, Any], str | None]] = [
         ({}, None),
         ({"user": "ann"}, "ann"),

@@ -18,7 +18,7 @@ EVENTS = st.lists(
 
 
 @given(EVENTS, st.data())
-def test_events_are_the_same_wherever_the_chunks_end(events: list[bytes], data: st.DataObject) -> None:
+def test_events_are_the_same_wherever_chunks_end(events: list[bytes], data: st.DataObject) -> None:
     stream = b"".join(events)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=10)))
     splitter = EventSplitter()
@@ -34,16 +34,16 @@ def test_incomplete_event_is_held_back() -> None:
     assert splitter.feed(b"2\n\n") == [b"data: 2\n\n"]
 
 
-def test_data_of_several_lines_is_joined() -> None:
+def test_multi_line_event_data_is_joined() -> None:
     assert data_of(b": note\nevent: x\ndata: 1\ndata:2\n\n") == b"1\n2"
 
 
-def test_name_of_an_event_is_read() -> None:
+def test_event_name_is_parsed() -> None:
     assert name_of(b"event: message_stop\r\ndata: 1\r\n\r\n") == "message_stop"
     assert name_of(b"data: event: no\n\n") == ""
 
 
-def test_error_is_found_only_at_the_top_of_an_event() -> None:
+def test_error_is_found_only_at_the_top_level_of_an_event() -> None:
     assert find_error(b'data: {"error":{"message":"no"}}\n\n') == {"message": "no"}
     assert find_error(b'data: {"choices":[{"error":"error"}]}\n\n') is None
     assert find_error(b'data: "error"\n\n') is None

@@ -23,29 +23,29 @@ def refused(fields: dict[str, Any], route: Route, limits: RequestLimits = LIMITS
 
 
 @pytest.mark.parametrize("route", [CHAT, MESSAGES])
-def test_messages_are_rejected_over_their_limit(route: Route) -> None:
+def test_too_many_messages_are_rejected(route: Route) -> None:
     assert refused({"messages": [USER] * 4096}, route) is None
     assert refused({"messages": [USER] * 4097}, route) == "messages"
     assert refused({"messages": [USER] * 3}, route, RequestLimits(messages=2)) == "messages"
 
 
-def test_input_items_are_rejected_over_their_limit() -> None:
+def test_too_many_input_items_are_rejected() -> None:
     assert refused({"input": [USER] * 2048}, RESPONSES) is None
     assert refused({"input": [USER] * 2049}, RESPONSES) == "input"
 
 
 @pytest.mark.parametrize("key", ["content", "tool_calls"])
-def test_parts_are_rejected_over_the_limit_for_all_messages(key: str) -> None:
+def test_too_many_parts_across_all_messages_are_rejected(key: str) -> None:
     limits = RequestLimits(content_parts=10)
     assert refused({"messages": [{**USER, key: [{}] * 5}] * 2}, MESSAGES, limits) is None
     assert refused({"messages": [{**USER, key: [{}] * 5}] * 3}, MESSAGES, limits) == "messages"
 
 
-def test_tools_are_rejected_over_their_limit() -> None:
+def test_too_many_tools_are_rejected() -> None:
     assert refused({"tools": [{}] * 513}, CHAT) == "tools"
 
 
-def test_unusual_messages_are_rejected_over_their_limit() -> None:
+def test_too_many_unusual_messages_are_rejected() -> None:
     cases: list[tuple[Any, int]] = [({"role": "z"}, 1024), ({}, 1024), (1, 1024), ({**USER, "name": 1}, 1024)]
     for message, most in cases:
         assert refused({"messages": [USER, *[message] * most]}, CHAT) is None, message
@@ -53,16 +53,16 @@ def test_unusual_messages_are_rejected_over_their_limit() -> None:
 
 
 @pytest.mark.parametrize(("field", "most"), [("input", 32), ("tools", 64)])
-def test_unusual_items_and_tools_are_rejected_over_their_limit(field: str, most: int) -> None:
+def test_too_many_unusual_items_and_tools_are_rejected(field: str, most: int) -> None:
     assert refused({field: [{}] * most}, RESPONSES) is None
     assert refused({field: [{}] * (most + 1)}, RESPONSES) == f"{field}.0"
 
 
-def test_unusual_item_is_rejected_over_the_limit_of_its_values() -> None:
+def test_unusual_item_with_too_many_values_is_rejected() -> None:
     assert refused({"input": [{"type": "z", "content": [[1]] * 600}]}, RESPONSES) == "input.0"
 
 
-def test_unusual_items_are_rejected_when_only_their_values_together_are_over_the_limit() -> None:
+def test_unusual_items_are_rejected_if_their_combined_values_exceed_the_limit() -> None:
     item = {"type": "z", "content": [1] * 600}
     assert refused({"input": [item]}, RESPONSES) is None
     assert refused({"input": [item] * 2}, RESPONSES) == "input.0"
@@ -78,7 +78,7 @@ def test_prompts_with_mixed_types_are_rejected() -> None:
     assert [prompt for prompt in [*prompts, [{}]] if refused({"prompt": prompt}, PLAIN) != "prompt"] == []
 
 
-def test_lists_of_token_ids_may_be_as_long_as_a_vocabulary() -> None:
+def test_token_id_lists_may_be_as_long_as_a_vocabulary() -> None:
     for field in ("allowed_token_ids", "stop_token_ids", "logprob_token_ids"):
         assert refused({field: list(range(100_000))}, CHAT) is None, field
         assert refused({field: [1, "a"]}, CHAT) == field, field
@@ -94,13 +94,13 @@ def test_lists_of_token_ids_may_be_as_long_as_a_vocabulary() -> None:
         (MESSAGES, "some_field_of_a_later_release"),
     ],
 )
-def test_other_field_is_rejected_over_the_limit_of_values(field: str, route: Route) -> None:
+def test_other_fields_with_too_many_values_are_rejected(field: str, route: Route) -> None:
     assert refused({field: {str(number): 1 for number in range(4096)}}, route) is None
     assert refused({field: {str(number): 1 for number in range(4097)}}, route) == field
     assert refused({field: [[[1] * 100] * 50]}, route) == field
 
 
-def test_request_is_rejected_over_the_limit_of_depth() -> None:
+def test_request_nested_too_deeply_is_rejected() -> None:
     value: Any = "a"
     for _ in range(63):
         value = {"a": value}
@@ -108,7 +108,7 @@ def test_request_is_rejected_over_the_limit_of_depth() -> None:
     assert refused({"metadata": [value]}, CHAT) == ""
 
 
-def test_depth_and_number_of_values_equal_a_plain_count() -> None:
+def test_depth_and_value_count_match_a_simple_recursive_count() -> None:
     def depth(value: Any) -> int:
         inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
         return 0 if inner is None else 1 + max(map(depth, inner), default=0)
@@ -142,7 +142,7 @@ OUTPUT = {
 }
 
 
-def test_messages_as_clients_send_them_are_usual() -> None:
+def test_messages_sent_by_clients_are_classified_as_usual() -> None:
     messages: list[Any] = [
         USER,
         {"role": "system", "content": [{"type": "text", "text": "a"}]},
@@ -154,7 +154,7 @@ def test_messages_as_clients_send_them_are_usual() -> None:
     assert [message for message in messages if not is_usual_message(message)] == []
 
 
-def test_input_items_as_clients_send_them_are_usual() -> None:
+def test_input_items_sent_by_clients_are_classified_as_usual() -> None:
     items: list[Any] = [
         USER,
         {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "a"}]},
@@ -166,12 +166,12 @@ def test_input_items_as_clients_send_them_are_usual() -> None:
     assert [item for item in items if not is_usual_item(item)] == []
 
 
-def test_other_input_items_are_not_usual() -> None:
+def test_malformed_or_unknown_input_items_are_not_classified_as_usual() -> None:
     items: list[Any] = [1, None, {}, {"type": "z"}, {**USER, "role": "z"}, {**OUTPUT, "status": 1}]
     assert [item for item in items if is_usual_item(item)] == []
 
 
-def test_only_a_function_is_a_usual_tool() -> None:
+def test_only_function_tools_are_classified_as_usual() -> None:
     function = {"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": True}
     assert is_usual_tool(function)
     assert not is_usual_tool({"type": "file_search", "vector_store_ids": []})

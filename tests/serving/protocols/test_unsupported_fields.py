@@ -20,12 +20,12 @@ def refused(fields: dict[str, Any], route: Route) -> str | None:
 
 
 @every_route
-def test_log_probabilities_of_the_prompt_are_rejected(route: Route) -> None:
+def test_prompt_log_probabilities_are_rejected(route: Route) -> None:
     values = [0, 1, -1, False, "1", []]
     assert [value for value in values if refused({"prompt_logprobs": value}, route) != "prompt_logprobs"] == []
 
 
-def test_log_probabilities_of_the_prompt_are_rejected_under_other_names() -> None:
+def test_prompt_log_probabilities_are_rejected_under_other_field_names() -> None:
     cases: list[tuple[Route, dict[str, Any]]] = [
         (PLAIN, {"echo": True, "logprobs": 0}),
         (PLAIN, {"echo": 1, "logprobs": 5}),
@@ -40,7 +40,7 @@ def test_log_probabilities_of_the_prompt_are_rejected_under_other_names() -> Non
 
 @every_route
 @pytest.mark.parametrize("name", ["kv_transfer_params", "ec_transfer_params"])
-def test_transfer_parameters_are_rejected(route: Route, name: str) -> None:
+def test_kv_transfer_parameters_are_rejected(route: Route, name: str) -> None:
     for value in ({"do_remote_decode": True}, {}, "x"):
         assert refused({name: value}, route) == name
         assert refused({"vllm_xargs": {name: value}}, route) == f"vllm_xargs.{name}"
@@ -59,20 +59,20 @@ def test_stored_and_background_responses_are_rejected() -> None:
 
 @pytest.mark.parametrize("route", [CHAT, PLAIN])
 @given(n=st.integers(1, 2000), prompts=st.integers(1, 2000))
-def test_too_many_answers_are_rejected(route: Route, n: int, prompts: int) -> None:
+def test_too_many_choices_are_rejected(route: Route, n: int, prompts: int) -> None:
     for prompt in ("a", [1, 2]):
         fields = {"n": n, "prompt": [prompt] * prompts}
         assert refused(fields, route) == ("n" if n * prompts > MAX_ANSWERS else None)
 
 
-def test_n_is_rejected_when_it_is_not_an_integer() -> None:
+def test_non_integer_n_is_rejected() -> None:
     cases: list[object] = ["2000", 2000.0, True, [1]]
     for n in cases:
         assert refused({"n": n}, CHAT) == "n", n
 
 
 @pytest.mark.parametrize("route", [CHAT, PLAIN, RESPONSES])
-def test_priority_is_rejected(route: Route) -> None:
+def test_priority_field_is_rejected(route: Route) -> None:
     values = [1, -1, 2**63, "5", 0.5, True]
     assert [value for value in values if refused({"priority": value}, route) != "priority"] == []
 
@@ -97,7 +97,7 @@ MEDIA: tuple[dict[str, Any], ...] = (
 )
 
 
-def test_media_is_rejected_when_an_engine_would_fetch_it() -> None:
+def test_media_that_an_engine_would_fetch_is_rejected() -> None:
     for part in MEDIA:
         assert refused({"messages": [{"role": "user", "content": [TEXT, part]}]}, CHAT) == "messages.0.content", part
         assert refused({"input": [{"role": "user", "content": [part]}]}, RESPONSES) == "input.0.content", part
@@ -115,7 +115,7 @@ def test_images_in_messages_are_rejected() -> None:
 
 
 @pytest.mark.parametrize("route", [CHAT, RESPONSES, MESSAGES])
-def test_media_options_are_rejected(route: Route) -> None:
+def test_media_processing_options_are_rejected(route: Route) -> None:
     for name in ("mm_processor_kwargs", "media_io_kwargs"):
         assert refused({name: {}}, route) == name
 
@@ -163,5 +163,5 @@ def test_text_is_accepted_in_all_its_forms() -> None:
     assert [fields for route, fields in TEXT_FORMS if find_refusal(fields, route)] == []
 
 
-def test_other_fields_are_left_to_the_engine() -> None:
+def test_other_fields_are_left_for_the_engine_to_check() -> None:
     assert [fields for route, fields in OTHER_FIELDS if find_refusal(fields, route)] == []

@@ -74,7 +74,7 @@ class TestEveryRoute:
 
     @routes
     @given(words=WORDS, counts=COUNTS)
-    def test_token_counts_are_read_once(self, route: Route, words: list[str], counts: Counts) -> None:
+    def test_token_counts_are_read_exactly_once(self, route: Route, words: list[str], counts: Counts) -> None:
         wire = wire_of(route.value, "tuned", {"stream_options": {"include_usage": True}})
         expected = [Usage(counts.prompt, counts.completion)]
         assert usages(wire_format(route), stream_of(wire, words, counts)) == expected
@@ -82,14 +82,16 @@ class TestEveryRoute:
 
     @routes
     @given(words=WORDS, counts=COUNTS)
-    def test_text_is_joined(self, route: Route, words: list[str], counts: Counts) -> None:
+    def test_streamed_text_is_joined(self, route: Route, words: list[str], counts: Counts) -> None:
         wire = wire_of(route.value, "tuned", {})
         assert wire_format(route).text(stream_of(wire, words, counts)) == "".join(words)
         assert wire_format(route).text([json.dumps(wire.whole(words, counts, "stop")).encode()]) == "".join(words)
 
     @routes
     @given(words=WORDS, counts=COUNTS)
-    def test_tokens_and_the_end_are_distinguished(self, route: Route, words: list[str], counts: Counts) -> None:
+    def test_token_events_and_the_end_event_are_distinguished(
+        self, route: Route, words: list[str], counts: Counts
+    ) -> None:
         format = wire_format(route)
         events = stream_of(wire_of(route.value, "tuned", {}), words, counts)
         assert [format.is_end(event) for event in events] == [False] * (len(events) - 1) + [True]
@@ -104,13 +106,13 @@ class TestEveryRoute:
             assert wire_format(route).finish_reason(body) == reason
 
     @routes
-    def test_finish_reason_is_read_when_a_stream_is_truncated(self, route: Route) -> None:
+    def test_finish_reason_of_a_truncated_stream_is_read(self, route: Route) -> None:
         events = stream_of(wire_of(route.value, "tuned", {}), ["a", "b"], Counts(1, 2))
         reasons = [reason for event in events if (reason := wire_format(route).finish_reason(event))]
         assert reasons == ["length"]
 
     @routes
-    def test_empty_parts_have_no_usage_no_text_and_no_end(self, route: Route) -> None:
+    def test_empty_events_have_no_usage_text_or_end(self, route: Route) -> None:
         format = wire_format(route)
         for part in EMPTY_PARTS:
             assert (format.usage(part), format.finish_reason(part), format.text([part])) == (None, None, ""), part
@@ -128,7 +130,7 @@ class TestClassify:
 
     @routes
     @given(words=WORDS, counts=COUNTS, compact=st.booleans())
-    def test_stream_is_classified_as_by_the_full_parser(
+    def test_fast_classification_agrees_with_the_full_parser(
         self, route: Route, words: list[str], counts: Counts, compact: bool
     ) -> None:
         wire = wire_of(route.value, "tuned", {"stream_options": {"include_usage": True}})
@@ -140,7 +142,7 @@ class TestClassify:
         assert sum(format.classify(event).token for event in events) == len(words)
 
     @given(TEXT, st.sampled_from(["chat", "plain"]), st.sampled_from([None, "stop", {"content": []}]), st.booleans())
-    def test_event_counts_as_a_plain_token_only_without_finish_reason_and_usage(
+    def test_event_with_finish_reason_or_usage_is_not_a_plain_token(
         self, text: str, kind: str, reason: object, more: bool
     ) -> None:
         part = {"delta": {"content": text}} if kind == "chat" else {"text": text}
@@ -150,7 +152,7 @@ class TestClassify:
         assert (CHAT.classify(event) is TOKEN) == (reason is None and not more)
 
     @pytest.mark.parametrize("format", [RESPONSES, MESSAGES])
-    def test_token_of_a_named_event_is_recognised_by_its_name(self, format: WireFormat) -> None:
+    def test_token_of_a_named_event_is_recognised_by_the_event_name(self, format: WireFormat) -> None:
         name = "response.output_text.delta" if format is RESPONSES else "content_block_delta"
         assert format.classify(event(name, delta='an "error": no')) is TOKEN
         assert format.classify(event(name, delta="", error={"code": 500})).error == {"code": 500}
@@ -159,7 +161,7 @@ class TestClassify:
 class TestCompletions:
     @example(text="usage", counts=Counts(3, 4), separators=(",", ":"))
     @given(TEXT, COUNTS, st.sampled_from([None, (",", ":")]))
-    def test_usage_is_found_whatever_the_model_wrote(
+    def test_usage_is_found_whatever_text_the_model_wrote(
         self, text: str, counts: Counts, separators: tuple[str, str] | None
     ) -> None:
         usage = {"prompt_tokens": counts.prompt, "completion_tokens": counts.completion, "details": {"cached": 1}}
@@ -167,7 +169,7 @@ class TestCompletions:
         counted = CHAT.usage(json.dumps(answer, separators=separators).encode())
         assert counted == Usage(counts.prompt, counts.completion)
 
-    def test_only_the_chunk_without_choices_has_the_counts_of_the_answer(self) -> None:
+    def test_only_the_chunk_without_choices_has_the_answers_token_counts(self) -> None:
         cases: list[object] = [
             {"choices": [], "usage": None},
             {"choices": [{"delta": {}}], "usage": {"prompt_tokens": 1}},
@@ -176,7 +178,7 @@ class TestCompletions:
         for data in cases:
             assert CHAT.usage(chunk(data)) is None, data
 
-    def test_only_the_closing_event_is_the_end(self) -> None:
+    def test_only_the_closing_event_ends_the_stream(self) -> None:
         cases: list[tuple[bytes, bool]] = [
             (b"data: [DONE]\n\n", True),
             (b"data:[DONE]\r\n\r\n", True),
@@ -186,18 +188,18 @@ class TestCompletions:
         for part, end in cases:
             assert CHAT.is_end(part) is end, part
 
-    def test_opening_of_a_message_is_not_a_token(self) -> None:
+    def test_opening_event_of_a_message_is_not_a_token(self) -> None:
         assert not CHAT.is_token(chunk({"choices": [{"delta": {"role": "assistant", "content": ""}}]}))
 
 
 class TestResponses:
-    def test_counts_in_the_clients_tools_are_not_taken_for_the_answers(self) -> None:
+    def test_counts_in_client_tools_are_not_mistaken_for_the_answers_usage(self) -> None:
         tools = [{"parameters": {"status": "failed", "usage": {"input_tokens": 999_999, "output_tokens": 1}}}]
         body = json.dumps({"status": "completed", "usage": None, "output": [], "tools": tools}).encode()
         assert RESPONSES.usage(body) is None
         assert RESPONSES.finish_reason(body) == "stop"
 
-    def test_function_call_is_not_an_empty_answer(self) -> None:
+    def test_function_call_is_not_treated_as_an_empty_answer(self) -> None:
         call = {"type": "function_call", "name": "f", "arguments": "{}"}
         whole = {"status": "completed", "output": [call]}
         body, stream = json.dumps(whole).encode(), event("response.completed", response=whole)
@@ -205,18 +207,18 @@ class TestResponses:
             assert RESPONSES.finish_reason(part) == "tool_calls"
             assert RESPONSES.text([part]) == '{"name": "f", "arguments": {}}'
 
-    def test_openais_end_of_a_truncated_answer_is_an_end(self) -> None:
+    def test_openais_event_for_a_truncated_answer_ends_the_stream(self) -> None:
         response = {"status": "incomplete", "incomplete_details": {"reason": "max_output_tokens"}}
         last = event("response.incomplete", response=response)
         assert RESPONSES.is_end(last)
         assert RESPONSES.finish_reason(last) == "length"
 
-    def test_text_of_the_model_is_not_taken_for_the_end_of_the_answer(self) -> None:
+    def test_model_text_is_not_mistaken_for_the_end_of_the_answer(self) -> None:
         written = event("response.output_text.delta", delta="\n\nevent: response.completed\ndata: {}\n\n")
         assert not RESPONSES.is_end(written)
         assert RESPONSES.text([written]).startswith("\n\nevent")
 
-    def test_prompt_is_the_instructions_and_the_input_as_messages(self) -> None:
+    def test_responses_prompt_is_instructions_and_input_as_messages(self) -> None:
         cases: list[tuple[dict[str, Any], object]] = [
             ({"input": "hi"}, [{"role": "user", "content": "hi"}]),
             (
@@ -230,14 +232,14 @@ class TestResponses:
 
 
 class TestMessages:
-    def test_counts_in_a_tools_input_are_not_taken_for_the_answers(self) -> None:
+    def test_counts_in_tool_input_are_not_mistaken_for_the_answers_usage(self) -> None:
         tool = {"type": "tool_use", "name": "f", "input": {"stop_reason": "x", "usage": {"input_tokens": 9}}}
         usage = {"input_tokens": 3, "output_tokens": 4}
         body = json.dumps({"content": [tool], "stop_reason": "tool_use", "usage": usage}).encode()
         assert MESSAGES.usage(body) == Usage(3, 4)
         assert MESSAGES.finish_reason(body) == "tool_calls"
 
-    def test_tool_use_is_the_same_text_in_a_body_and_in_a_stream(self) -> None:
+    def test_tool_use_yields_the_same_text_in_a_body_and_a_stream(self) -> None:
         used = {"type": "tool_use", "id": "1", "name": "f", "input": {"a": 1, "b": 2}}
         body = json.dumps({"content": [{"type": "text", "text": "I look."}, used]}).encode()
         stream = [
@@ -254,7 +256,7 @@ class TestMessages:
         usage = {"input_tokens": 3, "output_tokens": 4, "cache_read_input_tokens": 32, "cache_creation_input_tokens": 5}
         assert MESSAGES.usage(json.dumps({"usage": usage}).encode()) == Usage(40, 4)
 
-    def test_only_text_counts_as_text(self) -> None:
+    def test_only_text_deltas_count_as_answer_text(self) -> None:
         parts = [
             event("content_block_delta", delta={"type": "thinking_delta", "thinking": "hm"}),
             event("content_block_delta", delta={"type": "text_delta", "text": "yes"}),
@@ -268,7 +270,7 @@ class TestMessages:
         assert MESSAGES.prompt({"messages": turns, "system": "s"}) == [{"role": "system", "content": "s"}, *turns]
 
 
-def test_error_within_a_stream_is_in_the_format_of_its_clients() -> None:
+def test_mid_stream_error_is_in_the_format_of_the_clients_api() -> None:
     cases: list[tuple[Route, bytes]] = [
         (Route.CHAT_COMPLETIONS, b'data: {"error": {"message": "x"'),
         (Route.RESPONSES, b'event: error\ndata: {"type": "error", "error": {"message": "x"'),

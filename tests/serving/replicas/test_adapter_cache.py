@@ -104,7 +104,7 @@ async def test_adapter_is_loaded_only_at_its_first_use() -> None:
     assert [loaded.version for loaded in cache.loaded] == [version(1)]
 
 
-async def test_adapter_is_loaded_once_when_fifty_requests_need_it() -> None:
+async def test_adapter_needed_by_fifty_requests_is_loaded_once() -> None:
     shelf = Shelf(2)
     cache = cache_of(shelf)
     names = await asyncio.gather(*(use(shelf, cache, 1) for _ in range(50)))
@@ -119,7 +119,7 @@ async def test_least_recently_used_adapter_is_evicted() -> None:
     assert [loaded.version for loaded in cache.loaded] == [version(1), version(3)]
 
 
-async def test_hundreds_of_adapters_are_served_by_few_places() -> None:
+async def test_hundreds_of_adapters_are_served_with_few_slots() -> None:
     shelf = Shelf(4)
     cache = cache_of(shelf)
     for number in range(1, 201):
@@ -127,19 +127,19 @@ async def test_hundreds_of_adapters_are_served_by_few_places() -> None:
     assert (len(shelf.names), len(shelf.holds)) == (200, 4)
 
 
-async def test_adapter_has_another_name_when_it_is_loaded_again() -> None:
+async def test_reloaded_adapter_gets_a_different_name() -> None:
     shelf = Shelf(1)
     cache = cache_of(shelf)
     first, _, again = [await use(shelf, cache, number) for number in (1, 2, 1)]
     assert first != again and first.startswith("tuned@1#")
 
 
-async def test_names_differ_from_those_of_an_earlier_server() -> None:
+async def test_adapter_names_differ_from_those_of_an_earlier_server() -> None:
     first, second = Shelf(1), Shelf(1)
     assert await use(first, cache_of(first), 1) != await use(second, cache_of(second), 1)
 
 
-async def test_request_waits_for_the_first_free_place_when_all_adapters_are_in_use() -> None:
+async def test_request_waits_for_first_free_slot_if_all_adapters_are_in_use() -> None:
     shelf = Shelf(1)
     cache = cache_of(shelf)
     async with shelf.using(cache, 1):
@@ -166,7 +166,7 @@ async def test_popular_adapter_does_not_keep_others_from_being_loaded() -> None:
     await asyncio.gather(*popular)
 
 
-async def test_production_version_accepts_requests_when_others_wait_for_a_place() -> None:
+async def test_production_version_accepts_requests_while_others_wait_for_a_slot() -> None:
     shelf = Shelf(2)
     cache = cache_of(shelf)
     async with shelf.using(cache, 1, for_operator=True), shelf.using(cache, 2):
@@ -180,7 +180,7 @@ async def test_production_version_accepts_requests_when_others_wait_for_a_place(
     await asyncio.gather(*waiting)
 
 
-async def test_production_version_is_loaded_first_when_it_was_evicted() -> None:
+async def test_evicted_production_version_is_loaded_before_waiting_versions() -> None:
     shelf = Shelf(2)
     cache = cache_of(shelf)
     async with shelf.using(cache, 2), shelf.using(cache, 3):
@@ -193,7 +193,7 @@ async def test_production_version_is_loaded_first_when_it_was_evicted() -> None:
 
 
 @pytest.mark.parametrize("most", [1, 2])
-async def test_other_version_gets_a_place_when_production_is_always_in_use(most: int) -> None:
+async def test_other_version_gets_a_slot_even_if_production_is_always_in_use(most: int) -> None:
     shelf = Shelf(most)
     cache = cache_of(shelf)
     going = True
@@ -211,7 +211,7 @@ async def test_other_version_gets_a_place_when_production_is_always_in_use(most:
     await asyncio.gather(*popular)
 
 
-async def test_take_returns_none_when_the_adapter_is_not_loaded() -> None:
+async def test_taking_an_adapter_that_is_not_loaded_returns_none() -> None:
     shelf = Shelf(1)
     shelf.gate = asyncio.Event()
     cache = cache_of(shelf)
@@ -225,7 +225,7 @@ async def test_take_returns_none_when_the_adapter_is_not_loaded() -> None:
     taken.leave()
 
 
-async def test_request_times_out_when_it_waits_too_long() -> None:
+async def test_request_for_an_adapter_slot_times_out() -> None:
     shelf = Shelf(1)
     cache = cache_of(shelf, patience_s=0.02)
     async with shelf.using(cache, 1):
@@ -234,7 +234,7 @@ async def test_request_times_out_when_it_waits_too_long() -> None:
         await use(shelf, cache, 1)  # accepts requests again: no request waits any more
 
 
-async def test_failed_load_is_raised_in_all_waiting_requests_and_not_cached() -> None:
+async def test_failed_load_raises_in_all_waiting_requests_and_is_not_cached() -> None:
     shelf = Shelf(2)
     cache = cache_of(shelf)
     shelf.failing = {version(1)}
@@ -246,7 +246,7 @@ async def test_failed_load_is_raised_in_all_waiting_requests_and_not_cached() ->
     assert shelf.loads[version(1)] == 2
 
 
-async def test_unknown_version_takes_no_place() -> None:
+async def test_unknown_version_takes_no_slot() -> None:
     shelf = Shelf(1)
     cache = cache_of(shelf)
     await use(shelf, cache, 1)
@@ -256,7 +256,7 @@ async def test_unknown_version_takes_no_place() -> None:
     assert cache.has(version(1))
 
 
-async def test_load_continues_for_the_next_request_when_the_first_leaves() -> None:
+async def test_load_continues_for_the_next_request_if_the_first_leaves() -> None:
     shelf = Shelf(1)
     shelf.gate = asyncio.Event()
     cache = cache_of(shelf)
@@ -270,7 +270,7 @@ async def test_load_continues_for_the_next_request_when_the_first_leaves() -> No
     assert shelf.loads[version(1)] == 1
 
 
-async def test_failed_unload_delays_other_loads_until_it_succeeds() -> None:
+async def test_failed_unload_blocks_other_loads_until_it_succeeds() -> None:
     shelf = Shelf(1)
     cache = cache_of(shelf)
     await use(shelf, cache, 1)
@@ -281,7 +281,7 @@ async def test_failed_unload_delays_other_loads_until_it_succeeds() -> None:
     assert list(shelf.holds.values()) == [version(2)]
 
 
-async def test_waiting_requests_fail_when_the_engine_stops() -> None:
+async def test_requests_waiting_for_an_adapter_fail_when_the_engine_stops() -> None:
     shelf = Shelf(1)
     shelf.gate = asyncio.Event()
     cache = cache_of(shelf)
@@ -305,7 +305,7 @@ async def test_unused_adapter_is_evicted_immediately_when_its_version_is_removed
     await turns(lambda: not shelf.holds)
 
 
-async def test_used_adapter_stays_loaded_when_its_version_is_removed() -> None:
+async def test_adapter_in_use_stays_loaded_when_its_version_is_removed() -> None:
     shelf = Shelf(1)
     cache = cache_of(shelf)
     async with shelf.using(cache, 1):
@@ -318,7 +318,7 @@ async def test_used_adapter_stays_loaded_when_its_version_is_removed() -> None:
     assert list(shelf.holds.values()) == [version(2)]
 
 
-async def test_new_requests_fail_when_the_version_was_removed_even_if_others_use_it() -> None:
+async def test_new_requests_fail_for_a_removed_version_even_if_still_in_use() -> None:
     shelf = Shelf(1)
     cache = cache_of(shelf)
     async with shelf.using(cache, 1):
@@ -328,7 +328,7 @@ async def test_new_requests_fail_when_the_version_was_removed_even_if_others_use
             await use(shelf, cache, 1)
 
 
-async def test_adapter_keeps_serving_when_its_removal_was_cancelled() -> None:
+async def test_adapter_keeps_serving_if_its_removal_is_cancelled() -> None:
     shelf = Shelf(2)
     cache = cache_of(shelf)
     async with shelf.using(cache, 1) as before:
@@ -346,7 +346,7 @@ async def test_dropping_an_adapter_that_is_not_loaded_does_nothing() -> None:
     assert cache.has(version(1))
 
 
-async def test_loads_and_evictions_are_reported() -> None:
+async def test_adapter_loads_and_evictions_are_reported() -> None:
     shelf, reports = Shelf(1), list[float | None]()
     cache = cache_of(shelf, on_change=reports.append)
     for number in (1, 2):
@@ -365,7 +365,7 @@ async def test_loads_and_evictions_are_reported() -> None:
     dropped=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 12)), max_size=6),
     stuck=st.integers(0, 2),
 )
-def test_cache_keeps_its_limits_and_answers_with_the_right_adapter_under_any_order_of_requests(
+def test_adapter_cache_respects_limits_and_serves_right_adapter_in_any_order(
     most: int,
     asked: list[tuple[int, int, int, bool, bool]],
     failing: set[int],

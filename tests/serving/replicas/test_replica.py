@@ -24,7 +24,7 @@ def replica(make: Make) -> Replica:
     return make().replica
 
 
-async def test_engine_is_ready_when_it_was_verified(make: Make) -> None:
+async def test_engine_is_ready_after_verification(make: Make) -> None:
     control = make()
     await control.replica.start(target(1))
     assert (control.state, control.admission.unavailable_reason) == (EngineState.READY, None)
@@ -32,7 +32,7 @@ async def test_engine_is_ready_when_it_was_verified(make: Make) -> None:
     await control.replica.stop()
 
 
-async def test_no_request_is_admitted_before_the_verification(make: Make) -> None:
+async def test_no_request_is_admitted_before_verification(make: Make) -> None:
     control = make()
     reasons = list[str | None]()
     control.park.prepare = lambda double: setattr(
@@ -43,7 +43,7 @@ async def test_no_request_is_admitted_before_the_verification(make: Make) -> Non
     await control.replica.stop()
 
 
-async def test_engine_is_stopped_when_it_has_other_weights(make: Make) -> None:
+async def test_engine_with_other_weights_is_stopped(make: Make) -> None:
     control = make()
     make_version(control.registry, 4, probes_of="/elsewhere")
     with pytest.raises(ProbeError):
@@ -51,7 +51,7 @@ async def test_engine_is_stopped_when_it_has_other_weights(make: Make) -> None:
     assert (control.state, control.park.alive, control.replica.has_engine) == (EngineState.FAILED, 0, False)
 
 
-async def test_engine_is_stopped_when_its_start_fails(make: Make) -> None:
+async def test_engine_is_stopped_if_its_start_fails(make: Make) -> None:
     control = make()
     control.park.failing_starts = 1
     with pytest.raises(EngineError, match="no memory"):
@@ -61,7 +61,7 @@ async def test_engine_is_stopped_when_its_start_fails(make: Make) -> None:
 
 
 @pytest.mark.parametrize("start_delay_s", [0, 10])
-async def test_engine_is_stopped_when_files_are_altered(make: Make, start_delay_s: float) -> None:
+async def test_engine_is_stopped_if_its_files_were_altered(make: Make, start_delay_s: float) -> None:
     control = make()
     control.park.start_delay_s = start_delay_s
     (control.registry.folder(target(1).version) / "merged" / "config.json").write_text("{}")
@@ -72,7 +72,7 @@ async def test_engine_is_stopped_when_files_are_altered(make: Make, start_delay_
     assert control.replica.weights is NO_WEIGHTS
 
 
-async def test_altered_files_are_reported_when_they_kept_the_engine_from_starting(make: Make) -> None:
+async def test_altered_files_are_reported_if_they_kept_the_engine_from_starting(make: Make) -> None:
     control = make()
     control.park.failing_starts = 1
     (control.registry.folder(target(1).version) / "merged" / "config.json").write_text("{}")
@@ -81,14 +81,14 @@ async def test_altered_files_are_reported_when_they_kept_the_engine_from_startin
     assert control.park.alive == 0
 
 
-async def test_no_engine_starts_when_the_version_does_not_exist(make: Make) -> None:
+async def test_no_engine_starts_if_the_version_does_not_exist(make: Make) -> None:
     control = make()
     with pytest.raises(NotFoundError):
         await control.replica.start(target(9))
     assert control.park.engines == []
 
 
-async def test_start_stops_the_previous_engine(make: Make) -> None:
+async def test_starting_an_engine_stops_the_previous_engine(make: Make) -> None:
     control = make()
     await control.replica.start(target(1))
     await control.replica.start(target(2))
@@ -96,7 +96,7 @@ async def test_start_stops_the_previous_engine(make: Make) -> None:
     await control.replica.stop()
 
 
-async def test_no_engine_is_left_when_a_start_is_cancelled(make: Make) -> None:
+async def test_no_engine_is_left_after_a_cancelled_start(make: Make) -> None:
     control = make()
     control.park.start_delay_s = 10
     starting = asyncio.create_task(control.replica.start(target(1)))
@@ -107,9 +107,7 @@ async def test_no_engine_is_left_when_a_start_is_cancelled(make: Make) -> None:
     assert (control.park.alive, control.state) == (0, EngineState.FAILED)
 
 
-async def test_next_stop_stops_the_engine_when_a_stop_was_cancelled(
-    make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_next_stop_stops_the_engine_after_a_cancelled_stop(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     control = make()
     await control.replica.start(target(1))
     engine = control.park.engines[0]
@@ -124,14 +122,14 @@ async def test_next_stop_stops_the_engine_when_a_stop_was_cancelled(
     assert control.park.alive == 0
 
 
-async def test_death_is_reported_with_the_exit_code(control: Control) -> None:
+async def test_engine_death_is_reported_with_the_exit_code(control: Control) -> None:
     died = asyncio.create_task(control.replica.watch.died())
     await asyncio.sleep(0.01)
     control.park.engines[0].kill()
     assert str(KILLED) in await died
 
 
-async def test_silence_counts_as_death_after_its_timeout(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_silent_engine_counts_as_dead_after_its_timeout(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     async def silent() -> Health:
         return Health.BAD
 
@@ -145,7 +143,7 @@ async def test_silence_counts_as_death_after_its_timeout(make: Make, monkeypatch
 
 
 @pytest.mark.parametrize("health_s", [0.05, 60.0], ids=["at the next check", "at once, where a request found it"])
-async def test_engine_counts_as_dead_when_it_reports_a_dead_core(
+async def test_engine_that_reports_a_dead_core_counts_as_dead(
     control: Control, monkeypatch: pytest.MonkeyPatch, health_s: float
 ) -> None:
     monkeypatch.setattr("serving.replicas.engine_watch._HEALTH_S", health_s)
@@ -159,7 +157,7 @@ async def test_engine_counts_as_dead_when_it_reports_a_dead_core(
     assert control.replica.state is not EngineState.READY
 
 
-async def test_engine_gets_no_requests_when_one_found_it_dead_until_its_health_was_checked(
+async def test_engine_found_dead_gets_no_requests_until_its_health_is_checked(
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = asyncio.Event()
@@ -183,7 +181,7 @@ async def test_engine_gets_no_requests_when_one_found_it_dead_until_its_health_w
         pass
 
 
-async def test_reload_fails_when_the_core_is_dead(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_reload_fails_if_the_engine_core_is_dead(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM's API server then waits for the answer itself, and does not exit."""
     monkeypatch.setattr("serving.replicas.engine_watch._HEALTH_S", 0.05)
     double = control.park.engines[0].double
@@ -197,7 +195,9 @@ async def test_reload_fails_when_the_core_is_dead(control: Control, monkeypatch:
             await reloading
 
 
-async def test_engine_is_not_dead_when_its_health_is_unknown(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_engine_with_unknown_health_is_not_considered_dead(
+    control: Control, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def unknown() -> Health:
         return Health.UNKNOWN
 
@@ -208,7 +208,7 @@ async def test_engine_is_not_dead_when_its_health_is_unknown(control: Control, m
             await control.replica.watch.died()
 
 
-async def test_client_raises_when_no_engine_runs(replica: Replica) -> None:
+async def test_replica_client_raises_if_no_engine_runs(replica: Replica) -> None:
     with pytest.raises(RuntimeError):
         _ = replica.client
 
@@ -223,14 +223,14 @@ async def test_only_ready_engines_accept_requests(make: Make) -> None:
     assert [state for state, admitted in admits.items() if admitted] == [EngineState.READY]
 
 
-async def test_state_is_in_the_metrics(make: Make) -> None:
+async def test_engine_state_is_in_the_metrics(make: Make) -> None:
     control = make()
     control.replica.enter(EngineState.DRAINING)
     shown = {state: control.sample("svc_engine_state", model=NAME, state=state) for state in EngineState}
     assert shown == {state: float(state is EngineState.DRAINING) for state in EngineState}
 
 
-async def test_each_verified_load_is_distinct(control: Control) -> None:
+async def test_each_verified_weight_load_is_distinct(control: Control) -> None:
     loads = [control.replica.weights]
     await control.promote(2)
     loads.append(control.replica.weights)
@@ -244,7 +244,7 @@ async def test_each_verified_load_is_distinct(control: Control) -> None:
     assert [load.fresh for load in loads] == [True, False, False, True]
 
 
-async def test_weights_are_unchanged_when_a_swap_stopped_before_its_reload(make: Make) -> None:
+async def test_loaded_weights_are_unchanged_if_a_swap_stops_before_its_reload(make: Make) -> None:
     async with make(drain_timeout_s=0.05).run() as control:
         control.park.room = "full"
         load = control.replica.weights

@@ -21,12 +21,12 @@ def slots_of(home: Path, **of_model: object) -> EngineSlots:
 
 
 @pytest.mark.parametrize(("name", "idles"), [(NAME, True), ("other", False)])
-def test_engine_is_started_for_idling_only_when_its_model_may_idle(tmp_path: Path, name: str, idles: bool) -> None:
+def test_engine_is_started_with_idling_only_if_its_model_may_idle(tmp_path: Path, name: str, idles: bool) -> None:
     assert slots_of(tmp_path, idle_s=60).spec(0, name, ServedModel(tmp_path)).idles is idles
 
 
 @pytest.mark.parametrize(("name", "mode"), [(NAME, "compiled"), ("other", "eager")])
-def test_kind_of_an_engine_depends_on_the_settings_of_its_model(tmp_path: Path, name: str, mode: str) -> None:
+def test_engine_kind_depends_on_its_model_settings(tmp_path: Path, name: str, mode: str) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert slots_of(tmp_path, engine={"args": ["--no-enforce-eager"]}).facts(name, tmp_path).mode == mode
 

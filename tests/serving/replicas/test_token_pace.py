@@ -13,20 +13,20 @@ def paced(*answers: tuple[float, float]) -> float:
     return pace.tokens_in(1.0)
 
 
-def test_fast_stream_is_assumed_when_nothing_was_measured() -> None:
+def test_fast_stream_is_assumed_if_nothing_was_measured() -> None:
     assert TokenPace().tokens_in(0.5) == 50
 
 
-def test_pace_is_tokens_per_second_over_all_measured_answers() -> None:
+def test_token_pace_is_tokens_per_second_over_all_measured_answers() -> None:
     assert paced((200, 2.0)) == pytest.approx(100)
     assert paced((200, 2.0), (200, 4.0)) == pytest.approx(67, abs=3)
 
 
-def test_pace_hardly_changes_when_many_slow_answers_have_one_token() -> None:
+def test_many_slow_one_token_answers_hardly_change_the_token_pace() -> None:
     normal = [(100.0, 2.0)] * 20
     assert paced(*normal, *[(1.0, 60.0)] * 20) > 25
     assert paced(*normal, (1.0, 4.0)) == pytest.approx(50, abs=1)
 
 
-def test_pace_changes_when_an_engine_becomes_slower() -> None:
+def test_token_pace_changes_when_an_engine_becomes_slower() -> None:
     assert paced(*[(100.0, 1.0)] * 50, *[(100.0, 10.0)] * 50) == pytest.approx(10, abs=3)

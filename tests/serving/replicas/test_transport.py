@@ -18,12 +18,12 @@ TOO_LONG = [
 ]
 
 
-def test_context_length_error_is_recognised_by_vllms_text() -> None:
+def test_context_length_error_is_recognised_by_vllms_message() -> None:
     for message in TOO_LONG:
         assert isinstance(refusal(400, {"message": message}), ContextLengthError), message
 
 
-def test_only_rejections_of_the_clients_request_are_passed_on() -> None:
+def test_only_rejections_of_the_client_request_are_passed_on() -> None:
     cases: list[tuple[int, type[EngineError]]] = [
         (400, EngineRefusedError),
         (422, EngineRefusedError),
@@ -39,20 +39,20 @@ def test_only_rejections_of_the_clients_request_are_passed_on() -> None:
         assert type(refusal(status, {"message": "m"})) is kind, status
 
 
-def test_no_text_of_an_error_marks_the_engine_as_dead() -> None:
+def test_no_error_text_marks_the_engine_as_dead() -> None:
     for status in (400, 422, 500):
         message = "EngineCore encountered an issue. See stack trace (above) for the root cause."
         assert not isinstance(refusal(status, {"message": message}), EngineDiedError), status
 
 
-def test_failure_quotes_nothing_of_the_request() -> None:
+def test_logged_engine_failure_quotes_nothing_from_the_request() -> None:
     """It is logged, while a rejection is only sent to the client."""
     message = "1 validation error:\n  {'type': 'x', 'loc': 'body.prompt', 'msg': 'no', 'input': 'my SECRET'}"
     assert refusal(500, {"message": message}).wrong == "the engine answered 500: validation error x in prompt"
     assert "SECRET" in refusal(400, {"message": message}).wrong
 
 
-def test_error_of_any_shape_becomes_a_rejection() -> None:
+def test_engine_error_of_any_shape_becomes_a_rejection() -> None:
     cases: list[object] = [None, [], "text", {}, {"message": None}, {"message": 1, "param": 2}]
     for error in cases:
         typed = refusal(400, error)
@@ -60,7 +60,7 @@ def test_error_of_any_shape_becomes_a_rejection() -> None:
         assert typed.wrong, error
 
 
-def test_message_for_clients_has_no_paths_and_tracebacks() -> None:
+def test_message_for_clients_contains_no_paths_or_tracebacks() -> None:
     cases: list[tuple[str, str]] = [
         ("bad value (parameter=top_p, value=[1, (2)])", "bad value"),
         ("cannot open /root/.svc/models/tuned/1/config.json now", "cannot open <path> now"),
@@ -72,11 +72,11 @@ def test_message_for_clients_has_no_paths_and_tracebacks() -> None:
         assert for_clients(message) == told, message
 
 
-def test_long_message_is_truncated() -> None:
+def test_long_error_message_is_truncated() -> None:
     assert len(for_clients("x" * 100_000)) <= 1000
 
 
-def test_field_is_read_from_the_message_when_it_is_only_there() -> None:
+def test_field_name_is_read_from_the_error_message_if_only_there() -> None:
     cases: list[tuple[str, str | None]] = [
         ("temperature must be non-negative, got -5.0. (parameter=temperature, value=-5.0)", "temperature"),
         ("no (parameter=type)", "type"),

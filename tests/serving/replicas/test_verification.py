@@ -37,15 +37,13 @@ async def elsewhere(make: Make) -> AsyncIterator[Control]:
         yield control
 
 
-async def test_folder_is_returned_when_its_files_are_unaltered(make: Make) -> None:
+async def test_version_folder_is_returned_if_its_files_are_unaltered(make: Make) -> None:
     control = make()
     folder = await Verification(control.registry, control.store, kind_of(FACTS)).files(target(1))
     assert folder == control.registry.folder(target(1).version) / "merged"
 
 
-async def test_hashing_does_not_block_the_default_executor_when_it_takes_long(
-    make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_slow_hashing_does_not_block_the_default_executor(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """The status and every read of the store run there."""
     control, free = make(), threading.Event()
     monkeypatch.setattr(control.registry, "verify", lambda version, format: free.wait(5))
@@ -61,21 +59,21 @@ async def test_hashing_does_not_block_the_default_executor_when_it_takes_long(
     await asyncio.gather(*hashing)
 
 
-async def test_altered_file_is_an_error(make: Make) -> None:
+async def test_altered_file_raises_integrity_error(make: Make) -> None:
     control = make()
     (control.registry.folder(target(1).version) / "merged" / "tokenizer.json").write_text('{"a": 1}')
     with pytest.raises(IntegrityError, match="was changed after registration"):
         await Verification(control.registry, control.store, kind_of(FACTS)).files(target(1))
 
 
-async def test_difference_within_the_tolerance_passes(control: Control) -> None:
+async def test_probe_difference_within_the_tolerance_passes(control: Control) -> None:
     control.double.probe_noise = 0.0009
     verification = Verification(control.registry, control.store, kind_of(FACTS))
     checked = await verification.probes(control.park.engines[-1], target(1), fresh=False)
     assert checked.verified and checked.found.startswith("1 probes passed")
 
 
-async def test_difference_beyond_the_tolerance_is_an_error(control: Control) -> None:
+async def test_probe_difference_beyond_the_tolerance_raises(control: Control) -> None:
     control.double.probe_noise = 0.0011
     with pytest.raises(ProbeError):
         await Verification(control.registry, control.store, kind_of(FACTS)).probes(
@@ -83,21 +81,21 @@ async def test_difference_beyond_the_tolerance_is_an_error(control: Control) -> 
         )
 
 
-async def test_probes_of_another_version_are_an_error(control: Control) -> None:
+async def test_probes_of_another_version_raise_probe_error(control: Control) -> None:
     with pytest.raises(ProbeError):
         await Verification(control.registry, control.store, kind_of(FACTS)).probes(
             control.park.engines[-1], target(2), fresh=True
         )
 
 
-async def test_probes_are_taken_again_and_stored_on_another_kind_of_engine(elsewhere: Control) -> None:
+async def test_probes_are_recorded_again_and_stored_for_another_engine_kind(elsewhere: Control) -> None:
     stored = find_retaken_probes(elsewhere.store, target(1), OTHER_FACTS)
     assert stored is not None
     assert [probe.engine for probe in stored] == [OTHER_FACTS]
     assert find_retaken_probes(elsewhere.store, target(1), FACTS) is None
 
 
-async def test_stored_probes_are_checked_the_next_time(elsewhere: Control) -> None:
+async def test_stored_probes_are_checked_next_time(elsewhere: Control) -> None:
     verification = Verification(elsewhere.registry, elsewhere.store, kind_of(OTHER_FACTS))
     checked = await verification.probes(elsewhere.park.engines[-1], target(1), fresh=False)
     assert "probes passed" in checked.found
@@ -106,7 +104,7 @@ async def test_stored_probes_are_checked_the_next_time(elsewhere: Control) -> No
         await verification.probes(elsewhere.park.engines[-1], target(1), fresh=False)
 
 
-async def test_no_probes_are_taken_when_the_engine_was_not_started_with_the_version(elsewhere: Control) -> None:
+async def test_no_probes_are_recorded_if_engine_was_not_started_with_the_version(elsewhere: Control) -> None:
     """However little its weights differ: a reload that did nothing would be taken for the version."""
     sibling = make_version(elsewhere.registry, 4, probes_of=elsewhere.double.weights)
     verification = Verification(elsewhere.registry, elsewhere.store, kind_of(OTHER_FACTS))
@@ -117,14 +115,14 @@ async def test_no_probes_are_taken_when_the_engine_was_not_started_with_the_vers
 
 
 @pytest.mark.parametrize(("number", "known"), [(1, True), (2, False)])
-async def test_probes_are_missing_when_this_kind_of_engine_never_ran_the_version(
+async def test_probes_are_missing_if_this_engine_kind_never_ran_the_version(
     elsewhere: Control, number: int, known: bool
 ) -> None:
     verification = Verification(elsewhere.registry, elsewhere.store, kind_of(OTHER_FACTS))
     assert await verification.has_probes(target(number)) is known
 
 
-async def test_probes_of_other_weights_are_not_stored(elsewhere: Control) -> None:
+async def test_probes_measured_on_other_weights_are_not_stored(elsewhere: Control) -> None:
     verification = Verification(elsewhere.registry, elsewhere.store, kind_of(OTHER_FACTS))
     with pytest.raises(ProbeError, match="not the version's weights"):
         await verification.probes(elsewhere.park.engines[-1], target(2), fresh=True)
@@ -138,7 +136,7 @@ async def test_probes_with_nan_are_rejected(elsewhere: Control) -> None:
         await verification.probes(elsewhere.park.engines[-1], target(2), fresh=True)
 
 
-async def test_version_without_probes_fails_the_verification(control: Control) -> None:
+async def test_version_without_probes_fails_verification(control: Control) -> None:
     make_version(control.registry, 4, probes=False)
     with pytest.raises(ProbeError, match="no probes"):
         await Verification(control.registry, control.store, kind_of(FACTS)).probes(

@@ -36,7 +36,7 @@ async def left(make: Make) -> Control:
     return control
 
 
-async def test_server_continues_with_the_running_engine(left: Control) -> None:
+async def test_restarted_server_adopts_the_running_engine(left: Control) -> None:
     probes = left.double.calls.count("/v1/completions")
     async with again(left) as control, control.client() as client:
         assert (await ask(client, stream=True)).words == {"1"}
@@ -46,7 +46,7 @@ async def test_server_continues_with_the_running_engine(left: Control) -> None:
         assert control.park.alive == 1
 
 
-async def test_history_shows_the_lost_server_and_the_adoption(left: Control) -> None:
+async def test_history_shows_the_lost_server_and_the_engine_adoption(left: Control) -> None:
     async with again(left) as control:
         await until(lambda: len(served_spans(control.store, NAME)) == 2)
         spans = served_spans(control.store, NAME)
@@ -62,7 +62,7 @@ async def test_adopted_engine_is_swapped_and_watched(left: Control) -> None:
         assert control.pool.restarts == 1
 
 
-async def test_engine_is_stopped_when_its_version_is_unknown(left: Control) -> None:
+async def test_left_running_engine_with_unknown_version_is_stopped(left: Control) -> None:
     (engine,) = left.park.left.values()
     engine.holds = None  # as if its server had died during a reload
     async with again(left) as control:
@@ -72,7 +72,7 @@ async def test_engine_is_stopped_when_its_version_is_unknown(left: Control) -> N
         await control.serves(target(1))
 
 
-async def test_engine_is_stopped_when_it_has_other_weights_than_recorded(left: Control) -> None:
+async def test_left_running_engine_with_unexpected_weights_is_stopped(left: Control) -> None:
     (engine,) = left.park.left.values()
     engine.double.weights = "/elsewhere"
     async with again(left) as control, control.client() as client:
@@ -80,14 +80,14 @@ async def test_engine_is_stopped_when_it_has_other_weights_than_recorded(left: C
         assert (await ask(client, stream=False)).words == {"1"}
 
 
-async def test_new_engine_starts_when_the_old_one_died_meanwhile(left: Control) -> None:
+async def test_new_engine_starts_if_the_old_one_died_without_a_server(left: Control) -> None:
     (engine,) = left.park.left.values()
     engine.kill()
     async with again(left) as control:
         await control.serves(target(1))
 
 
-async def test_altered_files_are_not_served_by_a_running_engine(left: Control) -> None:
+async def test_altered_files_are_not_served_by_an_adopted_engine(left: Control) -> None:
     (left.registry.folder(target(1).version) / "merged" / "config.json").write_text("{}")
     with pytest.raises(IntegrityError):
         async with again(left):
@@ -96,7 +96,7 @@ async def test_altered_files_are_not_served_by_a_running_engine(left: Control) -
     assert left.park.alive == 0
 
 
-async def test_previous_version_serves_and_the_swap_is_repeated_when_the_server_died_during_it(
+async def test_swap_interrupted_by_server_death_is_undone_and_then_repeated(
     left: Control,
 ) -> None:
     wish = left.wish(2)
@@ -114,7 +114,7 @@ async def test_previous_version_serves_and_the_swap_is_repeated_when_the_server_
     assert left.park.ended == []
 
 
-async def test_swap_has_succeeded_when_the_server_died_before_recording_it(left: Control) -> None:
+async def test_swap_succeeds_if_the_server_died_before_recording_it(left: Control) -> None:
     async with again(left) as control:
         await control.promote(2)
         control.leaves = True
@@ -148,7 +148,7 @@ async def test_all_engines_of_a_server_are_adopted(make: Make) -> None:
         assert len(control.park.engines) == started + 2
 
 
-async def test_missing_engines_are_started_when_more_are_configured(make: Make) -> None:
+async def test_missing_engines_are_started_if_more_are_configured(make: Make) -> None:
     control = make()
     control.leaves = True
     async with control.run():
@@ -161,7 +161,7 @@ async def test_missing_engines_are_started_when_more_are_configured(make: Make) 
 
 
 @pytest.mark.parametrize("number", [0, 1], ids=["first", "second"])
-async def test_no_engine_is_left_when_the_server_stops_during_an_adoption(
+async def test_no_engine_is_left_if_the_server_stops_during_adoption(
     make: Make, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     control = make(replicas=2)

@@ -32,7 +32,7 @@ def control(make: Make) -> Control:
     return control
 
 
-async def test_no_request_fails_or_waits_and_no_versions_mix_under_load(control: Control) -> None:
+async def test_no_request_fails_waits_or_mixes_versions_in_blue_green_swap_under_load(control: Control) -> None:
     async with control.run(), control.client() as client:
         load = Load(client)
         async with load.run():
@@ -62,7 +62,7 @@ async def test_requests_are_answered_while_the_second_engine_starts(control: Con
         assert (await control.outcome(wish)).outcome is SwapOutcome.SUCCEEDED
 
 
-async def test_another_format_needs_a_second_engine(control: Control) -> None:
+async def test_swap_to_another_format_uses_a_second_engine(control: Control) -> None:
     make_version(control.registry, 5, formats=(Format.MERGED, Format.GPTQ))
     async with control.run():
         await control.promote(5)
@@ -70,7 +70,7 @@ async def test_another_format_needs_a_second_engine(control: Control) -> None:
         assert (swap.outcome, swap.kind) == (SwapOutcome.SUCCEEDED, SwapKind.BLUEGREEN)
 
 
-async def test_stop_of_a_replaced_engine_is_retried_when_it_fails(
+async def test_failed_stop_of_a_replaced_engine_is_retried(
     control: Control, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("serving.replicas.retirement._RETRY_S", 0.01)
@@ -90,14 +90,14 @@ async def test_stop_of_a_replaced_engine_is_retried_when_it_fails(
     assert "could not stop replica 0" in caplog.text
 
 
-async def test_second_engine_is_used_for_any_version_when_configured(make: Make) -> None:
+async def test_second_engine_is_used_for_every_version_if_configured(make: Make) -> None:
     async with make(swap=SwapChoice.BLUEGREEN).run() as control:
         assert (await control.promote(2)).kind is SwapKind.BLUEGREEN
         await control.serves(target(2))
         assert RELOAD not in control.park.engines[0].double.calls
 
 
-async def test_answer_longer_than_the_drain_timeout_is_completed_and_does_not_delay_the_swap(make: Make) -> None:
+async def test_answer_longer_than_the_drain_timeout_completes_without_delaying_the_swap(make: Make) -> None:
     control = make(drain_timeout_s=0.1)
     control.park.prepare = lambda double: setattr(double, "token_delay_s", 0.0 if control.park.engines else 0.15)
     async with control.run(), control.client() as client:
@@ -133,7 +133,7 @@ async def test_weights_that_fail_their_probes_answer_no_request(control: Control
     assert swap.reason is not None and "not the version's weights" in swap.reason
 
 
-async def test_nothing_changes_when_the_second_engine_does_not_start(control: Control) -> None:
+async def test_nothing_changes_if_the_second_engine_does_not_start(control: Control) -> None:
     async with control.run(), control.client() as client:
         control.park.failing_starts = 1
         swap = await control.promote(4)
@@ -143,7 +143,7 @@ async def test_nothing_changes_when_the_second_engine_does_not_start(control: Co
     assert swap.reason is not None and "no memory" in swap.reason
 
 
-async def test_swap_succeeds_when_the_serving_engine_dies_while_the_second_one_starts(control: Control) -> None:
+async def test_swap_succeeds_if_serving_engine_dies_while_the_second_starts(control: Control) -> None:
     async with control.run(), control.client() as client:
         control.park.start_delay_s = 0.2
         wish = control.wish(4)
@@ -155,7 +155,7 @@ async def test_swap_succeeds_when_the_serving_engine_dies_while_the_second_one_s
         assert (await ask(client, stream=False)).version == FOUR
 
 
-async def test_previous_version_comes_back_when_both_engines_died(control: Control) -> None:
+async def test_previous_version_returns_after_both_engines_die(control: Control) -> None:
     async with control.run():
         control.park.start_delay_s, control.park.failing_starts = 0.2, 1
         wish = control.wish(4)
@@ -165,7 +165,7 @@ async def test_previous_version_comes_back_when_both_engines_died(control: Contr
         await control.serves(target(1))
 
 
-async def test_replaced_engine_is_stopped_after_a_timeout_whatever_still_runs(
+async def test_replaced_engine_is_stopped_after_a_timeout_even_if_requests_run(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.replicas.retirement.RETIRE_TIMEOUT_S", 0.1)
@@ -180,7 +180,7 @@ async def test_replaced_engine_is_stopped_after_a_timeout_whatever_still_runs(
         assert control.sample("svc_engine_state", model=NAME, state="retiring") == 0
 
 
-async def test_swap_waits_for_the_memory_of_an_engine_that_still_answers(make: Make) -> None:
+async def test_swap_waits_for_memory_of_an_engine_that_is_still_answering(make: Make) -> None:
     control = make(swap=SwapChoice.BLUEGREEN)
     async with control.run(), control.client() as client:
         control.double.token_delay_s = 0.1
@@ -194,7 +194,7 @@ async def test_swap_waits_for_the_memory_of_an_engine_that_still_answers(make: M
         assert (await long).words == {"1"}
 
 
-async def test_numbers_of_stopped_engines_are_used_again(make: Make) -> None:
+async def test_replica_numbers_of_stopped_engines_are_reused(make: Make) -> None:
     async with make(swap=SwapChoice.BLUEGREEN).run() as control:
         replicas = []
         for number in (2, 3, 2):
@@ -204,7 +204,7 @@ async def test_numbers_of_stopped_engines_are_used_again(make: Make) -> None:
         assert replicas == [1, 0, 1]
 
 
-async def test_no_engine_is_left_when_the_server_stops_during_a_swap(control: Control) -> None:
+async def test_no_engine_is_left_if_the_server_stops_during_a_swap(control: Control) -> None:
     async with control.run():
         control.park.start_delay_s = 10
         control.wish(4)

@@ -29,13 +29,13 @@ def reloads(control: Control) -> int:
     return sum(engine.double.calls.count(RELOAD) for engine in control.park.engines)
 
 
-async def test_second_engine_starts_with_the_version_when_there_is_memory(elsewhere: Elsewhere) -> None:
+async def test_second_engine_starts_with_the_version_if_there_is_enough_memory(elsewhere: Elsewhere) -> None:
     async with elsewhere().run() as control:
         swap = await control.promote(2)
         assert (swap.outcome, swap.kind, reloads(control)) == (SwapOutcome.SUCCEEDED, SwapKind.BLUEGREEN, 0)
 
 
-async def test_only_engine_is_restarted_with_the_version_when_there_is_no_memory(elsewhere: Elsewhere) -> None:
+async def test_only_engine_is_restarted_with_the_version_if_memory_is_short(elsewhere: Elsewhere) -> None:
     async with elsewhere().run() as control:
         control.park.room = FULL
         swap = await control.promote(2)
@@ -64,7 +64,7 @@ async def test_journal_shows_why_an_engine_is_started(elsewhere: Elsewhere) -> N
         assert "probes recorded again" in text
 
 
-async def test_probes_are_stored_and_the_version_is_reloaded_the_next_time(elsewhere: Elsewhere) -> None:
+async def test_probes_are_stored_and_the_version_is_reloaded_next_time(elsewhere: Elsewhere) -> None:
     async with elsewhere().run() as control:
         control.park.room = FULL
         await control.promote(2)
@@ -74,7 +74,7 @@ async def test_probes_are_stored_and_the_version_is_reloaded_the_next_time(elsew
         assert reloads(control) == 2
 
 
-async def test_one_engine_is_started_and_the_others_are_reloaded_when_there_are_several(elsewhere: Elsewhere) -> None:
+async def test_first_load_starts_one_engine_and_reloads_the_others(elsewhere: Elsewhere) -> None:
     async with elsewhere(replicas=2).run() as control:
         await until(lambda: len(control.pool.ready) == 2)
         control.park.room = FULL
@@ -83,7 +83,7 @@ async def test_one_engine_is_started_and_the_others_are_reloaded_when_there_are_
         assert len(control.park.engines) == 3
 
 
-async def test_previous_version_is_restored_when_the_engine_does_not_start_with_the_new_one(
+async def test_previous_version_is_restored_if_engine_does_not_start_with_new_version(
     elsewhere: Elsewhere,
 ) -> None:
     async with elsewhere().run() as control:
@@ -95,14 +95,14 @@ async def test_previous_version_is_restored_when_the_engine_does_not_start_with_
         await control.serves(target(1))
 
 
-async def test_only_engine_is_not_restarted_when_a_second_engine_is_configured(elsewhere: Elsewhere) -> None:
+async def test_only_engine_is_not_restarted_if_blue_green_swaps_are_configured(elsewhere: Elsewhere) -> None:
     async with elsewhere(swap=SwapChoice.BLUEGREEN).run() as control:
         control.park.room = FULL
         assert (await control.promote(2)).outcome is SwapOutcome.REFUSED
         assert len(control.park.engines) == 1
 
 
-async def test_no_engine_is_touched_when_the_store_cannot_be_read(
+async def test_no_engine_is_touched_if_the_store_is_unreadable(
     elsewhere: Elsewhere, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def away(*_: object) -> None:
@@ -115,7 +115,9 @@ async def test_no_engine_is_touched_when_the_store_cannot_be_read(
         assert (control.state, len(control.park.engines), reloads(control)) == (EngineState.READY, 1, 0)
 
 
-async def test_reload_is_undone_when_there_are_no_probes(elsewhere: Elsewhere, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_reload_is_undone_if_the_version_has_no_probes(
+    elsewhere: Elsewhere, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def has_probes(verification: Verification, wanted: object) -> bool:
         return True
 
@@ -126,7 +128,7 @@ async def test_reload_is_undone_when_there_are_no_probes(elsewhere: Elsewhere, m
         await control.serves(target(1))
 
 
-async def test_running_engine_is_replaced_when_this_kind_of_engine_never_started_the_version(make: Make) -> None:
+async def test_running_engine_is_replaced_if_its_kind_never_started_the_version(make: Make) -> None:
     control = make()
     control.leaves = True
     async with control.run():

@@ -81,7 +81,7 @@ async def test_engine_is_stopped_when_there_are_no_requests(idling: Home) -> Non
         assert idling.park.alive == 0
 
 
-async def test_next_request_waits_for_the_engine_and_is_answered(idling: Home) -> None:
+async def test_next_request_waits_for_the_stopped_engine_and_is_answered(idling: Home) -> None:
     async with idling.serving(f"{NAME}@1") as client:
         await become(client, tuned="idle")
         idling.park.start_delay_s = 0.3
@@ -99,13 +99,13 @@ async def test_idle_model_is_healthy_and_listed(idling: Home) -> None:
         assert f"{NAME}@1" in {model["id"] for model in (await client.get("/v1/models")).json()["data"]}
 
 
-async def test_model_wakes_when_it_is_requested_by_version_number(idling: Home) -> None:
+async def test_request_by_version_number_wakes_the_model(idling: Home) -> None:
     async with idling.serving(f"{NAME}@1") as client:
         await become(client, tuned="idle")
         assert await answer(client, f"{NAME}@1") == (200, f"{NAME}@1")
 
 
-async def test_model_stays_awake_when_requests_arrive(idling: Home) -> None:
+async def test_model_stays_awake_while_requests_arrive(idling: Home) -> None:
     async with idling.serving(f"{NAME}@1") as client:
         for _ in range(8):
             assert await answer(client) == (200, f"{NAME}@1")
@@ -113,7 +113,7 @@ async def test_model_stays_awake_when_requests_arrive(idling: Home) -> None:
         assert len(idling.park.engines) == 1
 
 
-async def test_model_stays_awake_when_an_answer_runs(idling: Home) -> None:
+async def test_model_stays_awake_while_an_answer_runs(idling: Home) -> None:
     async with idling.serving(f"{NAME}@1") as client:
         idling.park.double.token_delay_s = 2 * IDLE_S
         assert await answer(client) == (200, f"{NAME}@1")
@@ -128,7 +128,7 @@ async def test_model_idles_and_wakes_repeatedly(idling: Home) -> None:
         assert len(idling.park.engines) == 4
 
 
-async def test_all_engines_of_a_model_stop_and_start(idling: Home) -> None:
+async def test_all_engines_of_an_idle_model_stop_and_start_again(idling: Home) -> None:
     configure(
         idling, serve={"port": 0, "idle_s": 2.0}, engine={"replicas": 2}
     )  # the second engine starts after a second
@@ -141,7 +141,7 @@ async def test_all_engines_of_a_model_stop_and_start(idling: Home) -> None:
                 assert await answer(client) == (200, f"{NAME}@1")
 
 
-async def test_waiting_requests_are_rejected_and_the_start_retried_when_it_fails(idling: Home) -> None:
+async def test_failed_wake_up_rejects_waiting_requests_and_is_retried(idling: Home) -> None:
     async with idling.serving(f"{NAME}@1") as client:
         await become(client, tuned="idle")
         idling.park.failing_starts = 1
@@ -161,7 +161,7 @@ async def test_failed_stop_is_retried_before_the_next_start(idling: Home, monkey
         await become(client, tuned="idle")
 
 
-async def test_promotion_wakes_the_model_with_the_new_version(idling: Home) -> None:
+async def test_promotion_wakes_an_idle_model_with_the_new_version(idling: Home) -> None:
     async with idling.serving(f"{NAME}@1") as client:
         await become(client, tuned="idle")
         assert (await promoted(idling, 2)).outcome is SwapOutcome.SUCCEEDED
@@ -170,7 +170,7 @@ async def test_promotion_wakes_the_model_with_the_new_version(idling: Home) -> N
         assert await answer(client) == (200, f"{NAME}@2")
 
 
-async def test_engine_does_not_idle_when_a_promotion_compares_files(
+async def test_engine_does_not_idle_while_a_promotion_verifies_files(
     idling: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with idling.serving(f"{NAME}@1") as client:
@@ -182,7 +182,7 @@ async def test_engine_does_not_idle_when_a_promotion_compares_files(
         await become(client, tuned="idle")
 
 
-async def test_model_is_not_stopped_for_another_when_it_is_being_promoted(
+async def test_model_being_promoted_is_not_stopped_to_free_memory(
     idling: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     configure(idling, serve={"port": 0, "idle_s": 60})
@@ -202,7 +202,7 @@ async def test_model_is_not_stopped_for_another_when_it_is_being_promoted(
         assert len(idling.park.engines) == 1
 
 
-async def test_second_promotion_succeeds_when_the_first_woke_a_model_of_several_engines(
+async def test_second_promotion_succeeds_after_the_first_woke_several_engines(
     idling: Home,
 ) -> None:
     configure(
@@ -216,7 +216,7 @@ async def test_second_promotion_succeeds_when_the_first_woke_a_model_of_several_
         assert await answer(client) == (200, f"{NAME}@3")
 
 
-async def test_idle_model_does_not_affect_another(idling: Home) -> None:
+async def test_idle_model_does_not_affect_other_models(idling: Home) -> None:
     configure(idling, serve={"port": 0}, models={OTHER: {"idle_s": IDLE_S}})
     async with idling.serving(f"{NAME}@1", f"{OTHER}@7") as client:
         await become(client, tuned="ready", other="idle")
@@ -224,7 +224,7 @@ async def test_idle_model_does_not_affect_another(idling: Home) -> None:
         assert await answer(client, OTHER) == (200, f"{OTHER}@7")
 
 
-async def test_server_stops_while_a_model_is_idle_or_wakes(idling: Home) -> None:
+async def test_server_can_stop_while_a_model_is_idle_or_waking(idling: Home) -> None:
     async with idling.serving(f"{NAME}@1") as client:
         await become(client, tuned="idle")
         idling.park.start_delay_s = 10
@@ -235,7 +235,7 @@ async def test_server_stops_while_a_model_is_idle_or_wakes(idling: Home) -> None
     assert idling.park.alive == 0
 
 
-async def test_longest_idle_model_is_stopped_when_memory_is_short(idling: Home) -> None:
+async def test_longest_idle_model_is_stopped_if_memory_is_short(idling: Home) -> None:
     make_version(idling.registry, 9, name="third")
     configure(idling, serve={"port": 0, "idle_s": 60})
     idling.park.shortage = lambda more: "full" if idling.park.alive + more > 2 else None
@@ -252,7 +252,7 @@ async def test_longest_idle_model_is_stopped_when_memory_is_short(idling: Home) 
         await become(client, tuned="idle", other="ready", third="ready")
 
 
-async def test_no_model_is_stopped_for_another_when_idling_is_off(idling: Home) -> None:
+async def test_no_model_is_stopped_for_another_if_idling_is_off(idling: Home) -> None:
     configure(idling, serve={"port": 0})
     idling.park.room = "full"
     async with idling.serving(f"{NAME}@1") as client:

@@ -20,57 +20,57 @@ def choose(home: Home, model: str | None = None, format: Format | None = None) -
     return str(desired.target.version), desired.target.format
 
 
-def test_only_model_is_chosen_when_none_is_named(home: Home) -> None:
+def test_only_model_is_served_if_none_is_named(home: Home) -> None:
     assert choose(home) == (f"{NAME}@3", Format.MERGED)
 
 
-def test_error_is_raised_when_none_of_several_models_is_named(home: Home) -> None:
+def test_error_is_raised_if_none_of_several_models_is_named(home: Home) -> None:
     make_version(home.registry, 1, name="other")
     with pytest.raises(NotFoundError, match="no model was named"):
         choose(home)
     assert choose(home, "other")[0] == "other@1"
 
 
-def test_last_served_model_is_chosen_when_none_is_named(home: Home) -> None:
+def test_last_served_model_is_chosen_if_none_is_named(home: Home) -> None:
     make_version(home.registry, 1, name="other")
     choose(home, NAME)
     assert choose(home)[0] == f"{NAME}@3"
 
 
-def test_error_shows_how_to_create_a_version_when_there_is_none(home: Home) -> None:
+def test_error_without_any_version_shows_how_to_create_one(home: Home) -> None:
     home.registry.models = home.registry.models / "empty"
     with pytest.raises(NotFoundError, match="svc train"):
         choose(home)
 
 
-def test_name_means_the_version_that_served_last(home: Home) -> None:
+def test_model_name_selects_the_version_that_served_last(home: Home) -> None:
     change_desired(home.store, None, target(2), None)
     assert choose(home, NAME) == (f"{NAME}@2", Format.MERGED)
 
 
-def test_name_means_its_production_version_when_it_was_never_served(home: Home) -> None:
+def test_name_of_a_never_served_model_selects_its_production_version(home: Home) -> None:
     home.book.book[Alias.PRODUCTION] = VersionId(NAME, 1)
     assert choose(home, NAME)[0] == f"{NAME}@1"
 
 
-def test_alias_means_its_version_even_when_another_was_served(home: Home) -> None:
+def test_alias_selects_its_version_even_if_another_version_served_last(home: Home) -> None:
     change_desired(home.store, None, target(2), None)
     home.book.book[Alias.CANDIDATE] = VersionId(NAME, 3)
     assert choose(home, f"{NAME}@candidate")[0] == f"{NAME}@3"
 
 
-def test_named_version_becomes_desired_and_the_previous_one_is_kept(home: Home) -> None:
+def test_named_version_becomes_desired_and_the_previous_version_is_kept(home: Home) -> None:
     seen = change_desired(home.store, None, target(2), None)
     desired = choose_desired(home.registry, home.store, f"{NAME}@1", None)
     assert (desired.target, desired.previous, desired.generation) == (target(1), target(2), seen.generation + 1)
 
 
-def test_nothing_changes_when_the_version_is_already_desired(home: Home) -> None:
+def test_nothing_changes_if_the_version_is_already_desired(home: Home) -> None:
     seen = change_desired(home.store, None, target(2), None)
     assert choose_desired(home.registry, home.store, f"{NAME}@2", None) == seen
 
 
-def test_name_means_the_newest_version_that_passed_every_check(home: Home) -> None:
+def test_model_name_selects_the_newest_version_that_passed_every_check(home: Home) -> None:
     make_version(home.registry, 4, failed=("GPTQ lost 0.3",))
     assert choose(home, NAME)[0] == f"{NAME}@3"
 
@@ -82,18 +82,18 @@ def test_version_that_failed_a_check_is_not_served(home: Home) -> None:
     assert read_desired(home.store, NAME) is None
 
 
-def test_failed_version_is_served_again_when_it_was_forced_before(home: Home) -> None:
+def test_failed_version_is_served_again_if_it_was_forced_before(home: Home) -> None:
     make_version(home.registry, 4, failed=("GPTQ lost 0.3",))
     change_desired(home.store, None, target(4), None, forced="a test")
     assert choose(home, NAME)[0] == f"{NAME}@4"
 
 
-def test_gptq_is_preferred_when_the_version_has_it(home: Home) -> None:
+def test_gptq_format_is_preferred_if_available(home: Home) -> None:
     make_version(home.registry, 4, formats=(Format.MERGED, Format.GPTQ))
     assert choose(home, f"{NAME}@4") == (f"{NAME}@4", Format.GPTQ)
 
 
-def test_format_that_served_last_is_kept(home: Home) -> None:
+def test_last_served_format_is_kept(home: Home) -> None:
     make_version(home.registry, 4, formats=(Format.MERGED, Format.GPTQ))
     change_desired(home.store, None, target(4), None)
     assert choose(home, f"{NAME}@4") == (f"{NAME}@4", Format.MERGED)
@@ -113,7 +113,7 @@ def test_missing_format_does_not_become_desired(home: Home) -> None:
     assert read_desired(home.store, NAME) is None
 
 
-def test_version_with_only_an_adapter_is_served_as_one_when_requested(home: Home) -> None:
+def test_adapter_only_version_is_served_as_adapter_only_if_requested(home: Home) -> None:
     make_version(home.registry, 4, formats=(Format.ADAPTER,))
     with pytest.raises(NotFoundError, match="no format that can be served without a base") as caught:
         choose(home, f"{NAME}@4")
@@ -129,7 +129,7 @@ def test_adapter_that_vllm_cannot_apply_does_not_become_desired(home: Home) -> N
     assert read_desired(home.store, NAME) is None
 
 
-def test_new_version_is_in_the_audit_log(home: Home) -> None:
+def test_newly_desired_version_is_in_the_audit_log(home: Home) -> None:
     choose(home, f"{NAME}@1")
     choose(home, f"{NAME}@1")
     choose(home, f"{NAME}@2")

@@ -27,7 +27,7 @@ async def ended(store: Store) -> SwapRecord:
     return swap
 
 
-async def test_steps_and_the_result_are_written_in_order(store: Store) -> None:
+async def test_swap_steps_and_result_are_written_in_order(store: Store) -> None:
     journal = Journal(store)
     swap_id = await journal.begin(DESIRED)
     for number in range(10):
@@ -39,7 +39,7 @@ async def test_steps_and_the_result_are_written_in_order(store: Store) -> None:
     assert swap.result == result
 
 
-async def test_step_returns_immediately(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_recording_a_step_returns_immediately(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = Journal(store)
     swap_id = await journal.begin(DESIRED)
     returned, in_time = threading.Event(), list[bool]()
@@ -51,7 +51,7 @@ async def test_step_returns_immediately(store: Store, monkeypatch: pytest.Monkey
     assert in_time == [True]
 
 
-async def test_failed_write_is_repeated(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_failed_journal_write_is_retried(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_PAUSE_S", 0.01)
     monkeypatch.setattr(module, "end_swap", _fails_once(end_swap))
     journal = Journal(store)
@@ -66,7 +66,7 @@ def quick_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("quick_pauses")
-async def test_result_is_retried_until_written_whatever_the_store_raises(
+async def test_swap_result_is_retried_until_written_whatever_the_store_raises(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "end_swap", _fails(end_swap, 3 * module._ATTEMPTS, OSError("disk full")))
@@ -77,7 +77,7 @@ async def test_result_is_retried_until_written_whatever_the_store_raises(
 
 
 @pytest.mark.usefixtures("quick_pauses")
-async def test_unwritten_result_is_available(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_unwritten_swap_result_is_available(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = Journal(store)
     with monkeypatch.context() as broken:
         broken.setattr(module, "end_swap", _fails(end_swap, 2**30, LOCKED))
@@ -91,9 +91,7 @@ async def test_unwritten_result_is_available(store: Store, monkeypatch: pytest.M
 
 
 @pytest.mark.usefixtures("quick_pauses")
-async def test_step_is_dropped_when_it_cannot_be_written_but_the_result_is_not(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_unwritable_step_is_dropped_but_the_result_is_not(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "add_step", _fails(lambda *_: None, module._ATTEMPTS, LOCKED))
     journal = Journal(store)
     swap_id = await journal.begin(DESIRED)
@@ -102,7 +100,7 @@ async def test_step_is_dropped_when_it_cannot_be_written_but_the_result_is_not(
     assert (await ended(store)).steps == ()
 
 
-async def test_closing_writes_pending_records(store: Store) -> None:
+async def test_closing_the_journal_writes_pending_records(store: Store) -> None:
     journal = Journal(store)
     swap_id = await journal.begin(DESIRED)
     for number in range(10):
@@ -114,7 +112,7 @@ async def test_closing_writes_pending_records(store: Store) -> None:
 
 
 @pytest.mark.usefixtures("quick_pauses")
-async def test_closing_gives_up_when_the_store_accepts_nothing(
+async def test_closing_the_journal_gives_up_if_the_store_accepts_no_writes(
     store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(module, "end_swap", _fails(end_swap, 2**30, LOCKED))
@@ -133,7 +131,7 @@ async def test_closing_gives_up_when_the_store_accepts_nothing(
             assert not thread.is_alive()  # otherwise the process could not exit
 
 
-async def test_swap_does_not_begin_when_the_store_accepts_nothing(
+async def test_swap_does_not_begin_if_the_store_accepts_no_writes(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "begin_swap", _fails_once(begin_swap))
@@ -161,7 +159,7 @@ def _fails(function: Callable[..., Any], times: int, error: Exception) -> Callab
     return fail
 
 
-async def test_served_versions_are_written_in_order_when_the_store_fails_for_a_while(
+async def test_served_versions_are_written_in_order_after_a_store_outage(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_PAUSE_S", 0.01)

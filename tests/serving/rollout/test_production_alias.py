@@ -29,32 +29,32 @@ async def alias(book: AliasBook, quick: None) -> AsyncIterator[ProductionAlias]:
     await asyncio.wait({task})
 
 
-async def test_alias_moves(alias: ProductionAlias, book: AliasBook) -> None:
+async def test_production_alias_moves_to_the_served_version(alias: ProductionAlias, book: AliasBook) -> None:
     alias.move(ONE)
     assert await alias.settled(1)
     assert book.book == {Alias.PRODUCTION: ONE}
     assert await alias.read(NAME) == ONE
 
 
-async def test_move_is_retried_until_mlflow_accepts_it(alias: ProductionAlias, book: AliasBook) -> None:
+async def test_alias_move_is_retried_until_mlflow_accepts_it(alias: ProductionAlias, book: AliasBook) -> None:
     book.failures = 3
     alias.move(ONE)
     assert await alias.settled(1)
     assert book.book == {Alias.PRODUCTION: ONE}
 
 
-async def test_waiting_for_mlflow_times_out(alias: ProductionAlias, book: AliasBook) -> None:
+async def test_waiting_for_mlflow_to_move_the_alias_times_out(alias: ProductionAlias, book: AliasBook) -> None:
     book.failures = 1000
     alias.move(ONE)
     assert not await alias.settled(0.05)
 
 
-async def test_no_version_is_read_when_mlflow_is_down(alias: ProductionAlias, book: AliasBook) -> None:
+async def test_production_alias_is_none_if_mlflow_is_down(alias: ProductionAlias, book: AliasBook) -> None:
     book.failures = 1
     assert await alias.read(NAME) is None
 
 
-async def test_older_move_never_comes_last(
+async def test_older_alias_move_never_overwrites_a_newer_one(
     alias: ProductionAlias, book: AliasBook, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go_on, writes = threading.Semaphore(0), list[VersionId]()

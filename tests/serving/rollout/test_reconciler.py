@@ -37,9 +37,7 @@ def slower(double: EngineDouble) -> None:
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)], ids=["promotion", "rollback"])
-async def test_no_request_fails_and_no_versions_mix_when_a_swap_runs_under_load(
-    make: Make, before: int, after: int
-) -> None:
+async def test_swap_under_load_fails_no_request_and_mixes_no_versions(make: Make, before: int, after: int) -> None:
     control = make()
     control.park.prepare = slower
     async with control.run(), control.client() as client:
@@ -58,7 +56,7 @@ async def test_no_request_fails_and_no_versions_mix_when_a_swap_runs_under_load(
     assert control.desired().target == target(after) and control.desired().previous == target(before)
 
 
-async def test_queued_request_is_answered_by_the_new_version(make: Make) -> None:
+async def test_queued_request_is_answered_by_the_new_version_after_a_swap(make: Make) -> None:
     control = make()
     control.park.prepare = slow
     async with control.run(), control.client() as client:
@@ -70,7 +68,7 @@ async def test_queued_request_is_answered_by_the_new_version(make: Make) -> None
     assert [answer.words for answer in answers] == [{"2"}] * 2
 
 
-async def test_queued_request_is_answered_when_a_drain_begins_in_the_turn_in_which_it_gets_its_place(
+async def test_request_admitted_just_as_a_drain_begins_is_answered(
     control: Control,
 ) -> None:
     async with control.client() as client:
@@ -87,7 +85,7 @@ async def test_queued_request_is_answered_when_a_drain_begins_in_the_turn_in_whi
         assert (await asking).status == 200
 
 
-async def test_alias_moves_only_after_success(make: Make) -> None:
+async def test_production_alias_moves_only_after_a_successful_swap(make: Make) -> None:
     control = make()
     make_version(control.registry, 4, probes_of="/elsewhere")
     async with control.run():
@@ -121,7 +119,7 @@ async def test_served_version_is_in_the_metrics(control: Control) -> None:
     assert control.sample("svc_engine_state", model=NAME, state="ready") == 1
 
 
-async def test_desired_version_is_restored_with_the_reason_when_a_promotion_is_refused(control: Control) -> None:
+async def test_refused_promotion_restores_the_desired_version_and_reports_the_reason(control: Control) -> None:
     weights = control.registry.folder(TWO) / "merged" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")
     before = control.desired()
@@ -134,7 +132,7 @@ async def test_desired_version_is_restored_with_the_reason_when_a_promotion_is_r
     assert control.state is EngineState.READY
 
 
-async def test_failure_is_reported_after_the_desired_version_was_restored(
+async def test_swap_failure_is_reported_after_the_desired_version_is_restored(
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_version(control.registry, 4, width=8)
@@ -151,14 +149,14 @@ async def test_failure_is_reported_after_the_desired_version_was_restored(
     assert wished == [target(1)]
 
 
-async def test_dead_engine_has_failed_until_it_is_restarted(control: Control) -> None:
+async def test_dead_engine_is_in_failed_state_until_restarted(control: Control) -> None:
     control.reconciler.reviver.backoff_s = (10.0,)
     control.park.engines[0].kill()
     await until(lambda: control.admission.unavailable_reason)
     assert control.state is EngineState.FAILED
 
 
-async def test_no_swap_runs_when_the_version_already_serves(control: Control) -> None:
+async def test_no_swap_runs_if_the_version_is_already_served(control: Control) -> None:
     calls = len(control.double.calls)
     swap = await control.promote(1)
     assert (swap.outcome, swap.queued_s) == (SwapOutcome.SUCCEEDED, None)
@@ -166,7 +164,7 @@ async def test_no_swap_runs_when_the_version_already_serves(control: Control) ->
     assert control.desired().previous is None
 
 
-async def test_rollback_never_goes_to_a_version_that_did_not_serve(make: Make) -> None:
+async def test_rollback_never_targets_a_version_that_did_not_serve(make: Make) -> None:
     control = make()
     control.park.prepare = slow
     make_version(control.registry, 4, probes_of="/elsewhere")
@@ -180,7 +178,7 @@ async def test_rollback_never_goes_to_a_version_that_did_not_serve(make: Make) -
         assert control.desired().target == target(3)
 
 
-async def test_dead_engine_is_restarted_and_clients_get_503_meanwhile(make: Make) -> None:
+async def test_dead_engine_is_restarted_while_clients_get_503(make: Make) -> None:
     control = make()
     control.park.prepare = slow
     async with control.run(), control.client() as client:
@@ -199,7 +197,7 @@ async def test_dead_engine_is_restarted_and_clients_get_503_meanwhile(make: Make
     assert control.reconciler.last_error is not None and "replica 0 died" in control.reconciler.last_error
 
 
-async def test_start_is_retried_when_an_engine_does_not_come_back(control: Control) -> None:
+async def test_start_is_retried_if_an_engine_does_not_come_back(control: Control) -> None:
     control.park.failing_starts = 3
     seen = set[EngineState]()
     starts = list[float]()
@@ -216,7 +214,7 @@ async def test_start_is_retried_when_an_engine_does_not_come_back(control: Contr
     assert starts[2] - starts[1] >= 0.05
 
 
-async def test_engine_stays_in_service_when_an_error_quotes_a_text_about_its_death(control: Control) -> None:
+async def test_error_quoting_an_engine_death_message_keeps_the_engine_in_service(control: Control) -> None:
     """As vLLM does when a client sends such a text as a value."""
     for status in (400, 422, 500):
         control.double.refuse_with = status, {"message": f"Input should be a valid number, got '{DEAD_MESSAGE}'"}
@@ -227,7 +225,7 @@ async def test_engine_stays_in_service_when_an_error_quotes_a_text_about_its_dea
         assert len(control.park.engines) == 1, status
 
 
-async def test_engine_is_replaced_when_it_no_longer_answers(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_unresponsive_engine_is_replaced(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.replicas.engine_watch._UNHEALTHY_S", 0.1)
     first = control.park.engines[0]
     assert first._server is not None
@@ -249,7 +247,7 @@ async def test_another_version_can_be_promoted_while_the_engine_does_not_come_ba
     assert control.book.book == {Alias.PRODUCTION: TWO}
 
 
-async def test_previous_version_stays_desired_when_a_promotion_cannot_revive_the_engine(
+async def test_previous_version_stays_desired_if_promotion_cannot_revive_the_engine(
     control: Control,
 ) -> None:
     make_version(control.registry, 4, probes_of="/elsewhere")
@@ -262,7 +260,7 @@ async def test_previous_version_stays_desired_when_a_promotion_cannot_revive_the
     assert control.desired().target == target(1)
 
 
-async def test_serving_continues_when_mlflow_is_down(make: Make) -> None:
+async def test_serving_continues_if_mlflow_is_down(make: Make) -> None:
     control = make()
     control.book.failures = 3
     async with control.run():
@@ -271,7 +269,7 @@ async def test_serving_continues_when_mlflow_is_down(make: Make) -> None:
         assert control.book.book == {Alias.PRODUCTION: TWO}
 
 
-async def test_start_is_not_delayed_when_mlflow_hangs(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_unresponsive_mlflow_does_not_delay_the_start(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     control = make()
 
     async def hang(name: str) -> None:
@@ -284,7 +282,7 @@ async def test_start_is_not_delayed_when_mlflow_hangs(make: Make, monkeypatch: p
     await control.replica.stop()
 
 
-async def test_serving_continues_when_the_store_is_down(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_serving_continues_if_the_store_is_down(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
     away = True
 
     def read_or_fail(*arguments: Any) -> Any:
@@ -300,7 +298,7 @@ async def test_serving_continues_when_the_store_is_down(control: Control, monkey
     assert (await control.promote(2)).outcome is SwapOutcome.SUCCEEDED
 
 
-async def test_failed_promotion_is_not_repeated_when_the_store_cannot_restore_the_desired_version(
+async def test_failed_promotion_is_not_repeated_if_desired_version_cannot_be_restored(
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_version(control.registry, 4, probes_of="/elsewhere")
@@ -331,7 +329,7 @@ async def test_swap_does_not_wait_for_a_slow_journal(control: Control, monkeypat
 
 
 @pytest.mark.parametrize("number", [2, 4])
-async def test_event_loop_never_reads_or_writes_a_disk(
+async def test_event_loop_never_reads_or_writes_the_disk(
     control: Control, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     make_version(control.registry, 4, probes_of="/elsewhere", fingerprint=False)
@@ -370,7 +368,7 @@ async def test_restarted_server_serves_the_desired_version(make: Make) -> None:
         assert Path(control.double.weights).parent.name == "2"
 
 
-async def test_promotion_made_while_no_server_ran_is_carried_out(make: Make) -> None:
+async def test_promotion_made_without_a_running_server_is_carried_out_at_start(make: Make) -> None:
     control = make()
     async with control.run():
         pass
@@ -381,7 +379,7 @@ async def test_promotion_made_while_no_server_ran_is_carried_out(make: Make) -> 
         await until(lambda: control.book.book == {Alias.PRODUCTION: TWO})
 
 
-async def test_interrupted_swap_is_ended_by_the_next_start(make: Make) -> None:
+async def test_interrupted_swap_is_completed_by_the_next_start(make: Make) -> None:
     control = make()
     async with control.run():
         pass
@@ -392,7 +390,7 @@ async def test_interrupted_swap_is_ended_by_the_next_start(make: Make) -> None:
         assert (await control.outcome(wish)).outcome is SwapOutcome.SUCCEEDED
 
 
-async def test_interrupted_swap_to_another_version_has_failed(make: Make) -> None:
+async def test_interrupted_swap_fails_if_another_version_is_now_desired(make: Make) -> None:
     control = make()
     async with control.run():
         pass
@@ -404,7 +402,7 @@ async def test_interrupted_swap_to_another_version_has_failed(make: Make) -> Non
         assert (await control.outcome(wish)).outcome is SwapOutcome.FAILED
 
 
-async def test_previous_version_becomes_desired_when_the_first_start_of_a_version_fails(make: Make) -> None:
+async def test_previous_version_becomes_desired_if_first_start_of_a_version_fails(make: Make) -> None:
     control = make()
     make_version(control.registry, 4, probes_of="/elsewhere")
     async with control.run():
@@ -436,7 +434,7 @@ async def test_failed_start_does_not_wait_for_mlflow(make: Make, monkeypatch: py
             await control.reconciler.start()
 
 
-async def test_version_stays_desired_when_it_served_before_and_its_start_fails(make: Make) -> None:
+async def test_previously_served_version_stays_desired_if_its_start_fails(make: Make) -> None:
     control = make()
     async with control.run():
         await control.promote(2)

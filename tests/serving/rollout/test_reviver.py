@@ -77,7 +77,7 @@ def weights(control: Control) -> list[str]:
     return [engine.double.weights.split("/")[-2] for engine in control.park.engines if engine.alive]
 
 
-async def test_engine_that_dies_before_its_turn_restarts_with_the_previous_version_and_is_changed_then(
+async def test_engine_that_dies_before_its_turn_restarts_with_old_version_then_switches(
     make: Make,
 ) -> None:
     async with serving(make, 3) as control:
@@ -94,7 +94,7 @@ async def test_engine_that_dies_before_its_turn_restarts_with_the_previous_versi
         assert weights(control) == ["2"] * 3
 
 
-async def test_engine_that_was_dead_before_the_swap_is_changed_in_its_turn(make: Make) -> None:
+async def test_engine_dead_before_the_swap_is_switched_in_its_turn(make: Make) -> None:
     async with serving(make, 3) as control:
         control.reconciler.reviver.backoff_s = (0.3,)
         first = kill(control, 0)
@@ -106,7 +106,7 @@ async def test_engine_that_was_dead_before_the_swap_is_changed_in_its_turn(make:
         assert held(control) == [target(2)] * 3
 
 
-async def test_engine_that_dies_after_its_change_is_changed_again(make: Make) -> None:
+async def test_engine_that_dies_after_its_switch_is_switched_again(make: Make) -> None:
     async with serving(make, 2) as control:
         wish = control.wish(2)
         await until(lambda: control.pool.members[1].state is EngineState.SWAPPING)
@@ -127,7 +127,7 @@ async def test_swap_waits_for_an_engine_that_is_starting(make: Make) -> None:
         assert any(f"replica {last.replica} died and is being started" in step for step in control.steps)
 
 
-async def test_swap_continues_when_an_engine_does_not_start(make: Make) -> None:
+async def test_swap_continues_if_an_engine_does_not_start(make: Make) -> None:
     async with serving(make, 2) as control:
         control.reconciler.reviver.backoff_s = (0.01, 1.0)
         control.park.failing_starts = 1
@@ -139,7 +139,7 @@ async def test_swap_continues_when_an_engine_does_not_start(make: Make) -> None:
         await until(lambda: held(control) == [target(2)] * 2)
 
 
-async def test_engines_start_one_at_a_time_when_an_engine_dies_while_another_starts(make: Make) -> None:
+async def test_engines_start_one_at_a_time_if_one_dies_while_another_starts(make: Make) -> None:
     async with serving(make, 2) as control:
         control.park.start_delay_s = 0.5
         wish = control.wish(4)
@@ -154,7 +154,7 @@ async def test_engines_start_one_at_a_time_when_an_engine_dies_while_another_sta
         await until(lambda: control.park.alive == 2)
 
 
-async def test_dead_engine_waits_when_there_is_no_memory_next_to_a_second_engine(
+async def test_dead_engine_waits_if_a_second_engine_leaves_too_little_memory(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.rollout.reviver._ROOM_PAUSE_S", 0.01)
@@ -176,7 +176,7 @@ async def test_dead_engine_waits_when_there_is_no_memory_next_to_a_second_engine
         await until(lambda: held(control) == [target(4)] * 2)
 
 
-async def test_restarted_engine_keeps_its_version_when_the_swap_fails(make: Make) -> None:
+async def test_restarted_engine_keeps_its_version_if_the_swap_fails(make: Make) -> None:
     async with serving(make, 3) as control:
         second = control.park.engines[1].double
         second.on_call = lambda path: setattr(second, "probe_noise", 9.0 if "/2/" in second.weights else 0.0)
@@ -188,7 +188,7 @@ async def test_restarted_engine_keeps_its_version_when_the_swap_fails(make: Make
         assert weights(control) == ["1"] * 3
 
 
-async def test_engine_is_changed_when_its_health_is_unknown_for_a_moment(
+async def test_engine_is_switched_even_if_its_health_is_briefly_unknown(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with serving(make, 2) as control:
@@ -209,7 +209,7 @@ async def test_engine_is_changed_when_its_health_is_unknown_for_a_moment(
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("choice", [SwapChoice.AUTO, SwapChoice.BLUEGREEN])
-async def test_all_engines_have_the_desired_version_in_the_end_whichever_engines_die_when(
+async def test_all_engines_end_up_with_the_desired_version_whichever_die(
     make: Make, seed: int, choice: SwapChoice
 ) -> None:
     chance = random.Random(seed)
@@ -249,7 +249,7 @@ async def test_all_engines_have_the_desired_version_in_the_end_whichever_engines
         assert control.names.all() == (NAME, str(wanted.version), f"{NAME}@production")
 
 
-async def test_failed_start_is_reported(make: Make) -> None:
+async def test_failed_engine_start_is_reported(make: Make) -> None:
     async with serving(make, 2) as control:
         control.park.failing_starts = 1
         kill(control, 1)
@@ -257,7 +257,7 @@ async def test_failed_start_is_reported(make: Make) -> None:
         await until(lambda: len(control.pool.ready) == 2)
 
 
-async def test_engine_starts_when_its_memory_cannot_be_estimated(make: Make) -> None:
+async def test_engine_starts_even_if_its_memory_cannot_be_estimated(make: Make) -> None:
     def shortage(more: int) -> str | None:
         raise EngineError("the files are gone")
 

@@ -56,7 +56,7 @@ async def test_first_engine_serves_before_the_second_has_started(control: Contro
         assert control.pool.restarts == 0
 
 
-async def test_request_goes_to_the_other_engine_when_one_refuses_the_connection(control: Control) -> None:
+async def test_request_goes_to_the_other_engine_if_one_refuses_the_connection(control: Control) -> None:
     async with control.run(), control.client() as client:
         await both_ready(control)
         server = control.park.engines[0]._server
@@ -66,7 +66,7 @@ async def test_request_goes_to_the_other_engine_when_one_refuses_the_connection(
         assert {answer.status for answer in answers} == {200}
 
 
-async def test_request_goes_to_the_engine_with_the_fewest_running(control: Control) -> None:
+async def test_request_goes_to_the_engine_with_the_fewest_running_requests(control: Control) -> None:
     async with control.run(), control.client() as client:
         await both_ready(control)
         answers = [asyncio.create_task(ask(client, stream=True)) for _ in range(6)]
@@ -74,7 +74,7 @@ async def test_request_goes_to_the_engine_with_the_fewest_running(control: Contr
         await asyncio.gather(*answers)
 
 
-async def test_engine_that_died_unnoticed_before_its_turn_restarts_with_the_new_version(
+async def test_engine_that_died_unnoticed_before_its_turn_restarts_with_new_version(
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.replicas.engine_watch._HEALTH_S", 60.0)
@@ -88,7 +88,7 @@ async def test_engine_that_died_unnoticed_before_its_turn_restarts_with_the_new_
         await both_ready(control, 2)
 
 
-async def test_no_request_fails_or_waits_and_no_versions_mix_under_load(control: Control) -> None:
+async def test_no_request_fails_waits_or_mixes_versions_in_rolling_swap_under_load(control: Control) -> None:
     async with control.run(), control.client() as client:
         await both_ready(control)
         load = Load(client)
@@ -118,7 +118,7 @@ async def test_both_versions_can_be_requested_by_number_during_a_swap(make: Make
 
 
 @pytest.mark.parametrize("bad", [0, 1], ids=["first", "second"])
-async def test_all_engines_are_restored_when_a_probe_fails_on_one(control: Control, bad: int) -> None:
+async def test_all_engines_are_restored_if_a_probe_fails_on_one(control: Control, bad: int) -> None:
     async with control.run(), control.client() as client:
         await both_ready(control)
         double = control.park.engines[bad].double
@@ -136,7 +136,7 @@ async def test_all_engines_are_restored_when_a_probe_fails_on_one(control: Contr
     assert len(control.park.engines) == 2
 
 
-async def test_both_engines_are_restored_when_a_reload_kills_the_second(control: Control) -> None:
+async def test_both_engines_are_restored_if_a_reload_kills_the_second(control: Control) -> None:
     async with control.run():
         await both_ready(control)
         control.park.engines[1].double.loadable = lambda folder: "/2/" not in folder
@@ -147,7 +147,7 @@ async def test_both_engines_are_restored_when_a_reload_kills_the_second(control:
     assert control.pool.restarts == 1
 
 
-async def test_only_running_requests_of_an_engine_fail_when_it_dies(control: Control) -> None:
+async def test_engine_death_fails_only_the_requests_running_on_it(control: Control) -> None:
     async with control.run(), control.client() as client:
         await both_ready(control)
         control.park.engines[0].kill()
@@ -159,7 +159,7 @@ async def test_only_running_requests_of_an_engine_fail_when_it_dies(control: Con
         assert control.pool.restarts == 1
 
 
-async def test_engine_that_is_down_during_a_promotion_comes_back_with_the_new_version(control: Control) -> None:
+async def test_engine_down_during_a_promotion_returns_with_the_new_version(control: Control) -> None:
     async with control.run():
         await both_ready(control)
         control.reconciler.reviver.backoff_s = (0.3,)
@@ -170,7 +170,7 @@ async def test_engine_that_is_down_during_a_promotion_comes_back_with_the_new_ve
         assert weights(control) == ["2", "2"]
 
 
-async def test_engine_that_dies_after_its_change_comes_back_with_the_new_version(control: Control) -> None:
+async def test_engine_that_dies_after_its_switch_returns_with_the_new_version(control: Control) -> None:
     async with control.run():
         await both_ready(control)
         control.park.engines[1].double.reload_delay_s = 0.2
@@ -195,7 +195,7 @@ async def last_one_changed(control: Control) -> AsyncIterator[tuple[httpx.AsyncC
         yield client, wish
 
 
-async def test_requests_wait_for_the_engine_that_is_changed_when_the_other_dies(control: Control) -> None:
+async def test_requests_wait_for_the_engine_being_switched_if_the_other_dies(control: Control) -> None:
     async with last_one_changed(control) as (client, wish):
         answer = await ask(client, stream=False)
         assert (answer.status, answer.version) == (200, TWO)
@@ -215,7 +215,7 @@ async def test_requests_wait_through_the_restart_of_the_last_engine(control: Con
         assert (answer.status, answer.version) == (200, ONE)
 
 
-async def test_requests_wait_for_the_engine_that_is_changed_when_the_other_was_dead_before(control: Control) -> None:
+async def test_requests_wait_for_the_engine_being_switched_if_the_other_is_dead(control: Control) -> None:
     async with control.run(), control.client() as client:
         await both_ready(control)
         control.reconciler.reviver.backoff_s = (60.0,)
@@ -227,7 +227,7 @@ async def test_requests_wait_for_the_engine_that_is_changed_when_the_other_was_d
         assert (await ask(client, stream=False)).version == TWO
 
 
-async def test_requests_wait_at_most_a_drain_timeout_for_an_engine_that_must_be_restored(make: Make) -> None:
+async def test_requests_wait_at_most_a_drain_timeout_for_engine_restoration(make: Make) -> None:
     """The second engine cannot be changed, there is no memory for more, and it dies; the first one is left."""
     control = make(replicas=2, drain_timeout_s=0.2)
     control.park.room = "full"
@@ -244,7 +244,7 @@ async def test_requests_wait_at_most_a_drain_timeout_for_an_engine_that_must_be_
                 assert (await control.outcome(wish)).outcome is SwapOutcome.RESTORED
 
 
-async def test_each_engine_is_replaced_when_the_version_has_another_shape(control: Control) -> None:
+async def test_each_engine_is_replaced_if_the_new_version_has_another_shape(control: Control) -> None:
     make_version(control.registry, 4, width=8)
     async with control.run(), control.client() as client:
         await both_ready(control)
@@ -258,7 +258,7 @@ async def test_each_engine_is_replaced_when_the_version_has_another_shape(contro
     assert (swap.outcome, swap.kind) == (SwapOutcome.SUCCEEDED, SwapKind.BLUEGREEN)
 
 
-async def test_previous_version_is_restored_when_the_second_new_engine_does_not_start(make: Make) -> None:
+async def test_previous_version_is_restored_if_the_second_new_engine_does_not_start(make: Make) -> None:
     control = make(replicas=2, swap=SwapChoice.BLUEGREEN)
     async with control.run(), control.client() as client:
         await both_ready(control)
@@ -294,7 +294,7 @@ async def test_running_requests_are_answered_before_an_engine_is_restored(make: 
     assert swap.outcome is SwapOutcome.RESTORED
 
 
-async def test_no_engine_starts_with_the_refused_version_during_the_restoration(make: Make) -> None:
+async def test_no_engine_starts_with_the_refused_version_during_restoration(make: Make) -> None:
     control = make(replicas=2)
     async with control.run():
         await both_ready(control)
@@ -308,7 +308,7 @@ async def test_no_engine_starts_with_the_refused_version_during_the_restoration(
     assert swap.outcome is SwapOutcome.FAILED
 
 
-async def test_previous_version_is_in_production_until_all_engines_are_changed(control: Control) -> None:
+async def test_previous_version_stays_in_production_until_all_engines_are_switched(control: Control) -> None:
     async with control.run():
         await both_ready(control)
         control.park.engines[1].double.reload_delay_s = 0.2
@@ -319,7 +319,7 @@ async def test_previous_version_is_in_production_until_all_engines_are_changed(c
         assert control.names.served == Target(target(2).version, target(2).format)
 
 
-async def test_other_engines_start_when_one_cannot(control: Control) -> None:
+async def test_other_engines_start_even_if_one_cannot_start(control: Control) -> None:
     async with control.run():
         await both_ready(control)
         control.reconciler.reviver.backoff_s = (0.01, 60.0)
@@ -331,7 +331,7 @@ async def test_other_engines_start_when_one_cannot(control: Control) -> None:
         await until(lambda: control.pool.ready == [control.pool.members[1]])
 
 
-async def test_next_wait_returns_immediately_when_an_engine_died_before_it(control: Control) -> None:
+async def test_wait_for_changes_returns_immediately_if_an_engine_died_before_it(control: Control) -> None:
     """As while the rest of another engine is being stopped, which takes seconds."""
     control.pool.fill()
     control.pool.members[1].enter(EngineState.FAILED)
@@ -342,7 +342,7 @@ async def test_next_wait_returns_immediately_when_an_engine_died_before_it(contr
             await control.pool.changed(None)
 
 
-async def test_state_of_several_engines_is_ready_when_one_of_them_is(control: Control) -> None:
+async def test_overall_state_is_ready_if_one_of_several_engines_is_ready(control: Control) -> None:
     async with control.run():
         await both_ready(control)
         control.reconciler.reviver.backoff_s = (10.0,)

@@ -88,7 +88,7 @@ async def ended(client: httpx.AsyncClient, home: Home) -> None:
     assert await engines(client) == [("idle", False)]
 
 
-async def test_engine_sleeps_and_stays_alive_when_there_are_no_requests(sleeping: Home) -> None:
+async def test_idle_engine_sleeps_and_stays_alive(sleeping: Home) -> None:
     async with sleeping.serving(f"{NAME}@1") as client:
         await asleep(client)
         assert (sleeping.park.alive, sleeping.park.asleep) == (1, 1)
@@ -131,7 +131,7 @@ async def test_engine_sleeps_and_wakes_repeatedly(sleeping: Home) -> None:
         assert len(sleeping.park.engines) == 1
 
 
-async def test_engine_is_replaced_when_it_wakes_with_other_weights(sleeping: Home) -> None:
+async def test_engine_that_wakes_with_other_weights_is_replaced(sleeping: Home) -> None:
     async with sleeping.serving(f"{NAME}@1") as client:
         await asleep(client)
         sleeping.park.double.wakes_with = "/models/other/merged"
@@ -139,14 +139,14 @@ async def test_engine_is_replaced_when_it_wakes_with_other_weights(sleeping: Hom
         assert [engine.alive for engine in sleeping.park.engines] == [False, True]
 
 
-async def test_engine_is_stopped_when_it_does_not_fall_asleep(sleeping: Home) -> None:
+async def test_engine_that_does_not_fall_asleep_is_stopped(sleeping: Home) -> None:
     sleeping.park.prepare = lambda double: setattr(double, "sleepless", True)
     async with sleeping.serving(f"{NAME}@1") as client:
         await ended(client, sleeping)
         assert await answer(client) == ONE
 
 
-async def test_engine_is_stopped_and_another_started_when_it_does_not_wake(sleeping: Home) -> None:
+async def test_engine_that_does_not_wake_is_stopped_and_another_is_started(sleeping: Home) -> None:
     async with sleeping.serving(f"{NAME}@1") as client:
         await asleep(client)
         sleeping.park.double.wakeless = True
@@ -156,7 +156,7 @@ async def test_engine_is_stopped_and_another_started_when_it_does_not_wake(sleep
     assert 'svc_engine_wake_seconds_count{model="tuned"} 1.0' in page
 
 
-async def test_new_engine_starts_for_the_next_request_when_the_sleeping_one_died(sleeping: Home) -> None:
+async def test_new_engine_starts_for_the_next_request_if_the_sleeping_engine_died(sleeping: Home) -> None:
     async with sleeping.serving(f"{NAME}@1") as client:
         await asleep(client)
         sleeping.park.engines[0].kill()
@@ -164,7 +164,7 @@ async def test_new_engine_starts_for_the_next_request_when_the_sleeping_one_died
         assert [engine.alive for engine in sleeping.park.engines] == [False, True]
 
 
-async def test_all_of_several_engines_wake(sleeping: Home) -> None:
+async def test_all_of_several_sleeping_engines_wake(sleeping: Home) -> None:
     configure(
         sleeping, serve={"port": 0, "idle_s": 2.0}, engine={"replicas": 2}
     )  # the second engine starts after a second
@@ -178,7 +178,7 @@ async def test_all_of_several_engines_wake(sleeping: Home) -> None:
     assert 'svc_engine_wake_seconds_count{model="tuned"} 1.0' in page
 
 
-async def test_one_of_several_engines_is_restarted_when_it_does_not_wake(sleeping: Home) -> None:
+async def test_one_of_several_engines_is_restarted_if_it_does_not_wake(sleeping: Home) -> None:
     configure(sleeping, serve={"port": 0, "idle_s": 2.0}, engine={"replicas": 2})
     async with sleeping.serving(f"{NAME}@1") as client:
         await until(lambda: sleeping.park.alive == 2)
@@ -190,7 +190,7 @@ async def test_one_of_several_engines_is_restarted_when_it_does_not_wake(sleepin
         assert len(sleeping.park.engines) == 3
 
 
-async def test_promotion_stops_the_sleeping_engine_and_starts_the_new_version(sleeping: Home) -> None:
+async def test_promotion_replaces_the_sleeping_engine_with_one_for_the_new_version(sleeping: Home) -> None:
     async with sleeping.serving(f"{NAME}@1") as client:
         await asleep(client)
         assert (await promoted(sleeping, 2)).outcome is SwapOutcome.SUCCEEDED
@@ -202,7 +202,7 @@ async def test_promotion_stops_the_sleeping_engine_and_starts_the_new_version(sl
         assert await answer(client) == (200, f"{NAME}@2", "2")
 
 
-async def test_engine_does_not_fall_asleep_when_a_promotion_compares_files(
+async def test_engine_does_not_fall_asleep_while_a_promotion_verifies_files(
     sleeping: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with sleeping.serving(f"{NAME}@1") as client:
@@ -212,7 +212,7 @@ async def test_engine_does_not_fall_asleep_when_a_promotion_compares_files(
         assert len(sleeping.park.engines) == 1
 
 
-async def test_no_engine_stays_asleep_when_a_promotion_wakes_a_model_of_several_engines(sleeping: Home) -> None:
+async def test_promotion_leaves_none_of_several_engines_asleep(sleeping: Home) -> None:
     configure(
         sleeping, serve={"port": 0, "idle_s": 2.0}, engine={"replicas": 2}
     )  # the second engine starts after a second
@@ -232,7 +232,7 @@ async def test_sleeping_engines_are_stopped_when_the_server_stops(sleeping: Home
     assert sleeping.park.alive == 0
 
 
-async def test_sleeping_engine_of_a_killed_server_is_stopped_by_the_next_one(make: Make) -> None:
+async def test_sleeping_engine_of_a_killed_server_is_stopped_by_the_next_server(make: Make) -> None:
     control = make()
     control.leaves = True
     async with control.run():
@@ -246,7 +246,7 @@ async def test_sleeping_engine_of_a_killed_server_is_stopped_by_the_next_one(mak
         assert (control.park.ended, control.park.alive) == ([0], 1)
 
 
-async def test_adapters_are_loaded_and_verified_again_after_a_wake(make: Make) -> None:
+async def test_adapters_are_reloaded_and_verified_again_after_waking(make: Make) -> None:
     async with make(format=Format.ADAPTER, adapters=AdapterSettings(max_loaded=2)).run() as control:
         version_one = target(1, Format.ADAPTER)
         await control.replica.sleep()
@@ -257,7 +257,7 @@ async def test_adapters_are_loaded_and_verified_again_after_a_wake(make: Make) -
         assert control.state is EngineState.READY
 
 
-async def test_no_engine_sleeps_or_wakes_while_another_one_starts(sleeping: Home) -> None:
+async def test_no_engine_sleeps_or_wakes_while_another_engine_starts(sleeping: Home) -> None:
     """vLLM measures free memory when it starts and when it sleeps, and fails if another engine changes it."""
     make_version(sleeping.registry, 7, name=OTHER)
     configure(sleeping, serve={"port": 0}, models={NAME: {"idle_s": IDLE_S}})
@@ -302,7 +302,7 @@ def serve(home: Home, name: str, number: int) -> None:
     add_deployment(home.store, name)
 
 
-async def test_models_take_turns_when_memory_suffices_for_only_one_awake(crowded: Home) -> None:
+async def test_models_take_turns_if_memory_suffices_for_only_one_awake(crowded: Home) -> None:
     async with crowded.serving(f"{NAME}@1") as client:
         await answer(client)
         serve(crowded, OTHER, 7)
@@ -340,7 +340,7 @@ async def test_waking_model_does_not_stop_itself_to_free_memory(sleeping: Home) 
         assert len(sleeping.park.engines) == 1
 
 
-async def test_engine_is_stopped_before_its_next_start_when_it_could_neither_sleep_nor_stop(
+async def test_engine_that_could_neither_sleep_nor_stop_is_stopped_before_restarting(
     sleeping: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fail_to_end_once(monkeypatch)

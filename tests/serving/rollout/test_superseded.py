@@ -92,7 +92,7 @@ def assert_cancelled(swap: SwapResult, number: int = 1) -> None:
     assert (swap.outcome, swap.reason) == (SwapOutcome.CANCELLED, f"superseded by {target(number)}")
 
 
-async def test_swap_is_cancelled_when_it_is_superseded_while_the_second_engine_starts(
+async def test_swap_is_cancelled_if_superseded_while_the_second_engine_starts(
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the real interval between reads of the store, and an engine that takes its time to stop."""
@@ -122,7 +122,7 @@ async def test_swap_is_cancelled_when_it_is_superseded_while_the_second_engine_s
     assert len(control.park.engines) == 2
 
 
-async def test_swap_is_cancelled_when_it_is_superseded_before_an_engine_was_touched(
+async def test_swap_is_cancelled_if_superseded_before_an_engine_is_touched(
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashed = threading.Event()
@@ -143,7 +143,7 @@ async def test_swap_is_cancelled_when_it_is_superseded_before_an_engine_was_touc
     assert RELOAD not in control.double.calls
 
 
-async def test_swap_is_cancelled_when_it_is_superseded_while_it_waits_for_memory(make: Make) -> None:
+async def test_swap_is_cancelled_if_superseded_while_waiting_for_memory(make: Make) -> None:
     control = make(swap=SwapChoice.BLUEGREEN)
     async with control.run(), control.client() as client:
         control.double.token_delay_s = 0.5
@@ -160,7 +160,7 @@ async def test_swap_is_cancelled_when_it_is_superseded_while_it_waits_for_memory
         assert (await long).status == 200
 
 
-async def test_swap_is_cancelled_when_it_is_superseded_while_requests_drain(make: Make) -> None:
+async def test_swap_is_cancelled_if_superseded_while_requests_drain(make: Make) -> None:
     control = make()
     async with control.run(), control.client() as client:
         control.double.token_delay_s = 0.3
@@ -180,7 +180,7 @@ async def test_swap_is_cancelled_when_it_is_superseded_while_requests_drain(make
     assert RELOAD not in control.double.calls
 
 
-async def test_swap_is_cancelled_when_it_is_superseded_while_an_abandoned_request_drains(control: Control) -> None:
+async def test_swap_is_cancelled_if_superseded_while_an_abandoned_request_drains(control: Control) -> None:
     async with control.run():
         control.double.stuck_resets = 1000
         promotion = control.wish(2)
@@ -193,7 +193,7 @@ async def test_swap_is_cancelled_when_it_is_superseded_while_an_abandoned_reques
     assert took_s < WITHIN_S
 
 
-async def test_reload_is_completed_and_undone_in_the_same_engine_when_it_is_superseded(control: Control) -> None:
+async def test_superseded_reload_is_completed_and_undone_in_the_same_engine(control: Control) -> None:
     async with loaded(control):
         promotion = control.wish(2)
         await until(lambda: control.state is EngineState.SWAPPING)
@@ -208,7 +208,7 @@ async def test_reload_is_completed_and_undone_in_the_same_engine_when_it_is_supe
     assert any("weights of tuned@1" in step for step in steps(control, promotion))
 
 
-async def test_version_is_undone_when_the_swap_is_superseded_while_its_probes_are_checked(
+async def test_swap_superseded_during_the_probe_check_is_undone(
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There is no check right after the reload: the version passes its probes, and is undone nevertheless."""
@@ -230,7 +230,7 @@ async def test_version_is_undone_when_the_swap_is_superseded_while_its_probes_ar
     assert took_s < WITHIN_S
 
 
-async def test_engine_is_replaced_when_it_cannot_return_to_the_previous_version(control: Control) -> None:
+async def test_engine_that_cannot_return_to_the_previous_version_is_replaced(control: Control) -> None:
     async with loaded(control):
         promotion = control.wish(2)
         await until(lambda: control.state is EngineState.SWAPPING)
@@ -242,7 +242,7 @@ async def test_engine_is_replaced_when_it_cannot_return_to_the_previous_version(
 
 
 @pytest.mark.parametrize("state", [EngineState.DRAINING, EngineState.SWAPPING])
-async def test_changed_engines_are_restored_when_the_swap_is_superseded(make: Make, state: EngineState) -> None:
+async def test_switched_engines_are_restored_if_the_swap_is_superseded(make: Make, state: EngineState) -> None:
     control = make(replicas=3)
     control.park.prepare = slow
     async with loaded(control):
@@ -259,7 +259,7 @@ async def test_changed_engines_are_restored_when_the_swap_is_superseded(make: Ma
     assert len(control.park.engines) == 3
 
 
-async def test_first_engine_is_restored_when_the_swap_is_superseded_while_the_second_ones_replacement_starts(
+async def test_first_engine_is_restored_if_superseded_while_replacing_the_second(
     make: Make,
 ) -> None:
     control = make(replicas=2, swap=SwapChoice.BLUEGREEN)
@@ -288,7 +288,7 @@ def cramped(make: Make) -> Control:
     return control
 
 
-async def test_only_engine_restarts_with_the_previous_version_when_its_restart_is_superseded(cramped: Control) -> None:
+async def test_only_engine_restarts_with_previous_version_if_its_restart_is_superseded(cramped: Control) -> None:
     control = cramped
     async with loaded(control):
         control.park.start_delay_s = LONG_S
@@ -300,7 +300,7 @@ async def test_only_engine_restarts_with_the_previous_version_when_its_restart_i
     assert_cancelled(swap)
 
 
-async def test_other_engines_serve_when_the_restart_of_one_is_superseded(make: Make) -> None:
+async def test_other_engines_serve_while_the_restart_of_one_is_superseded(make: Make) -> None:
     control = make(facts=OTHER_FACTS, replicas=2)
     control.park.room = "full"
     async with loaded(control):
@@ -315,7 +315,7 @@ async def test_other_engines_serve_when_the_restart_of_one_is_superseded(make: M
     assert took_s < WITHIN_S
 
 
-async def test_swap_to_a_third_version_replaces_the_serving_one_when_it_supersedes_another(control: Control) -> None:
+async def test_swap_to_a_third_version_supersedes_a_running_swap_and_succeeds(control: Control) -> None:
     async with loaded(control) as (_, load):
         control.park.start_delay_s = LONG_S
         promotion = control.wish(4)
@@ -327,7 +327,7 @@ async def test_swap_to_a_third_version_replaces_the_serving_one_when_it_supersed
         assert set(load.versions) == {ONE, f"{NAME}@3"}
 
 
-async def test_previous_version_serves_when_two_promotions_are_followed_by_a_rollback(control: Control) -> None:
+async def test_previous_version_serves_after_two_promotions_and_a_rollback(control: Control) -> None:
     async with loaded(control) as (_, load):
         control.park.start_delay_s = LONG_S
         first = control.wish(4)
@@ -341,7 +341,7 @@ async def test_previous_version_serves_when_two_promotions_are_followed_by_a_rol
     assert took_s < WITHIN_S
 
 
-async def test_rollback_is_carried_out_when_the_swap_was_already_superseded(control: Control) -> None:
+async def test_rollback_is_carried_out_even_if_the_swap_was_already_superseded(control: Control) -> None:
     """While the previous version is restored for version 3, version 1 becomes desired again."""
     async with loaded(control):
         promotion = control.wish(2)
@@ -353,7 +353,7 @@ async def test_rollback_is_carried_out_when_the_swap_was_already_superseded(cont
     assert_cancelled(swap, 3)
 
 
-async def test_swap_continues_when_the_same_version_is_promoted_again(control: Control) -> None:
+async def test_swap_continues_if_the_same_version_is_promoted_again(control: Control) -> None:
     async with loaded(control):
         control.park.start_delay_s = 0.3
         promotion = control.wish(4)
@@ -365,7 +365,7 @@ async def test_swap_continues_when_the_same_version_is_promoted_again(control: C
     assert len(control.park.engines) == 2
 
 
-async def test_start_is_cancelled_when_nothing_serves(control: Control) -> None:
+async def test_superseded_engine_start_is_cancelled_if_nothing_serves(control: Control) -> None:
     async with control.run():
         control.park.start_delay_s = LONG_S
         control.reconciler.reviver.backoff_s = (60.0,)
@@ -381,7 +381,7 @@ async def test_start_is_cancelled_when_nothing_serves(control: Control) -> None:
     assert_cancelled(swap)
 
 
-async def test_swap_is_cancelled_when_the_serving_engine_dies_at_the_same_time(control: Control) -> None:
+async def test_superseded_swap_is_cancelled_even_if_the_serving_engine_dies(control: Control) -> None:
     async with control.run(), control.client() as client:
         control.park.start_delay_s = LONG_S
         promotion = control.wish(4)
@@ -396,9 +396,7 @@ async def test_swap_is_cancelled_when_the_serving_engine_dies_at_the_same_time(c
 
 
 @pytest.mark.parametrize("victim", [0, 1, 2])
-async def test_previous_version_is_restored_when_an_engine_dies_during_a_superseded_swap(
-    make: Make, victim: int
-) -> None:
+async def test_previous_version_is_restored_if_an_engine_dies_in_a_superseded_swap(make: Make, victim: int) -> None:
     """One that was changed, one that is being changed, and one that was not."""
     control = make(replicas=3)
     control.park.prepare = slow
@@ -415,7 +413,7 @@ async def test_previous_version_is_restored_when_an_engine_dies_during_a_superse
     assert swap.outcome in (SwapOutcome.CANCELLED, SwapOutcome.FAILED)
 
 
-async def test_no_engine_is_left_when_the_server_stops_after_a_superseded_swap(
+async def test_no_engine_is_left_if_the_server_stops_after_a_superseded_swap(
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop = DoubleEngine.stop
@@ -440,7 +438,7 @@ async def test_no_engine_is_left_when_the_server_stops_after_a_superseded_swap(
         assert_cancelled(await control.outcome(promotion))
 
 
-async def test_restarted_server_serves_the_desired_version_when_it_stopped_before_the_restoration(
+async def test_restarted_server_serves_the_desired_version_after_interrupted_restoration(
     control: Control,
 ) -> None:
     async with control.run():
@@ -455,7 +453,7 @@ async def test_restarted_server_serves_the_desired_version_when_it_stopped_befor
         assert weights(control) == ["1"]
 
 
-async def test_swap_can_still_be_cancelled_after_the_store_was_down(
+async def test_swap_can_still_be_cancelled_after_a_store_outage(
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     away = False

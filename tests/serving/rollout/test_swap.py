@@ -69,7 +69,7 @@ async def swap_under_load(control: Control, number: int) -> tuple[Load, SwapOutc
     return load, swap.outcome, swap.reason
 
 
-async def test_admission_stays_open_when_a_file_is_altered(control: Control) -> None:
+async def test_admission_stays_open_if_a_version_file_was_altered(control: Control) -> None:
     weights = control.registry.folder(target(2).version) / "merged" / "model.safetensors"
     weights.write_bytes(weights.read_bytes() + b"?")
     calls = len(control.double.calls)
@@ -81,7 +81,7 @@ async def test_admission_stays_open_when_a_file_is_altered(control: Control) -> 
 
 
 @pytest.mark.parametrize("fingerprint", [True, False])
-async def test_version_of_another_shape_is_refused_when_there_is_no_memory(control: Control, fingerprint: bool) -> None:
+async def test_version_of_another_shape_is_refused_if_memory_is_short(control: Control, fingerprint: bool) -> None:
     make_version(control.registry, 4, width=8, fingerprint=fingerprint)
     control.park.room = "it needs 2 GiB, 1 GiB is free"
     calls = len(control.double.calls)
@@ -91,26 +91,26 @@ async def test_version_of_another_shape_is_refused_when_there_is_no_memory(contr
     assert not {RELOAD, RESET, PROBE} & set(control.double.calls[calls:])
 
 
-async def test_files_are_compared_when_a_version_has_no_recorded_fingerprint(control: Control) -> None:
+async def test_files_are_compared_if_a_version_has_no_recorded_fingerprint(control: Control) -> None:
     make_version(control.registry, 4, fingerprint=False)
     swap = await control.reconciler.swap.run(target(1), target(4), lambda step: None)
     assert swap.outcome is SwapOutcome.SUCCEEDED
 
 
-async def test_names_mean_the_new_version_when_admission_opens(control: Control) -> None:
+async def test_names_refer_to_the_new_version_once_admission_opens(control: Control) -> None:
     assert (await control.reconciler.swap.run(target(1), target(2), lambda step: None)).outcome is SwapOutcome.SUCCEEDED
     async with control.client() as client:
         answer = await ask(client, stream=True)
     assert (answer.version, answer.words) == (f"{NAME}@2", {"2"})
 
 
-async def test_missing_format_is_refused(control: Control) -> None:
+async def test_swap_to_a_missing_format_is_refused(control: Control) -> None:
     swap = await control.reconciler.swap.run(target(1), target(2, Format.GPTQ), lambda step: None)
     assert swap.outcome is SwapOutcome.REFUSED
     assert swap.reason is not None and "has no format gptq" in swap.reason
 
 
-async def test_unreadable_file_is_refused(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_swap_is_refused_if_a_file_is_unreadable(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
     def verify(*_: object) -> None:
         raise PermissionError(13, "Permission denied", "model.safetensors")
 
@@ -139,7 +139,7 @@ async def test_weights_that_fail_their_probes_answer_no_request(make: Make) -> N
     assert len(control.park.engines) == 1
 
 
-async def test_nan_logprobs_fail_the_verification(control: Control) -> None:
+async def test_nan_logprobs_fail_verification(control: Control) -> None:
     def spoil(path: str) -> None:
         control.double.probe_noise = float("nan") if control.double.weights.endswith("/2/merged") else 0.0
 
@@ -148,9 +148,7 @@ async def test_nan_logprobs_fail_the_verification(control: Control) -> None:
     assert swap.outcome is SwapOutcome.RESTORED
 
 
-async def test_answer_without_logprobs_fails_the_verification(
-    control: Control, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_answer_without_logprobs_fails_verification(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
     verification = control.double._prompt_logprobs
 
     def prompt_logprobs(prompt: list[int], model: str) -> list[dict[str, object] | None]:
@@ -163,7 +161,7 @@ async def test_answer_without_logprobs_fails_the_verification(
     assert control.names.served is not None and control.names.served.version == target(1).version
 
 
-async def test_new_engine_starts_with_the_previous_version_when_a_reload_fails(make: Make) -> None:
+async def test_new_engine_starts_with_the_previous_version_if_a_reload_fails(make: Make) -> None:
     control = make()
 
     def prepare(double: EngineDouble) -> None:
@@ -182,7 +180,7 @@ async def test_new_engine_starts_with_the_previous_version_when_a_reload_fails(m
 
 
 @pytest.mark.parametrize(("path", "nth"), [(RESET, 1), (RELOAD, 1), (RESET, 2), (PROBE, 2)])
-async def test_no_queued_request_fails_when_the_engine_dies_in_a_swap(make: Make, path: str, nth: int) -> None:
+async def test_no_queued_request_fails_if_the_engine_dies_in_a_swap(make: Make, path: str, nth: int) -> None:
     """Before the reload, during it, after it, and in the probes; the first probe is that of the start."""
     control = make()
     control.park.prepare = first_only(dies_at(path, nth))
@@ -196,7 +194,7 @@ async def test_no_queued_request_fails_when_the_engine_dies_in_a_swap(make: Make
     assert [(answer.status, answer.error, answer.version) for answer in queued] == [(200, None, ONE)] * 4
 
 
-async def test_engine_is_replaced_when_it_dies_while_requests_drain(make: Make) -> None:
+async def test_engine_that_dies_while_requests_drain_is_replaced(make: Make) -> None:
     async with make().run() as control, control.client() as client:
         control.double.proceed.clear()
         running = asyncio.create_task(ask(client, stream=True))
@@ -212,7 +210,7 @@ async def test_engine_is_replaced_when_it_dies_while_requests_drain(make: Make) 
         await control.serves(target(1))
 
 
-async def test_engine_has_failed_and_comes_back_later_when_it_cannot_be_replaced(make: Make) -> None:
+async def test_engine_that_cannot_be_replaced_fails_and_comes_back_later(make: Make) -> None:
     control = make()
     async with control.run(), control.client() as client:
         control.double.loadable = lambda folder: False
@@ -241,7 +239,7 @@ async def overrunning(make: Make) -> AsyncIterator[tuple[Control, httpx.AsyncCli
         yield control, client, running
 
 
-async def test_swap_is_refused_when_requests_do_not_end_in_time(make: Make) -> None:
+async def test_swap_is_refused_if_running_requests_do_not_end_in_time(make: Make) -> None:
     async with overrunning(make) as (control, client, running):
         swap = await control.promote(2)
         assert swap.outcome is SwapOutcome.REFUSED
@@ -254,7 +252,7 @@ async def test_swap_is_refused_when_requests_do_not_end_in_time(make: Make) -> N
         assert (await ask(client, stream=False)).words == {"1"}
 
 
-async def test_running_requests_continue_when_the_engine_is_slow_to_answer_health_checks(
+async def test_running_requests_continue_if_engine_health_checks_are_slow(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with overrunning(make) as (control, _, running):
@@ -268,7 +266,7 @@ async def test_running_requests_continue_when_the_engine_is_slow_to_answer_healt
         assert len(control.park.engines) == 1
 
 
-async def test_swap_fails_when_the_only_engine_dies_while_the_files_are_compared(
+async def test_swap_fails_if_the_only_engine_dies_while_files_are_compared(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The only engine dies while the files are compared."""
@@ -293,7 +291,7 @@ async def test_swap_fails_when_the_only_engine_dies_while_the_files_are_compared
         await control.serves(target(1))
 
 
-async def test_engine_is_unchanged_when_the_disk_is_full(control: Control) -> None:
+async def test_engine_is_unchanged_if_the_disk_is_full(control: Control) -> None:
     control.park.disk_full = True
     swap = await control.promote(2)
     control.park.disk_full = False
@@ -303,7 +301,7 @@ async def test_engine_is_unchanged_when_the_disk_is_full(control: Control) -> No
     assert (control.state, len(control.park.engines)) == (EngineState.READY, 1)
 
 
-async def test_version_is_refused_when_its_files_disappear_before_its_engine_starts(control: Control) -> None:
+async def test_swap_is_refused_if_version_files_disappear_before_the_engine_starts(control: Control) -> None:
     make_version(control.registry, 4, width=8)
 
     def gone(more: int) -> str | None:
@@ -316,7 +314,7 @@ async def test_version_is_refused_when_its_files_disappear_before_its_engine_sta
     assert control.state is EngineState.READY
 
 
-async def test_swap_waits_for_requests_whose_clients_left(control: Control) -> None:
+async def test_swap_waits_for_requests_whose_clients_disconnected(control: Control) -> None:
     control.double.stuck_resets = 2
     swap = await control.promote(2)
     assert swap.outcome is SwapOutcome.SUCCEEDED
@@ -333,7 +331,7 @@ def impatient(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "reset_prefix_cache", lambda: reset(within_s=0.1))
 
 
-async def test_swap_is_refused_before_the_reload_when_a_request_never_leaves_the_engine(
+async def test_swap_is_refused_before_reload_if_a_request_never_leaves_the_engine(
     control: Control, impatient: None
 ) -> None:
     control.double.stuck_resets = 1000
@@ -345,9 +343,7 @@ async def test_swap_is_refused_before_the_reload_when_a_request_never_leaves_the
     assert control.state is EngineState.READY
 
 
-async def test_swap_fails_when_the_prefix_cache_is_not_reset_after_the_reload(
-    control: Control, impatient: None
-) -> None:
+async def test_swap_fails_if_the_prefix_cache_is_not_reset_after_the_reload(control: Control, impatient: None) -> None:
     first = control.double
 
     def stick(path: str) -> None:
@@ -360,20 +356,20 @@ async def test_swap_fails_when_the_prefix_cache_is_not_reset_after_the_reload(
     assert control.state is EngineState.READY
 
 
-async def test_error_is_raised_after_a_timeout_when_a_reset_is_rejected(control: Control) -> None:
+async def test_rejected_prefix_cache_reset_raises_after_a_timeout(control: Control) -> None:
     control.double.stuck_resets = 1000
     with pytest.raises(EngineError, match=r"within 0\.1 s"):
         await control.replica.client.reset_prefix_cache(within_s=0.1)
 
 
-async def test_reset_is_assumed_when_the_engine_returns_no_result(
+async def test_prefix_cache_reset_is_assumed_if_the_engine_returns_no_result(
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(control.double, "_simple", lambda path: None)
     await control.replica.client.reset_prefix_cache(within_s=0.0)
 
 
-async def test_engine_gets_no_requests_when_a_swap_is_cancelled(make: Make) -> None:
+async def test_engine_gets_no_requests_after_a_swap_is_cancelled_mid_reload(make: Make) -> None:
     control = make()
     async with control.run(), control.client() as client:
         control.double.reload_delay_s = 10
@@ -387,7 +383,7 @@ async def test_engine_gets_no_requests_when_a_swap_is_cancelled(make: Make) -> N
         assert (await ask(client, stream=False)).status == 503
 
 
-async def test_nothing_changes_when_a_swap_is_cancelled_while_requests_drain(make: Make) -> None:
+async def test_nothing_changes_if_a_swap_is_cancelled_while_requests_drain(make: Make) -> None:
     control = make()
     async with control.run(), control.client() as client:
         control.double.token_delay_s = 0.05

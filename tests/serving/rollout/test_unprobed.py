@@ -33,7 +33,7 @@ async def serving(make: Make) -> AsyncIterator[Control]:
         yield control
 
 
-async def test_engine_serves_unverified_and_is_never_probed(serving: Control) -> None:
+async def test_unverified_engine_serves_and_is_never_probed(serving: Control) -> None:
     async with serving.client() as client, Load(client).run() as load:
         await asyncio.sleep(0.05)
     load.check()
@@ -42,21 +42,21 @@ async def test_engine_serves_unverified_and_is_never_probed(serving: Control) ->
     assert probed(serving) == []
 
 
-async def test_unverified_version_is_in_the_metric(serving: Control) -> None:
+async def test_unverified_version_appears_in_the_metrics(serving: Control) -> None:
     assert serving.sample("svc_versions_unverified", model=NAME) == 1
 
 
-async def test_metric_is_zero_when_engines_are_verified(control: Control) -> None:
+async def test_unverified_metric_is_zero_if_engines_are_verified(control: Control) -> None:
     assert probed(control)
     assert control.collector.get_sample_value("svc_versions_unverified", {"model": NAME}) == 0
 
 
-async def test_stopped_engine_is_not_counted(serving: Control) -> None:
+async def test_stopped_engine_does_not_count_as_unverified(serving: Control) -> None:
     await serving.pool.stop()
     assert serving.sample("svc_versions_unverified", model=NAME) == 0
 
 
-async def test_engine_starts_with_each_version_and_the_journal_shows_why(serving: Control) -> None:
+async def test_engine_restarts_for_each_version_and_the_journal_shows_why(serving: Control) -> None:
     result = await serving.promote(2)
     assert (result.outcome, result.kind) == (SwapOutcome.SUCCEEDED, SwapKind.BLUEGREEN)
     steps = "\n".join(serving.steps)
@@ -65,14 +65,14 @@ async def test_engine_starts_with_each_version_and_the_journal_shows_why(serving
     assert [engine.double.calls.count(RELOAD) for engine in serving.park.engines] == [0, 0]
 
 
-async def test_only_engine_restarts_when_there_is_no_memory(serving: Control) -> None:
+async def test_only_engine_restarts_if_memory_is_short(serving: Control) -> None:
     serving.park.room = FULL
     result = await serving.promote(2)
     assert (result.outcome, result.kind) == (SwapOutcome.SUCCEEDED, SwapKind.INPLACE)
     assert [engine.double.calls.count(RELOAD) for engine in serving.park.engines] == [0, 0]
 
 
-async def test_each_of_several_engines_restarts_when_there_is_no_memory(make: Make) -> None:
+async def test_each_of_several_engines_restarts_if_memory_is_short(make: Make) -> None:
     async with unprobed(make(replicas=2)).run() as control:
         await until(lambda: len(control.pool.ready) == 2)
         control.park.room = FULL
@@ -81,7 +81,7 @@ async def test_each_of_several_engines_restarts_when_there_is_no_memory(make: Ma
         assert {member.target for member in control.pool.members} == {target(2)}
 
 
-async def test_engine_of_an_earlier_server_is_not_trusted(make: Make) -> None:
+async def test_unverified_engine_left_by_an_earlier_server_is_not_trusted(make: Make) -> None:
     """Only its record would tell its version."""
     control = unprobed(make())
     control.leaves = True
@@ -94,7 +94,7 @@ async def test_engine_of_an_earlier_server_is_not_trusted(make: Make) -> None:
         assert control.replica.target == target(1)
 
 
-async def test_damaged_files_are_not_served(serving: Control) -> None:
+async def test_damaged_files_are_not_served_even_without_probes(serving: Control) -> None:
     file = serving.registry.folder(target(2).version) / "merged" / "tokenizer.json"
     file.write_text('{"a": 1}')
     assert (await serving.promote(2)).outcome is SwapOutcome.REFUSED

@@ -28,36 +28,36 @@ def answered(*parts: bytes) -> Content:
     return collected
 
 
-def test_prompt_of_a_chat_is_its_messages() -> None:
+def test_chat_prompt_is_stored_as_its_messages() -> None:
     messages = [{"role": "user", "content": "Wie heißt du?"}]
     assert prompt_text(Content(CHAT, payload(messages=messages)), PLAIN) == json.dumps(messages, ensure_ascii=False)
 
 
-def test_prompt_text_is_a_json_string_when_the_prompt_is_plain_text() -> None:
+def test_plain_text_prompt_is_stored_as_a_json_string() -> None:
     assert prompt_text(Content(CHAT, payload(prompt="once")), PLAIN) == '"once"'
 
 
-def test_prompt_is_not_stored_when_it_is_not_text() -> None:
+def test_prompt_that_is_not_text_is_not_stored() -> None:
     cases: list[object] = [[52, 1287, 9], [[52], [9]], 7, None]
     for prompt in cases:
         with pytest.raises(ValueError, match="not text"):
             prompt_text(Content(CHAT, payload(prompt=prompt)), PLAIN)
 
 
-def test_prompt_text_is_the_json_list_when_there_are_several_prompts() -> None:
+def test_several_prompts_are_stored_as_a_json_list() -> None:
     assert prompt_text(Content(CHAT, payload(prompt=["a", "b"])), PLAIN) == '["a", "b"]'
 
 
-def test_answer_text_is_that_of_the_choice_with_index_0() -> None:
+def test_stored_answer_text_is_that_of_choice_0() -> None:
     choices = [{"index": 1, "message": {"content": "second"}}, {"index": 0, "message": {"content": "first"}}]
     assert answer_text(answered(json.dumps({"choices": choices}).encode()), PLAIN) == "first"
 
 
-def test_text_of_a_plain_completion_is_read() -> None:
+def test_text_of_a_plain_completion_is_extracted() -> None:
     assert answer_text(answered(b'{"choices": [{"index": 0, "text": "upon a time"}]}'), PLAIN) == "upon a time"
 
 
-def test_text_of_a_stream_is_joined() -> None:
+def test_text_of_a_streamed_answer_is_joined() -> None:
     parts = [event({"role": "assistant"}), event({"content": "Hel"}), event({"content": "other"}, 1)]
     parts += [
         b": comment\n\n",
@@ -68,12 +68,12 @@ def test_text_of_a_stream_is_joined() -> None:
     assert answer_text(answered(*parts), PLAIN) == "Hello"
 
 
-def test_address_is_redacted_when_it_arrived_in_pieces() -> None:
+def test_email_address_arriving_in_pieces_is_redacted() -> None:
     parts = [event({"content": piece}) for piece in ("to jane", "@exam", "ple.org", " now")]
     assert answer_text(answered(*parts), PLAIN) == "to [mail] now"
 
 
-def test_tool_calls_are_text_as_in_the_references_of_examples() -> None:
+def test_tool_calls_are_stored_in_the_form_of_reference_answers() -> None:
     function = {"name": "rain", "arguments": '{"to": "jane@example.org", "days": 2}'}
     message = {"content": None, "tool_calls": [{"id": "1", "type": "function", "function": function}]}
     body = json.dumps({"choices": [{"index": 0, "message": message}]}).encode()
@@ -89,7 +89,7 @@ def test_lone_surrogate_can_be_stored() -> None:
     assert text.encode("utf-8") == b'"a?b"'
 
 
-def test_answer_over_the_limit_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answer_over_the_size_limit_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(content, "MAX_ANSWER_BYTES", 100)
     truncated = answered(b"x" * 60, b"y" * 60, b"z" * 10)
     assert truncated.too_long

@@ -36,7 +36,9 @@ def test_engines_are_counted_by_state(registry: CollectorRegistry, metrics: Depl
         assert shown == {state: states.count(state) for state in EngineState}
 
 
-def test_only_the_loaded_version_is_shown(registry: CollectorRegistry, metrics: DeploymentMetrics) -> None:
+def test_only_the_loaded_version_is_shown_in_the_metrics(
+    registry: CollectorRegistry, metrics: DeploymentMetrics
+) -> None:
     metrics.version_loaded(ONE)
     metrics.version_loaded(TWO)
     (family,) = [family for family in registry.collect() if family.name == "svc_model_version_info"]
@@ -53,7 +55,7 @@ def test_swap_is_counted_and_timed_with_its_queued_requests(
     assert registry.get_sample_value("svc_swap_queued_requests_sum", {"model": NAME}) == 12
 
 
-def test_swap_is_not_timed_when_it_was_refused_before_admission_closed(
+def test_swap_refused_before_admission_closed_is_not_timed(
     registry: CollectorRegistry, metrics: DeploymentMetrics
 ) -> None:
     metrics.swap_ended(SwapResult(SwapOutcome.REFUSED, "other shapes"))
@@ -61,7 +63,7 @@ def test_swap_is_not_timed_when_it_was_refused_before_admission_closed(
     assert registry.get_sample_value("svc_swap_queued_requests_count", {"model": NAME}) is None
 
 
-def test_held_out_set_is_due_for_at_most_one_version(registry: CollectorRegistry, metrics: DeploymentMetrics) -> None:
+def test_held_out_run_is_due_for_at_most_one_version(registry: CollectorRegistry, metrics: DeploymentMetrics) -> None:
     def due(version: str) -> float | None:
         return registry.get_sample_value("svc_holdout_interval_seconds", {"model": "tuned", "version": version})
 
@@ -74,7 +76,7 @@ def test_held_out_set_is_due_for_at_most_one_version(registry: CollectorRegistry
     assert (due("1"), due("2")) == (None, None)
 
 
-def test_admission_is_read_at_each_scrape(registry: CollectorRegistry, metrics: DeploymentMetrics) -> None:
+def test_admission_counts_are_read_at_each_scrape(registry: CollectorRegistry, metrics: DeploymentMetrics) -> None:
     numbers = [1, 2]
     metrics.watch_admission(lambda: numbers[0], lambda: numbers[1])
     numbers[:] = [3, 4]
@@ -82,7 +84,7 @@ def test_admission_is_read_at_each_scrape(registry: CollectorRegistry, metrics: 
     assert registry.get_sample_value("svc_requests_queued", {"model": NAME}) == 4
 
 
-def test_each_model_has_its_own_series(
+def test_each_model_has_its_own_metric_series(
     registry: CollectorRegistry, instruments: DeploymentInstruments, metrics: DeploymentMetrics
 ) -> None:
     other = DeploymentMetrics(instruments, "other")
@@ -98,7 +100,7 @@ def test_each_model_has_its_own_series(
     assert restarts == [1, 0]
 
 
-def test_gauges_are_removed_and_counters_kept_when_a_model_is_removed(
+def test_removing_a_model_removes_its_gauges_and_keeps_its_counters(
     registry: CollectorRegistry, metrics: DeploymentMetrics
 ) -> None:
     metrics.version_loaded(ONE)

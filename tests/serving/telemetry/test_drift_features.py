@@ -101,7 +101,7 @@ class Clock:
         return self.now
 
 
-def test_burst_is_accepted_and_then_the_daily_rate(tmp_path: Path) -> None:
+def test_initial_burst_is_accepted_followed_by_the_daily_rate(tmp_path: Path) -> None:
     clock = Clock()
     process = FeatureProcess(Settings(home=tmp_path), on_dropped=print, clock=clock)
     assert sum(process.wants(ONE) for _ in range(BURST + 500)) == BURST
@@ -114,7 +114,7 @@ def test_burst_is_accepted_and_then_the_daily_rate(tmp_path: Path) -> None:
     assert sum(process.wants(ONE) for _ in range(2 * BURST)) == BURST
 
 
-def test_each_version_has_its_own_share(tmp_path: Path) -> None:
+def test_each_version_has_its_own_share_of_feature_computations(tmp_path: Path) -> None:
     process = FeatureProcess(Settings(home=tmp_path), on_dropped=print, clock=Clock())
     assert sum(process.wants(ONE) for _ in range(2 * BURST)) == BURST
     assert process.wants(target(2))
@@ -134,9 +134,7 @@ class TestOneProcess:
         with running(home) as features:
             yield features
 
-    def test_features_are_stored_in_the_order_of_requests_and_the_home_has_no_text(
-        self, features: Features, home: Path
-    ) -> None:
+    def test_features_are_stored_in_request_order_and_no_text_is_written(self, features: Features, home: Path) -> None:
         records = features.records(250)
         features.process.add(records)
         features.stored(250)
@@ -155,7 +153,7 @@ class TestOneProcess:
         assert b"Featherstonehaugh" not in content
         assert b"Cholmondeley" not in content
 
-    def test_version_is_not_used_again_when_its_text_space_is_damaged(self, features: Features) -> None:
+    def test_version_with_a_damaged_text_space_is_not_used_again(self, features: Features) -> None:
         for number in (2, 3):
             make_version(features.registry, number, compared=True)
         (space,) = (features.registry.folder(VersionId(NAME, 2)) / "reference").glob("text_space.npz")
@@ -166,7 +164,7 @@ class TestOneProcess:
         features.add(of=target(3))
         features.stored(1, target(3))
 
-    def test_request_deleted_meanwhile_leaves_no_features(self, features: Features) -> None:
+    def test_request_deleted_in_the_meantime_leaves_no_features(self, features: Features) -> None:
         four = target(4)
         make_version(features.registry, 4, compared=True)
         records = features.records(1, four)
@@ -177,7 +175,7 @@ class TestOneProcess:
 
 
 @pytest.mark.slow
-def test_every_request_is_stored_once_when_the_process_is_killed_before_or_during_a_batch(features: Features) -> None:
+def test_every_request_is_stored_once_even_if_the_feature_process_is_killed(features: Features) -> None:
     features.add()
     features.stored(1)
     (first,) = children()
@@ -206,7 +204,7 @@ def hang(connection: Connection, settings: Settings) -> None:
 
 
 @pytest.mark.slow
-def test_batch_is_lost_and_counted_when_two_processes_die_or_hang_over_it(
+def test_feature_batch_is_lost_and_counted_after_two_processes_die_or_hang(
     features: Features, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -223,7 +221,7 @@ def test_batch_is_lost_and_counted_when_two_processes_die_or_hang_over_it(
 
 
 @pytest.mark.slow
-def test_closing_stores_queued_records_and_stops_the_process(features: Features) -> None:
+def test_closing_stores_queued_records_and_stops_the_feature_process(features: Features) -> None:
     features.add(5)
     features.process.close(PATIENCE_S)
     assert len(item_ids(features.store, ONE)) == 5
@@ -232,7 +230,7 @@ def test_closing_stores_queued_records_and_stops_the_process(features: Features)
 
 
 @pytest.mark.slow
-def test_closing_gives_up_when_the_process_hangs(features: Features) -> None:
+def test_closing_gives_up_if_the_feature_process_hangs(features: Features) -> None:
     features.add()
     features.stored(1)
     os.kill(children()[0].pid, signal.SIGSTOP)
@@ -254,7 +252,7 @@ def test_version_without_a_text_space_is_checked_once_and_starts_no_process(feat
     assert (children(), features.lost) == ([], 0)
 
 
-def test_requests_beyond_the_queue_are_dropped_and_counted_without_waiting(
+def test_requests_beyond_the_feature_queue_are_dropped_and_counted_without_waiting(
     features: Features, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(drift_features, "_GATHER_S", 30.0)
@@ -270,7 +268,7 @@ def test_requests_beyond_the_queue_are_dropped_and_counted_without_waiting(
     assert features.lost == 7
 
 
-def test_full_queue_has_space_again_when_its_requests_were_taken(
+def test_full_queue_accepts_requests_again_after_it_is_emptied(
     features: Features, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without = target(2)

@@ -58,7 +58,7 @@ def metrics(*answers: httpx.Response | Exception) -> tuple[EngineMetrics, Collec
     return collector, registry
 
 
-async def test_each_sample_has_model_and_version() -> None:
+async def test_each_engine_sample_has_model_and_version_labels() -> None:
     collector, registry = metrics(httpx.Response(200, text=PAGE))
     await collector.refresh()
     labels = {"engine": "0", "model_name": "tuned", "model": "tuned", "version": "2", "replica": "0"}
@@ -67,19 +67,19 @@ async def test_each_sample_has_model_and_version() -> None:
     assert registry.get_sample_value("vllm:e2e_request_latency_seconds_bucket", {**labels, "le": "+Inf"}) == 2
 
 
-async def test_adapter_names_create_no_series() -> None:
+async def test_adapter_names_create_no_metric_series() -> None:
     collector, registry = metrics(httpx.Response(200, text=PAGE))
     await collector.refresh()
     assert b"lora_requests_info" not in generate_latest(registry)
 
 
-async def test_process_metrics_of_the_engine_are_left_out() -> None:
+async def test_engine_process_metrics_are_excluded() -> None:
     collector, registry = metrics(httpx.Response(200, text=PAGE))
     await collector.refresh()
     assert b"python_info" not in generate_latest(registry)
 
 
-async def test_engine_has_no_metrics_when_it_no_longer_answers() -> None:
+async def test_unresponsive_engine_exports_no_metrics() -> None:
     cases: list[httpx.Response | Exception] = [
         httpx.ConnectError("gone"),
         httpx.ReadTimeout("hangs"),
@@ -94,14 +94,14 @@ async def test_engine_has_no_metrics_when_it_no_longer_answers() -> None:
         assert generate_latest(registry) == b"", answer
 
 
-async def test_page_is_empty_before_an_engine_holds_a_version() -> None:
+async def test_engine_metrics_are_empty_before_an_engine_holds_a_version() -> None:
     collector, registry = EngineMetrics(list), CollectorRegistry()
     registry.register(collector)
     await collector.refresh()
     assert generate_latest(registry) == b""
 
 
-async def test_each_of_several_engines_has_its_series_in_one_family() -> None:
+async def test_several_engines_have_separate_series_in_one_metric_family() -> None:
     engine = client(lambda request: httpx.Response(200, text=PAGE))
     collector = EngineMetrics(lambda: [EngineSource(engine, ONE, 0), EngineSource(engine, TWO, 1)])
     await collector.refresh()
@@ -111,14 +111,18 @@ async def test_each_of_several_engines_has_its_series_in_one_family() -> None:
 
 
 @pytest.mark.parametrize("headers", [{}, OPENMETRICS], ids=["text", "openmetrics"])
-async def test_colon_in_names_is_kept(service: Service, client: httpx.AsyncClient, headers: dict[str, str]) -> None:
+async def test_colon_in_metric_names_is_kept(
+    service: Service, client: httpx.AsyncClient, headers: dict[str, str]
+) -> None:
     service.double.metrics = PAGE
     page = (await client.get("/metrics", headers=headers)).text
     assert "vllm:prompt_tokens_total{" in page
     assert "vllm_" not in page
 
 
-async def test_page_is_valid_openmetrics_for_a_strict_parser(service: Service, client: httpx.AsyncClient) -> None:
+async def test_metrics_page_is_valid_for_a_strict_openmetrics_parser(
+    service: Service, client: httpx.AsyncClient
+) -> None:
     service.double.metrics = PAGE
     await client.post("/v1/chat/completions", json=CHAT)
     page = await client.get("/metrics", headers=OPENMETRICS)

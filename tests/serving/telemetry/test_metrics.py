@@ -63,7 +63,7 @@ def requests_of(registry: CollectorRegistry, served: Target) -> float | None:
     return registry.get_sample_value("svc_requests_total", labels)
 
 
-def test_requests_without_a_known_model_are_counted_under_model_unknown(
+def test_requests_without_a_known_model_are_counted_under_unknown(
     registry: CollectorRegistry, metrics: GatewayMetrics
 ) -> None:
     metrics.request_ended(None, Route.COMPLETIONS, 404, 0.1, reason=ErrorCode.MODEL_NOT_FOUND)
@@ -77,7 +77,7 @@ def test_requests_without_a_known_model_are_counted_under_model_unknown(
     assert registry.get_sample_value("svc_requests_total", labels) == 1
 
 
-def test_errors_do_not_shorten_the_durations(registry: CollectorRegistry, metrics: GatewayMetrics) -> None:
+def test_errors_do_not_lower_the_measured_durations(registry: CollectorRegistry, metrics: GatewayMetrics) -> None:
     metrics.request_ended(ONE, Route.COMPLETIONS, 503, 0.001, reason=ErrorCode.ENGINE_DIED)
     metrics.request_ended(ONE, Route.COMPLETIONS, 200, 1.0)
     labels = {"model": "tuned", "version": "1", "route": "/v1/completions"}
@@ -93,14 +93,16 @@ def test_tokens_are_counted_by_direction(registry: CollectorRegistry, metrics: G
         assert registry.get_sample_value("svc_tokens_total", labels) == count
 
 
-def test_every_reason_has_a_series_before_its_first_error(registry: CollectorRegistry, metrics: GatewayMetrics) -> None:
+def test_every_error_reason_has_a_series_before_its_first_error(
+    registry: CollectorRegistry, metrics: GatewayMetrics
+) -> None:
     metrics.show_errors(ONE)
     for model, version in (("unknown", ""), ("tuned", "1")):
         labels = {"model": model, "version": version, "reason": "engine_died"}
         assert registry.get_sample_value("svc_request_errors_total", labels) == 0
 
 
-def test_error_is_counted_for_the_version_that_was_asked(registry: CollectorRegistry, metrics: GatewayMetrics) -> None:
+def test_error_is_counted_for_the_requested_version(registry: CollectorRegistry, metrics: GatewayMetrics) -> None:
     metrics.show_errors(TWO)
     metrics.request_failed(TWO, ErrorCode.ENGINE_DIED)
     counts = [
@@ -110,7 +112,7 @@ def test_error_is_counted_for_the_version_that_was_asked(registry: CollectorRegi
     assert counts == [1, 0]
 
 
-def test_every_reason_of_a_model_has_a_series_before_a_version_is_loaded(
+def test_every_error_reason_has_a_series_before_a_version_is_loaded(
     registry: CollectorRegistry, metrics: GatewayMetrics
 ) -> None:
     metrics.show_errors(None, "tuned")
@@ -130,7 +132,7 @@ def test_error_without_a_model_is_counted_under_unknown(registry: CollectorRegis
     assert registry.get_sample_value("svc_request_errors_total", labels) == 1
 
 
-def test_page_is_as_small_as_without_versions_when_300_had_no_request_for_a_day(
+def test_series_of_300_versions_are_removed_after_a_day_without_requests(
     registry: CollectorRegistry, metrics: GatewayMetrics, clock: Clock
 ) -> None:
     empty = len(generate_latest(registry))
@@ -145,7 +147,7 @@ def test_page_is_as_small_as_without_versions_when_300_had_no_request_for_a_day(
     assert len(generate_latest(registry)) == empty
 
 
-def test_all_series_of_a_version_stay_when_it_is_served_without_requests_for_days(
+def test_all_series_of_a_served_version_stay_through_days_without_requests(
     registry: CollectorRegistry, metrics: GatewayMetrics, clock: Clock
 ) -> None:
     metrics.show_errors(ONE)
@@ -155,7 +157,7 @@ def test_all_series_of_a_version_stay_when_it_is_served_without_requests_for_day
     assert shown_versions(registry) == {"1"}
 
 
-def test_only_versions_with_a_request_within_a_day_stay_when_none_is_served(
+def test_unserved_versions_stay_in_the_metrics_for_a_day_after_a_request(
     registry: CollectorRegistry, metrics: GatewayMetrics, clock: Clock
 ) -> None:
     stream(metrics, ONE)
@@ -171,7 +173,7 @@ def test_only_versions_with_a_request_within_a_day_stay_when_none_is_served(
     assert requests_of(registry, TWO) == 2
 
 
-def test_requests_without_a_version_stay_counted_when_there_was_none_for_a_day(
+def test_requests_without_a_version_stay_counted_after_a_day_without_any(
     registry: CollectorRegistry, metrics: GatewayMetrics, clock: Clock
 ) -> None:
     metrics.request_failed(None, ErrorCode.ENGINE_UNAVAILABLE, NAME)
@@ -182,7 +184,7 @@ def test_requests_without_a_version_stay_counted_when_there_was_none_for_a_day(
     assert registry.get_sample_value("svc_request_errors_total", labels) == 1
 
 
-def test_version_is_counted_from_zero_when_it_gets_a_request_after_its_removal(
+def test_version_is_counted_from_zero_if_requested_after_its_removal(
     registry: CollectorRegistry, metrics: GatewayMetrics, clock: Clock
 ) -> None:
     stream(metrics, ONE)
@@ -194,7 +196,7 @@ def test_version_is_counted_from_zero_when_it_gets_a_request_after_its_removal(
     assert requests_of(registry, ONE) == 1
 
 
-def test_rest_of_a_stream_is_counted_when_its_version_was_idle_for_a_day_before(
+def test_rest_of_a_stream_is_counted_despite_an_idle_day_before(
     registry: CollectorRegistry, metrics: GatewayMetrics, clock: Clock
 ) -> None:
     stream(metrics, ONE)
@@ -207,7 +209,7 @@ def test_rest_of_a_stream_is_counted_when_its_version_was_idle_for_a_day_before(
     assert registry.get_sample_value(name, labels) == 2
 
 
-def test_rating_of_an_old_answer_is_counted_for_a_day_when_its_version_was_removed(
+def test_rating_of_a_removed_versions_answer_is_counted_for_a_day(
     registry: CollectorRegistry, metrics: GatewayMetrics, clock: Clock
 ) -> None:
     metrics.feedback_given(ONE.version, Rating.BAD)

@@ -35,7 +35,7 @@ def shown(versions: VersionQuantiles) -> dict[tuple[str, str], float]:
 
 
 @given(st.lists(st.tuples(SECONDS, st.integers(0, SLOTS - 1)), min_size=1, max_size=200))
-def test_quantiles_over_all_slots_are_within_one_per_cent_of_the_exact_ones(samples: list[tuple[float, int]]) -> None:
+def test_quantiles_over_all_slots_are_within_one_percent_of_exact_quantiles(samples: list[tuple[float, int]]) -> None:
     clock = Clock()
     versions = example(clock)
     for value, slot in sorted(samples, key=lambda sample: sample[1]):
@@ -48,13 +48,13 @@ def test_quantiles_over_all_slots_are_within_one_per_cent_of_the_exact_ones(samp
         assert math.isclose(values["1", str(quantile)], exact, rel_tol=0.0101)
 
 
-def test_quantile_is_nearly_zero_when_a_request_took_zero_seconds() -> None:
+def test_quantile_is_nearly_zero_if_a_request_took_zero_seconds() -> None:
     versions = example(Clock())
     versions.observe(("tuned", "1"), 0.0)
     assert 0 < shown(versions)["1", "0.5"] < 1e-5
 
 
-def test_sample_stays_nearly_as_long_as_the_window_and_then_expires() -> None:
+def test_sample_expires_after_nearly_the_window_length() -> None:
     clock = Clock()
     clock.now = 0.0
     versions = example(clock)
@@ -65,7 +65,7 @@ def test_sample_stays_nearly_as_long_as_the_window_and_then_expires() -> None:
     assert shown(versions) == {}
 
 
-def test_old_samples_expire_while_new_ones_arrive() -> None:
+def test_old_samples_expire_while_new_samples_arrive() -> None:
     clock = Clock()
     versions = example(clock)
     versions.observe(("tuned", "1"), 100.0)
@@ -74,7 +74,7 @@ def test_old_samples_expire_while_new_ones_arrive() -> None:
     assert all(value < 2 for value in shown(versions).values())
 
 
-def test_memory_is_bounded_by_the_slots_of_the_window() -> None:
+def test_quantile_memory_is_bounded_by_the_window_slots() -> None:
     clock = Clock()
     versions = example(clock)
     for _ in range(1000):
@@ -92,7 +92,7 @@ def test_version_without_samples_in_the_window_has_no_series() -> None:
     assert set(shown(versions)) == {("2", "0.5"), ("2", "0.95"), ("2", "0.99")}
 
 
-def test_samples_may_arrive_while_a_page_is_written() -> None:
+def test_samples_may_arrive_while_metrics_are_written() -> None:
     """Pages are written in separate threads."""
     clock = Clock()
     versions = example(clock)

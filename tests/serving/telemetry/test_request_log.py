@@ -74,14 +74,14 @@ def content(payload: bytes = CONTENT, answer: bytes = ANSWER) -> Content:
     return made
 
 
-def test_flush_waits_for_rows_that_were_added_before(pen: Pen) -> None:
+def test_flush_waits_for_previously_added_rows(pen: Pen) -> None:
     for _ in range(3):
         pen.writer.add(RECORD)
     assert pen.writer.flush(5)
     assert len(pen.rows()) == pen.stored == 3
 
 
-def test_closing_writes_the_queue(store: Store) -> None:
+def test_closing_the_request_log_writes_the_queue(store: Store) -> None:
     pen = Pen(store)
     for index in range(50):
         pen.writer.add(RECORD._replace(request_id=f"req-{index}"))
@@ -107,7 +107,7 @@ def test_content_is_redacted_before_it_is_stored(pen: Pen) -> None:
     ],
     ids=["prompt", "payload", "answer"],
 )
-def test_row_is_stored_without_content_when_it_is_too_long(pen: Pen, long: Content) -> None:
+def test_row_with_overlong_content_is_stored_without_content(pen: Pen, long: Content) -> None:
     pen.writer.add(RECORD, long)
     pen.writer.flush(5)
     (row,) = pen.rows()
@@ -119,7 +119,7 @@ NESTED = b'{"messages": [' + b'{"a":' * 5_000 + b"1" + b"}" * 5_000 + b"]}"
 
 
 @pytest.mark.parametrize("odd", [NESTED, b'{"prompt": [52, 1287, 9]}'], ids=["nested", "tokens"])
-def test_malformed_content_costs_neither_its_row_nor_other_contents(store: Store, odd: bytes) -> None:
+def test_malformed_content_loses_neither_its_row_nor_other_contents(store: Store, odd: bytes) -> None:
     pen = Pen(store, content_share=1.0)
     pen.writer.start()
     for payload in (CONTENT, odd, CONTENT):
@@ -130,7 +130,7 @@ def test_malformed_content_costs_neither_its_row_nor_other_contents(store: Store
     assert pen.writer._content_bytes == 0
 
 
-def test_queued_content_is_bounded_in_memory(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_for_queued_content_is_bounded(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(request_log, "MAX_QUEUED_CONTENT_BYTES", 3 * content().size)
     pen = Pen(store, content_share=1.0)
     for _ in range(5):
@@ -143,7 +143,7 @@ def test_queued_content_is_bounded_in_memory(store: Store, monkeypatch: pytest.M
     assert sum(row.prompt is not None for row in pen.rows()) == 4
 
 
-def test_row_is_dropped_and_counted_without_waiting_when_the_queue_is_full(store: Store) -> None:
+def test_row_is_dropped_and_counted_without_waiting_if_the_queue_is_full(store: Store) -> None:
     pen = Pen(store, max_queued=10)
     started = time.monotonic()
     for _ in range(25):
@@ -152,11 +152,11 @@ def test_row_is_dropped_and_counted_without_waiting_when_the_queue_is_full(store
     assert pen.dropped == {Dropped.QUEUE_FULL: 15}
 
 
-def test_flush_gives_up_when_the_writer_is_stuck(store: Store) -> None:
+def test_flush_gives_up_if_the_writer_is_stuck(store: Store) -> None:
     assert not Pen(store).writer.flush(0.05)
 
 
-def test_next_batch_is_written_when_the_store_failed_for_one(
+def test_next_batch_is_written_even_if_the_store_failed_for_one(
     pen: Pen, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(store: Store, batch: list[object]) -> None:
@@ -173,7 +173,7 @@ def test_next_batch_is_written_when_the_store_failed_for_one(
     assert "no space left on device" in caplog.text
 
 
-def test_log_contains_no_user_text_when_it_cannot_be_stored(pen: Pen, caplog: pytest.LogCaptureFixture) -> None:
+def test_application_log_contains_no_user_text_if_storing_fails(pen: Pen, caplog: pytest.LogCaptureFixture) -> None:
     with pen.store.begin() as connection:
         connection.exec_driver_sql("ALTER TABLE requests RENAME TO away")
     pen.writer.add(RECORD, content(b'{"messages": ["SECRET"]}'))
@@ -183,7 +183,7 @@ def test_log_contains_no_user_text_when_it_cannot_be_stored(pen: Pen, caplog: py
     assert "SECRET" not in caplog.text
 
 
-def test_closing_gives_up_and_counts_lost_rows_when_the_store_hangs(
+def test_closing_gives_up_and_counts_lost_rows_if_the_store_hangs(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     release = threading.Event()
@@ -200,17 +200,17 @@ def test_closing_gives_up_and_counts_lost_rows_when_the_store_hangs(
     release.set()
 
 
-def test_no_content_is_stored_when_the_share_is_zero(store: Store) -> None:
+def test_no_content_is_stored_if_the_content_share_is_zero(store: Store) -> None:
     writer = Pen(store).writer
     assert not any(writer.wants_content() for _ in range(1000))
 
 
-def test_share_of_requests_has_content(store: Store) -> None:
+def test_configured_share_of_requests_has_content(store: Store) -> None:
     writer = Pen(store, content_share=0.3).writer
     assert 2400 < sum(writer.wants_content() for _ in range(10_000)) < 3600  # 13 standard deviations
 
 
-def test_old_rows_are_deleted_at_the_start(store: Store) -> None:
+def test_old_rows_are_deleted_at_startup(store: Store) -> None:
     add_requests(store, [RECORD._replace(started_at=RECORD.started_at - timedelta(days=2)), RECORD])
     pen = Pen(store, max_age_days=1.0)
     pen.writer.start()
@@ -218,7 +218,7 @@ def test_old_rows_are_deleted_at_the_start(store: Store) -> None:
     assert len(pen.rows()) == 1
 
 
-def test_no_rows_are_deleted_when_the_clock_jumps(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_rows_are_deleted_if_the_clock_jumps(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     add_requests(store, [RECORD] * 3)
     monkeypatch.setattr(request_log, "_PRUNE_EVERY_S", 0.01)
     asked, ahead = threading.Semaphore(0), timedelta()
@@ -237,7 +237,7 @@ def test_no_rows_are_deleted_when_the_clock_jumps(store: Store, monkeypatch: pyt
     assert len(pen.rows()) == 3
 
 
-def test_no_rows_are_deleted_when_all_are_old_at_the_start(store: Store) -> None:
+def test_no_rows_are_deleted_if_all_are_old_at_startup(store: Store) -> None:
     add_requests(store, [RECORD._replace(started_at=RECORD.started_at - timedelta(days=60))] * 3)
     pen = Pen(store)
     pen.writer.start()
@@ -246,7 +246,9 @@ def test_no_rows_are_deleted_when_all_are_old_at_the_start(store: Store) -> None
 
 
 @pytest.mark.slow
-def test_only_the_content_is_lost_when_a_pattern_takes_too_long(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+def test_only_the_content_is_lost_if_a_redaction_pattern_takes_too_long(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
     pen = Pen(store, content_share=1.0, redact=("(a|aa)+$",))
     pen.writer.start()
     endless = b'{"messages": [{"role": "user", "content": "' + b"a" * 200 + b'!"}]}'
@@ -262,7 +264,7 @@ def test_only_the_content_is_lost_when_a_pattern_takes_too_long(store: Store, ca
 
 
 @pytest.mark.slow
-def test_rows_are_summed_up_once_and_the_size_limit_holds(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_sizes_are_summed_once_and_the_size_limit_holds(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     add_requests(store, [RECORD] * 50)
     monkeypatch.setattr(request_log, "_PRUNE_EVERY_S", 0.01)
     pen = Pen(store, content_share=1.0, max_mib=1, max_content_kib=64)
@@ -282,7 +284,7 @@ def test_rows_are_summed_up_once_and_the_size_limit_holds(store: Store, monkeypa
     assert 0.8 * 2**20 < sum(row.bytes for row in pen.rows()) <= 2**20
 
 
-def test_corrections_count_towards_the_size_limit(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_corrections_count_towards_the_request_log_size_limit(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(request_log, "_PRUNE_EVERY_S", 0.01)
     pen = Pen(store, max_mib=1)
     pen.writer.start()
@@ -298,7 +300,7 @@ def test_corrections_count_towards_the_size_limit(store: Store, monkeypatch: pyt
     assert sum(row.bytes for row in pen.rows()) <= 2**20
 
 
-def test_rows_are_summed_up_again_after_a_failed_pruning(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_sizes_are_summed_again_after_a_failed_pruning(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(request_log, "_PRUNE_EVERY_S", 0.01)
     known: list[int | None] = []
 
@@ -316,7 +318,7 @@ def test_rows_are_summed_up_again_after_a_failed_pruning(store: Store, monkeypat
     assert known[:4] == [None, 1, None, 1]
 
 
-def test_rows_of_a_busy_moment_share_a_transaction(pen: Pen, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_added_at_a_busy_moment_share_a_transaction(pen: Pen, monkeypatch: pytest.MonkeyPatch) -> None:
     batches: list[int] = []
     written = threading.Event()
 

@@ -87,7 +87,7 @@ def test_request_without_a_trace_has_only_a_row(pen: Pen) -> None:
     assert (pen.rows(), pen.sink.given) == (1, [])
 
 
-def test_span_is_sent_when_the_store_rejects_the_rows(pen: Pen, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_span_is_sent_even_if_the_store_rejects_the_rows(pen: Pen, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError("no space left on device")
 
@@ -98,7 +98,7 @@ def test_span_is_sent_when_the_store_rejects_the_rows(pen: Pen, monkeypatch: pyt
     assert (pen.dropped[Dropped.STORE_FAILED], len(pen.sink.given)) == (1, 1)
 
 
-def test_row_is_written_when_its_span_fails(pen: Pen) -> None:
+def test_row_is_written_even_if_its_span_fails(pen: Pen) -> None:
     pen.sink.broken = True
     pen.log.add(RECORD, trace=TRACE)
     pen.log.add(RECORD._replace(request_id="req-2"), trace=TRACE)
@@ -107,7 +107,7 @@ def test_row_is_written_when_its_span_fails(pen: Pen) -> None:
     assert (pen.rows(), pen.sink.dropped) == (2, 2)
 
 
-def test_span_is_dropped_and_counted_when_the_queue_is_full(store: Store) -> None:
+def test_span_is_dropped_and_counted_if_the_queue_is_full(store: Store) -> None:
     pen = Pen(store, max_queued=1)
     for trace in (TRACE, TRACE, None):
         pen.log.add(RECORD, trace=trace)

@@ -25,13 +25,13 @@ class Clocks:
         return self.retention.oldest_kept(lambda: self.newest)
 
 
-def test_rows_expire_by_the_wall_clock_when_it_is_steady() -> None:
+def test_rows_expire_by_a_steady_wall_clock() -> None:
     clocks = Clocks()
     for _ in range(3):
         assert clocks.after(timedelta(days=10)) == clocks.wall - MONTH
 
 
-def test_no_row_expires_when_the_clock_is_a_year_ahead_for_a_minute(caplog: pytest.LogCaptureFixture) -> None:
+def test_no_row_expires_if_clock_is_a_year_ahead_for_a_minute(caplog: pytest.LogCaptureFixture) -> None:
     clocks, year = Clocks(), timedelta(days=365)
     clocks.after(HOUR)
     assert clocks.after(timedelta(minutes=1), jump=year) is None
@@ -44,7 +44,7 @@ def test_no_row_expires_when_the_clock_is_a_year_ahead_for_a_minute(caplog: pyte
 
 
 @pytest.mark.parametrize("jump", [timedelta(days=365), timedelta(days=-365), 2 * HOUR])
-def test_clock_is_trusted_again_when_it_was_steady_for_a_day_after_a_jump(jump: timedelta) -> None:
+def test_clock_is_trusted_again_after_a_steady_day_following_a_jump(jump: timedelta) -> None:
     clocks = Clocks()
     clocks.after(HOUR)
     assert clocks.after(HOUR, jump=jump) is None
@@ -53,7 +53,7 @@ def test_clock_is_trusted_again_when_it_was_steady_for_a_day_after_a_jump(jump: 
     assert clocks.after(HOUR) == clocks.wall - MONTH
 
 
-def test_day_begins_again_when_the_clock_jumps_again() -> None:
+def test_another_clock_jump_restarts_the_waiting_day() -> None:
     clocks = Clocks()
     clocks.after(HOUR)
     clocks.after(HOUR, jump=timedelta(days=365))
@@ -62,14 +62,14 @@ def test_day_begins_again_when_the_clock_jumps_again() -> None:
     assert clocks.after(HOUR) == clocks.wall - MONTH
 
 
-def test_clock_stays_trusted_when_it_is_adjusted_by_less_than_an_hour() -> None:
+def test_clock_stays_trusted_if_adjusted_by_less_than_an_hour() -> None:
     clocks = Clocks()
     clocks.after(HOUR)
     for _ in range(5):
         assert clocks.after(HOUR, jump=timedelta(minutes=50)) == clocks.wall - MONTH
 
 
-def test_no_row_expires_for_a_day_when_all_rows_are_too_old_at_the_start(caplog: pytest.LogCaptureFixture) -> None:
+def test_no_row_expires_for_a_day_if_all_are_too_old_at_startup(caplog: pytest.LogCaptureFixture) -> None:
     clocks = Clocks(newest=NOON - 2 * MONTH)
     assert clocks.after(HOUR) is None
     clocks.newest = clocks.wall
@@ -78,12 +78,12 @@ def test_no_row_expires_for_a_day_when_all_rows_are_too_old_at_the_start(caplog:
     assert len(caplog.records) == 1 and "all stored requests are older" in caplog.text
 
 
-def test_clock_is_trusted_immediately_when_there_are_no_rows_at_the_start() -> None:
+def test_clock_is_trusted_immediately_if_there_are_no_rows_at_startup() -> None:
     clocks = Clocks(newest=None)
     assert clocks.after(HOUR) == clocks.wall - MONTH
 
 
-def test_clock_is_trusted_again_after_the_maximum_age_when_that_is_less_than_a_day() -> None:
+def test_clock_is_trusted_again_after_a_maximum_age_below_one_day() -> None:
     clocks = Clocks(newest=NOON - 9 * HOUR, max_age=2 * HOUR)
     assert clocks.after(HOUR) is None
     assert clocks.after(2 * HOUR) == clocks.wall - 2 * HOUR

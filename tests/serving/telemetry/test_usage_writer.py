@@ -47,14 +47,14 @@ async def test_usage_is_written_while_the_server_runs(store: Store) -> None:
                 await asyncio.sleep(EVERY_S)
 
 
-def test_last_usage_is_written_at_the_end(store: Store) -> None:
+def test_final_usage_is_written_at_shutdown(store: Store) -> None:
     meter = UsageMeter(store)
     meter.add("k1", "tuned", tokens_in=3, tokens_out=4)
     UsageWriter(store, meter, on_known=lambda used: None).close()
     assert in_store(store) == {"k1": Usage(1, 3, 4)}
 
 
-async def test_next_server_reads_the_usage_of_today(store: Store) -> None:
+async def test_next_server_reads_todays_usage(store: Store) -> None:
     earlier = UsageMeter(store, now=lambda: datetime.now(UTC) - timedelta(days=1))
     earlier.add("k1", "tuned", tokens_in=100, tokens_out=100)
     earlier.flush()
@@ -70,7 +70,7 @@ async def test_next_server_reads_the_usage_of_today(store: Store) -> None:
     assert known == [{"k1": 14}]
 
 
-async def test_write_is_retried_and_nothing_counted_twice_when_the_store_fails(
+async def test_failed_usage_write_is_retried_without_counting_twice(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = list[datetime]()

@@ -46,27 +46,27 @@ def fault_of(authenticator: Authenticator, secret: str | None) -> KeyFault:
     return raised.value.fault
 
 
-def test_principal_is_returned_when_the_secret_is_valid(authenticator: Authenticator, issued: IssuedKey) -> None:
+def test_valid_secret_returns_its_principal(authenticator: Authenticator, issued: IssuedKey) -> None:
     assert authenticator.grant(issued.secret).principal == issued.key.principal
 
 
 @pytest.mark.parametrize("secret", [None, ""])
-def test_request_without_a_secret_is_rejected_with_its_reason(authenticator: Authenticator, secret: str | None) -> None:
+def test_request_without_a_secret_is_rejected_with_the_reason(authenticator: Authenticator, secret: str | None) -> None:
     assert fault_of(authenticator, secret) is KeyFault.MISSING
 
 
 @pytest.mark.parametrize("secret", ["none", "sk-0123456789abcdef0123456789", "ts_", "é", "Bearer x", "x" * 100_000])
-def test_text_that_is_not_a_secret_is_rejected_with_its_reason(authenticator: Authenticator, secret: str) -> None:
+def test_text_that_is_not_a_secret_is_rejected_with_the_reason(authenticator: Authenticator, secret: str) -> None:
     assert fault_of(authenticator, secret) is KeyFault.MALFORMED
 
 
-def test_mistyped_secret_is_reported_as_such(authenticator: Authenticator, issued: IssuedKey) -> None:
+def test_mistyped_secret_is_reported_as_malformed(authenticator: Authenticator, issued: IssuedKey) -> None:
     last = issued.secret[-1]
     assert fault_of(authenticator, issued.secret[:-1] + ("a" if last != "a" else "b")) is KeyFault.MALFORMED
 
 
 @pytest.mark.parametrize("key_id", [None, "nobody00"])
-def test_well_formed_secret_of_no_key_is_rejected(
+def test_well_formed_but_unknown_secret_is_rejected(
     authenticator: Authenticator, issued: IssuedKey, key_id: str | None
 ) -> None:
     assert fault_of(authenticator, new_secret(key_id or issued.key.id)) is KeyFault.UNKNOWN
@@ -88,21 +88,19 @@ def test_revocation_takes_effect_at_the_next_check(
     assert fault_of(authenticator, issued.secret) is KeyFault.REVOKED
 
 
-def test_new_key_is_valid_at_the_next_check(authenticator: Authenticator, keyring: Keyring) -> None:
+def test_new_key_is_valid_from_the_next_check(authenticator: Authenticator, keyring: Keyring) -> None:
     made = keyring.create(INFER)
     authenticator.look()
     assert authenticator.grant(made.secret).principal == made.key.principal
 
 
-def test_key_expires_without_another_read_of_the_store(
-    authenticator: Authenticator, issued: IssuedKey, clock: Clock
-) -> None:
+def test_key_expires_without_rereading_the_store(authenticator: Authenticator, issued: IssuedKey, clock: Clock) -> None:
     clock.forward(days=1)
     authenticator._looked_at = clock.monotonic()
     assert fault_of(authenticator, issued.secret) is KeyFault.EXPIRED
 
 
-def test_rotated_secret_is_rejected_at_the_next_check(
+def test_rotated_secret_is_rejected_from_the_next_check(
     authenticator: Authenticator, issued: IssuedKey, keyring: Keyring
 ) -> None:
     rotated = keyring.rotate("ci")
@@ -111,7 +109,7 @@ def test_rotated_secret_is_rejected_at_the_next_check(
     assert authenticator.grant(rotated.secret).principal == issued.key.principal
 
 
-def test_rotated_secret_is_accepted_until_its_grace_has_passed(
+def test_rotated_secret_is_accepted_until_its_grace_period_ends(
     authenticator: Authenticator, issued: IssuedKey, keyring: Keyring, clock: Clock
 ) -> None:
     keyring.rotate("ci", grace=timedelta(seconds=30))
@@ -121,7 +119,7 @@ def test_rotated_secret_is_accepted_until_its_grace_has_passed(
     assert fault_of(authenticator, issued.secret) is KeyFault.UNKNOWN
 
 
-def test_second_rotation_ends_the_first_secret(
+def test_second_rotation_invalidates_the_first_secret(
     authenticator: Authenticator, issued: IssuedKey, keyring: Keyring
 ) -> None:
     second = keyring.rotate("ci", grace=timedelta(hours=1))
@@ -146,7 +144,7 @@ def test_authentication_never_reads_the_store(authenticator: Authenticator, issu
     assert sent == []
 
 
-def test_check_reads_only_the_revision_when_no_key_changed(authenticator: Authenticator, store: Store) -> None:
+def test_key_check_reads_only_the_revision_if_no_key_changed(authenticator: Authenticator, store: Store) -> None:
     sent = queries(store)
     authenticator.look()
     assert [statement.split("\n")[0] for statement in sent] == ["SELECT max(keys.revision) AS max_1 "]
@@ -157,7 +155,7 @@ class Text(str):
 
 
 @pytest.mark.parametrize("right", [True, False])
-def test_no_secret_stays_in_memory(authenticator: Authenticator, issued: IssuedKey, right: bool) -> None:
+def test_no_key_secret_stays_in_memory(authenticator: Authenticator, issued: IssuedKey, right: bool) -> None:
     came = Text(issued.secret if right else new_secret(issued.key.id))
     kept = weakref.ref(came)
     with nullcontext() if right else pytest.raises(InvalidKeyError):
@@ -172,7 +170,7 @@ def test_all_keys_are_rejected_before_the_first_check(store: Store, issued: Issu
         Authenticator(store).grant(issued.secret)
 
 
-def test_known_keys_are_valid_for_one_minute_without_a_check(
+def test_known_keys_stay_valid_for_one_minute_without_a_check(
     authenticator: Authenticator, issued: IssuedKey, clock: Clock
 ) -> None:
     clock.forward(seconds=60)
@@ -184,7 +182,7 @@ def test_known_keys_are_valid_for_one_minute_without_a_check(
     assert authenticator.grant(issued.secret).principal
 
 
-def test_key_is_unknown_when_a_backup_without_it_was_restored(
+def test_key_missing_from_a_restored_backup_is_unknown(
     authenticator: Authenticator, issued: IssuedKey, store: Store
 ) -> None:
     with store.begin() as connection:
@@ -195,7 +193,7 @@ def test_key_is_unknown_when_a_backup_without_it_was_restored(
 
 
 @pytest.mark.slow
-async def test_revocation_takes_effect_within_a_second(store: Store) -> None:
+async def test_key_revocation_takes_effect_within_one_second(store: Store) -> None:
     keyring, authenticator = Keyring(store, ALICE), Authenticator(store)
     issued = keyring.create(INFER)
     following = asyncio.create_task(authenticator.follow())
@@ -212,7 +210,7 @@ async def test_revocation_takes_effect_within_a_second(store: Store) -> None:
         await asyncio.gather(following, return_exceptions=True)
 
 
-async def test_changes_to_keys_are_noticed_when_the_default_executor_is_blocked(
+async def test_key_changes_are_noticed_even_if_the_default_executor_is_blocked(
     authenticator: Authenticator, keyring: Keyring, issued: IssuedKey, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(authenticator_module, "LOOK_S", 0.01)
@@ -237,7 +235,7 @@ async def test_changes_to_keys_are_noticed_when_the_default_executor_is_blocked(
     assert not any(thread.is_alive() for thread in threads)
 
 
-async def test_checks_continue_when_the_store_fails(
+async def test_key_checks_continue_after_a_store_failure(
     authenticator: Authenticator,
     keyring: Keyring,
     monkeypatch: pytest.MonkeyPatch,
@@ -266,7 +264,7 @@ async def test_checks_continue_when_the_store_fails(
     assert caplog.text.count("could not read the keys") == 2
 
 
-def test_no_log_contains_a_secret_or_a_hash(
+def test_no_log_contains_a_key_secret_or_hash(
     authenticator: Authenticator, issued: IssuedKey, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.DEBUG):
@@ -288,7 +286,9 @@ def test_grant_ends_when_its_key_is_revoked(authenticator: Authenticator, issued
     assert grant.ended.error.fault is KeyFault.REVOKED
 
 
-def test_grant_ends_when_its_secret_ends(authenticator: Authenticator, issued: IssuedKey, keyring: Keyring) -> None:
+def test_grant_ends_when_its_secret_is_rotated_out(
+    authenticator: Authenticator, issued: IssuedKey, keyring: Keyring
+) -> None:
     grant = authenticator.grant(issued.secret)
     keyring.rotate("ci")
     authenticator.look()
@@ -296,7 +296,7 @@ def test_grant_ends_when_its_secret_ends(authenticator: Authenticator, issued: I
     assert isinstance(grant.ended.error, InvalidKeyError)
 
 
-def test_requests_with_one_secret_share_a_grant_when_other_keys_change(
+def test_requests_with_one_secret_share_a_grant_even_if_other_keys_change(
     authenticator: Authenticator, issued: IssuedKey, keyring: Keyring
 ) -> None:
     grant = authenticator.grant(issued.secret)
@@ -306,7 +306,7 @@ def test_requests_with_one_secret_share_a_grant_when_other_keys_change(
     assert authenticator.grant(issued.secret) is grant
 
 
-def test_repeated_secret_is_rejected_when_its_key_has_expired(
+def test_repeated_secret_is_rejected_after_its_key_expires(
     authenticator: Authenticator, issued: IssuedKey, clock: Clock
 ) -> None:
     authenticator.grant(issued.secret)
@@ -315,7 +315,7 @@ def test_repeated_secret_is_rejected_when_its_key_has_expired(
     assert fault_of(authenticator, issued.secret) is KeyFault.EXPIRED
 
 
-def test_repeated_secret_is_rejected_when_its_grace_has_passed(
+def test_repeated_secret_is_rejected_after_its_grace_period_ends(
     authenticator: Authenticator, issued: IssuedKey, keyring: Keyring, clock: Clock
 ) -> None:
     keyring.rotate("ci", grace=timedelta(seconds=30))
@@ -363,7 +363,7 @@ def test_grant_has_the_current_permissions_of_its_key(
     assert authenticator.grant(issued.secret).principal.limits.concurrent == 7
 
 
-def test_key_that_is_valid_again_gets_a_new_grant(
+def test_key_that_becomes_valid_again_gets_a_new_grant(
     authenticator: Authenticator, issued: IssuedKey, store: Store
 ) -> None:
     ended = authenticator.grant(issued.secret)
@@ -388,6 +388,6 @@ def test_grant_ends_when_its_key_expires(authenticator: Authenticator, issued: I
     assert grant.ended.error.fault is KeyFault.EXPIRED
 
 
-def test_grant_shows_no_hash(authenticator: Authenticator, issued: IssuedKey) -> None:
+def test_grant_repr_does_not_contain_the_hash(authenticator: Authenticator, issued: IssuedKey) -> None:
     grant = authenticator.grant(issued.secret)
     assert issued.key.hash not in repr(grant)

@@ -35,7 +35,7 @@ def authenticator(home: Path = Path(".svc")) -> Authenticator:
     return made
 
 
-def test_first_admin_key_is_created_locally_in_a_home_that_only_its_owner_can_read(svc: Svc, tmp_path: Path) -> None:
+def test_first_admin_key_is_created_locally_in_an_owner_only_home(svc: Svc, tmp_path: Path) -> None:
     result = svc("keys", "create", "--scope", "admin")
     assert result.code == 0
     assert authenticator().grant(result.out.strip()).principal.may(Scope.TRAIN)
@@ -50,14 +50,14 @@ def test_create_prints_only_the_secret_to_a_pipe(svc: Svc) -> None:
     assert result.out.strip() not in result.err
 
 
-def test_key_is_a_client_key_when_no_option_is_given(svc: Svc) -> None:
+def test_key_created_without_options_is_a_client_key(svc: Svc) -> None:
     made = create(svc)
     principal = authenticator().grant(made["secret"]).principal
     assert (principal.scopes, principal.models) == (frozenset({Scope.INFER, Scope.FEEDBACK}), None)
     assert (principal.limits, principal.weight) == (Limits(), 1)
 
 
-def test_key_has_the_values_of_its_options(svc: Svc) -> None:
+def test_created_key_has_the_values_of_its_options(svc: Svc) -> None:
     options = ["--name", "ci", "--scope", "infer", "--scope", "metrics", "--model", "tickets", "--model", "reviews"]
     limits = ["--requests-per-minute", "60", "--tokens-in-per-minute", "1000", "--tokens-out-per-minute", "500"]
     made = create(svc, *options, *limits, "--concurrent", "4", "--tokens-per-day", "10000", "--weight", "3")
@@ -79,13 +79,13 @@ def test_key_expires_at_the_given_time(svc: Svc, when: Callable[[], str]) -> Non
 @pytest.mark.parametrize(
     "options", [["--scope", "root"], ["--expires", "soon"], ["--concurrent", "0"], ["--weight", "0"]]
 )
-def test_wrong_option_is_a_usage_error(svc: Svc, options: list[str]) -> None:
+def test_invalid_key_option_is_a_usage_error(svc: Svc, options: list[str]) -> None:
     result = svc("keys", "create", *options)
     assert result.code == 2
     assert options[0] in result.err
 
 
-def test_key_is_rejected_when_its_expiry_is_in_the_past(svc: Svc) -> None:
+def test_key_with_an_expiry_in_the_past_is_rejected(svc: Svc) -> None:
     assert svc("keys", "create", "--expires", "2020-01-01").code == SettingsError.exit_code
 
 
@@ -101,11 +101,11 @@ def test_keys_are_listed_without_secrets(svc: Svc) -> None:
         assert key.hash not in ended.out + ended.err
 
 
-def test_empty_list_says_how_to_create_the_first_key(svc: Svc) -> None:
+def test_empty_key_list_says_how_to_create_the_first_key(svc: Svc) -> None:
     assert "svc keys create --scope admin" in svc("keys", "list").out
 
 
-def test_list_shows_when_a_key_was_last_used(svc: Svc) -> None:
+def test_key_list_shows_when_a_key_was_last_used(svc: Svc) -> None:
     hour = hour_of(datetime.now(UTC))
     add_usage(open_database(Path(".svc")), {UsageOf(hour, create(svc)["key_id"], "tickets"): Usage(1, 1, 1)})
     assert json.loads(svc("keys", "list", "--json").out)[0]["last_used"] == hour.isoformat()
@@ -123,14 +123,14 @@ def test_revoked_key_is_rejected_and_listed_with_all_keys(svc: Svc) -> None:
     assert svc("keys", "revoke", made["key_id"], "--yes").code == RefusedError.exit_code
 
 
-def test_unknown_key_is_named_in_the_error(svc: Svc) -> None:
+def test_error_names_the_unknown_key(svc: Svc) -> None:
     result = svc("keys", "revoke", "nobody", "--yes")
     assert result.code == NotFoundError.exit_code
     assert "'nobody'" in result.err
 
 
 @pytest.mark.parametrize("command", ["revoke", "rotate"])
-def test_confirmation_is_required_when_a_secret_ends_immediately(
+def test_confirmation_is_required_if_a_secret_ends_immediately(
     svc: Svc, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = create(svc, "--name", "ci")
@@ -142,7 +142,7 @@ def test_confirmation_is_required_when_a_secret_ends_immediately(
 
 
 @pytest.mark.parametrize("command", ["revoke", "rotate"])
-def test_command_with_json_fails_without_yes_and_changes_nothing(svc: Svc, command: str) -> None:
+def test_key_command_with_json_fails_without_yes_and_changes_nothing(svc: Svc, command: str) -> None:
     made = create(svc, "--name", "ci")
     result = svc("keys", command, "ci", "--json")
     assert result.code == 2
@@ -150,7 +150,7 @@ def test_command_with_json_fails_without_yes_and_changes_nothing(svc: Svc, comma
     assert authenticator().grant(made["secret"]).principal
 
 
-def test_rotation_creates_a_new_secret_and_ends_the_old_one(svc: Svc) -> None:
+def test_rotation_creates_a_new_secret_and_invalidates_the_old_one(svc: Svc) -> None:
     made = create(svc, "--name", "ci")
     rotated = svc("keys", "rotate", "ci", "--yes").out.strip()
     assert authenticator().grant(rotated).principal.key_id == made["key_id"]
@@ -158,7 +158,7 @@ def test_rotation_creates_a_new_secret_and_ends_the_old_one(svc: Svc) -> None:
         authenticator().grant(made["secret"])
 
 
-def test_rotation_with_a_grace_needs_no_confirmation_and_both_secrets_are_valid(svc: Svc) -> None:
+def test_rotation_with_grace_period_keeps_both_secrets_valid_without_confirmation(svc: Svc) -> None:
     made = create(svc, "--name", "ci")
     result = svc("keys", "rotate", "ci", "--grace", "1h")
     assert "the old secret is valid until" in result.err
@@ -190,21 +190,21 @@ def test_usage_is_shown_by_key_and_model(svc: Svc, used: str) -> None:
     assert [(row["key_id"], row["model"]) for row in rows] == [(used, "tickets"), (None, "tickets"), (used, "reviews")]
 
 
-def test_usage_since_a_day_excludes_earlier_usage(svc: Svc, used: str) -> None:
+def test_usage_since_a_given_day_excludes_earlier_usage(svc: Svc, used: str) -> None:
     assert {row["key_id"] for row in json.loads(svc("usage", "--since", "1d", "--json").out)} == {used}
 
 
-def test_usage_table_has_a_total(svc: Svc, used: str) -> None:
+def test_usage_table_has_a_total_row(svc: Svc, used: str) -> None:
     last = svc("usage").out.splitlines()[-1].split()
     assert last == ["all", "11", "3,080", "512"]
 
 
-def test_usage_is_valid_csv(svc: Svc, used: str) -> None:
+def test_usage_output_is_valid_csv(svc: Svc, used: str) -> None:
     rows = list(csv.DictReader(io.StringIO(svc("usage", "--csv").out)))
     assert [row["tokens_in"] for row in rows] == ["3000", "70", "10"]
     assert rows[1]["key_id"] == ""
 
 
-def test_no_usage_is_not_an_error(svc: Svc) -> None:
+def test_showing_usage_without_any_usage_is_not_an_error(svc: Svc) -> None:
     result = svc("usage")
     assert (result.code, "no usage since" in result.out) == (0, True)

@@ -17,7 +17,7 @@ from tests.svc.access.conftest import Clock
 INFER = frozenset({Scope.INFER})
 
 
-def test_key_has_the_requested_properties(keyring: Keyring, store: Store, clock: Clock) -> None:
+def test_created_key_has_the_requested_properties(keyring: Keyring, store: Store, clock: Clock) -> None:
     until = clock.at + timedelta(days=1)
     limits = Limits(requests_per_minute=60, tokens_per_day=10_000)
     issued = keyring.create(
@@ -28,18 +28,18 @@ def test_key_has_the_requested_properties(keyring: Keyring, store: Store, clock:
     assert read_keys(store) == [issued.key]
 
 
-def test_key_without_a_name_is_named_by_its_id(keyring: Keyring) -> None:
+def test_key_without_a_name_is_named_after_its_id(keyring: Keyring) -> None:
     key = keyring.create(INFER).key
     assert key.principal.name == key.id
 
 
-def test_secret_belongs_to_its_key(keyring: Keyring) -> None:
+def test_secret_contains_its_key_id_and_matches_the_stored_hash(keyring: Keyring) -> None:
     issued = keyring.create(INFER)
     assert key_id_of(issued.secret) == issued.key.id
     assert issued.key.hash == hash_secret(issued.secret)
 
 
-def test_secret_is_in_no_file_and_in_no_text(keyring: Keyring, tmp_path: Path) -> None:
+def test_secret_appears_in_no_file_and_no_text(keyring: Keyring, tmp_path: Path) -> None:
     issued = keyring.create(INFER)
     rotated = keyring.rotate(issued.key.id)
     written = b"".join(path.read_bytes() for path in (tmp_path / "home").iterdir())
@@ -48,7 +48,7 @@ def test_secret_is_in_no_file_and_in_no_text(keyring: Keyring, tmp_path: Path) -
         assert secret not in repr(issued) + repr(rotated)
 
 
-def test_new_key_is_in_the_audit_log(keyring: Keyring, store: Store) -> None:
+def test_new_key_is_recorded_in_the_audit_log(keyring: Keyring, store: Store) -> None:
     issued = keyring.create(INFER, name="ci", limits=Limits(concurrent=4), reason="for ci")
     (event,) = read_events(store, newest=9)
     assert (event.subject, event.actor, event.origin) == (f"key:{issued.key.id}", "user:alice", "box")
@@ -58,23 +58,23 @@ def test_new_key_is_in_the_audit_log(keyring: Keyring, store: Store) -> None:
 
 
 @pytest.mark.parametrize("name", ["", " ", "a b", "-x", "x" * 64, "ts_abcd0123", "a\nb", "[bold]"])
-def test_invalid_name_is_rejected(keyring: Keyring, name: str) -> None:
+def test_invalid_key_name_is_rejected(keyring: Keyring, name: str) -> None:
     with pytest.raises(SettingsError, match="is not valid"):
         keyring.create(INFER, name=name)
 
 
 @pytest.mark.parametrize("model", ["tickets@2", "", "a b", "../x"])
-def test_invalid_model_is_rejected(keyring: Keyring, model: str) -> None:
+def test_invalid_model_name_is_rejected(keyring: Keyring, model: str) -> None:
     with pytest.raises(SettingsError, match="is not a model name"):
         keyring.create(INFER, models=frozenset({model}))
 
 
-def test_key_that_would_end_before_it_begins_is_rejected(keyring: Keyring, clock: Clock) -> None:
+def test_key_that_would_expire_before_it_starts_is_rejected(keyring: Keyring, clock: Clock) -> None:
     with pytest.raises(SettingsError, match="is in the past"):
         keyring.create(INFER, expires_at=clock.at)
 
 
-def test_rotation_gives_the_same_key_another_secret(keyring: Keyring, clock: Clock) -> None:
+def test_rotation_gives_the_same_key_a_new_secret(keyring: Keyring, clock: Clock) -> None:
     issued = keyring.create(INFER, name="ci")
     rotated = keyring.rotate("ci", grace=timedelta(hours=1))
     assert rotated.key.principal == issued.key.principal
@@ -82,20 +82,20 @@ def test_rotation_gives_the_same_key_another_secret(keyring: Keyring, clock: Clo
     assert (rotated.key.previous_hash, rotated.key.previous_until) == (issued.key.hash, clock.at + timedelta(hours=1))
 
 
-def test_expired_key_is_not_rotated(keyring: Keyring, clock: Clock) -> None:
+def test_rotating_an_expired_key_fails(keyring: Keyring, clock: Clock) -> None:
     keyring.create(INFER, name="ci", expires_at=clock.at + timedelta(hours=1))
     clock.forward(hours=1)
     with pytest.raises(RefusedError, match="has expired"):
         keyring.rotate("ci")
 
 
-def test_revoked_key_has_its_time_of_revocation(keyring: Keyring, clock: Clock) -> None:
+def test_revoked_key_stores_its_revocation_time(keyring: Keyring, clock: Clock) -> None:
     keyring.create(INFER, name="ci")
     assert keyring.revoke("ci", reason="leaked").revoked_at == clock.at
 
 
 @pytest.mark.parametrize("change", [Keyring.rotate, Keyring.revoke])
-def test_unknown_key_is_not_changed(keyring: Keyring, store: Store, change: object) -> None:
+def test_changing_an_unknown_key_fails(keyring: Keyring, store: Store, change: object) -> None:
     with pytest.raises(NotFoundError):
         change(keyring, "nobody")  # type: ignore[operator]
     assert read_events(store, newest=9) == []

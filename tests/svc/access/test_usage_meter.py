@@ -17,27 +17,27 @@ def meter(store: Store, clock: Clock) -> UsageMeter:
     return UsageMeter(store, now=clock.now)
 
 
-def test_nothing_is_written_before_a_flush(meter: UsageMeter, store: Store, clock: Clock) -> None:
+def test_no_usage_is_written_before_a_flush(meter: UsageMeter, store: Store, clock: Clock) -> None:
     meter.add("abcd0123", "tickets", tokens_in=10, tokens_out=5)
     assert usage_since(store, clock.at) == []
     meter.flush()
     assert usage_since(store, clock.at) == [UsageTotal("abcd0123", "tickets", Usage(1, 10, 5))]
 
 
-def test_second_flush_adds_nothing(meter: UsageMeter, store: Store, clock: Clock) -> None:
+def test_second_usage_flush_adds_nothing(meter: UsageMeter, store: Store, clock: Clock) -> None:
     meter.add("abcd0123", "tickets", tokens_in=10, tokens_out=5)
     meter.flush()
     meter.flush()
     assert usage_since(store, clock.at)[0].usage == Usage(1, 10, 5)
 
 
-def test_requests_without_a_key_are_counted(meter: UsageMeter, store: Store, clock: Clock) -> None:
+def test_usage_of_requests_without_a_key_is_counted(meter: UsageMeter, store: Store, clock: Clock) -> None:
     meter.add(None, "tickets", tokens_in=1, tokens_out=1)
     meter.flush()
     assert usage_since(store, clock.at)[0].key_id == ""
 
 
-def test_request_counts_for_the_hour_in_which_it_ended(meter: UsageMeter, store: Store, clock: Clock) -> None:
+def test_request_counts_towards_the_hour_in_which_it_ended(meter: UsageMeter, store: Store, clock: Clock) -> None:
     meter.add("a", "tickets", tokens_in=1, tokens_out=1)
     clock.forward(hours=1)
     meter.add("a", "tickets", tokens_in=2, tokens_out=2)
@@ -45,7 +45,7 @@ def test_request_counts_for_the_hour_in_which_it_ended(meter: UsageMeter, store:
     assert usage_since(store, clock.at)[0].usage == Usage(1, 2, 2)
 
 
-def test_usage_is_kept_for_the_next_flush_when_the_store_fails(
+def test_usage_is_kept_for_the_next_flush_if_the_store_fails(
     meter: UsageMeter, store: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
@@ -61,7 +61,7 @@ def test_usage_is_kept_for_the_next_flush_when_the_store_fails(
     assert usage_since(store, clock.at)[0].usage == Usage(2, 11, 6)
 
 
-def test_no_usage_is_lost_when_threads_count_concurrently(meter: UsageMeter, store: Store, clock: Clock) -> None:
+def test_no_usage_is_lost_if_threads_count_concurrently(meter: UsageMeter, store: Store, clock: Clock) -> None:
     def count(number: int) -> None:
         meter.add("a", "tickets", tokens_in=1, tokens_out=2)
         if number % 50 == 0:

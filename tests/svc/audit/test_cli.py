@@ -29,12 +29,12 @@ def three(store: Store) -> Store:
     return store
 
 
-def test_empty_log_is_not_an_error(svc: Svc) -> None:
+def test_showing_an_empty_audit_log_is_not_an_error(svc: Svc) -> None:
     result = svc("audit")
     assert (result.code, result.out) == (0, "no matching event\n")
 
 
-def test_table_shows_actor_action_origin_and_reason(svc: Svc, three: Store) -> None:
+def test_audit_table_shows_actor_action_origin_and_reason(svc: Svc, three: Store) -> None:
     lines = svc("audit").out.splitlines()
     assert len(lines) == 4
     for text in ("user:alice", "box", "promote", "tickets@2", "[bold]"):
@@ -42,7 +42,7 @@ def test_table_shows_actor_action_origin_and_reason(svc: Svc, three: Store) -> N
     assert "name ci" in lines[3]
 
 
-def test_json_output_has_all_fields(svc: Svc, three: Store) -> None:
+def test_audit_json_output_has_all_fields(svc: Svc, three: Store) -> None:
     rows = json.loads(svc("audit", "--json").out)
     assert [(row["id"], row["subject"]) for row in rows] == [(1, "tickets@1"), (2, "tickets@2"), (3, "key:abcd0123")]
     assert rows[2]["details"] == {"name": "ci"}
@@ -58,18 +58,18 @@ def test_json_output_has_all_fields(svc: Svc, three: Store) -> None:
         (["--since", "2999-01-01"], []),
     ],
 )
-def test_events_are_filtered(svc: Svc, three: Store, options: list[str], found: list[int]) -> None:
+def test_audit_events_can_be_filtered(svc: Svc, three: Store, options: list[str], found: list[int]) -> None:
     assert [row["id"] for row in json.loads(svc("audit", "--json", *options).out)] == found
 
 
-def test_unaltered_log_is_verified(svc: Svc, three: Store) -> None:
+def test_unaltered_audit_log_passes_verification(svc: Svc, three: Store) -> None:
     result = svc("audit", "--verify")
     assert result.code == 0
     assert "3 events are unaltered" in result.out
     assert verify_chain(three).head in result.out
 
 
-def test_altered_log_is_reported_with_the_first_wrong_row(svc: Svc, three: Store) -> None:
+def test_altered_audit_log_is_reported_with_the_first_wrong_row(svc: Svc, three: Store) -> None:
     with three.begin() as connection:
         connection.exec_driver_sql("DROP TRIGGER audit_no_UPDATE")
         connection.exec_driver_sql("UPDATE audit SET actor = 'user:bob' WHERE id >= 2")
@@ -81,7 +81,7 @@ def test_altered_log_is_reported_with_the_first_wrong_row(svc: Svc, three: Store
     assert json.loads(told.out)["fault"]["id"] == 2
 
 
-def test_verify_fails_when_the_expected_hash_is_not_in_the_log(svc: Svc, three: Store) -> None:
+def test_verify_fails_if_the_expected_hash_is_not_in_the_log(svc: Svc, three: Store) -> None:
     assert svc("audit", "--verify", "--expect", verify_chain(three).head).code == 0
     assert svc("audit", "--verify", "--expect", "0" * 64).code == IntegrityError.exit_code
     assert svc("audit", "--expect", "x").code == 2
@@ -130,7 +130,7 @@ def requested(svc: Svc, store: Store) -> str:
     "options",
     [["--user", "a@b.de"], ["--key", "ci"], ["--before", "1h"], ["--before", f"{datetime.now(UTC):%Y-%m-%d}"]],
 )
-def test_selected_requests_are_deleted_counted_and_recorded_in_the_audit_log(
+def test_forgotten_requests_are_deleted_counted_and_recorded_in_the_audit_log(
     svc: Svc, store: Store, requested: str, options: list[str]
 ) -> None:
     result = svc("forget", *options, "--yes", "--reason", "article 17")
@@ -147,7 +147,7 @@ def test_audit_log_does_not_name_a_forgotten_user(svc: Svc, store: Store, reques
     assert "a@b.de" not in svc("audit", "--json").out
 
 
-def test_nothing_is_deleted_before_confirmation(
+def test_forget_deletes_nothing_before_confirmation(
     svc: Svc, store: Store, requested: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("n\n"))
@@ -158,22 +158,22 @@ def test_nothing_is_deleted_before_confirmation(
     assert read_events(store, newest=1)[0].action == "key.create"
 
 
-def test_forget_with_json_needs_yes_and_prints_the_counts(svc: Svc, requested: str) -> None:
+def test_forget_with_json_requires_yes_and_prints_the_counts(svc: Svc, requested: str) -> None:
     assert svc("forget", "--key", requested, "--json").code == 2
     output = json.loads(svc("forget", "--key", requested, "--yes", "--json").out)
     assert output == {"requests": 1, "contents": 1, "feedback": 0}
 
 
 @pytest.mark.parametrize("options", [[], ["--user", "a", "--key", "b"], ["--before", "1d", "--user", ""]])
-def test_only_one_selection_is_accepted_at_a_time(svc: Svc, options: list[str]) -> None:
+def test_forget_accepts_only_one_selection_at_a_time(svc: Svc, options: list[str]) -> None:
     result = svc("forget", *options, "--yes")
     assert (result.code, "give exactly one of" in result.err) == (2, True)
 
 
-def test_unknown_key_is_named_in_the_error(svc: Svc) -> None:
+def test_forget_fails_for_an_unknown_key(svc: Svc) -> None:
     assert svc("forget", "--key", "nobody", "--yes").code == NotFoundError.exit_code
 
 
-def test_all_requests_are_selected_when_the_day_is_in_the_future(svc: Svc, store: Store, requested: str) -> None:
+def test_forget_before_a_future_day_selects_all_requests(svc: Svc, store: Store, requested: str) -> None:
     tomorrow = datetime.now(UTC) + timedelta(days=1)
     assert "deleted 2 requests" in svc("forget", "--before", tomorrow.isoformat(), "--yes").out

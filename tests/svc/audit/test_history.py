@@ -24,11 +24,11 @@ def minute(number: int) -> datetime:
     return NOON + timedelta(minutes=number)
 
 
-def test_history_is_empty_when_nothing_was_ever_served(store: Store) -> None:
+def test_history_is_empty_if_nothing_was_ever_served(store: Store) -> None:
     assert read_history(store, "tickets") == []
 
 
-def test_history_has_the_action_and_the_reason_of_each_version(store: Store) -> None:
+def test_history_shows_the_action_and_reason_for_each_version(store: Store) -> None:
     first = change_desired(store, None, target(1), None, entry=AuditEntry(Action.SERVE, "tickets@1", ALICE))
     begin_serving(store, first, Began.START)
     entry = AuditEntry(Action.PROMOTE, "tickets@2", ALICE, "it is better")
@@ -48,7 +48,7 @@ def test_each_model_has_its_own_history(store: Store, subject: str) -> None:
     assert row["action"] is None
 
 
-def test_removal_of_a_version_is_not_shown_as_the_cause_of_a_start(store: Store) -> None:
+def test_removing_a_version_is_not_shown_as_the_cause_of_a_start(store: Store) -> None:
     begin_serving(store, Desired(target(1), None, 1), Began.START)
     record_event(store, AuditEntry(Action.REMOVE_VERSION, "tickets@9", ALICE, details={"generation": 1}))
     assert read_history(store, "tickets")[0]["action"] is None

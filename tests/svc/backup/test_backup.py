@@ -20,7 +20,7 @@ from tests.svc.backup.conftest import NAME, BackUp, RestoreAs, UsedHome, progres
 pytestmark = pytest.mark.slow
 
 
-def test_backed_up_home_is_restored(used: UsedHome, back_up: BackUp, restore_as: RestoreAs) -> None:
+def test_backed_up_home_can_be_restored(used: UsedHome, back_up: BackUp, restore_as: RestoreAs) -> None:
     first, second = used.publish(), used.publish()
     used.promote(first)
     assert back_up().snapshot.versions == (str(first), str(second))
@@ -32,7 +32,7 @@ def test_backed_up_home_is_restored(used: UsedHome, back_up: BackUp, restore_as:
         assert registry.manifest(version) == used.registry.manifest(version)
 
 
-def test_version_is_copied_once(used: UsedHome, back_up: BackUp) -> None:
+def test_unchanged_version_is_copied_only_once(used: UsedHome, back_up: BackUp) -> None:
     first = used.publish()
     assert back_up().copied == (str(first),)
     second = used.publish()
@@ -41,14 +41,16 @@ def test_version_is_copied_once(used: UsedHome, back_up: BackUp) -> None:
     assert made.snapshot.versions == (str(first), str(second))
 
 
-def test_no_file_is_linked_with_the_home(used: UsedHome, archive: Archive, back_up: BackUp) -> None:
+def test_backup_files_are_not_hard_links_to_the_home(used: UsedHome, archive: Archive, back_up: BackUp) -> None:
     version = used.publish()
     back_up()
     weights = Path("merged") / "model.safetensors"
     assert not os.path.samefile(used.registry.folder(version) / weights, archive.version(version) / weights)
 
 
-def test_other_users_can_read_nothing(used: UsedHome, archive: Archive, tmp_path: Path, back_up: BackUp) -> None:
+def test_backup_is_not_readable_by_other_users(
+    used: UsedHome, archive: Archive, tmp_path: Path, back_up: BackUp
+) -> None:
     used.publish()
     key = used.settings.home / "admin.key"
     key.write_text("secret")
@@ -59,7 +61,7 @@ def test_other_users_can_read_nothing(used: UsedHome, archive: Archive, tmp_path
         assert stat.S_IMODE((archive.folder(made) / name).stat().st_mode) == 0o600
 
 
-def test_reproducible_files_are_left_out(used: UsedHome, archive: Archive, back_up: BackUp) -> None:
+def test_regenerable_files_are_excluded(used: UsedHome, archive: Archive, back_up: BackUp) -> None:
     home = used.settings.home
     for path in (
         "logs/engine-0.log",
@@ -76,7 +78,7 @@ def test_reproducible_files_are_left_out(used: UsedHome, archive: Archive, back_
     assert files == {"svc.db", "mlflow.db", "files/svc.yaml", "snapshot.json"}
 
 
-def test_version_removed_before_it_is_copied_is_in_no_snapshot_that_needs_it(
+def test_no_snapshot_needs_a_version_removed_before_it_was_copied(
     used: UsedHome, back_up: BackUp, restore_as: RestoreAs
 ) -> None:
     first, second, third = used.publish(), used.publish(), used.publish()
@@ -96,13 +98,13 @@ def test_version_removed_before_it_is_copied_is_in_no_snapshot_that_needs_it(
     assert Registry.of(restore_as("again")).resolve(NAME) == third
 
 
-def test_version_registered_during_a_backup_is_in_the_next_one(used: UsedHome, back_up: BackUp) -> None:
+def test_version_registered_during_a_backup_is_in_the_next_backup(used: UsedHome, back_up: BackUp) -> None:
     first = used.publish()
     assert back_up(progress=progress(lambda total: used.publish())).snapshot.versions == (str(first),)
     assert len(back_up().snapshot.versions) == 2
 
 
-def test_missing_needed_version_is_reported_and_the_rest_is_saved(used: UsedHome, back_up: BackUp) -> None:
+def test_missing_needed_version_is_reported_and_the_rest_is_backed_up(used: UsedHome, back_up: BackUp) -> None:
     first, second = used.publish(), used.publish()
     used.promote(first)
     used.registry.folder(first).rename(used.settings.home / "elsewhere")
@@ -111,7 +113,9 @@ def test_missing_needed_version_is_reported_and_the_rest_is_saved(used: UsedHome
     assert made.left_out == {str(first): "needed, but missing from the home"}
 
 
-def test_damaged_version_is_reported_and_the_rest_is_saved(used: UsedHome, archive: Archive, back_up: BackUp) -> None:
+def test_damaged_version_is_reported_and_the_rest_is_backed_up(
+    used: UsedHome, archive: Archive, back_up: BackUp
+) -> None:
     first, second = used.publish(), used.publish()
     _overwrite(used.registry.folder(first) / "merged" / "config.json")
     made = back_up().snapshot
@@ -120,7 +124,7 @@ def test_damaged_version_is_reported_and_the_rest_is_saved(used: UsedHome, archi
     assert not archive.version(first).exists()
 
 
-def test_truncated_copy_is_copied_again(used: UsedHome, archive: Archive, back_up: BackUp) -> None:
+def test_truncated_backup_copy_is_copied_again(used: UsedHome, archive: Archive, back_up: BackUp) -> None:
     version = used.publish()
     back_up()
     weights = archive.version(version) / "merged" / "model.safetensors"
@@ -129,7 +133,7 @@ def test_truncated_copy_is_copied_again(used: UsedHome, archive: Archive, back_u
     assert back_up().copied == (str(version),)
 
 
-def test_verify_finds_an_altered_copy(used: UsedHome, archive: Archive, back_up: BackUp) -> None:
+def test_verify_finds_an_altered_backup_copy(used: UsedHome, archive: Archive, back_up: BackUp) -> None:
     version = used.publish()
     back_up()
     _overwrite(archive.version(version) / "merged" / "config.json")
@@ -149,7 +153,7 @@ def test_backup_of_another_home_into_the_same_folder_is_rejected(
         back_up()
 
 
-def test_no_snapshot_is_created_when_a_database_is_damaged(used: UsedHome, archive: Archive, back_up: BackUp) -> None:
+def test_no_snapshot_is_created_if_a_database_is_damaged(used: UsedHome, archive: Archive, back_up: BackUp) -> None:
     back_up()
     (used.settings.home / "mlflow.db").write_bytes(b"no database" * 1000)
     with pytest.raises(IntegrityError, match=r"mlflow\.db is damaged"):
@@ -157,7 +161,7 @@ def test_no_snapshot_is_created_when_a_database_is_damaged(used: UsedHome, archi
     assert len(archive.snapshots()) == 1
 
 
-def test_interrupted_snapshot_does_not_count(used: UsedHome, archive: Archive, back_up: BackUp) -> None:
+def test_interrupted_snapshot_is_ignored_and_cleaned_up(used: UsedHome, archive: Archive, back_up: BackUp) -> None:
     used.publish()
 
     def cut_off(total: int) -> None:
@@ -171,7 +175,7 @@ def test_interrupted_snapshot_does_not_count(used: UsedHome, archive: Archive, b
     assert len(list((archive.models.parent / "snapshots").iterdir())) == 1
 
 
-def test_pruning_removes_old_snapshots_and_versions_that_only_they_have(used: UsedHome, archive: Archive) -> None:
+def test_pruning_removes_old_snapshots_and_versions_only_they_contain(used: UsedHome, archive: Archive) -> None:
     first = used.publish()
     for _ in range(2):
         Backup(used.settings, archive).run(keep=2)
@@ -184,7 +188,7 @@ def test_pruning_removes_old_snapshots_and_versions_that_only_they_have(used: Us
     assert [snapshot.versions for snapshot in archive.snapshots()] == [(str(second),)] * 2
 
 
-def test_two_concurrent_backups_into_one_folder_exclude_each_other(
+def test_concurrent_backups_into_one_folder_exclude_each_other(
     used: UsedHome, archive: Archive, back_up: BackUp
 ) -> None:
     archive.prepare()
@@ -201,7 +205,9 @@ def test_full_disk_is_reported_before_weights_are_copied(
         back_up()
 
 
-def test_uncommitted_rows_are_not_in_the_snapshot(used: UsedHome, back_up: BackUp, restore_as: RestoreAs) -> None:
+def test_uncommitted_rows_are_excluded_from_the_snapshot(
+    used: UsedHome, back_up: BackUp, restore_as: RestoreAs
+) -> None:
     with sqlite3.connect(used.settings.home / "svc.db", isolation_level=None) as writing:
         writing.execute("BEGIN IMMEDIATE")
         writing.execute("CREATE TABLE half (a)")
@@ -213,7 +219,7 @@ def test_uncommitted_rows_are_not_in_the_snapshot(used: UsedHome, back_up: BackU
     restored.close()
 
 
-def test_remote_mlflow_server_is_named(used: UsedHome, archive: Archive) -> None:
+def test_snapshot_names_a_remote_mlflow_server(used: UsedHome, archive: Archive) -> None:
     uri = f"sqlite:///{used.settings.home / 'mlflow.db'}"
     settings = Settings(home=used.settings.home, tracking_uri=uri)
     made = Backup(settings, archive).run(keep=1).snapshot

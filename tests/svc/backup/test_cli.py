@@ -31,7 +31,7 @@ def test_backup_and_restore_report_their_results_as_text(svc: Svc, used: UsedHom
     assert "1 versions" in svc("--home", "again", "restore", "backups").out
 
 
-def test_missing_needed_version_is_an_error_that_names_it(svc: Svc, used: UsedHome, tmp_path: Path) -> None:
+def test_error_names_a_needed_version_missing_from_the_home(svc: Svc, used: UsedHome, tmp_path: Path) -> None:
     version = used.publish()
     used.promote(version)
     used.registry.folder(version).rename(tmp_path / "elsewhere")
@@ -41,12 +41,12 @@ def test_missing_needed_version_is_an_error_that_names_it(svc: Svc, used: UsedHo
     assert svc("--home", "again", "restore", "backups").code == 0
 
 
-def test_missing_home_is_not_created(svc: Svc, tmp_path: Path) -> None:
+def test_backup_does_not_create_a_missing_home(svc: Svc, tmp_path: Path) -> None:
     assert svc("--home", "nowhere", "backup", "backups").code == NotFoundError.exit_code
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_folder_inside_the_home_is_rejected(svc: Svc, used: UsedHome) -> None:
+def test_backup_folder_inside_the_home_is_rejected(svc: Svc, used: UsedHome) -> None:
     result = svc("--home", used.settings.home, "backup", used.settings.home / "backups")
     assert result.code == 2
     assert "is inside the home" in result.err

@@ -15,20 +15,22 @@ from tests.svc.backup.conftest import BackUp, RestoreAs, UsedHome, progress
 from tests.svc.registry.manifests import make_manifest
 
 
-def test_home_that_is_not_empty_is_rejected(used: UsedHome, archive: Archive, back_up: BackUp) -> None:
+def test_restore_into_a_non_empty_home_is_rejected(used: UsedHome, archive: Archive, back_up: BackUp) -> None:
     back_up()
     with pytest.raises(SettingsError, match="is not empty"):
         Restore(archive, used.settings.home).run(archive.find(None))
 
 
-def test_home_in_use_is_rejected(archive: Archive, back_up: BackUp, tmp_path: Path) -> None:
+def test_restore_into_a_home_in_use_is_rejected(archive: Archive, back_up: BackUp, tmp_path: Path) -> None:
     back_up()
     home = tmp_path / "again"
     with hold_lock(home / "serve.lock", "the home"), pytest.raises(BusyError):
         Restore(archive, home).run(archive.find(None))
 
 
-def test_interrupted_restore_continues(used: UsedHome, archive: Archive, back_up: BackUp, tmp_path: Path) -> None:
+def test_interrupted_restore_can_be_continued(
+    used: UsedHome, archive: Archive, back_up: BackUp, tmp_path: Path
+) -> None:
     first, second = used.publish(), used.publish()
     snapshot, home, totals = back_up().snapshot, tmp_path / "again", list[int]()
 
@@ -68,7 +70,7 @@ def test_version_altered_in_the_backup_is_rejected(
     assert not (tmp_path / "again" / "svc.db").exists()
 
 
-def test_older_snapshot_can_be_chosen(used: UsedHome, archive: Archive, back_up: BackUp, tmp_path: Path) -> None:
+def test_older_snapshot_can_be_selected(used: UsedHome, archive: Archive, back_up: BackUp, tmp_path: Path) -> None:
     first = used.publish()
     older = back_up().snapshot
     used.publish()

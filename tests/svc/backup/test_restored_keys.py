@@ -32,7 +32,7 @@ def states(home: Path) -> dict[str, bool]:
     return {key.principal.name: key.usable(datetime.now(UTC)) for key in read_keys(open_database(home))}
 
 
-def test_key_stays_revoked_when_any_newer_snapshot_has_it_revoked(
+def test_restored_key_stays_revoked_if_revoked_in_any_newer_snapshot(
     used: UsedHome, archive: Archive, back_up: BackUp, tmp_path: Path
 ) -> None:
     create(used, "stolen", "retired", "fine")
@@ -54,7 +54,7 @@ def test_key_stays_revoked_when_any_newer_snapshot_has_it_revoked(
     assert verify_chain(store).fault is None
 
 
-def test_archive_is_not_changed_when_newer_snapshots_are_read(
+def test_reading_newer_snapshots_does_not_change_the_archive(
     used: UsedHome, archive: Archive, back_up: BackUp, tmp_path: Path
 ) -> None:
     create(used, "one")
@@ -65,7 +65,7 @@ def test_archive_is_not_changed_when_newer_snapshots_are_read(
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
-def test_home_has_no_store_when_the_keys_are_not_confirmed(
+def test_restored_home_has_no_store_if_the_keys_are_not_confirmed(
     used: UsedHome, archive: Archive, back_up: BackUp, tmp_path: Path
 ) -> None:
     create(used, "one")
@@ -84,9 +84,7 @@ def test_home_has_no_store_when_the_keys_are_not_confirmed(
     assert states(home) == {"one": True}
 
 
-def test_restore_is_rejected_when_keys_would_be_valid_and_nobody_can_be_asked(
-    svc: Svc, used: UsedHome, tmp_path: Path
-) -> None:
+def test_restore_with_valid_keys_is_rejected_if_nobody_can_confirm(svc: Svc, used: UsedHome, tmp_path: Path) -> None:
     (issued,) = create(used, "laptop")
     add_usage(used.store, {UsageOf(datetime(2026, 1, 2, 3, tzinfo=UTC), issued.key.id, "tickets"): Usage(1, 2, 3)})
     svc("--home", used.settings.home, "backup", "backups")
@@ -99,7 +97,7 @@ def test_restore_is_rejected_when_keys_would_be_valid_and_nobody_can_be_asked(
     assert issued.key.id in shown and "2026-01-02 03:00" in shown
 
 
-def test_restore_continues_when_the_keys_are_confirmed_by_an_option(svc: Svc, used: UsedHome, tmp_path: Path) -> None:
+def test_restore_continues_if_an_option_confirms_the_keys(svc: Svc, used: UsedHome, tmp_path: Path) -> None:
     create(used, "laptop", "stolen")
     svc("--home", used.settings.home, "backup", "backups")
     name = json.loads(svc("restore", "backups", "--list", "--json").out)[0]["name"]
@@ -116,7 +114,7 @@ def test_restore_continues_when_the_keys_are_confirmed_by_an_option(svc: Svc, us
 
 
 @pytest.mark.parametrize("answer", ["y", "n"])
-def test_confirmation_is_requested_when_there_is_a_terminal(
+def test_restore_asks_for_confirmation_on_a_terminal(
     svc: Svc, used: UsedHome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str
 ) -> None:
     create(used, "laptop")
@@ -128,7 +126,9 @@ def test_confirmation_is_requested_when_there_is_a_terminal(
     assert (result.code == 0, (tmp_path / "again" / "svc.db").exists()) == ((answer == "y"),) * 2
 
 
-def test_only_new_keys_are_valid_when_all_are_revoked(svc: Svc, used: UsedHome, tmp_path: Path) -> None:
+def test_only_new_keys_are_valid_after_restoring_with_all_keys_revoked(
+    svc: Svc, used: UsedHome, tmp_path: Path
+) -> None:
     create(used, "laptop", "phone")
     svc("--home", used.settings.home, "backup", "backups")
     result = svc("--home", "again", "restore", "backups", "--revoke-keys")
@@ -140,7 +140,7 @@ def test_only_new_keys_are_valid_when_all_are_revoked(svc: Svc, used: UsedHome, 
     assert len(read_keys(open_database(tmp_path / "again"))) == 3
 
 
-def test_newer_snapshot_is_named_when_its_store_cannot_be_read(svc: Svc, used: UsedHome, tmp_path: Path) -> None:
+def test_newer_snapshot_with_an_unreadable_store_is_named(svc: Svc, used: UsedHome, tmp_path: Path) -> None:
     create(used, "laptop")
     svc("--home", used.settings.home, "backup", "backups")
     svc("--home", used.settings.home, "backup", "backups")

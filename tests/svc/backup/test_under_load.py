@@ -52,7 +52,7 @@ def going(*steps: Callable[[], None]) -> Iterator[list[Exception]]:
             thread.join()
 
 
-def test_every_snapshot_is_complete_when_versions_are_added_served_and_removed_concurrently(
+def test_snapshots_are_complete_while_versions_are_added_served_and_removed(
     used: UsedHome, archive: Archive, tmp_path: Path
 ) -> None:
     used.promote(used.publish())

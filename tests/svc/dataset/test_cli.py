@@ -36,7 +36,7 @@ def check(*arguments: str) -> Result:
 
 
 @pytest.mark.parametrize("value", HOSTILE, ids=str)
-def test_wrong_value_is_shown_without_control_characters_and_invalid_utf8(tmp_path: Path, value: Any) -> None:
+def test_invalid_value_is_printed_without_control_characters_and_invalid_utf8(tmp_path: Path, value: Any) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text(json.dumps(value))
     text, machine = check(str(path)), check(str(path), "--json")
@@ -45,13 +45,13 @@ def test_wrong_value_is_shown_without_control_characters_and_invalid_utf8(tmp_pa
     assert json.loads(machine.output)[0]["errors"] >= 1
 
 
-def test_problems_are_shown_when_the_file_name_is_not_utf8(tmp_path: Path) -> None:
+def test_data_check_prints_problems_even_if_the_file_name_is_not_utf8(tmp_path: Path) -> None:
     path = tmp_path / os.fsdecode(b"n\xff.jsonl")
     path.write_text("{}")
     assert check(str(path), "--json").exit_code == 1
 
 
-def test_detectable_loss_is_shown_when_held_out_examples_are_given(tmp_path: Path) -> None:
+def test_detectable_loss_is_printed_when_a_held_out_file_is_given(tmp_path: Path) -> None:
     train, heldout = tmp_path / "train.jsonl", tmp_path / "heldout.jsonl"
     for path, count in ((train, 3), (heldout, 40)):
         turns = ([QUESTION | {"content": f"{path.stem} {number}"}, ANSWER] for number in range(count))
@@ -62,7 +62,7 @@ def test_detectable_loss_is_shown_when_held_out_examples_are_given(tmp_path: Pat
     assert "detect a loss" not in check(str(train), "--heldout", str(heldout), "--json").output
 
 
-def test_answers_are_shown_without_control_characters(tmp_path: Path) -> None:
+def test_answers_are_printed_without_control_characters(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     turns = [
         [QUESTION | {"content": f"{number}"}, ANSWER | {"content": "a\x1bb" if number % 2 else "c"}]
@@ -74,7 +74,7 @@ def test_answers_are_shown_without_control_characters(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", HOSTILE, ids=str)
-def test_bad_lines_are_stored_whatever_their_fault(tmp_path: Path, value: Any) -> None:
+def test_invalid_lines_are_stored_whatever_the_error(tmp_path: Path, value: Any) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text(json.dumps(value))
     bad = BadLines(tmp_path / "bad")
@@ -85,6 +85,6 @@ def test_bad_lines_are_stored_whatever_their_fault(tmp_path: Path, value: Any) -
 
 
 @given(st.text(st.characters()))
-def test_error_is_printable_whatever_text_it_contains(text: str) -> None:
+def test_data_error_is_printable_whatever_text_it_contains(text: str) -> None:
     error = RowError(Code.WRONG_FORMAT, text, field="x").at("y")
     assert error.wrong.isprintable() and error.wrong.encode()

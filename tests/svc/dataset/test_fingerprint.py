@@ -8,7 +8,7 @@ from svc.dataset.readers.reader import read_examples
 from tests.svc.chats import chat
 
 
-def test_fingerprint_ignores_spacing_key_order_and_additional_keys(tmp_path: Path) -> None:
+def test_dataset_fingerprint_ignores_spacing_key_order_and_extra_keys(tmp_path: Path) -> None:
     value = chat().as_dict()
     swapped = [{"content": turn["content"], "role": turn["role"]} for turn in value["messages"]]
     (tmp_path / "a.jsonl").write_text(json.dumps(value))
@@ -17,13 +17,13 @@ def test_fingerprint_ignores_spacing_key_order_and_additional_keys(tmp_path: Pat
     assert one == other
 
 
-def test_fingerprint_changes_with_the_content() -> None:
+def test_dataset_fingerprint_changes_with_content() -> None:
     assert fingerprint([chat("a")]) != fingerprint([chat("b")])
 
 
-def test_fingerprint_changes_with_the_order() -> None:
+def test_dataset_fingerprint_changes_with_example_order() -> None:
     assert fingerprint([chat("a"), chat("b")]) != fingerprint([chat("b"), chat("a")])
 
 
-def test_fingerprint_changes_with_the_boundaries_of_examples() -> None:
+def test_dataset_fingerprint_changes_with_example_boundaries() -> None:
     assert fingerprint([chat("a"), chat("a")]) != fingerprint([chat("a")])

@@ -14,12 +14,12 @@ from svc.errors import IntegrityError
 from tests.svc.chats import chat
 
 
-def test_prompts_that_differ_in_spacing_and_case_have_one_hash() -> None:
+def test_prompts_differing_in_spacing_and_case_share_a_hash() -> None:
     hashes = hash_prompts([chat("What is  red?", "a"), chat("what is red? ", "b"), chat("What is blue?", "a")])
     assert hashes[0] == hashes[1] != hashes[2]
 
 
-def test_hash_of_a_prompt_equals_the_one_in_the_table_of_duplicates() -> None:
+def test_prompt_hash_equals_the_hash_in_the_line_table() -> None:
     """Stored hashes of versions are compared with the table of the next version's examples."""
     builder, examples = LineTableBuilder(), [chat("a"), chat("b")]
     for number, example in enumerate(examples):
@@ -27,18 +27,18 @@ def test_hash_of_a_prompt_equals_the_one_in_the_table_of_duplicates() -> None:
     assert builder.finish().rows["prompts"].tolist() == hash_prompts(examples).tolist()
 
 
-def test_written_hashes_are_read_back_sorted_and_distinct(tmp_path: Path) -> None:
+def test_prompt_hashes_are_read_back_sorted_and_unique(tmp_path: Path) -> None:
     write_prompt_hashes(tmp_path / "h.npy", np.array([2**64 - 1, 5, 7, 5], np.uint64))
     assert read_prompt_hashes(tmp_path / "h.npy").tolist() == [5, 7, 2**64 - 1]
 
 
-def test_prompt_takes_eight_bytes(tmp_path: Path) -> None:
+def test_stored_prompt_hash_takes_eight_bytes(tmp_path: Path) -> None:
     write_prompt_hashes(tmp_path / "h.npy", hash_prompts(chat(f"question {number}") for number in range(1000)))
     assert (tmp_path / "h.npy").stat().st_size <= 8 * 1000 + 128
 
 
 @pytest.mark.parametrize("size", [0, 5, 100, 130])
-def test_truncated_file_is_reported(tmp_path: Path, size: int) -> None:
+def test_truncated_prompt_hash_file_raises_error(tmp_path: Path, size: int) -> None:
     write_prompt_hashes(path := tmp_path / "h.npy", hash_prompts([chat("a"), chat("b")]))
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(IntegrityError, match=r"cannot read .*h\.npy"):
@@ -46,7 +46,7 @@ def test_truncated_file_is_reported(tmp_path: Path, size: int) -> None:
 
 
 @pytest.mark.parametrize("write", [partial(np.save, arr=np.zeros(3)), partial(np.savez, arr=np.zeros(3, np.uint64))])
-def test_file_of_another_kind_is_reported(tmp_path: Path, write: Callable[[BytesIO], None]) -> None:
+def test_array_file_without_prompt_hashes_raises_error(tmp_path: Path, write: Callable[[BytesIO], None]) -> None:
     write(content := BytesIO())
     (tmp_path / "h.npy").write_bytes(content.getvalue())
     with pytest.raises(IntegrityError, match="contains no hashes of prompts"):

@@ -38,7 +38,7 @@ def unrelated(seed: int, count: int) -> list[ChatExample]:
 
 @given(st.integers(0, 2**32), st.integers(0, 9), st.floats(0.01, 0.99))
 @settings(max_examples=15, deadline=None)
-def test_near_duplicates_stay_on_one_side(seed: int, split_seed: int, share: float) -> None:
+def test_near_duplicates_stay_on_the_same_side_of_the_split(seed: int, split_seed: int, share: float) -> None:
     examples = with_copies(seed)
     split = split_heldout(examples, share, split_seed)
     assert sorted(map(hash, [*split.train, *split.heldout])) == sorted(map(hash, examples))
@@ -48,7 +48,7 @@ def test_near_duplicates_stay_on_one_side(seed: int, split_seed: int, share: flo
 
 
 @pytest.mark.parametrize("share", [0.1, 0.3])
-def test_held_out_share_is_the_requested_one_for_real_examples(share: float) -> None:
+def test_held_out_share_matches_the_requested_share_on_real_examples(share: float) -> None:
     """Hardly any of them has a near duplicate. Four standard deviations of 1,200 draws are 0.035 and 0.053."""
     examples = read_examples(TASK / "train.jsonl")
     split = split_heldout(examples, share, 0)
@@ -56,7 +56,7 @@ def test_held_out_share_is_the_requested_one_for_real_examples(share: float) -> 
 
 
 @pytest.mark.slow
-def test_group_is_held_out_when_its_smallest_hash_is_below_the_share() -> None:
+def test_duplicate_group_is_held_out_when_its_smallest_hash_is_below_the_share() -> None:
     """One of its copies differs only in case and has no hash of its own: three hashes, and 1 - 0.9 ** 3 is 0.271."""
     examples = with_copies(1)
     copied = {example.answer for example in examples if sum(one.answer == example.answer for one in examples) > 1}
@@ -69,7 +69,7 @@ def test_group_is_held_out_when_its_smallest_hash_is_below_the_share() -> None:
 
 @given(st.integers(0, 2**32), st.integers(0, 9), st.integers(0, 60))
 @settings(max_examples=15, deadline=None)
-def test_unrelated_new_examples_move_no_existing_example(seed: int, split_seed: int, more: int) -> None:
+def test_adding_unrelated_examples_moves_no_existing_example(seed: int, split_seed: int, more: int) -> None:
     before = split_heldout(examples := with_copies(seed), 0.2, split_seed)
     after = split_heldout([*unrelated(seed + 1, more), *examples], 0.2, split_seed)
     assert set(before.heldout) <= set(after.heldout)
@@ -78,9 +78,7 @@ def test_unrelated_new_examples_move_no_existing_example(seed: int, split_seed: 
 
 @given(st.integers(0, 2**32), st.integers(0, 9), st.sets(st.integers(0, 69), max_size=30))
 @settings(max_examples=15, deadline=None)
-def test_group_with_a_prompt_that_an_earlier_version_was_trained_on_is_not_held_out(
-    seed: int, split_seed: int, places: set[int]
-) -> None:
+def test_group_with_a_prompt_already_trained_on_is_not_held_out(seed: int, split_seed: int, places: set[int]) -> None:
     examples = with_copies(seed)
     learnt = [examples[place] for place in places]
     split = split_heldout(examples, 0.5, split_seed, hash_prompts(learnt))
@@ -89,34 +87,34 @@ def test_group_with_a_prompt_that_an_earlier_version_was_trained_on_is_not_held_
 
 @given(st.integers(0, 2**32), st.integers(0, 9), st.floats(0.01, 0.99))
 @settings(max_examples=15, deadline=None)
-def test_version_that_was_trained_on_a_split_does_not_change_it(seed: int, split_seed: int, share: float) -> None:
+def test_repeating_a_split_after_training_on_it_gives_the_same_split(seed: int, split_seed: int, share: float) -> None:
     """Otherwise the same recipe would be another run after it has finished."""
     split = split_heldout(examples := with_copies(seed), share, split_seed)
     again = split_heldout(examples, share, split_seed, hash_prompts(split.train))
     assert (again.train, again.heldout) == (split.train, split.heldout)
 
 
-def test_examples_that_are_not_held_out_because_they_were_trained_on_are_counted() -> None:
+def test_examples_kept_in_training_because_already_trained_on_are_counted() -> None:
     examples = unrelated(0, 60)
     held = split_heldout(examples, 0.2, 0).heldout
     assert split_heldout(examples, 0.2, 0, hash_prompts(held[:3])).learnt_before == 3
 
 
-def test_examples_that_were_all_trained_on_cannot_be_split() -> None:
+def test_split_fails_when_all_examples_were_already_trained_on() -> None:
     examples = unrelated(0, 5)
     with pytest.raises(DataError, match="were trained on all examples") as caught:
         split_heldout(examples, 0.2, 0, hash_prompts(examples))
     assert "data.heldout" in caught.value.todo
 
 
-def test_order_of_the_examples_does_not_matter() -> None:
+def test_split_does_not_depend_on_example_order() -> None:
     examples = [chat(f"question {number}") for number in range(50)]
     one = split_heldout(examples, 0.1, 3).heldout
     other = split_heldout(examples[::-1], 0.1, 3).heldout
     assert one == other[::-1] != []
 
 
-def test_another_seed_holds_out_other_examples() -> None:
+def test_another_seed_holds_out_different_examples() -> None:
     examples = unrelated(0, 50)
     assert split_heldout(examples, 0.2, 0).heldout != split_heldout(examples, 0.2, 1).heldout
 
@@ -128,12 +126,12 @@ def test_at_least_one_example_is_held_out_and_equal_prompts_stay_together() -> N
     assert list(group_near_duplicates(examples)) == [0, 0, 2]
 
 
-def test_at_least_one_example_is_trained_on() -> None:
+def test_at_least_one_example_is_kept_for_training() -> None:
     examples = unrelated(0, 4)
     assert len(split_heldout(examples, 0.9999, 0).train) == 1
 
 
-def test_copies_of_one_example_cannot_be_split() -> None:
+def test_copies_of_a_single_example_cannot_be_split() -> None:
     with pytest.raises(DataError, match="all examples are near duplicates of each other") as caught:
         split_heldout([chat("a"), chat("A"), chat("a ")], 0.1, 0)
     assert "data.heldout" in caught.value.todo
@@ -146,7 +144,7 @@ def conversation(*texts: str) -> ChatExample:
 
 
 @pytest.mark.parametrize("greeting", [(), ("Hi", "Hello.")], ids=["different first questions", "the same greeting"])
-def test_examples_of_one_conversation_stay_on_one_side(greeting: tuple[str, ...]) -> None:
+def test_examples_of_one_conversation_stay_on_the_same_side_of_the_split(greeting: tuple[str, ...]) -> None:
     """In the second case half the examples begin with the same user turn, in the first none of two conversations."""
     chance, examples = random.Random(5), []
     for number in range(100):
@@ -160,7 +158,7 @@ def test_examples_of_one_conversation_stay_on_one_side(greeting: tuple[str, ...]
     assert 10 <= len(held) <= 30  # two and a half standard deviations of 100 draws at 0.2
 
 
-def test_prompt_that_a_conversation_answers_is_not_held_out_when_its_opening_is_common() -> None:
+def test_prompt_answered_within_a_training_conversation_is_not_held_out() -> None:
     """The greeting alone is another group than each conversation that begins with it, and may be trained on."""
     chance = random.Random(5)
     greeted = [conversation("Hi", "Hello.", text(chance, 20, 30), f"answer {number}") for number in range(30)]
@@ -172,7 +170,7 @@ def test_prompt_that_a_conversation_answers_is_not_held_out_when_its_opening_is_
         assert split_heldout(examples, 0.1, seed, hash_answered_prompts(split.train)).heldout == split.heldout
 
 
-def test_split_of_questions_does_not_depend_on_turns_that_follow() -> None:
+def test_split_of_questions_ignores_later_turns() -> None:
     first = [conversation(f"question {number}", "a") for number in range(60)]
     longer = [conversation(f"question {number}", "a", "more?", "b") for number in range(60)]
     held = split_heldout(first, 0.2, 0).heldout
@@ -182,7 +180,7 @@ def test_split_of_questions_does_not_depend_on_turns_that_follow() -> None:
 
 
 @given(st.integers(0, 50), st.integers(0, 9), st.integers(1, 60))
-def test_sample_comes_first_and_the_rest_keeps_its_order(count: int, seed: int, size: int) -> None:
+def test_sampled_examples_come_first_and_the_rest_keep_their_order(count: int, seed: int, size: int) -> None:
     examples = [chat(f"question {number}") for number in range(count)]
     placed = [examples.index(example) for example in put_sample_first(examples, size, seed)]
     assert sorted(placed) == list(range(count))
@@ -190,7 +188,7 @@ def test_sample_comes_first_and_the_rest_keeps_its_order(count: int, seed: int, 
     assert placed[size:] == sorted(placed[size:])
 
 
-def test_every_example_is_sampled_equally_often() -> None:
+def test_every_example_is_equally_likely_to_be_sampled() -> None:
     """Each of forty examples is among ten in a quarter of the draws."""
     examples = [chat(f"question {number}") for number in range(40)]
     draws = [put_sample_first(examples, 10, seed)[:10] for seed in range(400)]
@@ -198,13 +196,13 @@ def test_every_example_is_sampled_equally_often() -> None:
     assert min(often) > 0.15 and max(often) < 0.35  # 4.6 standard deviations
 
 
-def test_sample_does_not_depend_on_the_order_of_the_examples() -> None:
+def test_sample_of_examples_does_not_depend_on_their_order() -> None:
     examples = [chat(f"question {number}") for number in range(40)]
     one, other = put_sample_first(examples, 10, 0)[:10], put_sample_first(examples[::-1], 10, 0)[:10]
     assert one == other[::-1]
 
 
-def test_general_examples_are_chosen_by_the_seed() -> None:
+def test_choice_of_general_examples_depends_on_the_seed() -> None:
     train, general = [chat(f"t{n}") for n in range(90)], [chat(f"g{n}") for n in range(100)]
     chosen = mix_general(train, general, [], 0.1, 0)
     assert len(chosen) == 10 and set(chosen) < set(general)
@@ -212,6 +210,6 @@ def test_general_examples_are_chosen_by_the_seed() -> None:
     assert mix_general(train, general, [], 0.1, 1) != chosen
 
 
-def test_held_out_prompts_are_not_general_examples() -> None:
+def test_held_out_prompts_are_excluded_from_general_examples() -> None:
     with pytest.raises(DataError, match="has 1 examples"):
         mix_general([chat("t")], [chat("g"), chat("H ", "x")], [chat("h")], 0.7, 0)

@@ -18,52 +18,52 @@ SECRET = "the launch code is tangerine"
 
 
 @given(st.lists(st.integers(0, 10**7), min_size=1))
-def test_every_text_is_counted_in_a_histogram_bin(lengths: list[int]) -> None:
+def test_every_text_is_counted_in_exactly_one_histogram_bin(lengths: list[int]) -> None:
     found = Lengths.of(lengths)
     assert sum(found.counts) == len(lengths)
     assert len(found.edges) == len(found.counts) + 1
     assert found.median <= found.p95 <= found.longest == max(1, *lengths)
 
 
-def test_quantiles_are_lengths_that_occur_in_the_data() -> None:
+def test_length_quantiles_are_lengths_found_in_the_data() -> None:
     found = Lengths.of([1] * 50 + [7] * 45 + [100] * 5)
     assert (found.median, found.p95, found.longest) == (1, 7, 100)
 
 
-def test_labels_are_counted_ignoring_case_and_spacing() -> None:
+def test_label_counts_ignore_case_and_spacing() -> None:
     answers = ["Net", '{"section": "net"}', "games", "net", "games", "net"]
     summary = summarize_data([chat(f"q {place}", answer) for place, answer in enumerate(answers)], [])
     assert summary.labels == {"net": 4, "games": 2}
 
 
-def test_general_examples_have_no_labels() -> None:
+def test_general_examples_are_excluded_from_labels() -> None:
     train = [chat(f"q {place}", ("yes", "no")[place % 2]) for place in range(6)]
     assert summarize_data([*train, chat("q", "Paris")], [], general=1).labels == {"yes": 3, "no": 3}
 
 
-def test_answers_that_are_all_different_are_not_labels() -> None:
+def test_all_different_answers_are_not_treated_as_labels() -> None:
     assert summarize_data([chat(f"q {place}", f"a {place}") for place in range(6)], []).labels == {}
 
 
-def test_near_duplicates_are_counted_within_training_and_across() -> None:
+def test_near_duplicates_are_counted_within_training_and_between_splits() -> None:
     train = [chat(SENTENCE), chat(SENTENCE.upper()), chat("another question altogether, and what of it?")]
     summary = summarize_data(train, [chat(f"{SENTENCE}!"), chat("what is new here was never asked before")])
     assert (summary.near_duplicates, summary.near_heldout) == (1, 1)
 
 
-def test_summary_contains_no_text_of_an_example() -> None:
+def test_data_summary_contains_no_example_text() -> None:
     train = [chat(f"{SECRET} {place}", SECRET + " x" * place) for place in range(60)]
     assert "tangerine" not in summarize_data(train, train[:2]).model_dump_json()
 
 
-def test_written_summary_is_read_back(tmp_path: Path) -> None:
+def test_written_data_summary_round_trips(tmp_path: Path) -> None:
     summary, path = summarize_data([chat("a"), chat("b")], [chat("c")]), tmp_path / "summary.json"
     path.write_text(summary.model_dump_json(), "utf-8")
     assert read_data_summary(path) == summary
 
 
 @pytest.mark.parametrize("content", [None, "{", json.dumps({"train": 1})])
-def test_file_that_is_not_a_summary_is_rejected(tmp_path: Path, content: str | None) -> None:
+def test_file_that_is_not_a_data_summary_is_rejected(tmp_path: Path, content: str | None) -> None:
     path = tmp_path / "summary.json"
     if content is not None:
         path.write_text(content)

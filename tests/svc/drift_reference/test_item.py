@@ -98,7 +98,7 @@ def same(one: Sample, other: Sample) -> None:
 
 @settings(max_examples=25)
 @given(st.lists(answers, min_size=1, max_size=3), st.none() | st.floats(-9, 0))
-def test_items_convert_to_the_same_samples_as_their_texts(records: list[RequestRecord], logprob: float | None) -> None:
+def test_drift_items_yield_the_same_samples_as_their_texts(records: list[RequestRecord], logprob: float | None) -> None:
     items = maker.make(records)
     assert REFERENCE.prompts is not None and REFERENCE.answers is not None
     same(prompt_sample(items, REFERENCE.prompts), REFERENCE.prompt_sampler.sample([*map(_prompt, records)]))  # type: ignore[union-attr]
@@ -106,7 +106,7 @@ def test_items_convert_to_the_same_samples_as_their_texts(records: list[RequestR
     same(answer_sample(items, [logprob] * len(items), REFERENCE.answers), answer_sampler.sample(told))
 
 
-def test_tool_call_is_neither_json_nor_empty() -> None:
+def test_tool_call_counts_as_neither_json_nor_empty() -> None:
     call = answer_text("", [ToolCall("rain", "{}")])
     sample = AnswerSampler([call] * 12, cut=16).sample([Answer(call, 9, "tool_calls", None, greedy=True)])
     assert AnswerFeature.VALID_JSON not in sample.categories
@@ -122,7 +122,7 @@ def _greedy(record: RequestRecord) -> bool:
     return record.temperature == 0 and (record.max_tokens is None or record.max_tokens >= answer_sampler.cut)
 
 
-def test_stored_items_convert_to_the_same_samples(tmp_path: Path) -> None:
+def test_stored_drift_items_yield_the_same_samples(tmp_path: Path) -> None:
     store = new_store(tmp_path)
     records = [chat(text)._replace(request_id=text) for text in TEXTS]
     add_requests(store, records)
@@ -135,46 +135,46 @@ def test_stored_items_convert_to_the_same_samples(tmp_path: Path) -> None:
     same(answer_sample(stored, none, REFERENCE.answers), answer_sample(items, none, REFERENCE.answers))
 
 
-def test_feature_counts_as_missing_when_an_item_lacks_it() -> None:
+def test_feature_absent_from_a_drift_item_counts_as_missing() -> None:
     like = Sample(0, {"new": np.zeros(0)}, {"newer": np.array([], dtype=np.str_)}, (np.zeros((0, 4)), np.zeros((0, 3))))
     found = answer_sample(maker.make([chat("a")]), [None], like)
     assert np.isnan(found.numbers["new"]).all()
     assert found.categories["newer"].tolist() == [""]
 
 
-def test_sample_is_empty_when_there_are_no_items() -> None:
+def test_sample_of_no_drift_items_is_empty() -> None:
     assert REFERENCE.prompts is not None
     empty = prompt_sample([], REFERENCE.prompts)
     assert empty.size == 0
     same(empty.followed_by(REFERENCE.prompts), REFERENCE.prompts)
 
 
-def test_conversation_hash_is_equal_for_all_turns_of_a_conversation_and_for_no_other() -> None:
+def test_conversation_hash_is_shared_by_all_turns_of_one_conversation_only() -> None:
     first, second = make(chat("Where is it?")), make(chat("Where is it?", "Here.", "Thanks!"))
     assert first.conversation == second.conversation
     others = [chat("Where is she?"), chat("Where is it?", system=""), chat("Thanks!")]
     assert len({first.conversation, *(make(other).conversation for other in others)}) == 4
 
 
-def test_plain_completion_is_its_own_conversation() -> None:
+def test_plain_completion_is_a_conversation_of_its_own() -> None:
     one, same_one, other = (make(RECORD._replace(prompt=json.dumps(text))) for text in ("a", "a", "b"))
     assert one.conversation == same_one.conversation != other.conversation
 
 
-def test_words_are_those_of_the_last_user_turn() -> None:
+def test_drift_item_words_come_from_the_last_user_turn() -> None:
     assert make(chat("elephant", "no", "my parcel")).words.tolist() == REFERENCE.hashes.words("parcel my").tolist()
 
 
-def test_answer_has_no_log_probability_before_it_is_scored() -> None:
+def test_answer_has_no_log_probability_until_it_is_scored() -> None:
     assert AnswerFeature.LOGPROB not in make(chat("a")).answer
 
 
-def test_items_cannot_be_created_when_the_version_has_no_reference() -> None:
+def test_items_cannot_be_created_without_a_version_reference() -> None:
     with pytest.raises(NotFoundError, match="adapter"):
         ItemMaker(Reference(None, None, None, None, "an adapter", [], REFERENCE.hashes))
 
 
-def test_reference_has_the_words_of_its_prompts(tmp_path: Path) -> None:
+def test_drift_reference_contains_the_words_of_its_prompts(tmp_path: Path) -> None:
     registry = open_registry(tmp_path)
     register(registry, examples=20)
     reference = read_reference(registry, target(), Redactor())
@@ -186,7 +186,7 @@ def test_reference_has_the_words_of_its_prompts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-32-le"])
-def test_database_contains_no_text_of_a_request(tmp_path: Path, encoding: str) -> None:
+def test_database_contains_no_request_text(tmp_path: Path, encoding: str) -> None:
     store = new_store(tmp_path)
     record = chat("Featherstonehaugh lost Cholmondeley", "Marjoribanks", "Where is Featherstonehaugh?")
     record = record._replace(answer="Beauchamp")
@@ -197,6 +197,6 @@ def test_database_contains_no_text_of_a_request(tmp_path: Path, encoding: str) -
     assert [word for word in words if word.encode(encoding) in content] == []
 
 
-def test_label_after_thinking_is_the_label() -> None:
+def test_label_after_thinking_is_recognized() -> None:
     thought, plain = (Answer(text, 3, "stop", -0.1, greedy=True) for text in ("<think>a</think>\n\nplace", "place"))
     assert answer_sampler.sample([thought]).categories == answer_sampler.sample([plain]).categories

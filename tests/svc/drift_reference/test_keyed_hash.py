@@ -12,7 +12,7 @@ from svc.errors import IntegrityError
 ONE, OTHER = KeyedHash(bytes(16)), KeyedHash(b"1" * 16)
 
 
-def test_key_of_a_home_is_permanent_and_readable_only_by_its_owner(tmp_path: Path) -> None:
+def test_hash_key_of_a_home_persists_with_owner_only_permissions(tmp_path: Path) -> None:
     made = KeyedHash.of_home(tmp_path)
     assert KeyedHash.of_home(tmp_path) == made
     assert len(made.key) == 16
@@ -20,13 +20,13 @@ def test_key_of_a_home_is_permanent_and_readable_only_by_its_owner(tmp_path: Pat
     assert (tmp_path / KEY_FILE).stat().st_mode & 0o777 == 0o600
 
 
-def test_two_homes_have_two_keys(tmp_path: Path) -> None:
+def test_different_homes_have_different_hash_keys(tmp_path: Path) -> None:
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
     assert KeyedHash.of_home(tmp_path / "one") != KeyedHash.of_home(tmp_path / "other")
 
 
-def test_home_has_one_key_when_many_threads_create_it_concurrently(tmp_path: Path) -> None:
+def test_concurrent_creation_of_a_hash_key_yields_one_key(tmp_path: Path) -> None:
     keys, start = list[bytes](), threading.Barrier(8)
 
     def make() -> None:
@@ -42,22 +42,22 @@ def test_home_has_one_key_when_many_threads_create_it_concurrently(tmp_path: Pat
     assert len(set(keys)) == 1
 
 
-def test_damaged_key_is_rejected_with_its_path(tmp_path: Path) -> None:
+def test_corrupt_hash_key_is_rejected_with_its_path(tmp_path: Path) -> None:
     (tmp_path / KEY_FILE).write_bytes(b"short")
     with pytest.raises(IntegrityError, match=r"drift\.key has 5 bytes"):
         KeyedHash.of_home(tmp_path)
 
 
-def test_key_is_not_shown_when_the_hash_is_printed() -> None:
+def test_printed_keyed_hash_does_not_show_its_key() -> None:
     assert "111" not in repr(OTHER)
 
 
-def test_hashes_differ_when_the_keys_differ() -> None:
+def test_different_keys_give_different_hashes_of_the_same_text() -> None:
     assert set(ONE.words("where is my parcel")).isdisjoint(OTHER.words("where is my parcel"))
     assert ONE.conversation("user: hello") != OTHER.conversation("user: hello")
 
 
-def test_words_are_sorted_and_distinct_whatever_their_order_and_case() -> None:
+def test_word_hashes_are_sorted_and_unique_regardless_of_order_and_case() -> None:
     words = ONE.words("Where is my parcel, where?")
     assert words.dtype == np.int32
     assert words.tolist() == sorted(set(words.tolist()))
@@ -66,7 +66,7 @@ def test_words_are_sorted_and_distinct_whatever_their_order_and_case() -> None:
     assert len(ONE.words("!")) == len(ONE.words("")) == 0
 
 
-def test_words_with_the_smallest_hashes_are_used_when_there_are_many() -> None:
+def test_only_words_with_the_smallest_hashes_are_kept_in_long_texts() -> None:
     letters = [chr(code) for code in range(0x4E00, 0x4E00 + 1500)]
     words = ONE.words("".join(letters))
     assert len(words) == MAX_WORDS
@@ -75,12 +75,12 @@ def test_words_with_the_smallest_hashes_are_used_when_there_are_many() -> None:
 
 
 @pytest.mark.parametrize("text", ["\ud800", "\0", "😀"])
-def test_any_text_has_a_hash(text: str) -> None:
+def test_any_text_can_be_hashed(text: str) -> None:
     assert -(2**63) <= ONE.conversation(text) < 2**63
     assert len(ONE.words(text)) <= 1
 
 
-def test_prompts_differ_when_only_their_numbers_do() -> None:
+def test_prompts_differing_only_in_numbers_have_different_hashes() -> None:
     hashes = KeyedHash(bytes(16))
     assert len(hashes.words("12 + 7 = ?")) == 2
     assert not np.array_equal(hashes.words("12 + 7 = ?"), hashes.words("12 + 8 = ?"))

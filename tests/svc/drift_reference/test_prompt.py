@@ -61,11 +61,11 @@ def category(prompt: Prompt, feature: PromptFeature) -> str:
         (PromptFeature.SYMBOLS, "", 0),
     ],
 )
-def test_numeric_features_equal_manual_counts(feature: PromptFeature, text: str, value: float) -> None:
+def test_numeric_features_match_manual_counts(feature: PromptFeature, text: str, value: float) -> None:
     assert number(text, feature) == pytest.approx(value)
 
 
-def test_turns_are_counted_from_the_conversation() -> None:
+def test_turn_count_comes_from_the_conversation() -> None:
     assert sampler.sample([Prompt("a", turns=3)]).numbers[PromptFeature.TURNS].tolist() == [3]
 
 
@@ -77,23 +77,23 @@ def test_turns_are_counted_from_the_conversation() -> None:
         ("Où est mon colis ? Je l'attends depuis lundi.", "fr"),
     ],
 )
-def test_language_of_a_sentence_is_detected(text: str, code: str) -> None:
+def test_sentence_language_is_detected(text: str, code: str) -> None:
     assert language(text) == code
 
 
-def test_middle_of_a_long_text_does_not_change_its_language() -> None:
+def test_middle_of_a_long_text_does_not_affect_its_language() -> None:
     english = "Where is my parcel? I have been waiting for it. " * 50
     assert language(english + "Wo ist mein Paket? " * 1000 + english) == language(english)
 
 
-def test_only_the_length_depends_on_the_middle_of_a_long_text() -> None:
+def test_middle_of_a_long_text_affects_only_the_length() -> None:
     head, tail = "a parcel " * 200, "the money " * 200
     short, long = (sampler.sample([Prompt(head + middle + tail)]) for middle in ("", "elephant! " * 9_000))
     assert long.numbers[PromptFeature.CHARACTERS][0] == short.numbers[PromptFeature.CHARACTERS][0] + 90_000
     same(replace(long, numbers={**long.numbers, PromptFeature.CHARACTERS: short.numbers["characters"]}), short)
 
 
-def test_features_change_when_the_end_of_a_long_text_changes() -> None:
+def test_end_of_a_long_text_affects_its_features() -> None:
     context = "the parcel is in the cellar " * 200
     one, other = (sampler.sample([Prompt(context + question)]) for question in ("Where is it?", "Elephants, please!"))
     assert one.numbers[PromptFeature.UNKNOWN_WORDS][0] < other.numbers[PromptFeature.UNKNOWN_WORDS][0]
@@ -113,7 +113,7 @@ def test_features_change_when_the_end_of_a_long_text_changes() -> None:
         pytest.param("Wo ist 我的 Paket 7?", "Wo ist 我 的 Paket", id="two scripts"),
     ],
 )
-def test_each_letter_is_a_word_when_the_script_has_no_spaces(text: str, words: str) -> None:
+def test_each_letter_is_a_word_in_scripts_without_spaces(text: str, words: str) -> None:
     assert re.findall(WORD, text) == words.split()
 
 
@@ -128,46 +128,46 @@ def test_each_letter_is_a_word_when_the_script_has_no_spaces(text: str, words: s
         "Πού είναι;",
     ],
 )
-def test_a_word_is_a_run_of_letters_when_the_script_has_spaces(text: str) -> None:
+def test_word_is_a_run_of_letters_in_scripts_with_spaces(text: str) -> None:
     assert re.findall(WORD, text) == re.findall(r"[^\W\d_]+", text) == text.rstrip("?؟;").split()
 
 
-def test_system_prompts_are_distinguished_when_they_begin_identically() -> None:
+def test_system_prompts_with_a_common_beginning_are_distinguished() -> None:
     systems = ["", SYSTEM, SYSTEM + " Be brief.", "Be brief."]
     assert len({category(Prompt("a", system=system), PromptFeature.SYSTEM_PROMPT) for system in systems}) == 4
 
 
 @settings(max_examples=25)
 @given(st.lists(prompts, min_size=1, max_size=3), st.lists(prompts, max_size=2))
-def test_features_of_a_prompt_do_not_depend_on_other_prompts(ones: list[Prompt], others: list[Prompt]) -> None:
+def test_prompt_features_do_not_depend_on_other_prompts(ones: list[Prompt], others: list[Prompt]) -> None:
     same(sampler.sample([*ones, *others]), sampler.sample(ones).followed_by(sampler.sample(others)))
 
 
 @settings(max_examples=25)
 @given(prompts)
-def test_features_of_any_prompt_are_finite_and_shares_are_between_0_and_1(prompt: Prompt) -> None:
+def test_prompt_features_are_finite_and_shares_are_between_0_and_1(prompt: Prompt) -> None:
     sample = sampler.sample([prompt])
     assert all(np.isfinite(values).all() for values in [*sample.numbers.values(), *sample.views])
     assert all(0 <= sample.numbers[feature][0] <= 1 for feature in SHARES)
 
 
-def test_every_feature_is_computed() -> None:
+def test_all_prompt_features_are_computed() -> None:
     sample = sampler.sample([Prompt("a")])
     assert {*sample.numbers, *sample.categories} == set(PromptFeature)
 
 
-def test_sample_is_empty_when_there_are_no_prompts() -> None:
+def test_sample_of_no_prompts_is_empty() -> None:
     empty, one = sampler.sample([]), sampler.sample([Prompt("a")])
     assert empty.size == 0
     same(empty.followed_by(one), one)
 
 
-def test_order_of_words_does_not_matter_to_features() -> None:
+def test_word_order_does_not_affect_features() -> None:
     one, other = (sampler.sample([Prompt(text)]) for text in ("parcel where", "where parcel"))
     same(replace(one, views=()), replace(other, views=()))
 
 
-def test_text_of_a_megabyte_is_handled() -> None:
+def test_one_megabyte_text_is_handled() -> None:
     sample = sampler.sample([Prompt("parcel " * 150_000)])
     assert sample.numbers[PromptFeature.CHARACTERS][0] == 1_050_000
 

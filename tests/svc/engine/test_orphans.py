@@ -91,13 +91,13 @@ def child(folder: Path) -> psutil.Process:
     return psutil.Process(int(found[1]))
 
 
-async def test_orphan_continues_and_is_found_with_its_target(folder: Path) -> None:
+async def test_orphan_engine_keeps_running_and_reports_its_target(folder: Path) -> None:
     async with orphan(folder) as engine:
         assert find_engine(folder) == engine
         assert await engine_in(folder).orphan_holds() == "one"
 
 
-async def test_orphan_is_adopted_and_stopped_like_an_own_engine(folder: Path) -> None:
+async def test_orphan_is_adopted_and_stopped_like_the_servers_own_engine(folder: Path) -> None:
     async with orphan(folder) as engine:
         adopting, core = engine_in(folder), child(folder)
         await adopting.adopt()
@@ -108,7 +108,7 @@ async def test_orphan_is_adopted_and_stopped_like_an_own_engine(folder: Path) ->
         assert await adopting.wait() is None
 
 
-async def test_death_of_an_adopted_engine_is_noticed(folder: Path) -> None:
+async def test_death_of_an_adopted_engine_is_detected(folder: Path) -> None:
     async with orphan(folder) as engine:
         adopting = engine_in(folder)
         await adopting.adopt()
@@ -116,13 +116,13 @@ async def test_death_of_an_adopted_engine_is_noticed(folder: Path) -> None:
         assert await asyncio.wait_for(adopting.wait(), 5) is None
 
 
-async def test_engine_that_was_started_differently_is_not_adopted(folder: Path) -> None:
+async def test_engine_started_with_different_arguments_is_not_adopted(folder: Path) -> None:
     async with orphan(folder):
         assert await engine_in(folder, args=("--seed", "1")).orphan_holds() is None
         assert await engine_in(folder, start_timeout_s=7).orphan_holds() == "one"
 
 
-async def test_dead_engine_has_no_target(folder: Path) -> None:
+async def test_dead_engine_reports_no_target(folder: Path) -> None:
     async with orphan(folder) as engine:
         engine.kill()
         await asyncio.sleep(0.1)
@@ -132,7 +132,7 @@ async def test_dead_engine_has_no_target(folder: Path) -> None:
             await adopting.adopt()
 
 
-async def test_core_that_outlived_its_engine_is_stopped(folder: Path) -> None:
+async def test_engine_core_process_that_outlived_its_engine_is_stopped(folder: Path) -> None:
     async with orphan(folder) as engine:
         engine.kill()
         core = child(folder)
@@ -141,7 +141,7 @@ async def test_core_that_outlived_its_engine_is_stopped(folder: Path) -> None:
         assert not runs(core)
 
 
-async def test_engine_whose_server_died_before_it_wrote_the_record_is_found_by_its_lock(folder: Path) -> None:
+async def test_engine_without_a_record_is_found_by_its_lock(folder: Path) -> None:
     async with orphan(folder, fail="no-record") as engine:
         assert read_record(folder) is None
         await asyncio.to_thread(end_engine, folder)
@@ -149,14 +149,14 @@ async def test_engine_whose_server_died_before_it_wrote_the_record_is_found_by_i
 
 
 @pytest.mark.parametrize("fail", ["", "no-record"])
-async def test_processes_that_an_engine_starts_while_it_is_stopped_are_stopped_too(folder: Path, fail: str) -> None:
+async def test_child_processes_started_while_an_engine_stops_are_stopped_too(folder: Path, fail: str) -> None:
     async with orphan(folder, "late", fail=fail) as engine:
         await asyncio.to_thread(end_engine, folder)
         assert not runs(engine)
         assert not runs(child(folder))
 
 
-def test_lock_held_briefly_by_a_reader_is_waited_for(folder: Path) -> None:
+def test_briefly_held_reader_lock_is_waited_for(folder: Path) -> None:
     with (folder / LOCK_FILE).open("ab") as looking:
         fcntl.flock(looking, fcntl.LOCK_SH)
         threading.Timer(0.2, fcntl.flock, (looking, fcntl.LOCK_UN)).start()
@@ -164,7 +164,7 @@ def test_lock_held_briefly_by_a_reader_is_waited_for(folder: Path) -> None:
             pass
 
 
-def test_lock_held_by_another_engine_is_an_error_that_names_it(folder: Path) -> None:
+def test_lock_held_by_another_engine_raises_error_naming_it(folder: Path) -> None:
     sleeper = "import fcntl, sys, time; fcntl.flock(3, 2); print(flush=True); time.sleep(60)"
     arguments = ["bash", "-c", f"exec 3>>{folder / LOCK_FILE}; exec {sys.executable} -c '{sleeper}'"]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE) as other:
@@ -175,7 +175,7 @@ def test_lock_held_by_another_engine_is_an_error_that_names_it(folder: Path) -> 
         other.kill()
 
 
-async def test_process_that_reuses_the_pid_of_a_dead_engine_is_not_touched(folder: Path) -> None:
+async def test_process_reusing_a_dead_engines_pid_is_left_alone(folder: Path) -> None:
     async with orphan(folder) as engine:
         engine.kill()
         record = read_record(folder)
@@ -194,7 +194,7 @@ async def test_process_that_reuses_the_pid_of_a_dead_engine_is_not_touched(folde
         await stranger.wait()
 
 
-async def test_engine_of_the_original_home_is_not_touched_by_a_copy_of_the_home(folder: Path) -> None:
+async def test_copied_home_does_not_stop_the_engine_of_the_original_home(folder: Path) -> None:
     async with orphan(folder) as engine:
         copy = folder / "copy"
         copy.mkdir()
@@ -204,7 +204,7 @@ async def test_engine_of_the_original_home_is_not_touched_by_a_copy_of_the_home(
         assert runs(engine)
 
 
-async def test_detached_engine_continues(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_detached_engine_keeps_running(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         process_module, "command", lambda spec: [sys.executable, str(SERVER), "ready", str(spec.socket)]
     )
@@ -221,7 +221,7 @@ async def test_detached_engine_continues(folder: Path, monkeypatch: pytest.Monke
         await adopting.stop()
 
 
-async def test_adopted_engine_is_stopped_when_its_folder_is_gone(folder: Path) -> None:
+async def test_adopted_engine_is_stopped_after_its_files_are_deleted(folder: Path) -> None:
     async with orphan(folder) as engine:
         adopting, core = engine_in(folder), child(folder)
         await adopting.adopt()
@@ -232,7 +232,7 @@ async def test_adopted_engine_is_stopped_when_its_folder_is_gone(folder: Path) -
         assert not runs(core)
 
 
-async def test_new_record_replaces_the_old_one(folder: Path) -> None:
+async def test_new_engine_record_replaces_the_old_one(folder: Path) -> None:
     async with orphan(folder):
         adopting = engine_in(folder)
         await adopting.record(None)
@@ -244,7 +244,7 @@ async def test_new_record_replaces_the_old_one(folder: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "{}", '{"pid": "x", "boot": "", "ticks": 1, "plan": [], "launch": ""}']
 )
-def test_damaged_record_is_ignored(folder: Path, text: str) -> None:
+def test_corrupt_engine_record_is_ignored(folder: Path, text: str) -> None:
     (folder / RECORD_FILE).write_text(text)
     (folder / LOCK_FILE).touch()
     assert read_record(folder) is None
@@ -252,6 +252,6 @@ def test_damaged_record_is_ignored(folder: Path, text: str) -> None:
     end_engine(folder)
 
 
-def test_empty_folder_has_no_engine(folder: Path) -> None:
+def test_no_engine_is_found_in_an_empty_folder(folder: Path) -> None:
     assert find_engine(folder) is None
     end_engine(folder)

@@ -58,73 +58,73 @@ async def check(double: EngineDouble, probes: Sequence[Probe]) -> float:
         return await check_probes(client, probes)
 
 
-async def test_same_weights_pass_with_no_difference() -> None:
+async def test_probe_of_identical_weights_passes_with_no_difference() -> None:
     assert await check(EngineDouble(), await probes_of(EngineDouble())) == 0.0
 
 
-async def test_noise_within_the_tolerance_passes_and_is_reported() -> None:
+async def test_probe_noise_within_tolerance_passes_and_is_reported() -> None:
     probes = await probes_of(EngineDouble())
     assert await check(EngineDouble(probe_noise=MIN_TOLERANCE / 2), probes) == pytest.approx(MIN_TOLERANCE / 2)
 
 
-async def test_noise_beyond_the_tolerance_fails() -> None:
+async def test_probe_noise_beyond_tolerance_fails() -> None:
     probes = await probes_of(EngineDouble())
     with pytest.raises(ProbeError, match=r"probe 1 of 2 differs by 0\.0020 nats") as caught:
         await check(EngineDouble(probe_noise=2 * MIN_TOLERANCE), probes)
     assert caught.value.expected == "at most 0.0010"
 
 
-async def test_other_weights_fail() -> None:
+async def test_probe_of_different_weights_fails() -> None:
     probes = await probes_of(EngineDouble())
     with pytest.raises(ProbeError, match="not the version's weights"):
         await check(EngineDouble(weights="/models/tuned/2"), probes)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-async def test_log_probability_that_is_nan_fails(value: float) -> None:
+async def test_non_finite_log_probability_fails_the_probe(value: float) -> None:
     probes = await probes_of(EngineDouble())
     with pytest.raises(ProbeError):
         await check(EngineDouble(probe_noise=value), probes)
 
 
-async def test_probe_that_was_recorded_with_nan_fails() -> None:
+async def test_probe_recorded_with_nan_fails() -> None:
     damaged = [probe.model_copy(update={"logprobs": (math.nan, -1.0)}) for probe in await probes_of(EngineDouble())]
     with pytest.raises(ProbeError):
         await check(EngineDouble(), damaged)
 
 
-async def test_same_weights_pass_when_a_batch_rounds_differently() -> None:
+async def test_identical_weights_pass_despite_different_rounding_in_a_batch() -> None:
     probes, double = await probes_of(EngineDouble()), EngineDouble()
     add_noise(double, [0.1] * len(probes))
     assert await check(double, probes) == 0.0
 
 
-async def test_same_weights_pass_when_other_requests_share_some_of_the_batches() -> None:
+async def test_identical_weights_pass_when_other_requests_share_some_batches() -> None:
     probes, double = await probes_of(EngineDouble()), EngineDouble()
     add_noise(double, [0.1] * len(probes) + [0.2, 0.1])
     assert await check(double, probes) == 0.0
 
 
-async def test_other_weights_fail_after_few_measurements() -> None:
+async def test_different_weights_fail_after_few_measurements() -> None:
     probes, double = await probes_of(EngineDouble()), EngineDouble(probe_noise=0.1)
     with pytest.raises(ProbeError, match=r"probe 1 of 2 differs by 0\.1000 nats"):
         await check(double, probes)
     assert len(double.requests) == len(probes) + 5
 
 
-async def test_empty_list_of_probes_fails() -> None:
+async def test_empty_probe_list_fails() -> None:
     with pytest.raises(ProbeError, match="has no probes"):
         await check(EngineDouble(), [])
 
 
-async def test_one_bad_probe_of_many_fails() -> None:
+async def test_one_failing_probe_among_many_fails_the_check() -> None:
     good, other = await probes_of(EngineDouble())
     bad = other.model_copy(update={"logprobs": tuple(value - 1 for value in other.logprobs)})
     with pytest.raises(ProbeError, match="probe 2 of 2"):
         await check(EngineDouble(), [good, bad])
 
 
-async def test_sequences_are_measured_one_at_a_time() -> None:
+async def test_probe_sequences_are_measured_one_at_a_time() -> None:
     double = EngineDouble()
     running: list[int] = []
     double.on_call = lambda path: running.append(double.running)
@@ -134,12 +134,12 @@ async def test_sequences_are_measured_one_at_a_time() -> None:
     assert [[len(logprobs) for logprobs in run] for run in measured] == [[2, 2]] * 3
 
 
-def test_tolerance_has_its_minimum_when_measurements_are_equal() -> None:
+def test_probe_tolerance_has_its_minimum_when_all_measurements_are_equal() -> None:
     probes = make_probes(SEQUENCES[:1], [[(-1.0, -2.0)], [(-1.0, -2.0)]], FACTS)
     assert probes[0].tolerance == MIN_TOLERANCE == 1e-3
 
 
-def test_tolerance_is_twice_the_measured_noise() -> None:
+def test_probe_tolerance_is_twice_the_measured_noise() -> None:
     probes = make_probes(SEQUENCES[:1], [[(-1.0, -2.0)], [(-1.0, -2.01)], [(-1.02, -2.0)]], FACTS)
     assert probes[0].logprobs == (-1.0, -2.0)
     assert probes[0].tolerance == pytest.approx(0.04)
@@ -147,7 +147,7 @@ def test_tolerance_is_twice_the_measured_noise() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
 @pytest.mark.parametrize("run", [0, 1])
-def test_no_probe_is_created_from_nan(value: float, run: int) -> None:
+def test_no_probe_is_created_from_non_finite_measurements(value: float, run: int) -> None:
     measured = [[(-1.0, -2.0)], [(-1.0, -2.0)]]
     measured[run] = [(-1.0, value)]
     with pytest.raises(ProbeError, match="is not finite"):
@@ -158,7 +158,7 @@ logprobs = st.floats(-20, 0)
 
 
 @given(st.lists(st.tuples(logprobs, logprobs), min_size=1, max_size=6))
-def test_every_measurement_is_within_the_tolerance_of_its_probe(runs: list[tuple[float, float]]) -> None:
+def test_probe_tolerance_covers_all_its_measurements(runs: list[tuple[float, float]]) -> None:
     probe = make_probes(SEQUENCES[:1], [[run] for run in runs], FACTS)[0]
     assert probe.tolerance >= MIN_TOLERANCE
     for run in runs:
@@ -169,7 +169,7 @@ tokens = st.lists(st.integers(0, 50_000), min_size=1, max_size=150)
 
 
 @given(st.lists(st.tuples(tokens, tokens), min_size=1, max_size=40), st.integers(1, MAX_PROBES))
-def test_chosen_sequences_are_few_and_short_and_end_a_prompt_before_its_answer(
+def test_chosen_probe_sequences_are_few_short_excerpts_of_prompt_and_answer(
     pairs: list[tuple[list[int], list[int]]], count: int
 ) -> None:
     chosen = choose_sequences(pairs, count)
@@ -181,7 +181,7 @@ def test_chosen_sequences_are_few_and_short_and_end_a_prompt_before_its_answer(
         assert any(tuple(p)[-start:] == prompt and tuple(a)[: len(answer)] == answer for p, a in pairs)
 
 
-def test_sequences_are_chosen_from_the_whole_set() -> None:
+def test_probe_sequences_are_chosen_from_the_whole_set() -> None:
     pairs = [([number], [number]) for number in range(16)]
     assert [token_ids[0] for token_ids, _ in choose_sequences(pairs, 4)] == [0, 4, 8, 12]
 
@@ -200,7 +200,7 @@ def test_sequences_are_chosen_from_the_whole_set() -> None:
         {"note": "x"},
     ],
 )
-def test_probe_that_proves_nothing_cannot_be_created(change: dict[str, object]) -> None:
+def test_probe_without_evidential_value_cannot_be_created(change: dict[str, object]) -> None:
     good = {"token_ids": (1, 2, 3, 4), "start": 2, "logprobs": (-1.0, -2.0), "tolerance": 1e-3, "engine": FACTS}
     Probe.model_validate(good)
     with pytest.raises(ValidationError):
@@ -217,13 +217,13 @@ def facts_of(
 GPTQ: dict[str, Any] = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
 
 
-def test_facts_distinguish_compiled_from_eager(tmp_path: Path) -> None:
+def test_engine_facts_distinguish_compiled_from_eager(tmp_path: Path) -> None:
     eager, compiled = (facts_of(tmp_path, args=(value,)) for value in ("--enforce-eager", "--no-enforce-eager"))
     assert eager != compiled
     assert eager == facts_of(tmp_path)
 
 
-def test_facts_have_number_type_and_kernel(tmp_path: Path) -> None:
+def test_engine_facts_include_number_type_and_kernel(tmp_path: Path) -> None:
     merged, gptq = facts_of(tmp_path, AVX2), facts_of(tmp_path, AVX2, GPTQ)
     assert (merged.dtype, merged.kernel) == ("float32", GptqKernel.VLLM)
     assert (gptq.dtype, gptq.kernel) == ("bfloat16", GptqKernel.TORCH)
@@ -231,7 +231,7 @@ def test_facts_have_number_type_and_kernel(tmp_path: Path) -> None:
     assert facts_of(tmp_path) != facts_of(tmp_path, args=("--dtype", "float32"))
 
 
-def test_facts_of_another_number_type_have_another_key() -> None:
+def test_engine_facts_with_different_number_types_have_different_keys() -> None:
     wide = FACTS.model_copy(update={"dtype": "float32"})
     assert wide.key != FACTS.key
     assert EngineFacts.model_validate_json(wide.key) == wide

@@ -18,30 +18,28 @@ def limit(one: TokenizedExample, context: int = 10_000) -> int:
     return found
 
 
-def test_limit_is_half_again_the_reference_and_sixteen_rounded_up_when_nothing_is_fixed() -> None:
+def test_default_answer_limit_is_1_5_times_the_reference_plus_16_rounded_up() -> None:
     assert [limit(example(5, tokens)) for tokens in (1, 2, 3, 200)] == [18, 19, 21, 316]
 
 
 @given(SIZES, SIZES, st.integers(0, 6000))
-def test_limit_has_room_for_the_reference_and_stays_in_the_context_when_the_example_fits(
-    prompt: int, answer: int, spare: int
-) -> None:
+def test_answer_limit_fits_the_reference_and_the_remaining_context(prompt: int, answer: int, spare: int) -> None:
     context = prompt + answer + spare
     found = limit(example(prompt, answer), context)
     assert answer <= found <= context - prompt
     assert found == context - prompt or 1.5 * answer + 16 <= found < 1.5 * answer + 17
 
 
-def test_only_the_last_answer_counts_when_several_are_learnt() -> None:
+def test_answer_limit_considers_only_the_last_of_several_answers_trained_on() -> None:
     of_two = TokenizedExample(tuple(range(120)), ((10, 100), (110, 120)))
     assert limit(of_two) == 31
     assert limit(of_two, context=125) == 15
 
 
-def test_limit_is_the_same_for_every_example_when_it_is_fixed() -> None:
+def test_configured_answer_limit_is_the_same_for_every_example() -> None:
     assert answer_limits([example(5, 1), example(5, 200)], context=64, fixed=8) == (8, 8)
 
 
 @given(st.text())
-def test_limit_of_a_text_has_room_for_one_token_per_byte_when_the_tokenizer_is_unknown(reference: str) -> None:
+def test_answer_limit_without_a_tokenizer_allows_one_token_per_byte(reference: str) -> None:
     assert limit_of_text(reference) >= 1.5 * len(reference.encode()) + 16

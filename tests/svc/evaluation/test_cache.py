@@ -28,29 +28,29 @@ def cache(tmp_path: Path) -> EvaluationCache:
     return cache
 
 
-def test_results_have_the_order_of_the_examples(cache: EvaluationCache) -> None:
+def test_cached_results_follow_the_order_of_the_examples(cache: EvaluationCache) -> None:
     assert find(cache, EXAMPLES[::-1]) == tuple(RESULTS[::-1])
 
 
-def test_scores_are_not_cached(cache: EvaluationCache) -> None:
+def test_metric_scores_are_not_cached_with_answers(cache: EvaluationCache) -> None:
     scored = RESULTS[0].model_copy(update={"scores": {"accuracy": 1.0}})
     cache.add([chat("d", "4")], [scored])
     assert find(cache, [chat("d", "4")]) == (RESULTS[0],)
 
 
-def test_cache_answers_for_a_part_of_the_examples(cache: EvaluationCache) -> None:
+def test_cache_returns_results_for_a_subset_of_examples(cache: EvaluationCache) -> None:
     assert find(cache, EXAMPLES[1:]) == tuple(RESULTS[1:])
 
 
-def test_cache_has_no_results_when_one_example_was_never_asked(cache: EvaluationCache) -> None:
+def test_cache_returns_none_when_one_example_is_missing(cache: EvaluationCache) -> None:
     assert find(cache, [*EXAMPLES, chat("d", "4")]) is None
 
 
-def test_example_with_another_reference_is_another_example(cache: EvaluationCache) -> None:
+def test_changed_reference_is_a_cache_miss(cache: EvaluationCache) -> None:
     assert find(cache, [chat("a", "2")]) is None
 
 
-def test_result_is_not_reused_when_tool_call_parsing_differs(cache: EvaluationCache) -> None:
+def test_cached_result_is_not_reused_when_tool_call_parsing_differs(cache: EvaluationCache) -> None:
     question, call = turn("user", "Rain?"), {"role": "assistant", "tool_calls": [{"function": {"name": "rain"}}]}
     text = parse_example({"messages": [question, turn("assistant", "yes")], "tools": [{"name": "rain"}]})
     calling = parse_example({"messages": [question, call], "tools": [{"name": "rain"}]})
@@ -60,7 +60,7 @@ def test_result_is_not_reused_when_tool_call_parsing_differs(cache: EvaluationCa
     assert find(cache, [text, calling]) is None
 
 
-def test_answers_are_generated_again_when_their_limit_changes(cache: EvaluationCache) -> None:
+def test_changed_answer_limit_is_a_cache_miss(cache: EvaluationCache) -> None:
     assert find(cache, EXAMPLES, limit=8) is None
     shorter = [result.model_copy(update={"limit": 8}) for result in RESULTS]
     cache.add(EXAMPLES, shorter)
@@ -68,19 +68,19 @@ def test_answers_are_generated_again_when_their_limit_changes(cache: EvaluationC
     assert find(cache, EXAMPLES) == tuple(RESULTS)
 
 
-def test_results_added_later_are_found_with_the_earlier_ones(cache: EvaluationCache) -> None:
+def test_results_added_later_are_found_together_with_earlier_ones(cache: EvaluationCache) -> None:
     cache.add([chat("d", "4")], RESULTS[:1])
     assert find(cache, [chat("d", "4"), *EXAMPLES]) == (RESULTS[0], *RESULTS)
 
 
 @pytest.mark.parametrize("conditions", [("sha256:2", "eager"), ("sha256:1", "compiled"), ("sha256:1",)])
-def test_cache_is_empty_for_other_weights_and_conditions(
+def test_different_weights_or_conditions_are_a_cache_miss(
     cache: EvaluationCache, tmp_path: Path, conditions: tuple[str, ...]
 ) -> None:
     assert find(EvaluationCache(tmp_path / "cache", *conditions), EXAMPLES) is None
 
 
-def test_damaged_cache_file_is_ignored(cache: EvaluationCache, tmp_path: Path) -> None:
+def test_corrupt_cache_file_is_ignored(cache: EvaluationCache, tmp_path: Path) -> None:
     [path] = (tmp_path / "cache").iterdir()
     path.write_bytes(path.read_bytes()[:-5])
     assert find(cache, EXAMPLES) is None

@@ -59,7 +59,7 @@ def against(
 @pytest.mark.slow
 @settings(max_examples=30)
 @given(rows)
-def test_differences_are_mirrored_when_the_models_are_swapped(given: list[tuple[str, str, str, float, float]]) -> None:
+def test_swapping_the_models_mirrors_all_differences(given: list[tuple[str, str, str, float, float]]) -> None:
     examples, one, other = pairs(given)
     there = compare(examples, one.results, other.results, ALL)
     back = compare(examples, other.results, one.results, ALL)
@@ -95,14 +95,14 @@ def test_model_compared_with_itself_has_no_differences(given: list[tuple[str, st
         (["net", "mail"] * 10, ["mail", "net"] * 10, Direction.UNDECIDED),
     ],
 )
-def test_direction_says_whether_the_second_model_is_better_by_the_primary_metric(
+def test_comparison_direction_follows_the_primary_metric(
     first: list[str], second: list[str], direction: Direction
 ) -> None:
     assert against(first, second).direction is direction
 
 
 @pytest.mark.parametrize(("differing", "direction"), [(5, Direction.UNDECIDED), (6, Direction.BETTER)])
-def test_difference_that_chance_gives_once_in_twenty_times_is_not_significant(
+def test_difference_within_chance_at_the_5_percent_level_is_not_significant(
     differing: int, direction: Direction
 ) -> None:
     first = ["mail"] * differing + ["net"] * 20
@@ -112,7 +112,7 @@ def test_difference_that_chance_gives_once_in_twenty_times_is_not_significant(
     assert (comparison.tally.p_value < 0.05) is (direction is Direction.BETTER)
 
 
-def test_lower_log_likelihood_is_better() -> None:
+def test_lower_nll_counts_as_better() -> None:
     examples, one, other = pairs([("net", "net", "net", 2.0 + place / 10, 1.0) for place in range(10)])
     comparison = compare(examples, one.results, other.results, [ExactMatch(), Perplexity()])
     assert comparison.metrics["nll"].direction is Direction.BETTER
@@ -120,13 +120,13 @@ def test_lower_log_likelihood_is_better() -> None:
     assert comparison.direction is Direction.UNDECIDED
 
 
-def test_longer_answer_is_different_but_not_better() -> None:
+def test_longer_answer_counts_as_different_but_not_better() -> None:
     examples, one, other = pairs([("net", "net", "net" + "t" * (place + 1), 1.0, 1.0) for place in range(10)])
     comparison = compare(examples, one.results, other.results, [ExactMatch(), Length()])
     assert comparison.metrics["length"].direction is Direction.DIFFERENT
 
 
-def test_wins_losses_and_ties_are_counted_with_the_exact_sign_test() -> None:
+def test_wins_losses_and_ties_are_tested_with_the_exact_sign_test() -> None:
     first = ["mail"] * 8 + ["net"] * 2 + ["net"] * 10
     second = ["net"] * 8 + ["mail"] * 2 + ["net"] * 10
     tally = against(first, second).tally
@@ -134,7 +134,7 @@ def test_wins_losses_and_ties_are_counted_with_the_exact_sign_test() -> None:
     assert tally.p_value == pytest.approx(0.109375)  # 2 * (1 + 10 + 45) / 1024
 
 
-def test_corpus_metric_is_tallied_by_its_watched_metric() -> None:
+def test_corpus_metric_is_tallied_by_its_per_example_metric() -> None:
     examples, one, other = pairs([("net", "mail", '{"s": "net"}', 1.0, 1.0)] * 3 + [("mail", "x", "y", 1.0, 1.0)])
     with_it = compare(examples, one.results, other.results, [MacroF1(), Accuracy()])
     without = compare(examples, one.results, other.results, [MacroF1()])
@@ -142,7 +142,7 @@ def test_corpus_metric_is_tallied_by_its_watched_metric() -> None:
     assert (without.tally.metric, without.tally.wins) == ("exact_match", 0)
 
 
-def test_examples_that_differ_most_come_first_and_ties_by_number_of_edits() -> None:
+def test_most_different_examples_come_first_with_ties_ordered_by_edits() -> None:
     first = ["net", "net", "no", "mail", "net"]
     second = ["a long other answer", "mail", "no, and more", "mail", "net"]
     differing = against(first, second).different
@@ -157,17 +157,17 @@ def test_examples_that_differ_most_come_first_and_ties_by_number_of_edits() -> N
     )
 
 
-def test_number_of_shown_examples_is_limited() -> None:
+def test_number_of_examples_shown_is_limited() -> None:
     assert len(against(["net"] * 50, ["mail"] * 50).different) == SHOWN
 
 
-def test_token_metrics_are_left_out_when_tokenizers_differ() -> None:
+def test_token_metrics_are_excluded_when_tokenizers_differ() -> None:
     comparison = against(["net"], ["mail"], no_tokens="the two have different tokenizers")
     assert set(comparison.metrics) == {"exact_match", "cut_off"}
     assert comparison.left_out == dict.fromkeys(("perplexity", "nll"), "the two have different tokenizers")
 
 
-def test_model_that_truncates_fewer_answers_is_better_when_the_difference_is_significant() -> None:
+def test_model_with_significantly_fewer_truncated_answers_is_better() -> None:
     examples = [chat(f"q {place}", "net") for place in range(20)]
     cut = [result("net", "net", end="length" if place < 15 else "stop") for place in range(20)]
     whole = [result("net", "net")] * 20
@@ -176,14 +176,14 @@ def test_model_that_truncates_fewer_answers_is_better_when_the_difference_is_sig
     assert (truncation.difference.value, truncation.direction) == (-0.75, Direction.BETTER)
 
 
-def test_another_metric_is_primary_when_the_primary_one_is_left_out() -> None:
+def test_another_metric_becomes_primary_when_the_primary_is_excluded() -> None:
     examples, one, other = pairs([("net", "net", "mail", 1.0, 1.0)])
     metrics = choose_metrics(examples, MetricOptions(names=("perplexity", "length", "exact_match")))
     comparison = compare(examples, one.results, other.results, metrics, no_tokens="elsewhere")
     assert comparison.primary == "exact_match"
 
 
-def test_comparison_without_any_metric_is_an_error() -> None:
+def test_comparison_without_a_usable_metric_raises_error() -> None:
     examples, one, other = pairs([("net", "net", "mail", 1.0, 1.0)])
     with pytest.raises(DataError, match="none of the metrics can compare these models: elsewhere"):
         compare(examples, one.results, other.results, [Perplexity(), Length()], no_tokens="elsewhere")

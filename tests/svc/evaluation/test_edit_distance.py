@@ -19,14 +19,14 @@ def by_table(first: str, second: str) -> int:
 
 
 @given(texts, texts)
-def test_distance_equals_that_of_the_textbook_algorithm(first: str, second: str) -> None:
+def test_edit_distance_equals_the_textbook_algorithm(first: str, second: str) -> None:
     assert edit_distance(first, second) == by_table(first, second)
 
 
 @pytest.mark.parametrize(("first", "second", "edits"), [("kitten", "sitting", 3), ("", "abc", 3), ("same", "same", 0)])
-def test_distance_equals_known_values(first: str, second: str, edits: int) -> None:
+def test_edit_distance_equals_known_values(first: str, second: str, edits: int) -> None:
     assert edit_distance(first, second) == edits
 
 
-def test_distance_is_correct_when_a_text_has_more_letters_than_a_machine_word_has_bits() -> None:
+def test_edit_distance_is_correct_beyond_machine_word_length() -> None:
     assert edit_distance("a" * 500 + "b", "b" + "a" * 500) == 2

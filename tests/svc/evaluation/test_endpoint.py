@@ -67,7 +67,7 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return made
 
 
-async def test_every_example_is_asked_and_its_answer_compared_with_the_reference() -> None:
+async def test_every_example_is_sent_and_its_answer_compared_with_the_reference() -> None:
     provider = Provider()
     results = await ask(provider)
     assert [result.hit for result in results] == [True, False]
@@ -78,14 +78,14 @@ async def test_every_example_is_asked_and_its_answer_compared_with_the_reference
     assert first["messages"] == [{"role": "user", "content": "one"}]
 
 
-async def test_each_answer_has_its_own_limit_when_limits_differ() -> None:
+async def test_each_request_has_its_own_token_limit() -> None:
     provider = Provider()
     results = await ask(provider)
     assert {body["messages"][0]["content"]: body["max_tokens"] for body in provider.bodies} == {"one": 8, "two": 24}
     assert [result.limit for result in results] == [8, 24]
 
 
-async def test_no_key_is_sent_when_none_is_set() -> None:
+async def test_no_api_key_is_sent_when_none_is_configured() -> None:
     provider = Provider()
     await ask(provider, Endpoint("http://127.0.0.1:8000/v1", "mine"))
     assert "authorization" not in provider.requests[0].headers
@@ -98,7 +98,9 @@ async def test_no_key_is_sent_when_none_is_set() -> None:
         ("'temperature' does not support 0 with this model", "temperature", None),
     ],
 )
-async def test_rejected_option_is_replaced(refused: str, gone: str, instead: str | None, pauses: list[float]) -> None:
+async def test_unsupported_request_option_is_replaced_and_the_request_retried(
+    refused: str, gone: str, instead: str | None, pauses: list[float]
+) -> None:
     provider = Provider(*[refused_option(refused, gone)] * 4)
     results = await ask(provider)
     assert [result.answer for result in results] == ["yes", "yes"]
@@ -108,19 +110,19 @@ async def test_rejected_option_is_replaced(refused: str, gone: str, instead: str
     assert pauses == []
 
 
-async def test_busy_endpoint_is_asked_again_at_the_requested_time(pauses: list[float]) -> None:
+async def test_busy_endpoint_is_retried_after_the_requested_delay(pauses: list[float]) -> None:
     provider = Provider(refusal(429, "slow down", **{"retry-after": "7"}), refusal(503, "overloaded"))
     assert len(await ask(provider)) == 2
     assert pauses == [7, 2]
 
 
-async def test_endpoint_that_stays_busy_is_an_error() -> None:
+async def test_permanently_busy_endpoint_raises_error() -> None:
     provider = Provider(*[refusal(503, "overloaded")] * 20)
     with pytest.raises(EngineError, match="answered 503 overloaded"):
         await ask(provider)
 
 
-async def test_rejection_is_reported_without_the_key_and_not_repeated() -> None:
+async def test_rejection_is_not_retried_and_its_error_omits_the_api_key() -> None:
     provider = Provider(*[refusal(401, f"Incorrect API key provided: {KEY}")] * 20)
     with pytest.raises(EngineError, match=r"big-model at https://elsewhere\.example/v1 answered 401") as raised:
         await ask(provider)
@@ -145,12 +147,12 @@ async def test_no_further_request_is_sent_after_a_rejection() -> None:
 
 
 @pytest.mark.parametrize("body", [{}, {"choices": []}, {"choices": [{"message": None}]}, []])
-async def test_answer_of_another_form_is_reported(body: Any) -> None:
+async def test_malformed_endpoint_response_raises_error(body: Any) -> None:
     with pytest.raises(EngineError, match="answered "):
         await ask(Provider(lambda _: httpx.Response(200, json=body)))
 
 
-async def test_missing_answer_is_reported() -> None:
+async def test_unreachable_endpoint_raises_error() -> None:
     def away(request: httpx.Request) -> httpx.Response:
         raise httpx.ConnectError("refused")
 
@@ -159,18 +161,18 @@ async def test_missing_answer_is_reported() -> None:
 
 
 @pytest.mark.parametrize("slash", ["", "/"])
-def test_endpoint_is_a_url_with_its_model(slash: str) -> None:
+def test_endpoint_is_parsed_from_a_url_with_the_model_as_fragment(slash: str) -> None:
     assert Endpoint.parse(f"https://host/v1{slash}#org/model-1", None) == Endpoint("https://host/v1", "org/model-1")
 
 
 @pytest.mark.parametrize("text", ["https://host/v1", "ftp://host/v1#m", "https://#m", "https://me:pw@host/v1#m"])
-def test_invalid_url_is_rejected_and_not_repeated(text: str) -> None:
+def test_invalid_endpoint_url_is_rejected_without_quoting_it(text: str) -> None:
     with pytest.raises(SettingsError) as raised:
         Endpoint.parse(text, None)
     assert text not in str(raised.value)
 
 
-def test_key_is_not_sent_over_a_network_in_plain_text() -> None:
+def test_api_key_is_not_sent_over_an_unencrypted_network_connection() -> None:
     with pytest.raises(SettingsError, match="in plain text"):
         Endpoint.parse("http://host/v1#m", KEY)
     assert Endpoint.parse("http://127.0.0.1:8000/v1#m", KEY).key == KEY
@@ -194,7 +196,7 @@ async def test_endpoint_may_call_tools_when_references_do() -> None:
     assert (result.answer, result.hit) == ('{"name": "rain", "arguments": {}}', True)
 
 
-async def test_thinking_is_neither_sent_nor_compared_when_the_reference_has_its_own() -> None:
+async def test_reference_thinking_is_neither_sent_nor_compared() -> None:
     def thinks(body: dict[str, Any]) -> httpx.Response:
         answer = yes(body).json()
         answer["choices"][0]["message"]["content"] = "<think>\nIs it?\n</think>\n\nyes"

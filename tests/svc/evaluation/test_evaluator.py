@@ -44,7 +44,7 @@ async def test_answers_are_compared_with_their_references() -> None:
     assert report.examples == 4
 
 
-async def test_every_example_has_its_result_in_order() -> None:
+async def test_evaluation_results_follow_the_order_of_the_examples() -> None:
     examples = [chat("a", ONE), chat("b c", "other")]
     async with client_of(EngineDouble(finish_reason="stop")) as client:
         evaluation = await judged(client, examples, limit=8)
@@ -54,7 +54,7 @@ async def test_every_example_has_its_result_in_order() -> None:
     assert [(result.answer.strip(), result.tokens, result.finish_reason) for result in alone] == [(ONE, 5, "stop")] * 2
 
 
-async def test_logprob_of_an_answer_is_that_of_its_text_scored_without_its_end() -> None:
+async def test_answer_logprob_equals_rescoring_its_text_without_the_end_token() -> None:
     async with client_of(EngineDouble(finish_reason="stop")) as client:
         result = await asked(client, chat("a", "other"), limit=8)
         whole = tokenized(chat("a", result.answer))
@@ -78,14 +78,14 @@ async def test_answer_equal_to_the_reference_is_not_scored_again() -> None:
 
 
 @pytest.mark.parametrize("reference", ["other", ONE])
-async def test_results_do_not_depend_on_whether_a_model_was_trained(reference: str) -> None:
+async def test_results_are_the_same_for_trained_and_untrained_models(reference: str) -> None:
     async with client_of(EngineDouble(finish_reason="stop")) as client:
         answers = [await asked(client, chat("a", reference), limit=8, trained=way) for way in (True, False)]
     assert answers[0] == answers[1]
 
 
 @pytest.mark.parametrize("cut", ["1.0 1.1", "1.0 1.1 1.2 1.3 1.4"])
-async def test_reference_that_is_longer_or_shorter_is_scored(cut: str) -> None:
+async def test_reference_longer_or_shorter_than_the_answer_is_scored(cut: str) -> None:
     double = EngineDouble(finish_reason="stop")
     async with client_of(double) as client:
         result = await asked(client, chat("a", cut), limit=8)
@@ -93,14 +93,14 @@ async def test_reference_that_is_longer_or_shorter_is_scored(cut: str) -> None:
     assert not result.hit
 
 
-async def test_truncated_answer_is_scored() -> None:
+async def test_truncated_answer_matching_the_reference_is_still_scored() -> None:
     double = EngineDouble(finish_reason="length")
     async with client_of(double) as client:
         await asked(client, chat("a", ONE), limit=8)
     assert double.calls.count("/v1/completions") == 1
 
 
-async def test_long_reference_is_a_hit_by_default_when_it_is_answered_verbatim() -> None:
+async def test_verbatim_long_answer_is_a_hit_with_the_default_limit() -> None:
     double = EngineDouble(tokens=200, finish_reason="stop")
     example = chat("a", " ".join(f"1.{number}" for number in range(200)))
     seen = [tokenized(example)]
@@ -112,7 +112,7 @@ async def test_long_reference_is_a_hit_by_default_when_it_is_answered_verbatim()
     assert (short.hits, short.cut_off.value) == ((False,), 1)
 
 
-async def test_truncated_answers_are_counted_when_they_end_at_their_limit() -> None:
+async def test_answers_reaching_their_own_token_limit_count_as_truncated() -> None:
     examples = [chat("a", ONE), chat("b", ONE), chat("c", ONE), chat("d", ONE)]
     async with client_of(EngineDouble(finish_reason="stop")) as client:
         seen = [tokenized(example) for example in examples]
@@ -122,13 +122,13 @@ async def test_truncated_answers_are_counted_when_they_end_at_their_limit() -> N
     assert evaluation.report.cut_off == proportion(1, 4)
 
 
-async def test_limit_of_answers_is_respected() -> None:
+async def test_answers_respect_the_token_limit() -> None:
     async with client_of(EngineDouble()) as client:
         report = (await judged(client, [chat("a", ONE)], limit=2)).report
     assert report.hits == (False,)
 
 
-async def test_model_gets_all_turns_except_the_answer() -> None:
+async def test_model_receives_all_turns_except_the_answer() -> None:
     double = EngineDouble()
     turns = (Message(Role.SYSTEM, "be short"), Message(Role.USER, "which"), Message(Role.ASSISTANT, "secret"))
     async with client_of(double) as client:
@@ -137,7 +137,7 @@ async def test_model_gets_all_turns_except_the_answer() -> None:
     assert asked == [[{"role": "system", "content": "be short"}, {"role": "user", "content": "which"}]]
 
 
-async def test_reference_is_scored_with_its_end_token() -> None:
+async def test_reference_is_scored_including_its_end_token() -> None:
     double, example = EngineDouble(), chat("one two", "three four")
     async with client_of(double) as client:
         result = await asked(client, example, limit=2)
@@ -146,7 +146,7 @@ async def test_reference_is_scored_with_its_end_token() -> None:
     assert result.scored == 3
 
 
-async def test_likelihood_of_a_report_is_per_token() -> None:
+async def test_reported_nll_is_averaged_per_token() -> None:
     examples = [chat("a", "one"), chat("b", "one two three four")]
     async with client_of(EngineDouble()) as client:
         evaluation = await judged(client, examples, limit=2)
@@ -154,7 +154,7 @@ async def test_likelihood_of_a_report_is_per_token() -> None:
     assert evaluation.report.nll.value == pytest.approx((2 * short.nll + 5 * long.nll) / 7)
 
 
-async def test_all_trained_answers_are_scored_and_nothing_between_them() -> None:
+async def test_only_answers_trained_on_are_scored_in_a_conversation() -> None:
     double, example = EngineDouble(), chat("a b", "c d e")
     of_two = replace(tokenized(example), learnt=((1, 2), (4, 6)))
     async with client_of(double) as client:
@@ -164,27 +164,27 @@ async def test_all_trained_answers_are_scored_and_nothing_between_them() -> None
     assert result.scored == 3
 
 
-async def test_json_is_counted_when_all_references_are_json() -> None:
+async def test_valid_json_is_measured_when_all_references_are_json() -> None:
     async with client_of(EngineDouble()) as client:
         report = (await judged(client, [chat("a", "{}"), chat("b", '{"x": 1}')], limit=2)).report
     assert report.valid_json is not None
     assert report.valid_json.value == 0.0
 
 
-async def test_json_is_not_counted_when_a_reference_is_text() -> None:
+async def test_valid_json_is_not_measured_when_a_reference_is_plain_text() -> None:
     async with client_of(EngineDouble()) as client:
         report = (await judged(client, [chat("a", "{}"), chat("b", "text")], limit=2)).report
     assert report.valid_json is None
 
 
-async def test_every_example_advances_the_progress() -> None:
+async def test_each_evaluated_example_advances_the_progress() -> None:
     done: list[None] = []
     async with client_of(EngineDouble()) as client:
         await judged(client, [chat(str(number)) for number in range(5)], limit=1, on_done=lambda: done.append(None))
     assert len(done) == 5
 
 
-async def test_at_most_sixteen_examples_are_asked_concurrently() -> None:
+async def test_at_most_16_examples_are_evaluated_concurrently() -> None:
     double = EngineDouble(token_delay_s=0.01)
     most = 0
 
@@ -205,13 +205,13 @@ async def test_one_failed_request_fails_the_evaluation() -> None:
 
 
 @pytest.mark.parametrize("noise", [math.nan, -math.inf])
-async def test_evaluation_fails_when_the_weights_give_nan(noise: float) -> None:
+async def test_evaluation_fails_when_scoring_yields_nan(noise: float) -> None:
     async with client_of(EngineDouble(probe_noise=noise)) as client:
         with pytest.raises(EngineError, match="not a finite number"):
             await judged(client, [chat("a")], limit=1)
 
 
-async def test_evaluation_fails_when_an_answer_has_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_evaluation_fails_when_an_answer_logprob_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     async def logprobs(self: EngineClient, token_ids: object, start: int) -> tuple[float, ...]:
         return (-1.0,)
 
@@ -221,13 +221,13 @@ async def test_evaluation_fails_when_an_answer_has_nan(monkeypatch: pytest.Monke
             await judged(client, [chat("a")], limit=1)
 
 
-async def test_report_round_trips_through_its_file() -> None:
+async def test_evaluation_report_round_trips_through_json() -> None:
     async with client_of(EngineDouble()) as client:
         report = (await judged(client, [chat("a", ONE)], limit=4)).report
     assert type(report).model_validate_json(report.model_dump_json()) == report
 
 
-async def test_report_has_the_metrics_of_the_task_and_the_primary_one_first() -> None:
+async def test_report_lists_the_task_metrics_with_the_primary_one_first() -> None:
     async with client_of(EngineDouble()) as client:
         examples = [chat("a", ONE), chat("b", ONE), chat("c", "other"), chat("d", "other")]
         evaluation = await judged(client, examples, limit=8)
@@ -237,7 +237,7 @@ async def test_report_has_the_metrics_of_the_task_and_the_primary_one_first() ->
     assert [result.scores["accuracy"] for result in evaluation.results] == [1.0, 1.0, 0.0, 0.0]
 
 
-def test_scores_are_computed_from_the_answers() -> None:
+def test_metric_scores_are_recomputed_from_the_answers() -> None:
     given = answered([("a", "a"), ("b", "c")])
     wrong = [result.model_copy(update={"scores": {"exact_match": 0.5}}) for result in given.results]
     evaluation = judge(given.examples, wrong, 0.0, [ExactMatch()])
@@ -253,7 +253,7 @@ def test_scores_are_computed_from_the_answers() -> None:
         ([math.inf, 1.0], "the score of answer 1 is inf"),
     ],
 )
-def test_scores_that_are_not_one_finite_number_each_are_rejected(scores: list[float], wrong: str) -> None:
+def test_scores_must_be_one_finite_number_per_answer(scores: list[float], wrong: str) -> None:
     class Own(ExactMatch):
         name = "own"
 

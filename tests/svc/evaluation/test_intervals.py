@@ -16,7 +16,7 @@ values = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30)
 
 
 @given(counts)
-def test_share_lies_within_its_interval_and_the_interval_within_0_and_1(count: tuple[int, int]) -> None:
+def test_proportion_is_within_its_interval_and_the_interval_within_0_and_1(count: tuple[int, int]) -> None:
     estimate = proportion(*count)
     assert 0 <= estimate.low <= estimate.value <= estimate.high <= 1
     assert estimate.low < estimate.high
@@ -39,20 +39,20 @@ def test_hits_and_misses_have_mirrored_intervals(count: tuple[int, int]) -> None
         (1, 29, 0.0061, 0.1718),
     ],
 )
-def test_intervals_equal_those_of_the_literature(hits: int, total: int, low: float, high: float) -> None:
+def test_confidence_intervals_match_published_values(hits: int, total: int, low: float, high: float) -> None:
     estimate = proportion(hits, total)
     assert (round(estimate.low, 4), round(estimate.high, 4)) == (low, high)
 
 
 @pytest.mark.parametrize(("hits", "total"), [(0, 0), (-1, 5), (6, 5), (1, -1)])
-def test_share_is_rejected_when_its_counts_are_impossible(hits: int, total: int) -> None:
+def test_proportion_of_impossible_counts_is_rejected(hits: int, total: int) -> None:
     with pytest.raises(ValueError, match="hits of"):
         proportion(hits, total)
 
 
 @settings(max_examples=20)
 @given(values, st.data())
-def test_weight_counts_as_that_many_equal_values(numbers: list[float], data: st.DataObject) -> None:
+def test_weighted_mean_equals_mean_of_repeated_values(numbers: list[float], data: st.DataObject) -> None:
     weights = [data.draw(st.integers(1, 4)) for _ in numbers]
     repeated = [value for value, weight in zip(numbers, weights, strict=True) for _ in range(weight)]
     assert math.isclose(mean(numbers, weights).value, mean(repeated).value, abs_tol=1e-6)
@@ -60,7 +60,7 @@ def test_weight_counts_as_that_many_equal_values(numbers: list[float], data: st.
 
 @settings(max_examples=20)
 @given(values)
-def test_equal_weights_change_nothing(numbers: list[float]) -> None:
+def test_equal_weights_do_not_change_the_mean_or_interval(numbers: list[float]) -> None:
     weighted, plain = mean(numbers, [3.0] * len(numbers)), mean(numbers)
     for one, other in ((weighted.value, plain.value), (weighted.low, plain.low), (weighted.high, plain.high)):
         assert math.isclose(one, other, rel_tol=1e-12, abs_tol=1e-6)
@@ -75,7 +75,7 @@ def test_mean_lies_between_the_extremes_and_in_its_interval(numbers: list[float]
     assert min(numbers) - slack <= estimate.value <= max(numbers) + slack
 
 
-def test_interval_of_a_mean_is_near_the_textbooks() -> None:
+def test_mean_interval_is_close_to_the_normal_approximation() -> None:
     generator = random.Random(1)
     numbers = [generator.gauss(10, 2) for _ in range(400)]
     estimate = mean(numbers)
@@ -83,22 +83,22 @@ def test_interval_of_a_mean_is_near_the_textbooks() -> None:
     assert estimate.high == pytest.approx(estimate.value + 1.96 * 2 / 20, abs=0.05)
 
 
-def test_interval_is_a_point_when_all_values_are_equal() -> None:
+def test_mean_and_interval_are_reproducible_for_equal_input() -> None:
     assert mean([1.0, 2.0, 5.0]) == mean([1.0, 2.0, 5.0])
 
 
-def test_mean_of_nothing_is_rejected() -> None:
+def test_mean_of_no_values_is_rejected() -> None:
     with pytest.raises(ValueError, match="no examples"):
         mean([])
 
 
-def test_difficulty_shared_by_both_models_cancels_out() -> None:
+def test_paired_difference_cancels_shared_example_difficulty() -> None:
     first = [float(number) for number in range(50)]
     difference = paired_difference(first, [value + 0.5 for value in first])
     assert difference == Interval(value=0.5, low=0.5, high=0.5)
 
 
-def test_difference_is_rejected_when_values_are_not_paired() -> None:
+def test_paired_difference_of_unequal_lengths_is_rejected() -> None:
     with pytest.raises(ValueError, match="argument"):
         paired_difference([1.0], [1.0, 2.0])
 
@@ -107,12 +107,12 @@ def test_estimate_is_printed_with_its_interval() -> None:
     assert str(Interval(value=0.5, low=0.25, high=0.75)) == "0.500 [0.250, 0.750]"
 
 
-def test_interval_of_a_statistic_equals_that_of_the_mean_when_it_is_the_mean() -> None:
+def test_statistic_interval_equals_the_mean_interval_for_the_mean() -> None:
     numbers = [1.0, 2.0, 5.0, 9.0]
     assert bootstrap(4, lambda drawn: drawn @ np.array(numbers) / drawn.sum(axis=1)) == mean(numbers)
 
 
-def test_interval_of_a_thousand_examples_is_fast() -> None:
+def test_interval_of_1000_values_is_computed_quickly() -> None:
     mean([0.0] * 10)  # numpy is imported
     numbers = [random.Random(1).random() for _ in range(1000)]
     started = time.process_time()
@@ -120,7 +120,7 @@ def test_interval_of_a_thousand_examples_is_fast() -> None:
     assert time.process_time() - started < 0.2
 
 
-def test_interval_is_correct_when_resampling_is_done_in_batches() -> None:
+def test_interval_is_correct_when_resampling_in_batches() -> None:
     generator = random.Random(1)
     estimate = mean([generator.gauss(0, 1) for _ in range(3000)])
     assert estimate.high - estimate.low == pytest.approx(2 * 1.96 / math.sqrt(3000), rel=0.1)

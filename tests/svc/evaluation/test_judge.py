@@ -33,7 +33,7 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint_module, "_MAX_PAUSE_S", 0.01)
 
 
-async def test_verdict_of_a_consistent_judge_is_the_same_in_both_orders() -> None:
+async def test_consistent_judge_gives_the_same_verdict_in_both_orders() -> None:
     with judge_server(prefer_good) as server:
         report = await judge(PAIRS, endpoint(server))
     assert (report.pairs, report.unread) == (6, 0)
@@ -42,19 +42,19 @@ async def test_verdict_of_a_consistent_judge_is_the_same_in_both_orders() -> Non
     assert len(server.requests) == 12
 
 
-async def test_judge_that_considers_only_the_order_has_an_even_win_rate_and_no_agreement() -> None:
+async def test_position_biased_judge_has_even_win_rate_and_no_agreement() -> None:
     with judge_server(lambda first, second: "A") as server:
         report = await judge(PAIRS, endpoint(server))
     assert (report.win_rate.value, report.agreement.value) == (0.5, 0.0)
 
 
-async def test_ties_count_half() -> None:
+async def test_ties_count_half_in_the_win_rate() -> None:
     with judge_server(lambda first, second: "TIE") as server:
         report = await judge(PAIRS, endpoint(server))
     assert (report.win_rate.value, report.agreement.value) == (0.5, 1.0)
 
 
-async def test_every_figure_has_its_interval() -> None:
+async def test_win_rate_and_agreement_have_intervals() -> None:
     pairs = [*PAIRS, *((example, second, first) for example, first, second in PAIRS[:2])]
     with judge_server(prefer_good) as server:
         report = await judge(pairs, endpoint(server))
@@ -62,14 +62,14 @@ async def test_every_figure_has_its_interval() -> None:
     assert report.agreement.low < 1.0
 
 
-async def test_equal_answers_are_a_tie_without_a_request() -> None:
+async def test_equal_answers_are_a_tie_without_asking_the_judge() -> None:
     with judge_server(prefer_good) as server:
         report = await judge([(chat(), "same", " same\n"), PAIRS[0]], endpoint(server))
     assert report.verdicts[0] == (Preference.TIE, Preference.TIE)
     assert len(server.requests) == 2
 
 
-async def test_judge_gets_the_conversation_the_reference_and_both_answers() -> None:
+async def test_judge_receives_the_conversation_reference_and_both_answers() -> None:
     with judge_server(prefer_good) as server:
         await judge(PAIRS[:1], endpoint(server, "secret"))
     question = server.requests[0]["messages"][-1]["content"]
@@ -78,13 +78,15 @@ async def test_judge_gets_the_conversation_the_reference_and_both_answers() -> N
     assert server.keys == ["Bearer secret"] * 2
 
 
-async def test_no_key_is_sent_when_none_is_set() -> None:
+async def test_no_api_key_is_sent_to_the_judge_when_none_is_configured() -> None:
     with judge_server(prefer_good) as server:
         await judge(PAIRS[:1], endpoint(server))
     assert server.keys == [None, None]
 
 
-async def test_destination_of_the_data_is_printed_before_they_are_sent(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_data_destination_is_printed_before_anything_is_sent_to_the_judge(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with judge_server(prefer_good, failures=[(401, {}, "wrong key")] * 9) as server, pytest.raises(JudgeError):
         await judge(PAIRS, endpoint(server))
     assert (
@@ -97,20 +99,20 @@ async def test_destination_of_the_data_is_printed_before_they_are_sent(capsys: p
     "text",
     ["A", " a.", "**A**", "a", "The second is longer, so B at first sight. On reflection:\n\nA", "Verdict: A"],
 )
-async def test_verdict_is_read_in_any_common_form(text: str) -> None:
+async def test_verdict_is_parsed_from_any_common_form(text: str) -> None:
     with judge_server(lambda first, second: text) as server:
         report = await judge(PAIRS[:1], endpoint(server))
     assert report.verdicts[0][0] is Preference.FIRST
 
 
 @pytest.mark.parametrize("text", ["", "B is a better answer", "Both are good.", "C", "neither", "Answer: Apple"])
-async def test_text_that_is_not_a_verdict_is_not_read_as_one(text: str) -> None:
+async def test_text_without_a_verdict_is_not_parsed_as_one(text: str) -> None:
     with judge_server(lambda first, second: text) as server, pytest.raises(JudgeError, match="returned no verdict"):
         await judge(PAIRS[:1], endpoint(server))
 
 
 @pytest.mark.slow
-async def test_few_pairs_without_a_verdict_are_left_out() -> None:
+async def test_few_pairs_without_a_verdict_are_excluded() -> None:
     pairs = [(chat(str(place), "r"), "poor" if place else "odd", f"good {place}") for place in range(12)]
     with judge_server(
         lambda first, second: "both!" if "odd" in (first, second) else prefer_good(first, second)
@@ -119,7 +121,7 @@ async def test_few_pairs_without_a_verdict_are_left_out() -> None:
     assert (report.pairs, report.unread, report.verdicts[0]) == (11, 1, ())
 
 
-async def test_judge_without_verdicts_is_an_error() -> None:
+async def test_judge_returning_no_verdicts_raises_error() -> None:
     with (
         judge_server(lambda first, second: "both are fine") as server,
         pytest.raises(JudgeError, match="no verdict on 6 of 6 pairs"),
@@ -128,14 +130,14 @@ async def test_judge_without_verdicts_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("failure", [(429, {"retry-after": "0"}, "slow"), (503, {}, "busy"), (500, {}, "oh")])
-async def test_transient_failure_is_retried(failure: tuple[int, dict[str, str], str]) -> None:
+async def test_transient_judge_failure_is_retried(failure: tuple[int, dict[str, str], str]) -> None:
     with judge_server(prefer_good, failures=[failure] * 2) as server:
         report = await judge(PAIRS[:1], endpoint(server))
     assert report.win_rate.value == 1.0
     assert len(server.requests) == 4
 
 
-async def test_retries_are_limited() -> None:
+async def test_judge_retries_are_limited() -> None:
     with (
         judge_server(prefer_good, failures=[(429, {}, "out of quota")] * 100) as server,
         pytest.raises(JudgeError, match="429 out of quota"),
@@ -144,7 +146,7 @@ async def test_retries_are_limited() -> None:
     assert len(server.requests) == 5
 
 
-async def test_rejection_is_reported_immediately_with_what_to_check() -> None:
+async def test_rejected_judge_request_fails_immediately_with_advice() -> None:
     with (
         judge_server(prefer_good, failures=[(401, {}, "no such key")] * 100) as server,
         pytest.raises(JudgeError, match="401 no such key") as caught,
@@ -155,19 +157,19 @@ async def test_rejection_is_reported_immediately_with_what_to_check() -> None:
     assert "secret" not in str(caught.value)
 
 
-async def test_temperature_is_omitted_when_the_model_rejects_it() -> None:
+async def test_temperature_is_omitted_when_the_judge_model_rejects_it() -> None:
     with judge_server(prefer_good, failures=[(400, {}, "'temperature' does not support 0")]) as server:
         report = await judge(PAIRS[:1], endpoint(server))
     assert report.pairs == 1
     assert ["temperature" in body for body in server.requests] == [True, False, False]
 
 
-async def test_response_that_is_not_a_chat_completion_is_reported() -> None:
+async def test_response_that_is_not_a_chat_completion_raises_error() -> None:
     with judge_server(prefer_good, body=b"<html>") as server, pytest.raises(JudgeError, match="<html>"):
         await judge(PAIRS[:1], endpoint(server))
 
 
-async def test_unreachable_endpoint_is_reported() -> None:
+async def test_unreachable_judge_endpoint_raises_error() -> None:
     with judge_server(prefer_good) as server:
         pass
     with pytest.raises(JudgeError, match="ConnectError"):
@@ -175,11 +177,11 @@ async def test_unreachable_endpoint_is_reported() -> None:
 
 
 @pytest.mark.parametrize("url", ["api.openai.com", "ftp://host/v1", "https://user:pass@host/v1", "https://"])
-async def test_invalid_endpoint_is_rejected(url: str) -> None:
+async def test_invalid_judge_endpoint_is_rejected(url: str) -> None:
     with pytest.raises(SettingsError, match="is not valid"):
         await judge(PAIRS, Endpoint(url, "wise"))
 
 
-async def test_key_is_not_sent_over_a_network_in_plain_text() -> None:
+async def test_api_key_is_not_sent_over_an_unencrypted_network_connection() -> None:
     with pytest.raises(SettingsError, match="in plain text"):
         await judge(PAIRS, Endpoint("http://example.org/v1", "wise", "secret"))

@@ -33,7 +33,7 @@ async def measured(shares: Sequence[float]) -> tuple[int, float, int]:
     return result, share, made
 
 
-async def test_one_measurement_is_enough_when_the_machine_is_quiet() -> None:
+async def test_quiet_machine_is_measured_once() -> None:
     result, share, made = await measured([0.02])
     assert (result, made) == (1, 1)
     assert share == pytest.approx(0.02, abs=0.03)
@@ -44,13 +44,13 @@ async def test_measurement_is_repeated_until_the_machine_is_quiet() -> None:
     assert (result, made) == (2, 2)
 
 
-async def test_quietest_of_three_measurements_counts_when_the_machine_stays_busy() -> None:
+async def test_quietest_of_three_measurements_is_used_on_a_busy_machine() -> None:
     result, share, made = await measured([0.9, 0.4, 0.8])
     assert (result, made) == (2, 3)
     assert share == pytest.approx(0.4, abs=0.05)
 
 
-async def test_own_processor_time_does_not_count_as_that_of_others() -> None:
+async def test_own_cpu_time_does_not_count_as_that_of_other_processes() -> None:
     async def measure() -> None:
         end = time.thread_time() + 0.2
         while time.thread_time() < end:
@@ -62,7 +62,7 @@ async def test_own_processor_time_does_not_count_as_that_of_others() -> None:
     assert share < 0.02
 
 
-def test_processor_time_of_all_processes_grows_with_work() -> None:
+def test_machine_cpu_time_grows_with_work() -> None:
     before, end = machine_s(), time.thread_time() + 0.3
     while time.thread_time() < end:
         pass

@@ -29,7 +29,7 @@ RESULT = ExampleResult(
 
 
 @given(st.lists(RESULTS, max_size=4))
-def test_written_results_are_read_back_to_the_last_digit(
+def test_written_results_round_trip_exactly(
     tmp_path_factory: pytest.TempPathFactory, results: list[ExampleResult]
 ) -> None:
     path = tmp_path_factory.mktemp("results") / "merged.jsonl"
@@ -37,11 +37,11 @@ def test_written_results_are_read_back_to_the_last_digit(
     assert read_results(path) == tuple(results)
 
 
-def test_largest_limit_is_the_maximum_over_all_answers() -> None:
+def test_largest_answer_limit_is_the_maximum_over_all_results() -> None:
     assert largest_limit([RESULT, RESULT.model_copy(update={"limit": 40}), RESULT]) == 40
 
 
-def test_each_example_has_one_line(tmp_path: Path) -> None:
+def test_results_file_has_one_line_per_example(tmp_path: Path) -> None:
     write_results(tmp_path / "merged.jsonl", [RESULT, RESULT])
     assert (tmp_path / "merged.jsonl").read_bytes().count(b"\n") == 2
 
@@ -60,19 +60,19 @@ def test_each_example_has_one_line(tmp_path: Path) -> None:
         RESULT.model_dump_json().encode().replace(b"{", b'{"note": 1, '),
     ],
 )
-def test_invalid_line_is_rejected_by_its_number(tmp_path: Path, line: bytes) -> None:
+def test_invalid_line_error_has_its_line_number(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "merged.jsonl"
     path.write_bytes(RESULT.model_dump_json().encode() + b"\n" + line + b"\n")
     with pytest.raises(IntegrityError, match=r"merged\.jsonl:2 is not a result"):
         read_results(path)
 
 
-def test_missing_file_is_an_integrity_error(tmp_path: Path) -> None:
+def test_missing_results_file_raises_integrity_error(tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match="cannot read"):
         read_results(tmp_path / "merged.jsonl")
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_result_with_nan_is_rejected(number: float) -> None:
+def test_result_with_a_non_finite_number_is_rejected(number: float) -> None:
     with pytest.raises(ValidationError):
         ExampleResult.model_validate(RESULT.model_dump() | {"nll": number})

@@ -8,7 +8,7 @@ from tests.svc.engine.in_process import client_of
 
 
 @pytest.mark.parametrize("streams", [1, 8])
-async def test_every_stream_generates_its_tokens_from_a_prompt_that_is_already_cached(streams: int) -> None:
+async def test_every_stream_generates_tokens_from_a_cached_prompt(streams: int) -> None:
     double = EngineDouble(tokens=TOKENS)
     async with client_of(double) as client:
         speed = await decoding_speed(client, [[1, 2], [3, 4], [5, 6]], streams)
@@ -25,7 +25,7 @@ async def test_slower_engine_has_fewer_tokens_per_second() -> None:
     assert speed.high <= 8 / 0.004
 
 
-async def test_first_token_is_measured_with_a_cold_cache_each_time() -> None:
+async def test_time_to_first_token_is_always_measured_with_a_cold_cache() -> None:
     double = EngineDouble(token_delay_s=0.01)
     async with client_of(double) as client:
         seconds = await first_token_seconds(client, [1, 2])

@@ -13,18 +13,18 @@ CURVE = (
 )
 
 
-def test_written_curve_is_read_back(tmp_path: Path) -> None:
+def test_written_training_curve_round_trips(tmp_path: Path) -> None:
     write_training_curve(tmp_path / "training.jsonl", CURVE)
     assert read_training_curve(tmp_path / "training.jsonl") == CURVE
 
 
-def test_missing_values_are_not_stored(tmp_path: Path) -> None:
+def test_missing_values_are_not_stored_in_the_training_curve(tmp_path: Path) -> None:
     write_training_curve(tmp_path / "training.jsonl", [TrainingPoint(step=2, epoch=1.0, loss=0.5)])
     assert (tmp_path / "training.jsonl").read_text("utf-8") == '{"step":2,"epoch":1.0,"loss":0.5}\n'
 
 
 @pytest.mark.parametrize("content", ["{", '{"step":-1,"epoch":0}\n', '{"step":1,"epoch":0,"other":1}\n'])
-def test_damaged_line_is_reported(content: str, tmp_path: Path) -> None:
+def test_corrupt_training_curve_line_raises_error(content: str, tmp_path: Path) -> None:
     (tmp_path / "training.jsonl").write_text(content, "utf-8")
     with pytest.raises(IntegrityError, match=r"training\.jsonl:1 is not a point"):
         read_training_curve(tmp_path / "training.jsonl")

@@ -28,14 +28,14 @@ def outcome(lost: int, gained: int, examples: int, margin: float) -> GateOutcome
 
 
 @given(changed())
-def test_interval_of_a_share_difference_contains_its_value(counts: tuple[int, int, int]) -> None:
+def test_interval_of_a_difference_in_proportions_contains_its_value(counts: tuple[int, int, int]) -> None:
     loss = loss_of(*counts)
     assert -1 <= loss.low <= loss.value <= loss.high <= 1
     assert loss.low < loss.high
 
 
 @given(changed())
-def test_interval_is_mirrored_when_the_two_models_are_swapped(counts: tuple[int, int, int]) -> None:
+def test_interval_is_mirrored_when_the_models_are_swapped(counts: tuple[int, int, int]) -> None:
     lost, gained, examples = counts
     loss, other = loss_of(*counts), loss_of(gained, lost, examples)
     assert (loss.low, loss.high) == pytest.approx((-other.high, -other.low))
@@ -43,15 +43,13 @@ def test_interval_is_mirrored_when_the_two_models_are_swapped(counts: tuple[int,
 
 @pytest.mark.parametrize(("lost", "leaves_out_0"), [(5, False), (6, True)])
 @pytest.mark.parametrize("examples", [60, 1000])
-def test_six_answers_lost_and_none_gained_are_a_proven_loss_and_five_are_not(
-    lost: int, leaves_out_0: bool, examples: int
-) -> None:
+def test_six_lost_answers_prove_a_loss_and_five_do_not(lost: int, leaves_out_0: bool, examples: int) -> None:
     assert (loss_of(lost, 0, examples).low > 0) is leaves_out_0
 
 
 @pytest.mark.parametrize("true_loss", [0.02, 0.1, 0.3])
 @pytest.mark.parametrize("examples", [30, 60, 200])
-def test_a_version_worse_than_the_margin_passes_no_more_than_one_time_in_ten(true_loss: float, examples: int) -> None:
+def test_version_worse_than_the_margin_passes_at_most_once_in_ten_trials(true_loss: float, examples: int) -> None:
     """The margin is the true loss, which is excluded by chance: once in forty times, nominally."""
     lost = np.random.default_rng(0).binomial(examples, true_loss, 2000)
     seen, counts = np.unique(lost, return_counts=True)
@@ -64,16 +62,14 @@ def test_a_version_worse_than_the_margin_passes_no_more_than_one_time_in_ten(tru
 
 
 @given(changed(), MARGINS, MARGINS)
-def test_a_wider_margin_never_turns_passed_into_another_outcome(
-    counts: tuple[int, int, int], margin: float, other: float
-) -> None:
+def test_wider_margin_never_worsens_the_outcome(counts: tuple[int, int, int], margin: float, other: float) -> None:
     order = [GateOutcome.FAILED, GateOutcome.UNDECIDED, GateOutcome.PASSED]
     narrow, wide = (order.index(outcome(*counts, limit)) for limit in sorted((margin, other)))
     assert narrow <= wide
 
 
 @given(changed(), st.integers(2, 20), MARGINS)
-def test_more_examples_with_the_same_shares_keep_a_decision(
+def test_gate_decision_is_kept_with_more_examples_in_the_same_proportions(
     counts: tuple[int, int, int], times: int, margin: float
 ) -> None:
     lost, gained, examples = counts
@@ -90,7 +86,7 @@ def test_more_examples_detect_a_smaller_loss_when_no_answer_changes(examples: in
 
 
 @given(changed(), MARGINS)
-def test_passed_and_failed_exclude_each_other(counts: tuple[int, int, int], margin: float) -> None:
+def test_gate_cannot_both_pass_and_fail(counts: tuple[int, int, int], margin: float) -> None:
     loss = loss_of(*counts)
     verdict = judge(loss, margin, counts[2])
     assert (verdict.outcome is GateOutcome.PASSED) == (loss.high <= margin + 1e-9)
@@ -98,7 +94,7 @@ def test_passed_and_failed_exclude_each_other(counts: tuple[int, int, int], marg
 
 
 @given(changed(), MARGINS)
-def test_the_number_of_examples_that_would_decide_is_named_only_when_undecided_and_decides(
+def test_number_of_examples_to_decide_is_given_only_if_undecided_and_suffices(
     counts: tuple[int, int, int], margin: float
 ) -> None:
     verdict = judge(loss_of(*counts), margin, counts[2])
@@ -116,31 +112,31 @@ def test_the_number_of_examples_that_would_decide_is_named_only_when_undecided_a
         assert judge(wider, margin, needed).outcome is not GateOutcome.UNDECIDED
 
 
-def test_12_of_27_known_answers_lost_are_not_passed_with_60_questions_and_a_margin_of_a_tenth() -> None:
+def test_losing_12_of_60_answers_is_undecided_with_a_10_percent_margin() -> None:
     assert outcome(12, 0, 60, 0.1) is GateOutcome.UNDECIDED
 
 
-def test_a_loss_of_13_percent_of_30_examples_is_not_passed_with_a_margin_of_a_twentieth() -> None:
+def test_13_percent_loss_on_30_examples_is_undecided_with_a_5_percent_margin() -> None:
     assert outcome(4, 0, 30, 0.05) is GateOutcome.UNDECIDED
 
 
-def test_a_loss_of_three_points_of_200_examples_is_undecided_with_a_margin_of_a_twentieth() -> None:
+def test_3_percent_loss_on_200_examples_is_undecided_with_a_5_percent_margin() -> None:
     assert outcome(10, 4, 200, 0.05) is GateOutcome.UNDECIDED
 
 
 @pytest.mark.parametrize(
     ("examples", "wanted"), [(30, GateOutcome.UNDECIDED), (60, GateOutcome.PASSED), (2, GateOutcome.UNDECIDED)]
 )
-def test_no_changed_answer_passes_only_when_the_examples_are_many(examples: int, wanted: GateOutcome) -> None:
+def test_unchanged_answers_pass_only_with_enough_examples(examples: int, wanted: GateOutcome) -> None:
     assert outcome(0, 0, examples, 0.05) is wanted
 
 
-def test_a_margin_of_all_answers_is_always_passed() -> None:
+def test_margin_of_100_percent_always_passes() -> None:
     assert outcome(2, 0, 2, 1.0) is GateOutcome.PASSED
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
-def test_nothing_is_decided_when_examples_are_fewer_than_the_interval_needs(value: float) -> None:
+def test_verdict_is_undecided_with_fewer_examples_than_required(value: float) -> None:
     narrow = Interval(value=value, low=value, high=value)
     verdict = judge(narrow, 0.5, 7, fewest=8)
     assert (verdict.outcome, verdict.examples_to_decide) == (GateOutcome.UNDECIDED, 8)
@@ -149,7 +145,7 @@ def test_nothing_is_decided_when_examples_are_fewer_than_the_interval_needs(valu
     assert judge(narrow, 0.5, 8, fewest=8).outcome is not GateOutcome.UNDECIDED
 
 
-def test_no_number_of_examples_is_named_when_the_loss_is_equal_to_the_margin() -> None:
+def test_number_of_examples_to_decide_is_omitted_when_the_loss_equals_the_margin() -> None:
     verdict = judge(Interval(value=0.1, low=0.0, high=0.2), 0.1, 60)
     assert (verdict.outcome, verdict.examples_to_decide) == (GateOutcome.UNDECIDED, None)
 
@@ -158,14 +154,14 @@ def report(loss: Interval, margin: float, gate: Gate = Gate.FORGETTING) -> str:
     return str(GateReport(gate=gate, measured="lost", limit=f"evaluate.{gate}", verdict=judge(loss, margin, 60)))
 
 
-def test_an_undecided_gate_says_what_cannot_be_excluded_and_how_many_examples_would_decide() -> None:
+def test_undecided_gate_message_names_possible_loss_and_examples_to_decide() -> None:
     assert report(Interval(value=0.01, low=-0.07, high=0.09), 0.05) == (
         "lost, loss 0.010 [-0.070, 0.090], at most 0.050 (evaluate.max_forgetting): undecided: "
         "a loss of up to 0.090 cannot be excluded with 60 questions; about 500 would decide"
     )
 
 
-def test_a_decided_gate_says_what_is_excluded_or_proven() -> None:
+def test_decided_gate_message_names_the_excluded_or_proven_loss() -> None:
     assert "at most 0.100 (evaluate.max_gptq_loss): passed: a larger loss is excluded with 60 examples" in report(
         Interval(value=0.0, low=-0.05, high=0.05), 0.1, Gate.GPTQ_LOSS
     )

@@ -21,7 +21,9 @@ from svc.files.disk import close_to_others, is_full, sync_files, write_whole
         (0o777, [], False),
     ],
 )
-def test_only_own_folders_are_closed_to_others(tmp_path: Path, mode: int, names: list[str], closed: bool) -> None:
+def test_only_folders_containing_our_own_files_get_owner_only_permissions(
+    tmp_path: Path, mode: int, names: list[str], closed: bool
+) -> None:
     """A user may set /tmp as a home."""
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -32,7 +34,7 @@ def test_only_own_folders_are_closed_to_others(tmp_path: Path, mode: int, names:
     assert (folder.stat().st_mode & 0o7777 == 0o700) is closed
 
 
-def test_file_is_replaced(tmp_path: Path) -> None:
+def test_existing_file_is_replaced_on_write(tmp_path: Path) -> None:
     path = tmp_path / "file.json"
     for content in (b"old", b"new"):
         write_whole(path, content)
@@ -40,7 +42,7 @@ def test_file_is_replaced(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_old_file_stays_when_a_write_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_file_is_kept_when_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file.json"
     write_whole(path, b"old")
 
@@ -53,7 +55,7 @@ def test_old_file_stays_when_a_write_fails(tmp_path: Path, monkeypatch: pytest.M
     assert path.read_bytes() == b"old"
 
 
-def test_every_file_of_a_folder_and_its_names_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_in_a_folder_and_the_folder_itself_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a", "b"):
         (tmp_path / name).touch()
     (tmp_path / "folder").mkdir()
@@ -73,12 +75,12 @@ def test_every_file_of_a_folder_and_its_names_are_synced(tmp_path: Path, monkeyp
         (ValueError("something else"), False),
     ],
 )
-def test_full_disk_is_recognized(tmp_path: Path, error: Exception, full: bool) -> None:
+def test_full_disk_error_is_recognized(tmp_path: Path, error: Exception, full: bool) -> None:
     assert is_full(error, tmp_path) is full
 
 
 @pytest.mark.parametrize(("free", "full"), [(4096, True), (10**9, False)])
-def test_truncated_write_of_torch_is_a_full_disk_when_no_space_is_left(
+def test_truncated_torch_write_counts_as_full_disk_without_free_space(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, full: bool
 ) -> None:
     usage = namedtuple("usage", "total used free")

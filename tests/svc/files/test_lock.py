@@ -38,18 +38,18 @@ def holder(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
         process.kill()
 
 
-def test_second_holder_is_rejected_and_told_who_holds_the_lock(tmp_path: Path, holder: "subprocess.Popen[str]") -> None:
+def test_second_lock_attempt_fails_and_names_the_holder(tmp_path: Path, holder: "subprocess.Popen[str]") -> None:
     with pytest.raises(BusyError) as caught, hold_lock(tmp_path / "lock", "the run tiny-1"):
         pass
     assert caught.value.wrong == f"the run tiny-1 is in use by process {holder.pid}"
     assert f"kill {holder.pid}" in caught.value.todo
 
 
-def test_others_can_read_the_holders_information(tmp_path: Path, holder: "subprocess.Popen[str]") -> None:
+def test_other_processes_can_read_the_lock_holder(tmp_path: Path, holder: "subprocess.Popen[str]") -> None:
     assert lock_holder(tmp_path / "lock") == {"pid": holder.pid, "url": "http://x"}
 
 
-def test_rejected_holder_does_not_change_the_holders_information(
+def test_failed_lock_attempt_does_not_change_the_recorded_holder(
     tmp_path: Path, holder: "subprocess.Popen[str]"
 ) -> None:
     with pytest.raises(BusyError), hold_lock(tmp_path / "lock", "it", url="http://y"):
@@ -57,7 +57,7 @@ def test_rejected_holder_does_not_change_the_holders_information(
     assert lock_holder(tmp_path / "lock") == {"pid": holder.pid, "url": "http://x"}
 
 
-def test_lock_is_free_when_its_holder_was_killed(tmp_path: Path, holder: "subprocess.Popen[str]") -> None:
+def test_lock_is_released_when_its_holder_is_killed(tmp_path: Path, holder: "subprocess.Popen[str]") -> None:
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     assert lock_holder(tmp_path / "lock") is None
@@ -65,17 +65,17 @@ def test_lock_is_free_when_its_holder_was_killed(tmp_path: Path, holder: "subpro
         assert lock_holder(tmp_path / "lock") == {"pid": os.getpid()}
 
 
-def test_lock_is_free_after_an_error_in_its_body(tmp_path: Path) -> None:
+def test_lock_is_released_when_its_body_raises(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), hold_lock(tmp_path / "lock", "it"):
         raise ZeroDivisionError
     assert lock_holder(tmp_path / "lock") is None
 
 
-def test_lock_that_was_never_held_has_no_holder(tmp_path: Path) -> None:
+def test_never_held_lock_has_no_holder(tmp_path: Path) -> None:
     assert lock_holder(tmp_path / "lock") is None
 
 
-def test_child_does_not_keep_the_lock_of_its_parent(tmp_path: Path) -> None:
+def test_child_process_does_not_keep_the_lock_of_its_parent(tmp_path: Path) -> None:
     with hold_lock(tmp_path / "lock", "it"):
         child = subprocess.Popen([sys.executable, "-c", "import time; print(1, flush=True); time.sleep(60)"], stdout=-1)
         assert child.stdout is not None
@@ -87,7 +87,7 @@ def test_child_does_not_keep_the_lock_of_its_parent(tmp_path: Path) -> None:
         child.communicate()
 
 
-def test_reading_the_holder_never_interferes_with_locking(tmp_path: Path) -> None:
+def test_reading_the_lock_holder_never_interferes_with_locking(tmp_path: Path) -> None:
     """`svc status` reads the holder while `svc serve` starts."""
     path = tmp_path / "lock"
     asking = "import sys; from pathlib import Path; from svc.files.lock import lock_holder\nprint(1, flush=True)\n"
@@ -106,7 +106,7 @@ def test_reading_the_holder_never_interferes_with_locking(tmp_path: Path) -> Non
             process.kill()
 
 
-def test_child_that_inherits_the_locked_file_keeps_the_lock(tmp_path: Path) -> None:
+def test_child_process_inheriting_the_locked_file_keeps_the_lock(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     with locked_file(path) as file:
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], pass_fds=[file.fileno()])
@@ -118,12 +118,12 @@ def test_child_that_inherits_the_locked_file_keeps_the_lock(tmp_path: Path) -> N
     assert not is_locked(path)
 
 
-def test_file_is_locked_once(tmp_path: Path) -> None:
+def test_locked_file_cannot_be_locked_again(tmp_path: Path) -> None:
     with locked_file(tmp_path / "lock"), pytest.raises(BlockingIOError), locked_file(tmp_path / "lock"):
         pass
 
 
-def test_lock_is_not_held_when_its_folder_was_renamed_during_the_wait(
+def test_lock_is_not_acquired_when_its_folder_is_renamed_during_the_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A process that removes a run holds its lock, renames the folder and deletes it."""

@@ -19,12 +19,12 @@ def key_file(folder: Path, content: str = f"{SECRET}\n", mode: int = 0o600) -> P
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o400])
-def test_private_file_is_read(tmp_path: Path, mode: int) -> None:
+def test_key_file_with_owner_only_permissions_is_read(tmp_path: Path, mode: int) -> None:
     assert read_key(key_file(tmp_path, mode=mode)) == SECRET
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o644])
-def test_file_that_others_can_use_is_rejected(tmp_path: Path, mode: int) -> None:
+def test_key_file_accessible_to_other_users_is_rejected(tmp_path: Path, mode: int) -> None:
     with pytest.raises(SettingsError, match="can be read by other users") as raised:
         read_key(key_file(tmp_path, mode=mode))
     assert "chmod 600" in raised.value.todo
@@ -34,12 +34,12 @@ def test_file_that_others_can_use_is_rejected(tmp_path: Path, mode: int) -> None
 @pytest.mark.parametrize(
     "content", ["", "none", SECRET[:-1], f"Bearer {SECRET}"], ids=["empty", "other", "cut", "more"]
 )
-def test_file_without_a_key_is_rejected_and_not_shown(tmp_path: Path, content: str) -> None:
+def test_file_without_a_key_is_rejected_without_quoting_it(tmp_path: Path, content: str) -> None:
     with pytest.raises(SettingsError, match=r"contains no key|is empty") as raised:
         read_key(key_file(tmp_path, content))
     assert not content or content not in str(raised.value)
 
 
-def test_missing_file_is_reported(tmp_path: Path) -> None:
+def test_missing_key_file_raises_error(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="cannot be read"):
         read_key(tmp_path / "none")

@@ -10,12 +10,12 @@ ADMIN = Principal("admin000", "admin", frozenset({Scope.ADMIN}))
 
 
 @pytest.mark.parametrize("scope", Scope)
-def test_key_has_the_permissions_of_its_scopes(scope: Scope) -> None:
+def test_api_key_has_the_permissions_of_its_scopes(scope: Scope) -> None:
     assert CLIENT.may(scope) == (scope is Scope.INFER)
 
 
 @pytest.mark.parametrize("scope", Scope)
-def test_admin_has_all_permissions(scope: Scope) -> None:
+def test_admin_scope_grants_all_permissions(scope: Scope) -> None:
     ADMIN.require(scope)
 
 
@@ -25,14 +25,14 @@ def test_missing_scope_is_named_in_the_error() -> None:
 
 
 @pytest.mark.parametrize("model", ["tickets", "tickets@2", "tickets@production"])
-def test_permitted_model_may_be_requested_in_every_version(model: str) -> None:
+def test_permitted_model_may_be_requested_in_any_version(model: str) -> None:
     assert CLIENT.may_ask(model)
 
 
 @pytest.mark.parametrize("model", ["reviews", "ticket", "tickets2", "", "@tickets", "TICKETS"])
-def test_other_models_may_not_be_requested(model: str) -> None:
+def test_models_not_permitted_may_not_be_requested(model: str) -> None:
     assert not CLIENT.may_ask(model)
 
 
-def test_key_without_a_list_may_request_every_model() -> None:
+def test_api_key_without_a_model_list_may_request_any_model() -> None:
     assert ADMIN.may_ask("anything@7")

@@ -19,13 +19,13 @@ def write_folder(folder: Path, *names: str, index: object = None) -> Path:
     return folder
 
 
-def test_the_index_decides_when_the_folder_holds_the_weights_twice(tmp_path: Path) -> None:
+def test_weight_index_decides_when_the_folder_contains_the_weights_twice(tmp_path: Path) -> None:
     index = {"metadata": {}, "weight_map": {"a": SHARDS[1], "b": SHARDS[0], "c": SHARDS[1]}}
     write_folder(tmp_path, *SHARDS, "consolidated.safetensors", index=index)
     assert [path.name for path in weight_files(tmp_path)] == list(SHARDS)
 
 
-def test_every_safetensors_file_counts_when_there_is_no_index(tmp_path: Path) -> None:
+def test_all_safetensors_files_are_weight_files_without_an_index(tmp_path: Path) -> None:
     write_folder(tmp_path, "b.safetensors", "a.safetensors", "model.bin")
     assert [path.name for path in weight_files(tmp_path)] == ["a.safetensors", "b.safetensors"]
 
@@ -33,14 +33,14 @@ def test_every_safetensors_file_counts_when_there_is_no_index(tmp_path: Path) ->
 @pytest.mark.parametrize(
     "index", [{}, {"weight_map": {}}, {"weight_map": [SHARDS[0]]}, {"weight_map": {"a": 1}}, {"weight_map": "a"}]
 )
-def test_an_index_is_rejected_when_it_names_no_files(tmp_path: Path, index: object) -> None:
+def test_weight_index_without_files_is_rejected(tmp_path: Path, index: object) -> None:
     write_folder(tmp_path, *SHARDS, index=index)
     with pytest.raises(IntegrityError, match="does not name the weight files"):
         weight_files(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "original/model.safetensors"])
-def test_an_index_is_rejected_when_a_file_lies_outside_the_folder(tmp_path: Path, name: str) -> None:
+def test_weight_index_with_a_file_outside_the_folder_is_rejected(tmp_path: Path, name: str) -> None:
     write_folder(tmp_path, *SHARDS, index={"weight_map": {"a": SHARDS[0], "b": name}})
     with pytest.raises(IntegrityError, match="does not name the weight files"):
         weight_files(tmp_path)

@@ -27,7 +27,7 @@ def made(registry: Registry, **adapter: Any) -> VersionId:
 
 
 @pytest.mark.parametrize("said", [{}, {"use_rslora": True}, {"init_lora_weights": "gaussian"}, {"use_dora": False}])
-def test_lora_and_rslora_are_accepted(said: dict[str, Any]) -> None:
+def test_lora_and_rslora_adapters_are_accepted(said: dict[str, Any]) -> None:
     assert adapter_refusal(LORA | said) is None
 
 
@@ -49,18 +49,18 @@ def test_lora_and_rslora_are_accepted(said: dict[str, Any]) -> None:
         ({"target_parameters": ["mlp.experts.down_proj"]}, "experts"),
     ],
 )
-def test_other_methods_are_rejected_with_their_name(said: dict[str, Any], told: str) -> None:
+def test_unsupported_adapter_methods_are_rejected_by_name(said: dict[str, Any], told: str) -> None:
     assert told in (adapter_refusal(LORA | said) or "")
 
 
-def test_rejection_says_how_such_a_version_is_served(registry: Registry) -> None:
+def test_adapter_rejection_suggests_another_format(registry: Registry) -> None:
     version = made(registry, use_dora=True)
     with pytest.raises(RefusedError, match="cannot be served as an adapter: it is DoRA") as caught:
         read_adapter(registry, version)
     assert "--format merged" in caught.value.todo
 
 
-def test_adapter_is_described_by_its_base_its_rank_and_its_layers(registry: Registry) -> None:
+def test_adapter_description_includes_its_base_rank_and_layers(registry: Registry) -> None:
     version = made(registry, target_modules=["model.layers.0.q_proj", "v_proj"], rank_pattern={"v_proj": 48})
     found = read_adapter(registry, version)
     assert (found.base.folder, found.base.revision) == (base_folder(registry), "1")
@@ -68,20 +68,20 @@ def test_adapter_is_described_by_its_base_its_rank_and_its_layers(registry: Regi
     assert found.bytes == sum(file.stat().st_size for file in found.folder.iterdir())
 
 
-def test_template_of_the_base_gets_the_arguments_of_training(registry: Registry) -> None:
+def test_base_chat_template_gets_the_arguments_used_in_training(registry: Registry) -> None:
     version, base = made(registry), base_folder(registry)
     (base / TEMPLATE_KWARGS_FILE).write_text(json.dumps({"enable_thinking": True}))
     assert read_adapter(registry, version).base.template_kwargs == (("enable_thinking", True),)
 
 
-def test_template_with_the_current_date_is_rejected(registry: Registry) -> None:
+def test_chat_template_with_the_current_date_is_rejected(registry: Registry) -> None:
     version = made(registry)
     (base_folder(registry) / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}")
     with pytest.raises(RefusedError, match="today's date"):
         read_adapter(registry, version)
 
 
-def test_missing_base_is_reported_with_advice(registry: Registry) -> None:
+def test_missing_base_raises_error_with_advice(registry: Registry) -> None:
     version = made(registry)
     shutil.rmtree(base_folder(registry))
     with pytest.raises(NotFoundError, match=r"the base model of tuned@1 is no longer in .*base") as caught:
@@ -89,12 +89,12 @@ def test_missing_base_is_reported_with_advice(registry: Registry) -> None:
     assert "--format merged" in caught.value.todo
 
 
-def test_version_without_an_adapter_is_not_found(registry: Registry) -> None:
+def test_version_without_an_adapter_raises_not_found(registry: Registry) -> None:
     with pytest.raises(NotFoundError, match="has no format adapter"):
         read_adapter(registry, make_version(registry, 1))
 
 
-def test_damaged_config_is_not_an_adapter(registry: Registry) -> None:
+def test_corrupt_config_is_rejected_as_an_adapter(registry: Registry) -> None:
     version = made(registry)
     (registry.folder(version) / "adapter" / CONFIG_FILE).write_text("[")
     with pytest.raises(IntegrityError):

@@ -13,7 +13,7 @@ from svc.registry.files import FileRecord, Tensor, hash_tensor, read_headers, re
 from tests.svc.registry.model_folder import write_model
 
 
-def test_record_has_path_hash_and_size(tmp_path: Path) -> None:
+def test_file_record_has_path_hash_and_size(tmp_path: Path) -> None:
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "x").write_bytes(b"abc")
     sha256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
@@ -27,7 +27,7 @@ def test_all_files_below_a_folder_are_recorded_in_order(tmp_path: Path) -> None:
     assert [record.path for record in record_files(tmp_path, tmp_path / "m")] == ["m/a", "m/b", "m/deep/c"]
 
 
-def test_unchanged_files_pass(tmp_path: Path) -> None:
+def test_unchanged_files_pass_verification(tmp_path: Path) -> None:
     write_model(tmp_path / "merged")
     verify_files(tmp_path, record_files(tmp_path, tmp_path / "merged"))
 
@@ -49,7 +49,9 @@ def flip_a_byte(path: Path) -> None:
     ],
     ids=["flipped", "shorter", "longer", "missing", "a folder"],
 )
-def test_changed_file_is_named(tmp_path: Path, change: Callable[[Path], object], text: str) -> None:
+def test_changed_or_missing_file_is_named_in_the_error(
+    tmp_path: Path, change: Callable[[Path], object], text: str
+) -> None:
     write_model(tmp_path / "merged")
     records = record_files(tmp_path, tmp_path / "merged")
     change(tmp_path / "merged" / "model.safetensors")
@@ -59,13 +61,13 @@ def test_changed_file_is_named(tmp_path: Path, change: Callable[[Path], object],
     assert caught.value.todo
 
 
-def test_headers_have_name_type_and_shape(tmp_path: Path) -> None:
+def test_tensor_headers_have_name_type_and_shape(tmp_path: Path) -> None:
     save_file({"b": np.zeros((2, 3), np.float32)}, tmp_path / "1.safetensors")
     save_file({"a": np.zeros(4, np.int32)}, tmp_path / "2.safetensors")
     assert read_headers(tmp_path) == (Tensor("a", "I32", (4,)), Tensor("b", "F32", (2, 3)))
 
 
-def test_truncated_file_is_detected(tmp_path: Path) -> None:
+def test_truncated_weight_file_is_detected(tmp_path: Path) -> None:
     path = write_model(tmp_path) / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(IntegrityError, match=r"model\.safetensors is not a complete safetensors file"):
@@ -73,19 +75,19 @@ def test_truncated_file_is_detected(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 a pickle", b"\xff" * 64])
-def test_file_that_is_not_safetensors_is_detected(tmp_path: Path, content: bytes) -> None:
+def test_non_safetensors_weight_file_is_detected(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(IntegrityError, match="not a complete safetensors file"):
         read_headers(tmp_path)
 
 
-def test_folder_without_weights_is_detected(tmp_path: Path) -> None:
+def test_folder_without_safetensors_files_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(IntegrityError, match="contains no safetensors file"):
         read_headers(tmp_path)
 
 
-def test_tensor_is_hashed_by_its_bytes(tmp_path: Path) -> None:
+def test_tensor_hash_is_the_hash_of_its_bytes(tmp_path: Path) -> None:
     one, other = np.arange(8, dtype=np.float32), np.ones((3, 3), np.float16)
     save_file({"a": one, "b": other}, tmp_path / "model-1.safetensors")
     save_file({"c": one}, tmp_path / "model-2.safetensors")

@@ -34,7 +34,7 @@ def same(tmp_path: Path) -> Callable[[Change, Change], bool]:
 Same = Callable[[Change, Change], bool]
 
 
-def test_two_trainings_of_one_model_have_one_fingerprint(same: Same) -> None:
+def test_two_trainings_of_one_model_share_a_fingerprint(same: Same) -> None:
     assert same({"seed": 1}, {"seed": 2})
 
 
@@ -50,17 +50,17 @@ def with_embedding(value: float, head: bool, **config: Any) -> Change:
     ("head", "config"),
     [(False, {}), (True, {"tie_word_embeddings": True}), (True, {"text_config": {"tie_word_embeddings": True}})],
 )
-def test_fingerprint_includes_an_embedding_that_is_also_the_output(same: Same, head: bool, config: Change) -> None:
+def test_fingerprint_includes_an_embedding_tied_to_the_output_layer(same: Same, head: bool, config: Change) -> None:
     assert not same(with_embedding(1, head, **config), with_embedding(2, head, **config))
     assert same(with_embedding(1, head, **config), with_embedding(1, head, **config))
 
 
 @pytest.mark.parametrize("config", [{}, {"tie_word_embeddings": False}])
-def test_fingerprint_excludes_an_embedding_when_the_output_is_separate(same: Same, config: Change) -> None:
+def test_fingerprint_excludes_an_embedding_with_a_separate_output_layer(same: Same, config: Change) -> None:
     assert same(with_embedding(1, True, **config), with_embedding(2, True, **config))
 
 
-def test_two_quantizations_of_one_model_have_one_fingerprint(same: Same) -> None:
+def test_two_quantizations_of_one_model_share_a_fingerprint(same: Same) -> None:
     meta = {"quantizer": ["gptqmodel:7.7.0"], "offload_to_disk_path": "/tmp/z9", "damp_percent": 0.1}
     assert same({"quantization": GPTQ, "seed": 1}, {"quantization": GPTQ | {"meta": meta}, "seed": 2})
 
@@ -94,7 +94,7 @@ def test_two_quantizations_of_one_model_have_one_fingerprint(same: Same) -> None
     ],
     ids=str,
 )
-def test_fingerprint_changes_with_everything_that_a_reload_cannot_change(same: Same, change: Change) -> None:
+def test_fingerprint_changes_with_anything_a_reload_cannot_change(same: Same, change: Change) -> None:
     assert not same({"quantization": GPTQ}, {"quantization": GPTQ, **change})
 
 
@@ -117,7 +117,7 @@ def test_fingerprint_ignores_metadata_written_by_tools(same: Same, one: Change, 
     assert same(one, other)
 
 
-def test_template_in_a_separate_file_is_the_same_template(tmp_path: Path) -> None:
+def test_chat_template_in_a_separate_file_has_the_same_fingerprint(tmp_path: Path) -> None:
     one = write_model(tmp_path / "one")
     other = write_model(tmp_path / "other", tokenizer_config={"chat_template": None})
     (other / "chat_template.jinja").write_text(TEMPLATE)
@@ -134,20 +134,20 @@ def test_fingerprint_changes_with_template_arguments(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["{", "[]"])
-def test_damaged_file_of_template_arguments_is_named(tmp_path: Path, content: str) -> None:
+def test_corrupt_template_arguments_file_is_named_in_the_error(tmp_path: Path, content: str) -> None:
     model = write_model(tmp_path / "one")
     (model / "chat_template_kwargs.json").write_text(content)
     with pytest.raises(IntegrityError, match=r"chat_template_kwargs\.json"):
         compatibility_fingerprint(model)
 
 
-def test_split_of_weights_into_files_does_not_count(tmp_path: Path) -> None:
+def test_fingerprint_ignores_how_weights_are_split_into_files(tmp_path: Path) -> None:
     one, other = write_model(tmp_path / "one"), write_model(tmp_path / "other")
     (other / "model.safetensors").rename(other / "model-00001-of-00001.safetensors")
     assert compatibility_fingerprint(one) == compatibility_fingerprint(other)
 
 
-def test_sentencepiece_model_is_a_tokenizer_when_there_is_no_tokenizer_json(tmp_path: Path) -> None:
+def test_sentencepiece_model_is_the_tokenizer_without_a_tokenizer_json(tmp_path: Path) -> None:
     folders = [write_model(tmp_path / name) for name in ("one", "same", "other")]
     for folder, vocabulary in zip(folders, (b"a", b"a", b"b"), strict=True):
         (folder / "tokenizer.json").unlink()
@@ -159,7 +159,7 @@ def test_sentencepiece_model_is_a_tokenizer_when_there_is_no_tokenizer_json(tmp_
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "model.safetensors"])
-def test_missing_file_is_an_integrity_error(tmp_path: Path, file: str) -> None:
+def test_missing_model_file_raises_integrity_error(tmp_path: Path, file: str) -> None:
     folder = write_model(tmp_path)
     (folder / file).unlink()
     with pytest.raises(IntegrityError):
@@ -167,14 +167,14 @@ def test_missing_file_is_an_integrity_error(tmp_path: Path, file: str) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "[]", "5", "{", '{"quantization_config": "gptq"}', "[" * 100_000])
-def test_damaged_config_is_an_integrity_error(tmp_path: Path, content: str) -> None:
+def test_corrupt_model_config_raises_integrity_error(tmp_path: Path, content: str) -> None:
     folder = write_model(tmp_path)
     (folder / "config.json").write_text(content)
     with pytest.raises(IntegrityError):
         compatibility_fingerprint(folder)
 
 
-def test_normal_form_of_no_quantization_is_none() -> None:
+def test_normalized_quantization_config_is_none_without_quantization() -> None:
     assert normal_quantization(None) is None
 
 
@@ -184,11 +184,11 @@ configs = st.dictionaries(
 
 
 @given(configs)
-def test_normal_form_of_a_quantization_is_stable(config: dict[str, Any]) -> None:
+def test_normalizing_a_quantization_config_is_idempotent(config: dict[str, Any]) -> None:
     normal = normal_quantization(config)
     assert json.dumps(normal_quantization(normal)) == json.dumps(normal)
 
 
 @given(configs, json_values)
-def test_fingerprint_ignores_the_meta_key_of_a_quantization(config: dict[str, Any], meta: Any) -> None:
+def test_fingerprint_ignores_the_meta_key_of_the_quantization_config(config: dict[str, Any], meta: Any) -> None:
     assert json.dumps(normal_quantization(config | {"meta": meta})) == json.dumps(normal_quantization(config))

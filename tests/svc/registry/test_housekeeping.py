@@ -36,7 +36,7 @@ def store(tmp_path: Path) -> Store:
     return new_store(tmp_path)
 
 
-def test_version_is_removed_with_its_files_and_its_number_is_not_reused(
+def test_version_is_removed_with_its_files_and_its_number_is_never_reused(
     registry: Registry,
     store: Store,
     publish: Publish,
@@ -56,7 +56,7 @@ def run_of(registry: Registry, made: Manifest) -> Path:
     return run
 
 
-def test_run_files_of_a_removed_version_are_removed_and_their_space_is_counted(
+def test_run_files_of_a_removed_version_are_removed_and_count_as_freed_space(
     registry: Registry, store: Store, publish: Publish
 ) -> None:
     manifest = publish()
@@ -93,7 +93,7 @@ def serve(store: Store, version: VersionId, before: VersionId | None) -> None:
     change_desired(store, None, Target(version, Format.MERGED), previous)
 
 
-def test_served_version_and_previous_version_are_not_removed(
+def test_served_and_previous_versions_are_not_removed(
     registry: Registry,
     store: Store,
     publish: Publish,
@@ -110,7 +110,7 @@ def test_served_version_and_previous_version_are_not_removed(
 
 @pytest.mark.parametrize("served", [True, False])
 @pytest.mark.parametrize("format", Format)
-def test_base_of_a_served_or_previous_adapter_is_not_removed(
+def test_base_version_of_a_served_or_previous_adapter_is_not_removed(
     registry: Registry, store: Store, name: str, content: dict[str, Path], run: str, format: Format, served: bool
 ) -> None:
     base = registry.publish(name, run, content, make_manifest).id
@@ -128,7 +128,7 @@ def test_base_of_a_served_or_previous_adapter_is_not_removed(
         remove_version(registry, store, base)
 
 
-def test_other_versions_can_be_removed_when_the_served_one_is_damaged(
+def test_other_versions_can_be_removed_when_the_served_one_is_corrupt(
     registry: Registry, store: Store, publish: Publish
 ) -> None:
     damaged, other = publish().id, publish().id
@@ -140,7 +140,7 @@ def test_other_versions_can_be_removed_when_the_served_one_is_damaged(
     assert registry.versions(damaged.name) == [damaged]
 
 
-def test_version_that_is_promoted_concurrently_is_not_removed(
+def test_concurrently_promoted_version_is_not_removed(
     registry: Registry,
     store: Store,
     publish: Publish,
@@ -161,7 +161,7 @@ def test_version_that_is_promoted_concurrently_is_not_removed(
     assert registry.versions(version.name) == [version]
 
 
-def test_no_version_is_removed_while_a_swap_decides_the_target_of_a_rollback(
+def test_no_version_is_removed_while_a_swap_determines_the_rollback_target(
     registry: Registry, store: Store, publish: Publish
 ) -> None:
     before, served, other = publish().id, publish().id, publish().id
@@ -174,7 +174,7 @@ def test_no_version_is_removed_while_a_swap_decides_the_target_of_a_rollback(
     assert before in registry.versions(before.name)
 
 
-def test_version_that_is_being_removed_is_not_an_interrupted_removal(
+def test_version_currently_being_removed_is_not_treated_as_an_interrupted_removal(
     registry: Registry, store: Store, tmp_path: Path, publish: Publish, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However old it is: it may be restored."""
@@ -186,7 +186,7 @@ def test_version_that_is_being_removed_is_not_an_interrupted_removal(
     assert found == [[]]
 
 
-def test_version_unknown_to_mlflow_is_removed(registry: Registry, store: Store, publish: Publish) -> None:
+def test_version_unknown_to_mlflow_can_be_removed(registry: Registry, store: Store, publish: Publish) -> None:
     version = publish().id
     registry.tracking.discard(version)
     remove_version(registry, store, version)
@@ -208,7 +208,7 @@ def test_version_is_not_removed_when_mlflow_fails(
     registry.verify(version, Format.MERGED)
 
 
-def test_freed_space_does_not_include_a_file_that_another_link_keeps(tmp_path: Path) -> None:
+def test_freed_space_excludes_files_kept_by_another_hard_link(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "own").write_bytes(bytes(10))
@@ -217,7 +217,7 @@ def test_freed_space_does_not_include_a_file_that_another_link_keeps(tmp_path: P
     assert size_on_disk(folder) == 10
 
 
-def test_missing_version_is_named(registry: Registry, store: Store) -> None:
+def test_removing_a_missing_version_raises_error_naming_it(registry: Registry, store: Store) -> None:
     with pytest.raises(NotFoundError, match="no version nobody@7"):
         remove_version(registry, store, VersionId("nobody", 7))
 
@@ -243,7 +243,9 @@ def paths(registry: Registry, home: Path, days: float = 14) -> list[Path]:
 
 
 @pytest.mark.parametrize("kind", ["runs", "sweeps"])
-def test_old_runs_are_removed_and_recent_and_running_ones_stay(registry: Registry, tmp_path: Path, kind: str) -> None:
+def test_old_runs_are_removed_but_recent_and_running_ones_are_kept(
+    registry: Registry, tmp_path: Path, kind: str
+) -> None:
     old, _ = make_run(tmp_path, "old", 15, kind), make_run(tmp_path, "young", 13, kind)
     working = make_run(tmp_path, "working", 15, kind)
     with hold_lock(working / "lock", "a run"):
@@ -255,7 +257,7 @@ def test_old_runs_are_removed_and_recent_and_running_ones_stay(registry: Registr
 
 
 @pytest.mark.parametrize("kind", ["runs", "sweeps"])
-def test_run_that_is_resumed_concurrently_stays(registry: Registry, tmp_path: Path, kind: str) -> None:
+def test_run_resumed_concurrently_is_kept(registry: Registry, tmp_path: Path, kind: str) -> None:
     old = make_run(tmp_path, "old", 15, kind)
     (found,) = find_reclaimable(registry, tmp_path, 14)
     assert found.size >= 1000
@@ -264,7 +266,7 @@ def test_run_that_is_resumed_concurrently_stays(registry: Registry, tmp_path: Pa
     assert (old / "checkpoints" / "weights").is_file()
 
 
-def test_run_that_continued_concurrently_stays(registry: Registry, tmp_path: Path) -> None:
+def test_run_continued_concurrently_is_kept(registry: Registry, tmp_path: Path) -> None:
     old = make_run(tmp_path, "old", 15)
     (found,) = find_reclaimable(registry, tmp_path, 14)
     (old / "checkpoints" / "newer").touch()
@@ -273,14 +275,14 @@ def test_run_that_continued_concurrently_stays(registry: Registry, tmp_path: Pat
     assert old.is_dir()
 
 
-def test_run_on_another_disk_stays(registry: Registry, tmp_path: Path) -> None:
+def test_symbolic_link_to_a_run_elsewhere_is_not_removed(registry: Registry, tmp_path: Path) -> None:
     elsewhere = make_run(tmp_path / "elsewhere", "old", 15)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "old").symlink_to(elsewhere)
     assert paths(registry, tmp_path) == []
 
 
-def test_interrupted_registration_is_removed_and_a_running_one_stays(
+def test_interrupted_registration_is_removed_but_a_running_one_is_kept(
     registry: Registry,
     tmp_path: Path,
     publish: Publish,
@@ -292,7 +294,7 @@ def test_interrupted_registration_is_removed_and_a_running_one_stays(
     assert paths(registry, tmp_path, 0) == [parent / ".7"]
 
 
-def test_rotated_logs_are_removed_and_current_ones_stay(registry: Registry, tmp_path: Path) -> None:
+def test_rotated_logs_are_removed_but_current_ones_are_kept(registry: Registry, tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     for log in ("engine-0.log", "engine-0.log.1"):
         (tmp_path / "logs" / log).write_text("x")
@@ -300,7 +302,7 @@ def test_rotated_logs_are_removed_and_current_ones_stay(registry: Registry, tmp_
     assert paths(registry, tmp_path) == [tmp_path / "logs" / "engine-0.log.1"]
 
 
-def test_old_caches_are_removed_and_recent_ones_stay(registry: Registry, tmp_path: Path) -> None:
+def test_old_caches_are_removed_but_recent_ones_are_kept(registry: Registry, tmp_path: Path) -> None:
     compiled, judged, young = (
         tmp_path / "cache" / name for name in ("vllm/compiled", "evaluations/1", "evaluations/2")
     )
@@ -317,7 +319,7 @@ def test_old_caches_are_removed_and_recent_ones_stay(registry: Registry, tmp_pat
     assert [path for path in (compiled, judged, young) if path.exists()] == [young]
 
 
-def test_dry_run_removes_nothing(svc: Svc, tmp_path: Path) -> None:
+def test_housekeeping_dry_run_removes_nothing(svc: Svc, tmp_path: Path) -> None:
     old = make_run(tmp_path / ".svc", "old", 15)
     result = svc("gc", "--dry-run")
     assert result.code == 0
@@ -329,7 +331,7 @@ def test_dry_run_removes_nothing(svc: Svc, tmp_path: Path) -> None:
     assert not old.exists()
 
 
-def test_removals_and_reasons_are_in_the_audit_log(svc: Svc, tmp_path: Path) -> None:
+def test_removals_are_audited_with_their_reasons(svc: Svc, tmp_path: Path) -> None:
     old = make_run(tmp_path / ".svc", "old", 15)
     svc("gc", "--reason", "the disk is full")
     (event,) = read_events(open_database(tmp_path / ".svc"), newest=9)
@@ -337,7 +339,7 @@ def test_removals_and_reasons_are_in_the_audit_log(svc: Svc, tmp_path: Path) -> 
     assert event.details["bytes"] >= 1000
 
 
-def test_audit_log_has_removed_versions_and_no_remaining_ones(
+def test_only_versions_actually_removed_are_audited(
     svc: Svc, registry: Registry, tmp_path: Path, publish: Publish, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Registry, "of", lambda settings: registry)
@@ -348,13 +350,13 @@ def test_audit_log_has_removed_versions_and_no_remaining_ones(
     assert (event.action, event.subject, event.reason) == ("version.remove", str(gone), "too old")
 
 
-def test_rm_names_the_version_that_does_not_exist(svc: Svc) -> None:
+def test_rm_command_names_the_missing_version(svc: Svc) -> None:
     result = svc("models", "rm", "nobody@1")
     assert result.code == NotFoundError.exit_code
     assert "nobody@1" in result.err
 
 
-def test_housekeeping_and_trainer_agree_on_the_files_of_a_run() -> None:
+def test_housekeeping_and_trainer_agree_on_run_file_names() -> None:
     """The name is repeated there, because svc does not import the trainer."""
     from trainer.pipeline.run_folder import Run
     from trainer.recipe.stage import Stage

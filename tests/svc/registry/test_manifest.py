@@ -29,7 +29,7 @@ def manifest(folder: Path) -> Manifest:
     return make_manifest(VersionId("tiny", 3), folder)
 
 
-def test_written_manifest_is_read_back(folder: Path, manifest: Manifest) -> None:
+def test_written_manifest_round_trips(folder: Path, manifest: Manifest) -> None:
     write_manifest(folder, manifest)
     assert read_manifest(folder) == manifest
     assert manifest.id == VersionId("tiny", 3)
@@ -44,26 +44,26 @@ def test_only_undecided_gates_are_listed_as_undecided(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("base_evaluation", [report(), None], ids=["beside its base", "in the format that is served"])
-def test_manifest_has_the_number_of_evaluated_examples(folder: Path, base_evaluation: EvaluationReport | None) -> None:
+def test_manifest_includes_the_number_of_evaluated_examples(
+    folder: Path, base_evaluation: EvaluationReport | None
+) -> None:
     (folder / "gptq").mkdir()
     made = make_manifest(VersionId("tiny", 3), folder, base_evaluation=base_evaluation)
     assert made.judged_examples == 2
 
 
-def test_adapter_alone_was_evaluated_on_no_examples(folder: Path) -> None:
+def test_version_with_only_an_adapter_has_no_evaluated_examples(folder: Path) -> None:
     (folder / "adapter").mkdir()
     adapter = FormatRecord(files=())
     assert make_manifest(VersionId("tiny", 3), folder, formats={Format.ADAPTER: adapter}).judged_examples == 0
 
 
-def test_no_temporary_file_remains(folder: Path, manifest: Manifest) -> None:
+def test_writing_the_manifest_leaves_no_temporary_file(folder: Path, manifest: Manifest) -> None:
     write_manifest(folder, manifest)
     assert {path.name for path in folder.iterdir()} == {MANIFEST_FILE, "heldout.jsonl"}
 
 
-def test_manifest_appears_completely_or_not_at_all(
-    folder: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_manifest_is_written_atomically(folder: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     def cut_off(descriptor: int) -> None:
         raise OSError("no space left on device")
 
@@ -86,7 +86,7 @@ def test_manifest_of_another_version_is_rejected(
     assert caught.value.expected == f"{name}@{number}"
 
 
-def test_missing_manifest_is_an_integrity_error(folder: Path) -> None:
+def test_missing_manifest_raises_integrity_error(folder: Path) -> None:
     with pytest.raises(IntegrityError, match=r"cannot read .*manifest\.json"):
         read_manifest(folder)
 
@@ -100,7 +100,7 @@ def test_missing_manifest_is_an_integrity_error(folder: Path) -> None:
         ({}, None),
     ],
 )
-def test_limit_of_answers_is_the_recipes_or_none_when_it_sets_none(
+def test_answer_limit_comes_from_the_recipe_or_is_none(
     manifest: Manifest, recipe: dict[str, Any], limit: int | None
 ) -> None:
     assert manifest.model_copy(update={"recipe": recipe}).max_answer_tokens == limit

@@ -14,7 +14,7 @@ nats = st.lists(st.lists(st.floats(-20, 20), min_size=1, max_size=5).map(tuple),
 
 
 @given(nats)
-def test_figures_include_all_tokens(found: tuple[tuple[float, ...], ...]) -> None:
+def test_parity_differences_are_computed_over_all_tokens(found: tuple[tuple[float, ...], ...]) -> None:
     differences = Differences(nats=found, agreement=1.0, diverges_at=None)
     tokens = [one for example in found for one in example]
     assert math.isclose(differences.mean, sum(map(abs, tokens)) / len(tokens), abs_tol=1e-9)
@@ -22,7 +22,7 @@ def test_figures_include_all_tokens(found: tuple[tuple[float, ...], ...]) -> Non
     assert math.isclose(differences.shift, -sum(tokens) / len(tokens), abs_tol=1e-9)
 
 
-def test_failed_checks_are_reported_with_their_values() -> None:
+def test_failed_parity_checks_are_reported_with_their_values() -> None:
     assert make_parity().failed == ()
     assert make_parity("template").failed == ("template: <other>, expected the base's",)
 
@@ -45,13 +45,13 @@ class Page(HTMLParser):
         self.words.append(data)
 
 
-def test_page_is_self_contained_and_shows_every_token() -> None:
+def test_parity_page_is_self_contained_and_shows_every_token() -> None:
     page = Page(parity_page("tiny", make_parity()))
     assert (page.dots, page.fetched) == (3, [])
     assert "All 1 checks passed" in "".join(page.words)
 
 
-def test_page_shows_failed_checks_as_text() -> None:
+def test_parity_page_shows_failed_checks_as_text() -> None:
     text = parity_page("<b>tiny</b>", make_parity("template"))
     assert "<b>tiny</b>" not in text
     page = Page(text)

@@ -53,19 +53,19 @@ def keep(tmp_path: Path, registry: Registry, run: str, name: str, content: dict[
         ("field_accuracy", "field_accuracy"),
     ],
 )
-def test_watched_metric_is_the_primary_one_or_its_per_example_part(
+def test_watched_metric_is_the_primary_metric_or_its_per_example_counterpart(
     registry: Registry, keep: Keep, primary: str, watched: str
 ) -> None:
     assert watched_metric(registry, keep(None, primary), run_functions=False).name == watched
 
 
-def test_schema_of_the_evaluation_is_stored(registry: Registry, keep: Keep) -> None:
+def test_json_schema_used_in_evaluation_is_stored_with_the_version(registry: Registry, keep: Keep) -> None:
     metric = choose_metrics(OBJECTS.examples, MetricOptions(primary="schema_valid"))[0]
     again = watched_metric(registry, keep(metric, "schema_valid"), run_functions=False)
     assert again.score(OBJECTS) == metric.score(OBJECTS) == [1.0, 0.0]
 
 
-def test_function_of_the_evaluation_is_stored_whatever_happens_to_its_file(
+def test_metric_function_is_stored_with_the_version_and_outlives_its_file(
     registry: Registry, keep: Keep, tmp_path: Path
 ) -> None:
     path = tmp_path / "mine.py"
@@ -78,7 +78,7 @@ def test_function_of_the_evaluation_is_stored_whatever_happens_to_its_file(
     assert again.score(Answered(OBJECTS.examples, OBJECTS.results)) == [11.0, 13.0]
 
 
-def test_function_of_a_version_runs_only_when_the_operator_allows_it(
+def test_stored_metric_function_runs_only_with_operator_permission(
     registry: Registry, keep: Keep, tmp_path: Path
 ) -> None:
     path = tmp_path / "mine.py"

@@ -48,7 +48,7 @@ Registry(Path(models), Seventh("unused")).publish(name, "run", content, make_man
 """
 
 
-def test_published_version_has_all_of_its_content(registry: Registry, publish: Publish) -> None:
+def test_published_version_has_all_its_content(registry: Registry, publish: Publish) -> None:
     manifest = publish()
     folder = registry.folder(manifest.id)
     assert {path.name for path in folder.iterdir()} == {"merged", HELDOUT_FILE, MANIFEST_FILE}
@@ -56,13 +56,13 @@ def test_published_version_has_all_of_its_content(registry: Registry, publish: P
     registry.verify(manifest.id, Format.MERGED)
 
 
-def test_versions_are_numbered_from_1(registry: Registry, publish: Publish, name: str) -> None:
+def test_version_numbers_start_at_1(registry: Registry, publish: Publish, name: str) -> None:
     assert [publish().number, publish().number] == [1, 2]
     assert registry.versions(name) == [VersionId(name, 1), VersionId(name, 2)]
     assert registry.names() == [name]
 
 
-def test_files_of_a_version_are_read_only(registry: Registry, publish: Publish) -> None:
+def test_version_files_are_read_only(registry: Registry, publish: Publish) -> None:
     folder = registry.folder(publish().id)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*") if path.is_file()}
     assert set(modes.values()) == {0o444}
@@ -81,7 +81,7 @@ def test_failed_publication_leaves_no_version(
     assert list((registry.models / name).iterdir()) == []
 
 
-def test_number_of_a_failed_publication_is_not_reused(
+def test_version_number_of_a_failed_publication_is_not_reused(
     registry: Registry, name: str, content: dict[str, Path], run: str, publish: Publish
 ) -> None:
     def interrupt(version: VersionId, folder: Path) -> Manifest:
@@ -92,7 +92,7 @@ def test_number_of_a_failed_publication_is_not_reused(
     assert publish().number == 2
 
 
-def test_mlflow_does_not_show_a_failed_publication(
+def test_failed_publication_is_not_shown_in_mlflow(
     registry: Registry, name: str, content: dict[str, Path], run: str, tracking: Tracking
 ) -> None:
     from mlflow import MlflowClient
@@ -105,7 +105,7 @@ def test_mlflow_does_not_show_a_failed_publication(
     assert MlflowClient(tracking.uri, tracking.uri).search_model_versions(f"name='{name}'") == []
 
 
-def test_missing_source_leaves_no_version(
+def test_missing_source_file_leaves_no_version(
     registry: Registry, name: str, content: dict[str, Path], run: str, tmp_path: Path
 ) -> None:
     content["gptq"] = tmp_path / "nowhere"
@@ -116,7 +116,7 @@ def test_missing_source_leaves_no_version(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["at the manifest", "at the last step"])
-def test_killed_publication_leaves_no_version_and_the_next_one_works(
+def test_publication_works_after_an_earlier_one_was_killed(
     registry: Registry, name: str, content: dict[str, Path], publish: Publish, moment: str
 ) -> None:
     arguments = [str(registry.models), name, moment, str(content["merged"]), str(content[HELDOUT_FILE])]
@@ -129,7 +129,7 @@ def test_killed_publication_leaves_no_version_and_the_next_one_works(
     assert registry.versions() == [manifest.id]
 
 
-def test_number_whose_folder_exists_is_skipped(registry: Registry, publish: Publish, name: str) -> None:
+def test_version_number_with_an_existing_folder_is_skipped(registry: Registry, publish: Publish, name: str) -> None:
     registry.folder(VersionId(name, 1)).mkdir(parents=True)
     assert publish().number == 2
 
@@ -146,12 +146,12 @@ def test_folder_that_is_not_a_version_is_not_listed(
     assert registry.resolve(name) == manifest.id
 
 
-def test_home_without_versions_has_an_empty_list(registry: Registry) -> None:
+def test_home_without_versions_returns_an_empty_list(registry: Registry) -> None:
     assert registry.versions() == []
     assert registry.names() == []
 
 
-def test_altered_file_is_named(registry: Registry, publish: Publish) -> None:
+def test_modified_version_file_is_named_in_the_error(registry: Registry, publish: Publish) -> None:
     manifest = publish()
     weights = registry.artifact(manifest.id, Format.MERGED) / "model.safetensors"
     weights.chmod(0o644)
@@ -169,12 +169,12 @@ def with_results(registry: Registry, name: str, content: dict[str, Path], run: s
     return registry.publish(name, run, content | {REFERENCE_FOLDER: tmp_path / REFERENCE_FOLDER}, make_manifest)
 
 
-def test_answers_of_a_version_are_found(registry: Registry, with_results: Manifest) -> None:
+def test_stored_answers_of_a_version_are_found(registry: Registry, with_results: Manifest) -> None:
     assert registry.results(with_results.id, Format.MERGED) == (result("first"),)
     assert registry.heldout(with_results.id) == [chat("a"), chat("b")]
 
 
-def test_answers_that_were_not_stored_are_not_found(
+def test_missing_answers_of_a_version_raise_not_found(
     registry: Registry, with_results: Manifest, publish: Publish
 ) -> None:
     with pytest.raises(NotFoundError, match=r"has no reference/gptq\.jsonl"):
@@ -183,7 +183,7 @@ def test_answers_that_were_not_stored_are_not_found(
         registry.results(publish().id, Format.MERGED)
 
 
-def test_altered_answers_are_rejected(registry: Registry, with_results: Manifest) -> None:
+def test_modified_stored_answers_are_rejected(registry: Registry, with_results: Manifest) -> None:
     path = registry.reference(with_results.id, results_file(Format.MERGED))
     path.chmod(0o644)
     write_results(path, [result("other")])
@@ -191,7 +191,7 @@ def test_altered_answers_are_rejected(registry: Registry, with_results: Manifest
         registry.results(with_results.id, Format.MERGED)
 
 
-def test_altered_held_out_set_is_rejected(registry: Registry, publish: Publish) -> None:
+def test_modified_held_out_set_is_rejected(registry: Registry, publish: Publish) -> None:
     manifest = publish()
     path = registry.folder(manifest.id) / HELDOUT_FILE
     path.chmod(0o644)
@@ -221,7 +221,7 @@ def learnt(registry: Registry, name: str, *examples: ChatExample) -> list[bool]:
     return [bool(known) for known in np.isin(hash_prompts(examples), registry.learnt_prompts(name))]
 
 
-def test_prompts_that_any_version_of_a_name_was_trained_on_are_known(
+def test_prompts_trained_on_by_any_version_of_a_name_are_known(
     registry: Registry, name: str, publish_trained: Callable[[ChatExample], Manifest]
 ) -> None:
     publish_trained(chat("one"))
@@ -229,14 +229,14 @@ def test_prompts_that_any_version_of_a_name_was_trained_on_are_known(
     assert learnt(registry, name, chat("one"), chat("two"), chat("a")) == [True, True, False]
 
 
-def test_prompts_of_versions_of_other_names_do_not_count(
+def test_prompts_trained_on_by_versions_of_another_name_are_ignored(
     registry: Registry, publish_trained: Callable[[ChatExample], Manifest]
 ) -> None:
     publish_trained(chat("one"))
     assert learnt(registry, "another-name", chat("one")) == [False]
 
 
-def test_damaged_version_is_reported_and_does_not_prevent_training(
+def test_corrupt_version_is_reported_without_preventing_training(
     registry: Registry,
     name: str,
     publish_trained: Callable[[ChatExample], Manifest],
@@ -252,9 +252,7 @@ def test_damaged_version_is_reported_and_does_not_prevent_training(
 
 
 @pytest.mark.parametrize("file", ["../heldout.jsonl", "", ".", "../merged/config.json", "/etc/passwd"])
-def test_name_of_a_reference_file_cannot_leave_its_folder(
-    registry: Registry, with_results: Manifest, file: str
-) -> None:
+def test_reference_file_name_cannot_escape_its_folder(registry: Registry, with_results: Manifest, file: str) -> None:
     with pytest.raises(NotFoundError):
         registry.reference(with_results.id, file)
 
@@ -268,7 +266,7 @@ def test_manifest_of_another_version_is_rejected(registry: Registry, publish: Pu
         registry.manifest(two.id)
 
 
-def test_name_alone_means_the_newest_version_until_one_is_in_production(
+def test_bare_name_means_the_newest_version_until_one_is_in_production(
     registry: Registry, publish: Publish, name: str, tracking: Tracking
 ) -> None:
     one, two = publish(), publish()
@@ -285,7 +283,7 @@ def test_version_10_is_newer_than_version_9(registry: Registry, publish: Publish
     assert registry.resolve(name) == ten.id == VersionId(name, 10)
 
 
-def test_number_selects_that_version(registry: Registry, publish: Publish, name: str) -> None:
+def test_version_number_selects_that_version(registry: Registry, publish: Publish, name: str) -> None:
     publish()
     publish()
     assert registry.resolve(f"{name}@1") == VersionId(name, 1)
@@ -311,7 +309,7 @@ def test_alias_selects_its_version(
         ("@1@1", "'{name}@1@1' is not a version"),
     ],
 )
-def test_missing_version_is_named_with_the_existing_ones(
+def test_missing_version_error_lists_existing_versions(
     registry: Registry, publish: Publish, name: str, suffix: str, text: str
 ) -> None:
     publish()
@@ -322,27 +320,27 @@ def test_missing_version_is_named_with_the_existing_ones(
 
 
 @pytest.mark.parametrize("text", ["", "*", "**", "/etc", "..", "[", "a/../..", "@production", "*@production", "\0"])
-def test_text_that_is_not_a_version_is_not_found(registry: Registry, publish: Publish, text: str) -> None:
+def test_text_that_is_not_a_version_raises_not_found(registry: Registry, publish: Publish, text: str) -> None:
     publish()
     with pytest.raises(NotFoundError):
         registry.resolve(text)
 
 
-def test_alternatives_to_a_missing_version_are_named(registry: Registry, publish: Publish, name: str) -> None:
+def test_missing_manifest_error_suggests_existing_versions(registry: Registry, publish: Publish, name: str) -> None:
     publish()
     with pytest.raises(NotFoundError) as caught:
         registry.manifest(VersionId(name, 9))
     assert f"{name}@1" in caught.value.expected
 
 
-def test_format_that_a_version_does_not_have_is_rejected(registry: Registry, publish: Publish) -> None:
+def test_format_missing_from_a_version_is_rejected(registry: Registry, publish: Publish) -> None:
     manifest = publish()
     with pytest.raises(NotFoundError, match="has no format gptq") as caught:
         registry.artifact(manifest.id, Format.GPTQ)
     assert caught.value.expected == "one of merged"
 
 
-def test_version_is_complete_when_its_sources_are_deleted(
+def test_version_stays_complete_after_its_source_files_are_deleted(
     registry: Registry, publish: Publish, content: dict[str, Path]
 ) -> None:
     manifest = publish()

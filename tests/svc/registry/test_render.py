@@ -46,7 +46,7 @@ def manifest(tmp_path: Path) -> Manifest:
     return make_manifest(VersionId("tiny", 1), tmp_path, base_evaluation=text_report("what"), formats=formats)
 
 
-def test_primary_metric_comes_first_and_every_figure_has_its_interval(manifest: Manifest) -> None:
+def test_primary_metric_comes_first_and_metrics_have_intervals(manifest: Manifest) -> None:
     heads, first, *others = shown(evaluation_table(manifest))
     assert [head.strip() for head in heads] == ["base", "merged"]
     assert first[0].strip() == "ROUGE-L"
@@ -66,7 +66,7 @@ def test_primary_metric_comes_first_and_every_figure_has_its_interval(manifest: 
         (SelectedBy.VALIDATION, "ROUGE-L; 7 other examples selected the version (data.validation)"),
     ],
 )
-def test_examples_that_selected_the_version_are_named(
+def test_examples_used_to_select_the_version_are_stated(
     manifest: Manifest, capsys: pytest.CaptureFixture[str], selected_by: SelectedBy, shown: str
 ) -> None:
     data = manifest.data.model_copy(update={"selected_by": selected_by, "validation_examples": 7})
@@ -74,7 +74,7 @@ def test_examples_that_selected_the_version_are_named(
     assert shown in capsys.readouterr().out
 
 
-def test_forgetting_is_shown_when_it_was_measured(manifest: Manifest, capsys: pytest.CaptureFixture[str]) -> None:
+def test_forgetting_is_shown_if_it_was_measured(manifest: Manifest, capsys: pytest.CaptureFixture[str]) -> None:
     before, after = (answered([(text, "right")] * 10).results for text in ("so: right", "wrong"))
     questions = GeneralSet("own.jsonl", (chat("q", "right"),) * 10, (("right",),) * 10)
     found = {
@@ -90,7 +90,7 @@ def test_forgetting_is_shown_when_it_was_measured(manifest: Manifest, capsys: py
     assert "general questions" not in capsys.readouterr().out
 
 
-def test_verdict_of_each_gate_is_shown_once(manifest: Manifest, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_gate_verdict_is_shown_once(manifest: Manifest, capsys: pytest.CaptureFixture[str]) -> None:
     gates = (gate_report(0.04), gate_report(0.09))
     print_version(manifest.model_copy(update={"gates": gates}), Path())
     told = " ".join(capsys.readouterr().out.split())
@@ -107,7 +107,7 @@ def test_exact_match_is_shown_when_it_is_the_primary_metric(svc: Svc, register: 
     assert "exact match 0.500" in " ".join(svc("models").out.split())
 
 
-def test_chat_template_is_shown_when_the_recipe_chose_it(
+def test_chat_template_is_shown_when_chosen_by_the_recipe(
     manifest: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     print_version(manifest, tmp_path)

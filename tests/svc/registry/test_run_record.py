@@ -11,7 +11,7 @@ from svc.files.json_file import read_record
 from svc.registry.run_record import MachineRecord, RunRecord
 
 
-def test_this_machine_is_described() -> None:
+def test_machine_record_describes_the_current_machine() -> None:
     machine = MachineRecord.of_this_one()
     assert machine.processor
     assert machine.cores == len(os.sched_getaffinity(0))
@@ -19,7 +19,7 @@ def test_this_machine_is_described() -> None:
     assert machine.python == platform.python_version()
 
 
-def test_written_record_is_read_back(tmp_path: Path) -> None:
+def test_written_run_record_round_trips(tmp_path: Path) -> None:
     record = RunRecord(
         machine=MachineRecord.of_this_one(),
         number_type="bfloat16",
@@ -34,7 +34,7 @@ def test_written_record_is_read_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"steps": 1}'])
-def test_file_that_is_not_a_record_is_rejected(tmp_path: Path, content: str | None) -> None:
+def test_file_that_is_not_a_run_record_is_rejected(tmp_path: Path, content: str | None) -> None:
     path = tmp_path / "run.json"
     if content is not None:
         path.write_text(content)

@@ -18,7 +18,7 @@ def mlflow(tracking: Tracking) -> MlflowClient:
     return MlflowClient(tracking.uri, tracking.uri)
 
 
-def test_numbers_increase_by_one(tracking: Tracking, name: str, run: str) -> None:
+def test_allocated_version_numbers_increase_by_one(tracking: Tracking, name: str, run: str) -> None:
     assert [tracking.allocate(name, "/models", run).number for _ in range(3)] == [1, 2, 3]
 
 
@@ -28,14 +28,14 @@ def test_number_of_a_withdrawn_version_is_not_reused(tracking: Tracking, name: s
     assert tracking.allocate(name, "/models", run) == VersionId(name, 2)
 
 
-def test_version_has_a_link_to_its_run(tracking: Tracking, name: str, run: str, mlflow: MlflowClient) -> None:
+def test_mlflow_version_links_to_its_run(tracking: Tracking, name: str, run: str, mlflow: MlflowClient) -> None:
     version = tracking.allocate(name, "/models", run)
     tracking.annotate(version, "tiny on 12 examples", {"exact_match_gptq": "0.5"})
     found = mlflow.get_model_version(name, "1")
     assert (found.run_id, found.description, found.tags) == (run, "tiny on 12 examples", {"exact_match_gptq": "0.5"})
 
 
-def test_page_of_a_version_is_stored_with_its_run(tracking: Tracking, name: str, mlflow: MlflowClient) -> None:
+def test_report_page_of_a_version_is_stored_with_its_run(tracking: Tracking, name: str, mlflow: MlflowClient) -> None:
     run = tracking.start_run(name, {})
     one, two = (tracking.allocate(name, "/models", run) for _ in range(2))
     tracking.log_page(one, run, "<p>first</p>")
@@ -45,7 +45,7 @@ def test_page_of_a_version_is_stored_with_its_run(tracking: Tracking, name: str,
     assert mlflow.download_artifacts(run, f"{name}-2.html").endswith(f"{name}-2.html")
 
 
-def test_page_is_deleted_with_its_withdrawn_version(tracking: Tracking, name: str, mlflow: MlflowClient) -> None:
+def test_withdrawing_a_version_deletes_its_report_page(tracking: Tracking, name: str, mlflow: MlflowClient) -> None:
     run = tracking.start_run(name, {})
     one, two = (tracking.allocate(name, "/models", run) for _ in range(2))
     for version in (one, two):
@@ -54,7 +54,7 @@ def test_page_is_deleted_with_its_withdrawn_version(tracking: Tracking, name: st
     assert [artifact.path for artifact in mlflow.list_artifacts(run)] == [f"{name}-2.html"]
 
 
-def test_pages_are_in_their_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_pages_are_stored_below_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     registry = Registry.of(Settings(home=tmp_path / "home"))
     run = registry.tracking.start_run("tiny", {})
@@ -64,7 +64,7 @@ def test_pages_are_in_their_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
 
 
-def test_page_that_mlflow_rejects_is_an_error(tracking: Tracking, name: str) -> None:
+def test_report_page_rejected_by_mlflow_raises_error(tracking: Tracking, name: str) -> None:
     with pytest.raises(RegistryError, match="rejected the page for"):
         tracking.log_page(VersionId(name, 1), "no-such-run", "<p>page</p>")
 
@@ -74,7 +74,7 @@ def test_name_unknown_to_mlflow_has_no_aliases(tracking: Tracking, name: str) ->
     assert tracking.alias(name, Alias.PRODUCTION) is None
 
 
-def test_alias_moves(tracking: Tracking, name: str, run: str) -> None:
+def test_alias_can_be_moved_to_another_version(tracking: Tracking, name: str, run: str) -> None:
     one, two = (tracking.allocate(name, "/models", run) for _ in range(2))
     tracking.set_alias(one, Alias.PRODUCTION)
     tracking.set_alias(two, Alias.PRODUCTION)
@@ -82,25 +82,25 @@ def test_alias_moves(tracking: Tracking, name: str, run: str) -> None:
     assert tracking.aliases(name) == {Alias.PRODUCTION: two, Alias.SHADOW: one}
 
 
-def test_aliases_of_other_versions_are_left_out(tracking: Tracking, name: str, run: str, mlflow: MlflowClient) -> None:
+def test_aliases_of_other_versions_are_excluded(tracking: Tracking, name: str, run: str, mlflow: MlflowClient) -> None:
     tracking.allocate(name, "/models", run)
     mlflow.set_registered_model_alias(name, "favourite", "1")
     assert tracking.aliases(name) == {}
 
 
-def test_runs_of_one_name_are_in_one_experiment(tracking: Tracking, name: str, mlflow: MlflowClient) -> None:
+def test_runs_of_one_name_share_an_experiment(tracking: Tracking, name: str, mlflow: MlflowClient) -> None:
     runs = [mlflow.get_run(tracking.start_run(name, {"tuneserve.run": f"{name}-1"})) for _ in range(2)]
     assert runs[0].info.experiment_id == runs[1].info.experiment_id
     assert runs[0].data.tags["tuneserve.run"] == f"{name}-1"
 
 
-def test_figures_are_stored_with_the_run(tracking: Tracking, mlflow: MlflowClient) -> None:
+def test_metrics_are_stored_with_the_mlflow_run(tracking: Tracking, mlflow: MlflowClient) -> None:
     run = tracking.start_run("tests", {})
     tracking.log_metrics(run, {"exact_match": 0.75})
     assert mlflow.get_run(run).data.metrics == {"exact_match": 0.75}
 
 
-def test_run_has_its_start_time_and_newest_figures(tracking: Tracking, mlflow: MlflowClient) -> None:
+def test_run_has_its_start_time_and_latest_metrics(tracking: Tracking, mlflow: MlflowClient) -> None:
     run = tracking.start_run("tests", {})
     for step, loss in enumerate((0.75, 0.5)):
         tracking.log_metrics(run, {"loss": loss}, step)
@@ -114,18 +114,18 @@ def test_run_unknown_to_mlflow_is_none(tracking: Tracking) -> None:
     assert tracking.run("0" * 32) is None
 
 
-def test_newest_run_is_the_one_that_was_started_last(tracking: Tracking, name: str, mlflow: MlflowClient) -> None:
+def test_newest_run_is_the_one_started_last(tracking: Tracking, name: str, mlflow: MlflowClient) -> None:
     first = mlflow.get_run(tracking.start_run(name, {})).info
     last = mlflow.create_run(first.experiment_id, start_time=first.start_time + 1000).info.run_id
     mlflow.create_run(first.experiment_id, start_time=first.start_time - 1000)
     assert tracking.newest_run(name) == tracking.run(last)
 
 
-def test_name_that_was_never_trained_has_no_newest_run(tracking: Tracking, name: str) -> None:
+def test_never_trained_name_has_no_newest_run(tracking: Tracking, name: str) -> None:
     assert tracking.newest_run(name) is None
 
 
-def test_trainers_log_goes_to_the_attached_run(tracking: Tracking, mlflow: MlflowClient) -> None:
+def test_trainer_metrics_are_logged_to_the_attached_run(tracking: Tracking, mlflow: MlflowClient) -> None:
     import mlflow as fluent
 
     run = tracking.start_run("tests", {})
@@ -136,7 +136,7 @@ def test_trainers_log_goes_to_the_attached_run(tracking: Tracking, mlflow: Mlflo
     assert fluent.active_run() is None
 
 
-def test_mlflow_that_does_not_answer_is_a_registry_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_mlflow_raises_registry_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(RegistryError, match="failed: API request"):
         Tracking("http://127.0.0.1:9").aliases("tiny")

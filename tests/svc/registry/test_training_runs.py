@@ -18,11 +18,11 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_home_without_trainings_has_no_runs(tmp_path: Path) -> None:
+def test_home_without_training_has_no_runs(tmp_path: Path) -> None:
     assert list(find_training_runs(tmp_path)) == []
 
 
-def test_run_is_active_when_its_lock_is_held(folder: Path, tmp_path: Path) -> None:
+def test_run_is_active_while_its_lock_is_held(folder: Path, tmp_path: Path) -> None:
     with hold_lock(folder / "lock", "a run"):
         assert list(find_training_runs(tmp_path)) == [TrainingRun("tiny", running=True)]
 
@@ -31,17 +31,17 @@ def test_run_is_inactive_when_its_lock_is_free(folder: Path, tmp_path: Path) -> 
     assert list(find_training_runs(tmp_path)) == [TrainingRun("tiny", running=False)]
 
 
-def test_name_may_contain_hyphens(folder: Path, tmp_path: Path) -> None:
+def test_run_name_may_contain_hyphens(folder: Path, tmp_path: Path) -> None:
     folder.rename(folder.with_name("tiny-quick-0123456789ab"))
     assert [run.name for run in find_training_runs(tmp_path)] == ["tiny-quick"]
 
 
-def test_run_that_is_being_removed_is_not_listed(folder: Path, tmp_path: Path) -> None:
+def test_run_being_removed_is_not_listed(folder: Path, tmp_path: Path) -> None:
     folder.rename(folder.with_name(".removed-tiny-0123456789ab"))
     assert list(find_training_runs(tmp_path)) == []
 
 
-def test_listed_runs_are_those_that_the_trainer_creates(tmp_path: Path) -> None:
+def test_runs_created_by_the_trainer_are_listed(tmp_path: Path) -> None:
     """Their file names are repeated there, because svc does not import the trainer."""
     from trainer.base_model.resolve import Base
     from trainer.pipeline.examples import Examples

@@ -23,7 +23,7 @@ def answer_with(monkeypatch: pytest.MonkeyPatch, answer: Callable[[httpx.Request
     monkeypatch.setattr(ServerAddress, "client", lambda _: client)
 
 
-def test_error_has_the_status_when_a_proxy_answers_with_html(
+def test_html_response_from_a_proxy_raises_error_with_its_status(
     read: Callable[[], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answer_with(monkeypatch, lambda _: httpx.Response(200, text="<html>sign in</html>"))
@@ -31,9 +31,7 @@ def test_error_has_the_status_when_a_proxy_answers_with_html(
         read()
 
 
-def test_error_names_the_cause_when_the_server_cannot_be_reached(
-    read: Callable[[], object], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unreachable_server_error_names_the_cause(read: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_: httpx.Request) -> httpx.Response:
         raise httpx.ConnectError("connection refused")
 

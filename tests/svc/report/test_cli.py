@@ -22,23 +22,25 @@ def version(versions: JudgedVersions, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(versions.publish(LABELS, {BASE: right(LABELS, 9), "merged": right(LABELS, 50)}).id)
 
 
-def test_page_is_written_to_the_working_folder_and_its_path_is_printed(svc: Svc, version: str, tmp_path: Path) -> None:
+def test_report_is_written_to_the_working_directory_and_its_path_printed(
+    svc: Svc, version: str, tmp_path: Path
+) -> None:
     result = svc("report", version)
     path = tmp_path / f"{version.replace('@', '-')}.html"
     assert (result.code, result.out) == (0, f"{path}\n")
     assert f"<title>{version}</title>" in path.read_text("utf-8")
 
 
-def test_page_is_written_to_the_output_path(svc: Svc, version: str, tmp_path: Path) -> None:
+def test_report_is_written_to_the_given_output_path(svc: Svc, version: str, tmp_path: Path) -> None:
     assert svc("report", version, "--output", "other.html").out == f"{tmp_path / 'other.html'}\n"
     assert (tmp_path / "other.html").is_file()
 
 
-def test_name_alone_means_its_newest_version(svc: Svc, version: str) -> None:
+def test_bare_name_selects_the_newest_version(svc: Svc, version: str) -> None:
     assert svc("report", version.partition("@")[0]).out.endswith("-1.html\n")
 
 
-def test_json_output_has_the_path_and_all_figures(svc: Svc, version: str, tmp_path: Path) -> None:
+def test_json_output_has_the_report_path_and_all_metrics(svc: Svc, version: str, tmp_path: Path) -> None:
     output = json.loads(svc("report", version, "--json").out)
     assert output["path"] == str(tmp_path / f"{version.replace('@', '-')}.html")
     assert output["version"] == version
@@ -48,17 +50,17 @@ def test_json_output_has_the_path_and_all_figures(svc: Svc, version: str, tmp_pa
     assert len(output["side_by_side"]) == 20
 
 
-def test_missing_output_folder_is_an_error_without_a_traceback(svc: Svc, version: str) -> None:
+def test_missing_output_folder_raises_error_without_a_traceback(svc: Svc, version: str) -> None:
     result = svc("report", version, "--output", "nowhere/page.html")
     assert result.code == 2
     assert "nowhere" in result.err
 
 
-def test_missing_version_is_not_found(svc: Svc, version: str, tmp_path: Path) -> None:
+def test_report_for_a_missing_version_exits_with_not_found(svc: Svc, version: str, tmp_path: Path) -> None:
     result = svc("report", version.replace("@1", "@7"))
     assert result.code == NotFoundError.exit_code
     assert list(tmp_path.glob("*.html")) == []
 
 
-def test_show_prints_the_command_for_the_report(svc: Svc, version: str) -> None:
+def test_show_command_prints_the_command_for_the_report(svc: Svc, version: str) -> None:
     assert f"svc report {version}" in svc("show", version).out

@@ -19,7 +19,7 @@ def matrix(pairs: list[tuple[str, str]]) -> ConfusionMatrix | None:
 
 
 @given(st.lists(st.tuples(st.sampled_from(LABELS), st.sampled_from(LABELS)), min_size=6))
-def test_confusion_matrix_equals_that_of_scikit_learn(pairs: list[tuple[str, str]]) -> None:
+def test_confusion_matrix_matches_scikit_learn(pairs: list[tuple[str, str]]) -> None:
     pairs += [(label, label) for label in LABELS]
     confusion = matrix(pairs)
     assert confusion is not None
@@ -28,20 +28,20 @@ def test_confusion_matrix_equals_that_of_scikit_learn(pairs: list[tuple[str, str
     assert [list(row) for row in confusion.counts] == wanted.tolist()
 
 
-def test_answers_that_are_not_labels_have_their_own_column() -> None:
+def test_non_label_answers_have_their_own_confusion_matrix_column() -> None:
     confusion = matrix([("net", "net"), ("net", "I do not know"), ("games", "games"), ("games", "net")] * 2)
     assert confusion is not None
     assert confusion.given == ("games", "net", "(no label)")
     assert confusion.counts == ((2, 2, 0), (0, 2, 2))
 
 
-def test_case_and_format_of_a_label_do_not_matter() -> None:
+def test_confusion_matrix_ignores_label_case_and_format() -> None:
     confusion = matrix([("net", '{"section": "Net"}'), ("net", "NET "), ("games", "games"), ("games", "Games")])
     assert confusion is not None
     assert confusion.counts == ((2, 0), (0, 2))
 
 
-def test_rare_labels_are_combined_when_there_are_many() -> None:
+def test_rare_labels_are_combined_in_a_large_confusion_matrix() -> None:
     pairs = [(f"label {place:02}", f"label {place:02}") for place in range(30) for _ in range(2 + (place < 25))]
     confusion = matrix(pairs)
     assert confusion is not None
@@ -52,5 +52,5 @@ def test_rare_labels_are_combined_when_there_are_many() -> None:
 
 
 @pytest.mark.parametrize("pairs", [[], [(f"a long answer, number {place}", "a") for place in range(9)]])
-def test_texts_have_no_confusion_matrix(pairs: list[tuple[str, str]]) -> None:
+def test_free_text_answers_have_no_confusion_matrix(pairs: list[tuple[str, str]]) -> None:
     assert matrix(pairs) is None

@@ -40,7 +40,7 @@ def right(examples: Sequence[ChatExample], count: int) -> list[str]:
     ("base", "merged", "outcome"),
     [(10, 50, Direction.BETTER), (50, 10, Direction.WORSE), (30, 31, Direction.UNDECIDED)],
 )
-def test_verdict_follows_from_the_interval_of_the_change(base: int, merged: int, outcome: Direction) -> None:
+def test_report_verdict_follows_from_the_interval_of_the_change(base: int, merged: int, outcome: Direction) -> None:
     comparison = judged(LABELS, {BASE: right(LABELS, base), "merged": right(LABELS, merged)})
     [verdict] = comparison.verdicts
     assert (verdict.model, verdict.other, verdict.outcome) == ("merged", BASE, outcome)
@@ -48,13 +48,13 @@ def test_verdict_follows_from_the_interval_of_the_change(base: int, merged: int,
     assert verdict.change.value == pytest.approx((merged - base) / 60)
 
 
-def test_gptq_is_compared_with_the_base_and_with_merged() -> None:
+def test_gptq_is_compared_with_both_base_and_merged() -> None:
     comparison = judged(LABELS, {BASE: right(LABELS, 5), "merged": right(LABELS, 50), "gptq": right(LABELS, 49)})
     pairs = [(verdict.model, verdict.other) for verdict in comparison.verdicts]
     assert pairs == [("merged", BASE), ("gptq", BASE), ("gptq", "merged")]
 
 
-def test_primary_metric_decides_and_comes_first() -> None:
+def test_primary_metric_decides_the_verdict_and_comes_first() -> None:
     comparison = judged(TEXTS, {BASE: right(TEXTS, 0), "merged": right(TEXTS, 20)})
     assert comparison.rows[0].name == "rouge_l"
     assert comparison.rows[-1].name == "nll"
@@ -70,22 +70,22 @@ def test_every_metric_has_its_paired_change() -> None:
 
 
 @pytest.mark.parametrize(("base", "outcome"), [(0, Direction.BETTER), (20, Direction.UNDECIDED)])
-def test_intervals_must_not_overlap_when_paired_changes_are_unknown(base: int, outcome: Direction) -> None:
+def test_verdict_without_paired_changes_requires_disjoint_intervals(base: int, outcome: Direction) -> None:
     comparison = judged(LABELS, {BASE: right(LABELS, base), "merged": right(LABELS, 24)}, kept=["merged"])
     [verdict] = comparison.verdicts
     assert (verdict.outcome, verdict.change) == (outcome, None)
 
 
-def test_gptq_is_the_compared_format_when_a_version_has_no_merged() -> None:
+def test_gptq_is_compared_with_the_base_when_there_is_no_merged_format() -> None:
     assert judged(LABELS, {"gptq": right(LABELS, 10)}).tuned == "gptq"
 
 
-def test_version_that_was_not_evaluated_has_no_verdicts() -> None:
+def test_unevaluated_version_has_no_verdicts() -> None:
     comparison = Judged([], {}, {})
     assert (comparison.tuned, comparison.rows, comparison.verdicts) == (None, (), ())
 
 
-def test_lower_value_is_better_when_the_metric_says_so() -> None:
+def test_lower_value_counts_as_better_when_the_metric_says_so() -> None:
     made = {
         BASE: evaluation(LABELS, right(LABELS, 9), [3.0] * 60),
         "merged": evaluation(LABELS, right(LABELS, 9), [1.0] * 60),
@@ -95,7 +95,7 @@ def test_lower_value_is_better_when_the_metric_says_so() -> None:
     assert verdict.outcome is Direction.BETTER
 
 
-def test_change_of_macro_f1_equals_the_metrics_own_difference() -> None:
+def test_macro_f1_change_equals_the_difference_computed_by_the_metric() -> None:
     from svc.evaluation.metrics.labels import MacroF1
 
     comparison = judged(LABELS, {BASE: right(LABELS, 10), "merged": right(LABELS, 40)})

@@ -66,7 +66,7 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_truncated_answers_are_counted_and_marked(versions: JudgedVersions) -> None:
+def test_truncated_answers_are_counted_and_marked_in_the_report(versions: JudgedVersions) -> None:
     report = gather_report(versions.registry, versions.publish(LABELS, {"merged": right(LABELS, 0)}).id)
     results = list(report.judged.results["merged"])
     results[2] = results[2].model_copy(update={"finish_reason": "length"})
@@ -117,7 +117,7 @@ def page(tmp_path_factory: pytest.TempPathFactory, tracking: Tracking, run: str)
     return page_of(versions, versions.publish(LABELS, ANSWERS))
 
 
-def test_page_is_well_formed_and_every_link_has_a_target(page: str) -> None:
+def test_report_page_is_well_formed_and_every_link_has_a_target(page: str) -> None:
     parsed = Page(page)
     assert parsed.open == []
     assert max(parsed.ids.values()) == 1
@@ -125,7 +125,7 @@ def test_page_is_well_formed_and_every_link_has_a_target(page: str) -> None:
     assert links <= {f"#{name}" for name in parsed.ids}
 
 
-def test_page_loads_nothing_and_runs_nothing(page: str) -> None:
+def test_report_page_loads_no_external_resources_and_runs_no_scripts(page: str) -> None:
     parsed = Page(page)
     assert not parsed.tags.keys() & {"script", "iframe", "object", "embed", "link", "img", "form", "base"}
     assert not [
@@ -147,7 +147,7 @@ ATTACKS = [
 ]
 
 
-def test_text_of_a_model_or_a_user_is_escaped(versions: JudgedVersions) -> None:
+def test_model_and_user_text_is_escaped_in_the_report(versions: JudgedVersions) -> None:
     plain = versions.publish(LABELS[:20], {BASE: ["net"] * 20, "merged": ["x"] * 20}, failed=("x",))
     other = Page(page_of(versions, plain))
     for attack in ATTACKS:
@@ -165,29 +165,29 @@ def test_text_of_a_model_or_a_user_is_escaped(versions: JudgedVersions) -> None:
 
 @settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), min_size=3, max_size=5))
-def test_page_is_well_formed_whatever_the_answers(versions: JudgedVersions, texts: list[str]) -> None:
+def test_report_page_is_well_formed_for_arbitrary_answers(versions: JudgedVersions, texts: list[str]) -> None:
     examples = [chat(f"q {place}", "a") for place in range(len(texts))]
     assert Page(page_of(versions, versions.publish(examples, {"merged": texts}))).open == []
 
 
-def test_long_answer_is_cut_with_a_note(versions: JudgedVersions) -> None:
+def test_report_truncates_a_long_answer_with_a_note(versions: JudgedVersions) -> None:
     answers = ["z" * 300_000, *(example.answer for example in TEXTS[1:])]
     page = page_of(versions, versions.publish(TEXTS, {"merged": answers}))
     assert len(page) < 200_000
     assert "296,000 more characters are not shown" in page
 
 
-def test_empty_and_blank_answers_are_marked(versions: JudgedVersions) -> None:
+def test_empty_and_blank_answers_are_marked_in_the_report(versions: JudgedVersions) -> None:
     page = page_of(versions, versions.publish(TEXTS[:4], {"merged": ["", "\n ", "x", "y"]}))
     assert page.count(">empty<") == page.count(">only white space<") > 0
 
 
-def test_page_has_the_same_bytes_when_it_is_written_again(versions: JudgedVersions) -> None:
+def test_rendering_the_report_again_gives_identical_bytes(versions: JudgedVersions) -> None:
     manifest = versions.publish(LABELS, ANSWERS)
     assert page_of(versions, manifest) == page_of(versions, manifest)
 
 
-def test_sections_are_in_the_order_of_interest(versions: JudgedVersions) -> None:
+def test_report_sections_are_ordered_by_importance(versions: JudgedVersions) -> None:
     answers = {BASE: right(LABELS, 10), "merged": ["x", *right(LABELS, 50)[1:]]}
     manifest = versions.publish(LABELS, answers, findings=(NOISE,), forgetting={Format.GPTQ: FORGETTING})
     page = page_of(versions, manifest)
@@ -198,18 +198,18 @@ def test_sections_are_in_the_order_of_interest(versions: JudgedVersions) -> None
     assert '<th scope="col">gptq</th>' in section(page, "forgetting")
 
 
-def test_page_says_so_when_no_fault_was_found(versions: JudgedVersions) -> None:
+def test_report_says_when_no_training_fault_was_found(versions: JudgedVersions) -> None:
     page = page_of(versions, versions.publish(LABELS, ANSWERS, findings=()))
     assert "No rule found a fault in the training" in section(page, "diagnosis")
 
 
-def test_missing_parts_are_left_out(versions: JudgedVersions) -> None:
+def test_sections_without_data_are_omitted_from_the_report(versions: JudgedVersions) -> None:
     page = page_of(versions, versions.publish(TEXTS, {}, parity=None))
     assert re.findall(r'<section id="([^"]*)"', page) == ["diagnosis", "training", "data", "made"]
     assert "only an adapter is registered" in page
 
 
-def test_failed_check_is_at_the_beginning(versions: JudgedVersions) -> None:
+def test_failed_check_is_shown_at_the_top_of_the_report(versions: JudgedVersions) -> None:
     manifest = versions.publish(LABELS, ANSWERS, failed=("gptq lost 0.1",), parity=make_parity("template"))
     head, _, rest = page_of(versions, manifest).partition("<main>")
     assert "failed check:</span> gptq lost 0.1" in head
@@ -217,24 +217,24 @@ def test_failed_check_is_at_the_beginning(versions: JudgedVersions) -> None:
     assert '<span class="bad">failed</span>' in section(rest, "parity")
 
 
-def test_every_figure_has_a_text_alternative(page: str) -> None:
+def test_every_report_plot_has_a_text_alternative(page: str) -> None:
     labels = [value for tag, name, value in Page(page).attributes if tag == "svg" and name == "aria-label"]
     assert len(labels) == Page(page).tags["svg"] == 6
     assert all(len(label) > 20 for label in labels)
 
 
-def test_headings_do_not_skip_a_level(page: str) -> None:
+def test_report_headings_do_not_skip_a_level(page: str) -> None:
     levels = [int(level) for level in re.findall(r"<h(\d)", page)]
     assert levels[0] == 1
     assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
 
 
-def test_every_table_has_a_caption_and_its_own_scroll_area(page: str) -> None:
+def test_every_report_table_has_a_caption_and_its_own_scroll_area(page: str) -> None:
     tags = Page(page).tags
     assert tags["table"] == tags["caption"] == page.count('<div class="scroll" tabindex="0"><table')
 
 
-def test_all_turns_of_a_prompt_are_shown(versions: JudgedVersions) -> None:
+def test_report_shows_all_turns_of_a_prompt(versions: JudgedVersions) -> None:
     from svc.dataset.schema.example import Message, Role
 
     turns = (Message(Role.SYSTEM, "be brief"), Message(Role.USER, "what is it?"), Message(Role.ASSISTANT, "a tool"))
@@ -243,7 +243,7 @@ def test_all_turns_of_a_prompt_are_shown(versions: JudgedVersions) -> None:
     assert "be brief" in page
 
 
-def test_example_has_the_answers_of_all_models(versions: JudgedVersions) -> None:
+def test_side_by_side_example_shows_the_answers_of_all_models(versions: JudgedVersions) -> None:
     answers = {BASE: right(LABELS, 0), "merged": right(LABELS, 60), "gptq": right(LABELS, 60)}
     first, *_ = re.findall(
         r"<article.*?</article>",
@@ -266,7 +266,7 @@ def test_example_has_the_answers_of_all_models(versions: JudgedVersions) -> None
         ),
     ],
 )
-def test_verdict_is_a_sentence(verdict: tuple[str, str, Direction], said: str) -> None:
+def test_report_verdict_is_written_as_a_sentence(verdict: tuple[str, str, Direction], said: str) -> None:
     estimate, change = Interval(value=0.5, low=0.4, high=0.6), Interval(value=-0.1, low=-0.2, high=0.0)
     sentence = say_verdict(ModelComparison(*verdict, estimate, estimate, change), "accuracy")
     assert sentence.startswith(said)
@@ -274,5 +274,5 @@ def test_verdict_is_a_sentence(verdict: tuple[str, str, Direction], said: str) -
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(9.6, "10 s"), (150, "2 min"), (3 * 3600 + 300, "3 h 5 min")])
-def test_duration_has_a_suitable_unit(seconds: float, said: str) -> None:
+def test_report_shows_durations_in_a_suitable_unit(seconds: float, said: str) -> None:
     assert duration(seconds) == said

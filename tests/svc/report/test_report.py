@@ -13,7 +13,7 @@ from tests.svc.report.test_judged import LABELS, right
 ANSWERS = {BASE: right(LABELS, 10), "merged": right(LABELS, 50), "gptq": right(LABELS, 45)}
 
 
-def test_report_contains_everything_that_the_version_has(versions: JudgedVersions) -> None:
+def test_report_contains_all_data_of_the_version(versions: JudgedVersions) -> None:
     made = versions.publish(LABELS, ANSWERS)
     report = gather_report(versions.registry, made.id)
     assert report.manifest == made
@@ -29,25 +29,25 @@ def test_report_contains_everything_that_the_version_has(versions: JudgedVersion
     assert len(report.judged.side_by_side) == 20
 
 
-def test_examples_are_the_evaluated_ones_when_the_evaluation_is_limited(versions: JudgedVersions) -> None:
+def test_report_uses_only_evaluated_examples_when_evaluation_is_limited(versions: JudgedVersions) -> None:
     manifest = versions.publish(LABELS, {"merged": right(LABELS, 50)}, judged=21)
     report = gather_report(versions.registry, manifest.id)
     assert report.judged.side_by_side[-1] == 20
     assert report.heldout_labels == {"net": 20, "games": 20, "java": 20}
 
 
-def test_adapter_alone_was_not_evaluated(versions: JudgedVersions) -> None:
+def test_version_with_only_an_adapter_has_no_evaluation_in_the_report(versions: JudgedVersions) -> None:
     report = gather_report(versions.registry, versions.publish(LABELS, {}).id)
     assert (report.judged.tuned, report.judged.rows, report.judged.verdicts, report.confusion) == (None, (), (), None)
 
 
-def test_missing_version_is_not_found(versions: JudgedVersions) -> None:
+def test_missing_version_raises_not_found(versions: JudgedVersions) -> None:
     with pytest.raises(NotFoundError, match="there is no version"):
         gather_report(versions.registry, VersionId(versions.name, 7))
 
 
 @pytest.mark.parametrize("file", ["base.jsonl", "training.jsonl", "data_summary.json", "run.json"])
-def test_changed_file_is_rejected(versions: JudgedVersions, file: str) -> None:
+def test_file_modified_after_registration_is_rejected(versions: JudgedVersions, file: str) -> None:
     manifest = versions.publish(LABELS, ANSWERS)
     path = versions.registry.folder(manifest.id) / "reference" / file
     path.chmod(0o644)

@@ -12,7 +12,7 @@ def test_worst_answers_have_the_lowest_scores() -> None:
     assert judged(TEXTS, {"merged": answers}).worst == (5, 8)
 
 
-def test_least_likely_reference_is_the_worst_when_scores_are_equal() -> None:
+def test_least_likely_reference_is_worst_when_scores_are_equal() -> None:
     made = evaluation(LABELS, right(LABELS, 57), [1.0] * 58 + [3.0, 2.0])
     comparison = Judged(LABELS, {"merged": made.report}, {"merged": made.results})
     assert comparison.worst == (59, 60, 58)
@@ -33,18 +33,18 @@ def test_correct_answers_are_never_among_the_worst() -> None:
     assert judged(LABELS, {"merged": right(LABELS, 60)}).worst == ()
 
 
-def test_lost_answers_are_those_that_only_the_base_has_right() -> None:
+def test_lost_answers_are_those_only_the_base_got_right() -> None:
     base, tuned = right(LABELS, 10), right(LABELS, 60)
     tuned[3] = tuned[6] = tuned[50] = "none of them"
     assert judged(LABELS, {BASE: base, "merged": tuned}).lost == (4, 7)
 
 
-def test_no_example_counts_as_lost_when_the_base_has_no_answers() -> None:
+def test_no_example_counts_as_lost_without_base_answers() -> None:
     comparison = judged(LABELS, {BASE: right(LABELS, 60), "merged": right(LABELS, 0)}, kept=["merged"])
     assert comparison.lost == ()
 
 
-def test_twenty_examples_are_evenly_spaced_whatever_the_answers() -> None:
+def test_twenty_shown_examples_are_evenly_spaced_regardless_of_answers() -> None:
     one, other = (judged(LABELS, {"merged": right(LABELS, count)}) for count in (0, 60))
     assert one.side_by_side == other.side_by_side == tuple(range(1, 61, 3))
 

@@ -8,14 +8,14 @@ from svc.report.text import LONGEST, cut_text, visible
 
 
 @given(st.text(max_size=9_000))
-def test_cut_text_loses_only_the_counted_characters(text: str) -> None:
+def test_truncated_text_loses_only_the_reported_number_of_characters(text: str) -> None:
     cut = cut_text(text)
     assert cut.start + cut.rest == visible(text[:LONGEST])
     assert cut.left_out == max(0, len(text) - LONGEST)
 
 
 @given(st.text(max_size=9_000))
-def test_beginning_of_a_text_is_short(text: str) -> None:
+def test_visible_start_of_a_folded_text_is_short(text: str) -> None:
     start = cut_text(text).start
     assert len(start) <= 350
     assert start.count("\n") <= 7
@@ -25,7 +25,7 @@ def test_short_text_is_not_folded() -> None:
     assert cut_text("two\nlines") == ("two\nlines", "", 0)
 
 
-def test_text_of_many_lines_is_folded() -> None:
+def test_text_with_many_lines_is_folded() -> None:
     assert cut_text("\n".join("abcdefghij")).start == "a\nb\nc\nd\ne\nf\n"
 
 
@@ -34,6 +34,6 @@ def test_invisible_characters_are_made_visible(text: str, shown: str) -> None:
     assert visible(text) == shown
 
 
-def test_scripts_of_all_directions_are_unchanged() -> None:
+def test_right_to_left_and_combining_scripts_are_unchanged() -> None:
     text = "مرحبا 👩‍👩‍👧 हिन्दी\tend\n"
     assert visible(text) == text

@@ -43,18 +43,18 @@ def tamper(store: Store, statement: str) -> None:
         connection.exec_driver_sql(statement)
 
 
-def test_empty_log_is_verified(store: Store) -> None:
+def test_empty_audit_log_passes_verification(store: Store) -> None:
     assert verify_chain(store) == ChainReport(0, FIRST_HASH)
 
 
-def test_altered_event_is_shown_as_it_is(store: Store) -> None:
+def test_tampered_audit_event_is_still_shown_as_stored(store: Store) -> None:
     record_event(store, ENTRY)
     tamper(store, "UPDATE audit SET actor = X'ff'")
     (event,) = read_events(store, newest=10)
     assert (event.subject, repr(event.actor)) == ("tickets@2", repr(b"\xff"))
 
 
-def test_event_has_all_of_its_fields(store: Store) -> None:
+def test_audit_event_has_all_its_fields(store: Store) -> None:
     assert record_event(store, ENTRY) == 1
     (event,) = read_events(store, newest=10)
     assert (event.id, event.action, event.subject, event.reason) == (1, "promote", "tickets@2", "it is better")
@@ -62,21 +62,21 @@ def test_event_has_all_of_its_fields(store: Store) -> None:
     assert datetime.now(UTC) - datetime.fromisoformat(event.at) < timedelta(minutes=1)
 
 
-def test_written_log_is_verified(five: Store) -> None:
+def test_written_audit_log_passes_verification(five: Store) -> None:
     report = verify_chain(five)
     assert (report.events, report.fault) == (5, None)
     assert report.head == read_events(five, newest=1)[0].hash
 
 
 @pytest.mark.parametrize("statement", ["UPDATE audit SET reason = 'x' WHERE id = 2", "DELETE FROM audit WHERE id = 5"])
-def test_database_rejects_changes_of_the_log(five: Store, statement: str) -> None:
+def test_database_rejects_changes_to_the_audit_log(five: Store, statement: str) -> None:
     with pytest.raises(IntegrityError, match="append-only"), five.begin() as connection:
         connection.exec_driver_sql(statement)
     assert verify_chain(five).events == 5
 
 
 @pytest.mark.parametrize("column", ["at", "action", "subject", "actor", "origin", "reason", "details", "hash"])
-def test_changed_row_is_detected(five: Store, column: str) -> None:
+def test_modified_audit_row_is_detected(five: Store, column: str) -> None:
     tamper(five, f"UPDATE audit SET {column} = '[]' WHERE id >= 3")
     fault = verify_chain(five).fault
     assert fault is not None
@@ -93,14 +93,14 @@ def test_changed_row_is_detected(five: Store, column: str) -> None:
         ("INSERT INTO audit SELECT 6, at, action, subject, actor, origin, reason, details, hash, hash FROM audit", 6),
     ],
 )
-def test_missing_moved_and_added_rows_are_detected(five: Store, statement: str, first: int) -> None:
+def test_missing_moved_and_added_audit_rows_are_detected(five: Store, statement: str, first: int) -> None:
     tamper(five, statement.replace("FROM audit", "FROM audit WHERE id = 5") if "INSERT" in statement else statement)
     report = verify_chain(five)
     assert report.fault is not None
     assert (report.fault.id, report.events) == (first, first - 1)
 
 
-def test_truncated_log_is_detected_by_an_earlier_hash(five: Store) -> None:
+def test_truncated_audit_log_is_detected_using_an_earlier_hash(five: Store) -> None:
     kept = verify_chain(five).head
     record_event(five, ENTRY)
     assert verify_chain(five, expected=kept).fault is None
@@ -111,7 +111,7 @@ def test_truncated_log_is_detected_by_an_earlier_hash(five: Store) -> None:
     assert (fault.id, "rows were deleted" in fault.wrong) == (5, True)
 
 
-def test_event_is_rolled_back_when_its_transaction_fails(store: Store) -> None:
+def test_audit_event_is_rolled_back_when_its_transaction_fails(store: Store) -> None:
     def write_and_fail() -> None:
         with exclusive(store) as session:
             append_event(session, ENTRY)
@@ -123,34 +123,34 @@ def test_event_is_rolled_back_when_its_transaction_fails(store: Store) -> None:
 
 
 @pytest.mark.parametrize("text", ["\udcff", "a\0b", "é😀"])
-def test_no_text_breaks_the_chain(store: Store, text: str) -> None:
+def test_unusual_characters_do_not_break_the_audit_hash_chain(store: Store, text: str) -> None:
     record_event(store, AuditEntry(Action.FORGET, text, Actor(text, text), text, {"text": text}))
     assert verify_chain(store) == ChainReport(1, read_events(store, newest=1)[0].hash)
 
 
-def test_newest_events_come_last(five: Store) -> None:
+def test_newest_audit_events_are_listed_last(five: Store) -> None:
     assert [event.id for event in read_events(five, newest=2)] == [4, 5]
 
 
 @pytest.mark.parametrize(("subject", "found"), [("tickets", [1, 2]), ("tickets@2", [2]), ("ticket", []), ("%", [])])
-def test_events_are_found_by_version_and_by_name(store: Store, subject: str, found: list[int]) -> None:
+def test_audit_events_can_be_filtered_by_version_and_name(store: Store, subject: str, found: list[int]) -> None:
     for written in ("tickets@1", "tickets@2", "tickets2@1"):
         record_event(store, AuditEntry(Action.PROMOTE, written, ALICE))
     assert [event.id for event in read_events(store, newest=10, subject=subject)] == found
 
 
-def test_events_are_found_by_action(five: Store) -> None:
+def test_audit_events_can_be_filtered_by_action(five: Store) -> None:
     record_event(five, AuditEntry(Action.COLLECT, "/x", ALICE))
     assert [event.id for event in read_events(five, newest=10, action="gc")] == [6]
 
 
-def test_events_are_found_by_time(five: Store) -> None:
+def test_audit_events_can_be_filtered_by_time(five: Store) -> None:
     third = datetime.fromisoformat(read_events(five, newest=3)[0].at)
     assert [event.id for event in read_events(five, newest=10, since=third)] == [3, 4, 5]
 
 
 @pytest.mark.parametrize("details", ["", "[1]", "null", "{"])
-def test_row_with_altered_details_can_be_shown(five: Store, details: str) -> None:
+def test_audit_row_with_tampered_details_can_still_be_shown(five: Store, details: str) -> None:
     tamper(five, f"UPDATE audit SET details = '{details}' WHERE id = 3")
     assert read_events(five, newest=3)[0].details == {"unreadable": details}
 
@@ -170,7 +170,7 @@ for number in range(25):
 
 
 @pytest.mark.slow
-def test_concurrent_processes_write_one_chain(tmp_path: Path) -> None:
+def test_concurrent_processes_write_a_single_audit_hash_chain(tmp_path: Path) -> None:
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", WRITER, str(tmp_path), str(number)],

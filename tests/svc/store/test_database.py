@@ -27,13 +27,13 @@ from tests.svc.store.test_requests import RECORD, kept
 ONE = Target(VersionId("tiny", 1), Format.GPTQ)
 
 
-def test_migrations_create_the_tables_of_the_code(store: Store) -> None:
+def test_migrations_create_the_tables_defined_in_code(store: Store) -> None:
     with store.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
         assert compare_metadata(context, Table.metadata) == []
 
 
-def test_written_rows_are_read_when_the_store_is_opened_again(tmp_path: Path) -> None:
+def test_written_rows_persist_after_reopening_the_store(tmp_path: Path) -> None:
     change_desired(open_database(tmp_path), None, ONE, None)
     found = read_desired(open_database(tmp_path), "tiny")
     assert found is not None
@@ -48,7 +48,7 @@ def test_store_of_another_release_is_rejected_with_its_revision(tmp_path: Path) 
         open_database(tmp_path)
 
 
-def test_store_of_the_first_schema_gets_the_new_tables_and_keeps_its_rows(tmp_path: Path) -> None:
+def test_upgrading_the_first_schema_adds_tables_and_keeps_rows(tmp_path: Path) -> None:
     store = open_database(tmp_path)
     add_requests(store, [RECORD])
     with store.begin() as connection:
@@ -62,7 +62,7 @@ def test_store_of_the_first_schema_gets_the_new_tables_and_keeps_its_rows(tmp_pa
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = 'initial'")
     store.dispose()
     migrated = open_database(tmp_path)
-    test_migrations_create_the_tables_of_the_code(migrated)
+    test_migrations_create_the_tables_defined_in_code(migrated)
     assert kept(migrated) == [RECORD.request_id]
     assert add_items(migrated, ONE, [item(RECORD.request_id)]) == 1
     assert _schema(migrated) == _schema(open_database(tmp_path / "new"))
@@ -76,25 +76,25 @@ def _schema(store: Store) -> set[str]:
         return {"".join(sorted(sql.split())) for sql in connection.scalars(sa.text(query))}
 
 
-def test_readers_do_not_wait_for_writers_and_commits_survive_a_power_cut(store: Store) -> None:
+def test_store_uses_wal_mode_with_full_synchronization(store: Store) -> None:
     with store.connect() as connection:
         assert connection.scalar(sa.text("PRAGMA journal_mode")) == "wal"
         assert connection.scalar(sa.text("PRAGMA synchronous")) == 2
 
 
-def test_only_the_owner_can_read_the_store(tmp_path: Path) -> None:
+def test_store_has_owner_only_permissions(tmp_path: Path) -> None:
     with open_database(tmp_path).connect():
         modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.glob("svc.db*")}
     assert set(modes) == {"svc.db", "svc.db-wal", "svc.db-shm"}
     assert set(modes.values()) == {0o600}
 
 
-def test_step_without_its_swap_is_rejected(store: Store) -> None:
+def test_swap_step_without_its_swap_is_rejected(store: Store) -> None:
     with pytest.raises(IntegrityError, match="FOREIGN KEY"), store.begin() as connection:
         connection.execute(sa.text("INSERT INTO swap_steps (swap_id, at, text) VALUES (99, '2026-01-01', 'x')"))
 
 
-def test_new_store_is_opened_while_another_process_writes_it(tmp_path: Path) -> None:
+def test_new_store_can_be_opened_while_another_process_is_writing(tmp_path: Path) -> None:
     """SQLite itself does not wait for the lock when it switches a file to WAL mode."""
     other = sqlite3.connect(tmp_path / "svc.db", isolation_level=None, check_same_thread=False)
     other.execute("BEGIN IMMEDIATE")
@@ -106,7 +106,7 @@ def test_new_store_is_opened_while_another_process_writes_it(tmp_path: Path) -> 
         release.join()
 
 
-def test_store_that_cannot_be_written_is_reported_at_once() -> None:
+def test_unwritable_store_raises_error_immediately() -> None:
     """Only a lock of another process is waited for."""
     error = sqlite3.OperationalError("disk I/O error")
     error.sqlite_errorcode = sqlite3.SQLITE_IOERR_WRITE

@@ -17,36 +17,36 @@ def target(number: int, format: Format = Format.GPTQ, name: str = "tiny") -> Tar
     return Target(VersionId(name, number), format)
 
 
-def test_no_version_is_desired_at_first(store: Store) -> None:
+def test_new_store_has_no_desired_version(store: Store) -> None:
     assert read_desired(store, "tiny") is None
     assert desired_names(store) == []
 
 
-def test_first_state_is_generation_1(store: Store) -> None:
+def test_first_desired_state_has_generation_1(store: Store) -> None:
     made = change_desired(store, None, target(1), None)
     assert made == read_desired(store, "tiny") == Desired(target(1), None, 1)
 
 
-def test_change_stores_the_previous_target(store: Store) -> None:
+def test_changing_the_desired_state_stores_the_previous_target(store: Store) -> None:
     first = change_desired(store, None, target(1, Format.MERGED), None)
     change_desired(store, first, target(2), first.target)
     assert read_desired(store, "tiny") == Desired(target(2), target(1, Format.MERGED), 2)
 
 
-def test_change_can_clear_the_previous_target(store: Store) -> None:
+def test_changing_the_desired_state_can_clear_the_previous_target(store: Store) -> None:
     first = change_desired(store, None, target(1), target(3))
     change_desired(store, first, target(2), None)
     assert read_desired(store, "tiny") == Desired(target(2), None, 2)
 
 
-def test_reason_of_a_forced_version_is_kept_until_the_next_change(store: Store) -> None:
+def test_reason_for_a_forced_version_is_kept_until_the_next_change(store: Store) -> None:
     first = change_desired(store, None, target(1), None, forced="a test")
     assert read_desired(store, "tiny") == first == Desired(target(1), None, 1, "a test")
     change_desired(store, first, target(2), first.target)
     assert read_desired(store, "tiny") == Desired(target(2), target(1), 2)
 
 
-def test_names_are_independent(store: Store) -> None:
+def test_desired_states_of_different_names_are_independent(store: Store) -> None:
     change_desired(store, None, target(1), None)
     change_desired(store, None, target(7, name="other"), None)
     change_desired(store, read_desired(store, "tiny"), target(2), None)
@@ -55,7 +55,7 @@ def test_names_are_independent(store: Store) -> None:
     assert read_desired(store, "other") == Desired(target(7, name="other"), None, 1)
 
 
-def test_change_based_on_an_older_state_is_rejected(store: Store) -> None:
+def test_change_based_on_an_outdated_state_is_rejected(store: Store) -> None:
     seen = change_desired(store, None, target(1), None)
     change_desired(store, seen, target(2), seen.target)
     with pytest.raises(BusyError, match="the desired version of tiny was just changed"):
@@ -63,20 +63,20 @@ def test_change_based_on_an_older_state_is_rejected(store: Store) -> None:
     assert read_desired(store, "tiny") == Desired(target(2), target(1), 2)
 
 
-def test_change_that_expects_no_state_is_rejected_when_there_is_one(store: Store) -> None:
+def test_change_expecting_no_state_is_rejected_when_one_exists(store: Store) -> None:
     change_desired(store, None, target(1), None)
     with pytest.raises(BusyError):
         change_desired(store, None, target(2), None)
     assert read_desired(store, "tiny") == Desired(target(1), None, 1)
 
 
-def test_change_that_expects_an_unknown_state_is_rejected(store: Store) -> None:
+def test_change_expecting_a_nonexistent_state_is_rejected(store: Store) -> None:
     with pytest.raises(BusyError):
         change_desired(store, Desired(target(1), None, 1), target(2), None)
     assert read_desired(store, "tiny") is None
 
 
-def test_change_based_on_an_older_state_is_rejected_when_its_values_are_current_again(store: Store) -> None:
+def test_change_based_on_an_outdated_state_is_rejected_even_if_its_values_recur(store: Store) -> None:
     first = change_desired(store, None, target(1), None)
     second = change_desired(store, first, target(2), first.target)
     back = change_desired(store, second, target(1), None)
@@ -86,7 +86,7 @@ def test_change_based_on_an_older_state_is_rejected_when_its_values_are_current_
 
 
 @pytest.mark.parametrize("exists", [False, True])
-def test_exactly_one_of_many_concurrent_changes_wins(store: Store, exists: bool) -> None:
+def test_exactly_one_of_many_concurrent_changes_succeeds(store: Store, exists: bool) -> None:
     seen = change_desired(store, None, target(1), None) if exists else None
     outcomes: list[Desired | BusyError] = []
     start = threading.Barrier(6)
@@ -108,14 +108,14 @@ def test_exactly_one_of_many_concurrent_changes_wins(store: Store, exists: bool)
     assert won == [read_desired(store, "tiny")]
 
 
-def test_target_is_read_as_version_and_format() -> None:
+def test_target_is_printed_as_version_and_format() -> None:
     assert str(target(3, Format.MERGED)) == "tiny@3 (merged)"
 
 
 PROMOTION = AuditEntry(Action.PROMOTE, "tiny@2", Actor("user:alice", "box"), "it is better")
 
 
-def test_change_is_in_the_audit_log_with_its_actor_and_the_previous_state(store: Store) -> None:
+def test_change_is_audited_with_its_actor_and_previous_state(store: Store) -> None:
     first = change_desired(store, None, target(1), None)
     change_desired(store, first, target(2), first.target, entry=PROMOTION)
     (event,) = read_events(store, newest=9)
@@ -123,7 +123,7 @@ def test_change_is_in_the_audit_log_with_its_actor_and_the_previous_state(store:
     assert event.details == {"before": "tiny@1 (gptq)", "forced": False, "format": "gptq", "generation": 2}
 
 
-def test_rejected_change_is_not_in_the_audit_log(store: Store) -> None:
+def test_rejected_change_is_not_audited(store: Store) -> None:
     change_desired(store, None, target(1), None)
     with pytest.raises(BusyError):
         change_desired(store, None, target(2), None, entry=PROMOTION)

@@ -44,7 +44,7 @@ def requests_of(found: Sequence[StoredItem]) -> list[str]:
     return [stored.item.request_id for stored in found]
 
 
-def test_item_is_read_as_it_was_stored(store: Store) -> None:
+def test_stored_drift_item_round_trips(store: Store) -> None:
     add_requests(store, [RECORD._replace(user_hash=hash_user("a@b.de"))])
     one = item("req-1")
     assert add_items(store, TARGET, [one]) == 1
@@ -58,7 +58,7 @@ def test_item_is_read_as_it_was_stored(store: Store) -> None:
     assert (found.logprob, found.client) == (None, hash_user("a@b.de"))
 
 
-def test_log_probability_is_present_when_the_answer_was_scored(store: Store) -> None:
+def test_drift_item_has_a_log_probability_once_its_answer_was_scored(store: Store) -> None:
     fill(store, 1)
     add(store, 1)
     with store.begin() as connection:
@@ -66,7 +66,7 @@ def test_log_probability_is_present_when_the_answer_was_scored(store: Store) -> 
     assert [found.logprob for found in read_items(store, TARGET, after=0, newest=9)] == [-0.25]
 
 
-def test_newest_items_after_an_id_are_read_in_order(store: Store) -> None:
+def test_newest_drift_items_after_an_id_are_read_in_order(store: Store) -> None:
     fill(store, 6)
     ids = add(store, 6)
     assert requests_of(read_items(store, TARGET, after=ids[1], newest=3)) == ["req-3", "req-4", "req-5"]
@@ -74,14 +74,14 @@ def test_newest_items_after_an_id_are_read_in_order(store: Store) -> None:
     assert item_ids(store, TARGET, after=ids[3]) == ids[4:]
 
 
-def test_items_are_read_by_their_ids_in_order_when_some_are_gone(store: Store) -> None:
+def test_drift_items_are_read_by_id_in_order_even_if_some_are_gone(store: Store) -> None:
     fill(store, 3)
     ids = add(store, 3)
     assert requests_of(read_items_with(store, TARGET, [ids[2], 999, ids[0]])) == ["req-0", "req-2"]
 
 
 @pytest.mark.parametrize("other", OTHERS)
-def test_items_of_another_target_are_left_out(store: Store, other: Target) -> None:
+def test_drift_items_of_other_targets_are_excluded(store: Store, other: Target) -> None:
     fill(store, 2)
     ids = add(store, 2)
     assert read_items(store, other, after=0, newest=9) == read_items_with(store, other, ids) == []
@@ -90,14 +90,14 @@ def test_items_of_another_target_are_left_out(store: Store, other: Target) -> No
     assert item_ids(store, TARGET) == ids
 
 
-def test_item_is_not_stored_when_its_request_was_deleted_meanwhile(store: Store) -> None:
+def test_drift_item_of_a_deleted_request_is_not_stored(store: Store) -> None:
     fill(store, 1)
     assert add_items(store, TARGET, [item("req-0"), item("forgotten")]) == 1
     assert add_items(store, TARGET, [item("forgotten")]) == add_items(store, TARGET, []) == 0
     assert requests_of(read_items(store, TARGET, after=0, newest=9)) == ["req-0"]
 
 
-def test_first_item_of_a_request_is_kept_when_another_is_added(store: Store) -> None:
+def test_first_drift_item_of_a_request_is_kept_when_another_is_added(store: Store) -> None:
     fill(store, 2)
     add(store, 1)
     assert add_items(store, TARGET, [item("req-0", characters=99), item("req-1")]) == 1
@@ -105,30 +105,28 @@ def test_first_item_of_a_request_is_kept_when_another_is_added(store: Store) -> 
     assert (first.item.prompt["characters"], second.item.request_id) == (0, "req-1")
 
 
-def test_item_is_deleted_with_its_request_when_that_is_old(store: Store) -> None:
+def test_drift_item_is_deleted_with_its_expired_request(store: Store) -> None:
     fill(store, 3)
     add(store, 3)
     prune_requests(store, before=NOON - timedelta(minutes=1), max_bytes=PLENTY)
     assert requests_of(read_items(store, TARGET, after=0, newest=9)) == ["req-1", "req-2"]
 
 
-def test_item_is_deleted_with_its_request_when_its_user_is_forgotten(store: Store) -> None:
+def test_drift_item_is_deleted_with_its_request_when_the_user_is_forgotten(store: Store) -> None:
     add_requests(store, [RECORD._replace(request_id=f"req-{n}", user_hash=hash_user(f"u{n}")) for n in range(2)])
     add(store, 2)
     assert forget_requests(store, of_user("u0")).requests == 1
     assert requests_of(read_items(store, TARGET, after=0, newest=9)) == ["req-1"]
 
 
-def test_no_id_is_reused_when_all_items_were_deleted(store: Store) -> None:
+def test_drift_item_ids_are_not_reused_after_all_items_are_deleted(store: Store) -> None:
     fill(store, 2)
     ids = add(store, 2)
     prune_items(store, TARGET, (), newest=0)
     assert min(add(store, 2)) > max(ids)
 
 
-def test_newest_items_and_protected_ones_stay_when_the_rest_is_pruned(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pruning_keeps_the_newest_and_protected_drift_items(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drift_items, "_DELETED_TOGETHER", 2)
     fill(store, 8)
     ids = add(store, 8)

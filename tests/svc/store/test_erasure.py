@@ -40,7 +40,7 @@ def three(store: Store) -> Store:
     return store
 
 
-def test_selected_requests_are_deleted_with_their_feedback_and_the_rest_stays(
+def test_selected_requests_and_their_feedback_are_deleted_and_others_kept(
     three: Store, which: ColumnElement[bool]
 ) -> None:
     assert forget_requests(three, which) == Forgotten(requests=1, contents=1, feedback=1)
@@ -49,12 +49,12 @@ def test_selected_requests_are_deleted_with_their_feedback_and_the_rest_stays(
         assert session.scalar(select(func.count()).select_from(FeedbackRow)) == 1
 
 
-def test_count_of_selected_requests_deletes_nothing(three: Store, which: ColumnElement[bool]) -> None:
+def test_counting_selected_requests_deletes_nothing(three: Store, which: ColumnElement[bool]) -> None:
     assert count_requests(three, which) == Forgotten(1, 1, 1)
     assert len(kept(three)) == 3
 
 
-def test_nothing_is_deleted_when_the_selection_is_empty(three: Store) -> None:
+def test_nothing_is_deleted_when_no_request_is_selected(three: Store) -> None:
     assert forget_requests(three, of_key("nobody00")) == Forgotten(0, 0, 0)
     assert len(kept(three)) == 3
 
@@ -71,24 +71,24 @@ def in_files(home: Path, text: str) -> bool:
     return any(text.encode() in path.read_bytes() for path in home.glob("svc.db*"))
 
 
-def test_deleted_text_is_in_no_file_of_the_database(three: Store, tmp_path: Path) -> None:
+def test_deleted_text_remains_in_no_database_file(three: Store, tmp_path: Path) -> None:
     assert in_files(tmp_path / "home", MARK)
     forget_requests(three, of_key("abcd0123"))
     assert not in_files(tmp_path / "home", MARK)
 
 
-def test_stored_user_cannot_be_identified(three: Store, tmp_path: Path) -> None:
+def test_stored_requests_do_not_contain_the_user_name(three: Store, tmp_path: Path) -> None:
     assert not in_files(tmp_path / "home", "a@b.de")
 
 
 @pytest.mark.parametrize("change", [str.upper, lambda user: user + " ", lambda user: user[:-1]])
-def test_different_users_have_different_hashes(change: Callable[[str], str]) -> None:
+def test_different_users_have_different_user_hashes(change: Callable[[str], str]) -> None:
     assert hash_user(change("a@b.de")) != hash_user("a@b.de")
 
 
-def test_any_user_name_has_a_hash() -> None:
+def test_any_user_name_can_be_hashed() -> None:
     assert len({hash_user(user) for user in ("", "\ud800", "x" * 10_000, "é")}) == 4
 
 
-def test_hash_of_a_user_counts_for_the_size() -> None:
+def test_user_hash_counts_toward_the_record_size() -> None:
     assert MINE.bytes - MINE._replace(user_hash=None).bytes == 32

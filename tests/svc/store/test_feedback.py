@@ -18,7 +18,7 @@ def test_feedback_has_the_version_that_was_rated(store: Store) -> None:
     assert keep_feedback(store, "req-1", Feedback(Rating.GOOD)) == KeptFeedback(VersionId("tiny", 2), None)
 
 
-def test_request_that_no_version_answered_can_be_rated(store: Store) -> None:
+def test_request_answered_by_no_version_can_be_rated(store: Store) -> None:
     add_requests(store, [RECORD._replace(version=None)])
     assert keep_feedback(store, "req-1", Feedback(Rating.BAD)) == KeptFeedback(None, None)
 
@@ -27,7 +27,7 @@ def test_feedback_on_a_missing_request_is_not_stored(store: Store) -> None:
     assert keep_feedback(store, "req-1", Feedback(Rating.GOOD)) is None
 
 
-def test_second_feedback_replaces_the_first_completely(store: Store) -> None:
+def test_second_feedback_replaces_the_first_entirely(store: Store) -> None:
     add_requests(store, [RECORD])
     keep_feedback(store, "req-1", Feedback(Rating.GOOD, "hardware", "a correction"))
     kept = keep_feedback(store, "req-1", Feedback(Rating.BAD))
@@ -46,20 +46,20 @@ def test_concurrent_feedback_is_accepted(store: Store) -> None:
     assert sum(found is not None and found.replaced is None for found in kept) == 1
 
 
-def test_feedback_belongs_to_the_newer_of_two_requests_with_one_id(store: Store) -> None:
+def test_feedback_applies_to_the_newer_of_two_requests_with_the_same_id(store: Store) -> None:
     add_requests(store, [RECORD, RECORD._replace(version=VersionId("tiny", 3))])
     kept = keep_feedback(store, "req-1", Feedback(Rating.GOOD))
     assert kept is not None
     assert kept.version == VersionId("tiny", 3)
 
 
-def test_key_can_rate_only_its_own_answers(store: Store) -> None:
+def test_api_key_can_rate_only_its_own_answers(store: Store) -> None:
     add_requests(store, [RECORD._replace(key_id="mine")])
     assert keep_feedback(store, "req-1", Feedback(Rating.GOOD), key_id="other") is None
     assert keep_feedback(store, "req-1", Feedback(Rating.GOOD), key_id="mine") is not None
 
 
-def test_request_without_a_key_belongs_to_no_key(store: Store) -> None:
+def test_request_without_a_key_cannot_be_rated_by_a_key(store: Store) -> None:
     add_requests(store, [RECORD])
     assert keep_feedback(store, "req-1", Feedback(Rating.GOOD), key_id="mine") is None
 

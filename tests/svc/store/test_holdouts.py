@@ -44,13 +44,13 @@ COMPLETED = HoldoutRun(
 FAILED = replace(COMPLETED, outcome=HoldoutOutcome.FAILED, reason="too long", places=(), hits=(), nll=())
 
 
-def test_no_run_is_found_at_first(store: Store) -> None:
+def test_new_store_has_no_held_out_run(store: Store) -> None:
     assert newest_holdout_run(store, TARGET) is None
     assert newest_holdout_run(store, TARGET, completed=False) is None
 
 
 @pytest.mark.parametrize("cause", HoldoutCause)
-def test_stored_run_is_read_back_to_the_last_digit(store: Store, cause: HoldoutCause) -> None:
+def test_stored_held_out_run_round_trips_exactly(store: Store, cause: HoldoutCause) -> None:
     run = replace(COMPLETED, cause=cause)
     add_holdout_run(store, run)
     found = newest_holdout_run(store, TARGET)
@@ -59,7 +59,7 @@ def test_stored_run_is_read_back_to_the_last_digit(store: Store, cause: HoldoutC
     assert replace(found, id=None) == run
 
 
-def test_failed_runs_are_skipped_when_figures_are_needed(store: Store) -> None:
+def test_failed_held_out_runs_are_skipped_when_results_are_needed(store: Store) -> None:
     add_holdout_run(store, COMPLETED)
     add_holdout_run(store, FAILED)
     completed, last = newest_holdout_run(store, TARGET), newest_holdout_run(store, TARGET, completed=False)
@@ -80,12 +80,12 @@ def test_failed_runs_are_skipped_when_figures_are_needed(store: Store) -> None:
         Target(VersionId("tiny", 2), Format.MERGED),
     ],
 )
-def test_runs_of_other_targets_are_left_out(store: Store, other: Target) -> None:
+def test_held_out_runs_of_other_targets_are_excluded(store: Store, other: Target) -> None:
     add_holdout_run(store, replace(COMPLETED, target=other))
     assert newest_holdout_run(store, TARGET, completed=False) is None
 
 
-def test_oldest_runs_of_a_name_are_deleted(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_oldest_held_out_runs_of_a_name_are_deleted(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(holdouts, "KEPT_RUNS", 3)
     other = replace(COMPLETED, target=Target(VersionId("other", 1), Format.GPTQ))
     add_holdout_run(store, other)

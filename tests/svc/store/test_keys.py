@@ -28,26 +28,26 @@ KEY = Key(CI, "hash-1", created_at=NOON, expires_at=NOON + timedelta(days=1))
 ENTRY = AuditEntry(Action.CREATE_KEY, "key:abcd0123", Actor("user:alice", "box"))
 
 
-def test_no_key_exists_at_first(store: Store) -> None:
+def test_new_store_has_no_api_keys(store: Store) -> None:
     assert (read_keys(store), keys_revision(store)) == ([], 0)
 
 
-def test_written_key_is_read_back(store: Store) -> None:
+def test_written_api_key_round_trips(store: Store) -> None:
     add_key(store, KEY, ENTRY)
     assert read_keys(store) == [KEY]
 
 
-def test_written_key_without_limits_or_models_is_read_back(store: Store) -> None:
+def test_api_key_without_limits_or_models_round_trips(store: Store) -> None:
     key = Key(Principal("abcd0123", "x", frozenset({Scope.ADMIN})), "hash", created_at=NOON)
     add_key(store, key, ENTRY)
     assert read_keys(store) == [key]
 
 
-def test_every_limit_has_a_column() -> None:
+def test_every_api_key_limit_has_a_database_column() -> None:
     assert set(Limits.__dataclass_fields__) <= set(KeyRow.__table__.columns.keys())
 
 
-def test_every_change_is_in_the_audit_log_and_changes_the_revision(store: Store) -> None:
+def test_every_api_key_change_is_audited_and_increments_the_revision(store: Store) -> None:
     add_key(store, KEY, ENTRY)
     replace_secret(store, KEY.id, "hash-2", previous_until=NOON, entry=replace(ENTRY, action=Action.ROTATE_KEY))
     revoke_key(store, KEY.id, at=NOON, entry=replace(ENTRY, action=Action.REVOKE_KEY))
@@ -55,21 +55,21 @@ def test_every_change_is_in_the_audit_log_and_changes_the_revision(store: Store)
     assert [event.action for event in read_events(store, newest=9)] == ["key.create", "key.rotate", "key.revoke"]
 
 
-def test_rotated_key_has_its_previous_secret(store: Store) -> None:
+def test_rotated_api_key_keeps_its_previous_secret(store: Store) -> None:
     add_key(store, KEY, ENTRY)
     replace_secret(store, KEY.id, "hash-2", previous_until=NOON, entry=ENTRY)
     assert find_key(store, KEY.id) == replace(KEY, hash="hash-2", previous_hash="hash-1", previous_until=NOON)
 
 
 @pytest.mark.parametrize("principal", [replace(CI, key_id="other000"), replace(CI, name="other")])
-def test_ids_and_names_are_unique(store: Store, principal: Principal) -> None:
+def test_api_key_ids_and_names_are_unique(store: Store, principal: Principal) -> None:
     add_key(store, KEY, ENTRY)
     with pytest.raises(RefusedError, match="already"):
         add_key(store, replace(KEY, principal=principal), ENTRY)
     assert len(read_events(store, newest=9)) == len(read_keys(store)) == 1
 
 
-def test_name_of_a_revoked_key_can_be_reused_and_means_the_new_key(store: Store) -> None:
+def test_name_of_a_revoked_api_key_can_be_reused_for_a_new_key(store: Store) -> None:
     add_key(store, KEY, ENTRY)
     revoke_key(store, KEY.id, at=NOON, entry=ENTRY)
     with pytest.raises(NotFoundError):
@@ -79,13 +79,13 @@ def test_name_of_a_revoked_key_can_be_reused_and_means_the_new_key(store: Store)
     assert find_key(store, KEY.id).revoked_at == NOON
 
 
-def test_id_takes_precedence_over_a_name(store: Store) -> None:
+def test_api_key_id_takes_precedence_over_a_name(store: Store) -> None:
     add_key(store, KEY, ENTRY)
     add_key(store, replace(KEY, principal=replace(CI, key_id="other000", name=KEY.id)), ENTRY)
     assert find_key(store, KEY.id).principal.name == "ci"
 
 
-def test_revoked_key_cannot_be_rotated_or_revoked_again(store: Store) -> None:
+def test_revoked_api_key_cannot_be_rotated_or_revoked_again(store: Store) -> None:
     add_key(store, KEY, ENTRY)
     revoke_key(store, KEY.id, at=NOON, entry=ENTRY)
     with pytest.raises(RefusedError, match="is revoked"):
@@ -95,18 +95,18 @@ def test_revoked_key_cannot_be_rotated_or_revoked_again(store: Store) -> None:
     assert len(read_events(store, newest=9)) == 2
 
 
-def test_error_does_not_repeat_a_secret_that_was_given_as_an_id(store: Store) -> None:
+def test_error_does_not_quote_a_secret_given_as_an_id(store: Store) -> None:
     secret = "ts_abcd0123_0123456789abcdefghijklmnopqrstuvwxyz01"
     with pytest.raises(NotFoundError) as raised:
         find_key(store, secret)
     assert "0123456789abc" not in str(raised.value)
 
 
-def test_printed_key_shows_no_hash(store: Store) -> None:
+def test_printed_api_key_shows_no_hash(store: Store) -> None:
     assert "hash-1" not in repr(replace(KEY, previous_hash="hash-1"))
 
 
-def test_table_has_a_hash_and_only_the_granted_scopes(store: Store) -> None:
+def test_api_key_table_has_a_hash_and_only_the_granted_scopes(store: Store) -> None:
     add_key(store, KEY, ENTRY)
     with Session(store) as session:
         row = session.scalars(select(KeyRow)).one()
@@ -114,5 +114,5 @@ def test_table_has_a_hash_and_only_the_granted_scopes(store: Store) -> None:
 
 
 @pytest.mark.parametrize(("when", "usable"), [(NOON, True), (NOON + timedelta(days=1), False)])
-def test_key_is_valid_until_it_expires(when: datetime, usable: bool) -> None:
+def test_api_key_is_valid_until_it_expires(when: datetime, usable: bool) -> None:
     assert KEY.usable(when) is usable

@@ -64,7 +64,7 @@ def kept(store: Store) -> list[str]:
         return list(session.scalars(select(RequestRow.request_id).order_by(RequestRow.id)))
 
 
-def test_row_has_the_values_of_the_record(store: Store) -> None:
+def test_request_row_has_the_values_of_the_record(store: Store) -> None:
     add_requests(store, [RECORD])
     with Session(store) as session:
         row = session.scalars(select(RequestRow)).one()
@@ -76,7 +76,7 @@ def test_row_has_the_values_of_the_record(store: Store) -> None:
         assert row.client_request_id == "mine"
 
 
-def test_each_value_is_stored_in_its_own_column(store: Store) -> None:
+def test_each_request_value_is_stored_in_its_own_column(store: Store) -> None:
     numbers = iter(range(1, 99))
     made: dict[str, object] = {name: name for name, kind in RequestRecord.__annotations__.items() if "str" in str(kind)}
     made |= {name: next(numbers) for name in ("status", "seconds", "first_token_seconds", "tokens_in", "tokens_out")}
@@ -90,40 +90,40 @@ def test_each_value_is_stored_in_its_own_column(store: Store) -> None:
     assert (row.number, row.format, row.bytes) == (2, Format.GPTQ, record.bytes)
 
 
-def test_request_that_no_version_answered_is_stored(store: Store) -> None:
+def test_request_answered_by_no_version_is_stored(store: Store) -> None:
     add_requests(store, [RECORD._replace(model="unknown", version=None, format=None, status=404, reason="x")])
     with Session(store) as session:
         row = session.scalars(select(RequestRow)).one()
         assert (row.model, row.number, row.format) == ("unknown", None, None)
 
 
-def test_old_rows_are_deleted(store: Store) -> None:
+def test_old_requests_are_deleted(store: Store) -> None:
     fill(store, 10)
     assert prune_requests(store, before=NOON - timedelta(minutes=3), max_bytes=PLENTY).rows == 6
     assert kept(store) == ["req-6", "req-7", "req-8", "req-9"]
 
 
-def test_row_with_a_wrong_clock_deletes_no_other_row(store: Store) -> None:
+def test_row_with_a_wrong_timestamp_causes_no_other_deletions(store: Store) -> None:
     fill(store, 3)
     add_requests(store, [RECORD._replace(request_id="at boot", started_at=datetime(1970, 1, 1, tzinfo=UTC))])
     prune_requests(store, before=LONG_AGO, max_bytes=PLENTY)
     assert kept(store) == ["req-0", "req-1", "req-2"]
 
 
-def test_oldest_rows_are_deleted_when_the_table_is_too_large(store: Store) -> None:
+def test_oldest_requests_are_deleted_when_the_table_is_too_large(store: Store) -> None:
     fill(store, 10)
     size = RECORD.bytes
     prune_requests(store, before=LONG_AGO, max_bytes=5 * size)
     assert kept(store) == ["req-6", "req-7", "req-8", "req-9"]  # nine tenths of five
 
 
-def test_nothing_is_deleted_within_the_limits(store: Store) -> None:
+def test_no_requests_are_deleted_within_the_limits(store: Store) -> None:
     fill(store, 3)
     assert prune_requests(store, before=LONG_AGO, max_bytes=3 * RECORD.bytes).rows == 0
     assert len(kept(store)) == 3
 
 
-def test_remaining_size_is_returned(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pruning_requests_returns_the_remaining_size(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(requests, "_DELETED_TOGETHER", 2)
     fill(store, 10)
     size = RECORD.bytes
@@ -134,7 +134,7 @@ def test_remaining_size_is_returned(store: Store, monkeypatch: pytest.MonkeyPatc
     assert kept(store) == ["req-9"]
 
 
-def test_rows_are_not_summed_when_their_size_is_known_to_be_within_the_limit(store: Store) -> None:
+def test_pruning_skips_summing_rows_when_their_known_size_is_within_the_limit(store: Store) -> None:
     fill(store, 3)
     with statements(store) as sent:
         prune_requests(store, before=LONG_AGO, max_bytes=3 * RECORD.bytes, known_bytes=3 * RECORD.bytes)
@@ -142,19 +142,19 @@ def test_rows_are_not_summed_when_their_size_is_known_to_be_within_the_limit(sto
     assert all(statement.startswith("DELETE") for statement in sent)
 
 
-def test_overestimated_size_deletes_no_row(store: Store) -> None:
+def test_overestimated_size_deletes_no_request(store: Store) -> None:
     fill(store, 3)
     size = 3 * RECORD.bytes
     assert prune_requests(store, before=LONG_AGO, max_bytes=size, known_bytes=size + 1) == Pruned(0, size)
 
 
-def test_content_counts_for_the_size(store: Store) -> None:
+def test_prompt_and_answer_count_toward_the_size_limit(store: Store) -> None:
     fill(store, 4, prompt="é" * 5000, answer="b" * 5000)
     prune_requests(store, before=LONG_AGO, max_bytes=40_000)
     assert kept(store) == ["req-2", "req-3"]
 
 
-def test_corrections_count_for_the_size(store: Store) -> None:
+def test_feedback_corrections_count_toward_the_size_limit(store: Store) -> None:
     fill(store, 2)
     keep_feedback(store, "req-1", Feedback(Rating.BAD, correction="c" * 10_000))
     keep_feedback(store, "req-1", Feedback(Rating.BAD, correction="c" * 20_000))
@@ -162,7 +162,7 @@ def test_corrections_count_for_the_size(store: Store) -> None:
         assert session.scalar(select(func.sum(RequestRow.bytes))) == 2 * RECORD.bytes + 20_000
 
 
-def test_many_rows_are_deleted_in_several_transactions(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_requests_are_deleted_in_several_transactions(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(requests, "_DELETED_TOGETHER", 3)
     fill(store, 10)
     assert prune_requests(store, before=NOON, max_bytes=PLENTY).rows == 9
@@ -178,7 +178,7 @@ def test_feedback_is_deleted_with_its_request(store: Store) -> None:
         assert session.scalar(select(func.count()).select_from(FeedbackRow)) == 1
 
 
-def test_size_of_a_row_is_about_its_estimate(store: Store) -> None:
+def test_actual_row_size_is_close_to_its_estimate(store: Store) -> None:
     """Retention by size is only as precise as this estimate."""
     with store.connect() as connection:
         before = connection.exec_driver_sql("PRAGMA page_count").scalar_one()

@@ -23,7 +23,7 @@ def probe(logprob: float) -> Probe:
     return Probe(token_ids=(1, 2), start=1, logprobs=(logprob,), tolerance=0.001, engine=FACTS)
 
 
-def test_stored_probes_are_read_back_to_the_last_digit(store: Store) -> None:
+def test_stored_probes_round_trip_exactly(store: Store) -> None:
     probes = (probe(-0.1234567890123456), probe(-1e-300))
     keep_retaken_probes(store, TARGET, FACTS, probes)
     assert find_retaken_probes(store, TARGET, FACTS) == probes
@@ -41,14 +41,14 @@ def test_stored_probes_are_read_back_to_the_last_digit(store: Store) -> None:
         (TARGET, FACTS.model_copy(update={"device": Device.CUDA})),
     ],
 )
-def test_retaken_probes_apply_only_to_their_own_engine_and_version(
+def test_retaken_probes_apply_only_to_their_own_engine_kind_and_target(
     store: Store, target: Target, facts: EngineFacts
 ) -> None:
     keep_retaken_probes(store, TARGET, FACTS, (probe(-1.0),))
     assert find_retaken_probes(store, target, facts) is None
 
 
-def test_newer_probes_replace_the_older_ones(store: Store) -> None:
+def test_newer_retaken_probes_replace_older_ones(store: Store) -> None:
     keep_retaken_probes(store, TARGET, FACTS, (probe(-1.0),))
     keep_retaken_probes(store, TARGET, FACTS, (probe(-2.0),))
     assert find_retaken_probes(store, TARGET, FACTS) == (probe(-2.0),)

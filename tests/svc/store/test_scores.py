@@ -32,7 +32,7 @@ def at(minutes: int, **fields: Any) -> RequestRecord:
     return KEPT._replace(started_at=NOON + timedelta(minutes=minutes), **fields)
 
 
-def test_newest_answer_is_returned_first(store: Store) -> None:
+def test_newest_unscored_answer_is_returned_first(store: Store) -> None:
     add_requests(store, [at(1, answer="old"), at(3, answer="new"), at(2, answer="older")])
     answers = []
     while (row := newest(store)) is not None:
@@ -43,7 +43,7 @@ def test_newest_answer_is_returned_first(store: Store) -> None:
         assert session.scalars(select(RequestRow.logprob)).all() == [-0.5] * 3
 
 
-def test_attempted_answers_are_skipped(store: Store) -> None:
+def test_answers_already_tried_for_scoring_are_skipped(store: Store) -> None:
     add_requests(store, [at(1, answer="old"), at(2, answer="new")])
     first = newest(store)
     assert first is not None
@@ -94,12 +94,12 @@ def test_answers_that_cannot_be_compared_are_not_scored(store: Store, fields: di
         {"tokens_in": MOST_TOKENS - 1, "tokens_out": 1},
     ],
 )
-def test_answers_that_can_be_compared_are_scored(store: Store, fields: dict[str, Any]) -> None:
+def test_comparable_answers_are_scored(store: Store, fields: dict[str, Any]) -> None:
     add_requests(store, [KEPT._replace(**fields)])
     assert newest(store) is not None
 
 
-def test_row_that_was_deleted_meanwhile_gets_no_score(store: Store) -> None:
+def test_row_deleted_during_scoring_gets_no_score(store: Store) -> None:
     add_requests(store, [KEPT])
     row = newest(store)
     assert row is not None
@@ -108,7 +108,7 @@ def test_row_that_was_deleted_meanwhile_gets_no_score(store: Store) -> None:
     assert newest(store) is None
 
 
-def test_only_answers_of_the_last_hour_are_scored(store: Store) -> None:
+def test_only_answers_from_the_last_hour_are_scored(store: Store) -> None:
     """A store without any row that can be scored contains a month of others."""
     statements: list[Any] = []
 

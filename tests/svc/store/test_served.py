@@ -17,18 +17,18 @@ def minute(number: int) -> datetime:
     return NOON + timedelta(minutes=number)
 
 
-def test_no_version_was_served_at_first(store: Store) -> None:
+def test_new_store_has_no_served_intervals(store: Store) -> None:
     end_serving(store, "tickets")
     assert served_spans(store, "tickets") == []
 
 
-def test_version_is_served_from_a_start_to_a_stop(store: Store) -> None:
+def test_served_interval_lasts_from_start_to_stop(store: Store) -> None:
     begin_serving(store, ONE, Began.START, at=minute(0))
     end_serving(store, "tickets", at=minute(5))
     assert served_spans(store, "tickets") == [ServedSpan(ONE.target, 1, minute(0), Began.START, minute(5), Ended.STOP)]
 
 
-def test_swap_ends_one_interval_and_begins_another(store: Store) -> None:
+def test_swap_ends_one_served_interval_and_begins_another(store: Store) -> None:
     begin_serving(store, ONE, Began.START, at=minute(0))
     begin_serving(store, TWO, Began.SWAP, at=minute(1))
     assert served_spans(store, "tickets") == [
@@ -37,14 +37,14 @@ def test_swap_ends_one_interval_and_begins_another(store: Store) -> None:
     ]
 
 
-def test_swap_to_the_served_version_changes_nothing(store: Store) -> None:
+def test_swap_to_the_already_served_version_changes_no_interval(store: Store) -> None:
     begin_serving(store, ONE, Began.START, at=minute(0))
     begin_serving(store, ONE, Began.SWAP, at=minute(1))
     assert served_spans(store, "tickets") == [ServedSpan(ONE.target, 1, minute(0), Began.START, None, None)]
 
 
 @pytest.mark.parametrize("began_by", [Began.START, Began.ADOPTED])
-def test_interval_of_a_dead_server_is_ended_by_the_next_start(store: Store, began_by: Began) -> None:
+def test_served_interval_of_a_crashed_server_ends_at_the_next_start(store: Store, began_by: Began) -> None:
     begin_serving(store, ONE, Began.START, at=minute(0))
     begin_serving(store, ONE, began_by, at=minute(9))
     assert served_spans(store, "tickets") == [
@@ -53,7 +53,7 @@ def test_interval_of_a_dead_server_is_ended_by_the_next_start(store: Store, bega
     ]
 
 
-def test_names_are_independent(store: Store) -> None:
+def test_served_intervals_of_different_names_are_independent(store: Store) -> None:
     other = Desired(Target(VersionId("reviews", 1), Format.MERGED), None, 1)
     begin_serving(store, ONE, Began.START, at=minute(0))
     begin_serving(store, other, Began.START, at=minute(1))

@@ -22,7 +22,7 @@ def desired(number: int, generation: int, name: str = "tiny") -> Desired:
     return Desired(Target(VersionId(name, number), Format.GPTQ), None, generation)
 
 
-def test_no_swap_is_found_at_first(store: Store) -> None:
+def test_new_store_has_no_swaps(store: Store) -> None:
     assert find_swap(store, "tiny") is None
 
 
@@ -37,7 +37,7 @@ def test_running_swap_has_its_steps_and_no_outcome(store: Store) -> None:
     assert found.steps == ("files match", "queueing new requests")
 
 
-def test_start_is_a_time_with_its_zone(store: Store) -> None:
+def test_swap_start_time_is_timezone_aware(store: Store) -> None:
     begin_swap(store, desired(2, 5))
     found = find_swap(store, "tiny")
     assert found is not None
@@ -45,7 +45,7 @@ def test_start_is_a_time_with_its_zone(store: Store) -> None:
 
 
 @pytest.mark.parametrize("outcome", SwapOutcome)
-def test_end_is_written_completely(store: Store, outcome: SwapOutcome) -> None:
+def test_swap_result_round_trips_for_every_outcome(store: Store, outcome: SwapOutcome) -> None:
     swap = begin_swap(store, desired(2, 5))
     result = SwapResult(outcome, "why", 1.5, 3, 7, SwapKind.ROLLING, 2.5)
     end_swap(store, swap, result)
@@ -63,7 +63,7 @@ def test_last_swap_of_a_name_is_found(store: Store) -> None:
     assert found.id == last
 
 
-def test_swap_of_a_generation_is_found(store: Store) -> None:
+def test_swap_is_found_by_generation(store: Store) -> None:
     first = begin_swap(store, desired(2, 5))
     begin_swap(store, desired(3, 6))
     found = find_swap(store, "tiny", generation=5)
@@ -72,7 +72,7 @@ def test_swap_of_a_generation_is_found(store: Store) -> None:
     assert find_swap(store, "tiny", generation=7) is None
 
 
-def test_steps_belong_to_their_swap(store: Store) -> None:
+def test_swap_steps_belong_to_their_swap(store: Store) -> None:
     first, second = begin_swap(store, desired(2, 5)), begin_swap(store, desired(3, 6))
     add_step(store, second, "of the second")
     add_step(store, first, "of the first")

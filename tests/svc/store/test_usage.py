@@ -11,18 +11,18 @@ NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
 OF = UsageOf(NOON, "abcd0123", "tickets")
 
 
-def test_usage_is_empty_at_first(store: Store) -> None:
+def test_new_store_has_no_usage(store: Store) -> None:
     add_usage(store, {})
     assert (usage_since(store, NOON), last_used(store)) == ([], {})
 
 
-def test_usage_is_added_to_the_stored_usage(store: Store) -> None:
+def test_new_usage_is_added_to_the_stored_usage(store: Store) -> None:
     for _ in range(3):
         add_usage(store, {OF: Usage(1, 10, 5)})
     assert usage_since(store, NOON) == [UsageTotal("abcd0123", "tickets", Usage(3, 30, 15))]
 
 
-def test_usage_is_separated_by_key_and_model_and_the_largest_comes_first(store: Store) -> None:
+def test_usage_is_grouped_by_key_and_model_with_the_largest_first(store: Store) -> None:
     add_usage(
         store,
         {
@@ -39,29 +39,29 @@ def test_usage_is_separated_by_key_and_model_and_the_largest_comes_first(store: 
     ]
 
 
-def test_earlier_usage_is_left_out_by_whole_hours(store: Store) -> None:
+def test_usage_before_the_starting_hour_is_excluded(store: Store) -> None:
     add_usage(store, {OF: Usage(1, 10, 5), OF._replace(hour=NOON - timedelta(hours=1)): Usage(1, 1000, 0)})
     assert usage_since(store, NOON + timedelta(minutes=59)) == [UsageTotal("abcd0123", "tickets", Usage(1, 10, 5))]
 
 
-def test_more_tokens_than_32_bits_are_counted(store: Store) -> None:
+def test_token_counts_above_32_bits_are_supported(store: Store) -> None:
     add_usage(store, {OF: Usage(1, 2**40, 2**40)})
     add_usage(store, {OF: Usage(1, 2**40, 2**40)})
     assert usage_since(store, NOON)[0].usage.tokens_in == 2**41
 
 
-def test_no_usage_is_lost_when_additions_are_concurrent(store: Store) -> None:
+def test_concurrent_usage_additions_are_not_lost(store: Store) -> None:
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(lambda _: add_usage(store, {OF: Usage(1, 2, 3)}), range(64)))
     assert usage_since(store, NOON)[0].usage == Usage(64, 128, 192)
 
 
-def test_last_hour_of_each_key_is_known(store: Store) -> None:
+def test_last_used_hour_of_each_key_is_returned(store: Store) -> None:
     later = NOON + timedelta(hours=5)
     add_usage(store, {OF: Usage(1), OF._replace(hour=later): Usage(1), OF._replace(key_id="x"): Usage(1)})
     assert last_used(store) == {"abcd0123": later, "x": NOON}
 
 
-def test_hours_are_in_utc() -> None:
+def test_usage_hours_are_in_utc() -> None:
     india = timezone(timedelta(hours=5, minutes=30))
     assert hour_of(datetime(2026, 1, 2, 17, 45, tzinfo=india)) == NOON

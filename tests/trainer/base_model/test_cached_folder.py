@@ -8,7 +8,7 @@ import pytest
 from trainer.base_model.cached_folder import build_once
 
 
-def test_no_files_are_left_when_a_build_is_interrupted(tmp_path: Path) -> None:
+def test_interrupted_build_of_a_cached_folder_leaves_no_files(tmp_path: Path) -> None:
     def build(folder: Path) -> None:
         (folder / "half").touch()
         raise KeyboardInterrupt
@@ -18,7 +18,7 @@ def test_no_files_are_left_when_a_build_is_interrupted(tmp_path: Path) -> None:
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_two_concurrent_builds_give_one_complete_folder(tmp_path: Path) -> None:
+def test_concurrent_builds_of_a_cached_folder_produce_one_complete_folder(tmp_path: Path) -> None:
     both = threading.Barrier(2)
 
     def build(folder: Path) -> None:

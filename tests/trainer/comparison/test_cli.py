@@ -48,14 +48,14 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Wanted]:
     ],
 )
 @pytest.mark.usefixtures("asked")
-def test_exit_code_is_1_when_b_is_worse_and_fail_if_worse_is_set(
+def test_fail_if_worse_exits_with_1_when_the_second_model_is_worse(
     svc: Svc, models: tuple[str, str], options: tuple[str, ...], code: int
 ) -> None:
     assert svc("compare", *models, *options).code == code
 
 
 @pytest.mark.usefixtures("asked")
-def test_json_contains_figures_and_answers(svc: Svc) -> None:
+def test_json_output_contains_metrics_and_answers(svc: Svc) -> None:
     content = json.loads(svc("compare", "good", "bad", "--json").out)
     assert content["direction"] == "worse"
     assert content["tally"] == {"metric": "exact_match", "wins": 0, "losses": 10, "ties": 0, "p_value": 0.001953125}
@@ -63,7 +63,7 @@ def test_json_contains_figures_and_answers(svc: Svc) -> None:
     assert content["answers"][0]["b"]["answer"] == "no"
 
 
-def test_a_key_comes_from_a_private_file_or_from_a_variable(
+def test_api_key_is_read_from_a_private_file_or_a_variable(
     svc: Svc, asked: list[Wanted], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "key").write_text("sk-file\n")
@@ -76,14 +76,14 @@ def test_a_key_comes_from_a_private_file_or_from_a_variable(
     assert "sk-" not in repr(asked)
 
 
-def test_error_names_the_variable_when_the_endpoint_key_is_missing(svc: Svc, asked: list[Wanted]) -> None:
+def test_missing_endpoint_key_error_names_the_variable(svc: Svc, asked: list[Wanted]) -> None:
     ended = svc("compare", "a", "b", "--endpoint-key-variable", "NO_SUCH_KEY")
     assert ended.code == 2
     assert "NO_SUCH_KEY is not set" in ended.err
     assert asked == []
 
 
-def test_judge_needs_both_a_url_and_a_model(svc: Svc, asked: list[Wanted]) -> None:
+def test_judge_requires_both_a_url_and_a_model(svc: Svc, asked: list[Wanted]) -> None:
     svc("compare", "a", "b", "--judge-url", "https://judge.example/v1", "--judge-model", "m")
     assert asked[0].judge == Endpoint("https://judge.example/v1", "m")
     ended = svc("compare", "a", "b", "--judge-url", "https://judge.example/v1")
@@ -91,6 +91,6 @@ def test_judge_needs_both_a_url_and_a_model(svc: Svc, asked: list[Wanted]) -> No
     assert "a judge needs both" in ended.err
 
 
-def test_no_judge_is_asked_when_none_is_named(svc: Svc, asked: list[Wanted]) -> None:
+def test_no_judge_is_used_unless_configured(svc: Svc, asked: list[Wanted]) -> None:
     svc("compare", "a", "b")
     assert asked[0].judge is None

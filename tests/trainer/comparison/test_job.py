@@ -106,14 +106,14 @@ def test_each_model_answers_with_its_own_weights_in_one_engine(bench: Bench) -> 
     assert bench.engines.running == 0
 
 
-def test_second_engine_is_started_when_a_model_cannot_be_loaded_in_place(bench: Bench) -> None:
+def test_second_engine_is_started_for_a_model_that_cannot_be_loaded_in_place(bench: Bench) -> None:
     make_version(bench.registry, 3, width=8)
     bench.compare("tuned@1", "tuned@3")
     assert len(bench.engines.launched) == 2
     assert bench.engines.running == 0
 
 
-def test_stored_answers_are_used_unless_fresh_is_set(bench: Bench) -> None:
+def test_cached_answers_are_used_unless_fresh_is_set(bench: Bench) -> None:
     first = bench.compare("tuned@1", "tuned@2")
     again = bench.compare("tuned@2", "tuned@1")
     assert len(bench.engines.launched) == 1
@@ -132,7 +132,7 @@ def registered(bench: Bench) -> None:
     make_version(bench.registry, 3, answered=3, facts=facts)
 
 
-def test_answers_of_the_registration_are_used(bench: Bench) -> None:
+def test_answers_stored_at_registration_are_reused(bench: Bench) -> None:
     registered(bench)
     compared = bench.compare("tuned@3", "tuned@1")
     assert [answers.kept for answers in compared.answers] == [True, False]
@@ -140,7 +140,7 @@ def test_answers_of_the_registration_are_used(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("options", [{"max_tokens": 2}, {"fresh": True}, {"data": ["other.jsonl"]}], ids=str)
-def test_answers_of_the_registration_are_not_used_for_other_questions(
+def test_registration_answers_are_not_reused_for_different_questions(
     bench: Bench, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -149,12 +149,12 @@ def test_answers_of_the_registration_are_not_used_for_other_questions(
     assert not bench.compare("tuned@3", "tuned@1", **options).answers[0].kept
 
 
-def test_answers_of_the_registration_are_not_used_for_another_kind_of_engine(bench: Bench) -> None:
+def test_registration_answers_are_not_reused_for_a_different_engine_kind(bench: Bench) -> None:
     make_version(bench.registry, 3, answered=3)
     assert not bench.compare("tuned@3", "tuned@1").answers[0].kept
 
 
-def test_limits_are_those_of_a_training_when_the_versions_fix_none(bench: Bench) -> None:
+def test_answer_limits_match_those_of_training_when_versions_set_none(bench: Bench) -> None:
     for number in (1, 2):
         bench.change(number, recipe={})
     compared = bench.compare("tuned@1", "tuned@2")
@@ -166,7 +166,7 @@ def test_limits_are_those_of_a_training_when_the_versions_fix_none(bench: Bench)
     assert {body["max_tokens"] for body in bodies} == set(qualifier.limits)
 
 
-def test_limits_stay_in_the_context_when_it_is_short(bench: Bench) -> None:
+def test_answer_limits_fit_into_a_short_context(bench: Bench) -> None:
     bench.settings = bench.settings.model_copy(update={"engine": EngineSettings(device=Device.CPU, max_model_len=16)})
     bench.change(1, recipe={})
     results = bench.compare("tuned@1", "tuned@2").answers[0].results
@@ -174,20 +174,20 @@ def test_limits_stay_in_the_context_when_it_is_short(bench: Bench) -> None:
     assert [result.limit for result in results] == [16 - prompt for prompt in prompts]
 
 
-def test_answers_of_the_registration_are_not_used_when_their_limit_differs(bench: Bench) -> None:
+def test_registration_answers_are_not_reused_when_the_token_limit_differs(bench: Bench) -> None:
     registered(bench)
     bench.change(3, recipe={})
     compared = bench.compare("tuned@3", "tuned@1")
     assert [answers.kept for answers in compared.answers] == [False, False]
 
 
-def test_model_is_the_production_version_when_only_a_name_is_given(bench: Bench) -> None:
+def test_bare_name_selects_the_production_version(bench: Bench) -> None:
     bench.book.set_alias(VersionId(NAME, 1), Alias.PRODUCTION)
     compared = bench.compare("tuned", "tuned@2", limit=1)
     assert [result.hit for answers in compared.answers for result in answers.results] == [True, False]
 
 
-def test_version_is_compared_in_the_served_format_unless_another_is_named(bench: Bench) -> None:
+def test_version_is_compared_in_its_served_format_unless_specified(bench: Bench) -> None:
     make_version(bench.registry, 3, formats=(Format.MERGED, Format.GPTQ))
     served = everything(bench.compare("tuned@3", "tuned@3"))
     merged = everything(bench.compare("tuned@3", "tuned@3", format="merged"))
@@ -207,7 +207,9 @@ def test_data_option_is_required_when_versions_have_different_heldout_sets(bench
 
 
 @pytest.mark.parametrize("limit", [None, 1])
-def test_metrics_follow_all_examples_when_only_a_few_are_asked(bench: Bench, tmp_path: Path, limit: int | None) -> None:
+def test_metrics_are_chosen_from_all_examples_even_if_few_are_evaluated(
+    bench: Bench, tmp_path: Path, limit: int | None
+) -> None:
     labels = [chat(f"is {number} even?", "yes" if number % 2 == 0 else "no") for number in range(8)]
     write_examples(tmp_path / "labels.jsonl", labels)
     compared = bench.compare("tuned@1", "tuned@2", data=[str(tmp_path / "labels.jsonl")], limit=limit)
@@ -227,7 +229,7 @@ def test_warning_is_printed_when_a_version_was_trained_on_the_questions(
     assert f"tuned@2 (merged) was {warning}" in err if warning else "prompts" not in err
 
 
-def test_warning_counts_prompts_that_the_base_version_was_trained_on(
+def test_contamination_warning_includes_prompts_the_base_version_was_trained_on(
     bench: Bench, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for number, prompts in ((1, HELDOUT[:1]), (2, HELDOUT[1:2])):
@@ -242,7 +244,7 @@ def test_warning_counts_prompts_that_the_base_version_was_trained_on(
     assert "tuned@2 (merged) was trained on 2 of 3" in err
 
 
-def test_message_is_printed_before_prompts_are_sent_to_an_endpoint(
+def test_notice_is_printed_before_prompts_are_sent_to_an_endpoint(
     bench: Bench, capsys: pytest.CaptureFixture[str]
 ) -> None:
     messages: list[str] = []
@@ -261,14 +263,14 @@ def test_message_is_printed_before_prompts_are_sent_to_an_endpoint(
     assert "sk-secret" not in json.dumps(content)
 
 
-def test_endpoint_has_the_limits_of_the_local_model_when_one_exists(bench: Bench) -> None:
+def test_endpoint_uses_the_answer_limits_of_the_local_model(bench: Bench) -> None:
     bench.provider = httpx.MockTransport(yes)
     bench.change(1, recipe={})
     local, elsewhere = bench.compare("tuned@1", "https://host.example/v1#big").answers
     assert [result.limit for result in elsewhere.results] == [result.limit for result in local.results]
 
 
-def test_endpoint_limit_counts_every_byte_of_the_reference_when_no_model_is_local(bench: Bench, tmp_path: Path) -> None:
+def test_endpoint_limit_counts_reference_bytes_when_neither_model_is_local(bench: Bench, tmp_path: Path) -> None:
     bench.provider = httpx.MockTransport(yes)
     write_examples(tmp_path / "data.jsonl", [chat("one", "äöü"), chat("two", "abc")])
     compared = bench.compare(
@@ -283,7 +285,7 @@ def test_data_option_is_required_when_neither_model_has_a_heldout_set(bench: Ben
         bench.compare("https://host.example/v1#big", "https://host.example/v1#small")
 
 
-def test_models_with_other_tokenizers_are_not_compared_by_tokens(bench: Bench) -> None:
+def test_token_metrics_are_excluded_for_models_with_different_tokenizers(bench: Bench) -> None:
     other = make_version(bench.registry, 3)
     folder = bench.registry.folder(other)
     (folder / "merged" / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
@@ -294,26 +296,26 @@ def test_models_with_other_tokenizers_are_not_compared_by_tokens(bench: Bench) -
     assert left_out == dict.fromkeys(("perplexity", "length", "nll"), "the two models have different tokenizers")
 
 
-def test_no_engine_runs_when_the_comparison_failed(bench: Bench) -> None:
+def test_failed_comparison_leaves_no_engine_running(bench: Bench) -> None:
     bench.engines.change = lambda number, double: setattr(double, "refuse_with", (500, {"message": "no"}))
     with pytest.raises(EngineError, match="with 500"):
         bench.compare("tuned@1", "tuned@2")
     assert bench.engines.running == 0
 
 
-def test_one_comparison_runs_at_a_time(bench: Bench) -> None:
+def test_only_one_comparison_runs_at_a_time(bench: Bench) -> None:
     with hold_lock(bench.settings.home / FOLDER / "lock", "it"), pytest.raises(BusyError, match="svc compare"):
         bench.compare("tuned@1", "tuned@2")
 
 
-def test_error_lists_the_known_models_when_the_name_is_unknown(bench: Bench) -> None:
+def test_unknown_name_error_lists_known_models(bench: Bench) -> None:
     with pytest.raises(NotFoundError, match="'tunde' is not a version, a base model or an endpoint") as raised:
         bench.compare("tunde", "tuned@2")
     assert "a version of tuned" in raised.value.expected
     assert "smollm2-135m-instruct" in raised.value.expected
 
 
-def test_printed_comparison_has_figures_verdict_and_answers(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+def test_printed_comparison_has_metrics_verdict_and_answers(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     compared = bench.compare("tuned@1", "tuned@2", metrics=["exact_match"])
     capsys.readouterr()
     print_compared(compared)
@@ -331,7 +333,7 @@ def test_printed_comparison_has_figures_verdict_and_answers(bench: Bench, capsys
         assert text in out
 
 
-def test_printed_comparison_explains_the_limit_when_it_depends_on_references(
+def test_printed_comparison_explains_limits_that_depend_on_references(
     bench: Bench, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bench.change(1, recipe={})
@@ -342,7 +344,7 @@ def test_printed_comparison_explains_the_limit_when_it_depends_on_references(
     assert "answers of at most 1.5 times their reference's tokens plus 16" in out
 
 
-def test_judge_is_asked_when_one_is_named(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+def test_configured_judge_compares_the_answers(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     def prefer_two(first: str, second: str) -> str:
         return "A" if first.startswith("2") else "B"
 
@@ -357,7 +359,7 @@ def test_judge_is_asked_when_one_is_named(bench: Bench, capsys: pytest.CaptureFi
     assert "The judge judge-model at http://127.0.0.1" in capsys.readouterr().out
 
 
-def test_base_without_a_chat_template_is_asked_with_that_of_the_version_trained_from_it(bench: Bench) -> None:
+def test_base_without_a_chat_template_uses_that_of_the_version_trained_from_it(bench: Bench) -> None:
     template = "{{ messages[0].content }}{{ eos_token }}"
     base = bench.registry.models.parent / "untemplated"
     shutil.copytree(bench.registry.artifact(VersionId(NAME, 1), Format.MERGED), base)

@@ -106,7 +106,7 @@ def causal(batch: int, queries: int, before: int) -> torch.Tensor:
     masked=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_output_and_gradients_equal_pytorchs(
+def test_fused_attention_output_and_gradients_match_pytorch(
     whole_products: list[torch.Size],
     batch: int,
     groups: int,
@@ -124,7 +124,7 @@ def test_output_and_gradients_equal_pytorchs(
     assert whole_products == [inputs[0].shape]
 
 
-def test_each_row_of_a_batch_has_its_own_mask(whole_products: list[torch.Size]) -> None:
+def test_each_row_of_a_batch_has_its_own_attention_mask(whole_products: list[torch.Size]) -> None:
     """Packed examples of different lengths have such masks."""
     mask = causal(2, 6, 0).clone()
     mask[0, :, 3:, :3] = False
@@ -144,7 +144,9 @@ def test_each_row_of_a_batch_has_its_own_mask(whole_products: list[torch.Size]) 
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_pytorch_is_used_when_attention_is_not_plain(monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]) -> None:
+def test_fused_attention_falls_back_to_pytorch_for_special_attention(
+    monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
     monkeypatch.setattr(fused_attention, "sdpa_attention_forward", lambda *args, **kwargs: ("pytorch", None))
     query, key, value = tensors(2, 4, 2, 6, 0, 8)
     arguments: dict[str, Any] = {"attention_mask": None} | change
@@ -157,7 +159,7 @@ def with_value_heads_of(size: int, number_type: torch.dtype) -> list[torch.Tenso
 
 
 @pytest.mark.parametrize(("size", "number_type"), [(4, torch.bfloat16), (8, torch.float32), (4, torch.float32)])
-def test_pytorch_is_used_when_number_type_or_value_heads_differ(
+def test_fused_attention_falls_back_for_other_number_types_or_value_heads(
     whole_products: list[torch.Size], size: int, number_type: torch.dtype
 ) -> None:
     """Multi-head latent attention has value heads of another size."""
@@ -167,7 +169,9 @@ def test_pytorch_is_used_when_number_type_or_value_heads_differ(
     assert not whole_products
 
 
-def test_pytorch_is_used_when_rows_are_long(whole_products: list[torch.Size], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_attention_falls_back_to_pytorch_for_long_rows(
+    whole_products: list[torch.Size], monkeypatch: pytest.MonkeyPatch
+) -> None:
     query, key, value = tensors(2, 4, 2, 6, 0, 8)
     for longest, calls in ((5, 0), (6, 1)):
         monkeypatch.setattr(fused_attention, "_MAX_KEYS", longest)
@@ -184,7 +188,7 @@ def tiny_model(implementation: str) -> Any:
     return AutoModelForCausalLM.from_config(config, attn_implementation=implementation, dtype=torch.bfloat16)
 
 
-def test_fused_model_gives_the_same_logits_and_the_same_saved_config(whole_products: list[torch.Size]) -> None:
+def test_fused_attention_keeps_the_logits_and_the_saved_config(whole_products: list[torch.Size]) -> None:
     model = tiny_model("sdpa")
     ids = torch.arange(20).view(2, 10)
     before, config = model(input_ids=ids).logits, model.config.to_json_string()

@@ -41,7 +41,9 @@ def results(model: PeftModel, x: torch.Tensor) -> list[torch.Tensor]:
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 9), st.integers(1, 9), st.booleans())
-def test_output_and_gradients_equal_pefts(rows: int, length: int, width: int, height: int, bias: bool) -> None:
+def test_fused_lora_output_and_gradients_match_peft(
+    rows: int, length: int, width: int, height: int, bias: bool
+) -> None:
     model = adapted(width, height, bias)
     x = torch.randn(rows, length, width)
     expected = results(model, x)
@@ -55,7 +57,7 @@ def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize(("width", "height"), [(24, 40), (40, 24), (32, 32), (40, 600), (600, 40)])
-def test_gradients_equal_the_formulas_when_there_are_many_rows(width: int, height: int) -> None:
+def test_fused_lora_gradients_match_the_formulas_for_many_rows(width: int, height: int) -> None:
     """There are more rows than some of these widths, so the update is added to the weight in one pass or in both."""
     model = adapted(width, height)
     layer = model.base_model.model.layer
@@ -71,7 +73,7 @@ def test_gradients_equal_the_formulas_when_there_are_many_rows(width: int, heigh
         assert relative_error(got, wanted) < 1e-5
 
 
-def test_weights_equal_pefts_after_many_steps_with_many_rows() -> None:
+def test_fused_lora_weights_match_peft_after_many_steps() -> None:
     x, wanted = torch.randn(2, 64, 8), torch.randn(2, 64, 12)
 
     def trained(fused: bool) -> tuple[float, torch.Tensor]:
@@ -92,7 +94,7 @@ def test_weights_equal_pefts_after_many_steps_with_many_rows() -> None:
     assert relative_error(weights, pefts_weights) < 1e-4
 
 
-def test_update_smaller_than_the_weights_spacing_is_not_lost_in_bf16() -> None:
+def test_fused_lora_keeps_updates_smaller_than_bf16_weight_spacing() -> None:
     """1 and 1.001 are the same number in bf16; the outputs, 0 without the update, show it."""
     model = adapted(2, 1, bias=False, r=1, lora_alpha=1)
     layer = model.base_model.model.layer
@@ -107,7 +109,7 @@ def test_update_smaller_than_the_weights_spacing_is_not_lost_in_bf16() -> None:
     torch.testing.assert_close(y.float(), torch.full((1, 50, 1), 2e-3), rtol=1e-2, atol=0)
 
 
-def test_weight_is_neither_changed_nor_stored_a_second_time() -> None:
+def test_fused_lora_neither_changes_nor_copies_the_weight() -> None:
     model = adapted(8, 12)
     weight = model.base_model.model.layer.base_layer.weight
     before, stored = weight.clone(), []
@@ -125,7 +127,7 @@ def test_weight_is_neither_changed_nor_stored_a_second_time() -> None:
     assert [tensor.data_ptr() for tensor in same_shape] == [weight.data_ptr()]
 
 
-def test_error_in_bf16_is_not_larger_than_pefts() -> None:
+def test_fused_lora_bf16_error_is_no_larger_than_with_peft() -> None:
     model = adapted(64, 64)
     x = torch.randn(4, 16, 64).bfloat16()
     model.base_model.model.layer.base_layer.bfloat16()
@@ -158,7 +160,7 @@ def adapted_like(model: PeftModel) -> PeftModel:
     ],
     ids=["DoRA", "a bias in the adapter", "switched off", "merged"],
 )
-def test_peft_is_used_when_the_layer_is_not_plain_lora(
+def test_fused_lora_falls_back_to_peft_for_layers_other_than_plain_lora(
     config: dict[str, Any], change: Callable[[PeftModel], None] | None
 ) -> None:
     plain, fused = adapted(**config), adapted(**config)
@@ -170,7 +172,7 @@ def test_peft_is_used_when_the_layer_is_not_plain_lora(
     assert torch.equal(plain(x), fused(x))
 
 
-def test_dropout_is_applied_only_while_training() -> None:
+def test_fused_lora_applies_dropout_only_during_training() -> None:
     model = adapted(lora_dropout=0.5).train()
     fuse_lora(model)
     x = torch.randn(2, 3, 8)
@@ -178,7 +180,7 @@ def test_dropout_is_applied_only_while_training() -> None:
     assert torch.equal(model.eval()(x), model(x))
 
 
-def test_names_of_weights_are_unchanged_when_layers_are_fused() -> None:
+def test_fusing_lora_layers_keeps_weight_names() -> None:
     model = adapted()
     names = list(model.state_dict())
     fuse_lora(model)

@@ -66,7 +66,7 @@ def learnt(family: str, turns: list[tuple[str, str]], kwargs: TemplateKwargs) ->
 
 
 @pytest.mark.parametrize("family", [*PLAIN, *THINKING])
-def test_answer_is_learnt_without_a_thinking_block(family: str) -> None:
+def test_answer_is_trained_on_without_a_thinking_block(family: str) -> None:
     for turns in CONVERSATIONS.values():
         if family in NO_SYSTEM and turns[0][0] == "system":
             continue
@@ -76,20 +76,20 @@ def test_answer_is_learnt_without_a_thinking_block(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["nemotron_3_nano", "qwen3", "qwen3_5_think"])
-def test_example_is_rejected_when_a_thinking_block_would_be_learnt(family: str) -> None:
+def test_example_is_rejected_if_training_would_include_a_thinking_block(family: str) -> None:
     with pytest.raises(DataError, match="think") as caught:
         learnt(family, CONVERSATIONS["one turn"], {})
     assert "chat_template_kwargs" in caught.value.todo
 
 
 @pytest.mark.parametrize("family", REFUSED)
-def test_template_is_rejected_with_the_reason_when_no_argument_fixes_it(family: str) -> None:
+def test_template_that_no_argument_can_fix_is_rejected_with_the_reason(family: str) -> None:
     with pytest.raises(DataError, match=REFUSED[family]):
         learnt(family, CONVERSATIONS["one turn"], {})
 
 
 @pytest.mark.parametrize("family", [*PLAIN, *THINKING])
-def test_every_answer_is_learnt_after_the_prompt_that_the_engine_renders_for_it(family: str) -> None:
+def test_each_answer_trained_on_follows_the_prompt_rendered_by_the_engine(family: str) -> None:
     tokenizer, kwargs = tokenizer_of(family), NO_THINKING if family in THINKING else {}
     turns = [{"role": role, "content": text} for role, text in ANSWERS]
     example = parse_example({"messages": turns}).learning_all
@@ -105,7 +105,7 @@ def test_every_answer_is_learnt_after_the_prompt_that_the_engine_renders_for_it(
 
 
 @pytest.mark.parametrize("family", ["qwen2_5", "qwen3"])
-def test_final_answer_is_evaluated_when_only_an_earlier_one_is_learnt(family: str) -> None:
+def test_final_answer_is_evaluated_even_if_only_an_earlier_one_is_trained_on(family: str) -> None:
     turns: list[dict[str, Any]] = [{"role": role, "content": text} for role, text in ANSWERS]
     turns[-1]["weight"] = 0
     tokenizer, example = tokenizer_of(family), parse_example({"messages": turns})
@@ -125,7 +125,7 @@ THOUGHT = [
 
 
 @pytest.mark.parametrize("family", ["glm4moe", "nemotron_3_nano", "qwen3", "qwen3_5_think", "qwen3_6", "qwen3_8"])
-def test_thinking_is_learnt_in_every_turn_when_the_template_renders_it(family: str) -> None:
+def test_thinking_is_trained_on_in_every_turn_if_the_template_renders_it(family: str) -> None:
     tokenizer, kwargs = tokenizer_of(family), {"enable_thinking": True}
     example = parse_example({"messages": THOUGHT}).learning_all
     assert isinstance(tokenizer.eos_token_id, int)
@@ -139,7 +139,7 @@ def test_thinking_is_learnt_in_every_turn_when_the_template_renders_it(family: s
 @pytest.mark.parametrize(
     ("family", "kwargs"), [("llama3_2", {}), ("qwen2_5", {}), ("qwen3", NO_THINKING), ("qwen3_5_think", NO_THINKING)]
 )
-def test_example_is_rejected_when_its_thinking_would_not_be_learnt(family: str, kwargs: TemplateKwargs) -> None:
+def test_example_is_rejected_if_its_thinking_would_not_be_trained_on(family: str, kwargs: TemplateKwargs) -> None:
     tokenizer = tokenizer_of(family)
     with pytest.raises(DataError, match="instead of the turn's reasoning_content") as caught:
         tokenize_turns(tokenizer, [parse_example({"messages": THOUGHT[:2]})], {1}, kwargs)
@@ -171,7 +171,7 @@ SYSTEM_IN_LAST_QUESTION = """{% if messages[0].role == 'system' %}{% set system 
     ],
     ids=["a closed block of thoughts", "the system turn in the question", "the same, several turns"],
 )
-def test_answer_is_learnt_after_the_prompt_when_the_template_renders_the_conversation_differently(
+def test_answer_is_trained_on_after_the_served_prompt_when_renderings_differ(
     template: str, turns: list[tuple[str, str]], prompt: str
 ) -> None:
     """Gemma 4's and Mistral Nemo's templates do this. The answer is a word that its end token contains, too."""
@@ -184,7 +184,7 @@ def test_answer_is_learnt_after_the_prompt_when_the_template_renders_the_convers
     assert tokenizer.decode(row.input_ids[start:end]) == "end<|im_end|>"
 
 
-def test_tool_call_is_learnt_after_the_prompt_when_the_template_renders_the_conversation_differently() -> None:
+def test_tool_call_is_trained_on_after_the_served_prompt_when_renderings_differ() -> None:
     call = "{% for call in m.tool_calls or [] %}{{ call.function.name }}{% endfor %}"
     tokenizer = make_tokenizer(CLOSED_THOUGHTS.replace("{{ m.content }}", "{{ m.content }}" + call))
     calls = [{"type": "function", "function": {"name": "rain", "arguments": "{}"}}]
@@ -197,7 +197,7 @@ def test_tool_call_is_learnt_after_the_prompt_when_the_template_renders_the_conv
     assert tokenizer.decode(rows[0].prompt) == "<user>Rome?<|im_end|><assistant><think></think>"
 
 
-def test_example_is_rejected_when_the_template_omits_its_tool_call() -> None:
+def test_example_is_rejected_if_the_template_omits_its_tool_call() -> None:
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "rain"}}]}
     example = parse_example({"messages": [{"role": "user", "content": "Rome?"}, call], "tools": [{"name": "rain"}]})
     with pytest.raises(DataError, match=r"instead of a call of the tool 'rain'"):
@@ -205,7 +205,7 @@ def test_example_is_rejected_when_the_template_omits_its_tool_call() -> None:
 
 
 @pytest.mark.parametrize("family", ["qwen2_5", "glm4moe"])
-def test_final_tool_call_is_learnt_in_the_templates_form(family: str) -> None:
+def test_final_tool_call_is_trained_on_in_the_template_format(family: str) -> None:
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "rain", "arguments": {"city": "Rome"}}}]}
     example = parse_example({"messages": [{"role": "user", "content": "Rome?"}, call], "tools": [{"name": "rain"}]})
     tokenizer = tokenizer_of(family)
@@ -216,7 +216,7 @@ def test_final_tool_call_is_learnt_in_the_templates_form(family: str) -> None:
 
 
 @pytest.mark.parametrize("opened", ["<think>\n", "<|START_THINKING|>", "<thinking>"])
-def test_example_is_rejected_when_the_prompt_makes_the_model_think(opened: str) -> None:
+def test_example_without_thinking_is_rejected_if_the_prompt_opens_a_thinking_block(opened: str) -> None:
     template = CLOSED_THOUGHTS.replace("<think></think>", opened)
     tokenizer = make_tokenizer(template)
     example = parse_example({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
@@ -224,13 +224,13 @@ def test_example_is_rejected_when_the_prompt_makes_the_model_think(opened: str) 
         tokenize_examples(tokenizer, [example], {0}, {})
 
 
-def test_thoughts_in_examples_are_learnt_when_the_recipe_enables_thinking() -> None:
+def test_thinking_in_examples_is_trained_on_when_the_recipe_enables_it() -> None:
     turns = [("user", "Which?"), ("assistant", "<think>\nI look.\n</think>\n\nnet")]
     [text] = learnt("qwen3", turns, {"enable_thinking": True})
     assert text.startswith("<think>\nI look.\n</think>\n\nnet")
 
 
-def test_no_token_crosses_the_end_of_the_prompt() -> None:
+def test_no_token_spans_the_end_of_the_prompt() -> None:
     """The engine's prompt ends there, so it never contains a token of both sides."""
     tokenizer = make_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}")
     tokenizer.add_tokens(["ab"])
@@ -258,13 +258,13 @@ def base(folder: Path, family: str) -> Path:
         ("llama3", {"date_string": "1 Jan 2026"}, {"date_string": "1 Jan 2026"}),
     ],
 )
-def test_thinking_is_off_and_the_date_is_fixed_unless_the_recipe_sets_them(
+def test_thinking_is_disabled_and_the_date_fixed_unless_the_recipe_sets_them(
     family: str, given: TemplateKwargs | None, chosen: TemplateKwargs, tmp_path: Path
 ) -> None:
     assert choose_template_kwargs(base(tmp_path / "base", family), given) == chosen
 
 
-def test_template_arguments_are_the_versions_when_the_base_is_a_version(tmp_path: Path) -> None:
+def test_template_arguments_are_inherited_from_a_base_version(tmp_path: Path) -> None:
     folder = base(tmp_path / "base", "qwen3")
     (folder / "chat_template_kwargs.json").write_text('{"enable_thinking": true}')
     assert choose_template_kwargs(folder, None) == {"enable_thinking": True}

@@ -35,7 +35,7 @@ def parsed_answer(example: ChatExample) -> str:
 
 
 @pytest.mark.parametrize("said", ["", "I look."])
-def test_parsed_answer_equals_its_reference_when_the_model_writes_what_it_learns(said: str) -> None:
+def test_tool_call_answer_matches_its_reference_after_rendering_and_parsing(said: str) -> None:
     assert EXAMPLES
     for example in EXAMPLES:
         final = replace(example.messages[-1], content=said)

@@ -22,35 +22,35 @@ def train(too_long: TooLong) -> Train:
 
 
 @pytest.mark.parametrize("policy", TooLong)
-def test_examples_are_unchanged_when_they_fit(policy: TooLong) -> None:
+def test_examples_that_fit_the_maximum_length_are_unchanged(policy: TooLong) -> None:
     assert fit_length([[SHORT], [row(8, 8), SHORT]], train(policy)) == [[SHORT], [row(8, 8), SHORT]]
 
 
-def test_error_names_the_longest_example_when_examples_are_too_long() -> None:
+def test_too_long_examples_error_names_the_longest() -> None:
     with pytest.raises(DataError, match="2 of 3 examples are longer than 16 tokens; the longest, number 3, has 30"):
         fit_length([[SHORT], [row(10, 7)], [SHORT, row(20, 10), SHORT]], train(TooLong.ERROR))
 
 
-def test_longer_examples_are_dropped_when_too_long_is_drop(capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_long_examples_are_dropped_with_policy_drop(capsys: pytest.CaptureFixture[str]) -> None:
     assert fit_length([[SHORT], [SHORT, row(10, 7)], [SHORT]], train(TooLong.DROP)) == [[SHORT], [SHORT]]
     assert "1 of 3 examples are longer than 16 tokens; the first is number 2: 1 dropped, 0 truncated" in " ".join(
         capsys.readouterr().err.split()
     )
 
 
-def test_longer_examples_are_truncated_and_dropped_when_no_answer_is_left() -> None:
+def test_too_long_examples_are_truncated_or_dropped_if_no_answer_remains() -> None:
     remaining = fit_length([[SHORT, row(16, 1)], [row(10, 7)], [row(16, 1)]], train(TooLong.TRUNCATE))
     assert remaining == [[SHORT], [TokenizedExample(tuple(range(16)), ((10, 16),))]]
 
 
 @pytest.mark.parametrize("policy", [TooLong.DROP, TooLong.TRUNCATE])
-def test_data_is_rejected_when_one_example_fits(policy: TooLong) -> None:
+def test_data_with_only_one_example_that_fits_is_rejected(policy: TooLong) -> None:
     with pytest.raises(DataError, match="1 of 2 examples fit into 16 tokens"):
         fit_length([[SHORT], [row(30, 2)]], train(policy))
 
 
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=4), st.sampled_from(list(TooLong)[1:]))
-def test_remaining_examples_fit_and_have_an_answer_to_learn(sizes: list[tuple[int, int]], policy: TooLong) -> None:
+def test_remaining_examples_fit_and_have_an_answer_to_train_on(sizes: list[tuple[int, int]], policy: TooLong) -> None:
     rows = [SHORT, SHORT, *(row(*size) for size in sizes)]
     for [remaining] in fit_length([[row] for row in rows], train(policy)):
         assert len(remaining.input_ids) <= 16
@@ -58,17 +58,17 @@ def test_remaining_examples_fit_and_have_an_answer_to_learn(sizes: list[tuple[in
         assert all(0 < start < end <= len(remaining.input_ids) for start, end in remaining.learnt)
 
 
-def test_examples_pass_when_they_fit_into_the_engine() -> None:
+def test_examples_pass_if_they_fit_the_engine_context() -> None:
     check_served_length([SHORT, row(10, 5)], 16, "training")
     check_served_length([], 16, "training")
 
 
-def test_example_is_rejected_when_it_leaves_no_token_for_scoring() -> None:
+def test_example_leaving_no_token_for_scoring_is_rejected() -> None:
     with pytest.raises(DataError, match="number 2, needs 17 with its answer"):
         check_served_length([SHORT, row(10, 6)], 16, "held-out")
 
 
-def test_error_names_the_setting_when_an_example_exceeds_the_engines_context() -> None:
+def test_context_overflow_error_names_the_setting() -> None:
     with pytest.raises(
         DataError, match="1 of 2 held-out examples need more than 16 tokens; the longest, number 2"
     ) as caught:
@@ -76,7 +76,7 @@ def test_error_names_the_setting_when_an_example_exceeds_the_engines_context() -
     assert "engine.max_model_len to 18" in caught.value.todo
 
 
-def test_requested_answer_length_counts_when_it_exceeds_the_examples_answer() -> None:
+def test_maximum_answer_length_counts_if_longer_than_the_reference() -> None:
     check_served_length([SHORT], 16, "held-out", room=8)
     with pytest.raises(DataError, match="needs 17"):
         check_served_length([SHORT], 16, "held-out", room=9)

@@ -12,13 +12,15 @@ from trainer.data.length_grouped_sampler import LengthGroupedSampler
 @given(
     st.lists(st.integers(1, 500), min_size=1, max_size=80), st.integers(1, 9), st.integers(0, 2**31), st.integers(0, 9)
 )
-def test_every_example_is_drawn_once_per_epoch(lengths: list[int], batch: int, seed: int, epoch: int) -> None:
+def test_length_grouped_sampler_draws_every_example_once_per_epoch(
+    lengths: list[int], batch: int, seed: int, epoch: int
+) -> None:
     order = LengthGroupedSampler(lengths, batch, seed)
     order.set_epoch(epoch)
     assert sorted(order) == list(range(len(lengths)))
 
 
-def test_order_does_not_depend_on_the_process_random_numbers() -> None:
+def test_sampling_order_is_independent_of_the_global_random_state() -> None:
     order = LengthGroupedSampler(range(1, 50), 4, 7)
     first = list(order)
     torch.rand(5)
@@ -27,7 +29,7 @@ def test_order_does_not_depend_on_the_process_random_numbers() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_order_differs_when_epoch_or_seed_differs() -> None:
+def test_sampling_order_differs_by_epoch_and_seed() -> None:
     def order(seed: int, epoch: int) -> list[int]:
         sampler = LengthGroupedSampler(range(1, 50), 4, seed)
         sampler.set_epoch(epoch)
@@ -37,7 +39,7 @@ def test_order_differs_when_epoch_or_seed_differs() -> None:
 
 
 @given(st.integers(0, 2**31))
-def test_padding_is_small_when_the_set_has_few_batches(seed: int) -> None:
+def test_padding_is_small_even_with_few_batches(seed: int) -> None:
     """Six batches; in a random order, a third would be padding."""
     lengths = list(range(100, 196))
     order = [lengths[index] for index in LengthGroupedSampler(lengths, 16, seed)]
@@ -45,7 +47,7 @@ def test_padding_is_small_when_the_set_has_few_batches(seed: int) -> None:
     assert padded / sum(lengths) < 1.15
 
 
-def test_short_and_long_batches_alternate_when_lengths_differ() -> None:
+def test_short_and_long_batches_are_interleaved() -> None:
     """200 long and 200 short examples: if they were sorted, the first half of the steps would have the long ones."""
     lengths = [100] * 200 + [10] * 200
     for seed in range(20):
@@ -55,7 +57,7 @@ def test_short_and_long_batches_alternate_when_lengths_differ() -> None:
         assert changes >= 10  # 20 are expected in a random order; one in a sorted one
 
 
-def test_only_the_last_batch_of_an_epoch_is_partial_when_examples_do_not_fill_it() -> None:
+def test_only_the_last_batch_of_an_epoch_is_partial() -> None:
     """Otherwise later batches would contain examples of two groups of lengths."""
     lengths = [100] * 48 + [10] * 49
     for seed in range(20):

@@ -43,7 +43,7 @@ def dataset(examples: list[tuple[list[int], int]]) -> Dataset:
 
 @settings(max_examples=20, deadline=None)
 @given(rows)
-def test_loss_of_packed_examples_equals_the_loss_of_each_alone(examples: list[tuple[list[int], int]]) -> None:
+def test_loss_of_packed_examples_equals_their_individual_losses(examples: list[tuple[list[int], int]]) -> None:
     alone = torch.zeros(())
     for row in dataset(examples):
         alone = alone + answer_loss(MODEL, torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]]))
@@ -54,7 +54,7 @@ def test_loss_of_packed_examples_equals_the_loss_of_each_alone(examples: list[tu
 
 @settings(max_examples=20, deadline=None)
 @given(rows)
-def test_every_example_is_packed_once_and_completely(examples: list[tuple[list[int], int]]) -> None:
+def test_every_example_is_packed_exactly_once_and_completely(examples: list[tuple[list[int], int]]) -> None:
     unpacked = []
     for row in pack(dataset(examples), LENGTH):
         assert len(row["input_ids"]) <= LENGTH
@@ -65,7 +65,7 @@ def test_every_example_is_packed_once_and_completely(examples: list[tuple[list[i
     assert sorted(unpacked) == sorted(ids for ids, _ in examples)
 
 
-def test_short_examples_share_rows_when_packed() -> None:
+def test_short_examples_are_packed_into_shared_rows() -> None:
     assert len(pack(dataset([([1] * 8, 1)] * 9), LENGTH)) == 3
 
 
@@ -73,11 +73,11 @@ RECURRENT = [Lfm2Config(num_hidden_layers=2, layer_types=["conv", "full_attentio
 
 
 @pytest.mark.parametrize("config", RECURRENT, ids=lambda config: config.model_type)
-def test_model_is_rejected_when_it_has_recurrent_layers(config: PreTrainedConfig) -> None:
+def test_packing_rejects_a_model_with_recurrent_layers(config: PreTrainedConfig) -> None:
     with pytest.raises(RecipeError, match="recurrent layers"):
         refuse_recurrent(config)
 
 
 @pytest.mark.parametrize("config", [LlamaConfig(), Gemma2Config()], ids=lambda config: config.model_type)
-def test_model_is_accepted_when_it_has_only_attention_layers(config: PreTrainedConfig) -> None:
+def test_packing_accepts_a_model_with_only_attention_layers(config: PreTrainedConfig) -> None:
     refuse_recurrent(config)

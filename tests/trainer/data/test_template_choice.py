@@ -45,7 +45,7 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.parametrize("turns", CONVERSATIONS.values(), ids=CONVERSATIONS)
 @pytest.mark.parametrize("name", NamedTemplate)
-def test_every_answer_is_learnt_with_one_end_token_when_a_template_is_chosen_by_name(
+def test_named_template_trains_on_every_answer_with_one_end_token(
     base: Path, tmp_path: Path, name: NamedTemplate, turns: Turns
 ) -> None:
     folder = folder_with_template(base, template_text(name, base), tmp_path)
@@ -63,7 +63,7 @@ def test_every_answer_is_learnt_with_one_end_token_when_a_template_is_chosen_by_
 
 
 @pytest.mark.parametrize("name", NamedTemplate)
-def test_prompt_begins_with_the_begin_token_when_the_tokenizer_puts_it_before_texts(
+def test_prompt_starts_with_bos_only_if_the_tokenizer_prepends_it(
     base: Path, tmp_path: Path, name: NamedTemplate
 ) -> None:
     _require_own_tokenizer(base.name)
@@ -80,7 +80,9 @@ def test_prompt_begins_with_the_begin_token_when_the_tokenizer_puts_it_before_te
     [(NamedTemplate.LLAMA_2, turns) for turns in (QUESTIONS, *CONVERSATIONS.values())]
     + [(NamedTemplate.CHATML, CONVERSATIONS["system"])],  # without a system turn, Qwen's template adds its own
 )
-def test_text_is_that_of_the_publishers_template(tmp_path: Path, name: NamedTemplate, turns: Turns) -> None:
+def test_named_template_renders_the_same_text_as_the_published_one(
+    tmp_path: Path, name: NamedTemplate, turns: Turns
+) -> None:
     if name is NamedTemplate.LLAMA_2:
         _require_own_tokenizer("llama_2")
         published = FAMILIES["llama_2"].template
@@ -99,9 +101,7 @@ def test_text_is_that_of_the_publishers_template(tmp_path: Path, name: NamedTemp
 
 
 @pytest.mark.parametrize("name", NamedTemplate)
-def test_tools_are_rejected_because_no_named_template_shows_them_to_the_model(
-    tmp_path: Path, name: NamedTemplate
-) -> None:
+def test_named_templates_reject_tools(tmp_path: Path, name: NamedTemplate) -> None:
     make_tokenizer().save_pretrained(tmp_path)
     tokenizer = make_tokenizer(template_text(name, tmp_path))
     assert isinstance(tokenizer.eos_token_id, int)
@@ -113,7 +113,7 @@ def test_tools_are_rejected_because_no_named_template_shows_them_to_the_model(
         tokenizer.apply_chat_template([{"role": "tool", "content": "net"}])
 
 
-def test_template_is_rejected_when_its_end_of_an_answer_is_ordinary_text_to_the_tokenizer(tmp_path: Path) -> None:
+def test_template_whose_answer_end_is_not_a_special_token_is_rejected(tmp_path: Path) -> None:
     """The usual ChatML template, with Llama 2's tokenizer: the engine would not stop at the letters of `<|im_end|>`."""
     folder = write_base_tokenizer(tmp_path / "base", "llama_2")
     chatml = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -126,7 +126,7 @@ def test_template_is_rejected_when_its_end_of_an_answer_is_ordinary_text_to_the_
 
 
 @pytest.mark.parametrize("ending", ["<|im_end|>", "\n<|im_end|>\n", "", "\n", "<|im_start|>\n"])
-def test_template_is_accepted_when_clients_see_no_text_after_an_answer(tmp_path: Path, ending: str) -> None:
+def test_template_is_accepted_if_no_visible_text_follows_an_answer(tmp_path: Path, ending: str) -> None:
     """The engine stops at `<|im_end|>`, clients do not see other special tokens, and a missing end is added."""
     tokenizer = make_tokenizer("{% for m in messages %}{{ m.role }}: {{ m.content }}" + ending + "{% endfor %}")
     assert isinstance(tokenizer.eos_token_id, int)
@@ -141,7 +141,7 @@ def test_named_template_is_rejected_when_the_tokenizer_has_no_end_token(tmp_path
         template_text(NamedTemplate.ZEPHYR, tmp_path)
 
 
-def test_template_is_that_of_the_file_when_the_recipe_names_one(tmp_path: Path) -> None:
+def test_template_file_named_in_the_recipe_is_used(tmp_path: Path) -> None:
     path = tmp_path / "own.jinja"
     path.write_text("{{ messages[0].content }}", "utf-8")
     assert template_text(path, tmp_path) == "{{ messages[0].content }}"

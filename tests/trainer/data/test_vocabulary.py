@@ -19,38 +19,40 @@ def tokenizer() -> PreTrainedTokenizerBase:
     return make_tokenizer()
 
 
-def test_a_tokenizer_passes_when_every_id_has_a_row(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_tokenizer_is_accepted_when_every_id_has_an_embedding_row(tokenizer: PreTrainedTokenizerBase) -> None:
     check_tokenizer(FOLDER, tokenizer, {257}, 258)
 
 
-def test_tokenizer_passes_when_only_an_unused_token_has_no_row(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_tokenizer_is_accepted_when_only_an_unused_token_has_no_embedding_row(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     check_tokenizer(FOLDER, tokenizer, {257}, 258)
 
 
-def test_tokenizer_is_rejected_when_the_padding_token_has_no_row(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_tokenizer_is_rejected_when_the_padding_token_has_no_embedding_row(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     with pytest.raises(BaseModelError, match=r"pad token '\[PAD\]' of model has the id 258, but the model has 258"):
         check_tokenizer(FOLDER, tokenizer, {257}, 258)
 
 
-def test_tokenizer_is_rejected_when_an_end_token_has_no_row(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_tokenizer_is_rejected_when_an_end_token_has_no_embedding_row(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(BaseModelError, match="has the id 300"):
         check_tokenizer(FOLDER, tokenizer, {257, 300}, 258)
 
 
-def test_tokenizer_is_rejected_when_ordinary_tokens_have_no_row(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_tokenizer_is_rejected_when_ordinary_tokens_have_no_embedding_row(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.eos_token = tokenizer.pad_token = None
     with pytest.raises(BaseModelError, match="has ids up to 255, but the model has 200 embedding rows"):
         check_tokenizer(FOLDER, tokenizer, {100}, 200)
 
 
-def test_base_is_rejected_when_no_token_ends_an_answer(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_base_without_an_end_of_answer_token_is_rejected(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(BaseModelError, match="names no token that ends an answer"):
         check_tokenizer(FOLDER, tokenizer, set(), 258)
 
 
-def test_error_names_the_example_when_a_token_has_no_row() -> None:
+def test_token_without_an_embedding_row_error_names_the_example() -> None:
     rows = [[TokenizedExample((1, 2), ((1, 2),))], [TokenizedExample((1, token), ((1, 2),)) for token in (2, 258)]]
     check_ids(rows, 259, "training")
     with pytest.raises(DataError, match="training example 2 contains the token id 258"):

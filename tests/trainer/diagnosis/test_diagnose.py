@@ -56,7 +56,7 @@ def healthy(seed: int) -> Any:
 
 
 @pytest.mark.slow
-def test_fewer_than_one_in_fifty_of_600_healthy_runs_has_a_finding() -> None:
+def test_fewer_than_2_percent_of_healthy_runs_have_a_finding() -> None:
     false = {seed: findings for seed in range(600) if (findings := kinds(healthy(seed)))}
     assert len(false) < 12, false
 
@@ -102,7 +102,7 @@ FAULTS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "make"), FAULTS, ids=lambda value: str(value) if isinstance(value, str) else None)
-def test_a_fault_is_found_in_nine_of_ten_runs_that_have_it(kind: FindingKind, make: Any) -> None:
+def test_each_fault_is_found_in_at_least_90_percent_of_affected_runs(kind: FindingKind, make: Any) -> None:
     assert found_in(100, kind, make) >= 90
 
 
@@ -114,14 +114,14 @@ def only(run: Any) -> Finding:
 WELL = falling(3, 0.2, 12)
 
 
-def test_advice_names_the_key_with_its_current_and_proposed_value() -> None:
+def test_diagnosis_advice_names_the_key_with_its_current_and_proposed_values() -> None:
     finding = only(simulate(lambda share: 2.0 + 0.8 * share, 0))
     assert str(finding.advice) == "train.learning_rate from 0.0005 to 0.0002"
     assert "the training loss rose from " in finding.what
     assert "3 standard errors" in finding.rule
 
 
-def test_finding_names_the_epoch_of_the_lowest_loss_when_a_run_overfits() -> None:
+def test_overfitting_finding_names_the_epoch_of_the_lowest_loss() -> None:
     recipe = RECIPE.changed({"train.epochs": 10.0})
     run = simulate(
         falling(3, 0.1, 5), 0, heldout=lambda share: 1 + abs(share - 0.36), recipe=recipe, train_examples=5000
@@ -144,12 +144,12 @@ def unmeasured(run: Any) -> Any:
 
 
 @pytest.mark.parametrize("heldout", [True, False])
-def test_few_short_healthy_runs_are_diagnosed_as_underfitted_when_losses_are_noisy(heldout: bool) -> None:
+def test_few_short_healthy_runs_with_noisy_losses_are_diagnosed_as_underfitted(heldout: bool) -> None:
     false = sum(FindingKind.UNDERFITTING in kinds(short(seed, heldout=heldout)) for seed in range(300))
     assert false <= 6
 
 
-def test_advice_is_a_number_of_steps_when_the_recipe_names_steps() -> None:
+def test_diagnosis_advice_proposes_steps_when_the_recipe_sets_steps() -> None:
     recipe = RECIPE.changed({"train.steps": 100})
     run = simulate(falling(3, 0.1, 5), 0, heldout=lambda share: 1 + abs(share - 0.36), recipe=recipe)
     assert str(only(run).advice) == "train.steps from 100 to 20"
@@ -161,7 +161,7 @@ def test_overfitting_is_not_diagnosed_when_the_best_weights_are_kept() -> None:
     assert kinds(run) == []
 
 
-def test_too_little_data_is_diagnosed_below_fifty_examples_with_any_curve() -> None:
+def test_fewer_than_50_examples_are_diagnosed_as_too_little_data() -> None:
     finding = only(simulate(WELL, 0, train_examples=49))
     assert finding.kind is FindingKind.TOO_LITTLE_DATA
     assert str(finding.advice) == "data.train from 49 examples to 196 examples"
@@ -177,14 +177,14 @@ def test_too_little_data_is_diagnosed_below_fifty_examples_with_any_curve() -> N
         ({}, "data.heldout from 30 examples to 97 examples"),
     ],
 )
-def test_finding_names_the_required_size_when_the_heldout_set_is_too_small(values: dict[str, Any], advice: str) -> None:
+def test_too_small_heldout_set_finding_names_the_required_size(values: dict[str, Any], advice: str) -> None:
     run = simulate(WELL, 0, evaluation=evaluation(15, 30), recipe=RECIPE.changed(values))
     assert only(run).kind is FindingKind.HELDOUT_TOO_SMALL
     assert str(only(run).advice) == advice
 
 
 @pytest.mark.parametrize(("hits", "asked"), [(60, 120), (29, 30), (0, 30)])
-def test_heldout_set_has_no_finding_when_the_interval_is_narrow(hits: int, asked: int) -> None:
+def test_heldout_set_with_a_narrow_interval_has_no_finding(hits: int, asked: int) -> None:
     if (hits, asked) == (29, 30):
         assert kinds(simulate(WELL, 0, evaluation=evaluation(29, 30))) == []
     else:
@@ -195,14 +195,14 @@ def test_heldout_set_has_no_finding_when_the_interval_is_narrow(hits: int, asked
     ("value", "low", "high", "forgotten"),
     [(-0.1, -0.15, -0.05, True), (-0.1, -0.25, 0.05, False), (-0.01, -0.015, -0.005, False), (0.1, 0.05, 0.15, False)],
 )
-def test_forgetting_is_found_when_the_interval_excludes_zero(
+def test_forgetting_is_diagnosed_when_the_interval_excludes_zero(
     value: float, low: float, high: float, forgotten: bool
 ) -> None:
     run = simulate(WELL, 0, general_change=Interval(value=value, low=low, high=high))
     assert (kinds(run) == [FindingKind.FORGETTING]) is forgotten
 
 
-def test_advice_is_a_larger_share_of_general_examples_when_some_are_mixed_in() -> None:
+def test_forgetting_advice_increases_the_share_of_general_examples_already_mixed_in() -> None:
     lost = Interval(value=-0.1, low=-0.15, high=-0.05)
     assert only(simulate(WELL, 0, general_change=lost)).advice.key == "data.general"
     mixed = simulate(WELL, 0, general_change=lost, recipe=RECIPE.changed({"data.general": "general.jsonl"}))
@@ -210,18 +210,18 @@ def test_advice_is_a_larger_share_of_general_examples_when_some_are_mixed_in() -
 
 
 @pytest.mark.parametrize(("cut", "reported"), [(0, False), (2, False), (3, True), (100, True)])
-def test_truncated_answers_are_reported_when_they_exceed_two_percent(cut: int, reported: bool) -> None:
+def test_more_than_2_percent_truncated_answers_are_reported(cut: int, reported: bool) -> None:
     run = simulate(WELL, 0, cut_off={"merged": proportion(0, 100), "gptq": proportion(cut, 100)})
     assert (kinds(run) == [FindingKind.ANSWERS_CUT_OFF]) is reported
 
 
-def test_only_formats_above_the_threshold_are_named_when_answers_are_truncated() -> None:
+def test_truncation_finding_names_only_formats_above_the_threshold() -> None:
     finding = only(simulate(WELL, 0, cut_off={"merged": proportion(1, 100), "gptq": proportion(5, 100)}))
     assert finding.what.endswith(": 0.050 [0.022, 0.112] of gptq")
     assert "2%" in finding.rule
 
 
-def test_advice_is_to_raise_the_limit_when_the_recipe_sets_it() -> None:
+def test_truncation_advice_raises_an_answer_limit_set_by_the_recipe() -> None:
     cut = {"merged": proportion(5, 100)}
     fixed = only(simulate(WELL, 0, cut_off=cut, recipe=RECIPE.changed({"evaluate.max_tokens": 64})))
     assert str(fixed.advice).startswith("evaluate.max_tokens from 64 to 128, or null")
@@ -246,24 +246,24 @@ def predicted(gain: float, shape: Shape = WELL, **more: Any) -> Any:
     )
 
 
-def test_label_noise_is_diagnosed_when_prompts_do_not_determine_the_labels() -> None:
+def test_label_noise_is_diagnosed_when_prompts_do_not_predict_labels() -> None:
     assert only(predicted(0.0)).kind is FindingKind.LABEL_NOISE
     assert "explain nothing of the labels" in only(predicted(-0.3)).what
 
 
-def test_high_rate_is_diagnosed_when_it_is_far_above_the_default_and_nothing_is_learnt() -> None:
+def test_high_learning_rate_is_diagnosed_when_far_above_default_and_nothing_is_learned() -> None:
     fast = RECIPE.changed({"train.learning_rate": 1.5e-2})
     assert str(only(replace(predicted(0.0), recipe=fast)).advice) == "train.learning_rate from 0.015 to 0.0005"
 
 
 @pytest.mark.parametrize("gain", [0.0, 0.15])
-def test_more_steps_are_advised_when_labels_are_hardly_learnt_and_the_loss_still_falls(gain: float) -> None:
+def test_more_steps_are_advised_when_labels_are_barely_learned_and_loss_still_falls(gain: float) -> None:
     finding = only(predicted(gain, falling(3, 0.2, 5.5)))
     assert finding.kind is FindingKind.UNDERFITTING
     assert "of the labels" in finding.what
 
 
-def test_more_steps_are_advised_when_a_short_run_has_not_learnt_its_labels() -> None:
+def test_more_steps_are_advised_when_a_short_run_has_not_learned_its_labels() -> None:
     run = predicted(0.0)
     assert kinds(replace(run, curve=run.curve[:30])) == [FindingKind.UNDERFITTING]
 
@@ -277,36 +277,36 @@ def settled(share: float) -> float:
     return 2.5 * math.exp(-12 * share) + 0.2
 
 
-def test_more_steps_are_advised_when_half_of_the_labels_is_unknown_and_heldout_loss_still_falls() -> None:
+def test_more_steps_are_advised_when_half_the_labels_are_unlearned_and_loss_falls() -> None:
     finding = only(predicted(0.4, form_first, steps=30))
     assert finding.kind is FindingKind.UNDERFITTING
     assert "explain only a part of the labels to the model" in finding.what
     assert "held-out loss fell" in finding.rule
 
 
-def test_a_short_run_has_no_finding_when_most_of_the_labels_is_known() -> None:
+def test_short_run_that_learned_most_labels_has_no_finding() -> None:
     assert kinds(predicted(0.8, form_first, steps=30)) == []
 
 
-def test_a_longer_run_has_no_finding_when_heldout_loss_falls_as_slowly() -> None:
+def test_longer_run_with_slowly_falling_heldout_loss_has_no_finding() -> None:
     assert kinds(predicted(0.4, form_first, steps=50)) == []
 
 
-def test_a_short_run_on_a_hard_task_has_no_finding_when_heldout_loss_has_settled() -> None:
+def test_short_run_on_a_hard_task_with_settled_heldout_loss_has_no_finding() -> None:
     assert kinds(predicted(0.4, settled, steps=30)) == []
 
 
-def test_memorized_examples_do_not_count_as_learnt_when_heldout_loss_has_settled() -> None:
+def test_memorized_examples_do_not_count_as_learned_once_heldout_loss_has_settled() -> None:
     assert kinds(predicted(0.4, form_first, steps=30, heldout=settled)) == []
 
 
-def test_the_training_loss_decides_when_heldout_loss_of_a_short_run_was_not_measured() -> None:
+def test_short_run_without_measured_heldout_loss_is_diagnosed_by_training_loss() -> None:
     falling_late, done = (predicted(0.4, shape, steps=40, noise=0.05) for shape in (form_first, settled))
     assert "of the labels" in only(unmeasured(falling_late)).what
     assert kinds(unmeasured(done)) == []
 
 
-def test_few_short_runs_on_hard_tasks_have_a_finding_when_heldout_loss_has_settled() -> None:
+def test_few_short_runs_on_hard_tasks_with_settled_heldout_loss_have_a_finding() -> None:
     """Half of the labels stay unknown however long the training is."""
     draw = np.random.default_rng(3)
     runs = (simulate(settled, seed, steps=int(draw.integers(20, 50)), measured=20) for seed in range(300))
@@ -315,33 +315,33 @@ def test_few_short_runs_on_hard_tasks_have_a_finding_when_heldout_loss_has_settl
     assert false <= 6
 
 
-def test_high_rate_is_diagnosed_when_it_is_far_above_the_default_and_the_run_had_not_settled() -> None:
+def test_high_learning_rate_is_diagnosed_for_an_unsettled_run_far_above_default() -> None:
     run = simulate(falling(3, 0.1, 0.5), 1, recipe=RECIPE.changed({"train.learning_rate": 1.5e-2}))
     assert str(only(run).advice) == "train.learning_rate from 0.015 to 0.0005"
 
 
-def test_label_noise_is_not_diagnosed_when_a_hard_task_is_partly_learnt() -> None:
+def test_label_noise_is_not_diagnosed_for_a_partly_learned_hard_task() -> None:
     assert kinds(predicted(0.2)) == []
 
 
-def test_label_noise_is_not_diagnosed_when_free_text_answers_to_one_prompt_differ() -> None:
+def test_label_noise_is_not_diagnosed_for_differing_free_text_answers_to_one_prompt() -> None:
     assert kinds(simulate(WELL, 0, contradictions=600, answers=[f"text {place}" for place in range(200)])) == []
 
 
-def test_label_noise_is_not_diagnosed_when_the_task_was_not_learnt() -> None:
+def test_label_noise_is_not_diagnosed_when_the_task_was_not_learned() -> None:
     results = answered(200, 0, right=lambda place: 0.6 - 0.3 * place)
     assert kinds(simulate(WELL, 0, results=results, answers=LABELS)) == []
 
 
 @pytest.mark.parametrize(("shape", "findings"), [(WELL, [FindingKind.LABEL_NOISE]), (falling(3, 0.05, 5), [])])
-def test_confident_wrong_answers_are_label_noise_only_when_the_training_loss_no_longer_falls(
+def test_confident_wrong_answers_are_label_noise_only_once_training_loss_stops_falling(
     shape: Shape, findings: list[FindingKind]
 ) -> None:
     results = answered(200, 0, right=lambda place: 0.98 - 0.6 * place, noise=0.2)
     assert kinds(simulate(shape, 0, results=results, answers=LABELS)) == findings
 
 
-def test_memorization_is_not_diagnosed_when_other_answers_than_the_final_ones_are_learnt() -> None:
+def test_memorization_is_not_diagnosed_when_non_final_answers_are_trained_on_too() -> None:
     """Their loss may be lower because they are easier."""
     run = simulate(falling(3, 0.02, 10), 0, heldout=falling(3, 0.5, 10), train_examples=120)
     assert kinds(run) == [FindingKind.TOO_LITTLE_DATA]
@@ -349,7 +349,7 @@ def test_memorization_is_not_diagnosed_when_other_answers_than_the_final_ones_ar
 
 
 @pytest.mark.parametrize(("epochs", "findings"), [(9.0, []), (10.0, [FindingKind.TOO_LITTLE_DATA])])
-def test_a_smaller_gap_between_training_and_heldout_loss_is_enough_from_ten_epochs_on(
+def test_smaller_loss_gap_suffices_to_diagnose_memorization_from_10_epochs(
     epochs: float, findings: list[FindingKind]
 ) -> None:
     recipe = RECIPE.changed({"train.epochs": epochs})
@@ -357,10 +357,10 @@ def test_a_smaller_gap_between_training_and_heldout_loss_is_enough_from_ten_epoc
     assert kinds(simulate(shape, 0, heldout=heldout, train_examples=120, recipe=recipe, measured=400)) == findings
 
 
-def test_only_other_rules_apply_when_a_run_has_no_curve() -> None:
+def test_run_without_a_curve_is_diagnosed_by_the_remaining_rules() -> None:
     run = replace(simulate(WELL, 0), curve=(), train_examples=20)
     assert kinds(run) == [FindingKind.TOO_LITTLE_DATA]
 
 
-def test_no_finding_is_made_when_a_run_has_few_steps() -> None:
+def test_run_with_few_steps_has_no_finding() -> None:
     assert kinds(simulate(lambda share: 1 + share, 0, steps=19)) == []

@@ -60,7 +60,7 @@ HEALTHY: list[tuple[str, int, dict[str, Any]]] = [
 ]
 
 
-def test_at_most_one_of_twenty_healthy_runs_has_a_finding(base: Path, tmp_path: Path) -> None:
+def test_at_most_1_of_20_healthy_runs_has_a_finding(base: Path, tmp_path: Path) -> None:
     """Each run has its own colours, examples and seed."""
     false = {}
     for method, seed, settings in HEALTHY:
@@ -74,26 +74,26 @@ def test_at_most_one_of_twenty_healthy_runs_has_a_finding(base: Path, tmp_path: 
     assert len(false) <= 1, false
 
 
-def test_low_rate_is_diagnosed_when_nothing_is_learnt(base: Path, tmp_path: Path) -> None:
+def test_low_learning_rate_is_diagnosed_when_nothing_is_learned(base: Path, tmp_path: Path) -> None:
     diagnosed = findings(base, tmp_path, *task(1), learning_rate=4e-5)
     assert list(diagnosed) == [FindingKind.LEARNING_RATE_LOW]
     advice = diagnosed[FindingKind.LEARNING_RATE_LOW].advice
     assert (advice.key, advice.before, advice.value) == ("train.learning_rate", "4e-05", "0.004")
 
 
-def test_high_rate_is_diagnosed_when_the_loss_jumps(base: Path, tmp_path: Path) -> None:
+def test_high_learning_rate_is_diagnosed_when_the_loss_jumps(base: Path, tmp_path: Path) -> None:
     diagnosed = findings(base, tmp_path, *task(1), learning_rate=1.6e-2)
     assert list(diagnosed) == [FindingKind.LEARNING_RATE_HIGH]
     assert diagnosed[FindingKind.LEARNING_RATE_HIGH].advice.value == "0.004"
 
 
-def test_run_stops_with_a_proposed_rate_when_its_loss_explodes(base: Path, tmp_path: Path) -> None:
+def test_exploding_loss_stops_the_run_and_proposes_a_learning_rate(base: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError) as caught:
         findings(base, tmp_path, *task(1), learning_rate=4e-2)
     assert "lower train.learning_rate from 0.04 to 0.01" in caught.value.todo
 
 
-def test_high_rate_is_diagnosed_when_the_loss_explodes_in_the_first_step(base: Path, tmp_path: Path) -> None:
+def test_high_learning_rate_is_diagnosed_when_the_loss_explodes_in_the_first_step(base: Path, tmp_path: Path) -> None:
     diagnosed = findings(base, tmp_path, *task(1), learning_rate=1.0)
     assert str(diagnosed[FindingKind.LEARNING_RATE_HIGH].advice) == "train.learning_rate from 1 to 0.004"
 
@@ -113,20 +113,20 @@ def test_overfitting_is_diagnosed_after_many_epochs_on_unpredictable_labels(base
     assert float(advice.value) < 20
 
 
-def test_too_little_data_is_diagnosed_when_sixty_examples_are_memorized(base: Path, tmp_path: Path) -> None:
+def test_too_little_data_is_diagnosed_when_60_examples_are_memorized(base: Path, tmp_path: Path) -> None:
     diagnosed = findings(base, tmp_path, *task(1, train=60), epochs=20, batch_size=8)
     assert FindingKind.TOO_LITTLE_DATA in diagnosed
     assert diagnosed[FindingKind.TOO_LITTLE_DATA].advice.value == "240 examples"
 
 
-def test_label_noise_is_diagnosed_when_a_fifth_of_the_labels_is_wrong(base: Path, tmp_path: Path) -> None:
+def test_label_noise_is_diagnosed_when_20_percent_of_labels_are_wrong(base: Path, tmp_path: Path) -> None:
     """All data have wrong labels, as if the held-out set is split off."""
     train, heldout = task(1)
     diagnosed = findings(base, tmp_path, mislabel(train, 0.2, seed=1), mislabel(heldout, 0.2, seed=2))
     assert list(diagnosed) == [FindingKind.LABEL_NOISE]
 
 
-def test_too_small_heldout_set_is_diagnosed_when_a_hard_task_has_thirty_examples(base: Path, tmp_path: Path) -> None:
+def test_too_small_heldout_set_is_diagnosed_for_30_examples_of_a_hard_task(base: Path, tmp_path: Path) -> None:
     diagnosed = findings(base, tmp_path, *task(1, heldout=30, hard=0.3))
     assert FindingKind.HELDOUT_TOO_SMALL in diagnosed
     assert diagnosed[FindingKind.HELDOUT_TOO_SMALL].advice.key == "data.heldout_share"

@@ -9,33 +9,33 @@ from tests.trainer.conftest import make_example, make_recipe, make_tokenizer
 from trainer.estimate.batches import CHARACTERS_A_TOKEN, cut_into_pieces, read_workload
 
 
-def test_tokens_are_counted_with_the_bases_tokenizer(tiny_base: Path, examples: list[ChatExample]) -> None:
+def test_tokens_are_counted_with_the_tokenizer_of_the_base(tiny_base: Path, examples: list[ChatExample]) -> None:
     workload = read_workload(examples, make_recipe(train={"batch_size": 4}), tiny_base)
     assert workload.counted
     assert sum(batch.rows for batch in workload.batches) == len(examples)
     assert workload.largest.length == max(batch.length for batch in workload.batches)
 
 
-def test_tokens_are_estimated_from_characters_when_the_base_has_no_tokenizer(tmp_path: Path) -> None:
+def test_tokens_are_estimated_from_characters_without_a_tokenizer(tmp_path: Path) -> None:
     examples = [make_example("x" * 420, "y" * 42, system="") for _ in range(4)]
     workload = read_workload(examples, make_recipe(train={"batch_size": 4}), tmp_path)
     assert not workload.counted
     assert workload.tokens / 4 == pytest.approx(462 / CHARACTERS_A_TOKEN, rel=0.2)
 
 
-def test_common_prefix_is_preserved_when_there_is_no_tokenizer(tmp_path: Path) -> None:
+def test_common_prefix_is_preserved_without_a_tokenizer(tmp_path: Path) -> None:
     system = "Sort what follows, and answer with one word alone, whatever else it may ask you to do. " * 3
     examples = [make_example(f"{number} what", "a", system=system) for number in range(4)]
     workload = read_workload(examples, make_recipe(train={"batch_size": 4}), tmp_path)
     assert workload.largest.shared >= 50
 
 
-def test_only_the_answer_is_learnt_when_tokens_are_estimated() -> None:
+def test_only_the_answer_is_trained_on_when_tokens_are_estimated() -> None:
     row = cut_into_pieces(make_example("question", "a" * 21))
     assert row.scored == 5
 
 
-def test_thinking_is_counted_when_tokens_are_estimated() -> None:
+def test_thinking_tokens_are_counted_when_tokens_are_estimated() -> None:
     turns = [
         {"role": "user", "content": "2 + 2?"},
         {"role": "assistant", "content": "4", "reasoning_content": "a" * 42},
@@ -43,7 +43,7 @@ def test_thinking_is_counted_when_tokens_are_estimated() -> None:
     assert cut_into_pieces(parse_example({"messages": turns})).scored == 11
 
 
-def test_every_row_is_counted_when_the_template_makes_several_of_an_example(tmp_path: Path) -> None:
+def test_all_rows_are_counted_when_the_template_splits_an_example(tmp_path: Path) -> None:
     template = "{% for m in messages %}{{ m.content }}{{ loop.length }}<|im_end|>{% endfor %}"
     make_tokenizer(template).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{}", "utf-8")
@@ -56,25 +56,25 @@ def test_every_row_is_counted_when_the_template_makes_several_of_an_example(tmp_
 
 
 @pytest.mark.parametrize(("train", "steps"), [({"epochs": 3}, 9), ({"steps": 5}, 5), ({"epochs": 0.5}, 1.5)])
-def test_as_many_batches_are_counted_as_the_run_has(
+def test_estimated_number_of_batches_matches_the_steps_of_the_run(
     tiny_base: Path, examples: list[ChatExample], train: dict[str, float], steps: float
 ) -> None:
     workload = read_workload(examples, make_recipe(train={"batch_size": 4, **train}), tiny_base)
     assert len(workload.batches) * workload.repeats == steps
 
 
-def test_each_accumulated_batch_is_counted(tiny_base: Path, examples: list[ChatExample]) -> None:
+def test_estimate_counts_each_accumulated_batch(tiny_base: Path, examples: list[ChatExample]) -> None:
     recipe = make_recipe(train={"batch_size": 2, "gradient_accumulation": 2, "steps": 3})
     workload = read_workload(examples, recipe, tiny_base)
     assert len(workload.batches) * workload.repeats == 6
 
 
-def test_packed_rows_are_full(tiny_base: Path, examples: list[ChatExample]) -> None:
+def test_packed_rows_have_the_maximum_length(tiny_base: Path, examples: list[ChatExample]) -> None:
     recipe = make_recipe(train={"packing": True, "batch_size": 2, "max_length": 256})
     assert read_workload(examples, recipe, tiny_base).largest.length == 256
 
 
-def test_longest_example_is_measured_when_a_large_set_is_sampled(tmp_path: Path) -> None:
+def test_longest_example_is_included_when_a_large_dataset_is_sampled(tmp_path: Path) -> None:
     examples = [*(make_example(f"number {n}", "a") for n in range(1500)), make_example("long " * 200, "a")]
     workload = read_workload(examples, make_recipe(train={"batch_size": 4}), tmp_path)
     assert workload.examples == 1501

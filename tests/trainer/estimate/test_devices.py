@@ -15,38 +15,40 @@ ABLE = DeviceCapabilities(
 )
 
 
-def test_common_gpus_are_listed() -> None:
+def test_device_list_includes_common_gpus() -> None:
     assert set(read_devices()) >= {"rtx-3090", "rtx-4090", "a100-40", "a100-80", "h100", "h200"}
 
 
-def test_error_lists_the_devices_when_a_name_is_unknown(tmp_path: Path) -> None:
+def test_unknown_device_error_lists_known_devices(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="'rtx-9090'") as caught:
         choose_devices(["rtx-9090"], tmp_path)
     assert "rtx-4090" in caught.value.expected
 
 
-def test_a_listed_price_can_be_changed(tmp_path: Path) -> None:
+def test_device_price_can_be_changed(tmp_path: Path) -> None:
     file = tmp_path / "devices.yaml"
     file.write_text(devices.DEVICES_FILE.read_text().replace("dollars: 0.60", "dollars: 0.10"))
     assert read_devices(file)["rtx-4090"].dollars == 0.10
 
 
 @pytest.mark.parametrize("content", ["devices: 3", "[", "devices: {a: {label: x}}"])
-def test_error_names_devices_yaml_when_it_is_invalid(tmp_path: Path, content: str) -> None:
+def test_invalid_devices_file_is_named_in_the_error(tmp_path: Path, content: str) -> None:
     file = tmp_path / "devices.yaml"
     file.write_text(content)
     with pytest.raises(SettingsError, match=r"devices\.yaml"):
         read_devices(file)
 
 
-def test_the_speed_of_this_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machine_speed_is_measured_only_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = iter([5e9])
     monkeypatch.setattr(devices, "measure_matrix_speed", lambda *_, **__: next(measured))
     first = measured_speed(ABLE, NumberType.FLOAT32, tmp_path)
     assert first == measured_speed(ABLE, NumberType.FLOAT32, tmp_path) == 5e9
 
 
-def test_speed_is_measured_again_when_the_number_type_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machine_speed_is_measured_again_for_another_number_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     measured = iter([5e9, 7e9])
     monkeypatch.setattr(devices, "measure_matrix_speed", lambda *_, **__: next(measured))
     measured_speed(ABLE, NumberType.FLOAT32, tmp_path)

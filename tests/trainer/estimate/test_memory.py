@@ -34,15 +34,15 @@ def gpu_memory(name: str, method: str, batch: int = 1, length: int = 2048, **tra
 
 
 @pytest.mark.parametrize(("name", "gib"), [("llama-2-7b", 24), ("llama-2-13b", 40), ("llama-2-70b", 80)])
-def test_qlora_fits_on_the_gpus_for_which_it_is_published(name: str, gib: int) -> None:
+def test_qlora_fits_the_gpus_it_was_published_for(name: str, gib: int) -> None:
     assert gpu_memory(name, "qlora") < 0.97 * gib * GIB
 
 
-def test_lora_of_13b_in_16_bits_does_not_fit_24_gb() -> None:
+def test_16_bit_lora_of_13b_does_not_fit_24_gb() -> None:
     assert gpu_memory("llama-2-13b", "lora") > 24 * GIB
 
 
-def test_all_weights_of_7b_with_adam_in_float32_do_not_fit_80_gb() -> None:
+def test_full_fine_tuning_of_7b_with_float32_adam_does_not_fit_80_gb() -> None:
     recipe = make_recipe(method="full")
     assert on_gpu(recipe).least > 80 * GIB
 
@@ -56,7 +56,7 @@ def test_all_weights_of_7b_with_adam_in_float32_do_not_fit_80_gb() -> None:
         ("vera", Targets.ATTENTION_MIN),
     ],
 )
-def test_number_of_trained_weights_equals_pefts_count(method: str, preset: Targets) -> None:
+def test_number_of_trained_weights_matches_peft(method: str, preset: Targets) -> None:
     adapter = {} if method == "full" else {"targets": preset, "rank": 8}
     recipe = make_recipe(method=method, **({"adapter": adapter} if adapter else {}))
     config = LlamaConfig(
@@ -95,7 +95,7 @@ def test_each_expert_has_its_own_adapter() -> None:
     rank=st.integers(1, 128),
     checkpointing=st.booleans(),
 )
-def test_memory_never_shrinks_when_batch_or_rank_grows(
+def test_memory_never_shrinks_with_larger_batch_or_rank(
     method: str, cpu: bool, rows: int, length: int, rank: int, checkpointing: bool
 ) -> None:
     def memory(rows: int, length: int, rank: int) -> float:
@@ -111,14 +111,14 @@ def test_memory_never_shrinks_when_batch_or_rank_grows(
         assert memory(rows, length + 1, rank) >= least
 
 
-def test_activations_are_smaller_with_checkpointing() -> None:
+def test_checkpointing_reduces_activation_memory() -> None:
     stored, recomputed = (
         gpu_memory("llama-3.1-8b", "lora", batch=4, gradient_checkpointing=asked) for asked in (False, True)
     )
     assert recomputed < stored / 2
 
 
-def test_frozen_weights_take_twice_the_memory_when_in_float32() -> None:
+def test_frozen_float32_weights_need_twice_the_memory() -> None:
     recipe, shape, batch = make_recipe(method="lora"), published("llama-2-7b"), Batch(1, 16, 0, 1)
     wide, narrow = (
         Training(recipe, shape, True, number).memory(batch)[Part.WEIGHTS]
@@ -128,7 +128,7 @@ def test_frozen_weights_take_twice_the_memory_when_in_float32() -> None:
 
 
 @pytest.mark.parametrize(("method", "dropout"), [("lora", 0.1), ("adalora", 0.0), ("adalora", 0.1)])
-def test_activations_of_a_layer_in_float32_are_as_estimated(method: str, dropout: float) -> None:
+def test_float32_activations_of_a_layer_match_the_estimate(method: str, dropout: float) -> None:
     recipe, length = make_recipe(method=method, adapter={"rank": 8, "dropout": dropout}), 128
     stored = [saved_bytes(recipe, layers, length) for layers in (1, 3)]
     batch = Batch(1, length, 0, length)
@@ -169,7 +169,7 @@ def small_llama(layers: int) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config)
 
 
-def test_moments_take_a_quarter_when_the_optimizer_has_8_bits() -> None:
+def test_8_bit_optimizer_needs_a_quarter_of_the_memory() -> None:
     plain, small = (
         on_gpu(recipe).memory(Batch(1, 64, 0, 64))[Part.OPTIMIZER]
         for recipe in (make_recipe(method="full", train={"optimizer": name}) for name in ("adamw", "adamw-8bit"))
@@ -178,7 +178,7 @@ def test_moments_take_a_quarter_when_the_optimizer_has_8_bits() -> None:
     assert small == pytest.approx(plain / 4, rel=0.02)
 
 
-def test_moments_of_all_weights_are_in_main_memory_when_the_optimizer_is_paged() -> None:
+def test_paged_optimizer_keeps_moments_of_all_weights_in_main_memory() -> None:
     shape, recipe = published("llama-2-7b"), make_recipe(method="full", train={"optimizer": "paged-adamw"})
     assert on_gpu(recipe).memory(Batch(1, 64, 0, 64))[Part.OPTIMIZER] == 0
     stages = [
@@ -188,7 +188,7 @@ def test_moments_of_all_weights_are_in_main_memory_when_the_optimizer_is_paged()
     assert stages[0] - stages[1] == 8 * shape.parameters
 
 
-def test_an_adapters_moments_stay_on_the_gpu_when_the_optimizer_is_paged() -> None:
+def test_paged_optimizer_keeps_adapter_moments_on_the_gpu() -> None:
     recipe = make_recipe(train={"optimizer": "paged-adamw"})
     training = on_gpu(recipe)
     assert training.memory(Batch(1, 64, 0, 64))[Part.OPTIMIZER] == 8 * training.trained

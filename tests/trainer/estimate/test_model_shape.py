@@ -23,11 +23,11 @@ from trainer.recipe.targets import Targets
         ("mixtral-8x7b", 46_702_792_704),
     ],
 )
-def test_parameters_are_those_of_the_published_weights(name: str, parameters: int) -> None:
+def test_parameter_counts_match_published_weights(name: str, parameters: int) -> None:
     assert published(name).parameters == parameters
 
 
-def test_a_token_passes_two_of_mixtrals_eight_experts() -> None:
+def test_mixtral_token_passes_through_two_of_eight_experts() -> None:
     shape = published("mixtral-8x7b")
     assert shape.experts_share == 2 / 8
     assert shape.used_weights + 2 * shape.head == pytest.approx(12.88e9, rel=0.01)  # 12.9B active, as published
@@ -37,11 +37,11 @@ def test_output_head_is_not_counted_as_an_adapted_layer() -> None:
     assert len(published("llama-2-7b").targets) == 7 * 32
 
 
-def test_preset_counts_only_its_layers() -> None:
+def test_target_preset_counts_only_its_layers() -> None:
     assert len(published("llama-2-7b", Targets.ATTENTION_MIN).targets) == 2 * 32
 
 
-def test_unknown_architecture_is_counted_as_a_llama_with_a_note(tmp_path: Path) -> None:
+def test_unknown_architecture_is_estimated_as_a_llama_with_a_note(tmp_path: Path) -> None:
     widths = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "brand-new", **widths}))
     shape = read_model_shape(tmp_path)
@@ -49,14 +49,14 @@ def test_unknown_architecture_is_counted_as_a_llama_with_a_note(tmp_path: Path) 
     assert "brand-new" in shape.notes[0]
 
 
-def test_error_names_the_key_when_the_config_lacks_a_width(tmp_path: Path) -> None:
+def test_config_without_a_width_is_rejected_naming_the_key(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "brand-new", "vocab_size": 5}')
     with pytest.raises(BaseModelError, match="hidden_size"):
         read_model_shape(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "not json"])
-def test_error_is_raised_when_config_json_is_not_a_config(tmp_path: Path, content: str) -> None:
+def test_invalid_config_json_raises_error(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(BaseModelError):
         read_model_shape(tmp_path)

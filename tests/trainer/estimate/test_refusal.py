@@ -34,27 +34,27 @@ def set_free(monkeypatch: pytest.MonkeyPatch, free: float) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
 
 
-def test_error_has_missing_memory_and_changes_when_training_cannot_fit(tmp_path: Path) -> None:
+def test_insufficient_memory_error_has_missing_memory_and_proposed_changes(tmp_path: Path) -> None:
     with pytest.raises(InsufficientMemoryError, match=r"has 32\.0 GB: 75\.8 GB too few") as caught:
         refuse_memory(estimated("full"), machine(32e9))
     assert "--anyway" in caught.value.todo
 
 
-def test_training_is_not_rejected_when_a_smaller_batch_would_fit(tmp_path: Path) -> None:
+def test_training_is_not_refused_when_a_smaller_batch_would_fit(tmp_path: Path) -> None:
     estimate = estimated("lora")
     assert not estimate.here.fits
     refuse_memory(estimate, machine(24e9))
 
 
-def test_training_is_not_rejected_when_only_free_memory_is_short(tmp_path: Path) -> None:
+def test_training_is_not_refused_when_only_free_memory_is_short(tmp_path: Path) -> None:
     refuse_memory(estimated("qlora"), machine(16e9))
 
 
-def test_training_on_the_cpu_is_not_rejected_when_the_gpu_is_too_small() -> None:
+def test_cpu_training_is_not_refused_when_the_gpu_is_too_small() -> None:
     refuse_memory(estimated("qlora"), replace(machine(16e9), gpus=(Gpu("small", int(2e9), 0),)))
 
 
-def test_training_is_rejected_when_the_disk_is_too_small_for_the_merged_model(
+def test_training_is_refused_when_the_disk_is_too_small_for_the_merged_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_free(monkeypatch, 5e9)
@@ -62,13 +62,13 @@ def test_training_is_rejected_when_the_disk_is_too_small_for_the_merged_model(
         refuse_disk(estimated("qlora"), tmp_path)
 
 
-def test_run_is_not_rejected_when_its_own_files_fill_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_is_not_refused_when_its_own_files_fill_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     set_free(monkeypatch, 5e9)
     (tmp_path / "runs" / "tiny-0123").mkdir(parents=True)
     refuse_disk(estimated("qlora"), tmp_path)
 
 
-def test_error_names_the_stage_the_missing_memory_and_a_format_that_fits_when_a_stage_cannot_fit() -> None:
+def test_stage_refusal_names_stage_missing_memory_and_fitting_format() -> None:
     """Llama 2 7B in bf16 takes 13.5 GB in the engine that evaluates it, and a third of it in 4 bits."""
     with pytest.raises(
         InsufficientMemoryError, match=r"stage evaluate needs at least 13\.5 GB, .* has 12\.0 GB: 1\.5 GB"
@@ -77,24 +77,24 @@ def test_error_names_the_stage_the_missing_memory_and_a_format_that_fits_when_a_
     assert caught.value.todo == 'set formats=["gptq"], evaluate.general=false; to start the run anyway, use --anyway'
 
 
-def test_the_adapter_alone_is_proposed_when_no_engine_has_memory_for_either_format() -> None:
+def test_adapter_format_is_proposed_when_no_engine_fits_merged_or_gptq() -> None:
     with pytest.raises(InsufficientMemoryError, match="stage evaluate needs") as caught:
         refuse_stages(estimated("qlora"), machine(3e9))
     assert 'set formats=["adapter"]' in caught.value.todo
 
 
-def test_gptq_alone_is_rejected_when_the_base_that_is_asked_general_questions_does_not_fit() -> None:
+def test_gptq_is_refused_when_the_base_needed_for_general_questions_does_not_fit() -> None:
     with pytest.raises(InsufficientMemoryError, match=r"stage qualify needs at least 13\.5 GB") as caught:
         refuse_stages(estimated("qlora", formats=["gptq"]), machine(12e9))
     assert caught.value.todo.startswith('set formats=["gptq"], evaluate.general=false;')
     refuse_stages(estimated("qlora", formats=["gptq"], evaluate={"general": False}), machine(12e9))
 
 
-def test_no_stage_is_rejected_when_the_minimum_of_each_fits() -> None:
+def test_no_stage_is_refused_when_the_minimum_of_each_fits() -> None:
     refuse_stages(estimated("qlora"), machine(16e9))
 
 
-def test_gpu_stage_is_not_rejected_when_several_gpus_and_main_memory_fit_it_together() -> None:
+def test_gpu_stage_is_not_refused_when_gpus_and_main_memory_together_suffice() -> None:
     recipe = make_recipe(method="qlora")
     gpu = replace(read_devices()["rtx-4090"], name=HERE, memory=10e9)
     workload = even_workload(100, 1024, recipe)
@@ -105,7 +105,7 @@ def test_gpu_stage_is_not_rejected_when_several_gpus_and_main_memory_fit_it_toge
         refuse_stages(estimate, replace(two, gpus=two.gpus[:1]))
 
 
-def test_error_names_the_stage_that_fills_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_refusal_names_the_stage_that_would_fill_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     set_free(monkeypatch, 14e9)  # the merged model takes 13.5 GB
     with pytest.raises(DiskSpaceError, match="stage quantize fills the disk"):
         refuse_disk(estimated("qlora"), tmp_path)

@@ -33,11 +33,11 @@ def of_stages(name: str, recipe: Recipe, device: ComputeDevice) -> dict[Stage, S
     ],
     ids=str,
 )
-def test_the_stages_are_those_that_the_formats_need(formats: list[str], stages: list[str]) -> None:
+def test_estimated_stages_depend_on_the_requested_formats(formats: list[str], stages: list[str]) -> None:
     assert [*of_stages("llama-3.1-8b", make_recipe(formats=formats), cpu_device())] == stages
 
 
-def test_merging_needs_two_copies_of_the_embedding_when_it_is_the_largest_tensor() -> None:
+def test_merge_needs_two_copies_of_the_embedding_when_it_is_the_largest_tensor() -> None:
     recipe, shape = make_recipe(), published("llama-3.1-8b")
     merge = of_stages("llama-3.1-8b", recipe, cpu_device())[Stage.MERGE].peak
     training = Training(recipe, shape, True, NumberType.BFLOAT16)
@@ -47,13 +47,13 @@ def test_merging_needs_two_copies_of_the_embedding_when_it_is_the_largest_tensor
     assert merge.disk == 2 * shape.parameters
 
 
-def test_merging_needs_four_copies_of_a_layer_when_all_experts_of_it_are_adapted() -> None:
+def test_merge_needs_four_copies_of_a_layer_when_all_its_experts_are_adapted() -> None:
     merge = of_stages("mixtral-8x7b", make_recipe(), cpu_device())[Stage.MERGE].peak
     assert merge.ram > 4 * 4 * 8 * 2 * 14_336 * 4096
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_the_disk_of_all_stages_is_enough_for_every_format(method: str) -> None:
+def test_total_disk_of_all_stages_covers_every_format(method: str) -> None:
     shape = published("llama-3.1-8b")
     recipe = make_recipe(method=method)
     stages = of_stages("llama-3.1-8b", recipe, cpu_device()).values()
@@ -68,14 +68,14 @@ def test_the_disk_of_all_stages_is_enough_for_every_format(method: str) -> None:
     [(cpu_device(), "mixtral-8x7b"), (read_devices()["rtx-4090"], "llama-3.1-8b")],
     ids=["cpu", "gpu"],
 )
-def test_minimum_of_a_stage_is_never_above_its_peak(device: ComputeDevice, name: str, method: str) -> None:
+def test_minimum_of_a_stage_never_exceeds_its_peak(device: ComputeDevice, name: str, method: str) -> None:
     for stage in of_stages(name, make_recipe(method=method), device).values():
         assert stage.least.device <= stage.peak.device, stage
         assert stage.least.ram <= stage.peak.ram, stage
         assert stage.least.disk <= stage.peak.disk, stage
 
 
-def test_quantizing_needs_no_more_memory_for_layers_when_a_model_has_more_of_them() -> None:
+def test_quantization_memory_for_layers_does_not_grow_with_their_number() -> None:
     """Of 70B and 7B: the larger one's layers are wider, and ten times as many weights take less than five times."""
     small, large = (
         of_stages(name, make_recipe(), cpu_device())[Stage.QUANTIZE].peak.ram for name in ("llama-2-7b", "llama-2-70b")
@@ -83,7 +83,7 @@ def test_quantizing_needs_no_more_memory_for_layers_when_a_model_has_more_of_the
     assert large < 5 * small
 
 
-def test_parity_is_scored_on_the_cpu_when_the_gpu_is_too_small_for_one_copy() -> None:
+def test_parity_is_scored_on_the_cpu_when_the_gpu_cannot_hold_one_copy() -> None:
     on_small, on_large = (
         of_stages("llama-2-13b", make_recipe(), read_devices()[name])[Stage.PARITY] for name in ("rtx-4090", "h100")
     )
@@ -92,7 +92,7 @@ def test_parity_is_scored_on_the_cpu_when_the_gpu_is_too_small_for_one_copy() ->
     assert on_large.peak.device > 2 * published("llama-2-13b").parameters
 
 
-def test_parity_needs_memory_for_the_weights_only_when_their_number_type_differs_from_the_files() -> None:
+def test_parity_needs_memory_for_weights_only_when_converting_the_stored_number_type() -> None:
     in_bfloat16, in_float32 = (
         of_stages("llama-3.1-8b", make_recipe(), cpu_device(number_type=number_type))[Stage.PARITY].least.ram
         for number_type in (NumberType.BFLOAT16, NumberType.FLOAT32)
@@ -120,5 +120,5 @@ def table(device: ComputeDevice) -> str:
 
 
 @pytest.mark.parametrize("device", [cpu_device(), read_devices()["h100"]], ids=["cpu", "h100"])
-def test_documented_table_equals_the_results_of_the_formulas(device: ComputeDevice) -> None:
+def test_documented_memory_table_matches_the_formulas(device: ComputeDevice) -> None:
     assert table(device) in DOCS.read_text("utf-8")

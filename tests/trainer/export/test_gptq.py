@@ -32,7 +32,7 @@ from trainer.export.gptq import (
 from trainer.export.quantized_files import finish_folder, write_bfloat16
 
 
-def test_every_layer_is_returned_when_the_group_size_fits(tiny_base: Path) -> None:
+def test_all_layers_are_quantizable_when_the_group_size_fits(tiny_base: Path) -> None:
     layers = check_layers(tiny_base, 64)
     assert len(layers) == 2 * 7
     assert "model.layers.0.self_attn.q_proj" in layers
@@ -43,27 +43,27 @@ def test_output_head_is_not_quantized(tmp_path: Path) -> None:
     assert "lm_head" not in check_layers(base, 32)
 
 
-def test_error_names_layer_and_sizes_when_the_group_size_does_not_fit(tiny_base: Path) -> None:
+def test_group_size_error_names_layer_and_sizes(tiny_base: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         check_layers(tiny_base, 128)
     assert "'model.layers.0.self_attn.q_proj' has 64 inputs" in caught.value.wrong
     assert caught.value.expected.endswith(": 32, 64")
 
 
-def test_error_proposes_merged_only_when_no_group_size_fits(tmp_path: Path) -> None:
+def test_group_size_error_proposes_merged_only_when_no_group_size_fits(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base", hidden_size=48)
     with pytest.raises(RecipeError, match=r"set `formats: \[merged\]`, which skips GPTQ"):
         check_layers(base, 32)
 
 
-def test_error_names_the_layer_when_the_engine_does_not_support_its_outputs(tmp_path: Path) -> None:
+def test_unsupported_layer_outputs_error_names_the_layer(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base", intermediate_size=136)
     with pytest.raises(TrainingError, match=r"'model.layers.0.mlp.gate_up_proj' has 272 outputs"):
         check_layers(base, 8, 32)
     check_layers(base, 8, 8)
 
 
-def test_outputs_are_summed_when_the_engine_fuses_layers(tmp_path: Path) -> None:
+def test_output_sizes_are_summed_for_layers_fused_by_the_engine(tmp_path: Path) -> None:
     check_layers(make_model(tmp_path / "base", intermediate_size=144), 8, 32)
 
 
@@ -91,13 +91,13 @@ def make_mixture(folder: Path, family: str, width: int = 32) -> Path:
     return folder
 
 
-def test_every_expert_is_checked_as_a_layer(tmp_path: Path) -> None:
+def test_each_expert_is_checked_as_a_layer(tmp_path: Path) -> None:
     layers = check_layers(make_mixture(tmp_path / "base", "qwen3_moe"), 32)
     assert len(layers) == 2 * (4 + 4 * 3)
     assert "model.layers.1.mlp.experts.3.down_proj" in layers
 
 
-def test_error_names_the_expert_when_the_group_size_does_not_fit_it(tmp_path: Path) -> None:
+def test_group_size_error_names_the_expert_it_does_not_fit(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"'model\.layers\.0\.mlp\.experts\.0\.down_proj' has 32 inputs"):
         check_layers(make_mixture(tmp_path / "base", "qwen3_moe"), 64)
 
@@ -121,7 +121,7 @@ def test_mixture_is_rejected_when_the_engine_has_no_kernel_for_its_experts(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", _QUANTIZED_MIXTURES)
-def test_every_expert_is_quantized_under_the_name_in_the_base(
+def test_each_expert_is_quantized_under_its_name_in_the_base(
     family: str, examples: list[ChatExample], tmp_path: Path
 ) -> None:
     base = make_mixture(tmp_path / "base", family)
@@ -134,7 +134,9 @@ def test_every_expert_is_quantized_under_the_name_in_the_base(
     assert summary.layers == len(packed)
 
 
-def test_shapes_are_checked_before_quantizing(tiny_base: Path, examples: list[ChatExample], tmp_path: Path) -> None:
+def test_layer_shapes_are_checked_before_quantization(
+    tiny_base: Path, examples: list[ChatExample], tmp_path: Path
+) -> None:
     with pytest.raises(RecipeError):
         quantize_gptq(
             tiny_base,
@@ -152,13 +154,11 @@ def test_calibration_examples_depend_on_the_seed() -> None:
     assert pick_calibration(examples, 10, seed=1) != pick_calibration(examples, 10, seed=2)
 
 
-def test_all_examples_are_used_when_there_are_too_few(examples: list[ChatExample]) -> None:
+def test_all_examples_are_used_for_calibration_when_there_are_too_few(examples: list[ChatExample]) -> None:
     assert len(pick_calibration(examples, 1024, seed=0)) == len(examples)
 
 
-def test_calibration_rows_have_at_most_max_length_tokens_when_examples_are_longer(
-    tiny_base: Path, examples: list[ChatExample]
-) -> None:
+def test_calibration_rows_are_truncated_to_max_length_tokens(tiny_base: Path, examples: list[ChatExample]) -> None:
     complete = calibration_rows(tiny_base, examples, make_recipe())
     middle = sorted(map(len, complete))[len(complete) // 2]
     truncated = calibration_rows(tiny_base, examples, make_recipe(train={"max_length": middle}))
@@ -166,7 +166,7 @@ def test_calibration_rows_have_at_most_max_length_tokens_when_examples_are_longe
     assert truncated != complete
 
 
-def test_quantization_gets_rows_of_at_most_max_length_tokens_when_examples_are_longer(
+def test_quantization_receives_rows_truncated_to_max_length_tokens(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class GivenError(Exception):
@@ -193,9 +193,7 @@ def write_configs(folder: Path, path: str, **changed: Any) -> Path:
 
 
 @pytest.mark.parametrize("name", ["config.json", "quantize_config.json"])
-def test_configs_are_the_same_when_gptqmodel_ran_in_another_temporary_folder(
-    tiny_base: Path, tmp_path: Path, name: str
-) -> None:
+def test_quantized_configs_do_not_depend_on_the_temporary_folder(tiny_base: Path, tmp_path: Path, name: str) -> None:
     folders = [write_configs(tmp_path / side, f"/tmp/random-{side}") for side in ("one", "other")]
     for folder in folders:
         finish_folder(tiny_base, folder)
@@ -204,7 +202,7 @@ def test_configs_are_the_same_when_gptqmodel_ran_in_another_temporary_folder(
     assert config.get("quantization_config", config) == {"bits": 4, "meta": {"quantizer": ["gptqmodel:7.6.0"]}}
 
 
-def test_quantized_config_is_the_models_own_when_gptqmodel_changed_it(tmp_path: Path) -> None:
+def test_quantized_config_restores_model_values_changed_by_gptqmodel(tmp_path: Path) -> None:
     own = {"model_type": "gemma3_text", "rope_theta": 1000000, "torch_dtype": "bfloat16"}
     model = tmp_path / "model"
     model.mkdir()
@@ -217,7 +215,7 @@ def test_quantized_config_is_the_models_own_when_gptqmodel_changed_it(tmp_path: 
 
 
 @pytest.mark.parametrize("ends", [257, [256, 257, 0]])
-def test_quantization_pads_with_a_token_that_has_an_embedding_row_and_no_other_role(
+def test_quantization_padding_token_has_an_embedding_row_and_no_other_role(
     tiny_base: Path, tmp_path: Path, ends: int | list[int]
 ) -> None:
     """The tokenizer of Llama 3.1 has `<|finetune_right_pad_id|>`, which may have no embedding row."""
@@ -239,7 +237,7 @@ def test_calibration_uses_float32_when_bfloat16_is_slow_or_missing(number_type: 
     assert calibration_type(number_type) is (NumberType.BFLOAT16 if bfloat16 else NumberType.FLOAT32)
 
 
-def test_unquantized_weights_are_written_in_bfloat16_when_computed_in_float32(tmp_path: Path) -> None:
+def test_unquantized_weights_are_written_in_bfloat16_after_float32_computation(tmp_path: Path) -> None:
     embedding = torch.randn(8, 4).bfloat16()
     packed = {
         "up_proj.qweight": torch.arange(4, dtype=torch.int32),
@@ -270,7 +268,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_two_quantizations_write_the_same_folder_and_print_only_our_progress(
+def test_quantization_is_reproducible_and_prints_only_our_progress(
     quantized: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     capfd.readouterr()
@@ -288,9 +286,7 @@ def test_two_quantizations_write_the_same_folder_and_print_only_our_progress(
 
 
 @pytest.mark.slow
-def test_only_packed_weights_and_scales_differ_when_layers_are_computed_in_float32(
-    quantized: Path, tmp_path: Path
-) -> None:
+def test_computing_layers_in_float32_changes_only_packed_weights_and_scales(quantized: Path, tmp_path: Path) -> None:
     """Only packed weights and their scales differ: every other file and tensor is the same."""
     folders = [quantized / "bfloat16", tmp_path / "float32"]
     quantize(quantized / "base", folders[1], NumberType.FLOAT32)
@@ -320,7 +316,7 @@ except KeyboardInterrupt:
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_quantization_and_leaves_no_temporary_files(tmp_path: Path) -> None:
+def test_keyboard_interrupt_stops_quantization_and_leaves_no_temporary_files(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base", hidden_size=256, intermediate_size=1024, num_key_value_heads=2)
     process = subprocess.Popen([sys.executable, "-c", INTERRUPTED, str(base), str(tmp_path / "out")])
     deadline = time.monotonic() + 60
@@ -352,7 +348,7 @@ print("values", *values())
 
 
 @pytest.mark.slow
-def test_gptqmodel_uses_our_rounding_settings_only_in_our_context_manager() -> None:
+def test_gptqmodel_uses_our_rounding_settings_only_inside_our_context_manager() -> None:
     """A release of gptqmodel that renames them would use its own values, which take eight times as long."""
     result = subprocess.run([sys.executable, "-c", SEARCH], capture_output=True, text=True, check=True)
     values = [line for line in result.stdout.splitlines() if line.startswith("values")]
@@ -383,7 +379,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_quantized_files_are_the_same_bytes_when_layers_stay_in_memory(tmp_path: Path) -> None:
+def test_quantized_files_are_identical_with_and_without_layer_offloading(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base", hidden_size=128, intermediate_size=256, num_key_value_heads=2)
     written = []
     for place in ("offload", "memory"):

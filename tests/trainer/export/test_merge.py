@@ -41,12 +41,12 @@ def adapter(tiny_base: Path, tmp_path: Path) -> Path:
     return make_adapter(tiny_base, tmp_path / "adapter")
 
 
-def test_every_linear_layer_is_merged(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_all_linear_layers_are_merged(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
     assert merge_adapter(tiny_base, adapter, tmp_path / "merged").modules == 2 * 7
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-3])
-def test_sum_is_computed_in_float32_and_rounded_without_loss_on_average(
+def test_merge_sums_in_float32_and_rounds_without_bias(
     tiny_base: Path, adapter: Path, tmp_path: Path, size: float
 ) -> None:
     module = "model.layers.1.mlp.up_proj"
@@ -63,9 +63,7 @@ def test_sum_is_computed_in_float32_and_rounded_without_loss_on_average(
     assert float((change * (merged - base)).sum() / change.square().sum()) == pytest.approx(1, abs=0.05)
 
 
-def test_adapter_is_added_to_the_weights_that_qlora_trains_on_when_they_are_dequantized(
-    tiny_base: Path, tmp_path: Path
-) -> None:
+def test_dequantized_merge_adds_the_adapter_to_the_weights_qlora_trained_on(tiny_base: Path, tmp_path: Path) -> None:
     adapter = make_adapter(tiny_base, tmp_path / "adapter", targets=["up_proj"])
     assert merge_adapter(tiny_base, adapter, tmp_path / "merged", dequantized=True).modules == 2
     base = load_model(tiny_base, ModelForm(NumberType.FLOAT32, Quantization.NF4))
@@ -84,16 +82,14 @@ def test_adapter_is_added_to_the_weights_that_qlora_trains_on_when_they_are_dequ
     assert torch.equal(merged["model.embed_tokens.weight"], stored["model.embed_tokens.weight"])
 
 
-def test_merge_gives_the_same_bits_when_repeated(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_repeated_merges_are_bitwise_identical(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
     for folder in ("one", "other"):
         merge_adapter(tiny_base, adapter, tmp_path / folder)
     first, second = ((tmp_path / folder / "model.safetensors").read_bytes() for folder in ("one", "other"))
     assert first == second
 
 
-def test_unchanged_weights_are_rounded_to_the_nearest_when_the_base_is_in_float32(
-    tiny_base: Path, adapter: Path, tmp_path: Path
-) -> None:
+def test_unchanged_float32_weights_are_rounded_to_nearest(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
     base = shutil.copytree(tiny_base, tmp_path / "base")
     weights = {name: weight.float() * (1 + 1e-4) for name, weight in load_file(base / "model.safetensors").items()}
     save_file(weights, base / "model.safetensors", {"format": "pt"})
@@ -110,14 +106,14 @@ def test_merged_folder_is_a_complete_chat_model(tiny_base: Path, adapter: Path, 
     assert wanted <= names
 
 
-def test_merge_fails_when_the_adapter_changes_nothing(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_merge_fails_if_the_adapter_changes_nothing(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
     weights = load_file(adapter / "adapter_model.safetensors")
     change_adapter(adapter, {name: torch.zeros_like(w) for name, w in weights.items() if ".lora_B." in name})
     with pytest.raises(TrainingError, match=r"'model\.layers\.0\.mlp\.down_proj' still has the base's weights"):
         merge_adapter(tiny_base, adapter, tmp_path / "merged")
 
 
-def test_error_names_the_module_when_the_adapter_does_not_change_it(
+def test_adapter_without_effect_on_a_module_is_rejected_naming_the_module(
     tiny_base: Path, adapter: Path, tmp_path: Path
 ) -> None:
     name = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
@@ -126,20 +122,22 @@ def test_error_names_the_module_when_the_adapter_does_not_change_it(
         merge_adapter(tiny_base, adapter, tmp_path / "merged")
 
 
-def test_error_names_the_module_when_the_base_lacks_it(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_adapted_module_missing_from_the_base_is_named_in_the_error(
+    tiny_base: Path, adapter: Path, tmp_path: Path
+) -> None:
     change_adapter(adapter, {"base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": torch.ones(4, 64)})
     with pytest.raises(TrainingError, match=r"layers\.9\.mlp\.up_proj"):
         merge_adapter(tiny_base, adapter, tmp_path / "merged")
 
 
-def test_merge_fails_when_the_adapter_contains_nan(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_merge_fails_if_the_adapter_contains_nan(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
     name = "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"
     change_adapter(adapter, {name: torch.full((128, 4), torch.nan)})
     with pytest.raises(TrainingError, match="cannot be merged"):
         merge_adapter(tiny_base, adapter, tmp_path / "merged")
 
 
-def test_merge_fails_when_the_adapter_contains_a_fully_trained_module(
+def test_merge_fails_if_the_adapter_contains_a_fully_trained_module(
     tiny_base: Path, adapter: Path, tmp_path: Path
 ) -> None:
     change_adapter(adapter, {"base_model.model.model.norm.weight": torch.ones(64)})
@@ -147,20 +145,20 @@ def test_merge_fails_when_the_adapter_contains_a_fully_trained_module(
         merge_adapter(tiny_base, adapter, tmp_path / "merged")
 
 
-def test_error_names_the_tensor_when_it_changed_without_being_a_target() -> None:
+def test_tensor_changed_without_being_a_target_is_named_in_the_error() -> None:
     base = {"a.weight": torch.zeros(2), "b.weight": torch.zeros(2)}
     merged = {"a.weight": torch.ones(2), "b.weight": torch.tensor([0.0, 1.0])}
     with pytest.raises(TrainingError, match=r"'b\.weight' differs"):
         compare_weights(base, merged, {"a"})
 
 
-def test_error_names_the_tensor_when_the_merged_model_lacks_it() -> None:
+def test_tensor_missing_from_the_merged_model_is_named_in_the_error() -> None:
     base = {"a.weight": torch.zeros(2), "b.weight": torch.zeros(2)}
     with pytest.raises(TrainingError, match=r"'b\.weight' is in only one"):
         compare_weights(base, {"a.weight": torch.ones(2)}, {"a"})
 
 
-def test_the_summary_counts_the_weights_that_differ() -> None:
+def test_merge_summary_reports_changed_modules_smallest_share_and_largest_change() -> None:
     base = {"a.weight": torch.zeros(4), "b.weight": torch.zeros(4)}
     merged = {"a.weight": torch.tensor([0.0, 0.0, 0.0, 3.0]), "b.weight": torch.ones(4)}
     summary = compare_weights(base, merged, {"a", "b"})

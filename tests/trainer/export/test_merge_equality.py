@@ -55,15 +55,13 @@ def check_equal(base: Path, adapter: Path, folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(("method", "tied"), [("lora", True), *((method, False) for method in METHODS)])
-def test_merge_writes_the_bytes_of_the_whole_model_merge_with_every_method(
-    tmp_path: Path, method: str, tied: bool
-) -> None:
+def test_tensorwise_merge_matches_whole_model_merge_for_every_method(tmp_path: Path, method: str, tied: bool) -> None:
     base = make_model(tmp_path / "base", tie_word_embeddings=tied)
     check_equal(base, make_adapter(base, tmp_path / "adapter", **METHODS[method]), tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_merge_writes_the_bytes_of_the_whole_model_merge_when_the_base_is_not_in_bf16(
+def test_tensorwise_merge_matches_whole_model_merge_for_bases_not_in_bf16(
     tiny_base: Path, tmp_path: Path, dtype: torch.dtype
 ) -> None:
     base = tmp_path / "base"
@@ -76,7 +74,7 @@ def test_merge_writes_the_bytes_of_the_whole_model_merge_when_the_base_is_not_in
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_merge_writes_the_bytes_of_the_whole_model_merge_for_every_family(tmp_path: Path, family: str) -> None:
+def test_tensorwise_merge_matches_whole_model_merge_for_every_family(tmp_path: Path, family: str) -> None:
     base = resolve_base(str(build_hub_model(tmp_path / "base", family)), tmp_path / "cache").folder
     check_equal(base, make_adapter(base, tmp_path / "adapter"), tmp_path)
 
@@ -85,7 +83,7 @@ def test_merge_writes_the_bytes_of_the_whole_model_merge_for_every_family(tmp_pa
 @pytest.mark.parametrize(
     ("family", "method"), [("gemma_2", "dora"), ("phi_3", "adalora"), ("qwen3_moe", "vera"), ("mixtral", "dora")]
 )
-def test_merge_writes_the_bytes_of_the_whole_model_merge_for_families_with_other_methods(
+def test_tensorwise_merge_matches_whole_model_merge_for_families_with_other_methods(
     tmp_path: Path, family: str, method: str
 ) -> None:
     base = build_hub_model(tmp_path / "base", family)
@@ -95,13 +93,13 @@ def test_merge_writes_the_bytes_of_the_whole_model_merge_for_families_with_other
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", MIXTURES)
-def test_merge_writes_the_bytes_of_the_whole_model_merge_for_every_mixture(tmp_path: Path, family: str) -> None:
+def test_tensorwise_merge_matches_whole_model_merge_for_every_mixture_of_experts(tmp_path: Path, family: str) -> None:
     make_mixture(family).bfloat16().save_pretrained(tmp_path / "base")
     adapter = make_adapter(tmp_path / "base", tmp_path / "adapter", adapter={"rank": 2})
     check_equal(tmp_path / "base", adapter, tmp_path)
 
 
-def test_merge_writes_the_bytes_of_the_whole_model_merge_when_layers_are_joined_in_the_files(tmp_path: Path) -> None:
+def test_tensorwise_merge_matches_whole_model_merge_for_layers_joined_in_the_files(tmp_path: Path) -> None:
     """Several parameters are one stored tensor, which no family that is tested with an engine has."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "head_dim": 32}
     config = AutoConfig.for_model("hrm_text", **sizes, num_layers_per_stack=1, vocab_size=100)
@@ -113,7 +111,7 @@ def test_merge_writes_the_bytes_of_the_whole_model_merge_when_layers_are_joined_
 
 @pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied")  # of PEFT, of the whole model
 @pytest.mark.parametrize("same", [True, False], ids=["the embedding again", "other weights"])
-def test_merge_writes_the_bytes_of_the_whole_model_merge_when_a_tied_head_is_in_the_files(
+def test_tensorwise_merge_matches_whole_model_merge_when_a_tied_head_is_stored(
     tiny_base: Path, tmp_path: Path, same: bool
 ) -> None:
     base = make_model(tmp_path / "base")
@@ -128,7 +126,7 @@ def test_merge_writes_the_bytes_of_the_whole_model_merge_when_a_tied_head_is_in_
     check_equal(base, adapter, tmp_path)
 
 
-def test_merge_writes_the_bytes_of_the_whole_model_merge_when_only_the_tied_head_is_in_the_files(
+def test_tensorwise_merge_matches_whole_model_merge_with_only_a_tied_head_stored(
     tiny_base: Path, tmp_path: Path
 ) -> None:
     base = make_model(tmp_path / "base")
@@ -139,7 +137,7 @@ def test_merge_writes_the_bytes_of_the_whole_model_merge_when_only_the_tied_head
 
 
 @pytest.mark.parametrize("family", ["smollm2", "mixtral"])
-def test_merge_writes_an_index_when_the_model_does_not_fit_into_one_file(
+def test_merge_writes_an_index_when_the_model_exceeds_one_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
     """The files equal those of `save_pretrained`, even if the base has other shards."""

@@ -49,7 +49,7 @@ def read(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def test_parts_are_concatenated_into_one_layer(tmp_path: Path) -> None:
+def test_components_of_a_fused_layer_are_concatenated(tmp_path: Path) -> None:
     write(tmp_path, packed(PARTS[0], 1) | packed(PARTS[1], 2))
     join_fused_layers(tmp_path, [LAYER])
     joined = read(tmp_path)
@@ -62,7 +62,7 @@ def test_parts_are_concatenated_into_one_layer(tmp_path: Path) -> None:
         assert tensor.shape[-1] == 2 * half
 
 
-def test_other_tensors_are_unchanged_when_parts_are_joined(tmp_path: Path) -> None:
+def test_joining_a_fused_layer_leaves_other_tensors_unchanged(tmp_path: Path) -> None:
     other = packed(OTHER, 3)
     write(tmp_path, packed(PARTS[0], 1) | packed(PARTS[1], 2) | other)
     join_fused_layers(tmp_path, [LAYER, OTHER])
@@ -70,21 +70,21 @@ def test_other_tensors_are_unchanged_when_parts_are_joined(tmp_path: Path) -> No
     assert all(torch.equal(joined[name], tensor) for name, tensor in other.items())
 
 
-def test_old_files_are_removed_when_parts_are_in_two_files(tmp_path: Path) -> None:
+def test_joining_layers_from_two_files_removes_the_old_files(tmp_path: Path) -> None:
     write(tmp_path, packed(PARTS[0], 1), packed(PARTS[1], 2))
     join_fused_layers(tmp_path, [LAYER])
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
     assert set(read(tmp_path)) == set(packed(LAYER, 0))
 
 
-def test_files_are_not_rewritten_when_the_model_has_no_fused_layers(tmp_path: Path) -> None:
+def test_files_of_a_model_without_fused_layers_are_not_rewritten(tmp_path: Path) -> None:
     path = write(tmp_path, packed(PARTS[0], 1) | packed(PARTS[1], 2)) / "model.safetensors"
     before = path.stat().st_mtime_ns
     join_fused_layers(tmp_path, [*PARTS, OTHER])
     assert path.stat().st_mtime_ns == before
 
 
-def test_error_is_raised_when_parts_have_different_groups(tmp_path: Path) -> None:
+def test_joining_layers_with_different_groups_raises_error(tmp_path: Path) -> None:
     other = packed(PARTS[1], 2)
     other[f"{PARTS[1]}.g_idx"] = other[f"{PARTS[1]}.g_idx"].flip(0)
     write(tmp_path, packed(PARTS[0], 1) | other)
@@ -93,9 +93,7 @@ def test_error_is_raised_when_parts_have_different_groups(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_quantized_phi3_has_its_architectures_layers_and_nearly_its_weights(
-    tmp_path: Path, examples: list[ChatExample]
-) -> None:
+def test_quantized_phi3_has_its_fused_layers_and_similar_weights(tmp_path: Path, examples: list[ChatExample]) -> None:
     from transformers import Phi3Config, Phi3ForCausalLM, set_seed
 
     from trainer.export.gptq import quantize_gptq

@@ -30,28 +30,28 @@ FACTS = st.builds(
         (HOPPER, {}, Attention.SDPA),
     ],
 )
-def test_attention_is_the_newest_that_is_installed_and_supported(
+def test_selects_newest_installed_and_supported_attention_backend(
     capability: tuple[int, int], packages: dict[str, bool], attention: Attention
 ) -> None:
     assert choose_acceleration(Facts(capability, **packages)).attention is attention
 
 
 @given(FACTS)
-def test_batch_is_padding_free_only_when_flash_attention_is_used(facts: Facts) -> None:
+def test_batches_are_padding_free_only_with_flash_attention(facts: Facts) -> None:
     chosen = choose_acceleration(facts)
     assert chosen.padding_free == (chosen.attention is not Attention.SDPA)
 
 
 @given(st.fixed_dictionaries({package: st.booleans() for package in PACKAGES}))
-def test_installed_packages_are_ignored_when_training_runs_on_a_cpu(packages: dict[str, bool]) -> None:
+def test_installed_packages_are_ignored_for_cpu_training(packages: dict[str, bool]) -> None:
     assert choose_acceleration(Facts(None, **packages)) == choose_acceleration(Facts())
 
 
-def test_activations_are_stored_when_training_runs_on_a_cpu() -> None:
+def test_cpu_training_stores_activations() -> None:
     assert not choose_acceleration(Facts()).gradient_checkpointing
 
 
-def test_activations_are_recomputed_when_training_runs_on_a_gpu() -> None:
+def test_gpu_training_recomputes_activations() -> None:
     assert choose_acceleration(Facts(AMPERE)).gradient_checkpointing
 
 
@@ -61,12 +61,12 @@ def test_flash_attention_is_not_used_when_the_model_does_not_support_it(facts: F
     assert (chosen.attention, chosen.padding_free) == (Attention.SDPA, False)
 
 
-def test_liger_kernels_are_used_when_they_are_installed() -> None:
+def test_liger_kernels_are_used_when_installed() -> None:
     assert choose_acceleration(Facts(AMPERE, **ALL)).liger_kernels
     assert not choose_acceleration(Facts(AMPERE)).liger_kernels
 
 
-def test_flash_attention_is_not_detected_when_only_the_import_name_matches(
+def test_flash_attention_is_not_detected_from_a_matching_import_name_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """FlashAttention 4 has the import name of 2; only its distribution's name differs."""

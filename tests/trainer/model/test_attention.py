@@ -18,11 +18,11 @@ def config_of(family: str) -> PreTrainedConfig:
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma", "gemma3_text"])
-def test_default_attention_is_used_when_the_model_has_no_soft_cap(family: str) -> None:
+def test_default_attention_is_used_without_a_soft_cap(family: str) -> None:
     assert attention_implementation(config_of(family)) is None
 
 
-def test_soft_cap_is_applied_when_the_model_is_gemma2() -> None:
+def test_gemma2_attention_applies_the_soft_cap() -> None:
     config = config_of("gemma2")
     set_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention_implementation(config)).eval()
@@ -35,8 +35,6 @@ def test_soft_cap_is_applied_when_the_model_is_gemma2() -> None:
 
 
 @pytest.mark.parametrize(("family", "supported"), [("llama", True), ("gemma2", True), ("doge", False)])
-def test_flash_attention_is_supported_when_the_models_code_supports_it(
-    tmp_path: Path, family: str, supported: bool
-) -> None:
+def test_flash_attention_support_is_read_from_the_model_code(tmp_path: Path, family: str, supported: bool) -> None:
     AutoConfig.for_model(family).save_pretrained(tmp_path)
     assert takes_flash_attention(tmp_path) is supported

@@ -68,7 +68,7 @@ def adapted(model: PreTrainedModel, **sections: Any) -> set[str]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_all_linear_targets_every_linear_layer_and_every_expert(family: str) -> None:
+def test_all_linear_targets_every_linear_layer_and_expert(family: str) -> None:
     model = make_mixture(family)
     experts = {name for name, weight in model.named_parameters() if weight.ndim == 3}
     layers = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)} - {"lm_head"}
@@ -86,27 +86,27 @@ def test_all_linear_gives_layers_and_experts_the_same_rank(family: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "vera", "adalora"])
-def test_experts_are_not_adapted_when_targets_are_attention(method: str) -> None:
+def test_attention_targets_exclude_experts(method: str) -> None:
     adapter = {"targets": "attention-min"}  # VeRA requires all layers to have the same shape
     model = make_mixture("qwen3_moe")
     assert not adapted(model, method=method, adapter=adapter) & set(fused_experts(make_mixture("qwen3_moe")))
 
 
 @pytest.mark.parametrize("method", ["dora", "vera", "adalora"])
-def test_recipe_is_rejected_when_the_method_cannot_train_experts(method: str) -> None:
+def test_recipe_whose_method_cannot_train_experts_is_rejected(method: str) -> None:
     with pytest.raises(RecipeError) as caught:
         adapted(make_mixture("qwen3_moe"), method=method)
     assert "'model.layers.0.mlp.experts.gate_up_proj'" in caught.value.wrong
     assert "attention" in caught.value.todo
 
 
-def test_recipe_is_rejected_when_experts_are_trained_with_dropout() -> None:
+def test_recipe_training_experts_with_dropout_is_rejected() -> None:
     with pytest.raises(RecipeError, match=r"adapter\.dropout"):
         adapted(make_mixture("qwen3_moe"), adapter={"dropout": 0.1})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_config_provides_num_experts_when_the_family_uses_another_name(family: str) -> None:
+def test_config_provides_num_experts_for_families_that_name_it_differently(family: str) -> None:
     config = AutoConfig.for_model(family, **{FAMILIES[family]: 5})
     written = config.to_json_string()
     name_experts(config)
@@ -114,7 +114,7 @@ def test_config_provides_num_experts_when_the_family_uses_another_name(family: s
     assert config.to_json_string() == written
 
 
-def test_number_of_experts_is_0_when_the_model_is_dense() -> None:
+def test_dense_model_has_zero_experts() -> None:
     assert count_experts(AutoConfig.for_model("llama")) == 0
     assert not fused_experts(AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SHAPE)))
 
@@ -146,7 +146,7 @@ def train(
     ("method", "number_type"),
     [("lora", NumberType.BFLOAT16), ("lora", NumberType.FLOAT32), ("qlora", NumberType.BFLOAT16)],
 )
-def test_merged_mixture_gives_the_outputs_of_the_adapter_on_its_base(
+def test_merged_mixture_matches_the_outputs_of_base_plus_adapter(
     method: str, number_type: NumberType, mixture: Path, examples: list[ChatExample], tmp_path: Path
 ) -> None:
     losses = losses_of(train(mixture, method, examples, tmp_path / "adapter", number_type))
@@ -166,9 +166,7 @@ def test_merged_mixture_gives_the_outputs_of_the_adapter_on_its_base(
 
 
 @pytest.mark.slow
-def test_experts_change_when_the_method_is_full_fine_tuning(
-    mixture: Path, examples: list[ChatExample], tmp_path: Path
-) -> None:
+def test_full_fine_tuning_changes_experts(mixture: Path, examples: list[ChatExample], tmp_path: Path) -> None:
     train(mixture, "full", examples, tmp_path / "trained")
     assert verify_full(mixture, tmp_path / "trained").modules == 2 * (4 + 2)
 

@@ -76,9 +76,7 @@ print("freed" if layer() is None else "kept")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loaded", [False, True], ids=["new", "loaded"])
-def test_model_is_freed_after_use_when_it_has_the_first_adapter_of_a_process(
-    base: Path, tmp_path: Path, loaded: bool
-) -> None:
+def test_model_with_the_first_adapter_of_a_process_is_freed_after_use(base: Path, tmp_path: Path, loaded: bool) -> None:
     adapter = trained_adapter(base, tmp_path / "adapter", Method.LORA) if loaded else ""
     command = [sys.executable, "-c", FIRST_ADAPTER, str(base), str(adapter)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)

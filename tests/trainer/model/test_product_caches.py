@@ -27,7 +27,7 @@ print(memory() - before)
 
 
 @pytest.mark.slow
-def test_products_of_many_lengths_are_not_all_kept() -> None:
+def test_matrix_product_caches_are_bounded_for_many_lengths() -> None:
     """Without the bound they take 340 MB with AMX, and 257 MB with AVX-512 in bfloat16."""
     root = str(Path(__file__).parents[3])
     result = subprocess.run(
@@ -40,7 +40,7 @@ def test_products_of_many_lengths_are_not_all_kept() -> None:
     assert float(result.stdout) < 120
 
 
-def test_child_processes_do_not_inherit_the_bound() -> None:
+def test_child_processes_do_not_inherit_the_cache_bound() -> None:
     from trainer.model.product_caches import bound_product_caches
 
     before = dict(os.environ)

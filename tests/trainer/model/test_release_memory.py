@@ -12,7 +12,7 @@ class Model:
         self.trainer = self
 
 
-def test_memory_is_freed_when_objects_form_a_reference_cycle() -> None:
+def test_memory_is_freed_despite_a_reference_cycle() -> None:
     model = weakref.ref(Model())
     release_memory()
     assert model() is None

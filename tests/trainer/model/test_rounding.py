@@ -18,7 +18,7 @@ def rounded(weights: torch.Tensor) -> torch.Tensor:
 
 
 @given(st.lists(NUMBERS, min_size=1, max_size=20))
-def test_number_becomes_one_of_its_bf16_neighbours_when_rounded(numbers: list[float]) -> None:
+def test_stochastic_rounding_yields_a_neighbouring_bf16_value(numbers: list[float]) -> None:
     weights = torch.tensor(numbers)
     lower, upper = neighbours(weights)
     result = rounded(weights).float()
@@ -28,20 +28,20 @@ def test_number_becomes_one_of_its_bf16_neighbours_when_rounded(numbers: list[fl
 
 
 @given(st.lists(NUMBERS, min_size=1, max_size=20))
-def test_number_is_unchanged_when_bf16_represents_it(numbers: list[float]) -> None:
+def test_value_representable_in_bf16_is_unchanged_by_rounding(numbers: list[float]) -> None:
     weights = torch.tensor(numbers).bfloat16()
     assert torch.equal(rounded(weights.float()), weights)
 
 
 @pytest.mark.parametrize("number", [1 + 1e-4, -1 - 1e-4, 3.1e-5, -0.0123])
-def test_mean_of_many_roundings_is_the_number(number: float) -> None:
+def test_stochastic_rounding_is_unbiased(number: float) -> None:
     weights = torch.full((200, 1000), number)
     lower, upper = neighbours(weights[0, :1])
     spread = float((upper - lower).abs()) / 2 / 200_000**0.5
     assert float(rounded(weights).double().mean()) == pytest.approx(float(weights[0, 0]), abs=5 * spread)
 
 
-def test_rounding_gives_the_same_bits_when_weights_are_the_same() -> None:
+def test_stochastic_rounding_is_deterministic_for_equal_weights() -> None:
     weights = torch.randn(1000)
     assert torch.equal(rounded(weights), rounded(weights))
 
@@ -53,6 +53,6 @@ def test_equal_parameters_are_rounded_independently() -> None:
     assert 0.3 < float((first == second).float().mean()) < 0.7
 
 
-def test_weight_is_unchanged_when_it_is_already_in_16_bits() -> None:
+def test_16_bit_weight_is_not_rounded() -> None:
     weights = torch.randn(10).half()
     assert rounded(weights).dtype is torch.float16

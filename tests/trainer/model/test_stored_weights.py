@@ -24,9 +24,7 @@ def check_equal(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_stored_weights_are_rounded_to_the_nearest_when_the_files_are_not_in_bf16(
-    tmp_path: Path, dtype: torch.dtype
-) -> None:
+def test_stored_weights_not_in_bf16_are_rounded_to_nearest(tmp_path: Path, dtype: torch.dtype) -> None:
     base = make_model(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     for weight in model.parameters():
@@ -42,7 +40,7 @@ def change_files(base: Path, **changed: torch.Tensor | None) -> None:
     save_file(remaining, base / "model.safetensors", {"format": "pt"})
 
 
-def test_tied_head_is_the_embedding_when_only_one_of_them_is_in_the_files(tmp_path: Path) -> None:
+def test_tied_head_is_the_embedding_when_only_one_is_stored(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base")
     check_equal(base)
     embedding = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
@@ -50,27 +48,27 @@ def test_tied_head_is_the_embedding_when_only_one_of_them_is_in_the_files(tmp_pa
     check_equal(base)
 
 
-def test_tied_head_is_its_own_tensor_when_the_files_have_another_one(tmp_path: Path) -> None:
+def test_tied_head_stored_separately_is_read_as_its_own_tensor(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base")
     head = load_file(base / "model.safetensors")["model.embed_tokens.weight"] + 1
     change_files(base, **{"lm_head.weight": head})
     check_equal(base)
 
 
-def test_stored_tensors_are_ignored_when_the_model_lacks_them(tmp_path: Path) -> None:
+def test_stored_tensors_absent_from_the_model_are_ignored(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base")
     change_files(base, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
     check_equal(base)
 
 
-def test_error_names_the_tensor_when_the_files_lack_it(tmp_path: Path) -> None:
+def test_tensor_missing_from_the_files_is_named_in_the_error(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base")
     change_files(base, **{"model.layers.1.mlp.up_proj.weight": None})
     with pytest.raises(IntegrityError, match=r"lack 1 tensors .* 'model\.layers\.1\.mlp\.up_proj\.weight'"):
         StoredWeights(base)
 
 
-def test_error_names_the_tensor_when_its_shape_differs(tmp_path: Path) -> None:
+def test_tensor_with_a_different_shape_is_named_in_the_error(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base")
     name = "model.layers.1.mlp.up_proj.weight"
     change_files(base, **{name: torch.zeros(3, 64)})

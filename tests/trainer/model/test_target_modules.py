@@ -49,7 +49,7 @@ def changed_layers(family: str, targets: list[str] | str) -> set[str]:
 
 
 @pytest.mark.parametrize("family", EXPECTED)
-def test_preset_adapts_the_layers_of_each_architecture_that_it_names(family: str) -> None:
+def test_target_preset_adapts_the_expected_layers_of_each_architecture(family: str) -> None:
     model = empty_model(family)
     least, attention, every = (
         target_modules(model, preset) for preset in (Targets.ATTENTION_MIN, Targets.ATTENTION, Targets.ALL_LINEAR)
@@ -64,7 +64,7 @@ def test_preset_adapts_the_layers_of_each_architecture_that_it_names(family: str
 
 
 @pytest.mark.parametrize("preset", [Targets.ATTENTION_MIN, Targets.ATTENTION])
-def test_error_names_the_layers_when_no_layer_fits_the_preset(preset: Targets) -> None:
+def test_preset_matching_no_layers_is_rejected_listing_the_layers(preset: Targets) -> None:
     with pytest.raises(RecipeError) as caught:
         target_modules(empty_model("mamba"), preset)
     assert preset.value in caught.value.wrong

@@ -65,7 +65,7 @@ def write_folder(folder: Path, config: dict[str, Any], **text: Any) -> Path:
 
 
 @pytest.mark.parametrize("end", ["", "\n", "\r\n"], ids=["no final newline", "newline", "CRLF"])
-def test_config_is_the_bases_byte_for_byte_when_its_weights_are_in_bfloat16(tmp_path: Path, end: str) -> None:
+def test_config_of_a_bfloat16_base_is_copied_byte_for_byte(tmp_path: Path, end: str) -> None:
     base, merged = write_folder(tmp_path / "base", LLAMA), tmp_path / "merged"
     content = json.dumps(LLAMA, indent=1).replace("\n", end or "\n") + end
     (base / "config.json").write_bytes(content.encode())
@@ -75,7 +75,7 @@ def test_config_is_the_bases_byte_for_byte_when_its_weights_are_in_bfloat16(tmp_
 
 
 @pytest.mark.parametrize("key", ["torch_dtype", "dtype"])
-def test_only_the_number_type_changes_when_the_base_is_not_in_bfloat16(tmp_path: Path, key: str) -> None:
+def test_only_the_number_type_changes_in_the_config_of_other_bases(tmp_path: Path, key: str) -> None:
     own = {name: value for name, value in LLAMA.items() if name != "torch_dtype"} | {key: "float16"}
     base, merged = write_folder(tmp_path / "base", own), tmp_path / "merged"
     merged.mkdir()
@@ -87,7 +87,7 @@ def test_only_the_number_type_changes_when_the_base_is_not_in_bfloat16(tmp_path:
 
 
 @pytest.mark.parametrize("config", [LLAMA, QWEN], ids=["llama", "qwen2"])
-def test_files_pass_when_another_spelling_has_the_same_meaning(tmp_path: Path, config: dict[str, Any]) -> None:
+def test_config_with_equivalent_spelling_passes_the_check(tmp_path: Path, config: dict[str, Any]) -> None:
     base = write_folder(tmp_path / "base", config)
     AutoConfig.from_pretrained(base).save_pretrained(tmp_path / "saved")
     spelled = json.loads((tmp_path / "saved" / "config.json").read_text("utf-8"))
@@ -123,7 +123,7 @@ PLANTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize(("config", "changed"), PLANTED.values(), ids=PLANTED)
-def test_check_fails_when_a_difference_changes_served_answers(
+def test_config_difference_that_affects_answers_fails_the_check(
     tmp_path: Path, config: dict[str, Any], changed: dict[str, Any]
 ) -> None:
     base, merged = write_folder(tmp_path / "base", config), write_folder(tmp_path / "merged", config | changed)
@@ -131,14 +131,14 @@ def test_check_fails_when_a_difference_changes_served_answers(
 
 
 @pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json", "tokenizer.model"])
-def test_check_fails_when_one_byte_of_a_shipped_file_differs(tmp_path: Path, name: str) -> None:
+def test_one_different_byte_in_a_shipped_file_fails_the_check(tmp_path: Path, name: str) -> None:
     base, merged = write_folder(tmp_path / "base", LLAMA), write_folder(tmp_path / "merged", LLAMA)
     (base / name).write_bytes(b'{"eos_token_id": [2, 5]}\r\n')
     (merged / name).write_bytes(b'{"eos_token_id": [2, 5]}\n')
     assert other_files(base, merged) == [name]
 
 
-def test_error_is_raised_when_transformers_cannot_read_the_base(tmp_path: Path) -> None:
+def test_base_config_unreadable_by_transformers_raises_error(tmp_path: Path) -> None:
     base = write_folder(tmp_path / "base", LLAMA | {"vocab_size": "many"})
     with pytest.raises(BaseModelError, match="vocab_size"):
         other_config(base, base)

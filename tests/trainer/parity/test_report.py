@@ -136,7 +136,7 @@ def make_version(folder: Path, base: Path, *, trained: float = 0.3, **sections: 
 
 
 @pytest.mark.parametrize("sections", KINDS.values(), ids=KINDS)
-def test_correct_version_passes_every_check(tmp_path: Path, tiny_base: Path, sections: dict[str, Any]) -> None:
+def test_correct_version_passes_all_parity_checks(tmp_path: Path, tiny_base: Path, sections: dict[str, Any]) -> None:
     report = make_version(tmp_path, tiny_base, **sections).report()
     assert report.failed == ()
     assert {check.name.partition(":")[0] for check in report.checks} == {"merged", "gptq", "merge"}
@@ -147,7 +147,7 @@ def test_correct_version_passes_every_check(tmp_path: Path, tiny_base: Path, sec
     [({}, False), ({"method": "qlora"}, True), ({"method": "qlora", "merge_dequantized": True}, False)],
     ids=str,
 )
-def test_model_is_compared_with_the_one_on_nf4_when_it_was_trained_there_and_merged_elsewhere(
+def test_version_trained_on_nf4_but_merged_elsewhere_is_also_compared_with_nf4(
     tmp_path: Path, tiny_base: Path, sections: dict[str, Any], compared: bool
 ) -> None:
     differences = make_version(tmp_path, tiny_base, **sections).report().differences
@@ -155,15 +155,13 @@ def test_model_is_compared_with_the_one_on_nf4_when_it_was_trained_there_and_mer
     assert not compared or differences[BESIDE_NF4].mean > 0
 
 
-def test_version_fails_when_it_was_merged_into_other_weights_than_the_recipe_says(
-    tmp_path: Path, tiny_base: Path
-) -> None:
+def test_parity_fails_when_merged_into_other_weights_than_the_recipe_says(tmp_path: Path, tiny_base: Path) -> None:
     version = make_version(tmp_path, tiny_base, method="qlora")
     report = replace(version, recipe=make_recipe(method="qlora", merge_dequantized=True)).report()
     assert any("base plus adapter" in failure for failure in report.failed)
 
 
-def test_correct_version_passes_when_its_base_is_published_in_float16(tmp_path: Path, tiny_base: Path) -> None:
+def test_correct_version_of_a_float16_base_passes_parity(tmp_path: Path, tiny_base: Path) -> None:
     """Llama 2 is published so: training rounds its weights to bf16, and merging does not."""
     base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
     weights = load_file(base / "model.safetensors")
@@ -176,7 +174,7 @@ def test_correct_version_passes_when_its_base_is_published_in_float16(tmp_path: 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "vera"])
 @pytest.mark.parametrize("trained", [1e-2, 1e-3])
-def test_parity_passes_when_the_learnt_change_is_small(
+def test_parity_passes_when_the_trained_change_is_small(
     tmp_path: Path, tiny_base: Path, kind: str, trained: float
 ) -> None:
     """The change is smaller than the precision of bf16."""
@@ -185,7 +183,7 @@ def test_parity_passes_when_the_learnt_change_is_small(
     assert report.differences["merged compared with trained, both in transformers"].mean < 1e-3
 
 
-def test_a_template_that_renders_todays_date_is_served_with_a_fixed_date(tmp_path: Path, tiny_base: Path) -> None:
+def test_template_rendering_the_current_date_is_served_with_a_fixed_date(tmp_path: Path, tiny_base: Path) -> None:
     base = shutil.copytree(tiny_base, tmp_path / "base")
     template = base / "chat_template.jinja"
     template.write_text("{{ strftime_now('%Y') }} " + template.read_text())
@@ -196,7 +194,7 @@ def test_a_template_that_renders_todays_date_is_served_with_a_fixed_date(tmp_pat
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_model_with_the_adapter_is_freed_before_another_model_is_loaded(
+def test_adapted_model_is_freed_before_another_model_is_loaded(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     version = make_version(tmp_path, tiny_base, **KINDS[kind])
@@ -313,19 +311,21 @@ FAULTS: dict[str, tuple[Callable[[Version], None], str]] = {
 
 
 @pytest.mark.parametrize(("plant", "check"), FAULTS.values(), ids=FAULTS)
-def test_check_fails_when_its_fault_is_planted(version: Version, plant: Callable[[Version], None], check: str) -> None:
+def test_each_parity_check_detects_its_injected_fault(
+    version: Version, plant: Callable[[Version], None], check: str
+) -> None:
     plant(version)
     assert check in {result.name for result in version.report().checks if not result.passed}
 
 
 @pytest.mark.parametrize("kind", ["lora", "adalora"])
-def test_check_fails_when_alpha_differs_from_the_recipe(tmp_path: Path, tiny_base: Path, kind: str) -> None:
+def test_parity_fails_when_alpha_differs_from_the_recipe(tmp_path: Path, tiny_base: Path, kind: str) -> None:
     version = make_version(tmp_path, tiny_base, **KINDS[kind])
     wrong_alpha(version)
     assert "merge: scale" in {result.name for result in version.report().checks if not result.passed}
 
 
-def test_check_fails_when_the_engine_computes_other_scores(version: Version) -> None:
+def test_parity_fails_when_the_engine_computes_different_scores(version: Version) -> None:
     """All files are correct."""
     scores = score(load(version.made.base, TYPE), version.examples)
     formats = {Format.MERGED: (version.merged, EngineReading(prompts_differ=(), scores=scores, speed=SPEED))}
@@ -337,7 +337,7 @@ def test_check_fails_when_the_engine_computes_other_scores(version: Version) -> 
     ]
 
 
-def test_check_fails_when_tokens_differ_from_those_of_training(version: Version) -> None:
+def test_parity_fails_when_engine_tokens_differ_from_training(version: Version) -> None:
     reading = EngineReading(prompts_differ=(1, 2), scores=(), speed=SPEED)
     made = replace(version.made, formats={Format.MERGED: (version.merged, reading)})
     report = make_report(made, version.recipe, version.examples, 3, number_type=TYPE)
@@ -345,7 +345,7 @@ def test_check_fails_when_tokens_differ_from_those_of_training(version: Version)
     assert failure.startswith("merged: tokens of the engine: 1 of 3 prompts equal; the first different")
 
 
-def test_adapter_is_not_compared_when_the_method_is_full_fine_tuning(tmp_path: Path, tiny_base: Path) -> None:
+def test_adapter_is_not_compared_for_full_fine_tuning(tmp_path: Path, tiny_base: Path) -> None:
     merged = make_model(tmp_path / "merged")
     change_weights(merged, lambda weights: {name: weight * 1.01 for name, weight in weights.items()})
     quantize(merged, tmp_path / "gptq")
@@ -356,7 +356,7 @@ def test_adapter_is_not_compared_when_the_method_is_full_fine_tuning(tmp_path: P
     assert version.report().failed == ()
 
 
-def test_gptq_is_compared_with_the_trained_model_when_no_merged_format_exists(version: Version) -> None:
+def test_gptq_is_compared_with_the_trained_model_without_a_merged_format(version: Version) -> None:
     alone = replace(version, made=replace(version.made, formats={Format.GPTQ: version.made.formats[Format.GPTQ]}))
     assert alone.report().failed == ()
     scaled_update(2)(version)

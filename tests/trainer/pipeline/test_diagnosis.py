@@ -42,23 +42,23 @@ def found(shape: Shape, *, width: int = 576, **sections: Any) -> dict[FindingKin
 WELL = falling(3, 0.2, 12)
 
 
-def test_diagnosis_is_empty_when_the_curve_is_healthy() -> None:
+def test_healthy_curve_yields_no_diagnosis() -> None:
     assert found(WELL) == {}
 
 
 @pytest.mark.parametrize(("method", "rate"), [("lora", "0.0005"), ("full", "5e-05"), ("vera", "0.06")])
-def test_advice_names_the_methods_default_when_the_learning_rate_is_low(method: str, rate: str) -> None:
+def test_low_learning_rate_advice_names_the_default_of_the_method(method: str, rate: str) -> None:
     advice = found(lambda share: 3.0, method=method, train={"learning_rate": 1e-6})
     assert advice == {FindingKind.LEARNING_RATE_LOW: f"train.learning_rate from 1e-06 to {rate}"}
 
 
-def test_learning_rate_is_low_only_compared_with_the_default_of_the_base() -> None:
+def test_learning_rate_is_low_relative_to_the_default_for_the_base() -> None:
     rate = {"learning_rate": 1e-4}  # a fifth of the default at width 576, three quarters of it at width 8192
     assert FindingKind.LEARNING_RATE_LOW in found(lambda share: 3.0, train=rate)
     assert FindingKind.LEARNING_RATE_LOW not in found(lambda share: 3.0, width=8192, train=rate)
 
 
-def test_diagnosis_compares_only_asked_answers_when_evaluation_is_limited() -> None:
+def test_diagnosis_uses_only_evaluated_answers_when_evaluation_is_limited() -> None:
     heldout = tuple(make_example(f"h {number}", ("yes", "no")[number % 2]) for number in range(80))
     of = replace(examples(), heldout=heldout)
     results = answered(60, 0, right=lambda place: 0.9)
@@ -68,7 +68,7 @@ def test_diagnosis_compares_only_asked_answers_when_evaluation_is_limited() -> N
     assert diagnose_training(make_recipe(), of, simulate(WELL, 0).curve, {Format.MERGED: merged}, width=576) == ()
 
 
-def test_advice_always_names_a_key_of_the_recipe() -> None:
+def test_diagnosis_advice_always_names_a_recipe_key() -> None:
     keys = recipe_keys()
     lost = Interval(value=-0.1, low=-0.2, high=-0.05)
     for shape in (lambda share: 2 + share, falling(3, 0.1, 0.5), WELL):
@@ -77,7 +77,7 @@ def test_advice_always_names_a_key_of_the_recipe() -> None:
             assert finding.advice.key in keys
 
 
-def test_examples_contradict_when_equal_prompts_have_different_answers() -> None:
+def test_equal_prompts_with_different_answers_count_as_contradictions() -> None:
     asked = [make_example("one", "a"), make_example("ONE ", "b"), make_example("two", "a"), make_example("two", "a ")]
     assert count_contradictions(asked) == 2
 
@@ -107,7 +107,7 @@ def test_findings_are_stored_and_printed_with_the_version(
     ("evaluate", "advice"),
     [({}, "data.train: read the cut answers"), ({"max_tokens": 3}, "evaluate.max_tokens from 3 to 6, or null")],
 )
-def test_version_shows_cut_answers_when_they_end_at_the_limit(
+def test_version_reports_answers_truncated_at_the_limit(
     make: Make, capsys: pytest.CaptureFixture[str], evaluate: dict[str, Any], advice: str
 ) -> None:
     pipeline = make(evaluate=evaluate)  # the engine's double ends no answer by itself

@@ -30,7 +30,7 @@ def test_run_fails_before_writing_when_the_disk_is_full(
     assert [path.name for path in pipeline.run.folder.iterdir()] == ["lock"]
 
 
-def test_run_stops_before_the_next_stage_and_keeps_finished_ones_when_the_disk_fills_up(
+def test_disk_filling_up_stops_the_run_before_the_next_stage_and_keeps_finished_stages(
     make: Make, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     merge = stages.merge_adapter
@@ -51,7 +51,7 @@ def test_run_stops_before_the_next_stage_and_keeps_finished_ones_when_the_disk_f
     assert stages.ran.count(Stage.MERGE) == 1
 
 
-def test_run_reports_a_full_disk_and_can_be_resumed_when_a_stage_fills_it(
+def test_stage_filling_the_disk_is_reported_and_the_run_can_be_resumed(
     make: Make, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fill(*_: Any, **__: Any) -> None:

@@ -16,7 +16,7 @@ from trainer.training.summary import TrainingSummary
 SUMMARY = TrainingSummary(steps=1, tokens=1, tokens_per_second=1, seconds=9, peak_memory=5)
 
 
-def test_estimate_is_printed_and_stored_with_the_measured_figures(capsys: pytest.CaptureFixture[str]) -> None:
+def test_estimate_is_printed_and_stored_with_the_measured_values(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = make_recipe()
     expected = estimate_device(recipe, published("llama-2-7b"), even_workload(9, 99, recipe), cpu_device(), 99)
     compared = compare_with_real(expected, SUMMARY)

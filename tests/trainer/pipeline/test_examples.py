@@ -37,11 +37,11 @@ def test_training_and_heldout_sets_have_different_fingerprints(tmp_path: Path) -
     assert examples.train_fingerprint != examples.heldout_fingerprint
 
 
-def test_skip_and_limit_select_a_part_of_the_training_examples(tmp_path: Path) -> None:
+def test_skip_and_limit_select_a_subset_of_training_examples(tmp_path: Path) -> None:
     assert read(tmp_path, TRAIN, HELDOUT, skip=1, limit=3).train == tuple(TRAIN[1:4])
 
 
-def test_all_answers_of_training_examples_are_learnt_unless_the_recipe_says_last(tmp_path: Path) -> None:
+def test_all_answers_of_a_conversation_are_trained_on_unless_the_recipe_says_last(tmp_path: Path) -> None:
     turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
     long = parse_example({"messages": [{"role": role, "content": text} for role, text in turns]})
     train = [*TRAIN, long]
@@ -52,7 +52,7 @@ def test_all_answers_of_training_examples_are_learnt_unless_the_recipe_says_last
     assert last.train_fingerprint != examples.train_fingerprint
 
 
-def test_conversation_is_a_leak_when_an_earlier_answer_has_a_heldout_prompt(tmp_path: Path) -> None:
+def test_heldout_prompt_answered_earlier_in_a_training_conversation_is_a_leak(tmp_path: Path) -> None:
     turns = [*HELDOUT[0].as_dict()["messages"], {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]
     train = [*TRAIN, parse_example({"messages": turns})]
     with pytest.raises(DataError, match="1 training examples have the same prompt"):
@@ -62,27 +62,27 @@ def test_conversation_is_a_leak_when_an_earlier_answer_has_a_heldout_prompt(tmp_
     assert read_run_examples(recipe, bad_lines=bad_lines).train == tuple(TRAIN)
 
 
-def test_fingerprint_differs_when_only_a_part_is_trained_on(tmp_path: Path) -> None:
+def test_training_fingerprint_differs_when_only_a_subset_is_trained_on(tmp_path: Path) -> None:
     whole, part = read(tmp_path, TRAIN, HELDOUT), read(tmp_path, TRAIN, HELDOUT, limit=3)
     assert whole.train_fingerprint != part.train_fingerprint
 
 
-def test_data_is_rejected_when_skip_leaves_one_example(tmp_path: Path) -> None:
+def test_skip_leaving_only_one_training_example_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="leaves 1 of 6 examples"):
         read(tmp_path, TRAIN, HELDOUT, skip=5)
 
 
-def test_data_is_rejected_when_the_file_has_one_example(tmp_path: Path) -> None:
+def test_training_file_with_only_one_example_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"t\.jsonl has 1 example"):
         read(tmp_path, TRAIN[:1], HELDOUT)
 
 
-def test_data_is_rejected_when_the_heldout_file_is_empty(tmp_path: Path) -> None:
+def test_empty_heldout_file_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"h\.jsonl has 0 examples"):
         read(tmp_path, TRAIN, [])
 
 
-def test_data_is_rejected_when_a_training_prompt_is_held_out(tmp_path: Path) -> None:
+def test_training_prompt_in_the_heldout_file_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match="1 training examples have the same prompt as a held-out example; the first is number 3"
     ):
@@ -109,7 +109,7 @@ def read_validation(folder: Path, validation: list[ChatExample], **sections: Any
     return read_run_examples(make_recipe(data=paths, **sections))
 
 
-def test_loss_is_measured_on_the_validation_examples_when_there_are_some(tmp_path: Path) -> None:
+def test_training_curve_loss_is_measured_on_validation_examples_if_given(tmp_path: Path) -> None:
     examples = read_validation(tmp_path, VALIDATION)
     assert examples.measured == tuple(VALIDATION)
     assert examples.heldout == tuple(HELDOUT)
@@ -126,13 +126,13 @@ def test_loss_is_measured_on_the_validation_examples_when_there_are_some(tmp_pat
         ({"patience": 2}, SelectedBy.VALIDATION),
     ],
 )
-def test_validation_examples_select_the_version_when_training_stops_by_them(
+def test_validation_examples_select_the_version_when_they_decide_stopping(
     tmp_path: Path, stopping: dict[str, Any], selected_by: SelectedBy
 ) -> None:
     assert read_validation(tmp_path, VALIDATION, stopping=stopping).selected_by is selected_by
 
 
-def test_heldout_examples_select_the_version_when_there_is_no_validation_set(tmp_path: Path) -> None:
+def test_heldout_examples_select_the_version_without_a_validation_set(tmp_path: Path) -> None:
     write_examples(tmp_path / "t.jsonl", TRAIN)
     recipe = make_recipe(data={"train": tmp_path / "t.jsonl"}, stopping={"keep_best": True})
     assert read_run_examples(recipe).selected_by is SelectedBy.HELDOUT
@@ -145,14 +145,12 @@ def test_heldout_examples_select_the_version_when_there_is_no_validation_set(tmp
         (HELDOUT[0], "1 validation examples have the same prompt as a held-out example"),
     ],
 )
-def test_data_is_rejected_when_a_validation_prompt_is_in_another_set(
-    tmp_path: Path, leak: ChatExample, message: str
-) -> None:
+def test_validation_prompt_in_another_set_is_rejected(tmp_path: Path, leak: ChatExample, message: str) -> None:
     with pytest.raises(DataError, match=message):
         read_validation(tmp_path, [*VALIDATION, leak])
 
 
-def test_validation_prompt_in_the_training_file_is_rejected_even_if_it_would_be_held_out(
+def test_validation_prompt_in_the_training_file_is_rejected_even_if_held_out(
     tmp_path: Path,
 ) -> None:
     write_examples(tmp_path / "t.jsonl", TRAIN)
@@ -164,7 +162,7 @@ def test_validation_prompt_in_the_training_file_is_rejected_even_if_it_would_be_
     assert f"svc data check {tmp_path}/t.jsonl --heldout {tmp_path}/v.jsonl" in (caught.value.todo or "")
 
 
-def test_validation_examples_with_a_held_out_prompt_are_skipped_when_skipping_is_on(tmp_path: Path) -> None:
+def test_validation_examples_with_a_held_out_prompt_are_skipped_if_skipping_is_enabled(tmp_path: Path) -> None:
     write_examples(tmp_path / "t.jsonl", [*TRAIN, VALIDATION[0]])
     write_examples(tmp_path / "h.jsonl", HELDOUT)
     write_examples(tmp_path / "v.jsonl", [*VALIDATION, HELDOUT[0]])
@@ -174,13 +172,13 @@ def test_validation_examples_with_a_held_out_prompt_are_skipped_when_skipping_is
     assert (examples.train, examples.validation) == (tuple(TRAIN), tuple(VALIDATION))
 
 
-def test_a_tenth_is_held_out_when_no_heldout_file_is_named(tmp_path: Path) -> None:
+def test_10_percent_are_held_out_without_a_heldout_file(tmp_path: Path) -> None:
     examples = read_train(tmp_path, lines_of(400))
     assert abs(len(examples.heldout) - 40) < 24  # four standard deviations
     assert {*examples.train, *examples.heldout} == set(lines_of(400))
 
 
-def test_heldout_examples_depend_on_the_seed_only(tmp_path: Path) -> None:
+def test_heldout_examples_depend_only_on_the_seed(tmp_path: Path) -> None:
     first, again = (read_train(tmp_path, lines_of(40)).heldout for _ in range(2))
     assert first == again
     assert read_train(tmp_path, lines_of(40), seed=1).heldout != first
@@ -191,14 +189,14 @@ def split_again(folder: Path, learnt: PromptHashes) -> Examples:
     return read_run_examples(make_recipe(data={"train": folder / "t.jsonl", "heldout_share": 0.3}), learnt=learnt)
 
 
-def test_example_is_not_held_out_when_an_earlier_version_learnt_it(tmp_path: Path) -> None:
+def test_example_trained_on_by_an_earlier_version_is_not_held_out(tmp_path: Path) -> None:
     before = split_again(tmp_path, NO_PROMPTS).heldout
     after = split_again(tmp_path, hash_prompts(before[:4]))
     assert after.heldout == before[4:]
     assert set(before[:4]) < set(after.train)
 
 
-def test_number_of_examples_kept_in_training_is_printed_when_they_were_learnt_before(
+def test_number_of_examples_kept_in_training_because_already_trained_on_is_printed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = split_again(tmp_path, NO_PROMPTS).heldout
@@ -209,7 +207,7 @@ def test_number_of_examples_kept_in_training_is_printed_when_they_were_learnt_be
     )
 
 
-def test_examples_are_the_same_when_the_recipes_own_version_exists(
+def test_examples_are_unchanged_after_a_version_of_the_same_recipe_exists(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = split_again(tmp_path, NO_PROMPTS)
@@ -235,11 +233,11 @@ def read_named(folder: Path, learnt: PromptHashes) -> Examples:
     return read_run_examples(recipe, learnt=learnt)
 
 
-def test_heldout_file_is_unchanged_when_its_prompts_were_learnt(tmp_path: Path) -> None:
+def test_heldout_file_is_unchanged_when_its_prompts_were_trained_on_before(tmp_path: Path) -> None:
     assert read_named(tmp_path, hash_prompts(lines_of(2, "held"))).heldout == tuple(lines_of(3, "held"))
 
 
-def test_number_of_learnt_prompts_is_printed_when_the_heldout_file_contains_some(
+def test_number_of_heldout_prompts_already_trained_on_is_printed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     read_named(tmp_path, hash_prompts(lines_of(2, "held")))
@@ -248,7 +246,7 @@ def test_number_of_learnt_prompts_is_printed_when_the_heldout_file_contains_some
     )
 
 
-def test_nothing_is_printed_when_no_prompt_of_the_heldout_file_was_learnt(
+def test_nothing_is_printed_when_no_heldout_prompt_was_trained_on_before(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     read_named(tmp_path, hash_prompts(TRAIN))
@@ -262,32 +260,32 @@ def limited(folder: Path, limit: int | None, seed: int = 0) -> tuple[ChatExample
     return read_run_examples(make_recipe(data=data, evaluate={"limit": limit})).heldout
 
 
-def test_asked_examples_are_drawn_at_random_and_come_first_when_evaluation_is_limited(tmp_path: Path) -> None:
+def test_limited_evaluation_puts_randomly_sampled_heldout_examples_first(tmp_path: Path) -> None:
     asked = limited(tmp_path, 8)[:8]
     assert not set(asked) <= set(lines_of(20, "held"))
     assert list(asked) == [example for example in lines_of(40, "held") if example in asked]
 
 
-def test_asked_examples_differ_when_the_data_seed_differs(tmp_path: Path) -> None:
+def test_sampled_prompts_differ_with_the_data_seed(tmp_path: Path) -> None:
     assert limited(tmp_path, 8)[:8] != limited(tmp_path, 8, seed=1)[:8]
 
 
-def test_heldout_examples_keep_the_order_of_their_file_when_there_is_no_limit(tmp_path: Path) -> None:
+def test_heldout_examples_keep_file_order_without_an_evaluation_limit(tmp_path: Path) -> None:
     assert limited(tmp_path, None) == tuple(lines_of(40, "held"))
 
 
-def test_given_examples_are_all_of_the_tasks_files_when_the_recipe_limits_training(tmp_path: Path) -> None:
+def test_user_supplied_examples_include_all_task_files_despite_a_training_limit(tmp_path: Path) -> None:
     write_examples(tmp_path / "g.jsonl", lines_of(9, "general"))
     copies = [*TRAIN, *TRAIN[:2]]
     examples = read(tmp_path, copies, HELDOUT, limit=3, general=tmp_path / "g.jsonl", general_share=0.25)
     assert examples.given == (*copies, *HELDOUT)
 
 
-def test_given_examples_include_held_out_ones_when_the_file_is_split(tmp_path: Path) -> None:
+def test_user_supplied_examples_include_held_out_ones_when_the_file_is_split(tmp_path: Path) -> None:
     assert read_train(tmp_path, lines_of(40)).given == tuple(lines_of(40))
 
 
-def test_sources_are_concatenated_in_the_order_of_the_recipe(tmp_path: Path) -> None:
+def test_data_sources_are_concatenated_in_recipe_order(tmp_path: Path) -> None:
     write_examples(tmp_path / "a.jsonl", TRAIN[:3])
     write_examples(tmp_path / "b.jsonl", TRAIN[3:])
     write_examples(tmp_path / "h.jsonl", HELDOUT)
@@ -295,7 +293,7 @@ def test_sources_are_concatenated_in_the_order_of_the_recipe(tmp_path: Path) -> 
     assert read_run_examples(make_recipe(data=paths)).train == (*TRAIN[3:], *TRAIN[:3])
 
 
-def test_general_examples_are_general_share_of_the_training_examples(tmp_path: Path) -> None:
+def test_general_share_sets_the_proportion_of_general_training_examples(tmp_path: Path) -> None:
     write_examples(tmp_path / "g.jsonl", lines_of(20, "general"))
     examples = read(tmp_path, lines_of(15), HELDOUT, general=tmp_path / "g.jsonl", general_share=0.25)
     assert (len(examples.train), examples.general) == (20, 5)
@@ -303,20 +301,20 @@ def test_general_examples_are_general_share_of_the_training_examples(tmp_path: P
     assert examples.train_fingerprint != read(tmp_path, lines_of(15), HELDOUT).train_fingerprint
 
 
-def test_general_example_is_not_mixed_in_when_it_is_held_out(tmp_path: Path) -> None:
+def test_held_out_example_is_not_mixed_in_as_a_general_example(tmp_path: Path) -> None:
     write_examples(tmp_path / "g.jsonl", [*HELDOUT, *lines_of(2, "general")])
     examples = read(tmp_path, TRAIN, HELDOUT, general=tmp_path / "g.jsonl", general_share=0.25)
     assert examples.heldout == tuple(HELDOUT)
     assert set(examples.train[-2:]) == set(lines_of(2, "general"))
 
 
-def test_data_is_rejected_when_there_are_too_few_general_examples(tmp_path: Path) -> None:
+def test_data_with_too_few_general_examples_is_rejected(tmp_path: Path) -> None:
     write_examples(tmp_path / "g.jsonl", lines_of(1, "general"))
     with pytest.raises(DataError, match=r"data\.general has 1 examples"):
         read(tmp_path, TRAIN, HELDOUT, general=tmp_path / "g.jsonl", general_share=0.5)
 
 
-def test_bad_lines_and_leaks_are_skipped_and_stored_unchanged_when_skipping_is_on(tmp_path: Path) -> None:
+def test_skipped_invalid_lines_and_leaks_are_stored_unchanged(tmp_path: Path) -> None:
     lines = [json.dumps(example.as_dict()).encode() for example in (*TRAIN, *HELDOUT)]
     bad = b'{"messages": [{"role": "user", "content": "caf\xe9"}]}\r\n'
     (tmp_path / "t.jsonl").write_bytes(lines[0] + b"\n" + bad + b"\n".join(lines[1:]))
@@ -330,7 +328,7 @@ def test_bad_lines_and_leaks_are_skipped_and_stored_unchanged_when_skipping_is_o
     assert [(entry["line"], entry["code"]) for entry in entries] == [(2, "not_utf8"), (8, "leak")]
 
 
-def test_run_stops_at_a_truncated_file_when_bad_lines_are_skipped(tmp_path: Path) -> None:
+def test_truncated_file_stops_the_run_even_if_invalid_lines_are_skipped(tmp_path: Path) -> None:
     lines = [json.dumps(example.as_dict()).encode() for example in TRAIN]
     (tmp_path / "t.jsonl.gz").write_bytes(gzip.compress(b"\n".join(lines))[:-8])
     write_examples(tmp_path / "h.jsonl", HELDOUT)
@@ -351,7 +349,7 @@ def with_questions(folder: Path, train: list[ChatExample], **evaluate: Any) -> E
     return read_run_examples(make_recipe(data=paths, evaluate={"general": folder / "g.jsonl"} | evaluate))
 
 
-def test_training_example_is_left_out_when_it_is_a_general_question(
+def test_training_example_matching_a_general_question_is_excluded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trained_on = make_example("What is  RED?", "some other answer")
@@ -361,7 +359,7 @@ def test_training_example_is_left_out_when_it_is_a_general_question(
     assert "1 training examples are excluded" in capsys.readouterr().err
 
 
-def test_general_example_is_not_mixed_in_when_it_is_a_general_question(tmp_path: Path) -> None:
+def test_general_example_matching_a_general_question_is_not_mixed_in(tmp_path: Path) -> None:
     write_examples(tmp_path / "mixed.jsonl", [*QUESTIONS, make_example("what is three?", "a number")])
     for name, rows in {"t": TRAIN, "h": HELDOUT, "g": QUESTIONS}.items():
         write_examples(tmp_path / f"{name}.jsonl", rows)
@@ -370,24 +368,24 @@ def test_general_example_is_not_mixed_in_when_it_is_a_general_question(tmp_path:
     assert read_run_examples(recipe).train[-1].question == "what is three?"
 
 
-def test_data_is_rejected_when_nearly_all_examples_are_general_questions(tmp_path: Path) -> None:
+def test_data_consisting_almost_only_of_general_questions_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="all but 1 of 3 training examples are general questions") as raised:
         with_questions(tmp_path, [*QUESTIONS, TRAIN[0]])
     assert "evaluate.general" in raised.value.todo
 
 
 @pytest.mark.parametrize(("limit", "asked"), [(1, 1), (None, 2)])
-def test_number_of_general_questions_follows_general_limit(tmp_path: Path, limit: int | None, asked: int) -> None:
+def test_general_limit_sets_the_number_of_general_questions(tmp_path: Path, limit: int | None, asked: int) -> None:
     questions = with_questions(tmp_path, TRAIN, general_limit=limit).questions
     assert questions is not None
     assert questions.examples == tuple(QUESTIONS[:asked])
 
 
-def test_no_general_questions_are_asked_when_general_is_false(tmp_path: Path) -> None:
+def test_no_general_questions_are_evaluated_when_general_is_false(tmp_path: Path) -> None:
     assert with_questions(tmp_path, [*TRAIN, QUESTIONS[0]], general=False).questions is None
 
 
-def test_the_packages_general_questions_are_asked_by_default(tmp_path: Path) -> None:
+def test_built_in_general_questions_are_evaluated_by_default(tmp_path: Path) -> None:
     questions = read(tmp_path, TRAIN, HELDOUT).questions
     assert questions is not None
     assert questions.name == "general.jsonl"

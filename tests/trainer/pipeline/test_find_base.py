@@ -15,7 +15,7 @@ from trainer.pipeline.stages import Pipeline
 from trainer.recipe.named_template import NamedTemplate
 
 
-def test_base_is_the_merged_model_when_a_version_is_named(pipeline: Pipeline) -> None:
+def test_version_used_as_a_base_resolves_to_its_merged_model(pipeline: Pipeline) -> None:
     version = pipeline.train_version()
     base = find_base(str(version), pipeline.settings)
     assert base.folder == pipeline.registry.artifact(version, Format.MERGED)
@@ -23,7 +23,7 @@ def test_base_is_the_merged_model_when_a_version_is_named(pipeline: Pipeline) ->
     assert base.revision.startswith("sha256:")
 
 
-def test_base_is_rejected_when_the_versions_files_were_changed(pipeline: Pipeline) -> None:
+def test_base_version_with_modified_files_is_rejected(pipeline: Pipeline) -> None:
     version = pipeline.train_version()
     weights = pipeline.registry.artifact(version, Format.MERGED) / "model.safetensors"
     weights.chmod(0o644)
@@ -33,12 +33,12 @@ def test_base_is_rejected_when_the_versions_files_were_changed(pipeline: Pipelin
 
 
 @pytest.mark.parametrize("base", ["nobody@1", "nobody@production", "@"])
-def test_base_is_not_found_when_the_version_does_not_exist(tmp_path: Path, base: str) -> None:
+def test_nonexistent_base_version_raises_not_found(tmp_path: Path, base: str) -> None:
     with pytest.raises(NotFoundError):
         find_base(base, Settings(home=tmp_path))
 
 
-def test_base_is_rejected_when_its_name_is_unknown(tmp_path: Path) -> None:
+def test_unknown_base_name_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(BaseModelError, match="unknown base model 'no-such-model'"):
         find_base("no-such-model", Settings(home=tmp_path, base_cache=tmp_path))
 
@@ -48,7 +48,7 @@ def untemplated(tiny_base: Path, tmp_path: Path) -> Path:
     return without_template(Path(shutil.copytree(tiny_base, tmp_path / "base")))
 
 
-def test_error_names_the_recipe_key_when_the_base_has_no_chat_template(untemplated: Path, tmp_path: Path) -> None:
+def test_base_without_a_chat_template_error_names_the_recipe_key(untemplated: Path, tmp_path: Path) -> None:
     with pytest.raises(BaseModelError, match="has no chat template") as raised:
         find_base(str(untemplated), Settings(home=tmp_path, base_cache=tmp_path / "cache"))
     assert "set chat_template in the recipe (one of chatml, alpaca, llama-2, zephyr" in raised.value.todo
@@ -57,7 +57,7 @@ def test_error_names_the_recipe_key_when_the_base_has_no_chat_template(untemplat
     assert "set chat_template in the recipe" in raised.value.todo
 
 
-def test_base_has_the_recipes_chat_template_when_it_has_none_of_its_own(
+def test_base_without_a_chat_template_uses_that_of_the_recipe(
     untemplated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = Settings(home=tmp_path, base_cache=tmp_path / "cache")
@@ -69,7 +69,7 @@ def test_base_has_the_recipes_chat_template_when_it_has_none_of_its_own(
     assert "replaces" not in capsys.readouterr().err
 
 
-def test_note_says_so_when_the_recipes_chat_template_replaces_the_bases_own(
+def test_replacing_the_chat_template_of_the_base_is_announced(
     tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = Settings(home=tmp_path, base_cache=tmp_path / "cache")
@@ -78,7 +78,7 @@ def test_note_says_so_when_the_recipes_chat_template_replaces_the_bases_own(
     assert "the chat template alpaca replaces the base's own" in capsys.readouterr().err
 
 
-def test_config_is_found_without_a_template_when_the_folder_has_no_tokenizer(tmp_path: Path) -> None:
+def test_base_config_is_found_in_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
     """`svc estimate` needs config.json alone."""
     (tmp_path / "config.json").write_text("{}", "utf-8")
     assert find_config(str(tmp_path), Settings(home=tmp_path), NamedTemplate.CHATML) == tmp_path

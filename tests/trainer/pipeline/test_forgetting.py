@@ -35,7 +35,7 @@ def asking(pipeline: Pipeline, general: GeneralSet) -> Pipeline:
 
 
 @pytest.mark.slow
-def test_version_and_mlflow_record_the_forgetting(make: Make) -> None:
+def test_forgetting_is_recorded_in_the_version_and_mlflow(make: Make) -> None:
     pipeline = asking(make(), questions("base.0"))
     manifest = pipeline.registry.manifest(pipeline.train_version())
     assert list(manifest.forgetting) == [Format.MERGED, Format.GPTQ]
@@ -48,19 +48,19 @@ def test_version_and_mlflow_record_the_forgetting(make: Make) -> None:
 
 
 @pytest.mark.slow
-def test_version_has_no_forgetting_when_no_questions_are_asked(make: Make) -> None:
+def test_version_has_no_forgetting_result_without_general_questions(make: Make) -> None:
     pipeline = make()
     assert pipeline.registry.manifest(pipeline.train_version()).forgetting == {}
 
 
 @pytest.mark.slow
-def test_version_is_rejected_when_only_the_quantized_model_forgot_too_much(make: Make) -> None:
+def test_version_is_rejected_when_only_its_quantized_model_forgot_too_much(make: Make) -> None:
     with pytest.raises(TrainingError, match=r"fell by 1\.000 in training and quantization: .* gptq"):
         asking(make(evaluate={"max_forgetting": 0.5}), questions("base.0", "merged.0")).train_version()
 
 
 @pytest.mark.slow
-def test_base_is_asked_general_questions_once_when_only_gptq_is_registered(make: Make, engines: Engines) -> None:
+def test_base_answers_general_questions_only_once_when_only_gptq_is_registered(make: Make, engines: Engines) -> None:
     general = questions("base.0")
     pipeline = asking(make(formats=["gptq"]), general)
     manifest = pipeline.registry.manifest(pipeline.train_version())
@@ -74,15 +74,13 @@ def test_base_is_asked_general_questions_once_when_only_gptq_is_registered(make:
 
 
 @pytest.mark.slow
-def test_gptq_alone_is_rejected_when_it_forgot_too_much(make: Make) -> None:
+def test_gptq_only_version_is_rejected_when_it_forgot_too_much(make: Make) -> None:
     with pytest.raises(TrainingError, match=r"fell by 1\.000 in training and quantization"):
         asking(make(formats=["gptq"], evaluate={"max_forgetting": 0.5}), questions("base.0")).train_version()
 
 
 @pytest.mark.slow
-def test_error_says_how_to_skip_general_questions_when_no_engine_starts_for_the_base(
-    make: Make, engines: Engines
-) -> None:
+def test_base_engine_start_failure_explains_how_to_skip_general_questions(make: Make, engines: Engines) -> None:
     engines.refusals = 1
     with pytest.raises(EngineError, match="the base cannot be asked the general questions") as raised:
         asking(make(formats=["gptq"]), questions("base.0")).train_version()
@@ -90,16 +88,14 @@ def test_error_says_how_to_skip_general_questions_when_no_engine_starts_for_the_
 
 
 @pytest.mark.slow
-def test_no_general_questions_are_asked_when_only_an_adapter_is_registered(make: Make, engines: Engines) -> None:
+def test_no_general_questions_are_evaluated_for_an_adapter_only_version(make: Make, engines: Engines) -> None:
     pipeline = asking(make(formats=["adapter"]), questions("base.0"))
     assert pipeline.registry.manifest(pipeline.train_version()).forgetting == {}
     assert engines.launched == []
 
 
 @pytest.mark.slow
-def test_version_is_rejected_when_it_forgot_too_much_and_no_model_is_asked_again_when_the_limit_changes(
-    make: Make, engines: Engines
-) -> None:
+def test_changing_the_limit_after_too_much_forgetting_needs_no_new_answers(make: Make, engines: Engines) -> None:
     with pytest.raises(TrainingError, match=r"correct answers to 10 general questions fell by 1\.000"):
         asking(make(evaluate={"max_forgetting": 0.5}), questions("base.0")).train_version()
     launched = len(engines.launched)
@@ -108,7 +104,7 @@ def test_version_is_rejected_when_it_forgot_too_much_and_no_model_is_asked_again
 
 
 @pytest.mark.slow
-def test_base_is_not_asked_general_questions_again_when_trained_again(make: Make, engines: Engines) -> None:
+def test_retraining_does_not_ask_the_base_general_questions_again(make: Make, engines: Engines) -> None:
     general = questions("base.0")
     asking(make(), general).train_version()
     launched = len(engines.launched)
@@ -118,7 +114,7 @@ def test_base_is_not_asked_general_questions_again_when_trained_again(make: Make
 
 
 @pytest.mark.slow
-def test_base_is_not_asked_general_questions_when_it_is_a_registered_version(make: Make, engines: Engines) -> None:
+def test_base_that_is_a_registered_version_does_not_answer_general_questions(make: Make, engines: Engines) -> None:
     general = questions("merged.0")
     first = asking(make(), general)
     manifest, launched = first.registry.manifest(first.train_version()), len(engines.launched)
@@ -155,11 +151,11 @@ def lost(before: int, after: int, total: int = 100) -> Forgetting:
         (50, 45, 0.0),  # five lost and none gained: by chance more often than once in twenty times
     ],
 )
-def test_version_is_accepted_when_no_loss_beyond_the_limit_is_proven(before: int, after: int, most: float) -> None:
+def test_version_is_accepted_if_no_forgetting_beyond_the_limit_is_proven(before: int, after: int, most: float) -> None:
     check_gate(judge_forgetting(lost(before, after), most, Format.MERGED), Undecided.WARN)
 
 
-def test_version_gets_a_warning_when_12_of_27_known_answers_are_lost_and_a_tenth_of_60_is_allowed(
+def test_losing_12_of_60_answers_with_a_10_percent_limit_only_warns(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     report = judge_forgetting(lost(27, 15, total=60), 0.1, Format.MERGED)
@@ -170,7 +166,7 @@ def test_version_gets_a_warning_when_12_of_27_known_answers_are_lost_and_a_tenth
     )
 
 
-def test_undecided_version_is_rejected_when_undecided_is_fail() -> None:
+def test_version_with_undecided_forgetting_is_rejected_when_undecided_is_fail() -> None:
     with pytest.raises(TrainingError, match="undecided: a loss of up to") as raised:
         check_gate(judge_forgetting(lost(27, 15, total=60), 0.1, Format.MERGED), Undecided.FAIL)
     assert "evaluate.undecided is fail" in raised.value.expected
@@ -178,7 +174,7 @@ def test_undecided_version_is_rejected_when_undecided_is_fail() -> None:
 
 
 @pytest.mark.parametrize(("before", "after"), [(50, 50), (50, 60), (50, 49)])
-def test_version_passes_when_a_loss_beyond_the_limit_is_excluded(
+def test_version_passes_if_forgetting_beyond_the_limit_is_excluded(
     before: int, after: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report = judge_forgetting(lost(before, after), 0.1, Format.MERGED)
@@ -188,7 +184,7 @@ def test_version_passes_when_a_loss_beyond_the_limit_is_excluded(
 
 
 @pytest.mark.parametrize(("before", "after", "most"), [(50, 20, 0.1), (50, 44, 0.0), (10, 0, 0.02)])
-def test_version_is_rejected_when_a_loss_beyond_the_limit_is_proven(before: int, after: int, most: float) -> None:
+def test_version_is_rejected_if_forgetting_beyond_the_limit_is_proven(before: int, after: int, most: float) -> None:
     with pytest.raises(TrainingError, match="correct answers to 100 general questions") as raised:
         check_gate(judge_forgetting(lost(before, after), most, Format.MERGED), Undecided.WARN)
     assert raised.value.expected == f"at most {most:.3f} (evaluate.max_forgetting)"
@@ -196,6 +192,6 @@ def test_version_is_rejected_when_a_loss_beyond_the_limit_is_proven(before: int,
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.5])
-def test_max_forgetting_is_rejected_when_it_is_not_a_share(value: Any) -> None:
+def test_max_forgetting_must_be_between_0_and_1(value: Any) -> None:
     with pytest.raises(ValueError, match="max_forgetting"):
         Evaluate(max_forgetting=value)

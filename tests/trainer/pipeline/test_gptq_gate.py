@@ -83,19 +83,19 @@ def likely(mean: float, *, spread: float = 0.02, seed: int = 0, total: int = 40)
         (10, 9, 10, 0.05),
     ],
 )
-def test_lost_answers_are_accepted_when_no_loss_beyond_the_limit_is_proven(
+def test_quantization_loss_not_proven_beyond_the_limit_is_accepted(
     merged: int, gptq: int, total: int, most: float
 ) -> None:
     check(won(merged, total), won(gptq, total), max_gptq_loss=most)
 
 
 @pytest.mark.parametrize(("merged", "gptq", "most"), [(160, 100, 0.05), (156, 130, 0.05), (20, 0, 0.0)])
-def test_lost_answers_are_rejected_when_a_loss_beyond_the_limit_is_proven(merged: int, gptq: int, most: float) -> None:
+def test_quantization_loss_proven_beyond_the_limit_is_rejected(merged: int, gptq: int, most: float) -> None:
     with pytest.raises(TrainingError, match="lowered exact match by"):
         check(won(merged, 200), won(gptq, 200), max_gptq_loss=most)
 
 
-def test_error_has_both_figures_and_their_difference_when_a_loss_is_rejected() -> None:
+def test_rejected_loss_error_has_both_scores_and_their_difference() -> None:
     with pytest.raises(TrainingError) as caught:
         check(won(160, 200), won(100, 200))
     assert "GPTQ lowered exact match by 0.300: 0.800 [" in caught.value.wrong
@@ -106,17 +106,17 @@ def test_error_has_both_figures_and_their_difference_when_a_loss_is_rejected() -
 
 
 @pytest.mark.parametrize(("merged", "gptq"), [(0.1, 0.104), (2.0, 2.03), (2.0, 1.0)])
-def test_quantized_model_passes_when_the_likelihood_loss_is_within_the_limit(merged: float, gptq: float) -> None:
+def test_quantized_model_passes_when_its_nll_increase_is_within_the_limit(merged: float, gptq: float) -> None:
     check(likely(merged), likely(gptq))
 
 
 @pytest.mark.parametrize(("merged", "gptq"), [(0.1, 0.12), (2.0, 2.15), (2.0, 8.0)])
-def test_free_text_model_is_rejected_when_right_answers_become_less_likely(merged: float, gptq: float) -> None:
+def test_free_text_model_is_rejected_when_reference_answers_become_less_likely(merged: float, gptq: float) -> None:
     with pytest.raises(TrainingError, match="makes the reference answers less likely"):
         check(likely(merged), likely(gptq))
 
 
-def test_error_has_both_figures_and_the_limit_when_a_likelihood_is_rejected() -> None:
+def test_rejected_nll_error_has_the_loss_and_the_limit() -> None:
     with pytest.raises(TrainingError) as caught:
         check(likely(2.0), likely(2.5), max_gptq_nll=0.1)
     assert "nats per token merged" in caught.value.wrong
@@ -125,11 +125,11 @@ def test_error_has_both_figures_and_the_limit_when_a_likelihood_is_rejected() ->
     assert caught.value.todo
 
 
-def test_likelihood_loss_is_accepted_when_the_recipe_raises_the_limit() -> None:
+def test_nll_increase_is_accepted_after_the_recipe_raises_the_limit() -> None:
     check(likely(2.0), likely(2.1), max_gptq_nll=0.1)
 
 
-def test_at_most_one_in_twenty_models_is_rejected_when_the_difference_is_noise() -> None:
+def test_at_most_5_percent_of_models_are_rejected_when_the_difference_is_noise() -> None:
     """The interval covers 95 %, and only one of its ends leads to rejection."""
     rejected = 0
     for seed in range(40):
@@ -140,7 +140,7 @@ def test_at_most_one_in_twenty_models_is_rejected_when_the_difference_is_noise()
     assert rejected <= 2
 
 
-def test_likelihood_is_undecided_when_examples_are_too_few() -> None:
+def test_nll_gate_is_undecided_with_too_few_examples() -> None:
     _, nll = judged(likely(2.0, total=7), likely(9.0, total=7))
     assert (nll.verdict.outcome, nll.verdict.examples_to_decide) == (GateOutcome.UNDECIDED, 8)
 
@@ -163,14 +163,14 @@ def first_answers(lost: int, gained: int, total: int) -> tuple[Qualified, Qualif
         (30, 0, 200, GateOutcome.FAILED),
     ],
 )
-def test_loss_within_the_limit_passes_only_when_the_examples_prove_it(
+def test_quantization_loss_within_the_limit_passes_only_if_examples_prove_it(
     lost: int, gained: int, total: int, wanted: GateOutcome
 ) -> None:
     loss, nll = judged(*first_answers(lost, gained, total))
     assert (loss.verdict.outcome, nll.verdict.outcome) == (wanted, GateOutcome.PASSED)
 
 
-def test_warning_names_the_number_of_examples_needed_when_a_small_loss_is_undecided(
+def test_undecided_small_loss_warning_names_the_number_of_examples_needed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     check(*first_answers(10, 4, 200))
@@ -181,18 +181,18 @@ def test_warning_names_the_number_of_examples_needed_when_a_small_loss_is_undeci
     )
 
 
-def test_set_level_metric_is_undecided_when_no_answer_changes_and_examples_are_few() -> None:
+def test_corpus_metric_gate_is_undecided_for_unchanged_answers_on_few_examples() -> None:
     loss, _ = judged(won(20, 30), won(20, 30), MacroF1())
     assert (loss.verdict.loss.value, loss.verdict.outcome) == (0, GateOutcome.UNDECIDED)
 
 
-def test_report_says_gained_when_the_quantized_model_is_better() -> None:
+def test_gate_report_says_gained_when_the_quantized_model_is_better() -> None:
     loss, _ = judged(won(100, 200), won(120, 200))
     assert loss.verdict.outcome is GateOutcome.PASSED
     assert loss.measured.startswith("GPTQ raised exact match by 0.100: 0.500 [")
 
 
-def test_report_says_unchanged_when_both_models_have_the_same_score() -> None:
+def test_gate_report_says_unchanged_when_both_models_score_the_same() -> None:
     loss, _ = judged(won(100, 200), won(100, 200))
     assert loss.measured.startswith("GPTQ left exact match unchanged: 0.500 [")
 
@@ -204,7 +204,7 @@ def written(kept: float, metric: Metric, nll: float = 1.0, total: int = 40) -> Q
     return qualified(answers, [nll] * total, metric=metric)
 
 
-def test_broken_free_text_model_is_rejected_when_exact_match_is_zero_for_both() -> None:
+def test_broken_free_text_model_is_rejected_although_exact_match_is_zero_for_both() -> None:
     metric = Rouge("L")
     merged, broken = written(0.8, metric), written(0.0, metric)
     assert merged.evaluation.exact_match.value == broken.evaluation.exact_match.value == 0.0
@@ -212,7 +212,7 @@ def test_broken_free_text_model_is_rejected_when_exact_match_is_zero_for_both() 
         check(merged, broken, metric)
 
 
-def test_free_text_model_passes_when_it_writes_equally_well() -> None:
+def test_quantized_free_text_model_passes_with_an_equal_score() -> None:
     metric = Rouge("L")
     check(written(0.8, metric), written(0.8, metric), metric)
 
@@ -225,7 +225,7 @@ def test_perplexity_limit_is_relative_to_the_merged_model() -> None:
     assert "times the merged model's" in caught.value.expected
 
 
-def test_quantized_model_is_rejected_when_a_set_level_metric_proves_a_loss() -> None:
+def test_quantized_model_is_rejected_when_a_corpus_metric_proves_a_loss() -> None:
     with pytest.raises(TrainingError, match="lowered macro-F1 by"):
         check(won(160, 200), won(100, 200), MacroF1())
 
@@ -242,7 +242,7 @@ class Points(Metric):
         return [100.0 * len(answer.split()) for answer in answered.answers]
 
 
-def test_limit_of_the_users_own_metric_is_relative_to_the_merged_model() -> None:
+def test_custom_metric_limit_is_relative_to_the_merged_model() -> None:
     metric = Points()
     check(written(0.8, metric), written(0.8, metric), metric)
     with pytest.raises(TrainingError, match=r"GPTQ lowered points by 100\.000: 900\.000") as caught:

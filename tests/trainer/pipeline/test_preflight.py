@@ -97,12 +97,12 @@ def base(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     return Path(shutil.copytree(tiny_base, tmp_path / "base"))
 
 
-def test_base_passes_when_it_is_complete(base: Path) -> None:
+def test_complete_base_passes_preflight(base: Path) -> None:
     check(base)
 
 
 @pytest.mark.parametrize(("plant", "error", "wrong"), FAULTS.values(), ids=FAULTS)
-def test_base_is_rejected_when_a_later_stage_would_fail(
+def test_base_that_would_fail_in_a_later_stage_is_rejected_by_preflight(
     base: Path, plant: Callable[[Path], None], error: type[SvcError], wrong: str
 ) -> None:
     plant(base)
@@ -121,12 +121,12 @@ def test_context_length_is_rejected_when_vllm_would_use_long_rope_factors(base: 
         check_base(base, recipe, AVX512, EngineSettings(max_model_len=4097))
 
 
-def test_group_size_is_rejected_when_it_divides_no_layer_width(base: Path) -> None:
+def test_group_size_dividing_no_layer_width_is_rejected(base: Path) -> None:
     with pytest.raises(RecipeError, match=r"quantize\.group_size is 128"):
         check(base, quantize={"group_size": 128})
 
 
-def test_architecture_is_rejected_when_gptqmodel_lacks_it(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_architecture_unsupported_by_gptqmodel_is_rejected(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gptqmodel.models.auto.SUPPORTED_MODELS", ["qwen3"])
     with pytest.raises(TrainingError, match=r"gptqmodel .+ cannot quantize 'llama'"):
         check(base)
@@ -134,7 +134,9 @@ def test_architecture_is_rejected_when_gptqmodel_lacks_it(base: Path, monkeypatc
 
 
 @pytest.mark.slow
-def test_base_is_rejected_with_vllms_reason_when_vllm_lacks_the_architecture(tiny_base: Path, tmp_path: Path) -> None:
+def test_architecture_unsupported_by_vllm_is_rejected_with_the_reason_given_by_vllm(
+    tiny_base: Path, tmp_path: Path
+) -> None:
     """Uses the installed vLLM; every end-to-end training shows that supported architectures pass."""
     base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
     change_json(base / "config.json", architectures=["RwkvForCausalLM"], model_type="rwkv")

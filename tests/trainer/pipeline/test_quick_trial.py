@@ -17,21 +17,21 @@ def examples(train: int, heldout: int) -> Examples:
     return Examples(many, judged, fingerprint(many), fingerprint(judged), (*many, *judged))
 
 
-def test_trial_uses_a_tenth_of_the_examples_for_one_epoch() -> None:
+def test_quick_trial_uses_10_percent_of_the_examples_for_one_epoch() -> None:
     recipe, cut = quick_trial(make_recipe(train={"epochs": 5, "steps": 900}), examples(101, 40))
     assert (len(cut.train), len(cut.heldout)) == (11, 4)
     assert (recipe.train.epochs, recipe.train.steps) == (1.0, None)
     assert cut.train_fingerprint == fingerprint(cut.train)
 
 
-def test_trial_draws_from_all_examples_when_the_file_is_sorted() -> None:
+def test_quick_trial_samples_the_whole_file_even_if_sorted() -> None:
     _, cut = quick_trial(make_recipe(), examples(200, 200))
     numbers = [int(example.prompt[-1].content.split()[-1]) for example in (*cut.train, *cut.heldout)]
     assert len([number for number in numbers if number >= 100]) > 10
     assert quick_trial(make_recipe(data={"train": "t", "seed": 1}), examples(200, 200))[1].train != cut.train
 
 
-def test_trial_mixes_in_a_tenth_of_the_general_examples() -> None:
+def test_quick_trial_mixes_in_10_percent_of_the_general_examples() -> None:
     general = tuple(make_example(f"g {number}", "yes") for number in range(20))
     whole = examples(100, 20)
     _, cut = quick_trial(make_recipe(), replace(whole, train=(*whole.train, *general), general=20))
@@ -40,11 +40,11 @@ def test_trial_mixes_in_a_tenth_of_the_general_examples() -> None:
     assert len(set(cut.train[:-2]) - set(general)) == 10
 
 
-def test_trial_version_has_its_own_name() -> None:
+def test_quick_trial_version_has_its_own_name() -> None:
     assert quick_trial(make_recipe(), examples(20, 20))[0].name == "tiny-quick"
 
 
-def test_trial_keeps_all_other_keys_of_the_recipe() -> None:
+def test_quick_trial_keeps_all_other_recipe_keys() -> None:
     whole = make_recipe(method="vera", train={"batch_size": 4}, quantize={"group_size": 32})
     recipe, _ = quick_trial(whole, examples(20, 20))
     assert (recipe.method, recipe.rank, recipe.train.batch_size, recipe.quantize) == (
@@ -55,28 +55,28 @@ def test_trial_keeps_all_other_keys_of_the_recipe() -> None:
     )
 
 
-def test_trial_name_is_cut_when_the_recipes_name_is_long() -> None:
+def test_quick_trial_name_is_truncated_for_a_long_recipe_name() -> None:
     name = quick_trial(make_recipe(name="a" * 63), examples(20, 20))[0].name
     assert name == "a" * 57 + "-quick"
 
 
-def test_trial_uses_two_examples_when_a_tenth_is_fewer() -> None:
+def test_quick_trial_uses_at_least_two_examples() -> None:
     _, cut = quick_trial(make_recipe(), examples(5, 3))
     assert (len(cut.train), len(cut.heldout)) == (2, 2)
 
 
 @pytest.mark.parametrize(("train", "seconds"), [({"epochs": 3}, 600.0), ({"steps": 50}, 100.0)])
-def test_time_of_the_complete_run_is_predicted_from_the_trial(train: dict[str, int], seconds: float) -> None:
+def test_full_run_time_is_predicted_from_the_quick_trial(train: dict[str, int], seconds: float) -> None:
     trial = TrainingSummary(10, 100, 5.0, 20.0)
     assert whole_run_seconds(make_recipe(train=train).train, trial) == seconds
 
 
-def test_time_is_predicted_from_the_speed_when_the_trial_was_resumed() -> None:
+def test_full_run_time_is_predicted_from_speed_after_a_resumed_trial() -> None:
     """The trial's seconds are those of its last process alone."""
     trial = TrainingSummary(10, 100, 5.0, 2.0)
     assert whole_run_seconds(make_recipe(train={"epochs": 3}).train, trial) == 600.0
 
 
-def test_no_time_is_predicted_when_the_resumed_trial_took_no_step() -> None:
+def test_no_time_is_predicted_if_the_resumed_trial_took_no_step() -> None:
     trial = TrainingSummary(10, 100, 0.0, 0.1)
     assert whole_run_seconds(make_recipe().train, trial) is None

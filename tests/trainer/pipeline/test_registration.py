@@ -14,7 +14,7 @@ from tests.trainer.pipeline.stand_ins import Make
 pytestmark = pytest.mark.slow
 
 
-def test_published_version_is_returned_when_the_registration_was_interrupted(
+def test_interrupted_registration_returns_the_already_published_version(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipeline = make()
@@ -34,7 +34,7 @@ def test_published_version_is_returned_when_the_registration_was_interrupted(
     assert [(path, path.stat().st_mtime_ns) for path in files] == before
 
 
-def test_next_version_is_registered_when_the_recipes_version_was_removed(make: Make, tmp_path: Path) -> None:
+def test_rerunning_a_recipe_whose_version_was_removed_registers_the_next_version(make: Make, tmp_path: Path) -> None:
     pipeline = make()
     first = pipeline.train_version()
     remove_version(pipeline.registry, new_store(tmp_path), first)
@@ -42,7 +42,7 @@ def test_next_version_is_registered_when_the_recipes_version_was_removed(make: M
     assert make().train_version() == VersionId(first.name, first.number + 1)
 
 
-def test_registration_succeeds_when_another_version_of_the_name_is_damaged(make: Make) -> None:
+def test_registration_succeeds_despite_another_corrupt_version_of_the_name(make: Make) -> None:
     pipeline = make()
     first = pipeline.train_version()
     manifest = pipeline.registry.folder(first) / "manifest.json"

@@ -46,7 +46,7 @@ def write(wanted: tuple[ReportTo, ...], folder: Path, losses: dict[int, float]) 
 @pytest.mark.slow
 @pytest.mark.usefixtures("offline")
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_wandb_continues_the_same_run_when_training_is_resumed_offline(tmp_path: Path) -> None:
+def test_wandb_continues_the_same_run_when_training_resumes_offline(tmp_path: Path) -> None:
     write(WANDB, tmp_path, {1: 3.0, 2: 2.5})
     write(WANDB, tmp_path, {3: 2.0})
     first, second = read_offline_runs(tmp_path)
@@ -57,7 +57,7 @@ def test_wandb_continues_the_same_run_when_training_is_resumed_offline(tmp_path:
     assert first.config["train.epochs"] == "2"
 
 
-def test_tensorboard_discards_repeated_steps_when_training_is_resumed(tmp_path: Path) -> None:
+def test_tensorboard_discards_repeated_steps_when_training_resumes(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     write(TENSORBOARD, tmp_path, {1: 3.0, 2: 2.5, 3: 9.0})
@@ -68,7 +68,7 @@ def test_tensorboard_discards_repeated_steps_when_training_is_resumed(tmp_path: 
     assert "parameters/text_summary" in events.Tags()["tensors"]
 
 
-def test_no_tracker_is_loaded_and_nothing_written_when_only_mlflow_is_named(
+def test_no_other_tracker_is_loaded_or_written_when_only_mlflow_is_configured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)  # an import would fail
@@ -78,9 +78,7 @@ def test_no_tracker_is_loaded_and_nothing_written_when_only_mlflow_is_named(
 
 
 @pytest.mark.parametrize("package", ["wandb", "tensorboard"])
-def test_error_has_the_install_command_when_a_trackers_package_is_missing(
-    package: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_tracker_package_error_has_the_install_command(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     find_spec = util.find_spec
     monkeypatch.setattr("trainer.pipeline.reports.find_spec", lambda name: None if name == package else find_spec(name))
     with pytest.raises(RecipeError, match=f"report_to contains {package}") as caught:
@@ -88,7 +86,7 @@ def test_error_has_the_install_command_when_a_trackers_package_is_missing(
     assert f"pip install 'tuneserve[{package}]'" in caught.value.todo
 
 
-def test_wandb_is_rejected_before_anything_is_sent_when_it_has_no_key(
+def test_wandb_without_an_api_key_is_rejected_before_sending_anything(
     monkeypatch: pytest.MonkeyPatch, listener: socket.socket, tmp_path: Path
 ) -> None:
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
@@ -105,7 +103,7 @@ def test_wandb_is_rejected_before_anything_is_sent_when_it_has_no_key(
 @pytest.mark.slow
 @pytest.mark.usefixtures("offline")
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_trackers_show_one_run_when_the_pipeline_was_interrupted(make: Make, stages: Stages) -> None:
+def test_trackers_show_a_single_run_after_an_interrupted_pipeline(make: Make, stages: Stages) -> None:
     pipeline = make(report_to=["mlflow", "wandb", "tensorboard"])
     stages.broken = {Stage.MERGE}
     with pytest.raises(InterruptedRunError):

@@ -38,7 +38,7 @@ def folder(recipe: Recipe, base: Base = BASE, examples: Examples = EXAMPLES) -> 
     return Run.of(Path("/runs"), recipe, base, examples).folder
 
 
-def test_run_folder_is_the_same_when_recipe_and_data_are_the_same() -> None:
+def test_run_folder_is_the_same_for_equal_recipe_and_data() -> None:
     assert folder(make_recipe()) == folder(make_recipe())
     assert folder(make_recipe()).name.startswith("tiny-")
 
@@ -55,7 +55,7 @@ def test_run_folder_is_the_same_when_recipe_and_data_are_the_same() -> None:
     ],
     ids=str,
 )
-def test_run_folder_differs_when_a_key_of_the_training_differs(change: dict[str, Any]) -> None:
+def test_run_folder_changes_with_any_training_key(change: dict[str, Any]) -> None:
     assert folder(make_recipe(**change)) != folder(make_recipe())
 
 
@@ -68,13 +68,13 @@ def test_run_folder_differs_when_a_key_of_the_training_differs(change: dict[str,
         ({"method": "qlora"}, {"method": "lora", "quantization": "nf4"}),
     ],
 )
-def test_run_folder_is_the_same_when_a_method_is_written_as_type_and_quantization(
+def test_run_folder_is_the_same_whether_a_method_is_named_or_spelled_out(
     method: dict[str, Any], spelled_out: dict[str, Any]
 ) -> None:
     assert folder(make_recipe(**method)) == folder(make_recipe(**spelled_out))
 
 
-def test_run_folder_differs_when_the_base_differs() -> None:
+def test_run_folder_changes_with_the_base() -> None:
     assert folder(make_recipe(), base=replace(BASE, revision="sha256:9")) != folder(make_recipe())
 
 
@@ -84,17 +84,17 @@ OTHER_TRAIN, OTHER_HELDOUT = (
 )
 
 
-def test_run_folder_differs_when_the_training_data_differ() -> None:
+def test_run_folder_changes_with_the_training_data() -> None:
     assert folder(make_recipe(), examples=OTHER_TRAIN) != folder(make_recipe())
 
 
-def test_run_folder_differs_when_the_heldout_data_differ_and_stop_the_training() -> None:
+def test_run_folder_changes_with_heldout_data_used_for_stopping() -> None:
     assert folder(make_recipe(), examples=OTHER_HELDOUT) == folder(make_recipe())
     looks = make_recipe(stopping={"patience": 2})
     assert folder(looks, examples=OTHER_HELDOUT) != folder(looks)
 
 
-def test_run_folder_depends_on_the_validation_data_and_not_on_the_heldout_data_when_both_are_given() -> None:
+def test_run_folder_depends_on_validation_instead_of_heldout_data_when_both_are_given() -> None:
     validated, looks = replace(EXAMPLES, validation=EXAMPLES.heldout), make_recipe(stopping={"patience": 2})
     other_heldout = replace(validated, heldout_fingerprint="sha256:9")
     other_validation = replace(validated, validation=(make_example("e", "f"),))
@@ -124,36 +124,34 @@ JUDGED = {Stage.EVALUATE, Stage.QUALIFY, Stage.PARITY, Stage.JUDGE, Stage.REGIST
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else None,
 )
-def test_only_stages_that_depend_on_a_key_are_repeated_when_it_changes(
-    change: dict[str, Any], again: set[Stage]
-) -> None:
+def test_changing_a_key_repeats_only_the_stages_that_depend_on_it(change: dict[str, Any], again: set[Stage]) -> None:
     before, after = (stage_keys(recipe, BASE, EXAMPLES) for recipe in (make_recipe(), make_recipe(**change)))
     assert {stage for stage in Stage if before[stage] != after[stage]} == again
 
 
-def test_only_the_training_is_not_repeated_when_the_adapter_is_merged_into_other_weights() -> None:
+def test_merging_into_other_weights_repeats_every_stage_except_training() -> None:
     recipes = make_recipe(method="qlora"), make_recipe(method="qlora", merge_dequantized=True)
     before, after = (stage_keys(recipe, BASE, EXAMPLES) for recipe in recipes)
     assert {stage for stage in Stage if before[stage] == after[stage]} == {Stage.TRAIN}
 
 
-def test_evaluations_are_repeated_when_the_general_questions_differ() -> None:
+def test_evaluations_are_repeated_when_general_questions_change() -> None:
     asked = GeneralSet("own.jsonl", (make_example("g", "h"),), (("h",),))
     before, after = (stage_keys(make_recipe(), BASE, replace(EXAMPLES, questions=each)) for each in (None, asked))
     assert {stage for stage in Stage if before[stage] != after[stage]} == JUDGED
 
 
-def test_evaluations_are_repeated_when_the_heldout_examples_differ() -> None:
+def test_evaluations_are_repeated_when_heldout_examples_change() -> None:
     before, after = (stage_keys(make_recipe(), BASE, examples) for examples in (EXAMPLES, OTHER_HELDOUT))
     assert {stage for stage in Stage if before[stage] != after[stage]} == JUDGED
 
 
-def test_run_folder_is_the_same_when_base_and_data_were_moved() -> None:
+def test_run_folder_is_the_same_after_moving_base_and_data() -> None:
     moved = make_recipe(base="/mnt/base", data={"train": "/mnt/t.jsonl", "heldout": "/mnt/h.jsonl"})
     assert folder(moved) == folder(make_recipe())
 
 
-def test_stage_is_done_when_its_result_is_saved(run: Run) -> None:
+def test_stage_is_done_once_its_result_is_saved(run: Run) -> None:
     assert not run.done(Stage.TRAIN)
     run.save(Stage.TRAIN, Figures(0.1, (1, 2)))
     assert run.done(Stage.TRAIN)
@@ -161,31 +159,31 @@ def test_stage_is_done_when_its_result_is_saved(run: Run) -> None:
     assert run.load(Stage.TRAIN, Figures) == Figures(0.1, (1, 2))
 
 
-def test_stage_is_not_done_when_its_input_changed(run: Run) -> None:
+def test_stage_is_not_done_after_its_input_changed(run: Run) -> None:
     run.save(Stage.TRAIN, Figures(0.1, ()))
     assert not Run(run.folder, {Stage.TRAIN: "other"}).done(Stage.TRAIN)
 
 
-def test_stage_is_not_done_when_its_outputs_are_missing(run: Run) -> None:
+def test_stage_is_not_done_without_its_outputs(run: Run) -> None:
     run.save(Stage.TRAIN, Figures(0.1, ()))
     assert not run.done(Stage.TRAIN, run.adapter)
     run.adapter.mkdir()
     assert run.done(Stage.TRAIN, run.adapter)
 
 
-def test_stage_is_not_done_when_it_begins_again(run: Run) -> None:
+def test_stage_is_not_done_once_it_begins_again(run: Run) -> None:
     run.save(Stage.TRAIN, Figures(0.1, ()))
     run.begin(Stage.TRAIN)
     assert not run.done(Stage.TRAIN)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", "{}"])
-def test_stage_is_not_done_when_its_result_file_is_invalid(run: Run, content: str) -> None:
+def test_stage_is_not_done_with_an_invalid_result_file(run: Run, content: str) -> None:
     (run.folder / "train.json").write_text(content)
     assert not run.done(Stage.TRAIN)
 
 
-def test_stage_is_not_done_when_saving_its_result_fails(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stage_is_not_done_if_saving_its_result_fails(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def cut_off(descriptor: int) -> None:
         raise OSError("no space left on device")
 
@@ -196,7 +194,7 @@ def test_stage_is_not_done_when_saving_its_result_fails(run: Run, monkeypatch: p
 
 
 @pytest.mark.parametrize("linked", [True, False])
-def test_weights_are_kept_only_when_they_are_linked_to_the_registry(run: Run, linked: bool) -> None:
+def test_cleaning_a_run_keeps_only_weights_linked_to_the_registry(run: Run, linked: bool) -> None:
     run.save(Stage.TRAIN, Figures(0.1, ()))
     for folder in (run.adapter, run.merged, run.gptq, run.checkpoints):
         folder.mkdir()
@@ -214,14 +212,12 @@ def free_bytes(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 0, free))
 
 
-def test_space_check_passes_when_enough_is_free(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_space_check_passes_with_enough_free_space(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     free_bytes(monkeypatch, 500_000_000)
     run.require_space(Stage.MERGE, 500_000_000)
 
 
-def test_error_names_missing_space_and_folder_when_too_little_is_free(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_insufficient_space_error_names_missing_space_and_folder(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     free_bytes(monkeypatch, 200_000_000)
     with pytest.raises(DiskSpaceError) as caught:
         run.require_space(Stage.MERGE, 500_000_000)
@@ -229,6 +225,6 @@ def test_error_names_missing_space_and_folder_when_too_little_is_free(
     assert "free 300 MB" in caught.value.todo
 
 
-def test_run_folder_is_the_same_when_the_data_paths_differ() -> None:
+def test_run_folder_does_not_depend_on_data_paths() -> None:
     moved = make_recipe(data={"train": ["/mnt/t", "hf:a/b"], "heldout": "/mnt/h.jsonl", "general": "/mnt/g"})
     assert folder(moved) == folder(make_recipe())

@@ -31,7 +31,7 @@ def caught(work: Callable[[], Any]) -> Exception:
     return raised.value
 
 
-def test_error_names_library_cause_and_log_when_a_library_fails(
+def test_library_failure_error_names_library_cause_and_log(
     make: Make, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stages_module, "quantize_gptq", lambda *_, **__: fail_in_torch())
@@ -47,11 +47,11 @@ def test_error_names_library_cause_and_log_when_a_library_fails(
     assert "padding_idx=12" in log.read_text("utf-8")
 
 
-def test_failed_library_is_named_when_it_fails_in_a_child_process() -> None:
+def test_library_failing_in_a_child_process_is_named() -> None:
     assert failed_library(caught(lambda: in_child_process(fail_in_torch))) == "torch"
 
 
-def test_called_library_is_named_when_one_of_its_dependencies_fails() -> None:
+def test_called_library_is_named_when_its_dependency_fails() -> None:
     """click calls a function of these tests, which calls numpy: our code called click."""
     import click
 
@@ -67,5 +67,5 @@ def test_no_library_is_named_when_our_own_code_fails(tmp_path: Path) -> None:
     assert not (tmp_path / LOG_FILE).exists()
 
 
-def test_no_library_is_named_when_our_code_fails_in_a_librarys_callback() -> None:
+def test_no_library_is_named_when_our_code_fails_in_a_library_callback() -> None:
     assert failed_library(caught(lambda: read_headers(None))) is None  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(("capabilities", "number_type"), [(AVX512, NumberType.BFLOAT16), (AVX2, NumberType.FLOAT32)])
-def test_training_and_quantizing_use_the_number_type_that_is_fast_on_the_device(
+def test_training_and_quantization_use_the_fast_number_type_of_the_device(
     make: Make, stages: Stages, capabilities: DeviceCapabilities, number_type: NumberType
 ) -> None:
     make(capabilities=capabilities).train_version()
@@ -40,14 +40,14 @@ def test_number_types_and_their_reasons_are_printed_before_training(
     assert "gptq: bfloat16 on cpu, torch kernel (vLLM has none for x86_64-avx2)" in output
 
 
-def test_run_fails_before_training_when_a_format_cannot_be_served_here(make: Make, stages: Stages) -> None:
+def test_run_fails_before_training_if_a_format_cannot_be_served_on_this_machine(make: Make, stages: Stages) -> None:
     pipeline = make(capabilities=AVX2, engine=EngineSettings(device=Device.CPU, gptq_kernel=GptqKernel.VLLM))
     with pytest.raises(EngineError, match="no kernel for GPTQ"):
         pipeline.train_version()
     assert stages.ran == []
 
 
-def test_version_has_all_formats_when_the_recipe_names_none(pipeline: Pipeline, stages: Stages) -> None:
+def test_version_has_all_formats_unless_the_recipe_names_some(pipeline: Pipeline, stages: Stages) -> None:
     version = pipeline.train_version()
     assert version.number == 1
     assert stages.ran == [Stage.TRAIN, Stage.MERGE, Stage.QUANTIZE]
@@ -56,7 +56,7 @@ def test_version_has_all_formats_when_the_recipe_names_none(pipeline: Pipeline, 
         pipeline.registry.verify(version, format)
 
 
-def test_run_is_shown_as_running_in_every_stage(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_is_listed_as_running_in_every_stage(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Stage, bool]] = []
 
     def record(run: Run, stage: Stage, need: int) -> None:
@@ -68,7 +68,7 @@ def test_run_is_shown_as_running_in_every_stage(pipeline: Pipeline, monkeypatch:
     assert seen == [(stage, True) for stage in Stage if stage is not Stage.JUDGE]
 
 
-def test_only_quantizing_is_repeated_when_the_group_size_changes(make: Make, stages: Stages) -> None:
+def test_changing_the_group_size_repeats_only_quantization(make: Make, stages: Stages) -> None:
     first = make().train_version()
     ran = len(stages.ran)
     pipeline = make(quantize={"group_size": 32})
@@ -90,7 +90,7 @@ def test_only_quantizing_is_repeated_when_the_group_size_changes(make: Make, sta
     ],
     ids=str,
 )
-def test_only_named_formats_are_created_and_evaluated(
+def test_only_requested_formats_are_created_and_evaluated(
     make: Make, stages: Stages, engines: Engines, formats: list[str], ran: list[Stage], started: list[str]
 ) -> None:
     pipeline = make(formats=formats)
@@ -109,7 +109,7 @@ def test_finished_stages_are_kept_when_a_format_is_added(make: Make, stages: Sta
     assert engines.started_with[launched:] == ["gptq", "gptq"]
 
 
-def test_group_size_is_not_checked_when_gptq_is_not_named(make: Make) -> None:
+def test_group_size_is_not_checked_without_the_gptq_format(make: Make) -> None:
     assert make(formats=["merged"], quantize={"group_size": 128}).train_version().number == 1
 
 
@@ -124,7 +124,7 @@ def test_short_context_is_accepted_when_prompts_and_references_fit(make: Make, s
         make(engine=short, formats=["merged"], evaluate={"max_tokens": 16}, train={"seed": 1}).train_version()
 
 
-def test_run_stops_before_training_when_the_engine_would_not_find_held_out_calls(make: Make, stages: Stages) -> None:
+def test_run_stops_before_training_if_the_engine_cannot_parse_held_out_tool_calls(make: Make, stages: Stages) -> None:
     pipeline = make(formats=["merged"])
     heldout = pipeline.examples.heldout
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "rain"}}]}
@@ -135,7 +135,7 @@ def test_run_stops_before_training_when_the_engine_would_not_find_held_out_calls
     assert stages.ran == []
 
 
-def test_finished_run_returns_its_version_without_work_when_repeated(
+def test_repeating_a_finished_run_returns_its_version_without_work(
     make: Make, stages: Stages, engines: Engines
 ) -> None:
     version = make().train_version()
@@ -146,9 +146,7 @@ def test_finished_run_returns_its_version_without_work_when_repeated(
 
 
 @pytest.mark.parametrize("broken", [Stage.TRAIN, Stage.MERGE, Stage.QUANTIZE])
-def test_only_the_interrupted_stage_is_repeated_when_a_run_is_resumed(
-    make: Make, stages: Stages, broken: Stage
-) -> None:
+def test_resuming_a_run_repeats_only_the_interrupted_stage(make: Make, stages: Stages, broken: Stage) -> None:
     stages.broken = {broken}
     with pytest.raises(InterruptedRunError):
         make().train_version()
@@ -160,7 +158,7 @@ def test_only_the_interrupted_stage_is_repeated_when_a_run_is_resumed(
 
 
 @pytest.mark.parametrize("broken", [Stage.TRAIN, Stage.MERGE, Stage.QUANTIZE])
-def test_version_has_no_partial_files_when_a_stage_was_interrupted(make: Make, stages: Stages, broken: Stage) -> None:
+def test_version_has_no_partial_files_after_an_interrupted_stage(make: Make, stages: Stages, broken: Stage) -> None:
     stages.broken = {broken}
     with pytest.raises(InterruptedRunError):
         make().train_version()
@@ -170,7 +168,7 @@ def test_version_has_no_partial_files_when_a_stage_was_interrupted(make: Make, s
     assert not list(folder.rglob("half-written"))
 
 
-def test_only_the_evaluation_is_repeated_when_it_failed(make: Make, stages: Stages, engines: Engines) -> None:
+def test_failed_evaluation_is_repeated_without_retraining(make: Make, stages: Stages, engines: Engines) -> None:
     engines.refusals = 1
     with pytest.raises(EngineError):
         make().train_version()
@@ -179,7 +177,7 @@ def test_only_the_evaluation_is_repeated_when_it_failed(make: Make, stages: Stag
     assert engines.started_with == ["base", "merged", "gptq", "gptq"]
 
 
-def test_mlflow_run_is_the_same_when_a_run_is_resumed(make: Make, stages: Stages) -> None:
+def test_resumed_run_uses_the_same_mlflow_run(make: Make, stages: Stages) -> None:
     stages.broken = {Stage.MERGE}
     with pytest.raises(InterruptedRunError):
         make().train_version()
@@ -189,16 +187,14 @@ def test_mlflow_run_is_the_same_when_a_run_is_resumed(make: Make, stages: Stages
     assert pipeline.registry.manifest(pipeline.train_version()).tracking_run == begun
 
 
-def test_second_process_is_rejected_and_changes_nothing_when_the_run_is_locked(
-    pipeline: Pipeline, stages: Stages
-) -> None:
+def test_second_process_is_rejected_without_changes_while_the_run_is_locked(pipeline: Pipeline, stages: Stages) -> None:
     with hold_lock(pipeline.run.lock, "it"), pytest.raises(BusyError, match=pipeline.run.folder.name):
         pipeline.train_version()
     assert stages.ran == []
     assert [path.name for path in pipeline.run.folder.iterdir()] == ["lock"]
 
 
-def test_run_fails_before_training_when_the_group_size_does_not_fit(make: Make, stages: Stages) -> None:
+def test_run_fails_before_training_if_the_group_size_does_not_fit(make: Make, stages: Stages) -> None:
     with pytest.raises(RecipeError, match=r"quantize\.group_size is 128"):
         make(quantize={"group_size": 128}).train_version()
     assert stages.ran == []

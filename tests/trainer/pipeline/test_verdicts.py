@@ -19,7 +19,7 @@ from trainer.recipe.stage import Stage
 pytestmark = pytest.mark.slow
 
 
-def test_nothing_is_measured_again_when_a_limit_is_raised(make: Make, stages: Stages, engines: Engines) -> None:
+def test_raising_a_gate_limit_needs_no_new_measurements(make: Make, stages: Stages, engines: Engines) -> None:
     with pytest.raises(TrainingError, match=r"GPTQ lowered accuracy by 1\.000"):
         make(WORSE_QUANTIZED).train_version()
     ran, launched = len(stages.ran), len(engines.launched)
@@ -27,7 +27,7 @@ def test_nothing_is_measured_again_when_a_limit_is_raised(make: Make, stages: St
     assert (len(stages.ran), len(engines.launched)) == (ran, launched)
 
 
-def test_failing_version_is_registered_when_register_failed_is_set(make: Make) -> None:
+def test_failed_version_is_registered_when_register_failed_is_set(make: Make) -> None:
     pipeline = replace(make(WORSE_QUANTIZED), register_failed=True)
     (failure,) = pipeline.registry.manifest(pipeline.train_version()).failed
     assert failure.startswith("GPTQ lowered accuracy by 1.000")
@@ -40,7 +40,7 @@ def test_run_fails_again_when_only_a_failed_version_is_registered(make: Make) ->
         make(WORSE_QUANTIZED).train_version()
 
 
-def test_version_is_rejected_without_measuring_again_when_parity_fails(
+def test_parity_failure_rejects_the_version_without_repeating_measurements(
     make: Make, stages: Stages, engines: Engines
 ) -> None:
     stages.unequal = ["another template", "wrong scale"]
@@ -67,7 +67,7 @@ def test_version_has_its_parity_report_and_page(make: Make, stages: Stages) -> N
     assert "All 1 checks passed" in page
 
 
-def test_new_version_is_registered_when_a_failed_check_passes_now(make: Make, stages: Stages) -> None:
+def test_new_version_is_registered_once_a_failed_check_passes(make: Make, stages: Stages) -> None:
     """As after a release that measures differently: the same recipe must not return the failed version."""
     stages.unequal = ["another template"]
     failed = replace(make(), register_failed=True).train_version()
@@ -79,7 +79,7 @@ def test_new_version_is_registered_when_a_failed_check_passes_now(make: Make, st
     assert pipeline.registry.manifest(version).failed == ()
 
 
-def test_version_gets_the_next_number_when_an_earlier_one_failed(make: Make) -> None:
+def test_version_after_a_failed_one_gets_the_next_number(make: Make) -> None:
     failed = replace(make(WORSE_QUANTIZED), register_failed=True).train_version()
     pipeline = make(WORSE_QUANTIZED, evaluate={"max_gptq_loss": 1.0})
     version = pipeline.train_version()
@@ -108,7 +108,7 @@ def test_undecided_version_is_registered_with_a_warning_and_its_verdicts(
     assert "cannot be excluded with 2 examples" in output
 
 
-def test_undecided_version_is_rejected_without_measuring_again_when_undecided_is_fail(
+def test_undecided_version_is_rejected_without_new_measurements_when_undecided_is_fail(
     make: Make, stages: Stages, engines: Engines
 ) -> None:
     with pytest.raises(TrainingError, match="undecided: a loss of up to"):
@@ -130,7 +130,7 @@ def test_detectable_loss_is_printed_before_training(
 
 
 @pytest.mark.parametrize("evaluate", [{"max_gptq_loss": 1.0}, {"metrics": "perplexity"}])
-def test_detectable_loss_is_not_printed_when_no_share_is_limited(
+def test_detectable_loss_is_not_printed_without_a_limited_proportion_metric(
     make: Make, stages: Stages, capsys: pytest.CaptureFixture[str], evaluate: dict[str, Any]
 ) -> None:
     stages.broken = {Stage.TRAIN}
@@ -153,7 +153,7 @@ def test_no_version_is_registered_when_the_quantized_free_text_model_is_broken(m
         make(heldout).train_version()
 
 
-def test_no_model_is_asked_again_when_the_metrics_change(make: Make, stages: Stages, engines: Engines) -> None:
+def test_changing_the_metrics_needs_no_new_answers(make: Make, stages: Stages, engines: Engines) -> None:
     version = make().train_version()
     ran, launched = len(stages.ran), len(engines.launched)
     pipeline = make(evaluate={"metrics": ["chrf", "exact_match"]})
@@ -167,7 +167,7 @@ def test_no_model_is_asked_again_when_the_metrics_change(make: Make, stages: Sta
     assert set(pipeline.registry.results(other, Format.MERGED)[0].scores) == {"chrf", "exact_match"}
 
 
-def test_run_fails_before_training_when_a_metric_function_fails(make: Make, stages: Stages, tmp_path: Path) -> None:
+def test_run_fails_before_training_if_a_metric_function_fails(make: Make, stages: Stages, tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text("def score(answers, references):\n    return []\n", "utf-8")
     with pytest.raises(RecipeError, match="returned 0 scores for 2 answers"):
@@ -175,7 +175,7 @@ def test_run_fails_before_training_when_a_metric_function_fails(make: Make, stag
     assert stages.ran == []
 
 
-def test_answers_are_scored_again_when_a_metric_function_was_fixed(make: Make, tmp_path: Path) -> None:
+def test_answers_are_scored_again_after_a_metric_function_is_fixed(make: Make, tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     values = []
     for score in (0.25, 0.75):
@@ -187,7 +187,7 @@ def test_answers_are_scored_again_when_a_metric_function_was_fixed(make: Make, t
     assert values == [0.25, 0.75]
 
 
-def test_judge_is_asked_once_and_its_verdict_is_stored_with_the_version(
+def test_judge_runs_once_and_its_verdict_is_stored_with_the_version(
     make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     key = tmp_path / "judge.key"
@@ -205,12 +205,12 @@ def test_judge_is_asked_once_and_its_verdict_is_stored_with_the_version(
     assert server.url in capsys.readouterr().err
 
 
-def test_version_has_no_verdict_when_there_is_no_judge(make: Make) -> None:
+def test_version_has_no_verdict_without_a_judge(make: Make) -> None:
     pipeline = make()
     assert pipeline.registry.manifest(pipeline.train_version()).judge is None
 
 
-def test_run_fails_before_training_when_others_can_read_the_judges_key(
+def test_run_fails_before_training_if_other_users_can_read_the_judge_key(
     make: Make, stages: Stages, tmp_path: Path
 ) -> None:
     key = tmp_path / "judge.key"

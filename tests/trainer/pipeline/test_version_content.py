@@ -32,7 +32,7 @@ from trainer.recipe.stage import Stage
 pytestmark = pytest.mark.slow
 
 
-def test_version_stores_the_chat_templates_arguments(make: Make, engines: Engines) -> None:
+def test_version_stores_chat_template_arguments(make: Make, engines: Engines) -> None:
     pipeline = make(chat_template_kwargs={"enable_thinking": False})
     version = pipeline.train_version()
     for format in (Format.MERGED, Format.GPTQ):
@@ -43,7 +43,7 @@ def test_version_stores_the_chat_templates_arguments(make: Make, engines: Engine
     assert engines.started_with[:2] == ["base", "merged"], "the merged model was not evaluated in the base's engine"
 
 
-def test_no_file_of_template_arguments_is_written_when_there_are_none(pipeline: Pipeline) -> None:
+def test_no_template_arguments_file_is_written_without_arguments(pipeline: Pipeline) -> None:
     folder = pipeline.registry.artifact(pipeline.train_version(), Format.MERGED)
     assert not (folder / "chat_template_kwargs.json").exists()
 
@@ -66,7 +66,7 @@ def test_manifest_records_which_examples_selected_the_version(make: Make) -> Non
     assert (data.selected_by, data.validation_examples) == (SelectedBy.VALIDATION, 1)
 
 
-def test_manifest_has_the_verification_of_each_served_format(pipeline: Pipeline) -> None:
+def test_manifest_has_evaluation_and_probes_of_each_served_format(pipeline: Pipeline) -> None:
     version = pipeline.train_version()
     for format in (Format.MERGED, Format.GPTQ):
         record = pipeline.registry.format(version, format)
@@ -75,7 +75,7 @@ def test_manifest_has_the_verification_of_each_served_format(pipeline: Pipeline)
         assert record.fingerprint == compatibility_fingerprint(pipeline.registry.artifact(version, format))
 
 
-def test_version_stores_the_curve_of_its_training(pipeline: Pipeline) -> None:
+def test_version_stores_its_training_curve(pipeline: Pipeline) -> None:
     version = pipeline.train_version()
     assert read_training_curve(pipeline.registry.reference(version, TRAINING_CURVE_FILE)) == CURVE
 
@@ -92,7 +92,7 @@ def test_version_stores_the_answers_of_each_served_format(pipeline: Pipeline) ->
         assert total / tokens == pytest.approx(evaluation.nll.value)
 
 
-def test_version_stores_the_bases_answers_when_they_come_from_the_cache(make: Make) -> None:
+def test_version_stores_base_answers_taken_from_the_cache(make: Make) -> None:
     first = make()
     asked = first.registry.base_results(first.train_version())
     again = make(train={"seed": 1})
@@ -101,21 +101,21 @@ def test_version_stores_the_bases_answers_when_they_come_from_the_cache(make: Ma
     assert known == asked, "the cached answers differ from the given ones"
 
 
-def test_base_and_merged_answers_have_the_scores_of_the_recipes_metrics(make: Make) -> None:
+def test_base_and_merged_answers_are_scored_with_the_recipe_metrics(make: Make) -> None:
     pipeline = make(evaluate={"metrics": ["chrf"]})
     version = pipeline.train_version()
     results = pipeline.registry.base_results(version), pipeline.registry.results(version, Format.MERGED)
     assert {tuple(result.scores) for of_model in results for result in of_model} == {("chrf",)}
 
 
-def test_version_has_no_base_answers_when_the_base_is_not_asked(make: Make) -> None:
+def test_version_has_no_base_answers_when_the_base_is_not_evaluated(make: Make) -> None:
     pipeline = make(formats=["gptq"])
     version = pipeline.train_version()
     with pytest.raises(NotFoundError, match=r"has no reference/base\.jsonl"):
         pipeline.registry.base_results(version)
 
 
-def test_version_stores_only_asked_answers_when_evaluation_is_limited(make: Make) -> None:
+def test_version_stores_only_evaluated_answers_when_evaluation_is_limited(make: Make) -> None:
     pipeline = make(evaluate={"limit": 1})
     version = pipeline.train_version()
     assert len(pipeline.registry.results(version, Format.GPTQ)) == 1
@@ -133,7 +133,7 @@ def test_answers_are_kept_when_a_later_stage_is_interrupted(make: Make, stages: 
     assert pipeline.registry.results(pipeline.train_version(), Format.MERGED) == answered
 
 
-def test_reference_folder_is_written_again_when_the_registration_was_interrupted(
+def test_reference_folder_is_rewritten_after_an_interrupted_registration(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(self: Registry, *arguments: object) -> None:
@@ -165,13 +165,13 @@ def test_reference_folder_is_written_again_when_the_registration_was_interrupted
     assert {f"reference/{path.name}" for path in stored} == set(recorded)
 
 
-def test_drift_sample_is_drawn_from_all_given_examples(pipeline: Pipeline) -> None:
+def test_drift_sample_is_drawn_from_all_user_supplied_examples(pipeline: Pipeline) -> None:
     version = pipeline.train_version()
     sample = read_examples(pipeline.registry.reference(version, DRIFT_SAMPLE_FILE))
     assert sample == draw_drift_sample(pipeline.examples.given, pipeline.recipe.data.seed).sample
 
 
-def test_text_space_knows_the_words_of_all_prompts_except_the_drift_sample(make: Make) -> None:
+def test_text_space_includes_all_prompt_words_except_those_of_the_drift_sample(make: Make) -> None:
     """Otherwise every live prompt would have more unknown words than the reference."""
     heldout = tuple(make_example(word, "red") for word in ("xylophone", "marimba", "celesta", "timpani"))
     pipeline = make(heldout=heldout, data={"train": "train.jsonl", "seed": 0})
@@ -184,7 +184,7 @@ def test_text_space_knows_the_words_of_all_prompts_except_the_drift_sample(make:
     assert space.unknown_words(sampled).tolist() == [1.0] * len(sampled)
 
 
-def test_version_stores_the_hashes_of_its_trained_prompts(pipeline: Pipeline) -> None:
+def test_version_stores_the_hashes_of_its_training_prompts(pipeline: Pipeline) -> None:
     learnt = pipeline.registry.learnt_prompts(pipeline.train_version().name)
     assert set(learnt.tolist()) == set(hash_prompts(TRAIN).tolist())
 
@@ -202,17 +202,17 @@ def test_version_stores_steps_time_and_machine_of_its_training(pipeline: Pipelin
     assert record.machine == MachineRecord.of_this_one()
 
 
-def test_adapter_has_no_verification_when_it_is_not_served(pipeline: Pipeline) -> None:
+def test_unserved_adapter_format_has_no_evaluation_or_probes(pipeline: Pipeline) -> None:
     record = pipeline.registry.format(pipeline.train_version(), Format.ADAPTER)
     assert (record.evaluation, record.probes) == (None, ())
 
 
-def test_weights_of_a_finished_run_are_hard_links_to_the_registrys(pipeline: Pipeline) -> None:
+def test_weights_of_a_finished_run_are_hard_links_to_registry_files(pipeline: Pipeline) -> None:
     pipeline.train_version()
     assert all(path.stat().st_nlink > 1 for path in pipeline.run.folder.rglob("*.safetensors"))
 
 
-def test_mlflow_has_the_same_page_as_svc_report(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow_page_is_the_same_as_svc_report_output(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow import MlflowClient
 
     monkeypatch.setattr(registration, "report_page", report_page)
@@ -222,7 +222,7 @@ def test_mlflow_has_the_same_page_as_svc_report(pipeline: Pipeline, monkeypatch:
     assert Path(page).read_text("utf-8") == report_page(gather_report(pipeline.registry, version))
 
 
-def test_version_is_registered_when_its_report_cannot_be_written(
+def test_version_is_registered_even_if_its_report_cannot_be_written(
     make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*arguments: object) -> None:
@@ -235,7 +235,7 @@ def test_version_is_registered_when_its_report_cannot_be_written(
     assert f"could not log the report of {version} to MLflow" in caplog.text
 
 
-def test_mlflow_shows_description_and_figures_of_a_version(pipeline: Pipeline) -> None:
+def test_mlflow_shows_the_description_and_metrics_of_a_version(pipeline: Pipeline) -> None:
     from mlflow import MlflowClient
 
     version = pipeline.train_version()

@@ -37,19 +37,19 @@ def refusal(path: Path, *overrides: str) -> str:
     return str(caught.value)
 
 
-def test_other_keys_have_defaults_when_name_base_and_training_data_are_given(write: Write) -> None:
+def test_remaining_recipe_keys_have_defaults_given_name_base_and_training_data(write: Write) -> None:
     recipe = load_recipe(write())
     assert (recipe.name, recipe.base) == ("tiny", "org/model")
     assert recipe.train == Recipe.model_fields["train"].default
 
 
-def test_values_of_the_file_replace_defaults(write: Write) -> None:
+def test_recipe_values_replace_defaults(write: Write) -> None:
     recipe = load_recipe(write(train={"epochs": 2.5}, adapter={"rank": 4}, evaluate={"limit": 10}))
     assert (recipe.train.epochs, recipe.adapter.rank, recipe.evaluate.limit) == (2.5, 4, 10)
     assert recipe.alpha == 8
 
 
-def test_paths_are_relative_to_the_recipe_when_the_working_folder_is_another(
+def test_recipe_paths_are_relative_to_the_recipe_file(
     write: Write, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(base="./base")
@@ -59,20 +59,20 @@ def test_paths_are_relative_to_the_recipe_when_the_working_folder_is_another(
     assert recipe.base == str(tmp_path / "base")
 
 
-def test_chat_template_is_a_name_or_a_file_beside_the_recipe(write: Write, tmp_path: Path) -> None:
+def test_chat_template_is_a_known_name_or_a_file_beside_the_recipe(write: Write, tmp_path: Path) -> None:
     assert load_recipe(write(chat_template="llama-2")).chat_template is NamedTemplate.LLAMA_2
     own = load_recipe(write(chat_template="./own.jinja"))
     assert own.chat_template == tmp_path / "own.jinja"
     assert Recipe.model_validate(own.model_dump(mode="json")) == own
 
 
-def test_hub_datasets_are_not_resolved_as_paths_when_sources_are_a_list(write: Write, tmp_path: Path) -> None:
+def test_hub_datasets_in_a_source_list_are_not_resolved_as_paths(write: Write, tmp_path: Path) -> None:
     data = load_recipe(write(data={"train": ["a.csv", "hf:org/name", "folder"]})).data
     assert data.train == (str(tmp_path / "a.csv"), "hf:org/name", str(tmp_path / "folder"))
     assert (data.heldout, data.general) == (None, None)
 
 
-def test_paths_are_unchanged_when_absolute_or_in_the_home_folder(write: Write) -> None:
+def test_absolute_and_home_folder_paths_are_unchanged(write: Write) -> None:
     recipe = load_recipe(write(base="~/model.gguf", data={"train": "/data/t.jsonl", "heldout": "~/h.jsonl"}))
     assert recipe.base == str(Path.home() / "model.gguf")
     assert recipe.data.train == ("/data/t.jsonl",)
@@ -80,7 +80,7 @@ def test_paths_are_unchanged_when_absolute_or_in_the_home_folder(write: Write) -
 
 
 @pytest.mark.parametrize("base", ["smollm2-135m-instruct", "org/model", "tiny@3"])
-def test_base_is_unchanged_when_it_is_not_a_path(write: Write, base: str) -> None:
+def test_base_that_is_not_a_path_is_unchanged(write: Write, base: str) -> None:
     assert load_recipe(write(base=base)).base == base
 
 
@@ -113,24 +113,24 @@ def test_base_is_unchanged_when_it_is_not_a_path(write: Write, base: str) -> Non
     ],
     ids=str,
 )
-def test_error_names_key_and_value_when_a_key_is_wrong(write: Write, changes: dict[str, Any], text: str) -> None:
+def test_invalid_recipe_key_error_names_key_and_value(write: Write, changes: dict[str, Any], text: str) -> None:
     message = refusal(write(**changes))
     assert text in message
     assert "see docs/recipe.md" in message
 
 
-def test_error_lists_every_problem_when_several_keys_are_wrong(write: Write) -> None:
+def test_recipe_error_lists_all_invalid_keys(write: Write) -> None:
     message = refusal(write(trian={}, adapter={"rank": 0}))
     assert "'trian'" in message
     assert "'adapter.rank'" in message
 
 
-def test_recipe_is_rejected_when_neftune_is_used_with_packing(write: Write) -> None:
+def test_neftune_with_packing_is_rejected(write: Write) -> None:
     with pytest.raises(RecipeError, match="neftune_alpha cannot be used with"):
         load_recipe(write(train={"packing": True, "neftune_alpha": 5}))
 
 
-def test_error_names_the_recipe_when_the_file_is_missing(tmp_path: Path) -> None:
+def test_missing_recipe_error_names_the_file(tmp_path: Path) -> None:
     assert f"cannot open recipe {tmp_path / 'none.yaml'}: No such file" in refusal(tmp_path / "none.yaml")
 
 
@@ -146,31 +146,31 @@ def test_error_names_the_recipe_when_the_file_is_missing(tmp_path: Path) -> None
         (b"name: !!python/object:os.system x", "is not YAML"),
     ],
 )
-def test_file_is_rejected_when_it_is_not_a_yaml_mapping(tmp_path: Path, content: bytes, text: str) -> None:
+def test_recipe_must_be_a_yaml_mapping(tmp_path: Path, content: bytes, text: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_bytes(content)
     assert text in refusal(path)
 
 
-def test_set_overrides_a_key_of_the_file(write: Write) -> None:
+def test_set_option_overrides_a_recipe_key(write: Write) -> None:
     recipe = load_recipe(write(train={"epochs": 9, "seed": 5}), ("train.epochs=2", "name=other", "adapter.rank=8"))
     assert (recipe.train.epochs, recipe.train.seed, recipe.name, recipe.adapter.rank) == (2, 5, "other", 8)
 
 
-def test_last_override_wins_when_a_key_is_set_twice(write: Write) -> None:
+def test_last_of_two_overrides_of_a_key_wins(write: Write) -> None:
     assert load_recipe(write(), ("train.epochs=2", "train.epochs=3")).train.epochs == 3
 
 
-def test_set_parses_its_value_as_yaml(write: Write) -> None:
+def test_set_option_parses_its_value_as_yaml(write: Write) -> None:
     recipe = load_recipe(write(), ("evaluate.limit=null", "qualify.restart=no", "train.learning_rate=2.0e-4"))
     assert (recipe.evaluate.limit, recipe.qualify.restart, recipe.train.learning_rate) == (None, False, 2e-4)
 
 
-def test_set_accepts_a_learning_rate_without_decimal_point(write: Write) -> None:
+def test_set_option_accepts_a_learning_rate_without_a_decimal_point(write: Write) -> None:
     assert load_recipe(write(), ("train.learning_rate=2e-4",)).train.learning_rate == 2e-4
 
 
-def test_path_is_relative_to_the_recipe_when_given_with_set(write: Write, tmp_path: Path) -> None:
+def test_path_given_with_the_set_option_is_relative_to_the_recipe(write: Write, tmp_path: Path) -> None:
     assert load_recipe(write(), ("data.train=other.jsonl",)).data.train == (str(tmp_path / "other.jsonl"),)
 
 
@@ -188,7 +188,7 @@ def test_path_is_relative_to_the_recipe_when_given_with_set(write: Write, tmp_pa
         ("train=5", "'train' is 5"),
     ],
 )
-def test_error_names_the_override_when_set_is_invalid(write: Write, override: str, text: str) -> None:
+def test_invalid_set_option_is_named_in_the_error(write: Write, override: str, text: str) -> None:
     assert text in refusal(write(), override)
 
 
@@ -203,7 +203,7 @@ def test_recipe_keys_are_the_leaves_of_the_schema() -> None:
 
 
 @given(mappings_of(recipe_keys()))
-def test_mapping_loads_or_raises_a_recipe_error(
+def test_any_mapping_loads_or_raises_a_recipe_error(
     tmp_path_factory: pytest.TempPathFactory, content: dict[str, Any]
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "any.yaml"
@@ -216,7 +216,7 @@ def test_mapping_loads_or_raises_a_recipe_error(
 
 
 @given(st.sampled_from(recipe_keys()), json_values)
-def test_error_names_the_key_when_its_value_is_rejected(
+def test_rejected_value_error_names_the_recipe_key(
     tmp_path_factory: pytest.TempPathFactory, key: str, value: Any
 ) -> None:
     section, _, inner = key.rpartition(".")
@@ -230,7 +230,7 @@ def test_error_names_the_key_when_its_value_is_rejected(
 
 
 @given(st.text(max_size=30) | st.from_regex(r"[a-z.]{1,12}=.{0,12}"))
-def test_override_loads_or_raises_a_recipe_error(tmp_path_factory: pytest.TempPathFactory, override: str) -> None:
+def test_any_set_option_loads_or_raises_a_recipe_error(tmp_path_factory: pytest.TempPathFactory, override: str) -> None:
     path = tmp_path_factory.getbasetemp() / "set.yaml"
     path.write_text(yaml.safe_dump(GOOD), "utf-8")
     try:
@@ -275,5 +275,5 @@ def test_method_implies_adapter_type_and_quantization(
     ],
     ids=str,
 )
-def test_recipe_is_rejected_when_two_keys_contradict(write: Write, sections: dict[str, Any], message: str) -> None:
+def test_contradictory_recipe_keys_are_rejected(write: Write, sections: dict[str, Any], message: str) -> None:
     assert message in refusal(write(**sections))

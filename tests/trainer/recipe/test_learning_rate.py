@@ -20,7 +20,7 @@ _CUSTOMARY = {
     ("name", "method", "low", "high"),
     [(name, method, *bounds) for name, of in _CUSTOMARY.items() for method, bounds in of.items()],
 )
-def test_default_is_within_the_customary_rates_of_published_models(
+def test_default_learning_rate_is_within_the_usual_range_for_published_models(
     name: str, method: str, low: float, high: float
 ) -> None:
     assert low <= make_recipe(method=method).learning_rate(read_width(FOLDER / name)) <= high
@@ -28,18 +28,18 @@ def test_default_is_within_the_customary_rates_of_published_models(
 
 @pytest.mark.parametrize(("method", "rate"), [("lora", 5e-4), ("full", 5e-5), ("adalora", 1e-2), ("vera", 6e-2)])
 @pytest.mark.parametrize("width", [64, 576])
-def test_default_is_the_measured_rate_when_the_base_is_not_wider_than_the_measured_one(
+def test_default_learning_rate_is_the_measured_one_up_to_the_measured_base_width(
     method: str, rate: float, width: int
 ) -> None:
     assert make_recipe(method=method).learning_rate(width) == rate
 
 
-def test_the_recipes_own_rate_is_used_whatever_the_base() -> None:
+def test_learning_rate_set_in_the_recipe_is_used_for_any_base() -> None:
     recipe = make_recipe(train={"learning_rate": 7e-4})
     assert recipe.with_learning_rate(8192) == recipe
 
 
-def test_a_recipe_with_its_rate_written_out_records_it() -> None:
+def test_resolved_learning_rate_is_recorded_in_the_recipe() -> None:
     recipe = make_recipe(method="full").with_learning_rate(4096)
     assert recipe.train.learning_rate == 1.9e-5
     assert recipe.flat()["train.learning_rate"] == "1.9e-05"

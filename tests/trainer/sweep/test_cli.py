@@ -68,7 +68,7 @@ def children(tracking: Tracking, experiment: str) -> list[Any]:
     return [run for run in client.search_runs([stored.experiment_id]) if "mlflow.parentRunId" in run.data.tags]
 
 
-def test_a_sweep_ends_with_a_table_a_picture_and_a_recipe(
+def test_sweep_produces_a_table_a_plot_and_a_recipe(
     recipe: Path, run: Any, tracking: Tracking, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended = run("sweep", recipe, "--json")
@@ -99,7 +99,7 @@ def test_a_sweep_ends_with_a_table_a_picture_and_a_recipe(
     assert "the winner is trained" in run("sweep", recipe, "--register").err
 
 
-def test_a_learning_curve_has_four_points(recipe: Path, run: Any, tracking: Tracking) -> None:
+def test_learning_curve_has_four_points(recipe: Path, run: Any, tracking: Tracking) -> None:
     ended = run("train", recipe, "--curve", "--json")
     assert ended.code == 0, ended.err
     result = json.loads(ended.out)
@@ -121,7 +121,7 @@ def test_learning_curve_registers_no_version(recipe: Path, run: Any) -> None:
         ("{adapter.rank: {low: 8, high: 4}}", "a range needs low below high"),
     ],
 )
-def test_sweep_is_rejected_before_the_first_trial_when_the_space_is_invalid(
+def test_sweep_with_an_invalid_space_is_rejected_before_the_first_trial(
     recipe: Path, run: Any, space: str, why: str
 ) -> None:
     ended = run("sweep", recipe, "--set", f"sweep.space={space}")
@@ -181,7 +181,7 @@ def in_the_middle(sweeps: Path, finished: int) -> bool:
     return ended >= finished and begun > ended
 
 
-def test_sweep_that_was_killed_and_then_interrupted_is_resumed_with_the_same_result(
+def test_killed_and_interrupted_sweep_resumes_with_the_same_result(
     recipe: Path, tracking: Tracking, tmp_path: Path
 ) -> None:
     tracking.experiments()  # creates the database
@@ -220,7 +220,7 @@ def test_sweep_that_was_killed_and_then_interrupted_is_resumed_with_the_same_res
     assert len(children(tracking, f"{name}-sweep")) == 2 * alone
 
 
-def test_sweep_is_interrupted_when_ctrl_c_arrives_between_trainings(tmp_path: Path) -> None:
+def test_keyboard_interrupt_between_trainings_interrupts_the_sweep(tmp_path: Path) -> None:
     from tests.trainer.conftest import make_recipe
     from trainer.base_model.resolve import Base
     from trainer.pipeline.examples import Examples

@@ -101,13 +101,13 @@ def contest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Contest:
     return Contest(tmp_path, monkeypatch)
 
 
-def test_the_winner_by_loss_wins_when_answers_do_not_differ(contest: Contest) -> None:
+def test_trial_with_the_lowest_loss_wins_when_answers_do_not_differ(contest: Contest) -> None:
     key, reasons, finalists = won(contest.open())
     assert (key, reasons) == ("fast", [])
     assert [finalist.trial.key for finalist in finalists] == ["unchanged", "fast", "middle", "slow"]
 
 
-def test_the_primary_metric_decides_when_it_differs_beyond_chance(contest: Contest) -> None:
+def test_primary_metric_decides_when_finalists_differ_significantly(contest: Contest) -> None:
     key, reasons, _ = won(contest.open(right=answer("slow")))
     assert key == "slow"
     assert reasons == ["learning_rate 0.002 would win by held-out loss, but its exact match is worse"]
@@ -119,7 +119,7 @@ def test_finalists_are_merged_into_the_same_weights_as_by_svc_train(contest: Con
     assert set(contest.dequantized) == {dequantized}
 
 
-def test_forgetting_is_only_reported_when_the_recipe_has_no_limit(contest: Contest) -> None:
+def test_sweep_without_a_forgetting_limit_only_reports_forgetting(contest: Contest) -> None:
     key, _, finalists = won(contest.open(knowing=["base", "slow"]))
     assert key == "fast"
     lost = {one.trial.key: one.forgetting.lost for one in finalists if one.forgetting}
@@ -127,7 +127,7 @@ def test_forgetting_is_only_reported_when_the_recipe_has_no_limit(contest: Conte
     assert contest.logged["fast"]["general_difference_merged"] == -1
 
 
-def test_a_trial_that_forgets_too_much_does_not_win(contest: Contest) -> None:
+def test_trial_that_forgets_too_much_does_not_win(contest: Contest) -> None:
     limits = {"metrics": "exact_match", "max_forgetting": 0.1}
     finals = contest.open(answer("fast"), ["base", "middle", "slow"], evaluate=limits)
     key, reasons, finalists = won(finals)
@@ -141,7 +141,7 @@ def test_a_trial_that_forgets_too_much_does_not_win(contest: Contest) -> None:
     assert (lines[2e-3].primary.value, lines[2e-3].difference.value) == (1, 1)
 
 
-def test_further_trials_are_measured_while_all_forget_too_much(contest: Contest) -> None:
+def test_more_trials_are_evaluated_while_all_forget_too_much(contest: Contest) -> None:
     limits = {"metrics": "exact_match", "max_forgetting": 0.1}
     finals = contest.open(knowing=["base", "slow"], evaluate=limits, sweep={"finalists": 1})
     key, _, finalists = won(finals)
@@ -149,19 +149,19 @@ def test_further_trials_are_measured_while_all_forget_too_much(contest: Contest)
     assert len(finalists) == 4
 
 
-def test_the_trial_that_forgets_least_wins_when_all_forget_too_much(contest: Contest) -> None:
+def test_trial_that_forgets_least_wins_when_all_forget_too_much(contest: Contest) -> None:
     limits = {"metrics": "exact_match", "max_forgetting": 0.1}
     key, reasons, _ = won(contest.open(evaluate=limits))
     assert key == "unchanged"
     assert "all measured trials forget more" in reasons[0]
 
 
-def test_no_more_trials_are_measured_than_the_recipe_says(contest: Contest) -> None:
+def test_number_of_finalists_is_limited_by_the_recipe(contest: Contest) -> None:
     finalists = won(contest.open(sweep={"finalists": 1}))[2]
     assert [finalist.trial.key for finalist in finalists] == ["unchanged", "fast"]
 
 
-def test_all_trials_answer_in_one_engine_and_once(contest: Contest) -> None:
+def test_finalists_are_evaluated_only_once_and_in_one_engine(contest: Contest) -> None:
     first = won(contest.open())
     assert contest.engines.started_with == ["base"]
     assert contest.engines.running == 0
@@ -169,13 +169,13 @@ def test_all_trials_answer_in_one_engine_and_once(contest: Contest) -> None:
     assert len(contest.engines.launched) == 1
 
 
-def test_no_merged_weights_are_left_when_the_finals_are_over(contest: Contest) -> None:
+def test_no_merged_weights_are_left_after_the_finals(contest: Contest) -> None:
     finals = contest.open()
     won(finals)
     assert not list(finals.place.folder.glob("finals/*"))
 
 
-def test_trials_without_an_adapter_are_left_out(contest: Contest) -> None:
+def test_trials_without_an_adapter_are_excluded_from_the_finals(contest: Contest) -> None:
     finals = contest.open()
     finals.place.adapter(MIDDLE).rmdir()
     assert [trial.key for trial in finals.rank(TRIALS)] == ["unchanged", "fast", "slow"]
@@ -191,7 +191,5 @@ def test_trials_without_an_adapter_are_left_out(contest: Contest) -> None:
         ({"sweep": {"finalists": 0}}, False),
     ],
 )
-def test_a_sweep_has_finals_only_with_adapters_and_a_merged_model(
-    contest: Contest, sections: dict[str, Any], has: bool
-) -> None:
+def test_finals_require_adapters_and_a_merged_format(contest: Contest, sections: dict[str, Any], has: bool) -> None:
     assert contest.open(**sections).place.has_finals is has

@@ -35,7 +35,7 @@ def test_fit_recovers_a_known_power_law(floor: float, scale: float, exponent: fl
     assert predicted == pytest.approx(floor + scale * 2000**-exponent, abs=0.03 * fall)
 
 
-def test_gain_of_twice_the_data_is_predicted_from_a_power_law() -> None:
+def test_gain_from_twice_the_data_is_predicted_by_a_power_law() -> None:
     losses = tuple(0.2 + 5 * size**-0.5 for size in SIZES)
     curve = curve_of(losses, noise=0.01)
     assert curve.gain is not None
@@ -46,12 +46,12 @@ def test_gain_of_twice_the_data_is_predicted_from_a_power_law() -> None:
     assert curve.sentence.startswith("Twice the data would lower held-out loss by about 0.04")
 
 
-def test_verdict_is_little_when_the_curve_is_flat() -> None:
+def test_flat_learning_curve_predicts_little_benefit_from_more_data() -> None:
     curve = curve_of(tuple(1.0 + 1e3 * size**-2.0 for size in SIZES), noise=0.001)
     assert curve.verdict is Benefit.LITTLE
 
 
-def test_verdict_is_unknown_when_noise_hides_the_gain() -> None:
+def test_benefit_of_more_data_is_unknown_when_noise_hides_the_gain() -> None:
     curve = curve_of(tuple(0.2 + 2 * size**-0.3 for size in SIZES), noise=0.4)
     assert curve.verdict is Benefit.UNKNOWN
 
@@ -63,19 +63,19 @@ def test_verdict_is_unknown_when_noise_hides_the_gain() -> None:
         ((2.0, 1.0, 2.0, 1.0), "no power law fits the points"),
     ],
 )
-def test_no_gain_is_predicted_when_the_points_fit_no_power_law(losses: tuple[float, ...], why: str) -> None:
+def test_no_gain_is_predicted_when_points_do_not_follow_a_power_law(losses: tuple[float, ...], why: str) -> None:
     curve = curve_of(losses)
     assert curve.verdict is Benefit.UNKNOWN
     assert (curve.gain, curve.doubled, curve.law) == (None, None, None)
     assert why in curve.sentence
 
 
-def test_no_gain_is_predicted_from_three_points() -> None:
+def test_no_gain_is_predicted_from_only_three_points() -> None:
     assert "needs 4" in curve_of((3.0, 2.0, 1.5), sizes=(2, 4, 8)).sentence
 
 
 @given(st.lists(st.sampled_from("abc"), min_size=20, max_size=200), st.integers(0, 5))
-def test_subsets_are_nested_and_have_their_share_of_each_label(labels: list[str], seed: int) -> None:
+def test_learning_curve_subsets_are_nested_and_stratified_by_label(labels: list[str], seed: int) -> None:
     parts = nested_subsets(labels, seed)
     assert len(parts[-1]) == len(labels)
     for smaller, larger in itertools.pairwise(parts):
@@ -86,6 +86,6 @@ def test_subsets_are_nested_and_have_their_share_of_each_label(labels: list[str]
             assert abs(sum(labels[place] == label for place in part) - expected) <= 2
 
 
-def test_subsets_differ_when_the_seed_differs() -> None:
+def test_learning_curve_subsets_differ_with_the_seed() -> None:
     labels = [str(number) for number in range(50)]
     assert nested_subsets(labels, 0)[0] != nested_subsets(labels, 1)[0]

@@ -11,14 +11,14 @@ NOISY = tuple(level + shift for level, shift in zip(LEVELS, (0.3, -0.4, 0.2, -0.
 """Losses slightly better than the plain ones on average, but not significantly."""
 
 
-def test_preferred_trial_is_chosen_when_several_cannot_be_told_apart() -> None:
+def test_earlier_listed_trial_is_chosen_among_indistinguishable_ones() -> None:
     plain, noisy, worse = outcome(0, "plain"), outcome(0, "noisy", each=NOISY), outcome(1, "worse")
     assert noisy.mean < plain.mean
     assert COMPARISON.choose([worse, plain, noisy]).key == "plain"
     assert COMPARISON.choose([worse, noisy, plain]).key == "noisy"
 
 
-def test_small_difference_counts_when_every_example_has_it() -> None:
+def test_small_difference_is_significant_if_consistent_across_examples() -> None:
     assert COMPARISON.choose([outcome(0.01, "default"), outcome(0, "better")]).key == "better"
 
 
@@ -27,7 +27,7 @@ def test_incomplete_trial_is_never_chosen() -> None:
     assert COMPARISON.choose([pruned, outcome(1, "complete")]).key == "complete"
 
 
-def test_long_answers_count_by_their_tokens() -> None:
+def test_trial_comparison_weights_answers_by_token_count() -> None:
     """The second is better on the one long answer only."""
     first, second = outcome(0), outcome(0, each=(LEVELS[0] - 0.1, *(level + 0.05 for level in LEVELS[1:])))
     assert TrialComparison(TOKENS).difference(first, second).value > 0
@@ -50,7 +50,7 @@ def point(step: int, loss: float, *heldout: float) -> TrainingPoint:
     ],
     ids=["rises", "falls", "chance", "diverges", "unmeasured"],
 )
-def test_overfitting_is_a_rise_of_heldout_loss_while_training_loss_falls(
+def test_overfitting_means_heldout_loss_rises_while_training_loss_falls(
     points: list[TrainingPoint], overfits: bool
 ) -> None:
     assert outcome(0, points=tuple(points)).overfits is overfits

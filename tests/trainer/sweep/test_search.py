@@ -60,7 +60,7 @@ def make() -> Make:
     return make
 
 
-def test_each_phase_starts_from_the_winner_of_the_previous_one(make: Make) -> None:
+def test_each_search_phase_starts_from_the_winner_of_the_previous_one(make: Make) -> None:
     def landscape(recipe: Recipe) -> float:
         return bowl(1e-4)(recipe) + 8 / recipe.rank + 1 / recipe.train.epochs
 
@@ -73,64 +73,64 @@ def test_each_phase_starts_from_the_winner_of_the_previous_one(make: Make) -> No
 
 
 @pytest.mark.parametrize(("method", "highest"), [("lora", 5e-4), ("adalora", 1e-2), ("vera", 6e-2), ("full", 5e-5)])
-def test_the_tried_rates_are_around_the_default_of_the_method(make: Make, method: str, highest: float) -> None:
+def test_tried_learning_rates_are_around_the_default_of_the_method(make: Make, method: str, highest: float) -> None:
     sweep = make(bowl(highest / 5), method=method)
     sweep.run()
     rates = [trial.values[RATE] for trial in sweep.of(Phase.LEARNING_RATE)]
     assert sorted(rates) == pytest.approx([highest / 50, highest / 10, highest / 5, highest / 2.5, highest])
 
 
-def test_no_rank_is_tried_when_the_method_is_full_fine_tuning(make: Make) -> None:
+def test_no_ranks_are_tried_for_full_fine_tuning(make: Make) -> None:
     sweep = make(bowl(1e-5), method="full")
     sweep.run()
     assert sweep.of(Phase.RANK) == []
 
 
-def test_the_recipes_own_values_are_always_tried_first(make: Make) -> None:
+def test_values_of_the_recipe_are_always_tried_first(make: Make) -> None:
     sweep = make(bowl(3e-4), train={"learning_rate": 3e-4}, adapter={"rank": 4})
     assert sweep.run().values == {}
     assert sweep.of(Phase.LEARNING_RATE)[0].values[RATE] == 3e-4
     assert sweep.of(Phase.RANK)[0].values[RANK] == 4
 
 
-def test_higher_rates_are_tried_when_the_highest_is_the_best(make: Make) -> None:
+def test_higher_learning_rates_are_tried_when_the_highest_is_best(make: Make) -> None:
     sweep = make(bowl(1e-3))
     assert sweep.run().values[RATE] == 1e-3
     assert [trial.values[RATE] for trial in sweep.of(Phase.LEARNING_RATE)][5:] == [1e-3, 2e-3]
 
 
-def test_lower_rates_are_tried_when_the_lowest_is_the_best(make: Make) -> None:
+def test_lower_learning_rates_are_tried_when_the_lowest_is_best(make: Make) -> None:
     sweep = make(bowl(4e-6))
     assert sweep.run().values[RATE] == 5e-6
     assert [trial.values[RATE] for trial in sweep.of(Phase.LEARNING_RATE)][5:] == [5e-6, 2.5e-6]
 
 
-def test_note_says_that_the_best_rate_is_the_highest_tried_when_no_bound_is_found(make: Make) -> None:
+def test_note_says_when_the_best_learning_rate_is_the_highest_tried(make: Make) -> None:
     sweep = make(bowl(1.0))
     assert sweep.run().values[RATE] == 8e-3
     assert any("the best train.learning_rate is the highest that was tried" in note for note in sweep.search.notes)
 
 
-def test_rates_are_multiples_of_the_default_of_a_wider_base() -> None:
+def test_tried_learning_rates_scale_with_the_default_for_a_wider_base() -> None:
     sweep = Sweep(make_recipe(), bowl(4e-5), width=4096)
     assert sweep.run().values[RATE] == 3.8e-5
     rates = [trial.values[RATE] for trial in sweep.of(Phase.LEARNING_RATE)]
     assert rates == pytest.approx([1.9e-4, 7.6e-5, 3.8e-5, 1.9e-5, 3.8e-6])
 
 
-def test_a_lower_rank_is_tried_when_the_lowest_is_better_beyond_chance(make: Make) -> None:
+def test_lower_ranks_are_tried_when_the_lowest_is_significantly_better(make: Make) -> None:
     sweep = make(lambda recipe: 0.1 * abs(recipe.rank - 4))
     assert sweep.run().values[RANK] == 4
     assert [trial.values[RANK] for trial in sweep.of(Phase.RANK)] == [16, 8, 32, 4, 2]
 
 
-def test_no_rank_beyond_those_is_tried_when_ranks_make_no_difference(make: Make) -> None:
+def test_no_further_ranks_are_tried_when_rank_makes_no_difference(make: Make) -> None:
     sweep = make(bowl(5e-4))
     sweep.run()
     assert [trial.values[RANK] for trial in sweep.of(Phase.RANK)] == [16, 8, 32]
 
 
-def test_no_more_than_three_epochs_are_tried_when_the_third_is_not_better_beyond_chance(
+def test_at_most_three_epochs_are_tried_unless_the_third_is_significantly_better(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(TrialComparison, "distinct", lambda self, first, second: abs(first.mean - second.mean) > 0.1)
@@ -140,12 +140,12 @@ def test_no_more_than_three_epochs_are_tried_when_the_third_is_not_better_beyond
     assert [trial.values[EPOCHS] for trial in sweep.of(Phase.EPOCHS)] == [1, 2, 3]
 
 
-def test_recipe_wins_when_a_difference_may_be_chance(make: Make) -> None:
+def test_recipe_wins_when_a_difference_may_be_due_to_chance(make: Make) -> None:
     """No value matters here, so the recipe wins unchanged."""
     assert make(lambda recipe: 1.0).run().values == {}
 
 
-def test_the_winner_is_never_worse_than_the_recipe(make: Make) -> None:
+def test_winner_is_never_worse_than_the_recipe(make: Make) -> None:
     """The recipe has two epochs, and its rate is right only for two."""
 
     def landscape(recipe: Recipe) -> float:
@@ -160,12 +160,12 @@ def test_no_further_epochs_are_tried_when_the_last_one_brought_no_gain(make: Mak
     assert [trial.values[EPOCHS] for trial in sweep.of(Phase.EPOCHS)] == [1, 2]
 
 
-def test_a_recipe_with_steps_is_compared_as_it_is(make: Make) -> None:
+def test_recipe_with_steps_is_compared_unchanged(make: Make) -> None:
     sweep = make(lambda recipe: -1.0 if recipe.train.steps else 0.0, train={"steps": 7})
     assert sweep.run().values == {}
 
 
-def test_more_targets_are_tried_when_the_largest_rank_won(make: Make) -> None:
+def test_more_target_modules_are_tried_when_the_largest_rank_won(make: Make) -> None:
     def landscape(recipe: Recipe) -> float:
         return 10 / recipe.rank + (recipe.adapter.targets != "all-linear")
 
@@ -173,20 +173,20 @@ def test_more_targets_are_tried_when_the_largest_rank_won(make: Make) -> None:
     assert sweep.run().values[TARGETS] == "all-linear"
 
 
-def test_no_more_targets_are_tried_when_the_rank_made_no_difference(make: Make) -> None:
+def test_no_more_target_modules_are_tried_when_rank_made_no_difference(make: Make) -> None:
     sweep = make(bowl(5e-4), adapter={"targets": "attention"})
     sweep.run()
     assert sweep.of(Phase.TARGETS) == []
     assert any("adapters on more layers were not tried" in note for note in sweep.search.notes)
 
 
-def test_dropout_is_tried_when_a_training_overfits(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_is_tried_when_a_trial_overfits(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = make(lambda recipe: 1.0 - recipe.adapter.dropout)
     monkeypatch.setattr(TrialOutcome, "overfits", property(lambda self: True))
     assert sweep.run().values[DROPOUT] == 0.1
 
 
-def test_dropout_is_not_tried_when_no_training_overfits(make: Make) -> None:
+def test_dropout_is_not_tried_when_no_trial_overfits(make: Make) -> None:
     sweep = make(lambda recipe: 1.0 - recipe.adapter.dropout)
     sweep.run()
     assert sweep.of(Phase.DROPOUT) == []
@@ -200,17 +200,17 @@ def test_worse_trials_are_pruned_except_the_first_two(make: Make) -> None:
     assert statuses[5e-4] is statuses[2e-4] is Status.COMPLETE
 
 
-def test_only_one_trial_fails_when_its_loss_explodes(make: Make) -> None:
+def test_exploding_loss_fails_only_the_affected_trial(make: Make) -> None:
     sweep = make(bowl(1e-4), {"diverges": lambda recipe: rate_of(recipe) > 1e-4})
     assert sweep.run().values[RATE] == 1e-4
 
 
-def test_sweep_fails_when_no_trial_is_completed(make: Make) -> None:
+def test_sweep_fails_when_no_trial_completes(make: Make) -> None:
     with pytest.raises(TrainingError, match="no trial was completed: the loss is nan"):
         make(bowl(1e-4), {"diverges": lambda recipe: True}).run()
 
 
-def test_no_training_is_repeated_when_two_phases_need_it(make: Make) -> None:
+def test_training_needed_by_two_phases_runs_only_once(make: Make) -> None:
     sweep = make(bowl(1e-4))
     sweep.run()
     rates = [values[RATE] for values in sweep.trials.made[1:] if values.get(RANK, 16) == 16 and values[EPOCHS] == 1]
@@ -236,7 +236,7 @@ SPACES: list[dict[str, Any]] = [
 @pytest.mark.slow
 @pytest.mark.parametrize("sections", SPACES, ids=["phases", "ranges", "lists"])
 @pytest.mark.parametrize("kills", [(1,), (4,), (2, 3, 8)], ids=str)
-def test_trials_are_the_same_when_the_sweep_was_killed(sections: dict[str, Any], kills: tuple[int, ...]) -> None:
+def test_killed_sweep_resumes_with_the_same_trials(sections: dict[str, Any], kills: tuple[int, ...]) -> None:
     def landscape(recipe: Recipe) -> float:
         return bowl(1e-4)(recipe) + 8 / recipe.rank + recipe.train.batch_size / 10
 
@@ -252,7 +252,7 @@ def test_trials_are_the_same_when_the_sweep_was_killed(sections: dict[str, Any],
     assert completed == whole.trials.made
 
 
-def test_nothing_is_trained_when_a_finished_sweep_is_repeated(make: Make) -> None:
+def test_repeating_a_finished_sweep_trains_nothing(make: Make) -> None:
     sweep = make(bowl(1e-4))
     won = sweep.run()
     before = len(sweep.trials.made)
@@ -260,13 +260,13 @@ def test_nothing_is_trained_when_a_finished_sweep_is_repeated(make: Make) -> Non
     assert len(sweep.trials.made) == before
 
 
-def test_every_combination_is_tried_when_the_space_has_lists_only(make: Make) -> None:
+def test_every_combination_is_tried_when_the_space_has_only_lists(make: Make) -> None:
     sweep = make(bowl(1e-4), sweep={"space": {RATE: [1e-4, 2e-4], RANK: [4, 8]}})
     assert sweep.run().values == {RATE: 1e-4, RANK: 4}
     assert len(sweep.of(Phase.SPACE)) == 4
 
 
-def test_number_of_trials_is_the_recipes_when_the_space_has_a_range(make: Make) -> None:
+def test_recipe_sets_the_number_of_trials_for_a_space_with_ranges(make: Make) -> None:
     space = {RATE: {"low": 1e-5, "high": 1e-2, "log": True}, "adapter.rank": {"low": 2, "high": 64}}
     sweep = make(bowl(1e-4), sweep={"space": space, "trials": 7})
     sweep.run()
@@ -275,14 +275,14 @@ def test_number_of_trials_is_the_recipes_when_the_space_has_a_range(make: Make) 
     assert all(1e-5 <= trial.values[RATE] <= 1e-2 and isinstance(trial.values[RANK], int) for trial in trials)
 
 
-def test_sweep_ends_when_its_seconds_have_passed(make: Make) -> None:
+def test_sweep_ends_after_its_time_limit(make: Make) -> None:
     sweep = make(bowl(1e-4), sweep={"seconds": 2.5})
     sweep.run()
     assert len(sweep.trials.made) == 3
     assert any("sweep.seconds" in note for note in sweep.search.notes)
 
 
-def test_the_recipe_wins_when_its_trial_takes_all_the_time(make: Make) -> None:
+def test_recipe_wins_when_its_own_trial_takes_all_the_time(make: Make) -> None:
     sweep = make(bowl(1e-4), sweep={"seconds": 0.5}, adapter={"targets": "attention"})
     assert sweep.run().values == {}
     assert len(sweep.search.tried) == 1

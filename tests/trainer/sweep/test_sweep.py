@@ -42,7 +42,7 @@ def test_warning_is_printed_when_the_winner_may_not_be_better() -> None:
     assert "cannot be told apart from learning_rate 0.0005" in result.warning
 
 
-def test_the_flags_of_the_winner_are_read_as_its_values(tmp_path: Path) -> None:
+def test_printed_flags_of_the_winner_round_trip_to_its_values(tmp_path: Path) -> None:
     """5e-05 is a string in YAML, 5.0e-05 a number."""
     values = {RATE: 5e-5, RANK: 8, "train.steps": None, "adapter.targets": "attention"}
     path = tmp_path / "recipe.yaml"
@@ -52,19 +52,19 @@ def test_the_flags_of_the_winner_are_read_as_its_values(tmp_path: Path) -> None:
     assert load_recipe(path, tuple(flags)) == with_values(recipe, values)
 
 
-def test_recipe_of_the_winner_is_complete_and_has_no_sweep_section() -> None:
+def test_winning_recipe_is_complete_without_a_sweep_section() -> None:
     recipe = make_recipe(sweep={"space": {RANK: [4, 8]}}, evaluate={"metrics": "rouge"}, method="dora")
     content: Any = parse_yaml(recipe_text(with_values(recipe, {RANK: 8})))
     assert "sweep" not in content
     assert type(recipe).model_validate(content) == with_values(recipe, {RANK: 8})
 
 
-def test_the_runner_up_is_the_best_of_the_others() -> None:
+def test_runner_up_is_the_best_of_the_remaining_trials() -> None:
     winner, *others = (outcome(loss, key, {RATE: loss}) for key, loss in (("b", 0.5), ("a", 1.0), ("c", 0.7)))
     assert result_of(winner, *others).runner_up == {RATE: 0.7}
 
 
-def test_table_shows_every_trial_with_the_reason_for_pruning(
+def test_sweep_table_shows_every_trial_with_its_pruning_reason(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pruned = TrialOutcome(key="c", values={RATE: 1e-5}, status=Status.PRUNED, why="at step 4 with loss 2.000")
@@ -75,14 +75,14 @@ def test_table_shows_every_trial_with_the_reason_for_pruning(
 
 
 @pytest.mark.slow
-def test_a_picture_is_the_same_file_each_time(tmp_path: Path) -> None:
+def test_sweep_plot_is_reproducible_byte_for_byte(tmp_path: Path) -> None:
     result = result_of(outcome(0, "a", {RATE: 1e-4}), outcome(0.5, "b", {RATE: 5e-4}))
     files = [draw_sweep(result, tmp_path / name).read_bytes() for name in ("one.svg", "two.svg")]
     assert files[0] == files[1]
     assert b"learning_rate" in files[0]
 
 
-def test_a_picture_is_drawn_when_the_recipes_space_has_numbers_and_null(tmp_path: Path) -> None:
+def test_sweep_plot_supports_a_space_with_numbers_and_null(tmp_path: Path) -> None:
     recipe = make_recipe()
     trials = [outcome(loss, str(loss), {RANK: rank}) for loss, rank in ((0, None), (1, 8), (2, 4))]
     search = Search(recipe, 5e-4, TrialComparison(TOKENS), FakeTrials(recipe, lambda _: 0).run, "")
@@ -90,7 +90,7 @@ def test_a_picture_is_drawn_when_the_recipes_space_has_numbers_and_null(tmp_path
     assert b"adapter.rank" in draw_sweep(summarize(search, trials[0], BASE), tmp_path / "one.svg").read_bytes()
 
 
-def test_a_picture_is_drawn_when_no_phase_has_two_trials(tmp_path: Path) -> None:
+def test_sweep_plot_is_drawn_when_no_phase_has_two_trials(tmp_path: Path) -> None:
     assert draw_sweep(result_of(outcome(0, "a", {})), tmp_path / "one.svg").stat().st_size > 0
 
 
@@ -106,12 +106,12 @@ def test_a_picture_is_drawn_when_no_phase_has_two_trials(tmp_path: Path) -> None
         ({}, {"evaluate.limit": 7}, True),
     ],
 )
-def test_training_key_is_the_same_when_values_mean_the_same_training(
+def test_equivalent_trial_values_have_the_same_training_key(
     first: dict[str, Any], second: dict[str, Any], same: bool
 ) -> None:
     keys = [training_key(with_values(make_recipe().with_learning_rate(576), values)) for values in (first, second)]
     assert (keys[0] == keys[1]) is same
 
 
-def test_values_are_described_for_a_person() -> None:
+def test_values_are_formatted_human_readably() -> None:
     assert describe({RATE: 2e-4, "train.steps": None, RANK: 8}) == "learning_rate 0.0002, rank 8"

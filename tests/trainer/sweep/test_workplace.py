@@ -56,9 +56,7 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[int, float]]]:
     return remaining
 
 
-def test_trials_are_judged_by_the_validation_examples_when_there_are_some(
-    place: Workplace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_trials_are_judged_on_validation_examples_if_given(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.data.chat_template.tokenize_turns_of", lambda folder, examples, kwargs: [])
     monkeypatch.setattr(
         "trainer.data.chat_template.tokenize_as_trained", lambda folder, examples, kwargs: [*map(row_of, examples)]
@@ -72,7 +70,7 @@ def test_trials_are_judged_by_the_validation_examples_when_there_are_some(
 
 
 @pytest.mark.parametrize(("kind", "rate"), [("lora", 2.5e-4), ("vera", 3e-2)])
-def test_trial_has_the_default_learning_rate_of_its_own_adapter_type(
+def test_trial_uses_the_default_learning_rate_of_its_adapter_type(
     place: Workplace, monkeypatch: pytest.MonkeyPatch, kind: str, rate: float
 ) -> None:
     from trainer.training.trial import TrialRun
@@ -88,7 +86,7 @@ def test_trial_has_the_default_learning_rate_of_its_own_adapter_type(
     assert rates == [rate]
 
 
-def test_measurements_before_an_interruption_count_when_the_trial_resumes(
+def test_measurements_before_an_interruption_are_replayed_on_resume(
     place: Workplace, trainings: list[list[tuple[int, float]]]
 ) -> None:
     trainings += [[(1, 0.9)], [(2, 0.8)]]
@@ -100,14 +98,16 @@ def test_measurements_before_an_interruption_count_when_the_trial_resumes(
     assert outcome.watched == {1: 0.9, 2: 0.8}
 
 
-def test_training_runs_once_when_two_trials_need_it(place: Workplace, trainings: list[list[tuple[int, float]]]) -> None:
+def test_training_shared_by_two_trials_runs_only_once(
+    place: Workplace, trainings: list[list[tuple[int, float]]]
+) -> None:
     trainings.append([(1, 0.9)])
     values = {"train.learning_rate": place.recipe.train.learning_rate}
     first, second = (place.run_trial(changed, lambda step, loss: None) for changed in ({}, values))
     assert second == first.model_copy(update={"values": values})
 
 
-def test_a_pruned_trial_stays_pruned_when_it_is_requested_again(
+def test_pruned_trial_stays_pruned_when_requested_again(
     place: Workplace, trainings: list[list[tuple[int, float]]]
 ) -> None:
     def prune(step: int, loss: float) -> None:
@@ -119,7 +119,7 @@ def test_a_pruned_trial_stays_pruned_when_it_is_requested_again(
         assert (outcome.status, outcome.why, outcome.watched) == (Status.PRUNED, "at step 1", {1: 0.9})
 
 
-def test_failed_trial_is_not_repeated_when_its_loss_was_not_finite(
+def test_trial_that_failed_with_a_non_finite_loss_is_not_repeated(
     place: Workplace, trainings: list[list[tuple[int, float]]]
 ) -> None:
     trainings.append([(1, math.nan)])
@@ -127,9 +127,7 @@ def test_failed_trial_is_not_repeated_when_its_loss_was_not_finite(
     assert all(math.isnan(outcome.watched[1]) for outcome in outcomes)
 
 
-def test_a_trial_whose_held_out_loss_is_not_finite_has_failed(
-    place: Workplace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_trial_with_a_non_finite_heldout_loss_fails(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     from trainer.training.trial import TrialRun
 
     monkeypatch.setattr("trainer.training.trial.train_trial", lambda *_, **__: TrialRun(3, (math.nan,), ()))

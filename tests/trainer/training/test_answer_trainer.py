@@ -146,7 +146,7 @@ SCALED = {
 
 
 @pytest.mark.parametrize("model", SCALED.values(), ids=SCALED)
-def test_loss_from_trl_equals_the_loss_of_the_models_own_logits(
+def test_trl_loss_equals_the_loss_from_the_model_logits(
     model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = make_trainer(copy.deepcopy(model), tmp_path)
@@ -158,7 +158,7 @@ def test_loss_from_trl_equals_the_loss_of_the_models_own_logits(
     torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_mixture_is_trained_without_auxiliary_loss_when_it_has_no_experts(tmp_path: Path) -> None:
+def test_mixture_architecture_without_experts_is_trained_without_auxiliary_loss(tmp_path: Path) -> None:
     dense = GraniteMoeHybridForCausalLM(
         GraniteMoeHybridConfig(**SHAPE, num_local_experts=0, layer_types=["attention"] * 2, mamba_n_heads=4)
     )
@@ -168,7 +168,7 @@ def test_mixture_is_trained_without_auxiliary_loss_when_it_has_no_experts(tmp_pa
 
 
 @pytest.mark.parametrize("model", [LLAMA, MIXTURE, *SCALED.values()], ids=["plain", "mixture", *SCALED])
-def test_trls_head_is_used_when_it_is_correct(model: PreTrainedModel) -> None:
+def test_fused_trl_head_is_used_when_it_is_correct(model: PreTrainedModel) -> None:
     model = copy.deepcopy(model)
     add_fused_lm_head(model)
     assert fused_head_is_right(model)
@@ -182,7 +182,7 @@ WRONG = {
 
 @pytest.mark.parametrize("number_type", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("model", WRONG.values(), ids=WRONG)
-def test_trls_head_is_not_used_when_it_is_wrong(model: PreTrainedModel, number_type: torch.dtype) -> None:
+def test_fused_trl_head_is_not_used_when_it_is_wrong(model: PreTrainedModel, number_type: torch.dtype) -> None:
     model = copy.deepcopy(model).to(number_type)
     add_fused_lm_head(model)
     assert not fused_head_is_right(model)

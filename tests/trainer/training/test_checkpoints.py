@@ -27,7 +27,7 @@ def test_newest_checkpoint_is_returned(tmp_path: Path) -> None:
     assert folder.newest() == folder.at(100)
 
 
-def test_old_checkpoints_are_deleted_except_the_best(tmp_path: Path) -> None:
+def test_old_checkpoints_except_the_best_are_deleted(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path, keep=2)
     for step in range(1, 6):
         write(folder, step, best=2 if step >= 2 else None)
@@ -35,7 +35,7 @@ def test_old_checkpoints_are_deleted_except_the_best(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["shorter", "changed", "missing", "unrecorded"])
-def test_damaged_checkpoint_is_skipped(tmp_path: Path, damage: str) -> None:
+def test_corrupt_checkpoint_is_skipped(tmp_path: Path, damage: str) -> None:
     folder = CheckpointFolder(tmp_path, keep=2)
     write(folder, 1)
     write(folder, 2)
@@ -53,7 +53,7 @@ def test_damaged_checkpoint_is_skipped(tmp_path: Path, damage: str) -> None:
 
 
 @pytest.mark.parametrize("keep", [1, 2])
-def test_later_damaged_checkpoints_are_deleted_when_a_new_one_is_written(tmp_path: Path, keep: int) -> None:
+def test_later_corrupt_checkpoints_are_deleted_when_a_new_one_is_written(tmp_path: Path, keep: int) -> None:
     folder = CheckpointFolder(tmp_path, keep)
     for step in (10, 20, 30):
         write(folder, step, best=10)
@@ -65,7 +65,7 @@ def test_later_damaged_checkpoints_are_deleted_when_a_new_one_is_written(tmp_pat
     assert {path.name for path in folder.folder.iterdir()} <= {folder.at(step).name for step in (10, 12)}
 
 
-def test_error_is_raised_when_the_requested_checkpoint_is_damaged(tmp_path: Path) -> None:
+def test_requested_corrupt_checkpoint_raises_error(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path, keep=2)
     write(folder, 1)
     assert folder.whole(1) == folder.at(1)
@@ -106,6 +106,6 @@ def test_previous_checkpoint_is_kept_when_the_disk_is_full(tmp_path: Path, error
     assert steps(folder) == [folder.at(1).name]
 
 
-def test_other_errors_are_passed_on_unchanged(tmp_path: Path) -> None:
+def test_errors_other_than_a_full_disk_propagate_unchanged(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="something else"), CheckpointFolder(tmp_path, keep=1).writing(1):
         raise ValueError("something else")

@@ -95,13 +95,15 @@ def assert_same(model: PreTrainedModel | PeftModel) -> None:
 
 @settings(max_examples=15, deadline=None)
 @given(batches())
-def test_loss_is_correct_when_labels_are_at_any_position(labelled: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_answer_loss_is_correct_for_labels_at_any_position(labelled: tuple[torch.Tensor, torch.Tensor]) -> None:
     torch.testing.assert_close(answer_loss(LLAMA, *labelled), whole_loss(LLAMA, *labelled), rtol=1e-4, atol=1e-4)
 
 
 @settings(max_examples=10, deadline=None)
 @given(batches(), st.integers(1, 5))
-def test_loss_is_the_same_when_computed_in_parts(labelled: tuple[torch.Tensor, torch.Tensor], positions: int) -> None:
+def test_answer_loss_is_unchanged_when_computed_in_chunks(
+    labelled: tuple[torch.Tensor, torch.Tensor], positions: int
+) -> None:
     hidden = torch.randn(12, SHAPE["hidden_size"], generator=torch.Generator().manual_seed(0), requires_grad=True)
     targets = torch.arange(12)
     whole, parts = (loss._summed_cross_entropy(LLAMA, hidden, targets, size * VOCABULARY) for size in (12, positions))
@@ -109,7 +111,7 @@ def test_loss_is_the_same_when_computed_in_parts(labelled: tuple[torch.Tensor, t
     torch.testing.assert_close(*(torch.autograd.grad(loss, hidden)[0] for loss in (parts, whole)))
 
 
-def test_logits_of_long_answers_are_never_all_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_of_long_answers_are_computed_in_bounded_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss, "_LOGITS_AT_ONCE", 4 * VOCABULARY)
     scored: list[int] = []
     hook = LLAMA.lm_head.register_forward_hook(lambda head, inputs, output: scored.append(output.shape[1]))
@@ -141,7 +143,7 @@ def test_logits_of_long_answers_are_never_all_in_memory(monkeypatch: pytest.Monk
         "a decoder in the decoder",
     ],
 )
-def test_loss_is_the_same_for_other_architectures(model: PreTrainedModel) -> None:
+def test_answer_loss_matches_the_full_loss_for_other_architectures(model: PreTrainedModel) -> None:
     assert_same(model.float())
 
 
@@ -155,19 +157,19 @@ def test_loss_is_the_same_for_other_architectures(model: PreTrainedModel) -> Non
     ],
     ids=lambda adapter: f"{type(adapter).__name__}{'-DoRA' if getattr(adapter, 'use_dora', False) else ''}",
 )
-def test_loss_is_the_same_for_every_adapter_type(adapter: PeftConfig) -> None:
+def test_answer_loss_matches_the_full_loss_for_every_adapter_type(adapter: PeftConfig) -> None:
     set_seed(0)
     adapter.task_type = "CAUSAL_LM"
     assert_same(get_peft_model(LlamaForCausalLM(LlamaConfig(**SHAPE)), adapter))
 
 
-def test_loss_is_the_same_when_layers_are_checkpointed() -> None:
+def test_answer_loss_is_unchanged_by_gradient_checkpointing() -> None:
     model = LlamaForCausalLM(LlamaConfig(**SHAPE)).train()
     model.gradient_checkpointing_enable()
     assert_same(model)
 
 
-def test_adalora_penalty_equals_the_penalty_in_pefts_loss() -> None:
+def test_adalora_penalty_equals_the_penalty_in_the_peft_loss() -> None:
     set_seed(0)
     adapter = AdaLoraConfig(target_modules="all-linear", total_step=10, task_type="CAUSAL_LM", orth_reg_weight=0.3)
     model = get_peft_model(LlamaForCausalLM(LlamaConfig(**SHAPE)), adapter)
@@ -179,6 +181,6 @@ def test_adalora_penalty_equals_the_penalty_in_pefts_loss() -> None:
     torch.testing.assert_close(penalty, with_it - without, rtol=1e-3, atol=1e-4)
 
 
-def test_other_adapters_have_no_penalty() -> None:
+def test_adapters_other_than_adalora_have_no_penalty() -> None:
     model = get_peft_model(LlamaForCausalLM(LlamaConfig(**SHAPE)), LoraConfig(target_modules="all-linear"))
     assert orthogonality_penalty(model) is None

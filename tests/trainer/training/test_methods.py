@@ -58,7 +58,7 @@ def trained(tiny_base: Path, examples: list[ChatExample], tmp_path_factory: pyte
 
 
 @pytest.mark.parametrize("method", Method)
-def test_heldout_loss_falls_with_every_method(trained: Trained, method: Method) -> None:
+def test_every_method_lowers_heldout_loss(trained: Trained, method: Method) -> None:
     losses = losses_of(trained[method][1])
     assert losses[-1] < losses[0] - 0.2
 
@@ -71,7 +71,7 @@ def test_trained_weights_are_written_only_as_safetensors(trained: Trained, metho
 
 
 @pytest.mark.parametrize("method", ADAPTED)
-def test_merged_model_gives_the_outputs_of_the_adapter_on_its_base(
+def test_merged_model_matches_the_outputs_of_base_plus_adapter(
     trained: Trained, method: Method, tiny_base: Path, tmp_path: Path
 ) -> None:
     adapter = trained[method][0]
@@ -99,7 +99,7 @@ def test_full_fine_tuning_writes_bf16(trained: Trained) -> None:
 
 
 @pytest.mark.parametrize("kind", [AdapterType.DORA, AdapterType.ADALORA, AdapterType.VERA])
-def test_every_type_of_adapter_learns_when_frozen_weights_are_in_4_bits(
+def test_every_adapter_type_learns_on_frozen_4_bit_weights(
     kind: AdapterType, tiny_base: Path, examples: list[ChatExample], tmp_path: Path
 ) -> None:
     """Test combinations without a method name, such as QDoRA."""
@@ -117,7 +117,7 @@ def test_every_type_of_adapter_learns_when_frozen_weights_are_in_4_bits(
     assert merge_adapter(tiny_base, adapter, tmp_path / "merged").modules > 0
 
 
-def test_frozen_weights_are_in_4_bits_when_the_method_is_qlora(tiny_base: Path) -> None:
+def test_qlora_keeps_frozen_weights_in_4_bits(tiny_base: Path) -> None:
     layer = load_model(tiny_base, ModelForm(NumberType.BFLOAT16, Quantization.NF4)).model.layers[0].mlp.up_proj
     assert layer.weight.quant_state.quant_type == "nf4"
     assert layer.weight.quant_state.nested
@@ -149,7 +149,7 @@ class Products(TorchDispatchMode):
         *((method, NumberType.BFLOAT16) for method in (Method.FULL, Method.LORA, Method.QLORA)),
     ],
 )
-def test_matrix_products_have_the_requested_number_type(
+def test_matrix_products_use_the_requested_number_type(
     method: Method, number_type: NumberType, tiny_base: Path, examples: list[ChatExample], tmp_path: Path
 ) -> None:
     """A single bfloat16 product in float32 training would dominate the time on a CPU without a kernel for bfloat16."""
@@ -167,7 +167,7 @@ def test_matrix_products_have_the_requested_number_type(
 
 
 @pytest.mark.parametrize("number_type", [NumberType.BFLOAT16, NumberType.FLOAT32])
-def test_every_layer_is_fused_when_the_adapter_is_plain_lora(
+def test_all_layers_of_a_plain_lora_adapter_are_fused(
     number_type: NumberType,
     tiny_base: Path,
     examples: list[ChatExample],
@@ -183,7 +183,7 @@ def test_every_layer_is_fused_when_the_adapter_is_plain_lora(
     train_model(tiny_base, data, changed, out, tmp_path / "checkpoints", number_type=number_type)
 
 
-def test_qlora_weights_are_the_same_when_heldout_loss_is_measured(
+def test_measuring_heldout_loss_does_not_change_qlora_weights(
     tiny_base: Path, examples: list[ChatExample], tmp_path: Path
 ) -> None:
     """bitsandbytes packs weights for a kernel without a gradient when a model is evaluated on some CPUs."""
@@ -219,14 +219,14 @@ def test_adalora_ends_with_the_requested_mean_rank(trained: Trained) -> None:
     assert len(set(ranks)) > 1, "all ranks are equal, so none were distributed"
 
 
-def test_adalora_schedule_uses_the_real_number_of_steps() -> None:
+def test_adalora_schedule_uses_the_actual_number_of_steps() -> None:
     config = adapter_config(recipe(Method.ADALORA), "all-linear", steps=200)
     assert isinstance(config, AdaLoraConfig)
     assert (config.total_step, config.tinit, config.tfinal, config.target_r, config.init_r) == (200, 20, 60, 4, 6)
 
 
 @pytest.mark.parametrize("batch_size", [4, 8, 16])
-def test_a_quick_trial_of_adalora_is_trained_and_merged(
+def test_short_adalora_run_can_be_trained_and_merged(
     batch_size: int, tiny_base: Path, examples: list[ChatExample], tmp_path: Path
 ) -> None:
     """The batch sizes give three steps, two and one."""
@@ -239,13 +239,13 @@ def test_a_quick_trial_of_adalora_is_trained_and_merged(
     assert merge_adapter(tiny_base, out, tmp_path / "merged").modules > 0
 
 
-def test_module_may_keep_the_base_weights_when_adalora_left_it_no_rank(tmp_path: Path) -> None:
+def test_module_left_without_rank_by_adalora_may_keep_base_weights(tmp_path: Path) -> None:
     pattern = {"model.layers.0.mlp.up_proj.lora_E": [False] * 6, "model.layers.1.mlp.up_proj.lora_E": [True, False]}
     (tmp_path / "adapter_config.json").write_text(json.dumps({"rank_pattern": pattern}), "utf-8")
     assert unused_modules(tmp_path) == {"model.layers.0.mlp.up_proj"}
 
 
-def test_scaling_divides_by_the_root_of_the_rank_when_rslora_is_set(tiny_base: Path) -> None:
+def test_rslora_divides_scaling_by_the_square_root_of_the_rank(tiny_base: Path) -> None:
     config = adapter_config(recipe(Method.LORA, adapter={"rank": 16, "rslora": True}), "all-linear", steps=9)
     model = AutoModelForCausalLM.from_pretrained(tiny_base)
     assert get_peft_model(model, config).base_model.model.model.layers[0].mlp.up_proj.scaling["default"] == 8
@@ -259,7 +259,7 @@ def test_scaling_divides_by_the_root_of_the_rank_when_rslora_is_set(tiny_base: P
         ("adalora", {"rslora": True}, "adapter.rslora is not used by adalora"),
     ],
 )
-def test_recipe_is_rejected_when_a_key_has_no_meaning_for_the_method(
+def test_recipe_key_without_meaning_for_the_method_is_rejected(
     method: str, adapter: dict[str, object], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):

@@ -23,7 +23,7 @@ from trainer.training.summary import TrainingData
 
 
 @pytest.mark.parametrize("optimizer", Optimizer)
-def test_transformers_knows_the_name_of_every_optimizer(optimizer: Optimizer) -> None:
+def test_all_optimizer_names_are_known_to_transformers(optimizer: Optimizer) -> None:
     name = OptimizerNames(choose_optimizer(optimizer, scaled=False))
     assert ("8bit" in name) is optimizer.is_8bit
     assert name.startswith("paged") is optimizer.is_paged
@@ -34,18 +34,18 @@ def test_adamw_is_not_fused_when_the_loss_is_scaled() -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["paged-adamw", "paged-adamw-8bit"])
-def test_paged_optimizer_is_rejected_when_training_runs_on_a_cpu(optimizer: str) -> None:
+def test_paged_optimizer_is_rejected_for_cpu_training(optimizer: str) -> None:
     with pytest.raises(RecipeError, match="training runs on the CPU") as caught:
         check_optimizer(Optimizer(optimizer), cuda=False)
     assert caught.value.todo == f"set train.optimizer to {optimizer.removeprefix('paged-')}"
 
 
 @pytest.mark.parametrize("optimizer", Optimizer)
-def test_every_optimizer_is_accepted_when_training_runs_on_a_gpu(optimizer: Optimizer) -> None:
+def test_every_optimizer_is_accepted_for_gpu_training(optimizer: Optimizer) -> None:
     check_optimizer(optimizer, cuda=True)
 
 
-def test_8_bit_optimizer_is_rejected_when_bitsandbytes_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_8_bit_optimizer_is_rejected_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optimizer_module, "find_spec", lambda name: None)
     check_optimizer(Optimizer.ADAMW, cuda=False)
     with pytest.raises(RecipeError, match="needs bitsandbytes"):
@@ -53,7 +53,7 @@ def test_8_bit_optimizer_is_rejected_when_bitsandbytes_is_not_installed(monkeypa
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_training_is_rejected_when_the_optimizer_does_not_work_on_this_machine(tmp_path: Path) -> None:
+def test_training_with_an_optimizer_unsupported_on_this_machine_is_rejected(tmp_path: Path) -> None:
     recipe = make_recipe(train={"optimizer": "paged-adamw"})
     with pytest.raises(RecipeError, match="runs on the CPU"):
         training_arguments(recipe, 1e-3, tmp_path, choose_acceleration(machine_facts()), 10, NumberType.FLOAT32)
@@ -61,7 +61,7 @@ def test_training_is_rejected_when_the_optimizer_does_not_work_on_this_machine(t
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
-def test_training_with_8_bit_moments_ends_with_the_same_weights_when_it_was_interrupted(
+def test_interrupted_training_with_8_bit_moments_ends_with_the_same_weights(
     tiny_base: Path, examples: list[ChatExample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All weights are trained, because an adapter of the tiny model has no parameter of 4,096 weights."""

@@ -24,7 +24,9 @@ from trainer.training.out_of_memory import cheaper, out_of_memory
         ({"method": "qlora", "train": {"batch_size": 1, "max_length": 2048}}, "set train.max_length to 1024"),
     ],
 )
-def test_the_next_setting_to_lower_is_named_with_its_value(sections: dict[str, Any], advice: str) -> None:
+def test_out_of_memory_advice_names_the_next_setting_to_lower_with_its_value(
+    sections: dict[str, Any], advice: str
+) -> None:
     assert advice in cheaper(make_recipe(**sections), checkpointing=True)
 
 
@@ -48,5 +50,5 @@ def test_out_of_memory_errors_are_recognized(error: Exception) -> None:
     assert "out of memory" in advice.wrong
 
 
-def test_other_errors_are_not_recognized_as_out_of_memory() -> None:
+def test_unrelated_errors_are_not_recognized_as_out_of_memory() -> None:
     assert out_of_memory(make_recipe(), RuntimeError("shapes do not match"), checkpointing=False) is None

@@ -97,7 +97,7 @@ def data(examples: list[ChatExample]) -> TrainingData:
 
 
 @pytest.mark.parametrize("method", Method)
-def test_resumed_run_ends_as_uninterrupted_when_it_was_cut_off(
+def test_resumed_run_matches_an_uninterrupted_one_for_every_method(
     method: Method,
     tiny_base: Path,
     data: TrainingData,
@@ -114,7 +114,7 @@ def test_resumed_run_ends_as_uninterrupted_when_it_was_cut_off(
 
 
 @pytest.mark.parametrize("method", [Method.FULL, Method.QLORA, Method.ADALORA])
-def test_resumed_run_ends_as_uninterrupted_when_training_in_float32(
+def test_resumed_float32_run_matches_an_uninterrupted_one(
     method: Method,
     tiny_base: Path,
     data: TrainingData,
@@ -154,7 +154,7 @@ def left_out(folder: Path, step: int) -> list[int]:
 
 @pytest.mark.parametrize("method", [Method.FULL, Method.LORA, Method.ADALORA])
 @pytest.mark.usefixtures("scaled_on_cpu")
-def test_resumed_run_ends_as_uninterrupted_when_training_in_float16(
+def test_resumed_float16_run_matches_an_uninterrupted_one(
     method: Method,
     tiny_base: Path,
     data: TrainingData,
@@ -171,7 +171,7 @@ def test_resumed_run_ends_as_uninterrupted_when_training_in_float16(
 
 
 @pytest.mark.usefixtures("scaled_on_cpu")
-def test_adaloras_means_stay_finite_when_a_step_is_skipped(
+def test_adalora_importance_means_stay_finite_after_a_skipped_step(
     tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train_until(tiny_base, data, recipe(Method.ADALORA), tmp_path, 7, monkeypatch, FLOAT16)
@@ -185,7 +185,7 @@ def test_adaloras_means_stay_finite_when_a_step_is_skipped(
     ("begun", "goes_on"), [(BFLOAT16, FLOAT32), (FLOAT32, BFLOAT16), (FLOAT16, FLOAT32), (FLOAT32, FLOAT16)]
 )
 @pytest.mark.usefixtures("scaled_on_cpu")
-def test_run_is_converted_with_a_message_when_the_machine_has_another_number_type(
+def test_run_resumed_with_another_number_type_is_converted_with_a_message(
     begun: NumberType,
     goes_on: NumberType,
     tiny_base: Path,
@@ -212,7 +212,7 @@ def test_run_is_converted_with_a_message_when_the_machine_has_another_number_typ
         assert max(left_out(tmp_path / "b", STEPS)) > 6, "the scale of the loss was not found anew"
 
 
-def test_run_is_not_converted_when_it_has_finished(
+def test_finished_run_is_not_converted_to_another_number_type(
     tiny_base: Path, data: TrainingData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train_in(BFLOAT16, tiny_base, data, recipe(), tmp_path)
@@ -222,7 +222,7 @@ def test_run_is_not_converted_when_it_has_finished(
     assert "converted" not in capsys.readouterr().err
 
 
-def test_checkpoint_counts_as_bfloat16_when_it_names_no_number_type(tmp_path: Path) -> None:
+def test_checkpoint_without_a_number_type_counts_as_bfloat16(tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(1)}, tmp_path / "weights.safetensors")
     assert trainer_module.number_type_of(tmp_path) is BFLOAT16
 
@@ -238,7 +238,7 @@ def test_checkpoint_counts_as_bfloat16_when_it_names_no_number_type(tmp_path: Pa
     ],
     ids=["accumulation", "steps", "stopping", "curve", "packing"],
 )
-def test_resumed_run_ends_as_uninterrupted_with_other_settings(
+def test_resumed_run_matches_an_uninterrupted_one_for_other_settings(
     sections: dict[str, Any],
     tiny_base: Path,
     data: TrainingData,
@@ -254,14 +254,14 @@ def test_resumed_run_ends_as_uninterrupted_with_other_settings(
     assert_same(resumed, tmp_path / "b", whole)
 
 
-def test_result_is_the_same_when_the_checkpoint_interval_differs(
+def test_result_does_not_depend_on_the_checkpoint_interval(
     tiny_base: Path, data: TrainingData, uninterrupted: UninterruptedRuns, tmp_path: Path
 ) -> None:
     train_in(BFLOAT16, tiny_base, data, recipe(checkpoints={"every_steps": 5}), tmp_path)
     assert weights(tmp_path) == weights(uninterrupted.run(recipe()).folder)
 
 
-def test_no_step_is_taken_when_the_run_was_interrupted_after_its_last_one(
+def test_run_interrupted_after_its_last_step_resumes_without_further_steps(
     tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = train_model(
@@ -275,7 +275,7 @@ def test_no_step_is_taken_when_the_run_was_interrupted_after_its_last_one(
     assert (tmp_path / "trained" / "adapter_model.safetensors").read_bytes() == first
 
 
-def test_run_resumes_from_an_earlier_checkpoint_when_the_newest_is_damaged(
+def test_run_resumes_from_an_earlier_checkpoint_when_the_newest_is_corrupt(
     tiny_base: Path,
     data: TrainingData,
     uninterrupted: UninterruptedRuns,
@@ -320,7 +320,7 @@ def files(folder: Path) -> set[str]:
     return {os.path.join(root, name) for root, folders, names in os.walk(folder) for name in (*folders, *names)}
 
 
-def test_result_is_the_same_when_the_run_was_killed_at_any_moment(
+def test_run_killed_at_any_moment_resumes_with_the_same_result(
     tiny_base: Path, data: TrainingData, tmp_path: Path
 ) -> None:
     """SIGKILL is sent each time another file of a checkpoint appears, complete or not."""
@@ -383,7 +383,7 @@ def test_checkpoint_is_written_when_a_signal_stops_the_run(
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_run_is_interrupted_when_ctrl_c_arrives_while_weights_are_written(
+def test_keyboard_interrupt_while_writing_weights_interrupts_the_run(
     tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sft, "save_model", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
@@ -393,7 +393,7 @@ def test_run_is_interrupted_when_ctrl_c_arrives_while_weights_are_written(
         )
 
 
-def test_run_is_interrupted_when_a_signal_arrives_while_trained_weights_are_checked(
+def test_signal_while_checking_trained_weights_interrupts_the_run(
     tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def after_training(state: TrainerState) -> int | None:

@@ -67,12 +67,12 @@ def trained(tiny_base: Path, examples: list[ChatExample], tmp_path_factory: pyte
     return out
 
 
-def test_the_adapter_is_written_with_its_tokenizer(trained: Path) -> None:
+def test_adapter_is_written_with_its_tokenizer(trained: Path) -> None:
     names = {path.name for path in trained.iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"} <= names
 
 
-def test_nothing_is_written_in_pickle(trained: Path) -> None:
+def test_no_training_file_is_written_as_pickle(trained: Path) -> None:
     assert not [path.name for path in trained.rglob("*") if path.suffix in {".bin", ".pt", ".pth", ".pkl"}]
 
 
@@ -84,7 +84,7 @@ def test_every_linear_layer_except_the_head_is_trained(trained: Path) -> None:
     assert all(weight.any() for weight in high.values())
 
 
-def test_adapters_are_equal_when_the_seed_is_the_same(
+def test_adapters_trained_with_the_same_seed_are_equal(
     tiny_base: Path, examples: list[ChatExample], trained: Path, tmp_path: Path
 ) -> None:
     train(tiny_base, examples, tmp_path / "again")
@@ -92,7 +92,7 @@ def test_adapters_are_equal_when_the_seed_is_the_same(
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_adapters_differ_when_the_seed_differs(
+def test_adapters_trained_with_different_seeds_differ(
     tiny_base: Path, examples: list[ChatExample], trained: Path, tmp_path: Path
 ) -> None:
     train(tiny_base, examples, tmp_path / "other", seed=1)
@@ -106,25 +106,25 @@ def heldout_losses(summary: TrainingSummary) -> dict[int, float]:
     return {point.step: point.heldout_loss for point in points if point.heldout_loss is not None}
 
 
-def test_the_loss_falls(tiny_base: Path, examples: list[ChatExample], tmp_path: Path) -> None:
+def test_training_loss_falls_during_a_run(tiny_base: Path, examples: list[ChatExample], tmp_path: Path) -> None:
     losses = losses_of(train(tiny_base, examples, tmp_path / "adapter", learning_rate=1e-2, epochs=4))
     assert losses[-1] < losses[0] - 0.5
 
 
-def test_the_summary_counts_steps_and_tokens(tiny_base: Path, examples: list[ChatExample], tmp_path: Path) -> None:
+def test_training_summary_counts_steps_and_tokens(tiny_base: Path, examples: list[ChatExample], tmp_path: Path) -> None:
     summary = train(tiny_base, examples, tmp_path / "adapter", epochs=2)
     tokenizer = load_tokenizer(tiny_base)
     rows = tokenize_examples(tokenizer, examples, stop_tokens(tiny_base, tokenizer), {})
     assert (summary.steps, summary.tokens) == (6, 2 * sum(len(row.input_ids) for row in rows))
 
 
-def test_too_long_examples_are_counted_before_training(tiny_base: Path, tmp_path: Path) -> None:
+def test_too_long_examples_are_counted_and_rejected_before_training(tiny_base: Path, tmp_path: Path) -> None:
     examples = [make_example("short", "red"), make_example("long" * 100, "red"), make_example("longer" * 100, "red")]
     with pytest.raises(DataError, match=r"2 of 3 examples are longer than 300 tokens; the longest, number 3, has 660"):
         train(tiny_base, examples, tmp_path / "adapter", max_length=300)
 
 
-def test_error_proposes_a_lower_rate_when_the_loss_is_not_finite(
+def test_non_finite_loss_error_proposes_a_lower_learning_rate(
     tiny_base: Path, examples: list[ChatExample], tmp_path: Path
 ) -> None:
     with pytest.raises(TrainingError, match="the loss is nan") as caught:
@@ -132,13 +132,13 @@ def test_error_proposes_a_lower_rate_when_the_loss_is_not_finite(
     assert "lower train.learning_rate" in caught.value.todo
 
 
-def test_base_is_rejected_when_it_has_no_chat_template(tmp_path: Path, examples: list[ChatExample]) -> None:
+def test_base_without_a_chat_template_is_rejected(tmp_path: Path, examples: list[ChatExample]) -> None:
     make_tokenizer(chat_template="").save_pretrained(tmp_path / "base")
     with pytest.raises(BaseModelError, match="no chat template"):
         train(tmp_path / "base", examples, tmp_path / "adapter")
 
 
-def test_answer_is_learnt_including_its_end_token() -> None:
+def test_answer_is_trained_on_including_its_end_token() -> None:
     tokenizer = make_tokenizer()
     (example,) = tokenize_examples(tokenizer, [make_example("which?", "red")], {tokenizer.eos_token_id}, {})
     row = training_row(example)
@@ -176,12 +176,12 @@ CONVERSATION: list[dict[str, Any]] = [
         ({5: 0}, ["1", "2"]),
     ],
 )
-def test_learnt_answers_follow_the_weights_of_messages(weights: dict[int, int], learnt: list[str]) -> None:
+def test_message_weights_select_the_answers_trained_on(weights: dict[int, int], learnt: list[str]) -> None:
     turns = [turn | ({"weight": weights[place]} if place in weights else {}) for place, turn in enumerate(CONVERSATION)]
     assert learnt_rows(turns) == [[f"{answer}<|im_end|>" for answer in learnt]]
 
 
-def test_each_answer_has_its_own_row_when_the_template_rewrites_earlier_answers() -> None:
+def test_each_answer_has_its_own_row_if_the_template_rewrites_earlier_answers() -> None:
     template = (
         "{% for message in messages %}<|im_start|>"
         "{% if message['role'] == 'assistant' %}:{% if not loop.last %}before: {% endif %}{% endif %}"
@@ -191,7 +191,7 @@ def test_each_answer_has_its_own_row_when_the_template_rewrites_earlier_answers(
     assert learnt_rows(turns, template) == [[f"{answer}<|im_end|>"] for answer in "123"]
 
 
-def test_every_answer_is_a_trained_row_when_the_template_rewrites_earlier_answers(tmp_path: Path) -> None:
+def test_training_steps_count_every_row_if_the_template_rewrites_earlier_answers(tmp_path: Path) -> None:
     template = CHAT_TEMPLATE.replace("{{ message['content'] }}", "{{ message['content'] }}{{ loop.length }}")
     base = make_model(tmp_path / "base")
     make_tokenizer(template).save_pretrained(base)
@@ -221,7 +221,7 @@ def test_template_receives_tools_and_their_arguments_as_objects() -> None:
     assert text == "weather weather?<|im_end|>Rome<|im_end|>sun<|im_end|>It shines.<|im_end|>"
 
 
-def test_end_token_is_added_when_the_template_omits_it() -> None:
+def test_end_token_is_added_if_the_template_omits_it() -> None:
     tokenizer = make_tokenizer("{% for message in messages %}{{ message['content'] }} {% endfor %}")
     (example,) = tokenize_examples(tokenizer, [make_example("which?", "red")], {tokenizer.eos_token_id}, {})
     row = training_row(example)
@@ -236,13 +236,13 @@ def test_end_token_is_added_when_the_template_omits_it() -> None:
     ],
     ids=["turns", "no tools"],
 )
-def test_error_names_the_example_when_the_template_rejects_it(template: str, why: str) -> None:
+def test_example_rejected_by_the_template_is_named_in_the_error(template: str, why: str) -> None:
     tokenizer = make_tokenizer(template)
     with pytest.raises(DataError, match=f"rejects example 1: {why}"):
         tokenize_examples(tokenizer, [make_example("which?", "red")], {tokenizer.eos_token_id}, {})
 
 
-def test_stop_tokens_include_those_of_the_generation_config(tiny_base: Path, tmp_path: Path) -> None:
+def test_stop_tokens_include_those_in_the_generation_config(tiny_base: Path, tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 7]}', "utf-8")
     tokenizer = make_tokenizer()
     assert stop_tokens(tmp_path, tokenizer) == {5, 7, tokenizer.eos_token_id}
@@ -278,20 +278,20 @@ def gradient(loss: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
 
 @settings(max_examples=15, deadline=None)
 @given(batches())
-def test_cheap_loss_is_the_full_loss(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_answer_only_loss_equals_the_full_loss(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
     torch.testing.assert_close(answer_loss(LLAMA, *batch), whole_loss(LLAMA, *batch), rtol=1e-4, atol=1e-4)
 
 
 @settings(max_examples=8, deadline=None)
 @given(batches())
-def test_gradient_of_the_cheap_loss_is_that_of_the_full_loss(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_answer_only_loss_has_the_gradient_of_the_full_loss(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
     cheap, real = (gradient(loss(LLAMA, *batch), LLAMA) for loss in (answer_loss, whole_loss))
     torch.testing.assert_close(cheap, real, rtol=1e-3, atol=1e-4)
 
 
 @settings(max_examples=5, deadline=None)
 @given(batches())
-def test_cheap_loss_is_the_full_loss_with_sliding_windows_and_capped_logits(
+def test_answer_only_loss_equals_the_full_loss_with_sliding_window_and_logit_cap(
     batch: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
     set_seed(0)
@@ -299,9 +299,7 @@ def test_cheap_loss_is_the_full_loss_with_sliding_windows_and_capped_logits(
     torch.testing.assert_close(answer_loss(model, *batch), whole_loss(model, *batch), rtol=1e-4, atol=1e-4)
 
 
-def test_the_best_weights_are_those_of_the_best_step(
-    tiny_base: Path, examples: list[ChatExample], tmp_path: Path
-) -> None:
+def test_best_weights_are_those_of_the_best_step(tiny_base: Path, examples: list[ChatExample], tmp_path: Path) -> None:
     """At a constant rate, a run that ends at that step has the same weights."""
     data = TrainingData(examples, [make_example(f"number {letter}", "blue") for letter in "abc"])
     steady = {"batch_size": 4, "learning_rate": 0.05, "schedule": "constant", "warmup_ratio": 0}
@@ -335,7 +333,7 @@ def test_run_stops_when_heldout_loss_no_longer_falls(
     assert summary.steps == best + 3 < 200
 
 
-def test_weights_are_the_same_when_the_heldout_curve_is_measured(
+def test_measuring_the_heldout_curve_does_not_change_the_weights(
     tiny_base: Path, examples: list[ChatExample], tmp_path: Path
 ) -> None:
     data = TrainingData(examples, [make_example(f"number {letter}", "blue") for letter in "abc"])
@@ -355,7 +353,7 @@ def test_weights_are_the_same_when_the_heldout_curve_is_measured(
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_curve_contains_rate_gradient_norm_and_speed_of_every_step(
+def test_curve_contains_learning_rate_gradient_norm_and_speed_of_every_step(
     tiny_base: Path, examples: list[ChatExample], tmp_path: Path
 ) -> None:
     first, second, third = train(tiny_base, examples, tmp_path / "adapter", learning_rate=1e-2).points
@@ -387,7 +385,7 @@ def test_learning_rate_follows_the_schedule_from_warmup_to_end(
     assert rates[20] == pytest.approx(1e-3) if schedule == "constant" else rates[20] < 1e-4
 
 
-def test_accumulated_batches_give_the_weights_of_one_large_batch(
+def test_gradient_accumulation_gives_the_weights_of_one_large_batch(
     tiny_base: Path, examples: list[ChatExample], tmp_path: Path
 ) -> None:
     """The steps are equal up to rounding, because sums have another order."""
@@ -410,7 +408,7 @@ def test_packed_rows_train_on_the_same_tokens_in_fewer_steps(
     assert packed.steps < apart.steps / 4
 
 
-def test_heldout_loss_is_measured_when_rows_are_packed(
+def test_heldout_loss_is_measured_with_packed_rows(
     tiny_base: Path, examples: list[ChatExample], tmp_path: Path
 ) -> None:
     recipe = make_recipe(
@@ -424,7 +422,9 @@ def test_heldout_loss_is_measured_when_rows_are_packed(
     assert heldout_losses(packed)
 
 
-def test_a_run_of_one_step_learns(tiny_base: Path, examples: list[ChatExample], tmp_path: Path) -> None:
+def test_run_with_a_single_step_changes_the_weights(
+    tiny_base: Path, examples: list[ChatExample], tmp_path: Path
+) -> None:
     recipe = make_recipe(train={"batch_size": len(examples)})
     assert (
         train_model(
@@ -441,7 +441,7 @@ def test_a_run_of_one_step_learns(tiny_base: Path, examples: list[ChatExample], 
     assert all(weight.any() for name, weight in weights.items() if "lora_B" in name)
 
 
-def test_batch_is_not_split_when_there_are_several_gpus(
+def test_batch_is_not_split_across_several_gpus(
     tiny_base: Path, examples: list[ChatExample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = vars(TrainingArguments)["_setup_devices"].func
@@ -457,7 +457,7 @@ def test_batch_is_not_split_when_there_are_several_gpus(
     assert train(tiny_base, examples, tmp_path / "adapter").steps == 3
 
 
-def test_common_prefix_is_not_split_off_when_embeddings_have_noise(
+def test_common_prefix_is_not_split_off_with_embedding_noise(
     tiny_base: Path, examples: list[ChatExample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The noise is scaled by the length of the model's input, which must be the complete example."""
@@ -511,7 +511,7 @@ def test_packed_examples_do_not_attend_to_each_other_in_a_mixture_of_experts(
         (NumberType.FLOAT16, (False, True), "adamw_torch"),
     ],
 )
-def test_mixed_precision_and_optimizer_follow_from_the_number_type(
+def test_number_type_determines_mixed_precision_and_optimizer(
     number_type: NumberType, mixed: tuple[bool, bool], optimizer: str, tmp_path: Path
 ) -> None:
     acceleration = choose_acceleration(Facts())

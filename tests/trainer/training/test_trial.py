@@ -69,7 +69,7 @@ def curve(run: TrialRun) -> list[tuple[int, float | None, tuple[float, ...]]]:
 
 
 @pytest.mark.parametrize("method", Method)
-def test_trial_equals_a_separate_training_when_others_ran_before(
+def test_trial_matches_a_separate_training_even_after_other_trials(
     method: Method, attempt: Try, tiny_base: Path, examples: list[ChatExample], tmp_path: Path
 ) -> None:
     others = {"batch_size": 3, "learning_rate": 5e-2, "seed": 3}
@@ -90,7 +90,7 @@ def test_trial_equals_a_separate_training_when_others_ran_before(
         assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
-def test_the_watched_examples_are_measured_three_times(attempt: Try) -> None:
+def test_trial_measures_its_watched_examples_three_times(attempt: Try) -> None:
     reported: list[int] = []
 
     def report(step: int, figures: dict[str, float]) -> None:
@@ -102,7 +102,7 @@ def test_the_watched_examples_are_measured_three_times(attempt: Try) -> None:
     assert {point.step: len(point.heldout_each) for point in trial.points if point.heldout_each} == {2: 3, 4: 3, 6: 3}
 
 
-def test_untrained_losses_are_those_at_step_zero(
+def test_untrained_losses_equal_those_at_step_zero(
     tiny_base: Path, data: TrialData, examples: list[ChatExample], tmp_path: Path
 ) -> None:
     losses = untrained_losses(LoadedBase(tiny_base), data, recipe(), tmp_path / "unused", number_type=TYPE)
@@ -117,7 +117,7 @@ def test_untrained_losses_are_those_at_step_zero(
     assert losses == alone.points[0].heldout_each
 
 
-def test_the_base_is_loaded_once_for_all_trials(attempt: Try, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_base_is_loaded_once_for_all_trials(attempt: Try, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Path] = []
 
     def load(base: Path, *args: Any, **options: Any) -> Any:
@@ -134,7 +134,7 @@ class Stop(Exception):
     """Raised by a report to end a trial."""
 
 
-def test_trial_ends_when_its_report_raises(attempt: Try) -> None:
+def test_trial_ends_when_its_report_callback_raises(attempt: Try) -> None:
     def report(step: int, figures: dict[str, float]) -> None:
         if HELDOUT_LOSS in figures:
             raise Stop
@@ -158,9 +158,7 @@ def test_trial_resumes_from_a_checkpoint_after_a_signal(attempt: Try, tmp_path: 
     assert (resumed.heldout_each, curve(resumed)) == (whole.heldout_each, curve(whole))
 
 
-def test_no_step_is_repeated_when_a_signal_arrived_in_the_last_measurement(
-    attempt: Try, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_signal_during_the_last_measurement_repeats_no_step(attempt: Try, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = attempt(recipe(), "whole")
     judge = trial_module._judge
 

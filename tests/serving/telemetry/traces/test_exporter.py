@@ -10,7 +10,7 @@ from svc.errors import SettingsError
 SECRET = "cHVibGljOnNlY3JldA"
 
 
-def test_url_for_traces_is_derived_from_the_endpoint() -> None:
+def test_trace_url_is_derived_from_the_endpoint() -> None:
     cases: list[tuple[str, str]] = [
         ("http://c:4318", "http://c:4318/v1/traces"),
         ("http://c:4318/", "http://c:4318/v1/traces"),
@@ -35,7 +35,7 @@ MALFORMED = (
 
 
 @pytest.mark.parametrize("variable", ["OTEL_EXPORTER_OTLP_HEADERS", "OTEL_EXPORTER_OTLP_TRACES_HEADERS"])
-def test_malformed_header_is_rejected_and_not_shown(
+def test_malformed_trace_header_is_rejected_without_being_shown(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, variable: str
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -47,7 +47,7 @@ def test_malformed_header_is_rejected_and_not_shown(
         assert SECRET not in str(caught.value) + caplog.text, text
 
 
-def test_headers_that_the_sdk_accepts_are_accepted(
+def test_trace_headers_accepted_by_the_sdk_are_accepted(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     cases: list[str] = [
@@ -64,7 +64,7 @@ def test_headers_that_the_sdk_accepts_are_accepted(
         assert caplog.records == [], text
 
 
-def test_one_line_is_logged_per_minute() -> None:
+def test_export_errors_are_logged_at_most_once_per_minute() -> None:
     times = iter((0.0, 1.0, 59.9, 60.0, 60.1, 1000.0))
     limit = LogLimit(lambda: next(times))
     record = logging.LogRecord("a", logging.ERROR, "", 0, "down", None, None)

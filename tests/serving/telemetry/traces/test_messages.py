@@ -19,7 +19,7 @@ RESULT = {"type": "tool_call_response", "id": "c1", "response": "rain"}
 FUNCTION = {"name": "weather", "arguments": '{"in": "Oslo"}'}
 
 
-def test_prompt_becomes_messages() -> None:
+def test_prompt_is_converted_to_messages() -> None:
     cases: list[tuple[Any, Any]] = [
         ("one", [{"role": "user", "parts": [text("one")]}]),
         (["one", "two"], [{"role": "user", "parts": [text("one")]}, {"role": "user", "parts": [text("two")]}]),
@@ -62,7 +62,7 @@ def test_prompt_becomes_messages() -> None:
 
 
 @given(json_values)
-def test_any_prompt_of_a_client_becomes_serialisable_messages(prompt: Any) -> None:
+def test_any_client_prompt_is_converted_to_serialisable_messages(prompt: Any) -> None:
     written = input_messages(json.dumps(prompt))
     assert written.encode("utf-8")
     for message in json.loads(written):
@@ -70,17 +70,17 @@ def test_any_prompt_of_a_client_becomes_serialisable_messages(prompt: Any) -> No
         assert all(isinstance(part["type"], str) for part in message["parts"])
 
 
-def test_answer_is_one_message() -> None:
+def test_answer_is_converted_to_one_message() -> None:
     [message] = json.loads(output_messages("é", "stop"))
     assert message == {"role": "assistant", "parts": [text("é")], "finish_reason": "stop"}
 
 
-def test_empty_answer_has_no_parts() -> None:
+def test_empty_answer_message_has_no_parts() -> None:
     [message] = json.loads(output_messages("", "tool_calls"))
     assert message == {"role": "assistant", "parts": [], "finish_reason": "tool_calls"}
 
 
-def test_stored_tool_calls_are_parts_of_their_own() -> None:
+def test_stored_tool_calls_are_separate_message_parts() -> None:
     [message] = json.loads(output_messages(answer_text("I look.", [ToolCall("rain", '{"a": 1}')]), "tool_calls"))
     assert message["parts"] == [
         {"type": "text", "content": "I look."},
@@ -88,10 +88,10 @@ def test_stored_tool_calls_are_parts_of_their_own() -> None:
     ]
 
 
-def test_answer_that_broke_off_has_the_finish_reason_error() -> None:
+def test_broken_off_answer_has_finish_reason_error() -> None:
     assert json.loads(output_messages("on", None))[0]["finish_reason"] == "error"
 
 
-def test_lone_surrogate_does_not_lose_a_batch() -> None:
+def test_lone_surrogate_does_not_make_a_span_batch_unencodable() -> None:
     assert input_messages('"\\ud800"').encode("utf-8")
     assert output_messages("\udfff", "stop").encode("utf-8")

@@ -94,7 +94,7 @@ def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_EVERY_MS", 5)
 
 
-def test_queued_spans_are_sent_at_the_end() -> None:
+def test_queued_spans_are_sent_on_close() -> None:
     sent = Sent()
     sent.exporter.gate.set()
     for _ in range(200):
@@ -115,7 +115,7 @@ def test_spans_beyond_the_queue_are_dropped_and_counted() -> None:
     assert sent.counts == {SpanDropped.QUEUE_FULL: 15, "sent": 10}
 
 
-def test_queue_has_space_again_when_spans_were_sent() -> None:
+def test_span_queue_has_space_again_after_spans_were_sent() -> None:
     sent = Sent(max_queued=1)
     sent.exporter.gate.set()
     for number in range(1, 4):
@@ -125,7 +125,7 @@ def test_queue_has_space_again_when_spans_were_sent() -> None:
     assert sent.counts == {"sent": 3}
 
 
-def test_content_over_its_limit_is_dropped_and_the_span_is_sent() -> None:
+def test_span_is_sent_without_content_over_its_limit() -> None:
     sent = Sent(max_content=500)
     sent.add('"' + "x" * 300 + '"')
     sent.add('"' + "y" * 300 + '"')
@@ -136,7 +136,7 @@ def test_content_over_its_limit_is_dropped_and_the_span_is_sent() -> None:
     assert sorted(has) == [False, True]
 
 
-def test_sent_content_is_released() -> None:
+def test_memory_of_sent_content_is_released() -> None:
     sent = Sent(max_content=500)
     sent.exporter.gate.set()
     for number in range(1, 4):
@@ -146,7 +146,7 @@ def test_sent_content_is_released() -> None:
     assert sent.counts == {"sent": 3}
 
 
-def test_content_truncated_by_the_sdk_is_released_completely(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_of_content_truncated_by_the_sdk_is_released_completely(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_SPAN_ATTRIBUTE_VALUE_LENGTH_LIMIT", "20")
     sent = Sent(max_content=500)
     sent.exporter.gate.set()
@@ -158,7 +158,7 @@ def test_content_truncated_by_the_sdk_is_released_completely(monkeypatch: pytest
     assert [len(str((span.attributes or {})["gen_ai.input.messages"])) for span in sent.exporter.taken] == [20] * 3
 
 
-def test_rejected_batch_is_counted_and_released() -> None:
+def test_rejected_span_batch_is_counted_and_released() -> None:
     sent = Sent(max_queued=1)
     sent.exporter.result = SpanExportResult.FAILURE
     sent.exporter.gate.set()
@@ -169,7 +169,7 @@ def test_rejected_batch_is_counted_and_released() -> None:
     assert sent.counts == {SpanDropped.SEND_FAILED: 2}
 
 
-def test_closing_waits_for_its_timeout_and_no_longer() -> None:
+def test_closing_traces_waits_no_longer_than_its_timeout() -> None:
     sent = Sent()
     sent.add()
     assert sent.exporter.asked.wait(5)
@@ -209,7 +209,7 @@ def taken_over(*parents: str) -> bool:
     return TRACER.begin(headers(*parents)).parent_id is not None
 
 
-def test_span_gets_trace_parent_and_sampling_flag_from_a_valid_traceparent() -> None:
+def test_valid_traceparent_sets_the_span_trace_parent_and_sampling_flag() -> None:
     cases: list[str] = [
         f"00-{TRACE}-{PARENT}-01",
         f"00-{TRACE}-{PARENT}-00",
@@ -223,7 +223,7 @@ def test_span_gets_trace_parent_and_sampling_flag_from_a_valid_traceparent() -> 
         assert place.sampled is (not parent.endswith("-00")), parent
 
 
-def test_malformed_parent_is_ignored() -> None:
+def test_malformed_traceparent_is_ignored() -> None:
     cases: list[str] = [
         "",
         "nonsense",
@@ -243,12 +243,12 @@ def test_malformed_parent_is_ignored() -> None:
         assert not taken_over(parent), parent
 
 
-def test_two_parents_are_ignored() -> None:
+def test_duplicate_traceparent_headers_are_ignored() -> None:
     assert not taken_over(f"00-{TRACE}-{PARENT}-01", f"00-{TRACE}-{PARENT}-01")
 
 
 @given(st.text(st.characters(max_codepoint=255)), st.text(st.characters(max_codepoint=255)))
-def test_header_lines_for_the_engine_are_valid_whatever_a_client_sends(parent: str, state: str) -> None:
+def test_trace_headers_for_the_engine_are_valid_whatever_a_client_sends(parent: str, state: str) -> None:
     for traceparent in (parent, f"00-{TRACE}-{PARENT}-01"):
         lines = TRACER.begin(headers(traceparent, state=state)).header_lines
         assert lines.endswith("\r\n")
@@ -257,7 +257,7 @@ def test_header_lines_for_the_engine_are_valid_whatever_a_client_sends(parent: s
             assert {*line} <= {*string.printable} - {*"\r\n\x0b\x0c"}
 
 
-def test_tracestate_is_forwarded_with_its_traceparent_when_it_is_valid() -> None:
+def test_valid_tracestate_is_forwarded_with_its_traceparent() -> None:
     states: list[tuple[str | None, str]] = [
         ("a=1", "a=1"),
         ("a=1, b@c=2", "a=1,b@c=2"),
@@ -270,18 +270,18 @@ def test_tracestate_is_forwarded_with_its_traceparent_when_it_is_valid() -> None
         assert TRACER.begin(headers(f"00-{TRACE}-{PARENT}-01", state=sent)).state == forwarded, sent
 
 
-def test_tracestate_is_ignored_when_there_is_no_traceparent() -> None:
+def test_tracestate_without_a_traceparent_is_ignored() -> None:
     assert TRACER.begin(headers(state="a=1")).state == ""
 
 
-def test_tracestate_is_dropped_when_it_contains_a_secret() -> None:
+def test_tracestate_containing_a_secret_is_dropped() -> None:
     assert (
         TRACER.begin(headers(f"00-{TRACE}-{PARENT}-01", state=f"a={new_secret('abcdefgh')}")).header_lines.count("\r\n")
         == 1
     )
 
 
-def test_headers_of_clients_are_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_client_trace_headers_are_not_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     for parent in ("x" * 100_000, f"00-{TRACE}-{PARENT}-01"):
         TRACER.begin(headers(parent, state="b" * 100_000))
@@ -289,24 +289,24 @@ def test_headers_of_clients_are_not_logged(caplog: pytest.LogCaptureFixture) -> 
     assert caplog.records == []
 
 
-def test_share_of_the_traces_that_begin_here_is_sampled() -> None:
+def test_configured_share_of_traces_started_here_is_sampled() -> None:
     cases: list[tuple[float, int, int]] = [(0.0, 0, 0), (0.25, 400, 600), (1.0, 2000, 2000)]
     for share, least, most in cases:
         tracer = Tracer(share)
         assert least <= sum(tracer.begin(headers()).sampled for _ in range(2000)) <= most, share
 
 
-def test_sampling_flag_of_a_client_overrides_our_share() -> None:
+def test_client_sampling_flag_overrides_the_configured_share() -> None:
     assert not Tracer(1.0).begin(headers(f"00-{TRACE}-{PARENT}-00")).sampled
     assert Tracer(0.0).begin(headers(f"00-{TRACE}-{PARENT}-01")).sampled
 
 
-def test_ids_are_unique() -> None:
+def test_trace_and_span_ids_are_unique() -> None:
     places = [TRACER.begin(headers()) for _ in range(1000)]
     assert len({place.trace_id for place in places}) == len({place.span_id for place in places}) == 1000
 
 
-def test_span_duration_is_correct_when_the_clock_is_changed_during_the_span(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_span_duration_is_correct_even_if_the_clock_changes_during_the_span(monkeypatch: pytest.MonkeyPatch) -> None:
     times: Mapping[str, int] = {"time.time_ns": 10**18}
     for name, value in times.items():
         monkeypatch.setattr(name, lambda value=value: value)

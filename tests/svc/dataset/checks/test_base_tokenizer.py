@@ -39,7 +39,7 @@ def report(*arguments: object) -> dict[str, Any]:
     return found
 
 
-def test_token_counts_equal_those_of_training_plus_the_template_text_after_the_answer(tmp_path: Path) -> None:
+def test_token_counts_equal_those_of_training_plus_trailing_template_text(tmp_path: Path) -> None:
     folder = base(tmp_path / "base")
     training = load_tokenizer(folder)
     examples = [chat("a question", "an answer"), chat("ü" * 50, "{}")]
@@ -52,7 +52,7 @@ def test_token_counts_equal_those_of_training_plus_the_template_text_after_the_a
         assert 0 <= tokenizer.count(example) - len(row.input_ids) <= after
 
 
-def test_tool_calls_and_tools_are_counted(tmp_path: Path) -> None:
+def test_tool_calls_and_tools_count_towards_tokens(tmp_path: Path) -> None:
     template = "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ c.function.arguments.city }}{% endfor %}"
     template += "{{ m.content }}{% endfor %}{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}"
     tokenizer = BaseTokenizer(base(tmp_path / "base", template))
@@ -68,7 +68,7 @@ def test_tool_calls_and_tools_are_counted(tmp_path: Path) -> None:
     assert tokenizer.count(parse_example({"messages": turns, "tools": tools})) > tokenizer.count(plain)
 
 
-def test_error_has_the_reason_when_the_template_rejects_an_example(tmp_path: Path) -> None:
+def test_error_has_the_reason_if_the_template_rejects_an_example(tmp_path: Path) -> None:
     tokenizer = BaseTokenizer(base(tmp_path / "base", NO_SYSTEM))
     with pytest.raises(RowError, match="no system turn") as caught:
         tokenizer.count(ChatExample((Message(Role.SYSTEM, "s"), *chat("q", "a").messages)))
@@ -82,7 +82,7 @@ def test_template_that_needs_tools_rejects_an_example_without_tools(tmp_path: Pa
     assert caught.value.code is Code.TEMPLATE_REFUSES
 
 
-def test_rejected_example_is_an_error_of_its_line(tmp_path: Path) -> None:
+def test_example_rejected_by_the_template_is_an_error_at_its_line(tmp_path: Path) -> None:
     folder = base(tmp_path / "base", NO_SYSTEM)
     refused = ChatExample((Message(Role.SYSTEM, "s"), *chat("q", "a").messages))
     path = data(tmp_path / "x.jsonl", chat("one", "1"), refused)
@@ -91,7 +91,7 @@ def test_rejected_example_is_an_error_of_its_line(tmp_path: Path) -> None:
     assert found["errors"] == 1
 
 
-def test_maximum_length_is_in_tokens_of_the_base(tmp_path: Path) -> None:
+def test_maximum_length_is_measured_in_base_model_tokens(tmp_path: Path) -> None:
     folder = base(tmp_path / "base")
     example = chat("many words " * 20, "an answer")
     tokens = BaseTokenizer(folder).count(example)
@@ -101,7 +101,7 @@ def test_maximum_length_is_in_tokens_of_the_base(tmp_path: Path) -> None:
     assert f" {tokens} tokens; the maximum is {tokens - 1}" in problem["message"]
 
 
-def test_lengths_are_shown_in_tokens(tmp_path: Path) -> None:
+def test_text_lengths_are_shown_in_tokens(tmp_path: Path) -> None:
     folder = base(tmp_path / "base")
     path = data(tmp_path / "x.jsonl", chat("q", "a"), chat("a longer question", "a"))
     shorter, longer = (
@@ -112,7 +112,7 @@ def test_lengths_are_shown_in_tokens(tmp_path: Path) -> None:
     assert f"longest {longer}" in check(path, "--base", folder).stdout
 
 
-def test_no_tokens_are_counted_without_a_base(tmp_path: Path) -> None:
+def test_no_tokens_are_counted_without_a_base_model(tmp_path: Path) -> None:
     found = report(data(tmp_path / "x.jsonl", chat("q", "a")))
     assert (found["median_tokens"], found["longest_tokens"]) == (None, None)
 

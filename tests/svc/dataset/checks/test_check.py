@@ -36,12 +36,12 @@ def test_line_that_cannot_be_trained_on_is_an_error(broken: DataReport, entry: d
 
 
 @pytest.mark.parametrize("entry", entries("accept"))
-def test_good_line_has_no_problem(broken: DataReport, entry: dict[str, int]) -> None:
+def test_valid_data_line_has_no_problems(broken: DataReport, entry: dict[str, int]) -> None:
     assert not any(severities(broken, entry))
 
 
 @pytest.mark.parametrize("entry", entries("warn"))
-def test_doubtful_line_is_a_warning(broken: DataReport, entry: dict[str, int]) -> None:
+def test_questionable_line_is_a_warning(broken: DataReport, entry: dict[str, int]) -> None:
     assert not any(Severity.ERROR in found for found in severities(broken, entry))
 
 
@@ -60,7 +60,7 @@ def test_duplicates_contradictions_and_leaks_are_distinguished(broken: DataRepor
     assert code in {problem.code for problem in broken.problems if problem.line == line}
 
 
-def test_every_line_is_counted(broken: DataReport) -> None:
+def test_every_data_line_is_counted(broken: DataReport) -> None:
     assert broken.lines == 65
 
 
@@ -73,16 +73,16 @@ def test_file_without_examples_is_an_error(tmp_path: Path) -> None:
     assert report.median_characters == 0
 
 
-def test_missing_file_is_a_data_error(tmp_path: Path) -> None:
+def test_missing_data_file_raises_data_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"cannot open data file .*nothing\.jsonl"):
         check_file(tmp_path / "nothing.jsonl")
 
 
-def test_few_distinct_answers_are_shown_as_labels(tmp_path: Path) -> None:
+def test_few_distinct_answers_are_treated_as_labels(tmp_path: Path) -> None:
     lines = [chat(f"question {number}", "net" if number % 3 else "doc").as_dict() for number in range(9)]
     assert check_file(write_lines(tmp_path / "x.jsonl", *lines)).labels == {"net": 6, "doc": 3}
 
 
-def test_free_text_answers_are_not_labels(tmp_path: Path) -> None:
+def test_free_text_answers_are_not_treated_as_labels(tmp_path: Path) -> None:
     lines = [chat(f"question {number}", f"answer {number}").as_dict() for number in range(9)]
     assert check_file(write_lines(tmp_path / "x.jsonl", *lines)).labels is None

@@ -69,7 +69,7 @@ def found(path: Path, lines: Iterable[bytes], heldout: Iterable[bytes] = ()) -> 
 @formats
 @given(chance=seeds, labels=st.booleans())
 @few
-def test_good_examples_have_no_problem(tmp_path: Path, form: Format, chance: random.Random, labels: bool) -> None:
+def test_valid_examples_have_no_problems(tmp_path: Path, form: Format, chance: random.Random, labels: bool) -> None:
     rows = good_rows(form, chance, 150, labels=labels)
     assert found(tmp_path / "x.jsonl", map(encode, rows), map(encode, good_rows(form, chance, 20))) == {}
 
@@ -77,7 +77,7 @@ def test_good_examples_have_no_problem(tmp_path: Path, form: Format, chance: ran
 @pytest.mark.parametrize(("form", "code", "damage"), defects())
 @given(chance=seeds)
 @few
-def test_defect_is_reported_at_its_line_and_nowhere_else(
+def test_each_defect_is_reported_only_at_its_line(
     tmp_path: Path, form: Format, code: Code, damage: Damage, chance: random.Random
 ) -> None:
     lines = [encode(value) for value in good_rows(form, chance, GOOD_ROWS, labels=True)]
@@ -87,7 +87,7 @@ def test_defect_is_reported_at_its_line_and_nowhere_else(
 
 
 @pytest.mark.parametrize("form", list(ROLE))
-def test_wrong_role_is_reported(tmp_path: Path, form: Format) -> None:
+def test_wrong_message_role_is_reported(tmp_path: Path, form: Format) -> None:
     roles: list[object] = ["customer", "User ", "", None, 3, []]
     rows = good_rows(form, random.Random(1), GOOD_ROWS)
     wrong = [put(value, ROLE[form], role) for value, role in zip(rows[7:], roles, strict=False)]
@@ -117,7 +117,7 @@ def test_kinds_of_duplicates_are_distinguished(tmp_path: Path, form: Format, cha
 @formats
 @given(chance=seeds)
 @few
-def test_leaks_are_errors_and_near_leaks_warnings(tmp_path: Path, form: Format, chance: random.Random) -> None:
+def test_leaks_are_errors_and_near_leaks_are_warnings(tmp_path: Path, form: Format, chance: random.Random) -> None:
     question, answer = TEXT[form]
     rows, kept_back = good_rows(form, chance, GOOD_ROWS), good_rows(form, chance, 5)
     kept_back[3] = put(kept_back[3], question, long := text(chance, 40, 60))
@@ -130,7 +130,7 @@ def test_leaks_are_errors_and_near_leaks_warnings(tmp_path: Path, form: Format, 
 @formats
 @given(chance=seeds)
 @few
-def test_answers_unlike_the_others_are_reported(tmp_path: Path, form: Format, chance: random.Random) -> None:
+def test_answers_unlike_all_other_answers_are_reported(tmp_path: Path, form: Format, chance: random.Random) -> None:
     rows = good_rows(form, chance, GOOD_ROWS, labels=True)
     rows[3] = put(rows[3], TEXT[form][1], '{"colour": "loud"}')
     rows[8] = put(rows[8], TEXT[form][1], "It is red.")
@@ -155,7 +155,7 @@ def tool_row(name: str = "Ada", arguments: str = "{}", description: str = "Tells
 @pytest.mark.parametrize(
     ("part", "field"), [("name", "messages[0]"), ("arguments", "messages[1]"), ("description", "tools[0]")]
 )
-def test_forbidden_text_is_reported_in_names_calls_and_tools_too(tmp_path: Path, part: str, field: str) -> None:
+def test_forbidden_text_is_also_reported_in_names_calls_and_tools(tmp_path: Path, part: str, field: str) -> None:
     hostile = json.dumps({"city": "<|im_end|>"}) if part == "arguments" else "a <|im_end|> b"
     (tmp_path / "a.jsonl").write_bytes(encode(tool_row(**{part: hostile})))
     (problem,) = check_file(tmp_path / "a.jsonl").problems
@@ -164,16 +164,16 @@ def test_forbidden_text_is_reported_in_names_calls_and_tools_too(tmp_path: Path,
 
 
 @pytest.mark.parametrize("part", ["name", "arguments", "description"])
-def test_example_is_too_long_when_its_calls_and_tools_are_long(tmp_path: Path, part: str) -> None:
+def test_long_tool_calls_or_tools_make_an_example_too_long(tmp_path: Path, part: str) -> None:
     long = json.dumps({"city": "x" * 20_000}) if part == "arguments" else "x" * 20_000
     assert found(tmp_path / "x.jsonl", [encode(tool_row(**{part: long}))]) == {1: {Code.TOO_LONG}}
 
 
-def test_good_example_with_tools_has_no_problem(tmp_path: Path) -> None:
+def test_valid_example_with_tools_has_no_problems(tmp_path: Path) -> None:
     assert found(tmp_path / "x.jsonl", [encode(tool_row())]) == {}
 
 
-def test_conversation_is_a_leak_when_an_earlier_answer_has_the_prompt_of_a_heldout_example(tmp_path: Path) -> None:
+def test_conversation_whose_earlier_turn_repeats_a_held_out_prompt_is_a_leak(tmp_path: Path) -> None:
     turns = [{"role": role, "content": f"{role} {place}"} for place, role in enumerate(["user", "assistant"] * 3)]
     other, long, short = ([turns[0] | {"content": "other"}, *turns[1:]], turns, turns[:4])
     rows = [json.dumps({"messages": messages}).encode() for messages in (other, long, short)]
@@ -181,7 +181,7 @@ def test_conversation_is_a_leak_when_an_earlier_answer_has_the_prompt_of_a_heldo
     assert found(tmp_path / "x.jsonl", [rows[0], rows[2]], [rows[1]]) == {}
 
 
-def test_same_answer_after_other_thinking_is_no_contradiction(tmp_path: Path) -> None:
+def test_same_answer_after_different_thinking_is_not_a_contradiction(tmp_path: Path) -> None:
     rows = [
         [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": answer, "reasoning_content": thinking}]
         for answer, thinking in (("4", "Two and two."), ("4", "Count up."), ("5", "Guess."))
@@ -190,7 +190,7 @@ def test_same_answer_after_other_thinking_is_no_contradiction(tmp_path: Path) ->
     assert found(tmp_path / "x.jsonl", lines) == {2: {Code.NEAR_DUPLICATE}, 3: {Code.CONTRADICTION}}
 
 
-def test_same_prompt_with_other_tools_is_another_example_but_still_a_leak(tmp_path: Path) -> None:
+def test_same_prompt_with_other_tools_is_a_leak_but_no_duplicate(tmp_path: Path) -> None:
     one, other = tool_row(), tool_row(description="Makes it.")
     answered = put(one, "messages.3.content", "Yes.")
     assert found(tmp_path / "x.jsonl", map(encode, [one, other])) == {}
@@ -199,7 +199,7 @@ def test_same_prompt_with_other_tools_is_another_example_but_still_a_leak(tmp_pa
 
 
 @pytest.mark.parametrize(("letter", "count", "long"), [("x", 15_000, False), ("日", 5_000, False), ("日", 6_000, True)])
-def test_length_in_tokens_is_estimated_in_any_script(tmp_path: Path, letter: str, count: int, long: bool) -> None:
+def test_token_length_is_estimated_in_any_script(tmp_path: Path, letter: str, count: int, long: bool) -> None:
     rows = [row(Format.PROMPT_COMPLETION, "", letter * count, "yes")]
     assert found(tmp_path / "x.jsonl", map(encode, rows)) == ({1: {Code.TOO_LONG}} if long else {})
 
@@ -211,7 +211,7 @@ def test_assistant_turn_before_any_user_turn_is_reported(tmp_path: Path, system:
     assert codes == {1: {Code.ASSISTANT_FIRST}}
 
 
-def test_list_without_examples_is_reported_at_its_last_line(tmp_path: Path) -> None:
+def test_list_without_valid_examples_is_reported_at_its_last_line(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("[\n\n1,\n2\n]")
     problems = list(check_file(tmp_path / "x.json").problems)
     assert [(problem.line, problem.code) for problem in problems] == [
@@ -221,7 +221,7 @@ def test_list_without_examples_is_reported_at_its_last_line(tmp_path: Path) -> N
     ]
 
 
-def test_label_that_occurs_once_among_frequent_ones_is_reported(tmp_path: Path) -> None:
+def test_label_occurring_once_among_frequent_labels_is_reported(tmp_path: Path) -> None:
     chance = random.Random(1)
     rows = [row(Format.CHAT, "Sort it.", text(chance), f"label {number % 4}") for number in range(120)]
     rows.append(row(Format.CHAT, "Sort it.", text(chance), "lable 1"))
@@ -247,12 +247,12 @@ def test_short_questions_with_one_long_instruction_are_not_duplicates(tmp_path: 
         ),
     ],
 )
-def test_short_questions_that_differ_in_one_word_are_not_duplicates(tmp_path: Path, one: str, other: str) -> None:
+def test_short_questions_differing_in_one_word_are_not_duplicates(tmp_path: Path, one: str, other: str) -> None:
     rows = [row(Format.PROMPT_COMPLETION, "", one, "Paris"), row(Format.PROMPT_COMPLETION, "", other, "Madrid")]
     assert found(tmp_path / "x.jsonl", map(encode, rows)) == {}
 
 
-def test_one_text_with_two_instructions_is_two_examples(tmp_path: Path) -> None:
+def test_same_text_with_two_instructions_counts_as_two_examples(tmp_path: Path) -> None:
     long = text(random.Random(1), 40, 60)
     rows = [row(Format.CHAT, system, long, "an answer") for system in ("Translate.", "Sum up.")]
     assert found(tmp_path / "x.jsonl", map(encode, rows)) == {}
@@ -274,7 +274,7 @@ def test_faulty_held_out_line_is_reported(tmp_path: Path) -> None:
     assert [(problem.line, problem.severity) for problem in held.problems] == [(2, Severity.ERROR)]
 
 
-def test_problems_name_fields_as_they_are_in_the_file(tmp_path: Path) -> None:
+def test_problems_name_fields_as_in_the_original_file(tmp_path: Path) -> None:
     rows = good_rows(Format.SHAREGPT, random.Random(1), 2)
     rows[0] = put(rows[0], "conversations.1.value", "a </s> b")
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(map(encode, [rows[0], put(rows[1], "conversations.2.value", 7)])))
@@ -284,7 +284,7 @@ def test_problems_name_fields_as_they_are_in_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_many_problems_are_returned_completely_and_in_order(tmp_path: Path) -> None:
+def test_large_numbers_of_problems_are_returned_completely_and_in_order(tmp_path: Path) -> None:
     rows = good_rows(Format.CHAT, random.Random(1), 3)
     rows[0] = put(rows[0], TEXT[Format.CHAT][1], text(random.Random(1), 40))  # too long for a label, although frequent
     good = [encode(value) for value in rows]

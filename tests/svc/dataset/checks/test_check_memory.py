@@ -38,7 +38,7 @@ def peak_memory(path: Path, lines: int) -> int:
 
 
 @pytest.mark.slow
-def test_memory_grows_by_few_bytes_per_line(tmp_path: Path) -> None:
+def test_data_check_memory_grows_by_only_a_few_bytes_per_line(tmp_path: Path) -> None:
     few, many = (peak_memory(tmp_path / f"{lines}.jsonl", lines) for lines in (LINES // 40, LINES))
     # A start of 150 MiB leaves 360 bytes for each of a million lines.
     assert (many - few) / LINES < 360

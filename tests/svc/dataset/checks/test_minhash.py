@@ -43,7 +43,7 @@ PAIRS = pairs(400)
 FOUND = sketches(*(" ".join(words) for pair in PAIRS for words in pair))
 
 
-def test_pairs_well_above_the_threshold_are_found_and_none_well_below() -> None:
+def test_only_pairs_well_above_the_similarity_threshold_are_found() -> None:
     groups, _ = clusters(FOUND)
     near = groups[0::2] == groups[1::2]
     exact = np.array([similarity(pair) for pair in PAIRS])
@@ -52,13 +52,13 @@ def test_pairs_well_above_the_threshold_are_found_and_none_well_below() -> None:
     assert not near[exact < 0.5].any()
 
 
-def test_texts_that_share_nothing_are_never_near() -> None:
+def test_texts_with_nothing_in_common_are_never_near_duplicates() -> None:
     groups, _ = clusters(FOUND)
     assert set(groups // 2 * 2) == set(range(0, len(groups), 2))
     assert (groups // 2 == np.arange(len(groups)) // 2).all()
 
 
-def test_estimate_is_as_good_as_a_reference_implementation() -> None:
+def test_similarity_estimate_is_as_accurate_as_a_reference_implementation() -> None:
     exact = np.array([similarity(pair) for pair in PAIRS])
     ours = (FOUND["values"][0::2] == FOUND["values"][1::2]).mean(axis=1)
     theirs = []
@@ -87,14 +87,14 @@ LONG = text(random.Random(5), 50, 60)
         ("これは何ですか", "それは何ですか", False),
     ],
 )
-def test_known_pairs_are_near_duplicates_or_not(one: str, other: str, near: bool) -> None:
+def test_known_pairs_are_classified_correctly_as_near_duplicates(one: str, other: str, near: bool) -> None:
     groups, earlier = clusters(sketches(one, "something quite different", other))
     assert bool(groups[2] == 0) == near
     assert int(earlier[2]) == (0 if near else -1)
     assert (int(nearest(sketches(one), sketches(other))[0]) == 0) == near
 
 
-def test_chains_of_near_duplicates_are_one_group() -> None:
+def test_chains_of_near_duplicates_form_one_group() -> None:
     chance = random.Random(2)
     words = [f"w{chance.randrange(10**6)}" for _ in range(80)]
     chain = []
@@ -106,31 +106,31 @@ def test_chains_of_near_duplicates_are_one_group() -> None:
     assert set(groups[: len(chain)]) == {0}
 
 
-def test_text_shared_by_all_examples_does_not_make_them_near() -> None:
+def test_examples_that_all_share_a_text_are_not_near_duplicates() -> None:
     shared = text(random.Random(3), 60, 60)
     groups, _ = clusters(sketches(*(f"{shared}\n{text(random.Random(seed), 4, 9)}" for seed in range(10, 90))))
     assert len(set(groups)) == 80
 
 
 @pytest.mark.parametrize("count", [5, 8, 40])
-def test_text_shared_by_a_few_examples_of_a_small_file_does_not_make_them_near(count: int) -> None:
+def test_few_examples_sharing_text_in_a_small_file_are_not_near_duplicates(count: int) -> None:
     shared = text(random.Random(3), 45, 45)
     groups, _ = clusters(sketches(*(f"{shared}\n{text(random.Random(seed), 2, 4)}" for seed in range(10, 10 + count))))
     assert len(set(groups)) == count
 
 
-def test_text_with_exact_copies_does_not_count_as_the_wording_of_a_task() -> None:
+def test_text_with_exact_copies_does_not_count_as_task_wording() -> None:
     groups, _ = clusters(sketches(*[LONG] * 8, f"Description:\n{LONG}"))
     assert set(groups) == {0}
 
 
-def test_very_many_copies_of_one_text_are_one_group() -> None:
+def test_very_many_copies_of_one_text_form_one_group() -> None:
     other = [text(random.Random(seed), 30, 40) for seed in range(2_000)]
     groups, _ = clusters(sketches(*other, *(f"{LONG} {number}" for number in range(5_000))))
     assert len(set(groups[2_000:])) == 1
 
 
-def test_no_texts_have_no_groups() -> None:
+def test_empty_input_has_no_duplicate_groups() -> None:
     groups, earlier = clusters(sketches())
     assert len(groups) == len(earlier) == 0
     assert list(nearest(sketches("a b c"), sketches())) == [-1]

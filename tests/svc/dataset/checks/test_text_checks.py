@@ -35,7 +35,7 @@ def codes(text: str, *tokens: str) -> set[Code]:
 
 
 @pytest.mark.parametrize("text", GOOD)
-def test_good_texts_have_no_problem(text: str) -> None:
+def test_valid_texts_have_no_problems(text: str) -> None:
     assert codes(text) == set()
 
 
@@ -46,7 +46,7 @@ def test_good_texts_have_no_problem(text: str) -> None:
         *("{{ a == b }}", "{{ x if y else z }}", "{{ a and not b }}", "{{ x['k'] }}", "{{ f(1) }}", "{{- x -}}"),
     ],
 )
-def test_template_code_is_reported(text: str) -> None:
+def test_template_code_in_text_is_reported(text: str) -> None:
     assert codes(text) == {Code.TEMPLATE_CODE}
 
 
@@ -57,7 +57,7 @@ def test_template_code_is_reported(text: str) -> None:
         *("<|turn>model", "<turn|>", "<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<tool_response|>"),
     ],
 )
-def test_special_tokens_of_known_families_are_reported(text: str) -> None:
+def test_special_tokens_of_known_model_families_are_reported(text: str) -> None:
     assert codes(text) == {Code.SPECIAL_TOKEN}
 
 
@@ -69,7 +69,7 @@ def test_characters_that_hide_text_are_reported(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["caf\ufffd", "\ufffdtat"], ids=ascii)
-def test_replacement_characters_of_lost_bytes_are_reported(text: str) -> None:
+def test_replacement_characters_for_lost_bytes_are_reported(text: str) -> None:
     assert codes(text) == {Code.MOJIBAKE}
 
 
@@ -120,12 +120,12 @@ def test_reported_text_is_at_the_reported_position() -> None:
     assert text.endswith("'fÃ©' at 10")
 
 
-def test_additional_special_tokens_are_found_when_they_are_given() -> None:
+def test_configured_additional_special_tokens_are_found() -> None:
     assert codes("here ⟪end⟫ there", "⟪end⟫") == {Code.SPECIAL_TOKEN}
     assert codes("here ⟪end⟫ there") == set()
 
 
-def test_duration_of_a_check_is_proportional_to_the_length_of_the_text() -> None:
+def test_text_check_time_is_proportional_to_text_length() -> None:
     begins = ["", "{{", "{{a", "{{a|", "{% if", "{{ a ", "{#"]
     parts = ["{{[", "[", "{{a|", " ", "{{a ", "{% if ", "{#", "{{ a if", "{{1", "<|", "Ã"]
     seconds: dict[tuple[str, str], float] = {}

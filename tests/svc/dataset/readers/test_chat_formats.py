@@ -47,7 +47,7 @@ def refusal(value: Any, form: Format | None = None) -> RowError:
 
 
 @pytest.mark.parametrize("form", TEXT_FORMATS)
-def test_every_format_gives_the_same_example(form: Format) -> None:
+def test_every_chat_format_yields_the_same_example(form: Format) -> None:
     value = row(form, "be short", "which", "that")
     assert recognise(value) is form
     assert parse(value) == EXPECTED
@@ -71,7 +71,7 @@ def test_every_format_gives_the_same_example(form: Format) -> None:
     ],
     ids=str,
 )
-def test_common_spellings_are_accepted(value: Any) -> None:
+def test_common_spellings_of_fields_are_accepted(value: Any) -> None:
     assert parse(value) == chat("i", "o")
 
 
@@ -89,7 +89,7 @@ def test_tools_survive_a_round_trip() -> None:
     assert parse_example(json.loads(json.dumps(example.as_dict()))) == example
 
 
-def test_xlam_answers_are_the_calls_of_the_final_turn() -> None:
+def test_xlam_answers_become_the_tool_calls_of_the_final_turn() -> None:
     """The example of the data set's description, whose tools and answers are lists or, as in its file, JSON text."""
     value = json.loads(Path(__file__).with_name("xlam_example.json").read_text())
     example = parse(value)
@@ -102,7 +102,7 @@ def test_xlam_answers_are_the_calls_of_the_final_turn() -> None:
     ]
 
 
-def test_row_of_another_format_may_have_the_keys_of_xlam() -> None:
+def test_row_of_another_format_may_contain_xlam_keys() -> None:
     assert parse({"prompt": "i", "completion": "o", "query": "x", "answers": "[]"}) == chat("i", "o")
 
 
@@ -111,7 +111,7 @@ def test_xlam_row_may_have_a_system_prompt() -> None:
     assert [message.role for message in example.messages] == [Role.SYSTEM, Role.USER, Role.ASSISTANT]
 
 
-def test_sharegpt_calls_are_tool_calls() -> None:
+def test_sharegpt_calls_become_tool_calls() -> None:
     turns = [("human", "Rain?"), ("function_call", '{"name": "rain", "arguments": {"city": "Rome"}}')]
     turns += [("observation", "no"), ("gpt", "No.")]
     value = {"conversations": [{"from": who, "value": said} for who, said in turns], "tools": json.dumps([TOOL])}
@@ -126,7 +126,7 @@ BESIDE = (Format.CHAT, Format.SHAREGPT, Format.ALPACA, Format.PROMPT_COMPLETION)
 
 
 @pytest.mark.parametrize("form", BESIDE)
-def test_system_prompt_may_be_a_separate_field(form: Format) -> None:
+def test_system_prompt_may_be_in_a_separate_field(form: Format) -> None:
     value = row(form, "be short", "which", "that")
     if form in (Format.CHAT, Format.SHAREGPT):
         key = "messages" if form is Format.CHAT else "conversations"
@@ -148,9 +148,7 @@ def test_system_prompt_may_be_a_separate_field(form: Format) -> None:
         (None, "x", "messages"),
     ],
 )
-def test_fields_have_the_names_of_the_file_when_a_system_prompt_is_separate(
-    system: Any, turns: Any, field: str
-) -> None:
+def test_errors_name_original_fields_if_the_system_prompt_is_separate(system: Any, turns: Any, field: str) -> None:
     assert refusal({"system": system, "messages": turns}, Format.CHAT).field == field
 
 
@@ -181,13 +179,11 @@ def test_weights_decide_which_turns_are_trained_on(weights: tuple[int | None, ..
 @pytest.mark.parametrize(
     ("weights", "learnt"), [((None, None), (1, 3)), ((0, None), (3,)), ((1, 0), (1,)), ((None,), (1,))]
 )
-def test_weights_override_the_choice_to_learn_all_answers(
-    weights: tuple[int | None, ...], learnt: tuple[int, ...]
-) -> None:
+def test_weights_override_training_on_all_answers(weights: tuple[int | None, ...], learnt: tuple[int, ...]) -> None:
     assert with_weights(*weights).learning_all.learnt == learnt
 
 
-def test_thinking_is_kept_when_a_file_has_it_in_an_assistant_turn() -> None:
+def test_thinking_in_an_assistant_turn_is_kept() -> None:
     thought = turn("assistant", "4") | {"reasoning_content": "2 and 2"}
     example = parse_example({"messages": [turn("user", "2 + 2?"), thought]})
     assert example.messages[-1].reasoning == "2 and 2"
@@ -198,14 +194,14 @@ def test_thinking_is_kept_when_a_file_has_it_in_an_assistant_turn() -> None:
     )
 
 
-def test_thinking_of_a_user_is_an_error() -> None:
+def test_thinking_in_a_user_turn_is_an_error() -> None:
     turns = [turn("user", "q") | {"reasoning_content": "hm"}, turn("assistant", "a")]
     with pytest.raises(RowError, match="is in a user turn") as caught:
         parse_example({"messages": turns})
     assert caught.value.field == "messages[0].reasoning_content"
 
 
-def test_greeting_before_the_first_question_is_not_learnt() -> None:
+def test_greeting_before_the_first_question_is_not_trained_on() -> None:
     turns = [turn("assistant", "hello"), *(message.as_dict() for message in with_weights(None, None).messages)]
     example = parse_example({"messages": turns})
     assert example.learning_all.learnt == (2, 4)
@@ -213,7 +209,7 @@ def test_greeting_before_the_first_question_is_not_learnt() -> None:
         parse_example({"messages": [turns[0] | {"weight": 1}, turns[1], turns[2] | {"weight": 0}]})
 
 
-def test_fingerprints_of_plain_chats_have_not_changed() -> None:
+def test_fingerprints_of_plain_chats_are_stable() -> None:
     assert fingerprint([chat("a", "b")]) == ("sha256:01060f258c742b9d436aa1de5b903edb809032b7416b567d156163f40aefc0d5")
 
 
@@ -277,14 +273,14 @@ def test_fingerprints_of_plain_chats_have_not_changed() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_wrong_row_is_rejected_with_its_field(value: Any, code: Code, text: str) -> None:
+def test_invalid_row_is_rejected_with_the_field_name(value: Any, code: Code, text: str) -> None:
     error = refusal(value)
     assert error.code is code
     assert text in error.wrong
     assert not error.field or error.wrong.startswith(error.field)
 
 
-def test_endlessly_nested_tools_are_rejected() -> None:
+def test_deeply_nested_tools_are_rejected() -> None:
     deep: Any = "x"
     for _ in range(200):
         deep = {"a": deep}
@@ -292,7 +288,7 @@ def test_endlessly_nested_tools_are_rejected() -> None:
     assert refusal({**WITH_TOOLS, "tools": [{"type": "function", "function": function}]}).code is Code.WRONG_TOOLS
 
 
-def test_format_of_a_file_is_the_format_of_most_rows(tmp_path: Path) -> None:
+def test_file_format_is_the_format_of_most_rows(tmp_path: Path) -> None:
     rows = [row(Format.ALPACA, "", f"question {number}", "a") for number in range(5)]
     path = write_lines(tmp_path / "x.jsonl", row(Format.CHAT, "s", "u", "a"), *rows)
     errors = [line.error for line in read_lines(path)]
@@ -300,7 +296,7 @@ def test_format_of_a_file_is_the_format_of_most_rows(tmp_path: Path) -> None:
     assert errors[1:] == [None] * 5
 
 
-def test_files_may_differ_in_format(tmp_path: Path) -> None:
+def test_data_files_may_differ_in_format(tmp_path: Path) -> None:
     paths = [write_lines(tmp_path / f"{form}.jsonl", row(form, "be short", "which", "that")) for form in TEXT_FORMATS]
     assert read_examples(paths) == [EXPECTED] * len(paths)
 
@@ -338,7 +334,7 @@ turns = st.lists(
 
 
 @given(st.dictionaries(keys, turns | st.text(max_size=5) | json_values, max_size=6), st.sampled_from(list(Format)))
-def test_any_row_is_an_example_that_round_trips_or_an_error(value: dict[str, Any], form: Format) -> None:
+def test_any_row_either_round_trips_as_an_example_or_is_an_error(value: dict[str, Any], form: Format) -> None:
     try:
         example, fields = parse_row(value, form)
     except DataError:

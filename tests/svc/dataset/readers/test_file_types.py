@@ -82,12 +82,12 @@ def written(folder: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "list", "indented", "lines", "parquet", "messages", ",", ";", "\t"])
-def test_every_file_type_gives_the_same_examples(tmp_path: Path, kind: str) -> None:
+def test_all_file_types_yield_the_same_examples(tmp_path: Path, kind: str) -> None:
     assert read_examples(written(tmp_path, kind)) == EXAMPLES
 
 
 @pytest.mark.parametrize(("kind", "end"), zip(cycle(["jsonl", "indented", ","]), COMPRESS, strict=False))
-def test_compressed_files_give_the_same_examples(tmp_path: Path, kind: str, end: str) -> None:
+def test_compressed_files_yield_the_same_examples_as_plain_files(tmp_path: Path, kind: str, end: str) -> None:
     plain = written(tmp_path, kind)
     packed = plain.with_name(plain.name + end)
     packed.write_bytes(COMPRESS[end](plain.read_bytes()))
@@ -95,7 +95,7 @@ def test_compressed_files_give_the_same_examples(tmp_path: Path, kind: str, end:
 
 
 @pytest.mark.parametrize("end", COMPRESS)
-def test_truncated_compressed_file_is_an_error_after_the_readable_rows(tmp_path: Path, end: str) -> None:
+def test_truncated_compressed_file_yields_readable_rows_then_an_error(tmp_path: Path, end: str) -> None:
     content = COMPRESS[end](jsonl(tmp_path).read_bytes())
     packed = tmp_path / f"cut.jsonl{end}"
     packed.write_bytes(content[: len(content) // 2])
@@ -104,7 +104,7 @@ def test_truncated_compressed_file_is_an_error_after_the_readable_rows(tmp_path:
 
 
 @pytest.mark.parametrize("name", ["x.parquet", "x.jsonl.gz", "x.jsonl.xz", "x.jsonl.bz2", "x.jsonl.zst"])
-def test_file_whose_content_contradicts_its_name_is_unreadable(tmp_path: Path, name: str) -> None:
+def test_file_contradicting_its_extension_is_unreadable(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"no such thing at all, but long enough for a header")
     (line,) = read_lines(tmp_path / name)
     assert line.error is not None and line.error.code is Code.UNREADABLE
@@ -114,7 +114,7 @@ def errors(path: Path) -> list[tuple[int, Code]]:
     return [(line.number, line.error.code) for line in read_lines(path) if line.error]
 
 
-def test_elements_of_a_list_are_reported_by_the_line_where_they_begin(tmp_path: Path) -> None:
+def test_invalid_json_list_element_is_reported_by_its_first_line(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text(json.dumps([VALUES[0], {"messages": 3}, 7, VALUES[1]], indent=1))
     begin = path.read_text().splitlines().index('  "messages": 3')
@@ -134,18 +134,18 @@ def test_elements_of_a_list_are_reported_by_the_line_where_they_begin(tmp_path: 
         ("[" * 100_000, [(1, Code.NOT_JSON)]),
     ],
 )
-def test_faults_in_a_list_are_reported(tmp_path: Path, content: str, found: list[tuple[int, Code]]) -> None:
+def test_json_list_errors_are_reported(tmp_path: Path, content: str, found: list[tuple[int, Code]]) -> None:
     (tmp_path / "x.json").write_text(content.replace("GOOD", json.dumps(VALUES[0])))
     assert errors(tmp_path / "x.json") == found
 
 
-def test_element_that_is_not_utf8_is_reported_and_the_next_one_is_read(tmp_path: Path) -> None:
+def test_non_utf8_list_element_is_reported_and_reading_continues(tmp_path: Path) -> None:
     good = json.dumps(VALUES[0]).encode()
     (tmp_path / "x.json").write_bytes(b"[" + good + b",\n" + good.replace(b"answer", b"caf\xe9") + b",\n" + good + b"]")
     assert errors(tmp_path / "x.json") == [(2, Code.NOT_UTF8)]
 
 
-def test_faults_in_csv_are_reported_by_the_line_where_the_record_begins(tmp_path: Path) -> None:
+def test_csv_errors_are_reported_by_the_first_line_of_the_record(tmp_path: Path) -> None:
     content = b'prompt,completion\n"a\nb",c\nonly one\nd,\nd,caf\xe9\n"e"x,f\n\ng,h\n'
     (tmp_path / "x.csv").write_bytes(content)
     wanted = [(4, Code.WRONG_FORMAT), (5, Code.WRONG_CONTENT), (6, Code.NOT_UTF8), (7, Code.WRONG_FORMAT)]
@@ -153,7 +153,7 @@ def test_faults_in_csv_are_reported_by_the_line_where_the_record_begins(tmp_path
     assert [line.number for line in read_lines(tmp_path / "x.csv") if line.example] == [2, 9]
 
 
-def test_missing_columns_of_some_parquet_rows_are_not_a_fault(tmp_path: Path) -> None:
+def test_parquet_rows_may_lack_optional_columns(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "u", "name": "Ada"}, {"role": "assistant", "content": "a", "weight": 1}]
     path = parquet(tmp_path / "x.parquet", [{"messages": turns, "tools": None}, {"messages": VALUES[0]["messages"]}])
     first, second = read_examples(path)
@@ -174,26 +174,26 @@ def arrow_file(path: Path, columns: dict[str, Any]) -> Path:
     ],
     ids=["beyond the year 9999", "unknown time zone", "not UTF-8"],
 )
-def test_any_content_of_an_unused_parquet_column_is_accepted(tmp_path: Path, unused: Any) -> None:
+def test_unused_parquet_column_may_have_any_content(tmp_path: Path, unused: Any) -> None:
     path = arrow_file(tmp_path / "x.parquet", {"prompt": ["q", "r"], "completion": ["a", "b"], "unused": unused})
     assert [example.question for example in read_examples(path)] == ["q", "r"]
 
 
 @pytest.mark.parametrize("zone", [None, "Mars/Base"])
-def test_unreadable_parquet_value_is_reported_at_its_row(tmp_path: Path, zone: str | None) -> None:
+def test_unreadable_parquet_value_is_reported_by_row(tmp_path: Path, zone: str | None) -> None:
     prompts = pyarrow.array([10**15], pyarrow.timestamp("s", tz=zone))
     path = arrow_file(tmp_path / "x.parquet", {"prompt": prompts, "completion": ["a"]})
     assert errors(path) == [(1, Code.WRONG_FORMAT)]
 
 
-def test_columns_are_named_when_a_parquet_file_has_no_known_format(tmp_path: Path) -> None:
+def test_parquet_file_of_unknown_format_error_lists_its_columns(tmp_path: Path) -> None:
     path = arrow_file(tmp_path / "x.parquet", {"question": ["q"], "answer": ["a"]})
     (line,) = read_lines(path)
     assert line.error is not None and line.error.code is Code.WRONG_FORMAT
     assert "['answer', 'question']" in line.error.wrong
 
 
-def test_duplicate_column_is_reported_and_neither_is_used(tmp_path: Path) -> None:
+def test_duplicate_relevant_column_is_reported_and_not_read(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("prompt,completion,completion,note,note\nq,a,b,1,2\n")
     columns = [pyarrow.array([text]) for text in ("q", "a", "b")]
     names = ["prompt", "completion", "completion"]
@@ -205,14 +205,14 @@ def test_duplicate_column_is_reported_and_neither_is_used(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("before", ["\n", " \r\n\n", "sep=;\r\n", '"sep=;"\n', "\nsep=;\n\n"])
-def test_lines_of_spreadsheets_before_the_header_are_not_a_fault(tmp_path: Path, before: str) -> None:
+def test_spreadsheet_lines_before_csv_header_are_skipped(tmp_path: Path, before: str) -> None:
     (tmp_path / "x.csv").write_bytes(f"{before}prompt;completion\nq, r;a\n".encode())
     (line,) = read_lines(tmp_path / "x.csv")
     assert line.example is not None and line.example.question == "q, r"
     assert line.number == before.count("\n") + 2
 
 
-def test_oversized_parquet_row_is_reported_and_the_next_one_is_read(
+def test_oversized_parquet_row_is_reported_and_reading_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parquet_module, "MAX_ROW_BYTES", 1_000)
@@ -221,7 +221,7 @@ def test_oversized_parquet_row_is_reported_and_the_next_one_is_read(
     assert read_lines_examples(path) == EXAMPLES[:2]
 
 
-def test_oversized_line_is_reported_and_the_next_one_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_oversized_line_is_reported_and_reading_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jsonl_module, "MAX_ROW_BYTES", 1_000)
     path = write_lines(tmp_path / "x.jsonl", VALUES[0], chat("x" * 2_000).as_dict(), VALUES[1])
     assert errors(path) == [(2, Code.TOO_LARGE)]
@@ -232,7 +232,7 @@ def read_lines_examples(path: Path) -> list[ChatExample]:
     return [line.example for line in read_lines(path) if line.example]
 
 
-def test_progress_is_monotonic_and_stays_within_the_file(tmp_path: Path) -> None:
+def test_reading_progress_is_monotonic_and_within_the_file_size(tmp_path: Path) -> None:
     for path in (jsonl(tmp_path), parquet(tmp_path / "x.parquet")):
         told: list[int] = []
         assert sum(1 for _ in read_rows(path, told.append)) == len(EXAMPLES)
@@ -241,7 +241,7 @@ def test_progress_is_monotonic_and_stays_within_the_file(tmp_path: Path) -> None
 
 @given(st.binary(max_size=200) | st.text(alphabet='[]{},:" \n\\u1xamesg\ufeff', max_size=60).map(str.encode))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_bytes_in_any_file_type_are_rows_or_errors(tmp_path: Path, content: bytes) -> None:
+def test_arbitrary_bytes_in_any_file_type_yield_rows_or_errors(tmp_path: Path, content: bytes) -> None:
     for name in [f"x{end}" for end in CONTAINERS] + [f"x.jsonl{end}" for end in COMPRESS]:
         (tmp_path / name).write_bytes(content)
         rows: list[Row] = list(read_rows(tmp_path / name))
@@ -251,5 +251,5 @@ def test_any_bytes_in_any_file_type_are_rows_or_errors(tmp_path: Path, content: 
 @pytest.mark.parametrize(
     ("name", "is_one"), [("a.jsonl", True), ("A.JSON.GZ", True), ("a.csv.zst", True), ("a.txt", False), ("a.gz", False)]
 )
-def test_data_files_are_recognized_by_their_names(name: str, is_one: bool) -> None:
+def test_data_files_are_recognized_by_extension(name: str, is_one: bool) -> None:
     assert is_data_file(Path(name)) is is_one

@@ -27,7 +27,7 @@ OUTPUT = {
 }
 
 
-def test_example_has_the_question_with_the_reference_instead_of_the_models_answer() -> None:
+def test_example_pairs_question_with_reference_instead_of_model_output() -> None:
     example = parse(OUTPUT)
     assert [(turn.role.value, turn.content) for turn in example.messages] == [
         ("system", "Categorise."),
@@ -46,7 +46,7 @@ def test_example_has_the_question_with_the_reference_instead_of_the_models_answe
         {"datasource_item": {"item": {"input": "which", "ideal": "that"}}},
     ],
 )
-def test_question_and_answer_are_recognized_by_their_names(value: Any) -> None:
+def test_question_and_answer_fields_are_recognized_by_name(value: Any) -> None:
     example = parse(value)
     assert (example.question, example.answer) == ("which", "that")
 
@@ -62,12 +62,12 @@ def test_question_and_answer_are_recognized_by_their_names(value: Any) -> None:
         ({"datasource_item": {"ideal": "a"}}, "datasource_item"),
     ],
 )
-def test_ambiguous_row_is_rejected_with_its_field(value: Any, field: str) -> None:
+def test_ambiguous_evals_row_is_rejected_naming_the_field(value: Any, field: str) -> None:
     with pytest.raises(RowError) as caught:
         parse(value)
     assert caught.value.field == field
 
 
-def test_extra_key_in_a_row_of_another_format_is_ignored() -> None:
+def test_evals_key_in_a_row_of_another_format_is_ignored() -> None:
     assert recognise({"prompt": "a", "completion": "b", "item": {"id": 5}}) is Format.PROMPT_COMPLETION
     assert parse({"prompt": "a", "completion": "b", "item": {"id": 5}}).answer == "b"

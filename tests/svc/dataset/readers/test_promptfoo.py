@@ -28,7 +28,7 @@ def lines(folder: Path, text: str) -> list[Line]:
     return list(read_lines(folder / "promptfooconfig.yaml"))
 
 
-def test_every_test_with_every_prompt_is_an_example(tmp_path: Path) -> None:
+def test_each_combination_of_test_and_prompt_becomes_an_example(tmp_path: Path) -> None:
     read = lines(tmp_path, SUITE)
     assert [line.number for line in read] == [8, 8, 12, 12]
     assert [(line.example.question, line.example.answer) for line in read if line.example] == [
@@ -55,9 +55,7 @@ def test_every_test_with_every_prompt_is_an_example(tmp_path: Path) -> None:
         ("{{ x }}", "oops", "is 'oops'"),
     ],
 )
-def test_test_that_cannot_become_an_example_is_an_error_of_its_line(
-    prompt: str, test: str, wrong: str, tmp_path: Path
-) -> None:
+def test_unconvertible_promptfoo_test_is_reported_by_line(prompt: str, test: str, wrong: str, tmp_path: Path) -> None:
     (tmp_path.parent / "secret.txt").write_text("secret", "utf-8")
     (line,) = lines(tmp_path, f'prompts: ["{prompt}"]\ntests:\n  - {test}\n')
     assert line.example is None
@@ -67,7 +65,7 @@ def test_test_that_cannot_become_an_example_is_an_error_of_its_line(
     assert line.number == 3
 
 
-def test_text_in_a_neighbouring_file_is_read(tmp_path: Path) -> None:
+def test_promptfoo_text_can_be_read_from_a_neighbouring_file(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("Ask {{x}}\n", "utf-8")
     (line,) = lines(tmp_path, "prompts: ['file://p.txt']\ntests: [{vars: {x: a}, assert: [{type: equals, value: b}]}]")
     assert line.example is not None
@@ -75,6 +73,6 @@ def test_text_in_a_neighbouring_file_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["- a", "tests: file://x.csv", "prompts: [a\n", "tests: []"])
-def test_file_that_is_not_a_suite_is_one_error(text: str, tmp_path: Path) -> None:
+def test_file_that_is_not_a_promptfoo_suite_yields_one_error(text: str, tmp_path: Path) -> None:
     (line,) = lines(tmp_path, text)
     assert line.error is not None

@@ -24,19 +24,19 @@ def failure(path: Path, **options: Any) -> DataError:
     return caught.value
 
 
-def test_missing_file_is_named(tmp_path: Path) -> None:
+def test_missing_file_error_names_the_file(tmp_path: Path) -> None:
     error = failure(tmp_path / "train.jsonl")
     assert f"cannot open data file {tmp_path / 'train.jsonl'}: No such file" in error.wrong
     assert "check the path" in error.todo
 
 
-def test_folder_without_data_files_is_named(tmp_path: Path) -> None:
+def test_folder_without_data_files_error_names_the_folder(tmp_path: Path) -> None:
     (tmp_path / "README.md").touch()
     assert f"the folder {tmp_path} contains no data files" in failure(tmp_path).wrong
 
 
 @pytest.mark.parametrize("content", [b"", b"\n  \n"])
-def test_empty_file_has_too_few_examples(tmp_path: Path, content: bytes) -> None:
+def test_empty_file_raises_too_few_examples(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "empty.jsonl"
     path.write_bytes(content)
     error = failure(path)
@@ -44,7 +44,7 @@ def test_empty_file_has_too_few_examples(tmp_path: Path, content: bytes) -> None
     assert error.expected == "at least 1"
 
 
-def test_single_example_is_too_few_to_train_on(tmp_path: Path) -> None:
+def test_single_example_is_too_few_for_training(tmp_path: Path) -> None:
     error = failure(write_lines(tmp_path / "one.jsonl", chat().as_dict()), minimum=2)
     assert "has 1 example" in error.wrong
     assert error.expected == "at least 2"
@@ -63,7 +63,7 @@ def test_single_example_is_too_few_to_train_on(tmp_path: Path) -> None:
         (GOOD + GOOD, "not JSON: Extra data"),
     ],
 )
-def test_bad_line_is_named_by_number_with_the_command_to_run(tmp_path: Path, line: bytes, text: str) -> None:
+def test_invalid_line_error_has_line_number_and_check_command(tmp_path: Path, line: bytes, text: str) -> None:
     path = tmp_path / "train.jsonl"
     path.write_bytes(GOOD + b"\n\n" + line + b"\n" + GOOD)
     error = failure(path)
@@ -73,7 +73,7 @@ def test_bad_line_is_named_by_number_with_the_command_to_run(tmp_path: Path, lin
     assert f"svc data check {path}" in error.todo
 
 
-def test_time_to_read_an_object_is_proportional_to_its_number_of_keys(tmp_path: Path) -> None:
+def test_object_reading_time_is_linear_in_number_of_keys(tmp_path: Path) -> None:
     keys = [f'"{number}": 1' for number in range(100_000)]
     path = tmp_path / "train.jsonl"
     path.write_text("{" + ", ".join([*keys, keys[500]]) + "}")
@@ -82,13 +82,13 @@ def test_time_to_read_an_object_is_proportional_to_its_number_of_keys(tmp_path: 
     assert time.process_time() - began < 5
 
 
-def test_byte_order_mark_and_windows_line_ends_are_accepted(tmp_path: Path) -> None:
+def test_byte_order_mark_and_windows_line_endings_are_accepted(tmp_path: Path) -> None:
     path = tmp_path / "windows.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + GOOD + b"\r\n" + GOOD + b"\r\n")
     assert read_examples(path) == [chat(), chat()]
 
 
-def test_lines_end_only_at_line_feeds(tmp_path: Path) -> None:
+def test_only_line_feeds_end_a_line(tmp_path: Path) -> None:
     example = chat(user="one\u2028two\x85three\u2029")
     write_examples(tmp_path / "x.jsonl", [example, chat()])
     assert read_examples(tmp_path / "x.jsonl") == [example, chat()]
@@ -98,7 +98,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lam
 
 
 @given(st.lists(st.builds(chat, texts, texts), min_size=1, max_size=5))
-def test_written_examples_are_read_back(tmp_path_factory: pytest.TempPathFactory, examples: list[Any]) -> None:
+def test_examples_written_to_a_file_round_trip(tmp_path_factory: pytest.TempPathFactory, examples: list[Any]) -> None:
     path = tmp_path_factory.getbasetemp() / "round.jsonl"
     write_examples(path, examples)
     assert read_examples(path) == examples
@@ -108,7 +108,9 @@ pieces = st.binary(max_size=40) | st.sampled_from([GOOD, b"\n", b"\r\n", b'{"mes
 
 
 @given(st.lists(pieces, max_size=12).map(b"".join))
-def test_any_bytes_are_examples_or_reports(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+def test_arbitrary_bytes_yield_examples_or_error_reports(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes
+) -> None:
     path = tmp_path_factory.getbasetemp() / "any.jsonl"
     path.write_bytes(content)
     lines = list(read_lines(path))

@@ -22,18 +22,18 @@ def names(folder: Path, files: list[Path]) -> list[str]:
     return [str(path.relative_to(folder)) for path in files]
 
 
-def test_source_of_a_file_is_the_file(tmp_path: Path) -> None:
+def test_source_of_a_file_is_the_file_itself(tmp_path: Path) -> None:
     assert data_files(tmp_path / "x.txt") == [tmp_path / "x.txt"]
 
 
-def test_source_of_a_folder_is_its_sorted_data_files(tmp_path: Path) -> None:
+def test_source_of_a_folder_is_its_data_files_in_sorted_order(tmp_path: Path) -> None:
     touch(
         tmp_path, "b.csv", "a/z.jsonl.gz", "c.parquet", "README.md", "dataset_infos.json", ".cache/d.jsonl", "load.py"
     )
     assert names(tmp_path, data_files(tmp_path)) == ["a/z.jsonl.gz", "b.csv", "c.parquet"]
 
 
-def test_examples_of_a_folder_are_read_in_that_order(tmp_path: Path) -> None:
+def test_folder_examples_are_read_in_file_order(tmp_path: Path) -> None:
     write_examples(tmp_path / "2.jsonl", [chat("b")])
     write_examples(tmp_path / "1.jsonl", [chat("a")])
     assert read_examples(tmp_path) == [chat("a"), chat("b")]
@@ -54,7 +54,7 @@ class Hub:
         return str(self.folder)
 
 
-def test_hub_dataset_is_fetched_into_the_cache_and_read_as_a_folder(tmp_path: Path) -> None:
+def test_hub_dataset_is_downloaded_to_the_cache_and_read_as_a_folder(tmp_path: Path) -> None:
     touch(tmp_path / "snapshot", "data/train-0.parquet", "data/train-1.parquet")
     hub = Hub(tmp_path / "snapshot")
     found = data_files("hf:org/name", tmp_path / "cache", fetch=hub)
@@ -63,7 +63,7 @@ def test_hub_dataset_is_fetched_into_the_cache_and_read_as_a_folder(tmp_path: Pa
     assert (hub.asked["revision"], hub.asked["cache_dir"]) == (None, tmp_path / "cache" / "hub")
 
 
-def test_only_data_files_are_fetched(tmp_path: Path) -> None:
+def test_only_data_files_are_downloaded_from_the_hub(tmp_path: Path) -> None:
     touch(tmp_path, "x.jsonl")
     hub = Hub(tmp_path)
     data_files("hf:org/name", tmp_path, fetch=hub)
@@ -98,7 +98,7 @@ GSM8K = [f"{config}/{split}-00000-of-00001.parquet" for config in ("main", "socr
         pytest.param(["latest.jsonl", "train_test_mix.jsonl"], ["latest.jsonl", "train_test_mix.jsonl"], id="words"),
     ],
 )
-def test_test_and_validation_splits_of_a_hub_dataset_are_left_out(
+def test_test_and_validation_splits_of_a_hub_dataset_are_excluded(
     tmp_path: Path, published: list[str], chosen: list[str]
 ) -> None:
     touch(tmp_path, *published)
@@ -106,19 +106,19 @@ def test_test_and_validation_splits_of_a_hub_dataset_are_left_out(
 
 
 @pytest.mark.parametrize("named", ["main/test-00000-of-00001.parquet", "validation", "VALIDATION"])
-def test_split_of_a_hub_dataset_is_used_when_it_is_named(tmp_path: Path, named: str) -> None:
+def test_explicitly_named_split_of_a_hub_dataset_is_used(tmp_path: Path, named: str) -> None:
     touch(tmp_path, *GSM8K, "validation/a.parquet", "VALIDATION/a.parquet")
     assert len(data_files(f"hf:org/name/{named}", tmp_path, fetch=Hub(tmp_path))) == 1
 
 
-def test_hub_dataset_is_rejected_when_it_has_no_training_split(tmp_path: Path) -> None:
+def test_hub_dataset_without_a_training_split_is_rejected(tmp_path: Path) -> None:
     touch(tmp_path, "data/test.parquet", "data/validation.parquet")
     error = refusal("hf:org/name", Hub(tmp_path))
     assert error.wrong.endswith("only files of test and validation splits: data/test.parquet, data/validation.parquet")
     assert "hf:org/name/FILE-OR-FOLDER" in (error.todo or "")
 
 
-def test_part_and_revision_of_a_hub_dataset_can_be_named(tmp_path: Path) -> None:
+def test_hub_dataset_path_can_select_a_file_and_revision(tmp_path: Path) -> None:
     touch(tmp_path, "data/train.parquet", "data/test.parquet")
     hub = Hub(tmp_path)
     assert names(tmp_path, data_files("hf:org/name@v1/data/train.parquet", tmp_path, fetch=hub)) == [
@@ -134,30 +134,30 @@ def refusal(source: str, fetch: Hub) -> DataError:
     return caught.value
 
 
-def test_unreachable_hub_is_an_error_with_advice(tmp_path: Path) -> None:
+def test_unreachable_hub_raises_error_with_advice(tmp_path: Path) -> None:
     error = refusal("hf:org/name", Hub(tmp_path, LocalEntryNotFoundError("offline")))
     assert "dataset org/name is not in the cache and the Hugging Face hub cannot be reached" in error.wrong
     assert "copy the dataset to this machine" in error.todo
 
 
-def test_unknown_dataset_is_reported(tmp_path: Path) -> None:
+def test_unknown_hub_dataset_raises_error(tmp_path: Path) -> None:
     error = refusal("hf:org/name", Hub(tmp_path, HFValidationError("no such dataset\n\nmore")))
     assert error.wrong == "the Hugging Face hub rejected dataset org/name: no such dataset"
 
 
 @pytest.mark.parametrize("source", ["hf:", "hf:name", "hf:org/name/../../etc", "hf:org/na me"])
-def test_invalid_dataset_name_is_rejected_before_anything_is_fetched(tmp_path: Path, source: str) -> None:
+def test_invalid_dataset_name_is_rejected_before_download(tmp_path: Path, source: str) -> None:
     hub = Hub(tmp_path)
     assert f"{source!r} is not a hub dataset" in refusal(source, hub).wrong
     assert hub.asked == {}
 
 
-def test_missing_part_is_reported(tmp_path: Path) -> None:
+def test_missing_path_in_a_hub_dataset_raises_error(tmp_path: Path) -> None:
     touch(tmp_path, "train.jsonl")
     assert "no data file or folder 'test'" in refusal("hf:org/name/test", Hub(tmp_path)).wrong
 
 
-def test_missing_file_that_looks_like_a_dataset_says_how_to_name_one() -> None:
+def test_missing_file_error_explains_hub_dataset_syntax() -> None:
     with pytest.raises(DataError) as caught:
         read_examples("org/name")
     assert "hf:ORG/NAME" in caught.value.todo

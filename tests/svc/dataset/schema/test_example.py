@@ -21,7 +21,7 @@ def wrong(*turns: Any) -> str:
     return str(caught.value)
 
 
-def test_good_example_is_read_completely() -> None:
+def test_valid_example_is_parsed_completely() -> None:
     value = {"messages": [turn("system", "Be short."), USER, ANSWER], "id": 7}
     example = parse_example(value)
     assert example.as_dict() == {"messages": value["messages"]}
@@ -51,7 +51,7 @@ def test_good_example_is_read_completely() -> None:
         ((), "messages is an empty list"),
     ],
 )
-def test_bad_turn_is_named_with_its_place_and_value(turns: tuple[Any, ...], text: str) -> None:
+def test_invalid_turn_error_has_its_position_and_value(turns: tuple[Any, ...], text: str) -> None:
     assert text in wrong(*turns)
 
 
@@ -64,18 +64,18 @@ def test_bad_turn_is_named_with_its_place_and_value(turns: tuple[Any, ...], text
         ({"messages": {"role": "user"}}, "messages is an object"),
     ],
 )
-def test_error_describes_a_line_that_is_not_an_example(value: Any, text: str) -> None:
+def test_non_example_line_error_describes_the_line(value: Any, text: str) -> None:
     with pytest.raises(DataError) as caught:
         parse_row(value, Format.CHAT)
     assert text in caught.value.wrong
     assert caught.value.expected
 
 
-def test_large_bad_value_is_truncated_in_the_error() -> None:
+def test_large_invalid_value_is_truncated_in_the_error() -> None:
     assert len(wrong(turn("x" * 100_000, "y"), ANSWER)) < 300
 
 
-def test_length_counts_everything_that_a_model_is_shown() -> None:
+def test_example_length_counts_all_text_shown_to_the_model() -> None:
     call = {"id": "1", "type": "function", "function": {"name": "rain", "arguments": '{"a": "日"}'}}
     turns = [USER | {"name": "Ada"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
     turns += [turn("tool", "no") | {"tool_call_id": "1"}, ANSWER]
@@ -89,7 +89,7 @@ turns = st.lists(json_values | st.fixed_dictionaries({"role": roles, "content": 
 
 
 @given(json_values | st.fixed_dictionaries({"messages": json_values | turns}))
-def test_any_json_value_is_an_example_or_a_data_error(value: Any) -> None:
+def test_any_json_value_yields_an_example_or_a_data_error(value: Any) -> None:
     try:
         example, _ = parse_row(value, Format.CHAT)
     except DataError:

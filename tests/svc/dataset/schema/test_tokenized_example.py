@@ -18,7 +18,7 @@ def examples(draw: st.DrawFn) -> TokenizedExample:
 
 
 @given(st.lists(examples(), max_size=5))
-def test_written_examples_are_read_back(
+def test_written_tokenized_examples_round_trip(
     tmp_path_factory: pytest.TempPathFactory, written: list[TokenizedExample]
 ) -> None:
     path = tmp_path_factory.mktemp("tokens") / "tokens.jsonl"
@@ -27,7 +27,7 @@ def test_written_examples_are_read_back(
 
 
 @given(examples())
-def test_prompt_and_answer_belong_to_the_last_trained_answer(example: TokenizedExample) -> None:
+def test_prompt_and_answer_are_those_of_the_last_answer_trained_on(example: TokenizedExample) -> None:
     start, end = example.learnt[-1]
     assert example.prompt + example.answer == example.input_ids[:end]
     assert len(example.prompt) == start
@@ -37,12 +37,12 @@ def test_prompt_and_answer_belong_to_the_last_trained_answer(example: TokenizedE
 @pytest.mark.parametrize(
     "content", ["{}", '{"input_ids": [1], "learnt": []}', '{"input_ids": [-1], "learnt": [[0, 1]]}']
 )
-def test_line_that_is_not_an_example_is_reported(tmp_path: Path, content: str) -> None:
+def test_line_that_is_not_a_tokenized_example_raises_error(tmp_path: Path, content: str) -> None:
     (tmp_path / "tokens.jsonl").write_text(content)
     with pytest.raises(IntegrityError, match="cannot read"):
         read_tokenized(tmp_path / "tokens.jsonl")
 
 
-def test_missing_file_is_reported(tmp_path: Path) -> None:
+def test_missing_tokenized_examples_file_raises_error(tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match="cannot read"):
         read_tokenized(tmp_path / "none.jsonl")

@@ -56,28 +56,28 @@ def refusal(*turns: Any, **more: Any) -> RowError:
         (calling("1"), giving("1"), ANSWER, USER, calling("2"), giving("2")),
     ],
 )
-def test_calls_with_their_answers_are_accepted(turns: tuple[Any, ...]) -> None:
+def test_tool_calls_with_results_are_accepted(turns: tuple[Any, ...]) -> None:
     assert parse(*turns, ANSWER).answer == "No."
 
 
-def test_final_calls_are_the_answer_whatever_the_order_of_their_arguments() -> None:
+def test_final_calls_form_the_answer_regardless_of_argument_order() -> None:
     first = parse(calling("1", arguments='{"city": "Rome", "days": 2}'), tools=[FUNCTION])
     second = parse(calling("2", arguments={"days": 2, "city": "Rome"}), tools=[FUNCTION])
     assert first.answer == second.answer == '{"name": "rain", "arguments": {"city": "Rome", "days": 2}}'
 
 
-def test_answer_with_text_and_calls_has_the_text_first() -> None:
+def test_text_precedes_calls_in_an_answer_with_both() -> None:
     example = parse(calling("1", "2") | {"content": "I look."}, tools=[FUNCTION])
     assert example.answer.splitlines() == ["I look.", *['{"name": "rain", "arguments": {}}'] * 2]
 
 
-def test_turn_may_have_calls_and_no_content() -> None:
+def test_turn_with_calls_may_omit_content() -> None:
     called = calling("1")
     del called["content"]
     assert parse(called, tools=[FUNCTION]).calls_tools
 
 
-def test_final_call_without_tools_is_rejected() -> None:
+def test_final_call_without_tool_definitions_is_rejected() -> None:
     assert refusal(calling("1")).code is Code.WRONG_TOOLS
 
 
@@ -85,22 +85,22 @@ def test_final_call_without_tools_is_rejected() -> None:
     text=st.text(max_size=20),
     calls=st.lists(st.tuples(NAMES, st.dictionaries(st.text(max_size=5), st.text() | st.integers()))),
 )
-def test_calls_in_an_answer_are_those_that_it_was_made_of(text: str, calls: list[tuple[str, dict[str, Any]]]) -> None:
+def test_tool_calls_round_trip_through_answer_text(text: str, calls: list[tuple[str, dict[str, Any]]]) -> None:
     made = answer_text(text, [ToolCall(name, json.dumps(arguments)) for name, arguments in calls])
     assert calls_in(made) == calls
 
 
-def test_white_space_between_text_and_call_is_not_part_of_the_answer() -> None:
+def test_whitespace_between_text_and_call_is_stripped_from_the_answer() -> None:
     assert answer_text("I look.\n\n", [ToolCall("rain", "{}")]) == 'I look.\n{"name": "rain", "arguments": {}}'
 
 
 @pytest.mark.parametrize("arguments", ['{"a": "\\ud83d"}', '{"a": 1e999}'], ids=["lone surrogate", "infinity"])
-def test_arguments_that_json_or_utf8_cannot_hold_become_a_string(arguments: str) -> None:
+def test_tool_call_arguments_not_representable_in_json_or_utf8_become_a_string(arguments: str) -> None:
     text = answer_text("", [ToolCall("rain", arguments)])
     assert calls_in(text.encode("utf-8").decode("utf-8")) == [("rain", arguments)]
 
 
-def test_arguments_that_were_cut_off_become_a_string() -> None:
+def test_truncated_tool_call_arguments_become_a_string() -> None:
     assert calls_in(answer_text("", [ToolCall("rain", '{"city": "Ro')])) == [("rain", '{"city": "Ro')]
 
 
@@ -120,13 +120,15 @@ def test_arguments_that_were_cut_off_become_a_string() -> None:
         ((calling("1"), USER), "messages[1].tool_calls"),
     ],
 )
-def test_call_without_an_answer_and_answer_without_a_call_are_rejected(turns: tuple[Any, ...], field: str) -> None:
+def test_tool_call_without_a_result_and_result_without_a_call_are_rejected(turns: tuple[Any, ...], field: str) -> None:
     error = refusal(*turns, ANSWER)
     assert (error.code, error.field) == (Code.WRONG_TURNS, field)
 
 
 @given(st.lists(st.sampled_from(["a", "b", "c", "d"]), unique=True, min_size=1), st.randoms(), st.data())
-def test_answers_may_be_in_any_order_but_none_may_be_missing(ids: list[str], chance: Any, data: st.DataObject) -> None:
+def test_tool_results_may_come_in_any_order_but_must_be_complete(
+    ids: list[str], chance: Any, data: st.DataObject
+) -> None:
     answers = [giving(name) for name in ids]
     chance.shuffle(answers)
     parse(calling(*ids), *answers, ANSWER)
@@ -134,7 +136,7 @@ def test_answers_may_be_in_any_order_but_none_may_be_missing(ids: list[str], cha
     assert refusal(calling(*ids), *answers, ANSWER).code is Code.WRONG_TURNS
 
 
-def test_sharegpt_observation_without_a_call_is_rejected_by_its_own_name() -> None:
+def test_sharegpt_observation_without_a_call_error_uses_sharegpt_field_name() -> None:
     turns = [("human", "q"), ("gpt", "x"), ("observation", "no"), ("gpt", "b")]
     value = {"conversations": [{"from": who, "value": said} for who, said in turns]}
     with pytest.raises(RowError) as caught:
@@ -142,7 +144,7 @@ def test_sharegpt_observation_without_a_call_is_rejected_by_its_own_name() -> No
     assert (caught.value.code, caught.value.field) == (Code.WRONG_TURNS, "conversations[2].value")
 
 
-def test_time_to_check_tools_and_calls_is_proportional_to_their_number() -> None:
+def test_tool_and_call_validation_time_is_linear_in_their_number() -> None:
     ids = [str(number) for number in range(20_000)]
     tools = [{"name": f"f{name}"} for name in ids]
     calls = [{"id": name, "function": {"name": f"f{name}", "arguments": "{}"}} for name in ids]
@@ -152,11 +154,11 @@ def test_time_to_check_tools_and_calls_is_proportional_to_their_number() -> None
     assert time.process_time() - began < 5
 
 
-def test_two_calls_with_one_id_are_rejected() -> None:
+def test_duplicate_tool_call_id_is_rejected() -> None:
     assert refusal(calling("1", "1"), giving("1"), giving("1"), ANSWER).code is Code.WRONG_TOOLS
 
 
-def test_call_of_a_tool_that_is_not_offered_is_rejected() -> None:
+def test_call_to_an_undeclared_tool_is_rejected() -> None:
     error = refusal(calling("1", name="snow"), giving("1"), ANSWER, tools=[FUNCTION])
     assert error.code is Code.WRONG_TOOLS
     assert "'snow'" in error.wrong and "rain" in error.expected
@@ -168,17 +170,17 @@ def test_call_of_a_tool_that_is_not_offered_is_rejected() -> None:
     ["x", "[1]", '{"city": NaN}', '{"city": 1, "city": 2}', '{"city": "\\ud800"}', {"city": "\ud800"}, [], 5],
     ids=repr,
 )
-def test_arguments_that_are_not_a_strict_json_object_are_rejected(arguments: Any) -> None:
+def test_tool_call_arguments_must_be_a_strict_json_object(arguments: Any) -> None:
     error = refusal(calling("1", arguments=arguments), giving("1"), ANSWER)
     assert error.code in (Code.WRONG_TOOLS, Code.WRONG_CONTENT)
 
 
 @pytest.mark.parametrize("more", [{"name": " "}, {"name": 5}, {"name": None}], ids=repr)
-def test_call_without_a_name_is_rejected(more: dict[str, Any]) -> None:
+def test_tool_call_without_a_name_is_rejected(more: dict[str, Any]) -> None:
     assert refusal(calling("1", **more), giving("1"), ANSWER).code is Code.WRONG_TOOLS
 
 
-def test_call_of_another_type_is_rejected() -> None:
+def test_tool_call_type_other_than_function_is_rejected() -> None:
     made = calling("1")
     made["tool_calls"][0]["type"] = "banana"
     assert refusal(made, giving("1"), ANSWER).code is Code.WRONG_TOOLS
@@ -196,18 +198,18 @@ def test_call_of_another_type_is_rejected() -> None:
     ],
     ids=json.dumps,
 )
-def test_tools_that_no_api_accepts_are_rejected(tools: Any) -> None:
+def test_tool_definitions_invalid_for_every_api_are_rejected(tools: Any) -> None:
     assert refusal(ANSWER, tools=tools).code is Code.WRONG_TOOLS
 
 
 @pytest.mark.parametrize(
     "function", [{"name": "f"}, {"name": "f", "description": None, "parameters": None, "strict": True}], ids=json.dumps
 )
-def test_optional_fields_of_a_tool_may_be_missing(function: dict[str, Any]) -> None:
+def test_optional_tool_fields_may_be_omitted(function: dict[str, Any]) -> None:
     assert len(parse(ANSWER, tools=[function, {"type": "function", "function": FUNCTION}]).tools) == 2
 
 
-def test_old_function_calling_is_rejected_instead_of_dropped() -> None:
+def test_legacy_function_calling_is_rejected_instead_of_dropped() -> None:
     called = {"role": "assistant", "content": "I look.", "function_call": {"name": "rain", "arguments": "{}"}}
     assert refusal(called, USER, ANSWER).code is Code.WRONG_TOOLS
     assert refusal(ANSWER, functions=[FUNCTION]).code is Code.WRONG_TOOLS

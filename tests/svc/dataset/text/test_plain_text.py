@@ -45,7 +45,7 @@ def test_turn_without_visible_characters_is_rejected(text: str) -> None:
         ("a\u3000b", "A  b"),
     ],
 )
-def test_texts_that_look_the_same_are_equal(one: str, other: str) -> None:
+def test_visually_identical_texts_are_equal(one: str, other: str) -> None:
     assert normal(one) == normal(other)
     assert normal_prompt(chat(one)) == normal_prompt(chat(other))
     first, second = sketches(one, other)["values"]
@@ -55,10 +55,10 @@ def test_texts_that_look_the_same_are_equal(one: str, other: str) -> None:
 @pytest.mark.parametrize(
     ("one", "other"), [("5²", "52"), ("m²", "m2"), ("क्\u200dष", "क्ष"), ("👩\u200d👧", "👩👧"), ("ﬁ x", "f x")]
 )
-def test_texts_with_different_content_differ(one: str, other: str) -> None:
+def test_texts_with_different_content_are_unequal(one: str, other: str) -> None:
     assert normal(one) != normal(other)
 
 
 @given(words)
-def test_unicode_composition_does_not_matter(text: str) -> None:
+def test_unicode_normalization_form_does_not_affect_equality(text: str) -> None:
     assert normal(unicodedata.normalize("NFD", text)) == normal(unicodedata.normalize("NFC", text))

@@ -35,7 +35,7 @@ class TestBrokenAnswers:
             (STREAM + chunk(b"{}") + b"0\r\n", b"{}"),
         ],
     )
-    async def test_received_bytes_can_be_read_before_the_error(
+    async def test_received_bytes_can_be_read_before_the_connection_error(
         self, socket: Path, said: bytes, came: bytes | None
     ) -> None:
         found = None
@@ -72,7 +72,7 @@ class TestBrokenAnswers:
             STREAM + b"fffffffffffffffffff\r\n{}\r\n",
         ],
     )
-    async def test_response_that_is_not_http_is_an_immediate_error(self, socket: Path, said: bytes) -> None:
+    async def test_non_http_response_raises_error_immediately(self, socket: Path, said: bytes) -> None:
         async with engine(socket, say(said)) as (pool, server):
             with pytest.raises(MalformedAnswerError):
                 await asyncio.wait_for(ask(pool), 5)
@@ -88,7 +88,7 @@ class TestBrokenAnswers:
         ],
         ids=["value", "name", "extension", "trailer"],
     )
-    async def test_endless_head_of_a_response_is_rejected(self, socket: Path, said: bytes) -> None:
+    async def test_endless_response_header_is_rejected(self, socket: Path, said: bytes) -> None:
         async def reply(peer: Peer) -> None:
             await peer.say(said)
             for _ in range(1000):
@@ -99,9 +99,7 @@ class TestBrokenAnswers:
                 await asyncio.wait_for(ask(pool), 5)
             await until_closed(server)
 
-    async def test_body_that_is_read_completely_has_a_limit(
-        self, socket: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    async def test_fully_read_body_has_a_size_limit(self, socket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("svc.engine.vllm.connection_pool._MAX_BODY_BYTES", 1)
         async with engine(socket, say(ANSWER)) as (pool, _):
             with pytest.raises(MalformedAnswerError):
@@ -117,7 +115,7 @@ class TestSilence:
             await until_closed(server)
             assert len(server.requests) == 1
 
-    async def test_request_on_a_reused_connection_is_not_repeated_when_the_engine_is_silent(self, socket: Path) -> None:
+    async def test_timed_out_request_on_a_reused_connection_is_not_retried(self, socket: Path) -> None:
         async with engine(socket, say(ANSWER), silence, silence_s=0.1) as (pool, server):
             await ask(pool)
             with pytest.raises(SilenceError):
@@ -125,7 +123,7 @@ class TestSilence:
             assert len(server.requests) == 2
 
     @pytest.mark.slow
-    async def test_answer_may_take_longer_than_the_silence_timeout(self, socket: Path) -> None:
+    async def test_response_may_take_longer_in_total_than_the_silence_timeout(self, socket: Path) -> None:
         async def reply(peer: Peer) -> None:
             await peer.say(STREAM)
             for _ in range(10):
@@ -137,7 +135,7 @@ class TestSilence:
             assert await ask(pool) == b"x" * 10
             assert await ask(pool) == b"x" * 10
 
-    async def test_engine_does_not_count_as_silent_when_the_reader_is_slow(self, socket: Path) -> None:
+    async def test_slow_reader_does_not_make_the_engine_count_as_silent(self, socket: Path) -> None:
         clock = asyncio.get_running_loop().time
         async with (
             engine(socket, say(STREAM, chunk(b"x")), silence_s=0.1) as (pool, _),
@@ -152,7 +150,7 @@ class TestSilence:
 
 
 class TestArrival:
-    async def test_each_part_has_its_own_timeout_when_all_are_read_late(self, socket: Path) -> None:
+    async def test_response_chunks_read_late_keep_their_own_arrival_times(self, socket: Path) -> None:
         async def reply(peer: Peer) -> None:
             await peer.say(STREAM + chunk(b"a"))
             await asyncio.sleep(0.1)
@@ -164,7 +162,7 @@ class TestArrival:
         assert [part for part, _ in came] == [b"a", b"bc"]
         assert came[1][1] - came[0][1] > 0.09
 
-    async def test_timeout_is_suspended_when_the_engine_is_not_read_from(self, socket: Path) -> None:
+    async def test_timeout_is_paused_while_the_response_is_not_being_read(self, socket: Path) -> None:
         async def reply(peer: Peer) -> None:
             await peer.say(STREAM)
             for _ in range(200):
@@ -204,19 +202,19 @@ PARTS = st.lists(st.binary(min_size=1, max_size=40), max_size=6)
 
 
 @given(body=PARTS, chunked=st.booleans(), cuts=st.sets(st.integers(1, 600)))
-def test_answer_is_the_same_wherever_the_bytes_are_split(body: list[bytes], chunked: bool, cuts: set[int]) -> None:
+def test_response_is_the_same_wherever_its_bytes_are_split(body: list[bytes], chunked: bool, cuts: set[int]) -> None:
     whole = b"".join(body)
     length = HEAD + b"content-type: text/event-stream\r\ncontent-length: %d\r\n\r\n" % len(whole)
     said = STREAM + b"".join(map(chunk, body)) + LAST_CHUNK if chunked else length + whole
     assert asyncio.run(answer_of(cut(said, sorted(at for at in cuts if at < len(said))))) == whole
 
 
-async def test_answer_is_the_same_when_the_bytes_are_split_at_every_byte() -> None:
+async def test_response_is_the_same_when_split_at_every_byte() -> None:
     said = STREAM + chunk(b"one") + chunk(b"two") + LAST_CHUNK
     assert await answer_of([bytes([byte]) for byte in said]) == b"onetwo"
 
 
-async def test_lost_connection_is_an_immediate_error_when_no_request_was_sent() -> None:
+async def test_connection_lost_before_a_request_raises_error_immediately() -> None:
     connection = EngineConnection(10, set())
     connection.connection_made(Wire())
     connection.connection_lost(None)
@@ -253,6 +251,6 @@ async def answer_of(pieces: list[bytes]) -> bytes:
     return b"".join(found)
 
 
-def test_all_failures_are_one_exception_type() -> None:
+def test_all_connection_failures_raise_the_same_exception_type() -> None:
     for kind in (UnreachableError, BrokenConnectionError, MalformedAnswerError, SilenceError):
         assert issubclass(kind, ConnectionFailedError)

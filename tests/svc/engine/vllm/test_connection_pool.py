@@ -15,7 +15,7 @@ from tests.svc.engine.vllm.raw_engine import ask, engine, until_closed
 
 
 class TestRequests:
-    async def test_request_has_the_headers_that_the_engine_needs(self, socket: Path) -> None:
+    async def test_request_has_the_headers_required_by_the_engine(self, socket: Path) -> None:
         async with engine(socket, say(ANSWER)) as (pool, server):
             await ask(pool, b'{"n":1}')
         head, body = server.requests[0].split(b"\r\n\r\n")
@@ -29,12 +29,12 @@ class TestRequests:
         } == set(head.split(b"\r\n")[1:])
         assert body == b'{"n":1}'
 
-    async def test_request_without_a_body_is_sent(self, socket: Path) -> None:
+    async def test_request_without_a_body_can_be_sent(self, socket: Path) -> None:
         async with engine(socket, say(ANSWER)) as (pool, server), pool.get("/health") as answer:
             assert answer.status == 200
         assert server.requests[0].startswith(b"GET /health HTTP/1.1\r\n")
 
-    async def test_answer_has_its_status_and_content_type(self, socket: Path) -> None:
+    async def test_response_has_status_and_content_type(self, socket: Path) -> None:
         refusal = ANSWER.replace(b"200 OK", b"400 Bad Request")
         async with engine(socket, say(STREAM + LAST_CHUNK), say(refusal)) as (pool, _):
             async with pool.post("/", b"", "1") as answer:
@@ -44,13 +44,13 @@ class TestRequests:
                 assert (answer.status, answer.is_event_stream) == (400, False)
                 assert await answer.read() == b"{}"
 
-    async def test_large_request_is_sent_completely(self, socket: Path) -> None:
+    async def test_large_request_is_sent_in_full(self, socket: Path) -> None:
         payload = b"x" * 5_000_000
         async with engine(socket, say(ANSWER)) as (pool, server):
             assert await ask(pool, payload) == b"{}"
         assert server.requests[0].endswith(b"\r\n\r\n" + payload)
 
-    async def test_thousand_concurrent_requests_get_their_own_answers(self, socket: Path) -> None:
+    async def test_thousand_concurrent_requests_get_their_own_responses(self, socket: Path) -> None:
         async def reply(peer: Peer) -> None:
             own = peer.asked.rpartition(b"\r\n\r\n")[2]
             await peer.say(STREAM)
@@ -67,7 +67,7 @@ class TestRequests:
 
 class TestKeptConnections:
     @pytest.mark.parametrize("reply", [say(ANSWER), say(STREAM, chunk(b"{}"), LAST_CHUNK)], ids=["length", "chunks"])
-    async def test_consecutive_requests_share_a_connection(self, socket: Path, reply: Reply) -> None:
+    async def test_consecutive_requests_reuse_a_connection(self, socket: Path, reply: Reply) -> None:
         async with engine(socket, reply) as (pool, server):
             assert [await ask(pool), await ask(pool)] == [b"{}", b"{}"]
             assert (len(server.requests), len(server.peers)) == (2, 1)
@@ -79,7 +79,9 @@ class TestKeptConnections:
             assert len(server.peers) == 2
 
     @pytest.mark.parametrize("noticed", [True, False])
-    async def test_engine_may_close_a_connection_between_requests(self, socket: Path, noticed: bool) -> None:
+    async def test_request_succeeds_after_the_engine_closed_an_idle_connection(
+        self, socket: Path, noticed: bool
+    ) -> None:
         async with engine(socket, say(ANSWER, then_hang_up=noticed), say(ANSWER)) as (pool, server):
             await ask(pool)
             if noticed:
@@ -89,13 +91,13 @@ class TestKeptConnections:
             assert await ask(pool) == b"{}"
             assert (len(server.requests), len(server.peers)) == (2, 2)
 
-    async def test_connection_that_breaks_before_the_answer_is_not_a_failure(self, socket: Path) -> None:
+    async def test_connection_broken_before_the_response_is_retried(self, socket: Path) -> None:
         async with engine(socket, say(ANSWER), say(then_hang_up=True), say(ANSWER)) as (pool, server):
             await ask(pool)
             assert await ask(pool) == b"{}"
             assert (len(server.requests), len(server.peers)) == (3, 2)
 
-    async def test_request_is_repeated_only_once(self, socket: Path) -> None:
+    async def test_request_is_retried_only_once(self, socket: Path) -> None:
         async with engine(socket, say(ANSWER), say(ANSWER), say(then_hang_up=True)) as (pool, server):
             async with pool.post("/", b"", "1") as one, pool.post("/", b"", "2") as other:
                 await one.read()
@@ -104,20 +106,20 @@ class TestKeptConnections:
                 await ask(pool)
             assert len(server.requests) == 4
 
-    async def test_request_is_not_repeated_when_a_byte_of_the_answer_was_received(self, socket: Path) -> None:
+    async def test_request_is_not_retried_after_any_response_byte_was_received(self, socket: Path) -> None:
         async with engine(socket, say(ANSWER), say(b"H", then_hang_up=True), say(ANSWER)) as (pool, server):
             await ask(pool)
             with pytest.raises(BrokenConnectionError):
                 await ask(pool)
             assert len(server.requests) == 2
 
-    async def test_request_is_not_repeated_when_a_new_connection_breaks(self, socket: Path) -> None:
+    async def test_request_is_not_retried_when_a_new_connection_breaks(self, socket: Path) -> None:
         async with engine(socket, say(then_hang_up=True), say(ANSWER)) as (pool, server):
             with pytest.raises(BrokenConnectionError):
                 await ask(pool)
             assert len(server.requests) == 1
 
-    async def test_engine_that_may_have_died_of_a_request_is_not_reported_unreachable(self, socket: Path) -> None:
+    async def test_engine_that_may_have_died_from_a_request_is_not_reported_unreachable(self, socket: Path) -> None:
         async def die(peer: Peer) -> None:
             server.stop_listening()
             peer.hang_up()
@@ -127,7 +129,7 @@ class TestKeptConnections:
             with pytest.raises(BrokenConnectionError):
                 await ask(pool)
 
-    async def test_engine_that_died_before_it_read_the_request_is_unreachable(self, socket: Path) -> None:
+    async def test_engine_that_died_before_reading_the_request_is_unreachable(self, socket: Path) -> None:
         async with engine(socket, say(ANSWER)) as (pool, server):
             await ask(pool)
             server.peers[0].stop_reading()
@@ -138,13 +140,13 @@ class TestKeptConnections:
             with pytest.raises(UnreachableError):
                 await asking
 
-    async def test_connection_that_the_engine_will_close_is_not_reused(self, socket: Path) -> None:
+    async def test_connection_the_engine_announced_to_close_is_not_reused(self, socket: Path) -> None:
         last = ANSWER.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n")
         async with engine(socket, say(last), say(ANSWER)) as (pool, server):
             assert [await ask(pool), await ask(pool)] == [b"{}", b"{}"]
             assert len(server.peers) == 2
 
-    async def test_unrequested_bytes_belong_to_no_answer(self, socket: Path) -> None:
+    async def test_unsolicited_bytes_are_not_read_as_a_response(self, socket: Path) -> None:
         other = ANSWER.replace(b"{}", b"[]")
         async with engine(socket, say(ANSWER)) as (pool, server):
             await ask(pool)
@@ -153,12 +155,12 @@ class TestKeptConnections:
             assert await ask(pool) == b"{}"
             assert len(server.peers) == 2
 
-    async def test_bytes_after_an_answer_belong_to_no_other_answer(self, socket: Path) -> None:
+    async def test_surplus_bytes_after_a_response_do_not_reach_the_next_response(self, socket: Path) -> None:
         async with engine(socket, say(ANSWER + b"[]"), say(ANSWER + ANSWER), say(ANSWER)) as (pool, server):
             assert [await ask(pool), await ask(pool), await ask(pool)] == [b"{}", b"{}", b"{}"]
             assert len(server.peers) == 3
 
-    async def test_pool_closes_an_idle_connection_before_the_engine_does(self, socket: Path) -> None:
+    async def test_pool_closes_idle_connections_before_the_engine_does(self, socket: Path) -> None:
         async with engine(socket, say(ANSWER), idle_s=0.1) as (pool, server):
             async with pool.post("/", b"", "1") as one, pool.post("/", b"", "2") as other:
                 await one.read()
@@ -170,7 +172,7 @@ class TestKeptConnections:
             assert server.open == 1  # the one that was used again
             await until_closed(server)
 
-    async def test_connection_that_is_too_old_is_not_reused_whether_or_not_it_was_closed(self, socket: Path) -> None:
+    async def test_expired_connection_is_not_reused_even_if_still_open(self, socket: Path) -> None:
         async with engine(socket, say(ANSWER), idle_s=0.05) as (pool, server):
             await ask(pool)
             time.sleep(0.1)  # the loop was busy: no timer has run
@@ -179,17 +181,17 @@ class TestKeptConnections:
 
 
 class TestUnreachable:
-    async def test_engine_is_unreachable_when_the_socket_does_not_exist(self, socket: Path) -> None:
+    async def test_engine_without_a_socket_is_unreachable(self, socket: Path) -> None:
         with closing(EngineConnections(socket, silence_s=1)) as pool, pytest.raises(UnreachableError):
             await ask(pool)
 
-    async def test_engine_is_unreachable_when_nothing_listens(self, socket: Path) -> None:
+    async def test_engine_is_unreachable_when_nothing_listens_on_the_socket(self, socket: Path) -> None:
         with sockets.socket(sockets.AF_UNIX) as bound:
             bound.bind(str(socket))
             with closing(EngineConnections(socket, silence_s=1)) as pool, pytest.raises(UnreachableError):
                 await ask(pool)
 
-    async def test_engine_is_unreachable_when_its_backlog_is_full(
+    async def test_engine_with_a_full_backlog_is_unreachable(
         self, socket: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("svc.engine.vllm.connection_pool._CONNECT_TIMEOUT_S", 0.1)
@@ -201,7 +203,7 @@ class TestUnreachable:
             with closing(pool), pytest.raises(UnreachableError):
                 await ask(pool)
 
-    async def test_waiting_requests_are_sent_when_the_engine_accepts_them(self, socket: Path) -> None:
+    async def test_waiting_requests_are_sent_once_the_engine_accepts_them(self, socket: Path) -> None:
         with sockets.socket(sockets.AF_UNIX) as listener, sockets.socket(sockets.AF_UNIX) as first:
             listener.bind(str(socket))
             listener.listen(0)
@@ -218,7 +220,7 @@ class TestUnreachable:
                     taken.sendall(ANSWER)
                     assert await asking == b"{}"
 
-    async def test_engine_is_unreachable_when_all_connections_were_closed(self, socket: Path) -> None:
+    async def test_engine_is_unreachable_after_the_pool_is_closed(self, socket: Path) -> None:
         async with engine(socket, say(ANSWER)) as (pool, server):
             await ask(pool)
             pool.close()
@@ -229,13 +231,13 @@ class TestUnreachable:
 
 
 class TestLeaving:
-    async def test_leaving_an_answer_early_ends_the_engines_work(self, socket: Path) -> None:
+    async def test_leaving_a_response_early_closes_its_connection(self, socket: Path) -> None:
         async with engine(socket, say(STREAM, chunk(b"x"))) as (pool, server):
             async with pool.post("/", b"", "1") as answer:
                 assert await answer.read_some() == b"x"
             await until_closed(server)
 
-    async def test_connection_is_reused_when_a_complete_answer_was_not_read(self, socket: Path) -> None:
+    async def test_connection_is_reused_after_an_unread_but_complete_response(self, socket: Path) -> None:
         async with engine(socket, say(ANSWER)) as (pool, server):
             async with pool.post("/", b"", "1"):
                 pass
@@ -243,7 +245,7 @@ class TestLeaving:
             assert len(server.peers) == 1
 
     @pytest.mark.parametrize("said", [b"", STREAM], ids=["head", "body"])
-    async def test_cancelled_request_leaves_nothing_when_it_waits_for_an_answer(
+    async def test_request_cancelled_while_waiting_for_a_response_leaves_nothing_behind(
         self, socket: Path, said: bytes
     ) -> None:
         async with engine(socket, say(said)) as (pool, server):
@@ -257,7 +259,7 @@ class TestLeaving:
             assert asyncio.all_tasks() == before
 
     @pytest.mark.parametrize("ticks", range(8))
-    async def test_cancelled_request_leaves_nothing_when_it_connects(self, socket: Path, ticks: int) -> None:
+    async def test_request_cancelled_while_connecting_leaves_nothing_behind(self, socket: Path, ticks: int) -> None:
         async with engine(socket, say(ANSWER)) as (pool, server):
             asking = asyncio.create_task(ask(pool))
             for _ in range(ticks):
@@ -268,14 +270,14 @@ class TestLeaving:
             await asyncio.sleep(0.02)
             await until_closed(server)
 
-    async def test_answer_cannot_be_read_after_its_context(self, socket: Path) -> None:
+    async def test_response_cannot_be_read_after_leaving_its_context(self, socket: Path) -> None:
         async with engine(socket, say(ANSWER)) as (pool, _):
             async with pool.post("/", b"", "1") as answer:
                 pass
             with pytest.raises(AttributeError):
                 await answer.read_some()
 
-    async def test_closing_all_connections_aborts_running_requests(self, socket: Path) -> None:
+    async def test_closing_the_pool_aborts_running_requests(self, socket: Path) -> None:
         async with engine(socket, silence) as (pool, server):
             asking = [asyncio.create_task(ask(pool)) for _ in range(3)]
             await asyncio.sleep(0.05)
@@ -287,7 +289,7 @@ class TestLeaving:
             assert len(server.requests) == 3
 
 
-async def test_answer_that_is_not_read_waits_in_the_engine(socket: Path) -> None:
+async def test_unread_response_data_stays_in_the_engine(socket: Path) -> None:
     size = 20_000_000
 
     async def reply(peer: Peer) -> None:

@@ -21,16 +21,16 @@ OPTION = "--max-model-len"
         ["--max-model-len", "1", "--max_model_len=4k"],
     ],
 )
-def test_every_spelling_of_an_option_is_found_and_the_last_one_counts(arguments: list[str]) -> None:
+def test_all_spellings_of_an_option_are_found_and_the_last_one_wins(arguments: list[str]) -> None:
     assert given(arguments, OPTION) == "4k"
 
 
 @pytest.mark.parametrize("arguments", [[], ["--max-model-length", "4"], ["--model", "x"], ["max-model-len"], ["--"]])
-def test_other_arguments_do_not_match_the_option(arguments: list[str]) -> None:
+def test_similar_arguments_do_not_match_the_option(arguments: list[str]) -> None:
     assert given(arguments, OPTION) is None
 
 
-def test_short_option_has_no_abbreviations() -> None:
+def test_short_option_cannot_be_abbreviated() -> None:
     assert given(["-tp", "2"], "--tensor-parallel-size", "-tp") == "2"
     assert given(["-t", "2"], "--tensor-parallel-size", "-tp") is None
 
@@ -47,10 +47,10 @@ def test_short_option_has_no_abbreviations() -> None:
         (["--enable-lora"], None),
     ],
 )
-def test_flag_is_on_off_or_not_given(arguments: list[str], value: bool | None) -> None:
+def test_flag_is_parsed_as_true_false_or_absent(arguments: list[str], value: bool | None) -> None:
     assert given_flag(arguments, "enforce-eager") is value
 
 
 @over(st.lists(st.text(max_size=12), max_size=6))
-def test_any_arguments_can_be_read(arguments: list[str]) -> None:
+def test_option_is_found_after_arbitrary_arguments(arguments: list[str]) -> None:
     assert given([*arguments, f"{OPTION}=7"], OPTION) == "7"

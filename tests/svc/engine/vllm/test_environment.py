@@ -13,7 +13,7 @@ def empty(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
-def test_variables_that_the_engines_libraries_read_are_inherited(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_inherits_variables_used_by_its_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     names = [
         *("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHASHSEED", "VIRTUAL_ENV"),
         *("CUDA_VISIBLE_DEVICES", "CUDA_HOME", "NCCL_DEBUG", "OMP_NUM_THREADS", "ATEN_CPU_CAPABILITY", "HF_HOME"),
@@ -25,7 +25,7 @@ def test_variables_that_the_engines_libraries_read_are_inherited(monkeypatch: py
     assert inherited_environment() == dict.fromkeys(names, "x")
 
 
-def test_secrets_and_unrelated_variables_are_not_inherited(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_does_not_inherit_secrets_or_unrelated_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (
         *("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "GOOGLE_APPLICATION_CREDENTIALS", "HF_TOKEN", "HF_TOKEN_PATH"),
         *("VLLM_API_KEY", "OPENAI_API_KEY", "MLFLOW_TRACKING_PASSWORD", "SVC_HOME", "DATABASE_URL", "PATHOLOGY"),
@@ -34,6 +34,6 @@ def test_secrets_and_unrelated_variables_are_not_inherited(monkeypatch: pytest.M
     assert inherited_environment() == {}
 
 
-def test_variable_named_in_the_settings_is_inherited(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_inherits_environment_variable_named_in_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_PLUGIN_KEY", "x")
     assert inherited_environment(["MY_PLUGIN_KEY"]) == {"MY_PLUGIN_KEY": "x"}

@@ -19,34 +19,34 @@ def parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "run"
 
 
-def test_folder_is_closed_to_others(parent: Path, tmp_path: Path) -> None:
+def test_runtime_folder_has_owner_only_permissions(parent: Path, tmp_path: Path) -> None:
     folder = runtime_folder(tmp_path, "serve")
     assert folder.parent == parent
     assert folder.stat().st_mode & 0o777 == 0o700
 
 
-def test_home_and_purpose_have_one_folder(parent: Path, tmp_path: Path) -> None:
+def test_same_home_and_purpose_share_a_runtime_folder(parent: Path, tmp_path: Path) -> None:
     assert runtime_folder(tmp_path, "serve") == runtime_folder(tmp_path / "x" / "..", "serve")
 
 
-def test_homes_and_purposes_do_not_share_folders(parent: Path, tmp_path: Path) -> None:
+def test_different_homes_or_purposes_have_separate_runtime_folders(parent: Path, tmp_path: Path) -> None:
     folders = {runtime_folder(home, purpose) for home in (tmp_path, tmp_path / "b") for purpose in ("serve", "run-1")}
     assert len(folders) == 4
 
 
-def test_path_of_the_socket_is_short_however_deep_the_home_is() -> None:
+def test_socket_path_is_short_however_deep_the_home_is() -> None:
     folder = runtime_folder(Path("/" + "deep/" * 60), "a-run-with-a-long-name" * 5)
     folder.rmdir()
     assert len(str(folder / SOCKET_FILE)) < 108
 
 
-def test_folder_that_is_open_to_others_is_rejected(parent: Path, tmp_path: Path) -> None:
+def test_runtime_folder_accessible_to_other_users_is_rejected(parent: Path, tmp_path: Path) -> None:
     runtime_folder(tmp_path, "serve").chmod(0o755)
     with pytest.raises(EngineError, match="not a private folder"):
         runtime_folder(tmp_path, "serve")
 
 
-def test_link_in_place_of_the_folder_is_rejected(parent: Path, tmp_path: Path) -> None:
+def test_symbolic_link_in_place_of_the_runtime_folder_is_rejected(parent: Path, tmp_path: Path) -> None:
     folder = runtime_folder(tmp_path, "serve")
     folder.rmdir()
     (tmp_path / "other").mkdir(mode=0o700)
@@ -55,7 +55,7 @@ def test_link_in_place_of_the_folder_is_rejected(parent: Path, tmp_path: Path) -
         runtime_folder(tmp_path, "serve")
 
 
-def test_file_in_place_of_the_folder_is_rejected(parent: Path, tmp_path: Path) -> None:
+def test_file_in_place_of_the_runtime_folder_is_rejected(parent: Path, tmp_path: Path) -> None:
     folder = runtime_folder(tmp_path, "serve")
     folder.rmdir()
     folder.touch()
@@ -63,7 +63,9 @@ def test_file_in_place_of_the_folder_is_rejected(parent: Path, tmp_path: Path) -
         runtime_folder(tmp_path, "serve")
 
 
-def test_another_users_folder_is_rejected(parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runtime_folder_owned_by_another_user_is_rejected(
+    parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     own = os.getuid()
     folder = runtime_folder(tmp_path, "serve")
     monkeypatch.setattr(os, "getuid", lambda: own + 1)
@@ -72,7 +74,7 @@ def test_another_users_folder_is_rejected(parent: Path, tmp_path: Path, monkeypa
         runtime_folder(tmp_path, "serve")
 
 
-def test_missing_folder_for_temporary_files_is_an_error_with_advice(parent: Path, tmp_path: Path) -> None:
+def test_missing_temporary_folder_raises_error_with_advice(parent: Path, tmp_path: Path) -> None:
     parent.rmdir()
     with pytest.raises(EngineError, match="cannot create") as caught:
         runtime_folder(tmp_path, "serve")

@@ -43,13 +43,15 @@ def host(free: int, *gpus: int) -> Machine:
     return Machine(cores=(0, 1), quota=None, memory=64 * GIB, free=free, gpus=found)
 
 
-def test_memory_suffices_for_weights_one_sequence_and_an_engine(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+def test_memory_fits_weights_one_sequence_and_engine_overhead(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
     sequence = 2 * 2 * 256 * 2 * 1024
     assert shortage(monkeypatch, model, host(3 * GIB + ENGINE + sequence)) is None
     assert shortage(monkeypatch, model, host(3 * GIB + ENGINE + sequence - 1)) is not None
 
 
-def test_several_engines_need_a_multiple_of_the_memory(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+def test_memory_requirement_is_multiplied_by_the_number_of_engines(
+    monkeypatch: pytest.MonkeyPatch, model: Path
+) -> None:
     one = 3 * GIB + ENGINE + 2 * 2 * 256 * 2 * 1024
     assert shortage(monkeypatch, model, host(2 * one), engines=2) is None
     said = shortage(monkeypatch, model, host(2 * one - 1), engines=2)
@@ -57,27 +59,23 @@ def test_several_engines_need_a_multiple_of_the_memory(monkeypatch: pytest.Monke
     assert shortage(monkeypatch, model, host(0), engines=0) is None
 
 
-def test_longer_context_needs_more_memory(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+def test_longer_context_requires_more_memory(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
     free = 3 * GIB + ENGINE + 2 * 2 * 256 * 2 * 512
     assert shortage(monkeypatch, model, host(free), max_model_len=512) is None
     assert shortage(monkeypatch, model, host(free), max_model_len=513) is not None
 
 
-def test_shortage_is_reported(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+def test_memory_shortage_message_names_needed_and_free_memory(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
     assert shortage(monkeypatch, model, host(4 * GIB)) == "it needs about 5.0 GiB, but only 4.0 GiB are free"
 
 
-def test_gpu_memory_is_checked_instead_of_main_memory_when_there_is_a_gpu(
-    monkeypatch: pytest.MonkeyPatch, model: Path
-) -> None:
+def test_gpu_memory_is_checked_instead_of_main_memory_on_a_gpu(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
     assert shortage(monkeypatch, model, host(0, 6 * GIB)) is None
     said = shortage(monkeypatch, model, host(64 * GIB, 4 * GIB))
     assert said == "it needs about 5.0 GiB, but only 4.0 GiB of the GPU are free"
 
 
-def test_gpu_with_the_least_free_memory_decides_when_there_are_several(
-    monkeypatch: pytest.MonkeyPatch, model: Path
-) -> None:
+def test_gpu_with_the_least_free_memory_determines_the_headroom(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
     assert shortage(monkeypatch, model, host(0, 3 * GIB, 3 * GIB)) is None
     assert shortage(monkeypatch, model, host(0, 70 * GIB, GIB)) is not None
     assert shortage(monkeypatch, model, host(0, 70 * GIB, GIB), tensor_parallel=1) is None
@@ -90,7 +88,7 @@ def test_configured_share_of_gpu_memory_must_be_free(monkeypatch: pytest.MonkeyP
     assert shortage(monkeypatch, model, host(0, 39 * GIB), args=("--gpu-memory-utilization", "0.5")) is not None
 
 
-def test_memory_for_adapters_is_needed_too(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+def test_memory_requirement_includes_adapters(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
     monkeypatch.setattr(headroom, "read_machine", lambda **_: host(3 * GIB + ENGINE + 2 * 2 * 256 * 2 * 1024))
     spec = EngineSpec(model, "tuned", model, model, model / "engine.log", model, AVX512, EngineSettings(device="cpu"))
     assert headroom.shortage([spec]) is None
@@ -99,7 +97,7 @@ def test_memory_for_adapters_is_needed_too(monkeypatch: pytest.MonkeyPatch, mode
 
 
 @pytest.mark.parametrize(("free", "enough"), [(6 * GIB, True), (6 * GIB - 1, False)])
-def test_engine_can_sleep_when_the_machine_has_twice_its_weights(
+def test_engine_can_sleep_when_free_main_memory_is_twice_its_weights(
     monkeypatch: pytest.MonkeyPatch, model: Path, free: int, enough: bool
 ) -> None:
     monkeypatch.setattr(headroom, "read_machine", lambda **_: host(free))
@@ -107,7 +105,9 @@ def test_engine_can_sleep_when_the_machine_has_twice_its_weights(
     assert (headroom.backup_shortage(spec) is None) is enough
 
 
-def test_memory_for_adapters_sleeps_with_the_weights(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+def test_adapter_memory_counts_toward_main_memory_needed_for_sleep(
+    monkeypatch: pytest.MonkeyPatch, model: Path
+) -> None:
     monkeypatch.setattr(headroom, "read_machine", lambda **_: host(6 * GIB))
     slots = LoraSlots(max_loaded=1, max_batched=1, max_rank=16, targets=(), bytes=GIB)
     spec = EngineSpec(model, "tuned", model, model, model / "engine.log", model, HOPPER, lora=slots)

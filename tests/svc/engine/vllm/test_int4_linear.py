@@ -80,7 +80,7 @@ class Layer:
 
 
 @pytest.mark.parametrize(("group_size", "rows"), zip(WRITTEN, (1, 3, 8, 65), strict=True))
-def test_outputs_equal_those_of_the_dequantized_weights(group_size: int, rows: int) -> None:
+def test_int4_outputs_equal_those_of_dequantized_weights(group_size: int, rows: int) -> None:
     Layer(256, 192, group_size).check(rows)
 
 
@@ -92,7 +92,7 @@ def test_outputs_equal_those_of_the_dequantized_weights(group_size: int, rows: i
     seed=st.integers(0, 100),
 )
 @settings(max_examples=60)
-def test_every_accepted_shape_is_computed_correctly(
+def test_all_accepted_int4_shapes_are_computed_correctly(
     groups: int, group_size: int, blocks: int, rows: int, seed: int
 ) -> None:
     from svc.engine.vllm.int4_linear import Int4LinearKernel
@@ -102,13 +102,13 @@ def test_every_accepted_shape_is_computed_correctly(
     Layer(inputs, outputs, group_size, seed).check(rows)
 
 
-def test_bias_is_added() -> None:
+def test_int4_layer_adds_its_bias_to_the_output() -> None:
     import torch
 
     Layer(64, 64, 32).check(5, torch.randn(64).to(torch.bfloat16))
 
 
-def test_inputs_may_have_any_number_of_dimensions() -> None:
+def test_int4_layer_accepts_inputs_of_any_number_of_dimensions() -> None:
     import torch
 
     layer = Layer(64, 96, 32)
@@ -118,7 +118,7 @@ def test_inputs_may_have_any_number_of_dimensions() -> None:
 
 
 @pytest.mark.parametrize("group_size", WRITTEN)
-def test_new_weights_are_used_after_a_reload_in_place(group_size: int) -> None:
+def test_int4_layer_uses_the_new_weights_after_an_inplace_reload(group_size: int) -> None:
     layer = Layer(256, 64, group_size)
     layer.load(seed=7)
     layer.check(4)
@@ -126,7 +126,7 @@ def test_new_weights_are_used_after_a_reload_in_place(group_size: int) -> None:
     layer.check(4)
 
 
-def test_weights_stay_in_four_bits() -> None:
+def test_int4_layer_keeps_its_weights_in_4_bits() -> None:
     layer = Layer(256, 128, 64)
     assert layer.module.qweight.untyped_storage().nbytes() == 256 * 128 // 2
     assert layer.module.scales.untyped_storage().nbytes() == 256 * 128 // 64 * 4
@@ -137,7 +137,7 @@ def test_weights_stay_in_four_bits() -> None:
     ("inputs", "outputs", "group_size", "told"),
     [(48, 64, -1, "48 x 64"), (64, 40, 32, "64 x 40"), (64, 64, 16, "groups of 16"), (96, 64, 48, "groups of 48")],
 )
-def test_shapes_that_the_operator_does_not_support_are_rejected_with_the_reason(
+def test_unsupported_int4_shapes_are_rejected_with_a_reason(
     inputs: int, outputs: int, group_size: int, told: str
 ) -> None:
     from svc.engine.vllm.int4_linear import Int4LinearKernel
@@ -147,7 +147,7 @@ def test_shapes_that_the_operator_does_not_support_are_rejected_with_the_reason(
     assert told in str(reason)
 
 
-def test_other_types_of_weights_and_numbers_are_rejected() -> None:
+def test_unsupported_int4_weight_and_activation_types_are_rejected() -> None:
     import torch
     from vllm.scalar_type import scalar_types
 

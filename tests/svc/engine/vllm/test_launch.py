@@ -42,20 +42,20 @@ def write_config(folder: Path, content: str) -> None:
     (folder / "model" / "config.json").write_text(content)
 
 
-def test_engine_listens_only_on_the_private_socket(tmp_path: Path) -> None:
+def test_engine_listens_only_on_a_private_socket(tmp_path: Path) -> None:
     arguments = command(spec(tmp_path))
     assert option(arguments, "--uds") == str(tmp_path / "run" / "engine.sock")
     assert "--host" not in arguments
     assert "--port" not in arguments
 
 
-def test_engine_loads_safetensors_and_no_code_of_a_model(tmp_path: Path) -> None:
+def test_engine_loads_only_safetensors_and_no_remote_code(tmp_path: Path) -> None:
     arguments = command(spec(tmp_path))
     assert option(arguments, "--load-format") == "safetensors"
     assert "--trust-remote-code" not in arguments
 
 
-def test_engine_reads_the_hugging_face_files_when_a_folder_contains_a_model_twice(tmp_path: Path) -> None:
+def test_engine_prefers_hugging_face_files_over_a_second_copy_of_the_model(tmp_path: Path) -> None:
     arguments = command(spec(tmp_path))
     assert (option(arguments, "--config-format"), option(arguments, "--tokenizer-mode")) == ("hf", "hf")
 
@@ -64,7 +64,9 @@ def test_engine_reads_the_hugging_face_files_when_a_folder_contains_a_model_twic
     ("config", "device", "able"),
     [("{}", Device.CPU, True), ('{"num_experts": 4}', Device.CPU, False), ('{"num_experts": 4}', Device.CUDA, True)],
 )
-def test_experts_are_not_loaded_in_place_on_a_cpu(tmp_path: Path, config: str, device: Device, able: bool) -> None:
+def test_mixture_of_experts_model_is_not_reloaded_in_place_on_a_cpu(
+    tmp_path: Path, config: str, device: Device, able: bool
+) -> None:
     write_config(tmp_path, config)
     assert spec(tmp_path, device=device).engine_capabilities.reloads is able
 
@@ -82,7 +84,7 @@ def test_experts_are_not_loaded_in_place_on_a_cpu(tmp_path: Path, config: str, d
         (Device.CUDA, ("--enable-lora",), True),
     ],
 )
-def test_engine_is_not_probed_when_a_probe_would_kill_it(
+def test_engine_is_not_probed_if_a_probe_would_crash_it(
     tmp_path: Path, device: Device, arguments: tuple[str, ...], probed: bool
 ) -> None:
     able = spec(tmp_path, device=device, args=arguments).engine_capabilities
@@ -100,7 +102,7 @@ def test_engine_with_adapter_slots_is_probed_unless_arguments_adapt_the_output_l
     assert (able.adapters, able.unprobed is None) == (SLOTS.max_loaded, probed)
 
 
-def test_engine_accepts_no_adapters_without_slots(tmp_path: Path) -> None:
+def test_engine_without_adapter_slots_accepts_no_adapters(tmp_path: Path) -> None:
     assert spec(tmp_path).engine_capabilities.adapters == 0
 
 
@@ -120,7 +122,7 @@ def idle(folder: Path, **settings: Any) -> EngineSpec:
         (Device.CUDA, False, ("--enable-sleep-mode",), False),
     ],
 )
-def test_sleep_mode_is_enabled_on_a_gpu_when_the_model_has_an_idle_time(
+def test_gpu_engine_enables_sleep_mode_when_the_model_has_an_idle_time(
     tmp_path: Path, device: Device, idles: bool, arguments: tuple[str, ...], sleeps: bool
 ) -> None:
     made = replace(spec(tmp_path, device=device, args=arguments), idles=idles)
@@ -128,13 +130,13 @@ def test_sleep_mode_is_enabled_on_a_gpu_when_the_model_has_an_idle_time(
     assert ("--enable-sleep-mode" in command(made)) is ("--enable-sleep-mode" in arguments or sleeps)
 
 
-def test_sleep_mode_in_the_arguments_is_not_passed_twice(tmp_path: Path) -> None:
+def test_sleep_mode_given_in_arguments_is_not_passed_twice(tmp_path: Path) -> None:
     given = idle(tmp_path, device=Device.CUDA, args=("--enable_sleep_mode",))
     assert "--enable-sleep-mode" not in command(given)
     assert given.plan["enable_sleep_mode"].origin is Origin.ARGS
 
 
-def test_launch_digest_depends_on_the_sleep_mode(tmp_path: Path) -> None:
+def test_launch_digest_depends_on_sleep_mode(tmp_path: Path) -> None:
     def differs(device: Device) -> bool:
         return launch_digest(spec(tmp_path, device=device)) != launch_digest(idle(tmp_path, device=device))
 
@@ -142,25 +144,25 @@ def test_launch_digest_depends_on_the_sleep_mode(tmp_path: Path) -> None:
     assert not differs(Device.CPU)
 
 
-def test_engine_serves_one_model_name(tmp_path: Path) -> None:
+def test_engine_serves_its_folder_under_one_model_name(tmp_path: Path) -> None:
     arguments = command(spec(tmp_path))
     assert option(arguments, "--served-model-name") == "tuned"
     assert option(arguments, "--model") == str(tmp_path / "model")
 
 
 @pytest.mark.parametrize(("own", "used"), [(512, "512"), (100_000, "2048")])
-def test_context_is_never_longer_than_the_models(tmp_path: Path, own: int, used: str) -> None:
+def test_context_length_never_exceeds_that_of_the_model(tmp_path: Path, own: int, used: str) -> None:
     write_config(tmp_path, json.dumps({"max_position_embeddings": own}))
     assert option(command(spec(tmp_path)), "--max-model-len") == used
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "no json", '{"max_position_embeddings": null}'])
-def test_context_is_taken_from_the_setting_when_the_model_has_none(tmp_path: Path, content: str) -> None:
+def test_context_length_comes_from_settings_when_the_config_has_none(tmp_path: Path, content: str) -> None:
     write_config(tmp_path, content)
     assert option(command(spec(tmp_path, max_model_len=99)), "--max-model-len") == "99"
 
 
-def test_additional_arguments_come_last_so_that_they_win(tmp_path: Path) -> None:
+def test_extra_engine_arguments_come_last_and_take_precedence(tmp_path: Path) -> None:
     assert command(spec(tmp_path, args=("--seed", "1")))[-2:] == ["--seed", "1"]
 
 
@@ -173,7 +175,7 @@ def test_additional_arguments_come_last_so_that_they_win(tmp_path: Path) -> None
         (Device.CUDA, ("--enforce-eager",), True),
     ],
 )
-def test_compilation_is_skipped_on_the_cpu_by_default(
+def test_compilation_is_disabled_on_cpu_by_default(
     tmp_path: Path, device: Device, arguments: tuple[str, ...], expected: bool
 ) -> None:
     made = spec(tmp_path, device=device, args=arguments)
@@ -181,7 +183,9 @@ def test_compilation_is_skipped_on_the_cpu_by_default(
     assert ("TORCHDYNAMO_DISABLE" in environment(made)) is expected
 
 
-def test_environment_allows_reloads_and_disables_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_enables_reloads_and_disables_network_access(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret")
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     variables = environment(spec(tmp_path))
@@ -192,12 +196,12 @@ def test_environment_allows_reloads_and_disables_the_network(tmp_path: Path, mon
     assert "HF_TOKEN" not in variables
 
 
-def test_engine_may_use_the_cores_of_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_uses_the_cpu_affinity_of_the_parent_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {5, 3})
     assert environment(spec(tmp_path))["OMP_NUM_THREADS"] == "2"
 
 
-def test_inherited_variable_does_not_override_the_size_of_the_cache(
+def test_inherited_variable_does_not_override_configured_cache_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
@@ -206,9 +210,7 @@ def test_inherited_variable_does_not_override_the_size_of_the_cache(
     assert "VLLM_CPU_KVCACHE_SPACE" not in environment(made)
 
 
-def test_plan_of_an_engine_does_not_change_when_the_machine_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_engine_plan_stays_fixed_after_the_machine_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = spec(tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1})
     before = made.plan
@@ -217,11 +219,11 @@ def test_plan_of_an_engine_does_not_change_when_the_machine_changes(
     assert environment(made)["OMP_NUM_THREADS"] == "1"
 
 
-def test_load_format_in_the_arguments_is_not_passed_twice(tmp_path: Path) -> None:
+def test_load_format_given_in_arguments_is_not_passed_twice(tmp_path: Path) -> None:
     assert command(spec(tmp_path, args=("--load_format=dummy",))).count("--load-format") == 0
 
 
-def test_launch_digest_depends_on_the_number_of_engines_when_they_share_a_gpu(tmp_path: Path) -> None:
+def test_launch_digest_depends_on_the_number_of_engines_sharing_a_gpu(tmp_path: Path) -> None:
     def differs(**settings: Any) -> bool:
         one, two = (launch_digest(spec(tmp_path, replicas=number, **settings)) for number in (1, 2))
         return one != two
@@ -234,7 +236,7 @@ def test_launch_digest_depends_on_the_number_of_engines_when_they_share_a_gpu(tm
 GPTQ = json.dumps({"dtype": "bfloat16", "quantization_config": {"quant_method": "gptq", "bits": 4}})
 
 
-def test_engine_is_started_by_an_entry_point_that_vllm_has(tmp_path: Path) -> None:
+def test_engine_entry_point_exists_in_installed_vllm(tmp_path: Path) -> None:
     entry = "vllm.entrypoints.launchers.api_server.entry"
     package = find_spec("vllm")
     assert package and package.origin
@@ -243,7 +245,7 @@ def test_engine_is_started_by_an_entry_point_that_vllm_has(tmp_path: Path) -> No
     assert command(spec(tmp_path, device=Device.CPU))[1:4] == ["-m", "svc.engine.vllm.start", entry]
 
 
-def test_disabled_kernels_and_plugins_of_the_user_are_kept_with_ours(
+def test_user_disabled_kernels_and_plugins_are_kept_alongside_ours(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_config(tmp_path, GPTQ)
@@ -254,12 +256,12 @@ def test_disabled_kernels_and_plugins_of_the_user_are_kept_with_ours(
     assert variables["VLLM_PLUGINS"] == "theirs,tuneserve"
 
 
-def test_our_plugin_is_loaded_when_the_user_names_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_plugin_is_added_to_the_plugins_named_by_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", "theirs")
     assert environment(spec(tmp_path))["VLLM_PLUGINS"] == "theirs,tuneserve"
 
 
-def test_log_contains_no_text_of_a_request(tmp_path: Path) -> None:
+def test_engine_log_contains_no_request_text(tmp_path: Path) -> None:
     """The development mode alone would log the stacks of rejected requests, which end with their texts."""
     assert "--no-log-error-stack" in command(spec(tmp_path))
     assert not any("log-requests" in argument or "log-outputs" in argument for argument in command(spec(tmp_path)))
@@ -267,13 +269,13 @@ def test_log_contains_no_text_of_a_request(tmp_path: Path) -> None:
     assert "--no-log-error-stack" not in command(spec(tmp_path, args=("--log-error-stack",)))
 
 
-def test_vllm_loads_all_plugins_when_no_list_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plugin_list_stays_unset_so_vllm_loads_all_plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_config(tmp_path, GPTQ)
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     assert "VLLM_PLUGINS" not in environment(spec(tmp_path, gptq_kernel=GptqKernel.TORCH))
 
 
-def test_launch_digest_depends_on_how_the_engine_computes(tmp_path: Path) -> None:
+def test_launch_digest_depends_on_kernel_and_device_capabilities(tmp_path: Path) -> None:
     write_config(tmp_path, GPTQ)
     gptq, other = (spec(tmp_path, gptq_kernel=kernel) for kernel in (GptqKernel.VLLM, GptqKernel.TORCH))
     assert launch_digest(gptq) != launch_digest(other)
@@ -282,9 +284,7 @@ def test_launch_digest_depends_on_how_the_engine_computes(tmp_path: Path) -> Non
     assert launch_digest(spec(tmp_path)) != launch_digest(replace(spec(tmp_path), capabilities=AVX2))
 
 
-def test_launch_digest_depends_on_the_limit_of_the_instruction_set(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_launch_digest_depends_on_the_instruction_set_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)  # the environment of the tests may set it
     free = launch_digest(spec(tmp_path))
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
@@ -292,7 +292,7 @@ def test_launch_digest_depends_on_the_limit_of_the_instruction_set(
 
 
 @pytest.mark.parametrize(("given", "used"), [(None, "INFO"), ("ERROR", "INFO"), ("DEBUG", "DEBUG")])
-def test_vllm_logs_the_lines_from_which_phases_are_read(
+def test_vllm_log_level_includes_the_startup_phase_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str | None, used: str
 ) -> None:
     """TRL sets the variable to ERROR in the process that trains and then evaluates."""
@@ -303,14 +303,14 @@ def test_vllm_logs_the_lines_from_which_phases_are_read(
     assert environment(spec(tmp_path))["VLLM_LOGGING_LEVEL"] == used
 
 
-def test_engine_does_not_inherit_the_variable_that_enables_our_int4_kernel(
+def test_engine_does_not_inherit_the_variable_enabling_our_int4_kernel(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(INT4_LINEAR_VARIABLE, "1")
     assert INT4_LINEAR_VARIABLE not in environment(spec(tmp_path))
 
 
-def test_chat_template_gets_the_arguments_of_the_models_folder(tmp_path: Path) -> None:
+def test_chat_template_gets_arguments_from_the_model_folder(tmp_path: Path) -> None:
     write_config(tmp_path, "{}")
     plain = launch_digest(spec(tmp_path))
     assert "--default-chat-template-kwargs" not in command(spec(tmp_path))
@@ -319,7 +319,7 @@ def test_chat_template_gets_the_arguments_of_the_models_folder(tmp_path: Path) -
     assert launch_digest(spec(tmp_path)) != plain
 
 
-def test_engines_template_arguments_override_those_of_the_folder(tmp_path: Path) -> None:
+def test_engine_template_arguments_override_those_in_the_model_folder(tmp_path: Path) -> None:
     write_config(tmp_path, "{}")
     write_template_kwargs(tmp_path / "model", {"enable_thinking": False})
     told = replace(spec(tmp_path), template_kwargs={"enable_thinking": True})
@@ -328,7 +328,7 @@ def test_engines_template_arguments_override_those_of_the_folder(tmp_path: Path)
     assert "--default-chat-template-kwargs" not in command(nothing)
 
 
-def test_command_line_arguments_override_template_arguments_of_the_folder(tmp_path: Path) -> None:
+def test_command_line_template_arguments_override_those_in_the_model_folder(tmp_path: Path) -> None:
     write_config(tmp_path, "{}")
     write_template_kwargs(tmp_path / "model", {"enable_thinking": False})
     given = spec(tmp_path, args=("--default-chat-template-kwargs", "{}"))
@@ -336,7 +336,7 @@ def test_command_line_arguments_override_template_arguments_of_the_folder(tmp_pa
     assert given.plan["default_chat_template_kwargs"].origin is Origin.ARGS
 
 
-def test_template_gets_content_as_strings_as_in_training(tmp_path: Path) -> None:
+def test_chat_template_gets_content_as_strings_as_in_training(tmp_path: Path) -> None:
     assert option(command(spec(tmp_path)), "--chat-template-content-format") == "string"
     given = command(spec(tmp_path, args=("--chat-template-content-format", "openai")))
     assert option(given, "--chat-template-content-format") == "openai"

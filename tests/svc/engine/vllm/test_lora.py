@@ -21,30 +21,30 @@ def chosen(**changes: Any) -> LoraSlots:
 @pytest.mark.parametrize(
     ("rank", "largest"), [(1, 16), (16, 16), (17, 32), (64, 64), (200, 256), (300, 320), (512, 512)]
 )
-def test_largest_rank_is_the_smallest_that_fits(rank: int, largest: int) -> None:
+def test_maximum_lora_rank_is_the_smallest_supported_that_fits(rank: int, largest: int) -> None:
     assert chosen(rank=rank).max_rank == largest
 
 
-def test_largest_rank_can_be_set() -> None:
+def test_maximum_lora_rank_can_be_configured() -> None:
     assert chosen(max_rank=4).max_rank == 8
     assert chosen(max_rank=100, rank=16).max_rank == 128
 
 
-def test_number_of_batched_adapters_is_at_most_the_number_of_loaded_ones() -> None:
+def test_batched_adapters_are_capped_at_the_number_of_loaded_adapters() -> None:
     assert chosen(max_loaded=4).max_batched == 4
     assert chosen(max_loaded=500).max_batched == 8
 
 
-def test_adapted_layers_are_the_usual_ones_and_the_adapters_own_except_the_output_layer() -> None:
+def test_adapted_layers_are_the_usual_plus_the_adapters_own_without_output_layer() -> None:
     assert set(chosen(targets=frozenset({"c_attn"})).targets) == USUAL_TARGETS | {"c_attn"}
     assert "lm_head" not in chosen().targets
 
 
-def test_adapter_memory_is_computed_for_the_largest_rank() -> None:
+def test_adapter_memory_is_computed_for_the_maximum_rank() -> None:
     assert chosen(rank=8, size=100, max_loaded=3).memory == 200 * (3 + 3)
 
 
-def test_engine_with_adapter_slots_gets_the_arguments_for_them(tmp_path: Path) -> None:
+def test_engine_with_adapter_slots_gets_lora_arguments(tmp_path: Path) -> None:
     made = replace(spec(tmp_path), lora=SLOTS)
     arguments = command(made)
     assert "--enable-lora" in arguments
@@ -55,13 +55,13 @@ def test_engine_with_adapter_slots_gets_the_arguments_for_them(tmp_path: Path) -
     assert made.plan["max_lora_rank"].value == 16
 
 
-def test_arguments_override_adapter_settings(tmp_path: Path) -> None:
+def test_explicit_arguments_override_adapter_settings(tmp_path: Path) -> None:
     made = replace(spec(tmp_path, args=("--max-loras", "2")), lora=SLOTS)
     assert made.plan["max_loras"].value == 2
     assert command(made).count("--max-loras") == 1
 
 
-def test_engine_without_adapter_slots_gets_no_adapter_arguments_or_variables(
+def test_engine_without_adapter_slots_gets_no_lora_arguments_or_variables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(RUNTIME_VARIABLE, "True")

@@ -53,7 +53,7 @@ def origin_and_value(plan: EnginePlan, name: str) -> tuple[Origin, object]:
     return plan[name].origin, plan[name].value
 
 
-def test_model_and_scheduler_share_a_process_with_as_many_threads_as_cores() -> None:
+def test_model_and_scheduler_share_a_process_with_one_thread_per_core() -> None:
     chosen = plan(machine=replace(HOST, cores=(2, 5)))
     assert chosen["distributed_executor_backend"].origin is Origin.MACHINE
     assert chosen.arguments[chosen.arguments.index("--distributed-executor-backend") + 1].endswith(".UniProcExecutor")
@@ -72,7 +72,7 @@ APART = [
 
 
 @pytest.mark.parametrize(("settings", "machine", "origin"), APART)
-def test_model_threads_are_bound_to_all_cores_when_the_model_has_its_own_process(
+def test_model_in_its_own_process_has_threads_bound_to_all_cores(
     settings: dict[str, Any], machine: dict[str, Any], origin: Origin
 ) -> None:
     chosen = plan(machine=replace(HOST, cores=(2, 5), **machine), **settings)
@@ -83,12 +83,12 @@ def test_model_threads_are_bound_to_all_cores_when_the_model_has_its_own_process
     assert "OMP_NUM_THREADS" not in chosen.variables
 
 
-def test_gpu_uses_vllms_own_executor() -> None:
+def test_gpu_uses_the_default_vllm_executor() -> None:
     assert "--distributed-executor-backend" not in plan(GPU, machine=replace(HOST, gpus=(H100,))).arguments
 
 
 @pytest.mark.parametrize(("quota", "threads"), [(2.0, "2"), (2.9, "2"), (0.5, "1"), (1.0, "1")])
-def test_threads_are_few_and_unbound_when_there_is_a_quota(quota: float, threads: str) -> None:
+def test_cpu_quota_reduces_and_unbinds_threads(quota: float, threads: str) -> None:
     chosen = plan(machine=replace(HOST, cores=tuple(range(64)), quota=quota))
     assert chosen.variables["OMP_NUM_THREADS"] == threads
     assert chosen.variables["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
@@ -96,7 +96,7 @@ def test_threads_are_few_and_unbound_when_there_is_a_quota(quota: float, threads
 
 @pytest.mark.parametrize(("engines", "threads"), [(1, "8"), (2, "4"), (3, "2"), (9, "1")])
 @pytest.mark.parametrize("nodes", [1, 2])
-def test_engines_share_the_cores(engines: int, threads: str, nodes: int) -> None:
+def test_engines_split_the_cores_among_them(engines: int, threads: str, nodes: int) -> None:
     variables = plan(machine=replace(HOST, nodes=nodes), engines=engines).variables
     bound = variables["VLLM_CPU_OMP_THREADS_BIND"]
     assert variables.get("OMP_NUM_THREADS", str(len(bound.split(",")))) == threads
@@ -104,89 +104,89 @@ def test_engines_share_the_cores(engines: int, threads: str, nodes: int) -> None
     assert engines == 1 or bound == "nobind"
 
 
-def test_engines_share_a_quota() -> None:
+def test_engines_split_the_cpu_quota_among_them() -> None:
     assert plan(machine=replace(HOST, quota=5.0), engines=2).variables["OMP_NUM_THREADS"] == "2"
 
 
-def test_setting_for_cores_overrides_the_share() -> None:
+def test_configured_core_count_overrides_the_engine_share() -> None:
     chosen = plan(cores=6, engines=2)
     assert origin_and_value(chosen, "threads") == (Origin.SETTING, 6)
     assert chosen.variables["OMP_NUM_THREADS"] == "6"
 
 
 @pytest.mark.parametrize(("quota", "most"), [(None, 8), (3.5, 3)])
-def test_more_cores_than_the_machine_has_are_rejected(quota: float | None, most: int) -> None:
+def test_more_cores_than_available_are_rejected(quota: float | None, most: int) -> None:
     with pytest.raises(EngineError, match=rf"cores is {most + 1}\n  expected: at most {most}"):
         plan(machine=replace(HOST, quota=quota), cores=most + 1)
 
 
-def test_quota_above_the_cores_changes_nothing() -> None:
+def test_cpu_quota_above_the_core_count_has_no_effect() -> None:
     assert plan(machine=replace(HOST, quota=8.0)) == plan()
 
 
-def test_vllms_own_variable_for_threads_is_unchanged() -> None:
+def test_vllm_thread_binding_variable_is_kept() -> None:
     chosen = plan(machine=replace(HOST, threads_bind="0-3"))
     assert origin_and_value(chosen, "threads") == (Origin.ENVIRONMENT, "0-3")
     assert chosen.variables["VLLM_CPU_OMP_THREADS_BIND"] == "0-3"
 
 
-def test_several_ranks_on_a_cpu_are_bound_by_vllm() -> None:
+def test_vllm_binds_threads_itself_with_several_cpu_ranks() -> None:
     chosen = plan(tensor_parallel=2)
     assert chosen["threads"].origin is Origin.VLLM
     assert "VLLM_CPU_OMP_THREADS_BIND" not in chosen.variables
 
 
-def test_cache_has_the_size_that_the_longest_sequences_can_use() -> None:
+def test_cache_size_fits_the_maximum_number_of_longest_sequences() -> None:
     chosen = plan(max_model_len=2048, max_concurrency=10)
     assert origin_and_value(chosen, "kv_cache_memory_bytes") == (Origin.MODEL, 11 * 2048 * 23_040)
     assert "10 sequences of 2048 tokens" in chosen["kv_cache_memory_bytes"].reason
 
 
-def test_sequence_uses_complete_blocks() -> None:
+def test_cache_size_is_rounded_up_to_complete_blocks_per_sequence() -> None:
     assert plan(max_model_len=33, max_concurrency=1)["kv_cache_memory_bytes"].value == 2 * 64 * 23_040
 
 
-def test_cache_is_at_most_half_of_the_free_memory_without_the_weights() -> None:
+def test_cache_takes_at_most_half_of_the_memory_left_after_weights() -> None:
     made = plan(machine=replace(HOST, free=2 * GIB + GIB // 4))
     assert origin_and_value(made, "kv_cache_memory_bytes") == (Origin.MACHINE, GIB)
     assert made["kv_cache_memory_bytes"].reason == "1.0 GiB: half of the 2.0 GiB free after the weights"
 
 
-def test_cache_for_one_sequence_is_attempted_when_little_memory_is_free() -> None:
+def test_cache_for_one_sequence_is_tried_when_memory_is_short() -> None:
     chosen = plan(machine=replace(HOST, free=0))
     assert chosen["kv_cache_memory_bytes"].value == 2048 * 23_040
 
 
-def test_cache_has_a_few_gib_when_the_memory_per_token_is_unknown() -> None:
+def test_cache_defaults_to_a_few_gib_when_memory_per_token_is_unknown() -> None:
     assert origin_and_value(plan(model=ModelFacts()), "kv_cache_memory_bytes") == (Origin.DEFAULT, 4 * GIB)
 
 
-def test_setting_for_the_cache_overrides_the_computed_size() -> None:
+def test_configured_cache_size_overrides_the_computed_size() -> None:
     assert origin_and_value(plan(kv_cache_gib=1.5), "kv_cache_memory_bytes") == (Origin.SETTING, 3 * GIB // 2)
 
 
-def test_arguments_change_the_computed_size_of_the_cache() -> None:
+def test_engine_arguments_change_the_computed_cache_size() -> None:
     chosen = plan(args=("--max-model-len", "1024", "--max-num-seqs=1", "--block-size", "16"))
     assert chosen["kv_cache_memory_bytes"].value == 2 * 1024 * 23_040
 
 
-def test_float32_needs_twice_the_cache() -> None:
+def test_float32_doubles_the_cache_size() -> None:
     wide = plan(args=("--dtype", "float32"))["kv_cache_memory_bytes"].value
     assert isinstance(wide, int)
     assert wide / 2 == plan()["kv_cache_memory_bytes"].value
 
 
-def test_memory_share_in_the_arguments_is_not_overridden_by_a_size() -> None:
+def test_memory_share_argument_is_not_overridden_by_a_configured_cache_size() -> None:
     chosen = plan(args=("--gpu-memory-utilization", "0.4"), kv_cache_gib=2)
     assert chosen["kv_cache_memory_bytes"].origin is Origin.ARGS
     assert "--kv-cache-memory-bytes" not in chosen.arguments
 
 
-def test_context_beyond_the_models_is_limited() -> None:
+def test_configured_context_is_capped_at_the_model_context() -> None:
     assert origin_and_value(plan(max_model_len=9000), "max_model_len") == (Origin.MODEL, 8192)
 
 
-def test_settings_and_defaults_have_different_origins() -> None:
+def test_settings_and_defaults_are_reported_with_different_origins() -> None:
     assert plan(max_model_len=2048)["max_model_len"].origin is Origin.SETTING
     assert plan()["max_model_len"].origin is Origin.DEFAULT
 
@@ -196,66 +196,66 @@ def gpus(count: int, gpu: Gpu = H100) -> Machine:
 
 
 @pytest.mark.parametrize(("count", "ranks"), [(0, 1), (1, 1), (2, 1), (3, 3), (4, 3), (8, 3)])
-def test_layers_are_split_over_as_many_gpus_as_divide_the_heads(count: int, ranks: int) -> None:
+def test_tensor_parallel_size_is_the_largest_dividing_the_attention_heads(count: int, ranks: int) -> None:
     assert plan(GPU, gpus(count))["tensor_parallel_size"].value == ranks
 
 
-def test_groups_of_quantized_weights_are_not_split() -> None:
+def test_quantization_groups_are_not_split_across_gpus() -> None:
     assert plan(GPU, gpus(3), replace(MODEL, group_size=128))["tensor_parallel_size"].value == 1
 
 
-def test_model_with_an_unknown_number_of_heads_is_not_split() -> None:
+def test_model_with_unknown_head_count_is_not_split_across_gpus() -> None:
     assert plan(GPU, gpus(4), ModelFacts())["tensor_parallel_size"].value == 1
 
 
 @pytest.mark.parametrize("args", [("-pp", "3"), ("--data-parallel-size=3",)])
-def test_gpus_used_by_arguments_are_not_used_twice(args: tuple[str, ...]) -> None:
+def test_tensor_parallel_size_excludes_gpus_used_by_other_parallelism_arguments(args: tuple[str, ...]) -> None:
     assert plan(GPU, gpus(8), args=args)["tensor_parallel_size"].value == 1
     assert plan(GPU, gpus(9), args=args)["tensor_parallel_size"].value == 3
 
 
-def test_setting_for_parallelism_overrides_the_computed_one() -> None:
+def test_configured_tensor_parallel_size_overrides_the_computed_one() -> None:
     assert origin_and_value(plan(GPU, gpus(4), tensor_parallel=2), "tensor_parallel_size") == (Origin.SETTING, 2)
 
 
-def test_nine_tenths_of_an_empty_gpu_are_used() -> None:
+def test_90_percent_of_an_empty_gpu_is_used() -> None:
     assert origin_and_value(plan(GPU, gpus(1)), "gpu_memory_utilization") == (Origin.MACHINE, 0.9)
 
 
-def test_only_free_memory_is_used_when_others_use_the_gpu() -> None:
+def test_only_free_gpu_memory_is_used_on_a_shared_gpu() -> None:
     busy = replace(H100, free=40 * GIB)
     assert plan(GPU, gpus(1, busy))["gpu_memory_utilization"].value == 0.49
 
 
-def test_gpu_with_the_least_free_memory_decides() -> None:
+def test_gpu_with_the_least_free_memory_sets_the_memory_share() -> None:
     machine = replace(HOST, gpus=(H100, replace(H100, free=20 * GIB)))
     assert plan(GPU, machine, tensor_parallel=2)["gpu_memory_utilization"].value == 0.24
     assert plan(GPU, machine, tensor_parallel=1)["gpu_memory_utilization"].value == 0.9
 
 
-def test_several_engines_share_the_gpu() -> None:
+def test_engines_share_the_memory_of_one_gpu() -> None:
     assert plan(GPU, gpus(1), engines=2)["gpu_memory_utilization"].value == 0.45
     assert plan(GPU, gpus(1), engines=3)["gpu_memory_utilization"].value == 0.3
 
 
-def test_setting_for_gpu_memory_overrides_the_computed_share() -> None:
+def test_configured_gpu_memory_share_overrides_the_computed_one() -> None:
     assert origin_and_value(plan(GPU, gpus(1), gpu_memory_share=0.3), "gpu_memory_utilization") == (Origin.SETTING, 0.3)
 
 
-def test_memory_share_is_left_to_vllm_when_no_gpu_can_be_seen() -> None:
+def test_gpu_memory_share_is_left_to_vllm_when_no_gpu_is_visible() -> None:
     chosen = plan(GPU)
     assert chosen["gpu_memory_utilization"].origin is Origin.VLLM
     assert "--gpu-memory-utilization" not in chosen.arguments
 
 
 @pytest.mark.parametrize("name", ["enable_prefix_caching", "enable_chunked_prefill"])
-def test_values_that_vllm_decides_well_are_shown_and_not_passed(name: str) -> None:
+def test_options_left_to_vllm_are_shown_but_not_passed(name: str) -> None:
     chosen = plan(GPU, gpus(1))
     assert chosen[name].origin is Origin.VLLM
     assert chosen[name].arguments == ()
 
 
-def test_flag_in_the_arguments_is_shown() -> None:
+def test_flag_given_in_arguments_is_shown_in_the_engine_plan() -> None:
     chosen = plan(args=("--no-enable-prefix-caching",))
     assert origin_and_value(chosen, "enable_prefix_caching") == (Origin.ARGS, False)
 
@@ -264,7 +264,7 @@ def test_flag_in_the_arguments_is_shown() -> None:
     ("args", "value"),
     [(("--enforce-eager",), True), (("--no-enforce-eager",), False), (("--no_enforce_eager",), False)],
 )
-def test_arguments_decide_on_compilation(args: tuple[str, ...], value: bool) -> None:
+def test_arguments_override_the_compilation_default(args: tuple[str, ...], value: bool) -> None:
     chosen = plan(args=args)
     assert origin_and_value(chosen, "enforce_eager") == (Origin.ARGS, value)
     assert ("TORCHDYNAMO_DISABLE" in chosen.variables) is value
@@ -275,7 +275,7 @@ def test_compiled_kernels_are_stored_in_the_home() -> None:
     assert plan().variables["VLLM_CACHE_ROOT"] == str(CACHE)
 
 
-def test_rows_are_available_as_text_and_as_json() -> None:
+def test_engine_plan_rows_are_available_as_text_and_json() -> None:
     rows = plan(kv_cache_gib=2).rows()
     assert next(row for row in rows if row["name"] == "kv_cache_memory_bytes") == {
         "name": "kv_cache_memory_bytes",
@@ -326,14 +326,14 @@ OPTIONS = {
 
 
 @given(machines(), facts)
-def test_cache_is_positive_and_smaller_than_the_memory(machine: Machine, model: ModelFacts) -> None:
+def test_cache_size_is_positive_and_less_than_total_memory(machine: Machine, model: ModelFacts) -> None:
     size = plan(CPU, machine, model)["kv_cache_memory_bytes"].value
     assert isinstance(size, int)
     assert 0 < size < machine.memory
 
 
 @given(machines(), facts)
-def test_cache_leaves_memory_for_the_weights(machine: Machine, model: ModelFacts) -> None:
+def test_cache_size_leaves_memory_for_the_weights(machine: Machine, model: ModelFacts) -> None:
     size = plan(CPU, machine, model)["kv_cache_memory_bytes"].value
     one_sequence = 2048 * (model.token_bytes or GIB)
     assert isinstance(size, int)
@@ -341,29 +341,27 @@ def test_cache_leaves_memory_for_the_weights(machine: Machine, model: ModelFacts
 
 
 @given(machines(), facts)
-def test_threads_never_exceed_cores_or_quota(machine: Machine, model: ModelFacts) -> None:
+def test_threads_never_exceed_cores_or_cpu_quota(machine: Machine, model: ModelFacts) -> None:
     threads = plan(CPU, machine, model)["threads"].value
     assert isinstance(threads, int)
     assert 1 <= threads <= min(len(machine.cores), max(1, machine.quota or len(machine.cores)))
 
 
 @given(machines(), facts)
-def test_ranks_divide_the_model_and_do_not_exceed_the_gpus(machine: Machine, model: ModelFacts) -> None:
+def test_tensor_parallel_size_divides_the_model_and_fits_the_gpus(machine: Machine, model: ModelFacts) -> None:
     ranks = plan(GPU, machine, model)["tensor_parallel_size"].value
     assert isinstance(ranks, int)
     assert ranks == 1 or (ranks <= len(machine.gpus) and model.divides(ranks))
 
 
 @given(machines(), facts)
-def test_share_of_gpu_memory_is_between_0_and_the_maximum_that_vllm_accepts(
-    machine: Machine, model: ModelFacts
-) -> None:
+def test_gpu_memory_share_is_between_0_and_the_vllm_maximum(machine: Machine, model: ModelFacts) -> None:
     share = plan(GPU, machine, model)["gpu_memory_utilization"].value
     assert share == "auto" if not machine.gpus else isinstance(share, float) and 0 < share <= 0.9
 
 
 @given(machines(), facts, st.sampled_from([CPU, GPU]), st.sets(st.sampled_from(list(OPTIONS))), st.booleans())
-def test_no_argument_is_passed_twice_and_each_is_shown_as_given(
+def test_no_argument_is_passed_twice_and_user_arguments_are_shown_as_given(
     machine: Machine, model: ModelFacts, device: Device, options: set[str], underscores: bool
 ) -> None:
     names = {name: f"--{name[2:].replace('-', '_')}" if underscores else name for name in options}
@@ -377,7 +375,7 @@ def test_no_argument_is_passed_twice_and_each_is_shown_as_given(
 
 
 @given(machines(), facts, st.sampled_from([CPU, GPU]))
-def test_every_choice_has_a_unique_name(machine: Machine, model: ModelFacts, device: Device) -> None:
+def test_all_engine_plan_choices_have_unique_names(machine: Machine, model: ModelFacts, device: Device) -> None:
     names = [choice.name for choice in plan(device, machine, model).choices]
     assert len(names) == len(set(names))
 
@@ -386,13 +384,13 @@ GPTQ = replace(MODEL, quantization="gptq", group_size=64)
 
 
 @pytest.mark.parametrize("able", [AVX2, AVX512_ALONE])
-def test_merged_weights_are_served_in_float32_when_16_bits_are_slow(able: DeviceCapabilities) -> None:
+def test_merged_weights_are_served_in_float32_when_16_bit_types_are_slow(able: DeviceCapabilities) -> None:
     chosen = plan(capabilities=able)
     assert origin_and_value(chosen, "dtype") == (Origin.MACHINE, "float32")
     assert chosen.arguments[chosen.arguments.index("--dtype") + 1] == "float32"
 
 
-def test_float32_needs_twice_the_memory() -> None:
+def test_float32_doubles_the_memory_of_16_bit_weights() -> None:
     tight = replace(HOST, free=GIB)
     small, wide = (plan(machine=tight, capabilities=able)["kv_cache_memory_bytes"] for able in (AVX512, AVX2))
     assert (small.value, wide.value) == ((GIB - MODEL.weights) // 2, (GIB - 2 * MODEL.weights) // 2)
@@ -401,11 +399,11 @@ def test_float32_needs_twice_the_memory() -> None:
     assert wide_roomy == 2 * roomy
 
 
-def test_weights_stored_in_float32_are_no_larger_in_memory() -> None:
+def test_weights_stored_in_float32_need_no_extra_memory() -> None:
     assert weight_bytes(replace(MODEL, dtype="float32"), wide=True) == MODEL.weights
 
 
-def test_gptq_is_served_by_pytorchs_kernel_in_bfloat16_when_vllm_has_none() -> None:
+def test_gptq_uses_pytorch_kernel_in_bfloat16_when_vllm_has_no_kernel() -> None:
     chosen = plan(model=replace(GPTQ, dtype="float16"), capabilities=AVX2)
     assert origin_and_value(chosen, "gptq_kernel") == (Origin.MACHINE, "torch")
     assert origin_and_value(chosen, "dtype") == (Origin.MACHINE, "bfloat16")
@@ -414,7 +412,7 @@ def test_gptq_is_served_by_pytorchs_kernel_in_bfloat16_when_vllm_has_none() -> N
 
 
 @pytest.mark.parametrize(("device", "capabilities"), [(CPU, AMX), (GPU, HOPPER)])
-def test_vllms_gptq_kernel_is_used_where_it_is_faster(device: Device, capabilities: DeviceCapabilities) -> None:
+def test_vllm_gptq_kernel_is_used_where_it_is_faster(device: Device, capabilities: DeviceCapabilities) -> None:
     chosen = plan(device, model=GPTQ, capabilities=capabilities)
     assert origin_and_value(chosen, "gptq_kernel") == (Origin.MACHINE, "vllm")
     assert origin_and_value(chosen, "dtype") == (Origin.MODEL, "bfloat16")
@@ -422,18 +420,18 @@ def test_vllms_gptq_kernel_is_used_where_it_is_faster(device: Device, capabiliti
     assert "--dtype" not in chosen.arguments
 
 
-def test_setting_selects_pytorchs_kernel_when_vllm_has_one_too() -> None:
+def test_configured_pytorch_kernel_is_used_even_if_vllm_has_one() -> None:
     chosen = plan(model=GPTQ, gptq_kernel="torch")
     assert origin_and_value(chosen, "gptq_kernel") == (Origin.SETTING, "torch")
     assert chosen.variables[INT4_LINEAR_VARIABLE] == "1"
 
 
-def test_model_that_is_not_quantized_needs_no_gptq_kernel() -> None:
+def test_unquantized_model_needs_no_gptq_kernel() -> None:
     chosen = plan(capabilities=AVX2, gptq_kernel="vllm")
     assert "gptq_kernel" not in [choice.name for choice in chosen.choices]
 
 
-def test_setting_decides_on_the_number_type() -> None:
+def test_configured_number_type_overrides_the_computed_one() -> None:
     chosen = plan(capabilities=AVX2, args=("--dtype", "bfloat16"))
     assert origin_and_value(chosen, "dtype") == (Origin.ARGS, "bfloat16")
 
@@ -451,7 +449,7 @@ def test_setting_decides_on_the_number_type() -> None:
         (AMX, "auto", None, True),
     ],
 )
-def test_number_type_with_which_vllm_would_not_start_is_rejected_for_gptq(
+def test_number_type_unsupported_by_vllm_for_gptq_is_rejected(
     capabilities: DeviceCapabilities, value: str, own: str | None, taken: bool
 ) -> None:
     with nullcontext() if taken else pytest.raises(EngineError, match=f"--dtype {value}, which"):
@@ -459,6 +457,6 @@ def test_number_type_with_which_vllm_would_not_start_is_rejected_for_gptq(
     plan(capabilities=capabilities, args=("--dtype", value))
 
 
-def test_gptq_that_cannot_be_served_is_rejected_before_the_start() -> None:
+def test_gptq_without_a_usable_kernel_is_rejected_before_engine_start() -> None:
     with pytest.raises(EngineError, match="no kernel for GPTQ"):
         plan(model=GPTQ, capabilities=AVX2, gptq_kernel="vllm")

@@ -19,13 +19,13 @@ from svc.engine.vllm.plugin import (
 )
 
 
-def test_vllm_finds_the_plugin_by_its_entry_point() -> None:
+def test_vllm_discovers_the_plugin_by_its_entry_point() -> None:
     found = [point for point in entry_points(group="vllm.general_plugins") if point.name == "tuneserve"]
     assert [point.load() for point in found] == [register], "run `make install` again"
 
 
 @pytest.mark.parametrize("value", ["", "0", None])
-def test_plugin_imports_nothing_when_vllm_was_started_by_others(value: str | None) -> None:
+def test_plugin_imports_nothing_in_vllm_started_outside_our_server(value: str | None) -> None:
     code = "import sys; from svc.engine.vllm.plugin import register; register(); assert 'vllm' not in sys.modules"
     names = (EMPTY_TOKENS_VARIABLE, INT4_LINEAR_VARIABLE, LORA_VARIABLE, QUIET_VARIABLE)
     subprocess.run([sys.executable, "-c", code], check=True, env=dict.fromkeys(names, value) if value else {})
@@ -57,7 +57,7 @@ def logged(name: str) -> str:
 
 @pytest.mark.usefixtures("quiet")
 @pytest.mark.parametrize("name", ["vllm.entrypoints.anthropic.api_router", "uvicorn.error"])
-def test_error_of_a_request_is_logged_without_its_message(name: str) -> None:
+def test_request_error_is_logged_without_its_message(name: str) -> None:
     first, *stack = logged(name).splitlines()
     assert first == "Error in create_messages: ValueError"
     assert "in logged" in stack[0]
@@ -67,17 +67,17 @@ def test_error_of_a_request_is_logged_without_its_message(name: str) -> None:
 
 @pytest.mark.usefixtures("quiet")
 @pytest.mark.parametrize("name", ["vllm.v1.engine.core", "svc"])
-def test_error_of_the_core_is_logged_completely(name: str) -> None:
+def test_engine_core_error_is_logged_in_full(name: str) -> None:
     assert "ValueError: my SECRET" in logged(name)
 
 
-def test_errors_are_logged_completely_when_vllm_was_started_by_others() -> None:
+def test_errors_are_logged_in_full_in_vllm_started_outside_our_server() -> None:
     register()
     assert "ValueError: my SECRET" in logged("uvicorn.error")
 
 
 @pytest.mark.slow
-def test_vllms_library_for_avx2_still_lacks_a_4_bit_kernel() -> None:
+def test_vllm_avx2_library_still_lacks_a_4_bit_kernel() -> None:
     """If a release has one, the plugin is no longer needed on such CPUs."""
     code = (
         "import torch; torch.cpu._is_avx512_supported = lambda: False; "
@@ -89,7 +89,7 @@ def test_vllms_library_for_avx2_still_lacks_a_4_bit_kernel() -> None:
 
 
 @pytest.mark.slow
-def test_kernel_is_registered_when_the_engine_requests_it() -> None:
+def test_int4_kernel_is_registered_when_the_engine_requests_it() -> None:
     code = (
         "from svc.engine.vllm.plugin import register; register(); "
         "from vllm.model_executor.kernels.linear import _POSSIBLE_KERNELS; from vllm.platforms import PlatformEnum; "
@@ -116,7 +116,7 @@ print(torch.allclose(whole, expected), torch.allclose(parts, of_base))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ours", [True, False])
-def test_base_answers_its_own_requests_in_a_batch_with_adapters(ours: bool) -> None:
+def test_base_model_requests_are_unaffected_by_adapters_in_the_same_batch(ours: bool) -> None:
     """If a release does so by itself, the second case fails, and the plugin is no longer needed there."""
     environment = os.environ | ({LORA_VARIABLE: "1"} if ours else {})
     command = [sys.executable, "-c", MIXED_BATCH]
@@ -141,6 +141,6 @@ assert convert_ids_list_to_tokens(tokenizer, [1, 2]) == [" a", ""]
 
 
 @pytest.mark.slow
-def test_vllm_shows_an_empty_token_when_an_id_of_a_sentencepiece_vocabulary_has_no_text() -> None:
+def test_vllm_returns_empty_token_for_a_sentencepiece_id_without_text() -> None:
     pytest.importorskip("vllm")
     subprocess.run([sys.executable, "-c", TOKENS], check=True, env=os.environ | {EMPTY_TOKENS_VARIABLE: "1"})

@@ -126,19 +126,19 @@ def no_descriptors_left() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-async def test_engine_is_started_when_it_answers(engine_in: Start) -> None:
+async def test_engine_start_returns_once_the_engine_is_healthy(engine_in: Start) -> None:
     engine = engine_in("ready")
     await engine.start()
     assert await engine.client.healthy()
 
 
-async def test_engine_on_a_cpu_has_a_lower_priority_than_the_server(engine_in: Start) -> None:
+async def test_cpu_engine_has_lower_priority_than_the_server(engine_in: Start) -> None:
     engine = engine_in("ready")
     await engine.start()
     assert psutil.Process(pid_of(engine)).nice() > psutil.Process().nice()
 
 
-async def test_progress_of_a_start_is_reported(engine_in: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_engine_startup_progress_is_reported(engine_in: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     heard: list[EnginePhase] = []
     engine = engine_in("hang", start_timeout_s=2)  # a busy machine starts Python slowly
     with pytest.raises(EngineError):
@@ -146,7 +146,7 @@ async def test_progress_of_a_start_is_reported(engine_in: Start, monkeypatch: py
     assert heard == [EnginePhase.PYTHON, EnginePhase.ARGUMENTS]
 
 
-async def test_stop_ends_the_engine_and_removes_its_socket(engine_in: Start) -> None:
+async def test_stopping_an_engine_also_removes_its_socket(engine_in: Start) -> None:
     engine = engine_in("ready")
     await engine.start()
     await engine.stop()
@@ -155,7 +155,7 @@ async def test_stop_ends_the_engine_and_removes_its_socket(engine_in: Start) -> 
     assert await engine.wait() == -signal.SIGTERM
 
 
-async def test_stop_removes_sockets_between_processes_also_those_of_a_killed_predecessor(
+async def test_stopping_an_engine_removes_interprocess_sockets_of_a_killed_predecessor_too(
     engine_in: Start, folder: Path
 ) -> None:
     def bind(name: str) -> None:
@@ -171,7 +171,7 @@ async def test_stop_removes_sockets_between_processes_also_those_of_a_killed_pre
     assert not [path for path in folder.iterdir() if path.is_socket()]
 
 
-async def test_stop_ends_child_processes(engine_in: Start) -> None:
+async def test_stopping_an_engine_ends_its_child_processes(engine_in: Start) -> None:
     engine = engine_in("family")
     await engine.start()
     child = child_of(engine)
@@ -189,7 +189,7 @@ async def test_children_of_a_dead_engine_are_stopped(engine_in: Start) -> None:
     assert not lives(child_of(engine))
 
 
-async def test_engine_that_ignores_sigterm_is_killed(engine_in: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_engine_ignoring_sigterm_is_killed(engine_in: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(orphans, "STOP_GRACE_S", 0.2)
     engine = engine_in("stubborn")
     await engine.start()
@@ -197,7 +197,7 @@ async def test_engine_that_ignores_sigterm_is_killed(engine_in: Start, monkeypat
     assert await engine.wait() == -signal.SIGKILL
 
 
-async def test_engine_is_stopped_when_the_default_executor_is_blocked(engine_in: Start) -> None:
+async def test_engine_can_be_stopped_while_the_default_executor_is_blocked(engine_in: Start) -> None:
     engine = engine_in("ready")
     await engine.start()
     pid = pid_of(engine)
@@ -207,20 +207,20 @@ async def test_engine_is_stopped_when_the_default_executor_is_blocked(engine_in:
     assert not lives(pid)
 
 
-async def test_second_stop_is_not_an_error(engine_in: Start) -> None:
+async def test_stopping_an_engine_twice_is_not_an_error(engine_in: Start) -> None:
     engine = engine_in("ready")
     await engine.start()
     await engine.stop()
     await engine.stop()
 
 
-async def test_engine_that_was_never_started_can_be_stopped(engine_in: Start) -> None:
+async def test_never_started_engine_can_be_stopped(engine_in: Start) -> None:
     engine = engine_in("ready")
     await engine.stop()
     assert await engine.wait() == 0
 
 
-async def test_death_of_the_engine_is_noticed(engine_in: Start) -> None:
+async def test_engine_death_is_detected(engine_in: Start) -> None:
     engine = engine_in("ready")
     await engine.start()
     psutil.Process(pid_of(engine)).kill()
@@ -228,7 +228,7 @@ async def test_death_of_the_engine_is_noticed(engine_in: Start) -> None:
     assert not await engine.client.healthy()
 
 
-async def test_death_is_noticed_and_a_live_engine_not_taken_for_dead_when_no_descriptor_is_left(
+async def test_engine_health_is_judged_correctly_without_free_file_descriptors(
     engine_in: Start,
 ) -> None:
     engine = engine_in("ready")
@@ -250,14 +250,14 @@ async def test_log_of_the_previous_engine_is_kept(engine_in: Start, folder: Path
     assert "bad weights" not in (folder / "logs" / "engine.log").read_text()
 
 
-async def test_engine_that_exits_immediately_is_an_error_with_its_last_error_and_its_log(engine_in: Start) -> None:
+async def test_engine_exiting_at_startup_raises_error_with_its_last_error_and_log(engine_in: Start) -> None:
     engine = engine_in("crash")
     with pytest.raises(EngineError, match="exited with code 3 before it was ready: ValueError: bad weights") as caught:
         await engine.start()
     assert str(engine.spec.log) in caught.value.todo
 
 
-async def test_engine_that_is_not_ready_in_time_is_stopped(engine_in: Start) -> None:
+async def test_engine_exceeding_the_start_timeout_is_stopped(engine_in: Start) -> None:
     engine = engine_in("hang", start_timeout_s=0.3)
     with pytest.raises(EngineError, match="not ready after 0 s") as caught:
         await engine.start()
@@ -265,7 +265,7 @@ async def test_engine_that_is_not_ready_in_time_is_stopped(engine_in: Start) -> 
     assert not lives(pid_of(engine))
 
 
-async def test_cancelled_start_leaves_nothing_behind(engine_in: Start) -> None:
+async def test_cancelled_engine_start_leaves_nothing_behind(engine_in: Start) -> None:
     engine = engine_in("hang")
     start = asyncio.create_task(engine.start())
     while engine._child is None:
@@ -276,7 +276,7 @@ async def test_cancelled_start_leaves_nothing_behind(engine_in: Start) -> None:
     assert not lives(pid_of(engine))
 
 
-async def test_start_that_is_cancelled_while_its_process_is_created_leaves_nothing_behind(
+async def test_engine_start_cancelled_during_process_creation_leaves_nothing_behind(
     engine_in: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun = threading.Event()
@@ -313,13 +313,13 @@ async def whole_life(engine_in: Start) -> None:
         await engine_in("crash").start()
 
 
-async def test_no_step_of_the_life_cycle_blocks_the_event_loop(engine_in: Start) -> None:
+async def test_engine_lifecycle_never_blocks_the_event_loop_with_waits(engine_in: Start) -> None:
     with watched_loop() as watch:
         await whole_life(engine_in)
     assert watch.waits == []
 
 
-async def test_no_step_of_the_life_cycle_computes_for_long_in_the_event_loop(engine_in: Start) -> None:
+async def test_engine_lifecycle_never_runs_long_computations_in_the_event_loop(engine_in: Start) -> None:
     await whole_life(engine_in)  # modules that are imported at first use are loaded
     with watched_loop() as watch:
         await whole_life(engine_in)
@@ -344,7 +344,7 @@ async def test_engine_of_a_killed_parent_is_stopped_at_the_next_start(engine_in:
             psutil.Process(orphan).kill()
 
 
-async def test_process_that_reuses_the_pid_is_not_touched(engine_in: Start, folder: Path) -> None:
+async def test_unrelated_process_reusing_the_pid_is_left_alone(engine_in: Start, folder: Path) -> None:
     stranger = await asyncio.create_subprocess_exec(sys.executable, "-c", "import time; time.sleep(60)")
     (folder / "engine.json").write_text(json.dumps({"pid": stranger.pid, "created": 1.0}))
     try:
@@ -356,14 +356,14 @@ async def test_process_that_reuses_the_pid_is_not_touched(engine_in: Start, fold
 
 
 @pytest.mark.parametrize("record", ["", "{", "[]", "{}", '{"pid": "x", "created": 1}', '{"pid": -5, "created": 1}'])
-async def test_damaged_record_does_not_prevent_a_start(engine_in: Start, folder: Path, record: str) -> None:
+async def test_corrupt_engine_record_does_not_prevent_a_start(engine_in: Start, folder: Path, record: str) -> None:
     (folder / "engine.json").write_text(record)
     engine = engine_in("ready")
     await engine.start()
     assert await engine.client.healthy()
 
 
-async def test_engine_is_not_put_to_sleep_when_the_machine_cannot_hold_its_weights(
+async def test_engine_is_not_put_to_sleep_without_memory_for_its_weights(
     engine_in: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, engine = list[str](), engine_in("ready")
@@ -378,7 +378,7 @@ async def test_engine_is_not_put_to_sleep_when_the_machine_cannot_hold_its_weigh
     assert asked == []
 
 
-async def test_memory_of_the_first_sleep_is_available_to_the_next(
+async def test_memory_allocated_by_the_first_sleep_is_reused_by_the_next(
     engine_in: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, engine, answers = list[str](), engine_in("ready"), iter([None, "full"])

@@ -48,15 +48,15 @@ def seen(tmp_path: Path) -> dict[str, Any]:
     return result
 
 
-def test_process_has_imported_the_preloaded_modules_before_it_is_requested(seen: dict[str, Any]) -> None:
+def test_forked_engine_process_has_the_preloaded_modules_imported(seen: dict[str, Any]) -> None:
     assert seen["heavy"]
     assert not seen["heavy_here"]
     assert seen["parent"] != seen["main"]
 
 
-def test_process_has_the_environment_at_its_request(seen: dict[str, Any]) -> None:
+def test_forked_engine_process_uses_the_environment_at_request_time(seen: dict[str, Any]) -> None:
     assert (seen["late"], seen["early"]) == ("yes", None)
 
 
-def test_module_and_process_have_the_command_lines_arguments(seen: dict[str, Any]) -> None:
+def test_entry_module_and_engine_process_receive_the_command_line_arguments(seen: dict[str, Any]) -> None:
     assert seen["arguments"] == ["--model", "x"]

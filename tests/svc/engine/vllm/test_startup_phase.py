@@ -27,15 +27,15 @@ def log_of(folder: Path, *lines: str) -> Path:
 
 
 @pytest.mark.parametrize("phase", LINES)
-def test_phases_begin_with_vllms_own_log_lines(tmp_path: Path, phase: EnginePhase) -> None:
+def test_startup_phases_are_recognized_from_vllm_log_lines(tmp_path: Path, phase: EnginePhase) -> None:
     assert PhaseReader(log_of(tmp_path, "INFO something", LINES[phase], "WARNING else")).look() is phase
 
 
-def test_phase_is_pythons_start_when_there_is_no_log(tmp_path: Path) -> None:
+def test_startup_phase_is_python_start_without_a_log(tmp_path: Path) -> None:
     assert PhaseReader(tmp_path / "none.log").look() is EnginePhase.PYTHON
 
 
-def test_incomplete_line_is_read_when_it_ends(tmp_path: Path) -> None:
+def test_incomplete_log_line_is_parsed_once_it_is_complete(tmp_path: Path) -> None:
     log, line = tmp_path / "engine.log", LINES[EnginePhase.CORE]
     reader = PhaseReader(log)
     log.write_text(line[:60])
@@ -44,12 +44,12 @@ def test_incomplete_line_is_read_when_it_ends(tmp_path: Path) -> None:
     assert reader.look() is EnginePhase.CORE
 
 
-def test_phase_does_not_change_without_a_new_line(tmp_path: Path) -> None:
+def test_startup_phase_is_unchanged_without_a_new_log_line(tmp_path: Path) -> None:
     reader = PhaseReader(log_of(tmp_path, LINES[EnginePhase.CACHE]))
     assert [reader.look(), reader.look()] == [EnginePhase.CACHE] * 2
 
 
-def test_later_check_reads_only_new_lines(tmp_path: Path) -> None:
+def test_each_startup_phase_check_reads_only_new_log_lines(tmp_path: Path) -> None:
     log = log_of(tmp_path, "x" * 100)
     reader = PhaseReader(log)
     reader.look()
@@ -58,7 +58,7 @@ def test_later_check_reads_only_new_lines(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.sampled_from(list(LINES)), max_size=8), st.integers(7, 200))
-def test_phases_never_go_back_however_the_log_arrives(
+def test_startup_phase_never_goes_back_however_the_log_arrives(
     tmp_path_factory: pytest.TempPathFactory, said: list[EnginePhase], piece: int
 ) -> None:
     text = "".join(f"{LINES[phase]}\n" for phase in said)

@@ -29,65 +29,65 @@ def line(question: str, answer: str, **more: object) -> dict[str, object]:
     return {"messages": turns, **more}
 
 
-def test_every_reference_of_the_package_is_correct() -> None:
+def test_all_shipped_references_count_as_correct_answers() -> None:
     assert right(SHIPPED, [example.answer for example in SHIPPED.examples]) == [1.0] * 120
 
 
-def test_every_accepted_text_is_correct_alone() -> None:
+def test_each_accepted_text_is_correct_by_itself() -> None:
     for example, texts in zip(SHIPPED.examples, SHIPPED.accepted, strict=True):
         for text in texts:
             assert right(GeneralSet("", (example,), (texts,)), [text]) == [1.0], text
 
 
-def test_repeated_question_is_not_a_correct_answer_unless_repetition_is_the_task() -> None:
+def test_repeating_the_question_is_wrong_unless_the_task_is_repetition() -> None:
     repeated = right(SHIPPED, [example.question for example in SHIPPED.examples])
     found = [example.question for example, score in zip(SHIPPED.examples, repeated, strict=True) if score]
     assert all("banana" in question or "OK" in question for question in found), found
 
 
-def test_all_questions_are_different() -> None:
+def test_all_general_questions_are_distinct() -> None:
     assert len({normal_prompt(example) for example in SHIPPED.examples}) == len(SHIPPED.examples)
 
 
-def test_constant_answer_is_rarely_correct() -> None:
+def test_constant_answer_is_rarely_correct_for_general_questions() -> None:
     for answer in ("yes", "1", "I do not know.", "The answer is a number.", ""):
         assert sum(right(SHIPPED, [answer] * len(SHIPPED.examples))) <= 2
 
 
-def test_first_half_has_the_same_kinds_of_questions_as_the_whole() -> None:
+def test_first_half_of_questions_has_the_same_mix_of_kinds_as_the_whole() -> None:
     path = Path(__file__).parents[4] / "svc" / "evaluation" / "general" / "general.jsonl"
     kinds = [json.loads(row)["kind"] for row in path.read_text("utf-8").splitlines()]
     whole, half = Counter(kinds), Counter(kinds[:HALF])
     assert all(abs(half[kind] - whole[kind] / 2) <= 1 for kind in whole)
 
 
-def test_accepted_answers_are_the_listed_ones_or_else_the_reference(tmp_path: Path) -> None:
+def test_accepted_answers_default_to_the_reference(tmp_path: Path) -> None:
     rows = [line("one", "It is a.", accepted=["a", "b"]), line("two", "c")]
     questions = read_general_set(write_lines(tmp_path / "own.jsonl", *rows))
     assert questions.accepted == (("a", "b"), ("c",))
     assert right(questions, ["maybe b", "It is C!"]) == [1, 1]
 
 
-def test_any_data_file_is_accepted(tmp_path: Path) -> None:
+def test_general_questions_can_be_read_from_any_data_file_type(tmp_path: Path) -> None:
     (tmp_path / "own.csv").write_text("prompt,completion\nwhat is red?,a colour\n", "utf-8")
     questions = read_general_set(tmp_path / "own.csv")
     assert questions.accepted == (("a colour",),)
 
 
 @pytest.mark.parametrize("accepted", ["a", [], [1], [" "], {}])
-def test_accepted_answers_of_another_form_are_rejected_by_line(tmp_path: Path, accepted: object) -> None:
+def test_malformed_accepted_answers_are_rejected_with_line_number(tmp_path: Path, accepted: object) -> None:
     rows = [line("one", "a"), line("two", "b", accepted=accepted)]
     with pytest.raises(DataError, match=r"own\.jsonl:2: `accepted` is"):
         read_general_set(write_lines(tmp_path / "own.jsonl", *rows))
 
 
 @pytest.mark.parametrize("rows", [[], [{"messages": []}]])
-def test_file_without_questions_is_rejected(tmp_path: Path, rows: list[dict[str, object]]) -> None:
+def test_general_questions_file_without_questions_is_rejected(tmp_path: Path, rows: list[dict[str, object]]) -> None:
     with pytest.raises(DataError, match=r"own\.jsonl"):
         read_general_set(write_lines(tmp_path / "own.jsonl", *rows))
 
 
-def test_fingerprint_changes_with_questions_and_accepted_answers() -> None:
+def test_general_set_fingerprint_changes_with_questions_and_accepted_answers() -> None:
     (first, *others), accepted = SHIPPED.examples, SHIPPED.accepted
     same = GeneralSet("elsewhere.jsonl", SHIPPED.examples, accepted)
     fewer = GeneralSet(SHIPPED.name, tuple(others), accepted[1:])

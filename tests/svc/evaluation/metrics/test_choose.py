@@ -28,7 +28,7 @@ CALLING = parse_example(
 )
 
 
-def test_calls_are_measured_beside_the_text_when_few_references_call_tools() -> None:
+def test_call_metrics_are_added_to_text_metrics_when_few_references_call_tools() -> None:
     chosen = names([*TEXTS, CALLING])
     assert chosen[0] == "rouge_l"
     assert {"call_accuracy", "tool_accuracy"} <= set(chosen)
@@ -60,7 +60,7 @@ def names(examples: list[ChatExample], options: MetricOptions | None = None) -> 
         ([*LABELS, CALLING], Task.TEXT),
     ],
 )
-def test_task_is_detected_from_the_references(examples: list[ChatExample], task: Task) -> None:
+def test_evaluation_task_is_detected_from_the_references(examples: list[ChatExample], task: Task) -> None:
     assert find_task(examples) is task
 
 
@@ -74,19 +74,19 @@ def test_task_is_detected_from_the_references(examples: list[ChatExample], task:
         (JAPANESE, ["chrf", "exact_match"]),
     ],
 )
-def test_each_task_has_its_metrics_the_primary_one_first(examples: list[ChatExample], expected: list[str]) -> None:
+def test_each_task_has_its_metrics_with_the_primary_one_first(examples: list[ChatExample], expected: list[str]) -> None:
     assert names(examples) == [*expected, "perplexity", "length"]
 
 
-def test_recipe_selects_the_metrics() -> None:
+def test_recipe_selects_the_evaluation_metrics() -> None:
     assert names(TEXTS, MetricOptions(("rouge", "length"))) == ["rouge_l", "rouge_1", "rouge_2", "length"]
 
 
-def test_primary_metric_of_the_task_stays_primary_among_selected_ones() -> None:
+def test_default_primary_metric_stays_primary_when_selected() -> None:
     assert names(LABELS, MetricOptions(("exact_match", "accuracy")))[0] == "accuracy"
 
 
-def test_first_metric_with_a_direction_is_primary_when_the_tasks_own_is_not_selected() -> None:
+def test_first_directed_metric_is_primary_if_the_default_is_not_selected() -> None:
     assert names(TEXTS, MetricOptions(("length", "chrf", "exact_match"))) == ["chrf", "length", "exact_match"]
 
 
@@ -98,7 +98,7 @@ def test_recipe_selects_the_primary_metric(primary: str) -> None:
 
 
 @pytest.mark.parametrize("options", [MetricOptions(("rogue",)), MetricOptions(primary="rogue")])
-def test_unknown_metric_is_reported_with_the_known_ones(options: MetricOptions) -> None:
+def test_unknown_metric_error_lists_known_metrics(options: MetricOptions) -> None:
     with pytest.raises(RecipeError, match="'rogue'") as caught:
         choose_metrics(TEXTS, options)
     assert {"rouge_l", "rouge", "chrf"} <= set(caught.value.expected.replace(",", "").split())
@@ -111,12 +111,12 @@ def test_metric_without_a_direction_cannot_be_primary(options: MetricOptions) ->
 
 
 @pytest.mark.parametrize("name", ["field_accuracy", "schema_valid"])
-def test_json_metric_rejects_references_that_are_not_json(name: str) -> None:
+def test_json_metric_rejects_non_json_references(name: str) -> None:
     with pytest.raises(RecipeError, match=f"{name} compares JSON, but the reference of held-out example 1"):
         choose_metrics([OBJECTS[0], TEXTS[0]], MetricOptions((name,)))
 
 
-def test_schema_of_the_recipe_must_accept_the_references(tmp_path: Path) -> None:
+def test_recipe_schema_must_accept_all_references(tmp_path: Path) -> None:
     path = tmp_path / "schema.json"
     path.write_text('{"properties": {"size": {"maximum": 5}}}', "utf-8")
     with pytest.raises(RecipeError, match="does not accept the reference of held-out example 6"):
@@ -128,7 +128,7 @@ def offer(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setattr(choose, "entry_points", lambda **chosen: offered.select(**chosen))
 
 
-def test_installed_package_provides_a_metric(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_installed_package_can_provide_a_metric(monkeypatch: pytest.MonkeyPatch) -> None:
     offer(monkeypatch, f"{__name__}:Own")
     assert names(TEXTS, MetricOptions(("own",))) == ["own"]
 
@@ -136,14 +136,16 @@ def test_installed_package_provides_a_metric(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("value", "wrong"), [("no_such_module:Own", "cannot be loaded"), (f"{__name__}:Answered", "cannot be loaded")]
 )
-def test_package_that_provides_no_metric_is_named(monkeypatch: pytest.MonkeyPatch, value: str, wrong: str) -> None:
+def test_entry_point_that_provides_no_metric_is_named_in_the_error(
+    monkeypatch: pytest.MonkeyPatch, value: str, wrong: str
+) -> None:
     offer(monkeypatch, value)
     with pytest.raises(RecipeError, match=wrong) as caught:
         choose_metrics(TEXTS, MetricOptions(("own",)))
     assert value in caught.value.wrong
 
 
-def test_fault_of_a_metric_is_found_early_by_scoring_the_references(tmp_path: Path) -> None:
+def test_metric_error_is_found_early_by_scoring_the_references(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text("def score(answers, references):\n    return 1 / 0\n", "utf-8")
     metrics = choose_metrics(TEXTS, MetricOptions((f"{path}:score",)))
@@ -151,6 +153,6 @@ def test_fault_of_a_metric_is_found_early_by_scoring_the_references(tmp_path: Pa
         try_on_references(metrics, TEXTS)
 
 
-def test_references_are_good_answers() -> None:
+def test_all_metrics_accept_references_as_good_answers() -> None:
     for examples in (LABELS, JSON_LABELS, OBJECTS, TEXTS, JAPANESE):
         try_on_references(choose_metrics(examples), examples)

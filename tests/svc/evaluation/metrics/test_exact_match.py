@@ -8,5 +8,5 @@ from svc.evaluation.metrics.text import matches
 @pytest.mark.parametrize(
     ("answer", "same"), [("net", True), (" net\n", True), ("Net", False), ("", False), ("net.", False)]
 )
-def test_answer_matches_ignoring_surrounding_white_space(answer: str, same: bool) -> None:
+def test_exact_match_ignores_surrounding_whitespace(answer: str, same: bool) -> None:
     assert matches(answer, "net") is same

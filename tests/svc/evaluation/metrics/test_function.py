@@ -26,32 +26,34 @@ def write(tmp_path: Path) -> Write:
     return write
 
 
-def test_function_gives_each_answer_a_score(write: Write) -> None:
+def test_metric_function_returns_one_score_per_answer(write: Write) -> None:
     assert write("return [len(a) + (a == r) for a, r in zip(answers, references)]").score(GIVEN) == [2.0, 1.0]
 
 
-def test_function_may_read_the_prompts(write: Write) -> None:
+def test_metric_function_can_read_the_prompts(write: Write) -> None:
     metric = write(
         "return [p[-1]['content'] == f'q {i}' for i, p in enumerate(prompts)]", signature="answers, _, prompts"
     )
     assert metric.score(GIVEN) == [1.0, 1.0]
 
 
-def test_output_of_the_function_is_not_taken_for_its_scores(write: Write, capfd: pytest.CaptureFixture[str]) -> None:
+def test_printed_output_of_a_metric_function_is_not_read_as_scores(
+    write: Write, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert write("print('{\"scores\": [9]}')\nreturn [0.5, 1]").score(GIVEN) == [0.5, 1.0]
     assert "scores" in capfd.readouterr().err
 
 
-def test_function_may_return_an_array(write: Write) -> None:
+def test_metric_function_may_return_an_array(write: Write) -> None:
     assert write("import numpy\nreturn numpy.array([0.25, 1])").score(GIVEN) == [0.25, 1.0]
 
 
-def test_function_can_import_its_neighbouring_files(write: Write, tmp_path: Path) -> None:
+def test_metric_function_can_import_neighbouring_files(write: Write, tmp_path: Path) -> None:
     (tmp_path / "length.py").write_text("two = 2", "utf-8")
     assert write("import length\nreturn [length.two] * 2").score(GIVEN) == [2.0, 2.0]
 
 
-def test_texts_of_any_language_are_passed(write: Write) -> None:
+def test_metric_function_receives_non_ascii_text_unchanged(write: Write) -> None:
     metric = write("return [ord(a) for a in answers]")
     assert metric.score(answered([("日", "x")])) == [float(ord("日"))]
 
@@ -74,7 +76,7 @@ def test_texts_of_any_language_are_passed(write: Write) -> None:
         ("import os\nos.kill(os.getpid(), 9)", "with code -9"),
     ],
 )
-def test_any_failure_is_reported_with_the_file_and_the_function(write: Write, body: str, wrong: str) -> None:
+def test_metric_function_error_names_the_file_and_function(write: Write, body: str, wrong: str) -> None:
     with pytest.raises(RecipeError) as caught:
         write(body).checked_score(GIVEN)
     assert wrong in caught.value.wrong
@@ -82,7 +84,7 @@ def test_any_failure_is_reported_with_the_file_and_the_function(write: Write, bo
     assert caught.value.todo or caught.value.expected
 
 
-def test_traceback_has_only_the_users_lines(write: Write) -> None:
+def test_metric_function_traceback_contains_only_user_lines(write: Write) -> None:
     with pytest.raises(RecipeError) as caught:
         write("value = {}\nreturn value['score']").score(GIVEN)
     assert "return value['score']" in caught.value.wrong
@@ -91,7 +93,7 @@ def test_traceback_has_only_the_users_lines(write: Write) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("body", ["while True: pass", "import subprocess\nsubprocess.run(['sleep', '60'])"])
-def test_function_is_stopped_when_its_time_is_over(write: Write, body: str) -> None:
+def test_metric_function_is_stopped_after_its_timeout(write: Write, body: str) -> None:
     started = time.monotonic()
     with pytest.raises(RecipeError, match=r"did not finish within 1 s"):
         write(body, seconds=1.0).score(GIVEN)
@@ -99,7 +101,7 @@ def test_function_is_stopped_when_its_time_is_over(write: Write, body: str) -> N
 
 
 @pytest.mark.parametrize("name", ["missing.py:score", "my_metric.py:other"])
-def test_missing_function_is_named(write: Write, tmp_path: Path, name: str) -> None:
+def test_missing_metric_function_is_named_in_the_error(write: Write, tmp_path: Path, name: str) -> None:
     write("return []")
     spec = FunctionSpec.parse(str(tmp_path / name))
     assert spec is not None
@@ -111,15 +113,15 @@ def test_missing_function_is_named(write: Write, tmp_path: Path, name: str) -> N
     ("text", "name"),
     [("./my_metric.py:score", "my_metric_score"), ("/a/Score.py:score", "score"), ("b-c.py:f", "b_c_f")],
 )
-def test_name_of_the_metric_is_that_of_the_file_and_the_function(text: str, name: str) -> None:
+def test_metric_name_combines_file_and_function_names(text: str, name: str) -> None:
     spec = FunctionSpec.parse(text)
     assert spec is not None and spec.name == name
 
 
 @pytest.mark.parametrize("text", ["rouge", "my_metric:score", "x.py", "x.py:"])
-def test_text_of_another_form_names_no_function(text: str) -> None:
+def test_text_without_a_python_file_and_function_is_not_a_function_spec(text: str) -> None:
     assert FunctionSpec.parse(text) is None
 
 
-def test_function_is_not_called_when_there_are_no_answers(write: Write) -> None:
+def test_metric_function_is_not_called_without_answers(write: Write) -> None:
     assert write("return []").score(Answered([], [])) == []

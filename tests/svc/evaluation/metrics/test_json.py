@@ -34,12 +34,12 @@ objects = st.dictionaries(keys, values)
         ("{}", "{}", 1.0),
     ],
 )
-def test_field_counts_when_it_has_the_references_value(answer: str, reference: str, share: float) -> None:
+def test_json_field_is_correct_when_its_value_matches_the_reference(answer: str, reference: str, share: float) -> None:
     assert FieldAccuracy().score(answered([(answer, reference)])) == [pytest.approx(share)]
 
 
 @given(objects)
-def test_object_matches_all_of_its_own_fields(value: dict[str, Any]) -> None:
+def test_json_object_matches_all_its_own_fields(value: dict[str, Any]) -> None:
     text = json.dumps(value)
     assert FieldAccuracy().score(answered([(text, text)])) == [1.0]
 
@@ -62,12 +62,12 @@ def test_inferred_schema_accepts_all_references(references: list[dict[str, Any]]
         ("name: x", False),
     ],
 )
-def test_answer_needs_the_keys_and_types_of_the_references(answer: str, valid: bool) -> None:
+def test_answer_must_have_the_keys_and_types_of_the_references(answer: str, valid: bool) -> None:
     schema = infer_schema([{"name": "a", "size": 1}, {"name": "b", "size": 2, "tags": ["t"]}])
     assert SchemaValid(schema).score(answered([(answer, "{}")])) == [float(valid)]
 
 
-def test_integers_are_accepted_as_numbers() -> None:
+def test_schema_inferred_from_floats_accepts_integers() -> None:
     assert SchemaValid(infer_schema([{"a": 1}, {"a": 1.5}])).accepts('{"a": 2}')
 
 
@@ -75,7 +75,7 @@ def test_integers_are_accepted_as_numbers() -> None:
     ("content", "wrong"),
     [("{", "cannot read the JSON schema"), ("[]", "an object"), ('{"type": "strnig"}', "'strnig' is not valid")],
 )
-def test_file_that_is_not_a_schema_is_named(tmp_path: Path, content: str, wrong: str) -> None:
+def test_invalid_json_schema_error_names_the_file(tmp_path: Path, content: str, wrong: str) -> None:
     path = tmp_path / "schema.json"
     path.write_text(content, "utf-8")
     with pytest.raises(RecipeError) as caught:
@@ -84,6 +84,6 @@ def test_file_that_is_not_a_schema_is_named(tmp_path: Path, content: str, wrong:
     assert str(path) in str(caught.value)
 
 
-def test_missing_schema_is_named(tmp_path: Path) -> None:
+def test_missing_json_schema_error_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"missing\.json"):
         read_schema(tmp_path / "missing.json")

@@ -18,7 +18,7 @@ pairs = st.lists(st.tuples(answers, labels), min_size=1, max_size=40)
 @pytest.mark.parametrize(
     "answer", ["net", " net\n", "NET", '{"section":"net"}', '{ "section": "Net" }', '{"other":"net"}']
 )
-def test_label_is_found_in_any_spacing_case_or_json(answer: str) -> None:
+def test_label_is_recognized_in_any_spacing_case_or_json(answer: str) -> None:
     assert label_of(answer) == "net"
 
 
@@ -28,7 +28,7 @@ def test_text_that_is_not_a_label_matches_no_label(answer: str) -> None:
 
 
 @given(pairs)
-def test_accuracy_equals_scikit_learns(given_pairs: list[tuple[str, str]]) -> None:
+def test_label_accuracy_matches_scikit_learn(given_pairs: list[tuple[str, str]]) -> None:
     judged = with_scores(Accuracy(), answered(given_pairs))
     right = [label_of(reference) for reference in judged.references]
     expected = accuracy_score(right, [label_of(answer) for answer in judged.answers])
@@ -36,7 +36,7 @@ def test_accuracy_equals_scikit_learns(given_pairs: list[tuple[str, str]]) -> No
 
 
 @given(pairs)
-def test_macro_f1_equals_scikit_learns_over_the_labels_of_the_references(given_pairs: list[tuple[str, str]]) -> None:
+def test_macro_f1_matches_scikit_learn_over_reference_labels(given_pairs: list[tuple[str, str]]) -> None:
     judged = answered(given_pairs)
     right = [label_of(reference) for reference in judged.references]
     given_labels = [label_of(answer) for answer in judged.answers]
@@ -46,13 +46,13 @@ def test_macro_f1_equals_scikit_learns_over_the_labels_of_the_references(given_p
     assert 0 <= estimate.low <= estimate.high <= 1
 
 
-def test_macro_f1_falls_when_a_label_is_never_predicted_and_accuracy_hides_it() -> None:
+def test_macro_f1_drops_for_a_never_predicted_label_that_accuracy_hides() -> None:
     judged = with_scores(Accuracy(), answered([("net", "net")] * 95 + [("net", "doc")] * 5))
     assert Accuracy().estimate(judged).value == 0.95
     assert MacroF1().estimate(judged).value < 0.5
 
 
-def test_macro_f1_of_two_models_is_compared_on_the_same_examples() -> None:
+def test_macro_f1_difference_of_two_models_is_paired_by_example() -> None:
     before = answered([("net", "net"), ("doc", "doc")] * 20)
     after = answered([("net", "net"), ("net", "doc")] * 20)
     difference = MacroF1().difference(before, after)
@@ -61,7 +61,7 @@ def test_macro_f1_of_two_models_is_compared_on_the_same_examples() -> None:
     assert MacroF1().difference(before, before).high == 0
 
 
-def test_macro_f1_of_a_thousand_answers_is_fast() -> None:
+def test_macro_f1_of_1000_answers_is_fast() -> None:
     judged = answered([(f"label {place % 20}", f"label {place % 19}") for place in range(1000)])
     MacroF1().estimate(judged)
     started = time.process_time()

@@ -20,7 +20,7 @@ pairs = st.lists(st.tuples(texts, texts), min_size=1, max_size=10)
 
 @settings(deadline=None)  # the first call imports
 @given(pairs, st.sampled_from(["1", "2", "L"]))
-def test_rouge_equals_that_of_rouge_score(given_pairs: list[tuple[str, str]], kind: str) -> None:
+def test_rouge_matches_the_rouge_score_package(given_pairs: list[tuple[str, str]], kind: str) -> None:
     scorer, name = RougeScorer(["rouge1", "rouge2", "rougeL"]), f"rouge{kind}"
     expected = [scorer.score(reference, answer)[name].fmeasure for answer, reference in given_pairs]
     metric = Rouge(kind)
@@ -31,29 +31,29 @@ def test_rouge_equals_that_of_rouge_score(given_pairs: list[tuple[str, str]], ki
 
 @settings(deadline=None)
 @given(pairs)
-def test_chrf_equals_sacrebleus_as_a_share(given_pairs: list[tuple[str, str]]) -> None:
+def test_chrf_matches_sacrebleu_as_a_fraction(given_pairs: list[tuple[str, str]]) -> None:
     expected = [sentence_chrf(answer, [reference]).score / 100 for answer, reference in given_pairs]
     scores = Chrf().score(answered(given_pairs))
     assert scores == pytest.approx(expected)
     assert all(0 <= score <= 1 for score in scores)
 
 
-def test_perplexity_is_the_exponential_of_the_mean_over_tokens() -> None:
+def test_perplexity_is_the_exponential_of_the_mean_token_nll() -> None:
     judged = answered([("a", "a")] * 3, nll=[0.5, 1.0, 3.0])
     estimate = Perplexity().estimate(judged)
     assert estimate.value == pytest.approx(math.exp(1.5))
     assert math.exp(0.5) <= estimate.low < estimate.value < estimate.high <= math.exp(3)
 
 
-def test_perplexity_is_finite_when_an_answer_is_very_unlikely() -> None:
+def test_perplexity_is_finite_for_a_very_unlikely_answer() -> None:
     assert math.isfinite(Perplexity().estimate(answered([("a", "a")], nll=[1e6])).value)
 
 
-def test_perplexities_are_compared_example_by_example() -> None:
+def test_perplexity_difference_is_paired_by_example() -> None:
     before, after = (answered([("a", "a")] * 30, nll=[nll + place for place in range(30)]) for nll in (0.0, 0.1))
     assert Perplexity().difference(before, after).low > 0
 
 
-def test_length_is_the_mean_number_of_tokens_per_answer() -> None:
+def test_length_is_the_mean_token_count_per_answer() -> None:
     judged = with_scores(Length(), answered([("one", "x"), ("one two three", "y")]))
     assert Length().estimate(judged).value == 3.0

@@ -39,7 +39,7 @@ ROWS = [
 ]
 
 
-def test_shares_and_numbers_are_in_separate_figures() -> None:
+def test_proportions_and_other_metrics_are_plotted_separately() -> None:
     shares, numbers = plot_shares(ROWS), plot_numbers(ROWS)
     assert label_of(shares) == "accuracy: base 0.500 [0.450, 0.550], gptq 0.500 [0.450, 0.550]"
     assert label_of(numbers).startswith("nll: base 2.000")
@@ -47,7 +47,7 @@ def test_shares_and_numbers_are_in_separate_figures() -> None:
     assert "length" not in (numbers or "")
 
 
-def test_figure_without_data_is_none() -> None:
+def test_plot_without_data_is_none() -> None:
     assert plot_shares(ROWS[1:]) is None
     assert plot_numbers([ROWS[0], ROWS[4]]) is None
     assert plot_loss([]) is None
@@ -55,7 +55,7 @@ def test_figure_without_data_is_none() -> None:
     assert plot_labels({}, {}) is None
 
 
-def test_description_of_the_curve_has_its_first_and_last_values() -> None:
+def test_training_curve_description_has_its_first_and_last_values() -> None:
     description = label_of(plot_loss(curve()))
     assert re.fullmatch(
         r"training loss from 2\.\d+ to 0\.\d+ in 80 steps; held-out loss from 2\.900 to 0\.503, lowest 0\.503",
@@ -64,29 +64,29 @@ def test_description_of_the_curve_has_its_first_and_last_values() -> None:
     assert label_of(plot_learning_rate(curve())) == "learning rate, 0.00049 at most"
 
 
-def test_run_without_held_out_loss_has_a_curve() -> None:
+def test_training_curve_is_plotted_without_held_out_loss() -> None:
     points = [TrainingPoint(step=step, epoch=1, loss=1 / step) for step in (1, 2)]
     assert label_of(plot_loss(points)) == "training loss from 1.000 to 0.500 in 2 steps"
 
 
-def test_figure_of_many_steps_is_at_most_three_times_as_large_as_one_of_a_few_hundred() -> None:
+def test_plot_of_many_steps_is_at_most_three_times_larger_than_of_300() -> None:
     many = plot_loss(curve(50_000))
     assert many is not None
     assert len(many) < 3 * len(plot_loss(curve(300)) or "")
 
 
 @pytest.mark.parametrize("exploded", [False, True])
-def test_exploded_loss_is_drawn_on_a_logarithmic_axis(exploded: bool) -> None:
+def test_exploding_loss_is_plotted_on_a_logarithmic_axis(exploded: bool) -> None:
     points = [TrainingPoint(step=step, epoch=1, loss=2 + math.sin(step)) for step in range(1, 60)]
     points += [TrainingPoint(step=60, epoch=1, loss=5000.0)] * exploded
     assert ("10^" in (plot_loss(points) or "") or "mathdefault" in (plot_loss(points) or "")) == exploded
 
 
-def test_description_of_lengths_has_prompts_and_answers() -> None:
+def test_length_plot_description_covers_prompts_and_answers() -> None:
     description = label_of(plot_lengths(summarize_data([chat("x" * 100, "y" * 7)] * 3, [])))
     assert description.startswith("prompts: half have at most 100 characters")
     assert "answers: half have at most 7 characters" in description
 
 
-def test_description_of_labels_has_training_and_held_out_counts() -> None:
+def test_label_plot_description_covers_training_and_held_out_counts() -> None:
     assert label_of(plot_labels({"net": 5, "games": 2}, {"net": 1})).endswith("by label: net 5 and 1, games 2 and 0")
