@@ -1,9 +1,10 @@
-"""Accuracy of the diagnosis: healthy runs that are stopped or have findings, and detected faults.
+"""Measures how accurate training diagnosis is: false positives on healthy runs, and detected faults.
 
-Every run is a real training by this project's trainer, on a model of two layers that takes seconds: the letter task of
-tests/trainer/diagnosis with other data, batches, rates, lengths and steps for each seed. A run is healthy by
-construction: a usual rate, enough steps, few wrong labels. A fault changes one property of such a run. The rules were
-not derived from these runs. The results are not proven for other models and tasks.
+Every run is a real training with this project's trainer, on a two-layer model that trains in seconds.
+The task is the letter task of tests/trainer/diagnosis, with different data, batch size, learning rate,
+lengths and steps for each seed. A run is healthy by construction: it has a usual learning rate, enough
+steps and few wrong labels. A fault changes one property of such a run. The diagnosis rules were not
+derived from these runs. The results may not carry over to other models and tasks.
 """
 
 import random
@@ -30,15 +31,15 @@ from trainer.training.sft import train_model
 from trainer.training.summary import TrainingData
 
 USUAL = {"lora": 4e-3, "dora": 4e-3, "full": 1e-3}
-"""Learning rates that suit this model: at four times the rate the loss jumps, at a hundredth it does not fall."""
+"""Learning rates that suit this model. At four times the rate the loss jumps; at a hundredth it stays flat."""
 HELDOUT = 120
 LONG = 16
 ENDED = "ended"
-"""Outcome of a run that the trainer stopped."""
+"""Outcome of a run that the trainer stopped early."""
 
 
 class Fault(StrEnum):
-    """The fault built into a run."""
+    """The fault injected into a training run."""
 
     RATE = "learning rate x 30"
     NAN = "learning rate 1e30"
@@ -58,11 +59,12 @@ EXPECTED: dict[Fault, set[str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Parameters of one run.
+    """Parameters of one training run.
 
     Attributes:
-        long: maximum number of letters that are added to a word; the number is random.
-        confounded: words of the first half of the alphabet are long, and the base knows them; the others are short.
+        long: maximum number of letters appended to a word; the actual number is random.
+        confounded: whether word length depends on the letter: words of the first half of the alphabet, which
+            the base knows, are long, and all other words are short.
         hard: share of words without a colour.
         wrong: share of wrong labels.
     """
@@ -82,11 +84,11 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Diagnosis of a run.
+    """Diagnosis of one training run.
 
     Attributes:
-        found: kinds of findings, or `ENDED`.
-        why: what the findings state, or the error that stopped the run.
+        found: kinds of the findings, or `ENDED`.
+        why: messages of the findings, or the error that stopped the run.
     """
 
     plan: Plan
@@ -95,7 +97,7 @@ class Outcome:
 
 
 def plan(seed: int, fault: Fault | None = None) -> Plan:
-    """Return the healthy run of a seed, with one change for a fault."""
+    """Return the plan of a seed's healthy run, with one change if a fault is given."""
     draw = random.Random(seed)  # noqa: S311
     batch = draw.choice([4, 8, 16])
     steps = round(60 * 2 ** draw.uniform(0, 1.5))
@@ -127,7 +129,7 @@ def plan(seed: int, fault: Fault | None = None) -> Plan:
 
 
 def train_base(folder: Path) -> Path:
-    """Train a base that answers each letter with a colour, whatever the length of the question; return its folder."""
+    """Train a base that answers each letter with a colour, whatever the question's length. Return its folder."""
     from tests.trainer.conftest import make_model, make_recipe
     from tests.trainer.diagnosis.letter_task import colours, questions
 
@@ -144,7 +146,7 @@ def train_base(folder: Path) -> Path:
 
 
 def data_of(run_plan: Plan) -> tuple[list[ChatExample], list[ChatExample]]:
-    """Return the training and the held-out examples of a plan: the base's colours renamed, except for some letters."""
+    """Return a plan's training and held-out examples, in which most of the base's colours are renamed."""
     from tests.trainer.diagnosis.letter_task import COLOURS, colours, mislabel, questions
 
     draw, of = random.Random(run_plan.seed), colours(0)  # noqa: S311
@@ -176,7 +178,7 @@ def _example(word: str, answer: str) -> ChatExample:
 
 
 def play(base: Path, run_plan: Plan) -> Outcome:
-    """Train and diagnose one run in this process."""
+    """Train and diagnose one run in the current process."""
     import torch
 
     from tests.trainer.diagnosis.judged_run import train_and_judge
@@ -214,7 +216,7 @@ def play(base: Path, run_plan: Plan) -> Outcome:
 @click.option("--processes", type=click.IntRange(1), default=2, show_default=True, help="Concurrent runs.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 def main(healthy: int, faulty: int, first: int, processes: int, as_json: bool) -> None:
-    """Measure the accuracy of the diagnosis on real runs of a tiny model."""
+    """Measure the diagnosis accuracy on real training runs of a tiny model."""
     plans = [plan(seed) for seed in range(first, first + healthy)]
     plans += [plan(seed, fault) for fault in Fault for seed in range(first, first + faulty)]
     outcomes = []

@@ -1,7 +1,7 @@
-"""Accuracy of `svc estimate`: memory and time of each method, estimated and real, on this machine.
+"""Compares each method's memory and time as predicted by `svc estimate` with real training on this machine.
 
-Each training runs in a separate process like `svc train`, on the example task with the real base model. Times are
-meaningful only on an idle machine; memory is on any.
+Each training runs in a separate process, as with `svc train`, on the example task with the real base
+model. Times are meaningful only on an idle machine; memory figures are meaningful on any machine.
 """
 
 from collections.abc import Sequence
@@ -25,13 +25,13 @@ from trainer.recipe.sections import Method
 
 TASK = Path(__file__).parents[1] / "examples" / "debian-triage"
 MEMORY, TIME = 0.2, 0.3
-"""Accepted relative errors of estimates."""
+"""Accepted relative errors of the memory and time estimates."""
 _METHOD = click.Choice(list(Method), case_sensitive=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One training.
+    """One training run to estimate and measure.
 
     Attributes:
         base: folder of the base model.
@@ -46,13 +46,13 @@ class Case:
 
     @property
     def overrides(self) -> tuple[str, ...]:
-        """Return the changes to the example's recipe; one learning rate works for every method."""
+        """Return the overrides of the example's recipe. A single learning rate works for every method."""
         return (f"method={self.method}", "train.learning_rate=1e-4", f"train.batch_size={self.batch_size}")
 
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """Memory in bytes and time in seconds, estimated and real."""
+    """Estimated and measured memory in bytes and time in seconds."""
 
     method: Method
     batch_size: int
@@ -63,17 +63,17 @@ class Compared:
 
     @property
     def memory_ratio(self) -> float:
-        """Return estimated / real."""
+        """Return the ratio of estimated to measured memory."""
         return self.estimated_memory / self.memory
 
     @property
     def time_ratio(self) -> float:
-        """Return estimated / real."""
+        """Return the ratio of estimated to measured time."""
         return self.estimated_seconds / self.seconds
 
 
 def compare(case: Case, device: ComputeDevice) -> Compared:
-    """Train in this process, which must not have done anything else, and compare with the estimate."""
+    """Train in the current process, which must not have done anything else, and compare with the estimate."""
     from trainer.estimate.batches import read_workload
     from trainer.estimate.estimate import estimate_device
     from trainer.estimate.model_shape import read_model_shape
@@ -94,7 +94,7 @@ def compare(case: Case, device: ComputeDevice) -> Compared:
 
 
 def measure(cases: Sequence[Case], device: ComputeDevice) -> list[Compared]:
-    """Return the comparisons, each from a separate process, one after the other."""
+    """Run each comparison in a separate process, one after the other, and return the results."""
     compared = []
     with counting("trainings", len(cases)) as advance:
         for case in cases:
@@ -110,7 +110,7 @@ def measure(cases: Sequence[Case], device: ComputeDevice) -> list[Compared]:
 @click.option("--method", "methods", type=_METHOD, multiple=True, default=tuple(Method))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 def main(steps: int, batches: tuple[int, ...], methods: tuple[Method, ...], as_json: bool) -> None:
-    """Compare estimates with real training runs of the example task."""
+    """Compare estimated with measured memory and time of training on the example task."""
     from trainer.base_model.resolve import resolve_base
 
     settings = load_settings()

@@ -1,7 +1,8 @@
-"""Share of the machine's matrix speed that training reaches.
+"""Measures the share of the machine's matrix speed that training reaches.
 
-Only the necessary matrix products of a step of our trainer count: all other work makes the share smaller. The machine's
-speed is that of bare products of similar shape in the same process. Supports only LoRA, whose base is frozen.
+Only the matrix products that a step of our trainer requires are counted, so all other work makes the
+share smaller. The machine's speed is that of bare products of similar shape in the same process. Only
+LoRA, whose base is frozen, is supported.
 """
 
 from dataclasses import dataclass
@@ -12,13 +13,13 @@ from trainer.estimate.batches import Batch
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Sizes that determine the number of operations of a step.
+    """Sizes that determine the number of operations in a step.
 
     Attributes:
-        linear: frozen weights of the adapted layers.
-        adapter: trained weights.
-        head: weights of the output layer.
-        attention: total width of all heads of all layers.
+        linear: number of frozen weights in the adapted layers.
+        adapter: number of trained weights.
+        head: number of weights in the output layer.
+        attention: total width of all heads in all layers.
     """
 
     linear: int
@@ -28,10 +29,11 @@ class Shape:
 
 
 def needed_flops(shape: Shape, batch: Batch) -> float:
-    """Return the floating-point operations of a step's matrix products, forward and backward.
+    """Return the number of floating-point operations in a step's matrix products, forward and backward.
 
-    A weight's product with a token counts 2, the gradient for the token 2, and for a trained weight 2. Attention has
-    two products forward and four backward, of each token with all tokens up to it.
+    Multiplying a weight by a token counts 2 operations, the gradient for the token 2, and the gradient of a
+    trained weight 2. Attention has two products forward and four backward, of each token with all tokens up
+    to it.
     """
     pairs = _up_to(batch.shared) + batch.rows * (_up_to(batch.length) - _up_to(batch.shared))
     layers = (4 * shape.linear + 6 * shape.adapter) * batch.computed
@@ -39,15 +41,15 @@ def needed_flops(shape: Shape, batch: Batch) -> float:
 
 
 def _up_to(tokens: int) -> int:
-    """Return the number of pairs of a token with itself or an earlier one."""
+    """Return the number of token pairs in which a token is paired with itself or an earlier token."""
     return tokens * (tokens + 1) // 2
 
 
 def read_shape(model: Any) -> Shape:
-    """Return the shape of a model.
+    """Return the operation-relevant sizes of a model.
 
     Args:
-        model: with a LoRA adapter.
+        model: model with a LoRA adapter.
     """
     config = model.config
     head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -1,8 +1,8 @@
-"""Accuracy of the memory estimate of each stage: peak resident memory, measured and estimated, on this machine.
+"""Compares each stage's estimated memory with its measured peak resident memory on this machine.
 
-The model has random weights in the shape of a config.json, so that only the tokenizer of the example task's base is
-downloaded. Each stage runs in a separate process with the libraries of `svc train` loaded. Mapped pages of files count,
-as in the system's own figures.
+The model has random weights in the shape given by a config.json, so that only the tokenizer of the
+example task's base is downloaded. Each stage runs in a separate process with the libraries of `svc
+train` loaded. Mapped file pages count, as in the system's own figures.
 """
 
 import json
@@ -29,13 +29,13 @@ from trainer.recipe.stage import Stage
 
 TASK = Path(__file__).parents[1] / "examples" / "debian-triage"
 MEMORY = 0.2
-"""Accepted relative error of an estimate."""
+"""Accepted relative error of a memory estimate."""
 MEASURED = (Stage.TRAIN, Stage.MERGE, Stage.QUANTIZE, Stage.PARITY)
-"""Stages that are measured. The others run an engine, whose memory `svc.engine.vllm.headroom` estimates."""
+"""Stages that are measured. All others run an engine, whose memory `svc.engine.vllm.headroom` estimates."""
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _STAGE = click.Choice(MEASURED, case_sensitive=False)
 _COMPARED = 8
-"""Number of examples that the parity report compares."""
+"""Number of examples compared by the parity report."""
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -43,13 +43,13 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One model and the settings for measuring its stages.
+    """A model and the settings for measuring its stages.
 
     Attributes:
-        config: folder with the config.json of the model's shape.
-        layers: number of the model's layers to use; None for all.
-        tokenizer: model folder with a tokenizer whose ids have embedding rows.
-        work: folder for the base, the adapter and the output of stages.
+        config: folder with the config.json that defines the model's shape.
+        layers: number of the model's layers to use, or None for all.
+        tokenizer: model folder with a tokenizer whose ids all have embedding rows.
+        work: folder for the base, the adapter and the stages' output.
     """
 
     config: Path
@@ -61,13 +61,13 @@ class Case:
 
     @property
     def base(self) -> Path:
-        """Return the folder of the random base model."""
+        """Return the folder of the base model with random weights."""
         return self.work / "base"
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Peak memory of a stage in bytes."""
+    """Measured peak memory of a stage, in bytes."""
 
     stage: Stage
     estimated: float
@@ -75,12 +75,12 @@ class Measured:
 
     @property
     def ratio(self) -> float:
-        """Return estimated / measured."""
+        """Return the ratio of estimated to measured memory."""
         return self.estimated / self.measured
 
 
 def prepare(case: Case) -> None:
-    """Write the base and an adapter, both with random weights."""
+    """Write the base and an adapter with random weights."""
     import shutil
 
     import torch
@@ -110,7 +110,7 @@ def prepare(case: Case) -> None:
 
 
 def estimate(case: Case) -> dict[Stage, float]:
-    """Return the estimated memory of each stage on this machine, bytes."""
+    """Return the estimated memory of each stage on this machine, in bytes."""
     from trainer.estimate.batches import read_workload
     from trainer.estimate.devices import CPU_UTILIZATION, HERE, ComputeDevice
     from trainer.estimate.estimate import estimate_device
@@ -126,9 +126,9 @@ def estimate(case: Case) -> dict[Stage, float]:
 
 
 def measure(case: Case, stage: Stage) -> int:
-    """Run a stage in this process, which must not have done anything else, and return its peak memory, bytes.
+    """Run a stage in this process, which must not have done anything else, and return its peak memory in bytes.
 
-    Quantization runs in a child process: both processes count.
+    Quantization runs in a child process, so the memory of both processes is counted.
     """
     import trainer.training.sft  # noqa: F401 - in the memory of `svc train` at every stage
     from trainer.data.chat_template import tokenize_as_trained
@@ -172,7 +172,7 @@ def _examples(case: Case) -> list[ChatExample]:
 @click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a recipe key.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 def main(config: Path, layers: int | None, stages: Sequence[Stage], overrides: tuple[str, ...], as_json: bool) -> None:
-    """Compare the estimated memory of each stage with its peak, for random weights in the shape of CONFIG."""
+    """Compare each stage's estimated memory with its peak, using random weights in the shape given by CONFIG."""
     from trainer.base_model.resolve import resolve_base
 
     settings = load_settings()
@@ -194,7 +194,7 @@ def main(config: Path, layers: int | None, stages: Sequence[Stage], overrides: t
 
 
 def _apart(work: Callable[Arguments, Result], *arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
-    """Call a function in a separate process."""
+    """Call a function in a separate process and return its result."""
     console.print(f"[dim]{work.__name__} {' '.join(map(str, arguments[1:]))}[/dim]")
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(work, *arguments, **named).result()

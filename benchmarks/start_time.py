@@ -1,10 +1,11 @@
-"""Time until `svc serve` is ready, compared with the vLLM server that it starts.
+"""Compares the time until `svc serve` is ready with that of the vLLM server it starts.
 
-Pairs of alternating starts: vLLM alone with the arguments and environment from `svc serve`, until its `/health` answers
-200; and `svc serve`, until the gateway's does. Both are measured from the start of their process. A start of `svc
-serve` has three parts: until vLLM is started, vLLM's own start, and from vLLM's `/health` to the gateway's. The
-machine's noise is seconds, so only differences within pairs are meaningful; the parts explain them. If other work makes
-even those too noisy, the first and the last part still show our cost.
+Each pair consists of two starts, in alternating order: vLLM alone, with the arguments and environment
+from `svc serve`, until its `/health` returns 200; and `svc serve`, until the gateway's `/health` does.
+Both times are measured from the start of the process. A start of `svc serve` has three parts: until vLLM
+is started, vLLM's own start, and from vLLM's `/health` to the gateway's. The machine's noise is in the
+order of seconds, so only differences within pairs are meaningful, and the parts explain them. If other
+work makes even the differences too noisy, the first and last part still show our cost.
 """
 
 import os
@@ -37,17 +38,17 @@ from svc.terminal import counting, output
 _POLL_S = 0.05
 _STOP_S = 60.0
 _CLAIM = 2.0
-"""Maximum extra time of `svc serve` in seconds, as promised by the project."""
+"""Maximum extra time of `svc serve` that the project promises, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Times of one start of `svc serve`, seconds.
+    """Times of one start of `svc serve`, in seconds.
 
     Attributes:
-        before: time from the start of `svc serve` to that of vLLM.
-        engine: time from vLLM's start until its `/health` answers 200.
-        after: time from then until the gateway's `/health` answers 200.
+        before: time from the start of `svc serve` to the start of vLLM.
+        engine: time from vLLM's start until its `/health` returns 200.
+        after: time from then until the gateway's `/health` returns 200.
     """
 
     before: float
@@ -56,13 +57,13 @@ class Start:
 
     @property
     def total(self) -> float:
-        """Return the time from the start of the process until the gateway answers."""
+        """Return the time from the start of the process until the gateway responds."""
         return self.before + self.engine + self.after
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two starts, one after the other.
+    """Two consecutive starts, one of vLLM alone and one of `svc serve`.
 
     Attributes:
         bare: start time of vLLM alone in seconds.
@@ -74,23 +75,23 @@ class Pair:
 
     @property
     def difference(self) -> float:
-        """Return the extra time of `svc serve`, seconds."""
+        """Return the extra start time of `svc serve` in seconds."""
         return self.served.total - self.bare
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """The server under test."""
+    """The server whose start is measured."""
 
     settings: Settings
     spec: EngineSpec
 
     @classmethod
     def of(cls, settings: Settings, model: str) -> "Subject":
-        """Return what `svc serve MODEL` would start on this home.
+        """Return what `svc serve MODEL` would start with this home.
 
         Raises:
-            NotFoundError: the model does not exist, or has no version.
+            NotFoundError: the model does not exist or has no version.
         """
         registry = Registry.of(settings)
         target = choose_desired(registry, open_database(settings.home), model, None).target
@@ -107,7 +108,7 @@ class Subject:
         return cls(settings, spec)
 
     def start_bare(self) -> float:
-        """Start vLLM alone and stop it; return the seconds until it answered."""
+        """Start vLLM alone, stop it, and return the number of seconds until it responded."""
         self.spec.socket.unlink(missing_ok=True)
         arguments, variables = command(self.spec), environment(self.spec)
         with self._engine() as engine:
@@ -117,7 +118,7 @@ class Subject:
                 return time.monotonic() - began
 
     def start_served(self) -> Start:
-        """Start `svc serve` and stop it; return its times."""
+        """Start `svc serve`, stop it, and return its start times."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -140,7 +141,7 @@ class Subject:
 
 
 class _Running:
-    """A server process that runs for the body of a `with`; it stops its own children."""
+    """Context manager that runs a server process. The process stops its own children."""
 
     def __init__(self, arguments: Sequence[str], log: Path, variables: Mapping[str, str]) -> None:
         self._arguments = arguments
@@ -160,7 +161,7 @@ class _Running:
         self._process.wait(_STOP_S)
 
     def until(self, condition: Callable[[], bool]) -> None:
-        """Wait until a condition is true, without a time limit.
+        """Wait without a time limit until a condition is true.
 
         Raises:
             EngineError: the server has stopped.
@@ -179,7 +180,7 @@ def _healthy(server: httpx.Client) -> bool:
 
 
 def measure(subject: Subject, pairs: int) -> list[Pair]:
-    """Return pairs of starts in alternating order, after one start of each to warm the machine's file cache."""
+    """Return pairs of starts in alternating order, after one start of each server to warm the file cache."""
     measured = []
     with counting("starts", 2 * (pairs + 1)) as advance:
         for number in range(pairs + 1):
@@ -194,9 +195,9 @@ def measure(subject: Subject, pairs: int) -> list[Pair]:
 
 
 def summary(pairs: Sequence[Pair]) -> dict[str, Any]:
-    """Return medians in seconds, and the interval of the mean difference.
+    """Return the median times in seconds, plus the confidence interval of the mean difference.
 
-    The parts of the difference are separate medians, and need not add up to it exactly.
+    The medians of the parts are computed separately and need not add up to the median difference.
     """
     served = [pair.served for pair in pairs]
     parts = {field.name: statistics.median(getattr(start, field.name) for start in served) for field in fields(Start)}
@@ -215,7 +216,7 @@ def summary(pairs: Sequence[Pair]) -> dict[str, Any]:
 
 
 def _first_time(times: int) -> float:
-    """Return the median extra time of the first command on a device or after an update: it queries torch and vLLM."""
+    """Return the median extra time when a first command on a device or after an update queries torch and vLLM."""
     durations = []
     for _ in range(times):
         began = time.monotonic()
@@ -230,7 +231,7 @@ def _first_time(times: int) -> float:
 @click.option("--pairs", type=click.IntRange(1), default=5, show_default=True, help="Number of starts of each kind.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 def main(model: str, home: Path | None, pairs: int, as_json: bool) -> None:
-    """Measure the start of `svc serve MODEL` compared with its vLLM alone. No server may run on the home."""
+    """Compare the start time of `svc serve MODEL` with that of vLLM alone. No server may run on the home."""
     from rich.table import Table
 
     measured = measure(Subject.of(load_settings(home=home), model), pairs)

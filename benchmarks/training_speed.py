@@ -1,14 +1,17 @@
-"""Training speed compared with a plain TRL script, and with TRL that groups examples by length.
+"""Compares training speed with a plain TRL script, and with TRL grouping examples by length.
 
-All three train the same LoRA on the same tokens with the same batch, precision and schedule, in rounds of one run each,
-every run in a separate process. Only tokens of the examples count, not padding.
+All three train the same LoRA on the same tokens with the same batch, precision and schedule. In each
+round every trainer runs once, each in a separate process. Only the tokens of the examples count, not
+padding.
 
-All train in the number type that tuneserve chooses for this device; in float32 TRL runs without gradient checkpointing,
-which costs time and saves memory that a CPU has. The use of the machine is shown as the share of its matrix speed: the
-necessary operations of a step per second, relative to a bare product of similar shape.
+All of them use the number type that tuneserve chooses for this device. In float32, TRL runs without
+gradient checkpointing, which costs time and saves memory that a CPU has. The utilization of the machine
+is shown as the share of its matrix speed: the necessary operations of a step per second, relative to a
+bare product of similar shape.
 
-Speed is meaningful only if the trainers learn the same. So plain TRL trains once more in our order of examples, and the
-loss of each step is compared with ours. (In other orders, a step has different examples, and so another loss.)
+Speeds are comparable only if the trainers learn the same. Plain TRL therefore trains once more in our
+order of examples, and the loss of each step is compared with ours. (In a different order, a step
+contains different examples and so has a different loss.)
 """
 
 import resource
@@ -41,15 +44,15 @@ from trainer.recipe.sections import Recipe
 TASK = Path(__file__).parents[1] / "examples" / "debian-triage"
 BATCH = 16
 CLAIM = 3.0
-"""Minimum ratio to plain TRL's speed on a CPU, as promised by the project."""
+"""Minimum speed relative to plain TRL on a CPU, as promised by the project."""
 SHARE = 0.7
-"""Minimum share of the machine's matrix speed: the goal for our trainer."""
+"""Share of the machine's matrix speed that our trainer should reach at least."""
 SAME = 0.01
-"""Relative difference of the mean loss up to which trainings count as the same."""
+"""Maximum relative difference of the mean losses of two trainings that count as equivalent."""
 
 
 class Contestant(StrEnum):
-    """A compared trainer."""
+    """A trainer in the comparison."""
 
     OURS = "tuneserve"
     TRL = "TRL"
@@ -62,12 +65,12 @@ RIVALS = (Contestant.TRL, Contestant.GROUPED)
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """The training that all contestants run.
+    """The training task that all contestants run.
 
     Attributes:
         base: folder of the base model.
-        examples: training examples, of which one pass is made.
-        number_type: number type of matrix products.
+        examples: training examples, used for exactly one epoch.
+        number_type: number type of the matrix products.
     """
 
     base: Path
@@ -81,12 +84,13 @@ class Run:
     """Result of one training.
 
     Attributes:
-        tokens: number of tokens of the examples.
-        seconds: time from the first step's start to the last one's end.
+        tokens: number of tokens in the examples.
+        seconds: time from the start of the first step to the end of the last.
         peak_memory: peak memory of the process in bytes.
         losses: loss of each step in nats per answer token.
-        flops: number of necessary floating-point operations; None if not counted.
-        matrix_speed: operations per second of bare matrix products in the same process; None if not measured.
+        flops: number of necessary floating-point operations, or None if not counted.
+        matrix_speed: operations per second of bare matrix products in the same process, or None if not
+            measured.
     """
 
     tokens: int
@@ -98,12 +102,12 @@ class Run:
 
     @property
     def speed(self) -> float:
-        """Return the tokens per second."""
+        """Return the training speed in tokens per second."""
         return self.tokens / self.seconds
 
     @property
     def share(self) -> float | None:
-        """Return the share of the machine's matrix speed; None if not measured."""
+        """Return the share of the machine's matrix speed that was reached, or None if it was not measured."""
         if self.flops is None or self.matrix_speed is None:
             return None
         return self.flops / self.seconds / self.matrix_speed
@@ -113,7 +117,7 @@ Round = Mapping[Contestant, Run]
 
 
 def train(contestant: Contestant, task: Task) -> Run:
-    """Train in this process."""
+    """Run the training task with a contestant in the current process."""
     with tempfile.TemporaryDirectory() as folder:
         run = _train_ours if contestant is Contestant.OURS else _train_trl
         tokens, seconds, losses = run(contestant, task, Path(folder))
@@ -124,7 +128,7 @@ def train(contestant: Contestant, task: Task) -> Run:
 
 
 def _train_ours(_: Contestant, task: Task, folder: Path) -> tuple[int, float, tuple[float, ...]]:
-    """Train like `svc train`."""
+    """Train as `svc train` does."""
     from trainer.training.sft import train_model
     from trainer.training.summary import TrainingData
 
@@ -140,7 +144,7 @@ def _train_ours(_: Contestant, task: Task, folder: Path) -> tuple[int, float, tu
 
 
 def _train_trl(contestant: Contestant, task: Task, folder: Path) -> tuple[int, float, tuple[float, ...]]:
-    """Train like TRL's quick start, with its defaults for all other options."""
+    """Train as in TRL's quick start, with TRL's defaults for all other options."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, set_seed
@@ -192,7 +196,7 @@ def _train_trl(contestant: Contestant, task: Task, folder: Path) -> tuple[int, f
 
 
 def _machine_share(task: Task) -> tuple[float, float]:
-    """Return the necessary operations of our training, and the speed of bare products with as many tokens per step."""
+    """Return the operations that our training needs, and the speed of bare products with equal tokens per step."""
     from trainer.data.chat_template import load_tokenizer, stop_tokens, tokenize_examples
     from trainer.model.load import ModelForm, load_model
     from trainer.model.peft_config import add_adapter
@@ -216,7 +220,7 @@ def _in_own_process(contestant: Contestant, task: Task) -> Run:
 
 
 def measure(tasks: Sequence[Task], curve: Task) -> tuple[list[Round], Round]:
-    """Return one round per task, in rotating order of contestants, and the loss curves of our trainer and of TRL."""
+    """Return one round per task, rotating the order of contestants, plus our and TRL's loss curves."""
     contestants, same_order = [Contestant.OURS, *RIVALS], (Contestant.OURS, Contestant.ALIKE)
     rounds: list[Round] = []
     with counting("trainings", len(contestants) * len(tasks) + len(same_order)) as advance:
@@ -234,7 +238,7 @@ def measure(tasks: Sequence[Task], curve: Task) -> tuple[list[Round], Round]:
 
 
 def summary(rounds: Sequence[Round], curves: Round) -> dict[str, Any]:
-    """Return medians, the speed relative to each rival with the interval of its mean, and the difference of losses."""
+    """Return medians, the speed relative to each rival with the interval of its mean, and loss differences."""
     ours, same_order = curves[Contestant.OURS].losses, curves[Contestant.ALIKE].losses
     return {
         "tokens_per_second": {
@@ -252,7 +256,7 @@ def summary(rounds: Sequence[Round], curves: Round) -> dict[str, Any]:
 
 
 def _median_of(values: Iterable[float | None]) -> float | None:
-    """Return the median of the measured values; None if there are none."""
+    """Return the median of the values that were measured, or None if there are none."""
     known = [value for value in values if value is not None]
     return statistics.median(known) if known else None
 
@@ -273,7 +277,7 @@ def _times_as_fast(rounds: Sequence[Round], rival: Contestant) -> dict[str, Any]
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 def main(pairs: int, steps: int, curve_steps: int, number_type: NumberType | None, as_json: bool) -> None:
-    """Compare training with plain TRL on the example task: 25 minutes on two cores."""
+    """Compare training with plain TRL on the example task. Takes 25 minutes on two cores."""
     from trainer.base_model.resolve import resolve_base
 
     settings = load_settings()

@@ -1,6 +1,7 @@
-"""Generate the reference pages from the code: settings, recipe keys, command line.
+"""Generates the reference pages for settings, recipe keys and the command line from the code.
 
-`make docs` writes them; a test compares them with this module's output, so that none of them can be out of date.
+`make docs` writes them. A test compares them with this module's output, so that no page can be out of
+date.
 """
 
 from collections.abc import Iterator, Sequence
@@ -55,7 +56,7 @@ Results go to stdout, all other output to stderr. `--json` prints JSON for machi
 
 
 def pages() -> dict[str, str]:
-    """Return the text of every generated page by file name."""
+    """Return the text of every generated page, keyed by file name."""
     return {
         "configuration.md": _CONFIGURATION + "\n" + "\n".join(_model_tables(Settings, variables=True)),
         "recipe.md": _RECIPE + "\n" + "\n".join(_model_tables(Recipe, variables=False)),
@@ -64,7 +65,7 @@ def pages() -> dict[str, str]:
 
 
 def _model_tables(model: type[BaseModel], *, variables: bool) -> Iterator[str]:
-    """Yield a table for the top level and one for each section, from the model's JSON schema."""
+    """Yield a table for the model's top level and one for each section, based on its JSON schema."""
     schema = model.model_json_schema()
     sections: dict[str, dict[str, Any]] = {"": {**schema, "properties": {}}}
     for key, value in schema["properties"].items():
@@ -102,7 +103,7 @@ def _referred(value: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _type(value: dict[str, Any], schema: dict[str, Any]) -> str:
-    """Return the type of a JSON schema in words."""
+    """Describe the type of a JSON schema value in words."""
     value = _referred(value, schema)
     if "anyOf" in value:
         return " or ".join(_type(option, schema) for option in value["anyOf"])
@@ -185,7 +186,7 @@ def _meaning(option: click.Option) -> str:
 
 
 def _unwrapped(text: str) -> str:
-    """Return the paragraphs of a docstring, each on one line."""
+    """Return the paragraphs of a docstring, each joined into a single line."""
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
 
 

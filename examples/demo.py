@@ -1,9 +1,11 @@
-"""`make demo`: the main job from end to end, on real data with the real engine.
+"""`make demo`: shows the whole workflow from end to end, on real data with the real engine.
 
-    check -> train @1 -> train @2 -> serve @1 -> ask -> promote @2 under load -> roll back -> two bad versions -> status
+    check -> train @1 -> train @2 -> serve @1 -> ask -> promote @2 under load -> roll back -> two bad
+    versions -> status
 
-State is in .demo/. An interrupted demo continues where it stopped; after a finished one, the next starts anew. With
-`--serve`, the two versions are trained if they are missing, and the server is left running.
+State is kept in .demo/. An interrupted demo continues where it stopped; after a finished demo, the next
+one starts from scratch. With `--serve`, the two versions are trained if they are missing, and the server
+is left running.
 """
 
 import os
@@ -52,23 +54,23 @@ if not console.is_terminal:
 
 
 class DemoError(SvcError):
-    """Raised when a step of the demo does not have the expected result."""
+    """Raised when a step of the demo does not produce the expected result."""
 
 
 @dataclass
 class Summary:
-    """Results of the demo, line by line."""
+    """Results of the demo, one line each."""
 
     lines: list[tuple[str, str]] = field(default_factory=list)
 
     def add(self, title: str, result: str) -> None:
-        """Store and print a result."""
+        """Record and print a result."""
         self.lines.append((title, result))
         console.print(f"  {title}: {result}", markup=False, soft_wrap=True)
 
 
 def main() -> None:
-    """Run the demo, or with `--serve` only the server."""
+    """Run the demo, or only its server with `--serve`."""
     started = time.monotonic()
     stay = "--serve" in sys.argv[1:]
     end_orphaned_server()
@@ -96,7 +98,7 @@ def main() -> None:
 
 
 def end_orphaned_server() -> None:
-    """Stop the server of `make serve` or of a killed demo: it holds the home and the port."""
+    """Stop a server left by `make serve` or a killed demo, because it holds the home and the port."""
     holder = lock_holder(HOME / LOCK_FILE)
     if holder:
         console.print(f"stopping the server on {HOME}: process {holder['pid']}", markup=False, soft_wrap=True)
@@ -105,7 +107,7 @@ def end_orphaned_server() -> None:
 
 
 def check_data() -> None:
-    """Show the data, and that no held-out example is among the training examples."""
+    """Show the data and verify that no held-out example is among the training examples."""
     heading("1. the data")
     run("data", "check", str(TASK / "train.jsonl"), "--heldout", str(TASK / "heldout.jsonl"))
 
@@ -123,7 +125,7 @@ def say_duration() -> None:
 
 
 def train_versions(summary: Summary) -> None:
-    """Train @1 and @2, and check the exact match of @1."""
+    """Train @1 and @2, and check the exact match score of @1."""
     for number, recipe in ((1, "recipe.yaml"), (2, "recipe-v2.yaml")):
         heading(f"{number + 1}. {NAME}@{number}: train, evaluate, merge, quantize, qualify, register")
         started = time.monotonic()
@@ -136,7 +138,7 @@ def train_versions(summary: Summary) -> None:
 
 
 def ask(url: str, prompts: list[list[dict[str, str]]], summary: Summary) -> None:
-    """Send requests with the official client, unmodified."""
+    """Send requests with the official client, without modifying it."""
     heading("4. requests from the openai client")
     messages: Any = prompts[0]
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
@@ -152,7 +154,7 @@ def ask(url: str, prompts: list[list[dict[str, str]]], summary: Summary) -> None
 
 
 def promote_and_roll_back(url: str, prompts: list[list[dict[str, str]]], summary: Summary) -> None:
-    """Promote the other version and roll back, while streams run."""
+    """Promote the other version and roll back while streams are running."""
     heading(f"5. promote {NAME}@2 and roll back, under {STREAMS} concurrent streams")
     with Load(url, NAME, prompts, streams=STREAMS) as load:
         load.wait_for(2 * STREAMS)
@@ -169,7 +171,7 @@ def promote_and_roll_back(url: str, prompts: list[list[dict[str, str]]], summary
 
 
 def refuse_bad_versions(url: str, prompts: list[list[dict[str, str]]], summary: Summary) -> None:
-    """Try to promote two bad versions, while streams run."""
+    """Try to promote two bad versions while streams are running."""
     heading("6. two bad versions")
     folders = {number: HOME / "models" / NAME / str(number) for number in range(1, 5)}
     for number in (3, 4):
@@ -196,7 +198,7 @@ def refuse_bad_versions(url: str, prompts: list[list[dict[str, str]]], summary: 
 
 
 def report_load(load: Load, summary: Summary, versions: set[str]) -> None:
-    """Report a load, and check that there was no failure and no other version."""
+    """Report the load's results, and check that no request failed or was answered by an unexpected version."""
     seen = {answer.version for answer in load.answers if not answer.error}
     slowest = max(answer.seconds for answer in load.answers)
     summary.add(
@@ -211,7 +213,7 @@ def report_load(load: Load, summary: Summary, versions: set[str]) -> None:
 
 
 def show_summary(summary: Summary, seconds: float) -> None:
-    """Print the results on one screen."""
+    """Print the demo's results on one screen."""
     heading("summary")
     registry = Registry.of(Settings(home=HOME))
     for number in (1, 2):
@@ -237,7 +239,7 @@ def show_summary(summary: Summary, seconds: float) -> None:
 
 
 def run(*arguments: str) -> None:
-    """Run a command, and show it to the user.
+    """Run a command and show it to the user.
 
     Raises:
         DemoError: the command failed.
@@ -253,7 +255,7 @@ def run(*arguments: str) -> None:
 
 
 def heading(text: str) -> None:
-    """Print the heading of a part."""
+    """Print the heading of a demo section."""
     console.print(Rule(text, align="left", characters="-"))
 
 

@@ -1,9 +1,9 @@
-"""Estimate the duration of the demo on this machine from two measurements of a few seconds.
+"""Estimates how long the demo takes on this machine, from two measurements of a few seconds each.
 
-About half of the time is matrix products, and most of the rest is the start of processes, each of which loads torch and
-other libraries. Both are measured here and compared with a machine of two cores with AVX-512 on which a complete demo
-took 10.9 minutes; its log shows how much of this was computation. The estimate ignores the progress of an interrupted
-demo and the download of packages and the base model.
+About half of the time is spent on matrix products, and most of the rest on starting processes, each of
+which loads torch and other libraries. Both are measured here and compared with a machine with two cores
+and AVX-512, on which a complete demo took 10.9 minutes; its log shows how much of this was computation.
+The estimate ignores the progress of an interrupted demo and the download of packages and the base model.
 """
 
 import time
@@ -15,20 +15,20 @@ from svc.engine.device import NumberType, read_capabilities
 from trainer.estimate.devices import measure_matrix_speed
 
 _TOKENS, _WIDTH, _HEIGHT = 1_000, 576, 1_536
-"""Number of tokens in a batch of the example task, and the shape of its model's largest layer."""
+"""Number of tokens in a batch of the example task, and the shape of the largest layer in its model."""
 _PRODUCTS = 1.35e14
-"""Number of floating-point operations that, in products of that shape, take as long as all computation of the demo."""
+"""Number of floating-point operations that, in such products, take as long as all computation in the demo."""
 _IMPORTS = 250.0
-"""Number of imports of torch that take as long as the rest of the demo."""
+"""Number of torch imports that take as long as the rest of the demo."""
 
 
 @dataclass(frozen=True, slots=True)
 class MachineSpeed:
-    """Measurements of a machine.
+    """Speed measurements of a machine.
 
     Attributes:
-        number_type: number type of training on this machine.
-        speed: floating-point operations per second in a layer's product and its gradients.
+        number_type: number type used for training on this machine.
+        speed: floating-point operations per second for a layer's product and its gradients.
         import_s: seconds to import torch in a new process.
     """
 
@@ -38,15 +38,15 @@ class MachineSpeed:
 
     @property
     def demo_minutes(self) -> float:
-        """Return the estimated minutes from the first command to the summary."""
+        """Return the estimated time from the first command to the summary, in minutes."""
         return (_IMPORTS * self.import_s + _PRODUCTS / self.speed) / 60
 
 
 def measure_machine(home: Path) -> MachineSpeed:
-    """Measure this machine.
+    """Measure this machine's computation and import speed.
 
     Args:
-        home: home in which the capabilities of the device are cached.
+        home: home in which the device's capabilities are cached.
     """
     number_type = read_capabilities(home).training_type
     speed, import_s = in_child_process(_measure, number_type)

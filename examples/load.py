@@ -1,6 +1,6 @@
-"""Load from the unmodified official OpenAI client: concurrent streams, each with one request after the other.
+"""Load from the unmodified official OpenAI client: concurrent streams that each send requests in turn.
 
-Retries are off, so that every failure is recorded.
+Retries are disabled, so that every failure is recorded.
 """
 
 import threading
@@ -15,12 +15,12 @@ import openai
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One answer of the load, or its failure.
+    """One answer received during the load, or its failure.
 
     Attributes:
         prompt: index of the prompt.
         version: version that answered, from the header `x-model-version`.
-        began: start of the request in seconds of the monotonic clock.
+        began: start of the request, in seconds of the monotonic clock.
         seconds: time from then to the last token.
     """
 
@@ -33,7 +33,7 @@ class Answer:
 
 
 class Load:
-    """A context in which streams of requests run; its exit waits for the requests in flight.
+    """Context manager that runs streams of requests. On exit it waits for the requests in flight.
 
     Args:
         url: the server's root, without /v1.
@@ -55,7 +55,7 @@ class Load:
 
     @property
     def failed(self) -> list[Answer]:
-        """Return the requests without a complete answer."""
+        """Return the requests that did not get a complete answer."""
         return [answer for answer in self.answers if answer.error]
 
     def __enter__(self) -> Self:
@@ -73,7 +73,7 @@ class Load:
         self._client.close()
 
     def wait_for(self, answers: int, timeout_s: float = 120) -> None:
-        """Wait for a number of further answers; failures count too.
+        """Wait for the given number of further answers, including failures.
 
         Raises:
             TimeoutError: the answers did not arrive in time.

@@ -1,4 +1,4 @@
-"""Run `svc` like a user: commands, and a server in the background for the body of a context."""
+"""Runs `svc` as a user would: commands, and a server in the background while a context is active."""
 
 import json
 import os
@@ -18,11 +18,11 @@ _ENDS_S = 60.0  # a server completes its requests, training writes a checkpoint
 
 
 class Terminated(KeyboardInterrupt):
-    """Raised on SIGTERM, which reaches only this process; Ctrl-C also reaches its children."""
+    """Raised on SIGTERM, which reaches only this process. Ctrl-C also reaches its children."""
 
     @classmethod
     def on_sigterm(cls) -> None:
-        """Install a handler for SIGTERM that raises this exception."""
+        """Install a SIGTERM handler that raises this exception."""
 
         def terminated(*_: object) -> None:
             raise cls
@@ -31,7 +31,7 @@ class Terminated(KeyboardInterrupt):
 
 
 def svc(home: Path, *arguments: str, capture_output: bool = False) -> subprocess.CompletedProcess[str]:
-    """Run one command on a home. On an interrupt, wait up to a minute for the command to save its work and stop."""
+    """Run one command with a home. When interrupted, give it up to a minute to save its work and stop."""
     to = subprocess.PIPE if capture_output else None
     command = [str(_SVC), "--home", str(home), *arguments]
     with subprocess.Popen(command, text=True, stdout=to, stderr=to) as child:
@@ -49,7 +49,7 @@ def svc(home: Path, *arguments: str, capture_output: bool = False) -> subprocess
 
 
 def svc_json(home: Path, *arguments: str) -> Any:
-    """Run one command that must succeed, and return its output with --json.
+    """Run one command that must succeed, and return its parsed --json output.
 
     Raises:
         RuntimeError: the command failed; the message contains its error output.
@@ -64,14 +64,14 @@ def svc_json(home: Path, *arguments: str) -> Any:
 def serving(
     home: Path, model: str, port: int, *, timeout_s: float = 300, environment: Mapping[str, str] | None = None
 ) -> Iterator[str]:
-    """Run `svc serve` for the body; yield its URL when it is ready.
+    """Run `svc serve` while the context is active, and yield its URL once it is ready.
 
     Args:
         timeout_s: maximum time until the server is ready.
         environment: additional environment variables, such as settings.
 
     Raises:
-        RuntimeError: the server stopped, or was not ready in time; the message has the end of its log.
+        RuntimeError: the server stopped or was not ready in time; the message includes the end of its log.
     """
     log = home / "logs" / "serve.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -90,14 +90,14 @@ def serving(
 
 
 def wait_until_ready(url: str, server: "subprocess.Popen[bytes] | None", log: Path, timeout_s: float) -> None:
-    """Wait until the server's /health answers with success.
+    """Wait until the server's /health reports success.
 
     Args:
         server: process of the server, if this process started it.
-        log: the server's log, for errors.
+        log: the server's log, for error messages.
 
     Raises:
-        RuntimeError: the server stopped, or was not ready in time.
+        RuntimeError: the server stopped or was not ready in time.
     """
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
@@ -111,7 +111,7 @@ def wait_until_ready(url: str, server: "subprocess.Popen[bytes] | None", log: Pa
 
 
 def engine_pid(home: Path) -> int:
-    """Return the process id of the first vLLM process that runs for a home."""
+    """Return the id of the first vLLM process running for a home."""
     from svc.engine.orphans import find_engine
     from svc.engine.vllm.folders import state_folders
 

@@ -1,4 +1,4 @@
-"""Create bad versions, as accidents and attackers would, to show that the server refuses them.
+"""Creates bad versions, as accidents and attackers would, to show that the server refuses them.
 
 This bypasses the registry, which cannot create such versions.
 """
@@ -14,10 +14,10 @@ from svc.registry.manifest import MANIFEST_FILE
 
 
 def alter_weights(source: Path, target: Path, format: str) -> None:
-    """Copy a version and change a few bytes in the middle of its weights; the manifest is unchanged.
+    """Copy a version and change a few bytes in the middle of its weights, leaving the manifest unchanged.
 
     Args:
-        source: a version's folder, .../NAME/N.
+        source: folder of the version, .../NAME/N.
         target: folder of the bad version, .../NAME/M.
     """
     _copy(source, target)
@@ -28,7 +28,7 @@ def alter_weights(source: Path, target: Path, format: str) -> None:
 
 
 def replace_weights(source: Path, target: Path, format: str, weights_of: Path) -> None:
-    """Copy a version, replace its weights by another version's, and recompute the manifest's hashes."""
+    """Copy a version, replace its weights with those of another version, and recompute the manifest's hashes."""
     _copy(source, target)
     shutil.copyfile(weights_of / format / "model.safetensors", target / format / "model.safetensors")
     manifest = _read(target)
@@ -38,7 +38,7 @@ def replace_weights(source: Path, target: Path, format: str, weights_of: Path) -
 
 
 def replace_template(source: Path, target: Path, template: str) -> None:
-    """Copy a version with another chat template, and recompute hashes and fingerprints of the manifest."""
+    """Copy a version with a different chat template, and recompute the manifest's hashes and fingerprints."""
     _copy(source, target)
     manifest = _read(target)
     for name, format in manifest["formats"].items():

@@ -1,4 +1,4 @@
-"""Runs `svc` in this process, through its real entry, so that a test sees what a person would."""
+"""Runs `svc` in the current process through its real entry point, so that tests see what a user would."""
 
 import sys
 from pathlib import Path
@@ -10,7 +10,7 @@ from svc import cli
 
 
 class Ended(NamedTuple):
-    """How an invocation ended."""
+    """Outcome of a `svc` invocation."""
 
     code: int
     out: str
@@ -18,7 +18,7 @@ class Ended(NamedTuple):
 
 
 class Svc:
-    """The command."""
+    """The `svc` command, run in the current process."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         self._monkeypatch = monkeypatch

@@ -1,4 +1,4 @@
-"""What all tests share: hypothesis without a clock, no settings of the machine, and one MLflow store."""
+"""Fixtures for all tests: hypothesis without a clock, no settings of the machine, and one MLflow store."""
 
 import gc
 import os
@@ -26,20 +26,20 @@ gc.disable()  # while tests are collected: what they import stays, and to look t
 
 
 def pytest_collection_finish() -> None:
-    """Leaves what was imported out of every collection from now on."""
+    """Exclude everything imported so far from all further garbage collections."""
     gc.freeze()
     gc.enable()
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _ctrl_c_is_heard() -> None:
-    """A shell that starts the tests in the background has them ignore it, and what waits for it would wait forever."""
+    """Restore Ctrl-C handling. Shells disable it for background tests, and tests waiting for it would hang."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
 def _what_lives_on_is_looked_through_once() -> Iterator[None]:
-    """A collection takes half a second in a process with PyTorch, and trainers collect again and again."""
+    """Freeze surviving objects: with PyTorch, a collection takes half a second, and trainers collect often."""
     yield
     gc.collect()
     gc.freeze()
@@ -55,13 +55,13 @@ def _no_settings_in_the_environment() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tracking(tmp_path_factory: pytest.TempPathFactory) -> Tracking:
-    """A real MLflow on SQLite. Making one takes seconds, so tests share it and each uses names of its own."""
+    """Return a real MLflow store on SQLite. Creating one takes seconds, so tests share it under unique names."""
     folder = tmp_path_factory.mktemp("mlflow")
     return Tracking(f"sqlite:///{folder / 'mlflow.db'}", folder / "artifacts")
 
 
 @pytest.fixture
 def svc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Svc:
-    """`svc` in an empty working folder."""
+    """Return a `svc` command that runs in an empty working folder."""
     monkeypatch.chdir(tmp_path)
     return Svc(monkeypatch, capsys)

@@ -1,4 +1,4 @@
-"""Notices what keeps an event loop from its other work: a callback that computes for long, and a call that waits."""
+"""Detects what blocks an event loop: callbacks that compute for too long, and blocking calls."""
 
 import asyncio
 import functools
@@ -16,18 +16,18 @@ from typing import Any
 import pytest
 
 _MAX_CPU_S = 0.02
-"""Maximum CPU time of one callback on a machine that parses `_REFERENCE` in `_REFERENCE_S`."""
+"""Maximum CPU time of a callback, in seconds, on a machine that parses `_REFERENCE` in `_REFERENCE_S`."""
 _REFERENCE = json.dumps([[1e300] * 30_000, [{"a": 1}] * 10_000, "é" * 200_000])
 _REFERENCE_S = 0.009
-"""Time to parse `_REFERENCE` on an otherwise idle Xeon with AMX. Other VMs on the host can triple it for seconds."""
+"""Seconds to parse `_REFERENCE` on an otherwise idle Xeon with AMX. Other VMs on the host can triple it."""
 _WAITING = {"open", "subprocess.Popen", "os.listdir", "os.scandir", "os.mkdir", "os.rename", "os.remove", "fcntl.flock"}
-"""Audit events of calls that wait for a disk, a lock or a process."""
+"""Audit events of calls that block on a disk, a lock or a process."""
 _OF_PYTHON = (".py", ".pyc")
-"""A module that is imported at its first use."""
+"""Extensions of Python modules, whose import at first use is not counted as a blocking call."""
 
 
 def max_cpu_s() -> float:
-    """Return the CPU time limit of one callback, scaled up if this machine is currently slower than the reference."""
+    """Return a callback's CPU time limit in seconds, scaled up if this machine is slower than the reference."""
     took_s = []
     for _ in range(3):
         began = time.thread_time()
@@ -38,11 +38,11 @@ def max_cpu_s() -> float:
 
 @dataclass
 class LoopWatch:
-    """What one thread's event loop did.
+    """Blocking activity observed in one thread's event loop.
 
     Attributes:
         slow: callbacks that computed for longer than `max_cpu_s`.
-        waits: calls that wait.
+        waits: blocking calls.
     """
 
     thread: int = field(default_factory=threading.get_ident)
@@ -50,7 +50,7 @@ class LoopWatch:
     waits: list[str] = field(default_factory=list)
 
     def called(self, what: str) -> None:
-        """Notes a call that waits, if the loop's thread makes it."""
+        """Record a blocking call if it was made by the loop's thread."""
         if threading.get_ident() == self.thread:
             self.waits.append(what)
 
@@ -60,7 +60,7 @@ _watches: list[LoopWatch] = []
 
 @functools.cache
 def _listen() -> None:
-    """An audit hook stays for good, so there is one."""
+    """Install the audit hook. Only one is ever added, because audit hooks cannot be removed."""
 
     def hear(event: str, arguments: tuple[Any, ...]) -> None:
         if _watches and event in _WAITING and not str(arguments[0]).endswith(_OF_PYTHON):
@@ -72,7 +72,7 @@ def _listen() -> None:
 
 @contextmanager
 def watched_loop() -> Iterator[LoopWatch]:
-    """Watches the event loop of this thread in the body."""
+    """Watch the current thread's event loop while the context is active."""
     _listen()
     watch, run, sleep, fsync = LoopWatch(), asyncio.Handle._run, time.sleep, os.fsync
 
@@ -104,7 +104,7 @@ def watched_loop() -> Iterator[LoopWatch]:
 
 @contextmanager
 def blocked_default_executor() -> Iterator[None]:
-    """No thread of the running loop's default executor is free in the body."""
+    """Occupy every thread of the running loop's default executor while the context is active."""
     threads, free = ThreadPoolExecutor(max_workers=1), threading.Event()
     asyncio.get_running_loop().set_default_executor(threads)
     threads.submit(free.wait)

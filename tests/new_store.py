@@ -1,4 +1,4 @@
-"""The store of a new home, as a copy of one that was migrated: to migrate takes longer than most tests."""
+"""Provides the store of a new home as a copy of a migrated one, as migration is slower than most tests."""
 
 from functools import cache
 from pathlib import Path
@@ -10,7 +10,7 @@ from svc.store.database import open_database
 
 
 def new_store(home: Path) -> Store:
-    """Opens the store of a home as the service does, which finds nothing to migrate; one that is there stays."""
+    """Open a home's store as the service does, so that there is nothing to migrate. An existing store is kept."""
     home.mkdir(parents=True, exist_ok=True)
     path = home / "svc.db"
     if not path.exists():

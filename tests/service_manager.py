@@ -1,4 +1,4 @@
-"""Stands in for systemd: listens for a service, starts it on that socket, and hears what it says of itself."""
+"""Stands in for systemd: listens for a service, starts it on that socket, and receives its notifications."""
 
 import os
 import socket
@@ -19,11 +19,11 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 
 class ServiceManager:
-    """What outlives the processes of a service.
+    """A service manager, which outlives the service's processes.
 
     Args:
-        listener: what its clients connect to.
-        notices: where its processes tell how they are.
+        listener: socket to which the service's clients connect.
+        notices: socket on which the service's processes report their state.
     """
 
     def __init__(self, listener: socket.socket, notices: socket.socket) -> None:
@@ -33,14 +33,14 @@ class ServiceManager:
 
     @property
     def url(self) -> str:
-        """Of the service."""
+        """Return the URL of the service."""
         host, port = self._listener.getsockname()
         return f"http://{host}:{port}"
 
     def start(
         self, command: Sequence[str], output: IO[bytes], environment: Mapping[str, str]
     ) -> "subprocess.Popen[bytes]":
-        """Starts a process of the service on the socket."""
+        """Start a process of the service on the listening socket."""
         descriptor = self._listener.fileno()
         given = {"NOTIFY_SOCKET": self._notices.getsockname(), "WATCHDOG_USEC": "3000000"}
         return subprocess.Popen(
@@ -53,7 +53,7 @@ class ServiceManager:
         )
 
     def wait_for(self, notice: str, timeout_s: float = 60) -> None:
-        """Returns when it is told this; forgets what it was told before."""
+        """Wait until the given notification arrives, discarding those received earlier."""
         deadline = time.monotonic() + timeout_s
         self.told.clear()
         while notice not in self.told:
@@ -63,10 +63,10 @@ class ServiceManager:
 
 @contextmanager
 def service_manager(folder: Path) -> Iterator[ServiceManager]:
-    """A service manager for the body of the `with`.
+    """Run a service manager while the context is active.
 
     Args:
-        folder: with a short path.
+        folder: folder with a short path.
     """
     with socket.socket() as listener, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notices:
         listener.bind(("127.0.0.1", 0))

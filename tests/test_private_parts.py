@@ -1,4 +1,4 @@
-"""Private parts of libraries that are used are listed in docs/dependencies.md, and the installed releases have them."""
+"""Tests that docs/dependencies.md lists the private library APIs we use, and that the releases have them."""
 
 import ast
 import re
@@ -17,7 +17,7 @@ PARTS = dict(ROW.findall((ROOT / "docs" / "dependencies.md").read_text("utf-8").
 
 
 def defined(node: ast.AST) -> str | None:
-    """Return the name that a statement or expression of ours defines, wherever it is."""
+    """Return the name that a statement or expression in our code defines, wherever it occurs."""
     match node:
         case ast.FunctionDef(name) | ast.AsyncFunctionDef(name) | ast.ClassDef(name):
             return name

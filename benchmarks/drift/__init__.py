@@ -1,1 +1,1 @@
-"""Drift detection on replayed prompts: streams without a change, and with one."""
+"""Benchmarks drift detection on replayed prompt streams, with and without a change."""

@@ -1,4 +1,4 @@
-"""False alarms and delays of drift detection on replayed prompts, compared with Kolmogorov-Smirnov and PSI."""
+"""Measures false alarms and delays of drift detection on replays, compared with Kolmogorov-Smirnov and PSI."""
 
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -12,19 +12,19 @@ from svc.invocation import print_json
 from svc.terminal import output
 
 CHANGES_A_REPLAY = 8
-"""Number of replays of each stream with a change for one replay of a stream without a change; the former are short."""
+"""Replays of each changing stream per replay of a stream without a change. Changing streams are short."""
 PER_REQUESTS = 10_000
 
 
 def upper_limit(events: int) -> float:
-    """Return the one-sided upper 95 % confidence limit of a Poisson variable's mean, given one value of it."""
+    """Return the one-sided upper 95 % confidence limit for a Poisson mean, given one observed count."""
     from scipy.stats import chi2
 
     return float(chi2.ppf(0.95, 2 * (events + 1)) / 2)
 
 
 def delays(values: Iterable[int | None]) -> str:
-    """Return median and 95th percentile; a stream without an alarm counts as infinitely long."""
+    """Return the median and 95th percentile of the delays. A stream without an alarm has an infinite delay."""
     ordered = sorted(float("inf") if value is None else value for value in values)
     cells = [ordered[min(len(ordered) - 1, int(np.ceil(share * len(ordered))) - 1)] for share in (0.5, 0.95)]
     return " / ".join("never" if np.isinf(cell) else f"{cell:.0f}" for cell in cells)
@@ -39,7 +39,7 @@ def delays(values: Iterable[int | None]) -> str:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 def main(replays: int, as_json: bool) -> None:
-    """Measure false alarms and delays on streams of prompts."""
+    """Measure false alarms and detection delays on prompt streams."""
     from rich.table import Table
 
     jobs = [Job(name, True, seed) for name in WITH_CHANGE for seed in range(replays * CHANGES_A_REPLAY)]

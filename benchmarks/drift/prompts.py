@@ -1,6 +1,6 @@
-"""Real prompts, and variants of them: rephrasings, a templated client, a fixed text before each.
+"""Real prompts and their variants: rephrasings, prompts of a templated client, and a fixed text as prefix.
 
-All are embedded once. A stream is a list of indexes into the pool.
+Each prompt is embedded once. A stream is a list of indexes into the pool.
 """
 
 import json
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 TASK = ROOT / "examples" / "debian-triage"
 STREAMS = ROOT / "benchmarks" / "drift"
 REPHRASINGS = 19
-"""Number of rephrasings per prompt; with the prompt itself, they are a session of 20."""
+"""Number of rephrasings per prompt; together with the prompt they form a session of 20 requests."""
 _FIXED_CHARS = 2_100
 _TEMPLATED = 600
 _WORD = re.compile(r"[^\W\d_]+")
@@ -36,15 +36,16 @@ Places = NDArray[np.intp]
 
 @dataclass(frozen=True)
 class Pool:
-    """All prompts.
+    """Pool of all prompts and their variants.
 
     Attributes:
         sample: features of the prompts.
-        answers: answers of a version that names each package's section; a changed prompt gets a random section.
+        answers: answers of a version that names each package's section; a changed prompt gets a random
+            section.
         words: words of each prompt.
         sections: section of each prompt's package; empty if it has none.
         kinds: indexes of prompts by kind: `alike`, the grades of shift, `templated`, `fixed`.
-        rephrased: indexes of the rephrasings, [prompts of kind `alike`, `REPHRASINGS`].
+        rephrased: indexes of the rephrasings, with shape [prompts of kind `alike`, `REPHRASINGS`].
     """
 
     sample: Sample
@@ -57,12 +58,12 @@ class Pool:
     def requests(
         self, places: Places, *, first: int, conversations: Places | None = None, clients: Sequence[str] | None = None
     ) -> Requests:
-        """Return prompts as requests, 10,000 per day.
+        """Return the given prompts as requests, at a rate of 10,000 per day.
 
         Args:
-            first: number of the first request in its stream.
-            conversations: conversation of each request; None if each request has its own.
-            clients: client of each request; None if unknown.
+            first: position of the first request in its stream.
+            conversations: conversation of each request, or None if each request has its own.
+            clients: client of each request, or None if unknown.
         """
         numbers = np.arange(first, first + len(places), dtype=np.int64)
         return Requests(
@@ -75,13 +76,13 @@ class Pool:
         )
 
     def baseline(self, places: Places) -> Baseline:
-        """Return prompts as a baseline."""
+        """Return the given prompts as a drift baseline."""
         words = [self.words[place] for place in places]
         return Baseline(self.sample.at(places), words, self.answers.at(places))
 
 
 def read_pool() -> Pool:
-    """Read and embed all prompts, in a text space of the example's training prompts; takes a minute."""
+    """Read and embed all prompts, in a text space built from the example's training prompts. Takes a minute."""
     train, heldout = read_examples(TASK / "train.jsonl"), read_examples(TASK / "heldout.jsonl")
     rows = [json.loads(line) for line in (STREAMS / "in_distribution.jsonl").read_text("utf-8").splitlines()]
     alike = [example.question for example in heldout] + [row["prompt"] for row in rows]
@@ -123,7 +124,7 @@ def _answers(sections: Sequence[str], chance: random.Random) -> Sample:
 
 
 def rephrase(text: str, vocabulary: Sequence[str], chance: random.Random) -> str:
-    """Return a text with 8 to 25 % of its words replaced, dropped or moved."""
+    """Return the text with 8 to 25 % of its words replaced, dropped or moved."""
     words = text.split(" ")
     for _ in range(max(1, int(len(words) * chance.uniform(0.08, 0.25)))):
         place, kind = chance.randrange(len(words)), chance.random()

@@ -1,7 +1,7 @@
-"""Replay streams through the drift detector, and through conventional tests.
+"""Replays streams through the drift detector and through conventional tests.
 
-No threshold here was derived from changed prompts. The conventional tests compare batches of 100 requests in five
-readable features, with p < 0.05 by Kolmogorov and Smirnov's test, or PSI > 0.2.
+No threshold here was derived from changed prompts. The conventional tests compare batches of 100
+requests on five readable features, using the Kolmogorov-Smirnov test with p < 0.05, or PSI > 0.2.
 """
 
 import os
@@ -22,7 +22,7 @@ from svc.drift_reference.sample import Floats
 from svc.terminal import counting, waiting
 
 REQUESTS = 15_000
-"""Number of requests in one replay of a stream without a change."""
+"""Number of requests in one replay of a stream that does not change."""
 CUSTOMARY_P, CUSTOMARY_PSI, CUSTOMARY_SIZE = 0.05, 0.2, 100
 _TOGETHER = 200
 _FEATURES = tuple(
@@ -39,27 +39,27 @@ _FEATURES = tuple(
 
 @dataclass(frozen=True)
 class Replay:
-    """The detector's result on a stream.
+    """The drift detector's result on a stream.
 
     Attributes:
         kept: indexes of the counted requests.
-        events: starts and ends of alarms; a position is a number of counted requests.
+        events: starts and ends of alarms; an event's position is a number of counted requests.
     """
 
     kept: Sequence[int]
     events: Sequence[Event]
 
     def place(self, event: Event) -> int:
-        """Return the index of the request that started or ended an alarm."""
+        """Return the stream index of the request at which an alarm started or ended."""
         return self.kept[event.position - 1]
 
     @property
     def alarms(self) -> list[Event]:
-        """Return the events that start an alarm."""
+        """Return only the events that start an alarm."""
         return [event for event in self.events if event.alarm]
 
     def in_alarm(self, requests: int) -> int:
-        """Return the number of requests during which any alarm was active."""
+        """Return the number of requests during which at least one alarm was active."""
         lasting, began, total = set[str](), 0, 0
         for event in self.events:
             if event.alarm and not lasting:
@@ -74,7 +74,8 @@ def replay(pool: Pool, detector: Detector, stream: Stream, until: Callable[[Repl
     """Replay a stream through the drift detector.
 
     Args:
-        until: returns whether the result so far is enough, so that the replay stops early; None for never.
+        until: returns whether the result so far is sufficient and the replay can stop early; None replays
+            the whole stream.
     """
     watch, kept, events = Watch(), list[int](), list[Event]()
     nothing = pool.requests(np.zeros(0, dtype=np.intp), first=0)
@@ -99,12 +100,12 @@ def replay(pool: Pool, detector: Detector, stream: Stream, until: Callable[[Repl
 
 @dataclass(frozen=True, slots=True)
 class Quiet:
-    """Result on a stream without a change.
+    """Result of replaying a stream without a change.
 
     Attributes:
-        kept: counted requests.
-        in_alarm: requests during an alarm.
-        by_ks, by_psi: batches of 100 requests that the conventional tests call drift.
+        kept: number of counted requests.
+        in_alarm: number of requests during an alarm.
+        by_ks, by_psi: number of 100-request batches flagged as drift by each conventional test.
     """
 
     requests: int
@@ -116,7 +117,7 @@ class Quiet:
 
 
 def watch_quiet(pool: Pool, name: str, seed: int) -> Quiet:
-    """Replay a stream without a change."""
+    """Replay a stream that does not change."""
     reference, live, generator = draw_reference(pool, seed + 100)
     stream = WITHOUT_CHANGE[name](pool, live, generator, REQUESTS)
     result = replay(pool, Detector(pool.baseline(reference)), stream)
@@ -125,7 +126,7 @@ def watch_quiet(pool: Pool, name: str, seed: int) -> Quiet:
 
 
 def by_custom(pool: Pool, reference: Places, stream: Stream) -> tuple[int, int]:
-    """Return the number of batches that the conventional tests call drift, by Kolmogorov-Smirnov and by PSI."""
+    """Return the number of batches that the conventional tests flag as drift, by Kolmogorov-Smirnov and by PSI."""
     from scipy.stats import ks_2samp
 
     columns = [pool.sample.numbers[name] for name in _FEATURES]
@@ -140,11 +141,11 @@ def by_custom(pool: Pool, reference: Places, stream: Stream) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The first alarm after a change; None if there was none.
+    """The first alarm after a change, with None if there was no alarm.
 
     Attributes:
-        requests, kept: number of all requests, and of counted ones, from the change to the alarm.
-        feature: feature that raised the alarm; empty if there was none.
+        requests, kept: number of all requests and of counted requests from the change to the alarm.
+        feature: feature that raised the alarm; empty if there was no alarm.
     """
 
     requests: int | None
@@ -153,7 +154,7 @@ class Found:
 
 
 def watch_change(pool: Pool, name: str, seed: int) -> Found:
-    """Replay a stream with a change until the first alarm after the change."""
+    """Replay a changing stream until the first alarm after the change."""
     reference, live, generator = draw_reference(pool, seed)
     stream = WITH_CHANGE[name].make(pool, live, generator)
 
@@ -171,7 +172,7 @@ def watch_change(pool: Pool, name: str, seed: int) -> Found:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One replay of a stream."""
+    """A single replay of one stream."""
 
     name: str
     changes: bool
@@ -192,7 +193,7 @@ def _run(job: Job) -> Quiet | Found:
 
 
 def run_all(jobs: Sequence[Job]) -> list[Quiet | Found]:
-    """Replay all jobs with one process per core."""
+    """Run all replay jobs in parallel, with one process per core."""
     os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     with waiting("reading and embedding prompts"):
         prompts = read_pool()

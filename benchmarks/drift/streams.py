@@ -1,4 +1,4 @@
-"""Streams of prompts: without a change, so that every alarm is false, and with a change."""
+"""Builds prompt streams without a change, in which every alarm is false, and streams with a change."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,17 +12,17 @@ from svc.drift_reference.sample import Floats
 
 REFERENCE = 500
 DAY, WEEK = 10_000, 21_000
-"""Number of requests per day, and per week of a model with less traffic."""
+"""Requests per day for the main traffic, and requests per week for a model with less traffic."""
 CHANGE_AFTER = 600
-"""Number of requests before the change."""
+"""Number of requests that precede the change."""
 
 
 class Stream(NamedTuple):
-    """Prompts in order.
+    """An ordered stream of prompts.
 
     Attributes:
-        conversations: conversation of each prompt; None if each prompt has its own.
-        clients: client of each prompt; None if unknown.
+        conversations: conversation of each prompt, or None if each prompt has its own.
+        clients: client of each prompt, or None if unknown.
     """
 
     prompts: Places
@@ -31,7 +31,7 @@ class Stream(NamedTuple):
 
 
 Make = Callable[[Pool, Places, Generator, int], Stream]
-"""Arguments: the pool, indexes of prompts drawn like the reference, a generator, and a length in requests."""
+"""Stream builder called with the pool, prompt indexes like the reference's, a generator, and a length."""
 
 
 def draw_reference(pool: Pool, seed: int) -> tuple[Places, Places, Generator]:
@@ -42,12 +42,12 @@ def draw_reference(pool: Pool, seed: int) -> tuple[Places, Places, Generator]:
 
 
 def independent(pool: Pool, live: Places, generator: Generator, count: int) -> Stream:
-    """Return independent prompts."""
+    """Return a stream of independent prompts."""
     return Stream(generator.choice(live, count))
 
 
 def runs(length: int) -> Make:
-    """Return streams with runs of `length` different prompts of one section: bursts of a client."""
+    """Return a stream builder for client bursts: runs of `length` different prompts from one section."""
 
     def make(pool: Pool, live: Places, generator: Generator, count: int) -> Stream:
         sections, drawn = list(_by_section(pool, live).values()), list[Places]()
@@ -60,7 +60,7 @@ def runs(length: int) -> Make:
 
 
 def sessions(length: int, at_once: int) -> Make:
-    """Return streams of sessions of near copies, `at_once` of them concurrent."""
+    """Return a stream builder for sessions of near copies, with `at_once` sessions running concurrently."""
 
     def make(pool: Pool, live: Places, generator: Generator, count: int) -> Stream:
         def begin() -> list[int]:
@@ -73,7 +73,7 @@ def sessions(length: int, at_once: int) -> Make:
 
 
 def conversations(length: int, at_once: int) -> Make:
-    """Return streams of conversations of different prompts of one section, `at_once` of them concurrent."""
+    """Return a stream builder for conversations of different prompts from one section, `at_once` at a time."""
 
     def make(pool: Pool, live: Places, generator: Generator, count: int) -> Stream:
         sections = list(_by_section(pool, live).values())
@@ -88,7 +88,7 @@ def conversations(length: int, at_once: int) -> Make:
 
 
 def batches(length: int, every: int) -> Make:
-    """Return streams of independent prompts of a hundred clients, and batches of one topic by one client."""
+    """Return a stream builder for independent prompts of a hundred clients plus single-topic client batches."""
 
     def make(pool: Pool, live: Places, generator: Generator, count: int) -> Stream:
         prompts = generator.choice(live, count)
@@ -110,7 +110,7 @@ def day_and_night(pool: Pool, live: Places, generator: Generator, count: int) ->
 
 
 def weekends(pool: Pool, live: Places, generator: Generator, count: int) -> Stream:
-    """Return a stream in which half of the sections have a share of 0.34 on five days and 0.9 on two."""
+    """Return a stream in which half of the sections make up 0.34 of the prompts on five days and 0.9 on two."""
     weekend = np.arange(count) // (WEEK // 7) % 7 >= 5
     return _of_two_halves(pool, live, generator, np.where(weekend, 0.9, 0.34))
 
@@ -133,14 +133,15 @@ WITHOUT_CHANGE: dict[str, Make] = {
 
 @dataclass(frozen=True)
 class Change:
-    """A stream with a change.
+    """A stream that changes after `CHANGE_AFTER` requests.
 
     Attributes:
         kind: kind of the changed prompts.
         count: number of requests after the change.
-        share: share of changed requests after the change.
-        ramp: number of requests over which this share grows from 0 to 1 instead; 0 for none.
-        base: the stream of unchanged prompts.
+        share: share of changed prompts after the change.
+        ramp: number of requests over which the share grows from 0 to 1 instead of changing at once; 0 for no
+            ramp.
+        base: builder for the stream of unchanged prompts.
     """
 
     kind: str
@@ -150,7 +151,7 @@ class Change:
     base: Make = independent
 
     def make(self, pool: Pool, live: Places, generator: Generator) -> Stream:
-        """Return `CHANGE_AFTER` requests before the change, then `count` requests after it."""
+        """Return a stream with `CHANGE_AFTER` requests before the change and `count` requests after it."""
         base = self.base(pool, live, generator, CHANGE_AFTER + self.count).prompts
         progress = np.arange(self.count)
         shares = np.minimum(1.0, progress / self.ramp) if self.ramp else np.full(self.count, self.share)

@@ -1,1 +1,1 @@
-"""Cost of a request in a gateway: ours, compared with LiteLLM, vllm-router and nginx."""
+"""Benchmarks the cost per request of our gateway against LiteLLM, vllm-router and nginx."""

@@ -1,7 +1,8 @@
-"""`make bench-gateway`: measure all gateways in front of one upstream, in alternating rounds.
+"""`make bench-gateway`: measures all gateways in front of the same upstream, in alternating rounds.
 
-Processor time shows the cost of a request even on a busy machine. Rates and times to the first token are meaningful
-only on a quiet one; the share of a gateway's core used by others is printed as well.
+CPU time shows the cost of a request even on a busy machine. Request rates and times to the first token
+are meaningful only on a quiet machine, so the share of a gateway's core used by other processes is
+printed as well.
 """
 
 import signal
@@ -25,7 +26,7 @@ from svc.settings import load_settings
 from svc.terminal import console, output
 
 _BY_NAME = (TRACED, BARE)
-"""Gateways that are measured only if `--only` names them."""
+"""Gateways that are measured only if named by `--only`."""
 
 
 @click.command()
@@ -42,7 +43,7 @@ _BY_NAME = (TRACED, BARE)
 @click.option("--home", type=click.Path(path_type=Path), help="Home that contains the model of --engine.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 def main(rounds: int, only: str | None, peers: Path, model: str | None, home: Path | None, as_json: bool) -> None:
-    """Measure the cost of a request in each gateway."""
+    """Measure the cost per request of each gateway."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that started processes are stopped
     with tempfile.TemporaryDirectory(prefix="gw") as name:
         folder = Path(name)
@@ -73,7 +74,7 @@ def _measure_gateways(folder: Path, rounds: int, only: str | None, bin: Path, *,
 
 
 def _names(known: Sequence[str], only: str | None) -> list[str]:
-    """Return the requested names, always including the upstream itself."""
+    """Return the names of the requested gateways, always including the upstream itself."""
     asked = [name.strip() for name in only.split(",")] if only else [name for name in known if name not in _BY_NAME]
     if unknown := {*asked} - {*known}:
         raise click.UsageError(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
@@ -81,7 +82,7 @@ def _names(known: Sequence[str], only: str | None) -> list[str]:
 
 
 def _round(machine: Bench, peers: Sequence[Peer], number: int, rounds: int, left_out: dict[str, str]) -> Round:
-    """Measure each gateway once, in reverse order in every other round; from then on, skip those that fail to start."""
+    """Measure each gateway once, in reverse order every other round. Gateways that fail to start are dropped."""
     figures: dict[str, Figures] = {}
     for peer in reversed(peers) if number % 2 else peers:
         if peer.name in left_out:

@@ -1,6 +1,7 @@
-"""Our HTTP server and our connections to the engine without a gateway in between.
+"""Our HTTP server and our connections to the engine, without the gateway in between.
 
-A lower bound for the cost of any gateway on the same server; the extra cost of `svc serve` is its own work.
+This is a lower bound for the cost of any gateway on the same server. The additional cost of `svc serve`
+is the gateway's own work.
 """
 
 import asyncio
@@ -19,7 +20,7 @@ _BACKLOG = 2048
 
 
 class PassThrough:
-    """ASGI application that forwards each request to one engine, and returns its answer."""
+    """ASGI application that forwards each request to a single engine and returns its response."""
 
     def __init__(self, engine: EngineConnections) -> None:
         self._engine = engine
@@ -45,7 +46,7 @@ class PassThrough:
 
 
 async def serve(upstream: Path, port: int) -> None:
-    """Serve until the process is stopped."""
+    """Serve requests until the process is stopped."""
     with socket.create_server(("127.0.0.1", port), backlog=_BACKLOG) as listener:
         listener.setblocking(False)
         app = PassThrough(EngineConnections(upstream, silence_s=300.0))

@@ -1,6 +1,6 @@
-"""The machine for all measurements: two cores, the upstream, and gateways that are started and stopped in turn.
+"""The benchmark environment: two cores, the upstream, and gateways that are started and stopped in turn.
 
-The gateway has one core; the clients and the upstream share another.
+The gateway has a core of its own; the clients and the upstream share the other.
 """
 
 import gc
@@ -36,14 +36,14 @@ _NEVER = str(2**31 - 1)
 
 @dataclass(frozen=True, slots=True)
 class Cores:
-    """Assignment of cores."""
+    """Assignment of CPU cores to the gateway and to the clients."""
 
     gateway: int
     others: int
 
     @classmethod
     def of_machine(cls) -> "Cores":
-        """Return two of the cores that this process may use.
+        """Return two of the CPU cores available to this process.
 
         Raises:
             SettingsError: this process may use only one core.
@@ -58,17 +58,17 @@ class Cores:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """The setting shared by all measurements."""
+    """The environment shared by all measurements."""
 
     cores: Cores
     folder: Path
     upstream: Upstream
 
     def measure(self, peer: Peer, name: str) -> Figures:
-        """Start a gateway, measure it, and stop it.
+        """Start a gateway, measure it and stop it.
 
         Args:
-            name: name for the gateway's folder and log.
+            name: name of the gateway's folder and log.
         """
         folder = self.folder / name
         folder.mkdir()
@@ -103,7 +103,7 @@ def _tell(peer: Peer, text: str) -> None:
 
 @contextmanager
 def bench(folder: Path) -> Iterator[Bench]:
-    """Run the upstream for the body, with this process pinned to the same core."""
+    """Run the upstream while the context is active, with this process pinned to the same core."""
     cores, upstream = Cores.of_machine(), Upstream(folder / "upstream.sock", free_port())
     os.sched_setaffinity(0, {cores.others})
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -119,10 +119,10 @@ def bench(folder: Path) -> Iterator[Bench]:
 def until_answered(
     process: "subprocess.Popen[bytes]", log: Path, address: Address, ask: Ask, *, seconds: float = 60.0
 ) -> None:
-    """Wait until a server answers a request.
+    """Wait until a server responds to a request.
 
     Raises:
-        EngineError: the server stopped, or did not answer in time; the message has the end of its log.
+        EngineError: the server stopped or did not respond in time; the message includes the end of its log.
     """
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -139,7 +139,7 @@ def _end_of(log: Path) -> str:
 
 
 def make_ours(folder: Path) -> list[Peer]:
-    """Create homes, and return our gateway with a key, without keys, and with a key and traces."""
+    """Create the homes and return three variants of our gateway: with a key, without keys, and key with traces."""
     console.print("creating the homes of tuneserve")
     keyless, keyed = folder / "keyless", folder / "keyed"
     subprocess.run([sys.executable, "-m", "benchmarks.gateway.home", str(keyless)], check=True)

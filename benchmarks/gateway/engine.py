@@ -1,4 +1,4 @@
-"""Throughput of a real engine: tokens per second through `svc serve`, and from its vLLM's own socket."""
+"""Measures a real engine's throughput in tokens per second, through `svc serve` and at its vLLM socket."""
 
 import statistics
 import sys
@@ -27,11 +27,11 @@ _START_S = 900.0
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two measurements, one after the other, in tokens per second of all streams together.
+    """Two consecutive throughput measurements, in tokens per second summed over all streams.
 
     Attributes:
-        direct: speed at vLLM's own socket.
-        served: speed through the gateway.
+        direct: throughput at vLLM's own socket.
+        served: throughput through the gateway.
     """
 
     direct: float
@@ -39,10 +39,10 @@ class Pair:
 
 
 def measure_engine(settings: Settings, model: str, pairs: int, log: Path) -> list[Pair]:
-    """Serve a model of a home, and measure both ways in alternating order.
+    """Serve a model from a home and measure both paths in alternating order.
 
     Raises:
-        NotFoundError: the model does not exist, or has no version.
+        NotFoundError: the model does not exist or has no version.
         EngineError: the server does not start, or a request failed.
     """
     spec = Subject.of(settings, model).spec
@@ -77,7 +77,7 @@ def _rate(address: Address, ask: Ask) -> float:
 
 
 def summary(pairs: Sequence[Pair]) -> dict[str, Any]:
-    """Return medians in tokens per second, and the ratio to the engine's own rate."""
+    """Return the median throughputs in tokens per second, and the ratio of the served to the direct throughput."""
     shares = [pair.served / pair.direct for pair in pairs]
     low, high = interval(shares) if len(shares) > 1 else (None, None)
     return {

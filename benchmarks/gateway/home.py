@@ -1,4 +1,4 @@
-"""A home with one version that no engine could load, but sufficient for a server to answer requests."""
+"""Creates a home whose only version no engine could load, but with which a server can answer requests."""
 
 import json
 import tempfile
@@ -33,7 +33,7 @@ _CONFIG = {
 
 
 def make_home(home: Path) -> None:
-    """Register the version, and store the device's capabilities as the first `svc serve` on a home does."""
+    """Register the version and store the device's capabilities, as the first `svc serve` with a home does."""
     import numpy as np
     from safetensors.numpy import save_file
 
@@ -77,7 +77,7 @@ def _manifest(run: str, version: VersionId, folder: Path) -> Manifest:
 @click.command()
 @click.argument("home", type=click.Path(path_type=Path))
 def main(home: Path) -> None:
-    """Make a home."""
+    """Create a home for the gateway benchmark."""
     make_home(home)
 
 

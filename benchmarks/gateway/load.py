@@ -1,4 +1,4 @@
-"""Many cheap clients in one process: they send fixed bytes and parse only what is measured."""
+"""Many lightweight clients in one process: they send fixed bytes and parse only what is measured."""
 
 import asyncio
 import time
@@ -14,16 +14,16 @@ _LAST_CHUNK = b"0\r\n\r\n"
 _EVENT = b"data: "
 _DONE = b"data: [DONE]"
 _PATIENCE_S = 120.0
-"""Timeout for the last answers."""
+"""Timeout for the last responses, in seconds."""
 _PROMPT: Final = "Say in one sentence what the following customer wants: I ordered a red kettle on Monday and it leaks."
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Address of a gateway: a port of this machine, or a unix socket.
+    """Address of a gateway: a local port or a Unix socket.
 
     Attributes:
-        key: API key that is sent with each request; empty for none.
+        key: API key sent with each request; empty for none.
     """
 
     port: int = 0
@@ -33,10 +33,10 @@ class Address:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """The request of every client.
+    """The request that every client sends.
 
     Attributes:
-        chunks: number of tokens of the answer, one per chunk; a real engine may send several in one chunk.
+        chunks: number of tokens in the answer, one per chunk; a real engine may send several in one chunk.
         real: whether the upstream is a real engine, which must be told not to end its answer early.
     """
 
@@ -46,7 +46,7 @@ class Ask:
     real: bool = False
 
     def request(self, address: Address) -> bytes:
-        """Return the bytes of one request."""
+        """Return the raw bytes of one request."""
         more = (',"stream":true' if self.stream else "") + (',"ignore_eos":true' if self.real else "")
         body = (
             f'{{"model":"{self.model}","messages":[{{"role":"user","content":"{_PROMPT}"}}],'
@@ -59,7 +59,7 @@ class Ask:
         ).encode()
 
     def answered(self, status: int, body: bytes) -> bool:
-        """Return whether an answer is complete."""
+        """Return whether a response is complete."""
         if status != 200:
             return False
         least = 1 if self.real else self.chunks
@@ -68,12 +68,12 @@ class Ask:
 
 @dataclass(slots=True)
 class Load:
-    """Result of some requests.
+    """Result of sending a number of requests.
 
     Attributes:
-        seconds: time from the first request to the end of the last answer.
+        seconds: time from the first request to the end of the last response.
         reads: number of reads from the clients' connections.
-        first: seconds from each request to the first event of its answer, or to its body.
+        first: seconds from each request to the first event of its response, or to its body.
         wrong: reason of the first failure; empty if there was none.
     """
 
@@ -86,12 +86,12 @@ class Load:
 
     @property
     def rate(self) -> float:
-        """Return the requests per second."""
+        """Return the request rate per second."""
         return self.done / self.seconds
 
 
 class Client(asyncio.Protocol):
-    """One keep-alive connection that sends requests one after the other until none are left."""
+    """One keep-alive connection that sends requests one after the other until no request is left."""
 
     def __init__(self, ask: Ask, request: bytes, load: Load, turns: "Turns") -> None:
         self._ask = ask
@@ -106,11 +106,11 @@ class Client(asyncio.Protocol):
         self._waits = self._seen = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Store the transport; `send` starts the requests."""
+        """Store the transport. The requests start when `send` is called."""
         self._transport = cast(asyncio.Transport, transport)
 
     def send(self) -> None:
-        """Send the next request; close if none is left."""
+        """Send the next request, or close the connection if none is left."""
         assert self._transport is not None
         if not self._turns.take():
             self.close()
@@ -129,13 +129,13 @@ class Client(asyncio.Protocol):
             self.ended.set_result(None)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Count a pending answer as failed."""
+        """Count a pending response as failed."""
         if self._waits:
             self._fail(f"the connection was closed: {exc}")
         self.close()
 
     def data_received(self, data: bytes) -> None:
-        """Detect the start and the end of the answer."""
+        """Detect the start and end of a response."""
         parts = self._parts
         parts.append(data)
         self._load.reads += 1
@@ -181,10 +181,10 @@ class Client(asyncio.Protocol):
 
 
 class Turns:
-    """The number of requests that all clients together may still send, and the time until which they may.
+    """Budget shared by all clients: how many more requests they may send, and until when.
 
     Args:
-        limit: maximum number of requests; None for no limit except the time.
+        limit: maximum number of requests, or None to limit only the time.
     """
 
     def __init__(self, limit: int | None) -> None:
@@ -192,11 +192,11 @@ class Turns:
         self._deadline = 0.0
 
     def begin(self, seconds: float) -> None:
-        """Allow requests from now on for some seconds."""
+        """Allow requests for the given number of seconds from now."""
         self._deadline = time.perf_counter() + seconds
 
     def take(self) -> bool:
-        """Return whether another request may be sent; if so, count it."""
+        """Return whether another request may be sent, and count it if so."""
         if time.perf_counter() >= self._deadline or self._left == 0:
             return False
         if self._left is not None:
@@ -205,7 +205,7 @@ class Turns:
 
 
 def content_length(head: bytes) -> int:
-    """Return the length of an answer's body; -1 if it is chunked."""
+    """Return the length of a response body, or -1 if it is chunked."""
     lower = head.lower() + b"\r\n"
     at = lower.find(b"\r\ncontent-length:")
     return int(lower[at + 17 : lower.index(b"\r\n", at + 2)]) if at >= 0 else -1
@@ -222,14 +222,14 @@ async def send(
     spread_s: float = 0.0,
     on_connected: Callable[[], None] = lambda: None,
 ) -> Load:
-    """Run concurrent clients, each with one request after the other.
+    """Run concurrent clients, each sending one request after the other.
 
     Args:
-        requests: number of requests of all clients together; None: as many as there is time for.
-        seconds: time after which no request is started.
-        patience_s: additional time to wait for the last answers; missing answers count as failed.
-        spread_s: time over which the starts of the clients are spread.
-        on_connected: called when all clients are connected, before the first request.
+        requests: total number of requests over all clients, or None for as many as fit in the time.
+        seconds: time after which no new request is started.
+        patience_s: additional time to wait for the last responses; missing responses count as failed.
+        spread_s: time over which the clients' starts are spread.
+        on_connected: called before the first request, once all clients are connected.
     """
     loop, load = asyncio.get_running_loop(), Load()
     request, turns = ask.request(address), Turns(requests)
@@ -262,7 +262,7 @@ async def _connect(address: Address, make: Callable[[], Client]) -> Client:
 
 
 async def answers(address: Address, ask: Ask) -> bool:
-    """Send one request; return whether it gets a complete answer within a few seconds."""
+    """Send one request and return whether a complete response arrives within a few seconds."""
     try:
         return (await send(address, ask, clients=1, requests=1, patience_s=5.0)).done == 1
     except OSError:

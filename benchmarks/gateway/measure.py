@@ -1,4 +1,4 @@
-"""Cost of one gateway in one round: the loads, one after the other, and the processor time for each."""
+"""Measures one gateway in one round: runs each load in turn and records the CPU time used."""
 
 import asyncio
 import time
@@ -9,7 +9,7 @@ from benchmarks.gateway.load import Address, Ask, Load, send
 from benchmarks.gateway.processes import core_seconds, cpu_seconds, resident_bytes
 
 _SETTLE_S = 1.0
-"""Pause after the last answer: work after an answer, such as writing rows, counts too."""
+"""Pause after the last response, in seconds, so that later work, such as writing rows, is counted too."""
 _REST_S, _LOAD_S, _MAX_S = 2.0, 3.0, 60.0
 _WHOLE = Ask(chunks=16)
 _SHORT_STREAM = Ask(chunks=3, stream=True)
@@ -18,28 +18,29 @@ _SECOND = Ask(chunks=100, stream=True)
 _MANY = Ask(chunks=20, stream=True)
 _PACE_S, _SLOW_PACE_S = 0.01, 0.1
 FULL = 0.9
-"""Use of a gateway's core, as a share, from which the gateway limits the rate, not the clients."""
+"""Share of a gateway's core above which the gateway, rather than the clients, limits the request rate."""
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Figures of one gateway in one round; processor time and memory are 0 if it has no process.
+    """Measurements of one gateway in one round. CPU time and memory are 0 if the gateway has no process.
 
     Attributes:
-        request_ms_1, request_ms_16, request_ms_64: processor time per non-streamed request, by number of clients.
-        rate: requests per second of 64 clients.
-        busy: share of the gateway's core that was used at this rate.
-        chunk_us_16, chunk_us_100: processor time per chunk of streams of 100 chunks, by number of streams.
-        reads_16, reads_100: client reads per chunk: less than 1 if several chunks arrived together, as from a gateway
-            that is too slow to forward each chunk separately.
-        first_ms_p50, first_ms_p99: time to the first event, one stream at a time.
-        first_64_ms_p50, first_64_ms_p99: the same with 64 concurrent streams.
-        many_failed: incomplete answers of 1,024 concurrent streams.
-        many_chunk_us: processor time per chunk of these streams.
-        rest_ms: processor time per second without requests; figures for low rates include a part of it.
-        idle_mib, many_mib: memory after the start, and after the 1,024 streams.
-        failed: failures of all other requests.
-        taken: share of the gateway's core that other processes used; if large, rates and times mean little.
+        request_ms_1, request_ms_16, request_ms_64: CPU time per non-streamed request, by number of clients.
+        rate: requests per second with 64 clients.
+        busy: share of the gateway's core in use at this rate.
+        chunk_us_16, chunk_us_100: CPU time per chunk for streams of 100 chunks, by number of streams.
+        reads_16, reads_100: client reads per chunk; less than 1 if several chunks arrived together, as from
+            a gateway that is too slow to forward each chunk separately.
+        first_ms_p50, first_ms_p99: time to the first event with one stream at a time.
+        first_64_ms_p50, first_64_ms_p99: time to the first event with 64 concurrent streams.
+        many_failed: incomplete responses among 1,024 concurrent streams.
+        many_chunk_us: CPU time per chunk of these 1,024 streams.
+        rest_ms: CPU time per second without requests; the figures for low rates include some of it.
+        idle_mib, many_mib: memory after the start and after the 1,024 streams.
+        failed: number of failures among all other requests.
+        taken: share of the gateway's core used by other processes; if it is large, rates and times mean
+            little.
     """
 
     request_ms_1: float
@@ -65,13 +66,13 @@ class Figures:
 
 
 class Measurement:
-    """The measurement of one gateway.
+    """Measures a single gateway.
 
     Args:
-        pid: id of the gateway's first process; None if it has no process.
-        core: the gateway's core.
+        pid: id of the gateway's first process, or None if it has no process.
+        core: CPU core of the gateway.
         set_pace: sets the upstream's pause between chunks, in seconds.
-        tell: callback for failures.
+        tell: callback that receives failures.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class Measurement:
         self._failed = 0
 
     async def run(self) -> Figures:
-        """Return all figures; takes half a minute for a fast gateway."""
+        """Run all measurements and return them. Takes half a minute for a fast gateway."""
         await self._warm()
         idle = self._memory()
         began, core, own = time.monotonic(), core_seconds(self._core), self._used()
@@ -133,7 +134,7 @@ class Measurement:
         )
 
     async def _warm(self) -> None:
-        """Send requests before the measurement, so that one-time work is not measured."""
+        """Send warm-up requests, so that one-time work is not measured."""
         await self._load(_WHOLE, clients=4, seconds=1.0)
         await self._load(_SHORT_STREAM, clients=4, requests=40)
         self._failed = 0
@@ -147,7 +148,7 @@ class Measurement:
         seconds: float = _MAX_S,
         spread_s: float = 0.0,
     ) -> tuple[Load, float]:
-        """Return the result of the requests, and the gateway's processor time."""
+        """Run the given load and return its result and the gateway's CPU time."""
         load = await send(
             self._address,
             ask,
@@ -178,6 +179,6 @@ def _each(total: float, number: int) -> float:
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """Return the smallest value that is not exceeded by at least this share of the values; NaN without values."""
+    """Return the smallest value that at least `share` of the values do not exceed, or NaN without values."""
     ranked = sorted(values)
     return ranked[max(0, -int(-share * len(ranked) // 1) - 1)] if ranked else float("nan")

@@ -1,7 +1,7 @@
-"""Run `svc serve` with a server that is already running instead of a vLLM engine.
+"""Runs `svc serve` with an already running server in place of a vLLM engine.
 
-All work for a request, including the HTTP client, is the server's own code; only the engine's start, end and
-verification are skipped.
+All work for a request, including the HTTP client, is done by the server's own code. Only the engine's
+start, stop and verification are skipped.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from svc.engine.vllm.process import EngineProcess
 
 
 class UpstreamEngine(EngineProcess):
-    """An engine whose socket leads to a server that is started and stopped elsewhere.
+    """An engine whose socket is linked to a server managed elsewhere.
 
     Args:
         upstream: socket of that server.
@@ -32,17 +32,17 @@ class UpstreamEngine(EngineProcess):
 
     @property
     def capabilities(self) -> EngineCapabilities:
-        """Return capabilities without probing: there is no model whose probabilities could be compared."""
+        """Return capabilities without probing, because there is no model whose probabilities could be compared."""
         return replace(super().capabilities, unprobed="this is the benchmark's engine")
 
     async def start(self, on_phase: Callable[[EnginePhase], None] = lambda phase: None) -> None:
-        """Link the socket to the running server."""
+        """Link the engine's socket to the running server."""
         self.plan = (await asyncio.to_thread(lambda: self.spec.plan)).rows()
         self.spec.socket.unlink(missing_ok=True)
         self.spec.socket.symlink_to(self._upstream)
 
     async def wait(self) -> int | None:
-        """Wait forever."""
+        """Wait forever, because this engine never exits."""
         await asyncio.Event().wait()
         return None
 

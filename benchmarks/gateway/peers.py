@@ -1,4 +1,4 @@
-"""The measured gateways, and the commands that start them in front of the upstream."""
+"""Defines the measured gateways and the commands that start them in front of the upstream."""
 
 import os
 import secrets
@@ -15,12 +15,12 @@ from benchmarks.gateway.table import BARE, DIRECT
 from benchmarks.gateway.upstream import MODEL
 
 MAX_STREAMS = 2048
-"""Limit on concurrent requests: more than are ever sent, so that no gateway reaches it."""
+"""Limit on concurrent requests, higher than the number ever sent so that no gateway reaches it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Upstream:
-    """Addresses of the upstream."""
+    """Addresses at which the upstream listens."""
 
     socket: Path
     port: int
@@ -28,7 +28,7 @@ class Upstream:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """Command that starts a gateway, and the gateway's address."""
+    """Command that starts a gateway, with the gateway's address."""
 
     arguments: Sequence[str]
     address: Address
@@ -36,44 +36,44 @@ class Command:
 
 
 class Peer(ABC):
-    """One gateway.
+    """A gateway to measure.
 
     Attributes:
-        name: name in the table and for `--only`.
+        name: name shown in the table and accepted by `--only`.
     """
 
     name: str
 
     @property
     def missing(self) -> str:
-        """Return why the gateway cannot be started here; empty if it can."""
+        """Return why the gateway cannot be started here, or an empty string if it can."""
         return ""
 
     @abstractmethod
     def command(self, upstream: Upstream, folder: Path) -> Command | None:
-        """Return the command that starts the gateway; None if there is nothing to start.
+        """Return the command that starts the gateway, or None if there is nothing to start.
 
         Args:
-            folder: an empty folder for its files.
+            folder: an empty folder for the gateway's files.
         """
 
 
 class Direct(Peer):
-    """No gateway at all."""
+    """Direct connection to the upstream, without a gateway."""
 
     name = DIRECT
 
     def command(self, upstream: Upstream, folder: Path) -> None:
-        """Return None: the upstream is already running."""
+        """Return None, because the upstream is already running."""
 
 
 class Bare(Peer):
-    """Our HTTP server and our connections to the engine, without the gateway: see benchmarks.gateway.bare."""
+    """Our HTTP server and our connections to the engine, without the gateway. See benchmarks.gateway.bare."""
 
     name = BARE
 
     def command(self, upstream: Upstream, folder: Path) -> Command:
-        """Return the command of a single process."""
+        """Return the command that starts a single process."""
         port = free_port()
         return Command(
             [sys.executable, "-m", "benchmarks.gateway.bare", str(upstream.socket), str(port)], Address(port), {}
@@ -85,9 +85,9 @@ class Ours(Peer):
     """`svc serve` with request rows and metrics.
 
     Args:
-        home: home of the server, which is copied for each start.
+        home: home of the server, copied for each start.
         key: secret of the only key in the home; empty if there is no key.
-        traced: whether a span of each request is sent, to the upstream's port.
+        traced: whether a span for each request is sent to the upstream's port.
     """
 
     name: str
@@ -96,7 +96,7 @@ class Ours(Peer):
     traced: bool = False
 
     def command(self, upstream: Upstream, folder: Path) -> Command:
-        """Return the server's own command with another engine."""
+        """Return the server's own command with its engine replaced."""
         home, port = folder / "home", free_port()
         shutil.copytree(self.home, home)
         arguments = [sys.executable, "-m", "benchmarks.gateway.ours", str(upstream.socket), "--home", str(home)]
@@ -113,31 +113,31 @@ class Ours(Peer):
 
 @dataclass(frozen=True)
 class Installed(Peer):
-    """A program of `install_peers.sh`."""
+    """A gateway program installed by `install_peers.sh`."""
 
     bin: Path
     program: str
 
     @property
     def path(self) -> Path:
-        """Return the path of the program."""
+        """Return the program's path."""
         return self.bin / self.program
 
     @property
     def missing(self) -> str:
-        """Return why the program cannot be started; empty if it is installed."""
+        """Return why the program cannot be started, or an empty string if it is installed."""
         return "" if os.access(self.path, os.X_OK) else f"{self.path} is not installed"
 
 
 @dataclass(frozen=True)
 class Nginx(Installed):
-    """A reverse proxy without knowledge of models."""
+    """The nginx reverse proxy, which knows nothing about models."""
 
     program: str = "nginx"
     name: str = "nginx"
 
     def command(self, upstream: Upstream, folder: Path) -> Command:
-        """Return the command with one worker, open connections to the upstream and no buffering."""
+        """Return the nginx command with one worker, keep-alive connections to the upstream and no buffering."""
         port = free_port()
         config = folder / "nginx.conf"
         config.write_text(_NGINX.format(folder=folder, socket=upstream.socket, port=port, user=_user()))
@@ -147,13 +147,13 @@ class Nginx(Installed):
 
 @dataclass(frozen=True)
 class VllmRouter(Installed):
-    """vLLM's own router, in Rust."""
+    """vLLM's own router, written in Rust."""
 
     program: str = "vllm-router"
     name: str = "vllm-router"
 
     def command(self, upstream: Upstream, folder: Path) -> Command:
-        """Return the command with one worker and round robin: its other policies read prompts to choose a worker."""
+        """Return the command with one worker and round robin, because the other policies read prompts."""
         port = free_port()
         arguments = [str(self.path), "--host", "127.0.0.1", "--port", str(port), "--policy", "round_robin"]
         arguments += ["--worker-urls", f"http://127.0.0.1:{upstream.port}"]
@@ -163,13 +163,13 @@ class VllmRouter(Installed):
 
 @dataclass(frozen=True)
 class LiteLLM(Installed):
-    """LiteLLM's proxy without a database, with one key, which it requires."""
+    """LiteLLM's proxy without a database. It has one key, which LiteLLM requires."""
 
     program: str = "litellm"
     name: str = "LiteLLM"
 
     def command(self, upstream: Upstream, folder: Path) -> Command:
-        """Return the command with one worker."""
+        """Return the LiteLLM command with one worker."""
         port, key = free_port(), f"sk-{secrets.token_hex(32)}"
         config = folder / "litellm.yaml"
         config.write_text(_LITELLM.format(model=MODEL, port=upstream.port))
@@ -230,12 +230,12 @@ litellm_settings:
 
 
 def _user() -> str:
-    """Return nginx's directive `user` for root: workers of another user could not open the upstream's socket."""
+    """Return nginx's `user` directive for root, because other users' workers could not open the socket."""
     return "user root;" if os.getuid() == 0 else ""
 
 
 def free_port() -> int:
-    """Return a port that is free now."""
+    """Return a port that is currently free."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Run pinned processes, and measure the processor time and memory of process trees."""
+"""Runs pinned processes and measures the CPU time and memory of process trees."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ _STOP_S = 20.0
 
 
 def cpu_seconds(pid: int) -> float:
-    """Return the processor time of a process and its children, including ended ones, seconds."""
+    """Return the CPU time of a process and its children in seconds, including children that have ended."""
     total = 0.0
     for process in _tree(pid):
         with suppress(psutil.NoSuchProcess):
@@ -22,13 +22,13 @@ def cpu_seconds(pid: int) -> float:
 
 
 def core_seconds(core: int) -> float:
-    """Return the time a core was busy, for any process or another machine on the same host, seconds."""
+    """Return how long a core was busy, in seconds, for any process or another machine on the same host."""
     times = psutil.cpu_times(percpu=True)[core]
     return float(times.user + times.nice + times.system + times.steal)
 
 
 def resident_bytes(pid: int) -> int:
-    """Return the memory of a process and its children; shared pages count once for each."""
+    """Return the resident memory of a process and its children in bytes. Shared pages count once per process."""
     total = 0
     for process in _tree(pid):
         with suppress(psutil.NoSuchProcess):
@@ -48,10 +48,10 @@ def _tree(pid: int) -> list[psutil.Process]:
 def running(
     arguments: Sequence[str], *, core: int | None = None, log: Path, variables: Mapping[str, str] | None = None
 ) -> Iterator["subprocess.Popen[bytes]"]:
-    """Run a process for the body, then stop it with all its children.
+    """Run a process while the context is active, then stop it with all its children.
 
     Args:
-        core: the only core that it may use; None: all of this process.
+        core: the only core that the process may use, or None for all cores of the current process.
     """
     cores = os.sched_getaffinity(0) if core is None else {core}
     with log.open("wb") as output:
@@ -71,7 +71,7 @@ def running(
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Terminate the first process, which stops its children, then kill the remaining ones."""
+    """Terminate the first process, which stops its children, then kill any that remain."""
     tree = _tree(process.pid)
     process.terminate()
     with suppress(subprocess.TimeoutExpired):

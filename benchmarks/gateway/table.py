@@ -1,4 +1,4 @@
-"""Compute medians, intervals and ratios over rounds, and print them as tables."""
+"""Computes medians, intervals and ratios over rounds and prints them as tables."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from benchmarks.gateway.measure import FULL, Figures
 from benchmarks.interval import interval
 
 Round = Mapping[str, Figures]
-"""The figures of one round, by gateway."""
+"""Measurements of one round, keyed by gateway."""
 DIRECT, OURS, KEYLESS, TRACED = "direct", "tuneserve", "tuneserve without keys", "tuneserve with traces"
 BARE = "connections alone"
 _ADDED = ("first_ms_p50", "first_ms_p99", "first_64_ms_p50", "first_64_ms_p99")
@@ -40,13 +40,13 @@ _COMPARED = ("request_ms_1", "request_ms_64", "chunk_us_16", "chunk_us_100", "fi
 
 
 def complete(rounds: Sequence[Round]) -> list[Round]:
-    """Return the rounds limited to gateways measured in all of them, in the order of the first round."""
+    """Return the rounds with only the gateways that were measured in all of them, in the first round's order."""
     names = [name for name in rounds[0] if all(name in each for each in rounds)]
     return [{name: each[name] for name in names} for each in rounds]
 
 
 def added(measured: Round) -> dict[str, Figures]:
-    """Return the round with times to the first token minus the upstream's own in that round."""
+    """Return the round with the upstream's own times subtracted from the times to the first token."""
     if DIRECT not in measured:
         return dict(measured)
     own = asdict(measured[DIRECT])
@@ -59,7 +59,7 @@ def added(measured: Round) -> dict[str, Figures]:
 
 
 def summary(rounds: Sequence[Round]) -> dict[str, Any]:
-    """Return medians and intervals of the means for each gateway, and ratios of pairs within the rounds."""
+    """Return each gateway's medians and intervals of its means, plus the ratios of gateway pairs within rounds."""
     rounds = [added(each) for each in rounds]
     figures = {
         name: {key: _spread([asdict(each[name])[key] for each in rounds]) for key in asdict(rounds[0][name])}
@@ -86,7 +86,7 @@ def _ratio(upper: float, lower: float) -> float:
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
-    """Return the tables of figures and ratios, with one column per gateway."""
+    """Return the tables of measurements and ratios, with one column per gateway."""
     gateways = result["gateways"]
     figures = Table(Column("median ± half of the mean's 95 %", no_wrap=True), *gateways, box=None)
     for key, (title, digits) in _ROWS.items():

@@ -1,7 +1,8 @@
-"""A double of a vLLM server at minimal cost: fixed answers in vLLM's format, at a configurable pace.
+"""A minimal-cost stand-in for a vLLM server: fixed answers in vLLM's format, at a configurable pace.
 
-It must never limit a gateway. So it parses as little of a request as possible, every answer is built once, and only the
-times between the chunks of a stream are real. `/pace`, used only by this benchmark, sets them.
+It must never be the bottleneck of a gateway. It therefore parses as little of a request as possible and
+builds every answer only once; only the pauses between the chunks of a stream are real. They are set
+through `/pace`, which only this benchmark uses.
 """
 
 import asyncio
@@ -34,7 +35,7 @@ class Pace:
     """Pace of all streams.
 
     Attributes:
-        seconds: time from one chunk to the next.
+        seconds: pause between two chunks.
     """
 
     seconds: float = 0.01
@@ -42,10 +43,10 @@ class Pace:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """The fields of a request that determine the answer.
+    """The request fields that determine the answer.
 
     Attributes:
-        chunks: number of tokens of the answer, one per chunk.
+        chunks: number of tokens in the answer, one per chunk.
     """
 
     stream: bool
@@ -54,7 +55,7 @@ class Request:
 
     @classmethod
     def of(cls, body: bytes) -> "Request":
-        """Return the request in a body."""
+        """Parse a request from its body."""
         fields = json.loads(body)
         chunks = fields.get("max_completion_tokens") or fields.get("max_tokens") or DEFAULT_CHUNKS
         usage = (fields.get("stream_options") or {}).get("include_usage")
@@ -63,7 +64,7 @@ class Request:
 
 @cache
 def whole(chunks: int) -> bytes:
-    """Return the body of a non-streamed answer."""
+    """Return the response body for a non-streamed answer."""
     message = {
         "role": "assistant",
         "content": (_WORD * chunks).strip(),
@@ -87,10 +88,10 @@ def whole(chunks: int) -> bytes:
 
 
 def events(request: Request) -> list[bytes]:
-    """Return the bytes of a stream, one element for each token.
+    """Return the bytes of a streamed response, one element per token.
 
-    As in vLLM, the first token is sent together with the event for the role, and the last one with the end of the
-    stream.
+    As in vLLM, the first token is sent together with the event for the role, and the last token with the end
+    of the stream.
     """
     role = _chunk({"role": "assistant", "content": ""}, None, prompt_token_ids=None)
     token, last = _chunk({"content": _WORD}, None), _chunk({"content": _WORD}, "length")
@@ -129,7 +130,7 @@ def _event(value: Any) -> bytes:
 
 @cache
 def _writes(request: Request) -> tuple[bytes, ...]:
-    """Return the bytes written to the connection for each token of a stream."""
+    """Return the bytes to write to the connection for each token of a stream."""
     framed = [b"%x\r\n%b\r\n" % (len(event), event) for event in events(request)]
     framed[0] = _STREAM_HEAD + framed[0]
     framed[-1] += _LAST_CHUNK
@@ -160,7 +161,7 @@ _NOT_FOUND = _response(b'{"detail":"Not Found"}', status="404 Not Found")
 
 
 class Connection(asyncio.Protocol):
-    """One connection: requests one after the other, each with a Content-Length."""
+    """A client connection that handles one request at a time, each with a Content-Length."""
 
     def __init__(self, pace: Pace) -> None:
         self._pace = pace
@@ -173,12 +174,12 @@ class Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is not a subclass of it
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the current stream."""
+        """Stop the stream in progress."""
         if self._timer:
             self._timer.cancel()
 
     def data_received(self, data: bytes) -> None:
-        """Answer as soon as a request is complete."""
+        """Respond as soon as a request is complete."""
         self._received = data = self._received + data if self._received else data
         end = data.find(_HEAD_END)
         if end < 0:
@@ -224,7 +225,7 @@ def _content_length(head: bytes) -> int:
 
 
 async def serve(socket: Path, port: int, on_ready: Callable[[], None] = lambda: None) -> None:
-    """Answer on a unix socket and on a port of this machine, until cancelled."""
+    """Serve on a Unix socket and on a local port until cancelled."""
     loop, pace = asyncio.get_running_loop(), Pace()
     local = await loop.create_unix_server(lambda: Connection(pace), str(socket), backlog=_BACKLOG)
     server = await loop.create_server(lambda: Connection(pace), "127.0.0.1", port, backlog=_BACKLOG)
@@ -237,7 +238,7 @@ async def serve(socket: Path, port: int, on_ready: Callable[[], None] = lambda: 
 @click.option("--socket", type=click.Path(path_type=Path), required=True)
 @click.option("--port", type=int, required=True)
 def main(socket: Path, port: int) -> None:
-    """Answer on a unix socket and on a port."""
+    """Serve on a Unix socket and on a local port."""
     uvloop.run(serve(socket, port))
 
 

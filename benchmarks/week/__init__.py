@@ -1,1 +1,1 @@
-"""`make bench-week`: a simulated week of traffic, and the alerts raised by the real rules."""
+"""`make bench-week`: simulates a week of traffic and reports the alerts that the real rules raise."""

@@ -1,4 +1,4 @@
-"""`make bench-week`: simulate the week, evaluate the alert rules, and compare with the expected alerts."""
+"""`make bench-week`: simulates the week, evaluates the alert rules and checks for the expected alerts."""
 
 import logging
 import sys
@@ -18,7 +18,7 @@ from benchmarks.week.traffic import Clients
 from svc.terminal import console, counting, output
 
 DRIFT = "SvcDrift"
-"""The only expected alert that needs the drift checks."""
+"""The only expected alert that depends on the drift checks."""
 
 
 @click.command()
@@ -27,7 +27,7 @@ DRIFT = "SvcDrift"
 @click.option("--drift/--no-drift", default=True, help="Check the traffic for drift, which takes most of the time.")
 @click.option("--promtool", type=click.Path(path_type=Path), default=PROMTOOL, show_default=True)
 def main(seed: int, folder: Path | None, promtool: Path, *, drift: bool) -> None:
-    """Simulate a week of traffic; exit with code 1 if its alerts differ from expected.yml."""
+    """Simulate a week of traffic, and exit with code 1 if its alerts differ from expected.yml."""
     logging.disable(logging.WARNING)  # each drift alarm logs a warning
     with TemporaryDirectory(prefix="week") as scratch:
         tests = (folder or Path(scratch)).absolute()
@@ -50,7 +50,7 @@ def main(seed: int, folder: Path | None, promtool: Path, *, drift: bool) -> None
 
 
 def run_week(seed: int, monitor: DriftMonitor) -> Series:
-    """Simulate a week; return its series."""
+    """Simulate a week and return its metric series."""
     server, series = Server(), Series()
     targets = list(server.targets.values())
     drift = monitor.drift_pages(0, [], targets, [])

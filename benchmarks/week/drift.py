@@ -1,4 +1,4 @@
-"""Run the real drift check on the rows of the simulated requests every ten simulated minutes."""
+"""Runs the real drift check on the simulated request rows every ten simulated minutes."""
 
 from collections.abc import Sequence
 from datetime import datetime, timedelta
@@ -30,11 +30,11 @@ from tests.serving.versions import FACTS
 
 CHECK_MINUTES = 10
 _VERSIONS = {MAIN: 2, SIDE: 3}
-"""Number of versions of a model; 1 for models that are not listed."""
+"""Number of versions per model; models that are not listed have one."""
 
 
 class DriftMonitor:
-    """The drift part of `svc monitor` with its exported metrics.
+    """The drift part of `svc monitor`, with the metrics that it exports.
 
     Args:
         home: an empty folder.
@@ -59,12 +59,12 @@ class DriftMonitor:
     def drift_pages(
         self, minute: int, records: Sequence[RequestRecord], targets: Sequence[Target], holdouts: Sequence[Change]
     ) -> Page:
-        """Store the events since the last call, check for drift if a check is due, and return the page of this minute.
+        """Store the events since the last call, check for drift if due, and return this minute's metrics page.
 
         Args:
-            records: rows of the request log since the last call.
+            records: request log rows written since the last call.
             targets: served target of each model.
-            holdouts: runs of the held-out set that finished since the last call.
+            holdouts: held-out runs that finished since the last call.
         """
         self._now = EPOCH + timedelta(minutes=minute)
         promoted = self._promote(targets)
@@ -92,7 +92,7 @@ class DriftMonitor:
         return sorted(alarms, key=lambda pair: pair[1].called_at)
 
     def _add_items(self, records: Sequence[RequestRecord]) -> None:
-        """Store the features of complete answers, as the server does."""
+        """Store the features of complete answers, as the real server does."""
         by_target = dict[Target, list[RequestRecord]]()
         for record in records:
             if record.status == 200 and record.version and record.format and record.prompt is not None:
@@ -110,7 +110,7 @@ class DriftMonitor:
         return promoted
 
     def _add_run(self, run: Change, target: Target) -> None:
-        """Store a run of the held-out set with the registered answers."""
+        """Store a held-out run that reproduces the registered answers."""
         assert run.holdout is not None
         registered = self._registry.results(target.version, target.format)
         ended: datetime = EPOCH + timedelta(seconds=run.at)

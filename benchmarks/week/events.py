@@ -1,4 +1,4 @@
-"""Events of the week's engines in the order of time: starts, sleeps, swaps and the crash loop."""
+"""Engine events of the week in chronological order: starts, sleeps, swaps and the crash loop."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,24 +26,25 @@ from svc.store.swaps import SwapKind, SwapOutcome, SwapResult
 DRAINING, FAILED, IDLE, READY = EngineState.DRAINING, EngineState.FAILED, EngineState.IDLE, EngineState.READY
 RETIRING, STARTING, SWAPPING = EngineState.RETIRING, EngineState.STARTING, EngineState.SWAPPING
 CRASH_S = 30.0
-"""Time until an engine dies in the crash loop."""
+"""Time after which an engine dies during the crash loop, in seconds."""
 BACKOFF_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
-"""Pauses before an engine is started again, as in the server (serving.rollout.reviver)."""
+"""Delays before an engine is restarted, in seconds, as in the server (serving.rollout.reviver)."""
 HOLDOUT_S = 300.0
-"""Duration of a run of the held-out set."""
+"""Duration of a held-out run, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A change of a model's engines.
+    """A change to a model's engines.
 
     Attributes:
-        states: new states of its engines; None if unchanged.
-        version: new served version; None if unchanged.
-        restarted: whether an engine restarts after its death.
-        swap: result of a swap that ends; None if none ends.
-        woke_s: seconds since the request that woke an idle model, which is awake now; None if none wakes.
-        holdout: cause of a run of the held-out set that ends; None if none ends.
+        states: new states of the engines, or None if unchanged.
+        version: newly served version, or None if unchanged.
+        restarted: whether an engine restarts after it died.
+        swap: result of the swap that ends, or None if no swap ends.
+        woke_s: seconds since the request that woke the idle model, which is now awake; None if no model
+            wakes.
+        holdout: cause of the held-out run that ends, or None if no run ends.
     """
 
     at: float
@@ -57,7 +58,7 @@ class Change:
 
 
 def changes() -> list[Change]:
-    """Return all changes of the week."""
+    """Return all engine changes of the week."""
     changes = [
         Change(0.0, MAIN, (READY, READY), version=1),
         Change(0.0, SIDE, (READY,), version=1),
@@ -85,7 +86,7 @@ def _in_place() -> Iterator[Change]:
 
 
 def _crash_loop() -> Iterator[Change]:
-    """Yield the engine's deaths and starts, with the server's backoff after each death during a start."""
+    """Yield the engine's deaths and starts, with the server's backoff after each death during startup."""
     now, failures = float(CRASHES_AT), 0
     yield Change(now, SIDE, (FAILED,))
     while True:
@@ -122,7 +123,7 @@ def _blue_green() -> Iterator[Change]:
 
 
 def _naps(model: str) -> Iterator[Change]:
-    """Yield the starts and sleeps of an idle model; the first request of each period wakes it."""
+    """Yield the starts and sleeps of an idle model, which is woken by the first request of each period."""
     starts_s, moments = WAKES[model]
     for begins in map(at, moments):
         yield Change(begins + 1.0, model, (STARTING,))

@@ -1,4 +1,4 @@
-"""Compare the alerts that the week must raise with those that it raised."""
+"""Compares the alerts that the week must raise with those it actually raised."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +15,10 @@ FILE = Path(__file__).with_name("expected.yml")
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """An alert of expected.yml.
+    """An expected alert from expected.yml.
 
     Attributes:
-        begins, ends: earliest and latest minute in which the alert must begin, and end.
+        begins, ends: earliest and latest minute in which the alert must begin, and in which it must end.
     """
 
     alert: str
@@ -38,7 +38,7 @@ class Expected:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A line of the comparison: an expected alert, an alert that fired, or both."""
+    """A row of the comparison: an expected alert, an alert that fired, or both."""
 
     expected: Expected | None
     found: Firing | None
@@ -50,14 +50,15 @@ class Row:
 
 
 def read_expected(file: Path = FILE) -> list[Expected]:
-    """Return the expected alerts."""
+    """Return the expected alerts read from the file."""
     return [_expected(entry) for entry in yaml.safe_load(file.read_text("utf-8"))]
 
 
 def compare(expected: list[Expected], firings: list[Firing]) -> list[Row]:
-    """Return a row for each expected alert, then a row for each other alert that fired.
+    """Return a row for each expected alert, followed by a row for each unexpected alert that fired.
 
-    An expected alert gets the first firing with its name and labels, preferably one at the expected time.
+    An expected alert is matched with the first firing that has its name and labels, preferring a firing at
+    the expected time.
     """
     rows, remaining = list[Row](), one_of_features(firings)
     for alert in expected:
@@ -70,7 +71,7 @@ def compare(expected: list[Expected], firings: list[Firing]) -> list[Row]:
 
 
 def one_of_features(firings: list[Firing]) -> list[Firing]:
-    """Return the alerts without the label `feature`; concurrent alerts of several features become one.
+    """Return the alerts without their `feature` label, merging concurrent alerts of several features into one.
 
     This is because expected.yml does not predict which features show a change.
     """

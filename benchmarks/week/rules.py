@@ -1,8 +1,9 @@
-"""Evaluate the alert rules over the week's pages with promtool.
+"""Evaluates the alert rules over the week's metrics pages with promtool.
 
-The rules of deploy/prometheus/rules are unchanged. Those of the service level objectives, which look back three days
-and have no `for`, are evaluated every two minutes and for each model separately: a query of promtool's tests loads at
-most 10,000 samples, and three days are 4,320 per series. All others are evaluated every minute.
+The rules in deploy/prometheus/rules are used unchanged. The rules for service level objectives, which
+look back three days and have no `for`, are evaluated every two minutes and separately for each model,
+because a query in promtool's tests loads at most 10,000 samples, and three days are 4,320 per series.
+All other rules are evaluated every minute.
 """
 
 import os
@@ -26,7 +27,7 @@ PROMTOOL = Path(".venv") / "prometheus" / "bin" / "promtool"
 TARGET = (("instance", "127.0.0.1:9464"), ("job", "tuneserve"), ("namespace", "production"))
 _SLO_ALERTS = "tuneserve_slo"
 _LAG = "svc_event_loop_lag_seconds_bucket"
-"""The only histogram of which alerts read all buckets."""
+"""The only histogram whose buckets are all read by alerts."""
 _COUNTERS = ("_total", "_count", "_bucket")
 _PROCESSES = 2
 _FIRING = 'ALERTS{alertstate="firing"}'
@@ -52,11 +53,11 @@ class Firing:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Alerts evaluated by one run of promtool.
+    """A group of alerts that one promtool run evaluates.
 
     Attributes:
         step: minutes between two evaluations.
-        model: model whose service level objectives are evaluated; None for all other alerts.
+        model: model whose service level objectives are evaluated, or None for all other alerts.
     """
 
     name: str
@@ -65,7 +66,7 @@ class Part:
 
     @property
     def groups(self) -> list[dict[str, Any]]:
-        """Return the groups of the recording rules that the alerts read, then those of the alerts."""
+        """Return the groups of recording rules that the alerts read, followed by the groups of the alerts."""
         is_slo = self.model is not None
         alerts = [
             group for group in groups() if "alert" in group["rules"][0] and (group["name"] == _SLO_ALERTS) is is_slo
@@ -74,7 +75,7 @@ class Part:
         return [group for group in groups() if any(rule.get("record") in names for rule in group["rules"])] + alerts
 
     def has(self, labels: Labels) -> bool:
-        """Return whether the part reads a series with these labels; requests without a model belong to the main one."""
+        """Return whether a series with these labels is read. Requests without a model belong to the main model."""
         model = dict(labels).get("model")
         return self.model is None or self.model == (model if model in MODELS else MAIN)
 
@@ -83,7 +84,7 @@ PARTS = (Part("others", 1), *(Part(f"slo_{model}", 2, model) for model in MODELS
 
 
 class Series:
-    """The samples of the week that alert rules read, one per series and minute."""
+    """The week's samples that alert rules read, one per series and minute."""
 
     def __init__(self) -> None:
         self._read = read(groups())
@@ -92,7 +93,7 @@ class Series:
         self.minutes = 0
 
     def add(self, page: Page) -> None:
-        """Add the page of the next minute."""
+        """Add the metrics page of the next minute."""
         for series, value in page.items():
             if not self._is_read(*series):
                 continue
@@ -105,9 +106,9 @@ class Series:
         self.minutes += 1
 
     def lines(self, part: Part) -> Iterator[str]:
-        """Return the series of a part in promtool's format, with runs of a value abbreviated.
+        """Yield the series that a part needs in promtool's format, with repeated values abbreviated.
 
-        Counters that stay 0 are omitted: no alert fires for them, and they are most of the series.
+        Counters that stay 0 are omitted, because no alert fires for them and they make up most of the series.
         """
         names = read(part.groups)
         for (name, labels), values in self._values.items():
@@ -126,7 +127,7 @@ class Series:
 
 
 def read(rule_groups: Iterable[dict[str, Any]]) -> set[str]:
-    """Return all words in the alerts of some groups and in the rules they read, including all names of series."""
+    """Return all words in the alerts of some groups and in the rules they read, including all series names."""
     recorded = {rule["record"]: rule["expr"] for group in groups() for rule in group["rules"] if "record" in rule}
     expressions = [rule["expr"] for group in rule_groups for rule in group["rules"] if "alert" in rule]
     names = set[str]()
@@ -138,7 +139,7 @@ def read(rule_groups: Iterable[dict[str, Any]]) -> set[str]:
 
 
 def write_test(series: Series, part: Part, folder: Path) -> Path:
-    """Write a promtool test that queries the firing alerts at each evaluation; return its path."""
+    """Write a promtool test that queries the firing alerts at each evaluation, and return its path."""
     rule_file, file = folder / f"{part.name}_rules.yml", folder / f"{part.name}.yml"
     rule_file.write_text(yaml.safe_dump({"groups": part.groups}, width=1_000), "utf-8")
     with file.open("w", encoding="utf-8") as test:
@@ -176,7 +177,7 @@ def _evaluate(promtool: Path, file: Path, step: int) -> list[Firing]:
 
 
 def firings(output: str, step: int) -> list[Firing]:
-    """Return the firing alerts from promtool's output, which reports all of them as unexpected.
+    """Return the firing alerts from promtool's output, which reports every one of them as unexpected.
 
     Args:
         step: minutes between two evaluations.
@@ -194,7 +195,7 @@ def firings(output: str, step: int) -> list[Firing]:
 
 
 def _runs(minutes: Sequence[int], step: int) -> Iterator[tuple[int, int]]:
-    """Return the first minute of each run without a gap, and the minute of the evaluation after the run."""
+    """Yield the first minute of each gapless run, and the minute of the evaluation after the run."""
     for _, run in groupby(enumerate(sorted(minutes)), key=lambda pair: pair[1] - pair[0] * step):
         members = [minute for _, minute in run]
         yield members[0], members[-1] + step

@@ -1,7 +1,7 @@
-"""The server of the week: the real instruments, fed with requests and changes of engines at simulated times.
+"""The simulated server: the real instruments, fed with requests and engine changes at simulated times.
 
-As far as metrics show, it admits requests like the real server: they wait for a swap or a waking engine, and get 503
-while the only engine restarts after its death.
+As far as its metrics show, it admits requests like the real server. Requests wait for a swap or a waking
+engine, and get 503 while the only engine restarts after its death.
 """
 
 import json
@@ -29,9 +29,9 @@ from tests.monitoring.drift.traffic import system_prompt
 
 Labels = tuple[tuple[str, str], ...]
 Page = dict[tuple[str, Labels], float]
-"""Values of a page's samples, by name and labels."""
+"""Sample values on a metrics page, keyed by name and labels."""
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-"""The beginning of the week, and of promtool's tests."""
+"""Time at which the week and promtool's tests begin."""
 _WAITED_FOR = frozenset({EngineState.IDLE, EngineState.DRAINING, EngineState.SWAPPING})
 _ANSWERING = frozenset({EngineState.READY, EngineState.DRAINING, EngineState.SWAPPING})
 _STATUS = {
@@ -40,12 +40,12 @@ _STATUS = {
     ErrorCode.RATE_LIMIT_EXCEEDED: 429,
     ErrorCode.CLIENT_GONE: CLIENT_GONE_STATUS,
 }
-"""HTTP status of each failure; a slow client has already received 200."""
+"""HTTP status for each failure. A client that reads too slowly has already received 200."""
 _PROMPT_TOKENS, _CACHED_TOKENS = 260, 160
-"""Number of tokens of a prompt, and of the shared system prompt in it."""
+"""Number of tokens in a prompt, and in the shared system prompt that it contains."""
 _WAKE_UPS = 60
-"""Number of measured wake-ups of the event loop per simulated minute; a real server has ten per second, but alerts read
-only shares."""
+"""Number of event-loop wake-ups measured per simulated minute. A real server has ten per second, but alerts
+read only shares."""
 _DISK_BYTES, _FREE_SHARE, _BACKUP_SHARE, _DAILY_SHARE, _BACKUP_S = 2e12, 0.45, 0.02, 0.005, 1_200
 _WRONG_KEY_S = 10
 
@@ -55,8 +55,8 @@ class Server:
 
     Attributes:
         targets: served target of each model.
-        holdouts: runs of the held-out set that ended since the caller last took them.
-        records: rows of the request log written since the caller last took them.
+        holdouts: held-out runs that ended since the caller last took them.
+        records: request log rows written since the caller last took them.
     """
 
     def __init__(self) -> None:
@@ -86,7 +86,7 @@ class Server:
         self._advance(0.0)
 
     def minute(self, begins: float, arrivals: Sequence[Arrival]) -> Page:
-        """Serve the requests of a minute; return the page of metrics at its end."""
+        """Serve the requests of one minute and return the metrics page at its end."""
         for arrival in arrivals:
             self._advance(arrival.at)
             self._admit(arrival)
@@ -99,7 +99,7 @@ class Server:
         return self.page()
 
     def page(self) -> Page:
-        """Return the samples that a scrape would get now."""
+        """Return the samples that a scrape would return now."""
         self._gateway.remove_idle([target.version for target in self.targets.values()])
         page = page_of(self._registry.collect())
         page.update(self._machine())
@@ -109,7 +109,7 @@ class Server:
         return page
 
     def _advance(self, now: float) -> None:
-        """Apply all events up to this time, in the order of time."""
+        """Apply all events up to the given time in chronological order."""
         while True:
             change = self._changes[0].at if self._changes else float("inf")
             end = self._under_way[0][0] if self._under_way else float("inf")
@@ -213,12 +213,12 @@ class Server:
         )
 
     def _count(self, model: str, *, queued: bool) -> int:
-        """Return the number of waiting or running requests of a model."""
+        """Return the number of a model's waiting or running requests."""
         mine = [begins for _, _, arrival, begins in self._under_way if arrival.model == model]
         return sum((begins > self._now) is queued for begins in mine)
 
     def _engine(self, model: str) -> Page:
-        """Return the metrics of a model's engine; all requests go to one replica."""
+        """Return the engine metrics of a model, whose requests all go to one replica."""
         version = self.targets[model].version.number
         labels = (("model", model), ("replica", "0"), ("version", str(version)))
         running = self._count(model, queued=False)
@@ -234,7 +234,7 @@ class Server:
         return {(name, labels): float(value) for name, value in values.items()}
 
     def _machine(self) -> Page:
-        """Return the monitor's metrics of the machine, and Prometheus' own metric of the target."""
+        """Return the monitor's machine metrics and Prometheus's own metric for the target."""
         days, backup = divmod(self._now - at(f"1 {BACKUP_TIME}"), DAY_S)
         free = _FREE_SHARE - _DAILY_SHARE * self._now / DAY_S
         if backup < _BACKUP_S:
@@ -255,7 +255,7 @@ class Server:
 
 
 def page_of(families: Iterable[Metric]) -> Page:
-    """Return the samples of a page without `_created`."""
+    """Return the samples of a metrics page, without `_created` samples."""
     return {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
         for family in families

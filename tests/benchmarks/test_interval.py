@@ -1,4 +1,4 @@
-"""The confidence interval of a few measurements."""
+"""Tests the confidence interval of a few measurements."""
 
 import math
 

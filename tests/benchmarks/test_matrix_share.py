@@ -1,4 +1,4 @@
-"""Necessary operations follow the formula, for the real model and the trainer's own batches."""
+"""Tests that necessary operations follow the formula, for the real model and the trainer's own batches."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The benchmark of starts reports the extra time, its parts and its interval."""
+"""Tests that the start benchmark reports the extra time, its parts and its interval."""
 
 import pytest
 

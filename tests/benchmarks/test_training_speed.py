@@ -1,4 +1,4 @@
-"""The benchmark of training compares speeds within rounds and losses step by step, on real runs."""
+"""Tests that the training benchmark compares speeds within rounds and losses step by step, on real runs."""
 
 import pytest
 
@@ -15,7 +15,7 @@ CURVES = {
 
 
 def a_round(ours: float, trl: float, grouped: float) -> dict[Contestant, Run]:
-    """Return runs of 100 tokens with these durations in seconds."""
+    """Return runs of 100 tokens that took the given durations in seconds."""
     seconds = {Contestant.OURS: ours, Contestant.TRL: trl, Contestant.GROUPED: grouped}
     return {one: Run(100, took, 1, (1.0,)) for one, took in seconds.items()}
 
@@ -54,7 +54,7 @@ def test_machine_speed_share_is_median_over_rounds_that_measured_it() -> None:
 
 @pytest.fixture(scope="module", params=[NumberType.BFLOAT16, NumberType.FLOAT32])
 def task(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Task:
-    """Return a task of a few steps on a tiny model."""
+    """Return a training task of a few steps on a tiny model."""
     examples = tuple(make_example("x" * (7 * number % 30), f"colour {number}") for number in range(24))
     recipe = make_recipe(train={"batch_size": 4, "learning_rate": 1e-2})
     return Task(make_model(tmp_path_factory.mktemp("base")), recipe, examples, request.param)

@@ -21,10 +21,10 @@ class Container:
     """One of our containers.
 
     Attributes:
-        where: its file and name.
-        words: arguments of `svc`; none for a shell.
-        variables: its environment.
-        mounts: volumes by folder.
+        where: file and name of the container.
+        words: arguments of `svc`; empty for a shell.
+        variables: environment variables of the container.
+        mounts: mounted volumes, keyed by folder.
         probes: probed paths.
     """
 
@@ -37,12 +37,12 @@ class Container:
 
 @cache
 def documents(path: Path) -> list[dict[str, Any]]:
-    """Return the documents of a YAML file."""
+    """Return all documents in a YAML file."""
     return [document for document in yaml.safe_load_all(path.read_text("utf-8")) if document]
 
 
 def objects() -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Return every Kubernetes object in the files, except kustomize's own."""
+    """Yield every Kubernetes object in the files, except kustomize's own."""
     for path in sorted(KUBERNETES.rglob("*.yaml")):
         for document in documents(path):
             if "kind" in document and document["kind"] != "Kustomization":
@@ -50,7 +50,7 @@ def objects() -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def pod_specs() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Return every complete pod; those of overlays are patches."""
+    """Yield every complete pod spec. Pods in overlays are excluded because they are patches."""
     for path, document in objects():
         if "overlays" in path.parts:
             continue
@@ -61,7 +61,7 @@ def pod_specs() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def pod_containers() -> Iterator[Container]:
-    """Return the containers of all pods."""
+    """Yield the containers of all pods."""
     for where, spec in pod_specs():
         for one in [*spec.get("initContainers", []), *spec["containers"]]:
             probes = [one[kind] for kind in ("startupProbe", "livenessProbe", "readinessProbe") if kind in one]
@@ -80,7 +80,7 @@ def compose() -> dict[str, Any]:
 
 
 def compose_services() -> Iterator[Container]:
-    """Return the services of both files that run our image, with YAML's merge keys resolved."""
+    """Yield the services of both Compose files that run our image, with YAML merge keys resolved."""
     for path in COMPOSE:
         (document,) = documents(path)
         for name, service in document["services"].items():
@@ -94,7 +94,7 @@ def compose_services() -> Iterator[Container]:
 
 
 def image() -> dict[str, str]:
-    """Return the environment of the image."""
+    """Return the environment variables of the image."""
     text = re.sub(r"\\\n\s*", " ", (DEPLOY / "docker" / "Dockerfile").read_text("utf-8"))
     lines = [line.removeprefix("ENV ") for line in text.splitlines() if line.startswith("ENV ")]
     return {name: value for line in lines for name, value in re.findall(r"(\w+)=(\S+)", line)}

@@ -13,31 +13,31 @@ _STRING = re.compile(r'"[^"]*"')
 
 
 def rules(kind: str) -> list[dict[str, Any]]:
-    """Return the rules of a kind, `alert` or `record`, in rules/*.yml."""
+    """Return the rules of the given kind, `alert` or `record`, from rules/*.yml."""
     return [rule for group in groups() for rule in group["rules"] if kind in rule]
 
 
 @cache
 def groups() -> list[dict[str, Any]]:
-    """Return the groups of rules/*.yml."""
+    """Return the rule groups from rules/*.yml."""
     files = [yaml.safe_load(path.read_text("utf-8")) for path in sorted(FOLDER.glob("rules/*.yml"))]
     return [group for file in files for group in file["groups"]]
 
 
 @cache
 def cases() -> list[dict[str, Any]]:
-    """Return the tests of tests/*.yml."""
+    """Return the test cases from tests/*.yml."""
     files = [yaml.safe_load(path.read_text("utf-8")) for path in sorted(FOLDER.glob("tests/*.yml"))]
     return [case for file in files for case in file["tests"]]
 
 
 def metrics(expression: str) -> set[str]:
-    """Return the names of our metrics and of recorded series in an expression, including matches by `__name__`."""
+    """Return the names of our metrics and recorded series in an expression, including `__name__` matches."""
     return set(re.findall(r"(?<![\w:])(?:svc_|(?:job|model)\w*:)[\w:]+", expression))
 
 
 def read_by(expression: str) -> set[str]:
-    """Return all words of an expression and of the recording rules that feed it, including its series."""
+    """Return all words in an expression and in the recording rules that feed it, including series names."""
     recorded = {rule["record"]: rule["expr"] for rule in rules("record")}
     words, names = [expression], set[str]()
     while words:
@@ -48,13 +48,13 @@ def read_by(expression: str) -> set[str]:
 
 
 def seconds(duration: str) -> int:
-    """Return the seconds of a duration in Prometheus' notation."""
+    """Convert a duration in Prometheus notation to seconds."""
     units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
     return sum(int(number) * units[unit] for number, unit in re.findall(r"(\d+)([smhd])", duration))
 
 
 def matchers(expression: str) -> list[tuple[str, str, str]]:
-    """Return metric, label and value or pattern of each matcher on one of our metrics."""
+    """Return the metric, label and value or pattern of each matcher on one of our metrics."""
     selectors = re.findall(r"\b(svc_\w+)\{([^}]*)\}", expression)
     return [
         (metric, label, value)
@@ -64,6 +64,6 @@ def matchers(expression: str) -> list[tuple[str, str, str]]:
 
 
 def grouped_by(expression: str) -> set[str]:
-    """Return the labels named in by, without, on and ignoring."""
+    """Return the labels named in `by`, `without`, `on` and `ignoring` clauses."""
     lists = re.findall(r"\b(?:by|without|on|ignoring)\s*\(([^)]*)\)", _STRING.sub("", expression))
     return {label.strip() for inside in lists for label in inside.split(",")}

@@ -1,4 +1,4 @@
-"""promtool accepts the rules, they fire exactly when they must, and the runbook has a section for each alert."""
+"""Tests that promtool accepts the rules, that they fire exactly when due, and that the runbook covers them."""
 
 import os
 import re
@@ -54,7 +54,7 @@ def _checks(case: dict[str, Any], alert: str) -> list[dict[str, Any]]:
 
 
 def _is_quiet_case(case: dict[str, Any], alert: str) -> bool:
-    """Return whether an alert stays silent in a case of its own series, even after its `for` has passed."""
+    """Return whether an alert stays silent in a case with its own series, even after its `for` has passed."""
     rule, checks = ALERTS[alert], _checks(case, alert)
     series = {re.split(r"[{ ]", given["series"])[0] for given in case["input_series"]}
     late = [check for check in checks if seconds(check["eval_time"]) >= seconds(rule.get("for", "0s"))]

@@ -1,4 +1,4 @@
-"""Alertmanager sends causes without the alerts that follow from them, and no pages for staging."""
+"""Tests that Alertmanager sends causes without the alerts that follow from them, and no pages for staging."""
 
 import re
 import socket
@@ -32,7 +32,7 @@ def programs() -> Path:
 
 @pytest.fixture(scope="module")
 def alertmanager(programs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """Return a client of a running Alertmanager with this configuration."""
+    """Run Alertmanager with this project's configuration and yield a client for it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -136,7 +136,7 @@ def test_ticket_severity_alerts_never_inhibit_a_page(inhibited: Send) -> None:
 
 
 def _labels_of(alert: str) -> set[str]:
-    """Return the labels with which an alert fires in its tests."""
+    """Return the labels with which an alert fires in its own tests."""
     fired = [
         set(expected["exp_labels"])
         for case in cases()

@@ -1,4 +1,4 @@
-"""The services are hardened and listen on loopback, and Docker's command line accepts the files."""
+"""Tests that services are hardened and listen on loopback, and that Docker's command accepts the files."""
 
 import json
 import os
@@ -20,7 +20,7 @@ SERVICES = compose()["services"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a copy of deploy/ with secrets."""
+    """Return a copy of deploy/ that includes secrets."""
     copied = shutil.copytree(DEPLOY, tmp_path_factory.mktemp("compose") / "deploy")
     for name in ("grafana_password", "tls_certificate.pem", "tls_key.pem"):
         (copied / "compose" / "secrets" / name).write_text("secret")

@@ -1,4 +1,4 @@
-"""The constraints of `make install` pin every dependency, and pip can install them."""
+"""Tests that the constraints for `make install` pin every dependency and can be installed by pip."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The image: pinned, without root, and without files of the builder's home. hadolint runs if it is installed."""
+"""Tests that the image is pinned, rootless and free of builder files. hadolint runs if it is installed."""
 
 import re
 import shutil
@@ -16,7 +16,7 @@ COMPILERS = re.compile(r"\b(build-essential|gcc|g\+\+|clang|cmake|make)\b")
 
 
 def stages() -> dict[str, str]:
-    """Return the text of each stage by name."""
+    """Return the text of each build stage, keyed by name."""
     parts = re.split(r"^FROM .* AS (\S+)$", TEXT, flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 

@@ -1,4 +1,4 @@
-"""The image's health check requests the server of the home, and fails without an answer."""
+"""Tests that the image's health check queries the server of the home and fails without a response."""
 
 import json
 import os

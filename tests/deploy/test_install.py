@@ -1,4 +1,4 @@
-"""`make install` reports missing requirements before it downloads gigabytes."""
+"""Tests that `make install` reports missing requirements before it downloads gigabytes."""
 
 import shutil
 import subprocess
@@ -18,7 +18,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def install(checkout: Path, python: str, *, tools: Path) -> tuple[int, str]:
-    """Return exit status and output of the script with only a folder of tools in PATH."""
+    """Return the script's exit status and output when PATH contains only a folder of tools."""
     environment = {"PATH": str(tools), "PYTHON": python, "SERVE": "serve"}
     command = ["/bin/bash", str(checkout / "deploy" / "install.sh")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
@@ -28,7 +28,7 @@ def install(checkout: Path, python: str, *, tools: Path) -> tuple[int, str]:
 
 @pytest.fixture
 def tools(tmp_path: Path) -> Path:
-    """Return a folder of tools without a compiler."""
+    """Return a folder of tools that lacks a compiler."""
     folder = tmp_path / "tools"
     folder.mkdir()
     for name in ("dirname", "rm"):

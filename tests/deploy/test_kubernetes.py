@@ -1,4 +1,4 @@
-"""kustomize builds every overlay, pods have minimal rights, and the rules are the tested ones."""
+"""Tests that kustomize builds every overlay, pods have minimal rights, and the rules are the tested ones."""
 
 import importlib.util
 import shutil
@@ -21,7 +21,7 @@ needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="no k
 
 @cache
 def built(folder: Path) -> list[dict[str, Any]]:
-    """Return the objects that `kubectl apply` would send."""
+    """Return the objects that `kubectl apply` would send for a folder."""
     command = ["kubectl", "kustomize", "--load-restrictor", "LoadRestrictionsNone", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

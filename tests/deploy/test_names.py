@@ -1,4 +1,4 @@
-"""Every setting, command, port, path, metric and secret named in deploy/ exists and is consistent."""
+"""Tests that every setting, command, port, path, metric and secret in deploy/ exists and is consistent."""
 
 import re
 from pathlib import Path

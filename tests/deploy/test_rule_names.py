@@ -1,4 +1,4 @@
-"""The rules read only exported series: Prometheus treats a misspelt name as a series without samples."""
+"""Tests that rules read only exported series. To Prometheus, a misspelt name is a series without samples."""
 
 import re
 
@@ -22,13 +22,13 @@ RULES = rules("alert") + rules("record")
 
 
 def _family(series: str) -> str:
-    """Return the metric of a series; a histogram's buckets are separate series."""
+    """Return the metric that a series belongs to. A histogram's buckets are separate series."""
     base = re.sub(r"_(bucket|count|sum)$", "", series)
     return base if EXPORTED.get(base, ("", set()))[0] == "histogram" else series
 
 
 def _labels(name: str) -> set[str]:
-    """Return the labels of an exported metric, or those at the start of a recorded one's name."""
+    """Return the labels of an exported metric, or the labels that begin the name of a recorded series."""
     if name in RECORDED:
         return set(name.partition(":")[0].split("_"))
     _, labels = EXPORTED[_family(name)]

@@ -1,4 +1,4 @@
-"""The units are consistent with each other and with the server's behaviour."""
+"""Tests that the systemd units are consistent with each other and with the server's behaviour."""
 
 import re
 import shutil
@@ -19,13 +19,13 @@ FOLDER = ROOT / "deploy" / "systemd"
 SERVICES = sorted(FOLDER.glob("*.service"))
 UNITS = sorted([*SERVICES, *FOLDER.glob("*.socket"), *FOLDER.glob("*.timer")])
 MAX_EXPOSURE = 20
-"""Tenths of what `systemd-analyze security` gives; it calls less than 25 OK."""
+"""Maximum exposure in tenths of the `systemd-analyze security` score, which calls less than 25 OK."""
 _EXECUTABLE = re.compile(r"/opt/tuneserve/\.venv/bin/svc")
 needs_systemd = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd-analyze here")
 
 
 def unit(name: str) -> dict[str, dict[str, str]]:
-    """Return the sections of a unit; repeated keys are joined by newlines."""
+    """Return the sections of a systemd unit, with repeated keys joined by newlines."""
     sections: dict[str, dict[str, str]] = {}
     for line in (FOLDER / name).read_text("utf-8").splitlines():
         if line.startswith("["):
@@ -37,7 +37,7 @@ def unit(name: str) -> dict[str, dict[str, str]]:
 
 
 def runnable(folder: Path) -> None:
-    """Return the units with a program that exists everywhere."""
+    """Create copies of the units whose program exists on every machine."""
     for path in UNITS:
         (folder / path.name).write_text(_EXECUTABLE.sub("/bin/true", path.read_text("utf-8")), "utf-8")
 

@@ -1,4 +1,4 @@
-"""PyTorch's index is passed to pip only if it answers: otherwise pip would retry it for minutes."""
+"""Tests that pip gets PyTorch's index only if it responds, because pip would otherwise retry for minutes."""
 
 import subprocess
 import sys
@@ -32,7 +32,7 @@ def address() -> Iterator[str]:
 
 
 def run_script(index: str) -> tuple[list[str], str]:
-    """Return the arguments for pip, and the message for people."""
+    """Return the pip arguments and the human-readable message that the script prints."""
     # Without site-packages, as before the installation.
     done = subprocess.run(
         [sys.executable, "-S", SCRIPT],

@@ -1,4 +1,4 @@
-"""The project's pages, and helpers that read them."""
+"""Lists the project's documentation pages and provides helpers that read them."""
 
 import re
 from pathlib import Path
@@ -8,27 +8,27 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("example
 
 
 def page_id(page: Path) -> str:
-    """Return the id of a page in test names."""
+    """Return a page's id for use in test names."""
     return str(page.relative_to(ROOT))
 
 
 def read(path: str) -> str:
-    """Return the text of a page by its path from the root."""
+    """Return a page's text by its path relative to the repository root."""
     return (ROOT / path).read_text("utf-8")
 
 
 def blocks(text: str, language: str) -> list[str]:
-    """Return the fenced blocks of a language."""
+    """Return the fenced code blocks of the given language."""
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 def prose(text: str) -> str:
-    """Return the text without its fenced blocks."""
+    """Return the text without its fenced code blocks."""
     return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def rows(text: str, header: str) -> list[list[str]]:
-    """Return the cells of all tables whose header begins with these columns."""
+    """Return the cell texts of all tables whose header begins with these columns."""
     cells = []
     for table in re.findall(rf"^\| {re.escape(header)} \|.*\n\|[ -|]+\n((?:\|.*\n)+)", text, re.MULTILINE):
         cells += [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]

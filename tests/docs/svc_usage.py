@@ -1,4 +1,4 @@
-"""Parses `svc` commands of pages and deploy files without running them."""
+"""Parses `svc` commands from pages and deploy files without running them."""
 
 import click
 
@@ -6,7 +6,7 @@ from svc.cli import group
 
 
 def usage_error(words: list[str]) -> str | None:
-    """Return why `svc` rejects these arguments: a command, an option or an argument; None if it accepts them."""
+    """Return why `svc` rejects a command, option or argument among these words, or None if it accepts them."""
     command: click.Command = group
     context: click.Context | None = None
     try:

@@ -1,4 +1,4 @@
-"""docs/diagnosis.md has the rule of every fault, with the thresholds of the code."""
+"""Tests that docs/diagnosis.md states the rule for every fault, with the thresholds used in the code."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Every example can be trained unchanged: its recipe parses, its data are clean, and their origin is documented."""
+"""Tests that every example can be trained unchanged: a valid recipe, clean data and a documented origin."""
 
 import csv
 import json

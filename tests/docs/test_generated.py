@@ -1,4 +1,4 @@
-"""The generated pages are up to date."""
+"""Tests that the generated pages are up to date."""
 
 from docs.generate import FOLDER, pages
 from svc.settings import setting_keys

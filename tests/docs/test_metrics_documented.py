@@ -1,4 +1,4 @@
-"""docs/metrics.md and the code have the same metrics, labels and reasons."""
+"""Tests that docs/metrics.md and the code list the same metrics, labels and reasons."""
 
 import re
 from pathlib import Path
@@ -43,7 +43,7 @@ ROW = re.compile(r"^\| `(svc_\w+)` \| (\w+) \|([\w, ]*)\|", re.MULTILINE)
 
 @pytest.fixture(scope="module")
 def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, set[str]]]:
-    """Return type and labels of each metric in the code, by its name in a scrape."""
+    """Return the type and labels of each metric in the code, keyed by its name in a scrape."""
     registry = CollectorRegistry()
     home = tmp_path_factory.mktemp("home")
     GatewayMetrics(registry)

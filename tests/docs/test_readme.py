@@ -1,4 +1,4 @@
-"""Commands, recipes, snippets and links in the pages work."""
+"""Tests that commands, recipes, snippets and links in the pages work."""
 
 import re
 import shlex
@@ -21,7 +21,7 @@ COMMAND_LINES = [
 
 
 def _words(line: str, program: str) -> list[str] | None:
-    """Return the arguments of a program in a shell line; None if the line runs another program."""
+    """Return a program's arguments in a shell line, or None if the line runs a different program."""
     words = shlex.split(line, comments=True)
     while words and re.fullmatch(r"\w+=.*", words[0]):
         words.pop(0)

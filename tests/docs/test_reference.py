@@ -1,4 +1,4 @@
-"""The pages written by hand list exactly the errors, states and dependencies of the code."""
+"""Tests that the handwritten pages list exactly the errors, states and dependencies in the code."""
 
 import re
 import tomllib

@@ -1,4 +1,4 @@
-"""A trained home and one running server for all end-to-end tests, because an engine takes half a minute to start."""
+"""Provides a trained home and one running server to all end-to-end tests, as an engine start takes 30 s."""
 
 import subprocess
 import sys
@@ -35,12 +35,12 @@ FIGURES = pytest.StashKey[list[str]]()
 
 @pytest.fixture
 def report(request: pytest.FixtureRequest) -> Report:
-    """Return a function that shows a figure at the end of the run, even for a passing test."""
+    """Return a function that reports a figure at the end of the test run, even for a passing test."""
     return request.config.stash.setdefault(FIGURES, []).append
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Print the figures."""
+    """Print the reported figures."""
     figures = config.stash.setdefault(FIGURES, [])
     if figures:
         terminalreporter.section("figures")
@@ -50,7 +50,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a tiny base model in the hub's layout, real examples and a recipe."""
+    """Return a folder with a tiny base model in the Hugging Face hub layout, real examples and a recipe."""
     folder = tmp_path_factory.mktemp("main-job")
     build_hub_model(folder / "base", "smollm2")
     write_examples(folder / "train.jsonl", read_examples(DATA / "train.jsonl")[:48])
@@ -62,8 +62,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def home(workplace: Path) -> Path:
-    """Return a home with two versions, LoRA's and QLoRA's. The first run was stopped by a signal in training and killed
-    in evaluation, and resumed both times."""
+    """Return a home with a LoRA version and a QLoRA version. The first run was stopped by a signal in training
+    and killed in evaluation, and resumed both times.
+    """
     home, recipe = workplace / "home", str(workplace / "recipe.yaml")
     _end_training(home, recipe)
     _kill_training_in_evaluation(home, recipe)
@@ -75,21 +76,21 @@ def home(workplace: Path) -> Path:
 
 
 def _end_training(home: Path, recipe: str) -> None:
-    """Send `svc train` SIGTERM, the notice of a spot machine, after its first checkpoint."""
+    """Send SIGTERM to `svc train` after its first checkpoint, as when a spot machine is reclaimed."""
     training = _train_until(home, recipe, "checkpoints/step-*", "--set", "checkpoints.every_steps=1")
     training.terminate()
     assert training.wait(60) == InterruptedRunError.exit_code
 
 
 def _kill_training_in_evaluation(home: Path, recipe: str) -> None:
-    """Kill `svc train` with SIGKILL while its first engine starts, so that it cannot clean up."""
+    """Kill `svc train` with SIGKILL while its first engine is starting, so that it cannot clean up."""
     training = _train_until(home, recipe, "engine.log")
     training.kill()
     training.wait()
 
 
 def _train_until(home: Path, recipe: str, file: str, *options: str) -> "subprocess.Popen[bytes]":
-    """Start `svc train`, and wait until the run's folder contains a file."""
+    """Start `svc train` and wait until the run's folder contains the given file."""
     command = [str(Path(sys.executable).with_name("svc")), "--home", str(home), "train", recipe, *options]
     training = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 180
@@ -102,7 +103,7 @@ def _train_until(home: Path, recipe: str, file: str, *options: str) -> "subproce
 
 @pytest.fixture(scope="session")
 def server(home: Path) -> Iterator[Server]:
-    """Return the running server, with version 1 in production, all content stored, and exemplars with request ids."""
+    """Return a running server with version 1 in production, stored content, and exemplars with request ids."""
     settings = {
         "SVC_ENGINE__ARGS": '["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]',
         "SVC_REQUEST_LOG__CONTENT_SHARE": "1",

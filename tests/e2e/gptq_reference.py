@@ -1,10 +1,10 @@
-"""Quantize a model with gptqmodel, and compute transformers' results for the dequantized weights.
+"""Quantizes a model with gptqmodel and computes transformers' results for the dequantized weights.
 
     python -m tests.e2e.gptq_reference BASE OUT GROUP_SIZE
 
-Runs in a separate process, because gptqmodel reads the size of its thread pool from a variable at its import, which
-PEFT may have done long before, and leaves temporary folders behind. Writes the quantized model to OUT, and next to it
-the log-probabilities in float32 and in bfloat16.
+This runs in a separate process for two reasons: gptqmodel reads its thread pool size from a variable
+when it is imported, which PEFT may have done long before, and it leaves temporary folders behind. The
+quantized model is written to OUT, with the log-probabilities in float32 and in bfloat16 next to it.
 """
 
 import json
@@ -28,7 +28,7 @@ _SEQUENCES, _LENGTH = 8, 60
 
 
 def quantize(base: Path, out: Path, group_size: int) -> Path:
-    """Quantize with gptqmodel directly, because recipes do not support whole channels (-1)."""
+    """Quantize with gptqmodel directly, because recipes do not support whole-channel groups (-1)."""
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its own default is too small for two cores
     from gptqmodel import GPTQModel, QuantizeConfig
     from transformers import AutoTokenizer
@@ -50,7 +50,7 @@ def sequences() -> list[list[int]]:
 
 
 def dequantized(quantized: Path) -> dict[str, "torch.Tensor"]:
-    """Return the weights of every quantized layer, [out, in] in float32, by name."""
+    """Return the weights of every quantized layer in float32 with shape [out, in], keyed by name."""
     import torch
     from gptqmodel import BACKEND, GPTQModel
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
@@ -63,7 +63,7 @@ def dequantized(quantized: Path) -> dict[str, "torch.Tensor"]:
 
 
 def logprobs_of(base: Path, weights: dict[str, "torch.Tensor"], dtype: "torch.dtype") -> Logprobs:
-    """Return transformers' log-probabilities for the base with other weights in its layers."""
+    """Return transformers' log-probabilities for the base with the given weights in its layers."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -79,7 +79,7 @@ def logprobs_of(base: Path, weights: dict[str, "torch.Tensor"], dtype: "torch.dt
 
 
 def main(base: Path, out: Path, group_size: int) -> None:
-    """Quantize, and write the results of the dequantized weights."""
+    """Quantize the model and write the results for its dequantized weights."""
     import torch
 
     quantize(base, out, group_size)

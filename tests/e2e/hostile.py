@@ -1,4 +1,4 @@
-"""Clients that try to deny the service to others, each in a way that once worked."""
+"""Clients that attempt denial-of-service attacks, each in a way that once worked."""
 
 import asyncio
 import json
@@ -27,7 +27,7 @@ _TOO_MUCH = (
 
 
 class HostileClients:
-    """All hostile clients, with one key.
+    """All hostile clients, sharing one API key.
 
     Args:
         models: returns the model names to request now.
@@ -42,10 +42,10 @@ class HostileClients:
         self._models = models
         self._worst = list(worst_bodies())
         self.seen: Counter[str] = Counter()
-        """How each ended."""
+        """Number of requests by attack and outcome."""
 
     async def run(self, until: float) -> None:
-        """Attack until that time of the event loop's clock."""
+        """Attack until the event loop's clock reaches the given time."""
         attacks: list[Callable[[httpx.AsyncClient], Awaitable[object]]] = [
             self._worst_body,
             self._random_body,

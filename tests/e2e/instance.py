@@ -29,15 +29,15 @@ Prompts = list[list[dict[str, str]]]
 
 
 class Instance:
-    """`svc serve` on its own home.
+    """`svc serve` running on its own copy of a home.
 
     Args:
-        home: to copy.
-        folder: of the copy.
+        home: home to copy.
+        folder: folder of the copy.
         settings: environment variables.
 
     Attributes:
-        headers: of requests to the server; a key, if there are any.
+        headers: headers of requests to the server; they include a key if the home has any.
     """
 
     def __init__(self, home: Path, folder: Path, port: int, prompts: Prompts, **settings: str) -> None:
@@ -52,10 +52,10 @@ class Instance:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, *models: str) -> float:
-        """Start the server; return the seconds until one of its models was ready.
+        """Start the server and return the number of seconds until one of its models was ready.
 
         Args:
-            models: default `tiny`.
+            models: models to serve; by default `tiny`.
         """
         began = time.monotonic()
         wait_until_ready(self.url, self.launch(*models), self._log, 300)
@@ -66,7 +66,7 @@ class Instance:
         return self.home / "logs" / "serve.log"
 
     def launch(self, *models: str) -> "subprocess.Popen[bytes]":
-        """Start the server without waiting."""
+        """Start the server without waiting until it is ready."""
         command = [Path(sys.executable).with_name("svc"), "--home", self.home, "serve", *(models or ("tiny",))]
         command += ["--port", self._port]
         with self._log.open("ab") as output:
@@ -80,13 +80,13 @@ class Instance:
         return self._process
 
     def end(self, number: signal.Signals = signal.SIGTERM) -> int:
-        """Stop the server; return its exit code. SIGKILL leaves its engines running."""
+        """Stop the server and return its exit code. SIGKILL leaves its engines running."""
         assert self._process is not None
         self._process.send_signal(number)
         return self._process.wait(120)
 
     def close(self) -> None:
-        """Stop the server and remaining engines."""
+        """Stop the server and any remaining engines."""
         if self._process is not None and self._process.poll() is None:
             self.end()
         for engine in self.engines():
@@ -94,16 +94,16 @@ class Instance:
                 process.kill()
 
     def said(self) -> str:
-        """Return the server's output, including that before its last start."""
+        """Return the server's output, including output from before its last start."""
         return self._log.read_text("utf-8")
 
     def models(self) -> dict[str, Any]:
-        """Return the status of each model."""
+        """Return the status of each model, keyed by name."""
         status = httpx.get(f"{self.url}/svc/status", headers=self.headers, timeout=10, trust_env=False).json()
         return {model["model"]: model for model in status["models"]}
 
     def all_ready(self, *names: str, timeout_s: float = 240) -> None:
-        """Wait until exactly these models serve."""
+        """Wait until exactly these models are serving."""
         deadline = time.monotonic() + timeout_s
         while (states := {name: model["engine"]["state"] for name, model in self.models().items()}) != dict.fromkeys(
             names, "ready"
@@ -112,7 +112,7 @@ class Instance:
             time.sleep(0.1)
 
     def until_all(self, condition: Callable[[str], bool], timeout_s: float = 240) -> None:
-        """Wait until the engines of every model are in a state."""
+        """Wait until the engines of every model are in a state that meets the condition."""
         deadline = time.monotonic() + timeout_s
         while not all(condition(model["engine"]["state"]) for model in self.models().values()):
             assert time.monotonic() < deadline, self.models()
@@ -124,27 +124,27 @@ class Instance:
         return psutil.Process(self._process.pid)
 
     def engines(self) -> list[psutil.Process]:
-        """Return vLLM's first processes in the order of their replicas."""
+        """Return the first process of each vLLM engine, in replica order."""
         return list(self.engines_by_replica().values())
 
     def engines_by_replica(self) -> dict[int, psutil.Process]:
-        """Return vLLM's first processes by replica number."""
+        """Return the first process of each vLLM engine, keyed by replica number."""
         engines = {number: find_engine(folder) for number, folder in state_folders(self.home).items()}
         return {number: engine for number, engine in engines.items() if engine is not None}
 
     def engines_of(self, model: str) -> list[psutil.Process]:
-        """Return vLLM's first processes of one model."""
+        """Return the first process of each of a model's vLLM engines."""
         engines = self.engines_by_replica()
         return [engines[one["replica"]] for one in self.models()[model]["engines"] if one["replica"] in engines]
 
     def status(self) -> Any:
-        """Return the status of the server and its first model."""
+        """Return the status of the server merged with that of its first model."""
         return of_one_model(
             httpx.get(f"{self.url}/svc/status", headers=self.headers, timeout=10, trust_env=False).json()
         )
 
     def until(self, condition: Callable[[Any], object], timeout_s: float = 240) -> Any:
-        """Wait for a condition on the status, polling a hundred times per second."""
+        """Wait until the status meets a condition, polling a hundred times per second."""
         deadline = time.monotonic() + timeout_s
         with httpx.Client(base_url=self.url, headers=self.headers, timeout=10, trust_env=False) as client:
             while time.monotonic() < deadline:
@@ -155,7 +155,7 @@ class Instance:
         raise AssertionError(f"not so after {timeout_s} s: {status}")
 
     def answers(self, model: str = "tiny") -> list[tuple[str, str]]:
-        """Return version and text for each prompt."""
+        """Return the answering version and the text for each prompt."""
         answers = []
         for prompt in self.prompts:
             body = {"model": model, "messages": prompt, "max_tokens": 24, "temperature": 0}
@@ -168,16 +168,16 @@ class Instance:
         return answers
 
     def promote(self, *arguments: str) -> Any:
-        """Run `svc promote`, which must succeed."""
+        """Run `svc promote`, which must succeed, and return its output."""
         return svc_json(self.home, "promote", *arguments)
 
     def try_to_promote(self, *arguments: str) -> "subprocess.Popen[bytes]":
-        """Run `svc promote` in the background, whatever its result."""
+        """Run `svc promote` in the background, whether or not it succeeds."""
         command = [Path(sys.executable).with_name("svc"), "--home", self.home, "promote", *arguments]
         return subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def command(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
-        """Run a command."""
+        """Run a `svc` command on the instance's home."""
         return svc(self.home, *arguments, capture_output=True)
 
 
@@ -189,7 +189,7 @@ def copy_model(home: Path, name: str) -> None:
 
 
 def copy_versions(home: Path, count: int) -> None:
-    """Register the versions of `tiny` again, in turn, up to a number."""
+    """Register the versions of `tiny` again, in turn, until there are `count` versions."""
     registry = Registry.of(Settings(home=home))
     versions = registry.versions("tiny")
     for number in range(len(versions), count):
@@ -197,7 +197,7 @@ def copy_versions(home: Path, count: int) -> None:
 
 
 def _copy_version(registry: Registry, version: VersionId, name: str) -> None:
-    """Copy a version; its files are linked because they never change, except the manifest."""
+    """Copy a version. All files except the manifest are hard-linked, because they never change."""
     manifest = json.loads((registry.folder(version) / MANIFEST_FILE).read_text("utf-8"))
     copied = registry.tracking.allocate(name, str(registry.folder(version)), manifest["tracking_run"])
     folder = shutil.copytree(registry.folder(version), registry.folder(copied), copy_function=os.link)
@@ -207,13 +207,13 @@ def _copy_version(registry: Registry, version: VersionId, name: str) -> None:
 
 
 def group(engine: psutil.Process) -> list[psutil.Process]:
-    """Return an engine's processes, the first one first."""
+    """Return an engine's processes, starting with the first one."""
     members = [process for process in psutil.process_iter() if _group_id(process.pid) == engine.pid]
     return sorted(members, key=lambda process: process.pid != engine.pid)
 
 
 def core_of(engine: psutil.Process) -> psutil.Process:
-    """Return the process of vLLM's engine core."""
+    """Return the process that runs vLLM's engine core."""
     return next(process for process in group(engine) if "EngineCore" in " ".join(process.cmdline()))
 
 
@@ -225,7 +225,7 @@ def _group_id(pid: int) -> int:
 
 
 def figures(load: Load, swap: Any) -> str:
-    """Return the effect of a swap under load on its clients."""
+    """Describe how a swap under load affected the clients."""
     seconds = [answer.seconds for answer in load.answers]
     queued = "none" if swap["queued"] is None else f"{swap['queued']} for {swap['queued_s']:.2f} s"
     return (

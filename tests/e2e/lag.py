@@ -1,4 +1,4 @@
-"""Event loop lag of a server, from its metrics page."""
+"""Reads a server's event loop lag from its metrics page."""
 
 import math
 from collections import Counter
@@ -11,17 +11,17 @@ _BUCKETS = "svc_event_loop_lag_seconds_bucket"
 
 
 def read_lag(url: str, headers: Mapping[str, str] | None = None) -> Counter[float]:
-    """Return the number of wake-ups by the upper bound of their delay, seconds."""
+    """Return the number of event-loop wake-ups, keyed by the upper bound of their delay in seconds."""
     page = httpx.get(f"{url}/metrics", headers=headers, timeout=30, trust_env=False).text
     samples = [sample for family in text_string_to_metric_families(page) for sample in family.samples]
     return Counter({float(one.labels["le"]): int(one.value) for one in samples if one.name == _BUCKETS})
 
 
 def lag_figure(title: str, counts: Counter[float]) -> str:
-    """Return the 50th, 99th and 99.9th percentile as buckets.
+    """Return the 50th, 99th and 99.9th percentiles of the lag as buckets.
 
     Args:
-        counts: cumulative, as in Prometheus; the difference of two readings.
+        counts: cumulative bucket counts, as in Prometheus; the difference of two readings.
     """
     total = counts[float("inf")]
     bounds = [_bound(counts, share * total) for share in (0.5, 0.99, 0.999)]
@@ -34,7 +34,7 @@ def _bound(counts: Counter[float], wanted: float) -> float:
 
 
 def lag_ms(counts: Counter[float], share: float) -> float:
-    """Return a percentile of the lag, interpolated within its bucket, ms."""
+    """Return a percentile of the lag in milliseconds, interpolated within its bucket."""
     wanted, below, below_count = share * counts[float("inf")], 0.0, 0
     for bound in sorted(counts):
         if counts[bound] >= wanted:

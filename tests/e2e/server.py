@@ -1,4 +1,4 @@
-"""The server that the end-to-end tests share."""
+"""The server shared by the end-to-end tests."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +10,11 @@ from examples.service import svc_json
 
 PORT = 8941
 HELDOUT_EXAMPLES = 24
-"""Twice the smallest window of the drift tests, and a few."""
+"""Number of held-out examples: twice the smallest window of the drift tests, plus a few."""
 
 
 def of_one_model(status: dict[str, Any]) -> dict[str, Any]:
-    """Return a server's status merged with that of its only model."""
+    """Return a server's status merged with the status of its only model."""
     return {**status, **(status["models"] or [{}])[0]}
 
 
@@ -38,7 +38,7 @@ class Server:
         return [self.answer(index) for index in range(len(self.prompts))]
 
     def status(self) -> Any:
-        """Return the status of the server and its only model."""
+        """Return the status of the server merged with that of its only model."""
         return of_one_model(svc_json(self.home, "status"))
 
     def folder(self, number: int) -> Path:

@@ -1,4 +1,4 @@
-"""Good and bad clients of the soak test, and their results."""
+"""Well-behaved and faulty clients of the soak test, and their results."""
 
 import asyncio
 import json
@@ -49,11 +49,11 @@ _WRONG: tuple[tuple[str, bytes, str], ...] = (
 
 @dataclass(frozen=True)
 class Failure:
-    """An error of a good client's request.
+    """A failed request of a well-behaved client.
 
     Attributes:
         model: requested model without its version.
-        began, ended: monotonic times, seconds.
+        began, ended: monotonic times in seconds.
     """
 
     model: str
@@ -67,12 +67,12 @@ class Tally:
     """Results of all clients.
 
     Attributes:
-        expected: the answers of each version, one for each prompt.
-        running: running requests of good clients, by model.
-        complete: complete answers, by version.
+        expected: each version's answers, one for each prompt.
+        running: number of well-behaved clients' running requests, by model.
+        complete: number of complete answers, by version.
         mixed: answers that differ from those of the version in their header.
-        errors: all other answers.
-        refused: statuses of wrong requests.
+        errors: all other failed requests.
+        refused: status codes returned for invalid requests.
         slow: outcomes of connections that read or send slowly.
     """
 
@@ -93,7 +93,7 @@ class Tally:
             self.mixed.append(f"{version}, prompt {prompt}: {text!r}")
 
     def failed(self, name: str, code: str, began: float) -> None:
-        """Record an error with the time of its request."""
+        """Record an error together with the start time of its request."""
         self.errors.append(Failure(name.partition("@")[0], code, began, time.monotonic()))
 
 
@@ -102,7 +102,7 @@ class Clients:
     """All clients of one server.
 
     Attributes:
-        headers: of every request: a key, if there are any.
+        headers: headers of every request; they include a key if there are any.
         models: returns the model names to request now.
     """
 
@@ -113,7 +113,7 @@ class Clients:
     models: Callable[[], Sequence[str]] = lambda: ("tiny",)
 
     async def run(self, seconds: float) -> None:
-        """Run all clients until the time is over."""
+        """Run all clients for the given number of seconds."""
         end = time.monotonic() + seconds
         async with httpx.AsyncClient(
             base_url=self.url, headers=self.headers, timeout=_TIMEOUT_S, trust_env=False, limits=httpx.Limits()
@@ -165,7 +165,7 @@ class Clients:
         self._good(answer, prompt, answer.json()["choices"][0]["message"]["content"])
 
     async def _leave(self, http: httpx.AsyncClient) -> None:
-        """Read a few lines of a long answer, and disconnect."""
+        """Read a few lines of a long answer, then disconnect."""
         body = self._body(0, stream=True) | {"max_tokens": 300, "ignore_eos": True}
         async with http.stream("POST", CHAT, json=body) as answer:
             lines = answer.aiter_lines()
@@ -185,7 +185,7 @@ class Clients:
             self.tally.feedback[answer.status_code] += 1
 
     async def _read_slowly(self, _: httpx.AsyncClient) -> None:
-        """Read about 100 KiB per second of an answer of about 1 MB: slower than generated, faster than the limit."""
+        """Read a 1 MB answer at about 100 KiB per second, which is slower than generated but above the limit."""
         async with self._connection() as (reader, writer):
             writer.write(_request(self._long(), self.headers))
             read = b""
@@ -223,7 +223,7 @@ class Clients:
 
     @asynccontextmanager
     async def _connection(self) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-        """Open a connection with small buffers, so that unread bytes wait in the server."""
+        """Open a connection with small buffers, so that unread bytes stay queued in the server."""
         url, plain = httpx.URL(self.url), socket.socket()
         plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
         plain.setblocking(False)

@@ -1,4 +1,4 @@
-"""Versions as adapters of their base in one real engine: by name, compared with merged weights, and under load."""
+"""Tests versions as adapters of their base in one real engine: by name, against merged weights, under load."""
 
 import asyncio
 import signal
@@ -31,7 +31,7 @@ Texts = dict[str, list[tuple[str, str]]]
 
 @pytest.fixture(scope="module")
 def adapters_home(workplace: Path) -> Path:
-    """Return a home with three versions: LoRA, rsLoRA and LoRA."""
+    """Return a home with three versions, trained with LoRA, rsLoRA and LoRA."""
     home, recipe = workplace / "adapters-home", str(workplace / "recipe.yaml")
     common = ["--set", "formats=[adapter, merged]", "--set", "qualify.restart=false"]
     svc_json(home, "train", recipe, *common)
@@ -42,7 +42,7 @@ def adapters_home(workplace: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def instance(adapters_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
-    """Return a server with version 1 in production, merged."""
+    """Yield a server with version 1 in production, in merged format."""
     with closing(Instance(adapters_home, tmp_path_factory.mktemp("adapters") / "home", PORT, PROMPTS)) as instance:
         instance.start(ONE)
         yield instance
@@ -50,7 +50,7 @@ def instance(adapters_home: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 
 @pytest.fixture(scope="module")
 def merged(instance: Instance) -> Texts:
-    """Return the answers of both versions' merged weights; afterwards version 1 serves as an adapter."""
+    """Return the answers from both versions' merged weights. Afterwards, version 1 is served as an adapter."""
     answers = {ONE: instance.answers()}
     instance.promote(TWO)
     answers[TWO] = instance.answers()
@@ -61,7 +61,7 @@ def merged(instance: Instance) -> Texts:
 
 @pytest.fixture(scope="module")
 def own(instance: Instance, merged: Texts) -> Texts:
-    """Return the answers of both adapters."""
+    """Return the answers from both adapters."""
     return {version: instance.answers(version) for version in merged}
 
 
@@ -143,7 +143,7 @@ def test_next_server_adopts_adapter_engine_after_server_is_killed(instance: Inst
 
 
 def test_three_adapters_and_two_models_answer_concurrently(instance: Instance, own: Texts, report: Report) -> None:
-    """Each answers under its name to the official client, while one model is swapped."""
+    """Each adapter and model answers the official client under its own name while one model is swapped."""
     alone = own | {THREE: instance.answers(THREE)}
     copy_model(instance.home, OTHER)
     assert instance.command("add", f"{OTHER}@1").returncode == 0

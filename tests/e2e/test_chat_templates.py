@@ -1,4 +1,4 @@
-"""Token parity on real chat templates: training uses the ids that vLLM makes from a client's request."""
+"""Tests token parity on real chat templates: training uses the ids that vLLM makes from a client's request."""
 
 import json
 from contextlib import closing
@@ -59,7 +59,7 @@ TOOLS: list[dict[str, Any]] = [
 
 
 def model_with(family: str, folder: Path) -> Path:
-    """Return a version's folder with a tiny model and a family's template."""
+    """Return a version's folder with a tiny model and the chat template of a family."""
     from trainer.base_model.resolve import resolve_base
 
     tokenizer = resolve_base("smollm2-135m-instruct", Settings().base_cache).folder
@@ -71,7 +71,7 @@ def model_with(family: str, folder: Path) -> Path:
 
 
 async def prompt_length(engine: EngineProcess, example: ChatExample) -> int:
-    """Return the number of prompt tokens of a client's request, as counted by the engine."""
+    """Return the number of prompt tokens that the engine counts for a client's request."""
     tools = {"tools": [json.loads(tool) for tool in example.tools], "tool_choice": "none"} if example.tools else {}
     body = {"model": "tiny", "messages": [message.spoken() for message in example.prompt], "max_tokens": 1, **tools}
     with closing(EngineConnections(engine.socket, silence_s=600)) as http:

@@ -1,4 +1,4 @@
-"""`svc compare` with the real engine: stored answers, a base and its version in one engine, a remote endpoint."""
+"""Tests `svc compare` on the real engine: stored answers, base and version in one engine, remote endpoint."""
 
 from pathlib import Path
 

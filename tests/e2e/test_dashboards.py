@@ -1,4 +1,4 @@
-"""A real Prometheus on a real server under load has data for every query of dashboards and alerts."""
+"""Tests that a real Prometheus, scraping a server under load, has data for all dashboard and alert queries."""
 
 import math
 import os
@@ -38,7 +38,7 @@ MONITOR_PORT, PROMETHEUS_PORT = 8942, 8943
 DASHBOARDS = ROOT / "monitoring" / "dashboards"
 HELDOUT = ROOT / "examples" / "debian-triage" / "heldout.jsonl"
 RATED = 115
-"""Without a version before, the first 100 ratings are what later ones are compared with, in windows of ten and more."""
+"""Number of ratings. Without a previous version, the first 100 are the baseline for windows of ten or more."""
 JUDGED = heldout_set(fingerprint(read_examples(HELDOUT)[:HELDOUT_EXAMPLES]), HELDOUT_EXAMPLES)
 WHERE = {"job": ".*", "namespace": ".*", "instance": ".*"}
 VARIABLES = WHERE | {"model": "tiny", "version_a": "1", "version_b": "2", "heldout": JUDGED, "datasource": "prometheus"}
@@ -49,7 +49,7 @@ RATIOS_OF_FULL_MINUTES = (
     "svc_slow_token_gaps_per_token_gaps:ratio_increase30m",
     "svc_slow_answers_per_answers:ratio_increase6h",
 )
-"""Rules with 1-minute subqueries: no value before the next full minute, and a fast machine's load ends earlier."""
+"""Rules with 1-minute subqueries. They have no value until the next full minute, when a load may be over."""
 _COMPARISON = re.compile(r" (==|!=|>=|<=|>|<) (?=[\d.])")
 
 
@@ -60,7 +60,7 @@ class Watched:
     Attributes:
         load: requests sent while version 2 was promoted and rolled back.
         rated: id of a rated request, in addition to those of `RATED`.
-        before: answers of each version requested by other tests.
+        before: number of each version's answers requested by other tests.
     """
 
     server: Server
@@ -70,7 +70,7 @@ class Watched:
     before: dict[str, float]
 
     def ask(self, query: str) -> list[dict[str, Any]]:
-        """Return the current series of a query.
+        """Return the current series of a Prometheus query.
 
         Raises:
             AssertionError: the query is invalid.
@@ -81,7 +81,7 @@ class Watched:
         return series
 
     def value(self, query: str) -> float:
-        """Return the value of a query with a single series."""
+        """Return the value of a query that yields a single series."""
         (series,) = self.ask(query)
         return float(series["value"][1])
 
@@ -92,16 +92,16 @@ DID_NOT_HAPPEN = {
     "Time to load an adapter",
     "Requests beyond limits of keys",
 }
-"""Panels of what this server does not do: its model is never idle, and is served merged and in 4 bits, to who has no
-key."""
+"""Panels for events that do not occur on this server: its model is never idle, and it is served merged and
+in 4 bits to clients without a key."""
 
 
 @contextmanager
 def process(command: list[str | Path], log: Path, environment: Mapping[str, str] | None = None) -> Iterator[None]:
-    """Run a command for the body.
+    """Run a command while the context is active.
 
     Args:
-        environment: additional variables.
+        environment: additional environment variables.
     """
     variables = os.environ | dict(environment or {})
     with log.open("wb") as output:
@@ -115,7 +115,7 @@ def process(command: list[str | Path], log: Path, environment: Mapping[str, str]
 
 @pytest.fixture(scope="module")
 def watched(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
-    """Run `svc monitor` and Prometheus as in deploy/, but with other ports, a scrape every 1 s, a check every 2 s."""
+    """Run `svc monitor` and Prometheus as in deploy/, with other ports, a scrape every 1 s, a check every 2 s."""
     folder = tmp_path_factory.mktemp("prometheus")
     config = yaml.safe_load((FOLDER / "prometheus.yml").read_text("utf-8"))
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
@@ -154,7 +154,7 @@ def _wait_for_series(client: httpx.Client, query: str, timeout_s: float = 60) ->
     """Wait until a query returns a series.
 
     Raises:
-        TimeoutError: there was none in time.
+        TimeoutError: no series was returned in time.
     """
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
@@ -169,7 +169,7 @@ def _wait_for_series(client: httpx.Client, query: str, timeout_s: float = 60) ->
 
 
 def _wait_for_target(client: httpx.Client, folder: Path) -> None:
-    """Wait for the first scrape of the monitor, which imports MLflow before it answers."""
+    """Wait for the first scrape of the monitor, which imports MLflow before it responds."""
     try:
         _wait_for_series(client, "svc_server_up == 1")
     except TimeoutError:
@@ -178,7 +178,7 @@ def _wait_for_target(client: httpx.Client, folder: Path) -> None:
 
 
 def _wait_for_drift(watched: Watched, folder: Path) -> None:
-    """Wait until every signal of the served version was compared and its held-out set was run."""
+    """Wait until every signal of the served version has been compared and its held-out set has been run."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         compared = {series["metric"]["signal"] for series in watched.ask('svc_drift_score{version="1"}')}
@@ -212,7 +212,7 @@ def _put_under_load(server: Server, client: httpx.Client) -> Watched:
 
 
 def _ask(server: Server, messages: Any) -> str:
-    """Send a request; return its id."""
+    """Send a request and return its id."""
     raw = server.client.chat.completions.with_raw_response.create(
         model="tiny", messages=messages, max_tokens=5, temperature=0
     )
@@ -240,7 +240,7 @@ def test_every_recording_rule_has_data(watched: Watched, rule: dict[str, Any]) -
 
 
 NOT_HERE = re.compile(r"svc_(certificate|key|backup)_|svc_training_|DCGM_")
-"""Series that this server has not: a certificate, keys, a backup, a training run, a GPU."""
+"""Series that this server does not have, because it has no certificate, keys, backup, training run or GPU."""
 
 
 @pytest.mark.parametrize("rule", rules("alert"), ids=lambda rule: rule["alert"])

@@ -1,4 +1,4 @@
-"""Two models on one server with the real engine: requests, swaps, adding, removing and kills of one of them."""
+"""Tests two models on one real server: requests, swaps, adding, removing, and killing one of them."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ AT_REST_S = 10
 
 @pytest.fixture(scope="module")
 def instance(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
-    """Return a server of `tiny@1` and `other@2`."""
+    """Yield a server with `tiny@1` and `other@2`."""
     with closing(Instance(home, tmp_path_factory.mktemp("deployments") / "home", PORT, PROMPTS)) as instance:
         copy_model(instance.home, OTHER)
         instance.start(f"{TINY}@1", f"{OTHER}@2")
@@ -35,10 +35,10 @@ def instance(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[I
 
 
 def check(answers: list[Answer], expected: dict[str, list[tuple[str, str]]]) -> None:
-    """Assert that no request failed, and that each answer equals its version's answer without load.
+    """Assert that no request failed and that each answer equals its version's answer without load.
 
     Args:
-        expected: for each version, the version and text for each prompt.
+        expected: version and text for each prompt, keyed by version.
     """
     assert answers
     for answer in answers:

@@ -1,8 +1,9 @@
-"""Base models of every family, in the hub's layout, through all stages of `svc train` on the real engine.
+"""Runs base models of every family, in the hub's layout, through all `svc train` stages on the real engine.
 
-They have a few layers of random weights: families differ in the kind of their layers, not in the number. Gemma's
-attention windows are shorter than the examples; Phi-3 fuses its projections; SmolLM3 has a fourth layer without
-positions. Families use their real tokenizer if it was downloaded.
+The models have a few layers of random weights, because families differ in the kinds of their layers
+rather than their number. Gemma's attention windows are shorter than the examples; Phi-3 fuses its
+projections; SmolLM3's fourth layer has no positions. Families use their real tokenizer if it was
+downloaded.
 """
 
 import time
@@ -30,7 +31,7 @@ TRAIN_EXAMPLES, HELDOUT_EXAMPLES = 24, 8
 
 
 def read_without_system_turns(name: str, count: int) -> list[ChatExample]:
-    """Return examples that every template accepts: those of Gemma 2 and Mistral reject system turns."""
+    """Return examples without system turns, which the templates of Gemma 2 and Mistral reject."""
     examples = read_examples(DATA / name)[:count]
     return [
         replace(example, messages=tuple(turn for turn in example.messages if turn.role is not Role.SYSTEM))
@@ -40,7 +41,7 @@ def read_without_system_turns(name: str, count: int) -> list[ChatExample]:
 
 @pytest.fixture(scope="module")
 def families_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Return the home of all versions. The examples are next to it, and a cache of base models."""
+    """Yield the home of all versions, with the examples and a cache of base models next to it."""
     smollm2_folder()  # from the user's cache
     folder = tmp_path_factory.mktemp("families")
     write_examples(folder / "train.jsonl", read_without_system_turns("train.jsonl", TRAIN_EXAMPLES))
@@ -51,10 +52,10 @@ def families_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def write_recipe(folder: Path, family: Family, name: str, template: str | None) -> Path:
-    """Build a base model of the family, and return the recipe that trains it.
+    """Build a base model of the family and return the recipe that trains it.
 
     Args:
-        template: chat template in the recipe, for a base without one; None: the family's own.
+        template: chat template in the recipe, for a base without one; None uses the family's own template.
     """
     if template is None:
         build_hub_model(folder / name, family.name, tokenizer=fetched_tokenizer(family))
@@ -68,7 +69,7 @@ def write_recipe(folder: Path, family: Family, name: str, template: str | None) 
 
 
 def quantizes(family: Family) -> bool:
-    """Return whether a family has a GPTQ format here; see docs/base_models.md."""
+    """Return whether a family has a GPTQ format on this machine. See docs/base_models.md."""
     import torch
 
     amx = torch.cuda.is_available() or torch.cpu._is_amx_tile_supported()

@@ -1,4 +1,4 @@
-"""PyTorch's 4-bit kernel in vLLM gives the log-probabilities of gptqmodel's dequantized weights on any CPU."""
+"""Tests that PyTorch's 4-bit kernel in vLLM matches gptqmodel's dequantized log-probabilities on any CPU."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Return two models that differ in everything except their embedding, which the engine shares with the output."""
+    """Return two models that differ in all but the embedding, which the engine shares with the output layer."""
     from safetensors.torch import load_file, save_file
 
     from trainer.base_model.resolve import resolve_base
@@ -41,7 +41,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def refer(base: Path, out: Path, group_size: int) -> dict[str, Logprobs]:
-    """Quantize a base; return the results of its dequantized weights, by torch's name of the number type."""
+    """Quantize a base and return the results of its dequantized weights, keyed by torch's number type name."""
     command = [sys.executable, "-m", "tests.e2e.gptq_reference", str(base), str(out), str(group_size)]
     subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[2])
     logprobs: dict[str, Logprobs] = json.loads((out / RESULT).read_text("utf-8"))
@@ -49,13 +49,13 @@ def refer(base: Path, out: Path, group_size: int) -> dict[str, Logprobs]:
 
 
 def distance(one: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) -> float:
-    """Return the mean absolute difference in nats."""
+    """Return the mean absolute difference of two sets of log-probabilities, in nats."""
     return fmean(abs(a - b) for row, others in zip(one, other, strict=True) for a, b in zip(row, others, strict=True))
 
 
 @asynccontextmanager
 async def engine_with(model: Path, home: Path) -> AsyncIterator[EngineProcess]:
-    """Return an engine with PyTorch's kernel."""
+    """Yield an engine that uses PyTorch's 4-bit kernel."""
     settings = EngineSettings(gptq_kernel=GptqKernel.TORCH, max_model_len=256, max_concurrency=8)
     spec = EngineSpec(
         model=model,

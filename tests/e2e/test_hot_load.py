@@ -1,4 +1,4 @@
-"""Rolling and blue-green swaps, and adoption of engines by the next server, with real engines under load."""
+"""Tests rolling and blue-green swaps, and adoption by the next server, with real engines under load."""
 
 import signal
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ PORT = 8944
 
 @pytest.fixture(scope="module")
 def instance(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
-    """Return a server with two engines and version 1 in production."""
+    """Yield a server with two engines and version 1 in production."""
     folder = tmp_path_factory.mktemp("hot-load") / "home"
     with closing(Instance(home, folder, PORT, PROMPTS, SVC_ENGINE__REPLICAS="2")) as instance:
         instance.start("tiny@1")

@@ -1,7 +1,7 @@
-"""After a kill of any process at any step of a swap, the right version serves and no process is left.
+"""Tests that after killing any process at any swap step, the right version serves and no process is left.
 
-Covers the table of docs/swaps.md on the real engine, for one of two models while the other continues. `make
-test-matrix` runs it.
+Covers the table in docs/swaps.md on the real engine, for one of two models while the other continues.
+`make test-matrix` runs it.
 """
 
 import signal
@@ -31,7 +31,7 @@ TINY, OTHER = "tiny", "other"
 
 
 class Killed(Enum):
-    """The process that gets SIGKILL."""
+    """The process that is killed with SIGKILL."""
 
     GATEWAY = "gateway"
     FRONT = "front"
@@ -40,7 +40,7 @@ class Killed(Enum):
 
 
 class Moment(Enum):
-    """The step of the swap."""
+    """The step of the swap at which the process is killed."""
 
     IDLE = "idle"
     DRAINING = "draining"
@@ -50,7 +50,7 @@ class Moment(Enum):
 
 
 class Serving(Enum):
-    """The engine that serves at the end."""
+    """The engine that serves in the end."""
 
     BEFORE = "the one that served before"
     SECOND = "the second one, that was there when it happened"
@@ -86,7 +86,7 @@ TABLE: dict[Moment, Row] = {
 
 @pytest.fixture(scope="module")
 def instance(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
-    """Return a server of two models, each with one engine."""
+    """Yield a server with two models, each with one engine."""
     with closing(Instance(home, tmp_path_factory.mktemp("kill") / "home", PORT, PROMPTS)) as instance:
         copy_model(instance.home, OTHER)
         instance.start(f"{TINY}@1", f"{OTHER}@2")
@@ -96,7 +96,7 @@ def instance(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[I
 
 @pytest.fixture(scope="module")
 def expected(instance: Instance) -> dict[str, list[tuple[str, str]]]:
-    """Return the answers of each version in each format, and of the other model."""
+    """Return the answers of each version in each format and those of the other model."""
     answers = {OTHER: instance.answers(OTHER), ONE: instance.answers()}
     instance.promote("tiny@2")
     answers[TWO] = instance.answers()
@@ -107,7 +107,7 @@ def expected(instance: Instance) -> dict[str, list[tuple[str, str]]]:
 
 @pytest.fixture
 def serving(instance: Instance, expected: dict[str, list[tuple[str, str]]]) -> Instance:
-    """Return the server with version 1 in one engine, and the other model in another."""
+    """Return the server with version 1 loaded in one engine and the other model in another."""
     instance.all_ready(TINY, OTHER)
     instance.until(lambda status: [engine["state"] for engine in status["engines"]] == ["ready"])
     status = instance.status()
@@ -166,7 +166,7 @@ def test_expected_version_is_served_after_a_kill_during_a_swap(
 
 
 def at(instance: Instance, moment: Moment) -> tuple["subprocess.Popen[bytes] | None", "subprocess.Popen[bytes] | None"]:
-    """Bring the server to a step; yield the running promotion, and a client with a long answer."""
+    """Bring the server to a swap step, and return the running promotion and a client reading a long answer."""
     match moment:
         case Moment.IDLE:
             return None, None
@@ -193,7 +193,7 @@ def at(instance: Instance, moment: Moment) -> tuple["subprocess.Popen[bytes] | N
 
 
 def long_answer(instance: Instance, *, again: bool = False) -> "subprocess.Popen[bytes]":
-    """Run a client that reads one long answer, or several one after the other."""
+    """Run a client that reads one long answer, or several in succession if `again` is set."""
     body = '{"model": "tiny", "prompt": "a", "max_tokens": 900, "stream": true, "ignore_eos": true}'
     url = f"{instance.url}/v1/completions"
     ask = f"curl -sN {url} -H 'content-type: application/json' -d '{body}'"
@@ -204,7 +204,7 @@ def long_answer(instance: Instance, *, again: bool = False) -> "subprocess.Popen
 
 
 def kill(instance: Instance, engine: psutil.Process, killed: Killed) -> None:
-    """Send SIGKILL to a process of the engine that served before."""
+    """Send SIGKILL to a process of the engine that served previously."""
     victims: dict[Killed, Callable[[], list[psutil.Process]]] = {
         Killed.GATEWAY: list,
         Killed.FRONT: lambda: [engine],
@@ -218,7 +218,7 @@ def kill(instance: Instance, engine: psutil.Process, killed: Killed) -> None:
 
 
 def is_engine(process: psutil.Process) -> bool:
-    """Return whether a process is a live vLLM process."""
+    """Return whether a process is a running vLLM process."""
     try:
         line = " ".join(process.cmdline())
         return runs(process) and ("vllm.entrypoints" in line or line.startswith("VLLM::"))
@@ -227,7 +227,7 @@ def is_engine(process: psutil.Process) -> bool:
 
 
 def settled(status: Any) -> bool:
-    """Return whether one engine serves the desired version and no swap runs."""
+    """Return whether one engine serves the desired version and no swap is in progress."""
     states = [engine["state"] for engine in status["engines"]]
     swap = status["last_swap"]
     return states == ["ready"] and (swap is None or swap["outcome"] is not None)

@@ -1,4 +1,4 @@
-"""Like test_kill_matrix.py for a server of two engines: in a rolling swap, and during adoption."""
+"""Like test_kill_matrix.py, but for a server with two engines, during a rolling swap and during adoption."""
 
 import signal
 import time
@@ -25,14 +25,14 @@ DONE, FAILED = SwapOutcome.SUCCEEDED, SwapOutcome.FAILED
 
 
 class Moment(Enum):
-    """The engine that is being changed."""
+    """The engine that is being changed at the time of the kill."""
 
     FIRST = "first engine changing"
     SECOND = "second engine changing"
 
 
 class Killed(Enum):
-    """The process that gets SIGKILL."""
+    """The process that is killed with SIGKILL."""
 
     GATEWAY = "gateway"
     CHANGING = "the engine that changes"
@@ -54,7 +54,7 @@ TABLE: dict[tuple[Moment, Killed], tuple[str, SwapOutcome]] = {
 
 @pytest.fixture(scope="module")
 def instance(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
-    """Return a server with two engines."""
+    """Yield a server with two engines."""
     folder = tmp_path_factory.mktemp("kill-replicas") / "home"
     with closing(Instance(home, folder, PORT, PROMPTS, SVC_ENGINE__REPLICAS="2")) as instance:
         instance.start("tiny@1")
@@ -72,7 +72,7 @@ def expected(instance: Instance) -> dict[str, list[tuple[str, str]]]:
 
 @pytest.fixture
 def serving(instance: Instance, expected: dict[str, list[tuple[str, str]]]) -> Instance:
-    """Return the server with version 1 in both engines."""
+    """Return the server with version 1 loaded in both engines."""
     instance.until(settled)
     if instance.status()["version"] != ONE:
         instance.promote(ONE)
@@ -141,7 +141,7 @@ def test_no_engine_is_lost_if_server_exits_during_adoption(
 
 
 def changing(instance: Instance, moment: Moment) -> int:
-    """Wait for a step of a rolling swap; return the replica that is being changed."""
+    """Wait for a step of a rolling swap and return the replica that is being changed."""
 
     def changing_replicas(status: Any) -> list[int]:
         engines = status["engines"]
@@ -157,6 +157,6 @@ def changing(instance: Instance, moment: Moment) -> int:
 
 
 def settled(status: Any) -> bool:
-    """Return whether both engines serve the desired version and no swap runs."""
+    """Return whether both engines serve the desired version and no swap is in progress."""
     swap, states = status["last_swap"], [engine["state"] for engine in status["engines"]]
     return states == ["ready", "ready"] and (swap is None or swap["outcome"] is not None)

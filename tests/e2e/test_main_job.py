@@ -1,6 +1,7 @@
-"""The main job with all real parts except for a small model: train, qualify, serve, chat, promote under load, refuse
-bad versions, survive the engine's death. The tests of this folder share one server; these run in order, and
-test_shutdown stops it."""
+"""Tests the whole workflow, with everything real except for a small model: train, qualify, serve, chat,
+promote under load, refuse bad versions, and survive the engine's death. The tests in this folder share
+one server. The tests in this file run in order, and test_shutdown stops the server.
+"""
 
 import asyncio
 import json
@@ -137,7 +138,7 @@ def test_live_answer_gets_the_engines_score_of_its_text(server: Server) -> None:
 
 
 def _wait_for(find: Callable[[], Found | None], timeout_s: float = 120) -> Found:
-    """Wait for a result, and return it."""
+    """Wait until a result is found, and return it."""
     deadline = time.monotonic() + timeout_s
     while (result := find()) is None:
         assert time.monotonic() < deadline

@@ -1,4 +1,4 @@
-"""Every method on the real engine: trained from the command line, evaluated, quantized, and served to a client."""
+"""Tests every method on the real engine: trained by command, evaluated, quantized and served to a client."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +27,7 @@ def methods_home(workplace: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def versions(workplace: Path, methods_home: Path) -> Versions:
-    """Return one version of each method."""
+    """Return one version trained with each method."""
     made = {}
     for method in Method:
         sets = [f"method={method}", f"train.learning_rate={RATES.get(method, 0.02)}"]

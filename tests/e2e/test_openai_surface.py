@@ -1,4 +1,4 @@
-"""Responses, messages and closed routes with the real engine."""
+"""Tests responses, messages and closed routes with the real engine."""
 
 import json
 import time
@@ -28,7 +28,7 @@ CHOICE = {"enum": ["yes", "no"]}
 
 @pytest.fixture
 def engine(server: Server) -> Iterator[httpx.Client]:
-    """Return a client of the engine itself."""
+    """Yield a client connected directly to the engine."""
     transport = httpx.HTTPTransport(uds=str(socket_folder(server.home, 0) / SOCKET_FILE))
     with httpx.Client(transport=transport, base_url="http://engine") as client:
         yield client
@@ -41,7 +41,7 @@ def message_body(server: Server, **options: Any) -> dict[str, Any]:
 
 
 def row_of(server: Server, request_id: str) -> RequestRow:
-    """Return the row of a request, which is written slightly after the answer."""
+    """Return a request's row, which is written slightly after the response."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         with Session(open_database(server.home)) as session:
@@ -95,7 +95,7 @@ def test_messages_api_returns_the_same_text_as_chat_completions(server: Server) 
 
 
 def calls(path: str) -> dict[str, Any]:
-    """Return the body of a request in which the model must call a tool."""
+    """Return the body of a request that requires the model to call a tool."""
     schema = {"type": "object", "properties": {"city": CITY}, "required": ["city"], "additionalProperties": False}
     function = {"name": "rain", "parameters": schema}
     turns = [{"role": "user", "content": "Rain?"}]

@@ -1,6 +1,7 @@
-"""Versions that do not fit the running engine: another architecture, another chat template.
+"""Tests versions that do not fit the running engine because of a different architecture or chat template.
 
-They need a second training, so `make test-matrix` runs them; another format is tested in test_hot_load.
+They need a second training, so `make test-matrix` runs them. A different format is tested in
+test_hot_load.
 """
 
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content 
 
 @pytest.fixture(scope="module")
 def instance(home: Path, workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
-    """Return a server with version 1; 3 is a Qwen2 trained like the others, 4 is version 1 with another template."""
+    """Yield a server with version 1. Version 3 is a Qwen2; version 4 is version 1 with a different template."""
     folder = tmp_path_factory.mktemp("other-models")
     instance = Instance(home, folder / "home", PORT, PROMPTS)
     build_hub_model(folder / "base", "qwen2_5")

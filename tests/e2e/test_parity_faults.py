@@ -1,4 +1,4 @@
-"""A fault in the served form is found on the serving engine before a version is registered."""
+"""Tests that a fault in the served form is found on the serving engine before a version is registered."""
 
 import shutil
 from collections.abc import Callable
@@ -67,7 +67,7 @@ FAULTS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
 
 @pytest.fixture(scope="module")
 def trained(workplace: Path) -> Path:
-    """Return a home with one version, whose run still has its weights."""
+    """Return a home with one version whose run folder still contains its weights."""
     home = workplace / "faults-home"
     svc_json(home, "train", str(workplace / "recipe.yaml"), "--set", "qualify.restart=false")
     return home

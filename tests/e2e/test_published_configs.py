@@ -1,6 +1,7 @@
-"""Models with their publishers' metadata files, from training to the merged model, without an engine.
+"""Runs models with their publishers' metadata files from training to the merged model, without an engine.
 
-HUB_CONFIGS names a folder of such files, ORG__MODEL/config.json and others; see tests.hub_models.published.
+HUB_CONFIGS names a folder of such files, ORG__MODEL/config.json and others. See
+tests.hub_models.published.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""A rollback during a rollout of each kind on the real engine: it takes effect immediately, and no request fails."""
+"""Tests rollbacks during every kind of rollout on the real engine: immediate, and without failed requests."""
 
 import time
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ WITHIN_S = 2.0
 def instance(
     request: pytest.FixtureRequest, home: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Instance]:
-    """Return a server with version 1 in production."""
+    """Yield a server with version 1 in production."""
     folder = tmp_path_factory.mktemp("rollback") / "home"
     with closing(Instance(home, folder, PORT, PROMPTS, SVC_ENGINE__REPLICAS=str(request.param))) as instance:
         instance.start("tiny@1")
@@ -35,7 +35,7 @@ def instance(
 
 
 def roll_back(instance: Instance) -> float:
-    """Roll back; return the seconds until only version 1 serves."""
+    """Roll back and return the number of seconds until only version 1 serves."""
     here = LocalAdministration.of(Settings(home=instance.home))
     began = time.monotonic()
     result = follow(here, here.rollback("tiny", reason=None), lambda step: None)

@@ -1,4 +1,4 @@
-"""Stop the server that the tests of this folder share; by its name, this file runs last."""
+"""Stops the server shared by the tests in this folder. Because of its name, this file runs last."""
 
 import json
 import os

@@ -1,6 +1,7 @@
-"""Heavy traffic on the real engine: two models are promoted and killed, one idles; with good and hostile clients.
+"""Soak test on the real engine: models are promoted, killed and idle, with good and hostile clients.
 
-`make soak` runs it for ten minutes or MINUTES; the figures in docs/reliability.md are from thirty.
+`make soak` runs it for ten minutes or for MINUTES; the figures in docs/reliability.md are from a run of
+thirty minutes.
 """
 
 import asyncio
@@ -33,17 +34,17 @@ SWAP_EVERY_S = 30.0
 OTHER_SWAP_EVERY_S = 70.0
 SAMPLE_EVERY_S = 2.0
 WARM_S = min(300.0, 60 * MINUTES / 4)
-"""Caches fill, title is imported late comes, and the engine that is watched then is not killed any more."""
+"""Warm-up seconds: caches fill, late imports happen, and the watched engine is killed for the last time."""
 CYCLE_S, PAUSE_S, IDLE_S = 150.0, 50.0, 15.0
-"""The second model is not asked at the end of each cycle, and its engine is ended."""
+"""Cycle length, request-free pause at its end, and idle time of the second model, in seconds."""
 REST_S = 20.0
-"""Connections that were closed, and are not read, end after fifteen seconds."""
+"""Rest time in seconds. Connections that were closed but not read end after fifteen seconds."""
 SEEN_S = 0.1
-"""From an error in the server to the client's clock, which shares two processors with everything else."""
+"""Seconds allowed between an error in the server and its client noticing it, on two shared CPUs."""
 MOST_MEMORY_GROWTH = 1.05
 MOST_LAG_MS = 10.0
 MOST_STORE_DESCRIPTORS = 2 * 15 + 1
-"""Of SQLAlchemy's pool: five connections are kept and ten more may be open, each with two files, and one is shared."""
+"""File limit of SQLAlchemy's pool: up to 15 open connections with two files each, plus one shared file."""
 """Of the 99th percentile beyond that of a gateway that nobody asks."""
 _FAR = 1e12
 
@@ -53,9 +54,9 @@ class Kill:
     """An engine that was killed.
 
     Attributes:
-        model: of the engine.
-        at, ready: monotonic times, seconds.
-        running: requests of good clients that ran.
+        model: model that the engine served.
+        at, ready: monotonic times in seconds.
+        running: number of well-behaved clients' requests running at the time.
     """
 
     model: str
@@ -64,13 +65,13 @@ class Kill:
     ready: float = _FAR
 
     def covers(self, model: str, when: float) -> bool:
-        """Return whether the engine of a model was down at a time, within 0.5 s, since clients may notice first."""
+        """Return whether a model's engine was down at a time, within 0.5 s because clients may notice first."""
         return model == self.model and self.at - 0.5 <= when <= self.ready + 0.5
 
 
 @dataclass
 class Swap:
-    """One promotion: start, end and exit code."""
+    """One promotion, with its start, end and exit code."""
 
     model: str
     began: float
@@ -79,7 +80,7 @@ class Swap:
 
 
 class Descriptors(NamedTuple):
-    """Open descriptors of a process: files of the store, which grow with concurrent requests, and others."""
+    """Open descriptors of a process: files of the store, which grow with concurrent requests, and all others."""
 
     store: int
     other: int
@@ -87,17 +88,17 @@ class Descriptors(NamedTuple):
 
 @dataclass
 class Watched:
-    """The events of the test, and the server's resource usage."""
+    """Events of the soak test and the server's resource usage."""
 
     kills: list[Kill] = field(default_factory=list)
     swaps: list[Swap] = field(default_factory=list)
     wakes: int = 0
     lag: Counter[float] = field(default_factory=Counter)
     idle_lag: Counter[float] = field(default_factory=Counter)
-    """Of a gateway that nobody asks, on the same machine at the same time."""
+    """Event loop lag of a gateway without requests, on the same machine at the same time."""
     memory: list[float] = field(default_factory=list)
     engine_memory: list[tuple[int, float]] = field(default_factory=list)
-    """By the first process of the engine."""
+    """Samples of the engine's memory in bytes, each with the id of the engine's first process."""
     descriptors: tuple[Descriptors, Descriptors] | None = None  # without a client: before, and afterwards
 
 
@@ -114,7 +115,7 @@ class Soak:
         self.hostile = HostileClients(instance.url, _bearer(hostile_key), PROMPTS[0], self._models)
 
     async def run(self) -> None:
-        """Run the complete test."""
+        """Run the complete soak test."""
         before = [await asyncio.to_thread(read_lag, each.url, each.headers) for each in (self.instance, self.idle)]
         clients = Clients(self.instance.url, PROMPTS, self.tally, self.instance.headers, self._models)
         loop_end = asyncio.get_running_loop().time() + 60 * MINUTES
@@ -145,7 +146,7 @@ class Soak:
             await asyncio.sleep(max(0.0, every_s - (time.monotonic() - began)))
 
     async def _kill(self, model: str, shares: Sequence[float]) -> None:
-        """Kill the engine of a model at these shares of the warm-up time."""
+        """Kill a model's engine at the given fractions of the warm-up time."""
         for share in shares:
             await asyncio.sleep(max(0.0, self._began + share * WARM_S - time.monotonic()))
             if time.monotonic() + 90 > self._end:
@@ -163,7 +164,7 @@ class Soak:
                 kill.ready = time.monotonic()
 
     def _until_restarted(self, model: str, killed: int) -> None:
-        """Wait until another engine answers, or none is needed any more."""
+        """Wait until another engine answers or no engine is needed any more."""
         deadline = time.monotonic() + 240
         while time.monotonic() < deadline:
             state = self.instance.models()[model]["engine"]["state"]
@@ -200,7 +201,7 @@ def soak_home(workplace: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def instance(soak_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
-    """Return a server of two models, one of which idles."""
+    """Yield a server with two models, one of which idles."""
     settings = {
         "SVC_MODELS": f'{{"{OTHER}": {{"idle_s": {IDLE_S}}}}}',
         "SVC_SERVE__MAX_CONNECTIONS_PER_ADDRESS": "90",
@@ -218,7 +219,7 @@ def instance(soak_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @pytest.fixture(scope="module")
 def idle(soak_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
-    """Return a gateway without requests and without an engine."""
+    """Yield a gateway that has no requests and no engine."""
     folder = tmp_path_factory.mktemp("idle") / "home"
     with closing(Instance(soak_home, folder, IDLE_PORT, PROMPTS, SVC_SERVE__IDLE_S="1")) as idle:
         idle.start(f"{TINY}@1")
@@ -228,7 +229,7 @@ def idle(soak_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @pytest.fixture(scope="module")
 def soaked(idle: Instance, instance: Instance) -> Soak:
-    """Run the soak test; return its record."""
+    """Run the soak test and return its record."""
     key = svc_json(instance.home, "keys", "create", "--name", "hostile")
     expected = {f"{TINY}@1": [text for _, text in instance.answers(TINY)]}
     instance.promote(f"{TINY}@2", "--format", "merged")
@@ -340,6 +341,6 @@ def _bearer(secret: str) -> dict[str, str]:
 
 
 def thirds(values: list[float]) -> tuple[list[float], list[float]]:
-    """Return the first and the last third."""
+    """Return the first and last third of the values."""
     size = len(values) // 3
     return values[:size], values[-size:]

@@ -1,4 +1,4 @@
-"""Bounds of a swap in place on the real engine: waiting requests, and answers beyond the drain timeout."""
+"""Tests bounds of an in-place swap on the real engine: waiting requests, answers past the drain timeout."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +21,7 @@ MAX_QUEUED = 2
 
 @pytest.fixture(scope="module")
 def instance(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
-    """Return a server with narrow bounds and version 1 in production."""
+    """Yield a server with tight bounds and version 1 in production."""
     bounds = {"SVC_SERVE__DRAIN_TIMEOUT_S": str(DRAIN_S), "SVC_SERVE__MAX_QUEUED": str(MAX_QUEUED)}
     with closing(Instance(home, tmp_path_factory.mktemp("bounds") / "home", PORT, PROMPTS, **bounds)) as instance:
         instance.start("tiny@1")
@@ -29,7 +29,7 @@ def instance(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[I
 
 
 def ask(instance: Instance, tokens: int) -> httpx.Response:
-    """Request one answer of an exact number of tokens."""
+    """Request one answer with exactly the given number of tokens."""
     body: dict[str, Any] = {"model": "tiny", "prompt": "a", "max_tokens": tokens, "ignore_eos": True}
     return httpx.post(f"{instance.url}/v1/completions", json=body, timeout=120, trust_env=False)
 

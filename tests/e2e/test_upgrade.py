@@ -1,5 +1,6 @@
-"""A server is replaced on the socket of a service manager, and backed up while it serves: real vLLM, real processes,
-the official client."""
+"""Tests replacing a server on a service manager's socket, and backing it up while it serves, with real
+vLLM, real processes and the official client.
+"""
 
 import subprocess
 import sys
@@ -26,7 +27,7 @@ RESTARTS = 2
 
 
 class Managed(Instance):
-    """An instance started by a service manager."""
+    """A server instance started by a service manager."""
 
     def __init__(self, home: Path, folder: Path, manager: ServiceManager) -> None:
         super().__init__(home, folder, 0, PROMPTS)
@@ -34,12 +35,12 @@ class Managed(Instance):
         self._manager = manager
 
     def move_to(self, home: Path) -> None:
-        """Use this home for the next server."""
+        """Use this home for the next server that is launched."""
         (home / "logs").mkdir()
         self.home = home
 
     def launch(self, *models: str) -> "subprocess.Popen[bytes]":
-        """Start the server on the manager's socket."""
+        """Start the server on the service manager's socket."""
         command = [str(Path(sys.executable).with_name("svc")), "--home", str(self.home), "serve", *models]
         with self._log.open("ab") as output:
             self._process = self._manager.start(command, output, self.settings)
@@ -48,7 +49,7 @@ class Managed(Instance):
 
 @pytest.fixture(scope="module")
 def managed(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Managed]:
-    """Return a server with version 1 in production."""
+    """Yield a server with version 1 in production."""
     with (
         tempfile.TemporaryDirectory(prefix="svc") as folder,
         service_manager(Path(folder)) as manager,

@@ -1,6 +1,7 @@
-"""The worst bodies that the gateway accepts, and random ones, block vLLM's front for at most half a second.
+"""Tests that the worst accepted bodies, and random ones, block vLLM's front end for at most half a second.
 
-The front is one thread for all clients. Its blocked time shows in its answers to concurrent health checks.
+The front end is one thread for all clients. The time it is blocked shows in its responses to concurrent
+health checks.
 """
 
 import random
@@ -31,7 +32,7 @@ _PAUSE_S = 0.002
 
 
 class Front:
-    """Delay of an engine's front in answering health checks over separate connections."""
+    """Measures how long an engine's front end delays responses to health checks on separate connections."""
 
     def __init__(self, path: Path) -> None:
         self._path = str(path)
@@ -51,12 +52,12 @@ class Front:
             time.sleep(_PAUSE_S)
 
     def end(self) -> None:
-        """Stop sending."""
+        """Stop sending health checks."""
         self._end.set()
 
     @contextmanager
     def held(self, delays: list[float]) -> Iterator[None]:
-        """Add the longest answer during the body."""
+        """Append the longest response time measured while the context is active."""
         self._latest_s = 0.0
         yield
         time.sleep(2 * _PAUSE_S)
@@ -65,7 +66,7 @@ class Front:
 
 @pytest.fixture(scope="module")
 def instance(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
-    """Return a separate server, so that measurements of other tests are not affected."""
+    """Yield a separate server, so that measurements of other tests are not affected."""
     with closing(Instance(home, tmp_path_factory.mktemp("worst") / "home", PORT, PROMPTS)) as instance:
         instance.start("tiny@1")
         yield instance
@@ -73,7 +74,7 @@ def instance(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[I
 
 @pytest.fixture(scope="module")
 def front(instance: Instance) -> Iterator[Front]:
-    """Return the front of the engine."""
+    """Yield the health-check monitor of the engine's front end."""
     (number,) = state_folders(instance.home)
     front = Front(socket_folder(instance.home, number) / SOCKET_FILE)
     asking = threading.Thread(target=front.run)
@@ -84,7 +85,7 @@ def front(instance: Instance) -> Iterator[Front]:
 
 
 def seconds_held(instance: Instance, front: Front, worst: WorstBody) -> float:
-    """Return how long a body blocks the front."""
+    """Return how many seconds a request body blocks the front end."""
     delays = list[float]()
     with front.held(delays):
         answer = httpx.post(

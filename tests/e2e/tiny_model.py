@@ -1,4 +1,4 @@
-"""A language model small enough to train, quantize and serve in seconds, with a real tokenizer and chat template."""
+"""Builds a model small enough to train, quantize and serve in seconds, with a real tokenizer and template."""
 
 import shutil
 from pathlib import Path
@@ -7,10 +7,10 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.ji
 
 
 def build_tiny_model(folder: Path, tokenizer: Path, seed: int = 0) -> Path:
-    """Write a random Llama of two layers; its widths are multiples of 32, as required by the engine's 4-bit kernel.
+    """Write a random two-layer Llama. Its widths are multiples of 32, as the engine's 4-bit kernel requires.
 
     Args:
-        tokenizer: a model folder whose tokenizer and template are copied.
+        tokenizer: model folder from which the tokenizer and chat template are copied.
     """
     import torch
     from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM

@@ -1,4 +1,4 @@
-"""The demo's estimate of its duration follows from measurements."""
+"""Tests that the demo's duration estimate follows from its measurements."""
 
 from examples.duration import MachineSpeed
 from svc.engine.device import NumberType

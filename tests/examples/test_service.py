@@ -1,4 +1,4 @@
-"""Stopping a script that runs `svc` stops the command too, after it has saved its work."""
+"""Tests that stopping a script that runs `svc` also stops the command, after it has saved its work."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ trap 'sleep 1; touch "$2/saved"; exit 130' INT TERM
 touch "$2/started"
 while :; do sleep 0.05; done
 """
-"""Takes longer to save than Python's own `subprocess.run` waits before it kills."""
+"""Command that takes longer to save than Python's own `subprocess.run` waits before killing it."""
 
 SCRIPT = """
 import sys

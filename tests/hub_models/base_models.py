@@ -1,4 +1,4 @@
-"""Bases without a chat template, such as Llama 2 and Phi-2, in the form published on the hub."""
+"""Builds base models without a chat template, such as Llama 2 and Phi-2, in the form published on the hub."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ _CONFIG = "tokenizer_config.json"
 
 
 def write_base_tokenizer(folder: Path, family: str) -> Path:
-    """Write the tokenizer of a family, its own if it was fetched, with the published config but for the template."""
+    """Write a family's tokenizer, the real one if fetched, with the published config except for the template."""
     fixture, fetched = FAMILIES[family], fetched_tokenizer(FAMILIES[family])
     folder.mkdir(parents=True)
     for name, text in fixture.texts.items():
@@ -25,12 +25,12 @@ def write_base_tokenizer(folder: Path, family: str) -> Path:
 
 
 def build_base_model(folder: Path, family: str) -> Path:
-    """Write a base model of a family, with small random weights and without a chat template."""
+    """Write a base model of a family with small random weights and no chat template."""
     return without_template(build_hub_model(folder, family, tokenizer=fetched_tokenizer(FAMILIES[family])))
 
 
 def without_template(folder: Path) -> Path:
-    """Remove the chat template from a model folder, and return the folder."""
+    """Remove the chat template from a model folder and return the folder."""
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     config = json.loads((folder / _CONFIG).read_text("utf-8"))
     config.pop("chat_template", None)

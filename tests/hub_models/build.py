@@ -1,7 +1,7 @@
-"""Base models as the hub has them: files of a publisher around small random weights.
+"""Builds base models as they appear on the hub: a publisher's files around small random weights.
 
-transformers' `save_pretrained` writes other files: it spells a config in its own way, adds defaults, and leaves out
-everything that a repository holds beside one model.
+transformers' `save_pretrained` writes different files: it spells a config in its own way, adds defaults,
+and omits everything that a repository contains besides the model.
 """
 
 import json
@@ -41,10 +41,10 @@ def build_hub_model(folder: Path, family: str, *, seed: int = 0, tokenizer: Path
     """Write a base model as its publisher would, and return its folder.
 
     Args:
-        folder: created if need be.
+        folder: folder to write to, created if necessary.
         family: a key of FAMILIES.
-        tokenizer: folder with the family's real tokenizer.json; None: a tokenizer of this machine, to which the
-            vocabulary size and the special tokens' ids are adapted.
+        tokenizer: folder with the family's real tokenizer.json. If None, a local tokenizer is used, and the
+            vocabulary size and special token ids are adapted to it.
     """
     fixture = FAMILIES[family]
     ids = token_ids(fixture) if tokenizer is None else PUBLISHED
@@ -65,7 +65,7 @@ def build_hub_model(folder: Path, family: str, *, seed: int = 0, tokenizer: Path
 
 
 def write_weights(folder: Path, config: str, seed: int = 0) -> None:
-    """Write random weights for a config, under the hub's names and in the config's type, to several shards."""
+    """Write random weights for a config in several shards, with the hub's tensor names and the config's type."""
     import torch
     from safetensors.torch import save_file
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
@@ -94,7 +94,7 @@ def write_weights(folder: Path, config: str, seed: int = 0) -> None:
 
 
 def _count_tokens(folder: Path) -> int | None:
-    """Return the number of ids of a folder's tokenizer.json; None without one."""
+    """Return the number of ids in a folder's tokenizer.json, or None if there is no such file."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         return None
@@ -104,13 +104,13 @@ def _count_tokens(folder: Path) -> int | None:
 
 
 def _in_mistral_names(weights: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
-    """Return the weights as in Mistral's own format but for the order of rows: readers must leave them alone."""
+    """Return the weights under Mistral's own names, with rows in unchanged order. Readers must ignore them."""
     pattern = re.compile("|".join(map(re.escape, _MISTRAL_NAMES)))
     return {pattern.sub(lambda name: _MISTRAL_NAMES[name[0]], name): weight for name, weight in weights.items()}
 
 
 def _write_other_files(folder: Path, licence: str) -> None:
-    """Write what repositories hold beside a model: nothing of it may be read but the model card."""
+    """Write the other files that repositories contain besides a model. Only the model card may be read."""
     (folder / ".gitattributes").write_text(_LARGE_FILES, "utf-8")
     (folder / "README.md").write_text(f"---\nlicense: {licence}\nlanguage:\n- en\n---\n\n# A model\n", "utf-8")
     config = json.loads((folder / "config.json").read_text("utf-8"))

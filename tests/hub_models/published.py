@@ -1,7 +1,7 @@
-"""Model folders from metadata files that a publisher wrote: byte for byte, but for the sizes in config.json.
+"""Builds model folders from a publisher's metadata files, unchanged except for the sizes in config.json.
 
-The files are not part of the project. A folder ORG__MODEL of them holds config.json and, as far as they are at hand,
-generation_config.json, tokenizer_config.json, special_tokens_map.json and chat templates.
+The files are not part of the project. A folder of them, ORG__MODEL, contains config.json and, where
+available, generation_config.json, tokenizer_config.json, special_tokens_map.json and chat templates.
 """
 
 import json
@@ -41,7 +41,7 @@ _RESERVED = {Vocabulary.SMOLLM2: 17, Vocabulary.MISTRAL_1: 3, Vocabulary.MISTRAL
 
 
 def refusal(published: Path) -> str | None:
-    """Return why a model cannot be a base, by its publisher's files alone; None if it can."""
+    """Return why a model cannot be a base, judging only by its publisher's files, or None if it can."""
     from transformers import CONFIG_MAPPING
 
     config = json.loads((published / "config.json").read_text("utf-8"))
@@ -62,7 +62,7 @@ def refusal(published: Path) -> str | None:
 
 
 def build_published(published: Path, folder: Path) -> Path:
-    """Write a model folder from the publisher's files, with small random weights and a vocabulary of this machine."""
+    """Write a model folder from the publisher's files, with small random weights and a local vocabulary."""
     folder.mkdir()
     for path in published.iterdir():
         shutil.copyfile(path, folder / path.name)
@@ -81,7 +81,7 @@ def build_published(published: Path, folder: Path) -> Path:
 
 
 def shrink(config: str) -> str:
-    """Return the text of a config with small sizes, and every other character as it was."""
+    """Return a config's text with small sizes and every other character unchanged."""
     groups = json.loads(config).get("num_key_value_heads") == json.loads(config).get("num_attention_heads")
     sizes = _SIZES | {"num_key_value_heads": _HEADS if groups else 1}
     for name, size in sizes.items():
@@ -93,7 +93,7 @@ def shrink(config: str) -> str:
 
 
 def _write_tokenizer(folder: Path) -> None:
-    """Write tokenizer.json, and a tokenizer_config.json where the publisher's is not at hand."""
+    """Write tokenizer.json, plus a tokenizer_config.json if the publisher's is not available."""
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         smollm2 = FAMILIES["smollm2"]

@@ -1,7 +1,7 @@
-"""Tokenizers for the families, made from those that this machine has.
+"""Makes tokenizers for the families from those available on this machine.
 
-The family's special tokens take the place of the first tokens of another vocabulary, and its token ids follow: a
-fixture's ids are the published ones, and `TokenIds` is the only place that changes them.
+A family's special tokens replace the first tokens of another vocabulary, and its token ids are adapted.
+A fixture's ids are the published ones, and only `TokenIds` changes them.
 """
 
 import json
@@ -27,18 +27,18 @@ _VOCABULARY_SIZE = re.compile(r'(?<="vocab_size": )\d+')
 
 @dataclass(frozen=True, slots=True)
 class TokenIds:
-    """Ids of a family's special tokens, and the size of its vocabulary, in the tokenizer that it gets.
+    """Ids of a family's special tokens and its vocabulary size in the tokenizer that the family gets.
 
     Attributes:
-        of_published: id in the tokenizer by published id; ids that are missing stay as they are.
-        vocabulary_size: None: as published.
+        of_published: id in the tokenizer, keyed by published id; ids that are missing stay unchanged.
+        vocabulary_size: size of the vocabulary, or None if it is the published size.
     """
 
     of_published: Mapping[int, int]
     vocabulary_size: int | None
 
     def rewrite(self, text: str) -> str:
-        """Return a JSON text with these ids in place of the published ones, and every other character as it was."""
+        """Return a JSON text with these ids in place of the published ones and every other character unchanged."""
         if self.vocabulary_size is not None:
             text = _VOCABULARY_SIZE.sub(str(self.vocabulary_size), text)
         return _MAPPED_VALUES.sub(self._rewrite_numbers, text)
@@ -51,13 +51,13 @@ PUBLISHED = TokenIds({}, None)
 
 
 def special_tokens(family: Family) -> dict[int, str]:
-    """Return the special tokens of a family by published id, those that its tokenizer_config.json names."""
+    """Return the special tokens named in a family's tokenizer_config.json, keyed by published id."""
     tokens = json.loads(family.texts["tokenizer_config.json"]).get("added_tokens_decoder", {})
     return {int(number): token["content"] for number, token in tokens.items()}
 
 
 def token_ids(family: Family) -> TokenIds:
-    """Return what becomes of the published ids in the tokenizer that `write_tokenizer` writes."""
+    """Return how the published ids map to the tokenizer that `write_tokenizer` writes."""
     if family.vocabulary is Vocabulary.SMOLLM2:
         ids = {published: number for number, published in enumerate(special_tokens(family))}
         return TokenIds(ids, smollm2_vocabulary_size())
@@ -65,13 +65,13 @@ def token_ids(family: Family) -> TokenIds:
 
 
 def fetched_tokenizer(family: Family) -> Path | None:
-    """Return the folder with the family's real tokenizer; None where it has none here."""
+    """Return the folder with the family's real tokenizer, or None if it is not available here."""
     folder = _FETCHED / (family.npm_tokenizer or "none")
     return folder if (folder / "tokenizer.json").is_file() else None
 
 
 def write_tokenizer(folder: Path, family: Family) -> None:
-    """Write tokenizer.json, tokenizer.model or both to a folder that has the family's tokenizer_config.json."""
+    """Write tokenizer.json, tokenizer.model or both to a folder with the family's tokenizer_config.json."""
     special = special_tokens(family)
     if family.vocabulary is Vocabulary.SMOLLM2:
         write_with_special_tokens(folder, family.vocabulary, dict(enumerate(special.values())))
@@ -83,7 +83,7 @@ def write_tokenizer(folder: Path, family: Family) -> None:
 
 
 def write_with_special_tokens(folder: Path, vocabulary: Vocabulary, special: Mapping[int, str]) -> None:
-    """Write a vocabulary as tokenizer.json, with these special tokens by id in place of what has the id there."""
+    """Write a vocabulary as tokenizer.json, replacing the tokens at the given ids with these special tokens."""
     tokenizer = json.loads(_tokenizer_json(vocabulary))
     ordinary: dict[str, int] = tokenizer["model"]["vocab"]
     tokenizer["model"]["vocab"] = {name: number for name, number in ordinary.items() if number not in special} | {
@@ -100,7 +100,7 @@ def write_with_special_tokens(folder: Path, vocabulary: Vocabulary, special: Map
 
 @cache
 def smollm2_folder() -> Path:
-    """Return the folder of SmolLM2-135M-Instruct, which every machine with the tests has."""
+    """Return the folder of SmolLM2-135M-Instruct, which is available on every machine that runs the tests."""
     from trainer.base_model.resolve import resolve_base
 
     return resolve_base("smollm2-135m-instruct", Settings().base_cache).folder
@@ -108,7 +108,7 @@ def smollm2_folder() -> Path:
 
 @cache
 def smollm2_vocabulary_size() -> int:
-    """Return how many tokens SmolLM2 has."""
+    """Return the number of tokens in SmolLM2's vocabulary."""
     return int(json.loads((smollm2_folder() / "config.json").read_text("utf-8"))["vocab_size"])
 
 
@@ -118,7 +118,7 @@ def _sentencepiece(vocabulary: Vocabulary) -> bytes:
 
 @cache
 def _tokenizer_json(vocabulary: Vocabulary) -> str:
-    """Return a vocabulary as the text of a tokenizer.json; transformers converts the sentencepiece files."""
+    """Return a vocabulary as tokenizer.json text. Sentencepiece files are converted with transformers."""
     if vocabulary is Vocabulary.SMOLLM2:
         return (smollm2_folder() / "tokenizer.json").read_text("utf-8")
     from transformers import AutoTokenizer

@@ -1,4 +1,4 @@
-"""One short training of a base model and its merge, without an engine, and what must hold of the merged folder."""
+"""Runs one short training of a base model and its merge without an engine, and checks the merged folder."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ EXAMPLES = [
 
 
 def train_and_merge(base: Path, folder: Path) -> Path:
-    """Check a base, train LoRA on it for two steps, and return the merged model's folder."""
+    """Check a base, train LoRA on it for two steps, and return the folder of the merged model."""
     from svc.engine.device import read_capabilities
     from trainer.base_model.checks import check_folder
     from trainer.export.merge import merge_adapter
@@ -51,7 +51,7 @@ def train_and_merge(base: Path, folder: Path) -> Path:
 
 
 def check_merged(base: Path, merged: Path) -> None:
-    """Fail unless a merged model has the files and the config of its base, and answers otherwise than the base."""
+    """Fail unless a merged model has its base's files and config, and answers differently from the base."""
     import torch
 
     from trainer.parity.files import other_config, other_files
@@ -64,7 +64,7 @@ def check_merged(base: Path, merged: Path) -> None:
 
 
 def _logits(folder: Path) -> "torch.Tensor":
-    """Return the logits after the first example's prompt."""
+    """Return the logits that follow the first example's prompt."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -1,4 +1,4 @@
-"""The queries of dashboards as Grafana would send them, for tests with a real Prometheus."""
+"""Extracts dashboard queries as Grafana would send them, for tests with a real Prometheus."""
 
 import json
 import re
@@ -11,11 +11,11 @@ _VARIABLE = re.compile(r"\$\{?(\w+)\}?")
 
 
 class PanelQuery(NamedTuple):
-    """One query.
+    """One dashboard query.
 
     Attributes:
-        panel: its title; `variable NAME` for a template variable, whose values are a label of what `expr` gives;
-            `annotation NAME` for an annotation.
+        panel: title of the panel; `variable NAME` for a template variable, whose values come from a label of
+            the series that `expr` returns; `annotation NAME` for an annotation.
     """
 
     dashboard: str
@@ -26,15 +26,16 @@ class PanelQuery(NamedTuple):
 def panel_queries(
     folder: Path, values: Mapping[str, str], *, rate_interval: str = "1m", shown: str = "1h"
 ) -> list[PanelQuery]:
-    """Return every query of the dashboards in a folder, without variables.
+    """Return every query of a folder's dashboards, with all variables replaced.
 
     Args:
-        values: template variable to its value; `model`, `version_a`, `version_b`, `heldout`.
-        rate_interval: for `$__rate_interval`; four scrapes or more.
-        shown: the time range of the dashboard, for `$__range`.
+        values: values of the template variables, keyed by variable; `model`, `version_a`, `version_b`,
+            `heldout`.
+        rate_interval: value of `$__rate_interval`, at least four scrapes.
+        shown: value of `$__range`, the time range of the dashboard.
 
     Raises:
-        KeyError: a query has a variable without a value.
+        KeyError: a query contains a variable without a value.
     """
     known = {**values, "__rate_interval": rate_interval, "__range": shown}
     queries = []

@@ -1,4 +1,4 @@
-"""`svc status` shows the state of the server, and fails with a hint if there is none."""
+"""Tests that `svc status` shows the server's state, and fails with a hint if there is no server."""
 
 import http.server
 import json
@@ -64,7 +64,7 @@ svc_request_errors_total{model="unknown",version="",reason="queue_overflow"} 1
 
 @contextmanager
 def serving(pages: dict[str, tuple[int, str]]) -> Iterator[str]:
-    """Run a server with fixed pages; yield its URL."""
+    """Run a server with fixed pages and yield its URL."""
 
     class Pages(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -75,7 +75,7 @@ def serving(pages: dict[str, tuple[int, str]]) -> Iterator[str]:
             self.wfile.write(text.encode())
 
         def log_message(self, *arguments: object) -> None:
-            """Stays silent."""
+            """Suppress the log output of the HTTP server."""
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Pages) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
@@ -92,7 +92,7 @@ Status = Callable[..., Any]
 
 @pytest.fixture
 def status(svc: Svc, tmp_path: Path) -> Status:
-    """Return a function that runs `svc status` for a server with this state, or with these pages."""
+    """Return a function that runs `svc status` for a server with the given state or pages."""
 
     def status(*options: str, pages: dict[str, tuple[int, str]] | None = None, **state: Any) -> Any:
         good = {"/svc/status": (200, json.dumps(SERVER | {"models": [STATE | state]})), "/metrics": (200, METRICS)}
@@ -292,7 +292,7 @@ def test_proxy_environment_variables_are_ignored(status: Status, monkeypatch: py
 
 @pytest.mark.slow
 def test_watch_refreshes_the_screen_with_rates(svc: Svc, tmp_path: Path) -> None:
-    """The screen continues until Ctrl-C, and waits for a server that disappears."""
+    """The display continues until Ctrl-C, and waits if the server disappears."""
     looks = iter([METRICS, METRICS.replace('200"} 41', '200"} 51'), None])
 
     class Pages(dict[str, tuple[int, str]]):

@@ -1,4 +1,4 @@
-"""Grafana can read the dashboards, and they query only metrics that exist."""
+"""Tests that Grafana can read the dashboards, and that they query only metrics that exist."""
 
 import json
 import re
@@ -53,13 +53,13 @@ ADDED_UP = re.compile(r"\b(?:sum|min|max|avg|count) (?:by \(([^)]*)\))?")
 
 
 def _names(expr: str) -> set[str]:
-    """Return the metrics and recorded series of a query, histograms without the suffix of their series."""
+    """Return the metrics and recorded series that a query reads, with series suffixes of histograms removed."""
     names = {*METRIC.findall(expr), *IDENTIFIER.findall(NO_METRIC.sub(" ", expr))}
     return {SUFFIX.sub("", name) for name in names}
 
 
 def _vllm_names() -> set[str]:
-    """Return the metric names in vLLM's loggers, with the client library's suffix of counters."""
+    """Return the metric names in vLLM's loggers, with the suffix that the client library adds to counters."""
     path = next(Path(entry) / VLLM_LOGGERS for entry in sys.path if (Path(entry) / VLLM_LOGGERS).is_file())
     made = re.findall(r'self\._(counter|gauge|histogram)_cls\(\s*name="(vllm:\w+)"', path.read_text("utf-8"))
     return {name + "_total" if kind == "counter" else name for kind, name in made}
@@ -135,7 +135,7 @@ def test_dashboards_command_prints_the_paths_as_json(svc: Svc, tmp_path: Path) -
 
 
 def _of_models(expr: str) -> list[str]:
-    """The selectors of metrics that each model has."""
+    """Return the selectors in a query whose metrics exist for each model."""
     selectors = []
     for selector in SELECTOR.findall(expr):
         metric = SUFFIX.sub("", selector.partition("{")[0])

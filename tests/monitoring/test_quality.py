@@ -1,4 +1,4 @@
-"""Held-out quality counts as changed only beyond rounding."""
+"""Tests that held-out quality counts as changed only if it differs by more than rounding."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -149,7 +149,7 @@ def test_later_runs_are_compared_with_the_first_run_if_engine_kind_differs(regis
 
 
 def by_rouge(before: Sequence[float], now: Sequence[float]) -> QualityReport:
-    """Return a report on free text: no answer equals the reference, and all likelihoods are unchanged."""
+    """Return a report on free-text answers, none of which equals its reference, with all likelihoods unchanged."""
     misses = [False] * len(before)
     registered = {
         place: one._replace(score=before[place]) for place, one in figures([1.0] * len(before), misses).items()

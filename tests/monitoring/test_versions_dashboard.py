@@ -1,4 +1,4 @@
-"""The values of the comparison of two versions for given series, computed by Prometheus."""
+"""Tests the values that Prometheus computes from given series for the comparison of two versions."""
 
 import math
 import subprocess
@@ -36,7 +36,7 @@ Passes = Callable[[Iterable[dict[str, Any]]], None]
 
 @pytest.fixture
 def passes(tmp_path: Path) -> Passes:
-    """Return a function that asserts cases, all in one run of promtool."""
+    """Return a function that checks test cases, all in a single promtool run."""
 
     def passes(cases: Iterable[dict[str, Any]]) -> None:
         page = tmp_path / "test.yml"
@@ -48,7 +48,7 @@ def passes(tmp_path: Path) -> Passes:
 
 
 def case(expr: str, series: Mapping[str, str], expected: Mapping[str, float]) -> dict[str, Any]:
-    """Return a promtool test of a query's results after an hour of series, rounded to four digits."""
+    """Return a promtool test of a query's results after an hour of the given series, rounded to four digits."""
     samples = [{"labels": labels, "value": round(value, 4)} for labels, value in expected.items()]
     check = {"expr": f"round({expr}, 0.0001)", "eval_time": "1h", "exp_samples": samples}
     given = [{"series": name, "values": values} for name, values in series.items()]
@@ -56,12 +56,12 @@ def case(expr: str, series: Mapping[str, str], expected: Mapping[str, float]) ->
 
 
 def query(panel: str, index: int = 0) -> str:
-    """Return a query of a panel of the comparison, without variables."""
+    """Return a query from a panel of the comparison, with its variables replaced."""
     return [query.expr for query in QUERIES if (query.dashboard, query.panel) == ("versions", panel)][index]
 
 
 def counted(count: int) -> str:
-    """Return a counter that reaches a count in an hour of equal steps, so that its increase is exact."""
+    """Return a counter that reaches a count in equal steps over an hour, so that its increase is exact."""
     return f"0+{count / HOUR}x{HOUR}"
 
 

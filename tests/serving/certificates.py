@@ -1,11 +1,11 @@
-"""Certificates for this machine, created when a test needs one."""
+"""Creates certificates for this machine when a test needs them."""
 
 import subprocess
 from pathlib import Path
 
 
 def make_certificate(folder: Path, name: str = "server") -> tuple[Path, Path]:
-    """Create a self-signed certificate for localhost, and its key."""
+    """Create a self-signed certificate for localhost, and return the paths of the certificate and its key."""
     certificate, key = folder / f"{name}.pem", folder / f"{name}.key"
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "1",

@@ -1,4 +1,4 @@
-"""Fixtures of the serving tests."""
+"""Fixtures for the serving tests."""
 
 import tempfile
 from collections.abc import AsyncIterator, Iterator
@@ -20,28 +20,28 @@ from tests.serving.versions import make_version
 
 @pytest.fixture
 def socket_folder() -> Iterator[Path]:
-    """Return a folder with a short path, because the path of a unix socket may have 107 bytes."""
+    """Return a folder with a short path, because the path of a Unix socket is limited to 107 bytes."""
     with tempfile.TemporaryDirectory(prefix="svc") as folder:
         yield Path(folder)
 
 
 @pytest.fixture
 async def service(socket_folder: Path) -> AsyncIterator[Service]:
-    """The gateway in front of an engine that holds version 1."""
+    """Yield a gateway in front of an engine that holds version 1."""
     async with Service(socket_folder).run() as service:
         yield service
 
 
 @pytest.fixture
 async def client(service: Service) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of the service; answers arrive as a whole."""
+    """Yield a client of the service that receives each response as a whole."""
     async with service.client() as client:
         yield client
 
 
 @pytest.fixture
 def memory_folder() -> Iterator[Path]:
-    """A folder in memory: the store and the manifests sync every write."""
+    """Yield a folder in memory, because the store and the manifests sync every write."""
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(prefix="svc", dir=memory if memory.is_dir() else None) as folder:
         yield Path(folder)
@@ -49,7 +49,7 @@ def memory_folder() -> Iterator[Path]:
 
 @pytest.fixture
 def store(memory_folder: Path) -> Store:
-    """An empty store."""
+    """Return an empty store."""
     return new_store(memory_folder)
 
 
@@ -73,7 +73,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def make(memory_folder: Path, socket_folder: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> Make:
-    """Return a function that makes a control plane with versions 1, 2 and 3, which restarts a dead engine soon."""
+    """Return a function that creates a control plane with versions 1 to 3 that restarts dead engines quickly."""
     monkeypatch.setattr("serving.rollout.reviver._BACKOFF_S", (0.02, 0.05))
 
     def make(answered: int = 0, **settings: Any) -> Control:
@@ -88,14 +88,14 @@ def make(memory_folder: Path, socket_folder: Path, quick: None, monkeypatch: pyt
 
 @pytest.fixture
 async def control(make: Make) -> AsyncIterator[Control]:
-    """A control plane that serves version 1."""
+    """Yield a control plane that serves version 1."""
     async with make().run() as control:
         yield control
 
 
 @pytest.fixture
 def home(memory_folder: Path, socket_folder: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> Home:
-    """A home with versions 1, 2 and 3 for `svc serve`."""
+    """Return a home with versions 1, 2 and 3 for `svc serve`."""
     sockets = SimpleNamespace(gettempdir=lambda: str(socket_folder))
     monkeypatch.setattr("svc.engine.vllm.folders.tempfile", sockets)  # of engines and of the server
     return Home(memory_folder, monkeypatch)

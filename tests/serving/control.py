@@ -1,4 +1,4 @@
-"""The whole server except its process: the control plane over engine doubles, and the gateway in front of them."""
+"""The whole server except its process: the control plane over engine doubles, with the gateway in front."""
 
 import asyncio
 import json
@@ -49,19 +49,19 @@ async def until(condition: Callable[[], object], timeout_s: float = 5.0) -> None
 
 
 class Control:
-    """A server with version 1 desired.
+    """A server whose desired version is 1.
 
     Args:
         home: folder of the registry and the store.
-        sockets: a folder with a short path.
+        sockets: folder with a short path.
         replicas: number of engines.
-        format: format of the served versions.
+        format: format in which versions are served.
         adapters: settings for adapters.
         settings: fields of ServeSettings that differ from the default.
 
     Attributes:
-        leaves: the engines are left running at the end.
-        principals: the key of each secret, for clients that are created later.
+        leaves: whether the engines are left running at the end.
+        principals: principals by key secret, for clients that are created later.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Control:
         self.assemble()
 
     def assemble(self) -> None:
-        """Create the parts; again after a stop, like a restarted server."""
+        """Create the server's components, or recreate them after a stop, as in a restarted server."""
         settings = self.settings.model_copy(update={"engine": EngineSettings(replicas=self.replicas)})
         self.collector = CollectorRegistry()
         self.metrics = GatewayMetrics(self.collector)
@@ -112,7 +112,7 @@ class Control:
 
     @asynccontextmanager
     async def run(self) -> AsyncIterator["Control"]:
-        """Serve during the body of the `with`; a defect that ends the loop fails the test."""
+        """Serve while the context is active. A defect that ends the loop fails the test."""
         await self.start()
         parts = (
             self.reconciler.follow,
@@ -134,7 +134,7 @@ class Control:
             assert self.park.alive == len(self.park.left)
 
     async def start(self) -> None:
-        """Start a model as a server does before requests arrive."""
+        """Start a model as a server does before any requests arrive."""
         await self.reconciler.adopt()
         await self.slots.end_orphans()
         await self.reconciler.start()
@@ -147,7 +147,7 @@ class Control:
 
     @asynccontextmanager
     async def client(self) -> AsyncIterator[httpx.AsyncClient]:
-        """Return a client of the gateway through a real server."""
+        """Yield a client that reaches the gateway through a real server."""
         parts = gateway(
             self.deployment,
             self.settings,
@@ -171,23 +171,23 @@ class Control:
 
     @property
     def double(self) -> EngineDouble:
-        """The engine that was launched last."""
+        """Return the engine that was launched last."""
         return self.park.double
 
     @property
     def replica(self) -> Replica:
-        """The replica of the first engine; created if there is none yet."""
+        """Return the first engine's replica, creating it if it does not exist yet."""
         if not self.pool.members:
             self.pool.fill()
         return self.pool.members[0]
 
     @property
     def state(self) -> EngineState:
-        """State of the first engine."""
+        """Return the state of the first engine."""
         return self.replica.state
 
     def desired(self) -> Desired:
-        """The desired state in the store."""
+        """Return the desired state in the store."""
         desired = read_desired(self.store, NAME)
         assert desired is not None
         return desired
@@ -198,7 +198,7 @@ class Control:
         return change_desired(self.store, seen, target(number, self.format), previous=seen.target)
 
     async def outcome(self, desired: Desired) -> SwapResult:
-        """Wait for the end of a swap, and return its result."""
+        """Wait until a swap ends and return its result."""
         async with asyncio.timeout(5):
             while True:
                 swap = find_swap(self.store, NAME, desired.generation)
@@ -207,35 +207,35 @@ class Control:
                 await asyncio.sleep(0.02)
 
     async def promote(self, number: int) -> SwapResult:
-        """Promote a version and wait for the result."""
+        """Promote a version, wait for the swap to end, and return its result."""
         return await self.outcome(self.wish(number))
 
     @property
     def steps(self) -> tuple[str, ...]:
-        """Steps of the last swap."""
+        """Return the steps of the last swap."""
         swap = find_swap(self.store, NAME)
         return swap.steps if swap else ()
 
     async def serves(self, wanted: Target, timeout_s: float = 5.0) -> None:
-        """Wait until a version serves."""
+        """Wait until the given target is serving."""
         await until(lambda: self.state is EngineState.READY and self.reconciler.actual.target == wanted, timeout_s)
 
     def sample(self, name: str, **labels: str) -> float:
-        """Return the value of a metric; 0 if it does not exist."""
+        """Return the value of a metric, or 0 if it does not exist."""
         return self.collector.get_sample_value(name, labels) or 0.0
 
 
 async def _make_no_room(target: Target) -> None:
-    """Do nothing: there is no other model that could be stopped."""
+    """Do nothing, because there is no other model that could be stopped."""
 
 
 Make = Callable[..., Control]
-"""Makes a Control from its settings, and the number of registered answers of its versions."""
+"""Creates a Control from its settings and the number of registered answers that its versions have."""
 
 
 @dataclass
 class Answer:
-    """One client's result: status, the version in the header, the versions in the text, and an error if any."""
+    """One client's result: status, the version in the header, the versions in the text, and any error."""
 
     status: int
     version: str
@@ -248,7 +248,7 @@ class Load:
     """Clients that send requests repeatedly.
 
     Attributes:
-        answers: all results.
+        answers: results of all requests.
     """
 
     client: httpx.AsyncClient
@@ -256,7 +256,7 @@ class Load:
 
     @asynccontextmanager
     async def run(self, *, streams: int = 6, plain: int = 3) -> AsyncIterator["Load"]:
-        """Send requests during the body of the `with`; at its end wait for the running ones."""
+        """Send requests while the context is active, and wait for the running requests when it ends."""
         going = asyncio.Event()
 
         async def ask_on(stream: bool) -> None:
@@ -272,11 +272,11 @@ class Load:
 
     @property
     def versions(self) -> Counter[str]:
-        """Return the number of answers that each version gave."""
+        """Return the number of answers by each version."""
         return Counter(answer.version for answer in self.answers)
 
     def check(self) -> None:
-        """Check that no request failed, and that every answer came completely from the version in its header."""
+        """Check that no request failed, and that every answer came entirely from the version in its header."""
         assert self.answers
         for answer in self.answers:
             assert answer.error is None and answer.status == 200, answer
@@ -284,7 +284,7 @@ class Load:
 
 
 async def ask(client: httpx.AsyncClient, *, stream: bool) -> Answer:
-    """Send one request."""
+    """Send one request and return its result."""
     async with client.stream("POST", "/v1/chat/completions", json=BODY | {"stream": stream}) as response:
         version = response.headers.get("x-model-version", "")
         content = (await response.aread()).decode()

@@ -1,9 +1,10 @@
-"""A small double of vLLM's HTTP surface, for tests of the layers in front of it.
+"""A small test double for vLLM's HTTP interface, for tests of the layers in front of it.
 
-Its answers depend on the weights folder that it holds, token by token, so that an answer from two versions shows.
-Like vLLM it dies when a reload fails, answers from a stale prefix cache until that is reset, and does not reset it
-while requests run. It applies adapters to its weights, and answers as the merged weights of the same version would.
-While asleep it reports that it is healthy, and delays completions until it is awake.
+Its answers depend, token by token, on the weights folder it holds, so that an answer mixing two versions
+can be recognized. Like vLLM, it dies when a reload fails, answers from a stale prefix cache until the
+cache is reset, and does not reset the cache while requests are running. It applies adapters to its
+weights and answers as the merged weights of the same version would. While asleep, it reports that it is
+healthy and delays completions until it is awake.
 """
 
 import asyncio
@@ -32,19 +33,19 @@ END_TOKEN = "<|im_end|>"
 
 
 class Fault(Enum):
-    """Fault of the next completions."""
+    """Fault that occurs in the next completions."""
 
     NONE = auto()
     DIE_BEFORE_ANSWER = auto()
     DIE_IN_STREAM = auto()
-    """After the second token."""
+    """The engine dies after the second token."""
     END_WITHOUT_DONE = auto()
     ERROR_IN_STREAM = auto()
-    """The engine fails on this request, and lives."""
+    """The engine fails on this request but stays alive."""
     DEATH_AT_ONCE_IN_STREAM = auto()
-    """Words its own death as the first event."""
+    """The engine reports its own death as the first event."""
     SILENCE = auto()
-    """Says nothing more after the second token of a stream; nothing at all otherwise."""
+    """The engine sends nothing after the second token of a stream, and nothing at all without streaming."""
 
 
 def _set_event() -> asyncio.Event:
@@ -55,44 +56,45 @@ def _set_event() -> asyncio.Event:
 
 @dataclass
 class EngineDouble:
-    """An ASGI application that answers as an engine would.
+    """An ASGI application that responds as an engine would.
 
     Attributes:
-        weights: folder that it "holds".
-        name: its one model.
-        tokens: length of an answer.
-        token_delay_s: seconds for each token.
-        delayed: tokens that were waited for.
-        proceed: answers, except to probes, wait before their first token until it is set.
+        weights: folder that the double "holds".
+        name: name of its single model.
+        tokens: length of an answer in tokens.
+        token_delay_s: seconds per token.
+        delayed: number of tokens that were waited for.
+        proceed: event for which all answers except those to probes wait before their first token.
         tokenize_delay_s: seconds to count the tokens of a prompt.
         linger_s: seconds between the last event of a stream and its end.
-        max_model_len: longest prompt, words.
-        finish_reason: of an answer that is not streamed; `stop` for one more token, which is not in its text, if the
-            request's limit allows it.
-        fault: the fault of the next completions.
-        message: fields of a chat message in addition to, or instead of, its text: tool calls, another content.
-        refuse_with: (status, error) instead of every completion and token count.
-        loadable: returns whether a reload of a folder works; if not, the double dies.
+        max_model_len: length of the longest prompt, in words.
+        finish_reason: finish reason of a non-streamed answer; `stop` for one more token, which is not in the
+            answer's text, if the request's limit allows it.
+        fault: fault that occurs in the next completions.
+        message: fields of a chat message in addition to, or instead of, its text, such as tool calls or
+            other content.
+        refuse_with: (status, error) returned instead of every completion and token count.
+        loadable: returns whether a reload of a folder works; if it does not, the double dies.
         reload_delay_s: seconds for a reload.
         probe_noise: nats added to all log-probabilities.
-        label: returns the name of a weights folder in the words of an answer.
-        stuck_resets: number of resets of the prefix cache that fail, as while an aborted request holds blocks.
-        metrics: its metrics page.
-        on_call: called with the path of each request before it is answered.
-        requests: bodies of the received completions.
-        heads: their headers.
+        label: returns the name that answers use for a weights folder.
+        stuck_resets: number of prefix cache resets that fail, as while an aborted request holds blocks.
+        metrics: metrics page of the double.
+        on_call: called with the path of each request before the double responds.
+        requests: bodies of the received completion requests.
+        heads: headers of the received completion requests.
         calls: paths of all requests, in order.
-        cancelled: completions whose client left.
-        running: running completions.
-        adapters: folders of the loaded adapters, by name.
-        most_adapters: largest number of adapters ever loaded.
-        adapter_loads: folders of all loads, in order.
-        adapter_delay_s: seconds for a load.
-        broken_adapters: ends of the folders of adapters that it rejects.
-        dropped_in_use: adapters that were unloaded during one of their answers.
-        asleep: it has freed its GPU.
-        sleepless, wakeless: it does not fall asleep, or not wake, and returns an error.
-        wakes_with: folder that it "holds" after the next wake; None for the previous one.
+        cancelled: number of completions whose client disconnected.
+        running: number of running completions.
+        adapters: folders of the loaded adapters, keyed by name.
+        most_adapters: largest number of adapters loaded at the same time.
+        adapter_loads: folders of all adapter loads, in order.
+        adapter_delay_s: seconds for an adapter load.
+        broken_adapters: path endings of the adapter folders that it rejects.
+        dropped_in_use: adapters that were unloaded while one of their answers was running.
+        asleep: whether the double has freed its GPU.
+        sleepless, wakeless: whether falling asleep, or waking, fails with an error.
+        wakes_with: folder that it "holds" after the next wake, or None for the previous folder.
     """
 
     weights: str = "/models/tuned/1"
@@ -133,7 +135,7 @@ class EngineDouble:
     wakes_with: str | None = None
     dead: bool = False
     die: Callable[[], None] = lambda: None
-    """Ends it as SIGKILL would; `running_engine` sets it."""
+    """Kills the engine as SIGKILL would. Set by `running_engine`."""
     _cached_weights: str = ""
     _in_use: Counter[str] = field(default_factory=Counter)
     _first_use: dict[str, str] = field(default_factory=dict)
@@ -232,8 +234,9 @@ class EngineDouble:
             await _json(send, 200, "Success")
 
     def _weights_of(self, model: str) -> str:
-        """What answers for a model: of an adapter the merged weights of its version; a name that is used again gets
-        what the prefix cache has of its first use."""
+        """Return the weights that answer for a model. For an adapter, these are the merged weights of its version.
+        A name that is reused gets what the prefix cache contains from its first use.
+        """
         if model == self.name:
             return self.weights
         return str(Path(self._first_use[model]).with_name("merged"))
@@ -380,7 +383,7 @@ class EngineDouble:
         return Counts(_prompt_length(body), min(longest, self.tokens))
 
     def _logprobs(self, words: list[str], start: int, model: str) -> list[dict[str, Any]]:
-        """Return the log-probabilities of an answer's tokens; its text has the same ones when scored as a prompt."""
+        """Return the log-probabilities of an answer's tokens. Scoring its text as a prompt gives the same ones."""
         weights = self._weights_of(model)
         return [
             {"token": word, "logprob": logprob_of(weights, _token_id(word.strip()), at) + self.probe_noise}
@@ -402,14 +405,14 @@ class EngineDouble:
 
 
 def logprob_of(weights: str, token: int, position: int) -> float:
-    """Return the double's log-probability of a token, between -10 and 0."""
+    """Return the double's log-probability for a token, between -10 and 0."""
     digest = hashlib.sha256(f"{weights}|{token}|{position}".encode()).digest()
     return -10 * int.from_bytes(digest[:4], "big") / 2**32
 
 
 @asynccontextmanager
 async def running_engine(double: EngineDouble, socket: Path) -> AsyncIterator[SocketServer]:
-    """Run a double on a socket during the body of the `with`; it can be killed, and restarted as another engine."""
+    """Run a double on a socket while the context is active. It can be killed and restarted as another engine."""
     async with running(double, socket) as server:
 
         def die() -> None:
@@ -421,7 +424,7 @@ async def running_engine(double: EngineDouble, socket: Path) -> AsyncIterator[So
 
 
 def tokenized(example: ChatExample) -> TokenizedExample:
-    """Return an example as in training, with the double's tokens."""
+    """Return an example tokenized as in training, using the double's tokens."""
     prompt = [_token_id(word) for message in example.prompt for word in message.content.split()]
     ids = (*prompt, *(_token_id(word) for word in [*example.answer.split(), END_TOKEN]))
     return TokenizedExample(ids, ((len(prompt), len(ids)),))
@@ -432,7 +435,7 @@ def _token_id(word: str) -> int:
 
 
 def _wrong_field(body: dict[str, Any]) -> str | None:
-    """Return the first field whose type vLLM rejects."""
+    """Return the name of the first field that has a type vLLM rejects, or None."""
     turns = body.get("messages", body.get("input"))
     if isinstance(turns, list) and not all(isinstance(turn, dict) and "role" in turn for turn in turns):
         return "messages" if "messages" in body else "input"
@@ -445,7 +448,7 @@ def _wrong_field(body: dict[str, Any]) -> str | None:
 
 
 def _ended(words: list[str], reason: str) -> list[str]:
-    """Add the token that ends an answer, if the answer ended by itself."""
+    """Append the end token to an answer that ended by itself."""
     return [*words, END_TOKEN] if reason == "stop" else words
 
 

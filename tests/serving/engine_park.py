@@ -1,4 +1,4 @@
-"""Engines as the replica sees them: the double behind a unix socket, which tests start, stop and kill."""
+"""Provides engines as a replica sees them: doubles behind a Unix socket that tests start, stop and kill."""
 
 import asyncio
 import errno
@@ -31,25 +31,26 @@ PLAN: list[dict[str, Any]] = [{"name": "threads", "value": 2, "origin": "machine
 
 
 class EnginePark:
-    """Launches doubles, each on the socket of its replica; a later server can adopt a running one.
+    """Launches doubles, each on its replica's socket. A later server can adopt a running double.
 
     Args:
-        sockets: folder in which they listen.
+        sockets: folder that contains the doubles' sockets.
 
     Attributes:
         prepare: sets up each new double before it starts.
-        failing_starts: number of the next starts that fail.
+        failing_starts: how many of the next starts fail.
         start_delay_s: seconds for a start.
-        engines: all launched engines.
+        engines: all engines launched so far.
         left: engines that a server left running, by replica.
         ended: replicas whose orphans were stopped.
-        room: why there is no memory for another engine next to a running one; None if there is.
-        shortage: returns why there is no memory for a number of additional engines.
-        facts: the kind of all engines.
+        room: why there is not enough memory for another engine next to a running one, or None if there is.
+        shortage: returns why there is not enough memory for a given number of additional engines.
+        facts: engine facts reported for all engines.
         unable: replicas that do not start.
-        disk_full: writes fail.
+        disk_full: whether writes fail.
         reloads, unprobed, sleeps: see svc.engine.engine_capabilities.
-        starting, most_starting: engines that start now, and the largest number that ever started together.
+        starting, most_starting: number of engines that are starting now, and the largest number that ever
+            started together.
     """
 
     def __init__(self, sockets: Path) -> None:
@@ -71,28 +72,28 @@ class EnginePark:
         self.sleeps = False
 
     def capabilities(self, model: ServedModel | None = None) -> EngineCapabilities:
-        """Return the capabilities of an engine that is launched now."""
+        """Return the capabilities of an engine launched now."""
         adapters = model.lora.max_loaded if model and model.lora else 0
         return EngineCapabilities(self.reloads, adapters, self.unprobed, self.sleeps)
 
     @property
     def double(self) -> EngineDouble:
-        """The double that was launched last."""
+        """Return the double that was launched last."""
         return self.engines[-1].double
 
     @property
     def alive(self) -> int:
-        """Number of running engines."""
+        """Return the number of running engines."""
         return sum(engine.alive for engine in self.engines)
 
     @property
     def asleep(self) -> int:
-        """Number of running engines that have freed their GPU."""
+        """Return the number of running engines that have freed their GPU."""
         return sum(engine.alive and engine.double.asleep for engine in self.engines)
 
 
 class ParkSlots(EngineSlots):
-    """The engines of a park, for one server: the only part that differs from `svc serve`."""
+    """The park's engines for one server. This is the only component that differs from `svc serve`."""
 
     def __init__(
         self, park: EnginePark, settings: Settings, registry: Registry, capabilities: DeviceCapabilities, served: Served
@@ -101,33 +102,33 @@ class ParkSlots(EngineSlots):
         self._park = park
 
     def engine(self, number: int, name: str, model: ServedModel) -> LastingEngine:
-        """Return a new, unstarted engine."""
+        """Return a new engine that has not been started."""
         return DoubleEngine(self._park, number, name, model)
 
     def numbers(self) -> list[int]:
-        """Return the numbers of engines that a server left."""
+        """Return the replica numbers of engines that a server left running."""
         return sorted(self._park.left)
 
     def end(self, number: int) -> None:
-        """Stop an engine that was left."""
+        """Stop an engine that a server left running."""
         self._park.ended.append(number)
         self._park.left.pop(number).kill()
 
     def shortage(self, engines: Mapping[Target, int]) -> str | None:
-        """Return the missing memory for more engines."""
+        """Return why there is not enough memory for more engines, or None if there is."""
         return self._park.shortage(sum(engines.values()))
 
     def capabilities(self, target: Target) -> EngineCapabilities:
-        """Return the capabilities of an engine that is launched now."""
+        """Return the capabilities of an engine launched now."""
         return self._park.capabilities()
 
     def facts(self, name: str, folder: Path) -> EngineFacts:
-        """Return the same kind for all engines."""
+        """Return the same engine facts for all engines."""
         return self._park.facts
 
 
 class DoubleEngine:
-    """One engine of the park; a version's folder is its weights."""
+    """An engine of the park that uses a version's folder as its weights."""
 
     def __init__(self, park: EnginePark, replica: int, name: str, model: ServedModel) -> None:
         self._park = park
@@ -148,19 +149,19 @@ class DoubleEngine:
         self.worked_s: float | None = None
 
     def memory(self) -> int | None:
-        """Return None: there is no process."""
+        """Return None, because there is no process."""
         return None
 
     def processor_s(self) -> float:
-        """Return None: there is no process."""
+        """Return 0, because there is no process."""
         return 0.0
 
     def front_s(self) -> float | None:
-        """Return the CPU time of the double, as set by a test."""
+        """Return the double's CPU time, as set by a test."""
         return self.worked_s
 
     async def start(self, on_phase: Callable[[EnginePhase], None] = lambda phase: None) -> None:
-        """Start the double; return when it answers."""
+        """Start the double and return once it responds."""
         self._park.engines.append(self)
         on_phase(EnginePhase.WEIGHTS)
         self.alive = True
@@ -183,12 +184,12 @@ class DoubleEngine:
                 server.kill()
 
     async def orphan_holds(self) -> str | None:
-        """Return the version that the engine that was left holds."""
+        """Return the version held by the engine that was left running."""
         orphan = self._park.left.get(self.replica)
         return orphan.holds if orphan and orphan.alive else None
 
     async def adopt(self) -> None:
-        """Become the engine that was left."""
+        """Take over the engine that was left running."""
         orphan = self._park.left.pop(self.replica)
         self.double, self._server, self._ended, self.alive = orphan.double, orphan._server, orphan._ended, True
         self.double.die = self.kill
@@ -202,21 +203,21 @@ class DoubleEngine:
         self.holds = holds
 
     async def sleep(self) -> None:
-        """Free the GPU."""
+        """Put the engine to sleep, which frees the GPU."""
         await self.client.sleep()
 
     async def wake(self) -> None:
-        """Take the GPU again."""
+        """Wake the engine, which takes the GPU again."""
         await self.client.wake()
 
     async def leave(self) -> None:
-        """Leave the engine running."""
+        """Leave the engine running when the server stops."""
         if self.alive:
             self._park.left[self.replica] = self
         await self.client.close()
 
     def kill(self) -> None:
-        """Stop as with SIGKILL."""
+        """Stop the engine as SIGKILL would."""
         self.double.dead = True
         self.alive = False
         if self._server:
@@ -224,12 +225,12 @@ class DoubleEngine:
         self._ended.set()
 
     async def wait(self) -> int:
-        """Wait for the exit, and return the exit code."""
+        """Wait until the engine exits, and return its exit code."""
         await self._ended.wait()
         return KILLED
 
     async def stop(self) -> None:
-        """Stop the engine, if it runs."""
+        """Stop the engine if it is running."""
         self.stops += 1
         self.kill()
         if self._server:
@@ -238,7 +239,7 @@ class DoubleEngine:
 
 
 def fail_to_end_once(monkeypatch: pytest.MonkeyPatch) -> list[OSError]:
-    """Make the stop of the next engine fail; the returned set is empty after that."""
+    """Make the next engine stop fail. The returned list is empty afterwards."""
     stop, failures = DoubleEngine.stop, [OSError("too many open files")]
 
     async def stopping(engine: DoubleEngine) -> None:

@@ -1,4 +1,4 @@
-"""An engine double as a separate process, which outlives the server: `engine_process.py SOCKET FOLDER NAME`."""
+"""Runs an engine double as a process that outlives the server: `engine_process.py SOCKET FOLDER NAME`."""
 
 import sys
 from pathlib import Path

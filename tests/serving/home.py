@@ -1,4 +1,4 @@
-"""One home with a registry and a store, and `svc serve` on it, with doubles instead of vLLM."""
+"""A home with a registry and a store, and `svc serve` running on it with doubles instead of vLLM."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -25,7 +25,7 @@ class Home:
     """A home with versions 1, 2 and 3.
 
     Args:
-        folder: the home.
+        folder: path of the home.
     """
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,7 +43,7 @@ class Home:
         monkeypatch.setattr("svc.engine.device.read_capabilities", lambda home: AVX512)
 
     async def serve(self, claim: server.Claim, *models: str) -> None:
-        """Serve as `svc serve` does after its claim."""
+        """Serve as `svc serve` does after it has claimed the home."""
         self.ready.clear()
         wanted = choose_deployments(self.registry, self.store, models, None)
         parts = assemble(
@@ -60,7 +60,7 @@ class Home:
 
     @asynccontextmanager
     async def serving(self, *models: str) -> AsyncIterator[httpx.AsyncClient]:
-        """Run a server during the body of the `with`, in which one model is ready."""
+        """Run a server while the context is active, with one model ready."""
         with server.claim(self.settings) as claim:
             task = asyncio.create_task(self.serve(claim, *models))
             waiting = asyncio.create_task(self.ready.wait())

@@ -1,4 +1,4 @@
-"""Keys that are not in a store: a principal for each secret, so that limits are tested without a store."""
+"""Provides keys outside a store: a principal for each secret, so that limits are tested without a store."""
 
 from collections.abc import Callable, Mapping
 
@@ -10,10 +10,10 @@ from svc.identity.principal import Scope as Permission
 
 
 class KnownCallers(Authentication):
-    """Knows callers by the secret that they send, in addition to those of the store.
+    """Authenticates callers by the secret they send, in addition to the keys in the store.
 
     Args:
-        principals: by secret.
+        principals: principals, keyed by secret.
     """
 
     def __init__(
@@ -27,11 +27,11 @@ class KnownCallers(Authentication):
         self._principals = principals
 
     def needs_key(self, state: RequestState, path: str) -> bool:
-        """Return whether a key was sent, or is required."""
+        """Return whether a key was sent or is required."""
         return self._caller(state) is not None or super().needs_key(state, path)
 
     def admit(self, state: RequestState, path: str) -> Grant:
-        """Return the grant of the caller."""
+        """Return the caller's grant."""
         caller = self._caller(state)
         return Grant(caller) if caller else super().admit(state, path)
 
@@ -42,7 +42,7 @@ class KnownCallers(Authentication):
 
 
 def principal(key_id: str = "k1", *, weight: int = 1, **limits: int) -> Principal:
-    """Return a key that may use every model.
+    """Return the principal for a key that may use every model.
 
     Args:
         limits: fields of `Limits`.

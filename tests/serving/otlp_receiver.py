@@ -1,4 +1,4 @@
-"""A receiver of spans by OTLP over HTTP: a real server on a port that parses the protocol."""
+"""A receiver for OTLP spans over HTTP: a real server on a port that parses the protocol."""
 
 import threading
 from collections.abc import Iterator, Mapping
@@ -20,11 +20,11 @@ SERVER = Span.SpanKind.SPAN_KIND_SERVER
 
 @dataclass(frozen=True)
 class ReceivedSpan:
-    """One received span.
+    """A span received from a sender.
 
     Attributes:
-        parent: in hexadecimal, like the other ids; empty if there is none.
-        resource: attributes of the sender.
+        parent: id of the parent span in hexadecimal, like the other ids; empty if there is none.
+        resource: resource attributes of the sender.
     """
 
     name: str
@@ -41,15 +41,15 @@ class ReceivedSpan:
 
 @dataclass
 class OtlpReceiver:
-    """Received requests, and the configured answers.
+    """The requests received so far and the configured responses.
 
     Attributes:
         url: base URL.
-        status: status of the answers.
-        heads: headers of the requests, names in lower case.
+        status: status code of the responses.
+        heads: headers of the requests, with names in lower case.
         paths: paths of the requests.
         bodies: bodies of the requests.
-        go_on: the receiver does not answer before this is set.
+        go_on: event before which the receiver does not respond.
     """
 
     url: str = ""
@@ -61,7 +61,7 @@ class OtlpReceiver:
     go_on: threading.Event = field(default_factory=threading.Event)
 
     def take(self, path: str, head: dict[str, str], body: bytes) -> None:
-        """Read one request."""
+        """Receive and record one request."""
         self.paths.append(path)
         self.heads.append(head)
         self.bodies.append(body)
@@ -101,10 +101,10 @@ def _value(value: AnyValue) -> Any:
 
 @contextmanager
 def otlp_receiver(*, answers: bool = True) -> Iterator[OtlpReceiver]:
-    """Run a receiver during the body of the `with`.
+    """Run a receiver while the context is active.
 
     Args:
-        answers: immediately; otherwise only after its `go_on` is set.
+        answers: whether to respond immediately; otherwise it responds only after its `go_on` is set.
     """
     receiver = OtlpReceiver()
     if answers:

@@ -1,4 +1,4 @@
-"""`svc serve` as a process, with engine doubles as processes instead of vLLM: `server_process.py HOME`."""
+"""Runs `svc serve` as a process, with engine doubles as processes, not vLLM: `server_process.py HOME`."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""The gateway in front of an engine double, assembled like in the server."""
+"""The gateway in front of an engine double, assembled as in the real server."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -49,15 +49,15 @@ CHAT: dict[str, Any] = {"model": NAME, "messages": [{"role": "user", "content": 
 
 
 class Leases(Protocol):
-    """Leases an engine for a request."""
+    """Protocol for leasing an engine for a request."""
 
     def __call__(self, model: str, *, without: Lease | None = None) -> AbstractAsyncContextManager[Lease]:
-        """Lease an engine for the body, other than `without`."""
+        """Lease an engine other than `without` while the context is active."""
 
 
 @dataclass(frozen=True, slots=True)
 class OneBackend:
-    """A backend whose parts are passed in."""
+    """A backend whose components are passed in."""
 
     names: ModelNames
     admission: Admission
@@ -65,17 +65,17 @@ class OneBackend:
     context: int = CONTEXT
 
     async def check(self, model: str) -> None:
-        """Accept every name."""
+        """Accept every model name."""
 
     def lease(self, model: str, *, without: Lease | None = None) -> AbstractAsyncContextManager[Lease]:
-        """Lease an engine for the body."""
+        """Lease an engine while the context is active."""
         return self.leases(model, without=without)
 
     @asynccontextmanager
     async def admitted(
         self, model: str, tokens: int, party: Party, waiting: Callable[[], AbstractContextManager[None]]
     ) -> AsyncIterator[Lease]:
-        """Lease an engine for the body, after admission."""
+        """Lease an engine after admission, while the context is active."""
         async with admitted(self.admission, tokens, party), self.leases(model) as lease:
             yield lease
 
@@ -93,7 +93,7 @@ def gateway(
     status: Callable[[], Mapping[str, Any]] = dict,
     router: Router | None = None,
 ) -> GatewayParts:
-    """Return the parts that answer clients, as in `svc serve`, in front of one backend."""
+    """Return the components that answer clients, as in `svc serve`, in front of one backend."""
     router = router or Router()
     router.serve(backend.names.name, backend)
     return assemble_gateway(
@@ -112,7 +112,7 @@ def gateway(
 
 @asynccontextmanager
 async def closed(admission: Admission) -> AsyncIterator[None]:
-    """Change the only engine during the body; it accepts requests again at its end."""
+    """Close admission for a change of the only engine while the context is active, then reopen it."""
     async with admission.changing():
         admission.unavailable(None)
         try:
@@ -123,13 +123,13 @@ async def closed(admission: Admission) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def connections(socket: Path, *, silence_s: float) -> AsyncIterator[EngineConnections]:
-    """Open connections to an engine for the body."""
+    """Keep connections to an engine open while the context is active."""
     with closing(EngineConnections(socket, silence_s=silence_s)) as engine:
         yield engine
 
 
 class ClientsProtocol(ClientProtocol):
-    """uvicorn's protocol as in `svc serve` for clients that do not use the socket in the home."""
+    """uvicorn's protocol, as in `svc serve`, for clients that do not connect through the socket in the home."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -141,15 +141,15 @@ class Service:
 
     Args:
         folder: folder for sockets.
-        store: store of the rows; without one they are accepted and not written.
+        store: store for the rows; without a store they are accepted but not written.
         keeping: settings of the request log.
-        telemetry: settings of traces; spans are built from rows, so a store is needed too.
+        telemetry: settings of traces; spans are built from rows, so a store is required as well.
         limiter: enforces the limits of keys.
-        buffers: buffers of answers; default: from the settings.
+        buffers: answer buffers; by default created from the settings.
         settings: fields of ServeSettings that differ from the default.
 
     Attributes:
-        principals: the key of each secret; other requests have no key.
+        principals: principals by key secret; all other requests have no key.
     """
 
     def __init__(
@@ -211,7 +211,7 @@ class Service:
 
     @asynccontextmanager
     async def run(self) -> AsyncIterator["Service"]:
-        """Run engine and application during the body of the `with`; version 1 is loaded."""
+        """Run the engine and the application with version 1 loaded while the context is active."""
         socket = self.folder / "engine.sock"
         async with (
             running_engine(self.double, socket) as self.engine,
@@ -244,14 +244,14 @@ class Service:
 
     @asynccontextmanager
     async def client(self) -> AsyncIterator[httpx.AsyncClient]:
-        """Return a client of the application without a server; answers arrive as a whole."""
+        """Yield a client of the application that needs no server and receives each response as a whole."""
         transport = httpx.ASGITransport(self.app)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             yield client
 
     @asynccontextmanager
     async def socket_client(self) -> AsyncIterator[httpx.AsyncClient]:
-        """Return a client of the application through a real server, with real streams and connections."""
+        """Yield a client that reaches the application through a real server, with real streams and connections."""
         socket = self.folder / "gateway.sock"
         transport = socket_transport(socket, max_connections=None)
         async with (
@@ -261,5 +261,5 @@ class Service:
             yield client
 
     def count(self, name: str, **labels: str) -> float:
-        """Return the value of a sample; 0 if it does not exist."""
+        """Return the value of a metric sample, or 0 if it does not exist."""
         return self.registry.get_sample_value(name, labels) or 0.0

@@ -1,4 +1,4 @@
-"""Runs an ASGI application behind a real unix socket, in the loop of the test, and kills it on request."""
+"""Runs an ASGI application behind a real Unix socket in the test's event loop, and kills it on request."""
 
 import asyncio
 import threading
@@ -12,15 +12,15 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 _ACCEPT_TICKS = 3
-"""Turns of the loop until uvicorn knows an accepted connection. asyncio's server must not be closed before: a
-connection that arrives too late would stay open for ever."""
+"""Event-loop turns until uvicorn knows an accepted connection. asyncio's server must not be closed earlier,
+because a connection that arrives too late would stay open forever."""
 
 
 class SocketServer:
     """A uvicorn server that stops with its test.
 
     Args:
-        protocol: protocol of its connections; None for uvicorn's own.
+        protocol: protocol for its connections, or None for uvicorn's own.
     """
 
     def __init__(self, app: ASGIApp, socket: Path, protocol: type[asyncio.Protocol] | None = None) -> None:
@@ -34,7 +34,7 @@ class SocketServer:
         self._ending: Future[None] | None = None
 
     async def start(self) -> None:
-        """Start until the socket accepts connections, without uvicorn's main loop, whose ticks make every stop slow."""
+        """Start until the socket accepts connections, without uvicorn's main loop, whose ticks make stops slow."""
         self._loop = asyncio.get_running_loop()
         starting = asyncio.ensure_future(self._server.startup())
         try:
@@ -43,7 +43,7 @@ class SocketServer:
             await starting  # cancelled in the middle, it would leave an open socket
 
     def kill(self) -> None:
-        """Stop as with SIGKILL, from any thread: every connection is closed, and the socket no longer answers."""
+        """Stop as after SIGKILL, from any thread: close every connection, so that the socket no longer responds."""
         if self._ending:
             return
         for listener in self._server.servers:
@@ -66,7 +66,7 @@ class SocketServer:
         self._cut_connections()
 
     async def stop(self) -> None:
-        """Stop the server, and all running requests with it."""
+        """Stop the server together with all running requests."""
         self.kill()
         if self._ending:
             # Shielded: if one of two waiting tasks is cancelled, it must not cancel the stop for the other.
@@ -81,7 +81,7 @@ class SocketServer:
 async def running(
     app: ASGIApp, socket: Path, protocol: type[asyncio.Protocol] | None = None
 ) -> AsyncIterator[SocketServer]:
-    """Run the application on a socket during the body of the `with`; see `SocketServer`."""
+    """Run the application on a socket while the context is active. See `SocketServer`."""
     server = SocketServer(app, socket, protocol)
     await server.start()
     try:
@@ -92,7 +92,7 @@ async def running(
 
 @contextmanager
 def running_in_thread(app: ASGIApp, socket: Path) -> Iterator[None]:
-    """Do the same for a test without a loop of its own."""
+    """Run the application on a socket from a thread, for a test without an event loop of its own."""
     loop, listening, ending = asyncio.new_event_loop(), threading.Event(), asyncio.Event()
 
     async def run() -> None:

@@ -1,4 +1,4 @@
-"""Requests that wait for adapters: outside admission, limited, and not lost whatever happens to the engine."""
+"""Tests requests waiting for adapters: outside admission, limited in number, and never lost."""
 
 import asyncio
 from collections import Counter
@@ -24,14 +24,14 @@ Answers = list[tuple[int, str, str]]
 
 
 def made(make: Make, **settings: Any) -> Control:
-    """A server with version 1 in production as an adapter; at most two of versions 1 to 8 are loaded."""
+    """Return a server with version 1 in production as an adapter, which loads at most two of versions 1 to 8."""
     control = make(**{"format": Format.ADAPTER, "adapters": AdapterSettings(max_loaded=2)} | settings)
     versions(control, *range(4, 9))
     return control
 
 
 async def occupied(control: Control, client: httpx.AsyncClient) -> list[asyncio.Task[tuple[int, str, str]]]:
-    """Keep all places for adapters in use, by versions 1 and 2, until the double's `proceed` is set."""
+    """Keep all adapter places in use by versions 1 and 2 until the double's `proceed` is set."""
     assert await ask(client, f"{NAME}@2") == (200, f"{NAME}@2", "2")
     control.double.proceed.clear()
     tasks = [asyncio.create_task(ask(client, model)) for model in (NAME, f"{NAME}@2")]

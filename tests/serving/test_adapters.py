@@ -1,4 +1,4 @@
-"""Versions that are served as adapters of one base: by name, verified, promoted under load, reloaded after a death."""
+"""Tests versions served as adapters of one base: by name, verified, promoted under load, and reloaded."""
 
 import asyncio
 import json
@@ -35,20 +35,20 @@ def adapter(number: int) -> Any:
 
 
 def versions(control: Control, *numbers: int, **said: Any) -> None:
-    """Register more versions."""
+    """Register additional versions."""
     for number in numbers:
         make_version(control.registry, number, formats=BOTH, **said)
 
 
 @pytest.fixture
 async def served(make: Make) -> AsyncIterator[Control]:
-    """A server with version 1 in production as an adapter; at most two are loaded."""
+    """Yield a server with version 1 in production as an adapter. At most two adapters are loaded."""
     async with make(format=Format.ADAPTER, adapters=AdapterSettings(max_loaded=2)).run() as control:
         yield control
 
 
 async def ask(client: httpx.AsyncClient, model: str, **said: Any) -> tuple[int, str, str]:
-    """Return the status, the version in the header, and the number in the text or the error's code."""
+    """Return the response status, the version in the header, and the number in the text or the error code."""
     answer = await client.post("/v1/chat/completions", json=BODY | {"model": model} | said)
     body = answer.json()
     text = body["error"]["code"] if "error" in body else body["choices"][0]["message"]["content"].partition(".")[0]
@@ -56,7 +56,7 @@ async def ask(client: httpx.AsyncClient, model: str, **said: Any) -> tuple[int, 
 
 
 def numbers(double: EngineDouble) -> list[int]:
-    """Return the versions that an engine has loaded."""
+    """Return the version numbers that an engine has loaded."""
     return sorted(int(folder.split("/")[-2]) for folder in double.adapters.values())
 
 

@@ -1,4 +1,4 @@
-"""`svc serve`, `svc promote`, `svc rollback` and `svc chat` on the command line."""
+"""Tests `svc serve`, `svc promote`, `svc rollback` and `svc chat` on the command line."""
 
 import asyncio
 import json
@@ -53,7 +53,7 @@ async def serving(home: Home) -> AsyncIterator[Home]:
 
 @pytest.fixture
 def other(home: Home) -> str:
-    """Another registered model."""
+    """Return the name of a second registered model."""
     make_version(home.registry, 7, name="other")
     return "other"
 
@@ -120,7 +120,7 @@ def test_serve_rejects_model_names_together_with_all(home: Home) -> None:
 
 
 def models_of(home: Home) -> list[dict[str, Any]]:
-    """Return the models in the server's status."""
+    """Return the models listed in the server's status."""
     return list(read_status(server_address(home.settings))["models"])
 
 
@@ -219,7 +219,7 @@ async def test_second_rollback_undoes_the_first(serving: Home) -> None:
 
 @pytest.fixture
 def starting(serving: Home) -> Home:
-    """A server whose versions 4 and 5 need a second engine, which starts slowly."""
+    """Return a server whose versions 4 and 5 need a second engine, which starts slowly."""
     make_version(serving.registry, 4, width=8)
     make_version(serving.registry, 5, width=16)
     serving.park.start_delay_s = 30.0
@@ -227,7 +227,7 @@ def starting(serving: Home) -> Home:
 
 
 async def promote_beside(home: Home, number: int) -> SvcError:
-    """Return the error of a promotion that runs next to other commands; only one command's output can be captured."""
+    """Return the error of a promotion that runs next to other commands, only one of which can be captured."""
     arguments = ["--home", str(home.settings.home), "promote", f"{NAME}@{number}"]
     with pytest.raises(SvcError) as failure:
         await asyncio.to_thread(group.main, arguments, standalone_mode=False)

@@ -1,7 +1,7 @@
-"""Popular clients, unmodified, against a server with keys: they send requests, stream, report an invalid key, and wait
-by themselves for a limit.
+"""Tests popular clients, unmodified, against a server with keys: they send requests, stream, report an
+invalid key, and wait by themselves when rate-limited.
 
-They run in separate threads, like users' programs; only the address and the key are configured.
+They run in separate threads, as users' programs would. Only the address and the key are configured.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from tests.serving.versions import NAME
 
 TEXT = "1.0 1.1 1.2 1.3 "
 A_MINUTE = 60
-"""Requests per minute: when all are used, the next one is accepted after a second."""
+"""Requests per minute. When all are used up, the next request is accepted after a second."""
 
 
 def ask_openai(url: str, key: str, stream: bool) -> str:
@@ -88,10 +88,10 @@ CLIENTS = {"openai": ask_openai, "anthropic": ask_anthropic, "langchain": ask_la
 
 @dataclass(frozen=True)
 class Served:
-    """A running server.
+    """A running server with an API key.
 
     Attributes:
-        key: a key for inference, with a limit.
+        key: rate-limited key for inference.
     """
 
     http: httpx.AsyncClient
@@ -100,7 +100,7 @@ class Served:
     async def ask(
         self, client: Callable[[str, str, bool], str], *, key: str | None = None, stream: bool = False
     ) -> str:
-        """Return a client's result for an answer."""
+        """Return what a client returns for an answer."""
         return await asyncio.to_thread(client, str(self.http.base_url), key or self.key, stream)
 
 

@@ -1,4 +1,4 @@
-"""Several models on one server: how they start, are added and removed, without affecting each other."""
+"""Tests several models on one server: they start, are added and are removed without affecting each other."""
 
 import asyncio
 import os
@@ -31,14 +31,14 @@ OTHER = "other"
 
 @pytest.fixture
 def two(home: Home) -> Home:
-    """A home with three versions of one model and two of another."""
+    """Return a home with three versions of one model and two of another."""
     for number in (7, 8):
         make_version(home.registry, number, name=OTHER)
     return home
 
 
 async def answer_of(client: httpx.AsyncClient, model: str) -> tuple[int, str, str]:
-    """Return the status, the version in the header, and the number in the text or the error's code."""
+    """Return the response status, the version in the header, and the number in the text or the error code."""
     answer = await client.post("/v1/chat/completions", json=BODY | {"model": model})
     body = answer.json()
     text = body["error"]["code"] if "error" in body else body["choices"][0]["message"]["content"].partition(".")[0]
@@ -46,13 +46,13 @@ async def answer_of(client: httpx.AsyncClient, model: str) -> tuple[int, str, st
 
 
 async def states(client: httpx.AsyncClient) -> dict[str, str]:
-    """Return the state of each model's engine."""
+    """Return the state of each model's engine, keyed by model."""
     models = (await client.get("/svc/status")).json()["models"]
     return {model["model"]: model["engine"]["state"] for model in models}
 
 
 async def all_ready(client: httpx.AsyncClient, *names: str) -> None:
-    """Wait until these models, and no others, serve."""
+    """Wait until exactly these models are serving."""
     async with asyncio.timeout(5):
         while await states(client) != dict.fromkeys(names, "ready"):
             await asyncio.sleep(0.01)

@@ -1,4 +1,4 @@
-"""A server with keys: which requests need one, and that the machine itself needs none."""
+"""Tests a server with keys: which requests need a key, and that local ones need none."""
 
 import asyncio
 import socket
@@ -30,7 +30,7 @@ def make_key(home: Home, *scopes: Scope) -> IssuedKey:
 
 @pytest.fixture
 async def client(home: Home) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of a server whose home has a key."""
+    """Yield a client for a server whose home has a key."""
     make_key(home, Scope.ADMIN)
     async with home.serving(f"{NAME}@1") as client:
         yield client

@@ -1,4 +1,4 @@
-"""The names of one model, and their versions."""
+"""Tests the names under which a model and its versions are available."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""No output of a server contains a secret or its hash: everything that it writes, shows or answers is searched."""
+"""Tests that nothing a server writes, shows or responds with contains a secret or its hash."""
 
 import asyncio
 import json
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 
 class Used:
-    """A server after use, with all of its output."""
+    """A server that has been used, with all of its output."""
 
     def __init__(self, home: Home, client: httpx.AsyncClient, tmp_path: Path) -> None:
         self.home = home
@@ -38,18 +38,18 @@ class Used:
 
     @property
     def secrets(self) -> list[str]:
-        """Return all secrets that were used."""
+        """Return all secrets used so far."""
         return [self.admin.secret, self.one.secret, self.wrong]
 
     async def ask(self, method: str, path: str, secret: str, body: Any = None, **headers: str) -> httpx.Response:
-        """Send one request and collect its answer."""
+        """Send one request and collect its response."""
         given = {"authorization": f"Bearer {secret}"} | headers
         answer = await self.client.request(method, path, json=body, headers=given)
         self.told.append(f"{answer.headers} {answer.text}")
         return answer
 
     async def chat(self) -> None:
-        """Send valid and invalid requests of all kinds, with secrets in wrong places."""
+        """Send valid and invalid requests of all kinds, with secrets in the wrong places."""
         one, path = self.one.secret, "/v1/chat/completions"
         await self.ask("POST", path, one, BODY)
         await self.ask("POST", path, one, BODY | {"stream": True, "user": one})
@@ -65,7 +65,7 @@ class Used:
             await self.ask("GET", f"/{one}", wrong, **{"x-api-key": wrong})
 
     async def fail(self, patch: pytest.MonkeyPatch) -> None:
-        """Cause a defect with a traceback."""
+        """Cause a defect that leaves a traceback."""
 
         def broken(*_: object) -> None:
             raise ZeroDivisionError
@@ -75,7 +75,7 @@ class Used:
             assert (await self.ask("POST", "/v1/chat/completions", self.one.secret, BODY)).status_code == 500
 
     async def administer(self) -> None:
-        """Send changes as an admin, with secrets in wrong places."""
+        """Send changes as an admin, with secrets in the wrong places."""
         admin, one = self.admin.secret, self.one.secret
         await self.ask("POST", "/svc/promote", admin, {"version": f"{NAME}@2", "reason": f"as {one} said"})
         await self.ask("POST", "/svc/promote", admin, {"version": one})
@@ -90,7 +90,7 @@ class Used:
         self.third = str(made.json()["secret"])
 
     async def type(self) -> None:
-        """Run commands on the machine and on another one."""
+        """Run commands on this machine and on another one."""
         key_file = str(write_key(self.tmp_path, self.admin))
         elsewhere = ("--server", str(self.client.base_url), "--key-file", key_file)
         for command in (
@@ -108,7 +108,7 @@ class Used:
 
 @pytest.fixture
 async def used(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Used:
-    """A server that stores and logs as much as possible, after all of these requests."""
+    """Return a server that stores and logs as much as possible, after it has handled all these requests."""
     home.settings = home.settings.model_copy(
         update={
             "serve": ServeSettings(port=0),
@@ -131,7 +131,7 @@ async def used(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capl
 
 
 def hits(text: str, secrets: list[str]) -> list[str]:
-    """Return the parts of secrets in a text: those that only their owner knows, and their hashes."""
+    """Return the secrets found in a text, either the parts that only their owner knows or their hashes."""
     return [secret for secret in secrets if secret[12:36] in text or hash_secret(secret) in text]
 
 
@@ -157,7 +157,7 @@ def _search_files(home: Path, secrets: list[str]) -> None:
 
 
 def _search_rows(home: Home, secrets: list[str]) -> None:
-    """Check that hashes are only in the table of keys."""
+    """Check that hashes are stored only in the keys table."""
     with home.store.connect() as connection:
         tables = connection.exec_driver_sql("SELECT name FROM sqlite_master WHERE type = 'table'").scalars().all()
         assert {"keys", "requests", "audit"} <= set(tables)

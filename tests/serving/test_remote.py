@@ -1,4 +1,4 @@
-"""A server is administered from another machine as on its own, with a key."""
+"""Tests administering a server from another machine with a key, as on the server's own machine."""
 
 import asyncio
 import json
@@ -61,7 +61,7 @@ def write_key(folder: Path, issued: IssuedKey) -> Path:
 
 @pytest.fixture
 def remote(client: httpx.AsyncClient, admin: IssuedKey, tmp_path: Path) -> Remote:
-    """Run `svc` on another machine, which has no home."""
+    """Return a function that runs `svc` on another machine, which has no home."""
 
     def type_now(*arguments: str, issued: IssuedKey = admin) -> Result:
         key_file = str(write_key(tmp_path, issued))

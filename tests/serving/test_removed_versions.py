@@ -1,4 +1,4 @@
-"""A version that is removed while its adapter is loaded: new requests fail, and running ones complete."""
+"""Tests removing a version while its adapter is loaded: new requests fail, and running requests complete."""
 
 import asyncio
 import json
@@ -31,7 +31,7 @@ def often(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 async def served(make: Make) -> AsyncIterator[Control]:
-    """A server with version 1 in production as an adapter."""
+    """Yield a server with version 1 in production as an adapter."""
     async with make(format=Format.ADAPTER).run() as control:
         yield control
 

@@ -1,4 +1,4 @@
-"""The model of a request, and how the requests of a name are split."""
+"""Tests how a request is routed to a model, and how requests for a name are split."""
 
 import random
 from collections.abc import AsyncIterator
@@ -27,7 +27,7 @@ async def _no_lease(model: str, *, without: Lease | None = None) -> AsyncIterato
 
 
 def backend(name: str, *numbers: int) -> OneBackend:
-    """Return a backend with these versions loaded; the first is in production."""
+    """Return a backend with these versions loaded, the first of which is in production."""
     names = ModelNames(name)
     targets = [Target(VersionId(name, number), Format.MERGED) for number in numbers]
     if targets:

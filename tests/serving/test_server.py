@@ -1,4 +1,4 @@
-"""`svc serve` as a process: its claims, its start, and that it leaves nothing behind however it stops."""
+"""Tests `svc serve` as a process: its claims, its start, and that it leaves nothing behind when it stops."""
 
 import asyncio
 import gc
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 
 @asynccontextmanager
 async def started(home: Home) -> AsyncIterator[tuple[asyncio.Task[None], httpx.AsyncClient]]:
-    """Start a server and its client; the body stops it."""
+    """Start a server and yield its task and client. The test stops the server."""
     with server.claim(home.settings) as claim:
         async with httpx.AsyncClient(base_url=claim.url, timeout=10) as client:
             task = asyncio.create_task(home.serve(claim, f"{NAME}@1"))
@@ -108,7 +108,7 @@ async def test_unwritten_swap_result_is_in_the_status_without_delaying_the_stop(
 
 
 async def _status(client: httpx.AsyncClient) -> dict[str, Any]:
-    """Return the status of the only model."""
+    """Return the status of the server's only model."""
     (status,) = (await client.get("/svc/status")).json()["models"]
     return dict(status)
 
@@ -306,7 +306,7 @@ async def test_second_server_on_a_home_fails_immediately(home: Home) -> None:
 
 
 async def test_second_server_on_a_port_fails_immediately(home: Home, tmp_path: Path) -> None:
-    """Even before the first one answers."""
+    """This holds even before the first server responds."""
     with server.claim(home.settings) as first:
         port = int(first.url.rpartition(":")[2])
         other = Settings.model_validate({"home": tmp_path / "other", "serve": {"port": port}})

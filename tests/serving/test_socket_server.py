@@ -1,4 +1,4 @@
-"""The server of an engine double leaves no connection open, whenever it is stopped."""
+"""Tests that an engine double's server leaves no connection open, whenever it is stopped."""
 
 import asyncio
 import gc

@@ -1,4 +1,4 @@
-"""A socket from the service manager is used if it is valid, and reports reach the manager."""
+"""Tests that a valid socket from the service manager is used, and that reports reach the manager."""
 
 import asyncio
 import os
@@ -16,7 +16,7 @@ from svc.errors import SettingsError
 
 @pytest.fixture
 def passed(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
-    """Pass a TCP socket as the manager does."""
+    """Pass a TCP socket as the service manager does."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         monkeypatch.setattr(systemd_notify, "_FIRST_DESCRIPTOR", os.dup(listener.fileno()))

@@ -1,4 +1,4 @@
-"""A server with a certificate, or behind a proxy with one."""
+"""Tests a server with a certificate, or behind a proxy that has one."""
 
 import asyncio
 import os
@@ -33,7 +33,7 @@ def configure(home: Home, **serve: Any) -> None:
 
 @pytest.fixture
 def files(home: Home, tmp_path: Path) -> tuple[Path, Path]:
-    """The certificate of the home's server, and its key."""
+    """Return the certificate of the home's server and its key."""
     certificate, key = make_certificate(tmp_path)
     configure(home, tls_certificate=certificate, tls_key=key)
     return certificate, key
@@ -171,7 +171,7 @@ def test_incomplete_or_invalid_tls_and_proxy_settings_are_rejected() -> None:
 
 
 async def spend(client: httpx.AsyncClient, address: str) -> int:
-    """Send one invalid key more than an address may send; return the last status."""
+    """Send one invalid key more than an address may send, and return the last status code."""
     headers = {"x-forwarded-for": address, "x-api-key": "wrong"}
     answers = [await client.get("/v1/models", headers=headers) for _ in range(MAX_INVALID_PER_MINUTE + 1)]
     return answers[-1].status_code

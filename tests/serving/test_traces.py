@@ -1,4 +1,4 @@
-"""`svc serve` with traces, over TCP, to a receiver over TCP, until its stop; and without traces."""
+"""Tests `svc serve` over TCP until it stops, with traces sent to a receiver over TCP, and without traces."""
 
 import asyncio
 import json

@@ -1,6 +1,6 @@
-"""A server is replaced by the next one, as after the installation of a release, and no client notices.
+"""Tests replacing a server with the next one, as after installing a release, without any client noticing.
 
-Real processes on a socket that outlives them, as under systemd; the engine double is a process too.
+Uses real processes on a socket that outlives them, as under systemd. The engine double is a process too.
 """
 
 import signal
@@ -34,10 +34,11 @@ class Clients:
     """Clients that send requests until they are stopped.
 
     Args:
-        kept: clients that keep their connection; the others open a new one for each request.
+        kept: number of clients that keep their connection; all others open a new connection for each
+            request.
 
     Attributes:
-        answers: number of answers of each kind: a version, or an error.
+        answers: number of answers by kind, which is a version or an error.
     """
 
     def __init__(self, url: str, *, kept: int) -> None:
@@ -48,7 +49,7 @@ class Clients:
 
     @contextmanager
     def asking(self) -> Iterator[None]:
-        """Run clients during the body of the `with`."""
+        """Run the clients while the context is active."""
         for thread in self._threads:
             thread.start()
         try:
@@ -59,7 +60,7 @@ class Clients:
                 thread.join()
 
     def wait_for(self, more: int) -> None:
-        """Wait until a number of additional requests was answered, or failed."""
+        """Wait until a number of additional requests have been answered or have failed."""
         wanted, given_up = self.answers.total() + more, time.monotonic() + 60
         while self.answers.total() < wanted:
             assert time.monotonic() < given_up, self.answers
@@ -77,7 +78,7 @@ class Clients:
 
 
 class Service:
-    """The server of one home under a service manager."""
+    """The server of one home, run by a service manager."""
 
     def __init__(self, manager: ServiceManager, home: Path, sockets: Path) -> None:
         self.manager = manager
@@ -87,7 +88,7 @@ class Service:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start; return when the server reports that it is ready."""
+        """Start the server and return once it reports that it is ready."""
         command = [sys.executable, "-m", "tests.serving.server_process", str(self.home)]
         with self._log.open("ab") as output:
             self.process = self.manager.start(command, output, {"TMPDIR": str(self._sockets)})
@@ -97,20 +98,20 @@ class Service:
             raise AssertionError(self._log.read_text("utf-8")) from None
 
     def end(self, number: signal.Signals) -> None:
-        """Stop; return when the server has stopped."""
+        """Stop the server with a signal and return once it has stopped."""
         assert self.process is not None
         self.process.send_signal(number)
         assert self.process.wait(60) == 0, self._log.read_text("utf-8")
 
     @property
     def engine(self) -> psutil.Process | None:
-        """Return the engine of its model."""
+        """Return the engine of its model, or None if there is none."""
         return find_engine(state_folder(self.home, 0))
 
 
 @pytest.fixture
 def service(memory_folder: Path, socket_folder: Path) -> Iterator[Service]:
-    """A server that serves version 1."""
+    """Yield a server that serves version 1."""
     make_version(Registry(memory_folder / "models", AliasBook()), 1)
     with service_manager(socket_folder) as manager:
         service = Service(manager, memory_folder, socket_folder)

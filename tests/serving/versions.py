@@ -1,4 +1,4 @@
-"""A registry with versions that are created in a millisecond, with the probes of the engine double."""
+"""Provides a registry with versions that are created in a millisecond, with the engine double's probes."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -44,21 +44,21 @@ FACTS = EngineFacts(
 OTHER_FACTS = FACTS.model_copy(update={"vllm": "0.33.0"})
 MAX_TOKENS = 3
 HELDOUT = tuple(chat(f"question {number}", f"{number}.0 {number}.1 {number}.2") for number in (1, 2, 3))
-"""Version N of the one name gives the reference answer only to question N."""
+"""Held-out examples. Version N of the model gives the reference answer only to question N."""
 RESULT = ExampleResult(
     answer="a", tokens=2, limit=MAX_TOKENS, finish_reason="stop", logprob=-0.5, nll=1.0, scored=1, hit=False
 )
 _TOKENS = tuple(range(5, 25))
-"""Of a probe. The log-probabilities of two folders are random: with 19 tokens no pair is as close as within one
-version; with three, one pair in 200 was."""
+"""Tokens of a probe. The log-probabilities of two folders are random: with 19 tokens no pair is as close as
+within one version; with three tokens, one pair in 200 was."""
 
 
 class AliasBook(Tracking):
     """MLflow's aliases without MLflow.
 
     Attributes:
-        book: the versions of the aliases.
-        failures: number of the next calls that fail.
+        book: version that each alias points to.
+        failures: how many of the next calls fail.
     """
 
     def __init__(self) -> None:
@@ -67,17 +67,17 @@ class AliasBook(Tracking):
         self.failures = 0
 
     def aliases(self, name: str) -> dict[Alias, VersionId]:
-        """Return all aliases of a name."""
+        """Return all aliases of a model name."""
         self._fail()
         return {alias: version for alias, version in self.book.items() if version.name == name}
 
     def set_alias(self, version: VersionId, alias: Alias) -> None:
-        """Move an alias."""
+        """Move an alias to a version."""
         self._fail()
         self.book[alias] = version
 
     def discard(self, version: VersionId) -> None:
-        """Do nothing: there are no versions here."""
+        """Do nothing, because no versions are stored here."""
 
     def _fail(self) -> None:
         if self.failures > 0:
@@ -86,7 +86,7 @@ class AliasBook(Tracking):
 
 
 def target(number: int, format: Format = Format.MERGED) -> Target:
-    """Return a version of the one name."""
+    """Return a version of the model as a target."""
     return Target(VersionId(NAME, number), format)
 
 
@@ -162,7 +162,7 @@ def make_version(
 
 
 def base_folder(registry: Registry) -> Path:
-    """Return the base of all adapters; create it if it is missing."""
+    """Return the base of all adapters, creating it if it is missing."""
     base = registry.models.parent / "base"
     base.mkdir(exist_ok=True)
     (base / "config.json").write_text("{}")

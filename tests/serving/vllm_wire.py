@@ -1,4 +1,4 @@
-"""The format of vLLM 0.32's answers, for the engine double: complete ones, and the events of streams."""
+"""vLLM 0.32's response format for the engine double: complete responses and the events of streams."""
 
 import json
 from abc import ABC, abstractmethod
@@ -11,18 +11,18 @@ DONE: Event = b"data: [DONE]\n\n"
 
 @dataclass(frozen=True)
 class Counts:
-    """Token counts of one answer."""
+    """Token counts of a single answer."""
 
     prompt: int
     completion: int
 
 
 class Wire(ABC):
-    """The answers of one route.
+    """Response format of one route.
 
     Args:
         model: name of the model in the engine.
-        body: the request.
+        body: body of the request.
     """
 
     def __init__(self, model: str, body: dict[str, Any]) -> None:
@@ -34,23 +34,23 @@ class Wire(ABC):
 
     @abstractmethod
     def opening(self, counts: Counts) -> list[Event]:
-        """Return the events before the first token."""
+        """Return the events that precede the first token."""
 
     @abstractmethod
     def token(self, word: str, reason: str | None) -> Event:
-        """Return the event of one token; `reason` is set with the last."""
+        """Return the event of one token. `reason` is set for the last token."""
 
     @abstractmethod
     def closing(self, words: list[str], counts: Counts) -> list[Event]:
-        """Return the events after the last token."""
+        """Return the events that follow the last token."""
 
     @abstractmethod
     def failure(self, message: str) -> list[Event]:
-        """Return an error within a stream, and its end; nothing if the connection is cut."""
+        """Return an error within a stream followed by the stream's end, or nothing if the connection is cut."""
 
 
 class CompletionsWire(Wire):
-    """Chat and plain completions."""
+    """Response format for chat and plain completions."""
 
     def __init__(self, model: str, body: dict[str, Any], *, chat: bool) -> None:
         super().__init__(model, body)
@@ -93,7 +93,7 @@ class CompletionsWire(Wire):
 
 
 class ResponsesWire(Wire):
-    """Responses; each event is numbered."""
+    """Response format for the Responses API, whose events are numbered."""
 
     def __init__(self, model: str, body: dict[str, Any]) -> None:
         super().__init__(model, body)
@@ -172,7 +172,7 @@ class ResponsesWire(Wire):
 
 
 class MessagesWire(Wire):
-    """Anthropic's messages."""
+    """Response format for Anthropic's Messages API."""
 
     def whole(self, words: list[str], counts: Counts, reason: str) -> dict[str, Any]:
         content = [{"type": "text", "text": "".join(words)}]
@@ -213,7 +213,7 @@ class MessagesWire(Wire):
 
 
 def wire_of(path: str, model: str, body: dict[str, Any]) -> Wire:
-    """Return the answers of a path."""
+    """Return the response format for a path."""
     match path:
         case "/v1/responses":
             return ResponsesWire(model, body)

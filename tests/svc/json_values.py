@@ -1,4 +1,4 @@
-"""Strategies for arbitrary user input."""
+"""Hypothesis strategies for arbitrary user input."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ json_values = st.recursive(
 
 
 def mappings_of(keys: list[str]) -> st.SearchStrategy[dict[str, Any]]:
-    """Return a strategy for mappings that often have the known keys, with any value, also one level deeper."""
+    """Return a strategy for mappings that often contain the known keys, with any value, also one level deeper."""
     sections = sorted({key.partition(".")[0] for key in keys} | {key.rpartition(".")[2] for key in keys})
     names = st.sampled_from(sections) | st.text(max_size=8)
     return st.dictionaries(names, json_values | st.dictionaries(names, json_values, max_size=4), max_size=6)

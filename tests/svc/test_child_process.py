@@ -1,4 +1,4 @@
-"""Work in a separate process: its result, and its end."""
+"""Tests work in a separate process: its result, and how it ends."""
 
 import os
 import signal

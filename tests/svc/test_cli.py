@@ -1,4 +1,4 @@
-"""The command line: immediate help, errors as text with their exit codes, and no unneeded libraries."""
+"""Tests the command line: immediate help, errors as text with their exit codes, and no unneeded libraries."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ NOT_FOR_HELP = (*HEAVY, "mlflow", "fastapi", "sklearn", "scipy")
 
 
 def loaded_after(code: str) -> set[str]:
-    """Return the top-level packages that a fresh interpreter has loaded after running code."""
+    """Return the top-level packages loaded in a fresh interpreter after it has run the code."""
     report = "\nimport json, sys; print('\\n' + json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
     done = subprocess.run([sys.executable, "-c", code + report], capture_output=True, text=True, check=True)
     return set(json.loads(done.stdout.splitlines()[-1]))
@@ -54,7 +54,7 @@ def test_every_command_has_help(svc: Svc) -> None:
 
 
 def add_failing_command(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
-    """Add the command `fail`, which raises an error."""
+    """Add a command `fail` that raises the given error."""
 
     @click.command()
     def fail() -> None:

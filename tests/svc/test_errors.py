@@ -1,4 +1,4 @@
-"""Every error says what is wrong, what was expected and what to do, and has a stable exit code."""
+"""Tests that every error says what is wrong, what was expected and what to do, and has a stable exit code."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ from svc.errors import DataError, ProbeError, SvcError
 
 
 def kinds(root: type[SvcError] = SvcError) -> Iterator[type[SvcError]]:
-    """Return all subclasses of an error in svc/errors.py; other packages define more."""
+    """Yield all subclasses of an error that svc/errors.py defines. Other packages define more."""
     for kind in root.__subclasses__():
         if kind.__module__ == errors.__name__:
             yield kind

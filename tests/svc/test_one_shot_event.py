@@ -1,4 +1,4 @@
-"""Every listener is called once, immediately, and not after it was removed."""
+"""Tests that every listener is called once and immediately, and is not called after it was removed."""
 
 from svc.one_shot_event import OneShotEvent
 

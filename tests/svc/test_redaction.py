@@ -1,4 +1,4 @@
-"""Private data are redacted, similar texts are not, and no text makes redaction slow."""
+"""Tests that private data are redacted, that similar texts are not, and that no text makes redaction slow."""
 
 import re
 import threading
@@ -174,7 +174,7 @@ def test_redacted_text_is_marked_with_a_placeholder(secret: str) -> None:
 
 SLOW = "(a|aa)+$"
 ENDLESS = "a" * 200 + "!"
-"""A text on which the slow pattern would run for years."""
+"""Text on which the slow pattern would run for years."""
 
 
 def blank_endless() -> None:

@@ -1,4 +1,4 @@
-"""Number of examples needed to detect a loss, checked with simulated versions."""
+"""Tests the number of examples needed to detect a loss, using simulated versions."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Settings come from four places, later ones override earlier ones, and misspelt names are rejected."""
+"""Tests that settings come from four sources, later ones take precedence, and misspelt names are rejected."""
 
 from collections.abc import Callable
 from pathlib import Path

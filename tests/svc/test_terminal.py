@@ -1,4 +1,4 @@
-"""Progress is a bar on a terminal, and a plain line every few seconds in a pipe."""
+"""Tests that progress is a bar on a terminal, and a plain line every few seconds in a pipe."""
 
 import io
 import time
@@ -17,7 +17,7 @@ Show = Callable[[bool], io.StringIO]
 
 @pytest.fixture
 def shown(monkeypatch: pytest.MonkeyPatch) -> Show:
-    """Replace stderr by a terminal or a pipe; return the text written to it."""
+    """Return a function that replaces stderr with a terminal or a pipe and returns the text written to it."""
 
     def shown(is_terminal: bool) -> io.StringIO:
         file = io.StringIO()

@@ -1,4 +1,4 @@
-"""Durations and times as users type them."""
+"""Tests durations and times as users type them."""
 
 from datetime import UTC, datetime, timedelta
 

@@ -1,4 +1,4 @@
-"""NAME@N, and rejection of similar texts."""
+"""Tests that NAME@N is parsed and similar texts are rejected."""
 
 import pytest
 from hypothesis import given

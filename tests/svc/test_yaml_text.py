@@ -1,4 +1,4 @@
-"""Any text is a value or a ValueError."""
+"""Tests that any text is either parsed to a value or raises ValueError."""
 
 import pytest
 from hypothesis import given

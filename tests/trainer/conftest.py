@@ -1,4 +1,4 @@
-"""A complete chat model, small enough to train in a second: random weights, byte-level tokenizer."""
+"""A complete chat model, small enough to train in a second, with random weights and a byte-level tokenizer."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer(chat_template: str = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
-    """Return a tokenizer with one token per byte."""
+    """Return a tokenizer that has one token per byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -34,7 +34,7 @@ def make_tokenizer(chat_template: str = CHAT_TEMPLATE) -> PreTrainedTokenizerFas
 
 
 def make_model(folder: Path, **config: Any) -> Path:
-    """Write the model and return its folder; `config` changes its shape."""
+    """Write the model and return its folder. `config` changes the model's shape."""
     tokenizer = make_tokenizer()
     shape = {
         "vocab_size": len(tokenizer),
@@ -55,13 +55,13 @@ def make_model(folder: Path, **config: Any) -> Path:
 
 
 def make_example(user: str, answer: str, system: str = "Say the colour in one word.") -> ChatExample:
-    """Return one question with its answer."""
+    """Return an example with one question and its answer."""
     turns = (Message(Role.SYSTEM, system), Message(Role.USER, user), Message(Role.ASSISTANT, answer))
     return ChatExample(turns)
 
 
 def make_recipe(**sections: Any) -> Recipe:
-    """Return a recipe; the files that it names need not exist."""
+    """Return a recipe. The files that it names need not exist."""
     data = {"train": "train.jsonl", "heldout": "heldout.jsonl"}
     return Recipe.model_validate({"name": "tiny", "base": "./base", "data": data, **sections})
 
@@ -73,13 +73,13 @@ def losses_of(summary: TrainingSummary) -> list[float]:
 
 @pytest.fixture(autouse=True)
 def measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Accept any load of other processes: tests run in parallel, so the machine is never quiet."""
+    """Accept any load from other processes, because tests run in parallel and the machine is never quiet."""
     monkeypatch.setattr("svc.evaluation.quiet_machine.MAX_OTHERS_SHARE", 2.0)
 
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a model that tests must not change."""
+    """Return the folder of a tiny model, which tests must not change."""
     return make_model(tmp_path_factory.mktemp("model") / "base")
 
 
@@ -94,5 +94,5 @@ def examples() -> list[ChatExample]:
 def uninterrupted(
     tiny_base: Path, examples: list[ChatExample], tmp_path_factory: pytest.TempPathFactory
 ) -> UninterruptedRuns:
-    """Return the runs of the tiny model on all examples, five of them held out."""
+    """Return uninterrupted runs of the tiny model on all examples, five of which are held out."""
     return UninterruptedRuns(tiny_base, examples, tmp_path_factory.mktemp("uninterrupted"))

@@ -1,4 +1,4 @@
-"""Engines for qualification without a process: the engine's double behind the real client."""
+"""Provides engines for qualification without a process: the engine double behind the real client."""
 
 import asyncio
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from tests.svc.engine.in_process import client_of
 
 
 class DoubleEngine:
-    """An engine with the weights of one folder."""
+    """An engine that serves the weights of one folder."""
 
     def __init__(self, double: EngineDouble) -> None:
         self.double = double
@@ -23,11 +23,11 @@ class DoubleEngine:
         self.capabilities = EngineCapabilities()
 
     def memory(self) -> int | None:
-        """Return a constant."""
+        """Return a constant amount of memory."""
         return 2**30
 
     def processor_s(self) -> float:
-        """Return 0: the double has no process."""
+        """Return 0, because the double has no process."""
         return 0.0
 
     async def start(self, on_phase: Callable[[EnginePhase], None] = lambda phase: None) -> None:
@@ -47,11 +47,11 @@ class DoubleEngine:
 
 
 class Engines:
-    """Launches doubles, one after the other.
+    """Launches engine doubles one after the other.
 
     Attributes:
-        launched: all engines that were launched.
-        change: changes a double before it starts; receives the number of earlier launches.
+        launched: all engines launched so far.
+        change: changes a double before it starts, given the number of earlier launches.
         refusals: number of launches that fail.
         reload: whether engines can load other weights in place.
     """
@@ -75,10 +75,10 @@ class Engines:
 
     @property
     def started_with(self) -> list[str]:
-        """Name of the weights with which each engine started."""
+        """Return the name of the weights with which each engine started."""
         return [engine.loaded_at_start for engine in self.launched]
 
     @property
     def running(self) -> int:
-        """Number of engines that were not stopped."""
+        """Return the number of engines that have not been stopped."""
         return sum(engine.runs for engine in self.launched)

@@ -1,4 +1,4 @@
-"""`svc train` knows the prompts that earlier versions of the name have learnt before it reads the examples."""
+"""Tests that `svc train` knows the prompts earlier versions learned before it reads the examples."""
 
 from pathlib import Path
 

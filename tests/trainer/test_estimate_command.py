@@ -1,4 +1,4 @@
-"""`svc estimate`, and the use of the estimate by `svc train`."""
+"""Tests `svc estimate`, and how `svc train` uses the estimate."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from trainer.estimate import devices
 
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return a recipe whose base consists of a config only."""
+    """Return a recipe whose base consists only of a config."""
     monkeypatch.setattr(devices, "this_machine", lambda *_: cpu_device())
     monkeypatch.setattr(devices, "read_capabilities", lambda _: None)
     write_examples(tmp_path / "train.jsonl", [chat(f"question {number}") for number in range(40)])

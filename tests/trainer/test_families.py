@@ -1,4 +1,4 @@
-"""Every family of base models, in the form published on the hub, from training to the merged model."""
+"""Tests every family of base models, in the form published on the hub, from training to the merged model."""
 
 import json
 from pathlib import Path

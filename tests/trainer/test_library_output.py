@@ -1,4 +1,4 @@
-"""Output and logs of libraries do not reach the terminal."""
+"""Tests that output and logs of libraries do not reach the terminal."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""A format is evaluated as it will be served: loaded in place, and verified on a new engine."""
+"""Tests that a format is evaluated as it will be served: loaded in place, and verified on a new engine."""
 
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ BASE, MERGED, GPTQ = Path("/run/base"), Path("/run/merged"), Path("/run/gptq")
 
 
 def answered_by(weights: str) -> str:
-    """Return the double's answer with these weights."""
+    """Return the answer that a double gives with these weights."""
     return " ".join(f"{weights}.{index}" for index in range(4))
 
 
@@ -144,7 +144,7 @@ async def test_recipe_limits_the_number_of_evaluated_examples() -> None:
 
 
 def asking_general(engines: Engines, **options: Any) -> Qualifier:
-    """Return a qualifier that also asks two general questions: base knows the first, the merged model the second."""
+    """Return a qualifier that also asks two general questions: base knows the first, merged the second."""
     heldout = [make_example("q", "free text")]
     questions = [make_example("one", answered_by("base")), make_example("two", answered_by("merged"))]
     general = GeneralQuestions(questions, list(map(tokenized, questions)), **options)

@@ -1,4 +1,4 @@
-"""Uninterrupted runs, each trained once, with which interrupted runs are compared."""
+"""Provides uninterrupted runs, each trained once, for comparison with interrupted runs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,21 +12,21 @@ from trainer.training.summary import TrainingData, TrainingSummary
 
 @dataclass(frozen=True)
 class Run:
-    """Summary of a run, and the folder of its weights and checkpoints, which tests must not change."""
+    """Summary of a run, with the folder of its weights and checkpoints. Tests must not change the folder."""
 
     summary: TrainingSummary
     folder: Path
 
 
 class UninterruptedRuns:
-    """Trains a recipe at its first use."""
+    """Trains each recipe once, when it is first used."""
 
     def __init__(self, base: Path, examples: Sequence[ChatExample], folder: Path) -> None:
         self._base, self._data, self._folder = base, TrainingData(examples, examples[:5]), folder
         self._runs: dict[tuple[str, NumberType], Run] = {}
 
     def run(self, recipe: Recipe, number_type: NumberType = NumberType.BFLOAT16) -> Run:
-        """Return the run of a recipe in a number type."""
+        """Return a recipe's run with the given number type."""
         from trainer.training.sft import train_model
 
         key = recipe.model_dump_json(), number_type

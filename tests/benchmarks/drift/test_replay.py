@@ -1,4 +1,4 @@
-"""Replays of streams from a small pool of prompts: indexes, delays and time in alarm."""
+"""Tests replays of streams from a small prompt pool: indexes, delays and time in alarm."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ SECTIONS = ("net", "doc", "libs", "java", "games", "admin", "devel", "sound", "x
 
 @pytest.fixture(scope="module")
 def pool() -> Pool:
-    """Return a pool of random vectors and words, in which changed prompts are longer than all others."""
+    """Return a pool of random vectors and words in which changed prompts are longer than all other prompts."""
     generator = np.random.default_rng(0)
     count = ALIKE + CHANGED + 19 * ALIKE
     length = np.concatenate([generator.normal(100, 10, ALIKE), np.full(CHANGED, 900.0), np.full(19 * ALIKE, 100.0)])

@@ -1,4 +1,4 @@
-"""Summary of the throughput of a real engine."""
+"""Tests the throughput summary for a real engine."""
 
 import pytest
 

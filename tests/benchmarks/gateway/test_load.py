@@ -1,4 +1,4 @@
-"""The benchmark's clients detect the end of an answer, and count wrong ones."""
+"""Tests that the benchmark's clients detect the end of a response and count wrong responses."""
 
 import asyncio
 from collections.abc import Sequence
@@ -17,37 +17,37 @@ EVENTS = events(Request(stream=True, chunks=2, usage=False))
 
 
 def framed(parts: Sequence[bytes]) -> bytes:
-    """Return the body in HTTP chunks."""
+    """Return the body encoded as HTTP chunks."""
     return b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
 
 
 def with_length(body: bytes, status: bytes = b"200 OK") -> bytes:
-    """Return an answer with Content-Length."""
+    """Return a response with a Content-Length header."""
     return b"HTTP/1.1 %b\r\nContent-Length: %d\r\n\r\n%b" % (status, len(body), body)
 
 
 def in_chunks(parts: Sequence[bytes]) -> bytes:
-    """Return a chunked answer."""
+    """Return a chunked response."""
     return b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + framed(parts)
 
 
 class Wire(asyncio.Transport):
-    """Double of a transport that records the sent requests."""
+    """Test double for a transport that records the requests sent."""
 
     def __init__(self) -> None:
         super().__init__()
         self.sent: list[bytes] = []
 
     def write(self, data: Any) -> None:
-        """Record a request."""
+        """Record a sent request."""
         self.sent.append(bytes(data))
 
     def close(self) -> None:
-        """Record the end of the connection."""
+        """Record that the connection was closed."""
 
 
 def heard(ask: Ask, parts: Sequence[bytes], *, requests: int = 1, closes: bool = False) -> tuple[Load, int]:
-    """Return the counts of a client that receives these bytes, and the number of its requests."""
+    """Return the load counts of a client that receives these bytes, and the number of requests it sent."""
 
     async def hear() -> tuple[Load, int]:
         load, turns, wire = Load(), Turns(requests), Wire()
@@ -65,7 +65,7 @@ def heard(ask: Ask, parts: Sequence[bytes], *, requests: int = 1, closes: bool =
 
 
 def cut(data: bytes, places: set[int]) -> list[bytes]:
-    """Return the bytes in pieces."""
+    """Split the bytes at the given places."""
     ends = [*sorted({place % len(data) for place in places} | {0}), len(data)]
     return [data[start:end] for start, end in pairwise(ends)]
 

@@ -1,4 +1,4 @@
-"""The benchmark's gateway is the real `svc serve`: it uses the upstream, and stores a row and the key's usage."""
+"""Tests that the benchmarked gateway is the real `svc serve`, with upstream, stored rows and key usage."""
 
 import sys
 from datetime import UTC, datetime, timedelta

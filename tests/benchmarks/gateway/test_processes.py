@@ -1,4 +1,4 @@
-"""The usage of a gateway includes all its processes, and none of them outlives the benchmark."""
+"""Tests that a gateway's usage includes all its processes, and that none of them outlives the benchmark."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 BUSY = "import time\nend = time.process_time() + 0.3\nwhile time.process_time() < end: pass\n"
 SLEEP = "import time; print(1, flush=True); time.sleep(60)"
-"""Says when it begins to sleep."""
+"""Program that prints a line when it begins to sleep."""
 HOLD = "held = b'x' * 50_000_000\n"
 CHILD = """import subprocess, sys, time
 def begin(code):
@@ -23,7 +23,7 @@ def begin(code):
 
 
 def python(code: str) -> list[str]:
-    """Run a Python process that prints `ready`."""
+    """Return the command for a Python process that prints `ready`."""
     return [sys.executable, "-S", "-c", f"{code}print('ready', flush=True)\ntime.sleep(60)"]
 
 

@@ -1,4 +1,4 @@
-"""The benchmark's table: medians, added times within a round, ratios within rounds."""
+"""Tests the benchmark's table: medians, added times within a round and ratios within rounds."""
 
 from dataclasses import fields, replace
 
@@ -12,12 +12,12 @@ ONES = Figures(**{each.name: 1.0 for each in fields(Figures)})
 
 
 def figures(**values: float) -> Figures:
-    """Return figures of 1 except for these."""
+    """Return measurements that are all 1 except for the given values."""
     return replace(ONES, **values)
 
 
 def printed(rounds: list[dict[str, Figures]]) -> list[str]:
-    """Return the lines of the tables."""
+    """Return the printed lines of the tables."""
     console = Console(width=200)
     with console.capture() as capture:
         for table in tables(summary(rounds)):

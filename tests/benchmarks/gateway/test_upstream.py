@@ -1,4 +1,4 @@
-"""The benchmark's upstream answers OpenAI's client like vLLM, at the configured pace."""
+"""Tests that the benchmark's upstream answers OpenAI's client like vLLM, at the configured pace."""
 
 import asyncio
 import time
@@ -20,14 +20,14 @@ ASKED: list[ChatCompletionUserMessageParam] = [{"role": "user", "content": "one"
 
 @asynccontextmanager
 async def upstream() -> AsyncIterator[Path]:
-    """Run the upstream for the body; yield its socket."""
+    """Run the upstream and yield its socket."""
     async with _listening() as (socket, _):
         yield socket
 
 
 @asynccontextmanager
 async def client() -> AsyncIterator[AsyncOpenAI]:
-    """Return OpenAI's client for the upstream."""
+    """Return an OpenAI client for the upstream."""
     async with (
         _listening() as (_, port),
         AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none") as openai,

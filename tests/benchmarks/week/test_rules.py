@@ -1,4 +1,4 @@
-"""Alerts in promtool's output are read as intervals, and compared with the expected ones."""
+"""Tests that alerts in promtool's output are parsed as intervals and compared with the expected ones."""
 
 import pytest
 

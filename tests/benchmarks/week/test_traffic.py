@@ -1,4 +1,4 @@
-"""The simulated clients follow the timetable of the week, and are determined by the seed."""
+"""Tests that the simulated clients follow the week's timetable and depend only on the seed."""
 
 from itertools import islice
 

@@ -1,4 +1,4 @@
-"""A home with one registered version, its traffic, and its check."""
+"""Fixtures with a home that has one registered version, its traffic and its drift check."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +19,7 @@ Check = Callable[..., dict[Signal, SignalReport]]
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """Return the folder of all state."""
+    """Return the folder that holds all state."""
     return tmp_path / "home"
 
 
@@ -39,12 +39,12 @@ def registry(home: Path) -> Registry:
 
 @pytest.fixture
 def traffic(store: Store, registry: Registry) -> Traffic:
-    """Return a helper that adds requests."""
+    """Return a helper that adds requests to the store."""
     return Traffic(store, registry)
 
 
 @pytest.fixture
 def check(registry: Registry, store: Store, traffic: Traffic) -> Check:
-    """Return a function that checks a version, by default 1, at the time of the last request."""
+    """Return a function that checks a version, by default version 1, at the time of the last request."""
     checks = DriftCheck(registry, store, RequestLogSettings(), clock=lambda: traffic.now)
     return lambda number=1: {report.signal: report for report in checks.run(target(number))}

@@ -1,4 +1,4 @@
-"""Requests with the features of real ones, drawn at random: no texts, no store."""
+"""Draws requests at random with the features of real requests, without texts or a store."""
 
 from dataclasses import replace
 
@@ -28,14 +28,15 @@ def draw_requests(
     """Return requests, one per minute.
 
     Args:
-        first: number of the first one in its stream.
+        first: position of the first request in its stream.
         moved: distance by which the topics have moved.
-        longer: factor of the prompts' lengths.
-        answers_longer: factor of the answers' lengths.
-        cut: share of answers that were cut.
-        repeats: share of requests with the words of one of the 30 before.
-        templated: share of requests that fill in a form, whose words are rare at first and soon common.
-        run: successive requests of one topic.
+        longer: factor by which the prompts are longer.
+        answers_longer: factor by which the answers are longer.
+        cut: share of answers that were cut off.
+        repeats: share of requests with the words of one of the previous 30 requests.
+        templated: share of requests that fill in a form, whose words are rare at first and soon become
+            common.
+        run: number of consecutive requests on one topic.
     """
     generator = np.random.default_rng(seed)
     topics = np.repeat(generator.normal(size=(size // run + 1, TOPIC_AXES)), run, axis=0)[:size]
@@ -66,12 +67,12 @@ def draw_requests(
 
 
 def baseline_of(requests: Requests) -> Baseline:
-    """Return requests as a baseline."""
+    """Return the given requests as a drift baseline."""
     return Baseline(requests.prompts, requests.words, requests.answers)
 
 
 def without_answers(requests: Requests) -> Requests:
-    """Return the same requests without features of answers."""
+    """Return the same requests without answer features."""
     numbers: dict[str, Floats] = {name: np.full(requests.size, np.nan) for name in requests.answers.numbers}
     categories = {name: np.full(requests.size, NOT_THERE) for name in requests.answers.categories}
     return replace(requests, answers=Sample(requests.size, numbers, categories))

@@ -1,4 +1,4 @@
-"""Accepted traffic survives the store, without pickled objects."""
+"""Tests that accepted traffic survives the store, without pickled objects."""
 
 import io
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Bounds of the sets that are bet on, and the values in them."""
+"""Tests the bounds of the value sets that bets are on, and which values are in them."""
 
 import numpy as np
 import pytest
@@ -27,12 +27,12 @@ def of_names(values: list[str] | Names) -> Sample:
 
 
 def hit_shares(bets: list[Bet], items: Sample) -> list[float]:
-    """Return the share of items in the set of each bet."""
+    """Return, for each bet, the share of items that are in its set."""
     return [float(share) for share in (hit_table(bets, items) == HIT).mean(axis=0)]
 
 
 def largest_win(reference: Sample, item: Sample) -> float:
-    """Return the factor by which the best bet grows with each such item; 0 if the item is in no set."""
+    """Return the factor by which the best bet grows with each such item, or 0 if the item is in no set."""
     bets = feature_bets(reference)
     return max((1 / bet.bound for bet in bets if hit_table([bet], item)[0, 0] == HIT), default=0.0)
 

@@ -1,4 +1,4 @@
-"""The budget of false alarms."""
+"""Tests the false-alarm budget."""
 
 from monitoring.drift.budget import FALSE_ALARMS_PER_REQUEST, SIGNAL_SHARES, Signal
 

@@ -1,4 +1,4 @@
-"""A check detects changes in real prompts, with their start and example requests, and reports each only once."""
+"""Tests that a check detects changes in real prompts, with their start and examples, and reports each once."""
 
 import json
 from datetime import timedelta

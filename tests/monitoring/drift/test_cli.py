@@ -1,4 +1,4 @@
-"""`svc drift NAME`: the table and the JSON output."""
+"""Tests the table and the JSON output of `svc drift NAME`."""
 
 import json
 import re
@@ -29,12 +29,12 @@ def production(registry: Registry, store: Store) -> None:
 
 @pytest.fixture
 def drift(svc: Svc, home: Path, production: None, monkeypatch: pytest.MonkeyPatch) -> "Drift":
-    """Return a function that runs the command on the home; contents are stored."""
+    """Return a function that runs `svc drift` on the home, with content storage enabled."""
     return Drift(svc, home)
 
 
 class Drift:
-    """The command."""
+    """The `svc drift` command."""
 
     def __init__(self, svc: Svc, home: Path) -> None:
         self._svc = svc

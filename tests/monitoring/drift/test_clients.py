@@ -1,4 +1,4 @@
-"""A client counts for its usual share, and a batch of one client is not a change of traffic."""
+"""Tests that a client counts for its usual share, and that one client's batch is not a change in traffic."""
 
 import random
 

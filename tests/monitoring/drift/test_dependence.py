@@ -1,4 +1,4 @@
-"""The dependence is estimated from the similarity of neighbours, and from conversations."""
+"""Tests that dependence is estimated from the similarity of neighbouring requests and from conversations."""
 
 from collections.abc import Sequence
 
@@ -24,14 +24,14 @@ def dependence(
 
 
 def similarities(vectors: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Return the similarities of items: 1 at distance 0."""
+    """Return the pairwise similarities of items, which are 1 at distance 0."""
     squares = (vectors**2).sum(axis=1)
     distances = squares[:, None] + squares[None] - 2 * vectors @ vectors.T
     return np.asarray(np.exp(-np.maximum(distances, 0) / vectors.shape[1]), dtype=np.float32)
 
 
 def runs(length: int, seed: int = 1, size: int = SIZE) -> NDArray[np.float64]:
-    """Return items in runs of one topic."""
+    """Return items that come in runs of one topic."""
     generator = np.random.default_rng(seed)
     topics = generator.normal(size=(size // length + 1, 8))
     return np.asarray(np.repeat(topics, length, axis=0)[:size] + 0.3 * generator.normal(size=(size, 8)))

@@ -1,4 +1,4 @@
-"""The detector on streams: in pieces, with and without a change."""
+"""Tests the drift detector on streams, checked in pieces, with and without a change."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -25,7 +25,7 @@ NOTHING = REFERENCE.at(np.zeros(0, dtype=np.intp))
 
 
 class Stream:
-    """A stream that is checked in pieces; the watch goes through JSON in between."""
+    """A stream that is checked in pieces. The detector's state passes through JSON in between."""
 
     def __init__(self, detector: Detector = DETECTOR, nothing: Requests = NOTHING) -> None:
         self._detector = detector
@@ -35,7 +35,7 @@ class Stream:
         self.kept = 0
 
     def add(self, new: Requests) -> Advance:
-        """Check requests."""
+        """Check further requests."""
         advance = self._detector.advance(self.watch, self._before, self._seen, new)
         both = self._before.followed_by(new.at(advance.kept))
         self._before = both.at(np.arange(max(0, both.size - MEMORY), both.size))
@@ -46,7 +46,7 @@ class Stream:
         return advance
 
     def add_in_pieces(self, requests: Requests, cuts: Sequence[int]) -> "Stream":
-        """Check requests in pieces of some size."""
+        """Check requests in pieces that end at the given positions."""
         edges = [0, *sorted(min(cut, requests.size) for cut in cuts), requests.size]
         for start, stop in pairwise(edges):
             self.add(requests.at(np.arange(start, stop)))
@@ -54,7 +54,7 @@ class Stream:
 
 
 def first_alarm(before: Requests, after: Requests, detector: Detector = DETECTOR) -> tuple[str, int]:
-    """Return the feature of the first alarm after a change, and the number of requests until the alarm."""
+    """Return the feature of the first alarm after a change, and the number of requests until that alarm."""
     stream = Stream(detector)
     stream.add(before)
     assert stream.events == []

@@ -1,4 +1,4 @@
-"""Sets learned from earlier items are bet on with later ones, never with items they were learned from."""
+"""Tests that sets learned from earlier items are bet on only with later items, never with the same ones."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ CLASSIFIER = DomainClassifier(REFERENCE)
 SIZE = 600
 ALIKE = draw_requests(2, SIZE).prompts
 FIRST_LEARNED = min(LEARNED_FROM) + 50
-"""Place of the first item that is bet on with a learned set."""
+"""Position of the first item on which a learned set is bet."""
 ALL_LEARNED = max(LEARNED_FROM) + 50
 
 
@@ -30,7 +30,7 @@ def copy(similar: Similarities) -> Similarities:
 
 
 def redraw(similar: Similarities, place: int, seed: int) -> None:
-    """Give an item other similarities."""
+    """Give an item new random similarities."""
     chance = np.random.default_rng(seed)
     among = chance.random(len(similar.among)).astype(np.float32)
     similar.among[place] = similar.among[:, place] = among
@@ -41,7 +41,7 @@ SIMILAR = compare(ALIKE)
 
 
 def learned(similar: Similarities, places: range, dependence: float = 1.0) -> tuple[NDArray[np.bool_], Floats]:
-    """Return the hits and the bounds of items (items x bets)."""
+    """Return the hits and bounds of the items, with shape (items x bets)."""
     results = [CLASSIFIER.learned_hits(similar, place, dependence) for place in places]
     return np.array([hits == HIT for hits, _ in results]), np.array([bounds for _, bounds in results])
 

@@ -1,4 +1,4 @@
-"""Traffic with near copies of learnt prompts is not drift, because the sample has such near copies too."""
+"""Tests that traffic with near copies of learned prompts is not drift, since the sample has them too."""
 
 import random
 
@@ -24,7 +24,7 @@ HASHES = KeyedHash(bytes(16))
 
 @pytest.fixture(scope="module")
 def requests() -> list[ChatExample]:
-    """Return requests of one distribution; every second one is a frequent text with a few other words."""
+    """Return requests from one distribution. Every second one is a frequent text with a few words changed."""
     chance = random.Random(0)
     texts = [*(example.question for example in read_examples(TASK / "train.jsonl")), *prompts("none")]
     chance.shuffle(texts)
@@ -41,10 +41,10 @@ def _varied(chance: random.Random, text: str) -> str:
 
 
 def alarms(known: list[ChatExample], reference: list[ChatExample], live: list[ChatExample]) -> list[str]:
-    """Return the features on which there is an alarm.
+    """Return the features that raise an alarm.
 
     Args:
-        known: prompts of the text space.
+        known: prompts used to build the text space.
     """
     sampler = PromptSampler(fit_text_space([one.question for one in known], [one.answer for one in known]))
     held, seen = (sampler.sample([Prompt(one.question) for one in part]) for part in (reference, live))

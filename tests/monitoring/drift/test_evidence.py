@@ -1,4 +1,4 @@
-"""False alarms are within the budget, and an alarm starts and ends with the change."""
+"""Tests that false alarms stay within the budget, and that an alarm starts and ends with the change."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -15,7 +15,7 @@ from svc.drift_reference.sample import Floats
 
 STATES = TypeAdapter(dict[str, FeatureState])
 THRESHOLD = 50.0
-"""Small, so that false alarms come often enough to be counted."""
+"""Evidence threshold, low enough for false alarms to be frequent enough to count."""
 BOUND = 0.1
 STREAMS = 100
 CHANGE_AFTER = 500
@@ -25,7 +25,7 @@ streams = st.lists(st.tuples(hit_or_not, hit_or_not, hit_or_not), max_size=150)
 
 
 class Watched:
-    """Several features that are watched together; hits may be given in pieces."""
+    """Several features watched together. Their hits may be added in pieces."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class Watched:
         self.events: list[Event] = []
 
     def add(self, *items: Sequence[int]) -> "Watched":
-        """Add items, with a hit or not for each bet."""
+        """Add items, each with one hit or miss per bet."""
         for item in items:
             self.position += 1
             hits = np.array(item, dtype=np.int8)
@@ -53,15 +53,15 @@ class Watched:
         return self
 
     def lasting(self) -> dict[str, FeatureAlarm]:
-        """Return the active alarms by feature."""
+        """Return the active alarms, keyed by feature."""
         return {name: state.alarm for name, state in self.evidence.states().items() if state.alarm}
 
 
 def one_bet(alarm: FeatureAlarm | None = None, *, dependence: float = 1.0) -> Watched:
-    """Return a feature with one bet.
+    """Return a single feature with one bet.
 
     Args:
-        alarm: already active.
+        alarm: alarm that is already active.
     """
     if alarm is None:
         return Watched(["one"], [BOUND], dependence=dependence)
@@ -70,7 +70,7 @@ def one_bet(alarm: FeatureAlarm | None = None, *, dependence: float = 1.0) -> Wa
 
 
 def nested(chances: Floats, shares: Sequence[float]) -> Hits:
-    """Return hits in nested sets of these shares (streams x sets)."""
+    """Return hits in nested sets with the given shares, with shape (streams x sets)."""
     return np.where(chances[:, None] < np.array(shares), HIT, MISS).astype(np.int8)
 
 
@@ -83,12 +83,12 @@ def false_alarm_rate(
     items: int = 500,
     seed: int = 1,
 ) -> float:
-    """Return the number of alarms per item without an active alarm.
+    """Return the number of alarms per item observed without an active alarm.
 
     Args:
-        bounds: of the sets of a stream.
-        shares: of the items that are in each.
-        run: successive items that are identical.
+        bounds: bounds of a stream's sets.
+        shares: share of items in each set.
+        run: number of consecutive identical items.
     """
     features = [f"stream {number}" for number in range(STREAMS) for _ in bounds]
     watched = Watched(features, [*bounds] * STREAMS, dependence=dependence)
@@ -107,7 +107,7 @@ def false_alarm_rate(
 def first_alarms(
     before: float, after: float, bound: float, *, run: int = 1, items: int = 1200, features: int = 12
 ) -> tuple[list[FeatureAlarm], list[Event]]:
-    """Return the first alarm of each feature after a change, and all events."""
+    """Return the first alarm of each feature after a change, plus all events."""
     names = [f"feature {number}" for number in range(features)]
     watched = Watched(names, [bound] * features, dependence=run, threshold=1e5)
     generator = np.random.default_rng(1)

@@ -1,4 +1,4 @@
-"""Detection of near copies, also after a restart."""
+"""Tests the detection of near copies, including after a restart."""
 
 from collections.abc import Iterable, Sequence
 
@@ -12,7 +12,7 @@ from monitoring.drift.near_copies import COMPARED, FORGOTTEN_S, RARITY_REQUESTS,
 
 HOUR = 3_600.0
 TEMPLATE = range(1_000_000, 1_000_020)
-"""Words of a form that a client fills in."""
+"""Words of a form that clients fill in."""
 
 
 def words(numbers: Iterable[int]) -> Words:
@@ -20,12 +20,12 @@ def words(numbers: Iterable[int]) -> Words:
 
 
 def distinct(number: int, count: int = 20) -> Words:
-    """Return the words of a prompt that shares none with others."""
+    """Return the words of a prompt that shares no words with any other prompt."""
     return words(range(number * count, (number + 1) * count))
 
 
 def form(number: int) -> Words:
-    """Return the words of a form, filled in with others each time."""
+    """Return the words of a form, filled in with different words each time."""
     return words([*TEMPLATE, *range(number * 8, (number + 1) * 8)])
 
 
@@ -114,7 +114,7 @@ prompts = st.lists(st.sets(st.integers(0, 8), max_size=5).map(words), max_size=4
 
 @given(prompts, prompts, st.integers(0, 40))
 def test_near_copies_are_the_same_after_a_restart(reference: list[Words], stream: list[Words], cut: int) -> None:
-    """A restarted check remembers all seen requests, then the counted ones."""
+    """After a restart, the check remembers all requests seen and then those counted."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(near_copies, "RARITY_REQUESTS", 7)
         times = [10_000.0 * place for place in range(len(stream))]

@@ -1,4 +1,4 @@
-"""An alarm starts when ratings get worse, whichever user gives them and in any order; better ratings start none."""
+"""Tests that an alarm starts when ratings get worse, in any order and by any user, but not when better."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ def rated(bad: Sequence[bool], *, first: int = 0, person: str = "", corrected: b
     """Return ratings, one per minute.
 
     Args:
-        first: number of the first one.
+        first: position of the first rating.
     """
     return [
         RatedAnswer(number, f"req-{number}", person, NOON + number * MINUTE, is_bad, corrected and is_bad)
@@ -57,11 +57,11 @@ def exactly(bad: int, size: int) -> list[bool]:
 
 @dataclass
 class People:
-    """The ratings in the store, and their checks.
+    """The stored ratings and the checks run on them.
 
     Attributes:
-        given: of the version.
-        earlier: of the versions before.
+        given: ratings of the version.
+        earlier: ratings of previous versions.
     """
 
     store: Store
@@ -71,7 +71,7 @@ class People:
     state: RatingState
 
     def check(self, now: datetime | None = None) -> SignalReport:
-        """Run a check, and store its state as JSON."""
+        """Run a check and store its state as JSON."""
         moment = now or max((rating.given_at for rating in self.given), default=NOON)
         state, report = check_ratings(self.store, TARGET, self.state, moment, self.alarms)
         self.state = STATE.validate_json(STATE.dump_json(state))
@@ -81,7 +81,7 @@ class People:
         self.given += rated(bad, first=len(self.given), corrected=corrected)
 
     def forget(self) -> None:
-        """Start anew, without ratings of the version."""
+        """Start over without any ratings of the version."""
         self.given, self.state, self.alarms = [], RatingState(), AlarmBook(self.store, TARGET)
 
     @property
@@ -91,7 +91,7 @@ class People:
 
 @pytest.fixture
 def people(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> People:
-    """Return 100 earlier ratings, 6 of them bad, and none of the version."""
+    """Return 100 earlier ratings, 6 of them bad, with no ratings of the version yet."""
     store = new_store(tmp_path / "home")
     people = People(store, [], rated(exactly(6, 96) + [False] * 4), AlarmBook(store, TARGET), RatingState())
     monkeypatch.setattr(ratings, "read_ratings", lambda *_, newest: people.given[-newest:])

@@ -1,4 +1,4 @@
-"""Lines of a report and examples of an alarm."""
+"""Tests the lines of a drift report and the examples of an alarm."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Similarity of prompts, and the classifier that detects new ones."""
+"""Tests the similarity of prompts and the classifier that detects new prompts."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def similarities(reference: Floats, live: Floats) -> Floats:
 
 
 def moved(reference: int = 40, live: int = 10, by: float = 6.0) -> Floats:
-    """Return similarities of two distant groups."""
+    """Return the similarities of two groups that are far apart."""
     return similarities(draw(1, reference, 3), draw(2, live, 3, at=by))
 
 

@@ -1,4 +1,4 @@
-"""The stability index measures the size of a shift for any values."""
+"""Tests that the stability index measures the size of a shift for any values."""
 
 import numpy as np
 import pytest

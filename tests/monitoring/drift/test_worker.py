@@ -1,4 +1,4 @@
-"""Checks run repeatedly in a separate process, even after failures."""
+"""Tests that checks run repeatedly in a separate process, even after failures."""
 
 import os
 import time
@@ -15,7 +15,7 @@ PATIENCE_S = 30.0
 
 
 def note(settings: Settings) -> Callable[[], None]:
-    """Record the process of a check; fail every second time."""
+    """Return a check that records its process id and fails every second time."""
     count = 0
 
     def check() -> None:
@@ -30,7 +30,7 @@ def note(settings: Settings) -> Callable[[], None]:
 
 
 def die(settings: Settings) -> Callable[[], None]:
-    """End the process of a check."""
+    """Return a check that ends its own process."""
 
     def check() -> None:
         with (settings.home / "checks").open("a") as file:
@@ -41,7 +41,7 @@ def die(settings: Settings) -> Callable[[], None]:
 
 
 def noted(home: Path, count: int) -> list[int]:
-    """Return the processes of the first checks."""
+    """Return the process ids of the first checks."""
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
         lines = (home / "checks").read_text().split() if (home / "checks").exists() else []

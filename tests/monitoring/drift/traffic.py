@@ -1,4 +1,4 @@
-"""A version with a real held-out set, and its live traffic as rows in a store, without an engine and MLflow."""
+"""A version with a real held-out set and its live traffic as rows in a store, without an engine or MLflow."""
 
 import json
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ TASK = ROOT / "examples" / "debian-triage"
 STREAMS = ROOT / "benchmarks" / "drift"
 NAME = "triage"
 GOOD_SHARE = 4
-"""Three of four held-out answers are right, as the example's."""
+"""Every fourth held-out answer is wrong, as in the example, so three of four are correct."""
 NOON = datetime(2026, 11, 1, 12, tzinfo=UTC)
 MAX_TOKENS = 16
 CUT = {"answer": '{"section": "net", "why": "it', "tokens": MAX_TOKENS, "finish_reason": "length"}
@@ -57,7 +57,7 @@ def prompts(grade: str) -> tuple[str, ...]:
 
 @cache
 def text_space() -> bytes:
-    """Return the text space file of the example's training prompts; cached, since fitting it takes seconds."""
+    """Return the text space file of the example's training prompts. It is cached, as fitting takes seconds."""
     examples = read_examples(TASK / "train.jsonl")
     space = fit_text_space([example.question for example in examples], [example.answer for example in examples])
     with TemporaryDirectory() as folder:
@@ -79,9 +79,9 @@ def register(
     """Register a version with the example's held-out set.
 
     Args:
-        prompts: instead of those of the example.
-        cut: answers exceeded their limit, and their JSON ends in the middle.
-        sample: prompts of its drift sample; default: those of its held-out set.
+        prompts: prompts that replace those of the example.
+        cut: whether answers exceeded their limit, so that their JSON ends in the middle.
+        sample: prompts of the version's drift sample; by default those of its held-out set.
     """
     folder = registry.folder(VersionId(name, number))
     (folder / REFERENCE_FOLDER).mkdir(parents=True)
@@ -110,7 +110,7 @@ def _asking(example: ChatExample, text: str) -> ChatExample:
 
 
 def result(answer: str, *, right: bool) -> ExampleResult:
-    """Return the version's answer to an example."""
+    """Return the version's result on an example."""
     text = answer if right else '{"section":"libs"}'
     return ExampleResult(
         answer=text,
@@ -125,15 +125,15 @@ def result(answer: str, *, right: bool) -> ExampleResult:
 
 
 def open_registry(home: Path) -> Registry:
-    """Return a registry without MLflow."""
+    """Return a registry that does not use MLflow."""
     return Registry(home / "models", AliasBook())
 
 
 class Traffic:
-    """Helper that adds requests with their features like a server, one per minute.
+    """Helper that adds requests with their features as a server would, one per minute.
 
     Attributes:
-        asked: ids of requests, in order.
+        asked: ids of the requests, in order.
     """
 
     def __init__(self, store: Store, registry: Registry) -> None:
@@ -144,7 +144,7 @@ class Traffic:
 
     @property
     def now(self) -> datetime:
-        """Return the start of the last request."""
+        """Return the start time of the last request."""
         return NOON + timedelta(minutes=len(self.asked))
 
     def ask(
@@ -163,12 +163,12 @@ class Traffic:
         finish_reason: str = "stop",
         logprobs: Sequence[float] | None = None,
     ) -> list[str]:
-        """Add one request for each text; return their ids.
+        """Add one request per text and return the request ids.
 
         Args:
-            content: store its texts.
-            features: store its features.
-            conversation: first question of the conversation of which all are turns.
+            content: whether to store the requests' texts.
+            features: whether to store the requests' features.
+            conversation: first question of the conversation to which all requests belong as turns.
         """
         turn = system if system is not None else system_prompt()
         records = []
@@ -203,7 +203,7 @@ class Traffic:
         return [record.request_id for record in records]
 
     def _maker(self, asked: Target) -> ItemMaker | None:
-        """Return the maker of the features of a version's requests; None if it has no text space."""
+        """Return the feature extractor for a version's requests, or None if the version has no text space."""
         if asked not in self._makers:
             try:
                 reference = read_reference(self._registry, asked, Redactor(()))
@@ -213,7 +213,7 @@ class Traffic:
         return self._makers[asked]
 
     def rate(self, request_ids: Sequence[str], *, bad: int) -> None:
-        """Rate answers now, the first ones as bad."""
+        """Rate answers at the current time, the first `bad` of them as bad."""
         for place, request_id in enumerate(request_ids):
             keep_feedback(self._store, request_id, Feedback(Rating.BAD if place < bad else Rating.GOOD))
         rated = select(RequestRow.id).where(RequestRow.request_id.in_(request_ids))
@@ -223,7 +223,7 @@ class Traffic:
 
 @cache
 def system_prompt() -> str:
-    """Return the system prompt of all held-out prompts."""
+    """Return the system prompt shared by all held-out prompts."""
     return read_examples(TASK / HELDOUT_FILE)[0].messages[0].content
 
 
@@ -234,5 +234,5 @@ def _held_answers() -> tuple[str, ...]:
 
 
 def _ordinary(place: int) -> str:
-    """Return an answer like the held-out ones."""
+    """Return an answer that resembles the held-out answers."""
     return _held_answers()[place * 37 % len(_held_answers())]

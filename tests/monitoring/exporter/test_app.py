@@ -1,4 +1,4 @@
-"""`svc monitor`: the server's page passed through, metrics of the registry, and a server that is down."""
+"""Tests `svc monitor`: the server's page passed through, registry metrics, and a server that is down."""
 
 import http.server
 import socket
@@ -50,7 +50,7 @@ def registry(tmp_path: Path) -> Registry:
 
 @contextmanager
 def page_of(registry: Registry, page: tuple[int, str] | None) -> Iterator[str]:
-    """Yield the URL of an exporter for a server with this metrics page, or without a server."""
+    """Yield the URL of an exporter for a server with the given metrics page, or without a server."""
     if page is None:
         with exporting(registry, _store(registry), _home(registry), _nowhere, "127.0.0.1", 0) as exported:
             yield exported

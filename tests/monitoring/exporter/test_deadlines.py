@@ -1,4 +1,4 @@
-"""The exporter shows the expiry of the certificate and keys, and the time of the newest backup."""
+"""Tests that the exporter shows the expiry of the certificate and keys and the time of the newest backup."""
 
 import time
 from datetime import UTC, datetime, timedelta

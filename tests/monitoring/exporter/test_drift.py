@@ -1,4 +1,4 @@
-"""The exporter shows the newest check and the newest held-out run of the versions in production."""
+"""Tests that the exporter shows the newest check and the newest held-out run of the versions in production."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -55,7 +55,7 @@ def checks(tmp_path: Path, registry: Registry) -> ProductionChecks:
 
 @pytest.fixture
 def other(registry: Registry, store: Store) -> Target:
-    """Return a second served model."""
+    """Return the target of a second served model."""
     second = target(name="other")
     register(registry, name="other")
     change_desired(store, None, second, None)

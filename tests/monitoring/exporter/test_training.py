@@ -1,4 +1,4 @@
-"""Active training runs come from the locks of runs, their figures from MLflow."""
+"""Tests that active training runs are identified by their run locks, with metrics from MLflow."""
 
 import json
 import os
@@ -22,7 +22,7 @@ Work = Callable[..., Path]
 
 @pytest.fixture
 def mlflow() -> TrackedRuns:
-    """Return one run of `tiny` in MLflow, which does not show whether the run is active."""
+    """Return a `tiny` run in MLflow, which does not show whether the run is active."""
     return TrackedRuns(tiny=[RUN])
 
 
@@ -34,13 +34,13 @@ def reading(tracking: Tracking, home: Path) -> Read:
 
 @pytest.fixture
 def read(mlflow: TrackedRuns, tmp_path: Path) -> Read:
-    """Return the value of a metric for a name."""
+    """Return a function that reads the value of a metric for a name."""
     return reading(mlflow, tmp_path)
 
 
 @pytest.fixture
 def work(tmp_path: Path) -> Iterator[Work]:
-    """Return a function that keeps a run active until the end of the test, with its id in MLflow, if any."""
+    """Return a function that keeps a run active until the end of the test, with its MLflow id if it has one."""
     with ExitStack() as working:
 
         def work(folder: str = "tiny-0123456789ab", run_id: str | None = None) -> Path:

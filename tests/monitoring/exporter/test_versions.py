@@ -1,4 +1,4 @@
-"""Metrics of registered versions: each figure of an evaluation with its interval and its examples."""
+"""Tests the metrics of registered versions: each evaluation result with its interval and example count."""
 
 from itertools import product
 from pathlib import Path
@@ -56,7 +56,7 @@ def judge(registry: Registry, version: VersionId, report: EvaluationReport) -> M
 
 
 def evaluation(metrics: CollectorRegistry, metric: str, suffix: str = "", **labels: str) -> float | None:
-    """Return one figure of version 1."""
+    """Return one evaluation metric of version 1."""
     where = {"model": "tuned", "version": "1", "heldout": "0123456789ab:4", "format": "merged", "metric": metric}
     where["primary"] = str(metric == REPORT.primary).lower()
     return metrics.get_sample_value(f"svc_registry_version_evaluation{suffix}", where | labels)

@@ -1,4 +1,4 @@
-"""A double of MLflow's runs."""
+"""Test double for MLflow's runs."""
 
 from datetime import UTC, datetime
 
@@ -7,7 +7,7 @@ from svc.registry.tracking import RunFigures, Tracking
 
 
 def run_figures(started_at: float, **metrics: float) -> RunFigures:
-    """Return the figures of a run that started at a second of 1970."""
+    """Return the metrics of a run that started at the given Unix time."""
     return RunFigures(datetime.fromtimestamp(started_at, UTC), metrics)
 
 
@@ -15,10 +15,10 @@ RUN = run_figures(1000, loss=0.25, epoch=0.5, learning_rate=1e-4)
 
 
 class TrackedRuns(Tracking):
-    """Names with their runs in the order of their start. The id of a run is `NAME/INDEX`.
+    """Runs of each name, in the order of their start. A run's id is `NAME/INDEX`.
 
     Attributes:
-        away: MLflow does not answer.
+        away: whether MLflow is unreachable.
     """
 
     def __init__(self, **runs: list[RunFigures]) -> None:
@@ -27,16 +27,16 @@ class TrackedRuns(Tracking):
         self.away = False
 
     def experiments(self) -> list[str]:
-        """Return all names."""
+        """Return the names of all experiments."""
         if self.away:
             raise RegistryError("MLflow does not answer")
         return list(self.runs)
 
     def newest_run(self, experiment: str) -> RunFigures | None:
-        """Return the last run of a name."""
+        """Return the newest run of an experiment."""
         return self.runs[experiment][-1] if self.runs[experiment] else None
 
     def run(self, run_id: str) -> RunFigures | None:
-        """Return the run with this id."""
+        """Return the run with the given id."""
         name, _, index = run_id.partition("/")
         return self.runs[name][int(index)] if index else None

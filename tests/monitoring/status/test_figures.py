@@ -1,4 +1,4 @@
-"""The figures equal those that the server exports, whatever else its page contains."""
+"""Tests that status figures equal those the server exports, whatever else its metrics page contains."""
 
 from collections.abc import Callable
 
@@ -18,7 +18,7 @@ Read = Callable[[], Figures]
 
 @pytest.fixture
 def traffic() -> GatewayMetrics:
-    """Return the instruments of a server that has just started."""
+    """Return the metric instruments of a server that has just started."""
     return GatewayMetrics(CollectorRegistry())
 
 

@@ -1,4 +1,4 @@
-"""Admission with an engine, and ways to wait for it."""
+"""Creates an admission with an engine, and helpers that wait for it."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -21,7 +21,7 @@ def open_admission(
 
 @asynccontextmanager
 async def admitted(admission: Admission, tokens: int = 1, party: Party = NO_KEY) -> AsyncIterator[None]:
-    """Hold a place in the engine during the body."""
+    """Hold a place in the engine while the context is active."""
     await admission.enter(tokens, party)
     try:
         yield
@@ -30,7 +30,7 @@ async def admitted(admission: Admission, tokens: int = 1, party: Party = NO_KEY)
 
 
 async def drained(admission: Admission, timeout_s: float) -> None:
-    """Wait until no request runs, including the server's own."""
+    """Wait until no request is running, including the server's own requests."""
     async with asyncio.timeout(timeout_s):
         while admission.running or admission.background_slot.taken:
             await asyncio.sleep(0)
@@ -43,12 +43,12 @@ async def settle() -> None:
 
 
 async def run_until(admission: Admission, end: asyncio.Event) -> None:
-    """Run one request until an event is set."""
+    """Run a single request until an event is set."""
     async with admitted(admission):
         await end.wait()
 
 
 async def admit_once(admission: Admission) -> None:
-    """Run a request that ends immediately."""
+    """Run a single request that ends immediately."""
     async with admitted(admission):
         pass

@@ -1,4 +1,4 @@
-"""Which requests run or are rejected, also during a change of the engine, with exact counts."""
+"""Tests which requests run or are rejected, with exact counts, including during an engine change."""
 
 import asyncio
 import time
@@ -116,7 +116,7 @@ async def test_queued_requests_are_rejected_when_a_swap_ends_without_an_engine()
 
 
 class TestTokens:
-    """A request counts by the maximum number of tokens in its answers."""
+    """Tests that a request counts by the maximum number of tokens in its answers."""
 
     async def test_request_runs_if_enough_tokens_are_free(self) -> None:
         admission = open_admission(max_tokens=100)

@@ -1,4 +1,4 @@
-"""Counts, order, limits and versions are correct whatever arrives, ends or is cancelled, and when."""
+"""Tests that counts, order, limits and versions are correct, whatever arrives, ends or is cancelled."""
 
 import asyncio
 from collections.abc import Callable
@@ -19,7 +19,7 @@ PARTIES = (NO_KEY, Party("a"), Party("b", weight=3))
 
 @dataclass
 class World:
-    """Admission, its clients, its swaps and the server's own requests, with the expected counts."""
+    """The admission, its clients, its swaps and the server's own requests, with the expected counts."""
 
     admission: Admission
     max_queued: int

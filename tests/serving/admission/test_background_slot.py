@@ -1,4 +1,4 @@
-"""The server's own request: separate from those of clients, with a lower priority, and cancelled by swaps."""
+"""Tests the server's own request: separate from client requests, low-priority, and cancelled by swaps."""
 
 import asyncio
 from contextlib import suppress
@@ -12,7 +12,7 @@ from tests.serving.service import closed
 
 
 async def ask_in_background(admission: Admission, end: asyncio.Event, patience_s: float = 60.0) -> str:
-    """Send one of the server's own requests; return how it ended."""
+    """Send one of the server's own requests and return how it ended."""
     try:
         async with admission.background_slot.take(patience_s):
             await end.wait()

@@ -1,4 +1,4 @@
-"""Keys share places by their weights, and no key can take another's share by asking for more."""
+"""Tests that keys share places by weight, and that no key can take another's share by sending more."""
 
 import asyncio
 import heapq
@@ -23,12 +23,12 @@ A, B = Party("a"), Party("b")
 
 @dataclass
 class Engine:
-    """A model of an engine: each request takes as long as it has tokens; requests and tokens are limited.
+    """Model of an engine: a request takes as long as it has tokens, and requests and tokens are limited.
 
     Attributes:
-        parties: tenants that flood: each always has `deep` requests in the queue.
+        parties: tenants that flood the server; each always has `deep` requests in the queue.
         order: tenants in the order in which their requests were given a place.
-        served: tokens of each tenant's requests.
+        served: number of tokens in each tenant's requests.
     """
 
     parties: Sequence[Party]
@@ -51,7 +51,7 @@ class Engine:
         return self.queue.join(party, tokens or self.costs.randint(1, 1_000))
 
     def step(self) -> None:
-        """Run until the next request ends, and give the free place away."""
+        """Run until the next request ends, then assign the free place."""
         for party in self.parties:
             for _ in range(self.deep - self.waiting[party.name]):
                 self.ask(party)
@@ -134,7 +134,7 @@ def test_no_slot_stays_free_if_the_next_queued_request_fits(seed: int, keys: int
 
 
 async def served_in_order(admission: Admission, asked: Sequence[tuple[Party, int]]) -> list[str]:
-    """Return the order in which requests that arrive together while admission is closed get a place."""
+    """Return the order in which requests that arrive together while admission is closed are given a place."""
     order = list[str]()
 
     async def client(party: Party, tokens: int) -> None:
@@ -150,7 +150,7 @@ async def served_in_order(admission: Admission, asked: Sequence[tuple[Party, int
 
 
 class TestAfterASwap:
-    """Requests that waited for an engine."""
+    """Tests requests that waited for an engine."""
 
     async def test_keys_take_turns_after_a_swap(self) -> None:
         order = await served_in_order(open_admission(max_running=1), [(A, 10)] * 4 + [(B, 10)] * 2)
@@ -171,7 +171,7 @@ class TestAfterASwap:
 
 
 class TestFull:
-    """All places are taken."""
+    """Tests admission while all places are taken."""
 
     async def test_request_with_a_key_waits_for_a_slot(self) -> None:
         admission, order = open_admission(max_running=1), list[str]()
@@ -255,7 +255,7 @@ class TestFull:
 
 
 class TestFullQueue:
-    """One key cannot fill the queue."""
+    """Tests that one key cannot fill the queue."""
 
     async def test_newest_request_of_the_largest_tenant_is_dropped_when_queue_is_full(self) -> None:
         queue = RequestQueue(max_queued=4)
@@ -341,7 +341,7 @@ async def test_repeatedly_leaving_the_queue_leaves_no_trace_of_the_tenant() -> N
 
 
 async def enter(admission: Admission, party: Party, order: list[str], tokens: int = 1) -> None:
-    """Run a request that records its turn."""
+    """Run a request that records its position in the order."""
     async with admitted(admission, tokens, party):
         order.append(party.name)
         await asyncio.sleep(0)

@@ -1,4 +1,4 @@
-"""Requests that wait: order, limits, and no trace of those that left."""
+"""Tests waiting requests: their order, their limits, and that requests that leave the queue leave no trace."""
 
 import asyncio
 import time

@@ -1,4 +1,4 @@
-"""The limits of a key: reserved by a request's maximum use, settled by its actual use, and never exceeded."""
+"""Tests a key's limits: reserved by a request's maximum use, settled by its actual use, and never exceeded."""
 
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -12,12 +12,12 @@ from serving.admission.rate_limiter import Allowance, Demand, Limit, RateLimiter
 from tests.serving.keyed import principal
 
 NOON = 43_200.0
-"""Of a day; as many seconds are left of it."""
+"""Noon in seconds since midnight. The same number of seconds is left in the day."""
 
 
 @dataclass
 class Clock:
-    """A clock that advances only on request."""
+    """A clock that advances only when told to."""
 
     now: float = 0.0
     limiter: RateLimiter = field(init=False)

@@ -1,4 +1,4 @@
-"""The held-out set runs after every load and on its schedule; its results are stored, and requests are unaffected."""
+"""Tests held-out runs: after every load and on schedule, with stored results and unaffected requests."""
 
 import asyncio
 import logging
@@ -63,7 +63,7 @@ async def _facts(target: Target) -> EngineFacts:
 
 @asynccontextmanager
 async def running(runs: HoldoutRuns) -> AsyncIterator[HoldoutRuns]:
-    """Run the loop during the body of the `with`; a defect that ends it fails the test."""
+    """Run the loop while the context is active. A defect that ends the loop fails the test."""
     task = asyncio.create_task(runs.run())
     try:
         yield runs
@@ -76,13 +76,13 @@ async def running(runs: HoldoutRuns) -> AsyncIterator[HoldoutRuns]:
 
 @asynccontextmanager
 async def asked(make: Make, answered: int = 3, **settings: Any) -> AsyncIterator[tuple[Control, HoldoutRuns]]:
-    """A control plane whose versions have answers to the held-out set, which is run."""
+    """Yield a control plane whose versions have registered answers to the held-out set, and its held-out runs."""
     async with make(answered=answered).run() as control, running(runs_of(control, **settings)) as runs:
         yield control, runs
 
 
 def due(control: Control, number: int) -> float | None:
-    """Return how often a version must be run, seconds."""
+    """Return the interval at which a version must be run, in seconds."""
     labels = {"model": NAME, "version": str(number)}
     return control.collector.get_sample_value("svc_holdout_interval_seconds", labels)
 
@@ -93,7 +93,7 @@ def rows(control: Control) -> list[HoldoutRunRow]:
 
 
 async def run_of(control: Control, of: Target, runs: int = 1, *, completed: bool = True) -> HoldoutRun:
-    """Return the newest run of a version, after waiting for the given number."""
+    """Return a version's newest run after waiting for the given number of runs."""
 
     def enough() -> bool:
         mine = [row.outcome for row in rows(control) if row.number == of.version.number]

@@ -1,4 +1,4 @@
-"""The server's own requests: paced, with a low priority, cancelled by swaps, and no danger to the engine."""
+"""Tests that the server's own requests are paced, low-priority, cancelled by swaps, and harmless."""
 
 import asyncio
 import time

@@ -1,4 +1,4 @@
-"""Live answers are scored, the newest first; answers that cannot be scored have no effect."""
+"""Tests that live answers are scored, newest first, and that answers that cannot be scored have no effect."""
 
 import asyncio
 import json
@@ -72,7 +72,7 @@ async def scoring_of(
 
 @pytest.fixture
 async def control(make: Make) -> AsyncIterator[Control]:
-    """A server of version 1, whose registration stored its answers."""
+    """Yield a server with version 1, whose answers were stored at registration."""
     async with make(answered=1).run() as control:
         yield control
 

@@ -1,4 +1,4 @@
-"""A conversation in the terminal."""
+"""Tests conversations in the terminal."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""A promotion as its client sees it: it returns, with the true result."""
+"""Tests promotion as seen by its client: it returns, and with the true result."""
 
 import asyncio
 import threading
@@ -115,7 +115,7 @@ async def test_promotion_fails_if_the_server_does_not_respond(home: Home) -> Non
 
 @pytest.fixture
 def unwritten(serving: Home, monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
-    """A server that begins swaps but cannot write their results."""
+    """Yield a server that begins swaps but cannot write their results."""
 
     def fail(*_: object) -> None:
         raise OperationalError("update", {}, Exception("disk is full"))

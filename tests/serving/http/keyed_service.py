@@ -1,4 +1,4 @@
-"""A service with keys."""
+"""A service that uses API keys."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -25,20 +25,20 @@ class KeyedService(Service):
     """A service that requires keys as soon as one exists."""
 
     def key(self, *scopes: Scope, **given: Any) -> IssuedKey:
-        """Create a key that the service already knows."""
+        """Create a key that is already known to the service."""
         assert self.store is not None
         issued = Keyring(self.store, Actor("user:alice", "box")).create(frozenset(scopes) or CLIENT, **given)
         self.authenticator.look()
         return issued
 
     def revoke(self, issued: IssuedKey) -> None:
-        """Revoke a key; the service notices at its next check."""
+        """Revoke a key. The service notices at its next check."""
         assert self.store is not None
         Keyring(self.store, Actor("user:alice", "box")).revoke(issued.key.id)
 
     @asynccontextmanager
     async def client_of(self, issued: IssuedKey) -> AsyncIterator[httpx.AsyncClient]:
-        """Return a client of the application with a key; answers arrive as a whole."""
+        """Yield a client of the application that uses a key and receives each response as a whole."""
         async with self.client() as client:
             client.headers["authorization"] = f"Bearer {issued.secret}"
             yield client

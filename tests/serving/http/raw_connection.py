@@ -1,4 +1,4 @@
-"""One raw connection to a server of an application, for tests that write and read bytes."""
+"""One raw connection to an application's server, for tests that write and read bytes."""
 
 import asyncio
 import socket
@@ -11,7 +11,7 @@ from serving.http.http_server import HttpServer
 
 @asynccontextmanager
 async def connected(app: Any) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    """Open one connection to a server of an application."""
+    """Open one connection to an application's server."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         server = HttpServer(app, 4, idle_s=1)

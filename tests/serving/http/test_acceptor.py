@@ -1,4 +1,4 @@
-"""One address may only hold a share of all connections, so that others can connect."""
+"""Tests that a single address may hold only a share of all connections, so that others can connect."""
 
 import asyncio
 import logging
@@ -26,7 +26,7 @@ Client = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class Clients:
-    """Clients of one server, from several addresses."""
+    """Clients of one server that connect from several addresses."""
 
     def __init__(self, listener: socket.socket) -> None:
         self._listener = listener
@@ -43,7 +43,7 @@ class Clients:
         return reader, writer
 
     async def close(self) -> None:
-        """Close all connections."""
+        """Close all client connections."""
         for writer in self._writers:
             writer.close()
             with suppress(OSError):
@@ -57,7 +57,7 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
 
 @asynccontextmanager
 async def serving(address: Any = (ONE, 0), **options: Any) -> AsyncIterator[Clients]:
-    """Run a server for eight connections, two of them for one address."""
+    """Run a server that accepts eight connections, two of them from the same address."""
     with socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET) as listener:
         listener.bind(address)
         server = HttpServer(app, 8, **{"most_per_address": SHARE} | options)
@@ -74,7 +74,7 @@ async def serving(address: Any = (ONE, 0), **options: Any) -> AsyncIterator[Clie
 
 
 async def answered(client: Client) -> bool:
-    """Return whether a request is answered; False if the server closes the connection."""
+    """Return whether a request gets a response, or False if the server closes the connection."""
     reader, writer = client
     async with asyncio.timeout(3):
         try:

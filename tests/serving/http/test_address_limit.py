@@ -1,4 +1,4 @@
-"""Connections are counted by peer."""
+"""Tests that connections are counted by peer."""
 
 from serving.http.address_limit import AddressLimit
 

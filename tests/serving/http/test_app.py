@@ -1,4 +1,4 @@
-"""The paths that exist, and the headers of every answer."""
+"""Tests which paths exist, and the headers common to all responses."""
 
 import asyncio
 import re

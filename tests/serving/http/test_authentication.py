@@ -1,4 +1,4 @@
-"""Which requests are admitted, to which paths, and for how long."""
+"""Tests which requests are authorized for which paths, and for how long."""
 
 import asyncio
 import json
@@ -226,7 +226,7 @@ async def test_invalid_keys_are_rate_limited_while_a_valid_key_still_works(
 
 
 async def call(service: KeyedService, secret: str, address: str) -> int:
-    """Return the status of a chat, without the overhead of a real client."""
+    """Return the status code of a chat request, without the overhead of a real client."""
     body, statuses = json.dumps(CHAT).encode(), list[int]()
     coming = asyncio.Event()
 
@@ -247,7 +247,7 @@ async def call(service: KeyedService, secret: str, address: str) -> int:
 
 
 async def cost(service: KeyedService, secret: str, count: int, addresses: int = 1) -> tuple[float, Counter[int]]:
-    """Return the CPU time of one request, and the number of each status."""
+    """Return the CPU time per request, plus the number of responses by status code."""
     began, statuses = time.process_time(), Counter[int]()
     for number in range(count):
         statuses[await call(service, secret, f"10.{addresses}.{count // 1000}.{number % addresses}")] += 1

@@ -1,4 +1,4 @@
-"""Reading the body of a request, and its limits."""
+"""Tests reading a request body and enforcing its limits."""
 
 import asyncio
 from collections.abc import Sequence
@@ -75,7 +75,7 @@ async def test_charset_in_the_content_type_is_ignored() -> None:
 
 
 class Slot:
-    """Counts how often it is entered."""
+    """A context manager that counts how often it is entered."""
 
     def __init__(self) -> None:
         self.entered = 0

@@ -1,4 +1,4 @@
-"""Limits on bodies that are received concurrently, of all peers and of one."""
+"""Tests the limits on concurrently received bodies, in total and per peer."""
 
 import pytest
 

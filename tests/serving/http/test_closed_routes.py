@@ -1,4 +1,4 @@
-"""Every route of vLLM that we do not offer is closed, in particular those that change the engine's state."""
+"""Tests that all vLLM routes we do not offer are closed, especially those that change the engine's state."""
 
 import httpx
 

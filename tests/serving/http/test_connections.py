@@ -1,4 +1,4 @@
-"""Connections are limited in number, and closed if no request arrives; active ones are not affected."""
+"""Tests that connections are limited in number and closed without requests, unless they are active."""
 
 import asyncio
 import gc
@@ -23,20 +23,20 @@ Connect = Callable[[], Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWrite
 
 
 async def slow_app(scope: Any, receive: Any, send: Any) -> None:
-    """Takes longer than the deadline."""
+    """An application that takes longer than the deadline."""
     await asyncio.sleep(2 * DEADLINE_S)
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
     await send({"type": "http.response.body", "body": b"ok"})
 
 
 async def large_app(scope: Any, receive: Any, send: Any) -> None:
-    """Answer with more bytes than the buffers between client and server hold."""
+    """An application that responds with more bytes than the buffers between client and server can hold."""
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % LARGE)]})
     await send({"type": "http.response.body", "body": b"x" * LARGE})
 
 
 async def cutting_app(scope: Any, receive: Any, send: Any) -> None:
-    """Begin a large answer, and then end the connection."""
+    """An application that begins a large response and then ends the connection."""
     await send({"type": "http.response.start", "status": 200, "headers": []})
     await send({"type": "http.response.body", "body": b"x" * LARGE, "more_body": True})
     connection_of(scope).abort()
@@ -69,7 +69,7 @@ async def serving(most: int, app: Any = slow_app, deadline_s: float = DEADLINE_S
 
 
 async def ended(reader: asyncio.StreamReader) -> bool:
-    """Return whether the server closed the connection, within a time that is ample."""
+    """Return whether the server closed the connection within an ample time."""
     try:
         async with asyncio.timeout(5 * DEADLINE_S):
             return await reader.read() == b""
@@ -182,7 +182,7 @@ async def test_oversized_headers_return_400(begun: bytes) -> None:
 
 
 async def cut(reader: asyncio.StreamReader) -> bool:
-    """Return whether the connection ended, whatever was answered."""
+    """Return whether the connection ended, whatever the server sent before."""
     with suppress(ConnectionResetError):
         async with asyncio.timeout(10 * DEADLINE_S):
             await reader.read()
@@ -201,7 +201,7 @@ async def test_large_body_does_not_count_towards_the_header_limit() -> None:
 
 
 async def large_body_app(scope: Any, receive: Any, send: Any) -> None:
-    """Answer before reading anything."""
+    """An application that responds before reading any of the request."""
     await send({"type": "http.response.start", "status": 401, "headers": [(b"content-length", b"0")]})
     await send({"type": "http.response.body", "body": b""})
 

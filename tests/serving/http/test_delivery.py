@@ -1,4 +1,4 @@
-"""Data given to a delivery reaches the connection completely and in order, whether the client reads fast or slowly."""
+"""Tests that a delivery's data reaches the connection completely and in order, at any client speed."""
 
 import asyncio
 from collections.abc import Iterable, Sequence
@@ -20,8 +20,8 @@ class Client:
     """A client's connection that records its messages.
 
     Args:
-        writable: results of successive checks, then always True. While it is False, a message's sender waits for a turn
-            of the loop.
+        writable: results of successive checks, followed by True forever. While a check returns False, the
+            sender waits for one event-loop turn.
     """
 
     def __init__(self, writable: Iterable[bool] = ()) -> None:
@@ -137,7 +137,7 @@ async def test_failed_answer_is_not_completed_and_holds_no_memory(buffers: Answe
 
 
 class SlowClient:
-    """A connection that accepts nothing until it is released."""
+    """A connection that accepts no data until it is released."""
 
     is_writable = False
 
@@ -206,7 +206,7 @@ def test_caller_is_forgotten_after_its_answers_are_delivered(buffers: AnswerBuff
 
 
 class FillingClient(Client):
-    """A connection that accepts the headers of an answer, and then nothing."""
+    """A connection that accepts a response's headers and nothing afterwards."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Work is cancelled when its client disconnects, and has cleaned up before that is reported."""
+"""Tests that work is cancelled and cleaned up when its client disconnects, before this is reported."""
 
 import asyncio
 

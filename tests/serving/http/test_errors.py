@@ -1,4 +1,4 @@
-"""Errors as clients see them: one shape, and no internal details."""
+"""Tests errors as clients see them: in a uniform format and without internal details."""
 
 import json
 import logging

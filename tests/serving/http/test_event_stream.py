@@ -1,4 +1,4 @@
-"""The times between tokens are the engine's, whatever the client does."""
+"""Tests that the times between tokens are those of the engine, whatever the client does."""
 
 import asyncio
 from pathlib import Path
@@ -8,7 +8,7 @@ from tests.serving.service import CHAT, NAME, Service
 
 CHAT_PATH = "/v1/chat/completions"
 MANY = 6_000
-"""Tokens; more bytes than the buffers between here and there hold."""
+"""Number of tokens; they take more bytes than the buffers between engine and client hold."""
 STREAM = {**CHAT, "stream": True}
 
 

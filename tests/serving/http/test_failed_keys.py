@@ -1,4 +1,4 @@
-"""Invalid keys are limited by peer, in a table of bounded size."""
+"""Tests that invalid keys are limited per peer, in a table of bounded size."""
 
 import ipaddress
 
@@ -8,7 +8,7 @@ from serving.http.failed_keys import _MAX_PEERS, MAX_INVALID_PER_MINUTE, FailedK
 
 
 class Clock:
-    """A clock that advances only on request."""
+    """A clock that advances only when told to."""
 
     at = 0.0
 

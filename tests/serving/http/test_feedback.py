@@ -1,4 +1,4 @@
-"""`POST /v1/feedback`: stored with the request, counted once, and safe against hostile clients."""
+"""Tests `POST /v1/feedback`: it is stored with the request, counted once, and safe against hostile clients."""
 
 import asyncio
 import json
@@ -28,7 +28,7 @@ async def service(socket_folder: Path, store: Store) -> AsyncIterator[Service]:
 
 @pytest.fixture
 async def request_id(client: httpx.AsyncClient) -> str:
-    """Return the id of a new answer."""
+    """Return the request id of a new answer."""
     answer = await client.post("/v1/chat/completions", json=CHAT)
     return answer.headers["x-request-id"]
 

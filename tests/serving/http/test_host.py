@@ -1,4 +1,4 @@
-"""Requests under a foreign host name are rejected, as after DNS rebinding."""
+"""Tests that requests with a foreign host name are rejected, as after DNS rebinding."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The server speaks only HTTP, and does not log what clients send."""
+"""Tests that the server speaks only HTTP and does not log what clients send."""
 
 import asyncio
 import json
@@ -24,7 +24,7 @@ MALFORMED = b"GET /v1?token=SECRET HTTP/1.1\r\nno header\r\n\r\n"
 
 
 async def shake_hands(app: Any, path: str, host: str = "localhost") -> tuple[int, Any]:
-    """Return status and content of the answer to a WebSocket handshake."""
+    """Return the status and content of the response to a WebSocket handshake."""
     async with connected(app) as (reader, writer), asyncio.timeout(5):
         writer.write(f"GET {path}?{QUERY} HTTP/1.1\r\nhost: {host}\r\n{HANDSHAKE}\r\n".encode())
         lines = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")

@@ -1,4 +1,4 @@
-"""The data plane, in front of a double of the engine on a real socket."""
+"""Tests the data plane in front of an engine double on a real socket."""
 
 import asyncio
 import json
@@ -21,14 +21,14 @@ from tests.svc.engine.raw_server import STREAM as STREAMED
 
 CHAT_PATH = "/v1/chat/completions"
 MANY = 6_000
-"""Tokens; more bytes than the buffers between here and there hold."""
+"""Number of tokens; they take more bytes than the buffers between engine and client hold."""
 STREAM = {**CHAT, "stream": True}
 COMPLETION = {"model": NAME, "prompt": "one two three"}
 
 
 @pytest.fixture
 async def live(service: Service) -> AsyncIterator[httpx.AsyncClient]:
-    """Calls the service through a real server."""
+    """Yield a client that calls the service through a real server."""
     async with service.socket_client() as client:
         yield client
 
@@ -51,12 +51,12 @@ def chunks_of(text: str) -> list[Any]:
 
 
 def small_buffers(*, max_bytes: int = 2**28, client_timeout_s: float = 30.0) -> AnswerBuffers:
-    """Of which one answer may have 64 KiB."""
+    """Return answer buffers that allow 64 KiB per answer."""
     return AnswerBuffers(max_bytes=max_bytes, max_answer_bytes=64 * 1024, client_timeout_s=client_timeout_s)
 
 
 def reason(service: Service, code: str) -> float:
-    """Return the number of requests that failed for a reason, of version 1 and without a version."""
+    """Return how many requests failed for a reason, counting version 1 and requests without a version."""
     versions = ((NAME, "1"), (NAME, "2"), (NAME, ""), ("unknown", ""))
     return sum(failed(service, code, model, version) for model, version in versions)
 
@@ -66,7 +66,7 @@ def failed(service: Service, code: str, model: str = NAME, version: str = "1") -
 
 
 def ended(service: Service, status: str, outcome: str) -> float:
-    """Return the number of requests of version 1 with an outcome."""
+    """Return how many requests to version 1 had the given status and outcome."""
     labels = {"model": NAME, "version": "1", "route": CHAT_PATH, "status": status, "outcome": outcome}
     return service.count("svc_requests_total", **labels)
 
@@ -126,7 +126,7 @@ class TestAnswers:
 
 
 class TestOverhead:
-    """The gateway's own time in milliseconds, from the answer's header."""
+    """Tests the gateway's own time in milliseconds, as given in the response header."""
 
     async def test_overhead_header_excludes_engine_time(self, service: Service, client: httpx.AsyncClient) -> None:
         service.double.token_delay_s = 0.2
@@ -530,7 +530,7 @@ class TestLargeAnswers:
 
 
 class TestOutcomes:
-    """Status 200 only means that an answer began; the outcome shows how it ended."""
+    """Tests how answers end. Status 200 only means that an answer began; the outcome shows how it ended."""
 
     async def test_failed_stream_has_outcome_engine_error(self, service: Service, client: httpx.AsyncClient) -> None:
         service.double.fault = Fault.ERROR_IN_STREAM

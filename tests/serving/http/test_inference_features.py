@@ -1,4 +1,4 @@
-"""By default the gateway stores features, and no texts, of successful answers, once for each request."""
+"""Tests that the gateway by default stores features but no texts of successful answers, once per request."""
 
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -29,7 +29,7 @@ Make = Callable[..., Service]
 
 @pytest.fixture
 def make(socket_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
-    """Return a function that makes a gateway on a home whose version 1 has a reference."""
+    """Return a function that creates a gateway on a home whose version 1 has a drift reference."""
     monkeypatch.setattr(drift_features, "_CLOSE_S", PATIENCE_S)
     make_version(Registry(socket_folder / "models", AliasBook()), 1, compared=True, answered=3)
     return lambda **keeping: Service(
@@ -39,7 +39,7 @@ def make(socket_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
 
 @pytest.fixture
 def handed(monkeypatch: pytest.MonkeyPatch) -> list[RequestRecord]:
-    """Return the records that are passed on for features; no process starts."""
+    """Return the records passed on for feature extraction, without starting a process."""
     handed: list[RequestRecord] = []
     monkeypatch.setattr(drift_features.FeatureProcess, "add", lambda process, records: handed.extend(records))
     return handed

@@ -1,4 +1,4 @@
-"""Responses and messages are handled like chat completions, each in its own format."""
+"""Tests that responses and messages are handled like chat completions, each in its own format."""
 
 import asyncio
 import json

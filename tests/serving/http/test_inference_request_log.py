@@ -1,4 +1,4 @@
-"""The rows of requests: every request leaves one row with its outcome."""
+"""Tests the request log: every request leaves one row with its outcome."""
 
 import asyncio
 import json
@@ -30,7 +30,7 @@ async def service(socket_folder: Path, store: Store) -> AsyncIterator[Service]:
 
 
 async def row_after(service: Service, client: httpx.AsyncClient, body: Any, path: str = CHAT_PATH) -> RequestRow:
-    """Return the one row that a request leaves."""
+    """Send a request and return the single row it leaves."""
     await client.post(path, json=body, headers={"x-request-id": "mine"})
     assert service.request_log.flush(5)
     assert service.store is not None

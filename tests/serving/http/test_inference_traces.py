@@ -1,4 +1,4 @@
-"""Each completion leaves one span at a real receiver, under the client's span if there is one."""
+"""Tests that each completion sends one span to a real receiver, under the client's span if there is one."""
 
 import asyncio
 import json
@@ -36,7 +36,7 @@ def receiver() -> Iterator[OtlpReceiver]:
 
 
 class Traced:
-    """A service whose spans go to a receiver.
+    """A service that sends its spans to a receiver.
 
     Args:
         settings: settings of the service.
@@ -50,7 +50,7 @@ class Traced:
 
     @asynccontextmanager
     async def run(self) -> AsyncIterator[tuple[Service, httpx.AsyncClient]]:
-        """Run the service and a client of a real server; all spans are at the receiver afterwards."""
+        """Run the service and yield it with a client. All spans have reached the receiver afterwards."""
         service = KeyedService(
             self.folder, store=self.store, keeping=self.keeping, telemetry=self.telemetry, **self.settings
         )
@@ -58,7 +58,7 @@ class Traced:
             yield service, client
 
     async def span_of(self, body: Any, path: str = CHAT_PATH, **headers: str) -> ReceivedSpan:
-        """Return the one span of a request."""
+        """Send a request and return its single span."""
         async with self.run() as (_, client):
             await client.post(path, json=body, headers=headers)
         [span] = self.receiver.spans

@@ -1,4 +1,4 @@
-"""Large bodies within the limits block the event loop only briefly, until they are sent to the engine."""
+"""Tests that large bodies within the limits block the event loop only briefly until they are sent."""
 
 import json
 import time
@@ -28,10 +28,10 @@ BODIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class Steps:
-    """Runs a coroutine, and measures each of its steps.
+    """Runs a coroutine and measures each of its steps.
 
     Attributes:
-        longest_s: longest CPU time between two waits.
+        longest_s: longest CPU time between two waits, in seconds.
     """
 
     def __init__(self, work: Coroutine[Any, Any, None]) -> None:

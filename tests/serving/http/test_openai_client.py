@@ -1,4 +1,4 @@
-"""The official client, unmodified, against the service."""
+"""Tests the service with the unmodified official client."""
 
 from collections.abc import AsyncIterator
 
@@ -22,7 +22,7 @@ WEATHER: ChatCompletionFunctionToolParam = {
 
 @pytest.fixture
 async def official(service: Service) -> AsyncIterator[AsyncOpenAI]:
-    """Return the official client without retries, over its own HTTP library."""
+    """Yield the official client, without retries and using its own HTTP library."""
     http = httpx2.AsyncClient(transport=httpx2.ASGITransport(service.app))
     async with AsyncOpenAI(api_key="none", base_url="http://localhost/v1", http_client=http, max_retries=0) as official:
         yield official

@@ -1,4 +1,4 @@
-"""The OpenAPI document matches the server."""
+"""Tests that the OpenAPI document matches the server."""
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -41,12 +41,12 @@ from tests.serving.socket_server import running_in_thread
 
 EXAMPLES = min(30, settings().max_examples)
 OPEN = {"/health", "/health/live"}
-"""For this nobody needs a key."""
+"""Paths that nobody needs a key for."""
 CHECKS = [not_a_server_error, status_code_conformance, response_schema_conformance, content_type_conformance]
 
 
 def operations(app: FastAPI) -> set[tuple[str, str]]:
-    """Return the methods and paths that the application answers to."""
+    """Return the methods and paths that the application responds to."""
     operations_of_app = set()
     for route in app.router.routes:
         path = str(getattr(route, "path", "")).replace(":path", "")
@@ -87,14 +87,14 @@ def test_openapi_document_requires_the_fields_official_clients_require() -> None
 
 @pytest.fixture
 def engine_socket(socket_folder: Path) -> Iterator[Path]:
-    """Run an engine double in a thread; return its socket."""
+    """Run an engine double in a thread and yield its socket."""
     with running_in_thread(EngineDouble(name=NAME), socket_folder / "engine.sock"):
         yield socket_folder / "engine.sock"
 
 
 @pytest.fixture
 def api(memory_folder: Path, store: Store, engine_socket: Path) -> Iterator[Any]:
-    """Return the document of an application over the double; a model name is a served one, or another."""
+    """Yield the document of an application in front of the double, with served and other names as model names."""
     names, admission = ModelNames(NAME), Admission(max_running=8, max_tokens=8, max_queued=8, queue_timeout_s=1)
     names.loaded = {ONE}
     authenticator = Authenticator(store)
@@ -129,7 +129,7 @@ def api(memory_folder: Path, store: Store, engine_socket: Path) -> Iterator[Any]
 
 
 def cases() -> Iterator[tuple[str, str, GenerationMode]]:
-    """Yield each operation with requests as documented, and if possible with some that are not."""
+    """Yield each operation with documented requests and, where possible, with undocumented ones."""
     for path, methods in openapi_document()["paths"].items():
         for method in methods.keys() - {"parameters"}:
             yield method, path, GenerationMode.POSITIVE
@@ -174,7 +174,7 @@ def test_every_response_is_documented_even_if_keys_are_required(
 
 
 def ask_all(operation: Any, mode: GenerationMode, headers: dict[str, str] | None = None) -> set[int]:
-    """Return the statuses of the answers, each of which was as documented."""
+    """Return the status codes of the responses, each of which matched the document."""
     statuses = set()
 
     @settings(

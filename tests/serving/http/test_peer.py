@@ -1,4 +1,4 @@
-"""Addresses of one peer are counted as one."""
+"""Tests that all addresses of one peer are counted as one."""
 
 from serving.http.peer import peer_of
 

@@ -1,4 +1,4 @@
-"""The headers as OpenAI and Anthropic document them."""
+"""Tests that rate-limit headers follow the documentation of OpenAI and Anthropic."""
 
 from datetime import UTC, datetime
 

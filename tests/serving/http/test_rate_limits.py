@@ -1,4 +1,4 @@
-"""The limits of keys over HTTP: the answers, and how unmodified clients react."""
+"""Tests key limits over HTTP: the responses, and how unmodified clients react to them."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -50,7 +50,7 @@ async def service(socket_folder: Any, time: Time) -> AsyncIterator[Service]:
 
 @pytest.fixture
 async def live(service: Service) -> AsyncIterator[httpx.AsyncClient]:
-    """Return a client of the service through a real server."""
+    """Yield a client that reaches the service through a real server."""
     async with service.socket_client() as client:
         yield client
 
@@ -270,7 +270,7 @@ async def test_anthropic_paths_have_anthropic_errors_and_headers(service: Servic
 
 
 class TestFull:
-    """More requests than may run."""
+    """Tests sending more requests than may run."""
 
     @pytest.fixture
     async def service(self, socket_folder: Any) -> AsyncIterator[Service]:
@@ -311,7 +311,7 @@ class TestFull:
 
 
 def used(service: Service, key_id: str) -> tuple[float, ...]:
-    """Return requests, input tokens and output tokens."""
+    """Return a key's used requests, input tokens and output tokens."""
     of = {"model": NAME, "key_id": key_id}
     tokens = (service.count("svc_key_tokens_total", **of, direction=direction) for direction in ("in", "out"))
     return service.count("svc_key_requests_total", **of), *tokens
@@ -348,11 +348,11 @@ class TestUsage:
 
 
 class TestClients:
-    """Unmodified clients, with the waits that they choose themselves."""
+    """Tests unmodified clients, with the retry delays that they choose themselves."""
 
     @pytest.fixture
     def waits(self, monkeypatch: pytest.MonkeyPatch, time: Time) -> list[float]:
-        """Return the waits of clients before their retries; only the limiter's time advances."""
+        """Return the clients' delays before their retries. Only the limiter's clock advances."""
         waited: list[float] = []
 
         async def sleep(seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""Offers of another protocol are ignored: the request is handled as without its `Upgrade` header."""
+"""Tests that offers of another protocol are ignored, as if the request had no `Upgrade` header."""
 
 import asyncio
 import logging
@@ -36,7 +36,7 @@ class Ask {
 
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer with the method, the target and, for a POST, the body."""
+    """An application that responds with the method, the target and, for a POST, the body."""
     body = b""
     if scope["method"] == "POST":
         body = await read_body(dict(scope["headers"]), receive, max_bytes=2**20, timeout_s=2)

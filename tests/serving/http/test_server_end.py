@@ -1,4 +1,4 @@
-"""A stopping server loses no connection, and no request that is being sent."""
+"""Tests that a stopping server loses no connection and no request that is being sent."""
 
 import asyncio
 import socket
@@ -29,7 +29,7 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
 
 @asynccontextmanager
 async def ending() -> AsyncIterator[tuple[HttpServer, Connection]]:
-    """Run a server with one connection; at the end of the body it has stopped."""
+    """Run a server with one connection. It has stopped when the context exits."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         server = HttpServer(app, most=8)
@@ -51,7 +51,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def told_to_end(server: HttpServer) -> None:
-    """Wait until the server has notified its connections."""
+    """Wait until the server has notified its connections that it is stopping."""
     server.stop()
     await asyncio.sleep(0.05)
 

@@ -1,4 +1,4 @@
-"""A certificate is loaded if it is valid, and reloaded when its files change."""
+"""Tests that a certificate is loaded only if it is valid, and reloaded when its files change."""
 
 import logging
 import os
@@ -13,7 +13,7 @@ from tests.serving.certificates import make_certificate
 
 
 def shown(certificate: Certificate, authority: Path) -> bool:
-    """Return whether a client that trusts one authority completes the handshake."""
+    """Return whether a client that trusts only one authority completes the handshake."""
     trusting = ssl.create_default_context(cafile=str(authority))
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     client = trusting.wrap_bio(to_client, to_server, server_hostname="localhost")
@@ -30,7 +30,7 @@ def shown(certificate: Certificate, authority: Path) -> bool:
 
 
 def exchange(folder: Path, name: str, into: tuple[Path, Path]) -> Path:
-    """Replace a certificate by another one; return a copy of it to trust."""
+    """Replace a certificate with another and return a copy of the new one for clients to trust."""
     made = make_certificate(folder, name)
     (folder / f"{name}.ca").write_bytes(made[0].read_bytes())
     for new, old in zip(made, into, strict=True):

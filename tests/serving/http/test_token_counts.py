@@ -1,4 +1,4 @@
-"""Token counts bypass admission, and cost a key nothing."""
+"""Tests that token counts bypass admission and cost a key nothing."""
 
 import asyncio
 from collections.abc import AsyncIterator

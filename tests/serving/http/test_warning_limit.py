@@ -1,4 +1,4 @@
-"""A warning that any client can cause is logged once per minute."""
+"""Tests that a warning any client can cause is logged at most once per minute."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""A grammar that would block the shared engine is rejected, and an ordinary one is not."""
+"""Tests that a grammar that would block the shared engine is rejected, and an ordinary grammar is accepted."""
 
 import json
 import time

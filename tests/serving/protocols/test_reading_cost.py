@@ -1,4 +1,4 @@
-"""No accepted body blocks the event loop for long, and ordinary bodies are accepted."""
+"""Tests that no accepted body blocks the event loop for long, and that ordinary bodies are accepted."""
 
 import json
 import time
@@ -36,7 +36,7 @@ HEADS = (
     (Route.MESSAGES, b'"messages":[{"role":"user","content":['),
 )
 SLOWEST_HEAD, SLOWEST_ELEMENTS = b'"response_format":{"x":[', (b"1e300", b"[" * 60 + b"]" * 60)
-"""Under this head nearly every element takes longest, and under nearly every head these elements do."""
+"""Body start for which most elements take longest, and the elements that take longest for most starts."""
 VALID = (
     (b'"messages":[', b'{"role":"user","content":"a"}'),
     (b'"messages":[{"role":"user","content":[', b'{"type":"text","text":"a"}'),
@@ -59,7 +59,7 @@ PAIRS_OF_TEXTS = [
 
 
 def closed(head: bytes) -> bytes:
-    """Return the end of a body with this beginning."""
+    """Return the end that completes a body with this beginning."""
     closing = {ord("["): b"]", ord("{"): b"}"}
     return b"".join(closing[byte] for byte in reversed(head) if byte in closing and head.count(byte) > 0)[: _open(head)]
 
@@ -69,7 +69,7 @@ def _open(head: bytes) -> int:
 
 
 def largest(make: Callable[[int], bytes], most: int) -> bytes:
-    """Return the longest accepted body of its kind."""
+    """Return the largest body of its kind that is accepted."""
     fewest = 1
     while most - fewest > most // 50:
         middle = (fewest + most + 1) // 2
@@ -78,9 +78,9 @@ def largest(make: Callable[[int], bytes], most: int) -> bytes:
 
 
 def share_of_limit(body: bytes, route: Route) -> float:
-    """Return the CPU time of a reading, whether the body is accepted or not, as a share of `max_cpu_s`.
+    """Return the CPU time of reading a body, whether it is accepted or not, as a share of `max_cpu_s`.
 
-    It is that of the first reading within the limit, or of the last of up to 20.
+    The time is that of the first reading within the limit, or of the last of up to 20 readings.
     """
     for _ in range(20):
         began = time.thread_time()
@@ -170,7 +170,7 @@ JSON_VALUES = st.recursive(
 
 
 def count(value: object) -> tuple[int, int]:
-    """Return the number of separators and of objects and arrays in a compactly written JSON value."""
+    """Return the number of separators, and of objects and arrays, in a compactly written JSON value."""
     if isinstance(value, dict):
         inner = [count(each) for each in value.values()]
         own = len(value) + max(0, len(value) - 1)

@@ -1,4 +1,4 @@
-"""The fields that are parsed, and the requests that are rejected early."""
+"""Tests which fields are parsed and which requests are rejected early."""
 
 import json
 from typing import Any
@@ -86,7 +86,7 @@ def test_sampling_parameters_are_read_as_sent() -> None:
 
 
 def invalid_field(fields: dict[str, Any], route: Route) -> str | None:
-    """Return the field for which a request is rejected."""
+    """Return the field for which a request is rejected, or None if it is accepted."""
     try:
         parse(fields, route)
     except InvalidRequestError as rejected:

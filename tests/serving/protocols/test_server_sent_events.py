@@ -1,4 +1,4 @@
-"""Events are split from chunks that end anywhere, and parsed."""
+"""Tests that server-sent events are split from chunks with arbitrary boundaries, and parsed."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A request with more structure than vLLM's API server can check quickly is rejected, an ordinary one is not."""
+"""Tests that requests with more structure than vLLM's API server can check quickly are rejected."""
 
 import json
 from typing import Any
@@ -17,7 +17,7 @@ LIMITS = RequestLimits()
 
 
 def refused(fields: dict[str, Any], route: Route, limits: RequestLimits = LIMITS) -> str | None:
-    """Return the invalid field."""
+    """Return the invalid field, or None if the request is accepted."""
     refusal = find_excess(fields, route, limits, json.dumps(fields, separators=(",", ":")).encode())
     return refusal.param if refusal else None
 

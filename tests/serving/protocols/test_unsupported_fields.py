@@ -1,4 +1,4 @@
-"""Fields with which one client can harm others are rejected under all of their names, and no others are."""
+"""Tests that only fields with which a client can harm others are rejected, under all their names."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ every_route = pytest.mark.parametrize("route", list(Route))
 
 
 def refused(fields: dict[str, Any], route: Route) -> str | None:
-    """Return the invalid field."""
+    """Return the invalid field, or None if the request is accepted."""
     refusal = find_refusal(fields, route)
     return refusal.param if refusal else None
 

@@ -1,4 +1,4 @@
-"""Parsing of the requests and answers of each route, whatever the model and the client wrote into them."""
+"""Tests parsing each route's requests and answers, whatever the model and the client wrote into them."""
 
 import json
 from typing import Any
@@ -45,14 +45,14 @@ def chunk(data: object) -> bytes:
 
 
 def stream_of(wire: Wire, words: list[str], counts: Counts) -> list[bytes]:
-    """Return the events as split from the bytes of a connection."""
+    """Return the events as they are split from the bytes of a connection."""
     *most, last = words
     tokens = [*(wire.token(word, None) for word in most), wire.token(last, "length")]
     return EventSplitter().feed(b"".join([*wire.opening(counts), *tokens, *wire.closing(words, counts)]))
 
 
 def without_spaces(event: bytes) -> bytes:
-    """Return JSON as vLLM writes it."""
+    """Return JSON without spaces, as vLLM writes it."""
     head, brace, data = event.partition(b"{")
     if not brace:
         return event
@@ -70,7 +70,7 @@ def usages(format: WireFormat, parts: list[bytes]) -> list[Usage]:
 
 
 class TestEveryRoute:
-    """A stream and a body of the same answer give the same values."""
+    """Tests that a stream and a body of the same answer yield the same values."""
 
     @routes
     @given(words=WORDS, counts=COUNTS)
@@ -120,7 +120,7 @@ class TestEveryRoute:
 
 
 class TestClassify:
-    """The quick test and the full parser agree."""
+    """Tests that the quick check and the full parser agree."""
 
     @staticmethod
     def closely(format: WireFormat, event: bytes) -> Seen:

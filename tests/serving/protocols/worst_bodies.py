@@ -1,4 +1,4 @@
-"""Bodies within all limits on structure that cost as much as possible, in the gateway or in vLLM."""
+"""Builds bodies within all structural limits that cost the gateway or vLLM as much as possible."""
 
 import json
 import random
@@ -17,24 +17,24 @@ _PROMPTS: dict[Route, dict[str, Any]] = {
     MESSAGES: {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1},
 }
 _TOKEN_IDS = 130_000
-"""About as many as may be read."""
+"""Number of token ids, close to the maximum that may be read."""
 
 
 class WorstBody(NamedTuple):
-    """One worst body."""
+    """A body that costs as much as possible."""
 
     name: str
     route: Route
     fields: dict[str, Any]
 
     def body(self, model: str) -> bytes:
-        """Return its JSON, as compact as an attacker would write it."""
+        """Return the JSON body, written as compactly as an attacker would write it."""
         fields = {"model": model, **_PROMPTS[self.route], **self.fields}
         return json.dumps(fields, separators=(",", ":")).encode()
 
 
 def worst_bodies() -> Iterator[WorstBody]:
-    """Yield a body at each limit, with elements that vLLM accepts and with some that it reports an error for."""
+    """Yield a body at each limit, with elements that vLLM accepts and elements that it reports an error for."""
     messages, items, parts = LIMITS.messages, LIMITS.input_items, LIMITS.content_parts
     values = LIMITS.field_values
     text, wrong_text, typed = {"type": "text", "text": "a"}, {"type": "text", "text": 1}, {"type": "text"}
@@ -115,7 +115,7 @@ _FILLED: dict[str, Any] = {
 
 
 def random_body(chance: random.Random) -> WorstBody:
-    """Return a body of random parts, many of them invalid, that may exceed the limits."""
+    """Return a body of random components, many of them invalid, which may exceed the limits."""
     route = chance.choice(list(Route))
     fields = dict[str, Any]()
     for name in chance.sample(_FIELDS[route], chance.randint(1, 2)):

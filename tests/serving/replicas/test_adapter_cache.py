@@ -1,4 +1,4 @@
-"""The adapters of an engine: which are loaded and evicted, and the errors of waiting requests."""
+"""Tests an engine's adapter cache: loading, eviction, and the errors of waiting requests."""
 
 import asyncio
 from collections import Counter
@@ -24,10 +24,10 @@ class Shelf:
     """An engine with adapters that checks the rules of the cache.
 
     Attributes:
-        holds: versions by the names under which they are loaded.
-        failing: versions that do not load.
+        holds: loaded versions, keyed by the name under which they are loaded.
+        failing: versions that fail to load.
         unknown: versions that do not exist.
-        stuck: number of the next unloads that fail.
+        stuck: how many of the next unloads fail.
     """
 
     def __init__(self, most: int) -> None:
@@ -90,7 +90,7 @@ async def use(shelf: Shelf, cache: AdapterCache, number: int, turns: int = 1, *,
 
 
 async def turns(condition: Callable[[], object]) -> None:
-    """Wait until a condition holds."""
+    """Let the event loop run until a condition holds."""
     async with asyncio.timeout(2):
         while not condition():
             await asyncio.sleep(0)

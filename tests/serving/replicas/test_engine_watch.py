@@ -1,4 +1,4 @@
-"""A silent engine is dead only if it uses no CPU, or uses CPU for too long without an answer."""
+"""Tests that a silent engine is dead only if it uses no CPU, or uses CPU for too long without responding."""
 
 import asyncio
 from collections.abc import Awaitable
@@ -15,10 +15,10 @@ LIVES_S, PATIENCE_S = 0.6, 0.1
 
 
 class SilentEngine:
-    """An engine that answers no health checks.
+    """An engine that does not respond to health checks.
 
     Attributes:
-        share: of a CPU core that its API server uses.
+        share: share of a CPU core that its API server uses.
     """
 
     def __init__(self, share: float | None) -> None:
@@ -27,11 +27,11 @@ class SilentEngine:
         self._began = asyncio.get_running_loop().time()
 
     def front_s(self) -> float | None:
-        """Return the CPU time of the API server, seconds."""
+        """Return the CPU time of the API server, in seconds."""
         return None if self.share is None else self.share * (asyncio.get_running_loop().time() - self._began)
 
     async def wait(self) -> int | None:
-        """Never return: the engine does not exit."""
+        """Never return, because the engine does not exit."""
         await asyncio.Event().wait()
         return None
 

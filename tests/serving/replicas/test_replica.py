@@ -1,4 +1,4 @@
-"""One engine: verified before it gets requests, and always stopped."""
+"""Tests that an engine is verified before it gets requests, and is always stopped."""
 
 import asyncio
 from contextlib import suppress
@@ -20,7 +20,7 @@ from tests.serving.versions import NAME, make_version, target
 
 @pytest.fixture
 def replica(make: Make) -> Replica:
-    """A replica without an engine."""
+    """Return a replica without an engine."""
     return make().replica
 
 

@@ -1,4 +1,4 @@
-"""How a home's engines are started with its settings."""
+"""Tests how a home's engines are started with its settings."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from tests.svc.engine.devices import AVX512
 
 
 def slots_of(home: Path, **of_model: object) -> EngineSlots:
-    """Return slots with settings for one model that differ from the defaults."""
+    """Return engine slots whose settings for one model differ from the defaults."""
     settings = Settings.model_validate({"home": home, "models": {NAME: of_model}})
     return EngineSlots(settings, Registry(home / "models", AliasBook()), AVX512, list)
 

@@ -1,4 +1,4 @@
-"""The pace of a model follows its recent answers."""
+"""Tests that a model's pace follows its recent answers."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from serving.replicas.token_pace import TokenPace
 
 
 def paced(*answers: tuple[float, float]) -> float:
-    """Return the tokens per second after these answers (tokens, seconds)."""
+    """Return the pace in tokens per second after these answers, given as (tokens, seconds)."""
     pace = TokenPace()
     for tokens, seconds in answers:
         pace.observe(tokens, seconds)

@@ -1,4 +1,4 @@
-"""The engine's rejections and failures as typed errors, without internal details."""
+"""Tests that the engine's rejections and failures become typed errors without internal details."""
 
 from serving.replicas.transport import (
     ContextLengthError,

@@ -1,4 +1,4 @@
-"""The checks of a version before clients may use it."""
+"""Tests the checks that a version must pass before clients may use it."""
 
 import asyncio
 import threading
@@ -20,13 +20,13 @@ from tests.serving.versions import FACTS, OTHER_FACTS, make_version, target
 
 
 def kind_of(facts: EngineFacts) -> Callable[[Path], EngineFacts]:
-    """Return one kind of engine for every folder."""
+    """Return a function that returns the same engine facts for every folder."""
     return lambda folder: facts
 
 
 @pytest.fixture
 async def elsewhere(make: Make) -> AsyncIterator[Control]:
-    """Version 1 on a different kind of engine from the one that qualified it, with slightly different rounding."""
+    """Yield version 1 on another engine kind than the one that qualified it, with slightly different rounding."""
     control = make(facts=OTHER_FACTS)
 
     def prepare(double: EngineDouble) -> None:

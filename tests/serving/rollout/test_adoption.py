@@ -1,4 +1,4 @@
-"""A restarted server adopts running engines that pass the verification."""
+"""Tests that a restarted server adopts running engines that pass verification."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -19,7 +19,7 @@ ONE, TWO = f"{NAME}@1", f"{NAME}@2"
 
 @asynccontextmanager
 async def again(control: Control) -> AsyncIterator[Control]:
-    """Start the server again after it stopped without its engines."""
+    """Start the server again after it has stopped without stopping its engines."""
     control.leaves = False
     control.assemble()
     async with control.run():
@@ -28,7 +28,7 @@ async def again(control: Control) -> AsyncIterator[Control]:
 
 @pytest.fixture
 async def left(make: Make) -> Control:
-    """A server that has stopped; its engine holds version 1 and runs."""
+    """Return a stopped server whose engine is still running with version 1."""
     control = make()
     control.leaves = True
     async with control.run():
@@ -126,7 +126,7 @@ async def test_swap_succeeds_if_the_server_died_before_recording_it(left: Contro
 
 
 async def test_only_the_desired_one_of_two_engines_is_adopted(make: Make) -> None:
-    """As when a server died after a second engine had started, and before it replaced the first."""
+    """This happens when a server dies after a second engine has started and before it has replaced the first."""
     control = make(replicas=2)
     control.leaves = True
     async with control.run():

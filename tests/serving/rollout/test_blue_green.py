@@ -1,4 +1,4 @@
-"""A second engine replaces the first: no request waits, and nothing is left behind."""
+"""Tests that a second engine replaces the first without any request waiting or anything being left behind."""
 
 import asyncio
 
@@ -24,7 +24,7 @@ def slow(double: EngineDouble) -> None:
 
 @pytest.fixture
 def control(make: Make) -> Control:
-    """A server; version 4 has another shape, so it cannot be loaded in place."""
+    """Return a server whose version 4 has a different shape, so that it cannot be loaded in place."""
     control = make()
     control.park.prepare = slow
     control.park.start_delay_s = 0.05

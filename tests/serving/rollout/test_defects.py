@@ -1,4 +1,4 @@
-"""A defect in a swap is a failed swap: the previous version keeps serving, and no unverified weights answer."""
+"""Tests that a defect fails the swap: the previous version keeps serving, and unverified weights never do."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +22,7 @@ RELOAD = "/collective_rpc"
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, owner: type, method: str, *calls: int) -> None:
-    """Make these calls of a coroutine function, counted from 1, raise an unexpected error."""
+    """Make the given calls of a coroutine function, counted from 1, raise an unexpected error."""
     work: Callable[..., Any] = getattr(owner, method)
     count = 0
 
@@ -37,7 +37,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, owner: type, method: str, *calls: i
 
 
 async def back_to_one(control: Control) -> None:
-    """Wait until every member really serves version 1, and nothing else is desired."""
+    """Wait until every member really serves version 1 and no other version is desired."""
     await until(lambda: len(control.pool.ready) == control.replicas and not control.pool.others)
     assert {engine.target for engine in control.pool.members} == {target(1)}
     assert {engine.double.weights.split("/")[-2] for engine in control.park.engines if engine.alive} == {"1"}
@@ -102,7 +102,7 @@ async def test_switched_engines_are_replaced_after_a_defect_in_the_restoration(
 
 
 async def _refuse_the_way_back(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give the second change a defect, and refuse the third, which restores."""
+    """Make the second change fail with a defect, and reject the third change, which restores the version."""
     change, count = EngineChange.run, 0
 
     async def run(self: EngineChange, *arguments: Any) -> Any:

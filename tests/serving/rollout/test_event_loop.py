@@ -1,4 +1,4 @@
-"""Swaps, first loads and adoptions never block the event loop with a disk or a process."""
+"""Tests that swaps, first loads and adoptions never block the event loop with disk or process operations."""
 
 import pytest
 

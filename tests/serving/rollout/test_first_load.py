@@ -1,4 +1,4 @@
-"""A version that this kind of engine has never loaded needs an engine that starts with it."""
+"""Tests that a version never loaded by this engine kind needs an engine that starts with it."""
 
 from collections.abc import Callable
 
@@ -21,7 +21,7 @@ Elsewhere = Callable[..., Control]
 
 @pytest.fixture
 def elsewhere(make: Make) -> Elsewhere:
-    """Return a function that makes a server whose engines differ from those that qualified the versions."""
+    """Return a function that creates a server whose engines differ from those that qualified the versions."""
     return lambda **settings: make(facts=OTHER_FACTS, **settings)
 
 

@@ -1,4 +1,4 @@
-"""Idle engines are stopped, and start again for the next request, which waits and is not rejected."""
+"""Tests that idle engines stop and start again for the next request, which waits and is not rejected."""
 
 import asyncio
 import time
@@ -24,7 +24,7 @@ IDLE_S = 0.2
 
 @pytest.fixture
 def idling(home: Home) -> Home:
-    """A home with two models that are idle soon."""
+    """Return a home with two models that become idle quickly."""
     for number in (7, 8):
         make_version(home.registry, number, name=OTHER)
     configure(home, serve={"port": 0, "idle_s": IDLE_S})
@@ -36,7 +36,7 @@ def configure(home: Home, **settings: Any) -> None:
 
 
 async def answer(client: httpx.AsyncClient, model: str = NAME) -> tuple[int, str]:
-    """Return the status, and the version in the header."""
+    """Return the response status and the version in the header."""
     response = await client.post("/v1/chat/completions", json=BODY | {"model": model})
     return response.status_code, response.headers.get("x-model-version", "")
 
@@ -47,7 +47,7 @@ async def states(client: httpx.AsyncClient) -> dict[str, str]:
 
 
 async def become(client: httpx.AsyncClient, **wanted: str) -> None:
-    """Wait until models have these states."""
+    """Wait until the models have these states."""
     async with asyncio.timeout(5):
         while await states(client) != wanted:
             await asyncio.sleep(0.01)
@@ -65,7 +65,7 @@ def hash_slowly(home: Home, monkeypatch: pytest.MonkeyPatch, seconds: float) -> 
 
 
 async def promoted(home: Home, number: int) -> SwapResult:
-    """Promote a version of the first model and return the result of its swap."""
+    """Promote a version of the first model and return the result of the swap."""
     seen = read_desired(home.store, NAME)
     assert seen is not None
     wish = change_desired(home.store, seen, target(number), seen.target)

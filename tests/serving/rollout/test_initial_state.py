@@ -1,4 +1,4 @@
-"""The version that a server starts with."""
+"""Tests which version a server starts with."""
 
 import pytest
 

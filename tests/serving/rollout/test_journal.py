@@ -1,4 +1,4 @@
-"""The journal of swaps: ordered, complete, and never blocking."""
+"""Tests that the swap journal is ordered, complete and never blocking."""
 
 import asyncio
 import threading

@@ -1,4 +1,4 @@
-"""Models that engines do not reload correctly in place, such as mixtures of experts on a CPU, are never reloaded."""
+"""Tests that models that engines cannot reload correctly, such as MoE models on a CPU, are never reloaded."""
 
 import pytest
 

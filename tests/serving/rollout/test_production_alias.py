@@ -1,4 +1,4 @@
-"""MLflow's alias follows the served version, whatever MLflow does."""
+"""Tests that MLflow's alias follows the served version, whatever MLflow does."""
 
 import asyncio
 import threading
@@ -21,7 +21,7 @@ def book() -> AliasBook:
 
 @pytest.fixture
 async def alias(book: AliasBook, quick: None) -> AsyncIterator[ProductionAlias]:
-    """A running alias."""
+    """Yield a running production alias."""
     alias = ProductionAlias(book)
     task = asyncio.create_task(alias.run())
     yield alias

@@ -1,4 +1,4 @@
-"""Promotions, deaths and restarts under load, from the clients' point of view."""
+"""Tests promotions, engine deaths and restarts under load, from the clients' point of view."""
 
 import asyncio
 import threading

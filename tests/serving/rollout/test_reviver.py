@@ -1,4 +1,4 @@
-"""Members that die before or during a swap are restarted meanwhile, and in the end all hold the same version."""
+"""Tests that members dying before or during a swap are restarted, and that all end with the same version."""
 
 import asyncio
 import random
@@ -28,7 +28,7 @@ def slow(double: EngineDouble) -> None:
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check that no two tasks start, reload or verify one replica concurrently."""
+    """Check that no two tasks start, reload or verify the same replica concurrently."""
     touched = set[Replica]()
 
     def guard(name: str) -> None:
@@ -61,7 +61,7 @@ async def serving(make: Make, replicas: int, **settings: object) -> AsyncIterato
 
 
 def kill(control: Control, member: int) -> Replica:
-    """Kill a member's engine."""
+    """Kill a member's engine and return its replica."""
     engine = control.pool.members[member]
     next(double for double in control.park.engines if double.alive and double.replica == engine.replica).kill()
     return engine
@@ -73,7 +73,7 @@ def held(control: Control) -> list[Target | None]:
 
 
 def weights(control: Control) -> list[str]:
-    """Return the weights that the engines really hold."""
+    """Return the weights that each engine actually holds."""
     return [engine.double.weights.split("/")[-2] for engine in control.park.engines if engine.alive]
 
 

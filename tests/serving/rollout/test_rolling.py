@@ -1,4 +1,4 @@
-"""Several engines, changed one after the other while the others answer; each of them may die."""
+"""Tests changing several engines one after the other while the rest answer, when any of them may die."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -29,7 +29,7 @@ def slow(double: EngineDouble) -> None:
 
 @pytest.fixture
 def control(make: Make) -> Control:
-    """A server with two engines."""
+    """Return a server with two engines."""
     control = make(replicas=2)
     control.park.prepare = slow
     return control
@@ -43,7 +43,7 @@ async def both_ready(control: Control, number: int = 1) -> None:
 
 
 def weights(control: Control) -> list[str]:
-    """Return the weights that the engines really hold."""
+    """Return the weights that each engine actually holds."""
     return [engine.double.weights.split("/")[-2] for engine in control.park.engines if engine.alive]
 
 
@@ -183,7 +183,7 @@ async def test_engine_that_dies_after_its_switch_returns_with_the_new_version(co
 
 @asynccontextmanager
 async def last_one_changed(control: Control) -> AsyncIterator[tuple[httpx.AsyncClient, Desired]]:
-    """Let the second engine die for good while the first loads version 2."""
+    """Let the second engine die permanently while the first one loads version 2."""
     async with control.run(), control.client() as client:
         await both_ready(control)
         control.reconciler.reviver.backoff_s = (60.0,)
@@ -271,7 +271,7 @@ async def test_previous_version_is_restored_if_the_second_new_engine_does_not_st
 
 
 async def test_running_requests_are_answered_before_an_engine_is_restored(make: Make) -> None:
-    """The second engine cannot be changed, and there is no memory for more: the first is replaced after draining."""
+    """The second engine can be neither changed nor added to, so the first is replaced after draining."""
     control = make(replicas=2, drain_timeout_s=0.2)
     control.park.prepare = slow
     control.park.room = "full"

@@ -1,6 +1,6 @@
-"""On a GPU, idle engines sleep instead of being stopped, and are verified when the next request wakes them.
+"""Tests that idle engines on a GPU sleep instead of stopping, and are verified when a request wakes them.
 
-The double sleeps like vLLM 0.32 according to its source; it was not compared with a GPU.
+The engine double sleeps as vLLM 0.32 does according to its source. This was not compared with a GPU.
 """
 
 import asyncio
@@ -28,21 +28,21 @@ ONE = (200, f"{NAME}@1", "1")
 
 @pytest.fixture
 def sleeping(home: Home) -> Home:
-    """A home whose models are idle soon, and whose engines can sleep."""
+    """Return a home whose models become idle quickly and whose engines can sleep."""
     configure(home, serve={"port": 0, "idle_s": IDLE_S})
     home.park.sleeps = True
     return home
 
 
 async def answer(client: httpx.AsyncClient, model: str = NAME) -> tuple[int, str, str]:
-    """Return the status, the version in the header, and the number in the text."""
+    """Return the response status, the version in the header and the number in the text."""
     response = await client.post("/v1/chat/completions", json=BODY | {"model": model})
     text = response.json()["choices"][0]["message"]["content"].partition(".")[0] if response.is_success else ""
     return response.status_code, response.headers.get("x-model-version", ""), text
 
 
 async def engines(client: httpx.AsyncClient, model: str = NAME) -> list[tuple[str, bool]]:
-    """Return the state of each engine of a model, and whether it is asleep."""
+    """Return the state of each of a model's engines, and whether it is asleep."""
     models = (await client.get("/svc/status")).json()["models"]
     return [
         (engine["state"], engine["asleep"]) for each in models if each["model"] == model for engine in each["engines"]
@@ -50,31 +50,31 @@ async def engines(client: httpx.AsyncClient, model: str = NAME) -> list[tuple[st
 
 
 async def asleep(client: httpx.AsyncClient, model: str = NAME, *, replicas: int = 1) -> None:
-    """Wait until all engines of a model sleep."""
+    """Wait until all engines of a model are asleep."""
     await become(client, model, [("idle", True)] * replicas)
 
 
 async def ready(client: httpx.AsyncClient, model: str) -> None:
-    """Wait until the only engine of a model accepts requests."""
+    """Wait until a model's only engine accepts requests."""
     await become(client, model, [("ready", False)])
 
 
 async def become(client: httpx.AsyncClient, model: str, wanted: list[tuple[str, bool]]) -> None:
-    """Wait until the engines of a model have these states."""
+    """Wait until a model's engines have these states."""
     async with asyncio.timeout(5):
         while await engines(client, model) != wanted:
             await asyncio.sleep(0.01)
 
 
 async def settled(client: httpx.AsyncClient) -> None:
-    """Wait until no request runs: an answer ends a moment after its client has it."""
+    """Wait until no request is running. A request ends a moment after its client has received the answer."""
     async with asyncio.timeout(5):
         while any(each["requests"]["running"] for each in (await client.get("/svc/status")).json()["models"]):
             await asyncio.sleep(0.01)
 
 
 async def meanwhile(condition: Callable[[], object], value: Callable[[], int]) -> set[int]:
-    """Return a value that is read while a condition holds."""
+    """Return the values that are read repeatedly while a condition holds."""
     seen = set[int]()
     while condition():
         seen.add(value())
@@ -83,7 +83,7 @@ async def meanwhile(condition: Callable[[], object], value: Callable[[], int]) -
 
 
 async def ended(client: httpx.AsyncClient, home: Home) -> None:
-    """Wait until the only engine was stopped, and does not sleep."""
+    """Wait until the only engine has been stopped and is not asleep."""
     await until(lambda: not home.park.alive)
     assert await engines(client) == [("idle", False)]
 
@@ -283,7 +283,7 @@ async def test_no_engine_sleeps_or_wakes_while_another_engine_starts(sleeping: H
 
 @pytest.fixture
 def crowded(sleeping: Home) -> Home:
-    """A GPU with memory for one engine that is awake and two that sleep; a second and a third model."""
+    """Return a home with three models on a GPU with memory for one awake and two sleeping engines."""
     make_version(sleeping.registry, 7, name=OTHER)
     make_version(sleeping.registry, 9, name="third")
     configure(sleeping, serve={"port": 0, "idle_s": 60})
@@ -292,7 +292,7 @@ def crowded(sleeping: Home) -> Home:
 
 
 def _full(home: Home, more: int, *, beside: int) -> str | None:
-    """Return a shortage unless the memory for the waking engine is free already."""
+    """Return a memory shortage, unless enough memory for the waking engine is already free."""
     awake = home.park.alive - home.park.asleep
     return "full" if awake + more > 1 or home.park.asleep > beside else None
 

@@ -1,4 +1,4 @@
-"""A swap during which another version becomes desired: it soon stops with the previous version."""
+"""Tests a swap during which another version becomes desired: it stops early with the previous version."""
 
 import asyncio
 import threading
@@ -35,7 +35,7 @@ def slow(double: EngineDouble) -> None:
 
 @pytest.fixture
 def control(make: Make) -> Control:
-    """A server with one engine; versions 4 and 5 cannot be loaded in place of any other."""
+    """Return a server with one engine whose versions 4 and 5 cannot be loaded in place of any other version."""
     control = make()
     control.park.prepare = slow
     make_version(control.registry, 4, width=8)
@@ -45,7 +45,7 @@ def control(make: Make) -> Control:
 
 @asynccontextmanager
 async def loaded(control: Control) -> AsyncIterator[tuple[httpx.AsyncClient, Load]]:
-    """A server under load from clients, none of whose requests may fail."""
+    """Yield a server under load from clients whose requests must not fail."""
     async with control.run(), control.client() as client:
         await until(lambda: len(control.pool.ready) == control.replicas)
         load = Load(client)
@@ -59,19 +59,19 @@ async def loaded(control: Control) -> AsyncIterator[tuple[httpx.AsyncClient, Loa
 
 
 async def alone(control: Control) -> None:
-    """Wait until nothing runs but the members, and admission is open."""
+    """Wait until only the members are running and admission is open."""
     await until(lambda: control.pool.all == control.pool.members and control.park.alive == control.replicas)
     assert len(control.pool.ready) == control.replicas
     assert control.admission.unavailable_reason is None and not control.admission._closed
 
 
 def weights(control: Control) -> list[str]:
-    """Return the weights that the engines really hold."""
+    """Return the weights that each engine actually holds."""
     return [engine.double.weights.split("/")[-2] for engine in control.park.engines if engine.alive]
 
 
 async def roll_back(control: Control, promotion: Desired) -> tuple[SwapResult, float]:
-    """Roll back to version 1; return how the promotion ended, and when the rollback was done, seconds."""
+    """Roll back to version 1. Return how the promotion ended, and after how many seconds the rollback was done."""
     began = time.monotonic()
     back = control.wish(1)
     assert (await control.outcome(back)).outcome is SwapOutcome.SUCCEEDED
@@ -281,7 +281,7 @@ async def test_first_engine_is_restored_if_superseded_while_replacing_the_second
 
 @pytest.fixture
 def cramped(make: Make) -> Control:
-    """A server without memory for a second engine, with versions that need a start."""
+    """Return a server without memory for a second engine, whose versions require an engine start."""
     control = make(facts=OTHER_FACTS)
     control.park.prepare = slow
     control.park.room = "full"

@@ -1,4 +1,4 @@
-"""Failures of the swap in place: the answers to requests, and the state afterwards."""
+"""Tests failures of the in-place swap: the responses to requests, and the state afterwards."""
 
 import asyncio
 import threading
@@ -29,7 +29,7 @@ def slow(double: EngineDouble) -> None:
 
 
 def dies_at(path: str, nth: int = 1) -> Callable[[EngineDouble], None]:
-    """Make an engine die at the nth request for a path that arrives while weights are replaced."""
+    """Return a function that kills an engine at the nth request for a path while weights are replaced."""
 
     def prepare(double: EngineDouble) -> None:
         slow(double)
@@ -47,7 +47,7 @@ def dies_at(path: str, nth: int = 1) -> Callable[[EngineDouble], None]:
 
 
 def first_only(prepare: Callable[[EngineDouble], None]) -> Callable[[EngineDouble], None]:
-    """Prepare only the first engine; later ones are sound."""
+    """Return a function that prepares only the first engine and leaves later engines intact."""
     prepared = list[EngineDouble]()
 
     def prepare_first(double: EngineDouble) -> None:
@@ -58,7 +58,7 @@ def first_only(prepare: Callable[[EngineDouble], None]) -> Callable[[EngineDoubl
 
 
 async def swap_under_load(control: Control, number: int) -> tuple[Load, SwapOutcome | None, str | None]:
-    """Promote while clients send requests."""
+    """Promote a version while clients send requests, and return the load and the swap's outcome and reason."""
     async with control.client() as client:
         load = Load(client)
         async with load.run():
@@ -229,7 +229,7 @@ async def test_engine_that_cannot_be_replaced_fails_and_comes_back_later(make: M
 
 @asynccontextmanager
 async def overrunning(make: Make) -> AsyncIterator[tuple[Control, httpx.AsyncClient, asyncio.Task[Answer]]]:
-    """A server with an answer that takes longer than a swap may wait, and no memory for a second engine."""
+    """Yield a server with an answer that outlasts a swap's wait, and without memory for a second engine."""
     control = make(drain_timeout_s=0.05)
     control.park.room = "it needs 2 GiB, 1 GiB is free"
     async with control.run(), control.client() as client:
@@ -325,7 +325,7 @@ async def test_swap_waits_for_requests_whose_clients_disconnected(control: Contr
 
 @pytest.fixture
 def impatient(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Limit the wait for the reset of the prefix cache to a tenth of a second."""
+    """Limit the wait for a prefix cache reset to a tenth of a second."""
     client = control.replica.client
     reset = client.reset_prefix_cache
     monkeypatch.setattr(client, "reset_prefix_cache", lambda: reset(within_s=0.1))

@@ -1,4 +1,4 @@
-"""Engines that cannot be probed, as with adapters of the output layer on a CPU: they serve unverified, visibly."""
+"""Tests engines that cannot be probed, such as output-layer adapters on a CPU: they serve as unverified."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -17,13 +17,13 @@ FULL = "it needs 2 GiB, 1 GiB is free"
 
 
 def unprobed(control: Control) -> Control:
-    """A home whose engines cannot be asked for log-probabilities of a prompt, which would crash them."""
+    """Return a server whose engines would crash if they were asked for the log-probabilities of a prompt."""
     control.park.unprobed = WHY
     return control
 
 
 def probed(control: Control) -> list[object]:
-    """Return the requests to engines for log-probabilities of prompts."""
+    """Return the requests that asked engines for log-probabilities of prompts."""
     return [body for engine in control.park.engines for body in engine.double.requests if "prompt_logprobs" in body]
 
 

@@ -1,4 +1,4 @@
-"""Prompt and answer as texts, from the forwarded bytes."""
+"""Tests extracting the texts of prompt and answer from the forwarded bytes."""
 
 import json
 

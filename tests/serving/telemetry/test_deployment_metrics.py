@@ -1,4 +1,4 @@
-"""The metrics of each model: its engines, swaps and queues."""
+"""Tests the metrics of each model: its engines, swaps and queues."""
 
 import pytest
 from prometheus_client import CollectorRegistry

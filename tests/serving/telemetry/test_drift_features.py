@@ -1,4 +1,4 @@
-"""Features of a bounded sample of requests are stored by a process that is restarted when it dies."""
+"""Tests that features of a bounded sample of requests are stored by a process that restarts after a crash."""
 
 import multiprocessing
 import os
@@ -32,7 +32,7 @@ RECORD = OLD_RECORD._replace(
 
 
 class Features:
-    """A process on a home with version 1, which has a reference, and the number of lost requests."""
+    """A feature process for a home whose version 1 has a drift reference, and the number of lost requests."""
 
     def __init__(self, home: Path) -> None:
         self.store = new_store(home)
@@ -46,7 +46,7 @@ class Features:
         self.lost += count
 
     def records(self, count: int = 1, of: Target = ONE) -> list[RequestRecord]:
-        """Return requests whose rows are in the store."""
+        """Return requests whose rows are already in the store."""
         ids = [f"req-{number}" for number in range(self.asked, self.asked + count)]
         self.asked += count
         records = [RECORD._replace(request_id=id, version=of.version, format=of.format) for id in ids]
@@ -54,11 +54,11 @@ class Features:
         return records
 
     def add(self, count: int = 1, of: Target = ONE) -> None:
-        """Add requests whose features are to be stored."""
+        """Add requests whose features should be stored."""
         self.process.add(self.records(count, of))
 
     def stored(self, count: int, of: Target = ONE) -> None:
-        """Wait until a number of items is in the store."""
+        """Wait until the store contains the given number of feature items."""
         until(lambda: len(item_ids(self.store, of)) >= count)
         assert len(item_ids(self.store, of)) == count
 
@@ -71,7 +71,7 @@ def until(met: Callable[[], object]) -> None:
 
 
 def children() -> list[psutil.Process]:
-    """Return the feature processes."""
+    """Return the running feature processes."""
     return [psutil.Process(child.pid) for child in multiprocessing.active_children()]
 
 
@@ -93,7 +93,7 @@ def features(tmp_path: Path) -> Iterator[Features]:
 
 
 class Clock:
-    """A clock that advances only on request."""
+    """A clock that advances only when told to."""
 
     now = 0.0
 
@@ -123,7 +123,7 @@ def test_each_version_has_its_own_share_of_feature_computations(tmp_path: Path) 
 
 @pytest.mark.slow
 class TestOneProcess:
-    """A process that all tests use, because a start takes seconds; each test has its own version."""
+    """Tests that share one process, because starting one takes seconds. Each test has its own version."""
 
     @pytest.fixture(scope="class")
     def home(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -193,13 +193,13 @@ def test_every_request_is_stored_once_even_if_the_feature_process_is_killed(feat
 
 
 def die(connection: Connection, settings: Settings) -> None:
-    """Exit as soon as a batch arrives."""
+    """A feature process that exits as soon as a batch arrives."""
     connection.recv()
     os._exit(3)
 
 
 def hang(connection: Connection, settings: Settings) -> None:
-    """Answer nothing."""
+    """A feature process that never responds."""
     time.sleep(PATIENCE_S)
 
 

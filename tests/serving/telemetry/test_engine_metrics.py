@@ -1,4 +1,4 @@
-"""vLLM's own metrics on our page: labelled, with unchanged names in every format, and never blocking."""
+"""Tests vLLM's own metrics on our page: labelled, with unchanged names in every format, and never blocking."""
 
 from collections.abc import Callable
 
@@ -34,16 +34,16 @@ vllm:e2e_request_latency_seconds_sum{engine="0",model_name="tuned"} 3.5
 python_info{version="3.11"} 1.0
 """
 OPENMETRICS = {"accept": "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3"}
-"""What Prometheus 2.53 sends, shortened."""
+"""Accept header sent by Prometheus 2.53, shortened."""
 
 
 def client(reply: Callable[[httpx.Request], httpx.Response]) -> EngineClient:
-    """Return the client of an engine that answers with this page."""
+    """Return a client for an engine that responds with the given reply."""
     return EngineClient(httpx.AsyncClient(transport=httpx.MockTransport(reply), base_url="http://engine"), NAME)
 
 
 def metrics(*answers: httpx.Response | Exception) -> tuple[EngineMetrics, CollectorRegistry]:
-    """Return the engine's metrics in front of an engine that gives these answers in turn."""
+    """Return the metrics of an engine that gives these responses in turn, and their registry."""
     coming = iter(answers)
 
     def reply(request: httpx.Request) -> httpx.Response:

@@ -1,4 +1,4 @@
-"""The instruments without locks write the same page as the library's."""
+"""Tests that the lock-free instruments write the same metrics page as the library's instruments."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""The measured lag of the event loop equals the real delay of a task."""
+"""Tests that the measured event loop lag equals the real delay of a task."""
 
 import asyncio
 import time
@@ -12,7 +12,7 @@ from tests.serving.control import until
 
 @pytest.fixture
 async def lags() -> AsyncIterator[list[float]]:
-    """The observed lags."""
+    """Yield the lags observed so far."""
     observed = list[float]()
     watching = asyncio.create_task(watch_loop_lag(observed.append, every_s=0.001))
     yield observed

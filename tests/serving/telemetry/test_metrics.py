@@ -1,4 +1,4 @@
-"""What is counted, with which labels, and that clients cannot create series."""
+"""Tests what is counted and with which labels, and that clients cannot create series."""
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
@@ -15,7 +15,7 @@ MANY = [Target(VersionId(NAME, number), Format.ADAPTER) for number in range(1, 3
 
 
 class Clock:
-    """A clock that advances only on request."""
+    """A clock that advances only when told to."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -40,7 +40,7 @@ def metrics(registry: CollectorRegistry, clock: Clock) -> GatewayMetrics:
 
 
 def stream(metrics: GatewayMetrics, served: Target) -> None:
-    """Count one streamed answer, its rating, and one failure."""
+    """Count one streamed answer, a rating for it, and one failure."""
     observe = metrics.between_tokens(served)
     metrics.first_token(served, 0.1)
     observe(0.01)
@@ -52,7 +52,7 @@ def stream(metrics: GatewayMetrics, served: Target) -> None:
 
 
 def shown_versions(registry: CollectorRegistry) -> set[str]:
-    """Return the versions that have any series."""
+    """Return the versions that have at least one series."""
     samples = (sample for family in registry.collect() for sample in family.samples)
     return {version for sample in samples if (version := sample.labels.get("version"))}
 

@@ -1,4 +1,4 @@
-"""Quantiles within one per cent, over the last five minutes only."""
+"""Tests that quantiles are accurate within one per cent and cover only the last five minutes."""
 
 import math
 from collections.abc import Callable
@@ -15,7 +15,7 @@ SECONDS = st.floats(min_value=1e-4, max_value=3600)
 
 
 class Clock:
-    """A clock that advances only on request."""
+    """A clock that advances only when told to."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -29,7 +29,7 @@ def example(clock: Callable[[], float]) -> VersionQuantiles:
 
 
 def shown(versions: VersionQuantiles) -> dict[tuple[str, str], float]:
-    """Return the value of each sample, by version and quantile."""
+    """Return the value of each sample, keyed by version and quantile."""
     (family,) = versions.collect()
     return {(sample.labels["version"], sample.labels["quantile"]): sample.value for sample in family.samples}
 

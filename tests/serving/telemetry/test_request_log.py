@@ -1,4 +1,4 @@
-"""Every request leaves a row, no request waits for it, and lost rows are counted."""
+"""Tests that every request leaves a row, that no request waits for it, and that lost rows are counted."""
 
 import threading
 import time
@@ -28,7 +28,7 @@ ANSWER = b'{"choices": [{"index": 0, "message": {"content": "call 030 901820"}}]
 
 
 class Pen:
-    """A writer with its reports."""
+    """A request log writer together with its reports."""
 
     def __init__(
         self,

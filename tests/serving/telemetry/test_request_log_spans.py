@@ -1,4 +1,4 @@
-"""The thread that writes rows passes requests on to traces; a failure of one does not affect the other."""
+"""Tests that the thread writing rows passes requests on to traces, and that failures stay separate."""
 
 from collections import Counter
 from datetime import UTC, datetime
@@ -23,10 +23,10 @@ TRACE = RequestTrace(1, 2, None, "", True)
 
 
 class Sink:
-    """Collects the spans that it gets.
+    """Collects the spans passed to it.
 
     Attributes:
-        broken: it fails on each.
+        broken: whether it fails on every span.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class Sink:
 
 
 class Pen:
-    """A log with a sink."""
+    """A request log with a span sink."""
 
     def __init__(self, store: Store, max_queued: int = 100) -> None:
         self.store = store

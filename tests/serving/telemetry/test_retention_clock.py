@@ -1,4 +1,4 @@
-"""A wall clock that jumps deletes nothing, and a steady one deletes rows that are too old."""
+"""Tests that a jump of the wall clock deletes no rows, while a steady clock deletes those that are too old."""
 
 from datetime import UTC, datetime, timedelta
 
@@ -12,14 +12,14 @@ HOUR = timedelta(hours=1)
 
 
 class Clocks:
-    """A wall clock and the time since boot, which advance together until the first is set."""
+    """A wall clock and the time since boot, which advance together until the wall clock is set."""
 
     def __init__(self, newest: datetime | None = NOON, max_age: timedelta = MONTH) -> None:
         self.wall, self.elapsed_s, self.newest = NOON, 100.0, newest
         self.retention = RetentionClock(max_age, now=lambda: self.wall, elapsed_s=lambda: self.elapsed_s)
 
     def after(self, passed: timedelta, *, jump: timedelta = timedelta()) -> datetime | None:
-        """Return the time before which rows are too old after some time, in which the wall clock was set."""
+        """Advance the time, with an optional wall-clock jump, and return the time before which rows are too old."""
         self.wall += passed + jump
         self.elapsed_s += passed.total_seconds()
         return self.retention.oldest_kept(lambda: self.newest)

@@ -1,4 +1,4 @@
-"""The usage of keys is stored while the server runs and when it stops, and read by the next server."""
+"""Tests that key usage is stored while the server runs and when it stops, and is read by the next server."""
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping

@@ -14,21 +14,21 @@ ALICE = Actor("user:alice", "box")
 
 
 class Clock:
-    """Clock that stands still until it is advanced."""
+    """A clock that stands still until it is advanced."""
 
     def __init__(self) -> None:
         self.at = datetime(2026, 1, 2, 12, tzinfo=UTC)
 
     def now(self) -> datetime:
-        """Return the time."""
+        """Return the current time."""
         return self.at
 
     def monotonic(self) -> float:
-        """Return the seconds since a fixed moment."""
+        """Return the number of seconds since a fixed moment."""
         return self.at.timestamp()
 
     def forward(self, **span: float) -> None:
-        """Advance the time."""
+        """Advance the clock by the given time."""
         self.at += timedelta(**span)
 
 
@@ -39,7 +39,7 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.fixture
 def clock() -> Clock:
-    """Return a clock that shows noon."""
+    """Return a clock that is set to noon."""
     return Clock()
 
 

@@ -1,4 +1,4 @@
-"""Valid secrets are accepted immediately, others rejected with a reason; changes take effect at the next check."""
+"""Tests that valid secrets pass at once, others fail with a reason, and changes apply at the next check."""
 
 import asyncio
 import gc
@@ -130,7 +130,7 @@ def test_second_rotation_invalidates_the_first_secret(
 
 
 def queries(store: Store) -> list[str]:
-    """Return the queries that are sent to the store from now on."""
+    """Return a list that collects the queries sent to the store from now on."""
     sent: list[str] = []
     event.listen(store, "before_cursor_execute", lambda *arguments: sent.append(arguments[2]))
     return sent
@@ -151,7 +151,7 @@ def test_key_check_reads_only_the_revision_if_no_key_changed(authenticator: Auth
 
 
 class Text(str):
-    """Text with weak references, which a `str` does not support."""
+    """A string that supports weak references, unlike `str` itself."""
 
 
 @pytest.mark.parametrize("right", [True, False])

@@ -1,4 +1,4 @@
-"""`svc keys` and `svc usage` as commands."""
+"""Tests `svc keys` and `svc usage` as commands."""
 
 import csv
 import io
@@ -21,7 +21,7 @@ from tests.command_line import Svc
 
 
 def create(svc: Svc, *options: str) -> dict[str, Any]:
-    """Create a key and return the JSON output."""
+    """Create a key and return the command's JSON output."""
     result = svc("keys", "create", *options, "--json")
     assert result.code == 0, result.err
     found: dict[str, Any] = json.loads(result.out)
@@ -168,7 +168,7 @@ def test_rotation_with_grace_period_keeps_both_secrets_valid_without_confirmatio
 
 @pytest.fixture
 def used(svc: Svc) -> str:
-    """Return the id of a key that used two models, in a store with usage of one model without a key."""
+    """Return the id of a key that used two models, in a store that also has usage of one model without a key."""
     key_id: str = create(svc, "--name", "ci")["key_id"]
     hour = hour_of(datetime.now(UTC))
     add_usage(

@@ -1,4 +1,4 @@
-"""Keys are created with the requested properties, and their secrets are not stored."""
+"""Tests that keys are created with the requested properties, and that their secrets are not stored."""
 
 from datetime import timedelta
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Usage is counted immediately and written periodically; a failing store neither loses nor doubles it."""
+"""Tests that usage is counted at once and written periodically, and that store failures do not distort it."""
 
 from concurrent.futures import ThreadPoolExecutor
 

@@ -1,4 +1,4 @@
-"""A store in the test's folder."""
+"""Provides a store in the test's folder."""
 
 from pathlib import Path
 
@@ -10,5 +10,5 @@ from svc.store.database import open_database
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    """Return an empty store, where `svc` in the same folder finds it."""
+    """Return an empty store in a place where `svc` in the same folder finds it."""
     return open_database(tmp_path / ".svc")

@@ -1,4 +1,4 @@
-"""`svc audit`, `svc history` and `svc forget` as commands."""
+"""Tests `svc audit`, `svc history` and `svc forget` as commands."""
 
 import io
 import json
@@ -89,7 +89,7 @@ def test_verify_fails_if_the_expected_hash_is_not_in_the_log(svc: Svc, three: St
 
 @pytest.fixture
 def served(store: Store) -> Store:
-    """Return a store with two versions that were served; the second one still is."""
+    """Return a store with two versions that were served, the second of which still is."""
     first = change_desired(store, None, Target(VersionId("tickets", 1), Format.GPTQ), None)
     begin_serving(store, first, Began.START, at=datetime(2026, 1, 2, 12, tzinfo=UTC))
     entry = AuditEntry(Action.PROMOTE, "tickets@2", ALICE, "it is better")
@@ -119,7 +119,7 @@ def test_model_that_was_never_served_has_no_history(svc: Svc) -> None:
 
 @pytest.fixture
 def requested(svc: Svc, store: Store) -> str:
-    """Return the id of a key with one request of a user; another request of today has neither."""
+    """Return the id of a key with one request from a user. Another request today has neither key nor user."""
     key_id: str = json.loads(svc("keys", "create", "--name", "ci", "--json").out)["key_id"]
     mine = RECORD._replace(request_id="mine", key_id=key_id, user_hash=hash_user("a@b.de"), prompt="secret")
     add_requests(store, [mine, RECORD._replace(request_id="other", started_at=datetime.now(UTC))])

@@ -1,4 +1,4 @@
-"""Which version was served when and who wanted it, also for the time before serving was recorded."""
+"""Tests which version was served when and who requested it, including the time before serving was recorded."""
 
 from datetime import UTC, datetime, timedelta
 

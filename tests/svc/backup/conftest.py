@@ -34,8 +34,8 @@ class UsedHome:
     """A home and the operations on it.
 
     Attributes:
-        content: of every version.
-        run: of MLflow, which makes them.
+        content: files of every version.
+        run: MLflow run that creates the versions.
     """
 
     settings: Settings
@@ -49,7 +49,7 @@ class UsedHome:
         return self.registry.publish(NAME, self.run, self.content, make_manifest).id
 
     def promote(self, version: VersionId) -> None:
-        """Make a version the served one, as a server does."""
+        """Make a version the served version, as a server does."""
         seen, target = read_desired(self.store, NAME), Target(version, Format.MERGED)
         entry = AuditEntry(Action.PROMOTE, str(version), Actor.local())
         change_desired(self.store, seen, target, seen.target if seen else None, entry=entry)
@@ -58,14 +58,14 @@ class UsedHome:
 
 @pytest.fixture(scope="session")
 def new_mlflow(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Return the database of an MLflow with one run, and the run."""
+    """Return the path of an MLflow database with one run, and the run's id."""
     path = tmp_path_factory.mktemp("new-mlflow") / "mlflow.db"
     return path, Tracking(f"sqlite:///{path}").start_run("tests", {})
 
 
 @pytest.fixture
 def used(tmp_path: Path, new_mlflow: tuple[Path, str]) -> UsedHome:
-    """Return a home without versions."""
+    """Return a home that has no versions yet."""
     settings = Settings(home=tmp_path / "home")
     store = new_store(settings.home)
     shutil.copyfile(new_mlflow[0], settings.home / "mlflow.db")
@@ -76,7 +76,7 @@ def used(tmp_path: Path, new_mlflow: tuple[Path, str]) -> UsedHome:
 
 @pytest.fixture
 def archive(tmp_path: Path) -> Archive:
-    """Return an empty archive."""
+    """Return an empty backup archive."""
     return Archive(tmp_path / "backups")
 
 
@@ -85,14 +85,14 @@ BackUp = Callable[..., BackupReport]
 
 @pytest.fixture
 def back_up(used: UsedHome, archive: Archive) -> BackUp:
-    """Return a function that backs the home up, with the arguments of `Backup`."""
+    """Return a function that backs up the home and takes the arguments of `Backup`."""
     return lambda **options: Backup(used.settings, archive, **options).run(keep=9)
 
 
 def progress(
     on_start: Callable[[int], object] = lambda total: None, on_bytes: OnBytes = lambda count: None
 ) -> Progress:
-    """Return a progress of copying that calls these functions."""
+    """Return a copy progress that calls these functions."""
 
     @contextmanager
     def begin(total: int) -> Iterator[OnBytes]:

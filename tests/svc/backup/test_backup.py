@@ -1,4 +1,4 @@
-"""A snapshot contains everything that its databases name, is complete or absent, and copies no version twice."""
+"""Tests that a snapshot is complete or absent, has all that databases name, and copies no version twice."""
 
 import os
 import sqlite3
@@ -228,7 +228,7 @@ def test_snapshot_names_a_remote_mlflow_server(used: UsedHome, archive: Archive)
 
 
 def _overwrite(path: Path) -> None:
-    """Overwrite a file with as many other bytes; other versions may have the same file."""
+    """Overwrite a file with the same number of different bytes. The file may be shared with other versions."""
     size = path.stat().st_size
     path.unlink()
     path.write_bytes(b"x" * size)

@@ -1,4 +1,4 @@
-"""Output of `svc backup` and `svc restore`, and their events in the audit log."""
+"""Tests the output of `svc backup` and `svc restore`, and their events in the audit log."""
 
 import json
 from pathlib import Path

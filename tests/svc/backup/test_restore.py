@@ -1,4 +1,4 @@
-"""A home is restored completely or not used: damaged, non-empty and used folders are rejected."""
+"""Tests that a home is restored completely or not used. Damaged, non-empty and used folders are rejected."""
 
 from pathlib import Path
 

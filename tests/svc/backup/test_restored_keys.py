@@ -1,4 +1,4 @@
-"""A restore reactivates no key that is known to be revoked, and asks for confirmation of the others."""
+"""Tests that a restore reactivates no key known to be revoked, and asks for confirmation of all other keys."""
 
 import json
 import sys
@@ -28,7 +28,7 @@ def create(used: UsedHome, *names: str) -> list[IssuedKey]:
 
 
 def states(home: Path) -> dict[str, bool]:
-    """Return whether each key is valid, by name."""
+    """Return whether each key is valid, keyed by name."""
     return {key.principal.name: key.usable(datetime.now(UTC)) for key in read_keys(open_database(home))}
 
 

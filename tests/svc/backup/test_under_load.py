@@ -1,4 +1,4 @@
-"""Every snapshot of a home is complete while versions are registered, served and removed."""
+"""Tests that every snapshot of a home is complete while versions are registered, served and removed."""
 
 import itertools
 import threading
@@ -31,7 +31,7 @@ SNAPSHOTS = 5
 
 @contextmanager
 def going(*steps: Callable[[], None]) -> Iterator[list[Exception]]:
-    """Repeat each step in its own thread while the body runs; yield the exceptions."""
+    """Repeat each step in its own thread while the context is active, and yield the list of exceptions."""
     ended, failures = threading.Event(), list[Exception]()
 
     def repeat(step: Callable[[], None]) -> None:

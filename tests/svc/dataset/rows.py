@@ -1,4 +1,4 @@
-"""Random good examples in every format, and the defects that data files have."""
+"""Random good examples in every format, and the defects that occur in data files."""
 
 import copy
 import json
@@ -34,7 +34,7 @@ MARKS = [
     " 5 %",
 ]
 AFTER_WORD = [*[""] * (4 * len(MARKS)), *MARKS]
-"""A mark after one word in five."""
+"""Marks that follow a word: a mark after one word in five, otherwise nothing."""
 SYSTEM = "Which colour has it? Answer with one of: red, green, blue."
 Row = dict[str, Any]
 TEXT = {  # paths of question and answer
@@ -47,12 +47,12 @@ TEXT = {  # paths of question and answer
     Format.OPENAI_EVALS_OUTPUT: ("sample.input.1.content", "datasource_item.ideal"),
 }
 TEXT_FORMATS = list(TEXT)
-"""All formats but xLAM's, whose answers are calls."""
+"""All formats except xLAM's, whose answers are calls."""
 ROLE = {Format.CHAT: "messages.1.role", Format.SHAREGPT: "conversations.1.from"}
 
 
 def text(chance: random.Random, least: int = 3, most: int = 60) -> str:
-    """Return words, marks and emoji that hardly any other text has."""
+    """Return a text of words, marks and emoji that is almost certainly unique."""
     count = chance.randint(least, most)
     letters = "".join(chance.choices(LETTERS, k=9 * count))  # in one draw: word by word takes longer than the check
     lengths, marks = chance.choices(range(2, 10), k=count), chance.choices(AFTER_WORD, k=count)
@@ -61,7 +61,7 @@ def text(chance: random.Random, least: int = 3, most: int = 60) -> str:
 
 
 def row(form: Format, system: str, user: str, answer: str) -> Row:
-    """Return one example in a format."""
+    """Return one example as a row of the given format."""
     match form:
         case Format.CHAT:
             turns = [("system", system), ("user", user), ("assistant", answer)]
@@ -88,20 +88,20 @@ def _asked(system: str, user: str) -> list[Row]:
 
 
 def good_rows(form: Format, chance: random.Random, count: int, *, labels: bool = False) -> list[Row]:
-    """Return examples without a fault; with labels, in JSON."""
+    """Return examples without defects. With labels, their answers are JSON."""
     answers = [json.dumps({"colour": chance.choice(["red", "green", "blue"])}) if labels else "" for _ in range(count)]
     return [row(form, SYSTEM, text(chance), answer or text(chance, 1, 20)) for answer in answers]
 
 
 def get(value: Any, path: str) -> Any:
-    """Return the part of a row at a dotted path."""
+    """Return the value at a dotted path in a row."""
     for key in path.split("."):
         value = value[int(key)] if isinstance(value, list) else value[key]
     return value
 
 
 def put(value: Row, path: str, new: Any) -> Row:
-    """Return the row with another part."""
+    """Return a row with the value at a dotted path replaced."""
     changed = copy.deepcopy(value)
     above, _, last = path.rpartition(".")
     target = get(changed, above) if above else changed
@@ -111,7 +111,7 @@ def put(value: Row, path: str, new: Any) -> Row:
 
 
 def drop(value: Row, path: str) -> Row:
-    """Return the row without a part."""
+    """Return a row without the value at a dotted path."""
     changed = copy.deepcopy(value)
     above, _, last = path.rpartition(".")
     del (get(changed, above) if above else changed)[last]
@@ -122,7 +122,7 @@ Damage = Callable[[Format, Row, random.Random], bytes]
 
 
 def _text(insert: str) -> Damage:
-    """Insert a text at a random place of the question."""
+    """Return a damage that inserts a text at a random place in the question."""
 
     def damage(form: Format, value: Row, chance: random.Random) -> bytes:
         path = TEXT[form][0]
@@ -142,7 +142,7 @@ def _raw(change: Callable[[bytes], bytes]) -> Damage:
 
 
 def encode(value: Any) -> bytes:
-    """Return a row as a line without its end."""
+    """Return a row encoded as a line without a line ending."""
     return json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 
@@ -192,5 +192,5 @@ DEFECTS: list[tuple[str, Code, Damage]] = [
 
 
 def check_file(path: Path, heldout: Path | None = None) -> DataReport:
-    """Check one file; see `check_files`."""
+    """Check one file. See `check_files`."""
     return check_files([path], [heldout] if heldout else [])[0]

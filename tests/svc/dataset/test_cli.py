@@ -1,4 +1,4 @@
-"""Output of `svc data check`, whatever the content of the files."""
+"""Tests the output of `svc data check`, whatever the files contain."""
 
 import json
 import os

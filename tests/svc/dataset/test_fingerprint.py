@@ -1,4 +1,4 @@
-"""Equal examples have equal fingerprints; different ones do not."""
+"""Tests that equal examples have equal fingerprints and different examples do not."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Prompts that a version was trained on are recognized without their texts."""
+"""Tests that prompts a version was trained on are recognized without their texts."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,4 +1,4 @@
-"""Held-out examples are chosen by content and seed, and none of their near duplicates is trained on."""
+"""Tests that held-out examples are chosen by content and seed, and that no near duplicate is trained on."""
 
 import random
 
@@ -20,7 +20,7 @@ TASK = ROOT / "examples" / "debian-triage"
 
 
 def with_copies(seed: int) -> list[ChatExample]:
-    """Return forty texts, every fourth with three near copies."""
+    """Return forty texts, every fourth of which has three near copies."""
     chance, made = random.Random(seed), []
     for number in range(40):
         words = text(chance, 40, 60)
@@ -138,7 +138,7 @@ def test_copies_of_a_single_example_cannot_be_split() -> None:
 
 
 def conversation(*texts: str) -> ChatExample:
-    """Return a conversation of these turns; the last is the answer."""
+    """Return a conversation with these turns, the last of which is the answer."""
     turns = zip(("user", "assistant") * len(texts), texts, strict=False)
     return parse_example({"messages": [{"role": role, "content": content} for role, content in turns]})
 

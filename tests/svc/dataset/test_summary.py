@@ -1,4 +1,4 @@
-"""Statistics of a data set."""
+"""Tests the statistics of a data set."""
 
 import json
 from pathlib import Path

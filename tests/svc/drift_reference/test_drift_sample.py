@@ -1,4 +1,4 @@
-"""The reference sample is drawn like traffic, and separately from the text space."""
+"""Tests that the reference sample is drawn like traffic and separately from the text space."""
 
 from collections import Counter
 from itertools import pairwise

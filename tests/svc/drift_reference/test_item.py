@@ -1,4 +1,4 @@
-"""Items of live requests have the features that the reference's prompts and answers have, and no text."""
+"""Tests that items of live requests have the features of reference prompts and answers, and no text."""
 
 import json
 from datetime import UTC, datetime
@@ -74,7 +74,7 @@ answers = st.builds(
 
 
 def chat(*contents: str, system: str = "You sort parcels.") -> RequestRecord:
-    """Return a request with these turns, the user's first."""
+    """Return a request with these turns, beginning with a user turn."""
     roles = ("user", "assistant") * len(contents)
     messages = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]
     return RECORD._replace(prompt=json.dumps([{"role": "system", "content": system}, *messages]))

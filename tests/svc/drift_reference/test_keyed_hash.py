@@ -1,4 +1,4 @@
-"""Equal texts have equal hashes in one home, and texts cannot be tested without the home's key."""
+"""Tests that equal texts have equal hashes in one home, and cannot be tested without the home's key."""
 
 import threading
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Features of any prompt are those that a person would count, equally for live and held-out prompts."""
+"""Tests that prompt features are those a person would count, for both live and held-out prompts."""
 
 import re
 from dataclasses import replace

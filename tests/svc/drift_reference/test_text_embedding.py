@@ -1,4 +1,4 @@
-"""Prompts on one topic are close, any text has a position, and no training text can be recovered."""
+"""Tests that prompts on one topic are close, any text has a position, and no training text is recoverable."""
 
 import io
 import random
@@ -48,7 +48,7 @@ def archive(**arrays: Any) -> bytes:
 
 
 def assert_same_place(one: TextSpace, other: TextSpace, prompts: list[str]) -> None:
-    """Compare positions within the error of half precision."""
+    """Assert that the positions of prompts agree within the error of half precision."""
     found, again = one.embed(prompts), other.embed(prompts)
     assert found.topic == pytest.approx(again.topic, abs=2e-3)
     assert found.answer == pytest.approx(again.answer, abs=2e-3)

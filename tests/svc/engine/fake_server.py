@@ -1,4 +1,4 @@
-"""Fake of vLLM's server as a child process: `fake_server.py MODE SOCKET`. Standard library only, so it starts fast.
+"""A fast-starting, standard-library fake of vLLM's server in a child process: `fake_server.py MODE SOCKET`.
 
 Modes: ready, crash, hang (never listens), stubborn (ignores SIGTERM), family (has a child of its own),
 late (begins its child while it is being ended).
@@ -13,33 +13,33 @@ import time
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Handler that answers every request as healthy."""
+    """A handler that reports healthy for every request."""
 
     def do_GET(self) -> None:
-        """Answer 200."""
+        """Respond with status 200."""
         self.send_response(200)
         self.send_header("content-length", "0")
         self.end_headers()
 
     def address_string(self) -> str:
-        """Return a fixed text: a unix socket has no address."""
+        """Return a fixed text, because a Unix socket has no address."""
         return "socket"
 
 
 def begin_child() -> None:
-    """Start a process that outlives this one and inherits its open files."""
+    """Start a child process that outlives this one and inherits its open files."""
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], close_fds=False)
     print(f"child {child.pid}", flush=True)
 
 
 def begin_child_and_end(*_: object) -> None:
-    """Exit like an engine that is killed while it starts."""
+    """Exit like an engine that is killed during startup, after starting a child."""
     begin_child()
     sys.exit()
 
 
 def main(mode: str, socket: str) -> None:
-    """Print vLLM's log lines, and listen."""
+    """Print vLLM's log lines and start listening."""
     print("non-default args: {}", flush=True)
     if mode == "crash":
         print("INFO loading\nValueError: bad weights\nshutting down", flush=True)

@@ -1,4 +1,4 @@
-"""The real client connected to an application without a socket."""
+"""Connects the real client to an application without a socket."""
 
 import httpx
 from starlette.types import ASGIApp
@@ -7,5 +7,5 @@ from svc.engine.client import EngineClient
 
 
 def client_of(app: ASGIApp, model: str = "tuned") -> EngineClient:
-    """Return a client whose requests the application answers."""
+    """Return a client whose requests are handled by the application."""
     return EngineClient(httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://engine"), model)

@@ -1,4 +1,4 @@
-"""A server on a unix socket that reads requests and sends given bytes, also invalid responses."""
+"""A server on a Unix socket that reads requests and sends the given bytes, including invalid responses."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -13,12 +13,12 @@ Reply = Callable[["Peer"], Awaitable[None]]
 
 
 def chunk(data: bytes) -> bytes:
-    """Return data as a chunk of a chunked body."""
+    """Return data encoded as one chunk of a chunked body."""
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
 def say(*parts: bytes, then_hang_up: bool = False) -> Reply:
-    """Return a reply that sends these parts one by one."""
+    """Return a reply that sends these byte strings one by one."""
 
     async def reply(peer: Peer) -> None:
         for part in parts:
@@ -31,16 +31,16 @@ def say(*parts: bytes, then_hang_up: bool = False) -> Reply:
 
 
 async def silence(peer: "Peer") -> None:
-    """Send nothing."""
+    """Send nothing in reply."""
 
 
 class Peer(asyncio.Protocol):
-    """One connection.
+    """One client connection.
 
     Attributes:
-        asked: the request that it came with last.
-        closed: its client has closed it, or it was hung up.
-        said: how many bytes it was given to send.
+        asked: the last request received.
+        closed: whether the connection has been closed by the client or by the server.
+        said: number of bytes it was given to send.
     """
 
     def __init__(self, server: "RawServer") -> None:
@@ -54,7 +54,7 @@ class Peer(asyncio.Protocol):
         self.said = 0
 
     async def say(self, data: bytes) -> None:
-        """Send bytes, and return when the client's socket can accept more."""
+        """Send bytes and return once the client's socket can accept more."""
         self._transport.write(data)
         self.said += len(data)
         await self._room.wait()
@@ -64,7 +64,7 @@ class Peer(asyncio.Protocol):
         self._transport.close()
 
     def stop_reading(self) -> None:
-        """Stop reading received data."""
+        """Stop reading incoming data."""
         self._transport.pause_reading()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -83,26 +83,26 @@ class Peer(asyncio.Protocol):
             self._replying = asyncio.ensure_future(self._server.reply()(self))
 
     def pause_writing(self) -> None:
-        """Note that the client does not read."""
+        """Record that the client is not reading."""
         self._room.clear()
 
     def resume_writing(self) -> None:
-        """Note that the client reads again."""
+        """Record that the client is reading again."""
         self._room.set()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Note the end of the connection."""
+        """Record that the connection has ended."""
         self.closed.set()
         if self._replying is not None:
             self._replying.cancel()
 
 
 class RawServer:
-    """Server that answers each request with the next reply, and further requests with the last one.
+    """A server that answers each request with the next reply, and any further requests with the last one.
 
     Attributes:
-        requests: as they came.
-        peers: the connections that there were.
+        requests: raw requests as they were received.
+        peers: all connections so far.
     """
 
     def __init__(self, *replies: Reply) -> None:
@@ -112,7 +112,7 @@ class RawServer:
         self._server: asyncio.Server
 
     def reply(self) -> Reply:
-        """Return the next reply."""
+        """Return the next reply to send."""
         return self._replies.pop(0) if len(self._replies) > 1 else self._replies[0]
 
     @property
@@ -125,11 +125,11 @@ class RawServer:
         self._server = await loop.create_unix_server(lambda: Peer(self), str(socket), backlog=2048)
 
     def stop_listening(self) -> None:
-        """Stop accepting connections."""
+        """Stop accepting new connections."""
         self._server.close()
 
     async def stop(self) -> None:
-        """Stop the server and its running replies."""
+        """Stop the server and any replies in progress."""
         self._server.close()
         for peer in self.peers:
             peer.hang_up()
@@ -138,7 +138,7 @@ class RawServer:
 
 @asynccontextmanager
 async def raw_server(socket: Path, *replies: Reply) -> AsyncIterator[RawServer]:
-    """Run a server for the body."""
+    """Run a server while the context is active."""
     server = RawServer(*replies)
     await server.start(socket)
     try:

@@ -1,4 +1,4 @@
-"""The client sends the requests that vLLM expects, and every invalid answer is an EngineError."""
+"""Tests that the client sends the requests vLLM expects, and that invalid responses raise EngineError."""
 
 import asyncio
 import json

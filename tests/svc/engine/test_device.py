@@ -1,4 +1,4 @@
-"""Capabilities of a device: conclusions from the facts, and that facts are detected once."""
+"""Tests a device's capabilities: the conclusions from its facts, and that facts are detected only once."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ AUTO = EngineSettings()
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
-    """Return the installed distributions with their versions; the test fills it."""
+    """Yield the installed distributions and their versions, to be filled by the test."""
     distributions: dict[str, str] = {}
 
     def version(name: str) -> str:
@@ -37,7 +37,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return one entry for each detection with torch and vLLM; they report a CPU with AVX2."""
+    """Return a list with one entry per detection with torch and vLLM, which report a CPU with AVX2."""
     times: list[int] = []
 
     def ask() -> DeviceCapabilities:

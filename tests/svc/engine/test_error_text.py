@@ -1,4 +1,4 @@
-"""Errors of an engine are logged without the quoted parts of a request."""
+"""Tests that engine errors are logged without the request content they quote."""
 
 import json
 
@@ -11,7 +11,7 @@ PYDANTIC = (
     "2 validation errors:\n  {'type': 'string_type', 'loc': 'body.messages.0.content', 'msg': 'Input should be a valid "
     f"string', 'input': {PROMPT!r}}}\n  {{'type': 'missing', 'loc': 'body.model', 'input': {{'messages': {PROMPT!r}}}}}"
 )
-"""As vLLM 0.32 words a body of a wrong shape."""
+"""Error message of vLLM 0.32 for a body with a wrong shape."""
 OWN_PYDANTIC = (
     "1 validation error for ChatCompletionRequest\nmessages.0\n  Input should be a valid dictionary "
     f"[type=dict_type, input_value={PROMPT!r}, input_type=str]"

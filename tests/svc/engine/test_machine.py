@@ -1,4 +1,4 @@
-"""Facts of the machine are those of this process: its cores, its cgroup's limits, the GPUs that it may use."""
+"""Tests that machine facts are this process's: its cores, its cgroup's limits and the GPUs it may use."""
 
 import os
 from collections.abc import Callable
@@ -23,7 +23,7 @@ Limits = Callable[..., None]
 
 @pytest.fixture
 def limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Limits:
-    """Return a function that writes cgroup files, and the process's entry in /proc."""
+    """Return a function that writes cgroup files and the process's entry in /proc."""
     monkeypatch.setattr(machine, "_CGROUPS", tmp_path / "cgroup")
     monkeypatch.setattr(machine, "_OWN_CGROUPS", tmp_path / "own")
     monkeypatch.setattr(machine, "_NODES", tmp_path / "node")

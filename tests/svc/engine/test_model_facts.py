@@ -1,4 +1,4 @@
-"""Facts of a model are those of its config; missing ones are unknown, and no config raises an error."""
+"""Tests that model facts are its config's, missing facts are unknown, and no config raises an error."""
 
 import json
 from pathlib import Path

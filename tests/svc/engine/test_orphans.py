@@ -1,4 +1,4 @@
-"""An engine outlives the server that started it; the next server finds and adopts it, or stops all of it."""
+"""Tests that an engine outlives its server, and that the next server adopts it or stops it completely."""
 
 import asyncio
 import fcntl
@@ -55,7 +55,7 @@ asyncio.run(main())
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """Return a folder with a short path, for a socket."""
+    """Yield a folder with a path short enough for a socket."""
     with TemporaryDirectory(prefix="svc") as name:
         yield Path(name)
 
@@ -68,7 +68,7 @@ def engine_in(folder: Path, model: str = "two", **settings: object) -> EnginePro
 
 @asynccontextmanager
 async def orphan(folder: Path, mode: str = "family", *, fail: str = "") -> AsyncIterator[psutil.Process]:
-    """Run an engine with a child, whose server was killed."""
+    """Run an engine that has a child process and whose server was killed."""
     arguments = [sys.executable, "-c", PARENT, str(folder), str(SERVER), mode, fail]
     parent = await asyncio.create_subprocess_exec(*arguments, stdout=subprocess.PIPE)
     assert parent.stdout is not None

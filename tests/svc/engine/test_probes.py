@@ -1,4 +1,4 @@
-"""Probes accept the weights from which they were recorded, within the engine's noise, and no others."""
+"""Tests that probes accept only the weights they were recorded from, within the engine's noise."""
 
 import json
 import math
@@ -48,7 +48,7 @@ async def probes_of(double: EngineDouble) -> tuple[Probe, ...]:
 
 
 def add_noise(double: EngineDouble, nats: Sequence[float]) -> None:
-    """Add noise to the log-probabilities of the next requests, and none after them."""
+    """Add noise to the log-probabilities of the next requests and none after them."""
     following = chain(nats, repeat(0.0))
     double.on_call = lambda path: setattr(double, "probe_noise", next(following))
 

@@ -1,4 +1,4 @@
-"""Answers and references, without a model."""
+"""Provides answers and references without a model."""
 
 from collections.abc import Sequence
 
@@ -12,8 +12,8 @@ def answered(pairs: Sequence[tuple[str, str]], nll: Sequence[float] = (), scored
     """Return answers and references.
 
     Args:
-        nll: of each reference; default 1.
-        scored: tokens behind it.
+        nll: NLL of each reference; 1 by default.
+        scored: number of tokens behind each NLL.
     """
     results = [
         ExampleResult(
@@ -32,5 +32,5 @@ def answered(pairs: Sequence[tuple[str, str]], nll: Sequence[float] = (), scored
 
 
 def with_scores(metric: Metric, given: Answered) -> Answered:
-    """Return the same with the metric's scores."""
+    """Return the same answers with the metric's scores."""
     return Answered(given.examples, judge(given.examples, given.results, 0.0, [metric]).results)

@@ -9,18 +9,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 Answer = Callable[[str, str], str]
-"""From what stands as A and as B to what the model says."""
+"""Function from the answers shown as A and B to the model's reply."""
 
 
 @dataclass
 class JudgeServer:
-    """State of the server and its received requests.
+    """State of the server and the requests it received.
 
     Attributes:
-        answer: of the model.
-        failures: status codes with headers that the first requests get in place of an answer.
-        requests: bodies, in order.
-        keys: the header `authorization` of each.
+        answer: function that gives the model's replies.
+        failures: status codes and headers that the first requests get instead of an answer.
+        requests: request bodies, in order.
+        keys: `authorization` header of each request.
     """
 
     answer: Answer
@@ -31,7 +31,7 @@ class JudgeServer:
     body: bytes | None = None
 
     def respond(self, body: dict[str, Any], key: str | None) -> tuple[int, dict[str, str], bytes]:
-        """Answer one request."""
+        """Return the response to one request."""
         self.requests.append(body)
         self.keys.append(key)
         if self.failures:
@@ -47,7 +47,7 @@ class JudgeServer:
 
 @contextmanager
 def judge_server(answer: Answer, **options: Any) -> Iterator[JudgeServer]:
-    """Run a server while the body runs."""
+    """Run a server while the context is active."""
     judge = JudgeServer(answer, **options)
 
     class Handler(BaseHTTPRequestHandler):
@@ -64,7 +64,7 @@ def judge_server(answer: Answer, **options: Any) -> Iterator[JudgeServer]:
             self.wfile.write(content)
 
         def log_message(self, *args: Any) -> None:
-            """Log nothing."""
+            """Suppress log output."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})

@@ -1,4 +1,4 @@
-"""The limit of an answer suffices for its reference, and never exceeds the context."""
+"""Tests that an answer's token limit is sufficient for its reference and never exceeds the context."""
 
 from hypothesis import given
 from hypothesis import strategies as st

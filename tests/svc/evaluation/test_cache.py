@@ -1,4 +1,4 @@
-"""Earlier answers of a model are found again, only for the same weights and conditions."""
+"""Tests that a model's earlier answers are reused only for the same weights and conditions."""
 
 from collections.abc import Sequence
 from pathlib import Path

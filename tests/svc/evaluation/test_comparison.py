@@ -1,4 +1,4 @@
-"""Comparison of a second model with a first: properties for any answers, and results for clear cases."""
+"""Tests comparing a second model with a first: properties for any answers, and results for clear cases."""
 
 import math
 from collections.abc import Sequence
@@ -51,7 +51,7 @@ def pairs(given: Sequence[tuple[str, str, str, float, float]]) -> tuple[list[Cha
 def against(
     first: Sequence[str], second: Sequence[str], reference: str = "net", **options: object
 ) -> VersionComparison:
-    """Compare by exact match two models that find all references equally likely."""
+    """Compare two models by exact match when they find all references equally likely."""
     examples, one, other = pairs([(reference, a, b, 1.0, 1.0) for a, b in zip(first, second, strict=True)])
     return compare(examples, one.results, other.results, [ExactMatch(), Perplexity()], **options)  # type: ignore[arg-type]
 

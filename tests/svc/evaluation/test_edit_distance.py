@@ -1,4 +1,4 @@
-"""The distance equals that of the textbook's table."""
+"""Tests that the edit distance equals that of the textbook's table."""
 
 import pytest
 from hypothesis import given

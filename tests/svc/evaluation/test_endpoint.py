@@ -1,4 +1,4 @@
-"""A remote endpoint gets the requests that its provider accepts, and its key is never shown."""
+"""Tests that a remote endpoint gets requests its provider accepts, and that its key is never shown."""
 
 import asyncio
 import json
@@ -21,10 +21,10 @@ Answer = Callable[[dict[str, Any]], httpx.Response]
 
 
 class Provider:
-    """Provider that answers `yes` to every request unless other answers are given.
+    """A provider that answers `yes` to every request unless it is given other answers.
 
     Attributes:
-        answers: what the first requests get instead.
+        answers: answers that the first requests get instead.
     """
 
     def __init__(self, *answers: Answer) -> None:
@@ -44,7 +44,7 @@ def yes(body: dict[str, Any]) -> httpx.Response:
 
 
 def refused_option(text: str, option: str) -> Answer:
-    """Return an answer that rejects every request with the option."""
+    """Return an answer that rejects every request containing the option."""
     return lambda body: httpx.Response(400, text=text) if option in body else yes(body)
 
 

@@ -1,4 +1,4 @@
-"""The evaluator asks every example through the endpoint, and its report is that of these answers."""
+"""Tests that the evaluator asks every example through the endpoint and reports on these answers."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The same questions before and after training: number of right answers that were lost."""
+"""Tests forgetting: how many right answers to the same questions were lost through training."""
 
 from svc.evaluation.forgetting import measure_forgetting, tracked
 from svc.evaluation.general.general_set import GeneralSet

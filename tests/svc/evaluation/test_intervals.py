@@ -1,4 +1,4 @@
-"""Figures have intervals with the stated coverage."""
+"""Tests that evaluation results have intervals with the stated coverage."""
 
 import math
 import random

@@ -1,4 +1,4 @@
-"""A judge compares two answers in both orders, over a real socket, and prints where they are sent."""
+"""Tests that a judge compares two answers in both orders, over a real socket, and prints its address."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""A measurement on a busy machine is repeated, and the quietest one counts."""
+"""Tests that a measurement on a busy machine is repeated, and that the quietest measurement counts."""
 
 import asyncio
 import time
@@ -18,7 +18,7 @@ def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def measured(shares: Sequence[float]) -> tuple[int, float, int]:
-    """Return the result, its share and the number of measurements, where others use these shares in turn."""
+    """Return the result, its share of CPU use by others, and the number of measurements, given these shares."""
     used_s, made = 0.0, 0
 
     async def measure() -> int:

@@ -1,4 +1,4 @@
-"""Results of the registration are read as they were written, or not at all."""
+"""Tests that results stored at registration are read as they were written, or not at all."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Speed is measured under the same conditions each time."""
+"""Tests that speed is measured under the same conditions each time."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A training's curve is read as it was written, and a damaged file is reported."""
+"""Tests that a training curve is read as it was written, and that a damaged file is reported."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A loss within the margin has to be proven, as has a loss beyond it."""
+"""Tests that a loss must be proven to be within the margin, or to exceed it."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ MARGINS = st.floats(0, 1)
 
 @st.composite
 def changed(draw: st.DrawFn, most: int = 300) -> tuple[int, int, int]:
-    """Draw the numbers of lost answers, gained answers and examples."""
+    """Draw the number of lost answers, of gained answers and of examples."""
     examples = draw(st.integers(1, most))
     lost = draw(st.integers(0, examples))
     return lost, draw(st.integers(0, examples - lost)), examples

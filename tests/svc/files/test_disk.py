@@ -1,4 +1,4 @@
-"""A file is the old one or the new one; a full disk is recognized by the errors of libraries."""
+"""Tests that a file is either the old or the new one, and that libraries' disk-full errors are recognized."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""A lock is held by one process, which is named, and is free when that process has ended in any way."""
+"""Tests that a lock is held by one named process, and is free once that process has ended in any way."""
 
 import os
 import signal
@@ -29,7 +29,7 @@ with hold_lock(Path(sys.argv[1]), "the run", url="http://x"):
 
 @pytest.fixture
 def holder(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
-    """Run another process that holds the lock."""
+    """Run another process that holds the lock, and yield it."""
     arguments = [sys.executable, "-c", HOLDER, str(tmp_path / "lock")]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

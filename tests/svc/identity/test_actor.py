@@ -1,4 +1,4 @@
-"""The actor in the audit log."""
+"""Tests the actor in the audit log."""
 
 import os
 import pwd

@@ -1,4 +1,4 @@
-"""A key is read from a file that no other user can read."""
+"""Tests that a key is read only from a file that no other user can read."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A secret identifies its key, cannot be guessed, and detects typos."""
+"""Tests that a secret identifies its key, cannot be guessed, and makes typos detectable."""
 
 import re
 import string

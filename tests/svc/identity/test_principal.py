@@ -1,4 +1,4 @@
-"""Permissions of a key, and the models that it may request."""
+"""Tests the permissions of a key and the models that it may request."""
 
 import pytest
 

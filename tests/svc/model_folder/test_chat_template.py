@@ -1,4 +1,4 @@
-"""A chat template renders the same prompt on every day."""
+"""Tests that a chat template renders the same prompt on any day."""
 
 from importlib.resources import files
 

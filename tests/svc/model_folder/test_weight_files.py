@@ -1,4 +1,4 @@
-"""The weight files in a folder from the hub."""
+"""Tests which files in a folder from the hub are weight files."""
 
 import json
 from pathlib import Path

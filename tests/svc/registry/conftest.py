@@ -1,4 +1,4 @@
-"""A registry in the test's folder, on the MLflow that all tests share."""
+"""A registry in the test's folder that uses the MLflow store shared by all tests."""
 
 import itertools
 from collections.abc import Callable
@@ -19,13 +19,13 @@ _numbers = itertools.count(1)
 
 @pytest.fixture
 def name() -> str:
-    """Return a name that no other test uses."""
+    """Return a model name that no other test uses."""
     return f"model-{next(_numbers)}"
 
 
 @pytest.fixture(scope="session")
 def run(tracking: Tracking) -> str:
-    """Return an MLflow run that creates versions."""
+    """Return the id of an MLflow run that creates versions."""
     return tracking.start_run("tests", {})
 
 

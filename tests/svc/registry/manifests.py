@@ -1,4 +1,4 @@
-"""Manifests for any files of a version."""
+"""Creates manifests for any files of a version."""
 
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +16,7 @@ from svc.version import Format, VersionId
 
 
 def exact_match_metrics(estimate: Interval) -> dict[str, MetricReport]:
-    """Return the metrics of a report that has exact match alone."""
+    """Return the metrics of a report that contains only exact match."""
     return {
         ExactMatch.name: MetricReport(
             title=ExactMatch.title, estimate=estimate, better=ExactMatch.better, unit=ExactMatch.unit
@@ -25,7 +25,7 @@ def exact_match_metrics(estimate: Interval) -> dict[str, MetricReport]:
 
 
 def report(hits: int = 1, total: int = 2) -> EvaluationReport:
-    """Return an evaluation with this many hits, the first examples."""
+    """Return an evaluation in which the first `hits` examples are right."""
     return EvaluationReport(
         examples=total,
         exact_match=proportion(hits, total),
@@ -40,14 +40,14 @@ def report(hits: int = 1, total: int = 2) -> EvaluationReport:
 
 
 def result(answer: str = "a", *, hit: bool = True) -> ExampleResult:
-    """Return a version's answer to one example."""
+    """Return a version's result on one example."""
     return ExampleResult(
         answer=answer, tokens=2, limit=8, finish_reason="stop", logprob=-0.5, nll=1.0, scored=1, hit=hit
     )
 
 
 def gate_report(high: float = 0.09) -> GateReport:
-    """Return the verdict on a loss of 0.01 of 60 examples, which depends on the highest loss that is not excluded."""
+    """Return the verdict on a loss of 0.01 over 60 examples. It depends on the highest loss not excluded."""
     loss = Interval(value=0.01, low=0.02 - high, high=high)
     return GateReport(
         gate=Gate.GPTQ_LOSS,
@@ -58,7 +58,7 @@ def gate_report(high: float = 0.09) -> GateReport:
 
 
 def make_manifest(version: VersionId, folder: Path, **changes: Any) -> Manifest:
-    """Return a manifest with all formats in the folder."""
+    """Return a manifest that includes all formats in the folder."""
     present = [format for format in Format if (folder / format).is_dir()]
     values: dict[str, Any] = {
         "name": version.name,

@@ -1,4 +1,4 @@
-"""A minimal model folder: everything that a fingerprint reads, and weights of a few bytes."""
+"""A minimal model folder with everything that a fingerprint reads, and weights of a few bytes."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ def write_model(
     generation: dict[str, Any] | None = None,
     seed: int = 0,
 ) -> Path:
-    """Write a model folder; arguments are merged over the defaults, `tensors` replaces them."""
+    """Write a model folder. Arguments are merged into the defaults, except for `tensors`, which replaces them."""
     folder.mkdir(parents=True, exist_ok=True)
     whole = CONFIG | (config or {}) | ({"quantization_config": quantization} if quantization else {})
     files = {

@@ -1,4 +1,4 @@
-"""Parity reports, without a model."""
+"""Creates parity reports without a model."""
 
 from svc.evaluation.intervals import Interval
 from svc.registry.parity import Differences, ParityCheck, ParityReport, Speed
@@ -15,7 +15,7 @@ SPEED = Speed(
 
 
 def make_parity(*failed: str) -> ParityReport:
-    """Return a report in which one check passed and these failed."""
+    """Return a report in which one check passed and the given checks failed."""
     checks = [ParityCheck(name="tokens", passed=True, found="2 of 2 equal", expected="the token ids of training")]
     checks += [ParityCheck(name=name, passed=False, found="<other>", expected="the base's") for name in failed]
     differences = Differences(nats=((0.01, -0.02), (0.0,)), agreement=2 / 3, diverges_at=(0, 1))

@@ -1,4 +1,4 @@
-"""Adapters that vLLM can apply to their base, and the errors of others."""
+"""Tests adapters that vLLM can apply to their base, and the errors for those it cannot."""
 
 import json
 import shutil

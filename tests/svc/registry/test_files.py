@@ -1,4 +1,4 @@
-"""Files are identified by their content; every change is detected and named."""
+"""Tests that files are identified by their content, and that every change is detected and named."""
 
 import hashlib
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Fingerprints are equal exactly when a reload in place is correct."""
+"""Tests that fingerprints are equal exactly when an in-place reload is correct."""
 
 import json
 from collections.abc import Callable
@@ -21,7 +21,7 @@ Change = dict[str, Any]
 
 @pytest.fixture
 def same(tmp_path: Path) -> Callable[[Change, Change], bool]:
-    """Return a function that tells whether two model folders have the same fingerprint."""
+    """Return a function that checks whether two model folders have the same fingerprint."""
 
     def same(one: Change, other: Change) -> bool:
         folders = [write_model(tmp_path / name, **change) for name, change in (("one", one), ("other", other))]
@@ -39,7 +39,7 @@ def test_two_trainings_of_one_model_share_a_fingerprint(same: Same) -> None:
 
 
 def with_embedding(value: float, head: bool, **config: Any) -> Change:
-    """Return a model whose embedding has this value, with or without a separate output layer."""
+    """Return a model whose embedding has the given value, with or without a separate output layer."""
     names = ["model.embed_tokens.weight", "layer.0", *(["lm_head.weight"] if head else [])]
     tensors = {name: np.zeros((4, 4), np.float32) for name in names}
     tensors["model.embed_tokens.weight"] += value

@@ -1,4 +1,4 @@
-"""Needed versions stay, whoever removes; unneeded ones are removed with all their files."""
+"""Tests that needed versions are kept, whoever removes versions, and unneeded ones removed completely."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def test_version_is_removed_with_its_files_and_its_number_is_never_reused(
 
 
 def run_of(registry: Registry, made: Manifest) -> Path:
-    """Return the run's folder, with its own links to the version's weights."""
+    """Return the run's folder with its own links to the version's weights."""
     run = registry.models.parent / "runs" / made.run
     shutil.copytree(registry.folder(made.id) / "merged", run / "merged", copy_function=os.link)
     return run
@@ -223,7 +223,7 @@ def test_removing_a_missing_version_raises_error_naming_it(registry: Registry, s
 
 
 def age(path: Path, days: float) -> None:
-    """Set the age of all files."""
+    """Set the age of all files in a folder."""
     when = time.time() - days * 86_400
     for one in (*path.rglob("*"), path):
         os.utime(one, (when, when))

@@ -1,4 +1,4 @@
-"""A manifest is complete and belongs to its version, or it is rejected."""
+"""Tests that a manifest is rejected unless it is complete and belongs to its version."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from tests.svc.registry.manifests import gate_report, make_manifest, report
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Return the folder of tiny@3, with its held-out set."""
+    """Return the folder of tiny@3, which contains its held-out set."""
     folder = tmp_path / "tiny" / "3"
     folder.mkdir(parents=True)
     (folder / "heldout.jsonl").touch()

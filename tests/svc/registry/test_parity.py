@@ -1,4 +1,4 @@
-"""The parity report as figures, as a page, and as command output."""
+"""Tests the parity report as metrics, as a page and as command output."""
 
 import math
 from html.parser import HTMLParser
@@ -28,7 +28,7 @@ def test_failed_parity_checks_are_reported_with_their_values() -> None:
 
 
 class Page(HTMLParser):
-    """Parser that counts a page's elements and external resources."""
+    """A parser that counts a page's elements and external resources."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

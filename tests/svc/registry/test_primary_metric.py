@@ -1,4 +1,4 @@
-"""A version is evaluated again by its own metric, from its own files alone."""
+"""Tests that a version is evaluated again with its own metric, using only its own files."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +22,7 @@ Keep = Callable[..., Target]
 
 @pytest.fixture
 def keep(tmp_path: Path, registry: Registry, run: str, name: str, content: dict[str, Path]) -> Keep:
-    """Return a function that registers a version evaluated by a metric."""
+    """Return a function that registers a version evaluated with a metric."""
 
     def keep(metric: Metric | None, primary: str, **recipe: Any) -> Target:
         reference = tmp_path / "kept"

@@ -1,4 +1,4 @@
-"""A version exists completely or not at all, never changes, and is found by each of its names."""
+"""Tests that a version exists completely or not at all, never changes, and is found by all its names."""
 
 import logging
 import stat
@@ -163,7 +163,7 @@ def test_modified_version_file_is_named_in_the_error(registry: Registry, publish
 
 @pytest.fixture
 def with_results(registry: Registry, name: str, content: dict[str, Path], run: str, tmp_path: Path) -> Manifest:
-    """Return a version with the stored answer to the first of its two held-out examples."""
+    """Return a version that stores the answer to the first of its two held-out examples."""
     (tmp_path / REFERENCE_FOLDER).mkdir()
     write_results(tmp_path / REFERENCE_FOLDER / results_file(Format.MERGED), [result("first")])
     return registry.publish(name, run, content | {REFERENCE_FOLDER: tmp_path / REFERENCE_FOLDER}, make_manifest)
@@ -204,7 +204,7 @@ def test_modified_held_out_set_is_rejected(registry: Registry, publish: Publish)
 def publish_trained(
     registry: Registry, name: str, content: dict[str, Path], run: str, tmp_path: Path
 ) -> Callable[[ChatExample], Manifest]:
-    """Return a function that publishes a version that was trained on one example."""
+    """Return a function that publishes a version trained on a single example."""
 
     def publish(example: ChatExample) -> Manifest:
         folder = tmp_path / REFERENCE_FOLDER

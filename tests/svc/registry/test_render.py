@@ -1,4 +1,4 @@
-"""A version on one screen: the primary metric heads its figures."""
+"""Tests showing a version on one screen, with the primary metric at the top."""
 
 from io import StringIO
 from pathlib import Path
@@ -29,7 +29,7 @@ def text_report(answer: str) -> EvaluationReport:
 
 
 def shown(table: Table) -> list[list[str]]:
-    """Return the cells of each row."""
+    """Return the cell texts of each row."""
     out = StringIO()
     Console(file=out, width=120).print(table)
     return [[cell for cell in line.split("  ") if cell.strip()] for line in out.getvalue().splitlines()]

@@ -1,4 +1,4 @@
-"""Machine and duration of a training, as stored with the version."""
+"""Tests the machine and duration of a training, as stored with the version."""
 
 import os
 import platform

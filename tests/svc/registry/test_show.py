@@ -1,4 +1,4 @@
-"""`svc show NAME@N --parity`: the checks, and the path of their page."""
+"""Tests `svc show NAME@N --parity`, which shows the checks and the path of their page."""
 
 import json
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def register(
     name: str,
     content: dict[str, Path],
 ) -> Register:
-    """Return a function that registers a version with a report and its page, where the commands find it."""
+    """Return a function that registers a version with a report and its page where the commands find it."""
     monkeypatch.setattr(Registry, "of", lambda settings: registry)
 
     def register(parity: ParityReport | None) -> Manifest:

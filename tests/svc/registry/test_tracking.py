@@ -1,4 +1,4 @@
-"""MLflow assigns each number once, stores aliases, and is reported when it does not answer."""
+"""Tests that MLflow assigns each number once and stores aliases, and that an outage is reported."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from svc.version import Alias, VersionId
 
 @pytest.fixture
 def mlflow(tracking: Tracking) -> MlflowClient:
-    """Return a client that reads what MLflow's pages show."""
+    """Return a client that reads what MLflow's web pages show."""
     return MlflowClient(tracking.uri, tracking.uri)
 
 

@@ -1,4 +1,4 @@
-"""Active runs are recognized by their locks, whatever else is in their folders."""
+"""Tests that active runs are recognized by their locks, whatever else is in their folders."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from tests.svc.chats import chat
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Return the folder of a run of `tiny` that was interrupted before it had a run in MLflow."""
+    """Return the folder of a `tiny` run that was interrupted before it had a run in MLflow."""
     folder = tmp_path / "runs" / "tiny-0123456789ab"
     folder.mkdir(parents=True)
     (folder / "lock").write_text('{"pid": 1}')

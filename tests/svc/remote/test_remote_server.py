@@ -1,4 +1,4 @@
-"""Answers of a server, and of a proxy in front of it, to commands."""
+"""Tests how commands handle responses from a server and from a proxy in front of it."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Versions with a name that no other test uses."""
+"""Fixtures for versions under a name that no other test uses."""
 
 import itertools
 from pathlib import Path
@@ -14,11 +14,11 @@ _numbers = itertools.count(1)
 
 @pytest.fixture(scope="session")
 def run(tracking: Tracking) -> str:
-    """Return an MLflow run that creates versions."""
+    """Return the id of an MLflow run that creates versions."""
     return tracking.start_run("reports", {})
 
 
 @pytest.fixture
 def versions(tmp_path: Path, tracking: Tracking, run: str) -> JudgedVersions:
-    """Return a publisher with an empty registry."""
+    """Return a version publisher with an empty registry."""
     return JudgedVersions(Registry(tmp_path / "models", tracking), f"report-{next(_numbers)}", run)

@@ -1,4 +1,4 @@
-"""Versions with all of their files and given answers."""
+"""Creates versions with all their files and given answers."""
 
 import itertools
 import math
@@ -32,7 +32,7 @@ RUN = RunRecord(
 
 
 def curve(steps: int = 80) -> list[TrainingPoint]:
-    """Return a falling loss with a held-out loss every tenth step."""
+    """Return a curve of falling loss, with a held-out loss at every tenth step."""
     return [
         TrainingPoint(
             step=step,
@@ -47,7 +47,7 @@ def curve(steps: int = 80) -> list[TrainingPoint]:
 
 
 def answer(text: str, reference: str, nll: float = 1.0) -> ExampleResult:
-    """Return the result of one answer."""
+    """Return the result for one answer."""
     hit = text.strip() == reference.strip()
     return ExampleResult(
         answer=text,
@@ -62,7 +62,7 @@ def answer(text: str, reference: str, nll: float = 1.0) -> ExampleResult:
 
 
 def evaluation(examples: Sequence[ChatExample], answers: Sequence[str], nlls: Sequence[float] = ()) -> Evaluation:
-    """Return the evaluation of answers by the metrics of the task."""
+    """Return the evaluation of the answers, using the metrics of the task."""
     nll = itertools.chain(nlls, itertools.repeat(1.0))
     results = [answer(text, one.answer, next(nll)) for one, text in zip(examples, answers, strict=True)]
     return judge(examples, results, 2.0)
@@ -70,11 +70,11 @@ def evaluation(examples: Sequence[ChatExample], answers: Sequence[str], nlls: Se
 
 @dataclass(frozen=True)
 class JudgedVersions:
-    """Publisher of such versions.
+    """Publishes versions with given answers.
 
     Args:
-        name: of the model.
-        run: an MLflow run.
+        name: name of the model.
+        run: id of an MLflow run.
     """
 
     registry: Registry
@@ -94,11 +94,11 @@ class JudgedVersions:
         """Publish a version.
 
         Args:
-            answers: of base, merged, gptq: those that were judged.
-            nlls: of the references, by model.
-            train: default: the same as `examples`.
-            judged: so many of the examples were asked; default all.
-            changes: of the manifest.
+            answers: answers of the base, merged and gptq models that were judged.
+            nlls: NLLs of the references, by model.
+            train: training examples; by default the same as `examples`.
+            judged: number of examples that were asked; all by default.
+            changes: changes to the manifest.
         """
         found = {
             model: evaluation(examples[:judged], texts[:judged], (nlls or {}).get(model, ()))

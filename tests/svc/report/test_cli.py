@@ -1,4 +1,4 @@
-"""`svc report` writes a file to the working folder."""
+"""Tests that `svc report` writes a file to the working folder."""
 
 import json
 from pathlib import Path

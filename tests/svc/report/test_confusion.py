@@ -1,4 +1,4 @@
-"""The confusion matrix, compared with scikit-learn's."""
+"""Tests the confusion matrix against scikit-learn's."""
 
 import pytest
 from hypothesis import given
@@ -13,7 +13,7 @@ LABELS = ("admin", "games", "net")
 
 
 def matrix(pairs: list[tuple[str, str]]) -> ConfusionMatrix | None:
-    """Return the matrix of references and answers."""
+    """Return the confusion matrix of pairs of references and answers."""
     examples = [chat(f"q {place}", reference) for place, (reference, _) in enumerate(pairs)]
     return confusion_matrix(examples, [answer(given, reference) for reference, given in pairs])
 

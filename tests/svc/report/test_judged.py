@@ -1,4 +1,4 @@
-"""Comparison of a version with its base."""
+"""Tests the comparison of a version with its base."""
 
 from collections.abc import Mapping, Sequence
 
@@ -18,10 +18,10 @@ TEXTS = [chat(f"q {place}", f"a tool that does number {place} of all things") fo
 def judged(
     examples: Sequence[ChatExample], answers: Mapping[str, Sequence[str]], *, kept: Sequence[str] | None = None
 ) -> Judged:
-    """Return the data of these answers.
+    """Return the judged data for these answers.
 
     Args:
-        kept: models whose answers are known; default all.
+        kept: models whose answers are known; all by default.
     """
     made = {model: evaluation(examples, texts) for model, texts in answers.items()}
     return Judged(
@@ -32,7 +32,7 @@ def judged(
 
 
 def right(examples: Sequence[ChatExample], count: int) -> list[str]:
-    """Return answers of which the first `count` are right."""
+    """Return answers, the first `count` of which are right."""
     return [one.answer if place < count else "none of them" for place, one in enumerate(examples)]
 
 

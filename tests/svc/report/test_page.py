@@ -1,4 +1,4 @@
-"""The report as a page: complete, safe, and independent of its environment."""
+"""Tests that the report page is complete, safe and independent of its environment."""
 
 import itertools
 import re
@@ -35,7 +35,7 @@ _VOID = {"meta", "use", "path", "link", "br", "img"}
 
 
 class Page(HTMLParser):
-    """Elements of a page as a browser parses them."""
+    """The elements of a page as parsed by a browser."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -100,19 +100,19 @@ FORGETTING = Forgetting(
 
 
 def page_of(versions: JudgedVersions, made: Manifest) -> str:
-    """Return the page of a version."""
+    """Return the report page of a version."""
     return report_page(gather_report(versions.registry, made.id))
 
 
 def section(page: str, name: str) -> str:
-    """Return a section of the page."""
+    """Return a section of the page by name."""
     [found] = re.findall(rf'<section id="{name}">.*?</section>', page, re.DOTALL)
     return str(found)
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory, tracking: Tracking, run: str) -> str:
-    """Return the page of a version that has all files."""
+    """Return the report page of a version that has all files."""
     versions = JudgedVersions(Registry(tmp_path_factory.mktemp("page") / "models", tracking), "report-page", run)
     return page_of(versions, versions.publish(LABELS, ANSWERS))
 

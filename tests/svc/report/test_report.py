@@ -1,4 +1,4 @@
-"""The report's data of a version."""
+"""Tests the data that a report collects about a version."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Selection of the shown examples."""
+"""Tests which examples are selected for display."""
 
 from svc.evaluation.metrics.metric import Better
 from svc.report.judged import BASE, Judged

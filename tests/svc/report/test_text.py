@@ -1,4 +1,4 @@
-"""Untrusted texts on a page."""
+"""Tests that untrusted texts are safe on a page."""
 
 import pytest
 from hypothesis import given

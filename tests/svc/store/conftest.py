@@ -1,4 +1,4 @@
-"""A store in the test's folder."""
+"""Provides a store in the test's folder."""
 
 from pathlib import Path
 

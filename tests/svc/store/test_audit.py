@@ -1,4 +1,4 @@
-"""The audit log stores events in order, and detects altered rows."""
+"""Tests that the audit log stores events in order and detects altered rows."""
 
 import subprocess
 import sys
@@ -36,7 +36,7 @@ def five(store: Store) -> Store:
 
 
 def tamper(store: Store, statement: str) -> None:
-    """Alter the database as a person with write access could."""
+    """Alter the database as someone with write access could."""
     with store.begin() as connection:
         for trigger in connection.scalars(sa.text("SELECT name FROM sqlite_master WHERE type = 'trigger'")).all():
             connection.exec_driver_sql(f"DROP TRIGGER {trigger}")

@@ -1,4 +1,4 @@
-"""The store is created at first use, migrated to the newest schema, and survives interruptions."""
+"""Tests that the store is created at first use, migrated to the newest schema, and survives interruptions."""
 
 import sqlite3
 import subprocess
@@ -69,7 +69,7 @@ def test_upgrading_the_first_schema_adds_tables_and_keeps_rows(tmp_path: Path) -
 
 
 def _schema(store: Store) -> set[str]:
-    """Return SQLite's description of the new tables without spaces and the order of constraints."""
+    """Return SQLite's definition of the new tables, ignoring spaces and the order of constraints."""
     tables = ("drift_items", "drift_baselines", "rollouts", "rollout_steps", "shadow_pairs")
     query = f"SELECT sql FROM sqlite_master WHERE tbl_name IN {tables} AND sql IS NOT NULL"
     with store.connect() as connection:
@@ -129,7 +129,7 @@ print(read_desired(open_database(Path(sys.argv[1])), "tiny"))
 
 @pytest.mark.slow
 def test_two_processes_can_open_a_new_store_concurrently(tmp_path: Path) -> None:
-    """`svc serve` and `svc promote` on a new home."""
+    """This happens when `svc serve` and `svc promote` run on a new home."""
     arguments = [sys.executable, "-c", OPENER, str(tmp_path)]
     processes = [
         subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

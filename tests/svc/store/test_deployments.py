@@ -1,4 +1,4 @@
-"""The set of served models is extended, reduced or replaced."""
+"""Tests that the set of served models can be extended, reduced or replaced."""
 
 from sqlalchemy import Engine as Store
 

@@ -1,4 +1,4 @@
-"""Of two changes based on one state, one wins and the other is rejected."""
+"""Tests that, of two changes based on the same state, one wins and the other is rejected."""
 
 import threading
 from dataclasses import replace

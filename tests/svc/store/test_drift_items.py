@@ -1,4 +1,4 @@
-"""Items are read as they were stored, are deleted with their requests, and stay bounded."""
+"""Tests that drift items are read as stored, deleted with their requests, and limited in number."""
 
 from collections.abc import Sequence
 from datetime import timedelta
@@ -21,7 +21,7 @@ OTHERS = [Target(VersionId("tiny", 1), Format.GPTQ), Target(VersionId("tiny", 2)
 
 
 def item(request_id: str, *, characters: float = 7.0) -> Item:
-    """Return features of a request."""
+    """Return the drift features of a request."""
     return Item(
         request_id,
         NOON,
@@ -35,7 +35,7 @@ def item(request_id: str, *, characters: float = 7.0) -> Item:
 
 
 def add(store: Store, count: int, target: Target = TARGET) -> list[int]:
-    """Add items of stored requests; return the ids of all items."""
+    """Add drift items for stored requests, and return the ids of all items."""
     add_items(store, target, [item(f"req-{number}", characters=number) for number in range(count)])
     return item_ids(store, target)
 

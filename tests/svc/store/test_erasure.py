@@ -1,4 +1,4 @@
-"""Selected requests are deleted completely, and nothing else is."""
+"""Tests that selected requests, and nothing else, are deleted completely."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -26,14 +26,14 @@ NOBODYS = OTHERS._replace(request_id="nobody", key_id=None, user_hash=None)
 
 @pytest.fixture(params=[of_user("a@b.de"), of_key("abcd0123"), before(NOON + timedelta(hours=1))])
 def which(request: pytest.FixtureRequest) -> ColumnElement[bool]:
-    """Return a selection of the first request alone."""
+    """Return a condition that selects only the first request."""
     found: ColumnElement[bool] = request.param
     return found
 
 
 @pytest.fixture
 def three(store: Store) -> Store:
-    """Return a store with one request to delete, with feedback, and two to keep."""
+    """Return a store with one request to delete, which has feedback, and two to keep."""
     add_requests(store, [MINE, OTHERS, NOBODYS])
     for request_id in ("mine", "other"):
         keep_feedback(store, request_id, Feedback(Rating.BAD, correction=MARK if request_id == "mine" else None))
@@ -67,7 +67,7 @@ def test_many_requests_are_deleted_in_several_transactions(store: Store, monkeyp
 
 
 def in_files(home: Path, text: str) -> bool:
-    """Return whether a text can be read in the files of the database."""
+    """Return whether a text can be read in the database files."""
     return any(text.encode() in path.read_bytes() for path in home.glob("svc.db*"))
 
 

@@ -1,4 +1,4 @@
-"""One feedback per request; the last one counts."""
+"""Tests that a request has at most one feedback, and that the last feedback counts."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -39,7 +39,7 @@ def test_second_feedback_replaces_the_first_entirely(store: Store) -> None:
 
 
 def test_concurrent_feedback_is_accepted(store: Store) -> None:
-    """A double click."""
+    """A double click causes this."""
     add_requests(store, [RECORD])
     with ThreadPoolExecutor(8) as threads:
         kept = list(threads.map(lambda _: keep_feedback(store, "req-1", Feedback(Rating.GOOD)), range(32)))

@@ -1,4 +1,4 @@
-"""Runs of the held-out set are found by their inputs, and the oldest are deleted."""
+"""Tests that held-out runs are found by their inputs, and that the oldest runs are deleted."""
 
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta

@@ -1,4 +1,4 @@
-"""Keys are stored without their secrets, and change only together with an event."""
+"""Tests that keys are stored without their secrets, and change only together with an event."""
 
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta

@@ -1,4 +1,4 @@
-"""Rows of requests are written completely, and deleted by age and size together with their feedback."""
+"""Tests that request rows are complete, and are deleted by age and size together with their feedback."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,7 +39,7 @@ RECORD = RequestRecord(
 
 
 def fill(store: Store, count: int, **fields: object) -> None:
-    """Add rows one minute apart, the newest at noon."""
+    """Add rows one minute apart, with the newest at noon."""
     started = [NOON - timedelta(minutes=count - 1 - index) for index in range(count)]
     ids = [f"req-{index}" for index in range(count)]
     records = [RECORD._replace(request_id=id, started_at=at, **fields) for id, at in zip(ids, started, strict=True)]  # type: ignore[arg-type]
@@ -48,7 +48,7 @@ def fill(store: Store, count: int, **fields: object) -> None:
 
 @contextmanager
 def statements(store: Store) -> Iterator[list[str]]:
-    """Collect the statements that are sent to the store in the body of the `with`."""
+    """Collect the statements sent to the store while the context is active."""
     sent: list[str] = []
 
     def hear(connection: object, cursor: object, statement: str, *_: object) -> None:

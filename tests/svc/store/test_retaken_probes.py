@@ -1,4 +1,4 @@
-"""Retaken probes belong to one version, in one format, on one kind of engine."""
+"""Tests that retaken probes belong to one version, in one format, on one engine kind."""
 
 import pytest
 from sqlalchemy import Engine as Store

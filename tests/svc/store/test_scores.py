@@ -1,4 +1,4 @@
-"""Only greedy answers with complete texts are scored, the newest first."""
+"""Tests that only greedy answers with complete texts are scored, newest first."""
 
 from collections.abc import Collection
 from datetime import timedelta

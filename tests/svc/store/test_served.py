@@ -1,4 +1,4 @@
-"""When each version was served, also if a server died."""
+"""Tests that it is recorded when each version was served, even if a server died."""
 
 from datetime import UTC, datetime, timedelta
 

@@ -1,4 +1,4 @@
-"""The journal records the steps of a swap and its outcome."""
+"""Tests that the journal records the steps and the outcome of a swap."""
 
 from datetime import UTC, datetime, timedelta
 

@@ -1,4 +1,4 @@
-"""Usage is summed by hour, key and model, also with concurrent writers."""
+"""Tests that usage is summed by hour, key and model, including with concurrent writers."""
 
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta, timezone

@@ -1,4 +1,4 @@
-"""Folders that several processes build are complete or missing."""
+"""Tests that folders built by several processes are either complete or missing."""
 
 import threading
 from pathlib import Path

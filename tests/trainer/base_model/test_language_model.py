@@ -1,4 +1,4 @@
-"""The language model of a checkpoint that also takes images computes the same as the checkpoint does for text."""
+"""Tests that a multimodal checkpoint's language model computes the same as the checkpoint does for text."""
 
 import json
 import re
@@ -25,12 +25,12 @@ FAMILIES = ["gemma_3_4b", "mistral_3_1"]
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def published(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a checkpoint with several weight files; tests must not change it."""
+    """Return a checkpoint with several weight files. Tests must not change it."""
     return build_hub_model(tmp_path_factory.mktemp(request.param) / request.param, request.param)
 
 
 def as_saved_since_4_52(published: Path, folder: Path) -> Path:
-    """Copy a checkpoint, and name its tensors as transformers has done since 4.52."""
+    """Copy a checkpoint and rename its tensors as transformers has done since 4.52."""
     shutil.copytree(published, folder)
 
     def rename(text: str) -> str:

@@ -1,4 +1,4 @@
-"""A base with another chat template is a folder that all readers of model folders understand."""
+"""Tests that all readers of model folders understand a base with a different chat template."""
 
 import json
 import shutil

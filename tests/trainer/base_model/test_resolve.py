@@ -1,4 +1,4 @@
-"""Resolution of base models; no test needs a network."""
+"""Tests resolving base models. No test needs a network."""
 
 import hashlib
 import json

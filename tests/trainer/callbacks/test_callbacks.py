@@ -1,4 +1,4 @@
-"""Callbacks decide only from the trainer's state: on time, held-out loss and loss."""
+"""Tests that callbacks decide only from the trainer's state: time, held-out loss and training loss."""
 
 import signal
 from collections.abc import Iterable
@@ -157,7 +157,7 @@ def test_held_out_loss_is_measured_at_the_configured_interval_and_the_last_step(
 
 
 def reported(steps: int) -> dict[int, float]:
-    """Return the reported losses of a run in which each step's loss is its number."""
+    """Return the losses reported by a run in which each step's loss is its step number."""
     reports: dict[int, float] = {}
     report = LossReport(lambda step, figures: reports.update({step: figures["loss"]}))
     for step in range(1, steps + 1):

@@ -1,4 +1,4 @@
-"""Schedule of held-out loss, and the low cost of the default curve."""
+"""Tests the schedule of held-out loss measurements, and the low cost of the default curve."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""A signal interrupts steps, measurements and loading, and the saved run resumes with equal bits."""
+"""Tests that a signal interrupts steps, measurements and loading, and that the run resumes bit-exactly."""
 
 import os
 import signal
@@ -29,7 +29,7 @@ Interrupt = Callable[[int], None]
 
 
 def make(method: Method = Method.LORA, **sections: Any) -> Recipe:
-    """Return a recipe of twelve steps of two batches that use random numbers: dropout and noise on the embeddings."""
+    """Return a recipe with twelve steps of two batches that use random numbers for dropout and embedding noise."""
     train = {"batch_size": 3, "gradient_accumulation": 2, "epochs": 6, "learning_rate": 1e-2, "neftune_alpha": 5}
     adapter: dict[str, Any] = {} if method is Method.FULL else {"rank": 4}
     if method not in (Method.FULL, Method.ADALORA):
@@ -59,7 +59,7 @@ def weights(folder: Path) -> bytes:
 
 
 def signal_at_call(patch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -> None:
-    """Send SIGTERM after a number of calls of a function, before it returns."""
+    """Send SIGTERM after a function has been called a given number of times, before it returns."""
     original, calls = getattr(owner, name), 0
 
     def counted(*args: Any, **options: Any) -> Any:
@@ -160,7 +160,7 @@ def check_measurement(
     monkeypatch: pytest.MonkeyPatch,
     measurement: int,
 ) -> None:
-    """Abandon a measurement, and compare with an uninterrupted run."""
+    """Interrupt a measurement, resume the run, and compare it with an uninterrupted run."""
     with monkeypatch.context() as patch:
         signal_at_call(patch, trainer_module, "answer_token_losses", 2 * (1 + measurement))
         with pytest.raises(InterruptedRunError, match=f"SIGTERM after step {2 * measurement} of"):
@@ -186,7 +186,7 @@ def test_signal_during_model_loading_aborts_the_loading(
 
 
 class Layer(torch.nn.Module):
-    """A layer like a decoder's, in which no Python code runs in the backward pass."""
+    """A layer like a decoder's, in whose backward pass no Python code runs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -198,7 +198,7 @@ class Layer(torch.nn.Module):
 
 
 class Stack(torch.nn.Sequential):
-    """A model of such layers, with the attributes that transformers requires."""
+    """A model of such layers that has the attributes transformers requires."""
 
     _no_split_modules = ("Layer",)
 

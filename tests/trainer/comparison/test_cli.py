@@ -1,4 +1,4 @@
-"""`svc compare` on the command line: sources of keys, and exit code."""
+"""Tests `svc compare` on the command line: where keys come from, and the exit code."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ from trainer.comparison.questions import Questions, Wanted
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Wanted]:
-    """Return the recorded requests. A model whose name ends in "bad" answers wrongly."""
+    """Return the recorded requests. A model whose name ends in "bad" gives wrong answers."""
     requests: list[Wanted] = []
 
     def compare_models(settings: Settings, wanted: Wanted) -> Compared:

@@ -1,4 +1,4 @@
-"""Two models are asked the same examples on the engine, except for stored answers."""
+"""Tests that two models are asked the same examples on the engine, except for stored answers."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ from trainer.recipe.sections import Evaluate, Qualify
 
 
 class Bench:
-    """A home with versions 1 and 2, each of which answers the question of its number, and engines for them."""
+    """A home with versions 1 and 2, each of which answers the question with its number, and their engines."""
 
     def __init__(self, folder: Path) -> None:
         self.settings = Settings(home=folder / "home", engine=EngineSettings(device=Device.CPU))
@@ -64,7 +64,7 @@ class Bench:
         )
 
     def change(self, number: int, **changes: Any) -> None:
-        """Change a version's manifest, and record the files added to its reference folder."""
+        """Change a version's manifest and record the files added to its reference folder."""
         version = VersionId(NAME, number)
         folder = self.registry.folder(version)
         reference = record_files(folder, folder / REFERENCE_FOLDER)
@@ -126,7 +126,7 @@ def test_cached_answers_are_used_unless_fresh_is_set(bench: Bench) -> None:
 
 
 def registered(bench: Bench) -> None:
-    """Give version 3 the answers of its registration, from the same kind of engine as here."""
+    """Give version 3 answers stored at registration, from the same engine kind as in this test."""
     folder = bench.registry.artifact(VersionId(NAME, 1), Format.MERGED)
     facts = engine_facts(bench.settings.engine, AVX512, folder)
     make_version(bench.registry, 3, answered=3, facts=facts)

@@ -1,4 +1,4 @@
-"""Attention as matrix products equals PyTorch's attention, which is used for unsupported cases."""
+"""Tests that attention by matrix products equals PyTorch's attention, the fallback for unsupported cases."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from trainer.cpu.fused_attention import attention, fuse_attention
 
 @pytest.fixture(autouse=True)
 def whole_products(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
-    """Record the shapes of queries that were computed by matrix products instead of PyTorch."""
+    """Record the shapes of queries that were computed by matrix products rather than by PyTorch."""
     seen: list[torch.Size] = []
     apply = fused_attention._Attention.apply
 
@@ -28,7 +28,7 @@ def whole_products(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
 
 
 class Layer(torch.nn.Module):
-    """The attributes of a layer that transformers reads."""
+    """The layer attributes that transformers reads."""
 
     def __init__(self, heads_per_key: int, is_causal: bool = True) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Layer(torch.nn.Module):
 def tensors(
     batch: int, heads: int, groups: int, queries: int, before: int, size: int, seed: int = 0
 ) -> list[torch.Tensor]:
-    """Return query, key and value in the layout of models: heads are adjacent in memory."""
+    """Return query, key and value in the layout that models use, with heads adjacent in memory."""
     generator = torch.Generator().manual_seed(seed)
     return [
         torch.randn(batch, length, number, size, generator=generator).bfloat16().transpose(1, 2)
@@ -51,9 +51,10 @@ SCALING = 0.3
 
 
 def check(layer: Layer, inputs: list[torch.Tensor], mask: torch.Tensor | None) -> None:
-    """Compare with PyTorch's results in float64, within the precision of bfloat16, also where a gradient should be 0.
+    """Check that results match PyTorch's in float64 within bfloat16 precision, even where a gradient must be 0.
 
-    The tolerance is a share of the same sums over absolute values: of all rounded terms, before any of them cancel.
+    The tolerance is a share of the same sums over absolute values, that is, of all rounded terms before any
+    of them cancel.
     """
     exact = [tensor.double() for tensor in inputs]
     wanted = results(sdpa_attention_forward, layer, exact, mask)
@@ -63,7 +64,7 @@ def check(layer: Layer, inputs: list[torch.Tensor], mask: torch.Tensor | None) -
 
 
 def results(function: Any, layer: Layer, inputs: list[torch.Tensor], mask: torch.Tensor | None) -> list[torch.Tensor]:
-    """Return output and gradients."""
+    """Return the output and all gradients of a function."""
     inputs = [tensor.detach().requires_grad_() for tensor in inputs]
     output, weights = function(layer, *inputs, mask, scaling=SCALING)
     assert weights is None
@@ -199,7 +200,7 @@ def test_fused_attention_keeps_the_logits_and_the_saved_config(whole_products: l
 
 
 def test_attention_is_not_fused_when_the_model_needs_another_implementation() -> None:
-    """For example, only `eager` computes soft-capped scores."""
+    """For example, only `eager` supports soft-capped scores."""
     model = tiny_model("eager")
     assert not fuse_attention(model)
     assert model.config._attn_implementation == "eager"

@@ -1,4 +1,4 @@
-"""A fused LoRA layer equals PEFT's, which is used for unsupported cases."""
+"""Tests that a fused LoRA layer equals PEFT's, which is used for unsupported cases."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ from trainer.cpu.lora_autograd import fuse_lora
 
 
 class OneLayer(torch.nn.Module):
-    """The smallest model that PEFT accepts."""
+    """The smallest model that PEFT accepts, with a single layer."""
 
     def __init__(self, width: int, height: int, bias: bool = False) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ def adapted(width: int = 8, height: int = 12, bias: bool = True, **config: Any) 
 
 
 def results(model: PeftModel, x: torch.Tensor) -> list[torch.Tensor]:
-    """Return the output, and all gradients."""
+    """Return the model's output and all its gradients."""
     x = x.clone().requires_grad_()
     y = model(x)
     learnt = [weight for weight in model.parameters() if weight.requires_grad]
@@ -144,7 +144,7 @@ def test_fused_lora_bf16_error_is_no_larger_than_with_peft() -> None:
 
 
 def adapted_like(model: PeftModel) -> PeftModel:
-    """Return a model with the same weights in float32."""
+    """Return a float32 model with the same weights."""
     other = adapted(64, 64)
     other.load_state_dict({name: weight.float() for name, weight in model.state_dict().items()})
     return other

@@ -1,4 +1,4 @@
-"""Training learns the answer as in serving, with the real templates of the families in TRL."""
+"""Tests that training learns the answer as served, with the real templates of the model families in TRL."""
 
 from functools import cache
 from importlib.resources import files
@@ -36,7 +36,7 @@ CONVERSATIONS = {
     "Unicode": [("user", "¿Qué? 日本"), ("assistant", "ß 🙂 e\u0301")],
 }
 NO_SYSTEM = {"gemma"}
-"""Families without a system turn."""
+"""Families whose templates have no system turn."""
 
 
 ANSWERS = [
@@ -57,7 +57,7 @@ def tokenizer_of(family: str) -> PreTrainedTokenizerFast:
 
 
 def learnt(family: str, turns: list[tuple[str, str]], kwargs: TemplateKwargs) -> list[str]:
-    """Return the learnt texts of a conversation."""
+    """Return the texts of a conversation that are learned in training."""
     tokenizer = tokenizer_of(family)
     example = parse_example({"messages": [{"role": role, "content": text} for role, text in turns]})
     assert isinstance(tokenizer.eos_token_id, int)

@@ -1,7 +1,7 @@
-"""vLLM's own parser finds the calls that a model learns, in the form in which references are compared.
+"""Tests that vLLM's own parser finds the calls a model learns, in the form used to compare references.
 
-The conversations are from LLaMA-Factory's data/glaive_toolcall_en_demo.json (Apache-2.0), up to their first call; the
-chat template is Qwen2.5's.
+The conversations are from LLaMA-Factory's data/glaive_toolcall_en_demo.json (Apache-2.0), up to their
+first call; the chat template is Qwen2.5's.
 """
 
 from dataclasses import replace

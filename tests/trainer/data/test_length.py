@@ -1,4 +1,4 @@
-"""Too long examples are rejected, dropped or truncated; those that do not fit the engine are rejected."""
+"""Tests that too long examples are rejected, dropped or truncated, and rejected if they exceed the engine."""
 
 import pytest
 from hypothesis import given

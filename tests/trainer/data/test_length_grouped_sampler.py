@@ -1,4 +1,4 @@
-"""The order of examples depends on seed and epoch, and on nothing else."""
+"""Tests that the order of examples depends only on the seed and the epoch."""
 
 from itertools import pairwise
 

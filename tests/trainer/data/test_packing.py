@@ -1,4 +1,4 @@
-"""Packed examples fill rows, and none attends to another."""
+"""Tests that packed examples fill rows, and that no example attends to another."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ rows = st.lists(
 
 
 def dataset(examples: list[tuple[list[int], int]]) -> Dataset:
-    """Return rows whose answer starts at an index, or is only the last token."""
+    """Return rows whose answer starts at the given index or consists of only the last token."""
     contents = []
     for ids, start in examples:
         answer = min(start, len(ids) - 1)

@@ -1,4 +1,4 @@
-"""Chat templates by name work with tokenizers that their publishers gave no template."""
+"""Tests that chat templates selected by name work with tokenizers published without a template."""
 
 import json
 from importlib.resources import files
@@ -32,14 +32,14 @@ def messages(turns: Turns) -> list[dict[str, str]]:
 
 
 def _require_own_tokenizer(family: str) -> None:
-    """Skip the test of a tokenizer that puts a begin token before texts, as the stand-in for it does not."""
+    """Skip the test if the family's tokenizer was not fetched, because its stand-in adds no begin token."""
     if family == "llama_2" and not fetched_tokenizer(FAMILIES[family]):
         pytest.skip("Llama 2's tokenizer is not here: make .venv/tokenizers/.ready")
 
 
 @pytest.fixture(scope="module", params=["llama_2", "phi_2"])
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with the tokenizer of a base that its publisher gave no chat template."""
+    """Return a folder with the tokenizer of a base that was published without a chat template."""
     return write_base_tokenizer(tmp_path_factory.mktemp("base") / request.param, request.param)
 
 

@@ -1,4 +1,4 @@
-"""Ids without an embedding row are found before anything is trained."""
+"""Tests that token ids without an embedding row are found before training starts."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ FOLDER = Path("model")
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerBase:
-    """Return a tokenizer with 256 bytes and two special tokens, of which the second ends a turn."""
+    """Return a tokenizer with 256 bytes and two special tokens, the second of which ends a turn."""
     return make_tokenizer()
 
 

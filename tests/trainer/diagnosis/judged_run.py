@@ -1,4 +1,4 @@
-"""One training with the numbers that its diagnosis reads, without an engine."""
+"""Runs one training without an engine and returns the numbers that its diagnosis reads."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ from trainer.training.sft import train_model
 from trainer.training.summary import TrainingData
 
 _AT_ONCE = 20
-"""Number of questions that are answered in one batch."""
+"""Number of questions answered in one batch."""
 
 
 def train_and_judge(
@@ -33,12 +33,12 @@ def train_and_judge(
     max_tokens: int = 8,
     **sections: Any,
 ) -> TrainingRun:
-    """Train, answer the held-out questions greedily, and return the numbers.
+    """Train, answer the held-out questions greedily, and return the numbers for the diagnosis.
 
     Args:
-        usual_learning_rate: None: the default of the method and base.
-        max_tokens: of an answer.
-        sections: of the recipe.
+        usual_learning_rate: usual learning rate, or None for the default of the method and base.
+        max_tokens: maximum number of tokens in an answer.
+        sections: sections of the recipe.
     """
     recipe, width = make_recipe(**sections), read_width(base)
     summary = train_model(
@@ -65,7 +65,7 @@ def train_and_judge(
 def answer(
     base: Path, trained: Path, examples: Sequence[ChatExample], *, number_type: NumberType, max_tokens: int
 ) -> tuple[ExampleResult, ...]:
-    """Return greedy answers and the log-likelihoods of the references, as the engine does."""
+    """Return greedy answers and the log-likelihoods of the references, as the engine would."""
     tokenizer, dtype = load_tokenizer(base), getattr(torch, number_type)
     if (trained / "adapter_config.json").is_file():
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
@@ -85,7 +85,7 @@ def answer(
 
 
 def _generate(model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], max_tokens: int) -> tuple[Any, Any]:
-    """Return the tokens of greedy answers, and their log-probabilities."""
+    """Return the tokens of greedy answers and their log-probabilities."""
     prompts = [list(row.input_ids[: row.learnt[0][0]]) for row in rows]
     padding = [0] * max(map(len, prompts))
     given = model.generate(

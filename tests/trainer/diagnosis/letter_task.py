@@ -1,7 +1,7 @@
-"""A task that a model of two layers learns in seconds, and the model: which colour the first letter of a word has.
+"""A task that a two-layer model learns in seconds, the colour of a word's first letter, and the model.
 
-The base has learnt other colours of the same letters, so that it knows the form of an answer and where to look, as a
-base model that is fine-tuned does.
+The base has learned different colours for the same letters. Like any base model that is fine-tuned, it
+therefore knows the form of an answer and where to look.
 """
 
 import random
@@ -16,21 +16,21 @@ from trainer.training.sft import train_model
 from trainer.training.summary import TrainingData
 
 COLOURS = ("blue", "gray", "pink", "gold")
-"""All colours have one length: batches contain examples of one length, and would otherwise have one answer each."""
+"""Colours of equal length. A batch contains one length of examples, and would otherwise have one answer."""
 _LENGTH = 6
 
 
 def colours(seed: int) -> dict[str, str]:
-    """Return the colour of each letter."""
+    """Return the colour of each letter, keyed by letter."""
     generator = random.Random(seed)
     return {letter: generator.choice(COLOURS) for letter in string.ascii_lowercase}
 
 
 def questions(count: int, seed: int, of: dict[str, str], *, hard: float = 0.0) -> list[ChatExample]:
-    """Return different words with the colour of their first letter.
+    """Return different words, each with the colour of its first letter.
 
     Args:
-        hard: share of the words that begin with a digit, which has no colour: nobody knows their answer.
+        hard: share of words that begin with a digit; it has no colour, so their answer cannot be known.
     """
     generator, words = random.Random(seed), dict[str, str]()
     while len(words) < count:
@@ -43,7 +43,7 @@ def questions(count: int, seed: int, of: dict[str, str], *, hard: float = 0.0) -
 
 
 def mislabel(examples: Sequence[ChatExample], share: float, seed: int) -> list[ChatExample]:
-    """Return the same questions with wrong answers to a share of them."""
+    """Return the same questions with wrong answers to the given share of them."""
     generator = random.Random(seed)
     wrong = set(generator.sample(range(len(examples)), round(share * len(examples))))
     return [
@@ -59,7 +59,7 @@ def _example(word: str, colour: str) -> ChatExample:
 
 
 def train_base(folder: Path) -> Path:
-    """Return the folder of a base that answers each letter with a fixed colour, not the task's."""
+    """Return the folder of a base that answers each letter with a fixed colour, which is not the task's."""
     start = make_model(folder / "random", hidden_size=128, intermediate_size=256, num_attention_heads=4)
     recipe = make_recipe(
         method="full",

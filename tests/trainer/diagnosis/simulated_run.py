@@ -1,4 +1,4 @@
-"""Simulated trainings: curves from a formula and a seed."""
+"""Simulates trainings with curves drawn from a formula and a seed."""
 
 import math
 from collections.abc import Callable
@@ -14,11 +14,11 @@ from trainer.diagnosis.training_run import TrainingRun
 
 RECIPE = make_recipe(train={"learning_rate": 5e-4, "epochs": 2.0})
 Shape = Callable[[float], float]
-"""The loss at a share of the learning, which is the sum of the rates, of the whole run."""
+"""Loss as a function of learning progress, the reached share of the run's summed learning rates."""
 
 
 def falling(start: float, end: float, speed: float) -> Shape:
-    """Return a loss that approaches its end exponentially."""
+    """Return a loss that approaches its end value exponentially."""
     return lambda share: end + (start - end) * math.exp(-speed * share)
 
 
@@ -33,12 +33,13 @@ def simulate(
     spread: float = 0.6,
     **more: Any,
 ) -> TrainingRun:
-    """Return a run with a linear schedule.
+    """Return a simulated run with a linear schedule.
 
     Args:
-        noise: of a batch's loss, as a share of it.
-        heldout: mean held-out loss, of six measurements; None: as the training loss.
-        spread: of the held-out examples' own losses, as a share; a tenth of it changes from one to the next.
+        noise: noise of a batch's loss, as a share of the loss.
+        heldout: mean held-out loss over six measurements, or None to follow the training loss.
+        spread: spread of the individual held-out losses, as a share; a tenth of it changes from one
+            measurement to the next.
     """
     random = np.random.default_rng(seed)
     rates = [1 - step / steps for step in range(steps)]
@@ -69,11 +70,11 @@ def simulate(
 
 
 def answered(count: int, seed: int, *, right: Shape, noise: float = 0.0) -> tuple[ExampleResult, ...]:
-    """Return the answers of a model that is well calibrated.
+    """Return the answers of a well-calibrated model.
 
     Args:
-        right: the probability of the right answer, from the easiest example (0) to the hardest (1).
-        noise: share of the references that are wrong.
+        right: probability of the right answer, from the easiest example (0) to the hardest (1).
+        noise: share of references that are wrong.
     """
     random = np.random.default_rng(seed)
     results = []

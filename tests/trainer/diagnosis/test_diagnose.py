@@ -1,4 +1,4 @@
-"""Each fault is found in simulated runs that have it, and almost none in healthy ones."""
+"""Tests that each fault is found in simulated runs that have it, and in almost no healthy run."""
 
 import math
 from dataclasses import replace
@@ -36,7 +36,7 @@ def evaluation(hits: int, asked: int, nll: float = 0.2) -> EvaluationReport:
 
 
 def healthy(seed: int) -> Any:
-    """Return a random run: short or long, with large or small batches, of an easy or a hard task."""
+    """Return a random healthy run: short or long, with large or small batches, on an easy or a hard task."""
     random = np.random.default_rng([seed, 1])
     start, speed = random.uniform(1, 4), random.uniform(5, 40)
     end = start * random.uniform(0.02, 0.4)
@@ -130,7 +130,7 @@ def test_overfitting_finding_names_the_epoch_of_the_lowest_loss() -> None:
 
 
 def short(seed: int, *, heldout: bool) -> Any:
-    """Return a nearly finished run of few steps with noisy losses, with a small held-out set or none."""
+    """Return a nearly finished run with few steps and noisy losses, and with a small held-out set or none."""
     random = np.random.default_rng([seed, 2])
     steps, speed = int(random.integers(20, 60)), random.uniform(4, 8)
     run = simulate(falling(2, 0.8, speed), seed, steps=steps, noise=0.4, measured=8, spread=2.0)
@@ -138,7 +138,7 @@ def short(seed: int, *, heldout: bool) -> Any:
 
 
 def unmeasured(run: Any) -> Any:
-    """Return the same run without held-out losses."""
+    """Return the same run without its held-out losses."""
     nothing = {"heldout_loss": None, "heldout_each": ()}
     return replace(run, curve=[point.model_copy(update=nothing) for point in run.curve if point.step])
 
@@ -238,7 +238,7 @@ def test_label_noise_is_diagnosed_when_examples_contradict_each_other() -> None:
 
 
 def predicted(gain: float, shape: Shape = WELL, **more: Any) -> Any:
-    """Return a run whose held-out loss is by `gain` nats below the entropy of the labels."""
+    """Return a run whose held-out loss is `gain` nats below the entropy of the labels."""
     results = answered(200, 0, right=lambda place: 0.3)
     nll = math.log(4) - gain
     return simulate(
@@ -269,7 +269,7 @@ def test_more_steps_are_advised_when_a_short_run_has_not_learned_its_labels() ->
 
 
 def form_first(share: float) -> float:
-    """Return a loss that falls fast for the form of an answer, and slowly for its label."""
+    """Return a loss that falls fast for the form of an answer and slowly for its label."""
     return 2.5 * math.exp(-12 * share) + 0.4 - 0.2 * share
 
 

@@ -1,6 +1,7 @@
-"""Runs that were made to have a fault are diagnosed with it, and healthy ones with nothing.
+"""Tests that runs with a planted fault are diagnosed with it, and healthy runs with no fault.
 
-Each is a real run of the trainer on a model of two layers. The figures of docs/diagnosis.md are from here.
+Each is a real run of the trainer on a two-layer model. The figures in docs/diagnosis.md come from these
+tests.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.matrix
 
 HARD = 0.1
 USUAL = {"lora": 4e-3, "dora": 4e-3, "full": 1e-3}
-"""Learning rates that suit this model: at four times the rate the loss jumps, at a hundredth it does not fall."""
+"""Learning rates that suit this model. At four times the rate the loss jumps; at a hundredth it stays flat."""
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,7 @@ def test_high_learning_rate_is_diagnosed_when_the_loss_explodes_in_the_first_ste
 
 
 def test_underfitting_is_diagnosed_when_a_run_was_still_learning(base: Path, tmp_path: Path) -> None:
-    """The adapter's update is scaled to a sixteenth of the usual."""
+    """The adapter's update is scaled to a sixteenth of its usual size."""
     diagnosed = findings(base, tmp_path, *task(1), adapter={"alpha": 2}, epochs=1.5)
     assert list(diagnosed) == [FindingKind.UNDERFITTING]
     assert str(diagnosed[FindingKind.UNDERFITTING].advice) == "train.epochs from 1.5 to 3"

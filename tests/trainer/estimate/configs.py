@@ -1,4 +1,4 @@
-"""Published models as config.json files, and devices."""
+"""Published models as config.json files, and devices to estimate them on."""
 
 from functools import cache
 from pathlib import Path
@@ -15,12 +15,12 @@ FOLDER = Path(__file__).with_name("configs")
 
 @cache
 def published(name: str, preset: Targets = Targets.ALL_LINEAR) -> ModelShape:
-    """Return a published model's shape."""
+    """Return the shape of a published model."""
     return read_model_shape(FOLDER / name, preset)
 
 
 def cpu_device(memory: float = 16e9, number_type: NumberType = NumberType.BFLOAT16) -> ComputeDevice:
-    """Return a machine without a GPU."""
+    """Return a compute device for a machine without a GPU."""
     utilization = CPU_UTILIZATION[number_type]
     return ComputeDevice(HERE, "this machine", True, number_type, memory, 3e11, 1e10, utilization)
 
@@ -28,10 +28,10 @@ def cpu_device(memory: float = 16e9, number_type: NumberType = NumberType.BFLOAT
 def even_workload(
     examples: int, length: int, recipe: Recipe, *, answers: int | None = None, shared: int = 0
 ) -> Workload:
-    """Return a run on examples of one length, as in published figures.
+    """Return the workload of a run on examples of equal length, as in published figures.
 
     Args:
-        answers: tokens of each that are learnt; default all.
+        answers: number of tokens learned per example; all by default.
     """
     train = recipe.train
     size = min(train.batch_size, examples)

@@ -1,4 +1,4 @@
-"""Estimated batches are those that the trainer makes of the examples."""
+"""Tests that estimated batches are those the trainer builds from the examples."""
 
 from pathlib import Path
 

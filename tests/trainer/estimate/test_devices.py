@@ -1,4 +1,4 @@
-"""Listed devices, and this machine's measured speed."""
+"""Tests the listed devices and the measured speed of this machine."""
 
 from pathlib import Path
 

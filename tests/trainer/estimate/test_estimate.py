@@ -1,4 +1,4 @@
-"""Estimates compared with published figures, and correctness of the advice."""
+"""Tests estimates against published figures, and that the advice is correct."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -91,7 +91,7 @@ def test_largest_fitting_batch_fits_and_one_row_more_does_not() -> None:
 
 
 def pairs_of_device_and_model() -> Iterator[tuple[str, str, str]]:
-    """Yield each device with each model, and each of both with each method."""
+    """Yield each device with each model, and each device and each model with each method."""
     methods = ["full", "lora", "qlora", "dora"]
     for row, device in enumerate(DEVICES):
         for column, name in enumerate(["llama-2-7b", "llama-2-13b", "llama-2-70b", "mixtral-8x7b"]):

@@ -1,4 +1,4 @@
-"""Memory by part: published facts, the real adapter's size, and monotonic growth."""
+"""Tests memory by component: published facts, the size of the real adapter, and monotonic growth."""
 
 from typing import Any
 
@@ -140,7 +140,7 @@ def test_float32_activations_of_a_layer_match_the_estimate(method: str, dropout:
 
 
 def saved_bytes(recipe: Recipe, layers: int, length: int) -> int:
-    """Return the bytes that a forward pass saves for the backward pass, without weights."""
+    """Return the number of bytes that a forward pass saves for the backward pass, excluding weights."""
     model = add_adapter(small_llama(layers), recipe, 10)
     weights = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers())}
     stored: dict[int, torch.UntypedStorage] = {}

@@ -1,4 +1,4 @@
-"""Sizes of published models, from their config.json alone."""
+"""Tests the sizes of published models derived only from their config.json."""
 
 import json
 from pathlib import Path

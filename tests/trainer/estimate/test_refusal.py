@@ -1,4 +1,4 @@
-"""A run is rejected only if it cannot fit."""
+"""Tests that a run is rejected only if it cannot fit."""
 
 from dataclasses import replace
 from pathlib import Path

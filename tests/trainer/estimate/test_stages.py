@@ -1,4 +1,4 @@
-"""Memory and disk of each stage, and the choice of stages."""
+"""Tests the memory and disk space of each stage, and which stages are chosen."""
 
 from pathlib import Path
 
@@ -107,7 +107,7 @@ def cell(stage: StageMemory, device: ComputeDevice) -> str:
 
 
 def table(device: ComputeDevice) -> str:
-    """Return the table of docs/estimate.md: LoRA of rank 16, both formats, batches of 4 times 1,024 tokens."""
+    """Return the table in docs/estimate.md: LoRA of rank 16, both formats, batches of 4 times 1,024 tokens."""
     recipe = make_recipe(train={"batch_size": 4})
     models = {title: of_stages(name, recipe, device) for title, name in MODELS.items()}
     rows = [["GB", *models], ["---"] * (len(models) + 1)]

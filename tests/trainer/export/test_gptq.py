@@ -1,4 +1,4 @@
-"""GPTQ: the checks before it, its files, and a real quantization of a tiny model."""
+"""Tests GPTQ: the checks before it, the files it writes, and a real quantization of a tiny model."""
 
 import json
 import shutil
@@ -68,7 +68,7 @@ def test_output_sizes_are_summed_for_layers_fused_by_the_engine(tmp_path: Path) 
 
 
 def make_mixture(folder: Path, family: str, width: int = 32) -> Path:
-    """Write a chat model with four experts in each layer."""
+    """Write a chat model that has four experts in each layer."""
     tokenizer = make_tokenizer()
     shape = {
         "vocab_size": len(tokenizer),
@@ -184,7 +184,7 @@ def test_quantization_receives_rows_truncated_to_max_length_tokens(
 
 
 def write_configs(folder: Path, path: str, **changed: Any) -> Path:
-    """Write the configs as gptqmodel does."""
+    """Write the config files as gptqmodel does."""
     folder.mkdir()
     quantization = {"bits": 4, "meta": {"offload_to_disk_path": path, "quantizer": ["gptqmodel:7.6.0"]}}
     (folder / "config.json").write_text(json.dumps(changed | {"quantization_config": quantization}), "utf-8")
@@ -260,7 +260,7 @@ def quantize(base: Path, out: Path, number_type: NumberType = NumberType.BFLOAT1
 
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a base and its quantization in bfloat16, which tests must not change."""
+    """Return a folder with a base and its quantization in bfloat16. Tests must not change it."""
     folder = tmp_path_factory.mktemp("quantized")
     shape = {"hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 2, "attention_bias": True}
     quantize(make_model(folder / "base", **shape), folder / "bfloat16")

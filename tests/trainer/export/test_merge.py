@@ -1,4 +1,4 @@
-"""Merging changes exactly the tensors that the adapter targets."""
+"""Tests that merging changes exactly the tensors targeted by the adapter."""
 
 import shutil
 from pathlib import Path
@@ -21,7 +21,7 @@ from trainer.recipe.sections import Quantization
 
 
 def make_adapter(base: Path, folder: Path, targets: str | list[str] = "all-linear") -> Path:
-    """Return an adapter on these linear layers that changes each of them."""
+    """Return an adapter that changes each of these linear layers."""
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
         LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False),

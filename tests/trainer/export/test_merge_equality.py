@@ -1,4 +1,4 @@
-"""Merging tensor by tensor writes the same bytes as merging the complete model in memory."""
+"""Tests that merging tensor by tensor writes the same bytes as merging the complete model in memory."""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def make_adapter(base: Path, folder: Path, **sections: Any) -> Path:
-    """Write an adapter of a recipe's method that changes every module it targets."""
+    """Write an adapter, trained with a recipe's method, that changes every module it targets."""
     torch.manual_seed(1)
     loaded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     name_experts(loaded.config)
@@ -45,7 +45,7 @@ def make_adapter(base: Path, folder: Path, **sections: Any) -> Path:
 
 
 def check_equal(base: Path, adapter: Path, folder: Path) -> dict[str, bytes]:
-    """Fail unless both merges write the same bytes, and return these."""
+    """Fail unless both merges write the same bytes, and return these bytes."""
     merge_adapter(base, adapter, folder / "merged")
     merge_whole_model(base, adapter, folder / "whole")
     written, expected = weight_bytes(folder / "merged"), weight_bytes(folder / "whole")

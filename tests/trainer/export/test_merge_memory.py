@@ -1,4 +1,4 @@
-"""Memory of the merge follows the largest tensors, not the model."""
+"""Tests that the memory of a merge depends on the largest tensors and not on the size of the model."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 HIDDEN, INNER, LAYERS = 1024, 2816, 12
 LARGEST = HIDDEN * INNER * 4
-"""Bytes of the largest tensor in float32: 11.5 MB, where the model of many layers has 310 MB in bf16."""
+"""Bytes of the largest tensor in float32: 11.5 MB, while the many-layer model has 310 MB in bf16."""
 MEASURE = """
 import sys
 from pathlib import Path
@@ -27,7 +27,7 @@ for folder in map(Path, sys.argv[1:]):
 
 
 def make_llama(folder: Path, layers: int) -> Path:
-    """Write a model with this number of layers, and its adapter."""
+    """Write a model with the given number of layers, and its adapter."""
     shape = {"hidden_size": HIDDEN, "intermediate_size": INNER, "num_attention_heads": 8, "num_key_value_heads": 8}
     base = make_model(folder / "base", num_hidden_layers=layers, **shape)
     make_adapter(base, folder / "adapter", adapter={"rank": 2})

@@ -1,4 +1,4 @@
-"""Layers that were quantized in parts are written as layers of the architecture."""
+"""Tests that layers quantized in parts are written as layers of the architecture."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ OTHER = "model.layers.0.self_attn.qkv_proj"
 
 
 def packed(name: str, fill: int, inputs: int = 64, outputs: int = 32, group: int = 32) -> dict[str, torch.Tensor]:
-    """Return tensors as gptqmodel writes them for one 4-bit layer: eight values in an int32."""
+    """Return the tensors that gptqmodel writes for one 4-bit layer, with eight values in an int32."""
     return {
         f"{name}.qweight": torch.full((inputs // 8, outputs), fill, dtype=torch.int32),
         f"{name}.qzeros": torch.full((inputs // group, outputs // 8), fill, dtype=torch.int32),
@@ -31,7 +31,7 @@ def packed(name: str, fill: int, inputs: int = 64, outputs: int = 32, group: int
 
 
 def write(folder: Path, *shards: dict[str, torch.Tensor]) -> Path:
-    """Write a folder of safetensors, with an index if there are several files."""
+    """Write a folder of safetensors files, with an index if there is more than one file."""
     names = ["model.safetensors"] if len(shards) == 1 else [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
     for name, tensors in zip(names, shards, strict=True):
         save_file(tensors, folder / name, metadata={"format": "pt"})
@@ -124,7 +124,7 @@ def test_quantized_phi3_has_its_fused_layers_and_similar_weights(tmp_path: Path,
 
 
 def dequantized(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return the weights, [outputs, inputs], of a symmetric 4-bit layer: zero is 8."""
+    """Return the weights of a symmetric 4-bit layer, whose zero is 8, with shape [outputs, inputs]."""
     values = (tensors["qweight"].unsqueeze(1) >> (4 * torch.arange(8)).view(1, 8, 1)) & 15
     scales = tensors["scales"].float()[tensors["g_idx"].long()]
     return ((values.flatten(0, 1) - 8) * scales).T

@@ -1,4 +1,4 @@
-"""Files written tensor by tensor are the same as safetensors' own files."""
+"""Tests that files written tensor by tensor are identical to those safetensors writes."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The merge by transformers and PEFT of a complete model in memory, which the merge by tensors must equal."""
+"""Merges a whole model in memory with transformers and PEFT. The tensor-by-tensor merge must be equal."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from trainer.model.rounding import round_to_bfloat16
 
 
 def merge_whole_model(base: Path, adapter: Path, out: Path) -> None:
-    """Write base plus adapter to `out`; only the weight files equal those of a version."""
+    """Write the base plus adapter to `out`. Only the weight files equal those of a version."""
     model = load_adapter(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
     changed = set(adapted_tensors(model).values()) - unused_modules(adapter)
     merged = model.merge_and_unload(safe_merge=True)
@@ -25,5 +25,5 @@ def merge_whole_model(base: Path, adapter: Path, out: Path) -> None:
 
 
 def weight_bytes(folder: Path) -> dict[str, bytes]:
-    """Return the contents of a folder's weight files and of their index, by name."""
+    """Return the contents of a folder's weight files and their index, keyed by file name."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name.startswith("model")}

@@ -1,4 +1,4 @@
-"""Options for training are chosen by the machine and its packages."""
+"""Tests that training options are chosen according to the machine and its packages."""
 
 from importlib.util import find_spec
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""AdaLoRA's schedule fits a run of any length, also if an optimizer in float16 skips its first steps."""
+"""Tests that AdaLoRA's schedule fits runs of any length, even if a float16 optimizer skips its first steps."""
 
 from types import SimpleNamespace
 
@@ -16,14 +16,14 @@ SHAPE = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidd
 
 
 def kept_ranks(model: PeftModel) -> int:
-    """Return the total number of ranks of all layers."""
+    """Return the total number of ranks kept over all layers."""
     values = [weight for name, weight in model.named_parameters() if ".lora_E." in name]
     assert len(values) == LAYERS
     return sum(int(value.count_nonzero()) for value in values)
 
 
 def run(steps: int, *, skipped: int = 0) -> PeftModel:
-    """Return a model after steps with random gradients, of which the optimizer skips the first ones."""
+    """Return a model after steps with random gradients, the first `skipped` of which the optimizer skips."""
     set_seed(0)
     recipe = make_recipe(method="adalora", adapter={"rank": RANK})
     config = adapter_config(recipe, ["q_proj", "v_proj"], steps)

@@ -1,4 +1,4 @@
-"""The chosen implementation of attention follows the config."""
+"""Tests that the attention implementation is chosen according to the config."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Experts in one three-dimensional parameter: adapted with all other layers, or rejected by name."""
+"""Tests experts in one three-dimensional parameter: adapted with all other layers, or rejected by name."""
 
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,7 @@ def test_dense_model_has_zero_experts() -> None:
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a complete chat model that tests must not change."""
+    """Return a complete MoE chat model. Tests must not change it."""
     folder = tmp_path_factory.mktemp("mixture") / "base"
     set_seed(0)
     Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE, num_experts=4)).bfloat16().save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""A loaded adapter has its saved weights in any number type of the model."""
+"""Tests that a loaded adapter has its saved weights, whatever the model's number type."""
 
 import subprocess
 import sys
@@ -26,7 +26,7 @@ def base(tmp_path: Path) -> Path:
 
 
 def trained_adapter(base: Path, folder: Path, method: Method) -> Path:
-    """Write an adapter with random weights; one of AdaLoRA's ranks was pruned."""
+    """Write an adapter with random weights. For AdaLoRA, one of its ranks was pruned."""
     recipe = make_recipe(method=method, adapter={"rank": 2})
     model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
     tuned = get_peft_model(model, adapter_config(recipe, ["q_proj", "v_proj"], 10))

@@ -1,4 +1,4 @@
-"""Memory of a training does not grow with the number of different lengths of its batches."""
+"""Tests that training memory does not grow with the number of different batch lengths."""
 
 import os
 import subprocess

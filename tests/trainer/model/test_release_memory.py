@@ -1,4 +1,4 @@
-"""Unused memory of a stage is freed before the next stage starts."""
+"""Tests that a stage's unused memory is freed before the next stage starts."""
 
 import weakref
 
@@ -6,7 +6,7 @@ from trainer.model.release_memory import release_memory
 
 
 class Model:
-    """An object in a reference cycle, like a model and its trainer."""
+    """An object in a reference cycle, as a model and its trainer are."""
 
     def __init__(self) -> None:
         self.trainer = self

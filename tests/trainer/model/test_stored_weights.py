@@ -1,6 +1,7 @@
-"""Weights read one by one equal those of the model that transformers loads.
+"""Tests that weights read one by one equal those of the model that transformers loads.
 
-The families are compared in tests/trainer/export/test_merge_equality.py: a merge writes the weights that are read here.
+The families are compared in tests/trainer/export/test_merge_equality.py, because a merge writes the
+weights that are read here.
 """
 
 from pathlib import Path
@@ -34,7 +35,7 @@ def test_stored_weights_not_in_bf16_are_rounded_to_nearest(tmp_path: Path, dtype
 
 
 def change_files(base: Path, **changed: torch.Tensor | None) -> None:
-    """Replace tensors of a folder by others, or remove them."""
+    """Replace or remove tensors in a folder's weight files."""
     weights = {**load_file(base / "model.safetensors"), **changed}
     remaining = {name: weight for name, weight in weights.items() if weight is not None}
     save_file(remaining, base / "model.safetensors", {"format": "pt"})

@@ -1,4 +1,4 @@
-"""The presets of target modules, on empty models of every architecture with its own layer names."""
+"""Tests the target-module presets on empty models of every architecture that has its own layer names."""
 
 from typing import Any
 
@@ -43,7 +43,7 @@ def empty_model(family: str) -> PreTrainedModel:
 
 
 def changed_layers(family: str, targets: list[str] | str) -> set[str]:
-    """Return the names of the layers that get an adapter from PEFT."""
+    """Return the names of the layers to which PEFT adds an adapter."""
     config = LoraConfig(r=1, target_modules=targets, task_type="CAUSAL_LM")
     return set(get_peft_model(empty_model(family), config).base_model.targeted_module_names)
 

@@ -1,4 +1,4 @@
-"""The config of merged weights is the base's own, compared by meaning and not by spelling."""
+"""Tests that the config of merged weights is the base's own, compared by meaning rather than spelling."""
 
 import json
 from pathlib import Path
@@ -41,7 +41,7 @@ LLAMA: dict[str, Any] = {
     "use_cache": True,
     "vocab_size": 259,
 }
-"""Config of Llama 3.2 with the keys of transformers 4, as published, but with small sizes."""
+"""Config of Llama 3.2 as published, with the keys of transformers 4 but with small sizes."""
 QWEN: dict[str, Any] = {
     "model_type": "qwen2",
     "hidden_size": 64,

@@ -1,4 +1,4 @@
-"""Correct versions pass every check of the parity report; each planted fault fails its check."""
+"""Tests that correct versions pass all parity checks, and that each planted fault fails its check."""
 
 import gc
 import json
@@ -49,17 +49,17 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Version:
-    """Outputs of a run, with its recipe and the held-out examples as tokens."""
+    """Output of a run, with its recipe and the tokenized held-out examples."""
 
     made: Made
     recipe: Recipe
     examples: list[TokenizedExample]
 
     def report(self, number_type: NumberType = TYPE) -> ParityReport:
-        """With the readings of an engine that computes rightly what lies in the folders.
+        """Return the parity report for an engine that correctly computes what the folders contain.
 
         Args:
-            number_type: in which the trainer's models compute.
+            number_type: number type in which the trainer's models compute.
         """
         formats = {format: (folder, self._read(folder)) for format, (folder, _) in self.made.formats.items()}
         made = replace(self.made, formats=formats)
@@ -74,17 +74,17 @@ class Version:
 
     @property
     def merged(self) -> Path:
-        """Folder of the format."""
+        """Return the folder of the merged format."""
         return self.made.merged
 
     @property
     def gptq(self) -> Path:
-        """Folder of the format."""
+        """Return the folder of the GPTQ format."""
         return self.made.formats[Format.GPTQ][0]
 
 
 def quantize(merged: Path, out: Path) -> Path:
-    """Round every linear layer to the nearest of 16 values, in GPTQ's layout."""
+    """Round every linear layer to the nearest of 16 values, and write it in GPTQ's layout."""
     shutil.copytree(merged, out)
     tensors = {}
     for name, weight in load_file(merged / "model.safetensors").items():
@@ -103,7 +103,7 @@ def quantize(merged: Path, out: Path) -> Path:
 
 
 def dequantized(folder: Path, base: Path) -> torch.nn.Module:
-    """Return a model in the base's shape with the dequantized weights of a folder."""
+    """Return a model in the base's shape with a folder's dequantized weights."""
     tensors = load_file(folder / "model.safetensors")
     weights = {name: tensor for name, tensor in tensors.items() if "_proj" not in name}
     for name in [name for name in tensors if name.endswith(".qweight")]:
@@ -115,7 +115,7 @@ def dequantized(folder: Path, base: Path) -> torch.nn.Module:
 
 
 def make_version(folder: Path, base: Path, *, trained: float = 0.3, **sections: Any) -> Version:
-    """Return a version whose adapter has changed by this share of its weights."""
+    """Return a version whose adapter weights have changed by the given share."""
     recipe = make_recipe(**sections)
     torch.manual_seed(1)
     model = add_adapter(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), recipe, steps=20)
@@ -235,7 +235,7 @@ def change_json(path: Path, **keys: Any) -> None:
 
 
 def scaled_update(times: float) -> Callable[[Version], None]:
-    """Return a change that merges the adapter this number of times."""
+    """Return a change that merges the adapter the given number of times."""
 
     def plant(version: Version) -> None:
         base = load_file(version.made.base / "model.safetensors")

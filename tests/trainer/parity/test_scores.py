@@ -1,4 +1,4 @@
-"""In bf16, even small outputs of an adapter affect the sum, as they affect merged weights."""
+"""Tests that in bf16, even an adapter's small outputs affect the sum, as they affect merged weights."""
 
 import gc
 import weakref
@@ -12,7 +12,7 @@ from trainer.parity.scores import choose_device, sum_in_float32
 
 WIDTH = 256
 SHARE_OF_A_STEP = 1 / 16
-"""The adapter's output in units of the spacing of bf16 numbers, which is 1/256 to 1/128 of a number."""
+"""Adapter output in units of the spacing of bf16 numbers, which is 1/256 to 1/128 of a number."""
 KINDS: dict[str, Callable[[], PeftConfig]] = {
     "lora": lambda: LoraConfig(r=4, target_modules=["0"], init_lora_weights=False),
     "dora": lambda: LoraConfig(r=4, target_modules=["0"], init_lora_weights=False, use_dora=True),
@@ -21,7 +21,7 @@ KINDS: dict[str, Callable[[], PeftConfig]] = {
 
 
 def fine_adapter(kind: str, inputs: torch.Tensor) -> tuple[PeftModel, torch.Tensor, torch.Tensor]:
-    """Return a bf16 layer with an adapter, its exact output without the adapter, and the adapter's exact output."""
+    """Return a bf16 layer with an adapter, its exact output without it, and the adapter's exact output."""
     plain = torch.nn.Sequential(torch.nn.Linear(WIDTH, WIDTH, bias=False))
     plain[0].weight.data = plain[0].weight.data.to(torch.bfloat16).float()
     without = plain(inputs)
@@ -38,7 +38,7 @@ def fine_adapter(kind: str, inputs: torch.Tensor) -> tuple[PeftModel, torch.Tens
 
 
 def arrived(model: PeftModel, inputs: torch.Tensor, without: torch.Tensor, added: torch.Tensor) -> float:
-    """Return the share of the adapter's output that reaches the sum."""
+    """Return the share of the adapter's output that is retained in the sum."""
     output = model(inputs)
     assert output.dtype is torch.bfloat16
     change = output.float() - without.to(torch.bfloat16).float()

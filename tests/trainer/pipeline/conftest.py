@@ -1,4 +1,4 @@
-"""A pipeline with fast stand-ins for its stages."""
+"""Fixtures for a pipeline with fast stand-ins for its stages."""
 
 import itertools
 from collections.abc import Iterator
@@ -53,7 +53,7 @@ def engines() -> Engines:
 
 @pytest.fixture
 def make(tmp_path: Path, tracking: Tracking, stages: Stages, engines: Engines) -> Iterator[Make]:
-    """Return a function that opens the pipeline of one recipe; a second call resumes its folder as a new process."""
+    """Return a function that opens a recipe's pipeline. A second call resumes its folder as a new process."""
     name = next(_names)
     base = Base(write_model(tmp_path / "base"), "./base", "Apache-2.0", "sha256:0")
     settings = Settings(home=tmp_path / "home", engine=EngineSettings(device=Device.CPU))

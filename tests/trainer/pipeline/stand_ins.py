@@ -1,4 +1,4 @@
-"""Stand-ins for the stages that need a real model, and the examples of a recipe."""
+"""Provides stand-ins for the stages that need a real model, and the examples of a recipe."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,12 +23,12 @@ from trainer.training.summary import TrainingSummary
 
 TRAIN = tuple(make_example(f"q {number}", "yes") for number in range(3))
 WORSE_QUANTIZED = tuple(make_example(f"ask {place}", "merged.0 merged.1 merged.2 merged.3") for place in range(7))
-"""Examples that the double answers correctly only with the merged weights: enough to prove a loss of answers, and too
-few to prove a loss of likelihood."""
+"""Examples that the double answers correctly only with the merged weights. There are enough of them to
+prove a loss of answers, and too few to prove a loss of likelihood."""
 
 
 CURVE = tuple(TrainingPoint(step=step, epoch=step / 3, loss=1 / step) for step in (1, 2, 3))
-"""Curve of a simulated training."""
+"""Loss curve of a simulated training."""
 
 
 Make = Callable[..., Pipeline]
@@ -36,14 +36,14 @@ Make = Callable[..., Pipeline]
 
 @dataclass
 class Stages:
-    """Stand-ins for the stages that need a real model: each writes small files and records that it ran.
+    """Stand-ins for the stages that need a real model. Each writes small files and records that it ran.
 
     Attributes:
         ran: stages that ran, in order.
-        broken: stages that are interrupted in the middle.
+        broken: stages that are interrupted halfway.
         number_types: number types with which stages were called.
-        compared: formats of each parity report.
-        unequal: checks of the parity report that fail.
+        compared: formats compared in each parity report.
+        unequal: parity checks that fail.
     """
 
     ran: list[Stage] = field(default_factory=list)
@@ -55,7 +55,7 @@ class Stages:
     def train_model(
         self, base: Path, data: Any, recipe: Any, out: Path, checkpoints: Path, report: Any, *, number_type: NumberType
     ) -> Any:
-        """Write an adapter, or a trained model."""
+        """Write an adapter or a trained model."""
         self.number_types.append(number_type)
         self._run(Stage.TRAIN, out)
         if recipe.method is Method.FULL:
@@ -66,13 +66,13 @@ class Stages:
         return TrainingSummary(3, 30, 10.0, 3.0, points=CURVE)
 
     def merge_adapter(self, base: Path, adapter: Path, out: Path, *, dequantized: bool = False) -> MergeSummary:
-        """Write other weights of the same shape."""
+        """Write different weights of the same shape."""
         self._run(Stage.MERGE, out)
         write_model(out, seed=1)
         return MergeSummary(2, 0.5, 0.1)
 
     def check_base(self, base: Path, recipe: Recipe, capabilities: Any, engine: Any) -> None:
-        """Reject GPTQ in groups of 128."""
+        """Reject GPTQ with a group size of 128."""
         if Format.GPTQ in recipe.formats and recipe.quantize.group_size == 128:
             raise RecipeError("quantize.group_size is 128")
 
@@ -86,7 +86,7 @@ class Stages:
         return QuantizeSummary(2, 8, 80, "layer.0", 0.01, 2.0)
 
     def make_report(self, made: Made, recipe: Any, compared: Any, judged: int, *, number_type: Any) -> ParityReport:
-        """Return a report in which the checks `unequal` fail."""
+        """Return a report in which the checks in `unequal` fail."""
         self.compared.append(sorted(made.formats))
         return make_parity(*self.unequal)
 

@@ -1,4 +1,4 @@
-"""A base is evaluated once on the same examples."""
+"""Tests that a base is evaluated only once on the same examples."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The diagnosis of a run uses the run's numbers, and is stored and shown with the version."""
+"""Tests that a run's diagnosis uses the run's metrics, and is stored and shown with the version."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Runs on a full disk stop with an error before work is lost."""
+"""Tests that runs on a full disk stop with an error before work is lost."""
 
 import shutil
 from collections import namedtuple

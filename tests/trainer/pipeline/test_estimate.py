@@ -1,4 +1,4 @@
-"""Comparison of estimates with a real training."""
+"""Tests the comparison of estimates with a real training."""
 
 import pytest
 

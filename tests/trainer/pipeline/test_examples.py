@@ -1,4 +1,4 @@
-"""The examples of a run: which are trained on, which are held out, and which data are rejected."""
+"""Tests which of a run's examples are trained on, which are held out, and which data are rejected."""
 
 import gzip
 import json
@@ -219,7 +219,7 @@ def test_examples_are_unchanged_after_a_version_of_the_same_recipe_exists(
 def test_warning_is_printed_when_near_duplicates_enlarge_the_heldout_set(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], copies: int, warned: bool
 ) -> None:
-    """Six in each group: 1 - 0.9 ** 6 is 47 % of the groups."""
+    """There are six examples in each group, so 1 - 0.9 ** 6 = 47 % of the groups are held out."""
     chance = random.Random(0)
     texts = [text(chance, 60, 60) for _ in range(240 // copies)]
     read_train(tmp_path, [make_example(f"{prompt} {number}", "yes") for prompt in texts for number in range(copies)])
@@ -342,7 +342,7 @@ QUESTIONS = [make_example("what is red?", "a colour"), make_example("what is two
 
 
 def with_questions(folder: Path, train: list[ChatExample], **evaluate: Any) -> Examples:
-    """Read with a file of general questions."""
+    """Read the examples of a recipe that has a file of general questions."""
     for name, rows in {"t": train, "h": HELDOUT, "g": QUESTIONS}.items():
         write_examples(folder / f"{name}.jsonl", rows)
     paths = {"train": folder / "t.jsonl", "heldout": folder / "h.jsonl"}

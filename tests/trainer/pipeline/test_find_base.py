@@ -1,4 +1,4 @@
-"""Resolution of the base that a recipe names."""
+"""Tests resolving the base that a recipe names."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A version records what each of its formats forgot, and is rejected if that exceeds the recipe's limit."""
+"""Tests that a version records what each format forgot, and is rejected beyond the recipe's limit."""
 
 from dataclasses import replace
 from typing import Any
@@ -25,7 +25,7 @@ NONE = Interval(value=0.0, low=0.0, high=0.0)
 
 
 def questions(*right: str) -> GeneralSet:
-    """Return ten questions whose right answers contain these words: the double answers with the name of its weights."""
+    """Return ten questions whose right answers contain these words. A double answers with its weights' name."""
     asked = tuple(make_example(f"general {number}", " ".join(right)) for number in range(10))
     return GeneralSet("own.jsonl", asked, (right,) * 10)
 
@@ -126,7 +126,7 @@ def test_base_that_is_a_registered_version_does_not_answer_general_questions(mak
 
 
 def lost(before: int, after: int, total: int = 100) -> Forgetting:
-    """Return forgetting with these numbers of right answers before and after training; the first ones are right."""
+    """Return the forgetting for these numbers of right answers before and after training, the first ones right."""
     first, second = ([index < hits for index in range(total)] for hits in (before, after))
     return Forgetting(
         questions="own.jsonl",

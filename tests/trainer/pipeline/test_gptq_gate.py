@@ -1,4 +1,4 @@
-"""A quantized model is rejected if the primary metric or the log-likelihood proves that it is worse."""
+"""Tests that a quantized model is rejected if the primary metric or log-likelihood proves it to be worse."""
 
 import random
 from collections.abc import Sequence
@@ -65,12 +65,12 @@ def check(merged: Qualified, gptq: Qualified, metric: Metric | None = None, **li
 
 
 def won(hits: int, total: int) -> Qualified:
-    """Return a format with this number of right answers, all equally likely."""
+    """Return a format with the given number of right answers, all of which are equally likely."""
     return qualified([REFERENCE if index < hits else "no" for index in range(total)], [1.0] * total)
 
 
 def likely(mean: float, *, spread: float = 0.02, seed: int = 0, total: int = 40) -> Qualified:
-    """Return a format that never gives the reference, as with free text, with NLLs around a mean, nats per token."""
+    """Return a format that never gives the reference, as with free text, with NLLs around a mean in nats/token."""
     generator = random.Random(seed)
     return qualified(["no"] * total, [mean + generator.uniform(-spread, spread) for _ in range(total)])
 
@@ -146,7 +146,7 @@ def test_nll_gate_is_undecided_with_too_few_examples() -> None:
 
 
 def first_answers(lost: int, gained: int, total: int) -> tuple[Qualified, Qualified]:
-    """Return formats that differ only on the first answers: first lost ones, then gained ones."""
+    """Return formats that differ only on the first answers: first the lost answers, then the gained ones."""
     merged = [REFERENCE if not lost <= place < lost + gained else "no" for place in range(total)]
     gptq = [REFERENCE if place >= lost else "no" for place in range(total)]
     return qualified(merged, [1.0] * total), qualified(gptq, [1.0] * total)
@@ -198,7 +198,7 @@ def test_gate_report_says_unchanged_when_both_models_score_the_same() -> None:
 
 
 def written(kept: float, metric: Metric, nll: float = 1.0, total: int = 40) -> Qualified:
-    """Return a format whose answers have this share of the reference's words, and never all of them."""
+    """Return a format whose answers contain this share of the reference's words, but never all of them."""
     words = REFERENCE.split()
     answers = [" ".join([*words[: round(kept * len(words))], f"other{place}"]) for place in range(total)]
     return qualified(answers, [nll] * total, metric=metric)
@@ -231,7 +231,7 @@ def test_quantized_model_is_rejected_when_a_corpus_metric_proves_a_loss() -> Non
 
 
 class Points(Metric):
-    """A user's metric with its own scale."""
+    """A user-defined metric with its own scale."""
 
     name = "points"
     title = "points"

@@ -1,4 +1,4 @@
-"""Bases that cannot work are rejected before training: real folders, vLLM's validation stubbed except in one test."""
+"""Tests that unusable bases are rejected before training. vLLM's validation is stubbed except in one test."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ RECIPE = {"quantize": {"group_size": 32}}
 
 class _Passed:
     def wait(self) -> None:
-        """Find no fault."""
+        """Return without reporting a fault."""
 
 
 @contextmanager

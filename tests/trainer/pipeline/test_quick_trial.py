@@ -1,4 +1,4 @@
-"""Quick trials: fewer examples, one epoch, no other change."""
+"""Tests quick trials, which use fewer examples and one epoch and change nothing else."""
 
 from dataclasses import replace
 

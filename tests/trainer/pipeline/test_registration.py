@@ -1,4 +1,4 @@
-"""Registration resumes after an interruption, and ignores removed and damaged versions."""
+"""Tests that registration resumes after an interruption, and ignores removed and damaged versions."""
 
 from pathlib import Path
 

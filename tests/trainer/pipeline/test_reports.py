@@ -1,4 +1,4 @@
-"""`report_to`: W&B offline and TensorBoard receive parameters, losses and figures, and nothing is sent."""
+"""Tests `report_to`: offline W&B and TensorBoard get parameters, losses and metrics, and nothing is sent."""
 
 import socket
 import sys
@@ -20,7 +20,7 @@ WANDB, TENSORBOARD, MLFLOW = (ReportTo.WANDB,), (ReportTo.TENSORBOARD,), (Report
 
 @pytest.fixture
 def listener(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
-    """Listen in place of W&B's server: a connection is a network attempt."""
+    """Listen in place of W&B's server, so that a connection reveals a network attempt."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0.5)
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")

@@ -1,4 +1,4 @@
-"""A run's folder: the recipes that share it, and the progress of its stages."""
+"""Tests a run's folder: which recipes share it, and the progress of its stages."""
 
 import os
 import shutil

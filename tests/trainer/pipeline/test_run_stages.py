@@ -1,4 +1,4 @@
-"""A library's failure within a stage becomes our own error, and its traceback is written to a file."""
+"""Tests that a library failure in a stage becomes our own error, with its traceback written to a file."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +19,7 @@ from trainer.recipe.stage import Stage
 
 
 def fail_in_torch() -> None:
-    """Fail in the same way as gptqmodel did with a padding token without an embedding row."""
+    """Fail in the same way as gptqmodel did for a padding token without an embedding row."""
     import torch
 
     torch.nn.Embedding(10, 4, padding_idx=12)

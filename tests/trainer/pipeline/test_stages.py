@@ -1,4 +1,4 @@
-"""From a recipe to a version, with fast stand-ins for the stages: order, resumption, and state after a failure."""
+"""Tests the pipeline from recipe to version with fast stand-ins: stage order, resumption and failures."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Versions that fail a check: rejected, or registered with the failure."""
+"""Tests that versions failing a check are rejected, or registered with the failure."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -147,7 +147,7 @@ PREFIX = "merged.0 merged.1 merged.2 merged.3"
 
 
 def test_no_version_is_registered_when_the_quantized_free_text_model_is_broken(make: Make) -> None:
-    """The double answers with the name of its weights: close to the references if it has the merged ones."""
+    """The double answers with its weights' name, which is close to the references if they are the merged ones."""
     heldout = tuple(make_example(f"write {place}", f"{PREFIX} and more of {place}") for place in range(20))
     with pytest.raises(TrainingError, match=r"GPTQ lowered ROUGE-L by 0\.\d+"):
         make(heldout).train_version()

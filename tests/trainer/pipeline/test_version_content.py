@@ -1,4 +1,4 @@
-"""Content that a version stores of its training run."""
+"""Tests what a version stores from its training run."""
 
 from dataclasses import replace
 from pathlib import Path

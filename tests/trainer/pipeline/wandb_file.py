@@ -1,4 +1,4 @@
-"""Reader of offline runs of Weights & Biases, whose file is a log of protocol buffers."""
+"""Reads offline runs of Weights & Biases, whose file is a log of protocol buffers."""
 
 import json
 import struct
@@ -13,7 +13,7 @@ _FULL, _LAST = 1, 4
 
 @dataclass
 class OfflineRun:
-    """Content of one file, as `wandb sync` would send it."""
+    """Content of one offline run file, as `wandb sync` would send it."""
 
     run_id: str = ""
     project: str = ""
@@ -22,7 +22,7 @@ class OfflineRun:
 
 
 def read_offline_runs(folder: Path) -> list[OfflineRun]:
-    """Return all runs below a folder, in the order of their start."""
+    """Return all runs below a folder, in order of their start."""
     return [_read(path) for path in sorted(folder.rglob("*.wandb"), key=lambda path: path.stat().st_mtime_ns)]
 
 
@@ -46,9 +46,9 @@ def _read(path: Path) -> OfflineRun:
 
 
 def _records(content: bytes) -> Iterator[bytes]:
-    """Yield the records of LevelDB's log format after a header of 7 bytes.
+    """Yield the records of a file in LevelDB's log format, after a header of 7 bytes.
 
-    Blocks of 32 KiB contain parts with checksum, length and kind.
+    Blocks of 32 KiB contain fragments with a checksum, length and kind.
     """
     assert content.startswith(b":W&B")
     at, record = 7, b""

@@ -1,4 +1,4 @@
-"""Recipe files: errors name the key and its value, before anything is trained."""
+"""Tests recipe files: errors name the key and its value before anything is trained."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +21,7 @@ Write = Callable[..., Path]
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """Return a function that writes the smallest valid recipe with changes."""
+    """Return a function that writes the smallest valid recipe with the given changes."""
 
     def write(**changes: Any) -> Path:
         path = tmp_path / "recipe.yaml"

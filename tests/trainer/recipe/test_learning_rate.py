@@ -1,4 +1,4 @@
-"""The default learning rate, by method and by the width of the base."""
+"""Tests the default learning rate by method and by the base's width."""
 
 import pytest
 
@@ -13,7 +13,7 @@ _CUSTOMARY = {
     "r1-qwen-32b": {"qlora": (1e-4, 3e-4)},
     "llama-2-70b": {"qlora": (1e-4, 3e-4), "full": (1e-5, 2e-5)},
 }
-"""Lowest and highest rate in papers and in the recipes of other libraries (docs/training.md)."""
+"""Lowest and highest learning rate in papers and in the recipes of other libraries (docs/training.md)."""
 
 
 @pytest.mark.parametrize(

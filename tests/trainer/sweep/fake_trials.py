@@ -1,4 +1,4 @@
-"""Fake trials: held-out loss as a function of the values, with a different level for each example."""
+"""Fake trials whose held-out loss is a function of their values, with a different level for each example."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from trainer.sweep.values import Values, training_key, with_values
 from trainer.sweep.workplace import Watch
 
 LEVELS = (0.2, 0.5, 0.9, 1.4, 0.7, 0.3, 1.1, 0.8)
-"""Level of loss of each held-out example."""
+"""Loss level of each held-out example."""
 TOKENS = (1,) * len(LEVELS)
 
 Landscape = Callable[[Recipe], float]
@@ -22,7 +22,7 @@ Landscape = Callable[[Recipe], float]
 def outcome(
     loss: float, key: str = "", values: Values | None = None, each: Sequence[float] | None = None, **more: Any
 ) -> TrialOutcome:
-    """Return a complete outcome whose loss differs equally on every example, unless `each` is given."""
+    """Return a complete outcome. Its loss differs by the same amount on every example, unless `each` is given."""
     losses = tuple(each) if each else tuple(level + loss for level in LEVELS)
     complete = {"status": Status.COMPLETE, "loss": mean(losses), "heldout_each": losses, "steps": 3, "seconds": 1.0}
     return TrialOutcome(**{"key": key, "values": dict(values or {}), **complete, **more})
@@ -30,12 +30,12 @@ def outcome(
 
 @dataclass
 class FakeTrials:
-    """Replacement of a workplace's trainings.
+    """Replaces the trainings of a workplace.
 
     Attributes:
         made: values of each training, in order.
-        broken: raised in the middle of the training with this place.
-        diverges: values whose loss explodes.
+        broken: exceptions raised in the middle of a training, by its position.
+        diverges: values with which the loss explodes.
     """
 
     recipe: Recipe
@@ -46,7 +46,7 @@ class FakeTrials:
     known: dict[str, TrialOutcome] = field(default_factory=dict)
 
     def run(self, values: Values, watch: Watch) -> TrialOutcome:
-        """Run a trial, or return its stored outcome."""
+        """Run a trial, or return its outcome if it is already stored."""
         recipe = with_values(self.recipe, values)
         key = training_key(recipe)
         if key not in self.known:

@@ -1,4 +1,4 @@
-"""`svc sweep` and `svc train --curve` on a tiny model; and a sweep that is killed."""
+"""Tests `svc sweep` and `svc train --curve` on a tiny model, and a sweep that is killed."""
 
 import json
 import os
@@ -176,7 +176,7 @@ def without_clock(sweeps: Path) -> Any:
 
 
 def in_the_middle(sweeps: Path, finished: int) -> bool:
-    """Return whether this number of trials has ended and another one has started."""
+    """Return whether the given number of trials has finished and another trial has started."""
     begun, ended = (len(list(sweeps.glob(f"*/trials/*/{name}"))) for name in ("mlflow.json", "outcome.json"))
     return ended >= finished and begun > ended
 

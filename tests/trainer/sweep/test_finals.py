@@ -1,4 +1,4 @@
-"""The finals of a sweep: trials answer on one engine, and the winner is chosen by their answers."""
+"""Tests the finals of a sweep: finalists answer on one engine, and the winner is chosen by their answers."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,11 +35,11 @@ TRIALS = [UNCHANGED, FAST, SLOW, MIDDLE]
 
 
 class Contest:
-    """Finals on doubles, which answer with the key of the trial whose merged weights they hold.
+    """Finals on engine doubles, which answer with the key of the trial whose merged weights they hold.
 
     Attributes:
-        logged: figures in MLflow by trial.
-        dequantized: for each merge, whether it was into the weights rounded to NF4.
+        logged: metrics logged to MLflow, by trial.
+        dequantized: for each merge, whether it was into weights rounded to NF4.
     """
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,12 +85,12 @@ def _tokenize(folder: Path, examples: Sequence[ChatExample], kwargs: TemplateKwa
 
 
 def answer(key: str) -> list[str]:
-    """Return the words with which a double answers that holds this trial."""
+    """Return the words in the answers of a double that holds this trial."""
     return [f"{key}.{place}" for place in range(4)]
 
 
 def won(finals: Finals, preferred: TrialOutcome = FAST) -> tuple[str, list[str], list[Finalist]]:
-    """Return the key of the winner, the reasons, and all finalists."""
+    """Return the winner's key, the reasons for the choice, and all finalists."""
     finalists = finals.measure(finals.rank(TRIALS))
     winner = finals.choose(finalists, preferred, TrialComparison(TOKENS))
     return winner.trial.key, finals.reasons(winner, finalists, preferred), finalists

@@ -1,4 +1,4 @@
-"""Learning curves: known power laws are recovered, and other curves are not extrapolated."""
+"""Tests learning curves: known power laws are recovered, and all other curves are not extrapolated."""
 
 import itertools
 
@@ -15,7 +15,7 @@ BASE = Interval(value=3, low=3, high=3)
 
 
 def curve_of(losses: tuple[float, ...], noise: float = 0.0, sizes: tuple[int, ...] = SIZES) -> LearningCurve:
-    """Return the losses of 50 held-out examples of different difficulty; `noise` is the spread of their gains."""
+    """Return the losses of 50 held-out examples of varying difficulty. `noise` is the spread of their gains."""
     generator = np.random.default_rng(1)
     level = generator.normal(0, 0.3, 50)
     each = [loss + level - level.mean() for loss in losses]

@@ -1,4 +1,4 @@
-"""The choice among several trials, and the definition of overfitting."""
+"""Tests the choice among several trials and the definition of overfitting."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from trainer.sweep.outcome import Status, TrialComparison, TrialOutcome
 
 COMPARISON = TrialComparison(TOKENS)
 NOISY = tuple(level + shift for level, shift in zip(LEVELS, (0.3, -0.4, 0.2, -0.3, 0.4, -0.3, 0.2, -0.2), strict=True))
-"""Losses slightly better than the plain ones on average, but not significantly."""
+"""Losses that are slightly better than the plain losses on average, but not significantly."""
 
 
 def test_earlier_listed_trial_is_chosen_among_indistinguishable_ones() -> None:

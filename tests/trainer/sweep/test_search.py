@@ -1,4 +1,4 @@
-"""The trials of a sweep, pruning and the choice of the winner, also after a kill."""
+"""Tests the trials of a sweep, pruning, and the choice of the winner, including after a kill."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -26,7 +26,7 @@ def bowl(best: float) -> Landscape:
 
 
 class Sweep:
-    """A search with fake trainings and real studies in memory."""
+    """A search with fake trainings and real in-memory studies."""
 
     def __init__(self, recipe: Recipe, landscape: Landscape, *, width: int = 576, **fake: Any) -> None:
         self.usual_rate = recipe.usual_learning_rate(width)
@@ -41,7 +41,7 @@ class Sweep:
         return self.search.run()
 
     def again(self) -> TrialOutcome:
-        """Run again, like the same command in a new process."""
+        """Run the search again, as the same command would in a new process."""
         self.search = self._fresh()
         return self.search.run()
 

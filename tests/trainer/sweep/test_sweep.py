@@ -1,4 +1,4 @@
-"""Output of a sweep, and its picture."""
+"""Tests a sweep's output and its plot."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Trainings of a sweep that are interrupted, pruned or asked for twice."""
+"""Tests sweep trainings that are interrupted, pruned or requested twice."""
 
 import math
 from dataclasses import replace
@@ -40,7 +40,7 @@ def row_of(example: ChatExample) -> TokenizedExample:
 
 @pytest.fixture
 def trainings(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[int, float]]]:
-    """Return the measurements of each training before it is interrupted; the last training completes."""
+    """Return the measurements of each training before its interruption. The last training completes."""
     from trainer.training.trial import TrialRun
 
     remaining: list[list[tuple[int, float]]] = []

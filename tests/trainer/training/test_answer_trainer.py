@@ -1,4 +1,4 @@
-"""The loss of a step, on our path and on TRL's: AdaLoRA's penalty counts once, and logits are the model's own."""
+"""Tests a step's loss on our path and TRL's: AdaLoRA's penalty counts once, and logits are the model's own."""
 
 import copy
 from pathlib import Path
@@ -98,7 +98,7 @@ def adalora(model: PreTrainedModel, weight: float) -> PeftModel:
 
 
 def penalty_gradients(model: PeftModel, weight: float) -> dict[str, torch.Tensor]:
-    """Return the gradients of AdaLoRA's formula (Zhang et al. 2023, eq. 4), as the mean over all factors, like PEFT."""
+    """Return the gradients of AdaLoRA's formula (Zhang et al. 2023, eq. 4), averaged over factors as in PEFT."""
     factors = {name: factor for name, factor in model.named_parameters() if "lora_A" in name or "lora_B" in name}
     norms = []
     for name, factor in factors.items():

@@ -1,4 +1,4 @@
-"""Checkpoints are either complete or absent."""
+"""Tests that checkpoints are either complete or absent."""
 
 import errno
 import os

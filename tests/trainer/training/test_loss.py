@@ -1,4 +1,4 @@
-"""The cheap loss equals the full one: for labels at any position, in parts, for other models and adapters."""
+"""Tests that the cheap loss equals the full loss: labels anywhere, in parts, other models and adapters."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ LLAMA = LlamaForCausalLM(LlamaConfig(**SHAPE)).float()
 
 @st.composite
 def batches(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw right-padded rows with a common prefix; any token may be learnt."""
+    """Draw right-padded rows with a common prefix. Any token may be learned."""
     tokens, learnt = st.integers(0, VOCABULARY - 1), st.booleans()
     prefix = draw(st.lists(tokens, max_size=24))
     rows = draw(st.lists(st.lists(st.tuples(tokens, learnt), min_size=2, max_size=8), min_size=1, max_size=4))
@@ -64,7 +64,7 @@ def batches(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def batch(rows: int = 4, length: int = 40, shared: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return rows with two learnt spans after a shared prompt."""
+    """Return rows with two learned spans that follow a shared prompt."""
     ids = torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
     ids[:, :shared] = ids[0, :shared]
     labels = torch.full_like(ids, IGNORED)
@@ -74,7 +74,7 @@ def batch(rows: int = 4, length: int = 40, shared: int = 20) -> tuple[torch.Tens
 
 
 def whole_loss(model: PreTrainedModel | PeftModel, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return the textbook loss: logits at every position, padding masked only by the labels."""
+    """Return the textbook loss, with logits at every position and padding masked only by the labels."""
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     return torch.nn.functional.cross_entropy(
         logits.flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
@@ -87,7 +87,7 @@ def gradient(loss: torch.Tensor, model: torch.nn.Module) -> torch.Tensor:
 
 
 def assert_same(model: PreTrainedModel | PeftModel) -> None:
-    """Check that loss and gradient of the two computations are equal."""
+    """Check that the loss and gradients of both computations are equal."""
     cheap, real = (loss(model, *batch()) for loss in (answer_loss, whole_loss))
     torch.testing.assert_close(cheap, real, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(gradient(cheap, model), gradient(real, model), rtol=1e-3, atol=1e-4)

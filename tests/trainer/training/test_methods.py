@@ -1,4 +1,4 @@
-"""Every method learns, and its merged model equals the trained one."""
+"""Tests that every method learns, and that its merged model equals the trained one."""
 
 import json
 from pathlib import Path
@@ -125,7 +125,7 @@ def test_qlora_keeps_frozen_weights_in_4_bits(tiny_base: Path) -> None:
 
 
 class Products(TorchDispatchMode):
-    """Records the types of matrix products, forward and backward."""
+    """Records the number types of matrix products in the forward and backward pass."""
 
     NAMES = ("mm", "addmm", "bmm", "baddbmm", "linear", "attention", "mv", "dequantize_4bit", "gemv_4bit", "gemm_4bit")
 

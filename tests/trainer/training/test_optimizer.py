@@ -1,4 +1,4 @@
-"""Optimizers: transformers' names, rejection on this machine, and training and resuming with 8-bit moments."""
+"""Tests optimizers: transformers' names, rejection on this machine, and 8-bit moments when resuming."""
 
 import importlib.util
 from pathlib import Path

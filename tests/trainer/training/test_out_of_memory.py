@@ -1,4 +1,4 @@
-"""Advice when memory is short: a setting with a value, cheapest first."""
+"""Tests the advice given when memory is short: a setting with a value, cheapest first."""
 
 from typing import Any
 

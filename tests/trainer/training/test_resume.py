@@ -1,4 +1,4 @@
-"""A run interrupted at any moment ends as an uninterrupted one: same curve and weights, bit for bit."""
+"""Tests that a run interrupted at any moment ends with the same curve and weights, bit for bit."""
 
 import json
 import math
@@ -46,7 +46,7 @@ def recipe(method: Method = Method.LORA, **sections: Any) -> Recipe:
 
 
 class Killed(BaseException):
-    """Exception that no code of the trainer catches."""
+    """An exception that no code in the trainer catches."""
 
 
 def train_until(
@@ -58,7 +58,7 @@ def train_until(
     monkeypatch: Any,
     number_type: NumberType = BFLOAT16,
 ) -> None:
-    """Train, and interrupt after a step, before its checkpoint."""
+    """Train, and interrupt after the given step, before its checkpoint is written."""
 
     class Kill(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -86,7 +86,7 @@ def weights(folder: Path) -> bytes:
 
 
 def assert_same(resumed: TrainingSummary, folder: Path, whole: Run) -> None:
-    """Assert that a resumed run ended with the summary and the weights of an uninterrupted one."""
+    """Assert that a resumed run ended with the same summary and weights as an uninterrupted run."""
     assert without_clock(resumed) == without_clock(whole.summary)
     assert weights(folder) == weights(whole.folder)
 
@@ -130,9 +130,10 @@ def test_resumed_float32_run_matches_an_uninterrupted_one(
 
 @pytest.fixture
 def scaled_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use float16 as on an older GPU, computed on the CPU, where accelerate does not scale the loss itself.
+    """Use float16 as on an older GPU, but computed on the CPU, where accelerate does not scale the loss itself.
 
-    The scale begins so high that steps are skipped, and grows after two steps, so a resumed run must restore the scale.
+    The loss scale starts so high that steps are skipped, and grows after two steps, so that a resumed run
+    must restore it.
     """
     original = Accelerator.__init__
 
@@ -146,7 +147,7 @@ def scaled_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def left_out(folder: Path, step: int) -> list[int]:
-    """Return the steps up to a checkpoint whose gradients were not finite."""
+    """Return the steps, up to a checkpoint, whose gradients were not finite."""
     path = CheckpointFolder(folder / "checkpoints", 2).at(step) / "trainer_state.json"
     history = json.loads(path.read_text("utf-8"))["log_history"]
     return [entry["step"] for entry in history if not math.isfinite(entry.get("grad_norm", 0.0))]
@@ -316,7 +317,7 @@ for line in sys.stdin:
 
 
 def files(folder: Path) -> set[str]:
-    """Return all paths in a folder from which files may disappear meanwhile."""
+    """Return all paths in a folder from which files may disappear while it is read."""
     return {os.path.join(root, name) for root, folders, names in os.walk(folder) for name in (*folders, *names)}
 
 

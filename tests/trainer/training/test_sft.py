@@ -1,4 +1,4 @@
-"""Training: learnt tokens, rejected data, and equality of the cheap and the full loss."""
+"""Tests training: learned tokens, rejected data, and that the cheap loss equals the full loss."""
 
 from functools import cached_property
 from pathlib import Path
@@ -101,7 +101,7 @@ def test_adapters_trained_with_different_seeds_differ(
 
 
 def heldout_losses(summary: TrainingSummary) -> dict[int, float]:
-    """Return the held-out loss of the trained weights by step."""
+    """Return the held-out losses of the trained weights, keyed by step."""
     points = (point for point in summary.points if point.step > 0)
     return {point.step: point.heldout_loss for point in points if point.heldout_loss is not None}
 
@@ -147,7 +147,7 @@ def test_answer_is_trained_on_including_its_end_token() -> None:
 
 
 def learnt_rows(messages: list[dict[str, Any]], template: str = CHAT_TEMPLATE) -> list[list[str]]:
-    """Return the learnt texts of each row."""
+    """Return the learned texts of each row."""
     tokenizer = make_tokenizer(template)
     example = parse_example({"messages": messages})
     [rows] = tokenize_turns(tokenizer, [example], {tokenizer.eos_token_id}, {})
@@ -250,7 +250,7 @@ def test_stop_tokens_include_those_in_the_generation_config(tiny_base: Path, tmp
 
 @st.composite
 def batches(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw right-padded rows with a common prefix, each with an answer at its end."""
+    """Draw right-padded rows with a common prefix, each of which ends with an answer."""
     tokens = st.integers(0, 49)
     prefix = draw(st.lists(tokens, max_size=24))
     row = st.tuples(st.lists(tokens, min_size=1, max_size=6), st.lists(tokens, min_size=1, max_size=4))
@@ -265,7 +265,7 @@ def batches(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def whole_loss(model: PreTrainedModel, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return the textbook loss: logits at every position, padding masked only by the labels."""
+    """Return the textbook loss, with logits at every position and padding masked only by the labels."""
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     return torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
@@ -477,7 +477,7 @@ def test_common_prefix_is_not_split_off_with_embedding_noise(
 def test_packed_examples_do_not_attend_to_each_other_in_a_mixture_of_experts(
     examples: list[ChatExample], tmp_path: Path
 ) -> None:
-    """A mixture's loss is TRL's, which adds the router's loss; here the router's loss has weight 0."""
+    """An MoE model uses TRL's loss, which adds the router's loss. Here the router's loss has weight 0."""
     tokenizer, shape = make_tokenizer(), SHAPE | {"vocab_size": len(make_tokenizer())}
     router = {
         "num_experts": 4,

@@ -1,4 +1,4 @@
-"""Trials give the result of a separate training, whatever was trained in the process before."""
+"""Tests that trials give the result of a separate training, whatever the process trained before."""
 
 import os
 import signal
@@ -131,7 +131,7 @@ def test_base_is_loaded_once_for_all_trials(attempt: Try, monkeypatch: pytest.Mo
 
 
 class Stop(Exception):
-    """Raised by a report to end a trial."""
+    """Raised by a report to stop a trial."""
 
 
 def test_trial_ends_when_its_report_callback_raises(attempt: Try) -> None:

@@ -1,4 +1,4 @@
-"""The configuration of the receiver, and the log lines about it."""
+"""Tests the configuration of the trace receiver and the log lines about it."""
 
 import logging
 

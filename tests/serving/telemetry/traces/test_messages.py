@@ -1,4 +1,4 @@
-"""Prompts of every route in the one format of the conventions."""
+"""Tests that prompts of every route are converted to the format of the OpenTelemetry conventions."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""Sending spans: the limits of the queue, and the spans beyond them."""
+"""Tests sending spans: the limits of the queue, and what happens to spans beyond them."""
 
 import logging
 import string
@@ -27,11 +27,11 @@ Headers = list[tuple[bytes, bytes]]
 
 
 class GatedExporter(SpanExporter):
-    """An exporter that accepts batches when its gate is open.
+    """An exporter that accepts batches only while its gate is open.
 
     Attributes:
-        gate: the exporter waits for it.
-        taken: names and attributes of all spans.
+        gate: event that the exporter waits for.
+        taken: names and attributes of all exported spans.
     """
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class GatedExporter(SpanExporter):
 
 
 class Sent:
-    """Traces to a gated exporter, with their reports."""
+    """Traces that send to a gated exporter, together with their reports."""
 
     def __init__(self, **limits: int) -> None:
         self.exporter = GatedExporter()

@@ -1,4 +1,4 @@
-"""With a base model's folder, lengths are in its tokens, using its chat template."""
+"""Tests that lengths are in a base model's tokens, using its chat template, when its folder is given."""
 
 import json
 from pathlib import Path

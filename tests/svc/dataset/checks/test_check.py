@@ -1,4 +1,4 @@
-"""The check reports every line that cannot be trained on, and no other line."""
+"""Tests that the check reports every line that cannot be trained on, and no other line."""
 
 import json
 from pathlib import Path

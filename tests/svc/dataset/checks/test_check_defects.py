@@ -1,4 +1,4 @@
-"""Every defect is reported in every format at its line, and good lines are not reported."""
+"""Tests that every defect is reported in every format at its line, and that good lines are not reported."""
 
 import json
 import random
@@ -35,17 +35,17 @@ few = settings(
     max_examples=max(1, min(6, settings().max_examples // 8)),
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-"""Of each defect in each format; one in `make test-fast`."""
+"""Number of generated cases of each defect in each format; one case in `make test-fast`."""
 seeds = st.integers(0, 2**32).map(random.Random)
 formats = pytest.mark.parametrize(
     "form", [pytest.param(form, marks=[] if form is Format.CHAT else pytest.mark.slow) for form in TEXT_FORMATS]
 )
 READ_BY_FORMAT = {Code.WRONG_CONTENT, Code.MIXED_FORMATS}
-"""Defects that each format's reader reports; the others are found in the line or in the text that was read."""
+"""Defects that each format's reader reports. All others are found in the line or in the text read from it."""
 
 
 def defects() -> Iterator[object]:
-    """Yield what a reader reports with every format, and each other defect with the next format."""
+    """Yield each reader defect with every format, and each other defect with the next format in turn."""
     turn = cycle(TEXT_FORMATS)
     for name, code, damage in DEFECTS:
         for form in TEXT_FORMATS if code in READ_BY_FORMAT else [next(turn)]:
@@ -54,7 +54,7 @@ def defects() -> Iterator[object]:
 
 
 def found(path: Path, lines: Iterable[bytes], heldout: Iterable[bytes] = ()) -> dict[int, set[Code]]:
-    """Return the problems of each line that has any."""
+    """Return the problems of each line that has any, keyed by line number."""
     path.write_bytes(b"".join(line + b"\n" for line in lines))
     kept_back = path.with_name("heldout.jsonl")
     kept_back.write_bytes(b"".join(line + b"\n" for line in heldout))

@@ -1,4 +1,4 @@
-"""Memory of a check is that of its table of lines, not of the file: a million lines (1 GB) stay under 512 MiB."""
+"""Tests that a check's memory depends on its line table: a million lines (1 GB) stay under 512 MiB."""
 
 import json
 import random
@@ -19,7 +19,7 @@ print(report.lines, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 def write_examples(path: Path, lines: int) -> None:
-    """Write examples of one kilobyte, all of them different."""
+    """Write distinct examples of one kilobyte each."""
     numbers = random.Random(0)
     with path.open("w", encoding="utf-8") as file:
         for _ in range(lines):
@@ -29,7 +29,7 @@ def write_examples(path: Path, lines: int) -> None:
 
 
 def peak_memory(path: Path, lines: int) -> int:
-    """Return the peak memory in bytes of a process that checks such a file."""
+    """Return the peak memory, in bytes, of a process that checks such a file."""
     write_examples(path, lines)
     done = subprocess.run([sys.executable, "-c", _MEASURED, str(path)], capture_output=True, text=True, check=True)
     counted, peak = done.stdout.split()

@@ -1,4 +1,4 @@
-"""Answers unlike the others to the same task are reported, and good ones are not."""
+"""Tests that answers unlike the other answers to the same task are reported, and that good answers are not."""
 
 import random
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ def example(answer: str, system: str = "", around: str = "{}") -> ChatExample:
 
 
 def odd(examples: Sequence[ChatExample]) -> dict[int, Code]:
-    """Return the places of the unusual answers."""
+    """Return the positions and problem codes of the unusual answers."""
     builder = LineTableBuilder()
     for number, one in enumerate(examples):
         builder.add(0, number, one, look_at_answer(one))
@@ -37,14 +37,14 @@ def odd(examples: Sequence[ChatExample]) -> dict[int, Code]:
 
 
 def labelled(counts: dict[str, int], system: str = "", around: str = "{}") -> list[ChatExample]:
-    """Return the given numbers of examples of each answer, shuffled."""
+    """Return the given number of examples for each answer, shuffled."""
     answers = [answer for answer, count in counts.items() for _ in range(count)]
     random.Random(1).shuffle(answers)
     return [example(answer, system, around) for answer in answers]
 
 
 def odd_labels(counts: dict[str, int], system: str = "", around: str = "{}") -> set[str]:
-    """Return the reported answers."""
+    """Return the answers that are reported as unusual."""
     examples = labelled(counts, system, around)
     places = odd(examples)
     assert all(code is Code.LABEL_NOT_IN_SET for code in places.values())

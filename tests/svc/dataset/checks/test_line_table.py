@@ -1,4 +1,4 @@
-"""The stored facts of each example."""
+"""Tests the facts that are stored about each example."""
 
 from svc.dataset.checks.line_table import LineTableBuilder
 from tests.svc.chats import chat

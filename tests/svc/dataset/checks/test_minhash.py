@@ -1,4 +1,4 @@
-"""Near duplicates follow their definition, whatever the number of texts."""
+"""Tests that near duplicates follow their definition, whatever the number of texts."""
 
 import random
 
@@ -30,7 +30,7 @@ def similarity(pair: Pair) -> float:
 
 
 def pairs(count: int) -> list[Pair]:
-    """Return texts and copies with some replaced words."""
+    """Return texts paired with copies in which some words are replaced."""
     chance, made = random.Random(1), []
     for _ in range(count):
         words = [f"w{chance.randrange(10**6)}" for _ in range(chance.randint(60, 120))]

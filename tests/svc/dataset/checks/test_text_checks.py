@@ -1,4 +1,4 @@
-"""Doubtful texts are reported, and texts that only look doubtful are not."""
+"""Tests that doubtful texts are reported, and that texts that only look doubtful are not."""
 
 import time
 from itertools import product
@@ -103,7 +103,7 @@ SENTENCES = {
 
 
 def garbled(text: str) -> str:
-    """Return UTF-8 decoded as Windows-1252, its five undefined bytes as in Latin-1."""
+    """Return UTF-8 decoded as Windows-1252, with its five undefined bytes decoded as Latin-1."""
     return "".join(bytes([byte]).decode("cp1252", "ignore") or chr(byte) for byte in text.encode())
 
 

@@ -1,4 +1,4 @@
-"""Every format becomes the same chat example; other values are rejected with the name of the field."""
+"""Tests that every format becomes the same chat example, and that errors name the invalid field."""
 
 import json
 from pathlib import Path
@@ -122,7 +122,7 @@ def test_sharegpt_calls_become_tool_calls() -> None:
 
 
 BESIDE = (Format.CHAT, Format.SHAREGPT, Format.ALPACA, Format.PROMPT_COMPLETION)
-"""Formats with a key for it; in those of OpenAI's evals it is a turn."""
+"""Formats with a separate key for the system prompt. In OpenAI evals formats, the system prompt is a turn."""
 
 
 @pytest.mark.parametrize("form", BESIDE)

@@ -1,4 +1,4 @@
-"""Every file type gives the same examples, and damage is reported at its line."""
+"""Tests that every file type yields the same examples, and that damage is reported at its line."""
 
 import bz2
 import csv

@@ -1,4 +1,4 @@
-"""Results of OpenAI's evals become chat examples; rows with an ambiguous question or answer are rejected."""
+"""Tests that OpenAI evals results become chat examples, unless their question or answer is ambiguous."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Promptfoo's tests become examples, templates run no code, and invalid tests are reported by their line."""
+"""Tests that Promptfoo tests become examples, templates run no code, and errors name the invalid line."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A data file is read line by line; any bytes become examples or reports."""
+"""Tests that a data file is read line by line, with any bytes becoming examples or reports."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""A source becomes files: one file, those of a folder, or those of a hub dataset."""
+"""Tests that a source is resolved to files: a single file, a folder's files, or those of a hub dataset."""
 
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def test_folder_examples_are_read_in_file_order(tmp_path: Path) -> None:
 
 
 class Hub:
-    """Replacement of `snapshot_download` that records its arguments."""
+    """Replacement for `snapshot_download` that records its arguments."""
 
     def __init__(self, folder: Path, error: Exception | None = None) -> None:
         self.folder = folder

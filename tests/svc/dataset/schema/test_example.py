@@ -1,4 +1,4 @@
-"""Valid chat examples, and the errors of other values."""
+"""Tests valid chat examples, and the errors for other values."""
 
 from typing import Any
 

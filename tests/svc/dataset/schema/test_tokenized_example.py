@@ -1,4 +1,4 @@
-"""Token ids of examples round-trip through a file, and other files are reported."""
+"""Tests that token ids of examples survive a round trip through a file, and that other files are reported."""
 
 from pathlib import Path
 

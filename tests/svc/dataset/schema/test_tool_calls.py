@@ -1,4 +1,4 @@
-"""Tools have the form of OpenAI's API; every call has an answer and every answer a call."""
+"""Tests that tools have the form of OpenAI's API, with an answer to every call and a call for every answer."""
 
 import json
 import time
@@ -20,14 +20,14 @@ FUNCTION = {"name": "rain", "description": "Tells it.", "parameters": {"type": "
 
 
 def calling(*ids: str | None, **more: Any) -> dict[str, Any]:
-    """Return an assistant turn with a call for each id."""
+    """Return an assistant turn with one call per id."""
     function = {"name": "rain", "arguments": "{}", **more}
     calls = [{"type": "function", "function": function} | ({"id": name} if name else {}) for name in ids]
     return {"role": "assistant", "content": None, "tool_calls": calls}
 
 
 def giving(identity: str | None = None) -> dict[str, Any]:
-    """Return a tool turn."""
+    """Return a tool turn that answers a call."""
     return turn("tool", "dry") | ({"tool_call_id": identity} if identity else {})
 
 

@@ -1,4 +1,4 @@
-"""Texts without visible characters are blank, and texts that look the same are equal."""
+"""Tests that texts without visible characters are blank, and that texts that look the same are equal."""
 
 import unicodedata
 

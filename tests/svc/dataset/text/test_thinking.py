@@ -1,4 +1,4 @@
-"""An answer is compared without the thinking before it."""
+"""Tests that an answer is compared without the thinking that precedes it."""
 
 import pytest
 

@@ -9,6 +9,6 @@ import pytest
 
 @pytest.fixture
 def socket() -> Iterator[Path]:
-    """Return a short path for an engine's socket: the path of a unix socket has at most 107 bytes."""
+    """Yield a short path for an engine's socket, because a Unix socket path is limited to 107 bytes."""
     with tempfile.TemporaryDirectory(prefix="svc") as folder:
         yield Path(folder) / "engine.sock"

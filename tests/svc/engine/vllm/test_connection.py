@@ -1,4 +1,4 @@
-"""Whatever an engine does with a request, its answer is complete or an error, and no connection leaks."""
+"""Tests that every response is complete or an error, and no connection leaks, whatever an engine does."""
 
 import asyncio
 from pathlib import Path
@@ -180,7 +180,7 @@ class TestArrival:
 
 
 class Wire(asyncio.Transport):
-    """Transport that discards written data."""
+    """A transport that discards written data."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -194,7 +194,7 @@ class Wire(asyncio.Transport):
         self._closing = True
 
     def is_closing(self) -> bool:
-        """Return whether the transport was closed."""
+        """Return whether the transport has been closed."""
         return self._closing
 
 
@@ -223,12 +223,12 @@ async def test_connection_lost_before_a_request_raises_error_immediately() -> No
 
 
 def cut(data: bytes, at: list[int]) -> list[bytes]:
-    """Return the data in pieces."""
+    """Split the data at the given positions."""
     return [data[start:end] for start, end in zip([0, *at], [*at, len(data)], strict=True)]
 
 
 async def answer_of(pieces: list[bytes]) -> bytes:
-    """Return the body of an answer that arrives in these pieces, read on arrival."""
+    """Return the body of a response that arrives in these pieces and is read on arrival."""
     connection = EngineConnection(10, set())
     connection.connection_made(Wire())
     asking = asyncio.ensure_future(connection.ask(b""))

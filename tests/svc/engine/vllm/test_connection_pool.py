@@ -1,4 +1,4 @@
-"""Requests share connections; a broken one loses no request, and no data of one request reaches another."""
+"""Tests that requests share connections, survive broken ones, and never see each other's data."""
 
 import asyncio
 import socket as sockets

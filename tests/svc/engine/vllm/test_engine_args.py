@@ -1,4 +1,4 @@
-"""Users' arguments for vLLM are found in every spelling that vLLM accepts."""
+"""Tests that users' vLLM arguments are found in every spelling that vLLM accepts."""
 
 import pytest
 from hypothesis import given as over

@@ -1,4 +1,4 @@
-"""An engine inherits the variables that its libraries read, and no secrets."""
+"""Tests that an engine inherits the environment variables its libraries read, but no secrets."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The engine's socket is in a folder that no other user can enter."""
+"""Tests that the engine's socket is in a folder that no other user can enter."""
 
 import os
 import tempfile

@@ -1,4 +1,4 @@
-"""A second engine is started only if the memory suffices for its weights, one sequence and the engine itself."""
+"""Tests that a second engine starts only with enough memory for its weights, one sequence and itself."""
 
 import json
 from dataclasses import replace
@@ -21,7 +21,7 @@ ENGINE = 2 * GIB
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """Return a model of 3 GiB that uses no space on disk."""
+    """Return a 3 GiB model that takes no space on disk."""
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.truncate(3 * GIB)

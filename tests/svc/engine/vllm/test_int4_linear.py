@@ -1,4 +1,4 @@
-"""The 4-bit kernel: outputs equal those of the dequantized weights, for all groups, after each load."""
+"""Tests the 4-bit kernel: outputs equal those of the dequantized weights, for all groups and every load."""
 
 from dataclasses import replace
 from importlib import import_module
@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 pytestmark = pytest.mark.slow  # vLLM's import takes some ten seconds
 
 WRITTEN = (32, 64, 128, -1)
-"""Groups that this project's quantizer writes, and one for the whole channel."""
+"""Group sizes that this project's quantizer writes, plus the one for whole channels."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _vllm() -> None:
-    """Import vLLM before hypothesis measures time."""
+    """Import vLLM before hypothesis starts measuring time."""
     import_module("svc.engine.vllm.int4_linear")
 
 
@@ -44,7 +44,7 @@ class Layer:
         self.load(seed)
 
     def load(self, seed: int) -> None:
-        """Load as vLLM does at a start and at a reload in place: parameters in GPTQ's layout, then the kernel's."""
+        """Load as vLLM does at a start and at an in-place reload: parameters in GPTQ's layout, then the kernel's."""
         import torch
 
         random = torch.Generator().manual_seed(seed)
@@ -63,7 +63,7 @@ class Layer:
         self.kernel.process_weights_after_loading(self.module)
 
     def check(self, rows: int, bias: Any = None) -> None:
-        """Check that outputs differ from those of the float32 weights by no more than rounding to bfloat16 explains."""
+        """Check that the outputs differ from those of the float32 weights by no more than bfloat16 rounding."""
         import torch
 
         x = torch.randn(rows, self.inputs, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""How the engine is started: what it may load, where it listens, and its arguments for the machine."""
+"""Tests how the engine is started: what it may load, where it listens, and its arguments for the machine."""
 
 import json
 import os
@@ -107,7 +107,7 @@ def test_engine_without_adapter_slots_accepts_no_adapters(tmp_path: Path) -> Non
 
 
 def idle(folder: Path, **settings: Any) -> EngineSpec:
-    """Return the specification for a model with an idle time."""
+    """Return the engine specification for a model with an idle time."""
     return replace(spec(folder, **settings), idles=True)
 
 

@@ -1,4 +1,4 @@
-"""How an engine with adapter slots is started, and that one without is started as before."""
+"""Tests how an engine with adapter slots is started, and that an engine without slots starts as before."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Choices for an engine: the user's first, then those for machine and model, within the available resources."""
+"""Tests engine choices: the user's first, then those for machine and model, within available resources."""
 
 from contextlib import nullcontext
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The plugin does nothing in a vLLM that was started by others."""
+"""Tests that the plugin does nothing in a vLLM that was not started by this project."""
 
 import io
 import logging
@@ -33,7 +33,7 @@ def test_plugin_imports_nothing_in_vllm_started_outside_our_server(value: str | 
 
 @pytest.fixture
 def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Set the variable of an engine that we started."""
+    """Set the environment variable of an engine started by this project."""
     factory = logging.getLogRecordFactory()
     monkeypatch.setenv(QUIET_VARIABLE, "1")
     register()
@@ -43,7 +43,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def logged(name: str) -> str:
-    """Return the log output of an error."""
+    """Return the log output for an error."""
     written = io.StringIO()
     logger = logging.Logger(name)  # not shared, because other tests may have silenced it
     logger.addHandler(logging.StreamHandler(written))

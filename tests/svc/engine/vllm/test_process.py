@@ -1,4 +1,4 @@
-"""An engine process is ready when it answers, reports the reason when it does not, and is never left behind."""
+"""Tests that an engine process is ready when it responds, reports why if not, and is never left behind."""
 
 import asyncio
 import json
@@ -59,14 +59,14 @@ Start = Callable[..., EngineProcess]
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """Return a folder with a short path, for a socket."""
+    """Yield a folder with a path short enough for a socket."""
     with TemporaryDirectory(prefix="svc") as name:
         yield Path(name)
 
 
 @pytest.fixture
 async def engine_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Start]:
-    """Return a function that creates an engine in a mode of the fake server; all are stopped after the test."""
+    """Yield a function that creates an engine in a mode of the fake server. All engines are stopped at the end."""
     made: list[EngineProcess] = []
     monkeypatch.setattr(process_module, "_POLL_S", 0.02)
 
@@ -111,7 +111,7 @@ def child_of(engine: EngineProcess) -> int:
 
 @contextmanager
 def no_descriptors_left() -> Iterator[None]:
-    """Let this process open no files in the body."""
+    """Prevent this process from opening files while the context is active."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 256), hard))
     opened = []

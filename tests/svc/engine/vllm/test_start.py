@@ -1,4 +1,4 @@
-"""The start of vLLM: a new process has its imports already, and the environment of the process that requests it."""
+"""Tests vLLM's start: a new process has its imports loaded, and gets the environment of its requester."""
 
 import json
 import os
@@ -35,7 +35,7 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def seen(tmp_path: Path) -> dict[str, Any]:
-    """Return what a process sees that a started module requests."""
+    """Return what an engine process observes when a started module requests it."""
     (tmp_path / "entry.py").write_text(ENTRY)
     (tmp_path / "heavy.py").touch()
     code = "from svc.engine.vllm.start import start; start('entry', ['heavy', 'of_another_release'])"

@@ -1,4 +1,4 @@
-"""The phase of a start is the latest one in the engine's log."""
+"""Tests that the startup phase is the latest one found in the engine's log."""
 
 from pathlib import Path
 

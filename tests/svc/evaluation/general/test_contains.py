@@ -1,4 +1,4 @@
-"""An accepted text counts anywhere in an answer, but only as complete words."""
+"""Tests that an accepted text counts anywhere in an answer, but only as complete words."""
 
 import pytest
 from hypothesis import given

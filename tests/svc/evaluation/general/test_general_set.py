@@ -1,4 +1,4 @@
-"""The general questions: the shipped set is valid, and a user's own set is read."""
+"""Tests the general questions: the shipped set is valid, and a user's own set can be read."""
 
 import json
 from collections import Counter
@@ -19,7 +19,7 @@ HALF = len(SHIPPED.examples) // 2
 
 
 def right(questions: GeneralSet, answers: list[str]) -> list[float]:
-    """Return the score of each answer."""
+    """Return the score of each answer to the questions."""
     given = answered([(answer, "any") for answer in answers])
     return Contains(questions.accepted).score(Answered(questions.examples, given.results))
 

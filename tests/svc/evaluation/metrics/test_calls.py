@@ -1,4 +1,4 @@
-"""Answers that call tools are right if they call the reference's tools with equal arguments."""
+"""Tests that answers with tool calls are right if they call the reference's tools with equal arguments."""
 
 import json
 from typing import Any

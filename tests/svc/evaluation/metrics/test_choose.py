@@ -1,4 +1,4 @@
-"""Metrics follow from the task, unless the recipe selects others."""
+"""Tests that metrics follow from the task unless the recipe selects other metrics."""
 
 import json
 from importlib.metadata import EntryPoint, EntryPoints
@@ -37,7 +37,7 @@ def test_call_metrics_are_added_to_text_metrics_when_few_references_call_tools()
 
 
 class Own(ExactMatch):
-    """Metric that a package provides."""
+    """A metric provided by a package."""
 
     name = "own"
     title = "own"

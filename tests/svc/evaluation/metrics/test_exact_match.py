@@ -1,4 +1,4 @@
-"""An answer equals the reference, or it does not."""
+"""Tests whether an answer equals its reference."""
 
 import pytest
 

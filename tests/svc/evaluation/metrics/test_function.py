@@ -1,4 +1,4 @@
-"""A user's function scores answers in its own process; every failure is an error that names the function."""
+"""Tests that a user's function scores answers in its own process, and that its failures name the function."""
 
 import time
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""JSON answers are compared field by field, and with the schema of the references."""
+"""Tests that JSON answers are compared field by field and with the schema of the references."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Accuracy and macro-F1 equal scikit-learn's on the same labels."""
+"""Tests that accuracy and macro-F1 equal scikit-learn's results on the same labels."""
 
 import time
 

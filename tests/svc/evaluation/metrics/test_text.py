@@ -1,4 +1,4 @@
-"""ROUGE, chrF, perplexity and length equal those of their libraries and formulas."""
+"""Tests that ROUGE, chrF, perplexity and length equal the results of their libraries and formulas."""
 
 import math
 from statistics import fmean

@@ -1,4 +1,4 @@
-"""Valid and invalid JSON."""
+"""Tests valid and invalid JSON answers."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""Content of each figure."""
+"""Tests the content of each figure."""
 
 import math
 import re
@@ -18,14 +18,14 @@ from tests.svc.report.judged_versions import curve
 
 
 def label_of(svg: str | None) -> str:
-    """Return the text alternative of a figure."""
+    """Return the text alternative of an SVG figure."""
     assert svg is not None
     [found] = re.findall('aria-label="([^"]*)"', svg)
     return str(found)
 
 
 def row(name: str, value: float, unit: Unit = Unit.SHARE, better: Better = Better.HIGHER) -> MetricRow:
-    """Return a metric of two models."""
+    """Return a metric row comparing two models."""
     estimate = Interval(value=value, low=value * 0.9, high=value * 1.1)
     return MetricRow(name, name, unit, better, {BASE: estimate, "gptq": estimate}, {})
 

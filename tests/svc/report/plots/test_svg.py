@@ -1,4 +1,4 @@
-"""Figures that inherit their colours from the page."""
+"""Tests that figures inherit their colours from the page."""
 
 import re
 import xml.etree.ElementTree as ElementTree
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def drawn(label: str = "some", name: str = "test") -> str:
-    """Return a figure with a line in each colour."""
+    """Return a figure with one line in each colour."""
 
     def draw(figure: "Figure") -> None:
         axes = figure.subplots()
