@@ -62,7 +62,7 @@ print("missing:", *(part for part in sys.argv[1:] if not found(part)))
 
 @pytest.mark.slow
 def test_every_documented_private_api_exists_in_the_installed_releases() -> None:
-    """In a process of its own, because gptqmodel changes the one that it is loaded in."""
+    """Runs in a separate process, because gptqmodel changes the process that imports it."""
     done = subprocess.run([sys.executable, "-c", FIND, *PARTS], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines()[-1] == "missing:", "a release has changed what docs/dependencies.md says we use"

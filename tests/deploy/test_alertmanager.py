@@ -124,7 +124,7 @@ def test_disk_and_training_alerts_are_not_inhibited_when_server_is_down(
 
 @pytest.mark.slow
 def test_ticket_severity_alerts_never_inhibit_a_page(inhibited: Send) -> None:
-    """Each page fires together with all tickets and with its own labels, so that no page is the cause of another."""
+    """Each page fires together with all tickets and with its own labels, so that no page causes another."""
     pages = [name for name, rule in ALERTS.items() if rule["labels"]["severity"] == "page"]
     tickets = ALERTS.keys() - pages
     fired = [

@@ -54,7 +54,7 @@ def test_only_tested_uvicorn_releases_are_allowed() -> None:
 
 @pytest.mark.matrix
 def test_all_gpu_packages_are_on_pypi() -> None:
-    """Ignores this machine's pip settings: a folder of CPU builds once hid that the GPU set could not be installed."""
+    """Ignores this machine's pip settings. A folder of CPU builds once hid that the GPU set did not install."""
     names = ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL", "PIP_CONSTRAINT")
     environment = {name: value for name, value in os.environ.items() if name not in names}
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet"]

@@ -86,7 +86,7 @@ def test_adapter_is_loaded_on_first_use(
 def test_each_adapter_name_answers_like_its_merged_version(
     instance: Instance, merged: Texts, own: Texts, report: Report
 ) -> None:
-    """Merged weights are rounded to 16 bits, an adapter's contribution is not, so late tokens may differ."""
+    """Late tokens may differ: merged weights are rounded to 16 bits, and an adapter's contribution is not."""
     assert instance.answers("tiny") == own[ONE]
     for version, texts in merged.items():
         same = [one == other for one, other in zip(own[version], texts, strict=True)]
@@ -97,7 +97,7 @@ def test_each_adapter_name_answers_like_its_merged_version(
 
 
 def test_adapter_scores_prompts_while_requests_run(instance: Instance, own: Texts, report: Report) -> None:
-    """These requests crashed vLLM on a CPU before the output layer was excluded."""
+    """Such requests crashed vLLM on a CPU before the output layer was excluded."""
     (number,) = instance.engines_by_replica()
     examples = read_examples(DATA / "heldout.jsonl")[:24]
 

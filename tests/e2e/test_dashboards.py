@@ -245,10 +245,10 @@ NOT_HERE = re.compile(r"svc_(certificate|key|backup)_|svc_training_|DCGM_")
 
 @pytest.mark.parametrize("rule", rules("alert"), ids=lambda rule: rule["alert"])
 def test_every_alert_expression_reads_existing_data(watched: Watched, rule: dict[str, Any]) -> None:
-    """With `bool`, a false comparison gives 0 instead of nothing, so an empty result means missing data.
+    """With `bool`, a false comparison gives 0 instead of no result, so an empty result means missing data.
 
     An exception after `unless` becomes an alternative, because with `bool` it would remove everything.
-    A subquery of full hours reads every scrape here, since this Prometheus is younger than an hour.
+    A subquery of full hours reads every scrape here, since this Prometheus is less than an hour old.
     """
     expression = re.sub(r"\bunless\b", "or", rule["expr"]).replace(":1h]", ":15s]")
     expression, comparisons = _COMPARISON.subn(r" \1 bool ", expression)
@@ -306,7 +306,7 @@ def test_metric_exemplars_point_to_stored_requests(watched: Watched) -> None:
 
 
 def test_latency_percentiles_match_the_stored_requests(watched: Watched) -> None:
-    """Within the sketch's 1 %, at the rank q(n-1) rounded down of the stored rows."""
+    """They must agree within the sketch's 1 %, at rank q(n-1) of the stored rows, rounded down."""
     answered = select(RequestRow.seconds).where(RequestRow.number == 1, RequestRow.status < 400)
     with Session(open_database(watched.server.home)) as session:
         seconds = sorted(session.scalars(answered))

@@ -130,7 +130,7 @@ def test_next_server_adopts_engines_of_both_models_after_server_is_killed(instan
 
 @pytest.mark.matrix
 def test_extra_model_without_requests_costs_little_cpu_time(instance: Instance, report: Report) -> None:
-    """Reports the figure, and asserts that it is a small part of the server's own."""
+    """Reports the CPU time, and asserts that it is a small part of the server's own."""
 
     def at_rest() -> tuple[float, int]:
         process: psutil.Process = instance.process()

@@ -62,7 +62,7 @@ def test_next_server_adopts_engines_that_the_last_server_left_running(instance: 
 
 
 def test_blue_green_swap_under_load_delays_no_request(instance: Instance, report: Report) -> None:
-    """The format changes: the kernels differ, so the answers may differ too, and only need to be complete."""
+    """The format changes, and with it the kernels, so the answers may differ and only need to be complete."""
     old = instance.engines()
     with Load(instance.url, "tiny", instance.prompts, streams=2) as load:
         load.wait_for(4)

@@ -116,7 +116,7 @@ def test_held_out_run_reproduces_the_results_from_registration(server: Server, r
 
 
 def test_live_answer_gets_the_engines_score_of_its_text(server: Server) -> None:
-    """It differs from the registration's: the model's random answers are tokenized differently than generated."""
+    """It differs from the registered score, because the model's random answers are re-tokenized differently."""
     registered = Registry.of(Settings(home=server.home)).results(VersionId("tiny", 1), Format.GPTQ)
     messages: Any = server.prompts[0]
     raw = server.client.chat.completions.with_raw_response.create(
@@ -147,7 +147,7 @@ def _wait_for(find: Callable[[], Found | None], timeout_s: float = 120) -> Found
 
 
 def test_held_out_training_loss_equals_likelihood_on_the_engine(server: Server, report: Report) -> None:
-    """The tokens and weights of the examples are the same; only the engines' rounding differs."""
+    """The tokens and weights of the examples are the same, and only rounding in the engines differs."""
     manifest = Registry.of(Settings(home=server.home)).manifest(VersionId("tiny", 1))
     evaluation, parity = manifest.formats[Format.MERGED].evaluation, manifest.parity
     assert evaluation is not None

@@ -164,7 +164,7 @@ def test_json_schemas_multiple_choices_and_logprobs_are_supported(server: Server
 
 
 def test_engine_stops_generating_when_client_disconnects(server: Server, engine: httpx.Client) -> None:
-    """The engine would generate 800 tokens; the server's own concurrent requests take fewer."""
+    """The engine would otherwise generate 800 tokens. The server's own concurrent requests generate fewer."""
     body = {"model": "tiny", "input": "hi", "stream": True, "max_output_tokens": 800, "ignore_eos": True}
     before = generated(engine)
     with httpx.stream("POST", f"{server.url}/v1/responses", json=body, timeout=60) as answer:

@@ -269,7 +269,7 @@ def test_only_requests_on_a_killed_engine_fail(soaked: Soak, report: Report) -> 
 
 
 def test_no_request_is_sent_to_a_known_dead_engine(soaked: Soak) -> None:
-    """A killed engine cuts off its running requests and those that arrive before the first of these errors."""
+    """A killed engine fails its running requests and those that arrive before the first of these errors."""
     for kill in soaked.watched.kills:
         errors = [one for one in soaked.tally.errors if kill.covers(one.model, one.ended)]
         cut_off = [one for one in errors if one.code != "engine_unavailable"]

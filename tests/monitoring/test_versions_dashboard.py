@@ -92,7 +92,7 @@ def test_errors_of_another_version_do_not_count_on_the_dashboard(passes: Passes)
 
 
 def test_error_share_has_the_same_kind_of_interval_as_evaluations(passes: Passes) -> None:
-    """Increases are extrapolated, so there may be more errors than requests; the share is then 1."""
+    """Increases are extrapolated, so there may be more errors than requests. The share is then 1."""
     cases = []
     for side, version in VERSIONS.items():
         for errors, requests in ((0, 40), (3, 40), (40, 40), (5, 4)):
@@ -104,7 +104,7 @@ def test_error_share_has_the_same_kind_of_interval_as_evaluations(passes: Passes
 
 
 def test_p95_interval_matches_its_rank_for_values_in_one_bucket(passes: Passes) -> None:
-    """With one bucket from 0 to 1, a quantile is its own rank."""
+    """With a single bucket from 0 to 1, a quantile equals its rank."""
     histograms = {"Duration": "svc_request_duration_seconds", "First token": "svc_time_to_first_token_seconds"}
     cases = []
     for (panel, histogram), (side, version), count in product(histograms.items(), VERSIONS.items(), (6, 600)):

@@ -215,7 +215,7 @@ async def test_adapter_that_fails_its_probes_is_unloaded_without_answering(serve
 
 
 async def test_version_is_rejected_if_the_engine_does_not_apply_its_adapter(served: Control) -> None:
-    """The engine then answers like the base, which can be closer to the version than half a nat."""
+    """The engine then answers like the base, whose log-probabilities can be within half a nat of the version's."""
     versions(served, 4, probes_of=served.double.weights, noise=0.1)
     served.double._weights_of = lambda model: served.double.weights  # type: ignore[method-assign]
     async with served.client() as client:

@@ -287,7 +287,7 @@ async def test_metrics_of_each_model_have_its_name_as_label(two: Home) -> None:
 async def test_defective_component_of_a_model_is_restarted(
     two: Home, monkeypatch: pytest.MonkeyPatch, part: type, method: str
 ) -> None:
-    """Neither the server nor another model stops; the status shows the error."""
+    """Neither the server nor another model stops, and the status shows the error."""
     monkeypatch.setattr("serving.deployment._RESTART_PAUSE_S", 0.05)
     run, failures = getattr(part, method), [ZeroDivisionError("one"), ZeroDivisionError("two")]
 

@@ -210,7 +210,7 @@ async def test_response_with_a_secret_is_not_cached(client: httpx.AsyncClient) -
 
 
 async def test_nothing_can_be_changed_remotely_if_no_key_exists(home: Home) -> None:
-    """Nor by another user of the machine: the owner of the home creates the first key."""
+    """Another user of the machine cannot change anything either: the owner of the home creates the first key."""
     async with home.serving(f"{NAME}@1") as client:
         for path in ("/svc/keys", "/svc/promote"):
             assert (await client.post(path, json={})).status_code == 401

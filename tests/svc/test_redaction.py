@@ -152,7 +152,7 @@ def test_redaction_is_idempotent(text: str) -> None:
     "unit", ["a", "a.", "1", "1 ", "a@", "+1", "0", "(1", "- ", "a@b.", "00", "ts_", "ts_abcd0123_"]
 )
 def test_redaction_is_fast_for_any_text(unit: str) -> None:
-    """Ten times the text takes about ten times as long, not a hundred times."""
+    """Ten times the text takes about ten times as long, rather than a hundred times."""
 
     def seconds(length: int) -> float:
         text = (unit * length)[:length]

@@ -117,7 +117,7 @@ def test_feature_without_reference_values_gets_no_bets() -> None:
 
 
 def test_single_item_reference_gets_no_bets() -> None:
-    """Twice the upper share of one item exceeds 1."""
+    """Twice the upper share of a single item exceeds 1."""
     assert [feature_bets(reference) for reference in (of_numbers([1.0]), of_names(["a"]))] == [[], []]
 
 
@@ -144,7 +144,7 @@ def test_no_bet_set_covers_more_of_the_reference_than_half_its_bound(
 
 
 def test_new_category_hits_no_bet_if_all_reference_items_differ() -> None:
-    """For example system prompts that contain a date."""
+    """An example is system prompts that contain a date."""
     dated = Sample(50, {}, {"system_prompt": np.array([f"day {day}" for day in range(50)])})
     live = Sample(20, {}, {"system_prompt": np.array([f"day {day}" for day in range(50, 70)])})
     assert (hit_table(feature_bets(dated), live) != HIT).all()

@@ -131,7 +131,7 @@ def test_later_change_starts_another_alarm_while_one_is_active(check: Check, tra
 def test_conversation_turns_count_less_than_independent_requests(
     registry: Registry, check: Check, traffic: Traffic, store: Store
 ) -> None:
-    """In 800 turns of 16 long conversations, the topic of one of them is not a change of the traffic."""
+    """In 800 turns of 16 long conversations, the topic of a single conversation is not a change in traffic."""
     register(registry, 2, sample=ALIKE[:400])
     for start in range(0, 800, 50):
         traffic.ask(ALIKE[start % 400 : start % 400 + 50], conversation=f"Talk {start}", number=2)
@@ -228,7 +228,7 @@ def test_new_rows_are_compared_after_all_earlier_rows_were_deleted(
 def test_repeated_questions_are_not_drift_if_drift_sample_repeats_them_too(
     registry: Registry, check: Check, traffic: Traffic
 ) -> None:
-    """Repeated prompts count equally in the sample and in live traffic."""
+    """Repeated prompts count equally in the reference sample and in live traffic."""
     frequent, rare = ALIKE[:12], ALIKE[12:]
     generator = np.random.default_rng(5)
 
@@ -330,7 +330,7 @@ def test_signals_are_off_with_a_reason_if_version_has_no_text_space(
 def test_prompts_are_compared_even_if_version_has_no_stored_answers(
     registry: Registry, check: Check, traffic: Traffic, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For example of an adapter, whose registered answers are those of another format."""
+    """An example is an adapter whose registered answers are those of another format."""
     register(registry, 2)
 
     def results(registry: Registry, version: VersionId, format: Format) -> tuple[ExampleResult, ...]:
@@ -356,7 +356,7 @@ def test_version_with_few_examples_raises_an_alarm_only_on_a_change(
 def test_prompts_are_compared_with_drift_sample_and_answers_with_held_out_answers(
     registry: Registry, check: Check, traffic: Traffic
 ) -> None:
-    """The held-out prompts of this version differ from its traffic; its answers to them do not."""
+    """The held-out prompts of this version differ from its traffic, but its answers to them do not."""
     register(registry, 2, prompts=STRONG[:200], sample=ALIKE[:200])
     traffic.ask(ALIKE[200:300], number=2)
     reports = check(2)
@@ -372,7 +372,7 @@ def test_alarm_starts_if_traffic_matches_held_out_prompts_but_not_drift_sample(
 
 
 def test_drift_sample_is_redacted_like_live_prompts(registry: Registry, store: Store, traffic: Traffic) -> None:
-    """Live texts are redacted when they are stored, so the sample is redacted before the comparison."""
+    """Live texts are redacted when they are stored, so the reference sample is redacted before the comparison."""
     checks = DriftCheck(registry, store, RequestLogSettings(redact=("package",)), clock=lambda: traffic.now)
     system = system_prompt().replace("package", "[redacted]")
     traffic.ask([text.replace("package", "[redacted]") for text in ALIKE[:110]], system=system)

@@ -113,7 +113,7 @@ def test_dependence_of_64_is_assumed_while_all_items_are_from_one_burst(size: in
 
 
 def test_dependence_is_1_if_all_items_are_identical() -> None:
-    """A uniform stream has no runs: neighbours are as similar as any two items."""
+    """A uniform stream has no runs, so neighbours are as similar as any two items."""
     assert dependence(np.ones((SIZE, SIZE), np.float32), SIZE, one_each(), USUAL) == 1
 
 

@@ -92,7 +92,7 @@ def test_bet_limits_and_bounds_do_not_depend_on_the_item_itself(dependence: floa
 
 @pytest.mark.parametrize("dependence", [1, 5])
 def test_learned_set_changes_with_the_nearest_item_beyond_the_dependence(dependence: int) -> None:
-    """The control of the tests above."""
+    """Control for the tests above."""
     changes = 0
     for place in range(500, 540):
         changed = copy(SIMILAR)
@@ -127,7 +127,7 @@ def test_items_hit_learned_sets_more_often_than_bounds_after_topic_change() -> N
 
 
 def test_share_already_seen_in_earlier_items_is_within_the_second_bound() -> None:
-    """Long after a change, the share in the reference differs from the recent one."""
+    """Long after a change, the share in the reference differs from the recent share."""
     half_moved = draw_requests(3, 250, moved=2.0).prompts.followed_by(draw_requests(4, 250).prompts)
     mixed = half_moved.at(np.random.default_rng(1).permutation(500))
     bounds = learned(compare(mixed), range(480, 500))[1]

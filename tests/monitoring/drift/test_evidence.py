@@ -172,7 +172,7 @@ def test_false_alarm_rate_matches_threshold_for_runs_as_long_as_the_dependence()
 
 
 def test_treating_runs_as_independent_items_causes_too_many_false_alarms() -> None:
-    """The control: without this the test above could not fail."""
+    """Control without which the test above could not fail."""
     assert false_alarm_rate([0.1, 0.5], [0.1, 0.5], run=5) > 1 / THRESHOLD
 
 
@@ -285,6 +285,6 @@ def test_no_bets_produce_no_events() -> None:
 
 
 def test_alarm_dates_the_first_item_if_bets_restart_in_a_changed_stream() -> None:
-    """For example after a change was accepted: the positions of the stream continue."""
+    """An example is a change that was accepted: the positions of the stream continue."""
     watched = Watched(["one"], [BOUND], position=5_000).add(*[(HIT,)] * 20)
     assert [event.alarm.since for event in watched.events if event.alarm] == [5_001]

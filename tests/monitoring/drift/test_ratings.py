@@ -232,7 +232,7 @@ def test_report_states_that_no_answer_was_rated(people: People) -> None:
 
 
 def test_rating_alarm_ends_if_its_reference_is_lost(people: People) -> None:
-    """For example after a change of the state's format, for a version without earlier ratings."""
+    """An example is a change of the state's format for a version without earlier ratings."""
     people.give(*[False] * 20, *[True] * 20)
     assert people.check().status is Status.ALARM
     people.state, people.earlier, people.given = RatingState(), [], people.given[-20:]

@@ -112,7 +112,7 @@ async def test_background_request_is_cancelled_when_the_engine_stops() -> None:
 
 
 async def test_late_cancellation_has_no_effect_on_a_request_that_just_ended() -> None:
-    """A cancellation that comes too late must not affect what the task does next."""
+    """A late cancellation must not affect what the task does next."""
     for turns in range(6):
         admission, end = open_admission(), asyncio.Event()
 

@@ -464,7 +464,7 @@ async def test_status_shows_held_out_run_progress(make: Make) -> None:
 
 
 async def test_no_more_held_out_runs_start_after_three_killed_engines(make: Make) -> None:
-    """Otherwise each new engine would be killed by the run that its start begins."""
+    """Otherwise, each new engine would be killed by the held-out run that its start triggers."""
     control = make(answered=3)
 
     def kill_chats(path: str) -> None:
@@ -510,7 +510,7 @@ async def test_server_stops_immediately_during_a_held_out_run(home: Home) -> Non
 
 
 async def test_held_out_run_is_attributed_to_the_version_that_answered(make: Make) -> None:
-    """In a swap of two engines the first holds the new version long before that is in production."""
+    """In a swap of two engines, the first one loads the new version long before that version is in production."""
     control = make(answered=3, replicas=2, swap=SwapChoice.BLUEGREEN)
     async with control.run(), running(runs_of(control)):
         await until(lambda: len(control.pool.ready) == 2)

@@ -63,7 +63,7 @@ async def test_promotion_without_a_running_server_changes_nothing(home: Home) ->
 
 
 async def test_promotion_of_an_unserved_name_is_rejected(serving: Home) -> None:
-    """Even if it was served before: no server would carry the promotion out."""
+    """This holds even if the name was served before, because no server would carry out the promotion."""
     make_version(serving.registry, 1, name="other")
     change_desired(serving.store, None, Target(VersionId("other", 1), Format.MERGED), None)
     made = LocalAdministration.of(serving.settings)
@@ -86,7 +86,7 @@ async def test_second_of_two_concurrent_promotions_is_rejected(serving: Home, mo
 
 
 async def test_promotion_fails_if_superseded_before_the_server_saw_it(home: Home) -> None:
-    """The server saw only the newer one."""
+    """The server saw only the newer promotion."""
     seen = change_desired(home.store, None, target(1), None)
     begin_swap(home.store, Desired(target(3), target(2), seen.generation + 2))
     asked = VersionChange(target(2), target(1), seen.generation + 1)
@@ -161,7 +161,7 @@ async def test_reason_for_a_refused_swap_is_reported(serving: Home) -> None:
 
 
 async def test_swap_result_is_returned_if_swap_ended_before_the_first_check(home: Home) -> None:
-    """A swap that ends before the first check."""
+    """The swap is already finished when the client checks for the first time."""
     change_desired(home.store, None, target(1), None)
     wanted = Desired(target(2), target(1), 2)
     end_swap(home.store, begin_swap(home.store, wanted), SwapResult(SwapOutcome.SUCCEEDED))

@@ -256,7 +256,7 @@ async def cost(service: KeyedService, secret: str, count: int, addresses: int = 
 
 @pytest.mark.slow
 async def test_ten_thousand_invalid_keys_cost_less_than_valid_keys(service: KeyedService) -> None:
-    """Even if the id in them belongs to a key, so that their hashes are compared."""
+    """This holds even if the id in an invalid key belongs to a real key, so that their hashes are compared."""
     issued = service.key()
     right, statuses = await cost(service, issued.secret, 200)
     assert statuses == {200: 200}
@@ -330,7 +330,7 @@ async def test_running_requests_end_when_their_key_is_rotated_without_grace(
 
 
 async def test_requests_are_rejected_if_keys_are_required_and_none_exists(service: KeyedService) -> None:
-    """As on a server that other machines can reach, whose store was lost."""
+    """An example is a server that other machines can reach and whose store was lost."""
     authentication = Authentication(service.authenticator, keys_needed=True, on_failure=lambda fault: None)
     assert authentication.needs_key(RequestState("req-1", {}), "/metrics")
     with pytest.raises(InvalidKeyError):
@@ -348,7 +348,7 @@ async def test_request_row_stores_the_id_of_its_key(service: KeyedService, store
 
 
 async def test_endpoint_raises_if_authentication_was_bypassed(service: KeyedService) -> None:
-    """As with an endpoint that was mounted outside the layer."""
+    """An example is an endpoint that was mounted outside the authentication layer."""
     endpoints = [getattr(route, "endpoint", None) for route in service.app.framework.router.routes]
     endpoint = next(each for each in endpoints if isinstance(each, _Endpoint))
     with pytest.raises(RuntimeError):

@@ -152,6 +152,6 @@ async def test_feedback_body_over_the_limit_is_rejected(client: httpx.AsyncClien
 
 
 async def test_feedback_with_a_media_type_exempt_from_preflight_is_rejected(client: httpx.AsyncClient) -> None:
-    """A form or a plain fetch from another site can send any media type but JSON."""
+    """A form or a simple fetch from another site can send any media type except JSON."""
     answer = await client.post(PATH, content=b"{}", headers={"content-type": "text/plain"})
     assert answer.status_code == 415

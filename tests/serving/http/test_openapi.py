@@ -158,7 +158,7 @@ def callers(store: Store) -> dict[str, dict[str, str]]:
 def test_every_response_is_documented_even_if_keys_are_required(
     callers: dict[str, dict[str, str]], api: Any, method: str, path: str
 ) -> None:
-    """The access of a caller depends on the path, not on the body."""
+    """A caller's access depends on the path and not on the body."""
     admin, limited, wrong = (
         ask_all(api[path][method], GenerationMode.POSITIVE, callers[caller]) for caller in ("admin", "limited", "wrong")
     )

@@ -182,7 +182,7 @@ async def test_engine_found_dead_gets_no_requests_until_its_health_is_checked(
 
 
 async def test_reload_fails_if_the_engine_core_is_dead(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM's API server then waits for the answer itself, and does not exit."""
+    """vLLM's API server then waits for the response itself and does not exit."""
     monkeypatch.setattr("serving.replicas.engine_watch._HEALTH_S", 0.05)
     double = control.park.engines[0].double
     double.reload_delay_s = 3600

@@ -228,7 +228,7 @@ async def test_requests_wait_for_the_engine_being_switched_if_the_other_is_dead(
 
 
 async def test_requests_wait_at_most_a_drain_timeout_for_engine_restoration(make: Make) -> None:
-    """The second engine cannot be changed, there is no memory for more, and it dies; the first one is left."""
+    """The second engine cannot be changed or replaced for lack of memory, and dies. Only the first is left."""
     control = make(replicas=2, drain_timeout_s=0.2)
     control.park.room = "full"
     async with control.run():
@@ -332,7 +332,7 @@ async def test_other_engines_start_even_if_one_cannot_start(control: Control) ->
 
 
 async def test_wait_for_changes_returns_immediately_if_an_engine_died_before_it(control: Control) -> None:
-    """As while the rest of another engine is being stopped, which takes seconds."""
+    """This happens while the remains of another engine are being stopped, which takes seconds."""
     control.pool.fill()
     control.pool.members[1].enter(EngineState.FAILED)
     async with asyncio.timeout(1):

@@ -258,7 +258,7 @@ async def test_adapters_are_reloaded_and_verified_again_after_waking(make: Make)
 
 
 async def test_no_engine_sleeps_or_wakes_while_another_engine_starts(sleeping: Home) -> None:
-    """vLLM measures free memory when it starts and when it sleeps, and fails if another engine changes it."""
+    """vLLM measures free memory when it starts and falls asleep, and fails if another engine changes it."""
     make_version(sleeping.registry, 7, name=OTHER)
     configure(sleeping, serve={"port": 0}, models={NAME: {"idle_s": IDLE_S}})
     park = sleeping.park

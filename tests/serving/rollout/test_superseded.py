@@ -95,7 +95,7 @@ def assert_cancelled(swap: SwapResult, number: int = 1) -> None:
 async def test_swap_is_cancelled_if_superseded_while_the_second_engine_starts(
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the real interval between reads of the store, and an engine that takes its time to stop."""
+    """Uses the real interval between reads of the store, and an engine that takes a while to stop."""
     monkeypatch.setattr("serving.rollout.reconciler._POLL_S", 0.25)
     stop = DoubleEngine.stop
 
@@ -211,7 +211,7 @@ async def test_superseded_reload_is_completed_and_undone_in_the_same_engine(cont
 async def test_swap_superseded_during_the_probe_check_is_undone(
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There is no check right after the reload: the version passes its probes, and is undone nevertheless."""
+    """Nothing is checked right after the reload, so the version passes its probes and is undone nevertheless."""
     async with loaded(control):
         verify, verified = control.replica.verify, asyncio.Event()
 
@@ -342,7 +342,7 @@ async def test_previous_version_serves_after_two_promotions_and_a_rollback(contr
 
 
 async def test_rollback_is_carried_out_even_if_the_swap_was_already_superseded(control: Control) -> None:
-    """While the previous version is restored for version 3, version 1 becomes desired again."""
+    """Version 1 becomes desired again while the previous version is being restored for version 3."""
     async with loaded(control):
         promotion = control.wish(2)
         await until(lambda: control.state is EngineState.SWAPPING)
@@ -397,7 +397,7 @@ async def test_superseded_swap_is_cancelled_even_if_the_serving_engine_dies(cont
 
 @pytest.mark.parametrize("victim", [0, 1, 2])
 async def test_previous_version_is_restored_if_an_engine_dies_in_a_superseded_swap(make: Make, victim: int) -> None:
-    """One that was changed, one that is being changed, and one that was not."""
+    """Covers an engine that was changed, one that is being changed, and one that was not changed."""
     control = make(replicas=3)
     control.park.prepare = slow
     async with control.run():

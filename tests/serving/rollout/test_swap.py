@@ -181,7 +181,7 @@ async def test_new_engine_starts_with_the_previous_version_if_a_reload_fails(mak
 
 @pytest.mark.parametrize(("path", "nth"), [(RESET, 1), (RELOAD, 1), (RESET, 2), (PROBE, 2)])
 async def test_no_queued_request_fails_if_the_engine_dies_in_a_swap(make: Make, path: str, nth: int) -> None:
-    """Before the reload, during it, after it, and in the probes; the first probe is that of the start."""
+    """The engine dies before, during or after the reload, or in the probes. The first probe is at the start."""
     control = make()
     control.park.prepare = first_only(dies_at(path, nth))
     async with control.run(), control.client() as client:
@@ -269,7 +269,7 @@ async def test_running_requests_continue_if_engine_health_checks_are_slow(
 async def test_swap_fails_if_the_only_engine_dies_while_files_are_compared(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The only engine dies while the files are compared."""
+    """The only engine dies while the version's files are compared with its manifest."""
     control = make()
     verify = control.registry.verify
 

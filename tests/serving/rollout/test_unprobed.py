@@ -82,7 +82,7 @@ async def test_each_of_several_engines_restarts_if_memory_is_short(make: Make) -
 
 
 async def test_unverified_engine_left_by_an_earlier_server_is_not_trusted(make: Make) -> None:
-    """Only its record would tell its version."""
+    """Only the engine's record would tell which version it holds."""
     control = unprobed(make())
     control.leaves = True
     async with control.run():

@@ -93,7 +93,7 @@ def test_version_without_samples_in_the_window_has_no_series() -> None:
 
 
 def test_samples_may_arrive_while_metrics_are_written() -> None:
-    """Pages are written in separate threads."""
+    """Metrics pages are written in separate threads."""
     clock = Clock()
     versions = example(clock)
 

@@ -20,7 +20,7 @@ def test_prompts_differing_in_spacing_and_case_share_a_hash() -> None:
 
 
 def test_prompt_hash_equals_the_hash_in_the_line_table() -> None:
-    """Stored hashes of versions are compared with the table of the next version's examples."""
+    """A version's stored hashes are compared with the table of the next version's examples."""
     builder, examples = LineTableBuilder(), [chat("a"), chat("b")]
     for number, example in enumerate(examples):
         builder.add(0, number, example)

@@ -49,7 +49,7 @@ def test_near_duplicates_stay_on_the_same_side_of_the_split(seed: int, split_see
 
 @pytest.mark.parametrize("share", [0.1, 0.3])
 def test_held_out_share_matches_the_requested_share_on_real_examples(share: float) -> None:
-    """Hardly any of them has a near duplicate. Four standard deviations of 1,200 draws are 0.035 and 0.053."""
+    """Hardly any example has a near duplicate. Four standard deviations of 1,200 draws are 0.035 and 0.053."""
     examples = read_examples(TASK / "train.jsonl")
     split = split_heldout(examples, share, 0)
     assert abs(len(split.heldout) / len(examples) - share) < 4 * (share * (1 - share) / len(examples)) ** 0.5
@@ -57,7 +57,7 @@ def test_held_out_share_matches_the_requested_share_on_real_examples(share: floa
 
 @pytest.mark.slow
 def test_duplicate_group_is_held_out_when_its_smallest_hash_is_below_the_share() -> None:
-    """One of its copies differs only in case and has no hash of its own: three hashes, and 1 - 0.9 ** 3 is 0.271."""
+    """One copy differs only in case and has no hash of its own: three hashes, and 1 - 0.9 ** 3 is 0.271."""
     examples = with_copies(1)
     copied = {example.answer for example in examples if sum(one.answer == example.answer for one in examples) > 1}
     held = [split_heldout(examples, 0.1, seed).heldout for seed in range(100)]
@@ -88,7 +88,7 @@ def test_group_with_a_prompt_already_trained_on_is_not_held_out(seed: int, split
 @given(st.integers(0, 2**32), st.integers(0, 9), st.floats(0.01, 0.99))
 @settings(max_examples=15, deadline=None)
 def test_repeating_a_split_after_training_on_it_gives_the_same_split(seed: int, split_seed: int, share: float) -> None:
-    """Otherwise the same recipe would be another run after it has finished."""
+    """Otherwise, the same recipe would be a different run after it has finished."""
     split = split_heldout(examples := with_copies(seed), share, split_seed)
     again = split_heldout(examples, share, split_seed, hash_prompts(split.train))
     assert (again.train, again.heldout) == (split.train, split.heldout)
@@ -145,7 +145,7 @@ def conversation(*texts: str) -> ChatExample:
 
 @pytest.mark.parametrize("greeting", [(), ("Hi", "Hello.")], ids=["different first questions", "the same greeting"])
 def test_examples_of_one_conversation_stay_on_the_same_side_of_the_split(greeting: tuple[str, ...]) -> None:
-    """In the second case half the examples begin with the same user turn, in the first none of two conversations."""
+    """In the second case, half of the examples begin with the same user turn; in the first, no two do."""
     chance, examples = random.Random(5), []
     for number in range(100):
         turns = [text(chance, 20, 30) for _ in range(7)]
@@ -159,7 +159,7 @@ def test_examples_of_one_conversation_stay_on_the_same_side_of_the_split(greetin
 
 
 def test_prompt_answered_within_a_training_conversation_is_not_held_out() -> None:
-    """The greeting alone is another group than each conversation that begins with it, and may be trained on."""
+    """The greeting alone is a separate group from each conversation that begins with it, and may be trained on."""
     chance = random.Random(5)
     greeted = [conversation("Hi", "Hello.", text(chance, 20, 30), f"answer {number}") for number in range(30)]
     others = [conversation(text(chance, 20, 30), f"other {number}") for number in range(60)]
@@ -189,7 +189,7 @@ def test_sampled_examples_come_first_and_the_rest_keep_their_order(count: int, s
 
 
 def test_every_example_is_equally_likely_to_be_sampled() -> None:
-    """Each of forty examples is among ten in a quarter of the draws."""
+    """Each of forty examples is among the ten drawn in a quarter of the draws."""
     examples = [chat(f"question {number}") for number in range(40)]
     draws = [put_sample_first(examples, 10, seed)[:10] for seed in range(400)]
     often = [sum(example in draw for draw in draws) / 400 for example in examples]

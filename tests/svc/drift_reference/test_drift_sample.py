@@ -27,7 +27,7 @@ def test_drift_sample_size_is_capped_for_many_examples() -> None:
 
 
 def test_frequent_question_is_drawn_into_the_drift_sample_in_proportion() -> None:
-    """800 of 2,000 lines; within four standard deviations."""
+    """The question is on 800 of 2,000 lines, and the result must be within four standard deviations."""
     examples = [chat("How are you?")] * 800 + [chat(str(number)) for number in range(1200)]
     shares = [
         sum(example == examples[0] for example in draw_drift_sample(examples, seed).sample) / MAX_SAMPLED

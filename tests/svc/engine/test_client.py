@@ -210,7 +210,7 @@ async def test_engine_with_a_dead_core_is_unhealthy() -> None:
     ("status", "health"), [(200, Health.GOOD), (503, Health.DEAD), (500, Health.BAD), (599, Health.BAD)]
 )
 async def test_health_is_determined_by_response_status(status: int, health: Health) -> None:
-    """vLLM answers 503 when its core is dead."""
+    """vLLM responds with 503 when its core is dead."""
     async with answering(lambda request: httpx.Response(status)) as client:
         assert await client.health() is health
 

@@ -50,7 +50,7 @@ def test_six_lost_answers_prove_a_loss_and_five_do_not(lost: int, leaves_out_0: 
 @pytest.mark.parametrize("true_loss", [0.02, 0.1, 0.3])
 @pytest.mark.parametrize("examples", [30, 60, 200])
 def test_version_worse_than_the_margin_passes_at_most_once_in_ten_trials(true_loss: float, examples: int) -> None:
-    """The margin is the true loss, which is excluded by chance: once in forty times, nominally."""
+    """The margin equals the true loss, which is excluded by chance nominally once in forty times."""
     lost = np.random.default_rng(0).binomial(examples, true_loss, 2000)
     seen, counts = np.unique(lost, return_counts=True)
     passed = sum(

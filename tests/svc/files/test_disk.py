@@ -24,7 +24,7 @@ from svc.files.disk import close_to_others, is_full, sync_files, write_whole
 def test_only_folders_containing_our_own_files_get_owner_only_permissions(
     tmp_path: Path, mode: int, names: list[str], closed: bool
 ) -> None:
-    """A user may set /tmp as a home."""
+    """A user may set /tmp as a home, for example."""
     folder = tmp_path / "folder"
     folder.mkdir()
     for name in names:

@@ -88,7 +88,7 @@ def test_child_process_does_not_keep_the_lock_of_its_parent(tmp_path: Path) -> N
 
 
 def test_reading_the_lock_holder_never_interferes_with_locking(tmp_path: Path) -> None:
-    """`svc status` reads the holder while `svc serve` starts."""
+    """`svc status` reads the lock holder while `svc serve` starts."""
     path = tmp_path / "lock"
     asking = "import sys; from pathlib import Path; from svc.files.lock import lock_holder\nprint(1, flush=True)\n"
     loop = asking + "while True: lock_holder(Path(sys.argv[1]))"

@@ -177,7 +177,7 @@ def test_no_version_is_removed_while_a_swap_determines_the_rollback_target(
 def test_version_currently_being_removed_is_not_treated_as_an_interrupted_removal(
     registry: Registry, store: Store, tmp_path: Path, publish: Publish, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However old it is: it may be restored."""
+    """This holds however old the removal is, because the version may still be restored."""
     version = publish().id
     age(registry.folder(version), 100)
     found: list[list[Path]] = []
@@ -357,7 +357,7 @@ def test_rm_command_names_the_missing_version(svc: Svc) -> None:
 
 
 def test_housekeeping_and_trainer_agree_on_run_file_names() -> None:
-    """The name is repeated there, because svc does not import the trainer."""
+    """The name is repeated in housekeeping, because svc does not import the trainer."""
     from trainer.pipeline.run_folder import Run
     from trainer.recipe.stage import Stage
 

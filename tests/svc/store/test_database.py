@@ -107,7 +107,7 @@ def test_new_store_can_be_opened_while_another_process_is_writing(tmp_path: Path
 
 
 def test_unwritable_store_raises_error_immediately() -> None:
-    """Only a lock of another process is waited for."""
+    """The store waits only for a lock held by another process."""
     error = sqlite3.OperationalError("disk I/O error")
     error.sqlite_errorcode = sqlite3.SQLITE_IOERR_WRITE
     cursor = Mock(execute=Mock(side_effect=error))

@@ -109,7 +109,7 @@ def test_row_deleted_during_scoring_gets_no_score(store: Store) -> None:
 
 
 def test_only_answers_from_the_last_hour_are_scored(store: Store) -> None:
-    """A store without any row that can be scored contains a month of others."""
+    """A store without a row that can be scored may contain a month of other rows."""
     statements: list[Any] = []
 
     def explain(connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:

@@ -87,7 +87,7 @@ def test_extracted_folder_contains_only_language_model_files(published: Path, tm
 
 
 def test_extracted_config_without_weights_suffices_for_an_estimate(published: Path, tmp_path: Path) -> None:
-    """For `svc estimate`, which reads no weights."""
+    """This is for `svc estimate`, which reads no weights."""
     folder = resolve_config(str(published), tmp_path)
     assert json.loads((folder / "config.json").read_text("utf-8"))["model_type"] != "gemma3"
     assert weight_files(folder) == []

@@ -49,7 +49,7 @@ def test_no_curve_is_measured_for_a_short_run_or_without_heldout_examples(traine
 
 @pytest.mark.parametrize(("batch", "measured_examples"), [(4, 19), (8, 38), (16, 64)])
 def test_short_run_measures_heldout_loss_less_often_on_more_examples(batch: int, measured_examples: int) -> None:
-    """A short run spends a quarter of its time on this: a loss over fewer examples has too large an error."""
+    """A short run spends a quarter of its time on this, as a loss over fewer examples has too large an error."""
     curve = HeldoutCurve.affordable(rows(120), 24 * batch * 10, 24)
     assert measured(curve.schedule, 24) == [0, 12, 24]
     assert len(curve.rows) == measured_examples

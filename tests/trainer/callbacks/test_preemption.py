@@ -94,7 +94,7 @@ def test_interrupted_step_is_repeated_on_resume(
     batch: int,
     step: int,
 ) -> None:
-    """The signal arrives in the first or second batch of a step; each epoch has two steps."""
+    """The signal arrives in the first or second batch of a step. Each epoch has two steps."""
     whole = uninterrupted.run(make(method))
     with monkeypatch.context() as patch:
         signal_at_call(patch, trainer_module.ResumableTrainer, "compute_loss", batch)
@@ -132,7 +132,7 @@ def test_interrupted_measurement_is_repeated_on_resume(
     method: Method,
     measurement: int,
 ) -> None:
-    """The signal arrives in the measurement's second batch; the sixth measurement comes after the last step."""
+    """The signal arrives in the measurement's second batch. The sixth measurement comes after the last step."""
     recipe = make(method, stopping=STOPPING)
     check_measurement(tiny_base, data, recipe, uninterrupted.run(recipe), tmp_path, monkeypatch, measurement)
 
@@ -222,7 +222,7 @@ def test_uninterruptible_work_finishes_despite_a_signal() -> None:
 
 
 def test_signal_is_handled_even_if_the_log_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This happens after Ctrl-C in `svc train | tee log`: rich exits the process when it cannot write."""
+    """This happens after Ctrl-C in `svc train | tee log`, because rich exits the process when it cannot write."""
 
     def broken(*args: Any) -> None:
         raise SystemExit(1)

@@ -126,7 +126,7 @@ def test_fused_attention_output_and_gradients_match_pytorch(
 
 
 def test_each_row_of_a_batch_has_its_own_attention_mask(whole_products: list[torch.Size]) -> None:
-    """Packed examples of different lengths have such masks."""
+    """Packed examples of different lengths need such masks."""
     mask = causal(2, 6, 0).clone()
     mask[0, :, 3:, :3] = False
     mask[1, :, 2:, :2] = False
@@ -163,7 +163,7 @@ def with_value_heads_of(size: int, number_type: torch.dtype) -> list[torch.Tenso
 def test_fused_attention_falls_back_for_other_number_types_or_value_heads(
     whole_products: list[torch.Size], size: int, number_type: torch.dtype
 ) -> None:
-    """Multi-head latent attention has value heads of another size."""
+    """In multi-head latent attention, value heads have a different size."""
     query, key, value = with_value_heads_of(size, number_type)
     output, _ = attention(Layer(2), query, key, value, None)
     assert output.shape == (2, 6, 4, size)

@@ -58,7 +58,7 @@ def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
 
 @pytest.mark.parametrize(("width", "height"), [(24, 40), (40, 24), (32, 32), (40, 600), (600, 40)])
 def test_fused_lora_gradients_match_the_formulas_for_many_rows(width: int, height: int) -> None:
-    """There are more rows than some of these widths, so the update is added to the weight in one pass or in both."""
+    """There are more rows than some of these widths, so the update is added to the weight in one pass or both."""
     model = adapted(width, height)
     layer = model.base_model.model.layer
     low, high = layer.lora_A["default"].weight, layer.lora_B["default"].weight
@@ -95,7 +95,7 @@ def test_fused_lora_weights_match_peft_after_many_steps() -> None:
 
 
 def test_fused_lora_keeps_updates_smaller_than_bf16_weight_spacing() -> None:
-    """1 and 1.001 are the same number in bf16; the outputs, 0 without the update, show it."""
+    """1 and 1.001 are the same number in bf16. The outputs, which are 0 without the update, show a loss."""
     model = adapted(2, 1, bias=False, r=1, lora_alpha=1)
     layer = model.base_model.model.layer
     with torch.no_grad():

@@ -174,7 +174,7 @@ SYSTEM_IN_LAST_QUESTION = """{% if messages[0].role == 'system' %}{% set system 
 def test_answer_is_trained_on_after_the_served_prompt_when_renderings_differ(
     template: str, turns: list[tuple[str, str]], prompt: str
 ) -> None:
-    """Gemma 4's and Mistral Nemo's templates do this. The answer is a word that its end token contains, too."""
+    """Gemma 4's and Mistral Nemo's templates do this. The answer is a word that its end token also contains."""
     tokenizer = make_tokenizer(template)
     example = parse_example({"messages": [{"role": role, "content": text} for role, text in turns]})
     assert isinstance(tokenizer.eos_token_id, int)
@@ -231,7 +231,7 @@ def test_thinking_in_examples_is_trained_on_when_the_recipe_enables_it() -> None
 
 
 def test_no_token_spans_the_end_of_the_prompt() -> None:
-    """The engine's prompt ends there, so it never contains a token of both sides."""
+    """The engine's prompt ends there, so it never contains a token that spans both sides."""
     tokenizer = make_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}")
     tokenizer.add_tokens(["ab"])
     example = parse_example({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})

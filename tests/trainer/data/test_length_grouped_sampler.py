@@ -40,7 +40,7 @@ def test_sampling_order_differs_by_epoch_and_seed() -> None:
 
 @given(st.integers(0, 2**31))
 def test_padding_is_small_even_with_few_batches(seed: int) -> None:
-    """Six batches; in a random order, a third would be padding."""
+    """There are six batches. In a random order, a third of the tokens would be padding."""
     lengths = list(range(100, 196))
     order = [lengths[index] for index in LengthGroupedSampler(lengths, 16, seed)]
     padded = sum(16 * max(order[start : start + 16]) for start in range(0, 96, 16))
@@ -48,7 +48,7 @@ def test_padding_is_small_even_with_few_batches(seed: int) -> None:
 
 
 def test_short_and_long_batches_are_interleaved() -> None:
-    """200 long and 200 short examples: if they were sorted, the first half of the steps would have the long ones."""
+    """There are 200 long and 200 short examples. If sorted, the first half of the steps would be all long ones."""
     lengths = [100] * 200 + [10] * 200
     for seed in range(20):
         order = [lengths[index] for index in LengthGroupedSampler(lengths, 10, seed)]
@@ -58,7 +58,7 @@ def test_short_and_long_batches_are_interleaved() -> None:
 
 
 def test_only_the_last_batch_of_an_epoch_is_partial() -> None:
-    """Otherwise later batches would contain examples of two groups of lengths."""
+    """Otherwise, later batches would contain examples from two length groups."""
     lengths = [100] * 48 + [10] * 49
     for seed in range(20):
         order = [lengths[index] for index in LengthGroupedSampler(lengths, 16, seed)]

@@ -114,7 +114,7 @@ def test_named_templates_reject_tools(tmp_path: Path, name: NamedTemplate) -> No
 
 
 def test_template_whose_answer_end_is_not_a_special_token_is_rejected(tmp_path: Path) -> None:
-    """The usual ChatML template, with Llama 2's tokenizer: the engine would not stop at the letters of `<|im_end|>`."""
+    """Uses the common ChatML template with Llama 2's tokenizer: the engine would not stop at `<|im_end|>`."""
     folder = write_base_tokenizer(tmp_path / "base", "llama_2")
     chatml = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     (folder / "chat_template.jinja").write_text(chatml, "utf-8")
@@ -127,7 +127,7 @@ def test_template_whose_answer_end_is_not_a_special_token_is_rejected(tmp_path: 
 
 @pytest.mark.parametrize("ending", ["<|im_end|>", "\n<|im_end|>\n", "", "\n", "<|im_start|>\n"])
 def test_template_is_accepted_if_no_visible_text_follows_an_answer(tmp_path: Path, ending: str) -> None:
-    """The engine stops at `<|im_end|>`, clients do not see other special tokens, and a missing end is added."""
+    """The engine stops at `<|im_end|>`, clients see no other special tokens, and a missing end is added."""
     tokenizer = make_tokenizer("{% for m in messages %}{{ m.role }}: {{ m.content }}" + ending + "{% endfor %}")
     assert isinstance(tokenizer.eos_token_id, int)
     check_ending(tmp_path, tokenizer, {tokenizer.eos_token_id}, {})

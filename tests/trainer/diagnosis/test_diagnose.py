@@ -307,7 +307,7 @@ def test_short_run_without_measured_heldout_loss_is_diagnosed_by_training_loss()
 
 
 def test_few_short_runs_on_hard_tasks_with_settled_heldout_loss_have_a_finding() -> None:
-    """Half of the labels stay unknown however long the training is."""
+    """Half of the labels remain unknown however long the training takes."""
     draw = np.random.default_rng(3)
     runs = (simulate(settled, seed, steps=int(draw.integers(20, 50)), measured=20) for seed in range(300))
     hard = predicted(0.4)
@@ -342,7 +342,7 @@ def test_confident_wrong_answers_are_label_noise_only_once_training_loss_stops_f
 
 
 def test_memorization_is_not_diagnosed_when_non_final_answers_are_trained_on_too() -> None:
-    """Their loss may be lower because they are easier."""
+    """The loss of such answers may be lower because they are easier."""
     run = simulate(falling(3, 0.02, 10), 0, heldout=falling(3, 0.5, 10), train_examples=120)
     assert kinds(run) == [FindingKind.TOO_LITTLE_DATA]
     assert kinds(replace(run, learns_final_answers=False)) == []

@@ -121,7 +121,7 @@ def test_too_little_data_is_diagnosed_when_60_examples_are_memorized(base: Path,
 
 
 def test_label_noise_is_diagnosed_when_20_percent_of_labels_are_wrong(base: Path, tmp_path: Path) -> None:
-    """All data have wrong labels, as if the held-out set is split off."""
+    """All data have wrong labels, as when the held-out set is split off from the same data."""
     train, heldout = task(1)
     diagnosed = findings(base, tmp_path, mislabel(train, 0.2, seed=1), mislabel(heldout, 0.2, seed=2))
     assert list(diagnosed) == [FindingKind.LABEL_NOISE]

@@ -145,7 +145,7 @@ def test_float32_engine_doubles_the_memory_for_weights() -> None:
 
 
 def test_8_bit_optimizer_is_proposed_before_another_method_for_full_fine_tuning() -> None:
-    """Llama 3.1 8B needs at least 128 GB in float32, 48 GB less with 8-bit moments."""
+    """Llama 3.1 8B needs at least 128 GB in float32, and 48 GB less with 8-bit moments."""
     recipe, device = make_recipe(method="full", train={"batch_size": 1}), replace(DEVICES["h200"], memory=110e9)
     changes = advise(recipe, published("llama-3.1-8b"), even_workload(100, 512, recipe), device)
     assert changes == {"train.optimizer": "adamw-8bit"}

@@ -69,7 +69,7 @@ def test_run_is_not_refused_when_its_own_files_fill_the_disk(tmp_path: Path, mon
 
 
 def test_stage_refusal_names_stage_missing_memory_and_fitting_format() -> None:
-    """Llama 2 7B in bf16 takes 13.5 GB in the engine that evaluates it, and a third of it in 4 bits."""
+    """Llama 2 7B in bf16 takes 13.5 GB in the engine that evaluates it, and a third of that in 4 bits."""
     with pytest.raises(
         InsufficientMemoryError, match=r"stage evaluate needs at least 13\.5 GB, .* has 12\.0 GB: 1\.5 GB"
     ) as caught:

@@ -76,7 +76,7 @@ def test_minimum_of_a_stage_never_exceeds_its_peak(device: ComputeDevice, name: 
 
 
 def test_quantization_memory_for_layers_does_not_grow_with_their_number() -> None:
-    """Of 70B and 7B: the larger one's layers are wider, and ten times as many weights take less than five times."""
+    """Compares 70B with 7B: layers are wider, and ten times the weights take less than five times the memory."""
     small, large = (
         of_stages(name, make_recipe(), cpu_device())[Stage.QUANTIZE].peak.ram for name in ("llama-2-7b", "llama-2-70b")
     )

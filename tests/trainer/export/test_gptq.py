@@ -218,7 +218,7 @@ def test_quantized_config_restores_model_values_changed_by_gptqmodel(tmp_path: P
 def test_quantization_padding_token_has_an_embedding_row_and_no_other_role(
     tiny_base: Path, tmp_path: Path, ends: int | list[int]
 ) -> None:
-    """The tokenizer of Llama 3.1 has `<|finetune_right_pad_id|>`, which may have no embedding row."""
+    """Llama 3.1's tokenizer has `<|finetune_right_pad_id|>`, which may have no embedding row."""
     model = Path(shutil.copytree(tiny_base, tmp_path / "model"))
     config = json.loads((model / "config.json").read_text("utf-8"))
     changed = config | {"pad_token_id": None, "bos_token_id": 1, "eos_token_id": ends}
@@ -287,7 +287,7 @@ def test_quantization_is_reproducible_and_prints_only_our_progress(
 
 @pytest.mark.slow
 def test_computing_layers_in_float32_changes_only_packed_weights_and_scales(quantized: Path, tmp_path: Path) -> None:
-    """Only packed weights and their scales differ: every other file and tensor is the same."""
+    """Every other file and tensor is identical."""
     folders = [quantized / "bfloat16", tmp_path / "float32"]
     quantize(quantized / "base", folders[1], NumberType.FLOAT32)
     files = [
@@ -349,7 +349,7 @@ print("values", *values())
 
 @pytest.mark.slow
 def test_gptqmodel_uses_our_rounding_settings_only_inside_our_context_manager() -> None:
-    """A release of gptqmodel that renames them would use its own values, which take eight times as long."""
+    """If a gptqmodel release renames them, it would use its own values, which take eight times as long."""
     result = subprocess.run([sys.executable, "-c", SEARCH], capture_output=True, text=True, check=True)
     values = [line for line in result.stdout.splitlines() if line.startswith("values")]
     assert values == ["values 20 0.5 32", "values 20 0.5 128", "values 100 0.8 128"]

@@ -100,7 +100,7 @@ def test_tensorwise_merge_matches_whole_model_merge_for_every_mixture_of_experts
 
 
 def test_tensorwise_merge_matches_whole_model_merge_for_layers_joined_in_the_files(tmp_path: Path) -> None:
-    """Several parameters are one stored tensor, which no family that is tested with an engine has."""
+    """Several parameters are stored as one tensor, which is not the case in any family tested with an engine."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "head_dim": 32}
     config = AutoConfig.for_model("hrm_text", **sizes, num_layers_per_stack=1, vocab_size=100)
     AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(tmp_path / "base")
@@ -140,7 +140,7 @@ def test_tensorwise_merge_matches_whole_model_merge_with_only_a_tied_head_stored
 def test_merge_writes_an_index_when_the_model_exceeds_one_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
-    """The files equal those of `save_pretrained`, even if the base has other shards."""
+    """The files equal those that `save_pretrained` writes, even if the base is split into different shards."""
     base = build_hub_model(tmp_path / "base", family)
     adapter = make_adapter(base, tmp_path / "adapter")
     merge_whole_model(base, adapter, tmp_path / "whole")

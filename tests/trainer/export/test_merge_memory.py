@@ -35,7 +35,7 @@ def make_llama(folder: Path, layers: int) -> Path:
 
 
 def test_merge_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> None:
-    """One process merges the small model, then the large one: its peak must hardly grow."""
+    """One process merges the small model and then the large one, and its peak memory must hardly grow."""
     folders = [str(make_llama(tmp_path / str(layers), layers)) for layers in (1, LAYERS)]
     result = subprocess.run([sys.executable, "-c", MEASURE, *folders], capture_output=True, text=True, check=True)
     lines = [line for line in result.stdout.splitlines() if line.startswith("peak")]

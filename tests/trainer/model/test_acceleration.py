@@ -69,7 +69,7 @@ def test_liger_kernels_are_used_when_installed() -> None:
 def test_flash_attention_is_not_detected_from_a_matching_import_name_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """FlashAttention 4 has the import name of 2; only its distribution's name differs."""
+    """FlashAttention 4 has the same import name as version 2, and only its distribution name differs."""
     (tmp_path / "flash_attn").mkdir()
     (tmp_path / "flash_attn" / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)

@@ -162,7 +162,7 @@ def test_parity_fails_when_merged_into_other_weights_than_the_recipe_says(tmp_pa
 
 
 def test_correct_version_of_a_float16_base_passes_parity(tmp_path: Path, tiny_base: Path) -> None:
-    """Llama 2 is published so: training rounds its weights to bf16, and merging does not."""
+    """Llama 2 is published in float16. Training rounds its weights to bf16, and merging does not."""
     base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
     weights = load_file(base / "model.safetensors")
     finer = {name: weight.half() * (1 + torch.rand(weight.shape) / 256) for name, weight in weights.items()}
@@ -177,7 +177,7 @@ def test_correct_version_of_a_float16_base_passes_parity(tmp_path: Path, tiny_ba
 def test_parity_passes_when_the_trained_change_is_small(
     tmp_path: Path, tiny_base: Path, kind: str, trained: float
 ) -> None:
-    """The change is smaller than the precision of bf16."""
+    """The learned change is smaller than the precision of bf16."""
     report = make_version(tmp_path, tiny_base, trained=trained, **KINDS[kind]).report()
     assert report.failed == ()
     assert report.differences["merged compared with trained, both in transformers"].mean < 1e-3
@@ -326,7 +326,7 @@ def test_parity_fails_when_alpha_differs_from_the_recipe(tmp_path: Path, tiny_ba
 
 
 def test_parity_fails_when_the_engine_computes_different_scores(version: Version) -> None:
-    """All files are correct."""
+    """All files are correct, and only the engine's scores differ."""
     scores = score(load(version.made.base, TYPE), version.examples)
     formats = {Format.MERGED: (version.merged, EngineReading(prompts_differ=(), scores=scores, speed=SPEED))}
     made = replace(version.made, formats=formats)

@@ -79,6 +79,6 @@ def test_replacing_the_chat_template_of_the_base_is_announced(
 
 
 def test_base_config_is_found_in_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
-    """`svc estimate` needs config.json alone."""
+    """`svc estimate` needs only config.json."""
     (tmp_path / "config.json").write_text("{}", "utf-8")
     assert find_config(str(tmp_path), Settings(home=tmp_path), NamedTemplate.CHATML) == tmp_path

@@ -137,7 +137,7 @@ def test_architecture_unsupported_by_gptqmodel_is_rejected(base: Path, monkeypat
 def test_architecture_unsupported_by_vllm_is_rejected_with_the_reason_given_by_vllm(
     tiny_base: Path, tmp_path: Path
 ) -> None:
-    """Uses the installed vLLM; every end-to-end training shows that supported architectures pass."""
+    """Uses the installed vLLM. Every end-to-end training shows that supported architectures pass."""
     base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
     change_json(base / "config.json", architectures=["RwkvForCausalLM"], model_type="rwkv")
     with model_check(base, EngineSettings()) as asked, pytest.raises(BaseModelError) as raised:

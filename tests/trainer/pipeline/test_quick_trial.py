@@ -72,7 +72,7 @@ def test_full_run_time_is_predicted_from_the_quick_trial(train: dict[str, int], 
 
 
 def test_full_run_time_is_predicted_from_speed_after_a_resumed_trial() -> None:
-    """The trial's seconds are those of its last process alone."""
+    """The trial's duration covers only its last process."""
     trial = TrainingSummary(10, 100, 5.0, 2.0)
     assert whole_run_seconds(make_recipe(train={"epochs": 3}).train, trial) == 600.0
 

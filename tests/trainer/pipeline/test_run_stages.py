@@ -52,7 +52,7 @@ def test_library_failing_in_a_child_process_is_named() -> None:
 
 
 def test_called_library_is_named_when_its_dependency_fails() -> None:
-    """click calls a function of these tests, which calls numpy: our code called click."""
+    """click calls a function of these tests, which calls numpy. The library that our code called is click."""
     import click
 
     command = click.Command("fail", callback=lambda: np.zeros(2).reshape(3))

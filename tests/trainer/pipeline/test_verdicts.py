@@ -68,7 +68,7 @@ def test_version_has_its_parity_report_and_page(make: Make, stages: Stages) -> N
 
 
 def test_new_version_is_registered_once_a_failed_check_passes(make: Make, stages: Stages) -> None:
-    """As after a release that measures differently: the same recipe must not return the failed version."""
+    """This happens after a release that measures differently. The recipe must not return the failed version."""
     stages.unequal = ["another template"]
     failed = replace(make(), register_failed=True).train_version()
     stages.unequal = []

@@ -172,7 +172,7 @@ def test_drift_sample_is_drawn_from_all_user_supplied_examples(pipeline: Pipelin
 
 
 def test_text_space_includes_all_prompt_words_except_those_of_the_drift_sample(make: Make) -> None:
-    """Otherwise every live prompt would have more unknown words than the reference."""
+    """Otherwise, every live prompt would have more unknown words than the reference has."""
     heldout = tuple(make_example(word, "red") for word in ("xylophone", "marimba", "celesta", "timpani"))
     pipeline = make(heldout=heldout, data={"train": "train.jsonl", "seed": 0})
     version = pipeline.train_version()

@@ -28,7 +28,7 @@ def test_incomplete_trial_is_never_chosen() -> None:
 
 
 def test_trial_comparison_weights_answers_by_token_count() -> None:
-    """The second is better on the one long answer only."""
+    """The second trial is better only on the one long answer."""
     first, second = outcome(0), outcome(0, each=(LEVELS[0] - 0.1, *(level + 0.05 for level in LEVELS[1:])))
     assert TrialComparison(TOKENS).difference(first, second).value > 0
     assert TrialComparison((100, *TOKENS[1:])).difference(first, second).value < 0

@@ -141,12 +141,12 @@ def test_at_most_three_epochs_are_tried_unless_the_third_is_significantly_better
 
 
 def test_recipe_wins_when_a_difference_may_be_due_to_chance(make: Make) -> None:
-    """No value matters here, so the recipe wins unchanged."""
+    """None of the values matters here, so the recipe wins unchanged."""
     assert make(lambda recipe: 1.0).run().values == {}
 
 
 def test_winner_is_never_worse_than_the_recipe(make: Make) -> None:
-    """The recipe has two epochs, and its rate is right only for two."""
+    """The recipe has two epochs, and its learning rate is right only for two epochs."""
 
     def landscape(recipe: Recipe) -> float:
         return 0.0 if recipe.train.epochs == 2 and rate_of(recipe) == 5e-4 else 2.0 + rate_of(recipe)

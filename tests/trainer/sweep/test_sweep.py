@@ -43,7 +43,7 @@ def test_warning_is_printed_when_the_winner_may_not_be_better() -> None:
 
 
 def test_printed_flags_of_the_winner_round_trip_to_its_values(tmp_path: Path) -> None:
-    """5e-05 is a string in YAML, 5.0e-05 a number."""
+    """YAML reads 5e-05 as a string and 5.0e-05 as a number."""
     values = {RATE: 5e-5, RANK: 8, "train.steps": None, "adapter.targets": "attention"}
     path = tmp_path / "recipe.yaml"
     path.write_text("{name: tiny, base: ./base, data: {train: train.jsonl, heldout: heldout.jsonl}}", "utf-8")

@@ -102,7 +102,7 @@ def test_full_fine_tuning_writes_bf16(trained: Trained) -> None:
 def test_every_adapter_type_learns_on_frozen_4_bit_weights(
     kind: AdapterType, tiny_base: Path, examples: list[ChatExample], tmp_path: Path
 ) -> None:
-    """Test combinations without a method name, such as QDoRA."""
+    """Covers combinations that have no method name, such as QDoRA."""
     rate = 0.1 if kind is AdapterType.VERA else 2e-2
     changed = make_recipe(
         adapter={"type": kind, "rank": 4},
@@ -152,7 +152,7 @@ class Products(TorchDispatchMode):
 def test_matrix_products_use_the_requested_number_type(
     method: Method, number_type: NumberType, tiny_base: Path, examples: list[ChatExample], tmp_path: Path
 ) -> None:
-    """A single bfloat16 product in float32 training would dominate the time on a CPU without a kernel for bfloat16."""
+    """A single bfloat16 product in float32 training would dominate the time on a CPU without a bfloat16 kernel."""
     changed = recipe(method, train={"batch_size": 4, "steps": 6}, stopping={"every_steps": 3})
     data, out = TrainingData(examples, examples[:5]), tmp_path / "trained"
     with Products() as products:
@@ -186,7 +186,7 @@ def test_all_layers_of_a_plain_lora_adapter_are_fused(
 def test_measuring_heldout_loss_does_not_change_qlora_weights(
     tiny_base: Path, examples: list[ChatExample], tmp_path: Path
 ) -> None:
-    """bitsandbytes packs weights for a kernel without a gradient when a model is evaluated on some CPUs."""
+    """On some CPUs, bitsandbytes packs weights for a kernel without a gradient when a model is evaluated."""
     written = []
     for name, stopping in (("without", {}), ("with", {"every_steps": 2})):
         changed = recipe(Method.QLORA, train={"batch_size": 4, "steps": 6}, stopping=stopping)
@@ -229,7 +229,7 @@ def test_adalora_schedule_uses_the_actual_number_of_steps() -> None:
 def test_short_adalora_run_can_be_trained_and_merged(
     batch_size: int, tiny_base: Path, examples: list[ChatExample], tmp_path: Path
 ) -> None:
-    """The batch sizes give three steps, two and one."""
+    """The batch sizes result in three steps, two steps and one step."""
     changed = recipe(Method.ADALORA, train={"batch_size": batch_size, "learning_rate": 2e-2})
     out = tmp_path / "trained"
     summary = train_model(

@@ -64,7 +64,7 @@ def test_training_with_an_optimizer_unsupported_on_this_machine_is_rejected(tmp_
 def test_interrupted_training_with_8_bit_moments_ends_with_the_same_weights(
     tiny_base: Path, examples: list[ChatExample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All weights are trained, because an adapter of the tiny model has no parameter of 4,096 weights."""
+    """All weights are trained, because no parameter in an adapter of the tiny model has 4,096 weights."""
     train = {"batch_size": 3, "steps": 6, "learning_rate": 1e-3, "optimizer": "adamw-8bit"}
     recipe = make_recipe(method="full", checkpoints={"every_steps": 1}, stopping={"curve": False}, train=train)
     data, weights = TrainingData(examples), []

@@ -105,7 +105,7 @@ def test_resumed_run_matches_an_uninterrupted_one_for_every_method(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Interrupt in the middle of an epoch, at its end and after its first step, and resume from the step before."""
+    """The run is interrupted mid-epoch, at an epoch's end and after its first step, and resumes a step earlier."""
     whole = uninterrupted.run(recipe(method))
     for step in (3, 5, 9):
         train_until(tiny_base, data, recipe(method), tmp_path / "b", step, monkeypatch)
@@ -324,7 +324,7 @@ def files(folder: Path) -> set[str]:
 def test_run_killed_at_any_moment_resumes_with_the_same_result(
     tiny_base: Path, data: TrainingData, tmp_path: Path
 ) -> None:
-    """SIGKILL is sent each time another file of a checkpoint appears, complete or not."""
+    """SIGKILL is sent each time another checkpoint file appears, whether it is complete or not."""
     a, b = tmp_path / "a", tmp_path / "b"
     for folder in (a, b):
         folder.mkdir()

@@ -300,7 +300,7 @@ def test_answer_only_loss_equals_the_full_loss_with_sliding_window_and_logit_cap
 
 
 def test_best_weights_are_those_of_the_best_step(tiny_base: Path, examples: list[ChatExample], tmp_path: Path) -> None:
-    """At a constant rate, a run that ends at that step has the same weights."""
+    """At a constant learning rate, a run that ends at that step has the same weights."""
     data = TrainingData(examples, [make_example(f"number {letter}", "blue") for letter in "abc"])
     steady = {"batch_size": 4, "learning_rate": 0.05, "schedule": "constant", "warmup_ratio": 0}
     recipe = make_recipe(train=steady | {"steps": 30}, stopping={"every_steps": 1, "keep_best": True})
@@ -388,7 +388,7 @@ def test_learning_rate_follows_the_schedule_from_warmup_to_end(
 def test_gradient_accumulation_gives_the_weights_of_one_large_batch(
     tiny_base: Path, examples: list[ChatExample], tmp_path: Path
 ) -> None:
-    """The steps are equal up to rounding, because sums have another order."""
+    """The steps are equal up to rounding, because sums are computed in a different order."""
     curves = []
     for batch, accumulation in ((4, 1), (2, 2)):
         out = tmp_path / str(batch) / "adapter"

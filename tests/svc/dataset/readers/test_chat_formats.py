@@ -90,7 +90,7 @@ def test_tools_survive_a_round_trip() -> None:
 
 
 def test_xlam_answers_become_the_tool_calls_of_the_final_turn() -> None:
-    """The example of the data set's description, whose tools and answers are lists or, as in its file, JSON text."""
+    """Uses the data set's documented example, whose tools and answers are lists or, as in its file, JSON text."""
     value = json.loads(Path(__file__).with_name("xlam_example.json").read_text())
     example = parse(value)
     assert example == parse({key: part if key == "query" else json.dumps(part) for key, part in value.items()})

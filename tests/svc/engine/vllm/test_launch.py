@@ -262,7 +262,7 @@ def test_our_plugin_is_added_to_the_plugins_named_by_the_user(tmp_path: Path, mo
 
 
 def test_engine_log_contains_no_request_text(tmp_path: Path) -> None:
-    """The development mode alone would log the stacks of rejected requests, which end with their texts."""
+    """The development mode alone would log the stacks of rejected requests, which end with the requests' texts."""
     assert "--no-log-error-stack" in command(spec(tmp_path))
     assert not any("log-requests" in argument or "log-outputs" in argument for argument in command(spec(tmp_path)))
     assert environment(spec(tmp_path))[QUIET_VARIABLE] == "1"

@@ -78,7 +78,7 @@ def test_errors_are_logged_in_full_in_vllm_started_outside_our_server() -> None:
 
 @pytest.mark.slow
 def test_vllm_avx2_library_still_lacks_a_4_bit_kernel() -> None:
-    """If a release has one, the plugin is no longer needed on such CPUs."""
+    """If a vLLM release includes such a kernel, the plugin is no longer needed on such CPUs."""
     code = (
         "import torch; torch.cpu._is_avx512_supported = lambda: False; "
         "from vllm.platforms import current_platform; current_platform.import_kernels(); "
@@ -117,7 +117,7 @@ print(torch.allclose(whole, expected), torch.allclose(parts, of_base))
 @pytest.mark.slow
 @pytest.mark.parametrize("ours", [True, False])
 def test_base_model_requests_are_unaffected_by_adapters_in_the_same_batch(ours: bool) -> None:
-    """If a release does so by itself, the second case fails, and the plugin is no longer needed there."""
+    """If a vLLM release does this by itself, the second case fails, and the plugin is no longer needed there."""
     environment = os.environ | ({LORA_VARIABLE: "1"} if ours else {})
     command = [sys.executable, "-c", MIXED_BATCH]
     ended = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True)
