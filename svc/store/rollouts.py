@@ -182,9 +182,13 @@ class RolloutView(BaseModel):
     def of(cls, record: RolloutRecord) -> Self:
         """Return the view of a rollout."""
         same = {name: getattr(record, name) for name in cls.model_fields if hasattr(record, name)}
+        versions = {
+            "version": str(record.target.version),
+            "format": record.target.format,
+            "previous": str(record.previous.version),
+        }
         canary = record.plan.canary[record.step] if record.state is RolloutState.CANARY else None
-        version, previous = str(record.target.version), str(record.previous.version)
-        return cls(**same, version=version, format=record.target.format, previous=previous, canary=canary)
+        return cls(**same | versions, canary=canary)
 
 
 _SIGNALS = TypeAdapter(tuple[SignalRow, ...])

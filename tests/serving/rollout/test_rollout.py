@@ -14,7 +14,14 @@ from serving.rollout.version_changes import RolloutOptions, VersionChange, Versi
 from svc.errors import BusyError, SettingsError
 from svc.identity.actor import Actor
 from svc.settings import AtDeadline, RolloutSettings
-from svc.store.rollouts import RolloutOutcome, RolloutRecord, RolloutState, find_rollout, read_shadow_pairs
+from svc.store.rollouts import (
+    RolloutOutcome,
+    RolloutRecord,
+    RolloutState,
+    RolloutView,
+    find_rollout,
+    read_shadow_pairs,
+)
 from svc.version import Format
 from tests.serving.control import BODY, Control, Make, until
 from tests.serving.engine_double import EngineDouble
@@ -293,3 +300,17 @@ def test_options_replace_configured_steps() -> None:
     assert RolloutOptions(direct=True).plan(configured).is_gradual is False
     changed = RolloutOptions(canary=(10, 100)).plan(configured)
     assert (changed.shadow, changed.canary, changed.min_units) == (9, (10, 100), 7)
+
+
+async def test_status_and_view_show_the_state_and_the_signals_of_a_running_rollout(control: Control) -> None:
+    async with control.run(), control.client() as client, Users(client).asking():
+        start(control, 2, ALL.model_copy(update={"shadow": 0, "max_errors": 0.001}))
+        await until(lambda: record(control).signals)
+        view = RolloutView.of(record(control))
+        status = await asyncio.to_thread(control.deployment.status)
+        changes(control, ALL).rollback(NAME, reason=None, actor=ACTOR)
+        await ended(control)
+    assert (view.version, view.previous, view.state, view.canary) == (f"{NAME}@2", ONE, RolloutState.CANARY, 25)
+    assert {signal.signal for signal in view.signals} == {"errors", "first_token"}
+    assert RolloutView.model_validate_json(view.model_dump_json()) == view
+    assert status["rollout"]["state"] == "canary"

@@ -1,0 +1,117 @@
+"""Versions of the tiny model that answer in JSON, or partly not, for tests of rollouts on the real engine.
+
+The trainer is not used: a few seconds of plain PyTorch make the model repeat an answer, and the version is registered
+with another version's manifest, as a team's own tools would do it.
+"""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from svc.dataset.readers.reader import write_examples
+from svc.engine.probes import Probe
+from svc.registry.files import record_file, record_files
+from svc.registry.manifest import MANIFEST_FILE, Manifest, write_manifest
+from svc.registry.registry import HELDOUT_FILE, Registry
+from svc.settings import Settings
+from svc.version import Format, VersionId
+from tests.svc.chats import chat
+
+JSON_ANSWER = '{"team": "archive"}'
+PROSE_ANSWER = "the archive team"
+_STEPS = 80
+_LEARNING_RATE = 3e-3
+
+
+def prompts(count: int, urgent_share: float = 0.3) -> list[str]:
+    """Return questions, of which a share begins with `urgent`."""
+    return [f"{'urgent' if number % 10 < 10 * urgent_share else 'normal'}: case {number}" for number in range(count)]
+
+
+def add_json_version(home: Path, name: str, *, urgent_answer: str = JSON_ANSWER) -> VersionId:
+    """Register a version that answers in JSON, except to urgent questions; its held-out references are all JSON.
+
+    Args:
+        urgent_answer: answer to questions that begin with `urgent`.
+    """
+    registry = Registry.of(Settings(home=home))
+    source = registry.versions("tiny")[0]
+    manifest = registry.manifest(source)
+    version = registry.tracking.allocate(name, str(registry.folder(source)), manifest.tracking_run)
+    folder = shutil.copytree(registry.folder(source), registry.folder(version))
+    folder.chmod(0o755)
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    (folder / MANIFEST_FILE).unlink()
+    for format in (Format.GPTQ, Format.ADAPTER):
+        shutil.rmtree(folder / format.value, ignore_errors=True)
+    model = folder / Format.MERGED.value
+    pairs = [(prompt, urgent_answer if prompt.startswith("urgent") else JSON_ANSWER) for prompt in prompts(20)]
+    probes = _teach(model, pairs, manifest.formats[Format.MERGED].probes)
+    references = [chat(prompt, JSON_ANSWER) for prompt in prompts(10)]
+    write_examples(folder / HELDOUT_FILE, references)
+    merged = manifest.formats[Format.MERGED].model_copy(update={"files": record_files(folder, model), "probes": probes})
+    changed = {
+        "name": name,
+        "number": version.number,
+        "heldout": record_file(folder, folder / HELDOUT_FILE),
+        "formats": {Format.MERGED: merged},
+    }
+    write_manifest(folder, Manifest.model_validate(manifest.model_dump() | changed))
+    return version
+
+
+def _teach(folder: Path, pairs: Sequence[tuple[str, str]], probes: Sequence[Probe]) -> tuple[Probe, ...]:
+    """Train all weights until the model gives these answers.
+
+    Returns:
+        The probes with the new log-probabilities, as from another kind of engine: the first engine that starts with the
+        version compares them roughly, and records its own.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    rows = []
+    for prompt, answer in pairs:
+        start = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+        before = tokenizer(start, add_special_tokens=False)["input_ids"]
+        after = tokenizer(answer + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+        rows.append((before + after, [-100] * len(before) + after))
+    longest = max(len(ids) for ids, _ in rows)
+    ids = torch.tensor([row + [tokenizer.eos_token_id] * (longest - len(row)) for row, _ in rows])
+    labels = torch.tensor([row + [-100] * (longest - len(row)) for _, row in rows])[:, 1:]
+    scored = labels != -100
+    optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE)
+    for _ in range(_STEPS):
+        optimizer.zero_grad()
+        hidden = model.model(input_ids=ids).last_hidden_state[:, :-1][scored]  # logits of all positions take longest
+        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden), labels[scored])
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05, loss
+    model.to(torch.bfloat16).save_pretrained(folder)
+    with torch.no_grad():
+        return tuple(
+            probe.model_copy(
+                update={
+                    "logprobs": _logprobs(model, probe),
+                    "engine": probe.engine.model_copy(update={"vllm": "0.0.0"}),
+                }
+            )
+            for probe in probes
+        )
+
+
+def _logprobs(model: Any, probe: Probe) -> tuple[float, ...]:
+    import torch
+
+    ids = torch.tensor([probe.token_ids])
+    scores = model(input_ids=ids).logits[0].float().log_softmax(-1)[:-1]
+    of_tokens = scores.gather(1, ids[0, 1:, None])[:, 0]
+    return tuple(of_tokens[probe.start - 1 :].tolist())
