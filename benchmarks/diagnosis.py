@@ -210,11 +210,11 @@ def play(base: Path, run_plan: Plan) -> Outcome:
 
 
 @click.command()
-@click.option("--healthy", type=click.IntRange(1), default=150, show_default=True, help="Healthy runs.")
-@click.option("--faulty", type=click.IntRange(0), default=10, show_default=True, help="Runs of each fault.")
-@click.option("--first", type=click.IntRange(0), default=0, show_default=True, help="First seed.")
-@click.option("--processes", type=click.IntRange(1), default=2, show_default=True, help="Concurrent runs.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+@click.option("--healthy", type=click.IntRange(1), default=150, show_default=True, help="Number of healthy runs.")
+@click.option("--faulty", type=click.IntRange(0), default=10, show_default=True, help="Number of runs per fault.")
+@click.option("--first", type=click.IntRange(0), default=0, show_default=True, help="Seed of the first run.")
+@click.option("--processes", type=click.IntRange(1), default=2, show_default=True, help="Number of concurrent runs.")
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def main(healthy: int, faulty: int, first: int, processes: int, as_json: bool) -> None:
     """Measure the diagnosis accuracy on real training runs of a tiny model."""
     plans = [plan(seed) for seed in range(first, first + healthy)]

@@ -111,13 +111,19 @@ def judge_run(
 @click.option("--data", type=click.Path(exists=True, file_okay=False, path_type=Path), default=TASK, show_default=True)
 @click.option("--base", default="smollm2-135m-instruct", show_default=True, help="Base model, as in a recipe.")
 @click.option("--kind", "kinds", type=click.Choice(list(Kind), case_sensitive=False), multiple=True, default=list(Kind))
-@click.option("--examples", type=click.IntRange(1), default=320, show_default=True, help="Training examples.")
-@click.option("--heldout", "asked", type=click.IntRange(1), default=100, show_default=True, help="Held-out examples.")
-@click.option("--batch", type=click.IntRange(1), default=4, show_default=True, help="Examples per step.")
-@click.option("--few", type=click.IntRange(1), default=24, show_default=True, help="Steps of the run with too few.")
-@click.option("--max-tokens", type=click.IntRange(1), default=10, show_default=True, help="Limit on answer tokens.")
+@click.option("--examples", type=click.IntRange(1), default=320, show_default=True, help="Number of training examples.")
+@click.option(
+    "--heldout", "asked", type=click.IntRange(1), default=100, show_default=True, help="Number of held-out examples."
+)
+@click.option("--batch", type=click.IntRange(1), default=4, show_default=True, help="Number of examples per step.")
+@click.option(
+    "--few", type=click.IntRange(1), default=24, show_default=True, help="Number of steps of the run that has too few."
+)
+@click.option(
+    "--max-tokens", type=click.IntRange(1), default=10, show_default=True, help="Maximum number of tokens per answer."
+)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def main(
     data: Path,
     base: str,

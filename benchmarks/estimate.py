@@ -105,12 +105,12 @@ def measure(cases: Sequence[Case], device: ComputeDevice) -> list[Compared]:
 
 
 @click.command()
-@click.option("--steps", type=click.IntRange(2), default=4, show_default=True, help="Steps per run.")
+@click.option("--steps", type=click.IntRange(2), default=4, show_default=True, help="Number of steps per run.")
 @click.option("--batch", "batches", type=click.IntRange(1), multiple=True, default=(4, 16), show_default=True)
 @click.option("--method", "methods", type=_METHOD, multiple=True, default=tuple(Method))
-@click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def main(steps: int, batches: tuple[int, ...], methods: tuple[Method, ...], as_json: bool) -> None:
-    """Compare estimated with measured memory and time of training on the example task."""
+    """Compare estimates with real training runs on the example task."""
     from trainer.base_model.resolve import resolve_base
 
     settings = load_settings()

@@ -170,7 +170,7 @@ def _examples(case: Case) -> list[ChatExample]:
 @click.option("--layers", type=click.IntRange(1), help="Number of layers to use.  [default: all]")
 @click.option("--stage", "stages", type=_STAGE, multiple=True, default=MEASURED, show_default=True)
 @click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a recipe key.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def main(config: Path, layers: int | None, stages: Sequence[Stage], overrides: tuple[str, ...], as_json: bool) -> None:
     """Compare each stage's estimated memory with its peak, using random weights in the shape given by CONFIG."""
     from trainer.base_model.resolve import resolve_base

@@ -229,9 +229,9 @@ def _first_time(times: int) -> float:
 @click.argument("model")
 @click.option("--home", type=click.Path(path_type=Path), help="Folder for all state.")
 @click.option("--pairs", type=click.IntRange(1), default=5, show_default=True, help="Number of starts of each kind.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def main(model: str, home: Path | None, pairs: int, as_json: bool) -> None:
-    """Compare the start time of `svc serve MODEL` with that of vLLM alone. No server may run on the home."""
+    """Compare the start time of `svc serve MODEL` with that of vLLM alone. No server may be running on the home."""
     from rich.table import Table
 
     measured = measure(Subject.of(load_settings(home=home), model), pairs)
@@ -245,11 +245,11 @@ def main(model: str, home: Path | None, pairs: int, as_json: bool) -> None:
     table.add_row("vLLM alone", f"{result['bare']:.2f}")
     table.add_row("svc serve", f"{result['served']:.2f}")
     table.add_row("difference", difference)
-    table.add_row("  until vLLM is started", f"{result['before']:.2f}")
-    table.add_row("  vLLM's own start, longer by", f"{result['engine_over_bare']:.2f}")
-    table.add_row("  from vLLM's answer to ours", f"{result['after']:.2f}")
-    table.add_row("before and after vLLM's own start", f"{result['own']:.2f}")
-    table.add_row("once per device: query of its capabilities", f"{result['first']:.2f}")
+    table.add_row("  before vLLM is started", f"{result['before']:.2f}")
+    table.add_row("  longer start of vLLM itself", f"{result['engine_over_bare']:.2f}")
+    table.add_row("  from vLLM ready to gateway ready", f"{result['after']:.2f}")
+    table.add_row("before and after the start of vLLM itself", f"{result['own']:.2f}")
+    table.add_row("once per device: detection of its capabilities", f"{result['first']:.2f}")
     output.print(f"{len(measured)} pairs of starts")
     output.print(table)
 

@@ -267,17 +267,25 @@ def _times_as_fast(rounds: Sequence[Round], rival: Contestant) -> dict[str, Any]
 
 
 @click.command()
-@click.option("--pairs", type=click.IntRange(1), default=5, show_default=True, help="Rounds, with one run of each.")
-@click.option("--steps", type=click.IntRange(1), default=4, show_default=True, help="Steps per run.")
-@click.option("--curve-steps", type=click.IntRange(1), default=8, show_default=True, help="Steps of a loss curve.")
+@click.option(
+    "--pairs",
+    type=click.IntRange(1),
+    default=5,
+    show_default=True,
+    help="Number of rounds, each with one run per trainer.",
+)
+@click.option("--steps", type=click.IntRange(1), default=4, show_default=True, help="Number of steps per run.")
+@click.option(
+    "--curve-steps", type=click.IntRange(1), default=8, show_default=True, help="Number of steps per loss curve."
+)
 @click.option(
     "--number-type",
     type=click.Choice(list(NumberType)),
     help="Number type to use.  [default: this device's]",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def main(pairs: int, steps: int, curve_steps: int, number_type: NumberType | None, as_json: bool) -> None:
-    """Compare training with plain TRL on the example task. Takes 25 minutes on two cores."""
+    """Compare training with plain TRL on the example task, which takes 25 minutes on two cores."""
     from trainer.base_model.resolve import resolve_base
 
     settings = load_settings()

@@ -31,17 +31,17 @@ with_progress() {
   [ -z "$begin" ] || printf '\r%70s\r' '' >&2
   if ! wait "$pip"; then
     tail -n 20 "$log" >&2
-    echo "error: pip could not install the packages; its complete output is in $log" >&2
-    echo "  do: read the lines above; run this again, with NEWEST=1 if a release has disappeared from the index" >&2
+    echo "error: pip could not install the packages; its full output is in $log" >&2
+    echo "  do: read the lines above, then run this again, with NEWEST=1 if a release has disappeared from the index" >&2
     [ "$serve" = serve ] || [ -n "${torch_index[*]-}" ] ||
-      echo "  do: if torch is missing, name a mirror of its CPU builds: make install TORCH_INDEX=https://..." >&2
+      echo "  do: if torch is missing, specify a mirror of its CPU builds: make install TORCH_INDEX=https://..." >&2
     exit 1
   fi
   trap - EXIT
 }
 
 if ! "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))'; then
-  echo "error: $("$python" --version) at $(command -v "$python"); tuneserve needs Python 3.11 to 3.14, like vLLM" >&2
+  echo "error: found $("$python" --version) at $(command -v "$python"); tuneserve requires Python 3.11 to 3.14, like vLLM" >&2
   echo "  do: make install PYTHON=/path/to/python3.11" >&2
   exit 1
 fi
@@ -62,7 +62,7 @@ if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
   rm -rf .venv
   "$python" -m venv .venv
 fi
-echo "installing packages into .venv: about 3.6 GB, some minutes" >&2
+echo "installing packages into .venv (about 3.6 GB, takes a few minutes)" >&2
 .venv/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
 chosen=(--constraint "$constraints")
 [ -z "${NEWEST:-}" ] || chosen=(--upgrade --upgrade-strategy eager)

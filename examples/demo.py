@@ -101,7 +101,7 @@ def end_orphaned_server() -> None:
     """Stop a server left by `make serve` or a killed demo, because it holds the home and the port."""
     holder = lock_holder(HOME / LOCK_FILE)
     if holder:
-        console.print(f"stopping the server on {HOME}: process {holder['pid']}", markup=False, soft_wrap=True)
+        console.print(f"stopping the server on {HOME} (process {holder['pid']})", markup=False, soft_wrap=True)
         os.kill(holder["pid"], signal.SIGTERM)
         psutil.Process(holder["pid"]).wait(60)
 
@@ -117,7 +117,7 @@ def say_duration() -> None:
     with waiting("measuring this machine"):
         machine = measure_machine(HOME)
     console.print(
-        f"the demo takes about {machine.demo_minutes:.0f} minutes on this machine, which multiplies matrices in "
+        f"the demo will take about {machine.demo_minutes:.0f} minutes on this machine, which multiplies matrices in "
         f"{machine.number_type} at {machine.speed / 1e9:.0f} GFLOP/s and loads torch in {machine.import_s:.1f} s",
         markup=False,
         soft_wrap=True,
@@ -134,7 +134,10 @@ def train_versions(summary: Summary) -> None:
     evaluated = svc_json(HOME, "show", f"{NAME}@1")["formats"]
     merged, gptq = (evaluated[name]["evaluation"]["exact_match"]["value"] for name in ("merged", "gptq"))
     if min(merged, gptq) < MIN_EXACT_MATCH:
-        raise DemoError(f"exact match is {merged} merged, {gptq} quantized", expected=f"at least {MIN_EXACT_MATCH}")
+        raise DemoError(
+            f"exact match is {merged} for the merged model, {gptq} for the quantized model",
+            expected=f"at least {MIN_EXACT_MATCH}",
+        )
 
 
 def ask(url: str, prompts: list[list[dict[str, str]]], summary: Summary) -> None:
@@ -154,8 +157,8 @@ def ask(url: str, prompts: list[list[dict[str, str]]], summary: Summary) -> None
 
 
 def promote_and_roll_back(url: str, prompts: list[list[dict[str, str]]], summary: Summary) -> None:
-    """Promote the other version and roll back while streams are running."""
-    heading(f"5. promote {NAME}@2 and roll back, under {STREAMS} concurrent streams")
+    """Promote the other version and roll back, while streams run."""
+    heading(f"5. promote {NAME}@2 and roll back, with {STREAMS} concurrent streams")
     with Load(url, NAME, prompts, streams=STREAMS) as load:
         load.wait_for(2 * STREAMS)
         for command in (("promote", f"{NAME}@2"), ("rollback", NAME)):
@@ -163,7 +166,7 @@ def promote_and_roll_back(url: str, prompts: list[list[dict[str, str]]], summary
                 swap = svc_json(HOME, *command)
             summary.add(
                 " ".join(command),
-                f"admission closed {swap['queued_s']:.2f} s, {swap['running']} requests in flight, "
+                f"admission closed for {swap['queued_s']:.2f} s, {swap['running']} requests in flight, "
                 f"{swap['queued']} queued",
             )
             load.wait_for(2 * STREAMS)
@@ -185,7 +188,7 @@ def refuse_bad_versions(url: str, prompts: list[list[dict[str, str]]], summary: 
                 refused = svc(HOME, "promote", f"{NAME}@{number}", capture_output=True)
             console.print(refused.stderr.rstrip(), markup=False, soft_wrap=True)
             if refused.returncode == 0:
-                raise DemoError(f"{NAME}@{number} ({kind}) was promoted", expected="a refusal")
+                raise DemoError(f"{NAME}@{number} ({kind}) was promoted", expected="a refused promotion")
             why = next(line for line in refused.stderr.splitlines() if "why:" in line)
             summary.add(
                 f"@{number}, {kind}",
@@ -194,7 +197,7 @@ def refuse_bad_versions(url: str, prompts: list[list[dict[str, str]]], summary: 
             load.wait_for(STREAMS)
     report_load(load, summary, {f"{NAME}@1"})
     if svc_json(HOME, "status")["models"][0]["version"] != f"{NAME}@1":
-        raise DemoError("production changed", expected=f"{NAME}@1")
+        raise DemoError("the production version changed", expected=f"{NAME}@1")
 
 
 def report_load(load: Load, summary: Summary, versions: set[str]) -> None:
@@ -208,7 +211,7 @@ def report_load(load: Load, summary: Summary, versions: set[str]) -> None:
     if load.failed or seen != versions:
         raise DemoError(
             f"failed requests: {load.failed[:3]}; versions that answered: {sorted(seen)}",
-            expected=f"no failed request, and answers by {sorted(versions)}",
+            expected=f"no failed requests, and answers from {sorted(versions)}",
         )
 
 
@@ -227,7 +230,7 @@ def show_summary(summary: Summary, seconds: float) -> None:
     for title, result in summary.lines:
         console.print(f"  {title}: {result}", markup=False, soft_wrap=True)
     console.print(
-        f"\nfinished in {seconds / 60:.1f} minutes; all processes are stopped; state in {HOME}",
+        f"\nfinished in {seconds / 60:.1f} minutes; all processes have been stopped, and the state is in {HOME}",
         markup=False,
         soft_wrap=True,
     )
@@ -250,7 +253,7 @@ def run(*arguments: str) -> None:
     if completed.returncode:
         raise DemoError(
             f"svc {arguments[0]} exited with code {completed.returncode}",
-            todo="read the error above; run `make demo` again",
+            todo="read the error above, then run `make demo` again",
         )
 
 
@@ -267,5 +270,5 @@ if __name__ == "__main__":
         console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        console.print("interrupted; `make demo` continues from here")
+        console.print("interrupted; `make demo` will continue from here")
         sys.exit(130)

@@ -81,7 +81,7 @@ class Load:
         wanted, deadline = len(self.answers) + answers, time.monotonic() + timeout_s
         while len(self.answers) < wanted:
             if time.monotonic() > deadline:
-                raise TimeoutError(f"only {len(self.answers)} of {wanted} answers after {timeout_s:.0f} s")
+                raise TimeoutError(f"received only {len(self.answers)} of {wanted} answers after {timeout_s:.0f} s")
             time.sleep(0.05)
 
     def _run(self, index: int) -> None:

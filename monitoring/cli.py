@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("models", nargs=-1)
-@click.option("--watch", is_flag=True, help="Refresh until Ctrl-C.")
+@click.option("--watch", is_flag=True, help="Keep refreshing until Ctrl-C.")
 @click.option(
     "--interval", type=click.FloatRange(0.2), default=2.0, show_default=True, help="Seconds between refreshes."
 )
@@ -45,7 +45,7 @@ def status(
     of = remote_of(ctx) or settings_of(ctx)
     if watch:
         if as_json:
-            raise click.UsageError("--watch and --json cannot be combined; to poll, repeat `svc status --json`")
+            raise click.UsageError("--watch and --json cannot be combined; to poll, run `svc status --json` repeatedly")
         _watch(of, models, interval, verbose=verbose)
         return
     look = _look(of, models)
@@ -166,15 +166,15 @@ def _look(of: ServerAddress | Settings, models: Sequence[str]) -> "Look":
                 answer.raise_for_status()
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ServerNotRunningError(
-            f"the server at {server.url} does not answer: {error}", todo="check the server's log"
+            f"the server at {server.url} does not respond: {error}", todo="check the server's log"
         ) from error
     status = read_json(server.url, state)
     try:
         figures = read_figures(metrics.text, models)
     except ValueError as error:
         raise ServerNotRunningError(
-            f"{server.url}/metrics answered {metrics.status_code}, but not with metrics: {error}",
-            todo="check that the address is the server's and that no proxy answers instead of it",
+            f"{server.url}/metrics returned status {metrics.status_code}, but no valid metrics: {error}",
+            todo="check that the address is the server's, and that no proxy responds in its place",
         ) from error
     if models:
         status = _only(status, models)
@@ -187,7 +187,7 @@ def _only(state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     served = [model["model"] for model in state["models"]]
     for name in names:
         if name not in served and name not in state["refused"]:
-            expected = f"one of {', '.join(served)}" if served else "a served model; none is served yet"
+            expected = f"one of {', '.join(served)}" if served else "a served model, but none is served yet"
             raise NotFoundError(f"{name!r} is not served", expected=expected)
     return {
         **state,

@@ -20,11 +20,17 @@ _set_option = click.option(
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @_set_option
-@click.option("--quick", is_flag=True, help="Quick test of the recipe as NAME-quick: a tenth of the data, one epoch.")
-@click.option("--curve", is_flag=True, help="Train on 10 to 100 % of the data to predict the gain from more data.")
-@click.option("--register-failed", is_flag=True, help="Register a version that fails a check; it cannot be promoted.")
-@click.option("--skip-bad", is_flag=True, help="Skip lines that cannot be trained on, and save them in a folder.")
-@click.option("--anyway", is_flag=True, help="Start even if this machine has too little memory or disk space.")
+@click.option(
+    "--quick", is_flag=True, help="Quickly test the recipe as NAME-quick, on a tenth of the data for one epoch."
+)
+@click.option(
+    "--curve", is_flag=True, help="Train on 10 to 100 % of the data to predict how much more data would help."
+)
+@click.option(
+    "--register-failed", is_flag=True, help="Register a version even if it fails a check; it cannot be promoted."
+)
+@click.option("--skip-bad", is_flag=True, help="Skip lines that are unusable for training, and save them in a folder.")
+@click.option("--anyway", is_flag=True, help="Start even without enough memory or disk space on this machine.")
 @json_option
 @click.pass_context
 def train(
@@ -38,7 +44,7 @@ def train(
     anyway: bool,
     as_json: bool,
 ) -> None:
-    """Train a model from RECIPE and register it as a version. An interrupted run is resumed."""
+    """Train a model from RECIPE and register it as a version, resuming an interrupted run."""
     from svc.dataset.readers.bad_lines import BadLines
     from svc.registry.registry import Registry
     from svc.registry.render import print_version
@@ -52,7 +58,9 @@ def train(
     loaded = load_recipe(recipe, overrides)
     if curve:
         if quick or register_failed or skip_bad:
-            raise click.UsageError("--curve registers no version: combine it with --set, --anyway and --json only")
+            raise click.UsageError(
+                "--curve registers no version; it can be combined only with --set, --anyway and --json"
+            )
         from trainer.sweep.cli import learning_curve
 
         learning_curve(settings, loaded, anyway=anyway, as_json=as_json)
@@ -64,7 +72,7 @@ def train(
     learnt = registry.learnt_prompts(loaded.name)
     examples = read_run_examples(loaded, cache=settings.base_cache, bad_lines=bad_lines, learnt=learnt)
     if bad_lines and bad_lines.count:
-        console.print(f"[yellow]{bad_lines.count} bad lines skipped; they are saved in {bad_lines.folder}[/yellow]")
+        console.print(f"[yellow]skipped {bad_lines.count} bad lines and saved them in {bad_lines.folder}[/yellow]")
     from trainer.pipeline.estimate import estimate_here
     from trainer.pipeline.find_base import find_base
     from trainer.pipeline.quick_trial import quick_trial
@@ -99,7 +107,7 @@ def train(
 def estimate(
     ctx: click.Context, recipe: Path, overrides: tuple[str, ...], names: tuple[str, ...], as_json: bool
 ) -> None:
-    """Estimate memory, time and cost of RECIPE on this machine and on GPUs, without reading the base's weights."""
+    """Estimate the memory, time and cost of RECIPE on this machine and on GPUs, without reading the base's weights."""
     from svc.terminal import quiet_libraries
     from trainer.estimate.render import as_json as to_json
     from trainer.estimate.render import print_estimate

@@ -239,7 +239,9 @@ class Qualifier:
     async def _check_on_fresh_engine(self, folder: Path, probes: Sequence[Probe], text: str) -> None:
         async with self._engine(folder) as engine:
             difference = await check_probes(engine.client, probes)
-        console.print(f"  {text}: logprobs of a reload in place and of a new engine differ by {difference:.4f}")
+        console.print(
+            f"  {text}: log-probabilities of an in-place reload and of a new engine differ by {difference:.4f}"
+        )
 
     async def _judge(self, client: EngineClient, text: str, *, trained: bool = True) -> Evaluation:
         with counting(f"evaluating {text}", len(self.judged)) as advance:

@@ -35,9 +35,9 @@ def delays(values: Iterable[int | None]) -> str:
     "--replays",
     default=4,
     show_default=True,
-    help=f"Replays of each stream without a change ({REQUESTS:,} requests each).",
+    help=f"Number of replays of each stream without a change ({REQUESTS:,} requests each).",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def main(replays: int, as_json: bool) -> None:
     """Measure false alarms and detection delays on prompt streams."""
     from rich.table import Table
@@ -74,7 +74,7 @@ def main(replays: int, as_json: bool) -> None:
         )
     output.print(changed)
     output.print(
-        "median / 95th percentile; in 10,000 at most: upper 95 % limit; KS, PSI: batches called drift in 10,000"
+        "median / 95th percentile; in 10,000 at most: upper 95 % limit; KS, PSI: batches flagged as drift in 10,000"
     )
 
 

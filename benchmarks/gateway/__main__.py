@@ -31,7 +31,7 @@ _BY_NAME = (TRACED, BARE)
 
 @click.command()
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Number of rounds.")
-@click.option("--only", metavar="NAMES", help="Gateways to measure, separated by commas.")
+@click.option("--only", metavar="NAMES", help="Comma-separated list of gateways to measure.")
 @click.option(
     "--peers",
     type=click.Path(path_type=Path),
@@ -41,9 +41,9 @@ _BY_NAME = (TRACED, BARE)
 )
 @click.option("--engine", "model", metavar="MODEL", help="Measure this model's throughput on its real engine instead.")
 @click.option("--home", type=click.Path(path_type=Path), help="Home that contains the model of --engine.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def main(rounds: int, only: str | None, peers: Path, model: str | None, home: Path | None, as_json: bool) -> None:
-    """Measure the cost per request of each gateway."""
+    """Measure the cost of a request through each gateway."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that started processes are stopped
     with tempfile.TemporaryDirectory(prefix="gw") as name:
         folder = Path(name)
@@ -77,7 +77,9 @@ def _names(known: Sequence[str], only: str | None) -> list[str]:
     """Return the names of the requested gateways, always including the upstream itself."""
     asked = [name.strip() for name in only.split(",")] if only else [name for name in known if name not in _BY_NAME]
     if unknown := {*asked} - {*known}:
-        raise click.UsageError(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+        raise click.UsageError(
+            f"unknown gateways: {', '.join(sorted(unknown))}; available gateways: {', '.join(known)}"
+        )
     return [name for name in known if name in asked or name == DIRECT]
 
 

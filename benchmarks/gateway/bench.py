@@ -51,7 +51,7 @@ class Cores:
         cores = sorted(os.sched_getaffinity(0))
         if len(cores) < 2:
             raise SettingsError(
-                "this process may use only one core", expected="two cores: one for the gateway, one for the rest"
+                "this process is limited to one core", expected="at least two cores, one of them for the gateway"
             )
         return cls(gateway=cores[1], others=cores[0])
 
@@ -131,7 +131,7 @@ def until_answered(
         if uvloop.run(answers(address, ask)):
             return
         time.sleep(_POLL_S)
-    raise EngineError(f"no answer within {seconds:.0f} s: {_end_of(log)}")
+    raise EngineError(f"no response within {seconds:.0f} s: {_end_of(log)}")
 
 
 def _end_of(log: Path) -> str:
@@ -139,8 +139,8 @@ def _end_of(log: Path) -> str:
 
 
 def make_ours(folder: Path) -> list[Peer]:
-    """Create the homes and return three variants of our gateway: with a key, without keys, and key with traces."""
-    console.print("creating the homes of tuneserve")
+    """Create homes, and return our gateway with a key, without keys, and with a key and traces."""
+    console.print("creating the home folders of tuneserve")
     keyless, keyed = folder / "keyless", folder / "keyed"
     subprocess.run([sys.executable, "-m", "benchmarks.gateway.home", str(keyless)], check=True)
     shutil.copytree(keyless, keyed)

@@ -77,7 +77,7 @@ def _manifest(run: str, version: VersionId, folder: Path) -> Manifest:
 @click.command()
 @click.argument("home", type=click.Path(path_type=Path))
 def main(home: Path) -> None:
-    """Create a home for the gateway benchmark."""
+    """Create the benchmark's home folder at HOME."""
     make_home(home)
 
 

@@ -23,8 +23,8 @@ DRIFT = "SvcDrift"
 
 @click.command()
 @click.option("--seed", default=1, show_default=True, help="Seed of the traffic.")
-@click.option("--folder", type=click.Path(path_type=Path), help="Folder in which to keep the tests for promtool.")
-@click.option("--drift/--no-drift", default=True, help="Check the traffic for drift, which takes most of the time.")
+@click.option("--folder", type=click.Path(path_type=Path), help="Folder in which to keep the promtool tests.")
+@click.option("--drift/--no-drift", default=True, help="Check the traffic for drift (takes most of the time).")
 @click.option("--promtool", type=click.Path(path_type=Path), default=PROMTOOL, show_default=True)
 def main(seed: int, folder: Path | None, promtool: Path, *, drift: bool) -> None:
     """Simulate a week of traffic, and exit with code 1 if its alerts differ from expected.yml."""
@@ -36,7 +36,7 @@ def main(seed: int, folder: Path | None, promtool: Path, *, drift: bool) -> None
         monitor = DriftMonitor(Path(scratch) / "home", checking=drift)
         series = run_week(seed, monitor)
         simulated = time.monotonic()
-        console.print(f"the week took {simulated - began:.0f} s; evaluating the rules")
+        console.print(f"simulated the week in {simulated - began:.0f} s; evaluating the rules")
         for target, alarm in monitor.alarms():
             ended = moment(alarm.ended_at.timestamp()) if alarm.ended_at else "-"
             console.print(f"drift: {target} {alarm.signal} from {moment(alarm.called_at.timestamp())} to {ended}")
@@ -44,7 +44,7 @@ def main(seed: int, folder: Path | None, promtool: Path, *, drift: bool) -> None
             [alert for alert in read_expected() if drift or alert.alert != DRIFT],
             evaluate(series, promtool.absolute(), tests),
         )
-        console.print(f"the rules took {time.monotonic() - simulated:.0f} s")
+        console.print(f"evaluated the rules in {time.monotonic() - simulated:.0f} s")
     output.print(table(rows))
     sys.exit(not all(row.as_expected for row in rows))
 

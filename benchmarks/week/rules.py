@@ -172,7 +172,7 @@ def _evaluate(promtool: Path, file: Path, step: int) -> list[Firing]:
     done = subprocess.run([promtool, "test", "rules", file], env=environment, capture_output=True, text=True)
     output = done.stdout + done.stderr
     if " err: " in output or (done.returncode != 0 and not _ALERT.search(output)):
-        raise SvcError(f"promtool failed: {output[:2000]}", expected="a result", todo=f"read {file}")
+        raise SvcError(f"promtool failed: {output[:2000]}", expected="test results from promtool", todo=f"read {file}")
     return firings(output, step)
 
 

@@ -27,7 +27,7 @@ def at(moment: str) -> int:
     """Convert a `DAY HH:MM` time to seconds."""
     match = _MOMENT.fullmatch(moment)
     if not match:
-        raise ValueError(f"{moment!r} is not DAY HH:MM")
+        raise ValueError(f"{moment!r} must have the form DAY HH:MM")
     day, hours, minutes = map(int, match.groups())
     return (day - 1) * DAY_S + hours * HOUR_S + minutes * MINUTE_S
 

@@ -10,7 +10,7 @@ build() {
   case $variant in
     cpu) serve="serve-cpu" ;;
     gpu) serve="serve" ;;
-    *) echo "error: the variant is $variant; expected cpu or gpu" >&2 && exit 2 ;;
+    *) echo "error: the variant must be cpu or gpu, got $variant" >&2 && exit 2 ;;
   esac
   cd "$(dirname "$0")/../.."
   "${PYTHON:-python3}" -m venv "$prefix"
@@ -29,7 +29,7 @@ check() {
   "$prefix/bin/python" -m pip --version >/dev/null # downloads the base models from PyPI
   # On CPUs vLLM uses lscpu.
   if ! command -v lscpu >/dev/null; then
-    echo "error: lscpu is missing; do: install util-linux" >&2
+    echo "error: lscpu is not installed; do: install util-linux" >&2
     exit 1
   fi
   # Only vLLM imports libraries that pip does not install.

@@ -11,7 +11,7 @@ import yaml
 _FOLDER = Path(__file__).parent
 _RULES = _FOLDER.parent / "prometheus" / "rules"
 FILE = _FOLDER / "monitoring" / "prometheus_rule.yaml"
-_HEAD = "# Made of deploy/prometheus/rules by `make rules`.\n"
+_HEAD = "# Generated from deploy/prometheus/rules by `make rules`.\n"
 
 
 class _Dumper(yaml.SafeDumper):

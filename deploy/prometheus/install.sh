@@ -8,7 +8,7 @@ programs=(prometheus promtool)
 
 fail() {
   echo "error: $1" >&2
-  echo "  do: install Prometheus (https://prometheus.io/download), with prometheus and promtool on PATH; run this again" >&2
+  echo "  do: install Prometheus (https://prometheus.io/download), with prometheus and promtool on PATH, then run this again" >&2
   exit 1
 }
 
@@ -47,7 +47,7 @@ else
   trap 'rm -rf "$work"' EXIT
   # As root, apt downloads as the user _apt, who must be able to write here.
   [ "$(id -u)" != 0 ] || chown _apt "$work" 2>/dev/null || true
-  echo "downloading prometheus and promtool into $bin: about 35 MB" >&2
+  echo "downloading prometheus and promtool into $bin (about 35 MB)" >&2
   unpack prometheus
   # Debian 13 has promtool in a separate package; earlier releases have it in prometheus.
   [ -x "$work/root/usr/bin/promtool" ] || unpack promtool

@@ -48,7 +48,7 @@ _MAKING = timedelta(minutes=10)
 needs time to start."""
 _SCORING = timedelta(minutes=5)
 """Longest wait for the log-probability of an answer whose content is stored."""
-_NO_FEATURES = "the server stores no features of new requests: set request_log.features and restart the server"
+_NO_FEATURES = "the server does not store features of new requests; set request_log.features and restart the server"
 State = TypeVar("State")
 
 
@@ -261,7 +261,9 @@ class DriftCheck:
         if reference.prompts is None:
             return _Bets(target, None, None, reference.missing)
         if reference.prompts.size < _MIN_REFERENCE:
-            few = f"too few examples to compare with: {reference.prompts.size} instead of at least {_MIN_REFERENCE}"
+            few = (
+                f"found only {reference.prompts.size} examples to compare with; at least {_MIN_REFERENCE} are required"
+            )
             return _Bets(target, None, None, few)
         baseline = Baseline(reference.prompts, reference.words, reference.answers or Sample(0))
         return _Bets(target, None, Detector(baseline), reference.missing)
@@ -275,7 +277,7 @@ def read_reports(states: Mapping[str, DriftState]) -> list[SignalReport]:
             if signal in states:
                 reports.append(REPORT.validate_json(states[signal].report))
         except ValidationError:
-            log.warning("the last report on %s cannot be read", signal, exc_info=True)
+            log.warning("cannot read the last report on %s", signal, exc_info=True)
     return reports
 
 
@@ -284,5 +286,5 @@ def _read(kind: TypeAdapter[State], stored: DriftState | None, first: State) -> 
     try:
         return kind.validate_json(stored.state) if stored else first
     except ValidationError:
-        log.warning("cannot read the stored state of drift detection; starting anew", exc_info=True)
+        log.warning("cannot read the stored drift detection state; starting from scratch", exc_info=True)
         return first

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 def drift(ctx: click.Context, model: str, accept: bool, as_json: bool) -> None:
     """Compare the live traffic of MODEL (NAME or NAME@N) with the examples it was trained on.
 
-    NAME stands for the model's version in production. Requests since the last check are checked first.
-    Alarms do not depend on how often checks run.
+    NAME means its production version. Requests since the last check are checked first; alarms do not depend on how
+    often checks run.
     """
     settings = settings_of(ctx)
     from monitoring.drift.check import LOCK_FILE, DriftCheck

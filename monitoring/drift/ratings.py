@@ -73,7 +73,7 @@ def check_ratings(
             base, ratings = _pairs(ratings[:_MIN_REFERENCE]), ratings[_MIN_REFERENCE:]
     if not base:
         alarms.end_all(Signal.PEOPLE, now)  # from another release, whose state could not be read
-        why = f"fewer than {_MIN_REFERENCE} earlier ratings to compare with (one per person and day counts)"
+        why = f"fewer than {_MIN_REFERENCE} earlier ratings to compare with (only one per person and day counts)"
         return state, SignalReport(Signal.PEOPLE, Status.WAITING, why)
     known = set(state.memory)
     before = [rating for rating in ratings if rating.id in known]
@@ -145,7 +145,7 @@ class _Ratings:
         return state, SignalReport(
             Signal.PEOPLE,
             status,
-            "" if position else "no answer has been rated since the ratings to compare with were given",
+            "" if position else "no answer has been rated since the reference ratings were collected",
             items=position,
             window=live.size,
             lines=tuple(line for line in lines if line),
@@ -179,8 +179,8 @@ def accept_ratings(store: Store, target: Target, state: RatingState, since: date
     ratings = [r for r in one_a_day(read_ratings(store, target, newest=_MAX_RATINGS)) if r.given_at >= since]
     if len(ratings) < _MIN_ACCEPTED:
         raise RefusedError(
-            f"only {len(ratings)} ratings were given since the change",
-            expected=f"at least {_MIN_ACCEPTED}, one per person and day",
+            f"only {len(ratings)} ratings were submitted since the change",
+            expected=f"at least {_MIN_ACCEPTED} ratings, counting one per person and day",
             todo=f"repeat `svc drift {target.version} --accept` once there are enough",
         )
     return replace(state, base=_pairs(ratings), features={})

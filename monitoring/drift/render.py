@@ -103,7 +103,7 @@ def _status(report: SignalReport) -> Text:
     text = Text.assemble(f"{report.signal:8}", (report.status.value, _COLOURS[report.status]))
     notes = [*(f"{alarm.feature} since {alarm.since:{_TIME}}" for alarm in report.alarms), report.why]
     if report.uncompared and report.status is not Status.UNWATCHED:
-        notes.append(f"no values to compare: {', '.join(report.uncompared)}")
+        notes.append(f"features without values to compare: {', '.join(report.uncompared)}")
     if any(notes):
         text.append(f": {'; '.join(note for note in notes if note)}")
     if report.items:

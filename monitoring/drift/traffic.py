@@ -115,7 +115,7 @@ def accepted_baseline(detector: Detector, state: TrafficState, items: Sequence[S
     if requests.size < _MIN_ACCEPTED:
         raise RefusedError(
             f"only {requests.size} comparable requests arrived since the change in traffic",
-            expected=f"at least {_MIN_ACCEPTED}",
+            expected=f"at least {_MIN_ACCEPTED} requests",
             todo="repeat `svc drift MODEL --accept` once there are enough",
         )
     return Baseline(requests.prompts, requests.words, requests.answers)
@@ -214,5 +214,5 @@ def _status(watch: Watch, shown: int, *, compared: bool) -> tuple[Status, str]:
     if len(newest) < _MIN_SEEN or share >= _FEW_KEPT:
         return Status.STEADY, ""
     why = f"only {share:.0%} of the newest {len(newest)} requests are compared"
-    why += ": the others nearly repeat earlier ones or exceed their client's usual share"
+    why += ": the rest are near copies of earlier requests or exceed their client's usual share"
     return (Status.UNWATCHED if share < _NONE_KEPT else Status.STEADY), why

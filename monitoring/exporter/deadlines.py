@@ -36,10 +36,14 @@ class DeadlineMetrics(Collector):
     def collect(self) -> Iterable[Metric]:
         """Return the metrics, omitting times that are unknown or cannot be read."""
         certificate = GaugeMetricFamily(
-            "svc_certificate_expiry_timestamp_seconds", "When the server's certificate expires", labels=[]
+            "svc_certificate_expiry_timestamp_seconds", "Time at which the server's certificate expires", labels=[]
         )
-        key = GaugeMetricFamily("svc_key_expiry_timestamp_seconds", "When a usable key expires", labels=["key_id"])
-        backup = GaugeMetricFamily("svc_backup_timestamp_seconds", "When the newest backup was made", labels=[])
+        key = GaugeMetricFamily(
+            "svc_key_expiry_timestamp_seconds", "Time at which a usable key expires", labels=["key_id"]
+        )
+        backup = GaugeMetricFamily(
+            "svc_backup_timestamp_seconds", "Time at which the newest backup was made", labels=[]
+        )
         if self._certificate:
             try:
                 certificate.add_metric([], _expiry(self._certificate))
@@ -53,7 +57,7 @@ class DeadlineMetrics(Collector):
             if newest := self._newest_backup():
                 backup.add_metric([], newest)
         except SQLAlchemyError:
-            log.warning("cannot read the keys' expiry times and the time of the newest backup", exc_info=True)
+            log.warning("cannot read the expiry times of keys and the time of the newest backup", exc_info=True)
         return certificate, key, backup
 
     def _newest_backup(self) -> float | None:

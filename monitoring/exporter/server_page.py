@@ -40,10 +40,10 @@ class ServerPage(Collector):
         answer = self._ask()
         seconds = time.monotonic() - started
         families = _families(answer) if answer is not None else None
-        yield GaugeMetricFamily("svc_server_up", "1 if the server answered", value=float(answer is not None))
+        yield GaugeMetricFamily("svc_server_up", "1 if the server responded", value=float(answer is not None))
         readable = float(families is not None)
         yield GaugeMetricFamily("svc_server_page_readable", "1 if the server's metrics could be read", value=readable)
-        yield GaugeMetricFamily("svc_server_scrape_duration_seconds", "Time the server took to answer", value=seconds)
+        yield GaugeMetricFamily("svc_server_scrape_duration_seconds", "Time the server took to respond", value=seconds)
         yield from families or ()
 
     def _ask(self) -> httpx.Response | None:
@@ -59,7 +59,7 @@ class ServerPage(Collector):
                 answer.raise_for_status()
             return answer
         except (ServerNotRunningError, httpx.HTTPError, httpx.InvalidURL) as error:
-            log.warning("the server does not answer: %s", error)
+            log.warning("the server does not respond: %s", error)
             return None
 
 

@@ -30,10 +30,10 @@ _REPORTED = {
 }
 _GAUGES = {
     _RUNNING: "1 while a training run of the model is active, in any stage",
-    _STARTED: "Start of the newest run; an active run takes precedence over newer ones",
-    _WRITTEN: "When an active run last wrote a file",
-    "svc_training_loss": "Latest loss of the newest run, nats per token",
-    "svc_training_heldout_loss": "Latest held-out loss of the newest run, nats per answer token",
+    _STARTED: "Start time of the newest run; an active run takes precedence over newer runs",
+    _WRITTEN: "Time at which an active run last wrote a file",
+    "svc_training_loss": "Latest loss of the newest run, in nats per token",
+    "svc_training_heldout_loss": "Latest held-out loss of the newest run, in nats per answer token",
     "svc_training_epoch": "Completed epochs of the newest run",
     "svc_training_learning_rate": "Latest learning rate of the newest run",
 }
@@ -61,7 +61,7 @@ class TrainingMetrics(Collector):
         try:
             runs: list[TrainingRun] | None = list(find_training_runs(self._home))
         except (OSError, IntegrityError):
-            log.warning("cannot read the training runs of the home", exc_info=True)
+            log.warning("cannot read the training runs in the home", exc_info=True)
             runs = None
         running = [run for run in runs or () if run.running]
         figures = self._figures(running)
@@ -90,6 +90,6 @@ class TrainingMetrics(Collector):
                 if run:
                     figures[name] = run
         except (RegistryError, NotFoundError):
-            log.warning("cannot read the figures of training runs from MLflow", exc_info=True)
+            log.warning("cannot read the metrics of training runs from MLflow", exc_info=True)
             return {}
         return figures

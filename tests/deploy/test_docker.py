@@ -73,4 +73,4 @@ def test_build_script_rejects_unknown_variant() -> None:
         ["bash", DEPLOY / "docker" / "steps.sh", "build", "tpu", "/nowhere"], capture_output=True, text=True, timeout=10
     )
     assert done.returncode == 2
-    assert "expected cpu or gpu" in done.stderr
+    assert "must be cpu or gpu" in done.stderr

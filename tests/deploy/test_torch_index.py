@@ -53,11 +53,11 @@ def test_reachable_torch_index_is_passed_to_pip(address: str, end: str) -> None:
 def test_index_without_torch_is_not_passed_to_pip(address: str) -> None:
     arguments, message = run_script(f"{address}/other")
     assert arguments == []
-    assert f"{address}/other does not answer" in message
+    assert f"{address}/other does not respond" in message
 
 
 @pytest.mark.parametrize("index", ["http://127.0.0.1:1/cpu", "download.pytorch.org/whl/cpu", "http://a b/cpu"])
 def test_unreachable_torch_index_is_not_passed_to_pip(index: str) -> None:
     arguments, message = run_script(index)
     assert arguments == []
-    assert "does not answer" in message
+    assert "does not respond" in message

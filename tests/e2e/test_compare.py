@@ -34,7 +34,7 @@ def test_base_and_its_version_share_one_engine(home: Path, workplace: Path) -> N
 def test_remote_endpoint_gives_the_same_answers_as_local_version(server: Server) -> None:
     endpoint = f"{server.url}/v1#tiny@1"
     done = svc(server.home, "compare", "tiny@1", endpoint, "--limit", "6", capture_output=True)
-    assert f"the prompts of 6 examples are sent to {server.url}/v1" in done.stderr
+    assert f"the prompts of 6 examples will be sent to {server.url}/v1" in done.stderr
     assert "perplexity was not computed" in done.stdout
     compared = svc_json(server.home, "compare", "tiny@1", endpoint, "--limit", "6")
     assert [row["a"]["answer"] for row in compared["answers"]] == [row["b"]["answer"] for row in compared["answers"]]

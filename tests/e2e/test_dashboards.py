@@ -90,7 +90,7 @@ DID_NOT_HAPPEN = {
     "Time to wake an idle model",
     "Adapters",
     "Time to load an adapter",
-    "Requests beyond limits of keys",
+    "Requests over key limits",
 }
 """Panels for events that do not occur on this server: its model is never idle, and it is served merged and
 in 4 bits to clients without a key."""

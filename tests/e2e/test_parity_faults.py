@@ -60,8 +60,8 @@ FAULTS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "adapter applied twice": (apply_adapter_again, "merged: compared with the trained model"),
     "adapter not applied": (forget_adapter, "merged: compared with the trained model"),
     "one layer shuffled": (shuffle_layer, "merged: compared with the trained model"),
-    "another template": (change_template, "merged: tokens of the engine"),
-    "GPTQ scales corrupted": (corrupt_scales, "gptq: rounding of weights"),
+    "another template": (change_template, "merged: prompt tokens on the engine"),
+    "GPTQ scales corrupted": (corrupt_scales, "gptq: weight rounding"),
 }
 
 

@@ -51,7 +51,7 @@ def refusal(published: Path) -> str | None:
     if "quantization_config" in config:
         return "is already quantized"
     if config["model_type"] not in CONFIG_MAPPING:
-        return "transformers does not know"
+        return "transformers does not support"
     if (
         tokenizer.is_file()
         and not json.loads(tokenizer.read_text("utf-8")).get("chat_template")

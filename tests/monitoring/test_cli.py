@@ -260,17 +260,17 @@ def test_status_fails_while_the_server_is_still_starting(svc: Svc, tmp_path: Pat
     with hold_lock(tmp_path / "home" / LOCK_FILE, "the home", url="http://127.0.0.1:9"):
         ended = svc("--home", "home", "status")
     assert ended.code == 13
-    assert "http://127.0.0.1:9 does not answer" in ended.err
+    assert "http://127.0.0.1:9 does not respond" in ended.err
 
 
 @pytest.mark.parametrize(
     ("pages", "wrong"),
     [
-        ({"/svc/status": (500, "")}, "does not answer"),
-        ({"/metrics": (404, "")}, "does not answer"),
+        ({"/svc/status": (500, "")}, "does not respond"),
+        ({"/metrics": (404, "")}, "does not respond"),
         ({"/svc/status": (200, "<html>another server</html>")}, "answered 200, but not with JSON"),
         ({"/svc/status": (401, "<html>sign in</html>")}, "answered 401, but not with JSON"),
-        ({"/metrics": (200, "<html>another server</html>")}, "answered 200, but not with metrics"),
+        ({"/metrics": (200, "<html>another server</html>")}, "returned status 200, but no valid metrics"),
     ],
     ids=str,
 )
@@ -308,7 +308,7 @@ def test_watch_refreshes_the_screen_with_rates(svc: Svc, tmp_path: Path) -> None
         ended = svc("--home", "home", "status", "--watch", "--interval", "0.2")
     assert ended.code == 130
     assert "requests/s" in ended.out
-    assert "does not answer" in ended.out
+    assert "does not respond" in ended.out
 
 
 def test_watch_cannot_be_combined_with_json(svc: Svc) -> None:

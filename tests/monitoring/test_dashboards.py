@@ -201,7 +201,7 @@ def test_dashboard_faults_and_objectives_match_the_alert_rules() -> None:
             for at, p in PANELS
             if at == f"overview.json: {title}"
         }
-        for title in ("Availability", "First tokens in time")
+        for title in ("Availability", "First tokens on time")
     )
     (budget,) = [query.expr for query in QUERIES if query.panel == "Error budget left"]
     assert float(budget.rpartition(" / ")[2]) == round(1 - availability, 9)

@@ -78,7 +78,7 @@ def test_only_server_faults_count_as_version_errors_on_the_dashboard(passes: Pas
     of_clients = ("invalid_request", "context_length_exceeded", "body_too_large", "client_gone")
     passes(
         case(
-            query("Error share of A"),
+            query("Error rate of A"),
             {REQUESTS: counted(600), ERRORS.format(reason): counted(60)},
             {'{version="1"}': 0.1 if reason in faults else 0},
         )
@@ -88,7 +88,7 @@ def test_only_server_faults_count_as_version_errors_on_the_dashboard(passes: Pas
 
 def test_errors_of_another_version_do_not_count_on_the_dashboard(passes: Passes) -> None:
     series = {REQUESTS: counted(600), ERRORS.format("engine_died").replace('"1"', '"2"'): counted(60)}
-    passes([case(query("Error share of A"), series, {'{version="1"}': 0})])
+    passes([case(query("Error rate of A"), series, {'{version="1"}': 0})])
 
 
 def test_error_share_has_the_same_kind_of_interval_as_evaluations(passes: Passes) -> None:
@@ -99,13 +99,13 @@ def test_error_share_has_the_same_kind_of_interval_as_evaluations(passes: Passes
             series = {REQUESTS: counted(requests), ERRORS.format("engine_died"): counted(errors)}
             series = {name.replace('version="1"', f'version="{version}"'): values for name, values in series.items()}
             for index, end in enumerate(ends(proportion(min(errors, requests), requests))):
-                cases.append(case(query(f"Error share of {side}", index), series, {f'{{version="{version}"}}': end}))
+                cases.append(case(query(f"Error rate of {side}", index), series, {f'{{version="{version}"}}': end}))
     passes(cases)
 
 
 def test_p95_interval_matches_its_rank_for_values_in_one_bucket(passes: Passes) -> None:
-    """With a single bucket from 0 to 1, a quantile equals its rank."""
-    histograms = {"Duration": "svc_request_duration_seconds", "First token": "svc_time_to_first_token_seconds"}
+    """With one bucket from 0 to 1, a quantile is its own rank."""
+    histograms = {"Response time": "svc_request_duration_seconds", "First token": "svc_time_to_first_token_seconds"}
     cases = []
     for (panel, histogram), (side, version), count in product(histograms.items(), VERSIONS.items(), (6, 600)):
         labels = f'model="tiny",version="{version}"'

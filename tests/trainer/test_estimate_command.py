@@ -64,7 +64,7 @@ def test_training_that_cannot_fit_is_refused_before_any_work(
 ) -> None:
     ended = svc("--home", tmp_path / "home", *command, recipe)
     assert ended.code == InsufficientMemoryError.exit_code
-    assert "GB too few" in ended.err
+    assert "GB short" in ended.err
     assert not {"runs", "sweeps"} & {path.name for path in (tmp_path / "home").glob("*")}
 
 
@@ -74,4 +74,4 @@ def test_anyway_option_continues_past_the_memory_check(
 ) -> None:
     ended = svc("--home", tmp_path / "home", *command, recipe, "--anyway")
     assert ended.code == 5  # the folder has no weights
-    assert "lacks model.safetensors" in ended.err
+    assert "is missing model.safetensors" in ended.err

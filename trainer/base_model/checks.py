@@ -19,13 +19,13 @@ _LANGUAGE_MODELS = {
 """Architectures whose language model can be used without the rest of the checkpoint, keyed by both
 `model_type`s."""
 _REFUSED = {
-    "llama4": "no test trains, merges and serves its mixture of experts",
-    "qwen3_5": "no test trains, merges and serves its layers of linear attention",
-    "qwen3_5_moe": "no test trains, merges and serves its layers of linear attention and its experts",
+    "llama4": "training, merging and serving its mixture of experts is not tested",
+    "qwen3_5": "training, merging and serving its linear attention layers is not tested",
+    "qwen3_5_moe": "training, merging and serving its linear attention layers and experts is not tested",
 }
 """Why a model family is rejected, keyed by `model_type`."""
 _TEXT_MODELS = (
-    "a language model for text only, or a checkpoint whose language model can be used alone: Gemma 3, Mistral 3"
+    "a text-only language model, or a checkpoint whose language model can be used on its own: Gemma 3 or Mistral 3"
 )
 
 
@@ -45,9 +45,9 @@ def check_folder(folder: Path) -> None:
         missing.append("tokenizer.json")
     if missing:
         raise BaseModelError(
-            f"{folder} lacks {', '.join(missing)}",
-            expected="a language model as transformers saves it: config, safetensors and tokenizer",
-            todo="complete the folder",
+            f"{folder} is missing {', '.join(missing)}",
+            expected="a complete language model in transformers format: config, safetensors and tokenizer",
+            todo="add the missing files to the folder",
         )
     _check_config(folder, read_json(folder / "config.json"))
 
@@ -57,7 +57,7 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
         raise BaseModelError(
             f"{folder} is already quantized",
             expected=f"weights in {', '.join(sorted(_FLOATS))}",
-            todo="use the model from which it was quantized",
+            todo="use the original, unquantized model",
         )
     if not is_text_only(config):
         text_architecture(folder, config)
@@ -66,8 +66,8 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
     architecture = config.get("model_type")
     if architecture not in CONFIG_MAPPING_NAMES:
         raise BaseModelError(
-            f"{folder} has model_type {architecture!r}, which transformers does not know",
-            expected="an architecture that needs no code from the model's folder, which is never run",
+            f"{folder} has model_type {architecture!r}, which transformers does not support",
+            expected="an architecture built into transformers, because code from a model's folder is never run",
             todo="choose another base, or update transformers",
         )
 
@@ -91,10 +91,12 @@ def text_architecture(folder: Path, config: Mapping[str, Any]) -> str:
     if architecture := _LANGUAGE_MODELS.get((str(kind), str(inner))):
         return architecture
     parts = ", ".join(key for key in _OTHER_MODALITIES if config.get(key))
-    reason = _REFUSED.get(str(kind), f"no test extracts the language model of model_type {kind!r} with {inner!r}")
+    reason = _REFUSED.get(
+        str(kind), f"extracting the language model from model_type {kind!r} with {inner!r} is not tested"
+    )
     raise BaseModelError(
-        f"{folder} is not a text-only model (its config has {parts}), and its language model is not used alone: "
-        f"{reason}",
+        f"{folder} is not a text-only model (its config has {parts}), and its language model cannot be used on its "
+        f"own: {reason}",
         expected=_TEXT_MODELS,
         todo="choose another base",
     )
@@ -122,7 +124,7 @@ def _missing_weights(folder: Path) -> list[str]:
         return [WEIGHTS_INDEX]
     if pickles := sorted(file.name for file in folder.glob("*.bin")):
         raise BaseModelError(
-            f"{folder} contains weights only as pickle: {', '.join(pickles)}",
+            f"{folder} contains its weights only as pickle files: {', '.join(pickles)}",
             expected="*.safetensors, because loading a pickle runs the code in it",
             todo="use a revision with safetensors, or convert the model with its publisher's tools",
         )

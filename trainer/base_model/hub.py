@@ -55,15 +55,15 @@ def _fetch(base: str, folder: Path, patterns: list[str]) -> Path:
             )
     except LocalEntryNotFoundError as error:
         raise BaseModelError(
-            f"{base} is not in the cache and the Hugging Face hub cannot be reached",
-            expected="a network, or the model as a local folder",
+            f"{base} is not in the local cache, and the Hugging Face hub cannot be reached",
+            expected="a network connection, or a local copy of the model",
             todo="check the network, or copy the model here and set `base` to its folder (for `svc estimate` its "
             f"config.json is enough), or use {', '.join(KNOWN)}",
         ) from error
     except (HfHubHTTPError, HFValidationError) as error:
         raise BaseModelError(
             f"the Hugging Face hub rejected {base}: {str(error).strip().splitlines()[0]}",
-            expected="the id of a public model, or of one that HF_TOKEN may read",
-            todo="check the id; for a gated model accept its terms on the hub and set HF_TOKEN",
+            expected="the id of a public model, or of a model that HF_TOKEN can access",
+            todo="check the id; for a gated model, accept its terms on the hub and set HF_TOKEN",
         ) from error
     return Path(snapshot)

@@ -82,9 +82,9 @@ def _write_weights(folder: Path, out: Path) -> None:
     need, free = sum(path.stat().st_size for path in files), shutil.disk_usage(out).free
     if free < need:
         raise DiskSpaceError(
-            f"the language model of {folder} needs up to {need / 1e6:.0f} MB in {out.parent}, but only "
+            f"extracting the language model of {folder} needs up to {need / 1e6:.0f} MB in {out.parent}, but only "
             f"{free / 1e6:.0f} MB are free",
-            todo=f"free {(need - free) / 1e6:.0f} MB or set base_cache to a folder on another disk",
+            todo=f"free up {(need - free) / 1e6:.0f} MB or set base_cache to a folder on another disk",
         )
     weight_map: dict[str, str] = {}
     for path in files:
@@ -107,7 +107,7 @@ def _renamed(folder: Path, name: str) -> str | None:
         if name.startswith(old):
             return new + name.removeprefix(old)
     raise BaseModelError(
-        f"{folder} has the tensor {name!r}, which may or may not belong to the language model",
-        expected=f"tensors that begin with {', '.join((*_RENAMED, *_LEFT_OUT))}",
-        todo="use the checkpoint as its publisher wrote it, or choose another base",
+        f"{folder} contains the tensor {name!r}, and it is unclear whether it belongs to the language model",
+        expected=f"tensor names that begin with {', '.join((*_RENAMED, *_LEFT_OUT))}",
+        todo="use the publisher's unmodified checkpoint, or choose another base",
     )

@@ -88,7 +88,7 @@ def resolve_config(base: str, cache: Path) -> Path:
         if not (path / "config.json").is_file():
             raise BaseModelError(
                 f"{path} has no config.json",
-                expected="a model's folder; for an estimate its config.json is enough",
+                expected="a model folder; for an estimate, config.json alone is enough",
                 todo="download config.json from the model's page into that folder",
             )
         return language_model(path, cache, None)
@@ -137,7 +137,7 @@ def _convert_gguf(path: Path, folder: Path, licence: str | None) -> None:
         except (ValueError, KeyError, NotImplementedError, OSError) as error:
             raise BaseModelError(
                 f"cannot convert {path}: {error}",
-                expected="a GGUF file of an architecture that transformers can read",
+                expected="a GGUF file whose architecture transformers can read",
                 todo="use the model's safetensors from the hub instead",
             ) from error
         model.save_pretrained(folder)

@@ -54,8 +54,8 @@ class DivergenceWatch(TrainerCallback):
         last = list(islice(_losses(reversed(state.log_history)), _LAST))
         if _exploded(first, last):
             raise diverged(
-                f"the loss explodes: {fmean(last):.3f} in the last {_LAST} steps up to step {state.global_step}, "
-                f"{fmean(first):.3f} in the first {_FIRST}",
+                f"the loss exploded: it averages {fmean(last):.3f} over the last {_LAST} steps up to step "
+                f"{state.global_step}, compared with {fmean(first):.3f} over the first {_FIRST}",
                 self._learning_rate,
             )
 
@@ -65,7 +65,7 @@ class DivergenceWatch(TrainerCallback):
             return
         self._skipped += 1
         if self._skipped > _SKIPPED or not getattr(optimizer, "step_was_skipped", False):
-            raise diverged(f"the norm of the gradient is {norm} at step {step}", self._learning_rate)
+            raise diverged(f"the gradient norm is {norm} at step {step}", self._learning_rate)
 
 
 def _losses(entries: Iterable[dict[str, float]]) -> Iterator[float]:
@@ -82,14 +82,14 @@ def diverged(wrong: str, learning_rate: float, *, first_in_float16: bool = False
     if first_in_float16:
         return TrainingError(
             f"{wrong}: the activations of this model are too large for float16",
-            expected="a model trained in float16, or a GPU that supports bfloat16 (Ampere and later)",
+            expected="a model trained in float16, or a GPU that supports bfloat16 (Ampere or later)",
             todo="use another base or another device",
         )
     return TrainingError(
         wrong,
-        expected="a finite loss that falls",
-        todo=f"lower train.learning_rate from {learning_rate:g} to {learning_rate / 3:.1g} first; "
-        "this is a new run, which starts from the beginning",
+        expected="a finite, decreasing loss",
+        todo=f"first, lower train.learning_rate from {learning_rate:g} to {learning_rate / 3:.1g}; "
+        "the changed recipe starts a new run from the beginning",
     )
 
 

@@ -70,7 +70,9 @@ def preemption() -> Iterator[Preemption]:
             signal.signal(each, handler)
         # The reader of the log may have received the same signal: rich ends the process if it cannot write.
         with suppress(OSError, RuntimeError, SystemExit):
-            console.print(f"  {signal.Signals(number).name}: abandoning this step; send it again to stop immediately")
+            console.print(
+                f"  {signal.Signals(number).name} received: abandoning this step; send it again to stop immediately"
+            )
         received.receive(signal.Signals(number))
 
     for number in _SIGNALS:

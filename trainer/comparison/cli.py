@@ -27,27 +27,29 @@ _RENEW = "ask its issuer to replace it"
 @click.option(
     "--format",
     type=click.Choice(["merged", "gptq"]),
-    help="Format in which versions answer.  [default: gptq if the version has it]",
+    help="Format to use for versions.  [default: gptq if the version has it]",
 )
 @click.option(
     "--max-tokens",
     type=click.IntRange(min=1),
-    help="Maximum number of tokens per answer.  [default: the limit in the evaluation of A, or of B if A is not a "
-    "version; without such a limit, by the length of each reference]",
+    help="Maximum number of tokens per answer.  [default: the limit with which A was evaluated, or B if A is not a "
+    "version; if there was none, a limit based on the length of each reference]",
 )
 @click.option(
     "--metric",
     "metrics",
     multiple=True,
     metavar="NAME",
-    help="Metric to compute.  [default: those of the version's recipe; with --data, those of the task]",
+    help="Metric to compute.  [default: the metrics in the version's recipe; with --data, those of the task]",
 )
 @click.option("--primary", metavar="NAME", help="Metric that decides which model is better.")
-@click.option("--fresh", is_flag=True, help="Generate all answers again instead of using stored ones.")
+@click.option("--fresh", is_flag=True, help="Generate all answers again instead of reusing stored answers.")
 @click.option("--endpoint-key-file", type=click.Path(path_type=Path), help="File that holds the endpoint's API key.")
 @click.option("--endpoint-key-variable", metavar="NAME", help="Environment variable that holds the endpoint's API key.")
-@click.option("--judge-url", metavar="URL", help="OpenAI-compatible endpoint of a judge, which receives all texts.")
-@click.option("--judge-model", metavar="NAME", help="The judge's model name at this endpoint.")
+@click.option(
+    "--judge-url", metavar="URL", help="OpenAI-compatible endpoint of a judge model, to which all texts are sent."
+)
+@click.option("--judge-model", metavar="NAME", help="Name of the judge model at that endpoint.")
 @click.option("--judge-key-file", type=click.Path(path_type=Path), help="File that holds the judge's API key.")
 @click.option("--fail-if-worse", is_flag=True, help="Exit with code 1 if B is significantly worse than A.")
 @json_option
@@ -64,9 +66,9 @@ def compare(
     as_json: bool,
     **wanted: Any,
 ) -> None:
-    """Send the same examples to models A and B and show which one answers better.
+    """Send the same examples to models A and B, and show which model answers better.
 
-    A and B are versions (NAME, NAME@N, NAME@alias), bases as in a recipe, or remote models
+    A and B are versions (NAME, NAME@N, NAME@alias), base models as in a recipe, or remote models
     (https://HOST/v1#MODEL), to which the prompts are sent.
     """
     from svc.evaluation.comparison import Direction
@@ -93,7 +95,7 @@ def _judge(url: str | None, model: str | None, key_file: Path | None) -> "Endpoi
     if not url and not model and not key_file:
         return None
     if not url or not model:
-        raise click.UsageError("a judge needs both --judge-url and --judge-model")
+        raise click.UsageError("--judge-url and --judge-model must be given together")
     judge = Endpoint(url, model, read_secret(key_file, _RENEW) if key_file else None)
     judge.check()
     return judge
@@ -113,5 +115,7 @@ def _key(file: Path | None, variable: str | None) -> str | None:
         return None
     key = os.environ.get(variable, "").strip()
     if not key:
-        raise SettingsError(f"the environment variable {variable} is not set", expected="a variable with the key")
+        raise SettingsError(
+            f"the environment variable {variable} is not set", expected="a variable that contains the key"
+        )
     return key

@@ -103,9 +103,9 @@ def _warn(models: Sequence[Model], questions: Questions, registry: Registry) -> 
     for model in models:
         message = ""
         if isinstance(model, Endpoint):
-            message = f"the prompts of {count} examples are sent to {model.url}"
+            message = f"the prompts of {count} examples will be sent to {model.url}"
         elif model.manifest and (learnt := count_learnt(model.manifest, questions.examples, registry)):
-            message = f"{model} was trained on {learnt} of {count} prompts, so its figures on them are too good"
+            message = f"{model} was trained on {learnt} of {count} prompts, so its figures on them are too optimistic"
         if message:
             console.print(message, style="yellow", markup=False, soft_wrap=True)
 

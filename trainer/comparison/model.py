@@ -68,8 +68,8 @@ def find_model(text: str, registry: Registry, settings: Settings, *, format: For
     if not is_base:
         raise NotFoundError(
             f"{text!r} is not a version, a base model or an endpoint",
-            expected=f"a version of {', '.join(registry.names()) or 'none yet'}; a base: {', '.join(KNOWN)}, ./FOLDER, "
-            "ORG/NAME; or an endpoint: https://HOST/v1#MODEL",
+            expected=f"a version of {', '.join(registry.names()) or 'a model (none is registered)'}; a base: "
+            f"{', '.join(KNOWN)}, ./FOLDER, ORG/NAME; or an endpoint: https://HOST/v1#MODEL",
             todo="see `svc models`",
         )
     base = resolve_base(text, settings.base_cache)
@@ -99,7 +99,7 @@ def asked_alike(base: Model, other: Model, cache: Path) -> Model:
     if not has_chat_template(base.folder):
         raise BaseModelError(
             f"{base} has no chat template",
-            expected="an instruction-tuned model, or a version trained from this base to compare it with",
+            expected="an instruction-tuned model, or a comparison with a version trained from this base",
             todo="train a version with chat_template in the recipe, and compare the base with it",
         )
     return base
@@ -109,7 +109,9 @@ def _version(manifest: Manifest, registry: Registry, format: Format | None) -> L
     comparable = [format for format in (Format.GPTQ, Format.MERGED) if format in manifest.formats]
     chosen = format or next(iter(comparable), None)
     if chosen not in comparable:
-        expected = f"one of {', '.join(comparable)}" if comparable else "merged or gptq: adapters cannot be compared"
+        expected = (
+            f"one of {', '.join(comparable)}" if comparable else "merged or gptq, because adapters cannot be compared"
+        )
         raise NotFoundError(
             f"{manifest.id} has no format {chosen or 'that contains a complete model'}",
             expected=expected,

@@ -80,12 +80,12 @@ def choose_questions(models: Sequence[Model], registry: Registry, wanted: Wanted
         whole = read_examples(wanted.data, cache=cache)
         return Questions(whole[: wanted.limit], ", ".join(wanted.data), longest, options, whole)
     if not versions:
-        raise DataError("neither model has a held-out set", todo="choose the examples with --data FILE")
+        raise DataError("neither model has a held-out set", todo="provide examples with --data FILE")
     if len({version.data.heldout_fingerprint for version in versions}) > 1:
         raise DataError(
             f"{versions[0].id} and {versions[1].id} have different held-out sets",
             expected="versions that were evaluated on the same examples",
-            todo="name the examples with --data FILE",
+            todo="provide the examples with --data FILE",
         )
     counts = [count for count in (wanted.limit, *(version.judged_examples for version in versions)) if count]
     whole = registry.heldout(versions[0].id)

@@ -29,7 +29,7 @@ def print_compared(compared: Compared) -> None:
     comparison, questions = compared.comparison, compared.questions
     for letter, model, answers in zip("AB", compared.models, compared.answers, strict=True):
         output.print(f"[bold]{letter}[/bold]  {escape(str(model))}{'  (stored answers)' if answers.kept else ''}")
-    output.print(f"{comparison.examples} examples of {escape(questions.origin)}, {_limit(questions.max_tokens)}\n")
+    output.print(f"{comparison.examples} examples from {escape(questions.origin)}, {_limit(questions.max_tokens)}\n")
     table = Table("", "A", "B", "B - A", "", box=None)
     for figures in comparison.metrics.values():
         table.add_row(*_row(figures))
@@ -40,7 +40,7 @@ def print_compared(compared: Compared) -> None:
     by = escape(tally.metric)
     output.print(f"\nBy {escape(primary.title)}: [bold]{_VERDICTS[comparison.direction]}[/bold] (95 %)")
     output.print(
-        f"By {by} B wins {tally.wins}, loses {tally.losses}, ties {tally.ties}; sign test p = {tally.p_value:.2g}"
+        f"By {by}, B wins {tally.wins}, loses {tally.losses}, ties {tally.ties}; sign test p = {tally.p_value:.2g}"
     )
     if judge := compared.judge:
         output.print(
@@ -51,7 +51,9 @@ def print_compared(compared: Compared) -> None:
         )
     if comparison.different:
         count = len(comparison.different)
-        output.print(f"\nThe {count} examples that differ most, by {by}, then by edits between the answers:")
+        output.print(
+            f"\nThe {count} examples that differ most, by {by}, then by the number of edits between the answers:"
+        )
     for example in comparison.different:
         _print_example(example, tally.metric)
 
@@ -59,7 +61,7 @@ def print_compared(compared: Compared) -> None:
 def _limit(max_tokens: int | None) -> str:
     if max_tokens is not None:
         return f"answers of at most {max_tokens} tokens"
-    return f"answers of at most {REFERENCE_FACTOR:g} times their reference's tokens plus {SPARE_TOKENS}"
+    return f"answers of at most {REFERENCE_FACTOR:g} times the length of their reference plus {SPARE_TOKENS} tokens"
 
 
 def _row(compared: MetricComparison) -> tuple[str, ...]:

@@ -78,7 +78,7 @@ def read_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
         raise BaseModelError(
             f"transformers cannot read the tokenizer in {folder}: {error}",
-            expected="a tokenizer that transformers knows, without custom code",
+            expected="a tokenizer that transformers supports without custom code",
             todo="download the model's tokenizer files again, or choose another base",
         ) from error
     return tokenizer
@@ -124,10 +124,10 @@ def check_ending(
     if answer and shown:
         tokens = ", ".join(str(token) for token in tokenizer.convert_ids_to_tokens(sorted(stops)))
         raise BaseModelError(
-            f"the chat template of {folder} puts {shown!r} after an answer, which is ordinary text to the tokenizer: "
-            "the engine does not stop there, so clients would see it",
+            f"the chat template of {folder} ends an answer with {shown!r}, which the tokenizer treats as ordinary "
+            "text: the engine would not stop there, and clients would see it",
             expected=f"a template that ends an answer with a token at which the engine stops: {tokens}",
-            todo=f"write {{{{ eos_token }}}} in its place, or set chat_template in the recipe to one of "
+            todo=f"replace it with {{{{ eos_token }}}}, or set chat_template in the recipe to one of "
             f"{', '.join(NamedTemplate)}",
         )
 
@@ -217,7 +217,7 @@ class _Conversation:
             except (TemplateError, TypeError) as error:  # templates that need tools raise TypeError
                 raise DataError(
                     f"the base model's chat template rejects example {self.number}: {error}",
-                    expected="turns that the base model supports",
+                    expected="conversation turns that the base model supports",
                     todo="change the example's turns, or choose another base",
                 ) from error
             if rows and row.input_ids[: len(rows[-1].input_ids)] == rows[-1].input_ids:
@@ -245,7 +245,7 @@ class _Conversation:
         message, conversation = self.example.messages[turn], self.text(turn + 1)
         todo = "set chat_template_kwargs in the recipe to the arguments that the template needs, or choose another base"
         if turn < len(self.example.messages) - 1:
-            todo += ", or learn only the final answers with data.learn: last"
+            todo += ", or set data.learn: last to learn only the final answers"
         if conversation.startswith(prompt):
             learnt = conversation[len(prompt) :]
         else:
@@ -257,8 +257,8 @@ class _Conversation:
                 common = _common_prefix(prompt, conversation)
                 in_conversation, in_prompt = (text[common : common + _MAX_SHOWN] for text in (conversation, prompt))
                 raise DataError(
-                    f"example {self.number}: the base model's chat template renders the prompt differently inside the "
-                    f"whole conversation: after a common beginning, the conversation has {in_conversation!r} where the "
+                    f"example {self.number}: the base model's chat template renders the prompt differently within the "
+                    f"whole conversation: after a common prefix, the conversation has {in_conversation!r} where the "
                     f"prompt has {in_prompt!r}",
                     expected="a template that renders earlier turns the same way in a prompt and in a conversation",
                     todo=todo,
@@ -268,8 +268,8 @@ class _Conversation:
             thinks = _squeezed(message.reasoning + CLOSING + message.content)
             if not _squeezed(learnt).removeprefix("<think>").startswith(thinks):
                 raise DataError(
-                    f"in example {self.number} the model would learn {learnt[:_MAX_SHOWN]!r} instead of the turn's "
-                    f"reasoning_content {message.reasoning[:_MAX_SHOWN]!r}, then {CLOSING} and the text",
+                    f"in example {self.number}, the model would learn {learnt[:_MAX_SHOWN]!r} instead of the turn's "
+                    f"reasoning_content {message.reasoning[:_MAX_SHOWN]!r} followed by {CLOSING} and the text",
                     expected=f"a template that renders reasoning_content and {CLOSING} before the answer",
                     todo="set chat_template_kwargs in the recipe, for example enable_thinking: true, choose another "
                     "base, or remove reasoning_content",
@@ -278,14 +278,14 @@ class _Conversation:
             after = learnt.replace(message.content, "", 1)  # a tool's name may be a word of the text
             if missing := [call.name for call in message.tool_calls if call.name not in after]:
                 raise DataError(
-                    f"in example {self.number} the model would learn {learnt[:_MAX_SHOWN]!r} instead of a call of the "
+                    f"in example {self.number}, the model would learn {learnt[:_MAX_SHOWN]!r} instead of a call to the "
                     f"tool {missing[0]!r}",
                     expected="a chat template that renders tool calls",
                     todo="choose another base, set chat_template in the recipe to a file, or remove the example",
                 )
         elif message.reasoning is None and not _squeezed(learnt).startswith(_squeezed(message.content)):
             raise DataError(
-                f"in example {self.number} the model would learn {learnt[:_MAX_SHOWN]!r}, but the answer is "
+                f"in example {self.number}, the model would learn {learnt[:_MAX_SHOWN]!r}, but the answer is "
                 f"{message.content[:_MAX_SHOWN]!r}",
                 expected="a template that renders the answer directly after the prompt",
                 todo=todo,

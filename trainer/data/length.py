@@ -29,9 +29,9 @@ def fit_length(examples: Sequence[Sequence[TokenizedExample]], train: Train) -> 
     if train.too_long is TooLong.ERROR:
         raise DataError(
             f"{len(longer)} of {len(examples)} examples are longer than {train.max_length} tokens; "
-            f"the longest, number {lengths.index(longest) + 1}, has {longest}",
-            expected="examples that fit completely",
-            todo=f"set train.max_length to {longest} or more, shorten those examples, or set "
+            f"the longest, example {lengths.index(longest) + 1}, has {longest} tokens",
+            expected=f"examples of at most {train.max_length} tokens",
+            todo=f"set train.max_length to at least {longest}, shorten those examples, or set "
             "train.too_long to drop or truncate",
         )
     if train.too_long is TooLong.TRUNCATE:
@@ -41,12 +41,12 @@ def fit_length(examples: Sequence[Sequence[TokenizedExample]], train: Train) -> 
         fitting = [list(rows) for rows, length in zip(examples, lengths, strict=True) if length <= train.max_length]
     dropped = len(examples) - len(fitting)
     console.print(
-        f"  [yellow]{len(longer)} of {len(examples)} examples are longer than {train.max_length} tokens; the first is "
-        f"number {longer[0]}: {dropped} dropped, {len(longer) - dropped} truncated[/yellow]"
+        f"  [yellow]{len(longer)} of {len(examples)} examples are longer than {train.max_length} tokens, the first "
+        f"being example {longer[0]}: {dropped} dropped, {len(longer) - dropped} truncated[/yellow]"
     )
     if len(fitting) < 2:
         raise DataError(
-            f"{len(fitting)} of {len(examples)} examples fit into {train.max_length} tokens",
+            f"only {len(fitting)} of {len(examples)} examples fit into {train.max_length} tokens",
             expected="at least 2",
             todo="raise train.max_length",
         )
@@ -75,7 +75,7 @@ def check_served_length(rows: Sequence[TokenizedExample], longest: int, what: st
     if sizes and (needed := max(sizes)) > longest:
         raise DataError(
             f"{sum(size > longest for size in sizes)} of {len(rows)} {what} examples need more than {longest} tokens; "
-            f"the longest, number {sizes.index(needed) + 1}, needs {needed} with its answer",
-            expected="examples that fit into a request to the engine",
-            todo=f"set engine.max_model_len to {needed} or more if the model supports it, or shorten the examples",
+            f"the longest, example {sizes.index(needed) + 1}, needs {needed} including its answer",
+            expected="examples that fit into one engine request",
+            todo=f"set engine.max_model_len to at least {needed} if the model supports it, or shorten the examples",
         )

@@ -83,15 +83,15 @@ def template_text(chosen: NamedTemplate | Path, folder: Path) -> str:
         except (OSError, ValueError) as error:
             raise BaseModelError(
                 f"cannot read the chat template {chosen}: {error}",
-                expected="a jinja template in UTF-8",
+                expected="a Jinja template in UTF-8",
                 todo="correct `chat_template` in the recipe; its path is relative to the recipe",
             ) from error
     tokenizer = read_tokenizer(folder)
     if tokenizer.eos_token is None:
         raise BaseModelError(
-            f"the tokenizer in {folder} has no end token, with which the chat template {chosen} ends an answer",
+            f"the tokenizer in {folder} has no end token, but the chat template {chosen} ends each answer with it",
             expected="eos_token in tokenizer_config.json",
-            todo=f"name the end token in {folder / 'tokenizer_config.json'}, or choose another base",
+            todo=f"set eos_token in {folder / 'tokenizer_config.json'}, or choose another base",
         )
     begins = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
     return f"{{%- set bos = {'bos_token' if begins else repr('')} -%}}\n{_REJECT_TOOLS}{_TURNS[chosen]}"

@@ -32,9 +32,9 @@ def check_tokenizer(
     """
     if not stops:
         raise BaseModelError(
-            f"{folder} names no token that ends an answer",
+            f"{folder} does not specify a token that ends an answer",
             expected="eos_token in tokenizer_config.json, or eos_token_id in generation_config.json",
-            todo="add the token that ends a turn in the chat template, or choose another base",
+            todo="set it to the token that ends a turn in the chat template, or choose another base",
         )
     named = {role: getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad", "unk")}
     for role, token in (named | {f"end-of-answer {stop}": stop for stop in stops}).items():
@@ -52,7 +52,7 @@ def check_tokenizer(
         raise BaseModelError(
             f"the tokenizer in {folder} has ids up to {ordinary}, but the model has {embedding_rows} embedding rows",
             expected=f"ids below {embedding_rows}",
-            todo="use the tokenizer of these weights",
+            todo="use the tokenizer that came with these weights",
         )
 
 

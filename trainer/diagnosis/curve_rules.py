@@ -44,8 +44,8 @@ def find_divergence(run: TrainingRun) -> Finding | None:
         kind=FindingKind.DIVERGENCE,
         what=f"the training loss rose from {start.mean:.3f} at the start to {parts[-1].mean:.3f} at the end",
         advice=_slower(run),
-        rule=f"the mean loss of the last tenth of the steps is above that of the first, or before the first step, by "
-        f"more than {SURE:g} standard errors and {ABOVE_START:.0%}",
+        rule="the mean loss over the last tenth of the steps exceeds that over the first tenth, or the loss before "
+        f"the first step, by more than {SURE:g} standard errors and by more than {ABOVE_START:.0%}",
     )
 
 
@@ -63,11 +63,11 @@ def find_high_rate(run: TrainingRun) -> Finding | None:
     return Finding(
         kind=FindingKind.LEARNING_RATE_HIGH,
         what=f"the training loss rose from {lowest.mean:.3f} at step {lowest.step} to {worst.mean:.3f} at step "
-        f"{worst.step} before it fell to {parts[-1].mean:.3f}",
+        f"{worst.step}, then fell to {parts[-1].mean:.3f}",
         advice=_slower(run),
-        rule=f"the mean loss of a tenth of the steps is above that of an earlier tenth or the loss before the first "
-        f"step, by more than {SURE:g} standard errors, {ABOVE_START:.0%} of the latter and {GIVEN_BACK:.0%} of the "
-        "fall so far",
+        rule="the mean loss over a tenth of the steps exceeds that over an earlier tenth, or the loss before the "
+        f"first step, by more than {SURE:g} standard errors, by more than {ABOVE_START:.0%} of the loss before the "
+        f"first step and by more than {GIVEN_BACK:.0%} of the decrease so far",
     )
 
 
@@ -89,8 +89,8 @@ def find_low_rate(run: TrainingRun) -> Finding | None:
         kind=FindingKind.LEARNING_RATE_LOW,
         what=f"the training loss hardly fell: {change}" if flat else f"the training loss was still falling, {change}",
         advice=_other_rate(run, f"{run.usual_learning_rate:g}"),
-        rule=f"the rate is at most a third of the method's default, and the last third of the learning brought more "
-        f"than {UNFINISHED_SHARE:.0%} of the fall, or the loss did not fall",
+        rule=f"the learning rate is at most a third of the method's default, and either the last third of the learning "
+        f"brought more than {UNFINISHED_SHARE:.0%} of the decrease in loss, or the loss did not decrease",
     )
 
 
@@ -103,8 +103,8 @@ def find_underfitting(run: TrainingRun) -> Finding | None:
         run,
         f"the training loss was still falling when the run ended: {first.mean:.3f} at the start, "
         f"{two_thirds.mean:.3f} after two thirds of the learning, {last.mean:.3f} at the end",
-        f"the last third of the learning, by the sum of the learning rates, brought more than "
-        f"{UNFINISHED_SHARE:.0%} of the fall of the training loss and more than {HELDOUT_SHARE:.0%} of that of "
+        f"the last third of the learning, measured by the sum of the learning rates, brought more than "
+        f"{UNFINISHED_SHARE:.0%} of the decrease in training loss and more than {HELDOUT_SHARE:.0%} of the decrease in "
         "held-out loss",
     )
 
@@ -117,7 +117,7 @@ def not_learnt(run: TrainingRun, what: str, rule: str) -> Finding:
             kind=FindingKind.LEARNING_RATE_HIGH,
             what=what,
             advice=_other_rate(run, f"{run.usual_learning_rate:g}"),
-            rule=f"the rate is at least {USUAL_TIMES:g} times the method's default, and {rule}",
+            rule=f"the learning rate is at least {USUAL_TIMES:g} times the method's default, and {rule}",
         )
     if train.steps is not None:
         advice = Advice(key="train.steps", before=str(train.steps), value=str(2 * train.steps))

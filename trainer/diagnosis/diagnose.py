@@ -43,7 +43,10 @@ def find_forgetting(run: TrainingRun) -> Finding | None:
     if change is None or change.high >= 0 or change.value > -FORGOTTEN:
         return None
     advice = (
-        Advice(key="data.general", value="examples of other tasks, a tenth of all by data.general_share")
+        Advice(
+            key="data.general",
+            value="examples of other tasks; by default, data.general_share makes them a tenth of all",
+        )
         if run.recipe.data.general is None
         else Advice(key="data.general_share", before=f"{share:g}", value=f"{min(0.5, 2 * share):g}")
     )

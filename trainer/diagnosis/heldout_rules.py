@@ -53,9 +53,9 @@ def find_overfitting(run: TrainingRun) -> Finding | None:
         f"{last.heldout_loss:.3f} at the end, by {mean_rise:.3f} [±{2 * error:.3f}] on the same {len(rise)} examples, "
         "while the training loss fell",
         advice=_stop_earlier(run.recipe.train, lowest),
-        rule=f"held-out loss rose by more than {RISE:.0%} since its lowest point, which happens by chance in less than "
-        f"one of {1 / FALSE_ALARMS:.0f} runs (paired t-test over the examples, Bonferroni over the measurements), and "
-        "the training loss fell",
+        rule=f"held-out loss rose by more than {RISE:.0%} from its lowest point, which happens by chance in fewer than "
+        f"one in {1 / FALSE_ALARMS:.0f} runs (paired t-test over the examples, Bonferroni over the measurements), "
+        "while the training loss fell",
     )
 
 
@@ -63,11 +63,11 @@ def find_too_little_data(run: TrainingRun) -> Finding | None:
     """Return a finding if there are very few training examples, or few that the model has memorized."""
     limit, count = run.recipe.data.limit, run.train_examples
     if count < FEW_EXAMPLES:
-        what = f"{count} training examples"
+        what = f"there are only {count} training examples"
     elif count < MANY_EXAMPLES and (gap := _gap(run)) and gap[1] > _least_gap(run) * gap[0]:
         what = (
-            f"{count} training examples were memorized: their loss is {gap[0]:.3f} at the end, that of held-out "
-            f"examples at least {gap[1]:.3f}"
+            f"{count} training examples were memorized: at the end, their loss is {gap[0]:.3f}, but the loss on "
+            f"held-out examples is at least {gap[1]:.3f}"
         )
     else:
         return None
@@ -81,9 +81,9 @@ def find_too_little_data(run: TrainingRun) -> Finding | None:
             before=str(count) if limited else f"{count} examples",
             value=str(wanted) if limited else f"{wanted} examples",
         ),
-        rule=f"fewer than {FEW_EXAMPLES} training examples; or fewer than {MANY_EXAMPLES}, several epochs, and "
-        f"a held-out loss whose 95 % interval begins above {GAP:g} times the training loss at the end, or "
-        f"{GAP_OF_MANY_EPOCHS:g} times from {MANY_EPOCHS} epochs on",
+        rule=f"there are fewer than {FEW_EXAMPLES} training examples; or there are fewer than {MANY_EXAMPLES} and "
+        f"several epochs, and the 95 % interval of held-out loss lies above {GAP:g} times the final training loss, or "
+        f"above {GAP_OF_MANY_EPOCHS:g} times that loss if there are {MANY_EPOCHS} epochs or more",
     )
 
 
@@ -121,7 +121,7 @@ def find_cut_answers(run: TrainingRun) -> Finding | None:
     if fixed is None:
         advice = Advice(
             key="data.train",
-            value="read the cut answers (`svc report`): if they continue after the reference, check that every "
+            value="read the truncated answers (`svc report`): if they continue after the reference, check that every "
             "training answer is complete, then train longer (train.epochs); if they repeat themselves, train longer or "
             "with a lower train.learning_rate; if they are right up to the cut, raise evaluate.max_tokens",
         )
@@ -129,13 +129,13 @@ def find_cut_answers(run: TrainingRun) -> Finding | None:
         advice = Advice(
             key="evaluate.max_tokens",
             before=str(fixed),
-            value=f"{2 * fixed}, or null for limits that depend on each reference; if as many answers are still "
-            "cut off, the model does not end its answers",
+            value=f"{2 * fixed}, or null for limits that depend on each reference; if just as many answers are cut off "
+            "then, the model fails to end its answers",
         )
     shares = ", ".join(f"{share} of {format}" for format, share in cut.items())
     return Finding(
         kind=FindingKind.ANSWERS_CUT_OFF,
-        what=f"share of held-out answers that were cut off at their token limit: {shares}",
+        what=f"share of held-out answers cut off at their token limit: {shares}",
         advice=advice,
         rule=f"more than {CUT_OFF:.0%} of the held-out answers of a format were cut off at their token limit",
     )

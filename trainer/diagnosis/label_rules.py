@@ -52,7 +52,7 @@ def find_label_noise(run: TrainingRun) -> Finding | None:
         return None
     if run.train_examples and run.contradictions / run.train_examples > CONTRADICTED:
         return _finding(
-            f"{run.contradictions} of {run.train_examples} training examples have the prompt of another example, "
+            f"{run.contradictions} of {run.train_examples} training examples have the same prompt as another example, "
             "but a different answer"
         )
     if len(run.results) < MIN_ASKED:
@@ -66,7 +66,7 @@ def find_label_noise(run: TrainingRun) -> Finding | None:
     if wrong.low <= WRONG or sure < LEARNT or surest > SURE or _falls_late(run, STILL_LEARNING):
         return None
     return _finding(
-        f"of the {len(third)} held-out answers that the model is surest of (mean probability {sure:.2f}), "
+        f"of the {len(third)} held-out answers in which the model is most confident (mean probability {sure:.2f}), "
         f"{wrong.value:.0%} [{wrong.low:.0%}, {wrong.high:.0%}] differ from the reference"
     )
 
@@ -80,10 +80,10 @@ def _find_unlearnt(run: TrainingRun) -> Finding | None:
     gain = [known - result.nll * result.scored for known, result in zip(surprise, run.results, strict=True)]
     entropy, mean = fmean(surprise), fmean(gain)
     nothing = mean + 2 * stdev(gain) / math.sqrt(asked) <= GAINED * entropy
-    amount = "nothing" if nothing else "little" if mean <= HARDLY_GAINED * entropy else "only a part"
+    amount = "nothing about" if nothing else "little about" if mean <= HARDLY_GAINED * entropy else "only part of"
     what = (
-        f"the prompts explain {amount} of the labels to the model: its loss on {asked} held-out answers is "
-        f"{entropy - mean:.3f} nats per answer, and would be {entropy:.3f} if it only knew how frequent each label is"
+        f"the model learnt {amount} how the labels depend on the prompts: its loss on {asked} held-out answers is "
+        f"{entropy - mean:.3f} nats per answer; knowing only how frequent each label is would give {entropy:.3f}"
     )
     too_fast = run.learning_rate >= USUAL_TIMES * run.usual_learning_rate
     short = 0 < len(taken(run.curve)) < FEW_STEPS
@@ -92,17 +92,17 @@ def _find_unlearnt(run: TrainingRun) -> Finding | None:
         return not_learnt(
             run,
             what,
-            f"the prompts explain at most {HARDLY_GAINED:.0%} of the entropy of the labels, in fewer than {FEW_STEPS} "
-            f"steps, or with a training loss that in the last third of the learning fell by more than "
-            f"{STILL_FALLING:.0%} of what it was at the end, and by {LATE_SURE:g} standard errors",
+            f"the prompts explain at most {HARDLY_GAINED:.0%} of the label entropy, and the run had fewer than "
+            f"{FEW_STEPS} steps, or its training loss fell in the last third of the learning by more than "
+            f"{STILL_FALLING:.0%} of its final value and by more than {LATE_SURE:g} standard errors",
         )
     if short and mean <= PARTLY_GAINED * entropy and _still_falls(run):
         return not_learnt(
             run,
             what,
-            f"the prompts explain at most {PARTLY_GAINED:.0%} of the entropy of the labels, in fewer than {FEW_STEPS} "
-            f"steps, in the second half of which held-out loss fell by more than {HELDOUT_FALLING:.0%} of what it was "
-            f"at the end, and by {HELDOUT_SURE:g} standard errors",
+            f"the prompts explain at most {PARTLY_GAINED:.0%} of the label entropy, the run had fewer than {FEW_STEPS} "
+            f"steps, and in their second half held-out loss fell by more than {HELDOUT_FALLING:.0%} of its final value "
+            f"and by more than {HELDOUT_SURE:g} standard errors",
         )
     return _finding(what) if nothing else None
 
@@ -150,12 +150,11 @@ def _finding(what: str) -> Finding:
     return Finding(
         kind=FindingKind.LABEL_NOISE,
         what=what,
-        advice=Advice(key="data.train", value="correct or drop wrong labels: see `svc data check`"),
-        rule=f"the answers are labels, and the run has none of the faults above; of {MIN_ASKED} or more held-out "
-        f"answers the surest third has a mean probability of {LEARNT:g} or more, and beyond doubt more than "
-        f"{WRONG:.0%} of it is wrong, the surest sixth has a mean probability of at most {SURE:g}, and the training "
-        "loss fell by at most "
-        f"{STILL_LEARNING:.0%} of its end in the last third of the learning; or the prompts explain beyond doubt at "
-        f"most {GAINED:.0%} of the entropy of the labels; or more than {CONTRADICTED:.0%} of the training "
-        "examples contradict another",
+        advice=Advice(key="data.train", value="correct or drop the examples with wrong labels; see `svc data check`"),
+        rule=f"the answers are labels, and the run has none of the faults above; and either (1) there are at least "
+        f"{MIN_ASKED} held-out answers, the most confident third of them has a mean probability of at least {LEARNT:g} "
+        f"but is, beyond doubt, wrong in more than {WRONG:.0%} of cases, the most confident sixth has a mean "
+        f"probability of at most {SURE:g}, and the training loss fell by at most {STILL_LEARNING:.0%} of its final "
+        f"value in the last third of the learning; or (2) the prompts explain, beyond doubt, at most {GAINED:.0%} of "
+        f"the label entropy; or (3) more than {CONTRADICTED:.0%} of the training examples contradict another example",
     )

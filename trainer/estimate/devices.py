@@ -144,7 +144,7 @@ def read_devices(path: Path = DEVICES_FILE) -> dict[str, ComputeDevice]:
         listed = _Catalogue.model_validate(yaml.safe_load(path.read_text("utf-8"))).devices
     except (OSError, yaml.YAMLError, ValidationError) as error:
         raise SettingsError(
-            f"cannot read devices from {path}: {error}", expected="the fields of docs/estimate.md"
+            f"cannot read devices from {path}: {error}", expected="the fields described in docs/estimate.md"
         ) from error
     return {name: device.named(name) for name, device in listed.items()}
 

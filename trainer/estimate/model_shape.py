@@ -125,8 +125,8 @@ def read_model_shape(folder: Path, preset: Targets = Targets.ALL_LINEAR) -> Mode
         model = without_weights(config)
     except (ValueError, KeyError, AttributeError, TypeError, RuntimeError, ImportError) as error:
         raise BaseModelError(
-            f"transformers cannot build the {config.model_type} model of {folder / 'config.json'}: {error}",
-            expected="a language model that transformers knows",
+            f"transformers cannot build a {config.model_type} model from {folder / 'config.json'}: {error}",
+            expected="a language model that transformers supports",
             todo="choose another base, or update transformers",
         ) from error
     return count_model(model, preset, notes)
@@ -155,17 +155,17 @@ def _as_llama(path: Path, content: dict[str, Any]) -> tuple["PreTrainedConfig", 
     widths = content | text if isinstance(text, dict) else content
     if missing := [name for name in _NEEDED if not isinstance(widths.get(name), int)]:
         raise BaseModelError(
-            f"{path} has model_type {content.get('model_type')!r}, which transformers does not know, and lacks "
+            f"{path} has model_type {content.get('model_type')!r}, which transformers does not support, and is missing "
             f"{', '.join(missing)}",
-            expected="an architecture that transformers knows",
+            expected="an architecture that transformers supports",
             todo="choose another base, or update transformers",
         )
     inner = widths.get("intermediate_size") or 4 * widths["hidden_size"]
     named = {name: widths[name] for name in (*_NEEDED, "head_dim") if isinstance(widths.get(name), int)}
     config = LlamaConfig(**named, intermediate_size=inner, tie_word_embeddings=False)
     note = (
-        f"transformers does not know model_type {content.get('model_type')!r}: counted as a Llama of the same widths "
-        "with keys and values for every head; experts and other parts are not counted"
+        f"transformers does not support model_type {content.get('model_type')!r}, so it is counted as a Llama of the "
+        "same widths with keys and values for every head; experts and other components are not counted"
     )
     return config, (note,)
 
@@ -188,7 +188,7 @@ def count_model(model: "PreTrainedModel", preset: Targets, notes: tuple[str, ...
     total = max((shape[0] for shape in experts), default=0)
     used = next((value for name in _USED_EXPERTS if (value := getattr(config, name, None))), total)
     if total and used == total:
-        notes += ("the config does not say how many experts compute a token: all are counted",)
+        notes += ("the config does not say how many experts compute a token, so all are counted",)
     heads = config.num_attention_heads
     return ModelShape(
         architecture=config.model_type,

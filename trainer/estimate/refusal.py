@@ -34,9 +34,9 @@ def refuse_memory(estimate: Estimate, machine: Machine) -> None:
         changes = advise(estimate.recipe, estimate.shape, estimate.workload, here.device)
         todo = f"set {as_text(changes)}" if changes else "use a smaller base or another machine: see `svc estimate`"
         raise InsufficientMemoryError(
-            f"weights, gradients and the optimizer's state need at least {here.least / 1e9:.1f} GB, but "
-            f"{here.device.label} has {whole / 1e9:.1f} GB: {(here.least - whole) / 1e9:.1f} GB too few",
-            expected="memory for all of them; a smaller batch does not reduce this need",
+            f"weights, gradients and optimizer state need at least {here.least / 1e9:.1f} GB, but "
+            f"{here.device.label} has {whole / 1e9:.1f} GB: {(here.least - whole) / 1e9:.1f} GB short",
+            expected="enough memory for all of these; a smaller batch does not reduce this requirement",
             todo=f"{todo}; {_ANYWAY}",
         )
 
@@ -56,8 +56,8 @@ def refuse_stages(estimate: Estimate, machine: Machine) -> None:
             need = max(stage.least.device, stage.least.ram)
             raise InsufficientMemoryError(
                 f"stage {stage.stage} needs at least {need / 1e9:.1f} GB, but this machine has {whole / 1e9:.1f} GB: "
-                f"{lack / 1e9:.1f} GB too few",
-                expected="memory for every stage of the run",
+                f"{lack / 1e9:.1f} GB short",
+                expected="enough memory for every stage of the run",
                 todo=f"{_other_formats(estimate, machine)}; {_ANYWAY}",
             )
 
@@ -106,7 +106,7 @@ def refuse_disk(estimate: Estimate, home: Path) -> None:
     if need > free:
         stage = stages[bisect_right(written, free)]
         raise DiskSpaceError(
-            f"the run writes at least {need / 1e9:.1f} GB in {home}, but only {free / 1e9:.1f} GB are free: stage "
-            f"{stage.stage} fills the disk",
-            todo=f"free {(need - free) / 1e9:.1f} GB or set SVC_HOME to another disk; {_ANYWAY}",
+            f"the run will write at least {need / 1e9:.1f} GB in {home}, but only {free / 1e9:.1f} GB are free; stage "
+            f"{stage.stage} would fill the disk",
+            todo=f"free up {(need - free) / 1e9:.1f} GB or set SVC_HOME to another disk; {_ANYWAY}",
         )

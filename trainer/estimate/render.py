@@ -27,7 +27,7 @@ def print_estimate(estimate: Estimate) -> None:
         advice = [] if on_device.fits else [advice_text(estimate, on_device.device)]
         for text in (*advice, *lacking(on_device)):
             output.print(f"{on_device.device.label}: {text}")
-    output.print(f"Disk: {_size(estimate.disk)} without the base. Time and cost are for training alone, on one GPU.")
+    output.print(f"Disk: {_size(estimate.disk)}, excluding the base. Time and cost cover only training, on one GPU.")
 
 
 def print_short(estimate: Estimate) -> None:
@@ -60,7 +60,7 @@ def advice_text(estimate: Estimate, device: ComputeDevice) -> str:
     """Return a sentence naming the changes that make the recipe fit on the device, or saying that none do."""
     changes = advise(estimate.recipe, estimate.shape, estimate.workload, device)
     if changes is None:
-        return "no change makes the recipe fit: use a smaller base or another device"
+        return "no change to the recipe makes it fit; use a smaller base or another device"
     return f"fits with {as_text(changes)}"
 
 
@@ -120,7 +120,11 @@ def _print_head(estimate: Estimate) -> None:
         f"{estimate.trained:,} weights"
     )
     output.print(_learning_rate(estimate))
-    counted = "counted by its tokenizer" if workload.counted else "at 4.2 characters each: the base has no tokenizer"
+    counted = (
+        "counted by its tokenizer"
+        if workload.counted
+        else "estimated at 4.2 characters each because the base has no tokenizer"
+    )
     output.print(f"{workload.examples:,} examples, {workload.tokens:,.0f} tokens per epoch, {counted}")
     for note in shape.notes:
         output.print(f"[yellow]{note}[/yellow]")

@@ -178,13 +178,13 @@ def _check_experts(model: Path, expert: str, *, on_cpu: bool) -> None:
     family = load_config(model).get_text_config().model_type
     if family not in _QUANTIZED_MIXTURES:
         raise TrainingError(
-            f"{expert!r} contains the experts of a mixture, and those of {family!r} cannot be quantized for the engine",
+            f"{expert!r} contains a mixture of experts, and experts of {family!r} cannot be quantized for the engine",
             expected=f"a mixture of experts of {' or '.join(_QUANTIZED_MIXTURES)}, or a model without experts",
             todo="set `formats: [merged]`, which skips GPTQ; or choose another base",
         )
     if on_cpu and not torch.cpu._is_amx_tile_supported():
         raise TrainingError(
-            f"{expert!r} contains the experts of a mixture, and on this CPU the engine does not support 4-bit experts",
+            f"{expert!r} contains a mixture of experts, and the engine does not support 4-bit experts on this CPU",
             expected="a CPU with AMX, or a GPU",
             todo="set `formats: [merged]`, which skips GPTQ; or train and serve on a GPU",
         )
@@ -206,7 +206,7 @@ def _check_inputs(widths: dict[str, int], group_size: int) -> None:
     fitting = [str(size) for size in sizes if not any(width % size for width in widths.values())]
     raise RecipeError(
         f"quantize.group_size is {group_size}, but layer {misfit!r} has {widths[misfit]} inputs",
-        expected="a size that divides the number of inputs of every layer: "
+        expected="a group size that divides the number of inputs of every layer: "
         f"{', '.join(fitting) or f'none of {sizes} does'}",
         todo=f"set quantize.group_size to {fitting[-1]}" if fitting else "set `formats: [merged]`, which skips GPTQ",
     )

@@ -46,7 +46,7 @@ def merge_adapter(base: Path, adapter: Path, out: Path, *, dequantized: bool = F
         weights = DequantizedWeights(base) if dequantized else StoredWeights(base)
         changed = _merge(base, weights, adapter, out)
     copy_shipped_files(base, out)
-    with waiting("Comparing the merged weights with the base's"), library_output_to_log():
+    with waiting("Comparing the merged weights with the base weights"), library_output_to_log():
         return compare_weights(weights, StoredWeights(out), changed)
 
 
@@ -73,7 +73,7 @@ def _merge(base: Path, weights: "StoredWeights", adapter: Path, out: Path) -> se
     with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
         tensors = list(file.keys())
     if unexpected := [name for name in tensors if not _ADAPTER_TENSOR.search(name)]:
-        raise merge_failed(f"{adapter} has the tensor {unexpected[0]!r}, which is not part of an adapted layer")
+        raise merge_failed(f"{adapter} contains the tensor {unexpected[0]!r}, which is not part of an adapted layer")
     model = load_adapter(_without_weights(base), adapter)
     layers = adapted_tensors(model)
     named = {name.partition(".lora_")[0] for name in tensors if ".lora_" in name}

@@ -83,8 +83,8 @@ def _join(tensors: "dict[str, torch.Tensor]", layer: str, parts: list[str]) -> N
     groups = [tensors.pop(f"{part}.{_INPUT_GROUPS}") for part in parts]
     if any(not torch.equal(group, groups[0]) for group in groups):
         raise TrainingError(
-            f"{' and '.join(parts)} were quantized with different groups of inputs",
-            expected=f"the same groups, because in the engine they are one layer, {layer!r}",
+            f"{' and '.join(parts)} were quantized with different input groups",
+            expected=f"the same groups, because the engine fuses them into one layer, {layer!r}",
             todo="set `formats: [merged]`, which skips GPTQ",
         )
     tensors[f"{layer}.{_INPUT_GROUPS}"] = groups[0]
@@ -103,7 +103,7 @@ def check_packed(folder: Path, layers: list[str]) -> None:
     if missing := [name for name in layers if f"{name}.qweight" not in written]:
         raise TrainingError(
             f"{len(missing)} of {len(layers)} layers were not quantized; the first is {missing[0]!r}",
-            expected="every linear layer in 4 bits",
+            expected="every linear layer quantized to 4 bits",
             todo="check the log for gptqmodel's reason; raising quantize.samples may help",
         )
 

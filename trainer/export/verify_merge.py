@@ -49,7 +49,7 @@ def verify_full(base: Path, trained: Path) -> MergeSummary:
     """
     from trainer.model.stored_weights import StoredWeights
 
-    with waiting("Comparing the trained weights with the base's"), library_output_to_log():
+    with waiting("Comparing the trained weights with the base weights"), library_output_to_log():
         before = StoredWeights(base)
         learnt = {*linear_layers(before.model), *fused_experts(before.model)}
         return compare_weights(before, StoredWeights(trained), learnt, others_change=True)
@@ -91,16 +91,18 @@ def compare_weights(
     """
     expected = {name if name in base else f"{name}.weight" for name in targets}
     if unknown := sorted(expected - set(base)):
-        raise merge_failed(f"the adapter targets {unknown[0]!r}, which the base model lacks")
+        raise merge_failed(f"the adapter targets {unknown[0]!r}, which is missing from the base model")
     if set(base) != set(merged):
-        raise merge_failed(f"tensor {min(set(base) ^ set(merged))!r} is in only one of the two, base and merged model")
+        raise merge_failed(
+            f"tensor {min(set(base) ^ set(merged))!r} is present in only one of the base and merged models"
+        )
     changes = []
     for name in sorted(expected if others_change else base):
         before, after = base[name], merged[name]
         if name in expected:
             changes.append(_change(name, before, after))
         elif not before.equal(after):
-            raise merge_failed(f"tensor {name!r} differs from the base's, but the adapter does not target it")
+            raise merge_failed(f"tensor {name!r} differs from the base model's, but the adapter does not target it")
     if not changes:
         raise merge_failed("the adapter targets no module")
     shares, largest = zip(*changes, strict=True)
@@ -113,13 +115,13 @@ def _change(name: str, before: "torch.Tensor", after: "torch.Tensor") -> tuple[f
     """
     differing = int((before != after).sum())
     if not differing:
-        raise merge_failed(f"module {name.removesuffix('.weight')!r} still has the base's weights")
+        raise merge_failed(f"module {name.removesuffix('.weight')!r} still has the base model's weights")
     return differing / before.numel(), float((before - after).abs().max())
 
 
 def merge_failed(wrong: str) -> TrainingError:
     return TrainingError(
         f"the merge is wrong: {wrong}",
-        expected="changes in every module that the adapter targets, and in no other tensor",
+        expected="changes to every module that the adapter targets, and to no other tensor",
         todo="check that the adapter was trained on this base and that its training loss fell",
     )

@@ -24,7 +24,7 @@ def load_config(folder: Path) -> "PreTrainedConfig":
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise BaseModelError(
             f"transformers cannot read {folder / 'config.json'}: {error}",
-            expected="the config of an architecture that transformers knows, without custom code",
+            expected="the config of an architecture that transformers supports without custom code",
             todo="download the model's config.json again, or choose another base",
         ) from error
     return config

@@ -87,10 +87,10 @@ def _refuse_experts(recipe: Recipe, experts: list[str]) -> None:
     Raises:
         RecipeError: the recipe's method is one of them; names the first expert.
     """
-    named = f"{experts[0]!r} and {len(experts) - 1} others of this mixture of experts have one matrix for each expert"
+    named = f"{experts[0]!r} and {len(experts) - 1} more parameters of this mixture of experts hold a matrix per expert"
     if recipe.adapter_type is not AdapterType.LORA:
         raise RecipeError(
-            f"{named}, but {recipe.adapter_type} changes only single matrices",
+            f"{named}, but {recipe.adapter_type} supports only single matrices",
             expected=f"method {Method.LORA}, {Method.QLORA} or {Method.FULL}",
             todo=f"set method to {Method.LORA}, or adapter.targets to {Targets.ATTENTION}, which skips the experts",
         )

@@ -65,7 +65,7 @@ class StoredWeights(Mapping[str, torch.Tensor]):
         self._ties = self._find_ties()
         if missing := sorted(name for name in self._shapes if self._ties.get(name, name) not in self._first_of):
             raise IntegrityError(
-                f"the weights in {folder} lack {len(missing)} tensors of the model; the first is {missing[0]!r}",
+                f"the weights in {folder} are missing {len(missing)} tensors of the model; the first is {missing[0]!r}",
                 expected="all weights of the architecture that config.json names",
                 todo="download or create the model again",
             )
@@ -93,7 +93,7 @@ class StoredWeights(Mapping[str, torch.Tensor]):
         if tensor.shape != self._shapes[name].shape:
             raise IntegrityError(
                 f"tensor {name!r} in {self._folder} has the shape {list(tensor.shape)}",
-                expected=f"the shape {list(self._shapes[name].shape)}, which follows from config.json",
+                expected=f"the shape {list(self._shapes[name].shape)}, as implied by config.json",
                 todo="download or create the model again",
             )
         return tensor

@@ -41,7 +41,8 @@ def target_modules(model: "PreTrainedModel", preset: Targets) -> list[str] | str
     if not chosen:
         names = ", ".join(sorted({_end(name) for name in layers}))
         raise RecipeError(
-            f"the base model has no layer of adapter.targets {preset.value!r}; its linear layers are {names or 'none'}",
+            f"the base model has no layers that match adapter.targets: {preset.value}; its linear layers are "
+            f"{names or 'none'}",
             expected="query and value projections" if preset is Targets.ATTENTION_MIN else "linear layers in attention",
             todo=f"set adapter.targets to {Targets.ALL_LINEAR.value!r}",
         )

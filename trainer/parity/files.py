@@ -43,7 +43,7 @@ def other_config(base: Path, folder: Path) -> list[str]:
     try:
         after = load_config(folder).to_dict()
     except BaseModelError:  # a config with impossible values, such as a width that the heads do not divide
-        return ["all keys: transformers cannot read it"]
+        return ["all keys, because transformers cannot read the config"]
     return sorted(key for key in {*before, *after} - _MAY_DIFFER if _plain(before.get(key)) != _plain(after.get(key)))
 
 

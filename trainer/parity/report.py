@@ -94,20 +94,25 @@ def make_report(
 
 def _check_files(base: Path, folder: Path, format: Format) -> list[ParityCheck]:
     unreadable, files = unreadable_weights(folder), ", ".join(other_files(base, folder))
-    keys, same = ", ".join(other_config(base, folder)), "the base's, byte for byte"
+    keys, same = ", ".join(other_config(base, folder)), "identical to the base's, byte for byte"
     return [
-        _check(f"{format}: files of weights", not unreadable, unreadable or "whole", "whole"),
-        _check(f"{format}: tokenizer, template, generation", not files, f"{files} differ" if files else same, same),
-        _check(f"{format}: config", not keys, f"other {keys}" if keys else "the base's", "the base's"),
+        _check(f"{format}: weight files", not unreadable, unreadable or "complete", "complete"),
+        _check(
+            f"{format}: tokenizer, chat template, generation config",
+            not files,
+            f"{files} differ" if files else same,
+            same,
+        ),
+        _check(f"{format}: config", not keys, f"{keys} differ" if keys else "same as the base's", "same as the base's"),
     ]
 
 
 def _check_tokens(format: Format, reading: EngineReading, judged: int) -> ParityCheck:
     wrong = reading.prompts_differ
-    found = f"{judged - len(wrong)} of {judged} prompts equal"
+    found = f"{judged - len(wrong)} of {judged} prompts match"
     if wrong:
-        found += f"; the first different one is example {wrong[0] + 1}"
-    return _check(f"{format}: tokens of the engine", not wrong, found, "the token ids of training")
+        found += f"; the first that differs is example {wrong[0] + 1}"
+    return _check(f"{format}: prompt tokens on the engine", not wrong, found, "the same token ids as in training")
 
 
 def _compare(
@@ -141,8 +146,8 @@ def _compare(
     if Format.GPTQ in made.formats:
         folder, quantized = made.formats[Format.GPTQ]
         off, layer = gptq_parity.compare(folder, made.merged)
-        found, most = f"{off:.3f} of a layer's norm at most, in {layer}", gptq_parity.MAX_OFF
-        checks.append(_check("gptq: rounding of weights", off <= most, found, f"at most {most}"))
+        found, most = f"at most {off:.3f} of a layer's norm, in {layer}", gptq_parity.MAX_OFF
+        checks.append(_check("gptq: weight rounding", off <= most, found, f"at most {most}"))
         differences["gptq on the engine compared with trained"] = between(trained or merged, quantized.scores)
     return checks, differences
 
@@ -167,10 +172,10 @@ def _load_trained(base: Path, adapter: Path, number_type: NumberType, *, on_nf4:
 
 
 def _check_adapter(applied: adapter_parity.Applied, scale: tuple[float, float] | None) -> list[ParityCheck]:
-    found = f"applied {applied.lowest:.3f} to {applied.highest:.3f} times, depending on the module"
+    found = f"applied between {applied.lowest:.3f} and {applied.highest:.3f} times, depending on the module"
     if applied.wrong is not None:
         found += f", wrong in {applied.wrong}"
-    off = f"{1 - applied.off:.4%} of the weights equal the sum, in {applied.module or 'all modules'}"
+    off = f"{1 - applied.off:.4%} of the weights equal base plus adapter, in {applied.module or 'all modules'}"
     checks = [
         _check("merge: the adapter is applied once", applied.wrong is None, found, "once, except for rounding"),
         _check("merge: base plus adapter", applied.off <= _NOT_THE_SUM, off, f"at least {1 - _NOT_THE_SUM:.1%}"),
@@ -183,8 +188,8 @@ def _check_adapter(applied: adapter_parity.Applied, scale: tuple[float, float] |
 
 def _at_most(name: str, differences: Differences, limit: float) -> ParityCheck:
     found = (
-        f"{differences.mean:.4f} nats per token on average, {differences.largest:.3f} at most, "
-        f"same top-1 token in {differences.agreement:.1%}"
+        f"{differences.mean:.4f} nats per token on average, at most {differences.largest:.3f}, "
+        f"same top-1 token at {differences.agreement:.1%} of positions"
     )
     return _check(name, differences.mean <= limit, found, f"at most {limit:.3f} on average")
 

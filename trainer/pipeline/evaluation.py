@@ -207,7 +207,7 @@ class RunEvaluation:
             try:
                 of_base = asyncio.run(qualifier.ask_base(base.folder))
             except EngineError as error:
-                wrong = f"the base cannot be asked the general questions: {error.wrong}"
+                wrong = f"cannot send the general questions to the base: {error.wrong}"
                 todo = "; or ".join(filter(None, (error.todo, "set evaluate.general to false")))
                 raise EngineError(wrong, expected=error.expected, todo=todo) from error
             test.keep(base.revision, base.folder, of_base)

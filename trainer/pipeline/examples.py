@@ -100,7 +100,7 @@ def read_run_examples(
     train = readable[data.skip :][: data.limit]
     if len(train) < 2:
         raise DataError(
-            f"data.skip {data.skip} leaves {len(train)} of {len(readable)} examples in {', '.join(data.train)}",
+            f"data.skip: {data.skip} leaves only {len(train)} of {len(readable)} examples in {', '.join(data.train)}",
             expected="at least 2",
             todo="lower data.skip",
         )
@@ -142,14 +142,14 @@ def _leave_out(train: list[ChatExample], questions: GeneralSet | None) -> list[C
     if not asked:
         return train
     console.print(
-        f"[yellow]{len(asked)} training examples are excluded: they are also general questions "
-        "(evaluate.general), which are never trained on[/yellow]"
+        f"[yellow]{len(asked)} training examples are excluded because they are also general questions "
+        "(evaluate.general), which are never used for training[/yellow]"
     )
     if len(train) - len(asked) < 2:
         raise DataError(
-            f"all but {len(train) - len(asked)} of {len(train)} training examples are general questions",
-            expected="at least 2 other training examples",
-            todo="set evaluate.general to false, or to a file with other questions",
+            f"only {len(train) - len(asked)} of {len(train)} training examples are not general questions",
+            expected="at least 2 training examples that are not general questions",
+            todo="set evaluate.general to false, or to a file with different questions",
         )
     return [example for index, example in enumerate(train) if index not in asked]
 
@@ -164,13 +164,14 @@ def _split(
     split = split_heldout(examples, share, recipe.data.seed, learnt)
     if len(split.heldout) > max(_MANY_HELD * share * count, share * count + _FEW):
         console.print(
-            f"[yellow]{len(split.heldout)} of {count} examples are held out, more than data.heldout_share {share:g}, "
+            f"[yellow]{len(split.heldout)} of {count} examples are held out, more than data.heldout_share: {share:g}, "
             "because near duplicates stay together. Lower the share, or drop near duplicates[/yellow]"
         )
     if split.learnt_before:
         console.print(
-            f"[yellow]{split.learnt_before} examples are used for training instead of held out: an earlier version of "
-            f"{recipe.name} was trained on them or on near duplicates. {len(split.heldout)} are held out[/yellow]"
+            f"[yellow]{split.learnt_before} examples are used for training instead of being held out: an earlier "
+            f"version of {recipe.name} was trained on them or on near duplicates. {len(split.heldout)} examples are "
+            "held out[/yellow]"
         )
     return split.train, split.heldout
 
@@ -182,7 +183,7 @@ def _warn_learnt(name: str, heldout: list[ChatExample], learnt: PromptHashes) ->
     if count := int(np.isin(hash_prompts(heldout), learnt).sum()):
         console.print(
             f"[yellow]an earlier version of {name} was trained on {count} of {len(heldout)} held-out prompts: "
-            "its figures, and those of versions that continue it, are too good[/yellow]"
+            "its figures, and those of versions based on it, are too optimistic[/yellow]"
         )
 
 
@@ -204,11 +205,12 @@ def _refuse_leaks(part: _Part, other: _Part) -> None:
     if leaked:
         raise DataError(
             f"{len(leaked)} {part.purpose} examples have the same prompt as a {other.purpose} example; the first is "
-            f"number {leaked[0] + 1}",
+            f"example {leaked[0] + 1}",
             expected=f"{other.purpose} examples whose prompts are not in the {part.purpose} data",
-            todo=f"drop the lines listed by `{check}`; or train with --skip-bad",
+            todo=f"drop the lines listed by `{check}`, or train with --skip-bad",
         )
     if near := near_leaks(part.examples, other.examples):
         console.print(
-            f"[yellow]{len(near)} {part.purpose} prompts nearly equal {other.purpose} ones: see {check}[/yellow]"
+            f"[yellow]{len(near)} {part.purpose} prompts are near duplicates of {other.purpose} prompts: see "
+            f"{check}[/yellow]"
         )

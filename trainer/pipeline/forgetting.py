@@ -57,11 +57,11 @@ def judge_forgetting(forgetting: Forgetting, margin: float, format: Format) -> G
     lost, gained, examples = forgetting.lost, forgetting.gained, forgetting.examples
     loss = share_difference([1.0] * lost + [-1.0] * gained + [0.0] * (examples - lost - gained))
     causes = "training" if format is Format.MERGED else "training and quantization"
-    change = f"{'fell' if loss.value >= 0 else 'rose'} by {abs(loss.value):.3f} in {causes}"
+    change = f"{'fell' if loss.value >= 0 else 'rose'} by {abs(loss.value):.3f} through {causes}"
     return GateReport(
         gate=Gate.FORGETTING,
         measured=f"the share of correct answers to {examples} general questions {change}: "
-        f"{forgetting.before} base, {forgetting.after} {format}",
+        f"{forgetting.before} for the base, {forgetting.after} for {format}",
         limit=f"evaluate.{Gate.FORGETTING}",
         verdict=judge(loss, margin, examples),
     )

@@ -42,7 +42,7 @@ def check_gate(report: GateReport, undecided: Undecided) -> None:
         more = _ASK_MORE if report.gate is Gate.FORGETTING else _HOLD_OUT_MORE
         raise TrainingError(
             str(report),
-            expected=f"{allowed}, and proof of it, because evaluate.undecided is {undecided}",
+            expected=f"{allowed}, with proof, because evaluate.undecided is {undecided}",
             todo=f"{more}; or set evaluate.undecided to {Undecided.WARN}",
         )
     console.print(f"[yellow]{report}[/yellow]", soft_wrap=True)
@@ -61,5 +61,5 @@ def say_gates(recipe: Recipe, examples: Examples, primary: Metric) -> None:
 def _say(gate: Gate, asked: int, counted: str, margin: float) -> None:
     if margin >= 1:  # no loss exceeds it
         return
-    needed = f": about {about(examples_needed(margin))} pass a version that has lost nothing" if margin > 0 else ""
+    needed = f": about {about(examples_needed(margin))} are needed to pass a version without loss" if margin > 0 else ""
     console.print(f"  {say_detectable(asked, counted)}; evaluate.{gate} is {margin:g}{needed}", soft_wrap=True)

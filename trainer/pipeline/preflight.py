@@ -89,9 +89,9 @@ def _check_weights(base: Path, config: "PreTrainedConfig") -> None:
     embedding = next((name for name in names if name.endswith("embed_tokens.weight")), None)
     if head and embedding and hash_tensor(base, head) != hash_tensor(base, embedding):
         raise BaseModelError(
-            f"the config of {base} ties output layer and embedding, but its files contain two matrices that differ: "
-            "training would use both, the engine would use only one",
-            expected="tie_word_embeddings: false in config.json, or one matrix",
+            f"the config of {base} ties the output layer to the embedding, but its files contain two different "
+            "matrices: training would use both, and the engine only one of them",
+            expected="tie_word_embeddings: false in config.json, or a single matrix",
             todo=f"set tie_word_embeddings to false in {base / 'config.json'}",
         )
 
@@ -106,9 +106,9 @@ def _check_long_rope(base: Path, config: "PreTrainedConfig", max_model_len: int)
     original = rope.get("original_max_position_embeddings")
     if rope.get("rope_type") == "longrope" and original and max_model_len > original:
         raise BaseModelError(
-            f"{base} has LongRoPE factors for texts of up to {original} tokens and for longer texts. With "
-            f"engine.max_model_len {max_model_len}, vLLM uses the latter for every request, training only for long "
-            "texts",
+            f"{base} has separate LongRoPE factors for texts of up to {original} tokens and for longer texts. With "
+            f"engine.max_model_len: {max_model_len}, vLLM uses the factors for longer texts in every request, but "
+            "training only for longer texts",
             expected=f"engine.max_model_len of at most {original}",
             todo=f"set engine.max_model_len to {original}",
         )
@@ -123,7 +123,7 @@ def _check_copy(base: Path) -> None:
         copy_shipped_files(base, copy)
         if different := [*other_files(base, copy), *other_config(base, copy)]:
             raise BaseModelError(
-                f"transformers reads {base} and a copy of it differently: {', '.join(different)}",
-                expected="a base whose copy is read identically",
+                f"transformers reads {base} and an unchanged copy of it differently: {', '.join(different)}",
+                expected="a base that transformers reads the same way after it is copied",
                 todo="open an issue with the base's config.json, or choose another base",
             )

@@ -127,7 +127,7 @@ class Run:
         if free < need:
             raise DiskSpaceError(
                 f"stage {stage} needs {need / 1e6:.0f} MB in {self.folder}, but only {free / 1e6:.0f} MB are free",
-                todo=f"free {(need - free) / 1e6:.0f} MB or set SVC_HOME to another disk; finished stages are kept",
+                todo=f"free up {(need - free) / 1e6:.0f} MB or set SVC_HOME to another disk; finished stages are kept",
             )
 
     def _result(self, stage: Stage) -> Path:

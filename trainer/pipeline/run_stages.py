@@ -72,7 +72,7 @@ def _explained(stage: Stage, run: Path) -> Iterator[None]:
     except Exception as error:
         if is_full(error, run):
             raise DiskSpaceError(
-                f"stage {stage} filled the disk of {run}: {error}", todo=f"free some space there and {_AGAIN}"
+                f"stage {stage} ran out of disk space in {run}: {error}", todo=f"free up some space there and {_AGAIN}"
             ) from error
         if failure := stage_failure(stage, error, run):
             raise failure from error

@@ -95,7 +95,7 @@ class Pipeline:
             return
         registered = self.run.load(Stage.REGISTER, Registered)
         if registered.version not in self.registry.versions(registered.name):
-            console.print(f"{registered.version} was removed: registering a new version")
+            console.print(f"{registered.version} was removed, so a new version will be registered")
             self.run.forget_registration()
         elif registered.failed and not self.register_failed:
             self.run.begin(Stage.REGISTER)
@@ -231,8 +231,11 @@ class Pipeline:
         summary = f"  {passed} of {len(report.checks)} checks passed"
         console.print(summary if report.failed else f"{summary}: the model to serve matches the trained model")
         if gap := report.differences.get(BESIDE_NF4):
-            likelihood = f"negative log-likelihood {gap.shift:+.4f} nats per token"
-            console.print(f"  {BESIDE_NF4}: {likelihood}, same top-1 token in {gap.agreement:.1%}", soft_wrap=True)
+            console.print(
+                "  adapter on the base's original weights, compared with the NF4 weights it was trained on: negative "
+                f"log-likelihood {gap.shift:+.4f} nats per token, same top-1 token at {gap.agreement:.1%} of positions",
+                soft_wrap=True,
+            )
         return report
 
     def _judge_pairs(self) -> JudgeReport:

@@ -26,9 +26,11 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     except OSError as error:
         raise RecipeError(f"cannot open recipe {path}: {error.strerror}", todo="check the path") from error
     except ValueError as error:
-        raise RecipeError(f"{path} is not YAML: {error}", expected="a YAML mapping in UTF-8") from error
+        raise RecipeError(f"{path} is not valid YAML: {error}", expected="a YAML mapping in UTF-8") from error
     if not isinstance(content, dict):
-        raise RecipeError(f"{path} contains {content!r:.80}", expected="a YAML mapping with name, base, data, ...")
+        raise RecipeError(
+            f"{path} must contain a YAML mapping, got {content!r:.80}", expected="keys such as name, base and data"
+        )
     for override in overrides:
         _set(content, override)
     try:
@@ -49,7 +51,7 @@ def _set(content: dict[str, Any], override: str) -> None:
     try:
         content[last] = parse_yaml(value)
     except ValueError as error:
-        raise RecipeError(f"--set {override!r}: {value!r} is not a YAML value") from error
+        raise RecipeError(f"--set {override!r}: {value!r} is not a valid YAML value") from error
 
 
 def _explain(path: Path, error: ValidationError) -> RecipeError:

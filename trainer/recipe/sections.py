@@ -126,15 +126,14 @@ class Data(_Section):
     heldout_share: float = Field(0.1, gt=0, lt=1)
     """share of `data.train` to hold out if `data.heldout` is not set"""
     validation: Sources | None = None
-    """examples whose loss is measured during training and in sweeps, and which therefore choose weights and
-    values; the held-out examples then choose nothing, so that a version's metrics are not too optimistic;
-    default: the held-out examples"""
+    """validation examples: their loss is measured during training and in sweeps, and selects weights and values. The
+    held-out examples then select nothing, so a version's figures are unbiased; default: the held-out examples"""
     general: Sources | None = None
     """general examples to mix into the training examples, to reduce forgetting"""
     general_share: float = Field(0.1, gt=0, lt=1)
     """share of general examples in the training examples"""
     learn: Learn = Learn.ALL
-    """all or last: which answers of a training example are learnt; a `weight` in its turns overrides this, see
+    """all or last: which answers of a training example are learnt; a `weight` on its turns overrides this, see
     [data](data.md#conversations)"""
     seed: int = Field(0, ge=0)
     """seed for choosing the held-out examples and the general examples"""
@@ -260,11 +259,11 @@ class Train(_Section):
     batch_size: int = Field(16, ge=1)
     """number of examples per batch and device"""
     gradient_accumulation: int = Field(1, ge=1)
-    """number of batches per optimizer step; accumulating batches needs less memory than one larger batch"""
+    """batches per optimizer step; accumulating batches needs less memory than a larger batch"""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's weight decay"""
     max_grad_norm: float = Field(1.0, gt=0)
-    """maximum gradient norm; gradients with a larger norm are clipped"""
+    """maximum gradient norm; larger gradients are clipped"""
     max_length: int = Field(1024, ge=16)
     """maximum length of an example, in tokens"""
     too_long: TooLong = TooLong.ERROR
@@ -281,9 +280,8 @@ class Train(_Section):
 
 
 class Stopping(_Section):
-    """Use of held-out loss during training, or of validation loss with `data.validation`. A loss that selects
-    the weights is slightly optimistic.
-    """
+    """Held-out loss during training, or validation loss with `data.validation`. A loss that selects the weights is
+    slightly too optimistic."""
 
     every_steps: Annotated[int, Field(ge=1)] | None = None
     """number of steps between two measurements; default: a tenth of all steps, if another key needs
@@ -293,9 +291,9 @@ class Stopping(_Section):
     keep_best: bool = False
     """keep the weights with the lowest held-out loss instead of the final weights"""
     curve: bool = True
-    """if no other key requires it, measure held-out loss up to six times on up to 64 examples, in under a
-    twentieth of the run's time, or in runs of 20 to 49 steps up to three times in under a quarter; does not
-    affect the weights"""
+    """unless another key requires it anyway, measure held-out loss up to six times on up to 64 examples, taking less
+    than a twentieth of the run's time; in runs of 20 to 49 steps, up to three times, taking less than a quarter. The
+    weights are not affected"""
 
     @property
     def measures(self) -> bool:
@@ -312,11 +310,11 @@ class Checkpoints(_Section):
     """Checkpoints from which an interrupted training run resumes. They do not change the result."""
 
     every_steps: Annotated[int, Field(ge=1)] | None = None
-    """number of steps between two checkpoints; default: checkpoints by time only"""
+    """steps between two checkpoints; default: checkpoints are saved by time only"""
     every_minutes: float = Field(10.0, gt=0)
     """number of minutes between two checkpoints"""
     keep: int = Field(2, ge=1)
-    """number of newest checkpoints to keep, in addition to the best one"""
+    """number of newest checkpoints to keep; the best checkpoint is always kept too"""
 
 
 class Quantize(_Section):
@@ -329,7 +327,7 @@ class Quantize(_Section):
     samples: int = Field(64, ge=8, le=1024)
     """number of training examples, truncated to `train.max_length`, for calibrating GPTQ"""
     sequential: bool = True
-    """quantize a block's layers in turn, each on the outputs of those already quantized; slower"""
+    """quantize a block's layers one after another, each on the outputs of the layers already quantized; slower"""
 
 
 class Judge(_Section):
@@ -341,14 +339,14 @@ class Judge(_Section):
     """OpenAI-compatible endpoint of the judge, for example `https://api.openai.com/v1`, to which prompts,
     reference answers and answers are sent; default: no judge"""
     model: str | None = None
-    """the judge's model name at its endpoint"""
+    """name of the judge model at this endpoint"""
     key_file: Annotated[Path, AfterValidator(_beside_recipe)] | None = None
-    """file with the API key, readable only by its owner; default: no key"""
+    """file with the API key, with owner-only permissions; default: no key"""
 
     @model_validator(mode="after")
     def _is_complete(self) -> "Judge":
         if (self.url is None) is not (self.model is None) or (self.key_file and self.url is None):
-            raise ValueError("a judge needs both judge.url and judge.model")
+            raise ValueError("judge.url and judge.model must be set together")
         return self
 
 
@@ -371,24 +369,24 @@ class Evaluate(_Section):
     """metrics for scoring the answers: names, `rouge` for all three ROUGE metrics, or functions
     (`./FILE.py:FUNCTION`); default: those of the task, see [evaluation](evaluation.md)"""
     primary: Annotated[_NAME, AfterValidator(_metric_beside_recipe)] | None = None
-    """metric that gates GPTQ and is measured again by monitoring; default: the task's primary metric"""
+    """metric that decides the GPTQ gate and that monitoring measures again; default: the task's primary metric"""
     json_schema: Annotated[Path, AfterValidator(_beside_recipe)] | None = None
     """file with the JSON Schema for `schema_valid`; default: inferred from the held-out answers"""
     metric_seconds: float = Field(60.0, gt=0)
     """total time limit, in seconds, for a metric function to score all answers"""
     max_gptq_loss: float = Field(0.05, ge=0, le=1)
-    """largest allowed loss in the primary metric through quantization, relative to the merged model's value if
-    the metric is not a share (for example perplexity); a version is rejected if a larger loss is proven"""
+    """largest allowed loss in the primary metric from quantization; relative to the merged model's value if the
+    metric is not a share (for example perplexity); a version is rejected if a larger loss is proven"""
     # 4 bits cost SmolLM2-135M 0.042 [0.033, 0.053] on free text (synopsis task), and nothing of its ROUGE.
     max_gptq_nll: float = Field(0.05, ge=0)
-    """largest allowed increase in negative log-likelihood through quantization, as a share of the merged
-    model's but at least 0.005 nats per token; a version is rejected if a larger increase is proven"""
+    """largest allowed increase in negative log-likelihood from quantization, as a share of the merged model's, but
+    at least 0.005 nats per token; a version is rejected if a larger increase is proven"""
 
     general: Annotated[bool | Path, AfterValidator(_beside_recipe)] = True
-    """send general questions, which are never trained on, to the base, merged and GPTQ models: true for the
+    """send general questions, which are never used for training, to the base, merged and GPTQ models: true for the
     built-in questions, a file with your own, or false for none; see [evaluation](evaluation.md#forgetting)"""
     general_limit: Annotated[int, Field(ge=1)] | None = 60
-    """maximum number of general questions, taken from the start of the set; null: all"""
+    """maximum number of general questions, taken in order from the first; null: all"""
     max_forgetting: Annotated[float, Field(ge=0, le=1)] | None = None
     """largest allowed loss of correct answers to general questions, from the base to the merged model and to
     GPTQ, as a share of all questions; a version is rejected if a larger loss is proven; default: no limit"""
@@ -413,7 +411,7 @@ class Qualify(_Section):
     """The probes that verify, at every later load, that the engine is running these weights."""
 
     repeats: int = Field(10, ge=1)
-    """number of measurements of the engine's own noise, which sets the minimum tolerance"""
+    """number of times to measure the engine's own noise, which sets the minimum tolerance"""
     restart: bool = True
     """also measure on a second engine: weights loaded in place and weights loaded at start must give the same
     results"""
@@ -437,7 +435,7 @@ class Between(_Section):
     @model_validator(mode="after")
     def _is_range(self) -> "Between":
         if self.low >= self.high or (self.log and self.low <= 0):
-            raise ValueError("a range needs low below high, and low above 0 with log")
+            raise ValueError("in a range, low must be less than high, and greater than 0 with log")
         return self
 
 
@@ -447,17 +445,16 @@ class Sweep(_Section):
     space: (
         Annotated[dict[str, Annotated[tuple[Any, ...], Field(min_length=1)] | Between], Field(min_length=1)] | None
     ) = None
-    """keys of `train` and `adapter`, each with a list of values or `{low: , high: , log: true}`; default: the
-    three phases"""
+    """keys of `train` and `adapter`, each with a list of values or `{low: , high: , log: true}`; default: a search
+    in three phases"""
     trials: int = Field(20, ge=1)
-    """maximum number of trials in `sweep.space`; if it consists only of lists with fewer combinations, all of
-    them are tried"""
+    """maximum number of trials in `sweep.space`; a space of lists with fewer combinations is tried completely"""
     seconds: Annotated[float, Field(gt=0)] | None = None
     """time in seconds after which no further trial is started; default: no limit"""
     finalists: int = Field(3, ge=0)
-    """number of trials with the lowest held-out loss to evaluate on the engine in addition to the unchanged
-    recipe, or more while all of them exceed `evaluate.max_forgetting`; the primary metric decides among
-    those within the limit; 0: held-out loss alone decides"""
+    """number of trials with the lowest held-out loss to evaluate on the engine, in addition to the unchanged recipe;
+    more are evaluated while all of them exceed `evaluate.max_forgetting`. The primary metric decides among the trials
+    within that limit; 0: held-out loss alone decides"""
 
     @field_validator("space")
     @classmethod
@@ -494,15 +491,15 @@ class Recipe(_Section):
     name: str = Field(pattern=NAME_PATTERN)
     """name under which clients request the model"""
     base: str = Field(min_length=1)
-    """base model: a known id, Hub id, NAME@N, local folder or GGUF file"""
+    """base model: a known id, a Hugging Face id, NAME@N, a local folder or a GGUF file"""
     method: Method = Method.LORA
     """full, lora, qlora, dora, adalora or vera; for other combinations, such as QDoRA, set `adapter.type` and
     `quantization` instead"""
     quantization: Quantization | None = None
     """nf4: keep the frozen weights in 4 bits during training; default: the quantization implied by `method`"""
     merge_dequantized: bool = False
-    """with nf4: merge the adapter into the dequantized weights with which it was trained, not into the base's own; see
-    [training](training.md#merging-after-qlora)"""
+    """with nf4: merge the adapter into the dequantized weights it was trained on, not into the base's original weights;
+    see [training](training.md#merging-after-qlora)"""
     chat_template: ChatTemplate = None
     """chat template by name or from a file (`./FILE.jinja`), for a base without one or to replace the base's
     own; see [base models](base_models.md#a-base-without-a-chat-template); default: the base's own"""
@@ -536,8 +533,8 @@ class Recipe(_Section):
     def _is_consistent(self) -> "Recipe":
         if self.train.packing and self.train.neftune_alpha is not None:
             raise ValueError(
-                "train.neftune_alpha cannot be used with train.packing: its noise is scaled by the length of a row, "
-                "not of an example"
+                "train.neftune_alpha cannot be used with train.packing, because its noise is scaled by the length of a "
+                "row instead of an example"
             )
         if len(set(self.formats)) < len(self.formats):
             raise ValueError("`formats` lists a format twice")

@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key, for example train.epochs=2."
 )
-@click.option("--register", is_flag=True, help="Run svc train with the best values, and register the version.")
-@click.option("--anyway", is_flag=True, help="Start even if this machine has too little memory or disk space.")
+@click.option("--register", is_flag=True, help="Train with the best values afterwards, and register the version.")
+@click.option("--anyway", is_flag=True, help="Start even without enough memory or disk space on this machine.")
 @json_option
 @click.pass_context
 def sweep(
     ctx: click.Context, recipe: Path, overrides: tuple[str, ...], register: bool, anyway: bool, as_json: bool
 ) -> None:
-    """Search for the best values of RECIPE. An interrupted sweep is resumed."""
+    """Search for the best values for RECIPE, resuming an interrupted sweep."""
     from svc.terminal import quiet_libraries
     from trainer.recipe.file import load_recipe
 

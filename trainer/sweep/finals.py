@@ -199,12 +199,17 @@ class Finals:
         """
         if not winner.allowed:
             return [
-                "all measured trials forget more than evaluate.max_forgetting allows; the one that forgets least wins"
+                "all measured trials forget more than evaluate.max_forgetting allows, so the trial that forgets least "
+                "wins"
             ]
         loser = next(finalist for finalist in finalists if finalist.trial.key == preferred.key)
         if loser is winner:
             return []
-        why = f"its {self.metric.title} is worse" if loser.allowed else "it forgets more than evaluate.max_forgetting"
+        why = (
+            f"its {self.metric.title} is worse"
+            if loser.allowed
+            else "it forgets more than evaluate.max_forgetting allows"
+        )
         return [f"{describe(preferred.values)} would win by held-out loss, but {why}"]
 
     def result(self, winner: Finalist, finalists: Sequence[Finalist]) -> FinalsResult:

@@ -102,14 +102,16 @@ def run_curve(place: "Workplace") -> LearningCurve:
     """
     examples, rows = place.examples.train, place.data.train
     if len(examples) < _MIN_EXAMPLES:
-        raise DataError(f"only {len(examples)} examples", expected=f"at least {_MIN_EXAMPLES} for a learning curve")
+        raise DataError(
+            f"found only {len(examples)} examples", expected=f"at least {_MIN_EXAMPLES} for a learning curve"
+        )
     base = place.base_loss()
     points, each = [], []
     for part in nested_subsets([example.answer for example in examples], place.recipe.data.seed):
         console.print(f"[bold]{len(part)} of {len(examples)} examples[/bold]")
         outcome = place.run_trial({}, lambda step, loss: None, [rows[number] for number in part])
         if outcome.loss is None:
-            wrong = f"the training on {len(part)} examples failed: {outcome.why}"
+            wrong = f"training on {len(part)} examples failed: {outcome.why}"
             raise TrainingError(wrong, todo="see docs/training.md")
         console.print(f"  held-out loss {outcome.loss}")
         points.append(Point(examples=len(part), loss=outcome.loss, steps=outcome.steps, seconds=outcome.seconds))

@@ -163,9 +163,11 @@ class Search:
                     if best != edge(trial.values[key] for trial in trials):
                         break
                     yield {key: value}
-                    self.notes.append(f"{key} {show(value)} was tried because the {name}, {show(best)}, was the best")
+                    self.notes.append(
+                        f"{key} {show(value)} was tried because the {name} value so far, {show(best)}, was the best"
+                    )
                 if beyond and choose().values[key] == beyond[-1]:
-                    self.notes.append(f"the best {key} is the {name} that was tried: set it and sweep again")
+                    self.notes.append(f"the best {key} is the {name} value tried: set it in the recipe and sweep again")
 
         for trial in self._trials(phase, fixed, {key: [*order, *lower, *higher]}, proposals()):
             trials.append(trial)

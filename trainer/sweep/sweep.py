@@ -78,7 +78,7 @@ def run_sweep(place: Workplace, finals: Finals | None = None) -> SweepResult:
     """
     _check_space(place.recipe)
     base = place.base_loss()
-    console.print(f"  held-out loss of the base: {base}, {len(place.data.judged)} examples")
+    console.print(f"  held-out loss of the base: {base} on {len(place.data.judged)} examples")
     studies = place.folder.absolute() / "study.db"
     studies.unlink(missing_ok=True)  # created again from the outcomes of trials, so that a kill leaves no partial study
     usual_rate = place.recipe.usual_learning_rate(read_width(place.base.folder))
@@ -103,7 +103,7 @@ def _run_finals(finals: Finals, search: Search, preferred: TrialOutcome) -> tupl
     unchanged = next((trial for phase, trial in search.tried if phase is Phase.RECIPE), preferred)
     trials = finals.rank([unchanged, preferred, *(trial for _, trial in search.tried)])
     if preferred.key not in {trial.key for trial in trials}:
-        search.notes.append("chosen by held-out loss alone: the trials' adapters are missing")
+        search.notes.append("the winner was chosen by held-out loss alone, because the trials' adapters are missing")
         return preferred, None
     console.print("[bold]finals[/bold]")
     finalists = finals.measure(trials)
@@ -128,8 +128,8 @@ def summarize(search: Search, winner: TrialOutcome, base: Interval, finals: Fina
     warning = None
     if second and not compare.distinct(winner, second):
         warning = (
-            f"the winner cannot be told apart from {describe(second.values)}: held-out loss differs by {difference}, "
-            "an interval that contains 0; more held-out examples would decide"
+            f"the winner cannot be distinguished from {describe(second.values)}: held-out loss differs by "
+            f"{difference}, an interval that contains 0; more held-out examples would be needed to decide"
         )
     lines = [
         Line(

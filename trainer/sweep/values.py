@@ -25,7 +25,7 @@ def with_values(recipe: Recipe, values: Values) -> Recipe:
     except ValidationError as error:
         problems = "; ".join(problem["msg"] for problem in error.errors())
         raise RecipeError(
-            f"{describe(values)} does not fit the recipe: {problems}", todo="change sweep.space, see docs/recipe.md"
+            f"{describe(values)} is not valid in this recipe: {problems}", todo="change sweep.space, see docs/recipe.md"
         ) from error
 
 

@@ -72,9 +72,9 @@ class CheckpointFolder:
             if not full:
                 raise
             raise DiskSpaceError(
-                f"the disk of {self.folder} has too little space for the checkpoint of step {step}",
+                f"not enough disk space in {self.folder} for the checkpoint at step {step}",
                 expected="space for one more checkpoint than checkpoints.keep",
-                todo=f"free some space and run the same command again: {self._newest_kept()}",
+                todo=f"free up some space and run the same command again: {self._newest_kept()}",
             ) from error
         self._prune(step, best)
 

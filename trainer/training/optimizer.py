@@ -43,6 +43,6 @@ def check_optimizer(optimizer: Optimizer, *, cuda: bool) -> None:
     if optimizer is not Optimizer.ADAMW and find_spec("bitsandbytes") is None:
         raise RecipeError(
             f"train.optimizer {optimizer} needs bitsandbytes, which is not installed",
-            expected="the package bitsandbytes",
+            expected="the bitsandbytes package",
             todo=f"pip install bitsandbytes, or set train.optimizer to {Optimizer.ADAMW}",
         )

@@ -40,8 +40,9 @@ def out_of_memory(recipe: Recipe, error: Exception, *, checkpointing: bool) -> T
         return None
     return TrainingError(
         f"out of memory: {message.strip().splitlines()[0] if message else 'the machine has no free memory'}",
-        expected=f"memory for batches of {recipe.train.batch_size} examples of up to {recipe.train.max_length} tokens",
-        todo=f"{cheaper(recipe, checkpointing=checkpointing)}; this is a new run, which starts from the beginning",
+        expected=f"enough memory for batches of {recipe.train.batch_size} examples of up to {recipe.train.max_length} "
+        "tokens",
+        todo=f"{cheaper(recipe, checkpointing=checkpointing)}; the changed recipe starts a new run",
     )
 
 
@@ -55,12 +56,13 @@ def cheaper(recipe: Recipe, *, checkpointing: bool) -> str:
         size = next(size for size in range(train.batch_size // 2, 0, -1) if train.batch_size % size == 0)
         accumulation = train.gradient_accumulation * train.batch_size // size
         return (
-            f"set train.batch_size to {size} and train.gradient_accumulation to {accumulation}: the steps stay the same"
+            f"set train.batch_size to {size} and train.gradient_accumulation to {accumulation}, which leaves the "
+            "optimizer steps unchanged"
         )
     if not checkpointing:
-        return "set train.gradient_checkpointing to true: a third slower, with the same result"
+        return "set train.gradient_checkpointing to true, which is a third slower and gives the same result"
     if recipe.adapter_type is not None and recipe.base_quantization is None:
-        return "set `quantization: nf4`: the frozen weights need a quarter of the memory or less"
+        return "set `quantization: nf4`, which reduces the memory of the frozen weights to a quarter or less"
     if recipe.adapter_type is None:
-        return "set `method: lora`: the optimizer's state for all weights needs the most memory"
+        return "set `method: lora`, because the optimizer state for all weights needs the most memory"
     return f"set train.max_length to {train.max_length // 2} and drop the longer examples, or use a smaller base model"

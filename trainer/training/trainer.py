@@ -143,8 +143,8 @@ class ResumableTrainer(AnswerTrainer):
         saved = load_file(checkpoint / _WEIGHTS)
         if set(saved) != set(trained):
             raise IntegrityError(
-                f"{checkpoint} and the model differ in their trained weights: {min(set(saved) ^ set(trained))!r} is in "
-                "only one of them",
+                f"{checkpoint} and the model have different trained weights: {min(set(saved) ^ set(trained))!r} is "
+                "present in only one of them",
                 todo=f"remove {checkpoint.parent} and train again",
             )
         with torch.no_grad():
@@ -164,7 +164,7 @@ class ResumableTrainer(AnswerTrainer):
         """
         for name, weight in self._trained().items():
             if not torch.isfinite(weight).all():
-                raise diverged(f"{name} contains a value that is not finite", self.args.learning_rate)
+                raise diverged(f"{name} contains a non-finite value", self.args.learning_rate)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         self.check_finite()

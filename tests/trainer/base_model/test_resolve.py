@@ -64,7 +64,7 @@ def test_missing_shard_is_named_in_the_error(tiny_base: Path, tmp_path: Path) ->
     folder = copy(tiny_base, tmp_path / "base")
     index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
-    with pytest.raises(BaseModelError, match="lacks model-00002-of-00002"):
+    with pytest.raises(BaseModelError, match="is missing model-00002-of-00002"):
         resolve_base(str(folder), tmp_path)
 
 
@@ -100,7 +100,7 @@ def test_second_weights_file_without_an_index_is_rejected(tiny_base: Path, tmp_p
 def test_shards_without_an_index_are_rejected(tiny_base: Path, tmp_path: Path) -> None:
     folder = shard(copy(tiny_base, tmp_path / "base"))
     (folder / "model.safetensors.index.json").unlink()
-    with pytest.raises(BaseModelError, match=r"lacks model\.safetensors\.index\.json"):
+    with pytest.raises(BaseModelError, match=r"is missing model\.safetensors\.index\.json"):
         resolve_base(str(folder), tmp_path)
 
 

@@ -88,7 +88,7 @@ def test_judge_requires_both_a_url_and_a_model(svc: Svc, asked: list[Wanted]) ->
     assert asked[0].judge == Endpoint("https://judge.example/v1", "m")
     ended = svc("compare", "a", "b", "--judge-url", "https://judge.example/v1")
     assert ended.code == 2
-    assert "a judge needs both" in ended.err
+    assert "--judge-url and --judge-model must be given together" in ended.err
 
 
 def test_no_judge_is_used_unless_configured(svc: Svc, asked: list[Wanted]) -> None:

@@ -255,7 +255,7 @@ def test_notice_is_printed_before_prompts_are_sent_to_an_endpoint(
 
     bench.provider = httpx.MockTransport(answer)
     compared = bench.compare("tuned@1", "https://host.example/v1#big", key="sk-secret")
-    assert "the prompts of 3 examples are sent to https://host.example/v1" in messages[0]
+    assert "the prompts of 3 examples will be sent to https://host.example/v1" in messages[0]
     assert set(compared.comparison.left_out) == {"perplexity", "length", "nll"}
     assert {result.answer for result in compared.answers[1].results} == {"yes"}
     content = everything(compared)
@@ -322,12 +322,12 @@ def test_printed_comparison_has_metrics_verdict_and_answers(bench: Bench, capsys
     out = " ".join(capsys.readouterr().out.split())
     for text in (
         "A tuned@1 (merged)",
-        "3 examples of the held-out set of tuned@1, answers of at most 3 tokens",
+        "3 examples from the held-out set of tuned@1, answers of at most 3 tokens",
         "exact match 0.333 [0.061, 0.792] 0.333 [0.061, 0.792] 0.000 [-1.000, 1.000]",
         "cut off at the limit 1.000 [0.439, 1.000] 1.000 [0.439, 1.000] 0.000 [0.000, 0.000]",
         "By exact match: no significant difference",
         "B wins 1, loses 1, ties 1; sign test p = 1",
-        "The 3 examples that differ most, by exact_match, then by edits between the answers:",
+        "The 3 examples that differ most, by exact_match, then by the number of edits between the answers:",
         "1 A by 1 exact_match, 3 edits asked question 1 right 1.0 1.1 1.2 A 1.0 1.1 1.2 B 2.0 2.1 2.2",
     ):
         assert text in out
@@ -341,7 +341,7 @@ def test_printed_comparison_explains_limits_that_depend_on_references(
     capsys.readouterr()
     print_compared(compared)
     out = " ".join(capsys.readouterr().out.split())
-    assert "answers of at most 1.5 times their reference's tokens plus 16" in out
+    assert "answers of at most 1.5 times the length of their reference plus 16 tokens" in out
 
 
 def test_configured_judge_compares_the_answers(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:

@@ -200,7 +200,7 @@ def test_tool_call_is_trained_on_after_the_served_prompt_when_renderings_differ(
 def test_example_is_rejected_if_the_template_omits_its_tool_call() -> None:
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "rain"}}]}
     example = parse_example({"messages": [{"role": "user", "content": "Rome?"}, call], "tools": [{"name": "rain"}]})
-    with pytest.raises(DataError, match=r"instead of a call of the tool 'rain'"):
+    with pytest.raises(DataError, match=r"instead of a call to the tool 'rain'"):
         tokenize_examples(make_tokenizer(), [example], {0}, {})
 
 

@@ -27,13 +27,15 @@ def test_examples_that_fit_the_maximum_length_are_unchanged(policy: TooLong) -> 
 
 
 def test_too_long_examples_error_names_the_longest() -> None:
-    with pytest.raises(DataError, match="2 of 3 examples are longer than 16 tokens; the longest, number 3, has 30"):
+    with pytest.raises(
+        DataError, match="2 of 3 examples are longer than 16 tokens; the longest, example 3, has 30 tokens"
+    ):
         fit_length([[SHORT], [row(10, 7)], [SHORT, row(20, 10), SHORT]], train(TooLong.ERROR))
 
 
 def test_too_long_examples_are_dropped_with_policy_drop(capsys: pytest.CaptureFixture[str]) -> None:
     assert fit_length([[SHORT], [SHORT, row(10, 7)], [SHORT]], train(TooLong.DROP)) == [[SHORT], [SHORT]]
-    assert "1 of 3 examples are longer than 16 tokens; the first is number 2: 1 dropped, 0 truncated" in " ".join(
+    assert "1 of 3 examples are longer than 16 tokens, the first being example 2: 1 dropped, 0 truncated" in " ".join(
         capsys.readouterr().err.split()
     )
 
@@ -64,16 +66,16 @@ def test_examples_pass_if_they_fit_the_engine_context() -> None:
 
 
 def test_example_leaving_no_token_for_scoring_is_rejected() -> None:
-    with pytest.raises(DataError, match="number 2, needs 17 with its answer"):
+    with pytest.raises(DataError, match="example 2, needs 17 including its answer"):
         check_served_length([SHORT, row(10, 6)], 16, "held-out")
 
 
 def test_context_overflow_error_names_the_setting() -> None:
     with pytest.raises(
-        DataError, match="1 of 2 held-out examples need more than 16 tokens; the longest, number 2"
+        DataError, match="1 of 2 held-out examples need more than 16 tokens; the longest, example 2"
     ) as caught:
         check_served_length([SHORT, row(10, 7)], 16, "held-out")
-    assert "engine.max_model_len to 18" in caught.value.todo
+    assert "engine.max_model_len to at least 18" in caught.value.todo
 
 
 def test_maximum_answer_length_counts_if_longer_than_the_reference() -> None:

@@ -119,7 +119,7 @@ def test_template_whose_answer_end_is_not_a_special_token_is_rejected(tmp_path: 
     chatml = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     (folder / "chat_template.jinja").write_text(chatml, "utf-8")
     tokenizer = load_tokenizer(folder)
-    with pytest.raises(BaseModelError, match=r"puts '<\|im_end\|>' after an answer") as raised:
+    with pytest.raises(BaseModelError, match=r"ends an answer with '<\|im_end\|>'") as raised:
         check_ending(folder, tokenizer, stop_tokens(folder, tokenizer), {})
     assert "</s>" in raised.value.expected
     assert "{{ eos_token }}" in raised.value.todo
@@ -137,7 +137,7 @@ def test_named_template_is_rejected_when_the_tokenizer_has_no_end_token(tmp_path
     make_tokenizer().save_pretrained(tmp_path)
     path = tmp_path / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {"eos_token": None}), "utf-8")
-    with pytest.raises(BaseModelError, match="has no end token, with which the chat template zephyr ends an answer"):
+    with pytest.raises(BaseModelError, match="has no end token, but the chat template zephyr ends each answer with it"):
         template_text(NamedTemplate.ZEPHYR, tmp_path)
 
 

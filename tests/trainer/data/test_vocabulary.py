@@ -48,7 +48,7 @@ def test_tokenizer_is_rejected_when_ordinary_tokens_have_no_embedding_row(tokeni
 
 
 def test_base_without_an_end_of_answer_token_is_rejected(tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(BaseModelError, match="names no token that ends an answer"):
+    with pytest.raises(BaseModelError, match="does not specify a token that ends an answer"):
         check_tokenizer(FOLDER, tokenizer, set(), 258)
 
 

@@ -248,7 +248,7 @@ def predicted(gain: float, shape: Shape = WELL, **more: Any) -> Any:
 
 def test_label_noise_is_diagnosed_when_prompts_do_not_predict_labels() -> None:
     assert only(predicted(0.0)).kind is FindingKind.LABEL_NOISE
-    assert "explain nothing of the labels" in only(predicted(-0.3)).what
+    assert "learnt nothing about how the labels depend on the prompts" in only(predicted(-0.3)).what
 
 
 def test_high_learning_rate_is_diagnosed_when_far_above_default_and_nothing_is_learned() -> None:
@@ -260,7 +260,7 @@ def test_high_learning_rate_is_diagnosed_when_far_above_default_and_nothing_is_l
 def test_more_steps_are_advised_when_labels_are_barely_learned_and_loss_still_falls(gain: float) -> None:
     finding = only(predicted(gain, falling(3, 0.2, 5.5)))
     assert finding.kind is FindingKind.UNDERFITTING
-    assert "of the labels" in finding.what
+    assert "how the labels depend on the prompts" in finding.what
 
 
 def test_more_steps_are_advised_when_a_short_run_has_not_learned_its_labels() -> None:
@@ -280,7 +280,7 @@ def settled(share: float) -> float:
 def test_more_steps_are_advised_when_half_the_labels_are_unlearned_and_loss_falls() -> None:
     finding = only(predicted(0.4, form_first, steps=30))
     assert finding.kind is FindingKind.UNDERFITTING
-    assert "explain only a part of the labels to the model" in finding.what
+    assert "only part of how the labels depend on the prompts" in finding.what
     assert "held-out loss fell" in finding.rule
 
 
@@ -302,7 +302,7 @@ def test_memorized_examples_do_not_count_as_learned_once_heldout_loss_has_settle
 
 def test_short_run_without_measured_heldout_loss_is_diagnosed_by_training_loss() -> None:
     falling_late, done = (predicted(0.4, shape, steps=40, noise=0.05) for shape in (form_first, settled))
-    assert "of the labels" in only(unmeasured(falling_late)).what
+    assert "how the labels depend on the prompts" in only(unmeasured(falling_late)).what
     assert kinds(unmeasured(done)) == []
 
 

@@ -35,7 +35,7 @@ def set_free(monkeypatch: pytest.MonkeyPatch, free: float) -> None:
 
 
 def test_insufficient_memory_error_has_missing_memory_and_proposed_changes(tmp_path: Path) -> None:
-    with pytest.raises(InsufficientMemoryError, match=r"has 32\.0 GB: 75\.8 GB too few") as caught:
+    with pytest.raises(InsufficientMemoryError, match=r"has 32\.0 GB: 75\.8 GB short") as caught:
         refuse_memory(estimated("full"), machine(32e9))
     assert "--anyway" in caught.value.todo
 
@@ -107,5 +107,5 @@ def test_gpu_stage_is_not_refused_when_gpus_and_main_memory_together_suffice() -
 
 def test_disk_refusal_names_the_stage_that_would_fill_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     set_free(monkeypatch, 14e9)  # the merged model takes 13.5 GB
-    with pytest.raises(DiskSpaceError, match="stage quantize fills the disk"):
+    with pytest.raises(DiskSpaceError, match="stage quantize would fill the disk"):
         refuse_disk(estimated("qlora"), tmp_path)

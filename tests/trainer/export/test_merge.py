@@ -109,7 +109,7 @@ def test_merged_folder_is_a_complete_chat_model(tiny_base: Path, adapter: Path, 
 def test_merge_fails_if_the_adapter_changes_nothing(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
     weights = load_file(adapter / "adapter_model.safetensors")
     change_adapter(adapter, {name: torch.zeros_like(w) for name, w in weights.items() if ".lora_B." in name})
-    with pytest.raises(TrainingError, match=r"'model\.layers\.0\.mlp\.down_proj' still has the base's weights"):
+    with pytest.raises(TrainingError, match=r"'model\.layers\.0\.mlp\.down_proj' still has the base model's weights"):
         merge_adapter(tiny_base, adapter, tmp_path / "merged")
 
 
@@ -154,7 +154,7 @@ def test_tensor_changed_without_being_a_target_is_named_in_the_error() -> None:
 
 def test_tensor_missing_from_the_merged_model_is_named_in_the_error() -> None:
     base = {"a.weight": torch.zeros(2), "b.weight": torch.zeros(2)}
-    with pytest.raises(TrainingError, match=r"'b\.weight' is in only one"):
+    with pytest.raises(TrainingError, match=r"'b\.weight' is present in only one"):
         compare_weights(base, {"a.weight": torch.ones(2)}, {"a"})
 
 

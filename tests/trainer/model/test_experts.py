@@ -177,5 +177,5 @@ def test_verification_fails_when_experts_were_not_trained(mixture: Path, tmp_pat
         if "experts" not in name:
             weight.data.add_(1.0)
     model.save_pretrained(tmp_path / "trained")
-    with pytest.raises(TrainingError, match=r"experts\.\w+' still has the base's weights"):
+    with pytest.raises(TrainingError, match=r"experts\.\w+' still has the base model's weights"):
         verify_full(mixture, tmp_path / "trained")

@@ -299,14 +299,14 @@ FAULTS: dict[str, tuple[Callable[[Version], None], str]] = {
     "adapter applied twice": (scaled_update(2), "merge: the adapter is applied once"),
     "wrong alpha": (scaled_update(0.8), "merge: the adapter is applied once"),
     "another alpha in the adapter": (wrong_alpha, "merge: scale"),
-    "another template": (other_template, "merged: tokenizer, template, generation"),
-    "a missing BOS": (no_bos, "gptq: tokenizer, template, generation"),
-    "another tokenizer": (other_tokenizer, "merged: tokenizer, template, generation"),
+    "another template": (other_template, "merged: tokenizer, chat template, generation config"),
+    "a missing BOS": (no_bos, "gptq: tokenizer, chat template, generation config"),
+    "another tokenizer": (other_tokenizer, "merged: tokenizer, chat template, generation config"),
     "one layer shuffled": (shuffled_layer, "merge: base plus adapter"),
-    "GPTQ scales corrupted": (corrupted_scales, "gptq: rounding of weights"),
+    "GPTQ scales corrupted": (corrupted_scales, "gptq: weight rounding"),
     "tied head untied": (untied_head, "merged: config"),
-    "truncated shard": (truncated_shard, "merged: files of weights"),
-    "another generation config": (other_generation, "merged: tokenizer, template, generation"),
+    "truncated shard": (truncated_shard, "merged: weight files"),
+    "another generation config": (other_generation, "merged: tokenizer, chat template, generation config"),
 }
 
 
@@ -342,7 +342,7 @@ def test_parity_fails_when_engine_tokens_differ_from_training(version: Version) 
     made = replace(version.made, formats={Format.MERGED: (version.merged, reading)})
     report = make_report(made, version.recipe, version.examples, 3, number_type=TYPE)
     (failure,) = report.failed
-    assert failure.startswith("merged: tokens of the engine: 1 of 3 prompts equal; the first different")
+    assert failure.startswith("merged: prompt tokens on the engine: 1 of 3 prompts match; the first that differs")
 
 
 def test_adapter_is_not_compared_for_full_fine_tuning(tmp_path: Path, tiny_base: Path) -> None:

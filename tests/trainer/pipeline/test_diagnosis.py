@@ -105,7 +105,7 @@ def test_findings_are_stored_and_printed_with_the_version(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("evaluate", "advice"),
-    [({}, "data.train: read the cut answers"), ({"max_tokens": 3}, "evaluate.max_tokens from 3 to 6, or null")],
+    [({}, "data.train: read the truncated answers"), ({"max_tokens": 3}, "evaluate.max_tokens from 3 to 6, or null")],
 )
 def test_version_reports_answers_truncated_at_the_limit(
     make: Make, capsys: pytest.CaptureFixture[str], evaluate: dict[str, Any], advice: str
@@ -117,5 +117,5 @@ def test_version_reports_answers_truncated_at_the_limit(
     output = " ".join(capsys.readouterr().out.split())
     share = "1.000 [0.342, 1.000]"
     assert f"cut off at the limit {share} {share} {share}" in output
-    assert f"share of held-out answers that were cut off at their token limit: {share}" in output
+    assert f"share of held-out answers cut off at their token limit: {share}" in output
     assert f"try: {advice}" in output

@@ -59,7 +59,7 @@ def test_stage_filling_the_disk_is_reported_and_the_run_can_be_resumed(
 
     with monkeypatch.context() as patch:
         patch.setattr(stages_module, "merge_adapter", fill)
-        with pytest.raises(DiskSpaceError, match="stage merge filled the disk"):
+        with pytest.raises(DiskSpaceError, match="stage merge ran out of disk space"):
             make().train_version()
     make().train_version()
     assert stages.ran.count(Stage.TRAIN) == 1

@@ -68,7 +68,7 @@ def test_training_fingerprint_differs_when_only_a_subset_is_trained_on(tmp_path:
 
 
 def test_skip_leaving_only_one_training_example_is_rejected(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="leaves 1 of 6 examples"):
+    with pytest.raises(DataError, match="leaves only 1 of 6 examples"):
         read(tmp_path, TRAIN, HELDOUT, skip=5)
 
 
@@ -84,7 +84,7 @@ def test_empty_heldout_file_is_rejected(tmp_path: Path) -> None:
 
 def test_training_prompt_in_the_heldout_file_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match="1 training examples have the same prompt as a held-out example; the first is number 3"
+        DataError, match="1 training examples have the same prompt as a held-out example; the first is example 3"
     ):
         read(tmp_path, TRAIN, [make_example("Question  2", "no")])
 
@@ -203,7 +203,8 @@ def test_number_of_examples_kept_in_training_because_already_trained_on_is_print
     split_again(tmp_path, hash_prompts(before[:4]))
     output = " ".join(capsys.readouterr().err.split())
     assert (
-        "4 examples are used for training instead of held out: an earlier version of tiny was trained on them" in output
+        "4 examples are used for training instead of being held out: an earlier version of tiny was trained on them"
+        in output
     )
 
 
@@ -369,7 +370,7 @@ def test_general_example_matching_a_general_question_is_not_mixed_in(tmp_path: P
 
 
 def test_data_consisting_almost_only_of_general_questions_is_rejected(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="all but 1 of 3 training examples are general questions") as raised:
+    with pytest.raises(DataError, match="only 1 of 3 training examples are not general questions") as raised:
         with_questions(tmp_path, [*QUESTIONS, TRAIN[0]])
     assert "evaluate.general" in raised.value.todo
 

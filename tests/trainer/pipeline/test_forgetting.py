@@ -82,7 +82,7 @@ def test_gptq_only_version_is_rejected_when_it_forgot_too_much(make: Make) -> No
 @pytest.mark.slow
 def test_base_engine_start_failure_explains_how_to_skip_general_questions(make: Make, engines: Engines) -> None:
     engines.refusals = 1
-    with pytest.raises(EngineError, match="the base cannot be asked the general questions") as raised:
+    with pytest.raises(EngineError, match="cannot send the general questions to the base") as raised:
         asking(make(formats=["gptq"]), questions("base.0")).train_version()
     assert "evaluate.general" in raised.value.todo
 

@@ -77,8 +77,8 @@ FAULTS: dict[str, tuple[Callable[[Path], None], type[SvcError], str]] = {
         "has model_type 'vit', for which transformers has no causal language model",
     ),
     "damaged shard": (cut_shard, IntegrityError, "is not a complete safetensors file"),
-    "two output matrices": (untie, BaseModelError, "its files contain two matrices that differ"),
-    "no end token": (no_end, BaseModelError, "names no token that ends an answer"),
+    "two output matrices": (untie, BaseModelError, "its files contain two different matrices"),
+    "no end token": (no_end, BaseModelError, "does not specify a token that ends an answer"),
     "tokenizer with code": (
         lambda base: change_json(
             base / "tokenizer_config.json",
@@ -117,7 +117,9 @@ def test_context_length_is_rejected_when_vllm_would_use_long_rope_factors(base: 
     change_json(base / "config.json", rope_scaling=scaling, rope_parameters=None, max_position_embeddings=131072)
     recipe = make_recipe(**RECIPE)
     check_base(base, recipe, AVX512, EngineSettings(max_model_len=4096))
-    with pytest.raises(BaseModelError, match=r"With engine\.max_model_len 4097, vLLM uses the latter"):
+    with pytest.raises(
+        BaseModelError, match=r"With engine\.max_model_len: 4097, vLLM uses the factors for longer texts"
+    ):
         check_base(base, recipe, AVX512, EngineSettings(max_model_len=4097))
 
 

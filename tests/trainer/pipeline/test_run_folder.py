@@ -222,7 +222,7 @@ def test_insufficient_space_error_names_missing_space_and_folder(run: Run, monke
     with pytest.raises(DiskSpaceError) as caught:
         run.require_space(Stage.MERGE, 500_000_000)
     assert caught.value.wrong == f"stage merge needs 500 MB in {run.folder}, but only 200 MB are free"
-    assert "free 300 MB" in caught.value.todo
+    assert "free up 300 MB" in caught.value.todo
 
 
 def test_run_folder_does_not_depend_on_data_paths() -> None:

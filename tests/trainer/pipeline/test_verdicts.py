@@ -126,7 +126,7 @@ def test_detectable_loss_is_printed_before_training(
         make(WORSE_QUANTIZED).train_version()
     output = " ".join(capsys.readouterr().err.split())
     assert "7 held-out examples detect a loss that is 0.335 or more from its limit, in four of five samples" in output
-    assert "evaluate.max_gptq_loss is 0.05: about 320 pass a version that has lost nothing" in output
+    assert "evaluate.max_gptq_loss is 0.05: about 320 are needed to pass a version without loss" in output
 
 
 @pytest.mark.parametrize("evaluate", [{"max_gptq_loss": 1.0}, {"metrics": "perplexity"}])

@@ -117,8 +117,8 @@ def test_learning_curve_registers_no_version(recipe: Path, run: Any) -> None:
     ("space", "why"),
     [
         ("{train.learning_rates: [1]}", "did you mean 'train.learning_rate'?"),
-        ("{train.batch_size: [0]}", "batch_size 0 does not fit the recipe"),
-        ("{adapter.rank: {low: 8, high: 4}}", "a range needs low below high"),
+        ("{train.batch_size: [0]}", "batch_size 0 is not valid in this recipe"),
+        ("{adapter.rank: {low: 8, high: 4}}", "in a range, low must be less than high"),
     ],
 )
 def test_sweep_with_an_invalid_space_is_rejected_before_the_first_trial(

@@ -133,7 +133,7 @@ def test_trial_that_forgets_too_much_does_not_win(contest: Contest) -> None:
     key, reasons, finalists = won(finals)
     assert key == "middle"
     assert reasons == [
-        "learning_rate 0.002 would win by held-out loss, but it forgets more than evaluate.max_forgetting"
+        "learning_rate 0.002 would win by held-out loss, but it forgets more than evaluate.max_forgetting allows"
     ]
     winner = next(finalist for finalist in finalists if finalist.trial.key == key)
     lines = {line.values.get(RATE): line for line in finals.result(winner, finalists).lines}

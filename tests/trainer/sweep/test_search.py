@@ -108,7 +108,7 @@ def test_lower_learning_rates_are_tried_when_the_lowest_is_best(make: Make) -> N
 def test_note_says_when_the_best_learning_rate_is_the_highest_tried(make: Make) -> None:
     sweep = make(bowl(1.0))
     assert sweep.run().values[RATE] == 8e-3
-    assert any("the best train.learning_rate is the highest that was tried" in note for note in sweep.search.notes)
+    assert any("the best train.learning_rate is the highest value tried" in note for note in sweep.search.notes)
 
 
 def test_tried_learning_rates_scale_with_the_default_for_a_wider_base() -> None:

@@ -39,7 +39,7 @@ def test_warning_is_printed_when_the_winner_may_not_be_better() -> None:
     each = [level + (0.3 if number % 2 else -0.3) for number, level in enumerate(LEVELS)]
     result = result_of(outcome(0, "a", {RATE: 1e-4}), outcome(0, "b", {RATE: 5e-4}, each=each))
     assert result.warning is not None
-    assert "cannot be told apart from learning_rate 0.0005" in result.warning
+    assert "cannot be distinguished from learning_rate 0.0005" in result.warning
 
 
 def test_printed_flags_of_the_winner_round_trip_to_its_values(tmp_path: Path) -> None:

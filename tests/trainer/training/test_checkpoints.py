@@ -98,7 +98,7 @@ def test_previous_checkpoint_is_kept_when_the_disk_is_full(tmp_path: Path, error
     folder = CheckpointFolder(tmp_path, keep=2)
     write(folder, 1)
     with (
-        pytest.raises(DiskSpaceError, match="too little space for the checkpoint of step 2") as caught,
+        pytest.raises(DiskSpaceError, match="for the checkpoint at step 2") as caught,
         folder.writing(2),
     ):
         raise error

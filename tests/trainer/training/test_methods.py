@@ -89,7 +89,7 @@ def test_full_fine_tuning_changes_every_layer(trained: Trained, tiny_base: Path)
 
 
 def test_verification_fails_when_the_model_was_not_trained(tiny_base: Path) -> None:
-    with pytest.raises(TrainingError, match="still has the base's weights"):
+    with pytest.raises(TrainingError, match="still has the base model's weights"):
         verify_full(tiny_base, tiny_base)
 
 

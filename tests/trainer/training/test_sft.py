@@ -120,7 +120,9 @@ def test_training_summary_counts_steps_and_tokens(tiny_base: Path, examples: lis
 
 def test_too_long_examples_are_counted_and_rejected_before_training(tiny_base: Path, tmp_path: Path) -> None:
     examples = [make_example("short", "red"), make_example("long" * 100, "red"), make_example("longer" * 100, "red")]
-    with pytest.raises(DataError, match=r"2 of 3 examples are longer than 300 tokens; the longest, number 3, has 660"):
+    with pytest.raises(
+        DataError, match=r"2 of 3 examples are longer than 300 tokens; the longest, example 3, has 660 tokens"
+    ):
         train(tiny_base, examples, tmp_path / "adapter", max_length=300)
 
 
