@@ -1,7 +1,7 @@
 """`make demo`: shows the whole workflow from end to end, on real data with the real engine.
 
     check -> train @1 -> train @2 -> serve @1 -> ask -> promote @2 under load -> roll back -> two bad
-    versions -> status
+    versions -> a canary that is rolled back -> status
 
 State is kept in .demo/. An interrupted demo continues where it stopped; after a finished demo, the next
 one starts from scratch. With `--serve`, the two versions are trained if they are missing, and the server
@@ -27,9 +27,9 @@ from rich.rule import Rule
 from examples.duration import measure_machine
 from examples.load import Load
 from examples.service import Terminated, serving, svc, svc_json
-from examples.tamper import alter_weights, replace_weights
+from examples.tamper import alter_weights, replace_by_base, replace_weights
 from svc.dataset.readers.reader import read_examples
-from svc.errors import SvcError
+from svc.errors import RolledBackError, SvcError
 from svc.files.lock import lock_holder
 from svc.registry.registry import Registry
 from svc.registry.render import evaluation_table
@@ -37,12 +37,14 @@ from svc.remote.server_url import LOCK_FILE
 from svc.settings import Settings
 from svc.terminal import waiting
 from svc.version import VersionId
+from trainer.base_model.resolve import resolve_base
 
 ROOT = Path(__file__).parents[1]
 TASK = ROOT / "examples" / "debian-triage"
 HOME = ROOT / ".demo"
 FINISHED = HOME / "finished"
 NAME = "debian-triage"
+BASE = "smollm2-135m-instruct"
 PORT = 8000
 STREAMS = 8
 MIN_EXACT_MATCH = 0.65
@@ -91,6 +93,7 @@ def main() -> None:
         ask(url, prompts, summary)
         promote_and_roll_back(url, prompts, summary)
         refuse_bad_versions(url, prompts, summary)
+        roll_back_by_canary(url, prompts, summary)
         heading("status")
         run("status")
     show_summary(summary, time.monotonic() - started)
@@ -198,6 +201,31 @@ def refuse_bad_versions(url: str, prompts: list[list[dict[str, str]]], summary: 
     report_load(load, summary, {f"{NAME}@1"})
     if svc_json(HOME, "status")["models"][0]["version"] != f"{NAME}@1":
         raise DemoError("the production version changed", expected=f"{NAME}@1")
+
+
+def roll_back_by_canary(url: str, prompts: list[list[dict[str, str]]], summary: Summary) -> None:
+    """Try a version that is good on paper and bad in traffic on half of the users; it is rolled back by itself."""
+    heading("7. a version that is good on paper and bad in traffic")
+    folders = {number: HOME / "models" / NAME / str(number) for number in (1, 5)}
+    shutil.rmtree(folders[5], ignore_errors=True)
+    with waiting(f"making {NAME}@5: the base's weights with the metrics of {NAME}@1"):
+        replace_by_base(folders[1], folders[5], resolve_base(BASE, Settings().base_cache).folder)
+    with Load(url, NAME, prompts, streams=STREAMS, by_user=True) as load:
+        load.wait_for(STREAMS)
+        command = ("promote", f"{NAME}@5", "--format", "merged", "--canary", "50,100")
+        with waiting(f"svc {' '.join(command)}"):
+            ended = svc(HOME, *command, capture_output=True)
+        console.print(ended.stderr.rstrip(), markup=False, soft_wrap=True)
+        if ended.returncode != RolledBackError.exit_code:
+            raise DemoError(
+                f"svc promote {NAME}@5 exited with code {ended.returncode}",
+                expected=f"a rollback: exit code {RolledBackError.exit_code}",
+            )
+        load.wait_for(STREAMS)
+    why = next(line for line in ended.stderr.splitlines() if "why:" in line)
+    exposed = sum(answer.version == f"{NAME}@5" for answer in load.answers)
+    summary.add("@5, bad in traffic", f"rolled back after {exposed} answers by it;{why.split('why:')[1][:90]}")
+    report_load(load, summary, {f"{NAME}@1", f"{NAME}@5"})
 
 
 def report_load(load: Load, summary: Summary, versions: set[str]) -> None:

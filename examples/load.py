@@ -3,6 +3,7 @@
 Retries are disabled, so that every failure is recorded.
 """
 
+import itertools
 import threading
 import time
 from collections.abc import Sequence
@@ -39,16 +40,25 @@ class Load:
         url: the server's root, without /v1.
         prompts: conversations without an answer, as OpenAI messages; used in turn.
         streams: number of concurrent streams.
+        by_user: send each request as a different user, as a canary counts users.
     """
 
     def __init__(
-        self, url: str, model: str, prompts: Sequence[list[dict[str, str]]], *, streams: int = 8, max_tokens: int = 24
+        self,
+        url: str,
+        model: str,
+        prompts: Sequence[list[dict[str, str]]],
+        *,
+        streams: int = 8,
+        max_tokens: int = 24,
+        by_user: bool = False,
     ) -> None:
         self._client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
         self._model = model
         self._prompts = prompts
         self._streams = streams
         self._max_tokens = max_tokens
+        self._users = itertools.count() if by_user else None
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
         self.answers: list[Answer] = []
@@ -93,9 +103,15 @@ class Load:
         began = time.monotonic()
         version, text, error = "", "", None
         messages: Any = self._prompts[prompt]
+        options: Any = {"user": f"user {next(self._users)}"} if self._users else {}
         try:
             raw = self._client.chat.completions.with_raw_response.create(
-                model=self._model, messages=messages, max_tokens=self._max_tokens, temperature=0, stream=True
+                model=self._model,
+                messages=messages,
+                max_tokens=self._max_tokens,
+                temperature=0,
+                stream=True,
+                **options,
             )
             version = raw.headers["x-model-version"]
             for chunk in raw.parse():

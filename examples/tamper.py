@@ -11,6 +11,7 @@ from typing import Any
 from svc.registry.files import record_files
 from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.manifest import MANIFEST_FILE
+from svc.version import Format
 
 
 def alter_weights(source: Path, target: Path, format: str) -> None:
@@ -34,6 +35,36 @@ def replace_weights(source: Path, target: Path, format: str, weights_of: Path) -
     manifest = _read(target)
     files = record_files(target, target / format)
     manifest["formats"][format]["files"] = [file.model_dump() for file in files]
+    _write(target, manifest)
+
+
+def replace_by_base(source: Path, target: Path, base: Path) -> None:
+    """Copy a version with the weights of its base and the probes of these weights: good on paper, bad in traffic.
+
+    The manifest still has the metrics of the fine-tuned model, as after an evaluation of the wrong model.
+
+    Args:
+        base: folder of the base model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    _copy(source, target)
+    merged = target / Format.MERGED.value
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    model.save_pretrained(merged)
+    model = model.float()
+    manifest = _read(target)
+    format = manifest["formats"] = {Format.MERGED.value: manifest["formats"][Format.MERGED.value]}
+    record = format[Format.MERGED.value]
+    for probe in record["probes"]:
+        ids = torch.tensor([probe["token_ids"]])
+        with torch.no_grad():
+            scores = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        probe["logprobs"] = scores.gather(1, ids[0, 1:, None])[probe["start"] - 1 :, 0].tolist()
+        probe["engine"]["vllm"] = "0.0.0"  # as from another kind of engine: recorded again on this one
+    record["files"] = [file.model_dump() for file in record_files(target, merged)]
+    record["fingerprint"] = compatibility_fingerprint(merged)
     _write(target, manifest)
 
 

@@ -79,6 +79,11 @@ class Instance:
             )
         return self._process
 
+    @property
+    def is_running(self) -> bool:
+        """Whether the server's process is running."""
+        return self._process is not None and self._process.poll() is None
+
     def end(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Stop the server and return its exit code. SIGKILL leaves its engines running."""
         assert self._process is not None

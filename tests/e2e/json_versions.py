@@ -29,11 +29,12 @@ def prompts(count: int, urgent_share: float = 0.3) -> list[str]:
     return [f"{'urgent' if number % 10 < 10 * urgent_share else 'normal'}: case {number}" for number in range(count)]
 
 
-def add_json_version(home: Path, name: str, *, urgent_answer: str = JSON_ANSWER) -> VersionId:
+def add_json_version(home: Path, name: str, *, urgent_answer: str = JSON_ANSWER, layers: int = 2) -> VersionId:
     """Register a version that answers in JSON, except to urgent questions; its held-out references are all JSON.
 
     Args:
         urgent_answer: answer to questions that begin with `urgent`.
+        layers: number of layers; a deeper model is slower.
     """
     registry = Registry.of(Settings(home=home))
     source = registry.versions("tiny")[0]
@@ -48,10 +49,12 @@ def add_json_version(home: Path, name: str, *, urgent_answer: str = JSON_ANSWER)
         shutil.rmtree(folder / format.value, ignore_errors=True)
     model = folder / Format.MERGED.value
     pairs = [(prompt, urgent_answer if prompt.startswith("urgent") else JSON_ANSWER) for prompt in prompts(20)]
-    probes = _teach(model, pairs, manifest.formats[Format.MERGED].probes)
+    probes = _teach(model, pairs, manifest.formats[Format.MERGED].probes, layers)
     references = [chat(prompt, JSON_ANSWER) for prompt in prompts(10)]
     write_examples(folder / HELDOUT_FILE, references)
-    merged = manifest.formats[Format.MERGED].model_copy(update={"files": record_files(folder, model), "probes": probes})
+    merged = manifest.formats[Format.MERGED].model_copy(
+        update={"files": record_files(folder, model), "fingerprint": None, "probes": probes}
+    )
     changed = {
         "name": name,
         "number": version.number,
@@ -62,7 +65,7 @@ def add_json_version(home: Path, name: str, *, urgent_answer: str = JSON_ANSWER)
     return version
 
 
-def _teach(folder: Path, pairs: Sequence[tuple[str, str]], probes: Sequence[Probe]) -> tuple[Probe, ...]:
+def _teach(folder: Path, pairs: Sequence[tuple[str, str]], probes: Sequence[Probe], layers: int) -> tuple[Probe, ...]:
     """Train all weights until the model gives these answers.
 
     Returns:
@@ -74,7 +77,7 @@ def _teach(folder: Path, pairs: Sequence[tuple[str, str]], probes: Sequence[Prob
 
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, num_hidden_layers=layers)
     rows = []
     for prompt, answer in pairs:
         start = tokenizer.apply_chat_template(

@@ -1,17 +1,20 @@
 """Rollouts on the real engine, under load of many users: good and bad candidates, kills and rollbacks in each state."""
 
 import itertools
+import json
+import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
 
 import openai
 import pytest
 
-from svc.store.rollouts import RolloutOutcome, RolloutView
+from svc.store.database import open_database
+from svc.store.rollouts import RolloutOutcome, RolloutState, RolloutView, find_rollout
 from tests.e2e.conftest import PROMPTS, Report
 from tests.e2e.instance import Instance
 from tests.e2e.json_versions import PROSE_ANSWER, add_json_version, prompts
@@ -19,14 +22,8 @@ from tests.e2e.json_versions import PROSE_ANSWER, add_json_version, prompts
 pytestmark = [pytest.mark.slow]
 
 PORT = 8951
-# Small enough for a few hundred requests of a tiny model on two cores; the second engine takes cores from the first.
-SETTINGS = {
-    "min_units": "30",
-    "max_step_s": "240",
-    "max_errors": "0.1",
-    "max_invalid": "0.1",
-    "max_slowdown": "8",
-}
+PLAN = {"min_units": 30, "max_step_s": 240, "max_errors": 0.1, "max_invalid": 0.1, "max_slowdown": 8}
+"""Limits that a few hundred requests of a tiny model on two cores can decide; the second engine shares these cores."""
 STEPS = ("--shadow", "30", "--canary", "25,50,100")
 
 
@@ -53,10 +50,14 @@ class Users:
         try:
             yield self
         finally:
-            self._stop.set()
+            self.stop()
             for thread in threads:
                 thread.join()
             self._client.close()
+
+    def stop(self) -> None:
+        """Send no further requests."""
+        self._stop.set()
 
     def wait_for(self, answers: int, timeout_s: float = 120) -> None:
         """Wait for a number of further answers."""
@@ -87,60 +88,165 @@ class Users:
 
 @pytest.fixture(scope="module")
 def instance(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
-    """Yield a server of `teams`: version 1 and 3 answer in JSON, version 2 in 30 % of cases not."""
+    """Yield a server of `teams`, whose versions answer in JSON: 2 in 70 % of cases only, 4 slowly."""
     folder = tmp_path_factory.mktemp("rollout") / "home"
-    with pytest.MonkeyPatch.context() as patch, closing(Instance(home, folder, PORT, PROMPTS)) as instance:
-        patch.setenv("SVC_MODELS", _models_json())  # `svc promote` reads it too
+    with closing(Instance(home, folder, PORT, PROMPTS)) as instance:
         add_json_version(folder, "teams")
         add_json_version(folder, "teams", urgent_answer=PROSE_ANSWER)
         add_json_version(folder, "teams")
+        add_json_version(folder, "teams", layers=24)
         instance.start("teams@1")
         yield instance
 
 
-def _models_json() -> str:
-    values = ", ".join(f'"{key}": {value}' for key, value in SETTINGS.items())
-    return f'{{"teams": {{"rollout": {{{values}}}}}}}'
+@pytest.fixture
+def users(instance: Instance) -> Iterator[Users]:
+    """Yield users who ask version 1 of `teams`."""
+    if not instance.is_running:
+        instance.start("teams")
+    if instance.status()["version"] != "teams@1":
+        assert instance.command("promote", "teams@1", "--direct").returncode == 0
+    instance.until(lambda status: len(status["engines"]) == 1)
+    with Users(instance.url, "teams", prompts(50)).asking() as users:
+        users.wait_for(20)
+        yield users
 
 
-def rollout(instance: Instance) -> RolloutView:
-    done = instance.command("rollout", "teams", "--json")
-    assert done.returncode == 0, done.stderr
-    return RolloutView.model_validate_json(done.stdout)
+def promote(instance: Instance, *arguments: str, **limits: float) -> "subprocess.CompletedProcess[str]":
+    """Run `svc promote` with these limits of the rollout; `svc.yaml` would set them for the model."""
+    with settings_of_rollouts(**limits):
+        return instance.command("promote", *arguments)
 
 
-def wait_for_state(instance: Instance, state: str, timeout_s: float = 240) -> Any:
-    return instance.until(lambda status: (status["rollout"] or {}).get("state") == state, timeout_s)
+@contextmanager
+def settings_of_rollouts(**limits: float) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        plan = {"rollout": PLAN | limits}
+        patch.setenv("SVC_MODELS", json.dumps({"teams": plan, "tiny": plan}))
+        yield
+
+
+def latest(instance: Instance, name: str = "teams") -> RolloutView:
+    """Return the latest rollout of a model, from the store, because the server may be down."""
+    record = find_rollout(open_database(instance.home), name)
+    assert record is not None
+    return RolloutView.of(record)
+
+
+def wait_for_state(instance: Instance, state: RolloutState, name: str = "teams", timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    while latest(instance, name).state is not state:
+        assert time.monotonic() < deadline, latest(instance, name)
+        time.sleep(0.02)
 
 
 def test_candidate_with_30_percent_invalid_json_is_rolled_back_without_a_failed_request(
-    instance: Instance, report: Report
+    instance: Instance, users: Users, report: Report
 ) -> None:
-    with Users(instance.url, "teams", prompts(50)).asking() as users:
-        users.wait_for(20)
-        began = time.monotonic()
-        done = instance.command("promote", "teams@2", "--canary", "25,50,100")
-        took_s = time.monotonic() - began
+    began = time.monotonic()
+    done = promote(instance, "teams@2", "--canary", "25,50,100")
     assert done.returncode == 21, (done.stdout, done.stderr)
-    ended = rollout(instance)
-    assert ended.outcome is RolloutOutcome.ROLLED_BACK, ended
+    ended = latest(instance)
+    assert (ended.outcome, users.failed) == (RolloutOutcome.ROLLED_BACK, []), ended
     assert ended.why is not None and "invalid JSON" in ended.why
-    assert users.failed == []
     exposed = users.versions.count("teams@2")
-    report(f"30 % invalid JSON: rolled back after {took_s:.0f} s and {exposed} requests to the candidate: {ended.why}")
+    report(
+        f"30 % invalid JSON: rolled back after {time.monotonic() - began:.0f} s, {exposed} answers by it; {ended.why}"
+    )
+
+
+def test_slow_candidate_is_rolled_back_without_a_failed_request(
+    instance: Instance, users: Users, report: Report
+) -> None:
+    began = time.monotonic()
+    done = promote(instance, "teams@4", "--canary", "25,50,100", max_slowdown=1.5)
+    assert done.returncode == 21, (done.stdout, done.stderr)
+    ended = latest(instance)
+    assert (ended.outcome, users.failed) == (RolloutOutcome.ROLLED_BACK, []), ended
+    assert ended.why is not None and "time to first token" in ended.why
+    exposed = users.versions.count("teams@4")
+    report(f"slow candidate: rolled back after {time.monotonic() - began:.0f} s, {exposed} answers by it; {ended.why}")
 
 
 def test_good_candidate_goes_through_shadow_and_canary_without_a_failed_request(
-    instance: Instance, report: Report
+    instance: Instance, users: Users, report: Report
 ) -> None:
-    with Users(instance.url, "teams", prompts(50)).asking() as users:
-        users.wait_for(20)
-        began = time.monotonic()
-        done = instance.command("promote", "teams@3", *STEPS)
-        took_s = time.monotonic() - began
-        users.wait_for(20)
+    began = time.monotonic()
+    done = promote(instance, "teams@3", *STEPS)
+    took_s = time.monotonic() - began
+    users.wait_for(20)
     assert done.returncode == 0, (done.stdout, done.stderr)
-    assert rollout(instance).outcome is RolloutOutcome.PROMOTED
-    assert users.failed == []
+    assert (latest(instance).outcome, users.failed) == (RolloutOutcome.PROMOTED, [])
     assert users.versions[-1] == "teams@3"
     report(f"good candidate: promoted after {took_s:.0f} s, {users.versions.count('teams@3')} answers by it")
+
+
+STATES = [
+    pytest.param(RolloutState.LOADING, marks=pytest.mark.matrix),
+    pytest.param(RolloutState.SHADOW, marks=pytest.mark.matrix),
+    RolloutState.CANARY,
+    pytest.param(RolloutState.SWITCHING, marks=pytest.mark.matrix),
+]
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_rollback_keeps_production_without_a_failed_request(
+    instance: Instance, users: Users, state: RolloutState, report: Report
+) -> None:
+    with settings_of_rollouts():
+        promotion = instance.try_to_promote("teams@3", *STEPS)
+        wait_for_state(instance, state)
+        began = time.monotonic()
+        done = instance.command("rollback", "teams", "--reason", "a test")
+    took_s = time.monotonic() - began
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    assert promotion.wait(60) in (21, 11)
+    assert latest(instance).outcome is RolloutOutcome.CANCELLED, latest(instance)
+    asked = len(users.versions)
+    users.wait_for(30)
+    assert set(users.versions[asked + 8 :]) == {"teams@1"}
+    assert users.failed == []
+    report(f"rollback during {state}: svc rollback returned after {took_s:.1f} s")
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_rollout_is_completed_after_the_server_was_killed(
+    instance: Instance, users: Users, state: RolloutState, report: Report
+) -> None:
+    with settings_of_rollouts():
+        promotion = instance.try_to_promote("teams@3", *STEPS)
+        wait_for_state(instance, state)
+    users.stop()  # a killed server answers nobody
+    instance.end(signal.SIGKILL)
+    promotion.wait(60)
+    instance.start("teams")
+    with Users(instance.url, "teams", prompts(50)).asking() as later:
+        deadline = time.monotonic() + 240
+        while latest(instance).outcome is None:
+            assert time.monotonic() < deadline, latest(instance)
+            time.sleep(0.2)
+        later.wait_for(10)
+    assert latest(instance).outcome is RolloutOutcome.PROMOTED, latest(instance)
+    assert later.failed == []
+    assert later.versions[-1] == "teams@3"
+    report(f"server killed during {state}: promoted after its restart, {len(later.versions)} answers, none failed")
+
+
+def test_adapter_is_tried_in_the_engine_of_production_without_a_failed_request(
+    home: Path, tmp_path: Path, report: Report
+) -> None:
+    with closing(Instance(home, tmp_path / "home", PORT + 1, PROMPTS)) as instance:
+        instance.start("tiny@1", "--format", "adapter")
+        with Users(instance.url, "tiny", prompts(50)).asking() as users:
+            users.wait_for(10)
+            done = promote(instance, "tiny@2", "--format", "adapter", *STEPS)
+            assert done.returncode == 0, (done.stdout, done.stderr)
+            promotion = instance.try_to_promote("tiny@1", "--format", "adapter", "--canary", "10,100")
+            wait_for_state(instance, RolloutState.CANARY, "tiny")
+            assert instance.command("rollback", "tiny").returncode == 0
+            promotion.wait(60)
+            users.wait_for(10)
+        assert users.failed == []
+        assert users.versions[-1] == "tiny@2"
+        assert len(instance.engines()) == 1
+    report(f"adapters: promoted and rolled back in one engine, {len(users.versions)} answers, none failed")
