@@ -38,7 +38,7 @@ _format_option = click.option(
     "--format",
     "format_name",
     type=click.Choice([Format.GPTQ.value, Format.MERGED.value, Format.ADAPTER.value]),
-    help="Format to serve; `adapter` serves many versions on one base model.",
+    help="Format to serve; `adapter` can serve many versions on one base model.",
 )
 
 
@@ -65,7 +65,7 @@ def serve(
     `svc add`.
     """
     if every and models:
-        raise click.UsageError("pass either MODELS or --all, not both")
+        raise click.UsageError("MODELS and --all cannot be combined")
     listen = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
     settings = settings_of(ctx, serve=listen or None)
     if models and not listen and lock_holder(settings.home / LOCK_FILE):
@@ -99,7 +99,7 @@ def serve(
             wanted = choose_deployments(registry, store, models, format, every=every)
             targets = ", ".join(str(desired.target) for desired in wanted)
             console.print(
-                f"{targets}: starting vLLM (about 40 s each, if not running yet); logs: {settings.home / 'logs'}"
+                f"{targets}: starting vLLM (about 40 s each, unless already running); logs in {settings.home / 'logs'}"
             )
             manager = ServiceManager.of()
             on_phase = bar.enter_context(advancing("engine", tuple(EnginePhase)))
@@ -122,7 +122,7 @@ def serve(
                 capabilities,
                 on_phase=on_phase,
                 on_ready=show_served,
-                on_failure=lambda target, error: show(target, f"[red]{target} is not served:[/red] {error}"),
+                on_failure=lambda target, error: show(target, f"[red]could not serve {target}:[/red] {error}"),
             )
             await server.serve(parts, settings.serve, wanted, claim, manager)
 
@@ -163,7 +163,7 @@ def _add(settings: Settings, model: str, format_name: str | None) -> None:
 @click.argument("name")
 @click.pass_context
 def remove(ctx: click.Context, name: str) -> None:
-    """Remove NAME from the running server after its running requests complete."""
+    """Remove NAME from the running server, once its running requests are complete."""
     from serving.client.membership import remove_model
 
     remove_model(settings_of(ctx), name)
@@ -365,7 +365,7 @@ def _waits(result: SwapResult) -> str:
 
 @click.command()
 @click.argument("model")
-@click.option("--system", help="System prompt.")
+@click.option("--system", help="System prompt of the conversation.")
 @click.pass_context
 def chat(ctx: click.Context, model: str, system: str | None) -> None:
     """Chat with MODEL. An empty line or Ctrl-D ends the chat."""

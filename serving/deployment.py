@@ -102,7 +102,7 @@ class Deployment:
             except Exception as error:
                 if task and task.cancelling():  # the defect is in the part's clean-up
                     raise
-                log.exception("%s: unexpected error in the part %r; restarting it", self.name, part)
+                log.exception("%s: unexpected error in the task %r; restarting it", self.name, part)
                 self.reconciler.note_error(f"unexpected error in {part}: {error!r}")
             await asyncio.sleep(_RESTART_PAUSE_S)
 

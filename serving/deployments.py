@@ -162,7 +162,7 @@ class Deployments:
         try:
             await deployment.reconciler.start()
         except Exception as error:  # any error of one model must not affect the others
-            log.exception("%s is not served", target)
+            log.exception("could not serve %s", target)
             failed = error if isinstance(error, SvcError) else EngineError(f"could not start {target}: {error!r}")
         self._tasks[deployment.name] = asyncio.create_task(deployment.run())
         if failed:
@@ -180,7 +180,7 @@ class Deployments:
                     self.router.registered = await asyncio.to_thread(self.registered)
                     next_read = time.monotonic() + _REGISTERED_S
             except (SQLAlchemyError, OSError):
-                log.exception("could not read the set of models; continuing to serve the current ones")
+                log.exception("could not read which models to serve; continuing to serve the current models")
             else:
                 # A model without a task could not be stopped earlier; it may have been added again since.
                 for name in [name for name in self._all if name not in names or name not in self._tasks]:
@@ -252,4 +252,4 @@ class Deployments:
         await deployment.close()
         deployment.metrics.remove()
         del self._all[name]
-        log.info("%s is no longer being served", name)
+        log.info("%s is no longer served", name)

@@ -72,7 +72,7 @@ class ModelNames:
             EngineUnavailableError: no version is loaded yet.
         """
         if self.served is None:
-            raise EngineUnavailableError("no version is loaded yet", todo="send the request again later")
+            raise EngineUnavailableError("no version is loaded yet", todo="retry the request later")
         if model in self._in_production:
             return None
         if model == self.of_candidate and self.candidate:
@@ -83,7 +83,7 @@ class ModelNames:
         if self.served.format is Format.ADAPTER and (version := self._parsed(model)):
             return version
         raise ModelNotFoundError(
-            f"model {model[:SHOWN_CHARS]!r} is not served here", expected=f"one of {', '.join(self.all())}"
+            f"the model {model[:SHOWN_CHARS]!r} is not served here", expected=f"one of {', '.join(self.all())}"
         )
 
     def _candidate_or_production(self, served: Target) -> VersionId | None:

@@ -151,8 +151,8 @@ class Router:
 
     def _unknown(self, model: str, name: str) -> ModelNotFoundError:
         names = ", ".join(self.names())
-        served = f"one of {names}" if names else "a served model; there is none yet"
-        shown = f"model {model[:SHOWN_CHARS]!r}"
+        served = f"one of {names}" if names else "a served model; none is served yet"
+        shown = f"the model {model[:SHOWN_CHARS]!r}"
         if name in self.registered:
             todo = f"ask the operator to add it: svc add {name}"
             return ModelNotFoundError(f"{shown} is registered, but not served", expected=served, todo=todo)

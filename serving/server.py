@@ -88,13 +88,13 @@ def require_safe(serve: ServeSettings, *, has_keys: bool) -> None:
         return
     if not has_keys:
         raise SettingsError(
-            f"`serve.host` is {serve.host}, but no key exists: any machine that reaches it would have full access",
+            f"`serve.host` is {serve.host}, but no key exists, so any machine that reaches it would have full access",
             expected="a loopback address such as 127.0.0.1 while no key exists",
             todo="create a key first: svc keys create --scope admin",
         )
     if serve.tls_certificate is None and not serve.behind_proxy:
         raise SettingsError(
-            f"`serve.host` is {serve.host}, but keys would cross the network in plain text",
+            f"`serve.host` is {serve.host}, but API keys would be sent unencrypted",
             expected="`serve.tls_certificate` and `serve.tls_key`, or `serve.behind_proxy`",
             todo="set a certificate and its key, or the addresses of the TLS proxy in front of the server",
         )

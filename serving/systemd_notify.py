@@ -40,7 +40,7 @@ def inherited_listener(environment: MutableMapping[str, str] = os.environ) -> so
     if count != "1":
         raise SettingsError(
             f"the service manager passed LISTEN_FDS={count}",
-            expected="one socket",
+            expected="exactly one socket",
             todo="set one ListenStream= in the .socket unit",
         )
     return _listener(_FIRST_DESCRIPTOR)

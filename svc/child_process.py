@@ -92,5 +92,5 @@ def _died(name: str, exit_code: int | None) -> TrainingError:
     if exit_code == -signal.SIGKILL:
         todo = "free some memory: the system kills the largest process when memory runs out"
     else:
-        todo = "read the process's output above"
-    return TrainingError(f"the process of {name.lstrip('_')} ended with exit code {exit_code}", todo=todo)
+        todo = "check the process's output above"
+    return TrainingError(f"the child process {name.lstrip('_')} exited with code {exit_code}", todo=todo)

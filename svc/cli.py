@@ -19,9 +19,9 @@ from svc.errors import SvcError
 COMMANDS = {
     # command: (import path, one line of help)
     "data": ("svc.dataset.cli:data", "Check files of chat examples."),
-    "train": ("trainer.cli:train", "Train, evaluate, merge, quantize, register a version."),
+    "train": ("trainer.cli:train", "Train, evaluate, merge, quantize and register a version."),
     "estimate": ("trainer.cli:estimate", "Estimate what a training run needs, and whether it fits."),
-    "sweep": ("trainer.sweep.cli:sweep", "Search for a recipe's best values."),
+    "sweep": ("trainer.sweep.cli:sweep", "Search for the best hyperparameters of a recipe."),
     "models": ("svc.registry.cli:models", "List versions and aliases, or remove versions."),
     "show": ("svc.registry.cli:show", "Show one version."),
     "report": ("svc.report.cli:report", "Write a version's report as one HTML file."),
@@ -38,14 +38,14 @@ COMMANDS = {
     "dashboards": ("monitoring.dashboards.cli:dashboards", "Write the Grafana dashboards."),
     "chat": ("serving.cli:chat", "Talk to the served model in the terminal."),
     "keys": ("svc.access.cli:keys", "Create, list, rotate and revoke keys."),
-    "usage": ("svc.access.cli:usage", "Show tokens and requests by key and model."),
-    "audit": ("svc.audit.cli:audit", "Show the audit log, and verify that it is unaltered."),
-    "history": ("svc.audit.cli:history", "Show which version of a model was served when."),
+    "usage": ("svc.access.cli:usage", "Show request and token counts by key and model."),
+    "audit": ("svc.audit.cli:audit", "Show the audit log, or verify that it is unaltered."),
+    "history": ("svc.audit.cli:history", "Show which versions of a model were served, and when."),
     "forget": ("svc.audit.cli:forget", "Delete logged requests by user, key or time range."),
     "gc": ("svc.registry.cli:gc", "Delete files left by old runs, sweeps, logs and caches."),
-    "backup": ("svc.backup.cli:backup", "Back up the home folder, also while it is in use."),
+    "backup": ("svc.backup.cli:backup", "Back up the home folder, even while it is in use."),
     "restore": ("svc.backup.cli:restore", "Create a home folder from a backup."),
-    "ui": ("svc.registry.cli:ui", "Browse runs, versions and aliases in MLflow's web pages."),
+    "ui": ("svc.registry.cli:ui", "Browse runs, versions and aliases in MLflow's web UI."),
 }
 
 
@@ -74,9 +74,9 @@ class LazyGroup(click.Group):
     "--home", type=click.Path(path_type=Path), help="Folder for all state.  [default: $SVC_HOME, else ./.svc]"
 )
 @click.option("--config", type=click.Path(path_type=Path), help="Settings file.  [default: ./svc.yaml, if it exists]")
-@click.option("--server", metavar="URL", help="URL of a remote server, for status, promote, rollback and keys.")
-@click.option("--key-file", type=click.Path(path_type=Path), help="File with the key for --server.")
-@click.option("--ca", type=click.Path(path_type=Path), help="File with the CA certificates that verify --server.")
+@click.option("--server", metavar="URL", help="URL of a remote server; works with status, promote, rollback and keys.")
+@click.option("--key-file", type=click.Path(path_type=Path), help="File that contains the API key for --server.")
+@click.option("--ca", type=click.Path(path_type=Path), help="File with the CA certificates used to verify --server.")
 @click.version_option(package_name="tuneserve")
 @click.pass_context
 def group(

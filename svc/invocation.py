@@ -11,9 +11,9 @@ from svc.remote.server_url import ServerAddress
 from svc.settings import Settings, load_settings
 
 _HOME_MARKS = ("svc.db", "models", "runs")
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
-reason_option = click.option("--reason", metavar="TEXT", help="Reason, recorded in the audit log.")
-yes_option = click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print machine-readable JSON.")
+reason_option = click.option("--reason", metavar="TEXT", help="Reason to record in the audit log.")
+yes_option = click.option("--yes", is_flag=True, help="Skip the confirmation prompt.")
 
 
 def confirm(question: str, *, yes: bool, as_json: bool = False) -> None:
@@ -29,7 +29,7 @@ def confirm(question: str, *, yes: bool, as_json: bool = False) -> None:
     if yes:
         return
     if as_json:
-        raise click.UsageError("with --json this command needs --yes too, because it cannot ask for confirmation")
+        raise click.UsageError("with --json, this command requires --yes, because it cannot ask for confirmation")
     click.confirm(question, abort=True, err=True)
 
 
@@ -48,7 +48,7 @@ def remote_of(ctx: click.Context) -> ServerAddress | None:
     url, key_file, authority = (given.get(name) for name in ("server", "key_file", "ca"))
     if not url:
         if key_file or authority:
-            raise click.UsageError("--key-file and --ca need --server")
+            raise click.UsageError("--key-file and --ca require --server")
         return None
     return ServerAddress.with_key(url, key_file, authority)
 

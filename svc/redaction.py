@@ -47,7 +47,7 @@ class RedactionTimeoutError(SvcError):
 
     def __init__(self, pattern: str) -> None:
         super().__init__(
-            f"the pattern {pattern!r} of request_log.redact took longer than {LIMIT_S:g} s on a text",
+            f"the request_log.redact pattern {pattern!r} took longer than {LIMIT_S:g} s on one text",
             expected="a pattern without nested repetitions",
             todo="rewrite the pattern so that it can match a text in only one way",
         )

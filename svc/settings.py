@@ -80,13 +80,13 @@ class EngineSettings(_Section):
     """
 
     device: Device = Field(
-        Device.AUTO, description="cpu, cuda, or auto: the device that the installed vLLM is built for"
+        Device.AUTO, description="cpu, cuda, or auto, which selects the device that the installed vLLM is built for"
     )
-    max_model_len: int = Field(2048, ge=16, description="maximum context length, tokens; at most the model's own")
+    max_model_len: int = Field(2048, ge=16, description="maximum context length in tokens; at most the model's own")
     kv_cache_gib: float | None = Field(
         None,
         gt=0,
-        description="key-value cache on the CPU, GiB; default: as needed, up to half of the free memory",
+        description="size of the key-value cache on the CPU, in GiB; default: as needed, up to half of the free memory",
     )
     gpu_memory_share: float | None = Field(
         None, gt=0, le=1, description="share of the GPU's memory; default: 0.9, or less if other processes use the GPU"
@@ -98,7 +98,7 @@ class EngineSettings(_Section):
     )
     gptq_kernel: GptqKernel = Field(
         GptqKernel.AUTO,
-        description="vllm, torch (on any CPU), or auto: the faster one on this device",
+        description="vllm, torch (on any CPU), or auto, which selects the faster kernel on this device",
     )
     max_concurrency: int = Field(64, ge=1, description="maximum number of sequences decoded concurrently")
     cores: int | None = Field(
@@ -108,10 +108,11 @@ class EngineSettings(_Section):
         "when it starts",
     )
     replicas: int = Field(1, ge=1, le=64, description="number of engines per model")
-    start_timeout_s: float = Field(600.0, gt=0, description="maximum startup time of an engine, seconds")
+    start_timeout_s: float = Field(600.0, gt=0, description="maximum startup time of an engine, in seconds")
     args: tuple[str, ...] = Field((), description="additional arguments for vLLM's server, passed unchanged")
     environment: tuple[str, ...] = Field(
-        (), description="environment variables to pass to vLLM besides those of its libraries; all others are withheld"
+        (),
+        description="environment variables to pass to vLLM, besides those of its libraries; all others are withheld",
     )
 
 
@@ -122,7 +123,7 @@ class AdapterSettings(_Section):
         8,
         ge=1,
         le=10_000,
-        description="maximum number of loaded adapters per engine; the least recently used one is unloaded first",
+        description="maximum number of loaded adapters per engine; the least recently used adapter is unloaded first",
     )
     max_rank: int | None = Field(
         None,
@@ -138,12 +139,13 @@ class ServeSettings(_Section):
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on")
     allowed_hosts: tuple[str, ...] = Field(
-        (), description="host names that clients may use for this server besides localhost and IP addresses; *: any"
+        (),
+        description="host names that clients may use for this server besides localhost and IP addresses; `*` means any",
     )
     tls_certificate: AbsolutePath | None = Field(
         None, description="PEM file with the certificate and its chain; reloaded when it changes"
     )
-    tls_key: AbsolutePath | None = Field(None, description="PEM file with the certificate's private key, not encrypted")
+    tls_key: AbsolutePath | None = Field(None, description="PEM file with the certificate's unencrypted private key")
     behind_proxy: tuple[Network, ...] = Field(
         (),
         description="addresses or networks of the proxies that terminate TLS in front of this server; their "
@@ -152,38 +154,39 @@ class ServeSettings(_Section):
     max_connections_per_address: int | None = Field(
         None,
         ge=1,
-        description="maximum connections per address (IPv6: per /64); further ones are closed immediately; addresses "
-        "in `serve.behind_proxy` have no limit; default: half of all connections",
+        description="maximum connections per address (IPv6: per /64); further connections are closed immediately; "
+        "addresses in `serve.behind_proxy` are not limited; default: half of all connections",
     )
-    max_body_bytes: int = Field(4 * 2**20, ge=1024, description="maximum size of a request body, bytes")
+    max_body_bytes: int = Field(4 * 2**20, ge=1024, description="maximum size of a request body, in bytes")
     max_running: int = Field(
         256,
         ge=1,
-        description="maximum concurrent requests per model; their answers together may have at most this many times "
-        "`engine.max_model_len` tokens; further requests get 429, or wait if they have a key",
+        description="maximum concurrent requests per model, whose answers together may have at most this many times "
+        "`engine.max_model_len` tokens; further requests get status 429, or wait if they have a key",
     )
     max_queued: int = Field(
         256,
         ge=0,
-        description="maximum requests queued during a swap or for a free slot; further ones get 503 or 429; as many "
-        "again may wait for adapters, half of them from one key or address",
+        description="maximum number of requests queued during a swap or for a free slot; further requests get status "
+        "503 or 429; the same number may wait for adapters, at most half of them from one key or address",
     )
-    queue_timeout_s: float = Field(60.0, gt=0, description="maximum time in the queue, seconds")
+    queue_timeout_s: float = Field(60.0, gt=0, description="maximum time in the queue, in seconds")
     drain_timeout_s: float = Field(
         30.0,
         gt=0,
-        description="maximum wait for running requests before a reload, seconds; after that the swap is blue-green",
+        description="maximum wait for running requests before a reload, in seconds; after that, the swap is blue-green",
     )
     swap: SwapChoice = Field(
-        SwapChoice.AUTO, description="auto: in place if compatible; bluegreen: always through a second engine"
+        SwapChoice.AUTO,
+        description="auto swaps in place if the versions are compatible; bluegreen always starts a second engine",
     )
     idle_s: float | None = Field(
         None,
         gt=0,
-        description="idle time, seconds, after which a model's engines are stopped or, on a GPU, put to sleep; "
+        description="idle time in seconds after which a model's engines are stopped or, on a GPU, put to sleep; "
         "the next request waits until they are ready again; default: never",
     )
-    request_timeout_s: float = Field(600.0, gt=0, description="maximum time without engine output, seconds")
+    request_timeout_s: float = Field(600.0, gt=0, description="maximum time without engine output, in seconds")
 
     @model_validator(mode="after")
     def _check_tls(self) -> Self:
@@ -200,14 +203,20 @@ class RequestLimits(_Section):
     reading_ms: float = Field(
         20.0,
         gt=0,
-        description="maximum time for which parsing a body may block the gateway, estimated from the body's size, ms",
+        description="maximum time in ms for which parsing a body may block the gateway, estimated from the body's size",
     )
     messages: int = Field(4096, ge=1, description="maximum number of messages")
-    input_items: int = Field(2048, ge=1, description="maximum elements of `input`, the messages of /v1/responses")
-    content_parts: int = Field(8192, ge=1, description="maximum content parts and tool calls, in all messages together")
+    input_items: int = Field(
+        2048, ge=1, description="maximum number of elements in `input`, the messages of /v1/responses"
+    )
+    content_parts: int = Field(
+        8192, ge=1, description="maximum number of content parts and tool calls in all messages together"
+    )
     tools: int = Field(512, ge=1, description="maximum number of tools")
     field_values: int = Field(
-        4096, ge=1, description="maximum values in any other field, at all depths: logit_bias, metadata, documents, ..."
+        4096,
+        ge=1,
+        description="maximum number of values at all depths of any other field, such as logit_bias or metadata",
     )
     depth: int = Field(64, ge=1, le=500, description="maximum nesting depth of objects and arrays")
 
@@ -220,7 +229,7 @@ def _pattern(text: str) -> str:
     try:
         compile_pattern(text)
     except regex.error as error:
-        raise ValueError(f"the text is not a regular expression: {error}") from error
+        raise ValueError(f"not a valid regular expression: {error}") from error
     return text
 
 
@@ -233,31 +242,33 @@ class RequestLogSettings(_Section):
     """
 
     max_age_days: float = Field(
-        30.0, gt=0, le=36_500, description="age at which a request and its feedback are deleted, days"
+        30.0, gt=0, le=36_500, description="age in days at which a request and its feedback are deleted"
     )
-    max_mib: int = Field(1024, ge=1, description="size of the log above which the oldest requests are deleted, MiB")
+    max_mib: int = Field(1024, ge=1, description="size of the log in MiB above which the oldest requests are deleted")
     content_share: float = Field(0.0, ge=0, le=1, description="share of requests whose prompt and answer are stored")
     features: bool = Field(
         True, description="store drift features of at most 10,000 prompts per day and version, without their text"
     )
     max_content_kib: int = Field(
-        64, ge=1, description="maximum size of a stored prompt or answer, KiB; if one is larger, neither is stored"
+        64,
+        ge=1,
+        description="maximum size of a stored prompt or answer, in KiB; if either is larger, neither is stored",
     )
     redact: tuple[Pattern, ...] = Field(
         (),
-        description="regular expressions to redact in content, besides mail addresses, phone and card numbers; content "
-        "on which they take longer than 0.25 s is not stored: avoid nested repetitions",
+        description="regular expressions to redact in content, besides email addresses, phone and card numbers; "
+        "content on which they take longer than 0.25 s is not stored, so avoid nested repetitions",
     )
 
 
 def _otlp_endpoint(text: str) -> str:
     url = urlsplit(text)
     if url.scheme not in ("http", "https") or not url.hostname or url.query or url.fragment:
-        raise ValueError("the value is not the URL of a collector, such as http://collector:4318")
+        raise ValueError("must be the URL of a collector, such as http://collector:4318")
     if "@" in url.netloc:
         raise ValueError(
-            "the URL contains a password, which anyone who sees the settings could read; use headers, see "
-            "docs/traces.md"
+            "the URL must not contain a password, which anyone who sees the settings could read; use headers instead, "
+            "see docs/traces.md"
         )
     return text
 
@@ -270,7 +281,7 @@ class TelemetrySettings(_Section):
     otlp_endpoint: Annotated[str, AfterValidator(_otlp_endpoint)] | None = Field(
         None,
         description="URL to which spans are exported by OTLP over HTTP; `/v1/traces` is appended if missing; "
-        "headers are in OTEL_EXPORTER_OTLP_HEADERS; default: no traces",
+        "headers are read from OTEL_EXPORTER_OTLP_HEADERS; default: no traces",
     )
     sample_share: float = Field(
         1.0,
@@ -288,17 +299,17 @@ class HoldoutSettings(_Section):
     whose content is stored are scored by their likelihood under the version.
     """
 
-    every_hours: float = Field(6.0, ge=0, description="interval between runs of the held-out set, hours; 0: no runs")
+    every_hours: float = Field(6.0, ge=0, description="interval between held-out runs, in hours; 0 disables these runs")
     requests_per_minute: float = Field(
-        60.0, gt=0, description="maximum number of held-out examples and scores together, per minute"
+        60.0, gt=0, description="maximum number of held-out examples plus scored answers per minute"
     )
     scored_per_hour: int = Field(
-        200, ge=0, description="maximum number of live answers scored per hour, the newest first; 0: none"
+        200, ge=0, description="maximum number of live answers scored per hour, newest first; 0 disables scoring"
     )
     run_functions: bool = Field(
         False,
-        description="run a version's metric function, code written by the user who registered it; otherwise such a "
-        "version is monitored by exact match",
+        description="whether to run a version's metric function, which is code from the user who registered it; if "
+        "not, such a version is monitored by exact match",
     )
 
 
@@ -312,13 +323,13 @@ class MonitorSettings(_Section):
         None, description="file that contains a metrics key for `monitor.server`; not needed on the same machine"
     )
     authority: AbsolutePath | None = Field(
-        None, description="file with the CA certificates that verify `monitor.server`; default: the machine's"
+        None, description="file with the CA certificates used to verify `monitor.server`; default: the machine's"
     )
     drift_every_s: float = Field(
         60.0,
         ge=0,
         le=300,
-        description="interval between checks for drift, seconds; 0: `svc monitor` does not check",
+        description="interval between drift checks, in seconds; 0 disables them in `svc monitor`",
     )
 
 
@@ -381,7 +392,7 @@ class ModelSettings(_Section):
     """Settings of one served model that override the general settings."""
 
     engine: EngineSettings = Field(EngineSettings(), description="`engine` settings that differ for this model")
-    idle_s: float | None = Field(None, gt=0, description="replaces `serve.idle_s`, seconds")
+    idle_s: float | None = Field(None, gt=0, description="overrides `serve.idle_s`, in seconds")
     rollout: RolloutSettings = Field(
         RolloutSettings(), description="steps of every promotion of this model, see docs/rollouts.md"
     )
@@ -472,14 +483,16 @@ def _read_file(config: Path | None) -> dict[str, Any]:
     try:
         content = parse_yaml(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise SettingsError(f"cannot read settings from {path}: {error}", expected="a YAML file in UTF-8") from error
+        raise SettingsError(
+            f"cannot read settings from {path}: {error}", expected="a YAML file encoded in UTF-8"
+        ) from error
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise SettingsError(f"{path} contains a {type(content).__name__}", expected="a YAML mapping of settings")
+        raise SettingsError(f"{path} must contain a YAML mapping of settings, got {type(content).__name__}")
     for key in content:
         if not isinstance(key, str):
-            raise SettingsError(f"{path} has a key that is not text: {key!r}", expected="names of settings as keys")
+            raise SettingsError(f"{path} has a key that is not a string: {key!r}", expected="setting names as keys")
     return content
 
 
@@ -512,7 +525,7 @@ def _check_environment() -> None:
     for name in os.environ:
         if name.startswith(ENV_PREFIX) and name.upper() not in known:
             raise SettingsError(
-                f"environment variable {name} is not a setting",
+                f"the environment variable {name} does not match any setting",
                 expected=f"one of {', '.join(sorted(known))}",
                 todo=f"unset {name} or correct its name",
             )

@@ -46,8 +46,8 @@ class VersionId:
         """
         name, at, number = text.rpartition("@")
         if not at or not re.fullmatch(NAME_PATTERN, name) or not re.fullmatch(NUMBER_PATTERN, number):
-            wrong = f"{text!r} is not a version"
-            raise NotFoundError(wrong, expected="NAME@N, for example my-model@2", todo="list versions: svc models")
+            wrong = f"{text!r} is not a valid version"
+            raise NotFoundError(wrong, expected="NAME@N, for example my-model@2", todo="list the versions: svc models")
         return cls(name, int(number))
 
 

@@ -117,8 +117,8 @@ class Admission:
         """
         if tokens > self.max_tokens:
             raise TooManyTokensError(
-                f"the answers may have up to {tokens} tokens",
-                expected=f"at most {self.max_tokens} in one request; reduce 'n' or 'max_tokens'",
+                f"the answers to this request may have up to {tokens} tokens in total",
+                expected=f"at most {self.max_tokens} tokens per request; reduce 'n' or 'max_tokens'",
             )
         if self._closed or not self._enter(tokens, party, may_wait or party.has_key):
             await self._wait(tokens, party)
@@ -136,7 +136,7 @@ class Admission:
             RuntimeError: an engine is already being changed; swaps run one at a time.
         """
         if self._changing:
-            raise RuntimeError("an engine is being changed already")
+            raise RuntimeError("an engine is already being changed")
         self._changing, self.queue.most, self.closed_s = True, len(self.queue), None
         self._settle()
         try:
@@ -197,17 +197,17 @@ class Admission:
             return True
         if may_wait:
             return False
-        raise OverloadedError(self._full, todo="send the request again later")
+        raise OverloadedError(f"the server is full: {self._full}", todo="retry the request later")
 
     def _no_engine(self) -> EngineUnavailableError:
         return EngineUnavailableError(
-            self._unavailable or "the engine is being changed", todo="send the request again later"
+            self._unavailable or "the engine is being changed", todo="retry the request later"
         )
 
     @property
     def _full(self) -> str:
         return (
-            f"{self.running} requests are running, with up to {self._tokens} tokens to generate; the limits are "
+            f"{self.running} requests with up to {self._tokens} tokens to generate are running; the limits are "
             f"{self.max_running} requests and {self.max_tokens} tokens"
         )
 

@@ -157,8 +157,8 @@ class RequestQueue:
                 have.
         """
         overflow = QueueOverflowError(
-            f"the queue is full: {self._queued} requests wait for an engine",
-            todo="send the request again in a moment",
+            f"the queue is full: {self._queued} requests are waiting for an engine",
+            todo="retry the request in a moment",
         )
         longest = max(self._waiting.values(), key=_load, default=deque[Place]())
         if not longest or _load(longest) <= (len(self._waiting.get(party.name, ())) + 1) / party.weight:
@@ -174,7 +174,10 @@ class RequestQueue:
 
     def _expire(self, place: Place, after_s: float) -> None:
         if not place.given.done():
-            self._refuse(place, QueueTimeoutError(f"waited {after_s:g} s for an engine", todo="send the request again"))
+            self._refuse(
+                place,
+                QueueTimeoutError(f"timed out after waiting {after_s:g} s for an engine", todo="retry the request"),
+            )
 
     def _add(self, place: Place) -> Place:
         insort(self._waiting.setdefault(place.party.name, deque()), place, key=attrgetter("number"))

@@ -198,7 +198,7 @@ def _reserve(quotas: Sequence["_Quota"], demand: Demand) -> Reservation:
     if refused:
         raise RateLimitedError(
             f"this key has reached its limit of {refused.most} {_NAMED[refused.limit]}",
-            todo="send the request again later",
+            todo="retry the request later",
             limit=refused.limit.value,
             retry_after_s=max(1, math.ceil(longest)),
         )
@@ -298,9 +298,9 @@ class _TokensOut(_OfMinute):
         """
         if demand.said and demand.tokens_out > self.most:
             raise RateLimitedError(
-                f"the answers may have up to {demand.tokens_out} tokens, more than this key's limit: {self.most} "
-                f"{_NAMED[self.limit]}",
-                todo="send a smaller 'n' or 'max_tokens'",
+                f"the answers to this request may have up to {demand.tokens_out} tokens, more than this key's limit of "
+                f"{self.most} {_NAMED[self.limit]}",
+                todo="reduce 'n' or 'max_tokens'",
                 limit=self.limit.value,
                 retry_after_s=None,
             )

@@ -89,16 +89,16 @@ class HoldoutRuns:
     async def run(self) -> None:
         """Run the held-out set repeatedly until cancelled."""
         if not self.every_hours:
-            log.warning("not running the held-out set again: %s", _NEVER)
+            log.warning("not scheduling further held-out runs: %s", _NEVER)
         while True:
             try:
                 cause = self._due()
                 if cause:
                     await self._ask_all(cause)
             except SupersededError:
-                log.info("dropped the run of the held-out set: the engine's weights changed during it")
+                log.info("discarded a held-out run, because the engine's weights changed during the run")
             except Exception:  # the boundary: serving and later runs continue
-                log.exception("could not run the held-out set")
+                log.exception("the held-out run failed unexpectedly")
                 await asyncio.sleep(_PAUSE_S)
             await asyncio.sleep(_POLL_S)
 
@@ -173,7 +173,9 @@ class HoldoutRuns:
             examples = self.registry.heldout(run.target.version)
             scores = metric.checked_score(Answered([examples[place] for place in results], list(results.values())))
         except Exception:  # the boundary: a metric may come from a package, or be a function of the user
-            log.warning("the primary metric of %s cannot run here: using exact match", run.target, exc_info=True)
+            log.warning(
+                "the primary metric of %s cannot run here; using exact match instead", run.target, exc_info=True
+            )
             return replace(run, metric=ExactMatch.name, scores=tuple(map(float, run.hits)))
         return replace(run, metric=metric.name, scores=tuple(scores))
 
@@ -186,7 +188,7 @@ class HoldoutRuns:
             try:
                 return await asyncio.to_thread(add_holdout_run, self.store, run)
             except SQLAlchemyError:
-                log.exception("could not store the run of the held-out set of %s; retrying", run.target)
+                log.exception("could not store the held-out run of %s; retrying", run.target)
                 await asyncio.sleep(_PAUSE_S)
 
     async def _attempt(
@@ -198,16 +200,16 @@ class HoldoutRuns:
             questions = await asyncio.to_thread(self._find_set, target)
             if self.scheduler.off:
                 raise EngineError(self.scheduler.off)
-            log.info("%s: running %d held-out examples of %s", cause, len(questions), target)
+            log.info("held-out run (%s): sending %d held-out examples of %s", cause, len(questions), target)
             return await self._ask_each(weights, questions), None
         except SupersededError:
             raise
         except NotFoundError as error:
             self._nothing_to_ask = error.wrong
-            log.warning("not running the held-out set of %s: %s", target, error.wrong)
+            log.warning("skipping the held-out run of %s: %s", target, error.wrong)
             return {}, error.wrong
         except Exception as error:  # any error is the outcome of this run
-            log.exception("the run of the held-out set of %s failed", target)
+            log.exception("the held-out run of %s failed", target)
             return {}, error.wrong if isinstance(error, SvcError) else repr(error)
 
     def _find_set(self, target: Target) -> Mapping[int, _Ask]:
@@ -226,7 +228,7 @@ class HoldoutRuns:
             <= MOST_TOKENS  # vLLM does not budget memory for the logits of more tokens
         }
         if not questions:
-            raise NotFoundError(f"all held-out examples of {target.version} have more than {MOST_TOKENS} tokens")
+            raise NotFoundError(f"every held-out example of {target.version} is longer than {MOST_TOKENS} tokens")
         return questions
 
     async def _ask_each(self, weights: LoadedWeights, questions: Mapping[int, _Ask]) -> dict[int, ExampleResult]:

@@ -119,7 +119,11 @@ class BackgroundScheduler:
         now = time.monotonic()
         self._deaths.append(now)
         recent = sum(now - at < _DEATHS_WITHIN_S for at in self._deaths)
-        log.warning("the engine died during a background request, %d of %d", recent, _MAX_DEATHS)
+        log.warning(
+            "the engine died during a background request: death %d of the %d after which these requests stop",
+            recent,
+            _MAX_DEATHS,
+        )
         if recent >= _MAX_DEATHS:
-            self._given_up = f"the engine died {recent} times in a day during background requests; see its log"
+            self._given_up = f"the engine died {recent} times in a day during background requests; see the engine's log"
             log.error("stopping background requests: %s", self._given_up)

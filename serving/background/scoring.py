@@ -73,7 +73,7 @@ class LiveScores:
                 if self.per_hour and idle and self.scheduler.off is None:
                     pause_s = 0.0 if await self._score_newest() else _PAUSE_S
             except SupersededError:
-                log.debug("did not score an answer: the engine now holds other weights")
+                log.debug("skipped an answer, because the engine now holds different weights")
             except Exception:  # the boundary: serving and scoring continue
                 log.exception("could not score live answers")
                 pause_s = _PAUSE_S
@@ -100,7 +100,7 @@ class LiveScores:
         try:
             logprob = await self.scheduler.ask(weights, lambda client: _score(client, row, cut))
         except EngineError as error:
-            log.info("could not score the answer in row %d: %s", row.id, error.wrong)
+            log.info("could not score the answer in row %d of the request log: %s", row.id, error.wrong)
         else:
             await asyncio.to_thread(keep_logprob, self.store, row.id, logprob)
             self._passed.remove(row.id)

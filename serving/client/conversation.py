@@ -42,14 +42,14 @@ class Conversation:
                 answer += piece
                 yield piece
         except httpx.HTTPError as error:
-            raise EngineError(f"the server does not answer: {error!r}", todo="see `svc status`") from error
+            raise EngineError(f"the server does not answer: {error!r}", todo="check `svc status`") from error
         self._turns = [*turns, {"role": "assistant", "content": answer}]
 
     def _stream(self, body: dict[str, Any]) -> Iterator[str]:
         with self._server.client(_TIMEOUT_S) as client, client.stream("POST", _PATH, json=body) as response:
             if response.is_error:
                 response.read()
-                raise EngineError(f"the server answered {response.status_code}: {_message(response.text)}")
+                raise EngineError(f"the server responded with status {response.status_code}: {_message(response.text)}")
             for line in response.iter_lines():
                 if piece := _piece(line):
                     yield piece
@@ -58,7 +58,7 @@ class Conversation:
 def _piece(line: str) -> str:
     event = json_of(line.encode())
     if "error" in event:
-        raise EngineError(f"the answer broke off: {event['error'].get('message')}")
+        raise EngineError(f"the server broke off the answer: {event['error'].get('message')}")
     choices = event.get("choices") or [{}]
     return choices[0].get("delta", {}).get("content") or ""
 

@@ -43,7 +43,7 @@ def add_model(settings: Settings, model: str, format: Format | None) -> Target:
             status = read_status(server)
             # While the model is in the set, the reason is from an earlier attempt.
             if (why := status["refused"].get(name)) and name not in deployed_names(store):
-                raise RefusedError(f"{target} is not served\n  why: {why}")
+                raise RefusedError(f"{target} could not be served\n  why: {why}")
             if _model(status, name).get("engine", {}).get("state") == EngineState.READY:
                 return target
             time.sleep(_POLL_S)

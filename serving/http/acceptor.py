@@ -94,7 +94,7 @@ class Acceptor:
             return False
         if address is not None and not self.address_limit.enter(address):
             log.warning(
-                "%s has %d open connections (`serve.max_connections_per_address`); closing further ones",
+                "%s has reached `serve.max_connections_per_address`, %d connections; closing further ones",
                 address,
                 self.address_limit.most,
             )
@@ -114,7 +114,7 @@ class Acceptor:
                 self.make_protocol, accepted, ssl=self.context, ssl_handshake_timeout=handshake_s
             )
         except OSError as error:  # the handshake failed or timed out; ssl.SSLError is a subclass
-            log.debug("connection failed before its first request: %s", error)
+            log.debug("a connection failed before its first request: %s", error)
             self._leave(address)
         except BaseException:
             self._leave(address)

@@ -117,7 +117,7 @@ class Administration:
         reason = given.reason and given.reason.strip()
         if given.force and not reason:
             raise SettingsError(
-                "'force' requires a 'reason'", expected="the reason why a version that failed a check should be served"
+                "'force' requires 'reason'", expected="the reason why a version that failed a check should be served"
             )
         actor = _actor(request)
         change = await asyncio.to_thread(
@@ -140,7 +140,9 @@ class Administration:
     async def _show_swap(self, request: Request) -> Response:
         name, generation = request.path_params["name"], request.query_params.get("generation")
         if generation is not None and not (generation.isdecimal() and len(generation) < 10):
-            raise SettingsError("'generation' is invalid", expected="the generation number that the change returned")
+            raise SettingsError(
+                "'generation' is not a valid generation", expected="the generation number that the change returned"
+            )
         swap = await asyncio.to_thread(find_swap, self._store, name, int(generation) if generation else None)
         if swap is None:
             return JSONResponse({"swap": None})

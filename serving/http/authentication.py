@@ -81,7 +81,11 @@ class Authentication:
             self._on_failure(error.fault)
             if self._failed.add(state.address):
                 sender = state.address or "a local client"
-                log.warning("many invalid keys from %s, the last one %s; rejecting more with 429", sender, error.fault)
+                log.warning(
+                    "too many invalid API keys from %s, the last of them %s; rejecting more with status 429",
+                    sender,
+                    error.fault,
+                )
             raise
         needed = _needed_scope(path)
         if needed is not None:

@@ -40,7 +40,7 @@ class BodySlots:
         if taken >= self._most or self._reading[peer] >= max(1, self._most // 2):
             raise OverloadedError(
                 f"{taken} requests are {self._doing}, {self._reading[peer]} of them from {peer or 'this client'}",
-                todo="send the request again later",
+                todo="retry the request later",
             )
         self._reading[peer] += 1
         try:

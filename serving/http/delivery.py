@@ -163,9 +163,9 @@ class Delivery:
             raise _too_large(self._held + size, self._buffers.max_answer_bytes)
         if not self._buffers.take(size, self._held, self._caller):
             raise OverloadedError(
-                f"{self._buffers.used} bytes of answers are waiting for their clients, "
-                f"{self._buffers.held_by(self._caller)} of them for {self._caller or 'this client'}",
-                todo="send the request again later",
+                f"{self._buffers.used} bytes of answers are waiting to be read by their clients, "
+                f"{self._buffers.held_by(self._caller)} of them by {self._caller or 'this client'}",
+                todo="retry the request later",
             )
         self._held += size
 
@@ -259,6 +259,6 @@ class Delivery:
 
 def _too_large(size: int, most: int) -> AnswerTooLargeError:
     return AnswerTooLargeError(
-        f"the answer is larger than {most} bytes: {size} so far",
-        expected="fewer answers ('n'), tokens or log-probabilities in one request, or 'stream': true",
+        f"the response exceeds the limit of {most} bytes: it has {size} so far",
+        expected="fewer answers ('n'), tokens or log-probabilities per request, or 'stream': true",
     )

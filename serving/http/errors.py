@@ -213,7 +213,7 @@ def _framework_error(error: HTTPException) -> ApiError:
     code = _FRAMEWORK_CODES.get(error.status_code, fallback)
     phrase = HTTPStatus(error.status_code).phrase.lower()
     return ApiError(
-        error.status_code, code, f"{phrase}: see /v1/models for the served models", None, error.headers or {}
+        error.status_code, code, f"{phrase}; see /v1/models for the served models", None, error.headers or {}
     )
 
 

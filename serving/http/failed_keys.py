@@ -18,7 +18,7 @@ _MAX_PEERS = 4096
 
 
 class TooManyWrongKeysError(SvcError):
-    """Raised when a peer has sent too many invalid keys.
+    """Raised when a peer has sent too many invalid API keys.
 
     Args:
         retry_after_s: seconds until the peer's minute is over.
@@ -52,9 +52,9 @@ class FailedKeys:
             began, count = now, 0
         if count >= MAX_INVALID_PER_MINUTE:
             raise TooManyWrongKeysError(
-                f"{MAX_INVALID_PER_MINUTE} invalid API keys came from this address within a minute",
+                f"too many invalid API keys from this address: {MAX_INVALID_PER_MINUTE} within a minute",
                 retry_after_s=math.ceil(began + _MINUTE_S - now),
-                todo="correct the key; a valid key is accepted immediately",
+                todo="correct the API key; a valid key is accepted immediately",
             )
         if began == now:
             self._peers.pop(peer, None)  # moves the peer to the end

@@ -84,7 +84,8 @@ class FeedbackIntake:
         """
         if self._at_once >= _MAX_CONCURRENT:
             raise OverloadedError(
-                f"feedback on {self._at_once} answers is being stored", todo="send the feedback again later"
+                f"the server is already storing feedback on {self._at_once} answers",
+                todo="send the feedback again later",
             )
         self._at_once += 1
         try:
@@ -118,7 +119,8 @@ class FeedbackIntake:
         stored = keep_feedback(self._store, given.request_id, feedback, key_id=key_id)
         if stored is None:
             raise RequestNotFoundError(
-                "no request with this id is stored", expected="the x-request-id of a request that is still stored"
+                "no request with this id is stored",
+                expected="the x-request-id of a stored request; old requests are deleted",
             )
         self._request_log.has_grown(stored.grown_bytes)
         return stored

@@ -42,8 +42,8 @@ class AllowedHosts:
         if ANY in self._names or not host or host in self._names or _is_address(host):
             return
         raise HostNotAllowedError(
-            f"host {host[:SHOWN_CHARS]!r} is not allowed",
-            expected="an address, localhost or a name in `serve.allowed_hosts`",
+            f"the host name {host[:SHOWN_CHARS]!r} is not allowed",
+            expected="an IP address, localhost or a name in `serve.allowed_hosts`",
             todo="add the name to `serve.allowed_hosts`",
         )
 

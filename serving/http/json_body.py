@@ -29,7 +29,7 @@ async def read_json(request: Request, kind: type[Body], *, max_bytes: int, expec
     except ValidationError as error:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
-            raise InvalidJsonError(f"the request body is not JSON: {first['msg']}") from error
+            raise InvalidJsonError(f"the request body is not valid JSON: {first['msg']}") from error
         param = ".".join(str(part) for part in first["loc"])[:SHOWN_CHARS]
         raise InvalidRequestError(
             f"'{param}' is invalid: {first['msg']}" if param else first["msg"], param=param, expected=expected

@@ -35,8 +35,8 @@ def require_model(router: Router, principal: Principal | None, model: str) -> No
         return
     names = ", ".join(name for name in router.names() if principal.may_ask(name))
     raise ModelNotFoundError(
-        f"model {model[:SHOWN_CHARS]!r} is not served here, or this key may not use it",
-        expected=f"one of {names}" if names else "a model that this key may use (none of them is served now)",
+        f"the model {model[:SHOWN_CHARS]!r} is not served here, or this key may not use it",
+        expected=f"one of {names}" if names else "a model that this key may use (none of them is currently served)",
     )
 
 
@@ -68,6 +68,6 @@ def add_models(app: FastAPI, router: Router) -> None:
     async def delete_model(request: Request, name: str) -> NoReturn:
         await find_backend(request, name)
         raise ModelNotDeletableError(
-            f"model {name!r} cannot be deleted: the API does not delete models",
-            todo="ask the operator to promote another version and to delete this one on the server",
+            f"the model {name!r} cannot be deleted: the API does not delete models",
+            todo="ask the operator to promote another version and to delete this version on the server",
         )

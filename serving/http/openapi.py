@@ -38,10 +38,13 @@ _TURNS: Json = {
     "items": {"type": "object", "required": ["role"], "properties": {"role": {"type": "string"}}},
 }
 _ITEMS: Json = {"type": "array", "minItems": 1, "items": _OBJECT}
-_NEVER: Json = {"type": "null", "description": "not served"}
-_ONLY_FALSE: Json = {"enum": [False, None], "description": "only false is supported"}
+_NEVER: Json = {"type": "null", "description": "not supported; must be null or omitted"}
+_ONLY_FALSE: Json = {"enum": [False, None], "description": "only false and null are supported"}
 _COMMON: Json = {
-    "model": {"type": "string", "description": "NAME, NAME@production, or NAME@N for a loaded version"},
+    "model": {
+        "type": "string",
+        "description": "NAME or NAME@production for the production version, or NAME@N for a loaded version",
+    },
     "stream": {"type": ["boolean", "null"]},
     "prompt_logprobs": _NEVER,
     "kv_transfer_params": _NEVER,
@@ -60,7 +63,7 @@ _ANSWERS: Json = {"type": ["integer", "null"], "minimum": 1, "maximum": MAX_ANSW
 _PROMPT: Json = {"anyOf": [{"type": "string"}, {"type": "array"}]}
 _REQUESTS: Mapping[Route | TokenRoute, tuple[str, list[str], Json]] = {
     Route.CHAT_COMPLETIONS: (
-        "A chat completion",
+        "Create a chat completion",
         ["model", "messages"],
         {
             "messages": _TURNS,
@@ -72,12 +75,12 @@ _REQUESTS: Mapping[Route | TokenRoute, tuple[str, list[str], Json]] = {
         },
     ),
     Route.COMPLETIONS: (
-        "A plain completion",
+        "Create a plain completion",
         ["model", "prompt"],
         {"prompt": _PROMPT, "stream_options": _STREAM_OPTIONS, "n": _ANSWERS, "max_tokens": _COUNT},
     ),
     Route.RESPONSES: (
-        "A response",
+        "Create a response",
         ["model", "input"],
         {
             "input": {"anyOf": [{"type": "string"}, _ITEMS]},
@@ -89,31 +92,31 @@ _REQUESTS: Mapping[Route | TokenRoute, tuple[str, list[str], Json]] = {
         },
     ),
     Route.MESSAGES: (
-        "A message, in the format of Anthropic's API",
+        "Create a message in the format of Anthropic's API",
         ["model", "messages", "max_tokens"],
         {"messages": _TURNS, "max_tokens": {**_COUNT, "type": "integer"}},
     ),
     TokenRoute.COUNT_TOKENS: (
-        "Number of tokens in a message's prompt, in the format of Anthropic's API",
+        "Count the tokens of a message's prompt, in the format of Anthropic's API",
         ["model", "messages"],
         {"messages": _TURNS},
     ),
     TokenRoute.TOKENIZE: (
-        "Token ids of `prompt`, or of a chat's `messages`",
+        "Return the token ids of `prompt` or of a chat's `messages`",
         ["model"],
         {"prompt": {"type": "string"}, "messages": _TURNS},
     ),
 }
 _BAD_BODY = {
     400: "the body is not a JSON object, a field is not supported, or the engine rejected the request",
-    408: "the body did not arrive in time",
-    413: "the body is too large",
+    408: "the request body did not arrive in time",
+    413: "the request body is too large",
     415: "the content type is not application/json",
 }
 _ENGINE = {
     404: "no loaded version has this name",
     422: "the engine rejected the request",
-    429: "too many requests are running, or a limit of the key is reached; see retry-after",
+    429: "too many requests are running, or the key has reached one of its limits; see retry-after",
     502: "the engine failed to answer this request",
     503: "no engine is available, or the queue is full; see retry-after",
     504: "the engine did not answer in time",
@@ -122,21 +125,21 @@ _KEYS = {
     401: "the API key is missing or invalid",
     403: "the key lacks the required scope",
     429: "too many invalid API keys came from this address; see retry-after",
-    503: "keys cannot be checked now",
+    503: "API keys cannot currently be checked",
 }
 _DEFECT = {500: "an internal error in the gateway"}
-_OTHER_HOST = {421: "the Host header has a name that is not this server's"}
+_OTHER_HOST = {421: "the Host header contains a name that this server does not have"}
 _KEY_HEADERS: Json = {
     "bearer": {"type": "http", "scheme": "bearer"},
     "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
 }
 _MODEL_NAME: Json = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
-_NO_MODEL = {404: "no loaded version has this name", 503: "nothing is loaded yet", **_DEFECT}
+_NO_MODEL = {404: "no loaded version has this name", 503: "no version is loaded yet", **_DEFECT}
 
 _CHANGES: dict[str, tuple[str, type[BaseModel]]] = {
     "/svc/promote": ("Promote a version to production", PromoteRequest),
     "/svc/rollback": ("Return to the previous version", RollbackRequest),
-    "/svc/keys": ("Create a key; only this answer contains its secret", CreateKeyRequest),
+    "/svc/keys": ("Create a key; its secret is only in this response", CreateKeyRequest),
     "/svc/keys/rotate": ("Replace a key's secret", RotateKeyRequest),
     "/svc/keys/revoke": ("Revoke a key", RevokeKeyRequest),
 }
@@ -144,7 +147,7 @@ _CHANGE_REFUSED = {
     **_BAD_BODY,
     400: "the body is invalid",
     404: "the version, model or key does not exist",
-    409: "another change was made first, or this change is refused",
+    409: "another change was made first, or this change was refused",
     **_DEFECT,
 }
 
@@ -174,7 +177,7 @@ def _schema(kind: type[BaseModel], schemas: Json) -> Json:
 def _engine_request(route: Route | TokenRoute) -> Json:
     summary, required, properties = _REQUESTS[route]
     if isinstance(route, Route):
-        summary = f"{summary}; with `stream` as server-sent events"
+        summary = f"{summary}; with `stream`, the response is sent as server-sent events"
         properties, answers = {**_COMMON, **properties}, {**_json(_OBJECT), "text/event-stream": {}}
     else:
         properties, answers = {"model": _COMMON["model"], **properties}, _json(_OBJECT)
@@ -208,11 +211,14 @@ def _small_paths() -> Json:
     health["responses"]["503"] = _answer("no engine is available", _json(_OBJECT))
     page = {kind: {"schema": {"type": "string"}} for kind in ("text/plain", "application/openmetrics-text")}
     return {
-        "/v1/models": {"get": _operation("List the names that are served now", _json(models), _DEFECT)},
+        "/v1/models": {"get": _operation("List the names that are currently served", _json(models), _DEFECT)},
         "/v1/models/{name}": {
             "parameters": [_MODEL_NAME],
-            "get": _operation("Show one of these names", _json(_ref("Model")), _NO_MODEL),
-            "delete": {"summary": "Always refused", "responses": _errors(deletion)},
+            "get": _operation("Show one of the served names", _json(_ref("Model")), _NO_MODEL),
+            "delete": {
+                "summary": "Always refused, because the API does not delete models",
+                "responses": _errors(deletion),
+            },
         },
         "/v1/feedback": {
             "post": {
@@ -221,10 +227,12 @@ def _small_paths() -> Json:
             }
         },
         "/health": {"get": health},
-        "/health/live": {"get": _operation("Whether the server runs, regardless of its engines", _json(_OBJECT), {})},
+        "/health/live": {
+            "get": _operation("Whether the server is running, regardless of its engines", _json(_OBJECT), {})
+        },
         "/metrics": {"get": _operation("Metrics for Prometheus", page, _DEFECT)},
-        "/svc/status": {"get": _operation("The status that `svc status` shows", _json(_OBJECT), _DEFECT)},
-        "/openapi.json": {"get": _operation("This document", _json(_OBJECT), {})},
+        "/svc/status": {"get": _operation("Show the server's status, as in `svc status`", _json(_OBJECT), _DEFECT)},
+        "/openapi.json": {"get": _operation("Show this document", _json(_OBJECT), {})},
     }
 
 
@@ -238,9 +246,9 @@ def _administration(schemas: Json) -> Json:
         }
         for path, (summary, kind) in _CHANGES.items()
     }
-    paths["/svc/keys"]["get"] = _operation("All keys, without secrets", _json(_OBJECT), _DEFECT)
+    paths["/svc/keys"]["get"] = _operation("List all keys, without their secrets", _json(_OBJECT), _DEFECT)
     swap = _operation(
-        "A model's last swap, or the swap for a generation",
+        "Show a model's last swap, or the swap for the given generation",
         _json(_OBJECT),
         {**_DEFECT, 400: "the generation is not a number"},
     )

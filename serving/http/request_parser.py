@@ -53,7 +53,7 @@ class RequestParser(httptools.HttpRequestParser):
             else:
                 break
         if self._head_bytes > MAX_HEAD_BYTES:
-            raise httptools.HttpParserError("the request's head is too large")
+            raise httptools.HttpParserError("the request's headers are too large")
 
     def close(self) -> None:
         """Release the receiver of the requests.
@@ -106,7 +106,9 @@ class RequestParser(httptools.HttpRequestParser):
             return
         self.unanswered += 1
         if self.unanswered > MAX_WAITING:
-            raise httptools.HttpParserError(f"more than {MAX_WAITING} requests wait for their answers")
+            raise httptools.HttpParserError(
+                f"more than {MAX_WAITING} requests on this connection are waiting for their responses"
+            )
         self._receiver.on_headers_complete()
 
     def on_body(self, body: bytes) -> None:

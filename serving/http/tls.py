@@ -37,7 +37,7 @@ class Certificate:
         except OSError as error:  # ssl.SSLError is one
             raise SettingsError(
                 f"the certificate {certificate} cannot be used with the key {key}: {error}",
-                expected="a certificate chain and its private key, in PEM, the key without a password",
+                expected="a certificate chain and its private key in PEM format, with no password on the key",
                 todo="correct `serve.tls_certificate` and `serve.tls_key`",
             ) from error
 

@@ -97,9 +97,9 @@ def excess(grammar: Any) -> str | None:
         for pattern in _patterns(node):
             atoms += (size := written_out(pattern))
             if size > MAX_ATOMS:
-                return f"a pattern with at most {MAX_ATOMS} characters when its repetitions are written out"
+                return f"a pattern with at most {MAX_ATOMS} characters, counting every repetition"
             if atoms > MAX_TOTAL_ATOMS:
-                return f"patterns with at most {MAX_TOTAL_ATOMS} characters in total"
+                return f"patterns with at most {MAX_TOTAL_ATOMS} characters in total, counting every repetition"
     return f"at most {MAX_LENGTHS} strings with a length limit" if lengths > MAX_LENGTHS else None
 
 
@@ -113,7 +113,7 @@ def _excess_of_properties(node: dict[str, Any]) -> str | None:
     bounds = (node.get(name) for name in ("minProperties", "maxProperties"))
     bound = max((bound for bound in bounds if isinstance(bound, int | float)), default=0)
     if count * min(bound, count) > MAX_CHOICES_OF_PROPERTIES:
-        return f"at most {MAX_CHOICES_OF_PROPERTIES} for an object's number of properties times 'maxProperties'"
+        return f"an object whose number of properties times 'maxProperties' is at most {MAX_CHOICES_OF_PROPERTIES}"
     return None
 
 

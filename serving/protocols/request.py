@@ -126,9 +126,9 @@ def parse_request(body: bytes, route: Route, limits: RequestLimits = _LIMITS) ->
     """
     if takes_longer(body, limits.reading_ms):
         raise InvalidRequestError(
-            f"reading the request body would take more than {limits.reading_ms:g} ms",
+            f"parsing the request body would take more than {limits.reading_ms:g} ms",
             param="",
-            expected="fewer objects, arrays and values, and numbers with fewer than 24 digits",
+            expected="a body with fewer objects, arrays and values, and with numbers of fewer than 24 digits",
         )
     fields, to_json = _read_json(body)
     model = fields.pop("model", None)
@@ -166,7 +166,7 @@ def _finite(number: str) -> float:
     """
     value = float(number)
     if math.isinf(value):  # msgspec would write it as null
-        raise ValueError("a number out of range")
+        raise ValueError("it contains a number that is out of range")
     return value
 
 
@@ -184,14 +184,14 @@ def _read_json(body: bytes) -> tuple[dict[str, Any], Callable[[dict[str, Any]], 
         fields = _DECODER.decode(body)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         if len(body) > _MAX_FALLBACK_BYTES:
-            raise InvalidJsonError(f"the request body is not usable JSON: {error}") from error
+            raise InvalidJsonError(f"cannot parse the request body: {error}") from error
         return _object(_decode(body)), _encode
     return _object(fields), _encode_fast
 
 
 def _object(fields: Any) -> dict[str, Any]:
     if not isinstance(fields, dict):
-        raise InvalidJsonError("the request body is JSON, but not an object", expected="a JSON object")
+        raise InvalidJsonError("the request body is valid JSON, but not an object", expected="a JSON object")
     return fields
 
 
@@ -199,21 +199,19 @@ def _decode(body: bytes) -> Any:
     try:
         return json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
-        raise InvalidJsonError(f"the request body is not UTF-8 at byte {error.start}") from error
+        raise InvalidJsonError(f"the request body is not valid UTF-8 at byte {error.start}") from error
     except json.JSONDecodeError as error:
         raise InvalidJsonError(
-            f"the request body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+            f"the request body is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}"
         ) from error
     except ValueError as error:
-        raise InvalidJsonError(
-            "the request body is not usable JSON: it contains a number with too many digits"
-        ) from error
+        raise InvalidJsonError("cannot parse the request body: it contains a number with too many digits") from error
     except RecursionError as error:
         raise InvalidJsonError("the request body is not usable JSON: it is nested too deeply") from error
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise InvalidJsonError(f"the request body is not JSON: {name}", expected="no NaN or Infinity")
+    raise InvalidJsonError(f"the request body is not valid JSON: it contains {name}", expected="no NaN or Infinity")
 
 
 def _encode_fast(fields: dict[str, Any]) -> bytes:
@@ -228,7 +226,7 @@ def _encode(fields: dict[str, Any]) -> bytes:
         # Non-ASCII is escaped, so that a lone surrogate, which UTF-8 cannot encode, reaches the engine unchanged.
         return json.dumps(fields, allow_nan=False, separators=(",", ":")).encode("ascii")
     except ValueError as error:
-        raise InvalidJsonError("the request body is not usable JSON: a number out of range") from error
+        raise InvalidJsonError("cannot parse the request body: it contains a number that is out of range") from error
     except RecursionError as error:
         raise InvalidJsonError("the request body is not usable JSON: it is nested too deeply") from error
 

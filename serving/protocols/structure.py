@@ -72,7 +72,7 @@ def _excess_of(name: str, value: Any, route: Route, limits: RequestLimits, bound
         return None
     if type(value) is list:
         if name in _TOKEN_IDS:
-            wrong = f"'{name}' has elements that are not token ids"
+            wrong = f"'{name}' contains elements that are not token ids"
             return None if _are_token_ids(value) else Refusal(name, wrong, "a list of non-negative integers", "")
         if name in _TURNS:
             return _excess_of_turns(name, value, limits, bound) or _excess_of_unusual(name, value, route, bound)
@@ -106,9 +106,9 @@ def _excess_of_unusual(name: str, elements: Sequence[Any], route: Route, bound: 
         return None
     return Refusal(
         f"{name}.{next(place for place, element in enumerate(elements) if element is unusual[0])}",
-        f"{len(unusual)} elements of '{name}' have unknown fields or wrong types",
+        f"{len(unusual)} elements of '{name}' have unknown fields or invalid types",
         f"at most {limit.most} such elements, with at most {limit.most_values} values in total",
-        "correct these elements; the limits on structure are in docs/api.md",
+        "correct these elements; docs/api.md lists the limits on structure",
     )
 
 
@@ -121,7 +121,7 @@ def _excess_of_prompt(prompt: Any) -> Refusal | None:
         if kinds == {list} and all(map(_are_token_ids, prompt)):
             return None
     return Refusal(
-        "prompt", "'prompt' has a wrong type", "a string, token ids, or a list of strings or of token ids", ""
+        "prompt", "'prompt' has an invalid type", "a string, token ids, or a list of strings or of token ids", ""
     )
 
 

@@ -18,9 +18,9 @@ the same limit on the number of prompts in one request, while its limit on `n` i
 
 Fields = Mapping[str, Any]
 
-_ENDS_ENGINE = "they can crash the engine, which other clients share"
+_ENDS_ENGINE = "computing them can crash the engine, which other clients share"
 _TRANSFER = {
-    name: Refusal(name, f"'{name}' is not supported: it makes an engine read another engine's memory")
+    name: Refusal(name, f"'{name}' is not supported, because it makes an engine read another engine's memory")
     for name in ("kv_transfer_params", "ec_transfer_params")
 }
 """These fields name a host from which the engine fetches memory blocks, or keep blocks after the answer
@@ -36,16 +36,20 @@ _ECHO = {
 }
 """Rejected for chat because vLLM's `top_logprobs` is 0 there by default, which is enough to score the
 prompt."""
-_PRIORITY = {"priority": Refusal("priority", "'priority' is not supported: the server decides the order of requests")}
+_PRIORITY = {
+    "priority": Refusal("priority", "'priority' is not supported, because the server decides the order of requests")
+}
 """On an engine with `--scheduling-policy priority`, a client that sets this field preempts the answers of
 all other clients. Other engines reject it."""
 _MEDIA_OPTIONS = {
-    name: Refusal(name, f"'{name}' is not supported: only text content is served")
+    name: Refusal(name, f"'{name}' is not supported, because only text content is served")
     for name in ("mm_processor_kwargs", "media_io_kwargs")
 }
 _STORED = {
-    "background": Refusal("background", "background answers are not supported", "false", "wait for the answer"),
-    "store": Refusal("store", "responses are not stored here", "false", "leave it out, and send all turns each time"),
+    "background": Refusal("background", "background responses are not supported", "false", "wait for the response"),
+    "store": Refusal(
+        "store", "responses are not stored here", "false", "leave it out, and send all turns with each request"
+    ),
     **{
         name: Refusal(name, "responses are not stored here", todo="send all turns in 'input'")
         for name in ("previous_response_id", "conversation")

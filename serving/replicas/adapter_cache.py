@@ -247,8 +247,8 @@ class AdapterCache:
             self._give_up(version, wait)
             if isinstance(error, TimeoutError):
                 raise QueueTimeoutError(
-                    f"waited {self.patience_s:g} s for a slot for the adapter of {version}: all slots are in use",
-                    todo="send the request again",
+                    f"timed out after waiting {self.patience_s:g} s for a slot for the adapter of {version}",
+                    todo="retry the request",
                 ) from None
             raise
 
@@ -353,4 +353,4 @@ class AdapterCache:
 
 
 def _ended() -> EngineUnavailableError:
-    return EngineUnavailableError("the engine stopped", todo="send the request again later")
+    return EngineUnavailableError("the engine stopped", todo="retry the request later")

@@ -127,7 +127,7 @@ class Balancer:
                 if served is not None:
                     candidates.append((engine, served))
         if not candidates:
-            raise EngineUnavailableError("no engine accepts requests now", todo="send the request again later")
+            raise EngineUnavailableError("no engine is currently accepting requests", todo="retry the request later")
         if len(candidates) == 1:
             return candidates[0]
         if kept is not None and (same := next((pair for pair in candidates if kept.fits(*pair)), None)):
@@ -269,7 +269,7 @@ async def _brought(engine: Replica, adapters: AdapterCache, served: Target) -> A
             if await engine.client.health() not in DOWN:
                 raise AdapterFailedError(
                     f"the adapter of {served.version} could not be loaded; see the server's log",
-                    todo="send the request again later",
+                    todo="retry the request later",
                 ) from error
             engine.watch.suspect()
-        raise EngineUnavailableError("the engine stopped", todo="send the request again later") from error
+        raise EngineUnavailableError("the engine stopped", todo="retry the request later") from error

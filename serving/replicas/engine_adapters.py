@@ -54,8 +54,8 @@ class EngineAdapterLoader:
                 adapter = await self.verification.adapter(version, self.model)
             if adapter.failed:
                 raise RefusedError(
-                    f"{version} failed a check at registration",
-                    expected="a version that passed every check, or the one in production",
+                    f"{version} failed a check when it was registered",
+                    expected="a version that passed every check, or the version in production",
                 )
         except RefusedError as error:
             raise ModelNotFoundError(error.wrong, expected=error.expected, todo=error.todo) from error
@@ -97,6 +97,6 @@ async def unload_all(client: EngineClient) -> None:
 
 def _no_adapter(version: VersionId) -> ModelNotFoundError:
     return ModelNotFoundError(
-        f"model {str(version)[:SHOWN_CHARS]!r} has no adapter that can be served here",
+        f"the model {str(version)[:SHOWN_CHARS]!r} has no adapter that can be served here",
         expected="a registered version that was trained as an adapter",
     )

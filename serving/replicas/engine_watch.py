@@ -73,7 +73,7 @@ class EngineWatch:
                 if health is not Health.BAD:
                     answered = time.monotonic()
                 elif (silent_s := time.monotonic() - answered) >= (_BUSY_S if works else _UNHEALTHY_S):
-                    return f"no answer to health checks for {silent_s:.0f} s"
+                    return f"it has not answered health checks for {silent_s:.0f} s"
         finally:
             ended.cancel()
 
@@ -90,7 +90,7 @@ class EngineWatch:
         try:
             await asyncio.wait({working, dying}, return_when=asyncio.FIRST_COMPLETED)
             if not working.done():
-                raise EngineError(f"the engine died: {dying.result()}", todo="see the engine's log")
+                raise EngineError(f"the engine died: {dying.result()}", todo="check the engine's log")
             return working.result()
         finally:
             for task in (working, dying):

@@ -34,7 +34,7 @@ class RemovedAdapters:
             try:
                 await self._check()
             except Exception:  # the boundary: loaded adapters keep serving, and are checked again
-                log.exception("could not evict the adapters of removed versions; retrying")
+                log.exception("could not unload the adapters of removed versions; retrying")
             await asyncio.sleep(_POLL_S)
 
     async def _check(self) -> None:
@@ -51,5 +51,5 @@ class RemovedAdapters:
         registered = await self._registered()
         for adapters, version in loaded:
             if version not in registered:
-                log.info("%s was removed; evicting its adapter", version)
+                log.info("%s was removed; unloading its adapter", version)
                 adapters.drop(version)

@@ -183,7 +183,7 @@ class Replica:
             SvcError: the adapter could not be loaded, or failed its probes.
         """
         if self.adapters is None:
-            raise RuntimeError("the engine applies no adapters")
+            raise RuntimeError("the engine does not support adapters")
         return await self.adapters.bring(version, for_operator=self._in_production(version))
 
     def _in_production(self, version: VersionId) -> bool:
@@ -353,8 +353,11 @@ class Replica:
         try:
             await self._started.record(str(target))
         except OSError:  # the engine can serve nevertheless
-            log.exception("replica %d: could not record its version; a later server will not adopt it", self.replica)
-        log.info("replica %d holds %s: %s", self.replica, target, checked.found)
+            log.exception(
+                "replica %d: could not record the version it holds; a later server will not adopt this engine",
+                self.replica,
+            )
+        log.info("replica %d now holds %s: %s", self.replica, target, checked.found)
         return checked.found
 
     async def _verify_again(self, target: Target) -> None:

@@ -65,14 +65,17 @@ class Retirement:
     def _forget_start(self, start: asyncio.Task[Any]) -> None:
         self._cut_starts.discard(start)
         if not start.cancelled() and start.exception():
-            log.info("a cancelled start failed", exc_info=start.exception())
+            log.info("an engine start failed after it was cancelled", exc_info=start.exception())
 
     async def _end_drained(self, engine: Replica) -> None:
         try:
             await engine.drained(RETIRE_TIMEOUT_S)
         except TimeoutError:
             log.warning(
-                "replica %d: cancelling %d requests after %g s", engine.replica, engine.running, RETIRE_TIMEOUT_S
+                "replica %d: cancelling %d requests that are still running after %g s",
+                engine.replica,
+                engine.running,
+                RETIRE_TIMEOUT_S,
             )
         await self._end(engine)
 

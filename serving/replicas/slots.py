@@ -111,9 +111,8 @@ class EngineSlots:
         missing = self.shortage({target: self.settings.engine_for(target.version.name).replicas for target in targets})
         if missing:
             raise EngineError(
-                f"no memory for {', '.join(str(target) for target in targets)}: {missing}",
-                todo="serve fewer models, or reduce each one's `max_model_len` or `replicas` under `models` in "
-                "svc.yaml",
+                f"not enough memory for {', '.join(str(target) for target in targets)}: {missing}",
+                todo="serve fewer models, or reduce their `max_model_len` or `replicas` under `models` in svc.yaml",
             )
 
     def capabilities(self, target: Target) -> EngineCapabilities:

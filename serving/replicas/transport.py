@@ -141,7 +141,7 @@ class EngineCall:
         if error is None:
             return
         if isinstance(error, BrokenConnectionError) and await _lives(self._engine):
-            raise EngineFailedError("the engine broke off its answer") from error
+            raise EngineFailedError("the engine broke off its response") from error
         if isinstance(error, ConnectionFailedError):
             raise _failure(error) from error
         # The health check decides whether an engine is dead, because an error may quote text from the client.
@@ -178,9 +178,9 @@ def refusal(status: int, error: Any) -> EngineError:
     message = str(fields.get("message") or "")
     param = fields.get("param")
     if status not in PASSED_STATUSES:
-        return EngineFailedError(f"the engine answered {status}: {without_values(message)}")
+        return EngineFailedError(f"the engine responded with status {status}: {without_values(message)}")
     if status in (429, 503):
-        return EngineBusyError("the engine accepts no requests at the moment")
+        return EngineBusyError("the engine is currently not accepting requests")
     text = for_clients(message) or "the engine rejected the request"
     kind = ContextLengthError if any(mark in message for mark in _TOO_LONG) else EngineRefusedError
     field = _FIELDS.search(message)  # messages name the field only in their text

@@ -126,7 +126,7 @@ class Verification:
             raise UnknownProbesError(
                 f"{target} has no probes from this kind of engine, and this engine was not started with the version",
                 expected=f"probes from {facts.key}",
-                todo="start an engine with this version; the probes are recorded then",
+                todo="start an engine with this version, which records its probes",
             )
         return await _compared(client, known)
 
@@ -217,9 +217,13 @@ class Verification:
         await asyncio.to_thread(keep_retaken_probes, self.store, target, facts, probes)
         if without is None:
             log.warning(
-                "%s was qualified on another kind of engine (%s): recorded its probes again", target, recorded[0].engine
+                "%s was qualified on another kind of engine (%s); its probes were recorded again here",
+                target,
+                recorded[0].engine,
             )
-        return f"{len(probes)} probes recorded again: this kind of engine runs the version for the first time"
+        return (
+            f"{len(probes)} probes recorded again, because the version runs on this kind of engine for the first time"
+        )
 
 
 def _unverified(target: Target, why: str) -> Checked:
@@ -259,7 +263,7 @@ def _refuse_other_weights(recorded: Sequence[Probe], measured: Sequence[Sequence
     if not difference <= _OTHER_WEIGHTS_NATS:  # also true for NaN
         raise ProbeError(
             f"the probes differ by {difference:.2f} nats on average: these are not the version's weights",
-            expected=f"at most {_OTHER_WEIGHTS_NATS} nats between two kinds of engine",
+            expected=f"a difference of at most {_OTHER_WEIGHTS_NATS} nats between two kinds of engine",
             todo="qualify the version on this kind of engine",
         )
 

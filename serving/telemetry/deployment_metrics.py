@@ -43,11 +43,11 @@ class DeploymentInstruments:
         gauge = partial(Gauge, registry=registry)
         histogram = partial(Histogram, registry=registry)
         model, outcome, version = ("model",), ("model", "outcome"), ("model", "version")
-        self.running = gauge("svc_requests_running", "Requests that run in the engines", model)
-        self.queued = gauge("svc_requests_queued", "Requests that wait for a slot or an adapter", model)
-        self.engine_state = gauge("svc_engine_state", "Engines, by state", ("model", "state"))
-        self.restarts = counter("svc_engine_restarts_total", "Engine starts after the engine died", model)
-        self.swaps = counter("svc_swaps_total", "Swaps, by outcome", outcome)
+        self.running = gauge("svc_requests_running", "Requests currently running in the engines", model)
+        self.queued = gauge("svc_requests_queued", "Requests currently waiting for a slot or an adapter", model)
+        self.engine_state = gauge("svc_engine_state", "Number of engines, by state", ("model", "state"))
+        self.restarts = counter("svc_engine_restarts_total", "Engine restarts after an engine died", model)
+        self.swaps = counter("svc_swaps_total", "Number of swaps, by outcome", outcome)
         self.rollouts = counter("svc_rollouts_total", "Rollouts that have ended, by outcome", outcome)
         self.rollout_share = gauge(
             "svc_rollout_candidate_ratio", "Share of clients that the candidate of a rollout answers, 0 to 1", model
@@ -58,34 +58,37 @@ class DeploymentInstruments:
             outcome,
         )
         self.swap_duration = histogram(
-            "svc_swap_duration_seconds", "Time for which a swap closed admission", outcome, buckets=_SWAP_BUCKETS_S
+            "svc_swap_duration_seconds",
+            "Time in seconds for which a swap held back new requests",
+            outcome,
+            buckets=_SWAP_BUCKETS_S,
         )
         self.swap_queued = histogram(
             "svc_swap_queued_requests",
-            "Largest number of requests queued at the same time during a swap",
+            "Maximum number of requests queued at the same time during a swap",
             model,
             buckets=_QUEUED_BUCKETS,
         )
         self.wake_duration = histogram(
             "svc_engine_wake_seconds",
-            "From the request for which an idle engine was started or woken until the engine was ready",
+            "Time in seconds from the request that woke an idle engine until the engine was ready",
             model,
             buckets=_WAKE_BUCKETS_S,
         )
-        self.version_info = gauge("svc_model_version_info", "1 for the version that is loaded", (*version, "format"))
+        self.version_info = gauge("svc_model_version_info", "1 for the currently loaded version", (*version, "format"))
         self.unverified = gauge(
-            "svc_versions_unverified", "Served versions that no probe has verified on the engine", model
+            "svc_versions_unverified", "Number of served versions that no probe has verified on the engine", model
         )
         self.holdout_interval = gauge(
             "svc_holdout_interval_seconds",
-            "Interval between runs of the held-out set, if runs are scheduled",
+            "Interval in seconds between held-out runs, if they are scheduled",
             version,
         )
-        self.adapters_loaded = gauge("svc_adapters_loaded", "Adapters in the engines' memory", model)
+        self.adapters_loaded = gauge("svc_adapters_loaded", "Number of adapters in the engines' memory", model)
         self.adapter_loads = counter("svc_adapter_loads_total", "Adapters that were loaded and verified", model)
         self.adapter_load = histogram(
             "svc_adapter_load_seconds",
-            "From the start of an adapter's load until its probes passed",
+            "Time in seconds from the start of loading an adapter until its probes passed",
             model,
             buckets=_ADAPTER_LOAD_BUCKETS_S,
         )

@@ -148,7 +148,7 @@ class FeatureProcess:
                 try:
                     self._store(batch)
                 except Exception:  # the boundary of this thread; no message here contains texts
-                    log.exception("could not store the features of %d requests", len(batch))
+                    log.exception("could not store the drift features of %d requests", len(batch))
                     self.on_dropped(len(batch))
         self._stop_process()
 
@@ -274,7 +274,9 @@ class _FeatureMaker:
             except Exception as error:  # noqa: BLE001 - the boundary of this process; the error's message may contain a text
                 lost += len(group)
                 where = "".join(traceback.format_tb(error.__traceback__))
-                log.error("could not store features of %d requests: %s\n%s", len(group), type(error).__name__, where)
+                log.error(
+                    "could not store the drift features of %d requests: %s\n%s", len(group), type(error).__name__, where
+                )
         return lost, off
 
     def _store_of(self, target: Target, records: Sequence[RequestRecord]) -> None:

@@ -21,9 +21,14 @@ def add_machine_metrics(
         settings: the engine settings.
     """
     ProcessCollector(registry=registry)
-    build = Gauge("svc_build_info", "1 for the installed release", ("release", "engine", "device"), registry=registry)
+    build = Gauge(
+        "svc_build_info",
+        "Always 1; the labels name the installed release, the engine and the device",
+        ("release", "engine", "device"),
+        registry=registry,
+    )
     build.labels(version("tuneserve"), f"vllm {capabilities.vllm}", capabilities.device(settings).value).set(1)
-    size = Gauge("svc_home_size_bytes", "Size of the disk that holds the home", registry=registry)
+    size = Gauge("svc_home_size_bytes", "Size in bytes of the disk that holds the home", registry=registry)
     size.set_function(lambda: shutil.disk_usage(home).total)
-    free = Gauge("svc_home_free_bytes", "Free space on the disk that holds the home", registry=registry)
+    free = Gauge("svc_home_free_bytes", "Free space in bytes on the disk that holds the home", registry=registry)
     free.set_function(lambda: shutil.disk_usage(home).free)

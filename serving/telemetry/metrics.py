@@ -79,24 +79,34 @@ class GatewayMetrics:
         counter, loop_counter = partial(Counter, registry=registry), partial(LoopCounter, registry=registry)
         version, key = ("model", "version"), ("model", "key_id")
         self._requests = loop_counter(
-            "svc_requests_total", "Requests answered", (*version, "route", "status", "outcome")
+            "svc_requests_total",
+            "Finished requests, by route, status and outcome",
+            (*version, "route", "status", "outcome"),
         )
-        self._errors = loop_counter("svc_request_errors_total", "Requests that failed, by reason", (*version, "reason"))
-        self._tokens = loop_counter("svc_tokens_total", "Tokens of prompts and answers", (*version, "direction"))
-        self._key_requests = loop_counter("svc_key_requests_total", "Requests that an engine accepted, by key", key)
-        self._key_tokens = loop_counter("svc_key_tokens_total", "Tokens used, by key", (*key, "direction"))
-        self._key_refused = counter("svc_key_refused_total", "Requests over a limit of their key", (*key, "limit"))
+        self._errors = loop_counter("svc_request_errors_total", "Failed requests, by reason", (*version, "reason"))
+        self._tokens = loop_counter(
+            "svc_tokens_total", "Prompt and answer tokens, by direction", (*version, "direction")
+        )
+        self._key_requests = loop_counter("svc_key_requests_total", "Requests accepted by an engine, by key", key)
+        self._key_tokens = loop_counter(
+            "svc_key_tokens_total", "Prompt and answer tokens, by key and direction", (*key, "direction")
+        )
+        self._key_refused = counter(
+            "svc_key_refused_total", "Requests refused because their key reached a limit", (*key, "limit")
+        )
         self._wrong_keys = counter(
-            "svc_authentication_failures_total", "Requests without a valid key, by fault", ("fault",)
+            "svc_authentication_failures_total", "Requests rejected for lack of a valid API key, by fault", ("fault",)
         )
-        self._feedback = loop_counter("svc_feedback_total", "Answers that were rated", (*version, "rating"))
-        self.rows_stored = counter("svc_request_log_rows_total", "Rows stored, one for each request").inc
+        self._feedback = loop_counter("svc_feedback_total", "Rated answers, by rating", (*version, "rating"))
+        self.rows_stored = counter("svc_request_log_rows_total", "Rows stored in the request log, one per request").inc
         self._rows_dropped = counter(
-            "svc_request_log_dropped_total", "Rows, or their content, not stored, by reason", ("reason",)
+            "svc_request_log_dropped_total",
+            "Rows of the request log that were stored without content or not at all, by reason",
+            ("reason",),
         )
-        self.spans_sent = counter("svc_spans_total", "Spans that the receiver of traces accepted").inc
+        self.spans_sent = counter("svc_spans_total", "Spans accepted by the trace receiver").inc
         self._spans_dropped = counter(
-            "svc_spans_dropped_total", "Spans, or their content, not sent, by reason", ("reason",)
+            "svc_spans_dropped_total", "Spans that were sent without content or not at all, by reason", ("reason",)
         )
         self._add_times(clock)
         self.show_errors(None)
@@ -113,31 +123,33 @@ class GatewayMetrics:
         version = ("model", "version")
         self._duration = histogram(
             "svc_request_duration_seconds",
-            "From the request's last byte to the answer's last byte, for complete answers",
+            "Time in seconds from the request's last byte to the answer's last byte, for complete answers",
             (*version, "route"),
             _DURATION_BUCKETS_S,
         )
         self._duration_quantiles = quantiles(
-            "svc_request_duration_quantile_seconds", "Duration of requests with complete answers, last 5 minutes"
+            "svc_request_duration_quantile_seconds",
+            "Duration in seconds of requests with complete answers, over the last 5 minutes",
         )
         self._first_token = histogram(
             "svc_time_to_first_token_seconds",
-            "From the request's last byte to the first token, for streamed answers",
+            "Time in seconds from the request's last byte to the first token, for streamed answers",
             version,
             _FIRST_TOKEN_BUCKETS_S,
         )
         self._first_token_quantiles = quantiles(
-            "svc_time_to_first_token_quantile_seconds", "Time to the first streamed token, last 5 minutes"
+            "svc_time_to_first_token_quantile_seconds",
+            "Time in seconds to the first streamed token, over the last 5 minutes",
         )
         self._between_tokens = histogram(
             "svc_time_between_tokens_seconds",
-            "Time between two tokens of one streamed answer",
+            "Time in seconds between two consecutive tokens of a streamed answer",
             version,
             _BETWEEN_TOKENS_BUCKETS_S,
         )
         self.loop_lagged = Histogram(
             "svc_event_loop_lag_seconds",
-            "Delay with which the event loop wakes up a task, measured ten times per second",
+            "Delay in seconds with which the event loop wakes up a task, measured ten times per second",
             buckets=_LAG_BUCKETS_S,
             registry=self.registry,
         ).observe

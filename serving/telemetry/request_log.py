@@ -159,7 +159,7 @@ class RequestLog:
         self._wake()
         self._thread.join(timeout_s)
         if self._thread.is_alive():
-            log.error("could not write about %d rows of the request log in time", len(self._queue))
+            log.error("could not write about %d rows of the request log before the server stopped", len(self._queue))
             self.on_dropped(Dropped.STORE_FAILED, len(self._queue))
         if self.features:
             self.features.close()
@@ -241,7 +241,7 @@ class RequestLog:
             try:
                 self._add_features(entries, texts)
             except Exception:  # a boundary too: lost features must not stop this thread
-                log.exception("could not queue drift features of requests")
+                log.exception("could not queue requests for computing drift features")
         self._queued_ids.difference_update(entry.record.request_id for entry in entries)
         for item in batch:
             self._queue.popleft()

@@ -71,7 +71,7 @@ class RetentionClock:
         else:
             why = f"the clock jumped by {timedelta(seconds=round(ahead_s - self._trusted))}"
         steady = timedelta(seconds=self._doubt_s)
-        log.warning("%s; deleting nothing by age until the clock has been steady for %s", why, steady)
+        log.warning("%s; not deleting requests by age until the clock has been steady for %s", why, steady)
 
 
 def _agree(ahead_s: float, before_s: float | None) -> bool:

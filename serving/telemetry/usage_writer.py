@@ -47,7 +47,7 @@ class UsageWriter:
                     known = True
                 await asyncio.to_thread(self.meter.flush)
             except SQLAlchemyError:
-                log.exception("could not write the usage per key; retrying")
+                log.exception("could not write the usage counts per key; retrying")
             await asyncio.sleep(self.every_s)
 
     def close(self) -> None:
@@ -55,7 +55,7 @@ class UsageWriter:
         try:
             self.meter.flush()
         except SQLAlchemyError:
-            log.exception("could not write the last usage per key")
+            log.exception("could not write the latest usage counts per key, which are lost")
 
 
 def _used_today(store: Store) -> Mapping[str, int]:

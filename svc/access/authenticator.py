@@ -131,7 +131,8 @@ class Authenticator:
                     await loop.run_in_executor(thread, self.look)
                 except SQLAlchemyError:
                     log.exception(
-                        "could not read the keys; those in memory are used until %.0f s after the last read", _STALE_S
+                        "could not read the API keys; the keys in memory stay in use until %.0f s after the last read",
+                        _STALE_S,
                     )
                 self.end_wrong()
                 await asyncio.sleep(LOOK_S)
@@ -164,7 +165,7 @@ class Authenticator:
                 KeyFault.MALFORMED, "malformed API key", expected="the complete secret that `svc keys create` printed"
             )
         if self._looked_at is None or self._clock() - self._looked_at > _STALE_S:
-            raise KeysUnavailableError("API keys cannot be checked now", todo="send the request again later")
+            raise KeysUnavailableError("API keys cannot currently be checked", todo="retry the request later")
         principal = self._check(key_id, hashed)
         if grant is None:
             grant = self._grants[hashed] = Grant(principal)
@@ -179,9 +180,11 @@ class Authenticator:
         """
         key, now = self._keys.get(key_id), self._now()
         if key is None or not _is_of(hashed, key, now):
-            raise InvalidKeyError(KeyFault.UNKNOWN, "invalid API key", todo="use the newest key that you received")
+            raise InvalidKeyError(
+                KeyFault.UNKNOWN, "invalid API key", todo="use the newest secret that was issued for this key"
+            )
         if key.revoked_at is not None:
-            raise InvalidKeyError(KeyFault.REVOKED, f"the key {key.id} is revoked", todo="ask for a new key")
+            raise InvalidKeyError(KeyFault.REVOKED, f"the key {key.id} has been revoked", todo="ask for a new key")
         if key.expired(now):
             raise InvalidKeyError(KeyFault.EXPIRED, f"the key {key.id} has expired", todo="ask for a new key")
         return key.principal

@@ -31,21 +31,21 @@ def keys() -> None:
     "scopes",
     multiple=True,
     type=click.Choice([scope.value for scope in Scope]),
-    help="Scope of the key; may be given more than once.  [default: infer and feedback]",
+    help="Scope to grant; can be repeated.  [default: infer and feedback]",
 )
 @click.option(
     "--model",
     "models",
     multiple=True,
     metavar="NAME",
-    help="Model that the key may use; may be given more than once.  [default: all models]",
+    help="Model that the key may use; can be repeated.  [default: all models]",
 )
 @click.option(
     "--expires",
     "expires_at",
     type=time_to_come,
     metavar="TIME",
-    help="Time of expiry, for example 90d or 2026-12-31, in UTC.  [default: never]",
+    help="Expiry time in UTC, for example 90d or 2026-12-31.  [default: never]",
 )
 @click.option("--requests-per-minute", type=_count, metavar="N", help="Limit on requests per minute.")
 @click.option("--tokens-in-per-minute", type=_count, metavar="N", help="Limit on prompt tokens per minute.")
@@ -55,14 +55,14 @@ def keys() -> None:
     "--tokens-per-day",
     type=click.IntRange(1, 2**62),
     metavar="N",
-    help="Limit on prompt and answer tokens together per day, from midnight UTC.",
+    help="Limit on prompt plus answer tokens per day, counted from midnight UTC.",
 )
 @click.option(
     "--weight",
     type=click.IntRange(1, 1000),
     default=1,
     show_default=True,
-    help="Share of this key relative to other keys when capacity is short.",
+    help="Weight of this key relative to other keys when capacity is scarce.",
 )
 @reason_option
 @json_option
@@ -106,7 +106,7 @@ def list_keys(ctx: click.Context, every: bool, as_json: bool) -> None:
         print_json(rows)
         return
     if not rows:
-        click.echo("no keys yet: `svc keys create --scope admin` creates the first")
+        click.echo("no keys yet; create the first one: svc keys create --scope admin")
         return
     headers = ("key", "name", "state", "scopes", "models", "limits", "expires", "last used")
     print_table(headers, map(_cells, rows))
@@ -129,7 +129,11 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 @keys.command()
 @click.argument("key")
 @click.option(
-    "--grace", type=duration, default="0", show_default=True, help="Time that the old secret stays valid, such as 1h."
+    "--grace",
+    type=duration,
+    default="0",
+    show_default=True,
+    help="How long the old secret stays valid, for example 1h.",
 )
 @reason_option
 @yes_option
@@ -139,7 +143,7 @@ def rotate(ctx: click.Context, key: str, grace: timedelta, reason: str | None, y
     """Replace the secret of KEY (id or name). The new secret is printed to stdout once."""
     key_id, title = _find(ctx, key)
     if not grace:
-        confirm(f"The current secret of {title} will be invalid immediately. Continue?", yes=yes, as_json=as_json)
+        confirm(f"The current secret of {title} will become invalid immediately. Continue?", yes=yes, as_json=as_json)
     asked = {"key": key_id, "grace_s": grace.total_seconds(), "reason": reason}
     issued = _change(
         ctx, "/svc/keys/rotate", asked, lambda keyring: keyring.rotate(key_id, grace=grace, reason=reason).row()
@@ -164,7 +168,7 @@ def revoke(ctx: click.Context, key: str, reason: str | None, yes: bool, as_json:
     if as_json:
         print_json(revoked)
     else:
-        click.echo(f"{title} is revoked")
+        click.echo(f"{title} has been revoked")
 
 
 @click.command()
@@ -174,9 +178,9 @@ def revoke(ctx: click.Context, key: str, reason: str | None, yes: bool, as_json:
     metavar="TIME",
     default="30d",
     show_default=True,
-    help="Start of the period, for example 30d or 2026-01-31, in UTC; rounded down to the hour.",
+    help="Start of the period in UTC, for example 30d or 2026-01-31; rounded down to the hour.",
 )
-@click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
+@click.option("--csv", "as_csv", is_flag=True, help="Print the table as CSV.")
 @json_option
 @click.pass_context
 def usage(ctx: click.Context, since: datetime, as_csv: bool, as_json: bool) -> None:
@@ -278,7 +282,7 @@ def _print_issued(issued: dict[str, Any], *, as_json: bool) -> None:
         print_json(issued)
         return
     if issued["old_secret_until"]:
-        click.echo(f"the old secret is valid until {issued['old_secret_until']}", err=True)
+        click.echo(f"the old secret stays valid until {issued['old_secret_until']}", err=True)
     click.echo(f"key {issued['key_id']}; its secret is shown only once:", err=True)
     click.echo(issued["secret"])
 

@@ -129,15 +129,17 @@ class Keyring:
 def _check(name: str | None, models: frozenset[str] | None, expires_at: datetime | None, now: datetime) -> None:
     if name is not None and (not _KEY_NAME.fullmatch(name) or name.startswith(PREFIX)):
         raise SettingsError(
-            "the key's name is not valid",
-            expected=f"at most 63 of the characters A-Z a-z 0-9 . _ @ -, not starting with {PREFIX}",
+            "the key name is not valid",
+            expected=f"at most 63 characters from A-Z a-z 0-9 . _ @ -, not starting with {PREFIX}",
         )
     for model in sorted(models or ()):
         if not re.fullmatch(NAME_PATTERN, model):
-            wrong = f"{model!r} is not a model name"
+            wrong = f"{model!r} is not a valid model name"
             raise SettingsError(wrong, expected="a name without a version, for example tickets")
     if expires_at is not None and expires_at <= now:
-        raise SettingsError(f"{expires_at.isoformat()} is in the past", expected="a future time, such as 90d or a date")
+        raise SettingsError(
+            f"the expiry time {expires_at.isoformat()} is in the past", expected="a future time, such as 90d"
+        )
 
 
 def key_row(key: Key) -> dict[str, Any]:

@@ -19,25 +19,25 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--verify", is_flag=True, help="Recompute all hashes and report the first altered row.")
-@click.option("--expect", "expected", metavar="HASH", help="With --verify: an earlier hash that the log must contain.")
+@click.option("--verify", is_flag=True, help="Recompute all hashes and report the first altered row, if any.")
+@click.option("--expect", "expected", metavar="HASH", help="Hash from an earlier --verify that the log must contain.")
 @click.option(
     "--last",
     "newest",
     default=50,
     show_default=True,
     type=click.IntRange(1),
-    help="Maximum number of events; shows the newest.",
+    help="Maximum number of events to show; older events are skipped.",
 )
-@click.option("--action", metavar="TEXT", help="Only events of this action, for example promote.")
-@click.option("--subject", metavar="TEXT", help="Only events of this subject: NAME, NAME@N, key:ID.")
-@click.option("--since", type=time_past, metavar="TIME", help="Only events since this time: 30d or 2026-01-31, in UTC.")
+@click.option("--action", metavar="TEXT", help="Show only events with this action, for example promote.")
+@click.option("--subject", metavar="TEXT", help="Show only events about this subject: NAME, NAME@N or key:ID.")
+@click.option("--since", type=time_past, metavar="TIME", help="Show only events since this time in UTC, such as 30d.")
 @json_option
 @click.pass_context
 def audit(ctx: click.Context, /, verify: bool, expected: str | None, as_json: bool, **chosen: Any) -> None:
     """Show promotions, rollbacks, key changes and deletions: who made them, when, from where and why."""
     if expected and not verify:
-        raise click.UsageError("--expect needs --verify")
+        raise click.UsageError("--expect requires --verify")
     from svc.store.audit import read_events
     from svc.store.database import open_database
     from svc.terminal import print_table
@@ -50,7 +50,7 @@ def audit(ctx: click.Context, /, verify: bool, expected: str | None, as_json: bo
     if as_json:
         print_json([asdict(event) for event in events])
     elif not events:
-        click.echo("no matching event")
+        click.echo("no matching events")
     else:
         print_table(("", "when (UTC)", "who", "from", "did", "to", "why", "details"), map(_cells, events))
 
@@ -68,12 +68,14 @@ def _verify(store: "Store", expected: str | None, *, as_json: bool) -> None:
         print_json(asdict(report))
     elif report.fault is None:
         click.secho(f"{report.events} events are unaltered", fg="green")
-        click.echo(f"store the newest hash outside this machine, to verify it later with --expect: {report.head}")
+        click.echo(
+            f"keep the newest hash on another machine, so that you can check it later with --expect: {report.head}"
+        )
     if report.fault is not None:
         raise IntegrityError(
-            f"the audit log was altered: the first altered row is {report.fault.id}: {report.fault.wrong}",
+            f"the audit log was altered; the first altered row is {report.fault.id}: {report.fault.wrong}",
             expected="an unbroken chain of unaltered rows",
-            todo="find out who can write to the store, and compare with a backup",
+            todo="find out who can write to the store, and compare it with a backup",
         )
 
 
@@ -102,7 +104,7 @@ def history(ctx: click.Context, name: str, as_json: bool) -> None:
         print_json(rows)
         return
     if not rows:
-        raise NotFoundError(f"{name!r} has never been served", todo="list models: svc models")
+        raise NotFoundError(f"{name!r} has never been served", todo="list the models: svc models")
     shown = ("version", "format", "began_by", "ended_by", "who", "why")
     print_table(
         ("from (UTC)", "until", "version", "format", "began by", "ended by", "who", "why"),
@@ -111,13 +113,13 @@ def history(ctx: click.Context, name: str, as_json: bool) -> None:
 
 
 @click.command()
-@click.option("--user", metavar="ID", help="Delete requests of this user, by the name that clients send.")
-@click.option("--key", metavar="KEY", help="Delete requests with this key (id or name).")
+@click.option("--user", metavar="ID", help="Delete requests of this user, given by the id that clients send.")
+@click.option("--key", metavar="KEY", help="Delete requests made with this key (id or name).")
 @click.option(
     "--before",
     type=time_past,
     metavar="TIME",
-    help="Delete requests before this time, for example 2026-01-31 or 90d, in UTC.",
+    help="Delete requests made before this time in UTC, for example 2026-01-31 or 90d.",
 )
 @reason_option
 @yes_option
@@ -143,7 +145,7 @@ def forget(
     which, subject = _which(store, user, key, before)
     counts = count_requests(store, which)
     confirm(
-        f"{counts.requests} requests will be deleted, {counts.contents} with content and {counts.feedback} with "
+        f"{counts.requests} requests will be deleted; {counts.contents} have stored content and {counts.feedback} have "
         "feedback. Continue?",
         yes=yes,
         as_json=as_json,

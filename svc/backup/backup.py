@@ -79,7 +79,7 @@ class Backup:
             except OSError as error:
                 if not is_full(error, self.archive.models):
                     raise
-                raise self._no_room(f"the disk of {self.archive} is full") from error
+                raise self._no_room(f"the disk that holds {self.archive} is full") from error
             return BackupReport(snapshot, tuple(self._copied), self.archive.prune(keep))
 
     def _snapshot(self) -> Snapshot:
@@ -111,7 +111,7 @@ class Backup:
         missing = needed - kept - left_out.keys()
         if missing and not is_last:
             return None
-        left_out |= dict.fromkeys(missing, "needed, but missing from the home")
+        left_out |= dict.fromkeys(missing, "needed but missing from the home")
         return Snapshot(
             name=folder.name,
             release=release_of("tuneserve"),
@@ -143,7 +143,7 @@ class Backup:
                 to_copy.append(manifest)
         total = sum(file.bytes for manifest in to_copy for file in files_of(manifest))
         if total > shutil.disk_usage(self.archive.models).free:
-            raise self._no_room(f"{total / 1e6:.0f} MB of weights do not fit on the disk of {self.archive}")
+            raise self._no_room(f"not enough disk space for {total / 1e6:.0f} MB of weights in {self.archive}")
         with self.progress(total) as on_bytes:
             for manifest in to_copy:
                 version = manifest.id

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from svc.backup.restored_keys import RestoredKeys
 
 _SHOWN = {"name", "release", "versions", "tracking", "left_out"}
-_ELSEWHERE = "back up its database with its own tools, such as pg_dump for PostgreSQL, right after this"
+_ELSEWHERE = "back up its database with the database's own tools, such as pg_dump for PostgreSQL, right after this"
 _folder = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path, file_okay=False))
 
 
@@ -27,10 +27,12 @@ _folder = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path
     default=7,
     show_default=True,
     type=click.IntRange(1),
-    help="Number of snapshots to keep; older ones are deleted.",
+    help="Number of snapshots to keep; older snapshots are deleted.",
 )
 @click.option(
-    "--verify", is_flag=True, help="Compare weights in earlier backups with their hashes, and copy damaged ones again."
+    "--verify",
+    is_flag=True,
+    help="Check the weights in earlier backups against their hashes, and copy damaged files again.",
 )
 @json_option
 @click.pass_context
@@ -43,10 +45,12 @@ def backup(ctx: click.Context, folder: Path, keep: int, verify: bool, as_json: b
 
     settings = settings_of(ctx)
     if not settings.home.is_dir():
-        raise NotFoundError(f"the home {settings.home} does not exist", todo="svc --home FOLDER backup DIR")
+        raise NotFoundError(
+            f"the home {settings.home} does not exist", todo="name an existing home: svc --home FOLDER backup DIR"
+        )
     folder = folder.absolute()
     if folder.is_relative_to(settings.home):
-        raise click.UsageError("DIR is inside the home: damage to the home would destroy the backup too")
+        raise click.UsageError("DIR must be outside the home: damage to the home would destroy the backup too")
     store = open_database(settings.home)
     record_event(store, AuditEntry(Action.BACKUP, str(folder), Actor.local()))
     made = Backup(settings, Archive(folder), verify, _progress).run(keep)
@@ -56,11 +60,13 @@ def backup(ctx: click.Context, folder: Path, keep: int, verify: bool, as_json: b
         print_json({"snapshot": snapshot.name, "copied": made.copied, "pruned": made.pruned, **told})
     else:
         click.secho(
-            f"snapshot {snapshot.name}: {len(snapshot.versions)} versions, {len(made.copied)} of them copied now",
+            f"snapshot {snapshot.name}: {len(snapshot.versions)} versions, {len(made.copied)} of them newly copied",
             fg="green",
         )
     if snapshot.tracking:
-        click.echo(f"not included: MLflow at {snapshot.tracking}, with curves and aliases: {_ELSEWHERE}", err=True)
+        click.echo(
+            f"not included: MLflow at {snapshot.tracking}, which holds curves and aliases; {_ELSEWHERE}", err=True
+        )
     if snapshot.left_out:
         raise IntegrityError(
             "the snapshot can be restored but is incomplete: "
@@ -72,8 +78,10 @@ def backup(ctx: click.Context, folder: Path, keep: int, verify: bool, as_json: b
 @click.command()
 @_folder
 @click.option("--snapshot", "name", metavar="NAME", help="Snapshot to restore.  [default: the newest]")
-@click.option("--list", "listing", is_flag=True, help="List the snapshots without restoring one.")
-@click.option("--revoke-keys", is_flag=True, help="Revoke all keys in the snapshot, so that only new keys are valid.")
+@click.option("--list", "listing", is_flag=True, help="List the snapshots without restoring any of them.")
+@click.option(
+    "--revoke-keys", is_flag=True, help="Revoke all keys in the snapshot, so that only keys created later are valid."
+)
 @yes_option
 @json_option
 @click.pass_context
@@ -159,18 +167,18 @@ def _show_keys(keys: dict[str, Any]) -> None:
     from svc.terminal import console, print_table
 
     for name in keys["unread_snapshots"]:
-        click.echo(f"could not read the store of the newer snapshot {name}: keys revoked there are not known", err=True)
+        click.echo(f"could not read the store of the newer snapshot {name}; keys revoked in it are unknown", err=True)
     for row in keys["revoked"]:
         source = row["revoked_in"]
-        why = f"as in the newer snapshot {source}" if source else "--revoke-keys"
-        click.echo(f"revoked: {row['name']} ({row['key_id']}): {why}", err=True)
+        why = f"it is revoked in the newer snapshot {source}" if source else "--revoke-keys was given"
+        click.echo(f"revoked the key {row['name']} ({row['key_id']}): {why}", err=True)
     if keys["valid"]:
         click.echo("these keys will be valid:", err=True)
         print_table(("key", "name", "scopes", "last used", ""), map(_cells, keys["valid"]), to=console)
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    rotated = "its secret was rotated later; the old secret is valid again" if row["rotated_later"] else ""
+    rotated = "its secret was rotated later; the old secret will be valid again" if row["rotated_later"] else ""
     used = (row["last_used"] or "")[:16].replace("T", " ")
     return row["key_id"], row["name"], ", ".join(row["scopes"]), used, rotated
 
@@ -183,6 +191,6 @@ def _confirm_keys(keys: "RestoredKeys", *, asks: bool) -> None:
         return
     names = ", ".join(f"{key.principal.name} ({key.id})" for key in keys.valid)
     raise RefusedError(
-        f"the keys that the restored home would accept are not confirmed: {names}",
-        todo="add --yes if all of them may be valid, or --revoke-keys to revoke them all",
+        f"the restored home would accept keys that were not confirmed: {names}",
+        todo="add --yes if all of these keys may be valid, or --revoke-keys to revoke them all",
     )

@@ -47,9 +47,9 @@ def is_copied(manifest: Manifest, target: Path, *, verify: bool = False) -> bool
         return False
     if read_manifest(target) != manifest:
         raise IntegrityError(
-            f"{target} is not the version {manifest.id} of this home",
+            f"{target} differs from the version {manifest.id} in this home",
             expected="a folder with backups of this home only",
-            todo="choose another folder",
+            todo="choose another backup folder",
         )
     files = files_of(manifest)
     paths = {target / file.path: file.bytes for file in files}

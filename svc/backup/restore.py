@@ -98,13 +98,13 @@ class Restore:
         if begun not in (None, snapshot.name):
             raise SettingsError(
                 f"{self.home} contains an interrupted restore of the snapshot {begun}",
-                todo=f"resume that restore: --snapshot {begun}; or restore into another home",
+                todo=f"resume it with --snapshot {begun}, or restore into another home",
             )
         if begun is None and (content := set(os.listdir(self.home)) - _NO_CONTENT):
             raise SettingsError(
                 f"the home {self.home} is not empty: it contains {', '.join(sorted(content)[:3])}",
-                expected="a new or an empty folder",
-                todo="restore into another home: svc --home NEW restore DIR; or move this home away",
+                expected="a new or empty folder",
+                todo="restore into another home (svc --home NEW restore DIR), or move this home away",
             )
 
     def _copy_versions(self, snapshot: Snapshot) -> None:

@@ -24,18 +24,18 @@ def data() -> None:
 
 @data.command()
 @click.argument("files", nargs=-1, required=True)
-@click.option("--heldout", metavar="FILE", help="Held-out examples; FILES must not contain them.")
+@click.option("--heldout", metavar="FILE", help="File of held-out examples, which FILES must not contain.")
 @click.option(
     "--base",
     type=click.Path(path_type=Path),
-    help="Folder of the model to train: its tokenizer counts tokens and lists the special tokens to look for.",
+    help="Folder of the base model; its tokenizer counts tokens and defines the special tokens to look for.",
 )
 @click.option(
     "--max-length",
     type=click.IntRange(min=16),
     default=4096,
     show_default=True,
-    help="Maximum number of tokens per example; without --base, the number is estimated.",
+    help="Maximum number of tokens per example. Without --base, token counts are estimated.",
 )
 @json_option
 @click.pass_context

@@ -57,5 +57,5 @@ def read_prompt_hashes(path: Path) -> PromptHashes:
     except Exception as error:  # NumPy has several kinds for a damaged file
         raise IntegrityError(f"cannot read {path}: {error}", todo=todo) from error
     if not isinstance(hashes, np.ndarray) or hashes.dtype != np.uint64 or hashes.ndim != 1:
-        raise IntegrityError(f"{path} contains no hashes of prompts", expected="an array of 64-bit numbers", todo=todo)
+        raise IntegrityError(f"{path} contains no prompt hashes", expected="an array of 64-bit numbers", todo=todo)
     return np.asarray(hashes, dtype=np.uint64)

@@ -112,8 +112,8 @@ def mix_general(
     usable = [place for place in range(len(general)) if place not in leaks]
     if wanted > len(usable):
         raise DataError(
-            f"data.general has {len(usable)} examples that are not held out",
-            expected=f"at least {wanted}: a share of {share:g} with {len(train)} training examples",
+            f"data.general has only {len(usable)} examples that are not held out",
+            expected=f"at least {wanted}, for a share of {share:g} with {len(train)} training examples",
             todo="add general examples, or lower data.general_share",
         )
     return [general[place] for place in sorted(_seeded(usable, general, seed)[:wanted])]
@@ -183,15 +183,15 @@ def _held_groups(
     """
     if len(groups) < 2:
         raise DataError(
-            "no held-out set can be split off: all examples are near duplicates of each other or one conversation",
+            "cannot split off a held-out set: all examples are near duplicates of each other or one conversation",
             expected="at least two different conversations",
             todo="add examples, or set data.heldout to a held-out file",
         )
     if not len(free):
         raise DataError(
-            "no held-out set can be split off: earlier versions of this name were trained on all examples or on near "
-            "duplicates",
-            expected="at least one example that is new to them",
+            "cannot split off a held-out set: earlier versions of this name were trained on all examples or on near "
+            "duplicates of them",
+            expected="at least one example that is new to these versions",
             todo="add examples, set data.heldout to a held-out file, or train under another name",
         )
     hashes = smallest[free]

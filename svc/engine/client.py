@@ -263,7 +263,7 @@ class EngineClient:
         while await self._post("/reset_prefix_cache", None) == {"success": False}:
             if time.monotonic() >= deadline:
                 raise EngineError(
-                    f"the prefix cache could not be reset within {within_s:g} s: requests still use parts of it",
+                    f"the prefix cache could not be reset within {within_s:g} s: running requests still use it",
                     todo="retry; the engine's log shows the running requests",
                 )
             await asyncio.sleep(_RESET_PAUSE_S)
@@ -337,10 +337,12 @@ class EngineClient:
         try:
             answer = await self._http.request(method, path, json=body, headers=headers, timeout=timeout)
         except httpx.HTTPError as error:
-            wrong = f"no answer from the engine to {path}: {error!r}"
+            wrong = f"the engine did not respond to {path}: {error!r}"
             raise EngineError(wrong, todo="check the engine's log") from error
         if answer.is_error and answer.status_code not in fine:
-            raise EngineError(f"the engine answered {path} with {answer.status_code}: {told_error(answer.content)}")
+            raise EngineError(
+                f"the engine responded to {path} with status {answer.status_code}: {told_error(answer.content)}"
+            )
         return answer
 
 
@@ -376,9 +378,9 @@ def _read(path: str, answer: httpx.Response, read: Callable[[Any], Result]) -> R
         return read(answer.json() if answer.content else None)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise EngineError(
-            f"the engine's answer to {path} cannot be read: {error!r}",
-            expected="an answer in vLLM's format",
-            todo="check the engine's log, and that its version of vLLM is supported",
+            f"cannot parse the engine's response to {path}: {error!r}",
+            expected="a response in vLLM's format",
+            todo="check the engine's log, and that its vLLM version is supported",
         ) from error
 
 

@@ -138,14 +138,14 @@ class DeviceCapabilities(BaseModel):
             chosen = GptqKernel.TORCH if cpu and slower else GptqKernel.VLLM
         if chosen is GptqKernel.TORCH and not cpu:
             raise EngineError(
-                f"engine.gptq_kernel is {chosen}, and the engine runs on {self.device(settings)}",
-                expected="an engine on a CPU: PyTorch's kernel is not available elsewhere",
+                f"engine.gptq_kernel is {chosen}, but the engine runs on {self.device(settings)}",
+                expected="an engine on a CPU, because PyTorch's kernel is not available on other devices",
                 todo="remove engine.gptq_kernel from the settings",
             )
         if chosen is GptqKernel.VLLM and not self.vllm_gptq:
             raise EngineError(
-                f"vLLM {self.vllm} has no kernel for GPTQ on {self.hardware(settings)}: requests would kill the engine",
-                expected="a device on which vLLM serves 4-bit weights",
+                f"vLLM {self.vllm} has no GPTQ kernel for {self.hardware(settings)}; requests would crash the engine",
+                expected="a device on which vLLM can serve 4-bit weights",
                 todo="remove engine.gptq_kernel from the settings"
                 if cpu
                 else "use another device; a version trained elsewhere can be served here with --format merged",
@@ -197,7 +197,9 @@ def read_capabilities(home: Path) -> DeviceCapabilities:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, capabilities.model_dump_json(indent=1).encode("utf-8"))
         except OSError:
-            log.warning("could not write %s: the capabilities will be read again next time", path, exc_info=True)
+            log.warning(
+                "could not write %s; the device's capabilities will be read again next time", path, exc_info=True
+            )
     return capabilities
 
 

@@ -65,7 +65,8 @@ def locked(folder: Path) -> Iterator[IO[str]]:
         except BlockingIOError:
             pids = ", ".join(str(process.pid) for process in _holders(folder))
             raise EngineError(
-                f"an engine already runs in {folder}, processes {pids}", todo="stop these processes, then retry"
+                f"an engine is already running in {folder}, with processes {pids}",
+                todo="stop these processes and retry",
             ) from None
         yield file
 

@@ -157,9 +157,9 @@ def make_probes(
         noise = max(_difference(reference, run[index]) for run in measured)
         if math.isinf(noise):
             raise ProbeError(
-                f"a log-probability that the engine returned for probe {index + 1} is not finite",
+                f"the engine returned a non-finite log-probability for probe {index + 1}",
                 expected="finite log-probabilities",
-                todo="train again with a lower learning rate: the weights are not usable",
+                todo="train again with a lower learning rate, because the weights are unusable",
             )
         tolerance = max(MIN_TOLERANCE, 2 * noise)
         probe = Probe(token_ids=tuple(token_ids), start=start, logprobs=reference, tolerance=tolerance, engine=facts)
@@ -192,8 +192,8 @@ async def check_probes(client: EngineClient, probes: Sequence[Probe]) -> float:
             raise ProbeError(
                 f"probe {number} of {len(probes)} differs by {difference:.4f} nats: the loaded weights are not the "
                 "version's weights",
-                expected=f"at most {probe.tolerance:.4f}",
-                todo="do not serve these files; train again or restore the version's folder from a backup",
+                expected=f"a difference of at most {probe.tolerance:.4f} nats",
+                todo="do not serve these files; restore the version's folder from a backup, or train again",
             )
     return max(differences)
 

@@ -63,7 +63,7 @@ class EvaluationCache:
         except FileNotFoundError:
             return {}
         except (OSError, ValidationError):
-            log.warning("could not read %s: its examples will be evaluated again", self._path, exc_info=True)
+            log.warning("could not read %s, so its examples will be evaluated again", self._path, exc_info=True)
             return {}
         return {(line.example, line.result.limit): line.result for line in lines}
 

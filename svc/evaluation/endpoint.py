@@ -70,12 +70,10 @@ class Endpoint:
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
             raise SettingsError(
                 f"the URL of the model {self.model} is not valid",
-                expected="https://HOST/v1, without a user name or key in it",
+                expected="https://HOST/v1, without a user name or key in the URL",
             )
         if self.key and parts.scheme == "http" and not is_loopback(parts.hostname):
-            raise SettingsError(
-                f"the key would cross the network to {parts.hostname} in plain text", todo="use https://"
-            )
+            raise SettingsError(f"the API key would be sent to {parts.hostname} unencrypted", todo="use https://")
 
     @asynccontextmanager
     async def chat(self, transport: "httpx.AsyncBaseTransport | None" = None) -> AsyncIterator["Chat"]:
@@ -148,7 +146,8 @@ class Chat:
             )
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise EngineError(
-                f"{self._endpoint} answered {self._shown(answer)}", expected="a chat completion in OpenAI's format"
+                f"{self._endpoint} responded with {self._shown(answer)}",
+                expected="a chat completion in OpenAI's format",
             ) from error
 
     async def _post(self, body: dict[str, Any], limit: int | None) -> "httpx.Response":
@@ -164,7 +163,7 @@ class Chat:
             else:
                 if answer.is_success:
                     return answer
-                wrong = f"answered {answer.status_code} {self._shown(answer)}"
+                wrong = f"responded with status {answer.status_code}: {self._shown(answer)}"
                 # Another request may already have adapted the options for which this one was rejected.
                 if self._current_options(limit) != options or self._adapt(answer):
                     continue

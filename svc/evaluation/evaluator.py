@@ -220,8 +220,8 @@ async def mean_logprob(client: EngineClient, prompt: Sequence[int], answer: Sequ
 def _finite(logprob: float) -> float:
     if not math.isfinite(logprob):
         raise EngineError(
-            "the engine returned a log-probability that is not a finite number",
-            todo="train again with a lower learning rate: the weights are not usable",
+            "the engine returned a non-finite log-probability",
+            todo="train again with a lower learning rate, because the weights are unusable",
         )
     return logprob
 

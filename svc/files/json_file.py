@@ -30,7 +30,7 @@ def read_json_object(path: Path, default: dict[str, Any] | None = None) -> dict[
         expected = "a JSON file of a complete model folder"
         raise IntegrityError(f"cannot read {path}: {error}", expected=expected) from error
     if not isinstance(content, dict):
-        raise IntegrityError(f"{path} contains a {type(content).__name__}", expected="a JSON object")
+        raise IntegrityError(f"{path} must contain a JSON object, got {type(content).__name__}")
     return content
 
 

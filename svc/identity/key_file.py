@@ -17,7 +17,8 @@ def read_key(path: Path) -> str:
     secret = read_secret(path, "svc keys rotate")
     if key_id_of(secret) is None:
         raise SettingsError(
-            f"the key file {path} contains no key of this service", expected="the secret that `svc keys create` printed"
+            f"the key file {path} contains no API key of this service",
+            expected="the secret that `svc keys create` printed",
         )
     return secret
 
@@ -37,7 +38,7 @@ def read_secret(path: Path, renew: str) -> str:
             secret = file.read(1024).strip()
     except (OSError, ValueError) as error:
         raise SettingsError(
-            f"the key file {path} cannot be read: {error}", expected="a file that contains the key"
+            f"cannot read the key file {path}: {error}", expected="a file that contains the key"
         ) from error
     if mode & 0o077:
         raise SettingsError(

@@ -30,7 +30,7 @@ def weight_files(folder: Path) -> list[Path]:
     names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
     if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
         raise IntegrityError(
-            f"{index} does not name the weight files",
+            f"{index} does not list the weight files",
             expected='{"weight_map": {"TENSOR": "FILE", ...}} with files in the same folder',
             todo="download the model again",
         )

@@ -31,7 +31,7 @@ def models(ctx: click.Context, as_json: bool) -> None:
         print_json(rows)
         return
     if not rows:
-        click.echo("no versions yet: `svc train RECIPE` creates one")
+        click.echo("no versions yet; create one: svc train RECIPE")
         return
     shown = ("version", "aliases", "created", "base", "formats", "checks", "quality")
     print_table(shown, ([row[column] for column in shown] for row in rows))
@@ -68,7 +68,7 @@ def rm(ctx: click.Context, versions: tuple[str, ...], reason: str | None, as_jso
     default=14.0,
     show_default=True,
     type=click.FloatRange(0),
-    help="Minimum number of days since the last change.",
+    help="Delete only what has not changed for this many days.",
 )
 @click.option("--dry-run", is_flag=True, help="Show what would be deleted without deleting it.")
 @reason_option
@@ -91,7 +91,7 @@ def gc(ctx: click.Context, older_than: float, dry_run: bool, reason: str | None,
                 record_event(store, AuditEntry(Action.COLLECT, str(item.path), Actor.local(), reason, details))
         except (BusyError, OSError) as error:
             failed += 1
-            click.echo(f"did not delete {item.path}: {error}", err=True)
+            click.echo(f"could not delete {item.path}: {error}", err=True)
             continue
         reclaimed.append(item)
         if not as_json:
@@ -121,7 +121,7 @@ def _row(manifest: Manifest, aliases: list[str]) -> dict[str, str]:
 
 @click.command()
 @click.argument("version")
-@click.option("--parity", is_flag=True, help="Show the parity report: the trained versus the served model.")
+@click.option("--parity", is_flag=True, help="Show the parity report, which compares the trained and the served model.")
 @json_option
 @click.pass_context
 def show(ctx: click.Context, version: str, parity: bool, as_json: bool) -> None:
@@ -156,7 +156,7 @@ def _show_parity(registry: Registry, manifest: Manifest, *, as_json: bool) -> No
 
 
 @click.command()
-@click.option("--port", default=5000, show_default=True, help="Port for MLflow's pages, on 127.0.0.1.")
+@click.option("--port", default=5000, show_default=True, help="Port of MLflow's web UI on 127.0.0.1.")
 @click.pass_context
 def ui(ctx: click.Context, port: int) -> None:
     """Start MLflow's web pages on this machine. Ctrl-C stops them."""

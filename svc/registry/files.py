@@ -93,7 +93,7 @@ def read_headers(folder: Path) -> tuple[Tensor, ...]:
         except (SafetensorError, OSError) as error:
             raise IntegrityError(f"{path} is not a complete safetensors file: {error}") from error
     if not tensors:
-        raise IntegrityError(f"{folder} contains no safetensors file", expected="a folder with a model's weights")
+        raise IntegrityError(f"{folder} contains no safetensors files", expected="a folder with a model's weights")
     return tuple(sorted(tensors))
 
 

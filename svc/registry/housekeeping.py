@@ -57,7 +57,7 @@ def protected(registry: Registry, store: Store, name: str) -> dict[VersionId, st
     if desired is not None:
         if desired.previous is not None:
             reasons[desired.previous.version] = "is the target of a rollback"
-        reasons[desired.target.version] = "is served, or will be"
+        reasons[desired.target.version] = "is served, or soon will be"
     return _bases(registry, store, name) | reasons
 
 
@@ -109,7 +109,7 @@ def _run_of(registry: Registry, version: VersionId) -> Path | None:
     try:
         folder = registry.models.parent / RUNS_FOLDER / registry.manifest(version).run
     except IntegrityError:
-        log.warning("could not read %s: its run's files are not deleted", version, exc_info=True)
+        log.warning("could not read %s, so its run's files are kept", version, exc_info=True)
         return None
     return folder if folder.is_dir() else None
 
@@ -121,14 +121,16 @@ def _drop_weights(run: Path) -> None:
             for format in Format:
                 shutil.rmtree(run / format.value, ignore_errors=True)
     except BusyError:
-        log.warning("%s is active: its weights are not deleted", run)
+        log.warning("%s is active, so its weights are kept", run)
 
 
 def _refuse(registry: Registry, store: Store, version: VersionId) -> None:
     swap = find_swap(store, version.name)
     if swap is not None and swap.result is None:
         # Its outcome determines the target of a rollback.
-        raise BusyError(f"a swap of {version.name} to {swap.target} is running", todo="wait for the swap: svc status")
+        raise BusyError(
+            f"a swap of {version.name} to {swap.target} is running", todo="wait until the swap ends; check svc status"
+        )
     reason = protected(registry, store, version.name).get(version)
     if reason:
         raise BusyError(
@@ -159,10 +161,10 @@ def _leftovers(models: Path, home: Path) -> Iterator[tuple[Path, str]]:
     for folder in _folders((home / RUNS_FOLDER).glob("*")):
         if lock_holder(folder / RUN_LOCK) is None:
             finished = "the version is registered" if (folder / _REGISTERED).is_file() else "the run is unfinished"
-            yield folder, f"{finished}, without recent changes"
+            yield folder, f"{finished}, and its files have not changed recently"
     for folder in _folders((home / SWEEPS_FOLDER).glob("*")):
         if lock_holder(folder / RUN_LOCK) is None:
-            yield folder, "a sweep without recent changes"
+            yield folder, "the sweep has not changed recently"
     for path in sorted((home / "logs").glob("*.log.*")):
         yield path, "a rotated log"
     for path in sorted((home / "cache").glob("*/*")):
@@ -183,7 +185,7 @@ def reclaim(item: Reclaimable) -> None:
     lock = path / RUN_LOCK if path.parent.name in (RUNS_FOLDER, SWEEPS_FOLDER) else path.parent / _REMOVING
     with hold_lock(lock, str(path)):
         if _newest(path, time.time()) > item.touched:
-            raise BusyError(f"{path} was just changed", todo="nothing: the folder is kept")
+            raise BusyError(f"{path} was just changed", todo="no action is needed; the folder is kept")
         hidden = path if path.name.startswith(".removed-") else path.with_name(f".removed-{path.name}")
         path.rename(hidden)
         shutil.rmtree(hidden)

@@ -64,9 +64,9 @@ class DataRecord(_Record):
     def selection(self) -> str:
         """Text that says which examples selected the version, and how this affects its metrics. Empty if none did."""
         if self.selected_by is SelectedBy.HELDOUT:
-            return "the same examples selected the version, so its figures are slightly too good (set data.validation)"
+            return "these examples selected the version, so its results are slightly too good (set data.validation)"
         if self.selected_by is SelectedBy.VALIDATION:
-            return f"{self.validation_examples} other examples selected the version (data.validation)"
+            return f"the version was selected on {self.validation_examples} other examples (data.validation)"
         return ""
 
 

@@ -104,7 +104,9 @@ class Registry:
             known = self.versions(version.name)
             names = f"a version of {', '.join(self.names()) or 'a trained model'}"
             expected = f"one of {', '.join(map(str, known))}" if known else names
-            raise NotFoundError(f"there is no version {version}", expected=expected, todo="list them: svc models")
+            raise NotFoundError(
+                f"there is no version {version}", expected=expected, todo="list the versions: svc models"
+            )
         return read_manifest(self.folder(version))
 
     def format(self, version: VersionId, format: Format) -> FormatRecord:
@@ -128,7 +130,7 @@ class Registry:
         if suffix in set(Alias):
             aliased = self.tracking.alias(name, Alias(suffix)) if self.versions(name) else None
             if aliased is None:
-                raise NotFoundError(f"{name} has no alias {suffix!r}", todo="list aliases: svc models")
+                raise NotFoundError(f"{name} has no alias {suffix!r}", todo="list the aliases: svc models")
             return aliased
         if suffix:
             version = VersionId.parse(text)
@@ -174,7 +176,7 @@ class Registry:
         path = f"{REFERENCE_FOLDER}/{file}"
         records = [record for record in self.manifest(version).reference if record.path == path]
         if not records:
-            raise NotFoundError(f"{version} has no {path}")
+            raise NotFoundError(f"{version} has no file {path}")
         verify_files(self.folder(version), records)
         return self.folder(version) / path
 
@@ -187,7 +189,9 @@ class Registry:
             IntegrityError: the file is missing or was changed.
         """
         if format is Format.ADAPTER:
-            raise NotFoundError(f"{version} has registered answers for the format merged, not for the format adapter")
+            raise NotFoundError(
+                f"{version} has registered answers for the format merged, but not for the format adapter"
+            )
         return read_results(self.reference(version, results_file(format)))
 
     def base_results(self, version: VersionId) -> tuple[ExampleResult, ...]:
@@ -221,7 +225,7 @@ class Registry:
                 continue
             except IntegrityError:
                 log.warning(
-                    "could not read the training prompts of %s: held-out examples may include some of them",
+                    "could not read the training prompts of %s; held-out examples may include some of them",
                     version,
                     exc_info=True,
                 )

@@ -45,7 +45,7 @@ def print_version(manifest: Manifest, folder: Path) -> None:
         output.print(f"  try: {escape(str(finding.advice))}")
         output.print(f"  rule: {escape(finding.rule)}", style="dim")
     if not manifest.findings:
-        output.print("\ndiagnosis: no fault found in the training")
+        output.print("\ndiagnosis: no training faults found")
     output.print(f"\nfull report with plots and answers: svc report {manifest.id}")
 
 
@@ -63,8 +63,8 @@ def _forgetting_table(results: Mapping[Format, Forgetting]) -> Table:
 
 def _judge(report: JudgeReport) -> str:
     return (
-        f"the judge {report.model} at {report.url}: merged wins {report.win_rate} of {report.pairs} pairs "
-        f"with the base (ties count half), agreement of both orders {report.agreement}"
+        f"judged by {report.model} at {report.url}: merged wins {report.win_rate} of {report.pairs} pairs against the "
+        f"base (ties count as half); agreement between the two orders {report.agreement}"
     )
 
 

@@ -61,7 +61,7 @@ class RemoteServer:
         except httpx.HTTPError as error:
             raise ServerNotRunningError(
                 f"the server at {url} does not answer: {error!r}",
-                todo="check that the server is running and that the address is right",
+                todo="check that the server is running and that the URL is correct",
             ) from error
         content = read_json(url, answer)
         if answer.is_success and isinstance(content, dict):
@@ -77,6 +77,6 @@ def told_error(url: str, status: int, answer: object) -> SvcError:
     """
     content = answer.get("error") if isinstance(answer, dict) else None
     if not isinstance(content, dict):
-        return ServerNotRunningError(f"{url} answered {status}, but not in the form of this service's servers")
+        return ServerNotRunningError(f"{url} responded with status {status}, but not in this service's format")
     kind = _ERRORS.get(str(content.get("code")), ServerNotRunningError)
-    return kind(f"the server at {url} answered: {content.get('message')}")
+    return kind(f"the server at {url} reported: {content.get('message')}")

@@ -53,10 +53,10 @@ class ServerAddress:
 
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
-            raise SettingsError("the URL of the server is not valid", expected="https://HOST:PORT")
+            raise SettingsError("the server URL is not valid", expected="https://HOST:PORT")
         if key_file and parts.scheme == "http" and not is_loopback(parts.hostname):
             raise SettingsError(
-                f"the key would cross the network to {parts.hostname} in plain text", todo="use https://, or a tunnel"
+                f"the API key would be sent to {parts.hostname} unencrypted", todo="use https://, or a tunnel"
             )
         return cls(url.rstrip("/"), key=read_key(key_file) if key_file else None, authority=authority)
 
@@ -135,6 +135,6 @@ def read_json(url: str, answer: "httpx.Response") -> Any:
         return answer.json()
     except ValueError as error:
         raise ServerNotRunningError(
-            f"{url} answered {answer.status_code}, but not with JSON",
-            todo="check that the URL is the server's, and not a proxy's",
+            f"{url} responded with status {answer.status_code}, but not with JSON",
+            todo="check that the URL is that of the server, not of a proxy",
         ) from error

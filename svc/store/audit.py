@@ -185,9 +185,9 @@ def verify_chain(store: Store, *, expected: str | None = None) -> ChainReport:
 
 def _wrong(row: AuditRow, id: int, previous_hash: str) -> ChainFault | None:
     if row.id != id:
-        return ChainFault(id, f"row missing; the next row is {row.id}")
+        return ChainFault(id, f"the row is missing; the next row is {row.id}")
     if row.previous_hash != previous_hash:
-        return ChainFault(id, "its previous hash is not that of the row before")
+        return ChainFault(id, "its previous hash does not match the row before it")
     if row.hash != _hash(row):
         return ChainFault(id, "its hash does not match its content")
     return None

@@ -84,7 +84,7 @@ def change_desired(
         row = session.get(DesiredRow, name)
         if (row.generation if row else 0) != generation - 1:
             raise BusyError(
-                f"the desired version of {name} was just changed by another user", todo="check svc status, then retry"
+                f"another user has just changed the desired version of {name}", todo="check svc status, then retry"
             )
         session.merge(
             DesiredRow(

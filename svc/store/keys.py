@@ -138,7 +138,7 @@ def no_such_key(text: str) -> NotFoundError:
     """
     shown = f"{text[:11]}..." if len(text) > 63 or text.startswith("ts_") else text
     return NotFoundError(
-        f"there is no key {shown!r}", expected="the id or the name of a key", todo="list keys: svc keys list"
+        f"there is no key {shown!r}", expected="the id or name of a key", todo="list the keys: svc keys list"
     )
 
 
@@ -149,7 +149,7 @@ def _next_revision(session: Session) -> int:
 def _unrevoked(session: Session, key_id: str) -> KeyRow:
     row = session.get_one(KeyRow, key_id)
     if row.revoked_at is not None:
-        raise RefusedError(f"the key {key_id} is revoked", todo="create a new key: svc keys create")
+        raise RefusedError(f"the key {key_id} has been revoked", todo="create a new key: svc keys create")
     return row
 
 

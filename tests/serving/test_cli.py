@@ -116,7 +116,7 @@ async def test_promote_and_rollback_affect_only_one_model(serving: Home, other: 
 
 
 def test_serve_rejects_model_names_together_with_all(home: Home) -> None:
-    assert "either MODELS or --all" in type_now(home, "serve", NAME, "--all").output
+    assert "MODELS and --all cannot be combined" in type_now(home, "serve", NAME, "--all").output
 
 
 def models_of(home: Home) -> list[dict[str, Any]]:

@@ -148,7 +148,7 @@ async def test_adapters_stay_loaded_if_the_registry_is_unreadable(
         await ask(client, str(TWO))
         with monkeypatch.context() as patch:
             patch.setattr(Registry, "versions", unreadable)
-            await until(lambda: "could not evict the adapters of removed versions" in caplog.text)
+            await until(lambda: "could not unload the adapters of removed versions" in caplog.text)
             assert await ask(client, str(TWO)) == (200, str(TWO), "2")
         remove(served)
         await gone(served)

@@ -91,7 +91,7 @@ def test_starting_model_is_unavailable_instead_of_unknown() -> None:
 def test_error_says_that_a_server_has_no_models() -> None:
     with pytest.raises(ModelNotFoundError) as caught:
         Router().find("a")
-    assert "none yet" in caught.value.expected
+    assert "none is served yet" in caught.value.expected
 
 
 def test_version_is_known_if_the_server_has_only_one_model() -> None:

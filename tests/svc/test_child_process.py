@@ -87,10 +87,10 @@ def test_error_from_a_child_process_shows_where_it_was_raised() -> None:
 
 
 @pytest.mark.parametrize(
-    ("by", "todo"), [(signal.SIGKILL, "free some memory"), (signal.SIGABRT, "read the process's output")]
+    ("by", "todo"), [(signal.SIGKILL, "free some memory"), (signal.SIGABRT, "check the process's output")]
 )
 def test_crashed_child_is_distinguished_from_one_killed_by_the_system(by: signal.Signals, todo: str) -> None:
-    with pytest.raises(TrainingError, match=f"ended with exit code -{by.value}") as caught:
+    with pytest.raises(TrainingError, match=f"exited with code -{by.value}") as caught:
         in_child_process(die, by)
     assert todo in caught.value.todo
 

@@ -141,7 +141,7 @@ def test_home_of_an_older_release_gets_owner_only_permissions(tmp_path: Path) ->
         (["train", "none.yaml"], 4, "cannot open recipe none.yaml"),
         (["show", "nobody"], 8, "there is no model 'nobody'"),
         (["show", "nobody@1"], 8, "there is no version nobody@1"),
-        (["show", "nobody@latest"], 8, "'nobody@latest' is not a version"),
+        (["show", "nobody@latest"], 8, "'nobody@latest' is not a valid version"),
         (["show", "/etc"], 8, "there is no model '/etc'"),
         (["show", ""], 8, "there is no model ''"),
         (["show", "*"], 8, "there is no model '*'"),
@@ -221,4 +221,4 @@ def test_data_check_prints_problems_by_line(svc: Svc, tmp_path: Path) -> None:
     result = svc("data", "check", tmp_path / "bad.jsonl")
     assert result.code == 1
     assert "1 examples in 2 lines" in result.out
-    assert "line 2: error: no 'messages', only []" in result.out
+    assert "line 2: error: the line has no 'messages', only []" in result.out

@@ -103,7 +103,7 @@ def test_empty_environment_variable_counts_as_unset(monkeypatch: pytest.MonkeyPa
 def test_unknown_environment_variable_is_rejected_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "1")
     text = refusal()
-    assert f"environment variable {name} is not a setting" in text
+    assert f"environment variable {name} does not match any setting" in text
     assert "SVC_SERVE__PORT" in text
     assert f"unset {name}" in text
 
@@ -134,9 +134,9 @@ def test_invalid_environment_variable_is_rejected(
         ("serve: {port: [1]}", "setting 'serve.port' is [1]"),
         ("engine: yes please", "setting 'engine' is 'yes please'"),
         ("home: ~nobody-of-this-name/x", "~nobody-of-this-name is not a user"),
-        ("- a\n- b", "contains a list"),
-        ("5", "contains a int"),
-        ("1: 2", "has a key that is not text: 1"),
+        ("- a\n- b", "must contain a YAML mapping of settings, got list"),
+        ("5", "must contain a YAML mapping of settings, got int"),
+        ("1: 2", "has a key that is not a string: 1"),
         ("serve: {port: 1", "cannot read settings"),
         ("home: 2024-13-45", "cannot read settings"),
         ("home: !!bool maybe", "cannot read settings"),

@@ -76,7 +76,7 @@ def _check_headers(variable: str, text: str) -> None:
         match = _HEADER.fullmatch(header)
         if header.strip() and not (match and _VALUE.fullmatch(unquote(match[1]).strip())):
             raise SettingsError(
-                f"{variable}: header {number} is malformed",  # not shown, because it may be a secret
+                f"header {number} in {variable} is malformed",  # not shown, because it may be a secret
                 expected="name=value pairs separated by commas, for example Authorization=Basic%20dXNlcjpwYXNz",
                 todo="percent-encode all characters of the value that are not letters or digits",
             )

@@ -33,13 +33,13 @@ class BaseTokenizer:
             raise DataError(
                 f"cannot read the tokenizer in {folder}: {error}",
                 expected="a model folder",
-                todo="check the path; without --base lengths are estimated",
+                todo="check the path, or omit --base to estimate lengths",
             ) from error
         if not self._tokenizer.chat_template:
             raise DataError(
                 f"{folder} has no chat template",
                 expected="an instruction-tuned model",
-                todo="omit --base: lengths are estimated then; for svc train set chat_template in the recipe",
+                todo="omit --base to estimate lengths; for svc train, set chat_template in the recipe",
             )
         self._kwargs = choose_template_kwargs(folder, None)
         added = self._tokenizer.added_tokens_decoder.values()

@@ -112,7 +112,7 @@ def check_files(
             if line.example:
                 table.add(index, line.number, line.example, look_at_answer(line.example))
         if not report.examples:
-            report.add(last, Code.EMPTY, "the file contains no example")
+            report.add(last, Code.EMPTY, "the file contains no examples")
         read += path.stat().st_size
         held = len(table) if index < len(heldout) else held
     _compare(reports, table.finish(), held)
@@ -190,9 +190,9 @@ class _LineChecks:
 def _too_long(example: ChatExample, tokens: int, about: str, limit: int) -> str:
     characters = example.characters
     over = round(characters * (1 - limit / tokens))
-    lost = "including the whole answer" if over >= len(example.answer) else "all of them in the answer"
+    lost = "including the whole answer" if over >= len(example.answer) else "all of them from the answer"
     text = f"{characters} characters, {about}{tokens} tokens; the maximum is {limit}"
-    return f"{text}: the last {over} characters would be cut, {lost}"
+    return f"{text}: the last {over} characters would be cut off, {lost}"
 
 
 def _compare(reports: list[DataReport], table: LineTable, held: int) -> None:
@@ -250,7 +250,7 @@ def _copies(table: LineTable, held: int) -> list[tuple[Code, str, Rows, NDArray[
         (Code.LEAK, "{} has the same prompt", heldout, leak),
         (Code.NEAR_LEAK, "{} has nearly the same prompt", heldout, near_leak),
         (Code.DUPLICATE, "same as {}", train, same_pair),
-        (Code.CONTRADICTION, "same prompt as {}, another answer", train, same_prompt),
+        (Code.CONTRADICTION, "same prompt as {}, but a different answer", train, same_prompt),
         (Code.NEAR_DUPLICATE, "nearly the same prompt as {}", train, near),
     ]
 

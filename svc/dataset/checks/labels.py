@@ -109,7 +109,7 @@ def odd_answers(
             continue
         is_json = kinds[places] & AnswerKind.JSON > 0
         if few := _exceptions(is_json):
-            text = f"the answer is not JSON; all but {few} of {len(places)} answers are"
+            text = f"the answer is not JSON, although all but {few} of {len(places)} answers are"
             odd |= dict.fromkeys(places[~is_json].tolist(), (Code.ANSWER_NOT_JSON, text))
             places = places[is_json]
         odd_labels = _odd_labels(kinds[places], answers[places], labels[places])
@@ -134,19 +134,19 @@ def _odd_labels(kinds: NDArray[np.uint8], answers: NDArray[np.uint64], labels: N
     frequent = len(places) >= _MIN_EXAMPLES_FOR_RARE and once.sum() <= 2 and often
     odd: dict[int, str] = {}
     if unlisted:
-        text = f"the label is not in the instruction; all but {unlisted} of {len(listed)} labels are"
+        text = f"the label is not listed in the instruction, although all but {unlisted} of {len(listed)} labels are"
         odd |= dict.fromkeys(places[~listed], text)
     elif frequent and len(different) > 2:
-        text = f"the label occurs once; the other {int((~once).sum())} occur at least {_MIN_FREQUENT} times each"
+        text = f"the label occurs only once; each of the other {int((~once).sum())} at least {_MIN_FREQUENT} times"
         odd |= dict.fromkeys(places[once[which] & ~listed & ~_usual_numbers(kinds[places])], text)
     if others and (unlisted or listed.all() or frequent):
-        text = f"the answer is not a label; all but {others} of {len(kinds)} answers are"
+        text = f"the answer is not a label, although all but {others} of {len(kinds)} answers are"
         odd |= dict.fromkeys(np.flatnonzero(~is_label), text)
     forms = labels[places][first]  # equal if two answers differ only in case, spacing or the JSON around the label
     for form, count in enumerate(counts):
         most = counts[forms == forms[form]].max()
         if most >= _MIN_FREQUENT and count <= max(_FEW, _EXCEPTIONS * most):
-            odd |= dict.fromkeys(places[which == form], f"the same label is spelled differently {most} times")
+            odd |= dict.fromkeys(places[which == form], f"another spelling of this label occurs {most} times")
     return odd
 
 

@@ -74,7 +74,7 @@ class TextChecks:
             if (place := text.find("\ufffd")) >= 0:
                 yield Code.MOJIBAKE, f"contains U+FFFD, which replaces an unreadable character, at {place}"
             yield from _first(
-                BADNESS_RE, _GOOD.sub(" ", text), Code.MOJIBAKE, "seems to be UTF-8 read as another encoding:"
+                BADNESS_RE, _GOOD.sub(" ", text), Code.MOJIBAKE, "appears to be UTF-8 decoded with another encoding:"
             )
 
 

@@ -99,7 +99,7 @@ def header_fault(names: Sequence[str]) -> RowError | None:
     twice = [name for name, count in Counter(names).items() if count > 1 and name in READ_KEYS]
     if not twice:
         return None
-    return RowError(Code.WRONG_FORMAT, f"the header has {_quoted(twice)} twice", expected="one column for each key")
+    return RowError(Code.WRONG_FORMAT, f"the header has {_quoted(twice)} twice", expected="one column per key")
 
 
 def parse_row(value: Any, form: Format) -> tuple[ChatExample, tuple[str, ...]]:
@@ -114,16 +114,16 @@ def parse_row(value: Any, form: Format) -> tuple[ChatExample, tuple[str, ...]]:
     """
     own, keys = recognise(value), _quoted(KEYS[form])
     if own is not None and own is not form:
-        wrong = f"a row in the format {own.value} in a file in the format {form.value}"
+        wrong = f"the row is in the format {own.value}, but the file is in the format {form.value}"
         raise RowError(Code.MIXED_FORMATS, wrong, expected=f"{keys} in every row")
     if not isinstance(value, dict):
         raise RowError(Code.WRONG_FORMAT, f"the line is {kind_of(value)}", expected=f"an object with {keys}")
     if missing := [key for key in KEYS[form] if key not in value]:
-        wrong = f"no {_quoted(missing)}, only {sorted(value)!r:.200}"
+        wrong = f"the line has no {_quoted(missing)}, only {sorted(value)!r:.200}"
         raise RowError(Code.WRONG_FORMAT, wrong, expected=keys)
     for other in KEYS:
         if other is not form and other not in _OWN_KEYS and _has_keys(value, other):
-            wrong = f"{keys} together with {_quoted(KEYS[other])}"
+            wrong = f"the line combines {keys} with {_quoted(KEYS[other])}"
             raise RowError(Code.MIXED_FORMATS, wrong, expected="one format per line")
     if form is Format.CHAT:
         return _read_chat(value)
@@ -174,7 +174,11 @@ _EVALS: dict[Format, Callable[[dict[str, Any]], list[dict[str, Any]]]] = {
 
 def _read_alpaca(value: dict[str, Any], chat: _Turns) -> None:
     chat.add_system(value)
-    history = [] if _absent(value.get("history")) else expect(list, value["history"], "history", "a list of pairs")
+    history = (
+        []
+        if _absent(value.get("history"))
+        else expect(list, value["history"], "history", "a list of question-answer pairs")
+    )
     for index, pair in enumerate(history):
         place = f"history[{index}]"
         if not isinstance(pair, list) or len(pair) != 2:

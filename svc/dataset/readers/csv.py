@@ -38,7 +38,7 @@ def read_csv(stream: BinaryIO) -> Iterator[Row]:
         except StopIteration:
             return
         except csv.Error as reason:
-            not_csv = RowError(Code.WRONG_FORMAT, f"not CSV: {reason}", expected="CSV as in RFC 4180")
+            not_csv = RowError(Code.WRONG_FORMAT, f"invalid CSV: {reason}", expected="CSV as defined in RFC 4180")
             error = too_large() if "field larger" in str(reason) else not_csv
         except UnicodeDecodeError as reason:
             error = not_utf8(reason)
@@ -91,8 +91,10 @@ def _find_header(lines: _Lines) -> tuple[str, list[str]]:
 def _value(names: list[str], cells: list[str], raw: bytes) -> dict[str, Any]:
     raw.decode("utf-8")
     if len(cells) != len(names):
-        expected = "one cell for each column; quotes around a cell with separators or line ends"
-        raise RowError(Code.WRONG_FORMAT, f"{len(cells)} cells, but the header has {len(names)}", expected=expected)
+        expected = "one cell per column, with quotes around cells that contain separators or line breaks"
+        raise RowError(
+            Code.WRONG_FORMAT, f"the row has {len(cells)} cells, but the header has {len(names)}", expected=expected
+        )
     value: dict[str, Any] = dict(zip(names, cells, strict=True))
     for column in _JSON_COLUMNS & set(value):
         try:

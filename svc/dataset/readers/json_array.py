@@ -56,11 +56,11 @@ class _ListReader:
                 return
             mark = self._next()
             if mark not in (",", "]"):
-                yield self._fault(f"{mark!r} after an element" if mark else "the file ends inside the list")
+                yield self._fault(f"unexpected {mark!r} after an element" if mark else "the file ends inside the list")
                 return
             self._at += 1
         if extra := self._next():
-            yield self._fault(f"{extra!r} after the end of the list")
+            yield self._fault(f"unexpected {extra!r} after the end of the list")
 
     def _element(self) -> Row:
         self._next()
@@ -74,7 +74,7 @@ class _ListReader:
                 if self._ended or isinstance(error, RecursionError):
                     return self._give_up(line, explain(error))
             if len(self._text) - self._at > MAX_ROW_BYTES:
-                wrong = f"not JSON, or more than {MAX_ROW_BYTES // 2**20} MiB in one example; the rest was not read"
+                wrong = f"invalid JSON, or an example of more than {MAX_ROW_BYTES // 2**20} MiB; the rest was not read"
                 return self._give_up(line, RowError(Code.TOO_LARGE, wrong))
             self._fill(wanted)
             wanted *= 2
@@ -114,7 +114,7 @@ class _ListReader:
         return Row(line, rest.encode("utf-8", "surrogateescape"), error=error)
 
     def _fault(self, wrong: str) -> Row:
-        error = RowError(Code.NOT_JSON, f"not JSON: {wrong}", expected="one list of examples")
+        error = RowError(Code.NOT_JSON, f"invalid JSON: {wrong}", expected="a single list of examples")
         return Row(self._line, b"", error=error)
 
 

@@ -55,7 +55,7 @@ def turns_of_output(value: dict[str, Any]) -> list[dict[str, Any]]:
 def _key(item: dict[str, Any], names: Sequence[str], field: str) -> str:
     present = [name for name in names if item.get(name) is not None]
     if len(present) != 1:
-        has = ", ".join(present) if present else f"none, only {sorted(item)!r:.120}"
+        has = ", ".join(present) if present else f"none of the expected keys, only {sorted(item)!r:.120}"
         raise RowError(Code.WRONG_FORMAT, f"has {has}", field=field, expected=f"exactly one of {', '.join(names)}")
     return present[0]
 
@@ -64,7 +64,7 @@ def _turns(value: Any, field: str) -> list[dict[str, Any]]:
     if isinstance(value, str):
         return [{"role": "user", "content": value}]
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
-        raise RowError(Code.WRONG_FORMAT, f"is {kind_of(value)}", field=field, expected="a text or a list of turns")
+        raise RowError(Code.WRONG_FORMAT, f"is {kind_of(value)}", field=field, expected="a string or a list of turns")
     roles = ("system" if turn.get("role") == "developer" else turn.get("role") for turn in value)
     return [{"role": role, "content": _text(turn.get("content"))} for role, turn in zip(roles, value, strict=True)]
 

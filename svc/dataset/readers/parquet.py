@@ -54,9 +54,11 @@ def _row(number: int, batch: Any, place: int, others: list[str]) -> Row:
     try:
         value = batch.slice(place, 1).to_pylist()[0]
     except UnicodeDecodeError:
-        return Row(number, b"", error=RowError(Code.NOT_UTF8, "text that is not UTF-8", expected="text in UTF-8"))
+        return Row(
+            number, b"", error=RowError(Code.NOT_UTF8, "the row contains text that is not UTF-8", expected="UTF-8 text")
+        )
     except (ValueError, OverflowError) as error:  # dates beyond the year 9999, unknown time zones
-        wrong = f"a value that cannot be read: {str(error)[:200]}"
+        wrong = f"cannot read a value: {str(error)[:200]}"
         return Row(number, b"", error=RowError(Code.WRONG_FORMAT, wrong, expected="text and lists of turns"))
     raw = json.dumps(value, ensure_ascii=False, default=str).encode() + b"\n"
     if len(raw) > MAX_ROW_BYTES:

@@ -45,7 +45,9 @@ def read_promptfoo(path: Path, stream: BinaryIO) -> Iterator[Row]:
     except RowError as error:
         yield Row(1, raw[:MAX_ROW_BYTES], error=error)
     except ValueError as error:
-        yield Row(1, raw, error=RowError(Code.WRONG_FORMAT, f"not YAML: {error}", expected="Promptfoo's YAML"))
+        yield Row(
+            1, raw, error=RowError(Code.WRONG_FORMAT, f"invalid YAML: {error}", expected="a Promptfoo config in YAML")
+        )
     else:
         for line, test in zip(lines, suite.tests, strict=True):
             written = json.dumps(test, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")
@@ -113,13 +115,13 @@ def _render(template: str, variables: dict[str, Any], field: str) -> str:
         RowError: the template contains an unknown name or code.
     """
     if _CODE.search(_NAME.sub("", template)):
-        raise _fault(field, f"has code in its template: {template!r:.120}", "names only, as {{question}}")
+        raise _fault(field, f"has code in its template: {template!r:.120}", "only variable names, such as {{question}}")
 
     def value_of(name: re.Match[str]) -> str:
         value: Any = variables
         for key in name[1].split("."):
             if not isinstance(value, dict) or key not in value:
-                raise _fault(field, f"has {name[0]}, which is not in vars", f"one of {', '.join(variables) or '-'}")
+                raise _fault(field, f"uses {name[0]}, which is not in vars", f"one of {', '.join(variables) or '-'}")
             value = value[key]
         return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
@@ -134,18 +136,18 @@ def _read_beside(folder: Path, reference: str, field: str) -> str:
     """
     path = (folder / reference.removeprefix(_FILE)).resolve()
     if not path.is_relative_to(folder.resolve()) or path.suffix not in _TEXT_FILES:
-        expected = f"a file in the YAML's folder or below, with a name that ends in {', '.join(_TEXT_FILES)}"
+        expected = f"a file in the YAML file's folder or a subfolder, with a name that ends in {', '.join(_TEXT_FILES)}"
         raise _fault(field, f"is {reference!r:.120}", expected)
     try:
         with path.open("rb") as file:
             return file.read(MAX_ROW_BYTES).decode("utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise _fault(field, f"is {reference!r:.120}, which cannot be read", "a text file in UTF-8") from error
+        raise _fault(field, f"is {reference!r:.120}, which cannot be read", "a UTF-8 text file") from error
 
 
 def _read_suite(folder: Path, value: Any) -> _Suite:
     if not isinstance(value, dict) or "tests" not in value:
-        raise _fault("", "is not a Promptfoo file", "a mapping with prompts and tests")
+        raise _fault("", "the file is not a Promptfoo config", "a mapping with prompts and tests")
     if not isinstance(value["tests"], list):
         raise _fault("tests", f"is {value['tests']!r:.80}", "a list of tests in this file")
     default = _mapping(value.get("defaultTest"), "defaultTest")
@@ -161,7 +163,7 @@ def _prompt(folder: Path, prompt: Any) -> Any:
     if isinstance(prompt, dict):
         prompt = prompt.get("raw", prompt.get("id"))
     if not isinstance(prompt, str):
-        raise _fault("prompts", f"has {prompt!r:.80}", "texts")
+        raise _fault("prompts", f"contains {prompt!r:.80}", "strings")
     text = _read_beside(folder, prompt, "prompts") if prompt.startswith(_FILE) else prompt
     try:
         turns = json.loads(text)
@@ -170,7 +172,7 @@ def _prompt(folder: Path, prompt: Any) -> Any:
     if not isinstance(turns, list):
         return text
     if not turns or not all(isinstance(turn, dict) and isinstance(turn.get("content"), str) for turn in turns):
-        raise _fault("prompts", f"has {text!r:.80}", "turns with role and content")
+        raise _fault("prompts", f"contains {text!r:.80}", "turns with role and content")
     return turns
 
 

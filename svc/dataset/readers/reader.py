@@ -102,7 +102,7 @@ def read_examples(
                 examples.append(line.example)
     if len(examples) < minimum:
         raise DataError(
-            f"{', '.join(map(str, given))} has {len(examples)} example{'' if len(examples) == 1 else 's'}",
+            f"found only {len(examples)} example{'' if len(examples) == 1 else 's'} in {', '.join(map(str, given))}",
             expected=f"at least {minimum}",
             todo="add examples; fine-tuning usually needs a few hundred",
         )
@@ -116,7 +116,7 @@ def write_examples(path: Path, examples: Iterable[ChatExample]) -> None:
 
 
 def _refuse(path: Path, line: Line, error: RowError, bad_lines: BadLines | None) -> None:
-    todo = f"run `svc data check {path}` for all problems, and fix or remove those lines; or train with --skip-bad"
+    todo = f"run `svc data check {path}` to list all problems and fix or remove those lines, or train with --skip-bad"
     if error.code is Code.UNREADABLE:  # not a bad line: the number of missing examples is unknown
         todo = error.todo
     elif bad_lines is not None:

@@ -29,5 +29,5 @@ class Row:
 
 def too_large() -> RowError:
     """Return the error for a record that exceeds the size limit."""
-    wrong = f"more than {MAX_ROW_BYTES // 2**20} MiB in one example"
+    wrong = f"the example is larger than {MAX_ROW_BYTES // 2**20} MiB"
     return RowError(Code.TOO_LARGE, wrong, expected=f"at most {MAX_ROW_BYTES} bytes")

@@ -57,7 +57,7 @@ def _folder_files(folder: Path) -> list[Path]:
     if not files:
         raise DataError(
             f"the folder {folder} contains no data files",
-            expected=f"names that end in {', '.join(CONTAINERS)}, optionally followed by {', '.join(COMPRESSIONS)}",
+            expected=f"file names ending in {', '.join(CONTAINERS)}, optionally followed by {', '.join(COMPRESSIONS)}",
             todo="check the path",
         )
     return files
@@ -67,7 +67,7 @@ def _hub_files(source: str, cache: Path, fetch: Callable[..., Any] | None) -> li
     named = _HUB_ID.fullmatch(source.removeprefix(HUB_PREFIX))
     if not named or ".." in (named["within"] or "").split("/"):
         expected = "hf:ORG/NAME, or hf:ORG/NAME@REVISION/FOLDER"
-        raise DataError(f"{source!r} is not a hub dataset", expected=expected, todo="correct the name")
+        raise DataError(f"{source!r} is not a valid hub dataset", expected=expected, todo="correct the name")
     snapshot = _snapshot(named["id"], named["revision"], cache, fetch)
     path = snapshot / (named["within"] or "")
     if not path.exists():
@@ -94,12 +94,12 @@ def _training_files(dataset: str, path: Path) -> list[Path]:
     training = [file for file in files if names.get(file) not in others]
     if not training:
         raise DataError(
-            f"{dataset} has only files of test and validation splits: {', '.join(others)}",
+            f"{dataset} contains only test and validation splits: {', '.join(others)}",
             expected="a training split",
-            todo=f"to use one of them, name it: hf:{dataset}/FILE-OR-FOLDER",
+            todo=f"to use one of these files, name it: hf:{dataset}/FILE-OR-FOLDER",
         )
     if others:
-        console.print(f"  {dataset}: files of other splits are left out unless they are named: {', '.join(others)}")
+        console.print(f"  {dataset}: skipping files of other splits unless they are named: {', '.join(others)}")
     return training
 
 
@@ -128,7 +128,7 @@ def _snapshot(dataset: str, revision: str | None, cache: Path, fetch: Callable[.
     except (HfHubHTTPError, HFValidationError) as error:
         raise DataError(
             f"the Hugging Face hub rejected dataset {dataset}: {(str(error).strip().splitlines() or ['?'])[0]}",
-            expected="the id of a public dataset, or of one that HF_TOKEN may read",
-            todo="check the id; for a gated dataset accept its terms on the hub and set HF_TOKEN",
+            expected="the id of a public dataset, or of a dataset that HF_TOKEN can read",
+            todo="check the id; for a gated dataset, accept its terms on the hub and set HF_TOKEN",
         ) from error
     return Path(folder)

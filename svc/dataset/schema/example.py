@@ -285,7 +285,7 @@ def _parse_reasoning(where: str, role: str, reasoning: Any) -> str | None:
     text = optional_text(where, "reasoning_content", reasoning)
     if text is not None and role != Role.ASSISTANT:
         wrong, field = f"is in a {role} turn", f"{where}.reasoning_content"
-        raise RowError(Code.WRONG_CONTENT, wrong, field=field, expected="thinking in assistant turns")
+        raise RowError(Code.WRONG_CONTENT, wrong, field=field, expected="reasoning_content only in assistant turns")
     return None if text is None or is_blank(text) else text
 
 
@@ -296,7 +296,7 @@ def _parse_weight(field: str, role: str, weight: Any) -> int | None:
         raise RowError(Code.WRONG_WEIGHT, f"is {weight!r:.80}", field=field, expected="0 or 1")
     if role != Role.ASSISTANT:
         wrong = f"is in a {role} turn"
-        raise RowError(Code.WRONG_WEIGHT, wrong, field=field, expected="weights in assistant turns")
+        raise RowError(Code.WRONG_WEIGHT, wrong, field=field, expected="weights only in assistant turns")
     return int(weight)
 
 
@@ -304,15 +304,17 @@ def _check_order(messages: tuple[Message, ...]) -> None:
     roles = [message.role for message in messages]
     if Role.SYSTEM in roles[1:]:
         field = f"messages[{roles.index(Role.SYSTEM, 1)}]"
-        raise RowError(Code.WRONG_TURNS, "is a system turn", field=field, expected="a system turn first, or none")
+        raise RowError(
+            Code.WRONG_TURNS, "is a system turn", field=field, expected="no system turn except as the first turn"
+        )
     if roles[-1] is not Role.ASSISTANT:
-        wrong = f"the last turn is {roles[-1]}" if Role.ASSISTANT in roles else "no assistant turn"
-        raise RowError(Code.WRONG_TURNS, wrong, expected="a final assistant turn: the answer to learn")
+        wrong = f"the last turn is {roles[-1]}" if Role.ASSISTANT in roles else "there is no assistant turn"
+        raise RowError(Code.WRONG_TURNS, wrong, expected="a final assistant turn with the answer to learn")
     if Role.USER not in roles:
-        raise RowError(Code.WRONG_TURNS, "no user turn", expected="at least one user turn before the answer")
+        raise RowError(Code.WRONG_TURNS, "there is no user turn", expected="at least one user turn before the answer")
     if not ChatExample(messages).learnt:
         wrong = "every assistant turn after the first user turn has the weight 0"
-        raise RowError(Code.WRONG_WEIGHT, wrong, expected="at least one assistant turn that is learnt")
+        raise RowError(Code.WRONG_WEIGHT, wrong, expected="at least one of these turns with the weight 1")
 
 
 def _check_calls(example: ChatExample) -> None:
@@ -327,8 +329,8 @@ def _check_calls(example: ChatExample) -> None:
         field, identity = f"messages[{place}]", message.tool_call_id
         if message.role is not Role.TOOL:
             if ids or (unnamed and not answered):
-                wrong = "has a call that no tool turn after it answers"
-                expected = "the tool's result for every call, before the next turn of another role"
+                wrong = "has a call without a result in the tool turns after it"
+                expected = "a tool result for every call, before the next turn of another role"
                 raise RowError(Code.WRONG_TURNS, wrong, field=caller, expected=expected)
             caller = f"{field}.tool_calls"
             _check_offered(message.tool_calls, offered, caller)
@@ -348,8 +350,8 @@ def _check_calls(example: ChatExample) -> None:
             raise RowError(Code.WRONG_TURNS, wrong, field=field, expected=expected)
         answered = True
     if example.calls_tools and not offered:
-        wrong = "calls a tool in the final turn, but the example has no tools"
-        raise RowError(Code.WRONG_TOOLS, wrong, field=caller, expected="the definitions of the tools, in 'tools'")
+        wrong = "calls a tool in the final turn, but the example defines no tools"
+        raise RowError(Code.WRONG_TOOLS, wrong, field=caller, expected="tool definitions in 'tools'")
 
 
 def _check_offered(calls: tuple[ToolCall, ...], offered: dict[str, None], field: str) -> None:
@@ -365,6 +367,6 @@ def _call_ids(calls: tuple[ToolCall, ...], field: str) -> dict[str, None]:
     named = Counter(call.id for call in calls if call.id is not None)
     for identity, count in named.items():
         if count > 1:
-            wrong = f"has the id {identity!r:.80} twice"
+            wrong = f"contains two calls with the id {identity!r:.80}"
             raise RowError(Code.WRONG_TOOLS, wrong, field=field, expected="a unique id for each call")
     return dict.fromkeys(named)

@@ -97,7 +97,7 @@ def parse_calls(where: str, role: str, calls: Any) -> tuple[ToolCall, ...]:
         return ()
     field = f"{where}.tool_calls"
     if role != "assistant":
-        raise RowError(Code.WRONG_TOOLS, f"are in a {role} turn", field=field, expected="calls by the assistant")
+        raise RowError(Code.WRONG_TOOLS, f"are in a {role} turn", field=field, expected="calls only in assistant turns")
     expect(list, calls, field, "a list of calls", Code.WRONG_TOOLS)
     return tuple(_parse_call(f"{field}[{index}]", call) for index, call in enumerate(calls))
 
@@ -112,7 +112,7 @@ def _parse_call(field: str, call: Any) -> ToolCall:
     decoded = decode_inner(text)
     if not isinstance(decoded, dict) or _is_too_deep(decoded):
         inner = f"{field}.function.arguments"
-        raise RowError(Code.WRONG_TOOLS, f"is {text:.80}", field=inner, expected="a JSON object as text")
+        raise RowError(Code.WRONG_TOOLS, f"is {text:.80}", field=inner, expected="a JSON object, as a string")
     name = function["name"]
     check_encodable(field, name + text + json_text(decoded))  # escapes in the text may hide half of a pair
     return ToolCall(name, text, optional_text(field, "id", call.get("id")))
@@ -133,13 +133,15 @@ def parse_tools(tools: Any) -> tuple[str, ...]:
     if isinstance(tools, str):
         listed = decode_inner(tools) if tools.strip() else []
     if not isinstance(listed, list):
-        raise RowError(Code.WRONG_TOOLS, f"is {json_text(tools):.80}", field="tools", expected="a list of definitions")
+        raise RowError(
+            Code.WRONG_TOOLS, f"is {json_text(tools):.80}", field="tools", expected="a list of tool definitions"
+        )
     texts = tuple(_parse_tool(f"tools[{index}]", tool) for index, tool in enumerate(listed))
     first: dict[str, int] = {}
     for index, name in enumerate(names_of(texts)):
         if first.setdefault(name, index) != index:
             wrong = f"is a second tool named {name!r}"
-            raise RowError(Code.WRONG_TOOLS, wrong, field=f"tools[{index}]", expected="each name once")
+            raise RowError(Code.WRONG_TOOLS, wrong, field=f"tools[{index}]", expected="a unique name for each tool")
     return texts
 
 
@@ -214,7 +216,7 @@ def expect_turns(value: Any, field: str) -> list[Any]:
         RowError: the value is anything else.
     """
     if value == []:
-        raise RowError(Code.WRONG_FORMAT, "is an empty list", field=field, expected="a list of turns")
+        raise RowError(Code.WRONG_FORMAT, "is an empty list", field=field, expected="at least one turn")
     return expect(list, value, field, "a list of turns")
 
 
@@ -223,8 +225,8 @@ def check_encodable(field: str, text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        wrong = "contains half of a surrogate pair"
-        raise RowError(Code.WRONG_CONTENT, wrong, field=field, expected="text that UTF-8 can encode") from None
+        wrong = "contains an unpaired surrogate"
+        raise RowError(Code.WRONG_CONTENT, wrong, field=field, expected="text that can be encoded as UTF-8") from None
 
 
 def optional_text(where: str, key: str, value: Any) -> str | None:
@@ -236,5 +238,5 @@ def optional_text(where: str, key: str, value: Any) -> str | None:
     if value is None or value == "":
         return None
     field = f"{where}.{key}"
-    check_encodable(field, expect(str, value, field, "a string, or no such key", Code.WRONG_CONTENT))
+    check_encodable(field, expect(str, value, field, "a string if the key is present", Code.WRONG_CONTENT))
     return str(value)

@@ -9,8 +9,8 @@ from svc.dataset.problem.problem import Code, RowError
 
 def not_utf8(error: UnicodeDecodeError, place: str = "") -> RowError:
     """Return the error for bytes that are not valid UTF-8."""
-    wrong = f"byte 0x{error.object[error.start]:02x}{place} is not UTF-8"
-    return RowError(Code.NOT_UTF8, wrong, expected="text in UTF-8")
+    wrong = f"byte 0x{error.object[error.start]:02x}{place} is not valid UTF-8"
+    return RowError(Code.NOT_UTF8, wrong, expected="UTF-8 text")
 
 
 def decode(raw: bytes) -> Any:
@@ -40,23 +40,23 @@ def decode_text(text: str) -> Any:
 def explain(error: ValueError | RecursionError) -> RowError:
     """Return a RowError that explains an error of the JSON parser."""
     if isinstance(error, json.JSONDecodeError):
-        wrong = f"not JSON: {error.msg} at column {error.colno}"
+        wrong = f"invalid JSON: {error.msg} at column {error.colno}"
     elif isinstance(error, RecursionError):
-        wrong = "not usable JSON: it is nested too deeply"
+        wrong = "cannot parse the JSON: it is nested too deeply"
     else:  # Python rejects integers of more than 4300 digits
-        wrong = "not usable JSON: it contains a number with too many digits"
+        wrong = "cannot parse the JSON: it contains a number with too many digits"
     return RowError(Code.NOT_JSON, wrong, expected="one JSON object per line")
 
 
 def _refuse_constant(name: str) -> Any:
-    raise RowError(Code.NOT_JSON, f"not JSON: {name}", expected="a finite number, because JSON has no NaN or Infinity")
+    raise RowError(Code.NOT_JSON, f"invalid JSON: {name}", expected="a finite number, as JSON has no NaN or Infinity")
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         twice = min(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise RowError(Code.NOT_JSON, f"duplicate key {twice!r} in one object", expected="each key once")
+        raise RowError(Code.NOT_JSON, f"duplicate key {twice!r} in one object", expected="unique keys")
     return value
 
 

@@ -218,10 +218,10 @@ class EngineConnection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except self._parser_errors as error:
-            self._fail(MalformedAnswerError(f"the engine's answer is not HTTP/1.1: {error!r}"))
+            self._fail(MalformedAnswerError(f"the engine's response is not valid HTTP/1.1: {error!r}"))
             return
         if self._stray_bytes > _MAX_STRAY_BYTES:
-            self._fail(MalformedAnswerError(f"more than {_MAX_STRAY_BYTES} bytes of the answer are outside its body"))
+            self._fail(MalformedAnswerError(f"more than {_MAX_STRAY_BYTES} bytes of the response are outside its body"))
             return
         if self._waiting_bytes > _MAX_BUFFERED_BYTES and self._paused_at is None:
             self._paused_at = perf_counter()
@@ -239,7 +239,7 @@ class EngineConnection(asyncio.Protocol):
     def on_message_begin(self) -> None:
         """Reject a second response to the same request."""
         if self._has_head:
-            raise ValueError("bytes after the answer")
+            raise ValueError("unexpected bytes after the response")
 
     def on_header(self, name: bytes, value: bytes) -> None:
         name = name.lower()
@@ -256,7 +256,7 @@ class EngineConnection(asyncio.Protocol):
             raise ValueError(f"the response is HTTP/{self._parser.get_http_version()}, not HTTP/1.1")
         self.status = self._parser.get_status_code()
         if self.status < 200:
-            raise ValueError(f"an interim response, which was not requested: {self.status}")
+            raise ValueError(f"unexpected interim response: {self.status}")
         self._has_head = True
 
     def on_body(self, body: bytes) -> None:

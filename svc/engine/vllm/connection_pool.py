@@ -103,7 +103,7 @@ class EngineConnections:
                     connected.close()
                     raise
         except OSError as error:  # includes TimeoutError
-            raise UnreachableError(f"the engine accepts no connection: {error!r}") from error
+            raise UnreachableError(f"cannot connect to the engine: {error!r}") from error
         if self.is_closed:
             connection.close()
             raise UnreachableError("the connections to this engine were closed")
@@ -223,7 +223,7 @@ class EngineAnswer:
             parts.append(part)
             size += len(part)
             if size > _MAX_BODY_BYTES:
-                raise MalformedAnswerError(f"the engine's answer has more than {_MAX_BODY_BYTES} bytes")
+                raise MalformedAnswerError(f"the engine's response has more than {_MAX_BODY_BYTES} bytes")
         return b"".join(parts)
 
 

@@ -39,7 +39,7 @@ def runtime_folder(home: Path, purpose: str) -> Path:
     except OSError as error:
         raise EngineError(
             f"cannot create {folder}: {error.strerror}",
-            expected=f"a folder {parent} that this user can write to",
+            expected=f"write access to {parent} for this user",
             todo=f"create {parent}, or set TMPDIR to another folder",
         ) from error
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:

@@ -36,7 +36,7 @@ def shortage(specs: Sequence[EngineSpec]) -> str | None:
     needed, free = sum(need for need, _ in needs), max(free for _, free in needs)
     if needed <= free:
         return None
-    where = "of the GPU " if machine.gpus else ""
+    where = "of GPU memory " if machine.gpus else ""
     subject = "it needs" if len(specs) == 1 else f"{len(specs)} engines need"
     return f"{subject} about {needed / GIB:.1f} GiB, but only {free / GIB:.1f} GiB {where}are free"
 

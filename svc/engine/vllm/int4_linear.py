@@ -34,7 +34,7 @@ class Int4LinearKernel(MPLinearKernel):
         if inputs % _WIDTH or outputs % _WIDTH:
             return False, f"the layer is {inputs} x {outputs}; only multiples of {_WIDTH} are supported"
         if c.group_size != -1 and c.group_size % _GROUP_SIZES[-1]:
-            return False, f"groups of {c.group_size} inputs; only multiples of {_GROUP_SIZES[-1]} are supported"
+            return False, f"the group size is {c.group_size}; only multiples of {_GROUP_SIZES[-1]} are supported"
         return True, None
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:

@@ -122,7 +122,7 @@ class EngineSpec:
             return None
         every_layer = self.lora is None and given(args, "--lora-target-modules") is None
         if every_layer or _OUTPUT_LAYER in args:
-            return "with --enable-lora, log-probabilities of a prompt can kill vLLM on a CPU"
+            return "with --enable-lora, prompt log-probabilities can crash vLLM on a CPU"
         return None
 
     @cached_property

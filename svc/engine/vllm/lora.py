@@ -84,7 +84,9 @@ def lora_choices(slots: LoraSlots, args: Sequence[str]) -> tuple[Choice, ...]:
         "max_lora_rank": slots.max_rank,
     }
     variables = ((RUNTIME_VARIABLE, "True"), (LORA_VARIABLE, "1"))
-    enabled = Choice("enable_lora", True, Origin.DEFAULT, "adapters of the base", ("--enable-lora",), variables)
+    enabled = Choice(
+        "enable_lora", True, Origin.DEFAULT, "to serve adapters of the base", ("--enable-lora",), variables
+    )
     targets = ("--lora-target-modules", *slots.targets)
     layers = Choice("lora_target_modules", " ".join(slots.targets), Origin.MODEL, "never the output layer", targets)
     limits = (

@@ -52,8 +52,8 @@ class ModelCheck:
             lines = log.strip().splitlines() if isinstance(error, ValueError) else []
             raise EngineError(
                 f"vLLM could not check the model in {self._folder}: {lines[-1] if lines else error}",
-                expected="an answer from vLLM's own validation",
-                todo=f"run `{shlex.join(self._command)}` to see the whole error",
+                expected="a result from vLLM's own validation",
+                todo=f"run `{shlex.join(self._command)}` to see the full error",
             ) from error
         if reason is not None:
             raise BaseModelError(

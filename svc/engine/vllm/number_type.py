@@ -53,7 +53,7 @@ def _check_gptq_dtype(value: str, kernel: GptqKernel | None, own: str | None) ->
     if kernel is None or ((own if value == AUTO else value) or AUTO) in supported[kernel]:
         return
     raise EngineError(
-        f"engine.args contain --dtype {value}, which a model in GPTQ does not support",
+        f"engine.args contains --dtype {value}, which GPTQ models do not support",
         expected=f"{' or '.join(supported[kernel])} with the kernel {kernel}",
         todo="remove --dtype from engine.args: merged versions get float32 automatically where it is faster",
     )

@@ -136,7 +136,7 @@ class EnginePlanner:
     def _max_num_seqs(self) -> Choice:
         name, origin = "max_num_seqs", self._origin("max_concurrency")
         return as_given(name, self._args) or as_argument(
-            name, self._settings.max_concurrency, origin, "sequences decoded together"
+            name, self._settings.max_concurrency, origin, "sequences decoded concurrently"
         )
 
     def _eager(self) -> Choice:
@@ -146,7 +146,7 @@ class EnginePlanner:
         if given_flag(self._args, "enforce-eager") is not None:
             return Choice(name, eager, Origin.ARGS, variables=variables)
         arguments = ("--enforce-eager",) if eager else ()
-        reason = "on a CPU, compiling takes a minute for a quarter more speed" if self._cpu else "faster on a GPU"
+        reason = "on a CPU, compiling takes a minute to gain a quarter more speed" if self._cpu else "faster on a GPU"
         return Choice(name, eager, Origin.MACHINE, reason, arguments, variables)
 
     def _block_size(self) -> Choice:
@@ -156,7 +156,9 @@ class EnginePlanner:
         if not self._cpu:
             return Choice(name, AUTO, Origin.VLLM, "depends on the GPU's attention kernel")
         # The prefix cache stores whole blocks: with vLLM's 128 tokens most of a short prompt is computed again.
-        return as_argument(name, _BLOCK_SIZE, Origin.DEFAULT, "tokens; small, so that short prompts share blocks")
+        return as_argument(
+            name, _BLOCK_SIZE, Origin.DEFAULT, "tokens; blocks are small so that short prompts can share them"
+        )
 
     def _executor(self, ranks: int) -> Choice:
         name, machine = "distributed_executor_backend", self._machine
@@ -182,7 +184,7 @@ class EnginePlanner:
             count, origin = max(1, most // self._engines), Origin.MACHINE
             reason += f"; {self._engines} engines share them" if self._engines > 1 else ""
         elif count > most:
-            raise EngineError(f"engine.cores is {count}", expected=f"at most {most}: {reason}")
+            raise EngineError(f"engine.cores is {count}", expected=f"at most {most} ({reason})")
         if count == len(cores) and bindable:
             numbers = ",".join(str(core) for core in cores)
             return Choice(name, count, origin, reason, variables=((variable, numbers),))
@@ -203,7 +205,7 @@ class EnginePlanner:
         if choice := as_given(name, self._args):
             return choice
         if given(self._args, *_SHARE_OPTIONS) is not None:
-            return Choice(name, AUTO, Origin.ARGS, f"what {_SHARE_OPTIONS[0]} leaves")
+            return Choice(name, AUTO, Origin.ARGS, f"the memory that {_SHARE_OPTIONS[0]} leaves")
         if setting is not None:
             return as_argument(name, int(setting * GIB), Origin.SETTING, _gib(setting * GIB))
         free = max(0, self._machine.free - weight_bytes(self._model, wide=wide))
@@ -216,9 +218,9 @@ class EnginePlanner:
             total, origin = sequence * (count + 1), Origin.MODEL  # one more, because vLLM reserves a block
             reason = f"enough for {count} sequences of {length.value} tokens"
         if total > available:
-            total, origin, reason = available, Origin.MACHINE, f"half of the {_gib(free)} free after the weights"
+            total, origin, reason = available, Origin.MACHINE, f"half of the {_gib(free)} that the weights leave free"
             if available == minimum:
-                reason = f"one sequence; only {_gib(free)} is free after the weights"
+                reason = f"room for one sequence; the weights leave only {_gib(free)} free"
         size = max(1, total // ranks)
         return as_argument(name, size, origin, f"{_gib(size)}: {reason}")
 
@@ -266,7 +268,7 @@ class EnginePlanner:
         name, value = flag.replace("-", "_"), given_flag(self._args, flag)
         if value is not None:
             return Choice(name, value, Origin.ARGS)
-        return Choice(name, AUTO, Origin.VLLM, "on for every model that supports it")
+        return Choice(name, AUTO, Origin.VLLM, "enabled for every model that supports it")
 
     def _content_format(self) -> Choice:
         name = "chat_template_content_format"

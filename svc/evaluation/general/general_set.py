@@ -67,7 +67,7 @@ def _rows(path: Path) -> Iterator[tuple[ChatExample, tuple[str, ...]]]:
             raise DataError(
                 f"{path}:{line.number}: {line.error.wrong}",
                 expected=line.error.expected,
-                todo=f"run `svc data check {path}` for all problems",
+                todo=f"run `svc data check {path}` to list all problems",
             )
         if line.example:
             accepted = json.loads(line.raw).get("accepted") if with_accepted else None
@@ -77,4 +77,4 @@ def _rows(path: Path) -> Iterator[tuple[ChatExample, tuple[str, ...]]]:
 def _texts(path: Path, number: int, accepted: Any) -> tuple[str, ...]:
     if isinstance(accepted, list) and accepted and all(isinstance(text, str) and text.strip() for text in accepted):
         return tuple(accepted)
-    raise DataError(f"{path}:{number}: `accepted` is {accepted!r:.80}", expected="a list of texts, none of them blank")
+    raise DataError(f"{path}:{number}: `accepted` is {accepted!r:.80}", expected="a list of non-blank strings")

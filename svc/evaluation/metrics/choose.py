@@ -207,7 +207,7 @@ def _schema_valid(examples: Sequence[ChatExample], path: Path | None) -> SchemaV
     for place, example in enumerate(examples):
         if not metric.accepts(example.answer):
             raise RecipeError(
-                f"{path} does not accept the reference of held-out example {place}: {example.answer!r:.80}",
+                f"the reference of held-out example {place} does not match the schema {path}: {example.answer!r:.80}",
                 todo="correct the schema or the example",
             )
     return metric
@@ -219,11 +219,11 @@ def _load(point: EntryPoint) -> Metric:
     except Exception as error:
         raise RecipeError(
             f"the metric {point.name} cannot be loaded from {point.value}: {error!r}",
-            todo="fix the package, or remove it",
+            todo="fix or uninstall the package",
         ) from error
     if not isinstance(metric, Metric) or metric.name != point.name or not _NAME.fullmatch(point.name):
         raise RecipeError(
-            f"the metric {point.name} of {point.value} is {metric!r:.80}",
-            expected=f"a {Metric.__module__}.Metric with the name {point.name}; names have only a to z, digits and _",
+            f"the metric {point.name} in {point.value} is {metric!r:.80}",
+            expected=f"a {Metric.__module__}.Metric named {point.name}; names may contain only a-z, 0-9 and _",
         )
     return metric

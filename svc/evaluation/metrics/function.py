@@ -110,6 +110,6 @@ class FunctionMetric(Metric):
             return dict(json.loads(output))
         except ValueError as error:
             raise RecipeError(
-                f"the process of the metric {self.spec} exited with code {process.returncode}",
-                todo="read its output above; the function must return its scores",
+                f"the process that ran the metric {self.spec} exited with code {process.returncode}",
+                todo="check its output above; the function must return its scores",
             ) from error

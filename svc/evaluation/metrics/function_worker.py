@@ -49,11 +49,11 @@ def _call(path: str, function: str, given: dict[str, Any]) -> list[float]:
         texts.append(given["prompts"])
     returned = score(*texts)
     if isinstance(returned, str | bytes | dict):  # their parts are not scores
-        raise TypeError(f"{function} returned {returned!r:.80}")
+        raise TypeError(f"{function} must return a list of numbers, got {returned!r:.80}")
     try:
         return [float(value) for value in returned]
     except (TypeError, ValueError) as error:
-        raise TypeError(f"{function} returned {returned!r:.80}: {error}") from None
+        raise TypeError(f"{function} must return a list of numbers, got {returned!r:.80}: {error}") from None
 
 
 def _tail(error: BaseException) -> str:

@@ -152,7 +152,7 @@ def read_schema(path: Path) -> JsonSchema:
         reason = f"{error.message} at {error.json_path}" if isinstance(error, SchemaError) else error
         raise RecipeError(
             f"cannot read the JSON schema {path}: {reason}",
-            expected="an object, see https://json-schema.org",
+            expected="a JSON object as described at https://json-schema.org",
             todo="correct evaluate.json_schema, or remove it",
         ) from error
     return schema

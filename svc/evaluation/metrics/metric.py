@@ -91,7 +91,7 @@ class Metric(ABC):
         scores = self.score(answered)
         if self.scored and (fault := _fault(scores, len(answered.results))):
             raise RecipeError(
-                f"the metric {self.name}: {fault}",
+                f"the metric {self.name} returned invalid scores: {fault}",
                 expected="one finite number for each answer",
                 todo="fix the metric, or choose other metrics in evaluate.metrics",
             )
@@ -148,6 +148,6 @@ class SetMetric(Metric):
 def _fault(scores: Sequence[float], answers: int) -> str | None:
     """Return what is wrong with the scores, or None if there is one finite number for each answer."""
     if len(scores) != answers:
-        return f"it returned {len(scores)} scores for {answers} answers"
+        return f"{len(scores)} scores for {answers} answers"
     wrong = next((place for place, score in enumerate(scores) if not math.isfinite(score)), None)
     return None if wrong is None else f"the score of answer {wrong + 1} is {scores[wrong]}"

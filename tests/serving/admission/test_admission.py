@@ -233,7 +233,7 @@ async def test_total_wait_of_a_requeued_request_stays_within_the_timeout() -> No
         asking = asyncio.create_task(request())
         await asyncio.sleep(0.1)
     async with closed(admission):
-        with pytest.raises(QueueTimeoutError, match=r"waited 0\.2 s"):
+        with pytest.raises(QueueTimeoutError, match=r"waiting 0\.2 s"):
             await asking
         assert 0.15 < time.monotonic() - began < 0.29
     assert (admission.running, admission.queued) == (0, 0)

@@ -185,7 +185,7 @@ class TestFull:
     async def test_request_without_a_key_is_rejected_if_all_slots_are_taken(self) -> None:
         admission = open_admission(max_running=1)
         async with admitted(admission, 1, A):
-            with pytest.raises(OverloadedError, match="1 requests are running"):
+            with pytest.raises(OverloadedError, match="the server is full: 1 requests"):
                 async with admitted(admission, 1):
                     pass
 
@@ -229,7 +229,7 @@ class TestFull:
     async def test_wait_timeout_error_reports_wait_time_and_running_requests(self) -> None:
         admission = open_admission(max_running=1, queue_timeout_s=0.01)
         async with admitted(admission, 1, A):
-            with pytest.raises(OverloadedError, match=r"waited 0\.01 s.*1 requests are running"):
+            with pytest.raises(OverloadedError, match=r"waiting 0\.01 s.*1 requests with up to"):
                 async with admitted(admission, 1, B):
                     pass
         assert admission.queued == 0

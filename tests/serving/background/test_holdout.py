@@ -208,7 +208,7 @@ async def test_no_example_is_run_and_the_reason_is_shown_if_none_fits(
     monkeypatch.setattr(holdout, "MOST_TOKENS", 1)
     async with asked(make) as (control, runs):
         await until(lambda: runs.status(target(1))["reason"])
-        assert "more than 1 tokens" in runs.status(target(1))["reason"]
+        assert "longer than 1 tokens" in runs.status(target(1))["reason"]
         assert rows(control) == []
 
 
@@ -324,7 +324,7 @@ async def test_rejected_example_fails_the_held_out_run_but_not_the_schedule(
             assert run.reason is not None and "maximum context length" in run.reason
             control.double.max_model_len = 1000
             assert (await run_of(control, target(1))).cause is HoldoutCause.SCHEDULE
-    assert "the run of the held-out set of tuned@1 (merged) failed" in caplog.text
+    assert "the held-out run of tuned@1 (merged) failed" in caplog.text
 
 
 async def test_held_out_run_fails_if_registered_answers_were_altered(
@@ -367,7 +367,7 @@ async def test_held_out_run_is_stored_even_if_the_store_failed_temporarily(
     async with asked(make) as (control, _):
         assert (await run_of(control, target(1))).hits == (True, False, False)
         assert len([body for body in control.double.requests if "messages" in body]) == len(HELDOUT)
-    assert caplog.text.count("could not store the run") == 2
+    assert caplog.text.count("could not store the held-out run") == 2
     assert "database is locked" in caplog.text
 
 
@@ -386,7 +386,7 @@ async def test_held_out_set_is_rerun_after_a_run_with_a_defect(
     monkeypatch.setattr(holdout, "add_holdout_run", fail_once)
     async with asked(make, every_hours=0.05 / 3600) as (control, _):
         await run_of(control, target(1))
-    assert "could not run the held-out set" in caplog.text
+    assert "the held-out run failed unexpectedly" in caplog.text
 
 
 async def test_version_without_registered_answers_is_skipped_and_logged_once(
@@ -395,7 +395,7 @@ async def test_version_without_registered_answers_is_skipped_and_logged_once(
     async with asked(make, answered=0, every_hours=0.01 / 3600) as (control, runs):
         await until(lambda: runs.status(target(1))["state"] == "off")
         await asyncio.sleep(0.1)
-        assert "has no reference/merged.jsonl" in runs.status(target(1))["reason"]
+        assert "has no file reference/merged.jsonl" in runs.status(target(1))["reason"]
         assert rows(control) == []
         assert not runs.under_way
         assert due(control, 1) is None
@@ -403,7 +403,7 @@ async def test_version_without_registered_answers_is_skipped_and_logged_once(
         await control.promote(4)
         await run_of(control, target(4))
         assert runs.status(target(4))["state"] == "waiting"
-    assert caplog.text.count("not running the held-out set of") == 1
+    assert caplog.text.count("skipping the held-out run of") == 1
 
 
 @pytest.mark.parametrize(

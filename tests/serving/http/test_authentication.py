@@ -220,7 +220,7 @@ async def test_invalid_keys_are_rate_limited_while_a_valid_key_still_works(
     assert code_of(limited) == (429, "too_many_wrong_keys")
     assert 0 < int(limited.headers["retry-after"]) <= 60
     assert (await client.get("/v1/models", headers=bearer(issued.secret))).status_code == 200
-    assert caplog.text.count("many invalid keys from 127.0.0.1") == 1
+    assert caplog.text.count("too many invalid API keys from 127.0.0.1") == 1
     assert service.count("svc_authentication_failures_total", fault=KeyFault.UNKNOWN) == MAX_INVALID_PER_MINUTE + 5
     assert service.count("svc_authentication_failures_total", fault=KeyFault.MISSING) == 1
 

@@ -229,7 +229,7 @@ async def test_request_for_an_adapter_slot_times_out() -> None:
     shelf = Shelf(1)
     cache = cache_of(shelf, patience_s=0.02)
     async with shelf.using(cache, 1):
-        with pytest.raises(QueueTimeoutError, match=r"waited 0.02 s for a slot for the adapter of tuned@2"):
+        with pytest.raises(QueueTimeoutError, match=r"waiting 0.02 s for a slot for the adapter of tuned@2"):
             await use(shelf, cache, 2)
         await use(shelf, cache, 1)  # accepts requests again: no request waits any more
 

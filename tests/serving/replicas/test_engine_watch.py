@@ -51,7 +51,7 @@ async def seconds_until_death(share: float | None) -> float:
     watch = EngineWatch(lambda: cast(LastingEngine, engine))
     began = asyncio.get_running_loop().time()
     async with asyncio.timeout(5):
-        assert "no answer to health checks" in await cast(Awaitable[str], watch.died())
+        assert "it has not answered health checks" in await cast(Awaitable[str], watch.died())
     return asyncio.get_running_loop().time() - began
 
 

@@ -138,7 +138,7 @@ async def test_silent_engine_counts_as_dead_after_its_timeout(make: Make, monkey
     await control.replica.start(target(1))
     monkeypatch.setattr(control.replica.client, "health", silent)
     async with asyncio.timeout(2):
-        assert "no answer to health checks" in await control.replica.watch.died()
+        assert "it has not answered health checks" in await control.replica.watch.died()
     await control.replica.stop()
 
 

@@ -48,7 +48,8 @@ def test_no_error_text_marks_the_engine_as_dead() -> None:
 def test_logged_engine_failure_quotes_nothing_from_the_request() -> None:
     """A failure is logged, while a rejection is only sent to the client."""
     message = "1 validation error:\n  {'type': 'x', 'loc': 'body.prompt', 'msg': 'no', 'input': 'my SECRET'}"
-    assert refusal(500, {"message": message}).wrong == "the engine answered 500: validation error x in prompt"
+    wrong = refusal(500, {"message": message}).wrong
+    assert wrong == "the engine responded with status 500: validation error x in prompt"
     assert "SECRET" in refusal(400, {"message": message}).wrong
 
 

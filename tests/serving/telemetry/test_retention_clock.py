@@ -38,7 +38,7 @@ def test_no_row_expires_if_clock_is_a_year_ahead_for_a_minute(caplog: pytest.Log
     assert clocks.after(timedelta(minutes=1)) is None
     assert clocks.after(timedelta(minutes=1), jump=-year) == clocks.wall - MONTH
     assert [record.getMessage() for record in caplog.records] == [
-        "the clock jumped by 365 days, 0:00:00; deleting nothing by age until the clock has been steady for "
+        "the clock jumped by 365 days, 0:00:00; not deleting requests by age until the clock has been steady for "
         "1 day, 0:00:00"
     ]
 

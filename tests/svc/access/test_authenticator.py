@@ -261,7 +261,7 @@ async def test_key_checks_continue_after_a_store_failure(
                 await asyncio.sleep(0.01)
     following.cancel()
     await asyncio.gather(following, return_exceptions=True)
-    assert caplog.text.count("could not read the keys") == 2
+    assert caplog.text.count("could not read the API keys") == 2
 
 
 def test_no_log_contains_a_key_secret_or_hash(

@@ -114,8 +114,8 @@ def test_key_list_shows_when_a_key_was_last_used(svc: Svc) -> None:
 def test_revoked_key_is_rejected_and_listed_with_all_keys(svc: Svc) -> None:
     made = create(svc, "--name", "ci")
     result = svc("keys", "revoke", "ci", "--yes", "--reason", "leaked")
-    assert "is revoked" in result.out
-    with pytest.raises(InvalidKeyError, match="is revoked"):
+    assert "has been revoked" in result.out
+    with pytest.raises(InvalidKeyError, match="has been revoked"):
         authenticator().grant(made["secret"])
     assert json.loads(svc("keys", "list", "--json").out) == []
     assert json.loads(svc("keys", "list", "--all", "--json").out)[0]["state"] == "revoked"
@@ -161,7 +161,7 @@ def test_rotation_creates_a_new_secret_and_invalidates_the_old_one(svc: Svc) -> 
 def test_rotation_with_grace_period_keeps_both_secrets_valid_without_confirmation(svc: Svc) -> None:
     made = create(svc, "--name", "ci")
     result = svc("keys", "rotate", "ci", "--grace", "1h")
-    assert "the old secret is valid until" in result.err
+    assert "the old secret stays valid until" in result.err
     for secret in (made["secret"], result.out.strip()):
         assert authenticator().grant(secret).principal.key_id == made["key_id"]
 

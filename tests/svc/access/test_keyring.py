@@ -65,7 +65,7 @@ def test_invalid_key_name_is_rejected(keyring: Keyring, name: str) -> None:
 
 @pytest.mark.parametrize("model", ["tickets@2", "", "a b", "../x"])
 def test_invalid_model_name_is_rejected(keyring: Keyring, model: str) -> None:
-    with pytest.raises(SettingsError, match="is not a model name"):
+    with pytest.raises(SettingsError, match="is not a valid model name"):
         keyring.create(INFER, models=frozenset({model}))
 
 

@@ -31,7 +31,7 @@ def three(store: Store) -> Store:
 
 def test_showing_an_empty_audit_log_is_not_an_error(svc: Svc) -> None:
     result = svc("audit")
-    assert (result.code, result.out) == (0, "no matching event\n")
+    assert (result.code, result.out) == (0, "no matching events\n")
 
 
 def test_audit_table_shows_actor_action_origin_and_reason(svc: Svc, three: Store) -> None:
@@ -153,7 +153,7 @@ def test_forget_deletes_nothing_before_confirmation(
     monkeypatch.setattr("sys.stdin", io.StringIO("n\n"))
     result = svc("forget", "--key", requested)
     assert result.code == 130
-    assert "1 requests will be deleted, 1 with content" in result.err
+    assert "1 requests will be deleted; 1 have stored content" in result.err
     assert len(kept(store)) == 2
     assert read_events(store, newest=1)[0].action == "key.create"
 

@@ -110,7 +110,7 @@ def test_missing_needed_version_is_reported_and_the_rest_is_backed_up(used: Used
     used.registry.folder(first).rename(used.settings.home / "elsewhere")
     made = back_up().snapshot
     assert made.versions == (str(second),)
-    assert made.left_out == {str(first): "needed, but missing from the home"}
+    assert made.left_out == {str(first): "needed but missing from the home"}
 
 
 def test_damaged_version_is_reported_and_the_rest_is_backed_up(
@@ -149,7 +149,7 @@ def test_backup_of_another_home_into_the_same_folder_is_rejected(
     manifest = used.registry.folder(version) / "manifest.json"
     manifest.chmod(0o600)
     manifest.write_text(manifest.read_text("utf-8").replace('"run-1"', '"run-2"'))
-    with pytest.raises(IntegrityError, match="is not the version"):
+    with pytest.raises(IntegrityError, match="differs from the version"):
         back_up()
 
 
@@ -201,7 +201,7 @@ def test_full_disk_is_reported_before_weights_are_copied(
 ) -> None:
     used.publish()
     monkeypatch.setattr("svc.backup.backup.shutil.disk_usage", lambda path: type("Usage", (), {"free": 10}))
-    with pytest.raises(DiskSpaceError, match="do not fit"):
+    with pytest.raises(DiskSpaceError, match="not enough disk space"):
         back_up()
 
 

@@ -26,7 +26,7 @@ def test_backup_and_restore_report_their_results_as_json(svc: Svc, used: UsedHom
 
 def test_backup_and_restore_report_their_results_as_text(svc: Svc, used: UsedHome) -> None:
     version = used.publish()
-    assert "1 versions, 1 of them copied now" in svc("--home", used.settings.home, "backup", "backups").out
+    assert "1 versions, 1 of them newly copied" in svc("--home", used.settings.home, "backup", "backups").out
     assert str(version) in svc("restore", "backups", "--list").out
     assert "1 versions" in svc("--home", "again", "restore", "backups").out
 
@@ -37,7 +37,7 @@ def test_error_names_a_needed_version_missing_from_the_home(svc: Svc, used: Used
     used.registry.folder(version).rename(tmp_path / "elsewhere")
     result = svc("--home", used.settings.home, "backup", "backups")
     assert result.code == IntegrityError.exit_code
-    assert f"{version}: needed, but missing" in result.err
+    assert f"{version}: needed but missing" in result.err
     assert svc("--home", "again", "restore", "backups").code == 0
 
 
@@ -49,7 +49,7 @@ def test_backup_does_not_create_a_missing_home(svc: Svc, tmp_path: Path) -> None
 def test_backup_folder_inside_the_home_is_rejected(svc: Svc, used: UsedHome) -> None:
     result = svc("--home", used.settings.home, "backup", used.settings.home / "backups")
     assert result.code == 2
-    assert "is inside the home" in result.err
+    assert "must be outside the home" in result.err
 
 
 def test_restore_over_an_existing_home_is_rejected(svc: Svc, used: UsedHome) -> None:

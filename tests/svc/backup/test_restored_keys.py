@@ -109,7 +109,7 @@ def test_restore_continues_if_an_option_confirms_the_keys(svc: Svc, used: UsedHo
     keys = json.loads(result.out)["keys"]
     assert [(key["name"], key["rotated_later"]) for key in keys["valid"]] == [("laptop", True)]
     assert [key["name"] for key in keys["revoked"]] == ["stolen"]
-    assert "revoked: stolen" in result.err and "its secret was rotated later" in result.err
+    assert "revoked the key stolen" in result.err and "its secret was rotated later" in result.err
     assert states(tmp_path / "again") == {"laptop": True, "stolen": False}
 
 

@@ -56,10 +56,10 @@ def test_detectable_loss_is_printed_when_a_held_out_file_is_given(tmp_path: Path
     for path, count in ((train, 3), (heldout, 40)):
         turns = ([QUESTION | {"content": f"{path.stem} {number}"}, ANSWER] for number in range(count))
         path.write_text("\n".join(json.dumps({"messages": turn}) for turn in turns))
-    said = "40 held-out examples detect a loss that is 0.140 or more from its limit, in four of five samples"
+    said = "are enough to detect, with 80 % power, a loss that differs from its limit by at least 0.140"
     assert said in check(str(train), "--heldout", str(heldout)).output
-    assert "detect a loss" not in check(str(train)).output
-    assert "detect a loss" not in check(str(train), "--heldout", str(heldout), "--json").output
+    assert "are enough to detect" not in check(str(train)).output
+    assert "are enough to detect" not in check(str(train), "--heldout", str(heldout), "--json").output
 
 
 def test_answers_are_printed_without_control_characters(tmp_path: Path) -> None:

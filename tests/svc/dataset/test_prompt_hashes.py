@@ -49,5 +49,5 @@ def test_truncated_prompt_hash_file_raises_error(tmp_path: Path, size: int) -> N
 def test_array_file_without_prompt_hashes_raises_error(tmp_path: Path, write: Callable[[BytesIO], None]) -> None:
     write(content := BytesIO())
     (tmp_path / "h.npy").write_bytes(content.getvalue())
-    with pytest.raises(IntegrityError, match="contains no hashes of prompts"):
+    with pytest.raises(IntegrityError, match="contains no prompt hashes"):
         read_prompt_hashes(tmp_path / "h.npy")

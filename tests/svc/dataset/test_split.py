@@ -211,5 +211,5 @@ def test_choice_of_general_examples_depends_on_the_seed() -> None:
 
 
 def test_held_out_prompts_are_excluded_from_general_examples() -> None:
-    with pytest.raises(DataError, match="has 1 examples"):
+    with pytest.raises(DataError, match="has only 1 examples"):
         mix_general([chat("t")], [chat("g"), chat("H ", "x")], [chat("h")], 0.7, 0)

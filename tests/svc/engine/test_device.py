@@ -89,9 +89,9 @@ def test_pytorch_gptq_kernel_can_be_selected_on_any_cpu() -> None:
 @pytest.mark.parametrize(
     ("device", "asked_for", "told", "todo"),
     [
-        (AVX2, GptqKernel.VLLM, "no kernel for GPTQ on x86_64-avx2", "remove engine.gptq_kernel from the settings"),
+        (AVX2, GptqKernel.VLLM, "no GPTQ kernel for x86_64-avx2", "remove engine.gptq_kernel from the settings"),
         (HOPPER, GptqKernel.TORCH, "runs on cuda", "remove engine.gptq_kernel from the settings"),
-        (HOPPER.model_copy(update={"vllm_gptq": False}), GptqKernel.AUTO, "no kernel for GPTQ", "--format merged"),
+        (HOPPER.model_copy(update={"vllm_gptq": False}), GptqKernel.AUTO, "no GPTQ kernel", "--format merged"),
     ],
 )
 def test_missing_kernel_is_rejected_before_engine_start(

@@ -207,7 +207,7 @@ async def test_one_failed_request_fails_the_evaluation() -> None:
 @pytest.mark.parametrize("noise", [math.nan, -math.inf])
 async def test_evaluation_fails_when_scoring_yields_nan(noise: float) -> None:
     async with client_of(EngineDouble(probe_noise=noise)) as client:
-        with pytest.raises(EngineError, match="not a finite number"):
+        with pytest.raises(EngineError, match="non-finite log-probability"):
             await judged(client, [chat("a")], limit=1)
 
 
@@ -217,7 +217,7 @@ async def test_evaluation_fails_when_an_answer_logprob_is_nan(monkeypatch: pytes
 
     monkeypatch.setattr(EngineClient, "logprobs", logprobs)
     async with client_of(EngineDouble(probe_noise=math.nan)) as client:
-        with pytest.raises(EngineError, match="not a finite number"):
+        with pytest.raises(EngineError, match="non-finite log-probability"):
             await judged(client, [chat("a")], limit=1)
 
 
@@ -247,8 +247,8 @@ def test_metric_scores_are_recomputed_from_the_answers() -> None:
 @pytest.mark.parametrize(
     ("scores", "wrong"),
     [
-        ([1.0], "it returned 1 scores for 2 answers"),
-        ([1.0, 1.0, 1.0], "it returned 3 scores for 2 answers"),
+        ([1.0], "1 scores for 2 answers"),
+        ([1.0, 1.0, 1.0], "3 scores for 2 answers"),
         ([1.0, math.nan], "the score of answer 2 is nan"),
         ([math.inf, 1.0], "the score of answer 1 is inf"),
     ],
@@ -261,7 +261,7 @@ def test_scores_must_be_one_finite_number_per_answer(scores: list[float], wrong:
             return scores
 
     given = answered([("a", "a"), ("b", "c")])
-    with pytest.raises(RecipeError, match=f"the metric own: {wrong}"):
+    with pytest.raises(RecipeError, match=f"the metric own returned invalid scores: {wrong}"):
         judge(given.examples, given.results, 0.0, [Own()])
 
 

@@ -124,7 +124,7 @@ async def test_few_pairs_without_a_verdict_are_excluded() -> None:
 async def test_judge_returning_no_verdicts_raises_error() -> None:
     with (
         judge_server(lambda first, second: "both are fine") as server,
-        pytest.raises(JudgeError, match="no verdict on 6 of 6 pairs"),
+        pytest.raises(JudgeError, match="no verdict for 6 of 6 pairs"),
     ):
         await judge(PAIRS, endpoint(server))
 
@@ -140,7 +140,7 @@ async def test_transient_judge_failure_is_retried(failure: tuple[int, dict[str, 
 async def test_judge_retries_are_limited() -> None:
     with (
         judge_server(prefer_good, failures=[(429, {}, "out of quota")] * 100) as server,
-        pytest.raises(JudgeError, match="429 out of quota"),
+        pytest.raises(JudgeError, match="429: out of quota"),
     ):
         await judge(PAIRS[:1], endpoint(server))
     assert len(server.requests) == 5
@@ -149,7 +149,7 @@ async def test_judge_retries_are_limited() -> None:
 async def test_rejected_judge_request_fails_immediately_with_advice() -> None:
     with (
         judge_server(prefer_good, failures=[(401, {}, "no such key")] * 100) as server,
-        pytest.raises(JudgeError, match="401 no such key") as caught,
+        pytest.raises(JudgeError, match="401: no such key") as caught,
     ):
         await judge(PAIRS[:1], endpoint(server, "secret"))
     assert len(server.requests) == 1
@@ -183,5 +183,5 @@ async def test_invalid_judge_endpoint_is_rejected(url: str) -> None:
 
 
 async def test_api_key_is_not_sent_over_an_unencrypted_network_connection() -> None:
-    with pytest.raises(SettingsError, match="in plain text"):
+    with pytest.raises(SettingsError, match="unencrypted"):
         await judge(PAIRS, Endpoint("http://example.org/v1", "wise", "secret"))

@@ -35,11 +35,11 @@ def test_key_file_accessible_to_other_users_is_rejected(tmp_path: Path, mode: in
     "content", ["", "none", SECRET[:-1], f"Bearer {SECRET}"], ids=["empty", "other", "cut", "more"]
 )
 def test_file_without_a_key_is_rejected_without_quoting_it(tmp_path: Path, content: str) -> None:
-    with pytest.raises(SettingsError, match=r"contains no key|is empty") as raised:
+    with pytest.raises(SettingsError, match=r"contains no API key|is empty") as raised:
         read_key(key_file(tmp_path, content))
     assert not content or content not in str(raised.value)
 
 
 def test_missing_key_file_raises_error(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="cannot be read"):
+    with pytest.raises(SettingsError, match="cannot read"):
         read_key(tmp_path / "none")

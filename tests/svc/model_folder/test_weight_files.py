@@ -35,12 +35,12 @@ def test_all_safetensors_files_are_weight_files_without_an_index(tmp_path: Path)
 )
 def test_weight_index_without_files_is_rejected(tmp_path: Path, index: object) -> None:
     write_folder(tmp_path, *SHARDS, index=index)
-    with pytest.raises(IntegrityError, match="does not name the weight files"):
+    with pytest.raises(IntegrityError, match="does not list the weight files"):
         weight_files(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "original/model.safetensors"])
 def test_weight_index_with_a_file_outside_the_folder_is_rejected(tmp_path: Path, name: str) -> None:
     write_folder(tmp_path, *SHARDS, index={"weight_map": {"a": SHARDS[0], "b": name}})
-    with pytest.raises(IntegrityError, match="does not name the weight files"):
+    with pytest.raises(IntegrityError, match="does not list the weight files"):
         weight_files(tmp_path)

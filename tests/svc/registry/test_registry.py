@@ -177,9 +177,9 @@ def test_stored_answers_of_a_version_are_found(registry: Registry, with_results:
 def test_missing_answers_of_a_version_raise_not_found(
     registry: Registry, with_results: Manifest, publish: Publish
 ) -> None:
-    with pytest.raises(NotFoundError, match=r"has no reference/gptq\.jsonl"):
+    with pytest.raises(NotFoundError, match=r"has no file reference/gptq\.jsonl"):
         registry.results(with_results.id, Format.GPTQ)
-    with pytest.raises(NotFoundError, match=r"has no reference/merged\.jsonl"):
+    with pytest.raises(NotFoundError, match=r"has no file reference/merged\.jsonl"):
         registry.results(publish().id, Format.MERGED)
 
 
@@ -304,9 +304,9 @@ def test_alias_selects_its_version(
     [
         ("@3", "there is no version {name}@3"),
         ("@candidate", "{name} has no alias 'candidate'"),
-        ("@newest", "'{name}@newest' is not a version"),
+        ("@newest", "'{name}@newest' is not a valid version"),
         ("-x", "there is no model '{name}-x'"),
-        ("@1@1", "'{name}@1@1' is not a version"),
+        ("@1@1", "'{name}@1@1' is not a valid version"),
     ],
 )
 def test_missing_version_error_lists_existing_versions(

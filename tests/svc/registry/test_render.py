@@ -62,8 +62,8 @@ def test_primary_metric_comes_first_and_metrics_have_intervals(manifest: Manifes
     ("selected_by", "shown"),
     [
         (SelectedBy.NONE, "examples; primary metric: ROUGE-L\n"),
-        (SelectedBy.HELDOUT, "ROUGE-L; the same examples selected the version, so its figures are slightly too good"),
-        (SelectedBy.VALIDATION, "ROUGE-L; 7 other examples selected the version (data.validation)"),
+        (SelectedBy.HELDOUT, "ROUGE-L; these examples selected the version, so its results are slightly too good"),
+        (SelectedBy.VALIDATION, "ROUGE-L; the version was selected on 7 other examples (data.validation)"),
     ],
 )
 def test_examples_used_to_select_the_version_are_stated(

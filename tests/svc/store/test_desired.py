@@ -58,7 +58,7 @@ def test_desired_states_of_different_names_are_independent(store: Store) -> None
 def test_change_based_on_an_outdated_state_is_rejected(store: Store) -> None:
     seen = change_desired(store, None, target(1), None)
     change_desired(store, seen, target(2), seen.target)
-    with pytest.raises(BusyError, match="the desired version of tiny was just changed"):
+    with pytest.raises(BusyError, match="another user has just changed the desired version of tiny"):
         change_desired(store, seen, target(3), seen.target)
     assert read_desired(store, "tiny") == Desired(target(2), target(1), 2)
 

@@ -88,9 +88,9 @@ def test_api_key_id_takes_precedence_over_a_name(store: Store) -> None:
 def test_revoked_api_key_cannot_be_rotated_or_revoked_again(store: Store) -> None:
     add_key(store, KEY, ENTRY)
     revoke_key(store, KEY.id, at=NOON, entry=ENTRY)
-    with pytest.raises(RefusedError, match="is revoked"):
+    with pytest.raises(RefusedError, match="has been revoked"):
         revoke_key(store, KEY.id, at=NOON, entry=ENTRY)
-    with pytest.raises(RefusedError, match="is revoked"):
+    with pytest.raises(RefusedError, match="has been revoked"):
         replace_secret(store, KEY.id, "hash-2", previous_until=NOON, entry=ENTRY)
     assert len(read_events(store, newest=9)) == 2
 

@@ -236,11 +236,11 @@ def test_fingerprints_of_plain_chats_are_stable() -> None:
             Code.WRONG_TOOLS,
             "conversations[1].value is",
         ),
-        ({"prompt": "a", "completion": "b", "conversations": []}, Code.MIXED_FORMATS, "together"),
+        ({"prompt": "a", "completion": "b", "conversations": []}, Code.MIXED_FORMATS, "the line combines"),
         (
             {"messages": [turn("user", "a"), turn("assistant", "b")], "instruction": "a", "output": "b"},
             Code.MIXED_FORMATS,
-            "'messages' together with 'instruction' and 'output'",
+            "combines 'messages' with 'instruction' and 'output'",
         ),
         ({"messages": [turn("user", "a"), turn("assistant", "b") | {"weight": 2}]}, Code.WRONG_WEIGHT, "weight is 2"),
         ({"messages": [turn("user", "a"), turn("assistant", "b") | {"weight": 0}]}, Code.WRONG_WEIGHT, "weight 0"),
@@ -253,7 +253,7 @@ def test_fingerprints_of_plain_chats_are_stable() -> None:
         ({"messages": [turn("user", "a"), turn("tool", "b"), turn("assistant", "c")]}, Code.WRONG_TURNS, "a tool turn"),
         ({**WITH_TOOLS, "tools": [{"type": "x"}]}, Code.WRONG_TOOLS, "tools[0] is"),
         ({**WITH_TOOLS, "tools": "rain"}, Code.WRONG_TOOLS, 'tools is "rain"'),
-        ({"messages": WITH_TOOLS["messages"][:2]}, Code.WRONG_TOOLS, "final turn, but the example has no tools"),
+        ({"messages": WITH_TOOLS["messages"][:2]}, Code.WRONG_TOOLS, "final turn, but the example defines no tools"),
         ({"query": "Rain?", "answers": "[]", "tools": [TOOL]}, Code.WRONG_TOOLS, 'answers is "[]"'),
         (
             {"messages": [turn("user", "a"), {"role": "assistant", "content": "", "tool_calls": ["x"]}]},

@@ -40,27 +40,27 @@ def test_empty_file_raises_too_few_examples(tmp_path: Path, content: bytes) -> N
     path = tmp_path / "empty.jsonl"
     path.write_bytes(content)
     error = failure(path)
-    assert f"{path} has 0 examples" in error.wrong
+    assert f"found only 0 examples in {path}" in error.wrong
     assert error.expected == "at least 1"
 
 
 def test_single_example_is_too_few_for_training(tmp_path: Path) -> None:
     error = failure(write_lines(tmp_path / "one.jsonl", chat().as_dict()), minimum=2)
-    assert "has 1 example" in error.wrong
+    assert "found only 1 example in" in error.wrong
     assert error.expected == "at least 2"
 
 
 @pytest.mark.parametrize(
     ("line", "text"),
     [
-        (b'{"messages": [', "not JSON"),
-        (b'{"messages": [{"role": "user", "content": "caf\xe9"}]}', "byte 0xe9 at position 46 is not UTF-8"),
+        (b'{"messages": [', "invalid JSON"),
+        (b'{"messages": [{"role": "user", "content": "caf\xe9"}]}', "byte 0xe9 at position 46 is not valid UTF-8"),
         (b'{"messages": [{"role": "user", "content": "Which?"}]}', "no assistant turn"),
         (b'{"messages": [], "messages": []}', "duplicate key 'messages'"),
-        (b'{"weight": NaN}', "not JSON: NaN"),
+        (b'{"weight": NaN}', "invalid JSON: NaN"),
         (b'{"weight": ' + b"9" * 5000 + b"}", "a number with too many digits"),
         (b"[" * 100_000, "nested too deeply"),
-        (GOOD + GOOD, "not JSON: Extra data"),
+        (GOOD + GOOD, "invalid JSON: Extra data"),
     ],
 )
 def test_invalid_line_error_has_line_number_and_check_command(tmp_path: Path, line: bytes, text: str) -> None:

@@ -114,7 +114,7 @@ def test_explicitly_named_split_of_a_hub_dataset_is_used(tmp_path: Path, named: 
 def test_hub_dataset_without_a_training_split_is_rejected(tmp_path: Path) -> None:
     touch(tmp_path, "data/test.parquet", "data/validation.parquet")
     error = refusal("hf:org/name", Hub(tmp_path))
-    assert error.wrong.endswith("only files of test and validation splits: data/test.parquet, data/validation.parquet")
+    assert error.wrong.endswith("contains only test and validation splits: data/test.parquet, data/validation.parquet")
     assert "hf:org/name/FILE-OR-FOLDER" in (error.todo or "")
 
 
@@ -148,7 +148,7 @@ def test_unknown_hub_dataset_raises_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("source", ["hf:", "hf:name", "hf:org/name/../../etc", "hf:org/na me"])
 def test_invalid_dataset_name_is_rejected_before_download(tmp_path: Path, source: str) -> None:
     hub = Hub(tmp_path)
-    assert f"{source!r} is not a hub dataset" in refusal(source, hub).wrong
+    assert f"{source!r} is not a valid hub dataset" in refusal(source, hub).wrong
     assert hub.asked == {}
 
 

@@ -46,7 +46,7 @@ def test_valid_example_is_parsed_completely() -> None:
         ((turn("user", True), ANSWER), "messages[0].content is a boolean"),
         ((USER, turn("assistant", {"section": "net"})), "messages[1].content is an object"),
         ((USER, turn("assistant", " \n")), "messages[1].content is blank"),
-        ((turn("user", "\ud83d"), ANSWER), "messages[0].content contains half of a surrogate pair"),
+        ((turn("user", "\ud83d"), ANSWER), "messages[0].content contains an unpaired surrogate"),
         (("hello",), "messages[0] is a string"),
         ((), "messages is an empty list"),
     ],

@@ -72,7 +72,7 @@ def test_memory_shortage_message_names_needed_and_free_memory(monkeypatch: pytes
 def test_gpu_memory_is_checked_instead_of_main_memory_on_a_gpu(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
     assert shortage(monkeypatch, model, host(0, 6 * GIB)) is None
     said = shortage(monkeypatch, model, host(64 * GIB, 4 * GIB))
-    assert said == "it needs about 5.0 GiB, but only 4.0 GiB of the GPU are free"
+    assert said == "it needs about 5.0 GiB, but only 4.0 GiB of GPU memory are free"
 
 
 def test_gpu_with_the_least_free_memory_determines_the_headroom(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
@@ -84,7 +84,7 @@ def test_gpu_with_the_least_free_memory_determines_the_headroom(monkeypatch: pyt
 def test_configured_share_of_gpu_memory_must_be_free(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
     assert shortage(monkeypatch, model, host(0, 40 * GIB), gpu_memory_share=0.5) is None
     said = shortage(monkeypatch, model, host(0, 39 * GIB), gpu_memory_share=0.5)
-    assert said == "it needs about 40.0 GiB, but only 39.0 GiB of the GPU are free"
+    assert said == "it needs about 40.0 GiB, but only 39.0 GiB of GPU memory are free"
     assert shortage(monkeypatch, model, host(0, 39 * GIB), args=("--gpu-memory-utilization", "0.5")) is not None
 
 

@@ -73,7 +73,7 @@ def test_schema_inferred_from_floats_accepts_integers() -> None:
 
 @pytest.mark.parametrize(
     ("content", "wrong"),
-    [("{", "cannot read the JSON schema"), ("[]", "an object"), ('{"type": "strnig"}', "'strnig' is not valid")],
+    [("{", "cannot read the JSON schema"), ("[]", "a JSON object"), ('{"type": "strnig"}', "'strnig' is not valid")],
 )
 def test_invalid_json_schema_error_names_the_file(tmp_path: Path, content: str, wrong: str) -> None:
     path = tmp_path / "schema.json"
