@@ -234,7 +234,7 @@ def rollback(ctx: click.Context, name: str, reason: str | None, as_json: bool) -
     During a promotion, cancel the promotion and keep the current version.
     """
     administration = _administration(ctx)
-    _follow(administration, administration.rollback(name, reason=reason), as_json=as_json)
+    _follow(administration, administration.rollback(name, reason=reason), as_json=as_json, is_rollback=True)
 
 
 def _administration(ctx: click.Context) -> Administration:
@@ -245,10 +245,10 @@ def _administration(ctx: click.Context) -> Administration:
     return LocalAdministration.of(settings_of(ctx))
 
 
-def _follow(administration: Administration, change: VersionChange, *, as_json: bool) -> None:
+def _follow(administration: Administration, change: VersionChange, *, as_json: bool, is_rollback: bool = False) -> None:
     target = change.target
     if change.rollout is not None:
-        _follow_rollout(administration, change, change.rollout, as_json=as_json)
+        _follow_rollout(administration, change, change.rollout, as_json=as_json, is_rollback=is_rollback)
         return
     if change.generation is None:
         if as_json:
@@ -276,16 +276,17 @@ def _follow(administration: Administration, change: VersionChange, *, as_json: b
             click.echo(f"  {result.kind} swap in {result.took_s:.1f} s; {_waits(result)}")
 
 
-def _follow_rollout(administration: Administration, change: VersionChange, rollout: int, *, as_json: bool) -> None:
+def _follow_rollout(
+    administration: Administration, change: VersionChange, rollout: int, *, as_json: bool, is_rollback: bool
+) -> None:
     name = change.target.version.name
     ended = follow_rollout(administration, name, rollout, lambda step: click.echo(f"  {step}", err=True))
     if as_json:
         click.echo(ended.model_dump_json(indent=1))
-    stopped_here = ended.version != str(change.target.version)  # by this command, `svc rollback`
-    if stopped_here or ended.outcome is RolloutOutcome.PROMOTED:
+    if is_rollback or ended.outcome is RolloutOutcome.PROMOTED:
         if not as_json:
-            served = change.target.version if stopped_here else ended.version
-            click.secho(f"{served} is {'still ' if stopped_here else ''}served", fg="green")
+            served = f"{ended.previous} is still" if is_rollback else f"{ended.version} is"
+            click.secho(f"{served} served", fg="green")
         return
     text = f"{ended.version} was not promoted ({ended.outcome}): {ended.previous} is still served\n  why: {ended.why}"
     kinds: dict[RolloutOutcome, type[SvcError]] = {

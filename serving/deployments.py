@@ -249,6 +249,7 @@ class Deployments:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
         await deployment.pool.stop()  # tried again in the next turn if an engine does not stop
+        await deployment.rollouts.abandon("the model was removed from the server")
         await deployment.close()
         deployment.metrics.remove()
         del self._all[name]

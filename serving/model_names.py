@@ -32,7 +32,10 @@ class ModelNames:
         loaded: the versions that engines hold: two during a swap of several engines.
         since: when that version went into production, Unix seconds.
         candidate: the version that a rollout tries; None outside rollouts.
-        of_candidate: the name of that version, `NAME@candidate`.
+        of_candidate: the name of that version for clients, `NAME@candidate`.
+        assigned: internal name for requests that a rollout assigned to the candidate, which resolves to
+            production while no engine runs the candidate. Clients cannot use it.
+        candidate_on_demand: whether engines load the candidate as an adapter when it is requested.
     """
 
     def __init__(self, name: str, *, clock: Callable[[], float] = time.time) -> None:
@@ -43,7 +46,9 @@ class ModelNames:
         self.loaded: set[Target] = set()
         self.since = 0
         self.candidate: VersionId | None = None
+        self.candidate_on_demand = False
         self.of_candidate = f"{name}@{Alias.CANDIDATE}"
+        self.assigned = f"{self.of_candidate}?"
 
     def serve(self, served: Target) -> None:
         if served != self.served:
@@ -75,8 +80,10 @@ class ModelNames:
             raise EngineUnavailableError("no version is loaded yet", todo="retry the request later")
         if model in self._in_production:
             return None
-        if model == self.of_candidate and self.candidate:
-            return self._candidate_or_production(self.served)
+        if model in (self.assigned, self.of_candidate) and (candidate := self._available_candidate()):
+            return candidate
+        if model == self.assigned:
+            return None
         for loaded in self.loaded:
             if model == str(loaded.version):
                 return loaded.version
@@ -86,10 +93,9 @@ class ModelNames:
             f"the model {model[:SHOWN_CHARS]!r} is not served here", expected=f"one of {', '.join(self.all())}"
         )
 
-    def _candidate_or_production(self, served: Target) -> VersionId | None:
-        """Return the candidate, or None for production if the candidate's engine does not run (it may have died)."""
-        on_demand = served.format is Format.ADAPTER
-        return self.candidate if on_demand or self.candidate in self.versions else None
+    def _available_candidate(self) -> VersionId | None:
+        """Return the candidate, or None if there is none or its engine does not run."""
+        return self.candidate if self.candidate_on_demand or self.candidate in self.versions else None
 
     def _parsed(self, model: str) -> VersionId | None:
         """Return the version of this model that a name refers to, loaded or not, or None for other names."""

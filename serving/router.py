@@ -140,14 +140,14 @@ class Router:
         """
         name = model.partition("@")[0]
         backend = self._backends.get(name)
-        if backend is None:
+        if backend is None or model == backend.names.assigned:
             raise self._unknown(model, name)
         backend.names.resolve(model)
         split = self._splits.get(name) if model == name else None
         if split is None:
             return Destination(backend, model)
         assignment = split.assign(who, self._draw)
-        return Destination(backend, backend.names.of_candidate if assignment.candidate else model, assignment)
+        return Destination(backend, backend.names.assigned if assignment.candidate else model, assignment)
 
     def _unknown(self, model: str, name: str) -> ModelNotFoundError:
         names = ", ".join(self.names())

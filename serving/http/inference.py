@@ -160,7 +160,7 @@ class Exchange:
     async def _answer(self, request: CompletionRequest) -> None:
         self.account.model = self._gateway.router.served_name(request.model) or UNKNOWN_MODEL
         require_model(self._gateway.router, self._principal, request.model)
-        to = self._gateway.router.find(request.model, request.who)
+        to = self._gateway.router.find(request.model, request.user or request.who)
         if to.assignment:
             self.account.assigned(to.assignment)
         await to.backend.check(to.model)

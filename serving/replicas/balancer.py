@@ -126,6 +126,8 @@ class Balancer:
                 served = engine.serves(wanted)
                 if served is not None:
                     candidates.append((engine, served))
+        if not candidates and wanted is not None and model == self._names.assigned:
+            return self.choose(self._names.name, without, kept)  # the candidate's engine has just died
         if not candidates:
             raise EngineUnavailableError("no engine is currently accepting requests", todo="retry the request later")
         if len(candidates) == 1:

@@ -74,10 +74,10 @@ class CandidateLoader:
                 else:
                     loaded = LoadedCandidate(await self._start(target, report, cancellation))
                     self.pool.set_candidate(loaded.engine)
-                self.names.candidate = target.version
+                self.names.candidate, self.names.candidate_on_demand = target.version, loaded.engine is None
                 yield loaded
         finally:
-            self.names.candidate = None
+            self.names.candidate, self.names.candidate_on_demand = None, False
             engine = self.pool.candidate
             self.pool.set_candidate(None)
             if engine is not None:

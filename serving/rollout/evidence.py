@@ -5,7 +5,7 @@ Everything is read from the store, so that a server that restarts has the same e
 
 import math
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from sqlalchemy import Engine as Store
 
@@ -27,8 +27,8 @@ from svc.store.rollouts import (
 )
 
 _FAILED = {RequestOutcome.ENGINE_ERROR, RequestOutcome.SERVER_ERROR}
-_COUNTED = {RequestOutcome.COMPLETE, *_FAILED}
-"""Other outcomes are the client's: an invalid request, a closed connection. They are never held against a version."""
+_BUDGET = Budget(wrong_rollback=Budget().wrong_rollback / 2)
+"""The shadow step and the canary steps each get half of a rollout's budget of wrong rollbacks."""
 _LABELS = {
     Signal.ERRORS: "failed requests",
     Signal.INVALID: "invalid JSON",
@@ -63,47 +63,62 @@ class CanaryEvidence:
     def __init__(self, store: Store, record: RolloutRecord) -> None:
         self._store = store
         self._record = record
-        self._analysis = Analysis(_margins(record.plan))
+        self._analysis = Analysis(_margins(record.plan), _BUDGET)
         self._last = 0
         self._rated = set[int]()
+        self._next_step_at: datetime | None = None
+        self._before = 0
 
-    def start_step(self) -> None:
-        """Note that the candidate's share grows."""
-        self._analysis.start_step()
+    def start_step(self, began_at: datetime) -> None:
+        """Note that the candidate's share grew at this time, which is in the past after a restart."""
+        self._next_step_at = began_at
 
     def look(self) -> Look:
         """Read new requests and ratings, and return the state of the evidence."""
         for assigned in read_assigned(self._store, self._record, self._last):
             self._last = assigned.id
-            if assigned.outcome in _COUNTED:
-                self._analysis.add(_request(assigned))
+            if self._next_step_at is not None and assigned.started_at >= self._next_step_at:
+                self._analysis.start_step()
+                self._before, self._next_step_at = self._analysis.units, None
+            if (request := _request(assigned)) is not None:
+                self._analysis.add(request)
         for assigned, bad in read_ratings(self._store, self._record):
             if assigned.id not in self._rated:
                 self._rated.add(assigned.id)
                 self._analysis.rate(Rating(assigned.unit or None, _arm(assigned), negative=bad))
-        verdicts = self._analysis.verdicts()
-        return _look(self._analysis.units, verdicts, f"{self._analysis.units} units of the candidate")
+        units = 0 if self._next_step_at is not None else self._analysis.units - self._before
+        return _look(units, self._analysis.verdicts(), f"{units} users or conversations of the candidate")
 
 
 class ShadowEvidence:
-    """Compares both versions' answers to the same requests. Times are shown, but decide nothing: copies run one or two
-    at a time, and production's requests at any load."""
+    """Compares both versions' answers to the same requests.
+
+    Times are shown, but decide nothing: copies run one or two at a time, and production's requests at any load.
+    """
 
     def __init__(self, store: Store, record: RolloutRecord) -> None:
         self._store = store
         self._record = record
-        self._analysis = Analysis(_margins(record.plan))
+        self._analysis = Analysis(_margins(record.plan), _BUDGET)
         self._pairs: list[ShadowPair] = []
 
     def look(self) -> Look:
         """Read new pairs, and return the state of the evidence."""
-        pairs = read_shadow_pairs(self._store, self._record.id)
-        for at, pair in enumerate(pairs[len(self._pairs) :], start=len(self._pairs)):
-            production = Request(None, Arm.PRODUCTION, at, pair.production_failed, pair.production_valid)
+        for pair in read_shadow_pairs(self._store, self._record.id, skip=len(self._pairs)):
+            # Both observations of a user end together, so that they are compared with each other.
+            at = float(len(self._pairs))
+            names = {arm: f"{pair.unit} {arm}" if pair.unit else None for arm in Arm}
+            production = Request(
+                names[Arm.PRODUCTION], Arm.PRODUCTION, at, pair.production_failed, pair.production_valid
+            )
             self._analysis.add(production)
-            self._analysis.add(Request(None, Arm.CANDIDATE, at, pair.candidate_failed, pair.candidate_valid))
-        self._pairs = pairs
-        return _look(len(pairs), self._analysis.verdicts(), _pairs_text(pairs))
+            self._analysis.add(
+                Request(names[Arm.CANDIDATE], Arm.CANDIDATE, at, pair.candidate_failed, pair.candidate_valid)
+            )
+            self._pairs.append(pair)
+        if len(self._pairs) >= self._record.plan.shadow:
+            self._analysis.start_step()  # ends all observations
+        return _look(len(self._pairs), self._analysis.verdicts(), _pairs_text(self._pairs))
 
 
 def expectations(store: Store, record: RolloutRecord) -> list[str]:
@@ -118,6 +133,11 @@ def expectations(store: Store, record: RolloutRecord) -> list[str]:
             f"canary at {plan.canary[0]:g} %: a loss is excluded by about {units} users or conversations of the "
             f"candidate if no request fails, {_takes(units / share, per_day)} at that rate if each sends one request"
         )
+        if per_day and 86_400 * units / share / per_day > plan.max_step_s:
+            texts.append(
+                "that is longer than the deadline: expect no decision, unless you raise max_step_s or the margins, or "
+                "begin with a larger share"
+            )
         losses = Analysis(_margins(plan)).detectable(units, share)
         texts.append(
             f"that number proves {100 * losses[Signal.ERRORS]:.1f} points more failed requests, "
@@ -153,15 +173,24 @@ def _arm(assigned: AssignedRequest) -> Arm:
     return Arm.CANDIDATE if assigned.candidate else Arm.PRODUCTION
 
 
-def _request(assigned: AssignedRequest) -> Request:
-    failed = assigned.outcome in _FAILED
+def _request(assigned: AssignedRequest) -> Request | None:
+    """Return what a request says about the version to which it was assigned, or None if it says nothing.
+
+    A request that the gateway refused never counts. One that an engine refused counts in both arms alike: clients' own
+    mistakes cancel out, and a version that refuses what the other one answers is found. A client that leaves before the
+    first token has waited for at least that long.
+    """
+    refused, gone = assigned.outcome is RequestOutcome.REFUSED, assigned.outcome is RequestOutcome.CLIENT_GONE
+    if refused and not assigned.reached_engine:
+        return None
+    failed = refused or assigned.outcome in _FAILED
     seconds = assigned.seconds if assigned.first_token_seconds is None else assigned.first_token_seconds
     return Request(
         unit=assigned.unit or None,
         arm=_arm(assigned),
         ended_at=(assigned.started_at + timedelta(seconds=assigned.seconds)).timestamp(),
         failed=failed,
-        valid=assigned.valid,
+        valid=None if gone else assigned.valid,
         first_token_s=None if failed else seconds,
     )
 

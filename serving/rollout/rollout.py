@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
+from typing import TypeVar
 
 from sqlalchemy import Engine as Store
 from sqlalchemy.exc import SQLAlchemyError
@@ -30,11 +31,9 @@ from serving.telemetry.deployment_metrics import DeploymentMetrics
 from svc.dataset.text.thinking import without_thinking
 from svc.errors import EngineError, SvcError
 from svc.evaluation.metrics.json_answers import is_json
-from svc.identity.actor import Actor
 from svc.registry.registry import Registry
 from svc.settings import AtDeadline, UnitKind
-from svc.store.audit import Action, AuditEntry
-from svc.store.desired import change_desired, read_desired
+from svc.store.desired import read_desired
 from svc.store.rollouts import (
     RolloutOutcome,
     RolloutRecord,
@@ -46,11 +45,14 @@ from svc.store.rollouts import (
     enter_state,
     find_rollout,
     store_signals,
+    switch_rollout,
 )
 from svc.store.swaps import SwapOutcome, find_swap
 from svc.version import VersionId
 
 log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 _POLL_S = 0.25
 _LOOK_S = 1.0
@@ -95,9 +97,9 @@ class Rollouts:
         while True:
             try:
                 record = await asyncio.to_thread(active_rollout, self.store, self.names.name)
-                if record is not None and (self.pool.ready or record.state is RolloutState.SWITCHING):
+                if record is not None:
                     self.active = True
-                    await self._carry_out(record)
+                    await (self._carry_out(record) if self._can_run(record) else self._wait(record))
             except SQLAlchemyError:
                 log.exception("could not read or write the rollout of %s; retrying", self.names.name)
                 await asyncio.sleep(_STORE_PAUSE_S)
@@ -105,12 +107,29 @@ class Rollouts:
                 self.active = False
             await asyncio.sleep(_POLL_S)
 
-    async def _carry_out(self, record: RolloutRecord) -> None:
-        """Continue a rollout from its stored state to its end, and store the outcome.
+    def _can_run(self, record: RolloutRecord) -> bool:
+        return bool(self.pool.ready) or record.state is RolloutState.SWITCHING
 
-        Raises:
-            SQLAlchemyError: the store does not respond; the rollout continues once it does.
-        """
+    async def _wait(self, record: RolloutRecord) -> None:
+        """End a rollout that a user stopped, or that waited too long, while no engine of production is ready."""
+        waited_s = (datetime.now(UTC) - record.step_began_at).total_seconds()
+        if record.stop is not None:
+            await self._end(record, RolloutOutcome.CANCELLED, record.stop)
+        elif waited_s > record.plan.max_step_s:
+            await self._end(record, RolloutOutcome.FAILED, "no engine of the production version was ready")
+
+    async def abandon(self, why: str) -> None:
+        """End the model's rollout, if there is one; call it after `run` has ended."""
+        if record := await asyncio.to_thread(active_rollout, self.store, self.names.name):
+            await self._end(record, RolloutOutcome.CANCELLED, why)
+
+    async def _end(self, record: RolloutRecord, outcome: RolloutOutcome, why: str | None) -> None:
+        log.info("the rollout of %s ended: %s %s", record.target, outcome, why or "")
+        await retrying(lambda: end_rollout(self.store, record.id, outcome, why))
+        self.metrics.rollout_ended(outcome)
+
+    async def _carry_out(self, record: RolloutRecord) -> None:
+        """Continue a rollout from its stored state to its end, and store the outcome."""
         cancellation = Cancellation()
         listening = asyncio.create_task(self._listen(record, cancellation))
         try:
@@ -123,16 +142,12 @@ class Rollouts:
         except (SvcError, OSError) as error:
             log.warning("the rollout of %s failed", record.target, exc_info=error)
             outcome, why = RolloutOutcome.FAILED, str(error)
-        except SQLAlchemyError:
-            raise
         except Exception as error:  # a defect: the rollout ends, and the production version is still served
             log.exception("unexpected error in the rollout of %s", record.target)
             outcome, why = RolloutOutcome.FAILED, repr(error)
         finally:
             listening.cancel()
-        log.info("the rollout of %s ended: %s %s", record.target, outcome, why or "")
-        await asyncio.to_thread(end_rollout, self.store, record.id, outcome, why)
-        self.metrics.rollout_ended(outcome)
+        await self._end(record, outcome, why)
 
     async def _listen(self, record: RolloutRecord, cancellation: Cancellation) -> None:
         """Cancel the rollout when a user stops it, or when another version becomes the desired one."""
@@ -145,7 +160,8 @@ class Rollouts:
             else:
                 if current is not None and current.stop is not None:
                     cancellation.ask(current.stop)
-                if desired is not None and desired.target not in (record.previous, record.target):
+                switching = current is not None and current.state is RolloutState.SWITCHING
+                if desired is not None and desired.generation != record.generation and not switching:
                     cancellation.ask(f"{desired.target} was promoted meanwhile")
             await asyncio.sleep(_POLL_S)
 
@@ -161,6 +177,7 @@ class _Run:
         self._cancellation = cancellation
         self._report = partial(rollouts.report, record.id)
         self._signals: tuple[SignalRow, ...] = ()
+        self._resumed_at = datetime.now(UTC)
         self._split = Split(record.id, 0.0, by_request=record.plan.unit is UnitKind.REQUEST)
 
     async def run(self) -> None:
@@ -173,7 +190,7 @@ class _Run:
         if record.state is RolloutState.SWITCHING:
             return await self._wait_for_swap()
         if record.state is RolloutState.REQUESTED:
-            for text in await asyncio.to_thread(expectations, self._store, record):
+            for text in await retrying(lambda: expectations(self._store, record)):
                 self._report(text)
             await self._enter(RolloutState.LOADING)
         else:
@@ -191,14 +208,16 @@ class _Run:
 
     async def _shadow(self, candidate: LoadedCandidate) -> None:
         """Compare both versions' answers to `plan.shadow` requests; clients get those of production."""
-        await self._enter(RolloutState.SHADOW)
+        if self._record.state is not RolloutState.SHADOW:
+            await self._enter(RolloutState.SHADOW)
         parts, record, wanted = self._parts, self._record, self._plan.shadow
         shadow = Shadow(
             balancer=parts.balancer,
             admission=parts.admission,
             metrics=parts.metrics,
-            model=parts.names.of_candidate,
+            candidate=record.target.version,
             expects_json=self._split.expects_json,
+            is_shared=candidate.engine is None,
             on_pair=partial(add_shadow_pair, self._store, record.id),
         )
         self._report(f"shadow: comparing the answers to {wanted} requests")
@@ -220,11 +239,10 @@ class _Run:
         for step, percent in list(enumerate(self._plan.canary[:-1]))[first:]:
             if self._record.state is not RolloutState.CANARY or step != first:
                 await self._enter(RolloutState.CANARY, step)
-            before = (await asyncio.to_thread(evidence.look)).units
-            evidence.start_step()
+            evidence.start_step(self._record.step_began_at)
             self._divide(replace(self._split, share=percent / 100))
             self._report(f"canary: {percent:g} % of clients are answered by {self._record.target}")
-            look = await self._until(candidate, evidence.look, partial(_is_passed, before + self._plan.min_units))
+            look = await self._until(candidate, evidence.look, partial(_is_passed, self._plan.min_units))
             self._report(f"canary at {percent:g} %: {look.text}")
 
     async def _until(
@@ -238,10 +256,10 @@ class _Run:
         """
         held = False
         while True:
-            seen = await asyncio.to_thread(look)
+            seen = await retrying(look)
             if seen.signals != self._signals:
                 self._signals = seen.signals
-                await asyncio.to_thread(store_signals, self._store, self._record.id, seen.signals)
+                await retrying(partial(store_signals, self._store, self._record.id, seen.signals))
             if seen.losses:
                 raise StoppedError(RolloutOutcome.ROLLED_BACK, seen.losses)
             if is_done(seen):
@@ -260,20 +278,14 @@ class _Run:
 
     async def _switch(self) -> None:
         """Make the candidate the desired version, which the reconciler swaps to, and wait for that swap."""
-        self._cancellation.check()
-        await self._enter(RolloutState.SWITCHING)
-        await asyncio.to_thread(self._desire)
+        switched = await retrying(lambda: switch_rollout(self._store, self._record))
+        if switched is None:
+            current = await retrying(lambda: find_rollout(self._store, self._record.name, self._record.id))
+            raise StoppedError(
+                RolloutOutcome.CANCELLED, (current and current.stop) or "another version was promoted meanwhile"
+            )
+        self._record = switched
         await self._wait_for_swap()
-
-    def _desire(self) -> None:
-        record = self._record
-        desired = read_desired(self._store, record.name)
-        if desired is None or desired.generation != record.generation:
-            raise StoppedError(RolloutOutcome.CANCELLED, "another version was promoted meanwhile")
-        entry = AuditEntry(
-            Action.PROMOTE, str(record.target.version), Actor(record.actor, record.origin), record.reason
-        )
-        change_desired(self._store, desired, record.target, record.previous, forced=record.forced, entry=entry)
 
     async def _wait_for_swap(self) -> None:
         """Wait until the reconciler has swapped to the candidate.
@@ -283,32 +295,40 @@ class _Run:
         """
         record, generation = self._record, self._record.generation + 1
         while True:
-            desired = await asyncio.to_thread(read_desired, self._store, record.name)
-            swap = await asyncio.to_thread(find_swap, self._store, record.name, generation)
-            if desired is not None and desired.generation < generation:  # killed before the desired state was changed
-                return await self._switch()
+            desired = await retrying(lambda: read_desired(self._store, record.name))
+            swap = await retrying(lambda: find_swap(self._store, record.name, generation))
             if swap is not None and swap.result is not None:
                 if swap.result.outcome is SwapOutcome.SUCCEEDED:
-                    return None
+                    return
                 cancelled = swap.result.outcome is SwapOutcome.CANCELLED
-                raise StoppedError(
-                    RolloutOutcome.CANCELLED if cancelled else RolloutOutcome.FAILED, swap.result.reason or ""
-                )
-            if desired is None or desired.target != record.target:
+                outcome = RolloutOutcome.CANCELLED if cancelled else RolloutOutcome.FAILED
+                raise StoppedError(outcome, swap.result.reason or "the swap did not succeed")
+            if swap is None and (desired is None or desired.target != record.target):
                 raise StoppedError(RolloutOutcome.CANCELLED, f"{desired and desired.target} became the desired version")
             if swap is None and self._parts.names.served == record.target:  # a start with the version has no swap
-                return None
+                return
             await asyncio.sleep(_POLL_S)
 
     async def _enter(self, state: RolloutState, step: int = 0) -> None:
-        self._record = await asyncio.to_thread(enter_state, self._store, self._record.id, state, step)
+        self._record = await retrying(lambda: enter_state(self._store, self._record.id, state, step))
 
     def _divide(self, split: Split | None) -> None:
         self._parts.split(split)
         self._parts.metrics.rollout_share(split.share if split else 0.0)
 
     def _step_s(self) -> float:
-        return (datetime.now(UTC) - self._record.step_began_at).total_seconds()
+        """Return the time in the current step; it is counted anew after a restart."""
+        return (datetime.now(UTC) - max(self._record.step_began_at, self._resumed_at)).total_seconds()
+
+
+async def retrying(call: Callable[[], Result]) -> Result:
+    """Return the result of a call that reads or writes the store, in a thread; repeat it until the store responds."""
+    while True:
+        try:
+            return await asyncio.to_thread(call)
+        except SQLAlchemyError:
+            log.exception("could not read or write a rollout; retrying")
+            await asyncio.sleep(_STORE_PAUSE_S)
 
 
 def _is_passed(units: int, look: Look) -> bool:

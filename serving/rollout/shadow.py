@@ -12,18 +12,21 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from serving.admission.admission import Admission
+from serving.admission.errors import AdmissionError
+from serving.model_names import ModelNotFoundError
 from serving.protocols.request import CompletionRequest
 from serving.protocols.route import Route
-from serving.protocols.server_sent_events import EventSplitter
+from serving.protocols.server_sent_events import EventSplitter, is_event
 from serving.protocols.wire_formats import Usage, WireFormat, wire_format
 from serving.replicas.balancer import Balancer, Lease
-from serving.replicas.transport import EngineCall
+from serving.replicas.transport import EngineCall, EngineDiedError, EngineUnreachableError
 from serving.telemetry.deployment_metrics import DeploymentMetrics, ShadowOutcome
 from svc.dataset.text.thinking import without_thinking
 from svc.errors import SvcError
 from svc.evaluation.metrics.json_answers import is_json
 from svc.store.requests import RequestOutcome, RequestRecord
 from svc.store.rollouts import ShadowPair
+from svc.version import VersionId
 
 log = logging.getLogger(__name__)
 
@@ -50,16 +53,18 @@ class Shadow:
     """Sends copies of production requests to a candidate and compares the answers.
 
     Attributes:
-        model: model name under which the candidate answers.
+        candidate: the version to compare.
         expects_json: whether answers should be JSON.
+        is_shared: whether the candidate is an adapter in the engines of production, whose deaths are not its fault.
         on_pair: called with each compared request, in another thread.
     """
 
     balancer: Balancer
     admission: Admission
     metrics: DeploymentMetrics
-    model: str
+    candidate: VersionId
     expects_json: bool
+    is_shared: bool
     on_pair: Callable[[ShadowPair], None]
     _queue: asyncio.Queue[_Copy] = field(default_factory=lambda: asyncio.Queue(MAX_QUEUED), init=False)
     _bytes: int = field(default=0, init=False)
@@ -92,7 +97,10 @@ class Shadow:
         while True:
             copy = await self._queue.get()
             try:
-                pair = await self._compared(copy)
+                pair = None if self.admission.queued else await self._compared(copy)
+                if pair is None:
+                    self.metrics.shadow_request(ShadowOutcome.DROPPED)
+                    continue
                 await asyncio.to_thread(self.on_pair, pair)
             except Exception:  # the boundary of this task: a malformed request must not stop the shadow step
                 log.exception("could not compare a request's answers with the candidate's")
@@ -102,30 +110,37 @@ class Shadow:
             finally:
                 self._bytes -= copy.size
 
-    async def _compared(self, copy: _Copy) -> ShadowPair:
-        """Send a copy to the candidate, and return both versions' results."""
+    async def _compared(self, copy: _Copy) -> ShadowPair | None:
+        """Send a copy to the candidate, and return both versions' results.
+
+        Returns:
+            None if the copy did not reach the candidate, or if an engine died that it shares with production.
+        """
         record, form = copy.record, wire_format(copy.route)
         began = time.monotonic()
         answer = _Answer()
         try:
-            async with self.balancer.lease(self.model) as engine:
+            async with self.balancer.lease(str(self.candidate)) as engine:
+                if engine.served.version != self.candidate:
+                    return None
                 await answer.read(engine, copy, form)
+        except (AdmissionError, ModelNotFoundError, EngineUnreachableError):
+            return None
         except SvcError as error:
+            if self.is_shared and isinstance(error, EngineDiedError):
+                return None
             log.info("the candidate failed on a copy of a request: %s", error)
         seconds = time.monotonic() - began
         production_failed = record.outcome is not RequestOutcome.COMPLETE
-        texts: list[str | None] = [None, None]
-        if answer.complete and not production_failed:
-            texts = await asyncio.to_thread(
-                lambda: [without_thinking(form.text(each)) for each in (copy.answer, answer.parts)]
-            )
-        valid = [is_json(text) if text is not None and self.expects_json else None for text in texts]
+        both = answer.complete and not production_failed
+        texts = await asyncio.to_thread(self._read_texts, copy, answer.parts) if both else _Texts()
         return ShadowPair(
+            unit=(record.unit or "").rpartition(":")[2],
             production_failed=production_failed,
             candidate_failed=not answer.complete,
-            production_valid=valid[0],
-            candidate_valid=valid[1],
-            agrees=texts[0] == texts[1] if texts[0] is not None else None,
+            production_valid=texts.production_valid,
+            candidate_valid=texts.candidate_valid,
+            agrees=texts.agree,
             production_finish=record.finish_reason,
             candidate_finish=answer.finish_reason,
             production_tokens=record.tokens_out,
@@ -133,6 +148,21 @@ class Shadow:
             production_seconds=record.seconds,
             candidate_seconds=seconds,
         )
+
+    def _read_texts(self, copy: _Copy, parts: list[bytes]) -> "_Texts":
+        form = wire_format(copy.route)
+        production, candidate = (without_thinking(form.text(each)) for each in (copy.answer, parts))
+        if not self.expects_json:
+            return _Texts(None, None, production == candidate)
+        return _Texts(is_json(production), is_json(candidate), production == candidate)
+
+
+class _Texts(NamedTuple):
+    """What is compared of both versions' texts; None if unknown."""
+
+    production_valid: bool | None = None
+    candidate_valid: bool | None = None
+    agree: bool | None = None
 
 
 @dataclass(slots=True)
@@ -161,12 +191,17 @@ class _Answer:
             while size <= MAX_ANSWER_BYTES and (part := await answer.read_some()):
                 size += len(part)
                 self.parts += splitter.feed(part) if answer.is_event_stream else [part]
-            if answer.is_event_stream:
-                for event in map(form.classify, self.parts):
-                    self.complete = self.complete or event.end
-                    self.finish_reason = self.finish_reason or event.finish_reason
-                    self.usage = event.usage or self.usage
-            else:
-                self.parts = [b"".join(self.parts)]
-                self.complete = True
-                self.finish_reason, self.usage = form.finish_reason(self.parts[0]), form.usage(self.parts[0])
+            if not answer.is_event_stream:
+                self.parts, self.complete = [b"".join(self.parts)], size <= MAX_ANSWER_BYTES
+        await asyncio.to_thread(self._classify, form)
+
+    def _classify(self, form: WireFormat) -> None:
+        """Read the end of the answer, its finish reason and its token counts."""
+        if not self.parts or not is_event(self.parts[0]):
+            body = b"".join(self.parts)
+            self.finish_reason, self.usage = form.finish_reason(body), form.usage(body)
+            return
+        for event in map(form.classify, self.parts):
+            self.complete = self.complete or event.end
+            self.finish_reason = self.finish_reason or event.finish_reason
+            self.usage = event.usage or self.usage

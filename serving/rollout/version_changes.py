@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from sqlalchemy import Engine as Store
 
 from serving.rollout.initial_state import require_promotable, require_servable
-from svc.errors import BusyError, NotFoundError, SettingsError
+from svc.errors import BusyError, NotFoundError, RefusedError, SettingsError
 from svc.identity.actor import Actor
 from svc.registry.registry import Registry
 from svc.settings import RolloutSettings
@@ -127,6 +127,7 @@ class VersionChanges:
         self._refuse_during_rollout(version.name)
         forced = reason if manifest.failed else None
         if plan.is_gradual and target != current.target:
+            _require_comparable(current, served, target)
             entry = AuditEntry(Action.ROLLOUT, str(version), actor, reason)
             rollout = begin_rollout(self._store, current, target, plan, entry, forced=forced)
             change = VersionChange(target, current.target, None, rollout=rollout.id)
@@ -185,3 +186,14 @@ class VersionChanges:
             return VersionChange(target, current.target, None)
         changed = change_desired(self._store, current, target, previous=current.target, forced=forced, entry=entry)
         return VersionChange(target, current.target, changed.generation)
+
+
+def _require_comparable(current: Desired, served: Target, target: Target) -> None:
+    """Check that a rollout can compare the version in production with another version."""
+    if served != current.target:
+        raise BusyError(f"the promotion of {current.target} is in progress", todo="see `svc status`")
+    if target.version == served.version:
+        raise RefusedError(
+            f"{target} is the version in production in another format, which a rollout cannot compare",
+            todo=f"change the format in a single swap: svc promote {target.version} --format {target.format} --direct",
+        )

@@ -332,6 +332,7 @@ def _checked(record: RequestRecord, entry: _Entry) -> RequestRecord:
     content = entry.content
     if content is None or not content.expects_json or content.too_long or not _is_good(record):
         return record
+    time.sleep(_YIELD_S)
     try:
         return record._replace(valid=is_json_answer(content))
     except (ValueError, RecursionError):  # the engine's answer cannot be read

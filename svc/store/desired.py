@@ -79,25 +79,38 @@ def change_desired(
     Raises:
         BusyError: the desired state no longer equals `seen`.
     """
-    name, generation = target.version.name, (seen.generation if seen else 0) + 1
     with exclusive(store) as session:
-        row = session.get(DesiredRow, name)
-        if (row.generation if row else 0) != generation - 1:
-            raise BusyError(
-                f"another user has just changed the desired version of {name}", todo="check svc status, then retry"
-            )
-        session.merge(
-            DesiredRow(
-                **target_columns(target),
-                generation=generation,
-                previous_number=previous.version.number if previous else None,
-                previous_format=previous.format if previous else None,
-                changed_at=datetime.now(UTC),
-                forced=forced,
-            )
+        return write_desired(session, seen, target, previous, forced=forced, entry=entry)
+
+
+def write_desired(
+    session: Session,
+    seen: Desired | None,
+    target: Target,
+    previous: Target | None,
+    *,
+    forced: str | None = None,
+    entry: AuditEntry | None = None,
+) -> Desired:
+    """Change the desired state in an `exclusive` transaction; see `change_desired`."""
+    name, generation = target.version.name, (seen.generation if seen else 0) + 1
+    row = session.get(DesiredRow, name)
+    if (row.generation if row else 0) != generation - 1:
+        raise BusyError(
+            f"another user has just changed the desired version of {name}", todo="check svc status, then retry"
         )
-        if entry is not None:
-            before = str(seen.target) if seen else None
-            details = {"generation": generation, "format": target.format, "before": before, "forced": bool(forced)}
-            append_event(session, replace(entry, details=details))
+    session.merge(
+        DesiredRow(
+            **target_columns(target),
+            generation=generation,
+            previous_number=previous.version.number if previous else None,
+            previous_format=previous.format if previous else None,
+            changed_at=datetime.now(UTC),
+            forced=forced,
+        )
+    )
+    if entry is not None:
+        before = str(seen.target) if seen else None
+        details = {"generation": generation, "format": target.format, "before": before, "forced": bool(forced)}
+        append_event(session, replace(entry, details=details))
     return Desired(target, previous, generation, forced)

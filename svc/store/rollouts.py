@@ -7,18 +7,19 @@ The server writes the state after every step, so that it can continue the rollou
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from typing import Self
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 from sqlalchemy import Engine as Store
-from sqlalchemy import func, select
+from sqlalchemy import Row, Select, func, select
 from sqlalchemy.orm import Session
 
 from svc.errors import BusyError, NotFoundError
+from svc.identity.actor import Actor
 from svc.settings import RolloutSettings
-from svc.store.audit import AuditEntry, append_event
+from svc.store.audit import Action, AuditEntry, append_event
 from svc.store.database import exclusive
-from svc.store.desired import Desired
+from svc.store.desired import Desired, write_desired
 from svc.store.feedback import Rating
 from svc.store.requests import RequestOutcome
 from svc.store.tables import (
@@ -134,12 +135,14 @@ class ShadowPair:
     """One request that both versions answered during the shadow step; texts are not stored.
 
     Attributes:
+        unit: hash of the user or conversation; empty if unknown.
         production_valid, candidate_valid: whether the answer is JSON; None if it need not be, or if a version failed.
         agrees: whether both answers are equal; None if one version failed.
         production_tokens, candidate_tokens: lengths of the answers; None if unknown.
         production_seconds, candidate_seconds: time until the answer was complete.
     """
 
+    unit: str
     production_failed: bool
     candidate_failed: bool
     production_valid: bool | None
@@ -289,6 +292,25 @@ def enter_state(store: Store, rollout: int, state: RolloutState, step: int = 0) 
         return _record(session, row)
 
 
+def switch_rollout(store: Store, record: RolloutRecord) -> RolloutRecord | None:
+    """Make the candidate the desired version, unless a user has stopped the rollout or promoted another version.
+
+    This is one transaction, so that a rollback comes either before the switch, or after it like any other rollback.
+
+    Returns:
+        The rollout in its new state, or None if it may no longer switch.
+    """
+    entry = AuditEntry(Action.PROMOTE, str(record.target.version), Actor(record.actor, record.origin), record.reason)
+    with exclusive(store) as session:
+        row, desired = _row(session, record.id), session.get(DesiredRow, record.name)
+        if row.stop is not None or desired is None or desired.generation != record.generation:
+            return None
+        seen = Desired(record.previous, None, record.generation)
+        write_desired(session, seen, record.target, record.previous, forced=record.forced, entry=entry)
+        row.state, row.step, row.step_began_at = RolloutState.SWITCHING, 0, datetime.now(UTC)
+        return _record(session, row)
+
+
 def store_signals(store: Store, rollout: int, signals: tuple[SignalRow, ...]) -> None:
     """Store the latest verdicts of a rollout."""
     with exclusive(store) as session:
@@ -307,9 +329,13 @@ def add_shadow_pair(store: Store, rollout: int, pair: ShadowPair) -> None:
         session.add(ShadowPairRow.of(pair, rollout_id=rollout, at=datetime.now(UTC)))
 
 
-def read_shadow_pairs(store: Store, rollout: int) -> list[ShadowPair]:
-    """Return the compared requests of a rollout, oldest first."""
-    query = select(ShadowPairRow).where(ShadowPairRow.rollout_id == rollout).order_by(ShadowPairRow.id)
+def read_shadow_pairs(store: Store, rollout: int, *, skip: int = 0) -> list[ShadowPair]:
+    """Return the compared requests of a rollout, oldest first.
+
+    Args:
+        skip: number of the oldest ones that are left out.
+    """
+    query = select(ShadowPairRow).where(ShadowPairRow.rollout_id == rollout).order_by(ShadowPairRow.id).offset(skip)
     with Session(store) as session:
         return [row.read(ShadowPair) for row in session.scalars(query)]
 
@@ -330,6 +356,7 @@ class AssignedRequest:
     Attributes:
         id: id of the request's row.
         candidate: whether it was assigned to the candidate, even if production answered because no engine ran it.
+        reached_engine: whether it was sent to an engine.
         unit: hash of the user or conversation; empty if the request was assigned by itself.
         valid: whether the answer is JSON; None if unknown.
     """
@@ -337,6 +364,7 @@ class AssignedRequest:
     id: int
     candidate: bool
     unit: str
+    reached_engine: bool
     started_at: datetime
     seconds: float
     first_token_seconds: float | None
@@ -346,36 +374,55 @@ class AssignedRequest:
 
 def read_assigned(store: Store, record: RolloutRecord, after: int) -> list[AssignedRequest]:
     """Return the requests of a rollout whose rows have a higher id than `after`, in the order in which they ended."""
-    row = RequestRow
-    query = (
-        select(row)
-        .where(row.id > after, row.model == record.name, row.unit.startswith(f"{record.id}:"))
-        .order_by(row.id)
-    )
+    query = _assigned(record).where(RequestRow.id > after).order_by(RequestRow.id)
     if not after:
-        query = query.where(row.started_at >= record.requested_at)
-    with Session(store) as session:
-        return [
-            each.read(AssignedRequest, candidate=arm == "candidate", unit=unit)
-            for each in session.scalars(query)
-            for _, arm, unit in [str(each.unit).split(":", 2)]
-        ]
+        query = query.where(RequestRow.started_at >= record.requested_at)
+    with store.connect() as connection:
+        return [_assigned_request(row) for row in connection.execute(query)]
 
 
 def read_ratings(store: Store, record: RolloutRecord) -> list[tuple[AssignedRequest, bool]]:
     """Return the rated requests of a rollout, each with whether the rating is bad, in the order of the ratings."""
     query = (
-        select(RequestRow, FeedbackRow.rating)
+        _assigned(record)
+        .add_columns(FeedbackRow.rating)
         .join(FeedbackRow, FeedbackRow.request == RequestRow.id)
-        .where(RequestRow.unit.startswith(f"{record.id}:"), RequestRow.started_at >= record.requested_at)
+        .where(RequestRow.started_at >= record.requested_at)
         .order_by(FeedbackRow.given_at)
     )
-    with Session(store) as session:
-        return [
-            (row.read(AssignedRequest, candidate=arm == "candidate", unit=unit), rating == Rating.BAD)
-            for row, rating in session.execute(query)
-            for _, arm, unit in [str(row.unit).split(":", 2)]
-        ]
+    with store.connect() as connection:
+        return [(_assigned_request(row), row.rating == Rating.BAD) for row in connection.execute(query)]
+
+
+def _assigned(record: RolloutRecord) -> Select[*tuple[Any, ...]]:
+    """Return a query for what a rollout needs of its requests, which never includes texts."""
+    row = RequestRow
+    columns = (
+        row.id,
+        row.unit,
+        row.number,
+        row.started_at,
+        row.seconds,
+        row.first_token_seconds,
+        row.outcome,
+        row.valid,
+    )
+    return select(*columns).where(row.model == record.name, row.unit.startswith(f"{record.id}:"))
+
+
+def _assigned_request(row: Row[Any]) -> AssignedRequest:
+    _, arm, unit = row.unit.split(":", 2)
+    return AssignedRequest(
+        id=row.id,
+        candidate=arm == "candidate",
+        unit=unit,
+        reached_engine=row.number is not None,
+        started_at=row.started_at,
+        seconds=row.seconds,
+        first_token_seconds=row.first_token_seconds,
+        outcome=RequestOutcome(row.outcome),
+        valid=row.valid,
+    )
 
 
 def requests_per_day(store: Store, name: str) -> int:

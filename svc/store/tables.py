@@ -177,6 +177,7 @@ class ShadowPairRow(Table):
     id: Mapped[int] = mapped_column(primary_key=True)
     rollout_id: Mapped[int] = mapped_column(sa.ForeignKey("rollouts.id"), index=True)
     at: Mapped[datetime]
+    unit: Mapped[str]
     production_failed: Mapped[bool]
     candidate_failed: Mapped[bool]
     production_valid: Mapped[bool | None]

@@ -59,3 +59,19 @@ def test_model_is_unavailable_before_its_first_version() -> None:
 
 def test_load_time_is_in_whole_seconds() -> None:
     assert names().since == 7
+
+
+def test_assigned_request_gets_the_candidate_while_its_engine_runs_else_production() -> None:
+    model_names = names()
+    model_names.candidate = TWO.version
+    model_names.loaded = {ONE, TWO}
+    assert model_names.resolve(model_names.assigned) == model_names.resolve("tuned@candidate") == TWO.version
+    model_names.loaded = {ONE}  # its engine died
+    assert model_names.resolve(model_names.assigned) is None
+    with pytest.raises(ModelNotFoundError):
+        model_names.resolve("tuned@candidate")
+
+
+def test_assigned_request_that_was_queued_until_the_rollout_ended_gets_production() -> None:
+    model_names = names()
+    assert model_names.resolve(model_names.assigned) is None

@@ -107,8 +107,8 @@ def candidates(percent: float, rollout: int = 1) -> set[str]:
     split = router(backend_)
     split.split("a", Split(rollout, percent / 100))
     destinations = {who: split.find("a", who) for who in CLIENTS}
-    assert {to.model for to in destinations.values()} <= {"a", "a@candidate"}
-    return {who for who, to in destinations.items() if to.model == "a@candidate"}
+    assert {to.model for to in destinations.values()} <= {"a", backend_.names.assigned}
+    return {who for who, to in destinations.items() if to.model == backend_.names.assigned}
 
 
 @given(st.text(min_size=1), st.floats(0, 1))
@@ -145,6 +145,12 @@ def test_request_for_a_named_version_is_not_part_of_a_rollout() -> None:
     split = router(backend("a", 1, 2))
     split.split("a", Split(1, 1.0))
     assert (split.find("a@1", "ann").model, split.find("a@1", "ann").assignment) == ("a@1", None)
+
+
+def test_internal_name_of_assigned_requests_is_unknown_to_clients() -> None:
+    one = backend("a", 1)
+    with pytest.raises(ModelNotFoundError):
+        router(one).find(one.names.assigned)
 
 
 def test_all_requests_go_to_production_after_a_rollout() -> None:

@@ -50,6 +50,7 @@ def upgrade() -> None:
         sa.Column("id", sa.Integer(), nullable=False),
         sa.Column("rollout_id", sa.Integer(), nullable=False),
         sa.Column("at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("unit", sa.String(), nullable=False),
         sa.Column("production_failed", sa.Boolean(), nullable=False),
         sa.Column("candidate_failed", sa.Boolean(), nullable=False),
         sa.Column("production_valid", sa.Boolean(), nullable=True),

@@ -1,0 +1,127 @@
+"""What stored requests say about the two versions of a rollout."""
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from sqlalchemy import Engine as Store
+
+from serving.rollout.evidence import CanaryEvidence, ShadowEvidence, expectations
+from svc.identity.actor import Actor
+from svc.settings import RolloutSettings
+from svc.store.audit import Action, AuditEntry
+from svc.store.desired import change_desired
+from svc.store.feedback import Feedback, Rating, keep_feedback
+from svc.store.requests import RequestOutcome, RequestRecord, add_requests
+from svc.store.rollouts import RolloutRecord, ShadowPair, add_shadow_pair, begin_rollout, unit_text
+from tests.serving.versions import NAME, target
+
+PLAN = RolloutSettings(shadow=50, canary=(50, 100), max_errors=0.05, max_invalid=0.05)
+
+
+@pytest.fixture
+def record(store: Store) -> RolloutRecord:
+    """A rollout of version 2."""
+    desired = change_desired(store, None, target(1), None)
+    return begin_rollout(store, desired, target(2), PLAN, AuditEntry(Action.ROLLOUT, NAME, Actor("user:ann", "laptop")))
+
+
+def answered(
+    record: RolloutRecord,
+    number: int,
+    *,
+    candidate: bool,
+    outcome: RequestOutcome = RequestOutcome.COMPLETE,
+    served: bool = True,
+    valid: bool | None = None,
+    seconds: float | None = None,
+) -> RequestRecord:
+    version = target(2 if candidate else 1)
+    return RequestRecord(
+        request_id=f"{candidate}{number}",
+        started_at=record.requested_at + timedelta(seconds=1 + number / 100),
+        model=NAME,
+        version=version.version if served else None,
+        format=version.format if served else None,
+        route="/v1/chat/completions",
+        status=200,
+        outcome=outcome,
+        seconds=0.1 + number * 37 % 100 / 1000 if seconds is None else seconds,
+        unit=unit_text(record.id, "", candidate=candidate),
+        valid=valid,
+    )
+
+
+def add(store: Store, record: RolloutRecord, count: int, **of_candidate: object) -> None:
+    for number in range(count):
+        candidate = answered(record, number, candidate=True, **of_candidate)  # type: ignore[arg-type]
+        add_requests(store, [answered(record, number, candidate=False, valid=True), candidate])
+
+
+def test_invalid_json_of_the_candidate_is_a_proven_loss(store: Store, record: RolloutRecord) -> None:
+    add(store, record, 30, valid=False)
+    look = CanaryEvidence(store, record).look()
+    assert look.losses.startswith("invalid JSON 100.0 % instead of 0.0 %, at most 5 points more allowed: failed")
+
+
+def test_equal_versions_pass_once_enough_requests_exclude_a_loss(store: Store, record: RolloutRecord) -> None:
+    evidence = CanaryEvidence(store, record)
+    add(store, record, 20, valid=True)
+    assert (evidence.look().is_passed, evidence.look().units) == (False, 20)
+    add(store, record, 300, valid=True)
+    assert (evidence.look().is_passed, evidence.look().losses) == (True, "")
+
+
+@pytest.mark.parametrize("outcome", [RequestOutcome.ENGINE_ERROR, RequestOutcome.SERVER_ERROR, RequestOutcome.REFUSED])
+def test_failures_of_the_candidates_engine_are_a_proven_loss(
+    store: Store, record: RolloutRecord, outcome: RequestOutcome
+) -> None:
+    add(store, record, 30, outcome=outcome)
+    assert "failed requests 100.0 %" in CanaryEvidence(store, record).look().losses
+
+
+def test_requests_that_the_gateway_refused_are_not_held_against_a_version(store: Store, record: RolloutRecord) -> None:
+    add(store, record, 30, outcome=RequestOutcome.REFUSED, served=False)
+    assert CanaryEvidence(store, record).look().units == 0
+
+
+def test_clients_that_leave_before_the_first_token_count_as_having_waited(store: Store, record: RolloutRecord) -> None:
+    add(store, record, 200, outcome=RequestOutcome.CLIENT_GONE, seconds=10.0)
+    losses = CanaryEvidence(store, record).look().losses
+    assert "time to first token" in losses and "failed requests" not in losses
+
+
+def test_bad_ratings_can_end_a_rollout_but_do_not_hold_it(store: Store, record: RolloutRecord) -> None:
+    add(store, record, 300, valid=True)
+    for number in range(300):
+        for candidate in (False, True):
+            rating = Rating.BAD if candidate else Rating.GOOD
+            keep_feedback(store, f"{candidate}{number}", Feedback(rating))
+            if (number, candidate) == (2, True):
+                assert CanaryEvidence(store, record).look().is_passed
+    assert "bad ratings 100.0 %" in CanaryEvidence(store, record).look().losses
+
+
+def test_only_units_since_the_beginning_of_the_step_count_for_its_minimum(store: Store, record: RolloutRecord) -> None:
+    add(store, record, 60)
+    evidence = CanaryEvidence(store, record)
+    evidence.start_step(record.requested_at + timedelta(seconds=1.4))
+    assert evidence.look().units == 20
+
+
+def test_shadow_pairs_of_one_user_are_one_observation(store: Store, record: RolloutRecord) -> None:
+    bad = ShadowPair("ann", False, True, None, None, None, "stop", None, 3, None, 0.1, 0.1)
+    good = ShadowPair("", False, False, True, True, True, "stop", "stop", 3, 3, 0.1, 0.2)
+    for pair in [bad] * 30 + [good] * 30:
+        add_shadow_pair(store, record.id, pair)
+    look = ShadowEvidence(store, record).look()
+    assert (look.units, look.losses) == (60, "")
+    for _ in range(30):
+        add_shadow_pair(
+            store, record.id, ShadowPair("", False, True, None, None, None, "stop", None, 3, None, 0.1, 0.1)
+        )
+    assert "failed requests" in ShadowEvidence(store, record).look().losses
+
+
+def test_expectations_say_that_traffic_is_too_small_for_the_deadline(store: Store, record: RolloutRecord) -> None:
+    add_requests(store, [answered(record, 0, candidate=False)._replace(started_at=datetime.now(UTC))])
+    assert any("longer than the deadline" in text for text in expectations(store, record))

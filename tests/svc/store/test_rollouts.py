@@ -1,0 +1,106 @@
+"""The stored state of rollouts."""
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from sqlalchemy import Engine as Store
+
+from svc.errors import BusyError
+from svc.identity.actor import Actor
+from svc.settings import RolloutSettings
+from svc.store.audit import Action, AuditEntry, read_events
+from svc.store.desired import Desired, change_desired, read_desired
+from svc.store.requests import RequestOutcome, RequestRecord, add_requests
+from svc.store.rollouts import (
+    RolloutOutcome,
+    RolloutRecord,
+    RolloutState,
+    active_rollout,
+    begin_rollout,
+    end_rollout,
+    read_assigned,
+    stop_rollout,
+    switch_rollout,
+    unit_text,
+)
+from svc.version import Format, Target, VersionId
+
+ONE, TWO, THREE = (Target(VersionId("tuned", number), Format.MERGED) for number in (1, 2, 3))
+ACTOR = Actor("user:ann", "laptop")
+PLAN = RolloutSettings(canary=(5, 100))
+
+
+def begin(store: Store) -> tuple[Desired, RolloutRecord]:
+    desired = read_desired(store, "tuned") or change_desired(store, None, ONE, None)
+    return desired, begin_rollout(store, desired, TWO, PLAN, AuditEntry(Action.ROLLOUT, str(TWO.version), ACTOR))
+
+
+def stop(store: Store) -> RolloutRecord | None:
+    return stop_rollout(store, "tuned", "a feeling", AuditEntry(Action.ROLLBACK, str(ONE.version), ACTOR))
+
+
+def test_second_rollout_of_a_model_is_refused_until_the_first_has_ended(store: Store) -> None:
+    _, first = begin(store)
+    with pytest.raises(BusyError, match=r"a rollout of tuned@2 \(merged\) is in progress"):
+        begin(store)
+    end_rollout(store, first.id, RolloutOutcome.UNDECIDED, "no data")
+    assert active_rollout(store, "tuned") is None
+    begin(store)
+
+
+def test_switch_makes_the_candidate_the_desired_version_and_is_audited(store: Store) -> None:
+    _, record = begin(store)
+    switched = switch_rollout(store, record)
+    assert switched is not None and switched.state is RolloutState.SWITCHING
+    desired = read_desired(store, "tuned")
+    assert desired is not None and (desired.target, desired.previous) == (TWO, ONE)
+    assert [(event.action, event.actor) for event in read_events(store, newest=2)] == [
+        ("rollout", "user:ann"),
+        ("promote", "user:ann"),
+    ]
+
+
+def test_stopped_rollout_can_no_longer_switch(store: Store) -> None:
+    _, record = begin(store)
+    assert stop(store) is not None
+    assert switch_rollout(store, record) is None
+    desired = read_desired(store, "tuned")
+    assert desired is not None and desired.target == ONE
+
+
+def test_rollout_cannot_switch_after_another_promotion(store: Store) -> None:
+    desired, record = begin(store)
+    change_desired(store, desired, THREE, ONE)
+    assert switch_rollout(store, record) is None
+
+
+def test_rollout_that_is_switching_is_not_stopped_but_rolled_back_like_a_swap(store: Store) -> None:
+    _, record = begin(store)
+    switch_rollout(store, record)
+    assert stop(store) is None
+
+
+def test_only_the_rollouts_own_requests_are_read_in_order_and_once(store: Store) -> None:
+    _, record = begin(store)
+    row = RequestRecord(
+        request_id="r",
+        started_at=datetime.now(UTC) + timedelta(seconds=1),
+        model="tuned",
+        version=TWO.version,
+        format=Format.MERGED,
+        route="/v1/chat/completions",
+        status=200,
+        outcome=RequestOutcome.COMPLETE,
+        seconds=0.5,
+    )
+    own = [unit_text(record.id, "ab", candidate=True), unit_text(record.id, "", candidate=False)]
+    others = [None, unit_text(record.id + 1, "ab", candidate=True)]
+    add_requests(store, [replace_unit(row, unit) for unit in (own[0], *others, own[1])])
+    first, second = read_assigned(store, record, 0)
+    assert (first.candidate, first.unit, second.candidate, second.unit) == (True, "ab", False, "")
+    assert read_assigned(store, record, first.id) == [second]
+    assert read_assigned(store, record, second.id) == []
+
+
+def replace_unit(row: RequestRecord, unit: str | None) -> RequestRecord:
+    return row._replace(unit=unit)
