@@ -19,7 +19,7 @@ TOKENIZERS := .venv/tokenizers/.ready
 GATEWAYS := .venv/peers/.ready
 
 .PHONY: install newest check test test-fast test-matrix soak lock bench-drift bench-gateway bench-start bench-train
-.PHONY: bench-estimate bench-week demo serve docs rules clean
+.PHONY: bench-estimate bench-rollout bench-week demo serve docs rules clean
 
 install: $(READY)
 
@@ -93,6 +93,12 @@ ROUNDS ?= 5
 ONLY ?=
 bench-gateway: $(READY) $(GATEWAYS)
 	$(BIN)/python -m benchmarks.gateway --rounds $(ROUNDS) $(if $(ONLY),--only "$(ONLY)")
+
+# Decisions of canary rollouts in simulated traffic, compared with fixed thresholds: at most half an hour on two cores;
+# ROLLOUTS=20 for a quick run.
+ROLLOUTS ?= 1000
+bench-rollout: $(READY)
+	$(BIN)/python -m benchmarks.rollout --rollouts $(ROLLOUTS)
 
 # Training compared with a plain TRL script, in speed, memory and loss: 25 minutes, on a quiet machine.
 bench-train: $(READY)

@@ -27,7 +27,7 @@ Floats = NDArray[np.float64]
 STAKES = (0.1, 0.2, 0.4, 0.8)
 """Parts of the money staked on each payoff. The largest proves a gross loss within 50 candidate units, the smallest
 fits losses close to the margin of frequent events."""
-_MAX_MONEY = 1e100  # far beyond any decision, and its square is still finite
+_MAX_MONEY = 1e100  # far beyond any decision, and far from overflow
 _BISECTIONS = 20
 
 

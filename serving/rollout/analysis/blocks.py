@@ -16,26 +16,31 @@ class Block:
     candidate: list[float] = field(default_factory=list)
 
     @property
-    def complete(self) -> bool:
-        return bool(self.production and self.candidate)
-
-    @property
     def difference(self) -> float:
         """Mean of the candidate minus mean of production."""
         return sum(self.candidate) / len(self.candidate) - sum(self.production) / len(self.production)
 
 
 class Blocks:
-    """Divides a sequence of observations into blocks; a block ends as soon as it has a unit of each arm."""
+    """Divides a sequence of observations into blocks; a block ends as soon as it has a unit of each arm.
+
+    Attributes:
+        open: the incomplete block.
+    """
 
     def __init__(self) -> None:
-        self._block = Block()
+        self.open = Block()
 
     def add(self, arm: Arm, value: float) -> Block | None:
         """Add a unit's observation; return the block that it completes, or None."""
-        block = self._block
-        (block.candidate if arm is Arm.CANDIDATE else block.production).append(value)
-        if not block.complete:
+        block = self.open
+        if arm is Arm.CANDIDATE:
+            block.candidate.append(value)
+            complete = block.production
+        else:
+            block.production.append(value)
+            complete = block.candidate
+        if not complete:
             return None
-        self._block = Block()
+        self.open = Block()
         return block

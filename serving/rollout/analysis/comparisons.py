@@ -24,6 +24,8 @@ from svc.evaluation.verdict import GateOutcome
 PERCENTILE = 0.95
 _MIN_PRODUCTION = 50
 """Units of production before times are compared, for a first estimate of their 95th percentile."""
+_GROWTH = 1.01
+"""Growth of production's units between two estimates."""
 _RATIOS = (0.01, 100.0)
 _FIGURE_ERROR = 0.05
 """Probability that a percentile is ever outside its displayed limits."""
@@ -60,6 +62,18 @@ class Loss:
     high: float
 
 
+@dataclass(slots=True)
+class _Total:
+    """Number and sum of the observations of one arm in complete blocks."""
+
+    units: int = 0
+    sum: float = 0.0
+
+    def add(self, values: list[float]) -> None:
+        self.units += len(values)
+        self.sum += sum(values)
+
+
 class ShareComparison:
     """Compares a share, such as that of failed requests.
 
@@ -73,27 +87,27 @@ class ShareComparison:
         self._blocks = Blocks()
         self._evidence = Evidence(margin)
         self._differences = Counter[float]()
-        self._units = dict.fromkeys(Arm, 0)
-        self._sums = dict.fromkeys(Arm, 0.0)
+        self._totals = {arm: _Total() for arm in Arm}
 
     def add(self, arm: Arm, share: float) -> None:
         """Add a unit."""
-        self._units[arm] += 1
-        self._sums[arm] += share
         if block := self._blocks.add(arm, share):
-            self._evidence.add(block.difference)
-            self._differences[block.difference] += 1
+            self._totals[Arm.PRODUCTION].add(block.production)
+            self._totals[Arm.CANDIDATE].add(block.candidate)
+            difference = block.difference
+            self._evidence.add(difference)
+            self._differences[difference] += 1
 
     def outcome(self) -> GateOutcome:
         return self._evidence.outcome(self._budget)
 
     def units(self, arm: Arm) -> int:
         """Return the number of units with data."""
-        return self._units[arm]
+        return self._totals[arm].units + len(self._open(arm))
 
     def figure(self, arm: Arm) -> Figure:
-        units = self._units[arm]
-        return Figure(units, self._sums[arm] / units if units else None)
+        units = self.units(arm)
+        return Figure(units, (self._totals[arm].sum + sum(self._open(arm))) / units if units else None)
 
     def loss(self) -> Loss | None:
         """Return the difference of the shares; None before the first block is complete."""
@@ -102,14 +116,18 @@ class ShareComparison:
         mean = sum(value * count for value, count in self._differences.items()) / self._differences.total()
         return Loss(mean, *difference_limits(self._differences, self._budget))
 
+    def _open(self, arm: Arm) -> list[float]:
+        return self._blocks.open.candidate if arm is Arm.CANDIDATE else self._blocks.open.production
+
 
 class LatencyComparison:
     """Compares the 95th percentile of a time.
 
     The compared shares are those of candidate units above `margin` times a threshold, and of production units above the
-    threshold. The threshold is production's 95th percentile before the block. If every quantile of the candidate is at
-    most `margin` times production's, the first share is at most the second at any threshold. So an inaccurate threshold
-    costs power, but adds no wrong proofs. Other ratios in place of `margin` give the limits of the ratio.
+    threshold. The threshold is an estimate of production's 95th percentile from before the block. If every quantile of
+    the candidate is at most `margin` times production's, the first share is at most the second at any threshold. So an
+    inaccurate threshold costs power, but adds no wrong proofs. Other ratios in place of `margin` give the limits of the
+    ratio.
 
     Confidence sequences of both percentiles (Howard and Ramdas 2022) need about five times as many units for the
     same decision.
@@ -125,6 +143,7 @@ class LatencyComparison:
         self._evidence = Evidence(0.0)
         self._times = {arm: Times() for arm in Arm}
         self._threshold: float | None = None
+        self._next_estimate = float(_MIN_PRODUCTION)  # number of production's units at the next estimate
         self._ratios = list[float]()  # of each candidate unit in a block, to the threshold
         self._starts = list[int]()  # place of each block's first ratio
         self._slow = list[float]()  # share of each block's production units above the threshold
@@ -134,8 +153,7 @@ class LatencyComparison:
         production = self._times[Arm.PRODUCTION]
         self._times[arm].add(seconds)
         if self._threshold is None:
-            if production.count >= _MIN_PRODUCTION:
-                self._threshold = production.quantile(PERCENTILE)
+            self._estimate(production)
             return
         block = self._blocks.add(arm, seconds)
         if block is None:
@@ -146,7 +164,13 @@ class LatencyComparison:
         self._starts.append(len(self._ratios))
         self._ratios += ratios
         self._slow.append(slow)
-        self._threshold = production.quantile(PERCENTILE)
+        self._estimate(production)
+
+    def _estimate(self, production: Times) -> None:
+        """Set the threshold for the next block."""
+        if production.count >= self._next_estimate:
+            self._threshold = production.quantile(PERCENTILE)
+            self._next_estimate = _GROWTH * production.count
 
     def outcome(self) -> GateOutcome:
         return self._evidence.outcome(self._budget)

@@ -2,10 +2,6 @@
 
 import math
 
-import numpy as np
-
-from serving.rollout.analysis.betting import Floats
-
 _RESOLUTION = math.log(1.01)
 """Width of the bins, on a logarithmic scale: 1 %."""
 _SHORTEST_S, _LONGEST_S = 1e-4, 1e5
@@ -16,13 +12,18 @@ class Times:
     """A histogram of times in seconds; its size does not grow with their number."""
 
     def __init__(self) -> None:
-        self._counts = np.zeros(_BINS)
+        self._counts = [0] * _BINS
+        self._highest = 0
         self.count = 0
 
     def add(self, seconds: float) -> None:
-        clipped = min(max(seconds, _SHORTEST_S), _LONGEST_S)
-        self._counts[int(math.log(clipped / _SHORTEST_S) / _RESOLUTION)] += 1
+        if not _SHORTEST_S <= seconds <= _LONGEST_S:
+            seconds = min(max(seconds, _SHORTEST_S), _LONGEST_S)
+        place = int(math.log(seconds / _SHORTEST_S) / _RESOLUTION)
+        self._counts[place] += 1
         self.count += 1
+        if place > self._highest:
+            self._highest = place
 
     def quantile(self, share: float) -> float:
         """Return the time that this share of the times does not exceed, rounded up by at most 1 %.
@@ -55,9 +56,11 @@ class Times:
         return low, self._upper_edge(self._bin(above)) if above <= self.count else None
 
     def _bin(self, rank: int) -> int:
-        """Return the bin of the time with this rank, counted from 1."""
-        totals: Floats = np.cumsum(self._counts)
-        return int(np.searchsorted(totals, rank))
+        """Return the bin of the time with this rank, counted from 1. The search starts at the longest times."""
+        place, above = self._highest, self.count - rank
+        while (above := above - self._counts[place]) >= 0:
+            place -= 1
+        return place
 
     @staticmethod
     def _lower_edge(place: int) -> float:

@@ -15,7 +15,6 @@ def test_blocks_are_minimal_and_contain_all_units_of_both_arms(observations: lis
         if block := blocks.add(arm, value):
             complete.append(block)
     for block in complete:
-        assert block.complete
         assert min(len(block.production), len(block.candidate)) == 1
         assert -1 <= block.difference <= 1
     used = sum(len(block.production) + len(block.candidate) for block in complete)

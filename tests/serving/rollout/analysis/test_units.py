@@ -45,15 +45,15 @@ def test_next_step_observes_units_of_production_again_but_not_of_the_candidate()
     closed(units, Request("moved", PRODUCTION, 0.0), Request("stays", CANDIDATE, 0.0))
     assert [unit.arm for unit in units.start_step()] == [PRODUCTION, CANDIDATE]
     closed(units, Request("moved", CANDIDATE, 1.0, failed=True), Request("stays", CANDIDATE, 1.0, failed=True))
-    assert list(units.start_step()) == [Unit(CANDIDATE, 1.0, None, None)]
+    assert units.start_step() == [Unit(CANDIDATE, 1.0, None, None)]
     assert closed(units, Request("moved", CANDIDATE, 2.0)) == []
-    assert list(units.start_step()) == []
+    assert units.start_step() == []
 
 
 def test_request_answered_by_the_other_arm_is_not_used() -> None:
     units = Units()
     closed(units, Request("ada", PRODUCTION, 0.0), Request("ada", CANDIDATE, 1.0, failed=True))
-    assert list(units.start_step()) == [Unit(PRODUCTION, 0.0, None, None)]
+    assert units.start_step() == [Unit(PRODUCTION, 0.0, None, None)]
 
 
 @given(st.lists(st.tuples(st.sampled_from("abcdef"), st.floats(0, 50), st.booleans())))
