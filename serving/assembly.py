@@ -119,7 +119,7 @@ def assemble(
         authentication,
         limiter=RateLimiter(),
         buffers=AnswerBuffers(max_bytes=MAX_BUFFERED_BYTES),
-        changes=VersionChanges(registry, store, deployments.served, settings.rollout_of),
+        changes=VersionChanges(registry, store, deployments.served, settings.model_settings),
         sources=lambda: [source for each in deployments.all for source in each.pool.sources()],
         status=deployments.status,
     )

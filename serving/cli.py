@@ -4,6 +4,7 @@ import asyncio
 import gc
 import logging
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from typing import Any
@@ -13,6 +14,7 @@ import click
 from serving.client.promotion import Administration, LocalAdministration, follow, follow_rollout, read_served
 from serving.rollout.version_changes import RolloutOptions, VersionChange
 from svc.errors import (
+    GateError,
     NotFoundError,
     RefusedError,
     RolledBackError,
@@ -26,6 +28,7 @@ from svc.invocation import json_option, print_json, reason_option, remote_of, se
 from svc.registry.registry import Registry
 from svc.remote.server_url import LOCK_FILE
 from svc.settings import Settings
+from svc.store.gate_rows import GATE_ROWS, GateRow, GateVerdict
 from svc.store.rollouts import RolloutOutcome
 from svc.store.swaps import SwapOutcome, SwapResult
 from svc.version import Format, Target, VersionId
@@ -189,9 +192,8 @@ class _Percents(click.ParamType[tuple[float, ...]]):
 @click.option("--shadow", type=int, metavar="N", help="First let VERSION answer copies of N requests.")
 @click.option("--canary", type=_Percents(), help="Then let it answer these shares of clients, such as 5,25,100.")
 @click.option("--direct", is_flag=True, help="Promote in a single swap, without the configured steps.")
-@click.option(
-    "--force", is_flag=True, help="Promote even if the version failed a check at registration; requires --reason."
-)
+@click.option("--force", is_flag=True, help="Promote even if a gate refuses the version; requires --reason.")
+@click.option("--dry-run", is_flag=True, help="Only show the gates: exit code 0 if they pass, 23 if one refuses.")
 @reason_option
 @json_option
 @click.pass_context
@@ -203,10 +205,13 @@ def promote(
     canary: tuple[float, ...] | None,
     direct: bool,
     force: bool,
+    dry_run: bool,
     reason: str | None,
     as_json: bool,
 ) -> None:
     """Promote VERSION (NAME@N) to production without dropping a request.
+
+    First, gates compare its registered results with those of production. A failed gate refuses the promotion.
 
     With --shadow or --canary, or with such steps configured for the model, the version is compared with production
     first, and rolled back if it proves worse. The server carries this out; Ctrl-C only stops watching.
@@ -217,9 +222,14 @@ def promote(
     administration = _administration(ctx)
     format = Format(format_name) if format_name else None
     options = RolloutOptions(shadow, canary, direct)
-    change = administration.promote(VersionId.parse(version), format, force=force, reason=reason, options=options)
-    for gate in change.undecided:
-        click.secho(f"warning: {gate}", fg="yellow", err=True)
+    change = administration.promote(
+        VersionId.parse(version), format, force=force, reason=reason, options=options, dry_run=dry_run
+    )
+    if dry_run:
+        _show_dry_run(change, as_json=as_json)
+        return
+    if change.gates:
+        _show_gates(change.gates, to_stdout=False)
     _follow(administration, change, as_json=as_json)
 
 
@@ -237,6 +247,42 @@ def rollback(ctx: click.Context, name: str, reason: str | None, as_json: bool) -
     _follow(administration, administration.rollback(name, reason=reason), as_json=as_json, is_rollback=True)
 
 
+def _show_dry_run(change: VersionChange, *, as_json: bool) -> None:
+    """Show the gates, and raise GateError if they would refuse the promotion."""
+    if as_json:
+        print_json({"target": str(change.target), "before": str(change.before), "gates": _gates_json(change)})
+    else:
+        _show_gates(change.gates, to_stdout=True)
+    if change.refused:
+        raise GateError(f"the gates refuse {change.target.version}; nothing was changed")
+
+
+def _show_gates(gates: Sequence[GateRow], *, to_stdout: bool) -> None:
+    """Print a table of the gates, then a line on stderr for each gate that failed or is undecided."""
+    from svc.terminal import console, output, print_table
+
+    rows = [
+        (
+            gate.gate,
+            gate.measured,
+            gate.limit,
+            f"skipped: {gate.reason}" if gate.verdict is GateVerdict.SKIPPED else gate.verdict.value,
+        )
+        for gate in gates
+    ]
+    print_table(("gate", "measured", "limit", "verdict"), rows, to=output if to_stdout else console)
+    for gate in gates:
+        if gate.verdict is GateVerdict.FAILED:
+            click.secho(str(gate), fg="red", err=True)
+        elif gate.verdict is GateVerdict.UNDECIDED:
+            click.secho(f"warning: {gate}", fg="yellow", err=True)
+
+
+def _gates_json(change: VersionChange) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = GATE_ROWS.dump_python(change.gates, mode="json")
+    return rows
+
+
 def _administration(ctx: click.Context) -> Administration:
     if remote := remote_of(ctx):
         from serving.client.remote import RemoteAdministration
@@ -252,7 +298,7 @@ def _follow(administration: Administration, change: VersionChange, *, as_json: b
         return
     if change.generation is None:
         if as_json:
-            print_json({"target": str(target), "outcome": "unchanged"})
+            print_json({"target": str(target), "outcome": "unchanged", "gates": _gates_json(change)})
         else:
             click.echo(f"{target} is already served")
         return
@@ -264,7 +310,7 @@ def _follow(administration: Administration, change: VersionChange, *, as_json: b
 
     result = follow(administration, change, show)
     if as_json:
-        print_json({"target": str(target), **asdict(result), "steps": steps})
+        print_json({"target": str(target), **asdict(result), "steps": steps, "gates": _gates_json(change)})
     if result.outcome is not SwapOutcome.SUCCEEDED:
         raise RefusedError(
             f"{target} was not promoted ({result.outcome}): {_served_now(administration, result.outcome, change)}\n"
@@ -326,6 +372,8 @@ def rollout(ctx: click.Context, name: str, rollout_id: int | None, watch: bool, 
     if not watch:
         for step in shown.steps:
             click.echo(f"  {step}")
+    if shown.gates:
+        _show_gates(shown.gates, to_stdout=True)
     if shown.signals:
         rows = [
             (

@@ -146,6 +146,12 @@ class InsufficientMemoryError(SvcError):
     exit_code = 20
 
 
+class GateError(RefusedError):
+    """Raised if a promotion was refused by a gate: the version failed a check, or was measured to be worse."""
+
+    exit_code = 23
+
+
 class AuthenticationError(SvcError):
     """Raised for a missing, invalid, expired or revoked key. The text may contain its id, but never a secret."""
 

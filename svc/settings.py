@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings import SettingsError as SourceError
 
@@ -388,6 +388,102 @@ class RolloutSettings(_Section):
         return bool(self.shadow or self.canary)
 
 
+class UndecidedGates(StrEnum):
+    """What a promotion does if a gate is undecided."""
+
+    ALLOW = "allow"
+    REFUSE = "refuse"
+
+
+class _CustomGate(_Section):
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,39}$", description="name of the gate")
+
+
+class _RunGate(_CustomGate):
+    timeout_s: float = Field(60.0, gt=0, le=600, description="maximum duration, seconds; then the gate has failed")
+
+
+class CommandGate(_RunGate):
+    """A gate that runs a command without a shell: exit code 0 passes, 1 fails."""
+
+    command: tuple[str, ...] = Field(min_length=1, description="program and arguments")
+
+
+class EntryPointGate(_RunGate):
+    """A gate that calls a Python function in a separate process."""
+
+    entry_point: str = Field(pattern=r"^\w+(\.\w+)*:\w+$", description="module:function")
+
+
+class ResultFileGate(_CustomGate):
+    """A gate that reads the results that Promptfoo or OpenAI Evals exported."""
+
+    result_file: AbsolutePath = Field(description="exported file; {version} in its path stands for NAME@N")
+    min_pass_share: float = Field(ge=0, le=1, description="minimum share of passed tests")
+
+
+_GATE_KINDS: dict[str, type[_CustomGate]] = {
+    "command": CommandGate,
+    "entry_point": EntryPointGate,
+    "result_file": ResultFileGate,
+}
+
+
+def _gate_kind(value: Any) -> str | None:
+    if isinstance(value, dict):
+        return next((kind for kind in _GATE_KINDS if kind in value), None)
+    return next((kind for kind, model in _GATE_KINDS.items() if isinstance(value, model)), None)
+
+
+CustomGate = Annotated[
+    Annotated[CommandGate, Tag("command")]
+    | Annotated[EntryPointGate, Tag("entry_point")]
+    | Annotated[ResultFileGate, Tag("result_file")],
+    Discriminator(
+        _gate_kind,
+        custom_error_type="gate_kind",
+        custom_error_message="a gate must have one of the keys command, entry_point and result_file",
+    ),
+]
+
+
+class GateSettings(_Section):
+    """Gates that a version must pass before it is promoted.
+
+    A margin is the largest acceptable loss compared with the version in production. Without a margin, the loss is
+    only shown.
+    """
+
+    quality_margin: float | None = Field(
+        0.02,
+        ge=0,
+        description="margin for the primary metric on the same held-out examples; for a metric that is not a share, a "
+        "share of production's value",
+    )
+    nll_margin: float | None = Field(
+        0.05, ge=0, description="margin for the NLL of the held-out references, a share of production's NLL"
+    )
+    forgetting_margin: float | None = Field(
+        None, ge=0, le=1, description="margin for the share of correct answers to general questions lost by training"
+    )
+    speed_margin: float | None = Field(
+        0.2, ge=0, description="margin for tokens per second and time to first token: 0.2 is 20 % slower"
+    )
+    max_age_days: float | None = Field(None, gt=0, description="maximum age of the version and its evaluation, days")
+    undecided: UndecidedGates = Field(
+        UndecidedGates.ALLOW,
+        description="allow: promote with a warning if a gate is undecided; refuse: as if it failed",
+    )
+    custom: tuple[CustomGate, ...] = Field((), max_length=50, description="additional gates, see docs/rollouts.md")
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        names = [gate.name for gate in self.custom]
+        if len(set(names)) < len(names):
+            raise ValueError("custom gates must have different names")
+        return self
+
+
 class ModelSettings(_Section):
     """Settings of one served model that override the general settings."""
 
@@ -395,6 +491,9 @@ class ModelSettings(_Section):
     idle_s: float | None = Field(None, gt=0, description="overrides `serve.idle_s`, in seconds")
     rollout: RolloutSettings = Field(
         RolloutSettings(), description="steps of every promotion of this model, see docs/rollouts.md"
+    )
+    gates: GateSettings = Field(
+        GateSettings(), description="gates of every promotion of this model, see docs/rollouts.md"
     )
 
 
@@ -419,7 +518,9 @@ class Settings(BaseSettings):
     holdout: HoldoutSettings = HoldoutSettings()
     monitor: MonitorSettings = MonitorSettings()
     models: dict[str, ModelSettings] = Field(
-        {}, description="settings that differ for one model, by model name: `{engine: {...}, idle_s: ...}`"
+        {},
+        description="settings that differ for one model, by model name: `{engine: {...}, idle_s: ..., rollout: {...}, "
+        "gates: {...}}`",
     )
 
     def idle_s_of(self, name: str) -> float | None:
@@ -427,9 +528,9 @@ class Settings(BaseSettings):
         own = self.models[name].idle_s if name in self.models else None
         return own or self.serve.idle_s
 
-    def rollout_of(self, name: str) -> RolloutSettings:
-        """Return the rollout steps configured for a model; without any, a promotion is a single swap."""
-        return self.models[name].rollout if name in self.models else RolloutSettings()
+    def model_settings(self, name: str) -> ModelSettings:
+        """Return a model's own settings, or the defaults if it has none."""
+        return self.models.get(name, ModelSettings())
 
     def engine_for(self, name: str) -> EngineSettings:
         """Return a model's engine settings: the `engine` section, overridden by the model's section in `models`."""

@@ -58,6 +58,7 @@ class Administration(Protocol):
         force: bool,
         reason: str | None,
         options: RolloutOptions = CONFIGURED,
+        dry_run: bool = False,
     ) -> VersionChange:
         """See `VersionChanges.promote`."""
 
@@ -107,7 +108,7 @@ class LocalAdministration:
 
     @property
     def _changes(self) -> VersionChanges:
-        return VersionChanges(self.registry, self.store, lambda: read_served(self.server), self.settings.rollout_of)
+        return VersionChanges(self.registry, self.store, lambda: read_served(self.server), self.settings.model_settings)
 
     def promote(
         self,
@@ -117,9 +118,12 @@ class LocalAdministration:
         force: bool,
         reason: str | None,
         options: RolloutOptions = CONFIGURED,
+        dry_run: bool = False,
     ) -> VersionChange:
         """See `VersionChanges.promote`."""
-        return self._changes.promote(version, format, force=force, reason=reason, actor=Actor.local(), options=options)
+        return self._changes.promote(
+            version, format, force=force, reason=reason, actor=Actor.local(), options=options, dry_run=dry_run
+        )
 
     def rollback(self, name: str, *, reason: str | None) -> VersionChange:
         """See `VersionChanges.rollback`."""

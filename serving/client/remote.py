@@ -10,12 +10,15 @@ from serving.rollout.version_changes import CONFIGURED, RolloutOptions, VersionC
 from svc.errors import ServerNotRunningError
 from svc.remote.remote_server import RemoteServer
 from svc.remote.server_url import ServerAddress
+from svc.store.gate_rows import GATE_ROWS
 from svc.store.rollouts import RolloutView
 from svc.version import Format, Target, VersionId
 
 _PAUSE_S = 0.5
 _PATIENCE_S = 10.0
 """Time in seconds for which the network may be down while a change is being followed."""
+_GATES_S = 900.0
+"""Time in seconds that the server may take to check a promotion's gates, which may run configured commands."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +35,12 @@ class RemoteAdministration:
         force: bool,
         reason: str | None,
         options: RolloutOptions = CONFIGURED,
+        dry_run: bool = False,
     ) -> VersionChange:
         """See `VersionChanges.promote`."""
         body = {"version": str(version), "format": format and format.value, "force": force, "reason": reason}
-        body |= asdict(options)
-        return _change(RemoteServer(self.server).post("/svc/promote", body))
+        body |= asdict(options) | {"dry_run": dry_run}
+        return _change(RemoteServer(self.server).post("/svc/promote", body, timeout_s=_GATES_S))
 
     def rollback(self, name: str, *, reason: str | None) -> VersionChange:
         """See `VersionChanges.rollback`."""
@@ -69,7 +73,12 @@ class RemoteAdministration:
 
 def _change(row: Mapping[str, Any]) -> VersionChange:
     return VersionChange(
-        _target(row), _target(row["before"]), row["generation"], tuple(row["undecided"]), row["rollout"]
+        _target(row),
+        _target(row["before"]),
+        row["generation"],
+        row["rollout"],
+        GATE_ROWS.validate_python(row["gates"]),
+        row["refused"],
     )
 
 

@@ -26,6 +26,7 @@ from svc.access.keyring import IssuedKey, Keyring, key_row
 from svc.errors import SettingsError, SvcError
 from svc.identity.actor import Actor
 from svc.identity.principal import Limits, Scope
+from svc.store.gate_rows import GATE_ROWS
 from svc.store.rollouts import RolloutView, read_rollouts
 from svc.store.swaps import find_swap
 from svc.version import Format, VersionId
@@ -51,6 +52,7 @@ class PromoteRequest(_Request):
     shadow: int | None = None
     canary: tuple[float, ...] | None = Field(None, max_length=20)
     direct: bool = False
+    dry_run: bool = False
 
 
 class RollbackRequest(_Request):
@@ -117,7 +119,7 @@ class Administration:
         reason = given.reason and given.reason.strip()
         if given.force and not reason:
             raise SettingsError(
-                "'force' requires 'reason'", expected="the reason why a version that failed a check should be served"
+                "'force' requires a 'reason'", expected="the reason why a version that failed a gate should be served"
             )
         actor = _actor(request)
         change = await asyncio.to_thread(
@@ -128,6 +130,7 @@ class Administration:
                 reason=reason,
                 actor=actor,
                 options=RolloutOptions(given.shadow, given.canary, given.direct),
+                dry_run=given.dry_run,
             )
         )
         return JSONResponse(_change_row(change))
@@ -224,6 +227,8 @@ def _change_row(change: VersionChange) -> dict[str, Any]:
         "generation": change.generation,
         "undecided": list(change.undecided),
         "rollout": change.rollout,
+        "gates": GATE_ROWS.dump_python(change.gates, mode="json"),
+        "refused": change.refused,
     }
 
 

@@ -49,6 +49,7 @@ from svc.access.authenticator import KeysUnavailableError
 from svc.errors import (
     AuthenticationError,
     BusyError,
+    GateError,
     NotFoundError,
     PermissionDeniedError,
     RefusedError,
@@ -157,6 +158,7 @@ _SHAPES: dict[type[SvcError], tuple[int, ErrorCode]] = {
 _CHANGE_SHAPES: dict[type[Exception], tuple[int, ErrorCode]] = {
     NotFoundError: (404, ErrorCode.NOT_FOUND),
     BusyError: (409, ErrorCode.CHANGE_CONFLICT),
+    GateError: (409, ErrorCode.GATE_FAILED),
     RefusedError: (409, ErrorCode.CHANGE_REFUSED),
     SettingsError: (400, ErrorCode.INVALID_REQUEST),
     OSError: (409, ErrorCode.CHANGE_REFUSED),

@@ -24,6 +24,7 @@ class ErrorCode(StrEnum):
     MODEL_NOT_FOUND = "model_not_found"
     CHANGE_CONFLICT = "change_conflict"
     CHANGE_REFUSED = "change_refused"
+    GATE_FAILED = "gate_failed"
     MODEL_NOT_DELETABLE = "model_not_deletable"
     REQUEST_NOT_FOUND = "request_not_found"
     REQUEST_LOG_BUSY = "request_log_busy"

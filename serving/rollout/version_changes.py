@@ -5,17 +5,20 @@ The swap journal shows whether the change was carried out.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 
 from pydantic import ValidationError
 from sqlalchemy import Engine as Store
 
-from serving.rollout.initial_state import require_promotable, require_servable
+from serving.rollout.gates.gates import Promotion, check_gates, refused, refusing_gates
+from serving.rollout.initial_state import require_servable
 from svc.errors import BusyError, NotFoundError, RefusedError, SettingsError
 from svc.identity.actor import Actor
 from svc.registry.registry import Registry
-from svc.settings import RolloutSettings
+from svc.settings import ModelSettings, RolloutSettings
 from svc.store.audit import Action, AuditEntry
 from svc.store.desired import Desired, change_desired, read_desired
+from svc.store.gate_rows import GateRow, GateVerdict
 from svc.store.rollouts import active_rollout, begin_rollout, stop_rollout
 from svc.version import Format, Target, VersionId
 
@@ -27,16 +30,23 @@ class VersionChange:
     Attributes:
         before: the desired version before the change.
         generation: generation of the new desired state; None if it does not change: the target is already served, or
-            a rollout was requested or stopped.
+            a rollout was requested or stopped, or it was a dry run.
         rollout: id of the rollout that was requested or stopped; None if there is none.
-        undecided: quality gates that the version had too few examples to decide, each as a sentence.
+        gates: results of the gates of a promotion.
+        refused: whether the gates would refuse the promotion; set only by a dry run.
     """
 
     target: Target
     before: Target
     generation: int | None
-    undecided: tuple[str, ...] = ()
     rollout: int | None = None
+    gates: tuple[GateRow, ...] = ()
+    refused: bool = False
+
+    @property
+    def undecided(self) -> tuple[str, ...]:
+        """The undecided gates, each as a sentence."""
+        return tuple(str(gate) for gate in self.gates if gate.verdict is GateVerdict.UNDECIDED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +90,7 @@ class VersionChanges:
 
     Args:
         served: returns the version that the server serves under each name, which may not be the desired one yet.
-        configured: returns the rollout steps that are configured for a model.
+        configured: returns the settings of a model, with its gates and rollout steps.
     """
 
     def __init__(
@@ -88,7 +98,7 @@ class VersionChanges:
         registry: Registry,
         store: Store,
         served: Callable[[], Mapping[str, Target]],
-        configured: Callable[[str], RolloutSettings],
+        configured: Callable[[str], ModelSettings],
     ) -> None:
         self._registry = registry
         self._store = store
@@ -104,38 +114,45 @@ class VersionChanges:
         reason: str | None,
         actor: Actor,
         options: RolloutOptions = CONFIGURED,
+        dry_run: bool = False,
     ) -> VersionChange:
         """Make a version the desired one, or request a rollout that does so after its shadow and canary steps.
 
         Args:
             format: None for the format of the version that is desired now.
-            force: promote the version even if it failed a check at registration; `reason` says why.
+            force: promote the version even if a gate refuses it; `reason` says why.
+            dry_run: check the gates and change nothing.
 
         Raises:
             NotFoundError: no such version or format, or the name is not served.
-            RefusedError: the version cannot be served, or failed a check.
+            RefusedError: the version cannot be served.
+            GateError: a gate refuses the version.
             SettingsError: the rollout's options are invalid.
             BusyError: a promotion or rollout is in progress, or the desired version was changed concurrently.
         """
-        plan = options.plan(self._configured(version.name))
+        configured = self._configured(version.name)
+        plan = options.plan(configured.rollout)
         current, served = self._current(version.name)
         target = Target(version, format or current.target.format)
         require_servable(self._registry, target)
-        manifest = self._registry.manifest(version)
-        if not force:
-            require_promotable(manifest)
-        self._refuse_during_rollout(version.name)
-        forced = reason if manifest.failed else None
-        if plan.is_gradual and target != current.target:
+        promote = AuditEntry(Action.PROMOTE, str(version), actor, reason)
+        if not dry_run:
+            self._refuse_during_rollout(version.name)
+            if target == current.target:
+                return self._change(current, served, target, promote)
+        gates = check_gates(Promotion(self._registry, target, current.target), configured.gates, datetime.now(UTC))
+        refusing = refusing_gates(gates, configured.gates)
+        if dry_run:
+            return VersionChange(target, current.target, None, gates=gates, refused=bool(refusing) and not force)
+        if refusing and not force:
+            raise refused(version, refusing)
+        forced = reason if refusing else None
+        if plan.is_gradual:
             _require_comparable(current, served, target)
             entry = AuditEntry(Action.ROLLOUT, str(version), actor, reason)
-            rollout = begin_rollout(self._store, current, target, plan, entry, forced=forced)
-            change = VersionChange(target, current.target, None, rollout=rollout.id)
-        else:
-            change = self._change(
-                current, served, target, AuditEntry(Action.PROMOTE, str(version), actor, reason), forced
-            )
-        return replace(change, undecided=manifest.undecided)
+            rollout = begin_rollout(self._store, current, target, plan, entry, forced=forced, gates=gates)
+            return VersionChange(target, current.target, None, rollout=rollout.id, gates=gates)
+        return replace(self._change(current, served, target, promote, forced, gates), gates=gates)
 
     def rollback(self, name: str, *, reason: str | None, actor: Actor) -> VersionChange:
         """Make the previous version the desired one; during a promotion or rollout, keep the version that is served.
@@ -178,13 +195,21 @@ class VersionChanges:
         return desired, served[name]
 
     def _change(
-        self, current: Desired, served: Target, target: Target, entry: AuditEntry, forced: str | None = None
+        self,
+        current: Desired,
+        served: Target,
+        target: Target,
+        entry: AuditEntry,
+        forced: str | None = None,
+        gates: tuple[GateRow, ...] = (),
     ) -> VersionChange:
         if target == current.target:
             if served != target:
                 raise BusyError(f"the promotion of {target} is already in progress", todo="see `svc status`")
             return VersionChange(target, current.target, None)
-        changed = change_desired(self._store, current, target, previous=current.target, forced=forced, entry=entry)
+        changed = change_desired(
+            self._store, current, target, previous=current.target, forced=forced, entry=entry, gates=gates
+        )
         return VersionChange(target, current.target, changed.generation)
 
 

@@ -1,5 +1,6 @@
 """`svc audit` shows the audit log and `svc history` served versions; `svc forget` deletes logged requests."""
 
+from collections import Counter
 from dataclasses import asdict
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -56,7 +57,8 @@ def audit(ctx: click.Context, /, verify: bool, expected: str | None, as_json: bo
 
 
 def _cells(event: "AuditEvent") -> tuple[object, ...]:
-    details = ", ".join(f"{name} {_as_text(value)}" for name, value in event.details.items() if value)
+    texts = dict(event.details) | {"gates": _verdicts(event.details.get("gates"))}
+    details = ", ".join(f"{name} {_as_text(value)}" for name, value in texts.items() if value)
     return event.id, _second(event.at), event.actor, event.origin, event.action, event.subject, event.reason, details
 
 
@@ -77,6 +79,12 @@ def _verify(store: "Store", expected: str | None, *, as_json: bool) -> None:
             expected="an unbroken chain of unaltered rows",
             todo="find out who can write to the store, and compare it with a backup",
         )
+
+
+def _verdicts(gates: Any) -> dict[str, int]:
+    """Return the number of gates with each verdict. An altered event may contain anything."""
+    rows = gates if isinstance(gates, list) else []
+    return dict(Counter(str(row.get("verdict")) for row in rows if isinstance(row, dict)))
 
 
 def _as_text(value: Any) -> str:
@@ -107,8 +115,16 @@ def history(ctx: click.Context, name: str, as_json: bool) -> None:
         raise NotFoundError(f"{name!r} has never been served", todo="list the models: svc models")
     shown = ("version", "format", "began_by", "ended_by", "who", "why")
     print_table(
-        ("from (UTC)", "until", "version", "format", "began by", "ended by", "who", "why"),
-        [(_second(row["from"]), _second(row["until"] or ""), *(row[name] for name in shown)) for row in rows],
+        ("from (UTC)", "until", "version", "format", "began by", "ended by", "who", "why", "gates"),
+        [
+            (
+                _second(row["from"]),
+                _second(row["until"] or ""),
+                *(row[name] for name in shown),
+                _as_text(_verdicts(row["gates"])),
+            )
+            for row in rows
+        ],
     )
 
 

@@ -14,8 +14,8 @@ _EVENTS = 10_000
 def read_history(store: Store, name: str) -> list[dict[str, Any]]:
     """Return each period in which a version of a name was served, in chronological order, as JSON.
 
-    `action`, `who` and `why` come from the event that requested the version. They are None if the log has no
-    such event.
+    `action`, `who`, `why` and `gates` come from the event that requested the version. They are None or empty if the
+    log has no such event.
     """
     events = read_events(store, newest=_EVENTS, subject=name)
     asked = {event.details.get("generation"): event for event in events if event.action in _REQUESTING}
@@ -34,6 +34,7 @@ def read_history(store: Store, name: str) -> list[dict[str, Any]]:
                 "action": event.action if event else None,
                 "who": event.actor if event else None,
                 "why": event.reason if event else None,
+                "gates": event.details.get("gates", []) if event else [],
             }
         )
     return rows

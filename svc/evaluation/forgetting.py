@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict
 from svc.evaluation.comparison import compare
 from svc.evaluation.general.contains import Contains
 from svc.evaluation.general.general_set import GeneralSet
-from svc.evaluation.intervals import Interval
+from svc.evaluation.intervals import Interval, share_difference
 from svc.evaluation.metrics.tokens import Nll
 from svc.evaluation.results import ExampleResult
 from svc.version import Format
@@ -40,6 +40,12 @@ class Forgetting(BaseModel):
     nll_difference: Interval
     lost: int
     gained: int
+
+    @property
+    def loss(self) -> Interval:
+        """Share of questions that only the base answers correctly, minus the share that only the version does."""
+        unchanged = self.examples - self.lost - self.gained
+        return share_difference([1.0] * self.lost + [-1.0] * self.gained + [0.0] * unchanged)
 
 
 def measure_forgetting(

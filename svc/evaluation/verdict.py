@@ -63,6 +63,21 @@ class Verdict(_Record):
     detectable: float
     examples_to_decide: int | None
 
+    def reason(self, counted: str = "examples") -> str:
+        """Return the reason for the outcome. `counted` is the noun for what was counted."""
+        number = f"{self.examples} {counted}"
+        match self.outcome:
+            case GateOutcome.PASSED:
+                return f"a larger loss is excluded with {number}"
+            case GateOutcome.FAILED:
+                return f"a loss of {self.loss.low:.3f} or more is proven with {number}"
+            case GateOutcome.UNDECIDED:
+                more = self.examples_to_decide
+                decide = f"about {about(more)} would decide" if more else "the loss is too near to the limit"
+                between = self.loss.low <= self.margin < self.loss.high
+                possible = f"a loss of up to {self.loss.high:.3f} cannot be excluded with {number}"
+                return f"{possible if between else f'{number} are too few'}; {decide}"
+
 
 class GateReport(_Record):
     """Verdict of one gate on a version.
@@ -80,19 +95,8 @@ class GateReport(_Record):
 
     def __str__(self) -> str:
         verdict = self.verdict
-        counted = f"{verdict.examples} {self.gate.counted}"
-        match verdict.outcome:
-            case GateOutcome.PASSED:
-                reason = f"a larger loss is excluded with {counted}"
-            case GateOutcome.FAILED:
-                reason = f"a loss of {verdict.loss.low:.3f} or more is proven with {counted}"
-            case GateOutcome.UNDECIDED:
-                number = verdict.examples_to_decide
-                decide = f"about {about(number)} would decide" if number else "the loss is too near to the limit"
-                between = verdict.loss.low <= verdict.margin < verdict.loss.high
-                possible = f"a loss of up to {verdict.loss.high:.3f} cannot be excluded with {counted}"
-                reason = f"{possible if between else f'{counted} are too few'}; {decide}"
         allowed = f"at most {verdict.margin:.3f} ({self.limit})"
+        reason = verdict.reason(self.gate.counted)
         return f"{self.measured}, loss {verdict.loss}, {allowed}: {verdict.outcome}: {reason}"
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from svc.errors import (
     AuthenticationError,
     BusyError,
+    GateError,
     NotFoundError,
     PermissionDeniedError,
     RefusedError,
@@ -22,6 +23,7 @@ _ERRORS: Mapping[str, type[SvcError]] = {
     "not_found": NotFoundError,
     "change_conflict": BusyError,
     "change_refused": RefusedError,
+    "gate_failed": GateError,
     "invalid_request": SettingsError,
     "host_not_allowed": SettingsError,
     "too_many_wrong_keys": AuthenticationError,
@@ -43,20 +45,24 @@ class RemoteServer:
         """
         return self._ask("GET", path, params=query)
 
-    def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    def post(self, path: str, body: Mapping[str, Any], *, timeout_s: float | None = None) -> dict[str, Any]:
         """Send a POST request, omitting values that are None, and return the decoded response.
+
+        Args:
+            timeout_s: maximum time until the response, in seconds; None for the default.
 
         Raises:
             SvcError: see `get`.
         """
-        return self._ask("POST", path, json={name: value for name, value in body.items() if value is not None})
+        given = {name: value for name, value in body.items() if value is not None}
+        return self._ask("POST", path, timeout_s=timeout_s, json=given)
 
-    def _ask(self, method: str, path: str, **given: Any) -> dict[str, Any]:
+    def _ask(self, method: str, path: str, *, timeout_s: float | None = None, **given: Any) -> dict[str, Any]:
         import httpx
 
         url = self.address.url
         try:
-            with self.address.client() as client:
+            with self.address.client(timeout_s) if timeout_s else self.address.client() as client:
                 answer = client.request(method, path, **given)
         except httpx.HTTPError as error:
             raise ServerNotRunningError(

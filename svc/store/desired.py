@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 from svc.errors import BusyError
 from svc.store.audit import AuditEntry, append_event
 from svc.store.database import exclusive
+from svc.store.gate_rows import GateRow, gate_details
 from svc.store.tables import DesiredRow, target_columns
 from svc.version import Format, Target, VersionId
 
@@ -27,7 +28,7 @@ class Desired:
     Attributes:
         previous: version to which a rollback returns, or None if there is none.
         generation: number that increases with every change.
-        forced: reason for serving a version that failed a check; None for any other version.
+        forced: reason for serving a version that failed a gate; None for any other version.
     """
 
     target: Target
@@ -67,20 +68,22 @@ def change_desired(
     *,
     forced: str | None = None,
     entry: AuditEntry | None = None,
+    gates: tuple[GateRow, ...] = (),
 ) -> Desired:
     """Change the desired state if it still equals `seen`, and return the new state.
 
     Args:
         seen: the state on which the decision was based, or None if there was none.
-        forced: reason for serving a version that failed a check; None for any other version.
+        forced: reason for serving a version that failed a gate; None for any other version.
         entry: audit event to record with the change, completed with its details. None if no user requested
             the change, for example when a server reverts a failed change.
+        gates: results of the gates of a promotion, recorded with the audit event.
 
     Raises:
         BusyError: the desired state no longer equals `seen`.
     """
     with exclusive(store) as session:
-        return write_desired(session, seen, target, previous, forced=forced, entry=entry)
+        return write_desired(session, seen, target, previous, forced=forced, entry=entry, gates=gates)
 
 
 def write_desired(
@@ -91,6 +94,7 @@ def write_desired(
     *,
     forced: str | None = None,
     entry: AuditEntry | None = None,
+    gates: tuple[GateRow, ...] = (),
 ) -> Desired:
     """Change the desired state in an `exclusive` transaction; see `change_desired`."""
     name, generation = target.version.name, (seen.generation if seen else 0) + 1
@@ -112,5 +116,5 @@ def write_desired(
     if entry is not None:
         before = str(seen.target) if seen else None
         details = {"generation": generation, "format": target.format, "before": before, "forced": bool(forced)}
-        append_event(session, replace(entry, details=details))
+        append_event(session, replace(entry, details=details | gate_details(gates)))
     return Desired(target, previous, generation, forced)

@@ -21,6 +21,7 @@ from svc.store.audit import Action, AuditEntry, append_event
 from svc.store.database import exclusive
 from svc.store.desired import Desired, write_desired
 from svc.store.feedback import Rating
+from svc.store.gate_rows import GATE_ROWS, GateRow, gate_details
 from svc.store.requests import RequestOutcome
 from svc.store.tables import (
     DesiredRow,
@@ -101,6 +102,7 @@ class RolloutRecord:
         actor, origin: see `svc.identity.actor.Actor`.
         forced: reason for promoting a version that failed a gate; None for any other version.
         why: reason for the outcome.
+        gates: results of the gates before the rollout.
         steps: texts of the completed steps.
     """
 
@@ -122,6 +124,7 @@ class RolloutRecord:
     outcome: RolloutOutcome | None
     why: str | None
     signals: tuple[SignalRow, ...]
+    gates: tuple[GateRow, ...]
     steps: tuple[str, ...]
 
     @property
@@ -179,6 +182,7 @@ class RolloutView(BaseModel):
     outcome: RolloutOutcome | None
     why: str | None
     signals: tuple[SignalRow, ...]
+    gates: tuple[GateRow, ...] = ()
     steps: tuple[str, ...]
 
     @classmethod
@@ -198,7 +202,14 @@ _SIGNALS = TypeAdapter(tuple[SignalRow, ...])
 
 
 def begin_rollout(
-    store: Store, seen: Desired, target: Target, plan: RolloutSettings, entry: AuditEntry, *, forced: str | None = None
+    store: Store,
+    seen: Desired,
+    target: Target,
+    plan: RolloutSettings,
+    entry: AuditEntry,
+    *,
+    forced: str | None = None,
+    gates: tuple[GateRow, ...] = (),
 ) -> RolloutRecord:
     """Request a rollout from the server and record it in the audit log.
 
@@ -236,11 +247,12 @@ def begin_rollout(
             reason=entry.reason,
             forced=forced,
             signals="[]",
+            gates=GATE_ROWS.dump_json(gates).decode(),
         )
         session.add(new)
         session.flush()
         details = {"rollout": new.id, "format": target.format, "before": str(seen.target), "forced": bool(forced)}
-        append_event(session, replace(entry, details=details))
+        append_event(session, replace(entry, details=details | gate_details(gates)))
         return _record(session, new)
 
 
@@ -306,7 +318,9 @@ def switch_rollout(store: Store, record: RolloutRecord) -> RolloutRecord | None:
         if row.stop is not None or desired is None or desired.generation != record.generation:
             return None
         seen = Desired(record.previous, None, record.generation)
-        write_desired(session, seen, record.target, record.previous, forced=record.forced, entry=entry)
+        write_desired(
+            session, seen, record.target, record.previous, forced=record.forced, entry=entry, gates=record.gates
+        )
         row.state, row.step, row.step_began_at = RolloutState.SWITCHING, 0, datetime.now(UTC)
         return _record(session, row)
 
@@ -463,5 +477,6 @@ def _record(session: Session, row: RolloutRow) -> RolloutRecord:
         previous=Target(VersionId(row.name, row.previous_number), Format(row.previous_format)),
         plan=RolloutSettings.model_validate_json(row.plan),
         signals=_SIGNALS.validate_json(row.signals),
+        gates=GATE_ROWS.validate_json(row.gates or "[]"),
         steps=tuple(steps),
     )

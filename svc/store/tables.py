@@ -131,7 +131,7 @@ class SwapStepRow(Table):
 
 
 class RolloutRow(Table):
-    """One promotion through shadow and canary steps. `plan` and `signals` are JSON."""
+    """One promotion through shadow and canary steps. `plan`, `signals` and `gates` are JSON."""
 
     __tablename__ = "rollouts"
 
@@ -156,6 +156,7 @@ class RolloutRow(Table):
     outcome: Mapped[str | None]
     why: Mapped[str | None]
     signals: Mapped[str]
+    gates: Mapped[str | None]
 
 
 class RolloutStepRow(Table):

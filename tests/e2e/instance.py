@@ -27,6 +27,9 @@ from tests.e2e.server import of_one_model
 
 Prompts = list[list[dict[str, str]]]
 
+ANY_QUALITY = ("--force", "--reason", "a test of swaps")
+"""Options of `svc promote` with which gates refuse nothing."""
+
 
 class Instance:
     """`svc serve` running on its own copy of a home.
@@ -173,12 +176,12 @@ class Instance:
         return answers
 
     def promote(self, *arguments: str) -> Any:
-        """Run `svc promote`, which must succeed, and return its output."""
-        return svc_json(self.home, "promote", *arguments)
+        """Run `svc promote`, which must succeed; a worse version, too, so that tests can go back and forth."""
+        return svc_json(self.home, "promote", *arguments, *ANY_QUALITY)
 
     def try_to_promote(self, *arguments: str) -> "subprocess.Popen[bytes]":
-        """Run `svc promote` in the background, whether or not it succeeds."""
-        command = [Path(sys.executable).with_name("svc"), "--home", self.home, "promote", *arguments]
+        """Run `svc promote` in the background, whatever its result."""
+        command = [Path(sys.executable).with_name("svc"), "--home", self.home, "promote", *arguments, *ANY_QUALITY]
         return subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def command(self, *arguments: str) -> "subprocess.CompletedProcess[str]":

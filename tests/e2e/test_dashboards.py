@@ -29,6 +29,7 @@ from svc.store.database import open_database
 from svc.store.tables import FeedbackRow, RequestRow
 from tests.deploy.prometheus_rules import FOLDER, rules
 from tests.docs.pages import ROOT
+from tests.e2e.instance import ANY_QUALITY
 from tests.e2e.server import HELDOUT_EXAMPLES, Server
 from tests.monitoring.panel_queries import PanelQuery, panel_queries
 
@@ -194,7 +195,7 @@ def _put_under_load(server: Server, client: httpx.Client) -> Watched:
     before = {series["metric"]["version"]: float(series["value"][1]) for series in counted}
     with Load(server.url, "tiny", server.prompts) as load:
         load.wait_for(16)
-        svc_json(server.home, "promote", "tiny@2")
+        svc_json(server.home, "promote", "tiny@2", *ANY_QUALITY)
         _wait_for_series(client, 'svc_requests_total{version="2"}')
         load.wait_for(16)  # a new counter has no increase yet: panels show increases after its first scrape
         svc_json(server.home, "rollback", "tiny")

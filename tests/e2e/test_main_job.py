@@ -35,7 +35,7 @@ from svc.store.holdouts import HoldoutCause, newest_holdout_run
 from svc.store.tables import RequestRow
 from svc.version import Format, Target, VersionId
 from tests.e2e.conftest import Report
-from tests.e2e.instance import figures
+from tests.e2e.instance import ANY_QUALITY, figures
 from tests.e2e.server import HELDOUT_EXAMPLES, PORT, Server
 
 pytestmark = [pytest.mark.slow]
@@ -192,12 +192,12 @@ def test_promotion_and_rollback_under_load_lose_no_request_and_mix_no_answer(ser
     expected = {"tiny@1": server.answers()}
     with Load(server.url, "tiny", server.prompts) as load:
         load.wait_for(16)
-        promoted = svc_json(server.home, "promote", "tiny@2")
+        promoted = svc_json(server.home, "promote", "tiny@2", *ANY_QUALITY)
         load.wait_for(16)
         rolled_back = svc_json(server.home, "rollback", "tiny")
         load.wait_for(16)
     assert server.answers() == expected["tiny@1"], "rolled back to other weights"
-    svc_json(server.home, "promote", "tiny@2")
+    svc_json(server.home, "promote", "tiny@2", *ANY_QUALITY)
     expected["tiny@2"] = server.answers()
     report(figures(load, promoted))
     report(f"and back: {figures(load, rolled_back)}")
@@ -214,7 +214,7 @@ def test_promotion_and_rollback_under_load_lose_no_request_and_mix_no_answer(ser
 def test_promotion_is_refused_by_hash_if_a_file_changed_after_registration(server: Server) -> None:
     before = server.answers()
     alter_weights(server.folder(2), server.folder(3), "gptq")
-    refused = svc(server.home, "promote", "tiny@3", capture_output=True)
+    refused = svc(server.home, "promote", "tiny@3", *ANY_QUALITY, capture_output=True)
     assert refused.returncode == 14
     assert "was changed after registration" in refused.stderr
     assert server.answers() == before
@@ -225,7 +225,7 @@ def test_promotion_is_refused_by_probe_if_weights_belong_to_another_model(server
     replace_weights(server.folder(2), server.folder(4), "gptq", weights_of=server.folder(1))
     with Load(server.url, "tiny", server.prompts) as load:
         load.wait_for(8)
-        refused = svc(server.home, "promote", "tiny@4", capture_output=True)
+        refused = svc(server.home, "promote", "tiny@4", *ANY_QUALITY, capture_output=True)
         load.wait_for(8)
     assert refused.returncode == 14
     assert "probe" in refused.stderr

@@ -10,6 +10,7 @@ import pytest
 from examples.service import serving, svc_json
 from svc.version import Format
 from tests.e2e.conftest import PROMPTS, Report
+from tests.e2e.instance import ANY_QUALITY
 from trainer.recipe.sections import Method
 
 pytestmark = [pytest.mark.matrix]
@@ -65,7 +66,7 @@ def test_version_from_every_training_method_is_served(
     versions: Versions, methods_home: Path, client: openai.OpenAI, method: Method
 ) -> None:
     if method is not Method.LORA:
-        swap: Any = svc_json(methods_home, "promote", versions[method])
+        swap: Any = svc_json(methods_home, "promote", versions[method], *ANY_QUALITY)
         # Adapters do not change the embedding, which is also this model's output layer; full fine-tuning does.
         assert swap["kind"] == ("bluegreen" if method is Method.FULL else "inplace")
     messages: Any = PROMPTS[0]

@@ -104,7 +104,7 @@ def gateway(
         authentication,
         limiter=limiter or RateLimiter(),
         buffers=buffers or AnswerBuffers(max_bytes=MAX_BUFFERED_BYTES),
-        changes=VersionChanges(Registry(settings.home / "models", AliasBook()), store, dict, settings.rollout_of),
+        changes=VersionChanges(Registry(settings.home / "models", AliasBook()), store, dict, settings.model_settings),
         sources=sources,
         status=status,
     )

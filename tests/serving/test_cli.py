@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 
 from serving import assembly
 from svc.cli import group
-from svc.errors import BusyError, NotFoundError, RefusedError, ServerNotRunningError, SvcError
+from svc.errors import BusyError, GateError, NotFoundError, RefusedError, ServerNotRunningError, SvcError
 from svc.identity.actor import Actor
 from svc.remote.server_url import read_status, server_address
 from svc.store.audit import read_events
@@ -140,16 +140,64 @@ async def test_promote_prints_json_if_requested(serving: Home) -> None:
 async def test_version_that_failed_a_check_is_not_promoted(serving: Home) -> None:
     make_version(serving.registry, 4, failed=("GPTQ lost 0.3",))
     error = error_of(await type_in(serving, "promote", f"{NAME}@4"))
-    assert isinstance(error, RefusedError)
+    assert isinstance(error, GateError)
     assert "GPTQ lost 0.3" in error.wrong
     assert "svc promote tuned@4 --force --reason TEXT" in error.todo
+
+
+async def test_dry_run_shows_the_gates_and_changes_nothing(serving: Home) -> None:
+    make_version(serving.registry, 4, failed=("GPTQ lost 0.3",))
+    passed = await type_in(serving, "promote", f"{NAME}@2", "--dry-run")
+    assert passed.exit_code == 0, passed.output
+    assert [line.split()[0] for line in passed.stdout.splitlines()[:4]] == ["gate", "checks", "files", "parity"]
+    refused = await type_in(serving, "promote", f"{NAME}@4", "--dry-run", "--json")
+    gates = {row["gate"]: row for row in json.loads(refused.stdout)["gates"]}
+    assert isinstance(error_of(refused), GateError)
+    assert (gates["checks"]["verdict"], gates["checks"]["reason"]) == ("failed", "GPTQ lost 0.3")
+    assert (await type_in(serving, "promote", f"{NAME}@4", "--dry-run", "--force", "--reason", "x")).exit_code == 0
+    desired = read_desired(serving.store, NAME)
+    assert desired is not None and desired.target == target(1)
+    assert [event.action for event in read_events(serving.store, newest=9)] == ["serve"]
+
+
+async def test_dry_run_of_the_served_version_compares_it_with_its_base(serving: Home) -> None:
+    result = await type_in(serving, "promote", f"{NAME}@1", "--dry-run", "--json")
+    gates = {row["gate"]: row["reason"] for row in json.loads(result.stdout)["gates"]}
+    assert gates["speed"] == "the version is in production"
+
+
+async def test_configured_gate_refuses_a_promotion_with_its_output(home: Home) -> None:
+    gate = {"name": "own", "command": ["sh", "-c", "echo 3 tests failed; exit 1"]}
+    models = {NAME: {"gates": {"custom": [gate]}}}
+    config = home.settings.home / "svc.yaml"
+    config.parent.mkdir(exist_ok=True)
+    config.write_text(json.dumps({"models": models}))
+    async with home.serving(f"{NAME}@1"):
+        error = error_of(await type_in(home, "--config", str(config), "promote", f"{NAME}@2"))
+    assert isinstance(error, GateError)
+    assert "own: 3 tests failed: failed" in error.wrong
+
+
+async def test_gates_are_stored_with_the_promotion_and_shown_in_the_history(home: Home) -> None:
+    async with home.serving(f"{NAME}@1"):
+        make_version(home.registry, 4, failed=("GPTQ lost 0.3",))
+        shown = json.loads(
+            (await type_in(home, "promote", f"{NAME}@4", "--force", "--reason", "demo", "--json")).stdout
+        )["gates"]
+    (event,) = read_events(home.store, newest=1)
+    assert event.details["forced"] and event.details["gates"] == shown
+    assert [row["gate"] for row in shown if row["verdict"] == "failed"] == ["checks"]
+    rows = json.loads((await type_in(home, "history", NAME, "--json")).stdout)
+    assert [row["gates"] for row in rows] == [[], shown]
+    assert "passed=" in (await type_in(home, "history", NAME)).stdout
+    assert "gates failed=1 passed=" in " ".join((await type_in(home, "audit")).stdout.split())
 
 
 async def test_version_with_undecided_verdict_is_promoted_with_a_warning(serving: Home) -> None:
     make_version(serving.registry, 4, gates=(gate_report(0.04), gate_report(0.09)))
     result = await type_in(serving, "promote", f"{NAME}@4")
     assert result.stdout.startswith("tuned@4 (merged) is served")
-    assert result.stderr.count("warning: GPTQ lowered accuracy by 0.010") == 1
+    assert result.stderr.count("warning: gptq_quality: GPTQ lowered accuracy by 0.010") == 1
     assert "a loss of up to 0.090 cannot be excluded with 60 examples; about 500 would decide" in result.stderr
 
 
@@ -270,7 +318,7 @@ async def test_no_swap_runs_if_the_version_is_already_served(serving: Home) -> N
     for json_flag in cases:
         result = await type_in(serving, "promote", f"{NAME}@1", *json_flag)
         assert result.exit_code == 0, json_flag
-        assert "is already served" in result.output or json.loads(result.output)["outcome"] == "unchanged", json_flag
+        assert "is already served" in result.output or json.loads(result.stdout)["outcome"] == "unchanged", json_flag
         assert "/collective_rpc" not in serving.park.double.calls, json_flag
 
 

@@ -15,6 +15,7 @@ from svc.cli import group
 from svc.errors import (
     AuthenticationError,
     BusyError,
+    GateError,
     NotFoundError,
     PermissionDeniedError,
     RefusedError,
@@ -89,7 +90,17 @@ async def test_version_with_undecided_verdict_is_promoted_remotely_with_a_warnin
     make_version(home.registry, 4, gates=(gate_report(0.04), gate_report(0.09)))
     result = await remote("promote", f"{NAME}@4")
     assert result.exit_code == 0, result.output
-    assert result.stderr.count("warning: GPTQ lowered accuracy by 0.010") == 1
+    assert result.stderr.count("warning: gptq_quality: GPTQ lowered accuracy by 0.010") == 1
+
+
+async def test_remote_dry_run_shows_the_gates_and_changes_nothing(home: Home, remote: Remote) -> None:
+    result = await remote("promote", f"{NAME}@2", "--dry-run", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout) == json.loads(
+        (await type_in(home, "promote", f"{NAME}@2", "--dry-run", "--json")).stdout
+    )
+    desired = read_desired(home.store, NAME)
+    assert desired is not None and desired.target == target(1)
 
 
 async def test_audit_log_records_the_key_and_peer_of_remote_changes(
@@ -142,7 +153,7 @@ async def test_remote_errors_are_the_same_as_local_errors(home: Home, remote: Re
         (("promote", f"{NAME}@9"), NotFoundError),
         (("promote", "other@1"), NotFoundError),
         (("promote", NAME), NotFoundError),
-        (("promote", f"{NAME}@4"), RefusedError),
+        (("promote", f"{NAME}@4"), GateError),
         (("rollback", "other"), NotFoundError),
         (("rollback", NAME), NotFoundError),
         (("keys", "revoke", "nobody", "--yes"), NotFoundError),

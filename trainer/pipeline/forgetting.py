@@ -10,7 +10,6 @@ from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.evaluation.cache import EvaluationCache
 from svc.evaluation.forgetting import Forgetting, measure_forgetting
 from svc.evaluation.general.general_set import MAX_TOKENS, GeneralSet
-from svc.evaluation.intervals import share_difference
 from svc.evaluation.results import ExampleResult
 from svc.evaluation.verdict import Gate, GateReport, judge
 from svc.version import Format
@@ -54,8 +53,7 @@ def judge_forgetting(forgetting: Forgetting, margin: float, format: Format) -> G
         margin: the largest allowed fall of the share of correct answers.
         format: the format that gave the later answers.
     """
-    lost, gained, examples = forgetting.lost, forgetting.gained, forgetting.examples
-    loss = share_difference([1.0] * lost + [-1.0] * gained + [0.0] * (examples - lost - gained))
+    loss, examples = forgetting.loss, forgetting.examples
     causes = "training" if format is Format.MERGED else "training and quantization"
     change = f"{'fell' if loss.value >= 0 else 'rose'} by {abs(loss.value):.3f} through {causes}"
     return GateReport(

@@ -13,7 +13,9 @@ import pytest
 from serving.rollout.version_changes import RolloutOptions, VersionChange, VersionChanges
 from svc.errors import BusyError, SettingsError
 from svc.identity.actor import Actor
-from svc.settings import AtDeadline, RolloutSettings
+from svc.settings import AtDeadline, ModelSettings, RolloutSettings
+from svc.store.audit import read_events
+from svc.store.gate_rows import GATE_ROWS
 from svc.store.rollouts import (
     RolloutOutcome,
     RolloutRecord,
@@ -88,7 +90,9 @@ class Users:
 
 def changes(control: Control, plan: RolloutSettings) -> VersionChanges:
     served = control.reconciler.actual.target
-    return VersionChanges(control.registry, control.store, lambda: {NAME: served}, lambda name: plan)
+    return VersionChanges(
+        control.registry, control.store, lambda: {NAME: served}, lambda name: ModelSettings(rollout=plan)
+    )
 
 
 def start(control: Control, number: int, plan: RolloutSettings = ALL, format: Format | None = None) -> VersionChange:
@@ -121,6 +125,10 @@ async def test_good_candidate_passes_shadow_and_canary_and_becomes_production(co
     assert {signal.signal for signal in seen.signals} == {"errors", "first_token"}
     assert len(read_shadow_pairs(control.store, seen.id)) >= 20
     assert control.desired().previous == target(1)
+    assert {gate.gate for gate in seen.gates} > {"checks", "files", "quality"}
+    assert [event.details["gates"] for event in read_events(control.store, newest=2)] == [
+        GATE_ROWS.dump_python(seen.gates, mode="json")
+    ] * 2
     assert control.sample("svc_rollouts_total", model=NAME, outcome="promoted") == 1
 
 

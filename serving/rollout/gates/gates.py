@@ -1,0 +1,67 @@
+"""Check all gates of a promotion, in the order in which they are shown."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from serving.rollout.gates.custom import check_custom
+from serving.rollout.gates.integrity import check_freshness, check_integrity
+from serving.rollout.gates.quality import check_forgetting, check_quality, check_registration
+from serving.rollout.gates.speed import check_speed
+from svc.errors import GateError
+from svc.registry.registry import Registry
+from svc.settings import GateSettings, UndecidedGates
+from svc.store.gate_rows import GateRow, GateVerdict
+from svc.version import Target, VersionId
+
+
+@dataclass(frozen=True, slots=True)
+class Promotion:
+    """A promotion to check.
+
+    Attributes:
+        production: the desired version before the promotion.
+    """
+
+    registry: Registry
+    candidate: Target
+    production: Target
+
+
+def check_gates(promotion: Promotion, settings: GateSettings, now: datetime) -> tuple[GateRow, ...]:
+    """Return the results of all gates. A gate that cannot be checked is undecided or failed, and never raises.
+
+    Raises:
+        NotFoundError: a version does not exist.
+        IntegrityError: a version's manifest cannot be read.
+    """
+    registry, candidate, production = promotion.registry, promotion.candidate, promotion.production
+    manifest = registry.manifest(candidate.version)
+    return (
+        *check_integrity(registry.folder(candidate.version), manifest, candidate.format),
+        *check_quality(registry, candidate, production, settings),
+        *check_registration(manifest),
+        check_forgetting(manifest, candidate.format, settings.forgetting_margin),
+        *check_speed(registry, candidate, production, settings.speed_margin),
+        check_freshness(manifest, settings.max_age_days, now),
+        *(
+            check_custom(gate, candidate, production, registry.folder(candidate.version), manifest.created_at)
+            for gate in settings.custom
+        ),
+    )
+
+
+def refusing_gates(gates: Sequence[GateRow], settings: GateSettings) -> tuple[GateRow, ...]:
+    """Return the gates that refuse a promotion: the failed ones and, depending on the settings, the undecided ones."""
+    verdicts = {GateVerdict.FAILED}
+    if settings.undecided is UndecidedGates.REFUSE:
+        verdicts.add(GateVerdict.UNDECIDED)
+    return tuple(gate for gate in gates if gate.verdict in verdicts)
+
+
+def refused(version: VersionId, refusing: Sequence[GateRow]) -> GateError:
+    """Return the error for a promotion that these gates refuse."""
+    return GateError(
+        f"{version} did not pass every gate:\n" + "\n".join(f"  {gate}" for gate in refusing),
+        todo=f"fix the cause and train again, or force it: svc promote {version} --force --reason TEXT",
+    )

@@ -1,0 +1,98 @@
+"""The gates on a version itself: it is complete, was checked at registration, and is not too old."""
+
+from datetime import datetime
+from pathlib import Path
+
+from svc.registry.manifest import Manifest
+from svc.store.gate_rows import GateRow, GateVerdict
+from svc.version import Format
+
+_DAY_S = 86_400
+
+
+def check_integrity(folder: Path, manifest: Manifest, format: Format) -> tuple[GateRow, ...]:
+    """Return the gates on a version's registration, files, parity report, probes and licence."""
+    return (
+        _check_registration(manifest),
+        _check_files(folder, manifest, format),
+        _check_parity(manifest),
+        _check_probes(manifest, format),
+        _check_licence(manifest),
+    )
+
+
+def check_freshness(manifest: Manifest, max_age_days: float | None, now: datetime) -> GateRow:
+    """Return the gate on a version's age, which is also that of its evaluation."""
+    age = (now - manifest.created_at).total_seconds() / _DAY_S
+    measured = f"evaluated and registered {age:.1f} days ago"
+    if max_age_days is None:
+        return GateRow(gate="freshness", measured=measured, verdict=GateVerdict.SKIPPED, reason="no limit is set")
+    verdict = GateVerdict.PASSED if age <= max_age_days else GateVerdict.FAILED
+    return GateRow(gate="freshness", measured=measured, limit=f"at most {max_age_days:g} days", verdict=verdict)
+
+
+def _check_registration(manifest: Manifest) -> GateRow:
+    if manifest.failed:
+        count = len(manifest.failed)
+        return GateRow(
+            gate="checks",
+            measured=f"{count} check{'s' if count > 1 else ''} failed at registration",
+            limit="none",
+            verdict=GateVerdict.FAILED,
+            reason="; ".join(manifest.failed),
+        )
+    return GateRow(gate="checks", measured="no check failed at registration", verdict=GateVerdict.PASSED)
+
+
+def _check_files(folder: Path, manifest: Manifest, format: Format) -> GateRow:
+    """Compare sizes only: hashing a large model takes minutes, and the swap does it before it loads the files."""
+    records = [manifest.heldout, *manifest.reference, *manifest.formats[format].files]
+    wrong = [record.path for record in records if _size(folder / record.path) != record.bytes]
+    reason = f"missing, or of another size: {', '.join(wrong[:3])}" if wrong else "hashes are checked by the swap"
+    return GateRow(
+        gate="files",
+        measured=f"{len(records) - len(wrong)} of {len(records)} files have their registered size",
+        limit="all",
+        verdict=GateVerdict.FAILED if wrong else GateVerdict.PASSED,
+        reason=reason,
+    )
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
+def _check_parity(manifest: Manifest) -> GateRow:
+    report = manifest.parity
+    if report is None:
+        if set(manifest.formats) == {Format.ADAPTER}:
+            return GateRow(gate="parity", verdict=GateVerdict.SKIPPED, reason="not measured for adapters alone")
+        return GateRow(gate="parity", verdict=GateVerdict.UNDECIDED, reason="the version has no parity report")
+    passed = len(report.checks) - len(report.failed)
+    return GateRow(
+        gate="parity",
+        measured=f"{passed} of {len(report.checks)} checks passed",
+        limit="all",
+        verdict=GateVerdict.FAILED if report.failed else GateVerdict.PASSED,
+        reason="; ".join(report.failed),
+    )
+
+
+def _check_probes(manifest: Manifest, format: Format) -> GateRow:
+    records = manifest.formats.values() if format is Format.ADAPTER else [manifest.formats[format]]
+    count = sum(len(record.probes) for record in records)
+    if not count:
+        return GateRow(
+            gate="probes", verdict=GateVerdict.UNDECIDED, reason="without probes, loaded weights cannot be verified"
+        )
+    return GateRow(gate="probes", measured=f"{count} probes", limit="at least 1", verdict=GateVerdict.PASSED)
+
+
+def _check_licence(manifest: Manifest) -> GateRow:
+    licence = manifest.base.licence
+    if licence is None:
+        return GateRow(gate="licence", verdict=GateVerdict.UNDECIDED, reason="the base's publisher states no licence")
+    return GateRow(gate="licence", measured=licence, verdict=GateVerdict.PASSED)

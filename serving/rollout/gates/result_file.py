@@ -1,0 +1,161 @@
+"""Gates on results that other tools have exported: the share of passed tests, with its 95 % interval.
+
+Three forms are recognised by their content:
+
+- Promptfoo (`promptfoo eval -o results.json`): `results.stats` with `successes`, `failures` and, in newer exports,
+  `errors`.
+- openai/evals (`oaieval`, JSON lines): one `match` event with `correct` per sample.
+- OpenAI's Evals API (`GET /v1/evals/EVAL/runs/RUN`): `result_counts` of an `eval.run`.
+"""
+
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from svc.evaluation.intervals import Interval, proportion
+from svc.evaluation.verdict import judge
+from svc.store.gate_rows import GateRow, GateVerdict
+
+_MAX_BYTES = 64 * 2**20
+"""Maximum size of a file. Larger ones would block other threads of a server while they are parsed."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedResults:
+    """Results of a set of tests.
+
+    Attributes:
+        total: number of tests; those that ended with an error have not passed.
+        at: time of the run, or None if the file does not say.
+    """
+
+    tool: str
+    passed: int
+    total: int
+    at: datetime | None
+
+
+class UnreadableError(Exception):
+    """Raised for a file that is missing or has none of the known forms; the text is the reason."""
+
+
+class _External(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+
+class _PromptfooStats(_External):
+    successes: int = Field(ge=0)
+    failures: int = Field(ge=0)
+    errors: int = Field(0, ge=0)
+
+
+class _PromptfooResults(_External):
+    timestamp: datetime | None = None
+    stats: _PromptfooStats
+
+
+class _Promptfoo(_External):
+    results: _PromptfooResults
+
+
+class _Counts(_External):
+    passed: int = Field(ge=0)
+    total: int = Field(ge=0)
+
+
+class _EvalRun(_External):
+    status: Literal["completed"]
+    created_at: datetime
+    result_counts: _Counts
+
+
+class _Match(_External):
+    correct: bool
+
+
+class _Event(_External):
+    type: str = ""
+    data: Any = None
+
+
+class _Spec(_External):
+    created_at: datetime | None = None
+
+
+class _Log(_External):
+    spec: _Spec
+
+
+def check_result_file(name: str, path: Path, min_pass_share: float, registered_at: datetime) -> GateRow:
+    """Return the gate on the share of passed tests in a file. A file that cannot be read has failed.
+
+    Args:
+        registered_at: time of the version's registration; older results are of another version.
+    """
+    limit = f"at least {min_pass_share:g} passed"
+    try:
+        results = read_results(path)
+    except UnreadableError as error:
+        return GateRow(gate=name, limit=limit, verdict=GateVerdict.FAILED, reason=f"{path}: {error}")
+    share = proportion(results.passed, results.total)
+    measured = f"{results.tool}: {results.passed} of {results.total} passed: {share}"
+    if results.at is not None and results.at < registered_at:
+        reason = f"run on {results.at:%Y-%m-%d}, before the version was registered"
+        return GateRow(gate=name, measured=measured, limit=limit, verdict=GateVerdict.UNDECIDED, reason=reason)
+    loss = Interval(value=1 - share.value, low=1 - share.high, high=1 - share.low)
+    verdict = judge(loss, 1 - min_pass_share, results.total)
+    more = f"about {verdict.examples_to_decide} tests would decide" if verdict.examples_to_decide else ""
+    return GateRow(gate=name, measured=measured, limit=limit, verdict=GateVerdict(verdict.outcome), reason=more)
+
+
+def read_results(path: Path) -> ExportedResults:
+    """Read an exported file.
+
+    Raises:
+        UnreadableError: the file is missing, too large, of an unknown form, or has no results.
+    """
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise UnreadableError(f"the file is larger than {_MAX_BYTES // 2**20} MiB")
+        content = path.read_bytes()
+    except OSError as error:
+        raise UnreadableError(error.strerror or str(error)) from error
+    try:
+        results = _parse(content)
+    except (ValueError, RecursionError) as error:  # includes JSON, Unicode and pydantic's errors
+        first = error.errors()[0] if isinstance(error, ValidationError) else None
+        text = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(error)
+        raise UnreadableError(f"not an export of Promptfoo or OpenAI Evals: {text}") from error
+    if not 0 <= results.passed <= results.total or not results.total:
+        raise UnreadableError(f"{results.passed} of {results.total} tests passed")
+    return results
+
+
+def _parse(content: bytes) -> ExportedResults:
+    if content.startswith(b'{"spec"'):
+        return _oaieval(content.splitlines())
+    whole = json.loads(content)
+    if isinstance(whole, dict) and whole.get("object") == "eval.run":
+        run = _EvalRun.model_validate(whole)
+        counts = run.result_counts
+        return ExportedResults("OpenAI Evals API", counts.passed, counts.total, run.created_at)
+    results = _Promptfoo.model_validate(whole).results
+    stats = results.stats
+    total = stats.successes + stats.failures + stats.errors
+    return ExportedResults("Promptfoo", stats.successes, total, _utc(results.timestamp))
+
+
+def _oaieval(lines: list[bytes]) -> ExportedResults:
+    spec = _Log.model_validate_json(lines[0]).spec
+    events = [_Event.model_validate_json(line) for line in lines[1:] if line.strip()]
+    matches = [_Match.model_validate(event.data) for event in events if event.type == "match"]
+    return ExportedResults("openai/evals", sum(match.correct for match in matches), len(matches), _utc(spec.created_at))
+
+
+def _utc(at: datetime | None) -> datetime | None:
+    """Return a time with its zone. openai/evals writes UTC without a zone."""
+    return at.replace(tzinfo=UTC) if at is not None and at.tzinfo is None else at

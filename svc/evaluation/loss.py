@@ -1,0 +1,33 @@
+"""Losses of a model compared with another one on the same examples, with intervals wide enough for a verdict."""
+
+from collections.abc import Sequence
+
+from svc.evaluation.intervals import Interval, paired_difference, share_difference
+from svc.evaluation.metrics.metric import Answered, Better, Metric, Unit
+from svc.evaluation.results import ExampleResult, token_weights
+
+MIN_DIFFERENCES = 8
+"""Minimum number of examples for a verdict on a bootstrap interval. Fewer may all differ in one direction by chance
+(1 case in 128), which a bootstrap does not show."""
+MIN_NLL_MARGIN = 0.005
+"""Smallest limit on the NLL loss, in nats per token. For a nearly certain model, a share of its NLL is less than the
+engine's rounding."""
+
+
+def metric_loss(metric: Metric, before: Answered, after: Answered) -> Interval:
+    """Return the loss of the second model. For shares, the interval is at least as wide as for unchanged answers."""
+    sign = 1 if metric.better is Better.LOWER else -1
+    if metric.unit is Unit.SHARE and metric.scored:
+        pairs = zip(metric.stored_scores(before), metric.stored_scores(after), strict=True)
+        return share_difference([sign * (second - first) for first, second in pairs])
+    change = metric.difference(before, after)
+    low, high = sorted((sign * change.low, sign * change.high))
+    value, least = sign * change.value, 0.0
+    if metric.unit is Unit.SHARE:
+        least = share_difference([0.0] * len(before.results)).high
+    return Interval(value=value, low=min(low, value - least), high=max(high, value + least))
+
+
+def nll_loss(before: Sequence[ExampleResult], after: Sequence[ExampleResult]) -> Interval:
+    """Return how much less likely the second model finds the reference answers, in nats per token."""
+    return paired_difference([result.nll for result in before], [result.nll for result in after], token_weights(before))

@@ -1,0 +1,50 @@
+"""Results of a promotion's gates, as they are stored with the promotion and shown to users."""
+
+from enum import StrEnum
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter
+
+
+class GateVerdict(StrEnum):
+    """Result of one gate."""
+
+    PASSED = "passed"
+    FAILED = "failed"
+    UNDECIDED = "undecided"
+    """The gate applies, but the data cannot decide it."""
+    SKIPPED = "skipped"
+    """The gate does not apply, or has no limit."""
+
+
+class GateRow(BaseModel):
+    """One gate of a promotion.
+
+    Attributes:
+        gate: name of the gate.
+        measured: text with the measured figures; empty if nothing was measured.
+        limit: text with the allowed values; empty if there is no limit.
+        reason: reason for the verdict; empty if the figures suffice.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    gate: str
+    measured: str = ""
+    limit: str = ""
+    verdict: GateVerdict
+    reason: str = ""
+
+    def __str__(self) -> str:
+        limit = f"limit: {self.limit}" if self.limit else ""
+        figures = ", ".join(text for text in (self.measured, limit) if text)
+        return ": ".join(text for text in (self.gate, figures, self.verdict.value, self.reason) if text)
+
+
+GATE_ROWS = TypeAdapter(tuple[GateRow, ...])
+"""Converts the gates of a promotion to JSON and back."""
+
+
+def gate_details(gates: tuple[GateRow, ...]) -> dict[str, Any]:
+    """Return the details with which a promotion's audit event records its gates, empty without gates."""
+    return {"gates": GATE_ROWS.dump_python(gates, mode="json")} if gates else {}

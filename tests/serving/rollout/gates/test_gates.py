@@ -1,0 +1,302 @@
+"""The gates of a promotion: integrity, quality, forgetting, speed and freshness, from stored results alone."""
+
+import shutil
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serving.rollout.gates.gates import check_gates, refused, refusing_gates
+from svc.evaluation.forgetting import Forgetting
+from svc.evaluation.intervals import proportion
+from svc.evaluation.metrics.labels import MacroF1
+from svc.registry.manifest import BaseRecord, DataRecord
+from svc.registry.registry import Registry
+from svc.settings import GateSettings
+from svc.store.gate_rows import GateRow, GateVerdict
+from svc.version import Format, VersionId
+from tests.serving.rollout.gates.registered import edit, new_registry, promotion, register, row
+from tests.serving.versions import NAME, OTHER_FACTS, make_version
+from tests.svc.registry.manifests import gate_report, report
+from tests.svc.registry.parity import SPEED, make_parity
+
+NOW = datetime(2026, 1, 11, tzinfo=UTC)  # ten days after the registration of all versions
+PASSED, FAILED, UNDECIDED, SKIPPED = GateVerdict
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    return new_registry(tmp_path)
+
+
+def check(registry: Registry, gate: str, *, format: Format = Format.MERGED, **settings: Any) -> GateRow:
+    """Return the row of one gate on the promotion of version 2 over version 1."""
+    return row(check_gates(promotion(registry, format=format), GateSettings(**settings), NOW), gate)
+
+
+def test_equal_version_passes_or_leaves_undecided_every_gate(registry: Registry) -> None:
+    register(registry, 1), register(registry, 2)
+    rows = check_gates(promotion(registry), GateSettings(quality_margin=0.05), NOW)
+    assert {each.gate: each.verdict for each in rows} == {
+        "checks": PASSED,
+        "files": PASSED,
+        "parity": PASSED,
+        "probes": PASSED,
+        "licence": PASSED,
+        "quality": PASSED,
+        "nll": PASSED,
+        "forgetting": SKIPPED,
+        "speed": UNDECIDED,
+        "first_token": UNDECIDED,
+        "freshness": SKIPPED,
+    }
+    assert refusing_gates(rows, GateSettings()) == ()
+
+
+def test_version_with_failed_registration_checks_is_refused_with_them(registry: Registry) -> None:
+    register(registry, 1), register(registry, 2, failed=("GPTQ lost 0.3", "the tokens differ"))
+    failed = check(registry, "checks")
+    assert (failed.verdict, failed.reason) == (FAILED, "GPTQ lost 0.3; the tokens differ")
+    error = refused(VersionId(NAME, 2), [failed])
+    assert error.exit_code == 23
+    assert "GPTQ lost 0.3" in error.wrong and "svc promote tuned@2 --force --reason TEXT" in error.todo
+
+
+@pytest.mark.parametrize("damage", ["missing", "shorter"])
+def test_version_with_a_damaged_file_fails_without_hashing(registry: Registry, damage: str) -> None:
+    register(registry, 1), register(registry, 2)
+    weights = registry.folder(VersionId(NAME, 2)) / "merged" / "model.safetensors"
+    if damage == "missing":
+        weights.unlink()
+    else:
+        weights.write_bytes(weights.read_bytes()[:-1])
+    files = check(registry, "files")
+    assert files.verdict is FAILED and "merged/model.safetensors" in files.reason
+
+
+def test_failed_parity_report_fails(registry: Registry) -> None:
+    register(registry, 1), register(registry, 2, parity=make_parity("template"))
+    parity = check(registry, "parity")
+    assert (parity.verdict, parity.measured) == (FAILED, "1 of 2 checks passed")
+    assert "template" in parity.reason
+
+
+def test_missing_parity_report_and_licence_are_undecided(registry: Registry) -> None:
+    register(registry, 1)
+    register(registry, 2, parity=None, base=BaseRecord(origin="base", revision="1", licence=None))
+    assert check(registry, "parity").verdict is check(registry, "licence").verdict is UNDECIDED
+
+
+def test_missing_probes_are_undecided_unless_an_adapter_has_those_of_another_format(registry: Registry) -> None:
+    formats = (Format.MERGED, Format.ADAPTER)
+    register(registry, 1, formats=formats), register(registry, 2, formats=formats)
+    assert check(registry, "probes", format=Format.ADAPTER).verdict is PASSED
+    make_version(registry, 3, probes=False)
+    rows = check_gates(promotion(registry, 3), GateSettings(), NOW)
+    assert row(rows, "probes").verdict is UNDECIDED
+
+
+def test_better_version_passes_the_quality_gate(registry: Registry) -> None:
+    register(registry, 1, 60), register(registry, 2, 80)
+    quality = check(registry, "quality")
+    assert quality.verdict is PASSED
+    assert quality.measured.startswith("exact match: 0.600 tuned@1, 0.800 tuned@2; loss -0.200 [-0.2")
+    assert quality.limit == "loss of at most 0.020"
+
+
+def test_proven_loss_of_quality_fails_and_refuses_the_promotion(registry: Registry) -> None:
+    register(registry, 1, 80), register(registry, 2, 60)
+    rows = check_gates(promotion(registry), GateSettings(), NOW)
+    assert [each.gate for each in refusing_gates(rows, GateSettings())] == ["quality"]
+    assert row(rows, "quality").reason.startswith("a loss of 0.1")
+
+
+def test_small_loss_on_few_examples_is_undecided_with_the_number_to_decide(registry: Registry) -> None:
+    register(registry, 1, 80), register(registry, 2, 79)
+    quality = check(registry, "quality")
+    assert quality.verdict is UNDECIDED
+    assert "cannot be excluded with 100 examples; about 2,300 would decide" in quality.reason
+
+
+def test_undecided_gate_refuses_only_if_configured(registry: Registry) -> None:
+    register(registry, 1, 80), register(registry, 2, 79)
+    strict = GateSettings.model_validate({"undecided": "refuse"})
+    rows = check_gates(promotion(registry), strict, NOW)
+    assert "quality" in [each.gate for each in refusing_gates(rows, strict)]
+    assert refusing_gates(rows, GateSettings()) == ()
+
+
+def test_loss_is_only_shown_without_a_margin(registry: Registry) -> None:
+    register(registry, 1, 80), register(registry, 2, 10)
+    quality = check(registry, "quality", quality_margin=None)
+    assert (quality.verdict, quality.reason) == (SKIPPED, "no margin is set")
+    assert "loss 0.700" in quality.measured
+
+
+def test_less_likely_references_fail_the_nll_gate(registry: Registry) -> None:
+    register(registry, 1, nll=1.0), register(registry, 2, nll=1.2)
+    nll = check(registry, "nll")
+    assert nll.verdict is FAILED
+    assert nll.measured.startswith("nats per token: 1.020 tuned@1, 1.220 tuned@2; loss 0.200")
+    assert check(registry, "nll", nll_margin=0.3).verdict is PASSED
+
+
+def test_nll_is_undecided_if_the_references_have_different_tokens(registry: Registry) -> None:
+    register(registry, 1), register(registry, 2, scored=4)
+    nll = check(registry, "nll")
+    assert (nll.verdict, nll.reason) == (UNDECIDED, "the tokenizers or chat templates differ")
+
+
+def test_version_evaluated_on_fewer_examples_is_compared_on_those(registry: Registry) -> None:
+    register(registry, 1, 40, 100), register(registry, 2, 40, 40)
+    assert check(registry, "quality").measured.startswith("exact match: 1.000 tuned@1, 1.000 tuned@2")
+
+
+def test_different_heldout_examples_are_undecided_with_the_comparing_command(registry: Registry) -> None:
+    data = DataRecord(train_fingerprint="a", train_examples=1, heldout_fingerprint="c", heldout_examples=1)
+    register(registry, 1), register(registry, 2, data=data)
+    quality, nll = check(registry, "quality"), check(registry, "nll")
+    heldout = registry.folder(VersionId(NAME, 1)) / "heldout.jsonl"
+    assert quality.verdict is nll.verdict is UNDECIDED
+    assert f"svc compare tuned@1 tuned@2 --data {heldout}" in quality.reason
+
+
+def test_different_primary_metrics_are_undecided(registry: Registry) -> None:
+    register(registry, 1)
+    register(registry, 2, evaluation=report().model_copy(update={"primary": "accuracy"}))
+    quality = check(registry, "quality")
+    assert quality.verdict is UNDECIDED
+    assert "exact_match and accuracy" in quality.reason
+
+
+def test_metric_of_the_whole_set_is_compared_with_the_references(registry: Registry) -> None:
+    metric = MacroF1()
+    scored = report().model_copy(
+        update={"primary": metric.name, "metrics": {metric.name: report().metrics["exact_match"]}}
+    )
+    for number in (1, 2):
+        register(registry, number, 3, 3, evaluation=scored)
+    assert check(registry, "quality").measured.startswith("macro-F1: 0.000 tuned@1, 0.000 tuned@2")
+
+
+def test_function_of_a_version_is_never_run(registry: Registry, tmp_path: Path) -> None:
+    code = tmp_path / "metric.py"
+    code.write_text(f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()\ndef score(*_): return [1.0]\n")
+    scored = report().model_copy(update={"primary": f"{code}:score"})
+    for number in (1, 2):
+        register(registry, number, evaluation=scored)
+    quality = check(registry, "quality")
+    assert (quality.verdict, (tmp_path / "ran").exists()) == (UNDECIDED, False)
+
+
+def test_missing_results_are_undecided_and_altered_ones_fail(registry: Registry) -> None:
+    register(registry, 1), register(registry, 2)
+    results = registry.folder(VersionId(NAME, 2)) / "reference" / "merged.jsonl"
+    results.write_bytes(results.read_bytes().replace(b"0.0", b"1.0"))
+    altered = check(registry, "quality")
+    assert altered.verdict is FAILED and "was changed after registration" in altered.reason
+    make_version(registry, 3)
+    rows = check_gates(promotion(registry, 3), GateSettings(), NOW)
+    assert row(rows, "quality").verdict is row(rows, "nll").verdict is UNDECIDED
+
+
+@pytest.mark.parametrize("damage", ["results", "manifest", "removed"])
+def test_damaged_version_in_production_can_be_replaced(registry: Registry, damage: str) -> None:
+    register(registry, 1), register(registry, 2)
+    folder = registry.folder(VersionId(NAME, 1))
+    if damage == "results":
+        (folder / "reference" / "merged.jsonl").write_text("broken")
+    elif damage == "manifest":
+        (folder / "manifest.json").write_text("broken")
+    else:
+        shutil.rmtree(folder)
+    rows = check_gates(promotion(registry), GateSettings(), NOW)
+    assert row(rows, "quality").verdict is row(rows, "nll").verdict is row(rows, "speed").verdict is UNDECIDED
+    assert refusing_gates(rows, GateSettings()) == ()
+
+
+def test_version_in_production_is_compared_with_its_base(registry: Registry) -> None:
+    register(registry, 1, 80, base_right=20)
+    rows = check_gates(promotion(registry, 1), GateSettings(), NOW)
+    quality = row(rows, "quality")
+    assert quality.verdict is PASSED
+    assert quality.measured.startswith("exact match: 0.200 base, 0.800 tuned@1")
+
+
+def test_adapter_is_compared_by_the_results_of_its_merged_model(registry: Registry) -> None:
+    formats = (Format.MERGED, Format.ADAPTER)
+    register(registry, 1, 60, formats=formats), register(registry, 2, 80, formats=formats)
+    assert check(registry, "quality", format=Format.ADAPTER).verdict is PASSED
+    speed = check(registry, "speed", format=Format.ADAPTER)
+    assert (speed.verdict, speed.reason) == (SKIPPED, "not measured for adapters")
+
+
+def test_undecided_limits_of_the_recipe_appear_as_gates(registry: Registry) -> None:
+    register(registry, 1), register(registry, 2, gates=(gate_report(0.09),))
+    gptq = check(registry, "gptq_quality")
+    assert gptq.verdict is UNDECIDED
+    assert "evaluate.max_gptq_loss" in gptq.limit
+    assert "about 500 would decide" in gptq.reason
+
+
+def forgetting(lost: int) -> dict[str, Any]:
+    nothing = proportion(30, 60)
+    values = ("before", "after", "difference", "nll_before", "nll_after", "nll_difference")
+    figures = dict.fromkeys(values, nothing)
+    record = Forgetting(questions="general", fingerprint="f", examples=60, lost=lost, gained=0, **figures)
+    return {"forgetting": {Format.MERGED: record}}
+
+
+@pytest.mark.parametrize(("lost", "verdict"), [(0, PASSED), (12, UNDECIDED), (30, FAILED)])
+def test_forgotten_share_is_compared_with_the_margin(registry: Registry, lost: int, verdict: GateVerdict) -> None:
+    register(registry, 1), register(registry, 2, **forgetting(lost))
+    assert check(registry, "forgetting", forgetting_margin=0.15).verdict is verdict
+    assert check(registry, "forgetting").verdict is SKIPPED
+
+
+def test_configured_forgetting_margin_without_questions_is_undecided(registry: Registry) -> None:
+    register(registry, 1), register(registry, 2)
+    assert check(registry, "forgetting", forgetting_margin=0.1).verdict is UNDECIDED
+
+
+def speed(factor: float, others_share: float = 0.0) -> dict[str, Any]:
+    """Return a parity report with precise speeds; a larger factor is slower."""
+    first = SPEED.first_token_seconds.model_copy(update={"value": factor, "low": factor * 0.99, "high": factor * 1.01})
+    rate = {"value": 100 / factor, "low": 99 / factor, "high": 101 / factor}
+    measured = SPEED.model_copy(
+        update={
+            "first_token_seconds": first,
+            "tokens_per_second": {8: SPEED.first_token_seconds.model_copy(update=rate)},
+            "others_share": others_share,
+        }
+    )
+    return {"parity": make_parity().model_copy(update={"speed": {Format.MERGED: measured}})}
+
+
+@pytest.mark.parametrize(("factor", "verdict"), [(0.5, PASSED), (1.1, PASSED), (1.2, UNDECIDED), (1.5, FAILED)])
+def test_slowdown_is_compared_with_the_margin(registry: Registry, factor: float, verdict: GateVerdict) -> None:
+    register(registry, 1, **speed(1.0)), register(registry, 2, **speed(factor))
+    assert check(registry, "speed").verdict is check(registry, "first_token").verdict is verdict
+
+
+def test_speed_measured_on_a_busy_machine_is_undecided(registry: Registry) -> None:
+    register(registry, 1, **speed(1.0)), register(registry, 2, **speed(2.0, others_share=0.4))
+    assert "other processes used 40 %" in check(registry, "speed").reason
+
+
+def test_speed_measured_on_another_kind_of_engine_is_undecided(registry: Registry) -> None:
+    register(registry, 1, **speed(1.0))
+    version = register(registry, 2, **speed(2.0))
+    record = registry.manifest(version).formats[Format.MERGED]
+    probes = tuple(probe.model_copy(update={"engine": OTHER_FACTS}) for probe in record.probes)
+    edit(registry, version, formats={Format.MERGED: record.model_copy(update={"probes": probes})})
+    assert check(registry, "speed").reason == "measured on different kinds of engine"
+
+
+@pytest.mark.parametrize(("days", "verdict"), [(None, SKIPPED), (9, FAILED), (11, PASSED)])
+def test_age_is_compared_with_the_maximum(registry: Registry, days: float | None, verdict: GateVerdict) -> None:
+    register(registry, 1), register(registry, 2)
+    freshness = check(registry, "freshness", max_age_days=days)
+    assert freshness.verdict is verdict
+    assert freshness.measured == "evaluated and registered 10.0 days ago"
