@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, disable_created_metrics
 from sqlalchemy import Engine as Store
 
 from serving.admission.rate_limiter import RateLimiter
+from serving.background.webhook import Webhook
 from serving.deployment_builder import DeploymentBuilder
 from serving.deployments import Deployments, OnFailure, OnReady
 from serving.http.administration import Administration
@@ -90,6 +91,9 @@ def assemble(
         on_ready: called with each version that starts to serve.
         on_failure: called with the reason why a model cannot be served.
         make_slots: function that returns the object that starts and finds engines.
+
+    Raises:
+        SettingsError: a setting refers to a file that cannot be used.
     """
     disable_created_metrics()  # type: ignore[no-untyped-call]
     collector = CollectorRegistry()
@@ -123,8 +127,9 @@ def assemble(
         sources=lambda: [source for each in deployments.all for source in each.pool.sources()],
         status=deployments.status,
     )
+    webhooks = [Webhook.of(each, store, metrics.webhooks_ended) for each in settings.webhooks]
     works = (partial(watch_loop_lag, metrics.loop_lagged), gateway.usage_writer.run, authenticator.follow)
-    return Parts(gateway, deployments, authenticator, works)
+    return Parts(gateway, deployments, authenticator, (*works, *(webhook.run for webhook in webhooks)))
 
 
 def assemble_gateway(

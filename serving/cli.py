@@ -350,6 +350,7 @@ def _follow_rollout(
 @click.pass_context
 def rollout(ctx: click.Context, name: str, rollout_id: int | None, watch: bool, as_json: bool) -> None:
     """Show the latest rollout of the model NAME: its steps, figures and outcome."""
+    from svc.rollout_text import SIGNAL_COLUMNS, place_of, signal_cells
     from svc.terminal import print_table
 
     administration = _administration(ctx)
@@ -362,8 +363,7 @@ def rollout(ctx: click.Context, name: str, rollout_id: int | None, watch: bool, 
     if as_json:
         click.echo(shown.model_dump_json(indent=1))
         return
-    place = f"canary {shown.canary:g} %" if shown.canary is not None else shown.state.value
-    click.echo(f"rollout {shown.id}: {shown.previous} -> {shown.version}, {shown.outcome or place}")
+    click.echo(f"rollout {shown.id}: {shown.previous} -> {shown.version}, {place_of(shown)}")
     click.echo(
         f"requested {shown.requested_at:%Y-%m-%d %H:%M:%S} UTC by {shown.actor}: {shown.reason or 'no reason given'}"
     )
@@ -375,24 +375,7 @@ def rollout(ctx: click.Context, name: str, rollout_id: int | None, watch: bool, 
     if shown.gates:
         _show_gates(shown.gates, to_stdout=True)
     if shown.signals:
-        rows = [
-            (
-                row.signal,
-                _figure(row.production),
-                _figure(row.candidate),
-                _figure(row.low),
-                _figure(row.high),
-                f"{row.margin:g}",
-                str(row.units),
-                row.outcome,
-            )
-            for row in shown.signals
-        ]
-        print_table(("signal", "production", "candidate", "loss from", "to", "margin", "units", "verdict"), rows)
-
-
-def _figure(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
+        print_table(SIGNAL_COLUMNS, map(signal_cells, shown.signals))
 
 
 def _served_now(administration: Administration, outcome: SwapOutcome, change: VersionChange) -> str:

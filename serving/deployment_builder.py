@@ -83,6 +83,7 @@ class DeploymentBuilder:
             loader=CandidateLoader(planner=planner, pool=pool, names=names),
             metrics=metrics,
             report=reconciler.journal.rollout_step,
+            webhooks=tuple(each.url for each in self.settings.webhooks),
         )
         idling = Idling(
             pool,

@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings import SettingsError as SourceError
 
@@ -484,6 +494,34 @@ class GateSettings(_Section):
         return self
 
 
+def _webhook_url(text: str) -> str:
+    url = urlsplit(text)
+    host = url.hostname or ""
+    if url.scheme not in ("http", "https") or not host or url.fragment or "@" in url.netloc or url.port == 0:
+        raise ValueError("the value is not the URL of a webhook, such as https://host/path")
+    if url.scheme == "http" and host != "localhost" and not _is_loopback_address(host):
+        raise ValueError("the messages would cross the network in plain text; use https")
+    return text
+
+
+def _is_loopback_address(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class WebhookSettings(_Section):
+    """A receiver of messages about rollouts."""
+
+    url: Annotated[str, AfterValidator(_webhook_url)] = Field(
+        description="URL to which the messages are posted; https, or http on this machine"
+    )
+    secret_file: AbsolutePath = Field(
+        description="file with the secrets that sign the messages, `whsec_` and base64; readable by its owner only"
+    )
+
+
 class ModelSettings(_Section):
     """Settings of one served model that override the general settings."""
 
@@ -517,11 +555,23 @@ class Settings(BaseSettings):
     telemetry: TelemetrySettings = TelemetrySettings()
     holdout: HoldoutSettings = HoldoutSettings()
     monitor: MonitorSettings = MonitorSettings()
+    webhooks: tuple[WebhookSettings, ...] = Field(
+        (),
+        max_length=20,
+        description="receivers of messages about rollouts, each `{url: ..., secret_file: ...}`, see docs/rollouts.md",
+    )
     models: dict[str, ModelSettings] = Field(
         {},
         description="settings that differ for one model, by model name: `{engine: {...}, idle_s: ..., rollout: {...}, "
         "gates: {...}}`",
     )
+
+    @field_validator("webhooks")
+    @classmethod
+    def _check_webhooks(cls, webhooks: tuple[WebhookSettings, ...]) -> tuple[WebhookSettings, ...]:
+        if len({each.url for each in webhooks}) < len(webhooks):
+            raise ValueError("two webhooks have the same URL")
+        return webhooks
 
     def idle_s_of(self, name: str) -> float | None:
         """Return the idle time, in seconds, after which a model's engines sleep or are stopped, or None for never."""

@@ -1,15 +1,20 @@
 """Render the screen that `svc status` shows."""
 
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from monitoring.status.figures import QUANTILES, Figures, Look, Rate
+from svc.rollout_text import SIGNAL_COLUMNS, place_of, signal_cells
+from svc.store.rollouts import RolloutView
 
 _DRIFT_COLOURS = {"alarm": "red", "changed": "red", "steady": "green", "as_registered": "green"}
+_VERDICT_COLOURS = {"passed": "green", "failed": "red"}
 
 
 def status_screen(look: Look, rates: Mapping[str, Rate] | None = None, *, verbose: bool = False) -> RenderableType:
@@ -52,6 +57,8 @@ def _model(state: Mapping[str, Any], drift: Mapping[str, str], *, verbose: bool)
         lines.append(Text(f"  last error: {engine['last_error']}", "yellow"))
     if state["last_swap"]:
         lines.append(Text(_swap(state["last_swap"])))
+    if state.get("rollout"):
+        lines += _rollout(RolloutView.model_validate(state["rollout"]))
     lines.append(_drift(drift))
     if verbose:
         lines.append(_plan(engine["plan"]))
@@ -87,6 +94,21 @@ def _swap(swap: Mapping[str, Any]) -> str:
     if swap["queued_s"] is not None:
         text += f", {swap['queued']} queued for {swap['queued_s']:.2f} s"
     return text
+
+
+def _rollout(rollout: RolloutView) -> list[RenderableType]:
+    took = timedelta(seconds=max(0, round((datetime.now(UTC) - rollout.step_began_at).total_seconds())))
+    place = Text.assemble(
+        f"  rollout {rollout.id}: {rollout.previous} -> {rollout.version}, ",
+        (place_of(rollout), "bold"),
+        f" for {took}",
+    )
+    if not rollout.signals:
+        return [place]
+    table = Table(*SIGNAL_COLUMNS, box=None, pad_edge=False)
+    for signal in rollout.signals:
+        table.add_row(*signal_cells(signal), style=_VERDICT_COLOURS.get(signal.outcome, ""))
+    return [place, Padding(table, (0, 0, 0, 4))]
 
 
 def _table(figures: Figures, rates: Mapping[str, Rate] | None) -> Table:

@@ -78,6 +78,7 @@ class Rollouts:
         report: called with the id of a rollout and the text of each step.
         split: sets how the model's requests are divided between two versions; None sends all to production.
         active: whether a rollout is in progress; the engines must not idle until it has ended.
+        webhooks: URLs to which each transition is reported.
     """
 
     names: ModelNames
@@ -91,6 +92,7 @@ class Rollouts:
     report: Callable[[int, str], None]
     split: Callable[[Split | None], None] = lambda split: None
     active: bool = False
+    webhooks: tuple[str, ...] = ()
 
     async def run(self) -> None:
         """Carry out each requested rollout until cancelled."""
@@ -125,7 +127,7 @@ class Rollouts:
 
     async def _end(self, record: RolloutRecord, outcome: RolloutOutcome, why: str | None) -> None:
         log.info("the rollout of %s ended: %s %s", record.target, outcome, why or "")
-        await retrying(lambda: end_rollout(self.store, record.id, outcome, why))
+        await retrying(lambda: end_rollout(self.store, record.id, outcome, why, webhooks=self.webhooks))
         self.metrics.rollout_ended(outcome)
 
     async def _carry_out(self, record: RolloutRecord) -> None:
@@ -310,7 +312,8 @@ class _Run:
             await asyncio.sleep(_POLL_S)
 
     async def _enter(self, state: RolloutState, step: int = 0) -> None:
-        self._record = await retrying(lambda: enter_state(self._store, self._record.id, state, step))
+        webhooks = self._parts.webhooks
+        self._record = await retrying(lambda: enter_state(self._store, self._record.id, state, step, webhooks=webhooks))
 
     def _divide(self, split: Split | None) -> None:
         self._parts.split(split)

@@ -114,6 +114,9 @@ class DeploymentMetrics:
             self.instruments.swaps.labels(self.model, outcome.value)
         for ended in RolloutOutcome:
             self.instruments.rollouts.labels(self.model, ended.value)
+        for copied in ShadowOutcome:
+            self.instruments.shadow_requests.labels(self.model, copied.value)
+        self.rollout_share(0.0)
 
     def watch_admission(self, running: Callable[[], int], queued: Callable[[], int]) -> None:
         """Make two gauges read the running and queued requests on each scrape."""

@@ -22,6 +22,7 @@ from serving.telemetry.traces.request_trace import SpanDropped
 from svc.access.authenticator import KeyFault
 from svc.store.feedback import Rating
 from svc.store.requests import Dropped
+from svc.store.webhooks import WebhookOutcome
 from svc.version import Target, VersionId
 
 CLIENT_GONE_STATUS = 499
@@ -108,8 +109,13 @@ class GatewayMetrics:
         self._spans_dropped = counter(
             "svc_spans_dropped_total", "Spans that were sent without content or not at all, by reason", ("reason",)
         )
+        self._webhooks = counter(
+            "svc_webhook_deliveries_total", "Attempts to deliver a webhook message, by outcome", ("outcome",)
+        )
         self._add_times(clock)
         self.show_errors(None)
+        for outcome in WebhookOutcome:
+            self._webhooks.labels(outcome.value)
         for fault in KeyFault:
             self._wrong_keys.labels(fault.value)
         for row in Dropped:
@@ -267,6 +273,10 @@ class GatewayMetrics:
     def spans_dropped(self, reason: SpanDropped, count: int) -> None:
         """Count spans that were not sent, or were sent without their content."""
         self._spans_dropped.labels(reason.value).inc(count)
+
+    def webhooks_ended(self, outcome: WebhookOutcome, count: int = 1) -> None:
+        """Count attempts to deliver a webhook message, or messages that were dropped."""
+        self._webhooks.labels(outcome.value).inc(count)
 
     def feedback_given(self, version: VersionId | None, rating: Rating) -> None:
         labels = self._version_labels(version) if version else (UNKNOWN_MODEL, "")

@@ -1,6 +1,7 @@
-"""`svc audit` shows the audit log and `svc history` served versions; `svc forget` deletes logged requests."""
+"""`svc audit` shows the audit log, `svc history` served versions and rollouts; `svc forget` deletes requests."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -102,7 +103,9 @@ def _second(moment: str) -> str:
 @json_option
 @click.pass_context
 def history(ctx: click.Context, name: str, as_json: bool) -> None:
-    """Show which versions of NAME were served when, and who requested them."""
+    """Show which versions of NAME were served when, its rollouts with their outcomes, and who requested them."""
+    from rich.table import Column
+
     from svc.audit.history import read_history
     from svc.store.database import open_database
     from svc.terminal import print_table
@@ -113,19 +116,28 @@ def history(ctx: click.Context, name: str, as_json: bool) -> None:
         return
     if not rows:
         raise NotFoundError(f"{name!r} has never been served", todo="list the models: svc models")
-    shown = ("version", "format", "began_by", "ended_by", "who", "why")
+    shown = ("version", "format", "began_by", "ended_by", "who")
+    times = (Column("from (UTC)", no_wrap=True), Column("until", no_wrap=True))
     print_table(
-        ("from (UTC)", "until", "version", "format", "began by", "ended by", "who", "why", "gates"),
+        (*times, "version", "format", "began by", "ended by", "who", "why", "gates"),
         [
             (
                 _second(row["from"]),
                 _second(row["until"] or ""),
                 *(row[name] for name in shown),
+                _reasons(row),
                 _as_text(_verdicts(row["gates"])),
             )
             for row in rows
         ],
     )
+
+
+def _reasons(row: Mapping[str, Any]) -> str:
+    """Return why a version was requested; for a rollout also the reason for its outcome, and its verdicts."""
+    rollout = row["rollout"] or {"why": None, "signals": []}
+    verdicts = ", ".join(f"{signal['signal']} {signal['outcome']}" for signal in rollout["signals"])
+    return "; ".join(filter(None, (row["why"], rollout["why"], verdicts)))
 
 
 @click.command()

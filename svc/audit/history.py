@@ -1,10 +1,13 @@
-"""A model's history: which version was served when, and who requested it."""
+"""A model's history: which version was served when, which rollouts there were, and who requested them."""
 
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Engine as Store
 
 from svc.store.audit import Action, read_events
+from svc.store.gate_rows import GATE_ROWS
+from svc.store.rollouts import RolloutView, read_rollouts
 from svc.store.served import served_spans
 
 _REQUESTING = {Action.SERVE.value, Action.PROMOTE.value, Action.ROLLBACK.value}
@@ -12,22 +15,27 @@ _EVENTS = 10_000
 
 
 def read_history(store: Store, name: str) -> list[dict[str, Any]]:
-    """Return each period in which a version of a name was served, in chronological order, as JSON.
+    """Return the periods in which a model's versions were served, and its rollouts, in chronological order, as JSON.
 
-    `action`, `who`, `why` and `gates` come from the event that requested the version. They are None or empty if the
-    log has no such event.
+    Each row has the same keys; `event` is `served` or `rollout`. `action`, `who`, `why` and `gates` of a period come
+    from the event that requested the version. They are None or empty if the log has no such event.
     """
+    return sorted(_served(store, name) + _rollouts(store, name), key=lambda row: str(row["from"]))
+
+
+def _served(store: Store, name: str) -> list[dict[str, Any]]:
     events = read_events(store, newest=_EVENTS, subject=name)
     asked = {event.details.get("generation"): event for event in events if event.action in _REQUESTING}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for span in served_spans(store, name):
         event = asked.get(span.generation)
         rows.append(
             {
+                "event": "served",
                 "version": str(span.target.version),
                 "format": span.target.format.value,
-                "from": span.began_at.isoformat(timespec="milliseconds"),
-                "until": span.ended_at.isoformat(timespec="milliseconds") if span.ended_at else None,
+                "from": _text(span.began_at),
+                "until": _text(span.ended_at),
                 "began_by": span.began_by.value,
                 "ended_by": span.ended_by.value if span.ended_by else None,
                 "generation": span.generation,
@@ -35,6 +43,32 @@ def read_history(store: Store, name: str) -> list[dict[str, Any]]:
                 "who": event.actor if event else None,
                 "why": event.reason if event else None,
                 "gates": event.details.get("gates", []) if event else [],
+                "rollout": None,
             }
         )
     return rows
+
+
+def _rollouts(store: Store, name: str) -> list[dict[str, Any]]:
+    return [
+        {
+            "event": "rollout",
+            "version": str(record.target.version),
+            "format": record.target.format.value,
+            "from": _text(record.requested_at),
+            "until": _text(record.ended_at),
+            "began_by": "rollout",
+            "ended_by": record.outcome.value if record.outcome else None,
+            "generation": record.generation,
+            "action": Action.PROMOTE.value,
+            "who": record.actor,
+            "why": record.reason,
+            "gates": GATE_ROWS.dump_python(record.gates, mode="json"),
+            "rollout": RolloutView.of(record).model_dump(mode="json"),
+        }
+        for record in read_rollouts(store, name)
+    ]
+
+
+def _text(moment: datetime | None) -> str | None:
+    return moment.isoformat(timespec="milliseconds") if moment else None

@@ -22,10 +22,12 @@ def report(ctx: click.Context, version: str, output: Path | None, show: bool, as
     """Write the report of a version (NAME, NAME@N or NAME@alias) as one HTML file that needs no network."""
     from svc.report.page import report_page
     from svc.report.report import gather_report
+    from svc.store.database import open_database
 
-    registry = Registry.of(settings_of(ctx))
+    settings = settings_of(ctx)
+    registry = Registry.of(settings)
     found = registry.resolve(version)
-    gathered = gather_report(registry, found)
+    gathered = gather_report(registry, found, open_database(settings.home))
     path = (output or Path(f"{found.name}-{found.number}.html")).absolute()
     try:
         path.write_text(report_page(gathered), "utf-8")

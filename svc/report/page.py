@@ -20,6 +20,7 @@ from svc.report.plots.data import plot_labels, plot_lengths
 from svc.report.plots.metrics import plot_numbers, plot_shares
 from svc.report.report import Report
 from svc.report.text import cut_text, visible
+from svc.rollout_text import SIGNAL_COLUMNS, place_of, signal_cells
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -39,6 +40,7 @@ def report_page(report: Report) -> str:
             recipe=yaml.safe_dump(report.manifest.recipe, sort_keys=False, allow_unicode=True, width=100),
             worst_count=WORST,
             side_by_side_count=SIDE_BY_SIDE,
+            signal_columns=SIGNAL_COLUMNS,
         )
     )
 
@@ -105,6 +107,6 @@ def _environment() -> "Environment":
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (say_verdict, minus, duration, cut_text, visible)
+    filters = (say_verdict, minus, duration, cut_text, visible, place_of, signal_cells)
     environment.filters |= {function.__name__: function for function in filters}
     return environment

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pydantic_core import to_jsonable_python
+from sqlalchemy import Engine as Store
 
 from svc.dataset.summary import DATA_SUMMARY_FILE, DataSummary, read_data_summary
 from svc.evaluation.evaluator import EvaluationReport
@@ -17,6 +18,7 @@ from svc.registry.registry import Registry
 from svc.registry.run_record import RUN_RECORD_FILE, RunRecord
 from svc.report.confusion import ConfusionMatrix, confusion_matrix
 from svc.report.judged import BASE, Judged
+from svc.store.rollouts import RolloutView, read_rollouts
 from svc.version import Format, VersionId
 
 
@@ -28,6 +30,7 @@ class Report:
         confusion: confusion matrix of the format that represents the version, or None if answers are not
             labels.
         heldout_labels: count of each label in the held-out examples, if `data` has labels.
+        rollouts: rollouts whose candidate was this version, oldest first.
     """
 
     manifest: Manifest
@@ -37,6 +40,7 @@ class Report:
     data: DataSummary
     heldout_labels: dict[str, int]
     run: RunRecord
+    rollouts: tuple[RolloutView, ...] = ()
 
     def figures(self) -> dict[str, Any]:
         """Return the report's figures as JSON, without texts, which are in the version's own files."""
@@ -60,12 +64,16 @@ class Report:
             "findings": manifest.findings,
             "forgetting": manifest.forgetting,
             "gates": manifest.gates,
+            "rollouts": self.rollouts,
         }
         return dict(to_jsonable_python(figures))
 
 
-def gather_report(registry: Registry, version: VersionId) -> Report:
+def gather_report(registry: Registry, version: VersionId, store: Store | None = None) -> Report:
     """Return the data for a version's report.
+
+    Args:
+        store: the store with the version's rollouts, or None to omit them.
 
     Raises:
         NotFoundError: the version does not exist.
@@ -84,7 +92,13 @@ def gather_report(registry: Registry, version: VersionId) -> Report:
         data=data,
         heldout_labels=dict(Counter(label_of(example.answer) for example in heldout)),
         run=read_record(registry.reference(version, RUN_RECORD_FILE), RunRecord),
+        rollouts=_rollouts(store, version) if store else (),
     )
+
+
+def _rollouts(store: Store, version: VersionId) -> tuple[RolloutView, ...]:
+    records = read_rollouts(store, version.name)
+    return tuple(RolloutView.of(record) for record in records if record.target.version == version)
 
 
 def _judged(registry: Registry, manifest: Manifest) -> Judged:

@@ -4,6 +4,8 @@ The server writes the state after every step, so that it can continue the rollou
 `svc rollout` read it.
 """
 
+import json
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -33,6 +35,7 @@ from svc.store.tables import (
     target_columns,
     target_of,
 )
+from svc.store.webhooks import add_deliveries
 from svc.version import Format, Target, VersionId
 
 
@@ -164,6 +167,7 @@ class RolloutView(BaseModel):
 
     Attributes:
         canary: share of clients that the current canary step sends to the candidate, in percent; None in other states.
+        step_began_at: time at which the current state or canary step began.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -175,6 +179,7 @@ class RolloutView(BaseModel):
     state: RolloutState
     canary: float | None
     requested_at: datetime
+    step_began_at: datetime
     actor: str
     reason: str | None
     forced: str | None
@@ -188,14 +193,13 @@ class RolloutView(BaseModel):
     @classmethod
     def of(cls, record: RolloutRecord) -> Self:
         """Return the view of a rollout."""
-        same = {name: getattr(record, name) for name in cls.model_fields if hasattr(record, name)}
-        versions = {
+        given = {
             "version": str(record.target.version),
             "format": record.target.format,
             "previous": str(record.previous.version),
+            "canary": record.plan.canary[record.step] if record.state is RolloutState.CANARY else None,
         }
-        canary = record.plan.canary[record.step] if record.state is RolloutState.CANARY else None
-        return cls(**same | versions, canary=canary)
+        return cls(**given, **{name: getattr(record, name) for name in cls.model_fields.keys() - given.keys()})
 
 
 _SIGNALS = TypeAdapter(tuple[SignalRow, ...])
@@ -296,11 +300,21 @@ def stop_rollout(store: Store, name: str, why: str, entry: AuditEntry) -> Rollou
         return _record(session, row)
 
 
-def enter_state(store: Store, rollout: int, state: RolloutState, step: int = 0) -> RolloutRecord:
-    """Store the state or canary step that a rollout has reached; return the rollout."""
+def enter_state(
+    store: Store, rollout: int, state: RolloutState, step: int = 0, *, webhooks: Collection[str] = ()
+) -> RolloutRecord:
+    """Store the state or canary step that a rollout has reached; return the rollout.
+
+    Args:
+        webhooks: URLs to which a message about the transition is sent; entering the same state again is not reported.
+    """
     with exclusive(store) as session:
         row = _row(session, rollout)
+        _announce_request(session, row, webhooks)
+        is_new = (row.state, row.step) != (state, step)
         row.state, row.step, row.step_began_at = state, step, datetime.now(UTC)
+        if is_new and state in (RolloutState.SHADOW, RolloutState.CANARY):
+            _announce(session, row, webhooks, state, row.step_began_at)
         return _record(session, row)
 
 
@@ -447,11 +461,35 @@ def requests_per_day(store: Store, name: str) -> int:
         return session.scalar(query) or 0
 
 
-def end_rollout(store: Store, rollout: int, outcome: RolloutOutcome, why: str | None) -> None:
-    """Store the outcome of a rollout."""
+def end_rollout(
+    store: Store, rollout: int, outcome: RolloutOutcome, why: str | None, *, webhooks: Collection[str] = ()
+) -> None:
+    """Store the outcome of a rollout.
+
+    Args:
+        webhooks: URLs to which a message about the outcome is sent.
+    """
     with exclusive(store) as session:
         row = _row(session, rollout)
+        _announce_request(session, row, webhooks)
         row.state, row.outcome, row.why, row.ended_at = RolloutState.ENDED, outcome, why, datetime.now(UTC)
+        _announce(session, row, webhooks, outcome, row.ended_at)
+
+
+def _announce_request(session: Session, row: RolloutRow, webhooks: Collection[str]) -> None:
+    """Report the request of a rollout that leaves its first state."""
+    if row.state == RolloutState.REQUESTED:
+        _announce(session, row, webhooks, RolloutState.REQUESTED, row.requested_at)
+
+
+def _announce(
+    session: Session, row: RolloutRow, webhooks: Collection[str], what: RolloutState | RolloutOutcome, at: datetime
+) -> None:
+    """Store a webhook message in the transaction that stores the transition. The steps are left out for their size."""
+    if webhooks:
+        data = RolloutView.of(_record(session, row)).model_dump(mode="json", exclude={"steps"})
+        message = {"type": f"rollout.{what}", "timestamp": at.isoformat(), "data": data}
+        add_deliveries(session, webhooks, json.dumps(message, separators=(",", ":")))
 
 
 def _active(session: Session, name: str) -> RolloutRow | None:

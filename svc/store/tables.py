@@ -170,6 +170,20 @@ class RolloutStepRow(Table):
     text: Mapped[str]
 
 
+class WebhookDeliveryRow(Table):
+    """A webhook message that its receiver has not accepted yet."""
+
+    __tablename__ = "webhook_deliveries"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    message: Mapped[str]
+    url: Mapped[str]
+    body: Mapped[str]
+    created_at: Mapped[datetime]
+    attempts: Mapped[int]
+    due_at: Mapped[datetime]
+
+
 class ShadowPairRow(Table):
     """One request that both versions answered during the shadow step; the text is not stored."""
 

@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,68 @@ def test_unverified_engine_is_shown_with_the_reason(status: Status) -> None:
 def test_status_shows_a_swap_in_progress(status: Status) -> None:
     swap = STATE["last_swap"] | {"outcome": None, "kind": None, "queued_s": None, "running": None, "queued": None}
     assert "last swap: to tiny@2 (gptq), in progress" in status(last_swap=swap).out
+
+
+ROLLOUT: dict[str, Any] = {
+    "id": 3,
+    "version": "tiny@3",
+    "format": "gptq",
+    "previous": "tiny@2",
+    "state": "canary",
+    "canary": 25.0,
+    "requested_at": "2026-01-02T03:04:05Z",
+    "step_began_at": "2026-01-02T03:04:05Z",
+    "actor": "user:ann",
+    "reason": "better",
+    "forced": None,
+    "ended_at": None,
+    "outcome": None,
+    "why": None,
+    "signals": [
+        {
+            "signal": "errors",
+            "outcome": "undecided",
+            "production": 0.01,
+            "candidate": 0.02,
+            "low": -0.05,
+            "high": 0.06,
+            "margin": 0.01,
+            "units": 120,
+        },
+        {
+            "signal": "first_token",
+            "outcome": "passed",
+            "production": 0.4,
+            "candidate": 0.41,
+            "low": None,
+            "high": 1.15,
+            "margin": 1.2,
+            "units": 118,
+        },
+    ],
+    "steps": ["loading"],
+}
+
+
+def test_status_shows_the_step_and_figures_of_a_running_rollout(status: Status) -> None:
+    began = datetime.now(UTC) - timedelta(days=2)
+    lines = status(rollout=ROLLOUT | {"step_began_at": began.isoformat()}).out.splitlines()
+    (first,) = [number for number, line in enumerate(lines) if line.startswith("  rollout 3: ")]
+    assert lines[first].startswith("  rollout 3: tiny@2 -> tiny@3, canary 25 % for 2 days, 0:0")
+    assert " ".join(lines[first + 1].split()) == "signal production candidate loss from to margin units verdict"
+    assert lines[first + 2].split() == ["errors", "0.010", "0.020", "-0.050", "0.060", "0.01", "120", "undecided"]
+    assert lines[first + 3].split() == ["first_token", "0.400", "0.410", "1.150", "1.2", "118", "passed"]
+
+
+def test_status_shows_a_rollout_without_figures_while_it_loads(status: Status) -> None:
+    out = status(rollout=ROLLOUT | {"state": "loading", "canary": None, "signals": []}).out
+    assert "rollout 3: tiny@2 -> tiny@3, loading for " in out
+    assert "signal" not in out
+    assert "rollout" not in status(rollout=None).out
+
+
+def test_json_status_contains_the_running_rollout(status: Status) -> None:
+    assert json.loads(status("--json", rollout=ROLLOUT).out)["models"][0]["rollout"] == ROLLOUT
 
 
 def test_status_shows_all_served_and_refused_models(status: Status) -> None:

@@ -19,8 +19,17 @@ from svc.cli import group
 from svc.errors import BusyError, GateError, NotFoundError, RefusedError, ServerNotRunningError, SvcError
 from svc.identity.actor import Actor
 from svc.remote.server_url import read_status, server_address
-from svc.store.audit import read_events
-from svc.store.desired import read_desired
+from svc.settings import RolloutSettings
+from svc.store.audit import Action, AuditEntry, read_events
+from svc.store.desired import change_desired, read_desired
+from svc.store.rollouts import (
+    RolloutOutcome,
+    SignalRow,
+    add_rollout_step,
+    begin_rollout,
+    end_rollout,
+    store_signals,
+)
 from svc.store.served import served_spans
 from svc.version import VersionId
 from tests.serving.control import until
@@ -414,3 +423,18 @@ async def test_serve_starts_no_engine_if_another_server_uses_the_home(serving: H
 def test_serve_starts_no_engine_if_the_model_does_not_exist(home: Home) -> None:
     assert isinstance(error_of(type_now(home, "serve", f"{NAME}@9", "--port", "0")), NotFoundError)
     assert home.park.engines == []
+
+
+def test_rollout_command_shows_the_figures_and_outcome_of_the_latest_rollout(home: Home) -> None:
+    seen = change_desired(home.store, None, target(1), None)
+    entry = AuditEntry(Action.PROMOTE, f"{NAME}@2", Actor("user:ann", "box"), "better")
+    tried = begin_rollout(home.store, seen, target(2), RolloutSettings(canary=(5, 100)), entry)
+    add_rollout_step(home.store, tried.id, "canary: 5 % of clients")
+    loss = SignalRow("errors", "failed", production=0.0, candidate=0.3, low=0.1, high=None, margin=0.01, units=90)
+    store_signals(home.store, tried.id, (loss,))
+    end_rollout(home.store, tried.id, RolloutOutcome.ROLLED_BACK, "it fails")
+    lines = type_now(home, "rollout", NAME).output.splitlines()
+    assert lines[0] == f"rollout {tried.id}: {NAME}@1 -> {NAME}@2, rolled back"
+    assert lines[2:4] == ["why: it fails", "  canary: 5 % of clients"]
+    assert lines[5].split() == ["errors", "0.000", "0.300", "0.100", "0.01", "90", "failed"]
+    assert json.loads(type_now(home, "rollout", NAME, "--json").output)["outcome"] == "rolled_back"

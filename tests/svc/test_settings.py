@@ -234,3 +234,38 @@ def test_password_in_a_collector_url_is_rejected_without_quoting_it(url: str) ->
     refused = refusal(telemetry={"otlp_endpoint": url})
     assert "telemetry.otlp_endpoint" in refused
     assert "passw0rd" not in refused
+
+
+WEBHOOK = {"url": "https://hooks.example/a?b=c", "secret_file": "secret"}
+
+
+def test_webhooks_are_read_from_the_settings_file(write: Write, folder: Path) -> None:
+    write("webhooks: [{url: 'http://127.0.0.1:9/hook', secret_file: secret}]")
+    (webhook,) = load_settings().webhooks
+    assert (webhook.url, webhook.secret_file) == ("http://127.0.0.1:9/hook", folder / "secret")
+    for url in ("http://localhost/", "http://[::1]:9/", WEBHOOK["url"]):
+        assert load_settings(webhooks=[WEBHOOK | {"url": url}]).webhooks[0].url == url
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://hooks.example/",
+        "http://10.0.0.1/",
+        "ftp://hooks.example/",
+        "https://",
+        "hooks.example",
+        "https://a:b@hooks.example/",
+        "https://hooks.example:x/",
+        "https://hooks.example/#a",
+    ],
+)
+def test_webhook_url_must_be_https_or_loopback(url: str) -> None:
+    text = refusal(webhooks=[WEBHOOK | {"url": url}])
+    assert "webhooks.0.url" in text
+    assert "a:b@" not in text
+
+
+def test_two_webhooks_with_the_same_url_are_rejected() -> None:
+    assert "two webhooks have the same URL" in refusal(webhooks=[WEBHOOK, WEBHOOK])
+    assert "webhooks.0.secret_file" in refusal(webhooks=[{"url": WEBHOOK["url"]}])

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import json
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -24,6 +25,7 @@ from svc.store.rollouts import (
     find_rollout,
     read_shadow_pairs,
 )
+from svc.store.webhooks import due_deliveries
 from svc.version import Format
 from tests.serving.control import BODY, Control, Make, until
 from tests.serving.engine_double import EngineDouble
@@ -130,6 +132,17 @@ async def test_good_candidate_passes_shadow_and_canary_and_becomes_production(co
         GATE_ROWS.dump_python(seen.gates, mode="json")
     ] * 2
     assert control.sample("svc_rollouts_total", model=NAME, outcome="promoted") == 1
+
+
+async def test_webhooks_get_a_message_for_each_transition(control: Control) -> None:
+    control.deployment.rollouts.webhooks = ("https://hooks.example/",)
+    async with control.run(), control.client() as client, Users(client).asking():
+        start(control, 2)
+        assert (await ended(control)).outcome is RolloutOutcome.PROMOTED
+    messages = [json.loads(each.body) for each in due_deliveries(control.store, "https://hooks.example/", 99)]
+    kinds = [message["type"].removeprefix("rollout.") for message in messages]
+    assert kinds == ["requested", "shadow", "canary", "canary", "promoted"]
+    assert [message["data"]["canary"] for message in messages] == [None, None, 25, 50, None]
 
 
 async def test_user_is_never_moved_back_to_production_during_the_canary(control: Control) -> None:
@@ -242,6 +255,8 @@ async def test_rollout_is_held_at_its_deadline_until_someone_decides(control: Co
         start(control, 2, plan)
         await until(lambda: any("holding this step" in step for step in record(control).steps))
         assert record(control).outcome is None
+        shown = control.deployment.status()["rollout"]
+        assert (shown["version"], shown["state"], shown["canary"]) == (f"{NAME}@2", "canary", 25)
         changes(control, plan).rollback(NAME, reason=None, actor=ACTOR)
         assert (await ended(control)).outcome is RolloutOutcome.CANCELLED
 

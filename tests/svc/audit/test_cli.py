@@ -9,12 +9,15 @@ from sqlalchemy import Engine as Store
 
 from svc.errors import IntegrityError, NotFoundError
 from svc.identity.actor import Actor
+from svc.settings import RolloutSettings
 from svc.store.audit import Action, AuditEntry, read_events, record_event, verify_chain
-from svc.store.desired import change_desired
+from svc.store.desired import change_desired, read_desired
 from svc.store.requests import add_requests, hash_user
+from svc.store.rollouts import RolloutOutcome, begin_rollout, end_rollout, store_signals
 from svc.store.served import Began, begin_serving
 from svc.version import Format, Target, VersionId
 from tests.command_line import Svc
+from tests.svc.audit.test_history import LOSS
 from tests.svc.store.test_requests import RECORD, kept
 
 ALICE = Actor("user:alice", "box")
@@ -102,6 +105,19 @@ def test_history_shows_which_version_was_served_when(svc: Svc, served: Store) ->
     first, second = svc("history", "tickets").out.splitlines()[1:]
     assert first.split() == ["2026-01-02", "12:00:00", "2026-01-03", "12:00:00", "tickets@1", "gptq", "start", "swap"]
     assert second.split() == ["2026-01-03", "12:00:00", "tickets@2", "gptq", "swap", "user:alice", "it", "is", "better"]
+
+
+def test_history_shows_why_a_rollout_ended(svc: Svc, served: Store) -> None:
+    seen = read_desired(served, "tickets")
+    assert seen is not None
+    entry = AuditEntry(Action.PROMOTE, "tickets@3", ALICE, "again")
+    tried = begin_rollout(served, seen, Target(VersionId("tickets", 3), Format.GPTQ), RolloutSettings(shadow=9), entry)
+    store_signals(served, tried.id, (LOSS,))
+    end_rollout(served, tried.id, RolloutOutcome.ROLLED_BACK, "worse")
+    lines = svc("history", "tickets").out.splitlines()[3:]
+    assert lines[0].split()[4:9] == ["tickets@3", "gptq", "rollout", "rolled_back", "user:alice"]
+    reasons = " ".join(" ".join(line.split("user:alice")[-1].split()) for line in lines)
+    assert reasons.strip() == "again; worse; invalid failed"
 
 
 def test_history_is_available_as_json(svc: Svc, served: Store) -> None:

@@ -1,4 +1,4 @@
-"""Tests which version was served when and who requested it, including the time before serving was recorded."""
+"""Tests which version was served when, which rollouts there were, and who requested them."""
 
 from datetime import UTC, datetime, timedelta
 
@@ -7,8 +7,10 @@ from sqlalchemy import Engine as Store
 
 from svc.audit.history import read_history
 from svc.identity.actor import Actor
+from svc.settings import RolloutSettings
 from svc.store.audit import Action, AuditEntry, record_event
 from svc.store.desired import Desired, change_desired
+from svc.store.rollouts import RolloutOutcome, SignalRow, begin_rollout, end_rollout, store_signals
 from svc.store.served import Began, begin_serving
 from svc.version import Format, Target, VersionId
 
@@ -52,3 +54,35 @@ def test_removing_a_version_is_not_shown_as_the_cause_of_a_start(store: Store) -
     begin_serving(store, Desired(target(1), None, 1), Began.START)
     record_event(store, AuditEntry(Action.REMOVE_VERSION, "tickets@9", ALICE, details={"generation": 1}))
     assert read_history(store, "tickets")[0]["action"] is None
+
+
+LOSS = SignalRow("invalid", "failed", production=0.0, candidate=0.3, low=0.1, high=0.5, margin=0.01, units=90)
+
+
+def test_history_lists_a_rollout_with_its_outcome_and_verdicts_between_the_served_periods(store: Store) -> None:
+    first = change_desired(store, None, target(1), None)
+    begin_serving(store, first, Began.START, at=minute(0))
+    entry = AuditEntry(Action.PROMOTE, "tickets@2", ALICE, "it is better")
+    tried = begin_rollout(store, first, target(2), RolloutSettings(canary=(5, 100)), entry)
+    store_signals(store, tried.id, (LOSS,))
+    end_rollout(store, tried.id, RolloutOutcome.ROLLED_BACK, "invalid JSON 30.0 % instead of 0.0 %")
+    later = datetime.now(UTC) + timedelta(minutes=1)
+    begin_serving(store, change_desired(store, first, target(3), first.target), Began.SWAP, at=later)
+    rows = read_history(store, "tickets")
+    assert [(row["event"], row["version"]) for row in rows] == [
+        ("served", "tickets@1"),
+        ("rollout", "tickets@2"),
+        ("served", "tickets@3"),
+    ]
+    row = rows[1]
+    assert (row["who"], row["why"], row["ended_by"]) == ("user:alice", "it is better", "rolled_back")
+    assert row["rollout"]["why"] == "invalid JSON 30.0 % instead of 0.0 %"
+    assert [(signal["signal"], signal["outcome"]) for signal in row["rollout"]["signals"]] == [("invalid", "failed")]
+    assert set(row) == set(rows[0])
+
+
+def test_running_rollout_has_no_end_in_the_history(store: Store) -> None:
+    first = change_desired(store, None, target(1), None)
+    begin_rollout(store, first, target(2), RolloutSettings(shadow=9), AuditEntry(Action.PROMOTE, "tickets@2", ALICE))
+    (row,) = read_history(store, "tickets")
+    assert (row["until"], row["ended_by"], row["rollout"]["state"]) == (None, None, "requested")

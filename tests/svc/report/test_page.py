@@ -5,23 +5,32 @@ import re
 from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy import Engine as Store
 
 from svc.dataset.schema.example import ChatExample
 from svc.evaluation.comparison import Direction
 from svc.evaluation.finding import Advice, Finding, FindingKind
 from svc.evaluation.forgetting import Forgetting
 from svc.evaluation.intervals import Interval
+from svc.identity.actor import Actor
 from svc.registry.manifest import Manifest
 from svc.registry.registry import Registry
 from svc.registry.tracking import Tracking
 from svc.report.judged import BASE, ModelComparison
 from svc.report.page import duration, report_page, say_verdict
 from svc.report.report import gather_report
-from svc.version import Format
+from svc.settings import RolloutSettings
+from svc.store.audit import Action, AuditEntry
+from svc.store.database import open_database
+from svc.store.desired import change_desired
+from svc.store.rollouts import RolloutOutcome, add_rollout_step, begin_rollout, end_rollout, store_signals
+from svc.version import Format, Target, VersionId
+from tests.svc.audit.test_history import LOSS
 from tests.svc.chats import chat
 from tests.svc.registry.parity import make_parity
 from tests.svc.report.judged_versions import JudgedVersions
@@ -196,6 +205,40 @@ def test_report_sections_are_ordered_by_importance(versions: JudgedVersions) -> 
     assert "data.train: drop line 7" in section(page, "diagnosis")
     assert "3 lost, 1 gained" in section(page, "forgetting")
     assert '<th scope="col">gptq</th>' in section(page, "forgetting")
+
+
+def tried(store: Store, version: VersionId, reason: str = "better") -> None:
+    """Store a rollout of a version, and one of another version."""
+    first = Target(VersionId(version.name, version.number + 1), Format.GPTQ)
+    seen = change_desired(store, None, first, None)
+    entry = AuditEntry(Action.PROMOTE, str(version), Actor("user:ann", "box"), reason)
+    for candidate, why in ((version, "invalid JSON 30.0 % instead of 0.0 %"), (VersionId(version.name, 9), "other")):
+        begun = begin_rollout(store, seen, Target(candidate, Format.GPTQ), RolloutSettings(canary=(5, 100)), entry)
+        add_rollout_step(store, begun.id, "canary: 5 % of clients are answered by the candidate")
+        store_signals(store, begun.id, (LOSS,))
+        end_rollout(store, begun.id, RolloutOutcome.ROLLED_BACK, why)
+
+
+def test_report_shows_the_rollouts_of_the_version_with_figures_and_outcome(
+    versions: JudgedVersions, tmp_path: Path
+) -> None:
+    made = versions.publish(LABELS, ANSWERS)
+    store = open_database(tmp_path)
+    tried(store, made.id, SCRIPT)
+    html = report_page(gather_report(versions.registry, made.id, store))
+    parsed, shown = Page(html), Page(section(html, "rollouts")).text
+    assert parsed.open == [] and "script" not in parsed.tags
+    assert f"Rollout 1, instead of {versions.name}@2: rolled back" in shown
+    assert f"by user:ann: {SCRIPT}" in shown
+    assert "UTC: invalid JSON 30.0 % instead of 0.0 %" in shown
+    assert "canary: 5 % of clients are answered by the candidate" in shown
+    assert re.search(r"invalid\s*0\.000\s*0\.300\s*0\.100\s*0\.500\s*0\.01\s*90\s*failed", shown)
+    assert "other" not in shown and "Rollout 2" not in shown
+
+
+def test_report_without_a_rollout_has_no_section_on_it(versions: JudgedVersions, tmp_path: Path) -> None:
+    made = versions.publish(LABELS, ANSWERS)
+    assert 'id="rollouts"' not in report_page(gather_report(versions.registry, made.id, open_database(tmp_path)))
 
 
 def test_report_says_when_no_training_fault_was_found(versions: JudgedVersions) -> None:

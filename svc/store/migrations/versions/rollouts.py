@@ -1,4 +1,4 @@
-"""Adds tables for rollouts, and the columns of requests that a rollout reads."""
+"""Adds tables for rollouts and webhooks, and the columns of requests that a rollout reads."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -66,5 +66,16 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name="pk_shadow_pairs"),
     )
     op.create_index("ix_shadow_pairs_rollout_id", "shadow_pairs", ["rollout_id"])
+    op.create_table(
+        "webhook_deliveries",
+        sa.Column("id", sa.Integer(), nullable=False),
+        sa.Column("message", sa.String(), nullable=False),
+        sa.Column("url", sa.String(), nullable=False),
+        sa.Column("body", sa.String(), nullable=False),
+        sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("attempts", sa.Integer(), nullable=False),
+        sa.Column("due_at", sa.DateTime(timezone=True), nullable=False),
+        sa.PrimaryKeyConstraint("id", name="pk_webhook_deliveries"),
+    )
     op.add_column("requests", sa.Column("unit", sa.String(), nullable=True))
     op.add_column("requests", sa.Column("valid", sa.Boolean(), nullable=True))

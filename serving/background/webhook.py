@@ -1,0 +1,193 @@
+"""Delivers webhook messages to one receiver, signed as Standard Webhooks specifies.
+
+The messages are in the store, so that a restart loses none. A message may arrive twice, with the same `webhook-id`: the
+server may stop after the receiver has accepted it and before this is stored.
+"""
+
+import asyncio
+import base64
+import binascii
+import hashlib
+import hmac
+import logging
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Self
+from urllib.parse import urlsplit
+
+import httpx
+from sqlalchemy import Engine as Store
+
+from svc.errors import SettingsError
+from svc.identity.key_file import read_secret
+from svc.settings import WebhookSettings
+from svc.store.webhooks import (
+    WebhookDelivery,
+    WebhookOutcome,
+    drop_deliveries,
+    due_deliveries,
+    postpone_delivery,
+    remove_delivery,
+)
+
+log = logging.getLogger(__name__)
+
+MAX_AGE = timedelta(days=1)
+"""Age at which a message is no longer retried."""
+MAX_PENDING = 1000
+"""Number of messages per receiver above which the oldest are dropped."""
+MAX_DELAY_S = 7200.0
+_FIRST_DELAY_S = 5.0
+_GROWTH = 4
+_TIMEOUT_S = 15.0
+_POLL_S = 1.0
+_BATCH = 20
+_GONE = 410
+_MIN_SECRET_BYTES, _MAX_SECRET_BYTES = 24, 64
+_PREFIX = "whsec_"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Webhook:
+    """Sends a receiver's messages, and retries with growing delays for a day.
+
+    Attributes:
+        keys: keys that sign each message; during a rotation, the new and the old one.
+        count: called with the outcome of attempts and their number.
+    """
+
+    url: str
+    keys: tuple[bytes, ...] = field(repr=False)
+    store: Store
+    count: Callable[[WebhookOutcome, int], None]
+
+    @classmethod
+    def of(cls, settings: WebhookSettings, store: Store, count: Callable[[WebhookOutcome, int], None]) -> Self:
+        """Return the sender for a receiver.
+
+        Raises:
+            SettingsError: the file with the secrets is unusable.
+        """
+        return cls(url=settings.url, keys=read_webhook_keys(settings.secret_file), store=store, count=count)
+
+    async def run(self) -> None:
+        """Send messages until cancelled."""
+        # A proxy of the environment may be the only way out; a server on this machine is not behind it.
+        async with httpx.AsyncClient(
+            timeout=_TIMEOUT_S, follow_redirects=False, trust_env=self.url.startswith("https:")
+        ) as http:
+            while True:
+                try:
+                    await self._send_due(http)
+                except Exception:  # the boundary of this task: whatever happens here must not stop the server
+                    log.exception("could not send the webhook messages for %s; retrying", self._receiver)
+                await asyncio.sleep(_POLL_S)
+
+    async def _send_due(self, http: httpx.AsyncClient) -> None:
+        before = datetime.now(UTC) - MAX_AGE
+        dropped = await asyncio.to_thread(drop_deliveries, self.store, self.url, before=before, keep=MAX_PENDING)
+        if dropped:
+            log.error("%d webhook messages were never delivered to %s", dropped, self._receiver)
+            self.count(WebhookOutcome.DROPPED, dropped)
+        for delivery in await asyncio.to_thread(due_deliveries, self.store, self.url, _BATCH):
+            await self._send(http, delivery)
+
+    async def _send(self, http: httpx.AsyncClient, delivery: WebhookDelivery) -> None:
+        retry_after_s = 0.0
+        try:
+            async with (
+                asyncio.timeout(_TIMEOUT_S),
+                http.stream("POST", self.url, content=delivery.body, headers=self._headers(delivery)) as response,
+            ):
+                status = response.status_code
+                retry_after = response.headers.get("retry-after", "")
+                retry_after_s = float(retry_after) if retry_after.isdecimal() else 0.0
+        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:  # TimeoutError is an OSError
+            problem = repr(error)
+        else:
+            if 200 <= status < 300:
+                await asyncio.to_thread(remove_delivery, self.store, delivery.id)
+                self.count(WebhookOutcome.DELIVERED, 1)
+                return
+            problem = f"status {status}"
+            if status == _GONE:
+                log.error("%s no longer wants webhook messages; dropping %s", self._receiver, delivery.message)
+                await asyncio.to_thread(remove_delivery, self.store, delivery.id)
+                self.count(WebhookOutcome.DROPPED, 1)
+                return
+        wait_s = max(delay_s(delivery.attempts), min(retry_after_s, MAX_DELAY_S))
+        log.warning(
+            "could not deliver webhook message %s to %s: %s; next attempt in %.0f s",
+            delivery.message,
+            self._receiver,
+            problem,
+            wait_s,
+        )
+        due_at = datetime.now(UTC) + timedelta(seconds=wait_s)
+        await asyncio.to_thread(postpone_delivery, self.store, delivery.id, due_at)
+        self.count(WebhookOutcome.FAILED, 1)
+
+    def _headers(self, delivery: WebhookDelivery) -> dict[str, str]:
+        seconds = int(time.time())
+        return {
+            "content-type": "application/json",
+            "user-agent": "tuneserve",
+            "webhook-id": delivery.message,
+            "webhook-timestamp": str(seconds),
+            "webhook-signature": signatures(self.keys, delivery.message, seconds, delivery.body),
+        }
+
+    @property
+    def _receiver(self) -> str:
+        """Return the receiver's address for logs, without the path, which may contain a secret."""
+        return urlsplit(self.url).netloc
+
+
+def signatures(keys: tuple[bytes, ...], message: str, seconds: int, body: str) -> str:
+    """Return the value of `webhook-signature`: one signature per key, separated by spaces.
+
+    Source: Standard Webhooks 1.0.0, "Signature scheme": HMAC-SHA256 of `{id}.{timestamp}.{body}`, in base64.
+    """
+    signed = f"{message}.{seconds}.{body}".encode()
+    digests = (hmac.new(key, signed, hashlib.sha256).digest() for key in keys)
+    return " ".join(f"v1,{base64.b64encode(digest).decode()}" for digest in digests)
+
+
+def delay_s(attempts: int) -> float:
+    """Return the time until the next attempt, in seconds: 5, 20, 80, ... up to two hours, varied by a fifth.
+
+    Args:
+        attempts: number of earlier failed attempts.
+    """
+    growing_s: float = _FIRST_DELAY_S * _GROWTH ** min(attempts, 20)
+    return min(growing_s, MAX_DELAY_S) * random.uniform(0.8, 1.2)  # noqa: S311 - spreads the attempts, no secret
+
+
+def read_webhook_keys(path: Path) -> tuple[bytes, ...]:
+    """Return the keys in a file with one secret, or with several during a rotation, separated by white space.
+
+    Raises:
+        SettingsError: the file cannot be read, is readable by other users, or contains an invalid secret.
+    """
+    return tuple(
+        _key(path, secret) for secret in read_secret(path, "replace the secret here and at the receiver").split()
+    )
+
+
+def _key(path: Path, secret: str) -> bytes:
+    encoded = secret.removeprefix(_PREFIX)
+    try:
+        key = base64.b64decode(encoded, validate=True) if encoded != secret else b""
+    except binascii.Error:
+        key = b""
+    if not _MIN_SECRET_BYTES <= len(key) <= _MAX_SECRET_BYTES:
+        raise SettingsError(
+            f"the file {path} contains no valid webhook secret",
+            expected=f"`{_PREFIX}` followed by {_MIN_SECRET_BYTES} to {_MAX_SECRET_BYTES} random bytes in base64",
+            todo=f'create one: (umask 077; echo "{_PREFIX}$(openssl rand -base64 32)" > {path})',
+        )
+    return key

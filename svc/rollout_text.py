@@ -1,0 +1,19 @@
+"""A rollout as text, the same in `svc rollout`, `svc status`, `svc history` and the report of a version."""
+
+from svc.store.rollouts import RolloutView, SignalRow
+
+SIGNAL_COLUMNS = ("signal", "production", "candidate", "loss from", "to", "margin", "units", "verdict")
+
+
+def signal_cells(signal: SignalRow) -> tuple[str, ...]:
+    """Return the figures of a signal and its verdict, in the order of `SIGNAL_COLUMNS`."""
+    figures = (signal.production, signal.candidate, signal.low, signal.high)
+    cells = ("" if value is None else f"{value:.3f}" for value in figures)
+    return (signal.signal, *cells, f"{signal.margin:g}", str(signal.units), signal.outcome)
+
+
+def place_of(rollout: RolloutView) -> str:
+    """Return the outcome of a rollout, or the state that it has reached."""
+    if rollout.outcome is not None:
+        return rollout.outcome.value.replace("_", " ")
+    return rollout.state.value if rollout.canary is None else f"canary {rollout.canary:g} %"

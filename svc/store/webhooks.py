@@ -1,0 +1,83 @@
+"""Webhook messages that wait for their delivery. A row is deleted once its receiver has accepted the message."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from uuid import uuid4
+
+from sqlalchemy import Engine as Store
+from sqlalchemy import delete, func, select
+from sqlalchemy.orm import Session
+
+from svc.store.tables import WebhookDeliveryRow
+
+
+class WebhookOutcome(StrEnum):
+    """Outcome of an attempt to deliver a message."""
+
+    DELIVERED = "delivered"
+    FAILED = "failed"
+    """The receiver did not accept the message; the delivery is retried."""
+    DROPPED = "dropped"
+    """The message is no longer retried."""
+
+
+@dataclass(frozen=True, slots=True)
+class WebhookDelivery:
+    """A message for one receiver.
+
+    Attributes:
+        message: id of the message, the same in every attempt.
+        body: JSON text, the same in every attempt.
+        attempts: number of failed attempts.
+    """
+
+    id: int
+    message: str
+    url: str
+    body: str
+    created_at: datetime
+    attempts: int
+
+
+def add_deliveries(session: Session, urls: Collection[str], body: str) -> None:
+    """Add a message for each receiver within a transaction, so that it is stored together with what it reports."""
+    now = datetime.now(UTC)
+    message = f"msg_{uuid4().hex}"
+    for url in urls:
+        session.add(WebhookDeliveryRow(message=message, url=url, body=body, created_at=now, attempts=0, due_at=now))
+
+
+def due_deliveries(store: Store, url: str, limit: int) -> list[WebhookDelivery]:
+    """Return the messages that are to be sent to a receiver now, oldest first."""
+    row = WebhookDeliveryRow
+    query = select(row).where(row.url == url, row.due_at <= datetime.now(UTC)).order_by(row.id).limit(limit)
+    with Session(store) as session:
+        return [each.read(WebhookDelivery) for each in session.scalars(query)]
+
+
+def postpone_delivery(store: Store, delivery: int, due_at: datetime) -> None:
+    """Record a failed attempt, and the time of the next one."""
+    with Session(store) as session, session.begin():
+        row = session.get(WebhookDeliveryRow, delivery)
+        if row is not None:
+            row.attempts, row.due_at = row.attempts + 1, due_at
+
+
+def remove_delivery(store: Store, delivery: int) -> None:
+    """Remove a message that was delivered, or that is no longer retried."""
+    with Session(store) as session, session.begin():
+        session.execute(delete(WebhookDeliveryRow).where(WebhookDeliveryRow.id == delivery))
+
+
+def drop_deliveries(store: Store, url: str, *, before: datetime, keep: int) -> int:
+    """Remove a receiver's messages that are older than a time, and all but the newest `keep`; return their number."""
+    row = WebhookDeliveryRow
+    newest = select(row.id).where(row.url == url).order_by(row.id.desc()).limit(keep)
+    old = (row.url == url) & ((row.created_at < before) | row.id.not_in(newest))
+    with Session(store) as session, session.begin():
+        count = session.scalar(select(func.count()).where(old)) or 0
+        if count:
+            session.execute(delete(row).where(old))
+        return count

@@ -1,0 +1,72 @@
+"""Tests that each transition of a rollout is stored as one message per webhook."""
+
+import json
+
+import pytest
+from sqlalchemy import Engine as Store
+
+from svc.identity.actor import Actor
+from svc.settings import RolloutSettings
+from svc.store.audit import Action, AuditEntry
+from svc.store.desired import change_desired
+from svc.store.rollouts import RolloutOutcome, RolloutState, begin_rollout, end_rollout, enter_state
+from svc.store.webhooks import due_deliveries
+from svc.version import Format, Target, VersionId
+
+URLS = ("https://one.example/hook", "https://two.example/hook")
+
+
+def target(number: int) -> Target:
+    return Target(VersionId("tickets", number), Format.GPTQ)
+
+
+@pytest.fixture
+def rollout(store: Store) -> int:
+    """Return the id of a requested rollout."""
+    seen = change_desired(store, None, target(1), None)
+    entry = AuditEntry(Action.PROMOTE, "tickets@2", Actor("user:ann", "box"), "better")
+    return begin_rollout(store, seen, target(2), RolloutSettings(shadow=9, canary=(5, 25, 100)), entry).id
+
+
+def types(store: Store, url: str = URLS[0]) -> list[str]:
+    return [json.loads(each.body)["type"] for each in due_deliveries(store, url, 99)]
+
+
+def test_each_transition_is_reported_once_to_each_webhook(store: Store, rollout: int) -> None:
+    for state, step in (
+        (RolloutState.LOADING, 0),
+        (RolloutState.SHADOW, 0),
+        (RolloutState.SHADOW, 0),  # entered again after a restart
+        (RolloutState.CANARY, 0),
+        (RolloutState.CANARY, 1),
+        (RolloutState.SWITCHING, 0),
+    ):
+        enter_state(store, rollout, state, step, webhooks=URLS)
+    end_rollout(store, rollout, RolloutOutcome.PROMOTED, None, webhooks=URLS)
+    expected = ["requested", "shadow", "canary", "canary", "promoted"]
+    for url in URLS:
+        assert types(store, url) == [f"rollout.{name}" for name in expected]
+    messages = [each.message for url in URLS for each in due_deliveries(store, url, 99)]
+    assert len(set(messages)) == len(expected)
+    bodies = [json.loads(each.body) for each in due_deliveries(store, URLS[0], 99)]
+    assert [body["data"]["canary"] for body in bodies] == [None, None, 5, 25, None]
+
+
+@pytest.mark.parametrize("outcome", RolloutOutcome)
+def test_every_outcome_is_reported_with_its_reason(store: Store, rollout: int, outcome: RolloutOutcome) -> None:
+    end_rollout(store, rollout, outcome, "a reason", webhooks=URLS)
+    assert types(store) == ["rollout.requested", f"rollout.{outcome}"]
+    data = json.loads(due_deliveries(store, URLS[0], 99)[1].body)["data"]
+    assert (data["version"], data["previous"], data["outcome"], data["why"], data["actor"]) == (
+        "tickets@2",
+        "tickets@1",
+        outcome,
+        "a reason",
+        "user:ann",
+    )
+
+
+def test_nothing_is_stored_without_webhooks(store: Store, rollout: int) -> None:
+    enter_state(store, rollout, RolloutState.SHADOW)
+    end_rollout(store, rollout, RolloutOutcome.FAILED, "a reason")
+    assert types(store) == []
