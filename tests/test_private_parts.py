@@ -26,6 +26,7 @@ def defined(node: ast.AST) -> str | None:
     return None
 
 
+@pytest.mark.slow
 def test_every_private_library_api_used_in_code_is_documented() -> None:
     nodes = [(path, node) for path in SOURCES for node in ast.walk(ast.parse(path.read_text("utf-8")))]
     listed = {part.rpartition(".")[2] for part in PARTS} | PUBLIC | {defined(node) for _, node in nodes}

@@ -41,8 +41,15 @@ def counted(instance: Instance) -> tuple[float, float]:
     return sum(charged), sum(one.value for one in samples if one.name == "vllm:generation_tokens_total")
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed in intervals"])
-@pytest.mark.parametrize("together", [1, 8])
+@pytest.mark.parametrize(
+    ("stream", "together"),
+    [
+        pytest.param(False, 8, id="whole"),
+        pytest.param(True, 1, id="streamed in intervals"),
+        pytest.param(False, 1, id="whole, alone", marks=pytest.mark.matrix),
+        pytest.param(True, 8, id="streamed in intervals, together", marks=pytest.mark.matrix),
+    ],
+)
 def test_charge_for_abandoned_answers_is_close_to_tokens_computed(
     instance: Instance, report: Report, *, stream: bool, together: int
 ) -> None:

@@ -31,7 +31,7 @@ from tests.deploy.prometheus_rules import FOLDER, rules
 from tests.docs.pages import ROOT
 from tests.e2e.instance import ANY_QUALITY
 from tests.e2e.server import HELDOUT_EXAMPLES, Server
-from tests.monitoring.panel_queries import PanelQuery, panel_queries
+from tests.monitoring.panel_queries import panel_queries
 
 pytestmark = [pytest.mark.slow]
 
@@ -80,6 +80,17 @@ class Watched:
         assert answer["status"] == "success", f"{answer.get('error')}: {query}"
         series: list[dict[str, Any]] = answer["data"]["result"]
         return series
+
+    def faults(self, query: str, *, may_be_empty: bool = False, may_be_nan: bool = True) -> list[str]:
+        """Return a text if a query is invalid, has no series or has only NaN."""
+        try:
+            series = self.ask(query)
+        except AssertionError as invalid:
+            return [str(invalid)]
+        if not series:
+            return [] if may_be_empty else [f"no data: {query}"]
+        only_nan = all(math.isnan(float(one["value"][1])) for one in series)
+        return [f"only NaN: {query}"] if only_nan and not may_be_nan else []
 
     def value(self, query: str) -> float:
         """Return the value of a query that yields a single series."""
@@ -225,36 +236,42 @@ def _rate(server: Server, request_id: str, rating: str, **more: str) -> None:
     httpx.post(f"{server.url}/v1/feedback", json=given).raise_for_status()
 
 
-@pytest.mark.parametrize("query", PANELS, ids=lambda query: f"{query.dashboard}: {query.panel}")
-def test_every_dashboard_panel_has_data(watched: Watched, query: PanelQuery) -> None:
-    result = watched.ask(query.expr)
-    if query.panel.startswith("annotation") or query.panel in DID_NOT_HAPPEN:
-        return  # has data only at the moment of a change, or none in this test; the query is valid
-    assert result, query.expr
-    assert not all(math.isnan(float(series["value"][1])) for series in result), query.expr
+def test_every_dashboard_panel_has_data(watched: Watched) -> None:
+    faults = []
+    for query in PANELS:
+        # An annotation has data only at the moment of a change.
+        exempt = query.panel.startswith("annotation") or query.panel in DID_NOT_HAPPEN
+        found = watched.faults(query.expr, may_be_empty=exempt, may_be_nan=exempt)
+        faults += [f"{query.dashboard}: {query.panel}: {fault}" for fault in found]
+    assert PANELS and faults == []
 
 
-@pytest.mark.parametrize("rule", rules("record"), ids=lambda rule: rule["record"])
-def test_every_recording_rule_has_data(watched: Watched, rule: dict[str, Any]) -> None:
-    assert watched.ask(rule["expr"]), rule["expr"]
-    assert watched.ask(rule["record"]), "Prometheus has not recorded it"
+def test_every_recording_rule_has_data(watched: Watched) -> None:
+    faults, recorded = [], rules("record")
+    for rule in recorded:
+        faults += watched.faults(rule["expr"])
+        faults += watched.faults(rule["record"])  # Prometheus has recorded it
+    assert recorded and faults == []
 
 
 NOT_HERE = re.compile(r"svc_(certificate|key|backup)_|svc_training_|DCGM_")
 """Series that this server does not have, because it has no certificate, keys, backup, training run or GPU."""
 
 
-@pytest.mark.parametrize("rule", rules("alert"), ids=lambda rule: rule["alert"])
-def test_every_alert_expression_reads_existing_data(watched: Watched, rule: dict[str, Any]) -> None:
-    """With `bool`, a false comparison gives 0 instead of no result, so an empty result means missing data.
+def test_every_alert_expression_reads_existing_data(watched: Watched) -> None:
+    """With `bool`, a false comparison gives 0 instead of nothing, so an empty result means missing data.
 
     An exception after `unless` becomes an alternative, because with `bool` it would remove everything.
     A subquery of full hours reads every scrape here, since this Prometheus is less than an hour old.
     """
-    expression = re.sub(r"\bunless\b", "or", rule["expr"]).replace(":1h]", ":15s]")
-    expression, comparisons = _COMPARISON.subn(r" \1 bool ", expression)
-    assert comparisons > 0
-    assert watched.ask(expression) or NOT_HERE.search(expression), expression
+    faults, alerts = [], rules("alert")
+    for rule in alerts:
+        expression = re.sub(r"\bunless\b", "or", rule["expr"]).replace(":1h]", ":15s]")
+        expression, comparisons = _COMPARISON.subn(r" \1 bool ", expression)
+        found = watched.faults(expression, may_be_empty=NOT_HERE.search(expression) is not None)
+        faults += [f"{rule['alert']}: {fault}" for fault in found]
+        faults += [] if comparisons else [f"{rule['alert']}: no comparison: {expression}"]
+    assert alerts and faults == []
 
 
 def test_no_prometheus_rule_fails_to_evaluate(watched: Watched) -> None:

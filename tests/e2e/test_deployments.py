@@ -117,6 +117,7 @@ def test_model_is_removed_and_added_while_the_other_keeps_answering(instance: In
     assert instance.answers(TINY) == answers
 
 
+@pytest.mark.matrix
 def test_next_server_adopts_engines_of_both_models_after_server_is_killed(instance: Instance, report: Report) -> None:
     before, engines = {name: instance.answers(name) for name in (TINY, OTHER)}, instance.engines()
     assert instance.end(signal.SIGKILL) == -signal.SIGKILL
@@ -169,6 +170,7 @@ def test_idle_engine_stops_and_starts_again_on_the_next_requests(instance: Insta
     assert f'svc_engine_wake_seconds_count{{model="{TINY}"}} 1.0' in page
 
 
+@pytest.mark.matrix
 def test_no_engine_starts_if_memory_is_too_small_for_both_models(instance: Instance) -> None:
     instance.end()
     instance.settings |= {"SVC_ENGINE__REPLICAS": "64"}

@@ -54,13 +54,6 @@ def test_next_server_adopts_both_engines_after_server_is_killed(instance: Instan
     assert instance.answers() == before
 
 
-def test_next_server_adopts_engines_that_the_last_server_left_running(instance: Instance) -> None:
-    engines = instance.engines()
-    assert instance.end(signal.SIGUSR1) == 0
-    instance.start()
-    assert instance.engines() == engines
-
-
 def test_blue_green_swap_under_load_delays_no_request(instance: Instance, report: Report) -> None:
     """The format changes, and with it the kernels, so the answers may differ and only need to be complete."""
     old = instance.engines()

@@ -185,6 +185,7 @@ def test_false_alarm_rate_of_the_quality_test_is_within_its_level() -> None:
     assert 0.02 < np.mean(found) < 0.09
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", [16, 17, 200])
 def test_quality_test_can_detect_a_change_with_only_a_few_changed_examples(changed: int) -> None:
     worse = [-0.1 - place / 1000 for place in range(changed)]

@@ -5,32 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from svc.dataset.schema.example import ChatExample, Message, Role
+from tests.trainer.tiny_tokenizer import CHAT_TEMPLATE as CHAT_TEMPLATE
+from tests.trainer.tiny_tokenizer import make_tokenizer as make_tokenizer
 from tests.trainer.uninterrupted import UninterruptedRuns
 from trainer.recipe.sections import Recipe
 from trainer.training.summary import TrainingSummary
 
 torch.set_num_threads(1)  # threads that wait for each other cost more than these models' arithmetic
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def make_tokenizer(chat_template: str = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
-    """Return a tokenizer that has one token per byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken("<|im_start|>", special=True), AddedToken("<|im_end|>", special=True)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>")
-    fast.chat_template = chat_template
-    return fast
 
 
 def make_model(folder: Path, **config: Any) -> Path:

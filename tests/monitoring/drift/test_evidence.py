@@ -13,6 +13,8 @@ from monitoring.drift import evidence
 from monitoring.drift.evidence import HIT, MISS, NOT_THERE, STAKES, Event, Evidence, FeatureAlarm, FeatureState, Hits
 from svc.drift_reference.sample import Floats
 
+pytestmark = pytest.mark.slow
+
 STATES = TypeAdapter(dict[str, FeatureState])
 THRESHOLD = 50.0
 """Evidence threshold, low enough for false alarms to be frequent enough to count."""

@@ -40,6 +40,7 @@ from tests.serving.service import NAME, ONE, OneBackend, Service, connections, g
 from tests.serving.socket_server import running_in_thread
 
 EXAMPLES = min(30, settings().max_examples)
+EXAMPLES_WITH_KEYS = 3
 OPEN = {"/health", "/health/live"}
 """Paths that nobody needs a key for."""
 CHECKS = [not_a_server_error, status_code_conformance, response_schema_conformance, content_type_conformance]
@@ -70,6 +71,7 @@ async def test_every_completion_error_is_documented_with_its_status(client: http
         assert statuses <= set(document["paths"][route.value]["post"]["responses"])
 
 
+@pytest.mark.slow
 def test_openapi_document_requires_the_fields_official_clients_require() -> None:
     from anthropic.types import message_create_params
     from openai.types import chat, completion_create_params
@@ -178,7 +180,7 @@ def ask_all(operation: Any, mode: GenerationMode, headers: dict[str, str] | None
     statuses = set()
 
     @settings(
-        max_examples=EXAMPLES if headers is None else EXAMPLES // 3,
+        max_examples=EXAMPLES if headers is None else EXAMPLES_WITH_KEYS,
         deadline=None,
         suppress_health_check=list(HealthCheck),
     )

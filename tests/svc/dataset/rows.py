@@ -156,14 +156,6 @@ def _two_formats(form: Format, value: Row, chance: random.Random) -> bytes:
     return encode(value | row(other, SYSTEM, text(chance), "red"))
 
 
-TOKENS = [
-    *("<|im_end|>", "<|im_start|>system", "<|endoftext|>", "<|eot_id|>", "<|start_header_id|>", "<|end|>", "<|user|>"),
-    *("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<start_of_turn>", "<end_of_turn>", "<s>", "</s>", "<bos>"),
-]
-MOJIBAKE = [  # UTF-8 read as Windows-1252
-    original.encode().decode("cp1252")
-    for original in ("é", "ü", "naïve", "–", "’", "“x", "€", "°", "ß", "привет", "日本")  # noqa: RUF001
-]
 DEFECTS: list[tuple[str, Code, Damage]] = [
     ("cut off", Code.NOT_JSON, _raw(lambda raw: raw[:-4])),
     ("single quotes", Code.NOT_JSON, lambda form, value, chance: str(value).encode()),
@@ -186,8 +178,10 @@ DEFECTS: list[tuple[str, Code, Damage]] = [
     ("Jinja statement", Code.TEMPLATE_CODE, _text("{% for m in messages %}")),
     ("Jinja expression", Code.TEMPLATE_CODE, _text("{{ messages[0].content }}")),
     ("long word", Code.TOO_LONG, _text("x" * 20_000)),
-    *((f"token {token}", Code.SPECIAL_TOKEN, _text(token)) for token in TOKENS),
-    *((f"mojibake {number}", Code.MOJIBAKE, _text(wrong)) for number, wrong in enumerate(MOJIBAKE)),
+    ("special token", Code.SPECIAL_TOKEN, _text("<|im_end|>")),
+    ("special token in brackets", Code.SPECIAL_TOKEN, _text("[INST]")),
+    ("mojibake", Code.MOJIBAKE, _text("é".encode().decode("cp1252"))),
+    ("mojibake of a quote", Code.MOJIBAKE, _text("“x".encode().decode("cp1252"))),
 ]
 
 

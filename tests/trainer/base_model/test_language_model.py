@@ -68,6 +68,7 @@ def test_extracted_language_model_has_the_logits_of_the_whole_checkpoint(
     torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_extracted_folder_contains_only_language_model_files(published: Path, tmp_path: Path) -> None:
     base = resolve_base(str(published), tmp_path)
     names = [tensor.name for tensor in read_headers(base.folder)]

@@ -2,6 +2,7 @@
 
 import json
 from importlib.resources import files
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -43,11 +44,18 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return write_base_tokenizer(tmp_path_factory.mktemp("base") / request.param, request.param)
 
 
-@pytest.mark.parametrize("turns", CONVERSATIONS.values(), ids=CONVERSATIONS)
-@pytest.mark.parametrize("name", NamedTemplate)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "conversation"),
+    [
+        *((name, "system") for name in NamedTemplate),
+        *zip(NamedTemplate, cycle(["one turn", "several turns"]), strict=False),
+    ],
+)
 def test_named_template_trains_on_every_answer_with_one_end_token(
-    base: Path, tmp_path: Path, name: NamedTemplate, turns: Turns
+    base: Path, tmp_path: Path, name: NamedTemplate, conversation: str
 ) -> None:
+    turns = CONVERSATIONS[conversation]
     folder = folder_with_template(base, template_text(name, base), tmp_path)
     tokenizer = load_tokenizer(folder)
     stops = stop_tokens(folder, tokenizer)
@@ -62,6 +70,7 @@ def test_named_template_trains_on_every_answer_with_one_end_token(
         assert not stops & set(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NamedTemplate)
 def test_prompt_starts_with_bos_only_if_the_tokenizer_prepends_it(
     base: Path, tmp_path: Path, name: NamedTemplate

@@ -20,6 +20,8 @@ from trainer.export.merge import merge_adapter
 from trainer.model.experts import name_experts
 from trainer.model.peft_config import add_adapter
 
+pytestmark = pytest.mark.slow
+
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
     "rslora": {"adapter": {"rslora": True, "rank": 4}},
@@ -72,14 +74,12 @@ def test_tensorwise_merge_matches_whole_model_merge_for_bases_not_in_bf16(
     check_equal(base, make_adapter(base, tmp_path / "adapter"), tmp_path)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tensorwise_merge_matches_whole_model_merge_for_every_family(tmp_path: Path, family: str) -> None:
     base = resolve_base(str(build_hub_model(tmp_path / "base", family)), tmp_path / "cache").folder
     check_equal(base, make_adapter(base, tmp_path / "adapter"), tmp_path)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "method"), [("gemma_2", "dora"), ("phi_3", "adalora"), ("qwen3_moe", "vera"), ("mixtral", "dora")]
 )
@@ -91,7 +91,6 @@ def test_tensorwise_merge_matches_whole_model_merge_for_families_with_other_meth
     check_equal(base, make_adapter(base, tmp_path / "adapter", method=method, adapter=targets), tmp_path)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", MIXTURES)
 def test_tensorwise_merge_matches_whole_model_merge_for_every_mixture_of_experts(tmp_path: Path, family: str) -> None:
     make_mixture(family).bfloat16().save_pretrained(tmp_path / "base")

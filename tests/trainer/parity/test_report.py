@@ -6,6 +6,7 @@ import shutil
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -135,29 +136,30 @@ def make_version(folder: Path, base: Path, *, trained: float = 0.3, **sections: 
     return Version(Made(base, folder / "adapter", folder / "merged", formats), recipe, examples)
 
 
-@pytest.mark.parametrize("sections", KINDS.values(), ids=KINDS)
-def test_correct_version_passes_all_parity_checks(tmp_path: Path, tiny_base: Path, sections: dict[str, Any]) -> None:
-    report = make_version(tmp_path, tiny_base, **sections).report()
+@pytest.fixture(scope="module")
+def correct(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Version]:
+    """Return a function that makes a version of each kind once; tests must not change it."""
+    return cache(lambda kind: make_version(tmp_path_factory.mktemp("version"), tiny_base, **KINDS[kind]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_correct_version_passes_all_parity_checks(correct: Callable[[str], Version], kind: str) -> None:
+    report = correct(kind).report()
     assert report.failed == ()
     assert {check.name.partition(":")[0] for check in report.checks} == {"merged", "gptq", "merge"}
 
 
-@pytest.mark.parametrize(
-    ("sections", "compared"),
-    [({}, False), ({"method": "qlora"}, True), ({"method": "qlora", "merge_dequantized": True}, False)],
-    ids=str,
-)
+@pytest.mark.parametrize(("kind", "compared"), [("lora", False), ("qlora", True), ("qlora, merged into NF4", False)])
 def test_version_trained_on_nf4_but_merged_elsewhere_is_also_compared_with_nf4(
-    tmp_path: Path, tiny_base: Path, sections: dict[str, Any], compared: bool
+    correct: Callable[[str], Version], kind: str, compared: bool
 ) -> None:
-    differences = make_version(tmp_path, tiny_base, **sections).report().differences
+    differences = correct(kind).report().differences
     assert (BESIDE_NF4 in differences) is compared
     assert not compared or differences[BESIDE_NF4].mean > 0
 
 
-def test_parity_fails_when_merged_into_other_weights_than_the_recipe_says(tmp_path: Path, tiny_base: Path) -> None:
-    version = make_version(tmp_path, tiny_base, method="qlora")
-    report = replace(version, recipe=make_recipe(method="qlora", merge_dequantized=True)).report()
+def test_parity_fails_when_merged_into_other_weights_than_the_recipe_says(correct: Callable[[str], Version]) -> None:
+    report = replace(correct("qlora"), recipe=make_recipe(method="qlora", merge_dequantized=True)).report()
     assert any("base plus adapter" in failure for failure in report.failed)
 
 
@@ -172,8 +174,7 @@ def test_correct_version_of_a_float16_base_passes_parity(tmp_path: Path, tiny_ba
     assert version.report(NumberType.BFLOAT16).failed == ()
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "vera"])
-@pytest.mark.parametrize("trained", [1e-2, 1e-3])
+@pytest.mark.parametrize(("kind", "trained"), [("lora", 1e-3), ("dora", 1e-2), ("vera", 1e-3)])
 def test_parity_passes_when_the_trained_change_is_small(
     tmp_path: Path, tiny_base: Path, kind: str, trained: float
 ) -> None:
@@ -193,11 +194,11 @@ def test_template_rendering_the_current_date_is_served_with_a_fixed_date(tmp_pat
         assert (folder / "chat_template.jinja").read_text().startswith('{{ "2024" }} ')
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["lora", "dora", "adalora", "vera", "qlora"])
 def test_adapted_model_is_freed_before_another_model_is_loaded(
-    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    correct: Callable[[str], Version], monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    version = make_version(tmp_path, tiny_base, **KINDS[kind])
+    version = correct(kind)
     layers: list[weakref.ref[torch.nn.Module]] = []
     alive: list[list[bool]] = []
 

@@ -112,9 +112,10 @@ LLAMA = LlamaForCausalLM(LlamaConfig(**SHAPE))
 MIXTURE = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE, **EXPERTS))
 
 
-@pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize(
-    ("model", "trls"), [(LLAMA, False), (LLAMA, True), (MIXTURE, True)], ids=["ours", "TRL's", "mixture of experts"]
+    ("model", "trls", "accumulation"),
+    [(LLAMA, False, 1), (LLAMA, False, 3), (LLAMA, True, 3), (MIXTURE, True, 1)],
+    ids=["ours", "ours, accumulated", "TRL's, accumulated", "mixture of experts"],
 )
 def test_adalora_penalty_is_counted_once_per_step(
     model: PreTrainedModel, trls: bool, accumulation: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -180,8 +181,9 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("number_type", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("model", WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize(
+    ("model", "number_type"), zip(WRONG.values(), [torch.float32, torch.bfloat16], strict=True), ids=WRONG
+)
 def test_fused_trl_head_is_not_used_when_it_is_wrong(model: PreTrainedModel, number_type: torch.dtype) -> None:
     model = copy.deepcopy(model).to(number_type)
     add_fused_lm_head(model)

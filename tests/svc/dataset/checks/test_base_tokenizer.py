@@ -13,7 +13,7 @@ from svc.dataset.problem.problem import Code, RowError
 from svc.dataset.schema.example import ChatExample, Message, Role, parse_example
 from svc.errors import DataError
 from tests.svc.chats import chat
-from tests.trainer.conftest import CHAT_TEMPLATE, make_tokenizer
+from tests.trainer.tiny_tokenizer import CHAT_TEMPLATE, make_tokenizer
 from trainer.data.chat_template import load_tokenizer, tokenize_examples
 
 NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + CHAT_TEMPLATE

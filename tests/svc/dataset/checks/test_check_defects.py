@@ -3,7 +3,7 @@
 import json
 import random
 from collections.abc import Iterable, Iterator
-from itertools import cycle
+from itertools import cycle, islice
 from pathlib import Path
 
 import pytest
@@ -37,20 +37,16 @@ few = settings(
 )
 """Number of generated cases of each defect in each format; one case in `make test-fast`."""
 seeds = st.integers(0, 2**32).map(random.Random)
-formats = pytest.mark.parametrize(
-    "form", [pytest.param(form, marks=[] if form is Format.CHAT else pytest.mark.slow) for form in TEXT_FORMATS]
-)
 READ_BY_FORMAT = {Code.WRONG_CONTENT, Code.MIXED_FORMATS}
 """Defects that each format's reader reports. All others are found in the line or in the text read from it."""
 
 
 def defects() -> Iterator[object]:
-    """Yield each reader defect with every format, and each other defect with the next format in turn."""
+    """Yield what a reader reports with the next two formats, and each other defect with the next format."""
     turn = cycle(TEXT_FORMATS)
     for name, code, damage in DEFECTS:
-        for form in TEXT_FORMATS if code in READ_BY_FORMAT else [next(turn)]:
-            slow = code in READ_BY_FORMAT and form is not Format.CHAT
-            yield pytest.param(form, code, damage, id=f"{name}-{form}", marks=[pytest.mark.slow] if slow else [])
+        for form in islice(turn, 2 if code in READ_BY_FORMAT else 1):
+            yield pytest.param(form, code, damage, id=f"{name}-{form}")
 
 
 def found(path: Path, lines: Iterable[bytes], heldout: Iterable[bytes] = ()) -> dict[int, set[Code]]:
@@ -66,7 +62,7 @@ def found(path: Path, lines: Iterable[bytes], heldout: Iterable[bytes] = ()) -> 
     return codes
 
 
-@formats
+@pytest.mark.parametrize("form", TEXT_FORMATS)
 @given(chance=seeds, labels=st.booleans())
 @few
 def test_valid_examples_have_no_problems(tmp_path: Path, form: Format, chance: random.Random, labels: bool) -> None:
@@ -95,7 +91,7 @@ def test_wrong_message_role_is_reported(tmp_path: Path, form: Format) -> None:
     assert codes == {8 + place: {Code.WRONG_ROLE} for place in range(len(roles))}
 
 
-@formats
+@pytest.mark.parametrize("form", [Format.CHAT, Format.OPENAI_EVALS])
 @given(chance=seeds)
 @few
 def test_kinds_of_duplicates_are_distinguished(tmp_path: Path, form: Format, chance: random.Random) -> None:
@@ -114,7 +110,7 @@ def test_kinds_of_duplicates_are_distinguished(tmp_path: Path, form: Format, cha
     assert codes == {GOOD_ROWS + 1 + place: {code} for place, code in enumerate(wanted)}
 
 
-@formats
+@pytest.mark.parametrize("form", [Format.SHAREGPT, Format.OPENAI_EVALS_ITEM])
 @given(chance=seeds)
 @few
 def test_leaks_are_errors_and_near_leaks_are_warnings(tmp_path: Path, form: Format, chance: random.Random) -> None:
@@ -127,7 +123,7 @@ def test_leaks_are_errors_and_near_leaks_are_warnings(tmp_path: Path, form: Form
     assert codes == {5: {Code.LEAK}, 10: {Code.NEAR_LEAK}}
 
 
-@formats
+@pytest.mark.parametrize("form", [Format.ALPACA, Format.PROMPT_COMPLETION, Format.OPENAI_EVALS_OUTPUT])
 @given(chance=seeds)
 @few
 def test_answers_unlike_all_other_answers_are_reported(tmp_path: Path, form: Format, chance: random.Random) -> None:

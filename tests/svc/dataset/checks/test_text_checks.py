@@ -50,15 +50,14 @@ def test_template_code_in_text_is_reported(text: str) -> None:
     assert codes(text) == {Code.TEMPLATE_CODE}
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
+def test_special_tokens_of_known_model_families_are_reported() -> None:
+    texts = [
         *("<|im_end|>", "<｜end▁of▁sentence｜>", "[AVAILABLE_TOOLS]", "x</s>", "<eos>"),  # noqa: RUF001
         *("<|turn>model", "<turn|>", "<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<tool_response|>"),
-    ],
-)
-def test_special_tokens_of_known_model_families_are_reported(text: str) -> None:
-    assert codes(text) == {Code.SPECIAL_TOKEN}
+        *("<|im_start|>system", "<|endoftext|>", "<|eot_id|>", "<|start_header_id|>", "<|end|>", "<|user|>", "<bos>"),
+        *("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<start_of_turn>", "<end_of_turn>", "<s>"),
+    ]
+    assert [text for text in texts if codes(text) != {Code.SPECIAL_TOKEN}] == []
 
 
 @pytest.mark.parametrize(
@@ -77,6 +76,11 @@ def test_replacement_characters_for_lost_bytes_are_reported(text: str) -> None:
 def test_wrongly_decoded_text_is_reported(wrong: str, around: str) -> None:
     decoded = wrong.encode().decode("cp1252", "replace")
     assert "\ufffd" in decoded or Code.MOJIBAKE in codes(around + decoded + around)
+
+
+def test_short_texts_read_as_windows_1252_are_reported() -> None:
+    originals = ("é", "ü", "naïve", "–", "’", "“x", "€", "°", "ß", "привет", "日本")  # noqa: RUF001
+    assert [text for text in originals if codes(text.encode().decode("cp1252")) != {Code.MOJIBAKE}] == []
 
 
 SENTENCES = {
