@@ -50,7 +50,7 @@ class Bet:
 
 
 def upper_limit(count: int, size: int, z: float) -> float:
-    """Return the upper confidence limit of a share, which is the upper limit of its Wilson interval.
+    """Return the upper end of a proportion's Wilson interval.
 
     Args:
         z: half width of the interval in standard errors.

@@ -55,7 +55,7 @@ class Similarities:
 
 
 class DomainClassifier:
-    """Provides bets based on prompt similarity.
+    """Provides bets on whether prompts have changed, based on their similarity.
 
     Args:
         reference: the reference prompts, including their views.
@@ -85,7 +85,7 @@ class DomainClassifier:
         self.learned = len(LEARNED_FROM) * len(_LEARNED) * 2
 
     def similar(self, ones: Sample, others: Sample | None = None) -> Singles:
-        """Return the similarities (`ones` x `others`) between items. `others` defaults to the reference."""
+        """Return the similarity matrix: a row for each of `ones`, a column for each of `others` or reference."""
         views = self._reference.views if others is None else others.views
         return self._similarity(ones.views, views).astype(np.float32)
 

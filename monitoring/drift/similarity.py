@@ -31,7 +31,7 @@ class Similarity:
         ]
 
     def __call__(self, ones: Sequence[Floats], others: Sequence[Floats]) -> Floats:
-        """Return the similarities between two groups of prompts (ones x others)."""
+        """Return the matrix of similarities between two groups of prompts, with a row for each of the first group."""
         views = [
             np.exp(-_squared_distances(one, other) / scale)
             for one, other, scale in zip(ones, others, self._scales, strict=True)

@@ -133,10 +133,10 @@ class Admission:
         """While the body changes an engine and no other engine accepts requests, queue them instead of rejecting.
 
         Raises:
-            RuntimeError: an engine is already being changed; swaps run one at a time.
+            RuntimeError: another engine change is already in progress; swaps run one at a time.
         """
         if self._changing:
-            raise RuntimeError("an engine is already being changed")
+            raise RuntimeError("another engine change is already in progress")
         self._changing, self.queue.most, self.closed_s = True, len(self.queue), None
         self._settle()
         try:

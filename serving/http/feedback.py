@@ -115,7 +115,7 @@ class FeedbackIntake:
         redacted = self._request_log.redacted
         feedback = Feedback(given.rating, redacted(given.label), redacted(given.correction))
         if self._request_log.is_queued(given.request_id) and not self._request_log.flush(_FLUSH_S):
-            raise RequestLogBusyError("the rated request is not stored yet", todo="send the feedback again")
+            raise RequestLogBusyError("the request being rated has not been stored yet", todo="send the feedback again")
         stored = keep_feedback(self._store, given.request_id, feedback, key_id=key_id)
         if stored is None:
             raise RequestNotFoundError(

@@ -204,7 +204,7 @@ def _small_paths() -> Json:
     storage = {
         404: "no request with this id is stored",
         429: "too much feedback is being stored",
-        503: "the rated request is not stored yet",
+        503: "the request being rated has not been stored yet",
     }
     feedback = {**_BAD_BODY, **storage, **_DEFECT}
     health = _operation("Whether the server accepts requests", _json(_OBJECT), {})

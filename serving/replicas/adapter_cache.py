@@ -193,7 +193,7 @@ class AdapterCache:
 
     @asynccontextmanager
     async def use(self, version: VersionId, *, for_operator: bool = False) -> AsyncIterator[LoadedAdapter]:
-        """Hold a loaded adapter while the body runs. See `bring`."""
+        """Keep an adapter loaded for the duration of the `with` block. See `bring`."""
         use = await self.bring(version, for_operator=for_operator)
         try:
             yield use.adapter

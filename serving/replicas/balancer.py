@@ -75,7 +75,7 @@ class Balancer:
             await adapters[0].check(wanted)
 
     def lease(self, model: str, *, without: Lease | None = None) -> "Leasing":
-        """Lease the engine with the fewest running requests for the body.
+        """Lease the engine with the fewest running requests for the duration of the `with` block.
 
         If the version has an adapter, it is loaded first. Engines that have already loaded the adapter are
         preferred.

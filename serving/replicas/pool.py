@@ -171,7 +171,7 @@ class EnginePool:
         self._show()
 
     def replace(self, old: Replica, new: Replica) -> None:
-        """Replace a member with a ready engine between two requests. The old engine stops after its last request."""
+        """Swap a pool member for a ready engine between requests. The old engine stops after its last request."""
         self.others.remove(new)
         self.members[self.members.index(old)] = new
         self.others.append(old)

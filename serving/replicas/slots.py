@@ -54,7 +54,7 @@ class EngineSlots:
         return EngineProcess(self.spec(number, name, model))
 
     def take(self, number: int | None = None) -> int:
-        """Reserve a number for an engine and return it.
+        """Reserve a replica number for an engine and return it.
 
         Args:
             number: number of an orphaned engine, or None for the lowest free number.

@@ -279,8 +279,8 @@ def _refuse_base(
     own = _mean_difference([probe.logprobs for probe in recorded], measured)
     if own > MIN_TOLERANCE >= _mean_difference(base, measured):
         raise ProbeError(
-            f"the adapter is not applied: the probes equal the base's, and differ from the version's by {own:.4f} nats "
-            "on average",
+            "the adapter is not applied: the probes' log-probabilities equal those of the base, and differ from the "
+            f"version's by {own:.4f} nats on average",
             expected=f"probes within {MIN_TOLERANCE} nats of the version's, or farther than that from the base's",
             todo=f"serve the version with --format {Format.MERGED}",
         )

@@ -87,7 +87,7 @@ class CanaryEvidence:
                 self._rated.add(assigned.id)
                 self._analysis.rate(Rating(assigned.unit or None, _arm(assigned), negative=bad))
         units = 0 if self._next_step_at is not None else self._analysis.units - self._before
-        return _look(units, self._analysis.verdicts(), f"{units} users or conversations of the candidate")
+        return _look(self._analysis, units, f"{units} users or conversations of the candidate")
 
 
 class ShadowEvidence:
@@ -118,7 +118,7 @@ class ShadowEvidence:
             self._pairs.append(pair)
         if len(self._pairs) >= self._record.plan.shadow:
             self._analysis.start_step()  # ends all observations
-        return _look(len(self._pairs), self._analysis.verdicts(), _pairs_text(self._pairs))
+        return _look(self._analysis, len(self._pairs), _pairs_text(self._pairs))
 
 
 def expectations(store: Store, record: RolloutRecord) -> list[str]:
@@ -195,14 +195,13 @@ def _request(assigned: AssignedRequest) -> Request | None:
     )
 
 
-def _look(units: int, verdicts: tuple[SignalVerdict, ...], summary: str) -> Look:
-    with_data = [verdict for verdict in verdicts if verdict.has_data]
-    holding = [verdict for verdict in with_data if verdict.signal is not Signal.FEEDBACK]
+def _look(analysis: Analysis, units: int, summary: str) -> Look:
+    with_data = [verdict for verdict in analysis.verdicts() if verdict.has_data]
     losses = [_text(verdict) for verdict in with_data if verdict.outcome is GateOutcome.FAILED]
     return Look(
         units=units,
         signals=tuple(map(_row, with_data)),
-        is_passed=bool(holding) and all(verdict.outcome is GateOutcome.PASSED for verdict in holding),
+        is_passed=analysis.outcome is GateOutcome.PASSED,
         losses="; ".join(losses),
         text="; ".join([summary, *map(_text, with_data)]),
     )

@@ -70,7 +70,7 @@ class Shadow:
     _bytes: int = field(default=0, init=False)
 
     def wants(self) -> bool:
-        """Return whether the next request may be copied; count it as dropped if the server or the queue is busy."""
+        """Return whether the next request may be copied; count it as dropped if server or queue are busy."""
         if self._queue.full() or self.admission.queued:
             self.metrics.shadow_request(ShadowOutcome.DROPPED)
             return False

@@ -121,7 +121,7 @@ class Swap:
         return next((member for member in self.pool.members if not self._is_changed(change, member)), None)
 
     def _is_changed(self, change: SwapInProgress, engine: Replica) -> bool:
-        """Return whether the engine needs no change, because it holds the new version or is dead."""
+        """Return whether the engine is done: it already holds the new version, or it is dead."""
         return engine.target == change.target or engine in self.pool.down
 
     async def _back(self, change: SwapInProgress) -> SwapOutcome:

@@ -50,7 +50,9 @@ def backup(ctx: click.Context, folder: Path, keep: int, verify: bool, as_json: b
         )
     folder = folder.absolute()
     if folder.is_relative_to(settings.home):
-        raise click.UsageError("DIR must be outside the home: damage to the home would destroy the backup too")
+        raise click.UsageError(
+            "DIR must be outside the home folder: damage to the home folder would destroy the backup too"
+        )
     store = open_database(settings.home)
     record_event(store, AuditEntry(Action.BACKUP, str(folder), Actor.local()))
     made = Backup(settings, Archive(folder), verify, _progress).run(keep)

@@ -93,7 +93,7 @@ def prompt_sample(items: Sequence[Item], like: Sample) -> Sample:
 
 
 def answer_sample(items: Sequence[Item], logprobs: Sequence[float | None], like: Sample) -> Sample:
-    """Return the features of the items' answers as a sample.
+    """Collect the answer features of the items into a sample.
 
     Args:
         logprobs: log-probability of each answer, or None for an answer without a score.

@@ -43,7 +43,7 @@ def is_locked(path: Path) -> bool:
 
 @contextmanager
 def hold_lock(path: Path, what: str, **info: Any) -> Iterator[None]:
-    """Hold an exclusive lock during the body.
+    """Hold an exclusive lock for the duration of the `with` block.
 
     Args:
         what: noun for the locked thing, used in error messages.

@@ -34,7 +34,7 @@ class Tensor:
 
 
 def record_file(root: Path, path: Path) -> FileRecord:
-    """Return the record of one file.
+    """Return the record of a file: its path, size and hash.
 
     Args:
         root: the version's folder, to which the path is relative.

@@ -133,7 +133,7 @@ def latest(instance: Instance, name: str = "teams") -> RolloutView:
     return RolloutView.of(record)
 
 
-def wait_for_state(instance: Instance, state: RolloutState, name: str = "teams", timeout_s: float = 120) -> None:
+def wait_for_state(instance: Instance, state: RolloutState, name: str = "teams", timeout_s: float = 240) -> None:
     deadline = time.monotonic() + timeout_s
     while latest(instance, name).state is not state:
         assert time.monotonic() < deadline, latest(instance, name)

@@ -125,7 +125,7 @@ async def test_no_second_engine_is_started_when_restart_is_false() -> None:
     assert engines.running == 0
 
 
-async def test_answer_limits_follow_each_reference_unless_set_by_the_recipe() -> None:
+async def test_answer_length_limits_derive_from_references_unless_the_recipe_sets_one() -> None:
     heldout = [make_example("a", "one"), make_example("b", " ".join(["word"] * 100))]
     base, merged = await qualifier(Engines(), heldout).base_and_merged(BASE, MERGED, same_fingerprint=True)
     gptq = await qualifier(Engines(), heldout).alone(GPTQ, "gptq")

@@ -59,7 +59,7 @@ def compare_models(
         tokenize, transport: see `Interview`.
 
     Raises:
-        BusyError: another comparison is running in this home.
+        BusyError: another comparison is running in this home folder.
         SvcError: a model, the data or a metric is missing or unusable, or an engine failed.
     """
     registry = registry or Registry.of(settings)
@@ -73,7 +73,7 @@ def compare_models(
     try_on_references(metrics, questions.examples)
     _warn(models, questions, registry)
     folder = settings.home / FOLDER
-    with hold_lock(folder / "lock", "svc compare in this home"):
+    with hold_lock(folder / "lock", "svc compare in this home folder"):
         able = capabilities or read_capabilities(settings.home)
         start = partial(evaluation_engine, settings=settings, capabilities=able, run=folder, name="compared")
         interview = Interview(

@@ -87,7 +87,7 @@ class Workload:
 
 
 def read_workload(examples: Sequence[ChatExample], recipe: Recipe, folder: Path) -> Workload:
-    """Return the batches of a recipe's training run with the given examples.
+    """Return the batches that a recipe's training run would form from the given examples.
 
     Args:
         folder: folder with the base's tokenizer, if it has one.

@@ -220,7 +220,7 @@ def _adapter(training: Training) -> float:
 
 
 def _largest_layer(training: Training) -> int:
-    """Return the number of weights in the largest parameter that training changes."""
+    """Return the number of elements in the largest trainable parameter."""
     shape, full = training.shape, training.full
     experts = shape.experts if full or shape.adapts_experts else ()
     return max(map(prod, (*(shape.linear.values() if full else shape.target_shapes), *experts)), default=0)

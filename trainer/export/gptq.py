@@ -66,7 +66,7 @@ _EXPERT = re.compile(r"(.+\.experts\.\d+\.\w+)\.weight")
 
 @dataclass(frozen=True, slots=True)
 class QuantizeSummary:
-    """Summary of a quantization.
+    """Summary of a quantization run.
 
     Attributes:
         layers: number of quantized linear layers and expert matrices.

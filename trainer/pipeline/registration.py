@@ -131,7 +131,7 @@ class Registration:
 
     @cached_property
     def gates(self) -> tuple[GateReport, ...]:
-        """Verdicts of the recipe's gates, which limit the losses through quantization and training."""
+        """Verdicts of the recipe's gates, which limit the quality lost by quantization and training."""
         limits = self.recipe.evaluate
         reports: list[GateReport] = []
         if len(self.qualified) == 2:

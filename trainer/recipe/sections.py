@@ -435,7 +435,7 @@ class Between(_Section):
     @model_validator(mode="after")
     def _is_range(self) -> "Between":
         if self.low >= self.high or (self.log and self.low <= 0):
-            raise ValueError("in a range, low must be less than high, and greater than 0 with log")
+            raise ValueError("in a range, low must be less than high; if log is set, low must also be greater than 0")
         return self
 
 

@@ -44,7 +44,7 @@ class Margins:
         if not (
             all(0 <= margin < 1 for margin in (self.errors, self.invalid, self.feedback)) and self.first_token >= 1
         ):
-            raise ValueError(f"margins of shares must be at least 0 and below 1, and a ratio at least 1, got {self}")
+            raise ValueError(f"margins must be in [0, 1) for shares and at least 1 for ratios, got {self}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,16 +124,18 @@ class Analysis:
     def outcome(self) -> GateOutcome:
         """Outcome of the rollout so far.
 
-        `failed` if a loss is proven in any signal, `passed` if losses are excluded in every signal with data.
+        `failed` if a loss is proven in any signal, `passed` if losses are excluded in every signal with data. Ratings
+        are too rare to exclude a loss in time, so they do not hold a rollout.
         """
-        with_data = [
-            comparison.outcome()
-            for comparison in self._comparisons.values()
+        with_data = {
+            signal: comparison.outcome()
+            for signal, comparison in self._comparisons.items()
             if all(comparison.units(arm) for arm in Arm)
-        ]
-        if GateOutcome.FAILED in with_data:
+        }
+        if GateOutcome.FAILED in with_data.values():
             return GateOutcome.FAILED
-        if with_data and set(with_data) == {GateOutcome.PASSED}:
+        with_data.pop(Signal.FEEDBACK, None)
+        if with_data and set(with_data.values()) == {GateOutcome.PASSED}:
             return GateOutcome.PASSED
         return GateOutcome.UNDECIDED
 

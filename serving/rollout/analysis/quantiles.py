@@ -9,7 +9,7 @@ _BINS = math.ceil(math.log(_LONGEST_S / _SHORTEST_S) / _RESOLUTION) + 1
 
 
 class Times:
-    """A histogram of times in seconds; its size does not grow with their number."""
+    """A fixed-size histogram of durations in seconds."""
 
     def __init__(self) -> None:
         self._counts = [0] * _BINS

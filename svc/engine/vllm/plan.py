@@ -40,7 +40,7 @@ _OTHER_PARALLELISM = (("--pipeline-parallel-size", "-pp"), ("--data-parallel-siz
 
 @dataclass(frozen=True, slots=True)
 class EnginePlan:
-    """All choices for launching one engine."""
+    """All settings chosen for launching one engine."""
 
     choices: tuple[Choice, ...]
 

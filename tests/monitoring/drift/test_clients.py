@@ -26,7 +26,7 @@ def test_batch_from_a_previously_quiet_client_counts_as_few_requests() -> None:
     assert sum(counted(shares, ["batch"] * 100)) == 5
 
 
-def test_client_sending_a_burst_counts_for_about_its_usual_share() -> None:
+def test_burst_from_one_client_hardly_increases_its_weight() -> None:
     shares = ClientShares([], [], 1_000)
     counted(shares, mixed(900, {"large": 0.3, **{f"client {number}": 0.007 for number in range(100)}}))
     assert sum(counted(shares, ["large"] * 100)) < 30

@@ -285,7 +285,7 @@ class TestFullQueue:
         for place in places[1:]:
             place.given.exception()
 
-    async def test_new_request_is_rejected_if_no_tenant_has_more_queued_requests(self) -> None:
+    async def test_new_request_is_rejected_if_its_tenant_has_the_longest_full_queue(self) -> None:
         queue = RequestQueue(max_queued=1)
         first = queue.join(A, 1)
         for party in (A, B):

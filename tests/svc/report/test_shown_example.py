@@ -39,7 +39,7 @@ def test_lost_answers_are_those_only_the_base_got_right() -> None:
     assert judged(LABELS, {BASE: base, "merged": tuned}).lost == (4, 7)
 
 
-def test_no_example_counts_as_lost_without_base_answers() -> None:
+def test_no_example_counts_as_regressed_without_base_answers() -> None:
     comparison = judged(LABELS, {BASE: right(LABELS, 60), "merged": right(LABELS, 0)}, kept=["merged"])
     assert comparison.lost == ()
 

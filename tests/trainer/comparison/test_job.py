@@ -333,7 +333,7 @@ def test_printed_comparison_has_metrics_verdict_and_answers(bench: Bench, capsys
         assert text in out
 
 
-def test_printed_comparison_explains_limits_that_depend_on_references(
+def test_printed_comparison_explains_length_limits_derived_from_references(
     bench: Bench, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bench.change(1, recipe={})

@@ -292,7 +292,7 @@ def test_longer_run_with_slowly_falling_heldout_loss_has_no_finding() -> None:
     assert kinds(predicted(0.4, form_first, steps=50)) == []
 
 
-def test_short_run_on_a_hard_task_with_settled_heldout_loss_has_no_finding() -> None:
+def test_short_run_on_a_hard_task_whose_loss_has_plateaued_has_no_findings() -> None:
     assert kinds(predicted(0.4, settled, steps=30)) == []
 
 

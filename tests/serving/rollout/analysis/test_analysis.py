@@ -184,5 +184,5 @@ def test_detectable_losses_shrink_with_the_number_of_units_and_exceed_the_margin
 
 @pytest.mark.parametrize("wrong", [{"errors": -0.01}, {"feedback": 1.0}, {"first_token": 0.9}])
 def test_margins_reject_impossible_values(wrong: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="margins of shares"):
+    with pytest.raises(ValueError, match="margins must be in"):
         Margins(**wrong)
