@@ -40,7 +40,7 @@ COMMANDS = {
     "keys": ("svc.access.cli:keys", "Create, list, rotate and revoke keys."),
     "usage": ("svc.access.cli:usage", "Show request and token counts by key and model."),
     "audit": ("svc.audit.cli:audit", "Show the audit log, or verify that it is unaltered."),
-    "history": ("svc.audit.cli:history", "Show which versions of a model were served, and when."),
+    "history": ("svc.audit.cli:history", "Show when a model's versions were served, and its rollouts."),
     "forget": ("svc.audit.cli:forget", "Delete logged requests by user, key or time range."),
     "gc": ("svc.registry.cli:gc", "Delete files left by old runs, sweeps, logs and caches."),
     "backup": ("svc.backup.cli:backup", "Back up the home folder, even while it is in use."),

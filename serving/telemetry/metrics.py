@@ -40,6 +40,7 @@ _NOT_COMPLETIONS = {
     ErrorCode.METHOD_NOT_ALLOWED,
     ErrorCode.CHANGE_CONFLICT,
     ErrorCode.CHANGE_REFUSED,
+    ErrorCode.GATE_FAILED,
     ErrorCode.MODEL_NOT_DELETABLE,
     ErrorCode.REQUEST_NOT_FOUND,
     ErrorCode.REQUEST_LOG_BUSY,
