@@ -212,7 +212,10 @@ def tried(store: Store, version: VersionId, reason: str = "better") -> None:
     first = Target(VersionId(version.name, version.number + 1), Format.GPTQ)
     seen = change_desired(store, None, first, None)
     entry = AuditEntry(Action.PROMOTE, str(version), Actor("user:ann", "box"), reason)
-    for candidate, why in ((version, "invalid JSON 30.0 % instead of 0.0 %"), (VersionId(version.name, 9), "other")):
+    for candidate, why in (
+        (version, "invalid JSON 30.0 % instead of 0.0 %"),
+        (VersionId(version.name, 9), "another loss"),
+    ):
         begun = begin_rollout(store, seen, Target(candidate, Format.GPTQ), RolloutSettings(canary=(5, 100)), entry)
         add_rollout_step(store, begun.id, "canary: 5 % of clients are answered by the candidate")
         store_signals(store, begun.id, (LOSS,))
@@ -233,7 +236,7 @@ def test_report_shows_the_rollouts_of_the_version_with_figures_and_outcome(
     assert "UTC: invalid JSON 30.0 % instead of 0.0 %" in shown
     assert "canary: 5 % of clients are answered by the candidate" in shown
     assert re.search(r"invalid\s*0\.000\s*0\.300\s*0\.100\s*0\.500\s*0\.01\s*90\s*failed", shown)
-    assert "other" not in shown and "Rollout 2" not in shown
+    assert "another loss" not in shown and "Rollout 2" not in shown
 
 
 def test_report_without_a_rollout_has_no_section_on_it(versions: JudgedVersions, tmp_path: Path) -> None:
