@@ -211,5 +211,5 @@ async def test_qualification_fails_on_an_engine_error_response() -> None:
         double.refuse_with = (500, {"message": "no"})
 
     engines.change = refuse
-    with pytest.raises(EngineError, match="with 500"):
+    with pytest.raises(EngineError, match="with status 500"):
         await qualifier(engines).alone(GPTQ, "gptq")

@@ -324,7 +324,7 @@ def test_signals_are_off_with_a_reason_if_version_has_no_text_space(
     traffic.ask(ALIKE[:20], number=2)
     reports = check(2)
     assert [reports[signal].status for signal in (Signal.INPUT, Signal.OUTPUT)] == [Status.OFF] * 2
-    assert "triage@2 has no reference/" in reports[Signal.INPUT].why
+    assert "triage@2 has no file reference/" in reports[Signal.INPUT].why
 
 
 def test_prompts_are_compared_even_if_version_has_no_stored_answers(

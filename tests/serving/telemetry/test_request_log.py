@@ -259,7 +259,7 @@ def test_only_the_content_is_lost_if_a_redaction_pattern_takes_too_long(
     pen.writer.close()
     assert [row.prompt is not None for row in pen.rows()] == [False, True, False]
     assert pen.dropped == {Dropped.CONTENT_UNREDACTED: 3}
-    assert caplog.text.count("the pattern '(a|aa)+$' of request_log.redact") == 1
+    assert caplog.text.count("the request_log.redact pattern '(a|aa)+$'") == 1
     assert "aaaa" not in caplog.text
 
 

@@ -298,7 +298,7 @@ def test_token_metrics_are_excluded_for_models_with_different_tokenizers(bench: 
 
 def test_failed_comparison_leaves_no_engine_running(bench: Bench) -> None:
     bench.engines.change = lambda number, double: setattr(double, "refuse_with", (500, {"message": "no"}))
-    with pytest.raises(EngineError, match="with 500"):
+    with pytest.raises(EngineError, match="with status 500"):
         bench.compare("tuned@1", "tuned@2")
     assert bench.engines.running == 0
 

@@ -98,8 +98,9 @@ def test_findings_are_stored_and_printed_with_the_version(
     capsys.readouterr()
     print_version(manifest, Path("folder"))
     output = " ".join(capsys.readouterr().out.split())
-    assert "too little data: 3 training examples try: data.train from 3 examples to 100 examples" in output
-    assert "rule: fewer than 50 training examples" in output
+    assert "too little data: there are only 3 training examples" in output
+    assert "data.train from 3 examples to 100 examples" in output
+    assert "rule: there are fewer than 50 training examples" in output
 
 
 @pytest.mark.slow

@@ -73,12 +73,12 @@ def test_skip_leaving_only_one_training_example_is_rejected(tmp_path: Path) -> N
 
 
 def test_training_file_with_only_one_example_is_rejected(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"t\.jsonl has 1 example"):
+    with pytest.raises(DataError, match=r"found only 1 example in .*t\.jsonl"):
         read(tmp_path, TRAIN[:1], HELDOUT)
 
 
 def test_empty_heldout_file_is_rejected(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"h\.jsonl has 0 examples"):
+    with pytest.raises(DataError, match=r"found only 0 examples in .*h\.jsonl"):
         read(tmp_path, TRAIN, [])
 
 
@@ -311,7 +311,7 @@ def test_held_out_example_is_not_mixed_in_as_a_general_example(tmp_path: Path) -
 
 def test_data_with_too_few_general_examples_is_rejected(tmp_path: Path) -> None:
     write_examples(tmp_path / "g.jsonl", lines_of(1, "general"))
-    with pytest.raises(DataError, match=r"data\.general has 1 examples"):
+    with pytest.raises(DataError, match=r"data\.general has only 1 examples"):
         read(tmp_path, TRAIN, HELDOUT, general=tmp_path / "g.jsonl", general_share=0.5)
 
 

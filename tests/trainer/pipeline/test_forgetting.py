@@ -55,7 +55,7 @@ def test_version_has_no_forgetting_result_without_general_questions(make: Make) 
 
 @pytest.mark.slow
 def test_version_is_rejected_when_only_its_quantized_model_forgot_too_much(make: Make) -> None:
-    with pytest.raises(TrainingError, match=r"fell by 1\.000 in training and quantization: .* gptq"):
+    with pytest.raises(TrainingError, match=r"fell by 1\.000 through training and quantization: .* gptq"):
         asking(make(evaluate={"max_forgetting": 0.5}), questions("base.0", "merged.0")).train_version()
 
 
@@ -75,7 +75,7 @@ def test_base_answers_general_questions_only_once_when_only_gptq_is_registered(m
 
 @pytest.mark.slow
 def test_gptq_only_version_is_rejected_when_it_forgot_too_much(make: Make) -> None:
-    with pytest.raises(TrainingError, match=r"fell by 1\.000 in training and quantization"):
+    with pytest.raises(TrainingError, match=r"fell by 1\.000 through training and quantization"):
         asking(make(formats=["gptq"], evaluate={"max_forgetting": 0.5}), questions("base.0")).train_version()
 
 

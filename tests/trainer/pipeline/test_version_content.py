@@ -111,7 +111,7 @@ def test_base_and_merged_answers_are_scored_with_the_recipe_metrics(make: Make) 
 def test_version_has_no_base_answers_when_the_base_is_not_evaluated(make: Make) -> None:
     pipeline = make(formats=["gptq"])
     version = pipeline.train_version()
-    with pytest.raises(NotFoundError, match=r"has no reference/base\.jsonl"):
+    with pytest.raises(NotFoundError, match=r"has no file reference/base\.jsonl"):
         pipeline.registry.base_results(version)
 
 
