@@ -16,7 +16,7 @@ import pytest
 from svc.store.database import open_database
 from svc.store.rollouts import RolloutOutcome, RolloutState, RolloutView, find_rollout
 from tests.e2e.conftest import PROMPTS, Report
-from tests.e2e.instance import Instance
+from tests.e2e.instance import ANY_QUALITY, Instance
 from tests.e2e.json_versions import PROSE_ANSWER, add_json_version, prompts
 
 pytestmark = [pytest.mark.slow]
@@ -105,7 +105,7 @@ def users(instance: Instance) -> Iterator[Users]:
     if not instance.is_running:
         instance.start("teams")
     if instance.status()["version"] != "teams@1":
-        assert instance.command("promote", "teams@1", "--direct").returncode == 0
+        assert instance.command("promote", "teams@1", "--direct", *ANY_QUALITY).returncode == 0
     instance.until(lambda status: len(status["engines"]) == 1)
     with Users(instance.url, "teams", prompts(50)).asking() as users:
         users.wait_for(20)
@@ -115,7 +115,7 @@ def users(instance: Instance) -> Iterator[Users]:
 def promote(instance: Instance, *arguments: str, **limits: float) -> "subprocess.CompletedProcess[str]":
     """Run `svc promote` with these limits of the rollout; `svc.yaml` would set them for the model."""
     with settings_of_rollouts(**limits):
-        return instance.command("promote", *arguments)
+        return instance.command("promote", *arguments, *ANY_QUALITY)
 
 
 @contextmanager

@@ -135,7 +135,12 @@ def test_int4_layer_keeps_its_weights_in_4_bits() -> None:
 
 @pytest.mark.parametrize(
     ("inputs", "outputs", "group_size", "told"),
-    [(48, 64, -1, "48 x 64"), (64, 40, 32, "64 x 40"), (64, 64, 16, "the group size is 16"), (96, 64, 48, "the group size is 48")],
+    [
+        (48, 64, -1, "48 x 64"),
+        (64, 40, 32, "64 x 40"),
+        (64, 64, 16, "the group size is 16"),
+        (96, 64, 48, "the group size is 48"),
+    ],
 )
 def test_unsupported_int4_shapes_are_rejected_with_a_reason(
     inputs: int, outputs: int, group_size: int, told: str
