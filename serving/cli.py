@@ -350,14 +350,17 @@ def _follow_rollout(
 @click.pass_context
 def rollout(ctx: click.Context, name: str, rollout_id: int | None, watch: bool, as_json: bool) -> None:
     """Show the latest rollout of the model NAME: its steps, figures and outcome."""
-    from svc.rollout_text import SIGNAL_COLUMNS, place_of, signal_cells
+    from svc.store.rollout_text import SIGNAL_COLUMNS, place_of, signal_cells
     from svc.terminal import print_table
 
     administration = _administration(ctx)
     every = administration.rollouts(name)
     shown = next((view for view in reversed(every) if rollout_id in (None, view.id)), None)
     if shown is None:
-        raise NotFoundError(f"there is no {'' if rollout_id is None else f'rollout {rollout_id} of '}{name}")
+        wanted = "rollout" if rollout_id is None else f"rollout {rollout_id}"
+        raise NotFoundError(
+            f"the model {name!r} has no {wanted}", todo=f"begin one: svc promote {name}@N --canary 5,25,100"
+        )
     if watch:
         shown = follow_rollout(administration, name, shown.id, click.echo)
     if as_json:

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from monitoring.status.figures import QUANTILES, Figures, Look, Rate
-from svc.rollout_text import SIGNAL_COLUMNS, place_of, signal_cells
+from svc.store.rollout_text import SIGNAL_COLUMNS, place_of, signal_cells
 from svc.store.rollouts import RolloutView
 
 _DRIFT_COLOURS = {"alarm": "red", "changed": "red", "steady": "green", "as_registered": "green"}

@@ -20,7 +20,7 @@ from svc.report.plots.data import plot_labels, plot_lengths
 from svc.report.plots.metrics import plot_numbers, plot_shares
 from svc.report.report import Report
 from svc.report.text import cut_text, visible
-from svc.rollout_text import SIGNAL_COLUMNS, place_of, signal_cells
+from svc.store.rollout_text import SIGNAL_COLUMNS, place_of, signal_cells
 
 if TYPE_CHECKING:
     from jinja2 import Environment
