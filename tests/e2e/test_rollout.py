@@ -155,6 +155,7 @@ def test_candidate_with_30_percent_invalid_json_is_rolled_back_without_a_failed_
     )
 
 
+@pytest.mark.matrix
 def test_slow_candidate_is_rolled_back_without_a_failed_request(
     instance: Instance, users: Users, report: Report
 ) -> None:
@@ -209,6 +210,7 @@ def test_rollback_keeps_production_without_a_failed_request(
     report(f"rollback during {state}: svc rollback returned after {took_s:.1f} s")
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("state", STATES)
 def test_rollout_is_completed_after_the_server_was_killed(
     instance: Instance, users: Users, state: RolloutState, report: Report
