@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.slow]
 PORT = 8951
 PLAN = {"min_units": 30, "max_step_s": 240, "max_errors": 0.1, "max_invalid": 0.1, "max_slowdown": 8}
 """Limits that a few hundred requests of a tiny model on two cores can decide; the second engine shares these cores."""
-STEPS = ("--shadow", "30", "--canary", "25,50,100")
+STEPS = ("--shadow", "30", "--canary", "50,100")
 
 
 class Users:
@@ -234,6 +234,7 @@ def test_rollout_is_completed_after_the_server_was_killed(
     report(f"server killed during {state}: promoted after its restart, {len(later.versions)} answers, none failed")
 
 
+@pytest.mark.matrix
 def test_adapter_is_tried_in_the_engine_of_production_without_a_failed_request(
     home: Path, tmp_path: Path, report: Report
 ) -> None:
