@@ -135,8 +135,9 @@ def latest(instance: Instance, name: str = "teams") -> RolloutView:
 
 def wait_for_state(instance: Instance, state: RolloutState, name: str = "teams", timeout_s: float = 240) -> None:
     deadline = time.monotonic() + timeout_s
-    while latest(instance, name).state is not state:
-        assert time.monotonic() < deadline, latest(instance, name)
+    store = open_database(instance.home)
+    while (record := find_rollout(store, name)) is None or record.state is not state:
+        assert time.monotonic() < deadline, record
         time.sleep(0.02)
 
 
