@@ -202,8 +202,11 @@ def test_rollback_keeps_production_without_a_failed_request(
         done = instance.command("rollback", "teams", "--reason", "a test")
     took_s = time.monotonic() - began
     assert done.returncode == 0, (done.stdout, done.stderr)
-    assert promotion.wait(60) in (21, 11)
-    assert latest(instance).outcome is RolloutOutcome.CANCELLED, latest(instance)
+    code, outcome = promotion.wait(60), latest(instance).outcome
+    if state is RolloutState.SWITCHING:  # takes a third of a second: the swap usually ends before the command has begun
+        assert outcome in (RolloutOutcome.CANCELLED, RolloutOutcome.PROMOTED)
+    else:
+        assert (code, outcome) == (21, RolloutOutcome.CANCELLED), latest(instance)
     asked = len(users.versions)
     users.wait_for(30)
     assert set(users.versions[asked + 8 :]) == {"teams@1"}
