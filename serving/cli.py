@@ -11,8 +11,8 @@ from typing import Any
 
 import click
 
-from serving.client.promotion import Administration, LocalAdministration, follow, follow_rollout, read_served
-from serving.rollout.version_changes import RolloutOptions, VersionChange
+from serving.client.promotion import Administration, follow, follow_rollout, read_served
+from serving.rollout.version_changes import PromotionRequest, RolloutOptions, VersionChange
 from svc.errors import (
     GateError,
     NotFoundError,
@@ -221,10 +221,8 @@ def promote(
         raise click.UsageError("--force requires --reason")
     administration = _administration(ctx)
     format = Format(format_name) if format_name else None
-    options = RolloutOptions(shadow, canary, direct)
-    change = administration.promote(
-        VersionId.parse(version), format, force=force, reason=reason, options=options, dry_run=dry_run
-    )
+    steps = RolloutOptions(shadow, canary, direct)
+    change = administration.promote(PromotionRequest(VersionId.parse(version), format, force, reason, steps, dry_run))
     if dry_run:
         _show_dry_run(change, as_json=as_json)
         return
@@ -288,6 +286,8 @@ def _administration(ctx: click.Context) -> Administration:
         from serving.client.remote import RemoteAdministration
 
         return RemoteAdministration(remote)
+    from serving.client.local import LocalAdministration
+
     return LocalAdministration.of(settings_of(ctx))
 
 

@@ -10,17 +10,11 @@ from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
-from sqlalchemy import Engine as Store
-
-from serving.rollout.version_changes import CONFIGURED, RolloutOptions, VersionChange, VersionChanges
+from serving.rollout.version_changes import PromotionRequest, VersionChange
 from svc.errors import BusyError, NotFoundError, ServerNotRunningError
-from svc.identity.actor import Actor
-from svc.registry.registry import Registry
-from svc.remote.server_url import ServerAddress, read_status, server_address
-from svc.settings import Settings
-from svc.store.database import open_database
-from svc.store.rollouts import RolloutView, read_rollouts
-from svc.store.swaps import SwapKind, SwapOutcome, SwapResult, find_swap
+from svc.remote.server_url import ServerAddress, read_status
+from svc.store.rollouts import RolloutView
+from svc.store.swaps import SwapKind, SwapOutcome, SwapResult
 from svc.version import Format, Target, VersionId
 
 _POLL_S = 0.1
@@ -50,16 +44,7 @@ class Administration(Protocol):
     def server(self) -> ServerAddress:
         """The server's address, used to read its status."""
 
-    def promote(
-        self,
-        version: VersionId,
-        format: Format | None,
-        *,
-        force: bool,
-        reason: str | None,
-        options: RolloutOptions = CONFIGURED,
-        dry_run: bool = False,
-    ) -> VersionChange:
+    def promote(self, request: PromotionRequest) -> VersionChange:
         """See `VersionChanges.promote`."""
 
     def rollback(self, name: str, *, reason: str | None) -> VersionChange:
@@ -85,62 +70,6 @@ class Administration(Protocol):
         Raises:
             ServerNotRunningError: the server has stopped.
         """
-
-
-@dataclass(frozen=True, slots=True)
-class LocalAdministration:
-    """Administration by the home's owner on the machine that runs the server."""
-
-    settings: Settings
-    registry: Registry
-    store: Store
-    server: ServerAddress
-
-    @classmethod
-    def of(cls, settings: Settings) -> "LocalAdministration":
-        """Return the administration for a home.
-
-        Raises:
-            ServerNotRunningError: no server uses the home.
-        """
-        server = server_address(settings)
-        return cls(settings, Registry.of(settings), open_database(settings.home), server)
-
-    @property
-    def _changes(self) -> VersionChanges:
-        return VersionChanges(self.registry, self.store, lambda: read_served(self.server), self.settings.model_settings)
-
-    def promote(
-        self,
-        version: VersionId,
-        format: Format | None,
-        *,
-        force: bool,
-        reason: str | None,
-        options: RolloutOptions = CONFIGURED,
-        dry_run: bool = False,
-    ) -> VersionChange:
-        """See `VersionChanges.promote`."""
-        return self._changes.promote(
-            version, format, force=force, reason=reason, actor=Actor.local(), options=options, dry_run=dry_run
-        )
-
-    def rollback(self, name: str, *, reason: str | None) -> VersionChange:
-        """See `VersionChanges.rollback`."""
-        return self._changes.rollback(name, reason=reason, actor=Actor.local())
-
-    def journal(self, name: str, generation: int | None = None) -> JournalEntry | None:
-        """Return a model's last swap, or its swap for the given generation."""
-        swap = find_swap(self.store, name, generation)
-        return JournalEntry(swap.target, swap.generation, swap.steps, swap.result) if swap else None
-
-    def rollouts(self, name: str) -> list[RolloutView]:
-        """Return all rollouts of a model, oldest first."""
-        return [RolloutView.of(record) for record in read_rollouts(self.store, name)]
-
-    def require_server(self) -> None:
-        """Check that the server is running."""
-        server_address(self.settings)
 
 
 def follow(administration: Administration, change: VersionChange, on_step: Callable[[str], None]) -> SwapResult:

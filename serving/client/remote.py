@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from serving.client.promotion import JournalEntry, swap_result
-from serving.rollout.version_changes import CONFIGURED, RolloutOptions, VersionChange
+from serving.rollout.version_changes import PromotionRequest, VersionChange
 from svc.errors import ServerNotRunningError
 from svc.remote.remote_server import RemoteServer
 from svc.remote.server_url import ServerAddress
@@ -27,19 +27,10 @@ class RemoteAdministration:
 
     server: ServerAddress
 
-    def promote(
-        self,
-        version: VersionId,
-        format: Format | None,
-        *,
-        force: bool,
-        reason: str | None,
-        options: RolloutOptions = CONFIGURED,
-        dry_run: bool = False,
-    ) -> VersionChange:
+    def promote(self, request: PromotionRequest) -> VersionChange:
         """See `VersionChanges.promote`."""
-        body = {"version": str(version), "format": format and format.value, "force": force, "reason": reason}
-        body |= asdict(options) | {"dry_run": dry_run}
+        values = asdict(request)
+        body = values | values.pop("steps") | {"version": str(request.version)}
         return _change(RemoteServer(self.server).post("/svc/promote", body, timeout_s=_GATES_S))
 
     def rollback(self, name: str, *, reason: str | None) -> VersionChange:

@@ -20,7 +20,7 @@ from serving.http.errors import change_error
 from serving.http.json_body import Body, read_json
 from serving.http.request_state import request_state
 from serving.rollout.journal import swap_row
-from serving.rollout.version_changes import RolloutOptions, VersionChange, VersionChanges
+from serving.rollout.version_changes import PromotionRequest, RolloutOptions, VersionChange, VersionChanges
 from serving.telemetry.metrics import CLIENT_GONE_STATUS
 from svc.access.keyring import IssuedKey, Keyring, key_row
 from svc.errors import SettingsError, SvcError
@@ -124,13 +124,15 @@ class Administration:
         actor = _actor(request)
         change = await asyncio.to_thread(
             lambda: self._changes.promote(
-                VersionId.parse(given.version),
-                given.format,
-                force=given.force,
-                reason=reason,
-                actor=actor,
-                options=RolloutOptions(given.shadow, given.canary, given.direct),
-                dry_run=given.dry_run,
+                PromotionRequest(
+                    VersionId.parse(given.version),
+                    given.format,
+                    given.force,
+                    reason,
+                    RolloutOptions(given.shadow, given.canary, given.direct),
+                    given.dry_run,
+                ),
+                actor,
             )
         )
         return JSONResponse(_change_row(change))

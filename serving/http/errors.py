@@ -11,7 +11,7 @@ and answered as `internal_error`. Administration endpoints show some errors that
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 
 from fastapi import FastAPI, Request
@@ -50,6 +50,7 @@ from svc.errors import (
     AuthenticationError,
     BusyError,
     GateError,
+    IntegrityError,
     NotFoundError,
     PermissionDeniedError,
     RefusedError,
@@ -76,13 +77,18 @@ waits for as long as the header says."""
 
 @dataclass(frozen=True, slots=True)
 class ApiError:
-    """An error as a client sees it."""
+    """An error as a client sees it.
+
+    Attributes:
+        parts: `wrong`, `expected` and `todo` of an error for `svc`, which shows them on lines of their own.
+    """
 
     status: int
     code: ErrorCode
     message: str
     param: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+    parts: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def type(self) -> str:
@@ -106,7 +112,8 @@ class ApiError:
         error = {"message": hide_secrets(self.message), "type": self.type, "param": param, "code": self.code.value}
         if path in ANTHROPIC_PATHS:
             return json.dumps({"type": "error", "error": {**error, "type": self.anthropic_type}}).encode("ascii")
-        return json.dumps({"error": error}).encode("ascii")
+        parts = {name: hide_secrets(text) for name, text in self.parts.items()}
+        return json.dumps({"error": error | parts}).encode("ascii")
 
     def response(self, path: str = "") -> Response:
         """Return the complete error response.
@@ -160,6 +167,7 @@ _CHANGE_SHAPES: dict[type[Exception], tuple[int, ErrorCode]] = {
     BusyError: (409, ErrorCode.CHANGE_CONFLICT),
     GateError: (409, ErrorCode.GATE_FAILED),
     RefusedError: (409, ErrorCode.CHANGE_REFUSED),
+    IntegrityError: (409, ErrorCode.CHANGE_REFUSED),
     SettingsError: (400, ErrorCode.INVALID_REQUEST),
     OSError: (409, ErrorCode.CHANGE_REFUSED),
 }
@@ -184,7 +192,9 @@ def change_error(error: Exception) -> ApiError:
     """Return an administration endpoint's error in full, since admins may see the machine's paths and details."""
     for kind, shape in _CHANGE_SHAPES.items():
         if isinstance(error, kind):
-            return _shaped(error if isinstance(error, SvcError) else SvcError(str(error)), *shape)
+            told = error if isinstance(error, SvcError) else SvcError(str(error))
+            parts = {"wrong": told.wrong, "expected": told.expected, "todo": told.todo}
+            return replace(_shaped(told, *shape), parts=parts)
     return api_error(error)
 
 

@@ -81,8 +81,23 @@ class RolloutOptions:
             raise SettingsError(f"{first['loc'][0] if first['loc'] else 'rollout'}: {first['msg']}") from error
 
 
-CONFIGURED = RolloutOptions()
-"""The steps that are configured for the model."""
+@dataclass(frozen=True, slots=True)
+class PromotionRequest:
+    """A request to promote a version.
+
+    Attributes:
+        format: None for the format of the version that is desired now.
+        force: promote the version even if a gate refuses it; `reason` says why.
+        steps: steps that replace the configured ones.
+        dry_run: check the gates and change nothing.
+    """
+
+    version: VersionId
+    format: Format | None = None
+    force: bool = False
+    reason: str | None = None
+    steps: RolloutOptions = RolloutOptions()
+    dry_run: bool = False
 
 
 class VersionChanges:
@@ -105,23 +120,8 @@ class VersionChanges:
         self._served = served
         self._configured = configured
 
-    def promote(
-        self,
-        version: VersionId,
-        format: Format | None,
-        *,
-        force: bool,
-        reason: str | None,
-        actor: Actor,
-        options: RolloutOptions = CONFIGURED,
-        dry_run: bool = False,
-    ) -> VersionChange:
+    def promote(self, request: PromotionRequest, actor: Actor) -> VersionChange:
         """Make a version the desired one, or request a rollout that does so after its shadow and canary steps.
-
-        Args:
-            format: None for the format of the version that is desired now.
-            force: promote the version even if a gate refuses it; `reason` says why.
-            dry_run: check the gates and change nothing.
 
         Raises:
             NotFoundError: no such version or format, or the name is not served.
@@ -130,25 +130,29 @@ class VersionChanges:
             SettingsError: the rollout's options are invalid.
             BusyError: a promotion or rollout is in progress, or the desired version was changed concurrently.
         """
+        version, reason = request.version, request.reason
         configured = self._configured(version.name)
-        plan = options.plan(configured.rollout)
+        plan = request.steps.plan(configured.rollout)
         current, served = self._current(version.name)
-        target = Target(version, format or current.target.format)
+        target = Target(version, request.format or current.target.format)
         require_servable(self._registry, target)
         promote = AuditEntry(Action.PROMOTE, str(version), actor, reason)
-        if not dry_run:
+        if not request.dry_run:
             self._refuse_during_rollout(version.name)
             if target == current.target:
                 return self._change(current, served, target, promote)
+            if plan.is_gradual:
+                _require_comparable(current, served, target)
         gates = check_gates(Promotion(self._registry, target, current.target), configured.gates, datetime.now(UTC))
         refusing = refusing_gates(gates, configured.gates)
-        if dry_run:
-            return VersionChange(target, current.target, None, gates=gates, refused=bool(refusing) and not force)
-        if refusing and not force:
+        if request.dry_run:
+            return VersionChange(
+                target, current.target, None, gates=gates, refused=bool(refusing) and not request.force
+            )
+        if refusing and not request.force:
             raise refused(version, refusing)
         forced = reason if refusing else None
         if plan.is_gradual:
-            _require_comparable(current, served, target)
             entry = AuditEntry(Action.ROLLOUT, str(version), actor, reason)
             rollout = begin_rollout(self._store, current, target, plan, entry, forced=forced, gates=gates)
             return VersionChange(target, current.target, None, rollout=rollout.id, gates=gates)

@@ -72,17 +72,20 @@ class RemoteServer:
         content = read_json(url, answer)
         if answer.is_success and isinstance(content, dict):
             return content
-        raise told_error(url, answer.status_code, content)
+        raise told_error(url, answer.status_code, content, is_local=self.address.socket is not None)
 
 
-def told_error(url: str, status: int, answer: object) -> SvcError:
+def told_error(url: str, status: int, answer: object, *, is_local: bool = False) -> SvcError:
     """Convert a server's error response to the error to raise.
 
     Args:
         answer: the decoded JSON, of any type.
+        is_local: whether the server uses a home on this machine, so that its errors need no address.
     """
     content = answer.get("error") if isinstance(answer, dict) else None
     if not isinstance(content, dict):
         return ServerNotRunningError(f"{url} responded with status {status}, but not in this service's format")
     kind = _ERRORS.get(str(content.get("code")), ServerNotRunningError)
-    return kind(f"the server at {url} reported: {content.get('message')}")
+    wrong, expected, todo = (str(content.get(name) or "") for name in ("wrong", "expected", "todo"))
+    wrong = wrong or str(content.get("message"))
+    return kind(wrong if is_local else f"the server at {url} reported: {wrong}", expected=expected, todo=todo)

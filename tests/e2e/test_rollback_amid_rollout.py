@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from examples.load import Load
-from serving.client.promotion import LocalAdministration, follow
+from serving.client.local import LocalAdministration
+from serving.client.promotion import follow
 from svc.settings import Settings
 from svc.store.database import open_database
 from svc.store.desired import read_desired

@@ -22,8 +22,9 @@ from tests.e2e.json_versions import PROSE_ANSWER, add_json_version, prompts
 pytestmark = [pytest.mark.slow]
 
 PORT = 8951
-PLAN = {"min_units": 30, "max_step_s": 240, "max_errors": 0.1, "max_invalid": 0.1, "max_slowdown": 8}
+PLAN = {"min_units": 30, "max_step_s": 240, "max_errors": 0.1, "max_invalid": 0.1, "max_slowdown": 2.5}
 """Limits that a few hundred requests of a tiny model on two cores can decide; the second engine shares these cores."""
+SETTINGS = {"SVC_MODELS": json.dumps({name: {"rollout": PLAN} for name in ("teams", "tiny")})}
 STEPS = ("--shadow", "30", "--canary", "50,100")
 
 
@@ -90,7 +91,7 @@ class Users:
 def instance(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
     """Yield a server of `teams`, whose versions answer in JSON: 2 in 70 % of cases only, 4 slowly."""
     folder = tmp_path_factory.mktemp("rollout") / "home"
-    with closing(Instance(home, folder, PORT, PROMPTS)) as instance:
+    with closing(Instance(home, folder, PORT, PROMPTS, **SETTINGS)) as instance:
         add_json_version(folder, "teams")
         add_json_version(folder, "teams", urgent_answer=PROSE_ANSWER)
         add_json_version(folder, "teams")
@@ -112,18 +113,8 @@ def users(instance: Instance) -> Iterator[Users]:
         yield users
 
 
-def promote(instance: Instance, *arguments: str, **limits: float) -> "subprocess.CompletedProcess[str]":
-    """Run `svc promote` with these limits of the rollout; `svc.yaml` would set them for the model."""
-    with settings_of_rollouts(**limits):
-        return instance.command("promote", *arguments, *ANY_QUALITY)
-
-
-@contextmanager
-def settings_of_rollouts(**limits: float) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        plan = {"rollout": PLAN | limits}
-        patch.setenv("SVC_MODELS", json.dumps({"teams": plan, "tiny": plan}))
-        yield
+def promote(instance: Instance, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    return instance.command("promote", *arguments, *ANY_QUALITY)
 
 
 def latest(instance: Instance, name: str = "teams") -> RolloutView:
@@ -161,7 +152,7 @@ def test_slow_candidate_is_rolled_back_without_a_failed_request(
     instance: Instance, users: Users, report: Report
 ) -> None:
     began = time.monotonic()
-    done = promote(instance, "teams@4", "--canary", "25,50,100", max_slowdown=1.5)
+    done = promote(instance, "teams@4", "--canary", "25,50,100")
     assert done.returncode == 21, (done.stdout, done.stderr)
     ended = latest(instance)
     assert (ended.outcome, users.failed) == (RolloutOutcome.ROLLED_BACK, []), ended
@@ -195,11 +186,10 @@ STATES = [
 def test_rollback_keeps_production_without_a_failed_request(
     instance: Instance, users: Users, state: RolloutState, report: Report
 ) -> None:
-    with settings_of_rollouts():
-        promotion = instance.try_to_promote("teams@3", *STEPS)
-        wait_for_state(instance, state)
-        began = time.monotonic()
-        done = instance.command("rollback", "teams", "--reason", "a test")
+    promotion = instance.try_to_promote("teams@3", *STEPS)
+    wait_for_state(instance, state)
+    began = time.monotonic()
+    done = instance.command("rollback", "teams", "--reason", "a test")
     took_s = time.monotonic() - began
     assert done.returncode == 0, (done.stdout, done.stderr)
     code, outcome = promotion.wait(60), latest(instance).outcome
@@ -219,9 +209,8 @@ def test_rollback_keeps_production_without_a_failed_request(
 def test_rollout_is_completed_after_the_server_was_killed(
     instance: Instance, users: Users, state: RolloutState, report: Report
 ) -> None:
-    with settings_of_rollouts():
-        promotion = instance.try_to_promote("teams@3", *STEPS)
-        wait_for_state(instance, state)
+    promotion = instance.try_to_promote("teams@3", *STEPS)
+    wait_for_state(instance, state)
     users.stop()  # a killed server answers nobody
     instance.end(signal.SIGKILL)
     promotion.wait(60)
@@ -242,7 +231,7 @@ def test_rollout_is_completed_after_the_server_was_killed(
 def test_adapter_is_tried_in_the_engine_of_production_without_a_failed_request(
     home: Path, tmp_path: Path, report: Report
 ) -> None:
-    with closing(Instance(home, tmp_path / "home", PORT + 1, PROMPTS)) as instance:
+    with closing(Instance(home, tmp_path / "home", PORT + 1, PROMPTS, **SETTINGS)) as instance:
         instance.start("tiny@1", "--format", "adapter")
         with Users(instance.url, "tiny", prompts(50)).asking() as users:
             users.wait_for(10)

@@ -19,7 +19,7 @@ from svc.cli import group
 from svc.errors import BusyError, GateError, NotFoundError, RefusedError, ServerNotRunningError, SvcError
 from svc.identity.actor import Actor
 from svc.remote.server_url import read_status, server_address
-from svc.settings import RolloutSettings
+from svc.settings import RolloutSettings, Settings
 from svc.store.audit import Action, AuditEntry, read_events
 from svc.store.desired import change_desired, read_desired
 from svc.store.rollouts import (
@@ -178,11 +178,9 @@ async def test_dry_run_of_the_served_version_compares_it_with_its_base(serving: 
 async def test_configured_gate_refuses_a_promotion_with_its_output(home: Home) -> None:
     gate = {"name": "own", "command": ["sh", "-c", "echo 3 tests failed; exit 1"]}
     models = {NAME: {"gates": {"custom": [gate]}}}
-    config = home.settings.home / "svc.yaml"
-    config.parent.mkdir(exist_ok=True)
-    config.write_text(json.dumps({"models": models}))
+    home.settings = Settings.model_validate(home.settings.model_dump() | {"models": models})
     async with home.serving(f"{NAME}@1"):
-        error = error_of(await type_in(home, "--config", str(config), "promote", f"{NAME}@2"))
+        error = error_of(await type_in(home, "promote", f"{NAME}@2"))
     assert isinstance(error, GateError)
     assert "own: 3 tests failed: failed" in error.wrong
 

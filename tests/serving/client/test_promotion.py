@@ -8,8 +8,9 @@ import pytest
 from sqlalchemy import Engine as Store
 from sqlalchemy.exc import OperationalError
 
-from serving.client.promotion import LocalAdministration, follow, read_served
-from serving.rollout.version_changes import VersionChange
+from serving.client.local import LocalAdministration
+from serving.client.promotion import follow, read_served
+from serving.rollout.version_changes import PromotionRequest, VersionChange
 from svc.errors import BusyError, NotFoundError, ServerNotRunningError
 from svc.files.lock import hold_lock
 from svc.remote.server_url import LOCK_FILE, server_address
@@ -30,7 +31,7 @@ async def serving(home: Home) -> AsyncIterator[Home]:
 
 
 def wish(home: Home, number: int) -> VersionChange:
-    return LocalAdministration.of(home.settings).promote(target(number).version, None, force=False, reason=None)
+    return LocalAdministration.of(home.settings).promote(PromotionRequest(target(number).version))
 
 
 def follow_in(home: Home, change: VersionChange, steps: list[str] | None = None) -> SwapResult:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import httpx
 import pytest
 
-from serving.rollout.version_changes import RolloutOptions, VersionChange, VersionChanges
+from serving.rollout.version_changes import PromotionRequest, RolloutOptions, VersionChange, VersionChanges
 from svc.errors import BusyError, SettingsError
 from svc.identity.actor import Actor
 from svc.settings import AtDeadline, ModelSettings, RolloutSettings
@@ -99,7 +99,7 @@ def changes(control: Control, plan: RolloutSettings) -> VersionChanges:
 
 def start(control: Control, number: int, plan: RolloutSettings = ALL, format: Format | None = None) -> VersionChange:
     version = target(number).version
-    return changes(control, plan).promote(version, format, force=False, reason="better", actor=ACTOR)
+    return changes(control, plan).promote(PromotionRequest(version, format, reason="better"), ACTOR)
 
 
 def record(control: Control) -> RolloutRecord:
