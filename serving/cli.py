@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from serving.client.promotion import Administration, follow, follow_rollout, read_served
-from serving.rollout.version_changes import PromotionRequest, RolloutOptions, VersionChange
+from serving.rollout.promotion import PromotionRequest, RolloutOptions, VersionChange
 from svc.errors import (
     GateError,
     NotFoundError,

@@ -370,7 +370,9 @@ class RolloutSettings(_Section):
     canary: tuple[float, ...] = Field(
         (), max_length=20, description="shares of clients that the candidate answers, in percent, ending with 100"
     )
-    min_units: int = Field(50, ge=1, description="minimum number of users or conversations per version and canary step")
+    min_units: int = Field(
+        50, ge=1, description="minimum number of users or conversations that the candidate answers in each canary step"
+    )
     max_step_s: float = Field(86_400.0, gt=0, description="deadline of each step, seconds")
     at_deadline: AtDeadline = Field(
         AtDeadline.ROLLBACK, description="rollback, or hold: stay at the step until it is decided or someone decides"

@@ -88,12 +88,16 @@ class Webhook:
                 await asyncio.sleep(_POLL_S)
 
     async def _send_due(self, http: httpx.AsyncClient) -> None:
+        due = await asyncio.to_thread(due_deliveries, self.store, self.url, _BATCH)
+        if not due:
+            return
         before = datetime.now(UTC) - MAX_AGE
         dropped = await asyncio.to_thread(drop_deliveries, self.store, self.url, before=before, keep=MAX_PENDING)
         if dropped:
             log.error("%d webhook messages were never delivered to %s", dropped, self._receiver)
             self.count(WebhookOutcome.DROPPED, dropped)
-        for delivery in await asyncio.to_thread(due_deliveries, self.store, self.url, _BATCH):
+            due = await asyncio.to_thread(due_deliveries, self.store, self.url, _BATCH)
+        for delivery in due:
             await self._send(http, delivery)
 
     async def _send(self, http: httpx.AsyncClient, delivery: WebhookDelivery) -> None:

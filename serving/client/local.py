@@ -11,7 +11,7 @@ from sqlalchemy import Engine as Store
 
 from serving.client.promotion import JournalEntry
 from serving.client.remote import RemoteAdministration
-from serving.rollout.version_changes import PromotionRequest, VersionChange
+from serving.rollout.promotion import PromotionRequest, VersionChange
 from svc.remote.server_url import ServerAddress, server_address
 from svc.settings import Settings
 from svc.store.database import open_database

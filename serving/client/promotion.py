@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
-from serving.rollout.version_changes import PromotionRequest, VersionChange
+from serving.rollout.promotion import PromotionRequest, VersionChange
 from svc.errors import BusyError, NotFoundError, ServerNotRunningError
 from svc.remote.server_url import ServerAddress, read_status
 from svc.store.rollouts import RolloutView

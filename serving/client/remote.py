@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from serving.client.promotion import JournalEntry, swap_result
-from serving.rollout.version_changes import PromotionRequest, VersionChange
+from serving.rollout.promotion import PromotionRequest, VersionChange
 from svc.errors import ServerNotRunningError
 from svc.remote.remote_server import RemoteServer
 from svc.remote.server_url import ServerAddress

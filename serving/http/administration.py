@@ -20,7 +20,8 @@ from serving.http.errors import change_error
 from serving.http.json_body import Body, read_json
 from serving.http.request_state import request_state
 from serving.rollout.journal import swap_row
-from serving.rollout.version_changes import PromotionRequest, RolloutOptions, VersionChange, VersionChanges
+from serving.rollout.promotion import PromotionRequest, RolloutOptions, VersionChange
+from serving.rollout.version_changes import VersionChanges
 from serving.telemetry.metrics import CLIENT_GONE_STATUS
 from svc.access.keyring import IssuedKey, Keyring, key_row
 from svc.errors import SettingsError, SvcError

@@ -298,6 +298,7 @@ def _error(types: list[str]) -> Json:
             "type": {"enum": types},
             "param": {"type": ["string", "null"]},
             "code": {"enum": _CODES},
+            **{part: {"type": "string"} for part in ("wrong", "expected", "todo")},  # administration only
         },
     }
 

@@ -1,6 +1,5 @@
 """Loads the candidate of a rollout next to the production version: as an adapter, or in a second engine."""
 
-import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
@@ -9,7 +8,8 @@ from dataclasses import dataclass
 from serving.model_names import ModelNames
 from serving.replicas.pool import EnginePool
 from serving.replicas.replica import Replica
-from serving.rollout.cancellation import Cancellation, SupersededError
+from serving.rollout.cancellation import Cancellation
+from serving.rollout.second_engine import start_second_engine
 from serving.rollout.swap_plan import Report, SwapPlanner
 from svc.engine.state import EngineState
 from svc.errors import EngineError, RefusedError
@@ -96,14 +96,6 @@ class CandidateLoader:
                 todo="promote it without shadow and canary steps (--direct), or serve the model as adapters",
             )
         report(f"starting a second engine with {target}")
-        engine = self.pool.add()
-        starting = asyncio.create_task(engine.start(target))
-        try:
-            report(await cancellation.outcome_of(starting))
-        except (SupersededError, asyncio.CancelledError):
-            self.pool.retirement.after_start(engine, starting)
-            raise
-        except Exception:
-            self.pool.retirement.after_requests(engine)
-            raise
+        engine, result = await start_second_engine(self.pool, target, cancellation)
+        report(result)
         return engine

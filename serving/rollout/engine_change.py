@@ -11,7 +11,6 @@ A superseded change stops where it can: while it waits, while an engine starts, 
 reload is not cancelled, because the engine's weights would be unknown.
 """
 
-import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
@@ -25,6 +24,7 @@ from serving.replicas.replica import Replica
 from serving.replicas.retirement import RETIRE_TIMEOUT_S
 from serving.replicas.verification import Verification
 from serving.rollout.cancellation import Cancellation, SupersededError
+from serving.rollout.second_engine import start_second_engine
 from serving.rollout.swap_plan import Report, SwapPlanner
 from svc.engine.client import DOWN
 from svc.engine.state import EngineState
@@ -140,34 +140,18 @@ class EngineChange:
             return SwapOutcome.REFUSED, f"no memory for a second engine: {shortage} ({change.why})"
         change.kind = SwapKind.BLUEGREEN
         change.report(f"starting a second engine with {change.target}")
-        new = self.pool.add()
         try:
-            result = await self._start_second(change, new)
+            new, result = await start_second_engine(self.pool, change.target, change.cancellation)
         except SupersededError:
             raise
         except Exception as error:  # any error: the serving engine was not touched
             log.warning("could not start a second engine with %s", change.target, exc_info=error)
             change.report(f"failed: {_line(error)}")
-            self.pool.retirement.after_requests(new)
             return SwapOutcome.REFUSED, str(error) or repr(error)
         change.report(result)
         self._serve_if_only(change)
         self._replace(change, old, new)
         return SwapOutcome.SUCCEEDED, None
-
-    async def _start_second(self, change: SwapInProgress, new: Replica) -> str:
-        """Start the second engine and return the verification result.
-
-        If the change is superseded, stop that engine in the background.
-        """
-        starting = asyncio.create_task(new.start(change.target))
-        try:
-            result = await change.cancellation.outcome_of(starting)
-            change.cancellation.check()
-        except (SupersededError, asyncio.CancelledError):
-            self.pool.retirement.after_start(new, starting)
-            raise
-        return result
 
     def _serve_if_only(self, change: SwapInProgress) -> None:
         """Switch production to the target unless other engines still hold the previous version."""

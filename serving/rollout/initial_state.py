@@ -103,8 +103,6 @@ def _resolve(registry: Registry, model: str) -> VersionId:
     """Resolve a model name in the registry.
 
     NAME alone means its newest version that passed every check, or its newest version if none did.
-
-    NAME alone means its newest version that passed every check, or else its newest version.
     """
     version = registry.resolve(model)
     if "@" in model or not registry.manifest(version).failed:

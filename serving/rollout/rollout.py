@@ -34,10 +34,12 @@ from svc.evaluation.metrics.json_answers import is_json
 from svc.registry.registry import Registry
 from svc.settings import AtDeadline, UnitKind
 from svc.store.desired import read_desired
+from svc.store.rollout_text import place_of
 from svc.store.rollouts import (
     RolloutOutcome,
     RolloutRecord,
     RolloutState,
+    RolloutView,
     SignalRow,
     active_rollout,
     add_shadow_pair,
@@ -159,6 +161,7 @@ class Rollouts:
                 desired = await asyncio.to_thread(read_desired, self.store, record.name)
             except SQLAlchemyError:
                 log.exception("could not read the rollout of %s; continuing it", record.target)
+                await asyncio.sleep(_STORE_PAUSE_S)
             else:
                 if current is not None and current.stop is not None:
                     cancellation.ask(current.stop)
@@ -196,7 +199,7 @@ class _Run:
                 self._report(text)
             await self._enter(RolloutState.LOADING)
         else:
-            self._report(f"the server started again; the rollout continues at {_place(record)}")
+            self._report(f"the server started again; the rollout continues at {place_of(RolloutView.of(record))}")
         async with parts.loader.loaded(record.previous, record.target, self._report, self._cancellation) as candidate:
             expects_json = await asyncio.to_thread(_expects_json, parts.registry, record.previous.version)
             self._split = replace(self._split, expects_json=expects_json)
@@ -343,9 +346,3 @@ def _expects_json(registry: Registry, version: VersionId) -> bool:
     """Return whether the version's answers should be JSON, because all its held-out references are."""
     references = [without_thinking(example.answer) for example in registry.heldout(version)[:_MAX_REFERENCES]]
     return bool(references) and all(map(is_json, references))
-
-
-def _place(record: RolloutRecord) -> str:
-    if record.state is not RolloutState.CANARY:
-        return record.state.value
-    return f"canary {record.plan.canary[record.step]:g} %"

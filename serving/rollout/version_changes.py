@@ -4,100 +4,23 @@ The swap journal shows whether the change was carried out.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 
-from pydantic import ValidationError
 from sqlalchemy import Engine as Store
 
 from serving.rollout.gates.gates import Promotion, check_gates, refused, refusing_gates
 from serving.rollout.initial_state import require_servable
-from svc.errors import BusyError, NotFoundError, RefusedError, SettingsError
+from serving.rollout.promotion import PromotionRequest, VersionChange
+from svc.errors import BusyError, NotFoundError, RefusedError
 from svc.identity.actor import Actor
 from svc.registry.registry import Registry
-from svc.settings import ModelSettings, RolloutSettings
+from svc.settings import ModelSettings
 from svc.store.audit import Action, AuditEntry
 from svc.store.desired import Desired, change_desired, read_desired
-from svc.store.gate_rows import GateRow, GateVerdict
+from svc.store.gate_rows import GateRow
 from svc.store.rollouts import active_rollout, begin_rollout, stop_rollout
-from svc.version import Format, Target, VersionId
-
-
-@dataclass(frozen=True, slots=True)
-class VersionChange:
-    """A change of a name's desired version.
-
-    Attributes:
-        before: the desired version before the change.
-        generation: generation of the new desired state; None if it does not change: the target is already served, or
-            a rollout was requested or stopped, or it was a dry run.
-        rollout: id of the rollout that was requested or stopped; None if there is none.
-        gates: results of the gates of a promotion.
-        refused: whether the gates would refuse the promotion; set only by a dry run.
-    """
-
-    target: Target
-    before: Target
-    generation: int | None
-    rollout: int | None = None
-    gates: tuple[GateRow, ...] = ()
-    refused: bool = False
-
-    @property
-    def undecided(self) -> tuple[str, ...]:
-        """The undecided gates, each as a sentence."""
-        return tuple(str(gate) for gate in self.gates if gate.verdict is GateVerdict.UNDECIDED)
-
-
-@dataclass(frozen=True, slots=True)
-class RolloutOptions:
-    """Steps of one promotion that replace the configured ones.
-
-    Attributes:
-        shadow, canary: see `svc.settings.RolloutSettings`; None for the configured value.
-        direct: promote in a single swap, without any of the configured steps.
-    """
-
-    shadow: int | None = None
-    canary: tuple[float, ...] | None = None
-    direct: bool = False
-
-    def plan(self, configured: RolloutSettings) -> RolloutSettings:
-        """Return the configured steps with these replaced.
-
-        Raises:
-            SettingsError: a value is invalid, or the options contradict each other.
-        """
-        if self.direct and (self.shadow or self.canary):
-            raise SettingsError("a direct promotion has no shadow or canary steps", todo="drop one of the options")
-        steps = {"shadow": self.shadow, "canary": self.canary}
-        given = (
-            {"shadow": 0, "canary": ()} if self.direct else {key: steps[key] for key in steps if steps[key] is not None}
-        )
-        try:
-            return RolloutSettings.model_validate(configured.model_dump() | given)
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise SettingsError(f"{first['loc'][0] if first['loc'] else 'rollout'}: {first['msg']}") from error
-
-
-@dataclass(frozen=True, slots=True)
-class PromotionRequest:
-    """A request to promote a version.
-
-    Attributes:
-        format: None for the format of the version that is desired now.
-        force: promote the version even if a gate refuses it; `reason` says why.
-        steps: steps that replace the configured ones.
-        dry_run: check the gates and change nothing.
-    """
-
-    version: VersionId
-    format: Format | None = None
-    force: bool = False
-    reason: str | None = None
-    steps: RolloutOptions = RolloutOptions()
-    dry_run: bool = False
+from svc.version import Target
 
 
 class VersionChanges:

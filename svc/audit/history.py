@@ -60,7 +60,7 @@ def _rollouts(store: Store, name: str) -> list[dict[str, Any]]:
             "began_by": "rollout",
             "ended_by": record.outcome.value if record.outcome else None,
             "generation": record.generation,
-            "action": Action.PROMOTE.value,
+            "action": Action.ROLLOUT.value,
             "who": record.actor,
             "why": record.reason,
             "gates": GATE_ROWS.dump_python(record.gates, mode="json"),

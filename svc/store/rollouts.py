@@ -409,17 +409,20 @@ def read_assigned(store: Store, record: RolloutRecord, after: int) -> list[Assig
         return [_assigned_request(row) for row in connection.execute(query)]
 
 
-def read_ratings(store: Store, record: RolloutRecord) -> list[tuple[AssignedRequest, bool]]:
-    """Return the rated requests of a rollout, each with whether the rating is bad, in the order of the ratings."""
+def read_ratings(store: Store, record: RolloutRecord, since: datetime) -> list[tuple[AssignedRequest, datetime, bool]]:
+    """Return the ratings of a rollout's requests since a time, in order.
+
+    Each is the rated request, the time of the rating, and whether it is bad.
+    """
     query = (
         _assigned(record)
-        .add_columns(FeedbackRow.rating)
+        .add_columns(FeedbackRow.rating, FeedbackRow.given_at)
         .join(FeedbackRow, FeedbackRow.request == RequestRow.id)
-        .where(RequestRow.started_at >= record.requested_at)
+        .where(FeedbackRow.given_at >= since)
         .order_by(FeedbackRow.given_at)
     )
     with store.connect() as connection:
-        return [(_assigned_request(row), row.rating == Rating.BAD) for row in connection.execute(query)]
+        return [(_assigned_request(row), row.given_at, row.rating == Rating.BAD) for row in connection.execute(query)]
 
 
 def _assigned(record: RolloutRecord) -> Select[*tuple[Any, ...]]:
@@ -515,6 +518,6 @@ def _record(session: Session, row: RolloutRow) -> RolloutRecord:
         previous=Target(VersionId(row.name, row.previous_number), Format(row.previous_format)),
         plan=RolloutSettings.model_validate_json(row.plan),
         signals=_SIGNALS.validate_json(row.signals),
-        gates=GATE_ROWS.validate_json(row.gates or "[]"),
+        gates=GATE_ROWS.validate_json(row.gates),
         steps=tuple(steps),
     )

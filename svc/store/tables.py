@@ -156,7 +156,7 @@ class RolloutRow(Table):
     outcome: Mapped[str | None]
     why: Mapped[str | None]
     signals: Mapped[str]
-    gates: Mapped[str | None]
+    gates: Mapped[str]
 
 
 class RolloutStepRow(Table):

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from serving.client.local import LocalAdministration
-from serving.rollout.version_changes import PromotionRequest
+from serving.rollout.promotion import PromotionRequest
 from svc.errors import GateError
 from svc.settings import ModelSettings, RolloutSettings
 from svc.store.rollouts import RolloutState, find_rollout

@@ -10,7 +10,7 @@ from sqlalchemy.exc import OperationalError
 
 from serving.client.local import LocalAdministration
 from serving.client.promotion import follow, read_served
-from serving.rollout.version_changes import PromotionRequest, VersionChange
+from serving.rollout.promotion import PromotionRequest, VersionChange
 from svc.errors import BusyError, NotFoundError, ServerNotRunningError
 from svc.files.lock import hold_lock
 from svc.remote.server_url import LOCK_FILE, server_address

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import httpx
 import pytest
 
-from serving.rollout.version_changes import PromotionRequest, RolloutOptions, VersionChange, VersionChanges
+from serving.rollout.promotion import PromotionRequest, RolloutOptions, VersionChange
+from serving.rollout.version_changes import VersionChanges
 from svc.errors import BusyError, SettingsError
 from svc.identity.actor import Actor
 from svc.settings import AtDeadline, ModelSettings, RolloutSettings

@@ -15,14 +15,10 @@ from sqlalchemy import Engine as Store
 from sqlalchemy.exc import IntegrityError
 
 from svc.errors import RegistryError
-from svc.identity.actor import Actor
-from svc.settings import RolloutSettings
-from svc.store.audit import Action, AuditEntry
 from svc.store.database import _use_wal, open_database
 from svc.store.desired import change_desired, read_desired
 from svc.store.drift_items import add_items
 from svc.store.requests import add_requests
-from svc.store.rollouts import begin_rollout, read_rollouts
 from svc.store.tables import Table
 from svc.version import Format, Target, VersionId
 from tests.svc.store.test_drift_items import item
@@ -70,20 +66,6 @@ def test_upgrading_the_first_schema_adds_tables_and_keeps_rows(tmp_path: Path) -
     assert kept(migrated) == [RECORD.request_id]
     assert add_items(migrated, ONE, [item(RECORD.request_id)]) == 1
     assert _schema(migrated) == _schema(open_database(tmp_path / "new"))
-
-
-def test_upgrading_the_first_rollouts_keeps_them_without_gates(tmp_path: Path) -> None:
-    store = open_database(tmp_path)
-    desired = change_desired(store, None, ONE, None)
-    entry = AuditEntry(Action.ROLLOUT, "tiny@1", Actor.local())
-    began = begin_rollout(store, desired, ONE, RolloutSettings(), entry)
-    with store.begin() as connection:
-        connection.exec_driver_sql("ALTER TABLE rollouts DROP COLUMN gates")
-        connection.exec_driver_sql("UPDATE alembic_version SET version_num = 'rollouts'")
-    store.dispose()
-    migrated = open_database(tmp_path)
-    assert read_rollouts(migrated, "tiny") == [began]
-    assert began.gates == ()
 
 
 def _schema(store: Store) -> set[str]:

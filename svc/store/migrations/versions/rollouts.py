@@ -32,6 +32,7 @@ def upgrade() -> None:
         sa.Column("outcome", sa.String(), nullable=True),
         sa.Column("why", sa.String(), nullable=True),
         sa.Column("signals", sa.String(), nullable=False),
+        sa.Column("gates", sa.String(), nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_rollouts"),
     )
     op.create_index("ix_rollouts_name", "rollouts", ["name"])
