@@ -325,6 +325,8 @@ def _follow(administration: Administration, change: VersionChange, *, as_json: b
 def _follow_rollout(
     administration: Administration, change: VersionChange, rollout: int, *, as_json: bool, is_rollback: bool
 ) -> None:
+    from svc.store.rollout_text import place_of
+
     name = change.target.version.name
     ended = follow_rollout(administration, name, rollout, lambda step: click.echo(f"  {step}", err=True))
     if as_json:
@@ -334,7 +336,7 @@ def _follow_rollout(
             served = f"{ended.previous} is still" if is_rollback else f"{ended.version} is"
             click.secho(f"{served} served", fg="green")
         return
-    text = f"{ended.version} was not promoted ({ended.outcome}): {ended.previous} is still served\n  why: {ended.why}"
+    text = f"{ended.version} was not promoted ({place_of(ended)}): {ended.previous} is still served\n  why: {ended.why}"
     kinds: dict[RolloutOutcome, type[SvcError]] = {
         RolloutOutcome.FAILED: SwapError,
         RolloutOutcome.UNDECIDED: UndecidedError,

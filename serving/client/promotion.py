@@ -124,7 +124,7 @@ def follow_rollout(
     while True:
         seen = next((view for view in administration.rollouts(name) if view.id == rollout), None)
         if seen is None:
-            raise NotFoundError(f"there is no rollout {rollout} of {name}")
+            raise NotFoundError(f"the model {name!r} has no rollout {rollout}")
         for step in seen.steps[shown:]:
             on_step(step)
         shown = len(seen.steps)

@@ -137,25 +137,25 @@ class ShadowEvidence:
 def expectations(store: Store, record: RolloutRecord) -> list[str]:
     """Return texts that say, before a rollout starts, how long it will take and which losses it can prove."""
     plan, per_day = record.plan, requests_per_day(store, record.name)
-    texts = [f"requests in the last day: {per_day:,}; each step is decided within {plan.max_step_s:g} s or not at all"]
+    deadline = timedelta(seconds=plan.max_step_s)
+    texts = [f"requests in the last day: {per_day:,}; deadline of each step: {deadline}"]
     if plan.shadow:
         texts.append(f"shadow: {plan.shadow} requests, {_takes(plan.shadow, per_day)} at that rate")
     if len(plan.canary) > 1:
         units, share = _units_to_pass(plan), plan.canary[0] / 100
         texts.append(
-            f"canary at {plan.canary[0]:g} %: a loss is excluded by about {units} users or conversations of the "
-            f"candidate if no request fails, {_takes(units / share, per_day)} at that rate if each sends one request"
+            f"canary at {plan.canary[0]:g} %: excluding a loss takes about {units} users or conversations with the "
+            f"candidate and no failure: {_takes(units / share, per_day)} at that rate, if each sends one request"
         )
         if per_day and 86_400 * units / share / per_day > plan.max_step_s:
             texts.append(
-                "that is longer than the deadline: expect no decision, unless you raise max_step_s or the margins, or "
-                "begin with a larger share"
+                "that is longer than the deadline; raise max_step_s or the margins, or begin with a larger share"
             )
         losses = Analysis(_margins(plan), _budget(plan)).detectable(units, share)
         texts.append(
-            f"that number proves {100 * losses[Signal.ERRORS]:.1f} points more failed requests, "
-            f"{100 * losses[Signal.INVALID]:.1f} points more invalid JSON, or a time to first token of "
-            f"{losses[Signal.FIRST_TOKEN]:.1f} times production's, with 80 % power"
+            f"losses that this many prove with 80 % power: {100 * losses[Signal.ERRORS]:.1f} points more failed "
+            f"requests, {100 * losses[Signal.INVALID]:.1f} points more invalid JSON, or "
+            f"{losses[Signal.FIRST_TOKEN]:.1f} times production's time to first token"
         )
     return texts
 
