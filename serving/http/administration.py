@@ -147,7 +147,8 @@ class Administration:
         name, generation = request.path_params["name"], request.query_params.get("generation")
         if generation is not None and not (generation.isdecimal() and len(generation) < 10):
             raise SettingsError(
-                "'generation' is not a valid generation", expected="the generation number that the change returned"
+                f"{generation!r} is not a valid value of 'generation'",
+                expected="the generation number that the change returned",
             )
         swap = await asyncio.to_thread(find_swap, self._store, name, int(generation) if generation else None)
         if swap is None:

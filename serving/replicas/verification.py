@@ -124,7 +124,8 @@ class Verification:
             return Checked(await self._retake(client, target, recorded, facts))
         if known is None:
             raise UnknownProbesError(
-                f"{target} has no probes from this kind of engine, and this engine was not started with the version",
+                f"{target} has no probes recorded by this kind of engine, and this engine was not started with the "
+                "version, so it cannot record them",
                 expected=f"probes from {facts.key}",
                 todo="start an engine with this version, which records its probes",
             )

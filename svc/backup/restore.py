@@ -102,7 +102,7 @@ class Restore:
             )
         if begun is None and (content := set(os.listdir(self.home)) - _NO_CONTENT):
             raise SettingsError(
-                f"the home {self.home} is not empty: it contains {', '.join(sorted(content)[:3])}",
+                f"the home folder {self.home} is not empty: it contains {', '.join(sorted(content)[:3])}",
                 expected="a new or empty folder",
                 todo="restore into another home (svc --home NEW restore DIR), or move this home away",
             )

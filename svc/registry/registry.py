@@ -189,9 +189,7 @@ class Registry:
             IntegrityError: the file is missing or was changed.
         """
         if format is Format.ADAPTER:
-            raise NotFoundError(
-                f"{version} has registered answers for the format merged, but not for the format adapter"
-            )
+            raise NotFoundError(f"{version} has registered answers for its merged format, but none for its adapter")
         return read_results(self.reference(version, results_file(format)))
 
     def base_results(self, version: VersionId) -> tuple[ExampleResult, ...]:

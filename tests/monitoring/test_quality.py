@@ -166,7 +166,7 @@ def test_quality_is_changed_if_texts_are_worse_even_with_equal_exact_match() -> 
     assert report.exact_match_p == 1.0
 
 
-def test_quality_is_as_registered_if_texts_are_as_often_better_as_worse() -> None:
+def test_quality_is_unchanged_when_equally_many_texts_are_better_and_worse() -> None:
     before = [0.5] * 200
     noise = np.random.default_rng(0).normal(0, 0.2, 60).tolist()
     assert by_rouge(before, [0.5 + one for one in noise] + before[60:]).quality is Quality.AS_REGISTERED

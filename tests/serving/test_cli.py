@@ -361,7 +361,7 @@ async def test_refusal_shows_the_reason_and_the_served_version(serving: Home) ->
     assert json.loads(result.stdout)["outcome"] == "restored"
 
 
-async def test_failed_promotion_does_not_claim_the_previous_version_serves(serving: Home) -> None:
+async def test_failed_promotion_does_not_report_previous_version_as_serving(serving: Home) -> None:
     serving.park.double.loadable = lambda folder: False
     error = error_of(await type_in(serving, "promote", f"{NAME}@2"))
     assert "`svc status` shows whether tuned@1 (merged) is served again" in error.wrong

@@ -269,7 +269,8 @@ class _Conversation:
             if not _squeezed(learnt).removeprefix("<think>").startswith(thinks):
                 raise DataError(
                     f"in example {self.number}, the model would learn {learnt[:_MAX_SHOWN]!r} instead of the turn's "
-                    f"reasoning_content {message.reasoning[:_MAX_SHOWN]!r} followed by {CLOSING} and the text",
+                    f"reasoning_content {message.reasoning[:_MAX_SHOWN]!r} followed by {CLOSING} and the "
+                    "rest of the answer",
                     expected=f"a template that renders reasoning_content and {CLOSING} before the answer",
                     todo="set chat_template_kwargs in the recipe, for example enable_thinking: true, choose another "
                     "base, or remove reasoning_content",

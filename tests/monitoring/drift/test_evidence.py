@@ -272,7 +272,7 @@ def test_alarm_starts_and_ends_alternate_for_each_feature(items: list[tuple[int,
         assert began == [number % 2 == 0 for number in range(len(began))]
 
 
-def test_dated_start_of_a_change_is_never_after_its_alarm() -> None:
+def test_estimated_start_of_a_change_is_never_after_its_alarm() -> None:
     generator = np.random.default_rng(1)
     watched = Watched().add(*np.where(generator.random((4000, 3)) < 0.15, HIT, MISS).tolist())
     alarms = [event.alarm for event in watched.events if event.alarm]

@@ -177,7 +177,7 @@ def test_fewer_than_50_examples_are_diagnosed_as_too_little_data() -> None:
         ({}, "data.heldout from 30 examples to 97 examples"),
     ],
 )
-def test_too_small_heldout_set_finding_names_the_required_size(values: dict[str, Any], advice: str) -> None:
+def test_finding_for_too_small_heldout_set_states_required_size(values: dict[str, Any], advice: str) -> None:
     run = simulate(WELL, 0, evaluation=evaluation(15, 30), recipe=RECIPE.changed(values))
     assert only(run).kind is FindingKind.HELDOUT_TOO_SMALL
     assert str(only(run).advice) == advice

@@ -42,7 +42,7 @@ def test_warning_is_printed_when_the_winner_may_not_be_better() -> None:
     assert "cannot be distinguished from learning_rate 0.0005" in result.warning
 
 
-def test_printed_flags_of_the_winner_round_trip_to_its_values(tmp_path: Path) -> None:
+def test_parsing_the_winners_printed_flags_restores_its_values(tmp_path: Path) -> None:
     """YAML reads 5e-05 as a string and 5.0e-05 as a number."""
     values = {RATE: 5e-5, RANK: 8, "train.steps": None, "adapter.targets": "attention"}
     path = tmp_path / "recipe.yaml"
