@@ -1,4 +1,4 @@
-"""`svc status` shows the running server's state and figures on one screen; `svc monitor` exports metrics."""
+"""Commands that watch a server: `svc status` shows its current state on one screen; `svc monitor` exports metrics."""
 
 import dataclasses
 import os
@@ -65,7 +65,7 @@ def _as_json(model: Mapping[str, Any], drift: Mapping[str, Any], *, verbose: boo
 
 
 def _watch(of: ServerAddress | Settings, models: Sequence[str], interval_s: float, *, verbose: bool) -> None:
-    """Show the status until Ctrl-C. If the server or a model cannot be found, show the error instead."""
+    """Show the status until Ctrl-C is pressed. If the server or a model cannot be found, show the error instead."""
     from rich.live import Live
     from rich.text import Text
 
@@ -141,7 +141,7 @@ def monitor(ctx: click.Context, server: str | None, host: str | None, port: int 
 
 
 def _look(of: ServerAddress | Settings, models: Sequence[str]) -> "Look":
-    """Return one reading of a server: its status, metrics and drift.
+    """Return a snapshot of a server's status, metrics and drift.
 
     Args:
         of: a remote server's address, or a home's settings. Drift results are available only for a home.
@@ -204,7 +204,7 @@ def _store(home: Path) -> "Store":
 
 
 def _drift(settings: Settings, state: Mapping[str, Any]) -> dict[str, str]:
-    """Return the last check's statuses: those of the served version's drift signals and held-out quality.
+    """Return the latest status of each of the served version's drift signals and of its held-out quality.
 
     The result is empty if no check has run yet or its results cannot be read.
     """

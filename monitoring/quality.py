@@ -1,6 +1,6 @@
-"""Compare the quality of the served version with its registration by rerunning the held-out set.
+"""Compare the quality of the served version with its quality at registration by rerunning the held-out set.
 
-The same weights on the same kind of engine give the same figures except for rounding. A change here is
+The same weights on the same kind of engine give the same results except for rounding. A change here is
 therefore not traffic drift but a serving fault, such as wrong weights, a broken kernel, or a cache that
 answers for another version.
 
@@ -8,14 +8,14 @@ An engine of a different kind from the one used at registration rounds different
 later runs are compared with its first run, and only the probes (serving/replicas/verification.py) check
 whether that first run is good.
 
-The log-likelihood counts as changed if its mean change is larger than rounding explains and large enough
-to matter; the primary metric, if an exact paired test of its scores is significant. Each test raises at
-most one false alarm in 10,000 runs. At the default interval, both together raise less than one in three
-years.
+The log-likelihood counts as changed if its mean change is too large to be rounding and large enough to
+matter. The primary metric counts as changed if an exact paired test of its scores is significant. Each test
+raises at most one false alarm in 10,000 runs. At the default interval, the two tests together raise less than
+one in three years.
 
-The test flips signs (Fisher 1935): without a change, a score is as often higher as it is lower by the
-same amount. Equal answers have equal scores and carry no information. For scores of 0 or 1, it is
-McNemar's exact test.
+The test flips signs (Fisher 1935): without a change, a score is as likely to rise as to fall by the same
+amount. Equal answers have equal scores and carry no information. For scores of 0 or 1, it is McNemar's exact
+test.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,14 +37,14 @@ from svc.version import Target
 
 ALPHA = 1e-4
 MIN_NLL_CHANGE = 0.05
-"""Smallest mean change of the log-likelihood that matters, in nats per token; wrong weights cause changes
-of whole nats. Running examples one by one, as is done here, instead of in batches of 16, as at
-registration, changes results by 0.01 on average, because a batch is rounded differently."""
+"""Smallest mean change of the log-likelihood that matters, in nats per token. Wrong weights change it by whole
+nats. Running examples one at a time, as here, rather than in batches of 16, as at registration, changes
+results by 0.01 on average, because a batch is rounded differently."""
 _ROUNDING_NATS = 0.05
-"""Standard deviation of the rounding difference for one example; the measured value was 0.03."""
+"""Assumed standard deviation of the rounding difference for one example. The measured value was 0.03."""
 
 _SAME = 1e-9
-"""Smaller score differences count as rounding: equal answers differ by less than this on any machine."""
+"""Score differences below this count as rounding. Equal answers differ by less than this on any machine."""
 _FLIPS = 99_999
 
 
@@ -65,17 +65,17 @@ class Figures(NamedTuple):
 
 
 class Quality(StrEnum):
-    """Status of the served version's held-out quality compared with its registration."""
+    """How the held-out quality of the served version compares with its quality at registration."""
 
     UNKNOWN = "unknown"
-    """The held-out set has not been rerun, or cannot be."""
+    """The held-out set has not been rerun, or cannot be rerun."""
     AS_REGISTERED = "as_registered"
     CHANGED = "changed"
 
 
 @dataclass(frozen=True, slots=True)
 class QualityReport:
-    """Comparison of the newest held-out run with the registration.
+    """Comparison of the newest held-out run with the results at registration.
 
     Attributes:
         why: the reason if the quality is unknown.
@@ -110,7 +110,7 @@ class QualityReport:
 
 
 def read_quality(registry: Registry, store: Store, target: Target) -> QualityReport:
-    """Compare a target's newest held-out run with its registration, and return the result.
+    """Compare a target's newest held-out run with the results at registration.
 
     Raises:
         IntegrityError: the registered results differ from the manifest.
@@ -141,7 +141,7 @@ def read_quality(registry: Registry, store: Store, target: Target) -> QualityRep
 
 
 def _registered(results: Sequence[ExampleResult], metric: str | None) -> dict[int, Figures]:
-    """Return the registered results, keyed by example index."""
+    """Return the results at registration, keyed by example index."""
     return {
         place: Figures(
             result.nll,
@@ -158,7 +158,7 @@ def _by_exact_match(run: HoldoutRun) -> HoldoutRun:
 
 
 def judge(before: Mapping[int, Figures], run: HoldoutRun) -> QualityReport:
-    """Compare a completed held-out run with earlier results example by example, and return the comparison.
+    """Compare a completed held-out run with earlier results, example by example.
 
     Args:
         before: results at registration or in an earlier run, keyed by index in the held-out file. Examples
@@ -198,9 +198,9 @@ def judge(before: Mapping[int, Figures], run: HoldoutRun) -> QualityReport:
 def _sign_flips(changes: NDArray[np.float64]) -> float:
     """Return the p-value of the sum of the changes under the hypothesis that their signs are random.
 
-    With up to 16 changes, all sign combinations are used; otherwise 100,000 random ones including the
-    observed one, so that false alarms are never more frequent than the significance level (Phipson and Smyth
-    2010).
+    With up to 16 changes, all sign combinations are tried. Otherwise, 100,000 random combinations are used. They
+    include the observed one, so that false alarms are never more frequent than the significance level (Phipson and
+    Smyth 2010).
     """
     from scipy.stats import binomtest, permutation_test
 

@@ -1,4 +1,4 @@
-"""Builds the components of one server once, and passes dependencies explicitly. It starts nothing."""
+"""Builds the components of one server and passes them their dependencies explicitly. It starts none of them."""
 
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,8 +40,8 @@ from svc.settings import Settings, TelemetrySettings
 from svc.store.requests import Dropped
 
 MAX_BUFFERED_BYTES = 256 * 2**20
-"""Memory limit for all answers that are waiting for their clients: sixteen answers of the largest size,
-which is a small part of the memory of a machine with an engine."""
+"""Memory limit for all answers that are waiting for slow clients. It fits sixteen answers of the largest size, and
+is a small part of the memory of a machine that runs an engine."""
 
 if TYPE_CHECKING:
     from serving.telemetry.traces.traces import Traces
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class GatewayParts:
-    """The application that answers clients, and those of its components that must be run or closed."""
+    """The application that serves clients, and those of its components that must be run or closed."""
 
     app: Application
     request_log: RequestLog
@@ -83,7 +83,7 @@ def assemble(
     on_failure: OnFailure,
     make_slots: MakeSlots = EngineSlots,
 ) -> Parts:
-    """Return all components of a server. Its models are passed later, when its deployments run.
+    """Create all components of a server. The models to serve are passed later, when its deployments run.
 
     Args:
         capabilities: capabilities of this device.
@@ -145,7 +145,7 @@ def assemble_gateway(
     sources: Callable[[], Sequence[EngineSource]],
     status: Callable[[], Mapping[str, Any]],
 ) -> GatewayParts:
-    """Return the application and the other components that answer clients in front of the router's backends.
+    """Create the application that serves clients in front of the router's backends, and its components.
 
     Args:
         changes: object that writes the desired versions.
@@ -189,7 +189,7 @@ def assemble_gateway(
 
 
 def make_traces(settings: TelemetrySettings, metrics: GatewayMetrics) -> "Traces | None":
-    """Return the trace sender, or None if no receiver is configured. OpenTelemetry is then not loaded.
+    """Return the trace sender, or None (without loading OpenTelemetry) if no receiver is configured.
 
     Raises:
         SettingsError: an environment variable that holds headers for the receiver is malformed.

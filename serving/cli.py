@@ -34,8 +34,8 @@ from svc.store.swaps import SwapOutcome, SwapResult
 from svc.version import Format, Target, VersionId
 
 _COLLECTED_AFTER = 10_000
-"""Number of container allocations between two garbage collections. A request makes about a hundred
-allocations and frees nearly all of them."""
+"""Number of container allocations between two garbage collections. A request makes about a hundred such
+allocations, and nearly all of them are freed without a collection."""
 
 _format_option = click.option(
     "--format",
@@ -136,7 +136,7 @@ def serve(
 
 
 def _spare_collector() -> None:
-    """Make Python's garbage collector run less often and skip existing objects, which live until exit.
+    """Make Python's garbage collector run less often and ignore existing objects, which live until exit anyway.
 
     Collections took a twelfth of a request's CPU time, although nearly all of its objects are freed without
     a collection.
@@ -166,7 +166,7 @@ def _add(settings: Settings, model: str, format_name: str | None) -> None:
 @click.argument("name")
 @click.pass_context
 def remove(ctx: click.Context, name: str) -> None:
-    """Remove NAME from the running server, once its running requests are complete."""
+    """Remove NAME from the running server once its running requests have completed."""
     from serving.client.membership import remove_model
 
     remove_model(settings_of(ctx), name)
@@ -174,12 +174,12 @@ def remove(ctx: click.Context, name: str) -> None:
 
 
 class _Percents(click.ParamType[tuple[float, ...]]):
-    """click parameter type for increasing percentages, such as 5,25,100."""
+    """click parameter type for a comma-separated list of increasing percentages, such as 5,25,100."""
 
     name = "percents"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
-        """Return the percentages."""
+        """Parse the option's value and return the percentages."""
         try:
             return tuple(float(part) for part in str(value).split(","))
         except ValueError:
@@ -246,7 +246,7 @@ def rollback(ctx: click.Context, name: str, reason: str | None, as_json: bool) -
 
 
 def _show_dry_run(change: VersionChange, *, as_json: bool) -> None:
-    """Show the gates, and raise GateError if they would refuse the promotion."""
+    """Show the results of the gates, and raise GateError if they would refuse the promotion."""
     if as_json:
         print_json({"target": str(change.target), "before": str(change.before), "gates": _gates_json(change)})
     else:
@@ -256,7 +256,7 @@ def _show_dry_run(change: VersionChange, *, as_json: bool) -> None:
 
 
 def _show_gates(gates: Sequence[GateRow], *, to_stdout: bool) -> None:
-    """Print a table of the gates, then a line on stderr for each gate that failed or is undecided."""
+    """Print a table of gate results, then a line on stderr for each gate that failed or is undecided."""
     from svc.terminal import console, output, print_table
 
     rows = [
@@ -351,7 +351,7 @@ def _follow_rollout(
 @json_option
 @click.pass_context
 def rollout(ctx: click.Context, name: str, rollout_id: int | None, watch: bool, as_json: bool) -> None:
-    """Show the latest rollout of the model NAME: its steps, figures and outcome."""
+    """Show the latest rollout of the model NAME, including its steps, figures and outcome."""
     from svc.store.rollout_text import SIGNAL_COLUMNS, place_of, signal_cells
     from svc.terminal import print_table
 
@@ -384,7 +384,7 @@ def rollout(ctx: click.Context, name: str, rollout_id: int | None, watch: bool, 
 
 
 def _served_now(administration: Administration, outcome: SwapOutcome, change: VersionChange) -> str:
-    """Return a message saying which version is served after a failed promotion."""
+    """Return a message that says which version is served after a failed promotion."""
     served = change.before
     with suppress(ServerNotRunningError):  # the previously desired version may never have served
         served = read_served(administration.server).get(served.version.name, served)

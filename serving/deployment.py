@@ -1,4 +1,4 @@
-"""One model on a server: its admission, engines and rollouts, and the server's own requests to it."""
+"""A model on a server: its admission, engines and rollouts, and the server's own requests to it."""
 
 import asyncio
 import logging
@@ -61,17 +61,17 @@ class Deployment:
         return self.names.name
 
     def check(self, model: str) -> Coroutine[object, object, None]:
-        """Check that a model name can be served. See serving.replicas.balancer.Balancer.check."""
+        """Check that a model name can be served. See `serving.replicas.balancer.Balancer.check`."""
         return self.balancer.check(model)  # not a coroutine of its own, which would cost time for each request
 
     def lease(self, model: str, *, without: Lease | None = None) -> AbstractAsyncContextManager[Lease]:
-        """Lease an engine for the body. See serving.replicas.balancer.Balancer.lease."""
+        """Lease an engine for the duration of the `with` body. See `serving.replicas.balancer.Balancer.lease`."""
         return self.balancer.lease(model, without=without)
 
     def admitted(
         self, model: str, tokens: int, party: Party, waiting: Callable[[], AbstractContextManager[None]]
     ) -> AbstractAsyncContextManager[Lease]:
-        """Lease an engine for the body after admission. See AdmittedLease."""
+        """Wait for admission, then lease an engine for the duration of the `with` body. See `AdmittedLease`."""
         return AdmittedLease(self.admission, self.balancer.lease(model), tokens, party, waiting)
 
     async def run(self) -> None:
@@ -164,7 +164,7 @@ class Deployment:
 
 
 def _adapters(adapters: AdapterCache | None) -> list[dict[str, Any]] | None:
-    """Return the adapters that an engine has loaded, or None if the engine applies no adapters."""
+    """Return the adapters that an engine has loaded, or None if the engine does not use adapters."""
     if adapters is None:
         return None
     return [{"version": str(each.version), "verified": each.checked.verified} for each in adapters.loaded]

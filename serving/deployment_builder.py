@@ -1,4 +1,4 @@
-"""Builds the components of one model once, and passes dependencies explicitly. It starts nothing."""
+"""Builds the components of one model and passes them their dependencies explicitly. It starts none of them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ from svc.store.desired import Desired
 
 @dataclass(frozen=True, slots=True)
 class DeploymentBuilder:
-    """Builds each model's components from those that all models share."""
+    """Builds the components of each model on top of the components that all models share."""
 
     settings: Settings
     registry: Registry
@@ -47,7 +47,7 @@ class DeploymentBuilder:
     on_phase: Callable[[str], None]
 
     def build(self, desired: Desired, make_room: MakeRoom) -> Deployment:
-        """Return a deployment that serves nothing yet.
+        """Build a model's deployment, which serves nothing yet.
 
         Args:
             desired: the state to serve first.

@@ -1,6 +1,6 @@
-"""The models that a server serves, including those added or removed while it runs.
+"""Manages the models that a server serves, including those added or removed while it runs.
 
-Models start one after another, because engines on one device would take each other's memory and cores.
+Models start one after another, because engines on one device would compete for memory and cores.
 Before any model starts, the engines of an earlier server are adopted and the memory for the remaining
 models is checked. A model that cannot be served does not affect the other models.
 """
@@ -42,7 +42,7 @@ OnFailure = Callable[[Target, SvcError], None]
 
 @dataclass(eq=False, kw_only=True)
 class Deployments:
-    """A server's deployments, kept in line with the set of models in the store.
+    """A server's deployments, kept in sync with the set of models in the store.
 
     Attributes:
         build: function that builds a deployment from its first desired state and a function that frees
@@ -70,17 +70,20 @@ class Deployments:
 
     @property
     def all(self) -> list[Deployment]:
-        """All deployments, whether or not they are serving."""
+        """All deployments, whether or not they are currently serving."""
         return list(self._all.values())
 
     def served(self) -> Mapping[str, Target]:
-        """Return the version that is served under each name. It may not be the desired version yet."""
+        """Return the version and format that each model currently serves, keyed by model name.
+
+        It may not be the desired version yet.
+        """
         return {deployment.name: deployment.reconciler.actual.target for deployment in self.all}
 
     def status(self) -> Mapping[str, Any]:
         """Return the JSON values of /svc/status.
 
-        This reads the store, so it must not run in the event loop's thread.
+        This reads the store, so it must not run on the event loop's thread.
         """
         models = [deployment.status() for deployment in self.all]
         return {"models": models, "refused": dict(self._refused), "pid": os.getpid()}
@@ -112,7 +115,7 @@ class Deployments:
             await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     async def stop(self, *, leave: bool = False) -> None:
-        """Stop all engines after `run` has ended, including an earlier server's engines that were not adopted.
+        """Stop all engines, including an earlier server's engines that were not adopted. Call this after `run` ends.
 
         Args:
             leave: keep ready engines running for a server that starts later.
@@ -140,9 +143,9 @@ class Deployments:
             raise failed[0]
 
     async def _leave_out_of_collections(self) -> None:
-        """Exclude imported objects from garbage collection, after waiting for the last import.
+        """Exclude imported objects from garbage collection, once the last import has finished.
 
-        The wait lasts at most `_IMPORTED_S`. Scanning the objects repeatedly would delay every stream by 100 ms.
+        The wait lasts at most `_IMPORTED_S`. Scanning these objects repeatedly would delay every stream by 100 ms.
         """
         await asyncio.gather(*(each.alias.settled(_IMPORTED_S) for each in self.all))  # MLflow is imported last
         gc.freeze()
@@ -156,7 +159,7 @@ class Deployments:
     async def _start(self, deployment: Deployment) -> SvcError | None:
         """Start a deployment and keep it running.
 
-        If the start fails, return the error and retry in the background.
+        If the start fails, return the error and keep retrying in the background.
         """
         target, failed = deployment.reconciler.actual.target, None
         try:
@@ -190,14 +193,14 @@ class Deployments:
             await asyncio.sleep(_POLL_S)
 
     async def _try(self, name: str, change: Callable[[str], Awaitable[None]]) -> None:
-        """Add or remove a model. A failure is logged and retried next time, and affects no other model."""
+        """Add or remove a model. A failure is logged and retried later, without affecting other models."""
         try:
             await change(name)
         except Exception:
             log.exception("could not add or remove %s; retrying", name)
 
     async def _bring(self, name: str) -> None:
-        """Start a model that was added. If this fails, remove it from the set and show the reason in the status."""
+        """Start a newly added model. If it cannot start, remove it from the set and show the reason in the status."""
         self._refused.pop(name, None)
         try:
             desired = await asyncio.to_thread(read_desired, self.store, name)
@@ -212,9 +215,9 @@ class Deployments:
             await asyncio.to_thread(remove_deployment, self.store, name)
 
     async def _make_room(self, target: Target) -> None:
-        """Let idle models sleep or stop, longest idle first, until there is memory for a version's engines.
+        """Put idle models to sleep or stop them, longest idle first, until there is memory for a version's engines.
 
-        Sleeping models are stopped last, because that frees little GPU memory and they start slowly afterwards.
+        Sleeping models are stopped last, because that frees little GPU memory and makes their next start slow.
 
         Raises:
             SvcError: there is not enough memory, and no idle model is left.
@@ -231,7 +234,7 @@ class Deployments:
                     raise
 
     async def _end_asleep(self) -> bool:
-        """Stop the engines of the sleeping model that has been idle longest, and return whether there was one."""
+        """Stop the engines of the sleeping model that has been idle longest. Return False if no model is asleep."""
         for each in sorted(self.all, key=lambda each: each.admission.idle_s, reverse=True):
             if await each.idling.end_asleep():
                 log.info("stopped the sleeping engines of %s", each.name)
@@ -239,7 +242,7 @@ class Deployments:
         return False
 
     async def _take_away(self, name: str) -> None:
-        """Stop a removed model after its last request, or after `_DRAIN_S` at the latest."""
+        """Stop a removed model after its last request has ended, or after `_DRAIN_S` at the latest."""
         deployment = self._all[name]
         self.router.remove(name)
         with suppress(TimeoutError):

@@ -1,8 +1,8 @@
-"""The names of one served model, and the version that each name currently refers to.
+"""The names of a served model, and the version that each name currently refers to.
 
 This module knows the loaded versions, but not how they were loaded. A name is resolved after admission,
-so that a request that was queued during a swap gets the new version. The router chooses a request's
-model.
+so that a request that was queued during a swap gets the new version. Choosing a request's model is left to the
+router.
 """
 
 import time
@@ -13,26 +13,28 @@ from svc.errors import NotFoundError
 from svc.version import Alias, Format, Target, VersionId
 
 SHOWN_CHARS = 100
-"""Maximum length of a client's text in an error message."""
+"""Maximum length of text from a client that is quoted in an error message."""
 
 
 class ModelNotFoundError(NotFoundError):
-    """Raised when no loaded version has the model name."""
+    """Raised when a model name does not match any loaded version."""
 
 
 class ModelNames:
-    """The names that clients may use: `NAME`, `NAME@production`, `NAME@N` for loaded versions (for any, with adapters).
+    """The names under which clients may request a model.
+
+    They are `NAME`, `NAME@production`, and `NAME@N` for each loaded version, or for any version if adapters are served.
 
     Args:
         name: the served model name, without a version.
-        clock: returns the Unix time, seconds.
+        clock: returns the Unix time, in seconds.
 
     Attributes:
-        served: the version in production; None until a version serves.
-        loaded: the versions that engines hold: two during a swap of several engines.
-        since: when that version went into production, Unix seconds.
-        candidate: the version that a rollout tries; None outside rollouts.
-        of_candidate: the name of that version for clients, `NAME@candidate`.
+        served: the version in production, or None until a version serves.
+        loaded: the versions that engines have loaded. During a swap of several engines, there are two.
+        since: time at which that version went into production, in Unix seconds.
+        candidate: the version that a rollout tries, or None outside rollouts.
+        of_candidate: the client-facing name of that version, `NAME@candidate`.
         assigned: internal name for requests that a rollout assigned to the candidate, which resolves to
             production while no engine runs the candidate. Clients cannot use it.
         candidate_on_demand: whether engines load the candidate as an adapter when it is requested.
@@ -56,11 +58,11 @@ class ModelNames:
 
     @property
     def versions(self) -> set[VersionId]:
-        """The version in production, plus the loaded versions."""
+        """The version in production and all other loaded versions."""
         return {target.version for target in (self.served, *self.loaded) if target}
 
     def all(self) -> tuple[str, ...]:
-        """Return the names that currently resolve to a version."""
+        """Return all names that currently resolve to a version."""
         if self.served is None:
             return ()
         aliases = [f"{self.name}@{Alias.PRODUCTION}", *([self.of_candidate] if self.candidate else [])]
@@ -94,11 +96,11 @@ class ModelNames:
         )
 
     def _available_candidate(self) -> VersionId | None:
-        """Return the candidate, or None if there is none or its engine does not run."""
+        """Return the rollout's candidate, or None if there is none or no engine can serve it."""
         return self.candidate if self.candidate_on_demand or self.candidate in self.versions else None
 
     def _parsed(self, model: str) -> VersionId | None:
-        """Return the version of this model that a name refers to, loaded or not, or None for other names."""
+        """Return the version of this model that a name refers to, loaded or not, or None if it refers to no version."""
         try:
             version = VersionId.parse(model)
         except NotFoundError:

@@ -1,7 +1,7 @@
-"""Chooses the model and the backend of a request.
+"""Choose the model and the backend for a request.
 
-During a rollout, the requests for a name are split between the production version and the candidate. The version that
-answers is chosen after admission.
+During a rollout, the requests for a name are split between the production version and the candidate. The
+version that answers a request is chosen after admission.
 """
 
 import random
@@ -18,19 +18,19 @@ from svc.version import VersionId
 
 
 class Backend(Protocol):
-    """Answers the requests for one model."""
+    """Interface of an object that answers the requests for one model."""
 
     @property
     def names(self) -> ModelNames:
-        """The names by which clients may request the model."""
+        """The names under which clients may request the model."""
 
     @property
     def admission(self) -> Admission:
-        """Admission to the model's engines."""
+        """Admission control for the model's engines."""
 
     @property
     def context(self) -> int:
-        """Maximum combined length of prompt and answer, in tokens. It limits answers without a limit of their own."""
+        """Maximum combined length of prompt and answer, in tokens. It applies if a request sets no limit of its own."""
 
     async def check(self, model: str) -> None:
         """Check that a model name can be served. The registry is read only if necessary.
@@ -41,20 +41,21 @@ class Backend(Protocol):
         """
 
     def lease(self, model: str, *, without: Lease | None = None) -> AbstractAsyncContextManager[Lease]:
-        """Lease an engine for the body. See serving.replicas.balancer.Balancer.lease."""
+        """Lease an engine for the duration of the `with` block. See `serving.replicas.balancer.Balancer.lease`."""
 
     def admitted(
         self, model: str, tokens: int, party: Party, waiting: Callable[[], AbstractContextManager[None]]
     ) -> AbstractAsyncContextManager[Lease]:
-        """Lease an engine for the body after admission. See AdmittedLease."""
+        """Lease an engine for the duration of the `with` block, once the request is admitted. See `AdmittedLease`."""
 
 
 class Destination(NamedTuple):
-    """The backend of a request.
+    """The backend chosen for a request, and how to request it.
 
     Attributes:
-        model: the model name for the lease.
-        assignment: decision of the model's rollout; None if there is none, or if the client asked for a version.
+        model: the model name to be passed to the lease.
+        assignment: decision of the model's rollout, or None if there is no rollout or the client requested a
+            version.
     """
 
     backend: Backend
@@ -63,13 +64,13 @@ class Destination(NamedTuple):
 
 
 class Router:
-    """Routes the names of all models that a server serves.
+    """Routes requests to the models that a server serves, by name.
 
     Args:
         draw: function that returns a random number below 1, used for requests whose client is unknown.
 
     Attributes:
-        registered: names of registered models, for errors about models that are not served.
+        registered: names of registered models, used in errors about models that are not served.
     """
 
     def __init__(self, *, draw: Callable[[], float] = random.random) -> None:
@@ -83,20 +84,20 @@ class Router:
         self._backends[name] = backend
 
     def split(self, name: str, split: Split | None) -> None:
-        """Set how a rollout divides a model's requests; None at its end."""
+        """Set how a rollout splits a model's requests, or pass None when the rollout ends."""
         if split is None:
             self._splits.pop(name, None)
         else:
             self._splits[name] = split
 
     def remove(self, name: str) -> None:
-        """Stop routing requests for a model name."""
+        """Stop routing requests for a model."""
         self._backends.pop(name, None)
         self._splits.pop(name, None)
 
     @property
     def served(self) -> list[str]:
-        """The models that are served, or will be once their engines have started."""
+        """Names of the models that are served, or will be once their engines have started."""
         return list(self._backends)
 
     @property
@@ -112,7 +113,7 @@ class Router:
 
     @property
     def versions(self) -> set[VersionId]:
-        """All models' versions that are in production or loaded."""
+        """All versions, of any model, that are in production or loaded."""
         return {version for backend in self.backends for version in backend.names.versions}
 
     def names(self) -> tuple[str, ...]:
@@ -120,7 +121,7 @@ class Router:
         return tuple(name for backend in self.backends for name in backend.names.all())
 
     def served_name(self, model: str) -> str | None:
-        """Return the name of a request's model, or None if the model is not served.
+        """Return the name of the model that a request is for, or None if that model is not served.
 
         The name is returned even if the model is currently unavailable.
         """

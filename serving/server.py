@@ -1,7 +1,7 @@
-"""`svc serve`: claim the port and the home, run the server's components, and stop them.
+"""Implement `svc serve`: claim the port and the home directory, run the server's components, and stop them.
 
-The port and the home are claimed before the engine starts, so that a second server fails immediately
-rather than after forty seconds.
+Both are claimed before the engine starts, so that a second server fails immediately rather than after forty
+seconds.
 """
 
 import asyncio
@@ -30,16 +30,15 @@ _SEND_BUFFER_BYTES = 128 * 1024
 _SOCKET = "http.sock"
 _NO_MANAGER = ServiceManager(None)
 _LOCAL_CONNECTIONS = 64
-"""Number of connections allowed in addition to those for clients, so that users on the machine can always
-connect."""
+"""Number of connections allowed beyond those for clients, so that users on this machine can always connect."""
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A home and a port claimed by this process.
+    """A home directory and a port claimed by this process.
 
     Attributes:
-        local: the socket in the home. Requests through it need no key.
+        local: the socket in the home directory. Requests through it do not need a key.
     """
 
     listener: socket.socket
@@ -49,15 +48,16 @@ class Claim:
 
 @contextmanager
 def claim(settings: Settings, *, has_keys: bool = False, inherited: socket.socket | None = None) -> Iterator[Claim]:
-    """Claim the port and the home before anything is read or started.
+    """Claim the port and the home directory before anything is read or started.
 
     Args:
-        settings: the settings, with the address of `inherited` if there is one; see `at_address`.
+        settings: the settings. If there is an `inherited` socket, they must contain its address; see
+            `at_address`.
         has_keys: whether API keys exist.
         inherited: socket on which the service manager is already listening, if any.
 
     Raises:
-        BusyError: another server uses this home or this port.
+        BusyError: another server is using this home directory or this port.
         SettingsError: the address does not belong to this machine, or is not safe to listen on.
         EngineError: other users can access the folder that contains the socket.
     """
@@ -73,16 +73,16 @@ def claim(settings: Settings, *, has_keys: bool = False, inherited: socket.socke
 
 
 def at_address(settings: Settings, listener: socket.socket) -> Settings:
-    """Return the settings with the address of a socket on which the service manager listens."""
+    """Return the settings with the address replaced by that of a socket on which the service manager listens."""
     host, port = listener.getsockname()[:2]
     return settings.model_copy(update={"serve": settings.serve.model_copy(update={"host": host, "port": port})})
 
 
 def require_safe(serve: ServeSettings, *, has_keys: bool) -> None:
-    """Check that other machines cannot use the server without a key, or read keys on the network.
+    """Check that other machines can neither use the server without a key nor read keys sent over the network.
 
     Raises:
-        SettingsError: other machines could do so. The message says what is missing.
+        SettingsError: other machines could do so. The message says which protection is missing.
     """
     if is_loopback(serve.host):
         return
@@ -122,9 +122,9 @@ def _prepare(listener: socket.socket) -> None:
 
 @contextmanager
 def _bind_local(path: Path) -> Iterator[socket.socket]:
-    """Bind the socket in the home.
+    """Bind the Unix socket in the home directory.
 
-    The holder of the home's lock may remove an earlier server's socket.
+    An earlier server's socket is removed first, which is safe because this process holds the home's lock.
     """
     path.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
@@ -151,7 +151,7 @@ async def serve(
 
     Args:
         wanted: the initial desired state of each model.
-        manager: the service manager, which is notified regularly while the server runs.
+        manager: the service manager to notify regularly while the server runs.
 
     Raises:
         SvcError: no model can be served.
@@ -181,10 +181,10 @@ class _Server:
         self._http: list[HttpServer] = []
 
     def stop(self, *, leave: bool = False) -> None:
-        """Make `run` end after the running requests. A second call cancels these requests.
+        """Make `run` return once running requests have finished. A second call cancels these requests.
 
         Args:
-            leave: keep the engines running for the next server.
+            leave: whether to keep the engines running for the next server.
         """
         self._leave = leave
         if self._stopping.is_set():
@@ -193,10 +193,10 @@ class _Server:
         self._stopping.set()
 
     async def run(self, claim: Claim, wanted: Sequence[Desired]) -> None:
-        """Serve until stopped.
+        """Run the server until it is stopped.
 
-        Requests are answered once the engines of an earlier server have been adopted. Until an engine has
-        started, the status is 503.
+        Requests are answered once an earlier server's engines have been adopted. Until an engine has started, the
+        response status is 503.
         """
         parts = self._parts
         parts.gateway.request_log.start()

@@ -1,8 +1,9 @@
-"""Implement systemd's protocol between a service manager and a process that it starts.
+"""Implement the protocol by which systemd and a process that it starts communicate.
 
-The service manager listens on a socket and passes it to the process, so that no connection is refused while the process
-is replaced. The process reports that it is ready, alive, or stopping. No library is used, because the protocol consists
-of a few environment variables and one kind of datagram. Without a service manager, nothing is done.
+The service manager listens on a socket and passes that socket to the process, so no connection is refused
+while the process is replaced. The process reports that it is ready, alive, or stopping. No library is used,
+because the protocol consists of a few environment variables and one kind of datagram. Without a service
+manager, this module does nothing.
 """
 
 import asyncio
@@ -16,19 +17,19 @@ from svc.errors import SettingsError
 log = logging.getLogger(__name__)
 
 _FIRST_DESCRIPTOR = 3
-"""First file descriptor that the service manager passes. Lower ones are the standard streams."""
+"""First file descriptor that the service manager passes. Lower numbers are the standard streams."""
 _BEAT_S = 5.0
 _PATIENCE_S = 60.0
-"""Additional time in seconds that a start or stop may take after each report that the event loop is
-running."""
+"""Additional time, in seconds, that the server requests for its start or stop with each report that the event
+loop is running."""
 
 
 def inherited_listener(environment: MutableMapping[str, str] = os.environ) -> socket.socket | None:
-    """Return the TCP socket on which the service manager listens for this process, or None if there is none.
+    """Return the TCP socket on which the service manager listens on behalf of this process, or None if there is none.
 
     Args:
-        environment: the environment variables. Those about the socket are removed, so that no child process
-            uses it.
+        environment: the environment variables. Those that describe the socket are removed, so that no child
+            process uses it.
 
     Raises:
         SettingsError: the service manager passed something other than one listening TCP socket.
@@ -69,7 +70,7 @@ class ServiceManager:
     """The service manager that started this process and watches it.
 
     Args:
-        address: address of the service manager's socket. If it is None, nothing is reported.
+        address: address of the service manager's socket. If None, nothing is reported.
         watchdog_s: seconds without a report after which the service manager considers the process hung. None
             means never.
     """
@@ -80,11 +81,11 @@ class ServiceManager:
 
     @classmethod
     def of(cls, environment: MutableMapping[str, str] = os.environ) -> "ServiceManager":
-        """Return the service manager named in the environment, or one without an address if there is none.
+        """Return the service manager that the environment names. If it names none, the result has no address.
 
         Args:
-            environment: the environment variables. Those about the service manager are removed, because a child
-                process must not report for this one.
+            environment: the environment variables. Those about the service manager are removed, because child
+                processes must not report on behalf of this one.
         """
         address = environment.pop("NOTIFY_SOCKET", None)
         interval, owner = environment.pop("WATCHDOG_USEC", ""), environment.pop("WATCHDOG_PID", None)
@@ -100,16 +101,16 @@ class ServiceManager:
         self._send("STOPPING=1")
 
     async def run(self) -> None:
-        """Report regularly, until cancelled, that the event loop is running.
+        """Report at regular intervals, until cancelled, that the event loop is running.
 
-        A long start therefore does not look like a hang.
+        This way, a long start does not look like a hang.
         """
         while True:
             self._send(f"WATCHDOG=1\nEXTEND_TIMEOUT_USEC={_PATIENCE_S * 1e6:.0f}")
             await asyncio.sleep(self._beat_s)
 
     def _send(self, text: str) -> None:
-        """Send a message to the service manager. A failure is only logged."""
+        """Send a message to the service manager. A failure to send it is only logged."""
         if not self._address:
             return
         path = f"\0{self._address[1:]}" if self._address.startswith("@") else self._address

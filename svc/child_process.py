@@ -1,7 +1,7 @@
-"""Runs a function in a separate process, for libraries whose threads, memory or patches outlive a call.
+"""Run a function in a separate process, for libraries whose threads, memory or patches outlive a call.
 
-Unlike a thread, the process can be stopped at any moment. It stops if the caller is interrupted or the
-caller's process is killed, and its memory is released.
+Unlike a thread, the process can be stopped at any time, which releases its memory. It stops if the caller
+is interrupted or the caller's process is killed.
 """
 
 import gc
@@ -18,8 +18,8 @@ from svc.errors import TrainingError
 from svc.terminal import quiet_libraries
 
 _CLEAN_UP_S = 5.0
-"""How long a finished process may clean up, in seconds. It must release named semaphores, for example,
-because Python warns about each one left behind."""
+"""Seconds that a process may take to clean up after its work is done. It must release named semaphores, for
+example, because Python warns about each one left behind."""
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -73,9 +73,9 @@ def _work(sender: Connection, work: Callable[..., object], arguments: tuple[Any,
 
 
 def end_with_parent() -> None:
-    """Make this process stop as soon as its parent exits. Call this first in a spawned process.
+    """Stop this process as soon as its parent exits. Call this first in a spawned process.
 
-    Ctrl-C is ignored here and left to the parent, because a terminal sends it to both processes.
+    Ctrl-C is ignored in this process and handled by the parent, because a terminal sends it to both.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = parent_process()

@@ -1,7 +1,7 @@
-"""The `svc` command: a table of commands, each imported only when it runs, so that help appears at once.
+"""The `svc` command. It is a table of commands, each imported only when it is run, so that help appears at once.
 
-This is the error boundary. An `SvcError` is printed as text and sets the exit code; any other exception
-is a bug and keeps its traceback.
+This is the error boundary. An `SvcError` is printed as text and sets the exit code. Any other exception is
+a bug, so its traceback is shown.
 """
 
 import atexit
@@ -50,10 +50,10 @@ COMMANDS = {
 
 
 class LazyGroup(click.Group):
-    """click group that imports a command's module on first use and takes the command's help from the table."""
+    """A click group that imports a command's module on first use, and takes the commands' help from a table."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return all command names, in the order of the table."""
+        """Return all command names in the order of the table."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
@@ -92,7 +92,7 @@ def group(
 
 
 def main() -> None:
-    """Run the command line. SIGTERM stops a command like Ctrl-C, so that no engine it started outlives it."""
+    """Run the command line. SIGTERM is handled like Ctrl-C, so that no engine outlives the command that started it."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     os.umask(0o077)  # files that a command writes are for its user only
     atexit.register(gc.freeze)  # else Python's last collection takes 2 s at exit after an import of torch and TRL

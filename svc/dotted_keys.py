@@ -1,10 +1,10 @@
-"""Lists the keys that a file may set, based on the pydantic model that validates the file."""
+"""Lists the keys allowed in a file, based on the pydantic model that validates it."""
 
 from pydantic import BaseModel
 
 
 def dotted_keys(model: type[BaseModel]) -> list[str]:
-    """Return every key of a pydantic model. Keys in sections are written as `section.key`."""
+    """Return every key of a pydantic model. Nested keys are written as `section.key`."""
     keys: list[str] = []
     for name, field in model.model_fields.items():
         section = field.annotation

@@ -1,20 +1,20 @@
-"""The exception hierarchy. Every error says what was wrong, what was expected and what to do next.
+"""The exception hierarchy. Every error says what is wrong, what was expected and what to do next.
 
-Errors are raised where a fault is detected, and caught only at a boundary. The command line prints the
-error's text and exits with `exit_code`; the gateway maps the class to an HTTP status
-(serving/http/errors.py).
+Errors are raised where a problem is detected, and caught only at the boundaries of the program. The
+command line prints the error's text and exits with `exit_code`; the gateway maps the class to an HTTP
+status (serving/http/errors.py).
 """
 
 from typing import ClassVar
 
 
 class SvcError(Exception):
-    """Base class of all errors that a user can cause or fix.
+    """Base class for all errors that a user can cause or fix.
 
     Args:
-        wrong: what is wrong, naming the affected thing and the value.
-        expected: noun phrase that completes "expected: ..."; empty if `wrong` already says it.
-        todo: the next step for the user, as a command if possible.
+        wrong: what is wrong, including the name of the affected object and the offending value.
+        expected: noun phrase to complete "expected: ..."; empty if `wrong` already makes it clear.
+        todo: what the user should do next, as a command if possible.
     """
 
     exit_code: ClassVar[int] = 1
@@ -41,7 +41,7 @@ class SettingsError(SvcError):
 
 
 class DataError(SvcError):
-    """Raised for examples that cannot be read or trained on."""
+    """Raised for examples that cannot be read or used for training."""
 
     exit_code = 3
 
@@ -59,112 +59,121 @@ class BaseModelError(SvcError):
 
 
 class DiskSpaceError(SvcError):
-    """Raised if there is not enough disk space for the next step, before that step starts."""
+    """Raised before a step starts if there is not enough disk space for it."""
 
     exit_code = 6
 
 
 class BusyError(SvcError):
-    """Raised if another process is using a run, home or port that this process needs."""
+    """Raised when another process is using a run, home or port that this process needs."""
 
     exit_code = 7
 
 
 class NotFoundError(SvcError):
-    """Raised for a model, version, alias, format or other named thing that does not exist."""
+    """Raised when a model, version, alias, format or other named object does not exist."""
 
     exit_code = 8
 
 
 class IntegrityError(SvcError):
-    """Raised for damaged or altered stored data, such as a version whose files differ from its manifest."""
+    """Raised when stored data is damaged or altered, such as a version whose files differ from its manifest."""
 
     exit_code = 9
 
 
 class RegistryError(SvcError):
-    """Raised if the registry or the store cannot be read or written."""
+    """Raised when the registry or the store cannot be read or written."""
 
     exit_code = 15
 
 
 class EngineError(SvcError):
-    """Raised if the engine did not start, died, or returned an error or an invalid response."""
+    """Raised when an engine does not start, dies, or returns an error or an invalid response."""
 
     exit_code = 10
 
 
 class ProbeError(EngineError):
-    """Raised if log-probabilities differ from the version's probes: the loaded weights are not the version's."""
+    """Raised when log-probabilities differ from a version's probes, which means that the wrong weights are loaded."""
 
 
 class SwapError(SvcError):
-    """Raised for a failed swap. The previous version is served again."""
+    """Raised when a swap has failed. The previous version is being served again."""
 
     exit_code = 11
 
 
 class RolledBackError(SvcError):
-    """Raised when a rollout ended with the previous version: the candidate proved worse, or a user stopped it."""
+    """Raised when a rollout ends with the previous version.
+
+    Either the candidate proved worse, or a user stopped the rollout.
+    """
 
     exit_code = 21
 
 
 class UndecidedError(SvcError):
-    """Raised when a rollout reached its deadline without proof for or against the candidate."""
+    """Raised when a rollout reaches its deadline without evidence for or against the candidate."""
 
     exit_code = 22
 
 
 class TrainingError(SvcError):
-    """Raised for a training stage that failed or whose result is unusable."""
+    """Raised when a training stage fails or its result is unusable."""
 
     exit_code = 12
 
 
 class ServerNotRunningError(SvcError):
-    """Raised if no server is running, or if the server does not respond correctly."""
+    """Raised when no server is running, or when the server does not respond correctly."""
 
     exit_code = 13
 
 
 class RefusedError(SvcError):
-    """Raised if a requested change, such as a promotion, was refused."""
+    """Raised when a requested change, such as a promotion, is refused."""
 
     exit_code = 14
 
 
 class InterruptedRunError(SvcError):
-    """Raised for a training run that was stopped before it finished. The same command resumes it."""
+    """Raised when a training run is stopped before it has finished. Running the same command again resumes it."""
 
     exit_code = 16
 
 
 class InsufficientMemoryError(SvcError):
-    """Raised before a training run starts if it does not fit in the available memory."""
+    """Raised before training starts if the run would not fit in the available memory."""
 
     exit_code = 20
 
 
 class GateError(RefusedError):
-    """Raised if a promotion was refused by a gate: the version failed a check, or was measured to be worse."""
+    """Raised when a gate refuses a promotion.
+
+    The version either failed a check or was measured to be worse.
+    """
 
     exit_code = 23
 
 
 class AuthenticationError(SvcError):
-    """Raised for a missing, invalid, expired or revoked key. The text may contain its id, but never a secret."""
+    """Raised when a key is missing, invalid, expired or revoked.
+
+    The message may contain the id of the key, but never its secret.
+    """
 
     exit_code = 17
 
 
 class PermissionDeniedError(SvcError):
-    """Raised for a valid key that lacks the required scope."""
+    """Raised when a valid key lacks the required scope."""
 
     exit_code = 18
 
 
 class JudgeError(SvcError):
-    """Raised if a judge cannot be reached, rejected the request, or returned too few verdicts."""
+    """Raised when a judge cannot be reached, rejects the request, or returns too few verdicts."""
 
     exit_code = 19

@@ -1,4 +1,6 @@
-"""Code shared by commands: options, JSON output, confirmation, settings (flags, file and environment)."""
+"""Code shared by the commands: options, JSON output, confirmation prompts, and settings from flags, file
+and environment.
+"""
 
 import json
 import sys
@@ -17,11 +19,11 @@ yes_option = click.option("--yes", is_flag=True, help="Skip the confirmation pro
 
 
 def confirm(question: str, *, yes: bool, as_json: bool = False) -> None:
-    """Ask for confirmation on the terminal before something is destroyed.
+    """Ask for confirmation on the terminal before a destructive action.
 
     Args:
-        yes: whether `--yes` was given, so that no question is asked.
-        as_json: whether `--json` was given, so that the caller is a program, which cannot answer.
+        yes: whether `--yes` was given, which skips the question.
+        as_json: whether `--json` was given. The caller is then a program and cannot answer.
 
     Raises:
         click.Abort: the answer was no.
@@ -39,7 +41,7 @@ def print_json(value: Any) -> None:
 
 
 def remote_of(ctx: click.Context) -> ServerAddress | None:
-    """Return the server given by `svc --server`, or None without that option.
+    """Return the server given by `svc --server`, or None if the option was not given.
 
     Raises:
         SettingsError: the key file cannot be used.
@@ -54,7 +56,7 @@ def remote_of(ctx: click.Context) -> ServerAddress | None:
 
 
 def settings_of(ctx: click.Context, **flags: Any) -> Settings:
-    """Return the settings for a command that needs a home on this machine.
+    """Return the settings for a command that needs a home folder on this machine.
 
     Args:
         flags: the command's own flags, in the form expected by `load_settings`.

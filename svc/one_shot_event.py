@@ -1,4 +1,5 @@
-"""An event that happens once, such as a connection's end or a key's expiry, and calls listeners.
+"""An event that happens at most once and then calls its listeners, such as a closed connection or an
+expired key.
 
 A future would cost several times as much per request, because it is bound to a loop and copies a context
 for each callback.
@@ -14,7 +15,7 @@ class OneShotEvent:
 
     Attributes:
         ended: whether the event has happened.
-        error: the error given as the event's reason, or None if unknown.
+        error: the error that caused the event, or None if unknown.
     """
 
     __slots__ = ("_listeners", "ended", "error")
@@ -25,7 +26,7 @@ class OneShotEvent:
         self.error: Exception | None = None
 
     def end(self, error: Exception | None = None) -> None:
-        """Make the event happen and call all listeners. Does nothing if it has already happened."""
+        """Trigger the event and call all listeners. Does nothing if it was already triggered."""
         if self.ended:
             return
         self.ended, self.error = True, error

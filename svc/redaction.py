@@ -1,9 +1,9 @@
-"""Redacts prompts and answers before they are stored: keys of this service, mail addresses, phone and card
-numbers, and matches of custom patterns.
+"""Redacts prompts and answers before they are stored.
 
-Patterns are imprecise. A number that only looks like a phone number is redacted in the log (never in the
-answer), and a phone number in an unusual notation remains. No pattern covers names and places. To keep
-all of these out of the log, store no content.
+Replaces this service's keys, email addresses, phone numbers, card numbers and matches of custom
+patterns. Patterns are imprecise: a number that only looks like a phone number is redacted in the log
+(never in the answer), and a phone number in an unusual notation is not. No pattern covers names or
+places. To keep all of these out of the log, store no content.
 
 Clients choose the text, so every pattern here runs in linear time, and custom patterns run within a time
 limit.
@@ -20,8 +20,8 @@ from svc.errors import SvcError
 from svc.identity.key_secret import KEY_BLANK, hide_secrets
 
 LIMIT_S = 0.25
-"""Maximum CPU time for custom patterns on one text or JSON value, in seconds. Linear patterns read a MiB in
-1 to 100 ms."""
+"""Maximum CPU time for custom patterns on one text or JSON value, in seconds. Linear patterns process a MiB
+in 1 to 100 ms."""
 
 _GAP = " \u00a0\u202f\u2010\u2011-"  # spaces and hyphens, including those that do not break a line
 _MAIL = re.compile(r"(?<![\w.%+-])[\w.%+-]{1,64}@(?:[\w-]{1,63}\.)+\w{2,63}")
@@ -35,11 +35,11 @@ _PHONE = re.compile(
 _MIN_CARD_DIGITS = 13
 _OWN_BLANK, _MAIL_BLANK, _CARD_BLANK, _PHONE_BLANK = "[redacted]", "[mail]", "[card]", "[phone]"
 PLACEHOLDERS = (_OWN_BLANK, KEY_BLANK, _MAIL_BLANK, _CARD_BLANK, _PHONE_BLANK)
-"""Replacements for redacted text. A text that contains one differs from what the model read or wrote."""
+"""Placeholders for redacted text. A text that contains one is not exactly what the model read or wrote."""
 
 
 class RedactionTimeoutError(SvcError):
-    """Raised if a custom pattern takes too long on a text, so that the text cannot be stored.
+    """Raised when a custom pattern takes too long on a text, which then cannot be stored.
 
     Args:
         pattern: the pattern as configured.
@@ -55,18 +55,18 @@ class RedactionTimeoutError(SvcError):
 
 
 class Redactor:
-    """Replaces each match by its kind of data in brackets, for example `[mail]`.
+    """Replaces each match by a placeholder that names the kind of data, for example `[mail]`.
 
     Args:
-        own: custom patterns, applied before all others except the pattern for keys (a key from which they
-            had removed a part would not be recognized).
+        own: custom patterns. They are applied after the key pattern, because a partly removed key would not
+            be recognized, and before all other patterns.
     """
 
     def __init__(self, own: Sequence[str] = ()) -> None:
         self._own = [compile_pattern(pattern) for pattern in own]
 
     def text(self, text: str) -> str:
-        """Return the text with all matches replaced.
+        """Return the text with the matches of all patterns replaced.
 
         Raises:
             RedactionTimeoutError: a custom pattern took too long.
@@ -74,7 +74,7 @@ class Redactor:
         return self._text(text, _Budget())
 
     def strings(self, value: Any) -> Any:
-        """Return a JSON value in which every string, key and whole number is redacted.
+        """Return a JSON value with redaction applied to every string, object key and whole number.
 
         Raises:
             RedactionTimeoutError: custom patterns took too long on the value as a whole.
@@ -131,7 +131,7 @@ class _Budget:
 
 
 def _blank_card(match: re.Match[str]) -> str:
-    """Replace the longest prefix of a match that is a card number. Other digits may follow it directly."""
+    """Replace the longest prefix of a match that is a card number. More digits may follow it directly."""
     text = match[0]
     for end in range(len(text), _MIN_CARD_DIGITS - 1, -1):
         if text[end - 1].isdigit() and _luhn(text[:end]):

@@ -1,16 +1,16 @@
-"""Sample-size estimates: how many paired examples detect a given difference, and what difference a given
-number of examples can detect.
+"""Sample-size estimates: how many paired examples are needed to detect a given difference, and what
+difference a given number of examples can detect.
 
 A gate compares a loss with a limit, so the difference here is the distance of the loss from its limit.
 
-The normal approximation for the mean of n paired differences with variance s^2, for a bound of a 95%
-interval and a power of 0.8 (in any textbook; for evaluations: Miller 2024, "Adding Error Bars to Evals",
-arXiv:2411.00640):
+The estimates use the normal approximation for the mean of n paired differences with variance s^2, for a
+bound of a 95% interval and a power of 0.8 (see any textbook or, for evaluations, Miller 2024, "Adding
+Error Bars to Evals", arXiv:2411.00640):
 
     n = (z_0.975 + z_0.8)^2 s^2 / loss^2
 
 For answers that are right or wrong, s^2 is at most the share of examples on which the two models differ
-(McNemar's test: Connor 1987, Biometrics 43). Until both models have answered, that share is assumed.
+(McNemar's test: Connor 1987, Biometrics 43). Until both models have answered, a share is assumed.
 """
 
 import math

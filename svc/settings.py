@@ -302,11 +302,11 @@ class TelemetrySettings(_Section):
 
 
 class HoldoutSettings(_Section):
-    """Settings for requests that the server itself sends for monitoring, at lower priority than clients'
-    requests.
+    """Settings for requests that the server itself sends for monitoring. They have a lower priority than
+    clients' requests.
 
-    The held-out set of the served version is run after each start and swap, and then periodically. Answers
-    whose content is stored are scored by their likelihood under the version.
+    The served version answers its held-out set after each start and swap, and then periodically. Client
+    answers whose content is stored are scored by their likelihood under the version.
     """
 
     every_hours: float = Field(6.0, ge=0, description="interval between held-out runs, in hours; 0 disables these runs")
@@ -351,15 +351,15 @@ class AtDeadline(StrEnum):
 
 
 class UnitKind(StrEnum):
-    """What a canary assigns to a version as a whole, and counts as one observation."""
+    """The unit of traffic that a canary assigns to one version and counts as one observation."""
 
     AUTO = "auto"
-    """The request's `user`, else its conversation, else the request."""
+    """Assign by the request's `user`, or else its conversation, or else the request itself."""
     REQUEST = "request"
 
 
 class RolloutSettings(_Section):
-    """Steps and limits of a promotion: `svc promote NAME@N --shadow 200 --canary 5,25,100`.
+    """Steps and limits of a gradual promotion, for example `svc promote NAME@N --shadow 200 --canary 5,25,100`.
 
     A margin is the largest acceptable loss of the candidate compared with production over the same period.
     """
@@ -396,12 +396,12 @@ class RolloutSettings(_Section):
 
     @property
     def is_gradual(self) -> bool:
-        """Whether there is any step between the request and the switch."""
+        """Whether the promotion has at least one step before the switch."""
         return bool(self.shadow or self.canary)
 
 
 class UndecidedGates(StrEnum):
-    """What a promotion does if a gate is undecided."""
+    """What a promotion does when a gate is undecided."""
 
     ALLOW = "allow"
     REFUSE = "refuse"
@@ -428,7 +428,7 @@ class EntryPointGate(_RunGate):
 
 
 class ResultFileGate(_CustomGate):
-    """A gate that reads the results that Promptfoo or OpenAI Evals exported."""
+    """A gate that reads results exported by Promptfoo or OpenAI Evals."""
 
     result_file: AbsolutePath = Field(description="exported file; {version} in its path stands for NAME@N")
     min_pass_share: float = Field(ge=0, le=1, description="minimum share of passed tests")
@@ -514,7 +514,7 @@ def _is_loopback_address(host: str) -> bool:
 
 
 class WebhookSettings(_Section):
-    """A receiver of messages about rollouts."""
+    """Settings of a webhook that is notified about rollouts."""
 
     url: Annotated[str, AfterValidator(_webhook_url)] = Field(
         description="URL to which the messages are posted; https, or http on this machine"
@@ -538,7 +538,7 @@ class ModelSettings(_Section):
 
 
 class Settings(BaseSettings):
-    """All settings. All state is kept in `home`, except for the cache of base models."""
+    """All settings. The `home` folder contains all state except the cache of base models."""
 
     model_config = SettingsConfigDict(
         env_prefix=ENV_PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True, env_ignore_empty=True
@@ -576,7 +576,7 @@ class Settings(BaseSettings):
         return webhooks
 
     def idle_s_of(self, name: str) -> float | None:
-        """Return the idle time, in seconds, after which a model's engines sleep or are stopped, or None for never."""
+        """Return the number of idle seconds after which a model's engines sleep or stop, or None if they never do."""
         own = self.models[name].idle_s if name in self.models else None
         return own or self.serve.idle_s
 
@@ -599,8 +599,8 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Accept only values passed as arguments; `load_settings` merges the sources, so that flags override the
-        environment.
+        """Accept only values passed as arguments. `load_settings` merges the sources itself, so that flags override
+        the environment.
         """
         return (init_settings,)
 

@@ -1,5 +1,5 @@
 """Human-readable output: text, tables and progress. Results go to stdout and everything else to stderr, so
-that a pipe receives results only.
+that a pipe receives only results.
 """
 
 import logging
@@ -36,8 +36,8 @@ _TEXT = TextColumn("{task.description}")
 def quiet_libraries() -> None:
     """Restrict libraries to warnings and disable their progress bars. Must be called before they are imported.
 
-    Some enable logging for the whole process, HTTP clients log each request, and their progress bars disturb
-    ours.
+    Some libraries enable logging for the whole process, HTTP clients log every request, and their progress
+    bars interfere with ours.
     """
     os.environ.setdefault("TQDM_DISABLE", "1")
     for library in ("httpx", "httpcore", "alembic", "uvicorn.error", "tokenicer", "huggingface_hub"):
@@ -57,7 +57,8 @@ def print_table(headers: Sequence[str | Column], rows: Iterable[Sequence[object]
 
 @contextmanager
 def heartbeat(line: Callable[[], str]) -> Iterator[None]:
-    """Print a line every 15 s during the `with` block, for readers of a log. Prints nothing on a terminal.
+    """Print a line every 15 s during the `with` block if the output goes to a log. Prints nothing on a
+    terminal.
 
     The lines come from a separate thread, because a step may take minutes without any output.
 
@@ -148,7 +149,7 @@ def _bar(text: str, total: int | None, *columns: ProgressColumn, transient: bool
 
 
 def _print_plain(line: str) -> None:
-    """Print the start or end of a step for readers of a log. Prints nothing on a terminal."""
+    """Print a line about the start or end of a step if the output goes to a log. Prints nothing on a terminal."""
     if not console.is_terminal:
         console.print(f"  {line}")
 

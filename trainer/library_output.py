@@ -1,7 +1,7 @@
-"""Redirects the output of libraries from the terminal to the log.
+"""Redirects the terminal output of libraries to the log.
 
-gptqmodel prints a banner and tables to stdout, which is reserved for results, and PEFT imports it for
-every model that it wraps.
+gptqmodel prints a banner and tables to stdout, which is reserved for results, and PEFT imports gptqmodel
+for every model that it wraps.
 """
 
 import io
@@ -31,12 +31,12 @@ class _LogLines(io.TextIOBase):
 
 @contextmanager
 def library_output_to_log() -> Iterator[None]:
-    """Redirect stdout to this module's logger during the `with` block. Progress is printed to stderr and is not
-    affected.
+    """Redirect stdout to this module's logger within the `with` block. Progress displays print to stderr and
+    are not affected.
 
-    The root logger is restored afterwards, because tokenicer, which gptqmodel imports, makes it print the
-    logs of every library. Enter this context after starting a progress display, because rich replaces stdout
-    when it starts.
+    The root logger is restored afterwards. gptqmodel imports tokenicer, which makes the root logger print
+    the logs of every library. Enter this context after starting a progress display, because rich replaces
+    stdout when it starts.
     """
     root = logging.getLogger()
     level, handlers = root.level, root.handlers[:]

@@ -1,7 +1,7 @@
 """Qualifies a format by evaluating it and measuring its probes on the engine that will serve it.
 
-The weights are loaded twice, in place in a running engine and by a new engine, and both must give the
-same log-probabilities. This verifies that a hot swap serves the evaluated weights.
+The weights are loaded twice, once in place in a running engine and once by a new engine. Both must give
+the same log-probabilities, which verifies that a hot swap serves the evaluated weights.
 """
 
 import time
@@ -45,10 +45,10 @@ _LOADS = 3
 
 
 class EngineReading(BaseModel):
-    """Measurements of a format on the engine, which the parity report compares with the trainer's own.
+    """Measurements of a format on the engine, which the parity report compares with those of the trainer.
 
     Attributes:
-        prompts_differ: indices of the evaluated examples whose prompt tokens differ between engine and
+        prompts_differ: indices of the evaluated examples whose prompt tokens differ between the engine and
             training.
         scores: token scores of the answers that the parity report compares.
     """
@@ -65,7 +65,7 @@ class Qualified(BaseModel):
 
     Attributes:
         results: the format's answer to each evaluated example.
-        general: the answers to general questions; empty if no such questions were asked.
+        general: the answers to general questions, or an empty tuple if none were asked.
         reading: measurements for the parity report.
     """
 
@@ -80,7 +80,7 @@ class Qualified(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class GeneralQuestions:
-    """Questions outside the task, which the base and every format with a complete model answer.
+    """Questions outside the task, which are put to the base and to every format that is a complete model.
 
     Attributes:
         tokenized: the same questions, tokenized as in training.
@@ -97,7 +97,7 @@ class BaseAnswers:
     """The base's evaluation together with its answers.
 
     Attributes:
-        general: the answers to the general questions; empty if no such questions were asked.
+        general: the answers to the general questions, or an empty tuple if none were asked.
     """
 
     evaluation: Evaluation
@@ -105,22 +105,23 @@ class BaseAnswers:
 
 
 class Qualifier:
-    """Qualifies the formats of one run.
+    """Qualifies a run's formats on the engine that will serve them.
 
     Args:
         launch: creates a new, unstarted engine for a model folder.
         facts: returns the kind of engine that `launch` creates for a model folder.
-        evaluate: the recipe's section, with the number of examples and the maximum length of answers.
-        qualify: the probes to measure.
+        evaluate: the recipe's `evaluate` section, which sets the number of examples and the maximum answer
+            length.
+        qualify: the recipe's `qualify` section, which says how to measure the probes.
         heldout: examples for the evaluation.
         tokenized: the same examples, tokenized as in training.
-        compared: the examples that the parity report compares token by token.
-        context: maximum total number of tokens of a prompt and its answer in the engine.
-        general: questions outside the task, or None for none.
+        compared: the examples whose answers the parity report compares token by token.
+        context: maximum number of tokens in a prompt and its answer together in the engine.
+        general: questions outside the task, or None if none are asked.
 
     Attributes:
-        judged: the examples that are evaluated.
-        limits: maximum number of tokens of each answer.
+        judged: the examples used in the evaluation.
+        limits: maximum number of tokens in each answer.
     """
 
     def __init__(
@@ -148,7 +149,9 @@ class Qualifier:
     async def base_and_merged(
         self, base: Path, merged: Path, *, same_fingerprint: bool
     ) -> tuple[BaseAnswers, Qualified]:
-        """Evaluate the base, then the merged model, in a single engine if the merged model can be loaded in place."""
+        """Evaluate the base, then the merged model. Both run in a single engine if the merged model can be loaded
+        in place.
+        """
         async with self._engine(base) as engine:
             evaluation = await self._judge(engine.client, "base", trained=False)
             known = self._general.of_base if self._general else None
@@ -158,18 +161,18 @@ class Qualifier:
         return base_answers, await self.alone(merged, "merged")
 
     async def alone(self, folder: Path, text: str) -> Qualified:
-        """Qualify a format on an engine of its own."""
+        """Qualify a format on a new engine that serves only this format."""
         async with self._engine(folder) as engine:
             return await self._qualify(engine, folder, text)
 
     async def ask_base(self, base: Path) -> tuple[ExampleResult, ...]:
-        """Return the base's answers to the general questions, using an engine of its own."""
+        """Ask the base the general questions on an engine of its own, and return its answers."""
         async with self._engine(base) as engine:
             return await self._ask_general(engine.client, "base")
 
     async def _qualify(self, engine: Engine, folder: Path, text: str) -> Qualified:
-        """Load and measure a format, in place if possible, then repeat on a new engine. The given engine is
-        stopped.
+        """Load a format, in place if possible, and measure it. The given engine is then stopped, and the probes are
+        checked again on a new engine.
         """
         client, options = engine.client, self._options
         loads, others_share = await measure_quietly(partial(self._loads, engine, folder), engine.processor_s)
@@ -195,13 +198,13 @@ class Qualifier:
         )
 
     async def _loads(self, engine: Engine, folder: Path) -> list[float]:
-        """Load the format in place a few times and return the seconds for each load; empty if the engine cannot
-        reload.
+        """Load the format in place several times and return the seconds each load took. The result is empty if the
+        engine cannot reload.
         """
         return [await self._load(engine.client, folder) for _ in range(_LOADS if engine.capabilities.reloads else 0)]
 
     async def _load(self, client: EngineClient, folder: Path) -> float:
-        """Load the format in place and return the duration in seconds."""
+        """Load the format in place and return how long it took, in seconds."""
         started = time.monotonic()
         await client.reload_weights(folder)
         seconds = time.monotonic() - started
@@ -212,7 +215,7 @@ class Qualifier:
         self, engine: Engine, prompts: Sequence[Sequence[int]], load_seconds: Interval | None, loading_share: float
     ) -> EngineReading:
         """Measure a format on the engine. `loading_share` is the share of CPU time that other processes used during
-        loads.
+        the loads.
         """
         client = engine.client
         asked = [await client.prompt_tokens(example.prompt, example.tools) for example in self.judged]
@@ -250,7 +253,9 @@ class Qualifier:
             )
 
     async def _ask_general(self, client: EngineClient, text: str) -> tuple[ExampleResult, ...]:
-        """Return the answers to the general questions, on which no model of the run was trained."""
+        """Ask a model the general questions and return its answers. No model of the run was trained on these
+        questions.
+        """
         if self._general is None:
             return ()
         examples, tokenized = self._general.examples, self._general.tokenized
@@ -260,7 +265,7 @@ class Qualifier:
 
     @asynccontextmanager
     async def _engine(self, folder: Path) -> AsyncIterator[Engine]:
-        """Yield a new engine with the given model, and stop it after the `with` block."""
+        """Start a new engine with the given model, yield it, and stop it after the `with` block."""
         engine = self._launch(folder)
         with advancing("engine", tuple(EnginePhase)) as on_phase:
             await engine.start(on_phase)

@@ -1,4 +1,4 @@
-"""`svc dashboards`: write the Grafana dashboards as files."""
+"""The `svc dashboards` command, which writes the Grafana dashboards to files."""
 
 import os
 from pathlib import Path

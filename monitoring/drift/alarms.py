@@ -20,7 +20,7 @@ MOVED = TypeAdapter(Line)
 
 
 class AlarmBook:
-    """A version's stored alarms, which the current check updates.
+    """The stored drift alarms of one version, updated by the current check.
 
     Attributes:
         changed: alarms that started or ended in this check.
@@ -69,7 +69,7 @@ class AlarmBook:
         self.changed.append(replace(alarm, ended_at=time))
 
     def end_forgotten(self, signal: Signal, states: Mapping[str, FeatureState], time: datetime) -> None:
-        """End the stored alarms that the detector does not know.
+        """End stored alarms that are missing from the detector's state.
 
         This happens if the detector's state was lost, or if another release had different features.
         """

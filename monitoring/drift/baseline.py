@@ -1,4 +1,4 @@
-"""Serialize an accepted traffic baseline for the store: request features and hashes, but no text."""
+"""Serialize an accepted traffic baseline for the store. It contains request features and hashes, but no text."""
 
 import io
 from typing import Any
@@ -26,7 +26,7 @@ def baseline_bytes(baseline: Baseline) -> bytes:
 
 
 def read_baseline(data: bytes) -> Baseline:
-    """Return the baseline from bytes written by `baseline_bytes`."""
+    """Deserialize a baseline from bytes written by `baseline_bytes`."""
     with np.load(io.BytesIO(data), allow_pickle=False) as archive:
         arrays = {name: archive[name] for name in archive.files}
     words = np.split(arrays["words"], np.cumsum(arrays["word_counts"]))[:-1]  # the last part is empty

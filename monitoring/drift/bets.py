@@ -1,8 +1,9 @@
-"""The bets placed on a stream: sets of feature values, chosen before an item arrives, each with a bound.
+"""The bets placed on a stream of requests.
 
-The bound is the largest share of items in the set that still counts as normal: `SLACK` times the upper
-limit of the 90 % Wilson interval of the reference's share. Day and night, weekends and a growing client
-change the shares of topics and lengths by less than that, so they do not count as drift.
+Each bet is on a set of feature values, chosen before an item arrives. Its bound is the largest share of items
+in the set that still counts as normal: `SLACK` times the upper limit of the 90 % Wilson interval of the
+reference's share. Daily cycles, weekends and a growing client change the shares of topics and lengths by less
+than that, so they do not count as drift.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,16 +19,17 @@ from svc.drift_reference.sample import Floats, Names, Sample
 
 SLACK, SURE = 2.0, 1.64
 _MAX_BOUND = 0.7
-"""Sets with a larger bound are not used, because a bet on such a set could win almost nothing."""
+"""Largest bound a set may have. A bet on a set with a larger bound could win almost nothing."""
 _TAILS = (0.0, 0.02, 0.1)
-"""Shares of the reference in both tails of a feature together. 0 means values beyond the whole reference."""
+"""Shares of the reference that lie in the two tails of a feature together. With 0, the tails contain only values
+outside the reference's range."""
 _MIN_SHARE = 0.02
-"""Minimum share of the reference for a category to get its own set. Rarer and new categories share one set."""
+"""Minimum share of the reference for a category to get its own set. Rarer and new categories share another one."""
 
 
 @dataclass(frozen=True)
 class Bet:
-    """A bet on a set of values of one feature.
+    """A bet that a feature's values fall into a given set.
 
     Attributes:
         bound: largest probability of the set that still counts as normal.
@@ -39,7 +41,7 @@ class Bet:
     contains: Callable[[Floats | Names], NDArray[np.bool_]]
 
     def hits(self, items: Sample) -> Hits:
-        """Return, for each item, whether it is in the set or has no value for the feature."""
+        """Return, for each item, whether its value is in the set, is not in it, or is missing."""
         if self.feature in items.numbers:
             values: Floats | Names = items.numbers[self.feature]
             missing = np.isnan(values)
@@ -61,10 +63,10 @@ def upper_limit(count: int, size: int, z: float) -> float:
 
 
 def feature_bets(reference: Sample) -> list[Bet]:
-    """Return the bets on a reference's readable features.
+    """Return the bets on the features of a reference sample.
 
-    The sets are the tails of numeric features, and the frequent, rare and new categories of categorical
-    ones.
+    For a numeric feature, the sets are its tails. For a categorical feature, they are its frequent, rare and new
+    categories.
     """
     bets = [bet for name, values in reference.numbers.items() for bet in _tail_bets(name, values)]
     bets += [bet for name, values in reference.categories.items() for bet in _category_bets(name, values)]
@@ -102,7 +104,7 @@ def _bound(count: int, size: int) -> float:
 
 
 def hit_table(bets: Sequence[Bet], items: Sample) -> Hits:
-    """Return a table (items x bets) that says which items are in the set of which bet."""
+    """Return a table (items x bets) that shows, for each bet, which items are in its set."""
     if not bets:
         return np.zeros((items.size, 0), dtype=np.int8)
     return np.stack([bet.hits(items) for bet in bets], axis=1)

@@ -1,7 +1,7 @@
 """Run one drift check for a version: pass new requests through the detector and store the results.
 
 The results do not depend on how often checks run or on which process runs them. A lock in the home
-allows only one check at a time.
+ensures that only one check runs at a time.
 """
 
 import logging
@@ -40,26 +40,26 @@ _TRAFFIC_STATE: Final = TypeAdapter(TrafficState)
 _RATING_STATE: Final = TypeAdapter(RatingState)
 _MIN_REFERENCE = 10
 _MAX_READ = 5_000
-"""Maximum number of items per check. After days without a check, only the newest items are read."""
+"""Maximum number of requests read per check. After days without a check, only the newest ones are read."""
 _STALE = timedelta(hours=1)
-"""If new requests have had no features for this long, the server is assumed not to store any."""
+"""If requests have arrived without stored features for this long, the server is assumed not to store them."""
 _MAKING = timedelta(minutes=10)
 """Requests without features are ignored until they are this old, because the process that computes features
 needs time to start."""
 _SCORING = timedelta(minutes=5)
-"""Longest wait for the log-probability of an answer whose content is stored."""
+"""Longest time to wait for an answer's log-probability when the answer's content is stored."""
 _NO_FEATURES = "the server does not store features of new requests; set request_log.features and restart the server"
 State = TypeVar("State")
 
 
 @dataclass(frozen=True)
 class _Bets:
-    """The detector for one version's traffic, with the reference that it was built for.
+    """A drift detector for one version's traffic, together with the reference it was built from.
 
     Attributes:
         accepted: the accepted traffic that serves as reference, or None if the version's examples do.
         detector: the detector, or None if nothing can be compared.
-        missing: the reason why nothing, or no answers, can be compared.
+        missing: the reason why answers, or any data at all, cannot be compared.
     """
 
     target: Target
@@ -69,7 +69,7 @@ class _Bets:
 
 
 class DriftCheck:
-    """Runs drift checks for the versions of one home, and caches one version's detector per model.
+    """Runs drift checks for the versions in a home, and caches one detector per model.
 
     Args:
         settings: settings of the home; they determine how texts are redacted before features are computed.
@@ -105,7 +105,7 @@ class DriftCheck:
         return self._advance(target, traffic, ratings, AlarmBook(self._store, target), accepted, earlier)
 
     def accept(self, target: Target) -> list[str]:
-        """End a version's active alarms by accepting the traffic since they began as the new reference.
+        """End a version's active alarms by making the traffic since they began the new reference.
 
         Traffic alarms and rating alarms are accepted independently of each other.
 
@@ -218,7 +218,7 @@ class DriftCheck:
     ) -> bool:
         """Return whether the earlier traffic reports are still current.
 
-        They are if this process made them, with the same reference, and no new request has arrived since.
+        They are current if this process made them with the same reference and no new request has arrived since.
         """
         bets = self._bets.get(target.version.name)
         same = bets is not None and (bets.target, bets.accepted) == (target, accepted)
@@ -227,7 +227,7 @@ class DriftCheck:
         return same and compared and newest is not None and newest.id <= state.cursor and not self._are_stale(target)
 
     def _are_stale(self, target: Target) -> bool:
-        """Return whether requests were answered long after the newest request with stored features."""
+        """Return whether requests are still being answered long after the last one whose features were stored."""
         newest = self._newest(target)
         since = newest.item.started_at + _STALE if newest else None
         return was_answered(self._store, target, after=since, before=self._clock() - _MAKING)
@@ -236,7 +236,7 @@ class DriftCheck:
         return next(iter(read_items(self._store, target, after=0, newest=1)), None)
 
     def _items(self, target: Target, state: TrafficState) -> list[StoredItem]:
-        """Return the items to process in order: counted items, the newest items already seen, and new items."""
+        """Return the requests to process, in order: counted requests, the newest already seen, and new requests."""
         kept = read_items_with(self._store, target, state.kept)
         newest = read_items(self._store, target, after=0, newest=_MAX_READ)
         items = sorted({item.id: item for item in (*kept, *newest)}.values(), key=lambda item: item.id)
@@ -270,7 +270,7 @@ class DriftCheck:
 
 
 def read_reports(states: Mapping[str, DriftState]) -> list[SignalReport]:
-    """Return the last check's reports, skipping those that another release wrote in an unreadable form."""
+    """Return the reports of the last check, skipping any that another release wrote in an incompatible format."""
     reports = list[SignalReport]()
     for signal in Signal:
         try:
@@ -282,7 +282,7 @@ def read_reports(states: Mapping[str, DriftState]) -> list[SignalReport]:
 
 
 def _read(kind: TypeAdapter[State], stored: DriftState | None, first: State) -> State:
-    """Return the stored state, or `first` if no state is stored or another release wrote it unreadably."""
+    """Return the stored state, or `first` if there is none or another release wrote it in an incompatible format."""
     try:
         return kind.validate_json(stored.state) if stored else first
     except ValidationError:

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 def drift(ctx: click.Context, model: str, accept: bool, as_json: bool) -> None:
     """Compare the live traffic of MODEL (NAME or NAME@N) with the examples it was trained on.
 
-    NAME means its production version. Requests since the last check are checked first; alarms do not depend on how
-    often checks run.
+    NAME alone refers to the production version. Requests received since the last check are processed first. Alarms do
+    not depend on how often checks run.
     """
     settings = settings_of(ctx)
     from monitoring.drift.check import LOCK_FILE, DriftCheck
@@ -75,9 +75,9 @@ def _accept(check: "DriftCheck", store: "Store", target: "Target") -> None:
 
 
 def _target(registry: "Registry", store: "Store", model: str) -> "Target":
-    """Return the model's version as a target.
+    """Return the version that a model name refers to, as a target.
 
-    Its format is the one in which it is or was last served, or else the preferred format.
+    The format is the one in which the version is or was last served, or else the preferred format.
     """
     from svc.store.desired import read_desired
     from svc.version import Format, Target

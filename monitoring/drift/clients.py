@@ -3,15 +3,15 @@
 from collections import Counter, deque
 
 COMPARED = 100
-"""Number of newest counted requests within which each client's share is limited."""
+"""Number of most recent counted requests over which each client's share is limited."""
 _MIN_COUNT = 5
-"""Number of counted requests that every client may have, regardless of its share."""
+"""Number of counted requests that any client may have within this window, regardless of its share."""
 _SLACK = 1.2
 """Factor by which a client may exceed its usual share."""
 
 
 class ClientShares:
-    """Limits each client's counted requests to its share of earlier requests.
+    """Limits each client's share of the counted requests to about its share of earlier traffic.
 
     Args:
         seen: clients of the newest requests, counted or not, oldest first. The newest `COMPARED` are
@@ -29,12 +29,13 @@ class ClientShares:
         self._kept_counts = Counter(self._kept)
 
     def may_count(self, client: str) -> bool:
-        """Add the next request's client and return whether the request is within that client's share.
+        """Record the next request's client and return whether the request is within that client's share.
 
-        Every request is within its share until `COMPARED` requests older than the newest `COMPARED` are known.
+        Until at least `COMPARED` requests precede the newest `COMPARED`, every request is within its client's share.
 
         Args:
-            client: the request's client; if unknown, it is empty and the request is always within the share.
+            client: the request's client. If it is unknown, pass an empty string; the request is then always within
+                the share.
         """
         self._newest.append(client)
         if len(self._newest) > COMPARED:
@@ -47,7 +48,7 @@ class ClientShares:
         return not client or self._kept_counts[client] < max(_MIN_COUNT, _SLACK * share * COMPARED)
 
     def keep(self, client: str) -> None:
-        """Add the client of a request that was counted."""
+        """Record the client of a request that was counted."""
         if len(self._kept) == COMPARED:
             self._kept_counts[self._kept[0]] -= 1
         self._kept.append(client)

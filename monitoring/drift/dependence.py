@@ -1,4 +1,4 @@
-"""Estimate over how many requests a stream's items depend on each other, as in a conversation or a burst."""
+"""Estimate over what distance the requests in a stream depend on each other, as they do in conversations or bursts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,25 +9,25 @@ from numpy.typing import NDArray
 from svc.drift_reference.sample import NOT_THERE, Floats, Names, Sample
 
 MAX_LAG = 64
-"""Maximum dependence, in items. A longer dependence counts as a change of the stream."""
+"""Largest dependence considered, in items. A longer dependence is treated as a change in the stream."""
 LAGS = MAX_LAG + 38
-"""Number of lags examined. Beyond `MAX_LAG`, items are assumed to be no more similar than any two items."""
+"""Number of lags examined. Beyond `MAX_LAG`, items are assumed to be no more similar than randomly chosen ones."""
 ROWS = 600
-"""Number of items used for the estimate. The newest `MAX_LAG` items are left out, because they become
-similar when a change begins."""
+"""Number of items used for the estimate. The newest `MAX_LAG` items are left out, because items become more
+similar to each other when a change begins."""
 MIN_ROWS = 25
 ENOUGH = 226
-"""Number of items from which all lags are examined. With fewer items, only lags up to a fifth of their
-number are examined."""
+"""Number of items required to examine all lags. With fewer items, only lags up to a fifth of their number are
+examined."""
 _SURE = 2.5
-"""Number of standard errors beyond which items count as more similar."""
+"""Number of standard errors by which the similarity at a lag must exceed the usual one to count as higher."""
 _BURST_SHARE = 0.25
-"""If the share of item pairs with equal features exceeds the reference's by this much, the items are a
-burst or a change."""
+"""If the share of item pairs with an equal feature value exceeds the reference's by this much, the items are
+treated as a burst or a change."""
 
 
 class Resemblance:
-    """Computes the similarity of items: half of it is by topic, half is the share of equal features.
+    """Computes the similarity between items, half from their topic and half from their share of equal features.
 
     Numeric features are equal if their values lie in the same quarter of the reference.
 
@@ -49,7 +49,7 @@ class Resemblance:
         self._usually_shared = [float(np.equal.outer(codes, codes).mean()) for codes in self._codes(references)]
 
     def of(self, similar: NDArray[np.float32], samples: Sequence[Sample]) -> "Resemblances":
-        """Return the pairwise similarities between a stream's items.
+        """Return the pairwise similarities between the items of a stream.
 
         Args:
             similar: similarities of the prompts by topic (items x items).
@@ -65,7 +65,7 @@ class Resemblance:
         return Resemblances(among, similar, codes, self._usual, self._usually_shared)
 
     def _codes(self, samples: Sequence[Sample]) -> list[NDArray[np.intp]]:
-        """Return one code per item for each feature. Items with equal codes have equal values."""
+        """Return an array of integer codes for each feature. Two items have the same code if their values are equal."""
         codes = list[NDArray[np.intp]]()
         for sample, quarters in zip(samples, self._quarters, strict=True):
             for name, limits in quarters.items():
@@ -78,7 +78,7 @@ class Resemblance:
 
 @dataclass(frozen=True)
 class Resemblances:
-    """Pairwise similarities between a stream's items (items x items).
+    """Pairwise similarities between the items of a stream, as matrices (items x items).
 
     Attributes:
         among: similarities by topic and features combined.
@@ -95,11 +95,11 @@ class Resemblances:
     usually_shared: Sequence[float]
 
     def dependence(self, first: int, stop: int, conversations: NDArray[np.int64]) -> float:
-        """Return the distance (1 to 64 items) within which items depend on each other, or 64 while it is unknown.
+        """Return the distance within which items depend on each other, 1 to 64 items, or 64 if not yet known.
 
         The distance is one more than the largest lag up to which items are more similar than at larger lags, or the
-        size of a typical item's conversation. At the beginning of a stream, it is known from about 60 items on,
-        unless they are more similar than the reference's items, which indicates a burst, a change, or both.
+        size of a typical item's conversation if that is larger. In a new stream, it can be estimated from about 60
+        items on, unless these are more similar than the reference's items, which indicates a burst, a change, or both.
 
         Args:
             first, stop: index of the first item to use, and index after the last item to use.
@@ -121,7 +121,7 @@ class Resemblances:
         return float(min(MAX_LAG, max(1 + depends, (sizes**2).sum() / sizes.sum())))
 
     def _is_burst(self, places: range, lag: int, lags: int) -> bool:
-        """Return whether items at lags from `lag` to `lags` are more similar than the reference's items."""
+        """Return whether items that are `lag` to `lags` apart are more similar than the reference's items."""
         far = np.stack([self.similar[place, place - lags : place - lag].mean() for place in places])
         # Rows share items, so their error is underestimated.
         if far.mean() > self.usual + 2 * _SURE * _error(far):
@@ -134,7 +134,7 @@ class Resemblances:
 
 
 def _none_alike(values: Floats | Names) -> NDArray[np.intp]:
-    """Return a different code for every item, because missing values never count as equal."""
+    """Return a distinct code for every item, so that missing values never count as equal."""
     return -1 - np.arange(len(values))
 
 

@@ -28,14 +28,14 @@ from monitoring.drift.near_copies import RARITY_REQUESTS, NearCopies, Words
 from svc.drift_reference.sample import Floats, Sample
 
 MEMORY = max(ROWS + LAGS, HISTORY + max(LEARNED_FROM)) + MAX_LAG
-"""Number of earlier counted requests needed to check new requests."""
+"""Number of earlier counted requests needed to process new requests."""
 SEEN = RARITY_REQUESTS + COMPARED
-"""Number of earlier requests, counted or not, that determine word rarity and each client's share."""
+"""Number of earlier requests, counted or not, used to compute word rarity and each client's share."""
 _LEARNED_SHARE = 0.7
-"""Share of the input's budget for the domain classifier's learned sets, which detect changes that no single
+"""Share of the input budget that goes to the domain classifier's learned sets, which detect changes that no single
 feature shows. All other bets share the rest equally."""
 _JUDGE_EVERY = 20
-"""Number of items after which the dependence is estimated again."""
+"""Number of items after which the dependence is re-estimated."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Requests:
         )
 
     def followed_by(self, others: "Requests") -> "Requests":
-        """Return a sequence with these requests, followed by `others`."""
+        """Return a sequence of these requests followed by `others`."""
         return Requests(
             self.prompts.followed_by(others.prompts),
             self.answers.followed_by(others.answers),
@@ -86,7 +86,7 @@ class Requests:
 
 
 class Seen(NamedTuple):
-    """An earlier request, whether or not it was counted."""
+    """A request from before the current check, whether or not it was counted."""
 
     words: Words
     client: str
@@ -109,14 +109,14 @@ class Baseline:
 
 @dataclass(frozen=True, slots=True)
 class Watch:
-    """The state of drift detection on a stream between two checks.
+    """The state of drift detection on a stream, carried over from one check to the next.
 
     Attributes:
         kept: number of counted requests.
         dependence: distance, in counted requests, within which they depend on each other.
         steady_since: position of the last request counted during an alarm, or 0 if there was no alarm.
         features: state of the bets on each feature.
-        newest_kept: one digit per request for the newest requests, newest last: 1 if it was counted, else 0.
+        newest_kept: one digit for each of the newest requests, newest last: 1 if the request was counted, else 0.
     """
 
     kept: int = 0
@@ -133,8 +133,8 @@ class Advance:
     Attributes:
         watch: the state after the new requests.
         kept: indexes of the new requests that were counted.
-        events: alarms that started or ended; an event's position is its request's number among all counted
-            ones.
+        events: alarms that started or ended. An event's position is the number of its request among all counted
+            requests.
         strengths: evidence for a change in each feature, see `Evidence.strengths`.
     """
 
@@ -145,7 +145,7 @@ class Advance:
 
 
 class Detector:
-    """Detects changes in a version's traffic by betting. It holds the reference, but no stream state.
+    """Detects changes in a version's traffic by betting. It stores the reference but no stream state.
 
     Args:
         baseline: the reference, in which near copies count only once, as they do in traffic.
@@ -221,7 +221,10 @@ class Detector:
         return Advance(watch, kept, events, evidence.strengths())
 
     def _keep(self, before: Requests, seen_before: Sequence[Seen], new: Requests) -> NDArray[np.intp]:
-        """Return the indexes of new requests that are neither near copies nor beyond their client's share."""
+        """Return the indexes of the new requests that count.
+
+        A request counts if it is not a near copy and is within its client's share.
+        """
         copies = NearCopies(self._words)
         clients = ClientShares([seen.client for seen in seen_before], list(before.clients), RARITY_REQUESTS)
         for seen in seen_before[-RARITY_REQUESTS:]:
@@ -238,6 +241,6 @@ class Detector:
         return np.array(kept, dtype=np.intp)
 
     def _fixed_hits(self, to_reference: Singles, new: Requests) -> Hits:
-        """Return a table (items x bets) that says which new requests are in which fixed set."""
+        """Return a table (items x bets) that shows, for each fixed set, which new requests are in it."""
         parts = [self.classifier.far_hits(to_reference), hit_table(self._prompt_bets, new.prompts)]
         return np.concatenate([*parts, hit_table(self._answer_bets, new.answers)], axis=1)

@@ -1,15 +1,15 @@
-"""The domain classifier, which bets on changes that no single feature shows, using prompt similarity.
+"""The domain classifier, which bets on prompt similarity to detect changes that no single feature shows.
 
 There are two kinds of sets. Fixed sets contain prompts far from the reference, either on average or from
 their three nearest reference prompts. Learned sets contain prompts that are nearer to the newest prompts
-than to the reference, by the difference of the mean similarities, which is the witness of the maximum
-mean discrepancy (Gretton et al. 2012). Each set is learned from earlier items and bet on with the next
-one, so learning causes no false alarms (as in prequential two-sample tests).
+than to the reference. Nearness is measured by the difference of the mean similarities, which is the witness
+of the maximum mean discrepancy (Gretton et al. 2012). Each set is learned from earlier items and used for a
+bet on the next one, so learning causes no false alarms (as in prequential two-sample tests).
 
-Each learned set is bet on with two bounds. The first is `_LEARNED_SLACK` times the reference's share of
-the set. The second is slightly above the set's share in the hundreds of items that precede those it was
-learned from, or slightly above the reference's share if that is larger. It detects small sudden changes,
-but not slow ones such as day and night.
+Two bets with different bounds are placed on each learned set. The first bound is `_LEARNED_SLACK` times the
+reference's share of the set. The second is slightly above the set's share in the hundreds of items that precede
+those it was learned from, or slightly above the reference's share if that is larger. The bet with the second
+bound detects small sudden changes, but not slow ones such as daily cycles.
 """
 
 from dataclasses import dataclass
@@ -24,16 +24,16 @@ from svc.drift_reference.sample import Floats, Sample
 
 CLASSIFIER = "domain_classifier"
 WIDTHS = (1.0, 0.55)
-"""Kernel widths for a prompt's two views, topic and answer, chosen on training and held-out prompts."""
+"""Kernel widths for the two views of a prompt, topic and answer, tuned on training and held-out prompts."""
 LEARNED_FROM = (16, 40)
-"""Numbers of newest items from which the sets are learned."""
+"""Numbers of newest items from which sets are learned."""
 HISTORY = 400
-"""Number of items before those a set is learned from. The set's share among them counts as normal too."""
+"""Number of items, before those a set is learned from, in which the set's share also counts as normal."""
 _MIN_HISTORY = 50
 _FAR = (0.0, 0.02, 0.1)
 """Shares of the reference's own prompts that count as far from the reference."""
 _LEARNED = (0.3, 0.5)
-"""Shares of the reference that the learned sets contain."""
+"""Shares of the reference prompts that fall into the learned sets."""
 _LEARNED_SLACK, _STEP_SLACK = 1.8, 1.1
 _MAX_LEARNED_BOUND = 0.95
 _NEAREST = 3
@@ -43,7 +43,7 @@ Singles = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Similarities:
-    """Similarities of a stream's items to each other and to the reference.
+    """Similarities of the items in a stream to each other and to the reference.
 
     Attributes:
         among: similarities to each other (items x items); only those to earlier items are used.
@@ -55,7 +55,7 @@ class Similarities:
 
 
 class DomainClassifier:
-    """Provides bets on whether prompts have changed, based on their similarity.
+    """Places bets on whether prompts have changed, based on their similarity to each other and to the reference.
 
     Args:
         reference: the reference prompts, including their views.
@@ -85,7 +85,10 @@ class DomainClassifier:
         self.learned = len(LEARNED_FROM) * len(_LEARNED) * 2
 
     def similar(self, ones: Sample, others: Sample | None = None) -> Singles:
-        """Return the similarity matrix: a row for each of `ones`, a column for each of `others` or reference."""
+        """Return a similarity matrix with a row for each item of `ones` and a column for each item of `others`.
+
+        If `others` is None, the columns are the reference prompts.
+        """
         views = self._reference.views if others is None else others.views
         return self._similarity(ones.views, views).astype(np.float32)
 
@@ -103,18 +106,18 @@ class DomainClassifier:
         return self._similarity(both.views, both.views)
 
     def far_hits(self, to_reference: Singles) -> Hits:
-        """Return a table (items x bets) that says which items are in which fixed set, in `far_bounds` order."""
+        """Return a table (items x bets) that shows which items are in each fixed set, in `far_bounds` order."""
         means, nearest = to_reference.mean(axis=1), _nearest(to_reference)
         hits = [row for mean, near in self._limits for row in (means < mean, nearest < near)]
         return np.where(np.stack(hits, axis=1), HIT, MISS).astype(np.int8)
 
     def learned_hits(self, similar: Similarities, place: int, dependence: float) -> tuple[Hits, Floats]:
-        """Return which learned sets an item is in, and the bounds of those sets.
+        """Return which learned sets contain an item, and the bounds of those sets.
 
         Args:
             place: index of the item.
-            dependence: distance within which items depend on each other; sets are not learned from items this
-                near.
+            dependence: distance within which items depend on each other. Sets are not learned from items this close
+                to the item.
         """
         hits, bounds = np.full(self.learned, NOT_THERE, dtype=np.int8), np.ones(self.learned)
         mean = float(similar.reference[place].mean())

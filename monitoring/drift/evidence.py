@@ -1,17 +1,17 @@
 """Evidence that a stream's features have changed, collected by betting, and the rule for raising an alarm.
 
-A bet is on a set of values of a feature, such as "shorter than 99 % of the reference", and has a bound:
-the largest probability of the set that still counts as unchanged. The bet stakes a part l of its money
+A bet is placed on a set of values of a feature, such as "shorter than 99 % of the reference". Its bound is
+the largest probability of the set that still counts as unchanged. The bet stakes a fraction l of its money
 on each item, and its money is multiplied by 1 - l + l * [item in set] / bound, which is at most 1 on
-average while nothing has changed. A new bet of 1 starts at each item, and the sum of their money, M <- e
+average while nothing has changed. A new bet of 1 starts at each item, and the sum of all bets' money, M <- e
 * (1 + M), is the statistic: the Shiryaev-Roberts e-detector (Shin, Ramdas and Rinaldo 2022,
 "E-detectors"). While nothing has changed, a weighted sum of such statistics exceeds A at most once in A
-items on average, however the bets depend on each other. Frequent checks therefore add no false alarms,
-and no windows are needed.
+items on average, regardless of how the bets depend on each other. Frequent checks therefore add no false
+alarms, and no windows are needed.
 
 For dependent items, all factors are raised to the power 1 / L. The bound then holds for streams whose
-items are independent beyond L places (by Hoelder's inequality: the product of L dependent factors to the
-power 1 / L has a mean of at most 1).
+items are independent beyond a distance of L (by Hoelder's inequality: the product of L dependent factors to
+the power 1 / L has a mean of at most 1).
 
 This module is pure: it has no store and no clock.
 """
@@ -25,12 +25,12 @@ from numpy.typing import NDArray
 from svc.drift_reference.sample import Floats
 
 STAKES = np.array([0.1, 0.35, 0.7])
-"""Parts of a bet's money staked on each item. Each bet is made with every stake: the largest detects a
+"""Fractions of a bet's money staked on each item. Each bet is placed with every stake. The largest detects a
 gross change within four items, the smallest a share of 1.5 times its bound within about 2,000 items."""
 _MIN_PATIENCE, _MAX_PATIENCE = 200, 1_000
 _LASTING = 20.0
-"""A statistic larger than this multiple of the patience is a sign that the change continues. Without a
-change, fewer than one in 20 alarms has such a sign within its patience."""
+"""A statistic larger than this multiple of the patience indicates that the change continues. Without a
+change, fewer than one in 20 alarms has such an indication within its patience."""
 
 Hits = NDArray[np.int8]
 HIT, MISS, NOT_THERE = 1, 0, -1
@@ -39,7 +39,7 @@ HIT, MISS, NOT_THERE = 1, 0, -1
 
 @dataclass(frozen=True, slots=True)
 class FeatureAlarm:
-    """An active alarm on a feature.
+    """An active alarm for one feature.
 
     Attributes:
         since: estimated position at which the change began.
@@ -52,18 +52,18 @@ class FeatureAlarm:
     quiet: int = 0
 
     def patience(self, dependence: float) -> float:
-        """Return how many items without a sign of the change end the alarm.
+        """Return the number of items without a sign of the change after which the alarm ends.
 
-        This is four times the number of items from the change to the alarm.
+        It is four times the number of items between the change and the alarm, within limits.
 
-        Dependent items carry less information, so the minimum number grows with the dependence.
+        Dependent items carry less information, so the lower limit grows with the dependence.
         """
         return min(max(_MIN_PATIENCE * dependence, 4 * (self.called - self.since)), _MAX_PATIENCE)
 
 
 @dataclass(frozen=True, slots=True)
 class FeatureState:
-    """State of the bets on one feature. Each bet is made with every stake.
+    """State of the bets on one feature. Each bet is placed with every stake in `STAKES`.
 
     Attributes:
         money: the statistics of the bets. During an alarm, they restart at each sign that the change
@@ -78,11 +78,11 @@ class FeatureState:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """The start or end of an alarm on a feature.
+    """The start or end of an alarm for one feature.
 
     Attributes:
         position: position of the item that started or ended the alarm.
-        alarm: the started alarm, or None if an alarm ended.
+        alarm: the alarm that started, or None if an alarm ended.
     """
 
     position: int
@@ -91,7 +91,7 @@ class Event:
 
 
 class Evidence:
-    """The statistics of all bets on a stream.
+    """Tracks the statistics of all bets on a stream, and starts and ends alarms.
 
     Args:
         features: each bet's feature.
@@ -99,7 +99,7 @@ class Evidence:
         threshold: weighted sum of a feature's statistics that starts an alarm. While nothing has changed, at
             most one alarm is expected in this number of items.
         states: earlier states keyed by feature, as returned by `states()`. Features whose bets have changed
-            start anew.
+            start from scratch.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class Evidence:
                     self._alarms[number] = state.alarm
 
     def add(self, position: int, hits: Hits, bounds: Floats, dependence: float) -> list[Event]:
-        """Add an item, and return the alarms that it starts or ends.
+        """Process the next item of the stream, and return the alarms that it starts or ends.
 
         Args:
             hits: `HIT`, `MISS` or `NOT_THERE` for each bet; `NOT_THERE` counts as no evidence.
@@ -146,11 +146,11 @@ class Evidence:
 
     @property
     def in_alarm(self) -> bool:
-        """Return whether any alarm is active."""
+        """Return whether any feature currently has an alarm."""
         return bool(self._alarms)
 
     def states(self) -> dict[str, FeatureState]:
-        """Return the states, keyed by feature, from which the next `Evidence` continues."""
+        """Return the state of each feature, keyed by its name, for creating the next `Evidence`."""
         return {
             name: FeatureState(
                 tuple(self._money[self._feature == number].ravel().tolist()),
@@ -161,7 +161,7 @@ class Evidence:
         }
 
     def strengths(self) -> dict[str, float]:
-        """Return how close each feature is to an alarm, on a logarithmic scale: 0 is no evidence, 1 is an alarm."""
+        """Return each feature's evidence for a change on a logarithmic scale, where 0 is no evidence and 1 an alarm."""
         strengths = np.minimum(np.log1p(self._sums()) / np.log1p(self._threshold), 1.0)
         return {
             name: 1.0 if number in self._alarms else float(strengths[number]) for number, name in enumerate(self.names)
@@ -180,7 +180,7 @@ class Evidence:
         return Event(position, self.names[number], alarm)
 
     def _judge_alarm(self, number: int, position: int, sums: Floats, dependence: float) -> Event | None:
-        """Continue or end a feature's alarm, and return the event if the alarm ended."""
+        """Update a feature's alarm after an item, and return an event if the item ends the alarm."""
         bets, alarm = self._feature == number, self._alarms[number]
         patience = alarm.patience(dependence)
         if sums[number] / self._weights[bets].sum() >= _LASTING * patience:

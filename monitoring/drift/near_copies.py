@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 Words = NDArray[np.int32]
 
 MIN_OVERLAP = 0.5
-"""Minimum Jaccard index between the words of two near copies. Both the plain index and the index weighted
-by rarity must reach this minimum."""
+"""Minimum Jaccard index between the words of two near copies. It applies to both the plain index and the
+index weighted by word rarity."""
 COMPARED = 100
-"""Number of newest counted requests with which a new request is compared."""
+"""Number of most recent counted requests with which each new request is compared."""
 RARITY_REQUESTS = 1_000
-"""Number of newest requests, counted or not, that determine word rarity together with the reference."""
+"""Number of most recent requests, counted or not, that determine word rarity together with the reference."""
 FORGOTTEN_S = 86_400.0
-"""Seconds after which a repeated request counts again, because daily requests are part of the traffic."""
+"""Seconds after which a repeated request counts again. Requests sent once a day are normal traffic."""
 
 
 class NearCopies:
@@ -41,7 +41,7 @@ class NearCopies:
             self._count(frozenset(words.tolist()), 1)
 
     def keep(self, words: Words, time_s: float) -> None:
-        """Add a request that an earlier check counted.
+        """Record a request that was counted by an earlier check.
 
         Args:
             time_s: start time of the request, in seconds.
@@ -49,7 +49,7 @@ class NearCopies:
         self._kept.append((frozenset(words.tolist()), time_s))
 
     def is_near_copy(self, words: Words, time_s: float) -> bool:
-        """Add the next request and return whether it nearly repeats a counted request. If not, count it."""
+        """Record the next request and return whether it nearly repeats a counted one. If it does not, count it."""
         distinct = self.see(words)
         if any(time_s - time < FORGOTTEN_S and self._overlap(distinct, other) for other, time in self._kept):
             return True
@@ -57,7 +57,7 @@ class NearCopies:
         return False
 
     def see(self, words: Words) -> frozenset[int]:
-        """Add a request without comparing it, and return its distinct words."""
+        """Record a request's words for word rarity only, and return the distinct words."""
         distinct = frozenset(words.tolist())
         self._newest.append(distinct)
         self._count(distinct, 1)

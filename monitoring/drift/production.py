@@ -1,4 +1,4 @@
-"""Drift checks for the versions in production: each served model's desired version and format."""
+"""Drift checks for the versions in production, that is, for the desired version and format of each served model."""
 
 import logging
 
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def production_targets(store: Store) -> list[Target]:
-    """Return the desired target of each model that the home's server serves or last served."""
+    """Return the desired target of every model that the home's server currently serves or served last."""
     deployments = [read_desired(store, name) for name in deployed_names(store)]
     return [desired.target for desired in deployments if desired is not None]
 
@@ -38,7 +38,7 @@ def read_drift(registry: Registry, store: Store, target: Target) -> tuple[list[S
 
 
 class ProductionChecks:
-    """Checks all production targets on each call, and keeps their references in memory between calls."""
+    """Runs the drift check of every production target on each call, and caches the references between calls."""
 
     def __init__(self, settings: Settings) -> None:
         self._lock = settings.home / LOCK_FILE
@@ -46,9 +46,9 @@ class ProductionChecks:
         self._check = DriftCheck(Registry.of(settings), self._store, settings.request_log)
 
     def __call__(self) -> None:
-        """Check each target once, unless another process is already checking.
+        """Check every production target once, unless another process is already running a check.
 
-        A failed check does not prevent the checks of other targets.
+        If the check of one target fails, the others are still checked.
         """
         try:
             with hold_lock(self._lock, "the drift check"):

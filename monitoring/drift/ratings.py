@@ -1,4 +1,4 @@
-"""Compare ratings of a version's answers with those of earlier versions: the report on the signal `people`.
+"""Compare ratings of a version's answers with those of earlier versions, and report on the `people` signal.
 
 Only a person's first rating of each day counts.
 """
@@ -27,12 +27,12 @@ _MAX_RATINGS = 1_000
 _SHOWN = 100
 _MIN_ACCEPTED = 50
 _SURE = 2.0
-"""Number of standard errors: shares up to the upper limit of the 95 % Wilson interval are normal. Unlike
-topics, ratings do not change with the hour."""
+"""Upper end of the normal range, in standard errors. Shares up to the upper limit of the 95 % Wilson interval are
+normal. Unlike topics, ratings do not vary with the time of day."""
 
 
 class RatingFeature(StrEnum):
-    """The features of ratings. Each one is a row of the drift table."""
+    """Features computed from ratings, each shown as a row of the drift table."""
 
     BAD = "bad_ratings"
     CORRECTED = "corrections"
@@ -40,7 +40,7 @@ class RatingFeature(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class RatingState:
-    """State from which the next check of ratings continues.
+    """State carried over from one check of ratings to the next.
 
     Attributes:
         cursor: time of the newest rating seen, in microseconds since 1970.
@@ -59,7 +59,7 @@ class RatingState:
 def check_ratings(
     store: Store, target: Target, state: RatingState, now: datetime, alarms: AlarmBook
 ) -> tuple[RatingState, SignalReport]:
-    """Check new ratings, start and end alarms, and return the new state and the report."""
+    """Compare new ratings with the reference, start and end alarms, and return the new state and the report."""
     ratings = one_a_day(read_ratings(store, target, newest=_MAX_RATINGS))
     # At most the current time: otherwise a clock that once ran ahead would make all later ratings too old.
     newest = min(_micros(now), max((_micros(rating.given_at) for rating in ratings), default=0))
@@ -82,7 +82,7 @@ def check_ratings(
 
 
 def rating_sample(pairs: Sequence[tuple[bool, bool]]) -> Sample:
-    """Return ratings as a drift sample.
+    """Return a drift sample built from ratings.
 
     Args:
         pairs: for each rating, whether it is bad and whether it includes a correction.
@@ -93,7 +93,10 @@ def rating_sample(pairs: Sequence[tuple[bool, bool]]) -> Sample:
 
 
 def rating_bets(reference: Sample) -> list[Bet]:
-    """Return one bet on more bad ratings and one on more corrections. Improvements raise no alarm."""
+    """Return two bets: that bad ratings have become more frequent, and that corrections have.
+
+    Improvements raise no alarm.
+    """
     return [
         Bet(name, upper_limit(int((values == YES).sum()), reference.size, _SURE), partial(np.equal, YES))
         for name, values in reference.categories.items()
@@ -101,7 +104,7 @@ def rating_bets(reference: Sample) -> list[Bet]:
 
 
 def one_a_day(ratings: Iterable[RatedAnswer]) -> list[RatedAnswer]:
-    """Return each person's first rating per day (UTC), plus all ratings of requests that name no person."""
+    """Return each person's first rating per UTC day, plus all ratings of requests without a known person."""
     first, counted = [], set[tuple[str, object]]()
     for rating in ratings:
         key = rating.person, rating.given_at.date()
@@ -171,7 +174,7 @@ class _Ratings:
 
 
 def accept_ratings(store: Store, target: Target, state: RatingState, since: datetime) -> RatingState:
-    """Return a state that compares later ratings with those given since the given time.
+    """Return a state that compares later ratings with those given since `since`.
 
     Raises:
         RefusedError: too few ratings have been given since then.

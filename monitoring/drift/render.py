@@ -46,7 +46,7 @@ def drift_screen(
     alarms: Sequence[DriftAlarm],
     examples: Mapping[str, Example],
 ) -> RenderableType:
-    """Return the report that `svc drift` prints.
+    """Render the report that `svc drift` prints.
 
     Args:
         alarms: the alarms, newest first.

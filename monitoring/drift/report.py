@@ -1,4 +1,4 @@
-"""The result of a drift check, which `svc drift` shows as a table or JSON and the exporter as metrics."""
+"""The result of a drift check. `svc drift` shows it as a table or JSON, and the exporter publishes it as metrics."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,24 +19,24 @@ class Status(StrEnum):
     """Status of a drift signal."""
 
     OFF = "off"
-    """The signal cannot be watched. The report gives the reason."""
+    """The signal cannot be watched, for a reason stated in the report."""
     WAITING = "waiting"
-    """Too few requests or ratings have arrived so far."""
+    """Too few requests or ratings have arrived so far for a comparison."""
     UNWATCHED = "unwatched"
-    """There is traffic, but none of it can be compared. The report gives the reason."""
+    """There is traffic, but none of it can be compared, for a reason stated in the report."""
     STEADY = "steady"
     ALARM = "alarm"
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One feature's values in the newest items, compared with the reference.
+    """One row of a drift report, which compares a feature's values in the newest items with the reference.
 
     Attributes:
         name: the feature's name, or `domain_classifier`.
-        score: size of the difference. For the classifier, it is the area under the ROC curve (0.5 means
-            none); otherwise the population stability index above its value expected by chance (0 means
-            none).
+        score: size of the difference. For the classifier, it is the area under the ROC curve (0.5 means no
+            difference). Otherwise it is the amount by which the population stability index exceeds its value
+            expected by chance (0 means no difference).
         evidence: evidence for a change, on a logarithmic scale: 0 means none, 1 means an alarm.
         expected: the reference's median, or the reference share of the category that changed most.
         live: the same value for the newest items.
@@ -71,7 +71,7 @@ class SignalReport:
         window: number of newest items that `lines` describe.
         alarms: the active alarms.
         uncompared: features that have no values in the newest items.
-        newest_at: time at which the newest request started or the newest rating was given.
+        newest_at: start time of the newest request, or time of the newest rating.
     """
 
     signal: Signal
@@ -86,7 +86,7 @@ class SignalReport:
 
 
 def feature_line(name: str, evidence: float, reference: Sample, live: Sample) -> Line | None:
-    """Return the line for a readable feature, or None if the live items have no values for it."""
+    """Return the report line for a feature, or None if the live items have no values for it."""
     if name in reference.numbers:
         expected, actual = reference.numbers[name], live.numbers[name]
         if np.isnan(actual).all():
@@ -112,7 +112,7 @@ def most_moved(name: str, reference: Sample, live: Sample) -> list[int]:
 
 
 def _distances(name: str, reference: Sample, live: Sample) -> list[float]:
-    """Return the negative distance of each live item's feature value from the reference: smaller is farther."""
+    """Return each live item's distance from the reference, negated so that sorting puts the farthest item first."""
     if name in live.numbers:
         values = live.numbers[name]
         return list(-np.nan_to_num(np.abs(values - np.nanmedian(reference.numbers[name])), nan=-1.0))

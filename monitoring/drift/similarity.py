@@ -1,7 +1,7 @@
 """Prompt similarity, and a kernel classifier that distinguishes live prompts from the reference.
 
-The classifier's score is the mean similarity to live prompts minus the mean similarity to the reference:
-the witness of the maximum mean discrepancy (Gretton et al. 2012).
+The classifier's score is the mean similarity to live prompts minus the mean similarity to the reference.
+It is the witness of the maximum mean discrepancy (Gretton et al. 2012).
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from svc.drift_reference.sample import Floats
 
 
 class Similarity:
-    """Computes the similarity of two prompts, from 0 to 1: the mean of Gaussian kernels, one per view.
+    """Computes the similarity of two prompts, from 0 to 1, as the mean of one Gaussian kernel per view.
 
     As usual, the kernel width is the median distance within the reference. For a view of answers, it is 0.55
     times that distance, because answers form groups.
@@ -31,7 +31,7 @@ class Similarity:
         ]
 
     def __call__(self, ones: Sequence[Floats], others: Sequence[Floats]) -> Floats:
-        """Return the matrix of similarities between two groups of prompts, with a row for each of the first group."""
+        """Return the similarity matrix, with a row for each prompt in `ones` and a column for each in `others`."""
         views = [
             np.exp(-_squared_distances(one, other) / scale)
             for one, other, scale in zip(ones, others, self._scales, strict=True)
@@ -41,9 +41,9 @@ class Similarity:
 
 
 def separation(similarities: Floats, live: int) -> float:
-    """Return the area under the classifier's ROC curve: 0.5 means no distinction, 1 a perfect one.
+    """Return the area under the classifier's ROC curve, where 0.5 means no separation and 1 a perfect one.
 
-    Each prompt is classified by means of all other prompts.
+    Each prompt is classified using all other prompts.
 
     Args:
         similarities: similarities between all prompts, the reference's first, then the live ones.
@@ -57,7 +57,7 @@ def separation(similarities: Floats, live: int) -> float:
 
 
 def typical(similarities: Floats, live: int, count: int) -> list[int]:
-    """Return the indexes of the most typical live prompts.
+    """Return the indexes of the live prompts that best show how traffic differs from the reference.
 
     These are the prompts most similar to other live prompts and least similar to the reference.
     """

@@ -1,4 +1,4 @@
-"""Size of the shift of a readable feature: the population stability index (PSI)."""
+"""Measure how far a feature has shifted, using the population stability index (PSI)."""
 
 from dataclasses import dataclass
 
@@ -13,8 +13,9 @@ _HALF = 0.5  # added to counts, so that an empty bin does not make the index inf
 
 @dataclass(frozen=True, slots=True)
 class Stability:
-    """The population stability index: the size of a shift, not its certainty. By convention, values above 0.2
-    count as a shift.
+    """The population stability index, which measures the size of a shift but not its certainty.
+
+    By convention, values above 0.2 count as a shift.
 
     Attributes:
         index: the population stability index itself.
@@ -27,7 +28,7 @@ class Stability:
 
     @property
     def beyond_chance(self) -> float:
-        """Return `index` minus `by_chance`, but at least 0.
+        """Return `index` minus `by_chance`, or 0 if that is negative.
 
         The result can be compared with the conventional limits for samples of any size.
         """
@@ -35,7 +36,10 @@ class Stability:
 
 
 def number_stability(reference: Floats, live: Floats) -> Stability:
-    """Return the stability index over bins bounded by the reference's deciles, ignoring missing values."""
+    """Return the stability index of a numeric feature, using the reference's deciles as bins.
+
+    Missing values are ignored.
+    """
     reference, live = reference[~np.isnan(reference)], live[~np.isnan(live)]
     if not len(reference) or not len(live):
         return Stability(0.0, 0.0)
@@ -48,7 +52,10 @@ def number_stability(reference: Floats, live: Floats) -> Stability:
 
 
 def category_stability(reference: Names, live: Names) -> Stability:
-    """Return the stability index over all categories found in either sample, ignoring missing values."""
+    """Return the stability index of a categorical feature, using all categories found in either sample.
+
+    Missing values are ignored.
+    """
     reference, live = reference[reference != NOT_THERE], live[live != NOT_THERE]
     if not len(reference) or not len(live):
         return Stability(0.0, 0.0)

@@ -1,4 +1,4 @@
-"""Run the stored features of a version's requests through the detector to report on input and output."""
+"""Run the stored features of a version's requests through the detector, and report on prompts and answers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,22 +19,22 @@ from svc.store.drift_items import StoredItem
 
 SIGNALS = (Signal.INPUT, Signal.OUTPUT)
 _SHOWN = 100
-"""Number of newest requests that a report's lines and an alarm's examples describe."""
+"""Number of most recent requests used for a report's lines and an alarm's examples."""
 _MIN_SHOWN = 10
 _TOGETHER = 500
-"""Number of new requests processed at once. Time and memory grow with the square of this number."""
+"""Number of new requests processed at a time. Run time and memory use grow with the square of this number."""
 _MIN_SEEN = 200
-"""Number of requests from which the share of compared requests is meaningful."""
+"""Minimum number of requests for the share of compared requests to be meaningful."""
 _FEW_KEPT, _NONE_KEPT = 0.2, 0.02
-"""Minimum shares of the newest 1,000 requests that are compared: below the first share, a note is shown;
-below the second, the signal is no longer watched."""
+"""Minimum shares of the newest 1,000 requests that must be comparable. Below the first, the report shows a note;
+below the second, the signal is reported as unwatched."""
 _MIN_ACCEPTED, _MAX_ACCEPTED = 50, 500
 """Minimum and maximum number of requests in an accepted baseline."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrafficState:
-    """State from which the next traffic check continues.
+    """State carried over from one traffic check to the next.
 
     Attributes:
         cursor: id of the newest item seen so far.
@@ -49,7 +49,7 @@ class TrafficState:
 def check_traffic(
     detector: Detector, state: TrafficState, items: Sequence[StoredItem], alarms: AlarmBook, now: datetime
 ) -> tuple[TrafficState, list[SignalReport]]:
-    """Check new items, start and end alarms, and return the new state and the reports.
+    """Process new requests, start and end alarms, and return the new state and the reports.
 
     Args:
         items: stored items in order: those in `state.kept`, the newest items already seen, and the new
@@ -70,7 +70,7 @@ def _take(
     new: Sequence[StoredItem],
     alarms: AlarmBook,
 ) -> tuple[TrafficState, "_Traffic", Mapping[str, float]]:
-    """Check some of the new items, and return the new state, the traffic and the evidence per feature."""
+    """Process a batch of new requests, and return the new state, the traffic and the evidence for each feature."""
     kept = frozenset(state.kept)
     before = [item for item in items if item.id in kept]
     seen = [Seen(item.item.words, item.client) for item in items if item.id <= state.cursor][-SEEN:]
@@ -90,7 +90,7 @@ def _take(
 
 
 def requests_of(items: Sequence[StoredItem], detector: Detector) -> Requests:
-    """Return stored items as requests for the detector."""
+    """Convert stored items to the requests that the detector takes as input."""
     features = [item.item for item in items]
     return Requests(
         prompt_sample(features, detector.prompts),
@@ -103,7 +103,7 @@ def requests_of(items: Sequence[StoredItem], detector: Detector) -> Requests:
 
 
 def accepted_baseline(detector: Detector, state: TrafficState, items: Sequence[StoredItem]) -> Baseline:
-    """Return the requests counted since the newest alarm began, as the baseline for later requests.
+    """Return a baseline for later requests, made of the requests counted since the newest alarm began.
 
     Raises:
         RefusedError: too few requests have been counted since then.
@@ -123,7 +123,7 @@ def accepted_baseline(detector: Detector, state: TrafficState, items: Sequence[S
 
 @dataclass(frozen=True)
 class _Traffic:
-    """The counted requests as of the end of a check.
+    """The most recent counted requests at the end of a check.
 
     Attributes:
         items, requests: the newest counted requests in order, as stored items and as detector input.
@@ -136,11 +136,11 @@ class _Traffic:
 
     @property
     def _first(self) -> int:
-        """Number of requests counted before the first of `items`."""
+        """Number of requests that were counted before the first one in `items`."""
         return self.watch.kept - len(self.items)
 
     def note(self, event: Event, alarms: AlarmBook) -> None:
-        """Start or end an alarm, as the event says."""
+        """Start or end an alarm, depending on the event."""
         signal = self.detector.signals[event.feature]
         stop = event.position - self._first
         if event.alarm is None:
@@ -158,7 +158,7 @@ class _Traffic:
         )
 
     def report(self, signal: Signal, strengths: Mapping[str, float], alarms: AlarmBook) -> SignalReport:
-        """Return the report on a signal."""
+        """Return the drift report for a signal."""
         size = min(_SHOWN, len(self.items))
         live = self._sample(signal, len(self.items) - size, len(self.items))
         features = [name for name, of in self.detector.signals.items() if of is signal and live.size >= _MIN_SHOWN]
@@ -200,7 +200,7 @@ class _Traffic:
 
 
 def _status(watch: Watch, shown: int, *, compared: bool) -> tuple[Status, str]:
-    """Return the status of a signal without an alarm, and the reason for the status.
+    """Return the status of a signal that has no alarm, and the reason for the status.
 
     Args:
         shown: number of newest requests that are still stored.

@@ -1,7 +1,7 @@
 """Run drift checks for the exporter in a separate process, because a check takes seconds of CPU time.
 
-The process stays alive between checks, because its imports take seconds too. It is restarted if it dies,
-and it exits when its parent does.
+The process stays alive between checks, because importing its modules also takes seconds. It is restarted if it
+dies, and it exits when its parent does.
 """
 
 import logging
@@ -19,24 +19,24 @@ from svc.settings import Settings
 log = logging.getLogger(__name__)
 
 _NICENESS = 10
-"""Niceness of the checking process, so that all other processes have priority."""
+"""Niceness of the drift check process, so that all other processes have priority."""
 _LOOK_EVERY_S = 1.0
 _PAUSE_S = 10.0
-"""Pause before a dead checking process is restarted, in seconds."""
+"""Pause before the drift check process is restarted after it dies, in seconds."""
 
 Prepare = Callable[[Settings], Callable[[], object]]
 
 
 @contextmanager
 def checking_drift(settings: Settings, prepare: Prepare = ProductionChecks) -> Iterator[None]:
-    """Run checks in a separate process while the `with` body runs, then stop the process, even mid-check.
+    """Run drift checks in a separate process while the `with` body runs. On exit, stop the process even mid-check.
 
     The process is restarted if it dies. An interrupted check stores nothing, and the next check processes
     the same requests again.
 
     Args:
-        prepare: function that is called once in the process and returns the check. The check runs with
-            pauses of `monitor.drift_every_s`.
+        prepare: function that is called once in the process and returns the check. The process then runs the
+            check repeatedly, pausing for `monitor.drift_every_s` in between.
     """
     stop = threading.Event()
     thread = threading.Thread(target=_supervise, args=(prepare, settings, stop), name="drift")
@@ -65,7 +65,7 @@ def _supervise(prepare: Prepare, settings: Settings, stop: threading.Event) -> N
 
 
 def _work(prepare: Prepare, settings: Settings) -> None:
-    """Run checks on one CPU core until the parent process exits."""
+    """Run drift checks on one CPU core until the parent process exits."""
     from threadpoolctl import threadpool_limits
 
     end_with_parent()

@@ -1,1 +1,1 @@
-"""`svc monitor`: exports metrics of the server, versions, training and drift on one page."""
+"""The `svc monitor` exporter, which serves metrics of the server, versions, training and drift on one page."""

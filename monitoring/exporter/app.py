@@ -1,4 +1,4 @@
-"""`svc monitor`: one page with metrics of the server, versions, training runs, drift, keys and backups.
+"""The metrics page of `svc monitor`, which covers the server, versions, training runs, drift, keys and backups.
 
 The monitor is a separate process, so that it outlives the server. A monitor on another machine exports
 only the server's own metrics.
@@ -79,7 +79,7 @@ def exporting(
 
 
 def _page(metrics: CollectorRegistry) -> "WSGIApplication":
-    """Return prometheus_client's metrics page, with vLLM's metric names unchanged in OpenMetrics too.
+    """Return prometheus_client's metrics page, keeping vLLM's metric names unchanged in OpenMetrics too.
 
     Its OpenMetrics encoder writes `vllm:` as `vllm_` unless the request accepts UTF-8 names, so this option
     is added to every request's `Accept` header.

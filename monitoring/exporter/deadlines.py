@@ -1,4 +1,4 @@
-"""Expiry times of the server's certificate and keys, and the time of the home's last backup.
+"""Metrics for the expiry times of the server's certificate and keys, and for the time of the home's last backup.
 
 All of them are timestamps rather than ages, so that they stay correct while the exporter's page is
 cached.
@@ -34,7 +34,7 @@ class DeadlineMetrics(Collector):
         self._certificate = certificate
 
     def collect(self) -> Iterable[Metric]:
-        """Return the metrics, omitting times that are unknown or cannot be read."""
+        """Return the metrics, omitting any time that is unknown or cannot be read."""
         certificate = GaugeMetricFamily(
             "svc_certificate_expiry_timestamp_seconds", "Time at which the server's certificate expires", labels=[]
         )
@@ -63,7 +63,7 @@ class DeadlineMetrics(Collector):
     def _newest_backup(self) -> float | None:
         """Return the time of the newest backup, or None if there is no backup yet.
 
-        If the backup's folder cannot be read, this is the time at which `svc backup` started.
+        If the backup folder cannot be read, return the time at which `svc backup` started instead.
         """
         event = next(iter(read_events(self._store, newest=1, action=Action.BACKUP)), None)
         if event is None:

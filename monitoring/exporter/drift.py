@@ -1,4 +1,4 @@
-"""Metrics of drift and held-out quality for the production versions, from their newest checks and runs."""
+"""Drift and held-out quality metrics for the production versions, taken from their latest checks and runs."""
 
 import logging
 from collections.abc import Iterable, Iterator
@@ -41,15 +41,15 @@ _GAUGES = {
 }
 """Each gauge's help text, and its labels besides `model` and `version`."""
 _Sample = tuple[str, list[str], float]
-"""One gauge sample: the gauge's name, its label values in the order of `_GAUGES`, and the value."""
+"""One sample of a gauge: the gauge's name, its label values in the order of `_GAUGES`, and the value."""
 
 
 class DriftMetrics(Collector):
     """Collector that reads the results of drift checks and held-out runs from the store.
 
     Args:
-        checking: whether drift checks run. If they do, a version that was never checked has 0 as the time of
-            its last check. If they do not, it has no such time.
+        checking: whether drift checks run. If they do, the last check time of a version that was never checked is
+            exported as 0. If they do not, it is omitted.
     """
 
     def __init__(self, registry: Registry, store: Store, *, checking: bool = True) -> None:
@@ -63,7 +63,7 @@ class DriftMetrics(Collector):
         self._quality_after = quality_after
 
     def collect(self) -> Iterable[Metric]:
-        """Return the metrics of all production versions whose results can be read."""
+        """Return the metrics of every production version whose results can be read."""
         families = {
             name: GaugeMetricFamily(name, text, labels=["model", "version", *labels])
             for name, (text, labels) in _GAUGES.items()

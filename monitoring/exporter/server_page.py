@@ -1,7 +1,7 @@
-"""The server's own metrics page, passed through with unchanged names, and whether the server responded.
+"""The server's own metrics page, passed through with unchanged names, and metrics on whether the server responded.
 
-A server that responds with something other than metrics may still serve clients, so it counts as up,
-with an unreadable page.
+A server that responds with something other than metrics may still serve clients. It therefore counts as up, but
+its page counts as unreadable.
 """
 
 import logging
@@ -20,7 +20,7 @@ from svc.remote.server_url import ServerAddress
 log = logging.getLogger(__name__)
 
 _TIMEOUT_S = 4.0
-"""Timeout well below Prometheus' ten seconds, so that a scrape can still report that the server is down."""
+"""Timeout in seconds, well below Prometheus' ten, so that a scrape can still report that the server is down."""
 _OPENMETRICS = {"accept": "application/openmetrics-text; version=1.0.0; escaping=allow-utf-8"}
 
 
@@ -35,7 +35,7 @@ class ServerPage(Collector):
         self._find = find
 
     def collect(self) -> Iterable[Metric]:
-        """Yield three metrics about this scrape, then the server's metrics if they can be read."""
+        """Yield three metrics about this scrape, followed by the server's metrics if they can be read."""
         started = time.monotonic()
         answer = self._ask()
         seconds = time.monotonic() - started
@@ -47,7 +47,7 @@ class ServerPage(Collector):
         yield from families or ()
 
     def _ask(self) -> httpx.Response | None:
-        """Return the server's response.
+        """Fetch the server's metrics page and return the response.
 
         The result is None if the response is late or missing, or has a 5xx status, such as a proxy's 502.
         """
@@ -64,7 +64,7 @@ class ServerPage(Collector):
 
 
 def _families(answer: httpx.Response) -> list[Metric] | None:
-    """Return the metrics on a page, or None if they cannot be read."""
+    """Parse the metrics in a response, or return None if they cannot be read."""
     try:
         answer.raise_for_status()
         families: list[Metric] = list(text_string_to_metric_families(answer.text))  # type: ignore[no-untyped-call]

@@ -1,8 +1,8 @@
-"""Training metrics: which models are being trained, and the figures of each model's newest run.
+"""Training metrics: which models are being trained, and the results so far of each model's newest run.
 
-Active runs are detected by their locks, because MLflow receives data only during training, not during
-merging, evaluation and quantization, and because a killed run stays open in MLflow. The figures come
-from MLflow. Runs of other homes that share the same MLflow are included, but they never count as active.
+Active runs are detected by their locks. MLflow cannot tell, because it receives data only during training, not
+during merging, evaluation and quantization, and because a killed run stays open there. The results come from
+MLflow. Runs of other homes that share the same MLflow are included, but they never count as active.
 """
 
 import logging
@@ -43,7 +43,7 @@ class TrainingMetrics(Collector):
     """Collector for the training metrics, with one sample per model.
 
     Args:
-        registry: the registry whose MLflow stores the figures of the runs.
+        registry: the registry whose MLflow stores the metrics of the runs.
         home: folder that contains the training runs.
     """
 
@@ -54,8 +54,8 @@ class TrainingMetrics(Collector):
     def collect(self) -> Iterable[Metric]:
         """Return the training metrics of all models.
 
-        Metrics are omitted if their source, the home or MLflow, cannot be read, because an error here would also
-        lose the server's metrics.
+        If the home or MLflow cannot be read, the metrics that come from it are omitted. Raising an error here would
+        also lose the server's metrics.
         """
         families = {name: GaugeMetricFamily(name, text, labels=["model"]) for name, text in _GAUGES.items()}
         try:
@@ -80,7 +80,10 @@ class TrainingMetrics(Collector):
         return families.values()
 
     def _figures(self, running: Sequence[TrainingRun]) -> dict[str, RunFigures]:
-        """Return the figures of each model's active or else newest run. Empty if MLflow does not respond."""
+        """Return the figures of each model's active run, or of its newest run if none is active.
+
+        The result is empty if MLflow does not respond.
+        """
         figures = {}
         try:
             for name in self._tracking.experiments():

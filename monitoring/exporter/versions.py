@@ -17,8 +17,8 @@ from svc.version import VersionId
 log = logging.getLogger(__name__)
 
 SHOWN_VERSIONS = 20
-"""Maximum number of versions shown per model, newest first. A registry can grow without limit, but the
-metrics page must not."""
+"""Maximum number of versions shown per model, newest first. It keeps the metrics page small however large the
+registry grows."""
 BASE = "base"
 _SHOWN_DIGITS = 12  # of a held-out set's fingerprint: enough to distinguish the sets of one registry
 
@@ -34,14 +34,14 @@ _GAUGES = (
 
 
 class VersionMetrics(Collector):
-    """Collector that reads each manifest only once, because a version never changes."""
+    """Collector for metrics of registered versions. It reads each manifest only once, because versions never change."""
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
         self._manifests: dict[VersionId, Manifest] = {}
 
     def collect(self) -> Iterable[Metric]:
-        """Return the metrics of each model's newest versions, up to `SHOWN_VERSIONS`."""
+        """Return the metrics of the newest `SHOWN_VERSIONS` versions of each model."""
         created, size, value, low, high = families = [
             GaugeMetricFamily(name, text, labels=labels) for name, text, labels in _GAUGES
         ]
@@ -71,7 +71,7 @@ class VersionMetrics(Collector):
     def _manifest(self, version: VersionId) -> Manifest | None:
         """Return a version's manifest, or None if it cannot be read or was removed.
 
-        The other versions are still shown in that case.
+        In that case, the other versions are still shown.
         """
         try:
             return self._manifests.get(version) or self._registry.manifest(version)
@@ -81,7 +81,7 @@ class VersionMetrics(Collector):
 
 
 def heldout_set(fingerprint: str, examples: int) -> str:
-    """Return a short name for the evaluated examples. Only results with the same name are comparable.
+    """Return a short name that identifies the evaluated examples. Only results with the same name are comparable.
 
     Args:
         fingerprint: hash of the complete held-out set, `sha256:<hex>`.
@@ -91,7 +91,7 @@ def heldout_set(fingerprint: str, examples: int) -> str:
 
 
 def _estimates(report: EvaluationReport) -> dict[str, Interval]:
-    """Return an evaluation's results, keyed by metric, without metrics that were not measured."""
+    """Return an evaluation's results, keyed by metric, skipping metrics that were not measured."""
     figures = {"exact_match": report.exact_match, "valid_json": report.valid_json, "nll": report.nll}
     figures |= {name: figure.estimate for name, figure in report.figures.items()}
     return {name: estimate for name, estimate in figures.items() if estimate is not None}

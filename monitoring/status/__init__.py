@@ -1,1 +1,1 @@
-"""`svc status`: the state and figures of a running server, as Python values and as a screen."""
+"""The `svc status` command: reads the state and figures of a running server, and displays them on a screen."""

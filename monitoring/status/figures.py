@@ -1,4 +1,4 @@
-"""Figures of a running server, read from its metrics page. They are the numbers that Prometheus scrapes.
+"""Figures of a running server, read from the same metrics page that Prometheus scrapes.
 
 This module depends only on the metric names (docs/metrics.md).
 """
@@ -22,11 +22,11 @@ Client errors (400, 404, 413, a closed connection) say nothing about a server or
 
 @dataclass(slots=True)
 class VersionFigures:
-    """Figures of one version since the server started. They restart at 0 after a day without requests.
+    """Figures of one version since the server started. They are reset to 0 after a day without requests.
 
     Attributes:
         requests: finished requests, regardless of their status.
-        errors: requests that failed through a fault of the server, including broken streams.
+        errors: requests that failed because of a server fault, including broken streams.
         duration_s: seconds until an answer was complete, one value per entry of `QUANTILES`, over the last 5
             minutes.
         first_token_s: seconds until the first token of a streamed answer, in the same form.
@@ -43,7 +43,7 @@ class VersionFigures:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Figures of all versions on a metrics page.
+    """Figures of all versions, read from a metrics page.
 
     Attributes:
         versions: figures of each version, keyed by its name, such as `tickets@2`.
@@ -56,7 +56,7 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """One reading of a server's status, figures and drift.
+    """A snapshot of a server's status, figures and drift.
 
     Attributes:
         state: the response of /svc/status.
@@ -72,14 +72,14 @@ class Look:
 
 
 class Rate(NamedTuple):
-    """A version's requests and answer tokens per second."""
+    """Number of requests, and of generated tokens, that a version handles per second."""
 
     requests: float
     tokens_out: float
 
 
 def read_figures(exposition: str, models: Collection[str] = ()) -> Figures:
-    """Return the figures on a page in Prometheus' text format.
+    """Parse a metrics page in Prometheus' text format and return its figures.
 
     Args:
         models: names of the models to read; if empty, all are read, including requests for unknown models.
@@ -115,9 +115,9 @@ def _add(figures: VersionFigures, metric: str, labels: Mapping[str, str], value:
 
 
 def rates_between(before: Figures, now: Figures, seconds: float) -> dict[str, Rate]:
-    """Return each version's rates between two readings.
+    """Return each version's request and token rates between two readings.
 
-    A version whose counters fell is left out, because the server restarted in between.
+    A version whose counters decreased is skipped, because the server restarted in between.
 
     Args:
         seconds: time between the readings.

@@ -1,4 +1,4 @@
-"""Render the screen that `svc status` shows."""
+"""Renders the screen that `svc status` shows."""
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -18,7 +18,7 @@ _VERDICT_COLOURS = {"passed": "green", "failed": "red"}
 
 
 def status_screen(look: Look, rates: Mapping[str, Rate] | None = None, *, verbose: bool = False) -> RenderableType:
-    """Return the screen that `svc status` shows.
+    """Render the screen that `svc status` shows.
 
     Args:
         rates: each version's requests and tokens per second, or None if there was only one reading.

@@ -1,1 +1,1 @@
-"""The server's own requests to its engines, which have a lower priority than those of clients."""
+"""The server's own requests to its engines, which have lower priority than client requests."""

@@ -1,7 +1,7 @@
-"""Repeatedly run the served version's held-out set on its engine.
+"""Reruns the served version's held-out set on its engine at regular intervals.
 
 After every weight load, and then every few hours, the examples that were answered at registration are
-sent again in the same way, or a sample of them if there are many. A run's results are stored as a
+sent again in the same way. If there are many examples, only a sample is sent. A run's results are stored as a
 database row. They are not evaluated here.
 """
 
@@ -46,12 +46,12 @@ _PAUSE_S = 60.0
 """Pause after an unexpected error or a failed write to the store, in seconds."""
 _NEVER = "`holdout.every_hours` is 0"
 MAX_EXAMPLES = 200
-"""Maximum number of examples per run. Each may wait for `scheduler.PATIENCE_S`, 30 s, so 200 examples take
+"""Maximum number of examples per run. Each example may wait for `scheduler.PATIENCE_S`, 30 s, so 200 examples take
 less than two hours."""
 
 
 class HoldoutState(StrEnum):
-    """State of the held-out runs."""
+    """Whether held-out runs are off, waiting or in progress."""
 
     OFF = "off"
     WAITING = "waiting"
@@ -60,7 +60,7 @@ class HoldoutState(StrEnum):
 
 @dataclass(eq=False)
 class HoldoutRuns:
-    """Runs the held-out set repeatedly while the server runs.
+    """Reruns the held-out set periodically while the server runs.
 
     Attributes:
         facts: function that returns the kind of engine that serves a version in a given format.
@@ -87,7 +87,7 @@ class HoldoutRuns:
         return self._progress is not None or self._due() is not None
 
     async def run(self) -> None:
-        """Run the held-out set repeatedly until cancelled."""
+        """Perform held-out runs whenever they are due, until cancelled."""
         if not self.every_hours:
             log.warning("not scheduling further held-out runs: %s", _NEVER)
         while True:
@@ -103,7 +103,7 @@ class HoldoutRuns:
             await asyncio.sleep(_POLL_S)
 
     def status(self, target: Target) -> dict[str, Any]:
-        """Return the /svc/status section on the served version's held-out set. This reads the store."""
+        """Return the section of /svc/status about the served version's held-out runs. This reads the store."""
         last = newest_holdout_run(self.store, target, completed=False)
         asked, total = self._progress or (0, 0)
         off = self._nothing_to_ask or self.scheduler.off if self.every_hours else _NEVER
@@ -123,7 +123,7 @@ class HoldoutRuns:
         }
 
     def _due(self) -> HoldoutCause | None:
-        """Return the reason why the held-out set must be run now, or None if no run is due."""
+        """Return the reason why a held-out run is due now, or None if none is due."""
         weights = self.pool.weights
         if not self.every_hours or self.scheduler.unfit or self.pool.state is not EngineState.READY:
             return None
@@ -135,7 +135,7 @@ class HoldoutRuns:
         """Perform one held-out run and store its outcome.
 
         Raises:
-            SupersededError: the run was cancelled and must be started again.
+            SupersededError: the run was cancelled and must be restarted.
         """
         primary = self.pool.primary
         if primary is None or primary.target is None:
@@ -165,7 +165,7 @@ class HoldoutRuns:
         await self._keep(await asyncio.to_thread(self._scored, run, results))
 
     def _scored(self, run: HoldoutRun, results: dict[int, ExampleResult]) -> HoldoutRun:
-        """Return the run with each answer scored by the primary metric, or by exact match if that metric fails."""
+        """Return the run with its answers scored by the primary metric, or by exact match if that metric fails."""
         if not results:
             return run
         try:
@@ -182,7 +182,7 @@ class HoldoutRuns:
     async def _keep(self, run: HoldoutRun) -> None:
         """Store a run, retrying until it succeeds.
 
-        An hour's work must not be lost because the store is busy.
+        An hour's work must not be lost just because the store is busy.
         """
         while True:
             try:
@@ -194,7 +194,7 @@ class HoldoutRuns:
     async def _attempt(
         self, weights: LoadedWeights, target: Target, cause: HoldoutCause
     ) -> tuple[dict[int, ExampleResult], str | None]:
-        """Send all examples. Return the results, keyed by example index, or the reason why there are none."""
+        """Send all examples. Return the results keyed by example index, or the reason why there are no results."""
         self._nothing_to_ask = None
         try:
             questions = await asyncio.to_thread(self._find_set, target)
@@ -213,7 +213,7 @@ class HoldoutRuns:
             return {}, error.wrong if isinstance(error, SvcError) else repr(error)
 
     def _find_set(self, target: Target) -> Mapping[int, _Ask]:
-        """Return one function per selected example that sends it to an engine, keyed by the index in the file.
+        """Return a function for each selected example that sends it to an engine, keyed by its index in the file.
 
         New answers have the same token limit as the registered answers.
         """
@@ -243,6 +243,6 @@ class HoldoutRuns:
 
 
 def _evenly(total: int, most: int) -> list[int]:
-    """Return all indexes, or only `most` of them, spread evenly over the whole range."""
+    """Return `most` indexes, spread evenly over the whole range, or all indexes if there are no more than that."""
     count = min(total, most)
     return [(2 * at + 1) * total // (2 * count) for at in range(count)]

@@ -1,8 +1,8 @@
-"""Send the server's own (background) requests to its engine, one at a time and after clients' requests.
+"""Sends the server's own (background) requests to its engine, one at a time and after client requests.
 
-Background requests use the engine's socket directly instead of the gateway, so request rows and metrics
-do not include them, while vLLM's own metrics and log do. This module knows neither the contents of the
-requests nor how the answers are used.
+Background requests are sent to the engine's socket directly, bypassing the gateway. Request rows and gateway
+metrics therefore do not include them, while vLLM's own metrics and log do. This module knows neither the contents
+of the requests nor how the answers are used.
 """
 
 import asyncio
@@ -27,19 +27,19 @@ Result = TypeVar("Result")
 
 ID_PREFIX = "holdout-"
 PATIENCE_S = 30.0
-"""A background request's longest wait for an idle engine, in seconds. After that, it runs concurrently with
-other requests. 200 held-out examples then take less than two hours of the six between two runs."""
+"""Maximum time that a background request waits for an idle engine, in seconds. After that, it runs concurrently
+with other requests. 200 held-out examples then take less than two hours of the six between two runs."""
 _POLL_S = 1.0
 _MAX_DEATHS = 3
 _DEATHS_WITHIN_S = 24 * 3600.0
-"""Number of engine deaths in a day, during background requests and for any reason, after which these
-requests stop. This protects clients, because a request that kills the engine would be sent to each new
-engine within minutes."""
+"""Number of engine deaths during background requests in one day, for any reason, after which background requests
+stop. This protects clients, because a request that kills the engine would be sent to each new engine within
+minutes."""
 _WITH_ENGINE = {EngineState.READY, EngineState.DRAINING, EngineState.SWAPPING}
 
 
 class SupersededError(Exception):
-    """Raised when the engine was reloaded since the request was sent, or background requests are off."""
+    """Raised when the engine has been reloaded since the request was sent, or background requests are off."""
 
 
 class BackgroundScheduler:
@@ -56,21 +56,21 @@ class BackgroundScheduler:
 
     @property
     def unfit(self) -> str | None:
-        """Why the current engine cannot answer background requests. None if it can, or if no engine is running."""
+        """Why the current engine cannot answer background requests, or None if it can or no engine is running."""
         primary = self._pool.primary
         able = primary.capabilities if primary else None
         return able.unprobed if able else None
 
     @property
     def off(self) -> str | None:
-        """Why background requests are off, or None if they are on."""
+        """Why background requests are turned off, or None if they are on."""
         return self._given_up or self.unfit
 
     async def ask(self, weights: LoadedWeights, send: Callable[[EngineClient], Awaitable[Result]]) -> Result:
-        """Wait for the request's turn and send it. If it is interrupted, send it again to the same weights.
+        """Send a request when its turn comes. If it is interrupted, send it again to the same weights.
 
         Args:
-            weights: the weights that the engine must hold.
+            weights: the weights that the engine must have loaded.
             send: function that sends the request and reads the response.
 
         Raises:
@@ -103,11 +103,9 @@ class BackgroundScheduler:
         return self._pool.state in _WITH_ENGINE and await client.healthy()
 
     async def _died(self, weights: LoadedWeights, client: EngineClient) -> bool:
-        """Wait until the engine passes a health check or no longer runs these weights.
+        """Return whether the engine died, after waiting until it is healthy or no longer runs these weights.
 
-        The result says whether the engine died.
-
-        A failed request does not prove that the engine died: it may only be slow, and its replica waits longer.
+        A failed request does not prove that the engine died. The engine may just be slow, and its replica waits longer.
         """
         while self._pool.weights == weights and self._pool.state in _WITH_ENGINE:
             if await client.healthy():

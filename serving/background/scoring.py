@@ -1,7 +1,7 @@
-"""Score live answers by their log-probability under the version, for comparison with held-out answers.
+"""Scores live answers by their log-probability under the version, for comparison with held-out answers.
 
-Only greedy answers with unredacted stored content are scored: the text is scored as part of a prompt,
-and the score of a sampled or redacted text would not be comparable. Long answers are cut to the maximum
+Only greedy answers whose content is stored unredacted are scored. The text is scored as part of a prompt, and the
+score of a sampled or redacted text would not be comparable. Long answers are truncated to the maximum
 length of a held-out answer. Answers are scored one at a time, spread evenly over the hour, after the
 held-out set has run. Only the messages of a request are stored, so answers with tools or a reasoning
 parser are scored without them.
@@ -36,12 +36,12 @@ log = logging.getLogger(__name__)
 
 _POLL_S = 5.0
 _PAUSE_S = 60.0
-"""Pause in seconds after an unexpected error, or if there was nothing to score, because the search reads
-all requests of the hour."""
+"""Pause after an unexpected error, or when there was nothing to score, in seconds. The search for answers reads all
+requests of the last hour."""
 _OLDEST = timedelta(hours=1)
 _MAX_SKIPPED = 500
-"""Number of rows remembered as having been tried without a score. Older rows may be tried again, which
-costs one request each."""
+"""Number of rows remembered for which no score could be computed. Rows that are no longer remembered may be tried
+again, which costs one request each."""
 
 
 @dataclass(eq=False)
@@ -80,7 +80,7 @@ class LiveScores:
             await asyncio.sleep(max(pause_s, self._next_at - time.monotonic()))
 
     async def _score_newest(self) -> bool:
-        """Try to score the newest unscored answer, or return False if there is none.
+        """Try to score the newest unscored answer. Return False if there is none.
 
         Raises:
             SupersededError: the engine was reloaded in the meantime.
@@ -107,7 +107,7 @@ class LiveScores:
         return True
 
     def _find_cut(self, target: Target) -> int | None:
-        """Return the largest length limit of the held-out answers in tokens, or None if the version has none."""
+        """Return the largest token limit of any held-out answer, or None if the version has no held-out answers."""
         try:
             return largest_limit(self.registry.results(target.version, target.format))
         except (NotFoundError, IntegrityError) as error:

@@ -1,7 +1,7 @@
 """Delivers webhook messages to one receiver, signed as Standard Webhooks specifies.
 
-The messages are in the store, so that a restart loses none. A message may arrive twice, with the same `webhook-id`: the
-server may stop after the receiver has accepted it and before this is stored.
+The messages are kept in the store, so none is lost in a restart. A message may be delivered twice, with the same
+`webhook-id`, if the server stops after the receiver has accepted it but before the delivery is recorded.
 """
 
 import asyncio
@@ -37,9 +37,9 @@ from svc.store.webhooks import (
 log = logging.getLogger(__name__)
 
 MAX_AGE = timedelta(days=1)
-"""Age at which a message is no longer retried."""
+"""Age after which a message is no longer retried."""
 MAX_PENDING = 1000
-"""Number of messages per receiver above which the oldest are dropped."""
+"""Maximum number of pending messages per receiver. Beyond it, the oldest are dropped."""
 MAX_DELAY_S = 7200.0
 _FIRST_DELAY_S = 5.0
 _GROWTH = 4
@@ -53,7 +53,7 @@ _PREFIX = "whsec_"
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Webhook:
-    """Sends a receiver's messages, and retries with growing delays for a day.
+    """Sends one receiver's messages. Failed deliveries are retried for a day with increasing delays.
 
     Attributes:
         keys: keys that sign each message; during a rotation, the new and the old one.
@@ -67,7 +67,7 @@ class Webhook:
 
     @classmethod
     def of(cls, settings: WebhookSettings, store: Store, count: Callable[[WebhookOutcome, int], None]) -> Self:
-        """Return the sender for a receiver.
+        """Create the sender for a receiver from its settings.
 
         Raises:
             SettingsError: the file with the secrets is unusable.
@@ -75,7 +75,7 @@ class Webhook:
         return cls(url=settings.url, keys=read_webhook_keys(settings.secret_file), store=store, count=count)
 
     async def run(self) -> None:
-        """Send messages until cancelled."""
+        """Deliver messages until cancelled."""
         # A proxy of the environment may be the only way out; a server on this machine is not behind it.
         async with httpx.AsyncClient(
             timeout=_TIMEOUT_S, follow_redirects=False, trust_env=self.url.startswith("https:")
@@ -147,12 +147,12 @@ class Webhook:
 
     @property
     def _receiver(self) -> str:
-        """Return the receiver's address for logs, without the path, which may contain a secret."""
+        """Return the receiver's address for use in logs. The path is left out, because it may contain a secret."""
         return urlsplit(self.url).netloc
 
 
 def signatures(keys: tuple[bytes, ...], message: str, seconds: int, body: str) -> str:
-    """Return the value of `webhook-signature`: one signature per key, separated by spaces.
+    """Return the value of the `webhook-signature` header: one signature per key, separated by spaces.
 
     Source: Standard Webhooks 1.0.0, "Signature scheme": HMAC-SHA256 of `{id}.{timestamp}.{body}`, in base64.
     """
@@ -162,7 +162,9 @@ def signatures(keys: tuple[bytes, ...], message: str, seconds: int, body: str) -
 
 
 def delay_s(attempts: int) -> float:
-    """Return the time until the next attempt, in seconds: 5, 20, 80, ... up to two hours, varied by a fifth.
+    """Return the time until the next attempt, in seconds.
+
+    The times are 5, 20, 80, ... up to two hours, each varied randomly by up to a fifth.
 
     Args:
         attempts: number of earlier failed attempts.
@@ -172,7 +174,7 @@ def delay_s(attempts: int) -> float:
 
 
 def read_webhook_keys(path: Path) -> tuple[bytes, ...]:
-    """Return the keys in a file with one secret, or with several during a rotation, separated by white space.
+    """Return the keys in a file. It holds one secret or, during a rotation, several separated by whitespace.
 
     Raises:
         SettingsError: the file cannot be read, is readable by other users, or contains an invalid secret.

@@ -1,4 +1,4 @@
-"""Accept client connections up to a maximum number of open ones.
+"""Accepts client connections, up to a maximum number of open connections.
 
 asyncio's own server accepts an unlimited number of connections, and a connection that never completes its TLS
 handshake never reaches a protocol that could count it.
@@ -24,7 +24,7 @@ _PAUSE_S = 1.0
 
 @dataclass(eq=False)
 class Acceptor:
-    """Passes a listener's connections to protocols, and closes connections that exceed the limits.
+    """Accepts a listener's connections and passes them to protocols. Connections that exceed the limits are closed.
 
     Attributes:
         make_protocol: function that returns a new protocol.
@@ -52,7 +52,7 @@ class Acceptor:
         self._resume()
 
     async def stop(self, patience_s: float) -> None:
-        """Stop accepting connections, after passing those already accepted to their protocols.
+        """Stop accepting connections. Those already accepted are still passed to their protocols.
 
         Args:
             patience_s: longest wait for handshakes in progress, in seconds.
@@ -89,7 +89,7 @@ class Acceptor:
         task.add_done_callback(self._handshakes.discard)
 
     def _enter(self, address: str | None) -> bool:
-        """Count a connection until `_leave` is called. If a limit is exceeded, return False without counting it."""
+        """Count a connection as open until `_leave` is called, or return False if a limit has been reached."""
         if self._open >= self.most:
             return False
         if address is not None and not self.address_limit.enter(address):

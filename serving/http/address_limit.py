@@ -1,4 +1,4 @@
-"""Limit the connections from one address, so that no client can lock out all others."""
+"""Limits the number of connections from one address, so that no client can lock out all others."""
 
 import ipaddress
 from collections import Counter
@@ -8,7 +8,7 @@ from serving.http.peer import ip_of, peer_of
 
 
 class AddressLimit:
-    """Counts connections by peer, which is an IPv4 address or an IPv6 /64 network.
+    """Limits the number of connections per peer. A peer is an IPv4 address or an IPv6 /64 network.
 
     Args:
         most: maximum number of connections from one peer.
@@ -22,7 +22,7 @@ class AddressLimit:
         self._held: Counter[str] = Counter()
 
     def enter(self, address: str) -> bool:
-        """Count a connection until `leave` is called. If its peer has too many, return False without counting it."""
+        """Count a connection as open until `leave` is called, or return False if its peer already has too many."""
         peer = peer_of(address)
         if self._held[peer] >= self.most and not self._is_unlimited(address):
             return False

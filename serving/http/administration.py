@@ -1,4 +1,4 @@
-"""Endpoints for admins on other machines.
+"""HTTP endpoints for administering the server from other machines.
 
 These endpoints use the same desired state, journal, keys and audit log as `svc`. Every path requires a
 key with the scope `admin`, even while no key exists (serving.http.authentication), because the first key
@@ -57,13 +57,13 @@ class PromoteRequest(_Request):
 
 
 class RollbackRequest(_Request):
-    """Request body for returning to the previous version."""
+    """Request body for rolling a model back to its previous version."""
 
     model: str = Field(max_length=100)
 
 
 class KeyLimits(BaseModel):
-    """Request fields that match those of `svc.identity.principal.Limits`."""
+    """Limits of a key in a request body. The fields match those of `svc.identity.principal.Limits`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -75,7 +75,7 @@ class KeyLimits(BaseModel):
 
 
 class CreateKeyRequest(_Request):
-    """Request body for creating a key."""
+    """Request body for creating an API key."""
 
     name: str | None = Field(None, max_length=63)
     scopes: frozenset[Scope] = Field(frozenset({Scope.INFER, Scope.FEEDBACK}), min_length=1)
@@ -86,20 +86,20 @@ class CreateKeyRequest(_Request):
 
 
 class RotateKeyRequest(_Request):
-    """Request body for replacing a key's secret."""
+    """Request body for replacing the secret of an API key."""
 
     key: str = Field(max_length=63)
     grace_s: float = Field(0.0, ge=0, le=10 * 365 * 86_400, allow_inf_nan=False)
 
 
 class RevokeKeyRequest(_Request):
-    """Request body for revoking a key."""
+    """Request body for revoking an API key."""
 
     key: str = Field(max_length=63)
 
 
 class Administration:
-    """The administration endpoints."""
+    """The HTTP endpoints for administration."""
 
     def __init__(self, store: Store, changes: VersionChanges) -> None:
         self._store = store
@@ -197,7 +197,7 @@ class Administration:
 
 
 def _with_full_errors(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-    """Return an endpoint that shows errors in full, because admins may see the machine's paths and details."""
+    """Wrap an endpoint so that its errors are shown in full, because admins may see the machine's paths and details."""
 
     async def answer(request: Request) -> Response:
         try:
@@ -215,7 +215,7 @@ async def _read(request: Request, kind: type[Body], expected: str) -> Body:
 
 
 def _actor(request: Request) -> Actor:
-    """Return the key's owner or, for a request through the home's socket, the socket's owner."""
+    """Return who made a request: the key's owner or, for a request through the home's socket, the socket's owner."""
     principal = request_state(request.scope).principal
     if principal is None:
         return Actor.local()

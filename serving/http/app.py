@@ -1,7 +1,7 @@
 """The HTTP application and its complete list of routes.
 
-There are no documentation pages, no CORS and no redirects. Small routes use FastAPI. Completions and
-token counts are pure ASGI applications (see serving.http.inference): they are looked up by path and
+There are no documentation pages, no CORS and no redirects. Simple routes use FastAPI. Completions and
+token counts are pure ASGI applications (see serving.http.inference). They are looked up by path and
 bypass the framework, whose overhead is several times their own cost. Both kinds of routes pass through
 the same middleware.
 """
@@ -76,7 +76,7 @@ def build_app(
 
 @dataclass(frozen=True, slots=True)
 class Application:
-    """Dispatches each request by path, to an endpoint that bypasses the framework or to the framework."""
+    """Dispatches each request by path, either directly to an endpoint or, by default, to the framework."""
 
     framework: FastAPI
     direct: Mapping[str, ASGIApp]
@@ -129,10 +129,10 @@ def _add_operations(
 
 
 def _without_inside(status: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the part of the status that keys with the scope `metrics` may see.
+    """Return the part of the server's status that keys with the scope `metrics` may see.
 
-    The process, the engines' plans and the error texts are excluded, because they contain the machine's
-    paths.
+    The process, the engines' plans and the error texts are excluded, because they contain paths on the
+    machine.
 
     Args:
         status: the complete status from `serving.deployments.Deployments.status`.

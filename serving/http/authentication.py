@@ -1,7 +1,7 @@
-"""Authenticate and authorise a request before anything else in it is read, in particular its body.
+"""Authenticates and authorises each request before reading anything else in it, in particular its body.
 
 Keys are required as soon as one exists, and always for administration. Requests through the home's socket need no
-key: only the home's owner can open the socket.
+key, because only the home's owner can open the socket.
 """
 
 import logging
@@ -17,7 +17,7 @@ from svc.identity.principal import Scope
 log = logging.getLogger(__name__)
 
 _OPEN: Final = frozenset({"/health", "/health/live"})
-"""Paths for load balancers and orchestrators, which have no keys. The responses show only whether the
+"""Paths for load balancers and orchestrators, which have no keys. Their responses reveal only whether the
 service is up."""
 _SCOPES: Final = {
     **dict.fromkeys((route.value for route in (*Route, *TokenRoute)), Scope.INFER),
@@ -32,7 +32,7 @@ _BEARER = b"bearer "
 
 
 class Authentication:
-    """Decides whether requests are admitted.
+    """Decides whether requests are admitted, based on their keys.
 
     Args:
         authenticator: the authenticator, which must have loaded the keys from the store.
@@ -50,7 +50,7 @@ class Authentication:
         self._failed = FailedKeys()
 
     def check(self, state: RequestState, path: str) -> None:
-        """Admit a request, or let it pass if its path is open to all. Raises the same errors as `admit`."""
+        """Admit a request, or let it pass if its path is public. Raises the same errors as `admit`."""
         if self.needs_key(state, path):
             if path in _OPEN:
                 return
@@ -58,7 +58,7 @@ class Authentication:
         state.admitted = True
 
     def needs_key(self, state: RequestState, path: str) -> bool:
-        """Return whether a request must have a key."""
+        """Return whether a request needs a key."""
         if state.connection.through_socket:
             return False
         if self._keys_needed or not self._authenticator.empty:
@@ -67,7 +67,7 @@ class Authentication:
         return _needed_scope(path) is Scope.ADMIN
 
     def admit(self, state: RequestState, path: str) -> Grant:
-        """Return the grant of a request's key. A missing or invalid key is counted and reported.
+        """Return the grant of a request's key. Missing and invalid keys are counted and reported.
 
         Raises:
             InvalidKeyError: the key is missing or invalid.
@@ -94,7 +94,7 @@ class Authentication:
 
 
 def _needed_scope(path: str) -> Scope | None:
-    """Return the scope that a path requires, or None if any key will do, as for paths that do not exist."""
+    """Return the scope that a path requires, or None if any key is sufficient, as for paths that do not exist."""
     scope = _SCOPES.get(path)
     if scope is not None:
         return scope
@@ -104,7 +104,7 @@ def _needed_scope(path: str) -> Scope | None:
 
 
 def _secret(headers: Mapping[bytes, bytes]) -> str | None:
-    """Return the secret from the header that OpenAI's clients send, or else from the one Anthropic's send."""
+    """Return the key's secret from the header used by OpenAI clients or, failing that, by Anthropic clients."""
     bearer = headers.get(b"authorization", b"")
     if bearer[: len(_BEARER)].lower() == _BEARER:
         return bearer[len(_BEARER) :].strip().decode("latin-1")

@@ -1,4 +1,4 @@
-"""Read a request body, with limits on its media type, size and arrival time."""
+"""Reads request bodies, with limits on their media type, size and arrival time."""
 
 import asyncio
 from collections.abc import Callable, Mapping
@@ -36,7 +36,7 @@ async def read_body(
     timeout_s: float = BODY_TIMEOUT_S,
     slot: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> bytes:
-    """Return a request's body, checking its size before and while reading it.
+    """Read a request's body, checking its size beforehand and while reading.
 
     Args:
         slot: function that returns a context manager, which is entered to read the rest of a body that
@@ -88,7 +88,7 @@ async def discard_body(receive: Receive, *, most: int) -> None:
 
 
 async def _receive_part(receive: Receive) -> tuple[bytes, bool]:
-    """Return the next part of a request body and whether more parts follow."""
+    """Return the next chunk of a request body, and whether more chunks follow."""
     message = await receive()
     if message["type"] == "http.disconnect":
         raise ClientGoneError

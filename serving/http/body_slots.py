@@ -1,6 +1,6 @@
-"""Limit the number of request bodies received concurrently.
+"""Limits the number of request bodies that are being received at the same time.
 
-The limit is needed because a body takes memory before its model is known. A body that arrives together
+The limit is needed because a body takes up memory before the server knows its model. A body that arrives together
 with its headers needs no slot.
 """
 
@@ -12,7 +12,7 @@ from serving.admission.errors import OverloadedError
 
 
 class BodySlots:
-    """Slots for requests whose bodies are being received.
+    """A limited number of slots for requests whose bodies are being received.
 
     Args:
         most: number of slots. One peer may take half of them, so that a client that sends slowly leaves

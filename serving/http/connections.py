@@ -1,4 +1,4 @@
-"""Client connections, limited by file descriptors and closed if a client sends no request or reads nothing.
+"""Client connections, limited by file descriptors and closed if a client sends no request or stops reading.
 
 uvicorn waits indefinitely for a first request and for headers of any size, and closes a connection only
 after its client has read everything. If clients used up all file descriptors, the server could not reach
@@ -20,25 +20,23 @@ from serving.http.request_parser import RequestParser
 from svc.one_shot_event import OneShotEvent
 
 REQUEST_DEADLINE_S = 15.0
-"""Maximum time in seconds from a connection's start, or its last response, to the end of the next request's
-headers."""
+"""Maximum time in seconds from the start of a connection, or its last response, until the headers of the next
+request are complete."""
 FULL_DEADLINES = 4
-"""A client that reads no part of its response for this many deadlines is disconnected. Completions have
+"""Number of deadlines after which a client that reads none of its response is disconnected. Completions have
 their own, shorter timeout, which is counted as `client_slow` (serving.http.delivery)."""
 LAST_REQUEST_S = 1.0
-"""When the server stops, requests that arrive on open connections within this many seconds are still
-answered."""
+"""When the server stops, it still answers requests that arrive on open connections within this many seconds."""
 _STATE_KEY = "connection"
 _OWN_DESCRIPTORS = 512
 """Number of file descriptors reserved for the store, logs, the registry and the server's own requests to
 its engines."""
 _MAX_CONNECTIONS = 8192
-"""Maximum number of connections, even if the machine allows more, because each one takes about ten
-kilobytes."""
+"""Maximum number of connections, even if the machine allows more. Each connection takes about ten kilobytes."""
 
 
 def raise_descriptor_limit() -> int:
-    """Raise this process's limit on open files to the maximum.
+    """Raise this process's limit on open files as far as the system allows.
 
     Returns:
         The maximum number of client connections. Each may need a second descriptor for a connection to an
@@ -56,9 +54,9 @@ def _nothing() -> None:
 
 @dataclass(slots=True)
 class Connection:
-    """A client connection as its requests see it.
+    """A client connection, as seen by the requests that arrive on it.
 
-    With its default values, which are for tests, a connection is never lost or slow.
+    With its default values, which are meant for tests, a connection is never lost or slow.
 
     Attributes:
         through_socket: whether the client used the unix socket, which only the socket's owner can open.
@@ -82,7 +80,7 @@ def connection_of(scope: Scope) -> Connection:
 
 
 def watched(app: ASGIApp) -> ASGIApp:
-    """Return the application, wrapped to notify each connection when a request begins and is answered."""
+    """Wrap an application so that each connection is notified when a request begins and when it is answered."""
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         connection = connection_of(scope)
@@ -96,7 +94,7 @@ def watched(app: ASGIApp) -> ASGIApp:
 
 
 class ClientProtocol(HttpToolsProtocol):
-    """uvicorn's protocol with limits, for an application wrapped by `watched`.
+    """uvicorn's HTTP protocol with additional limits, for an application wrapped by `watched`.
 
     Args:
         deadline_s: time limit for the next request, see REQUEST_DEADLINE_S.
@@ -133,7 +131,7 @@ class ClientProtocol(HttpToolsProtocol):
         self._check()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Notify the running request that its connection is lost."""
+        """Notify the running request that its connection has been lost."""
         if self._timer is not None:
             self._timer.cancel()
         self.parser.close()
@@ -144,7 +142,7 @@ class ClientProtocol(HttpToolsProtocol):
         self.connection.abort = self.connection.on_request = self.connection.on_answered = _nothing
 
     def pause_writing(self) -> None:
-        """Record that the client is reading slowly."""
+        """Record that the client is reading too slowly for more data to be written."""
         self.connection.is_writable = False
         self._full_since = asyncio.get_running_loop().time()
         super().pause_writing()
@@ -156,7 +154,7 @@ class ClientProtocol(HttpToolsProtocol):
         super().resume_writing()
 
     def shutdown(self) -> None:
-        """Close the connection after the running request, or after a request that arrives within LAST_REQUEST_S."""
+        """Close the connection after the current request, or after one that arrives within LAST_REQUEST_S."""
         self._ending = True
         if self._waiting_since is None:
             super().shutdown()
@@ -176,7 +174,7 @@ class ClientProtocol(HttpToolsProtocol):
         self._waiting_since = asyncio.get_running_loop().time()
 
     def _check(self) -> None:
-        """Close the connection if its client sends no request or reads nothing. Otherwise check again later.
+        """Close the connection if its client sends no request or stops reading. Otherwise schedule another check.
 
         A single timer serves all requests of a connection.
         """

@@ -2,9 +2,9 @@
 
 Buffers are bounded per answer, per caller and in total. When they are full, a stream is read from the
 engine no faster than its client reads, and an answer that is not streamed is rejected. A client that
-reads too slowly is disconnected, which frees its buffer. Data for a writable connection is sent
-immediately; the buffer, and the task that empties it, serve the other connections. This module knows
-nothing of engines or of an answer's content.
+reads too slowly is disconnected, which frees its buffer. On a writable connection, data is sent
+immediately. The buffer, and the task that empties it, are used only when the connection is not writable. This
+module knows nothing of engines or of an answer's content.
 """
 
 import asyncio
@@ -19,12 +19,12 @@ from serving.http.connections import Connection
 from svc.errors import SvcError
 
 PART_BYTES = 64 * 1024
-"""Maximum size of one write to a connection, in bytes. uvicorn buffers the same amount again, so a
-disconnected client has read less than about twice that size within `CLIENT_TIMEOUT_S`."""
+"""Maximum size of one write to a connection, in bytes. uvicorn buffers the same amount again, so a client is
+disconnected if it has read less than about twice that size within `CLIENT_TIMEOUT_S`."""
 MAX_ANSWER_BYTES = 16 * 2**20
-"""Maximum size in bytes of an answer that is not streamed, and of the buffered part of a stream."""
+"""Maximum size of a non-streamed answer, and of the buffered part of a stream, in bytes."""
 CLIENT_TIMEOUT_S = 30.0
-"""Seconds within which a client must read the next part of its answer, or else be disconnected."""
+"""Number of seconds within which a client must read the next part of its answer. Otherwise it is disconnected."""
 
 
 class ClientSlowError(Exception):
@@ -36,7 +36,7 @@ class AnswerTooLargeError(SvcError):
 
 
 class AnswerBuffers:
-    """Memory used by all answers that are waiting for their clients.
+    """Tracks the memory used by all answers that are waiting to be read by their clients.
 
     Args:
         max_bytes: limit for all answers combined. One caller may use half of it, but always enough for one
@@ -60,11 +60,11 @@ class AnswerBuffers:
         self.used = 0
 
     def held_by(self, caller: str) -> int:
-        """Return the number of bytes that are waiting for a caller."""
+        """Return the number of bytes buffered for a caller."""
         return self._held.get(caller, 0)
 
     def take(self, size: int, held: int, caller: str) -> bool:
-        """Reserve `size` more bytes for an answer that already holds `held`, and return whether this succeeded."""
+        """Reserve `size` more bytes for an answer that already holds `held` bytes. Return False if memory is short."""
         if held + size > self.max_answer_bytes or self.used + size > self._max_bytes:
             return False
         of_caller = self.held_by(caller) + size
@@ -83,15 +83,15 @@ class AnswerBuffers:
         self._freed.set()
 
     async def freed(self) -> None:
-        """Wait until memory has been released."""
+        """Wait until some buffer memory has been released."""
         self._freed.clear()
         await self._freed.wait()
 
 
 class Delivery:
-    """Delivers one answer to its client. Leaving the `async with` waits until everything has been sent.
+    """Delivers one answer to its client. Leaving the `async with` block waits until everything has been sent.
 
-    If the body of the `async with` raises an error, the answer is ended only by `send_last`.
+    If the body of the `async with` raises an error, only `send_last` ends the answer.
 
     Args:
         send: the ASGI callable.
@@ -117,7 +117,7 @@ class Delivery:
 
     @property
     def pending(self) -> bool:
-        """Whether some part of the answer has not been sent yet."""
+        """Whether part of the answer has not been sent yet."""
         return self._held > 0 or self._headers is not None
 
     async def __aenter__(self) -> Self:
@@ -146,11 +146,11 @@ class Delivery:
             )  # the part that is not sent any more; the answer stays `pending`
 
     def start(self, headers: list[tuple[bytes, bytes]]) -> None:
-        """Set the headers of a successful response. They are sent with its first part."""
+        """Set the headers of a successful response. They are sent along with the first part of its body."""
         self._headers, self.begun = headers, True
 
     def reserve(self, size: int) -> None:
-        """Reserve memory for a part of an answer that is not streamed.
+        """Reserve memory for a part of a non-streamed answer.
 
         The complete answer is passed to `put` later.
 
@@ -175,14 +175,14 @@ class Delivery:
         self._buffers.free(size, self._caller)
 
     def put(self, data: bytes) -> None:
-        """Buffer a part, whose memory must have been reserved, for sending."""
+        """Add data to the send buffer. Memory for it must have been reserved."""
         self._waiting += data
         self._filled.set()
 
     async def put_event(self, data: bytes) -> None:
-        """Send a part of a stream.
+        """Send one part of a streamed answer.
 
-        If the connection is not writable, the part is buffered once the buffers have memory for it.
+        If the connection is not writable, the part is buffered as soon as the buffers have memory for it.
 
         Raises:
             AnswerTooLargeError: this part alone exceeds the size limit of an answer.
@@ -206,7 +206,7 @@ class Delivery:
         self.put(data)
 
     async def send_last(self, data: bytes) -> None:
-        """Send the end of an answer that failed. Call this after the `async with`.
+        """Send the final part of an answer that failed. Call this after the `async with` block.
 
         Raises:
             ClientSlowError: the client read too slowly.
@@ -228,7 +228,7 @@ class Delivery:
             self._buffers.free(0, self._caller)  # wakes a `put_event` that waits for memory
 
     async def _send_waiting(self, *, end: bool = False) -> None:
-        """Send the buffer in parts of up to `PART_BYTES`, so that small events share a write.
+        """Send the buffered data in parts of up to `PART_BYTES`, so that small events share a write.
 
         Args:
             end: whether the last part ends the answer.

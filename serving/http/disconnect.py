@@ -1,4 +1,4 @@
-"""Cancel a client's work when it disconnects or its key becomes invalid, even if nothing was sent yet."""
+"""Cancels a client's work when it disconnects or its key becomes invalid, even if nothing has been sent yet."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -9,7 +9,7 @@ from serving.http.request_state import RequestState
 
 
 async def while_connected(state: RequestState, work: Coroutine[object, object, None]) -> None:
-    """Run `work` in the caller's task, and cancel it when the client disconnects or its key becomes invalid.
+    """Run `work` in the caller's task. Cancel it if the client disconnects or its key becomes invalid.
 
     Raises:
         ClientGoneError: the client disconnected first.
@@ -44,7 +44,7 @@ async def while_connected(state: RequestState, work: Coroutine[object, object, N
 
 
 async def cut_off(connection: Connection) -> None:
-    """Abort the connection of a client that does not read, and wait until it is closed."""
+    """Abort the connection of a client that has stopped reading, and wait until it is closed."""
     lost = asyncio.Event()
     connection.lost.listen(lost.set)
     connection.abort()

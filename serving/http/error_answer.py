@@ -1,4 +1,4 @@
-"""Send an error as a complete response, in such a way that the client can read it."""
+"""Sends an error as a complete response, and makes sure that the client can read it."""
 
 import asyncio
 from contextlib import suppress
@@ -14,7 +14,7 @@ _DISCARDED_BYTES = 64 * 2**20
 
 
 async def answer_error(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
-    """Send the error as a response, and discard the rest of the request body if it is still arriving."""
+    """Send an error as the response, and discard the rest of the request body if it is still arriving."""
     response = error.response(scope["path"])
     if error.code not in _BODY_STILL_SENT:
         await response(scope, _no_receive, send)

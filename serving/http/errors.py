@@ -1,4 +1,4 @@
-"""The only mapping from errors to responses, with status, type, code and headers.
+"""The only mapping of errors to responses, with their status, type, code and headers.
 
 Clients get `{"error": {"message", "type", "param", "code"}}` for every status, as OpenAI's client
 expects. On Anthropic's paths, `type` has Anthropic's values, and the object also contains
@@ -72,15 +72,15 @@ ANTHROPIC_TYPES = {
 }
 _MAX_RETRY_S = 120
 """Maximum Retry-After value, in seconds. OpenAI's client ignores longer values, while Anthropic's client
-waits for as long as the header says."""
+waits for as long as the header tells it to."""
 
 
 @dataclass(frozen=True, slots=True)
 class ApiError:
-    """An error as a client sees it.
+    """An error in the form in which it is sent to clients.
 
     Attributes:
-        parts: `wrong`, `expected` and `todo` of an error for `svc`, which shows them on lines of their own.
+        parts: `wrong`, `expected` and `todo` of an error for `svc`, which shows each of them on its own line.
     """
 
     status: int
@@ -92,18 +92,18 @@ class ApiError:
 
     @property
     def type(self) -> str:
-        """Error type in OpenAI's API."""
+        """The error's type in OpenAI's API."""
         if self.status == HTTPStatus.TOO_MANY_REQUESTS:
             return "rate_limit_error"
         return "server_error" if self.status >= 500 else "invalid_request_error"
 
     @property
     def anthropic_type(self) -> str:
-        """Error type in Anthropic's API."""
+        """The error's type in Anthropic's API."""
         return ANTHROPIC_TYPES.get(self.status, "api_error" if self.status >= 500 else "invalid_request_error")
 
     def body(self, path: str = "") -> bytes:
-        """Return the JSON for a response or for a stream event's data. Secrets sent by a client are masked.
+        """Return the error as JSON, for a response or a stream event. Secrets sent by a client are masked.
 
         Args:
             path: the request's path.
@@ -118,8 +118,8 @@ class ApiError:
     def response(self, path: str = "") -> Response:
         """Return the complete error response.
 
-        Clients retry after 429 and any 5xx; `x-should-retry: false` prevents this if a retry would fail again or
-        would have to wait for a long time.
+        Clients retry after 429 and any 5xx status. The header `x-should-retry: false` prevents this when a retry would
+        fail again or would have to wait for a long time.
 
         Args:
             path: the request's path.
@@ -171,13 +171,13 @@ _CHANGE_SHAPES: dict[type[Exception], tuple[int, ErrorCode]] = {
     SettingsError: (400, ErrorCode.INVALID_REQUEST),
     OSError: (409, ErrorCode.CHANGE_REFUSED),
 }
-"""Status and error code for each error of the administration endpoints."""
+"""HTTP status and error code for each error of the administration endpoints."""
 _FRAMEWORK_CODES = {404: ErrorCode.NOT_FOUND, 405: ErrorCode.METHOD_NOT_ALLOWED}
 _UNREAD_BODY = frozenset({ErrorCode.BODY_TOO_LARGE, ErrorCode.BODY_TIMEOUT, ErrorCode.UNSUPPORTED_MEDIA_TYPE})
 
 
 def api_error(error: Exception) -> ApiError:
-    """Return the error as a client sees it. Unexpected errors are logged here with their traceback."""
+    """Convert an exception to the error that clients see. Unexpected exceptions are logged with a traceback."""
     if isinstance(error, SvcError):
         for kind in type(error).__mro__:
             if kind in _SHAPES:
@@ -189,7 +189,10 @@ def api_error(error: Exception) -> ApiError:
 
 
 def change_error(error: Exception) -> ApiError:
-    """Return an administration endpoint's error in full, since admins may see the machine's paths and details."""
+    """Convert an exception to an error with full details, for administration endpoints.
+
+    Admins may see the machine's paths and details.
+    """
     for kind, shape in _CHANGE_SHAPES.items():
         if isinstance(error, kind):
             told = error if isinstance(error, SvcError) else SvcError(str(error))
@@ -230,7 +233,7 @@ def _framework_error(error: HTTPException) -> ApiError:
 
 
 def install_handlers(app: FastAPI) -> None:
-    """Make errors from the framework and from the small routes use OpenAI's error format."""
+    """Make errors from the framework and the FastAPI routes use OpenAI's error format."""
 
     async def answer(request: Request, error: Exception) -> Response:
         return api_error(error).response(request.url.path)

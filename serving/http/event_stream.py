@@ -1,4 +1,4 @@
-"""Forward the events of a streamed answer as they arrive, and time and count its tokens.
+"""Forwards the events of a streamed answer as they arrive, and measures and counts its tokens.
 
 The chunk with token counts is always requested from the engine, but is forwarded only to clients that
 requested it.
@@ -18,7 +18,7 @@ from svc.errors import EngineError
 
 @dataclass(slots=True)
 class EventStream:
-    """Forwards one streamed answer to its client.
+    """Forwards a single streamed answer to its client.
 
     Attributes:
         begin: called with the engine's content type to begin the response to the client.
@@ -39,7 +39,7 @@ class EventStream:
     _last_token: float | None = None
 
     async def forward(self, answer: EngineAnswer) -> None:
-        """Forward events until the end of the answer.
+        """Forward the answer's events to the client until the answer ends.
 
         Raises:
             EngineError: the engine sent an error within the stream, or the stream ended before its last event.
@@ -76,7 +76,7 @@ class EventStream:
             raise failure
 
     def _passes(self, event: bytes) -> bool:
-        """Account for an event and return whether to forward it to the client."""
+        """Record what an event contains, and return whether to forward it to the client."""
         event_kind = self.format.classify(event)
         if event_kind.error is not None:
             code = event_kind.error.get("code") if isinstance(event_kind.error, dict) else None

@@ -1,4 +1,4 @@
-"""Limit the number of invalid keys that a peer may send per minute, allowing enough for mistyped keys.
+"""Limits how many invalid keys a peer may send per minute, while leaving room for mistyped keys.
 
 Secrets cannot be guessed, so a valid key is never delayed because another client at the same address
 sends invalid ones.
@@ -14,11 +14,11 @@ from svc.errors import SvcError
 MAX_INVALID_PER_MINUTE = 20
 _MINUTE_S = 60.0
 _MAX_PEERS = 4096
-"""Maximum number of peers remembered. Beyond it, the peer whose minute began first is forgotten."""
+"""Maximum number of peers tracked. Beyond it, the peer whose minute began first is dropped."""
 
 
 class TooManyWrongKeysError(SvcError):
-    """Raised when a peer has sent too many invalid API keys.
+    """Raised when a peer has sent too many invalid API keys in a minute.
 
     Args:
         retry_after_s: seconds until the peer's minute is over.
@@ -30,7 +30,7 @@ class TooManyWrongKeysError(SvcError):
 
 
 class FailedKeys:
-    """Counts invalid keys per peer, in minutes that begin with a peer's first invalid key.
+    """Counts invalid keys per peer and minute. A peer's minute begins with its first invalid key.
 
     Args:
         clock: function that returns monotonic time, in seconds.
@@ -41,7 +41,7 @@ class FailedKeys:
         self._peers: dict[str, tuple[float, int]] = {}  # the oldest minute first
 
     def add(self, address: str) -> bool:
-        """Count an invalid key and return whether it is the last one allowed in this minute.
+        """Count an invalid key, and return whether the peer has now used up its limit for this minute.
 
         Raises:
             TooManyWrongKeysError: the peer has exceeded the limit.

@@ -1,6 +1,6 @@
-"""`POST /v1/feedback`: rates an answer, which is identified by its `x-request-id`.
+"""The `POST /v1/feedback` endpoint, which rates an answer identified by its `x-request-id`.
 
-A key may rate only answers to its own requests; admins, and clients that need no key, may rate all
+A key may rate only answers to its own requests. Admins, and clients that need no key, may rate all
 answers. Each request has one rating; a second rating replaces the first and is not counted again. A
 correction is stored even if content is not, because its sender wants it to be stored. Corrections are
 redacted like content.
@@ -35,11 +35,11 @@ _FLUSH_S = 5.0
 
 
 class RequestNotFoundError(NotFoundError):
-    """Raised when no stored request has the given id."""
+    """Raised when no request with the given id is stored."""
 
 
 class RequestLogBusyError(SvcError):
-    """Raised when the rated request may still be waiting to be stored."""
+    """Raised when the rated request cannot be found yet, because it may still be waiting to be stored."""
 
     retry_after_s = 2
 
@@ -56,7 +56,7 @@ class FeedbackRequest(BaseModel):
 
 
 class FeedbackIntake:
-    """Receives feedback and stores it.
+    """Receives and stores feedback on answers.
 
     Args:
         request_log: the log that writes requests not stored yet, and redacts texts.
@@ -74,7 +74,7 @@ class FeedbackIntake:
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="feedback")
 
     async def answer(self, request: Request) -> Response:
-        """Handle a feedback request: store the feedback and confirm it.
+        """Store the feedback in a request, and return a confirmation.
 
         Raises:
             OverloadedError: too many feedback requests are being handled.

@@ -1,4 +1,4 @@
-"""The host names by which this server may be addressed.
+"""Checks the Host header of requests against the host names of this server.
 
 A web page can make its own domain resolve to this machine (DNS rebinding) and then read responses as if
 they came from its own site. The domain is in the request's Host header, so only configured names are
@@ -15,15 +15,15 @@ from svc.errors import SvcError
 ANY = "*"
 _LOOPBACK = "localhost"
 _MAX_ADDRESS_CHARS = 45
-"""Maximum length of an IP address: an IPv6 prefix followed by an IPv4 address."""
+"""Maximum length of an IP address in text form: an IPv6 prefix followed by an IPv4 address."""
 
 
 class HostNotAllowedError(SvcError):
-    """Raised when the Host header names a host that is not this server."""
+    """Raised when the Host header contains a name that does not belong to this server."""
 
 
 class AllowedHosts:
-    """The accepted host names.
+    """The host names that requests may use to address this server.
 
     Args:
         names: names accepted in addition to `localhost`; `*` allows every name.
@@ -33,7 +33,7 @@ class AllowedHosts:
         self._names = {_LOOPBACK, *(name.lower().rstrip(".") for name in names)}
 
     def check(self, header: bytes) -> None:
-        """Check a request's Host header. A request without one (HTTP/1.0) passes.
+        """Check a request's Host header. A request without the header (HTTP/1.0) is accepted.
 
         Raises:
             HostNotAllowedError: the name in the header is not one of this server's names.
@@ -50,7 +50,7 @@ class AllowedHosts:
 
 @lru_cache(maxsize=256)
 def _name(given: bytes) -> str:
-    """Return the host from a Host header, without the port and without the brackets around an IPv6 address."""
+    """Return the host in a Host header without its port, and without brackets if it is an IPv6 address."""
     header = str(given, "latin-1")
     if header.startswith("["):
         return header[1:].partition("]")[0]

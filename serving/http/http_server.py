@@ -1,4 +1,4 @@
-"""A uvicorn server for one listener, with limits on its connections."""
+"""A uvicorn server for a single listener, with limits on its connections."""
 
 import asyncio
 import logging
@@ -22,9 +22,9 @@ _WARNING_LIMIT = WarningLimit()
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn's server without its signal handlers.
+    """uvicorn's server without its own signal handlers.
 
-    The handlers in serving.server are used instead, because they also interrupt a start in progress.
+    The handlers in serving.server are used instead, because they can also interrupt a start in progress.
 
     Args:
         most: maximum number of open connections.
@@ -72,16 +72,19 @@ class HttpServer(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Install no signal handlers."""
+        """Override uvicorn's method to install no signal handlers."""
         yield
 
     def stop(self) -> None:
-        """Make `serve` return once the running requests are done."""
+        """Make `serve` return once the running requests have completed."""
         self.should_exit = True
         self._stopping.set()
 
     async def main_loop(self) -> None:
-        """Keep the Date header current without polling ten times per second for a stop, unlike uvicorn's loop."""
+        """Keep the Date header current until the server stops.
+
+        Unlike uvicorn's loop, this does not poll ten times per second for a stop.
+        """
         while not await self.on_tick(0):
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), _DATE_S)

@@ -1,10 +1,10 @@
-"""The data plane: handles a completion request from its first byte to the last byte of its answer.
+"""The data plane: handles each completion request from its first byte to the last byte of its answer.
 
 read -> route -> reserve -> load the adapter -> admit -> resolve -> forward -> answer. Bytes pass through unchanged,
 with three exceptions: the model's name on the way in, an adapter's private name on the way out, and the chunk with
 token counts in a stream, which is dropped for clients that did not ask for it.
 
-The response headers are sent with the first complete event, so that a failure before it can have its own
+The response headers are sent with the first complete event, so that a failure before that event can have its own
 status. Bytes that a client does not read immediately are buffered (serving.http.delivery) outside
 admission, because the engine is done by then.
 """
@@ -50,7 +50,7 @@ BeginTrace = Callable[[Sequence[tuple[bytes, bytes]]], RequestTrace]
 
 @dataclass(slots=True, kw_only=True)
 class Gateway:
-    """Forwards completions to engines.
+    """Forwards completion requests to engines.
 
     Attributes:
         router: finds the backend for a request.
@@ -90,13 +90,13 @@ class Gateway:
 
 
 def completion_endpoints(gateway: Gateway) -> dict[str, ASGIApp]:
-    """Return the ASGI applications for completions, keyed by path."""
+    """Return the ASGI applications that handle completions, keyed by path."""
     return {route.value: _Endpoint(gateway, route) for route in Route}
 
 
 @dataclass(frozen=True, slots=True)
 class _Endpoint:
-    """ASGI application for one path.
+    """The ASGI application for one completion path.
 
     It is a class because Starlette would wrap a function in its request machinery.
     """
@@ -109,7 +109,7 @@ class _Endpoint:
 
 
 class Exchange:
-    """Handles one request and sends its response."""
+    """Handles a single request and sends its response."""
 
     def __init__(self, gateway: Gateway, route: Route, scope: Scope, send: Send) -> None:
         self._gateway = gateway
@@ -183,7 +183,7 @@ class Exchange:
                 await self._forward_to_another(to, engine, request, error)
 
     def _waiting_for_adapter(self, to: Destination) -> AbstractContextManager[None]:
-        """Hold a slot for requests that wait for adapters. Production versions have separate slots."""
+        """Take a slot for a request that is waiting for an adapter. Versions in production have separate slots."""
         names, gateway = to.backend.names, self._gateway
         in_production = names.served is not None and names.resolve(to.model) in (None, names.served.version)
         slots = gateway.production_slots if in_production else gateway.adapter_slots
@@ -192,9 +192,10 @@ class Exchange:
     async def _forward_to_another(
         self, to: Destination, engine: Lease, request: CompletionRequest, refused: EngineUnreachableError
     ) -> None:
-        """Retry once, on another engine; if that engine refuses the connection too, the fault is not one engine's.
+        """Retry a request on another engine after the first engine refused the connection.
 
-        If the engine of a rollout's candidate is unreachable, the production version answers.
+        There is only one retry: a second refusal means that the fault does not lie with a single engine. If the engine
+        of a rollout's candidate is unreachable, the production version answers.
         """
         try:
             async with to.backend.lease(request.model, without=engine) as other:
@@ -203,7 +204,7 @@ class Exchange:
             raise refused from None
 
     async def _forward(self, engine: Lease, request: CompletionRequest) -> None:
-        """Send the request to the engine, and pass its answer to the delivery."""
+        """Send the request to the engine, and pass its answer on for delivery to the client."""
         payload = request.payload(engine.engine_model)
         account = self.account
         account.served_by(engine.served, engine.pace)
@@ -246,7 +247,7 @@ class Exchange:
         )
 
     async def _fail(self, error: ApiError, receive: Receive) -> None:
-        """Respond with an error. Within a stream, send an error event in place of the final event."""
+        """Respond with an error. If a stream has already begun, send an error event in place of its final event."""
         self.account.failed(error.code)
         if not self.account.begun:
             self.account.status, self.account.begun = error.status, True
@@ -259,7 +260,7 @@ class Exchange:
 
     @property
     def _delivered(self) -> bool:
-        """Whether the whole answer was sent.
+        """Whether the whole answer has been sent.
 
         OpenAI's client closes the connection as soon as it reads the last event.
         """

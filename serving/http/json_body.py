@@ -1,4 +1,4 @@
-"""Read the small JSON bodies that this server parses itself, and validate them. Unknown keys are errors."""
+"""Reads and validates the small JSON bodies that this server parses itself. Unknown keys are rejected."""
 
 from typing import TypeVar
 
@@ -14,7 +14,7 @@ Body = TypeVar("Body", bound=BaseModel)
 
 
 async def read_json(request: Request, kind: type[Body], *, max_bytes: int, expected: str) -> Body:
-    """Return a request's body, parsed and validated.
+    """Parse and validate a request's JSON body, and return it.
 
     Args:
         expected: example of a valid body, shown in errors.

@@ -1,4 +1,4 @@
-"""The share of its key's limits that a request reserves, and the usage recorded when the request ends."""
+"""Tracks what a request reserves of its key's limits, and the usage recorded when the request ends."""
 
 from serving.admission.errors import RateLimitedError
 from serving.admission.party import NO_KEY, Party
@@ -16,9 +16,9 @@ _CLIENT_LEFT = (RequestOutcome.CLIENT_GONE, RequestOutcome.CLIENT_SLOW)
 
 
 class KeyAccount:
-    """One request's use of its key's limits, and its recorded usage.
+    """Tracks one request's use of its key's limits and records its usage.
 
-    Without a key there are no limits, only usage.
+    A request without a key has no limits, only usage.
 
     Attributes:
         body_bytes: size of the request's body.
@@ -43,11 +43,11 @@ class KeyAccount:
 
     @property
     def party(self) -> Party:
-        """The tenant to which the request belongs when tenants share the model."""
+        """The tenant that the request belongs to when several tenants share the model."""
         return Party(self._principal.key_id, self._principal.weight) if self._principal else NO_KEY
 
     def reserve_request(self) -> None:
-        """Count the request towards its key's requests per minute.
+        """Count the request against its key's per-minute request limit.
 
         Raises:
             RateLimitedError: the key has no requests left in this minute.
@@ -61,7 +61,7 @@ class KeyAccount:
             raise
 
     def reserve(self, request: CompletionRequest, work: int, model: str) -> Reservation | None:
-        """Reserve the most that a request may use of its key's other limits. Do nothing without a key.
+        """Reserve the maximum amount that a request may use of its key's other limits. Without a key, do nothing.
 
         Args:
             work: maximum number of tokens in the request's answers.
@@ -83,7 +83,7 @@ class KeyAccount:
     def settle(
         self, served: Target | None, reason: ErrorCode | None, usage: Usage | None, *, computed: int = 0
     ) -> None:
-        """Count the request's usage and release its reservation. Call this once, when the request ends.
+        """Record the request's usage and replace or release its reservation. Call this once, when the request ends.
 
         Args:
             served: the version that answered, or None if no version did.
@@ -106,7 +106,7 @@ class KeyAccount:
             self._usage.add(self.key_id, model, tokens_in=spent.prompt, tokens_out=spent.completion)
 
     def _spent(self, reason: ErrorCode | None, usage: Usage | None, computed: int) -> Usage | None:
-        """Return the usage, or None if the request was rejected or failed before its first token.
+        """Return the request's usage, or None if it was rejected or failed before its first token.
 
         If the client disconnected, the tokens of the prompt and the answer are estimated, so that disconnecting
         early saves nothing. An event may contain several tokens, so the number of events is a lower bound.

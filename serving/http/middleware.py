@@ -1,4 +1,4 @@
-"""The outermost layer, which admits requests, completes responses and turns exceptions into responses.
+"""The outermost layer of the HTTP application. It admits requests, completes responses and handles exceptions.
 
 It adds the request id, the version, the processing time and the key's remaining limits to each response.
 The server generates request ids itself, because feedback refers to answers by id and a client may use an
@@ -30,7 +30,7 @@ _CLIENT_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")  # safe in a log line
 
 
 def _random_numbers() -> Iterator[str]:
-    """Yield random numbers of 128 bits each, in hexadecimal.
+    """Yield 128-bit random numbers in hexadecimal.
 
     They are drawn in batches, because the system call takes longer than the rest of creating an id.
     """
@@ -42,7 +42,7 @@ def _random_numbers() -> Iterator[str]:
 
 @dataclass(eq=False)
 class RequestMiddleware:
-    """The outermost ASGI layer.
+    """The outermost ASGI layer, through which every request and response passes.
 
     Attributes:
         app: the wrapped application.
@@ -116,7 +116,7 @@ class RequestMiddleware:
 
 
 def _client_request_id(headers: Mapping[bytes, bytes]) -> str | None:
-    """Return the client's own request id, or None if it is missing, invalid or contains a secret."""
+    """Return the request id chosen by the client, or None if it is missing, invalid or contains a secret."""
     for name in _CLIENT_HEADERS:
         value = headers.get(name)
         if value is not None and _CLIENT_ID.fullmatch(value):

@@ -1,4 +1,4 @@
-"""Endpoints that list and show the model names clients may use, and that refuse to delete models.
+"""Endpoints that list and describe the models that clients may use. Requests to delete a model are refused.
 
 Only the operator changes which versions are served and stored, by promotion and in the registry. A key
 that is restricted to some models sees no other models.

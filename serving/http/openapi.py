@@ -1,4 +1,4 @@
-"""The HTTP API as an OpenAPI document, written by hand.
+"""The HTTP API as a hand-written OpenAPI document.
 
 It is written by hand because completions are ASGI applications whose bodies the framework's router does
 not know, and the gateway checks only a few fields of a completion. The document describes what the
@@ -154,7 +154,7 @@ _CHANGE_REFUSED = {
 
 @cache
 def openapi_document() -> Json:
-    """Return the OpenAPI document as JSON values. It is built once, and callers must not change it."""
+    """Return the OpenAPI document as JSON values. It is built only once, so callers must not modify it."""
     schemas = {"Error": _ERROR, "MessagesError": _MESSAGES_ERROR, "Model": _MODEL}
     schemas["FeedbackRequest"] = _schema(FeedbackRequest, schemas)
     requests = {route.value: _engine_request(route) for route in _REQUESTS}
@@ -168,7 +168,7 @@ def openapi_document() -> Json:
 
 
 def _schema(kind: type[BaseModel], schemas: Json) -> Json:
-    """Return a body's JSON schema, and add the schemas that it refers to to `schemas`."""
+    """Return the JSON schema of a request body. Any schemas that it refers to are added to `schemas`."""
     schema = kind.model_json_schema(ref_template=f"{_SCHEMAS}{{model}}")
     schemas |= schema.pop("$defs", {})
     return schema

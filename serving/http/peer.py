@@ -1,4 +1,4 @@
-"""Map an address to the peer that it belongs to."""
+"""Maps an address to a peer, the unit to which connection and request limits apply."""
 
 import ipaddress
 from functools import lru_cache
@@ -6,13 +6,16 @@ from functools import lru_cache
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 _PREFIX_V6 = 64
-"""Prefix length of the network assigned to an IPv6 subscriber, who can use any address in it."""
+"""Prefix length of the network assigned to an IPv6 subscriber. The subscriber can use any address in it."""
 _MAX_CHARS = 64
-"""Maximum length of a peer name that a proxy sent and that is not an address."""
+"""Maximum length of a peer name sent by a proxy. Such a name need not be an IP address."""
 
 
 def peer_of(address: str) -> str:
-    """Return the part of an address that its owner cannot change at will: an IPv4 address or IPv6 network."""
+    """Return the peer that an address belongs to: the part of the address that its owner cannot change at will.
+
+    This is an IPv4 address or an IPv6 network.
+    """
     return _peer_of(address[:_MAX_CHARS])
 
 
@@ -27,7 +30,7 @@ def _peer_of(address: str) -> str:
 
 
 def ip_of(address: str) -> IPAddress | None:
-    """Return a peer's IP address, or None if the text is not one. IPv4-mapped IPv6 is returned as IPv4."""
+    """Return a peer's IP address, or None if the text is not an address. IPv4-mapped IPv6 becomes IPv4."""
     try:
         ip = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:

@@ -1,4 +1,4 @@
-"""Response headers with a key's remaining limits, in the forms that OpenAI's and Anthropic's clients read.
+"""Response headers with a key's remaining limits, in the formats that OpenAI's and Anthropic's clients read.
 
 OpenAI has a single header for tokens, which shows the token limit with the smallest share left.
 Anthropic also has separate headers for input and output tokens, and gives the time at which a limit is
@@ -19,7 +19,7 @@ _TOKENS = (Limit.TOKENS_IN_PER_MINUTE, Limit.TOKENS_OUT_PER_MINUTE, Limit.TOKENS
 def rate_limit_headers(
     allowances: Mapping[Limit, Allowance], path: str, now: datetime | None = None
 ) -> list[tuple[bytes, bytes]]:
-    """Return the rate limit headers for a response to `path`, covering the limits that the key has."""
+    """Return the rate limit headers for a response to `path`, covering all limits of the key."""
     requests, tokens = allowances.get(_REQUESTS), _tightest(allowances)
     headers: list[tuple[bytes, bytes]] = []
     for name, allowance in ((b"requests", requests), (b"tokens", tokens)):
@@ -51,7 +51,7 @@ def rate_limit_headers(
 
 
 def duration(seconds: float) -> str:
-    """Return a duration in OpenAI's format, rounded up: `120ms`, `1s`, `6m0s`, `1h0m0s`."""
+    """Return a duration, rounded up, in OpenAI's format: `120ms`, `1s`, `6m0s`, `1h0m0s`."""
     if seconds < 1:
         milliseconds = math.ceil(seconds * 1000)
         return f"{milliseconds}ms" if 0 < milliseconds < 1000 else f"{milliseconds // 1000}s"

@@ -1,7 +1,7 @@
-"""The record of one request, from which its metrics and its database row are made.
+"""The record of a request, from which its metrics and its database row are created.
 
-It contains the request's key, the version that answered, times, tokens and outcome.
-serving.http.inference fills it in and, for streamed answers, serving.http.event_stream. This module
+It contains the request's key, the version that answered, times, tokens and outcome. It is filled in by
+serving.http.inference and, for streamed answers, by serving.http.event_stream. This module
 knows nothing of the client's or the engine's connection.
 """
 
@@ -28,7 +28,7 @@ from svc.version import Target
 
 @dataclass(eq=False)
 class RequestAccount:
-    """Record of one request, filled in from its arrival until it ends.
+    """Record of a single request, filled in from the request's arrival until its end.
 
     Attributes:
         state: the request's state, which identifies it. Its version is set here.
@@ -74,11 +74,11 @@ class RequestAccount:
         self.complete = False
 
     def elapsed(self) -> float:
-        """Return the seconds elapsed since the request was read."""
+        """Return the number of seconds since the request was read."""
         return self.clock() - self._started
 
     def body_read(self, size: int) -> None:
-        """Start measuring the request's time, now that its body is complete."""
+        """Start timing the request, now that its body is complete, and record the body's size."""
         self._started = self.clock()
         self.key.body_bytes = size
 
@@ -88,7 +88,7 @@ class RequestAccount:
             self._content = Content(self.route, request.members)
 
     def assigned(self, assignment: Assignment) -> None:
-        """Set the version to which a rollout assigned the request, and keep the answer if the rollout needs it."""
+        """Record a rollout's assignment of the request to a version, and keep the answer if the rollout needs it."""
         self._assignment = assignment
         if (assignment.expects_json or assignment.mirror) and self._content is None and self._request:
             self._content = Content(self.route, self._request.members, stored=False)
@@ -100,7 +100,7 @@ class RequestAccount:
         self._place_s = waited_s
 
     def served_by(self, target: Target, pace: TokenPace) -> None:
-        """Record the version to which the request is now sent, and the generation speed of its engines."""
+        """Record the version to which the request is now being sent, and the generation speed of its engines."""
         if self._request and target != self._served:
             self._gather_features(self._request, target)
         self._served, self._pace = target, pace
@@ -108,7 +108,7 @@ class RequestAccount:
         self._asked = self.clock()
 
     def _gather_features(self, request: CompletionRequest, target: Target) -> None:
-        """Decide whether the request's features are stored for this version."""
+        """Decide whether to store the request's features for this version."""
         wanted = self.request_log.wants_features(target)
         if wanted and self._content is None:
             self._content = Content(self.route, request.members, stored=False)
@@ -116,17 +116,17 @@ class RequestAccount:
             self._content.features = wanted
 
     def heard(self) -> None:
-        """Record when a part arrived from the engine. Only the last call before `begin` counts."""
+        """Record that part of the answer arrived from the engine. Only the last call before `begin` counts."""
         self._engine_s = self.clock() - self._asked
 
     def begin(self) -> float:
-        """Begin a successful response, and return the gateway's own time so far, in seconds."""
+        """Mark the response as successfully begun, and return the gateway's own processing time so far, in seconds."""
         self.status, self.begun = 200, True
         self._own_s = self.elapsed() - self._place_s - self._engine_s
         return self._own_s
 
     def keep(self, part: bytes) -> None:
-        """Keep a part of the answer (a body or an event) if content or features are stored."""
+        """Keep part of the answer (a body or an event) if content or features are stored."""
         if self._content:
             self._content.add(part)
 
@@ -136,11 +136,11 @@ class RequestAccount:
         self.metrics.first_token(self._answering, seconds, self.state.request_id)
 
     def finished(self, reason: str) -> None:
-        """Record an answer's finish reason. If there are several answers, only the first reason is kept."""
+        """Record an answer's finish reason. If a request has several answers, only the first reason is kept."""
         self._finish_reason = self._finish_reason or reason
 
     def used(self, usage: Usage) -> None:
-        """Count the tokens used by the answer."""
+        """Record the number of tokens used by the answer."""
         self._usage = usage
         self.metrics.tokens(self._answering, usage)
 
@@ -162,14 +162,14 @@ class RequestAccount:
 
     @property
     def _computed(self) -> int:
-        """Estimated tokens that the engine has generated for an incomplete answer, or 0 if it is complete."""
+        """Estimated number of tokens generated so far for an incomplete answer, or 0 if the answer is complete."""
         if self.complete or self._pace is None:
             return 0
         return min(self.work, math.ceil(self._answers * self._pace.tokens_in(self.clock() - self._asked)))
 
     @property
     def _answering(self) -> Target:
-        """The version that answers the request.
+        """The version that is answering the request.
 
         Raises:
             RuntimeError: `served_by` has not been called yet.
@@ -179,7 +179,7 @@ class RequestAccount:
         return self._served
 
     def end(self) -> None:
-        """Once the outcome is known, count the request, settle its key's limits and store its row."""
+        """Count the request, settle its key's limits and store its row. Call this once the outcome is known."""
         status = CLIENT_GONE_STATUS if self.status is None else self.status
         seconds, served, usage, request = self.elapsed(), self._served, self._usage, self._request
         self.metrics.request_ended(
@@ -222,7 +222,7 @@ class RequestAccount:
         self.request_log.add(record, self._content if served else None, traced)
 
     def _offer_to_mirror(self, record: RequestRecord) -> None:
-        """Offer a finished request to the shadow step of a rollout, unless its answer was too long to keep."""
+        """Pass a finished request to the rollout's shadow step, unless its answer was too long to keep."""
         mirror, content = self._assignment.mirror if self._assignment else None, self._content
         if mirror and content and not content.too_long:
             mirror.offer(self.route, content.payload, content.answer, record)

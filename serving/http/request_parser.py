@@ -1,4 +1,4 @@
-"""Parse requests, limit the size of their heads, and ignore protocol upgrades.
+"""Parses requests, limits the size of their heads, and ignores protocol upgrades.
 
 Java's HttpClient and `curl --http2` offer upgrades (`Upgrade: h2c`; RFC 9110, 7.8). httptools then stops
 after the request's head, and would parse the body as the next request. The head is therefore parsed
@@ -11,14 +11,14 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEAD_BYTES = 64 * 1024
-"""Maximum size of one request's head or trailer, and of the data that arrives in the same read, in bytes."""
+"""Maximum size of a request's head or trailer, including other data that arrives in the same read, in bytes."""
 MAX_WAITING = 512
 """Maximum number of unanswered requests per connection. A client that pipelines more is disconnected.
 Without the limit, one client was able to queue 457,000 requests (1.2 GB) in 20 s."""
 
 
 class RequestParser(httptools.HttpRequestParser):
-    """Parser for one connection, placed between httptools and the receiver of the requests.
+    """Parser for one connection, placed between httptools and uvicorn's protocol, which receives the requests.
 
     Attributes:
         unanswered: number of requests that have begun and are unanswered; the code that answers them
@@ -56,7 +56,7 @@ class RequestParser(httptools.HttpRequestParser):
             raise httptools.HttpParserError("the request's headers are too large")
 
     def close(self) -> None:
-        """Release the receiver of the requests.
+        """Release the reference to the protocol that receives the requests.
 
         The parser refers to itself, so only the garbage collector frees it.
         """
@@ -64,7 +64,7 @@ class RequestParser(httptools.HttpRequestParser):
 
     @property
     def _ignores_head(self) -> bool:
-        """Whether the current head offers another protocol and must be parsed again without the offer."""
+        """Whether the current head offers a protocol upgrade and must be parsed again without the offer."""
         return self.should_upgrade() and self.get_method() != b"CONNECT"
 
     def _head_without_offer(self) -> bytes:
@@ -73,7 +73,7 @@ class RequestParser(httptools.HttpRequestParser):
         return b"\r\n".join((start, *lines, b"", b""))
 
     def _reset(self) -> None:
-        """Reset the parser as for a new connection.
+        """Reset the parser as if for a new connection.
 
         Otherwise, it would parse nothing after a request with `Connection: close`.
         """

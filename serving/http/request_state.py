@@ -1,7 +1,7 @@
-"""The state of one request, shared by all layers as an object in the request's ASGI scope.
+"""The state of one request, stored in its ASGI scope and shared by all layers.
 
-The outermost layer (serving.http.middleware) creates it, authentication admits the request, and the endpoint adds the
-values that the outermost layer sends in the response headers.
+The outermost layer (serving.http.middleware) creates it, and authentication marks the request as admitted. The
+endpoint then adds the values that the outermost layer sends in the response headers.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ STATE_KEY: Final = "request"
 
 @dataclass(slots=True)
 class RequestState:
-    """State of one request.
+    """State of a single request.
 
     Attributes:
         request_id: the id that the server generated.
@@ -47,7 +47,7 @@ class RequestState:
 
     @property
     def principal(self) -> Principal | None:
-        """Sender of an admitted request, or None if no key was needed. In that case the sender has full access.
+        """The sender of an admitted request, or None if no key was needed, in which case the sender has full access.
 
         Raises:
             RuntimeError: the request has not been admitted.
@@ -58,13 +58,13 @@ class RequestState:
 
     @property
     def caller(self) -> str:
-        """The key, or else the peer, to which an admitted request is attributed. Empty for a unix socket."""
+        """Who an admitted request is attributed to: its key or, without a key, its peer. Empty for a unix socket."""
         principal = self.principal
         return principal.key_id if principal else peer_of(self.address)
 
 
 def request_state(scope: Scope) -> RequestState:
-    """Return the state of the request with the given ASGI scope.
+    """Return the state of the request that an ASGI scope belongs to.
 
     Raises:
         KeyError: the request has not passed through the outermost layer.

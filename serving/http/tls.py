@@ -1,4 +1,4 @@
-"""The server's TLS certificate, which is reloaded when its files change, as on each renewal."""
+"""The server's TLS certificate, which is reloaded whenever its files change, for example on renewal."""
 
 import asyncio
 import logging
@@ -15,7 +15,7 @@ Stamp = tuple[tuple[int, int, int], ...]
 
 
 class Certificate:
-    """A certificate with its chain and private key, both in PEM format.
+    """A certificate chain and its private key, both in PEM format.
 
     Args:
         certificate: file that contains the chain, with the server's own certificate first.
@@ -42,13 +42,13 @@ class Certificate:
             ) from error
 
     async def follow(self) -> None:
-        """Check periodically whether the files have changed, until cancelled."""
+        """Check periodically whether the certificate files have changed, until cancelled."""
         while True:
             await asyncio.sleep(_CHECK_INTERVAL_S)
             await asyncio.to_thread(self.look)
 
     def look(self) -> None:
-        """Load a changed certificate. If it cannot be used, keep the current one and log the error once."""
+        """Load the certificate if it has changed. If it cannot be used, keep the current one and log the error once."""
         try:
             stamp = self._stamp_now()
         except OSError:  # the files are being exchanged, or are missing, which is logged below
@@ -76,5 +76,5 @@ class Certificate:
 
 
 def _no_password() -> str:
-    """Prevent a password prompt on the terminal."""
+    """Return no password, which prevents a password prompt on the terminal."""
     return ""

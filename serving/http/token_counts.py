@@ -1,7 +1,7 @@
 """`POST /v1/messages/count_tokens` and `POST /tokenize`: count a prompt's tokens before it is sent.
 
-An engine counts tokens without running its model, so these requests bypass admission, count towards no
-key limit (except that a rejected request counts towards the requests per minute) and are not stored in
+An engine counts tokens without running its model, so these requests bypass admission, do not count towards
+any key limit (except that a rejected request counts towards the requests per minute) and are not stored in
 the request log. Because they use CPU, at most MAX_CONCURRENT of them are answered concurrently, and half
 of those for any one caller.
 """
@@ -28,8 +28,8 @@ from serving.replicas.transport import EngineCall
 
 MAX_CONCURRENT = 16
 _CHECKED_AS = {TokenRoute.COUNT_TOKENS: Route.MESSAGES, TokenRoute.TOKENIZE: Route.CHAT_COMPLETIONS}
-"""The completion route whose fields each path accepts. Fields that are rejected there are rejected here
-too."""
+"""The completion route whose fields each token-counting path accepts. Fields that the route rejects are rejected
+here too."""
 
 
 def token_count_endpoints(gateway: Gateway) -> dict[str, ASGIApp]:
@@ -40,7 +40,7 @@ def token_count_endpoints(gateway: Gateway) -> dict[str, ASGIApp]:
 
 @dataclass(frozen=True, slots=True)
 class _Endpoint:
-    """ASGI application for one path.
+    """The ASGI application for one token-counting path.
 
     It is a class because Starlette would wrap a function in its request machinery.
     """

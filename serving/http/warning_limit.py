@@ -1,4 +1,4 @@
-"""Limit how often warnings that any client can cause are logged, such as those on malformed requests."""
+"""Limits how often warnings are logged that any client can cause, such as those about malformed requests."""
 
 import logging
 import math
@@ -9,9 +9,9 @@ _INTERVAL_S = 60.0
 
 
 class WarningLimit(logging.Filter):
-    """Logging filter that passes each warning once per minute.
+    """Logging filter that lets each warning through at most once per minute.
 
-    The arguments of a warning are ignored, and records of other levels always pass.
+    The arguments of a warning are ignored when comparing warnings. Records of other levels always pass.
 
     Args:
         clock: function that returns monotonic time, in seconds.

@@ -1,4 +1,4 @@
-"""The reasons why requests fail, as shown to clients and counted in metrics, and the outcome of each."""
+"""The reasons why requests fail, as shown to clients and counted in metrics, and the outcome that each leads to."""
 
 from enum import StrEnum
 
@@ -41,7 +41,7 @@ class ErrorCode(StrEnum):
     ENGINE_ERROR = "engine_error"
     INTERNAL_ERROR = "internal_error"
     CLIENT_GONE = "client_gone"
-    """Like CLIENT_SLOW, this code is counted but never sent, because the client has disconnected."""
+    """The client has disconnected. Like CLIENT_SLOW, this code is counted but never sent."""
     CLIENT_SLOW = "client_slow"
 
 
@@ -61,7 +61,8 @@ CLIENT_FAULTS = frozenset(
         ErrorCode.CLIENT_SLOW,
     }
 )
-"""Failures caused by the client. Such a request still counts towards its key's requests per minute."""
+"""Failures caused by the client. A request that fails for such a reason still counts towards its key's requests
+per minute."""
 _OUTCOMES = {
     ErrorCode.CLIENT_GONE: RequestOutcome.CLIENT_GONE,
     ErrorCode.CLIENT_SLOW: RequestOutcome.CLIENT_SLOW,
@@ -74,5 +75,5 @@ _OUTCOMES = {
 
 
 def outcome_of(reason: ErrorCode | None) -> RequestOutcome:
-    """Return the outcome of a request. `reason` is None if the request succeeded."""
+    """Return the outcome of a request from the reason for its failure, which is None if it succeeded."""
     return RequestOutcome.COMPLETE if reason is None else _OUTCOMES.get(reason, RequestOutcome.REFUSED)

@@ -1,6 +1,6 @@
 """Limits on the JSON schemas and regular expressions in a request, needed because clients share the engine.
 
-vLLM parses a grammar in the loop that also answers all other requests and the health check, and compiles
+vLLM parses a grammar in the event loop that also serves all other requests and the health check, and compiles
 it on threads that compete with these requests for CPU. The limits are based on measurements of xgrammar
 0.2.8 with a vocabulary of 49,000 tokens, on a machine with two cores:
 
@@ -26,32 +26,32 @@ from serving.protocols.json_values import count_values
 from serving.protocols.refusal import Refusal
 
 MAX_BYTES = 64 * 1024
-"""Maximum total size of all grammars in a request, as JSON, in bytes."""
+"""Maximum total size of a request's grammars, serialised as JSON, in bytes."""
 MAX_VALUES = 8192
-"""Maximum number of values in all grammars of a request. Checking more would block the event loop."""
+"""Maximum total number of JSON values in a request's grammars. Checking more would block the event loop."""
 MAX_PROPERTIES = 500
-"""Maximum number of properties of one object."""
+"""Maximum number of properties per object in a JSON schema."""
 MAX_CHOICES_OF_PROPERTIES = 2_000
-"""Maximum product of an object's number of properties and the larger of `minProperties` and
+"""Maximum product of the number of an object's properties and the larger of its `minProperties` and
 `maxProperties`."""
 MAX_LENGTHS = 32
-"""Maximum number of strings with a length limit in one request."""
+"""Maximum number of length-limited strings in one request."""
 MAX_ATOMS = 1_000
-"""Maximum number of atoms (characters and classes) in one pattern, with its repetitions written out."""
+"""Maximum number of atoms (characters and classes) in one pattern, with its repetitions expanded."""
 MAX_TOTAL_ATOMS = 10_000
 
 _ATOM = re.compile(r"\\.?|\[(?:\\.|[^\]\\])*\]?|\{(\d+)(?:,(\d*))?\}|\{,(\d+)\}|.", re.DOTALL)
 _JSON_TEXTS = ("json", "structural_tag")
 _MAX_STEPS = 8 * MAX_ATOMS
-"""Maximum number of symbols in a pattern. This limit is needed because `|` and `?` are not atoms, and there
-could be 60,000 of them."""
+"""Maximum number of symbols in a pattern, which guards against thousands of `|` and `?`. These are not atoms, and
+a pattern could contain 60,000 of them."""
 _OPTIONAL = 20
-"""Number of atoms that one optional atom counts as."""
+"""Number of atoms that an optional atom is counted as."""
 _MAX_NUMBER_DIGITS = 6  # a longer number exceeds the limits anyway
 
 
 def find_excessive_grammar(fields: Mapping[str, Any]) -> Refusal | None:
-    """Return a refusal for the first grammar that exceeds a limit, or None if all are within the limits."""
+    """Return a refusal for the first grammar that exceeds a limit, or None if all grammars are within the limits."""
     grammars = {param: grammar for param, grammar in _grammars_of(fields) if grammar is not None}
     if not grammars or not (limit := excess([*grammars.values()])):
         return None
@@ -65,7 +65,7 @@ def find_excessive_grammar(fields: Mapping[str, Any]) -> Refusal | None:
 
 
 def _grammars_of(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield every field of a request that vLLM compiles into a grammar, on any route."""
+    """Yield every request field that vLLM compiles into a grammar on any route, with its name."""
     for name in ("response_format", "structured_outputs"):
         yield name, fields.get(name)
     for name in ("text", "output_config"):  # of responses, of messages
@@ -149,10 +149,9 @@ def _read(value: Any) -> Any:
 
 
 def written_out(pattern: str) -> int:
-    """Return the number of characters and classes in a regular expression.
+    """Return the number of characters and classes in a regular expression, with bounded repetitions expanded.
 
-    Bounded repetitions are counted as if they were written out. An optional character or class counts as
-    `_OPTIONAL`. Counting stops beyond MAX_ATOMS.
+    An optional character or class counts as `_OPTIONAL`. Counting stops beyond MAX_ATOMS.
     """
     sums, last = [0], 0  # atoms in each open group, and in the part that a repetition would repeat
     before = ""

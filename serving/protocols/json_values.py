@@ -1,4 +1,4 @@
-"""The depth and size of a parsed JSON value, counted without a Python step per scalar."""
+"""Measures the depth and size of a parsed JSON value, without a Python step per scalar."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,7 @@ CONTAINERS = frozenset({dict, list})
 
 
 def is_deeper(value: Any, most: int) -> bool:
-    """Return whether a value has more than `most` levels of objects and arrays, counting itself as the first."""
+    """Return whether a JSON value has more than `most` levels of objects and arrays, including its own."""
     level = [value] if type(value) in CONTAINERS else []
     for _ in range(most):
         level = [inner for container in level for inner in _containers_in(container)]
@@ -17,7 +17,7 @@ def is_deeper(value: Any, most: int) -> bool:
 
 
 def count_values(value: Any, most: int) -> int:
-    """Return the number of values inside a value, at any depth. Counting stops beyond `most`."""
+    """Return the number of values nested in a JSON value, at any depth. Counting stops beyond `most`."""
     count, pending = 0, [value]
     while pending and count <= most:
         container = pending.pop()

@@ -1,8 +1,8 @@
-"""Estimate from a request body's raw bytes whether reading it would block the event loop for too long.
+"""Estimates from a request body's raw bytes whether reading it would block the event loop for too long.
 
 Reading a body means parsing it, checking its fields and serialising it again for the engine. This blocks the event
-loop, and a thread would not help: the parser holds the interpreter's lock. Size alone does not predict the time:
-4 MiB of text take 5 ms, but 4 MiB of `{},{},{}` take half a second.
+loop, and a thread would not help, because the parser holds the interpreter's lock. Size alone does not predict the
+time: 4 MiB of text take 5 ms, but 4 MiB of `{},{},{}` take half a second.
 """
 
 import re
@@ -11,19 +11,19 @@ _BYTE_NS = 3.0
 _ESCAPE_NS = 18.0
 _VALUE_NS = 100.0
 _CONTAINER_NS = 900.0
-"""Time for a byte, a backslash, a value, and an object or array, in nanoseconds. The figures are up to 50 %
-higher than those measured on a Xeon with AMX, since other machines are slower."""
+"""Estimated times for reading a byte, a backslash, a value, and an object or array, in nanoseconds. They are up to
+50 % higher than those measured on a Xeon with AMX, since other machines are slower."""
 _FLOAT_NS = 250.0
-"""Time added for a number with a decimal point or an exponent, in nanoseconds."""
+"""Additional time for a number with a decimal point or an exponent, in nanoseconds."""
 _MIN_CONTAINER_BYTES = 2
 """Size of the smallest object or array, `[]`, in bytes."""
 _MAX_DIGITS = 24
-"""Number of digits from which a number is rejected. Conversion time grows with the square of the number of
+"""Number of digits at which a number is rejected. Conversion time grows with the square of the number of
 digits: 1,000 numbers of 4,000 digits took 0.26 s."""
 _FEW_NUMBERS = 128 * 1024
-"""Body size up to which numbers are not examined: 128 KiB of the slowest numbers take 9 ms."""
+"""Body size up to which numbers are not examined. In 128 KiB, even the slowest numbers take only 9 ms."""
 _STRING_NS = 40.0
-"""Time added for each string, in nanoseconds. Strings are removed before separators are counted."""
+"""Additional time for each string, in nanoseconds. Strings are removed before separators are counted."""
 _SLICE = 64 * 1024
 _BACKSLASHES = re.compile(rb"\\*")
 _SEPARATORS = b",:[{"
@@ -34,7 +34,7 @@ _NUMBERS = bytes.maketrans(b"0123456789E", b"1111111111e")
 def takes_longer(body: bytes, most_ms: float) -> bool:
     """Return whether reading a body may take longer than `most_ms`, or whether a number has too many digits.
 
-    Separators and digits inside strings do not count. A body is scanned in slices until the estimate exceeds
+    Separators and digits inside strings are ignored. The body is scanned in slices until the estimate exceeds
     the limit.
     """
     left_ns = most_ms * 1e6 - len(body) * _BYTE_NS

@@ -1,10 +1,10 @@
-"""The HTTP paths that are forwarded to the engine."""
+"""The HTTP paths whose requests are forwarded to the engine."""
 
 from enum import StrEnum
 
 
 class Route(StrEnum):
-    """A path for completions. The engine uses the same paths."""
+    """A path for completion requests. The engine uses the same paths."""
 
     CHAT_COMPLETIONS = "/v1/chat/completions"
     COMPLETIONS = "/v1/completions"
@@ -13,11 +13,11 @@ class Route(StrEnum):
 
 
 class TokenRoute(StrEnum):
-    """A path that counts a prompt's tokens. The engine uses the same paths."""
+    """A path for counting a prompt's tokens. The engine uses the same paths."""
 
     COUNT_TOKENS = "/v1/messages/count_tokens"
     TOKENIZE = "/tokenize"
 
 
 ANTHROPIC_PATHS = frozenset({Route.MESSAGES.value, TokenRoute.COUNT_TOKENS.value})
-"""Paths for Anthropic's clients, which expect other headers and errors than OpenAI's clients."""
+"""Paths used by Anthropic's clients, which expect different headers and errors from OpenAI's clients."""

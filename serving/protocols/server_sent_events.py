@@ -1,4 +1,4 @@
-"""Server-sent events as bytes: split a stream into events, and read the name and data of an event.
+"""Handles server-sent events as bytes: splits a stream into events, and reads an event's name and data.
 
 Events are forwarded unchanged, and parsed only if they can contain a field of interest. Searching for a key's bytes is
 reliable, because quotes inside JSON strings are always escaped: a model cannot generate `"error":` unescaped.
@@ -13,15 +13,15 @@ _BLANK_LINE = re.compile(rb"(?:\r\n|\n){2}")
 
 
 class EventSplitter:
-    """Splits a byte stream into events. Chunks may end anywhere."""
+    """Splits a byte stream into server-sent events. The chunks it receives may end anywhere."""
 
     def __init__(self) -> None:
         self._rest = b""
 
     def feed(self, chunk: bytes) -> list[bytes]:
-        """Return the events that are now complete, each with its blank line.
+        """Add a chunk of the stream, and return the events that are now complete, each including its blank line.
 
-        Joined together, all returned events equal the stream.
+        Concatenating all returned events reproduces the stream.
         """
         if not self._rest and chunk.find(b"\n\n") == len(chunk) - 2 >= 0 and b"\r" not in chunk:
             return [chunk]  # the usual case
@@ -38,7 +38,7 @@ class EventSplitter:
 
 
 def is_event(part: bytes) -> bool:
-    """Return whether part of an answer is an event rather than a JSON body."""
+    """Return whether a part of an answer is a server-sent event rather than a JSON body."""
     return not part.startswith(b"{")
 
 
@@ -58,7 +58,7 @@ def _lines(event: bytes, field: bytes) -> bytes:
 
 
 def json_of(part: bytes) -> dict[str, Any]:
-    """Return the JSON object in an event or body. Empty if there is none, as in a comment or `[DONE]`."""
+    """Return the JSON object in an event or body, or an empty one if there is none, as in a comment or `[DONE]`."""
     try:
         value = json.loads(data_of(part) if is_event(part) else part)
     except ValueError:

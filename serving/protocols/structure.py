@@ -1,8 +1,8 @@
-"""Limits on request structure that let vLLM's API server check each request quickly.
+"""Limits on the structure of requests, which let vLLM's API server check each request quickly.
 
-That server uses a single thread for all clients. vLLM validates a body with pydantic, which tries every
-member of a union and collects every error: about 6 microseconds for each error, and 233 errors for one
-wrong item of `/v1/responses`. 4,096 such items, in 16 KiB, blocked the thread for 25 s. Lists are
+The API server uses a single thread for all clients. vLLM validates a body with pydantic, which tries every
+member of a union and collects every error. Each error takes about 6 microseconds, and one wrong item of
+`/v1/responses` causes 233 errors. 4,096 such items, in 16 KiB, blocked the thread for 25 s. Lists are
 therefore limited in length, with a stricter limit on elements of unions that have an unusual form
 (serving.protocols.usual_forms). docs/api.md lists the limits, along with the measured cost of the worst
 body within each limit.
@@ -20,16 +20,17 @@ from svc.settings import RequestLimits
 Fields = Mapping[str, Any]
 
 _TURNS = {"messages": frozenset({"content", "tool_calls"}), "input": frozenset({"content", "output", "summary"})}
-"""Maps each field that contains a conversation to the fields of its turns that may contain lists."""
+"""For each field that contains a conversation, the fields of its turns that may contain lists."""
 _TOKEN_IDS = frozenset({"allowed_token_ids", "stop_token_ids", "logprob_token_ids"})
 _MIN_VALUE_BYTES = 2
-"""Size of the shortest value including its separator, in bytes."""
+"""Size of the shortest JSON value, including its separator, in bytes."""
 _GRAMMARS = frozenset({"response_format", "structured_outputs", "text", "output_config"})
-"""Fields that serving.protocols.grammar_limits parses, and whose size and number of values it limits."""
+"""Fields that contain grammars. serving.protocols.grammar_limits parses them, and limits their size and number of
+values."""
 
 
 class _Unusual(NamedTuple):
-    """Limits on elements for which vLLM has to try all members of a pydantic union.
+    """Limits on unusual elements, for which vLLM has to try all members of a pydantic union.
 
     Attributes:
         is_usual: function that returns whether an element has a form that vLLM accepts without trying all
@@ -113,7 +114,7 @@ def _excess_of_unusual(name: str, elements: Sequence[Any], route: Route, bound: 
 
 
 def _excess_of_prompt(prompt: Any) -> Refusal | None:
-    """Return a refusal for a prompt of mixed types, because vLLM would report an error for each element."""
+    """Return a refusal if a prompt mixes types, because vLLM would report an error for each of its elements."""
     if type(prompt) is list:
         kinds = set(map(type, prompt))
         if kinds == {str} or (kinds == {int} and _are_token_ids(prompt)):

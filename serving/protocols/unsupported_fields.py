@@ -1,7 +1,7 @@
 """Request fields that the engine would accept but the gateway rejects, each with the reason.
 
 The list contains only fields with which one client can harm others: by crashing the shared engine, using
-its memory or time unnoticed, or making it contact other machines. The engine checks everything else. The
+its memory or time unnoticed, or making it contact other machines. The engine checks all other fields. The
 list is based on the fields of vLLM 0.32, whose types are lax.
 """
 
@@ -13,7 +13,7 @@ from serving.protocols.refusal import Refusal
 from serving.protocols.route import Route
 
 MAX_ANSWERS = 1024
-"""Maximum number of answers to one request, however short they are; admission limits their tokens. vLLM has
+"""Maximum number of answers to one request, regardless of their length; admission limits their tokens. vLLM has
 the same limit on the number of prompts in one request, while its limit on `n` is 16,384 for each prompt."""
 
 Fields = Mapping[str, Any]
@@ -23,23 +23,22 @@ _TRANSFER = {
     name: Refusal(name, f"'{name}' is not supported, because it makes an engine read another engine's memory")
     for name in ("kv_transfer_params", "ec_transfer_params")
 }
-"""These fields name a host from which the engine fetches memory blocks, or keep blocks after the answer
+"""Fields that name a host from which the engine fetches memory blocks, or that make it keep blocks after the answer
 until they are fetched. `kv_transfer_params` in `vllm_xargs` makes vLLM fail on an assertion."""
 _PROMPT_LOGPROBS = {
     "prompt_logprobs": Refusal("prompt_logprobs", f"log-probabilities of the prompt are not supported: {_ENDS_ENGINE}")
 }
-"""For these fields, vLLM scores the whole prompt, which can exhaust or crash an engine."""
+"""Fields that make vLLM score the whole prompt, which can exhaust or crash an engine."""
 _ECHO = {
     "echo": Refusal(
         "echo", f"'echo' is not supported for chat, because it requests the prompt's log-probabilities: {_ENDS_ENGINE}"
     )
 }
-"""Rejected for chat because vLLM's `top_logprobs` is 0 there by default, which is enough to score the
-prompt."""
+"""Rejected for chat, where vLLM's `top_logprobs` defaults to 0, which is enough to make it score the prompt."""
 _PRIORITY = {
     "priority": Refusal("priority", "'priority' is not supported, because the server decides the order of requests")
 }
-"""On an engine with `--scheduling-policy priority`, a client that sets this field preempts the answers of
+"""On an engine with `--scheduling-policy priority`, a client that sets this field can preempt the answers of
 all other clients. Other engines reject it."""
 _MEDIA_OPTIONS = {
     name: Refusal(name, f"'{name}' is not supported, because only text content is served")
@@ -55,8 +54,8 @@ _STORED = {
         for name in ("previous_response_id", "conversation")
     },
 }
-"""vLLM never deletes stored responses. A background answer has no client, so it would hold no admission
-slot and swaps would not wait for it."""
+"""Fields for stored and background responses. vLLM never deletes stored responses. A background answer has no
+client, so it would hold no admission slot and swaps would not wait for it."""
 _UNSUPPORTED: Mapping[Route, Mapping[str, Refusal]] = {
     # In responses and messages vLLM has no `echo` and no `n`; it ignores unknown fields.
     Route.CHAT_COMPLETIONS: _PROMPT_LOGPROBS | _ECHO | _TRANSFER | _PRIORITY | _MEDIA_OPTIONS,
@@ -65,12 +64,12 @@ _UNSUPPORTED: Mapping[Route, Mapping[str, Refusal]] = {
     Route.MESSAGES: _PROMPT_LOGPROBS | _TRANSFER | _MEDIA_OPTIONS,
 }
 _SWITCHES = frozenset({"echo", "priority", "background", "store"})
-"""Fields that have no effect if they are false, 0 or null. All other fields have no effect only if they are
+"""Fields that have no effect if they are false, 0 or null. All other fields are without effect only if they are
 null."""
 
 
 def find_refusal(fields: Fields, route: Route) -> Refusal | None:
-    """Return the first reason to reject a request, or None if there is none."""
+    """Return a refusal for the first unsupported field in a request, or None if there is none."""
     unsupported = _UNSUPPORTED[route]
     for name in filter(unsupported.__contains__, fields):
         value = fields[name]
@@ -105,7 +104,7 @@ _MEDIA_KEYS = frozenset(
         *("video_url", "video_embeds", "prompt_embeds"),
     }
 )
-"""Keys that vLLM treats as media in a content part that has no type, or has a `uuid`."""
+"""Keys that make vLLM treat a content part as media if the part has no type, or has a `uuid`."""
 _TURNS = (("messages", ("content",)), ("input", ("content", "output")))
 
 
@@ -130,7 +129,7 @@ def _no_text(param: str) -> Refusal:
 
 
 def _all_text(content: Any) -> bool:
-    """Return whether every part of the content is text. Malformed parts are left to the engine to reject."""
+    """Return whether all parts of a message's content are text. The engine rejects malformed parts itself."""
     return not isinstance(content, list) or all(_is_text(part) for part in content if isinstance(part, dict))
 
 
@@ -158,7 +157,7 @@ _SEVERAL = frozenset({Route.CHAT_COMPLETIONS, Route.COMPLETIONS})
 
 
 def count_answers(fields: Fields, route: Route) -> int:
-    """Return the number of answers that a request asks for. Call this only if `find_refusal` returned None."""
+    """Return the number of answers that a request asks for. `find_refusal` must have returned None for it."""
     if route not in _SEVERAL:
         return 1
     return max(1, fields.get("n") or 1) * max(1, _count_prompts(fields.get("prompt")))

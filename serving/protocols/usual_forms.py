@@ -1,7 +1,7 @@
-"""The usual forms of messages, input items and tools. Whatever matches one of them is valid for vLLM too.
+"""The usual forms of messages, input items and tools. An element that matches one of them is valid for vLLM too.
 
 An element that matches none of them may still be valid, which is for vLLM to decide. Each form has a
-subset of the fields and types that vLLM allows; tests/e2e/test_worst_requests.py compares them with
+subset of the fields and types that vLLM allows; tests/e2e/test_worst_requests.py compares the forms with
 vLLM. msgspec checks them in C.
 """
 
@@ -14,7 +14,7 @@ _Status = Literal["in_progress", "completed", "incomplete"]
 
 
 class _Form(msgspec.Struct, forbid_unknown_fields=True):
-    """A JSON object that may have only the listed fields."""
+    """Base class for the usual forms. It rejects any field that is not listed."""
 
 
 class _ChatMessage(_Form, tag_field="role"):
@@ -50,9 +50,9 @@ class _Assistant(_Form, tag_field="role", tag="assistant"):
 
 
 class _OneChatMessage(msgspec.Struct):
-    """A chat message in a struct.
+    """A struct that wraps a single chat message.
 
-    msgspec caches its analysis of structs, while that of a union takes 10 us each time.
+    msgspec caches its analysis of structs, while analysing a union takes 10 us each time.
     """
 
     element: _System | _Developer | _User | _ToolAnswer | _Assistant

@@ -1,12 +1,12 @@
 """How each route encodes its prompts and answers: token counts, end, text and finish reason.
 
-There are three formats. Completions (chat and plain) end with `[DONE]`, responses and messages with an
-event of their own. All values are returned in the terms of chat completions. A part of an answer is a
-JSON body or one event of a stream. This module knows the bytes that vLLM writes, and changes none of
+There are three formats. Completions (chat and plain) end with `[DONE]`, while responses and messages end with a
+special event. All values are returned in the terms of chat completions. A part of an answer is either a
+JSON body or one event of a stream. This module reads the bytes that vLLM writes, but changes none of
 them.
 
 Nearly all events of a stream contain one piece of text and nothing else. Each format recognises such
-events without parsing, and parses only the others.
+events without parsing them, and parses only the remaining events.
 """
 
 import json
@@ -28,13 +28,13 @@ _PLAIN_TOKEN = re.compile(
     rb'data: \{"id":"[^"\\]*","object":"[a-z_.]+","created":\d+,"model":' + _TEXT + rb',"choices":\[\{"index":\d+,'
     rb'(?:"delta":\{"content":' + _TEXT + rb'\}|"text":' + _TEXT + rb")" + _NULLS + rb"\}\]" + _NULLS + rb"\}\n\n"
 )
-"""Matches a whole event, so that a matching event contains one piece of text and nothing else."""
+"""Matches complete events that contain one piece of text and nothing else."""
 _USAGE = re.compile(rb'"usage"\s*:\s*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
 _FINISH_REASON = re.compile(rb'"finish_reason"\s*:\s*"([a-z_]{1,40})"')
 _DONE = b"[DONE]"
 _RESPONSE_ENDS = frozenset({"response.completed", "response.incomplete"})
-"""Names of final events. vLLM always sends the first one; OpenAI sends the second one after a truncated
-answer."""
+"""Names of the events that end a response. vLLM always sends the first one; OpenAI sends the second one after a
+truncated answer."""
 _STOP_REASONS = {"end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length", "tool_use": "tool_calls"}
 
 
@@ -47,7 +47,7 @@ class Usage(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """The content of one event in a stream.
+    """What one event of a stream contains.
 
     Attributes:
         token: whether the event contains generated tokens and is not the event with token counts.
@@ -66,7 +66,7 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """Text and tool calls collected so far from the parts of an answer.
+    """Text and tool calls collected so far while an answer is being received.
 
     Attributes:
         text: pieces of the answer's text.
@@ -83,18 +83,18 @@ class _Answer:
 
 
 TOKEN = Seen(token=True)
-"""Content of an event that has tokens and nothing else."""
+"""Result for an event that contains tokens and nothing else."""
 
 
 class WireFormat(ABC):
-    """Reads the requests and answers of a route."""
+    """Base class for reading the requests and answers of a route."""
 
     _plain_head: bytes
-    """Beginning of an event that has text and nothing else."""
+    """The bytes with which an event begins if it contains text and nothing else."""
     _error_head = b"event: error\ndata: "
 
     def classify(self, event: bytes) -> Seen:
-        """Return what an event contains: a token, the usage, the finish reason, an error or the end."""
+        """Determine what an event contains: a token, token counts, the finish reason, an error or the end."""
         if self.is_plain_token(event):
             return TOKEN
         usage, end = self.usage(event), self.is_end(event)
@@ -102,16 +102,16 @@ class WireFormat(ABC):
         return Seen(token, end, usage, self.finish_reason(event), find_error(event))
 
     def is_plain_token(self, event: bytes) -> bool:
-        """Return whether an event can be recognised, without parsing, as containing text and nothing else."""
+        """Return whether an event is recognised, without parsing it, as containing text and nothing else."""
         return event.startswith(self._plain_head) and b'"error"' not in event
 
     @abstractmethod
     def usage(self, part: bytes) -> Usage | None:
-        """Return the token counts of the whole answer, or None for a part without them."""
+        """Return the token counts of the whole answer, or None if this part of the answer does not contain them."""
 
     @abstractmethod
     def finish_reason(self, part: bytes) -> str | None:
-        """Return the finish reason (`stop`, `length` or `tool_calls`), or None for a part without one."""
+        """Return the finish reason (`stop`, `length` or `tool_calls`), or None if this part of the answer has none."""
 
     @abstractmethod
     def is_token(self, event: bytes) -> bool:
@@ -119,14 +119,14 @@ class WireFormat(ABC):
 
     @abstractmethod
     def is_end(self, event: bytes) -> bool:
-        """Return whether an event ends a complete answer."""
+        """Return whether an event marks the end of a complete answer."""
 
     @abstractmethod
     def prompt(self, fields: Mapping[str, Any]) -> Any:
-        """Return a request's messages, or its plain prompt."""
+        """Return the messages of a request, or its prompt if it has no messages."""
 
     def text(self, parts: Iterable[bytes]) -> str:
-        """Return the text of the first choice, with its tool calls formatted as in the examples' reference answers."""
+        """Return the text of the first choice. Tool calls are formatted as in the examples' reference answers."""
         answer = _Answer()
         for part in parts:
             self._add_part(part, answer)
@@ -136,7 +136,7 @@ class WireFormat(ABC):
     def _add_part(self, part: bytes, answer: "_Answer") -> None: ...
 
     def error_event(self, error: bytes) -> bytes:
-        """Return the error event that ends an incomplete answer.
+        """Return the event that reports an error at the end of an incomplete answer.
 
         Args:
             error: JSON object with the key `error`, in the route's format.
@@ -145,7 +145,7 @@ class WireFormat(ABC):
 
 
 class CompletionsFormat(WireFormat):
-    """Format of chat completions and plain completions."""
+    """Wire format of chat completions and plain completions."""
 
     _error_head = b"data: "
 
@@ -153,9 +153,9 @@ class CompletionsFormat(WireFormat):
         return _PLAIN_TOKEN.fullmatch(event) is not None
 
     def usage(self, part: bytes) -> Usage | None:
-        """Return the token counts. In a stream, only the chunk without choices has them.
+        """Return the token counts. In a stream, only the chunk without choices contains them.
 
-        The part is searched rather than parsed, because log-probabilities can take megabytes.
+        The bytes are searched rather than parsed, because log-probabilities can take up megabytes.
         """
         counts = _last_usage(part)
         if not counts or (is_event(part) and json_of(part).get("choices") != []):
@@ -166,15 +166,15 @@ class CompletionsFormat(WireFormat):
             return None
 
     def finish_reason(self, part: bytes) -> str | None:
-        """Return the first finish reason that is set, or None if there is none."""
+        """Return the first finish reason that is not null, or None if there is none."""
         at = part.find(b'"finish_reason"')  # many times as fast as the pattern in a part without one
         reason = _FINISH_REASON.search(part, at) if at >= 0 else None
         return reason[1].decode("ascii") if reason else None
 
     def is_token(self, event: bytes) -> bool:
-        """Return whether an event has tokens.
+        """Return whether an event contains generated tokens.
 
-        Comments, the end and the chunk that opens a chat message have none.
+        Comments, the end marker and the chunk that opens a chat message contain none.
         """
         return event.startswith(b"data:") and b'"role":' not in event and not self.is_end(event)
 
@@ -195,7 +195,7 @@ class CompletionsFormat(WireFormat):
 
 
 class ResponsesFormat(WireFormat):
-    """Format of the Responses API.
+    """Wire format of the Responses API.
 
     The last event contains the whole response. It is parsed rather than searched, because it also contains
     the client's tools.
@@ -224,7 +224,7 @@ class ResponsesFormat(WireFormat):
         return name_of(event) in _RESPONSE_ENDS
 
     def prompt(self, fields: Mapping[str, Any]) -> Any:
-        """Return the conversation's turns, with the instructions as the system turn, as vLLM does."""
+        """Return the turns of the conversation. As in vLLM, the instructions become the system turn."""
         turns = fields.get("input")
         turns = turns if isinstance(turns, list) else [{"role": "user", "content": turns}]
         instructions = fields.get("instructions")
@@ -254,9 +254,9 @@ class ResponsesFormat(WireFormat):
 
 
 class MessagesFormat(WireFormat):
-    """Format of Anthropic's Messages API.
+    """Wire format of Anthropic's Messages API.
 
-    Messages are parsed rather than searched, because they contain tool input as an object that the model
+    Messages are parsed rather than searched, because they contain tool input in the form of an object that the model
     wrote.
     """
 
@@ -265,7 +265,7 @@ class MessagesFormat(WireFormat):
     def usage(self, part: bytes) -> Usage | None:
         """Return the token counts.
 
-        In a stream, these are the counts in `message_delta`: the first event counts no generated tokens.
+        In a stream, they are taken from `message_delta`, because the first event does not count generated tokens.
         """
         usage = self._end_of(part).get("usage")
         counts = _usage(usage, "input_tokens", "output_tokens")
@@ -308,7 +308,7 @@ class MessagesFormat(WireFormat):
 
 
 def _last_usage(part: bytes) -> bytes | None:
-    """Return the JSON of the last token counts, which vLLM writes after the model's text."""
+    """Return the JSON of the last token counts in an event or body. vLLM writes them after the model's text."""
     at = part.rfind(b'"usage"')
     if at < 0:
         return None

@@ -1,1 +1,1 @@
-"""The engines behind a model name: connections, supervision, verification on every load, and pooling."""
+"""Manage the engines behind a model name: connect to them, supervise them, verify every load and pool them."""

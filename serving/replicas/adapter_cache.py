@@ -1,12 +1,14 @@
-"""The adapters that one engine has loaded. They are loaded on demand, evicting the least recently used.
+"""Cache of the adapters loaded in one engine.
 
-An adapter is loaded on its first use, once for all requests that need it. An adapter in use is not
-evicted. If all are in use, requests for other adapters wait in order. For each adapter that requests
-wait for, the least recently used loaded adapter stops accepting requests until it is replaced, so no
-wait is longer than the running requests take.
+Adapters are loaded on demand. When the cache is full, the least recently used adapter is evicted.
 
-Names in the engine are never reused, because the prefix cache identifies an adapter by its name. This
-module knows neither HTTP nor the contents of a version.
+An adapter is loaded on its first use, once for all requests that need it. An adapter in use is not evicted.
+If all loaded adapters are in use, requests for other adapters wait in order. For each adapter that has
+waiting requests, one loaded adapter (the least recently used) stops accepting requests until it is
+replaced. A request therefore never waits longer than the running requests take to finish.
+
+Adapter names in the engine are never reused, because the prefix cache identifies an adapter by its name.
+This module knows neither HTTP nor the contents of a version.
 """
 
 import asyncio
@@ -25,11 +27,11 @@ from svc.version import VersionId
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """Result of verifying a load.
+    """Result of verifying a loaded adapter.
 
     Attributes:
         found: description of the result, for the journal.
-        verified: False if there was nothing to compare with.
+        verified: False if the adapter could not be verified because there was nothing to compare it with.
     """
 
     found: str
@@ -51,7 +53,7 @@ class LoadedAdapter:
 
 @dataclass(frozen=True, slots=True)
 class AdapterUse:
-    """One request's hold on a loaded adapter, which prevents the adapter's eviction.
+    """A request's claim on a loaded adapter, which keeps the adapter from being evicted.
 
     Attributes:
         leave: function to be called once, when the request ends.
@@ -65,13 +67,13 @@ class AdapterLoader(Protocol):
     """Loads and unloads an engine's adapters."""
 
     async def check(self, version: VersionId) -> None:
-        """Raise an error if the version has no adapter that clients may use in this engine.
+        """Raise an error unless the version has an adapter that clients may use in this engine.
 
         This is called before any eviction.
         """
 
     async def load(self, version: VersionId, name: str) -> Checked:
-        """Load an adapter under a name and verify it. Raise an error if the load or the verification fails."""
+        """Load an adapter under the given name and verify it. Raise an error if either step fails."""
 
     async def unload(self, name: str) -> None:
         """Unload an adapter, or do nothing if it is not loaded."""
@@ -85,7 +87,7 @@ def _future() -> "asyncio.Future[LoadedAdapter]":
 
 @dataclass(slots=True, eq=False)
 class _Slot:
-    """A slot in the engine, occupied by one adapter.
+    """An adapter slot of the engine, holding one adapter.
 
     Attributes:
         users: number of requests that use the adapter or wait for it to load. The load itself counts as one.
@@ -103,10 +105,11 @@ class _Slot:
 
 @dataclass(slots=True, eq=False)
 class _Wait:
-    """The requests that are waiting for a slot for the same adapter.
+    """The requests that are waiting for the same adapter to get a slot.
 
     Attributes:
-        given: future whose result is the slot. These requests are already counted in the slot's `users`.
+        given: future that resolves to the slot. By then, the waiting requests are counted in the slot's
+            `users`.
     """
 
     count: int = 0
@@ -115,11 +118,11 @@ class _Wait:
 
 @dataclass(eq=False)
 class AdapterCache:
-    """The adapters that one engine has loaded, from the engine's start until its stop.
+    """Cache of the adapters loaded in one engine, which lasts from the engine's start to its stop.
 
     Attributes:
         max_loaded: maximum number of loaded adapters.
-        patience_s: a request's longest wait for a slot, in seconds.
+        patience_s: longest time that a request may wait for a slot, in seconds.
         on_change: function called after a load with its duration in seconds, and after an eviction with
             None.
     """
@@ -139,7 +142,7 @@ class AdapterCache:
 
     @property
     def loaded(self) -> list[LoadedAdapter]:
-        """Adapters that requests may use now, least recently used first. May be read from another thread."""
+        """Adapters that requests can use now, least recently used first. Safe to read from another thread."""
         done = [slot.loaded for slot in list(self._slots.values()) if slot.loaded.done() and not slot.dropped]
         return [loaded.result() for loaded in done if not loaded.exception()]
 
@@ -156,7 +159,7 @@ class AdapterCache:
         return slot.loaded.exception() is None
 
     def take(self, version: VersionId, *, for_operator: bool = False) -> AdapterUse | None:
-        """Return a hold on an adapter that is ready, or None if the request would have to wait for it."""
+        """Return a claim on an adapter, or None if the request would have to wait for the adapter."""
         if not self.is_ready(version, for_operator=for_operator):
             return None
         slot = self._slots[version]
@@ -165,21 +168,21 @@ class AdapterCache:
         return AdapterUse(slot.loaded.result(), partial(self._leave, slot))
 
     async def check(self, version: VersionId) -> None:
-        """Check that a client's request may load a version's adapter. Raises the loader's error if it may not."""
+        """Check that a client's request may load a version's adapter. Raises the loader's error otherwise."""
         if not self.has(version):
             await self.loader.check(version)
 
     async def bring(self, version: VersionId, *, for_operator: bool = False) -> AdapterUse:
-        """Return a hold on an adapter, loading the adapter first if necessary.
+        """Return a claim on an adapter, loading the adapter first if necessary.
 
         Args:
             for_operator: whether the operator wants the version to be served. If so, the loader does not check
-                whether clients may use it. If there are several slots, the adapter also accepts requests while
-                requests wait for other adapters, and is loaded before those.
+                whether clients may use it. If the engine has several slots, the adapter is also loaded before other
+                waiting adapters, and keeps accepting requests while they wait.
 
         Raises:
             QueueTimeoutError: all loaded adapters were in use for too long.
-            EngineUnavailableError: the engine stopped in the meantime.
+            EngineUnavailableError: the engine stopped while the request was waiting.
             Exception: any error raised by the loader.
         """
         if not for_operator:
@@ -201,7 +204,7 @@ class AdapterCache:
             use.leave()
 
     def drop(self, version: VersionId) -> None:
-        """Handle a version's removal: recheck it for later requests, and evict its adapter once it is unused."""
+        """Evict a removed version's adapter once it is unused. A later request for the version is checked again."""
         slot = self._slots.get(version)
         if slot is not None:
             slot.dropped = True
@@ -209,7 +212,7 @@ class AdapterCache:
             self.on_change(None)
 
     def close(self) -> None:
-        """Close the cache when the engine stops: fail the waiting requests and load no more adapters."""
+        """Close the cache because the engine stops. Waiting requests fail, and no more adapters are loaded."""
         self._closed = True
         for task in self._tasks:
             task.cancel()
@@ -226,7 +229,7 @@ class AdapterCache:
         return not slot.closing or (for_operator and self.max_loaded > 1)
 
     async def _occupy(self, version: VersionId, for_operator: bool) -> _Slot:
-        """Wait up to `patience_s` for the version's slot and return it. The caller must release it with `_leave`."""
+        """Wait up to `patience_s` for a slot with the version's adapter. The caller must release it with `_leave`."""
         if self._closed:
             raise _ended()
         slot = self._slots.get(version)
@@ -270,7 +273,7 @@ class AdapterCache:
         self._give_places()
 
     def _give_places(self) -> None:
-        """Give slots to the versions requested first, and close one used slot per version that is still waiting."""
+        """Assign slots to waiting versions in order, and close one used slot for each version that must still wait."""
         for unused in [slot for slot in self._slots.values() if slot.dropped and not slot.users]:
             self._evict(unused)
             self._start(self._unload_now())
@@ -309,9 +312,9 @@ class AdapterCache:
         task.add_done_callback(self._tasks.discard)
 
     async def _load(self, slot: _Slot) -> None:
-        """Load an adapter. Adapters are loaded one at a time.
+        """Load an adapter into its slot. Adapters are loaded one at a time.
 
-        The load continues even if all its requests are gone, since another request may arrive.
+        The load continues even after all requests waiting for it have gone, since another may arrive.
         """
         try:
             async with self._turn:
@@ -346,7 +349,7 @@ class AdapterCache:
                 await self._unload()
 
     async def _unload(self) -> None:
-        """Unload evicted adapters. A failed unload is retried on the next load."""
+        """Unload the evicted adapters. If unloading fails, it is retried on the next load."""
         while self._to_unload:
             await self.loader.unload(self._to_unload[0])
             del self._to_unload[0]

@@ -1,6 +1,6 @@
 """Lease an admission slot and an engine for one request, after loading the request's adapter.
 
-A request that held a slot while waiting for its adapter would keep other requests from an idle engine.
+If a request held its slot while waiting for an adapter, it would keep other requests from an idle engine.
 This module knows nothing of HTTP.
 """
 
@@ -17,14 +17,14 @@ from serving.replicas.balancer import Lease, Leasing
 
 @dataclass(slots=True, eq=False)
 class AdmittedLease:
-    """A lease of an admission slot and an engine, held for the body of an `async with`.
+    """Async context manager that leases an admission slot and an engine.
 
     The engine and the version are chosen after the request has its slot, so a request that was queued during
     a swap gets the new version. If its adapter is not loaded at that point, because the engine was asleep,
     stopped or started by the swap, the request releases its slot, loads the adapter and is admitted again.
 
     Attributes:
-        tokens, party: the request's cost and its tenant, see Admission.enter.
+        tokens, party: the request's cost and its tenant; see `Admission.enter`.
         waiting: context manager that limits the number of requests waiting for adapters. It is entered only
             during such a wait.
 

@@ -1,4 +1,4 @@
-"""Choose an engine from a pool for a request, and the requested version's name in that engine.
+"""Choose an engine from the pool for a request, and look up the requested version's name in that engine.
 
 This module knows neither HTTP nor how engines start and stop.
 """
@@ -24,7 +24,7 @@ from svc.version import Format, Target
 class AdapterFailedError(EngineError):
     """Raised when a version's adapter could not be loaded or failed its probes.
 
-    The next request retries the load.
+    The next request tries to load it again.
     """
 
     retry_after_s = ENGINE_RETRY_S
@@ -39,7 +39,7 @@ class Lease(NamedTuple):
         engine_model: the version's name in the engine.
         pace: generation speed of the model's engines.
         show: function that replaces an adapter's private name with the version's name in a complete event or
-            body. None if the version has no private name.
+            response body. None if the version has no private name.
     """
 
     http: EngineConnections
@@ -50,7 +50,7 @@ class Lease(NamedTuple):
 
 
 class Balancer:
-    """Distributes requests across the engines that are ready."""
+    """Distributes requests across the ready engines."""
 
     def __init__(self, pool: EnginePool, names: ModelNames) -> None:
         self._pool = pool
@@ -93,10 +93,10 @@ class Balancer:
         return Leasing(self, model, without)
 
     def lacks_adapter(self, model: str) -> bool:
-        """Return whether a request would have to wait for an adapter in the engine that would be chosen now.
+        """Return whether a request would have to wait for an adapter in the engine that `choose` would return now.
 
-        The result is False if no engine accepts requests, because a sleeping engine is woken by a request that
-        waits for admission.
+        The result is False if no engine accepts requests: the request then waits for admission, which wakes a
+        sleeping engine.
 
         Raises:
             ModelNotFoundError: no version has this name.
@@ -111,7 +111,7 @@ class Balancer:
         return engine.lacks_adapter(served.version)
 
     def choose(self, model: str, without: Lease | None = None, kept: "_Kept | None" = None) -> tuple[Replica, Target]:
-        """Return an engine, and the target with which it answers the request.
+        """Choose an engine for a request. Return it with the target (version and format) that will answer.
 
         Args:
             kept: an adapter held for the request. Its engine is chosen if it still has the adapter and the
@@ -150,15 +150,15 @@ class _Kept(NamedTuple):
     use: AdapterUse
 
     def fits(self, engine: Replica, served: Target) -> bool:
-        """Return whether this is the adapter that `engine` would use to serve the target `served`."""
+        """Return whether this is the adapter that `engine` would use to serve the target."""
         return engine is self.engine and engine.adapters is self.adapters and served.version == self.use.adapter.version
 
 
 class Leasing:
     """Context manager that leases an engine.
 
-    It is a class, because a generator costs several times as much CPU time. Entering it waits for the
-    adapter. Callers that must not wait use `enter`, and use `bring` to wait.
+    It is a class because a generator would cost several times as much CPU time. Entering it waits for the
+    adapter. Callers that must not wait call `enter` instead, and `bring` where they can wait.
     """
 
     __slots__ = ("_balancer", "_engine", "_kept", "_model", "_use", "_without")
@@ -176,11 +176,11 @@ class Leasing:
         return self._balancer.lacks_adapter(self._model)
 
     async def bring(self) -> None:
-        """If the version is served as an adapter, load it in an engine and hold it for this lease until `drop`.
+        """Load the version in an engine, if it is served as an adapter, and keep it loaded until `drop` is called.
 
         Raises:
-            EngineUnavailableError: no engine is currently accepting requests, or the engine stopped in the
-                meantime.
+            EngineUnavailableError: no engine is currently accepting requests, or the engine stopped during the
+                load.
             ModelNotFoundError, QueueTimeoutError, AdapterFailedError: see `Balancer.lease`.
         """
         self.drop()
@@ -203,9 +203,9 @@ class Leasing:
             kept.use.leave()
 
     def enter(self) -> Lease | None:
-        """Return an engine, or None if its adapter must be loaded with `bring` first.
+        """Return a lease of an engine, or None if the adapter must first be loaded with `bring`.
 
-        The engine is to be released with `__aexit__`.
+        The caller must release the engine by calling `__aexit__`.
 
         Raises:
             ModelNotFoundError, EngineUnavailableError: see `Balancer.lease`.
@@ -256,11 +256,11 @@ def _lacks_adapter(engine: Replica, served: Target) -> bool:
 
 
 async def _brought(engine: Replica, adapters: AdapterCache, served: Target) -> AdapterUse:
-    """Return a hold on a version's adapter, loading the adapter first if necessary.
+    """Return a claim on a version's adapter, loading the adapter first if necessary.
 
     Raises:
-        EngineUnavailableError: the engine died or was stopped in the meantime.
-        AdapterFailedError: the adapter cannot be used. The log contains the reason.
+        EngineUnavailableError: the engine died or was stopped during the load.
+        AdapterFailedError: the adapter cannot be used. The reason is logged.
     """
     try:
         return await engine.bring_adapter(served.version)

@@ -1,7 +1,7 @@
-"""Load and verify one engine's adapters. serving.replicas.adapter_cache keeps track of those loaded.
+"""Load and verify the adapters of one engine. `serving.replicas.adapter_cache` tracks which are loaded.
 
-A version's files are compared with its manifest, loaded under a new name, and verified with its probes before a
-request may use the adapter.
+Before a request may use an adapter, the adapter's files are compared with the version's manifest. The
+adapter is then loaded under a new name and verified with the version's probes.
 """
 
 import asyncio
@@ -31,8 +31,8 @@ class EngineAdapterLoader:
 
     Attributes:
         model: the model that the engine was started with.
-        watch: watch that makes a request to the engine fail if the engine dies.
-        occupied: function that returns a context manager, which marks the engine as in use.
+        watch: watch that fails a request to the engine if the engine dies.
+        occupied: function that returns a context manager that marks the engine as in use.
     """
 
     engine: Engine
@@ -46,7 +46,7 @@ class EngineAdapterLoader:
         """Check that a client's request may load a version's adapter.
 
         Raises:
-            ModelNotFoundError: the request may not load it. The message is shown to clients, so it gives the
+            ModelNotFoundError: the request may not load it. The message is shown to clients, so it states the
                 reason without any paths.
         """
         try:
@@ -64,10 +64,10 @@ class EngineAdapterLoader:
             raise _no_adapter(version) from error
 
     async def load(self, version: VersionId, name: str) -> Checked:
-        """Load an adapter and verify it.
+        """Load an adapter into the engine and verify it.
 
         Raises:
-            ModelNotFoundError: the version was removed in the meantime.
+            ModelNotFoundError: the version has since been removed.
             SvcError: the load or the verification failed.
         """
         target = Target(version, Format.ADAPTER)
@@ -90,7 +90,7 @@ class EngineAdapterLoader:
 
 
 async def unload_all(client: EngineClient) -> None:
-    """Unload the adapters that an earlier server loaded into an engine, because their weights are unknown."""
+    """Unload adapters that an earlier server loaded into an engine, because their weights cannot be trusted."""
     for name in await client.adapters():
         await client.unload_adapter(name)
 

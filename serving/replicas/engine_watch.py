@@ -1,8 +1,8 @@
-"""Detect an engine's death: its process has exited, its core is dead, or it fails its health checks.
+"""Detect that an engine has died: its process exited, its core is dead, or it fails its health checks.
 
-An engine that does not answer health checks may be busy: vLLM's API server answers all clients from one
-thread. Silence alone therefore does not mean death; the API server's CPU time shows whether it is
-working or hanging.
+An engine that does not respond to health checks may just be busy: vLLM's API server answers all clients
+from one thread. Silence alone therefore does not mean death; the API server's CPU time shows whether it is
+working or has hung.
 """
 
 import asyncio
@@ -18,17 +18,18 @@ Result = TypeVar("Result")
 
 _HEALTH_S = 2.0
 _UNHEALTHY_S = 30.0
-"""Longest silence without CPU use, in seconds. Even under load, a working API server answers health checks
-within this time."""
+"""Seconds without a health check response or CPU use after which an engine is considered dead. Even under
+load, a working API server responds sooner."""
 _BUSY_S = 300.0
-"""Longest silence with CPU use, in seconds. After that, the API server is assumed to be in an endless loop."""
+"""Seconds without a health check response after which an engine is considered dead even though its API server
+uses CPU. The API server is then assumed to be in an endless loop."""
 _BUSY_SHARE = 0.05
-"""Share of one CPU core that a working API server exceeds, even next to a busy engine core. A hanging
-server uses less."""
+"""Share of one CPU core above which an API server is considered to be working. A working one exceeds it even
+next to a busy engine core, and one that has hung does not."""
 
 
 class EngineWatch:
-    """Watches a replica's current engine.
+    """Watches a replica's current engine for signs that it has died.
 
     Args:
         engine: function that returns the engine, or raises RuntimeError if there is none.
@@ -40,15 +41,15 @@ class EngineWatch:
 
     @property
     def suspected(self) -> bool:
-        """Whether a request found the engine dead and its health has not been checked since."""
+        """Whether a request found the engine dead and no health check has been made since."""
         return self._suspected.is_set()
 
     def suspect(self) -> None:
-        """Report that a request found the engine dead. It gets no requests until its health has been checked."""
+        """Report that a request found the engine dead. No requests are routed to it until its health is checked."""
         self._suspected.set()
 
     def clear(self) -> None:
-        """Withdraw the suspicion, because it concerned an earlier engine or the time before a change."""
+        """Clear the suspicion that the engine is dead, because it dates from an earlier engine or before a change."""
         self._suspected.clear()
 
     async def died(self) -> str:
@@ -78,13 +79,13 @@ class EngineWatch:
             ended.cancel()
 
     async def unless_dead(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """Run a request to the engine, and fail if the engine dies in the meantime.
+        """Send a request to the engine, and fail if the engine dies before the request completes.
 
-        If the core dies, vLLM's API server waits for the core's pending answers before it exits. These never
-        arrive, so a plain request would wait forever.
+        If the core dies, vLLM's API server waits for the core's pending responses before it exits. These never
+        arrive, so a request without this check would wait forever.
 
         Raises:
-            EngineError: the engine died in the meantime.
+            EngineError: the engine died before the request completed.
         """
         working, dying = asyncio.create_task(work), asyncio.create_task(self.died())
         try:
@@ -106,7 +107,7 @@ class _Front:
         self._at, self._used_s = time.monotonic(), engine.front_s()
 
     def works(self) -> bool:
-        """Return whether the process has used CPU since the last call. False if this is unknown."""
+        """Return whether the process has used CPU since the last call. False if its CPU use cannot be read."""
         before, before_s = self._at, self._used_s
         self._at, self._used_s = time.monotonic(), self._engine.front_s()
         if before_s is None or self._used_s is None:

@@ -1,7 +1,7 @@
-"""The engines behind one model name: which of them accept requests, are being changed or are stopping.
+"""The engines behind one model name, and whether they accept requests, are being changed or are stopping.
 
-Engines that are ready accept requests, and admission is notified when no engine is ready. This module
-knows neither HTTP nor the contents of a version, and leaves decisions about engines to the reconciler.
+Ready engines accept requests, and admission is notified when none is ready. This module knows neither HTTP
+nor the contents of a version, and leaves decisions about engines to the reconciler.
 """
 
 import asyncio
@@ -31,17 +31,17 @@ _DOWN = {EngineState.FAILED, EngineState.STOPPED}
 
 @dataclass(eq=False, kw_only=True)
 class EnginePool:
-    """The engines of one model: a fixed number of members and, temporarily, their replacements or replaced engines.
+    """The engines of one model: a fixed number of members and, during a change, engines joining or leaving.
 
     Attributes:
-        make: returns a replica, given its number and a callback for its changes.
+        make: function that returns a replica, given its number and a callback for its changes.
         slots: assigns engine numbers.
         size: number of members after `fill`.
         members: engines that accept requests when they are ready.
-        others: engines that may become members, and engines that were members.
-        candidate: engine that runs the candidate of a rollout; one of the others. None if there is none.
-        retirement: stops engines that are no longer needed.
-        restarts: number of engine starts after a death.
+        others: engines that may become members, or used to be.
+        candidate: engine in `others` that runs the candidate of a rollout, or None if there is none.
+        retirement: object that stops engines that are no longer needed.
+        restarts: number of times that an engine was started again after it died.
     """
 
     make: Callable[[int, Callable[[Replica], None]], Replica]
@@ -72,10 +72,10 @@ class EnginePool:
         return [member for member in self.members if member.state is _READY]
 
     def ready_for(self, wanted: VersionId | None) -> list[Replica]:
-        """Return the engines that accept requests for a version, which may include the candidate's engine.
+        """Return the engines that accept requests for a version, possibly including the candidate's engine.
 
         Args:
-            wanted: None for the version in production.
+            wanted: the version, or None for the one in production.
         """
         candidate = self.candidate
         if wanted is None or candidate is None or candidate.state is not _READY:
@@ -85,7 +85,7 @@ class EnginePool:
 
     @property
     def alive(self) -> list[Replica]:
-        """Members that have an engine and are not known to be dead."""
+        """Members that have an engine that is not known to be dead."""
         return [member for member in self.members if member.has_engine and member.state not in _DOWN]
 
     @property
@@ -100,18 +100,18 @@ class EnginePool:
 
     @property
     def weights(self) -> LoadedWeights:
-        """Weights of the primary engine, or the first member's last weights if no engine accepts requests."""
+        """Weights of the primary engine or, if no engine accepts requests, the last weights of the first member."""
         first = self.primary or next(iter(self.members), None)
         return first.weights if first else NO_WEIGHTS
 
     @property
     def plan(self) -> list[dict[str, Any]] | None:
-        """How the first member was started, or None if it has not been started."""
+        """Options that the first member was launched with, or None if it has not been started."""
         return next((member.plan for member in self.members), None)
 
     @property
     def state(self) -> EngineState:
-        """Combined state of the engines, which is the best state of any member."""
+        """Combined state of the engines, which is the best state that any member is in."""
         states = {member.state for member in self.members}
         order = (EngineState.READY, EngineState.SWAPPING, EngineState.DRAINING, EngineState.STARTING)
         least = self.members[0].state if self.members else EngineState.STOPPED
@@ -125,7 +125,10 @@ class EnginePool:
         self._show_loaded()
 
     def _show_loaded(self) -> None:
-        """Publish which versions resolve (held by an engine or loaded as adapters) and how many are unverified."""
+        """Publish which version names can be resolved, and how many served versions are unverified.
+
+        Versions that run in an engine or are loaded as adapters can be resolved.
+        """
         self.metrics.unverified({version for engine in self.all for version in engine.unverified})
         ready = self.ready
         drained = [member for member in self.members if member.state is EngineState.DRAINING]
@@ -146,14 +149,14 @@ class EnginePool:
         return engine
 
     def fill(self) -> None:
-        """Create the missing members without starting them."""
+        """Create the missing pool members without starting them."""
         while len(self.members) < self.size:
             self.members.append(self._made(self.slots.take()))
         if self.ready:
             self._show()
 
     def add(self) -> Replica:
-        """Return a new engine that has not been started, for use with `replace` or `drop`."""
+        """Create an engine without starting it, to be passed to `replace` or `drop` later."""
         engine = self._made(self.slots.take())
         self.others.append(engine)
         return engine
@@ -164,14 +167,17 @@ class EnginePool:
         self._show_loaded()
 
     async def drop(self, engine: Replica) -> None:
-        """Stop an engine that is not a member, and release its number."""
+        """Stop an engine that is not a pool member, and release its number."""
         await engine.stop()
         self.others.remove(engine)
         self.slots.give_back(engine.replica)
         self._show()
 
     def replace(self, old: Replica, new: Replica) -> None:
-        """Swap a pool member for a ready engine between requests. The old engine stops after its last request."""
+        """Replace a pool member with a ready engine, without interrupting requests.
+
+        The old engine stops after its last request.
+        """
         self.others.remove(new)
         self.members[self.members.index(old)] = new
         self.others.append(old)
@@ -180,11 +186,11 @@ class EnginePool:
         self.retirement.after_requests(old)
 
     async def adopt(self, target: Target, on_first: Callable[[], None]) -> bool:
-        """Adopt, as members, engines that an earlier server left running with the given version.
+        """Adopt engines that an earlier server left running with the given version, and make them pool members.
 
         Args:
-            on_first: function called for the first engine before it accepts requests. Further engines are
-                adopted while it serves.
+            on_first: function called once the first engine is adopted, before it accepts requests. The remaining
+                engines are adopted while it serves.
 
         Returns:
             Whether at least one engine was adopted. Engines that failed verification were stopped.
@@ -212,12 +218,12 @@ class EnginePool:
 
     @property
     def down(self) -> list[Replica]:
-        """Members without a working engine, because it died or was never started."""
+        """Members without a working engine, because their engine died or was never started."""
         return [member for member in self.members if member.state in _DOWN]
 
     @asynccontextmanager
     async def held(self, engine: Replica) -> AsyncIterator[None]:
-        """Wait for the right to start, change or stop the engine, and hold that right while the body runs."""
+        """Wait for the exclusive right to start, change or stop the engine, and hold it during the `with` block."""
         try:
             async with engine.lock:
                 yield
@@ -239,7 +245,7 @@ class EnginePool:
         """Stop all engines.
 
         Args:
-            leave: keep ready engines running for a server that starts later.
+            leave: whether to leave ready engines running for a server that starts later.
         """
         for task in self._watches.values():
             task.cancel()
@@ -269,9 +275,9 @@ class EnginePool:
         engine.enter(EngineState.FAILED)
 
     def _show(self) -> None:
-        """Publish the state of the engines to admission, names and metrics.
+        """Publish the state of the engines to admission, model names and metrics.
 
-        A background request to an engine that is no longer the primary is ended.
+        Also ends a background request to an engine that is no longer the primary.
         """
         self.metrics.engine_states([engine.state for engine in self.all])
         ready = self.ready
@@ -286,9 +292,9 @@ class EnginePool:
 
 
 def _why_none(states: set[EngineState]) -> str | None:
-    """Return the reason why no engine accepts requests, worded for clients.
+    """Return a client-facing reason why no engine accepts requests.
 
-    The result is None during a change or a start on demand.
+    Return None while an engine is being changed or started on demand.
     """
     if states & _ASKED_FOR:
         return None

@@ -1,7 +1,7 @@
-"""Evict adapters of versions that were removed from the registry.
+"""Evict adapters whose versions were removed from the registry.
 
-Other processes remove versions without asking the server. The store protects only versions that it marks
-as needed, not adapters that requests loaded by version number. Running requests complete with the
+Other processes remove versions without asking the server. The store only protects versions that it marks as
+needed, which excludes adapters loaded by requests for a version number. Running requests complete with the
 removed version's adapter; later requests fail because the version no longer exists.
 """
 
@@ -18,7 +18,7 @@ _POLL_S = 1.0
 
 
 class RemovedAdapters:
-    """Finds and evicts adapters of removed versions in one model's engines.
+    """Finds adapters of removed versions in one model's engines and evicts them.
 
     Args:
         registered: function that returns the registered versions of the model.
@@ -38,7 +38,7 @@ class RemovedAdapters:
             await asyncio.sleep(_POLL_S)
 
     async def _check(self) -> None:
-        """Evict the adapters of removed versions, except for the production version, which continues to serve."""
+        """Evict the adapters of removed versions, except for the production version, which keeps serving."""
         engines = [(engine, engine.adapters) for engine in self._pool.all if engine.adapters]
         loaded = [
             (adapters, each.version)

@@ -1,6 +1,6 @@
 """Manage one engine: start it or adopt a running one, verify its weights, and detect its death.
 
-The reconciler decides what to load and what to do after a death, while the pool decides which engine
+The reconciler decides what to load and what to do when an engine dies, and the pool decides which engine
 gets a request.
 """
 
@@ -31,7 +31,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedWeights:
-    """Identity of one load of verified weights. No two loads are equal, even of the same version.
+    """Identity of the weights loaded on one occasion. No two loads are equal, even of the same version.
 
     Attributes:
         fresh: whether a new engine loaded the weights, rather than one that was already running.
@@ -41,31 +41,31 @@ class LoadedWeights:
 
 
 NO_WEIGHTS = LoadedWeights(fresh=True)
-"""The weights before anything has been loaded."""
+"""Weights identity of a replica that has not loaded anything yet."""
 
 
 @dataclass(eq=False)
 class Replica:
-    """One engine slot of a model: its current engine, if any, that engine's version, and its running requests.
+    """One engine slot of a model, with its current engine (if any), the engine's version and its running requests.
 
     Attributes:
         replica: the engine's number, which names its folder and log.
         launch: function that returns a new engine for a model, without starting it.
-        on_change: called on each state change.
-        on_phase: called with each phase of an engine start.
+        on_change: function called on each state change.
+        on_phase: function called with each phase of an engine start.
         turn: lock held while an engine starts, shared with other engines on the device.
-        adapter_patience_s: a request's longest wait for an adapter slot, in seconds.
-        silence_s: longest time without data from the engine during a client's request, in seconds.
-        target: version that the engine was last verified to hold (with adapters, the one in production), or
-            None if unknown.
+        adapter_patience_s: longest time that a request may wait for an adapter slot, in seconds.
+        silence_s: longest time that the engine may send no data during a client's request, in seconds.
+        target: version that the engine was last verified to run, or None if unknown. If the engine applies
+            adapters, this is the version in production.
         checked: result of the last verification.
-        why: the reason for the engine's last death.
+        why: why the engine last died.
         lock: held while the engine is started, changed or stopped; see `EnginePool.held`.
         watch: watch that detects the engine's death.
         asleep: whether the engine has released its GPU memory.
-        adapters: adapters that the engine applies to its base, or None if it holds a merged version.
-        on_adapter: called after an adapter load with its duration in seconds, and after an eviction with
-            None.
+        adapters: adapters that the engine applies to its base, or None if it runs a merged version.
+        on_adapter: function called after an adapter load with its duration in seconds, and after an eviction
+            with None.
         model: model that the engine was started with, or None before the first start.
         running: number of running requests, including the server's own.
         reserved: number of requests that are not running yet but for which the engine has loaded or is
@@ -110,7 +110,7 @@ class Replica:
 
     @property
     def http(self) -> EngineConnections:
-        """Client whose connections carry clients' requests to the engine.
+        """Client for passing on clients' requests to the engine.
 
         Raises:
             RuntimeError: no engine is running.
@@ -133,18 +133,18 @@ class Replica:
 
     @property
     def plan(self) -> list[dict[str, Any]] | None:
-        """How the engine was started, or None if there is no engine."""
+        """Options that the engine was launched with, or None if there is no engine."""
         engine = self._engine  # read once: the status is built in another thread
         return engine.plan if engine else None
 
     @property
     def has_engine(self) -> bool:
-        """Whether the replica has an engine, even if that engine died a moment ago."""
+        """Whether the replica has an engine. This includes an engine that died a moment ago."""
         return self._engine is not None
 
     @property
     def unverified(self) -> set[VersionId]:
-        """Served versions that were not verified, including those served as loaded adapters."""
+        """Served versions that could not be verified, including those served as loaded adapters."""
         loaded = self.adapters.loaded if self.adapters else []
         versions = {each.version for each in loaded if not each.checked.verified}
         if self.target and self.checked and not self.checked.verified:
@@ -152,10 +152,10 @@ class Replica:
         return versions
 
     def serves(self, wanted: VersionId | None) -> Target | None:
-        """Return the target with which this engine serves a version, or None if it cannot serve that version.
+        """Return the target (version and format) with which this engine serves a version, or None if it cannot.
 
         Args:
-            wanted: the version; None stands for the version that the engine holds.
+            wanted: the version, or None for the version that the engine runs.
         """
         if self.target is None or wanted in (None, self.target.version):
             return self.target
@@ -164,20 +164,23 @@ class Replica:
     def lacks_adapter(self, version: VersionId) -> bool:
         """Return whether a request would have to wait for the version's adapter in this engine.
 
-        The result is False if the engine applies no adapters.
+        Returns False if the engine does not apply adapters.
         """
         adapters = self.adapters
         return adapters is not None and not adapters.is_ready(version, for_operator=self._in_production(version))
 
     def take_adapter(self, version: VersionId) -> AdapterUse | None:
-        """Return a hold on a version's adapter, or None if it is not ready or the engine applies no adapters."""
+        """Return a claim on a version's adapter, if the adapter is ready.
+
+        Returns None if it is not ready, or if the engine does not apply adapters.
+        """
         return self.adapters.take(version, for_operator=self._in_production(version)) if self.adapters else None
 
     async def bring_adapter(self, version: VersionId) -> AdapterUse:
-        """Return a hold on a version's adapter, loading the adapter first if necessary.
+        """Return a claim on a version's adapter, loading the adapter first if necessary.
 
         Raises:
-            RuntimeError: the engine holds a merged version and applies no adapters.
+            RuntimeError: the engine runs a merged version and does not apply adapters.
             QueueTimeoutError: all slots for adapters were in use for too long.
             ModelNotFoundError: the engine cannot apply the adapter.
             SvcError: the adapter could not be loaded, or failed its probes.
@@ -191,7 +194,7 @@ class Replica:
 
     @contextmanager
     def occupied(self) -> Iterator[None]:
-        """Mark the engine as in use while the body runs."""
+        """Context manager that marks the engine as in use."""
         self.occupy()
         try:
             yield
@@ -210,7 +213,7 @@ class Replica:
             self._idle.set()
 
     async def drained(self, timeout_s: float) -> None:
-        """Wait until no request is running. This is only useful while the engine accepts no new requests.
+        """Wait until no requests are running. This is useful only while the engine accepts no new requests.
 
         Raises:
             TimeoutError: a request is still running after `timeout_s` seconds.
@@ -219,7 +222,7 @@ class Replica:
             await self._idle.wait()
 
     def enter(self, state: EngineState) -> None:
-        """Set the engine's state and notify the pool, which routes requests by engine state."""
+        """Set the engine's state and notify the pool, which routes requests based on that state."""
         if state is EngineState.READY and self.state is not EngineState.DRAINING:  # else a swap was cancelled early
             self.weights = LoadedWeights(fresh=self.state is EngineState.STARTING)
         if state is EngineState.READY:
@@ -228,14 +231,14 @@ class Replica:
         self.on_change(self)
 
     async def start(self, target: Target) -> str:
-        """Start a new engine with a version and verify its weights. The previous engine, if any, is stopped first.
+        """Start a new engine with a version and verify its weights. A previous engine is stopped first.
 
         Returns:
             The result of the verification, for the journal.
 
         Raises:
             NotFoundError, IntegrityError: the version's files are missing or damaged.
-            EngineError: the engine did not start, or runs other weights (ProbeError).
+            EngineError: the engine did not start, or runs different weights (ProbeError).
         """
         try:
             await self.stop(EngineState.STARTING)
@@ -252,11 +255,11 @@ class Replica:
         return result
 
     async def adopt(self, target: Target) -> bool:
-        """Adopt the engine left by an earlier server, if it holds the version and passes verification.
+        """Adopt an engine that an earlier server left running, if it runs the given version and passes verification.
 
         Returns:
-            Whether the engine was adopted. If not, it either holds another version and is left alone, or it
-            failed verification and was stopped.
+            Whether the engine was adopted. If not, it either runs another version and was left alone, or it failed
+            verification and was stopped.
         """
         engine = await self._launched(target)
         if await engine.orphan_holds() != str(target):
@@ -280,7 +283,7 @@ class Replica:
         return True
 
     async def _launched(self, target: Target) -> LastingEngine:
-        """Create the engine's folders, and return an engine that is not started yet."""
+        """Create the engine's folders, and return the engine without starting it."""
         self.model = await self.verification.model(target)
         return await asyncio.to_thread(self.launch, self.model)
 
@@ -294,7 +297,7 @@ class Replica:
         self._engine = self._http = None
 
     def _make_adapters(self) -> None:
-        """Create a new engine's adapter cache if it applies adapters, and discard the previous engine's cache."""
+        """Discard the previous engine's adapter cache, and create one for the new engine if it applies adapters."""
         self._end_adapters()
         engine = self._started
         if self.model and engine.capabilities.adapters:
@@ -311,7 +314,7 @@ class Replica:
             adapters.close()
 
     async def clear(self) -> None:
-        """Mark the engine's version as unknown, so that no later server adopts the engine.
+        """Record the engine's version as unknown, so that no later server adopts the engine.
 
         Raises:
             OSError: the record cannot be written.
@@ -320,20 +323,20 @@ class Replica:
         self.target = self.checked = None
 
     async def reload(self, folder: Path) -> None:
-        """Load other weights in place and reset the prefix cache.
+        """Replace the engine's weights in place and reset its prefix cache.
 
-        Call `clear` before this and `verify` afterwards.
+        Call `clear` first and `verify` afterwards.
 
         Raises:
-            EngineError: the reload failed. The engine then counts as dead.
+            EngineError: the reload failed. The engine is then considered dead.
         """
         await self.watch.unless_dead(self.client.reload_weights(folder))
         await self.watch.unless_dead(self.client.reset_prefix_cache())
 
     async def verify(self, target: Target, *, fresh: bool = False) -> str:
-        """Check with probes that the engine holds a version, and record this, also for a later server.
+        """Check with probes that the engine runs a version, and record the result, which a later server can read.
 
-        An engine that cannot be probed is assumed to hold the version that it was started with.
+        An engine that cannot be probed is assumed to run the version it was started with.
 
         Args:
             fresh: whether the engine was newly started with the version's files.
@@ -342,7 +345,7 @@ class Replica:
             The result of the verification, for the journal.
 
         Raises:
-            ProbeError: the engine runs other weights, or was already running and cannot be verified.
+            ProbeError: the engine runs different weights, or was already running and cannot be verified.
         """
         if self.adapters is not None:
             async with self.adapters.use(target.version, for_operator=True) as loaded:
@@ -361,7 +364,7 @@ class Replica:
         return checked.found
 
     async def _verify_again(self, target: Target) -> None:
-        """Verify an engine left by an earlier server.
+        """Verify an engine that an earlier server left running.
 
         Its adapters are unloaded first, because their weights are unknown.
         """
@@ -371,12 +374,12 @@ class Replica:
         await self.verify(target)
 
     async def sleep(self) -> None:
-        """Make the engine release its GPU memory and stop accepting requests.
+        """Put the engine to sleep: it releases its GPU memory and stops accepting requests.
 
         A later server does not adopt a sleeping engine.
 
         Raises:
-            SvcError, OSError: the engine could not be put to sleep, and must be stopped.
+            SvcError, OSError: the engine could not be put to sleep and must be stopped.
         """
         await self.clear()
         self.enter(EngineState.IDLE)
@@ -387,12 +390,12 @@ class Replica:
         self.asleep = True
 
     async def wake(self, target: Target) -> None:
-        """Make the engine allocate its GPU memory again, and verify its version.
+        """Wake a sleeping engine, which allocates its GPU memory again, and verify its version.
 
-        An engine that fails to wake up or to pass verification is stopped.
+        If the engine does not wake up or fails verification, it is stopped.
 
         Raises:
-            SvcError: the engine did not wake up, or holds other weights (ProbeError).
+            SvcError: the engine did not wake up, or runs different weights (ProbeError).
         """
         self.enter(EngineState.STARTING)
         try:
@@ -406,7 +409,7 @@ class Replica:
         self.enter(EngineState.READY)
 
     async def bring(self, target: Target) -> str:
-        """Put another adapter of the same base into production.
+        """Switch production to another adapter of the same base.
 
         The adapter is loaded and verified while requests run.
 
@@ -422,7 +425,7 @@ class Replica:
         return result
 
     async def _start_checked(self, engine: LastingEngine, target: Target) -> None:
-        """Check the file hashes while the engine starts. No request is served before both are done."""
+        """Verify the file hashes while the engine starts. No requests are served before both have completed."""
         starting = asyncio.create_task(engine.start(self.on_phase))
         try:
             await self.verification.files(target)
@@ -432,7 +435,7 @@ class Replica:
             await asyncio.gather(starting, return_exceptions=True)
 
     async def stop(self, state: EngineState = EngineState.STOPPED) -> None:
-        """Stop the engine, if there is one, and enter a state in which no requests are routed to it."""
+        """Stop the engine, if there is one, and enter the given state, in which no requests are routed to it."""
         self.target = self.checked = None
         self.asleep = False
         self.enter(state)

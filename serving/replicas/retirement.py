@@ -1,4 +1,4 @@
-"""Stop engines that are no longer needed in background tasks, after their last request or during a start."""
+"""Stop unneeded engines in the background, either after their last request or while they are starting."""
 
 import asyncio
 import logging
@@ -10,13 +10,13 @@ from serving.replicas.replica import Replica
 log = logging.getLogger(__name__)
 
 RETIRE_TIMEOUT_S = 3600.0
-"""Longest time that a replaced engine keeps running for its requests, in seconds. It exceeds the duration
-of any answer. The engine uses memory until then."""
+"""Longest time that a replaced engine is kept running to finish its requests, in seconds. No answer takes this
+long. The engine uses memory until it stops."""
 _RETRY_S = 30.0
 
 
 class Retirement:
-    """Stops engines that never became members of a pool, or no longer are.
+    """Stops engines that have left a pool, or never became members of it.
 
     Args:
         drop: function that stops an engine.
@@ -29,15 +29,15 @@ class Retirement:
 
     @property
     def under_way(self) -> bool:
-        """Whether some engines still have to be stopped."""
+        """Whether any engines remain to be stopped."""
         return bool(self._endings)
 
     def after_requests(self, engine: Replica) -> None:
-        """Stop a replaced engine in the background, after its last request or `RETIRE_TIMEOUT_S` at the latest."""
+        """Stop a replaced engine in the background, after its last request or at most `RETIRE_TIMEOUT_S`."""
         self._later(self._end_drained(engine))
 
     def after_start(self, engine: Replica, starting: asyncio.Task[Any]) -> None:
-        """Cancel an engine's start, and stop the engine in the background, because stopping takes seconds.
+        """Cancel an engine's start and stop the engine. This runs in the background, because stopping takes seconds.
 
         Args:
             starting: the task that starts the engine.
@@ -48,9 +48,9 @@ class Retirement:
         self._later(self._end_started(starting, engine))
 
     async def cut_off(self) -> None:
-        """Cancel the background tasks, because the caller stops all engines.
+        """Cancel the background tasks, because the caller is about to stop all engines.
 
-        This waits until cancelled starts have ended.
+        Waits until cancelled engine starts have ended.
         """
         for task in self._endings:
             task.cancel()

@@ -1,4 +1,4 @@
-"""The model with which an engine is started for a given target, and the adapters the engine can apply."""
+"""Determine the model that an engine is started with to serve a target, and the adapters it can apply."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +14,12 @@ from svc.version import Format, Target
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """The model files and adapter capacity with which an engine is started.
+    """The model files that an engine is started with, and its capacity for adapters.
 
     Attributes:
-        folder: the version's model folder, or its base model's folder if it is served as an adapter.
+        folder: the version's model folder or, if the version is served as an adapter, its base model's folder.
         base: the base model of the adapters, or None if the folder contains the version itself.
-        lora: capacity for adapters, or None without a base.
+        lora: capacity for adapters, or None if `base` is None.
     """
 
     folder: Path
@@ -28,12 +28,12 @@ class ServedModel:
 
     @property
     def template_kwargs(self) -> TemplateKwargs | None:
-        """The chat template arguments, or None to use those in the folder."""
+        """Chat template arguments, or None to use those in the model folder."""
         return dict(self.base.template_kwargs) if self.base else None
 
 
 def served_model(registry: Registry, target: Target, settings: AdapterSettings) -> ServedModel:
-    """Return the model with which an engine is started for a version. This reads from disk.
+    """Return the model that an engine must be started with to serve a target. This reads from disk.
 
     Raises:
         NotFoundError: there is no such version or format, or its adapter's base is missing.
@@ -58,7 +58,7 @@ def served_model(registry: Registry, target: Target, settings: AdapterSettings) 
 
 
 def require_fit(model: ServedModel, adapter: AdapterFacts) -> None:
-    """Check that an engine can apply an adapter.
+    """Check that an engine can apply an adapter to its model.
 
     Args:
         model: the model that the engine was started with.

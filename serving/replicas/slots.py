@@ -1,4 +1,4 @@
-"""Start and find the engines of one home by number, and tell whether the machine has memory for more.
+"""Start and find the engines in a home directory by number, and check whether there is memory for more.
 
 Engine numbers are unique across models, and an engine's folder and log are named after its number. The
 rest of the server reaches processes, the machine's memory and its device only through this module.
@@ -29,11 +29,11 @@ MakeSlots = Callable[[Settings, Registry, DeviceCapabilities, Served], "EngineSl
 
 
 class EngineSlots:
-    """The engines of one home, keyed by number.
+    """The engines in a home directory, keyed by number.
 
     Args:
-        served: function that returns the models that are served, or will be once their engines have started.
-            They all share the machine.
+        served: function that returns all models that are served on this machine, or will be once their engines
+            have started.
 
     Attributes:
         turn: lock held while an engine starts, since engines on one device must start one after another.
@@ -57,7 +57,7 @@ class EngineSlots:
         """Reserve a replica number for an engine and return it.
 
         Args:
-            number: number of an orphaned engine, or None for the lowest free number.
+            number: number of an orphaned engine to take over, or None for the lowest free number.
 
         Raises:
             ValueError: another engine already has this number.
@@ -74,11 +74,11 @@ class EngineSlots:
         self._taken.discard(number)
 
     async def orphans(self) -> list[int]:
-        """Return the numbers of engines left running by an earlier server and not taken by this one."""
+        """Return the numbers of engines that an earlier server left running and this server has not taken over."""
         return [number for number in await asyncio.to_thread(self.numbers) if number not in self._taken]
 
     async def end_orphans(self) -> None:
-        """Stop the engines left running by an earlier server and not taken by this one."""
+        """Stop the engines that an earlier server left running and this server has not taken over."""
         for number in await self.orphans():
             await asyncio.to_thread(self.end, number)
 
@@ -87,11 +87,11 @@ class EngineSlots:
         return list(state_folders(self.settings.home))
 
     def end(self, number: int) -> None:
-        """Stop the engine with the given number. This blocks for some seconds."""
+        """Stop the engine with the given number. This blocks for several seconds."""
         end_engine(state_folder(self.settings.home, number))
 
     def shortage(self, engines: Mapping[Target, int]) -> str | None:
-        """Return a message saying how much memory is missing for more engines, or None if there is enough.
+        """Return a message stating how much memory is missing to start more engines, or None if there is enough.
 
         Args:
             engines: number of additional engines per target.
@@ -116,7 +116,7 @@ class EngineSlots:
             )
 
     def capabilities(self, target: Target) -> EngineCapabilities:
-        """Return the capabilities of an engine that starts with a version.
+        """Return the capabilities that an engine has if it is started with the given target.
 
         This reads from disk and raises the same errors as `shortage`.
         """
@@ -131,7 +131,7 @@ class EngineSlots:
         return self.spec(0, name, served_model(self._registry, target, self.settings.adapters))
 
     def spec(self, number: int, name: str, model: ServedModel) -> EngineSpec:
-        """Return the specification for starting an engine with a model, which the engine knows as `name`."""
+        """Return the specification for starting an engine that serves a model under `name`."""
         home, served = self.settings.home, {*self._served(), name}
         return EngineSpec(
             model=model.folder,

@@ -1,23 +1,22 @@
-"""Generation speed of a model's engines for a single answer, measured on recently completed answers.
+"""Estimate a model's generation speed for a single answer from recently completed answers.
 
-It is used for answers whose client disconnected, because the engine does not report how many tokens it
-generated for them. The error of the estimate is the difference between such an answer's speed and the
-mean speed.
+The estimate is used for answers whose client disconnected, because the engine does not report how many
+tokens it generated for them. It is wrong by as much as such an answer's speed differs from the mean speed.
 """
 
 import math
 
 _DECAY_TOKENS = 2000.0
-"""Number of tokens of later answers after which an answer's weight has fallen to about a third."""
+"""An answer's weight in the mean decays to about a third after this many tokens of later answers."""
 _FIRST_PACE = 100.0
-"""Tokens per second assumed before the first measurement, which is the speed of a fast single stream."""
+"""Tokens per second assumed before the first measurement. This is the speed of a fast single stream."""
 
 
 class TokenPace:
     """Mean generation speed of an answer, in tokens per second.
 
-    An answer's time includes the prompt and the wait in the engine. Answers are weighted by their tokens, so
-    that clients cannot lower the estimate with answers of one token each.
+    An answer's time includes prompt processing and waiting in the engine. Answers are weighted by their number
+    of tokens, so that clients cannot lower the estimate with one-token answers.
     """
 
     __slots__ = ("_seconds", "_tokens")
@@ -26,7 +25,7 @@ class TokenPace:
         self._tokens = self._seconds = 0.0  # weighted sums
 
     def observe(self, tokens: float, seconds: float) -> None:
-        """Include a completed answer in the mean.
+        """Update the mean with a completed answer.
 
         Args:
             tokens: number of tokens in each of the answer's choices, which are generated concurrently.

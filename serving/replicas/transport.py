@@ -1,7 +1,7 @@
-"""A single call to the engine. Failures and rejections are raised as typed errors.
+"""Make a single call to the engine, raising its failures and rejections as typed errors.
 
-This is the only module that knows vLLM's error texts. An error text never decides whether an engine is
-alive.
+This is the only module that relies on vLLM's error messages. An error message never decides whether an
+engine is considered alive.
 """
 
 import asyncio
@@ -24,8 +24,8 @@ from svc.errors import EngineError
 
 _HEALTH_TIMEOUT_S = 2.0
 PASSED_STATUSES = frozenset({400, 413, 422, 429, 503})
-"""Statuses for requests that the engine rejects or is too busy for. Any other error status means that the
-engine failed."""
+"""HTTP statuses with which the engine rejects a request or reports that it is too busy. Any other error status
+means that the engine failed."""
 _MESSAGE_CHARS = 1000
 _TOO_LONG = ("maximum context length", "maximum model length", "cannot be greater than max_model_len")
 _GONE = "the engine stopped; it is being restarted"
@@ -35,15 +35,15 @@ _TRACEBACK = re.compile(r"Traceback \(most recent call last\)|File \"[^\"]*\", l
 
 
 class EngineDiedError(EngineError):
-    """Raised when the engine cannot be reached, or stopped during an answer."""
+    """Raised when the engine cannot be reached, or stops while it is sending a response."""
 
     retry_after_s = ENGINE_RETRY_S
 
 
 class EngineUnreachableError(EngineDiedError):
-    """Raised when the engine refused the connection, so that it never got the request.
+    """Raised when the engine refuses the connection, so the request never reached it.
 
-    Another engine may answer the request.
+    The request can be sent to another engine.
     """
 
 
@@ -52,20 +52,20 @@ class EngineSilentError(EngineError):
 
 
 class EngineFailedError(EngineError):
-    """Raised when the engine failed to answer a request, or rejected it because of an error in the gateway.
+    """Raised when the engine fails to answer a request, or rejects it because of an error in the gateway.
 
-    The message is logged, so it quotes nothing from the request.
+    The message is logged, so it does not quote the request.
     """
 
 
 class EngineBusyError(EngineError):
-    """Raised when the engine currently accepts no more requests."""
+    """Raised when the engine is currently not accepting more requests."""
 
     retry_after_s = OVERLOADED_RETRY_S
 
 
 class EngineRefusedError(EngineError):
-    """Raised when the engine rejected the client's request.
+    """Raised when the engine rejects a client's request.
 
     Args:
         status: the engine's HTTP status.
@@ -83,19 +83,19 @@ class ContextLengthError(EngineRefusedError):
 
 
 class EngineCall:
-    """Sends a request to the engine. The body of the `async with` reads the answer.
+    """Async context manager that sends a request to the engine and reads the response.
 
-    Leaving the body early cancels the engine's work. This is a class because a generator costs several times
-    as much CPU time per request.
+    Leaving the `async with` block before the response ends cancels the engine's work. This is a class because a
+    generator would cost several times as much CPU time per request.
 
     Args:
         header_lines: additional header lines, each including its line end.
-        show: function that rewrites the body of an error before it is read; see `Lease`.
+        show: function that rewrites the body of an error response before it is parsed; see `Lease`.
 
     Entering and leaving raises:
         EngineUnreachableError: the connection was refused, and nothing was sent.
-        EngineDiedError, EngineSilentError: the engine died or sent nothing for too long, also while the
-            answer is being read.
+        EngineDiedError, EngineSilentError: the engine died or sent nothing for too long, possibly while the
+            response was being read.
         EngineFailedError: the engine's response is an error, or breaks off while the engine is alive, as
             vLLM's streamed responses do after an internal error.
         EngineBusyError, EngineRefusedError: the engine's response is an error.
@@ -190,7 +190,7 @@ def refusal(status: int, error: Any) -> EngineError:
 
 
 def for_clients(message: str) -> str:
-    """Return an engine's error message without paths, tracebacks and other internals."""
+    """Return an engine's error message, stripped of paths, tracebacks and other internals."""
     trace = _TRACEBACK.search(message)
     text = _FIELDS.sub("", message[: trace.start()] if trace else message)
     return _PATH.sub("<path>", text)[:_MESSAGE_CHARS].strip()

@@ -1,4 +1,4 @@
-"""Verify that the engine runs a version's weights, by file hashes and by probes after loading."""
+"""Verify that the engine runs a version's weights: file hashes are checked, and probes after loading."""
 
 import asyncio
 import logging
@@ -26,11 +26,11 @@ log = logging.getLogger(__name__)
 _HASHING_THREADS = 4  # some may be busy with comparisons of superseded promotions
 _RETAKE_REPEATS = 5
 _ADAPTER_REPEATS = 2
-"""Number of measurements per probe on an adapter's first use. It is small, because a request waits for the
-adapter."""
+"""How often each probe is measured on an adapter's first use. The number is small because a request is
+waiting."""
 _OTHER_WEIGHTS_NATS = 0.5
-"""Mean difference in nats that proves other weights: kernels differ in the second decimal, other weights by
-whole nats."""
+"""Mean difference, in nats, above which the weights must be different. Results of different kernels differ in
+the second decimal, those of different weights by whole nats."""
 
 
 class UnknownProbesError(ProbeError):
@@ -42,7 +42,8 @@ class Verification:
     """Checks that an engine runs a version before clients may use it.
 
     Attributes:
-        facts_of: function that returns the kind of engine that serves a model folder on this machine.
+        facts_of: function that returns the kind of engine that would serve a given model folder on this
+            machine.
         adapters: settings for versions that are served as adapters.
     """
 
@@ -56,7 +57,7 @@ class Verification:
         self._hashing = ThreadPoolExecutor(max_workers=_HASHING_THREADS, thread_name_prefix="hashing")
 
     async def model(self, target: Target) -> ServedModel:
-        """Return the model with which an engine is started for a version, without verifying it.
+        """Return the model that an engine is started with to serve a target, without verifying the model.
 
         Raises:
             NotFoundError, RefusedError, IntegrityError: see serving.replicas.served_model.
@@ -89,7 +90,7 @@ class Verification:
         return await asyncio.to_thread(self.registry.artifact, target.version, target.format)
 
     async def files(self, target: Target) -> Path:
-        """Check the hashes of a version's files, and return its model folder.
+        """Verify the hashes of a version's files, and return its model folder.
 
         Raises:
             NotFoundError: there is no such version or format.
@@ -102,19 +103,19 @@ class Verification:
     async def probes(self, engine: Engine, target: Target, *, fresh: bool) -> Checked:
         """Check all probes on the engine concurrently, and return the result.
 
-        If this kind of engine has not run the version before, there are no probes to compare with: new probes
-        are recorded, and every later load is compared with them. Two versions of one base can differ by less
-        than two kinds of engine do, so a load that did nothing could pass. Probes are therefore recorded only on
-        engines that were started with the version's files. For the same reason, an engine that cannot be probed
-        may only hold the version that it was started with.
+        If this kind of engine has not run the version before, there are no probes to compare with. New probes are
+        then recorded, and every later load is compared with them. Two versions of the same base can differ by less
+        than two kinds of engine do, so a load that had no effect could pass. Probes are therefore recorded only on
+        engines that were started with the version's files. For the same reason, an engine that cannot be probed is
+        only accepted for the version it was started with.
 
         Args:
-            fresh: whether the engine was started with the version's files; otherwise it was already running.
+            fresh: whether the engine was newly started with the version's files, rather than already running.
 
         Raises:
             UnknownProbesError: the engine was already running, and there are no probes for it or it cannot be
                 probed.
-            ProbeError: the engine runs other weights.
+            ProbeError: the engine runs different weights.
         """
         if why := engine.capabilities.unprobed:
             return _unprobed(target, why, fresh=fresh)
@@ -132,16 +133,16 @@ class Verification:
         return await _compared(client, known)
 
     async def adapter_probes(self, engine: Engine, name: str, target: Target) -> Checked:
-        """Check a loaded adapter as `probes` does. This also works while requests are running.
+        """Check a loaded adapter with its probes, as `probes` does. This also works while requests are running.
 
-        No probes are recorded for adapters at registration. On its first load on a kind of engine, an adapter is
-        therefore compared with the probes of the version's merged weights, and must differ from the base.
+        No probes are recorded for adapters at registration. When an adapter is first loaded on a kind of engine, it
+        is therefore compared with the probes of the version's merged weights, and it must differ from the base.
 
         Args:
             name: the adapter's name in the engine.
 
         Raises:
-            ProbeError: the engine applies other weights, or none.
+            ProbeError: the engine applies a different adapter, or none.
         """
         if why := engine.capabilities.unprobed:
             return _unverified(target, why)
@@ -155,7 +156,7 @@ class Verification:
         return await _compared(adapter, known)
 
     async def _reference(self, target: Target) -> tuple[Probe, ...]:
-        """Return the recorded probes that are the closest match for a version's adapter."""
+        """Return the recorded probes of the version's merged format, or else of its gptq format."""
         formats = (await asyncio.to_thread(self.registry.manifest, target.version)).formats
         recorded = (formats[format].probes for format in (Format.MERGED, Format.GPTQ) if format in formats)
         return next((probes for probes in recorded if probes), ())
@@ -163,7 +164,7 @@ class Verification:
     async def has_probes(self, target: Target) -> bool:
         """Return whether a version can be verified in a running engine.
 
-        If not, an engine must be started with the version's files.
+        Otherwise, an engine must be started with the version's files.
 
         Raises:
             EngineError: the format cannot be served on this machine.
@@ -175,9 +176,9 @@ class Verification:
         return (await asyncio.to_thread(self.registry.format, target.version, target.format)).probes
 
     async def _known(self, target: Target, recorded: tuple[Probe, ...], facts: EngineFacts) -> tuple[Probe, ...] | None:
-        """Return a version's probes for a kind of engine, or None if they were never recorded.
+        """Return a version's probes for a kind of engine, or None if none were ever recorded.
 
-        The probes come from registration or were recorded later.
+        The probes were recorded either at registration or later.
         """
         known = tuple(probe for probe in recorded if probe.engine == facts)
         if known or not recorded:
@@ -202,10 +203,10 @@ class Verification:
         *,
         without: EngineClient | None = None,
     ) -> str:
-        """Record and store the version's probes on this kind of engine, and return a text for the journal.
+        """Record and store a version's probes on this kind of engine, and return a message for the journal.
 
         Args:
-            without: client of the same engine without the adapter that `client` uses.
+            without: client for the same engine that does not apply the adapter used by `client`.
         """
         sequences = [(probe.token_ids, probe.start) for probe in recorded]
         repeats = _ADAPTER_REPEATS if without else _RETAKE_REPEATS
@@ -233,10 +234,10 @@ def _unverified(target: Target, why: str) -> Checked:
 
 
 def _unprobed(target: Target, why: str, *, fresh: bool) -> Checked:
-    """Return the result for an engine that cannot be probed but was started with files of verified hashes.
+    """Return the result for an engine that cannot be probed but was started from files whose hashes were verified.
 
     Raises:
-        UnknownProbesError: the engine was already running, and may hold other weights.
+        UnknownProbesError: the engine was already running, and may run different weights.
     """
     if not fresh:
         raise UnknownProbesError(
@@ -253,12 +254,12 @@ async def _compared(client: EngineClient, known: Sequence[Probe]) -> Checked:
 
 
 def _refuse_other_weights(recorded: Sequence[Probe], measured: Sequence[Sequence[float]]) -> None:
-    """Check that measured probes are the version's own before they become its reference.
+    """Check that measured probes match the version before they become its reference.
 
-    The check is needed because the load may have done nothing.
+    The check is needed because the load may have had no effect.
 
     Raises:
-        ProbeError: the difference is larger than that between two kinds of engine.
+        ProbeError: the probes differ by more than two kinds of engine do.
     """
     difference = _mean_difference([probe.logprobs for probe in recorded], measured)
     if not difference <= _OTHER_WEIGHTS_NATS:  # also true for NaN
@@ -272,10 +273,10 @@ def _refuse_other_weights(recorded: Sequence[Probe], measured: Sequence[Sequence
 def _refuse_base(
     recorded: Sequence[Probe], measured: Sequence[Sequence[float]], base: Sequence[Sequence[float]]
 ) -> None:
-    """Check that the engine applies the adapter, before its probes become the version's reference.
+    """Check that the engine applies the adapter, before the measured probes become the version's reference.
 
     Raises:
-        ProbeError: the engine gives the answers of the base model rather than those of the version.
+        ProbeError: the engine's log-probabilities match the base model rather than the version.
     """
     own = _mean_difference([probe.logprobs for probe in recorded], measured)
     if own > MIN_TOLERANCE >= _mean_difference(base, measured):

@@ -1,1 +1,1 @@
-"""Metrics, quantiles and traces of requests, plus the request log."""
+"""Request metrics, quantiles and traces, and the request log."""

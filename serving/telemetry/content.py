@@ -1,6 +1,6 @@
-"""Extract a request's prompt and answer as text from the forwarded bytes.
+"""Extract a request's prompt and answer as text from the bytes that the gateway forwarded.
 
-This runs in the thread that writes records, long after the client got its answer.
+This runs in the thread that writes records, after the client has received its answer.
 """
 
 import json
@@ -11,21 +11,21 @@ from serving.protocols.wire_formats import wire_format
 from svc.redaction import Redactor
 
 MAX_ANSWER_BYTES = 4 * 2**20
-"""Maximum size of a stored answer in bytes, which is 20,000 tokens as events of about 200 bytes."""
+"""Maximum size of a stored answer, in bytes. It is enough for 20,000 tokens sent as events of about 200 bytes."""
 
 
 @dataclass(slots=True)
 class Content:
-    """The forwarded bytes of one request and its answer.
+    """The forwarded bytes of a request and its answer, and what they are needed for.
 
     Attributes:
-        route: determines the format of `payload` and `answer`.
-        payload: the JSON for the engine, without `model`.
+        route: route of the request, which determines the format of `payload` and `answer`.
+        payload: the JSON body for the engine, without `model`.
         answer: a JSON body, or the events of a stream.
-        size: bytes in memory.
-        too_long: whether the answer exceeded the limit, and is no longer kept in memory.
-        stored: whether prompt and answer are stored with the row.
-        features: whether drift features of prompt and answer are stored.
+        size: number of bytes kept in memory.
+        too_long: whether the answer exceeded the limit and is no longer kept in memory.
+        stored: whether the prompt and the answer are stored in the request log.
+        features: whether drift features of the prompt and the answer are stored.
         expects_json: whether a rollout needs to know if the answer is JSON.
     """
 
@@ -40,14 +40,14 @@ class Content:
 
     @property
     def is_read(self) -> bool:
-        """Whether prompt or answer are read although they are not stored."""
+        """Whether the prompt or the answer is needed for a purpose other than storing it."""
         return self.features or self.expects_json
 
     def __post_init__(self) -> None:
         self.size = len(self.payload)
 
     def add(self, part: bytes) -> None:
-        """Append part of the answer's bytes."""
+        """Append a chunk of the answer."""
         self.too_long = self.too_long or self.size + len(part) > len(self.payload) + MAX_ANSWER_BYTES
         if self.too_long:
             self.answer.clear()
@@ -60,7 +60,8 @@ def prompt_text(content: Content, redactor: Redactor) -> str:
     """Return the redacted JSON of a request's messages, or of a plain completion's prompt.
 
     Raises:
-        ValueError: the prompt consists of token ids, which are readable with the tokenizer but cannot be redacted.
+        ValueError: the prompt consists of token ids, which anyone with the tokenizer can read but which cannot
+            be redacted.
     """
     prompt = wire_format(content.route).prompt(json.loads(content.payload))
     texts = prompt if isinstance(prompt, list) else [prompt]
@@ -72,13 +73,13 @@ def prompt_text(content: Content, redactor: Redactor) -> str:
 def answer_text(content: Content, redactor: Redactor) -> str:
     """Return the redacted text of the answer's first choice, including its tool calls.
 
-    The text is redacted after its events are joined, because a number may be spread over many events.
+    The text is redacted after its events have been joined, because a number may be split across several events.
     """
     return _encodable(redactor.text(wire_format(content.route).text(content.answer)))
 
 
 def is_json_answer(content: Content) -> bool:
-    """Return whether the text of the first choice, without thinking, is JSON."""
+    """Return whether the text of the answer's first choice is JSON, ignoring any thinking."""
     from svc.dataset.text.thinking import without_thinking
     from svc.evaluation.metrics.json_answers import is_json  # imports numpy
 
@@ -86,5 +87,5 @@ def is_json_answer(content: Content) -> bool:
 
 
 def _encodable(text: str) -> str:
-    """Return the text with lone surrogates replaced, because JSON can hold them but UTF-8 cannot."""
+    """Return the text with lone surrogates replaced, because they are valid in JSON but not in UTF-8."""
     return text.encode("utf-8", "replace").decode("utf-8")

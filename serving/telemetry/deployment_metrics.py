@@ -1,4 +1,4 @@
-"""Prometheus instruments for the served models, covering their engines, rollouts and queues."""
+"""Prometheus instruments for the served models: their engines, rollouts and queues."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -22,17 +22,17 @@ _QUEUED_BUCKETS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class ShadowOutcome(StrEnum):
-    """What became of a request during the shadow step of a rollout."""
+    """What happened to a request in the shadow step of a rollout."""
 
     COMPARED = "compared"
     FAILED = "failed"
-    """The candidate failed to answer the copy."""
+    """The candidate failed to answer the copied request."""
     DROPPED = "dropped"
-    """No copy was sent, because the server was busy."""
+    """The request was not copied, because the server was busy."""
 
 
 class DeploymentInstruments:
-    """Prometheus instruments that each have the label `model`.
+    """Prometheus instruments that all have a `model` label.
 
     Args:
         registry: registry for the instruments. Each registry may have only one DeploymentInstruments.
@@ -101,7 +101,7 @@ class DeploymentMetrics:
     Attributes:
         instruments: the instruments, which all models share.
         model: name of the model.
-        on_loaded: called with each version that is loaded.
+        on_loaded: function called with each version when it is loaded.
     """
 
     instruments: DeploymentInstruments
@@ -119,7 +119,7 @@ class DeploymentMetrics:
         self.rollout_share(0.0)
 
     def watch_admission(self, running: Callable[[], int], queued: Callable[[], int]) -> None:
-        """Make two gauges read the running and queued requests on each scrape."""
+        """Make two gauges report the number of running and queued requests on each scrape."""
         self.instruments.running.labels(self.model).set_function(running)
         self.instruments.queued.labels(self.model).set_function(queued)
 
@@ -145,7 +145,7 @@ class DeploymentMetrics:
         self.instruments.unverified.labels(self.model).set(len(versions))
 
     def swap_ended(self, result: SwapResult) -> None:
-        """Count a swap, and record how long admission was closed for it, if at all."""
+        """Count a completed swap and, if admission was closed for it, record for how long."""
         self.instruments.swaps.labels(self.model, result.outcome.value).inc()
         if result.queued_s is not None:
             self.instruments.swap_duration.labels(self.model, result.outcome.value).observe(result.queued_s)
@@ -157,11 +157,11 @@ class DeploymentMetrics:
         self.instruments.rollout_share.labels(self.model).set(share)
 
     def rollout_ended(self, outcome: RolloutOutcome) -> None:
-        """Count a rollout."""
+        """Count a completed rollout by its outcome."""
         self.instruments.rollouts.labels(self.model, outcome.value).inc()
 
     def shadow_request(self, outcome: ShadowOutcome) -> None:
-        """Count a request during the shadow step."""
+        """Count a request in the shadow step by its outcome."""
         self.instruments.shadow_requests.labels(self.model, outcome.value).inc()
 
     def woke(self, seconds: float) -> None:
@@ -169,19 +169,19 @@ class DeploymentMetrics:
         self.instruments.wake_duration.labels(self.model).observe(seconds)
 
     def version_loaded(self, served: Target) -> None:
-        """Set the info metric to the loaded version, and remove the previous version's."""
+        """Set the info metric to the loaded version, replacing the previous version."""
         self._forget(self.instruments.version_info)
         self.instruments.version_info.labels(self.model, str(served.version.number), served.format.value).set(1)
         self.on_loaded(served)
 
     def holdout_due(self, served: Target | None, every_s: float) -> None:
-        """Set the interval between held-out runs of a version. `served` is None if there is no set to run."""
+        """Set the interval between a version's held-out runs. `served` is None if there is no held-out set to run."""
         self._forget(self.instruments.holdout_interval)
         if served:
             self.instruments.holdout_interval.labels(self.model, str(served.version.number)).set(every_s)
 
     def remove(self) -> None:
-        """Remove the series of all gauges. Counters stay, as Prometheus expects."""
+        """Remove all gauge series of the model. Counters are kept, as Prometheus expects."""
         for instrument in vars(self.instruments).values():
             if isinstance(instrument, Gauge):
                 self._forget(instrument)

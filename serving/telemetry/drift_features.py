@@ -1,11 +1,11 @@
-"""Drift features of requests, computed in a separate process and stored without any text.
+"""Compute drift features of requests in a separate process, and store them without any text.
 
     request log ──records with texts──▶ queue ──≤ 100 at a time──▶ process: items ──▶ store
 
-The imports for features take 2 s and 300 MB, and a prompt takes up to 5 ms of CPU time. The process
-therefore starts with the first request for a version that can be compared, keeps running at a low
-priority (niceness 10), and exits with its parent. If it dies, the next batch starts another process.
-Texts are kept only in memory, and are neither stored nor logged.
+Importing the feature code takes 2 s and 300 MB, and each prompt takes up to 5 ms of CPU time. The process
+is therefore not started until the first request for a version that has something to compare it with. It
+runs at a low priority (niceness 10) and exits with its parent. If it dies, the next batch starts another
+process. Texts are kept only in memory, and are neither stored nor logged.
 """
 
 import logging
@@ -39,39 +39,39 @@ log = logging.getLogger(__name__)
 
 BURST = 2_000
 PER_DAY = 10_000
-"""Maximum number of requests per version whose features are stored, in a burst and per day. Monitoring does
-not compare more than that."""
+"""Maximum number of requests per version and day whose features are stored, beyond an initial burst.
+Monitoring does not compare more than that."""
 MAX_QUEUED = 2_000
 MAX_QUEUED_BYTES = 64 * 2**20
 MAX_STORED = 50_000
-"""Maximum number of items kept per version and format, which take about 100 MB. Monitoring deletes old
-items much earlier."""
+"""Maximum number of items kept per version and format, which take up about 100 MB. Monitoring normally deletes
+old items long before this limit."""
 _NICENESS = 10
 _DAY_S = 86_400.0
 _BATCH = 100
-"""Maximum batch size. A prompt takes 0.9 ms in a batch of 100, but 4.5 ms on its own."""
+"""Maximum number of records per batch. A prompt takes 0.9 ms in a batch of 100, but 4.5 ms on its own."""
 _GATHER_S = 1.0
 _ANSWER_TIMEOUT_S = 600.0
-"""A process that does not respond within this many seconds is considered hung. On a busy machine, its start
-takes a minute."""
+"""Seconds without a response after which the process is considered hung. On a busy machine, starting it takes
+a minute."""
 _PAUSE_S = 10.0
-"""Pause in seconds before another process is started after one died during a batch."""
+"""Seconds to wait before starting another process after one died during a batch."""
 _CLOSE_S = 2.0
-"""Time in seconds to store a full queue when the server stops. A process that has just started is not
-waited for."""
+"""Seconds allowed for storing a full queue when the server stops. If the process has only just been started,
+its records are lost."""
 _STOP_S = 0.1
 _PRUNED_AFTER = 1_000
-"""Number of newly stored items per version after which old items are deleted."""
+"""Number of items stored for a version before its old items are deleted."""
 _REFERENCES = 8
-"""Maximum number of drift references held in memory, at 20 MB each."""
+"""Maximum number of drift references held in memory. Each takes 20 MB."""
 
 
 @dataclass(eq=False)
 class FeatureProcess:
-    """Stores drift features for a bounded sample of requests.
+    """Stores drift features for a limited sample of requests.
 
     Attributes:
-        on_dropped: called with the number of requests whose features were lost.
+        on_dropped: function called with the number of requests whose features were lost.
         clock: function that returns monotonic time, in seconds.
     """
 
@@ -93,7 +93,7 @@ class FeatureProcess:
         self._connection: Connection | None = None
 
     def wants(self, target: Target) -> bool:
-        """Decide whether to store a request's features, and count the request. Called only by the event loop."""
+        """Return whether to store a request's features, and count it if so. Only called by the event loop."""
         if not self._compared.get(target, True):
             return False
         now = self.clock()
@@ -104,7 +104,7 @@ class FeatureProcess:
         return wanted
 
     def add(self, records: Sequence[RequestRecord]) -> None:
-        """Queue records that are already in the store, along with their redacted texts. This returns immediately."""
+        """Queue records that are already in the store, along with their redacted texts. Returns immediately."""
         with self._lock:
             taken = 0
             for record in records:
@@ -121,7 +121,7 @@ class FeatureProcess:
         self._arrived.set()
 
     def close(self, timeout_s: float | None = None) -> None:
-        """Store queued records for at most `timeout_s` (default: `_CLOSE_S`), then stop the process.
+        """Store queued records for up to `timeout_s` seconds (default: `_CLOSE_S`), then stop the process.
 
         Records not stored in time are lost.
         """
@@ -159,7 +159,7 @@ class FeatureProcess:
         return batch
 
     def _store(self, batch: Sequence[RequestRecord]) -> None:
-        """Let the process store the features of a batch, trying at most twice."""
+        """Have the process store a batch's features, making at most two attempts."""
         batch = [record for record in batch if self._can_compare(target_of(record))]
         if not batch:
             return
@@ -188,7 +188,7 @@ class FeatureProcess:
         return answer
 
     def _can_compare(self, target: Target) -> bool:
-        """Return whether a version has a text space, without loading it."""
+        """Return whether a version's drift reference includes a text space, without loading it."""
         if target not in self._compared:
             try:
                 files = Registry.of(self.settings).manifest(target.version).reference
@@ -198,7 +198,7 @@ class FeatureProcess:
         return self._compared[target]
 
     def _running(self) -> Connection:
-        """Return the connection to a running process, starting one if necessary."""
+        """Return the connection to the process, starting the process if necessary."""
         if self._process and not self._process.is_alive():
             log.error("the process that computes drift features exited with code %s", self._process.exitcode)
             self._stop_process()
@@ -241,7 +241,7 @@ def _work(connection: Connection, settings: Settings) -> None:
 
 
 class _FeatureMaker:
-    """Computes and stores features. It runs in the separate process."""
+    """Computes and stores drift features. It runs in the separate process."""
 
     def __init__(self, settings: Settings) -> None:
         from svc.store.database import open_database
@@ -256,8 +256,8 @@ class _FeatureMaker:
         """Compute and store the features of a batch.
 
         Returns:
-            The number of requests whose features were lost to an unexpected error, and the targets that cannot
-            be compared.
+            The number of requests whose features were lost due to an unexpected error, and the targets that have
+            nothing to be compared with.
         """
         lost, off = 0, set[Target]()
         records: dict[Target, list[RequestRecord]] = {}

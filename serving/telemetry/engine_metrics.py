@@ -1,4 +1,4 @@
-"""vLLM's own metrics, shown on the server's page with the labels `model`, `version` and `replica`.
+"""Expose vLLM's own metrics on the server's metrics page, adding the labels `model`, `version` and `replica`.
 
 An engine listens on a private socket that scrapers cannot reach. Its counters continue across an
 in-place swap, so each version's series begins at the previous version's value, which `rate` and
@@ -21,16 +21,16 @@ from svc.version import Target
 log = logging.getLogger(__name__)
 
 _NOT_SHOWN = "vllm:lora_requests_info"
-"""This metric is omitted because its labels contain adapter names, which are new on each load, so the
+"""vLLM metric that is omitted because its labels contain adapter names. Names change on each load, so the
 number of series would be unbounded."""
 _TIMEOUT_S = 2.0
-"""Timeout in seconds. It is short, because the server's own metrics must not wait for a hung engine, which
-is when they are needed most."""
+"""Seconds to wait for an engine's metrics. The timeout is short because the server's own metrics must not wait
+for a hung engine, which is when they are needed most."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineSource:
-    """An engine whose metrics are read, and the version that it holds."""
+    """An engine whose metrics are read, and the version that it runs."""
 
     client: EngineClient
     served: Target
@@ -38,7 +38,7 @@ class EngineSource:
 
 
 class EngineMetrics(Collector):
-    """The engines' metric families as of the last `refresh`.
+    """The metrics of all engines, as of the last call to `refresh`.
 
     Args:
         sources: function that returns the engines that are currently running.
@@ -49,7 +49,7 @@ class EngineMetrics(Collector):
         self._families: list[Metric] = []
 
     async def refresh(self) -> None:
-        """Read the engines' metrics, omitting engines that do not respond within `_TIMEOUT_S`."""
+        """Read the engines' metrics, skipping engines that do not respond within `_TIMEOUT_S`."""
         sources = self._sources()
         pages = await asyncio.gather(*(_page(source) for source in sources))
         # In a thread, because it takes some milliseconds, and streams must not wait.

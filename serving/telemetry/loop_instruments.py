@@ -1,7 +1,7 @@
-"""A counter and a histogram for the thousands of request and token events that occur per second.
+"""Counter and histogram that can handle thousands of request and token events per second.
 
-prometheus_client's instruments take a lock for each sample, check its labels and walk through the
-buckets. These instruments need no lock, because only the event loop's thread adds samples. A page that
+prometheus_client's instruments take a lock for each sample, check its labels and iterate over the buckets.
+These instruments need no lock, because only the event loop's thread adds samples. A metrics page that
 another thread is writing at the same time may miss the newest samples.
 """
 
@@ -19,7 +19,7 @@ from prometheus_client.utils import floatToGoString
 
 
 class LoopCounter(Collector):
-    """A counter per set of label values, used as `counter.counts["tuned", "1"] += 1`.
+    """A counter for each set of label values, incremented as in `counter.counts["tuned", "1"] += 1`.
 
     Args:
         name: the metric's name.
@@ -46,10 +46,10 @@ class LoopCounter(Collector):
 
 
 class LoopSeries:
-    """The histogram for one set of label values.
+    """Histogram for one set of label values.
 
     Args:
-        bounds: upper bounds of the buckets, in ascending order, without infinity.
+        bounds: upper bounds of the buckets, in ascending order, excluding infinity.
     """
 
     __slots__ = ("_bounds", "counts", "exemplars", "sum")
@@ -74,13 +74,13 @@ class LoopSeries:
 
 
 class LoopHistogram(Collector):
-    """A histogram with one series per set of label values.
+    """A histogram with a separate series for each set of label values.
 
     Args:
         name: the metric's name.
         documentation: the metric's help text.
         labels: label names, in the order of the label values.
-        buckets: upper bounds of the buckets, in ascending order, without infinity.
+        buckets: upper bounds of the buckets, in ascending order, excluding infinity.
         registry: registry that exports the metric.
     """
 

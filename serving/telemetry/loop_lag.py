@@ -1,19 +1,19 @@
-"""Measure the event loop's lag, which delays every request and every stream."""
+"""Measure the lag of the event loop, which delays every request and stream."""
 
 import asyncio
 from collections.abc import Callable
 
 _EVERY_S = 0.1
-"""Interval in seconds between measurements. It gives 3,000 samples in five minutes, enough for a 99th
-percentile; five times as many would use 1 % of a core."""
+"""Seconds between measurements. This gives 3,000 samples in five minutes, which is enough for a 99th
+percentile. Five times as many would use 1% of a core."""
 
 
 async def watch_loop_lag(observe: Callable[[float], None], every_s: float = _EVERY_S) -> None:
     """Measure the event loop's lag periodically until cancelled.
 
     Args:
-        observe: called with the delay of the task's wake-up, in seconds. Delays below 1 ms are within the
-            clock's resolution.
+        observe: function called with the delay of the task's wake-up, in seconds. Delays below 1 ms are within
+            the clock's resolution.
         every_s: interval between two measurements, in seconds.
     """
     now = asyncio.get_running_loop().time

@@ -1,4 +1,4 @@
-"""Metrics of the server's environment: its release and engine, its own process, and its home's disk."""
+"""Metrics of the server's environment: its release, engine and process, and the disk that holds its home directory."""
 
 import shutil
 from importlib.metadata import version
@@ -13,12 +13,12 @@ from svc.settings import EngineSettings
 def add_machine_metrics(
     registry: CollectorRegistry, home: Path, capabilities: DeviceCapabilities, settings: EngineSettings
 ) -> None:
-    """Register the machine metrics. The disk is measured on each scrape.
+    """Register the metrics of the machine. Disk space is measured on each scrape.
 
     Args:
-        home: the folder with all state, which must exist.
-        capabilities: capabilities of this device and its vLLM.
-        settings: the engine settings.
+        home: the home directory, which must exist.
+        capabilities: capabilities of this machine's device and vLLM installation.
+        settings: the engine's settings.
     """
     ProcessCollector(registry=registry)
     build = Gauge(

@@ -1,10 +1,10 @@
-"""The gateway's own Prometheus instruments, on a registry that is passed in.
+"""The gateway's own Prometheus instruments, created in a given registry.
 
-Clients cannot create series: models that are not served are counted under `unknown`, routes and reasons
-are enums, and only statuses that the gateway sends are counted. The number of versions grows, so
-versions without requests for a day are removed (`remove_idle`). The number of key ids grows too, but
-only the operator creates keys. This module knows nothing of the engine's own metrics, nor of engines and
-rollouts (deployment_metrics).
+Clients cannot create new series: models that are not served are counted as `unknown`, routes and reasons
+are enums, and only statuses that the gateway sends are counted. Since the number of versions grows,
+versions without requests for a day are removed (see `remove_idle`). The number of key ids grows too, but
+only the operator can create keys. This module does not cover the engine's own metrics, nor those of engines
+and rollouts (see `deployment_metrics`).
 """
 
 import time
@@ -26,10 +26,11 @@ from svc.store.webhooks import WebhookOutcome
 from svc.version import Target, VersionId
 
 CLIENT_GONE_STATUS = 499
-"""nginx's status for a client that disconnected before its response began. It is counted, but never sent."""
+"""Status that nginx uses for a client that disconnected before the response began. It is counted, but never
+sent."""
 UNKNOWN_MODEL = "unknown"
 IDLE_VERSION_TIMEOUT_S = 24 * 3600.0
-"""Seconds without requests after which an unserved version's series are removed. With the series of 300
+"""Seconds without requests after which the series of a version that is not served are removed. With 300
 versions, the page had grown to 2 MB."""
 _NOT_COMPLETIONS = {
     ErrorCode.PERMISSION_DENIED,
@@ -60,12 +61,12 @@ _LAG_BUCKETS_S = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0
 
 
 class GatewayMetrics:
-    """Counts and times the gateway's requests.
+    """Counts the gateway's requests and measures their durations.
 
     Args:
         registry: registry for the instruments. Each registry may have only one GatewayMetrics.
-        clock: function that returns monotonic time in seconds, for the quantiles' window and for idle
-            versions.
+        clock: function that returns monotonic time in seconds, used for the quantiles' time window and to
+            detect idle versions.
 
     Attributes:
         rows_stored: function that counts rows written to the store.
@@ -162,20 +163,20 @@ class GatewayMetrics:
         ).observe
 
     def show_errors(self, served: Target | None, model: str = UNKNOWN_MODEL) -> None:
-        """Create a version's error series before its first error, so that `increase` counts that error.
+        """Create the error series of a version before it has any errors, so that `increase` counts the first one.
 
         Args:
-            served: version that answers requests, or None for requests that no version answers.
-            model: model of the requests that no version answers.
+            served: the version, or None for requests that no version answers.
+            model: the requested model, used if no version answers.
         """
         for code in set(ErrorCode) - _NOT_COMPLETIONS:
             self._errors.counts[*self._labels(served, model), code.value] += 0
 
     def remove_idle(self, served: Iterable[VersionId]) -> None:
-        """Remove all series of unserved versions that have had no request for IDLE_VERSION_TIMEOUT_S.
+        """Remove all series of unserved versions that have had no requests for `IDLE_VERSION_TIMEOUT_S`.
 
-        This runs in the event loop, before a page is written. A call of `between_tokens` or of any counting
-        method counts as a request, so that a running request's series stay on the page.
+        This runs in the event loop, before a page is written. A call to `between_tokens` or to any counting method
+        counts as a request, so a running request's series stay on the page.
 
         Args:
             served: the versions that are currently served, whose series stay.
@@ -204,8 +205,8 @@ class GatewayMetrics:
         """Count the usage of one request.
 
         Args:
-            key_id: id of the key; empty if there is none.
-            model: model name from a bounded set.
+            key_id: id of the key, or an empty string if there is none.
+            model: name of the model, from a bounded set.
         """
         self._key_requests.counts[model, key_id] += 1
         self._key_tokens.counts[model, key_id, "in"] += usage.prompt
@@ -232,9 +233,9 @@ class GatewayMetrics:
             served: the version that answered, or None if no version did.
             status: the HTTP status that was sent, or `CLIENT_GONE_STATUS`.
             seconds: time from the last byte of the request to the last byte of the response.
-            request_id: id shown in the exemplar.
+            request_id: request id shown in the exemplar.
             reason: why the request failed, possibly within a stream, or None if it succeeded.
-            model: the requested model from a bounded set, used if no version answered.
+            model: the requested model, from a bounded set. Used if no version answered.
         """
         model, version = labels = self._version_labels(served.version) if served else (model, "")
         self._requests.counts[model, version, route, str(status), outcome_of(reason)] += 1
@@ -248,9 +249,9 @@ class GatewayMetrics:
         self._first_token_quantiles.observe(version, seconds)
 
     def between_tokens(self, served: Target) -> Callable[[float], None]:
-        """Return a function that records the seconds between two tokens.
+        """Return a function that records the time between two tokens, in seconds.
 
-        It is looked up once per answer rather than once per token.
+        It should be called once per answer, to save a lookup per token.
         """
         return self._between_tokens.series(*self._version_labels(served.version)).observe
 
@@ -268,15 +269,15 @@ class GatewayMetrics:
         self._errors.counts[*self._labels(served, model), code.value] += 1
 
     def rows_dropped(self, reason: Dropped, count: int) -> None:
-        """Count rows that were not stored, or were stored without their content."""
+        """Count request log rows that were not stored, or were stored without their content."""
         self._rows_dropped.labels(reason.value).inc(count)
 
     def spans_dropped(self, reason: SpanDropped, count: int) -> None:
-        """Count spans that were not sent, or were sent without their content."""
+        """Count trace spans that were not sent, or were sent without their content."""
         self._spans_dropped.labels(reason.value).inc(count)
 
     def webhooks_ended(self, outcome: WebhookOutcome, count: int = 1) -> None:
-        """Count attempts to deliver a webhook message, or messages that were dropped."""
+        """Count attempts to deliver a webhook message, or webhook messages that were dropped."""
         self._webhooks.labels(outcome.value).inc(count)
 
     def feedback_given(self, version: VersionId | None, rating: Rating) -> None:
@@ -284,14 +285,14 @@ class GatewayMetrics:
         self._feedback.counts[*labels, rating.value] += 1
 
     def authentication_failed(self, fault: KeyFault) -> None:
-        """Count a request without a valid key."""
+        """Count a request that was rejected for lack of a valid key."""
         self._wrong_keys.labels(fault.value).inc()
 
     def _labels(self, served: Target | None, model: str = UNKNOWN_MODEL) -> tuple[str, str]:
         return self._version_labels(served.version) if served else (model, "")
 
     def _version_labels(self, version: VersionId) -> tuple[str, str]:
-        """Return the values for the labels `model` and `version`, and record that the version is in use."""
+        """Return the values of the `model` and `version` labels, and record that the version is in use."""
         labels = version.name, str(version.number)
         self._used.add(labels)
         return labels

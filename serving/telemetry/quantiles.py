@@ -1,10 +1,9 @@
-"""Quantiles over the last five minutes, accurate to one per cent, in little and bounded memory.
+"""Compute quantiles over the last five minutes to within one per cent, using a small, bounded amount of memory.
 
-Samples are counted in buckets whose upper bounds grow by 2 %, as in a DDSketch (Masson, Rim and Lee
-2019). The middle of a bucket is within 1 % of all its samples, and the counts of several half minutes
-can be merged exactly. Samples expire along with their half minute. Prometheus histograms give quantiles
-for any time range and many servers, at the resolution of their buckets, while these quantiles give an
-operator a quick overview.
+Samples are counted in buckets whose upper bounds grow by 2 %, as in a DDSketch (Masson, Rim and Lee 2019).
+The middle of a bucket is within 1% of all its samples. Counts are kept for each half minute, can be merged
+exactly, and expire as a whole. These quantiles give an operator a quick overview, whereas Prometheus
+histograms give quantiles for any time range and across servers, at the resolution of their buckets.
 """
 
 import math
@@ -26,13 +25,13 @@ _RELATIVE_ACCURACY = 0.01
 _GROWTH = (1 + _RELATIVE_ACCURACY) / (1 - _RELATIVE_ACCURACY)
 _LOG_GROWTH = math.log(_GROWTH)
 _MIN_S = 1e-6
-"""Minimum time in seconds. Shorter times are counted as this time."""
+"""Shortest time that can be recorded, in seconds. Shorter times are counted as this time."""
 
 _Version = tuple[str, str]
 
 
 class VersionQuantiles(Collector):
-    """A gauge that shows each version's quantiles. Versions without samples in the window have no series.
+    """A gauge that exports each version's quantiles. Versions without recent samples have no series.
 
     Args:
         name: the gauge's name.
@@ -65,7 +64,7 @@ class VersionQuantiles(Collector):
             self._slots[-1][1][version][bucket] += 1
 
     def collect(self) -> Iterable[Metric]:
-        """Return a metric sample for each version and quantile."""
+        """Return a gauge sample for each version and quantile."""
         oldest = int(self._clock() // SLOT_S) - SLOTS + 1
         merged: defaultdict[_Version, Counter[int]] = defaultdict(Counter)
         with self._lock:
@@ -80,7 +79,7 @@ class VersionQuantiles(Collector):
 
 
 def _quantiles(counts: Counter[int]) -> list[float]:
-    """Return the middles of the buckets that contain the samples at ranks q(n-1), rounded down."""
+    """Return, for each quantile q, the middle of the bucket that contains the sample of rank q(n-1), rounded down."""
     buckets = sorted(counts)
     reached = list(accumulate(counts[bucket] for bucket in buckets))
     ranks = [int(quantile * (reached[-1] - 1)) for quantile in QUANTILES]

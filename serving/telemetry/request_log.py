@@ -1,7 +1,8 @@
-"""Write a row for each completed request in batches, from a single thread, and delete old rows.
+"""Write a row for each completed request, and delete old rows. A single thread does this in batches.
 
-Requests never wait for the log: rows that do not fit into the queue or that the store rejects are dropped and counted.
-Content is extracted, redacted and checked against its limit here rather than while the request runs.
+Requests never wait for the log: rows are dropped and counted if they do not fit into the queue or the store
+rejects them. Content is extracted, redacted and checked against its size limit here rather than while the
+request runs.
 """
 
 import logging
@@ -41,14 +42,14 @@ _BATCH = 1000
 """Maximum number of rows per transaction. Rows are batched because syncing the disk takes longer than
 writing them."""
 _YIELD_S = 0.0005
-"""Pause in seconds after each piece of content. Without it, the event loop has to wait for Python's switch
-interval, 5 ms, on each of its turns: with 8 streams at full load, the 99th percentile was 113 ms without
-the pause and 41 ms with it."""
+"""Seconds to pause after processing each request's content. Without the pause, the event loop has to wait for
+Python's switch interval, 5 ms, on each of its turns: with 8 streams at full load, the 99th percentile was
+113 ms without the pause and 41 ms with it."""
 _SPANS_PER_PAUSE = 50
-"""Number of spans created between two pauses. Creating them takes a millisecond or two."""
+"""Number of spans created before the thread pauses again. Creating them takes a millisecond or two."""
 _GATHER_S = 0.2
-"""Rows that end within this many seconds are written in one transaction, so that a busy server syncs a few
-times per second."""
+"""Seconds during which completed rows are collected for one transaction, so that a busy server only syncs a
+few times per second."""
 _PRUNE_EVERY_S = 60.0
 _ESCAPED = 6  # growth of a character, at most, in ASCII-only JSON: \u00e9
 _GOOD_STATUS = 200
@@ -70,12 +71,12 @@ class _Texts(NamedTuple):
 
 @dataclass(eq=False)
 class RequestLog:
-    """The request log, which queues records and writes them to the store.
+    """Queues records of requests and writes them to the store.
 
     Attributes:
-        on_stored: called with the number of rows written.
-        on_dropped: called with the reason and the number of rows or contents lost.
-        spans: sink for the rows of traced requests, including those that the store rejects.
+        on_stored: function called with the number of rows written.
+        on_dropped: function called with the reason and the number of rows or contents that were lost.
+        spans: sink for the rows of traced requests, including rows that the store rejects.
         features: process that stores drift features for some requests. It is closed along with the log.
         now: function that returns wall-clock time.
     """
@@ -109,20 +110,20 @@ class RequestLog:
         self._thread.start()
 
     def wants_content(self) -> bool:
-        """Decide at random, according to `content_share`, whether to store a request's prompt and answer."""
+        """Return whether to store a request's prompt and answer, chosen at random according to `content_share`."""
         share = self.settings.content_share
         return share > 0 and random.random() < share  # noqa: S311 - a sample, no secret
 
     def wants_features(self, target: Target) -> bool:
-        """Decide whether to store drift features of a request's prompt and answer."""
+        """Return whether to store drift features of a request's prompt and answer."""
         return self.features is not None and self.features.wants(target)
 
     def add(self, record: RequestRecord, content: Content | None = None, trace: RequestTrace | None = None) -> None:
-        """Queue a record, or drop it if the queue is full. This returns immediately.
+        """Queue a record, or drop it if the queue is full. Returns immediately.
 
         Args:
-            content: the prompt and answer, if they or their features are to be stored.
-            trace: the request's trace, if it gets a span.
+            content: the prompt and answer, if they or their drift features are to be stored.
+            trace: the request's trace, if the request is to be traced.
         """
         if len(self._queue) >= self.max_queued:
             self.on_dropped(Dropped.QUEUE_FULL, 1)
@@ -147,14 +148,14 @@ class RequestLog:
         return request_id in self._queued_ids
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait until all records added so far are in the store, or return False after `timeout_s`."""
+        """Wait until all records added so far have been stored. Return False if that takes longer than `timeout_s`."""
         done = threading.Event()
         self._queue.append(done)
         self._wake()
         return done.wait(timeout_s)
 
     def close(self, timeout_s: float = _CLOSE_S) -> None:
-        """Write the queued rows and stop. Rows not written within `timeout_s` are lost and counted."""
+        """Write the queued rows, then stop. Rows that cannot be written within `timeout_s` are lost and counted."""
         self._closing = True
         self._wake()
         self._thread.join(timeout_s)
@@ -169,7 +170,10 @@ class RequestLog:
         self._arrived.set()
 
     def redacted(self, text: str | None) -> str | None:
-        """Return another text, such as feedback, in redacted form. None if it is empty or cannot be redacted."""
+        """Return a text that is not part of a request, such as feedback, with redactions applied.
+
+        Returns None if the text is empty or cannot be redacted.
+        """
         try:
             return self._redactor.text(text) if text else None
         except RedactionTimeoutError as error:
@@ -183,16 +187,16 @@ class RequestLog:
             log.error("could not redact a request's content, so it is not stored (logged once per pattern): %s", error)
 
     def _drop(self, content: Content, reason: Dropped) -> None:
-        """Count lost content once per intended use (storage, features)."""
+        """Count lost content, separately for each purpose it was needed for (storage, drift features)."""
         if content.stored:
             self.on_dropped(reason, 1)
         if content.features:
             self.on_dropped(Dropped.FEATURES, 1)
 
     def has_grown(self, size: int) -> None:
-        """Add to the known size of the stored rows.
+        """Increase the recorded size of the stored rows.
 
-        This must be called for changes by other writers too, such as feedback.
+        This must also be called when another writer adds to the rows, for example for feedback.
         """
         with self._lock:
             self._grown_bytes += size
@@ -263,7 +267,10 @@ class RequestLog:
                 time.sleep(_YIELD_S)
 
     def _add_features(self, entries: Sequence[_Entry], texts: Sequence[_Texts | None]) -> None:
-        """Queue records for drift features once their rows are stored, since features are deleted with their rows."""
+        """Queue records for drift features once their rows have been stored.
+
+        The order matters because features are deleted along with their rows.
+        """
         if self.features is None:
             return
         records = [
@@ -275,7 +282,7 @@ class RequestLog:
             self.features.add(records)
 
     def _read_texts(self, record: RequestRecord, content: Content) -> _Texts | None:
-        """Return a request's redacted prompt and answer. If that fails, count them as lost and return None."""
+        """Return a request's redacted prompt and answer. If they cannot be read, count them as lost and return None."""
         with self._lock:
             self._content_bytes -= content.size
         if not (content.stored or content.features):
@@ -328,7 +335,7 @@ def _stored(entry: _Entry, texts: _Texts | None) -> RequestRecord:
 
 
 def _checked(record: RequestRecord, entry: _Entry) -> RequestRecord:
-    """Return a row with the validity of its answer, if a rollout needs it and the answer is complete."""
+    """Return a row, adding whether its answer is valid JSON if a rollout needs that and the answer is complete."""
     content = entry.content
     if content is None or not content.expects_json or content.too_long or not _is_good(record):
         return record
@@ -340,6 +347,6 @@ def _checked(record: RequestRecord, entry: _Entry) -> RequestRecord:
 
 
 def _is_good(record: RequestRecord) -> bool:
-    """Return whether a version gave a complete answer. Only such answers are compared."""
+    """Return whether a request received a complete answer from a version. Only such answers are compared."""
     complete = record.status == _GOOD_STATUS and record.outcome is RequestOutcome.COMPLETE
     return complete and record.version is not None

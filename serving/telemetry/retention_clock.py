@@ -1,6 +1,6 @@
-"""Decide when rows are too old to keep, based on a wall clock that can be wrong.
+"""Decide when rows are too old to keep, using a wall clock that may be wrong.
 
-If a clock were a year ahead for a minute, because of a wrong time server or a resumed virtual machine,
+If the clock were a year ahead even for a minute, because of a bad time server or a resumed virtual machine,
 all rows would be deleted. The wall clock is therefore trusted only while it advances at the same rate as
 the time since boot.
 """
@@ -26,10 +26,11 @@ def _since_boot() -> float:
 class RetentionClock:
     """Decides when rows are too old to keep.
 
-    A distrusted clock is trusted again after a day, or after `max_age` if that is shorter.
+    A clock that has jumped is trusted again once it has been steady for a day, or for `max_age` if that is
+    shorter.
 
     Attributes:
-        max_age: maximum age of the rows that are kept.
+        max_age: maximum age of rows to keep.
         now: function that returns wall-clock time.
         elapsed_s: function that returns the seconds since a fixed moment, independently of the wall clock.
     """
@@ -44,11 +45,11 @@ class RetentionClock:
         self._doubted: tuple[float, float] | None = None  # a new difference, and since when
 
     def oldest_kept(self, newest: Callable[[], datetime | None]) -> datetime | None:
-        """Return the time before which rows are too old, or None while the clock is not trusted.
+        """Return the time before which rows are too old to keep, or None while the clock is not trusted.
 
         Args:
             newest: function that returns the newest row's time, or None if there are no rows. It is used on the
-                first call: if even that row is too old, the clock may be wrong.
+                first call, because the clock may be wrong if even the newest row is too old.
         """
         now, elapsed_s = self.now(), self.elapsed_s()
         ahead_s = now.timestamp() - elapsed_s

@@ -1,6 +1,6 @@
-"""Writes per-key usage to the store in a thread, every few seconds and when the server stops.
+"""Write the usage of each key to the store in a thread, every few seconds and when the server stops.
 
-First it reads each key's usage so far today, so that limits survive a restart. Nothing is written before
+Each key's usage so far today is read first, so that limits survive a restart. Nothing is written before
 that, because the server would otherwise read back its own counts.
 """
 
@@ -20,16 +20,16 @@ from svc.store.usage import usage_since
 log = logging.getLogger(__name__)
 
 _EVERY_S = 5.0
-"""Interval between writes, in seconds. A server that dies loses up to this much usage. Each write adds one
-row per key and model in use."""
+"""Seconds between writes, and therefore the most usage that is lost if the server dies. Each write adds one
+row for each key and model in use."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class UsageWriter:
-    """Writes a meter's counts to the store.
+    """Writes the counts of a usage meter to the store.
 
     Attributes:
-        on_known: called once with a mapping from each key's id to the tokens that the key has used today.
+        on_known: function called once with the number of tokens used today, keyed by key id.
     """
 
     store: Store
@@ -51,7 +51,7 @@ class UsageWriter:
             await asyncio.sleep(self.every_s)
 
     def close(self) -> None:
-        """Write the remaining counts. They are lost if the store fails."""
+        """Write the remaining counts. If the store fails, they are lost."""
         try:
             self.meter.flush()
         except SQLAlchemyError:

@@ -1,7 +1,7 @@
-"""Authenticates secrets against the keys in memory, and polls the store for changes twice per second.
+"""Authenticate secrets against keys held in memory, polling the store for changes twice per second.
 
-The grant of a valid secret is cached under the secret's hash, so that all requests with that secret
-share one grant and no secret stays in memory. An invalid secret is rejected by its checksum, its id
+The grant of a valid secret is cached under the secret's hash, so that all requests with that secret share
+one grant and no secret stays in memory. An invalid secret is rejected because of its checksum, its id
 (which is public) or its hash, which is compared in constant time. The store is not queried.
 
 Failed attempts are not counted here.
@@ -28,10 +28,10 @@ from svc.store.keys import Key, keys_revision, read_keys
 log = logging.getLogger(__name__)
 
 LOOK_S = 0.5
-"""Interval between polls of the store, in seconds. A revocation takes effect within a second."""
+"""Seconds between polls of the store. A revocation takes effect within a second."""
 _STALE_S = 60.0
-"""Maximum age of the keys in memory, in seconds. Once they are older, every key is rejected, because it may
-have been revoked in the meantime."""
+"""Maximum age of the keys in memory, in seconds. When they are older, every key is rejected, because it may
+have been revoked since."""
 
 
 class KeyFault(StrEnum):
@@ -39,7 +39,7 @@ class KeyFault(StrEnum):
 
     MISSING = "missing"
     MALFORMED = "malformed"
-    """The given text is not a secret, or is a secret with a typo."""
+    """The given text is not a secret, or is a mistyped one."""
     UNKNOWN = "unknown"
     """The secret is well-formed, but was never issued or has been replaced by a rotation."""
     REVOKED = "revoked"
@@ -47,7 +47,7 @@ class KeyFault(StrEnum):
 
 
 class InvalidKeyError(AuthenticationError):
-    """Raised for a key that is missing, invalid, expired or revoked.
+    """Raised when a request's key is missing, invalid, expired or revoked.
 
     Args:
         fault: reason for the rejection, for metrics.
@@ -59,14 +59,14 @@ class InvalidKeyError(AuthenticationError):
 
 
 class KeysUnavailableError(SvcError):
-    """Raised if the store has been unreachable for so long that no key can be considered valid."""
+    """Raised when the store has been unreachable for so long that no key can be trusted any more."""
 
     retry_after_s = 2
 
 
 @dataclass(slots=True, eq=False)
 class Grant:
-    """A valid secret's principal, until the secret becomes invalid. All requests with one secret share a grant.
+    """The principal of a valid secret, for as long as the secret is valid. Requests with the same secret share a grant.
 
     Attributes:
         principal: principal as of the latest request.
@@ -78,11 +78,13 @@ class Grant:
 
 
 class Authenticator:
-    """Checks secrets against a store's keys in memory. Call `look`, in any thread, before the first `grant`.
+    """Checks secrets against a store's keys, which are held in memory.
+
+    Call `look`, in any thread, before the first `grant`.
 
     Args:
-        now: returns the current time, used to check expiry.
-        clock: returns monotonic time in seconds, used to measure the age of the keys in memory.
+        now: function that returns the current time, used to check expiry.
+        clock: function that returns monotonic time in seconds, used to measure the age of the keys in memory.
     """
 
     def __init__(
@@ -102,14 +104,14 @@ class Authenticator:
 
     @property
     def empty(self) -> bool:
-        """Whether no key has ever been created."""
+        """Whether no keys have ever been created."""
         return not self._keys
 
     def look(self) -> None:
-        """Reload the keys if any of them has changed in the store. This blocks, so do not call it on an event loop.
+        """Reload the keys if any have changed in the store. This blocks, so do not call it on an event loop.
 
         Raises:
-            SQLAlchemyError: the store does not respond; the keys in memory remain usable for a minute.
+            SQLAlchemyError: the store does not respond. The keys in memory remain usable for a minute.
         """
         began = self._clock()
         revision = keys_revision(self._store)
@@ -121,7 +123,7 @@ class Authenticator:
     async def follow(self) -> None:
         """Reload the keys periodically until cancelled, and end grants whose secrets have become invalid.
 
-        Reads run in their own thread. Otherwise, if slow work occupied all shared threads, keys would be
+        The store is read in a dedicated thread. Otherwise, if slow work occupied all shared threads, keys would be
         rejected after a minute.
         """
         loop, thread = asyncio.get_running_loop(), ThreadPoolExecutor(max_workers=1, thread_name_prefix="keys")
@@ -140,7 +142,7 @@ class Authenticator:
             thread.shutdown(wait=False)
 
     def end_wrong(self) -> None:
-        """End the grants whose key was revoked or has expired, or whose secret was replaced by a rotation."""
+        """End all grants whose key has been revoked or has expired, or whose secret was replaced by a rotation."""
         for hashed, grant in list(self._grants.items()):
             try:
                 self._check(grant.principal.key_id, hashed)
@@ -149,7 +151,7 @@ class Authenticator:
                 grant.ended.end(error)
 
     def grant(self, secret: str | None) -> Grant:
-        """Return the grant for a secret. Uses neither the disk nor the network.
+        """Return the grant for a secret. This uses neither the disk nor the network.
 
         Raises:
             InvalidKeyError: no key has this secret, or its key is not valid.
@@ -173,7 +175,7 @@ class Authenticator:
         return grant
 
     def _check(self, key_id: str, hashed: str) -> Principal:
-        """Return a key's principal if a secret with this hash is valid for the key.
+        """Return a key's principal, provided that a secret with this hash is valid for the key.
 
         Raises:
             InvalidKeyError: the secret does not belong to the key, or the key is revoked or expired.
@@ -191,7 +193,7 @@ class Authenticator:
 
 
 def _is_of(hashed: str, key: Key, now: datetime) -> bool:
-    """Return whether a hash matches the key's current secret, or the previous one during its grace period."""
+    """Return whether a hash matches the key's current secret, or its previous secret during the grace period."""
     if is_hash_of(key.hash, hashed):
         return True
     if key.previous_hash is None or key.previous_until is None or now >= key.previous_until:

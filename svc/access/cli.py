@@ -228,7 +228,7 @@ def usage(ctx: click.Context, since: datetime, as_csv: bool, as_json: bool) -> N
 
 
 def _rows(ctx: click.Context) -> list[dict[str, Any]]:
-    """Return all keys as JSON, from the server given by `svc --server` or else from the home."""
+    """Return all keys as JSON, read from the server given by `svc --server` or else from the home directory."""
     if remote := remote_of(ctx):
         from svc.remote.remote_server import RemoteServer
 
@@ -237,7 +237,7 @@ def _rows(ctx: click.Context) -> list[dict[str, Any]]:
 
 
 def _find(ctx: click.Context, text: str) -> tuple[str, str]:
-    """Return the id and display title of the key with this id or, failing that, with this name.
+    """Return the id and display title of the key with the given id or, if there is none, the given name.
 
     Raises:
         NotFoundError: no key has this id or name.
@@ -253,12 +253,12 @@ def _find(ctx: click.Context, text: str) -> tuple[str, str]:
 def _change(
     ctx: click.Context, path: str, asked: dict[str, Any], change: Callable[["Keyring"], dict[str, Any]]
 ) -> dict[str, Any]:
-    """Change keys on the server given by `svc --server`, or else in the home; return the changed key as JSON.
+    """Change keys on the server given by `svc --server`, or else in the home directory. Return the changed key as JSON.
 
     Args:
-        path: path in the server's API.
+        path: path of the request in the server's API.
         asked: request body.
-        change: function that makes the same change in the home.
+        change: function that makes the same change in the home directory.
     """
     if remote := remote_of(ctx):
         from pydantic_core import to_jsonable_python

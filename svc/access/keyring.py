@@ -1,4 +1,4 @@
-"""Creates, rotates and revokes keys, and records each change in the audit log. Secrets are never stored."""
+"""Create, rotate and revoke keys, recording each change in the audit log. Secrets are never stored."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ _KEY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,62}")
 
 @dataclass(frozen=True, slots=True)
 class IssuedKey:
-    """A new or rotated key together with its secret, which cannot be retrieved later."""
+    """A new or rotated key together with its secret. The secret cannot be retrieved later."""
 
     key: Key
     secret: str = field(repr=False)
@@ -36,8 +36,8 @@ class Keyring:
     """Reads and changes the keys in a store.
 
     Args:
-        actor: user or key that makes the changes, for the audit log.
-        now: returns the current time.
+        actor: user or key recorded in the audit log as making the changes.
+        now: function that returns the current time.
     """
 
     def __init__(self, store: Store, actor: Actor, *, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
@@ -46,7 +46,7 @@ class Keyring:
         self._now = now
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return all keys as JSON, each with the hour in which it was last used."""
+        """Return all keys as JSON, including the hour in which each was last used."""
         used = last_used(self._store)
         return [{**key_row(key), "last_used": iso_seconds(used.get(key.id))} for key in read_keys(self._store)]
 
@@ -66,10 +66,10 @@ class Keyring:
         Args:
             name: name of the key, or None to use its id.
             models: names of the models that the key may use, or None for all models.
-            expires_at: time at which the key expires, or None if it never expires.
+            expires_at: when the key expires, or None if it never does.
 
         Raises:
-            SettingsError: a name is invalid, or the expiry is in the past.
+            SettingsError: a name is invalid, or the expiry time is in the past.
             RefusedError: another key with this name exists and is not revoked.
         """
         key_id, now = new_key_id(), self._now()
@@ -162,5 +162,5 @@ def key_row(key: Key) -> dict[str, Any]:
 
 
 def iso_seconds(moment: datetime | None) -> str | None:
-    """Return a time in ISO 8601 format with second precision, or None if there is no time."""
+    """Return a time in ISO 8601 format, to the second, or None if no time is given."""
     return moment.isoformat(timespec="seconds") if moment else None

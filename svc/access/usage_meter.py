@@ -1,8 +1,8 @@
-"""Counts usage per key in memory and adds it to the store at intervals.
+"""Count usage per key in memory, and add it to the store at intervals.
 
-`add` takes a few microseconds and never waits, so it may be called on an event loop. `flush` writes one
-row for each key, model and hour, and must be called in a thread. A server that dies loses the usage
-since its last flush.
+`add` takes a few microseconds and never waits, so it may be called on an event loop. `flush` writes one row
+for each key, model and hour, and must be called in a thread. If a server dies, the usage since the last
+flush is lost.
 """
 
 import threading
@@ -15,15 +15,15 @@ from svc.store.usage import Usage, UsageOf, add_usage
 
 _HOUR_S = 3600
 _Of = tuple[int, str, str]
-"""Hours since 1970, key and model. This is a tuple because hashing a `UsageOf` would take longer than
-everything else here."""
+"""Hour (since 1970), key id and model that usage is counted for. This is a tuple because hashing a `UsageOf`
+would take longer than everything else here."""
 
 
 class UsageMeter:
-    """Counts usage that is not yet in the store.
+    """Counts usage that has not been written to the store yet.
 
     Args:
-        now: returns the current time.
+        now: function that returns the current time.
     """
 
     def __init__(self, store: Store, *, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
@@ -37,7 +37,7 @@ class UsageMeter:
 
         Args:
             key_id: id of the request's key, or None if the request had no key.
-            model: name of a model that the server knows, never text supplied by a client.
+            model: name of a model that the server knows, never arbitrary text from a client.
         """
         with self._lock:
             hour = int(self._now().timestamp()) // _HOUR_S
@@ -47,7 +47,7 @@ class UsageMeter:
         """Write the usage counted since the last flush.
 
         Raises:
-            SQLAlchemyError: the store failed; the next flush tries again.
+            SQLAlchemyError: the store failed. The next flush tries again.
         """
         with self._lock:
             used, self._used = self._used, {}

@@ -1,1 +1,1 @@
-"""Commands for the service's history: the audit log, served versions, and the deletion of logged requests."""
+"""Commands that show the audit log and served versions, and delete logged requests."""

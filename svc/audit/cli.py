@@ -1,4 +1,8 @@
-"""`svc audit` shows the audit log, `svc history` served versions and rollouts; `svc forget` deletes requests."""
+"""Commands that show a service's history, and delete logged requests.
+
+`svc audit` shows the audit log, `svc history` shows served versions and rollouts, and `svc forget` deletes
+requests.
+"""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -83,7 +87,7 @@ def _verify(store: "Store", expected: str | None, *, as_json: bool) -> None:
 
 
 def _verdicts(gates: Any) -> dict[str, int]:
-    """Return the number of gates with each verdict. An altered event may contain anything."""
+    """Return the number of gates with each verdict. The input may be malformed, because an event can be altered."""
     rows = gates if isinstance(gates, list) else []
     return dict(Counter(str(row.get("verdict")) for row in rows if isinstance(row, dict)))
 
@@ -134,7 +138,7 @@ def history(ctx: click.Context, name: str, as_json: bool) -> None:
 
 
 def _reasons(row: Mapping[str, Any]) -> str:
-    """Return why a version was requested; for a rollout also the reason for its outcome, and its verdicts."""
+    """Return why a version was requested and, for a rollout, also the reason for its outcome and its verdicts."""
     rollout = row["rollout"] or {"why": None, "signals": []}
     verdicts = ", ".join(f"{signal['signal']} {signal['outcome']}" for signal in rollout["signals"])
     return "; ".join(filter(None, (row["why"], rollout["why"], verdicts)))
@@ -191,7 +195,7 @@ def forget(
 def _which(
     store: "Store", user: str | None, key: str | None, before: datetime | None
 ) -> tuple["ColumnElement[bool]", str]:
-    """Return the condition that selects the requests, and the audit event's subject, with any user hashed."""
+    """Return a condition that selects the requests, and the audit event's subject. Any user in it is hashed."""
     from svc.store import erasure as forgetting
     from svc.store.keys import find_key
     from svc.store.requests import hash_user

@@ -1,4 +1,4 @@
-"""A model's history: which version was served when, which rollouts there were, and who requested them."""
+"""A model's history: when each version was served, which rollouts took place, and who requested them."""
 
 from datetime import datetime
 from typing import Any
@@ -15,10 +15,13 @@ _EVENTS = 10_000
 
 
 def read_history(store: Store, name: str) -> list[dict[str, Any]]:
-    """Return the periods in which a model's versions were served, and its rollouts, in chronological order, as JSON.
+    """Return a model's served periods and its rollouts as JSON, in chronological order.
 
-    Each row has the same keys; `event` is `served` or `rollout`. `action`, `who`, `why` and `gates` of a period come
-    from the event that requested the version. They are None or empty if the log has no such event.
+    A served period is the time during which one version was served.
+
+    All rows have the same keys, and `event` is either `served` or `rollout`. For a served period, `action`,
+    `who`, `why` and `gates` come from the audit event that requested the version. They are None or empty if the
+    log contains no such event.
     """
     return sorted(_served(store, name) + _rollouts(store, name), key=lambda row: str(row["from"]))
 

@@ -1,1 +1,1 @@
-"""Creates backups of a home that is in use, and restores them."""
+"""Create backups of a home directory that is in use, and restore them."""

@@ -1,12 +1,12 @@
-"""A folder with backups of one home.
+"""A folder that contains the backups of one home directory.
 
     DIR/models/NAME/N/           versions, each stored once for all snapshots
     DIR/snapshots/TIME/          svc.db  mlflow.db  files/  snapshot.json (written last)
     DIR/lock
 
 A version never changes, so it is copied only once. Everything else is small and is copied into each
-snapshot, so that older snapshots can be restored too. No file is a hard link to a file in the home,
-because damage there must not affect the copy.
+snapshot, so that older snapshots can be restored too. Hard links to files in the home directory are not
+used, because damage to those files would also affect the backup.
 """
 
 import re
@@ -29,15 +29,15 @@ _NAME = re.compile(r"\d{8}T\d{6}\.\d{3}Z")
 
 
 class Snapshot(BaseModel):
-    """A copy of a home's state at one point in time.
+    """A copy of a home directory's state at one point in time.
 
     Attributes:
         name: time of the snapshot in UTC, which is also its folder's name.
-        release: tuneserve's release that created it.
-        versions: `NAME@N` of the included versions.
-        files: records of the files in the snapshot's folder: everything except weights.
+        release: tuneserve release that created the snapshot.
+        versions: names of the included versions, as `NAME@N`.
+        files: records of the files in the snapshot's folder, which are all files except weights.
         tracking: MLflow server that stores runs and aliases, or None if they are in `mlflow.db`.
-        left_out: why each damaged or missing version is not included, keyed by version.
+        left_out: reason why a damaged or missing version is not included, keyed by version.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -52,10 +52,10 @@ class Snapshot(BaseModel):
 
 
 class Archive:
-    """A folder with backups of one home.
+    """A folder that contains the backups of one home directory.
 
     Args:
-        folder: path of the folder. It is created if missing, with owner-only permissions.
+        folder: path of the folder. If it does not exist, it is created with owner-only permissions.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -73,7 +73,7 @@ class Archive:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def begin(self) -> Path:
-        """Remove the folders of unfinished snapshots, and create the folder of the next snapshot.
+        """Remove the folders of unfinished snapshots, and create a folder for the next snapshot.
 
         The new folder is ignored until `finish` has written the snapshot's record.
         """
@@ -95,11 +95,11 @@ class Archive:
         return self._snapshots / snapshot.name
 
     def version(self, version: VersionId) -> Path:
-        """Return the folder for the copy of a version. The folder may not exist."""
+        """Return the folder for a version's copy. The folder may not exist yet."""
         return self.models / version.name / str(version.number)
 
     def newest_at(self) -> datetime | None:
-        """Return the time of the newest finished snapshot without reading its record, or None if there is none.
+        """Return the time of the newest finished snapshot, or None if there is none. The snapshot's record is not read.
 
         Raises:
             OSError: the folder cannot be read.
@@ -112,7 +112,7 @@ class Archive:
         """Return all restorable snapshots, oldest first.
 
         Raises:
-            IntegrityError: a record cannot be read.
+            IntegrityError: a snapshot's record cannot be read.
         """
         found = []
         for path in (folder / _RECORD_FILE for folder in self._folders()):
@@ -128,7 +128,7 @@ class Archive:
         return found
 
     def find(self, name: str | None) -> Snapshot:
-        """Return one snapshot.
+        """Return the snapshot with the given name.
 
         Args:
             name: name of the snapshot, or None for the newest.
@@ -146,7 +146,9 @@ class Archive:
         return chosen[-1]
 
     def prune(self, keep: int) -> tuple[str, ...]:
-        """Remove the oldest snapshots, and versions that no remaining snapshot includes. Return the removed names.
+        """Remove the oldest snapshots, and versions that no remaining snapshot includes.
+
+        The result contains the names of the removed snapshots.
 
         Args:
             keep: number of snapshots to keep.

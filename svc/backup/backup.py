@@ -1,9 +1,10 @@
-"""Creates a snapshot of a home that may be in use by servers, training runs and commands.
+"""Create a snapshot of a home directory that may be in use by servers, training runs and commands.
 
-A snapshot must contain every version that its databases name. The databases are therefore copied before
-the weights, and the store before MLflow, because MLflow knows a version before the store can name it. A
-needed version stays in the home unless it becomes unneeded and is removed before it is copied. In that
-case the databases are copied again. Versions registered during a backup are included in the next one.
+A snapshot must contain every version that its databases name. The databases are therefore copied before the
+weights, and the store before MLflow, because MLflow knows a version before the store can name it. A version
+that is needed is not removed from the home directory. If it becomes unneeded and is removed before it has
+been copied, the databases are copied again. Versions registered during a backup are included in the next
+backup.
 """
 
 import shutil
@@ -38,7 +39,7 @@ class BackupReport:
 
     Attributes:
         snapshot: the new snapshot.
-        copied: versions whose weights were copied; the other versions were already in the archive.
+        copied: versions whose weights were copied. All other versions were already in the archive.
         pruned: older snapshots that were removed.
     """
 
@@ -49,10 +50,10 @@ class BackupReport:
 
 @dataclass
 class Backup:
-    """A backup of one home into one archive.
+    """A backup of one home directory into an archive.
 
     Attributes:
-        verify: whether existing copies are also checked against their hashes, and copied again if damaged.
+        verify: whether to also check existing copies against their hashes, and replace those that are damaged.
     """
 
     settings: Settings
@@ -70,7 +71,7 @@ class Backup:
         Raises:
             BusyError: another backup is running.
             DiskSpaceError: there is not enough disk space.
-            IntegrityError: a database is damaged, or the archive belongs to another home.
+            IntegrityError: a database is damaged, or the archive belongs to another home directory.
         """
         self.archive.prepare()
         with hold_lock(self.archive.lock, f"the backup in {self.archive}"):
@@ -96,7 +97,7 @@ class Backup:
         raise AssertionError("the last try returns a snapshot")
 
     def _take(self, folder: Path, *, is_last: bool) -> Snapshot | None:
-        """Fill a snapshot's folder. Return None if a version that the databases need was removed in the meantime."""
+        """Copy the state into a snapshot's folder. Return None if a needed version has since been removed."""
         home, tracking_uri, registry = self.settings.home, self.settings.tracking_uri, Registry.of(self.settings)
         there = set(registry.versions())  # first: those that MLflow's copy will know
         copy_database(home / STORE_FILE, folder / STORE_FILE)
@@ -122,11 +123,11 @@ class Backup:
         )
 
     def _copy(self, registry: Registry, wanted: Iterable[VersionId]) -> tuple[set[VersionId], dict[VersionId, str]]:
-        """Copy versions that are not in the archive yet.
+        """Copy the versions that are not in the archive yet.
 
         Returns:
-            The versions now in the archive, and for each damaged version the reason why it is not there. A
-            version that was removed from the home in the meantime appears in neither.
+            The versions that are now in the archive and, keyed by version, the reason why a damaged version is not.
+            A version that has since been removed from the home directory appears in neither.
         """
         kept, left_out, to_copy = set[VersionId](), dict[VersionId, str](), list[Manifest]()
         for version in wanted:
@@ -165,16 +166,16 @@ class Backup:
 
 
 def _other_files(home: Path) -> list[Path]:
-    """Return the files that a user has put into the home, such as settings and key files."""
+    """Return the files that a user has added to the home directory, such as settings and key files."""
     files = [path for path in home.iterdir() if path.is_file() and not path.is_symlink()]
     return sorted(path for path in files if not path.name.endswith(_NOT_COPIED) and not path.name.startswith("."))
 
 
 def _needed_versions(registry: Registry, folder: Path) -> set[VersionId]:
-    """Return the versions needed by an alias, a desired state, a rollback, an adapter or a running swap.
+    """Return the versions required by an alias, a desired state, a rollback, an adapter or a running swap.
 
     Args:
-        registry: registry over the home's versions and the copy of MLflow's database.
+        registry: registry that uses the home's versions and the copy of MLflow's database.
         folder: folder that contains the copy of the store.
     """
     store, found = open_database(folder), set[VersionId]()

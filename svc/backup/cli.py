@@ -1,4 +1,4 @@
-"""`svc backup` copies a home, and `svc restore` creates a home from a copy."""
+"""`svc backup` backs up a home directory, and `svc restore` creates one from a backup."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -165,7 +165,7 @@ def _key_rows(keys: "RestoredKeys") -> dict[str, Any]:
 
 
 def _show_keys(keys: dict[str, Any]) -> None:
-    """List the revoked and the valid keys on stderr, so that a pipe does not capture them."""
+    """List the revoked and the valid keys on stderr, so that piped output does not include them."""
     from svc.terminal import console, print_table
 
     for name in keys["unread_snapshots"]:

@@ -1,4 +1,4 @@
-"""Copies files so that each copy is either complete and verified, or absent."""
+"""Copy files in such a way that each copy is either complete and verified, or absent."""
 
 import os
 import shutil
@@ -18,29 +18,29 @@ _BUSY_S = 30.0
 
 OnBytes = Callable[[int], None]
 Progress = Callable[[int], AbstractContextManager[OnBytes]]
-"""Takes the total number of bytes to copy and returns a context manager. It yields a callback, which is
-called with the number of bytes copied in each step."""
+"""Function that takes the total number of bytes to copy and returns a context manager. The context manager
+yields a callback, which is called with the number of bytes copied in each step."""
 
 
 @contextmanager
 def no_progress(total: int) -> Iterator[OnBytes]:
-    """Yield a callback that reports no progress."""
+    """Yield a callback that does not report any progress."""
     yield lambda count: None
 
 
 def files_of(manifest: Manifest) -> tuple[FileRecord, ...]:
-    """Return all of a version's files that have a hash in its manifest."""
+    """Return all files of a version whose hashes are in its manifest."""
     return (manifest.heldout, *manifest.reference, *(file for each in manifest.formats.values() for file in each.files))
 
 
 def is_copied(manifest: Manifest, target: Path, *, verify: bool = False) -> bool:
-    """Return whether a complete copy of a version exists, with the same manifest and files of the right size.
+    """Return whether a complete copy of a version exists. It must have the same manifest, and files of the right size.
 
     Args:
-        verify: whether the files are also checked against their hashes.
+        verify: whether to also check the files against their hashes.
 
     Raises:
-        IntegrityError: the copy is a different version with this name and number, or its manifest is
+        IntegrityError: the copy is a different version with the same name and number, or its manifest is
             damaged.
     """
     if not (target / MANIFEST_FILE).exists():
@@ -63,13 +63,13 @@ def is_copied(manifest: Manifest, target: Path, *, verify: bool = False) -> bool
 
 
 def copy_version(manifest: Manifest, source: Path, target: Path, on_bytes: OnBytes) -> None:
-    """Copy a version's folder and check the copy against the manifest.
+    """Copy a version's folder, and check the copy against the manifest.
 
     Args:
-        on_bytes: called with the number of bytes copied in each step.
+        on_bytes: function called with the number of bytes copied in each step.
 
     Raises:
-        FileNotFoundError: the version was removed in the meantime.
+        FileNotFoundError: the version has since been removed.
         IntegrityError: a file differs from the manifest.
     """
     staging = target.with_name(f".{target.name}")
@@ -91,7 +91,7 @@ def copy_version(manifest: Manifest, source: Path, target: Path, on_bytes: OnByt
 
 
 def copy_file(source: str | Path, target: str | Path, on_bytes: OnBytes = lambda count: None) -> None:
-    """Copy a file with its mode and sync the copy to disk."""
+    """Copy a file with its permissions, and sync the copy to disk."""
     with open(source, "rb") as reading, open(target, "wb") as writing:
         os.fchmod(writing.fileno(), os.fstat(reading.fileno()).st_mode & 0o777)
         while part := reading.read(_AT_ONCE):
@@ -102,12 +102,12 @@ def copy_file(source: str | Path, target: str | Path, on_bytes: OnBytes = lambda
 
 
 def copy_database(source: Path, target: Path) -> None:
-    """Copy an SQLite database in a consistent state, even while it is being written to.
+    """Make a consistent copy of an SQLite database, even while it is being written to.
 
-    The copy is made in one step, because a copy made in several steps restarts with every write.
+    The copy is made in a single step. In several steps, it would start over with every write.
 
     Raises:
-        IntegrityError: the copy is damaged, which means that the database is damaged too.
+        IntegrityError: the copy is damaged, which means that the database itself is damaged.
     """
     target.touch(mode=0o600)
     with (

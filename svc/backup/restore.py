@@ -1,7 +1,7 @@
-"""Creates a home from a snapshot. The databases come last; until then, the home has nothing to serve.
+"""Create a home directory from a snapshot. Databases are restored last, so there is nothing to serve until then.
 
-The store is first copied to a separate folder, where keys are revoked, so that the home never accepts a
-revoked key. The home's lock keeps servers out during the restore.
+The store is first copied to a separate folder, where keys are revoked, so that the restored home never
+accepts a revoked key. The home's lock keeps servers out during the restore.
 """
 
 import os
@@ -29,13 +29,13 @@ _NO_CONTENT = {LOCK_FILE, _MARK, _ASIDE, "lost+found"}
 
 @dataclass(frozen=True, slots=True)
 class Restore:
-    """A restore of one home from an archive.
+    """A restore of one home directory from an archive.
 
     Attributes:
-        home: folder of the home to create.
+        home: path of the home directory to create.
         revoke_keys: whether to revoke all of the snapshot's keys.
-        on_keys: called with the keys before anything is copied into the home; an exception aborts the
-            restore.
+        on_keys: function called with the keys before anything is copied into the home directory. An exception
+            aborts the restore.
     """
 
     archive: Archive
@@ -48,9 +48,9 @@ class Restore:
         """Restore the snapshot, or resume an interrupted restore.
 
         Raises:
-            BusyError: a server is using the home, or a backup is running.
-            SettingsError: the home is not empty.
-            IntegrityError: the snapshot is damaged; none of its files are used.
+            BusyError: a server is using the home directory, or a backup is running.
+            SettingsError: the home directory is not empty.
+            IntegrityError: the snapshot is damaged. None of its files are used.
         """
         self.home.mkdir(mode=0o700, parents=True, exist_ok=True)
         with (
@@ -70,7 +70,7 @@ class Restore:
                 shutil.rmtree(aside, ignore_errors=True)
 
     def _put_aside(self, snapshot: Snapshot, aside: Path) -> RestoredKeys:
-        """Copy the store to a separate folder and revoke keys in that copy."""
+        """Copy the store to a separate folder, and revoke keys in that copy."""
         shutil.rmtree(aside, ignore_errors=True)  # of a restore that was killed
         aside.mkdir(mode=0o700)
         copy_file(self.archive.folder(snapshot) / STORE_FILE, aside / STORE_FILE)

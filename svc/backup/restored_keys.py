@@ -1,4 +1,4 @@
-"""Determines which keys a restored store accepts. Keys revoked after its snapshot stay revoked."""
+"""Determine which keys a restored store accepts. Keys that were revoked after the snapshot stay revoked."""
 
 import sqlite3
 from collections.abc import Mapping
@@ -21,11 +21,11 @@ class RestoredKeys:
     """The keys in a store that is being restored.
 
     Attributes:
-        valid: keys that the restored home will accept.
+        valid: keys that will be accepted after the restore.
         last_used: hour of each key's last use before the snapshot, keyed by key id.
-        revoked: keys revoked by this restore, each with the newer snapshot in which it is revoked, or "" if
-            all keys are revoked on request.
-        rotated: ids of valid keys that have a different secret in a newer snapshot; the old secret becomes
+        revoked: keys revoked by this restore, each with the newer snapshot in which it is revoked, or with ""
+            if all keys are revoked on request.
+        rotated: ids of valid keys that have a different secret in a newer snapshot. Their old secret becomes
             valid again.
         unread: newer snapshots whose store cannot be read.
     """
@@ -38,11 +38,11 @@ class RestoredKeys:
 
 
 def settle_keys(store: Store, archive: Archive, snapshot: Snapshot, *, revoke_all: bool) -> RestoredKeys:
-    """Revoke the keys that are revoked in newer snapshots of an archive, recording each in the audit log.
+    """Revoke the keys that are revoked in newer snapshots of the archive, and record each revocation in the audit log.
 
     Args:
         store: copy of the snapshot's store, not yet in use.
-        revoke_all: whether to revoke all other keys too.
+        revoke_all: whether to revoke all other keys as well.
     """
     keyring, revoked, rotated = Keyring(store, Actor.local()), list[tuple[Key, str]](), set[str]()
     hashes, revoked_in, unread = _later(archive, snapshot)
@@ -60,12 +60,12 @@ def settle_keys(store: Store, archive: Archive, snapshot: Snapshot, *, revoke_al
 
 
 def _later(archive: Archive, snapshot: Snapshot) -> tuple[dict[str, str], dict[str, str], tuple[str, ...]]:
-    """Read the keys in the snapshots that are newer than the given one.
+    """Read the keys from all snapshots that are newer than the given one.
 
     Returns:
-        Two mappings by key id, to the secret's hash in the newest of these snapshots and to the oldest of
-        these snapshots in which the key is revoked; then the names of the snapshots whose store cannot be
-        read.
+        Three values: the secret's hash in the newest of these snapshots, keyed by key id; the oldest of these
+        snapshots in which a key is revoked, keyed by key id; and the names of the snapshots whose store cannot
+        be read.
     """
     hashes, revoked_in, unread = dict[str, str](), dict[str, str](), list[str]()
     for newer in archive.snapshots():
@@ -84,6 +84,6 @@ def _later(archive: Archive, snapshot: Snapshot) -> tuple[dict[str, str], dict[s
 
 
 def _read_keys(path: Path) -> list[tuple[str, str, str | None]]:
-    """Read a snapshot's keys without changing the snapshot: no migration, and no new files in its folder."""
+    """Read the keys in a snapshot without changing it: no migration is run, and no files are created in its folder."""
     with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)) as database:
         return database.execute("SELECT id, hash, revoked_at FROM keys").fetchall()

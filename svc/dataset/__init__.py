@@ -1,1 +1,1 @@
-"""Chat examples: their schema, readers, checks and fingerprint."""
+"""Chat examples: their schema and fingerprint, and code to read and check them."""

@@ -8,7 +8,10 @@ from svc.dataset.schema.example import ChatExample
 
 
 def fingerprint(examples: Iterable[ChatExample]) -> str:
-    """Return the SHA-256 of the examples in order as `sha256:<hex>`, ignoring the file's spacing and key order."""
+    """Return the SHA-256 hash of the examples, in order, as `sha256:<hex>`.
+
+    Whitespace and key order in the file do not affect it.
+    """
     digest = hashlib.sha256()
     for example in examples:
         digest.update(json.dumps(example.as_dict(), ensure_ascii=False, sort_keys=True).encode("utf-8") + b"\n")

@@ -1,6 +1,6 @@
-"""Stores prompts as eight-byte hashes: a version's record of its training prompts, without the texts.
+"""Records the prompts that a version was trained on, as eight-byte hashes instead of texts.
 
-Examples that a version was trained on are not held out for a later version of the same name. Prompts
+An example that one version was trained on is not held out for a later version of the same name. Prompts
 that differ only in spacing and case share a hash. A hash does not reveal the text, but anyone who has a
 prompt can test whether its hash is in the record. This module knows nothing about versions or near
 duplicates.
@@ -34,13 +34,16 @@ def hash_prompts(examples: Iterable[ChatExample]) -> PromptHashes:
 
 
 def hash_answered_prompts(examples: Iterable[ChatExample]) -> PromptHashes:
-    """Return the hashes of the prompts of all answers, including the earlier answers in conversations."""
+    """Return the hash of every prompt with an answer, including the earlier prompts in conversations."""
     prompts = (prompt for example in examples for prompt in answered_prompts(example))
     return np.fromiter(map(hash_text, prompts), np.uint64)
 
 
 def write_prompt_hashes(path: Path, hashes: PromptHashes) -> None:
-    """Write the hashes as a NumPy array without pickled objects, deduplicated and sorted to hide their order."""
+    """Write the hashes as a NumPy array without pickled objects.
+
+    Duplicates are removed, and the hashes are sorted so that the file does not reveal the order of the examples.
+    """
     np.save(path, np.unique(hashes).astype("<u8"), allow_pickle=False)
 
 

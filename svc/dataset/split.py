@@ -1,10 +1,11 @@
-"""Selects held-out examples, and general examples to mix in. The selection depends only on content and
-seed, so it is the same wherever the files are and in whatever order they are read.
+"""Selects held-out examples, and the general examples to mix into the training data.
 
-Near duplicates stay on one side, because a held-out example that nearly repeats a training example
-measures memory. So do the examples of one conversation, whose turns are answers in one example and
-context in another. Each group is assigned by its own hash, so that added data leave the existing
-examples where they are, unless an opening becomes too common to identify a conversation. This module
+The selection depends only on the examples and the seed, not on file locations or reading order.
+
+Near duplicates are never split between the two sets, because a held-out example that nearly repeats a
+training example would measure memorization. Nor are the examples of one conversation, since the answer
+in one example is context in another. Each group is assigned by its own hash, so adding data does not
+move existing examples, unless an opening becomes too common to identify a conversation. This module
 knows nothing about files or versions.
 """
 
@@ -23,12 +24,12 @@ from svc.dataset.schema.example import ChatExample, normal_opening, normal_promp
 from svc.errors import DataError
 
 _FEW_TOGETHER = 4
-"""Number of examples that may form one conversation, however small the data set is."""
+"""Number of examples that may belong to one conversation even if the data set is tiny."""
 
 
 @dataclass(frozen=True, slots=True)
 class HeldoutSplit:
-    """Examples split into two parts, both in their original order.
+    """Examples split into a training set and a held-out set, each in the original order.
 
     Attributes:
         learnt_before: number of examples in `train` that would have been held out if no earlier version had
@@ -50,16 +51,16 @@ def split_heldout(
     the hash range, is below `share`. A group with k different openings is therefore held out with
     probability 1 - (1 - share) ** k. With a share of 0.1, an example without near duplicates is held out
     with probability 0.1, a pair nearly twice as often, and a group of ten 6.5 times as often. In data with
-    many near copies, more than `share` is expected to be held out; a large group is held out as a whole.
+    many near copies, more than `share` is expected to be held out, because a large group is held out as a whole.
 
-    In return, added data move no held-out example to the training set, as long as its group stays together
-    and more than one group is held out. If no hash is below `share`, the group with the smallest hash is
-    held out, and if all are, the group with the largest is trained on. A training example can become a
-    held-out one if a near duplicate with a smaller hash is added, which `learnt` prevents.
+    In return, adding data never moves a held-out example to the training set, as long as its group stays
+    together and more than one group is held out. If no hash is below `share`, the group with the smallest
+    hash is held out; if all hashes are, the group with the largest hash is trained on. Adding a near
+    duplicate with a smaller hash could turn a training example into a held-out one; `learnt` prevents this.
 
     Args:
-        share: share of the hash range, which is about the share of examples that are held out.
-        seed: a different seed holds out different examples.
+        share: fraction of the hash range to hold out, which is roughly the fraction of examples held out.
+        seed: seed of the selection.
         learnt: prompts that an earlier version was trained on; any group that contains one of them is
             trained on.
 
@@ -85,7 +86,10 @@ def split_heldout(
 
 
 def put_sample_first(examples: Sequence[ChatExample], size: int, seed: int) -> list[ChatExample]:
-    """Return the examples with a random sample of `size` first. The sample and the rest each keep their order."""
+    """Return the examples with a random sample of `size` moved to the front.
+
+    Within the sample and within the rest, the order stays the same.
+    """
     drawn = set(_seeded(range(len(examples)), examples, seed)[:size])
     order = sorted(range(len(examples)), key=lambda place: (place not in drawn, place))
     return [examples[place] for place in order]
@@ -98,10 +102,10 @@ def mix_general(
     share: float,
     seed: int,
 ) -> list[ChatExample]:
-    """Return the general examples to train on in addition to the task's, so that the model forgets less.
+    """Select general examples to train on alongside the task's examples, so that the model forgets less.
 
     Args:
-        general: candidate examples; those that contain an answer to a held-out prompt are never chosen.
+        general: candidates. Those that answer a held-out prompt are never selected.
         share: share of general examples among all training examples.
 
     Raises:
@@ -120,7 +124,10 @@ def mix_general(
 
 
 def group_near_duplicates(examples: Sequence[ChatExample]) -> NDArray[np.int64]:
-    """Return for each example the index of the first example in its group of equal or nearly equal prompts."""
+    """Group examples whose prompts are equal or nearly equal.
+
+    The result contains, for each example, the index of the first example in its group.
+    """
     return _groups(_table(examples))
 
 
@@ -138,10 +145,10 @@ def _groups(table: LineTable) -> NDArray[np.int64]:
 
 
 def _answered_elsewhere(table: LineTable, groups: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the groups that cannot be held out because a conversation in another group answers their prompts.
+    """Return the groups that cannot be held out because another group contains answers to their prompts.
 
-    Conversations that begin with a common opening are spread over several groups, and one of them may
-    consist of the opening alone.
+    Conversations with a very common opening are spread over several groups, and one of these conversations
+    may consist of nothing but the opening.
     """
     places = places_in(table.earlier["prompts"], table.rows["prompts"])
     elsewhere = (places >= 0) & (groups[places] != groups[table.earlier["rows"]])
@@ -150,11 +157,11 @@ def _answered_elsewhere(table: LineTable, groups: NDArray[np.int64]) -> NDArray[
 
 
 def _openings(examples: Sequence[ChatExample], share: float) -> PromptHashes:
-    """Return a hash for each example that is equal for examples of the same conversation.
+    """Return a hash for each example by which examples of the same conversation can be recognized.
 
-    It is the hash of the turns up to the first user turn. An opening shared by more examples than are to be
-    held out, such as a greeting, belongs to many conversations. In that case the turns up to the next user
-    turn are hashed, and so on as often as necessary.
+    It covers the turns up to the first user turn. An opening that more examples share than are to be held
+    out, such as a greeting, must belong to many conversations. In that case, the hash extends to the next
+    user turn, and so on as far as necessary.
     """
     most, questions = max(_FEW_TOGETHER, share * len(examples)), 1
     openings = _opening_hashes(examples, questions)
@@ -175,7 +182,7 @@ def _opening_hashes(examples: Sequence[ChatExample], questions: int) -> PromptHa
 def _held_groups(
     groups: NDArray[np.int64], free: NDArray[np.int64], smallest: NDArray[np.float64], share: float
 ) -> NDArray[np.int64]:
-    """Return the groups to hold out: at least one, but never all of them.
+    """Select the groups to hold out. This is at least one group, but never all of them.
 
     Args:
         free: groups that may be held out.
@@ -202,7 +209,7 @@ def _held_groups(
 
 
 def _fractions(hashes: PromptHashes, seed: int) -> NDArray[np.float64]:
-    """Return a number from 0 to 1 for each hash. The seed determines the numbers."""
+    """Map each hash to a pseudorandom number from 0 to 1 that depends only on the hash and the seed."""
     salt = f"{seed}\x1f".encode()
     digests = (hashlib.blake2b(salt + int(number).to_bytes(8, "little"), digest_size=8).digest() for number in hashes)
     return np.fromiter((int.from_bytes(digest, "little") / 2**64 for digest in digests), np.float64)
@@ -216,7 +223,7 @@ def _table(examples: Sequence[ChatExample]) -> LineTable:
 
 
 def _seeded(places: Sequence[int], examples: Sequence[ChatExample], seed: int) -> list[int]:
-    """Return the indices in an order determined by content and seed. Equal examples keep their order."""
+    """Shuffle the indices, depending only on content and seed. Equal examples keep their order."""
 
     def key(place: int) -> tuple[bytes, int]:
         text = f"{seed}\x1f{normal_prompt(examples[place])}\x1f{examples[place].answer}"

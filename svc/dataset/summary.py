@@ -1,6 +1,6 @@
-"""Summarizes a data set in a few numbers, which a version keeps in place of its training examples.
+"""Computes summary statistics of a data set, which a version stores instead of its training examples.
 
-The summary contains no example text except labels, which are few and short.
+The only example text in the summary is labels, which are few and short.
 """
 
 from collections import Counter
@@ -19,7 +19,7 @@ from svc.files.json_file import read_record
 DATA_SUMMARY_FILE = "data_summary.json"
 """Name of the summary file in a version's reference folder."""
 _EDGES = sorted({round(1.25**power) for power in range(100)})
-"""Histogram edges in characters. They are whole numbers, so that every bar can contain a length."""
+"""Histogram edges in characters, rounded to whole numbers so that no bar is too narrow to contain a length."""
 
 
 class _Record(BaseModel):
@@ -30,9 +30,8 @@ class Lengths(_Record):
     """Distribution of text lengths, in characters.
 
     Attributes:
-        median, p95, longest: length that 50 %, 95 % and 100 % of the texts do not exceed.
-        edges: edges of the histogram bars, each a quarter above the previous one; the last edge is
-            exclusive.
+        median, p95, longest: lengths that 50 %, 95 % and 100 % of the texts do not exceed.
+        edges: edges of the histogram bars, each about 25 % above the previous one. The last edge is exclusive.
         counts: number of texts in each bar.
     """
 
@@ -54,13 +53,13 @@ class Lengths(_Record):
 
 
 class DataSummary(_Record):
-    """Statistics of the training set, and its overlap with the held-out set.
+    """Statistics of the training set and of its overlap with the held-out set.
 
     Attributes:
-        general: number of training examples from data.general.
+        general: number of training examples that come from `data.general`.
         prompts, answers: lengths of the training prompts (all turns before the answer) and answers.
-        labels: count of each label among the other training examples, most frequent first, ignoring spacing
-            and case; empty if the answers are not labels.
+        labels: counts of the labels in the training examples that are not general, most frequent first,
+            ignoring spacing and case. Empty if the answers are not labels.
         near_duplicates: number of training examples with the same or nearly the same prompt as an earlier
             example.
         near_heldout: number of held-out examples with the same or nearly the same prompt as a training
@@ -78,7 +77,7 @@ class DataSummary(_Record):
 
 
 def summarize_data(train: Sequence[ChatExample], heldout: Sequence[ChatExample], general: int = 0) -> DataSummary:
-    """Return the summary of a training set and its held-out set.
+    """Summarize a training set and its held-out set.
 
     Args:
         train: training examples, at least one.
@@ -97,7 +96,10 @@ def summarize_data(train: Sequence[ChatExample], heldout: Sequence[ChatExample],
 
 
 def _labels(examples: Sequence[ChatExample]) -> dict[str, int]:
-    """Return the count of each label, or an empty dict if some answer is not a label or there are too many."""
+    """Return the count of each label, or an empty dict if the examples are not a labeling task.
+
+    That is the case if any answer is not a label, or if there are too many different labels.
+    """
     counts: Counter[str] = Counter()
     for example in examples:
         label = find_label(example.answer)
@@ -108,9 +110,9 @@ def _labels(examples: Sequence[ChatExample]) -> dict[str, int]:
 
 
 def read_data_summary(path: Path) -> DataSummary:
-    """Read a summary that `model_dump_json` wrote.
+    """Read a summary that was written with `model_dump_json`.
 
     Raises:
-        IntegrityError: the file is missing or is not a summary.
+        IntegrityError: the file is missing or does not contain a valid summary.
     """
     return read_record(path, DataSummary)

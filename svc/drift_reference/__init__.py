@@ -1,1 +1,1 @@
-"""The example data that a version stores for drift, and the features compared for prompts and answers."""
+"""Computes the features by which prompts and answers are compared, and the reference data that versions store."""

@@ -1,10 +1,10 @@
 """Human-readable features of an answer: its length, how it ends, and whether it has the form of the task.
 
-The length, end and likelihood of an answer depend on how it was sampled, and held-out answers are
-greedy. These three are therefore compared only for live answers with temperature 0, as if they had been
-truncated where held-out answers were. Otherwise every client with a higher temperature would count as
-drift. Each held-out answer has its own limit, but a live prompt has no reference to derive one from, so
-the largest of the limits applies.
+The length, finish reason and likelihood of an answer depend on how it was sampled, and held-out answers
+are greedy. These three features are therefore compared only for live answers at temperature 0, and as if
+those had been truncated at the limit for held-out answers. Otherwise, every client with a higher
+temperature would look like drift. Each held-out answer has its own token limit, derived from its
+reference. Live prompts have no reference, so the largest of these limits is used for them.
 """
 
 import re
@@ -20,10 +20,10 @@ from svc.drift_reference.sample import NO, NOT_THERE, YES, Sample
 from svc.evaluation.metrics.json_answers import is_json
 
 _ENDED = ("stop", "tool_calls")
-"""Finish reasons of answers that the model itself ended."""
+"""Finish reasons of answers that the model ended of its own accord."""
 _MAX_LABELS = 30
 _MIN_PER_LABEL = 3
-"""Minimum average number of references per label. With fewer, the references are texts rather than labels."""
+"""Minimum average number of references per distinct answer. With fewer, the answers do not count as labels."""
 _REFUSAL = re.compile(
     r"\b(?:i(?:'m| am) (?:sorry|unable|not able)"
     r"|i (?:can(?:'t|not| not)|won't|will not) (?:help|assist|answer|provide|do|comply|fulfil)"
@@ -31,37 +31,37 @@ _REFUSAL = re.compile(
     re.IGNORECASE,
 )
 _REFUSAL_CHARS = 200
-"""Number of characters at the start of an answer that are searched for a refusal."""
+"""Refusals are searched for only in this many characters at the start of an answer."""
 
 
 class AnswerFeature(StrEnum):
-    """The features by which answers are compared. Each is a line of the drift table."""
+    """The features by which answers are compared. Each has its own row in the drift table."""
 
     TOKENS = "answer_tokens"
     """Length in tokens, capped at the largest limit of the held-out answers. Used only for greedy answers."""
     LOGPROB = "answer_logprob"
-    """Mean log-probability of the answer's tokens, rounded to tenths of a nat because scoring again differs by
-    hundredths. Used only for greedy answers that have a score."""
+    """Mean log-probability of the answer's tokens, rounded to tenths of a nat because scores differ by hundredths
+    from one scoring to the next. Used only for greedy answers that have been scored."""
     FINISH_REASON = "finish_reason"
-    """`stop`, `length` or `tool_calls`. Used only for greedy answers."""
+    """Why the answer ended: `stop`, `length` or `tool_calls`. Used only for greedy answers."""
     EMPTY = "empty"
     REFUSAL = "refusal"
-    """Whether the answer begins like an English refusal."""
+    """Whether the answer starts like a refusal in English."""
     VALID_JSON = "valid_json"
     """Whether the answer is JSON. Used only if all held-out references are JSON, and only for answers that
     ended within the largest limit of the held-out answers."""
     LABEL = "label"
-    """The answer if it is one of the labels, else `other`. Used only if the references consist of a few labels,
+    """The answer if it is one of the labels, or else `other`. Used only if the references consist of a few labels,
     and only for answers that ended within the largest limit of the held-out answers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The properties by which an answer is compared. Unknown properties are None.
+    """The properties of an answer from which its features are computed. Unknown properties are None.
 
     Attributes:
-        greedy: whether the answer was sampled as held-out answers are; if not, its length, end and
-            likelihood are not compared.
+        greedy: whether the answer was sampled like the held-out answers. If not, its length, finish reason
+            and likelihood are not compared.
         logprob: mean log-probability of the answer's tokens, in nats.
     """
 
@@ -73,11 +73,10 @@ class Answer:
 
 
 class AnswerSampler:
-    """Creates samples of answers that can be compared with each other.
+    """Computes the features of answers, in samples that can be compared with each other.
 
     Args:
-        references: reference answers of the held-out set; they determine whether the task asks for JSON or
-            labels.
+        references: reference answers of the held-out set, which show whether the task asks for JSON or labels.
         cut: length in tokens at which live answers count as truncated, which is the largest limit of the
             held-out answers.
     """
@@ -92,7 +91,10 @@ class AnswerSampler:
         self._wants_json = bool(references) and not calls and all(map(is_json, references))
 
     def sample(self, answers: Sequence[Answer]) -> Sample:
-        """Return the features of answers. Text features exclude thinking, which varies more."""
+        """Return the features of the given answers.
+
+        Features of the text ignore thinking, which varies more.
+        """
         answers = [
             answer if answer.text is None else replace(answer, text=without_thinking(answer.text)) for answer in answers
         ]
@@ -124,7 +126,7 @@ class AnswerSampler:
         return _yes(answer.text if known else None, lambda text: not text.strip())
 
     def _whole(self, answer: Answer) -> str | None:
-        """Return the text if the answer ended by itself within the limit of held-out answers, else None."""
+        """Return the answer's text if it ended by itself within the held-out answers' limit, or None otherwise."""
         ended = answer.finish_reason in _ENDED and answer.tokens is not None and answer.tokens <= self.cut
         return answer.text if ended else None
 
@@ -135,23 +137,23 @@ class AnswerSampler:
 
 
 def is_greedy(temperature: float | None, max_tokens: int | None, cut: int) -> bool:
-    """Return whether a request was sampled like held-out requests.
+    """Return whether a request used the same sampling as held-out requests.
 
     Args:
         temperature: temperature in the request, or None for the model's own default, which is rarely 0.
-        max_tokens: token limit in the request, or None if it has none.
+        max_tokens: token limit in the request, or None if there is no limit.
         cut: the largest limit of the held-out answers, in tokens.
     """
     return temperature == 0 and (max_tokens is None or max_tokens >= cut)
 
 
 def compared_logprob(logprob: float | None, *, greedy: bool) -> float:
-    """Return an answer's log-probability, rounded for comparison, or NaN if it is not compared."""
+    """Round a log-probability for comparison. Return NaN if the answer has no score or is not greedy."""
     return _number(round(logprob, 1) if greedy and logprob is not None else None)
 
 
 def is_refusal(text: str) -> bool:
-    """Return whether an answer begins like a refusal."""
+    """Return whether an answer starts like a refusal."""
     return bool(_REFUSAL.search(text[:_REFUSAL_CHARS].replace("\u2019", "'")))
 
 

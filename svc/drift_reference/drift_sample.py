@@ -1,12 +1,13 @@
-"""The prompts that live traffic is compared with: a simple random sample of a version's examples.
+"""Draws the prompts that live traffic is compared with, a simple random sample of a version's examples.
 
-The held-out set is not such a sample. If it was split off, it has no near duplicates of training
-examples, but traffic has some. Traffic would therefore count as drift for being nearer to the training
-text than the held-out set is.
+The held-out set would not do. If it was split off, it contains no near duplicates of training examples,
+but traffic does. Traffic would look like drift just because it is closer to the training text than the
+held-out set is.
 
 The text space, in which traffic is compared, is fitted on the remaining examples, which are as far from
-the sample as from traffic. A space fitted on the sample itself would distinguish it from all traffic;
-when this was tried, every stream raised an alarm. This module knows nothing about the statistical tests.
+the sample as from traffic. A space fitted on the sample itself would tell the sample apart from any
+traffic: when this was tried, every stream raised an alarm. This module knows nothing about the
+statistical tests.
 """
 
 import random
@@ -17,20 +18,19 @@ from svc.dataset.schema.example import ChatExample
 
 DRIFT_SAMPLE_FILE = "drift_sample.jsonl"
 MAX_SAMPLED = 500
-"""Maximum number of sampled examples, which is five times the largest compared window. More examples detect
-no shift sooner, and each test would take longer."""
+"""Maximum size of the sample, which is five times the largest compared window. With a larger sample, each test
+would take longer without detecting any shift sooner."""
 _SHARE = 0.5
-"""Fraction of the examples that is drawn. If there are few examples, both parts matter, because a small
-sample allows only small windows."""
+"""Fraction of the examples that is drawn for the sample. When examples are few, a larger fraction would
+leave too little for the text space, and a smaller one would allow only small windows."""
 
 
 @dataclass(frozen=True, slots=True)
 class DriftSample:
-    """Examples in two parts that are independent of each other.
+    """Examples randomly split into a sample to compare traffic with and an independent remainder.
 
     Attributes:
-        sample: the drawn examples in random order, like traffic, so that repeated questions are not
-            adjacent.
+        sample: the drawn examples, in random order so that, as in traffic, repeated questions are not adjacent.
         rest: the remaining examples, in their original order.
     """
 
@@ -41,10 +41,10 @@ class DriftSample:
 def draw_drift_sample(given: Sequence[ChatExample], seed: int) -> DriftSample:
     """Draw half of the examples, at least one and at most 500.
 
-    Each line of the files is equally likely to be drawn, so a frequent question is drawn frequently.
+    Every line of the files is equally likely to be drawn, so frequent questions are frequent in the sample, too.
 
     Args:
-        given: the examples of all files before any are left out; at least two.
+        given: the examples of all files, before any are excluded. At least two are required.
     """
     order = random.Random(seed).sample(range(len(given)), len(given))  # noqa: S311 - no secret
     size = min(MAX_SAMPLED, max(1, int(_SHARE * len(given))))

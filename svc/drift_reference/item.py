@@ -1,7 +1,7 @@
-"""Drift items: the features of live requests, computed like the reference's and converted to samples.
+"""Computes the features of live requests, called drift items, and converts them to samples.
 
-Each item holds one request's features. The same code computes both sides of a comparison. This module
-does not know how items are stored.
+Each item contains the features of one request. The same code computes the features of the reference, so
+the two can be compared. This module knows nothing about how items are stored.
 """
 
 import math
@@ -36,7 +36,7 @@ class ItemMaker:
         """Return a drift item for each record.
 
         Args:
-            records: requests with their redacted prompts and answers.
+            records: requests, including their redacted prompts and answers.
         """
         prompts = [read_prompt(record.prompt or "") for record in records]
         sample, answers = self._prompt_sampler.sample(prompts), self._answers(records)
@@ -57,7 +57,7 @@ class ItemMaker:
         ]
 
     def _answers(self, records: Sequence[RequestRecord]) -> Sample:
-        """Return the features of the answers. Log-probabilities are missing, because no answer has a score yet."""
+        """Return the features of the answers, except for log-probabilities, because no answer has been scored yet."""
         sampler = self._reference.answer_sampler
         if sampler is None:
             return Sample(len(records))
@@ -78,11 +78,11 @@ class ItemMaker:
 
 
 def prompt_sample(items: Sequence[Item], like: Sample) -> Sample:
-    """Return the features of the items' prompts as a sample.
+    """Collect the prompt features of the items into a sample.
 
     Args:
-        like: the reference's sample; the result has the same features, and a feature that an item lacks counts as
-            missing.
+        like: the reference's sample, which determines the features of the result. A feature that an item
+            lacks is marked as missing.
     """
     views = [np.array([item.topic for item in items]), np.array([item.wanted for item in items])]
     shaped = (
@@ -96,9 +96,9 @@ def answer_sample(items: Sequence[Item], logprobs: Sequence[float | None], like:
     """Collect the answer features of the items into a sample.
 
     Args:
-        logprobs: log-probability of each answer, or None for an answer without a score.
-        like: the reference's sample; the result has the same features, and a feature that an item lacks
-            counts as missing.
+        logprobs: log-probability of each answer, or None if it has not been scored.
+        like: the reference's sample, which determines the features of the result. A feature that an item
+            lacks is marked as missing.
     """
     rows: list[Mapping[str, float | str | None]] = []
     for item, logprob in zip(items, logprobs, strict=True):

@@ -1,8 +1,8 @@
-"""Hashes words and conversations so that a reader of the database alone learns nothing from the hashes.
+"""Hashes words and conversations such that the hashes reveal nothing to someone who has only the database.
 
-The hashes use the home's random key, which is a file beside the database. Someone who has only the
-database cannot test whether a given word was in a prompt. Equal texts have equal hashes, which is all
-that a comparison needs.
+The hashes are computed with a random key, which each home stores in a file beside the database. Without
+it, nobody can test whether a given word was in a prompt. Equal texts have equal hashes, which is all
+that comparisons require.
 """
 
 import os
@@ -23,7 +23,7 @@ from svc.files.disk import sync_folder
 
 KEY_FILE = "drift.key"
 MAX_WORDS = 512
-"""Maximum number of hashed words per prompt. A page of text has about 250 distinct words."""
+"""Maximum number of words per prompt that are hashed. A page of text has about 250 distinct words."""
 _KEY_BYTES = 16
 _WORD = re.compile(rf"{WORD}|\d+")
 
@@ -36,10 +36,10 @@ class KeyedHash:
 
     @classmethod
     def of_home(cls, home: Path) -> "KeyedHash":
-        """Return the keyed hash of a home, creating the home's key on first use.
+        """Return the hash function for a home, creating the home's key on first use.
 
         Raises:
-            IntegrityError: the key file is damaged.
+            IntegrityError: the key file has the wrong size.
         """
         path = home / KEY_FILE
         if not path.exists():
@@ -54,16 +54,16 @@ class KeyedHash:
         return cls(key)
 
     def words(self, text: str) -> NDArray[np.int32]:
-        """Return the sorted hashes of a text's distinct words, limited to the `MAX_WORDS` smallest hashes.
+        """Return the hashes of a text's distinct words in sorted order, keeping only the `MAX_WORDS` smallest.
 
-        The hashes are a consistent random sample of the words, because a word has the same hash in every text.
+        Keeping the smallest amounts to a consistent random sample, because a word has the same hash in every text.
         """
         distinct = set(_WORD.findall(head_and_tail(text).lower()))
         hashes = {self._number(word, 4) for word in distinct}
         return np.array(sorted(hashes)[:MAX_WORDS], dtype=np.int32)
 
     def conversation(self, opening: str) -> int:
-        """Return the hash of a conversation's beginning."""
+        """Return a hash that identifies a conversation by its opening."""
         return self._number(opening, 8)
 
     def _number(self, text: str, size: int) -> int:
@@ -72,7 +72,7 @@ class KeyedHash:
 
 
 def _make_key(path: Path) -> None:
-    """Write a new key, unless another process has written one in the meantime."""
+    """Write a new key, unless another process has already written one."""
     with NamedTemporaryFile(dir=path.parent, prefix=f".{KEY_FILE}.") as file:  # has mode 0600
         file.write(secrets.token_bytes(_KEY_BYTES))
         file.flush()

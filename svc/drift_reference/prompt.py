@@ -1,4 +1,4 @@
-"""Human-readable features of a prompt: its length, language, words and preceding turns."""
+"""Human-readable features of a prompt, such as its length, language, words and number of preceding turns."""
 
 import re
 from collections.abc import Sequence
@@ -17,30 +17,30 @@ _SYMBOL = re.compile(r"[^\w\s]")
 
 
 class PromptFeature(StrEnum):
-    """The features by which prompts are compared. Each is a line of the drift table."""
+    """The features by which prompts are compared. Each has its own row in the drift table."""
 
     CHARACTERS = "characters"
     """Length of the last user turn in characters."""
     DISTINCT_WORDS = "distinct_words"
     """Number of distinct words divided by the total number of words."""
     UNKNOWN_WORDS = "unknown_words"
-    """Fraction of the prompt's distinct words that occur in none of the text space's prompts."""
+    """Fraction of the prompt's distinct words that do not occur in any prompt the text space was fitted on."""
     WORD_LENGTH = "word_length"
     """Mean word length, in characters."""
     SYMBOLS = "symbols"
-    """Fraction of the characters that are neither letters, digits nor spaces."""
+    """Fraction of characters that are not letters, digits or spaces."""
     TURNS = "turns"
     """Number of user and assistant turns before the answer."""
     LANGUAGE = "language"
     """ISO 639 code of the prompt's language."""
     SYSTEM_PROMPT = "system_prompt"
-    """Checksum of the system prompt. A system prompt that contains a date differs each day, both in the
+    """Checksum of the system prompt. If the system prompt contains a date, the checksum changes daily, both in the
     reference and in live traffic."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """The parts of a request that are compared.
+    """The parts of a request that drift detection compares.
 
     Attributes:
         text: the last user turn.
@@ -57,17 +57,20 @@ class Prompt:
 
 
 class PromptSampler:
-    """Creates samples of prompts that can be compared with each other.
+    """Computes the features of prompts, in samples that can be compared with each other.
 
     Args:
-        space: the version's text space, which was not fitted on any of the compared prompts.
+        space: the version's text space, which must not have been fitted on any of the compared prompts.
     """
 
     def __init__(self, space: TextSpace) -> None:
         self._space = space
 
     def sample(self, prompts: Sequence[Prompt]) -> Sample:
-        """Return features and views of prompts. Except for their length, long texts are cut to `head_and_tail`."""
+        """Return the features and the embedding views of the given prompts.
+
+        Long texts are cut to `head_and_tail`, except when their length is measured.
+        """
         texts = [head_and_tail(prompt.text) for prompt in prompts]
         word_lists = [_WORD.findall(text.lower()) for text in texts]
         numbers: dict[PromptFeature, ArrayLike] = {
@@ -95,7 +98,10 @@ def language(text: str) -> str:
 
 
 def _in_single(view: Floats) -> Floats:
-    """Round to single precision, in which live vectors are stored, so that both sides are rounded equally."""
+    """Round a view to single precision.
+
+    Live vectors are stored in it, so the reference must be rounded the same way.
+    """
     return view.astype(np.float32).astype(np.float64)
 
 

@@ -1,9 +1,9 @@
-"""A version's reference for drift: samples of the prompts that it was trained for, and of its answers.
+"""A version's drift reference, which consists of a sample of its prompts and a sample of its answers.
 
 The samples are read from the registry. The prompts are a random sample of all of the version's examples.
-The answers are those to the held-out examples, which are the only ones that it has answered and was not
-trained on. Both are redacted in the same way as live texts before storage, so that mail addresses are
-blanked on both sides.
+The answers are those to the held-out examples, the only examples that the version has answered without
+having been trained on them. Prompts and answers are redacted like live texts before they are stored, so
+that email addresses are blanked in the reference as well as in traffic.
 """
 
 import json
@@ -30,20 +30,20 @@ from svc.registry.registry import Registry
 from svc.version import Target
 
 _MAX_ANSWERS = 1_000
-"""Maximum number of held-out answers, which are evenly spaced. More would add needless precision and take
-seconds to redact."""
+"""Maximum number of held-out answers in the reference, which are chosen evenly spaced. More would take
+seconds to redact for precision that is not needed."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Samples with which a version's live traffic in one format is compared.
+    """Samples that a version's live traffic in one format is compared with.
 
     Attributes:
-        prompts: the drift sample's prompts, or None if the version has no text space.
+        prompts: prompts of the drift sample, or None if the version has no text space.
         answers: answers to the held-out examples, or None if the version has no stored answers.
         missing: why `prompts` or `answers` is None.
         words: `KeyedHash.words` of each prompt.
-        hashes: the home's keyed hash, for words and conversations of live prompts.
+        hashes: the home's hash function for words and conversations of live prompts.
     """
 
     prompt_sampler: PromptSampler | None
@@ -93,8 +93,9 @@ def read_reference(registry: Registry, target: Target, redactor: Redactor) -> Re
 
 
 def _heldout_answer(example: ChatExample, result: ExampleResult, redactor: Redactor) -> Answer:
-    """Return a held-out answer as a live one would be stored. It has no score if it calls tools, or if the
-    prompt or the answer contains redacted text.
+    """Return a held-out answer in the form in which a live answer would be stored.
+
+    It has no score if it calls tools, or if the prompt or the answer contains text that is redacted.
     """
     texts = [*(message.content for message in example.prompt), result.answer]
     unredacted = all(redactor.text(text) == text for text in texts)
@@ -103,7 +104,10 @@ def _heldout_answer(example: ChatExample, result: ExampleResult, redactor: Redac
 
 
 def read_prompt(stored: str) -> Prompt:
-    """Return a prompt from its stored form, which is JSON of the messages or of a plain completion's text."""
+    """Parse a stored prompt.
+
+    Its stored form is JSON, either a list of messages or the text of a plain completion.
+    """
     content = json.loads(stored) if stored else ""
     if not isinstance(content, list):
         return Prompt(str(content), opening=str(content))

@@ -1,4 +1,4 @@
-"""Compared items, one per row, with their features and their positions in text space."""
+"""Samples of prompts or answers: the features of each item and its coordinates in text space."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,21 +12,21 @@ Names = NDArray[np.str_]
 Feature = TypeVar("Feature", bound=str)
 
 NOT_THERE = ""
-"""Marks a missing category. A missing number is NaN. Neither is compared."""
+"""Marks a missing category; a missing number is NaN. Missing values are not compared."""
 
 YES, NO = "yes", "no"
-"""Category names of a boolean feature."""
+"""Category names for the values of a boolean feature."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Items in order of arrival.
+    """A sample of prompts or answers, in order of arrival.
 
     Attributes:
         size: number of items.
         numbers: one value per item, keyed by feature.
         categories: one category name per item, keyed by feature.
-        views: items by axes, one array per view of the text; empty if texts are not compared.
+        views: one array of shape (items, axes) per view of the text; empty if texts are not compared.
     """
 
     size: int

@@ -1,15 +1,15 @@
-"""A map from prompts to vectors that separates topics, fitted on a version's examples.
+"""A text embedding that maps prompts to vectors by topic, fitted on a version's examples.
 
-There are two views of a prompt: its position among the examples' prompts (latent semantic analysis of
-character n-grams, Deerwester et al. 1990), and the answer that it asks for (a ridge regression from the
-position to the answer). With the second view, a change of topics that matters to the task is detected
-with about two thirds of the prompts; Lipton et al. 2018 and Rabanser et al. 2019 found such a gain with
-a classifier's outputs.
+A prompt has two views: its position among the examples' prompts (latent semantic analysis of character
+n-grams, Deerwester et al. 1990), and the answer that it asks for (a ridge regression from the position
+to the answer). Thanks to the second view, a change of topic that matters to the task is detected with
+only about two thirds of the prompts. Lipton et al. 2018 and Rabanser et al. 2019 found a similar gain
+with a classifier's outputs.
 
 The map is fitted on examples other than those that live prompts are compared with (drift_sample.py), so
-that neither of the two is nearer to it than the other, as a permutation test between them requires.
-Texts cannot be recovered from the map, because n-grams and words are stored as hashes. This module knows
-nothing about tests, windows or the served model.
+that neither of the compared sets is closer to it than the other. A permutation test between them
+requires this. Texts cannot be recovered from the map, because n-grams and words are stored as hashes.
+This module knows nothing about statistical tests, windows or the served model.
 """
 
 from collections.abc import Sequence
@@ -41,33 +41,34 @@ _MARKS = (
     "\u102b-\u103e\u1056-\u1059\u105e-\u1060\u1062-\u1064\u1067-\u106d\u1071-\u1074\u1082-\u108d\u108f\u109a-\u109d"
     "\u17b4-\u17d3\u17dd\u3099\u309a"
 )
-"""Combining vowels and tones, which belong to the preceding letter."""
+"""Combining vowel signs and tone marks, which are treated as part of the preceding letter."""
 WORD = rf"[{_UNSPACED}][{_MARKS}]*|[^\W\d_{_UNSPACED}]+"
 """Matches a run of letters or, in a script without spaces, a single letter with its marks."""
 _BUCKETS = 2**14
 _WORD_BUCKETS = 2**20
 _AXES = 256
 _TOPIC_AXES = 64
-"""Number of axes that are compared directly. The answer is predicted from all axes."""
+"""Number of axes on which prompts are compared directly. The answer is predicted from all axes."""
 _ANSWER_AXES = 32
 _RIDGE = 0.3
 _MAX_EXAMPLES = 5_000
-"""Maximum number of examples to fit on. More examples do not improve the axes, and they cost memory."""
+"""Maximum number of examples to fit the map on. More would use memory without improving the axes."""
 _END_CHARS = 1_000
-"""Number of characters read at the beginning and at the end of a long text. The n-grams of all of it would
-cost 30 ms."""
+"""Number of characters read at each end of a long text. Computing the n-grams of the whole text would take
+30 ms."""
 _BATCH = 100
-"""Number of texts whose n-grams are held in memory at the same time before they are added up."""
+"""Number of texts to process at a time, which limits the memory for their n-grams."""
 
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """Prompts as vectors.
+    """The vectors of a list of prompts.
 
     Attributes:
-        topic: prompts by axes; the prompts' positions among the prompts that the map was fitted on.
-        answer: prompts by axes; the answer that each prompt asks for. There are no axes if all answers were
-            equal.
+        topic: array of shape (prompts, axes), with each prompt's position among the prompts that the map was
+            fitted on.
+        answer: array of shape (prompts, axes), with the answer that each prompt asks for. It has no axes if
+            the map was fitted on equal answers.
     """
 
     topic: Floats
@@ -76,13 +77,13 @@ class Embedding:
 
 @dataclass(frozen=True, slots=True)
 class TextSpace:
-    """A fitted map from prompts to vectors. `save_text_space` stores all of its arrays.
+    """A fitted map from prompts to vectors. All of its arrays are stored by `save_text_space`.
 
     Attributes:
         idf: weight of each n-gram bucket.
-        axes: axes by buckets, strongest axis first.
-        answers: regression coefficients, axes of the prompt by axes of the answer.
-        words: sorted hashes of the words in the prompts.
+        axes: array of shape (axes, buckets), strongest axis first.
+        answers: regression coefficients, an array of shape (prompt axes, answer axes).
+        words: sorted hashes of all words in the prompts that the map was fitted on.
     """
 
     idf: NDArray[np.float32]
@@ -98,7 +99,10 @@ class TextSpace:
         return Embedding(placed[:, :_TOPIC_AXES], placed @ self.answers)
 
     def unknown_words(self, prompts: Sequence[str]) -> Floats:
-        """Return the fraction of each prompt's distinct words that no fitted prompt has, or 0 if it has no words."""
+        """Return the fraction of each prompt's distinct words that occur in no prompt that the map was fitted on.
+
+        The fraction is 0 for a prompt without words.
+        """
         if not prompts:
             return np.zeros(0)
         counts = _words(prompts)
@@ -112,7 +116,7 @@ class TextSpace:
 
 
 def head_and_tail(text: str) -> str:
-    """Return the part of a text that is read: all of it or, if it is long, its beginning and its end."""
+    """Return the part of a text that is analyzed: the beginning and the end of a long text, or all of a short one."""
     return text if len(text) <= 2 * _END_CHARS else f"{text[:_END_CHARS]}\n{text[-_END_CHARS:]}"
 
 
@@ -120,7 +124,7 @@ def fit_text_space(prompts: Sequence[str], answers: Sequence[str]) -> TextSpace:
     """Fit the map from prompts to vectors.
 
     Args:
-        prompts: at least one prompt; if there are more than 5,000, an evenly spaced 5,000 of them are used.
+        prompts: at least one prompt. If there are more than 5,000, only 5,000 evenly spaced ones are used.
         answers: one answer per prompt.
     """
     from sklearn.feature_extraction.text import TfidfTransformer
@@ -146,7 +150,10 @@ def fit_text_space(prompts: Sequence[str], answers: Sequence[str]) -> TextSpace:
 
 
 def save_text_space(path: Path, space: TextSpace) -> None:
-    """Write a NumPy archive without pickled objects. Axes are in half precision, which affects no comparison."""
+    """Write a text space as a NumPy archive without pickled objects.
+
+    Axes are stored in half precision, which does not affect any comparison.
+    """
     arrays = {field.name: getattr(space, field.name) for field in fields(space)}
     np.savez_compressed(path, allow_pickle=False, **{**arrays, "axes": space.axes.astype(np.float16)})
 
@@ -155,7 +162,7 @@ def load_text_space(path: Path) -> TextSpace:
     """Load a text space from its archive.
 
     Raises:
-        IntegrityError: the file is missing or is not such an archive.
+        IntegrityError: the file is missing or is not a valid archive.
     """
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
@@ -166,7 +173,10 @@ def load_text_space(path: Path) -> TextSpace:
 
 
 def _answer_map(placed: Floats, targets: Floats) -> Floats:
-    """Return regression coefficients, prompt axes by answer axes. An intercept would move all prompts equally."""
+    """Return the regression coefficients, an array of shape (prompt axes, answer axes).
+
+    The intercept is left out because it would move all prompts by the same amount.
+    """
     from sklearn.linear_model import Ridge
 
     if not targets.shape[1]:
@@ -176,7 +186,7 @@ def _answer_map(placed: Floats, targets: Floats) -> Floats:
 
 
 def _main_axes(matrix: "csr_matrix", count: int) -> Floats:
-    """Return the strongest axes of a weight matrix, `count` of them or as many as its shape allows."""
+    """Return the `count` strongest axes of a weight matrix, or fewer if the matrix is too small."""
     from sklearn.decomposition import TruncatedSVD
 
     count = min(count, min(matrix.shape) - 1)
@@ -196,7 +206,7 @@ def _words(texts: Sequence[str]) -> "csr_matrix":
 
 
 def _hashed(texts: Sequence[str], **options: object) -> "csr_matrix":
-    """Return the counts of hashed text parts, texts by buckets."""
+    """Count the n-grams or words of each text by hash bucket. The result has the shape (texts, buckets)."""
     from scipy.sparse import vstack
     from sklearn.feature_extraction.text import HashingVectorizer
 
@@ -206,7 +216,7 @@ def _hashed(texts: Sequence[str], **options: object) -> "csr_matrix":
 
 
 def _weighted(counts: "csr_matrix", idf: NDArray[np.float32]) -> "csr_matrix":
-    """Return sublinear TF-IDF weights, with rows normalized to length 1."""
+    """Convert counts to sublinear TF-IDF weights, and normalize each row to length 1."""
     from sklearn.preprocessing import normalize
 
     weighted = counts.astype(np.float64, copy=True)

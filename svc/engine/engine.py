@@ -1,4 +1,4 @@
-"""The engine interface: the operations of an engine. svc.engine.vllm.process implements it for vLLM."""
+"""The interface of an engine. It is implemented for vLLM by svc.engine.vllm.process."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +10,7 @@ from svc.engine.state import EnginePhase
 
 
 class Engine(Protocol):
-    """One engine as seen by its callers: a local process or a remote service."""
+    """An engine as seen by its callers. It may be a local process or a remote service."""
 
     @property
     def client(self) -> EngineClient:
@@ -18,19 +18,19 @@ class Engine(Protocol):
 
     @property
     def capabilities(self) -> EngineCapabilities:
-        """Capabilities of the engine, known before it starts."""
+        """Capabilities of the engine, which are known even before it starts."""
 
     def memory(self) -> int | None:
-        """Return the main memory used by the engine's processes in bytes, or None if unknown."""
+        """Return the main memory used by the engine's processes, in bytes, or None if it is unknown."""
 
     def processor_s(self) -> float:
-        """Return the processor time used by the engine's processes in seconds, or 0 if unknown."""
+        """Return the CPU time used by the engine's processes, in seconds, or 0 if it is unknown."""
 
     async def start(self, on_phase: Callable[[EnginePhase], None] = ...) -> None:
-        """Start the engine, and return as soon as it accepts requests."""
+        """Start the engine and wait until it accepts requests."""
 
     async def wait(self) -> int | None:
-        """Wait until the engine has exited, and return its exit code, or None if unknown."""
+        """Wait for the engine to exit, and return its exit code, or None if that is unknown."""
 
     async def stop(self) -> None:
         """Stop the engine if it is still running."""
@@ -45,36 +45,39 @@ class LastingEngine(Engine, Protocol):
 
     @property
     def plan(self) -> list[dict[str, Any]] | None:
-        """The engine's launch choices as JSON objects for display, or None before the start."""
+        """The engine's launch options as JSON objects for display, or None if it has not started yet."""
 
     def front_s(self) -> float | None:
-        """Return the processor time of the process that serves HTTP in seconds, or None if unknown."""
+        """Return the CPU time of the process that serves HTTP, in seconds, or None if it is unknown."""
 
     async def orphan_holds(self) -> str | None:
-        """Return what is loaded in an engine that an earlier server left running (same launch), or None."""
+        """Look for an engine that an earlier server left running, and return what is loaded in it.
+
+        Return None if there is no engine with the same launch options.
+        """
 
     async def adopt(self) -> None:
         """Adopt the engine found by `orphan_holds` instead of starting a new one."""
 
     async def record(self, holds: str | None) -> None:
-        """Record what the engine has loaded, for a later server. Pass None if it is unknown.
+        """Record for a later server what the engine has loaded. Pass None if that is unknown.
 
         Raises:
             OSError: the record cannot be written.
         """
 
     async def sleep(self) -> None:
-        """Free the engine's GPU if its capabilities include that. Send no requests until `wake` has returned.
+        """Free the engine's GPU, if the engine is capable of it. Send no requests until `wake` has returned.
 
         Raises:
             EngineError: the engine could not be put to sleep and is no longer usable.
         """
 
     async def wake(self) -> None:
-        """Restore the engine on its GPU. The caller must verify its content afterwards.
+        """Restore the engine on its GPU. Afterwards, the caller must verify what it has loaded.
 
         Raises:
-            EngineError: the engine could not be woken and is no longer usable.
+            EngineError: the engine could not be woken up and is no longer usable.
         """
 
     async def leave(self) -> None:

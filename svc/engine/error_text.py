@@ -1,8 +1,8 @@
-"""Removes request content from engine errors before they are logged or stored, cutting at the first value.
+"""Removes request content from engine error messages before they are logged or stored.
 
-vLLM's messages contain values from the request: after `value=` and `got`, in quotes, as Python or JSON
-lists and objects, and, for an invalid body, as pydantic's `'input'`. The sender of the request gets
-these values; readers of a log do not.
+vLLM's messages quote values from the request: after `value=` and `got`, in quotation marks, as Python or
+JSON lists and objects, and, if the body is invalid, as pydantic's `'input'`. A message is therefore cut
+off at the first value. The sender of the request gets the full message, but readers of a log do not.
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import Any
 
 _CHARS = 200
 _VALIDATION = re.compile(r"\d+ validation errors?:\s*\{'type': '(\w+)', 'loc': '(?:body\.)?(\w+)")
-"""Matches the type of the first validation error and the request field."""
+"""Matches the type and the request field of the first validation error."""
 _INTERVAL = r"-?\d+(?:\.\d+)?, ?-?\d+(?:\.\d+)?[\])]"
 _VALUE = re.compile(
     r"(?<!\w)['\"`]"  # a quote, not an apostrophe
@@ -23,7 +23,7 @@ _VALUE = re.compile(
 
 
 def without_values(message: str) -> str:
-    """Return an engine's message on one line, cut off before the first value that it may quote."""
+    """Return an engine's error message on one line, cut off before the first value that may come from the request."""
     if match := _VALIDATION.match(message):
         return f"validation error {match[1]} in {match[2]}"
     value = _VALUE.search(message)
@@ -32,7 +32,7 @@ def without_values(message: str) -> str:
 
 
 def error_of(body: bytes) -> Any:
-    """Return `error` from vLLM's response, or the whole object if it has no such field.
+    """Return the `error` field of a vLLM response, or the whole response if it has no such field.
 
     The result is None if the body is not a JSON object.
     """
@@ -44,7 +44,10 @@ def error_of(body: bytes) -> Any:
 
 
 def told_error(body: bytes) -> str:
-    """Return the message of an error response without the request's values, or "" if there is none."""
+    """Return the message of an error response without values from the request.
+
+    The result is empty if the response contains no message.
+    """
     error = error_of(body)
     message = error.get("message") if isinstance(error, dict) else error
     return without_values(message) if isinstance(message, str) else ""

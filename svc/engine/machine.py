@@ -1,7 +1,7 @@
-"""Resources of the machine that an engine can use (cores, memory and GPUs) within a container's limits.
+"""Determines the cores, memory and GPUs that an engine can use on this machine, within container limits.
 
-They are read from Linux and `nvidia-smi`, so that neither torch nor vLLM is imported. plan.py makes the
-choices.
+The information comes from Linux and `nvidia-smi`, so neither torch nor vLLM has to be imported.
+Decisions based on it are made in plan.py.
 """
 
 import os
@@ -17,7 +17,7 @@ _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
 _NODES = Path("/sys/devices/system/node")
 _UNLIMITED = 2**60
-"""Limits above this value mean "no limit", for which cgroups v1 uses a number near 2^63."""
+"""A limit above this value means "no limit". cgroups v1 expresses that as a number near 2^63."""
 _QUERY_S = 30.0
 _QUERY = ["nvidia-smi", "--query-gpu=index,uuid,memory.total,memory.free,name", "--format=csv,noheader,nounits"]
 _THREADS_VARIABLE = "VLLM_CPU_OMP_THREADS_BIND"
@@ -25,7 +25,7 @@ _THREADS_VARIABLE = "VLLM_CPU_OMP_THREADS_BIND"
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One GPU that this process may use, with its memory in bytes."""
+    """A GPU that this process may use. Memory sizes are in bytes."""
 
     name: str
     memory: int
@@ -34,17 +34,17 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Resources that an engine may use now.
+    """Resources of the machine that an engine can currently use.
 
     Attributes:
-        cores: numbers of the logical cores on which this process may run; at least one.
-        quota: processor seconds per second allowed by its cgroup, or None if there is no limit.
-        memory: total memory that it may use, in bytes.
-        free: memory that it may use now, in bytes, on the memory node of its first core, where vLLM puts its
-            cache, and within the limits of its cgroup. The kernel's file cache counts as used under such a
-            limit, because vLLM counts it that way before it allocates memory.
+        cores: numbers of the logical cores that this process may run on. There is at least one.
+        quota: CPU seconds per second that the cgroup allows, or None if there is no limit.
+        memory: total memory that the process may use, in bytes.
+        free: memory that is currently available, in bytes, on the NUMA node of the first core, where vLLM
+            allocates its cache, and within the limits of the cgroup. Within such a limit, the kernel's file
+            cache counts as used, because vLLM counts it that way before allocating memory.
         gpus: GPUs that `CUDA_VISIBLE_DEVICES` allows; empty if `nvidia-smi` does not respond.
-        nodes: number of memory nodes to which the cores belong.
+        nodes: number of NUMA nodes that the cores belong to.
         threads_bind: value of vLLM's environment variable `VLLM_CPU_OMP_THREADS_BIND`.
     """
 
@@ -79,12 +79,12 @@ def read_machine(*, gpus: bool) -> Machine:
 
 
 def visible_gpus(answer: str, visible: str | None) -> tuple[Gpu, ...]:
-    """Return the GPUs that a process may use.
+    """Return the GPUs that a process can use, given its `CUDA_VISIBLE_DEVICES`.
 
     Args:
         answer: output of `nvidia-smi`.
-        visible: `CUDA_VISIBLE_DEVICES`, which lists indices or UUID prefixes, or None for all GPUs. As in
-            CUDA, the first entry that names no GPU ends the list.
+        visible: value of `CUDA_VISIBLE_DEVICES`, which lists indices or UUID prefixes, or None for all GPUs.
+            As in CUDA, the list ends at the first entry that does not match a GPU.
     """
     by_index, by_uuid = {}, {}
     for line in answer.splitlines():
@@ -113,7 +113,7 @@ def _ask_gpus() -> str:
 
 
 def _quotas() -> Iterator[float]:
-    """Yield the quota of every limiting cgroup around this process, in processor seconds per second."""
+    """Yield the CPU quota of each cgroup that limits this process, in CPU seconds per second."""
     for folder in _cgroup_folders("cpu"):
         quota, period = (_read(folder / "cpu.max") or "").split() or (None, None)
         quota, period = quota or _read(folder / "cpu.cfs_quota_us"), period or _read(folder / "cpu.cfs_period_us")
@@ -122,7 +122,7 @@ def _quotas() -> Iterator[float]:
 
 
 def _memory_limits() -> Iterator[tuple[int, int]]:
-    """Yield the memory limit and usage, in bytes, of every cgroup around this process that has a limit."""
+    """Yield the memory limit and current usage, in bytes, of each cgroup that limits this process."""
     for folder in _cgroup_folders("memory"):
         limit = _read(folder / "memory.max") or _read(folder / "memory.limit_in_bytes")
         used = _read(folder / "memory.current") or _read(folder / "memory.usage_in_bytes")
@@ -131,10 +131,10 @@ def _memory_limits() -> Iterator[tuple[int, int]]:
 
 
 def _cgroup_folders(controller: str) -> Iterator[Path]:
-    """Yield the folders of this process's cgroup and its parents for a controller, in cgroups v1 or v2.
+    """Yield the folders of this process's cgroup and its parents for a controller (cgroups v1 or v2).
 
-    In a container, the path may be the one on the host. Its folders are then missing, and a reader finds no
-    files in them, except in the topmost folder, which is the container's own cgroup.
+    In a container, the cgroup path may be that on the host, whose folders do not exist here. Files are then
+    found only in the topmost folder, which is the container's own cgroup.
     """
     for line in (_read(_OWN_CGROUPS) or "").splitlines():
         number, names, path = line.split(":", 2)
@@ -146,7 +146,7 @@ def _cgroup_folders(controller: str) -> Iterator[Path]:
 
 
 def _free_on_node(core: int) -> Iterator[int]:
-    """Yield the free memory on a core's memory node in bytes. As in vLLM, this includes droppable file cache."""
+    """Yield the free memory of a core's NUMA node, in bytes. As in vLLM, reclaimable file cache counts as free."""
     for entry in _NODES.glob(f"node*/cpu{core}"):
         cells = [line.split() for line in (_read(entry.parent / "meminfo") or "").splitlines()]
         sizes = {row[2].rstrip(":"): int(row[3]) * 1024 for row in cells if len(row) > 3}

@@ -1,7 +1,7 @@
-"""Facts in a model folder that determine an engine's memory and parallelism. The model is not loaded.
+"""Reads from a model folder what determines an engine's memory use and parallelism. No model is loaded.
 
-For models whose KV cache does not contain every layer's keys and values (sliding windows, latent
-attention, state spaces), the size of a token in the cache is an upper bound.
+Some models do not cache the keys and values of every layer (sliding windows, latent attention, state
+spaces). For these, the size of a token in the KV cache is an upper bound.
 """
 
 import json
@@ -14,29 +14,29 @@ from svc.model_folder.chat_template import TemplateValue, read_template_kwargs
 from svc.model_folder.weight_files import weight_files
 
 _BYTES_PER_VALUE = 2
-"""Size of one value in the KV cache, in bytes. vLLM stores the cache in the type in which it computes: 16
-bits, unless float32 is requested."""
+"""Size of one value in the KV cache, in bytes. vLLM stores the cache in the number type that it computes
+in, which has 16 bits unless float32 is requested."""
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-"""Config keys that hold the number of experts per layer in different model families."""
+"""Config keys that different model families use for the number of experts per layer."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """Facts about one model. A fact that the model's config does not state is None.
+    """Properties of a model that its engine depends on. Those missing from the model's config are None.
 
     Attributes:
         weights: total size of the safetensors weight files, in bytes.
         context: maximum context length, in tokens.
-        dtype: number type in which the weights are stored, or were stored before quantization.
+        dtype: number type of the weights, or of the original weights if they are quantized.
         heads: number of attention heads.
         kv_heads: number of heads that have their own keys and values.
         token_bytes: size of one 16-bit token in the KV cache over all layers, in bytes.
-        divided_widths: input widths of the layers that tensor parallelism divides; empty if unknown.
+        divided_widths: input widths of the layers that tensor parallelism splits; empty if unknown.
         quantization: quantization method, for example `gptq`, or None if the weights are not quantized.
         group_size: number of weights that share one scale in a quantized model.
         template_kwargs: names and values of the chat template's arguments.
-        experts: whether the model is a mixture of experts, of which each token uses only some.
+        experts: whether the model is a mixture of experts, in which each token uses only some of the experts.
     """
 
     weights: int = 0
@@ -52,7 +52,10 @@ class ModelFacts:
     experts: bool = False
 
     def divides(self, ranks: int) -> bool:
-        """Return whether this many GPUs can share the layers, each with whole heads and quantization groups."""
+        """Return whether the layers can be split across this many GPUs.
+
+        Attention heads and quantization groups must not be divided.
+        """
         if self.heads is None or self.kv_heads is None:
             return ranks == 1
         groups = (width % (ranks * self.group_size) == 0 for width in self.divided_widths if self.group_size)
@@ -60,7 +63,7 @@ class ModelFacts:
 
 
 def read_model_facts(folder: Path) -> ModelFacts:
-    """Read a model's facts. A missing or damaged config is not an error here, because the engine reports it.
+    """Read the properties of a model. A missing or damaged config is not an error, because the engine reports it.
 
     Raises:
         IntegrityError: see svc.model_folder.chat_template.read_template_kwargs.
@@ -100,6 +103,6 @@ def read_model_facts(folder: Path) -> ModelFacts:
 
 
 def _number(config: dict[str, Any], key: str) -> int | None:
-    """Return a key's value if it is a positive integer, else None. A group size of -1 means one group for all."""
+    """Return a key's value if it is a positive integer, or None otherwise. A group size of -1 means a single group."""
     value = config.get(key)
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None

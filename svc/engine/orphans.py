@@ -1,9 +1,9 @@
-"""Engines that outlive their server. A later server finds one by its lock and its record.
+"""Finds and stops engines that have outlived their server, by means of a lock and a record.
 
-The engine itself holds the lock: it inherits the locked file when it starts, so that the kernel releases
-the lock when the engine exits for any reason, whatever happened to the server that started it. The
-record names the process, its launch, and the weights that were last verified. This module knows nothing
-about sockets, HTTP or versions.
+The lock is held by the engine itself, which inherits the locked file when it starts. The kernel
+therefore releases the lock when the engine exits for any reason, whatever has happened to the server
+that started it. The record contains the process id, the launch options, and the weights that were last
+verified. This module knows nothing about sockets, HTTP or versions.
 """
 
 import contextlib
@@ -34,14 +34,14 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 @dataclass(frozen=True, slots=True)
 class EngineRecord:
-    """Record of a running engine.
+    """What is recorded about a running engine, so that a later server can find it.
 
     Attributes:
-        pid: id of the started process, which is also the number of its process group.
-        boot, ticks: start of that process, which guards against a reused pid; see `start_of`.
-        launch: digest of the engine's launch; see svc.engine.vllm.launch.launch_digest.
-        plan: the launch choices, for display; see svc.engine.vllm.plan.EnginePlan.rows.
-        holds: the last verified content, or None if unknown.
+        pid: id of the first process, which is also the id of its process group.
+        boot, ticks: start time of that process, which guards against a reused pid; see `start_of`.
+        launch: digest of the engine's launch options; see svc.engine.vllm.launch.launch_digest.
+        plan: the launch options, for display; see svc.engine.vllm.plan.EnginePlan.rows.
+        holds: what was last verified to be loaded, or None if unknown.
     """
 
     pid: int
@@ -54,7 +54,7 @@ class EngineRecord:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[IO[str]]:
-    """Yield the locked file, which a process started in the body inherits.
+    """Lock an engine folder and yield the locked file, for a process that is started within the context to inherit.
 
     Raises:
         EngineError: another engine holds the lock.
@@ -72,12 +72,15 @@ def locked(folder: Path) -> Iterator[IO[str]]:
 
 
 def write_record(folder: Path, record: EngineRecord) -> None:
-    """Replace the engine's record atomically."""
+    """Write the record of an engine, atomically replacing any earlier record."""
     write_whole(folder / RECORD_FILE, json.dumps({_FOLDER: str(folder.resolve())} | asdict(record)).encode("utf-8"))
 
 
 def read_record(folder: Path) -> EngineRecord | None:
-    """Return the engine's record, or None if it is missing, damaged, or was copied together with its home."""
+    """Return the record of an engine, or None if it is missing or damaged.
+
+    A record that was copied along with its home is ignored, too.
+    """
     try:
         record = json.loads((folder / RECORD_FILE).read_text("utf-8"))
         if record.pop(_FOLDER) != str(folder.resolve()):
@@ -88,7 +91,7 @@ def read_record(folder: Path) -> EngineRecord | None:
 
 
 def find_engine(folder: Path) -> psutil.Process | None:
-    """Return the process named in the record if it is still running and holds the lock."""
+    """Return the engine process named in the record if it is still running and the lock is held."""
     record = read_record(folder)
     if record is None or not is_locked(folder / LOCK_FILE):
         return None
@@ -100,13 +103,13 @@ def find_engine(folder: Path) -> psutil.Process | None:
 
 
 def end_engine(folder: Path, known: psutil.Process | None = None) -> None:
-    """Stop all processes of the engine last started in a folder: the first process, then its children.
+    """Stop all processes of the engine that was last started in a folder, beginning with its first process.
 
-    This is repeated until no process remains, at most 20 times, because a starting engine creates processes
-    while it is being stopped.
+    An engine that is still starting creates processes while it is being stopped, so this is repeated up to
+    20 times until none are left.
 
     Args:
-        known: the engine's first process, if the caller knows it, in case the folder was changed.
+        known: the engine's first process, if the caller knows it. This helps if the folder has been changed.
     """
     record = read_record(folder)
     engine = known if known and runs(known) else find_engine(folder)
@@ -123,7 +126,9 @@ def end_engine(folder: Path, known: psutil.Process | None = None) -> None:
 
 
 def start_of(pid: int) -> tuple[str, int]:
-    """Return a process's start as boot id and clock ticks since boot, since the time of day may be adjusted.
+    """Return when a process started, as boot id and clock ticks since boot.
+
+    The time of day is not used because it may be adjusted.
 
     Raises:
         psutil.NoSuchProcess: there is no such process.
@@ -136,7 +141,7 @@ def start_of(pid: int) -> tuple[str, int]:
 
 
 def runs(process: psutil.Process) -> bool:
-    """Return whether a process is running and not a zombie. In a container, zombies may never be reaped."""
+    """Return whether a process is running and not a zombie. Containers may never reap their zombies."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -144,7 +149,7 @@ def runs(process: psutil.Process) -> bool:
 
 
 def end_processes(processes: list[psutil.Process]) -> None:
-    """Send SIGTERM and wait for the processes to exit, then send SIGKILL to any still running after 10 s."""
+    """Send SIGTERM to the processes, and SIGKILL to those that are still running after 10 seconds."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -158,7 +163,7 @@ def end_processes(processes: list[psutil.Process]) -> None:
 
 
 def _holders(folder: Path) -> list[psutil.Process]:
-    """Return the processes that have the lock file open, including an engine that has no record yet."""
+    """Return the processes that have the lock file open. This finds an engine even if it has no record yet."""
     lock = str((folder / LOCK_FILE).resolve())
 
     def has_open(process: psutil.Process) -> bool:
@@ -168,16 +173,19 @@ def _holders(folder: Path) -> list[psutil.Process]:
 
 
 def _group_of(number: int) -> list[psutil.Process]:
-    """Return a group's running processes. If an engine's first process is killed, its core remains."""
+    """Return the running processes of a process group.
+
+    When an engine's first process is killed, its core process stays behind in the group.
+    """
     return _processes(lambda process: os.getpgid(process.pid) == number and runs(process))
 
 
 def _left_by(record: EngineRecord) -> list[psutil.Process]:
-    """Return the remaining processes in the group of an engine that may have exited.
+    """Return the processes that an engine has left in its process group, even if its first process has exited.
 
-    A pid is not reused while a group has it, but may be reused after the whole group has exited. Only
-    processes that began in the same boot, not before the engine, and run the same interpreter therefore
-    belong to the engine.
+    The group's id may have been reused after the whole group exited. A process is therefore only considered
+    part of the engine if it started during the same boot, not before the engine, and runs the same
+    interpreter.
     """
     with contextlib.suppress(psutil.NoSuchProcess):
         if start_of(record.pid) != (record.boot, record.ticks):
@@ -194,10 +202,10 @@ def _left_by(record: EngineRecord) -> list[psutil.Process]:
 def _processes(
     fits: Callable[[psutil.Process], bool], among: Iterable[psutil.Process] | None = None
 ) -> list[psutil.Process]:
-    """Return the processes for which `fits` is true, except those that have exited or belong to other users.
+    """Return the processes for which `fits` is true, skipping any that have exited or belong to other users.
 
     Args:
-        among: candidate processes, or None for all processes.
+        among: the processes to consider, or None for all processes.
     """
     fitting = list[psutil.Process]()
     for process in psutil.process_iter() if among is None else among:

@@ -1,9 +1,9 @@
 """Probes: short token sequences whose log-probabilities distinguish one set of weights from another.
 
-Probes are measured when a version is qualified and checked after every load. They show *which* weights
-are loaded, not that they are good. An engine of a different kind (vLLM version, device, instruction set,
-compiled or not) rounds differently. On such an engine the probes are measured again, and the tolerance
-is never loosened.
+Probes are recorded when a version is qualified, and checked after every load. They show *which* weights
+are loaded, not whether these are any good. An engine of a different kind (vLLM version, device,
+instruction set, compiled or not) rounds differently. For such an engine, the probes are recorded anew
+instead of loosening the tolerance.
 """
 
 import asyncio
@@ -25,24 +25,24 @@ from svc.settings import Device, EngineSettings, GptqKernel
 MAX_PROBES = 8
 MAX_TOKENS = 64
 MIN_TOLERANCE = 1e-3
-"""Minimum tolerance, in nats. Repeated probes on the CPU differ by 0.0000 if each is measured alone, while
-another model's weights differ by about 10."""
+"""Minimum tolerance, in nats. On the CPU, repeated measurements of one probe at a time are identical to four
+decimal places, while another model's weights differ by about 10 nats."""
 _REMEASUREMENTS = 5
-"""How often a probe that differs is measured again, at most. With AMX, batches of some sizes round
-differently, by up to 0.28 nats. Measured alone, no probe differed; beside up to 15 streams of other
-requests, one measurement in forty did."""
+"""Maximum number of times that a differing probe is measured again. With AMX, rounding depends on the batch
+size, with differences of up to 0.28 nats. Probes measured alone never differed, but with up to 15 other
+requests streaming at the same time, one measurement in forty did."""
 
 TokenId = Annotated[int, Field(ge=0)]
 Scored = tuple[Sequence[int], int]
-"""Token ids, and the index from which they are scored."""
+"""A sequence of token ids, and the index of the first token to score."""
 
 
 class EngineFacts(BaseModel):
-    """Properties of an engine that determine how it rounds.
+    """Properties of an engine that affect its rounding and thereby define its kind.
 
     Attributes:
-        dtype: number type in which it computes.
-        kernel: kernel for 4-bit weights, or `vllm` if the model has no such weights.
+        dtype: number type that the engine computes in.
+        kernel: kernel for 4-bit weights, or `vllm` if the model has none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -56,18 +56,18 @@ class EngineFacts(BaseModel):
 
     @property
     def key(self) -> str:
-        """Text that is equal for equal facts."""
+        """Text that identifies the kind of engine. Engines of the same kind have equal keys."""
         return self.model_dump_json()
 
 
 class Probe(BaseModel):
-    """One token sequence and the log-probabilities that the version gives it.
+    """A token sequence and the log-probabilities that a version assigns to it.
 
     Attributes:
         token_ids: the sequence, at most 64 tokens.
         start: index of the first token of the answer.
         logprobs: natural-log probability of each token from `start` onward.
-        tolerance: maximum absolute difference of any log-probability, in nats.
+        tolerance: largest allowed absolute difference of any log-probability, in nats.
         engine: kind of engine on which the log-probabilities were measured.
     """
 
@@ -87,7 +87,7 @@ class Probe(BaseModel):
 
 
 def engine_facts(settings: EngineSettings, capabilities: DeviceCapabilities, model: Path) -> EngineFacts:
-    """Return the rounding-related facts of an engine started with these settings on this device.
+    """Return the properties that affect the rounding of an engine with these settings on this machine.
 
     Args:
         model: folder of the model that the engine serves.
@@ -107,10 +107,10 @@ def engine_facts(settings: EngineSettings, capabilities: DeviceCapabilities, mod
 
 
 def choose_sequences(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], count: int) -> list[Scored]:
-    """Return evenly spaced sequences of a prompt and its answer, each cut to at most 64 tokens.
+    """Select evenly spaced prompt-answer pairs, and cut each to a sequence of at most 64 tokens.
 
     Args:
-        pairs: token ids of prompts and of their answers.
+        pairs: token ids of the prompts and of their answers.
         count: number of sequences, at most 8.
 
     Returns:
@@ -128,13 +128,13 @@ def choose_sequences(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], count
 async def measure_probes(
     client: EngineClient, sequences: Sequence[Scored], *, repeats: int
 ) -> list[list[tuple[float, ...]]]:
-    """Measure all sequences repeatedly, one at a time. The differences show the engine's noise.
+    """Score all sequences repeatedly, one at a time, so that the differences reveal the engine's noise.
 
     Args:
         repeats: number of measurements per sequence, at least 1.
 
     Returns:
-        Log-probabilities by measurement and sequence.
+        The log-probabilities of each sequence, for each measurement.
     """
     return [[await client.logprobs(*sequence) for sequence in sequences] for _ in range(repeats)]
 
@@ -142,10 +142,12 @@ async def measure_probes(
 def make_probes(
     sequences: Sequence[Scored], measured: Sequence[Sequence[tuple[float, ...]]], facts: EngineFacts
 ) -> tuple[Probe, ...]:
-    """Return probes, with twice the largest difference from the first measurement as tolerance, at least 0.001.
+    """Create probes from repeated measurements.
+
+    The tolerance is twice the largest difference from the first measurement, but at least 0.001.
 
     Args:
-        measured: result of `measure_probes`; measurements on several engines of one kind may be
+        measured: result of `measure_probes`. Measurements from several engines of the same kind can be
             concatenated.
 
     Raises:
@@ -170,15 +172,15 @@ def make_probes(
 async def check_probes(client: EngineClient, probes: Sequence[Probe]) -> float:
     """Measure all probes on the engine and compare the results with the stored log-probabilities.
 
-    All probes are measured concurrently, which takes half the time. Probes that differ are measured again
-    one at a time, up to five times, because rounding depends on the requests that share a batch, whereas
-    other weights differ in every batch.
+    All probes are first measured concurrently, which halves the time. Those that differ are measured again
+    one at a time, up to five times. Rounding depends on which requests share a batch, whereas wrong weights
+    differ in every batch.
 
     Returns:
         The largest difference, in nats.
 
     Raises:
-        ProbeError: a probe differs by more than its tolerance each time, or there are no probes.
+        ProbeError: a probe differed by more than its tolerance every time, or there are no probes.
     """
     if not probes:
         raise ProbeError("the version has no probes for this format", todo="qualify the version again")

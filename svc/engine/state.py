@@ -1,25 +1,25 @@
-"""Engine states, and the phases of an engine's start."""
+"""States of an engine, and the phases of its startup."""
 
 from enum import StrEnum
 
 
 class EngineState(StrEnum):
-    """State of an engine. Requests are admitted only in the `ready` state."""
+    """State of an engine. Only an engine in the `ready` state accepts requests."""
 
     STARTING = "starting"
     READY = "ready"
     SWAPPING = "swapping"
     DRAINING = "draining"
     RETIRING = "retiring"
-    """Replaced by another engine, but still completing its last requests."""
+    """Replaced by another engine, but still finishing its last requests."""
     IDLE = "idle"
-    """Stopped, or asleep on its GPU, because there are no requests. The next request restores it."""
+    """Stopped, or asleep on its GPU, because no requests came in. The next request restores it."""
     STOPPED = "stopped"
     FAILED = "failed"
 
 
 class EnginePhase(StrEnum):
-    """Phases of an engine's start, in order. Each value is the text to display."""
+    """Phases of engine startup, in order. The values are display texts."""
 
     PYTHON = "starting Python"
     ARGUMENTS = "reading arguments"

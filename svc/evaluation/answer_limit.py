@@ -1,8 +1,8 @@
-"""Token limits for answers to held-out examples.
+"""Computes token limits for answers to held-out examples.
 
-A fixed limit applies to every answer, so that no answer can match a longer reference. Without a fixed
-limit, each example's reference determines the limit. This module knows token ids and texts, but no
-tokenizer and no engine.
+With a fixed limit, no answer can match a reference that is longer than the limit. Without one, the limit
+for each answer is derived from its reference. This module works on token ids and texts; it knows nothing
+about tokenizers or engines.
 """
 
 import math
@@ -11,28 +11,28 @@ from collections.abc import Sequence
 from svc.dataset.schema.tokenized_example import TokenizedExample
 
 REFERENCE_FACTOR = 1.5
-"""Multiplier for the reference's tokens, because a right answer in other words may be half again as long."""
+"""Factor on the length of the reference. A right answer in other words may be half as long again."""
 SPARE_TOKENS = 16
-"""Tokens added for short references. Half of a label's few tokens would leave too little room for different
-wording, and with some templates the model ends an answer with more than one token."""
+"""Tokens added to the limit because references may be short. Half of the few tokens in a label would leave too
+little room for different wording, and with some templates the model ends an answer with more than one token."""
 
 
 def answer_limits(examples: Sequence[TokenizedExample], *, context: int, fixed: int | None) -> tuple[int, ...]:
-    """Return the limit on each example's answer, in tokens.
+    """Return the token limit for the answer to each example.
 
     Args:
-        context: maximum number of tokens in a prompt and its answer together; vLLM rejects a request whose
-            prompt and limit exceed it.
-        fixed: the recipe's `evaluate.max_tokens`, which applies to every example, or None to derive each
+        context: maximum total number of tokens in a prompt and its answer. vLLM rejects a request if its
+            prompt and its limit add up to more.
+        fixed: the recipe's `evaluate.max_tokens`, which applies to all examples, or None to derive each
             limit from the reference.
     """
     return tuple(_limit_of(example, context) if fixed is None else fixed for example in examples)
 
 
 def limit_of_text(reference: str) -> int:
-    """Return the limit on an answer, in tokens, for a model whose tokenizer is unknown.
+    """Return the token limit for the answer of a model whose tokenizer is unknown.
 
-    A tokenizer makes at most one token of each UTF-8 byte, so the number of bytes is an upper bound.
+    The limit is based on the number of bytes in the reference, because no text has more tokens than UTF-8 bytes.
     """
     return _limit_of_tokens(len(reference.encode()))
 

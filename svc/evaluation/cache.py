@@ -1,4 +1,4 @@
-"""Caches a model's results, so that a base is evaluated once instead of in every run.
+"""Caches a model's evaluation results, so that a base is evaluated only once instead of in every run.
 
 The cache has one line of JSON per example.
 """
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 KnownResults = dict[tuple[str, int], ExampleResult]
-"""Results keyed by cache key and the answer's token limit."""
+"""Results keyed by the example's cache key and the answer's token limit."""
 
 
 class _Line(BaseModel):
@@ -30,11 +30,11 @@ class _Line(BaseModel):
 
 
 class EvaluationCache:
-    """Cached results of one model under one set of conditions.
+    """Cached evaluation results of a model under a given set of conditions.
 
     Args:
-        folder: folder of the caches of all models, created with the first result.
-        conditions: everything that determines an answer except its limit, such as weights and engine kind.
+        folder: folder with the caches of all models. It is created when the first result is added.
+        conditions: everything that affects the answers except for their limits, such as weights and engine kind.
     """
 
     def __init__(self, folder: Path, *conditions: str) -> None:
@@ -44,12 +44,15 @@ class EvaluationCache:
         """Return the cached results of these examples, in order, or None if any of them is missing.
 
         Args:
-            limits: maximum number of tokens per answer; a different limit may give a different answer.
+            limits: maximum number of tokens for each answer. An answer may be different under another limit.
         """
         return find_results(self._read(), examples, limits)
 
     def add(self, examples: Sequence[ChatExample], results: Sequence[ExampleResult]) -> None:
-        """Store the results of examples, in the same order, without scores, because those depend on the metrics."""
+        """Store the results for examples, given in the same order.
+
+        Scores are left out, because they depend on the metrics.
+        """
         known = self._read()
         answers = [result.model_copy(update={"scores": {}}) for result in results]
         known |= results_by_example(zip(examples, answers, strict=True))
@@ -69,7 +72,7 @@ class EvaluationCache:
 
 
 def results_by_example(pairs: Iterable[tuple[ChatExample, ExampleResult]]) -> KnownResults:
-    """Return the results keyed by example and limit, as `find_results` expects them."""
+    """Return results keyed by example and token limit, as expected by `find_results`."""
     listed = list(pairs)
     names = _names([example for example, _ in listed])
     return {(name, result.limit): result for name, (_, result) in zip(names, listed, strict=True)}
@@ -78,12 +81,15 @@ def results_by_example(pairs: Iterable[tuple[ChatExample, ExampleResult]]) -> Kn
 def find_results(
     known: KnownResults, examples: Sequence[ChatExample], limits: Sequence[int]
 ) -> tuple[ExampleResult, ...] | None:
-    """Return the results of these examples, in order, or None if any has no result for its token limit."""
+    """Return the results for these examples, in order, or None if there is no result for some example and its limit."""
     results = [known.get(key) for key in zip(_names(examples), limits, strict=True)]
     return tuple(result for result in results if result is not None) if all(results) else None
 
 
 def _names(examples: Sequence[ChatExample]) -> list[str]:
-    """Return the cache key of each example. With tools, it also depends on whether tool calls are parsed."""
+    """Return the cache key of each example.
+
+    For examples with tools, the key also depends on whether tool calls are parsed.
+    """
     calls = any_call_tools(examples)
     return [f"{fingerprint([example])}{'+calls' if calls and example.tools else ''}" for example in examples]

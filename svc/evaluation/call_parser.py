@@ -1,4 +1,4 @@
-"""Rejects examples whose references call tools if the engine would not find calls in the model's answers."""
+"""Rejects examples whose references call tools if the engine would not parse tool calls in answers."""
 
 from collections.abc import Sequence
 
@@ -8,13 +8,15 @@ from svc.errors import SettingsError
 
 
 def check_call_parser(examples: Sequence[ChatExample], arguments: Sequence[str]) -> None:
-    """Raise if references call tools but the engine has no tool call parser, so that all answers would fail.
+    """Check that the engine has a tool call parser if any reference calls tools.
+
+    Without a parser, every answer to such an example would be wrong.
 
     Args:
         arguments: `engine.args`.
 
     Raises:
-        SettingsError: no parser is configured; the error names the options to set.
+        SettingsError: no parser is configured. The message names the options to set.
     """
     count = sum(example.calls_tools for example in examples)
     if count and not parses_calls(arguments):

@@ -1,8 +1,10 @@
-"""Compares two models on the same examples: the difference by each metric, with its interval, and the
-answers that differ most.
+"""Compares two models on the same examples.
 
-The comparison is paired: differences are taken example by example, so that shared difficulty cancels
-out. All figures describe the second model relative to the first.
+The result contains the difference in each metric with its confidence interval, and the answers that differ
+most.
+
+The comparison is paired, which means that differences are taken example by example so that the
+difficulty of the examples cancels out. All figures describe the second model relative to the first.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,22 +23,22 @@ from svc.evaluation.metrics.tokens import CutOff, Nll
 from svc.evaluation.results import ExampleResult
 
 SHOWN = 20
-"""Maximum number of examples shown side by side."""
+"""Maximum number of examples for which the two answers are shown side by side."""
 _MIN_DIFFERENT = 6
-"""Minimum number of differing examples. With fewer, all of them favour one model by chance more than once
-in twenty comparisons."""
+"""Minimum number of examples with different scores. With fewer, all of them would favour the same model by
+chance in more than one of twenty comparisons."""
 _EQUAL = 1e-9
 
 
 class Direction(StrEnum):
-    """Outcome for the second model according to one metric."""
+    """Whether the second model is better or worse on a metric."""
 
     BETTER = "better"
     WORSE = "worse"
     UNDECIDED = "undecided"
-    """The interval of the difference contains 0, or too few examples differ."""
+    """The confidence interval of the difference contains 0, or too few examples have different scores."""
     DIFFERENT = "different"
-    """The models differ significantly by a descriptive metric."""
+    """The models differ significantly on a descriptive metric, where neither direction is better."""
 
 
 class _Part(BaseModel):
@@ -44,7 +46,7 @@ class _Part(BaseModel):
 
 
 class MetricComparison(_Part):
-    """Both models' results on one metric.
+    """The results of both models on one metric, and the difference between them.
 
     Attributes:
         difference: the second model's result minus the first's, paired by example.
@@ -60,12 +62,12 @@ class MetricComparison(_Part):
 
 
 class Tally(_Part):
-    """Number of examples on which the second model is better, worse or equal.
+    """Counts of the examples on which the second model is better, worse or equal.
 
     Attributes:
         metric: name of the metric whose scores are compared.
-        p_value: probability of such a lead by chance, by the two-sided exact sign test; 1 if there is no
-            lead.
+        p_value: probability that such a lead arises by chance, according to a two-sided exact sign test. It
+            is 1 if neither model leads.
     """
 
     metric: str
@@ -76,12 +78,12 @@ class Tally(_Part):
 
 
 class DifferentAnswers(_Part):
-    """An example that the two models answer differently.
+    """An example that the two models answered differently.
 
     Attributes:
         place: index of the example, starting at 0.
         asked: the example's last user turn.
-        gain: how much better the second model's score is; negative if the first model's score is better.
+        gain: how much better the second model's score is. Negative if the first model's score is better.
         edits: edit distance between the answers, in characters.
     """
 
@@ -95,14 +97,15 @@ class DifferentAnswers(_Part):
 
 
 class VersionComparison(_Part):
-    """Result of comparing a second model with a first one.
+    """The result of comparing a second model with a first.
 
     Attributes:
-        metrics: comparisons keyed by metric name, the primary metric first; includes the share of answers
-            that were cut off at their limit as `cut_off`, and the negative log-likelihood of the references
-            as `nll`.
-        left_out: why a metric cannot compare these models, keyed by metric name.
-        different: examples whose answers differ most, ranked by the tally's scores and then by edits.
+        metrics: comparisons keyed by metric name, primary metric first. They always include `cut_off`, the
+            share of answers that were cut off at their limit, and `nll`, the negative log-likelihood of the
+            references, where it can be compared.
+        left_out: reasons why metrics cannot compare these models, keyed by metric name.
+        different: the examples whose answers differ most, ordered by the difference in the tally's metric
+            and then by `edits`.
     """
 
     examples: int
@@ -114,7 +117,7 @@ class VersionComparison(_Part):
 
     @property
     def direction(self) -> Direction:
-        """Outcome according to the primary metric."""
+        """Whether the second model is better or worse on the primary metric."""
         return self.metrics[self.primary].direction
 
 
@@ -129,13 +132,13 @@ def compare(
     """Compare the results of two models.
 
     Args:
-        first, second: one result per example, in the same order; their scores are computed again.
-        metrics: metrics to compare, the primary one first.
-        no_tokens: why token-based metrics cannot be compared, because log-likelihoods are unknown or the
-            models have different tokenizers; empty if they can be compared.
+        first, second: one result per example, in the same order. Their scores are recomputed.
+        metrics: metrics to compare, primary metric first.
+        no_tokens: why token-based metrics cannot be compared, for example because log-likelihoods are
+            unknown or the models have different tokenizers. Empty if they can be compared.
 
     Raises:
-        DataError: no comparable metric is left.
+        DataError: none of the metrics can compare these models.
         SvcError: a metric failed.
     """
     usable = [metric for metric in (*metrics, CutOff(), Nll()) if not (no_tokens and metric.in_tokens)]
@@ -184,10 +187,10 @@ def _direction(difference: Interval, better: Better, differing: int) -> Directio
 
 
 def _gains(primary: Metric, one: Answered, other: Answered) -> tuple[list[float], str]:
-    """Return the second model's gain on each example, and the name of the metric whose scores were used.
+    """Return how much better the second model's score is on each example, and which metric was used.
 
-    A metric of the whole set has no score per example. In that case the metric that monitoring uses in its
-    place is taken if it is among the results, else exact match.
+    If the primary metric has no scores for single examples, the metric that monitoring uses instead is
+    taken, or exact match if the results do not contain that metric.
     """
     by = primary.name if primary.scored else primary.watched_by
     if by in one.results[0].scores:

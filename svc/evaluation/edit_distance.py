@@ -1,11 +1,11 @@
-"""Computes the Levenshtein distance between two texts: inserted, deleted and replaced characters."""
+"""Computes the Levenshtein distance between two texts, counting inserted, deleted and replaced characters."""
 
 
 def edit_distance(first: str, second: str) -> int:
-    """Return the edit distance, computed with Myers' bit vectors (1999, as in Hyyrö 2003).
+    """Return the edit distance between two texts, computed with bit vectors (Myers 1999, in the form of Hyyrö 2003).
 
-    Each column of the usual table is one integer. Answers of thousands of characters take milliseconds,
-    instead of seconds with a loop over both texts.
+    Each column of the dynamic programming table is stored as one integer. Answers with thousands of
+    characters take milliseconds, where a nested loop would take seconds.
     """
     if not first or not second:
         return len(first) + len(second)

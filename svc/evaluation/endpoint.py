@@ -1,8 +1,9 @@
-"""A model at any OpenAI endpoint (another provider's or this gateway) that answers examples or judges.
+"""Client for a model at any OpenAI endpoint, used to answer examples or as a judge.
 
-Differences between providers are detected from their errors: some reject a temperature, or have a
-different name for the answer's limit. No provider returns the log-probabilities of a prompt, so a
-reference's likelihood is unknown. The key is never written to a message, a log or a file.
+The endpoint may be another provider's or this gateway. Differences between providers are detected from
+their errors: some reject a temperature, or use another name for the token limit. No provider returns the
+log-probabilities of a prompt, so the likelihood of a reference is unknown. The API key is never written
+to a message, a log or a file.
 """
 
 import asyncio
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 CONCURRENCY = 8
-"""Maximum number of concurrent requests, lower than for our own engine because providers limit the rate."""
+"""Maximum number of concurrent requests. It is lower than for our own engine because providers limit the rate."""
 _TIMEOUT_S, _CONNECT_S = 300.0, 10.0
 _MAX_TRIES = 5
 _MAX_PAUSE_S = 60.0
@@ -34,12 +35,12 @@ _MAX_SHOWN = 300
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A model served at a URL.
+    """A model that is served at a URL.
 
     Attributes:
         url: base URL to which `/chat/completions` is appended, for example `https://api.openai.com/v1`.
         model: the model's name at the endpoint.
-        key: API key, sent as a bearer token, or None if the endpoint needs none.
+        key: API key, sent as a bearer token, or None if the endpoint does not need one.
     """
 
     url: str
@@ -48,7 +49,7 @@ class Endpoint:
 
     @classmethod
     def parse(cls, text: str, key: str | None) -> "Endpoint":
-        """Return the endpoint given as `https://HOST/v1#MODEL`.
+        """Parse an endpoint of the form `https://HOST/v1#MODEL`.
 
         Raises:
             SettingsError: the text has a different form, or the key would be sent over a network in plain text.
@@ -61,7 +62,7 @@ class Endpoint:
         return endpoint
 
     def check(self) -> None:
-        """Check that the URL is valid and safe for the key.
+        """Check that the URL is valid, and that it is safe to send the key to it.
 
         Raises:
             SettingsError: the URL is not valid, or the key would be sent over a network in plain text.
@@ -107,12 +108,13 @@ class Completion:
 
 
 class Chat:
-    """Client of one endpoint. It adapts to the options that the endpoint accepts, and tries up to five times.
+    """Client for one endpoint. It adapts to the options that the endpoint accepts, and tries each request up to
+    five times.
 
-    At most eight requests run at the same time; all others wait.
+    At most eight requests run at the same time, while the others wait.
 
     Args:
-        http: HTTP client, which the caller closes.
+        http: HTTP client, which the caller must close.
     """
 
     def __init__(self, http: "httpx.AsyncClient", endpoint: Endpoint) -> None:
@@ -126,13 +128,12 @@ class Chat:
         """Return the endpoint's answer to a conversation.
 
         Args:
-            messages: messages in OpenAI's form.
+            messages: messages in OpenAI's format.
             limit: maximum number of tokens in the answer, or None for the provider's default.
-            more: options for this request only.
+            more: additional options for this request.
 
         Raises:
-            EngineError: the endpoint did not respond, rejected the request, or returned a different kind of
-                response.
+            EngineError: the endpoint did not respond, rejected the request, or did not return a chat completion.
         """
         async with self._places:
             answer = await self._post({"model": self._endpoint.model, "messages": list(messages), **more}, limit)
@@ -178,7 +179,10 @@ class Chat:
         return self._options | ({} if limit is None else {self._limit_name: limit})
 
     def _adapt(self, answer: "httpx.Response") -> bool:
-        """Rename or drop an option that the endpoint rejected, now and later. Return whether one was changed."""
+        """Rename or drop an option that the endpoint rejected, for this and all later requests.
+
+        Return whether an option was changed.
+        """
         if answer.status_code not in (400, 422):
             return False
         if "max_completion_tokens" in answer.text and self._limit_name == "max_tokens":
@@ -187,7 +191,7 @@ class Chat:
         return "temperature" in answer.text and self._options.pop("temperature", None) is not None
 
     def _shown(self, answer: "httpx.Response") -> str:
-        """Return the text of a response without the key, which some providers repeat."""
+        """Return the text of a response for display. The API key, which some providers echo, is removed."""
         text = answer.text.replace(self._endpoint.key, "…") if self._endpoint.key else answer.text
         return " ".join(text.split())[:_MAX_SHOWN]
 
@@ -200,7 +204,7 @@ async def ask_endpoint(
     on_done: Callable[[], None] = lambda: None,
     transport: "httpx.AsyncBaseTransport | None" = None,
 ) -> tuple[ExampleResult, ...]:
-    """Return the greedy answers to examples, in order. Their `nll` is set to 0 and has no meaning.
+    """Return the model's greedy answers to examples, in order. Their `nll` is set to 0 and has no meaning.
 
     Args:
         limits: maximum number of tokens per answer.
@@ -235,7 +239,7 @@ async def ask_endpoint(
 
 
 async def all_or_none(work: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
-    """Return all results. If one request fails, cancel the others, because they would cost money."""
+    """Run all requests and return their results. If one fails, cancel the others, because they would cost money."""
     tasks = [asyncio.create_task(coroutine) for coroutine in work]
     try:
         return await asyncio.gather(*tasks)
@@ -245,7 +249,7 @@ async def all_or_none(work: Iterable[Coroutine[Any, Any, Result]]) -> list[Resul
 
 
 def _wanted_pause(answer: "httpx.Response", default: float) -> float:
-    """Return the number of seconds given in `Retry-After`, or the default if it is missing or a date."""
+    """Return the number of seconds in `Retry-After`, or the default if the header is missing or contains a date."""
     try:
         return max(0.0, float(answer.headers["retry-after"]))
     except (KeyError, ValueError):

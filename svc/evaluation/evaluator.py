@@ -1,8 +1,8 @@
-"""Evaluation for the trainer, gates and monitoring, through the same endpoint that serves clients.
+"""Evaluates models for the trainer, gates and monitoring, through the same endpoint that serves clients.
 
-Greedy answers are compared with references. The reference's log-likelihood shows differences for which
-exact match is too coarse. It covers the final answer with the token that ends it, and equals the
-training loss on that answer.
+Greedy answers are compared with references. In addition, the log-likelihood of the references reveals
+differences that are too small for exact match. It covers the tokens of the final answer, including the
+one that ends it, and equals the training loss on that answer.
 """
 
 import asyncio
@@ -32,11 +32,11 @@ CONCURRENCY = 16
 
 
 class MetricReport(BaseModel):
-    """Result of one metric.
+    """A model's result on one metric.
 
     Attributes:
         title: name of the metric for display.
-        estimate: the metric's value with its 95 % interval.
+        estimate: the metric's value and its 95 % confidence interval.
         better: whether higher or lower values are better.
         unit: unit of the values.
     """
@@ -50,24 +50,23 @@ class MetricReport(BaseModel):
 
     @classmethod
     def of(cls, metric: Metric, estimate: Interval) -> "MetricReport":
-        """Return the report of a metric with the given estimate."""
+        """Create the report for a metric from its estimate."""
         return cls(title=metric.title, estimate=estimate, better=metric.better, unit=metric.unit)
 
 
 class EvaluationReport(BaseModel):
-    """Quality of a model's answers to a held-out set.
+    """Report on the quality of a model's answers to a held-out set.
 
     Attributes:
         examples: number of evaluated examples.
         exact_match: share of answers that equal the reference.
-        valid_json: share of answers that are JSON, or None if the references are not.
+        valid_json: share of answers that are valid JSON, or None if the references are not JSON.
         cut_off: share of answers that were cut off at their token limit.
-        nll: negative log-likelihood of the reference answers, in nats per token, as a mean over all their
-            tokens.
-        hits: whether each example's answer matches exactly, for paired comparison.
-        seconds: time for all answers and scores; 0 if they were cached.
-        metrics: report of each metric, keyed by name.
-        primary: name of the metric that gates use and that monitoring measures again.
+        nll: mean negative log-likelihood of all tokens in the reference answers, in nats per token.
+        hits: whether the answer to each example is an exact match, for paired comparisons.
+        seconds: time taken to generate and score all answers, or 0 if they were cached.
+        metrics: reports on the metrics, keyed by name.
+        primary: name of the metric that gates use and that monitoring keeps measuring.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -84,19 +83,19 @@ class EvaluationReport(BaseModel):
 
     @property
     def figures(self) -> dict[str, MetricReport]:
-        """Reports of all metrics keyed by name, with the primary metric first."""
+        """Reports on all metrics, keyed by name, primary metric first."""
         return {self.primary: self.metrics[self.primary]} | self.metrics
 
     @property
     def all_figures(self) -> dict[str, MetricReport]:
-        """The reports in `figures`, followed by the share of cut-off answers and the log-likelihood."""
+        """The reports in `figures`, followed by those on the share of cut-off answers and the log-likelihood."""
         last = {CutOff.name: MetricReport.of(CutOff(), self.cut_off), Nll.name: MetricReport.of(Nll(), self.nll)}
         return self.figures | last
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """An evaluation report, and the results it was computed from: one per example, in order."""
+    """An evaluation report, along with the results it was computed from. There is one result per example, in order."""
 
     report: EvaluationReport
     results: tuple[ExampleResult, ...]
@@ -116,12 +115,12 @@ async def evaluate(
     Args:
         tokenized: the same examples in the same order, as tokenized for training.
         limits: maximum number of tokens per answer; see svc.evaluation.answer_limit.
-        trained: whether the model was trained on such examples, so that many answers equal the reference;
-            affects only the time needed.
+        trained: whether the model was trained on similar examples, so that many answers are likely to equal
+            the reference. This only affects the time needed.
         on_done: called after each example.
 
     Raises:
-        EngineError: a request failed; no report is made from only some of the examples.
+        EngineError: a request failed. No report is made unless all examples have been evaluated.
     """
     started = time.monotonic()
     results = await ask_examples(client, examples, tokenized, limits=limits, trained=trained, on_done=on_done)
@@ -137,7 +136,9 @@ async def ask_examples(
     trained: bool = True,
     on_done: Callable[[], None] = lambda: None,
 ) -> tuple[ExampleResult, ...]:
-    """Return the results of all examples without a report. Arguments and errors are those of `evaluate`."""
+    """Send all examples to the model and return the results without a report. For arguments and errors, see
+    `evaluate`.
+    """
     places, calls = asyncio.Semaphore(CONCURRENCY), any_call_tools(examples)
 
     async def ask(example: ChatExample, tokens: TokenizedExample, limit: int) -> ExampleResult:
@@ -163,11 +164,11 @@ async def ask_example(
     Args:
         tokenized: the same example as tokenized for training.
         limit: maximum number of tokens in the answer.
-        trained: as for `evaluate`.
+        trained: see `evaluate`.
         find_calls: whether any reference in the set calls tools.
 
     Raises:
-        EngineError: the engine failed a request.
+        EngineError: a request to the engine failed.
     """
     # Scoring computes the whole prompt without the prefix cache, in twice the time of an answer. It fills the cache.
     reference = None if trained else await score(client, tokenized)
@@ -190,29 +191,29 @@ async def ask_example(
 
 
 def _is_reference(answer: Answer, tokenized: TokenizedExample) -> bool:
-    """Return whether the answer and the reference have the same tokens, and so the same log-probability."""
+    """Return whether the answer has the same tokens as the reference, and therefore the same log-probability."""
     whole = len(tokenized.learnt) == 1 and tokenized.learnt[0][1] == len(tokenized.input_ids)
     return whole and answer.token_ids == tokenized.answer and len(answer.logprobs) == len(answer.token_ids)
 
 
 async def score(client: EngineClient, tokenized: TokenizedExample) -> float:
-    """Return the mean natural-log probability of all trained-on tokens, each given all tokens before it.
+    """Return the mean natural-log probability of the tokens that are trained on, each given all tokens before it.
 
     Raises:
-        EngineError: the engine rejected the request, or returned a number that is not finite.
+        EngineError: the engine rejected the request, or returned a log-probability that is not finite.
     """
     logprobs = await client.logprobs(tokenized.input_ids, tokenized.learnt[0][0])
     return _finite(statistics.fmean(tokenized.of_learnt(logprobs)))
 
 
 async def mean_logprob(client: EngineClient, prompt: Sequence[int], answer: Sequence[int]) -> float:
-    """Return the mean natural-log probability of a text's tokens, given a prompt.
+    """Return the mean natural-log probability of an answer's tokens, given its prompt.
 
     Args:
-        prompt, answer: token ids, at least one in each.
+        prompt, answer: token ids of the prompt and of the answer. Neither may be empty.
 
     Raises:
-        EngineError: the engine rejected the request, or returned a number that is not finite.
+        EngineError: the engine rejected the request, or returned a log-probability that is not finite.
     """
     return _finite(statistics.fmean(await client.logprobs([*prompt, *answer], len(prompt))))
 
@@ -232,12 +233,12 @@ def judge(
     seconds: float,
     metrics: Sequence[Metric] | None = None,
 ) -> Evaluation:
-    """Return the report on these results, recomputing all scores from the answers.
+    """Evaluate the given results, recomputing all scores from the answers.
 
     Args:
         results: one result per example, in the same order.
-        seconds: time for the answers; 0 if all of them were cached.
-        metrics: metrics to compute, the primary one first, or None for the task's default metrics.
+        seconds: time taken to generate the answers, or 0 if all of them were cached.
+        metrics: metrics to compute, primary metric first, or None for the task's default metrics.
 
     Raises:
         SvcError: a metric failed.

@@ -1,4 +1,4 @@
-"""Findings of a diagnosis: each has the fault, its numbers, the rule, and the recipe key to change."""
+"""Findings of a diagnosis. Each describes a fault with its numbers, the rule, and the recipe key to change."""
 
 from enum import StrEnum
 
@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class FindingKind(StrEnum):
-    """Kind of fault in a training run. A test checks that docs/diagnosis.md has the rule for each kind."""
+    """Kind of fault in a training run. The rule for each kind is in docs/diagnosis.md, which a test checks."""
 
     DIVERGENCE = "divergence"
     LEARNING_RATE_HIGH = "learning_rate_high"
@@ -33,8 +33,8 @@ class Advice(_Record):
     """A recipe change that is worth trying.
 
     Attributes:
-        key: the recipe's key in dotted form.
-        before: value used in the run; empty if none was set.
+        key: key in the recipe, in dotted form.
+        before: value that the run used; empty if the key was not set.
         value: value to try.
     """
 
@@ -47,7 +47,7 @@ class Advice(_Record):
 
 
 class Finding(_Record):
-    """One fault found in a training run.
+    """A fault found in a training run.
 
     Attributes:
         what: a sentence that describes the fault, including the numbers.

@@ -1,4 +1,4 @@
-"""Forgetting: loss of general knowledge in training, measured with the same questions before and after."""
+"""Measures forgetting, the loss of general knowledge in training, by asking the same questions before and after."""
 
 from collections.abc import Sequence
 
@@ -14,17 +14,20 @@ from svc.version import Format
 
 
 class Forgetting(BaseModel):
-    """Compares a base's answers to general questions with those of its version in one format.
+    """Comparison of a base's answers to general questions with those of a version in one format.
 
     Attributes:
         questions: name of the file with the questions.
         fingerprint: digest of the questions and their accepted answers.
-        before, after: share of right answers of the base and of the version.
-        difference: after minus before, paired by question; negative if the version answers fewer correctly.
-        nll_before, nll_after: negative log-likelihood of the references, in nats per token; more sensitive
-            than the share.
-        nll_difference: after minus before; positive if the references have become less likely.
-        lost, gained: number of questions that only the base, or only the version, answers correctly.
+        before, after: shares of questions that the base and the version answer correctly.
+        difference: `after` minus `before`, paired by question. It is negative if the version
+            answers fewer questions correctly.
+        nll_before, nll_after: negative log-likelihood of the references under the base and under the
+            version, in nats per token. It is more sensitive than the share.
+        nll_difference: `nll_after` minus `nll_before`. It is positive if the references have
+            become less likely.
+        lost, gained: number of questions that only the base answers correctly, and number that only the
+            version does.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,7 +54,7 @@ class Forgetting(BaseModel):
 def measure_forgetting(
     questions: GeneralSet, before: Sequence[ExampleResult], after: Sequence[ExampleResult]
 ) -> Forgetting:
-    """Compare a base's answers with those of its version.
+    """Compare a base's answers to general questions with those of a version.
 
     Args:
         before, after: one result per question, in order.

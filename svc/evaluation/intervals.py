@@ -1,4 +1,4 @@
-"""Estimates with 95 % intervals. No figure is reported without its uncertainty."""
+"""Computes estimates with 95 % confidence intervals. No figure is reported without its uncertainty."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,14 +12,15 @@ from svc.sample_size import Z_INTERVAL
 Floats = NDArray[np.float64]
 _RESAMPLES = 2000
 _BATCH = 1_000_000
-"""Number of indices drawn in one batch. Drawing all at once would take gigabytes with 100,000 examples."""
+"""Number of indices to draw at a time. Drawing all at once would take gigabytes for 100,000 examples."""
 
 Statistic = Callable[[Floats], Floats]
-"""Maps how often each example was drawn (one row per resample) to one value for each resample."""
+"""Function that computes a statistic for each resample. Its argument has one row per resample, which says
+how often each example was drawn."""
 
 
 class Interval(BaseModel):
-    """A value together with its 95 % interval."""
+    """A value together with its 95 % confidence interval."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -32,7 +33,7 @@ class Interval(BaseModel):
 
 
 def proportion(hits: int, total: int) -> Interval:
-    """Return the proportion of hits with Wilson's score interval, which stays valid near 0 and 1 (Wilson 1927).
+    """Return the proportion of hits with its Wilson score interval, which remains valid near 0 and 1 (Wilson 1927).
 
     Raises:
         ValueError: `total` is 0.
@@ -49,8 +50,8 @@ def mean(values: Sequence[float], weights: Sequence[float] | None = None) -> Int
     """Return the mean of the values with its bootstrap interval.
 
     Args:
-        weights: weight of each value, not all 0, or None for equal weights; a resample draws values with
-            their weights.
+        weights: weight of each value, or None for equal weights. Not all of them may be 0. A resample draws
+            each value together with its weight.
 
     Raises:
         ValueError: there are no values.
@@ -72,7 +73,9 @@ def weighted_mean(values: Sequence[float], weights: Sequence[float] | None = Non
 def paired_difference(
     first: Sequence[float], second: Sequence[float], weights: Sequence[float] | None = None
 ) -> Interval:
-    """Return the mean paired difference, second minus first, with its interval. Shared difficulty cancels out.
+    """Return the mean of the paired differences, second minus first, with its bootstrap interval.
+
+    Pairing cancels out differences in difficulty between examples.
 
     Args:
         weights: weight of each example, or None for equal weights.
@@ -83,10 +86,10 @@ def paired_difference(
 def share_difference(differences: Sequence[float]) -> Interval:
     """Return the mean of paired share differences, each between -1 and 1, with its adjusted Wald interval.
 
-    One difference of 1 and one of -1 are added (Bonett and Price 2012, J. Educ. Behav. Stat. 37, for answers
-    that are right or wrong). The interval therefore does not shrink to a point if no answer changes, as a
-    bootstrap interval does, and with 50 or more examples it excludes 0 only if at least six answers change
-    in one direction.
+    The adjustment adds one difference of 1 and one of -1 (Bonett and Price 2012, J. Educ. Behav. Stat. 37,
+    for answers that are right or wrong). Unlike a bootstrap interval, the result therefore does not shrink
+    to a point if no answer changes. With 50 or more examples, it excludes 0 only if at least six answers
+    change in the same direction.
 
     Raises:
         ValueError: there are no differences.
@@ -102,10 +105,10 @@ def share_difference(differences: Sequence[float]) -> Interval:
 
 
 def bootstrap(examples: int, statistic: Statistic) -> Interval:
-    """Return a statistic of all examples with its percentile interval, seeded to be reproducible.
+    """Return a statistic of all examples with its bootstrap percentile interval, using a fixed seed.
 
-    Resamples are drawn as counts of each example, so that a statistic of thousands of resamples is a matrix
-    product.
+    A resample is represented by how often each example was drawn, so that a statistic of thousands of
+    resamples can be computed as a matrix product.
 
     Raises:
         ValueError: there are no examples.
@@ -127,7 +130,10 @@ def bootstrap(examples: int, statistic: Statistic) -> Interval:
 
 
 def mean_or_proportion(values: Sequence[float]) -> Interval:
-    """Return the mean with its interval: Wilson's if all values are 0 or 1, otherwise a bootstrap interval."""
+    """Return the mean of the values with its interval.
+
+    This is Wilson's score interval if all values are 0 or 1, and a bootstrap interval otherwise.
+    """
     if values and set(values) <= {0, 1}:
         return proportion(round(math.fsum(values)), len(values))
     return mean(values)

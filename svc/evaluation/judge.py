@@ -1,8 +1,8 @@
-"""A judge: a model at any OpenAI endpoint that decides which of two answers is better.
+"""Asks a judge, a model at any OpenAI endpoint, which of two answers is better.
 
 Prompts, references and answers are sent to that endpoint, so judging is off by default, and the
-destination is printed before they are sent. Judges favour the first answer, so each pair is judged in
-both orders. The report includes how often the two verdicts agree.
+destination is printed before they are sent. Judges tend to favour the first answer, so each pair is
+judged in both orders. The report says how often the two verdicts agree.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from svc.evaluation.intervals import Interval, mean, proportion
 from svc.terminal import console, counting
 
 _MAX_UNREAD_SHARE = 0.1
-"""Maximum share of pairs that may be left without a verdict."""
+"""Maximum share of pairs that may be without a readable verdict."""
 _LAST_WORD = re.compile(r"\b(A|B|TIE)\W*$")
 _INSTRUCTION = """\
 You compare two answers to the same conversation. Say which one serves the user better: is it right, does it do what \
@@ -42,16 +42,15 @@ _POINTS = {Preference.FIRST: 0.0, Preference.TIE: 0.5, Preference.SECOND: 1.0}
 
 
 class JudgeReport(BaseModel):
-    """A judge's verdicts on the answers of two models.
+    """A judge's verdicts on the answers of two models, and the resulting figures.
 
     Attributes:
         url, model: the judge's endpoint and model.
-        pairs: number of pairs with a verdict in both orders.
-        unread: number of pairs without a verdict, which are excluded from all figures.
-        win_rate: win rate of the second model, as the mean over pairs and both orders: 1 for a win, 0.5 for
-            a tie.
+        pairs: number of pairs with a readable verdict in both orders.
+        unread: number of pairs without one, which are excluded from all figures.
+        win_rate: win rate of the second model, averaged over pairs and orders. A win counts 1 and a tie 0.5.
         agreement: share of pairs with the same verdict in both orders.
-        verdicts: both verdicts on each pair; empty for a pair without a verdict.
+        verdicts: the two verdicts on each pair, or an empty tuple if one is not readable.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -73,11 +72,11 @@ async def judge_answers(
     *,
     title: str,
 ) -> JudgeReport:
-    """Return the verdicts on all pairs of answers, in both orders. Identical answers are ties and are not sent.
+    """Have a judge compare all pairs of answers in both orders. Identical answers are ties and are not sent.
 
     Args:
-        first, second: two models' answers to each example.
-        title: text shown beside the progress bar.
+        first, second: the answers of the two models to each example.
+        title: text to show beside the progress bar.
 
     Raises:
         SettingsError: the endpoint is not valid.
@@ -112,7 +111,10 @@ async def judge_answers(
 
 
 async def _compare(chat: Chat, example: ChatExample, first: str, second: str) -> tuple[Preference, ...]:
-    """Return the verdicts in both orders, each relative to the given order, or () if one is unreadable."""
+    """Judge one pair of answers in both orders.
+
+    Both verdicts refer to the given order. The result is empty if one of them cannot be read.
+    """
     if first.strip() == second.strip():
         return Preference.TIE, Preference.TIE
     shown, turned = await _ask(chat, example, first, second), await _ask(chat, example, second, first)
@@ -129,7 +131,10 @@ async def _ask(chat: Chat, example: ChatExample, first: str, second: str) -> Pre
 
 
 def _read_verdict(text: str) -> Preference | None:
-    """Return the verdict: the answer's only word, or the last word of an explanation. None if there is none."""
+    """Return the verdict in the judge's answer, or None if there is none.
+
+    The verdict must be the only word, or the last word after an explanation.
+    """
     match = _LAST_WORD.fullmatch(text.strip(" \n*_\"'").upper()) or _LAST_WORD.search(text)
     named = {"A": Preference.FIRST, "B": Preference.SECOND, "TIE": Preference.TIE}
     return named[match[1]] if match else None

@@ -1,4 +1,4 @@
-"""Losses of a model compared with another one on the same examples, with intervals wide enough for a verdict."""
+"""Computes how much worse one model is than another on the same examples, with intervals suitable for verdicts."""
 
 from collections.abc import Sequence
 
@@ -7,15 +7,18 @@ from svc.evaluation.metrics.metric import Answered, Better, Metric, Unit
 from svc.evaluation.results import ExampleResult, token_weights
 
 MIN_DIFFERENCES = 8
-"""Minimum number of examples for a verdict on a bootstrap interval. Fewer may all differ in one direction by chance
-(1 case in 128), which a bootstrap does not show."""
+"""Minimum number of examples for basing a verdict on a bootstrap interval. If there are fewer, all of them
+may differ in the same direction by chance (1 case in 128), which a bootstrap cannot show."""
 MIN_NLL_MARGIN = 0.005
-"""Smallest limit on the NLL loss, in nats per token. For a nearly certain model, a share of its NLL is less than the
-engine's rounding."""
+"""Minimum margin for the loss in NLL, in nats per token. For a model that is nearly certain of the
+references, a margin relative to its NLL would be smaller than the engine's rounding errors."""
 
 
 def metric_loss(metric: Metric, before: Answered, after: Answered) -> Interval:
-    """Return the loss of the second model. For shares, the interval is at least as wide as for unchanged answers."""
+    """Return how much worse the second model is on a metric.
+
+    If the metric is a share, the interval is at least as wide as it would be if no answer had changed.
+    """
     sign = 1 if metric.better is Better.LOWER else -1
     if metric.unit is Unit.SHARE and metric.scored:
         pairs = zip(metric.stored_scores(before), metric.stored_scores(after), strict=True)

@@ -1,7 +1,7 @@
-"""Measures only while other processes leave the machine idle, or else reports how busy they kept it.
+"""Takes measurements while other processes leave the machine idle, or reports how busy they kept it.
 
-An engine measured on a CPU during an unrelated training run decoded 4 tokens/s instead of 140. Only
-processors are checked, so another process on the same GPU goes unnoticed.
+On a CPU, an engine that was measured during an unrelated training run decoded 4 tokens/s instead of 140.
+Only CPU usage is checked, so other processes on the same GPU go unnoticed.
 """
 
 import asyncio
@@ -17,14 +17,14 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 MAX_OTHERS_SHARE = 0.1
-"""Maximum share of all processors that other processes may use. It allows for an idle system and a progress
-bar, which is too little to affect an engine."""
+"""Maximum share of all CPUs that other processes may use. An idle system with a progress bar stays below
+it, and less than this does not affect an engine."""
 _TRIES = 3
 _PAUSE_S = 10.0
 
 
 def machine_s() -> float:
-    """Return the processor time in seconds used by all processes on this machine or stolen by its host."""
+    """Return the CPU time used by all processes on this machine or stolen by its host, in seconds."""
     times = psutil.cpu_times()
     return sum(times[:]) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0)
 
@@ -35,16 +35,17 @@ async def measure_quietly(
     *,
     used_s: Callable[[], float] = machine_s,
 ) -> tuple[Result, float]:
-    """Measure up to three times, pausing 10 s before each retry, if other processes keep the machine busy.
+    """Take a measurement, and repeat it up to two times if other processes keep the machine busy.
+
+    There is a pause of 10 seconds before each repetition.
 
     Args:
-        own_s: returns the processor time of the measured processes, in seconds; that of this process is
-            added.
-        used_s: returns the processor time of all processes, in seconds.
+        own_s: returns the CPU time of the measured processes, in seconds. The CPU time of this process is
+            added to it.
+        used_s: returns the CPU time of all processes, in seconds.
 
     Returns:
-        The least disturbed result, and the share of all processors that other processes used during that
-        measurement.
+        The least disturbed result, and the share of all CPUs that other processes used during that measurement.
     """
     best: tuple[Result, float] | None = None
     for attempt in range(_TRIES):

@@ -1,7 +1,8 @@
-"""Results of each held-out example, stored with a version so that later answers can be compared one by one.
+"""Per-example results on the held-out set. They are stored with a version so that later answers can be
+compared with them one by one.
 
-The file has one line of JSON per example, in the order of the held-out file. It has fewer lines than
-that file if only its first examples were evaluated.
+The file contains one JSON line per example, in the order of the held-out file. It is shorter than the
+held-out file if only the first examples were evaluated.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ class ExampleResult(BaseModel):
     """A model's answer to one example, and its scores.
 
     Attributes:
-        answer: the greedy answer.
+        answer: the model's answer, decoded greedily.
         tokens: number of tokens in the answer, including the token that ended it.
         limit: maximum number of tokens in the answer.
         finish_reason: the engine's `finish_reason`.
@@ -24,7 +25,7 @@ class ExampleResult(BaseModel):
         nll: negative log-likelihood of the reference answer, in nats per token.
         scored: number of tokens over which `nll` is averaged; 1 if nothing was scored.
         hit: whether the answer equals the reference, ignoring surrounding white space.
-        scores: this example's score by each metric that scores examples, keyed by metric name.
+        scores: scores from all metrics that score individual examples, keyed by metric name.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -46,17 +47,17 @@ class ExampleResult(BaseModel):
 
 
 def largest_limit(results: Sequence[ExampleResult]) -> int:
-    """Return the largest limit on the answers, in tokens. At least one answer is required."""
+    """Return the largest answer token limit among the results, which must not be empty."""
     return max(result.limit for result in results)
 
 
 def token_weights(results: Sequence[ExampleResult]) -> list[float]:
-    """Return each result's number of scored tokens, which is the weight of its log-likelihood."""
+    """Return each result's weight when log-likelihoods are averaged, which is its number of scored tokens."""
     return [float(result.scored) for result in results]
 
 
 def write_results(path: Path, results: Sequence[ExampleResult]) -> None:
-    """Write one line per result, in order."""
+    """Write the results to a file in order, one per line."""
     path.write_text("".join(f"{result.model_dump_json()}\n" for result in results), "utf-8")
 
 

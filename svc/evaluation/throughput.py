@@ -1,4 +1,4 @@
-"""Measures an engine's speed under fixed conditions, so that formats can be compared on one machine."""
+"""Measures an engine's speed under fixed conditions, so that formats can be compared on the same machine."""
 
 import asyncio
 import time
@@ -8,13 +8,13 @@ from svc.engine.client import EngineClient
 from svc.evaluation.intervals import Interval, mean
 
 STREAMS = 8
-"""Number of concurrent streams at which a format's speed is reported."""
+"""Number of concurrent streams for which a format's speed is reported."""
 TOKENS = 16
 REPEATS = 3
 
 
 async def first_token_seconds(client: EngineClient, prompt: Sequence[int]) -> Interval:
-    """Return the time to first token of an uncached prompt, measured three times with no other requests.
+    """Return the time to first token of an uncached prompt, measured three times on an otherwise idle engine.
 
     Args:
         prompt: token ids of the prompt.
@@ -29,7 +29,9 @@ async def first_token_seconds(client: EngineClient, prompt: Sequence[int]) -> In
 
 
 async def decoding_speed(client: EngineClient, prompts: Sequence[Sequence[int]], streams: int) -> Interval:
-    """Return the generated tokens per second, measured three times with cached prompts, 16 tokens per stream.
+    """Return the decoding speed in tokens per second, measured three times.
+
+    Prompts are cached, and each stream generates 16 tokens.
 
     Args:
         prompts: token ids of each prompt; reused in turn if there are fewer prompts than streams.

@@ -1,6 +1,7 @@
-"""A model's score for each token of a given answer: the log-probability and the top-1 token.
+"""Per-token scores of a given answer: each token's log-probability and the model's top-1 token.
 
-The form is the same for the engine and the trainer's own model, so that both can be compared token by token.
+The engine and the trainer's own model produce scores in the same form, so that the two can be compared
+token by token.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,8 @@ from svc.engine.client import EngineClient
 
 _MAX_EXAMPLES = 32
 _MAX_TOKENS = 2048
-"""Maximum total number of tokens. A quantized 135M model scores them in 20 s on two cores with AVX2."""
+"""Maximum total number of tokens to score. A quantized 135M model scores that many in 20 s on two cores
+with AVX2."""
 
 
 class TokenScore(NamedTuple):
@@ -27,11 +29,11 @@ class TokenScore(NamedTuple):
 
 
 Scores = tuple[tuple[TokenScore, ...], ...]
-"""Scores of every trained-on token of every example."""
+"""Scores of all trained-on tokens, grouped by example."""
 
 
 def choose_examples(tokenized: Sequence[TokenizedExample]) -> list[TokenizedExample]:
-    """Return examples spread over the held-out set, at least one, with at most 2,048 tokens in total."""
+    """Return examples spread over the held-out set: at least one, and otherwise at most 2,048 tokens in total."""
     stride = max(1, len(tokenized) // _MAX_EXAMPLES)
     chosen: list[TokenizedExample] = []
     tokens = 0

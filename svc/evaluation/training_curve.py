@@ -1,6 +1,6 @@
-"""Training curve, stored as one line of JSON per point in a version's reference folder.
+"""A training curve, stored in a version's reference folder as one JSON line per point.
 
-Point 0 is the model before its first step.
+Point 0 is the model before its first training step.
 """
 
 from collections.abc import Sequence
@@ -45,7 +45,7 @@ class TrainingPoint(BaseModel):
 
 
 def write_training_curve(path: Path, points: Sequence[TrainingPoint]) -> None:
-    """Write one line per point of the training curve."""
+    """Write a training curve to a file, one point per line."""
     path.write_text("".join(f"{point.model_dump_json(exclude_defaults=True)}\n" for point in points), "utf-8")
 
 

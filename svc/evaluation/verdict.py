@@ -1,8 +1,8 @@
 """A gate's verdict: whether a loss is within the allowed margin, beyond it, or undecided.
 
-A gate that rejects only a proven loss passes a bad version if there are few examples: losing 12 of 27
-right answers to 60 questions does not prove a loss of more than 0.1. `passed` must therefore be proven
-too. The third outcome, `undecided`, comes with the number of examples that would decide.
+With few examples, a gate that rejects only a proven loss would pass a bad version: losing 12 of 27 right
+answers to 60 questions does not prove a loss of more than 0.1. A pass must therefore be proven too. The
+third outcome, `undecided`, comes with the number of examples needed for a decision.
 """
 
 from enum import StrEnum
@@ -18,17 +18,19 @@ _ROUNDING = 1e-9  # 0.745 - 0.695 is slightly more than 0.05 in floating point
 
 
 class GateOutcome(StrEnum):
-    """Outcome of a gate, determined by where the loss's interval lies relative to the margin."""
+    """Outcome of a gate, determined by where the loss's confidence interval lies relative to the margin."""
 
     PASSED = "passed"
-    """The interval excludes a loss beyond the margin."""
+    """The confidence interval excludes a loss beyond the margin."""
     FAILED = "failed"
-    """The interval proves a loss beyond the margin."""
+    """The confidence interval proves a loss beyond the margin."""
     UNDECIDED = "undecided"
 
 
 class Gate(StrEnum):
-    """A kind of loss with a limit, named after the limit's key in the recipe's `evaluate` section."""
+    """The kinds of loss that can be limited, named after the keys of their limits in the recipe's `evaluate`
+    section.
+    """
 
     GPTQ_LOSS = "max_gptq_loss"
     GPTQ_NLL = "max_gptq_nll"
@@ -49,8 +51,8 @@ class Verdict(_Record):
 
     Attributes:
         loss: how much worse the second model is, with its 95 % interval; negative if it is better.
-        detectable: smallest distance of the loss from the margin that this number of examples decides with
-            80 % power.
+        detectable: smallest distance between the loss and the margin that this number of examples can detect
+            with 80 % power.
         examples_to_decide: approximate number of examples for 80 % power if the loss stays the same. None if
             the outcome is decided, or if the loss is so close to the margin that more than a million would
             be needed.
@@ -64,7 +66,7 @@ class Verdict(_Record):
     examples_to_decide: int | None
 
     def reason(self, counted: str = "examples") -> str:
-        """Return the reason for the outcome. `counted` is the noun for what was counted."""
+        """Return the reason for the outcome as text. `counted` is the noun to use for the examples."""
         number = f"{self.examples} {counted}"
         match self.outcome:
             case GateOutcome.PASSED:
@@ -103,8 +105,9 @@ class GateReport(_Record):
 def judge(loss: Interval, margin: float, examples: int, *, fewest: int = 1) -> Verdict:
     """Return the verdict on a loss.
 
-    The number of examples that would decide follows from the distance of the loss to the margin and from the
-    variance that the interval's width implies, by the normal approximation of svc.sample_size.
+    The number of examples needed for a decision is computed with the normal approximation in
+    svc.sample_size. Its inputs are the distance between the loss and the margin, and the variance implied by
+    the interval's width.
 
     Args:
         loss: paired difference; above 0 if the second model is worse.

@@ -1,1 +1,1 @@
-"""Files on disk: disk space, JSON files and locks."""
+"""Helpers for files on disk: atomic writes, disk space, JSON files and locks."""

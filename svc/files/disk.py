@@ -1,6 +1,7 @@
-"""Writes files that are complete or absent even after a kill or power cut, and detects a full disk.
+"""Writes files atomically and detects a full disk.
 
-This module knows nothing about the files' contents.
+Even after a kill or power cut, a written file is either complete or absent. This module knows nothing
+about the files' contents.
 """
 
 import errno
@@ -44,13 +45,14 @@ def sync_files(folder: Path) -> None:
 
 
 def close_to_others(folder: Path, marks: Iterable[str]) -> None:
-    """Remove all other users' access to one of this service's folders, and so to its content, if it exists.
+    """Revoke other users' access to one of this service's folders, and so to its content, if it exists.
 
     A shared folder such as /tmp, or a folder with other content, is left unchanged, even if it is configured
-    as home.
+    as the home.
 
     Args:
-        marks: names of which this service's folders contain at least one, unless they are empty.
+        marks: file names by which the service's own folders are recognized. Each folder is either empty or
+            contains at least one of them.
     """
     with suppress(FileNotFoundError):
         status, names = folder.stat(), set(os.listdir(folder))
@@ -63,8 +65,8 @@ def close_to_others(folder: Path, marks: Iterable[str]) -> None:
 def is_full(error: Exception, folder: Path) -> bool:
     """Return whether an error means that the disk or the user's quota is full.
 
-    Libraries report a full disk in different ways; torch reports a truncated write as an unexpected
-    position.
+    Libraries report a full disk in different ways. For example, torch reports a truncated write as an
+    unexpected file position.
 
     Args:
         folder: folder that was written to.

@@ -10,7 +10,7 @@ from svc.errors import IntegrityError
 
 _Record = TypeVar("_Record", bound=BaseModel)
 _TODO = "restore it from a backup, or train again"
-"""What to do next if a file that is stored with a version is damaged."""
+"""Advice to the user if a file that is stored with a version is damaged."""
 
 
 def read_json_object(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -35,10 +35,10 @@ def read_json_object(path: Path, default: dict[str, Any] | None = None) -> dict[
 
 
 def read_record(path: Path, kind: type[_Record]) -> _Record:
-    """Return the record that `model_dump_json` wrote to a version's file.
+    """Read a record that was written to one of a version's files with `model_dump_json`.
 
     Raises:
-        IntegrityError: the file is missing or contains no such record.
+        IntegrityError: the file is missing or does not contain a valid record.
     """
     try:
         return kind.model_validate_json(path.read_bytes())
@@ -47,13 +47,13 @@ def read_record(path: Path, kind: type[_Record]) -> _Record:
 
 
 def read_records(path: Path, kind: type[_Record], what: str) -> tuple[_Record, ...]:
-    """Return the records in a file, one per line.
+    """Read the records in a file, one per line.
 
     Args:
         what: noun for a record, used in error messages.
 
     Raises:
-        IntegrityError: the file is missing, or a line contains no such record.
+        IntegrityError: the file is missing, or a line does not contain a valid record.
     """
     try:
         lines = path.read_bytes().splitlines()  # of bytes: U+2028 is valid JSON and not a line end

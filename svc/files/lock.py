@@ -1,4 +1,4 @@
-"""A lock file that names its holder. The kernel releases the lock when the holder dies, however it dies."""
+"""A lock file that names its holder. The kernel releases the lock when the holder dies, whatever the cause."""
 
 import fcntl
 import json
@@ -17,7 +17,8 @@ _PAUSE_S = 0.01
 
 @contextmanager
 def locked_file(path: Path) -> Iterator[IO[str]]:
-    """Yield the exclusively locked file, positioned at its end. A process that inherits it holds the lock too.
+    """Lock a file exclusively and yield it, positioned at its end. A process that inherits it also holds the
+    lock.
 
     Raises:
         BlockingIOError: another process holds the lock, or has just removed the file.
@@ -30,7 +31,7 @@ def locked_file(path: Path) -> Iterator[IO[str]]:
 
 
 def is_locked(path: Path) -> bool:
-    """Return whether a process holds the lock. A concurrent `is_locked` check does not count as a holder."""
+    """Return whether any process holds the lock, not counting processes that are only running `is_locked`."""
     try:
         with path.open("r", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -74,7 +75,9 @@ def lock_holder(path: Path) -> dict[str, Any] | None:
 
 
 def _lies_at(path: Path, file: IO[str]) -> bool:
-    """Return whether the path still leads to this file. Its last holder may have removed or renamed its folder."""
+    """Return whether the path still refers to this file. The last lock holder may have removed or renamed the
+    folder.
+    """
     try:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except FileNotFoundError:
@@ -82,7 +85,7 @@ def _lies_at(path: Path, file: IO[str]) -> bool:
 
 
 def _take(file: IO[str]) -> None:
-    """Take the lock, retrying because another process in `is_locked` may hold it for microseconds."""
+    """Acquire the lock, retrying because `is_locked` in another process may hold it for microseconds."""
     deadline = time.monotonic() + _TAKE_TIMEOUT_S
     while True:
         try:

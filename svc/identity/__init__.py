@@ -1,1 +1,1 @@
-"""Identities: keys with their scopes and limits, their secrets, and the actors named in the audit log."""
+"""Identities: API keys with their scopes, limits and secrets, and the actors named in the audit log."""

@@ -22,7 +22,9 @@ class Actor:
 
     @classmethod
     def local(cls) -> "Actor":
-        """Return the user who runs this process, according to the system. Environment variables can be forged."""
+        """Return the user who runs this process, as reported by the system, because environment variables can be
+        forged.
+        """
         try:
             user = pwd.getpwuid(os.getuid()).pw_name
         except KeyError:  # the uid has no name, for example in a container

@@ -1,4 +1,6 @@
-"""Reads keys from files. Commands take no key as an argument, because all local users can read arguments."""
+"""Reads keys from files. Commands do not accept a key as an argument, because any local user can see a
+process's arguments.
+"""
 
 import os
 import stat
@@ -9,7 +11,7 @@ from svc.identity.key_secret import key_id_of
 
 
 def read_key(path: Path) -> str:
-    """Return this service's API key from a file.
+    """Read an API key for this service from a file.
 
     Raises:
         SettingsError: the file cannot be read, is readable by other users, or contains no secret.
@@ -24,7 +26,7 @@ def read_key(path: Path) -> str:
 
 
 def read_secret(path: Path, renew: str) -> str:
-    """Return an API key of any service from a file.
+    """Read an API key for any service from a file.
 
     Args:
         renew: instruction for replacing a key that other users may have copied.

@@ -3,8 +3,8 @@
     ts_k3v9q0xa_5yD0...Qe1x4T9a
        └─ id ─┘ └ 190 bits ┘└ CRC-32 ┘
 
-The id is public and appears in rows, metrics and tables. The prefix lets scanners of repositories and
-logs find a secret, and the checksum detects a typo before any lookup.
+The id is public and appears in rows, metrics and tables. The prefix lets secret scanners find keys in
+repositories and logs, and the checksum detects a typo before any lookup.
 
 Only the SHA-256 is stored. A slow password hash would not help, because nobody can try 2^190 secrets,
 however fast the hash is, and it would slow down every request.
@@ -29,7 +29,7 @@ _ID_LENGTH, _RANDOM_LENGTH, _CHECKSUM_LENGTH = 8, 32, 6
 
 
 def new_key_id() -> str:
-    """Return a random key id. The caller that stores it must ensure that it is unique."""
+    """Return a random key id. The caller must ensure that it is unique when storing it."""
     return "".join(secrets.choice(_ID_LETTERS) for _ in range(_ID_LENGTH))
 
 
@@ -40,7 +40,7 @@ def new_secret(key_id: str) -> str:
 
 
 def key_id_of(secret: str) -> str | None:
-    """Return the key id in a secret, or None if the text is not a secret or has a typo."""
+    """Return the key id in a secret, or None if the text is not a secret or contains a typo."""
     match = _SECRET.fullmatch(secret)
     if match is None or secret[-_CHECKSUM_LENGTH:] != _checksum(secret[:-_CHECKSUM_LENGTH]):
         return None
@@ -48,7 +48,7 @@ def key_id_of(secret: str) -> str | None:
 
 
 def hide_secrets(text: str) -> str:
-    """Return a text in which each complete or nearly complete secret is replaced by `[key]`."""
+    """Return the text with each complete or nearly complete secret replaced by `[key]`."""
     return _PART.sub(KEY_BLANK, text) if PREFIX in text else text
 
 

@@ -19,12 +19,11 @@ class Scope(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """A key's limits. Where a limit is None, only the server's limit applies.
+    """Limits of a key. If a limit is None, only the server's limit applies.
 
     Attributes:
         concurrent: maximum number of concurrent requests.
-        tokens_per_day: maximum number of prompt and answer tokens in total per day, starting at midnight
-            UTC.
+        tokens_per_day: maximum total of prompt and answer tokens per day. A day starts at midnight UTC.
     """
 
     requests_per_minute: int | None = None

@@ -1,8 +1,8 @@
-"""A chat template's extra arguments, which must be the same in training, evaluation and serving.
+"""Extra chat template arguments, which must be the same in training, evaluation and serving.
 
-Templates of thinking models insert a thinking block into a prompt, or into the last answer, unless it is
-disabled. Others insert today's date. A model that is used with a different setting from training's
-answers wrongly, without any other symptom.
+Templates of thinking models insert a thinking block into the prompt, or into the last answer, unless it
+is disabled. Other templates insert today's date. A model used with different arguments than in training
+gives wrong answers, without any other symptom.
 """
 
 import json
@@ -15,10 +15,10 @@ from svc.files.disk import write_whole
 from svc.files.json_file import read_json_object
 
 TEMPLATE_KWARGS_FILE = "chat_template_kwargs.json"
-"""File in a served model's folder that stores the arguments. It is missing if there are none."""
+"""File in a served model's folder that stores the chat template arguments. It is absent if there are none."""
 
 _DATE = date(2024, 7, 26)
-"""The date that Llama's templates use if the current date is not available."""
+"""Date that Llama's chat templates fall back to when the current date is not available."""
 _TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 TemplateValue = bool | int | float | str
@@ -28,12 +28,13 @@ _DEFAULTS: dict[str, TemplateValue] = {
     "enable_thinking": False,
     "date_string": f"{_DATE:%d %b %Y}",
 }
-"""Default arguments: no thinking, and a date that does not change daily. Each is passed only to templates
-that contain its name."""
+"""Default chat template arguments: no thinking, and a fixed date. Each is passed only to templates that
+contain its name."""
 
 
 def choose_template_kwargs(folder: Path, given: TemplateKwargs | None) -> dict[str, TemplateValue]:
-    """Return the template's arguments: the recipe's, else those stored with the model, else the defaults.
+    """Return the chat template arguments: the recipe's, or else those stored with the model, or else the
+    defaults.
 
     Args:
         folder: folder of the model to be trained.
@@ -51,9 +52,9 @@ def choose_template_kwargs(folder: Path, given: TemplateKwargs | None) -> dict[s
 
 
 def pin_date(template: str) -> str:
-    """Return a template with a fixed date in place of today's if no argument can set it, as in SmolLM3's.
+    """Return the template with today's date fixed, if no argument can set the date, as in SmolLM3's template.
 
-    Otherwise a version would be trained with one prompt and used with a different one each day.
+    Otherwise a version would be trained with one prompt and used with a different prompt every day.
     """
     if "date_string" in template:
         return template
@@ -61,7 +62,7 @@ def pin_date(template: str) -> str:
 
 
 def read_chat_template(folder: Path) -> str | None:
-    """Return the chat template in a model folder, or None if there is none or there are several named ones."""
+    """Return a model folder's chat template, or None if it has none or has several named ones."""
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text("utf-8")
@@ -73,7 +74,7 @@ def read_chat_template(folder: Path) -> str | None:
 
 
 def read_template_kwargs(folder: Path) -> dict[str, TemplateValue]:
-    """Return the template's arguments stored in a model folder, or an empty dict if none are stored.
+    """Return the chat template arguments stored in a model folder, or an empty dict if none are stored.
 
     Raises:
         IntegrityError: the file with the arguments is damaged.
@@ -82,6 +83,6 @@ def read_template_kwargs(folder: Path) -> dict[str, TemplateValue]:
 
 
 def write_template_kwargs(folder: Path, kwargs: TemplateKwargs) -> None:
-    """Write the template's arguments to a model folder. No file is written if there are none."""
+    """Write chat template arguments to a model folder. No file is written if there are none."""
     if kwargs:
         write_whole(folder / TEMPLATE_KWARGS_FILE, json.dumps(dict(kwargs), sort_keys=True).encode("utf-8"))

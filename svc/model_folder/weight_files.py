@@ -1,4 +1,4 @@
-"""The files in a model folder that transformers and vLLM read: weights and tokenizer.
+"""The weight and tokenizer files that transformers and vLLM read from a model folder.
 
 A folder from the hub often contains more: the same weights in the publisher's own format
 (`consolidated.safetensors`, `original/`), parameters (`params.json`) and pictures. These are ignored
@@ -12,7 +12,7 @@ from svc.files.json_file import read_json_object
 
 WEIGHTS_INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-"""Tokenizer files, each of which is sufficient as a tokenizer."""
+"""Names of tokenizer files, any one of which is sufficient."""
 
 
 def weight_files(folder: Path) -> list[Path]:

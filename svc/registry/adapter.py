@@ -1,6 +1,7 @@
-"""Adapters of versions: facts about an adapter, and why vLLM cannot apply it to its base at run time.
+"""Describes a version's adapter and tells whether vLLM can apply it to its base at run time.
 
-vLLM supports LoRA and rsLoRA (vllm/lora/peft_helper.py). All other kinds of adapters are served merged.
+vLLM supports LoRA and rsLoRA (vllm/lora/peft_helper.py). Versions with any other kind of adapter are
+served merged.
 """
 
 from collections.abc import Mapping
@@ -32,12 +33,12 @@ _FEATURES = {
     "use_bdlora": "block-diagonal LoRA",
     "use_qalora": "QALoRA",
 }
-"""Unsupported kinds of adapters, keyed by the PEFT config key that selects them."""
+"""Unsupported kinds of adapters, keyed by the PEFT config option that enables them."""
 _PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 """Values of `init_lora_weights` that leave the base's weights unchanged, unlike those for PiSSA and OLoRA."""
 _NOT_TARGETS = frozenset({"lm_head", "embed_tokens"})
-"""Layers that adapters must not change. vLLM would store one output layer per adapter, which kills its CPU
-engine at the next probe."""
+"""Layers that adapters must not change. vLLM would store one output layer per adapter, which crashes its
+CPU engine at the next probe."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +58,14 @@ class AdapterBase:
 
 @dataclass(frozen=True, slots=True)
 class AdapterFacts:
-    """Facts about the adapter of one version.
+    """Properties of a version's adapter.
 
     Attributes:
         folder: folder with the adapter's files.
         rank: largest rank of any layer.
         targets: last parts of the names of the adapted layers, for example `q_proj`.
         bytes: total size of the adapter's files, in bytes.
-        failed: checks that the version failed before its registration.
+        failed: checks that the version failed before it was registered.
     """
 
     version: VersionId
@@ -77,7 +78,7 @@ class AdapterFacts:
 
 
 def read_adapter(registry: Registry, version: VersionId) -> AdapterFacts:
-    """Read the facts about a version's adapter, without loading its weights.
+    """Read the properties of a version's adapter without loading its weights.
 
     Raises:
         NotFoundError: the version does not exist, or has no adapter, or its base is missing.
@@ -111,7 +112,7 @@ def read_adapter(registry: Registry, version: VersionId) -> AdapterFacts:
 
 
 def adapter_refusal(config: Mapping[str, Any]) -> str | None:
-    """Return why vLLM cannot apply an adapter to its base, or None if it can.
+    """Return the reason why vLLM cannot apply an adapter to its base, or None if it can.
 
     Args:
         config: the adapter's config, as written by PEFT.

@@ -75,7 +75,7 @@ def rm(ctx: click.Context, versions: tuple[str, ...], reason: str | None, as_jso
 @json_option
 @click.pass_context
 def gc(ctx: click.Context, older_than: float, dry_run: bool, reason: str | None, as_json: bool) -> None:
-    """Delete files left by old runs, sweeps, interrupted work, logs and caches. Versions are not deleted."""
+    """Delete files left behind by old runs and sweeps, interrupted work, logs and caches. Keeps all versions."""
     from svc.registry.housekeeping import find_reclaimable, reclaim
     from svc.store.audit import Action, AuditEntry, record_event
     from svc.store.database import open_database
@@ -159,7 +159,7 @@ def _show_parity(registry: Registry, manifest: Manifest, *, as_json: bool) -> No
 @click.option("--port", default=5000, show_default=True, help="Port of MLflow's web UI on 127.0.0.1.")
 @click.pass_context
 def ui(ctx: click.Context, port: int) -> None:
-    """Start MLflow's web pages on this machine. Ctrl-C stops them."""
+    """Start the MLflow web UI on this machine. Press Ctrl-C to stop it."""
     import os
     import socket
 

@@ -1,4 +1,4 @@
-"""A version's files: their hashes, and safetensors headers, which are read without the weights."""
+"""Hashes and safetensors headers of a version's files. Headers are read without loading the weights."""
 
 import hashlib
 import json

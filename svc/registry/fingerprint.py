@@ -1,11 +1,11 @@
 """Version compatibility: one version can replace another in place only if their fingerprints are equal.
 
-A reload replaces only tensors, so everything that vLLM reads once when it starts must be the same:
-architecture, shapes, quantization, tokenizer, chat template and its arguments, default sampling.
+A reload replaces only tensors, so everything that vLLM reads once at startup must be the same:
+architecture, shapes, quantization, tokenizer, chat template and its arguments, and sampling defaults.
 
-One tensor must be the same too. If the input and output embeddings share a matrix, vLLM's CPU engine
-keeps a packed copy for the output, which a reload does not update. Adapters do not change that matrix,
-but full fine-tuning does.
+One tensor must be the same as well. If the input and output embeddings share a matrix, vLLM's CPU engine
+keeps a packed copy of it for the output, which a reload does not update. Adapters do not change that
+matrix, but full fine-tuning does.
 """
 
 import hashlib
@@ -68,7 +68,8 @@ def compatibility_fingerprint(folder: Path, template_kwargs: TemplateKwargs | No
 
 
 def tokenizer_fingerprint(folder: Path) -> str:
-    """Return the SHA-256 of a model folder's tokenizer. It is equal for models that tokenize every text alike.
+    """Return the SHA-256 of a model folder's tokenizer. Models that tokenize every text alike have equal
+    hashes.
 
     Raises:
         IntegrityError: the tokenizer's file is missing or damaged.
@@ -82,10 +83,11 @@ def _digest(parts: dict[str, Any]) -> str:
 
 
 def _tokenizer(folder: Path) -> dict[str, Any]:
-    """Return the content that determines the token ids of a text.
+    """Return the tokenizer content that determines the token ids of a text.
 
-    This is tokenizer.json without truncation and padding, which its last user may have set. If a folder
-    lacks that file, as for many SentencePiece models, the hashes of its vocabulary files are returned.
+    This is tokenizer.json without its truncation and padding settings, which may be left over from the last
+    use. If a folder lacks that file, as with many SentencePiece models, the hashes of its vocabulary files
+    are returned instead.
     """
     if (folder / "tokenizer.json").is_file():
         tokenizer = read_json_object(folder / "tokenizer.json")
@@ -97,7 +99,8 @@ def _tokenizer(folder: Path) -> dict[str, Any]:
 
 
 def _shared_embedding(folder: Path, config: dict[str, Any], names: list[str]) -> str | None:
-    """Return the SHA-256 of an embedding shared with the output, or None if the output has its own.
+    """Return the SHA-256 of the embedding if the output layer shares it, or None if the output has its own
+    matrix.
 
     The config may not show this, because some architectures share the embedding by default and then save no
     output layer.
@@ -112,7 +115,9 @@ def _shared_embedding(folder: Path, config: dict[str, Any], names: list[str]) ->
 
 
 def normal_quantization(config: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return the quantization fields that affect the kernel, with defaults, or None for an unquantized model."""
+    """Return the quantization fields that affect the kernel, with defaults filled in. None if the model is not
+    quantized.
+    """
     if config is None:
         return None
     normal = {key: config.get(key, default) for key, default in _QUANTIZATION_DEFAULTS.items()}

@@ -1,9 +1,9 @@
 """Frees disk space: removes unneeded versions and old files of runs, sweeps, logs and caches.
 
-A version in use is never removed. A version is needed if it has an alias, is or will be served, is the
+A needed version is never removed. A version is needed if it has an alias, is or will be served, is the
 target of a rollback, or is the base of an adapter version that is needed for one of these reasons. A
-version that a server has loaded only as an additional adapter is not needed, and the server unloads it
-after the removal.
+version that a server has loaded only as an additional adapter does not count as needed. The server
+unloads it after the removal.
 """
 
 import logging
@@ -29,9 +29,10 @@ log = logging.getLogger(__name__)
 
 _DAY_S = 86_400
 _REGISTERED = "register.json"
-"""File in a finished run's folder (trainer.pipeline.run_folder). The weights are in one folder per format."""
+"""File whose presence in a run's folder shows that the run is finished (see trainer.pipeline.run_folder).
+The weights are in one folder per format."""
 _REMOVING = ".removing"
-"""Lock file in the folder of a name's versions, held during a removal."""
+"""Lock file in the folder with a model's versions, held while a version is being removed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class Reclaimable:
 
 
 def protected(registry: Registry, store: Store, name: str) -> dict[VersionId, str]:
-    """Return the versions of a name that must not be removed, each with the reason why."""
+    """Return the versions of a model that must not be removed, each mapped to the reason why."""
     reasons = {version: f"has the alias {alias}" for alias, version in registry.tracking.aliases(name).items()}
     desired = read_desired(store, name)
     if desired is not None:
@@ -62,7 +63,7 @@ def protected(registry: Registry, store: Store, name: str) -> dict[VersionId, st
 
 
 def _bases(registry: Registry, store: Store, name: str) -> dict[VersionId, str]:
-    """Return a name's versions that are bases of adapters that are served, or would be after a rollback."""
+    """Return a model's versions that are the base of an adapter that is served, or would be after a rollback."""
     reasons: dict[VersionId, str] = {}
     states = [state for desired in desired_names(store) if (state := read_desired(store, desired))]
     for target in [target for state in states for target in (state.previous, state.target) if target]:
@@ -75,7 +76,7 @@ def _bases(registry: Registry, store: Store, name: str) -> dict[VersionId, str]:
 
 
 def remove_version(registry: Registry, store: Store, version: VersionId) -> int:
-    """Remove a version with all its files, and return the freed bytes. Its number is not reused.
+    """Remove a version and all its files, and return the number of bytes freed. Its number is not reused.
 
     Raises:
         NotFoundError: there is no such version.
@@ -105,7 +106,9 @@ def remove_version(registry: Registry, store: Store, version: VersionId) -> int:
 
 
 def _run_of(registry: Registry, version: VersionId) -> Path | None:
-    """Return the folder of the run that created a version. None if it is missing or the version is damaged."""
+    """Return the folder of the run that created a version. None if the folder is missing or the version is
+    damaged.
+    """
     try:
         folder = registry.models.parent / RUNS_FOLDER / registry.manifest(version).run
     except IntegrityError:
@@ -115,7 +118,9 @@ def _run_of(registry: Registry, version: VersionId) -> Path | None:
 
 
 def _drop_weights(run: Path) -> None:
-    """Remove a run's links to a removed version's weights to free their space, unless the run is active."""
+    """Remove a run's links to a removed version's weights so that their space is freed, unless the run is
+    active.
+    """
     try:
         with hold_lock(run / RUN_LOCK, f"the run {run.name}"):
             for format in Format:
@@ -141,10 +146,10 @@ def _refuse(registry: Registry, store: Store, version: VersionId) -> None:
 
 
 def find_reclaimable(registry: Registry, home: Path, older_than_days: float) -> Iterator[Reclaimable]:
-    """Yield leftovers of interrupted work, and old files.
+    """Yield files and folders that can be deleted: leftovers of interrupted work, and old files.
 
-    Unfinished runs and sweeps can be resumed, and a rotated log may still be read. All of these are kept for
-    `older_than_days` days after their last change. Files in use by a process are skipped.
+    Unfinished runs and sweeps could still be resumed, and a rotated log might still be read, so everything
+    is kept for `older_than_days` days after its last change. Files in use by a process are skipped.
     """
     now = time.time()
     before = now - older_than_days * _DAY_S
@@ -155,7 +160,7 @@ def find_reclaimable(registry: Registry, home: Path, older_than_days: float) -> 
 
 
 def _leftovers(models: Path, home: Path) -> Iterator[tuple[Path, str]]:
-    """Yield every unused item, whatever its age, with the reason why it is not needed."""
+    """Yield every file and folder that is not in use, whatever its age, with the reason why it is not needed."""
     for folder in _folders(models.glob("*/.*")):  # a registration takes minutes, less than a day
         yield folder, "left by an interrupted registration or removal"
     for folder in _folders((home / RUNS_FOLDER).glob("*")):
@@ -173,7 +178,9 @@ def _leftovers(models: Path, home: Path) -> Iterator[tuple[Path, str]]:
 
 
 def reclaim(item: Reclaimable) -> None:
-    """Delete an item if it is unchanged. Folders are deleted whole, because part of a run could look finished.
+    """Delete a file or folder unless it has changed since it was found.
+
+    Folders are deleted as a whole, because a partly deleted run could look finished.
 
     Raises:
         BusyError: the item is in use, or was changed since it was found.
@@ -192,12 +199,14 @@ def reclaim(item: Reclaimable) -> None:
 
 
 def _folders(paths: Iterator[Path]) -> list[Path]:
-    """Return the folders, sorted. Links are excluded, because users have created them."""
+    """Return the paths that are folders, sorted. Links are excluded because users created them."""
     return sorted(path for path in paths if path.is_dir() and not path.is_symlink())
 
 
 def _newest(path: Path, now: float) -> float:
-    """Return the time of the last change below a path, ignoring a run's lock, which every check writes to."""
+    """Return the time of the last change at or below a path. A run's lock is ignored, because every check
+    writes to it.
+    """
     try:
         return max(entry.lstat().st_mtime for entry in (path, *path.rglob("*")) if entry.name != RUN_LOCK)
     except FileNotFoundError:  # it is being published or rotated
@@ -205,6 +214,8 @@ def _newest(path: Path, now: float) -> float:
 
 
 def size_on_disk(path: Path) -> int:
-    """Return the number of bytes that a deletion would free. Files that have another hard link do not count."""
+    """Return the number of bytes that deleting a path would free. Files that have another hard link do not
+    count.
+    """
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     return sum(file.stat().st_size for file in files if file.stat().st_nlink == 1)

@@ -1,7 +1,7 @@
 """A version's parity report: checks that the served model equals the trained one.
 
-It is created once, before registration, from the files to register and on an engine that serves them.
-This module does not know how it is measured (trainer/parity) or displayed.
+The report is created once, before registration, by testing the files to be registered on an engine that
+serves them. This module does not know how parity is measured (see trainer/parity) or displayed.
 """
 
 import math
@@ -36,7 +36,8 @@ class ParityCheck(_Record):
 
 
 class Differences(_Record):
-    """Differences between two models' scores for the same tokens, each given all tokens before it.
+    """Differences between two models' scores for the same tokens. Each token is scored given all tokens before
+    it.
 
     Attributes:
         nats: for each example and token, the second model's log-probability minus the first's.
@@ -50,7 +51,7 @@ class Differences(_Record):
 
     @property
     def all(self) -> list[float]:
-        """The differences of all tokens in one list, in nats."""
+        """The differences of all tokens, in nats, as one flat list."""
         return [difference for example in self.nats for difference in example]
 
     @property
@@ -65,7 +66,7 @@ class Differences(_Record):
 
     @property
     def shift(self) -> float:
-        """Increase of the negative log-likelihood from the first model to the second, in nats per token."""
+        """Increase in the negative log-likelihood from the first model to the second, in nats per token."""
         return -math.fsum(self.all) / len(self.all)
 
 
@@ -73,10 +74,10 @@ class Speed(_Record):
     """Speed of one format on the engine. Each value is measured several times.
 
     Attributes:
-        load_seconds: time of an in-place reload in seconds, or None for a model that only a new engine can
+        load_seconds: time for an in-place reload, in seconds. None for a model that only a new engine can
             load.
-        first_token_seconds: time to the first token of an uncached prompt, without other requests, in
-            seconds.
+        first_token_seconds: time to first token of an uncached prompt, in seconds, with no other requests
+            running.
         tokens_per_second: tokens decoded per second, keyed by the number of concurrent streams.
         memory_bytes: memory of the engine's processes, or None if unknown.
         others_share: share of the machine's processors that other processes used during the measurement.
@@ -107,5 +108,5 @@ class ParityReport(_Record):
 
     @property
     def failed(self) -> tuple[str, ...]:
-        """A text for each failed check, with its name, the actual value and the expected value."""
+        """A description of each failed check, with its name, actual value and expected value."""
         return tuple(str(check) for check in self.checks if not check.passed)

@@ -1,7 +1,7 @@
 """A version's primary metric, stored with the version so that any machine can evaluate it in the same way.
 
-For most metrics the name is enough. A schema or a user's function is stored as a file in the version's
-reference folder.
+Most metrics are fully identified by their name. A schema or a user-defined function is additionally
+stored as a file in the version's reference folder.
 """
 
 import json
@@ -34,11 +34,12 @@ def write_primary_metric(folder: Path, metric: Metric) -> None:
 
 
 def watched_metric(registry: Registry, target: Target, *, run_functions: bool) -> Metric:
-    """Return the metric that scores each held-out example: the primary metric, or its `watched_by`.
+    """Return the metric that scores individual held-out examples: the primary metric or, if the primary metric
+    names one, its `watched_by` metric.
 
     Args:
-        run_functions: whether the version's own function may run, which is code from the user who registered
-            the version; if not, exact match replaces it.
+        run_functions: whether a metric function stored with the version may run. It is code from the user
+            who registered the version. If it may not run, exact match is used instead.
 
     Raises:
         NotFoundError: the version, or its format, does not exist.

@@ -49,7 +49,7 @@ def results_file(format: Format) -> str:
 
 
 class Registry:
-    """The versions in one home.
+    """The registry of all versions in one home folder.
 
     Args:
         models: folder that contains all versions.
@@ -62,7 +62,7 @@ class Registry:
 
     @classmethod
     def of(cls, settings: Settings) -> "Registry":
-        """Return the registry of the home given in the settings."""
+        """Return the registry for the home folder given in the settings."""
         settings.home.mkdir(parents=True, exist_ok=True)
         if settings.tracking_uri:
             return cls(settings.home / "models", Tracking(settings.tracking_uri))
@@ -74,14 +74,14 @@ class Registry:
         return sorted({version.name for version in self.versions()})
 
     def versions(self, name: str | None = None) -> list[VersionId]:
-        """Return all versions, or only those of one name, sorted by name and number."""
+        """Return all versions, or only those of one model, sorted by name and number."""
         if name is not None and not re.fullmatch(NAME_PATTERN, name):
             return []
         folders = [path.parent for path in self.models.glob(f"{name or '*'}/*/{MANIFEST_FILE}")]
         return sorted(VersionId(f.parent.name, int(f.name)) for f in folders if re.fullmatch(NUMBER_PATTERN, f.name))
 
     def folder(self, version: VersionId) -> Path:
-        """Return the folder of a version. It may not exist."""
+        """Return the path of a version's folder, which may not exist."""
         return self.models / version.name / str(version.number)
 
     def artifact(self, version: VersionId, format: Format) -> Path:
@@ -121,7 +121,8 @@ class Registry:
         return formats[format]
 
     def resolve(self, text: str) -> VersionId:
-        """Return the version given as `NAME@N`, `NAME@alias` or `NAME` (production, else the newest version).
+        """Resolve `NAME@N`, `NAME@alias` or `NAME` to a version. A bare `NAME` means the version in production, or
+        the newest version if none is in production.
 
         Raises:
             NotFoundError: there is no such version.
@@ -153,7 +154,8 @@ class Registry:
         verify_files(self.folder(version), self.format(version, format).files)
 
     def heldout(self, version: VersionId) -> list[ChatExample]:
-        """Return a version's held-out examples. With `evaluate.limit`, only the first of them were evaluated.
+        """Return all held-out examples of a version. If `evaluate.limit` was set, only the first ones were
+        evaluated.
 
         Raises:
             NotFoundError: the version does not exist.
@@ -164,7 +166,8 @@ class Registry:
         return read_examples(self.folder(version) / record.path)
 
     def reference(self, version: VersionId, file: str) -> Path:
-        """Return the verified path of a file used for comparisons with later traffic and answers.
+        """Verify a version's reference file and return its path. Reference files are used for comparisons with
+        later traffic and answers.
 
         Args:
             file: name of the file in `REFERENCE_FOLDER`.
@@ -181,7 +184,8 @@ class Registry:
         return self.folder(version) / path
 
     def results(self, version: VersionId, format: Format) -> tuple[ExampleResult, ...]:
-        """Return a version's results at registration, for the first of its held-out examples, in file order.
+        """Return a version's held-out results from registration, in file order. They may cover only the first
+        examples.
 
         Raises:
             NotFoundError: the version does not exist, or has no results in this format, as is the case for an
@@ -202,7 +206,7 @@ class Registry:
         return read_results(self.reference(version, BASE_RESULTS_FILE))
 
     def heldout_tokens(self, version: VersionId) -> tuple[TokenizedExample, ...]:
-        """Return the examples that `heldout` returns, as tokenized by the trainer.
+        """Return the same examples as `heldout`, as tokenized by the trainer.
 
         Raises:
             NotFoundError: the version does not exist.
@@ -211,7 +215,7 @@ class Registry:
         return read_tokenized(self.reference(version, HELDOUT_TOKENS_FILE))
 
     def learnt_prompts(self, name: str) -> PromptHashes:
-        """Return the hashes of all prompts that the versions of a name were trained on.
+        """Return the hashes of all prompts that any version of a model was trained on.
 
         A damaged version is logged and skipped, so that a new version can still be trained.
         """
@@ -232,13 +236,13 @@ class Registry:
     def publish(
         self, name: str, run_id: str, content: dict[str, Path], manifest: Callable[[VersionId, Path], Manifest]
     ) -> Manifest:
-        """Publish finished files as a version, all or nothing, and return its manifest.
+        """Publish finished files as a new version, atomically, and return the version's manifest.
 
         Args:
             name: the model's name.
             run_id: the MLflow run that created the version.
-            content: maps each name in the version's folder to its source file or folder. Files are linked if the
-                file system supports links, so that nothing is copied within one disk.
+            content: source file or folder of each entry in the version's folder, keyed by the entry's name.
+                Files are linked if the file system supports links, so that nothing is copied within one disk.
             manifest: called with the version and the folder that contains the content; returns the manifest.
         """
         parent = self.models / name

@@ -1,4 +1,4 @@
-"""Prints a version on one screen: base, data, and the quality, size and speed of each format."""
+"""Prints a version on one screen: its base and data, and the quality, size and speed of each format."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -50,7 +50,9 @@ def print_version(manifest: Manifest, folder: Path) -> None:
 
 
 def _forgetting_table(results: Mapping[Format, Forgetting]) -> Table:
-    """Return a table of results on general questions: the base, and each format with its change."""
+    """Return a table of results on general questions, for the base and each format. Formats also show their
+    change from the base.
+    """
     base, formats = next(iter(results.values())), results.values()
     table = Table(f"{base.examples} general questions", "base", *results, box=None)
     table.add_row("right answers", str(base.before), *(str(result.after) for result in formats))
@@ -80,7 +82,10 @@ def print_parity(report: ParityReport, page: Path) -> None:
 
 
 def evaluation_table(manifest: Manifest) -> Table:
-    """Return a table of base, merged and GPTQ: quality (95 % intervals, primary metric first), size, speed."""
+    """Return a table that compares the quality, size and speed of the base, merged and GPTQ models.
+
+    Metrics are shown with 95 % intervals, primary metric first.
+    """
     records = {format.value: record for format, record in manifest.formats.items() if record.evaluation}
     reports = {"base": manifest.base_evaluation} | {name: record.evaluation for name, record in records.items()}
     judged = {name: report for name, report in reports.items() if report}

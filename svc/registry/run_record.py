@@ -1,4 +1,6 @@
-"""Record of a version's training run, such as machine and time. It is stored for information only."""
+"""Record of a version's training run, for example its machine and duration. It is stored for information
+only.
+"""
 
 import platform
 
@@ -15,7 +17,7 @@ class MachineRecord(BaseModel):
     """The machine that registered a version.
 
     Attributes:
-        processor: the kernel's name for the processor.
+        processor: name of the processor, as reported by the kernel.
         cores: number of logical cores that the process may use.
         memory: memory that the process may use, in bytes.
         gpus: names of GPUs that the process may use.
@@ -32,7 +34,7 @@ class MachineRecord(BaseModel):
 
     @classmethod
     def of_this_one(cls) -> "MachineRecord":
-        """Return the record of this machine."""
+        """Return a record of the current machine."""
         machine = read_machine(gpus=True)
         models = (line.partition(":")[2].strip() for line in cpu_identity() if line.startswith("model name"))
         return cls(
@@ -51,12 +53,13 @@ class RunRecord(BaseModel):
     Attributes:
         machine: machine that registered the version; stages of an interrupted run may have run on other
             machines.
-        number_type: number type of matrix products.
+        number_type: number type in which matrix products are computed.
         steps: number of optimizer steps.
         tokens: number of prompt and answer tokens trained on, without padding.
-        tokens_per_second, seconds: speed and duration of the optimization, in the process that finished it.
+        tokens_per_second, seconds: speed and duration of the optimization, as measured by the process that
+            finished it.
         best_step: step that the version's weights come from, if the recipe requests the best weights instead
-            of the last.
+            of the last ones.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

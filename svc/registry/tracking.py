@@ -1,7 +1,7 @@
-"""MLflow: runs with their curves, registered versions and aliases, for people to browse.
+"""Stores runs with their curves, registered versions and aliases in MLflow, where people can browse them.
 
-Version numbers are allocated here, because MLflow never reuses a number, not even after a deletion. The
-files of a version are elsewhere (registry.py); MLflow stores their path.
+MLflow also allocates version numbers, because it never reuses a number, not even after a deletion. A
+version's files are stored elsewhere (see registry.py), and MLflow stores only their path.
 """
 
 import logging
@@ -26,12 +26,13 @@ if TYPE_CHECKING:
 LOSS, HELDOUT_LOSS = "loss", "heldout_loss"
 """Names of the trainer's losses in MLflow (see trainer.callbacks.loss_log)."""
 PARENT, RUN_NAME = "mlflow.parentRunId", "mlflow.runName"
-"""Tags that MLflow's pages use to nest and name runs."""
+"""Tags that the MLflow web UI uses to nest and name runs."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunFigures:
-    """Metrics of one MLflow run. MLflow cannot tell whether a run is active: a killed run stays open there.
+    """Metrics of one MLflow run. MLflow cannot tell whether a run is still active, because a killed run stays
+    open there.
 
     Attributes:
         metrics: the latest value of each metric, keyed by name.
@@ -46,8 +47,8 @@ class Tracking:
 
     Args:
         uri: `sqlite:////absolute/path` or the URL of a tracking server.
-        artifacts: folder for the artifacts of new experiments, or None for the tracking server's. Without a
-            server and without this folder, MLflow would write below the working folder.
+        artifacts: folder for the artifacts of new experiments, or None to use the tracking server's. Without
+            either of them, MLflow would write to the working folder.
     """
 
     def __init__(self, uri: str, artifacts: Path | None = None) -> None:
@@ -67,7 +68,7 @@ class Tracking:
 
     @contextmanager
     def _asking(self) -> Iterator[None]:
-        """Convert MLflow errors raised in the body to this project's errors.
+        """Convert MLflow errors raised in the `with` block to this project's errors.
 
         Raises:
             NotFoundError: MLflow does not know the requested object.
@@ -83,7 +84,7 @@ class Tracking:
             raise RegistryError(f"MLflow at {self.uri} failed: {error.message}") from error
 
     def start_run(self, experiment: str, tags: dict[str, str]) -> str:
-        """Create a run and return its id. `attach` then makes it the active run."""
+        """Create a run and return its id. The run becomes the active one when `attach` is called."""
         existing = self._client.get_experiment_by_name(experiment)
         folder = str(self._artifacts / experiment) if self._artifacts else None
         experiment_id = existing.experiment_id if existing else self._client.create_experiment(experiment, folder)
@@ -91,7 +92,7 @@ class Tracking:
 
     @contextmanager
     def attach(self, run_id: str) -> Iterator[None]:
-        """Mark a run as running during the body, and afterwards as finished or failed."""
+        """Mark a run as running for the duration of the `with` block, and as finished or failed afterwards."""
         import mlflow
 
         _ = self._client
@@ -119,13 +120,13 @@ class Tracking:
         self._client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
 
     def log_parameters(self, run_id: str, parameters: dict[str, str]) -> None:
-        """Log a run's parameters. If they are logged again, the values must be the same."""
+        """Log a run's parameters. A parameter that is logged again must have the same value."""
         from mlflow.entities import Param
 
         self._client.log_batch(run_id, params=[Param(key, value) for key, value in parameters.items()])
 
     def log_page(self, version: VersionId, run_id: str, page: str) -> str:
-        """Add a version's page to its run, and return the page's path within MLflow's pages.
+        """Add a version's HTML page to its run, and return the page's path in the MLflow web UI.
 
         Raises:
             RegistryError: MLflow rejected the page.
@@ -140,7 +141,8 @@ class Tracking:
         return f"#/experiments/{experiment}/runs/{run_id}/artifacts/{_page_name(version)}"
 
     def experiments(self) -> list[str]:
-        """Return the names of all experiments except MLflow's default. Each is the name of a trained model.
+        """Return the names of all experiments except MLflow's default. Each experiment is named after a trained
+        model.
 
         Raises:
             RegistryError: MLflow does not respond.
@@ -172,7 +174,7 @@ class Tracking:
         return None
 
     def allocate(self, name: str, source: str, run_id: str) -> VersionId:
-        """Register the next version of a name, and return its id."""
+        """Register the next version of a model in MLflow, and return the version's id."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -183,7 +185,7 @@ class Tracking:
         return VersionId(name, int(version.version))
 
     def discard(self, version: VersionId) -> None:
-        """Delete a version's entry and page in MLflow. The number is not reused; unknown versions are ignored.
+        """Delete a version's entry and page from MLflow. Its number is not reused. Unknown versions are ignored.
 
         Raises:
             RegistryError: MLflow does not respond.
@@ -210,7 +212,9 @@ class Tracking:
         return self.aliases(name).get(alias)
 
     def aliases(self, name: str) -> dict[Alias, VersionId]:
-        """Return this project's aliases for a name, or an empty dict if MLflow does not know the name."""
+        """Return a model's aliases, limited to those this project uses, or an empty dict if MLflow does not know
+        the model.
+        """
         with suppress(NotFoundError), self._asking():
             aliases = self._client.get_registered_model(name).aliases
             return {Alias(key): VersionId(name, int(number)) for key, number in aliases.items() if key in set(Alias)}

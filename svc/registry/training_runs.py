@@ -1,9 +1,10 @@
-"""A home's training runs, as seen from outside the trainer: their models, and which runs are active.
+"""Lets other code see a home's training runs: which models they train, and which runs are active.
 
     $SVC_HOME/runs/NAME-KEY/   lock  mlflow.json
 
-A run is active while its lock is held: from its first stage to its last, even if a step takes long, and
-no longer than its process lives. This module knows nothing about stages, or about runs in other homes.
+A run is active while its lock is held, which is from its first stage to its last, even if a step takes
+long, but no longer than its process lives. This module knows nothing about stages, or about runs in
+other homes.
 """
 
 import re
@@ -39,7 +40,7 @@ class TrainingRun:
 
 
 def find_training_runs(home: Path) -> Iterator[TrainingRun]:
-    """Yield all training runs whose folders exist.
+    """Yield every training run that has a folder in the home.
 
     Raises:
         OSError: a lock cannot be checked.
@@ -55,7 +56,9 @@ def find_training_runs(home: Path) -> Iterator[TrainingRun]:
 
 
 def _written_at(folder: Path) -> float:
-    """Return the time of the last write below a folder, skipping files that are removed in the meantime."""
+    """Return the time of the last write to any file below a folder. Files removed during the search are
+    skipped.
+    """
     times = [folder.stat().st_mtime]
     for path in folder.rglob("*"):
         with suppress(FileNotFoundError):

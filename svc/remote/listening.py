@@ -1,4 +1,4 @@
-"""Addresses that a command listens on: their URLs, and errors when binding them."""
+"""Helpers for addresses that a command listens on: their URLs, and errors from binding them."""
 
 import errno
 import ipaddress
@@ -8,12 +8,14 @@ from svc.errors import BusyError, SettingsError, SvcError
 
 
 def address_family(host: str) -> socket.AddressFamily:
-    """Return IPv6 if the address contains a colon, else IPv4."""
+    """Return the address family: IPv6 if the address contains a colon, or else IPv4."""
     return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether an address is loopback. Host names other than `localhost` are not treated as loopback."""
+    """Return whether an address is a loopback address. Among host names, only `localhost` is treated as
+    loopback.
+    """
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,4 +1,6 @@
-"""Sends requests to a server's administration API, and raises the server's errors as the same classes."""
+"""Sends requests to a server's administration API, and raises the errors it returns as the same error
+classes.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,10 +48,10 @@ class RemoteServer:
         return self._ask("GET", path, params=query)
 
     def post(self, path: str, body: Mapping[str, Any], *, timeout_s: float | None = None) -> dict[str, Any]:
-        """Send a POST request, omitting values that are None, and return the decoded response.
+        """Send a POST request with all values that are not None, and return the decoded response.
 
         Args:
-            timeout_s: maximum time until the response, in seconds; None for the default.
+            timeout_s: maximum time to wait for the response, in seconds, or None for the default.
 
         Raises:
             SvcError: see `get`.
@@ -80,7 +82,8 @@ def told_error(url: str, status: int, answer: object, *, is_local: bool = False)
 
     Args:
         answer: the decoded JSON, of any type.
-        is_local: whether the server uses a home on this machine, so that its errors need no address.
+        is_local: whether the server uses a home on this machine, in which case the error does not name the
+            server's address.
     """
     content = answer.get("error") if isinstance(answer, dict) else None
     if not isinstance(content, dict):

@@ -1,6 +1,6 @@
-"""The address of a home's server, read from the server's lock, and the server's status.
+"""Finds the address of a home's server in the server's lock file, and reads the server's status.
 
-On the same machine, requests use the socket in the server's home, which needs no key.
+On the same machine, requests go through the socket in the server's home, which needs no key.
 """
 
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ class ServerAddress:
         url: root URL, which is also displayed.
         socket: Unix socket in the server's home, or None to use the URL.
         key: API key sent with each request, or None if none is needed.
-        authority: file with the CA certificates that verify the server, or None for the machine's own
+        authority: file with the CA certificates for verifying the server, or None to use the machine's own
             certificates.
     """
 
@@ -46,8 +46,8 @@ class ServerAddress:
         """Return the address of a server that is reached through its URL.
 
         Raises:
-            SettingsError: the URL is invalid, the key would be sent over a network in plain text, or its file is
-                unusable.
+            SettingsError: the URL is invalid, the key would be sent over a network in plain text, or the key
+                file is unusable.
         """
         from urllib.parse import urlsplit
 
@@ -129,7 +129,8 @@ def read_json(url: str, answer: "httpx.Response") -> Any:
     """Return the decoded JSON of a response.
 
     Raises:
-        ServerNotRunningError: the response is not JSON, for example because it is a proxy's page.
+        ServerNotRunningError: the response is not JSON, for example because a proxy responded with a web
+            page.
     """
     try:
         return answer.json()

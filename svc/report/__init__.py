@@ -1,1 +1,1 @@
-"""The report of a version: all facts about it on one page."""
+"""Version reports, which show all facts about a version on one page."""

@@ -1,4 +1,4 @@
-"""`svc report` writes all facts about a version as one page."""
+"""The `svc report` command, which writes all facts about a version to one page."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from svc.registry.registry import Registry
 @json_option
 @click.pass_context
 def report(ctx: click.Context, version: str, output: Path | None, show: bool, as_json: bool) -> None:
-    """Write the report of a version (NAME, NAME@N or NAME@alias) as one HTML file that needs no network."""
+    """Write the report of VERSION (NAME, NAME@N or NAME@alias) as a single HTML file that works offline."""
     from svc.report.page import report_page
     from svc.report.report import gather_report
     from svc.store.database import open_database

@@ -1,4 +1,4 @@
-"""The answers of a version and its base: metrics with their changes, verdicts, and selected examples."""
+"""Compares the answers of a version and its base by metrics, verdicts and selected examples."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from svc.evaluation.results import ExampleResult
 from svc.version import Format
 
 BASE = "base"
-"""Name used for the base model, where all other models are named after their formats."""
+"""Name used for the base model. All other models are named after their formats."""
 WORST = 10
 SIDE_BY_SIDE = 20
 _WITHOUT_SCORES: dict[str, Metric] = {metric.name: metric for metric in (MacroF1(), Perplexity(), CutOff(), Nll())}
@@ -24,7 +24,7 @@ _WITHOUT_SCORES: dict[str, Metric] = {metric.name: metric for metric in (MacroF1
 
 @dataclass(frozen=True, slots=True)
 class MetricRow:
-    """One metric for all evaluated models.
+    """The values of one metric for all evaluated models.
 
     Attributes:
         estimates: the metric's value with its interval, keyed by model.
@@ -58,7 +58,8 @@ class ModelComparison:
 
 @dataclass(frozen=True)
 class Judged:
-    """Held-out examples with the models' answers. An example is identified by its line number, from 1.
+    """Held-out examples with the models' answers. An example is identified by its line number, which starts at
+    1.
 
     Attributes:
         evaluations: evaluation report of each model, the base first; empty for a version that was not
@@ -72,12 +73,12 @@ class Judged:
 
     @property
     def tuned(self) -> str | None:
-        """Return the format that represents the version: merged if it was evaluated, or None if no format was."""
+        """Return the format that represents the version, preferring merged to GPTQ. None if neither was evaluated."""
         return next((format for format in (Format.MERGED, Format.GPTQ) if format in self.evaluations), None)
 
     @cached_property
     def rows(self) -> tuple[MetricRow, ...]:
-        """Return all metrics, primary metric first, and the cut-off share and log-likelihood last."""
+        """Return one row per metric. The primary metric comes first, the cut-off share and the log-likelihood last."""
         if self.tuned is None:
             return ()
         figures = {model: evaluation.all_figures for model, evaluation in self.evaluations.items()}
@@ -91,7 +92,7 @@ class Judged:
 
     @cached_property
     def verdicts(self) -> tuple[ModelComparison, ...]:
-        """Return the comparisons of each format with the base, followed by that of GPTQ with merged."""
+        """Return a comparison of each format with the base, followed by a comparison of GPTQ with merged."""
         formats = [model for model in self.evaluations if model != BASE]
         pairs = [(format, BASE) for format in formats if BASE in self.evaluations]
         if {Format.MERGED, Format.GPTQ} <= set(formats):
@@ -132,7 +133,10 @@ class Judged:
 
     @cached_property
     def lost(self) -> tuple[int, ...]:
-        """Return up to ten lines that the base answered better by the primary metric, largest loss first."""
+        """Return the line numbers of up to ten examples that the base answered better by the primary metric.
+
+        The largest loss comes first.
+        """
         base, tuned = self.results.get(BASE, ()), self.results.get(self.tuned or "", ())
         lines = range(1, min(len(base), len(tuned)) + 1)
         losses = {line: self._goodness(base, line) - self._goodness(tuned, line) for line in lines}
@@ -148,7 +152,9 @@ class Judged:
         return tuple(place * count // chosen + 1 for place in range(chosen))
 
     def _goodness(self, results: Sequence[ExampleResult], line: int) -> float:
-        """Return an answer's score (higher is better) by the primary metric, or by exact match if it has none."""
+        """Return the score of an answer, where higher is always better. It is the score by the primary metric, or
+        by exact match if the primary metric did not score the answer.
+        """
         result, primary = results[line - 1], self.rows[0]
         sign = -1 if primary.better is Better.LOWER else 1
         return sign * result.scores[primary.name] if primary.name in result.scores else float(result.hit)

@@ -1,4 +1,5 @@
-"""The report as one self-contained HTML page, with light, dark and print styles but no script or network.
+"""Renders the report as one self-contained HTML page, with light, dark and print styles. It has no scripts
+and loads nothing over the network.
 
 The models' answers are untrusted text. The template escapes every inserted value, and the page's content
 security policy keeps a browser from loading or running anything.
@@ -67,7 +68,7 @@ def signed(change: Interval) -> str:
 
 
 def minus(text: str) -> str:
-    """Return a number as text, with a minus sign that is as wide as a plus sign."""
+    """Return the text with each hyphen replaced by a true minus sign, which is as wide as a plus sign."""
     return text.replace("-", "\N{MINUS SIGN}")
 
 
@@ -92,7 +93,7 @@ def _plots(report: Report) -> dict[str, str]:
 
 
 def _engines(manifest: Manifest) -> dict[str, EngineFacts]:
-    """Return the facts of the engine on which each format was evaluated."""
+    """Return facts about the engine on which each format was evaluated, keyed by format."""
     return {format.value: record.probes[0].engine for format, record in manifest.formats.items() if record.probes}
 
 

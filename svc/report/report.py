@@ -1,4 +1,4 @@
-"""The data for a version's report, gathered for one page. This module does not know how it is displayed."""
+"""Gathers the data for a version's one-page report. This module does not know how the data is displayed."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -43,7 +43,9 @@ class Report:
     rollouts: tuple[RolloutView, ...] = ()
 
     def figures(self) -> dict[str, Any]:
-        """Return the report's figures as JSON, without texts, which are in the version's own files."""
+        """Return the report's figures as a JSON object. Texts are omitted, because they are in the version's own
+        files.
+        """
         judged, manifest = self.judged, self.manifest
         figures = {
             "version": str(manifest.id),

@@ -1,4 +1,4 @@
-"""Reads a version's answers and their ratings in order, for monitoring."""
+"""Reads a version's answers and their ratings in order. Used for monitoring."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,12 +55,15 @@ def texts_of(store: Store, request_ids: Sequence[str]) -> dict[str, tuple[str, s
 
 
 def read_ratings(store: Store, target: Target, *, newest: int) -> list[RatedAnswer]:
-    """Return the newest ratings of a version's answers, oldest first."""
+    """Return a version's newest ratings, up to `newest` of them, oldest first."""
     return _ratings(store, answered_by(target), newest)
 
 
 def read_earlier_ratings(store: Store, target: Target, *, newest: int) -> list[RatedAnswer]:
-    """Return the newest ratings of the model's answers that predate the target's first answer, oldest first."""
+    """Return the model's newest ratings from before the target's first answer, oldest first.
+
+    At most `newest` ratings are returned.
+    """
     first = select(RequestRow.id).where(answered_by(target)).order_by(RequestRow.id).limit(1)
     with Session(store) as session:
         began = session.scalar(first)
@@ -88,7 +91,7 @@ def _ratings(store: Store, which: ColumnElement[bool], newest: int) -> list[Rate
 
 
 def answered_by(target: Target) -> ColumnElement[bool]:
-    """Return an SQL condition that selects requests to a version in a given format."""
+    """Return an SQL condition that selects requests answered by a version in a given format."""
     return and_(
         RequestRow.model == target.version.name,
         RequestRow.number == target.version.number,

@@ -23,7 +23,7 @@ from svc.store.database import exclusive
 from svc.store.tables import AuditRow
 
 FIRST_HASH = "0" * 64
-"""Value that stands in for the previous hash in the first row."""
+"""Value used in the first row in place of a previous row's hash."""
 _READ_TOGETHER = 1_000
 
 
@@ -137,7 +137,7 @@ def append_event(session: Session, entry: AuditEntry) -> int:
 def read_events(
     store: Store, *, newest: int, action: str | None = None, subject: str | None = None, since: datetime | None = None
 ) -> list[AuditEvent]:
-    """Return the newest audit events, oldest first.
+    """Return the most recent audit events, in chronological order.
 
     Args:
         newest: maximum number of events.

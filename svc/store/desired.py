@@ -1,5 +1,5 @@
-"""Desired states: one row per model name, changed by compare-and-set so that of two concurrent promotions
-one fails.
+"""Desired states, with one row per model name. Rows are changed by compare-and-set, so that one of two
+concurrent promotions fails.
 """
 
 from dataclasses import dataclass, replace
@@ -17,8 +17,8 @@ from svc.store.tables import DesiredRow, target_columns
 from svc.version import Format, Target, VersionId
 
 _READ = select(DesiredRow.__table__).where(DesiredRow.name == bindparam("name"))
-"""Query that is built only once, because it runs several times per second per model and takes longer to
-build than to execute."""
+"""Prebuilt query. It runs several times per second per model, and building it takes longer than executing
+it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +75,8 @@ def change_desired(
     Args:
         seen: the state on which the decision was based, or None if there was none.
         forced: reason for serving a version that failed a gate; None for any other version.
-        entry: audit event to record with the change, completed with its details. None if no user requested
-            the change, for example when a server reverts a failed change.
+        entry: audit event to record with the change, to which the change's details are added. None if no
+            user requested the change, for example when a server reverts a failed change.
         gates: results of the gates of a promotion, recorded with the audit event.
 
     Raises:

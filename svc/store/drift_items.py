@@ -51,12 +51,12 @@ class Item:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredItem:
-    """A stored item of the drift check, with columns of its request's row.
+    """Stored drift features of one request, joined with columns from the request's row.
 
     Attributes:
         id: row id, which increases with each insertion and is never reused.
-        logprob: mean log-probability of the answer's tokens, in nats, or None if the answer is not scored
-            (yet).
+        logprob: mean log-probability of the answer's tokens, in nats, or None if the answer has not been
+            scored.
         client: hash of the request's user or, without a user, the key id; empty if neither is known.
     """
 
@@ -67,7 +67,7 @@ class StoredItem:
 
 
 def add_items(store: Store, target: Target, items: Sequence[Item]) -> int:
-    """Store drift items for a version in a given format, all or nothing.
+    """Store drift items for a version in a given format, atomically.
 
     Items are skipped if their request has been deleted or already has an item.
 

@@ -1,4 +1,6 @@
-"""Deletes requests on demand, including their prompts, answers and feedback, selected by user, key or time."""
+"""Deletes requests on demand, together with their prompts, answers and feedback. Requests are selected by
+user, key or time.
+"""
 
 from dataclasses import dataclass
 from datetime import datetime

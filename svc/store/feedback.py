@@ -1,4 +1,4 @@
-"""Feedback on answers. Each request has at most one rating, the latest given."""
+"""Feedback on answers. Each request has at most one rating, which is the latest one given."""
 
 from dataclasses import dataclass
 from datetime import UTC, datetime

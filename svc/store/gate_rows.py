@@ -1,4 +1,6 @@
-"""Results of a promotion's gates, as they are stored with the promotion and shown to users."""
+"""Results of a promotion's gates, in the form in which they are stored with the promotion and shown to
+users.
+"""
 
 from enum import StrEnum
 from typing import Any
@@ -12,19 +14,19 @@ class GateVerdict(StrEnum):
     PASSED = "passed"
     FAILED = "failed"
     UNDECIDED = "undecided"
-    """The gate applies, but the data cannot decide it."""
+    """The gate applies, but the data is insufficient to decide it."""
     SKIPPED = "skipped"
     """The gate does not apply, or has no limit."""
 
 
 class GateRow(BaseModel):
-    """One gate of a promotion.
+    """Result of one gate in a promotion.
 
     Attributes:
         gate: name of the gate.
         measured: text with the measured figures; empty if nothing was measured.
         limit: text with the allowed values; empty if there is no limit.
-        reason: reason for the verdict; empty if the figures suffice.
+        reason: reason for the verdict; empty if the figures explain it.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -42,9 +44,11 @@ class GateRow(BaseModel):
 
 
 GATE_ROWS = TypeAdapter(tuple[GateRow, ...])
-"""Converts the gates of a promotion to JSON and back."""
+"""Converts a promotion's gate results to JSON and back."""
 
 
 def gate_details(gates: tuple[GateRow, ...]) -> dict[str, Any]:
-    """Return the details with which a promotion's audit event records its gates, empty without gates."""
+    """Return the gate results in the form in which a promotion's audit event records them. Empty if there are
+    no gates.
+    """
     return {"gates": GATE_ROWS.dump_python(gates, mode="json")} if gates else {}

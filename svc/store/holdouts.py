@@ -1,6 +1,6 @@
 """Held-out runs on the serving engine: a version's current results on its held-out examples.
 
-Only per-example metrics are stored; the texts are in the registry.
+Only per-example metrics are stored here. The texts are in the registry.
 """
 
 import json
@@ -18,7 +18,7 @@ from svc.version import Target
 
 _RESULTS = ("places", "hits", "nll", "metric", "scores")
 KEPT_RUNS = 200
-"""Number of runs kept per model name; at the default interval they cover 50 days."""
+"""Number of runs to keep per model name, which cover 50 days at the default interval."""
 
 
 class HoldoutCause(StrEnum):
@@ -71,7 +71,7 @@ class HoldoutRun:
 
 
 def add_holdout_run(store: Store, run: HoldoutRun) -> None:
-    """Store a held-out run, and delete the oldest runs of the same model beyond `KEPT_RUNS`."""
+    """Store a held-out run, and delete the model's oldest runs if there are more than `KEPT_RUNS`."""
     results = json.dumps({name: getattr(run, name) for name in _RESULTS} | {"hits": [int(hit) for hit in run.hits]})
     of_name = HoldoutRunRow.name == run.target.version.name
     newest = select(HoldoutRunRow.id).where(of_name).order_by(HoldoutRunRow.id.desc()).limit(KEPT_RUNS)
@@ -92,8 +92,9 @@ def newest_holdout_run(store: Store, target: Target, *, completed: bool = True) 
 
 
 def first_holdout_run(store: Store, target: Target, engine: EngineFacts) -> HoldoutRun | None:
-    """Return the oldest completed held-out run of a version and format on one engine kind, or None if none is
-    stored.
+    """Return the oldest completed held-out run of a version in a given format on one kind of engine.
+
+    None if there is no such run.
     """
     completed = HoldoutRunRow.outcome == HoldoutOutcome.COMPLETED
     query = select(HoldoutRunRow).where(is_of(HoldoutRunRow, target), completed, HoldoutRunRow.engine == engine.key)

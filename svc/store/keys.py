@@ -133,8 +133,8 @@ def find_key(store: Store, text: str) -> Key:
 
 
 def no_such_key(text: str) -> NotFoundError:
-    """Return the error for an unknown API key. If a secret was given instead of an id, only its beginning is
-    shown.
+    """Return the error for an unknown API key. If a secret was given instead of an id, the error shows only its
+    beginning.
     """
     shown = f"{text[:11]}..." if len(text) > 63 or text.startswith("ts_") else text
     return NotFoundError(

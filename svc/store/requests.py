@@ -1,4 +1,6 @@
-"""The request log, with one row per finished request, and its retention. Independent of HTTP."""
+"""The request log, which has one row per finished request, and its retention. This module does not depend
+on HTTP.
+"""
 
 import hashlib
 from collections.abc import Sequence
@@ -34,13 +36,13 @@ class RequestOutcome(StrEnum):
 
 
 class Dropped(StrEnum):
-    """Why a request's row, or part of it, is not stored."""
+    """Why a request's row, or part of it, was not stored."""
 
     QUEUE_FULL = "queue_full"
     STORE_FAILED = "store_failed"
     CONTENT_LIMIT = "content_limit"
-    """The request's row is stored without prompt and answer, because they are too long or too many are waiting
-    to be stored."""
+    """The request's row is stored without prompt and answer, because they are too long, or because too many
+    prompts and answers are already waiting to be stored."""
     CONTENT_UNREADABLE = "content_unreadable"
     """The request's row is stored without prompt and answer, because they are not valid text and so cannot be
     redacted."""
@@ -53,13 +55,14 @@ class Dropped(StrEnum):
 
 
 class RequestRecord(NamedTuple):
-    """One ended request. A tuple, because it is created on the event loop for each request.
+    """Log record of one finished request. It is a tuple, because one is created on the event loop for each
+    request.
 
     Attributes:
         request_id: the server's id for the request.
         client_request_id: the client's id for the request, if any.
         model: served name of the model, or `unknown`.
-        version: version that answered; None if none did.
+        version: version that answered; None if no version did.
         key_id: id of the caller's key; None for a server without keys.
         status: HTTP status that was sent; 499 if the client disconnected first.
         reason: error code; None for a successful answer.
@@ -69,10 +72,12 @@ class RequestRecord(NamedTuple):
         prompt: JSON of the messages, or the prompt, redacted; None if content is not stored.
         answer: text of the first choice, redacted; None if content is not stored.
         temperature: as sent by the client; None if it was missing or not a number.
-        max_tokens: the client's limit on the answer, likewise.
+        max_tokens: the client's limit on the answer; None if it was missing or not a number.
         user_hash: `hash_user` of the user's name as sent by the client, if any.
-        unit: user, conversation or request, hashed, that a rollout assigned to the version; None outside rollouts.
-        valid: whether the answer is JSON; None if the model is not expected to answer in JSON, or outside rollouts.
+        unit: hash of the user, conversation or request that a rollout assigned to the version; None outside
+            rollouts.
+        valid: whether the answer is JSON; None if the model is not expected to answer in JSON, or outside
+            rollouts.
     """
 
     request_id: str
@@ -101,24 +106,26 @@ class RequestRecord(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Approximate size in the store, counting the request id's entry in an index."""
+        """Approximate size of the row in the store, including the request id's index entry."""
         texts = (self.prompt, self.answer, self.client_request_id, self.user_hash, self.unit)
         content = sum(len(text.encode("utf-8")) for text in texts if text)
         return _ROW_BYTES + 2 * len(self.request_id) + content
 
 
 def hash_user(user: str) -> str:
-    """Hash a user's name (often an email address). Requests are stored, and found for deletion, by this hash."""
+    """Hash a user's name, which is often an email address. Requests are stored with this hash and can be found
+    by it for deletion.
+    """
     return hashlib.sha256(user.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 _BATCH_ROWS = 100
-"""Number of rows per SQL statement. A statement of this size blocks the interpreter for one or two ms, too
-short to delay answers."""
+"""Number of rows per SQL statement. A statement of this size blocks the interpreter for one or two ms,
+which is too short to delay answers."""
 
 
 def add_requests(store: Store, records: Sequence[RequestRecord]) -> None:
-    """Write a batch of request records, all or nothing.
+    """Write a batch of request records atomically.
 
     This uses the database driver directly, because SQLAlchemy's processing of each value takes longer than
     the database's work.
@@ -134,7 +141,7 @@ _INSERT = f"INSERT INTO requests ({', '.join(_COLUMNS)}) VALUES ({_VALUES})"  # 
 
 
 def _row(record: RequestRecord) -> tuple[Any, ...]:
-    """Return a record's values as SQLite stores them, in the order of `_COLUMNS`."""
+    """Return a record's values as stored by SQLite, in the order of `_COLUMNS`."""
     # Enums as plain texts: the driver's adaptation of other classes is slow.
     stored: dict[str, Any] = {
         "started_at": record.started_at.astimezone(UTC).replace(tzinfo=None).isoformat(" ", "microseconds"),
@@ -168,8 +175,9 @@ def newest_request_at(store: Store) -> datetime | None:
 
 
 def prune_requests(store: Store, *, before: datetime | None, max_bytes: int, known_bytes: int | None = None) -> Pruned:
-    """Delete rows that are too old, then the oldest rows until the rest fits the size limit, with their
-    feedback.
+    """Delete rows that are too old, and then the oldest remaining rows until the size limit is met.
+
+    Feedback on deleted rows is deleted too.
 
     Args:
         before: delete requests that started earlier; None disables deletion by age.
@@ -198,7 +206,8 @@ def prune_requests(store: Store, *, before: datetime | None, max_bytes: int, kno
 
 
 def delete_requests(connection: Connection, which: ColumnElement[bool]) -> tuple[int, int]:
-    """Delete the rows that match a condition, with their feedback, oldest first and in several transactions.
+    """Delete the rows that match a condition, and their feedback. Rows are deleted oldest first, in several
+    transactions.
 
     Returns:
         The number of rows deleted, and their size in bytes.

@@ -1,4 +1,4 @@
-"""A rollout as text, the same in `svc rollout`, `svc status`, `svc history` and the report of a version."""
+"""Formats a rollout as text for `svc rollout`, `svc status`, `svc history` and version reports."""
 
 from svc.store.rollouts import RolloutView, SignalRow
 
@@ -6,14 +6,14 @@ SIGNAL_COLUMNS = ("signal", "production", "candidate", "loss from", "to", "margi
 
 
 def signal_cells(signal: SignalRow) -> tuple[str, ...]:
-    """Return the figures of a signal and its verdict, in the order of `SIGNAL_COLUMNS`."""
+    """Return a table row with a signal's figures and verdict, in the order of `SIGNAL_COLUMNS`."""
     figures = (signal.production, signal.candidate, signal.low, signal.high)
     cells = ("" if value is None else f"{value:.3f}" for value in figures)
     return (signal.signal, *cells, f"{signal.margin:g}", str(signal.units), signal.outcome)
 
 
 def place_of(rollout: RolloutView) -> str:
-    """Return the outcome of a rollout, or the state that it has reached."""
+    """Return text for a rollout's outcome, or for its current state or canary step if it has not ended."""
     if rollout.outcome is not None:
         return rollout.outcome.value.replace("_", " ")
     return rollout.state.value if rollout.canary is None else f"canary {rollout.canary:g} %"

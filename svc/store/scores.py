@@ -1,4 +1,4 @@
-"""Likelihood scores of stored answers: selects the answers to score, and stores their scores."""
+"""Selects stored answers to be scored by likelihood, and stores their scores."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ log-probabilities, and their JSON takes a hundred bytes per token."""
 
 @dataclass(frozen=True, slots=True)
 class KeptAnswer:
-    """A request's row that has a stored prompt and answer.
+    """The stored prompt and answer of a request.
 
     Attributes:
         prompt: JSON of the messages.
@@ -38,13 +38,13 @@ class KeptAnswer:
 def newest_unscored(
     store: Store, target: Target, *, route: str, since: datetime, without: Sequence[str], passed: Collection[int]
 ) -> KeptAnswer | None:
-    """Return a version's newest greedy answer in a given format that has no score yet.
+    """Return the newest greedy answer of a version in a given format that has not been scored yet.
 
     Args:
         route: the request's route.
         since: skip requests older than this.
         without: skip rows whose prompt or answer contains any of these texts.
-        passed: ids of rows to skip; a few hundred at most.
+        passed: ids of rows to skip, at most a few hundred.
     """
     query = (
         select(RequestRow.id, RequestRow.prompt, RequestRow.answer)

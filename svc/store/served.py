@@ -42,8 +42,8 @@ class ServedSpan:
 
     Attributes:
         generation: generation of the desired state.
-        ended_at: end of the period, or None if it has not ended, or if the server died and none has started
-            since.
+        ended_at: end of the period. None if the period has not ended, or if the server died and no server
+            has started since.
     """
 
     target: Target

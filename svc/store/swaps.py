@@ -1,4 +1,4 @@
-"""The journal of swaps: the server writes it, `svc promote` follows it, and `svc status` shows its last
+"""The journal of swaps. The server writes it, `svc promote` follows it, and `svc status` shows its last
 entry.
 """
 
@@ -24,8 +24,8 @@ class SwapOutcome(StrEnum):
     RESTORED = "restored"
     """A check failed after the load, so the previous version was loaded again and verified by its probes."""
     CANCELLED = "cancelled"
-    """The swap was cancelled because the desired version changed. The previous version is served until the new
-    one is loaded."""
+    """The swap was cancelled because the desired version changed. The previous version stays in service until
+    the newly desired one is loaded."""
     FAILED = "failed"
     """The swap failed because the engine died or because only a new engine could restore the previous version."""
 
@@ -34,13 +34,13 @@ class SwapKind(StrEnum):
     """How a swap loads the version into the engines."""
 
     INPLACE = "inplace"
-    """Reload weights in the only engine, queueing requests in the meantime."""
+    """Reload the weights of the only engine while requests wait in the queue."""
     BLUEGREEN = "bluegreen"
     """Start a second engine that replaces the first."""
     ROLLING = "rolling"
     """Reload the engines in place one at a time, while the other engines keep answering."""
     ADAPTER = "adapter"
-    """Load another adapter of the base that the engines already serve. No request has to wait."""
+    """Load another adapter for the base that the engines already serve. No request has to wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ def end_swap(store: Store, swap_id: int, result: SwapResult) -> None:
 
 
 def find_swap(store: Store, name: str, generation: int | None = None) -> SwapRecord | None:
-    """Return the last swap of a model, or its last swap for the given generation of the desired state."""
+    """Return a model's last swap, or its last swap for a given generation of the desired state."""
     query = select(SwapRow).where(SwapRow.name == name).order_by(SwapRow.id.desc()).limit(1)
     if generation is not None:
         query = query.where(SwapRow.generation == generation)

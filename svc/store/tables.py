@@ -20,7 +20,9 @@ Record = TypeVar("Record")
 
 
 class UtcDateTime(sa.TypeDecorator[datetime]):
-    """A point in time, stored in UTC. SQLite stores no time zone, so values are read back as UTC."""
+    """Column type for points in time, which are stored in UTC. SQLite stores no time zone, so values are read
+    back as UTC.
+    """
 
     impl = sa.DateTime(timezone=True)
     cache_ok = True
@@ -74,7 +76,9 @@ def _reader(kind: Any) -> tuple[TypeAdapter[Any], frozenset[str]]:
 
 
 class DesiredRow(Table):
-    """Desired version of a model. `generation` increases with every change, so that stale writers are detected."""
+    """Desired version of a model. `generation` increases with every change, so that writes based on an outdated
+    state are detected.
+    """
 
     __tablename__ = "desired"
 
@@ -89,7 +93,7 @@ class DesiredRow(Table):
 
 
 class DeploymentRow(Table):
-    """A model to serve. Its version is given by its desired state."""
+    """A model to serve. Its desired state says which version to serve."""
 
     __tablename__ = "deployments"
 
@@ -98,7 +102,7 @@ class DeploymentRow(Table):
 
 
 class SwapRow(Table):
-    """One attempt to load a desired version into the engine. Without an outcome, it is running or was
+    """One attempt to load a desired version into the engine. If it has no outcome, it is still running or was
     interrupted.
     """
 
@@ -120,7 +124,7 @@ class SwapRow(Table):
 
 
 class SwapStepRow(Table):
-    """One step of a swap, which commands read to follow its progress."""
+    """One step of a swap. Commands read these rows to follow the swap's progress."""
 
     __tablename__ = "swap_steps"
 
@@ -160,7 +164,7 @@ class RolloutRow(Table):
 
 
 class RolloutStepRow(Table):
-    """One step of a rollout, read by commands that follow it."""
+    """One step of a rollout. Commands read these rows to follow the rollout's progress."""
 
     __tablename__ = "rollout_steps"
 
@@ -185,7 +189,7 @@ class WebhookDeliveryRow(Table):
 
 
 class ShadowPairRow(Table):
-    """One request that both versions answered during the shadow step; the text is not stored."""
+    """One request that both versions answered during the shadow step. Its text is not stored."""
 
     __tablename__ = "shadow_pairs"
 
@@ -282,7 +286,7 @@ class HoldoutRunRow(Table):
 
 
 class DriftStateRow(Table):
-    """Drift detection for one signal of a version's traffic. `state` and `report` are JSON defined by
+    """Drift detection state for one signal of a version's traffic. `state` and `report` are JSON defined by
     monitoring.
     """
 
@@ -298,7 +302,7 @@ class DriftStateRow(Table):
 
 
 class DriftAlarmRow(Table):
-    """One drift alarm, active until its end is set. `examples` holds request ids, one per line."""
+    """One drift alarm, which is active until its end is set. `examples` contains request ids, one per line."""
 
     __tablename__ = "drift_alarms"
 
@@ -338,8 +342,8 @@ class DriftItemRow(Table):
 
 
 class DriftBaselineRow(Table):
-    """Accepted traffic of a version, with which later traffic is compared instead of the version's own
-    examples.
+    """A version's traffic that was accepted as its drift reference. Later traffic is compared with it instead
+    of with the version's own examples.
     """
 
     __tablename__ = "drift_baselines"
@@ -351,7 +355,7 @@ class DriftBaselineRow(Table):
 
 
 class KeyRow(Table):
-    """An API key, possibly revoked. `revision` increases with every change to any key; lists are
+    """An API key, possibly revoked. `revision` increases with every change to any key. Lists are stored
     space-separated.
     """
 
@@ -377,8 +381,8 @@ class KeyRow(Table):
 
 
 class AuditRow(Table):
-    """An audit event, never changed or deleted. `at` is stored as text because the hash covers its exact
-    characters.
+    """An audit event, which is never changed or deleted. `at` is stored as text because the hash covers its
+    exact characters.
     """
 
     __tablename__ = "audit"
@@ -418,8 +422,8 @@ class UsageRow(Table):
 
 
 class ServedRow(Table):
-    """A period in which a version of a model was served. Without an end, it is still running or the server
-    died.
+    """A period in which a version of a model was served. If it has no end, the version is still being served,
+    or the server died.
     """
 
     __tablename__ = "served"

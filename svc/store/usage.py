@@ -27,7 +27,7 @@ class UsageOf(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """Counts of requests and tokens. A tuple for speed, because one is created for each request."""
+    """Counts of requests and tokens. It is a tuple for speed, because one is created for each request."""
 
     requests: int = 0
     tokens_in: int = 0
@@ -62,7 +62,7 @@ def hour_of(moment: datetime) -> datetime:
 
 
 def add_usage(store: Store, used: Mapping[UsageOf, Usage]) -> None:
-    """Add usage to the stored totals, all or nothing. Several processes may do so concurrently."""
+    """Add usage to the stored totals, atomically. Several processes may do so concurrently."""
     if not used:
         return
     with store.begin() as connection:
@@ -70,7 +70,7 @@ def add_usage(store: Store, used: Mapping[UsageOf, Usage]) -> None:
 
 
 def usage_since(store: Store, since: datetime) -> list[UsageTotal]:
-    """Return usage totals by key and model, largest first, from the start of the hour that contains `since`."""
+    """Return usage totals by key and model since the start of the hour that contains `since`, largest first."""
     tokens_in, tokens_out = func.sum(UsageRow.tokens_in), func.sum(UsageRow.tokens_out)
     query = (
         select(UsageRow.key_id, UsageRow.model, func.sum(UsageRow.requests), tokens_in, tokens_out)

@@ -1,4 +1,6 @@
-"""Webhook messages that wait for their delivery. A row is deleted once its receiver has accepted the message."""
+"""Stores webhook messages that are waiting for delivery. A message is deleted once its receiver has
+accepted it.
+"""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from svc.store.tables import WebhookDeliveryRow
 
 
 class WebhookOutcome(StrEnum):
-    """Outcome of an attempt to deliver a message."""
+    """Outcome of an attempt to deliver a webhook message."""
 
     DELIVERED = "delivered"
     FAILED = "failed"
@@ -25,7 +27,7 @@ class WebhookOutcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class WebhookDelivery:
-    """A message for one receiver.
+    """A webhook message to one receiver.
 
     Attributes:
         message: id of the message, the same in every attempt.
@@ -42,7 +44,9 @@ class WebhookDelivery:
 
 
 def add_deliveries(session: Session, urls: Collection[str], body: str) -> None:
-    """Add a message for each receiver within a transaction, so that it is stored together with what it reports."""
+    """Add a webhook message for each receiver to a transaction, so that the message is stored together with the
+    change that it reports.
+    """
     now = datetime.now(UTC)
     message = f"msg_{uuid4().hex}"
     for url in urls:
@@ -50,7 +54,7 @@ def add_deliveries(session: Session, urls: Collection[str], body: str) -> None:
 
 
 def due_deliveries(store: Store, url: str, limit: int) -> list[WebhookDelivery]:
-    """Return the messages that are to be sent to a receiver now, oldest first."""
+    """Return the messages that are due to be sent to a receiver, oldest first."""
     row = WebhookDeliveryRow
     query = select(row).where(row.url == url, row.due_at <= datetime.now(UTC)).order_by(row.id).limit(limit)
     with Session(store) as session:
@@ -58,7 +62,7 @@ def due_deliveries(store: Store, url: str, limit: int) -> list[WebhookDelivery]:
 
 
 def postpone_delivery(store: Store, delivery: int, due_at: datetime) -> None:
-    """Record a failed attempt, and the time of the next one."""
+    """Record a failed delivery attempt and the time of the next attempt."""
     with Session(store) as session, session.begin():
         row = session.get(WebhookDeliveryRow, delivery)
         if row is not None:
@@ -66,13 +70,16 @@ def postpone_delivery(store: Store, delivery: int, due_at: datetime) -> None:
 
 
 def remove_delivery(store: Store, delivery: int) -> None:
-    """Remove a message that was delivered, or that is no longer retried."""
+    """Remove a webhook message that was delivered or is no longer retried."""
     with Session(store) as session, session.begin():
         session.execute(delete(WebhookDeliveryRow).where(WebhookDeliveryRow.id == delivery))
 
 
 def drop_deliveries(store: Store, url: str, *, before: datetime, keep: int) -> int:
-    """Remove a receiver's messages that are older than a time, and all but the newest `keep`; return their number."""
+    """Remove a receiver's messages from before the given time, and all but its newest `keep` messages.
+
+    Return the number of messages removed.
+    """
     row = WebhookDeliveryRow
     newest = select(row.id).where(row.url == url).order_by(row.id.desc()).limit(keep)
     old = (row.url == url) & ((row.created_at < before) | row.id.not_in(newest))

@@ -16,14 +16,14 @@ _LANGUAGE_MODELS = {
     ("gemma3", "gemma3_text"): "Gemma3ForCausalLM",
     ("mistral3", "mistral"): "MistralForCausalLM",
 }
-"""Architectures whose language model can be used without the rest of the checkpoint, keyed by both
-`model_type`s."""
+"""Architectures whose language model can be used without the rest of the checkpoint. They are keyed by the
+`model_type` of the checkpoint and that of its language model."""
 _REFUSED = {
     "llama4": "training, merging and serving its mixture of experts is not tested",
     "qwen3_5": "training, merging and serving its linear attention layers is not tested",
     "qwen3_5_moe": "training, merging and serving its linear attention layers and experts is not tested",
 }
-"""Why a model family is rejected, keyed by `model_type`."""
+"""Reasons for rejecting model families, keyed by `model_type`."""
 _TEXT_MODELS = (
     "a text-only language model, or a checkpoint whose language model can be used on its own: Gemma 3 or Mistral 3"
 )

@@ -1,4 +1,4 @@
-"""Identifies the content of a base model's files by a hash, and reads its licence."""
+"""Identifies the content of a base model's files by a hash, and reads the model's licence."""
 
 import hashlib
 import json
@@ -26,8 +26,8 @@ SHIPPED_FILES = (
     "vocab.json",
     "vocab.txt",
 )
-"""Model files other than weights and config. Models derived from the base contain byte-for-byte copies,
-except of a chat template that renders today's date."""
+"""Model files other than weights and config. Models derived from the base contain byte-for-byte copies of
+them, except for a chat template that renders today's date."""
 _HASHED = (".json", ".jinja", ".model", ".txt")
 
 
@@ -84,14 +84,18 @@ def _write_config(model: Path, out: Path, quantization: Mapping[str, Any] | None
 
 
 def pinned_template(model: Path) -> str | None:
-    """Return the template to serve in place of one that renders today's date, or None for any other template."""
+    """Return a replacement for a chat template that renders today's date, or None if the model's template does
+    not.
+    """
     template = read_chat_template(model) or ""
     pinned = pin_date(template)
     return pinned if pinned != template else None
 
 
 def hash_files(files: list[Path]) -> str:
-    """Return a SHA-256 hash: of the content of a single file, or of the names, sizes and contents of several."""
+    """Return a SHA-256 hash of files. A single file is hashed by its content, several files by their names,
+    sizes and contents.
+    """
     digest = hashlib.sha256()
     with waiting("Hashing the base model"):
         for file in files:

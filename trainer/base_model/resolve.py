@@ -2,8 +2,8 @@
 
 Whatever the source, training gets one folder with config.json, safetensors weights, the tokenizer, and
 the chat template if there is one. Pickled weights and models with their own Python code are rejected,
-because loading them runs untrusted code. Registered versions are unknown here: the caller turns NAME@N
-into a folder.
+because loading them runs untrusted code. This module does not know registered versions: the caller turns
+NAME@N into a folder.
 """
 
 import re
@@ -51,7 +51,7 @@ def resolve_base(base: str, cache: Path) -> Base:
     Raises:
         BaseModelError: the base is unknown, unreachable, incomplete, not in safetensors, or of an
             unsupported family.
-        DiskSpaceError: the cache has not enough free space.
+        DiskSpaceError: the cache does not have enough free space.
         IntegrityError: a weight file is damaged.
     """
     if base in KNOWN:

@@ -1,7 +1,8 @@
-"""Schedules checkpoints by steps, by minutes, and immediately when a signal stops the run.
+"""Schedules checkpoints by number of steps, by minutes, and immediately when a signal stops the run.
 
-On SIGTERM, transformers' own checkpoint waits for three seconds and then for the end of a step, which
-may take minutes here, and a kill while it writes leaves an incomplete folder. Imports transformers.
+On SIGTERM, transformers' own checkpoint code would wait for three seconds and then for the end of a
+step, which may take minutes here. If it is killed while it writes, it leaves an incomplete folder.
+Imports transformers.
 """
 
 import time
@@ -18,7 +19,7 @@ class CheckpointSchedule(TrainerCallback):
     """Training callback that requests checkpoints.
 
     Args:
-        due: the recipe's section `checkpoints`.
+        due: the recipe's `checkpoints` section.
         preemption: watches for a signal, which stops the run after the current step.
         clock: returns the time in seconds.
     """

@@ -1,4 +1,4 @@
-"""Stops a diverging run after a few steps instead of after a whole night.
+"""Stops a diverging run after a few steps instead of letting it run all night.
 
 Imports transformers.
 """
@@ -15,18 +15,18 @@ from svc.errors import TrainingError
 from trainer.callbacks.loss_log import LOSS
 
 _FIRST, _LAST = 5, 20
-"""Numbers of steps at the start and at the end whose mean losses are compared. The first number is small
+"""Number of first steps and number of last steps whose mean losses are compared. The first number is small
 because the loss explodes within 20 steps if the learning rate is far too high."""
 _SKIPPED = 20
-"""Maximum number of consecutive steps that the optimizer may skip. In float16, it halves the loss scale at
-each skipped step until the scale fits."""
+"""Maximum number of consecutive steps that the optimizer may skip. In float16 training, the loss scale is
+halved at each skipped step until it fits."""
 _TIMES, _NATS = 2.0, 1.0
 """Minimum factor and minimum difference in nats by which the mean loss must exceed that of the first steps
 to count as exploded."""
 _SURE = 4.0
-"""Minimum rise of the loss, in standard errors. It is high because every step is compared. A batch's loss
-depends on its examples, so the error is estimated from the scatter of the steps: if easy and hard
-batches alternate, several hard batches in a row are chance."""
+"""Minimum rise of the loss, in standard errors. It is high because losses are compared after every step. A
+batch's loss depends on its examples, so the error is estimated from the scatter of the steps: if easy
+and hard batches alternate, several hard batches in a row can occur by chance."""
 
 
 class DivergenceWatch(TrainerCallback):
@@ -76,8 +76,8 @@ def diverged(wrong: str, learning_rate: float, *, first_in_float16: bool = False
     """Return the error for a diverged run.
 
     Args:
-        first_in_float16: whether this is the first loss of a float16 run, so that training cannot be the
-            cause.
+        first_in_float16: whether this is the first loss of a float16 run, in which case training cannot be
+            the cause.
     """
     if first_in_float16:
         return TrainingError(
@@ -94,11 +94,11 @@ def diverged(wrong: str, learning_rate: float, *, first_in_float16: bool = False
 
 
 def _exploded(first: Sequence[float], last: Sequence[float]) -> bool:
-    """Return whether the last losses are far above the first ones: either on average, beyond chance, or even
-    the lowest of them.
+    """Return whether the last losses are far above the first ones.
 
-    The second condition catches a steadily growing loss, whose growth counts as scatter and hides it from
-    the first.
+    They are if their mean is far higher, beyond chance, or if even the lowest of them is far above the
+    highest of the first losses. The second condition catches a steadily growing loss, whose growth counts as
+    scatter and hides it from the first condition.
     """
     start, highest = fmean(first), max(first)
     rise = fmean(last) - start

@@ -1,9 +1,9 @@
-"""Held-out loss during training: measured on schedule, it selects the best weights and can stop the run
+"""Measures held-out loss on schedule during training, selects the best weights by it, and can stop a run
 early.
 
-All decisions follow from the losses in the trainer's state, so that a resumed run decides like an
-uninterrupted one. transformers' EarlyStoppingCallback keeps its own counters, and needs its own
-checkpoints for the best weights. Imports transformers.
+All decisions follow from the losses in the trainer's state, so that a resumed run makes the same
+decisions as an uninterrupted one. transformers' EarlyStoppingCallback keeps its own counters, and needs
+its own checkpoints for the best weights. Imports transformers.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ class EarlyStopping(TrainerCallback):
     early.
 
     Args:
-        stopping: the recipe's section `stopping`.
+        stopping: the recipe's `stopping` section.
         schedule: steps at which held-out loss is measured.
         measure: called before the first step, and after a resume if the run was interrupted before a due
             measurement.
@@ -45,7 +45,9 @@ class EarlyStopping(TrainerCallback):
             control.should_evaluate = True
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Request a checkpoint of the best weights. If patience is exhausted, stop with a checkpoint."""
+        """Request a checkpoint if the current weights are the best so far. If patience is exhausted, stop the run
+        with a checkpoint.
+        """
         if self._stopping.keep_best and best_step(state) == state.global_step:
             control.should_save = True
         if out_of_patience(state, self._stopping.patience):
@@ -53,8 +55,9 @@ class EarlyStopping(TrainerCallback):
 
 
 def misses_measurement(state: TrainerState, schedule: HeldoutSchedule) -> bool:
-    """Return whether a due measurement of held-out loss is missing, at the start or because the run was
-    interrupted.
+    """Return whether a due measurement of held-out loss is missing.
+
+    This is the case at the start of a run, or if the run was interrupted before the measurement.
     """
     return schedule.due(state) and state.global_step not in heldout_losses(state)
 
@@ -67,8 +70,8 @@ def best_step(state: TrainerState) -> int | None:
 
 
 def out_of_patience(state: TrainerState, patience: int | None) -> bool:
-    """Return whether at least `patience` measurements followed the best one; always false if patience is not
-    set.
+    """Return whether at least `patience` measurements followed the best one. Always false if `patience` is
+    None.
     """
     best = best_step(state)
     if patience is None or best is None:

@@ -1,9 +1,9 @@
-"""Steps at which held-out loss is measured, and the number of examples measured.
+"""Schedules measurements of held-out loss: at which steps, and on how many examples.
 
-If the recipe asks for held-out loss, all examples are measured. Otherwise only a few are, so that every
-run has a curve that costs less than a twentieth of its time, or a quarter for a short run. The schedule
-follows from the recipe, the data and the trainer's state, so that a resumed run measures like an
-uninterrupted one. Imports transformers.
+If the recipe asks for held-out loss, it is measured on all examples. Otherwise it is measured on only a
+few, so that every run has a curve that costs less than a twentieth of its time, or a quarter for a short
+run. The schedule depends only on the recipe, the data and the trainer's state, so that a resumed run
+takes the same measurements as an uninterrupted one. Imports transformers.
 """
 
 import random
@@ -25,13 +25,14 @@ _MIN_EXAMPLES, _MAX_EXAMPLES = 8, 64
 _POINTS = 6
 """Maximum number of held-out measurements, including the one before the first step."""
 _SHORT_SHARE, _SHORT_POINTS = 0.6, 3
-"""Share of tokens and number of measurements for a short run, which may spend more: a twentieth of its time
-would allow too few examples to tell whether their loss falls in the second half of the steps."""
+"""Share of tokens and number of measurements for a short run. A short run may spend more of its time on
+measurements, because a twentieth would allow too few examples to tell whether their loss falls in the
+second half of the steps."""
 
 
 @dataclass(frozen=True, slots=True)
 class HeldoutSchedule:
-    """Schedule of held-out measurements, evenly spaced over the run and at its end.
+    """Schedule of held-out measurements, which are evenly spaced over the run and always include its last step.
 
     Attributes:
         every_steps: steps between two measurements; if None, there are `points` measurements in the run.
@@ -74,8 +75,8 @@ class HeldoutCurve:
     def affordable(cls, heldout: Sequence[dict[str, Any]], trained_tokens: float, steps: int) -> "HeldoutCurve":
         """Plan two to six measurements of 8 to 64 held-out examples that cost less than a twentieth of the run.
 
-        A short run whose curve is diagnosed gets up to three measurements, which cost less than a quarter of the
-        run.
+        A run that is short, but long enough for a diagnosis of its curve, gets up to three measurements. They
+        cost less than a quarter of the run.
 
         Args:
             heldout: all held-out rows.

@@ -1,7 +1,7 @@
-"""The loss curve: the loss of each step, reported as a hundred points.
+"""Reports the loss curve of a run as a hundred points.
 
 The trainer stores the loss of every step in its state, which is part of every checkpoint. Points are
-means at fixed steps, so that a resumed run draws the same curve as an uninterrupted one. Imports
+means at fixed steps, so that a resumed run reports the same curve as an uninterrupted one. Imports
 transformers.
 """
 
@@ -60,7 +60,7 @@ class LossReport(TrainerCallback):
     """Training callback that reports the loss curve.
 
     Args:
-        report: receives the points.
+        report: receives the points of the curve.
     """
 
     def __init__(self, report: Report) -> None:

@@ -1,8 +1,8 @@
-"""Signals that stop a run, such as a spot machine's notice, an administrator's kill or Ctrl-C.
+"""Handles signals that stop a run, such as a spot machine's notice, an administrator's kill or Ctrl-C.
 
-The first signal abandons the current step, which may take minutes to finish. During work that must not
-be interrupted, the signal is recorded until that work has finished. The second signal ends the process
-in the default way.
+The first signal abandons the current step, which may take minutes to finish. If it arrives during work
+that must not be interrupted, it is recorded and takes effect when that work has finished. The second
+signal ends the process in the default way.
 """
 
 import signal
@@ -24,7 +24,7 @@ class StepAbandoned(KeyboardInterrupt):
 
 
 class Preemption:
-    """Holds the stop signal that was received, if any."""
+    """Records the stop signal that a run has received, if any."""
 
     def __init__(self) -> None:
         self.by: signal.Signals | None = None
@@ -56,7 +56,7 @@ class Preemption:
 
 @contextmanager
 def preemption() -> Iterator[Preemption]:
-    """Pass the first SIGTERM or Ctrl-C during the `with` block to the yielded object. Only the main thread
+    """Yield an object that receives the first SIGTERM or Ctrl-C during the `with` block. Only the main thread
     receives signals.
     """
     received = Preemption()

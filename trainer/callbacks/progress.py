@@ -1,4 +1,5 @@
-"""Progress of a training run: a live bar on a terminal, otherwise a line every 15 s and one at the end.
+"""Shows the progress of a training run: a live bar on a terminal, or else a line every 15 s and one at the
+end.
 
 Imports transformers.
 """

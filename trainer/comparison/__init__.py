@@ -1,1 +1,1 @@
-"""`svc compare`: two models answer the same examples, and their answers are compared."""
+"""`svc compare`, which lets two models answer the same examples and compares their answers."""

@@ -1,4 +1,6 @@
-"""Collects models' answers. Stored answers are reused; other models answer on engines, one model at a time."""
+"""Collects models' answers to the same examples. Stored answers are reused, and the remaining models are
+run on engines, one model at a time.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,7 +39,7 @@ class Answers:
     """One model's answers to the examples.
 
     Attributes:
-        kept: whether all answers were already stored, so that the model was not run.
+        kept: whether all answers were already stored, in which case the model was not run.
     """
 
     results: tuple[ExampleResult, ...]
@@ -45,7 +47,7 @@ class Answers:
 
 
 _Asked = tuple[Sequence[TokenizedExample], Sequence[int]]
-"""The examples tokenized for one model, and the token limit for each answer."""
+"""The examples as tokenized for one model, and the token limit for each answer."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +95,10 @@ class Interview:
     async def _at_endpoint(self, endpoint: Endpoint, local: Sequence[_Asked]) -> tuple[ExampleResult, ...]:
         """Return the answers of a remote endpoint.
 
-        They get the token limits of the local model with which the endpoint is compared, so that both have the
-        same maximum length. For two endpoints, whose tokenizers are unknown, the limits are upper bounds derived
-        from the bytes of each reference: a limit that is too high costs some tokens; a limit that is too low
-        would cut off correct answers.
+        The answers get the token limits of the local model with which the endpoint is compared, so that both
+        models' answers have the same maximum length. For two endpoints, whose tokenizers are unknown, the limits
+        are upper bounds derived from the bytes of each reference. A limit that is too high costs some tokens,
+        whereas a limit that is too low would cut off correct answers.
         """
         if local:
             (_, limits), *_ = local
@@ -108,10 +110,10 @@ class Interview:
     async def _on_engines(
         self, models: dict[str, LocalModel], prepared: dict[str, _Asked]
     ) -> dict[str, tuple[ExampleResult, ...]]:
-        """Run the models one after the other, and return and store their answers, keyed by model revision.
+        """Run the models one after the other, store their answers, and return them keyed by model revision.
 
-        A model with the same fingerprint as the previous one is loaded into the same engine; any other gets a
-        new engine.
+        A model with the same fingerprint as the previous one is loaded into the same engine. Any other model
+        gets a new engine.
         """
         results = {}
         if models:
@@ -137,8 +139,8 @@ class Interview:
         return tokenized, answer_limits(tokenized, context=served, fixed=self.max_tokens)
 
     def _known(self, model: LocalModel, limits: Sequence[int]) -> tuple[ExampleResult, ...] | None:
-        """Return the answers stored for these limits and this engine kind, or None if any example's answer is
-        missing.
+        """Return the answers that are stored for these token limits and this engine kind. None if the answer to any
+        example is missing.
         """
         if self.fresh:
             return None

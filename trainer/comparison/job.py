@@ -1,5 +1,5 @@
-"""Runs one comparison, from the command's arguments to its result. First prints which data will leave this
-machine.
+"""Runs a comparison, from the command's arguments to its result. Before it starts, prints which data will
+leave this machine.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ FOLDER = "compare"
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """Two models with the questions, their answers and the comparison."""
+    """A completed comparison: the two models, the questions, their answers and the result."""
 
     models: Sequence[Model]
     questions: Questions
@@ -111,7 +111,7 @@ def _warn(models: Sequence[Model], questions: Questions, registry: Registry) -> 
 
 
 def _why_no_tokens(models: Sequence[Model]) -> str:
-    """Return why token metrics cannot be compared, or an empty text if they can."""
+    """Return the reason why token metrics cannot be compared, or an empty string if they can."""
     if any(isinstance(model, Endpoint) for model in models):
         return "a remote endpoint returns no log-probabilities for a prompt, and uses its own tokenizer"
     folders = {model.folder for model in models if isinstance(model, LocalModel)}

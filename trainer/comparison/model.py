@@ -77,9 +77,10 @@ def find_model(text: str, registry: Registry, settings: Settings, *, format: For
 
 
 def asked_alike(base: Model, other: Model, cache: Path) -> Model:
-    """Return `base` with the chat template and template arguments of `other`, a version trained from it.
+    """Return `base` with the chat template and template arguments of `other`, if `other` is a version trained
+    from it.
 
-    Any other models are returned unchanged.
+    Otherwise, `base` is returned unchanged.
 
     Args:
         cache: folder for converted base models.

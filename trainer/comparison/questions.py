@@ -1,5 +1,5 @@
-"""The questions for comparing two models, from a file or from the held-out set that both versions share,
-and the metrics.
+"""Chooses the questions and metrics for comparing two models. The questions come from a file, or from the
+held-out set that both versions share.
 """
 
 from collections.abc import Sequence
@@ -51,7 +51,7 @@ class Questions:
         origin: source of the examples, for display.
         max_tokens: token limit for every answer; if None, the limit depends on each reference answer.
         options: metrics for the answers.
-        whole: all examples of the source, which determine the task kind even if only a few are sent.
+        whole: all examples of the source, which determine the task kind even if only some of them are sent.
     """
 
     examples: Sequence[ChatExample]
@@ -65,8 +65,8 @@ def choose_questions(models: Sequence[Model], registry: Registry, wanted: Wanted
     """Choose the examples of a comparison, with the metrics and token limits for the answers.
 
     Args:
-        wanted: without data, the held-out set of the versions among the models is used, limited to the
-            examples of their evaluation; without metrics, the metrics of the version are used.
+        wanted: if it names no data, the held-out set of the versions among the models is used, limited to
+            the examples of their evaluation. If it names no metrics, the metrics of the version are used.
         cache: folder for Hub datasets.
 
     Raises:
@@ -96,7 +96,7 @@ def choose_questions(models: Sequence[Model], registry: Registry, wanted: Wanted
 
 
 def count_learnt(version: Manifest, examples: Sequence[ChatExample], registry: Registry) -> int:
-    """Count the prompts on which a version, or any version that it continues, was trained."""
+    """Count the prompts among the examples on which a version, or any version that it continues, was trained."""
     prompts, learnt = hash_prompts(examples), np.zeros(len(examples), bool)
     continued: Manifest | None = version
     while continued is not None:

@@ -1,4 +1,4 @@
-"""Output of a comparison, on the terminal or as JSON with all answers."""
+"""Shows a comparison on the terminal, or outputs it as JSON with all answers."""
 
 from typing import Any
 

@@ -1,13 +1,13 @@
-"""bfloat16 attention as unblocked matrix products in a single autograd step, which is faster on a CPU for
-short rows.
+"""Computes bfloat16 attention as unblocked matrix products in a single autograd step, which is faster on a
+CPU for short rows.
 
-PyTorch's own CPU attention computes small blocks, and gets a copy of each key and value for every query
-head that shares it. On rows of a few hundred tokens, which are usual in fine-tuning, two complete
-products forward and four backward take between a third and four fifths of its time in bfloat16 (two
-cores with AVX-512). In float32 they are not faster. The formula is the same; scores are rounded to
-bfloat16 before the softmax, as in transformers' `eager`.
+PyTorch's own CPU attention computes in small blocks, and gets a copy of each key and value for every
+query head that shares them. On rows of a few hundred tokens, which are usual in fine-tuning, two
+complete products in the forward pass and four in the backward pass take between a third and four fifths
+of its time in bfloat16 (two cores with AVX-512). In float32 they are not faster. The formula is the
+same; scores are rounded to bfloat16 before the softmax, as in transformers' `eager`.
 
-PyTorch computes longer rows and everything except plain attention. Imports torch.
+Longer rows, and everything except plain attention, are left to PyTorch. Imports torch.
 """
 
 from typing import Any
@@ -78,8 +78,8 @@ def _is_plain(
     dropout: float,
     others: dict[str, Any],
 ) -> bool:
-    """Return whether the call is plain softmax(s Q K^T) V under a mask shared by all heads, at a size that is
-    faster here.
+    """Return whether the call is plain softmax(s Q K^T) V under a mask shared by all heads, and of a size for
+    which this module is faster.
     """
     query, key, value = inputs
     if key.shape != value.shape or any(tensor.dtype is not torch.bfloat16 for tensor in inputs):
@@ -122,7 +122,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Apply the chain rule; the softmax gradient follows FlashAttention (Dao et al. 2022, appendix B.2)."""
+        """Apply the chain rule. The softmax gradient follows FlashAttention (Dao et al. 2022, appendix B.2)."""
         rows, key, value, weights, output = ctx.saved_tensors
         gradient = gradient.reshape(output.shape)
         for_value = torch.bmm(weights.transpose(1, 2), gradient)

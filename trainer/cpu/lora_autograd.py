@@ -1,4 +1,4 @@
-"""LoRA linear layers as one autograd step each, where PEFT's forward needs ten.
+"""Computes each LoRA linear layer in one autograd step, where PEFT's forward needs ten.
 
 Under bf16 autocast, PEFT casts a layer's input to the adapter's float32 and back, scales, adds and casts
 once more, and stores a tensor of each step for the backward pass. On a CPU these passes over memory take
@@ -33,8 +33,8 @@ def fuse_lora(model: torch.nn.Module) -> int:
 
 
 def _forward(layer: Linear, original: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Compute a layer's output. Each call checks the layer, because its adapter may be disabled, merged or
-    exchanged.
+    """Compute a layer's output. The layer is checked at each call, because its adapter may have been disabled,
+    merged or exchanged.
     """
     if args or kwargs or not _is_plain(layer, x):
         return original(x, *args, **kwargs)
@@ -99,7 +99,7 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Apply the chain rule, with s multiplied into B.
 
-        The updated weight is computed again, because storing it for every layer needs as much memory as the
+        The updated weight is recomputed, because storing it for every layer would need as much memory as the
         model.
         """
         rows, inner, weight, low, high = ctx.saved_tensors

@@ -1,1 +1,1 @@
-"""Examples in the form on which a model trains: token ids, packed rows, and their order."""
+"""Prepares examples for training as token ids in packed rows, and determines their order."""

@@ -6,7 +6,7 @@ prompt that the engine renders for it, even if the template renders the complete
 differently. If the prompt of a later answer repeats an earlier answer differently, as Qwen3's does by
 leaving out the earlier thinking, the example becomes several rows. A template that makes the model think
 before the answer, or begin with any other text, is rejected, because examples that contain only answers
-do not teach that. Independent of batches and losses.
+do not teach that. This module does not know about batches and losses.
 """
 
 import re
@@ -36,8 +36,8 @@ _THINKS = re.compile(r"<\|?(start_)?think(ing)?\|?>\s*$", re.IGNORECASE)
 
 
 def training_row(example: TokenizedExample) -> dict[str, list[int]]:
-    """Return an example as the trainer expects it: labels are the token ids of learnt answers, and -100
-    elsewhere.
+    """Return an example as the trainer expects it. Labels are the token ids of learnt answers, and -100
+    everywhere else.
     """
     ids = list(example.input_ids)
     labels = [IGNORED] * len(ids)
@@ -138,15 +138,15 @@ def tokenize_turns(
     stops: set[int],
     template_kwargs: TemplateKwargs,
 ) -> list[list[TokenizedExample]]:
-    """Tokenize examples into the rows that teach their learnt answers.
+    """Tokenize each example into the rows on which its learnt answers are trained.
 
     An example has one row if the template renders the turns before an answer the same way in every later
     prompt.
 
     Args:
         stops: ids of the tokens that end an answer.
-        template_kwargs: arguments of the template, see
-            svc.model_folder.chat_template.choose_template_kwargs.
+        template_kwargs: arguments of the template (see
+            svc.model_folder.chat_template.choose_template_kwargs).
 
     Raises:
         DataError: the template rejects an example, as some do with a system turn, or the learnt text would
@@ -164,7 +164,7 @@ def tokenize_examples(
 ) -> list[TokenizedExample]:
     """Return each example's final answer, tokenized after its prompt, for evaluation (see `tokenize_turns`).
 
-    It is tokenized as in training, and measured regardless of the example's weights.
+    The answer is tokenized as in training, and it is measured regardless of the example's weights.
     """
     conversations = _conversations(tokenizer, examples, stops, template_kwargs)
     return [conversation.rows([len(conversation.example.messages) - 1])[0] for conversation in conversations]
@@ -173,8 +173,8 @@ def tokenize_examples(
 def tokenize_turns_of(
     folder: Path, examples: Sequence[ChatExample], template_kwargs: TemplateKwargs
 ) -> list[list[TokenizedExample]]:
-    """Tokenize examples for training with a model folder's tokenizer; see `load_tokenizer` and
-    `tokenize_turns`.
+    """Tokenize examples for training with the tokenizer of a model folder (see `load_tokenizer` and
+    `tokenize_turns`).
     """
     tokenizer = load_tokenizer(folder)
     return tokenize_turns(tokenizer, examples, stop_tokens(folder, tokenizer), template_kwargs)
@@ -183,7 +183,9 @@ def tokenize_turns_of(
 def tokenize_as_trained(
     folder: Path, examples: Sequence[ChatExample], template_kwargs: TemplateKwargs
 ) -> list[TokenizedExample]:
-    """Tokenize final answers as in training; see `load_tokenizer` and `tokenize_examples`."""
+    """Tokenize final answers with the tokenizer of a model folder, as in training (see `load_tokenizer` and
+    `tokenize_examples`).
+    """
     tokenizer = load_tokenizer(folder)
     return tokenize_examples(tokenizer, examples, stop_tokens(folder, tokenizer), template_kwargs)
 
@@ -203,10 +205,11 @@ class _Conversation:
     number: int
 
     def rows(self, turns: Iterable[int]) -> list[TokenizedExample]:
-        """Return the token ids of the given answers, each after the prompt that the engine renders for it.
+        """Return training rows for the given answers, each tokenized after the prompt that the engine renders for
+        it.
 
-        An answer is appended to the preceding row if its prompt repeats that row. Every answer ends with an end
-        token, even if the template omits the token or puts text after it.
+        An answer is appended to the preceding row if its prompt begins with that row. Every answer ends with an
+        end token, even if the template omits the token or puts text after it.
         """
         from jinja2 import TemplateError
 
@@ -237,7 +240,7 @@ class _Conversation:
         return TokenizedExample(tuple(ids), ((start, len(ids)),))
 
     def _after_prompt(self, turn: int, prompt: str) -> str:
-        """Return an answer and its end, as the template renders them.
+        """Return an answer and its ending, as the template renders them.
 
         Raises:
             DataError: the model would learn a different text.
@@ -310,7 +313,7 @@ class _Conversation:
 def _conversations(
     tokenizer: "PreTrainedTokenizerBase", examples: Sequence[ChatExample], stops: set[int], kwargs: TemplateKwargs
 ) -> Iterator[_Conversation]:
-    """Yield each example's conversation and show the progress."""
+    """Yield the conversation of each example while showing progress."""
     with counting("Tokenizing", len(examples)) as advance:
         for number, example in enumerate(examples, start=1):
             yield _Conversation(tokenizer, kwargs, stops, example, number)

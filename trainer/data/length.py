@@ -16,7 +16,7 @@ def fit_length(examples: Sequence[Sequence[TokenizedExample]], train: Train) -> 
     """Drop or truncate training examples longer than `train.max_length`, and print how many there were.
 
     Args:
-        examples: the rows of each example; an example is as long as its longest row.
+        examples: the rows of each example. The length of an example is that of its longest row.
 
     Raises:
         DataError: examples are too long and `train.too_long` is error, or fewer than two are left.
@@ -63,9 +63,9 @@ def check_served_length(rows: Sequence[TokenizedExample], longest: int, what: st
     """Raise DataError if any example does not fit into the engine.
 
     Args:
-        longest: maximum number of tokens in the engine for a prompt with its answer.
+        longest: maximum number of tokens that the engine allows for a prompt with its answer.
         what: kind of examples, for the error message, such as `held-out`.
-        room: number of tokens to allow for an answer, if more than the example's own answer has.
+        room: minimum number of tokens to reserve for an answer, even if the example's own answer is shorter.
 
     Raises:
         DataError: names the longest example.

@@ -1,4 +1,5 @@
-"""Orders examples into batches of similar lengths, in a random order that depends only on seed and epoch.
+"""Groups examples of similar length into batches, in a random order that depends only on the seed and the
+epoch.
 
 The order of batches is random because a task's losses depend on length: if batches went from long to
 short, the loss curve of a healthy run would rise or fall with them, and the last steps of an epoch would
@@ -19,11 +20,11 @@ _MAX_WINDOW = 50
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """Samples example indices in batches of similar lengths.
+    """Yields example indices, grouped into batches of similar length.
 
     Args:
         lengths: number of tokens in each example.
-        batch_size: number of examples per step, which have similar lengths.
+        batch_size: number of examples per step.
         seed: seed of the run.
     """
 

@@ -1,7 +1,7 @@
-"""Packing: several examples in one row, so that short examples fill a row's maximum length.
+"""Packs several short examples into one row, so that they fill the row's maximum length.
 
 Positions start again with each example. From them, transformers derives an attention mask between
-examples, so that each example is learnt as if in a row of its own. Imports torch and TRL.
+examples, so that each example is learnt as if it were in a row of its own. Imports torch and TRL.
 """
 
 from collections.abc import Sequence
@@ -37,11 +37,11 @@ def refuse_recurrent(config: "PreTrainedConfig") -> None:
 
 
 def pack(rows: "Dataset", max_length: int) -> "Dataset":
-    """Pack examples into few rows by best-fit decreasing; `seq_lengths` gives the lengths of each row's
+    """Pack examples into few rows by best-fit decreasing. `seq_lengths` lists the lengths of each row's
     examples.
 
     Args:
-        rows: `input_ids` and `labels`, none longer than `max_length`.
+        rows: examples with `input_ids` and `labels`, none longer than `max_length`.
         max_length: number of tokens per row.
     """
     return pack_dataset(

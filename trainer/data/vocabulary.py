@@ -1,8 +1,8 @@
 """Checks that a tokenizer's ids have rows in the model's embedding.
 
-Published tokenizers may have more ids than the model has rows: Gemma 3 1B's has one for images. This is
-harmless unless such an id is used, which causes an index error in the middle of training, quantizing or
-serving.
+Published tokenizers may have more ids than the model has rows. For example, Gemma 3 1B's has an extra id
+for images. This is harmless unless such an id is used, which causes an index error in the middle of
+training, quantizing or serving.
 """
 
 from collections.abc import Collection, Sequence
@@ -57,7 +57,8 @@ def check_tokenizer(
 
 
 def check_ids(examples: Sequence[Sequence[TokenizedExample]], embedding_rows: int, what: str) -> None:
-    """Check that all token ids of examples have embedding rows. Examples may contain rare special tokens.
+    """Check that all token ids in the examples have embedding rows, since examples may contain rare special
+    tokens.
 
     Args:
         examples: the rows of each example.

@@ -1,5 +1,5 @@
-"""Rules on the training loss curve, for divergence, a learning rate that is too high or too low, and
-underfitting.
+"""Diagnosis rules for the training loss curve. They detect divergence, a learning rate that is too high or
+too low, and underfitting.
 """
 
 import math
@@ -11,21 +11,21 @@ from trainer.diagnosis.training_run import TrainingRun
 from trainer.diagnosis.window import Window, start_of, taken, width, window_of, windows
 
 SURE = 3.0
-"""Number of standard errors above which a difference between windows is not chance. Because many pairs of
-windows are compared, a difference must also be large."""
+"""Number of standard errors above which a difference between windows is not considered chance. Because many
+pairs of windows are compared, a difference must also be large."""
 ABOVE_START = 0.1
 """Minimum rise of the loss, as a share of the loss before the first step. A smaller rise is not worth
 another run."""
 GIVEN_BACK = 0.25
 """Minimum rise of the loss, as a share of its fall so far. Hard batches alone cause smaller rises."""
 UNFINISHED_SHARE, HELDOUT_SHARE = 0.2, 0.12
-"""Shares of the total fall of the training loss and of the held-out loss above which the fall in the last
-third of the learning counts as unfinished. A loss that approaches its limit exponentially, with a share
-of 0.2 in that third, is three quarters of the way to the limit."""
+"""Training counts as unfinished if more than these shares of the total fall of the training loss and of the
+held-out loss came in the last third of training. A loss that approaches its limit exponentially, with a
+share of 0.2 in that third, is three quarters of the way to the limit."""
 LATE_SURE = 2.0
-"""Minimum late fall of the loss in standard errors: of the held-out loss over the same examples, if
-measured, or else of the training loss. Because only one comparison is made, fewer are enough than for
-pairs of windows."""
+"""Minimum fall of the loss late in training, in standard errors. It applies to the held-out loss over the
+same examples, if measured, or else to the training loss. Because only one comparison is made, fewer
+standard errors are enough than for pairs of windows."""
 USUAL_TIMES = 3.0
 """Multiple of the usual learning rate at which the rate counts as the cause of a finding. Neighbouring
 rates of a sweep differ by this factor."""
@@ -72,8 +72,8 @@ def find_high_rate(run: TrainingRun) -> Finding | None:
 
 
 def find_low_rate(run: TrainingRun) -> Finding | None:
-    """Return a finding if the loss hardly fell or was still falling at the end, at a rate far below the usual
-    one.
+    """Return a finding if the loss hardly fell or was still falling at the end, and the learning rate is far
+    below the usual one.
     """
     if run.learning_rate * USUAL_TIMES > run.usual_learning_rate:
         return None
@@ -95,7 +95,9 @@ def find_low_rate(run: TrainingRun) -> Finding | None:
 
 
 def find_underfitting(run: TrainingRun) -> Finding | None:
-    """Return a finding if the loss was still falling at the end with a usual learning rate."""
+    """Return a finding if the loss was still falling at the end although the learning rate is not far below the
+    usual one.
+    """
     if run.learning_rate * USUAL_TIMES <= run.usual_learning_rate or not (ends := _unfinished(run)):
         return None
     first, two_thirds, last = ends
@@ -127,11 +129,11 @@ def not_learnt(run: TrainingRun, what: str, rule: str) -> Finding:
 
 
 def late_windows(run: TrainingRun) -> tuple[Window, Window, Window] | None:
-    """Return the windows at the start, at two thirds of the learning, and at the end, or None if the run is too
+    """Return the windows at the start, at two thirds and at the end of training, or None if the run is too
     short.
 
-    Learning is measured as the sum of learning rates, not of steps, because a rate that falls to 0 slows
-    every run down.
+    Progress is measured by the sum of the learning rates instead of the number of steps, because a rate that
+    falls to 0 slows every run down.
     """
     steps = taken(run.curve)
     if not windows(run.curve):
@@ -146,7 +148,7 @@ def late_windows(run: TrainingRun) -> tuple[Window, Window, Window] | None:
 
 
 def _unfinished(run: TrainingRun) -> tuple[Window, Window, Window] | None:
-    """Return the late windows if too much of the loss's fall came after the second window, or else None."""
+    """Return the three late windows if too much of the loss's fall came after the second of them, or else None."""
     parts = late_windows(run)
     if not parts or find_high_rate(run):  # a loss that was thrown off falls while it recovers
         return None
@@ -161,8 +163,8 @@ def _unfinished(run: TrainingRun) -> tuple[Window, Window, Window] | None:
 
 
 def _late_heldout(run: TrainingRun, step: int) -> bool | None:
-    """Return whether much of the held-out loss's fall came after a step, or None without measurements before
-    and after it.
+    """Return whether much of the held-out loss's fall came after the given step. None if there are no
+    measurements before and after it.
     """
     points = [point for point in run.curve if len(point.heldout_each) > 1]
     measured = [point for point in points if len(point.heldout_each) == len(points[-1].heldout_each)]

@@ -1,5 +1,5 @@
-"""Rules on the held-out set, for overfitting, too little data, too small a held-out set, and cut-off
-answers.
+"""Diagnosis rules for the held-out set. They detect overfitting, too little data, a held-out set that is
+too small, and cut-off answers.
 """
 
 import math
@@ -12,8 +12,8 @@ from trainer.diagnosis.window import measured_points, start_of, taken, width, wi
 from trainer.recipe.sections import Train
 
 FALSE_ALARMS = 0.05
-"""Share of healthy runs in which the paired test alone may find a rise in held-out loss, divided among the
-measurements."""
+"""Acceptable share of healthy runs in which the paired test alone finds a rise in held-out loss. It is
+divided among the measurements."""
 RISE = 0.1
 """Minimum rise of the held-out loss, as a share of its lowest value. A smaller rise is not worth another
 run."""
@@ -22,16 +22,17 @@ FEW_EXAMPLES = 50
 from 50 to 100 examples."""
 MANY_EXAMPLES = 1000
 GAP, GAP_OF_MANY_EPOCHS, MANY_EPOCHS = 2.0, 1.5, 10
-"""Ratio of held-out to training loss above which a model has memorized its examples. The second applies
-from MANY_EPOCHS on: a model that has seen an example ten times has memorized it, so a smaller gap is
-enough. Of 20 runs of 20 epochs on 60 examples, the first ratio found 16 and the second 18
+"""Ratio of held-out to training loss above which a model has memorized its examples. The second value
+applies from MANY_EPOCHS epochs on: a model that has seen an example ten times has memorized it, so a
+smaller gap is enough. Of 20 runs of 20 epochs on 60 examples, the first ratio found 16 and the second 18
 (benchmarks.diagnosis, seeds 3000 to 3019)."""
 WIDEST = 0.2
 """Maximum width of the exact-match interval. With a wider interval, a version that is ten points worse
 looks the same."""
 
 CUT_OFF = 0.02
-"""Share of answers cut off at their token limit. A smaller share barely changes the metrics."""
+"""Share of answers cut off at their token limit above which there is a finding. A smaller share barely
+changes the metrics."""
 
 
 def find_overfitting(run: TrainingRun) -> Finding | None:
@@ -148,7 +149,9 @@ def _critical(examples: int, comparisons: int) -> float:
 
 
 def _fell_between(run: TrainingRun, lowest: TrainingPoint, last: TrainingPoint) -> bool:
-    """Return whether the training loss fell after the lowest point, to a value below that of the base model."""
+    """Return whether the training loss fell after the point of lowest held-out loss, to a value below the base
+    model's.
+    """
     steps = taken(run.curve)
     size = width(len(steps))
     until = [point for point in steps if point.step <= max(lowest.step, size)][-size:]
@@ -171,11 +174,11 @@ def _least_gap(run: TrainingRun) -> float:
 
 
 def _gap(run: TrainingRun) -> tuple[float, float] | None:
-    """Return the final training loss and a lower bound of the held-out loss, in nats per token, or None in
-    epoch 1.
+    """Return the final training loss and a lower bound of the held-out loss, in nats per token.
 
-    The training loss of an example's first pass is a held-out loss. If answers other than the final ones are
-    learnt, the two losses are not comparable.
+    None within the first epoch, because the training loss of an example's first pass is itself a held-out
+    loss. None, too, if answers other than the final ones are learnt, because the two losses are then not
+    comparable.
     """
     parts = windows(run.curve)
     if not parts or run.curve[-1].epoch <= 1.0 or not run.learns_final_answers:

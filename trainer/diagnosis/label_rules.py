@@ -1,4 +1,4 @@
-"""Rules that detect wrong labels and labels that were not learnt."""
+"""Rules that detect wrong labels and labels that the model failed to learn."""
 
 import math
 from collections import Counter
@@ -13,40 +13,43 @@ from trainer.diagnosis.training_run import TrainingRun
 from trainer.diagnosis.window import FEW_STEPS, measured_points, taken
 
 MAX_LABELS = 50
-"""Number of different answers above which a task does not count as labelling, as in `svc data check`."""
+"""Maximum number of distinct answers for a task to count as labelling. `svc data check` uses the same
+limit."""
 MIN_ASKED = 60
-"""Minimum number of held-out examples, so that a third of them is at least twenty."""
+"""Minimum number of held-out examples. It ensures that a third of them is at least twenty."""
 WRONG = 0.06
-"""Share of wrong answers in the surest third of examples. On the section task, 2 to 4% are wrong there, and
-25 to 35% overall."""
+"""Share of wrong answers among the model's most confident third above which labels are suspect. On the
+section task, 2 to 4% of these answers are wrong, compared with 25 to 35% of all answers."""
 LEARNT, SURE = 0.7, 0.88
-"""Mean probability of the surest third of answers, and of the surest sixth. A model below the first value
-has not learnt its task. With right labels some examples are easy, and the model's probability for them
-is above the second value: 0.96 on the section task. Randomly drawn wrong labels affect easy examples
-too, and a model that has learnt their share is as unsure."""
+"""Thresholds for the mean probability of the most confident third and the most confident sixth of answers.
+A model below the first has not learnt its task. With correct labels, some examples are easy, and the
+model's mean probability for them exceeds the second: it is 0.96 on the section task. Randomly assigned
+wrong labels affect easy examples too, so a model that has learnt how often they occur stays unsure even
+there."""
 STILL_LEARNING = 0.3
-"""Fall of the training loss in the last third of the learning, as a share of its final level, above which a
-model is still learning. Such a model is also unsure of right labels. Label noise was found in 5 of 300
-healthy runs without this limit and in 1 with it, and in 19 and 15 of 60 runs with a fifth of wrong
-labels (seeds from 3000)."""
+"""Fall of the training loss in the last third of training, as a share of its final level, above which a
+model is still learning. Such a model is also unsure of correct labels. In 300 healthy runs, label noise
+was reported 5 times without this limit and once with it; in 60 runs with a fifth of wrong labels, 19
+times and 15 times (seeds from 3000)."""
 CONTRADICTED = 0.02
 GAINED = 0.05
-"""Minimum share of the label entropy that the prompts must explain. Below it, the model has learnt only how
+"""Minimum share of the label entropy that the prompts must explain. A model below it has learnt only how
 frequent each label is."""
 HARDLY_GAINED, STILL_FALLING, LATE_SURE = 0.15, 0.15, 1.5
-"""Thresholds for a model that has hardly started to learn: the explained share of the label entropy, and
-the fall of the training loss in the last third of the learning above which more steps would help, as a
-share of its final level and in standard errors. With labels that nothing explains, the loss falls by 7%
-at most (docs/diagnosis.md)."""
+"""Thresholds for a model that has hardly started to learn. The first is the share of the label entropy that
+it explains. The other two are the fall of the training loss in the last third of training above which
+more steps would help, as a share of its final level and in standard errors. When nothing explains the
+labels, the loss falls by 7% at most (docs/diagnosis.md)."""
 PARTLY_GAINED, HELDOUT_FALLING, HELDOUT_SURE = 0.5, 0.05, 2.0
-"""Thresholds for a model that has learnt a part in a short run: the explained share of the label entropy,
-and the fall of the held-out loss in the second half of the steps above which more steps would help, as a
-share of its final level and in standard errors over the same examples."""
+"""Thresholds for a model that has learnt only part of its task in a short run. The first is the share of
+the label entropy that it explains. The other two are the fall of the held-out loss in the second half of
+the steps above which more steps would help, as a share of its final level and in standard errors over
+the same examples."""
 
 
 def find_label_noise(run: TrainingRun) -> Finding | None:
-    """Return a finding if the model's surest answers often differ from the reference, or if examples contradict
-    each other.
+    """Return a finding if the model's most confident answers often differ from the reference, or if training
+    examples contradict each other.
     """
     if not _are_labels(run.answers):
         return None
@@ -72,8 +75,8 @@ def find_label_noise(run: TrainingRun) -> Finding | None:
 
 
 def _find_unlearnt(run: TrainingRun) -> Finding | None:
-    """Return a finding if labels were not learnt, with the cause: a high learning rate, too few steps or wrong
-    labels.
+    """Return a finding if the labels were not learnt, naming the cause: a high learning rate, too few steps or
+    wrong labels.
     """
     counts, asked = Counter(run.answers), len(run.answers)
     surprise = [-math.log(counts[answer] / asked) for answer in run.answers]
@@ -108,10 +111,10 @@ def _find_unlearnt(run: TrainingRun) -> Finding | None:
 
 
 def _still_falls(run: TrainingRun) -> bool:
-    """Return whether held-out loss (or training loss, if not measured) was falling in the second half of the
-    steps.
+    """Return whether the held-out loss was still falling in the second half of the run.
 
-    The training loss is only a fallback, because memorizing lowers it as well.
+    If it was not measured, the training loss is used instead. It is only a fallback, because memorizing
+    examples lowers it as well.
     """
     measured = measured_points(run.curve)
     middle = [point for point in measured if 0 < 2 * point.step <= measured[-1].step + 1]
@@ -124,7 +127,7 @@ def _still_falls(run: TrainingRun) -> bool:
 
 
 def _falls_late(run: TrainingRun, share: float, errors: float = 0.0) -> bool:
-    """Return whether the training loss was still falling in the last third of the learning.
+    """Return whether the training loss was still falling in the last third of training.
 
     Args:
         share: minimum fall, as a share of the final level.

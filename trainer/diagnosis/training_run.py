@@ -1,4 +1,4 @@
-"""The recipe and measurements of a training run, as input to its diagnosis."""
+"""Recipe and measurements of a training run, from which the run is diagnosed."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ class TrainingRun:
     Attributes:
         recipe: the run's recipe; findings may recommend changes to its values.
         usual_learning_rate: default learning rate for the method and base.
-        curve: a point for every step.
+        curve: one point per step.
         train_examples: number of training examples.
         contradictions: number of training examples whose prompt also occurs with a different answer.
         answers: the reference answers of `results`, or of all held-out examples if none were evaluated.

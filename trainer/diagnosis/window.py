@@ -1,4 +1,6 @@
-"""Mean losses over consecutive steps, with standard errors, because a single batch's loss says little."""
+"""Mean losses over windows of consecutive steps, and their standard errors. The loss of a single batch says
+little.
+"""
 
 import math
 from collections.abc import Sequence
@@ -8,15 +10,16 @@ from statistics import fmean, stdev
 from svc.evaluation.training_curve import TrainingPoint
 
 MIN_STEPS = 20
-"""Minimum number of steps for reading a loss curve. The curve of a shorter run shows nothing."""
+"""Minimum number of steps needed to interpret a loss curve. Shorter curves show nothing."""
 FEW_STEPS = 50
-"""Number of steps below which a run is short. Its labels may be unlearnt only because of that, and its
-held-out loss is measured on more examples."""
+"""Number of steps below which a run counts as short. That alone may explain why its labels were not learnt.
+The held-out loss of a short run is measured on more examples."""
 MIN_MEASURED = 8
-"""Minimum number of held-out examples. Fewer are not representative."""
+"""Minimum number of held-out examples in a loss measurement. Fewer are not representative."""
 _MIN_WIDTH, _SHARE = 5, 10  # steps, and the divisor of the run's steps
 _FIRST = 2
-"""Number of first steps whose loss shows no learning yet, because the learning rate is still rising."""
+"""Number of initial steps whose loss does not reflect any learning yet, because the learning rate is still
+rising."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +27,7 @@ class Window:
     """Mean loss over consecutive steps.
 
     Attributes:
-        step: the last step.
+        step: the last step in the window.
         mean: mean of the losses.
         error: standard error of the mean.
     """
@@ -34,24 +37,24 @@ class Window:
     error: float
 
     def above(self, other: "Window") -> tuple[float, float]:
-        """Return this window's mean minus another's, and the standard error of the difference."""
+        """Return how far this window's mean is above the other's, and the standard error of the difference."""
         return self.mean - other.mean, math.hypot(self.error, other.error)
 
 
 def window_of(points: Sequence[TrainingPoint]) -> Window:
-    """Return the window over the given steps, of which there must be at least two."""
+    """Summarize the losses of the given steps as a window. At least two steps are required."""
     losses = [point.loss for point in points if point.loss is not None]
     return Window(points[-1].step, fmean(losses), stdev(losses) / math.sqrt(len(losses)))
 
 
 def taken(curve: Sequence[TrainingPoint]) -> list[TrainingPoint]:
-    """Return the points of actual steps, without the measurement before the first step."""
+    """Return the points recorded at training steps, excluding the measurement before the first step."""
     return [point for point in curve if point.loss is not None]
 
 
 def measured_points(curve: Sequence[TrainingPoint]) -> list[TrainingPoint]:
-    """Return the points whose held-out loss was measured on enough examples, provided that all use the same
-    examples.
+    """Return the points whose held-out loss was measured on enough examples. Points that were not measured on
+    the same examples as the last one are excluded.
     """
     points = [point for point in curve if len(point.heldout_each) >= MIN_MEASURED]
     return [point for point in points if len(point.heldout_each) == len(points[-1].heldout_each)]
@@ -63,7 +66,9 @@ def width(steps: int) -> int:
 
 
 def windows(curve: Sequence[TrainingPoint]) -> list[Window]:
-    """Split the run into windows of a tenth of its steps, aligned to its end. Empty if the run is too short."""
+    """Split a loss curve into windows of a tenth of its steps, aligned to its end. The result is empty if the
+    run is too short.
+    """
     steps = taken(curve)
     if len(steps) < MIN_STEPS:
         return []
@@ -73,8 +78,8 @@ def windows(curve: Sequence[TrainingPoint]) -> list[Window]:
 
 
 def start_of(curve: Sequence[TrainingPoint]) -> Window:
-    """Return the loss before training: that of the first steps or that on held-out examples, whichever is
-    higher.
+    """Return the loss before training: the mean of the first steps or the mean over the held-out examples,
+    whichever is higher.
 
     The higher value is used because a held-out set may be harder or easier than the training examples.
     """

@@ -1,8 +1,10 @@
-"""Advice for a recipe that does not fit: change as few keys as possible, with the cheapest changes first.
+"""Proposes changes to a recipe that does not fit in memory: as few keys as possible, cheapest changes
+first.
 
-Each proposal is estimated with all of its changes, so it is as accurate as the estimate. Changes that do
-not affect the result come first (smaller batches with more accumulation, checkpointing), then rounding
-of the optimizer's moments, then another method, and last, changes that reduce what is learnt.
+Every proposal is estimated with all of its changes applied, so it is as accurate as the estimate itself.
+Changes that do not affect the result come first (smaller batches with more accumulation, checkpointing),
+followed by rounding the optimizer's moments, then a different method, and finally changes that reduce
+what is learnt.
 """
 
 import json
@@ -21,7 +23,9 @@ Changes = dict[str, Any]
 
 
 def advise(recipe: Recipe, shape: ModelShape, workload: Workload, device: ComputeDevice) -> dict[str, Any] | None:
-    """Return changes to a recipe that make it fit. Empty if it fits unchanged, or None if no change helps."""
+    """Return the changes that make a recipe fit in memory, which are empty if it already fits. Return None if
+    no change helps.
+    """
 
     def fits(changes: Changes) -> bool:
         changed = recipe.changed(changes)
@@ -43,7 +47,7 @@ def advise(recipe: Recipe, shape: ModelShape, workload: Workload, device: Comput
 
 
 def _steps(recipe: Recipe, device: ComputeDevice) -> Iterator[Changes]:
-    """Yield recipe changes, cheapest first. Each change applies in addition to the earlier ones."""
+    """Yield changes to the recipe, cheapest first. Each change is applied on top of the earlier ones."""
     yield {}
     asked = recipe.train.gradient_checkpointing
     if asked is False or (asked is None and device.cpu):
@@ -65,7 +69,7 @@ def _steps(recipe: Recipe, device: ComputeDevice) -> Iterator[Changes]:
 
 
 def _sizes(train: Train) -> list[int]:
-    """Return the divisors of the recipe's batch size, largest first, so that the number of steps stays the
+    """Return the divisors of the recipe's batch size, largest first. A divisor keeps the number of steps the
     same.
     """
     size = train.batch_size

@@ -1,8 +1,8 @@
-"""The batches of a training run, which determine its memory and time.
+"""The batches of a training run, which determine how much memory and time it needs.
 
-They are the trainer's own batches with the real lengths of the examples: padding, grouping by length and
-shared prompts are counted as in training. Without the base's tokenizer, texts are cut into pieces of 4.2
-characters, the average length of a token in English text; other languages and code need more tokens.
+They are formed as in the trainer, from the real example lengths, so padding, grouping by length and
+shared prompts are all taken into account. Without the base's tokenizer, texts are cut into pieces of 4.2
+characters, the average token length in English text; other languages and code need more tokens.
 """
 
 import math
@@ -27,18 +27,18 @@ CHARACTERS_A_TOKEN = 4.2
 _TURN = 5
 """Number of tokens that a chat template adds to each turn."""
 _MAX_EXAMPLES = 1000
-"""Maximum number of examples to measure. A larger data set is sampled."""
+"""Maximum number of examples to measure. Larger data sets are sampled."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Examples that the model computes together.
+    """Examples that the model processes together.
 
     Attributes:
         rows: number of examples.
         length: number of tokens in the longest example.
         shared: number of tokens in the prefix that all examples share, which is computed once.
-        answers: number of tokens that are learnt.
+        answers: number of tokens that are trained on.
     """
 
     rows: int
@@ -48,7 +48,7 @@ class Batch:
 
     @property
     def computed(self) -> int:
-        """Number of tokens for which the model computes."""
+        """Number of tokens that the model processes, counting the shared prefix once."""
         return self.shared + self.rows * (self.length - self.shared)
 
     def resized(self, rows: int) -> "Batch":
@@ -72,9 +72,9 @@ class Workload:
             it.
         tokens: number of tokens in one epoch, without padding.
         batches: batches of one epoch, or of a sample of its examples.
-        repeats: how often `batches` are computed in the complete run.
+        repeats: how many times the complete run processes `batches`.
         largest: the batch that needs the most memory.
-        counted: whether the base's own tokenizer counted the tokens.
+        counted: whether tokens were counted with the base's own tokenizer.
     """
 
     examples: int
@@ -119,13 +119,13 @@ def read_workload(examples: Sequence[ChatExample], recipe: Recipe, folder: Path)
 
 
 def unshared(workload: Workload) -> Workload:
-    """Return the workload with the same batches but no shared prefixes."""
+    """Return a copy of the workload whose batches have no shared prefixes."""
     batches = tuple(replace(batch, shared=0) for batch in workload.batches)
     return replace(workload, batches=batches, largest=replace(workload.largest, shared=0))
 
 
 def plan_batches(rows: Sequence[TokenizedExample], train: Train) -> list[Batch]:
-    """Return the batches of the trainer's first epoch, ignoring gradient accumulation."""
+    """Return the trainer's batches in the first epoch, before gradient accumulation combines them."""
     from trainer.data.length_grouped_sampler import LengthGroupedSampler
 
     size, step = train.batch_size, train.batch_size * train.gradient_accumulation
@@ -136,7 +136,7 @@ def plan_batches(rows: Sequence[TokenizedExample], train: Train) -> list[Batch]:
 
 
 def measure_batch(rows: Sequence[TokenizedExample]) -> Batch:
-    """Return the batch of the given examples, padded to the longest one."""
+    """Return the dimensions of a batch made up of the given examples, padded to the longest one."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
@@ -153,7 +153,9 @@ def measure_batch(rows: Sequence[TokenizedExample]) -> Batch:
 def _tokenize(
     examples: Sequence[ChatExample], folder: Path, recipe: Recipe, *, counted: bool
 ) -> list[list[TokenizedExample]]:
-    """Return the rows of each example that fits, truncated to the maximum length."""
+    """Return the tokenized rows of each example, truncated to the maximum length. Examples that the recipe
+    drops as too long are excluded.
+    """
     if counted:
         kwargs = choose_template_kwargs(folder, recipe.chat_template_kwargs)
         tokenized = tokenize_turns_of(folder, examples, kwargs)
@@ -165,7 +167,9 @@ def _tokenize(
 
 
 def cut_into_pieces(example: ChatExample) -> TokenizedExample:
-    """Cut an example into pieces that stand in for tokens. Equal prefixes of texts stay equal."""
+    """Split an example into pieces that stand in for tokens. Texts with a common prefix get the same leading
+    pieces.
+    """
     ids: list[int] = []
     learnt = []
     for turn, message in enumerate(example.messages):

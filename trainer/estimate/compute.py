@@ -1,10 +1,10 @@
-"""Time of a training run: the operations of its matrix products divided by their speed, plus passes over
-memory.
+"""Estimates the time of a training run: the operations in its matrix products divided by their speed, plus
+the time for passes over memory.
 
-Multiplying a weight by a token takes 2 operations; the gradient for the token takes 2 more, and for a
-trained weight another 2 (Kaplan et al. 2020, section 2.1, without the part that LoRA saves).
-Checkpointing computes the forward pass twice. Attention has two products forward and four backward, for
-each token with itself and all earlier tokens.
+Multiplying a weight by a token takes 2 operations. The gradient for the token takes 2 more, and the
+gradient for a trained weight another 2 (Kaplan et al. 2020, section 2.1, without the part that LoRA
+saves). Checkpointing computes the forward pass twice. Attention needs two products in the forward pass
+and four in the backward pass, for each token paired with itself and every earlier token.
 """
 
 from trainer.estimate.batches import Batch, Workload
@@ -13,19 +13,20 @@ from trainer.estimate.memory import Training
 from trainer.recipe.sections import AdapterType
 
 _ADAM_BYTES = 28
-"""Memory traffic of a trained weight per step, in bytes: the gradient is read, and the weight and two
+"""Memory traffic per trained weight and step, in bytes. The gradient is read; the weight and its two
 moments are read and written."""
 _UNPACKED_BYTES = {True: 12.0, False: 2.6}
-"""Bytes read and written to unpack a weight from NF4: its half byte and its 2 bytes in 16 bits. On a CPU
-(key true), bitsandbytes passes over the weight several times."""
+"""Bytes read and written to unpack one weight from NF4, keyed by whether the device is a CPU. A weight
+takes half a byte in NF4 and 2 bytes in 16 bits. On a CPU, bitsandbytes passes over the weight several
+times."""
 
 _LAUNCHES_S = 2e-3
-"""Seconds to start a layer's kernels, forward and backward: about 200 of them at 10 microseconds each,
-which is the time of a small model on any fast GPU. Assumed, not measured."""
+"""Seconds needed to launch a layer's kernels, forward and backward: about 200 kernels at 10 microseconds
+each. On any fast GPU, launches determine the speed of a small model. Assumed, not measured."""
 _CALLS_S = 1e-2
-"""Seconds that a CPU spends starting and ending all its threads for a layer's operations, forward and
+"""Seconds that a CPU spends starting and stopping all its threads for a layer's operations, forward and
 backward: about 500 operations at 20 microseconds each, in a profile of SmolLM2-135M on two cores. A GPU
-starts them while it computes."""
+launches operations while it computes."""
 
 
 def training_seconds(training: Training, workload: Workload, device: ComputeDevice) -> float:
@@ -67,11 +68,15 @@ def _adapter_products(training: Training) -> float:
 
 
 def _memory_traffic(training: Training) -> float:
-    """Return the bytes read and written for a batch of any size: each pass through the layers unpacks NF4."""
+    """Return the bytes read and written to unpack NF4 weights for one batch. The batch size does not matter,
+    because every pass through the layers unpacks the weights once.
+    """
     passes = 3 if training.checkpointing else 2
     return passes * _UNPACKED_BYTES[training.cpu] * training.shape.linear_weights if training.nf4 else 0.0
 
 
 def _up_to(tokens: int) -> int:
-    """Return the number of pairs in which a token attends to itself or to an earlier token."""
+    """Return the number of attention pairs among the first `tokens` tokens: each attends to itself and to all
+    earlier ones.
+    """
     return tokens * (tokens + 1) // 2

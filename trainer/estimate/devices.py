@@ -1,8 +1,9 @@
-"""The devices of an estimate: the GPUs in devices.yaml, and this machine.
+"""The devices for which training can be estimated: the GPUs listed in devices.yaml and this machine.
 
-This machine's matrix speed is measured once, in training's number type, and stored under
-`$SVC_HOME/cache` by processor type. The median over two seconds is used: with AMX on a shared machine,
-single products ran at 1,250 GFLOP/s, but seconds of them at 500, and training lasts longer.
+This machine's matrix speed is measured once, in the number type used for training, and cached under
+`$SVC_HOME/cache` for each processor type. The median over two seconds is used: with AMX on a shared
+machine, single products ran at 1,250 GFLOP/s, but only at 500 when sustained for seconds, and training
+lasts longer.
 """
 
 import hashlib
@@ -30,12 +31,12 @@ log = logging.getLogger(__name__)
 
 DEVICES_FILE = Path(__file__).with_name("devices.yaml")
 HERE = "here"
-"""Device name of this machine."""
+"""Name that identifies this machine as a device."""
 _GIB = 2**30
 _USABLE = 0.97
 """Share of a GPU's memory that a process can use. The driver reserves the rest."""
 _CPU_BANDWIDTH = 1e10
-"""Bytes per second that a few CPU cores read or write in passes over whole tensors."""
+"""Memory bandwidth that a few CPU cores reach in passes over whole tensors, in bytes per second."""
 
 
 def training_kind(recipe: Recipe) -> Method:
@@ -61,10 +62,10 @@ CPU_UTILIZATION: dict[NumberType, dict[Method, float]] = {
     NumberType.BFLOAT16: _BFLOAT16_UTILIZATION,
     NumberType.FLOAT32: _BFLOAT16_UTILIZATION | {Method.LORA: 0.60},
 }
-"""Share of the machine's matrix speed that training reaches, measured by `make bench-estimate` on two idle
-AVX-512 cores and chosen between the values for batches of 4 and of 16. In float32 only LoRA was measured
-(docs/training-speed.md); the other values are those of bfloat16, which float32 runs confirmed
-(docs/estimate.md)."""
+"""Share of the machine's matrix speed that training reaches, keyed by number type and method. It was
+measured by `make bench-estimate` on two idle AVX-512 cores, and each value lies between those for
+batches of 4 and of 16. In float32, only LoRA was measured (docs/training-speed.md); the other methods
+use the bfloat16 values, which float32 runs confirmed (docs/estimate.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,8 @@ class ComputeDevice:
         memory: bytes that training may use.
         speed: operations per second of bare matrix products.
         bandwidth: memory bandwidth in bytes per second.
-        utilization: the share of `speed` that training reaches, by method; missing methods use LoRA's share.
+        utilization: the share of `speed` that training reaches, keyed by method; methods without an entry
+            use LoRA's share.
         dollars: price per hour, or None for this machine.
         ram: bytes of main memory that a process may use in addition to a GPU, or None if unknown, as for
             listed GPUs.
@@ -201,7 +203,9 @@ def this_machine(capabilities: DeviceCapabilities, machine: Machine, home: Path)
 
 
 def measured_speed(capabilities: DeviceCapabilities, number_type: NumberType, home: Path) -> float:
-    """Return this machine's speed of bare matrix products, from the cache or measured now in a second or two."""
+    """Return this machine's speed in bare matrix products. It is cached; the first measurement takes a second
+    or two.
+    """
     cores = len(os.sched_getaffinity(0))
     identity = f"{capabilities.model_dump_json()}{number_type}{cores}"
     path = home / "cache" / f"matrix-speed-{hashlib.sha256(identity.encode('utf-8')).hexdigest()[:12]}.json"
@@ -227,7 +231,8 @@ def measure_matrix_speed(
     repeats: int = 15,
     least_s: float = 0.0,
 ) -> float:
-    """Measure a layer's matrix product and its two gradient products together, in median operations per second.
+    """Return the median speed of a layer's matrix product and its two gradient products, in operations per
+    second.
 
     Args:
         tokens: rows of the layer's input.

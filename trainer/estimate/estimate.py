@@ -1,9 +1,10 @@
-"""Estimates a recipe on each device: memory by part, whether it fits, the largest batch, time and cost.
+"""Estimates a recipe on each device: a breakdown of the memory it needs, whether it fits, the largest batch
+size, time and cost.
 
-The estimated memory was within a fifth of the measured memory, and the time mostly within a third, with
-AMX less often (docs/estimate.md). A run is therefore rejected only if `least`, which no batch size
-reduces, exceeds the memory. Training uses one GPU, and so does the estimate: several GPUs help only the
-engine, and are not counted.
+Estimated memory was within a fifth of the measured memory. Estimated time was mostly within a third,
+less often with AMX (docs/estimate.md). A run is therefore rejected only if `least`, which no batch size
+reduces, exceeds the memory. Training uses only one GPU, so the estimate counts only one; additional GPUs
+help the engine alone.
 """
 
 from bisect import bisect_right
@@ -27,13 +28,13 @@ class DeviceEstimate:
     """Estimate of a recipe on one device.
 
     Attributes:
-        parts: peak bytes of training, by part.
-        least: minimum bytes of a training step with any batch.
+        parts: peak training memory in bytes, keyed by what it is used for.
+        least: minimum bytes that a training step needs, whatever the batch.
         engine: bytes of the engine that serves the merged model, with one sequence of maximum length.
         stages: memory and disk space of each stage, including training.
         largest_batch: largest batch size that fits, or 0 if not even one example fits.
         seconds: time from the first training step to the last.
-        dollars: price of that time, or None for a device without a price.
+        dollars: price of `seconds` of training, or None if the device has no price.
     """
 
     device: ComputeDevice
@@ -52,7 +53,7 @@ class DeviceEstimate:
 
     @property
     def ram(self) -> float:
-        """Bytes of main memory that the most demanding stage needs on a machine with a GPU; 0 without a GPU."""
+        """Main memory in bytes that the most demanding stage needs in addition to a GPU. It is 0 without a GPU."""
         return 0.0 if self.device.cpu else max(stage.peak.ram for stage in self.stages)
 
     @property
@@ -123,12 +124,14 @@ def estimate_device(
 
 
 def memory_on(recipe: Recipe, shape: ModelShape, batch: Batch, device: ComputeDevice) -> float:
-    """Return the peak memory of training with the given batch, in bytes, without the other stages."""
+    """Return the peak memory of training with the given batch, in bytes. Other stages are not included."""
     training = Training(recipe, shape, device.cpu, device.number_type)
     return training.peak(batch if training.shares_prompts else replace(batch, shared=0))
 
 
 def _largest_batch(training: Training, workload: Workload, memory: float) -> int:
-    """Return the largest batch size that fits if all examples are as long as the longest, or 0 if none fits."""
+    """Return the largest batch size that fits if every example is as long as the longest one. Return 0 if not
+    even one example fits.
+    """
     sizes = range(1, _MAX_BATCH + 1)
     return bisect_right(sizes, memory, key=lambda size: training.peak(workload.largest.resized(size)))

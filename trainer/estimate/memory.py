@@ -1,11 +1,11 @@
-"""Peak memory of training, by part.
+"""Peak memory of training, broken down by what it is used for.
 
 Weights, gradients and the optimizer's state are counted as in Rajbhandari et al. 2020 (ZeRO, section
 3.1), the quantized base as in Dettmers et al. 2023 (QLoRA, section 3: 4 bits, plus 0.127 for the scales
 of scales), and checkpointed activations as in Korthikanti et al. 2022 (section 5). The tensors that a
 layer saves for its backward pass were counted in this trainer with
-`torch.autograd.graph.saved_tensors_hooks`: its answers-only head, its LoRA and attention on CPUs, and
-PEFT's layers do not save the same tensors as the papers' models.
+`torch.autograd.graph.saved_tensors_hooks`, because they differ from those of the papers' models: this
+trainer has an answers-only head, its own LoRA and attention on CPUs, and PEFT's layers.
 """
 
 from dataclasses import dataclass
@@ -20,27 +20,29 @@ from trainer.recipe.sections import AdapterType, Optimizer, Quantization, Recipe
 FLOAT32, BFLOAT16 = 4, 2
 """Bytes per number in float32 and bfloat16."""
 _ADAM = 2 * FLOAT32
-"""Bytes of Adam's two moments per weight (Kingma and Ba 2015), in the number type of the trained weights."""
+"""Bytes per weight for Adam's two moments (Kingma and Ba 2015), which have the number type of the trained
+weights."""
 _NF4 = (4 + 0.127) / 8
 """Bytes per weight in NF4, including the weight's share of the scales."""
 PROCESS = 0.75e9
-"""Memory of Python with torch, transformers, PEFT and TRL before a model is loaded: 0.69 GB measured, plus
-the command."""
+"""Memory of a Python process with torch, transformers, PEFT and TRL before a model is loaded, in bytes:
+0.69 GB measured, plus the command."""
 _QUANTIZING = 0.16e9
-"""Memory still in use after quantizing, measured with SmolLM2-135M: bitsandbytes, and pages of the weight
-file, which the kernel can reclaim."""
+"""Memory in bytes still in use after quantizing, measured with SmolLM2-135M. It consists of bitsandbytes
+and of pages of the weight file, which the kernel can reclaim."""
 _CUDA = 0.75 * 2**30
-"""Memory of the CUDA context and cuBLAS workspace: 0.4 to 0.8 GiB, depending on driver and GPU."""
+"""Memory of the CUDA context and the cuBLAS workspace, in bytes. It takes 0.4 to 0.8 GiB, depending on
+driver and GPU."""
 _FRAGMENTS_CPU, _FRAGMENTS_GPU = 1.07, 1.1
-"""Factors on activation memory for fragmentation and short-lived tensors. Measured on a CPU, where every
-batch has a different length; for GPUs, a tenth is assumed."""
+"""Factors by which fragmentation and short-lived tensors increase activation memory. The CPU factor was
+measured, with batches of different lengths; for GPUs, a tenth is assumed."""
 _LOGITS_AT_ONCE = 2**26  # as in trainer.training.loss
 _TILE = 4096 * 8192 * 6
 """Bytes of logits that TRL's output head holds in GPU memory at a time."""
 
 
 class Part(StrEnum):
-    """What a part of training memory is used for."""
+    """Purposes for which training uses memory."""
 
     WEIGHTS = "weights"
     QUANTIZED = "quantized base"
@@ -55,8 +57,8 @@ class Part(StrEnum):
 
 @dataclass(frozen=True)
 class Training:
-    """Everything that determines the memory and time of a training run on one kind of device, except the
-    batches.
+    """Everything except the batches that determines the memory and time of a training run on one kind of
+    device.
 
     Attributes:
         number_type: number type of the matrix products.
@@ -79,7 +81,9 @@ class Training:
 
     @property
     def checkpointing(self) -> bool:
-        """Whether layers save only their inputs and are computed twice, as decided in trainer.training.arguments."""
+        """Whether gradient checkpointing is enabled: layers save only their inputs and are computed twice. The
+        setting is resolved as in trainer.training.arguments.
+        """
         asked = self.recipe.train.gradient_checkpointing
         return not self.cpu if asked is None else asked
 
@@ -92,7 +96,7 @@ class Training:
 
     @property
     def size(self) -> int:
-        """Bytes per number."""
+        """Bytes per number in the matrix products."""
         return number_size(self.number_type)
 
     @cached_property
@@ -116,8 +120,8 @@ class Training:
 
     @property
     def paged_bytes(self) -> float:
-        """Bytes of optimizer moments that can be paged out of the GPU. Adapters have no parameters large enough for
-        this.
+        """Bytes of optimizer moments that can be paged out of the GPU. This is 0 for adapters, whose parameters are
+        too small to be paged.
 
         bitsandbytes pages no parameter with fewer than 100,000 weights; an adapter parameter of rank 16 and
         4,096 inputs has 65,536.
@@ -127,7 +131,7 @@ class Training:
         return moment_bytes(optimizer) * self.shape.parameters if paged else 0.0
 
     def memory(self, batch: Batch) -> dict[Part, float]:
-        """Return the peak memory of a step with the given batch, in bytes, by part."""
+        """Return the peak memory of a training step with the given batch, in bytes, keyed by what it is used for."""
         recipe, shape = self.recipe, self.shape
         # AdaLoRA's allocator stores three averages of each weight's importance.
         means = 3 * FLOAT32 if recipe.adapter_type is AdapterType.ADALORA else 0
@@ -146,12 +150,14 @@ class Training:
         return parts
 
     def peak(self, batch: Batch) -> float:
-        """Return the peak memory of a step with the given batch, in bytes, summed over all parts."""
+        """Return the total peak memory of a training step with the given batch, in bytes."""
         return sum(self.memory(batch).values())
 
     @property
     def least(self) -> float:
-        """Minimum bytes of a step with any batch: weights, gradients and the optimizer's state."""
+        """Minimum bytes that a training step needs, whatever the batch: weights, gradients and the optimizer's
+        state.
+        """
         parts = self.memory(Batch(1, 1, 0, 1))
         needed = (Part.WEIGHTS, Part.QUANTIZED, Part.ADAPTER, Part.GRADIENTS, Part.OPTIMIZER)
         return sum(parts.get(part, 0) for part in needed)
@@ -170,7 +176,7 @@ class Training:
         return {Part.WEIGHTS: self.size * unpacked, Part.QUANTIZED: _NF4 * shape.linear_weights}
 
     def _shared_projections(self) -> int:
-        """Return the number of untrained random values shared by all VeRA layers."""
+        """Return the number of untrained random values that all VeRA layers share."""
         layers = self.shape.target_shapes
         if self.recipe.adapter_type is not AdapterType.VERA or not layers:
             return 0
@@ -189,7 +195,7 @@ class Training:
         return norms + shape.layers * (layer + whole_experts)
 
     def _layer_bytes(self, batch: Batch) -> float:
-        """Return the bytes that a layer saves per token for the backward pass."""
+        """Return the bytes per token that a layer saves for the backward pass."""
         shape, size = self.shape, self.size
         q, kv = shape.queries, shape.keys
         repeated = batch.rows * batch.length / batch.computed  # keys of a shared prefix are copied for each row
@@ -201,7 +207,9 @@ class Training:
         return norms + attention + size * (3 * shape.inner + self._linear_inputs())
 
     def _linear_inputs(self) -> float:
-        """Return how many values a block's linear layers save per token, excluding the feed-forward block."""
+        """Return the number of values per token that a block's linear layers save for the backward pass, excluding
+        the feed-forward block.
+        """
         recipe, shape = self.recipe, self.shape
         h, q, m = shape.hidden, shape.queries, shape.inner
         layers = len(shape.target_shapes) / shape.layers
@@ -227,14 +235,14 @@ class Training:
 
 
 def number_size(number_type: NumberType) -> int:
-    """Return the number of bytes per number."""
+    """Return the number of bytes that a number takes in the given number type."""
     return FLOAT32 if number_type is NumberType.FLOAT32 else BFLOAT16
 
 
 def moment_bytes(optimizer: Optimizer) -> float:
-    """Return the number of bytes for a trained weight's two optimizer moments.
+    """Return the number of bytes needed for the two optimizer moments of a trained weight.
 
-    8-bit moments have a float32 scale for each block of 256. bitsandbytes leaves parameters with fewer than
-    4,096 weights in float32, which are not counted separately.
+    8-bit moments have a float32 scale for each block of 256. bitsandbytes keeps the moments of parameters
+    with fewer than 4,096 weights in float32, which the estimate ignores.
     """
     return 2 * (1 + FLOAT32 / 256) if optimizer.is_8bit else _ADAM

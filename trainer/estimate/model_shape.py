@@ -1,9 +1,9 @@
 """Determines the size of a base model from config.json alone, by building it without weights and counting
 its layers.
 
-Every architecture that transformers knows is thus counted exactly, including mixtures of experts. For
-other architectures, the config's widths are assumed to be those of a Llama with full attention; `notes`
-say what is unknown.
+This gives exact counts for every architecture that transformers knows, including mixtures of experts.
+Any other architecture is assumed to be a Llama of the same widths with full attention; `notes` state
+what remains unknown.
 """
 
 from collections.abc import Mapping
@@ -32,15 +32,15 @@ class ModelShape:
     """Layers and widths of a model.
 
     Attributes:
-        architecture: name in the config.
-        parameters: number of weights; weights shared by two layers count once.
+        architecture: name of the architecture in the config.
+        parameters: number of weights; weights shared by two layers are counted once.
         hidden: width of the hidden states between layers.
         inner: inner width of the feed-forward block for one token, summed over all experts that compute the
             token.
         layers: number of layers.
         heads, kv_heads, head_width: numbers of attention heads, and their width.
         vocabulary: number of tokens.
-        linear: inputs and outputs of each linear layer except the output head, keyed by name.
+        linear: input and output sizes of each linear layer except the output head, keyed by name.
         targets: names of the linear layers that an adapter changes.
         experts: shapes [experts, rows, columns] of the parameters that contain all experts of a layer.
         experts_share: share of the experts that compute a token.
@@ -48,7 +48,7 @@ class ModelShape:
         context: the model's maximum number of tokens, or None if the config does not state it.
         shares_keys: whether every layer attends to all earlier tokens, so that a common prefix can be
             computed once.
-        notes: sentences saying what is unknown.
+        notes: sentences that state what is unknown.
     """
 
     architecture: str
@@ -86,7 +86,7 @@ class ModelShape:
 
     @property
     def used_weights(self) -> float:
-        """Number of weights by which one token is multiplied, excluding the output head."""
+        """Number of weights involved in computing one token, excluding the output head."""
         return self.linear_weights + self.expert_weights * self.experts_share
 
     @cached_property
@@ -101,7 +101,7 @@ class ModelShape:
 
     @property
     def keys(self) -> int:
-        """Total width of a layer's keys, which is also that of its values."""
+        """Total width of a layer's keys, which equals the total width of its values."""
         return self.kv_heads * self.head_width
 
     @property
@@ -111,14 +111,14 @@ class ModelShape:
 
 
 def read_model_shape(folder: Path, preset: Targets = Targets.ALL_LINEAR) -> ModelShape:
-    """Return the shape of the model described by a folder's config.json. No weights are read.
+    """Return the shape of the model that a folder's config.json describes, without reading any weights.
 
     Args:
         preset: the layers that an adapter changes.
 
     Raises:
         BaseModelError: the config is missing or lacks the model's widths.
-        RecipeError: the model has no layer that the preset names.
+        RecipeError: the model has none of the layers that the preset names.
     """
     config, notes = _read_config(folder)
     try:
@@ -133,7 +133,9 @@ def read_model_shape(folder: Path, preset: Targets = Targets.ALL_LINEAR) -> Mode
 
 
 def _read_config(folder: Path) -> tuple["PreTrainedConfig", tuple[str, ...]]:
-    """Return the config, with notes on what was assumed if transformers does not know the architecture."""
+    """Return the model's config. If transformers does not know the architecture, also return notes on what was
+    assumed.
+    """
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -146,8 +148,9 @@ def _read_config(folder: Path) -> tuple["PreTrainedConfig", tuple[str, ...]]:
 
 
 def _as_llama(path: Path, content: dict[str, Any]) -> tuple["PreTrainedConfig", tuple[str, ...]]:
-    """Return the config of a Llama with the same widths, at least as large as the part of the model that has
-    these widths.
+    """Return the config of a Llama with the same widths as the model, and notes on what it leaves out.
+
+    The Llama is at least as large as the part of the model to which these widths apply.
     """
     from transformers import LlamaConfig
 
@@ -217,7 +220,9 @@ def _inner(
     experts: tuple[tuple[int, int, int], ...],
     used: int,
 ) -> int:
-    """Return the inner width of a feed-forward block, derived from its layers if the config does not state it."""
+    """Return the inner width of a feed-forward block. It is derived from the block's layers if the config does
+    not state it.
+    """
     own = getattr(config, "intermediate_size", None)
     if experts:
         # Gate and up are one parameter, [experts, 2 x inner, hidden] or with the last two swapped.

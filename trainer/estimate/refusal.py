@@ -1,5 +1,5 @@
-"""Rejects runs that cannot fit before they start, by comparing each stage's minimum memory with the
-machine's.
+"""Rejects runs that cannot fit on this machine, by comparing each stage's minimum memory with what the
+machine has.
 
 Rejecting a run that would fit is worse than starting one that fails. The minimum is therefore compared
 with the total memory of the machine, not with the memory that is currently free.
@@ -26,7 +26,8 @@ def refuse_memory(estimate: Estimate, machine: Machine) -> None:
     """Raise InsufficientMemoryError if training does not fit into memory.
 
     Raises:
-        InsufficientMemoryError: the message states how much memory is missing and which keys to change.
+        InsufficientMemoryError: the message states how much memory is missing and which recipe keys to
+            change.
     """
     here = estimate.here
     whole = float(machine.memory if here.device.cpu or not machine.gpus else machine.gpus[0].memory)
@@ -48,7 +49,8 @@ def refuse_stages(estimate: Estimate, machine: Machine) -> None:
     so their GPU memory requirements are compared with the total memory of the machine.
 
     Raises:
-        InsufficientMemoryError: the message names the stage, the missing memory, and a format that fits.
+        InsufficientMemoryError: the message names the stage, how much memory is missing, and a format that
+            would fit.
     """
     for stage in estimate.here.stages:
         if (lack := _missing(stage, machine)) > 0:
@@ -63,7 +65,9 @@ def refuse_stages(estimate: Estimate, machine: Machine) -> None:
 
 
 def _missing(stage: StageMemory, machine: Machine) -> float:
-    """Return how many bytes a stage after training is short of; 0 or less if it fits."""
+    """Return how many bytes this machine lacks for a stage after training. The result is 0 or less if the stage
+    fits.
+    """
     if stage.stage is Stage.TRAIN:
         return 0.0
     return max(stage.least.ram - machine.memory, stage.least.device - _all_memory(machine))
@@ -74,7 +78,9 @@ def _all_memory(machine: Machine) -> float:
 
 
 def _other_formats(estimate: Estimate, machine: Machine) -> str:
-    """Return recipe changes to a single format with which every stage fits, or other advice if there are none."""
+    """Return the recipe changes to a single format that would make every stage fit, or other advice if there
+    are none.
+    """
     recipe, device = estimate.recipe, estimate.here.device
     for format in _FEWER_FORMATS if recipe.adapter_type else _FEWER_FORMATS[:-1]:
         changes: Changes = {"formats": [format]}
@@ -89,13 +95,13 @@ def _other_formats(estimate: Estimate, machine: Machine) -> str:
 
 
 def refuse_disk(estimate: Estimate, home: Path) -> None:
-    """Raise DiskSpaceError if a version does not fit on the disk.
+    """Raise DiskSpaceError if the disk has too little free space for the run's output.
 
     Args:
-        home: folder on the disk to which a run writes.
+        home: folder to which the run writes.
 
     Raises:
-        DiskSpaceError: the message names the stage that fills the disk, and the missing space.
+        DiskSpaceError: the message names the stage that would fill the disk and how much space is missing.
     """
     if any((home / "runs").glob(f"{estimate.recipe.name}-*")):
         return  # the outputs of an earlier run are not written again

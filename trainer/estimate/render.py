@@ -18,7 +18,9 @@ _GB = 1e9
 
 
 def print_estimate(estimate: Estimate) -> None:
-    """Print memory by part and by stage, one line per device, and the changes with which the recipe would fit."""
+    """Print an estimate: memory by purpose and by stage, one line per device, and changes that would make the
+    recipe fit.
+    """
     _print_head(estimate)
     output.print(_parts_table(estimate.devices))
     output.print(_stages_table(estimate.devices))
@@ -45,7 +47,7 @@ def print_short(estimate: Estimate) -> None:
 
 
 def lacking(estimate: DeviceEstimate) -> list[str]:
-    """Return a sentence for each stage after training that needs more memory than is free on the device."""
+    """Return a sentence for each stage after training that needs more memory than the device has free."""
     device = estimate.device
     free = {"of the GPU": device.memory, "of main memory": device.memory if device.cpu else device.ram}
     return [
@@ -57,7 +59,9 @@ def lacking(estimate: DeviceEstimate) -> list[str]:
 
 
 def advice_text(estimate: Estimate, device: ComputeDevice) -> str:
-    """Return a sentence naming the changes that make the recipe fit on the device, or saying that none do."""
+    """Return a sentence that names the changes needed for the recipe to fit on the device, or says that none
+    would help.
+    """
     changes = advise(estimate.recipe, estimate.shape, estimate.workload, device)
     if changes is None:
         return "no change to the recipe makes it fit; use a smaller base or another device"
@@ -65,7 +69,7 @@ def advice_text(estimate: Estimate, device: ComputeDevice) -> str:
 
 
 def as_json(estimate: Estimate) -> dict[str, Any]:
-    """Return all values of an estimate as JSON, in bytes, seconds and dollars."""
+    """Return an estimate as a JSON object, with values in bytes, seconds and dollars."""
     shape, workload = estimate.shape, estimate.workload
     return {
         "base": {
@@ -143,7 +147,7 @@ def _parts_table(devices: Sequence[DeviceEstimate]) -> Table:
 
 
 def _stages_table(devices: Sequence[DeviceEstimate]) -> Table:
-    """Return a table with one row per stage, in GB. For a GPU, its own memory is shown plus main memory."""
+    """Return a table with one row per stage, in GB. For a GPU, the entries show its memory plus main memory."""
     titles = [one.device.label if one.device.cpu else f"{one.device.label} + RAM" for one in devices]
     table = Table("stage, GB", *(Column(title, justify="right") for title in (*titles, "disk")), box=None)
     for of_stage in zip(*(one.stages for one in devices), strict=True):

@@ -1,9 +1,9 @@
-"""Estimates the memory and disk space of each stage before a run.
+"""Estimates the memory and disk space that each stage of a run needs.
 
-The stages run in sequence, and each frees its memory before the next starts, so a run needs the memory
-of its largest stage; their outputs are kept, so disk space adds up. Values are peaks of resident memory,
-including mapped pages of files. Formulas are arithmetic unless stated otherwise; their constants were
-measured with `benchmarks.stage_memory` on a CPU (docs/estimate.md). Nothing was measured on a GPU.
+The stages run in sequence, and each frees its memory before the next starts, so a run needs as much
+memory as its largest stage. Their outputs are kept, so disk space adds up. Values are peaks of resident
+memory, including mapped pages of files. Formulas are arithmetic unless stated otherwise; their constants
+were measured with `benchmarks.stage_memory` on a CPU (docs/estimate.md). Nothing was measured on a GPU.
 """
 
 from dataclasses import dataclass
@@ -21,22 +21,22 @@ from trainer.export.gptq import calibration_type
 from trainer.recipe.stage import Stage, choose_stages
 
 _GPTQ_BYTES, _GROUP_BYTES = 0.5, 2.5
-"""Bytes per weight in GPTQ, and bytes per group for its float16 scale and 4-bit zero point."""
+"""Bytes per weight in GPTQ, and bytes per group of weights for its float16 scale and 4-bit zero point."""
 _GPTQMODEL = 1.0e9
-"""Memory of gptqmodel's process before a model is loaded, in bytes."""
+"""Memory of the gptqmodel process before a model is loaded, in bytes."""
 _MATRIX_COPIES, _HESSIAN_COPIES, _HIDDEN_COPIES = 3, 2, 3
-"""Number of copies held while quantizing: of the matrix being rounded, of its Hessian, and of the hidden
-states of all calibration tokens."""
+"""Number of copies in memory while a matrix is quantized: of the matrix itself, of its Hessian, and of the
+hidden states of all calibration tokens."""
 _COMPARED_COPIES = 12
-"""Number of float32 copies of a layer while its merged weights are compared with base plus adapter
-(trainer.parity.adapter)."""
+"""Number of float32 copies of a layer in memory while its merged weights are compared with base plus
+adapter (trainer.parity.adapter)."""
 _PARITY_ROOM = 1.2, 2 * 2**30
-"""A model is scored on a GPU if this multiple of its weights plus this many bytes are free there, the same
-rule as in `trainer.parity.scores.choose_device`."""
+"""Free GPU memory required to score a model on a GPU: this multiple of its weights, plus this many bytes.
+`trainer.parity.scores.choose_device` applies the same rule."""
 
 
 class EnginePart(StrEnum):
-    """What a part of the engine's memory is used for."""
+    """Purposes for which an engine uses memory."""
 
     WEIGHTS = "weights"
     KEYS = "keys and values"
@@ -45,7 +45,7 @@ class EnginePart(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """Memory and disk requirement in bytes: GPU memory, main memory and disk space."""
+    """GPU memory, main memory and disk space that a stage requires, in bytes."""
 
     device: float = 0.0
     ram: float = 0.0
@@ -54,11 +54,11 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class StageMemory:
-    """Memory and disk space of one stage.
+    """Memory and disk space that one stage needs.
 
     Attributes:
         peak: the stage's peak requirement; for disk, the bytes that the stage writes.
-        least: the stage's minimum requirement with any batch; only this can cause a run to be rejected.
+        least: the stage's minimum requirement, whatever the batch; only this can cause a run to be rejected.
     """
 
     stage: Stage
@@ -69,8 +69,8 @@ class StageMemory:
 def stage_memory(
     training: Training, workload: Workload, device: ComputeDevice, served_length: int
 ) -> tuple[StageMemory, ...]:
-    """Return the requirements of a recipe's stages, in order, omitting `judge` and `register`, which need
-    almost nothing.
+    """Return the requirements of a recipe's stages, in order. `judge` and `register` are omitted, because they
+    need almost nothing.
 
     Args:
         workload: the batches of the training run.
@@ -110,10 +110,12 @@ def gptq_bytes(group_size: int, shape: ModelShape) -> float:
 
 
 def engine_memory(shape: ModelShape, number_type: NumberType, served_length: int) -> dict[EnginePart, float]:
-    """Return the memory of an engine with the merged weights, counted as in svc.engine.vllm.headroom before a
-    start.
+    """Return the memory that an engine needs to serve the merged weights, in bytes, keyed by what it is used
+    for.
 
-    The KV cache holds one sequence of maximum length.
+    It is counted as svc.engine.vllm.headroom does before an engine starts.
+
+    The KV cache has room for one sequence of maximum length.
     """
     size, length = number_size(number_type), min(served_length, shape.context or served_length)
     return {
@@ -124,8 +126,8 @@ def engine_memory(shape: ModelShape, number_type: NumberType, served_length: int
 
 
 def _train(training: Training, workload: Workload) -> tuple[Need, Need]:
-    """Return the requirements of training (trainer.estimate.memory). The model is in main memory before it
-    moves to a GPU.
+    """Return the requirements of training (trainer.estimate.memory). On a machine with a GPU, the model is
+    loaded into main memory first.
 
     Each checkpoint on disk contains float32 weights and two moments.
     """
@@ -142,11 +144,11 @@ def _train(training: Training, workload: Workload) -> tuple[Need, Need]:
 
 
 def _merge(training: Training) -> tuple[Need, Need]:
-    """Return the requirements of merging: two bf16 copies of the largest tensor, or four float32 copies of the
-    largest adapted tensor.
+    """Return the requirements of a merge. It needs two bf16 copies of the largest tensor or four float32 copies
+    of the largest adapted tensor, whichever take more.
 
-    After full fine-tuning the base and the trained model are compared: a layer of each, mapped and read,
-    their difference, and the mask of differences.
+    After full fine-tuning, the trained model is compared with the base instead. This needs a layer of both
+    models, mapped and read, their difference, and a mask of the differences.
     """
     largest = _largest_layer(training)
     if training.full:
@@ -158,7 +160,7 @@ def _merge(training: Training) -> tuple[Need, Need]:
 
 
 def _engine(training: Training, weights: float, served_length: int) -> tuple[Need, Need]:
-    """Return the requirements of an engine in its own process, with a KV cache for one sequence."""
+    """Return the requirements of an engine that runs in its own process with a KV cache for one sequence."""
     parts = engine_memory(training.shape, training.number_type, served_length) | {EnginePart.WEIGHTS: weights}
     size = sum(parts.values())
     peak = Need(ram=PROCESS + size) if training.cpu else Need(device=size, ram=PROCESS + weights + ENGINE_OVERHEAD)
@@ -167,14 +169,14 @@ def _engine(training: Training, weights: float, served_length: int) -> tuple[Nee
 
 
 def _quantize(training: Training, example_tokens: float) -> tuple[Need, Need]:
-    """Return the requirements of quantizing in a separate process: one layer, and GPTQ's work on its largest
-    matrix.
+    """Return the requirements of quantizing in a separate process: those of one layer, plus what GPTQ needs for
+    the layer's largest matrix.
 
     gptqmodel reads each layer from the merged model's files in turn and writes the finished layer to disk
-    (`offload_to_disk`), from which the model's files are written, so every layer is on the disk twice. The
-    input embeddings are completely in memory; an untied output head is not. GPTQ has float32 copies of the
-    matrix, and the squared inputs (the Hessian) with their inverse. Fitted to the measurements in
-    docs/estimate.md.
+    (`offload_to_disk`), from which the model's files are then written, so every layer is on the disk twice.
+    The input embeddings are completely in memory; an untied output head is not. GPTQ needs float32 copies of
+    the matrix, its squared inputs (the Hessian), and their inverse. The formula was fitted to the
+    measurements in docs/estimate.md.
     """
     recipe, shape = training.recipe, training.shape
     size = number_size(calibration_type(training.number_type))
@@ -192,11 +194,12 @@ def _quantize(training: Training, example_tokens: float) -> tuple[Need, Need]:
 
 
 def _parity(training: Training, memory: float) -> tuple[Need, Need]:
-    """Return the requirements of the parity checks: one model copy with the adapter, and float32 copies of the
-    compared layer.
+    """Return the requirements of the parity checks: one copy of the model with its adapter, and float32 copies
+    of the layer being compared.
 
-    They are on the GPU if they fit, and otherwise on the CPU. There, bfloat16 weights are mapped pages of
-    the files, which the system can reclaim: reading them again is slow, but no reason to reject a run.
+    The checks run on the GPU if these fit there, and otherwise on the CPU. There, bfloat16 weights are
+    mapped pages of the model's files, which the system can reclaim. Reading them again is slow, but no
+    reason to reject a run.
     """
     number_type = calibration_type(training.number_type)
     weights = number_size(number_type) * training.shape.parameters
@@ -227,7 +230,7 @@ def _largest_layer(training: Training) -> int:
 
 
 def _largest_tensor(shape: ModelShape) -> int:
-    """Return the number of weights in the largest parameter: an embedding, a linear layer, or all experts of a
-    block.
+    """Return the number of weights in the model's largest parameter, which may be an embedding, a linear layer,
+    or all experts of a block.
     """
     return max([shape.head, shape.largest_layer, *map(prod, shape.experts)])

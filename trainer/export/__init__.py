@@ -1,1 +1,1 @@
-"""Exports trained weights to the served formats: merged, and quantized with GPTQ."""
+"""Exports trained weights to the formats that are served: merged, and quantized with GPTQ."""

@@ -1,9 +1,9 @@
-"""Quantizes a merged model to 4 bits by GPTQ, with gptqmodel.
+"""Quantizes a merged model to 4 bits with GPTQ, using gptqmodel.
 
 Rounding is calibrated on training examples, never on held-out ones. Activation order is
 `act_group_aware`, because vLLM rejects `desc_act` with groups on every platform. On devices with slow
-bfloat16, the layers are computed in float32; the files have the same types. The quality lost by rounding
-is measured elsewhere, by the evaluation.
+bfloat16, the layers are computed in float32, which does not change the types in the files. The
+evaluation, not this module, measures the quality lost by rounding.
 """
 
 import json
@@ -44,22 +44,22 @@ _FUSED = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj") | dict.fromke
 )
 """Layers that the engine fuses into a single layer."""
 _BITS = 4
-"""Bits per weight. The engine's CPU kernel supports no other number."""
+"""Bits per weight. The engine's CPU kernel supports only this number."""
 _BATCH = 4  # calibration examples in one forward pass
 _SCALE_ERROR = 2.0
-"""Exponent of the rounding errors. A group's scale is the one that minimizes their sum at this power, not
-the one that reaches the largest weight."""
+"""Power to which rounding errors are raised when choosing a group's scale. The scale with the smallest sum
+of these powers is used, not the one that reaches the largest weight."""
 _SCALE_STEPS, _MIN_SCALE = 20, 0.5
 """Number of steps and lowest factor of the scale search, which tries 1, 0.95, 0.9 and so on times the scale
-that reaches the largest weight. gptqmodel's own 80 steps, down to 0.2, take eight times as long, and 400
-held-out examples of the example task showed no difference."""
+that reaches the largest weight. gptqmodel's default of 80 steps, down to 0.2, takes eight times as long
+and made no difference on 400 held-out examples of the example task."""
 _CPU_BLOCK = 32
-"""Number of columns that are rounded in sequence before the rest of the layer is corrected for all of them.
-Apart from the scales, which include more corrections, the result is the same as with gptqmodel's own
-blocks of 128, which correct four times as many columns one by one."""
+"""Number of columns rounded in sequence before the rest of the layer is corrected for all of them at once.
+gptqmodel's default blocks of 128 correct four times as many columns one by one. The result is the same,
+except that here the scales take more of the corrections into account."""
 _QUANTIZED_MIXTURES = ("olmoe", "qwen3_moe")
-"""Mixture-of-experts models in which gptqmodel 7.6 quantizes every expert and keeps the base's own names.
-It silently skips the experts of GraniteMoE and MiniMax M2, and renames those of Mixtral, Phi-3.5-MoE and
+"""Mixture-of-experts models for which gptqmodel 7.6 quantizes every expert and keeps the base's names. It
+silently skips the experts of GraniteMoE and MiniMax M2, and renames those of Mixtral, Phi-3.5-MoE and
 gpt-oss."""
 _EXPERT = re.compile(r"(.+\.experts\.\d+\.\w+)\.weight")
 
@@ -97,12 +97,12 @@ def quantize_gptq(
 
     Args:
         model: folder of the merged model.
-        examples: training examples, of which `quantize.samples` are picked by the recipe's seed.
-        out: output folder, created if missing. Equal input gives an equal config.json.
+        examples: training examples, from which `quantize.samples` are picked with the recipe's seed.
+        out: output folder, created if missing. Identical input gives an identical config.json.
         number_type: number type in which the layers are computed; it does not change the types in the files.
 
     Raises:
-        RecipeError: `quantize.group_size` does not fit the model; raised before any work.
+        RecipeError: `quantize.group_size` does not fit the model; raised before any work is done.
         TrainingError: a layer was not quantized.
     """
     started = time.monotonic()
@@ -135,12 +135,13 @@ def check_layers(model: Path, group_size: int, multiple: int = 1) -> list[str]:
     """Check the shapes of the layers to quantize and return their names, without loading weights.
 
     Args:
-        group_size: number of inputs that share a scale; must divide each layer's inputs.
-        multiple: the outputs of each engine layer must be a multiple of this; above 1 for an engine on a
-            CPU.
+        group_size: number of inputs that share a scale; it must divide the number of inputs of every layer.
+        multiple: the number of outputs of each engine layer must be a multiple of this. It is above 1 for an
+            engine on a CPU.
 
     Raises:
-        RecipeError: `group_size` does not divide a layer's width; names the layer, and the sizes that fit.
+        RecipeError: `group_size` does not divide a layer's width; the message names the layer and the sizes
+            that would fit.
         TrainingError: the engine's kernel for 4-bit weights does not support a layer, or an expert cannot be
             quantized or served.
     """
@@ -155,8 +156,8 @@ def check_layers(model: Path, group_size: int, multiple: int = 1) -> list[str]:
 
 
 def check_quantizer(model: Path) -> None:
-    """Check that gptqmodel has a definition of the model's architecture, because it would guess the layers
-    otherwise.
+    """Check that gptqmodel has a definition of the model's architecture. Without one, it would guess the
+    layers.
 
     Raises:
         TrainingError: gptqmodel has no definition of the architecture.
@@ -191,8 +192,8 @@ def _check_experts(model: Path, expert: str, *, on_cpu: bool) -> None:
 
 
 def _expert_shapes(model: Path) -> dict[str, tuple[int, int]]:
-    """Return the input and output sizes of each expert's matrices, which are separate in the files but joined
-    in memory.
+    """Return the input and output sizes of each expert's matrices, keyed by name. They are separate in the
+    files but joined in memory.
     """
     shapes = {match[1]: tensor.shape for tensor in read_headers(model) if (match := _EXPERT.fullmatch(tensor.name))}
     return {name: (inputs, outputs) for name, (outputs, inputs) in shapes.items()}
@@ -234,8 +235,8 @@ def calibration_rows(model: Path, examples: Sequence[ChatExample], recipe: Recip
 
 
 def pick_calibration(examples: Sequence[ChatExample], samples: int, seed: int) -> list[ChatExample]:
-    """Return `samples` randomly drawn examples, or all examples in random order if there are fewer, using the
-    given seed.
+    """Return `samples` examples drawn at random with the given seed. If there are fewer, return all of them in
+    random order.
     """
     return random.Random(seed).sample(list(examples), min(samples, len(examples)))  # noqa: S311
 
@@ -243,18 +244,19 @@ def pick_calibration(examples: Sequence[ChatExample], samples: int, seed: int) -
 def calibration_type(number_type: NumberType) -> NumberType:
     """Return the number type in which calibration computes layers, given the number type of training.
 
-    Never float16, because activations can exceed 65504 and no loss scaling helps here. Float32 costs memory
-    for one layer at a time, and converts weights from bf16 and back without rounding.
+    It is never float16, because activations can exceed 65504 and loss scaling does not help here. Float32
+    needs more memory for only one layer at a time, and converting weights from bf16 and back involves no
+    rounding.
     """
     return NumberType.BFLOAT16 if number_type is NumberType.BFLOAT16 else NumberType.FLOAT32
 
 
 def link_with_padding(model: Path, copy: Path) -> None:
-    """Copy a model folder as links, with a config whose padding token has an embedding row.
+    """Create a copy of a model folder, made up of links and a config whose padding token has an embedding row.
 
-    gptqmodel pads calibration examples, and masks the padding. If the config names no padding token, or one
-    that has another role, gptqmodel searches the vocabulary for usual names, and may choose one without an
-    embedding row.
+    gptqmodel pads calibration examples and masks the padding. If the config names no padding token, or one
+    that has another role, gptqmodel searches the vocabulary for common names and may choose a token without
+    an embedding row.
     """
     copy.mkdir()
     for file in model.iterdir():
@@ -277,8 +279,8 @@ def _run_gptqmodel(
 ) -> list[dict[str, Any]]:
     """Quantize and save a model, and return gptqmodel's record of every layer.
 
-    Runs in a separate process, because gptqmodel's threads continue after an exception and abort the process
-    when it exits.
+    This runs in a separate process, because gptqmodel's threads continue after an exception and abort the
+    process when it exits.
 
     Args:
         offload: an empty folder for temporary files.
@@ -319,8 +321,9 @@ def _run_gptqmodel(
 
 @contextmanager
 def faster_rounding(*, cpu: bool) -> Iterator[None]:
-    """Make gptqmodel use our scale search and block size during the `with` block, because it has no options for
-    them.
+    """Make gptqmodel use our scale search and block size within the `with` block.
+
+    This replaces its methods, because it has no options for either.
 
     Args:
         cpu: whether the layers are on a CPU; on a GPU, gptqmodel has a kernel for its own blocks.

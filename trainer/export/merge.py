@@ -23,17 +23,18 @@ _ADAPTER_TENSOR = re.compile(r"\.(lora|vera)_")
 
 
 def merge_adapter(base: Path, adapter: Path, out: Path, *, dequantized: bool = False) -> MergeSummary:
-    """Write base plus adapter to `out` as bf16 safetensors, with the base's unchanged tokenizer and templates.
+    """Merge an adapter into its base and write the result to `out` as bf16 safetensors, with the base's
+    unchanged tokenizer and templates.
 
     The sum is computed in float32 and rounded so that small changes are not lost (`trainer.model.rounding`).
-    Tensors are read, merged, written and compared one by one, so memory depends on the largest tensor, not
-    on the model.
+    Tensors are read, merged, written and compared one by one, so memory use depends on the largest tensor,
+    not on the size of the model.
 
     Args:
         base: folder of the model that the adapter was trained on.
         adapter: folder with adapter_config.json and adapter_model.safetensors.
-        dequantized: add the adapter to the base's weights rounded to NF4, with which it was trained; linear
-            layers without an adapter are also rounded.
+        dequantized: whether to add the adapter to the base's weights rounded to NF4, on which it was
+            trained. Linear layers without an adapter are then rounded too.
 
     Raises:
         TrainingError: a module that the adapter targets still has the base's weights, another tensor
@@ -51,7 +52,7 @@ def merge_adapter(base: Path, adapter: Path, out: Path, *, dequantized: bool = F
 
 
 def unused_modules(adapter: Path) -> set[str]:
-    """Return the modules whose rank AdaLoRA has reduced to 0, so that a merge rightly leaves their weights
+    """Return the modules whose rank AdaLoRA has reduced to 0. A merge is expected to leave their weights
     unchanged.
     """
     config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
@@ -62,7 +63,7 @@ def unused_modules(adapter: Path) -> set[str]:
 
 
 def _merge(base: Path, weights: "StoredWeights", adapter: Path, out: Path) -> set[str]:
-    """Merge and write the model, and return the modules and parameters that must have changed."""
+    """Merge and write the model. Return the modules and parameters whose weights must have changed."""
     import torch
     from safetensors import safe_open
 
@@ -109,7 +110,7 @@ def _merge_layer(layer: Any, weight: "torch.Tensor") -> "torch.Tensor":
     """Return a layer's weight plus its adapter's update, as PEFT computes it.
 
     Args:
-        layer: PEFT's layer around a placeholder that has the weight's shape and needs no memory.
+        layer: PEFT's layer, which wraps a placeholder that has the weight's shape and takes no memory.
     """
     import torch
 
@@ -123,10 +124,10 @@ def _merge_layer(layer: Any, weight: "torch.Tensor") -> "torch.Tensor":
 
 
 def _without_weights(base: Path) -> "PreTrainedModel":
-    """Return the model with each weight replaced by a single zero expanded to the weight's shape.
+    """Return the base model with every weight replaced by a single zero, expanded to the shape of the weight.
 
-    PEFT moves an adapter to the device of its layer, so on the meta device the adapter would lose its
-    weights too.
+    The meta device is not an option: PEFT moves an adapter to the device of its layer, so the adapter would
+    lose its weights there too.
     """
     import torch
 

@@ -1,9 +1,9 @@
 """Converts gptqmodel's files to the layout of the model architecture and of the source model.
 
 gptqmodel quantizes and writes fused feed-forward layers, such as Phi-3's `gate_up_proj`, as `gate_proj`
-and `up_proj`, but the engine looks for the names of the architecture. GPTQ rounds each row of a layer
-separately, with statistics of the layer's inputs, which are the same for both parts, so their
-concatenation equals quantizing the fused layer. The rounding itself is done elsewhere.
+and `up_proj`, but the engine looks for the architecture's names. Concatenating the two gives the same
+result as quantizing the fused layer, because GPTQ rounds each row of a layer separately and uses
+statistics of the layer's inputs, which are the same for both. The rounding itself is done elsewhere.
 """
 
 import json
@@ -26,9 +26,9 @@ _VOLATILE_KEYS = {"offload_to_disk_path"}  # of gptqmodel's metadata; they diffe
 
 
 def write_bfloat16(folder: Path) -> None:
-    """Convert the unquantized float32 weights of a quantized model to bf16.
+    """Convert the float32 weights that were not quantized in a quantized model to bf16.
 
-    They come from a merged model in bf16, so nothing is rounded. Packed layers keep their types.
+    These weights come from a merged model in bf16, so nothing is rounded. Packed layers keep their types.
     """
     import torch
 
@@ -40,14 +40,14 @@ def write_bfloat16(folder: Path) -> None:
 
 
 def join_fused_layers(folder: Path, layers: list[str]) -> None:
-    """Rewrite a quantized model's safetensors, joining layers that gptqmodel has split.
+    """Rewrite a quantized model's safetensors so that layers split by gptqmodel are joined again.
 
     Args:
         folder: the quantized model.
-        layers: names of the architecture's layers.
+        layers: names of the layers in the model architecture.
 
     Raises:
-        TrainingError: two parts group their inputs differently.
+        TrainingError: the parts of a layer group their inputs differently.
     """
     written = {tensor.name for tensor in read_headers(folder)}
     split = {layer: parts for layer in layers if (parts := _parts(layer)) and f"{parts[0]}.qweight" in written}
@@ -77,7 +77,7 @@ def _parts(layer: str) -> list[str]:
 
 
 def _join(tensors: "dict[str, torch.Tensor]", layer: str, parts: list[str]) -> None:
-    """Replace the tensors of a layer's parts with those of the joined layer."""
+    """Replace the tensors of a split layer's parts with those of the joined layer."""
     import torch
 
     groups = [tensors.pop(f"{part}.{_INPUT_GROUPS}") for part in parts]
@@ -111,9 +111,9 @@ def check_packed(folder: Path, layers: list[str]) -> None:
 def finish_folder(model: Path, out: Path) -> None:
     """Replace the config, tokenizer and templates that gptqmodel wrote with the model's own.
 
-    gptqmodel writes the config that its loader has changed; Gemma 3's contained the frequencies twice, in
-    two shapes. Only its quantization config is kept, without keys that differ between two runs on equal
-    input.
+    gptqmodel writes the config as changed by its loader. For Gemma 3, it contained the frequencies twice, in
+    two shapes. Only the quantization config is kept, without the keys that differ between two runs on the
+    same input.
     """
     (out / "quant_log.csv").unlink(missing_ok=True)
     path = out / "quantize_config.json"

@@ -1,7 +1,7 @@
-"""Writes safetensors files tensor by tensor in any order, with the same file names as `save_pretrained`.
+"""Writes safetensors files tensor by tensor, in any order, with the same file names as `save_pretrained`.
 
-safetensors' own writer needs all tensors of a file in memory. The format begins with the offset of each
-tensor, which follows from the shapes. Imports torch.
+The writer in safetensors needs all tensors of a file in memory. This one does not: the format begins
+with the offset of each tensor, which can be computed from the shapes. Imports torch.
 """
 
 import json
@@ -23,12 +23,12 @@ _NAMES = {torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32", torch.
 def open_tensor_files(
     folder: Path, shapes: Mapping[str, torch.Tensor], parameters: int
 ) -> Iterator[Callable[[str, torch.Tensor], None]]:
-    """Open the model's files and yield a function that writes one tensor. If there are several files, write an
-    index too.
+    """Open the model's files and yield a function that writes one tensor. If there is more than one file, write
+    an index too.
 
     Args:
         folder: output folder, created if missing.
-        shapes: tensors without data, keyed by their names in the files, with the number types of the files.
+        shapes: tensors without data that have the number types to write, keyed by tensor name.
         parameters: number of the model's parameters, for the index.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,8 +54,8 @@ def open_tensor_files(
 
 
 def _begin(file: BinaryIO, shapes: Mapping[str, torch.Tensor]) -> dict[str, tuple[BinaryIO, int]]:
-    """Write the header and return each tensor's offset. The widest number types come first, as safetensors
-    itself does it.
+    """Write the header and return each tensor's file and offset. Tensors with the widest number type come
+    first, as in files written by safetensors itself.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     starts, end = {}, 0

@@ -1,8 +1,8 @@
-"""Verifies that training changed the weights, by comparing every written tensor with the base's.
+"""Verifies how training changed the weights, by comparing every written tensor with the base's.
 
 If a merge silently does nothing, the version answers like the base; if other tensors change, the version
 is not the one that was trained. The output of full fine-tuning is compared in the same way. Quality is
-not checked here but measured by the evaluation.
+measured by the evaluation, not here.
 """
 
 from collections.abc import Mapping
@@ -27,9 +27,9 @@ class MergeSummary:
 
     Attributes:
         modules: number of changed linear layers and expert parameters.
-        smallest_changed_share: smallest share of a layer's weights that differ; below 1, because learnt
+        smallest_changed_share: smallest share of changed weights in any layer. It is below 1, because learnt
             changes smaller than the precision of bf16 may be rounded away.
-        largest_change: largest difference of one weight.
+        largest_change: largest change of a single weight.
     """
 
     modules: int
@@ -56,8 +56,8 @@ def verify_full(base: Path, trained: Path) -> MergeSummary:
 
 
 def adapted_tensors(model: "PeftModel") -> dict[str, str]:
-    """Return the linear layers and expert parameters that an adapter changes, keyed by the name of the
-    adapter's layer.
+    """Return the linear layers and expert parameters that an adapter changes, keyed by the names of the
+    adapter's layers.
     """
     from peft.tuners.lora.layer import ParamWrapper
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -78,16 +78,18 @@ def compare_weights(
     *,
     others_change: bool = False,
 ) -> MergeSummary:
-    """Check that exactly the targeted weights differ and return the changes. Each tensor is looked up once, in
-    turn.
+    """Check that exactly the targeted weights differ, and return a summary of the changes. Tensors are looked
+    up one at a time.
 
     Args:
         base, merged: tensors keyed by parameter name.
-        targets: modules that the adapter names, such as `model.layers.0.mlp.up_proj`, or parameters.
+        targets: modules, such as `model.layers.0.mlp.up_proj`, or parameters that training must have
+            changed.
         others_change: whether embeddings, norms and biases may differ too.
 
     Raises:
-        TrainingError: a targeted module is unchanged, or another tensor differs; names the first one.
+        TrainingError: a targeted module is unchanged, or another tensor differs; the message names the first
+            one.
     """
     expected = {name if name in base else f"{name}.weight" for name in targets}
     if unknown := sorted(expected - set(base)):
@@ -110,7 +112,7 @@ def compare_weights(
 
 
 def _change(name: str, before: "torch.Tensor", after: "torch.Tensor") -> tuple[float, float]:
-    """Return the share of weights that differ and the largest difference, or raise TrainingError if no weight
+    """Return the share of weights that differ and the largest difference. Raise TrainingError if no weight
     differs.
     """
     differing = int((before != after).sum())

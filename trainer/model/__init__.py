@@ -1,1 +1,1 @@
-"""The trained model: loading, adapters and layers."""
+"""Loads the model to be trained, and handles its adapters and layers."""

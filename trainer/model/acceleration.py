@@ -1,7 +1,7 @@
-"""Options that make training fast on a given machine, each chosen from its properties for a stated reason.
+"""Chooses the options that make training fast on a given machine, based on the machine's properties.
 
-Independent of the model and recipe. Options whose packages are not installed are left off. The loss and
-the layers that are used only on a CPU are chosen in trainer.training.loss.
+This module depends on neither the model nor the recipe. Options whose packages are not installed stay
+off. The loss and the layers used only on a CPU are chosen in trainer.training.loss.
 """
 
 from dataclasses import dataclass
@@ -21,11 +21,10 @@ class Facts:
     """Properties of the machine and its installed packages.
 
     Attributes:
-        capability: compute capability of the NVIDIA GPU, for example (9, 0) for Hopper, or None without such
-            a GPU.
-        flash_attention_2, flash_attention_3, liger_kernels: whether they are installed in a release that
-        transformers
-            supports. A check of the import names alone would mistake FlashAttention 4 for 2.
+        capability: compute capability of the NVIDIA GPU, for example (9, 0) for Hopper, or None if there is
+            no such GPU.
+        flash_attention_2, flash_attention_3, liger_kernels: whether the package is installed in a release
+            that transformers supports. Checking only the import name would mistake FlashAttention 4 for 2.
     """
 
     capability: tuple[int, int] | None = None
@@ -39,13 +38,15 @@ class Acceleration:
     """Acceleration options for training on a machine.
 
     Attributes:
-        attention: FlashAttention 3 supports only Hopper; 2 needs Ampere or later. Otherwise PyTorch's SDPA
-            is used.
-        padding_free: the rows of a batch are concatenated, so nothing is padded. Only FlashAttention
-            separates rows by their lengths; SDPA would need a mask whose size is the square of the batch's.
-        liger_kernels: fused RMSNorm, rotary embedding and SwiGLU in Triton, which does not run on a CPU.
-        gradient_checkpointing: layers are computed twice to save memory, which is scarce on a GPU; on a CPU,
-            time is scarcer.
+        attention: the attention implementation. FlashAttention 3 supports only Hopper, and FlashAttention 2
+            needs Ampere or later; otherwise PyTorch's SDPA is used.
+        padding_free: whether the rows of a batch are concatenated, so that nothing is padded. Only
+            FlashAttention separates rows by their lengths; SDPA would need a mask whose size is the square
+            of the batch size in tokens.
+        liger_kernels: whether to use fused RMSNorm, rotary embedding and SwiGLU kernels in Triton, which
+            does not run on a CPU.
+        gradient_checkpointing: whether layers are computed twice to save memory. Memory is scarce on a GPU;
+            on a CPU, time is scarcer.
     """
 
     attention: Attention

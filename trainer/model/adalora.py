@@ -1,6 +1,6 @@
-"""AdaLoRA's rank schedule, and the state of its rank allocator.
+"""AdaLoRA's rank schedule, and saving and restoring its rank allocator.
 
-AdaLoRA distributes ranks by a schedule that depends on the number of steps. Its allocator masks the
+AdaLoRA distributes ranks on a schedule that depends on the number of steps. Its allocator masks the
 least important directions and must be called after each step, which neither transformers' nor TRL's
 trainer does. Imports torch and PEFT.
 """
@@ -16,15 +16,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 _ALLOCATOR_FILE = "rank_allocator.safetensors"
 _WARMUP, _FINAL = 0.1, 0.3
-"""Share of steps at the start in which all ranks are kept, and share at the end in which the chosen ranks
-are fixed."""
+"""Share of a run's steps at the start during which all ranks are kept, and share at the end during which
+the chosen ranks are fixed."""
 
 
 def rank_plan(steps: int) -> dict[str, int]:
-    """Return the steps of a run in which AdaLoRA distributes ranks, keyed by their names in PEFT's config.
+    """Return the steps of a run at which AdaLoRA distributes ranks, keyed by their names in PEFT's config.
 
-    The final distribution uses measurements of at least one earlier step, so it needs two steps. In a run of
-    one step, the second step is never reached, and all ranks are kept.
+    The final distribution relies on measurements from at least one earlier step, so it needs two steps. A
+    run of one step never reaches the second, and keeps all ranks.
     """
     planned = max(steps, 2)
     warmup = round(_WARMUP * steps) if steps > 1 else 1
@@ -33,8 +33,7 @@ def rank_plan(steps: int) -> dict[str, int]:
 
 
 class RankAllocation(TrainerCallback):
-    """Callback that updates AdaLoRA's rank allocator after the optimizer's step and before gradients are
-    cleared.
+    """Callback that updates AdaLoRA's rank allocator after each optimizer step, before gradients are cleared.
 
     Args:
         model: model with an AdaLoRA adapter.
@@ -44,7 +43,7 @@ class RankAllocation(TrainerCallback):
         self._model = model
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Update the rank allocator. `global_step` does not yet include this step."""
+        """Update the rank allocator after a step, which `global_step` does not count yet."""
         step, config = state.global_step + 1, self._model.peft_config["default"]
         if step < config.total_step - config.tfinal:
             # In float16 the optimizer skips a step whose gradients are not finite, which would spoil the means.
@@ -62,7 +61,7 @@ class RankAllocation(TrainerCallback):
         save_file(tensors, folder / _ALLOCATOR_FILE, {"rank_pattern": json.dumps(config.rank_pattern)})
 
     def restore(self, folder: Path) -> None:
-        """Load the rank allocator's state as written by `save`."""
+        """Load the rank allocator's state that `save` wrote to a checkpoint folder."""
         allocator, config = self._model.base_model.rankallocator, self._model.peft_config["default"]
         kinds = {"ipt": allocator.ipt, "mean": allocator.exp_avg_ipt, "uncertainty": allocator.exp_avg_unc}
         device = next(self._model.parameters()).device

@@ -1,7 +1,7 @@
-"""Chooses the transformers attention implementation that honours the model's config.
+"""Chooses an attention implementation in transformers that honours the model's config.
 
 The default, PyTorch's scaled dot product attention, silently omits Gemma 2's soft cap on attention
-scores, which the engine applies, so the served model would differ from the trained one.
+scores. The engine applies the cap, so the served model would differ from the trained one.
 """
 
 from pathlib import Path
@@ -19,8 +19,8 @@ def attention_implementation(config: "PreTrainedConfig") -> str | None:
 
 
 def takes_flash_attention(base: Path) -> bool:
-    """Return whether transformers' code for the model supports FlashAttention; if not, loading with it would
-    fail.
+    """Return whether transformers supports FlashAttention for the model. If not, loading the model with it
+    would fail.
 
     Args:
         base: folder of the base model.

@@ -1,4 +1,4 @@
-"""Reads the config of a model folder with transformers, which converts old keys and adds defaults."""
+"""Reads the config of a model folder with transformers, which converts old keys and fills in defaults."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,8 +13,8 @@ def load_config(folder: Path) -> "PreTrainedConfig":
     """Load the config of a model folder without running any code from the folder.
 
     Raises:
-        BaseModelError: transformers cannot read it, for example because of an invalid value or unknown
-            architecture.
+        BaseModelError: transformers cannot read the config, for example because a value is invalid or the
+            architecture is unknown.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig

@@ -1,8 +1,8 @@
-"""The experts of a mixture-of-experts model: their number, and the parameters that contain them.
+"""Experts of a mixture-of-experts model: how many there are, and which parameters contain them.
 
-transformers stores the experts of a layer in two parameters with one matrix for each expert. These are
-not linear layers, so code that handles only linear layers silently misses nine tenths of a model.
-Independent of routing and adapters.
+transformers stores a layer's experts in two parameters, each with one matrix per expert. These are not
+linear layers, so code that handles only linear layers silently misses nine tenths of a model. This
+module is independent of routing and adapters.
 """
 
 from typing import TYPE_CHECKING
@@ -21,9 +21,11 @@ def count_experts(config: "PreTrainedConfig") -> int:
 
 
 def name_experts(config: "PreTrainedConfig") -> None:
-    """Make configs of this class provide their number of experts as `num_experts`, the name that TRL uses.
+    """Make all configs of this config's class provide the number of experts as `num_experts`, the name that TRL
+    uses.
 
-    transformers defines this alias for Mixtral, but not for Granite. Written configs keep their own name.
+    transformers defines this alias for Mixtral, but not for Granite. Config files are still written with the
+    original name.
     """
     text, name = config.get_text_config(), _name(config)
     if name and not hasattr(text, _COMMON):
@@ -38,9 +40,9 @@ def _name(config: "PreTrainedConfig") -> str | None:
 
 
 def fused_experts(model: "PreTrainedModel") -> list[str]:
-    """Return the names of all expert parameters of shape [experts, rows, columns].
+    """Return the names of all expert parameters, which have the shape [experts, rows, columns].
 
-    One such name is `model.layers.0.mlp.experts.gate_up_proj`.
+    An example is `model.layers.0.mlp.experts.gate_up_proj`.
     """
     return [
         f"{name}.{parameter}"

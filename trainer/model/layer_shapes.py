@@ -1,4 +1,4 @@
-"""Builds a model without weights from its config alone, and returns the shapes of its linear layers."""
+"""Builds a model without weights from its config alone, and determines the shapes of its linear layers."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
 
 def linear_layers(model: "PreTrainedModel") -> dict[str, tuple[int, int]]:
-    """Return the input and output sizes of a model's linear layers, keyed by name, without output head and
-    fused experts.
+    """Return the input and output sizes of a model's linear layers, keyed by name, excluding the output head
+    and fused experts.
     """
     import torch
 
@@ -24,7 +24,7 @@ def linear_layers(model: "PreTrainedModel") -> dict[str, tuple[int, int]]:
 
 
 def empty_model(model: Path) -> "PreTrainedModel":
-    """Build the model of a folder without loading its weights."""
+    """Build the model in a folder without loading its weights."""
     return without_weights(load_config(model))
 
 

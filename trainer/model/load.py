@@ -1,4 +1,6 @@
-"""Loads the base model in the form that a recipe trains. Imports torch and transformers."""
+"""Loads the base model in the number type and quantization that a recipe trains. Imports torch and
+transformers.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,17 +35,17 @@ class ModelForm:
 
 
 def load_model(base: Path, form: ModelForm) -> PreTrainedModel:
-    """Load the base model in the form that a recipe trains.
+    """Load the base model in the given form for training.
 
-    Full fine-tuning updates float32 weights, which the forward pass rounds to the number type, because in 16
-    bits Adam's small updates would be rounded away. Frozen weights have the number type, or, if the recipe
-    says so, NF4 with quantized scales.
+    Full fine-tuning updates float32 weights, because Adam's small updates would be rounded away in 16 bits;
+    the forward pass rounds the weights to the number type. Frozen weights are stored in the number type or,
+    if the recipe asks for it, in NF4 with quantized scales.
 
     Args:
         base: folder of the base model.
 
     Raises:
-        BaseModelError: a tensor of the model is not among the weights.
+        BaseModelError: a tensor of the model is missing from the weights.
     """
     bound_product_caches()
     quantization, number_type = None, getattr(torch, form.number_type)
@@ -77,10 +79,10 @@ def load_model(base: Path, form: ModelForm) -> PreTrainedModel:
 
 
 def _keep_layout(model: PreTrainedModel) -> None:
-    """Keep bitsandbytes from packing weights for its bfloat16 CPU kernel, and from using that kernel.
+    """Stop bitsandbytes from packing weights for its bfloat16 CPU kernel and from using that kernel.
 
-    bitsandbytes packs at the first measurement of held-out loss and never unpacks, but the kernel supports
-    neither gradients nor float32.
+    bitsandbytes packs weights when held-out loss is first measured and never unpacks them, but the kernel
+    supports neither gradients nor float32.
     """
     from bitsandbytes.nn.modules import Linear4bit  # optional on a CPU, which trains with other methods without it
 

@@ -1,5 +1,5 @@
-"""A base's weights as QLoRA trains on them, with linear layers rounded to NF4 and dequantized. Imports
-torch.
+"""Provides a base's weights as QLoRA trains on them: linear layers are rounded to NF4 and dequantized.
+Imports torch.
 
 bitsandbytes dequantizes a layer for each product, so an adapter is trained on these weights and not on
 the base's own.
@@ -15,10 +15,10 @@ from trainer.model.stored_weights import StoredWeights
 
 
 class DequantizedWeights(StoredWeights):
-    """Weights of a model folder, with those of linear layers rounded to NF4 and dequantized.
+    """Weights of a model folder in which the linear layers are rounded to NF4 and dequantized.
 
     Args:
-        folder: a model in safetensors.
+        folder: folder with a model in safetensors.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -40,7 +40,9 @@ def round_layers_to_nf4(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def round_to_nf4(weight: torch.Tensor) -> torch.Tensor:
-    """Quantize a linear layer's weight to NF4 with quantized scales, and dequantize it to its own number type."""
+    """Quantize a linear layer's weight to NF4 with quantized scales, and dequantize it to its original number
+    type.
+    """
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn.modules import Params4bit
 

@@ -1,6 +1,6 @@
 """Creates the PEFT adapter for each training method.
 
-Independent of data and the optimizer. Imports torch and PEFT.
+This module is independent of the data and the optimizer. Imports torch and PEFT.
 """
 
 import warnings
@@ -29,11 +29,11 @@ def add_adapter(model: PreTrainedModel, recipe: Recipe, steps: int) -> PreTraine
     """Return the model with the recipe's adapter in float32, or the unchanged model for full fine-tuning.
 
     Args:
-        steps: number of steps in the complete run, for AdaLoRA's schedule.
+        steps: number of steps in the complete run, which AdaLoRA's schedule needs.
 
     Raises:
-        RecipeError: the model has no layer of `adapter.targets`, or the method cannot train the experts of a
-            mixture.
+        RecipeError: the model has none of the layers in `adapter.targets`, or the method cannot train a
+            mixture of experts.
     """
     if recipe.adapter_type is None:
         return model
@@ -48,7 +48,9 @@ def add_adapter(model: PreTrainedModel, recipe: Recipe, steps: int) -> PreTraine
 
 
 def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
-    """Return a model with a trained adapter, with exactly the weights in its file even if the model is in bf16."""
+    """Return the model with a trained adapter. The adapter has exactly the weights in its file, even if the
+    model is in bf16.
+    """
     _import_gptqmodel()
     with warnings.catch_warnings(), _targets_as_named():
         # PEFT mistakes AdaLoRA's masks for ranks of plain LoRA and warns that none applies; they are applied anyway.
@@ -60,19 +62,22 @@ def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
 
 
 def _import_gptqmodel() -> None:
-    """Import gptqmodel if it is installed, as PEFT does when it adds the first adapter of a process.
+    """Import gptqmodel if it is installed. PEFT would otherwise import it when the first adapter of a process
+    is added.
 
-    gptqmodel stores the exception raised for a missing optional package. The exception keeps every frame of
-    the stack for as long as the process lives, and the frames of PEFT and its callers keep the model. A
-    thread has its own stack.
+    For a missing optional package, gptqmodel stores the exception that was raised. The exception keeps every
+    frame of its stack alive for as long as the process runs, and the frames of PEFT and its callers keep the
+    model. The import therefore runs in a thread, which has its own stack.
     """
     with ThreadPoolExecutor(1) as pool:
         pool.submit(is_gptqmodel_quant_linear, torch.nn.Module()).result()
 
 
 def _load_unrounded(model: PeftModel, adapter: Path) -> None:
-    """Load AdaLoRA's matrices again, because PEFT creates those of the kept ranks in the base's number type,
-    loads them, and converts them to float32 only afterwards, when bf16 has already rounded them.
+    """Load AdaLoRA's matrices again, without rounding.
+
+    PEFT creates the matrices of the kept ranks in the base's number type, loads them, and converts them to
+    float32 only afterwards, when bf16 has already rounded them.
     """
     weights = dict(model.named_parameters())
     name = model.active_adapter
@@ -82,10 +87,10 @@ def _load_unrounded(model: PeftModel, adapter: Path) -> None:
 
 
 def _refuse_experts(recipe: Recipe, experts: list[str]) -> None:
-    """Reject training methods that PEFT supports only for linear layers.
+    """Reject a training method that PEFT supports only for linear layers, not for experts.
 
     Raises:
-        RecipeError: the recipe's method is one of them; names the first expert.
+        RecipeError: the recipe uses such a method; the message names the first expert.
     """
     named = f"{experts[0]!r} and {len(experts) - 1} more parameters of this mixture of experts hold a matrix per expert"
     if recipe.adapter_type is not AdapterType.LORA:
@@ -106,9 +111,9 @@ def _refuse_experts(recipe: Recipe, experts: list[str]) -> None:
 def _targets_as_named() -> Iterator[None]:
     """Make PEFT use exactly the targets in its config within the `with` block.
 
-    Newer releases of transformers store all experts of a layer in one parameter. For some mixtures of
-    experts, PEFT takes our targets for those of an older release and converts them: it drops shared experts
-    and layers without experts, adds the router, and doubles one rank.
+    Recent releases of transformers store all experts of a layer in one parameter. For some mixtures of
+    experts, PEFT mistakes our targets for those of an older release and converts them: it drops shared
+    experts and layers without experts, adds the router, and doubles one rank.
     """
     before = transformers_weight_conversion._MOE_TARGET_MODULE_MAPPING
     transformers_weight_conversion._MOE_TARGET_MODULE_MAPPING = {}
@@ -122,9 +127,10 @@ def adapter_config(recipe: Recipe, targets: list[str] | str, steps: int, experts
     """Return the PEFT config for the recipe's method.
 
     Args:
-        targets: layer names or suffixes of them, or `all-linear`.
+        targets: layer names, suffixes of layer names, or `all-linear`.
         steps: number of steps in the complete run.
-        experts: names of the expert parameters, which are not linear layers; only for LoRA and QLoRA.
+        experts: names of the expert parameters, which are not linear layers. Only LoRA and QLoRA can train
+            them.
     """
     adapter, common = recipe.adapter, {"target_modules": targets, "task_type": "CAUSAL_LM"}
     lora = common | {"lora_alpha": recipe.alpha, "lora_dropout": adapter.dropout}

@@ -1,4 +1,4 @@
-"""Limits the number of matrix shapes for which a process keeps compiled products. Imports torch."""
+"""Limits how many matrix shapes a process keeps compiled products for. Imports torch."""
 
 import os
 from functools import cache
@@ -6,18 +6,19 @@ from functools import cache
 import torch
 
 _LIMITS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
-"""Capacities of oneDNN's cache of compiled products and of PyTorch's own cache in front of it. One step
-uses about 40 products, each in every layer."""
+"""Environment variables that limit oneDNN's cache of compiled products and PyTorch's own cache in front of
+it. One step uses about 40 products, each in every layer."""
 
 
 @cache
 def bound_product_caches() -> None:
-    """Limit oneDNN and PyTorch to 64 cached compiled products each, instead of 1,024. Call this before the
-    first product.
+    """Limit oneDNN and PyTorch to 64 cached compiled products each, instead of 1,024. Must be called before the
+    first matrix product.
 
-    Each batch length has its own products, of about 0.6 MB each with AMX. In 80 steps of four examples each,
-    the caches grew to 0.8 GB, and the steps were no faster than with these limits. Variables that are
-    already set are kept. Child processes, such as engines, do not inherit the limits.
+    Each batch length needs its own compiled products, which take about 0.6 MB each with AMX. In 80 steps of
+    four examples each, the caches grew to 0.8 GB without the limits, and the steps were no faster than with
+    them. Environment variables that are already set are kept. Child processes, such as engines, do not
+    inherit the limits.
     """
     given = {name: os.environ.get(name) for name in _LIMITS}
     os.environ.update({name: limit for name, limit in _LIMITS.items() if given[name] is None})

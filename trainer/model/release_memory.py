@@ -1,4 +1,4 @@
-"""Releases memory between two models, and before another process, the engine, starts."""
+"""Releases memory before another model is loaded or an engine process starts."""
 
 import gc
 import sys
@@ -7,8 +7,8 @@ import sys
 def release_memory() -> None:
     """Release unused memory, including the GPU memory that PyTorch caches.
 
-    Trainers and models form reference cycles, which only the garbage collector frees. PyTorch caches GPU
-    memory, so an engine would find the device full.
+    Trainers and models form reference cycles, which only the garbage collector frees. PyTorch caches freed
+    GPU memory, so an engine would find the device full.
     """
     gc.collect()
     torch = sys.modules.get("torch")

@@ -1,11 +1,11 @@
-"""Stochastic rounding from float32 to bf16: up or down at random, so that small changes are preserved on
-average.
+"""Stochastic rounding from float32 to bf16. Each number is rounded up or down at random, so that small
+changes are preserved on average.
 
 Learnt changes are often smaller than bf16's precision. Rounding to nearest removes them from most
-weights, with a bias: after four steps of LoRA, a merged SmolLM2's held-out answers were less likely than
-with base and adapter by 0.16 nats per token; with stochastic rounding they were more likely by 0.003.
-(Gupta et al. 2015, "Deep learning with limited numerical precision", section 3.) Numbers that bf16 can
-represent do not change. Imports torch.
+weights, and introduces a bias. After four steps of LoRA, held-out answers were less likely under a
+merged SmolLM2 than under base and adapter, by 0.16 nats per token; with stochastic rounding, they were
+more likely by 0.003. (Gupta et al. 2015, "Deep learning with limited numerical precision", section 3.)
+Numbers that bf16 can represent do not change. Imports torch.
 """
 
 from collections.abc import Iterable
@@ -13,18 +13,19 @@ from collections.abc import Iterable
 import torch
 
 _STEP = 1 << 16
-"""Distance between neighbouring bf16 numbers in the bits of a float32, of which bf16 is the upper half."""
+"""Distance between neighbouring bf16 numbers when their bits are read as a float32, whose upper half is the
+bf16 number."""
 
 
 class StochasticRounding:
-    """Random rounding that is reproducible: the same weights in the same order always give the same bits."""
+    """Stochastic rounding with a fixed seed: the same weights in the same order always give the same bits."""
 
     def __init__(self) -> None:
         self._generator = torch.Generator().manual_seed(0)
 
     @torch.no_grad()
     def to_bfloat16(self, weight: torch.Tensor) -> torch.Tensor:
-        """Round each weight at random to one of its two bf16 neighbours, with the nearer one more likely.
+        """Round each weight at random to one of its two bf16 neighbours. The nearer neighbour is more likely.
 
         Args:
             weight: finite float32 weights.
@@ -40,7 +41,7 @@ def round_to_bfloat16(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Convert float32 parameters to bf16 in place. The same parameters always give the same bits.
 
     Args:
-        parameters: finite weights; those that are not in float32 do not change.
+        parameters: finite weights. Those that are not in float32 are left unchanged.
     """
     rounding = StochasticRounding()
     for weight in parameters:
@@ -49,6 +50,8 @@ def round_to_bfloat16(parameters: Iterable[torch.nn.Parameter]) -> None:
 
 
 def neighbours(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the two bf16 neighbours of each float32 number: the one towards 0, and the next one away from 0."""
+    """Return the two bf16 neighbours of each float32 number: the nearest one towards 0, and the next one away
+    from 0.
+    """
     lower = weights.contiguous().view(torch.int32) & -_STEP
     return lower.view(torch.float32), (lower + _STEP).view(torch.float32)

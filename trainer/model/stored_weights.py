@@ -1,8 +1,8 @@
-"""Weights of a model folder, keyed by the names of the model's parameters, each read from its file on
+"""Gives access to the weights in a model folder, keyed by parameter name. Each is read from its file on
 demand.
 
-No model is loaded, so memory contains only the tensors that a caller keeps. Names and tensors in the
-files may differ from the model's: transformers renames some, and joins the experts of a mixture into one
+No model is loaded, so only the tensors that a caller keeps are in memory. Names and tensors in the files
+may differ from the model's: transformers renames some, and joins the experts of a mixture into one
 parameter. The functions of its loader are called here for one parameter at a time. Imports torch and
 transformers.
 """
@@ -35,13 +35,14 @@ Tensors = dict[str, torch.Tensor]
 
 
 class StoredWeights(Mapping[str, torch.Tensor]):
-    """Tensors in bf16, keyed by parameter name, as in a model loaded from the folder.
+    """Weights in a model folder as bf16 tensors, keyed by parameter name. They are the same as in a model
+    loaded from the folder.
 
     Args:
-        folder: a model in safetensors.
+        folder: folder with a model in safetensors.
 
     Raises:
-        IntegrityError: the files lack a tensor of the model.
+        IntegrityError: a tensor of the model is missing from the files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -83,10 +84,10 @@ class StoredWeights(Mapping[str, torch.Tensor]):
         """Read one parameter from the model's files.
 
         Args:
-            dtype: floating-point type of the result; integers keep their type.
+            dtype: floating-point type of the result. Integer tensors keep their type.
 
         Raises:
-            IntegrityError: its shape in the files is not the model's.
+            IntegrityError: the parameter's shape in the files differs from its shape in the model.
         """
         name = self._ties.get(name, name)
         tensor = self._convert(self._first_of[name], partial(_in_type, dtype))[name]
@@ -99,10 +100,11 @@ class StoredWeights(Mapping[str, torch.Tensor]):
         return tensor
 
     def saved_together(self) -> list[list[str]]:
-        """Return the parameters that `save_pretrained` writes, in mutually independent groups.
+        """Return the parameters that `save_pretrained` writes, in groups that can be written independently of each
+        other.
 
-        Tied parameters are left out. A group has more than one parameter only if several of them are one tensor
-        in the files; then all parameters form one group.
+        Tied parameters are excluded. If the files store several parameters as one tensor, all parameters form a
+        single group; otherwise every group has one parameter.
         """
         tied_to_another = set(self.model.all_tied_weights_keys) & (set(self._ties) | set(self._ties.values()))
         ignored = self.model._keys_to_ignore_on_save or set()
@@ -114,7 +116,7 @@ class StoredWeights(Mapping[str, torch.Tensor]):
         return [names]
 
     def saved_shapes(self) -> Tensors:
-        """Return the tensors that `save_pretrained` writes for the model in bf16, keyed by name, without their
+        """Return the tensors that `save_pretrained` writes for the model in bf16, keyed by name. They contain no
         data.
         """
         shapes = {name: self._shapes[name] for group in self.saved_together() for name in group}
@@ -128,10 +130,10 @@ class StoredWeights(Mapping[str, torch.Tensor]):
         }
 
     def as_saved(self, tensors: Tensors) -> Tensors:
-        """Return tensors as `save_pretrained` writes them to a file, with its names and its splitting into parts.
+        """Return parameters as the tensors that `save_pretrained` writes to a file, which may be renamed and split.
 
         Args:
-            tensors: complete groups of `saved_together`, keyed by parameter name.
+            tensors: the parameters of complete groups from `saved_together`, keyed by name.
         """
         saved: Tensors = revert_weight_conversion(self.model, tensors)
         return saved
@@ -139,7 +141,7 @@ class StoredWeights(Mapping[str, torch.Tensor]):
     def _rename(
         self, stored: str, renamings: list[WeightRenaming], converters: list[WeightConverter]
     ) -> tuple[str, str | None]:
-        """Map a stored tensor to its parameter name and converter pattern, as
+        """Return the parameter name and converter pattern for a stored tensor, as
         `convert_and_load_state_dict_in_model` does.
         """
         prefix = self.model.base_model_prefix
@@ -149,16 +151,16 @@ class StoredWeights(Mapping[str, torch.Tensor]):
         return name, pattern
 
     def _made_of(self, first: str) -> list[str]:
-        """Return the names of the parameters that are created together with the given one."""
+        """Return the names of all parameters created from the same stored tensors as the given one."""
         if all(pattern is None for _, pattern in self._sources[first]):
             return [first]
         return list(self._convert(first, _without_weights))
 
     def _convert(self, first: str, read: Callable[[Any, str], torch.Tensor]) -> Tensors:
-        """Return a parameter together with those created from the same stored tensors.
+        """Return a parameter and all others created from the same stored tensors.
 
         Args:
-            read: returns a tensor of an open file by its name there.
+            read: returns a tensor of an open file, given its name in the file.
         """
         stored, pattern = self._sources[first][0]
         transform: WeightTransform = deepcopy(self._converters[pattern]) if pattern else WeightRenaming(stored, first)
@@ -174,7 +176,7 @@ class StoredWeights(Mapping[str, torch.Tensor]):
         """Map each tied parameter to the parameter whose weights it shares, as transformers ties them after
         loading.
 
-        If both are in the files, they are tied only if they are equal.
+        If the files contain both parameters, they are tied only if they are equal.
         """
         ties = {}
         for target, source in self.model.all_tied_weights_keys.items():

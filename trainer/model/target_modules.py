@@ -1,9 +1,9 @@
-"""The layers of a base model that an adapter changes: three presets, resolved from the names of the model's
-layers.
+"""Resolves which layers of a base model an adapter changes: one of three presets, applied to the names of
+the model's layers.
 
-Architectures name and fuse their projections differently, so a list for one does not fit another: if
-query, key and value are one layer, as in Phi-3's `qkv_proj`, no preset can separate them, and each
-preset includes the complete layer. Independent of adapters and their cost.
+Architectures name and fuse their projections differently, so a list of layers for one does not fit
+another. If query, key and value are one layer, as in Phi-3's `qkv_proj`, no preset can separate them,
+and each preset includes the complete layer. This module is independent of adapters and their cost.
 """
 
 import re
@@ -26,11 +26,12 @@ def target_modules(model: "PreTrainedModel", preset: Targets) -> list[str] | str
     """Return the value for PEFT's `target_modules`.
 
     Returns:
-        Sorted layer name suffixes, such as `q_proj`, which include the module, as in `attn.proj`, if a layer
-        outside of attention has the same suffix. For ALL_LINEAR, PEFT's own keyword.
+        Sorted layer name suffixes, such as `q_proj`. A suffix includes the module, as in `attn.proj`, if a
+        layer outside of attention would otherwise match it too. For ALL_LINEAR, PEFT's own keyword is
+        returned.
 
     Raises:
-        RecipeError: the model has no layer of the preset; names its layers.
+        RecipeError: the model has no layer that matches the preset; the message names the layers it has.
     """
     if preset is Targets.ALL_LINEAR:
         return ALL_LINEAR

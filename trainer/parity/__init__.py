@@ -1,1 +1,1 @@
-"""The parity report, which checks that the served model is the trained model."""
+"""Creates the parity report, which checks that the model to be served is the model that was trained."""

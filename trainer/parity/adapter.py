@@ -1,4 +1,4 @@
-"""Checks that a merged model is its base plus the adapter, applied exactly once and with the recipe's
+"""Checks that a merged model equals its base plus the adapter, applied exactly once and with the recipe's
 scale.
 
 Each written weight must be one of the two bf16 neighbours of the sum, and its change is compared with
@@ -20,14 +20,14 @@ from trainer.model.rounding import neighbours
 from trainer.recipe.sections import AdapterType, Recipe
 
 _ROUNDED_SUM, _ROUNDED_BASE = 1.0, 0.5
-"""Allowed deviation of a weight in bf16 steps: one step for the sum, which is rounded up or down, and half
-a step for the base, which is rounded to nearest if it is published in another number type, such as Llama
-2 in float16."""
+"""Allowed deviation of a weight, in bf16 steps. The sum is rounded up or down, so it may be off by one
+step. The base adds half a step, because it is rounded to nearest if published in another number type,
+such as Llama 2 in float16."""
 _ONCE = 0.02
-"""Allowed deviation from a single application of the adapter. Rounding changes the factor of a trained
+"""Allowed deviation from applying the adapter exactly once. Rounding changes the factor of a trained
 adapter by less than a hundredth."""
 _SIGMAS = 5.0
-"""Allowed deviation in standard deviations of the random rounding of small changes. One module in two
+"""Allowed deviation, in standard deviations, due to the random rounding of small changes. One module in two
 million exceeds it."""
 
 
@@ -36,12 +36,11 @@ class Applied:
     """Result of comparing merged weights with base plus adapter.
 
     Attributes:
-        lowest, highest: smallest and largest factor, over all modules, with which the update is in the
-        merged weights;
-            1 if it was added exactly once.
+        lowest, highest: smallest and largest factor, over all modules, by which the adapter's update was
+            multiplied when it was merged; 1 if it was added exactly once.
         wrong: a module whose factor differs from 1 by more than rounding explains, or None if there is none.
         off: largest share of a module's weights that differ from the sum by more than rounding explains.
-        module: the module with this share.
+        module: the module in which `off` was found.
     """
 
     lowest: float
@@ -56,9 +55,9 @@ def compare(model: PeftModel, merged: Mapping[str, torch.Tensor]) -> Applied:
     """Compare the merged weights with base plus adapter.
 
     Args:
-        model: the base with the unmerged adapter; the base's weights may have any number type that contains
-            bf16.
-        merged: tensors keyed by parameter name.
+        model: the base with the unmerged adapter. The base's weights may have any number type that can
+            represent all bf16 numbers.
+        merged: the merged weights, keyed by parameter name.
     """
     times, wrong, off = [], [], [(0.0, "")]
     for name, base, change in _changes(model):
@@ -103,8 +102,8 @@ def _changes(model: PeftModel) -> Iterator[tuple[str, torch.Tensor, torch.Tensor
 
 
 def _change_of_experts(layer: ParamWrapper, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the experts' base weights and the adapter's change in float32, since PEFT would round the change
-    to bf16.
+    """Return the experts' base weights and the adapter's change to them, in float32. PEFT would otherwise round
+    the change to bf16.
     """
     parameter = layer.get_param()
     stored, parameter.data = parameter.data, parameter.data.float()
@@ -115,7 +114,9 @@ def _change_of_experts(layer: ParamWrapper, adapter: str) -> tuple[torch.Tensor,
 
 
 def scale_of(adapter: Path, recipe: Recipe) -> tuple[float, float] | None:
-    """Return the scale of an adapter's update according to its config and to the recipe, or None for VeRA."""
+    """Return the scale of an adapter's update according to its config and according to the recipe, or None for
+    VeRA.
+    """
     if recipe.adapter_type is AdapterType.VERA:
         return None
     config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))

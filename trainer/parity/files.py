@@ -1,9 +1,9 @@
-"""Checks that a model folder has the same files as its base, apart from weights, and that its weight files
-are complete.
+"""Checks that a model folder has the same files as its base, apart from the weights, and that its weight
+files are complete.
 
-Tokenizer, chat template and generation config are compared byte for byte: a served model with a
-different tokenization answers differently, and no other check would show it. Only the names and sizes of
-weights are read.
+The tokenizer, chat template and generation config are compared byte for byte. A model served with a
+different tokenization answers differently, and no other check would show it. Of the weights, only names
+and sizes are read.
 """
 
 from pathlib import Path
@@ -15,11 +15,11 @@ from trainer.base_model.content import SHIPPED_FILES, TEMPLATE_FILE, pinned_temp
 from trainer.model.config import load_config
 
 _MAY_DIFFER = {"_name_or_path", "quantization_config", "transformers_version"}
-"""Config keys that describe where and how weights are stored, not the computation."""
+"""Config keys that describe where and how weights are stored and do not affect the computation."""
 
 
 def other_files(base: Path, folder: Path) -> list[str]:
-    """Return the names of files shipped with the weights that differ from the base's."""
+    """Return the names of the files shipped with the weights that differ from those of the base."""
     shipped = {name: _content(base / name) for name in SHIPPED_FILES}
     if pinned := pinned_template(base):
         shipped[TEMPLATE_FILE] = pinned.encode("utf-8")
@@ -33,8 +33,8 @@ def _content(path: Path) -> bytes | None:
 def other_config(base: Path, folder: Path) -> list[str]:
     """Return the keys of a folder's config whose meaning differs from the base's.
 
-    Both configs are read by the same transformers as in the engine, which fills in defaults and knows that
-    `rope_theta` and `rope_parameters` mean the same.
+    Both configs are read with the engine's version of transformers, which fills in defaults and treats
+    `rope_theta` and `rope_parameters` as equivalent.
 
     Raises:
         BaseModelError: transformers cannot read the base's config.
@@ -48,14 +48,14 @@ def other_config(base: Path, folder: Path) -> list[str]:
 
 
 def _plain(value: Any) -> Any:
-    """Return a config value without the keys that may differ, including in nested configs."""
+    """Return a config value without the keys that are allowed to differ, also in nested configs."""
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items() if key not in _MAY_DIFFER}
     return value
 
 
 def unreadable_weights(folder: Path) -> str | None:
-    """Return what is wrong with the weight files, or None if they are complete."""
+    """Return a description of what is wrong with the weight files, or None if they are complete."""
     try:
         read_headers(folder)
     except IntegrityError as error:

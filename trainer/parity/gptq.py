@@ -1,7 +1,8 @@
-"""Checks that a quantized model's weights are those of its source model, except for rounding to four bits.
+"""Checks that a quantized model has the weights of its source model, apart from rounding to four bits.
 
-Compares layer by layer, from the files. GPTQ moves weights beyond their own rounding to preserve their
-layer's outputs; the allowed change follows from measurements and is stated below. Imports torch.
+The weights are read from the files and compared layer by layer. GPTQ moves weights by more than their
+own rounding to preserve the layer's outputs. The allowed change is based on the measurements given
+below. Imports torch.
 """
 
 import math
@@ -16,9 +17,9 @@ from safetensors import safe_open
 from svc.model_folder.weight_files import weight_files
 
 MAX_OFF = 0.45
-"""Maximum norm of a layer's change divided by that of its weights. Measured: 0.12 for tiny models, 0.24 for
-SmolLM2's worst layer with 32 samples and groups of 64. Scales that are off by half change a layer by
-0.5."""
+"""Maximum ratio of the norm of a layer's change to the norm of its weights. Measured: 0.12 for tiny models,
+0.24 for SmolLM2's worst layer with 32 samples and groups of 64. Scales that are off by half change a
+layer by 0.5."""
 _PACKED = ".qweight"
 _ZERO_POINT = 8  # symmetric four bits
 _IN_ONE_NUMBER = 8
@@ -26,14 +27,15 @@ _IN_ONE_NUMBER = 8
 
 @torch.no_grad()
 def compare(gptq: Path, merged: Path) -> tuple[float, str]:
-    """Compare every quantized layer with the source model, one layer at a time, by the names in the files.
+    """Compare every quantized layer with the layer of the same name in the source model, one layer at a time.
 
     Args:
         gptq: folder of the quantized model.
         merged: folder of the source model.
 
     Returns:
-        The largest norm of a layer's change divided by that of its weights, and the layer.
+        The largest ratio of the norm of a layer's change to the norm of its weights, and the name of that
+        layer.
     """
     changes = []
     with ExitStack() as stack:
@@ -57,7 +59,8 @@ def expand(packed: torch.Tensor, scales: torch.Tensor, groups: torch.Tensor | No
     """Unpack a quantized layer's weights to float32, with shape [outputs, inputs].
 
     Args:
-        packed: [inputs / 8, outputs], int32: eight inputs in a number, the first in its lowest bits.
+        packed: int32 of shape [inputs / 8, outputs]. Each number packs eight inputs, the first in its lowest
+            bits.
         scales: [groups, outputs].
         groups: the group of each input, or None for consecutive groups.
     """

@@ -1,9 +1,8 @@
-"""The parity report of a version: compares its files and the engine's answers with training, check by
-check.
+"""Creates the parity report of a version, which checks its files and the engine's answers against training.
 
 All comparisons use the same held-out examples in the token ids of training. The difference between two
-correct implementations on the same weights is also measured, so that the limits follow this machine's
-rounding. All thresholds are below, each with its source. Imports torch.
+correct implementations with the same weights is also measured, so that the limits take this machine's
+rounding into account. All thresholds are defined below, each with its source. Imports torch.
 """
 
 import time
@@ -34,28 +33,28 @@ from trainer.recipe.sections import Recipe
 BESIDE_TRAINED = "merged: compared with the trained model"
 """Name of the final parity check, which covers merging and serving together."""
 BESIDE_NF4 = "adapter on the base's own weights compared with NF4, on which it was trained"
-"""Name of a comparison after QLoRA. It has no limit, because training itself uses the rounded weights."""
+"""Name of a comparison made after QLoRA. It has no limit, because training itself uses the rounded weights."""
 _NOT_THE_SUM = 1e-3
-"""Maximum share of a module's weights that may differ from the sum by more than a bf16 step: sums near 0,
-whose terms cancel."""
+"""Maximum share of a module's weights that may differ from base plus adapter by more than a bf16 step. This
+happens for sums near 0, whose terms cancel."""
 _MIN_LIMIT = 0.02
-"""Smallest limit on a difference, in nats per token. A smaller difference between two nearly identical
-models changes no answer."""
+"""Minimum value of a limit on differences, in nats per token. A smaller difference between two nearly
+identical models does not change any answer."""
 _TIMES_FLOOR = 3.0
-"""Multiple of the rounding difference that is allowed. Two independent differences add up to 1.4 times one;
-the rest is a margin for few tokens."""
+"""Allowed multiple of the rounding difference. Two independent differences add up to 1.4 times a single
+one; the rest is a margin for a small number of tokens."""
 _MAX_FLOOR = 0.1
-"""Largest allowed rounding difference, in nats per token on average. A correct bf16 engine differs from
-transformers by 0.01 to 0.03, a wrong one by whole nats."""
+"""Maximum rounding difference allowed, in nats per token on average. A correct bf16 engine differs from
+transformers by 0.01 to 0.03, a faulty one by whole nats."""
 
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """The outputs of a run that the parity report compares.
+    """Outputs of a run that the parity report compares.
 
     Attributes:
         adapter: folder of the adapter, or None after full fine-tuning.
-        formats: folders of the formats to serve, each with its measurements on the engine.
+        formats: the folder of each format to serve, together with its measurements on the engine.
     """
 
     base: Path
@@ -70,8 +69,8 @@ def make_report(
     """Create the parity report of a run.
 
     Args:
-        compared: the examples whose scores are in the readings.
-        judged: number of examples whose prompts were compared.
+        compared: the examples for which the engine's measurements contain scores.
+        judged: number of examples whose prompt tokens were compared.
         number_type: number type in which the trainer's own models compute.
     """
     started = time.monotonic()
@@ -155,7 +154,7 @@ def _compare(
 def _read_trained(
     made: Made, adapter: Path, compared: Sequence[TokenizedExample], number_type: NumberType, *, on_nf4: bool
 ) -> tuple[adapter_parity.Applied, Scores]:
-    """Compare the adapter with the merged weights, and score base plus adapter.
+    """Compare the adapter with the merged weights, and score held-out answers with base plus adapter.
 
     Args:
         on_nf4: whether the adapter was merged into the base's weights rounded to NF4.
@@ -199,7 +198,7 @@ def _check(name: str, passed: bool, found: str, expected: str) -> ParityCheck:
 
 
 def between(first: Scores, second: Scores) -> Differences:
-    """Return the differences between two scorings of the same examples, as second minus first."""
+    """Return the differences between two scorings of the same examples: the second minus the first."""
     pairs = [list(zip(before, after, strict=True)) for before, after in zip(first, second, strict=True)]
     same = [[before.likeliest == after.likeliest for before, after in example] for example in pairs]
     diverged = ((at, example.index(False)) for at, example in enumerate(same) if not all(example))

@@ -1,7 +1,8 @@
-"""Scores held-out answers token by token with the trainer's own models: base with adapter, and the merged
-model.
+"""Scores held-out answers token by token with the trainer's own models: the base with its adapter, and the
+merged model.
 
-Uses transformers with the unmerged adapter, exactly the model that was trained. Imports torch.
+The models run in transformers. The adapter is not merged, so the base with it is exactly the model that
+was trained. Imports torch.
 """
 
 import math
@@ -23,14 +24,14 @@ from trainer.model.config import load_config
 from trainer.model.product_caches import bound_product_caches
 
 _WITH_LAYERS = 1.2
-"""Factor on the weights for the adapter and for float32 copies of one layer while its weights are compared.
-For an 8B model there are about twelve copies of 0.23 GB."""
+"""Factor by which the memory exceeds that of the weights. It covers the adapter, and float32 copies of one
+layer while its weights are compared. For an 8B model there are about twelve copies of 0.23 GB."""
 _WITH_LOGITS = 2 * 2**30
-"""Bytes for one answer's float32 logits and for a forward pass."""
+"""Bytes needed for a forward pass and the float32 logits of one answer."""
 
 
 def load(folder: Path, number_type: NumberType) -> PreTrainedModel:
-    """Load a model from a folder, on the GPU if there is one with enough free memory."""
+    """Load a model from a folder. It is placed on the GPU if there is one with enough free memory."""
     bound_product_caches()
     dtype: torch.dtype = getattr(torch, number_type)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -44,8 +45,7 @@ def load(folder: Path, number_type: NumberType) -> PreTrainedModel:
 
 
 def choose_device(size: int, free: int | None) -> str:
-    """Return the device on which to score a model: the GPU, or the CPU if a copy of the model does not fit on
-    the GPU.
+    """Return the device on which to score a model: the GPU if a copy of the model fits there, or else the CPU.
 
     Args:
         size: size of the model's weights, in bytes.
@@ -55,13 +55,13 @@ def choose_device(size: int, free: int | None) -> str:
 
 
 def sum_in_float32(model: torch.nn.Module) -> None:
-    """Make adapted layers add their adapter before rounding, as merged layers do, which matters if a model is
-    in bf16.
+    """Make adapted layers add the adapter's output before rounding, as merged layers do. This matters if a
+    model is in bf16.
 
-    PEFT adds the adapter's output to the already rounded output of the base's layer. It is often smaller
-    than the rounding step and vanishes from most sums, always towards the base: SmolLM2 with a second
-    adapter on a merged first one was off by 0.020 nats per token in bf16, where base and adapter in float32
-    and the merged model differ by 0.004.
+    PEFT adds the adapter's output to the already rounded output of the base's layer. The adapter's output is
+    often smaller than the rounding step and vanishes from most sums, which always favours the base: SmolLM2
+    with a second adapter on a merged first one was off by 0.020 nats per token in bf16, whereas base plus
+    adapter in float32 and the merged model differ by 0.004.
 
     Args:
         model: a model with an unmerged adapter; its weights are not changed.
@@ -74,10 +74,10 @@ def sum_in_float32(model: torch.nn.Module) -> None:
 
 
 class _LinearInFloat32(torch.nn.Linear):
-    """A layer with 16-bit weights and a float32 result.
+    """A linear layer with 16-bit weights that returns float32.
 
-    This is a class because a function on the instance that refers to the instance is a reference cycle,
-    which would keep an unused model in memory.
+    This is a class because a function set on the instance would refer back to the instance. Such a reference
+    cycle would keep an unused model in memory.
     """
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -94,7 +94,7 @@ def score(model: torch.nn.Module, examples: Sequence[TokenizedExample]) -> Score
     """Return a model's token-by-token scores for the answers of the examples.
 
     Args:
-        model: accepts token ids and `logits_to_keep`, as transformers' models do.
+        model: a model that accepts token ids and `logits_to_keep`, as transformers' models do.
     """
     device = next(model.parameters()).device
     return tuple(tuple(example.of_learnt(_score(model, example, device))) for example in examples)

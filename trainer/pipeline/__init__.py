@@ -1,1 +1,1 @@
-"""The stages from a recipe to a registered version. Finished stages are not repeated."""
+"""Runs the stages that turn a recipe into a registered version. Finished stages are not repeated."""

@@ -1,4 +1,4 @@
-"""Collects a run's measurements for its diagnosis."""
+"""Collects the measurements of a run from which it is diagnosed."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -28,8 +28,9 @@ def diagnose_training(
 
     Args:
         curve: loss curve of the training run.
-        qualified: the formats with a complete model; the merged format is the trained model.
-        general_change: score on general tasks after training minus that before, or None if not measured.
+        qualified: results of the formats with a complete model. The merged format is the trained model.
+        general_change: score on general tasks after training minus the score before, or None if not
+            measured.
         width: hidden width of the base.
     """
     merged = qualified.get(Format.MERGED)
@@ -52,7 +53,7 @@ def diagnose_training(
 
 
 def count_contradictions(examples: Sequence[ChatExample]) -> int:
-    """Return the number of examples whose prompt and tools also occur with a different answer."""
+    """Return the number of examples whose prompt and tools also occur in an example with a different answer."""
     answers: dict[object, set[str]] = defaultdict(set)
     keys = [(normal_prompt(example), example.tools) for example in examples]
     for key, example in zip(keys, examples, strict=True):

@@ -1,4 +1,4 @@
-"""Estimates a recipe's memory and time, rejects runs that cannot fit, and compares estimates with
+"""Estimates a recipe's memory and time, rejects runs that cannot fit, and compares estimates with actual
 measurements.
 """
 
@@ -21,10 +21,10 @@ from trainer.training.summary import TrainingSummary
 
 
 def estimate_devices(recipe: Recipe, examples: Examples, settings: Settings, names: tuple[str, ...] = ()) -> Estimate:
-    """Estimate a recipe on the named devices, or on all devices if no names are given.
+    """Estimate a recipe on the named devices. If no names are given, use all devices.
 
     Raises:
-        SvcError: a name is unknown, or the base's config or an example is invalid.
+        SvcError: a device is unknown, or the base's config or an example is invalid.
     """
     devices = choose_devices(names, settings.home)  # first, so that a wrong name fails before anything is read
     folder = find_config(recipe.base, settings, recipe.chat_template)
@@ -36,15 +36,15 @@ def estimate_devices(recipe: Recipe, examples: Examples, settings: Settings, nam
 def estimate_here(
     recipe: Recipe, examples: Examples, settings: Settings, *, anyway: bool, makes_version: bool = True
 ) -> DeviceEstimate | None:
-    """Print and return the estimate for this machine, or return None if no estimate is possible.
+    """Print and return the estimate for this machine. Return None if no estimate is possible.
 
     Args:
-        anyway: do not raise if the run cannot fit.
-        makes_version: whether merged and quantized models are written, not only adapters.
+        anyway: whether to continue instead of raising an error if the run cannot fit.
+        makes_version: whether the run also writes merged and quantized models, not only an adapter.
 
     Raises:
         InsufficientMemoryError: the run cannot fit into memory.
-        DiskSpaceError: the version does not fit on the disk.
+        DiskSpaceError: the disk has too little space for the version.
     """
     try:
         estimate = estimate_devices(recipe, examples, settings, (HERE,))
@@ -62,7 +62,9 @@ def estimate_here(
 
 
 def compare_with_real(expected: DeviceEstimate, summary: TrainingSummary) -> TrainingSummary:
-    """Print measured values next to their estimates, and return the summary with the estimates added."""
+    """Print the measured memory and time next to their estimates, and return the summary with the estimates
+    added.
+    """
     compared = replace(summary, estimated_memory=expected.memory, estimated_seconds=expected.seconds)
     if summary.peak_memory is not None:
         console.print(
@@ -73,7 +75,9 @@ def compare_with_real(expected: DeviceEstimate, summary: TrainingSummary) -> Tra
 
 
 def estimate_metrics(summary: TrainingSummary) -> dict[str, float]:
-    """Return the known estimated and measured values as metrics for the tracking server."""
+    """Return the estimated and measured memory and time as metrics for the tracking server. Unknown values are
+    omitted.
+    """
     figures = {
         "estimate.memory": summary.estimated_memory,
         "estimate.memory_real": summary.peak_memory,

@@ -1,6 +1,6 @@
-"""Evaluates a run's models (base, merged, GPTQ) on the engine, with the held-out examples.
+"""Evaluates a run's models (base, merged, GPTQ) on the engine, using the held-out examples.
 
-Stored answers are scored again by the metrics that the recipe currently names.
+Stored answers are scored again with the metrics that the recipe currently names.
 """
 
 import asyncio
@@ -44,11 +44,11 @@ from trainer.recipe.stage import Stage
 
 
 class Evaluated(BaseModel):
-    """Result of the stage `evaluate`.
+    """Result of the `evaluate` stage.
 
     Attributes:
         base_results: the base's answer to each evaluated example.
-        base_general: the base's answers to the general questions; empty if no such questions were asked.
+        base_general: the base's answers to the general questions, or an empty tuple if none were asked.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -60,10 +60,10 @@ class Evaluated(BaseModel):
 
 
 class QualifiedGptq(Qualified):
-    """Result of the stage `qualify`.
+    """Result of the `qualify` stage.
 
     Attributes:
-        base_general: the base's answers to the general questions; empty if no such questions were asked.
+        base_general: the base's answers to the general questions, or an empty tuple if none were asked.
     """
 
     base_general: tuple[ExampleResult, ...] = ()
@@ -75,7 +75,7 @@ class RunEvaluation:
 
     Args:
         heldout: all held-out examples; the first `options.limit` of them are evaluated.
-        questions: general questions, or None if there are none to ask.
+        questions: the general questions, or None if none are asked.
         formats: the recipe's formats.
         name: name of the model in requests.
         template_kwargs: arguments of the chat template, the same for the base and its versions.
@@ -107,14 +107,14 @@ class RunEvaluation:
 
     @property
     def context(self) -> int:
-        """Maximum total number of tokens in a prompt and its answer on this machine's engine."""
+        """Maximum number of tokens in a prompt and its answer together on this machine's engine."""
         longest = self.settings.engine.max_model_len
         return min(longest, read_model_facts(self.base.folder).context or longest)
 
     @cached_property
     def metrics(self) -> Sequence[Metric]:
-        """The evaluation metrics. They are chosen from all held-out examples, as in later evaluations of the
-        version.
+        """The evaluation metrics, chosen based on all held-out examples. Later evaluations of the version choose
+        them in the same way.
 
         Raises:
             RecipeError: the recipe names a metric that does not exist or cannot score these examples.
@@ -131,17 +131,17 @@ class RunEvaluation:
 
     @property
     def evaluated(self) -> Evaluated | None:
-        """Result of the stage `evaluate`, or None if the recipe does not list the merged format."""
+        """Result of the `evaluate` stage, or None if the recipe does not list the merged format."""
         return self.run.load(Stage.EVALUATE, Evaluated) if Format.MERGED in self.formats else None
 
     @property
     def gptq(self) -> QualifiedGptq | None:
-        """Result of the stage `qualify`, or None if the recipe does not list GPTQ."""
+        """Result of the `qualify` stage, or None if the recipe does not list GPTQ."""
         return self.run.load(Stage.QUALIFY, QualifiedGptq) if Format.GPTQ in self.formats else None
 
     @property
     def qualified(self) -> dict[Format, Qualified]:
-        """The results of the formats with a complete model, merged and GPTQ."""
+        """Results of the formats that are complete models (merged and GPTQ), keyed by format."""
         qualified: dict[Format, Qualified] = {}
         if evaluated := self.evaluated:
             qualified[Format.MERGED] = evaluated.merged
@@ -151,7 +151,7 @@ class RunEvaluation:
 
     @property
     def forgotten(self) -> dict[Format, Forgetting]:
-        """Forgetting, relative to the base, measured for each format that was asked general questions."""
+        """Forgetting relative to the base, for each format that was asked the general questions."""
         if self.forgetting is None:
             return {}
         forgotten: dict[Format, Forgetting] = {}
@@ -165,8 +165,8 @@ class RunEvaluation:
         """Check before training that every example fits into the engine and can be scored.
 
         Raises:
-            SvcError: an example does not fit into the engine, the engine does not find tool calls in answers, or
-                a metric cannot score the references.
+            SvcError: an example does not fit into the engine, the engine is not set up to extract tool calls
+                from answers, or a metric cannot score the reference answers.
         """
         check_call_parser(self.heldout, self.settings.engine.args)
         check_served_length(self.tokenized, self.context, "held-out", room=self.options.max_tokens or 0)
@@ -175,7 +175,9 @@ class RunEvaluation:
         try_on_references(self.metrics, self.heldout[: self.options.limit])
 
     def evaluate(self) -> Evaluated:
-        """Evaluate the base and the merged model, reusing the base's stored answers to the same examples."""
+        """Evaluate the base and the merged model. If the base's answers to the same examples are stored, they are
+        reused.
+        """
         base, merged, test = self.base, self.run.merged, self.forgetting
         general = test.prepare(base.revision, base.folder) if test else None
         qualifier, cache = self._qualifier(general), self._cache(base.revision, base.folder)
@@ -194,7 +196,7 @@ class RunEvaluation:
 
     def qualify_gptq(self) -> QualifiedGptq:
         """Evaluate the quantized model. The base is asked the general questions first, unless its answers are
-        stored.
+        already stored.
 
         Raises:
             EngineError: the base cannot be served, for example because only the quantized model fits into
@@ -219,13 +221,13 @@ class RunEvaluation:
         self._keep(revision, folder, merged.results, merged.general)
 
     def judge_format(self, measured: Qualified) -> Qualified:
-        """Return a format's evaluation with its stored answers scored again by the metrics."""
+        """Score a format's stored answers again with the current metrics, and return the updated evaluation."""
         results = measured.results
         evaluation = judge(self.heldout[: len(results)], results, measured.evaluation.seconds, self.metrics)
         return measured.model_copy(update={"evaluation": evaluation.report, "results": evaluation.results})
 
     def judge_base(self, evaluated: Evaluated) -> Evaluation:
-        """Return the base's report and results, with its stored answers scored again by the metrics."""
+        """Score the base's stored answers again with the current metrics, and return its report and results."""
         results = evaluated.base_results
         return judge(self.heldout[: len(results)], results, evaluated.base.seconds, self.metrics)
 
@@ -237,7 +239,7 @@ class RunEvaluation:
             self.forgetting.keep(revision, model, general)
 
     def _cache(self, revision: str, model: Path) -> EvaluationCache:
-        """Return the cache of a model's answers on an engine with the current settings."""
+        """Return the cache of the answers that a model gave on an engine with the current settings."""
         kwargs = self.template_kwargs
         return evaluation_cache(self.settings, self.capabilities, revision, model, template_kwargs=kwargs)
 

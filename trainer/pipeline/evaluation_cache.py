@@ -1,4 +1,6 @@
-"""Cache of models' answers, shared by training and comparison, so that no model answers an example twice."""
+"""Cache of model answers, shared by training and comparison so that no model has to answer the same example
+twice.
+"""
 
 import json
 from pathlib import Path
@@ -18,12 +20,12 @@ def evaluation_cache(
     *,
     template_kwargs: TemplateKwargs,
 ) -> EvaluationCache:
-    """Return the cache of a model's answers on an engine with the current settings.
+    """Return the cache of the answers that a model gave on an engine with the current settings.
 
     Args:
         revision: digest of the model's content.
         model: folder of the model.
-        template_kwargs: arguments of its chat template.
+        template_kwargs: arguments of the model's chat template.
     """
     facts = engine_facts(settings.engine, capabilities, model)
     arguments = " ".join(settings.engine.args)

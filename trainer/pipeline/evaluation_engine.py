@@ -1,4 +1,6 @@
-"""The engine for a run's evaluations: like the server's, but with no more memory than an evaluation needs."""
+"""Creates the engine for a run's evaluations. It is configured like the server's engines, but uses no more
+memory than an evaluation needs.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +23,7 @@ from svc.store.scores import MOST_TOKENS
 from svc.terminal import advancing
 
 LaunchModel = Callable[..., Engine]
-"""Function that creates a new, unstarted engine for a model folder with its `template_kwargs`."""
+"""Function that creates an engine for a model folder and its `template_kwargs`, without starting it."""
 _SCORED_AT_ONCE = f"--max-num-batched-tokens={MOST_TOKENS}"
 
 
@@ -34,13 +36,13 @@ def evaluation_engine(
     name: str,
     template_kwargs: TemplateKwargs,
 ) -> EngineProcess:
-    """Create a vLLM process on this machine, without starting it.
+    """Create a vLLM engine process on this machine, without starting it.
 
     Args:
         model: folder of the model to serve.
-        run: the run's folder, for the engine's state and log.
+        run: the run's folder, which contains the engine's state and log.
         name: name of the model in requests.
-        template_kwargs: arguments of its chat template.
+        template_kwargs: arguments of the model's chat template.
     """
     home, engine = settings.home, settings.engine
     # The KV cache is no larger than an evaluation needs: filling 3 GiB with zeros takes 4 s of each start.
@@ -62,12 +64,13 @@ def evaluation_engine(
 
 
 class ReusedEngine:
-    """One engine that serves several models in turn. Models with the same fingerprint are loaded in place.
+    """An engine that serves several models in turn. It is replaced only if the next model's fingerprint
+    differs; otherwise the model is loaded in place.
 
-    Used as a context manager, it stops the engine at the end.
+    Use it as a context manager to stop the engine at the end.
 
     Args:
-        launch: creates the engines.
+        launch: creates an engine for a model.
     """
 
     def __init__(self, launch: LaunchModel) -> None:
@@ -76,7 +79,8 @@ class ReusedEngine:
         self._fingerprint = ""
 
     async def serve(self, folder: Path, template_kwargs: TemplateKwargs) -> EngineClient:
-        """Load a model, in place if possible or else in a new engine, and return a client for its engine.
+        """Load a model and return a client for its engine. The model is loaded in place if possible, or else in a
+        new engine.
 
         Raises:
             EngineError: the model could not be loaded.

@@ -1,4 +1,4 @@
-"""The training and evaluation examples of a run."""
+"""Loads the training and evaluation examples of a run."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,9 +21,9 @@ from svc.terminal import console
 from trainer.recipe.sections import Evaluate, Learn, Recipe
 
 _MANY_HELD = 2.0
-"""Multiple of `data.heldout_share` above which a warning is printed."""
+"""A warning is printed if the share of held-out examples exceeds this multiple of `data.heldout_share`."""
 _FEW = 20
-"""Number of additional held-out examples that may be due to chance."""
+"""Number of extra held-out examples that may be due to chance, and cause no warning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +31,13 @@ class Examples:
     """Examples for training and for evaluation, with their fingerprints.
 
     Attributes:
-        train: the task's examples, then the general ones.
-        heldout: held-out examples; those to evaluate come first.
+        train: the task's examples, followed by the general ones.
+        heldout: held-out examples. Those used in the evaluation come first.
         given: the task's examples as read from the files, before any were held out or excluded.
         general: number of general examples at the end of `train`.
-        questions: general questions, of which `train` contains none, or None if there are none to ask.
-        validation: examples of `data.validation`.
-        selected_by: examples that selected the version's weights or the recipe's values.
+        questions: general questions, none of which occur in `train`, or None if none are asked.
+        validation: examples read from `data.validation`.
+        selected_by: the examples by which the version's weights or the recipe's values were selected.
     """
 
     train: tuple[ChatExample, ...]
@@ -52,7 +52,9 @@ class Examples:
 
     @property
     def measured(self) -> tuple[ChatExample, ...]:
-        """Examples on which loss is measured during training and in sweeps."""
+        """Examples on which loss is measured during training and in sweeps: validation examples if there are any,
+        or else held-out ones.
+        """
         return self.validation or self.heldout
 
     @property
@@ -62,7 +64,7 @@ class Examples:
 
     @property
     def selected(self) -> "Examples":
-        """The same examples, for a version that was selected on the `measured` examples."""
+        """A copy of these examples for a version that was selected based on the `measured` examples."""
         return replace(self, selected_by=SelectedBy.VALIDATION if self.validation else SelectedBy.HELDOUT)
 
 
@@ -77,9 +79,9 @@ def read_run_examples(
 
     Args:
         cache: folder for Hub datasets.
-        bad_lines: collects lines that cannot be trained on, including leaks; without it, the first such line
-            raises.
-        learnt: prompts on which earlier versions with the recipe's name were trained.
+        bad_lines: collects lines that cannot be trained on, including leaks. If None, the first such line
+            raises an error.
+        learnt: hashes of the prompts on which earlier versions with the recipe's name were trained.
 
     Raises:
         DataError: a line cannot be trained on; the message names the file and line.
@@ -133,7 +135,7 @@ def _questions(evaluate: Evaluate) -> GeneralSet | None:
 
 
 def _leave_out(train: list[ChatExample], questions: GeneralSet | None) -> list[ChatExample]:
-    """Return the training examples except those that ask a general question, and print the number excluded.
+    """Exclude training examples that ask a general question, and print how many were excluded. Return the rest.
 
     Raises:
         DataError: fewer than two examples remain.
@@ -157,8 +159,8 @@ def _leave_out(train: list[ChatExample], questions: GeneralSet | None) -> list[C
 def _split(
     recipe: Recipe, examples: list[ChatExample], learnt: PromptHashes
 ) -> tuple[list[ChatExample], list[ChatExample]]:
-    """Return the examples to train on and those to hold out, warning about held-out examples that earlier
-    versions learnt.
+    """Split the examples into those to train on and those to hold out, printing warnings where the split
+    deviates from the recipe.
     """
     share, count = recipe.data.heldout_share, len(examples)
     split = split_heldout(examples, share, recipe.data.seed, learnt)
@@ -177,8 +179,8 @@ def _split(
 
 
 def _warn_learnt(name: str, heldout: list[ChatExample], learnt: PromptHashes) -> None:
-    """Warn about prompts in a held-out file that were already learnt. The file is used unchanged, as its author
-    may want them.
+    """Warn if earlier versions were trained on prompts in a held-out file. The file is used unchanged, because
+    its author may want these prompts.
     """
     if count := int(np.isin(hash_prompts(heldout), learnt).sum()):
         console.print(
@@ -189,7 +191,7 @@ def _warn_learnt(name: str, heldout: list[ChatExample], learnt: PromptHashes) ->
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """The examples for one purpose, with the files from which the recipe reads them."""
+    """Examples used for one purpose, and the files from which the recipe reads them."""
 
     purpose: str
     files: Sequence[str]
@@ -197,8 +199,8 @@ class _Part:
 
 
 def _refuse_leaks(part: _Part, other: _Part) -> None:
-    """Raise DataError if examples for two purposes, such as training and evaluation, share a prompt; warn about
-    near copies.
+    """Raise DataError if the examples for two purposes, such as training and evaluation, share a prompt. Near
+    copies only cause a warning.
     """
     check = f"svc data check {' '.join(part.files)} --heldout {' '.join(other.files)}"
     leaked = shared_prompts(part.examples, other.examples)

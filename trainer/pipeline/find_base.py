@@ -18,7 +18,8 @@ from trainer.recipe.named_template import NamedTemplate
 
 
 def find_base(name: str, settings: Settings, template: NamedTemplate | Path | None = None) -> Base:
-    """Return the base model that a recipe names: a version's merged weights, or a base found by `resolve_base`.
+    """Return the base model that a recipe names. It is either a version's merged weights or a base found by
+    `resolve_base`.
 
     Args:
         template: chat template to use in place of the base's own, or None to keep the base's own.
@@ -51,7 +52,7 @@ def _find(name: str, settings: Settings) -> Base:
 
 
 def find_config(name: str, settings: Settings, template: NamedTemplate | Path | None = None) -> Path:
-    """Return a folder with a base model's config.json, without fetching or reading any weights.
+    """Return a folder that contains the base model's config.json, without fetching or reading any weights.
 
     Args:
         template: chat template to use in place of the base's own, if the folder has a tokenizer, or None to
@@ -71,7 +72,9 @@ def find_config(name: str, settings: Settings, template: NamedTemplate | Path | 
 
 
 def merged_revision(manifest: Manifest) -> str:
-    """Return the digest (`sha256:<hex>`) of a version's merged model, for use as the base of another version."""
+    """Return the digest (`sha256:<hex>`) of a version's merged model, which identifies it when used as the base
+    of another version.
+    """
     return format_revision(manifest, Format.MERGED)
 
 

@@ -1,5 +1,5 @@
-"""Measures forgetting in a run: the base and the served formats answer general questions, and each loss is
-compared with a limit.
+"""Measures forgetting in a run. The base and the served formats answer general questions, and the loss of
+each format is compared with a limit.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,11 +18,11 @@ from trainer.qualification import GeneralQuestions
 
 @dataclass(frozen=True, slots=True)
 class ForgettingTest:
-    """A run's general questions, with the cache of their answers.
+    """General questions of a run, together with the cache of the answers to them.
 
     Args:
         tokenized: the questions, tokenized as in training.
-        cache: returns the cache of a model's answers, given its revision and its folder.
+        cache: function that returns the cache of a model's answers, given its revision and folder.
     """
 
     questions: GeneralSet
@@ -30,28 +30,28 @@ class ForgettingTest:
     cache: Callable[[str, Path], EvaluationCache]
 
     def prepare(self, revision: str, base: Path) -> GeneralQuestions:
-        """Return the general questions, with the base's stored answers if there are any."""
+        """Return the general questions, including the base's answers if they are stored."""
         examples = self.questions.examples
         known = self.cache(revision, base).find(examples, [MAX_TOKENS] * len(examples))
         return GeneralQuestions(examples, self.tokenized, known)
 
     def keep(self, revision: str, model: Path, answers: Sequence[ExampleResult]) -> None:
-        """Store a model's answers to the general questions, if there are any."""
+        """Store a model's answers to the general questions. Does nothing if there are no answers."""
         if answers:
             self.cache(revision, model).add(self.questions.examples, answers)
 
     def compare(self, before: Sequence[ExampleResult], after: Sequence[ExampleResult]) -> Forgetting:
-        """Measure forgetting by comparing the answers before and after training."""
+        """Measure forgetting by comparing answers from before training with answers from after it."""
         return measure_forgetting(self.questions, before, after)
 
 
 def judge_forgetting(forgetting: Forgetting, margin: float, format: Format) -> GateReport:
-    """Return the verdict on the fall in correct answers to general questions: the share lost minus the share
-    gained.
+    """Return the verdict on forgetting: the share of correct answers to general questions that were lost, minus
+    the share gained.
 
     Args:
-        margin: the largest allowed fall of the share of correct answers.
-        format: the format that gave the later answers.
+        margin: the largest allowed drop in the share of correct answers.
+        format: the format whose answers are compared with the base's.
     """
     loss, examples = forgetting.loss, forgetting.examples
     causes = "training" if format is Format.MERGED else "training and quantization"

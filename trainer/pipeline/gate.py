@@ -1,5 +1,5 @@
-"""A version's gates: the loss that each gate allows, the loss that it can detect, and the effect of its
-verdict.
+"""Applies a version's gates: which loss each gate allows, which loss it can detect, and what follows from
+its verdict.
 """
 
 from svc.errors import TrainingError
@@ -24,7 +24,7 @@ _ASK_MORE = "ask more questions: evaluate.general_limit, or a larger file in eva
 
 
 def check_gate(report: GateReport, undecided: Undecided) -> None:
-    """Warn if a gate is undecided.
+    """Raise an error if a gate failed, and warn if it is undecided.
 
     Args:
         undecided: the recipe's `evaluate.undecided`.
@@ -49,7 +49,9 @@ def check_gate(report: GateReport, undecided: Undecided) -> None:
 
 
 def say_gates(recipe: Recipe, examples: Examples, primary: Metric) -> None:
-    """Print how far a loss must be from each limit on a share of answers for a verdict with these examples."""
+    """Print how far a loss must be from each limit for these examples to give a verdict. Only limits on a share
+    of answers are covered.
+    """
     limits = recipe.evaluate
     if {Format.MERGED, Format.GPTQ} <= set(recipe.formats) and primary.unit is Unit.SHARE:
         asked = len(examples.heldout[: limits.limit])

@@ -1,7 +1,7 @@
 """Tests whether the quantized model is worse than the merged model on the same examples.
 
-Both the primary metric and the log-likelihood are compared. If neither model gives the reference answer,
-as with free text and exact match, a broken model would pass by the metric alone.
+Both the primary metric and the log-likelihood are compared. With free text and exact match, for example,
+neither model may give the reference answer, and a broken model would pass on the metric alone.
 """
 
 from collections.abc import Sequence
@@ -17,12 +17,13 @@ from trainer.recipe.sections import Evaluate
 def judge_gptq(
     metric: Metric, examples: Sequence[ChatExample], merged: Qualified, gptq: Qualified, limits: Evaluate
 ) -> tuple[GateReport, GateReport]:
-    """Return the verdicts on the loss through quantization, in the primary metric and in log-likelihood.
+    """Return the verdicts on the quality lost through quantization, one for the primary metric and one for
+    log-likelihood.
 
     Args:
         metric: the primary metric.
         examples: the examples that both models answered.
-        limits: the recipe's section `evaluate`, which contains the allowed losses.
+        limits: the recipe's `evaluate` section, which contains the allowed losses.
     """
     return _judge_metric(metric, examples, merged, gptq, limits), _judge_nll(merged, gptq, limits)
 

@@ -1,4 +1,6 @@
-"""The recipe's judge: its endpoint, and its verdict on the merged model compared with the base."""
+"""Uses the judge that a recipe names: finds its endpoint, and lets it compare the merged model with the
+base.
+"""
 
 import asyncio
 from collections.abc import Sequence
@@ -15,7 +17,7 @@ def judge_endpoint(judge: Judge) -> Endpoint | None:
     """Return the endpoint of the recipe's judge, or None if the recipe names no judge.
 
     Raises:
-        SettingsError: the URL is not that of an endpoint, or other users can read the key file.
+        SettingsError: the URL is not a valid endpoint URL, or other users can read the key file.
     """
     if judge.url is None or judge.model is None:
         return None
@@ -31,8 +33,8 @@ def compare_answers(
     """Let the judge compare the merged model's answers with the base's, and return its report.
 
     Args:
-        judge: must have a URL and a model.
-        heldout: all held-out examples; the first ones were answered.
+        judge: the recipe's judge, which must have a URL and a model.
+        heldout: all held-out examples, of which the first ones were answered.
 
     Raises:
         SvcError: the judge cannot be reached, or its answers are not verdicts.

@@ -1,6 +1,4 @@
-"""Prints the number types in which a run trains and its formats are served on this machine, with the
-reasons.
-"""
+"""Prints which number types are used on this machine to train and to serve each format, and why."""
 
 from collections.abc import Sequence
 
@@ -13,13 +11,13 @@ from svc.version import Format
 
 
 def say_number_types(able: DeviceCapabilities, engine: EngineSettings, formats: Sequence[Format]) -> None:
-    """Print the number types chosen for this device, with the reasons.
+    """Print the number types chosen on this machine for training and for serving each format, and why.
 
     Args:
         formats: the recipe's formats.
 
     Raises:
-        EngineError: GPTQ cannot be served here.
+        EngineError: GPTQ cannot be served on this machine.
     """
     here, served = able.training_device, able.device(engine)
     _say("train", f"{able.training_type} on {here}", able.training_reason)

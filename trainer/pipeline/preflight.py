@@ -1,8 +1,8 @@
-"""Checks in seconds, before the first stage, that a base supports every stage of the run.
+"""Checks within seconds, before the first stage starts, that a base supports every stage of the run.
 
-Faults in the base's own files are raised here instead of hours later: a config that cannot be copied, a
-tokenizer that does not belong to the weights, layers that cannot be quantized, an architecture that vLLM
-lacks.
+Faults of the base are reported here instead of hours later: a config that cannot be copied, a tokenizer
+that does not belong to the weights, layers that cannot be quantized, or an architecture that vLLM does
+not support.
 """
 
 import tempfile
@@ -38,11 +38,10 @@ def check_base(base: Path, recipe: Recipe, capabilities: DeviceCapabilities, eng
         base: folder of the base model.
 
     Raises:
-        BaseModelError: the base itself has a fault.
-        IntegrityError: a file of its weights is damaged.
-        RecipeError, TrainingError: its layers cannot be quantized, at least not with these options, or the
-        optimizer does
-            not work on this machine.
+        BaseModelError: the base itself is faulty.
+        IntegrityError: a weight file of the base is damaged.
+        RecipeError, TrainingError: the base's layers cannot be quantized, at least not with these options,
+            or the optimizer does not work on this machine.
         EngineError: vLLM does not start.
     """
     check_optimizer(recipe.train.optimizer, cuda=capabilities.training_device is Device.CUDA)
@@ -78,9 +77,9 @@ def _check_architecture(base: Path, config: "PreTrainedConfig") -> None:
 
 def _check_weights(base: Path, config: "PreTrainedConfig") -> None:
     """Reject damaged weight files, and output weights that differ from the embedding although the config ties
-    them.
+    the two.
 
-    In that case, transformers keeps both matrices, and vLLM drops the second.
+    If they differ, transformers keeps both matrices, while vLLM drops the output weights.
     """
     names = [tensor.name for tensor in read_headers(base)]
     if not config.get_text_config().tie_word_embeddings:
@@ -99,8 +98,8 @@ def _check_weights(base: Path, config: "PreTrainedConfig") -> None:
 def _check_long_rope(base: Path, config: "PreTrainedConfig", max_model_len: int) -> None:
     """Reject a context length at which vLLM rotates positions differently from training (Phi-3.5: above 4,096).
 
-    LongRoPE has factors for short texts and for long texts. transformers chooses them by the length of each
-    text, vLLM once for all requests, by the maximum length that it accepts.
+    LongRoPE has separate factors for short and long texts. transformers chooses between them by the length
+    of each text, whereas vLLM chooses once for all requests, by the maximum length that it accepts.
     """
     rope = config.get_text_config().rope_parameters or {}
     original = rope.get("original_max_position_embeddings")
@@ -115,8 +114,8 @@ def _check_long_rope(base: Path, config: "PreTrainedConfig", max_model_len: int)
 
 
 def _check_copy(base: Path) -> None:
-    """Compare the base with an unchanged copy, in the same way as the parity report compares it with the
-    version.
+    """Check that an unchanged copy of the base compares as equal to the base, using the comparison that the
+    parity report applies to the version.
     """
     with tempfile.TemporaryDirectory(prefix="base-copy-") as folder:
         copy = Path(folder)

@@ -1,4 +1,5 @@
-"""Quick trial of a recipe: a tenth of the examples, one epoch, all stages, under its own name.
+"""Quick trial of a recipe, which runs all stages on a tenth of the examples for one epoch, under a name of
+its own.
 
 The trial tests the set-up, from the data to the engine, before the full run. The quality of its version
 is not representative.
@@ -19,14 +20,14 @@ _SHARE = 0.1
 _SUFFIX = "-quick"
 _MAX_NAME_LENGTH = 63
 _MIN_EXAMPLES = 2
-"""Minimum number of training examples and, separately, of held-out examples."""
+"""Minimum number of training examples in a trial. The same minimum applies to held-out examples."""
 
 
 def quick_trial(recipe: Recipe, examples: Examples) -> tuple[Recipe, Examples]:
-    """Return the recipe and examples of a quick trial, with a random tenth of each kind drawn by the recipe's
-    seed.
+    """Return the recipe and examples of a quick trial. They include a random tenth of each kind of example,
+    drawn with the recipe's seed.
 
-    Files are often sorted, by label or by length, so the first tenth would not be representative.
+    Files are often sorted by label or by length, so the first tenth would not be representative.
     """
     seed, task = recipe.data.seed, len(examples.train) - examples.general
     general = _tenth(examples.train[task:], seed)
@@ -58,7 +59,8 @@ def _tenth(examples: Sequence[ChatExample], seed: int, fewest: int = 0) -> tuple
 
 
 def whole_run_seconds(train: Train, trial: TrainingSummary) -> float | None:
-    """Return the expected training time of the full run at the trial's speed, or None if the speed is unknown.
+    """Estimate how long training takes in the full run at the trial's speed, in seconds. Return None if the
+    speed is unknown.
 
     Args:
         train: the `train` section of the full run.

@@ -1,8 +1,8 @@
-"""Trackers for a run's curves and metrics in addition to MLflow: Weights & Biases and TensorBoard.
+"""Sends a run's curves and metrics to Weights & Biases and TensorBoard, in addition to MLflow.
 
-transformers' own callbacks are not used, because they see only the training, not the evaluation after
-it; W&B's also starts a new run when a training is resumed, and sends the model's complete configuration.
-Both packages are optional.
+The callbacks in transformers are not used, because they cover only the training and not the evaluation
+after it. The W&B callback also starts a new run when training is resumed, and sends the model's complete
+configuration. Both packages are optional.
 """
 
 import os
@@ -26,7 +26,7 @@ Report = Callable[[int, Mapping[str, float]], None]
 
 
 def check_reports(wanted: tuple[ReportTo, ...]) -> None:
-    """Check that the trackers' packages and keys are available, before the first stage.
+    """Check before the first stage that the packages and keys of the requested trackers are available.
 
     Raises:
         RecipeError: a package is not installed, or W&B has no key and is not offline.
@@ -56,7 +56,7 @@ def open_reports(
     """Open the trackers that the recipe names in addition to MLflow, and close them after the `with` block.
 
     Args:
-        folder: folder for this run's tracker files, which a resumed run uses again.
+        folder: folder for the trackers' files, which a resumed run uses again.
         name: name of the model.
         run: name of the run.
         parameters: the recipe's values that affect the result.
@@ -72,10 +72,10 @@ def open_reports(
 
 @contextmanager
 def _wandb_run(folder: Path, name: str, run: str, parameters: dict[str, str]) -> Iterator[Report]:
-    """Open a W&B run, or resume the one that an earlier process opened for the same training.
+    """Open a W&B run, or resume the one that an earlier process opened for the same training run.
 
-    Key, entity, project and mode are set by W&B's own variables. Only parameters and metrics are sent: no
-    code, no Git state, no terminal output, no system metrics.
+    Key, entity, project and mode are taken from W&B's own environment variables. Only parameters and metrics
+    are sent: no code, no Git state, no terminal output, and no system metrics.
     """
     import wandb
 
@@ -106,8 +106,8 @@ def _wandb_run(folder: Path, name: str, run: str, parameters: dict[str, str]) ->
 
 @contextmanager
 def _tensorboard(folder: Path, parameters: dict[str, str]) -> Iterator[Report]:
-    """Open a TensorBoard event file for this process. A killed process's events after its last checkpoint are
-    discarded.
+    """Open a TensorBoard event file for this process. Events that a killed process wrote after its last
+    checkpoint are discarded.
     """
     writer: Any = None
 

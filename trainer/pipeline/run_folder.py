@@ -1,10 +1,11 @@
-"""One training run on disk: its folder, its stages and their progress.
+"""The folder of a training run on disk, which records the progress of its stages.
 
     $SVC_HOME/runs/NAME-KEY/   train.json  adapter/  merge.json  merged/  evaluate.json  ...
 
-A stage is done if its result file exists with the key of the stage's current input. The file is written
-last and atomically, so an interrupted stage is repeated from its start, and a finished stage is not
-repeated. The folder's key is that of training, so recipes with the same training share the folder.
+A stage is done if its result file exists and contains the key of the stage's current input. The file is
+written last and atomically, so an interrupted stage is repeated from its start, and a finished stage is
+not repeated. The folder is named after the key of the training stage, so recipes with the same training
+share a folder.
 """
 
 import json
@@ -34,13 +35,13 @@ class Run:
 
     Args:
         folder: run folder, created when the run starts.
-        keys: key of each stage's current input.
+        keys: the key of each stage's current input.
 
     Attributes:
         adapter: the trained adapter.
         merged: the merged model.
         gptq: the quantized model.
-        checkpoints: checkpoints from which an interrupted training is resumed.
+        checkpoints: checkpoints from which interrupted training is resumed.
         reference: reference with which later traffic is compared.
         reports: files of the trackers in `report_to` other than MLflow.
         tracking: file with the id of the MLflow run.
@@ -56,7 +57,7 @@ class Run:
 
     @classmethod
     def of(cls, runs: Path, recipe: Recipe, base: Base, examples: Examples) -> "Run":
-        """Return the run of a recipe. Recipes with the same training share one run folder, whatever their formats."""
+        """Return the run for a recipe. Recipes with the same training share a run folder, whatever their formats."""
         keys = stage_keys(recipe, base, examples)
         return cls(runs / f"{recipe.name}-{keys[Stage.TRAIN]}", keys)
 
@@ -74,7 +75,7 @@ class Run:
         return stored.get("key") == self._keys[stage] and all(output.is_dir() for output in outputs)
 
     def begin(self, stage: Stage) -> None:
-        """Mark a stage as unfinished before its outputs are overwritten."""
+        """Mark a stage as unfinished. This is called before its outputs are overwritten."""
         self._result(stage).unlink(missing_ok=True)
 
     def save(self, stage: Stage, result: Result) -> Result:
@@ -100,15 +101,17 @@ class Run:
         return folder
 
     def forget_registration(self) -> None:
-        """Allow the version to be registered again in a new MLflow run, after the registered version was removed."""
+        """Allow the run to register its version again, in a new MLflow run, after the registered version was
+        removed.
+        """
         for path in (self._result(Stage.REGISTER), self.tracking):
             path.unlink(missing_ok=True)
 
     def clean(self) -> None:
         """Remove folders that are no longer needed after registration.
 
-        Weights that are hard links to the registry's take no space, and let a later recipe quantize again
-        without training; other weights are removed.
+        Weights that are hard links to the registry's files take no extra space and are kept, so that a later
+        recipe can quantize again without training. Other weights are removed.
         """
         for folder in self.folder.iterdir():
             if folder.is_dir() and folder != self.reports and (folder not in self._weights or not _is_linked(folder)):
@@ -121,7 +124,7 @@ class Run:
             need: number of bytes that the stage writes.
 
         Raises:
-            DiskSpaceError: the disk has less free space.
+            DiskSpaceError: the disk has less free space than that.
         """
         free = shutil.disk_usage(self.folder).free
         if free < need:

@@ -1,5 +1,5 @@
-"""Runs the stages of a run in order, skips finished ones, and turns failures into errors that state the
-next step.
+"""Runs the stages of a run in order, skipping finished ones. Failures become errors that state what to do
+next.
 """
 
 import re
@@ -22,12 +22,12 @@ _OWN_PACKAGES = tuple(Path(__file__).parents[2] / package for package in ("svc",
 _PACKAGES = re.compile(r"(?:site|dist)-packages/(\w+)")
 _CHILD_FRAME = re.compile(r'^  File "(.+)", line \d+', re.MULTILINE)
 LOG_FILE = "error.log"
-"""File in the run's folder that holds the traceback of the last failure."""
+"""Name of the file in the run's folder that contains the traceback of the last failure."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A stage's work, and the disk space that it needs.
+    """The work of a stage and the disk space that it needs.
 
     Attributes:
         work: runs the stage and returns its result.
@@ -44,8 +44,8 @@ def run_stages(run: Run, steps: Mapping[Stage, Step]) -> None:
     """Run the unfinished stages in order.
 
     Raises:
-        InterruptedRunError: a signal arrived; the same command resumes the run.
-        SvcError: a stage failed; finished stages are kept.
+        InterruptedRunError: a stage was interrupted; running the same command again resumes the run.
+        SvcError: a stage failed. Finished stages are kept.
     """
     for stage, step in steps.items():
         if run.done(stage, *step.outputs):
@@ -60,8 +60,8 @@ def run_stages(run: Run, steps: Mapping[Stage, Step]) -> None:
 
 @contextmanager
 def _explained(stage: Stage, run: Path) -> Iterator[None]:
-    """Turn a library's exception into an error that names the stage and the next step. Memory is released
-    afterwards.
+    """Turn a library's exception into an error that names the stage and says what to do next. Memory is
+    released afterwards.
     """
     try:
         yield
@@ -82,13 +82,14 @@ def _explained(stage: Stage, run: Path) -> Iterator[None]:
 
 
 def stage_failure(stage: Stage, error: Exception, run: Path) -> TrainingError | None:
-    """Return the error to raise in place of a library's exception, or None if our own code failed.
+    """Return the error to raise in place of a library's exception, or None if our own code raised it.
 
-    Defects of our own code keep their traceback on the terminal; a library's traceback is written to a file.
+    Bugs in our own code still show their traceback on the terminal; a library's traceback is written to a
+    file.
 
     Args:
         error: the caught exception with its traceback.
-        run: folder of the run, for the file with the traceback.
+        run: folder of the run, to which the traceback is written.
     """
     library = failed_library(error)
     if library is None:
@@ -103,10 +104,10 @@ def stage_failure(stage: Stage, error: Exception, run: Path) -> TrainingError | 
 
 
 def failed_library(error: BaseException) -> str | None:
-    """Return the package that our code was calling when the exception was raised, or None if our own code
-    raised it.
+    """Return the name of the package that our code was calling when the exception was raised, or None if our
+    own code raised it.
 
-    The traceback of an exception from a child process is one of its notes (svc.child_process).
+    An exception from a child process has its original traceback in one of its notes (svc.child_process).
     """
     frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     for note in getattr(error, "__notes__", ()):

@@ -1,9 +1,9 @@
-"""Keys of a run's stages: a short hash of everything that affects a stage's result.
+"""Computes the keys of a run's stages. A key is a short hash of everything that affects the stage's result.
 
-A stage's key is computed from the stage's inputs: recipe values, data, and the keys of the earlier
-stages whose files it reads. A change of `quantize` therefore does not repeat training, merging or their
-evaluation. Answers are scored and compared with limits when the version is registered, so a change of
-metrics or limits does not repeat the evaluation.
+It covers the stage's inputs: recipe values, data, and the keys of the earlier stages whose files it
+reads. A change to `quantize` therefore does not repeat training, merging or their evaluation. Answers
+are scored and compared with limits when the version is registered, so a change to metrics or limits does
+not repeat the evaluation.
 """
 
 import hashlib
@@ -19,18 +19,18 @@ from trainer.recipe.stage import Stage
 
 _LIMITS = ("max_gptq_loss", "max_gptq_nll", "max_forgetting", "undecided")
 _METRICS = ("metrics", "primary", "json_schema", "metric_seconds")
-"""Keys of the section `evaluate` that affect only the registration: limits, and metrics of the answers."""
+"""Keys of the `evaluate` section that define metrics. Like limits, they affect only the registration."""
 
 _GENERAL = ("general", "general_limit")
-"""Keys of the section `evaluate` that choose the general questions. The questions' content is hashed
-instead."""
+"""Keys of the `evaluate` section that choose the general questions. They are not hashed; the content of the
+questions is."""
 
 
 StageKeys = Mapping[Stage, str]
 
 
 def stage_keys(recipe: Recipe, base: Base, examples: Examples) -> StageKeys:
-    """Return the key of each stage of a run.
+    """Return the keys of a run's stages, keyed by stage.
 
     Data paths, the checkpoint interval and the held-out loss curve are excluded, because they do not affect
     the result.
@@ -67,10 +67,9 @@ def stage_keys(recipe: Recipe, base: Base, examples: Examples) -> StageKeys:
 
 
 def _content(path: Path) -> str | None:
-    """Return the hash of a file that metrics use, because a change of a metric's function must repeat the
-    registration.
+    """Return the hash of a file used by metrics, so that changing a metric's function repeats the registration.
 
-    An unreadable file gives None; the fault is reported later.
+    The result is None if the file cannot be read, which is reported later.
     """
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()

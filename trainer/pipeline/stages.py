@@ -54,12 +54,12 @@ from trainer.training.summary import TrainingData, TrainingSummary
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A training run with everything that its stages need.
+    """A training run, with everything its stages need to run.
 
     Args:
         launch: creates engines; defaults to vLLM processes on this machine.
-        register_failed: also register a version that fails a check; it cannot be promoted.
-        expected: estimate of the training on this machine, or None if there is none.
+        register_failed: whether to register a version even if it fails a check. It can then not be promoted.
+        expected: estimated memory and time of training on this machine, or None if unknown.
     """
 
     settings: Settings
@@ -78,8 +78,8 @@ class Pipeline:
 
         Raises:
             BusyError: another process is working on this run.
-            InterruptedRunError: a signal arrived; the same command resumes the run.
-            SvcError: a stage failed; finished stages are kept.
+            InterruptedRunError: a stage was interrupted; running the same command again resumes the run.
+            SvcError: a stage failed. Finished stages are kept.
         """
         check_reports(self.recipe.report_to)
         self.run.folder.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,9 @@ class Pipeline:
             return self.run.load(Stage.REGISTER, Registered).version
 
     def _reopen_registration(self) -> None:
-        """Reopen the registration if the version was removed, or if it failed a check that it must now pass."""
+        """Allow the version to be registered again if it was removed, or if it failed a check that it must now
+        pass.
+        """
         if not self.run.done(Stage.REGISTER):
             return
         registered = self.run.load(Stage.REGISTER, Registered)
@@ -111,11 +113,12 @@ class Pipeline:
         return self.run.merged if self._full else self.run.adapter
 
     def _steps(self) -> dict[Stage, Step]:
-        """Return the stages that the recipe's formats need. Merging and quantizing write at most the base's size.
+        """Return the stages that the recipe's formats need, with the disk space of each. Merging and quantizing
+        write at most as much as the base's size.
 
-        A checkpoint of full fine-tuning contains float32 weights and two moments, with AdamW six times the base
-        in bf16. In addition to the kept checkpoints there are the one being written and the best one. Those of a
-        resumed run are already on the disk.
+        A checkpoint of full fine-tuning contains float32 weights and two moments. With AdamW, that is six times
+        the size of the base in bf16. Besides the checkpoints to keep, there are the one being written and the
+        best one. The checkpoints of a resumed run are already on the disk.
         """
         run, size = self.run, sum(path.stat().st_size for path in weight_files(self.base.folder))
         kept = self.recipe.checkpoints.keep + 1 + self.recipe.stopping.keep_best
@@ -181,8 +184,8 @@ class Pipeline:
 
     @contextmanager
     def _report_to(self) -> Iterator[Report]:
-        """Open a callback that sends metrics to all of the recipe's trackers. After a resume, each tracker
-        continues its run.
+        """Yield a callback that sends metrics to all of the recipe's trackers. When a run is resumed, each tracker
+        continues its previous run.
         """
         recipe, run, run_id = self.recipe, self.run, self._tracking_run()
         with open_reports(recipe.report_to, run.reports, recipe.name, run.folder.name, recipe.flat()) as reports:
@@ -256,7 +259,7 @@ class Pipeline:
         return Registered(name=manifest.name, number=manifest.number, failed=manifest.failed)
 
     def _tracking_run(self) -> str:
-        """Return the id of the MLflow run that belongs to this folder."""
+        """Return the id of the MLflow run that belongs to this run folder."""
         tags = {"tuneserve.run": self.run.folder.name, "tuneserve.base": self.base.origin}
         return tracked_run(self.run.tracking, lambda: self.registry.tracking.start_run(self.recipe.name, tags))
 
@@ -271,7 +274,8 @@ def open_pipeline(
     register_failed: bool = False,
     expected: DeviceEstimate | None = None,
 ) -> Pipeline:
-    """Return the pipeline of a recipe, in the folder of its earlier runs if there are any.
+    """Return the pipeline for a recipe. If the recipe was run before, the pipeline continues in the same
+    folder.
 
     Raises:
         BaseModelError: transformers cannot read the base's config.

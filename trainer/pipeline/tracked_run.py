@@ -1,4 +1,4 @@
-"""The MLflow run that belongs to a run folder, created only once so that a resumed run continues it."""
+"""Keeps the MLflow run of a run folder. It is created only once, so that a resumed run continues it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +10,7 @@ from svc.files.json_file import read_record
 
 
 class TrackedRun(BaseModel):
-    """Content of a run folder's `mlflow.json`."""
+    """Content of the `mlflow.json` file in a run folder."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -18,10 +18,10 @@ class TrackedRun(BaseModel):
 
 
 def tracked_run(path: Path, start: Callable[[], str]) -> str:
-    """Return the id of the MLflow run that belongs to a folder.
+    """Return the id of the MLflow run that belongs to a run folder.
 
     Args:
-        path: the folder's `mlflow.json`.
+        path: the run folder's `mlflow.json`.
         start: starts a run if the folder has none, and returns its id.
 
     Raises:

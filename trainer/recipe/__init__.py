@@ -1,1 +1,1 @@
-"""The recipe: its sections, its stages, and the reader of its file."""
+"""The recipe: its sections, the stages it needs, and loading it from a file."""

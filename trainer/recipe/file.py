@@ -1,4 +1,4 @@
-"""Reads recipe files: YAML with command-line overrides. Errors name the key and its value."""
+"""Reads recipe files in YAML and applies command-line overrides. Errors name the key and its value."""
 
 import re
 from pathlib import Path

@@ -1,15 +1,15 @@
-"""Names of the chat templates included in this project. Their texts are in trainer.data.template_choice."""
+"""Names of the chat templates that ship with this project. Their texts are in trainer.data.template_choice."""
 
 from enum import StrEnum
 
 
 class NamedTemplate(StrEnum):
-    """Built-in chat template for a base that has none."""
+    """Built-in chat template, usable for a base that has none."""
 
     CHATML = "chatml"
     """Turns between `<|im_start|>ROLE` and the end token, as in Qwen's models."""
     ALPACA = "alpaca"
-    """Headings `### Instruction:` and `### Response:` (Taori et al. 2023)."""
+    """Turns under the headings `### Instruction:` and `### Response:` (Taori et al. 2023)."""
     LLAMA_2 = "llama-2"
     """Questions between `[INST]` and `[/INST]`, as in Llama 2 Chat."""
     ZEPHYR = "zephyr"
@@ -18,4 +18,4 @@ class NamedTemplate(StrEnum):
 
 TEMPLATE_CHOICES = f"one of {', '.join(NamedTemplate)}; or a file that ends in .jinja"
 SET_TEMPLATE = f"set chat_template in the recipe ({TEMPLATE_CHOICES}), or choose an instruction-tuned base"
-"""Advice for errors about a base without a chat template."""
+"""Advice shown in errors about a base that has no chat template."""

@@ -1,6 +1,8 @@
-"""The recipe: what to train, as YAML. Every key except `name`, `base` and `data.train` has a default.
+"""The recipe, which states in YAML what to train. Every key except `name`, `base` and `data.train` has a
+default.
 
-Unknown keys and wrong types are errors: ignoring a misspelt hyperparameter would waste a night of training.
+Unknown keys and wrong types are errors, because ignoring a misspelt hyperparameter would waste a night
+of training.
 """
 
 import difflib
@@ -36,9 +38,9 @@ class _Section(BaseModel):
 
 
 def _beside_recipe(value: Any, info: ValidationInfo) -> Any:
-    """Resolve a path relative to the recipe's folder, so that the recipe works from any working directory.
+    """Resolve a path relative to the recipe's folder, so that a recipe works from any working directory.
 
-    Any other value is returned unchanged.
+    A value that is not a path is returned unchanged.
     """
     folder = (info.context or {}).get("folder", Path())
     try:
@@ -48,7 +50,7 @@ def _beside_recipe(value: Any, info: ValidationInfo) -> Any:
 
 
 def _as_sources(value: Any) -> Any:
-    """Wrap a single data source in a list."""
+    """Wrap a single data source in a list. Other values are returned unchanged."""
     return [str(value)] if isinstance(value, str | Path) else value
 
 
@@ -59,7 +61,7 @@ def _sources_beside_recipe(sources: tuple[str, ...], info: ValidationInfo) -> tu
 
 
 def _as_template(value: Any) -> Any:
-    """Parse the value as a template's name or as the path of a file ending in .jinja.
+    """Parse a value as the name of a chat template or as the path of a file ending in .jinja.
 
     Raises:
         ValueError: the value is neither.
@@ -79,11 +81,13 @@ Sources = Annotated[
     Field(min_length=1),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
 ]
-"""Data sources, which are files, folders or Hub datasets (hf:ORG/NAME), as a list or a single entry."""
+"""Data sources, given as a list or a single entry. Each is a file, a folder or a Hub dataset (hf:ORG/NAME)."""
 
 
 def _metric_beside_recipe(name: str | None, info: ValidationInfo) -> str | None:
-    """Resolve the path in a metric function's name. The name of any other metric is returned unchanged."""
+    """Resolve the path in the name of a metric function, relative to the recipe's folder. Names of other
+    metrics are returned unchanged.
+    """
     spec = name and FunctionSpec.parse(name)
     return f"{_beside_recipe(spec.path, info)}:{spec.function}" if spec else name
 
@@ -98,7 +102,7 @@ ChatTemplate = Annotated[
     AfterValidator(_beside_recipe),
     WithJsonSchema({"anyOf": [{"enum": list(NamedTemplate)}, {"type": "string", "format": "path"}, {"type": "null"}]}),
 ]
-"""A template's name, or the path of a file ending in .jinja."""
+"""Name of a built-in chat template, or the path of a file ending in .jinja."""
 Metrics = Annotated[
     tuple[_NAME, ...],
     BeforeValidator(_as_sources),
@@ -106,11 +110,11 @@ Metrics = Annotated[
     Field(min_length=1),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
 ]
-"""Metric names or functions (`./FILE.py:FUNCTION`), as a list or a single entry."""
+"""Names of metrics or metric functions (`./FILE.py:FUNCTION`), given as a list or a single entry."""
 
 
 class Learn(StrEnum):
-    """Which answers of a training example are learnt if none of its turns has a weight."""
+    """Which answers of a training example are learnt if none of its turns specifies a weight."""
 
     LAST = "last"
     ALL = "all"
@@ -120,23 +124,24 @@ class Data(_Section):
     """Sources of examples: files, folders, or Hub datasets (`hf:ORG/NAME`); see [data](data.md)."""
 
     train: Sources
-    """training examples"""
+    """examples to train on"""
     heldout: Sources | None = None
-    """examples for evaluating the version, never used for training; default: a part of `data.train`"""
+    """examples for evaluating the version, which are never used for training; default: a part of `data.train`"""
     heldout_share: float = Field(0.1, gt=0, lt=1)
-    """share of `data.train` to hold out if `data.heldout` is not set"""
+    """share of `data.train` that is held out if `data.heldout` is not set"""
     validation: Sources | None = None
-    """validation examples: their loss is measured during training and in sweeps, and selects weights and values. The
-    held-out examples then select nothing, so a version's figures are unbiased; default: the held-out examples"""
+    """validation examples: their loss is measured during training and in sweeps, and decides which weights and
+    values are selected. The held-out examples are then not used for selection, so a version's figures are
+    unbiased; default: the held-out examples"""
     general: Sources | None = None
-    """general examples to mix into the training examples, to reduce forgetting"""
+    """general examples that are mixed into the training examples to reduce forgetting"""
     general_share: float = Field(0.1, gt=0, lt=1)
     """share of general examples in the training examples"""
     learn: Learn = Learn.ALL
-    """all or last: which answers of a training example are learnt; a `weight` on its turns overrides this, see
+    """all or last: which answers of a training example are learnt; a `weight` on a turn overrides this, see
     [data](data.md#conversations)"""
     seed: int = Field(0, ge=0)
-    """seed for choosing the held-out examples and the general examples"""
+    """seed for selecting the held-out examples and the general examples"""
     skip: int = Field(0, ge=0)
     """number of training examples to skip at the start"""
     limit: Annotated[int, Field(ge=2)] | None = None
@@ -144,47 +149,51 @@ class Data(_Section):
 
 
 class AdapterType(StrEnum):
-    """How an adapter changes a layer."""
+    """Kind of adapter, which determines how it changes a layer."""
 
     LORA = "lora"
     """A low-rank update added to frozen weights (Hu et al. 2021)."""
     DORA = "dora"
-    """LoRA for the direction, plus one magnitude per output (Liu et al. 2024)."""
+    """LoRA for the direction of the weights, plus one magnitude per output (Liu et al. 2024)."""
     ADALORA = "adalora"
     """LoRA that distributes its ranks among the layers during training (Zhang et al. 2023)."""
     VERA = "vera"
-    """Two trained vectors per layer, with random matrices that all layers share (Kopiczko et al. 2023)."""
+    """Two trained vectors per layer, combined with random matrices that all layers share (Kopiczko et al.
+    2023)."""
 
 
 class Quantization(StrEnum):
-    """Number format of the frozen weights while an adapter is trained."""
+    """Number format of the frozen weights during the training of an adapter."""
 
     NF4 = "nf4"
     """Quantization to four bits, with quantized scales (Dettmers et al. 2023)."""
 
 
 class Method(StrEnum):
-    """Common name for an adapter type together with its base's quantization; `full` trains all weights."""
+    """Training method: the common name for an adapter type combined with a quantization of the base. `full`
+    trains all weights.
+    """
 
     FULL = "full"
     """Every weight is trained."""
     LORA = "lora"
     """Low-rank updates added to frozen weights (Hu et al. 2021)."""
     QLORA = "qlora"
-    """LoRA on weights frozen in 4 bits (Dettmers et al. 2023), which need a quarter of the memory."""
+    """LoRA on frozen weights stored in 4 bits (Dettmers et al. 2023), which take a quarter of the memory."""
     DORA = "dora"
-    """LoRA for the direction, plus one magnitude per output (Liu et al. 2024)."""
+    """LoRA for the direction of the weights, plus one magnitude per output (Liu et al. 2024)."""
     ADALORA = "adalora"
     """LoRA that distributes its ranks among the layers during training (Zhang et al. 2023)."""
     VERA = "vera"
-    """Two trained vectors per layer, with random matrices that all layers share (Kopiczko et al. 2023)."""
+    """Two trained vectors per layer, combined with random matrices that all layers share (Kopiczko et al.
+    2023)."""
 
 
 MAX_RANK = 1024
 
 
 class Adapter(_Section):
-    """Adapter settings, not used by `method: full`."""
+    """Adapter settings, which do not apply to `method: full`."""
 
     type: AdapterType | None = None
     """lora, dora, adalora or vera; default: the type implied by `method`"""
@@ -193,7 +202,7 @@ class Adapter(_Section):
     alpha: Annotated[int, Field(ge=1)] | None = None
     """scale of the update, which is multiplied by alpha / rank; default: twice the rank; not used by vera"""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """share of the adapter's inputs that is dropped in each step"""
+    """share of the adapter's inputs that are dropped in each step"""
     targets: Targets = Targets.ALL_LINEAR
     """layers that get an adapter: all-linear, attention, or attention-min for query and value only"""
     rslora: bool = False
@@ -217,16 +226,18 @@ class TooLong(StrEnum):
 
 
 class Optimizer(StrEnum):
-    """Optimizer, which determines the size and location of its two moments per weight."""
+    """Optimizer. The choice determines the size of its two moments per weight and where they are stored."""
 
     ADAMW = "adamw"
     """AdamW with moments in float32 (Loshchilov and Hutter 2019)."""
     ADAMW_8BIT = "adamw-8bit"
-    """bitsandbytes' AdamW with 8-bit moments in blocks of 256, each with a scale (Dettmers et al. 2022)."""
+    """AdamW from bitsandbytes with 8-bit moments, quantized in blocks of 256 with a scale each (Dettmers et al.
+    2022)."""
     PAGED_ADAMW = "paged-adamw"
-    """bitsandbytes' AdamW whose moments are moved to main memory when the GPU is full (Dettmers et al. 2023)."""
+    """AdamW from bitsandbytes with moments that are moved to main memory when the GPU is full (Dettmers et al.
+    2023)."""
     PAGED_ADAMW_8BIT = "paged-adamw-8bit"
-    """bitsandbytes' AdamW with 8-bit moments that are moved to main memory when the GPU is full."""
+    """AdamW from bitsandbytes with 8-bit moments that are moved to main memory when the GPU is full."""
 
     @property
     def is_8bit(self) -> bool:
@@ -249,7 +260,7 @@ class Train(_Section):
     """peak learning rate; default for bases of hidden width 576 or less: 5e-4, or 1e-2 for adalora, 6e-2 for
     vera and 5e-5 for full; lower for wider bases, see [training](training.md#learning-rate)"""
     schedule: Schedule = Schedule.LINEAR
-    """decay of the learning rate: linear or cosine to 0, or constant"""
+    """how the learning rate decays: linear or cosine to 0, or constant"""
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
     """share of the steps used for warmup, during which the learning rate rises"""
     epochs: float = Field(1.0, gt=0)
@@ -261,7 +272,7 @@ class Train(_Section):
     gradient_accumulation: int = Field(1, ge=1)
     """batches per optimizer step; accumulating batches needs less memory than a larger batch"""
     weight_decay: float = Field(0.0, ge=0)
-    """AdamW's weight decay"""
+    """weight decay of AdamW"""
     max_grad_norm: float = Field(1.0, gt=0)
     """maximum gradient norm; larger gradients are clipped"""
     max_length: int = Field(1024, ge=16)
@@ -269,8 +280,8 @@ class Train(_Section):
     too_long: TooLong = TooLong.ERROR
     """error, drop or truncate: what to do with longer examples; with `--skip-bad`, error also drops them"""
     packing: bool = False
-    """pack several examples, each attending only to itself, into one row of max_length tokens; a row then
-    counts as one example"""
+    """pack several examples into one row of max_length tokens; each example attends only to itself, and a row
+    then counts as one example"""
     gradient_checkpointing: bool | None = None
     """recompute activations instead of storing them; default: true on a GPU, false on a CPU"""
     neftune_alpha: Annotated[float, Field(gt=0)] | None = None
@@ -280,20 +291,21 @@ class Train(_Section):
 
 
 class Stopping(_Section):
-    """Held-out loss during training, or validation loss with `data.validation`. A loss that selects the weights is
-    slightly too optimistic."""
+    """Measuring held-out loss during training, or validation loss if `data.validation` is set. A loss that was
+    used to select the weights is slightly too optimistic.
+    """
 
     every_steps: Annotated[int, Field(ge=1)] | None = None
-    """number of steps between two measurements; default: a tenth of all steps, if another key needs
+    """number of steps between two measurements; default: a tenth of all steps, if another key requires
     measurements"""
     patience: Annotated[int, Field(ge=1)] | None = None
     """stop after this many measurements without a lower held-out loss; default: never"""
     keep_best: bool = False
     """keep the weights with the lowest held-out loss instead of the final weights"""
     curve: bool = True
-    """unless another key requires it anyway, measure held-out loss up to six times on up to 64 examples, taking less
-    than a twentieth of the run's time; in runs of 20 to 49 steps, up to three times, taking less than a quarter. The
-    weights are not affected"""
+    """unless another key requires measurements anyway, measure held-out loss up to six times on up to 64
+    examples, taking less than a twentieth of the run's time; in runs of 20 to 49 steps, up to three times,
+    taking less than a quarter. This does not affect the weights"""
 
     @property
     def measures(self) -> bool:
@@ -302,7 +314,9 @@ class Stopping(_Section):
 
     @property
     def selects(self) -> bool:
-        """Whether held-out loss decides which weights are kept, through early stopping or `keep_best`."""
+        """Whether held-out loss decides which weights are kept, either through early stopping or through
+        `keep_best`.
+        """
         return self.patience is not None or self.keep_best
 
 
@@ -314,7 +328,7 @@ class Checkpoints(_Section):
     every_minutes: float = Field(10.0, gt=0)
     """number of minutes between two checkpoints"""
     keep: int = Field(2, ge=1)
-    """number of newest checkpoints to keep; the best checkpoint is always kept too"""
+    """number of checkpoints to keep, newest first; the best checkpoint is always kept as well"""
 
 
 class Quantize(_Section):
@@ -325,9 +339,10 @@ class Quantize(_Section):
     group_size: Literal[32, 64, 128] = 64
     """number of weights that share a quantization scale"""
     samples: int = Field(64, ge=8, le=1024)
-    """number of training examples, truncated to `train.max_length`, for calibrating GPTQ"""
+    """number of training examples used to calibrate GPTQ; they are truncated to `train.max_length`"""
     sequential: bool = True
-    """quantize a block's layers one after another, each on the outputs of the layers already quantized; slower"""
+    """quantize the layers of a block one after another, each based on the outputs of the layers already
+    quantized; slower"""
 
 
 class Judge(_Section):
@@ -336,12 +351,12 @@ class Judge(_Section):
     """
 
     url: str | None = None
-    """OpenAI-compatible endpoint of the judge, for example `https://api.openai.com/v1`, to which prompts,
-    reference answers and answers are sent; default: no judge"""
+    """OpenAI-compatible endpoint of the judge, for example `https://api.openai.com/v1`; it receives prompts,
+    reference answers and answers; default: no judge"""
     model: str | None = None
     """name of the judge model at this endpoint"""
     key_file: Annotated[Path, AfterValidator(_beside_recipe)] | None = None
-    """file with the API key, with owner-only permissions; default: no key"""
+    """file that contains the API key and has owner-only permissions; default: no key"""
 
     @model_validator(mode="after")
     def _is_complete(self) -> "Judge":
@@ -351,7 +366,7 @@ class Judge(_Section):
 
 
 class Undecided(StrEnum):
-    """Outcome of a gate whose interval neither proves nor rules out a loss above its limit."""
+    """What to do when a gate's interval neither proves nor rules out a loss above its limit."""
 
     WARN = "warn"
     FAIL = "fail"
@@ -367,54 +382,58 @@ class Evaluate(_Section):
     plus 16, see [evaluation](evaluation.md#how-long-an-answer-may-be)"""
     metrics: Metrics | None = None
     """metrics for scoring the answers: names, `rouge` for all three ROUGE metrics, or functions
-    (`./FILE.py:FUNCTION`); default: those of the task, see [evaluation](evaluation.md)"""
+    (`./FILE.py:FUNCTION`); default: the metrics of the task, see [evaluation](evaluation.md)"""
     primary: Annotated[_NAME, AfterValidator(_metric_beside_recipe)] | None = None
-    """metric that decides the GPTQ gate and that monitoring measures again; default: the task's primary metric"""
+    """metric that decides the GPTQ gate and that monitoring measures repeatedly; default: the task's primary
+    metric"""
     json_schema: Annotated[Path, AfterValidator(_beside_recipe)] | None = None
-    """file with the JSON Schema for `schema_valid`; default: inferred from the held-out answers"""
+    """file with the JSON Schema for the `schema_valid` metric; default: inferred from the held-out answers"""
     metric_seconds: float = Field(60.0, gt=0)
-    """total time limit, in seconds, for a metric function to score all answers"""
+    """total time that a metric function may take to score all answers, in seconds"""
     max_gptq_loss: float = Field(0.05, ge=0, le=1)
-    """largest allowed loss in the primary metric from quantization; relative to the merged model's value if the
-    metric is not a share (for example perplexity); a version is rejected if a larger loss is proven"""
+    """largest loss in the primary metric that quantization may cause; relative to the merged model's value if
+    the metric is not a share (for example perplexity); a version is rejected if a larger loss is proven"""
     # 4 bits cost SmolLM2-135M 0.042 [0.033, 0.053] on free text (synopsis task), and nothing of its ROUGE.
     max_gptq_nll: float = Field(0.05, ge=0)
-    """largest allowed increase in negative log-likelihood from quantization, as a share of the merged model's, but
-    at least 0.005 nats per token; a version is rejected if a larger increase is proven"""
+    """largest increase in negative log-likelihood that quantization may cause, as a share of the merged model's
+    value, but at least 0.005 nats per token; a version is rejected if a larger increase is proven"""
 
     general: Annotated[bool | Path, AfterValidator(_beside_recipe)] = True
-    """send general questions, which are never used for training, to the base, merged and GPTQ models: true for the
+    """ask the base, merged and GPTQ models general questions, which are never used for training: true for the
     built-in questions, a file with your own, or false for none; see [evaluation](evaluation.md#forgetting)"""
     general_limit: Annotated[int, Field(ge=1)] | None = 60
-    """maximum number of general questions, taken in order from the first; null: all"""
+    """maximum number of general questions, taken from the start of the list; null: all"""
     max_forgetting: Annotated[float, Field(ge=0, le=1)] | None = None
     """largest allowed loss of correct answers to general questions, from the base to the merged model and to
-    GPTQ, as a share of all questions; a version is rejected if a larger loss is proven; default: no limit"""
+    the GPTQ model, as a share of all questions; a version is rejected if a larger loss is proven; default:
+    no limit"""
     undecided: Undecided = Undecided.WARN
-    """warn or fail: what to do with a version if too few examples were evaluated to prove or rule out a loss
-    above one of these limits; see [evaluation](evaluation.md#verdicts)"""
+    """warn or fail: what to do with a version if the number of evaluated examples is too small to prove or rule
+    out a loss above one of these limits; see [evaluation](evaluation.md#verdicts)"""
 
     @property
     def metric_options(self) -> MetricOptions:
-        """The settings that choose the metrics."""
+        """The settings that determine which metrics are used."""
         return MetricOptions(self.metrics, self.primary, self.json_schema, self.metric_seconds)
 
     @property
     def metric_files(self) -> tuple[Path, ...]:
-        """The user's own metric files: functions and JSON Schema."""
+        """Files that the user provides for metrics: the files of metric functions and the JSON Schema."""
         named = (*(self.metrics or ()), *([self.primary] if self.primary else []))
         functions = [spec.path for name in named if (spec := FunctionSpec.parse(name))]
         return (*functions, *([self.json_schema] if self.json_schema else []))
 
 
 class Qualify(_Section):
-    """The probes that verify, at every later load, that the engine is running these weights."""
+    """Probes that verify, whenever the version is loaded later, that the engine is running exactly these
+    weights.
+    """
 
     repeats: int = Field(10, ge=1)
-    """number of times to measure the engine's own noise, which sets the minimum tolerance"""
+    """number of times that the engine's own noise is measured, which sets the minimum tolerance"""
     restart: bool = True
-    """also measure on a second engine: weights loaded in place and weights loaded at start must give the same
-    results"""
+    """also measure on a second engine, to verify that weights loaded in place and weights loaded at start give
+    the same results"""
 
 
 class ReportTo(StrEnum):
@@ -426,7 +445,7 @@ class ReportTo(StrEnum):
 
 
 class Between(_Section):
-    """A range in a search space. It contains only integers if both ends are integers."""
+    """A range of values in a search space. It contains only integers if both ends are integers."""
 
     low: int | float
     high: int | float
@@ -445,16 +464,17 @@ class Sweep(_Section):
     space: (
         Annotated[dict[str, Annotated[tuple[Any, ...], Field(min_length=1)] | Between], Field(min_length=1)] | None
     ) = None
-    """keys of `train` and `adapter`, each with a list of values or `{low: , high: , log: true}`; default: a search
-    in three phases"""
+    """keys of `train` and `adapter` to search, each with a list of values or `{low: , high: , log: true}`;
+    default: a search in three phases"""
     trials: int = Field(20, ge=1)
-    """maximum number of trials in `sweep.space`; a space of lists with fewer combinations is tried completely"""
+    """maximum number of trials in `sweep.space`; if the space consists of lists with fewer combinations, all of
+    them are tried"""
     seconds: Annotated[float, Field(gt=0)] | None = None
-    """time in seconds after which no further trial is started; default: no limit"""
+    """time in seconds after which no new trial is started; default: no limit"""
     finalists: int = Field(3, ge=0)
-    """number of trials with the lowest held-out loss to evaluate on the engine, in addition to the unchanged recipe;
-    more are evaluated while all of them exceed `evaluate.max_forgetting`. The primary metric decides among the trials
-    within that limit; 0: held-out loss alone decides"""
+    """number of trials with the lowest held-out loss to evaluate on the engine, in addition to the unchanged
+    recipe; further trials are evaluated as long as all of them exceed `evaluate.max_forgetting`. The primary
+    metric decides among the trials within that limit; 0: held-out loss alone decides"""
 
     @field_validator("space")
     @classmethod
@@ -467,7 +487,9 @@ class Sweep(_Section):
 
 
 def suggest(key: str, known: Sequence[str]) -> str:
-    """Return a "did you mean" question naming the most similar known key, or an empty text if none is similar."""
+    """Return a "did you mean" question that names the most similar known key. If no key is similar, return an
+    empty string.
+    """
     close = difflib.get_close_matches(key, known, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
@@ -476,17 +498,17 @@ def suggest(key: str, known: Sequence[str]) -> str:
 # 2e-3 2.52; vera 0.36, at 2e-2 0.73. Their vectors start at or near 0, and Adam moves each by no more than the rate.
 _LEARNING_RATES = {None: 5e-5, AdapterType.ADALORA: 1e-2, AdapterType.VERA: 6e-2}
 _MEASURED_WIDTH = 576
-"""Hidden width of SmolLM2-135M, for which these learning rates were measured. Rates for wider models:
-docs/training.md."""
+"""Hidden width of SmolLM2-135M, with which these learning rates were measured. See docs/training.md for
+rates of wider models."""
 _UNUSED = {AdapterType.VERA: frozenset({"alpha", "rslora"}), AdapterType.ADALORA: frozenset({"rslora"})}
-"""Keys of the section `adapter` that an adapter type does not use."""
+"""Keys of the `adapter` section that an adapter type does not use."""
 _ADAPTER_TYPES = {Method.FULL: None, Method.QLORA: AdapterType.LORA} | {
     method: AdapterType(method) for method in Method if method not in (Method.FULL, Method.QLORA)
 }
 
 
 class Recipe(_Section):
-    """Recipe for training one model."""
+    """A recipe, which describes how to train one model."""
 
     name: str = Field(pattern=NAME_PATTERN)
     """name under which clients request the model"""
@@ -496,19 +518,19 @@ class Recipe(_Section):
     """full, lora, qlora, dora, adalora or vera; for other combinations, such as QDoRA, set `adapter.type` and
     `quantization` instead"""
     quantization: Quantization | None = None
-    """nf4: keep the frozen weights in 4 bits during training; default: the quantization implied by `method`"""
+    """nf4: store the frozen weights in 4 bits during training; default: the quantization implied by `method`"""
     merge_dequantized: bool = False
     """with nf4: merge the adapter into the dequantized weights it was trained on, not into the base's original weights;
     see [training](training.md#merging-after-qlora)"""
     chat_template: ChatTemplate = None
-    """chat template by name or from a file (`./FILE.jinja`), for a base without one or to replace the base's
-    own; see [base models](base_models.md#a-base-without-a-chat-template); default: the base's own"""
+    """name or file (`./FILE.jinja`) of a chat template, for a base that has none or to replace the base's own;
+    see [base models](base_models.md#a-base-without-a-chat-template); default: the base's own"""
     chat_template_kwargs: dict[str, TemplateValue] | None = None
     """arguments of the chat template in training, evaluation and serving; default: `enable_thinking: false` and
     `date_string: 26 Jul 2024`, if the template uses them"""
     formats: Annotated[tuple[Format, ...], Field(min_length=1)] = (Format.MERGED, Format.GPTQ)
     """formats to create, evaluate and register: adapter, merged, gptq; an adapter is always stored. Without
-    merged, the base is not evaluated either, and only answers the general questions"""
+    merged, the base is not evaluated and answers only the general questions"""
     report_to: tuple[ReportTo, ...] = (ReportTo.MLFLOW,)
     """trackers for parameters, losses and metrics: mlflow, wandb, tensorboard; MLflow always receives them"""
     data: Data
@@ -525,7 +547,7 @@ class Recipe(_Section):
     @field_validator("base")
     @classmethod
     def _local_base(cls, base: str, info: ValidationInfo) -> str:
-        """Resolve a base given as a relative path against the recipe's folder."""
+        """Resolve a relative path to a base against the recipe's folder."""
         is_path = base.startswith((".", "/", "~")) or base.endswith(".gguf")
         return str(_beside_recipe(Path(base), info)) if is_path else base
 
@@ -553,17 +575,17 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _fits_method(self) -> "Recipe":
-        """Reject adapter keys that the method ignores, because a user would expect them to have an effect."""
+        """Reject adapter keys that the method ignores, because users would expect them to have an effect."""
         given, kind = self.adapter.model_fields_set, self.adapter_type
         if unused := given & _UNUSED.get(kind, frozenset()) if kind else given:
             raise ValueError(f"adapter.{min(unused)} is not used by {kind or f'`method: {self.method}`'}")
         return self
 
     def flat(self) -> dict[str, str]:
-        """Return the recipe values that affect the result as text under dotted keys. An unset key has the
+        """Return the recipe values that affect the result, as strings keyed by dotted key. Unset keys have the
         method's default.
 
-        An unset learning rate is None, because it depends on the base (`with_learning_rate`).
+        An unset learning rate is given as None, because its default depends on the base (`with_learning_rate`).
         """
         sections = self.model_dump(mode="json", exclude={"checkpoints", "data", "judge", "report_to", "sweep"})
         chosen: dict[str, Any] = {}
@@ -582,7 +604,9 @@ class Recipe(_Section):
 
     @property
     def adapter_type(self) -> AdapterType | None:
-        """The adapter type: `adapter.type`, or else the method's type. None if all weights are trained."""
+        """The adapter type, taken from `adapter.type` or else implied by the method. It is None if all weights are
+        trained.
+        """
         implied = _ADAPTER_TYPES[self.method]
         return implied and (self.adapter.type or implied)
 
@@ -592,7 +616,7 @@ class Recipe(_Section):
         return self.quantization or (Quantization.NF4 if self.method is Method.QLORA else None)
 
     def learning_rate(self, width: int) -> float:
-        """Return the recipe's learning rate, or else `usual_learning_rate`.
+        """Return the learning rate set in the recipe, or else `usual_learning_rate`.
 
         Args:
             width: width of the base's hidden states.
@@ -600,23 +624,23 @@ class Recipe(_Section):
         return self.train.learning_rate or self.usual_learning_rate(width)
 
     def usual_learning_rate(self, width: int) -> float:
-        """Return the default learning rate for the adapter type, or for training all weights, on a base of the
-        given width.
+        """Return the default learning rate for a base of the given width. It depends on the adapter type, or on
+        whether all weights are trained.
 
-        It falls with the square root of the width: between the exponents of "LoRA Without Regret" for Llama
-        (0.78) and Qwen (0.08), and within the usual rates of models from 1B to 70B.
+        The rate falls with the square root of the width. This lies between the exponents of "LoRA Without
+        Regret" for Llama (0.78) and Qwen (0.08), and within the usual rates for models from 1B to 70B.
         """
         rate = _LEARNING_RATES.get(self.adapter_type, 5e-4) * min(1.0, math.sqrt(_MEASURED_WIDTH / width))
         return float(f"{rate:.2g}")
 
     def changed(self, values: Mapping[str, Any], *, without: str | None = None) -> "Recipe":
-        """Return the recipe with some values changed, given by dotted key.
+        """Return a copy of the recipe with the given values changed. Values are keyed by dotted key.
 
         Args:
-            without: a section to leave out.
+            without: a section to omit.
 
         Raises:
-            ValidationError: a value is not valid for its key, or does not fit the others.
+            ValidationError: a value is not valid for its key, or is inconsistent with other values.
         """
         content = self.model_dump(exclude_unset=True, exclude={without} if without else None)
         for key, value in values.items():
@@ -625,21 +649,23 @@ class Recipe(_Section):
         return Recipe.model_validate(content)
 
     def with_learning_rate(self, width: int) -> "Recipe":
-        """Return the recipe with an explicit learning rate for a base of the given width, so that runs record it."""
+        """Return a copy of the recipe with an explicit learning rate for a base of the given width, so that runs
+        record it.
+        """
         train = self.train.model_copy(update={"learning_rate": self.learning_rate(width)})
         return self.model_copy(update={"train": train})
 
     @property
     def rank(self) -> int:
-        """The adapter's rank, or else the default rank of its type."""
+        """The adapter's rank, or the default rank of its type if the recipe sets none."""
         return self.adapter.rank or (256 if self.adapter_type is AdapterType.VERA else 16)
 
     @property
     def alpha(self) -> int:
-        """The adapter's alpha, or else twice its rank."""
+        """The adapter's alpha, or twice its rank if the recipe sets none."""
         return self.adapter.alpha or 2 * self.rank
 
     @property
     def initial_rank(self) -> int:
-        """AdaLoRA's initial rank in every layer: 1.5 times the final average, as in its paper."""
+        """AdaLoRA's initial rank in every layer, which is 1.5 times the final average rank, as in its paper."""
         return math.ceil(1.5 * self.rank)

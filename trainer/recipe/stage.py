@@ -1,4 +1,4 @@
-"""The stages of a run, and the choice of those that a recipe needs."""
+"""The stages of a run, and which of them a recipe needs."""
 
 from enum import StrEnum
 
@@ -7,7 +7,7 @@ from trainer.recipe.sections import Recipe
 
 
 class Stage(StrEnum):
-    """A stage of a run. Members are in order of execution."""
+    """A stage of a run. The members are listed in order of execution."""
 
     TRAIN = "train"
     MERGE = "merge"

@@ -1,10 +1,12 @@
-"""Presets for the layers that get an adapter. trainer.model.target_modules finds these layers in a model."""
+"""Presets that select which layers get an adapter. trainer.model.target_modules finds these layers in a
+model.
+"""
 
 from enum import StrEnum
 
 
 class Targets(StrEnum):
-    """Preset for the layers that get an adapter."""
+    """Preset that selects which layers get an adapter."""
 
     ATTENTION_MIN = "attention-min"
     """Query and value projections, as in the LoRA paper (Hu et al. 2021, section 4.2)."""

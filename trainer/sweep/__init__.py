@@ -1,3 +1,3 @@
-"""Searches for a recipe's best values, or predicts the gain from more data, using many trials on one loaded
-base.
+"""Searches for the best values of a recipe, or predicts the gain from more data. Both run many trials on a
+base that is loaded only once.
 """

@@ -53,7 +53,7 @@ def sweep(
 
 
 def learning_curve(settings: "Settings", recipe: "Recipe", *, anyway: bool, as_json: bool) -> None:
-    """Measure a learning curve and print it to stdout."""
+    """Measure a recipe's learning curve and print it to stdout."""
     from svc.terminal import output
 
     place = _open_workplace(settings, recipe, "curve", anyway=anyway, makes_version=False)
@@ -77,16 +77,16 @@ def learning_curve(settings: "Settings", recipe: "Recipe", *, anyway: bool, as_j
 def _open_workplace(
     settings: "Settings", recipe: "Recipe", kind: str, *, anyway: bool, makes_version: bool
 ) -> "Workplace":
-    """Return the workplace in which a recipe's trials run.
+    """Return the workplace that runs a recipe's trials.
 
     Args:
         kind: `sweep` or `curve`.
-        anyway: do not raise if there is not enough memory or disk space.
+        anyway: whether to continue instead of raising an error if there is not enough memory or disk space.
         makes_version: whether the winner will be registered.
 
     Raises:
-        InsufficientMemoryError: a training cannot fit into memory.
-        DiskSpaceError: not enough disk space for the version.
+        InsufficientMemoryError: a trial cannot fit into memory.
+        DiskSpaceError: there is not enough disk space for the version.
     """
     from svc.engine.device import read_capabilities
     from svc.registry.registry import Registry
@@ -105,7 +105,9 @@ def _open_workplace(
 
 
 def _open_finals(settings: "Settings", place: "Workplace") -> "Finals | None":
-    """Return a sweep's finals, checked as far as possible without a trial, or None if the recipe has no finals."""
+    """Return the finals of a sweep, or None if the recipe has none. Everything that can be checked before the
+    first trial is checked.
+    """
     from svc.engine.device import read_capabilities
     from trainer.pipeline.preflight import check_base
     from trainer.sweep.finals import Finals
@@ -120,7 +122,9 @@ def _open_finals(settings: "Settings", place: "Workplace") -> "Finals | None":
 
 
 def _register(settings: "Settings", place: "Workplace", winner: "Values", *, as_json: bool) -> str:
-    """Run all stages of `svc train` with the winning trial's values, and return the id of the version."""
+    """Run all stages of `svc train` with the winning trial's values, and return the id of the resulting
+    version.
+    """
     from svc.registry.registry import Registry
     from svc.registry.render import print_version
     from trainer.pipeline.stages import open_pipeline

@@ -1,10 +1,10 @@
-"""The finals of a sweep: the trials with the lowest held-out loss answer on the engine, and their answers
-decide.
+"""Finals of a sweep: the trials with the lowest held-out loss give answers on the engine, and these answers
+decide which trial wins.
 
-Held-out loss says little about general ability, and not everything about the primary metric. Both need
-answers, so they are measured for a few trials only, in one engine: each adapter is merged, and the
-merged weights are loaded in place, as `svc train` evaluates a version. Every adapter type can thus be
-measured, including those that vLLM does not serve.
+Held-out loss says little about general ability, and does not fully predict the primary metric. Measuring
+either takes answers, so this is done for only a few trials, in a single engine. Each adapter is merged,
+and the merged weights are loaded in place, in the same way as `svc train` evaluates a version. This
+works for every adapter type, including those that vLLM does not serve.
 """
 
 import asyncio
@@ -51,11 +51,11 @@ from trainer.sweep.workplace import Workplace
 
 @dataclass(frozen=True, slots=True)
 class Finalist:
-    """A trial with its answers on the engine.
+    """A trial in the finals, together with its answers on the engine.
 
     Attributes:
         results: answers to the held-out examples.
-        primary: value of the primary metric.
+        primary: the trial's primary metric.
         forgetting: measured forgetting, or None if no general questions were asked.
         allowed: whether the loss of general ability is within `evaluate.max_forgetting`.
     """
@@ -72,10 +72,10 @@ class FinalLine(BaseModel):
 
     Attributes:
         values: recipe keys that the trial changes, with their values.
-        primary: value of the primary metric.
+        primary: the trial's primary metric.
         difference: primary metric minus the winner's, on the same examples.
         general: share of correct answers to the general questions, or None if none were asked.
-        forgetting: that share minus the base's.
+        forgetting: the `general` share minus the base's.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -143,7 +143,7 @@ class Finals:
         """Check before the first trial that the engine can answer the examples and that the metric can score them.
 
         Raises:
-            SvcError: an example does not fit into the engine, or the metric cannot score the references.
+            SvcError: an example does not fit into the engine, or the metric cannot score the reference answers.
         """
         room = self.place.recipe.evaluate.max_tokens or 0
         check_call_parser(self.examples, self.settings.engine.args)
@@ -152,7 +152,9 @@ class Finals:
         try_on_references([self.metric], self.examples)
 
     def rank(self, trials: Sequence[TrialOutcome]) -> list[TrialOutcome]:
-        """Return each completed trial with an adapter once: the first two, then the rest by held-out loss."""
+        """Return the completed trials that have an adapter, without duplicates. The first two keep their place; the
+        rest are sorted by held-out loss.
+        """
         order = [*trials[:2], *sorted(trials[2:], key=lambda trial: trial.mean)]
         unique: dict[str, TrialOutcome] = {}
         for trial in order:
@@ -161,14 +163,14 @@ class Finals:
         return list(unique.values())
 
     def measure(self, trials: Sequence[TrialOutcome]) -> list[Finalist]:
-        """Measure the first trial and the configured number of finalists, or more while all of them forget too
-        much.
+        """Measure the first trial and the configured number of finalists. While all of them forget too much,
+        further trials are measured.
 
         Args:
             trials: trials with adapters, in order of preference.
 
         Raises:
-            SvcError: an engine failed.
+            SvcError: the engine failed.
         """
         self.place.unload()
         return asyncio.run(self._measure(trials))
@@ -176,12 +178,12 @@ class Finals:
     def choose(self, finalists: Sequence[Finalist], preferred: TrialOutcome, losses: TrialComparison) -> Finalist:
         """Choose the winner among the finalists.
 
-        Finalists that forget too much are left out; if all do, the one that forgets least wins. Of the remaining
-        ones, those whose primary metric is worse than the best beyond chance are left out. Held-out loss decides
-        among the rest.
+        Finalists that forget too much are excluded; if all of them do, the one that forgets least wins. Of the
+        remaining finalists, those whose primary metric is worse than the best one by more than chance are
+        excluded too. Held-out loss decides among the rest.
 
         Args:
-            preferred: the winner by held-out loss.
+            preferred: the trial that would win by held-out loss.
         """
         allowed = [finalist for finalist in finalists if finalist.allowed]
         if not allowed:
@@ -194,8 +196,8 @@ class Finals:
         return good[losses.choose([finalist.trial for finalist in good.values()]).key]
 
     def reasons(self, winner: Finalist, finalists: Sequence[Finalist], preferred: TrialOutcome) -> list[str]:
-        """Return sentences explaining why held-out loss alone would have chosen another winner; empty if it would
-        not.
+        """Return sentences that explain why held-out loss alone would have chosen a different winner. The list is
+        empty if it would have chosen the same one.
         """
         if not winner.allowed:
             return [
@@ -213,7 +215,7 @@ class Finals:
         return [f"{describe(preferred.values)} would win by held-out loss, but {why}"]
 
     def result(self, winner: Finalist, finalists: Sequence[Finalist]) -> FinalsResult:
-        """Return the result of the finals, as a table of finalists."""
+        """Return the result of the finals, which includes the table of finalists."""
         lines = [
             FinalLine(
                 values=finalist.trial.values,
@@ -269,7 +271,7 @@ class Finals:
     def _finalist(
         self, trial: TrialOutcome, results: tuple[ExampleResult, ...], forgetting: Forgetting | None
     ) -> Finalist:
-        """Score a trial's answers, print the metrics, and add them to the trial's MLflow run."""
+        """Score a trial's answers, print the resulting metrics, and add them to the trial's MLflow run."""
         evaluation = judge(self.examples, results, 0.0, [self.metric])
         primary, options = evaluation.report.figures[self.metric.name].estimate, self.place.recipe.evaluate
         allowed = True
@@ -288,13 +290,13 @@ class Finals:
     async def _ask(
         self, engine: ReusedEngine, name: str, revision: str, make: Callable[[], Path], *, task: bool
     ) -> list[tuple[ExampleResult, ...]]:
-        """Return a model's answers to the general questions, preceded by those to the held-out examples if `task`
-        is set.
+        """Return a model's answers to the general questions. If `task` is set, its answers to the held-out examples
+        come first.
 
         Stored answers are reused.
 
         Args:
-            make: returns the model's folder, called only if the model has to answer.
+            make: returns the model's folder. It is called only if answers are missing.
         """
         place, kwargs = self.place, self.place.template_kwargs
         cache = evaluation_cache(self.settings, self.capabilities, revision, place.base.folder, template_kwargs=kwargs)

@@ -1,8 +1,8 @@
-"""`svc train --curve`: trains on parts of the data and estimates the gain from twice as much data by a
-power law.
+"""Implements `svc train --curve`, which trains on subsets of the data and uses a power law to estimate the
+gain from twice as much data.
 
-loss(n) = floor + scale * n^-exponent, the form of most learning curves of neural networks (Hestness et
-al. 2017).
+The power law is loss(n) = floor + scale * n^-exponent, the form of most learning curves of neural
+networks (Hestness et al. 2017).
 """
 
 from collections import defaultdict
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
 CURVE_FILE = "curve.json"
 _MIN_EXAMPLES = 20
-"""Minimum number of examples for a learning curve. A tenth of any fewer is too little to train on."""
+"""Minimum number of examples for a learning curve. With fewer, a tenth of them is too little to train on."""
 _SHARES = (0.1, 0.25, 0.5, 1.0)
 _MIN_POINTS = 4
 _EXPONENTS = np.linspace(0.05, 2.0, 79)
 _MAX_MISFIT = 0.15
-"""Maximum error of the power-law fit at any point, as a share of the fall of the measured losses."""
+"""Maximum error of the power-law fit at any point, as a share of the total drop in the measured losses."""
 _MIN_GAIN = 0.02
-"""Share of the loss with all examples below which a gain counts as small."""
+"""Gain below which doubling the data counts as of little benefit, as a share of the loss with all examples."""
 
 
 class Benefit(StrEnum):
@@ -51,7 +51,7 @@ class _Result(BaseModel):
 
 
 class Point(_Result):
-    """A training run on a part of the data, with its held-out loss in nats per answer token."""
+    """A training run on a subset of the data, and its held-out loss in nats per answer token."""
 
     examples: int
     loss: Interval
@@ -60,7 +60,9 @@ class Point(_Result):
 
 
 class PowerLaw(_Result):
-    """A power law for the loss: loss(n) = floor + scale * n^-exponent."""
+    """A power law that describes how the loss depends on the number of examples: loss(n) = floor + scale *
+    n^-exponent.
+    """
 
     floor: float
     scale: float
@@ -76,9 +78,10 @@ class LearningCurve(_Result):
 
     Attributes:
         base: held-out loss before any training.
-        law: the fitted power law, or None if none fits the points; then `doubled` and `gain` are None too.
+        law: the fitted power law, or None if no power law fits the points. In that case, `doubled` and
+            `gain` are None too.
         doubled: predicted loss with twice the examples.
-        gain: predicted loss with all examples minus that with twice as many.
+        gain: predicted loss with all examples minus the predicted loss with twice as many.
         sentence: the conclusion as a human-readable sentence.
     """
 
@@ -92,13 +95,13 @@ class LearningCurve(_Result):
 
 
 def run_curve(place: "Workplace") -> LearningCurve:
-    """Run the remaining trainings, then write and return the learning curve. The caller holds the workplace's
-    lock.
+    """Run the training runs that are still missing, then write and return the learning curve. The caller must
+    hold the workplace's lock.
 
     Raises:
         DataError: there are too few examples.
-        InterruptedRunError: a signal arrived; the same command resumes the curve.
-        TrainingError: a training's loss exploded, or memory ran out.
+        InterruptedRunError: the curve was interrupted; running the same command again resumes it.
+        TrainingError: the loss of a training run exploded, or memory ran out.
     """
     examples, rows = place.examples.train, place.data.train
     if len(examples) < _MIN_EXAMPLES:
@@ -122,11 +125,11 @@ def run_curve(place: "Workplace") -> LearningCurve:
 
 
 def nested_subsets(labels: Sequence[Hashable], seed: int) -> list[tuple[int, ...]]:
-    """Return nested subsets of example indices, one per share. Each contains the previous one and its share of
-    each label.
+    """Return nested subsets of example indices, one for each share of the data. Each subset contains the
+    previous one and the same share of every label.
 
     Args:
-        labels: labels of all examples; if each label is unique, the subsets are random.
+        labels: labels of all examples. If every label is unique, the subsets are random.
     """
     generator = np.random.default_rng(seed)
     groups = defaultdict(list)
@@ -141,17 +144,17 @@ def nested_subsets(labels: Sequence[Hashable], seed: int) -> list[tuple[int, ...
 
 
 def fit(examples: "Floats", losses: "Floats") -> "Floats":
-    """Fit power laws by least squares, with non-negative floor and scale.
+    """Fit a power law to each row of losses by least squares, with a non-negative floor and scale.
 
-    For each exponent in a grid, floor and scale are a linear regression, which is solved for all rows
-    together.
+    For each exponent in a grid, floor and scale follow from a linear regression, which is solved for all
+    rows together.
 
     Args:
-        examples: [points].
-        losses: [rows, points].
+        examples: numbers of examples, of shape [points].
+        losses: losses to fit, of shape [rows, points].
 
     Returns:
-        [rows, 3]: floor, scale, exponent.
+        Floor, scale and exponent of each row, of shape [rows, 3].
     """
     x = examples ** -_EXPONENTS[:, None]
     centred = x - x.mean(axis=1, keepdims=True)
@@ -168,12 +171,12 @@ def fit(examples: "Floats", losses: "Floats") -> "Floats":
 def extrapolate(
     points: Sequence[Point], each: Sequence[Sequence[float]], tokens: Sequence[int], base: Interval
 ) -> LearningCurve:
-    """Fit a learning curve to training runs on parts of the data and draw the conclusion.
+    """Fit a learning curve to training runs on subsets of the data and report what it predicts.
 
-    Intervals are a bootstrap over the held-out examples, with the same draws for all points.
+    Intervals are bootstrapped over the held-out examples, with the same draws for all points.
 
     Args:
-        points: in ascending order of their number of examples.
+        points: the training runs, in ascending order of their number of examples.
         each: held-out loss of each example, for each point.
         tokens: number of answer tokens of each held-out example.
     """
@@ -209,7 +212,7 @@ def extrapolate(
 
 
 def _misfit(law: PowerLaw, sizes: "Floats", losses: "Floats") -> str | None:
-    """Return why the points do not allow extrapolation, or None if they do."""
+    """Return the reason why the points do not allow extrapolation, or None if they do."""
     if len(sizes) < _MIN_POINTS:
         return f"there are {len(sizes)} points, but a fit needs {_MIN_POINTS}"
     fall = losses[0] - losses[-1]

@@ -1,4 +1,4 @@
-"""Trial results, and the choice among them: differences that may be due to chance do not count."""
+"""Results of trials, and how to choose among them. Differences that may be due to chance are ignored."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Status(StrEnum):
     COMPLETE = "complete"
     PRUNED = "pruned"
     FAIL = "failed"
-    """The loss exploded, or memory ran out."""
+    """The trial failed because its loss exploded or memory ran out."""
 
 
 class Summary(BaseModel):
@@ -28,8 +28,8 @@ class Summary(BaseModel):
     Attributes:
         values: recipe keys that the trial changes, with their values.
         loss: held-out loss in nats per answer token, or None if the trial was not completed.
-        seconds: duration of the training, in the process that finished it.
-        why: why the trial was not completed.
+        seconds: duration of training in the process that finished it.
+        why: the reason why the trial was not completed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
@@ -46,10 +46,10 @@ class TrialOutcome(Summary):
     """Result of a trial.
 
     Attributes:
-        key: key of the training (`trainer.sweep.values.training_key`).
+        key: key that identifies the trial's training (`trainer.sweep.values.training_key`).
         heldout_each: loss of each held-out example, in the same order in all trials.
-        points: every step of the training.
-        watched: held-out loss by step, measured on fewer examples during the training.
+        points: one point for each training step.
+        watched: held-out loss measured during training on fewer examples, keyed by step.
     """
 
     key: str
@@ -59,12 +59,12 @@ class TrialOutcome(Summary):
 
     @property
     def mean(self) -> float:
-        """Held-out loss, or infinity if the trial was not completed."""
+        """Mean held-out loss, or infinity if the trial was not completed."""
         return self.loss.value if self.loss else float("inf")
 
     @property
     def overfits(self) -> bool:
-        """Whether held-out loss rose from its lowest value beyond chance while training loss fell."""
+        """Whether held-out loss rose from its minimum by more than chance while training loss kept falling."""
         measured = [point for point in self.points if point.heldout_each]
         if not measured:
             return False
@@ -80,7 +80,7 @@ class TrialComparison:
     """Compares trials on the same held-out examples.
 
     Attributes:
-        tokens: number of answer tokens of each example; held-out loss is a mean over tokens.
+        tokens: number of answer tokens in each example. Held-out loss is a mean over tokens.
     """
 
     tokens: tuple[int, ...]
@@ -90,15 +90,15 @@ class TrialComparison:
         return paired_difference(first.heldout_each, second.heldout_each, self.tokens)
 
     def distinct(self, first: TrialOutcome, second: TrialOutcome) -> bool:
-        """Return whether the losses of two trials differ beyond chance."""
+        """Return whether the losses of two trials differ by more than chance."""
         difference = self.difference(first, second)
         return difference.low > 0 or difference.high < 0
 
     def choose(self, outcomes: Sequence[TrialOutcome]) -> TrialOutcome:
-        """Return the first trial outcome that cannot be distinguished from the best one.
+        """Return the first completed trial whose loss cannot be distinguished from the best one.
 
         Args:
-            outcomes: trial outcomes, the preferred ones first.
+            outcomes: trial outcomes in order of preference.
 
         Raises:
             TrainingError: no trial was completed.

@@ -1,4 +1,4 @@
-"""Draws sweeps and learning curves as SVG. Imports matplotlib only when drawing."""
+"""Draws sweeps and learning curves as SVG. matplotlib is imported only when something is drawn."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -21,8 +21,8 @@ _LABEL = "held-out loss, nats per token"
 
 
 def draw_sweep(result: SweepResult, path: Path) -> Path:
-    """Draw held-out loss against each tried value, with one panel per phase or per key of the recipe's search
-    space.
+    """Draw held-out loss against the values tried. There is one panel per phase, or per key of the recipe's
+    search space.
     """
     from matplotlib.figure import Figure
 
@@ -46,7 +46,7 @@ def draw_sweep(result: SweepResult, path: Path) -> Path:
 
 
 def draw_curve(curve: LearningCurve, path: Path) -> Path:
-    """Draw held-out loss against the number of examples, with the fit extended to twice as many."""
+    """Draw held-out loss against the number of examples. The fitted curve extends to twice that number."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 3.4), layout="constrained")
@@ -72,7 +72,7 @@ def _mark(axis: "Axes", place: float | str, loss: Interval | None, colour: str) 
 
 
 def _save(figure: "Figure", path: Path) -> Path:
-    """Save a figure. The same figure always gives the same file."""
+    """Save a figure as SVG. The same figure always gives an identical file."""
     import matplotlib as mpl
 
     with mpl.rc_context({"svg.hashsalt": "tuneserve"}):

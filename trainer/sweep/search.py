@@ -1,8 +1,10 @@
-"""The order in which a sweep tries values: phase by phase, or through the recipe's own search space.
+"""Determines the order in which a sweep tries values: phase by phase, or through the recipe's own search
+space.
 
-Optuna's studies, one for each phase, propose values from the recipe's space and decide which trials are
-pruned. A resumed sweep repeats all calls to Optuna with new studies. The results of its trainings are
-stored and the sampler is seeded, so all decisions are the same. Independent of how trials are trained.
+Each phase has an Optuna study, which proposes values from the recipe's space and decides which trials
+are pruned. A resumed sweep repeats all calls to Optuna with new studies. Because the results of its
+trials are stored and the sampler is seeded, all decisions are the same. This module is independent of
+how trials are trained.
 """
 
 import itertools
@@ -33,13 +35,13 @@ _RATES = (0.02, 0.1, 0.2, 0.4, 1.0)
 _RANKS = (8, 16, 32)
 _EPOCHS = (1.0, 2.0, 3.0)
 _MAX_BEYOND_RATES, _MAX_BEYOND_RANKS = 4, 2
-"""Maximum number of learning rates and of ranks to try beyond the lowest or the highest, each twice or half
-as large as the previous one."""
+"""Maximum number of learning rates and of ranks to try beyond the lowest or the highest value. Each is half
+or twice the previous one."""
 _DROPOUTS = (0.05, 0.1)
 _UNPRUNED = 2
-"""Number of trials in a phase that finish before any is pruned."""
+"""Number of trials in a phase that must finish before any trial is pruned."""
 _RANDOM = 5
-"""Number of random trials in the recipe's search space before the sampler uses their results."""
+"""Number of random trials in the recipe's search space before the sampler starts to use results."""
 
 Space = Mapping[str, Sequence[Any] | Between]
 
@@ -62,13 +64,13 @@ class Search:
 
     Args:
         recipe: the recipe as loaded.
-        usual_rate: default learning rate for its method and base.
-        run_trial: trains with the given values, or returns the outcome of an earlier training.
-        storage: Optuna's storage, or its URL.
+        usual_rate: default learning rate for the recipe's method and base.
+        run_trial: trains with the given values, or returns the outcome if they were trained with before.
+        storage: Optuna storage, or its URL.
 
     Attributes:
-        tried: trials so far, in order; one training may serve two phases.
-        notes: why a phase was skipped or extended.
+        tried: trials so far, in order. The same trial may be part of two phases.
+        notes: sentences that explain why a phase was skipped or extended.
     """
 
     recipe: Recipe
@@ -80,11 +82,10 @@ class Search:
     notes: list[str] = field(default_factory=list)
 
     def run(self) -> TrialOutcome:
-        """Run all trials and return the winning one. The first trial is the unchanged recipe, which is never
-        pruned.
+        """Run all trials and return the winning one. The first trial uses the unchanged recipe and is never pruned.
 
         Raises:
-            TrainingError: no trial of a phase was completed.
+            TrainingError: no trial was completed in one of the phases.
         """
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         (unchanged,) = self._trials(Phase.RECIPE, {}, {})
@@ -107,8 +108,8 @@ class Search:
         return best
 
     def _learning_rate(self, unchanged: TrialOutcome) -> TrialOutcome:
-        """Try learning rates outwards from the recipe's own. That one is preferred, then the best, since all rates
-        cost the same.
+        """Try learning rates outwards from the recipe's own rate. Among indistinguishable results, the recipe's
+        rate is preferred, followed by the one with the lowest loss, since all rates cost the same.
         """
         own = self.recipe.train.learning_rate or self.usual_rate
         rates = sorted({float(f"{rate * self.usual_rate:.3g}") for rate in _RATES} | {own})
@@ -120,8 +121,8 @@ class Search:
         return chosen or unchanged
 
     def _rank(self, best: TrialOutcome, ranks: Sequence[int]) -> TrialOutcome:
-        """Try different ranks. Among indistinguishable results, the recipe's own rank is preferred, then the
-        lowest.
+        """Try different ranks. Among indistinguishable results, the recipe's own rank is preferred, followed by the
+        lowest rank.
         """
         order = sorted(ranks, key=lambda rank: rank != self.recipe.rank)
         lower = [rank for step in range(1, _MAX_BEYOND_RANKS + 1) if (rank := ranks[0] // 2**step)]
@@ -140,15 +141,16 @@ class Search:
         higher: Sequence[float],
         preference: Callable[[TrialOutcome], float],
     ) -> TrialOutcome | None:
-        """Try values in order, then lower ones while the lowest is the best, and higher ones while the highest is.
+        """Try values in the given order. Continue with higher ones while the highest is the best, and with lower
+        ones while the lowest is the best.
 
         Args:
             order: values to try, starting with the recipe's own value, which is preferred.
-            lower, higher: further values, nearest first.
-            preference: order of the other trials, of which the first ones are preferred.
+            lower, higher: further values to try, nearest first.
+            preference: sort key for the other trials. Trials with a smaller key are preferred.
 
         Returns:
-            the chosen trial, or None if there was no time for any trial.
+            The chosen trial, or None if there was no time for any trial.
         """
         trials: list[TrialOutcome] = []
 
@@ -174,8 +176,8 @@ class Search:
         return choose() if trials else None
 
     def _epochs(self, best: TrialOutcome) -> TrialOutcome:
-        """Try one epoch, then longer trainings while each lowers held-out loss. The longest must lower it beyond
-        chance.
+        """Try one epoch, then more epochs as long as each increase lowers held-out loss. From the longest
+        configured training on, it must fall by more than chance.
         """
         own = None if self.recipe.train.steps else self.recipe.train.epochs
         lengths = sorted({*_EPOCHS, own or 1.0})
@@ -192,7 +194,9 @@ class Search:
         return self.comparison.choose(trials or [best])
 
     def _targets(self, best: TrialOutcome, largest: int) -> TrialOutcome:
-        """Try adapters on all linear layers if the largest rank was chosen and the recipe targets fewer layers."""
+        """If the largest rank was chosen and the recipe does not target all linear layers, try adapters on all of
+        them.
+        """
         if self.recipe.adapter.targets is Targets.ALL_LINEAR:
             return best
         rank = with_values(self.recipe, best.values).rank
@@ -203,7 +207,7 @@ class Search:
         return self.comparison.choose([best, *trials])
 
     def _dropout(self, best: TrialOutcome) -> TrialOutcome:
-        """Try dropout if the best or the longest training overfits."""
+        """Try dropout if the best or the longest training run overfits."""
         longest = [best, *(trial for phase, trial in self.tried if phase is Phase.EPOCHS)][-1]
         if not (best.overfits or longest.overfits):
             self.notes.append("dropout was not tried: no training showed overfitting beyond chance")
@@ -219,12 +223,13 @@ class Search:
         space: Space,
         combinations: Iterable[dict[str, Any] | None] | None = None,
     ) -> Iterator[TrialOutcome]:
-        """Run the trials of a phase one after the other, starting none once trainings have taken `sweep.seconds`.
+        """Run the trials of a phase one after another. No trial is started once training has taken `sweep.seconds`
+        in total.
 
         Args:
             fixed: values shared by all trials.
-            combinations: values of each trial, or None for a trial chosen by the sampler; default: every
-                combination of the space, which then has lists only.
+            combinations: the values of each trial, or None for a trial whose values the sampler chooses. The
+                default is every combination in the space, which must then consist of lists only.
         """
         study = optuna.create_study(
             storage=self.storage,
@@ -262,13 +267,13 @@ class Search:
 
     @property
     def seconds(self) -> float:
-        """Total duration of all trainings, in seconds."""
+        """Total training time of all trials, in seconds."""
         return sum({trial.key: trial.seconds for _, trial in self.tried}.values())
 
 
 def possible_ranks(recipe: Recipe) -> list[int]:
-    """Return the usual LoRA ranks, scaled to the method's default, plus the recipe's rank. Empty for full
-    fine-tuning.
+    """Return the ranks to try: the usual LoRA ranks, scaled to the method's default, plus the recipe's rank.
+    The list is empty for full fine-tuning.
     """
     if recipe.adapter_type is None:
         return []
@@ -278,8 +283,8 @@ def possible_ranks(recipe: Recipe) -> list[int]:
 
 
 def _combinations(space: Space, most: int | None) -> Sequence[dict[str, Any] | None]:
-    """Return every combination of a search space, or if there are too many, None for each trial left to the
-    sampler.
+    """Return every combination in a search space. If there are too many, return None for each trial, whose
+    values are then left to the sampler.
     """
     lists = [values for values in space.values() if not isinstance(values, Between)]
     if most is not None and (len(lists) < len(space) or math.prod(map(len, lists)) > most):

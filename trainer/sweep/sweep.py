@@ -1,4 +1,4 @@
-"""Runs a sweep from its first trial to its winner, and writes the result to files and as a table."""
+"""Runs a sweep from its first trial to its winner, writes the result to files, and prints it as a table."""
 
 import shlex
 from pathlib import Path
@@ -23,7 +23,7 @@ RESULT_FILE, WINNER_FILE = "result.json", "winner.yaml"
 
 
 class Line(Summary):
-    """One row in the table of a sweep. A training that serves two phases has two rows.
+    """One row in the table of a sweep. A trial that is part of two phases has two rows.
 
     Attributes:
         difference: held-out loss minus the winner's, on the same examples.
@@ -37,15 +37,17 @@ class SweepResult(BaseModel):
     """Result of a sweep. Losses are in nats per answer token.
 
     Attributes:
-        winner: values that the winner changes in the recipe; empty if no trial is better beyond chance.
+        winner: values that the winner changes in the recipe. Empty if no trial is better by more than
+            chance.
         recipe: loss of the unchanged recipe, or None if that trial was not completed.
-        runner_up: values of the other trial with the lowest loss, or None if no other trial was completed.
+        runner_up: values of the best trial apart from the winner, or None if no other trial was completed.
         difference: held-out loss of the runner-up minus the winner's.
         warning: set if winner and runner-up cannot be distinguished.
-        seconds: total duration of all trainings.
+        seconds: total training time of all trials.
         heldout: number of held-out examples on which trials are evaluated.
-        notes: why a phase was skipped or extended.
-        finals: answers of the best trials on the engine, or None if held-out loss alone chose the winner.
+        notes: sentences that explain why a phase was skipped or extended.
+        finals: results of the best trials on the engine, or None if the winner was chosen by held-out loss
+            alone.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -65,14 +67,14 @@ class SweepResult(BaseModel):
 
 
 def run_sweep(place: Workplace, finals: Finals | None = None) -> SweepResult:
-    """Run the remaining trials, then write and return the sweep's result. The caller holds the workplace's
+    """Run the remaining trials, then write and return the sweep's result. The caller must hold the workplace's
     lock.
 
     Args:
-        finals: measures the best trials on the engine; None to choose by held-out loss alone.
+        finals: measures the best trials on the engine. If None, the winner is chosen by held-out loss alone.
 
     Raises:
-        InterruptedRunError: a signal arrived; the same command resumes the sweep.
+        InterruptedRunError: the sweep was interrupted; running the same command again resumes it.
         RecipeError: a value in the recipe's search space is not valid for its key.
         TrainingError: no trial was completed.
     """
@@ -94,11 +96,11 @@ def run_sweep(place: Workplace, finals: Finals | None = None) -> SweepResult:
 
 
 def _run_finals(finals: Finals, search: Search, preferred: TrialOutcome) -> tuple[TrialOutcome, FinalsResult | None]:
-    """Run the finals and return the winner with the table of results. If no trial has an adapter, held-out loss
+    """Run the finals and return the winner and the table of results. If adapters are missing, held-out loss
     decides.
 
     Args:
-        preferred: the winner by held-out loss.
+        preferred: the trial that would win by held-out loss.
     """
     unchanged = next((trial for phase, trial in search.tried if phase is Phase.RECIPE), preferred)
     trials = finals.rank([unchanged, preferred, *(trial for _, trial in search.tried)])
@@ -113,14 +115,14 @@ def _run_finals(finals: Finals, search: Search, preferred: TrialOutcome) -> tupl
 
 
 def _check_space(recipe: Recipe) -> None:
-    """Check before the first trial that each key of the search space accepts all of its values."""
+    """Check before the first trial that all values in the search space are valid for their keys."""
     for key, values in (recipe.sweep.space or {}).items():
         for value in (values.low, values.high) if isinstance(values, Between) else values:
             with_values(recipe, {key: value})
 
 
 def summarize(search: Search, winner: TrialOutcome, base: Interval, finals: FinalsResult | None = None) -> SweepResult:
-    """Summarize a finished search as the result of the sweep."""
+    """Summarize a finished search as a sweep result."""
     compare, trials = search.comparison, [trial for _, trial in search.tried]
     others = [trial for trial in trials if trial.loss and trial.key != winner.key]
     second = min(others, key=lambda trial: trial.mean, default=None)
@@ -162,8 +164,8 @@ def recipe_text(recipe: Recipe) -> str:
 
 
 def settings_of_winner(result: SweepResult) -> list[str]:
-    """Format the winner's values for `--set` as YAML, which reads 5.0e-05 as a number but Python's 5e-05 as a
-    string.
+    """Format the winner's values for `--set`. They are written as YAML, because YAML reads 5.0e-05 as a number
+    but Python's 5e-05 as a string.
     """
     return [f"{key}={yaml.safe_dump(value).splitlines()[0]}" for key, value in result.winner.items()]
 

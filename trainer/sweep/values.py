@@ -1,4 +1,4 @@
-"""The changes that a trial makes to a recipe, as dotted keys with their values."""
+"""Changes that a trial makes to a recipe: values keyed by dotted key."""
 
 import hashlib
 import json
@@ -11,14 +11,14 @@ from svc.errors import RecipeError
 from trainer.recipe.sections import Recipe
 
 Values = Mapping[str, Any]
-"""Recipe values by dotted key, for example `{"train.learning_rate": 1e-4}`."""
+"""Recipe values keyed by dotted key, for example `{"train.learning_rate": 1e-4}`."""
 
 
 def with_values(recipe: Recipe, values: Values) -> Recipe:
-    """Return the recipe with the given values changed and without its section `sweep`.
+    """Return a copy of the recipe with the given values changed and without its `sweep` section.
 
     Raises:
-        RecipeError: a value is not valid for its key, or does not fit the others.
+        RecipeError: a value is not valid for its key, or is inconsistent with other values.
     """
     try:
         return recipe.changed(values, without="sweep")
@@ -30,7 +30,9 @@ def with_values(recipe: Recipe, values: Values) -> Recipe:
 
 
 def training_key(recipe: Recipe) -> str:
-    """Return a key that identifies a trial's training. A default and its explicit value give the same key."""
+    """Return a key that identifies a trial's training. A default gives the same key as the same value set
+    explicitly.
+    """
     content = {key: value for key, value in recipe.flat().items() if key.startswith(("adapter.", "train."))}
     if recipe.train.steps is not None:
         content.pop("train.epochs")

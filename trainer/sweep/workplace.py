@@ -1,11 +1,12 @@
-"""The folder of one sweep or learning curve: its lock, its trainings and their MLflow runs.
+"""Runs the trials of a sweep or learning curve. Its folder contains a lock, the trials and the ids of their
+MLflow runs.
 
     $SVC_HOME/sweeps/NAME-KEY/   lock  mlflow.json  base.json  study.db  result.json  winner.yaml
     trials.svg
         trials/KEY/              mlflow.json  watched.json  checkpoints/  adapter/  outcome.json
 
-The base and examples are read once for all trainings. `outcome.json` is written last, so an interrupted
-training resumes from its checkpoint. Imports torch only when training.
+The base and the examples are read only once for all trials. `outcome.json` is written last, so an
+interrupted trial resumes from its checkpoint. torch is imported only when training.
 """
 
 import hashlib
@@ -53,15 +54,16 @@ Watch = Callable[[int, float], None]
 """Callback that receives a step and its held-out loss, and may raise `optuna.TrialPruned`."""
 ADAPTER = "adapter"
 _MAX_JUDGED, _MAX_WATCHED = 200, 64
-"""Maximum numbers of held-out examples measured after a trial and during a trial."""
+"""Maximum numbers of held-out examples on which loss is measured after a trial and during a trial."""
 
 
 @dataclass(frozen=True)
 class Workplace:
-    """Runs the trainings of one command. Commands with the same recipe, data and base share a folder.
+    """Runs the trials of one sweep or learning curve. Commands with the same recipe, data and base share a
+    folder.
 
     Args:
-        sweeps: folder of all sweeps and learning curves.
+        sweeps: folder that contains all sweeps and learning curves.
         kind: `sweep` or `curve`.
         number_type: number type of matrix products in training.
     """
@@ -76,7 +78,7 @@ class Workplace:
 
     @cached_property
     def folder(self) -> Path:
-        """The folder of this sweep or curve, which may not exist yet."""
+        """The folder of this sweep or learning curve, which may not exist yet."""
         train_key = stage_keys(self.recipe, self.base, self.examples)[Stage.TRAIN]
         content = [
             self.kind,
@@ -89,11 +91,11 @@ class Workplace:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Hold the folder's lock during the `with` block.
+        """Hold the lock of the sweep's folder within the `with` block.
 
         Raises:
             BusyError: another process holds the lock.
-            InterruptedRunError: Ctrl-C or SIGTERM between two trainings.
+            InterruptedRunError: Ctrl-C or SIGTERM was received between two trials.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with hold_lock(self.folder / RUN_LOCK, f"the trials in {self.folder.name}"):
@@ -106,7 +108,7 @@ class Workplace:
 
     @cached_property
     def loaded(self) -> "LoadedBase":
-        """The base model, which is read only once."""
+        """The base model, which is read from disk only once."""
         from trainer.training.loaded_base import LoadedBase
 
         return LoadedBase(self.base.folder)
@@ -118,7 +120,7 @@ class Workplace:
 
     @cached_property
     def judged(self) -> tuple[ChatExample, ...]:
-        """The held-out examples on which trials are evaluated, or a random sample if there are many."""
+        """The held-out examples on which trials are evaluated. If there are many, this is a random sample."""
         measured = self.examples.measured
         generator = random.Random(0)  # noqa: S311 - no secret
         return tuple(generator.sample(measured, min(_MAX_JUDGED, len(measured))))
@@ -157,15 +159,17 @@ class Workplace:
     def run_trial(
         self, values: Values, watch: Watch, train: Sequence[Sequence[TokenizedExample]] | None = None
     ) -> TrialOutcome:
-        """Train with the given values, or return the outcome of an earlier training with them.
+        """Train with the given values and return the outcome. If they were trained with before, return the earlier
+        outcome.
 
         Args:
-            values: the recipe's changed values.
-            watch: called with each step and its held-out loss; prunes the trial by raising `optuna.TrialPruned`.
+            values: the values to change in the recipe.
+            watch: called with a step and its held-out loss after each measurement. It can raise
+                `optuna.TrialPruned` to prune the trial.
             train: the rows of each example to train on, or None for all examples.
 
         Raises:
-            InterruptedRunError: a signal arrived; the next call resumes the training.
+            InterruptedRunError: a signal was received. The next call resumes the training.
         """
         recipe = with_values(self.recipe, values).with_learning_rate(read_width(self.base.folder))
         key = training_key(recipe) + ("" if train is None else f"-{len(train)}")
@@ -194,8 +198,8 @@ class Workplace:
 
     @property
     def has_finals(self) -> bool:
-        """Whether the best trials are evaluated on the engine, which requires adapters and the merged format in
-        `formats`.
+        """Whether the best trials are evaluated on the engine. This requires finalists in the recipe, an adapter,
+        and the merged format in `formats`.
         """
         recipe = self.recipe
         return bool(recipe.sweep.finalists and recipe.adapter_type) and Format.MERGED in recipe.formats
@@ -205,17 +209,17 @@ class Workplace:
         return self.folder / "trials" / trial.key / ADAPTER
 
     def log_final(self, trial: TrialOutcome, figures: dict[str, float]) -> None:
-        """Add the metrics of a trial's answers to its MLflow run."""
+        """Add the metrics of a trial's answers in the finals to the trial's MLflow run."""
         path = self.folder / "trials" / trial.key / "mlflow.json"
         self.tracking.log_metrics(read_record(path, TrackedRun).run_id, figures, trial.steps)
 
     def unload(self) -> None:
-        """Release the base's memory, which the engine needs."""
+        """Release the memory of the loaded base, which the engine needs."""
         vars(self).pop("loaded", None)
         release_memory()
 
     def publish(self, figures: Mapping[str, float], *files: Path) -> None:
-        """Add the result to the parent MLflow run, and close that run."""
+        """Add the result and its files to the parent MLflow run, and close that run."""
         self.tracking.log_metrics(self._parent, dict(figures))
         for file in files:
             self.tracking.log_file(self._parent, file)
@@ -224,7 +228,7 @@ class Workplace:
     def _train(
         self, train: Sequence[Sequence[TokenizedExample]], recipe: Recipe, folder: Path, run_id: str, watch: Watch
     ) -> dict[str, Any]:
-        """Train, and return those fields of the outcome that depend on training."""
+        """Train a trial, and return the fields of its outcome that depend on training."""
         from optuna import TrialPruned
 
         from trainer.training.trial import train_trial

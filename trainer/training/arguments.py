@@ -13,10 +13,10 @@ from trainer.training.optimizer import check_optimizer, choose_optimizer
 
 
 def count_steps(rows: int, train: Train) -> int:
-    """Return the number of optimizer steps in a full run, counted as transformers does.
+    """Return the number of optimizer steps in a full run, counted in the same way as transformers counts them.
 
     Args:
-        rows: number of examples, or of packed rows.
+        rows: number of examples, or number of packed rows.
     """
     if train.steps is not None:
         return train.steps

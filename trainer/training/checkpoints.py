@@ -1,4 +1,4 @@
-"""Checkpoints on disk, each either complete and verified or absent.
+"""Stores checkpoints on disk. A checkpoint either exists in full, with verified files, or does not exist.
 
     checkpoints/step-00000120/   weights.safetensors  optimizer.pt  scheduler.pt  rng_state.pth
     trainer_state.json
@@ -6,7 +6,7 @@
                                  files.json: size and SHA-256 of each
 
 A checkpoint is written to a temporary folder, synced, and renamed, so that a kill at any time leaves the
-previous one intact. This module does not depend on the files' content.
+previous one intact. This module does not depend on what the files contain.
 """
 
 import logging
@@ -42,18 +42,18 @@ class CheckpointFolder:
 
     @contextmanager
     def writing(self, step: int, best: int | None = None) -> Iterator[Path]:
-        """Yield a folder for a new checkpoint. After the `with` block, move it to its final path and delete old
-        checkpoints.
+        """Yield a temporary folder for a new checkpoint. After the `with` block, the folder is moved to its final
+        path, and old checkpoints are deleted.
 
-        Checkpoints of later steps are deleted too: the run resumed before them, so they are damaged, and would
-        seem the newest.
+        Checkpoints of later steps are deleted too. The run was resumed before them, so they are damaged, but
+        would appear to be the newest.
 
         Args:
             step: number of optimizer steps so far.
             best: the step whose checkpoint is kept regardless of its age.
 
         Raises:
-            DiskSpaceError: the disk is full; earlier checkpoints are kept.
+            DiskSpaceError: the disk is full. Earlier checkpoints are kept.
         """
         temporary = self.folder / f"{_UNFINISHED}{step}"
         shutil.rmtree(temporary, ignore_errors=True)
@@ -79,7 +79,9 @@ class CheckpointFolder:
         self._prune(step, best)
 
     def newest(self) -> Path | None:
-        """Return the newest complete checkpoint, skipping damaged ones."""
+        """Return the path of the newest complete checkpoint, or None if there is none. Damaged checkpoints are
+        skipped.
+        """
         for folder in reversed(self._all()):
             if self._whole(folder):
                 return folder
@@ -87,7 +89,7 @@ class CheckpointFolder:
         return None
 
     def whole(self, step: int) -> Path:
-        """Return the checkpoint of the given step if it is complete.
+        """Return the path of the checkpoint at the given step, after checking that it is complete.
 
         Raises:
             IntegrityError: the checkpoint is missing or damaged.
@@ -100,7 +102,7 @@ class CheckpointFolder:
         return self.at(step)
 
     def at(self, step: int) -> Path:
-        """Return the path of a step's checkpoint."""
+        """Return the path of the checkpoint at the given step."""
         return self.folder / f"{_PREFIX}{step:08d}"
 
     def _all(self) -> list[Path]:

@@ -1,4 +1,4 @@
-"""A base model shared by many trainings in one process, read from disk once and never changed.
+"""Shares a base model among many training runs in one process. It is read from disk once and never changed.
 
 Imports torch and transformers.
 """
@@ -15,10 +15,11 @@ from trainer.model.load import ModelForm, load_model
 
 
 class LoadedBase:
-    """Provides each training with its own model, so that hooks, adapter and types are separate.
+    """Provides each training run with its own model, so that hooks, adapters and number types are kept
+    separate.
 
-    All models share the memory of frozen weights. Trained weights are copied, and so are quantized ones,
-    which libraries change when they move them.
+    All models share the memory of frozen weights. Trained weights are copied. Quantized weights are copied
+    too, because libraries change them when moving them.
 
     Args:
         folder: folder of the base model.
@@ -35,14 +36,18 @@ class LoadedBase:
         return load_tokenizer(self.folder)
 
     def load(self, base: Path, form: ModelForm) -> PreTrainedModel:
-        """Return a copy of the model, like trainer.model.load.load_model. The folder is read once per form."""
+        """Return a copy of the model, loaded as by trainer.model.load.load_model. The folder is read only once per
+        form.
+        """
         if self._model is None or form != self._form:
             self._model, self._form = load_model(base, form), form
         return copy.deepcopy(self._model, {} if form.full else _shared(self._model))
 
 
 def _shared(model: PreTrainedModel) -> dict[int, torch.nn.Parameter]:
-    """Map each weight to a new parameter on the same memory, for use as `deepcopy`'s memo."""
+    """Map the id of each weight to a new parameter that uses the same memory. The result serves as the memo of
+    `deepcopy`.
+    """
     return {
         id(weight): torch.nn.Parameter(weight.data, requires_grad=weight.requires_grad)
         for weight in model.parameters()

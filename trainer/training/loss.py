@@ -1,9 +1,9 @@
-"""TRL's trainer with a cheaper loss on CPUs: shared prompts are computed once, the output head only at
-answer positions.
+"""TRL's trainer with a loss that is cheaper on CPUs: shared prompts are computed only once, and the output
+head only at answer positions.
 
-On the CPU, TRL scores every position and computes entropy over the vocabulary. On other devices its own
-loss already scores only answer positions, and is used if its logits are those of the model. No state is
-added to the trainer's own, so that checkpoints resume unchanged. Imports torch and TRL.
+On the CPU, TRL scores every position and computes entropy over the vocabulary. On other devices, its own
+loss already scores only answer positions, and is used if its logits match those of the model. Nothing is
+added to the trainer's state, so checkpoints can be resumed unchanged. Imports torch and TRL.
 """
 
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ _TRIED, _LARGEST_TRIED = 16, 100.0  # number of hidden states that test TRL's he
 
 
 class AnswerTrainer(SFTTrainer):
-    """`SFTTrainer` for examples given as `input_ids` and `labels`, padded on the right."""
+    """`SFTTrainer` for examples given as `input_ids` and `labels` that are padded on the right."""
 
     aux_loss_enabled: bool  # TRL's
 
@@ -56,7 +56,7 @@ class AnswerTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the mean cross entropy of the answer tokens in nats, plus AdaLoRA's regularisation if it is used.
+        """Return the mean cross entropy of the answer tokens, in nats. With AdaLoRA, its regularisation is added.
 
         Raises:
             TrainingError: the loss is not finite.
@@ -91,13 +91,13 @@ class AnswerTrainer(SFTTrainer):
 def fused_head_is_right(model: PreTrainedModel | PeftModel) -> bool:
     """Return whether TRL's output head computes the same log-probabilities as the model's own forward pass.
 
-    TRL multiplies hidden states by the head's weights itself, and knows from config keys how most models
-    change logits: Granite's and Cohere's scale, Gemma's soft cap. Unknown changes, such as RecurrentGemma's
-    cap and Inkling's scale, are silently ignored. Hidden states with logits of up to 100 show the
-    difference, far above the rounding of any number type.
+    TRL multiplies hidden states by the head's weights itself. From config keys, it knows how most models
+    change logits, such as the scale of Granite and Cohere and the soft cap of Gemma. Changes that it does
+    not know, such as RecurrentGemma's cap and Inkling's scale, are silently ignored. They are detected with
+    hidden states whose logits reach 100, where the difference far exceeds the rounding of any number type.
 
     Args:
-        model: a model to which TRL has added its head.
+        model: a model to which TRL has added its output head.
     """
     base = _without_adapter(model)
     weight = base.get_output_embeddings().weight
@@ -121,15 +121,17 @@ def answer_loss(
 ) -> Tensor:
     """Return the cross entropy summed over the answer tokens, in nats.
 
-    The common prefix of all prompts in the batch, such as a system prompt, is computed once, and the rows
-    attend to its keys and values; the gradient flows back through them, so that this is the loss of the
-    complete batch. Padding needs no mask: it is on the right, and attention is causal.
+    The common prefix of all prompts in the batch, such as a system prompt, is computed once, and all rows
+    attend to its keys and values. The gradient flows back through these, so the result equals the loss of
+    the complete batch. Padding needs no mask, because it is on the right and attention is causal.
 
     Args:
-        input_ids: [batch, length].
-        labels: [batch, length]; the token id at learnt positions, which may be anywhere in a row, else -100.
-        position_ids: [batch, length]; for packed rows, in which positions restart with each example.
-        share_prefix: whether to share the common prefix; if false, each row is computed completely.
+        input_ids: token ids of shape [batch, length].
+        labels: tensor of shape [batch, length], with the token id at learnt positions and -100 elsewhere.
+            Learnt positions may be anywhere in a row.
+        position_ids: positions of shape [batch, length] for packed rows, in which they restart with each
+            example.
+        share_prefix: whether to share the common prefix. If false, each row is computed in full.
     """
     hidden, targets = _before_answers(model, input_ids, labels, position_ids, share_prefix=share_prefix)
     return _summed_cross_entropy(model, hidden, targets, _LOGITS_AT_ONCE)
@@ -138,7 +140,7 @@ def answer_loss(
 def answer_token_losses(
     model: PreTrainedModel | PeftModel, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None
 ) -> Tensor:
-    """Return the cross entropy of each answer token in nats, row by row and without a gradient; see
+    """Return the cross entropy of each answer token in nats, row by row. It has no gradient; otherwise see
     `answer_loss`.
     """
     hidden, targets = _before_answers(model, input_ids, labels, position_ids, share_prefix=True)
@@ -155,7 +157,7 @@ def _before_answers(
     *,
     share_prefix: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return the hidden states at the positions before the answer tokens, and the answer tokens."""
+    """Return the hidden states at the positions that predict answer tokens, together with those tokens."""
     share_prefix = share_prefix and position_ids is None and _can_share(model)
     shared = shared_prefix(input_ids, labels) if share_prefix else 0
     cache = None
@@ -169,11 +171,11 @@ def _before_answers(
 
 
 def orthogonality_penalty(model: torch.nn.Module) -> Tensor | None:
-    """Return AdaLoRA's weighted regularisation, which PEFT adds only to the model's own loss, or None for other
-    adapters.
+    """Return AdaLoRA's weighted regularisation term, or None for other adapters. PEFT adds it only to the
+    model's own loss.
 
-    Its singular vectors are free matrices that are pulled towards orthogonality (Zhang et al. 2023, eq. 4).
-    PEFT's own code computes the penalty here, around a model that only returns a loss of 0.
+    AdaLoRA's singular vectors are free matrices that are pulled towards orthogonality (Zhang et al. 2023,
+    eq. 4). The penalty is computed by PEFT's own code, called on a model that only returns a loss of 0.
     """
     tuner = getattr(model, "base_model", None)
     if not isinstance(tuner, AdaLoraModel):
@@ -191,14 +193,14 @@ def _hidden_states(
     cache: DynamicCache | None,
     position_ids: Tensor | None,
 ) -> Tensor:
-    """Return the output head's inputs at the positions before learnt tokens, with shape [number of learnt
-    tokens, width].
+    """Return the inputs of the output head at the positions that predict learnt tokens, with shape [number of
+    learnt tokens, width].
 
-    `logits_to_keep` would score the same positions in all rows, up to ten times as many, because rows end at
-    different positions. The output of the head is not used here.
+    `logits_to_keep` would score the same positions in all rows. Because rows end at different positions,
+    that can be ten times as many. The output of the head is not used here.
 
     Args:
-        learnt: [batch, length - 1], true if the next token is learnt.
+        learnt: mask of shape [batch, length - 1], true where the next token is learnt.
     """
     selected: list[Tensor] = []
 
@@ -218,15 +220,15 @@ def _hidden_states(
 def _summed_cross_entropy(
     model: PreTrainedModel | PeftModel, hidden: Tensor, targets: Tensor, logits_at_once: int
 ) -> Tensor:
-    """Return the cross entropy summed over the given positions, in nats.
+    """Return the sum of the cross entropy over the given positions, in nats.
 
-    Long answers are scored in parts, and the logits of a part are computed again for its gradient, so that
-    the logits of all positions are never in memory together.
+    Long answers are scored in parts, and the logits of each part are recomputed for its gradient. This way,
+    the logits of all positions are never in memory at the same time.
 
     Args:
-        hidden: [positions, width], from `_hidden_states`.
-        targets: [positions], token ids.
-        logits_at_once: maximum number of logits in memory, positions times vocabulary.
+        hidden: hidden states of shape [positions, width], from `_hidden_states`.
+        targets: token ids of shape [positions].
+        logits_at_once: maximum number of logits in memory (positions times vocabulary).
     """
     size = max(1, logits_at_once // model.config.get_text_config().vocab_size)
     if len(hidden) <= size:
@@ -241,14 +243,14 @@ def _cross_entropy(model: PreTrainedModel | PeftModel, hidden: Tensor, targets: 
 
 
 def _logits(model: PreTrainedModel | PeftModel, hidden: Tensor) -> Tensor:
-    """Compute the logits with the model's own forward pass, since some models scale or cap logits, or scale
+    """Compute the logits with the model's own forward pass, because some models scale or cap logits or scale
     hidden states.
 
     Args:
-        hidden: [positions, width], from `_hidden_states`.
+        hidden: hidden states of shape [positions, width], from `_hidden_states`.
 
     Returns:
-        [positions, vocabulary], in float32.
+        The logits in float32, of shape [positions, vocabulary].
     """
     ignored = torch.zeros(1, 1, dtype=torch.long, device=hidden.device)
     with _forward_replaced(_decoder(model), _DecoderOutput(last_hidden_state=hidden.unsqueeze(dim=0))):
@@ -266,13 +268,13 @@ def _decoder(model: PreTrainedModel | PeftModel) -> torch.nn.Module:
 
 
 def _without_adapter(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """Return the underlying model, which contains the adapter's layers."""
+    """Return the underlying model without PEFT's wrapper. It still contains the adapter's layers."""
     base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
     return base
 
 
 class _DecoderOutput(MoeModelOutputWithPast):
-    """A decoder output that holds hidden states, and None for every other attribute."""
+    """A decoder output that contains only hidden states. Every other attribute is None."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
@@ -281,7 +283,7 @@ class _DecoderOutput(MoeModelOutputWithPast):
 
 @contextmanager
 def _forward_replaced(module: torch.nn.Module, output: Any) -> Iterator[None]:
-    """Make a module return the given output for every input during the `with` block."""
+    """Make a module return the given output for any input within the `with` block."""
     before = vars(module).get("forward")
     module.forward = lambda *args, **kwargs: output
     try:
@@ -293,12 +295,12 @@ def _forward_replaced(module: torch.nn.Module, output: Any) -> Iterator[None]:
 
 
 def shared_prefix(input_ids: Tensor, labels: Tensor) -> int:
-    """Return the length of the rows' common prefix that predicts no answer token, or 0 for one row or a short
-    prefix.
+    """Return the length of the rows' common prefix, up to the first position that predicts an answer token.
+    Return 0 if there is only one row or the prefix is short.
 
     Args:
-        input_ids: [batch, length].
-        labels: [batch, length], -100 at positions that are not learnt.
+        input_ids: token ids of shape [batch, length].
+        labels: tensor of shape [batch, length], with -100 at positions that are not learnt.
     """
     if len(input_ids) < 2:
         return 0
@@ -311,12 +313,14 @@ def shared_prefix(input_ids: Tensor, labels: Tensor) -> int:
 
 
 def _can_share(model: PreTrainedModel | PeftModel) -> bool:
-    """Return whether keys and values can be shared. Checkpointed layers cannot share them, because they run
-    without a cache.
+    """Return whether rows can share the keys and values of a prefix. This is not possible with gradient
+    checkpointing, which runs layers without a cache.
     """
     return not _without_adapter(model).is_gradient_checkpointing and keeps_all_keys(model.config)
 
 
 def keeps_all_keys(config: PreTrainedConfig) -> bool:
-    """Return whether all layers attend to all earlier positions, with no sliding window and no recurrent state."""
+    """Return whether every layer attends to all earlier positions, without a sliding window or a recurrent
+    state.
+    """
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)

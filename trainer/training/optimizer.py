@@ -14,7 +14,7 @@ _NAMES = {
 
 
 def choose_optimizer(optimizer: Optimizer, *, scaled: bool) -> str:
-    """Return the name of an optimizer in transformers.
+    """Return the name that transformers uses for an optimizer.
 
     Args:
         scaled: whether the loss is scaled, as in float16.
@@ -28,10 +28,10 @@ def choose_optimizer(optimizer: Optimizer, *, scaled: bool) -> str:
 def check_optimizer(optimizer: Optimizer, *, cuda: bool) -> None:
     """Raise RecipeError if an optimizer does not work on this machine.
 
-    On a CPU, bitsandbytes 0.50 silently replaces a paged optimizer by one that is not paged.
+    On a CPU, bitsandbytes 0.50 silently replaces a paged optimizer with one that is not paged.
 
     Raises:
-        RecipeError: the optimizer needs a GPU, or a package that is not installed.
+        RecipeError: the optimizer requires a GPU, or a package that is not installed.
     """
     if optimizer.is_paged and not cuda:
         unpaged = Optimizer.ADAMW_8BIT if optimizer.is_8bit else Optimizer.ADAMW

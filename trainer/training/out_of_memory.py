@@ -1,4 +1,4 @@
-"""Advice for when training runs out of memory: which setting to lower, and its new value.
+"""Gives advice when training runs out of memory: which setting to change, and its new value.
 
 Imports torch.
 """
@@ -15,7 +15,7 @@ from trainer.training.arguments import checkpoints_layers
 
 @contextmanager
 def advising_on_memory(recipe: Recipe) -> Iterator[None]:
-    """Turn an out-of-memory error in the `with` block into an error that names the setting to lower.
+    """Turn an out-of-memory error in the `with` block into an error that names the setting to change.
 
     Raises:
         TrainingError: training ran out of memory.
@@ -29,10 +29,11 @@ def advising_on_memory(recipe: Recipe) -> Iterator[None]:
 
 
 def out_of_memory(recipe: Recipe, error: Exception, *, checkpointing: bool) -> TrainingError | None:
-    """Return an error naming the cheapest change that helps, or None if the error is not about memory.
+    """Return an error that names the cheapest change that would help, or None if the given error is not about
+    memory.
 
     Args:
-        checkpointing: whether gradient checkpointing was enabled, by the recipe's setting or the machine's
+        checkpointing: whether gradient checkpointing was enabled, either in the recipe or by the machine's
             default.
     """
     message = str(error)
@@ -47,9 +48,7 @@ def out_of_memory(recipe: Recipe, error: Exception, *, checkpointing: bool) -> T
 
 
 def cheaper(recipe: Recipe, *, checkpointing: bool) -> str:
-    """Return advice on the next setting to change: settings that do not affect the result come first, the
-    method last.
-    """
+    """Return advice on which setting to change next. Settings that do not affect the result come first."""
     train = recipe.train
     if train.batch_size > 1:
         # With the largest divisor, a step has as many examples as before.

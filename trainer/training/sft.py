@@ -1,8 +1,8 @@
-"""Supervised fine-tuning, from chat examples and a base model to an adapter or a trained model.
+"""Supervised fine-tuning: turns chat examples and a base model into an adapter or a trained model.
 
-Only answers are learnt, including the token that ends them; all other turns are context. Independent of
-the source of the examples, of registered versions, and of the quality of the result. Imports torch and
-TRL.
+Only answers are learnt, including the token that ends them; all other turns are context. This module
+does not depend on where the examples come from, on registered versions, or on the quality of the result.
+Imports torch and TRL.
 """
 
 import logging
@@ -63,26 +63,26 @@ def train_model(
     *,
     number_type: NumberType,
 ) -> TrainingSummary:
-    """Train an adapter or the complete model, as the recipe says, and write it to `out` with the tokenizer's
-    files.
+    """Train an adapter or the complete model, depending on the recipe, and write it to `out` together with the
+    tokenizer's files.
 
-    An interrupted run resumes from its newest complete checkpoint, with the same result as an uninterrupted
-    run. A run that started in another number type is converted, with a message, and its result is nearly the
-    same.
+    An interrupted run resumes from its newest complete checkpoint and gives the same result as an
+    uninterrupted run. If the run started in another number type, it is converted, a message is printed, and
+    the result is nearly the same.
 
     Args:
         base: folder of the base model (trainer.base_model.resolve).
-        out: output folder, created if missing; receives adapter_config.json and adapter_model.safetensors,
-            or with full fine-tuning the complete model in bf16.
+        out: output folder, created if missing. It receives adapter_config.json and adapter_model.safetensors
+            or, with full fine-tuning, the complete model in bf16.
         checkpoints: folder of this run's checkpoints.
         report: callback for the loss curve.
-        number_type: number type of the matrix products; trained weights are always in float32.
+        number_type: number type of the matrix products. Trained weights are always in float32.
 
     Raises:
         DataError: an example is longer than `train.max_length` or than the engine accepts, is rejected by
             the chat template, or contains a token without an embedding row.
-        DiskSpaceError: not enough disk space for a checkpoint.
-        InterruptedRunError: a signal arrived, and a checkpoint was written.
+        DiskSpaceError: there is not enough disk space for a checkpoint.
+        InterruptedRunError: a signal was received, and a checkpoint was written.
         TrainingError: the loss or a weight is not finite, the loss explodes, or memory runs out.
     """
     tokenizer = load_tokenizer(base)
@@ -108,11 +108,11 @@ def train_model(
 
 
 def run_trainer(trainer: ResumableTrainer, stopping: Stopping, asked: Preemption, number_type: NumberType) -> float:
-    """Train to the end, from the newest checkpoint if there is one, and return the seconds spent in this
+    """Train to the end, resuming from the newest checkpoint if there is one. Return the seconds spent in this
     process.
 
     Raises:
-        InterruptedRunError: a signal arrived, and a checkpoint was written.
+        InterruptedRunError: a signal was received, and a checkpoint was written.
         TrainingError: a trained weight is not finite, or the run diverges.
     """
     newest = trainer.checkpoints.newest()
@@ -155,7 +155,7 @@ def run_trainer(trainer: ResumableTrainer, stopping: Stopping, asked: Preemption
 
 
 def summarize(trainer: ResumableTrainer, seconds: float, *, kept_best: bool) -> TrainingSummary:
-    """Return the summary of a training run."""
+    """Return a summary of a finished training run."""
     state = trainer.state
     tokens = int(state.num_input_tokens_seen)
     here = tokens - int(getattr(trainer, "_initial_num_input_tokens_seen", tokens))
@@ -191,13 +191,16 @@ def build_trainer(
     curve: HeldoutCurve | None = None,
     load: Callable[[Path, ModelForm], PreTrainedModel] = load_model,
 ) -> ResumableTrainer:
-    """Build the trainer of a run. Trained weights are in float32, because Adam's small steps vanish in 16 bits.
+    """Build the trainer for a run. Trained weights are kept in float32, because Adam's small steps vanish in 16
+    bits.
 
     Args:
         examples: the rows of each training example.
-        heldout: examples measured during training, as the recipe says or as the run can afford.
-        curve: other examples to measure during training, with the steps, or None to use those in `heldout`.
-        load: loads the base's weights.
+        heldout: examples whose loss is measured during training, as often as the recipe says or the run can
+            afford.
+        curve: other examples to measure during training, and the steps at which to do so, or None to use
+            `heldout`.
+        load: function that loads the base's weights.
     """
     acceleration = choose_acceleration(machine_facts(), flash=takes_flash_attention(base))
     if recipe.train.neftune_alpha is not None:  # its noise is scaled by the length of a row
@@ -249,14 +252,14 @@ def build_trainer(
 
 
 def _trained_tokens(rows: list[TokenizedExample], dataset_rows: int, steps: int, train: Train) -> float:
-    """Return the approximate total number of tokens over all steps."""
+    """Return the approximate number of tokens processed in all steps together."""
     in_a_step = min(train.batch_size * train.gradient_accumulation, dataset_rows)
     return steps * in_a_step / dataset_rows * sum(len(row.input_ids) for row in rows)
 
 
 def save_model(trainer: ResumableTrainer, tokenizer: PreTrainedTokenizerBase, out: Path, *, full: bool) -> None:
-    """Write the trained adapter, or with `full` the complete model in bf16, together with the tokenizer's
-    files.
+    """Write the trained adapter together with the tokenizer's files. With `full`, write the complete model in
+    bf16 instead of an adapter.
     """
     model = trainer.model
     if full:

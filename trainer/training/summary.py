@@ -1,4 +1,4 @@
-"""Input data and summary of a training run. Does not import torch."""
+"""Input data and summary of a training run. This module does not import torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ class TrainingSummary:
 
     Attributes:
         steps: number of optimizer steps.
-        tokens: number of prompt and answer tokens seen, without padding.
+        tokens: number of prompt and answer tokens processed, without padding.
         tokens_per_second: speed in the process that finished the run.
-        seconds: time of the steps in the process that finished the run, without loading.
+        seconds: time spent on training steps in the process that finished the run, without loading.
         best_step: the step whose weights were kept as the best, or None if the last weights were kept.
-        points: every step, with held-out loss if it was measured.
-        peak_memory: peak bytes of GPU memory, or of the process on a CPU, until the end of training.
+        points: one point per step, with held-out loss if it was measured.
+        peak_memory: peak memory in bytes until the end of training: of the GPU or, on a CPU, of the process.
         estimated_memory, estimated_seconds: the estimates made before the run.
     """
 
@@ -35,10 +35,10 @@ class TrainingSummary:
 
 @dataclass(frozen=True, slots=True)
 class TrainingData:
-    """Examples to learn, and held-out examples whose loss is measured during training.
+    """Training examples, and held-out examples whose loss is measured during training.
 
     Attributes:
-        served_length: maximum length in tokens of an example that can be served, or None if no format will
+        served_length: maximum length of an example that can be served, in tokens, or None if no format will
             be served.
     """
 

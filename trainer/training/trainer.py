@@ -1,9 +1,9 @@
-"""A trainer whose run can be interrupted at any moment and resumed with the same result.
+"""Trainer whose runs can be interrupted at any moment and resumed with the same result.
 
 A checkpoint contains everything that the next step depends on: trained weights, optimizer, schedule,
 random number state, position in the data, the losses so far, AdaLoRA's allocator, and in float16 the
-scale of the loss. It names the number type of its computation; trained weights are always in float32, so
-that a machine with another number type can resume it. Imports torch and TRL.
+scale of the loss. It also records the number type in which it was computed. Trained weights are always
+in float32, so a machine with another number type can resume from it. Imports torch and TRL.
 """
 
 import hashlib
@@ -37,15 +37,17 @@ _NUMBER_TYPE = "number_type"  # in the header of the weights' file
 
 
 class ResumableTrainer(AnswerTrainer):
-    """`AnswerTrainer` with complete checkpoints, a data order without hidden state, and held-out loss.
+    """`AnswerTrainer` with complete checkpoints, a data order that has no hidden state, and measurements of
+    held-out loss.
 
     Args:
         checkpoints: folder of the checkpoints.
-        number_type: number type of the computation in this process.
-        heldout: rows in the form of the training rows; empty if held-out loss is not measured.
+        number_type: number type used for computation in this process.
+        heldout: held-out rows in the same form as the training rows. Empty if held-out loss is not measured.
         heldout_schedule: steps at which held-out loss is measured, or None for never.
-        allocation: AdaLoRA's rank allocation, which has its own state.
-        preemption: its signals interrupt a step, or a measurement of held-out loss, in the middle.
+        allocation: AdaLoRA's rank allocation, whose state is part of a checkpoint.
+        preemption: source of the signals that interrupt a step or a measurement of held-out loss in the
+            middle.
     """
 
     def __init__(
@@ -74,7 +76,7 @@ class ResumableTrainer(AnswerTrainer):
             self.add_callback(allocation)
 
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
-        """Return the mean loss per token of the held-out answers, in nats. Draws no random numbers."""
+        """Return the mean loss per token of the held-out answers, in nats. No random numbers are drawn."""
         with self._preemption.interruptible():
             sums = self.loss_sums(self._heldout)
         tokens = [answer_tokens(row) for row in self._heldout]
@@ -89,10 +91,10 @@ class ResumableTrainer(AnswerTrainer):
         return figures
 
     def loss_sums(self, examples: Sequence[dict[str, Any]]) -> list[float]:
-        """Return the loss of each example, summed over its answer tokens. Draws no random numbers.
+        """Return the loss of each example, summed over its answer tokens. No random numbers are drawn.
 
         Args:
-            examples: rows in the form of the training rows, sorted so that neighbours have similar lengths.
+            examples: rows in the same form as the training rows, sorted so that neighbours have similar lengths.
         """
         self.model.eval()
         sums: list[float] = []
@@ -109,17 +111,19 @@ class ResumableTrainer(AnswerTrainer):
         return sums
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log metrics, adding the speed of the step to its loss."""
+        """Log metrics. If they include a step's loss, the speed of the step is added."""
         if LOSS in logs:
             logs[TOKENS_PER_SECOND] = self._step_start.tokens_per_second
         super().log(logs, start_time)
 
     def training_step(self, *args: Any, **options: Any) -> torch.Tensor:
-        """Run a batch forward and backward. Of the state in a checkpoint, only the random number state changes.
+        """Run a batch forward and backward. Of the state that a checkpoint contains, this changes only the random
+        number state.
 
         Raises:
-            StepAbandoned: a signal arrived.
-            NoStepLeftError: a missed measurement, repeated before this step, ended the run.
+            StepAbandoned: a signal was received.
+            NoStepLeftError: a missed measurement of held-out loss was made up for before this step, and it ended
+                the run.
         """
         if self.control.should_training_stop:
             raise NoStepLeftError
@@ -127,8 +131,8 @@ class ResumableTrainer(AnswerTrainer):
             return super().training_step(*args, **options)
 
     def save_step_start(self) -> None:
-        """Write a checkpoint of the state before the abandoned step, unless it exists or this process has taken no
-        step.
+        """Save a checkpoint of the state before the abandoned step, unless that checkpoint already exists or this
+        process has not completed any steps.
         """
         if self._saved_step != self.state.global_step and self._step_start.restore(self.state):
             self._save_checkpoint(self.model, None)
@@ -137,7 +141,7 @@ class ResumableTrainer(AnswerTrainer):
         """Load the trained weights and AdaLoRA's ranks from a checkpoint.
 
         Raises:
-            IntegrityError: the checkpoint belongs to another model.
+            IntegrityError: the checkpoint belongs to a different model.
         """
         trained = self._trained()
         saved = load_file(checkpoint / _WEIGHTS)
@@ -157,10 +161,10 @@ class ResumableTrainer(AnswerTrainer):
         return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
 
     def check_finite(self) -> None:
-        """Raise TrainingError if a trained weight is not finite.
+        """Check that all trained weights are finite.
 
         Raises:
-            TrainingError: names the weight.
+            TrainingError: a trained weight is not finite; the message names it.
         """
         for name, weight in self._trained().items():
             if not torch.isfinite(weight).all():
@@ -186,7 +190,7 @@ class ResumableTrainer(AnswerTrainer):
         self.load_weights(Path(resume_from_checkpoint))
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        """Load the loss scale, unless this process does not scale the loss."""
+        """Load the loss scale from a checkpoint, unless this process does not scale the loss."""
         if self.accelerator.scaler is not None:
             super()._load_scaler(checkpoint)
 
@@ -197,17 +201,17 @@ class ResumableTrainer(AnswerTrainer):
 
 
 def answer_tokens(row: dict[str, Any]) -> int:
-    """Return the number of tokens in a row that are learnt or evaluated."""
+    """Return the number of tokens in a row that are trained on or evaluated."""
     return sum(label != IGNORED for label in row["labels"])
 
 
 class NoStepLeftError(Exception):
-    """Raised when the run is complete but transformers starts another step."""
+    """Raised when transformers starts another step although the run is complete."""
 
 
 class _StepStart(TrainerCallback):
-    """Stores the random state and token count at the start of a step, for a checkpoint, and measures the step's
-    speed.
+    """Stores the random state and token count at the start of each step, from which a checkpoint of that state
+    can be saved. Also measures the speed of steps.
     """
 
     def __init__(self) -> None:
@@ -221,14 +225,16 @@ class _StepStart(TrainerCallback):
         self._tokens_before, self._began = int(state.num_input_tokens_seen), time.monotonic()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Store the random state and token count for the next step."""
+        """Store the random state and token count, which are those at the start of the next step."""
         on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         self._random = random.getstate(), np.random.get_state(), torch.get_rng_state(), on_gpus
         self._tokens = int(state.num_input_tokens_seen)
         self.tokens_per_second = (self._tokens - self._tokens_before) / max(time.monotonic() - self._began, 1e-9)
 
     def restore(self, state: TrainerState) -> bool:
-        """Restore the state at the start of the step, and return false if this process has taken no step."""
+        """Restore the random state and token count from the start of the step. Return False if this process has not
+        completed any steps.
+        """
         if self._random is None:
             return False
         python_state, numpy_state, torch_state, on_gpus = self._random
@@ -242,7 +248,7 @@ class _StepStart(TrainerCallback):
 
 
 def hear_signals_between_layers(model: torch.nn.Module) -> None:
-    """Let Python handle signals after each layer of a backward pass, which would otherwise be a single
+    """Let Python handle signals after each layer of a backward pass. The pass would otherwise be a single
     uninterruptible call.
     """
     names = set(getattr(model, "_no_split_modules", None) or ())
@@ -258,7 +264,7 @@ def hear_signals_between_layers(model: torch.nn.Module) -> None:
 
 
 def number_type_of(checkpoint: Path) -> NumberType:
-    """Return the number type with which a checkpoint was computed."""
+    """Return the number type in which a checkpoint was computed."""
     with safe_open(checkpoint / _WEIGHTS, framework="pt") as file:
         # Checkpoints without this entry were computed in bfloat16.
         return NumberType((file.metadata() or {}).get(_NUMBER_TYPE, NumberType.BFLOAT16))

@@ -1,7 +1,7 @@
 """Trains only to measure held-out loss, without merging or serving anything. Imports torch and TRL.
 
-A trial computes bit for bit the same as `train_model` with the same recipe, even after earlier trainings
-in the same process.
+A trial gives bit for bit the same result as `train_model` with the same recipe, even after other
+training runs in the same process.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,9 +26,9 @@ from trainer.training.sft import build_trainer, run_trainer, save_model, summari
 from trainer.training.trainer import ResumableTrainer, answer_tokens
 
 _MEASUREMENTS = 3
-"""Number of measurements of the watched examples, one after each third of the steps."""
+"""Number of times that the watched examples are measured in a trial: once after each third of the steps."""
 _STOPPING = Stopping(curve=False)
-"""Stopping settings that replace the recipe's section `stopping` in a trial."""
+"""Settings that replace the recipe's `stopping` section in a trial."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +37,8 @@ class TrialData:
 
     Attributes:
         train: the rows of each training example.
-        watched: held-out examples that are measured during training.
-        judged: held-out examples that are measured after training, sorted by length.
+        watched: held-out examples whose loss is measured during training.
+        judged: held-out examples whose loss is measured after training, sorted by length.
     """
 
     train: Sequence[Sequence[TokenizedExample]]
@@ -52,8 +52,8 @@ class TrialRun:
 
     Attributes:
         steps: number of optimizer steps.
-        heldout_each: loss of each judged example, in nats per answer token.
-        points: every step, with the losses of the watched examples.
+        heldout_each: loss of each example in `TrialData.judged`, in nats per answer token.
+        points: one point per step, with the losses of the watched examples if they were measured.
     """
 
     steps: int
@@ -71,17 +71,17 @@ def train_trial(
     number_type: NumberType,
     adapter: Path | None = None,
 ) -> TrialRun:
-    """Train with the recipe, ignoring its section `stopping`, then measure the loss of each judged example.
+    """Train with the recipe, ignoring its `stopping` section, and then measure the loss of each judged example.
 
-    Resumes from the newest checkpoint, if there is one.
+    Training resumes from the newest checkpoint if there is one.
 
     Args:
-        checkpoints: folder for this trial's checkpoints only.
-        report: callback for losses; any exception that it raises stops the trial.
-        adapter: folder for the trained adapter, or None to write none.
+        checkpoints: folder for checkpoints, which must be used by this trial only.
+        report: callback for losses. Any exception that it raises stops the trial.
+        adapter: folder to which the trained adapter is written, or None to discard it.
 
     Raises:
-        InterruptedRunError: a signal arrived, and a checkpoint was written.
+        InterruptedRunError: a signal was received, and a checkpoint was written.
         TrainingError: the loss or a weight is not finite, the loss explodes, or memory runs out.
     """
     with _open(base, data, recipe, checkpoints, report, number_type) as (trainer, asked):
@@ -106,7 +106,7 @@ def untrained_losses(
     """Return the untrained model's loss on each judged example.
 
     Raises:
-        InterruptedRunError: a signal arrived.
+        InterruptedRunError: a signal was received.
     """
     with _open(base, data, recipe, folder, None, number_type) as (trainer, asked):
         try:

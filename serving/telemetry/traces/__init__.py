@@ -1,4 +1,4 @@
-"""Request traces with OpenTelemetry.
+"""Request tracing with OpenTelemetry.
 
-`request_trace` does not load the SDK. Import the other modules only if tracing is on.
+`request_trace` does not load the SDK. Import the other modules only if tracing is enabled.
 """

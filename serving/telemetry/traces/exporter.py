@@ -1,7 +1,7 @@
 """Send spans to a receiver via OTLP over HTTP, using the SDK's own exporter.
 
-Headers with secrets come from the standard environment variables, which the SDK reads itself. They are checked here
-first, because the SDK would log the value of a malformed header.
+Headers that contain secrets come from the standard environment variables, which the SDK reads itself. They
+are checked here first, because the SDK would log the value of a malformed header.
 """
 
 import logging
@@ -21,13 +21,13 @@ _LOGGER = "opentelemetry.exporter.otlp.proto.http.trace_exporter"
 _LOG_EVERY_S = 60.0
 _PATH = "/v1/traces"
 _HEADER = re.compile(r"[ \t]*[!#$%&'*+.^_`|~0-9A-Za-z-]+[ \t]*=([\x20!#-+\x2d-:<-\[\]-~]*)")
-"""A `name=value` header as parsed by the SDK. The value is percent-encoded, or at least contains no `"`,
-`,`, `;` or `\\`."""
+"""Pattern of a `name=value` header as parsed by the SDK. The value is percent-encoded, or at least contains no
+`"`, `,`, `;` or `\\`."""
 _VALUE = re.compile(r"[\t -~]*")
 
 
 class LogLimit(logging.Filter):
-    """Logging filter that passes one record per minute, no matter how many batches a receiver rejects.
+    """Logging filter that passes at most one record per minute, no matter how many batches a receiver rejects.
 
     Args:
         clock: function that returns monotonic time, in seconds.
@@ -54,7 +54,7 @@ def otlp_exporter(endpoint: str) -> SpanExporter:
     """Return the SDK's OTLP exporter for a receiver.
 
     Args:
-        endpoint: the receiver's base URL, or its URL for traces.
+        endpoint: the receiver's base URL, or its traces URL.
 
     Raises:
         SettingsError: an environment variable that holds headers is malformed.
@@ -66,7 +66,7 @@ def otlp_exporter(endpoint: str) -> SpanExporter:
 
 
 def traces_url(endpoint: str) -> str:
-    """Return the URL for traces, derived from the receiver's base URL as the standard defines it."""
+    """Return the traces URL for a receiver's base URL, derived as the OTLP standard specifies."""
     base = endpoint.rstrip("/")
     return base if base.endswith(_PATH) else base + _PATH
 

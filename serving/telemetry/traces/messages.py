@@ -1,7 +1,7 @@
-"""Prompts and answers in the format of the GenAI conventions: messages with a role and typed parts.
+"""Convert prompts and answers to the format of the GenAI conventions, in which messages have a role and typed parts.
 
-They are made from the redacted content of the request log: the prompt as JSON in its route's format, and
-the answer as text.
+The input is redacted content from the request log: the prompt as JSON in its route's format, and the answer
+as text.
 """
 
 import json
@@ -11,10 +11,10 @@ from svc.dataset.schema.tool_calls import split_calls
 
 
 def input_messages(prompt: str) -> str:
-    """Return the JSON of a prompt's messages.
+    """Return a prompt's messages as JSON.
 
     Args:
-        prompt: JSON of messages or of a plain completion's texts.
+        prompt: JSON of chat messages, or of a plain completion's texts.
     """
     turns = json.loads(prompt)
     turns = turns if isinstance(turns, list) else [turns]
@@ -22,7 +22,10 @@ def input_messages(prompt: str) -> str:
 
 
 def output_messages(answer: str, finish_reason: str | None) -> str:
-    """Return the JSON of a list with the answer's single message, which has no parts if the answer is empty."""
+    """Return a JSON list that contains the answer as its only message.
+
+    If the answer is empty, the message has no parts.
+    """
     text, calls = split_calls(answer)
     parts = [*([_text(text)] if text else []), *(_call(None, name, arguments) for name, arguments in calls)]
     return _json([{"role": "assistant", "parts": parts, "finish_reason": finish_reason or "error"}])
@@ -47,7 +50,10 @@ def _role(item: dict[str, Any]) -> str:
 
 
 def _part(part: Any) -> dict[str, Any]:
-    """Return a text, tool call or tool result in the conventions' format. Other parts remain unchanged."""
+    """Return a message part in the conventions' format.
+
+    Texts, tool calls and tool results are converted. Other parts are returned unchanged.
+    """
     if not isinstance(part, dict):
         return _text(str(part))
     match part.get("type"):
@@ -79,5 +85,5 @@ def _result(id: Any, response: Any) -> dict[str, Any]:
 
 
 def _json(messages: list[dict[str, Any]]) -> str:
-    """Return the messages as JSON without lone surrogates, one of which would make a whole span batch fail."""
+    """Return the messages as JSON without lone surrogates, because a single one would fail a batch of spans."""
     return json.dumps(messages, ensure_ascii=False).encode("utf-8", "replace").decode("utf-8")

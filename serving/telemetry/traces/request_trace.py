@@ -1,6 +1,6 @@
-"""The position of a request in its trace, and those values of its span that are not in the request's row.
+"""A request's position in its trace, and those span values that are not part of the request's log row.
 
-It is created and filled in on the event loop, so it has only plain values, and another thread builds the
+It is created and filled in on the event loop, so it contains only plain values. Another thread builds the
 span later. This module imports nothing from OpenTelemetry.
 """
 
@@ -19,22 +19,22 @@ class SpanDropped(StrEnum):
     SEND_FAILED = "send_failed"
     """The receiver could not be reached, or rejected the span."""
     CONTENT_LIMIT = "content_limit"
-    """The span is sent without its prompt and answer, because too much content is queued."""
+    """The span was sent without its prompt and answer, because too much content was queued."""
 
 
 @dataclass(slots=True)
 class RequestTrace:
-    """The ids and start time of a request's span and, once the request has ended, the gateway's own values.
+    """Trace data of a request: the ids and start time of its span, plus values that are set when the request ends.
 
     Attributes:
         parent_id: id of the client's span, or None if the trace begins here.
         state: the client's `tracestate`, or an empty string if it is missing or invalid.
         sampled: whether the span is sent.
         started_ns: arrival time of the request, in nanoseconds since 1970.
-        ended_ns: end time of the request, in nanoseconds since 1970. The duration is measured by the
-            monotonic clock, so that no span is negative.
-        model: the model name that the client sent if that model is served, otherwise None.
-        stream: whether the client wants server-sent events, or None if this is unknown.
+        ended_ns: end time of the request, in nanoseconds since 1970. The duration is measured with the
+            monotonic clock, so it is never negative.
+        model: the model name sent by the client, or None if that model is not served.
+        stream: whether the client requested server-sent events, or None if unknown.
         queue_s: time spent waiting for admission, in seconds.
         overhead_s: the gateway's own time before the answer began, in seconds, or None if no answer began.
     """
@@ -54,12 +54,12 @@ class RequestTrace:
 
     @property
     def header_lines(self) -> str:
-        """Header lines, including line ends, that make the engine's span a child of this one."""
+        """Header lines, including line ends, that make the engine's span a child of this request's span."""
         parent = f"traceparent: 00-{self.trace_id:032x}-{self.span_id:016x}-{self.sampled:02x}\r\n"
         return f"{parent}tracestate: {self.state}\r\n" if self.state else parent
 
     def end(self, *, model: str | None, stream: bool | None, queue_s: float, overhead_s: float | None) -> None:
-        """Set the values that become known when the request ends, which is now."""
+        """Set the values that are known once the request has ended, and record the current time as its end."""
         self.ended_ns = self.started_ns + time.perf_counter_ns() - self._began_ns
         self.model, self.stream, self.queue_s, self.overhead_s = model, stream, queue_s, overhead_s
 
@@ -67,11 +67,11 @@ class RequestTrace:
 class SpanSink(Protocol):
     """Builds and sends the spans of completed requests.
 
-    It is called in the thread that writes rows, and never waits.
+    Its methods are called in the thread that writes rows, and never wait.
     """
 
     def add(self, trace: RequestTrace, record: RequestRecord) -> None:
-        """Add a request, including its redacted content if that is stored."""
+        """Add a completed request's span. `record` includes the redacted content, if content is stored."""
 
     def drop(self) -> None:
         """Count a span that was lost."""

@@ -1,8 +1,8 @@
-"""Builds the span for a finished request, following OpenTelemetry's GenAI and HTTP conventions.
+"""Build the span for a finished request, following OpenTelemetry's GenAI and HTTP conventions.
 
-Attribute names are written as literals: the conventions package has deprecated the GenAI names, which
-moved to a separate repository (open-telemetry/semantic-conventions-genai) that has not been packaged
-yet. Attributes that the conventions do not define begin with `tuneserve.`.
+Attribute names are written as literals. The conventions package has deprecated the GenAI names, which were
+moved to a separate repository (open-telemetry/semantic-conventions-genai) that has not been packaged yet.
+Attributes that the conventions do not define begin with `tuneserve.`.
 """
 
 from http import HTTPStatus
@@ -26,19 +26,19 @@ def operation(record: RequestRecord) -> str:
 
 
 def span_name(record: RequestRecord) -> str:
-    """Return the span's name, which is one of a bounded set."""
+    """Return the span's name, which comes from a bounded set."""
     return f"{operation(record)} {record.model}"
 
 
 def span_status(record: RequestRecord) -> Status:
-    """Return an error status if the server is at fault. Client errors and disconnects are not server errors."""
+    """Return an error status if the server is at fault. Client errors and disconnects do not count as errors."""
     if record.outcome in _SERVER_FAULTS or record.status >= 500:
         return Status(StatusCode.ERROR, record.reason)
     return Status(StatusCode.UNSET)
 
 
 def span_attributes(trace: RequestTrace, record: RequestRecord) -> dict[str, AttributeValue]:
-    """Return all known span attributes for a request."""
+    """Return all span attributes that are known for a request."""
     # No status was sent to a client that left before its answer began.
     sent = record.outcome is not RequestOutcome.CLIENT_GONE or record.status == HTTPStatus.OK
     attributes: dict[str, AttributeValue | None] = {

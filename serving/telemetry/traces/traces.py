@@ -1,8 +1,8 @@
-"""Request traces: begins each trace and sends the span of each finished request to the receiver.
+"""Trace requests: begin a span for each request, and send it to the receiver when the request has finished.
 
-Nothing here waits for the receiver. Spans that arrive faster than it accepts them are dropped and
-counted, and so is span content beyond the queue's limit. OpenTelemetry's own code handles malformed
-Trace Context headers.
+Nothing here waits for the receiver. If spans arrive faster than the receiver accepts them, they are dropped
+and counted, and so is content beyond the queue's limit. OpenTelemetry's own code handles malformed Trace
+Context headers.
 """
 
 import logging
@@ -32,19 +32,18 @@ MAX_QUEUED = 4096
 MAX_QUEUED_CONTENT = 64 * 2**20
 """Maximum total number of characters in queued prompts and answers."""
 _BATCH = 64
-"""Maximum number of spans sent to the receiver in one request. Serializing them takes 5 ms, which is
-Python's switch interval; with more spans, the event loop would have to wait several times."""
+"""Maximum number of spans sent to the receiver in one request. Serializing this many takes 5 ms, which is
+Python's switch interval. With more spans, the event loop would have to wait several times."""
 _EVERY_MS = 2000
 _CLOSE_S = 5.0
 _PARENT, _STATE = b"traceparent", b"tracestate"
 
 
 class Tracer:
-    """Begins or continues traces: each span is a child of the client's span, or starts a trace.
+    """Begins a span for each request, either as a child of the client's span or as the start of a new trace.
 
     Args:
-        sample_share: fraction of the traces begun here that are sampled; for a client's trace, the client
-            decides.
+        sample_share: fraction of new traces that are sampled. For a client's trace, the client decides.
     """
 
     def __init__(self, sample_share: float) -> None:
@@ -55,7 +54,7 @@ class Tracer:
         logging.getLogger("opentelemetry.trace").setLevel(logging.ERROR)
 
     def begin(self, headers: Sequence[tuple[bytes, bytes]]) -> RequestTrace:
-        """Begin the span of a new request, in the client's trace if it has one, otherwise in a new trace."""
+        """Begin a span for a request, in the client's trace if the request names one, otherwise in a new trace."""
         parent = self._parent(headers)
         span_id = self._ids.generate_span_id()
         if parent is not None:
@@ -78,17 +77,17 @@ class Tracer:
 
 @dataclass(eq=False)
 class Traces(SpanExporter):
-    """Begins traces and sends the spans of finished requests.
+    """Begins a trace span for each request, and sends the spans of finished requests.
 
     Spans are built when a request ends and are put into the SDK's queue. This class acts as that queue's
-    exporter, so that it can count each batch on its way to the receiver.
+    exporter in order to count each batch on its way to the receiver.
 
     Attributes:
-        exporter: sends batches.
-        sample_share: fraction of the traces begun here that are sampled.
+        exporter: exporter that sends the batches.
+        sample_share: fraction of new traces that are sampled.
         release: this server's release.
-        on_sent: called with the number of spans that the receiver accepted.
-        on_dropped: called with the reason and the number of spans lost.
+        on_sent: function called with the number of spans that the receiver accepted.
+        on_dropped: function called with the reason and the number of spans that were lost.
     """
 
     exporter: SpanExporter
@@ -116,7 +115,10 @@ class Traces(SpanExporter):
         )
 
     def add(self, trace: RequestTrace, record: RequestRecord) -> None:
-        """Queue a finished request's span, or drop and count it. The SDK alone would silently drop the oldest one."""
+        """Queue a finished request's span. If the queue is full, the span is dropped and counted.
+
+        On its own, the SDK would silently drop the oldest span.
+        """
         limits = self._limits
         attributes = BoundedAttributes(
             limits.max_span_attributes,
@@ -159,7 +161,7 @@ class Traces(SpanExporter):
         self.on_dropped(SpanDropped.QUEUE_FULL, 1)
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        """Send a batch, or drop it once the SDK's attempts are used up. Called in the thread of the SDK's queue."""
+        """Send a batch of spans, or drop it if the SDK's attempts fail. Called in the thread of the SDK's queue."""
         result = SpanExportResult.FAILURE
         try:
             result = self.exporter.export(spans)
@@ -174,13 +176,13 @@ class Traces(SpanExporter):
         return result
 
     def shutdown(self) -> None:
-        """Stop waiting between attempts; any later batch is dropped immediately."""
+        """Stop waiting between attempts. Any later batch is dropped immediately."""
         if not self._ended:
             self._ended = True
             self.exporter.shutdown()
 
     def close(self, timeout_s: float = _CLOSE_S) -> None:
-        """Send the queued spans and stop. Spans not accepted within `timeout_s` are lost and counted."""
+        """Send the queued spans, then stop. Spans that are not accepted within `timeout_s` are lost and counted."""
         # The SDK's own limit is half a minute, and cannot be set.
         ending = threading.Thread(target=self._processor.shutdown, name="traces-end", daemon=True)
         ending.start()

@@ -1,1 +1,1 @@
-"""Data set checks: texts, labels, duplicates and leaks."""
+"""Checks of a data set for problems with its texts, labels, duplicates and leaks."""

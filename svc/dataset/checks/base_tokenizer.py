@@ -1,7 +1,7 @@
-"""A base model's tokenizer and chat template: its special tokens, and the token count of an example.
+"""A base model's tokenizer and chat template, which provide its special tokens and count an example's tokens.
 
-The whole conversation is counted, including the template's text after the last answer (usually a line
-end), which training leaves out.
+The whole conversation is counted, including the template's text after the last answer (usually a line end),
+which is excluded from training.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ class BaseTokenizer:
     """The tokenizer and chat template in the folder of a model to be trained.
 
     Attributes:
-        special_tokens: texts of the tokens that an example should not contain.
+        special_tokens: special tokens, as text, that an example should not contain.
 
     Raises:
         DataError: the folder has no readable tokenizer, or no chat template.
@@ -46,7 +46,7 @@ class BaseTokenizer:
         self.special_tokens = [token.content for token in added if token.special]
 
     def count(self, example: ChatExample) -> int:
-        """Return the number of tokens in a conversation, including its tools.
+        """Return the number of tokens in a conversation, including its tool definitions.
 
         Raises:
             RowError: the chat template rejects the conversation.

@@ -1,8 +1,8 @@
-"""Checks data files line by line, before any model is loaded.
+"""Check data files line by line, before any model is loaded.
 
-Errors are lines that cannot be trained on. Warnings are lines that a person should check. Files are
-streamed: about 200 bytes per example stay in memory, but never its text. Checks that need all examples
-(copies, leaks, labels) run at the end.
+Lines that cannot be trained on are errors. Lines that a person should check are warnings. Files are
+streamed, keeping about 200 bytes per example in memory but never its text. Checks that need all examples
+(duplicates, leaks, labels) run at the end.
 """
 
 from array import array
@@ -35,13 +35,13 @@ OnRead = Callable[[int], None]
 
 @dataclass(slots=True)
 class DataReport:
-    """Examples and problems found in one file.
+    """Examples and problems found in a data file.
 
     Attributes:
-        lengths: total number of characters of each valid example.
-        tokens: number of tokens of each valid example; empty if they were not counted.
-        answers: how often each final answer occurs; incomplete if there are too many different answers to be
-            labels.
+        lengths: number of characters in each valid example.
+        tokens: number of tokens in each valid example. Empty if tokens were not counted.
+        answers: how often each final answer occurs. Incomplete if there are too many different answers for them
+            to be labels.
     """
 
     file: str
@@ -54,12 +54,12 @@ class DataReport:
 
     @property
     def median_characters(self) -> int:
-        """Median length of an example in characters, or 0 if there are no examples."""
+        """Median length of the examples in characters, or 0 if there are no examples."""
         return _median(self.lengths)
 
     @property
     def median_tokens(self) -> int:
-        """Median length of an example in tokens, or 0 if tokens were not counted."""
+        """Median length of the examples in tokens, or 0 if tokens were not counted."""
         return _median(self.tokens)
 
     @property
@@ -68,7 +68,7 @@ class DataReport:
         return few_labels(self.answers, self.examples) or None
 
     def add(self, line: int, code: Code, message: str, where: str = "") -> None:
-        """Add a problem to the report."""
+        """Add a problem with a line to the report."""
         self.problems.add(self.file, line, code, message, where)
 
 
@@ -84,18 +84,18 @@ def check_files(
     base: BaseTokenizer | None = None,
     on_read: OnRead = lambda position: None,
 ) -> list[DataReport]:
-    """Check all files and report every problem.
+    """Check all data files and report every problem.
 
     Args:
-        paths: files to be trained on together.
-        heldout: files with held-out examples; training on any of these would invalidate all later metrics.
+        paths: files that will be trained on together.
+        heldout: files with held-out examples. Training on any of them would invalidate all later metrics.
         max_length: maximum number of tokens per example.
-        base: tokenizer that counts tokens and adds its special tokens to the known ones, or None to estimate
-            token counts.
-        on_read: called with the number of bytes read so far, over all files.
+        base: tokenizer used to count tokens and to find special tokens in addition to the known ones, or None
+            to estimate token counts.
+        on_read: function called with the number of bytes read so far, over all files.
 
     Returns:
-        One report for each of `paths`, then one for each held-out file. Copies are reported only for
+        One report for each of `paths`, then one for each held-out file. Duplicates are reported only for
         `paths`.
 
     Raises:
@@ -120,16 +120,16 @@ def check_files(
 
 
 def shared_prompts(examples: Sequence[ChatExample], others: Sequence[ChatExample]) -> list[int]:
-    """Return the indices of the examples that share a prompt with `others`, ignoring spacing and case.
+    """Return the indices of examples that share a prompt with `others`, ignoring whitespace and case.
 
-    The prompts of an example's earlier answers count too, because those answers may be trained on.
+    The prompts of an example's earlier answers are compared too, because those answers may be trained on.
     """
     prompts = {normal_prompt(other) for other in others}
     return [index for index, example in enumerate(examples) if not prompts.isdisjoint(answered_prompts(example))]
 
 
 class _LineChecks:
-    """Runs the checks that need only one line, and adds the problems they find to a report."""
+    """Runs the checks that look at a single line, and adds the problems that they find to a report."""
 
     def __init__(self, max_length: int, base: BaseTokenizer | None) -> None:
         self._max_length = max_length
@@ -196,7 +196,7 @@ def _too_long(example: ChatExample, tokens: int, about: str, limit: int) -> str:
 
 
 def _compare(reports: list[DataReport], table: LineTable, held: int) -> None:
-    """Report problems that can be found only once all lines are known: copies, leaks and odd answers.
+    """Report problems that can only be found after all lines have been read: duplicates, leaks and unusual answers.
 
     Args:
         held: number of held-out examples, which come first in the table.
@@ -225,12 +225,12 @@ def _compare(reports: list[DataReport], table: LineTable, held: int) -> None:
 
 
 def _copies(table: LineTable, held: int) -> list[tuple[Code, str, Rows, NDArray[np.int64]]]:
-    """Find the training examples that repeat another example.
+    """Find the training examples that duplicate another example.
 
     Returns:
-        For each kind of copy, its code; its message, with a placeholder for the other example's line; the
-        rows that contain the other example; and, for each training example, the index of the other example
-        in those rows, or -1.
+        For each kind of duplicate: its code; its message, which has a placeholder for the other example's line;
+        the rows that contain the other example; and, for each training example, the index of its duplicate in
+        those rows, or -1.
     """
     heldout, train = table.rows[:held], table.rows[held:]
     sketches = table.sketches[held:]
@@ -256,6 +256,6 @@ def _copies(table: LineTable, held: int) -> list[tuple[Code, str, Rows, NDArray[
 
 
 def _earlier(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Return the index of each key's first occurrence, or -1 for the first occurrence itself."""
+    """Return the index of each key's first occurrence, or -1 where a key occurs for the first time."""
     first = first_with_same(keys)
     return np.where(first == np.arange(len(keys)), -1, first)

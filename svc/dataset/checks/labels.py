@@ -1,10 +1,10 @@
-"""Finds answers unlike other answers to the same instruction, with an odd label or invalid JSON.
+"""Finds answers that stand out among the answers to one instruction: odd labels, or text instead of JSON.
 
 A label is an answer from a small set: a short text, or a JSON object that contains a single text or
-number. The set is what the instruction lists, if it contains the labels of nearly all examples. If it
-lists none, a label that occurs once among labels that all occur often is reported, unless it is a number
-among numbers. A rare spelling of a frequent label is always reported. This module knows nothing about
-files.
+number. If the instruction lists the labels of nearly all examples, the set consists of the labels that
+it lists. Otherwise, a label that occurs only once is reported if all the others occur often, unless it is
+a number and most labels are, too. A rare spelling of a frequent label is always reported. This module
+knows nothing about files.
 """
 
 import re
@@ -21,7 +21,7 @@ from svc.dataset.schema.example import ChatExample, Role
 from svc.dataset.schema.tool_calls import decode_inner
 
 FEW_ANSWERS = 50
-"""Maximum number of different answers that a task with labels may have."""
+"""Maximum number of distinct answers for a task to be treated as a labeling task."""
 _MIN_EXAMPLES = 10
 _EXCEPTIONS = 0.05
 _FEW = 3
@@ -33,11 +33,11 @@ _MIN_EXAMPLES_FOR_RARE = 100
 
 _NUMBER = re.compile(r"(?:(?<!\d)[-+])?\d+(?:[.,]\d+)?")  # 1-5 does not contain -5
 _UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
-"""Letters of scripts that do not separate words by spaces: Thai, Lao, Burmese, Khmer, Japanese and Chinese."""
+"""Matches letters of scripts without spaces between words: Thai, Lao, Burmese, Khmer, Japanese and Chinese."""
 
 
 class AnswerKind(IntFlag):
-    """Properties of an answer. They can be combined."""
+    """Flags that describe an answer. Several can be set at once."""
 
     JSON = 1
     LABEL = 2
@@ -57,7 +57,10 @@ class Answer(NamedTuple):
 
 
 def look_at_answer(example: ChatExample) -> Answer:
-    """Return an example's answer kind and label. The instruction is the system turn, or else the prompt."""
+    """Return the kind and label of an example's answer.
+
+    A label counts as listed if it occurs in the instruction: the system turn or, without one, the prompt.
+    """
     if example.calls_tools:
         return Answer(AnswerKind(0))
     answer = example.answer.strip()
@@ -79,13 +82,15 @@ def look_at_answer(example: ChatExample) -> Answer:
 
 
 def find_label(answer: str) -> str | None:
-    """Return an answer's label: its text, or the only value in its JSON object. None if it is not a label."""
+    """Return an answer's label (its text, or the only value in its JSON object), or None if it is not a label."""
     answer = answer.strip()
     return _label(answer, _json(answer))
 
 
 def few_labels(counts: Counter[str], examples: int) -> dict[str, int]:
-    """Return the answers by frequency if they are few enough to be labels, else an empty dict."""
+    """Return the distinct answers with their counts, most frequent first, or an empty dict if there are too
+    many to be labels.
+    """
     return dict(counts.most_common()) if 1 < len(counts) <= min(FEW_ANSWERS, examples // 2) else {}
 
 
@@ -95,7 +100,9 @@ def odd_answers(
     labels: NDArray[np.uint64],
     kinds: NDArray[np.uint8],
 ) -> dict[int, tuple[Code, str]]:
-    """Return the indices of answers unlike other answers to the same task, each with its code and message.
+    """Return a problem code and message for each answer that is unlike the others to its task.
+
+    The result is keyed by the index of the answer.
 
     Args:
         tasks, answers, labels: hashes, one per example.
@@ -151,20 +158,23 @@ def _odd_labels(kinds: NDArray[np.uint8], answers: NDArray[np.uint64], labels: N
 
 
 def _usual_numbers(kinds: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Return for each label whether it is a number, or all False unless most are. Rare numbers are not odd."""
+    """Return a mask of the labels that are numbers, or all False unless most labels are.
+
+    Among numbers, a rare label is not unusual.
+    """
     numbers = kinds & AnswerKind.NUMBER > 0
     return numbers if numbers.mean() > 0.5 else np.zeros_like(numbers)
 
 
 def _exceptions(usual: NDArray[np.bool_]) -> int:
-    """Return the number of unusual values if they are few, or 0 if there are none or too many to be exceptions."""
+    """Return the number of unusual values, or 0 if there are too many of them to be exceptions."""
     count = int((~usual).sum())
     few = len(usual) >= _MIN_EXAMPLES and count <= max(_FEW, _EXCEPTIONS * len(usual))
     return count if few and count < len(usual) / 2 else 0
 
 
 def _json(answer: str) -> object | None:
-    """Return the JSON object or list that an answer consists of, or None if it is neither."""
+    """Decode an answer that consists of a JSON object or list. Return None for any other answer."""
     value: object = decode_inner(answer) if answer.startswith(("{", "[")) else None
     return value
 
@@ -180,7 +190,7 @@ def _label(answer: str, value: object | None) -> str | None:
 
 @lru_cache(maxsize=1024)
 def _stands_in(label: str, text: str) -> bool:
-    """Return whether a label is a word of the text, or a number within a range that the text names."""
+    """Return whether a text contains the label as a whole word, or a range of numbers that includes it."""
     label, text = label.lower(), text.lower()
     at = text.find(label)
     while at >= 0:
@@ -192,7 +202,7 @@ def _stands_in(label: str, text: str) -> bool:
 
 
 def _is_between(value: float, text: str) -> bool:
-    """Return whether a text names both a smaller and a larger number, as in "from 1 to 5"."""
+    """Return whether a text mentions both a smaller and a larger number than the value, as in "from 1 to 5"."""
     numbers = [_number(number) for number in _NUMBER.findall(text)]
     return min(numbers, default=value) < value < max(numbers, default=value)
 

@@ -1,4 +1,4 @@
-"""Data kept in memory per example while files are streamed: 65 bytes and a 130-byte sketch, but no text."""
+"""In-memory table of the examples in streamed files: 65 bytes and a 130-byte sketch per example, but no text."""
 
 import struct
 from functools import lru_cache
@@ -32,17 +32,17 @@ Rows = NDArray[np.void]
 
 
 class LineTable(NamedTuple):
-    """One row for each example, in reading order.
+    """Hashes and sketches of all examples, with one row per example in reading order.
 
     Attributes:
-        rows: numbers and hashes. files: index of the file. lines: line number in the file. prompts: hash of
-            all turns before the answer; equal for equal prompts, ignoring spacing and case. pairs: the same
-            kind of hash for prompt and answer together, including the answer's thinking. systems: the same
-            kind of hash for the system turn and the tools; 0 if there are none. beginnings, endings: equal
-            for examples of the same task: hash of the system turn or, without one, of the first and of the
-            last words of the prompt, where instructions are. answers: hash of the exact answer. labels: hash
-            of the answer's label, ignoring spacing and case; 0 if the answer is not a label. kinds:
-            `AnswerKind` of the answer.
+        rows: structured array with the following fields. files: index of the file. lines: line number in the
+            file. prompts: hash of all turns before the answer; equal for equal prompts, ignoring spacing and
+            case. pairs: the same kind of hash for prompt and answer together, including the answer's
+            thinking. systems: the same kind of hash for the system turn and the tools; 0 if there are none.
+            beginnings, endings: hashes that are equal for examples of the same task. They cover the system
+            turn or, without one, the prompt's first and last words, where instructions usually are. answers:
+            hash of the exact answer. labels: hash of the answer's label, ignoring spacing and case; 0 if the
+            answer is not a label. kinds: `AnswerKind` of the answer.
         sketches: sketches of the prompts, for finding near duplicates.
         earlier: for each answer before the final one, the same hash as in `prompts`, and the index of its
             row in `rows`.
@@ -105,7 +105,7 @@ def first_with_same(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
 
 
 def _asked(example: ChatExample) -> str:
-    """Return the text compared for near duplicates: the prompt without the system turn, which is often shared."""
+    """Return the text that is compared to find near duplicates: the prompt without the often shared system turn."""
     return "\n".join(message.content for message in example.prompt if message.role is not Role.SYSTEM)
 
 
@@ -119,5 +119,5 @@ def _last_words(text: str) -> str:
 
 @lru_cache(maxsize=128)
 def _normal_hash(*texts: str) -> int:
-    """Return the hash of texts that recur often, such as system turns, tools and labels."""
+    """Return the hash of normalized texts, cached because system turns, tools and labels recur often."""
     return hash_text("\x1d".join(map(normal, texts)))

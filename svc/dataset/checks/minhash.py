@@ -1,15 +1,15 @@
-"""Finds near duplicates among very many texts, using 128 bytes per text and without comparing all pairs.
+"""Finds near duplicates in large sets of texts, using 128 bytes per text and without comparing all pairs.
 
-MinHash (Broder 1997) over runs of three words estimates the Jaccard similarity of two texts. Texts that
-share one of 16 bands of 4 values are compared (locality-sensitive hashing, Indyk and Motwani 1998),
-which misses 2 in 10,000 of the pairs with similarity 0.8. The standard error of an estimate is 0.06.
-datasketch, which the tests use for comparison, takes ten times as long and 3 kB per text (6,000
-questions of 60 words: 1.7 s instead of 0.15 s).
+MinHash (Broder 1997) over runs of three words estimates the Jaccard similarity of two texts. Two texts
+are compared only if they share at least one of 16 bands of 4 values (locality-sensitive hashing, Indyk
+and Motwani 1998), which misses 2 in 10,000 of the pairs with similarity 0.8. The standard error of an
+estimate is 0.06. datasketch, which the tests use for comparison, takes ten times as long and 3 kB per
+text (6,000 questions of 60 words: 1.7 s instead of 0.15 s).
 
-Runs that occur in more than 5 % of the first 2,000 texts, and in more than 4 different texts, belong to
-the task's wording. They are left out, so that two short questions under the same long instruction do not
-count as copies. If fewer than 24 runs remain, texts count as near duplicates only if all their runs are
-the same, because in a short text a single different word makes a different question.
+Runs that occur in more than 5 % of the first 2,000 texts, and in more than 4 different texts, are
+treated as the task's wording and ignored. Otherwise, two short questions after the same long instruction
+would look like copies. If fewer than 24 runs remain, texts count as near duplicates only if all their
+runs are the same, because in a short text a single different word makes a different question.
 """
 
 import re
@@ -22,15 +22,15 @@ from numpy.typing import NDArray
 from svc.dataset.text.plain_text import unified
 
 SIMILAR = 0.7
-"""Minimum Jaccard similarity of two texts that count as near duplicates."""
+"""Minimum Jaccard similarity for two texts to count as near duplicates."""
 _VALUES = 64
 _BAND = 4
 _MIN_RUNS = 24
 _SAMPLE = 2_000
 _COMMON_SHARE = 0.05
 _COMMON_TEXTS = 4
-"""Number of different texts that may share a run before it counts as common, because a small file may
-contain that many altered copies."""
+"""Number of distinct texts that may share a run of words before the run counts as common. Even a small file
+may contain this many altered copies of one text."""
 _BATCH = 256
 _MAX_WORDS = 4_096
 _MAX_CHARS = 60_000
@@ -48,14 +48,14 @@ _OFFSETS = _random.integers(0, 2**32, _VALUES, dtype=np.uint32)
 
 _SKETCH = np.dtype([("values", np.uint16, _VALUES), ("runs", np.uint16)])
 Sketches = NDArray[np.void]
-"""One row per text.
+"""MinHash sketches, one row per text.
 
-`values`: the low 16 bits of the smallest hash under each of 64 functions. `runs`: number of different
-runs of three words in the text, excluding common ones; 0 if the text cannot be compared."""
+`values`: the low 16 bits of the smallest hash under each of 64 functions. `runs`: number of distinct
+three-word runs in the text, excluding common ones; 0 if the text cannot be compared."""
 
 
 class Sketcher:
-    """Builds sketches of texts added one after another, using 130 bytes of memory per text."""
+    """Builds sketches of texts that are added one at a time, using 130 bytes of memory per text."""
 
     def __init__(self) -> None:
         self._rows = bytearray()
@@ -83,11 +83,11 @@ class Sketcher:
 
 
 def clusters(sketches: Sketches) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Group near duplicates transitively.
+    """Group texts that are near duplicates, either directly or through a chain of other texts.
 
     Returns:
-        For each text, the index of the first text in its group, and the index of the first earlier text that
-        is a near duplicate of it, or -1.
+        Two arrays with one value per text: the index of the first text in its group, and the index of the first
+        earlier text that is a near duplicate of it, or -1 if there is none.
     """
     count = len(sketches)
     group, earlier = np.arange(count), np.full(count, count)
@@ -108,7 +108,7 @@ def clusters(sketches: Sketches) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 
 
 def nearest(sketches: Sketches, others: Sketches) -> NDArray[np.int64]:
-    """Return for each text the index of a near duplicate among `others`, or -1 if there is none."""
+    """Return, for each text, the index of a near duplicate in `others`, or -1 if there is none."""
     matches = np.full(len(sketches), -1)
     usable, theirs = np.flatnonzero(sketches["runs"]), np.flatnonzero(others["runs"])
     for band in range(_VALUES // _BAND):
@@ -130,14 +130,19 @@ def places_in(keys: NDArray[np.uint64], others: NDArray[np.uint64]) -> NDArray[n
 
 
 def _words(text: str) -> list[bytes]:
-    """Return the words of a text in lower case. ASCII text, the most common case, takes a fifth of the time."""
+    """Return a text's words in lower case.
+
+    ASCII text, the most common case, has its own code path, which takes a fifth of the time.
+    """
     if text.isascii():
         return text.encode("ascii").translate(_ASCII_WORDS).split()
     return [word.encode("utf-8", "surrogatepass") for word in _WORD.findall(text)]
 
 
 def _runs_of_three(texts: Sequence[Numbers]) -> tuple[Numbers, NDArray[np.int64]]:
-    """Return all runs of all texts, and the text that each run belongs to. A text's runs are sorted and unique."""
+    """Return the hashes of each text's three-word runs, sorted and without repeats, and the index of each
+    run's text.
+    """
     words = np.concatenate(texts)
     owner = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
     if len(words) < 3:
@@ -187,7 +192,7 @@ def _band(sketches: Sketches, band: int) -> NDArray[np.uint64]:
 def _near(
     sketches: Sketches, ones: NDArray[np.int64], others: Sketches, theirs: NDArray[np.int64]
 ) -> NDArray[np.bool_]:
-    """Return for each pair of texts whether they are similar enough to be near duplicates."""
+    """Return, for each pair, whether the two texts are similar enough to be near duplicates."""
     near = np.zeros(len(ones), np.bool_)
     for start in range(0, len(ones), _PAIR_BATCH):
         part = slice(start, start + _PAIR_BATCH)
@@ -200,7 +205,7 @@ def _near(
 
 
 def unite(group: NDArray[np.int64], ones: NDArray[np.int64], others: NDArray[np.int64]) -> None:
-    """Merge the groups of each pair, in place, into the group with the smaller number.
+    """Merge the groups of each pair of texts in place. The merged group keeps the smaller number.
 
     Args:
         group: for each text, the index of the first text in its group.

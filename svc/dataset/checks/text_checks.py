@@ -1,6 +1,6 @@
-"""Suspicious content in texts: special tokens, template code, control characters, wrongly decoded UTF-8.
+"""Finds suspicious content in texts: special tokens, template code, control characters and mojibake.
 
-All of these are only warnings, because the text can be trained on. This module knows nothing about
+Such content only causes warnings, because the text can still be trained on. This module knows nothing about
 examples.
 """
 
@@ -46,7 +46,7 @@ class TextChecks:
     """Finds suspicious content in texts.
 
     Args:
-        tokens: special tokens of the base model, in addition to the known ones.
+        tokens: special tokens of the base model, in addition to well-known ones.
     """
 
     def __init__(self, tokens: Iterable[str] = ()) -> None:
@@ -55,7 +55,10 @@ class TextChecks:
         self._marks = None if own else ("<", "[")
 
     def problems(self, text: str) -> tuple[tuple[Code, str], ...]:
-        """Return a code and message for each kind of suspicious content found, with its first position."""
+        """Return a code and a message for each kind of suspicious content in the text.
+
+        The message gives the position of the first occurrence.
+        """
         return tuple(self._find(text))
 
     def _find(self, text: str) -> Iterator[tuple[Code, str]]:

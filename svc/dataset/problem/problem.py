@@ -11,7 +11,7 @@ from svc.errors import DataError
 
 
 class Severity(StrEnum):
-    """Severity of a problem: whether the line can still be trained on."""
+    """Severity of a problem, which says whether the line can still be trained on."""
 
     ERROR = "error"
     WARNING = "warning"
@@ -83,7 +83,7 @@ _WARNINGS = {
     Code.ANSWER_NOT_JSON: "write the answer as JSON like the other answers, or drop the example",
 }
 TODO: dict[Code, str] = {**_ERRORS, **_WARNINGS}
-"""What the user should do next, for every problem code."""
+"""What the user should do about a problem, keyed by problem code."""
 
 
 def severity_of(code: Code) -> Severity:
@@ -111,7 +111,7 @@ class Problem:
 
 
 def printable(text: str) -> str:
-    """Return a text, escaping characters that move a terminal's cursor or cannot be written as UTF-8."""
+    """Escape the characters in a text that would move the terminal cursor or cannot be encoded as UTF-8."""
     if text.isprintable():
         return text
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)

@@ -1,4 +1,4 @@
-"""The problems of one file. Stores any number in bounded memory and reads them back in line order."""
+"""Log of the problems in one file. It holds any number in bounded memory and returns them in line order."""
 
 import os
 import sqlite3
@@ -9,7 +9,7 @@ from svc.dataset.problem.problem import TODO, Code, Problem, Severity, severity_
 
 
 class ProblemLog:
-    """A file's problems, ordered by line and, within a line, by the order in which they were added."""
+    """The problems in a file, ordered by line. Those on the same line keep the order in which they were added."""
 
     def __init__(self) -> None:
         self.codes: Counter[Code] = Counter()

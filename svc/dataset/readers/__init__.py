@@ -1,1 +1,1 @@
-"""Reads chat examples from JSONL, JSON, CSV and Parquet files, compressed or not, in commonly used formats."""
+"""Reads chat examples in common formats from JSONL, JSON, CSV and Parquet files, compressed or not."""

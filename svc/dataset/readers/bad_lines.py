@@ -1,9 +1,9 @@
-"""Stores the lines that a training run skipped: their bytes, and the problem with each line.
+"""Stores the lines that a training run skipped, along with the problem in each line.
 
     FOLDER/train.jsonl      the bytes of every bad line of train.jsonl
     FOLDER/problems.jsonl   file, line, code and message of each problem
 
-Once fixed, a line can be put back into the data.
+A line can be put back into the training data once it has been fixed.
 """
 
 import json
@@ -17,10 +17,12 @@ _INDEX = "problems.jsonl"
 
 
 class BadLines:
-    """Collects bad lines. The folder is created with the first line, and an earlier run's content is deleted.
+    """Collects bad lines in a folder, replacing those of an earlier run.
+
+    The folder is created only when the first line is added.
 
     Args:
-        folder: folder for the lines, used by this object only.
+        folder: where to store the lines; not used by anything else.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -44,7 +46,10 @@ class BadLines:
             index.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
     def _name(self, path: Path) -> str:
-        """Return the file's name without its compression suffix. A second file with the same name gets a number."""
+        """Return the name under which to store lines of this file: its own name, without a compression suffix.
+
+        If two files have the same name, the second one's gets a number.
+        """
         if path not in self._names:
             name = path.stem if path.suffix.lower() in COMPRESSIONS else path.name
             name += ".jsonl" if name.endswith(".parquet") else ""

@@ -1,7 +1,7 @@
-"""Chat example formats, and their conversion to chat examples.
+"""Recognizes the formats of chat data and converts their rows to chat examples.
 
-A format is recognized by its keys. Nothing is guessed: a row with the keys of two formats is an error.
-This module knows nothing about files.
+A format is recognized by its keys. Ambiguous rows are never guessed at: a row that combines the keys of
+two formats is an error. This module knows nothing about files.
 """
 
 import re
@@ -50,17 +50,17 @@ KEYS: dict[Format, tuple[str, ...]] = {
     Format.OPENAI_EVALS_OUTPUT: ("datasource_item",),
     Format.OPENAI_EVALS_ITEM: ("item",),
 }
-"""Keys of each format. A row that has the keys of several formats is assigned the first one."""
+"""Required keys of each format. A row with the keys of several formats is assigned to the first of them."""
 _OWN_KEYS = {Format.XLAM, Format.OPENAI_EVALS_ITEM, Format.OPENAI_EVALS_OUTPUT}
 """Formats whose keys may also occur as unrelated keys in a row of another format."""
 _OPTIONAL_KEYS = {"input", "system", "history", "tools", "functions", "sample"}
 READ_KEYS = _OPTIONAL_KEYS.union(*KEYS.values())
-"""All row keys that are read."""
+"""All keys of a row that any format reads. Other keys are ignored."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Turns:
-    """Chat turns, with the file's fields from which each turn's role and content come."""
+    """Chat turns, along with the fields in the file that their roles and contents were read from."""
 
     turns: list[dict[str, Any]] = field(default_factory=list)
     fields: list[tuple[str, str]] = field(default_factory=list)
@@ -75,7 +75,7 @@ class _Turns:
             self.add("system", value["system"], "system")
 
     def source_field(self, name: str) -> str:
-        """Return the file's own name for a field such as `messages[1].content`."""
+        """Translate a chat-format field such as `messages[1].content` to the field's name in the file."""
         place = _PLACE.match(name)
         if not place:
             return name
@@ -95,7 +95,7 @@ def recognise(value: Any) -> Format | None:
 
 
 def header_fault(names: Sequence[str]) -> RowError | None:
-    """Return an error if a table has two columns for the same key, because only one of them could be read."""
+    """Return an error if two columns of a table have the same key, because only one of them could be read."""
     twice = [name for name, count in Counter(names).items() if count > 1 and name in READ_KEYS]
     if not twice:
         return None
@@ -103,14 +103,14 @@ def header_fault(names: Sequence[str]) -> RowError | None:
 
 
 def parse_row(value: Any, form: Format) -> tuple[ChatExample, tuple[str, ...]]:
-    """Return a row's chat example, and for each message the field that holds its text.
+    """Convert a row to a chat example. Also return, for each message, the name of the field with its text.
 
     Args:
         form: the format of the file.
 
     Raises:
-        RowError: the row's format differs from the file's, or the row is invalid in that format; the error
-            uses the file's field names.
+        RowError: the row is in a different format than the file, or it is not valid in that format. The
+            error uses the field names of the file.
     """
     own, keys = recognise(value), _quoted(KEYS[form])
     if own is not None and own is not form:
@@ -143,12 +143,14 @@ def _has_keys(value: dict[str, Any], form: Format) -> bool:
 
 
 def _own_fields(example: ChatExample) -> tuple[ChatExample, tuple[str, ...]]:
-    """Return an example, and the chat-format field of each message, such as `messages[1].content`."""
+    """Return the example along with each message's field name in the chat format, such as `messages[1].content`."""
     return example, tuple(f"messages[{place}].content" for place in range(len(example.messages)))
 
 
 def _read_chat(value: dict[str, Any]) -> tuple[ChatExample, tuple[str, ...]]:
-    """Read turns that need no conversion. The system prompt may be separate, as in Anthropic's API."""
+    """Read turns that are already in the chat format. The system prompt may be a separate key, as in
+    Anthropic's API.
+    """
     system, turns = value.get("system"), value["messages"]
     if _absent(system) or not isinstance(turns, list):
         return _own_fields(parse_example(value))
@@ -160,7 +162,9 @@ def _read_chat(value: dict[str, Any]) -> tuple[ChatExample, tuple[str, ...]]:
 
 
 def _without_system(place: re.Match[str]) -> str:
-    """Return a field's name without counting the system turn: `messages[0].role` for `messages[1].role`."""
+    """Return a field's name with the system turn left out of the count, so `messages[1].role` becomes
+    `messages[0].role`.
+    """
     number = int(place[1])
     return place[0].replace(f"[{number}]", f"[{number - 1}]", 1) if number else "system"
 
@@ -233,7 +237,10 @@ def _read_xlam(value: dict[str, Any], chat: _Turns) -> None:
 
 
 def _called(content: Any, field: str) -> list[dict[str, Any]]:
-    """Return the calls in a turn whose text is a call, `{"name": ..., "arguments": ...}`, or a list of calls."""
+    """Return the tool calls in a turn whose text consists of calls.
+
+    The text is a single call, `{"name": ..., "arguments": ...}`, or a list of them.
+    """
     decoded = decode_inner(content) if isinstance(content, str) else content
     calls = decoded if isinstance(decoded, list) else [decoded]
     if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):

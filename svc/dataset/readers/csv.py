@@ -1,6 +1,6 @@
 """Reads CSV records. The header names the keys, and every cell is text.
 
-Cells of columns that hold lists (`messages`, `conversations`, `tools`, `history`) are JSON. The
+Cells in list columns (`messages`, `conversations`, `tools`, `history`) contain JSON. The
 separator is whichever of comma, semicolon and tab makes the header contain the keys of a format.
 """
 
@@ -22,7 +22,7 @@ _NAMED_SEPARATOR = re.compile(r'"?sep=([^\w\s"]|\t)"?')
 
 
 def read_csv(stream: BinaryIO) -> Iterator[Row]:
-    """Yield every record with its first line number."""
+    """Yield every record along with the number of its first line."""
     csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW_BYTES))
     lines = _Lines(stream)
     separator, names = _find_header(lines)
@@ -49,7 +49,7 @@ def read_csv(stream: BinaryIO) -> Iterator[Row]:
 
 
 class _Lines:
-    """The lines of a file as text. `taken` holds the bytes read since it was last cleared."""
+    """Iterates over a file's lines as text. `taken` collects the bytes read since it was last cleared."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -72,8 +72,8 @@ class _Lines:
 def _find_header(lines: _Lines) -> tuple[str, list[str]]:
     """Return the separator and the column names.
 
-    The header is the first line that is not blank, or the line after it if the first one names the
-    separator. Spreadsheet programs write such a line, for example `sep=;`, for other spreadsheet programs.
+    The header is the first nonblank line. If that line only declares the separator (for example `sep=;`,
+    which some spreadsheet programs write), the header is the line after it.
     """
     written = (line for line in lines if line.strip())
     line, separators = next(written, ""), _SEPARATORS

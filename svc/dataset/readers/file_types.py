@@ -35,12 +35,12 @@ _DECOMPRESS: dict[str, Callable[[BinaryIO], Any]] = {
 COMPRESSIONS = tuple(_DECOMPRESS)
 CONTAINERS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 SUITES = (".yaml", ".yml")
-"""Suffixes of files that are read only if given directly. In a folder, such a file may be a recipe."""
+"""Suffixes of files that are read only when named explicitly. In a folder, such a file might be a recipe."""
 _REPORT_EVERY = 256  # rows
 
 
 def is_data_file(path: Path) -> bool:
-    """Return whether the file name indicates that the file contains examples."""
+    """Return whether a file contains examples, judging by its name."""
     return bare_name(path).endswith(CONTAINERS)
 
 

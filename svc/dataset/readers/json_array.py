@@ -1,9 +1,9 @@
-"""Reads the records of a JSON file that is one long list, without loading the whole list into memory.
+"""Reads records from a JSON file that is a single long list, without loading the whole list into memory.
 
-ijson reads such lists three times as fast. However, it reports neither the line nor the bytes of an
-element, which reports of bad lines need. It also takes the last of duplicate keys, turns half a
-surrogate pair into `?`, and stops at the first byte that is not UTF-8 and at the first NaN, although
-good elements may follow.
+ijson is three times as fast, but it reports neither the line number nor the bytes of an element, which
+are needed to report bad lines. It also takes the last of duplicate keys, turns half a surrogate pair
+into `?`, and stops at the first byte that is not UTF-8 and at the first NaN, even though valid elements
+may follow.
 """
 
 import codecs
@@ -21,17 +21,17 @@ _NO_SPACE = re.compile(r"[^ \t\r\n]")
 
 
 def starts_with_list(head: bytes) -> bool:
-    """Return whether a file beginning with these bytes is a single list rather than JSONL."""
+    """Return whether the first bytes of a file show that it is a single list rather than JSONL."""
     return head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
 
 
 def read_list(stream: BinaryIO) -> Iterator[Row]:
-    """Yield the elements of a list. A syntax error ends the list, because later elements cannot be located."""
+    """Yield the elements of a list. Reading stops at a syntax error, because the next element cannot be located."""
     return _ListReader(stream).rows()
 
 
 class _ListReader:
-    """Decodes one element after another from a buffer that is filled as needed."""
+    """Decodes the elements of a list one at a time from a buffer that is refilled as needed."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -108,7 +108,9 @@ class _ListReader:
         self._at = 0
 
     def _give_up(self, line: int, error: RowError) -> Row:
-        """Return the last row. The element's end is unknown, so no later element can be found."""
+        """Return a final row with the error. The next element cannot be found, because the end of this one
+        is unknown.
+        """
         self._lost = True
         rest = self._text[self._at : self._at + MAX_ROW_BYTES]
         return Row(line, rest.encode("utf-8", "surrogateescape"), error=error)
@@ -119,7 +121,7 @@ class _ListReader:
 
 
 def _decode(text: str, at: int) -> tuple[Any, int, RowError | None]:
-    """Return an element, the index after it, and the error that only the strict decoder raises, if any."""
+    """Decode an element. Also return the index after it, and an error if only the strict decoder rejects it."""
     try:
         return *STRICT.raw_decode(text, at), None
     except RowError as fault:

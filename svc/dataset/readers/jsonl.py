@@ -15,7 +15,7 @@ _BLOCK = 2**20
 
 
 def read_jsonl(stream: BinaryIO) -> Iterator[Row]:
-    """Yield every line. Memory is bounded by the longest line, up to `MAX_ROW_BYTES`."""
+    """Yield every line. Memory use is bounded by the longest line, which is at most `MAX_ROW_BYTES`."""
     number = 0
     while raw := stream.readline(MAX_ROW_BYTES + 1):
         number += 1

@@ -1,7 +1,7 @@
-"""Reads OpenAI evals files: open-source `evals` lines, and the hosted product's data sources and results.
+"""Reads OpenAI evals files: lines of open-source `evals`, and data sources and results of the hosted product.
 
-The owner of a data source chooses its keys. The question and the answer are recognized by their usual
-names; a row without exactly one of each is rejected.
+The keys of a data source are chosen by its owner. Questions and answers are recognized by the usual key
+names, and a row without exactly one of each is rejected.
 """
 
 from collections.abc import Sequence
@@ -18,19 +18,19 @@ ANSWERS = (
 
 
 def turns_of_line(value: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the turns of a row with `input` and `ideal`, as in the open-source `evals`.
+    """Return the turns of a row in the open-source `evals` format, which has the keys `input` and `ideal`.
 
     Raises:
-        RowError: the row is not of this kind; the error names the faulty field.
+        RowError: the row is not in this format; the error names the invalid field.
     """
     return [*_turns(value["input"], "input"), _answer(value["ideal"], "ideal")]
 
 
 def turns_of_item(value: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the turns of a data source's row, `{"item": {...}}`.
+    """Return the turns of a data source row, which has the form `{"item": {...}}`.
 
     Raises:
-        RowError: the row is not of this kind; the error names the faulty field.
+        RowError: the row is not in this format; the error names the invalid field.
     """
     item = expect(dict, value["item"], "item", "an object")
     question, answer = _key(item, QUESTIONS, "item"), _key(item, ANSWERS, "item")
@@ -38,10 +38,10 @@ def turns_of_item(value: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def turns_of_output(value: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the turns of an evaluation result: the question and its reference. The model's answer is ignored.
+    """Return the question and the reference answer in an evaluation result. The model's answer is ignored.
 
     Raises:
-        RowError: the row is not of this kind; the error names the faulty field.
+        RowError: the row is not in this format; the error names the invalid field.
     """
     item, sample = expect(dict, value["datasource_item"], "datasource_item", "an object"), value.get("sample")
     item = item["item"] if isinstance(item.get("item"), dict) else item
@@ -70,7 +70,7 @@ def _turns(value: Any, field: str) -> list[dict[str, Any]]:
 
 
 def _text(content: Any) -> Any:
-    """Return multi-part content as one text if all its parts are text."""
+    """Join multi-part content into one text, if all of its parts are text."""
     if not isinstance(content, list):
         return content
     texts = [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
@@ -78,7 +78,7 @@ def _text(content: Any) -> Any:
 
 
 def _answer(value: Any, field: str) -> dict[str, Any]:
-    """Return the reference as a turn. Several accepted answers are an error: an example has one reference."""
+    """Return the reference answer as a turn. More than one accepted answer is an error."""
     if isinstance(value, list):
         if len(value) != 1:
             wrong = f"has {len(value)} answers"

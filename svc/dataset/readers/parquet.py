@@ -1,7 +1,6 @@
-"""Reads Parquet records, holding one batch of rows in memory at a time.
+"""Reads records from Parquet files, keeping only one batch of rows in memory at a time.
 
-Only the columns that the formats use are read. All other columns are irrelevant, and may have types that
-Python lacks.
+Only columns that a chat format uses are read. Other columns may have types with no Python equivalent.
 """
 
 import json
@@ -46,10 +45,11 @@ def read_parquet(path: Path, on_read: Callable[[int], None]) -> Iterator[Row]:
 
 
 def _row(number: int, batch: Any, place: int, others: list[str]) -> Row:
-    """Return one row.
+    """Return one row of a batch.
 
     Args:
-        others: columns that are not read; they are included without a value, so that errors can name them.
+        others: names of the columns that are not read. The row contains them without a value, so that errors
+            can mention them.
     """
     try:
         value = batch.slice(place, 1).to_pylist()[0]

@@ -1,8 +1,8 @@
-"""Reads Promptfoo's YAML as chat rows: each test with each prompt, its variables and reference answer.
+"""Reads Promptfoo YAML files as chat rows, one for each combination of a test and a prompt.
 
-Promptfoo's templates use Nunjucks, a programming language. Only names are replaced here; anything else
-in braces, and code in other files, is rejected. Text files in the YAML file's folder or below are read.
-A test that yields no example is an error.
+Promptfoo's templates are written in Nunjucks, a full programming language. Here, only variable names are
+replaced; any other expression in braces is rejected, and so is code in other files. Text files are read
+if they are in the YAML file's folder or below. A test that yields no example is an error.
 """
 
 import json
@@ -24,15 +24,15 @@ _CODE = re.compile(r"\{\{|\{%|\{#")
 _FILE = "file://"
 _TEXT_FILES = (".txt", ".md", ".json")
 _REFERENCES = ("equals", "similar", "levenshtein", "rouge-n", "bleu", "meteor", "factuality", "contains", "icontains")
-"""Assertion types whose value is an answer, in order of preference. The first one that a test has gives the
-test's reference answer."""
+"""Assertion types whose value can serve as the reference answer, in order of preference. The first one that a
+test contains is used."""
 
 
 def read_promptfoo(path: Path, stream: BinaryIO) -> Iterator[Row]:
-    """Yield a row for each combination of test and prompt, with the first line number of the test.
+    """Yield a row for each combination of a test and a prompt. Its line number is where the test starts.
 
     Args:
-        path: path of the YAML file; the files that it names are in the same folder or below.
+        path: path of the YAML file; files that it refers to must be in the same folder or below.
     """
     raw = stream.read(MAX_ROW_BYTES + 1)
     try:
@@ -60,11 +60,11 @@ def read_promptfoo(path: Path, stream: BinaryIO) -> Iterator[Row]:
 
 @dataclass(frozen=True, slots=True)
 class _Suite:
-    """The tests, together with the prompts, variables and assertions that they share.
+    """The tests in a Promptfoo file, and the prompts, variables and assertions that they share.
 
     Attributes:
         folder: folder that contains the YAML file.
-        prompts: prompts, each a text or a list of turns.
+        prompts: each is a text or a list of turns.
     """
 
     folder: Path
@@ -74,10 +74,10 @@ class _Suite:
     assertions: list[Any]
 
     def example(self, prompt: Any, test: Any) -> dict[str, Any]:
-        """Return the row in the chat format for one prompt and one test.
+        """Return the chat-format row for one prompt and one test.
 
         Raises:
-            RowError: the test has no reference answer, or it needs code.
+            RowError: the test has no reference answer, or it would require running code.
         """
         if not isinstance(test, dict):
             raise _fault("tests", f"is {test!r:.80}", "a mapping with vars and assert")
@@ -109,7 +109,7 @@ def _reference(assertions: list[Any], variables: dict[str, Any]) -> str:
 
 
 def _render(template: str, variables: dict[str, Any], field: str) -> str:
-    """Replace names in a template with variable values. The values themselves are not treated as templates.
+    """Fill in the variables of a template. Their values are inserted verbatim and not treated as templates.
 
     Raises:
         RowError: the template contains an unknown name or code.
@@ -129,7 +129,7 @@ def _render(template: str, variables: dict[str, Any], field: str) -> str:
 
 
 def _read_beside(folder: Path, reference: str, field: str) -> str:
-    """Return the text of a file named in the YAML.
+    """Return the text of a file that the YAML file refers to.
 
     Raises:
         RowError: the file is outside the folder, contains code, or cannot be read.
@@ -177,7 +177,7 @@ def _prompt(folder: Path, prompt: Any) -> Any:
 
 
 def _test_lines(text: str) -> list[int]:
-    """Return the first line number of each test, counting from 1."""
+    """Return the line number at which each test starts, counting from 1."""
     root: Any = yaml.compose(text, Loader=yaml.SafeLoader)
     *_, tests = (node for key, node in root.value if key.value == "tests")  # YAML takes the last of duplicate keys
     return [node.start_mark.line + 1 for node in tests.value]

@@ -1,6 +1,7 @@
-"""Reads chat examples from data files. Each bad line is reported as one problem, and nothing is guessed.
+"""Reads chat examples from data files, reporting one problem for each bad line.
 
-A file has one format, the one that most of its first rows have. A row in another format is an error.
+A file has a single format, which is determined by the majority of its first rows. A row in any other format
+is an error.
 """
 
 import json
@@ -26,12 +27,12 @@ Source = str | Path
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of a file: an example or an error. Both are None if the line is blank.
+    """One line of a data file, parsed to an example or an error. A blank line has neither.
 
     Attributes:
         number: line number, starting at 1.
         raw: the line's bytes.
-        fields: for each message of the example, the path of its text in the line.
+        fields: for each message of the example, the field of the line that its text came from.
     """
 
     number: int

@@ -1,4 +1,4 @@
-"""One record of a data file before its format is known, and the limit on its size."""
+"""A record of a data file before its format has been determined, and the size limit for records."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,18 +6,18 @@ from typing import Any
 from svc.dataset.problem.problem import Code, RowError
 
 MAX_ROW_BYTES = 16 * 2**20
-"""Maximum size of a line, element, record or cell, in bytes. A larger one is an error, and is never held in
+"""Maximum size of a line, element, record or cell, in bytes. A larger one is an error and is never read into
 memory as a whole."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A record: a value or an error. Both are None if the line is blank.
+    """A record of a data file, decoded to a value or an error. A blank line has neither.
 
     Attributes:
         number: number of the record's first line, starting at 1; for a Parquet file, the row number.
-        raw: the record's bytes in the file (for a Parquet row, as JSON); only their beginning if the record
-            is too large.
+        raw: the record's bytes in the file, or a Parquet row as JSON. If the record is too large, this is
+            only its beginning.
     """
 
     number: int

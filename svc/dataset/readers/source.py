@@ -1,7 +1,7 @@
-"""Example sources: a file, a folder or a Hugging Face hub dataset. Each is resolved to a list of files.
+"""Resolves a source of examples (a file, a folder or a Hugging Face Hub dataset) to a list of files.
 
-A hub dataset is written as `hf:ORG/NAME`, because `ORG/NAME` is also a valid path. Only its data files
-are fetched; code that comes with a dataset is never run.
+A Hub dataset is written as `hf:ORG/NAME`, because a plain `ORG/NAME` could also be a path. Only its data
+files are fetched; code that comes with a dataset is never run.
 """
 
 import re
@@ -18,19 +18,19 @@ _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revi
 _WORD = "(?<![a-z]){}(?![a-z])"
 _TRAINING = re.compile(_WORD.format("(train|training)"))
 _OTHER_SPLITS = re.compile(_WORD.format("(validation|valid|val|dev|test|testing|eval|evaluation)"))
-"""Words in paths that the hub uses to recognize splits
+"""Matches the words in paths by which the Hub recognizes validation and test splits
 (https://huggingface.co/docs/hub/datasets-file-names-and-splits)."""
 _NO_EXAMPLES = {"dataset_info.json", "dataset_infos.json", "state.json"}
 DEFAULT_CACHE = Path("~/.cache/tuneserve/base")
-"""Folder for files from the hub if the caller has no settings."""
+"""Folder for files fetched from the Hub when the caller has no settings."""
 
 
 def data_files(source: str | Path, cache: Path | None = None, *, fetch: Callable[..., Any] | None = None) -> list[Path]:
-    """Return the files of a source, in order.
+    """Return the data files of a source, in reading order.
 
     Args:
-        source: a file; a folder, whose data files are all read, including those in subfolders, sorted by
-            path; or `hf:ORG/NAME[@REVISION][/FILE-OR-FOLDER]`, whose test and validation files are read only
+        source: a file, a folder or `hf:ORG/NAME[@REVISION][/FILE-OR-FOLDER]`. All data files in a folder and
+            its subfolders are read, sorted by path. Test and validation files of a Hub dataset are read only
             if FILE-OR-FOLDER names the split.
         cache: folder for files fetched from the hub.
         fetch: replaces `huggingface_hub.snapshot_download`.
@@ -83,7 +83,7 @@ def _hub_files(source: str, cache: Path, fetch: Callable[..., Any] | None) -> li
 
 
 def _training_files(dataset: str, path: Path) -> list[Path]:
-    """Return the files, excluding those of test and validation splits, which are published to be held out.
+    """Return the files of a Hub dataset, excluding test and validation splits, which are meant to be held out.
 
     Raises:
         DataError: no files are left.

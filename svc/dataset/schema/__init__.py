@@ -1,1 +1,1 @@
-"""Chat examples: turns, tool calls, and the canonical form of a prompt."""
+"""Chat examples, their turns and tool calls, and the normalized form of prompts."""

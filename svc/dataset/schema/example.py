@@ -1,7 +1,7 @@
 """One chat example, used for training and evaluation.
 
-This module knows nothing about tokenizers: lengths are in characters, and special tokens stay text. All
-file formats are converted to this form.
+All file formats are converted to this form. This module knows nothing about tokenizers: lengths are in
+characters, and special tokens are ordinary text.
 """
 
 import json
@@ -42,11 +42,11 @@ class Message:
 
     Attributes:
         content: text of the turn; blank only in an assistant turn with tool calls.
-        name: name of the user or tool, if there are several.
-        tool_call_id: in a tool's turn, the id of the call that it answers.
+        name: name of the user or tool, where an example has several of them.
+        tool_call_id: in a tool turn, the id of the call that it responds to.
         weight: training weight of an assistant turn: 1 if it is trained on, 0 if not, None if the example
-            sets none.
-        reasoning: thinking that precedes an assistant turn's text.
+            does not say.
+        reasoning: thinking that precedes the text of an assistant turn.
     """
 
     role: Role
@@ -58,14 +58,17 @@ class Message:
     reasoning: str | None = None
 
     def spoken(self) -> dict[str, Any]:
-        """Return the turn in OpenAI's form as a model sees it, without its weight; `reasoning` is vLLM's key."""
+        """Return the turn in OpenAI's format as a model sees it, without its training weight.
+
+        The key `reasoning` is vLLM's.
+        """
         turn = {key: value for key, value in self.as_dict().items() if key not in ("weight", "reasoning_content")}
         return turn if self.reasoning is None else turn | {"reasoning": self.reasoning}
 
     def templated(self) -> dict[str, Any]:
-        """Return the turn in the form for chat templates, where call arguments are objects instead of JSON text.
+        """Return the turn in the format for chat templates, where call arguments are objects instead of JSON text.
 
-        Templates use one of two keys for the thinking. vLLM provides both.
+        The thinking is stored under two keys, as in vLLM, because templates differ in which one they read.
         """
         turn = self.spoken()
         if self.reasoning is not None:
@@ -75,7 +78,7 @@ class Message:
         return turn
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the turn in the form used in files, which is OpenAI's, with the thinking as `reasoning_content`."""
+        """Return the turn as stored in files: in OpenAI's format, with the thinking as `reasoning_content`."""
         turn: dict[str, Any] = {"role": self.role.value, "content": self.content}
         if self.tool_calls:
             turn["tool_calls"] = [call.as_dict() for call in self.tool_calls]
@@ -93,9 +96,9 @@ class ChatExample:
     """A conversation that ends with the assistant's answer.
 
     Attributes:
-        messages: system turn (optional, first), then user, assistant and tool turns; the last turn is the
+        messages: an optional system turn, followed by user, assistant and tool turns. The last turn is the
             assistant's.
-        tools: tools that the assistant may call, as OpenAI definitions, each stored as JSON text.
+        tools: definitions of the tools that the assistant may call, in OpenAI's format, each as JSON text.
     """
 
     messages: tuple[Message, ...]
@@ -123,7 +126,7 @@ class ChatExample:
 
     @property
     def texts(self) -> Iterator[str]:
-        """All texts that a model sees: contents, thinking, names, calls and tools."""
+        """All texts that a model sees: turns, thinking, names, tool calls and tool definitions."""
         for message in self.messages:
             yield message.content
             if message.reasoning:
@@ -142,16 +145,19 @@ class ChatExample:
 
     @property
     def utf8_bytes(self) -> int:
-        """Total length of all texts in UTF-8 bytes, a better estimate of byte-level token counts than characters."""
+        """Total length of all texts in UTF-8 bytes.
+
+        For byte-level tokenizers, this predicts the number of tokens better than the number of characters does.
+        """
         return sum(len(text) if text.isascii() else len(text.encode()) for text in self.texts)
 
     @property
     def learnt(self) -> tuple[int, ...]:
         """Indices of the assistant turns to train on.
 
-        These are the turns whose weight is not 0 if any turn has a weight, otherwise only the last turn. As in
-        OpenAI's fine-tuning, a turn without a weight then counts as weight 1. A greeting before the first user
-        turn is never trained on, because it answers no prompt.
+        If no turn has a weight, only the last turn is trained on. Otherwise, all turns except those with weight
+        0 are; as in OpenAI's fine-tuning, a turn without a weight counts as having weight 1. A greeting before
+        the first user turn is never trained on, because there is no prompt that it answers.
         """
         if all(message.weight is None for message in self.messages):
             return (len(self.messages) - 1,)
@@ -159,7 +165,7 @@ class ChatExample:
 
     @property
     def learning_all(self) -> "ChatExample":
-        """The example with every answer marked to be trained on, or the unchanged example if it has weights."""
+        """A copy of the example in which every answer is trained on, or the example itself if it has weights."""
         replies = self.replies
         if len(replies) == 1 or any(message.weight is not None for message in self.messages):
             return self
@@ -191,23 +197,26 @@ class ChatExample:
 
 
 def any_call_tools(examples: Iterable[ChatExample]) -> bool:
-    """Return whether any reference answer calls tools. If so, the server must parse the calls in all answers."""
+    """Return whether any reference answer calls tools, which means that the server must parse tool calls."""
     return any(example.calls_tools for example in examples)
 
 
 def normal_prompt(example: ChatExample) -> str:
-    """Return a normalized prompt text, which is equal for prompts that differ only in spacing and case."""
+    """Return the example's prompt as normalized text. Prompts that differ only in spacing and case have equal texts."""
     return "\x1f".join(map(_normal_turn, example.prompt))
 
 
 def answered_prompts(example: ChatExample) -> list[str]:
-    """Return each answer's prompt in a conversation, the final answer's last, in the form of `normal_prompt`."""
+    """Return the prompts of all answers in a conversation, in the form of `normal_prompt`.
+
+    The prompt of the final answer comes last.
+    """
     turns = list(map(_normal_turn, example.prompt))
     return ["\x1f".join(turns[:reply]) for reply in example.replies]
 
 
 def normal_opening(example: ChatExample, questions: int) -> str:
-    """Return the part of `normal_prompt` up to a given user turn, or all of it if there are no more turns.
+    """Return the normalized prompt up to a given user turn, or the whole prompt if it has no more turns.
 
     Args:
         questions: number of user turns to include, at least one.
@@ -318,9 +327,9 @@ def _check_order(messages: tuple[Message, ...]) -> None:
 
 
 def _check_calls(example: ChatExample) -> None:
-    """Check that every tool call is followed by a result, and every result preceded by a call.
+    """Check that every tool call is followed by its result and every result is preceded by its call.
 
-    Chat templates may need both. Calls without an id are only counted, and one tool turn may hold the
+    Chat templates may require this. Calls without an id are only counted; a single tool turn may contain the
     results of all of them, as in ShareGPT files.
     """
     offered = dict.fromkeys(names_of(example.tools))

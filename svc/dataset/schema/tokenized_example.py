@@ -1,8 +1,8 @@
-"""A chat example as token ids, with the ranges of the answers that are trained on and scored.
+"""A tokenized chat example, which also marks the answers that are trained on and scored.
 
-Token ids are written once, by the trainer. Training, evaluation and every later held-out run read the
-same ids, so that loss and log-likelihood refer to the same tokens. This module does not know any
-tokenizer.
+The trainer writes the token ids once. Training, evaluation and all later held-out runs read the same
+ids, so that loss and log-likelihood refer to the same tokens. This module knows nothing about
+tokenizers.
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,8 +23,8 @@ class TokenizedExample:
     """Token ids of a conversation, up to and including the token that ends its last answer.
 
     Attributes:
-        learnt: start and exclusive end of each answer that is trained on, including the token that ends it;
-            at least one range, in order.
+        learnt: ranges of the answers that are trained on, each as its start and its exclusive end. A range
+            includes the token that ends the answer. There is at least one range, and they are in order.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -43,10 +43,10 @@ class TokenizedExample:
         return self.input_ids[slice(*self.learnt[-1])]
 
     def of_learnt(self, values: Sequence[Value]) -> list[Value]:
-        """Return the values that belong to the tokens that are trained on.
+        """Select the values of the tokens that are trained on.
 
         Args:
-            values: one value per token, starting at the first token that is trained on.
+            values: one value per token, starting with the first token that is trained on.
         """
         first = self.learnt[0][0]
         return [value for start, end in self.learnt for value in values[start - first : end - first]]

@@ -1,7 +1,7 @@
-"""Tools that an example offers, and its calls to them, in OpenAI's API format.
+"""Parses an example's tool definitions and tool calls, which use OpenAI's API format.
 
 Arguments and definitions are stored as JSON text, which is hashable and survives a round trip unchanged.
-Nothing here is ever run.
+Tools are never run.
 """
 
 import json
@@ -13,10 +13,10 @@ from svc.dataset.problem.problem import Code, RowError
 from svc.dataset.text.decode import decode_text
 
 _MAX_DEPTH = 64
-"""Maximum nesting depth of a tool's schema and a call's arguments, which templates walk recursively."""
+"""Maximum nesting depth of tool schemas and call arguments, which chat templates traverse recursively."""
 Value = TypeVar("Value")
 _FUNCTION = (None, "function")
-"""Valid types of a tool or a call. None is valid because the only existing type may be omitted."""
+"""Valid values for the `type` of a tool or a call. It may be omitted, because there is only one type."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class ToolCall:
 
     Attributes:
         arguments: a JSON object as text, as in OpenAI's API.
-        id: id to which the tool's turn refers, or None if the example has none.
+        id: id by which the tool turn refers to the call, or None if the example does not give one.
     """
 
     name: str
@@ -33,16 +33,16 @@ class ToolCall:
     id: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the call in OpenAI's form."""
+        """Return the call in OpenAI's format."""
         identity = {} if self.id is None else {"id": self.id}
         return {**identity, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
 
 
 def answer_text(content: str, calls: Iterable[ToolCall]) -> str:
-    """Return an answer with tool calls as one text: its content, then one line of JSON per call.
+    """Return an answer and its tool calls as a single text: the content, followed by one line of JSON per call.
 
-    The form does not depend on the model, the server or the order of the arguments. Arguments that are not
-    valid JSON, as in a call that was cut off, become a string.
+    The text does not depend on the model, the server or the order of arguments. Arguments that are not valid
+    JSON, for example because the call was cut off, are written as a string.
     """
     lines = [f'{{"name": {json.dumps(call.name, ensure_ascii=False)}, "arguments": {_sorted(call)}}}' for call in calls]
     text = content.strip() if lines else content  # models write white space between their text and a call
@@ -60,14 +60,14 @@ def _sorted(call: ToolCall) -> str:
 
 
 def message_text(message: Mapping[str, Any]) -> str:
-    """Return the text of an answer in OpenAI's form, including its tool calls. See `answer_text`."""
+    """Return the text of an answer in OpenAI's format, including its tool calls. See `answer_text`."""
     functions = [call["function"] for call in message.get("tool_calls") or ()]
     calls = [ToolCall(str(function["name"]), str(function.get("arguments") or "")) for function in functions]
     return answer_text(str(message.get("content") or ""), calls)
 
 
 def split_calls(answer: str) -> tuple[str, list[tuple[str, Any]]]:
-    """Split the output of `answer_text` into its content and its calls, each given as (name, arguments)."""
+    """Split a text from `answer_text` into the content and the tool calls, each a pair of name and arguments."""
     lines, calls = answer.split("\n"), list[tuple[str, Any]]()
     while lines:
         call = decode_inner(lines[-1]) if lines[-1].startswith('{"name": "') else None
@@ -79,12 +79,12 @@ def split_calls(answer: str) -> tuple[str, list[tuple[str, Any]]]:
 
 
 def calls_in(answer: str) -> list[tuple[str, Any]]:
-    """Return the tool calls in an answer, each given as (name, arguments)."""
+    """Return an answer's tool calls as pairs of name and arguments."""
     return split_calls(answer)[1]
 
 
 def parse_calls(where: str, role: str, calls: Any) -> tuple[ToolCall, ...]:
-    """Return the tool calls of one turn.
+    """Parse the tool calls of one turn.
 
     Args:
         where: path of the turn, for example `messages[1]`.
@@ -122,10 +122,10 @@ def parse_tools(tools: Any) -> tuple[str, ...]:
     """Return the tool definitions, each as JSON text.
 
     Args:
-        tools: a list in OpenAI's form, or the same list as JSON text, which some files use.
+        tools: a list in OpenAI's format, either decoded or, as in some files, as JSON text.
 
     Raises:
-        RowError: the value is neither of these.
+        RowError: the value is neither.
     """
     if tools is None:
         return ()
@@ -175,12 +175,12 @@ def _is_named(function: dict[str, Any]) -> bool:
 
 
 def json_text(value: Any) -> str:
-    """Return compact JSON, or only the value's type if it is nested too deeply."""
+    """Return a value as JSON text, or only the name of its type if it is nested too deeply."""
     return kind_of(value) if _is_too_deep(value) else json.dumps(value, ensure_ascii=False)
 
 
 def decode_inner(text: str) -> Any:
-    """Return the strict JSON value contained in a string, or None if the string is not JSON."""
+    """Decode JSON text that was stored as a string. Return None if the string is not strictly valid JSON."""
     try:
         return decode_text(text)
     except RowError:
@@ -193,7 +193,7 @@ def _is_too_deep(value: Any, levels: int = _MAX_DEPTH) -> bool:
 
 
 def kind_of(value: Any) -> str:
-    """Return the type of a JSON value in words."""
+    """Return the name of a JSON value's type for use in messages, such as "an object" or "a list"."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
     return "null" if value is None else names.get(type(value), type(value).__name__)
 
@@ -210,7 +210,7 @@ def expect(kind: type[Value], value: Any, field: str, expected: str, code: Code 
 
 
 def expect_turns(value: Any, field: str) -> list[Any]:
-    """Return the value if it is a list of at least one turn.
+    """Return the value if it is a nonempty list of turns.
 
     Raises:
         RowError: the value is anything else.
@@ -221,7 +221,7 @@ def expect_turns(value: Any, field: str) -> list[Any]:
 
 
 def check_encodable(field: str, text: str) -> None:
-    """Raise RowError if a text contains half a surrogate pair, which JSON can escape but UTF-8 cannot encode."""
+    """Raise RowError if a text contains an unpaired surrogate, which JSON can escape but UTF-8 cannot encode."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -230,10 +230,10 @@ def check_encodable(field: str, text: str) -> None:
 
 
 def optional_text(where: str, key: str, value: Any) -> str | None:
-    """Return a string that may be missing. An empty string counts as missing, as in Parquet and CSV.
+    """Return an optional string, or None if it is missing. An empty string counts as missing, as in Parquet and CSV.
 
     Raises:
-        RowError: the value has a different type, or UTF-8 cannot encode it.
+        RowError: the value is not a string, or it cannot be encoded as UTF-8.
     """
     if value is None or value == "":
         return None

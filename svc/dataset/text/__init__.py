@@ -1,1 +1,1 @@
-"""Strict decoding of UTF-8 and JSON, and comparison of texts."""
+"""Decodes UTF-8 and JSON strictly, and compares texts."""

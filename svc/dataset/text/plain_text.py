@@ -1,4 +1,4 @@
-"""Compares texts: whether a text is blank, and whether two texts look the same to a reader.
+"""Checks whether a text is blank, and whether two texts look the same to a reader.
 
 This module knows nothing about examples.
 """
@@ -8,13 +8,13 @@ import unicodedata
 
 _INVISIBLE = {"Zs", "Zl", "Zp", "Cc", "Cf"}
 _FILLERS = "\u115f\u1160\u2800\u3164\uffa0"
-"""Characters that Unicode calls letters or symbols but that have no glyph: Hangul fillers and the blank
-Braille pattern."""
+"""Characters without a visible glyph that Unicode classifies as letters or symbols: Hangul fillers and the
+blank Braille pattern."""
 _UNIFIED = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | dict.fromkeys((0xAD, 0x200B, 0x2060, 0xFEFF))
-"""Maps full-width letters to ASCII. Soft hyphens and zero-width spaces are removed.
+"""Maps full-width characters to ASCII, and removes soft hyphens and zero-width spaces.
 
-The joiners U+200C and U+200D stay, because they change a word in Persian and Hindi and an emoji. NFKC is
-not applied, because it would turn 5² into 52."""
+The joiners U+200C and U+200D are kept, because they change the meaning of words in Persian and Hindi and
+of emoji. NFKC is not applied, because it would turn 5² into 52."""
 _TO_UNIFY = re.compile("[\uff01-\uff5e\u00ad\u200b\u2060\ufeff]")
 
 
@@ -26,7 +26,7 @@ def is_blank(text: str) -> bool:
 
 
 def unified(text: str) -> str:
-    """Return a text in a canonical form that ignores case, Unicode composition and invisible characters."""
+    """Normalize a text, ignoring case, Unicode composition and invisible characters."""
     if text.isascii():
         return text.lower()
     if _TO_UNIFY.search(text):
@@ -35,5 +35,5 @@ def unified(text: str) -> str:
 
 
 def normal(text: str) -> str:
-    """Return the canonical form of `unified`, also ignoring spacing."""
+    """Normalize a text as `unified` does, also ignoring differences in spacing."""
     return " ".join(unified(text).split())

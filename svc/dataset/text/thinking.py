@@ -1,9 +1,9 @@
-"""Handles thinking in an answer's text, which is everything up to the closing thinking tag."""
+"""Handles the thinking in an answer, which is everything up to the closing thinking tag."""
 
 CLOSING = "</think>"
 
 
 def without_thinking(text: str) -> str:
-    """Return an answer without the thinking before it, or unchanged if there is none or it is not closed."""
+    """Return an answer without the thinking that precedes it. Text without a closing thinking tag is unchanged."""
     before, closed, after = text.partition(CLOSING)
     return after.lstrip() if closed else before

@@ -1,1 +1,1 @@
-"""One vLLM server process: its configuration, start and client, and our changes to vLLM (plugin.py)."""
+"""Configures, starts and talks to a vLLM server process, and changes vLLM where necessary (plugin.py)."""

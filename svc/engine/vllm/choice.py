@@ -1,4 +1,4 @@
-"""One option of an engine launch: its value and where the value comes from."""
+"""An option for launching an engine: its value, and where that value came from."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,11 +7,11 @@ from enum import StrEnum
 from svc.engine.vllm.engine_args import given
 
 AUTO = "auto"
-"""Value of an option that is left to vLLM."""
+"""Value of an option that vLLM decides itself."""
 
 
 class Origin(StrEnum):
-    """Source of an option's value."""
+    """Where an option's value comes from."""
 
     ARGS = "engine.args"
     SETTING = "setting"
@@ -27,12 +27,13 @@ Value = str | int | float | bool
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The value of one option of an engine launch.
+    """An option for launching an engine, and its value.
 
     Attributes:
         name: vLLM's name for the option, if it has one.
-        reason: short reason for the value; empty if the origin says enough.
-        arguments: arguments to add to vLLM's command line; empty if the user gave them or vLLM chooses.
+        reason: short reason for the value; empty if the origin explains it.
+        arguments: arguments to add to vLLM's command line; empty if the user has already given them or vLLM
+            decides.
         variables: variables to add to vLLM's environment.
     """
 
@@ -45,7 +46,7 @@ class Choice:
 
 
 def as_argument(name: str, value: Value, origin: Origin, reason: str = "") -> Choice:
-    """Return a choice that is passed to vLLM under the option's own name."""
+    """Create a choice that is passed to vLLM as the command-line option of the same name."""
     return Choice(name, value, origin, reason, (_option(name), str(value)))
 
 
@@ -53,14 +54,16 @@ def as_given(name: str, args: Sequence[str], *others: str) -> Choice | None:
     """Return an option and its value from `engine.args`, or None if the option is not given there.
 
     Args:
-        others: other names of the option, including their dashes.
+        others: other names of the option, including the leading dashes.
     """
     value = given(args, _option(name), *others)
     return None if value is None else Choice(name, as_number(value), Origin.ARGS)
 
 
 def as_number(text: str) -> int | float | str:
-    """Return a text as a number if it is one, else unchanged, because vLLM also accepts values such as `4k`."""
+    """Convert a text to a number if possible. Other texts are unchanged, because vLLM also accepts values such
+    as `4k`.
+    """
     for kind in (int, float):
         try:
             return kind(text)

@@ -1,7 +1,7 @@
-"""One connection to an engine's Unix socket: carries requests one after another, with streamed responses.
+"""A connection to an engine's Unix socket, which carries one request at a time and streams the response.
 
-The bytes of a response are buffered until they are read. When the buffer is full, reading from the
-engine pauses. This module knows nothing about versions, or about the content of requests and responses.
+Response bytes are buffered until they are read. While the buffer is full, nothing more is read from the
+engine. This module knows nothing about versions, or about the content of requests and responses.
 """
 
 import asyncio
@@ -10,50 +10,50 @@ from time import perf_counter
 from typing import cast
 
 _MAX_BUFFERED_BYTES = 256 * 1024
-"""Maximum number of unread bytes of a response. The last read from the socket may add as many again."""
+"""Maximum number of unread response bytes. The last read from the socket may exceed it by as much again."""
 _MAX_JOINED_BYTES = 64 * 1024
 """Maximum total size of chunks that are returned together, in bytes. A single chunk may be larger."""
 _MAX_STRAY_BYTES = 64 * 1024
-"""Maximum number of consecutive bytes outside a body: the response head, and the framing of its chunks."""
+"""Maximum number of consecutive bytes that are not part of a body, i.e. the response head and chunk framing."""
 _CONTENT_TYPE, _CONTENT_LENGTH, _TRANSFER_ENCODING = b"content-type", b"content-length", b"transfer-encoding"
 
 
 class ConnectionFailedError(Exception):
-    """Raised if a request could not be sent or its response did not arrive."""
+    """Raised when a request cannot be sent or its response does not arrive."""
 
 
 class UnreachableError(ConnectionFailedError):
-    """Raised if the engine accepted no connection, so that it has received nothing of the request."""
+    """Raised when the engine accepts no connection, so it cannot have received any of the request."""
 
 
 class BrokenConnectionError(ConnectionFailedError):
-    """Raised if the connection broke before the response was complete."""
+    """Raised when the connection breaks before the response is complete."""
 
 
 class MalformedAnswerError(BrokenConnectionError):
-    """Raised if the response is not valid HTTP/1.1 or exceeds a limit."""
+    """Raised when a response is not valid HTTP/1.1 or exceeds a limit."""
 
 
 class SilenceError(ConnectionFailedError):
-    """Raised if no bytes arrived for too long."""
+    """Raised when no bytes have arrived for too long."""
 
 
 class EngineConnection(asyncio.Protocol):
-    """A connection that sends one request at a time and stores its response until the next request.
+    """A connection to an engine. It sends one request at a time and keeps the response until the next one.
 
     Args:
-        silence_s: maximum wait for the next bytes, in seconds.
+        silence_s: maximum time to wait for the next bytes, in seconds.
         all_open: the pool's set of open connections, which contains this one while it is open.
 
     Attributes:
         status: HTTP status of the response, once its head has arrived.
-        content_type: Content-Type of the response, once its head has arrived; empty if the engine sends
-            none.
+        content_type: Content-Type of the response, once its head has arrived; empty if the engine did not
+            send one.
         answered: whether at least one byte of the response has arrived.
         complete: whether the whole response has arrived.
-        arrived: arrival time of the chunk that was read last, in seconds. The clock stops while reading is
-            paused, so that the time between two chunks does not include their reader's delays.
-        idle_since: time at which the last response was completed, by the event loop's clock.
+        arrived: arrival time of the chunk that was last read, in seconds. The clock stops while reading is
+            paused, so that the time between two chunks does not include delays caused by their reader.
+        idle_since: time at which the last response was complete, on the event loop's clock.
     """
 
     def __init__(self, silence_s: float, all_open: "set[EngineConnection]") -> None:
@@ -85,14 +85,14 @@ class EngineConnection(asyncio.Protocol):
 
     @property
     def is_closed(self) -> bool:
-        """Whether the connection accepts no more requests."""
+        """Whether the connection can no longer be used for requests."""
         return self._transport.is_closing()
 
     async def ask(self, request: bytes) -> None:
         """Send a request and wait for the head of its response.
 
         Raises:
-            BrokenConnectionError, SilenceError: no response arrived; the connection is closed.
+            BrokenConnectionError, SilenceError: no response arrived. The connection has been closed.
         """
         if self._error is not None:
             raise self._error
@@ -110,10 +110,12 @@ class EngineConnection(asyncio.Protocol):
             raise
 
     async def read_some(self) -> bytes:
-        """Wait for body bytes and return those that arrived together, about 64 KiB. Empty at the end of the body.
+        """Wait for body bytes and return those that arrived together, about 64 KiB at most.
+
+        The result is empty at the end of the body.
 
         Raises:
-            BrokenConnectionError, SilenceError: the rest will not arrive.
+            BrokenConnectionError, SilenceError: the rest of the body will not arrive.
         """
         while not self._parts:
             if self.complete:
@@ -125,7 +127,7 @@ class EngineConnection(asyncio.Protocol):
         return part
 
     def release(self) -> bool:
-        """Finish with a response, closing the connection if it cannot be reused. Return whether it can be reused."""
+        """Finish the current response and return whether the connection can be reused. If it cannot, close it."""
         if not (self.complete and self._usable):
             self.close()
             return False
@@ -136,11 +138,13 @@ class EngineConnection(asyncio.Protocol):
         return True
 
     def close(self) -> None:
-        """Close the connection immediately. The engine then cancels an unfinished request."""
+        """Close the connection immediately. The engine then cancels any unfinished request."""
         self._fail(BrokenConnectionError("the connection was closed by this process"))
 
     def _next(self) -> bytes:
-        """Return the first chunks that arrived together, up to about `_MAX_JOINED_BYTES`."""
+        """Remove the next chunks that arrived together from the buffer and return them, about `_MAX_JOINED_BYTES` at
+        most.
+        """
         self.arrived, first = self._parts.popleft()
         if not self._parts:  # nearly always true in a stream
             self._waiting_bytes = 0
@@ -157,7 +161,10 @@ class EngineConnection(asyncio.Protocol):
         return b"".join(parts)
 
     def _more(self) -> asyncio.Future[None]:
-        """Return a future that completes as soon as bytes arrive or an error occurs. Callers await it in a loop."""
+        """Return a future that completes as soon as bytes arrive or an error occurs.
+
+        Callers await it in a loop until they have what they need.
+        """
         if self._error is not None:
             raise self._error
         self._heard = self._loop.time()
@@ -170,7 +177,9 @@ class EngineConnection(asyncio.Protocol):
             waiter.set_result(None)
 
     def _fail(self, error: ConnectionFailedError) -> None:
-        """Close the connection. The part of the response that has arrived can still be read."""
+        """Close the connection because of an error. Any part of the response that has already arrived can still be
+        read.
+        """
         self._usable = False
         if self._error is None:
             self._error = error
@@ -181,7 +190,10 @@ class EngineConnection(asyncio.Protocol):
         self._wake()
 
     def _check_silence(self) -> None:
-        """Check when the last bytes arrived. This runs at intervals rather than for every chunk."""
+        """Close the connection if no bytes have arrived for too long.
+
+        This check runs at intervals rather than for every chunk.
+        """
         self._timer = None
         if not self._asked:
             return
@@ -249,7 +261,9 @@ class EngineConnection(asyncio.Protocol):
             self._has_length = True
 
     def on_headers_complete(self) -> None:
-        """Check the response head. Only a response with a known end can be distinguished from a broken one."""
+        """Check the response head. The length must be known, because otherwise a broken response would look
+        complete.
+        """
         if not self._has_length:
             raise ValueError("the response has neither Content-Length nor chunked encoding")
         if self._parser.get_http_version() != "1.1":

@@ -1,9 +1,8 @@
-"""Sends clients' requests to one engine over pooled connections, so that most need no new connection.
+"""Sends clients' requests to an engine over pooled connections.
 
-The server's own requests use separate connections (svc.engine.client), so that a reload never queues
-behind streams. This is our own implementation, because the fastest library takes three times as long per
-request and does not report whether the engine may have received a failed request; docs/engine.md has the
-figures.
+The server's own requests use separate connections (svc.engine.client), so that a reload never waits
+behind streams. No library is used, because the fastest one takes three times as long per request
+(docs/engine.md) and does not report whether the engine may have received a failed request.
 """
 
 import asyncio
@@ -21,25 +20,25 @@ from svc.engine.vllm.connection import (
 )
 
 _CONNECT_TIMEOUT_S = 5.0
-"""Maximum wait for a connection, in seconds. A local socket connects immediately, unless the engine must
-first accept hundreds of connections."""
+"""Maximum time to wait for a connection, in seconds. A local socket connects immediately, unless hundreds of
+connections are waiting for the engine to accept them."""
 _CONNECT_PAUSE_S = 0.005
 _IDLE_S = 3.0
-"""Time after which an idle connection is closed, in seconds. vLLM closes a connection that was idle for 5 s
-(VLLM_HTTP_TIMEOUT_KEEP_ALIVE)."""
+"""Time after which an idle connection is closed, in seconds. It must be shorter than the 5 seconds after which
+vLLM closes an idle connection (VLLM_HTTP_TIMEOUT_KEEP_ALIVE)."""
 _MAX_BODY_BYTES = 64 * 2**20
 _EVENT_STREAM = "text/event-stream"
 
 
 class EngineConnections:
-    """A pool with one connection per concurrent request. The gateway limits the number of requests.
+    """A pool of connections to an engine. It opens as many as there are concurrent requests, which the gateway limits.
 
     Args:
         socket: the engine's Unix socket.
-        silence_s: maximum wait for the next bytes of a response, in seconds.
+        silence_s: maximum time to wait for the next bytes of a response, in seconds.
 
     Attributes:
-        is_closed: whether the pool accepts no more requests.
+        is_closed: whether the pool has been closed and accepts no more requests.
     """
 
     def __init__(self, socket: Path, *, silence_s: float) -> None:
@@ -51,7 +50,7 @@ class EngineConnections:
         self.is_closed = False
 
     def post(self, path: str, payload: bytes, request_id: str, header_lines: str = "") -> "EngineAnswer":
-        """Return a POST request with a JSON body. It is sent when its `async with` is entered.
+        """Create a POST request with a JSON body. It is sent on entering it with `async with`.
 
         Args:
             header_lines: additional header lines, each including its line ending.
@@ -63,7 +62,7 @@ class EngineConnections:
         return EngineAnswer(self, head.encode("latin-1") + payload)
 
     def get(self, path: str) -> "EngineAnswer":
-        """Return a GET request. It is sent when its `async with` is entered."""
+        """Create a GET request. It is sent on entering it with `async with`."""
         return EngineAnswer(self, f"GET {path} HTTP/1.1\r\nhost: engine\r\naccept-encoding: identity\r\n\r\n".encode())
 
     def close(self) -> None:
@@ -77,7 +76,10 @@ class EngineConnections:
             connection.close()
 
     def take(self) -> EngineConnection | None:
-        """Return the most recently used idle connection, so that older ones expire, or None if none is idle."""
+        """Return the most recently used idle connection, or None if none is idle.
+
+        Older connections are thus left to expire.
+        """
         while self._idle:
             connection = self._idle.pop()
             if not connection.is_closed:
@@ -90,7 +92,7 @@ class EngineConnections:
         """Open and return a new connection.
 
         Raises:
-            UnreachableError: the engine accepts no connection.
+            UnreachableError: the engine does not accept connections.
         """
         try:
             async with asyncio.timeout(_CONNECT_TIMEOUT_S):
@@ -118,7 +120,7 @@ class EngineConnections:
 
     @property
     def _oldest(self) -> float:
-        """Cutoff time. Idle connections that were last used before it are closed."""
+        """Cutoff time. Connections that have been idle since before it are closed."""
         return asyncio.get_running_loop().time() - _IDLE_S
 
     def _sweep(self) -> None:
@@ -134,14 +136,16 @@ class EngineConnections:
 
 
 class EngineAnswer:
-    """One request and its response, within an `async with`. Leaving it early cancels the request in the engine.
+    """A request to the engine and its response, for use with `async with`.
+
+    Leaving the context early cancels the request in the engine.
 
     If a pooled connection breaks before the first byte of the response, the request is sent again on a new
-    connection, because the engine may just then have closed the pooled one.
+    connection, because the engine may have closed the pooled one just then.
 
     Entering raises:
-        UnreachableError: nothing was sent.
-        BrokenConnectionError, SilenceError: no response began.
+        UnreachableError: the request was not sent.
+        BrokenConnectionError, SilenceError: no response arrived.
     """
 
     def __init__(self, pool: EngineConnections, request: bytes) -> None:
@@ -195,7 +199,7 @@ class EngineAnswer:
 
     @property
     def content_type(self) -> str:
-        """The Content-Type of the response; empty if the engine sends none."""
+        """The Content-Type of the response, or empty if the engine did not send one."""
         return self._connection.content_type
 
     @property
@@ -209,15 +213,22 @@ class EngineAnswer:
         return self._connection.content_type.startswith(_EVENT_STREAM)
 
     def read_some(self) -> Coroutine[object, object, bytes]:
-        """Wait for body bytes and return those that arrived together, about 64 KiB. Empty at the end of the body.
+        """Wait for body bytes and return those that arrived together, about 64 KiB at most.
+
+        The result is empty at the end of the body.
 
         Raises:
-            BrokenConnectionError, SilenceError: the rest will not arrive.
+            BrokenConnectionError, SilenceError: the rest of the body will not arrive.
         """
         return self._connection.read_some()
 
     async def read(self) -> bytes:
-        """Return the rest of the body. Raises like `read_some`, and MalformedAnswerError if it exceeds 64 MiB."""
+        """Return the rest of the body.
+
+        Raises:
+            MalformedAnswerError: the body exceeds 64 MiB.
+            BrokenConnectionError, SilenceError: see `read_some`.
+        """
         parts, size = list[bytes](), 0
         while part := await self._connection.read_some():
             parts.append(part)
@@ -228,7 +239,7 @@ class EngineAnswer:
 
 
 async def _connected(path: str) -> sockets.socket:
-    """Return a connected socket, waiting while the engine's backlog is full.
+    """Connect a socket to the engine, waiting while the engine's backlog is full.
 
     asyncio's `sock_connect` would treat a socket as connected even if the kernel rejected it because of a
     full backlog.

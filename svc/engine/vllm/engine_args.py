@@ -1,20 +1,23 @@
 """Reads vLLM server arguments the way vLLM does.
 
-This ensures that a user's `engine.args` are neither passed twice nor overridden. A file given by
-`--config` is not read.
+This prevents the user's `engine.args` from being passed twice or overridden. A file given by `--config`
+is not read.
 """
 
 from collections.abc import Sequence
 
 
 def given(arguments: Sequence[str], *options: str) -> str | None:
-    """Return an option's value in vLLM's arguments: `--block-size 32`, `--block_size=32`, or a name prefix.
+    """Return the value of an option in vLLM's arguments.
+
+    As in vLLM, the option may be written as `--block-size 32`, `--block_size=32` or an abbreviation.
 
     Args:
-        options: the option's names, including their dashes.
+        options: the names of the option, including the leading dashes.
 
     Returns:
-        The last value given, which takes effect; empty for a flag; None if the option is not given.
+        The last value given, which is the one that takes effect. It is empty for a flag, and None if the
+        option is not given.
     """
     last = None
     for index, argument in enumerate(arguments):
@@ -35,7 +38,9 @@ def _is_one_of(name: str, options: Sequence[str]) -> bool:
 
 
 def given_flag(arguments: Sequence[str], flag: str) -> bool | None:
-    """Return True if the arguments contain `--FLAG`, False if `--no-FLAG`, or None if neither."""
+    """Return True if the arguments contain `--FLAG`, False if they contain `--no-FLAG`, or None if they contain
+    neither.
+    """
     enabled = None
     for argument in arguments:
         if given([argument], f"--{flag}") is not None:
@@ -46,5 +51,5 @@ def given_flag(arguments: Sequence[str], flag: str) -> bool | None:
 
 
 def parses_calls(arguments: Sequence[str]) -> bool:
-    """Return whether the arguments name a tool call parser, so that vLLM finds the calls in answers."""
+    """Return whether the arguments set up a tool call parser, which vLLM needs to extract tool calls from answers."""
     return bool(given_flag(arguments, "enable-auto-tool-choice") and given(arguments, "--tool-call-parser"))

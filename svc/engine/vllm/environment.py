@@ -1,7 +1,7 @@
-"""Selects the environment variables that an engine inherits: those of its libraries, and no secrets.
+"""Selects the environment variables that an engine inherits: those its libraries use, but no secrets.
 
-An engine runs native code from many libraries and writes a log. It must not get any other variables of
-the server's environment, such as cloud credentials or a hub token.
+An engine runs native code from many libraries and writes a log. It must not see the server's other
+variables, such as cloud credentials or a Hub token.
 """
 
 import os
@@ -16,8 +16,8 @@ _INHERITED = re.compile(
     "|TRITON|VLLM|XDG)(_.*)?",
     re.DOTALL,
 )
-"""Matches variables of Python, the C library, PyTorch, vLLM and their dependencies, mostly by the word
-before the first underscore."""
+"""Matches variables of Python, the C library, PyTorch, vLLM and their dependencies, in most cases by the
+part of the name before the first underscore."""
 _SECRET_WORDS = frozenset({"CREDENTIALS", "KEY", "PASSWORD", "SECRET", "TOKEN"})
 
 
@@ -25,7 +25,7 @@ def inherited_environment(also: Iterable[str] = ()) -> dict[str, str]:
     """Return the environment variables that an engine inherits.
 
     Args:
-        also: names of additional variables, from `engine.environment`.
+        also: names of additional variables to inherit, from `engine.environment`.
     """
     named = frozenset(also)
     return {name: value for name, value in os.environ.items() if name in named or _is_inherited(name)}

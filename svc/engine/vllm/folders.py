@@ -1,7 +1,7 @@
-"""Folders for an engine's socket, lock and record.
+"""Creates and finds the folders for an engine's socket, lock and record.
 
-The socket's folder has owner-only permissions and a short path. The lock and the record are in the home,
-where the next server finds them.
+The folder of the socket has owner-only permissions and a short path. The lock and the record are stored
+in the home, where the next server can find them.
 """
 
 import hashlib
@@ -17,14 +17,14 @@ _STATES = "engines"
 
 
 def runtime_folder(home: Path, purpose: str) -> Path:
-    """Create or check the folder for one engine of one home, and return its path.
+    """Return the folder for the socket of an engine, creating it if it does not exist.
 
-    A Unix socket's path has at most 107 characters, and a home's path may be long, so the folder gets a
-    short name under the folder for temporary files. `$XDG_RUNTIME_DIR` is not used, because it is deleted
-    when its user logs out, which a server may outlive.
+    The path of a Unix socket is limited to 107 characters, but the home may have a long path. The folder is
+    therefore created in the directory for temporary files, under a short name. `$XDG_RUNTIME_DIR` is not
+    used, because it is deleted when the user logs out, while the server may go on running.
 
     Args:
-        purpose: distinguishes the folders of a home's engines; each is used by one engine at a time.
+        purpose: distinguishes the folders of the engines in a home. Each folder is used by one engine at a time.
 
     Raises:
         EngineError: the folder belongs to another user, or other users can access it.
@@ -52,7 +52,7 @@ def runtime_folder(home: Path, purpose: str) -> Path:
 
 
 def socket_folder(home: Path, replica: int) -> Path:
-    """Return the folder for the socket of one of the server's engines.
+    """Return the folder for the socket of a replica of the server.
 
     Raises:
         EngineError: see `runtime_folder`.
@@ -61,13 +61,13 @@ def socket_folder(home: Path, replica: int) -> Path:
 
 
 def state_folder(home: Path, replica: int) -> Path:
-    """Return the folder for the lock and record of one of the server's engines, creating it if missing."""
+    """Return the folder for the lock and record of a replica of the server, creating it if it does not exist."""
     folder = home / _STATES / str(replica)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def state_folders(home: Path) -> dict[int, Path]:
-    """Return the existing state folders, keyed by replica."""
+    """Return the state folders that exist in a home, keyed by replica."""
     folders = (home / _STATES).iterdir() if (home / _STATES).is_dir() else iter(())
     return dict(sorted((int(folder.name), folder) for folder in folders if folder.name.isdecimal()))

@@ -1,7 +1,7 @@
 """Estimates whether there is enough free memory for additional engines.
 
-The estimate is made before a start, so that a server or a swap reports a shortage instead of running out
-of memory later, on the machine or in CUDA.
+The estimate is made before an engine starts. This way, a server or a swap reports a shortage up front,
+instead of running out of main memory or GPU memory later.
 """
 
 from collections.abc import Sequence
@@ -14,20 +14,20 @@ from svc.engine.vllm.plan import GIB, EnginePlanner
 from svc.settings import Device
 
 ENGINE_OVERHEAD = 2 * GIB
-"""Memory of one engine in addition to weights and KV cache. On a CPU, 1.8 GiB were measured with vLLM 0.32
-and a model of a few megabytes, for Python and torch in three processes, as when vLLM binds threads; with
-two processes it is 0.7 GiB less. On a GPU it was not measured, but it covers the CUDA context and a long
-prompt."""
+"""Memory of an engine in addition to weights and KV cache. On a CPU, vLLM 0.32 with a model of a few
+megabytes used 1.8 GiB for Python and torch in three processes, which is how it runs when it binds
+threads. Two processes use 0.7 GiB less. On a GPU, the overhead was not measured, but this covers the
+CUDA context and a long prompt."""
 
 
 def shortage(specs: Sequence[EngineSpec]) -> str | None:
-    """Return why there is not enough free memory for these engines together, or None if there is.
+    """Return a message if there is not enough free memory for all of these engines, or None if there is.
 
     Each engine needs its weights, its adapters' memory, the KV cache of one sequence, and `ENGINE_OVERHEAD`.
-    If the share of a GPU is set, vLLM requires that whole share to be free.
+    If the GPU memory share is configured, vLLM requires all of that share to be free.
 
     Args:
-        specs: the engines, all on one device.
+        specs: the engines, which must all run on the same device.
     """
     if not specs:
         return None
@@ -42,10 +42,10 @@ def shortage(specs: Sequence[EngineSpec]) -> str | None:
 
 
 def backup_shortage(spec: EngineSpec) -> str | None:
-    """Return why main memory cannot hold the weights of a sleeping engine, or None if it can.
+    """Return a message if there is not enough main memory for the weights of a sleeping engine, or None if there is.
 
-    vLLM copies the weights and the adapters' memory to pinned memory block by block, and torch rounds each
-    block up to a power of two, so that up to twice as much is needed.
+    vLLM copies the weights and the adapters to pinned memory block by block. Because torch rounds each block
+    up to a power of two, up to twice their size is needed.
     """
     wide = is_wide(choose_dtype(spec.settings, spec.capabilities, spec.facts))
     needed = 2 * (weight_bytes(spec.facts, wide=wide) + (spec.lora.memory if spec.lora else 0))
@@ -56,7 +56,7 @@ def backup_shortage(spec: EngineSpec) -> str | None:
 
 
 def _needed(spec: EngineSpec, machine: Machine) -> tuple[int, int]:
-    """Return the memory that an engine needs and the free memory of its device, in bytes."""
+    """Return the memory that an engine needs and the memory that is free on its device, in bytes."""
     model = spec.facts
     wide = is_wide(choose_dtype(spec.settings, spec.capabilities, model))
     length = min(spec.settings.max_model_len, model.context or spec.settings.max_model_len)

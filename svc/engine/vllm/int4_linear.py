@@ -1,8 +1,8 @@
-"""Linear layers of GPTQ models on CPUs without AVX-512, for which vLLM has no 4-bit kernel.
+"""Implements the linear layers of GPTQ models on CPUs without AVX-512, for which vLLM has no 4-bit kernel.
 
-The product is computed by PyTorch's operator for 4-bit weights, which has kernels for AVX2 and AVX-512.
-Weights stay in 4 bits, in the operator's layout; scales take 4 bytes per group instead of 2. This module
-is imported only inside vLLM.
+The matrix product is computed by PyTorch's operator for 4-bit weights, which has kernels for AVX2 and
+AVX-512. The weights remain 4-bit but are stored in the operator's layout. Each group's scale takes 4
+bytes instead of 2. This module is imported only inside vLLM.
 """
 
 import torch
@@ -11,13 +11,16 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import unpack_qua
 from vllm.scalar_type import scalar_types
 
 _GROUP_SIZES = (256, 128, 64, 32)
-"""Group sizes that the operator supports in PyTorch 2.13."""
+"""Group sizes that the operator supports as of PyTorch 2.13."""
 _WIDTH = 32
-"""Number that must divide a layer's inputs and outputs, for the operator as for vLLM's own kernel."""
+"""A layer's input and output sizes must be multiples of this, as they must for vLLM's own kernel."""
 
 
 class Int4LinearKernel(MPLinearKernel):
-    """Computes y = W x + b, with 4-bit W around a zero point of 8 and one bfloat16 scale per group of inputs."""
+    """Computes y = W x + b with 4-bit weights W.
+
+    Weights have a zero point of 8 and one bfloat16 scale per group of inputs.
+    """
 
     @classmethod
     def get_min_capability(cls) -> int:
@@ -25,7 +28,7 @@ class Int4LinearKernel(MPLinearKernel):
 
     @classmethod
     def can_implement(cls, c: MPLinearLayerConfig) -> tuple[bool, str | None]:
-        """Return whether the operator supports a given layer, and if not, the reason."""
+        """Return whether the operator supports a layer, along with the reason if it does not."""
         inputs, outputs = c.partition_weight_shape
         if c.weight_type != scalar_types.uint4b8 or c.zero_points:
             return False, f"weights are {c.weight_type}; only symmetric 4-bit weights are supported"
@@ -38,7 +41,9 @@ class Int4LinearKernel(MPLinearKernel):
         return True, None
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Convert weights and scales to the operator's layout, after each load, including an in-place reload."""
+        """Convert weights and scales to the operator's layout. This runs after each load, including in-
+        place reloads.
+        """
         inputs = self.config.partition_weight_shape[0]
         self._group_size = operator_group_size(self.config.group_size, inputs)
         groups = inputs // self._group_size
@@ -48,7 +53,7 @@ class Int4LinearKernel(MPLinearKernel):
             setattr(layer, self.w_zp_name, None)  # 8 for every group
 
     def apply_weights(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the outputs of the layer.
+        """Compute the outputs of the layer.
 
         Args:
             x: [..., in], bfloat16.
@@ -66,11 +71,12 @@ class Int4LinearKernel(MPLinearKernel):
 
 
 def operator_group_size(group_size: int, inputs: int) -> int:
-    """Return the operator's largest group size that divides the model's group size.
+    """Return the largest group size that the operator supports and that divides the model's group size.
 
     Args:
-        group_size: number of inputs that share a scale, a multiple of 32, or -1 for all inputs.
-        inputs: number of the layer's inputs, a multiple of 32.
+        group_size: number of inputs that share a scale. It must be a multiple of 32, or -1 if all inputs
+            share one.
+        inputs: number of inputs of the layer, which must be a multiple of 32.
     """
     whole = inputs if group_size == -1 else group_size
     return next(size for size in _GROUP_SIZES if whole % size == 0)
@@ -90,11 +96,11 @@ def pack_weights(packed: torch.Tensor) -> torch.Tensor:
 
 
 def spread_scales(scales: torch.Tensor, groups: int) -> torch.Tensor:
-    """Return scales in the operator's layout, each with an offset of 0.
+    """Convert scales to the operator's layout, in which each is paired with an offset of 0.
 
     Args:
-        scales: [groups of the model, out].
-        groups: the operator's number of groups, a multiple of the model's.
+        scales: [groups in the model, out].
+        groups: number of groups in the operator's layout, a multiple of the number in the model.
 
     Returns:
         [groups, out, 2].

@@ -1,7 +1,7 @@
-"""Builds the arguments and environment for launching a vLLM server from a spec. plan.py makes the choices.
+"""Builds the arguments and environment for launching a vLLM server. The options are decided in plan.py.
 
-This is the interface for other launchers: running `command(spec)` with `environment(spec)` anywhere
-gives an engine, provided that its HTTP API can be reached.
+Other launchers can use this, too: running `command(spec)` with `environment(spec)` starts a usable
+engine anywhere, provided that its HTTP API can be reached.
 """
 
 import hashlib
@@ -31,12 +31,12 @@ from svc.settings import Device, EngineSettings, GptqKernel
 SOCKET_FILE = "engine.sock"
 HUGGING_FACE_FORMAT = ["--config-format", "hf", "--tokenizer-mode", "hf"]
 """Makes vLLM read `config.json` and `tokenizer.json`, as training does. Mistral's folders contain a model
-twice, and by default vLLM reads `params.json` and `tekken.json`. `engine.args` come later, so they
-override this."""
+in two formats, and by default vLLM reads `params.json` and `tekken.json`. Since `engine.args` come
+later, they can override this."""
 _ENTRY = "vllm.entrypoints.launchers.api_server.entry"
 _STARTER = "svc.engine.vllm.start"
 _LISTS = ("VLLM_DISABLED_KERNELS", "VLLM_PLUGINS")
-"""vLLM environment variables that hold comma-separated names."""
+"""vLLM environment variables whose values are comma-separated lists of names."""
 _OUTPUT_LAYER = "lm_head"
 _LOG_LEVEL = "VLLM_LOGGING_LEVEL"
 _SLEEP_FLAG, _SLEEP_MODE = "enable-sleep-mode", "enable_sleep_mode"
@@ -46,16 +46,16 @@ _PLUGIN = "tuneserve"
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """The specification of one engine to start.
+    """Specification of an engine to start.
 
     Attributes:
-        model: folder with config, safetensors and tokenizer.
-        served_name: the engine's only model name.
-        runtime: folder for its socket, with owner-only permissions.
-        state: folder for its lock and record, which a later server reads.
-        log: file for its output.
+        model: folder with the config, the safetensors files and the tokenizer.
+        served_name: the only name under which the engine serves the model.
+        runtime: folder for the engine's socket, with owner-only permissions.
+        state: folder for the engine's lock and record, which a later server reads.
+        log: file for the engine's output.
         cache: folder for compiled kernels.
-        capabilities: capabilities of this device.
+        capabilities: capabilities of this machine.
         template_kwargs: arguments for the chat template, or None to use those in the model's folder.
         lora: capacity for adapters, or None for an engine without adapters.
         engines: number of engines that share the machine, including this one.
@@ -82,7 +82,10 @@ class EngineSpec:
 
     @cached_property
     def plan(self) -> plan.EnginePlan:
-        """Choices for the launch, based on the machine's state at first access. On a GPU this may take seconds."""
+        """Launch options, decided on first access from the state of the machine at that time.
+
+        On a machine with a GPU, this may take seconds.
+        """
         machine = read_machine(gpus=self.device is Device.CUDA)
         planner = plan.EnginePlanner(self.settings, self.capabilities, machine, self.facts, self.cache, self.engines)
         lora = lora_choices(self.lora, self.settings.args) if self.lora else ()
@@ -91,15 +94,16 @@ class EngineSpec:
 
     @property
     def device(self) -> Device:
-        """Device on which the engine will run."""
+        """Device that the engine will run on."""
         return self.capabilities.device(self.settings)
 
     @cached_property
     def engine_capabilities(self) -> EngineCapabilities:
-        """Capabilities of the engine. The first access reads the model's folder.
+        """Capabilities that the engine will have. The first access reads the model's folder.
 
-        vLLM packs experts for a CPU at the first load but not at a reload. After a reload, vLLM 0.32 was off by
-        2.5 nats per token (Qwen3-MoE, Mixtral), but only by 0.01 in an engine that started with the same files.
+        On a CPU, mixtures of experts cannot be reloaded, because vLLM packs the experts on the first load but
+        not on a reload. After a reload, vLLM 0.32 was off by 2.5 nats per token (Qwen3-MoE, Mixtral). An engine
+        that was started with the same files was off by only 0.01.
         """
         return EngineCapabilities(
             reloads=self.device is not Device.CPU or not self.facts.experts,
@@ -112,10 +116,10 @@ class EngineSpec:
         )
 
     def _unprobed(self) -> str | None:
-        """Return why the engine cannot be probed, or None if it can. Applies to vLLM 0.32.
+        """Return why the engine cannot be probed, or None if it can. This applies to vLLM 0.32.
 
-        On a CPU, probes are impossible if adapters may change the output layer, which they may without
-        `--lora-target-modules`.
+        On a CPU, probing is impossible if adapters may change the output layer. Without `--lora-target-modules`,
+        they may change any layer.
         """
         args = self.settings.args
         if self.device is not Device.CPU or (self.lora is None and not given_flag(args, "enable-lora")):
@@ -127,7 +131,7 @@ class EngineSpec:
 
     @cached_property
     def facts(self) -> ModelFacts:
-        """Facts about the model, read from the model's folder."""
+        """Properties of the model that the engine depends on, read from the model's folder."""
         facts = read_model_facts(self.model)
         if self.template_kwargs is None:
             return facts
@@ -142,7 +146,10 @@ def _sleep_choice(args: Sequence[str]) -> Choice:
 
 
 def command(spec: EngineSpec) -> list[str]:
-    """Return the server's argument list. Only safetensors are loaded, and no code supplied with a model is run."""
+    """Return the argument list for launching the server.
+
+    Only safetensors files are loaded, and code that comes with a model is never run.
+    """
     starter = [_STARTER] if spec.device is Device.CPU else []
     arguments = [sys.executable, "-m", *starter, _ENTRY]
     arguments += ["--model", str(spec.model), "--served-model-name", spec.served_name, "--uds", str(spec.socket)]
@@ -156,10 +163,10 @@ def command(spec: EngineSpec) -> list[str]:
 
 
 def environment(spec: EngineSpec) -> dict[str, str]:
-    """Return the server's environment variables.
+    """Return the environment variables for launching the server.
 
-    Development mode enables the endpoints that reload weights. They can be reached only through the private
-    socket.
+    They enable vLLM's development mode, which provides the endpoints for reloading weights. These can be
+    reached only through the private socket.
     """
     variables = {
         "VLLM_SERVER_DEV_MODE": "1",
@@ -188,7 +195,7 @@ def environment(spec: EngineSpec) -> dict[str, str]:
 
 
 def launch_digest(spec: EngineSpec) -> str:
-    """Return a hex SHA-256 of everything that determines a launch, except the weights and the free memory.
+    """Return a hex SHA-256 of everything that a launch depends on, except for the weights and the free memory.
 
     The weights are identified by the engine's record and its probes.
     """

@@ -1,4 +1,4 @@
-"""Launch options for an engine that applies LoRA adapters to its base (vLLM's runtime LoRA)."""
+"""Decides the launch options for an engine that applies LoRA adapters to its base (vLLM's runtime LoRA)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from svc.engine.vllm.choice import Choice, Origin, Value, as_argument, as_given
 from svc.engine.vllm.plugin import LORA_VARIABLE
 
 RUNTIME_VARIABLE = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
-"""Enables the endpoints that load and unload adapters. They can be reached only through the private socket."""
+"""Enables the endpoints for loading and unloading adapters. They can be reached only through the private socket."""
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM accepts for `--max-lora-rank`."""
 LARGEST_RANK = _RANKS[-1]
@@ -19,21 +19,21 @@ USUAL_TARGETS = frozenset(
         *("gate_proj", "up_proj", "gate_up_proj", "down_proj"),
     }
 )
-"""Attention and MLP layers, under the names used by most architectures and by vLLM when it fuses them. If
-adapters may change all layers, including the output layer, requesting a prompt's log-probabilities kills
-vLLM 0.32 on a CPU."""
+"""Attention and MLP layers, under the names that most architectures use and those that vLLM gives to fused
+layers. If adapters may change all layers, including the output layer, vLLM 0.32 crashes on a CPU when
+prompt log-probabilities are requested."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoraSlots:
-    """An engine's capacity for adapters.
+    """How many adapters an engine can load, and of what size.
 
     Attributes:
-        max_loaded: maximum number of loaded adapters.
+        max_loaded: maximum number of adapters loaded at the same time.
         max_batched: maximum number of different adapters in one batch.
-        max_rank: maximum rank, one of the values that vLLM accepts.
-        targets: last parts of the names of the layers that adapters may change, sorted.
-        bytes: maximum memory of one adapter.
+        max_rank: maximum rank of an adapter, which is one of the values that vLLM accepts.
+        targets: sorted names of the layers that adapters may change, each without its path.
+        bytes: maximum memory of one adapter, in bytes.
     """
 
     max_loaded: int
@@ -44,21 +44,21 @@ class LoraSlots:
 
     @property
     def memory(self) -> int:
-        """Total memory of all adapters, in bytes."""
+        """Total memory needed for adapters, in bytes."""
         return self.bytes * (self.max_loaded + self.max_batched)
 
     def parts(self) -> list[Value]:
-        """Return a list of values that is equal for equal capacities."""
+        """Return the capacity as a list of values, which is equal for equal capacities."""
         return [self.max_loaded, self.max_batched, self.max_rank, *self.targets]
 
 
 def choose_slots(*, max_loaded: int, max_rank: int | None, rank: int, targets: frozenset[str], size: int) -> LoraSlots:
-    """Return the capacity for adapters similar to a given adapter.
+    """Choose the capacity of an engine for adapters that are similar to a given one.
 
     Args:
         max_loaded, max_rank: the values from the settings.
         rank: the given adapter's rank, at most `max_rank`.
-        targets: last parts of the names of the layers that the adapter changes.
+        targets: names of the layers that the adapter changes, each without its path.
         size: total size of the adapter's files, in bytes.
     """
     wanted = max(rank, _MIN_RANK) if max_rank is None else max_rank
@@ -73,7 +73,7 @@ def choose_slots(*, max_loaded: int, max_rank: int | None, rank: int, targets: f
 
 
 def lora_choices(slots: LoraSlots, args: Sequence[str]) -> tuple[Choice, ...]:
-    """Return the launch choices that give an engine the requested capacity.
+    """Return the launch options that give an engine the requested capacity for adapters.
 
     Args:
         args: `engine.args`, which take precedence.

@@ -1,7 +1,7 @@
-"""Checks from the config alone whether vLLM can serve a model, by its own validation in a separate process.
+"""Checks from the config alone whether vLLM can serve a model, by running vLLM's validation in another process.
 
-The check takes 9 s, mostly to import vLLM, so the caller starts it, does other work and then reads the
-result. That process runs this file as a module. No weights are read, so a model that is too large
+The check takes 9 s, mostly for importing vLLM, so callers start it, do other work and read the result
+later. The other process runs this file as a module. Since no weights are read, a model that is too large
 passes.
 """
 
@@ -25,12 +25,13 @@ _MAX_REASON = 160  # characters; vLLM lists all architectures that it has
 
 
 class ModelCheck:
-    """A running model check.
+    """A running check of whether vLLM can serve a model.
 
     Args:
         folder: folder of the model.
         command: command line of the process.
-        process: the process, which prints vLLM's reason for rejecting the model as JSON, or null.
+        process: the process, which prints vLLM's reason for rejecting the model as a JSON string, or null if
+            there is none.
     """
 
     def __init__(self, folder: Path, command: Sequence[str], process: "subprocess.Popen[str]") -> None:
@@ -39,11 +40,11 @@ class ModelCheck:
         self._process = process
 
     def wait(self) -> None:
-        """Wait at most 300 s for the result of the check.
+        """Wait up to 300 seconds for the result of the check.
 
         Raises:
             BaseModelError: vLLM cannot serve the model; the error contains vLLM's reason.
-            EngineError: vLLM did not start or did not give a result.
+            EngineError: vLLM did not start or did not return a result.
         """
         try:
             answer, log = self._process.communicate(timeout=_TIMEOUT_S)
@@ -65,10 +66,11 @@ class ModelCheck:
 
 @contextmanager
 def model_check(folder: Path, settings: EngineSettings) -> Iterator[ModelCheck]:
-    """Start the check, and stop it at the end of the body if it is still running.
+    """Context manager that starts a model check, and stops it on exit if it is still running.
 
     Args:
-        settings: settings whose `args` and `environment` apply as for an engine that serves the model.
+        settings: engine settings. Their `args` and `environment` apply as they would to an engine that
+            serves the model.
     """
     command = [sys.executable, "-m", __name__, "--model", str(folder), *HUGGING_FACE_FORMAT, *settings.args]
     environment = inherited_environment(settings.environment) | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -82,7 +84,7 @@ def model_check(folder: Path, settings: EngineSettings) -> Iterator[ModelCheck]:
 
 
 def _refusal(arguments: Sequence[str]) -> str | None:
-    """Return a shortened reason why vLLM cannot serve a model, or None if it can."""
+    """Return vLLM's reason for not being able to serve a model, shortened, or None if it can."""
     from pydantic import ValidationError
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser

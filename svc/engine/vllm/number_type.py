@@ -1,4 +1,4 @@
-"""An engine's number type, its kernel for 4-bit weights, and the resulting size of the weights in memory."""
+"""Chooses an engine's number type and its kernel for 4-bit weights, and computes the resulting weight memory."""
 
 from svc.engine.device import DeviceCapabilities, NumberType
 from svc.engine.model_facts import ModelFacts
@@ -8,16 +8,17 @@ from svc.errors import EngineError
 from svc.settings import Device, EngineSettings, GptqKernel
 
 GPTQ = "gptq"
-"""Name of the quantization method in a 4-bit model's config."""
+"""Quantization method named in the config of a 4-bit model."""
 _WIDE = (NumberType.FLOAT32.value, "float")
 """vLLM's names for 32-bit floating-point numbers."""
 _VLLM_KERNELS = "CPUWNA16LinearKernel,ZentorchWNA16LinearKernel"
-"""vLLM's own CPU kernels for 4-bit weights. The first claims support even without its operator, the second
-if the package zentorch is installed. Both are tried before a plugin's kernel."""
+"""vLLM's own CPU kernels for 4-bit weights, which are tried before a plugin's kernel. The first one claims
+to be supported even if its operator is missing, and the second one does if the package zentorch is
+installed."""
 
 
 def choose_dtype(settings: EngineSettings, capabilities: DeviceCapabilities, model: ModelFacts) -> Choice:
-    """Return an engine's number type: the type of the stored weights, unless that is slow on the device.
+    """Choose an engine's number type, which is that of the stored weights unless it is slow on the device.
 
     Raises:
         EngineError: the model is in GPTQ format, which cannot be served on this device.
@@ -44,7 +45,7 @@ def _check_gptq_dtype(value: str, kernel: GptqKernel | None, own: str | None) ->
 
     Args:
         value: number type from `engine.args`.
-        own: number type in which the model is stored, which vLLM uses for `auto`.
+        own: number type that the model is stored in. vLLM uses it for `auto`.
 
     Raises:
         EngineError: vLLM would not start with this number type.
@@ -62,7 +63,7 @@ def _check_gptq_dtype(value: str, kernel: GptqKernel | None, own: str | None) ->
 def choose_gptq_kernel(
     settings: EngineSettings, capabilities: DeviceCapabilities, model: ModelFacts
 ) -> GptqKernel | None:
-    """Return the kernel for 4-bit weights, or None if the model has none.
+    """Return the kernel for 4-bit weights, or None if the model does not have such weights.
 
     Raises:
         EngineError: no kernel is available for the model.
@@ -71,7 +72,7 @@ def choose_gptq_kernel(
 
 
 def explain_gptq_kernel(settings: EngineSettings, capabilities: DeviceCapabilities) -> Choice:
-    """Return the chosen kernel for 4-bit weights, with the reason for the choice.
+    """Choose the kernel for 4-bit weights, and give the reason for the choice.
 
     Raises:
         EngineError: no kernel is available for the model.
@@ -93,7 +94,9 @@ def is_wide(dtype: Choice) -> bool:
 
 
 def weight_bytes(model: ModelFacts, *, wide: bool) -> int:
-    """Return the memory that a model's weights take, in bytes: in 32 bits, twice their 16-bit size on disk.
+    """Return the memory that a model's weights take up in the engine, in bytes.
+
+    In 32 bits, 16-bit weights take twice their size on disk.
 
     Args:
         wide: whether the engine computes in 32 bits.

@@ -1,8 +1,8 @@
-"""Choices for launching an engine on this machine, each with its value and origin.
+"""Decides the options for launching an engine on this machine, and records where each value comes from.
 
-The user's choices come first: `engine.args`, then settings. The rest follows from the machine and the
-model, or is left to vLLM where its choice is good. This module starts no process and reads nothing: it
-turns facts into choices.
+The user's choices come first: `engine.args`, then settings. The other options are derived from the
+machine and the model, or left to vLLM where its defaults are good. This module starts no processes and
+reads no files; it only makes decisions based on its inputs.
 """
 
 import json
@@ -23,24 +23,25 @@ from svc.settings import Device, EngineSettings
 GIB = 2**30
 _BLOCK_SIZE = 32
 _MEMORY_SHARE = 2
-"""Divisor of the memory that the weights leave free. The KV cache gets half; the rest is for long prompts."""
+"""Divisor of the memory that is left after loading the weights. Half of it is for the KV cache, and the
+rest is for long prompts."""
 _UNKNOWN_KV_CACHE = 4 * GIB
 _GPU_SHARE = 0.9
-"""Share of a GPU's memory for an engine. vLLM's default is 0.92, but an in-place reload needs some memory
-in addition to what vLLM measured when it started."""
+"""Fraction of a GPU's memory that an engine may use. vLLM's default is 0.92, but an in-place reload needs some
+memory beyond what vLLM measured when it started."""
 _GPU_MARGIN = GIB // 2
-"""Approximate size of vLLM's CUDA context. vLLM creates it before comparing its share with the free memory."""
+"""Approximate size of vLLM's CUDA context, which vLLM creates before it compares its share with the free memory."""
 _MIN_GPU_SHARE = 0.01
 _SHARE_OPTIONS = ("--gpu-memory-utilization", "--device-memory-utilization")
 _ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
-"""vLLM's executor for running a model in the process of its scheduler. Under the short name `uni`, a CPU
-gets `mp` instead, which is a separate process in which vLLM sets how OpenMP binds its threads."""
+"""Class of vLLM's executor that runs the model in the scheduler's process. With the short name `uni`, vLLM
+would use `mp` on a CPU: a separate process, in which vLLM decides how OpenMP binds its threads."""
 _OTHER_PARALLELISM = (("--pipeline-parallel-size", "-pp"), ("--data-parallel-size", "-dp"))
 
 
 @dataclass(frozen=True, slots=True)
 class EnginePlan:
-    """All settings chosen for launching one engine."""
+    """All options chosen for launching an engine."""
 
     choices: tuple[Choice, ...]
 
@@ -49,16 +50,16 @@ class EnginePlan:
 
     @property
     def arguments(self) -> list[str]:
-        """Command-line arguments that result from all choices."""
+        """Command-line arguments for vLLM, collected from all options."""
         return [argument for choice in self.choices for argument in choice.arguments]
 
     @property
     def variables(self) -> dict[str, str]:
-        """Environment variables that result from all choices."""
+        """Environment variables for vLLM, collected from all options."""
         return dict(pair for choice in self.choices for pair in choice.variables)
 
     def rows(self) -> list[dict[str, Value]]:
-        """Return all choices as JSON objects for display."""
+        """Return all options as JSON objects for display."""
         return [
             {"name": choice.name, "value": choice.value, "origin": choice.origin.value, "reason": choice.reason}
             for choice in self.choices
@@ -67,10 +68,10 @@ class EnginePlan:
 
 @dataclass(frozen=True)
 class EnginePlanner:
-    """Makes all launch choices for one engine.
+    """Decides all options for launching an engine.
 
     Args:
-        capabilities: capabilities of the device on which the engine will run.
+        capabilities: capabilities of the machine that the engine will run on.
         machine: the machine's current resources.
         cache: folder for compiled kernels.
         engines: number of engines that share the machine, including this one.
@@ -96,7 +97,7 @@ class EnginePlanner:
         return self._device is Device.CPU
 
     def plan(self) -> EnginePlan:
-        """Return all launch choices.
+        """Decide all options for the launch.
 
         Raises:
             EngineError: the model's format cannot be served on this device, or `engine.cores` exceeds the number
@@ -193,7 +194,7 @@ class EnginePlanner:
         return Choice(name, count, origin, reason, variables=free)
 
     def _most_cores(self) -> tuple[int, str]:
-        """Return the number of cores this process may use, with the reason."""
+        """Return how many cores this process may use, along with the reason."""
         cores, quota = len(self._machine.cores), self._machine.quota
         if quota is not None and quota < cores:
             return max(1, int(quota)), f"a quota of {quota:g} cores"
@@ -225,7 +226,10 @@ class EnginePlanner:
         return as_argument(name, size, origin, f"{_gib(size)}: {reason}")
 
     def _sequence_bytes(self, length: Choice, block: Choice, *, wide: bool) -> int | None:
-        """Return the longest sequence's KV cache size in bytes, rounded up to whole blocks, or None if unknown."""
+        """Return the size of the KV cache for a sequence of maximum length, in bytes, or None if it is unknown.
+
+        The size is rounded up to whole blocks.
+        """
         tokens, block_size = _integer(length.value) or self._model.context, _integer(block.value) or _BLOCK_SIZE
         if tokens is None or self._model.token_bytes is None:
             return None
@@ -290,7 +294,7 @@ class EnginePlanner:
 
 
 def is_eager(settings: EngineSettings, device: Device) -> bool:
-    """Return whether compilation is skipped, as given in `engine.args` or else only on a CPU."""
+    """Return whether compilation is skipped. By default it is skipped on a CPU, but `engine.args` take precedence."""
     flag = given_flag(settings.args, "enforce-eager")
     return device is Device.CPU if flag is None else flag
 

@@ -1,7 +1,7 @@
-"""The plugin that vLLM loads in each of its processes through the entry point `vllm.general_plugins`.
+"""Our plugin, which vLLM loads in each of its processes through the entry point `vllm.general_plugins`.
 
-It does nothing in a vLLM that this project did not start, because only `svc.engine.vllm.launch` sets the
-variables that enable it.
+It has no effect if vLLM was not started by this project, because only `svc.engine.vllm.launch` sets the
+environment variables that enable it.
 """
 
 import logging
@@ -12,15 +12,15 @@ from functools import cache
 from typing import Any
 
 INT4_LINEAR_VARIABLE = "TUNESERVE_INT4_LINEAR"
-"""Environment variable set to 1 for an engine that uses our 4-bit kernel."""
+"""Environment variable that is set to 1 for engines that use our 4-bit kernel."""
 LORA_VARIABLE = "TUNESERVE_LORA"
-"""Environment variable set to 1 for an engine that applies adapters."""
+"""Environment variable that is set to 1 for engines that apply adapters."""
 QUIET_VARIABLE = "TUNESERVE_QUIET_ERRORS"
-"""Environment variable set to 1 for an engine whose log must not contain text from requests."""
+"""Environment variable that is set to 1 for engines whose log must not contain text from requests."""
 EMPTY_TOKENS_VARIABLE = "TUNESERVE_EMPTY_TOKENS"
-"""Environment variable set to 1 for an engine from which clients can request log-probabilities."""
+"""Environment variable that is set to 1 for engines whose clients can request log-probabilities."""
 _REQUEST_LOGGERS = ("vllm.entrypoints.", "uvicorn.")
-"""Loggers of request-handling code. Core loggers are not included, as their errors explain engine exits."""
+"""Loggers of request-handling code. Those of the core are excluded, because their errors explain why it exits."""
 
 
 def register() -> None:
@@ -36,13 +36,13 @@ def register() -> None:
 
 
 class _QuietRecords:
-    """Factory of log records that keep the stack and the type of a request's error, but not its message.
+    """Factory for log records that contain the stack trace and the type of an error, but not its message.
 
-    vLLM logs errors in `/v1/messages` and in streams, and uvicorn logs uncaught errors. The messages of both
-    pydantic and vLLM quote the request.
+    The messages are removed because those of pydantic and vLLM quote the request. vLLM logs errors in
+    `/v1/messages` and in streams, and uvicorn logs uncaught errors.
 
     Args:
-        make: the factory to wrap.
+        make: the log record factory to wrap.
     """
 
     def __init__(self, make: Callable[..., logging.LogRecord]) -> None:
@@ -62,7 +62,7 @@ class _QuietRecords:
 
 
 def _register_int4_linear() -> None:
-    """Add our 4-bit linear kernel to the kernels that vLLM may choose on a CPU."""
+    """Add our 4-bit linear kernel to those that vLLM can choose from on a CPU."""
     from vllm.model_executor.kernels.linear import register_linear_kernel
     from vllm.platforms import PlatformEnum
 
@@ -73,11 +73,12 @@ def _register_int4_linear() -> None:
 
 @cache  # once per process, however often vLLM calls it
 def _apply_no_adapter_to_the_base() -> None:
-    """Make vLLM on a CPU serve base requests with the base, even in a batch with requests for adapters.
+    """Stop vLLM on a CPU from applying an adapter to base requests that share a batch with adapter requests.
 
-    In such a batch, the base's tokens have the slot -1, which vLLM's GPU kernels skip. Its CPU kernels use
-    -1 as the index of the last slot and apply the adapter there (vllm-project/vllm#48421). Zeros between the
-    two halves of an adapter make it add nothing.
+    In such a batch, tokens for the base have the adapter slot -1, which vLLM's GPU kernels skip. Its CPU
+    kernels take -1 as the index of the last slot and apply the adapter there (vllm-project/vllm#48421).
+    Setting the values between the adapter's two matrices to zero for these tokens makes its contribution
+    zero.
     """
     from vllm.lora.ops import torch_ops
     from vllm.lora.ops.torch_ops import lora_ops
@@ -95,11 +96,12 @@ def _apply_no_adapter_to_the_base() -> None:
 
 @cache
 def _show_ids_without_a_token_as_empty() -> None:
-    """Make vLLM show a token id that has no token as an empty token.
+    """Make vLLM represent a token id that its tokenizer does not know as an empty token.
 
-    A model may have more rows than its tokenizer has tokens: Phi-3 has 32,064 and 32,011. With a
-    SentencePiece vocabulary, such an id among log-probabilities stops vLLM 0.32's output handler, and with
-    it the HTTP front end for all clients. A client can name such an id in `logprob_token_ids`.
+    A model may have more embedding rows than its tokenizer has tokens: Phi-3 has 32,064 rows for 32,011
+    tokens. With a SentencePiece vocabulary, log-probabilities for such an id crash vLLM 0.32's output
+    handler, and thus the HTTP front end for all clients. Any client can request them with
+    `logprob_token_ids`.
     """
     from vllm.tokenizers import detokenizer_utils
 

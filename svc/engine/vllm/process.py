@@ -1,8 +1,8 @@
-"""Life cycle of one vLLM process on this machine: start or adoption, readiness and stop.
+"""Manages the life cycle of a vLLM process on this machine, from its start or adoption until it is stopped.
 
-No process is left unnoticed. An engine outlives a server that is killed. The next server finds it in its
-folder, and adopts or stops it. This module restarts nothing, which is left to the supervisor. Waiting
-for files, locks and processes happens in threads, because clients' requests run in the event loop.
+No process is ever forgotten. An engine outlives a server that is killed, but the next server finds its
+record and adopts or stops it. Restarting an engine is left to the supervisor. Waiting for files, locks
+and processes happens in threads, because the event loop handles clients' requests.
 """
 
 import asyncio
@@ -33,19 +33,19 @@ Result = TypeVar("Result")
 
 _POLL_S = 0.1
 _CPU_NICENESS = 5
-"""Added to the server's niceness for an engine on the CPU. The engine's threads keep every core busy. With
-equal priorities, the server's event loop waited 20 ms for a core in 1 % of its turns; now it waits 8 ms
-(docs/reliability.md)."""
+"""Niceness of an engine on the CPU relative to the server. The engine's threads keep every core busy: with
+equal priorities, the server's event loop had to wait 20 ms for a core in 1 % of its turns, whereas now
+it waits 8 ms (docs/reliability.md)."""
 
 
 class EngineProcess:
-    """One vLLM server as a separate process that outlives this one.
+    """A vLLM server that runs as a separate process and outlives this one.
 
     Args:
-        spec: engine to start; its runtime folder must have owner-only permissions.
+        spec: specification of the engine. Its runtime folder must have owner-only permissions.
 
     Attributes:
-        client: client for the server's own requests.
+        client: client for the server's own requests to the engine.
         plan: see `LastingEngine.plan`.
     """
 
@@ -66,18 +66,18 @@ class EngineProcess:
 
     @property
     def capabilities(self) -> EngineCapabilities:
-        """Capabilities of the engine, known before it starts."""
+        """Capabilities of the engine, which are known even before it starts."""
         return self.spec.engine_capabilities
 
     async def start(self, on_phase: Callable[[EnginePhase], None] = lambda phase: None) -> None:
-        """Start the engine, stopping any that an earlier server left here. Return once it accepts requests.
+        """Start the engine and wait until it accepts requests. First stop any engine left by an earlier server.
 
         Args:
-            on_phase: called with each phase of the start.
+            on_phase: called with each phase of the startup.
 
         Raises:
-            EngineError: vLLM exited, or was not ready within `start_timeout_s`; the error names the log and its
-                last error.
+            EngineError: vLLM exited, or was not ready within `start_timeout_s`; the message names the log file
+                and the last error in it.
         """
         await _in_own_thread(lambda: end_engine(self.spec.state))  # before the plan, which counts free memory
         self.plan = (await asyncio.to_thread(lambda: self.spec.plan)).rows()
@@ -118,7 +118,9 @@ class EngineProcess:
         return self._child.pid
 
     def _watch(self, pid: int) -> None:
-        """Use a pidfd to notify the event loop when the process exits. Polling fails if no descriptor is free.
+        """Notify the event loop when the process exits.
+
+        This uses a pidfd, because polling would fail if no file descriptor is free.
 
         Raises:
             ProcessLookupError: there is no such process.
@@ -136,7 +138,10 @@ class EngineProcess:
         self._ended.set()
 
     async def orphan_holds(self) -> str | None:
-        """Return what is loaded in an engine that an earlier server left running (same launch), or None."""
+        """Look for an engine that an earlier server left running, and return what is loaded in it.
+
+        Return None if there is no engine with the same launch options.
+        """
         return await asyncio.to_thread(self._orphan_holds)
 
     def _orphan_holds(self) -> str | None:
@@ -146,7 +151,7 @@ class EngineProcess:
         return record.holds if find_engine(self.spec.state) else None
 
     async def adopt(self) -> None:
-        """Adopt the engine that an earlier server left in the folder, instead of starting a new one.
+        """Adopt the engine that an earlier server left running, instead of starting a new one.
 
         Raises:
             EngineError: the engine does not respond, or has just exited.
@@ -162,7 +167,7 @@ class EngineProcess:
             raise EngineError(f"the engine in {self.spec.state} has just exited", todo="start a new engine") from None
 
     async def record(self, holds: str | None) -> None:
-        """Record what the engine has loaded, for a later server. Pass None if it is unknown.
+        """Record for a later server what the engine has loaded. Pass None if that is unknown.
 
         Raises:
             OSError: the record cannot be written.
@@ -175,19 +180,22 @@ class EngineProcess:
             write_record(self.spec.state, replace(record, holds=holds))
 
     def memory(self) -> int | None:
-        """Return the engine's main memory in bytes, with its share of shared pages, or None if it is not running."""
+        """Return the main memory used by the engine, in bytes, or None if it is not running.
+
+        Pages shared with other processes count in proportion.
+        """
         with contextlib.suppress(psutil.Error):  # it is exiting
             return sum(process.memory_full_info().pss for process in self._processes()) or None
         return None
 
     def processor_s(self) -> float:
-        """Return the processor time of the engine's processes in seconds, or 0 if none is running."""
+        """Return the CPU time of the engine's processes, in seconds, or 0 if none is running."""
         with contextlib.suppress(psutil.Error):
             return sum(sum(process.cpu_times()[:2]) for process in self._processes())
         return 0.0
 
     def front_s(self) -> float | None:
-        """Return the processor time of vLLM's HTTP process (the one started) in seconds, or None if unknown."""
+        """Return the CPU time of vLLM's HTTP process, which is the one started here, in seconds, or None if unknown."""
         with contextlib.suppress(psutil.Error):
             return sum(self._process.cpu_times()[:2]) if self._process else None
         return None
@@ -196,20 +204,25 @@ class EngineProcess:
         return [self._process, *self._process.children(recursive=True)] if self._process else []
 
     async def wait(self) -> int | None:
-        """Wait until the engine exits and return its exit code, 0 if it was never started, or None if adopted."""
+        """Wait for the engine to exit, and return its exit code.
+
+        Return 0 if it was never started, or None if it was adopted.
+        """
         if self._child is None and self._process is None:
             return 0
         await self._ended.wait()
         return self._child.wait() if self._child else None
 
     async def stop(self) -> None:
-        """Stop the engine and all its processes with SIGTERM, and with SIGKILL if any still run after 10 s."""
+        """Send SIGTERM to all processes of the engine, and SIGKILL to those that are still running after 10 seconds."""
         await asyncio.shield(_in_own_thread(self._end))
         self._unwatch()
         await self.client.close()
 
     def _remove_sockets(self) -> None:
-        """Remove the engine's sockets, including those between its processes. vLLM itself removes none."""
+        """Remove the engine's sockets, including those between its processes, because vLLM itself does not
+        remove them.
+        """
         for path in self.spec.runtime.glob("*"):
             if path.is_socket():
                 path.unlink(missing_ok=True)
@@ -237,12 +250,12 @@ class EngineProcess:
         """Restore the engine on its GPU.
 
         Raises:
-            EngineError: vLLM failed to wake up.
+            EngineError: vLLM could not wake up.
         """
         await self.client.wake()
 
     async def leave(self) -> None:
-        """Detach from the engine and leave it running for a later server. This object is not usable afterwards."""
+        """Detach from the engine and leave it running for a later server. This object cannot be used afterwards."""
         if self._child:
             self._child.returncode = 0  # else Python warns that the child was not waited for
         self._child = self._process = None
@@ -280,7 +293,7 @@ class EngineProcess:
 
 
 def _in_own_thread(work: Callable[[], Result]) -> "asyncio.Future[Result]":
-    """Run `work` in a new thread. Stopping an engine can take long, and would block a shared thread."""
+    """Run `work` in a new thread. Stopping an engine can take a long time, which would block a shared thread."""
     thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine-end")
     working = asyncio.get_running_loop().run_in_executor(thread, work)
     thread.shutdown(wait=False)  # the thread ends with its work
@@ -288,7 +301,10 @@ def _in_own_thread(work: Callable[[], Result]) -> "asyncio.Future[Result]":
 
 
 async def _uncancelled(work: Callable[[], Result]) -> Result:
-    """Run `work` in a thread. Cancellation takes effect after the work is done, so that the caller can undo it."""
+    """Run `work` in a thread without letting a cancellation interrupt it.
+
+    Cancellation takes effect once the work is done, so that the caller can undo it.
+    """
     working = asyncio.ensure_future(asyncio.to_thread(work))
     try:
         return await asyncio.shield(working)

@@ -1,13 +1,13 @@
-"""Starts vLLM's server so that its two processes import vLLM at the same time.
+"""Starts a vLLM server faster, by letting its two processes import vLLM at the same time.
 
     python -m svc.engine.vllm.start ENTRY_MODULE ARGUMENTS
 
-vLLM's HTTP process starts the engine core as a new Python process, which imports vLLM again. This takes
-9 of the 24 seconds of a start on two cores. Here a fork server imports vLLM while the HTTP process does,
-and the core is forked from the fork server, so that a start takes 15 seconds. Unlike the HTTP process, a
-fork server has no threads and has computed nothing, so forking it is safe. This is done only on a CPU,
-because a process forked after CUDA was used cannot use CUDA. Only the standard library is imported here,
-so that the fork server starts at once.
+vLLM's HTTP process starts the engine core as a new Python process, which imports vLLM again. On two
+cores, this takes 9 of the 24 seconds that a start takes. Here, a fork server imports vLLM at the same
+time as the HTTP process, and the core is forked from it, which reduces the start to 15 seconds. Unlike
+the HTTP process, the fork server has no threads and has not computed anything, so forking it is safe.
+This is done only on a CPU, because CUDA cannot be used in a process that was forked after its parent
+used CUDA. This module imports only the standard library, so that the fork server starts immediately.
 """
 
 import multiprocessing
@@ -19,11 +19,11 @@ from multiprocessing import context, forkserver
 from typing import Any
 
 _CORE = ("vllm.v1.engine.core", "vllm.v1.worker.cpu_worker", "transformers")
-"""Modules that only the core imports, not the HTTP process. Any that the installed vLLM lacks are skipped."""
+"""Modules that the core imports but the HTTP process does not. Those missing from the installed vLLM are skipped."""
 
 
 class _Process(context.ForkServerProcess):
-    """A process that gets its creator's environment instead of the fork server's."""
+    """A forked process that has the environment of its creator instead of the fork server's."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -36,18 +36,18 @@ class _Process(context.ForkServerProcess):
 
 
 class _Context(context.ForkServerContext):
-    """Forks a process from the fork server where a spawned one is requested."""
+    """A multiprocessing context that replaces "spawn" and forks processes from the fork server instead."""
 
     _name = "spawn"
     Process = _Process
 
 
 def start(entry: str, preloaded: Sequence[str] = _CORE) -> None:
-    """Run a module as the main program, with processes that have already imported it and other modules.
+    """Run a module as the main program, forking its child processes from a server with the imports already done.
 
     Args:
-        entry: the module to run; its arguments are `sys.argv[1:]`.
-        preloaded: the other modules to import.
+        entry: the module to run and to import in the fork server. Its arguments are `sys.argv[1:]`.
+        preloaded: other modules to import in the fork server.
     """
     multiprocessing.set_forkserver_preload([entry, *preloaded])
     forkserver.ensure_running()

@@ -1,4 +1,4 @@
-"""Reads the current phase of a vLLM start from its log."""
+"""Determines the current phase of a vLLM startup from its log."""
 
 import re
 from pathlib import Path
@@ -17,10 +17,10 @@ _ORDER = list(EnginePhase)
 
 
 class PhaseReader:
-    """Follows one engine start. Each look reads only the log's new lines.
+    """Follows the startup of an engine in its log. Each call of `look` reads only the new lines.
 
     Args:
-        log: vLLM's output since this start; it may not exist yet.
+        log: file with vLLM's output since it was started. It may not exist yet.
     """
 
     def __init__(self, log: Path) -> None:
@@ -29,7 +29,7 @@ class PhaseReader:
         self._phase = EnginePhase.PYTHON
 
     def look(self) -> EnginePhase:
-        """Return the phase that the log has reached, which is never earlier than the previous result."""
+        """Return the current phase according to the log. It never goes back to an earlier phase."""
         try:
             with self._log.open("rb") as file:
                 file.seek(self._position)

@@ -1,4 +1,4 @@
-"""Metric for answers that contain an accepted text. It is fair to models that answer in sentences."""
+"""Metric for answers that contain an accepted text, so that models are not penalized for answering in sentences."""
 
 import re
 from collections.abc import Sequence
@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from svc.evaluation.metrics.metric import Answered, Metric
 
 _WORD = re.compile(r"\d{1,3}(?:,\d{3})+(?!\w)|\d+(?:\.\d+)?(?!\w)|\w+|[^\w\s]")
-"""Matches a number, a word or a symbol: `1,000` does not contain 1, `1,2` contains 1 and 2, and `{"a":1}`
-equals `{"a": 1}`."""
+"""Matches a number, a word or a symbol. By this definition, `1,000` does not contain 1, `1,2` contains 1
+and 2, and `{"a":1}` equals `{"a": 1}`."""
 
 
 class Contains(Metric):
-    """Share of answers that contain an accepted text as whole words, ignoring case and spacing.
+    """Share of answers that contain an accepted text, matching whole words and ignoring case and spacing.
 
     Args:
         accepted: accepted texts for each example, in order.

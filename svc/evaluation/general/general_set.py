@@ -1,4 +1,4 @@
-"""The general questions: either the set shipped with the package, or a user's own."""
+"""Reads the general questions, which are either the set that comes with the package or the user's own."""
 
 import hashlib
 import json
@@ -14,18 +14,18 @@ from svc.errors import DataError
 
 SHIPPED = "general.jsonl"
 MAX_TOKENS = 32
-"""Maximum number of tokens in an answer. The questions ask for a word or a sentence."""
+"""Maximum number of tokens in an answer. The questions can be answered with a word or a sentence."""
 _JSON_LINES = (".jsonl", ".ndjson")
 
 
 @dataclass(frozen=True, slots=True)
 class GeneralSet:
-    """General questions with accepted answers.
+    """A set of general questions and their accepted answers.
 
     Attributes:
         name: name of the file.
         examples: the questions, each with a reference answer.
-        accepted: accepted texts for each example; a right answer contains one of them.
+        accepted: accepted texts for each example. An answer is right if it contains one of them.
     """
 
     name: str
@@ -39,17 +39,17 @@ class GeneralSet:
         return f"sha256:{hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()}"
 
     def first(self, count: int | None) -> "GeneralSet":
-        """Return the first `count` questions, or all questions if `count` is None."""
+        """Return a set with the first `count` questions, or with all of them if `count` is None."""
         return GeneralSet(self.name, self.examples[:count], self.accepted[:count])
 
 
 def shipped_general_set() -> GeneralSet:
-    """Return the set of general questions shipped with this package."""
+    """Return the set of general questions that comes with this package."""
     return read_general_set(Path(str(files("svc.evaluation.general") / SHIPPED)))
 
 
 def read_general_set(path: Path) -> GeneralSet:
-    """Read general questions from a data file. Rows of JSON lines may have an `accepted` key.
+    """Read general questions from a data file. In JSON Lines, a row may list accepted texts under the key `accepted`.
 
     Raises:
         DataError: the file cannot be read, a line is not an example, or `accepted` is not a list of texts.

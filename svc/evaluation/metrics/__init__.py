@@ -1,1 +1,4 @@
-"""Metrics that evaluate answers, by kind of answer. `metric.py` is the interface; `choose.py` selects them."""
+"""Metrics for evaluating answers, one module per kind of answer.
+
+The interface is in `metric.py`, and `choose.py` selects the metrics.
+"""

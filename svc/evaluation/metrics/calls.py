@@ -1,4 +1,4 @@
-"""Metrics for answers that call tools: whether the right tools are called with the right arguments."""
+"""Metrics for answers that call tools, which check whether the right tools are called with the right arguments."""
 
 import json
 from collections import Counter
@@ -9,10 +9,11 @@ from svc.evaluation.metrics.metric import AnswerMetric
 
 
 class CallAccuracy(AnswerMetric):
-    """Share of answers with exactly the reference's calls, in any order: the same tools with equal arguments.
+    """Share of answers that make the same tool calls as the reference, in any order.
 
-    Arguments are compared as JSON, so the order of keys does not matter, and 1 equals 1.0. If the reference
-    calls no tool, an answer without calls is right, whatever its text.
+    Calls are the same if their tools and arguments are. Arguments are compared as JSON, so the order of keys
+    does not matter, and 1 equals 1.0. If the reference does not call any tool, every answer without calls is
+    right, whatever its text.
     """
 
     name = "call_accuracy"
@@ -23,7 +24,7 @@ class CallAccuracy(AnswerMetric):
 
 
 class ToolAccuracy(AnswerMetric):
-    """Share of answers that call exactly the reference's tools, in any order and with any arguments."""
+    """Share of answers that call the same tools as the reference, in any order and with any arguments."""
 
     name = "tool_accuracy"
     title = "right tools"

@@ -1,4 +1,4 @@
-"""Selects a task's metrics and the primary one, based on the references unless the recipe names them."""
+"""Selects the metrics for a task and its primary metric, based on the references unless the recipe names them."""
 
 import re
 from collections.abc import Sequence
@@ -27,14 +27,14 @@ from svc.evaluation.metrics.tokens import Length, Perplexity
 from svc.evaluation.results import ExampleResult
 
 ENTRY_POINTS = "tuneserve.metrics"
-"""Entry-point group in which packages provide `Metric` classes, whose constructors need no arguments."""
+"""Entry-point group for packages that provide `Metric` classes. Their constructors must not require arguments."""
 _NAME = re.compile("[a-z0-9_]+")
 _MOSTLY = 0.95
 _SEE = "correct evaluate.metrics or evaluate.primary; see docs/evaluation.md"
 
 
 class Task(StrEnum):
-    """The kind of answers that a task requires."""
+    """The kind of answer that a task requires."""
 
     CALLS = "calls"
     LABELS = "labels"
@@ -44,13 +44,13 @@ class Task(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class MetricOptions:
-    """The metrics chosen by a recipe.
+    """The metrics that a recipe selects, and their options.
 
     Attributes:
         names: names of the metrics, or None for the task's default metrics.
         primary: name of the primary metric, or None for the task's default.
         schema: file with a JSON schema, or None to infer the schema from the references.
-        seconds: time limit for one call of a user's function, in seconds.
+        seconds: time limit for a call of the user's metric function, in seconds.
     """
 
     names: tuple[str, ...] | None = None
@@ -73,7 +73,7 @@ _PLAIN = (
     Perplexity(),
     Length(),
 )
-"""Metrics that need no options."""
+"""Metrics that can be created without options."""
 _TASKS = {
     Task.CALLS: ("call_accuracy", "tool_accuracy", "exact_match"),
     Task.LABELS: ("accuracy", "macro_f1", "exact_match"),
@@ -86,9 +86,9 @@ _ALWAYS = ("perplexity", "length")
 def find_task(references: Sequence[ChatExample]) -> Task:
     """Infer the kind of task from the references.
 
-    The answers are calls if at least half of them call tools. They are labels if there are only a few
-    different answers, as in the data check, or if the instruction lists them. They are JSON if all of them
-    are objects or lists, and otherwise text.
+    The kind is `calls` if at least half of the references call tools. It is `labels` if all of them could be
+    labels, and there are only a few different ones (as in the data check) or the instruction lists nearly
+    all of them. It is `json` if all references are objects or lists, and `text` otherwise.
     """
     calls = sum(example.calls_tools for example in references)
     if calls and calls * 2 >= len(references):
@@ -103,10 +103,10 @@ def find_task(references: Sequence[ChatExample]) -> Task:
 
 
 def choose_metrics(examples: Sequence[ChatExample], options: MetricOptions | None = None) -> tuple[Metric, ...]:
-    """Return the metrics that evaluate the examples, with the primary metric first.
+    """Return the metrics for evaluating the examples, primary metric first.
 
     Args:
-        examples: the whole held-out set, with references.
+        examples: the whole held-out set, including references.
 
     Raises:
         RecipeError: a metric is unknown, or cannot evaluate these references.
@@ -132,7 +132,7 @@ def choose_metrics(examples: Sequence[ChatExample], options: MetricOptions | Non
 
 
 def named_metric(name: str) -> Metric:
-    """Return the metric with the given name if it needs no options.
+    """Return the metric with the given name, using default options.
 
     Raises:
         RecipeError: the metric is unknown or cannot be loaded.
@@ -141,7 +141,7 @@ def named_metric(name: str) -> Metric:
 
 
 def try_on_references(metrics: Sequence[Metric], examples: Sequence[ChatExample]) -> None:
-    """Evaluate the references as if they were answers, to detect faulty metrics before training.
+    """Evaluate the references as if they were answers, so that faulty metrics are detected before training.
 
     Raises:
         SvcError: a metric cannot evaluate the references.

@@ -1,6 +1,7 @@
-"""Uses a user's Python function as a metric. It runs in a separate process with a time limit.
+"""Wraps a user's Python function as a metric. The function runs in a separate process with a time limit.
 
-The file and its imports are the user's code. If that process crashes, this one is not affected.
+The file and everything that it imports may be arbitrary code. If it crashes its process, this one is not
+affected.
 """
 
 import contextlib
@@ -24,11 +25,11 @@ _SPEC = re.compile(r"(?P<path>.+\.py):(?P<function>\w+)")
 
 @dataclass(frozen=True, slots=True)
 class FunctionSpec:
-    """Location of a user's function: a file, and the name of a function in it.
+    """Location of a user's metric function, given by a file and the name of a function in it.
 
     Attributes:
         path: the file that contains the function.
-        function: the function's name in the file.
+        function: name of the function in that file.
     """
 
     path: Path
@@ -36,13 +37,15 @@ class FunctionSpec:
 
     @classmethod
     def parse(cls, text: str) -> "FunctionSpec | None":
-        """Return the location given as `FILE.py:FUNCTION`, or None if the text has a different form."""
+        """Parse a location of the form `FILE.py:FUNCTION`. Return None if the text has a different form."""
         match = _SPEC.fullmatch(text)
         return match and cls(Path(match["path"]), match["function"])
 
     @property
     def name(self) -> str:
-        """The metric's name: file and function name combined, or just one of them if both are the same."""
+        """Name of the metric, which combines the names of the file and the function. If they are equal, it appears
+        once.
+        """
         words = dict.fromkeys((self.path.stem.lower(), self.function.lower()))
         return re.sub(r"[^a-z0-9_]", "_", "_".join(words))
 
@@ -51,15 +54,15 @@ class FunctionSpec:
 
 
 class FunctionMetric(Metric):
-    """Metric defined by a user's function: the mean of its scores over the examples. Higher is better.
+    """Mean of the scores that a user's function gives to the answers. Higher is better.
 
-    The function is called once, as `function(answers, references)`. If it has three parameters, it is called
-    as `function(answers, references, prompts)`. Answers and references are lists of text, and prompts are
-    lists of OpenAI messages. It returns one number for each answer.
+    The function is called once for all examples, as `function(answers, references)` or, if it has three
+    parameters, as `function(answers, references, prompts)`. Answers and references are lists of strings, and
+    each prompt is a list of OpenAI messages. The function must return one number for each answer.
 
     Args:
-        seconds: time limit for a call, in seconds.
-        name: name of the metric, or None to derive it from file and function.
+        seconds: time limit for the call, in seconds.
+        name: name of the metric, or None to derive it from the file and the function.
     """
 
     unit = Unit.NUMBER

@@ -1,9 +1,9 @@
-"""Calls one function in one file. This separate program must not import anything from this project.
+"""Worker program that calls a user's metric function. It must not import anything from this project.
 
     python function_worker.py FILE FUNCTION SECONDS < {"answers": [...], "references": [...], "prompts":
     [...]}
 
-It writes {"scores": [...]} or {"error": TEXT}. The function's own output is written to stderr.
+It writes {"scores": [...]} or {"error": TEXT}. Anything that the function prints goes to stderr.
 """
 
 import importlib.util
@@ -20,7 +20,7 @@ _SPARE_S = 10
 
 
 def main(path: str, function: str, seconds: str) -> None:
-    """Read the texts from stdin, call the function and write its scores."""
+    """Read the answers, references and prompts from stdin, call the function and print its scores."""
     signal.alarm(int(seconds) + _SPARE_S)  # stops this process if its parent was killed
     given = json.load(sys.stdin)
     answer = os.dup(1)
@@ -57,7 +57,7 @@ def _call(path: str, function: str, given: dict[str, Any]) -> list[float]:
 
 
 def _tail(error: BaseException) -> str:
-    """Return the last lines of an error's traceback, without frames from this file."""
+    """Return the last lines of an error's traceback, skipping frames of this file."""
     frames = error.__traceback__
     while frames is not None and frames.tb_frame.f_code.co_filename == __file__:
         frames = frames.tb_next

@@ -1,4 +1,4 @@
-"""Metrics for JSON answers: validity, agreement with the reference's fields, and conformance to a schema."""
+"""Metrics for JSON answers: whether they are valid, agree with the reference's fields and conform to a schema."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -29,7 +29,7 @@ def is_json(text: str) -> bool:
 
 
 def read_json(text: str) -> dict[str, Any] | list[Any] | None:
-    """Return the JSON object or array in a text, or None if the text is neither."""
+    """Parse a text that is a JSON object or array. Return None for any other text."""
     try:
         value = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):  # a model that repeats "[" nests too deeply
@@ -52,11 +52,11 @@ class ValidJson(AnswerMetric):
 
 
 class FieldAccuracy(AnswerMetric):
-    """Share of the reference's fields that have the same value in the answer, averaged over examples.
+    """Share of the fields in a reference that have the same value in the answer, averaged over examples.
 
-    A field is a value that contains no other value, at any depth of objects and lists. Fields that the
-    reference lacks do not count here, because `schema_valid` finds them. An answer that is not JSON has no
-    fields.
+    A field is a value that contains no other values, at any depth of nested objects and lists. Additional
+    fields in the answer are ignored here, because `schema_valid` detects them. An answer that is not JSON
+    has no fields.
     """
 
     name = "field_accuracy"
@@ -71,7 +71,7 @@ class FieldAccuracy(AnswerMetric):
 
 
 def _fields(value: Any, path: _Path = ()) -> Iterator[tuple[_Path, Any]]:
-    """Yield the path and value of each field. An empty object or list counts as a field too."""
+    """Yield the path and value of each field in a JSON value. An empty object or list counts as a field, too."""
     if isinstance(value, dict | list) and value:
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _fields(inner, (*path, key))
@@ -80,15 +80,15 @@ def _fields(value: Any, path: _Path = ()) -> Iterator[tuple[_Path, Any]]:
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Return whether two values are equal in JSON. 1 and 1.0 are equal, but 1 and true are not."""
+    """Return whether two values are equal in the sense of JSON: 1 and 1.0 are, but 1 and true are not."""
     return bool(one == other) and isinstance(one, bool) is isinstance(other, bool)
 
 
 class SchemaValid(AnswerMetric):
-    """Share of answers accepted by a JSON schema, so that a program can rely on the answers' keys and types.
+    """Share of answers that conform to a JSON schema, so that a program can rely on their keys and types.
 
     Args:
-        schema: JSON Schema, draft 2020-12 unless it names another draft.
+        schema: the JSON schema. It is of draft 2020-12 unless it specifies another draft.
     """
 
     name = "schema_valid"
@@ -101,7 +101,7 @@ class SchemaValid(AnswerMetric):
         return float(self.accepts(answer))
 
     def accepts(self, answer: str) -> bool:
-        """Return whether an answer is JSON and is accepted by the schema."""
+        """Return whether an answer is JSON and conforms to the schema."""
         value = read_json(answer)
         return value is not None and bool(self._validator.is_valid(value))
 
@@ -113,11 +113,11 @@ class SchemaValid(AnswerMetric):
 
 
 def infer_schema(references: Sequence[Any]) -> JsonSchema:
-    """Return a schema that accepts all references and is as narrow as types and keys can make it.
+    """Infer the narrowest schema that accepts all references, in terms of types and keys.
 
-    The schema states types. For objects it also states the keys, which are required if all references have
-    them, and allows no others. For lists it states one schema for all items. It sets no bounds and lists no
-    values, because a right answer may have a new value.
+    The schema specifies types. For objects, it also specifies the keys, which are required if all references
+    have them, and allows no others. For lists, a single schema applies to all items. Values are not
+    restricted, because a right answer may contain a value that no reference has.
     """
     schema: JsonSchema = {"type": sorted({_TYPES[type(value)] for value in references})}
     if {"integer", "number"} <= set(schema["type"]):

@@ -9,16 +9,17 @@ from svc.evaluation.metrics.metric import Answered, AnswerMetric, SetMetric
 
 
 def label_of(answer: str) -> str:
-    """Return the label of an answer, found by the rules of the data check, ignoring spacing and case.
+    """Return the label of an answer, normalized for spacing and case. The rules are those of the data check.
 
-    For JSON with a single value, the label is that value; otherwise it is the text. If no label is found,
-    the whole text is returned. It equals no reference's label, so it counts as a wrong class.
+    For JSON with a single value, the label is that value; otherwise it is the text. If the answer is not a
+    label, the whole text is returned. It does not equal the label of any reference, so it counts as a wrong
+    class.
     """
     return normal(find_label(answer) or answer)
 
 
 class Accuracy(AnswerMetric):
-    """Share of answers whose label equals the reference's, as in scikit-learn's `accuracy_score`."""
+    """Share of answers with the same label as the reference, as in scikit-learn's `accuracy_score`."""
 
     name = "accuracy"
     title = "accuracy"
@@ -28,11 +29,12 @@ class Accuracy(AnswerMetric):
 
 
 class MacroF1(SetMetric):
-    """Mean F1 over all labels with equal weight. Unlike accuracy, it shows if a rare label is never predicted.
+    """Unweighted mean of the F1 scores of all labels. Unlike accuracy, it reveals when a rare label is never
+    predicted.
 
     This is scikit-learn's `f1_score(average="macro", zero_division=0, labels=...)` over the labels of the
-    references. An answer with a different label misses its reference's label, and lowers no label's
-    precision. A resample uses the labels in its references.
+    references. An answer whose label is not among these lowers the recall of its reference's label, but not
+    the precision of any label. Each resample uses only the labels of its own references.
     """
 
     name = "macro_f1"

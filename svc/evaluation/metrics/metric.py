@@ -1,8 +1,8 @@
-"""The metric interface. The evaluator, gates and monitoring use it and do not know any metric by name.
+"""The interface of metrics. The evaluator, gates and monitoring use it without knowing any metric by name.
 
-Most metrics score each example. Scores are stored with the results, so that two models can be compared
-example by example. A metric of a whole set, such as macro-F1 or perplexity, resamples the set for its
-interval.
+Most metrics score each example. The scores are stored with the results, so that two models can be
+compared example by example. A metric that is defined only for a whole set, such as macro-F1 or
+perplexity, computes its interval by resampling the set.
 """
 
 import math
@@ -23,11 +23,11 @@ class Better(StrEnum):
     HIGHER = "higher"
     LOWER = "lower"
     NEITHER = "neither"
-    """The metric is descriptive; no value is better than another."""
+    """The metric is descriptive, so no value is better than another."""
 
 
 class Unit(StrEnum):
-    """Unit of a metric. It determines how values are displayed and how a limit on a loss is read."""
+    """Unit of a metric. It determines how values are displayed and how a limit on a loss is interpreted."""
 
     SHARE = "share"
     """A value between 0 and 1."""
@@ -37,7 +37,7 @@ class Unit(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """Examples together with one model's results, in the same order."""
+    """Examples and a model's results for them, in the same order."""
 
     examples: Sequence[ChatExample]
     results: Sequence[ExampleResult]
@@ -57,10 +57,10 @@ class Metric(ABC):
     """A measure of answer quality.
 
     Attributes:
-        name: identifier made of a to z, digits and `_`.
+        name: identifier consisting of the letters a to z, digits and `_`.
         title: name for display.
         scored: whether each example has its own score.
-        watched_by: name of the metric that monitoring uses instead if examples have no scores; empty for
+        watched_by: name of the metric that monitoring uses instead if examples have no scores. Empty to use
             this metric.
         in_tokens: whether values depend on the model's tokenizer, so that models with different tokenizers
             cannot be compared.
@@ -98,18 +98,18 @@ class Metric(ABC):
         return scores
 
     def stored_scores(self, answered: Answered) -> list[float]:
-        """Return this metric's scores as stored in the results."""
+        """Return the scores that the results contain for this metric."""
         return [result.scores[self.name] for result in answered.results]
 
     def estimate(self, answered: Answered) -> Interval:
-        """Return the metric's value over all examples with its interval. Every result must have scores."""
+        """Return the metric's value over all examples, with its interval. All results must contain scores."""
         return mean_or_proportion(self.stored_scores(answered))
 
     def difference(self, before: Answered, after: Answered) -> Interval:
-        """Return `after` minus `before`, paired by example, with its interval.
+        """Return the difference in the metric from `before` to `after`, paired by example, with its interval.
 
         Args:
-            before, after: the same examples with the results of two models, which must have scores.
+            before, after: the same examples with the results of two models. The results must contain scores.
         """
         return paired_difference(self.stored_scores(before), self.stored_scores(after))
 
@@ -126,13 +126,13 @@ class AnswerMetric(Metric):
 
 
 class SetMetric(Metric):
-    """A metric computed over all examples together. A single answer has no score."""
+    """A metric that is computed over all examples together and has no scores for single examples."""
 
     scored = False
 
     @abstractmethod
     def statistic(self, answered: Answered) -> Statistic:
-        """Return the metric as a `Statistic`, which is a function of how often each example is drawn."""
+        """Return the metric as a `Statistic`, a function of how often each example was drawn."""
 
     def score(self, answered: Answered) -> list[float]:
         return []
@@ -146,7 +146,7 @@ class SetMetric(Metric):
 
 
 def _fault(scores: Sequence[float], answers: int) -> str | None:
-    """Return what is wrong with the scores, or None if there is one finite number for each answer."""
+    """Return what is wrong with the scores, or None if they consist of one finite number per answer."""
     if len(scores) != answers:
         return f"{len(scores)} scores for {answers} answers"
     wrong = next((place for place, score in enumerate(scores) if not math.isfinite(score)), None)

@@ -1,4 +1,4 @@
-"""Metrics for text answers: equality with the reference, and similarity to it."""
+"""Metrics for text answers, which measure equality with the reference or similarity to it."""
 
 from functools import cached_property
 from typing import Any
@@ -9,17 +9,20 @@ from svc.evaluation.metrics.metric import AnswerMetric
 
 
 def comparable_text(answer: str, example: ChatExample) -> str:
-    """Return a model's answer in its reference's form: without thinking, if the reference stores it separately."""
+    """Return a model's answer in the same form as its reference.
+
+    If the reference stores thinking separately, thinking is removed from the answer.
+    """
     return answer if example.messages[-1].reasoning is None else without_thinking(answer)
 
 
 def matches(answer: str, reference: str) -> bool:
-    """Return whether two texts are equal, ignoring surrounding white space."""
+    """Return whether two texts are equal, ignoring leading and trailing whitespace."""
     return answer.strip() == reference.strip()
 
 
 class ExactMatch(AnswerMetric):
-    """Share of answers that equal the reference, ignoring surrounding white space."""
+    """Share of answers that equal the reference, ignoring leading and trailing whitespace."""
 
     name = "exact_match"
     title = "exact match"
@@ -29,13 +32,13 @@ class ExactMatch(AnswerMetric):
 
 
 class Rouge(AnswerMetric):
-    """ROUGE (Lin 2004): F-measure of rouge-score's `RougeScorer`, averaged over examples.
+    """ROUGE (Lin 2004): the F-measure from rouge-score's `RougeScorer`, averaged over examples.
 
-    The stemmer is not used, because it is for English only. Only the letters a to z and digits count, so
-    text in another script has no words; use chrF for such text.
+    The stemmer is disabled because it only supports English. Words consist of the letters a to z and digits,
+    so text in another script has no words. Use chrF for such text.
 
     Args:
-        kind: unit of comparison: "1" for words, "2" for pairs of words, "L" for the longest common
+        kind: what is compared: "1" for words, "2" for pairs of words, or "L" for the longest common
             subsequence of words.
     """
 
@@ -53,10 +56,10 @@ class Rouge(AnswerMetric):
 
 
 class Chrf(AnswerMetric):
-    """chrF (Popović 2015): overlap of the character sequences of an answer and its reference, in any language.
+    """chrF (Popović 2015): overlap of the character n-grams in an answer and its reference, for any language.
 
-    This is sacrebleu's `sentence_chrf` as a fraction of 1, averaged over examples: chrF2 with 6 characters
-    and no words.
+    This is sacrebleu's `sentence_chrf` (chrF2, with n-grams of up to 6 characters and no words), scaled to
+    the range from 0 to 1 and averaged over examples.
     """
 
     name = "chrf"

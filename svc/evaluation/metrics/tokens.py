@@ -1,4 +1,4 @@
-"""Token-based metrics: likelihood of the reference's tokens, and length of the answers."""
+"""Token-based metrics: the likelihood of the references, and the length of the answers."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from svc.evaluation.metrics.metric import Answered, Better, Metric, SetMetric, U
 from svc.evaluation.results import token_weights
 
 _MAX_NATS = 700.0
-"""Upper bound on the exponent, in nats, so that the exponential stays finite."""
+"""Upper bound on the exponent, in nats, which keeps the exponential finite."""
 
 
 class Nll(SetMetric):
@@ -25,7 +25,10 @@ class Nll(SetMetric):
 
 
 class Perplexity(Nll):
-    """Exponential of the negative log-likelihood: the number of equally likely tokens with the same uncertainty."""
+    """Exponential of the negative log-likelihood per token.
+
+    This is the number of equally likely tokens among which a choice would be as uncertain.
+    """
 
     name = "perplexity"
     title = "perplexity"
@@ -54,7 +57,7 @@ class CutOff(Metric):
 
 
 class Length(Metric):
-    """Mean number of tokens per answer, including the end token. It is descriptive: no length is better."""
+    """Mean number of tokens per answer, including the end token. The metric is descriptive: no length is better."""
 
     name = "length"
     title = "length"

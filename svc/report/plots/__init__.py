@@ -1,1 +1,1 @@
-"""The plots in a report, by subject."""
+"""The report's plots, grouped by subject."""

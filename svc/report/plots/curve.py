@@ -23,9 +23,9 @@ _STEEP = 20
 
 
 def plot_loss(curve: Sequence[TrainingPoint]) -> str | None:
-    """Return a plot of the held-out loss and the loss at each step, smoothed if there are many steps.
+    """Return a plot of training loss and held-out loss by step, or None if the curve has neither.
 
-    None if the curve has neither.
+    The training loss is smoothed if there are many steps.
     """
     steps, losses = _series(curve, "loss")
     held_steps, held = _series(curve, "heldout_loss")

@@ -1,4 +1,4 @@
-"""Plots of training data: lengths of texts, and frequencies of labels."""
+"""Plots of training data: text lengths and label frequencies."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Plots the metrics of base, merged and GPTQ as dots with intervals."""
+"""Plots metrics of the base, merged and GPTQ models as dots with intervals."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -20,13 +20,15 @@ _LOOKS = {
     Format.MERGED.value: (Colour.MERGED, "s"),
     Format.GPTQ.value: (Colour.GPTQ, "D"),
 }
-"""Colour and marker of each model. Either of them identifies the model."""
+"""Colour and marker of each model. Either one alone identifies the model."""
 _ROW = 46
 _MAX_TITLE_CHARS = 24
 
 
 def plot_shares(rows: Sequence[MetricRow]) -> str | None:
-    """Return a plot, on one axis, of the metrics that are shares and better when higher, or None if none are."""
+    """Return a plot, on one common axis, of all metrics that are shares for which higher is better. None if
+    there are no such metrics.
+    """
     shares = [row for row in rows if row.unit is Unit.SHARE and row.better is Better.HIGHER]
     if not shares:
         return None
@@ -42,9 +44,10 @@ def plot_shares(rows: Sequence[MetricRow]) -> str | None:
 
 
 def plot_numbers(rows: Sequence[MetricRow]) -> str | None:
-    """Return a plot of all other metrics that rank models, each on its own axis, or None if there are none.
+    """Return a plot of all metrics that rank models and are not shares, each on its own axis. None if there are
+    no such metrics.
 
-    Perplexity is left out, because it is a function of the log-likelihood.
+    Perplexity is left out because it is a function of the log-likelihood.
     """
     directed = [row for row in rows if row.better is not Better.NEITHER]
     numbers = [row for row in directed if row.unit is not Unit.SHARE and row.name != Perplexity.name]
@@ -63,7 +66,7 @@ def plot_numbers(rows: Sequence[MetricRow]) -> str | None:
 
 
 def _describe(rows: Sequence[MetricRow]) -> str:
-    """Return all values in the rows as text."""
+    """Return a text description of a plot, with all values in the rows."""
     return "; ".join(
         f"{row.title}: {', '.join(f'{model} {estimate}' for model, estimate in row.estimates.items())}" for row in rows
     )

@@ -1,7 +1,8 @@
-"""Draws a matplotlib figure as SVG that inherits colours and typeface from its page.
+"""Draws matplotlib figures as SVG that inherits colours and typeface from the surrounding page.
 
-One figure therefore works for light, dark and print: matplotlib gets a placeholder colour for each role,
-and the page's stylesheet defines the role's colour. This module does not know what is drawn.
+The same figure therefore works in light, dark and print styles. Matplotlib is given a placeholder colour
+for each role, and the page's stylesheet defines the role's actual colour. This module does not know what
+is drawn.
 """
 
 import io
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 400
-"""Width of every figure; the font size is 12. Two fit side by side on a desktop, and one fills a phone."""
+"""Width of every figure, in units in which the font size is 12. Two figures fit side by side on a desktop,
+and one fills the screen of a phone."""
 _FONT = 12
 
 
@@ -56,7 +58,7 @@ _STYLE: dict[Any, Any] = {
 
 
 def draw_svg(name: str, description: str, height: float, draw: Callable[["Figure"], None]) -> str:
-    """Return a figure as an `<svg>` element. The same data always give the same bytes.
+    """Return a figure as an `<svg>` element. The same data always produces the same bytes.
 
     Args:
         name: name of the figure, unique on its page.
@@ -79,7 +81,7 @@ def draw_svg(name: str, description: str, height: float, draw: Callable[["Figure
 
 
 def _for_page(svg: str, description: str, height: float) -> str:
-    """Return the figure without its own size, ids, typefaces and style rules."""
+    """Return the SVG adapted to its page, without its own size, ids, typefaces and style rules."""
     body = svg[svg.index("<defs>", svg.index("<svg")) :]
     body = re.sub(r"<style.*?</style>", "", body, count=1, flags=re.DOTALL)
     body = re.sub(r' id="[a-zA-Z0-9.]+_[0-9_]+"', "", body)
