@@ -481,7 +481,9 @@ class GateSettings(_Section):
     speed_margin: float | None = Field(
         0.2, ge=0, description="margin for tokens per second and time to first token: 0.2 is 20 % slower"
     )
-    max_age_days: float | None = Field(None, gt=0, description="maximum age of the version and its evaluation, days")
+    max_age_days: float | None = Field(
+        None, gt=0, description="maximum age of the training data, and of the version and its evaluation, days"
+    )
     undecided: UndecidedGates = Field(
         UndecidedGates.ALLOW,
         description="allow: promote with a warning if a gate is undecided; refuse: as if it failed",

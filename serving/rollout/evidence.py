@@ -5,9 +5,10 @@ Everything is read from the store, so that a server that restarts has the same e
 
 import math
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from statistics import median_high
+from statistics import fmean, median_high
 
 from sqlalchemy import Engine as Store
 
@@ -33,6 +34,8 @@ _FAILED = {RequestOutcome.ENGINE_ERROR, RequestOutcome.SERVER_ERROR}
 _VERDICTS_S = 10.0
 """Interval between two computations of all figures while nothing is decided: they take 10 ms for 3,000 units, and
 outcomes alone microseconds."""
+_MIN_REQUESTS_FOR_SHARE = 100
+_LARGE_SHARE = 0.5
 _LABELS = {
     Signal.ERRORS: "failed requests",
     Signal.INVALID: "invalid JSON",
@@ -52,6 +55,7 @@ class Look:
             rollout, but are too rare to hold one.
         losses: text that names the proven losses; empty if none is proven.
         text: one line about all signals with data.
+        warning: text about what keeps the evidence from growing; empty if nothing does.
     """
 
     units: int
@@ -59,6 +63,7 @@ class Look:
     is_passed: bool
     losses: str
     text: str
+    warning: str = ""
 
 
 class CanaryEvidence:
@@ -75,6 +80,7 @@ class CanaryEvidence:
         self._next_verdicts = 0.0
         self._next_step_at: datetime | None = None
         self._before = 0
+        self._clients = _Clients()
 
     def start_step(self, began_at: datetime) -> None:
         """Note that the candidate's share grew at this time, which is in the past after a restart."""
@@ -87,8 +93,10 @@ class CanaryEvidence:
             if self._next_step_at is not None and assigned.started_at >= self._next_step_at:
                 self._analysis.start_step()
                 self._before, self._next_step_at = self._analysis.units, None
+                self._clients = _Clients()
             if (request := _request(assigned)) is not None:
                 self._analysis.add(request)
+                self._clients.add(request.unit)
         for assigned, given_at, bad in read_ratings(self._store, self._record, self._rated_at):
             self._rated_at = given_at
             if assigned.id not in self._rated:
@@ -99,7 +107,37 @@ class CanaryEvidence:
         if decided or time.monotonic() >= self._next_verdicts:
             self._verdicts, self._next_verdicts = self._analysis.verdicts(), time.monotonic() + _VERDICTS_S
         kind = "requests" if self._record.plan.unit is UnitKind.REQUEST else "users or conversations"
-        return _look(self._analysis.outcome, self._verdicts, units, f"{units} {kind} of the candidate")
+        look = _look(self._analysis.outcome, self._verdicts, units, f"{units} {kind} of the candidate")
+        return replace(look, warning=_few_clients_text(self._record.name)) if self._clients.is_mostly_one else look
+
+
+class _Clients:
+    """Counts the requests of a canary step, of both versions together, by their user or conversation."""
+
+    def __init__(self) -> None:
+        self._requests = Counter[str]()
+        self._all = self._most = 0
+
+    def add(self, unit: str | None) -> None:
+        """Count a request; None is a client of its own."""
+        self._all += 1
+        if unit is not None:
+            self._requests[unit] += 1
+            self._most = max(self._most, self._requests[unit])
+
+    @property
+    def is_mostly_one(self) -> bool:
+        """Whether one user or conversation sends more than half of the requests; False for too few requests."""
+        return self._all >= _MIN_REQUESTS_FOR_SHARE and self._most > _LARGE_SHARE * self._all
+
+
+def _few_clients_text(name: str) -> str:
+    """Return the warning about one client that sends most requests. It has no figures, so that it is shown once."""
+    return (
+        "one user or conversation sends more than half of the requests; it counts as one observation, so other "
+        "clients must decide this step. If it stands for many users, send `user` with each request; if its requests "
+        f"are independent, set models.{name}.rollout.unit: request, and promote again"
+    )
 
 
 class ShadowEvidence:
@@ -275,5 +313,21 @@ def _pairs_text(pairs: list[ShadowPair]) -> str:
     return (
         f"{len(pairs)} requests compared; {100 * equal:.0f} % equal answers, {100 * ends:.0f} % equal finish reasons, "
         f"median length {tokens[0]:g} instead of {tokens[1]:g} tokens, "
-        f"median time {seconds[0]:.2f} s instead of {seconds[1]:.2f} s"
+        f"median time {seconds[0]:.2f} s instead of {seconds[1]:.2f} s{_logprobs_text(compared)}"
+    )
+
+
+def _logprobs_text(pairs: list[ShadowPair]) -> str:
+    """Return the mean log-probabilities of the requests for which both versions' are known; empty without any."""
+    known = [
+        (pair.candidate_logprob, pair.production_logprob)
+        for pair in pairs
+        if pair.candidate_logprob is not None and pair.production_logprob is not None
+    ]
+    if not known:
+        return ""
+    candidate, production = map(fmean, zip(*known, strict=True))
+    return (
+        f", mean log-probability {candidate:.2f} instead of {production:.2f} nats per token "
+        f"({len(known)} request{'s' if len(known) > 1 else ''})"
     )

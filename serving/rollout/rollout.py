@@ -182,6 +182,7 @@ class _Run:
         self._cancellation = cancellation
         self._report = partial(rollouts.report, record.id)
         self._signals: tuple[SignalRow, ...] = ()
+        self._warned = set(record.steps)
         self._resumed_at = datetime.now(UTC)
         self._split = Split(record.id, 0.0, by_request=record.plan.unit is UnitKind.REQUEST)
 
@@ -265,6 +266,9 @@ class _Run:
             if seen.signals != self._signals:
                 self._signals = seen.signals
                 await retrying(partial(store_signals, self._store, self._record.id, seen.signals))
+            if seen.warning and seen.warning not in self._warned:
+                self._warned.add(seen.warning)
+                self._report(seen.warning)
             if seen.losses:
                 raise StoppedError(RolloutOutcome.ROLLED_BACK, seen.losses)
             if is_done(seen):

@@ -2,12 +2,16 @@
 
 Copies never delay a client: they are sent after production has answered, a few at a time, and dropped while the server
 is busy. Dropped copies are counted, so that a shadow step that compares nothing is visible.
+
+Copies ask for the log-probabilities of the tokens that the candidate samples. Production's answer has them only if the
+client asked for them. One copy in `PRODUCTION_INTERVAL` is therefore sent to production, too, to compare both versions.
 """
 
 import asyncio
+import itertools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -16,6 +20,7 @@ from serving.admission.errors import AdmissionError
 from serving.model_names import ModelNotFoundError
 from serving.protocols.request import CompletionRequest
 from serving.protocols.route import Route
+from serving.protocols.sampled_logprobs import mean_logprob, with_logprobs
 from serving.protocols.server_sent_events import EventSplitter, is_event
 from serving.protocols.wire_formats import Usage, WireFormat, wire_format
 from serving.replicas.balancer import Balancer, Lease
@@ -35,6 +40,8 @@ MAX_QUEUED_BYTES = 32 * 2**20
 MAX_ANSWER_BYTES = 16 * 2**20
 WORKERS = 2
 """Number of copies that run at the same time."""
+PRODUCTION_INTERVAL = 4
+"""Number of copies of which one is also sent to production."""
 
 
 class _Copy(NamedTuple):
@@ -68,6 +75,10 @@ class Shadow:
     on_pair: Callable[[ShadowPair], None]
     _queue: asyncio.Queue[_Copy] = field(default_factory=lambda: asyncio.Queue(MAX_QUEUED), init=False)
     _bytes: int = field(default=0, init=False)
+    _turns: Iterator[bool] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._turns = itertools.cycle([True] + [False] * (PRODUCTION_INTERVAL - 1))
 
     def wants(self) -> bool:
         """Return whether the next request may be copied; count it as dropped if server or queue are busy."""
@@ -116,14 +127,15 @@ class Shadow:
         Returns:
             None if the copy did not reach the candidate, or if an engine died that it shares with production.
         """
-        record, form = copy.record, wire_format(copy.route)
+        record = copy.record
+        copy = copy._replace(payload=await asyncio.to_thread(with_logprobs, copy.route, copy.payload))
         began = time.monotonic()
         answer = _Answer()
         try:
             async with self.balancer.lease(str(self.candidate)) as engine:
                 if engine.served.version != self.candidate:
                     return None
-                await answer.read(engine, copy, form)
+                await answer.read(engine, copy)
         except (AdmissionError, ModelNotFoundError, EngineUnreachableError):
             return None
         except SvcError as error:
@@ -134,6 +146,8 @@ class Shadow:
         production_failed = record.outcome is not RequestOutcome.COMPLETE
         both = answer.complete and not production_failed
         texts = await asyncio.to_thread(self._read_texts, copy, answer.parts) if both else _Texts()
+        candidate_logprob = await asyncio.to_thread(mean_logprob, answer.parts) if both else None
+        known = candidate_logprob is not None
         return ShadowPair(
             unit=(record.unit or "").rpartition(":")[2],
             production_failed=production_failed,
@@ -147,7 +161,30 @@ class Shadow:
             candidate_tokens=answer.usage.completion if answer.usage else None,
             production_seconds=record.seconds,
             candidate_seconds=seconds,
+            production_logprob=await self._production_logprob(copy) if known else None,
+            candidate_logprob=candidate_logprob,
         )
+
+    async def _production_logprob(self, copy: _Copy) -> float | None:
+        """Return production's mean log-probability for a request, from its answer or from its answer to another copy.
+
+        Returns:
+            None if the answer has none and no copy is sent, or if the copy was not answered. This says nothing about
+            production's answer to the client.
+        """
+        known = await asyncio.to_thread(mean_logprob, copy.answer)
+        if known is not None or not next(self._turns) or self.admission.queued:
+            return known
+        answer, version = _Answer(), copy.record.version
+        try:
+            async with self.balancer.lease(str(version)) as engine:
+                if engine.served.version != version:
+                    return None
+                await answer.read(engine, copy)
+        except SvcError as error:
+            log.info("production did not answer a copy of a request: %s", error)
+            return None
+        return await asyncio.to_thread(mean_logprob, answer.parts) if answer.complete else None
 
     def _read_texts(self, copy: _Copy, parts: list[bytes]) -> "_Texts":
         form = wire_format(copy.route)
@@ -167,7 +204,7 @@ class _Texts(NamedTuple):
 
 @dataclass(slots=True)
 class _Answer:
-    """A candidate's answer to a copy.
+    """A version's answer to a copy.
 
     Attributes:
         parts: the body, or the events of a stream.
@@ -179,11 +216,11 @@ class _Answer:
     finish_reason: str | None = None
     usage: Usage | None = None
 
-    async def read(self, engine: Lease, copy: _Copy, form: WireFormat) -> None:
+    async def read(self, engine: Lease, copy: _Copy) -> None:
         """Send the copy, and read the answer.
 
         Raises:
-            EngineError: the candidate failed.
+            EngineError: the version failed.
         """
         request = CompletionRequest("", copy.payload, stream=False, wants_usage=False)
         payload, size, splitter = request.payload(engine.engine_model), 0, EventSplitter()
@@ -193,7 +230,7 @@ class _Answer:
                 self.parts += splitter.feed(part) if answer.is_event_stream else [part]
             if not answer.is_event_stream:
                 self.parts, self.complete = [b"".join(self.parts)], size <= MAX_ANSWER_BYTES
-        await asyncio.to_thread(self._classify, form)
+        await asyncio.to_thread(self._classify, wire_format(copy.route))
 
     def _classify(self, form: WireFormat) -> None:
         """Read the end of the answer, its finish reason and its token counts."""

@@ -51,7 +51,12 @@ class SelectedBy(StrEnum):
 
 
 class DataRecord(_Record):
-    """The examples used for training and evaluation."""
+    """The examples used for training and evaluation.
+
+    Attributes:
+        modified_at: time (UTC) at which the newest local training file was last modified before the training, or None
+            if unknown.
+    """
 
     train_fingerprint: str
     train_examples: int
@@ -59,6 +64,7 @@ class DataRecord(_Record):
     heldout_examples: int
     validation_examples: int = 0
     selected_by: SelectedBy = SelectedBy.NONE
+    modified_at: datetime | None = None
 
     @property
     def selection(self) -> str:

@@ -146,6 +146,8 @@ class ShadowPair:
         agrees: whether both answers are equal; None if one version failed.
         production_tokens, candidate_tokens: lengths of the answers; None if unknown.
         production_seconds, candidate_seconds: time until the answer was complete.
+        production_logprob, candidate_logprob: mean log-probability of the tokens that the version sampled, in nats per
+            token; None if unknown.
     """
 
     unit: str
@@ -160,6 +162,8 @@ class ShadowPair:
     candidate_tokens: int | None
     production_seconds: float
     candidate_seconds: float
+    production_logprob: float | None = None
+    candidate_logprob: float | None = None
 
 
 class RolloutView(BaseModel):

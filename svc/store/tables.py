@@ -208,6 +208,8 @@ class ShadowPairRow(Table):
     candidate_tokens: Mapped[int | None]
     production_seconds: Mapped[float]
     candidate_seconds: Mapped[float]
+    production_logprob: Mapped[float | None]
+    candidate_logprob: Mapped[float | None]
 
 
 class RetakenProbesRow(Table):

@@ -25,7 +25,7 @@ from starlette.types import Receive, Scope, Send
 from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from tests.serving.socket_server import SocketServer, running
-from tests.serving.vllm_wire import Counts, Wire, wire_of
+from tests.serving.vllm_wire import CompletionsWire, Counts, Wire, wire_of
 
 DEAD_MESSAGE = "EngineCore encountered an issue. See stack trace (above) for the root cause."
 EVENT_STREAM = "text/event-stream; charset=utf-8"
@@ -319,9 +319,9 @@ class EngineDouble:
         counts = Counts(counts.prompt, len(_ended(words, reason)))
         answer = wire.whole(words, counts, reason)
         for choice in answer.get("choices", ()):
-            if body.get("logprobs") and "message" in choice:
+            if isinstance(wire, CompletionsWire) and wire.wants_logprobs:
                 ended = _ended(words, reason)
-                choice["logprobs"] = {"content": self._logprobs(ended, _prompt_length(body), body["model"])}
+                choice["logprobs"] = wire.logprobs(ended, self._logprobs(ended, _prompt_length(body), body["model"]))
             if body.get("return_token_ids"):
                 choice["token_ids"] = [_token_id(word.strip()) for word in _ended(words, reason)]
             if self.message and "message" in choice:
@@ -342,7 +342,8 @@ class EngineDouble:
         async for word in self._words(body):
             words.append(word)
             reason = "length" if len(words) == counts.completion else None
-            await _events(send, [wire.token(word, reason)])
+            (logprob,) = self._logprobs([word], counts.prompt + len(words) - 1, body["model"])
+            await _events(send, [wire.token(word, reason, logprob)])
             if len(words) == 2 and await self._fails_in_stream(send, wire):
                 return
         await _events(send, wire.closing(words, counts))
@@ -382,11 +383,11 @@ class EngineDouble:
         longest = body.get("max_tokens") or body.get("max_output_tokens") or self.tokens
         return Counts(_prompt_length(body), min(longest, self.tokens))
 
-    def _logprobs(self, words: list[str], start: int, model: str) -> list[dict[str, Any]]:
+    def _logprobs(self, words: list[str], start: int, model: str) -> list[float]:
         """Return the log-probabilities of an answer's tokens. Scoring its text as a prompt gives the same ones."""
         weights = self._weights_of(model)
         return [
-            {"token": word, "logprob": logprob_of(weights, _token_id(word.strip()), at) + self.probe_noise}
+            logprob_of(weights, _token_id(word.strip()), at) + self.probe_noise
             for at, word in enumerate(words, start=start)
         ]
 

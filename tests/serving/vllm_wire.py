@@ -37,8 +37,8 @@ class Wire(ABC):
         """Return the events that precede the first token."""
 
     @abstractmethod
-    def token(self, word: str, reason: str | None) -> Event:
-        """Return the event of one token. `reason` is set for the last token."""
+    def token(self, word: str, reason: str | None, logprob: float = 0.0) -> Event:
+        """Return the event of one token. `reason` is set for the last token; `logprob` is shown if it is asked for."""
 
     @abstractmethod
     def closing(self, words: list[str], counts: Counts) -> list[Event]:
@@ -69,9 +69,32 @@ class CompletionsWire(Wire):
             return []
         return [self._chunk([{"index": 0, "delta": {"role": "assistant", "content": ""}}])]
 
-    def token(self, word: str, reason: str | None) -> Event:
+    def token(self, word: str, reason: str | None, logprob: float = 0.0) -> Event:
         part = {"delta": {"content": word}} if self.chat else {"text": word}
-        return self._chunk([{"index": 0, **part, "finish_reason": reason}])
+        logprobs = {"logprobs": self.logprobs([word], [logprob])} if self.wants_logprobs else {}
+        return self._chunk([{"index": 0, **part, **logprobs, "finish_reason": reason}])
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether the request asks for the log-probabilities of sampled tokens; 0 alternatives do in completions."""
+        asked = self.body.get("logprobs")
+        return bool(asked) if self.chat else asked is not None
+
+    def logprobs(self, words: list[str], values: list[float]) -> dict[str, Any]:
+        """Return the log-probabilities of tokens."""
+        if self.chat:
+            return {
+                "content": [
+                    {"token": word, "logprob": value, "bytes": list(word.encode()), "top_logprobs": []}
+                    for word, value in zip(words, values, strict=True)
+                ]
+            }
+        return {
+            "text_offset": [sum(map(len, words[:place])) for place in range(len(words))],
+            "token_logprobs": values,
+            "tokens": words,
+            "top_logprobs": [{word: value} for word, value in zip(words, values, strict=True)],
+        }
 
     def closing(self, words: list[str], counts: Counts) -> list[Event]:
         asked = (self.body.get("stream_options") or {}).get("include_usage")
@@ -120,7 +143,7 @@ class ResponsesWire(Wire):
             self._next("response.content_part.added", part=_output_text(""), **self._place()),
         ]
 
-    def token(self, word: str, reason: str | None) -> Event:
+    def token(self, word: str, reason: str | None, logprob: float = 0.0) -> Event:
         return self._next("response.output_text.delta", delta=word, logprobs=[], **self._place())
 
     def closing(self, words: list[str], counts: Counts) -> list[Event]:
@@ -187,7 +210,7 @@ class MessagesWire(Wire):
             _event("content_block_start", {"type": "content_block_start", "content_block": block, "index": 0}),
         ]
 
-    def token(self, word: str, reason: str | None) -> Event:
+    def token(self, word: str, reason: str | None, logprob: float = 0.0) -> Event:
         delta = {"type": "text_delta", "text": word}
         return _event("content_block_delta", {"type": "content_block_delta", "delta": delta, "index": 0})
 

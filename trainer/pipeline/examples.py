@@ -1,7 +1,8 @@
 """Loads the training and evaluation examples of a run."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from svc.dataset.fingerprint import fingerprint
 from svc.dataset.prompt_hashes import NO_PROMPTS, PromptHashes, hash_prompts
 from svc.dataset.readers.bad_lines import BadLines
 from svc.dataset.readers.reader import read_examples
+from svc.dataset.readers.source import newest_modification
 from svc.dataset.schema.example import ChatExample
 from svc.dataset.split import mix_general, near_leaks, put_sample_first, split_heldout
 from svc.errors import DataError
@@ -38,6 +40,7 @@ class Examples:
         questions: general questions, none of which occur in `train`, or None if none are asked.
         validation: examples read from `data.validation`.
         selected_by: the examples by which the version's weights or the recipe's values were selected.
+        modified_at: time at which the newest local file of `data.train` was last modified, or None without local files.
     """
 
     train: tuple[ChatExample, ...]
@@ -49,6 +52,7 @@ class Examples:
     questions: GeneralSet | None = None
     validation: tuple[ChatExample, ...] = ()
     selected_by: SelectedBy = SelectedBy.NONE
+    modified_at: datetime | None = field(default=None, compare=False)
 
     @property
     def measured(self) -> tuple[ChatExample, ...]:
@@ -122,7 +126,16 @@ def read_run_examples(
     if data.learn is Learn.ALL:
         mixed = tuple(example.learning_all for example in mixed)
     prints = fingerprint(mixed), fingerprint(heldout)
-    examples = Examples(mixed, tuple(heldout), *prints, given, len(general), questions, tuple(validation))
+    examples = Examples(
+        mixed,
+        tuple(heldout),
+        *prints,
+        given,
+        len(general),
+        questions,
+        tuple(validation),
+        modified_at=newest_modification(data.train),
+    )
     return examples.selected if recipe.stopping.selects else examples
 
 

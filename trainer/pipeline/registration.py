@@ -272,6 +272,7 @@ class Registration:
                 heldout_examples=len(self.examples.heldout),
                 validation_examples=len(self.examples.validation),
                 selected_by=self.examples.selected_by,
+                modified_at=self.examples.modified_at,
             ),
             heldout=record_file(folder, folder / HELDOUT_FILE),
             reference=record_files(folder, folder / REFERENCE_FOLDER),

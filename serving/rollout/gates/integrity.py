@@ -22,13 +22,27 @@ def check_integrity(folder: Path, manifest: Manifest, format: Format) -> tuple[G
 
 
 def check_freshness(manifest: Manifest, max_age_days: float | None, now: datetime) -> GateRow:
-    """Return the gate on a version's age, which is also that of its evaluation."""
-    age = (now - manifest.created_at).total_seconds() / _DAY_S
-    measured = f"evaluated and registered {age:.1f} days ago"
+    """Return the gate on the age of a version's training data and of its evaluation, which is that of the version."""
+    data_at = manifest.data.modified_at
+    data = None if data_at is None else _days(now, data_at)
+    evaluation = _days(now, manifest.created_at)
+    shown = "data of unknown age" if data is None else f"data {data:.1f} days"
+    measured = f"{shown}, evaluation {evaluation:.1f} days"
     if max_age_days is None:
         return GateRow(gate="freshness", measured=measured, verdict=GateVerdict.SKIPPED, reason="no limit is set")
-    verdict = GateVerdict.PASSED if age <= max_age_days else GateVerdict.FAILED
-    return GateRow(gate="freshness", measured=measured, limit=f"at most {max_age_days:g} days", verdict=verdict)
+    limit, reason = f"at most {max_age_days:g} days", ""
+    if max(evaluation, data or 0.0) > max_age_days:
+        verdict = GateVerdict.FAILED
+    elif data is None:
+        verdict, reason = GateVerdict.UNDECIDED, "the version has no time of its training files"
+    else:
+        verdict = GateVerdict.PASSED
+    return GateRow(gate="freshness", measured=measured, limit=limit, verdict=verdict, reason=reason)
+
+
+def _days(now: datetime, at: datetime) -> float:
+    """Return the days since a time; 0 for a time in the future, from another machine's clock."""
+    return max(0.0, (now - at).total_seconds() / _DAY_S)
 
 
 def _check_registration(manifest: Manifest) -> GateRow:

@@ -5,7 +5,8 @@ files are fetched; code that comes with a dataset is never run.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,20 @@ def data_files(source: str | Path, cache: Path | None = None, *, fetch: Callable
         return _hub_files(text, (cache or DEFAULT_CACHE).expanduser(), fetch)
     path = Path(source)
     return _folder_files(path) if path.is_dir() else [path]
+
+
+def newest_modification(sources: Iterable[str | Path]) -> datetime | None:
+    """Return the time at which the newest local file of the sources was last modified, or None without local files.
+
+    Files of hub datasets are skipped, because their times are those of their download.
+
+    Raises:
+        DataError: a folder has no data files.
+        OSError: a file does not exist.
+    """
+    local = [source for source in sources if not str(source).startswith(HUB_PREFIX)]
+    times = [file.stat().st_mtime for source in local for file in data_files(source)]
+    return datetime.fromtimestamp(max(times), UTC) if times else None
 
 
 def _folder_files(folder: Path) -> list[Path]:

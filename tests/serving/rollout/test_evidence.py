@@ -1,5 +1,6 @@
 """What stored requests say about the two versions of a rollout."""
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -34,6 +35,7 @@ def answered(
     served: bool = True,
     valid: bool | None = None,
     seconds: float | None = None,
+    unit: str = "",
 ) -> RequestRecord:
     version = target(2 if candidate else 1)
     return RequestRecord(
@@ -46,7 +48,7 @@ def answered(
         status=200,
         outcome=outcome,
         seconds=0.1 + number * 37 % 100 / 1000 if seconds is None else seconds,
-        unit=unit_text(record.id, "", candidate=candidate),
+        unit=unit_text(record.id, unit, candidate=candidate),
         valid=valid,
     )
 
@@ -108,6 +110,51 @@ def test_only_units_since_the_beginning_of_the_step_count_for_its_minimum(store:
     assert evidence.look().units == 20
 
 
+def add_of_units(store: Store, record: RolloutRecord, units: list[str], start: int = 0) -> None:
+    """Add one request of production for each unit; an empty text is a unit by itself."""
+    requests = enumerate(units, start=start)
+    add_requests(store, [answered(record, number, candidate=False, unit=unit) for number, unit in requests])
+
+
+@pytest.mark.parametrize(
+    ("units", "warns"),
+    [
+        (["ann"] * 51 + [""] * 49, True),
+        (["ann"] * 50 + [""] * 50, False),
+        (["ann"] * 50 + ["ben"] * 50, False),
+        (["ann"] * 99, False),
+        ([""] * 200, False),
+    ],
+)
+def test_unit_that_sends_most_requests_is_reported_from_100_requests_on(
+    store: Store, record: RolloutRecord, units: list[str], warns: bool
+) -> None:
+    add_of_units(store, record, units)
+    assert bool(CanaryEvidence(store, record).look().warning) is warns
+
+
+def test_requests_of_both_versions_count_for_the_share_of_a_unit(store: Store, record: RolloutRecord) -> None:
+    add_of_units(store, record, ["ann"] * 100)
+    add_requests(store, [answered(record, number, candidate=True) for number in range(100)])
+    assert CanaryEvidence(store, record).look().warning == ""
+
+
+def test_warning_says_what_to_do(store: Store, record: RolloutRecord) -> None:
+    add_of_units(store, record, ["ann"] * 100)
+    warning = CanaryEvidence(store, record).look().warning
+    assert "counts as one observation" in warning
+    assert "send `user`" in warning and f"models.{NAME}.rollout.unit: request" in warning
+
+
+def test_share_of_a_unit_is_counted_anew_in_each_step(store: Store, record: RolloutRecord) -> None:
+    evidence = CanaryEvidence(store, record)
+    add_of_units(store, record, ["ann"] * 100)
+    assert evidence.look().warning
+    evidence.start_step(record.requested_at + timedelta(seconds=2))
+    add_of_units(store, record, ["ann"] * 40, start=100)
+    assert evidence.look().warning == ""
+
+
 def test_shadow_pairs_of_one_user_are_one_observation(store: Store, record: RolloutRecord) -> None:
     bad = ShadowPair("ann", False, True, None, None, None, "stop", None, 3, None, 0.1, 0.1)
     good = ShadowPair("", False, False, True, True, True, "stop", "stop", 3, 3, 0.1, 0.2)
@@ -120,6 +167,30 @@ def test_shadow_pairs_of_one_user_are_one_observation(store: Store, record: Roll
             store, record.id, ShadowPair("", False, True, None, None, None, "stop", None, 3, None, 0.1, 0.1)
         )
     assert "failed requests" in ShadowEvidence(store, record).look().losses
+
+
+def test_shadow_text_compares_logprobs_of_requests_with_both_figures(store: Store, record: RolloutRecord) -> None:
+    pair = ShadowPair("", False, False, None, None, True, "stop", "stop", 3, 3, 0.1, 0.2)
+    known = replace(pair, candidate_logprob=-0.5, production_logprob=-0.25)
+    alone = replace(pair, candidate_logprob=-9.0)
+    for each in (known, replace(known, candidate_logprob=-0.25), alone):
+        add_shadow_pair(store, record.id, each)
+    text = ShadowEvidence(store, record).look().text
+    assert "mean log-probability -0.38 instead of -0.25 nats per token (2 requests)" in text
+
+
+def test_shadow_text_has_no_logprobs_when_production_has_none(store: Store, record: RolloutRecord) -> None:
+    pair = ShadowPair("", False, False, None, None, True, "stop", "stop", 3, 3, 0.1, 0.2, candidate_logprob=-0.5)
+    add_shadow_pair(store, record.id, pair)
+    assert "log-probability" not in ShadowEvidence(store, record).look().text
+
+
+def test_logprobs_decide_nothing(store: Store, record: RolloutRecord) -> None:
+    pair = ShadowPair("", False, False, None, None, True, "stop", "stop", 3, 3, 0.1, 0.2, -0.1, -9.0)
+    for _ in range(60):
+        add_shadow_pair(store, record.id, pair)
+    look = ShadowEvidence(store, record).look()
+    assert (look.losses, {signal.signal for signal in look.signals}) == ("", {"errors"})
 
 
 def test_expectations_say_that_traffic_is_too_small_for_the_deadline(store: Store, record: RolloutRecord) -> None:

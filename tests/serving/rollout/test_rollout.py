@@ -262,6 +262,30 @@ async def test_rollout_is_held_at_its_deadline_until_someone_decides(control: Co
         assert (await ended(control)).outcome is RolloutOutcome.CANCELLED
 
 
+async def test_rollout_reports_once_that_one_client_sends_most_requests(control: Control) -> None:
+    endless = ALL.model_copy(update={"shadow": 0, "max_errors": 0.001})
+
+    def warnings() -> int:
+        return sum("more than half of the requests" in step for step in record(control).steps)
+
+    async def ask(client: httpx.AsyncClient, count: int) -> None:
+        for _ in range(count):
+            await client.post("/v1/chat/completions", json=BODY | {"user": "batch job"})
+
+    async with control.run(), control.client() as client:
+        start(control, 2, endless)
+        await until(lambda: record(control).state is RolloutState.CANARY)
+        await ask(client, 110)
+        await until(lambda: warnings() == 1)
+    control.assemble()
+    async with control.run(), control.client() as client:
+        await until(lambda: control.router.find(NAME, "anyone").assignment is not None)
+        await asyncio.sleep(1.2)  # the evidence is read again
+        assert warnings() == 1
+        changes(control, endless).rollback(NAME, reason=None, actor=ACTOR)
+        await ended(control)
+
+
 async def test_rollout_fails_before_any_step_when_memory_holds_one_engine_only(control: Control) -> None:
     control.park.room = "2 GB are missing"
     async with control.run():

@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import os
 import random
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,13 @@ def test_training_and_heldout_sets_have_different_fingerprints(tmp_path: Path) -
     assert examples.train == tuple(TRAIN)
     assert examples.heldout == tuple(HELDOUT)
     assert examples.train_fingerprint != examples.heldout_fingerprint
+
+
+def test_examples_have_the_modification_time_of_the_training_file(tmp_path: Path) -> None:
+    write_examples(tmp_path / "t.jsonl", TRAIN)
+    os.utime(tmp_path / "t.jsonl", (86_400, 86_400))
+    examples = read_run_examples(make_recipe(data={"train": tmp_path / "t.jsonl"}))
+    assert examples.modified_at == datetime(1970, 1, 2, tzinfo=UTC)
 
 
 def test_skip_and_limit_select_a_subset_of_training_examples(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Tests what a version stores from its training run."""
 
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,13 @@ def test_manifest_records_which_examples_selected_the_version(make: Make) -> Non
     pipeline = replace(pipeline, examples=examples)
     data = pipeline.registry.manifest(pipeline.train_version()).data
     assert (data.selected_by, data.validation_examples) == (SelectedBy.VALIDATION, 1)
+
+
+def test_manifest_records_when_the_training_files_were_modified(make: Make) -> None:
+    pipeline = make()
+    modified_at = datetime(2026, 5, 1, 12, tzinfo=UTC)
+    pipeline = replace(pipeline, examples=replace(pipeline.examples, modified_at=modified_at))
+    assert pipeline.registry.manifest(pipeline.train_version()).data.modified_at == modified_at
 
 
 def test_manifest_has_evaluation_and_probes_of_each_served_format(pipeline: Pipeline) -> None:

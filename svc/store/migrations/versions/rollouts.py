@@ -63,6 +63,8 @@ def upgrade() -> None:
         sa.Column("candidate_tokens", sa.Integer(), nullable=True),
         sa.Column("production_seconds", sa.Double(), nullable=False),
         sa.Column("candidate_seconds", sa.Double(), nullable=False),
+        sa.Column("production_logprob", sa.Double(), nullable=True),
+        sa.Column("candidate_logprob", sa.Double(), nullable=True),
         sa.ForeignKeyConstraint(["rollout_id"], ["rollouts.id"], "fk_shadow_pairs_rollout_id"),
         sa.PrimaryKeyConstraint("id", name="pk_shadow_pairs"),
     )

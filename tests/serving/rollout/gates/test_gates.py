@@ -1,7 +1,7 @@
 """The gates of a promotion: integrity, quality, forgetting, speed and freshness, from stored results alone."""
 
 import shutil
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -294,9 +294,31 @@ def test_speed_measured_on_another_kind_of_engine_is_undecided(registry: Registr
     assert check(registry, "speed").reason == "measured on different kinds of engine"
 
 
-@pytest.mark.parametrize(("days", "verdict"), [(None, SKIPPED), (9, FAILED), (11, PASSED)])
-def test_age_is_compared_with_the_maximum(registry: Registry, days: float | None, verdict: GateVerdict) -> None:
-    register(registry, 1), register(registry, 2)
-    freshness = check(registry, "freshness", max_age_days=days)
+def data_of_age(days: float | None) -> dict[str, Any]:
+    """Return the manifest's data section for training files that were modified this many days ago."""
+    modified_at = None if days is None else NOW - timedelta(days=days)
+    data = DataRecord(train_fingerprint="a", train_examples=1, heldout_fingerprint="b", heldout_examples=1)
+    return {"data": data.model_copy(update={"modified_at": modified_at})}
+
+
+@pytest.mark.parametrize(
+    ("limit", "data", "verdict"),
+    [(None, 12, SKIPPED), (9, 5, FAILED), (11, 5, PASSED), (11, 12, FAILED), (13, 12, PASSED), (1, -1, FAILED)],
+)
+def test_older_of_data_and_evaluation_is_compared_with_the_maximum(
+    registry: Registry, limit: float | None, data: float, verdict: GateVerdict
+) -> None:
+    register(registry, 1), register(registry, 2, **data_of_age(data))
+    freshness = check(registry, "freshness", max_age_days=limit)
     assert freshness.verdict is verdict
-    assert freshness.measured == "evaluated and registered 10.0 days ago"
+    assert freshness.measured == f"data {max(data, 0):.1f} days, evaluation 10.0 days"
+
+
+@pytest.mark.parametrize(("limit", "verdict"), [(None, SKIPPED), (9, FAILED), (11, UNDECIDED)])
+def test_freshness_is_undecided_when_the_age_of_the_data_is_unknown(
+    registry: Registry, limit: float | None, verdict: GateVerdict
+) -> None:
+    register(registry, 1), register(registry, 2, **data_of_age(None))
+    freshness = check(registry, "freshness", max_age_days=limit)
+    assert freshness.verdict is verdict
+    assert freshness.measured == "data of unknown age, evaluation 10.0 days"

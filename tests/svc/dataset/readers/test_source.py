@@ -1,5 +1,7 @@
 """Tests that a source is resolved to files: a single file, a folder's files, or those of a hub dataset."""
 
+import os
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,7 @@ import pytest
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from svc.dataset.readers.reader import read_examples, write_examples
-from svc.dataset.readers.source import data_files
+from svc.dataset.readers.source import data_files, newest_modification
 from svc.errors import DataError
 from tests.svc.chats import chat
 
@@ -161,3 +163,15 @@ def test_missing_file_error_explains_hub_dataset_syntax() -> None:
     with pytest.raises(DataError) as caught:
         read_examples("org/name")
     assert "hf:ORG/NAME" in caught.value.todo
+
+
+def test_newest_modification_is_that_of_the_newest_local_file(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for name, seconds in (("a.jsonl", 100), ("folder/b.jsonl", 300), ("folder/c.csv", 200)):
+        (tmp_path / name).write_text("{}\n", "utf-8")
+        os.utime(tmp_path / name, (seconds, seconds))
+    assert newest_modification([tmp_path / "a.jsonl", str(tmp_path / "folder")]) == datetime.fromtimestamp(300, UTC)
+
+
+def test_newest_modification_is_unknown_without_local_files() -> None:
+    assert newest_modification(["hf:org/name"]) is None

@@ -1,0 +1,162 @@
+"""The shadow step's copies: the log-probabilities that both versions give to the tokens that they sample."""
+
+import asyncio
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from serving.admission.admission import Admission
+from serving.protocols.route import Route
+from serving.rollout.shadow import PRODUCTION_INTERVAL, Shadow
+from svc.store.requests import RequestOutcome, RequestRecord
+from svc.store.rollouts import ShadowPair
+from svc.version import Format
+from tests.serving.control import Control, Make, until
+from tests.serving.versions import NAME, target
+
+pytestmark = pytest.mark.slow
+
+CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "one two three"}]}
+PLAIN: dict[str, Any] = {"prompt": "one two three"}
+ANSWER = json.dumps({"choices": [{"index": 0, "message": {"content": "1.0 1.1 1.2 1.3 "}}]}).encode()
+LOGPROBS = {"content": [{"token": "a", "logprob": -0.5}, {"token": "b", "logprob": -1.5}]}
+ANSWER_WITH_LOGPROBS = json.dumps({"choices": [{"message": {"content": "ab"}, "logprobs": LOGPROBS}]}).encode()
+STREAM = {"stream": True, "stream_options": {"include_usage": True}}
+
+
+@pytest.fixture
+def control(make: Make) -> Control:
+    """A server that loads versions as adapters when they are requested."""
+    return make(format=Format.ADAPTER)
+
+
+@dataclass
+class Copies:
+    """Sends copies of requests that version 1 answered to version 2.
+
+    Attributes:
+        admission: stands for the server's queue.
+    """
+
+    control: Control
+    admission: SimpleNamespace
+
+    async def compare(
+        self, fields: dict[str, Any], answer: bytes = ANSWER, *, count: int = 1, route: Route = Route.CHAT_COMPLETIONS
+    ) -> list[ShadowPair]:
+        """Return the pairs of a request that is copied several times."""
+        pairs: list[ShadowPair] = []
+        shadow = Shadow(
+            balancer=self.control.balancer,
+            admission=cast("Admission", self.admission),
+            metrics=self.control.deployment.rollouts.metrics,
+            candidate=target(2).version,
+            expects_json=False,
+            is_shared=True,
+            on_pair=pairs.append,
+        )
+        async with self.control.run():
+            running = asyncio.create_task(shadow.run())
+            for number in range(count):
+                shadow.offer(route, json.dumps(fields).encode(), [answer], answered(number, route))
+            await until(lambda: len(pairs) == count)
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+        return pairs
+
+    @property
+    def models(self) -> list[str]:
+        """The version that got each copy."""
+        names = {name: folder.split("/")[-2] for name, folder in self.control.double.adapters.items()}
+        return [names[body["model"]] for body in self.sent]
+
+    @property
+    def sent(self) -> Sequence[dict[str, Any]]:
+        """Bodies of the copies."""
+        return [body for body in self.control.double.requests if "prompt_logprobs" not in body]
+
+
+@pytest.fixture
+def copies(control: Control) -> Copies:
+    return Copies(control, SimpleNamespace(queued=0))
+
+
+def answered(number: int, route: Route) -> RequestRecord:
+    """Return the record of a request that version 1 answered."""
+    version = target(1, Format.ADAPTER)
+    return RequestRecord(
+        request_id=f"request-{number}",
+        started_at=datetime.now(UTC),
+        model=NAME,
+        version=version.version,
+        format=version.format,
+        route=route.value,
+        status=200,
+        outcome=RequestOutcome.COMPLETE,
+        seconds=0.1,
+        unit="1:production:",
+    )
+
+
+@pytest.mark.parametrize("more", [{}, STREAM])
+@pytest.mark.parametrize(("route", "fields"), [(Route.CHAT_COMPLETIONS, CHAT), (Route.COMPLETIONS, PLAIN)])
+async def test_pair_has_logprobs_of_both_versions(
+    copies: Copies, route: Route, fields: dict[str, Any], more: dict[str, Any]
+) -> None:
+    [pair] = await copies.compare(fields | more, route=route)
+    assert pair.candidate_logprob is not None and -10 < pair.candidate_logprob < 0
+    assert pair.production_logprob is not None and -10 < pair.production_logprob < 0
+    assert pair.candidate_logprob != pair.production_logprob
+    assert copies.models == ["2", "1"]
+
+
+async def test_one_copy_in_four_is_also_sent_to_production(copies: Copies) -> None:
+    pairs = await copies.compare(CHAT, count=2 * PRODUCTION_INTERVAL)
+    assert sum(pair.production_logprob is not None for pair in pairs) == 2
+    assert all(pair.candidate_logprob is not None for pair in pairs)
+    assert copies.models.count("1") == 2
+
+
+async def test_no_copy_is_sent_to_production_when_client_asked_for_logprobs(copies: Copies) -> None:
+    [pair] = await copies.compare(CHAT | {"logprobs": True}, ANSWER_WITH_LOGPROBS)
+    assert pair.production_logprob == -1.0
+    assert copies.models == ["2"]
+
+
+async def test_no_logprobs_are_requested_when_prompt_would_be_scored(copies: Copies) -> None:
+    [pair] = await copies.compare(PLAIN | {"echo": True}, route=Route.COMPLETIONS)
+    assert (pair.candidate_logprob, pair.production_logprob) == (None, None)
+    assert copies.models == ["2"] and "logprobs" not in copies.sent[0]
+
+
+@pytest.mark.parametrize("route", [Route.RESPONSES, Route.MESSAGES])
+async def test_pair_has_no_logprobs_when_route_has_none(copies: Copies, route: Route) -> None:
+    [pair] = await copies.compare(CHAT if route is Route.MESSAGES else {"input": "one"}, route=route)
+    assert (pair.candidate_logprob, pair.production_logprob) == (None, None)
+    assert copies.models == ["2"]
+
+
+async def test_production_did_not_fail_when_its_copy_fails(copies: Copies) -> None:
+    def fail_next(path: str) -> None:
+        if path == Route.CHAT_COMPLETIONS and copies.sent:
+            copies.control.double.refuse_with = (500, {"message": "CUDA error"})
+
+    copies.control.park.prepare = lambda double: setattr(double, "on_call", fail_next)
+    [pair] = await copies.compare(CHAT)
+    assert pair.candidate_logprob is not None
+    assert (pair.production_failed, pair.production_logprob) == (False, None)
+
+
+async def test_no_copy_is_sent_to_production_when_requests_are_queued(copies: Copies) -> None:
+    def queue(path: str) -> None:
+        copies.admission.queued = int(path == Route.CHAT_COMPLETIONS)
+
+    copies.control.park.prepare = lambda double: setattr(double, "on_call", queue)
+    [pair] = await copies.compare(CHAT)
+    assert pair.candidate_logprob is not None and pair.production_logprob is None
+    assert copies.models == ["2"]
