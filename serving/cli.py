@@ -252,7 +252,7 @@ def _show_dry_run(change: VersionChange, *, as_json: bool) -> None:
     else:
         _show_gates(change.gates, to_stdout=True)
     if change.refused:
-        raise GateError(f"the gates refuse {change.target.version}; nothing was changed")
+        raise GateError(f"{change.target.version} was rejected by a gate; nothing was changed")
 
 
 def _show_gates(gates: Sequence[GateRow], *, to_stdout: bool) -> None:

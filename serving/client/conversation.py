@@ -42,7 +42,7 @@ class Conversation:
                 answer += piece
                 yield piece
         except httpx.HTTPError as error:
-            raise EngineError(f"the server does not answer: {error!r}", todo="check `svc status`") from error
+            raise EngineError(f"the server is not responding: {error!r}", todo="check `svc status`") from error
         self._turns = [*turns, {"role": "assistant", "content": answer}]
 
     def _stream(self, body: dict[str, Any]) -> Iterator[str]:

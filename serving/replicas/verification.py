@@ -125,8 +125,8 @@ class Verification:
             return Checked(await self._retake(client, target, recorded, facts))
         if known is None:
             raise UnknownProbesError(
-                f"{target} has no probes recorded by this kind of engine, and this engine was not started with the "
-                "version, so it cannot record them",
+                f"no probes are recorded for {target} on this kind of engine, and they cannot be recorded now, because "
+                "this engine was not started with that version",
                 expected=f"probes from {facts.key}",
                 todo="start an engine with this version, which records its probes",
             )

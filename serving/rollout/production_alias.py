@@ -30,7 +30,7 @@ class ProductionAlias:
         try:
             return await asyncio.to_thread(self._tracking.alias, name, Alias.PRODUCTION)
         except Exception:  # MLflow raises the errors of its transport
-            log.warning("MLflow at %s does not answer", self._tracking.uri, exc_info=True)
+            log.warning("MLflow at %s is not responding", self._tracking.uri, exc_info=True)
             return None
 
     def move(self, version: VersionId) -> None:

@@ -148,8 +148,8 @@ class Reconciler:
             try:
                 await self._promote(desired)
             except SQLAlchemyError as error:
-                self.last_error = f"the store does not answer: {error}"
-                log.exception("the store does not answer; continuing to serve the current version")
+                self.last_error = f"the store is not responding: {error}"
+                log.exception("the store is not responding; continuing to serve the current version")
                 await asyncio.sleep(_STORE_PAUSE_S)
             finally:
                 self.promoting = False

@@ -160,7 +160,7 @@ class Chat:
             try:
                 answer = await self._http.post(url, json=body | options)
             except httpx.HTTPError as error:
-                wrong = f"does not answer: {type(error).__name__} {error}".strip()
+                wrong = f"is not responding: {type(error).__name__} {error}".strip()
             else:
                 if answer.is_success:
                     return answer

@@ -68,7 +68,7 @@ class RemoteServer:
                 answer = client.request(method, path, **given)
         except httpx.HTTPError as error:
             raise ServerNotRunningError(
-                f"the server at {url} does not answer: {error!r}",
+                f"the server at {url} is not responding: {error!r}",
                 todo="check that the server is running and that the URL is correct",
             ) from error
         content = read_json(url, answer)

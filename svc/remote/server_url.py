@@ -120,7 +120,7 @@ def read_status(address: ServerAddress) -> Mapping[str, Any]:
             answer = client.get("/svc/status").raise_for_status()
     except httpx.HTTPError as error:
         raise ServerNotRunningError(
-            f"the server at {address.url} does not answer: {error!r}", todo="check the server's log, then retry"
+            f"the server at {address.url} is not responding: {error!r}", todo="check the server's log, then retry"
         ) from error
     return dict(read_json(address.url, answer))
 

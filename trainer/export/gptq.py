@@ -179,13 +179,14 @@ def _check_experts(model: Path, expert: str, *, on_cpu: bool) -> None:
     family = load_config(model).get_text_config().model_type
     if family not in _QUANTIZED_MIXTURES:
         raise TrainingError(
-            f"{expert!r} contains a mixture of experts, and experts of {family!r} cannot be quantized for the engine",
+            f"{expert!r} is part of a mixture of experts, and the experts of {family!r} models cannot be "
+            "quantized for the engine",
             expected=f"a mixture of experts of {' or '.join(_QUANTIZED_MIXTURES)}, or a model without experts",
             todo="set `formats: [merged]`, which skips GPTQ; or choose another base",
         )
     if on_cpu and not torch.cpu._is_amx_tile_supported():
         raise TrainingError(
-            f"{expert!r} contains a mixture of experts, and the engine does not support 4-bit experts on this CPU",
+            f"{expert!r} is part of a mixture of experts, and the engine does not support 4-bit experts on this CPU",
             expected="a CPU with AMX, or a GPU",
             todo="set `formats: [merged]`, which skips GPTQ; or train and serve on a GPU",
         )

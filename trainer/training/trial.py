@@ -113,7 +113,7 @@ def untrained_losses(
             return _judge(trainer, data.judged, asked)
         except StepAbandoned as error:
             raise InterruptedRunError(
-                f"stopped by {error} while measuring the base", todo="run the same command again"
+                f"stopped by {error} while measuring the base model", todo="run the same command again"
             ) from error
 
 

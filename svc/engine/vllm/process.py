@@ -160,7 +160,7 @@ class EngineProcess:
         record = await asyncio.to_thread(read_record, self.spec.state)
         self.plan = record.plan if record else None
         if self._process is None or not await self.client.healthy():
-            raise EngineError(f"the engine in {self.spec.state} does not answer", todo="start a new engine")
+            raise EngineError(f"the engine in {self.spec.state} is not responding", todo="start a new engine")
         try:
             self._watch(self._process.pid)
         except ProcessLookupError:

@@ -105,7 +105,7 @@ def test_near_copies_are_seen_but_not_counted() -> None:
     assert (advance.watch.kept, advance.watch.newest_kept) == (40, "10" * 40)
 
 
-def test_watch_state_records_which_of_the_newest_requests_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_watch_state_records_which_recent_requests_were_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("monitoring.drift.detector.RARITY_REQUESTS", 50)
     requests = draw_requests(2, 45)
     stream = Stream()

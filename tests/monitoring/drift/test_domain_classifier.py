@@ -179,7 +179,7 @@ def test_prompts_of_a_tiny_reference_are_in_no_far_set() -> None:
 
 
 @pytest.mark.parametrize("view", [np.zeros((200, 0)), np.zeros((200, 3)), np.full((200, 2), 0.1)])
-def test_uninformative_views_put_no_prompt_in_any_set(view: Floats) -> None:
+def test_prompt_with_uninformative_views_is_assigned_to_no_set(view: Floats) -> None:
     flat = Sample(200, views=(view, np.zeros((200, 0))))
     classifier = DomainClassifier(flat)
     similar = compare(flat, classifier)

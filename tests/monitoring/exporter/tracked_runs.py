@@ -29,7 +29,7 @@ class TrackedRuns(Tracking):
     def experiments(self) -> list[str]:
         """Return the names of all experiments."""
         if self.away:
-            raise RegistryError("MLflow does not answer")
+            raise RegistryError("MLflow is not responding")
         return list(self.runs)
 
     def newest_run(self, experiment: str) -> RunFigures | None:

@@ -58,5 +58,5 @@ async def test_chat_raises_if_an_answer_breaks_off(home: Home) -> None:
 async def test_chat_raises_if_no_server_is_running(home: Home) -> None:
     async with home.serving(f"{NAME}@1") as client:
         server = ServerAddress(str(client.base_url))
-    with pytest.raises(EngineError, match="does not answer"):
+    with pytest.raises(EngineError, match="is not responding"):
         await say(Conversation(server, NAME), "hello")

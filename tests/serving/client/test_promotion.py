@@ -110,7 +110,7 @@ async def test_promotion_fails_if_the_server_stops(home: Home) -> None:
 async def test_promotion_fails_if_the_server_does_not_respond(home: Home) -> None:
     change_desired(home.store, None, target(1), None)
     lock = hold_lock(home.settings.home / LOCK_FILE, "the home", url="http://127.0.0.1:9")
-    with lock, pytest.raises(ServerNotRunningError, match="does not answer"):
+    with lock, pytest.raises(ServerNotRunningError, match="is not responding"):
         wish(home, 2)
 
 

@@ -109,7 +109,7 @@ async def test_no_probes_are_recorded_if_engine_was_not_started_with_the_version
     sibling = make_version(elsewhere.registry, 4, probes_of=elsewhere.double.weights)
     verification = Verification(elsewhere.registry, elsewhere.store, kind_of(OTHER_FACTS))
     wanted = Target(sibling, Format.MERGED)
-    with pytest.raises(UnknownProbesError, match="so it cannot record them"):
+    with pytest.raises(UnknownProbesError, match="was not started with that version"):
         await verification.probes(elsewhere.park.engines[-1], wanted, fresh=False)
     assert find_retaken_probes(elsewhere.store, wanted, OTHER_FACTS) is None
 

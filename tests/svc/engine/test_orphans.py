@@ -128,7 +128,7 @@ async def test_dead_engine_reports_no_target(folder: Path) -> None:
         await asyncio.sleep(0.1)
         adopting = engine_in(folder)
         assert await adopting.orphan_holds() is None
-        with pytest.raises(EngineError, match="does not answer"):
+        with pytest.raises(EngineError, match="is not responding"):
             await adopting.adopt()
 
 

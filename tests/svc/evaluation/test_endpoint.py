@@ -158,7 +158,7 @@ async def test_unreachable_endpoint_raises_error() -> None:
     def away(request: httpx.Request) -> httpx.Response:
         raise httpx.ConnectError("refused")
 
-    with pytest.raises(EngineError, match="does not answer: ConnectError refused"):
+    with pytest.raises(EngineError, match="is not responding: ConnectError refused"):
         await ask_endpoint(ENDPOINT, EXAMPLES, limits=(8, 8), transport=httpx.MockTransport(away))
 
 

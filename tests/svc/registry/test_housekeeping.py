@@ -199,7 +199,7 @@ def test_version_is_not_removed_when_mlflow_fails(
     version = publish().id
 
     def fail(self: Tracking, version: VersionId) -> None:
-        raise RegistryError("MLflow does not answer")
+        raise RegistryError("MLflow is not responding")
 
     with monkeypatch.context() as patch:
         patch.setattr(Tracking, "discard", fail)

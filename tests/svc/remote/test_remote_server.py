@@ -36,5 +36,5 @@ def test_unreachable_server_error_names_the_cause(read: Callable[[], object], mo
         raise httpx.ConnectError("connection refused")
 
     answer_with(monkeypatch, refuse)
-    with pytest.raises(ServerNotRunningError, match=r"the server at https://svc\.example does not answer: .*refused"):
+    with pytest.raises(ServerNotRunningError, match=r"the server at https://svc\.example is not responding: .*refused"):
         read()

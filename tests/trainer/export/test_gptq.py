@@ -105,7 +105,7 @@ def test_group_size_error_names_the_expert_it_does_not_fit(tmp_path: Path) -> No
 @pytest.mark.parametrize("family", ["mixtral", "granitemoe"])
 def test_mixture_is_rejected_when_gptqmodel_cannot_quantize_its_experts(family: str, tmp_path: Path) -> None:
     with pytest.raises(
-        TrainingError, match=rf"experts\.gate_up_proj' contains a mixture of experts, and experts of '{family}'"
+        TrainingError, match=rf"experts\.gate_up_proj' is part of a mixture of experts, and the experts of '{family}'"
     ):
         check_layers(make_mixture(tmp_path / "base", family), 32)
 

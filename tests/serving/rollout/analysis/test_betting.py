@@ -57,7 +57,7 @@ def test_wrong_proofs_are_rare_when_rates_change_with_the_time_of_day() -> None:
 
 
 @given(differences, margins)
-def test_limits_agree_with_the_outcome(values: list[float], margin: float) -> None:
+def test_confidence_limits_agree_with_the_test_outcome(values: list[float], margin: float) -> None:
     budget = Budget()
     evidence = Evidence(margin)
     for value in values:

@@ -249,7 +249,9 @@ def forgetting(lost: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("lost", "verdict"), [(0, PASSED), (12, UNDECIDED), (30, FAILED)])
-def test_forgotten_share_is_compared_with_the_margin(registry: Registry, lost: int, verdict: GateVerdict) -> None:
+def test_share_of_forgotten_answers_is_compared_with_the_margin(
+    registry: Registry, lost: int, verdict: GateVerdict
+) -> None:
     register(registry, 1), register(registry, 2, **forgetting(lost))
     assert check(registry, "forgetting", forgetting_margin=0.15).verdict is verdict
     assert check(registry, "forgetting").verdict is SKIPPED
