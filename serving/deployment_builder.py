@@ -81,6 +81,7 @@ class DeploymentBuilder:
             admission=admission,
             balancer=balancer,
             loader=CandidateLoader(planner=planner, pool=pool, names=names),
+            engine_change=reconciler.swap.engine_change,
             metrics=metrics,
             report=reconciler.journal.rollout_step,
             webhooks=tuple(each.url for each in self.settings.webhooks),

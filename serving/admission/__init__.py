@@ -1,1 +1,4 @@
-"""Decide which requests run in the engine, are queued or are rejected, and when the server's own may run."""
+"""Decides which requests run in the engine, wait in a queue or are rejected.
+
+It also decides when the server's own requests may run.
+"""

@@ -1,11 +1,12 @@
-"""Admission between HTTP and the engines: counts running requests and queues requests that have to wait.
+"""Admission control between HTTP and the engines: counts running requests and queues those that have to wait.
 
-While an engine is being changed and no other one accepts requests, new requests wait, and each is
+While an engine is being changed and no other engine accepts requests, new requests wait, and each is
 answered by a single version. When all slots are taken, requests with a key wait too, and free slots are
 shared according to the weights of their keys. A request without a key is then rejected, unless other
-requests are already queued: in that case it is queued too, with a share. The queue and the wait are
-bounded, because clients could make them grow. The server's own requests have a separate slot and yield
-to every other request. This module knows nothing of HTTP, of versions, or of why an engine is changed.
+requests are already queued. In that case it is queued too and gets a share of the slots. The queue length and
+the waiting time are bounded, because clients could make them grow. The server's own requests have a separate
+slot and yield to every other request. This module knows nothing of HTTP, of versions, or of why an engine is
+changed.
 
 There is one event loop and there are no locks: every change of state happens between two awaits.
 """
@@ -35,17 +36,17 @@ class Admission:
     """Decides which requests run in the engine, are queued or are rejected.
 
     The decision depends on whether an engine accepts requests, whether an engine is being changed (a swap),
-    and whether all slots or all tokens are taken. A request counts with its maximum number of tokens, since
-    it can ask for hundreds of answers. If no engine accepts requests, requests are queued while one is being
-    changed (admission is closed), even during a swap that restarts the engine; otherwise requests are
-    rejected. Initially there is no engine.
+    and whether all slots or all tokens are taken. Each request is counted with its maximum number of tokens, since
+    it can ask for hundreds of answers. If no engine accepts requests, they are queued while an engine is being
+    changed (admission is closed), even during a swap that restarts the engine. Otherwise they are rejected.
+    Initially there is no engine.
 
     Attributes:
         max_running: maximum number of requests in the engine.
         max_tokens: maximum number of tokens that the running requests' answers may have in total.
         max_queued: maximum number of queued requests.
-        queue_timeout_s: a request's longest wait in the queue, in seconds.
-        wake_timeout_s: longest wait for an engine that was stopped because it was idle, in seconds.
+        queue_timeout_s: maximum time a request may wait in the queue, in seconds.
+        wake_timeout_s: maximum wait for an engine that was stopped because it was idle, in seconds.
         running: number of requests in the engine.
         closed_s: how long admission was closed during the last change, in seconds, or None if it never was.
         queue: the queued requests.
@@ -82,17 +83,17 @@ class Admission:
 
     @property
     def idle_s(self) -> float:
-        """Seconds since a request last ran or waited, or since an engine became ready; 0 if one runs or waits now."""
+        """Seconds since a request last ran or waited, or an engine became ready; 0 while any request runs or waits."""
         return 0.0 if self.running or self.queue or self._preparing else time.monotonic() - self._idle_since
 
     @property
     def unavailable_reason(self) -> str | None:
-        """Why there is no engine. None if there is one, or if it is being changed or will be started on demand."""
+        """Why there is no engine, or None if there is one, it is being changed, or it will be started on demand."""
         return None if self._asleep else self._unavailable
 
     @contextmanager
     def preparing(self) -> Iterator[None]:
-        """Count a request that is waiting before it takes a slot, so that the model is not considered idle."""
+        """Count a request as waiting before it takes a slot, so that the model is not considered idle."""
         self._preparing += 1
         try:
             yield
@@ -101,7 +102,7 @@ class Admission:
             self._idle_since = time.monotonic()
 
     async def enter(self, tokens: int, party: Party, *, may_wait: bool = False) -> None:
-        """Take a slot until `leave` is called. If no slot is free, wait for one.
+        """Take a slot, waiting for one if none is free. The slot is held until `leave` is called.
 
         Args:
             tokens: maximum number of tokens in the answers, which is the cost of the slot.
@@ -124,13 +125,13 @@ class Admission:
             await self._wait(tokens, party)
 
     async def ended(self) -> None:
-        """Wait until no request is running or waiting. This is only useful when no new requests arrive."""
+        """Wait until no request is running or waiting. This is useful only once no new requests arrive."""
         while self.running or self.queue or self._preparing:
             await asyncio.sleep(_ENDED_POLL_S)
 
     @asynccontextmanager
     async def changing(self) -> AsyncIterator[None]:
-        """While the body changes an engine and no other engine accepts requests, queue them instead of rejecting.
+        """Context manager for changing an engine: requests are queued rather than rejected while no engine accepts any.
 
         Raises:
             RuntimeError: another engine change is already in progress; swaps run one at a time.
@@ -146,12 +147,15 @@ class Admission:
             self._settle()
 
     def sleep(self) -> None:
-        """Queue requests for at most `wake_timeout_s` while no engine accepts them. The first one starts an engine."""
+        """Mark the model as asleep. While no engine accepts requests, they are queued for up to `wake_timeout_s`.
+
+        The first queued request starts an engine.
+        """
         self._asleep = True
         self._settle()
 
     def wake(self) -> None:
-        """Undo `sleep`: while no engine accepts requests, reject both new and already queued requests."""
+        """Undo `sleep`. While no engine accepts requests, new and already queued requests are rejected again."""
         self._asleep = False
         self._settle()
 
@@ -161,7 +165,7 @@ class Admission:
         Queued and new requests are rejected, unless admission is closed, in which case they wait.
 
         Args:
-            reason: shown to clients, so it contains no paths, such as "the engine is starting". None for an
+            reason: message for clients, such as "the engine is starting". It must not contain paths. None for an
                 engine that is being changed.
         """
         self._ready, self._unavailable = False, reason or self._unavailable
@@ -169,14 +173,14 @@ class Admission:
         self._settle()
 
     def available(self) -> None:
-        """Record that an engine accepts requests. If none did before, the model's idle time begins now."""
+        """Record that an engine accepts requests. If none did before, the model's idle time starts now."""
         if not self._ready:
             self._idle_since = time.monotonic()
         self._ready, self._unavailable = True, None
         self._settle()
 
     def _settle(self) -> None:
-        """Apply a change of state to the queued requests, the background slot and the closed time."""
+        """Update the queued requests, the background slot and the closed time after a state change."""
         now = time.monotonic()
         if self._closed and self._closed_at is None:
             self._closed_at = now
@@ -187,7 +191,7 @@ class Admission:
         self._show()
 
     def _enter(self, tokens: int, party: Party, may_wait: bool) -> bool:
-        """Take a slot. Return False if the request must be queued, and raise if it is rejected."""
+        """Take a slot and return True. Return False if the request must be queued, and raise if it is rejected."""
         if not self._ready:
             raise self._no_engine()
         if self.queue:

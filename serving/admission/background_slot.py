@@ -1,4 +1,4 @@
-"""A low-priority slot for the server's own requests, in addition to the slots of clients.
+"""A low-priority slot for the server's own requests, separate from the slots for clients.
 
 A request in this slot does not count as running, and no client waits for it. The slot is available while
 admission is open and there is an engine. Otherwise the request is cancelled, because its answer could
@@ -11,11 +11,11 @@ from contextlib import asynccontextmanager, suppress
 
 
 class BackgroundSlotEndedError(Exception):
-    """Raised when the server's own request was cancelled for a swap or engine stop. It may be sent again."""
+    """Raised when the server's own request was cancelled by a swap or engine stop. It may be sent again."""
 
 
 class BackgroundSlot:
-    """The single slot for the server's own requests.
+    """A single slot shared by the server's own requests.
 
     Attributes:
         taken: time limit of the request that holds the slot, or None if the slot is free.
@@ -26,7 +26,7 @@ class BackgroundSlot:
         self.taken: asyncio.Timeout | None = None
 
     def show(self, *, open: bool, running: int) -> None:
-        """Record whether admission is open and how many requests are running."""
+        """Update the slot with whether admission is open and how many requests are running."""
         quiet = open and not running
         if open is not self._open.is_set() or quiet is not self._quiet.is_set():  # called for every request
             _set(self._open, open)
@@ -34,7 +34,7 @@ class BackgroundSlot:
 
     @asynccontextmanager
     async def take(self, patience_s: float) -> AsyncIterator[None]:
-        """Wait until no client request is running, then hold the slot while the body runs.
+        """Wait until no client request is running, then hold the slot while the `with` body runs.
 
         Args:
             patience_s: longest wait for clients' requests to finish, in seconds. After that, the body runs
@@ -58,14 +58,14 @@ class BackgroundSlot:
             self.taken = None
 
     def end(self) -> None:
-        """Cancel the server's own request, if one is running, because its engine is about to be changed."""
+        """Cancel the request in the slot, if there is one, because its engine is about to be changed."""
         if self.taken is not None and not self.taken.expired():
             self.taken.reschedule(asyncio.get_running_loop().time())
 
     async def _wait(self, patience_s: float) -> None:
         """Wait until admission is open and no request is running.
 
-        After `patience_s`, wait only until admission is open.
+        After `patience_s` seconds, running requests no longer delay the return.
         """
         with suppress(TimeoutError):
             async with asyncio.timeout(patience_s):
@@ -81,6 +81,6 @@ def _set(event: asyncio.Event, value: bool) -> None:
 
 
 async def _until_set(event: asyncio.Event) -> None:
-    """Wait until the event is set, and is still set when the waiting task resumes."""
+    """Wait until the event is set and remains set by the time the waiting task resumes."""
     while not event.is_set():
         await event.wait()

@@ -1,14 +1,14 @@
-"""Errors for requests that are not run, including the time after which a client may retry."""
+"""Errors for requests that were not run. They state after how long a client may retry."""
 
 from svc.errors import SvcError
 
 OVERLOADED_RETRY_S = 1
-"""Retry time for a full server, in seconds. It is short, because running requests complete all the time."""
+"""Retry time when the server is full, in seconds. It is short, because requests complete all the time."""
 QUEUED_RETRY_S = 2
-"""Retry time during a change, in seconds. An in-place swap takes one to two seconds once the running
-requests are done."""
+"""Retry time while an engine is being changed, in seconds. An in-place swap takes one to two seconds once the
+running requests are done."""
 ENGINE_RETRY_S = 20
-"""Retry time for a missing engine, in seconds. A start takes about 40 s, which two retries of an OpenAI
+"""Retry time when there is no engine, in seconds. An engine start takes about 40 s, which two retries of an OpenAI
 client cover."""
 
 
@@ -24,7 +24,7 @@ class AdmissionError(SvcError):
 
 
 class OverloadedError(AdmissionError):
-    """Raised when the maximum number of requests is running, or their answers may use all available tokens."""
+    """Raised when the maximum number of requests is running, or their answers may use up all available tokens."""
 
     retry_after_s = OVERLOADED_RETRY_S
 
@@ -52,7 +52,7 @@ class QueueOverflowError(AdmissionError):
 
 
 class QueueTimeoutError(AdmissionError):
-    """Raised when a queued request has waited for the maximum time."""
+    """Raised when a request has been queued for the maximum time."""
 
 
 class EngineUnavailableError(AdmissionError):

@@ -1,10 +1,10 @@
-"""The tenants that share a model: each key is a tenant, and all requests without a key form another one."""
+"""The tenants that share a model. Each key is a tenant, and all requests without a key form another one."""
 
 from typing import NamedTuple
 
 
 class Party(NamedTuple):
-    """A tenant and its share of the slots.
+    """A tenant and its relative share of the slots.
 
     This is a tuple because one is created for each request, and tuples are cheap to create.
 
@@ -19,7 +19,7 @@ class Party(NamedTuple):
 
     @property
     def has_key(self) -> bool:
-        """Whether the tenant is an API key."""
+        """Whether the tenant is identified by an API key."""
         return bool(self.name)
 
 

@@ -1,4 +1,4 @@
-"""A queue of requests waiting for a slot, bounded in size and time, and shared fairly between tenants.
+"""A queue of requests waiting for a slot. It is bounded in size and time, and shared fairly between tenants.
 
 The queue uses start-time fair queueing (Goyal, Vin and Cheng, 1996). Each tenant has a virtual time,
 which advances by the cost of its requests divided by its weight. The tenant with the earliest virtual
@@ -8,8 +8,8 @@ to their weights, whatever their requests cost, and a tenant with few requests w
 request of each other tenant.
 
 The head of the queue keeps its turn until it fits, because otherwise smaller requests could overtake it
-forever. When the queue is full, the newest request of the tenant with the most waiting requests,
-relative to its weight, is rejected in favour of a tenant with fewer waiting requests.
+forever. When the queue is full, a request from a tenant with fewer waiting requests replaces the newest request
+of the tenant that has the most. Both counts are relative to the tenants' weights.
 """
 
 import asyncio
@@ -66,17 +66,20 @@ class RequestQueue:
         return self._queued
 
     async def wanted(self) -> None:
-        """Wait until a request is queued."""
+        """Wait until at least one request is queued."""
         while not self._queued:
             await self._wanted.wait()
 
     def charge(self, party: Party, tokens: int) -> None:
-        """Advance a tenant's virtual time by the cost of a slot that its request got, whether or not it waited."""
+        """Charge a tenant for a slot given to its request, by advancing its virtual time.
+
+        This applies whether or not the request had to wait.
+        """
         self._now = max(self._now, self._times.get(party.name, 0.0))
         self._times[party.name] = self._now + tokens / party.weight
 
     def join(self, party: Party, tokens: int) -> Place:
-        """Add a request to the queue and return its entry. `until_given` must be called next.
+        """Add a request to the queue and return its entry. The caller must then call `until_given`.
 
         Args:
             tokens: maximum number of tokens in the request's answers.
@@ -93,22 +96,22 @@ class RequestQueue:
         return self._add(Place(party, tokens, self._arrived, loop.time(), loop.create_future()))
 
     def rejoin(self, place: Place) -> Place:
-        """Queue a request again that could not use its slot, and return its new entry.
+        """Put a request that could not use its slot back into the queue, and return its new entry.
 
         The request keeps its turn and its time in the queue, and is queued even if the queue is full. Its tenant
-        is not charged for the unused slot. `until_given` must be called next.
+        is not charged for the unused slot. The caller must then call `until_given`.
         """
         self._times[place.party.name] -= place.tokens / place.party.weight
         return self._add(replace(place, given=asyncio.get_running_loop().create_future()))
 
     async def until_given(self, place: Place, timeout_s: float, give_back: Callable[[], None]) -> None:
-        """Wait until the request gets its slot.
+        """Wait until the request is given a slot.
 
         Args:
             give_back: called to release the slot if the request was cancelled just as it got the slot.
 
         Raises:
-            QueueOverflowError: the queue is full, and the request gave way to another tenant's request.
+            QueueOverflowError: the queue is full, and the request was dropped in favour of another tenant's request.
             QueueTimeoutError: the request has waited for `timeout_s`.
             AdmissionError: the request was rejected.
         """
@@ -145,7 +148,7 @@ class RequestQueue:
             self._refuse(place, error())
 
     def _next(self) -> Place | None:
-        """Return the oldest request of the tenant with the earliest virtual time."""
+        """Return the request to run next: the oldest request of the tenant with the earliest virtual time."""
         heads = [next((place for place in line if not place.given.done()), None) for line in self._waiting.values()]
         return min(filter(None, heads), key=lambda head: (self._times[head.party.name], head.number), default=None)
 
@@ -197,5 +200,8 @@ class RequestQueue:
 
 
 def _load(line: deque[Place]) -> float:
-    """Return a tenant's number of waiting requests divided by its current weight, which may change."""
+    """Return a tenant's number of waiting requests divided by its weight.
+
+    The weight is read from the newest request, because it may change.
+    """
     return len(line) / line[-1].party.weight

@@ -1,9 +1,9 @@
-"""Enforces key limits: requests and tokens per minute, tokens per day, and concurrent requests.
+"""Enforces the limits of keys: requests and tokens per minute, tokens per day, and concurrent requests.
 
-A request reserves its maximum use before it waits for anything, and settles its actual use when it ends.
-A request rejected because of a client error counts as a request, while one rejected because no slot is
-free costs nothing. The state is kept in memory only, with one entry per key in use. Keys come from the
-store, so clients cannot create any. When the server starts, it adds the usage from earlier today.
+A request reserves its maximum use before it waits for anything. When it ends, the reservation is replaced by
+its actual use. A request rejected because of a client error counts as a request, while one rejected because no
+slot is free costs nothing. The state is kept in memory only, with one entry per key in use. Keys come from the
+store, so clients cannot create any. When the server starts, it adds the usage from earlier that day.
 
 A prompt's token count is known only after the engine has counted it. Until then, it is estimated from
 the request's size: text in most languages has three to five bytes per token, and a request has more
@@ -23,13 +23,13 @@ from svc.identity.principal import Limits, Principal
 _BYTES_PER_TOKEN = 4
 _DAY_S = 86_400
 _UNTIL_ONE_ENDS_S = 1.0
-"""Retry time in seconds when a running request must complete first, which happens at an unknown time."""
+"""Retry time in seconds when a running request must complete first. When it will complete is not known."""
 _ROUNDING = 1e-9
 _NONE = Limits()
 
 
 class Limit(StrEnum):
-    """A kind of limit on a key. Each kind is named like its field in `svc.identity.principal.Limits`."""
+    """The kinds of limits on a key, named after the fields in `svc.identity.principal.Limits`."""
 
     REQUESTS_PER_MINUTE = "requests_per_minute"
     TOKENS_IN_PER_MINUTE = "tokens_in_per_minute"
@@ -42,7 +42,7 @@ _NAMED = {limit: limit.value.replace("_", " ") for limit in Limit} | {Limit.CONC
 
 
 class Demand(NamedTuple):
-    """The most that a request may use of its key's limits.
+    """The maximum amount of its key's limits that a request may use.
 
     Attributes:
         tokens_in: estimated number of tokens in the prompt; see `estimated_tokens`.
@@ -61,7 +61,7 @@ _NO_DEMAND = Demand(0, 0, said=False)
 
 
 class Allowance(NamedTuple):
-    """The unused part of a limit.
+    """The remaining amount of one of a key's limits.
 
     Attributes:
         reset_s: seconds until the whole limit is available again.
@@ -73,12 +73,12 @@ class Allowance(NamedTuple):
 
 
 def estimated_tokens(size: int) -> int:
-    """Return the estimated number of prompt tokens in a request whose body is `size` bytes long."""
+    """Estimate the number of prompt tokens in a request whose body is `size` bytes long."""
     return size // _BYTES_PER_TOKEN + 1
 
 
 class Reservation:
-    """The share of its key's limits that a request holds until it ends. It must be settled or released once.
+    """What a request has reserved of its key's limits until it ends. It must be settled or released exactly once.
 
     Args:
         held: for each limit, its quota, the reserved amount and the amount that was free before the
@@ -94,7 +94,7 @@ class Reservation:
         return Reservation([*self._held, *other._held])
 
     def allowances(self) -> dict[Limit, Allowance]:
-        """Return the unused part of each limit after this reservation. This is cheaper than asking the limiter."""
+        """Return what remains of each limit after this reservation. This is cheaper than asking the limiter."""
         return {
             quota.limit: Allowance(quota.most, max(0, int(free) - amount), quota.reset_s())
             for quota, amount, free in self._held
@@ -107,13 +107,13 @@ class Reservation:
             quota.used += quota.spent(tokens_in, tokens_out)
 
     def release(self) -> None:
-        """Release the whole reservation, because the request failed without a client error."""
+        """Release the whole reservation, because the request failed for a reason other than a client error."""
         for quota, amount, _ in self._held:
             quota.reserved -= amount
 
 
 class RateLimiter:
-    """Applies the limits of all keys.
+    """Enforces the limits of all API keys.
 
     Args:
         clock: function that returns monotonic time, in seconds.
@@ -126,7 +126,7 @@ class RateLimiter:
         self._keys: dict[str, Mapping[Limit, _Quota]] = {}
 
     def reserve_request(self, principal: Principal) -> Reservation:
-        """Reserve one of the key's requests per minute before anything else is known about the request.
+        """Count a request against its key's per-minute request limit, before the request is examined.
 
         Raises:
             RateLimitedError: the key has no requests left in this minute.
@@ -135,7 +135,7 @@ class RateLimiter:
         return _reserve([each for each in quotas if each.limit is Limit.REQUESTS_PER_MINUTE], _NO_DEMAND)
 
     def reserve(self, principal: Principal, demand: Demand, begun: Reservation | None = None) -> Reservation:
-        """Reserve the most that a request may use.
+        """Reserve the maximum amount that a request may use.
 
         Args:
             begun: the reservation from `reserve_request`.
@@ -153,7 +153,7 @@ class RateLimiter:
         return begun + _reserve([each for each in quotas if each.limit is not Limit.REQUESTS_PER_MINUTE], demand)
 
     def allowances(self, principal: Principal) -> dict[Limit, Allowance]:
-        """Return the unused part of each of a key's limits."""
+        """Return what remains of each of a key's limits."""
         return Reservation([(quota, 0, quota.free()) for quota in self._quotas(principal)]).allowances()
 
     def add_used_today(self, tokens: Mapping[str, int]) -> None:
@@ -164,7 +164,7 @@ class RateLimiter:
             quota.used += used
 
     def _quotas(self, principal: Principal) -> list["_Quota"]:
-        """Return the quota for each of a key's limits, after applying the operator's changes to those limits."""
+        """Return the quotas for a key's limits, after updating them with the operator's latest changes."""
         if principal.limits == _NONE:
             return []
         held = []
@@ -208,10 +208,10 @@ def _reserve(quotas: Sequence["_Quota"], demand: Demand) -> Reservation:
 
 
 class _Quota:
-    """A key's use of one limit.
+    """Tracks how much of one limit a key has used.
 
-    This base class counts concurrent requests, of which a finished request uses none. A request's maximum
-    use stays reserved while it runs: unlike past use, reservations do not expire with time. The sum of a
+    This base class counts concurrent requests, so a finished request no longer uses any of the limit. A request's
+    maximum use stays reserved while it runs: unlike past use, reservations do not expire with time. The sum of a
     key's reservations and past use therefore never exceeds the limit.
 
     Args:
@@ -230,30 +230,30 @@ class _Quota:
         self._clock = clock
 
     def demanded(self, demand: Demand) -> int:
-        """Return the amount that a request must reserve."""
+        """Return the amount of this limit that a request must reserve."""
         return 1
 
     def spent(self, tokens_in: int, tokens_out: int) -> int:
-        """Return the amount that a request has used, which may exceed a reservation that was only estimated."""
+        """Return the amount of this limit that a request has used. It may exceed a reservation based on an estimate."""
         return 0
 
     def forget(self) -> None:
-        """Release past use that has expired."""
+        """Discard past use that has expired."""
 
     def reset_s(self) -> float:
-        """Return the seconds until all past use has expired.
+        """Return the number of seconds until all past use expires.
 
-        Reservations are ignored, because their end is unknown.
+        Reservations are ignored, because it is not known when they end.
         """
         return 0.0
 
     def free(self) -> float:
-        """Return the amount that may be reserved, plus a rounding tolerance. Negative if the limit is exceeded."""
+        """Return the amount that can be reserved, plus a rounding tolerance. Negative if the limit is exceeded."""
         self.forget()
         return self.most - self.used - self.reserved + _ROUNDING * self.most
 
     def wait_s(self, amount: int) -> float:
-        """Return the seconds until `amount` may be reserved, given that it cannot be reserved now."""
+        """Return the number of seconds until `amount` can be reserved, given that it cannot be reserved now."""
         missing = self.used + self.reserved + amount - self.most
         return _UNTIL_ONE_ENDS_S if missing > self.used + _ROUNDING * self.most else self._until_free_s(missing)
 
@@ -262,7 +262,7 @@ class _Quota:
 
 
 class _OfMinute(_Quota):
-    """A limit per minute. Past use expires at a constant rate of the full limit per minute."""
+    """A limit per minute. Past use expires continuously, at the rate of one full limit per minute."""
 
     def forget(self) -> None:
         now = self._clock()
@@ -291,7 +291,7 @@ class _TokensIn(_OfMinute):
 
 class _TokensOut(_OfMinute):
     def demanded(self, demand: Demand) -> int:
-        """Return the request's tokens, capped at the whole limit if the client did not limit the length.
+        """Return the request's maximum answer tokens, capped at the limit if the client did not limit the length.
 
         Raises:
             RateLimitedError: the client asks for more tokens than the limit.
@@ -311,7 +311,7 @@ class _TokensOut(_OfMinute):
 
 
 class _TokensOfDay(_Quota):
-    """A limit per UTC day. Its clock returns seconds since 1970."""
+    """A limit per UTC day. Its clock must return seconds since 1970."""
 
     def demanded(self, demand: Demand) -> int:
         tokens = demand.tokens_in + demand.tokens_out

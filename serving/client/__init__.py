@@ -1,4 +1,4 @@
-"""The client side of a running server.
+"""The client side of administering a running server and chatting with it.
 
 It is used by `svc promote`, `svc rollback`, `svc add`, `svc remove` and `svc chat`.
 """

@@ -1,4 +1,4 @@
-"""A terminal conversation with a served model."""
+"""A conversation with a served model in the terminal."""
 
 import json
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ _TIMEOUT_S = 600.0
 
 
 class Conversation:
-    """A conversation with a model, stored as a list of turns.
+    """A conversation with a model, kept as a list of turns.
 
     Args:
         server: the server that answers.
@@ -29,7 +29,7 @@ class Conversation:
         self._turns = [{"role": "system", "content": system}] if system else []
 
     def ask(self, text: str) -> Iterator[str]:
-        """Add a user turn and yield the answer as it arrives.
+        """Send a user turn and yield the answer as it arrives.
 
         Raises:
             EngineError: the server rejected the request, or the answer was interrupted. In both cases, the user

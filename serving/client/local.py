@@ -1,8 +1,8 @@
 """Administration of the server that uses a home on this machine.
 
-Changes go to the server, through the socket in the home, so that its settings decide: a shell rarely has the gates and
-rollout steps of the service's environment. The journal is read from the store, so that a change can be followed after
-the server has died.
+Changes are sent to the server, through the socket in the home, so that the server's own settings apply: a shell
+rarely has the gates and rollout steps of the service's environment. The journal is read from the store, so that a
+change can be followed even after the server has died.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from svc.store.swaps import find_swap
 
 @dataclass(frozen=True, slots=True)
 class LocalAdministration:
-    """Administration by the home's owner on the machine that runs the server."""
+    """Administration of a server by the home's owner, on the machine where it runs."""
 
     settings: Settings
     store: Store
@@ -29,7 +29,7 @@ class LocalAdministration:
 
     @classmethod
     def of(cls, settings: Settings) -> "LocalAdministration":
-        """Return the administration for a home.
+        """Return the administration of the server that uses a home.
 
         Raises:
             ServerNotRunningError: no server uses the home.
@@ -37,15 +37,15 @@ class LocalAdministration:
         return cls(settings, open_database(settings.home), server_address(settings))
 
     def promote(self, request: PromotionRequest) -> VersionChange:
-        """See `VersionChanges.promote`."""
+        """Promote a version; see `VersionChanges.promote`."""
         return RemoteAdministration(self.server).promote(request)
 
     def rollback(self, name: str, *, reason: str | None) -> VersionChange:
-        """See `VersionChanges.rollback`."""
+        """Roll a model back; see `VersionChanges.rollback`."""
         return RemoteAdministration(self.server).rollback(name, reason=reason)
 
     def journal(self, name: str, generation: int | None = None) -> JournalEntry | None:
-        """Return a model's last swap, or its swap for the given generation."""
+        """Return a model's last swap, or the swap for a given generation of its desired state."""
         swap = find_swap(self.store, name, generation)
         return JournalEntry(swap.target, swap.generation, swap.steps, swap.result) if swap else None
 
@@ -54,5 +54,5 @@ class LocalAdministration:
         return [RolloutView.of(record) for record in read_rollouts(self.store, name)]
 
     def require_server(self) -> None:
-        """Check that the server is running."""
+        """Check that the server is still running."""
         server_address(self.settings)

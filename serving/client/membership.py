@@ -1,4 +1,4 @@
-"""The client side of `svc add` and `svc remove`: changes the set of served models and waits for the server."""
+"""The client side of `svc add` and `svc remove`: changes the set of served models and waits for the result."""
 
 import time
 from collections.abc import Mapping

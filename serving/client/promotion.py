@@ -1,6 +1,6 @@
-"""The client side of a promotion: changes the desired version, then follows the server's swap.
+"""The client side of a promotion: changes the desired version, then follows the swap on the server.
 
-On the server's machine, the home's store is used; elsewhere, the server's API (serving.client.remote).
+On the server's machine, it uses the home's store; elsewhere, it uses the server's API (serving.client.remote).
 Both ways write the same desired state and read the same journal.
 """
 
@@ -20,7 +20,7 @@ from svc.version import Format, Target, VersionId
 _POLL_S = 0.1
 _ROLLOUT_POLL_S = 0.5
 _UNWRITTEN_S = 30.0
-"""Time that the server may take to write a result to the journal, in seconds."""
+"""How long the server may take to write a result to the journal, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,20 +38,20 @@ class JournalEntry:
 
 
 class Administration(Protocol):
-    """Changes the desired versions of a local or remote server, and reads its swap journal."""
+    """Interface for changing the desired versions of a local or remote server and reading its swap journal."""
 
     @property
     def server(self) -> ServerAddress:
-        """The server's address, used to read its status."""
+        """Address of the server, used to read its status."""
 
     def promote(self, request: PromotionRequest) -> VersionChange:
-        """See `VersionChanges.promote`."""
+        """Promote a version; see `VersionChanges.promote`."""
 
     def rollback(self, name: str, *, reason: str | None) -> VersionChange:
-        """See `VersionChanges.rollback`."""
+        """Roll a model back; see `VersionChanges.rollback`."""
 
     def journal(self, name: str, generation: int | None = None) -> JournalEntry | None:
-        """Return a model's last swap, or its swap for the given generation.
+        """Return a model's last swap, or the swap for a given generation of its desired state.
 
         Raises:
             ServerNotRunningError: the server does not respond.
@@ -65,7 +65,7 @@ class Administration(Protocol):
         """
 
     def require_server(self) -> None:
-        """Check that a server is running that can carry out a change.
+        """Check that a server is running to carry out a change.
 
         Raises:
             ServerNotRunningError: the server has stopped.
@@ -75,7 +75,7 @@ class Administration(Protocol):
 def follow(administration: Administration, change: VersionChange, on_step: Callable[[str], None]) -> SwapResult:
     """Wait until the server has carried out a change, and return the result.
 
-    If the server could not write the result to its journal, it is read from the server's status after a
+    If the server could not write the result to its journal, the result is read from the server's status after a
     longer wait.
 
     Args:
@@ -112,13 +112,14 @@ def follow(administration: Administration, change: VersionChange, on_step: Calla
 def follow_rollout(
     administration: Administration, name: str, rollout: int, on_step: Callable[[str], None]
 ) -> RolloutView:
-    """Wait until a rollout has ended, and return it.
+    """Wait until a rollout has ended, and return its final state.
 
     Args:
         on_step: called with the text of each step, once per step.
 
     Raises:
-        ServerNotRunningError: the server stopped meanwhile; it continues the rollout after its next start.
+        ServerNotRunningError: the server stopped in the meantime. It will continue the rollout after its next
+            start.
     """
     shown = 0
     while True:
@@ -141,7 +142,9 @@ def follow_rollout(
 
 
 def read_served(server: ServerAddress) -> dict[str, Target]:
-    """Return the version that a server serves under each name. It may not be the desired version yet.
+    """Return the version and format that a server currently serves for each model, keyed by model name.
+
+    It may not be the desired version yet.
 
     Raises:
         ServerNotRunningError: the server does not respond.
@@ -153,7 +156,7 @@ def read_served(server: ServerAddress) -> dict[str, Target]:
 
 
 def swap_result(row: Mapping[str, Any]) -> SwapResult | None:
-    """Return a swap's result parsed from JSON, or None if the swap has not ended."""
+    """Parse a swap's result from JSON. Return None if the swap has not ended."""
     if not row["outcome"]:
         return None
     values = {field.name: row[field.name] for field in fields(SwapResult)}
@@ -162,7 +165,7 @@ def swap_result(row: Mapping[str, Any]) -> SwapResult | None:
 
 
 def _refuse_overtaken(administration: Administration, change: VersionChange) -> None:
-    """Raise an error if a newer change was made before this one began.
+    """Raise an error if the change was superseded by a newer one before the server began it.
 
     The server carries out only the newest change.
     """
@@ -185,7 +188,7 @@ def _refuse_without_server(administration: Administration, change: VersionChange
 
 
 def _result_from_status(server: ServerAddress, change: VersionChange) -> SwapResult | None:
-    """Return a swap's result from the server's status, or None if the status does not contain it."""
+    """Return a swap's result as shown in the server's status, or None if the status does not contain it."""
     with suppress(ServerNotRunningError):
         for model in read_status(server)["models"]:
             swap = model["last_swap"]

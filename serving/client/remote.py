@@ -1,4 +1,4 @@
-"""Administration of a server from another machine, using an API key."""
+"""Administration of a server from another machine, authenticated by an API key."""
 
 import time
 from collections.abc import Mapping
@@ -16,29 +16,29 @@ from svc.version import Format, Target, VersionId
 
 _PAUSE_S = 0.5
 _PATIENCE_S = 10.0
-"""Time in seconds for which the network may be down while a change is being followed."""
+"""How long the network may be down while a change is being followed, in seconds."""
 _GATES_S = 900.0
-"""Time in seconds that the server may take to check a promotion's gates, which may run configured commands."""
+"""How long the server may take to check a promotion's gates, in seconds. Gates may run configured commands."""
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteAdministration:
-    """Administration through the server's API."""
+    """Administration of a server through its API."""
 
     server: ServerAddress
 
     def promote(self, request: PromotionRequest) -> VersionChange:
-        """See `VersionChanges.promote`."""
+        """Promote a version; see `VersionChanges.promote`."""
         values = asdict(request)
         body = values | values.pop("steps") | {"version": str(request.version)}
         return _change(RemoteServer(self.server).post("/svc/promote", body, timeout_s=_GATES_S))
 
     def rollback(self, name: str, *, reason: str | None) -> VersionChange:
-        """See `VersionChanges.rollback`."""
+        """Roll a model back; see `VersionChanges.rollback`."""
         return _change(RemoteServer(self.server).post("/svc/rollback", {"model": name, "reason": reason}))
 
     def journal(self, name: str, generation: int | None = None) -> JournalEntry | None:
-        """Return a model's last swap, or its swap for the given generation."""
+        """Return a model's last swap, or the swap for a given generation of its desired state."""
         query = {} if generation is None else {"generation": str(generation)}
         swap = self._get(f"/svc/swaps/{name}", **query)["swap"]
         return swap and JournalEntry(_target(swap), swap["generation"], tuple(swap["steps"]), swap_result(swap))
@@ -48,7 +48,7 @@ class RemoteAdministration:
         return [RolloutView.model_validate(row) for row in self._get(f"/svc/rollouts/{name}")["rollouts"]]
 
     def _get(self, path: str, **query: str) -> Mapping[str, Any]:
-        """Return the JSON of a path, trying again while the network is down for a short time."""
+        """Fetch a path and return its JSON, retrying during short network outages."""
         deadline = time.monotonic() + _PATIENCE_S
         while True:
             try:
@@ -59,7 +59,7 @@ class RemoteAdministration:
                 time.sleep(_PAUSE_S)
 
     def require_server(self) -> None:
-        """Do nothing, because the server has just responded to `journal`."""
+        """Do nothing. A successful call of `journal` has just shown that the server is running."""
 
 
 def _change(row: Mapping[str, Any]) -> VersionChange:

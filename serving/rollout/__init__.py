@@ -1,1 +1,4 @@
-"""Make the served versions match the desired ones: the reconciler, the four kinds of swap, and the journal."""
+"""Bring the served versions in line with the desired ones.
+
+This package contains the reconciler, the four kinds of swap and the journal.
+"""

@@ -1,6 +1,6 @@
-"""Cancel a running swap when another version is desired.
+"""Cancel a running swap when a different version is desired.
 
-The swap checks for a cancellation wherever it can stop safely. Cancelling its task from outside could
+The swap checks for cancellation wherever it can stop safely. Cancelling its task from outside could
 interrupt a reload, after which the engine's weights would be unknown.
 """
 
@@ -16,14 +16,14 @@ Result = TypeVar("Result")
 
 
 class SupersededError(Exception):
-    """Raised when another version is desired.
+    """Raised to stop a swap, because a version other than its target is now desired.
 
     The swap then stops, and the previous version remains in production.
     """
 
 
 class Cancellation:
-    """A request to cancel one swap, along with its reason."""
+    """Lets a swap be cancelled by other code, and records the reason."""
 
     def __init__(self) -> None:
         self._asked = asyncio.Event()
@@ -36,7 +36,7 @@ class Cancellation:
         self._asked.set()
 
     def check(self) -> None:
-        """Stop the swap here if cancellation was requested.
+        """Stop the swap at this point if cancellation was requested.
 
         Raises:
             SupersededError: cancellation was requested.
@@ -45,7 +45,7 @@ class Cancellation:
             raise SupersededError(self._reason)
 
     async def outcome_of(self, work: "asyncio.Task[Result]") -> Result:
-        """Wait for a task's result or for the cancellation, whichever comes first.
+        """Wait until a task finishes or cancellation is requested, whichever comes first, and return the task's result.
 
         The task itself is not cancelled.
 
@@ -76,7 +76,7 @@ class Cancellation:
 
     @asynccontextmanager
     async def holding(self, pool: EnginePool, engines: Sequence[Replica]) -> AsyncIterator[None]:
-        """Hold the right to change these engines while the body runs, after waiting for starts in progress.
+        """Wait for engine starts in progress, and hold the right to change the engines during the `with` block.
 
         Raises:
             SupersededError: cancellation was requested first.

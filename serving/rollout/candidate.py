@@ -1,4 +1,4 @@
-"""Loads the candidate of a rollout next to the production version: as an adapter, or in a second engine."""
+"""Load a rollout's candidate alongside the production version, either as an adapter or in a second engine."""
 
 import logging
 from collections.abc import AsyncIterator
@@ -10,9 +10,9 @@ from serving.replicas.pool import EnginePool
 from serving.replicas.replica import Replica
 from serving.rollout.cancellation import Cancellation
 from serving.rollout.second_engine import start_second_engine
-from serving.rollout.swap_plan import Report, SwapPlanner
+from serving.rollout.swap_plan import Plan, Report, SwapPlanner
 from svc.engine.state import EngineState
-from svc.errors import EngineError, RefusedError
+from svc.errors import EngineError
 from svc.store.swaps import SwapKind
 from svc.version import Target
 
@@ -21,22 +21,41 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedCandidate:
-    """A candidate that answers requests.
+    """A candidate that is loaded and answers requests.
 
     Attributes:
-        engine: the candidate's own engine; None if it is an adapter in the engines of the production version.
+        engine: the candidate's own engine, or None if it is an adapter in the production version's engines.
     """
 
     engine: Replica | None
 
     def check(self) -> None:
-        """Check that the candidate's engine still runs.
+        """Check that the candidate's engine is still running.
 
         Raises:
             EngineError: the engine died.
         """
         if self.engine is not None and self.engine.state is EngineState.FAILED:
             raise EngineError(f"the candidate's engine died: {self.engine.why}")
+
+
+@dataclass(frozen=True, slots=True)
+class CandidatePlan:
+    """How a candidate can be loaded.
+
+    Attributes:
+        swap: plan for a swap from the production version to the candidate.
+        shortage: why memory does not suffice for the second engine that the candidate needs; None if it does, or if the
+            candidate is an adapter in the engines of the production version.
+    """
+
+    swap: Plan
+    shortage: str | None
+
+    @property
+    def reloads(self) -> bool:
+        """Whether the only engine of the production version can load the candidate in place."""
+        return self.swap.kind is SwapKind.INPLACE and not self.swap.restart
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -47,27 +66,41 @@ class CandidateLoader:
     pool: EnginePool
     names: ModelNames
 
+    async def plan(self, current: Target, target: Target, cancellation: Cancellation) -> CandidatePlan:
+        """Compare the candidate's files with its manifest, and return how it can be loaded.
+
+        Args:
+            current: version that the engines hold.
+
+        Raises:
+            NotFoundError, IntegrityError, EngineError: the candidate cannot be loaded.
+            SupersededError: cancellation was requested.
+        """
+        swap = await cancellation.interrupting(self.planner.plan(current, target, lambda text: None))
+        if swap.kind is SwapKind.ADAPTER:
+            return CandidatePlan(swap, None)
+        return CandidatePlan(swap, await cancellation.interrupting(self.planner.shortage(target)))
+
     @asynccontextmanager
     async def loaded(
-        self, current: Target, target: Target, report: Report, cancellation: Cancellation
+        self, plan: CandidatePlan, current: Target, target: Target, report: Report, cancellation: Cancellation
     ) -> AsyncIterator[LoadedCandidate]:
         """Load and verify a candidate; it answers requests for `NAME@candidate` during the body.
 
         Afterwards its engine is stopped, unless a swap has made it an engine of the production version.
 
         Args:
+            plan: a plan without shortage.
             current: version that the engines hold.
             report: called with the text of each step.
 
         Raises:
             NotFoundError, IntegrityError, EngineError: the candidate cannot be loaded, or failed its probes.
-            RefusedError: there is not enough memory for a second engine.
             SupersededError: cancellation was requested before the candidate was loaded.
         """
-        plan = await cancellation.interrupting(self.planner.plan(current, target, lambda text: None))
         try:
             with ExitStack() as adapters:
-                if plan.kind is SwapKind.ADAPTER:
+                if plan.swap.kind is SwapKind.ADAPTER:
                     await cancellation.interrupting(self._load_adapter(target, adapters))
                     report(f"{target} is loaded as an adapter in the engines of {current}, which share its base")
                     loaded = LoadedCandidate(None)
@@ -84,17 +117,11 @@ class CandidateLoader:
                 self.pool.retirement.after_requests(engine)
 
     async def _load_adapter(self, target: Target, held: ExitStack) -> None:
-        """Load the adapter in every engine, and keep the engines from evicting it."""
+        """Load the candidate's adapter in every engine, and keep the engines from evicting it."""
         for engine in self.pool.ready:
             held.callback((await engine.bring_adapter(target.version)).leave)
 
     async def _start(self, target: Target, report: Report, cancellation: Cancellation) -> Replica:
-        shortage = await cancellation.interrupting(self.planner.shortage(target))
-        if shortage:
-            raise RefusedError(
-                f"not enough memory to run {target} next to the production version: {shortage}",
-                todo="promote it without shadow and canary steps (--direct), or serve the model as adapters",
-            )
         report(f"starting a second engine with {target}")
         engine, result = await start_second_engine(self.pool, target, cancellation)
         report(result)

@@ -1,14 +1,14 @@
-"""Change one engine's version in place or by replacing the engine, restoring the old version on failure.
+"""Change an engine's version in place or by replacing the engine, and restore the old version on failure.
 
 In place: stop sending requests -> drain -> reload -> reset the prefix cache -> check the probes. If no
-other engine accepts requests, requests are queued in the meantime. Blue-green: start a second engine
-with the version, check the probes, replace the first engine, drain it. No request waits, but both
-engines must fit into memory. A version that this kind of engine has never loaded requires an engine that
-is started with it: a second engine, or the same engine after a restart if memory is short. An adapter of
-the same base is loaded and checked while requests run.
+other engine accepts requests, requests are queued during the change. Blue-green: start a second engine with
+the version, check the probes, replace the first engine, then drain it. No request has to wait, but both
+engines must fit into memory. A version that this kind of engine has never loaded requires an engine that is
+started with it: a second engine or, if memory is short, the same engine after a restart. An adapter of the
+same base is loaded and checked while requests run.
 
-A superseded change stops where it can: while it waits, while an engine starts, or after a reload. A
-reload is not cancelled, because the engine's weights would be unknown.
+A superseded change stops where it safely can: while it waits, while an engine starts, or after a reload. A
+reload is never cancelled, because that would leave the engine's weights unknown.
 """
 
 import logging
@@ -37,21 +37,21 @@ log = logging.getLogger(__name__)
 _DRAIN_POLL_S = 0.1
 
 Result = tuple[SwapOutcome, str | None]
-"""A change's outcome, plus the reason if the change did not succeed."""
+"""Outcome of a change, and the reason if it did not succeed."""
 
 
 class RequestsRunError(EngineError):
-    """Raised when requests are still running after the drain timeout. The engine keeps serving."""
+    """Raised when requests are still running after the drain timeout. The engine then keeps serving its version."""
 
 
 @dataclass(slots=True)
 class SwapInProgress:
-    """A swap in progress.
+    """A swap in progress, with its plan and what has been measured so far.
 
     Attributes:
         kind, why, restart, reloads: see `Plan`. They are updated if the plan cannot be carried out.
         queued_s: total time for which admission was closed, in seconds, or None if it was not closed.
-        running: number of requests in the engines when the swap began.
+        running: number of requests running in the engines when the swap began.
         queued: largest number of requests queued at the same time.
     """
 
@@ -70,10 +70,11 @@ class SwapInProgress:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class EngineChange:
-    """Changes the version in a pool's engines, one engine at a time.
+    """Changes the version that a pool's engines run, one engine at a time.
 
     Attributes:
-        drain_timeout_s: longest wait for an engine's running requests before an in-place change, in seconds.
+        drain_timeout_s: longest time to wait for an engine's running requests before an in-place change, in
+            seconds.
     """
 
     planner: SwapPlanner
@@ -117,7 +118,7 @@ class EngineChange:
         return SwapOutcome.SUCCEEDED, None
 
     def _promote_candidate(self, change: SwapInProgress, old: Replica, new: Replica) -> Result:
-        """Replace an engine with the one that already runs the version as the candidate of a rollout."""
+        """Replace an engine with the engine that already runs the version as the candidate of a rollout."""
         if len(self.pool.members) == 1:
             change.kind = SwapKind.BLUEGREEN
         self._serve_if_only(change)
@@ -154,34 +155,86 @@ class EngineChange:
         return SwapOutcome.SUCCEEDED, None
 
     def _serve_if_only(self, change: SwapInProgress) -> None:
-        """Switch production to the target unless other engines still hold the previous version."""
+        """Switch production to the target, unless other engines still run the previous version."""
         if len(self.pool.alive) <= 1:
             self.names.serve(change.target)
 
     async def _in_place(self, change: SwapInProgress, engine: Replica) -> Result:
         async with self._without(change, engine):
-            try:
-                await change.cancellation.interrupting(self._drain(engine))
-                change.cancellation.check()
-                await engine.clear()
-            except EngineError as error:
-                # If requests still run, detecting a hanging engine is left to the pool, which is more patient.
-                if not isinstance(error, RequestsRunError) and await engine.client.health() in DOWN:
-                    return await self._replace_engine(change, engine), str(error)
-                _resume(engine)
-                raise
-            except BaseException:
-                _resume(engine)
-                raise
-            change.report("running requests completed")
-            engine.enter(EngineState.SWAPPING)
+            if replaced := await self._emptied(change, engine):
+                return replaced
             return await (self._restart if change.restart else self._reload)(change, engine)
 
     @asynccontextmanager
-    async def _without(self, change: SwapInProgress, engine: Replica) -> AsyncIterator[None]:
-        """Stop sending requests to the engine.
+    async def borrowed(self, change: SwapInProgress, engine: Replica) -> AsyncIterator[None]:
+        """Load `change.target` into the only engine for the body, while clients' requests are queued.
 
-        They go to the other engines or, if there are none, wait in the queue.
+        Afterwards, `change.current` is loaded and verified, or a new engine started with it; then requests are answered
+        again. `change.target` never answers a client's request, nor is it adopted by a later server. The caller holds
+        the engine, and has compared the files of `change.target`.
+
+        Raises:
+            SupersededError: cancellation was requested.
+            EngineError: `change.target` could not be loaded, or failed its probes, or the engine had to be replaced.
+        """
+        async with self._without(change, engine):
+            if replaced := await self._emptied(change, engine):
+                raise EngineError(f"the engine died: {replaced[1]}", todo="check the engine's log")
+            try:
+                await self._load(engine, change.target, change.report, change.cancellation.check)
+                await engine.clear()
+                yield
+            except Exception as error:  # any error: the previous version must be restored
+                await self._give_back(change, engine, error)
+                raise
+            await self._give_back(change, engine, SupersededError("the body has ended"))
+
+    async def _give_back(self, change: SwapInProgress, engine: Replica, error: Exception) -> None:
+        """Restore the previous version in a borrowed engine, see `_restore`.
+
+        Raises:
+            EngineError: the engine was fine, but had to be replaced.
+        """
+        weights = engine.weights
+        with suppress(EngineError):  # then the load fails too, and the engine is replaced
+            await self._drain(engine)
+        if await self._restore(change, engine, error, checks_files=False) is SwapOutcome.RESTORED:
+            engine.weights = weights  # the same as before, by their probes: no new held-out run is due
+        elif isinstance(error, SupersededError):
+            raise EngineError(f"the engine could not load {change.current} again", todo="check the engine's log")
+
+    async def _emptied(self, change: SwapInProgress, engine: Replica) -> Result | None:
+        """Drain the engine, and mark its version as unknown.
+
+        Returns:
+            None, or the result of the change if the engine died and was replaced.
+
+        Raises:
+            SupersededError: cancellation was requested. The engine keeps serving.
+            EngineError, OSError: the engine is not empty, or cannot be changed. It keeps serving.
+        """
+        try:
+            await change.cancellation.interrupting(self._drain(engine))
+            change.cancellation.check()
+            await engine.clear()
+        except EngineError as error:
+            # If requests still run, detecting a hanging engine is left to the pool, which is more patient.
+            if not isinstance(error, RequestsRunError) and await engine.client.health() in DOWN:
+                return await self._replace_engine(change, engine), str(error)
+            _resume(engine)
+            raise
+        except BaseException:
+            _resume(engine)
+            raise
+        change.report("running requests completed")
+        engine.enter(EngineState.SWAPPING)
+        return None
+
+    @asynccontextmanager
+    async def _without(self, change: SwapInProgress, engine: Replica) -> AsyncIterator[None]:
+        """Context manager during which no requests are sent to the engine.
+
+        Requests go to the other engines or, if there are none, wait in the queue.
         """
         try:
             async with self.admission.changing():
@@ -201,13 +254,13 @@ class EngineChange:
                 change.queued = max(change.queued or 0, self.admission.queue.most)
 
     async def _drain(self, engine: Replica) -> None:
-        """Wait until the engine runs no requests, then reset its prefix cache.
+        """Wait until the engine has no running requests, then reset its prefix cache.
 
-        Requests whose clients have left count too.
+        Requests whose clients have disconnected count as running.
 
         Raises:
             RequestsRunError: requests were still running after the timeout.
-            EngineError: the engine died, or is still busy.
+            EngineError: the engine died or is still busy.
         """
         try:
             await engine.drained(self.drain_timeout_s)
@@ -254,7 +307,7 @@ class EngineChange:
     async def _load(
         self, engine: Replica, target: Target, report: Report, check: Callable[[], None] = lambda: None
     ) -> None:
-        """Load and verify a version. A reload is never cancelled, since the engine's weights would be unknown.
+        """Load and verify a version. A reload is never cancelled, since that would leave the engine's weights unknown.
 
         Args:
             check: function that raises an error if the change must stop.
@@ -266,15 +319,21 @@ class EngineChange:
         report(await engine.verify(target))
         check()
 
-    async def _restore(self, change: SwapInProgress, engine: Replica, error: Exception) -> SwapOutcome:
+    async def _restore(
+        self, change: SwapInProgress, engine: Replica, error: Exception, *, checks_files: bool = True
+    ) -> SwapOutcome:
         """Restore the previous version, in the same engine if it still responds, or else in a new one.
 
         The engine counts as dead after any error except a failed probe, in particular after a failed reload.
+
+        Args:
+            checks_files: compare the files with the manifest first, which takes minutes for a large model.
         """
         if not isinstance(error, ProbeError | SupersededError):
             return await self._replace_engine(change, engine)
         try:
-            await self.verification.files(change.current)
+            if checks_files:
+                await self.verification.files(change.current)
             await self._load(engine, change.current, change.report)
         except Exception as second:  # as above
             log.warning("could not restore %s in the engine", change.current, exc_info=second)
@@ -283,7 +342,7 @@ class EngineChange:
         return SwapOutcome.RESTORED
 
     async def replace_serving(self, change: SwapInProgress, engine: Replica) -> SwapOutcome:
-        """Drain a serving engine if possible, and replace it with a new engine that runs the previous version."""
+        """Drain a serving engine if possible, then replace it with a new engine that runs the previous version."""
         async with self._without(change, engine):
             await self._end_requests(engine)
             if engine.running:
@@ -291,9 +350,9 @@ class EngineChange:
             return SwapOutcome.RESTORED if await self._start_before(change, engine) else SwapOutcome.FAILED
 
     async def _end_requests(self, engine: Replica) -> None:
-        """Wait until no request is running.
+        """Wait until the engine has no running requests, or until a time limit is reached.
 
-        The wait lasts at most RETIRE_TIMEOUT_S, or `drain_timeout_s` while requests are queued.
+        The limit is `RETIRE_TIMEOUT_S`, or `drain_timeout_s` while requests are queued.
         """
         deadline, queueing = time.monotonic() + RETIRE_TIMEOUT_S, False
         while engine.running and time.monotonic() < deadline:
@@ -310,9 +369,9 @@ class EngineChange:
         return SwapOutcome.FAILED
 
     async def _start_before(self, change: SwapInProgress, engine: Replica) -> bool:
-        """Start the engine with the previous version, and return whether that succeeded.
+        """Start the engine with the previous version, and return whether it started.
 
-        If it fails, the reviver retries.
+        If the start fails, the reviver tries again later.
         """
         try:
             await engine.start(change.current)
@@ -330,5 +389,5 @@ def _resume(engine: Replica) -> None:
 
 
 def _line(error: Exception) -> str:
-    """Return the journal text for an error: what went wrong, without the advice."""
+    """Return an error's text for the journal: what went wrong, without the advice on what to do."""
     return error.wrong if isinstance(error, SvcError) else repr(error)

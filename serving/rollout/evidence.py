@@ -1,11 +1,12 @@
-"""The evidence of a rollout: reads what the server stored about both versions' answers, and judges it.
+"""Judge a rollout by what the server stored about both versions' answers.
 
-Everything is read from the store, so that a server that restarts has the same evidence.
+All evidence is read from the store, so a restarted server has the same evidence.
 """
 
 import math
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from statistics import fmean, median_high
@@ -29,11 +30,12 @@ from svc.store.rollouts import (
     read_shadow_pairs,
     requests_per_day,
 )
+from svc.store.swaps import last_queued_s
 
 _FAILED = {RequestOutcome.ENGINE_ERROR, RequestOutcome.SERVER_ERROR}
 _VERDICTS_S = 10.0
-"""Interval between two computations of all figures while nothing is decided: they take 10 ms for 3,000 units, and
-outcomes alone microseconds."""
+"""Interval, in seconds, at which all figures are recomputed while the outcome is undecided. Recomputing them
+takes 10 ms for 3,000 units, compared with microseconds for the outcomes alone."""
 _MIN_REQUESTS_FOR_SHARE = 100
 _LARGE_SHARE = 0.5
 _LABELS = {
@@ -67,7 +69,7 @@ class Look:
 
 
 class CanaryEvidence:
-    """Compares the clients of both versions."""
+    """Evidence of the canary steps, which compares the clients of both versions."""
 
     def __init__(self, store: Store, record: RolloutRecord) -> None:
         self._store = store
@@ -83,11 +85,11 @@ class CanaryEvidence:
         self._clients = _Clients()
 
     def start_step(self, began_at: datetime) -> None:
-        """Note that the candidate's share grew at this time, which is in the past after a restart."""
+        """Record when the candidate's share grew. After a restart, that time is in the past."""
         self._next_step_at = began_at
 
     def look(self) -> Look:
-        """Read new requests and ratings, and return the state of the evidence."""
+        """Read new requests and ratings, and return a snapshot of the evidence."""
         for assigned in read_assigned(self._store, self._record, self._last):
             self._last = assigned.id
             if self._next_step_at is not None and assigned.started_at >= self._next_step_at:
@@ -144,16 +146,20 @@ class ShadowEvidence:
     """Compares both versions' answers to the same requests.
 
     Times are shown, but decide nothing: copies run one or two at a time, and production's requests at any load.
+
+    Args:
+        wanted: returns the number of requests after which the step ends.
     """
 
-    def __init__(self, store: Store, record: RolloutRecord) -> None:
+    def __init__(self, store: Store, record: RolloutRecord, wanted: Callable[[], int]) -> None:
         self._store = store
         self._record = record
+        self._wanted = wanted
         self._analysis = Analysis(_margins(record.plan), _budget(record.plan))
         self._pairs: list[ShadowPair] = []
 
     def look(self) -> Look:
-        """Read new pairs, and return the state of the evidence."""
+        """Read new pairs of answers, and return a snapshot of the evidence."""
         for pair in read_shadow_pairs(self._store, self._record.id, skip=len(self._pairs)):
             # Both observations of a user end together, so that they are compared with each other.
             at = float(len(self._pairs))
@@ -166,17 +172,42 @@ class ShadowEvidence:
                 Request(names[Arm.CANDIDATE], Arm.CANDIDATE, at, pair.candidate_failed, pair.candidate_valid)
             )
             self._pairs.append(pair)
-        if len(self._pairs) >= self._record.plan.shadow:
+        if len(self._pairs) >= self._wanted():
             self._analysis.start_step()  # ends all observations
         verdicts = self._analysis.verdicts()
         return _look(self._analysis.outcome, verdicts, len(self._pairs), _pairs_text(self._pairs))
 
 
-def expectations(store: Store, record: RolloutRecord) -> list[str]:
-    """Return texts that say, before a rollout starts, how long it will take and which losses it can prove."""
+def exclusions(look: Look) -> str:
+    """Return a text that says which losses beyond the margins are excluded, which are not, and which are unknown."""
+    rows = {row.signal: row.outcome == GateOutcome.PASSED for row in look.signals}
+    kinds = {"excluded": True, "not excluded": False, "not compared": None}
+    labels = {kind: [_LABELS[each] for each in Signal if rows.get(each) is is_so] for kind, is_so in kinds.items()}
+    return "losses beyond the margins: " + "; ".join(f"{kind}: {', '.join(labels[kind]) or 'none'}" for kind in kinds)
+
+
+def _replay_expectations(store: Store, record: RolloutRecord, kept: int) -> list[str]:
+    seconds = last_queued_s(store, record.previous)
+    return [
+        f"replay: memory holds one engine, so {record.target} answers {min(record.plan.shadow, kept)} of {kept} kept "
+        f"requests to {record.previous} while no client asks, and no canary follows",
+        f"a request that arrives meanwhile waits until {record.previous} is loaded again: "
+        + ("an unknown time, because it was never loaded in place" if seconds is None else f"about {seconds:.1f} s"),
+        "kept requests lack tools, response formats, ratings and times under the same load: these are not compared",
+    ]
+
+
+def expectations(store: Store, record: RolloutRecord, kept: int | None = None) -> list[str]:
+    """Return texts that say, before a rollout starts, how long it will take and which losses it can prove.
+
+    Args:
+        kept: number of kept requests, if they are replayed because memory holds one engine only.
+    """
     plan, per_day = record.plan, requests_per_day(store, record.name)
     deadline = timedelta(seconds=plan.max_step_s)
     texts = [f"requests in the last day: {per_day:,}; deadline of each step: {deadline}"]
+    if kept is not None:
+        return texts + _replay_expectations(store, record, kept)
     if plan.shadow:
         texts.append(f"shadow: {plan.shadow} requests, {_takes(plan.shadow, per_day)} at that rate")
     if len(plan.canary) > 1:
@@ -199,14 +230,14 @@ def expectations(store: Store, record: RolloutRecord) -> list[str]:
 
 
 def _takes(requests: float, per_day: int) -> str:
-    """Return how long this number of requests takes at the rate of the last day."""
+    """Return how long it takes to receive this many requests at the rate of the last day."""
     if not per_day:
         return "an unknown time"
     return f"about {timedelta(seconds=round(86_400 * requests / per_day))}"
 
 
 def _units_to_pass(plan: RolloutSettings) -> int:
-    """Return about how many candidate units a step needs to exclude a loss, if neither version ever fails.
+    """Return roughly how many candidate units a step needs to rule out a loss if neither version ever fails.
 
     A block without failures multiplies the money of the bet with the largest stake by
     1 + stake * margin / (1 - margin); see serving.rollout.analysis.betting.
@@ -217,7 +248,10 @@ def _units_to_pass(plan: RolloutSettings) -> int:
 
 
 def _budget(plan: RolloutSettings) -> Budget:
-    """Return the allowed probabilities of wrong decisions; a shadow step and the canary steps share the budget."""
+    """Return the allowed probabilities of wrong decisions.
+
+    If there are both shadow and canary steps, they share the budget.
+    """
     budget = Budget()
     return replace(budget, wrong_rollback=budget.wrong_rollback / 2) if plan.shadow and plan.canary else budget
 
@@ -231,11 +265,11 @@ def _arm(assigned: AssignedRequest) -> Arm:
 
 
 def _request(assigned: AssignedRequest) -> Request | None:
-    """Return what a request says about the version to which it was assigned, or None if it says nothing.
+    """Return a request as an observation of its assigned version, or None if it says nothing about that version.
 
-    A request that the gateway refused never counts. One that an engine refused counts in both arms alike: clients' own
-    mistakes cancel out, and a version that refuses what the other one answers is found. A client that leaves before the
-    first token has waited for at least that long.
+    Requests refused by the gateway never count. Requests refused by an engine count for both versions: clients'
+    own mistakes cancel out, and a version that refuses what the other version answers is detected. If a client
+    leaves before the first token, the time it waited is used instead.
     """
     refused, gone = assigned.outcome is RequestOutcome.REFUSED, assigned.outcome is RequestOutcome.CLIENT_GONE
     if refused and not assigned.reached_engine:
@@ -278,7 +312,7 @@ def _text(verdict: SignalVerdict) -> str:
 
 
 def _limits(figure: Figure) -> str:
-    """Return the limits of a percentile that hold at any time; empty if there are too few units for them."""
+    """Return the anytime-valid limits of a percentile as text, or an empty string if there are too few units."""
     return "" if figure.low is None or figure.high is None else f" [{figure.low:.3f}, {figure.high:.3f}]"
 
 
@@ -297,7 +331,7 @@ def _row(verdict: SignalVerdict) -> SignalRow:
 
 
 def _pairs_text(pairs: list[ShadowPair]) -> str:
-    """Return the figures that are shown but decide nothing."""
+    """Return, as text, the comparison figures that are displayed but do not affect the outcome."""
     compared = [pair for pair in pairs if pair.agrees is not None]
     if not compared:
         return f"{len(pairs)} requests compared"

@@ -1,8 +1,8 @@
-"""Stop a model's engines after a time without requests, and start an engine for the next request.
+"""Stop a model's engines after a period without requests, and start an engine for the next request.
 
-That request is queued rather than rejected. Idling frees memory and, with a GPU, the device, but a
-stopped engine starts as slowly as any other. An engine that can sleep does so instead of stopping: it
-keeps its process, and its weights in the machine's memory.
+The next request is queued rather than rejected. Idling frees memory and, with a GPU, the device, but a
+stopped engine starts as slowly as any other. An engine that can sleep does so instead of stopping: it keeps
+its process running and its weights in the host's memory.
 """
 
 import asyncio
@@ -28,16 +28,16 @@ _MAX_CHECK_INTERVAL_S = 1.0
 
 @dataclass(eq=False)
 class Idling:
-    """Stops and wakes the engines of one model.
+    """Stops and wakes one model's engines.
 
     Attributes:
         target: function that returns the version to start an engine with.
         timeout_s: idle time after which engines stop or sleep, in seconds. None means never.
-        promoting: function that returns whether a swap is planned or in progress. If so, the engines do not
-            idle.
+        promoting: function that returns whether a swap is planned or in progress. Engines do not idle in that
+            case.
         make_room: function that stops the engines of other idle models if this model's engines would not fit
             into memory.
-        on_error: called with the reason why an engine could not be started again.
+        on_error: function called with the reason why an engine could not be started again.
     """
 
     pool: EnginePool
@@ -68,10 +68,10 @@ class Idling:
         return self.admission.idle_s if self.admission.idle_s > 0 else None
 
     async def sleep(self) -> bool:
-        """Put the engines to sleep or stop them, and return whether all of them now sleep or have stopped.
+        """Put the engines to sleep or stop them. Return whether all of them are now asleep or stopped.
 
-        Nothing is done if requests are running or an engine is held. If an engine cannot be stopped, another
-        attempt is made before its next start.
+        Does nothing while requests are running or an engine is being changed. If an engine cannot be stopped, this
+        is tried again before its next start.
         """
         members = self.pool.members
         if any(member.lock.locked() for member in members):
@@ -91,9 +91,9 @@ class Idling:
         return all(rests)
 
     async def end_asleep(self) -> bool:
-        """Stop sleeping engines, which hold some GPU memory, and return whether all have stopped.
+        """Stop sleeping engines, which still use some GPU memory. Return whether all have stopped.
 
-        Engines that are waking up are left alone.
+        Does nothing while an engine is waking up.
         """
         members = [member for member in self.pool.members if member.asleep]
         if not members or self.promoting() or any(member.lock.locked() for member in self.pool.members):
@@ -137,7 +137,7 @@ class Idling:
             await self._wake()
 
     async def _wake(self) -> None:
-        """Start or wake engines for the first queued request, unless a promotion has already started one."""
+        """Start or wake engines when the first request is queued, unless a promotion has already started an engine."""
         await self._wanted()
         began = time.monotonic()
         try:

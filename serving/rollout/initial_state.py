@@ -1,4 +1,4 @@
-"""Choose the models and versions that a server starts with, and check which versions may be served."""
+"""Choose the models and versions that a server starts with, and check whether versions may be served."""
 
 from collections.abc import Sequence
 
@@ -20,17 +20,17 @@ _PREFERRED = (Format.GPTQ, Format.MERGED)
 def choose_deployments(
     registry: Registry, store: Store, models: Sequence[str], format: Format | None, *, every: bool = False
 ) -> list[Desired]:
-    """Return a desired state for each model that a server starts with, and store the set of models.
+    """Return a desired state for each model that a server starts with, and store which models these are.
 
     Args:
-        models: models as for `choose_desired`. If empty, the models that were served last are used, or the
-            only registered model.
+        models: models as passed to `choose_desired`. If empty, the models that were served last are used, or
+            else the only registered model.
         format: format in which all named models are served.
         every: whether to choose every model that has ever been served.
 
     Raises:
-        NotFoundError, RefusedError: see `choose_desired`. Also raised if no model is named and there is not
-            exactly one, or if a model is given more than once.
+        NotFoundError, RefusedError: see `choose_desired`. Also raised if no model is given and there is not
+            exactly one to choose, or if a model is given more than once.
     """
     chosen = list(models) or (desired_names(store) if every else deployed_names(store))
     states = [choose_desired(registry, store, model, format) for model in chosen or [_only_name(registry, store)]]
@@ -46,14 +46,14 @@ def choose_deployments(
 
 
 def choose_desired(registry: Registry, store: Store, model: str, format: Format | None) -> Desired:
-    """Return the desired state to start with. A new one is first written to the store and the audit log.
+    """Return the desired state that a model starts with. If it is new, write it to the store and the audit log first.
 
     The audit log attributes the choice to the local user, because only commands on this machine call this
     function.
 
     Args:
         model: NAME, NAME@N or NAME@alias.
-        format: the format to serve. None selects the one that was served last, or else GPTQ if the version
+        format: the format to serve. None selects the format that was served last, or else GPTQ if the version
             has it.
 
     Raises:
@@ -86,7 +86,7 @@ def require_servable(registry: Registry, target: Target) -> None:
 
 
 def require_promotable(manifest: Manifest) -> None:
-    """Check that a version failed no check at its registration.
+    """Check that a version did not fail any check when it was registered.
 
     Raises:
         RefusedError: the version failed a check. The message lists all failed checks.
@@ -100,9 +100,9 @@ def require_promotable(manifest: Manifest) -> None:
 
 
 def _resolve(registry: Registry, model: str) -> VersionId:
-    """Resolve a model name in the registry.
+    """Resolve a model name in the registry to a version.
 
-    NAME alone means its newest version that passed every check, or its newest version if none did.
+    `NAME` alone means the newest version that passed every check, or the newest version if none did.
     """
     version = registry.resolve(model)
     if "@" in model or not registry.manifest(version).failed:

@@ -1,6 +1,6 @@
-"""Write swaps and served versions to the store in order, from a single thread.
+"""Write swaps and served versions to the store in order, using a single background thread.
 
-Neither the event loop nor a swap therefore waits for the disk.
+This way, neither the event loop nor a swap waits for the disk.
 """
 
 import asyncio
@@ -22,15 +22,15 @@ from svc.store.swaps import SwapRecord, SwapResult, add_step, begin_swap, end_sw
 log = logging.getLogger(__name__)
 
 _ATTEMPTS = 5
-"""Number of attempts to write a step. Steps may be lost, while all other records are retried until they are
-written."""
+"""Number of attempts to write a step of a swap or rollout. Steps may be lost, but all other records are
+retried until they are written."""
 _PAUSE_S = 1.0
 _MAX_PAUSE_S = 30.0
 _CLOSE_S = 20.0  # longer than the store waits for another writer
 
 
 class Journal:
-    """Records swaps with their steps and results, and the served versions, in the store."""
+    """Records in the store which versions are served, and the steps and results of swaps."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -40,11 +40,11 @@ class Journal:
 
     @property
     def unwritten(self) -> Mapping[int, SwapResult]:
-        """A copy of the swap results that are not in the store yet, keyed by swap id."""
+        """A copy of the swap results that have not been written to the store yet, keyed by swap id."""
         return self._unwritten.copy()
 
     async def begin(self, desired: Desired) -> int:
-        """Record that a swap has begun and return its id, without waiting for earlier swaps' unwritten results.
+        """Record that a swap has begun, and return its id. This does not wait for unwritten results of earlier swaps.
 
         Raises:
             SQLAlchemyError: the write failed. The swap must not begin, because clients could not follow it.
@@ -52,12 +52,12 @@ class Journal:
         return await asyncio.to_thread(begin_swap, self._store, desired)
 
     def step(self, swap_id: int, text: str) -> None:
-        """Record a step in the background. The step is lost if a few attempts fail."""
+        """Record a step of a swap in the background. The step is lost if all attempts to write it fail."""
         log.info("swap %d: %s", swap_id, text)
         self._writer.submit(self._write, lambda: add_step(self._store, swap_id, text), _ATTEMPTS)
 
     def rollout_step(self, rollout_id: int, text: str) -> None:
-        """Record a step of a rollout in the background; it is lost if a few attempts fail."""
+        """Record a step of a rollout in the background. The step is lost if all attempts to write it fail."""
         log.info("rollout %d: %s", rollout_id, text)
         self._writer.submit(self._write, lambda: add_rollout_step(self._store, rollout_id, text), _ATTEMPTS)
 
@@ -78,12 +78,13 @@ class Journal:
         self._writer.submit(self._write, lambda: end_serving(self._store, name, now))
 
     def close(self, timeout_s: float | None = None) -> None:
-        """Write the pending records and stop.
+        """Write the pending records, then stop.
 
-        Records not written in time are lost, and the next start closes their swaps.
+        Records that are not written in time are lost. When the server is next started, it closes their swaps.
 
         Args:
-            timeout_s: longest time to write, in seconds. The default is longer than the wait for a busy store.
+            timeout_s: maximum time to spend on writing, in seconds. The default exceeds the longest wait for a busy
+                store.
         """
         last = self._writer.submit(lambda: None)
         self._writer.shutdown(wait=False)
@@ -99,7 +100,7 @@ class Journal:
             self._unwritten.pop(swap_id, None)
 
     def _write(self, write: Callable[[], None], attempts: int | None = None) -> bool:
-        """Write a record and return whether that succeeded.
+        """Write a record and return whether the write succeeded.
 
         Without `attempts`, the write is retried until `close` gives up.
         """
@@ -119,7 +120,7 @@ class Journal:
 
 
 def swap_row(swap: SwapRecord) -> dict[str, Any]:
-    """Return the JSON values of a swap and its result.
+    """Return a swap and its result as JSON values.
 
     The result's values are null while the swap is in progress.
     """

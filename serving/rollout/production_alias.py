@@ -1,7 +1,6 @@
-"""Keep MLflow's `production` alias pointing to the served version.
+"""Keep MLflow's `production` alias pointing at the served version.
 
-This runs in its own task, because MLflow may be slow or down and must delay neither an engine nor a
-swap.
+This runs in its own task, because MLflow may be slow or down and must not delay an engine or a swap.
 """
 
 import asyncio
@@ -17,7 +16,7 @@ _RETRY_S = 5.0
 
 
 class ProductionAlias:
-    """The `production` alias of one model."""
+    """Keeps the `production` alias of one model up to date in MLflow."""
 
     def __init__(self, tracking: Tracking) -> None:
         self._tracking = tracking
@@ -26,7 +25,7 @@ class ProductionAlias:
         self._settled = asyncio.Event()
 
     async def read(self, name: str) -> VersionId | None:
-        """Return the version that has the alias in MLflow, or None if there is none or MLflow does not respond."""
+        """Return the version that MLflow's alias points at, or None if there is none or MLflow does not respond."""
         try:
             return await asyncio.to_thread(self._tracking.alias, name, Alias.PRODUCTION)
         except Exception:  # MLflow raises the errors of its transport
@@ -34,20 +33,23 @@ class ProductionAlias:
             return None
 
     def move(self, version: VersionId) -> None:
-        """Point the alias to a version, in the background."""
+        """Point the alias at a version, in the background."""
         self._wanted = version
         self._settled.clear()
         self._moved.set()
 
     async def settled(self, timeout_s: float) -> bool:
-        """Wait until MLflow has stored the alias, or return False after `timeout_s`."""
+        """Wait until MLflow has stored the alias. Return False if that takes longer than `timeout_s`."""
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._settled.wait()
         return self._settled.is_set()
 
     async def run(self) -> None:
-        """Write the alias until cancelled, one write at a time so that no older version overwrites a newer one."""
+        """Write the alias until cancelled.
+
+        Only one write is made at a time, so that no older version overwrites a newer one.
+        """
         while True:
             await self._moved.wait()
             self._moved.clear()

@@ -1,4 +1,7 @@
-"""What a client asks of a promotion, and what comes of it. Imports no gates, which the server checks."""
+"""What a client requests in a promotion, and what results from it.
+
+This module does not import the gates, which only the server checks.
+"""
 
 from dataclasses import dataclass
 
@@ -12,15 +15,15 @@ from svc.version import Format, Target, VersionId
 
 @dataclass(frozen=True, slots=True)
 class VersionChange:
-    """A change of a name's desired version.
+    """Result of a request to change a name's desired version.
 
     Attributes:
         before: the desired version before the change.
-        generation: generation of the new desired state; None if it does not change: the target is already served, or
-            a rollout was requested or stopped, or it was a dry run.
-        rollout: id of the rollout that was requested or stopped; None if there is none.
-        gates: results of the gates of a promotion.
-        refused: whether the gates would refuse the promotion; set only by a dry run.
+        generation: generation of the new desired state, or None if the state did not change because the target
+            is already served, a rollout was requested or stopped, or it was a dry run.
+        rollout: id of the rollout that was requested or stopped, or None if there is none.
+        gates: results of the promotion's gates.
+        refused: whether the gates would refuse the promotion. Only set by a dry run.
     """
 
     target: Target
@@ -32,16 +35,16 @@ class VersionChange:
 
     @property
     def undecided(self) -> tuple[str, ...]:
-        """The undecided gates, each as a sentence."""
+        """The undecided gates, each described in a sentence."""
         return tuple(str(gate) for gate in self.gates if gate.verdict is GateVerdict.UNDECIDED)
 
 
 @dataclass(frozen=True, slots=True)
 class RolloutOptions:
-    """Steps of one promotion that replace the configured ones.
+    """Steps for a single promotion, which override the configured steps.
 
     Attributes:
-        shadow, canary: see `svc.settings.RolloutSettings`; None for the configured value.
+        shadow, canary: see `svc.settings.RolloutSettings`. None keeps the configured value.
         direct: promote in a single swap, without any of the configured steps.
     """
 
@@ -50,7 +53,7 @@ class RolloutOptions:
     direct: bool = False
 
     def plan(self, configured: RolloutSettings) -> RolloutSettings:
-        """Return the configured steps with these replaced.
+        """Return the configured steps, overridden by these options.
 
         Raises:
             SettingsError: a value is invalid, or the options contradict each other.
@@ -73,10 +76,10 @@ class PromotionRequest:
     """A request to promote a version.
 
     Attributes:
-        format: None for the format of the version that is desired now.
-        force: promote the version even if a gate refuses it; `reason` says why.
-        steps: steps that replace the configured ones.
-        dry_run: check the gates and change nothing.
+        format: format to serve, or None to keep the format of the currently desired version.
+        force: whether to promote the version even if a gate refuses it, for the given `reason`.
+        steps: steps that override the configured ones.
+        dry_run: whether to check the gates without changing anything.
     """
 
     version: VersionId

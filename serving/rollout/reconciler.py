@@ -1,10 +1,10 @@
-"""Reconcile the served version with the desired one.
+"""Reconcile the version that is served with the desired one.
 
-Only code called from here starts, changes or stops engines. There are two loops, which never change the
-same engine concurrently. One starts missing engines, with backoff after failures. The other swaps when
-the desired version changes; if a swap fails, it restores the desired state, which therefore always names
-the served version. A swap stops when another version is desired. If the store does not respond, serving
-continues, and the desired version is read later.
+Engines are started, changed and stopped only by code called from here. There are two loops, which never
+change the same engine concurrently. One starts missing engines, with backoff after failures. The other
+swaps when the desired version changes. If a swap fails, it restores the previous desired state, so that the
+desired state always names the served version. A swap stops when another version is desired. If the store
+does not respond, serving continues, and the desired version is read later.
 """
 
 import asyncio
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 _POLL_S = 0.25
 _STORE_PAUSE_S = 2.0
 _ALIAS_WAIT_S = 5.0
-"""A promotion is reported as done once MLflow has stored the alias, or after this many seconds."""
+"""Seconds after which a promotion is reported as done even if MLflow has not stored the alias yet."""
 
 
 @dataclass(eq=False)
@@ -46,13 +46,13 @@ class Reconciler:
     """Makes a model's engines run the desired version, and keeps them running it.
 
     Attributes:
-        actual: the state that is being served or started; initially the desired state at server start.
+        actual: the state that is being served or started. Initially, this is the desired state at server start.
         slots: engine slots, which tell whether there is memory for another engine.
-        swap: changes the version of the engines.
+        swap: object that changes the version of the engines.
         journal: journal that records swaps. The code that stops the server closes it.
-        reviver: starts missing engines.
-        last_error: the reason why the last swap or start failed.
-        promoting: whether a swap is planned or in progress. The engines must not idle until it has ended.
+        reviver: object that starts missing engines.
+        last_error: why the last swap or start failed.
+        promoting: whether a swap is planned or in progress. Engines must not idle until it has ended.
     """
 
     actual: Desired
@@ -82,8 +82,8 @@ class Reconciler:
         """Start an engine with the desired version if none was adopted. The reviver starts the other engines.
 
         Raises:
-            SvcError: the version cannot be served. It is a SwapError if another version was served before; that
-                version becomes the desired one again, and the next start uses it.
+            SvcError: the version cannot be served. The error is a SwapError if another version was served before.
+                That version then becomes the desired one again, and the next start uses it.
         """
         adopted = bool(self.pool.members)
         self.pool.fill()
@@ -113,10 +113,10 @@ class Reconciler:
         await self._end_cut_off(SwapResult(SwapOutcome.SUCCEEDED))
 
     async def adopt(self) -> bool:
-        """Adopt the engines left by an earlier server, and return whether any was adopted. Call `start` next.
+        """Adopt the engines that an earlier server left running, and return whether any was adopted. Call `start` next.
 
         If only engines with the previous version were left, for example by a server that died during a swap, that
-        version is served immediately, and `follow` starts the swap to the desired version again.
+        version is served immediately, and `follow` restarts the swap to the desired version.
         """
         desired = self.actual
         if await self._adopt(desired):
@@ -155,7 +155,7 @@ class Reconciler:
                 self.promoting = False
 
     async def _changed(self) -> Desired:
-        """Wait for a desired state that is not in effect yet, and return it."""
+        """Wait for a desired state that is not yet in effect, and return it."""
         while True:
             try:
                 desired = await asyncio.to_thread(read_desired, self.store, self.actual.name)
@@ -169,7 +169,7 @@ class Reconciler:
             await asyncio.sleep(_POLL_S)
 
     async def _cancel_superseded(self, desired: Desired, cancellation: Cancellation) -> None:
-        """Cancel the swap when another version is desired. Promoting the same version again has no effect."""
+        """Cancel the swap once another version is desired. Promoting the same version again has no effect."""
         while True:
             try:
                 newer = await asyncio.to_thread(read_desired, self.store, desired.name)
@@ -208,7 +208,7 @@ class Reconciler:
     def _give_up(self, before: Desired, error: Exception) -> SwapResult:
         """Return the result of a swap that failed with an unexpected error.
 
-        Engines that do not hold the previous version are marked as dead.
+        Engines that do not run the previous version are marked as dead.
         """
         for engine in self.pool.ready:
             if engine.target != before.target:
@@ -219,7 +219,7 @@ class Reconciler:
         return result
 
     async def _bring(self, desired: Desired, before: Desired, report: Report, cancellation: Cancellation) -> SwapResult:
-        """Put the desired version into production by a swap or, if no engine is serving, by starting one."""
+        """Put the desired version into production by a swap or, if no engine is serving, by starting an engine."""
         try:
             if not self.pool.ready:
                 async with cancellation.holding(self.pool, self.pool.members):
@@ -235,7 +235,7 @@ class Reconciler:
         return result
 
     async def _start(self, target: Target) -> str | None:
-        """Start the first engine with a version, and return the reason if that fails.
+        """Start the first engine with a version. Return the reason if the start fails, else None.
 
         The reviver starts the other engines.
         """
@@ -263,7 +263,7 @@ class Reconciler:
         """Publish the version that is now serving.
 
         Args:
-            began_by: reason for the change, or None if the same version was served before.
+            began_by: reason for the change, or None if this version was already being served.
         """
         target = self.actual.target
         self.names.serve(target)
@@ -273,12 +273,12 @@ class Reconciler:
             self.journal.serves(self.actual, began_by)
 
     def _revived(self) -> None:
-        """If the first start had failed, publish the served version once the reviver has started an engine."""
+        """Publish the served version once the reviver has started an engine, if the first start had failed."""
         if self.names.served is None:
             self._serves(Began.START)
 
     def note_error(self, error: str) -> None:
-        """Set the reason, shown in the status, why no engine is running."""
+        """Set the error that the status shows as the reason why no engine is running."""
         self.last_error = error
 
     async def _rewrite(self, seen: Desired, target: Target, previous: Target | None) -> None:
@@ -289,9 +289,9 @@ class Reconciler:
             log.info("another promotion was requested meanwhile and will be carried out next")
 
     async def _correct_previous(self, before: Desired) -> None:
-        """Correct the recorded previous version.
+        """Correct the previous version recorded in the desired state.
 
-        A promotion requested during another one can only guess it.
+        A promotion that is requested during another promotion can only guess the previous version.
         """
         previous = before.previous if self.actual.target == before.target else before.target
         if self.actual.previous != previous:
@@ -300,7 +300,7 @@ class Reconciler:
     async def _end_cut_off(self, result: SwapResult) -> None:
         """Record the result of a swap that was interrupted when the server stopped.
 
-        The swap counts as failed if this start uses another version.
+        The swap counts as failed if the server has now started with another version.
         """
         last = await asyncio.to_thread(find_swap, self.store, self.actual.name)
         if last is None or last.result is not None:

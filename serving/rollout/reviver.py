@@ -1,6 +1,6 @@
-"""Start engines for members without a running one, after a death or before the first start.
+"""Start engines for pool members that have none, because their engine died or was never started.
 
-Held engines are skipped.
+Engines that are being changed are skipped.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ class _Turn:
     """The planned engine start for a member that has no engine.
 
     Attributes:
-        at: time of the planned start by the event loop's clock, in seconds.
+        at: time of the planned start on the event loop's clock, in seconds.
         attempts: number of failed starts so far.
         died: whether the member's engine died, rather than never having been started.
     """
@@ -38,16 +38,16 @@ class _Turn:
 
 @dataclass(eq=False)
 class Reviver:
-    """Starts engines one after another. The pause before a member's next start grows with each failure.
+    """Starts missing engines one at a time. The pause before a member's next start grows with each failure.
 
     Attributes:
         target: function that returns the version to start engines with. During a swap, this is the previous
             version.
         slots: engine slots, which tell whether there is memory for another engine.
-        on_start: called when a member has an engine again.
-        on_error: called with the reason why a member has no engine.
-        backoff_s: pauses before the first, second, ... start after a death, in seconds. The last pause is
-            repeated.
+        on_start: function called when a member has an engine again.
+        on_error: function called with the reason why a member has no engine.
+        backoff_s: pauses before the first, second, ... start after an engine died, in seconds. The last pause
+            is repeated.
     """
 
     pool: EnginePool
@@ -67,7 +67,10 @@ class Reviver:
                     await self._revive(engine)
 
     async def _due(self) -> Replica:
-        """Wait until a member without an engine is due for a start, and return it. Dead engines are cleaned up."""
+        """Wait until a start is due for a member without an engine, and return that member.
+
+        Dead engines are cleaned up in the process.
+        """
         now = asyncio.get_running_loop().time
         while True:
             self._note_deaths(now())
@@ -94,7 +97,10 @@ class Reviver:
                 self._turns[engine] = _Turn(now + self.backoff_s[0], 0, died)
 
     async def _has_room(self, engine: Replica) -> bool:
-        """Return whether memory suffices besides a swap's second or replaced engines. If not, postpone the start."""
+        """Return whether there is enough memory to start the engine. If not, postpone the start.
+
+        During a swap, memory may be taken up by second or replaced engines.
+        """
         if not self.pool.others:
             return True
         try:
@@ -123,7 +129,7 @@ class Reviver:
 
 
 async def start_engine(engine: Replica, target: Target) -> str | None:
-    """Start a member's engine, and return the reason if that fails."""
+    """Start a member's engine. Return the reason if the start fails, else None."""
     try:
         await engine.start(target)
     except Exception as error:  # any error: it may be temporary

@@ -4,7 +4,8 @@
                     └──────────┴────────────┴─────────────┴──▶ rolled back, undecided, cancelled or failed
 
 Each state is stored before it takes effect, so that a server that was killed continues where it stopped. The production
-version stays loaded until the end: a rollback only changes where requests are sent.
+version stays loaded until the end: a rollback only changes where requests are sent. Where memory holds one engine only,
+kept requests are replayed instead of both steps, see serving.rollout.replay.
 """
 
 import asyncio
@@ -24,7 +25,9 @@ from serving.replicas.balancer import Balancer
 from serving.replicas.pool import EnginePool
 from serving.rollout.cancellation import Cancellation, SupersededError
 from serving.rollout.candidate import CandidateLoader, LoadedCandidate
-from serving.rollout.evidence import CanaryEvidence, Look, ShadowEvidence, expectations
+from serving.rollout.engine_change import EngineChange
+from serving.rollout.evidence import CanaryEvidence, Look, ShadowEvidence, exclusions, expectations
+from serving.rollout.replay import MIN_REQUESTS, QUIET_S, Kept, Replay, find_kept, require_replay
 from serving.rollout.shadow import Shadow
 from serving.rollout.split import Split
 from serving.telemetry.deployment_metrics import DeploymentMetrics
@@ -58,7 +61,7 @@ Result = TypeVar("Result")
 
 _POLL_S = 0.25
 _LOOK_S = 1.0
-"""Interval between two looks at the evidence; the decisions stay valid however often it is looked at."""
+"""Seconds between two checks of the evidence. Decisions remain valid no matter how often it is checked."""
 _STORE_PAUSE_S = 2.0
 _MAX_REFERENCES = 200
 
@@ -74,12 +77,13 @@ class StoppedError(Exception):
 
 @dataclass(eq=False, kw_only=True)
 class Rollouts:
-    """Carries out the rollouts of one model, one after the other.
+    """Carries out one model's rollouts, one after another.
 
     Attributes:
-        report: called with the id of a rollout and the text of each step.
-        split: sets how the model's requests are divided between two versions; None sends all to production.
-        active: whether a rollout is in progress; the engines must not idle until it has ended.
+        report: function called with the rollout's id and a description of each step.
+        split: function that sets how the model's requests are split between two versions. None sends them all
+            to production.
+        active: whether a rollout is in progress. Engines must not idle until it has ended.
         webhooks: URLs to which each transition is reported.
     """
 
@@ -90,6 +94,7 @@ class Rollouts:
     admission: Admission
     balancer: Balancer
     loader: CandidateLoader
+    engine_change: EngineChange
     metrics: DeploymentMetrics
     report: Callable[[int, str], None]
     split: Callable[[Split | None], None] = lambda split: None
@@ -115,7 +120,7 @@ class Rollouts:
         return bool(self.pool.ready) or record.state is RolloutState.SWITCHING
 
     async def _wait(self, record: RolloutRecord) -> None:
-        """End a rollout that a user stopped, or that waited too long, while no engine of production is ready."""
+        """While no production engine is ready, end the rollout if a user stopped it or it has waited too long."""
         waited_s = (datetime.now(UTC) - record.step_began_at).total_seconds()
         if record.stop is not None:
             await self._end(record, RolloutOutcome.CANCELLED, record.stop)
@@ -123,7 +128,7 @@ class Rollouts:
             await self._end(record, RolloutOutcome.FAILED, "no engine of the production version was ready")
 
     async def abandon(self, why: str) -> None:
-        """End the model's rollout, if there is one; call it after `run` has ended."""
+        """End the model's rollout, if there is one. Call this after `run` has ended."""
         if record := await asyncio.to_thread(active_rollout, self.store, self.names.name):
             await self._end(record, RolloutOutcome.CANCELLED, why)
 
@@ -133,7 +138,7 @@ class Rollouts:
         self.metrics.rollout_ended(outcome)
 
     async def _carry_out(self, record: RolloutRecord) -> None:
-        """Continue a rollout from its stored state to its end, and store the outcome."""
+        """Continue a rollout from its stored state until it ends, and store the outcome."""
         cancellation = Cancellation()
         listening = asyncio.create_task(self._listen(record, cancellation))
         try:
@@ -154,7 +159,7 @@ class Rollouts:
         await self._end(record, outcome, why)
 
     async def _listen(self, record: RolloutRecord, cancellation: Cancellation) -> None:
-        """Cancel the rollout when a user stops it, or when another version becomes the desired one."""
+        """Cancel the rollout when a user stops it or another version becomes the desired one."""
         while True:
             try:
                 current = await asyncio.to_thread(find_rollout, self.store, record.name, record.id)
@@ -187,7 +192,7 @@ class _Run:
         self._split = Split(record.id, 0.0, by_request=record.plan.unit is UnitKind.REQUEST)
 
     async def run(self) -> None:
-        """Pass through the remaining states; return once the candidate is in production.
+        """Go through the rollout's remaining states, and return once the candidate is in production.
 
         Raises:
             StoppedError, SupersededError, SvcError, OSError: the candidate was not promoted.
@@ -196,14 +201,24 @@ class _Run:
         if record.state is RolloutState.SWITCHING:
             return await self._wait_for_swap()
         if record.state is RolloutState.REQUESTED:
-            for text in await retrying(lambda: expectations(self._store, record)):
-                self._report(text)
             await self._enter(RolloutState.LOADING)
         else:
             self._report(f"the server started again; the rollout continues at {place_of(RolloutView.of(record))}")
-        async with parts.loader.loaded(record.previous, record.target, self._report, self._cancellation) as candidate:
-            expects_json = await asyncio.to_thread(_expects_json, parts.registry, record.previous.version)
-            self._split = replace(self._split, expects_json=expects_json)
+        plan = await parts.loader.plan(record.previous, record.target, self._cancellation)
+        kept = await retrying(lambda: find_kept(self._store, record)) if plan.shortage else None
+        if kept is not None:
+            require_replay(record, plan, kept, len(parts.pool.members))
+        if record.state is RolloutState.REQUESTED:
+            for text in await retrying(lambda: expectations(self._store, record, kept.total if kept else None)):
+                self._report(text)
+        expects_json = await asyncio.to_thread(_expects_json, parts.registry, record.previous.version)
+        self._split = replace(self._split, expects_json=expects_json)
+        if kept is not None:
+            await self._replay(kept)
+            return await self._switch()
+        async with parts.loader.loaded(
+            plan, record.previous, record.target, self._report, self._cancellation
+        ) as candidate:
             try:
                 if self._plan.shadow and record.state is not RolloutState.CANARY:
                     await self._shadow(candidate)
@@ -213,7 +228,7 @@ class _Run:
                 self._divide(None)
 
     async def _shadow(self, candidate: LoadedCandidate) -> None:
-        """Compare both versions' answers to `plan.shadow` requests; clients get those of production."""
+        """Compare both versions' answers to `plan.shadow` requests. Clients receive production's answers."""
         if self._record.state is not RolloutState.SHADOW:
             await self._enter(RolloutState.SHADOW)
         parts, record, wanted = self._parts, self._record, self._plan.shadow
@@ -230,16 +245,63 @@ class _Run:
         sending = asyncio.create_task(shadow.run())
         self._divide(replace(self._split, mirror=shadow))
         try:
-            evidence = ShadowEvidence(self._store, record)
-            look = await self._until(candidate, evidence.look, lambda look: look.units >= wanted)
+            evidence = ShadowEvidence(self._store, record, lambda: wanted)
+            look = await self._until(candidate.check, evidence.look, lambda look: look.units >= wanted)
         finally:
             self._divide(None)
             sending.cancel()
             await asyncio.gather(sending, return_exceptions=True)
         self._report(f"shadow: {look.text}")
 
+    async def _replay(self, kept: Kept) -> None:
+        """Compare the candidate's answers with kept ones of production, where memory holds one engine only."""
+        if self._record.state is not RolloutState.SHADOW:
+            await self._enter(RolloutState.SHADOW)
+        parts = self._parts
+        replay = Replay(
+            engine_change=parts.engine_change,
+            pool=parts.pool,
+            admission=parts.admission,
+            metrics=parts.metrics,
+            store=self._store,
+            record=self._record,
+            kept=kept,
+            split=self._split,
+            report=self._report,
+        )
+        previous = self._record.previous
+        self._report(
+            f"replay: comparing {replay.wanted} kept answers of {previous} from the request log, whenever no "
+            f"request has arrived for {QUIET_S:g} s"
+        )
+        stop = Cancellation()
+        replaying = asyncio.create_task(replay.run(stop))
+        try:
+            evidence = ShadowEvidence(self._store, self._record, lambda: replay.wanted)
+            look = await self._until(
+                lambda: replaying.result() if replaying.done() else None,
+                evidence.look,
+                lambda look: look.units >= replay.wanted,
+            )
+            await self._cancellation.outcome_of(replaying)
+        except asyncio.CancelledError:  # the server stops, and its engines with it
+            replaying.cancel()
+            raise
+        finally:
+            stop.ask("the replay has ended")
+            await asyncio.gather(replaying, return_exceptions=True)
+        self._report(f"replay: {look.text}")
+        if look.units < min(self._plan.shadow, MIN_REQUESTS):
+            raise StoppedError(
+                RolloutOutcome.UNDECIDED, f"only {look.units} kept requests could be replayed as they were"
+            )
+        self._report(f"{'no canary: memory holds one engine; ' if self._plan.canary else ''}{exclusions(look)}")
+
     async def _canary(self, candidate: LoadedCandidate) -> None:
-        """Send a growing share of clients to the candidate; a step ends when losses beyond the margins are excluded."""
+        """Send a growing share of clients to the candidate.
+
+        A step ends once a loss larger than the margins has been ruled out.
+        """
         evidence = CanaryEvidence(self._store, self._record)
         first = self._record.step if self._record.state is RolloutState.CANARY else 0
         for step, percent in list(enumerate(self._plan.canary[:-1]))[first:]:
@@ -248,13 +310,16 @@ class _Run:
             evidence.start_step(self._record.step_began_at)
             self._divide(replace(self._split, share=percent / 100))
             self._report(f"canary: {percent:g} % of clients are answered by {self._record.target}")
-            look = await self._until(candidate, evidence.look, partial(_is_passed, self._plan.min_units))
+            look = await self._until(candidate.check, evidence.look, partial(_is_passed, self._plan.min_units))
             self._report(f"canary at {percent:g} %: {look.text}")
 
     async def _until(
-        self, candidate: LoadedCandidate, look: Callable[[], Look], is_done: Callable[[Look], bool]
+        self, check: Callable[[], None], look: Callable[[], Look], is_done: Callable[[Look], bool]
     ) -> Look:
         """Look at the evidence until the step is done.
+
+        Args:
+            check: raises an error if the step cannot go on.
 
         Raises:
             StoppedError: a loss was proven, the candidate's engine died, or the deadline passed without a decision.
@@ -274,7 +339,7 @@ class _Run:
             if is_done(seen):
                 return seen
             try:
-                candidate.check()
+                check()
             except EngineError as error:
                 raise StoppedError(RolloutOutcome.FAILED, str(error)) from error
             if self._step_s() >= self._plan.max_step_s and not held:
@@ -286,7 +351,7 @@ class _Run:
             await self._cancellation.interrupting(asyncio.sleep(_LOOK_S))
 
     async def _switch(self) -> None:
-        """Make the candidate the desired version, which the reconciler swaps to, and wait for that swap."""
+        """Make the candidate the desired version, and wait until the reconciler has swapped to it."""
         switched = await retrying(lambda: switch_rollout(self._store, self._record))
         if switched is None:
             current = await retrying(lambda: find_rollout(self._store, self._record.name, self._record.id))
@@ -300,7 +365,7 @@ class _Run:
         """Wait until the reconciler has swapped to the candidate.
 
         Raises:
-            StoppedError: it did not, because the swap failed or was rolled back.
+            StoppedError: the swap failed, or another version became the desired one.
         """
         record, generation = self._record, self._record.generation + 1
         while True:
@@ -327,12 +392,12 @@ class _Run:
         self._parts.metrics.rollout_share(split.share if split else 0.0)
 
     def _step_s(self) -> float:
-        """Return the time in the current step; it is counted anew after a restart."""
+        """Return the number of seconds since the current step began, or since the server restarted if that is later."""
         return (datetime.now(UTC) - max(self._record.step_began_at, self._resumed_at)).total_seconds()
 
 
 async def retrying(call: Callable[[], Result]) -> Result:
-    """Return the result of a call that reads or writes the store, in a thread; repeat it until the store responds."""
+    """Call a function that accesses the store, in a thread. Retry until the store responds, and return the result."""
     while True:
         try:
             return await asyncio.to_thread(call)
@@ -342,11 +407,11 @@ async def retrying(call: Callable[[], Result]) -> Result:
 
 
 def _is_passed(units: int, look: Look) -> bool:
-    """Return whether the candidate has enough units, and a loss beyond the margin is excluded for every signal."""
+    """Return whether the candidate has enough units and a loss beyond the margin is ruled out for every signal."""
     return look.units >= units and look.is_passed
 
 
 def _expects_json(registry: Registry, version: VersionId) -> bool:
-    """Return whether the version's answers should be JSON, because all its held-out references are."""
+    """Return whether a version's answers should be JSON, which is the case if all its held-out references are."""
     references = [without_thinking(example.answer) for example in registry.heldout(version)[:_MAX_REFERENCES]]
     return bool(references) and all(map(is_json, references))

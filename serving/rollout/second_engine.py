@@ -1,4 +1,4 @@
-"""Starts an engine next to the ones that serve, for a blue-green swap or for the candidate of a rollout."""
+"""Start an engine alongside those that serve, for a blue-green swap or a rollout's candidate."""
 
 import asyncio
 
@@ -9,15 +9,15 @@ from svc.version import Target
 
 
 async def start_second_engine(pool: EnginePool, target: Target, cancellation: Cancellation) -> tuple[Replica, str]:
-    """Start and verify an engine that is not a member of the pool; check before that there is memory for it.
+    """Start and verify an engine that is not a pool member, after checking that there is enough memory for it.
 
     Returns:
-        The engine, and the result of its verification. An engine that failed, or whose start was cancelled, is stopped
-        in the background.
+        The engine and the result of its verification. If the engine fails or its start is cancelled, it is
+        stopped in the background.
 
     Raises:
         SupersededError: cancellation was requested.
-        SvcError, OSError: the engine did not start, or holds other weights (ProbeError).
+        SvcError, OSError: the engine did not start, or runs different weights (ProbeError).
     """
     engine = pool.add()
     starting = asyncio.create_task(engine.start(target))

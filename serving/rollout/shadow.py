@@ -12,7 +12,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from serving.admission.admission import Admission
@@ -23,10 +23,11 @@ from serving.protocols.route import Route
 from serving.protocols.sampled_logprobs import mean_logprob, with_logprobs
 from serving.protocols.server_sent_events import EventSplitter, is_event
 from serving.protocols.wire_formats import Usage, WireFormat, wire_format
-from serving.replicas.balancer import Balancer, Lease
+from serving.replicas.balancer import Balancer
 from serving.replicas.transport import EngineCall, EngineDiedError, EngineUnreachableError
 from serving.telemetry.deployment_metrics import DeploymentMetrics, ShadowOutcome
 from svc.dataset.text.thinking import without_thinking
+from svc.engine.vllm.connection_pool import EngineConnections
 from svc.errors import SvcError
 from svc.evaluation.metrics.json_answers import is_json
 from svc.store.requests import RequestOutcome, RequestRecord
@@ -39,12 +40,19 @@ MAX_QUEUED = 16
 MAX_QUEUED_BYTES = 32 * 2**20
 MAX_ANSWER_BYTES = 16 * 2**20
 WORKERS = 2
-"""Number of copies that run at the same time."""
+"""Maximum number of copies that run concurrently."""
 PRODUCTION_INTERVAL = 4
 """Number of copies of which one is also sent to production."""
 
 
-class _Copy(NamedTuple):
+class Copy(NamedTuple):
+    """A request that production has answered, to be sent to a candidate.
+
+    Attributes:
+        payload: JSON for the engine, without `model`.
+        answer: body or events of production's answer.
+    """
+
     route: Route
     payload: bytes
     answer: list[bytes]
@@ -57,13 +65,14 @@ class _Copy(NamedTuple):
 
 @dataclass(eq=False, kw_only=True)
 class Shadow:
-    """Sends copies of production requests to a candidate and compares the answers.
+    """Sends copies of production requests to a candidate and compares both versions' answers.
 
     Attributes:
-        candidate: the version to compare.
+        candidate: the version to compare with production.
         expects_json: whether answers should be JSON.
-        is_shared: whether the candidate is an adapter in the engines of production, whose deaths are not its fault.
-        on_pair: called with each compared request, in another thread.
+        is_shared: whether the candidate is an adapter in production's engines. If so, it is not blamed when an
+            engine dies.
+        on_pair: function called with each compared request, in another thread.
     """
 
     balancer: Balancer
@@ -73,7 +82,7 @@ class Shadow:
     expects_json: bool
     is_shared: bool
     on_pair: Callable[[ShadowPair], None]
-    _queue: asyncio.Queue[_Copy] = field(default_factory=lambda: asyncio.Queue(MAX_QUEUED), init=False)
+    _queue: asyncio.Queue[Copy] = field(default_factory=lambda: asyncio.Queue(MAX_QUEUED), init=False)
     _bytes: int = field(default=0, init=False)
     _turns: Iterator[bool] = field(init=False)
 
@@ -81,17 +90,20 @@ class Shadow:
         self._turns = itertools.cycle([True] + [False] * (PRODUCTION_INTERVAL - 1))
 
     def wants(self) -> bool:
-        """Return whether the next request may be copied; count it as dropped if server or queue are busy."""
+        """Return whether to copy the next request. If the server or the queue is busy, count the copy as dropped."""
         if self._queue.full() or self.admission.queued:
             self.metrics.shadow_request(ShadowOutcome.DROPPED)
             return False
         return True
 
     def offer(self, route: Route, payload: bytes, answer: list[bytes], record: RequestRecord) -> None:
-        """Queue a copy of a finished request if it was answered or the engine failed; drop it if the queue is full."""
+        """Queue a copy of a finished request, provided that it was answered or failed in the engine.
+
+        If the queue is full, the copy is dropped.
+        """
         if record.outcome not in (RequestOutcome.COMPLETE, RequestOutcome.ENGINE_ERROR, RequestOutcome.SERVER_ERROR):
             return
-        copy = _Copy(route, payload, list(answer), record)
+        copy = Copy(route, payload, list(answer), record)
         if self._queue.full() or self._bytes + copy.size > MAX_QUEUED_BYTES:
             self.metrics.shadow_request(ShadowOutcome.DROPPED)
             return
@@ -121,21 +133,20 @@ class Shadow:
             finally:
                 self._bytes -= copy.size
 
-    async def _compared(self, copy: _Copy) -> ShadowPair | None:
-        """Send a copy to the candidate, and return both versions' results.
+    async def _compared(self, copy: Copy) -> ShadowPair | None:
+        """Send a copy to the candidate, and return the results of both versions.
 
         Returns:
-            None if the copy did not reach the candidate, or if an engine died that it shares with production.
+            The results, or None if the copy did not reach the candidate. Also None if an engine died that the
+            candidate shares with production.
         """
-        record = copy.record
         copy = copy._replace(payload=await asyncio.to_thread(with_logprobs, copy.route, copy.payload))
-        began = time.monotonic()
-        answer = _Answer()
+        began, answer = time.monotonic(), CopyAnswer()
         try:
             async with self.balancer.lease(str(self.candidate)) as engine:
                 if engine.served.version != self.candidate:
                     return None
-                await answer.read(engine, copy)
+                await answer.read(engine.http, engine.engine_model, copy)
         except (AdmissionError, ModelNotFoundError, EngineUnreachableError):
             return None
         except SvcError as error:
@@ -143,29 +154,12 @@ class Shadow:
                 return None
             log.info("the candidate failed on a copy of a request: %s", error)
         seconds = time.monotonic() - began
-        production_failed = record.outcome is not RequestOutcome.COMPLETE
-        both = answer.complete and not production_failed
-        texts = await asyncio.to_thread(self._read_texts, copy, answer.parts) if both else _Texts()
-        candidate_logprob = await asyncio.to_thread(mean_logprob, answer.parts) if both else None
-        known = candidate_logprob is not None
-        return ShadowPair(
-            unit=(record.unit or "").rpartition(":")[2],
-            production_failed=production_failed,
-            candidate_failed=not answer.complete,
-            production_valid=texts.production_valid,
-            candidate_valid=texts.candidate_valid,
-            agrees=texts.agree,
-            production_finish=record.finish_reason,
-            candidate_finish=answer.finish_reason,
-            production_tokens=record.tokens_out,
-            candidate_tokens=answer.usage.completion if answer.usage else None,
-            production_seconds=record.seconds,
-            candidate_seconds=seconds,
-            production_logprob=await self._production_logprob(copy) if known else None,
-            candidate_logprob=candidate_logprob,
-        )
+        pair = await asyncio.to_thread(compared, copy, answer, seconds, expects_json=self.expects_json)
+        if pair.candidate_logprob is None:
+            return pair
+        return replace(pair, production_logprob=await self._production_logprob(copy))
 
-    async def _production_logprob(self, copy: _Copy) -> float | None:
+    async def _production_logprob(self, copy: Copy) -> float | None:
         """Return production's mean log-probability for a request, from its answer or from its answer to another copy.
 
         Returns:
@@ -175,27 +169,56 @@ class Shadow:
         known = await asyncio.to_thread(mean_logprob, copy.answer)
         if known is not None or not next(self._turns) or self.admission.queued:
             return known
-        answer, version = _Answer(), copy.record.version
+        answer, version = CopyAnswer(), copy.record.version
         try:
             async with self.balancer.lease(str(version)) as engine:
                 if engine.served.version != version:
                     return None
-                await answer.read(engine, copy)
+                await answer.read(engine.http, engine.engine_model, copy)
         except SvcError as error:
             log.info("production did not answer a copy of a request: %s", error)
             return None
         return await asyncio.to_thread(mean_logprob, answer.parts) if answer.complete else None
 
-    def _read_texts(self, copy: _Copy, parts: list[bytes]) -> "_Texts":
-        form = wire_format(copy.route)
-        production, candidate = (without_thinking(form.text(each)) for each in (copy.answer, parts))
-        if not self.expects_json:
-            return _Texts(None, None, production == candidate)
-        return _Texts(is_json(production), is_json(candidate), production == candidate)
+
+def compared(copy: Copy, answer: "CopyAnswer", seconds: float, *, expects_json: bool) -> ShadowPair:
+    """Return what is stored about both versions' answers to a request.
+
+    Args:
+        seconds: time until the candidate's answer was complete.
+        expects_json: whether answers should be JSON.
+    """
+    record = copy.record
+    production_failed = record.outcome is not RequestOutcome.COMPLETE
+    both = answer.complete and not production_failed
+    texts = _read_texts(copy, answer.parts, expects_json) if both else _Texts()
+    return ShadowPair(
+        unit=(record.unit or "").rpartition(":")[2],
+        production_failed=production_failed,
+        candidate_failed=not answer.complete,
+        production_valid=texts.production_valid,
+        candidate_valid=texts.candidate_valid,
+        agrees=texts.agree,
+        production_finish=record.finish_reason,
+        candidate_finish=answer.finish_reason,
+        production_tokens=record.tokens_out,
+        candidate_tokens=answer.usage.completion if answer.usage else None,
+        production_seconds=record.seconds,
+        candidate_seconds=seconds,
+        candidate_logprob=mean_logprob(answer.parts) if both else None,
+    )
+
+
+def _read_texts(copy: Copy, parts: list[bytes], expects_json: bool) -> "_Texts":
+    form = wire_format(copy.route)
+    production, candidate = (without_thinking(form.text(each)) for each in (copy.answer, parts))
+    if not expects_json:
+        return _Texts(None, None, production == candidate)
+    return _Texts(is_json(production), is_json(candidate), production == candidate)
 
 
 class _Texts(NamedTuple):
-    """What is compared of both versions' texts; None if unknown."""
+    """Results of checking and comparing both versions' texts. A field is None if unknown."""
 
     production_valid: bool | None = None
     candidate_valid: bool | None = None
@@ -203,7 +226,7 @@ class _Texts(NamedTuple):
 
 
 @dataclass(slots=True)
-class _Answer:
+class CopyAnswer:
     """A version's answer to a copy.
 
     Attributes:
@@ -216,15 +239,18 @@ class _Answer:
     finish_reason: str | None = None
     usage: Usage | None = None
 
-    async def read(self, engine: Lease, copy: _Copy) -> None:
-        """Send the copy, and read the answer.
+    async def read(self, http: EngineConnections, engine_model: str, copy: Copy) -> None:
+        """Send the copy to an engine, and read the answer.
+
+        Args:
+            engine_model: the version's name in the engine.
 
         Raises:
             EngineError: the version failed.
         """
         request = CompletionRequest("", copy.payload, stream=False, wants_usage=False)
-        payload, size, splitter = request.payload(engine.engine_model), 0, EventSplitter()
-        async with EngineCall(engine.http, copy.route.value, payload, f"shadow-{copy.record.request_id}") as answer:
+        payload, size, splitter = request.payload(engine_model), 0, EventSplitter()
+        async with EngineCall(http, copy.route.value, payload, f"shadow-{copy.record.request_id}") as answer:
             while size <= MAX_ANSWER_BYTES and (part := await answer.read_some()):
                 size += len(part)
                 self.parts += splitter.feed(part) if answer.is_event_stream else [part]

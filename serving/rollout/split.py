@@ -1,4 +1,4 @@
-"""Assigns the requests for a model's name to the production version or to the candidate of a rollout."""
+"""Assign each request for a model's name to either the production version or a rollout's candidate."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,17 +13,17 @@ _HASH_BYTES = 8
 
 
 class Mirror(Protocol):
-    """Receives finished production requests, to send copies of them to the candidate."""
+    """Receives finished production requests, in order to send copies of them to the candidate."""
 
     def wants(self) -> bool:
-        """Return whether the next request should be offered."""
+        """Return whether the next request should be offered for copying."""
 
     def offer(self, route: Route, payload: bytes, answer: list[bytes], record: RequestRecord) -> None:
-        """Take a finished request, or drop it; return immediately.
+        """Accept a finished request or drop it. Returns immediately.
 
         Args:
-            payload: JSON for the engine, without `model`.
-            answer: body or events of production's answer.
+            payload: JSON body for the engine, without `model`.
+            answer: production's response body, or the events of its stream.
         """
 
 
@@ -31,10 +31,10 @@ class Assignment(NamedTuple):
     """The version to which a rollout assigned a request.
 
     Attributes:
-        candidate: whether the candidate answers it.
-        unit: text by which the request log records the assignment, see `svc.store.rollouts.unit_text`.
+        candidate: whether the candidate answers the request.
+        unit: text that the request log stores for the assignment; see `svc.store.rollouts.unit_text`.
         expects_json: whether the answer should be JSON.
-        mirror: receives the request after production has answered it; None if no copy is wanted.
+        mirror: object that receives the request after production has answered it, or None if no copy is wanted.
     """
 
     candidate: bool
@@ -45,17 +45,18 @@ class Assignment(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """How a rollout divides the requests for a model's name.
+    """How a rollout splits the requests for a model's name between two versions.
 
-    A user or conversation keeps its version for the whole rollout: its position depends only on the rollout and its
-    name, and the candidate answers all positions below its share, which never shrinks.
+    A user or conversation keeps its version throughout the rollout, except when it moves from production to the
+    candidate as the share grows. Its name and the rollout determine its position between 0 and 1, and the
+    candidate answers all positions below the share, which never shrinks.
 
     Attributes:
-        rollout: id of the rollout; different rollouts begin with different users.
+        rollout: id of the rollout. Different rollouts begin with different users.
         share: share of users or conversations that the candidate answers, from 0 to 1.
         expects_json: whether the model's answers should be JSON.
-        by_request: assign every request by itself.
-        mirror: receives finished production requests; None outside the shadow step.
+        by_request: whether each request is assigned independently.
+        mirror: object that receives finished production requests, or None outside the shadow step.
     """
 
     rollout: int
@@ -65,11 +66,11 @@ class Split:
     mirror: Mirror | None = None
 
     def assign(self, who: str, draw: Callable[[], float]) -> Assignment:
-        """Return the version for a request.
+        """Assign a request to a version.
 
         Args:
-            who: user or conversation; empty if unknown, so that the request is assigned by itself.
-            draw: returns a random number from 0 to 1, excluding 1.
+            who: user or conversation. If empty (unknown), the request is assigned independently.
+            draw: function that returns a random number from 0 to 1, excluding 1.
         """
         if who and not self.by_request:
             text = f"{self.rollout}\0{who}".encode("utf-8", "surrogatepass")

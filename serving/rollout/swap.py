@@ -1,9 +1,9 @@
-"""Change the version of all engines without losing a request or answering one with two versions.
+"""Change the version of all engines without losing any request or mixing two versions in one answer.
 
-`EngineChange` changes the engines one after another, while the others keep answering requests. If the
-swap fails or is superseded, the previous version is restored and verified again on every engine; an
-engine for which this fails accepts no requests. Each engine is held while it is changed: an engine that
-dies before or after its turn is restarted with the previous version, independently of the swap, and then
+`EngineChange` changes one engine after another, while the other engines keep answering requests. If the
+swap fails or is superseded, the previous version is restored and verified again on every engine. An engine
+on which this fails accepts no requests. Each engine is held while it is being changed. An engine that dies
+before or after its turn is restarted with the previous version, independently of the swap, and then
 changed.
 """
 
@@ -34,7 +34,7 @@ _HEALTH_POLL_S = 0.1
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Swap:
-    """Changes the version in all engines of a pool.
+    """Changes the version that all engines in a pool run.
 
     Attributes:
         planner: planner that chooses the kind of swap.
@@ -50,12 +50,14 @@ class Swap:
     async def run(
         self, current: Target, target: Target, report: Report, cancellation: Cancellation | None = None
     ) -> SwapResult:
-        """Swap to `target`, or keep `current` in production. Problems with a version are returned, not raised.
+        """Swap to `target`, or keep `current` in production if that fails.
+
+        Problems with a version are returned, not raised.
 
         Args:
-            current: version that the engines hold.
-            report: called with the text of each step.
-            cancellation: request that stops the swap and restores `current`.
+            current: version that the engines run.
+            report: function called with a description of each step.
+            cancellation: cancellation which, if requested, stops the swap and restores `current`.
         """
         began, cancellation = time.monotonic(), cancellation or Cancellation()
         try:
@@ -114,18 +116,18 @@ class Swap:
         return SwapOutcome.SUCCEEDED, None
 
     def _next(self, change: SwapInProgress) -> Replica | None:
-        """Return the next member to change, or None if all are done.
+        """Return the next member to change, or None if all members are done.
 
-        The member may be starting with the previous version.
+        The returned member may still be starting with the previous version.
         """
         return next((member for member in self.pool.members if not self._is_changed(change, member)), None)
 
     def _is_changed(self, change: SwapInProgress, engine: Replica) -> bool:
-        """Return whether the engine is done: it already holds the new version, or it is dead."""
+        """Return whether the engine needs no change, because it already runs the new version or is dead."""
         return engine.target == change.target or engine in self.pool.down
 
     async def _back(self, change: SwapInProgress) -> SwapOutcome:
-        """Restore the previous version on engines already changed, using the same kind of swap.
+        """Restore the previous version on the engines that were already changed, using the same kind of swap.
 
         Returns:
             The worst outcome, or SUCCEEDED if no engine had been changed.
@@ -151,8 +153,7 @@ class Swap:
 async def _recovers(engine: Replica) -> bool:
     """Wait until an engine passes its health check or is no longer ready, and return whether it passed.
 
-    Each check that gets no response is reported to the engine's watch, which decides whether the engine is
-    dead.
+    Each check without a response is reported to the engine's watch, which decides whether the engine is dead.
     """
     while engine.state is EngineState.READY:
         if await engine.client.health() not in DOWN:

@@ -1,4 +1,4 @@
-"""Plan a swap, and run every check that is possible before an engine is touched."""
+"""Plan a swap, running every check that can be made before an engine is touched."""
 
 import asyncio
 import time
@@ -34,9 +34,10 @@ class Plan:
     """A plan for changing the engines to another version.
 
     Attributes:
-        why: the reason for choosing this kind of swap.
-        restart: whether an in-place swap restarts the first engine with the version instead of reloading it.
-        reloads: whether the other engines are reloaded after that restart; otherwise they are restarted too.
+        why: reason for choosing this kind of swap.
+        restart: whether an in-place swap restarts the first engine with the new version instead of reloading
+            it.
+        reloads: whether the other engines are reloaded after that restart. If not, they are restarted too.
     """
 
     kind: SwapKind
@@ -47,14 +48,13 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SwapPlanner:
-    """Chooses the kind of swap for a change of version.
+    """Chooses the kind of swap with which to change a version.
 
     Attributes:
         choice: setting that decides whether to start a second engine even if an in-place reload is possible.
-        slots: engine slots, which tell whether there is memory for another engine and what its capabilities
-            are.
-        patience_s: longest wait for stopping engines to free their memory and for starting engines to
-            allocate theirs, in seconds.
+        slots: engine slots, which tell whether there is memory for another engine and what it is capable of.
+        patience_s: longest time to wait until stopping engines have freed their memory and starting engines
+            have allocated theirs, in seconds.
     """
 
     registry: Registry
@@ -65,13 +65,13 @@ class SwapPlanner:
     patience_s: float
 
     async def plan(self, current: Target, target: Target, report: Report) -> Plan:
-        """Compare files and versions, and return the plan.
+        """Plan a swap after comparing the two versions and checking their files.
 
-        All checks come first, because a failed reload kills the engine.
+        All checks are made first, because a failed reload kills the engine.
 
         Args:
-            current: version that the engines hold.
-            report: called with the text of each step.
+            current: version that the engines run.
+            report: function called with a description of each step.
 
         Raises:
             NotFoundError, IntegrityError: the version's files are missing or damaged.
@@ -93,7 +93,7 @@ class SwapPlanner:
         return plan
 
     async def _with_adapter(self, current: Target, target: Target) -> Plan:
-        """Plan a swap to or from an adapter. An adapter that fits all running engines is loaded in them."""
+        """Plan a swap to or from an adapter. If all running engines can apply the adapter, it is loaded in them."""
         await self.verification.model(target)
         if current.format is not target.format:
             return Plan(SwapKind.BLUEGREEN, _DIFFERENT)
@@ -107,10 +107,10 @@ class SwapPlanner:
         return Plan(SwapKind.ADAPTER, "an adapter of the same base")
 
     async def _in_place(self, target: Target) -> Plan:
-        """Plan an in-place reload if engines of this kind can perform and verify one.
+        """Plan an in-place reload, provided that engines of this kind can perform and verify it.
 
-        Otherwise, plan the start of an engine with the version: a second engine or, if memory is short, the same
-        engine after a restart.
+        Otherwise, plan to start an engine with the version: a second engine or, if memory is short, the same engine
+        after a restart.
         """
         several = len(self.pool.alive) > 1
         kind = SwapKind.ROLLING if several else SwapKind.INPLACE
@@ -129,11 +129,11 @@ class SwapPlanner:
         return Plan(kind, f"{why}; no memory for a second engine: {shortage}", restart=True, reloads=reloads)
 
     def _fits(self, current: Target, target: Target) -> bool:
-        """Return whether two versions' fingerprints are equal, so that weights can be reloaded in place.
+        """Return whether two versions have equal fingerprints, so that weights can be reloaded in place.
 
-        Stored fingerprints are compared first. Computing them parses both tokenizers, which blocks the
-        interpreter, and with it every stream, for 100 ms or more. It is therefore done only if the stored ones
-        are missing or differ, as between releases.
+        Stored fingerprints are compared first. Computing them parses both tokenizers, which blocks the interpreter,
+        and with it every stream, for 100 ms or more. It is therefore done only if the stored fingerprints are
+        missing or differ, as they may between releases.
         """
         stored = [self.registry.format(of.version, of.format).fingerprint for of in (current, target)]
         if stored[0] and stored[0] == stored[1]:
@@ -143,9 +143,9 @@ class SwapPlanner:
         return computed[0] == computed[1]
 
     async def shortage(self, target: Target) -> str | None:
-        """Return a message saying how much memory is missing for one more engine, or None if there is enough.
+        """Return a message stating how much memory is missing for one more engine, or None if there is enough.
 
-        Engines that are stopping or starting are waited for first.
+        Waits for stopping and starting engines first.
         """
         deadline = time.monotonic() + self.patience_s
         while True:

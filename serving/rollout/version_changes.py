@@ -1,4 +1,4 @@
-"""Change a model's desired version: check whether the version may be served, and write the change.
+"""Change a model's desired version, after checking that the version may be served.
 
 The swap journal shows whether the change was carried out.
 """
@@ -24,11 +24,11 @@ from svc.version import Target
 
 
 class VersionChanges:
-    """Writes desired versions, and requests and stops rollouts.
+    """Changes which versions are desired, and requests and stops rollouts.
 
     Args:
-        served: returns the version that the server serves under each name, which may not be the desired one yet.
-        configured: returns the settings of a model, with its gates and rollout steps.
+        served: function that returns the version served under each name, which may not be the desired one yet.
+        configured: function that returns a model's settings, including its gates and rollout steps.
     """
 
     def __init__(
@@ -44,10 +44,10 @@ class VersionChanges:
         self._configured = configured
 
     def promote(self, request: PromotionRequest, actor: Actor) -> VersionChange:
-        """Make a version the desired one, or request a rollout that does so after its shadow and canary steps.
+        """Make a version the desired one, or request a rollout if there are shadow or canary steps.
 
         Raises:
-            NotFoundError: no such version or format, or the name is not served.
+            NotFoundError: there is no such version or format, or the name is not served.
             RefusedError: the version cannot be served.
             GateError: a gate refuses the version.
             SettingsError: the rollout's options are invalid.
@@ -82,7 +82,9 @@ class VersionChanges:
         return replace(self._change(current, served, target, promote, forced, gates), gates=gates)
 
     def rollback(self, name: str, *, reason: str | None, actor: Actor) -> VersionChange:
-        """Make the previous version the desired one; during a promotion or rollout, keep the version that is served.
+        """Make the previous version the desired one.
+
+        During a promotion or rollout, the version that is being served stays the desired one instead.
 
         Raises:
             NotFoundError: the name is not served, or has no previous version.
@@ -110,7 +112,7 @@ class VersionChanges:
             )
 
     def _current(self, name: str) -> tuple[Desired, Target]:
-        """Return a model's desired state, and the version that is being served under its name."""
+        """Return a model's desired state, and the version that is currently served under its name."""
         served = self._served()
         desired = read_desired(self._store, name) if name in served else None
         if desired is None:

@@ -1,4 +1,4 @@
-"""The manifest: all facts about a version. It is written once, after everything else."""
+"""The manifest, which records all facts about a version. It is written once, after all other files."""
 
 import json
 from datetime import datetime
@@ -43,7 +43,7 @@ class BaseRecord(_Record):
 
 
 class SelectedBy(StrEnum):
-    """The examples that selected a version's weights (early stopping) or the recipe's values (a sweep)."""
+    """Which examples selected a version's weights (in early stopping) or the recipe's values (in a sweep)."""
 
     NONE = "none"
     HELDOUT = "heldout"
@@ -68,7 +68,7 @@ class DataRecord(_Record):
 
     @property
     def selection(self) -> str:
-        """Text that says which examples selected the version, and how this affects its metrics. Empty if none did."""
+        """Text saying which examples selected the version and how this affects its metrics. Empty if none did."""
         if self.selected_by is SelectedBy.HELDOUT:
             return "these examples selected the version, so its results are slightly too good (set data.validation)"
         if self.selected_by is SelectedBy.VALIDATION:
@@ -101,7 +101,7 @@ class FormatRecord(_Record):
 
 
 class Manifest(_Record):
-    """All facts about one version. Training metrics are in MLflow under `tracking_run`.
+    """All recorded facts about a version. Training metrics are in MLflow under `tracking_run`.
 
     Attributes:
         reference: records of the files with which later traffic and answers are compared.
@@ -161,7 +161,7 @@ class Manifest(_Record):
 
     @property
     def max_answer_tokens(self) -> int | None:
-        """The recipe's token limit on held-out answers, or None if each reference determines the limit."""
+        """The recipe's token limit on held-out answers, or None if each reference determines its answer's limit."""
         limit: int | None = self.recipe.get("evaluate", {}).get("max_tokens")
         return limit
 

@@ -1,4 +1,4 @@
-"""Rollouts: the stored state of each promotion that goes through shadow and canary steps.
+"""The stored state of rollouts, which are promotions that go through shadow and canary steps.
 
 The server writes the state after every step, so that it can continue the rollout after a restart. `svc promote` and
 `svc rollout` read it.
@@ -40,16 +40,16 @@ from svc.version import Format, Target, VersionId
 
 
 class RolloutState(StrEnum):
-    """The state of a rollout, in the order in which a rollout passes through them."""
+    """States of a rollout, in the order in which it passes through them."""
 
     REQUESTED = "requested"
     """The server has not started the rollout yet."""
     LOADING = "loading"
     """The candidate is being loaded next to the production version."""
     SHADOW = "shadow"
-    """The candidate answers copies of production requests; clients never see these answers."""
+    """The candidate answers copies of production requests, live or kept ones; clients never see these answers."""
     CANARY = "canary"
-    """The candidate answers a share of the clients."""
+    """The candidate answers the requests of a share of the clients."""
     SWITCHING = "switching"
     """The candidate is becoming the production version."""
     ENDED = "ended"
@@ -71,12 +71,12 @@ class RolloutOutcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SignalRow:
-    """Latest verdict on one signal, as it is stored and shown.
+    """Latest verdict on one signal of a rollout, in the form in which it is stored and shown.
 
     Attributes:
         outcome: `passed`, `failed` or `undecided`.
-        production, candidate: figures of both versions; None without data.
-        low, high: bounds of the loss, valid at any time; infinite bounds are None.
+        production, candidate: the signal's figure for each version; None if there is no data.
+        low, high: anytime-valid confidence bounds on the loss; infinite bounds are None.
         margin: largest acceptable loss.
         units: number of candidate units that contributed.
     """
@@ -93,7 +93,7 @@ class SignalRow:
 
 @dataclass(frozen=True, slots=True)
 class RolloutRecord:
-    """A rollout.
+    """A rollout, as stored.
 
     Attributes:
         previous: version that was in production when the rollout was requested.
@@ -101,12 +101,12 @@ class RolloutRecord:
         plan: shadow and canary steps, and limits.
         step: index of the current canary step.
         step_began_at: time at which the current state or canary step began.
-        stop: reason why a user wants the rollout to stop; None if nobody does.
+        stop: reason for which a user asked to stop the rollout; None if no user did.
         actor, origin: see `svc.identity.actor.Actor`.
         forced: reason for promoting a version that failed a gate; None for any other version.
         why: reason for the outcome.
         gates: results of the gates before the rollout.
-        steps: texts of the completed steps.
+        steps: descriptions of the completed steps.
     """
 
     id: int
@@ -148,6 +148,7 @@ class ShadowPair:
         production_seconds, candidate_seconds: time until the answer was complete.
         production_logprob, candidate_logprob: mean log-probability of the tokens that the version sampled, in nats per
             token; None if unknown.
+        replayed: row id of the kept request that was replayed; None for a copy of a live request.
     """
 
     unit: str
@@ -164,6 +165,7 @@ class ShadowPair:
     candidate_seconds: float
     production_logprob: float | None = None
     candidate_logprob: float | None = None
+    replayed: int | None = None
 
 
 class RolloutView(BaseModel):
@@ -196,7 +198,7 @@ class RolloutView(BaseModel):
 
     @classmethod
     def of(cls, record: RolloutRecord) -> Self:
-        """Return the view of a rollout."""
+        """Return the JSON view of a rollout record."""
         given = {
             "version": str(record.target.version),
             "format": record.target.format,
@@ -265,14 +267,16 @@ def begin_rollout(
 
 
 def active_rollout(store: Store, name: str) -> RolloutRecord | None:
-    """Return the model's rollout that has not ended, if there is one."""
+    """Return the model's rollout that is in progress, or None if there is none."""
     with Session(store) as session:
         row = _active(session, name)
         return _record(session, row) if row else None
 
 
 def find_rollout(store: Store, name: str, rollout: int | None = None) -> RolloutRecord | None:
-    """Return a rollout of a model by its id, or the latest one; None if there is no such rollout."""
+    """Return a model's rollout with the given id, or its latest rollout if no id is given. None if there is
+    none.
+    """
     query = select(RolloutRow).where(RolloutRow.name == name).order_by(RolloutRow.id.desc()).limit(1)
     if rollout is not None:
         query = query.where(RolloutRow.id == rollout)
@@ -289,7 +293,7 @@ def read_rollouts(store: Store, name: str) -> list[RolloutRecord]:
 
 
 def stop_rollout(store: Store, name: str, why: str, entry: AuditEntry) -> RolloutRecord | None:
-    """Ask the server to stop the model's rollout, and record it in the audit log.
+    """Ask the server to stop the model's rollout, and record the request in the audit log.
 
     Returns:
         The rollout, or None if none is in progress or the candidate is already becoming the production version.
@@ -307,10 +311,11 @@ def stop_rollout(store: Store, name: str, why: str, entry: AuditEntry) -> Rollou
 def enter_state(
     store: Store, rollout: int, state: RolloutState, step: int = 0, *, webhooks: Collection[str] = ()
 ) -> RolloutRecord:
-    """Store the state or canary step that a rollout has reached; return the rollout.
+    """Record that a rollout has reached a state or canary step, and return the rollout.
 
     Args:
-        webhooks: URLs to which a message about the transition is sent; entering the same state again is not reported.
+        webhooks: URLs to which a message about the transition is sent. Entering the same state again is not
+            reported.
     """
     with exclusive(store) as session:
         row = _row(session, rollout)
@@ -325,7 +330,8 @@ def enter_state(
 def switch_rollout(store: Store, record: RolloutRecord) -> RolloutRecord | None:
     """Make the candidate the desired version, unless a user has stopped the rollout or promoted another version.
 
-    This is one transaction, so that a rollback comes either before the switch, or after it like any other rollback.
+    The check and the switch are one transaction. A concurrent rollback therefore takes effect either before
+    the switch, or after it like any other rollback.
 
     Returns:
         The rollout in its new state, or None if it may no longer switch.
@@ -344,28 +350,28 @@ def switch_rollout(store: Store, record: RolloutRecord) -> RolloutRecord | None:
 
 
 def store_signals(store: Store, rollout: int, signals: tuple[SignalRow, ...]) -> None:
-    """Store the latest verdicts of a rollout."""
+    """Store the latest signal verdicts of a rollout."""
     with exclusive(store) as session:
         _row(session, rollout).signals = _SIGNALS.dump_json(signals).decode()
 
 
 def add_rollout_step(store: Store, rollout: int, text: str) -> None:
-    """Store the text of a completed step."""
+    """Add a description of a completed step to a rollout."""
     with Session(store) as session, session.begin():
         session.add(RolloutStepRow(rollout_id=rollout, at=datetime.now(UTC), text=text))
 
 
 def add_shadow_pair(store: Store, rollout: int, pair: ShadowPair) -> None:
-    """Store a compared request."""
+    """Store the comparison of one request's answers during a shadow step."""
     with Session(store) as session, session.begin():
         session.add(ShadowPairRow.of(pair, rollout_id=rollout, at=datetime.now(UTC)))
 
 
 def read_shadow_pairs(store: Store, rollout: int, *, skip: int = 0) -> list[ShadowPair]:
-    """Return the compared requests of a rollout, oldest first.
+    """Return the requests compared in a rollout's shadow step, oldest first.
 
     Args:
-        skip: number of the oldest ones that are left out.
+        skip: number of oldest requests to leave out.
     """
     query = select(ShadowPairRow).where(ShadowPairRow.rollout_id == rollout).order_by(ShadowPairRow.id).offset(skip)
     with Session(store) as session:
@@ -373,10 +379,10 @@ def read_shadow_pairs(store: Store, rollout: int, *, skip: int = 0) -> list[Shad
 
 
 def unit_text(rollout: int, unit: str, *, candidate: bool) -> str:
-    """Return the text by which the request log records that a rollout assigned a request to a version.
+    """Return the text with which the request log records that a rollout assigned a request to a version.
 
     Args:
-        unit: hash of the user or conversation; empty if the request was assigned by itself.
+        unit: hash of the user or conversation; empty if the request was assigned on its own.
     """
     return f"{rollout}:{'candidate' if candidate else 'production'}:{unit}"
 
@@ -387,9 +393,10 @@ class AssignedRequest:
 
     Attributes:
         id: id of the request's row.
-        candidate: whether it was assigned to the candidate, even if production answered because no engine ran it.
+        candidate: whether it was assigned to the candidate, even if production answered because no engine
+            was running the candidate.
         reached_engine: whether it was sent to an engine.
-        unit: hash of the user or conversation; empty if the request was assigned by itself.
+        unit: hash of the user or conversation; empty if the request was assigned on its own.
         valid: whether the answer is JSON; None if unknown.
     """
 
@@ -405,7 +412,7 @@ class AssignedRequest:
 
 
 def read_assigned(store: Store, record: RolloutRecord, after: int) -> list[AssignedRequest]:
-    """Return the requests of a rollout whose rows have a higher id than `after`, in the order in which they ended."""
+    """Return a rollout's requests whose row ids are above `after`, in the order in which they finished."""
     query = _assigned(record).where(RequestRow.id > after).order_by(RequestRow.id)
     if not after:
         query = query.where(RequestRow.started_at >= record.requested_at)
@@ -414,9 +421,9 @@ def read_assigned(store: Store, record: RolloutRecord, after: int) -> list[Assig
 
 
 def read_ratings(store: Store, record: RolloutRecord, since: datetime) -> list[tuple[AssignedRequest, datetime, bool]]:
-    """Return the ratings of a rollout's requests since a time, in order.
+    """Return the ratings given to a rollout's requests since the given time, oldest first.
 
-    Each is the rated request, the time of the rating, and whether it is bad.
+    Each entry consists of the rated request, the time of the rating, and whether the rating is bad.
     """
     query = (
         _assigned(record)
@@ -430,7 +437,7 @@ def read_ratings(store: Store, record: RolloutRecord, since: datetime) -> list[t
 
 
 def _assigned(record: RolloutRecord) -> Select[*tuple[Any, ...]]:
-    """Return a query for what a rollout needs of its requests, which never includes texts."""
+    """Return a query for the request columns that a rollout needs, which never include texts."""
     row = RequestRow
     columns = (
         row.id,
@@ -484,7 +491,9 @@ def end_rollout(
 
 
 def _announce_request(session: Session, row: RolloutRow, webhooks: Collection[str]) -> None:
-    """Report the request of a rollout that leaves its first state."""
+    """Store a webhook message saying that a rollout was requested, if the rollout is about to leave its first
+    state.
+    """
     if row.state == RolloutState.REQUESTED:
         _announce(session, row, webhooks, RolloutState.REQUESTED, row.requested_at)
 
@@ -492,7 +501,10 @@ def _announce_request(session: Session, row: RolloutRow, webhooks: Collection[st
 def _announce(
     session: Session, row: RolloutRow, webhooks: Collection[str], what: RolloutState | RolloutOutcome, at: datetime
 ) -> None:
-    """Store a webhook message in the transaction that stores the transition. The steps are left out for their size."""
+    """Store a webhook message in the same transaction as the transition that it reports.
+
+    The rollout's steps are omitted because of their size.
+    """
     if webhooks:
         data = RolloutView.of(_record(session, row)).model_dump(mode="json", exclude={"steps"})
         message = {"type": f"rollout.{what}", "timestamp": at.isoformat(), "data": data}

@@ -9,13 +9,11 @@ from sqlalchemy import Engine as Store
 from sqlalchemy.orm import Session
 
 from svc.store.answered import answered_by
+from svc.store.kept_requests import CALL
 from svc.store.tables import RequestRow
 from svc.version import Target
 
 _ENDS = ("stop", "length")
-_CALL = '{"name": "%", "arguments": %}'
-"""SQL pattern that matches a tool call in a stored answer. Such answers are not scored, because
-`answer_text` rewrote the model's text."""
 _BLANKS = " \t\r\n"
 MOST_TOKENS = 2_048
 """Maximum total number of tokens in a scored prompt and its answer. vLLM does not budget memory for prompt
@@ -74,7 +72,7 @@ def _can_be_scored(without: Sequence[str]) -> ColumnElement[bool]:
         RequestRow.tokens_in + RequestRow.tokens_out <= MOST_TOKENS,
         RequestRow.prompt.is_not(None),
         func.trim(RequestRow.answer, _BLANKS) != "",
-        RequestRow.answer.not_like(_CALL),
-        RequestRow.answer.not_like(f"%\n{_CALL}"),
+        RequestRow.answer.not_like(CALL),  # a tool call
+        RequestRow.answer.not_like(f"%\n{CALL}"),
         *(~content.contains(text, autoescape=True) for content in contents for text in without),
     )

@@ -106,6 +106,15 @@ def end_swap(store: Store, swap_id: int, result: SwapResult) -> None:
         connection.execute(update(SwapRow).where(SwapRow.id == swap_id).values(**asdict(result)))
 
 
+def last_queued_s(store: Store, target: Target) -> float | None:
+    """Return for how long requests were queued in the last in-place swap to a version, or None if there was none."""
+    row = SwapRow
+    query = select(row.queued_s).where(row.kind == SwapKind.INPLACE, row.outcome == SwapOutcome.SUCCEEDED)
+    query = query.where(*(getattr(row, name) == value for name, value in target_columns(target).items()))
+    with Session(store) as session:
+        return session.scalar(query.order_by(row.id.desc()).limit(1))
+
+
 def find_swap(store: Store, name: str, generation: int | None = None) -> SwapRecord | None:
     """Return a model's last swap, or its last swap for a given generation of the desired state."""
     query = select(SwapRow).where(SwapRow.name == name).order_by(SwapRow.id.desc()).limit(1)

@@ -210,6 +210,7 @@ class ShadowPairRow(Table):
     candidate_seconds: Mapped[float]
     production_logprob: Mapped[float | None]
     candidate_logprob: Mapped[float | None]
+    replayed: Mapped[int | None]
 
 
 class RetakenProbesRow(Table):

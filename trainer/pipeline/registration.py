@@ -1,7 +1,7 @@
-"""Turns the results of a run into a version: checked against the recipe's limits, assembled, and registered
-once.
+"""Turns the results of a run into a version: checks them against the recipe's limits, assembles the
+version, and registers it exactly once.
 
-The checks run last, so that nothing is measured again if the limits change.
+The checks come last, so that nothing is measured again if the limits change.
 """
 
 import logging
@@ -70,10 +70,10 @@ _LIBRARIES = ("tuneserve", "torch", "transformers", "peft", "trl", "gptqmodel", 
 
 
 class Registered(BaseModel):
-    """Result of the stage `register`.
+    """Result of the `register` stage.
 
     Attributes:
-        failed: checks that the version failed, although it was registered.
+        failed: checks that the version failed. It was registered nevertheless.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -120,18 +120,18 @@ class Registration:
 
     @cached_property
     def qualified(self) -> dict[Format, Qualified]:
-        """The formats with a complete model, scored by the recipe's metrics."""
+        """Results of the formats that are complete models, scored with the recipe's metrics."""
         measured = self.evaluation.qualified
         return {format: self.evaluation.judge_format(qualified) for format, qualified in measured.items()}
 
     @cached_property
     def forgetting(self) -> dict[Format, Forgetting]:
-        """Measured forgetting of each format; empty if no general questions were asked."""
+        """Forgetting measured for each format. It is empty if no general questions were asked."""
         return self.evaluation.forgotten
 
     @cached_property
     def gates(self) -> tuple[GateReport, ...]:
-        """Verdicts of the recipe's gates, which limit the quality lost by quantization and training."""
+        """Verdicts of the recipe's gates, which limit how much quality quantization and training may lose."""
         limits = self.recipe.evaluate
         reports: list[GateReport] = []
         if len(self.qualified) == 2:
@@ -150,7 +150,7 @@ class Registration:
 
     @property
     def primary(self) -> Metric:
-        """The primary metric, by which GPTQ is gated."""
+        """The primary metric, which also decides the GPTQ gate."""
         return self.evaluation.metrics[0]
 
     def figures(self) -> dict[str, float]:
@@ -162,10 +162,11 @@ class Registration:
         return figures | {f"nll_{name}": report.nll.value for name, report in reports.items()}
 
     def register(self, *, failed_too: bool) -> Manifest:
-        """Register the version, or return the manifest if an interrupted run has already registered it.
+        """Register the version and return its manifest. If this run already registered it before an interruption,
+        return the existing manifest.
 
         Args:
-            failed_too: also register a version that fails a check; it cannot be promoted.
+            failed_too: whether to register the version even if it fails a check. It can then not be promoted.
 
         Raises:
             TrainingError: the version fails a check.
@@ -191,8 +192,8 @@ class Registration:
         return manifest
 
     def _log_report(self, manifest: Manifest) -> str | None:
-        """Log the report to MLflow and return its URL. If MLflow fails, return None, because the version is
-        complete without it.
+        """Log the report to MLflow and return its URL. If MLflow fails, return None: the version is complete
+        without the report.
         """
         try:
             page = report_page(gather_report(self.registry, manifest.id))
@@ -202,7 +203,9 @@ class Registration:
             return None
 
     def _check(self, *, failed_too: bool) -> tuple[str, ...]:
-        """Print and return the checks that the version fails. Without `failed_too`, raise at the first failure."""
+        """Print and return the checks that the version fails. Without `failed_too`, the first failure raises an
+        error instead.
+        """
         failed = []
         gates = (partial(check_gate, gate, self.recipe.evaluate.undecided) for gate in self.gates)
         checks: list[Callable[[], None]] = [self._check_parity, *gates]
@@ -224,7 +227,9 @@ class Registration:
             )
 
     def _published(self, failed: tuple[str, ...]) -> Manifest | None:
-        """Return the manifest that this run published with the same results before it was interrupted, or None."""
+        """Return the manifest that this run published before it was interrupted, if the results are still the same.
+        Otherwise return None.
+        """
         for version_id in reversed(self.registry.versions(self.recipe.name)):
             try:
                 manifest = self.registry.manifest(version_id)
@@ -236,7 +241,7 @@ class Registration:
         return None
 
     def _matches(self, manifest: Manifest) -> bool:
-        """Return whether a version registered by this run has the current recipe and the current results."""
+        """Return whether a version registered by this run matches the current recipe and results."""
         same = manifest.data.heldout_fingerprint == self.examples.heldout_fingerprint
         recorded = {format: record.evaluation for format, record in manifest.formats.items() if record.evaluation}
         # The evaluations differ if a metric function has been fixed since.
@@ -311,8 +316,8 @@ class Registration:
         return formats
 
     def _reference(self) -> Path:
-        """Write the reference for later traffic and answers to a new folder, because an earlier one may be
-        read-only.
+        """Write the reference with which later traffic and answers are compared. It goes to a new folder, because
+        an earlier one may be read-only.
         """
         folder = self.run.fresh(self.run.reference)
         folder.mkdir()
@@ -330,7 +335,7 @@ class Registration:
         return folder
 
     def _record(self) -> RunRecord:
-        """Return the record of the training run that is stored with the version."""
+        """Return the record of the training run, which is stored with the version."""
         training = self.training
         return RunRecord(
             machine=MachineRecord.of_this_one(),
@@ -344,7 +349,8 @@ class Registration:
 
 
 def _write_data_reference(folder: Path, examples: Examples, seed: int) -> None:
-    """Write the drift sample, text space, data summary and training prompt hashes.
+    """Write the parts of a version's reference that come from its data: drift sample, text space, data summary
+    and training prompt hashes.
 
     Args:
         folder: the reference folder of a run.

@@ -1,4 +1,4 @@
-"""Verdicts on a candidate from the traffic of its rollout."""
+"""Decide from the traffic of a rollout whether its candidate passes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,10 +13,10 @@ from svc.evaluation.verdict import GateOutcome
 
 
 class Signal(StrEnum):
-    """What is compared; lower is better in each."""
+    """What a rollout compares between candidate and production. For every signal, lower is better."""
 
     ERRORS = "errors"
-    """Share of requests that the server failed."""
+    """Share of requests that failed because of the server."""
     INVALID = "invalid"
     """Share of invalid outputs."""
     FIRST_TOKEN = "first_token"  # noqa: S105
@@ -28,12 +28,12 @@ class Signal(StrEnum):
 TYPICAL_SHARES: Mapping[Signal, float] = MappingProxyType(
     {Signal.ERRORS: 0.01, Signal.INVALID: 0.02, Signal.FEEDBACK: 0.2}
 )
-"""Assumed shares in production, before any traffic is measured."""
+"""Shares of errors, invalid outputs and bad ratings assumed for production before any traffic is measured."""
 
 
 @dataclass(frozen=True)
 class Margins:
-    """Largest allowed losses: a ratio for `first_token`, differences of shares for the others."""
+    """Largest allowed loss of each signal: a ratio for `first_token`, and a difference in shares for all others."""
 
     errors: float = 0.01
     invalid: float = 0.01
@@ -49,11 +49,12 @@ class Margins:
 
 @dataclass(frozen=True, slots=True)
 class SignalVerdict:
-    """Comparison of the arms in one signal.
+    """Comparison of candidate and production on one signal.
 
     Attributes:
-        outcome: `failed` if a loss beyond the margin is proven, `passed` if one is excluded, else `undecided`.
-        loss: None until both arms have data in one period.
+        outcome: `failed` if a loss beyond the margin is proven, `passed` if such a loss is ruled out, else
+            `undecided`.
+        loss: measured loss, or None until both arms have data in the same period.
         margin: largest allowed loss.
     """
 
@@ -66,15 +67,15 @@ class SignalVerdict:
 
     @property
     def has_data(self) -> bool:
-        """Whether both arms have data. A signal without data is undecided, and holds no rollout."""
+        """Whether both arms have data. A signal without data is undecided and does not hold up the rollout."""
         return bool(self.production.units and self.candidate.units)
 
 
 class Analysis:
-    """The evidence of one rollout, over all its steps.
+    """The evidence that a rollout has collected over all its steps.
 
-    Units stay in the candidate's arm once they are assigned to it, and the evidence is never reset, so the error budget
-    holds for the rollout as a whole.
+    Units stay with the candidate once they are assigned to it, and the evidence is never reset. The error
+    budget therefore applies to the rollout as a whole.
     """
 
     def __init__(self, margins: Margins | None = None, budget: Budget | None = None) -> None:
@@ -95,37 +96,37 @@ class Analysis:
         self._raters = OncePerStep()
 
     def add(self, request: Request) -> None:
-        """Add a finished request; requests are added in the order of their ends."""
+        """Add a finished request. Requests must be added in the order in which they ended."""
         for unit in self._units.add(request):
             self._add_unit(unit)
 
     def rate(self, rating: Rating) -> None:
-        """Add a rating. The first rating of each unit in a step counts."""
+        """Add a rating. Only a unit's first rating in each step counts."""
         if self._raters.admit(rating.unit, rating.arm):
             self._feedback.add(rating.arm, float(rating.negative))
 
     def start_step(self) -> None:
-        """Start the next step of the rollout: the candidate's share grows."""
+        """Start the next step of the rollout, in which the candidate's share grows."""
         for unit in self._units.start_step():
             self._add_unit(unit)
         self._raters.start_step()
 
     @property
     def units(self) -> int:
-        """Number of the candidate's closed units."""
+        """Number of candidate units whose observation is complete."""
         return self._errors.units(Arm.CANDIDATE)
 
     @property
     def outcomes(self) -> dict[Signal, GateOutcome]:
-        """Outcome of each signal; cheap enough for every request, unlike `verdicts`."""
+        """Outcome of each signal. Unlike `verdicts`, it is cheap enough to compute for every request."""
         return {signal: comparison.outcome() for signal, comparison in self._comparisons.items()}
 
     @property
     def outcome(self) -> GateOutcome:
         """Outcome of the rollout so far.
 
-        `failed` if a loss is proven in any signal, `passed` if losses are excluded in every signal with data. Ratings
-        are too rare to exclude a loss in time, so they do not hold a rollout.
+        `failed` if a loss is proven for any signal, `passed` if a loss is ruled out for every signal that has data.
+        Ratings are too rare to rule out a loss in time, so they do not hold up a rollout.
         """
         with_data = {
             signal: comparison.outcome()
@@ -142,12 +143,12 @@ class Analysis:
     def detectable(
         self, units: int, share: float, production: Mapping[Signal, float] = TYPICAL_SHARES
     ) -> dict[Signal, float]:
-        """Return the smallest loss of each signal that this rollout proves with 80 % power.
+        """Return the smallest loss of each signal that this rollout can detect with 80% power.
 
         Args:
-            units: planned number of candidate units with data in the signal, at least 1.
-            share: the candidate's share of the units, above 0 and below 1.
-            production: shares in production, of the signals that are shares.
+            units: planned number of candidate units with data for the signal; at least 1.
+            share: the candidate's share of the units; above 0 and below 1.
+            production: production's values of the signals that are shares.
         """
         error = self._budget.wrong_rollback
         margins = {
@@ -163,7 +164,7 @@ class Analysis:
         }
 
     def verdicts(self) -> tuple[SignalVerdict, ...]:
-        """Return the verdict on each signal, with figures and limits.
+        """Return the verdict on each signal, including measured values and their limits.
 
         Takes about 10 ms after 3,000 candidate units, so long rollouts call it in a thread.
         """

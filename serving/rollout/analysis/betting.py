@@ -1,17 +1,18 @@
-"""Evidence about a loss, collected by bets, that may be checked at any time.
+"""Collect evidence about a loss by betting, so that it can be checked at any time.
 
-A bet stakes a part c of its money on a payoff of at least -1: the money is multiplied by 1 + c * payoff. If the payoffs
-are at most 0 on average, whatever came before, the money grows to 1 / a at any time with a probability of at most a
-(Ville's inequality). So there is no fixed sample size, and frequent checks add no wrong decisions (Waudby-Smith and
-Ramdas 2024, "Estimating means of bounded random variables by betting", J. R. Stat. Soc. B 86).
+A bet stakes a fraction c of its money on a payoff of at least -1, which multiplies the money by 1 + c *
+payoff. If the payoffs are at most 0 on average, whatever came before, the probability that the money ever
+reaches 1 / a is at most a (Ville's inequality). So there is no fixed sample size, and frequent checks do
+not add wrong decisions (Waudby-Smith and Ramdas 2024, "Estimating means of bounded random variables by
+betting", J. R. Stat. Soc. B 86).
 
-A difference between -1 and 1 gives two payoffs: `proof` is at most 0 on average if the mean difference is at most a
-bound, `exclusion` if the mean difference is at least the bound. All bounds that are not refuted form a confidence
-sequence.
+A difference between -1 and 1 gives two payoffs: `proof` is at most 0 on average if the mean difference is
+at most a bound, `exclusion` if the mean difference is at least the bound. The bounds that are not refuted
+form a confidence sequence.
 
-The money is divided among a few fixed stakes. Adaptive stakes (aGRAPA, in the same paper) prove losses as early, but
-rarely exclude a loss of one point: they stop betting after an early chance loss, and need 1.5 to more than 3 times as
-many units.
+The money is divided among a few fixed stakes. Adaptive stakes (aGRAPA, in the same paper) prove losses as
+early, but rarely rule out a loss of one percentage point: they stop betting after an early chance loss, and
+need 1.5 to more than 3 times as many units.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,20 +26,21 @@ from svc.evaluation.verdict import GateOutcome
 Floats = NDArray[np.float64]
 
 STAKES = (0.1, 0.2, 0.4, 0.8)
-"""Parts of the money staked on each payoff. The largest proves a gross loss within 50 candidate units, the smallest
-fits losses close to the margin of frequent events."""
+"""Fractions of the money staked on each payoff. The largest proves a gross loss within 50 candidate units. The
+smallest suits losses close to the margin in frequent events."""
 _MAX_MONEY = 1e100  # far beyond any decision, and far from overflow
 _BISECTIONS = 20
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Probabilities of wrong decisions in one rollout.
+    """Allowed probabilities of wrong decisions in one rollout.
 
     Attributes:
-        wrong_rollback: of proving a loss beyond its margin, in any signal, although there is none.
-        wrong_advance: of excluding a loss beyond its margin in all signals, although there is one. The budget is not
-            divided among signals: a candidate that is worse in one signal advances only if that signal errs.
+        wrong_rollback: probability of proving a loss beyond the margin, for any signal, although there is none.
+        wrong_advance: probability of ruling out a loss beyond the margin for all signals, although there is
+            one. The budget is not divided among signals: a candidate that is worse in one signal advances only
+            if that signal's verdict is wrong.
     """
 
     wrong_rollback: float = 0.005
@@ -50,17 +52,17 @@ class Budget:
 
 
 def proof(differences: Floats, bound: float) -> Floats:
-    """Return payoffs that are at most 0 on average if the mean difference is at most `bound`, which is above -1."""
+    """Return payoffs whose mean is at most 0 whenever the mean difference is at most `bound` (must exceed -1)."""
     return (differences - bound) / (1 + bound)
 
 
 def exclusion(differences: Floats, bound: float) -> Floats:
-    """Return payoffs that are at most 0 on average if the mean difference is at least `bound`, which is below 1."""
+    """Return payoffs whose mean is at most 0 whenever the mean difference is at least `bound` (must be below 1)."""
     return (bound - differences) / (1 - bound)
 
 
 def wealth(payoffs: Floats, counts: Floats | float = 1.0) -> float:
-    """Return the money of bets on all payoffs, starting from 1.
+    """Return the money after betting on all payoffs, starting from 1.
 
     Args:
         counts: how often each payoff occurred.
@@ -70,7 +72,7 @@ def wealth(payoffs: Floats, counts: Floats | float = 1.0) -> float:
 
 
 class Evidence:
-    """Evidence for and against a mean difference beyond a margin.
+    """Evidence for and against a mean difference that exceeds a margin.
 
     Args:
         margin: at least 0 and below 1.
@@ -82,13 +84,13 @@ class Evidence:
         self._exclusion = [1.0] * len(STAKES)
 
     def add(self, difference: float) -> None:
-        """Add the difference of a block, between -1 and 1."""
+        """Add the difference measured in a block, which must be between -1 and 1."""
         beyond = difference - self._margin
         self._proof = _bet(self._proof, beyond / (1 + self._margin))
         self._exclusion = _bet(self._exclusion, -beyond / (1 - self._margin))
 
     def outcome(self, budget: Budget) -> GateOutcome:
-        """Return whether a loss beyond the margin is proven, excluded, or neither."""
+        """Return whether a loss beyond the margin is proven, ruled out, or neither."""
         if sum(self._proof) / len(STAKES) >= 1 / budget.wrong_rollback:
             return GateOutcome.FAILED
         if sum(self._exclusion) / len(STAKES) >= 1 / budget.wrong_advance:
@@ -106,15 +108,18 @@ def limits(
     budget: Budget,
     between: tuple[float, float],
 ) -> tuple[float, float]:
-    """Return the limits of a loss: the largest refuted from below, and the smallest refuted from above.
+    """Return anytime-valid confidence limits of a loss.
 
-    The limits hold at any time, each with the error probability of its decision: the lower limit is above the margin
-    exactly if a loss is proven, and the upper limit is at most the margin if it is excluded.
+    The lower limit is the largest bound refuted from below, the upper limit the smallest refuted from above.
+    Each has the error probability of its decision: the lower limit is above the margin if and only if a loss is
+    proven, and the upper limit is at most the margin if a loss is ruled out.
 
     Args:
-        proof_at: returns the money against the claim that the loss is at most this bound; falls with the bound.
-        exclusion_at: returns the money against the claim that the loss is at least this bound; grows with the bound.
-        between: range of the loss, returned where nothing is refuted.
+        proof_at: function that returns the money against the claim that the loss is at most a bound. It
+            decreases with the bound.
+        exclusion_at: function that returns the money against the claim that the loss is at least a bound. It
+            increases with the bound.
+        between: range of the loss, whose ends are returned where nothing is refuted.
     """
     lowest, highest = between
     low = last_refuted(lambda bound: proof_at(bound) >= 1 / budget.wrong_rollback, lowest, highest)
@@ -123,7 +128,7 @@ def limits(
 
 
 def last_refuted(refuted: Callable[[float], bool], end: float, other: float) -> float:
-    """Return the last refuted bound on the way from one end of a range to the other; the first end if none is."""
+    """Search from `end` towards `other` for the last refuted bound. Return `end` if none is refuted."""
     if not refuted(end):
         return end
     for _ in range(_BISECTIONS):
@@ -136,7 +141,7 @@ def last_refuted(refuted: Callable[[float], bool], end: float, other: float) -> 
 
 
 def difference_limits(differences: Mapping[float, int], budget: Budget) -> tuple[float, float]:
-    """Return the limits of a mean difference.
+    """Return anytime-valid confidence limits of a mean difference.
 
     Args:
         differences: how often each difference occurred.

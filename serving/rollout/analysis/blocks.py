@@ -1,4 +1,7 @@
-"""Blocks: the two arms are compared within short periods, so that day and night, load and outages cancel out."""
+"""Compare candidate and production within short periods, called blocks.
+
+Effects of time of day, load and outages therefore cancel out.
+"""
 
 from dataclasses import dataclass, field
 
@@ -7,7 +10,7 @@ from serving.rollout.analysis.units import Arm
 
 @dataclass(slots=True)
 class Block:
-    """Observations of one period, with at least one unit of each arm.
+    """Observations of one period, which contains at least one unit of each arm once it is complete.
 
     At a candidate share of 5 %, a block has one candidate unit and about 19 production units.
     """
@@ -17,22 +20,22 @@ class Block:
 
     @property
     def difference(self) -> float:
-        """Mean of the candidate minus mean of production."""
+        """Mean of the candidate's observations minus mean of production's."""
         return sum(self.candidate) / len(self.candidate) - sum(self.production) / len(self.production)
 
 
 class Blocks:
-    """Divides a sequence of observations into blocks; a block ends as soon as it has a unit of each arm.
+    """Divides a sequence of observations into blocks. A block ends as soon as it has a unit of each arm.
 
     Attributes:
-        open: the incomplete block.
+        open: the block that is not complete yet.
     """
 
     def __init__(self) -> None:
         self.open = Block()
 
     def add(self, arm: Arm, value: float) -> Block | None:
-        """Add a unit's observation; return the block that it completes, or None."""
+        """Add a unit's observation. Return the block that it completes, or None."""
         block = self.open
         if arm is Arm.CANDIDATE:
             block.candidate.append(value)

@@ -1,4 +1,4 @@
-"""Comparisons of the candidate with production in one signal: a share of units, or the 95th percentile of a time."""
+"""Compare candidate and production on one signal, either a share of units or the 95th percentile of a time."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -23,22 +23,23 @@ from svc.evaluation.verdict import GateOutcome
 
 PERCENTILE = 0.95
 _MIN_PRODUCTION = 50
-"""Units of production before times are compared, for a first estimate of their 95th percentile."""
+"""Number of production units needed for a first estimate of their 95th percentile. Times are not compared
+before."""
 _GROWTH = 1.01
-"""Growth of production's units between two estimates."""
+"""Factor by which the number of production units must grow before the percentile is estimated again."""
 _RATIOS = (0.01, 100.0)
 _FIGURE_ERROR = 0.05
-"""Probability that a percentile is ever outside its displayed limits."""
+"""Probability that a percentile ever lies outside the limits displayed for it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """What was measured in one arm.
+    """Measured value of a signal in one arm, production or candidate.
 
     Attributes:
         units: number of units with data.
-        value: mean share of the units, or 95th percentile in seconds. None without units.
-        low, high: limits of the 95th percentile that hold at any time; None for shares, or if unknown.
+        value: mean share over the units, or 95th percentile in seconds. None if there are no units.
+        low, high: anytime-valid limits of the 95th percentile, or None for shares or if unknown.
     """
 
     units: int
@@ -49,12 +50,12 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """How much worse the candidate is, with limits that hold at any time.
+    """How much worse the candidate is than production, with anytime-valid limits.
 
     Attributes:
         value: difference of shares, or ratio of times, averaged over blocks.
-        low: a loss of at most this is refuted, with the error probability of a rollback.
-        high: a loss of at least this is refuted, with the error probability of an advance.
+        low: lower limit of the loss. Smaller losses are refuted, with the error probability of a rollback.
+        high: upper limit of the loss. Larger losses are refuted, with the error probability of an advance.
     """
 
     value: float
@@ -64,7 +65,7 @@ class Loss:
 
 @dataclass(slots=True)
 class _Total:
-    """Number and sum of the observations of one arm in complete blocks."""
+    """Number and sum of one arm's observations in complete blocks."""
 
     units: int = 0
     sum: float = 0.0
@@ -75,10 +76,10 @@ class _Total:
 
 
 class ShareComparison:
-    """Compares a share, such as that of failed requests.
+    """Compares a share, such as the share of failed requests, between candidate and production.
 
     Args:
-        margin: largest allowed difference; at least 0 and below 1.
+        margin: largest allowed difference, at least 0 and below 1.
     """
 
     def __init__(self, margin: float, budget: Budget) -> None:
@@ -90,7 +91,7 @@ class ShareComparison:
         self._totals = {arm: _Total() for arm in Arm}
 
     def add(self, arm: Arm, share: float) -> None:
-        """Add a unit."""
+        """Add the observation of a unit."""
         if block := self._blocks.add(arm, share):
             self._totals[Arm.PRODUCTION].add(block.production)
             self._totals[Arm.CANDIDATE].add(block.candidate)
@@ -102,7 +103,7 @@ class ShareComparison:
         return self._evidence.outcome(self._budget)
 
     def units(self, arm: Arm) -> int:
-        """Return the number of units with data."""
+        """Return the number of an arm's units that have data."""
         return self._totals[arm].units + len(self._open(arm))
 
     def figure(self, arm: Arm) -> Figure:
@@ -110,7 +111,7 @@ class ShareComparison:
         return Figure(units, (self._totals[arm].sum + sum(self._open(arm))) / units if units else None)
 
     def loss(self) -> Loss | None:
-        """Return the difference of the shares; None before the first block is complete."""
+        """Return the difference in shares, or None before the first block is complete."""
         if not self._differences:
             return None
         mean = sum(value * count for value, count in self._differences.items()) / self._differences.total()
@@ -121,13 +122,13 @@ class ShareComparison:
 
 
 class LatencyComparison:
-    """Compares the 95th percentile of a time.
+    """Compares the 95th percentile of a time between candidate and production.
 
-    The compared shares are those of candidate units above `margin` times a threshold, and of production units above the
-    threshold. The threshold is an estimate of production's 95th percentile from before the block. If every quantile of
-    the candidate is at most `margin` times production's, the first share is at most the second at any threshold. So an
-    inaccurate threshold costs power, but adds no wrong proofs. Other ratios in place of `margin` give the limits of the
-    ratio.
+    It compares two shares: candidate units above `margin` times a threshold, and production units above the
+    threshold. The threshold is production's 95th percentile as estimated before the block. If every quantile of
+    the candidate is at most `margin` times production's, the first share is at most the second at any
+    threshold. So an inaccurate threshold costs power, but adds no wrong proofs. Replacing `margin` by other
+    ratios gives the limits of the ratio.
 
     Confidence sequences of both percentiles (Howard and Ramdas 2022) need about five times as many units for the
     same decision.
@@ -149,7 +150,7 @@ class LatencyComparison:
         self._slow = list[float]()  # share of each block's production units above the threshold
 
     def add(self, arm: Arm, seconds: float) -> None:
-        """Add a unit."""
+        """Add the observation of a unit."""
         production = self._times[Arm.PRODUCTION]
         self._times[arm].add(seconds)
         if self._threshold is None:
@@ -167,7 +168,7 @@ class LatencyComparison:
         self._estimate(production)
 
     def _estimate(self, production: Times) -> None:
-        """Set the threshold for the next block."""
+        """Set the threshold for the next block from production's times."""
         if production.count >= self._next_estimate:
             self._threshold = production.quantile(PERCENTILE)
             self._next_estimate = _GROWTH * production.count
@@ -176,7 +177,7 @@ class LatencyComparison:
         return self._evidence.outcome(self._budget)
 
     def units(self, arm: Arm) -> int:
-        """Return the number of units with data."""
+        """Return the number of an arm's units that have data."""
         return self._times[arm].count
 
     def figure(self, arm: Arm) -> Figure:
@@ -186,7 +187,7 @@ class LatencyComparison:
         return Figure(times.count, times.quantile(PERCENTILE), *times.limits(PERCENTILE, _FIGURE_ERROR))
 
     def loss(self) -> Loss | None:
-        """Return the ratio of the times, from 0.01 to 100; None before the first block is complete."""
+        """Return the ratio of the times, from 0.01 to 100, or None before the first block is complete."""
         if not self._slow:
             return None
         ratios, slow = np.array(self._ratios, dtype=np.float64), np.array(self._slow, dtype=np.float64)

@@ -1,8 +1,9 @@
-"""The smallest loss that a number of candidate units proves, before any of them has arrived.
+"""Calculate in advance the smallest loss that a rollout can prove with a given number of candidate units.
 
-Approximations: units are single requests, so sessions prove smaller losses; a block has one candidate unit and the
-usual number of production units; and the logarithm of a bet's money is normally distributed, with the exact mean and
-variance of one block. A loss counts as proven if one of the stakes, with its part of the money, proves it with 80 %
+The result is approximate. It assumes that each unit is a single request (sessions can prove smaller
+losses), that a block has one candidate unit and the usual number of production units, and that the
+logarithm of a bet's money is normally distributed, with the mean and variance calculated exactly for one
+block. A loss is considered proven if one of the stakes, with its share of the money, proves it with 80%
 power. Times are assumed to be lognormal.
 """
 
@@ -16,22 +17,22 @@ from serving.rollout.analysis.comparisons import PERCENTILE
 _Z_POWER = 0.841621
 """Standard normal quantile at 0.8."""
 _SIGMA = 0.5
-"""Assumed standard deviation of the logarithm of a time: the 95th percentile is 2.3 times the median."""
+"""Assumed standard deviation of a time's logarithm. With it, the 95th percentile is 2.3 times the median."""
 _MAX_RATIO = 100.0
 _BISECTIONS = 30
 
 
 def detectable_difference(units: int, share: float, production: float, margin: float, error: float) -> float:
-    """Return the smallest difference of shares that is proven to be beyond the margin with 80 % power.
+    """Return the smallest difference in shares that can be detected as exceeding the margin with 80% power.
 
     Args:
-        units: number of candidate units, at least 1.
-        share: the candidate's share of the units, above 0 and below 1.
-        production: share in production, for example of failed requests.
+        units: number of candidate units; at least 1.
+        share: the candidate's share of the units; above 0 and below 1.
+        production: production's value of the share, such as its share of failed requests.
         error: allowed probability of a wrong proof.
 
     Returns:
-        The difference; 1 if not even the largest difference is proven.
+        The difference, or 1 if not even the largest difference can be detected.
     """
     return _smallest(
         lambda loss: _is_proven(units, share, min(1.0, production + loss), production, margin, error), margin, 1.0
@@ -39,7 +40,7 @@ def detectable_difference(units: int, share: float, production: float, margin: f
 
 
 def detectable_ratio(units: int, share: float, margin: float, error: float) -> float:
-    """Return the smallest ratio of 95th percentiles that is proven to be beyond the margin with 80 % power.
+    """Return the smallest ratio of 95th percentiles that can be detected as exceeding the margin with 80% power.
 
     Args:
         units, share, error: as in `detectable_difference`.
@@ -65,10 +66,10 @@ def _smallest(proven: Callable[[float], bool], low: float, high: float) -> float
 
 
 def _is_proven(units: int, share: float, candidate: float, production: float, margin: float, error: float) -> bool:
-    """Return whether one of the stakes proves a loss beyond the margin.
+    """Return whether at least one of the stakes proves a loss beyond the margin.
 
     Args:
-        candidate, production: shares of units with the event in each arm.
+        candidate, production: share of each arm's units that have the event.
     """
     # A block may contain several candidate units before the first one of production.
     blocks = units / (1 + share / (1 - share) - share)

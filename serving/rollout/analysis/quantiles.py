@@ -1,9 +1,9 @@
-"""Quantiles of times, with limits that hold at any time."""
+"""Quantiles of times, with anytime-valid confidence limits."""
 
 import math
 
 _RESOLUTION = math.log(1.01)
-"""Width of the bins, on a logarithmic scale: 1 %."""
+"""Width of the histogram's bins on a logarithmic scale, which is 1%."""
 _SHORTEST_S, _LONGEST_S = 1e-4, 1e5
 _BINS = math.ceil(math.log(_LONGEST_S / _SHORTEST_S) / _RESOLUTION) + 1
 
@@ -26,7 +26,7 @@ class Times:
             self._highest = place
 
     def quantile(self, share: float) -> float:
-        """Return the time that this share of the times does not exceed, rounded up by at most 1 %.
+        """Return a quantile of the times, rounded up by at most 1%.
 
         Raises:
             ValueError: there are no times.
@@ -36,16 +36,16 @@ class Times:
         return self._upper_edge(self._bin(math.ceil(share * self.count)))
 
     def limits(self, share: float, error: float) -> tuple[float, float | None]:
-        """Return limits of the quantile that hold at any time.
+        """Return anytime-valid confidence limits of a quantile.
 
-        Howard and Ramdas 2022, "Sequential estimation of quantiles with applications to A/B testing and best-arm
-        identification", Bernoulli 28, equation 3 (an iterated-logarithm bound).
+        The method is that of Howard and Ramdas 2022, "Sequential estimation of quantiles with applications to A/B
+        testing and best-arm identification", Bernoulli 28, equation 3 (an iterated-logarithm bound).
 
         Args:
-            error: probability that the quantile is ever outside the limits.
+            error: allowed probability that the quantile is ever outside the limits.
 
         Returns:
-            The lower limit, 0 if unknown, and the upper limit, None if unknown.
+            The lower limit (0 if unknown) and the upper limit (None if unknown).
         """
         if not self.count:
             return 0.0, None
@@ -56,7 +56,10 @@ class Times:
         return low, self._upper_edge(self._bin(above)) if above <= self.count else None
 
     def _bin(self, rank: int) -> int:
-        """Return the bin of the time with this rank, counted from 1. The search starts at the longest times."""
+        """Return the histogram bin that contains the time with the given rank.
+
+        Ranks start at 1, and the search starts at the longest times.
+        """
         place, above = self._highest, self.count - rank
         while (above := above - self._counts[place]) >= 0:
             place -= 1

@@ -1,4 +1,7 @@
-"""Units of analysis: the requests of one user count as one observation, because they depend on each other."""
+"""Group requests into units of analysis.
+
+Requests from the same user depend on each other, so they count as one observation.
+"""
 
 import statistics
 from collections import deque
@@ -7,11 +10,11 @@ from enum import StrEnum
 from typing import NamedTuple
 
 WINDOW_S = 60.0
-"""Length of a unit's observation, from the end of its first request, in seconds."""
+"""How long a unit is observed, in seconds, starting when its first request ends."""
 
 
 class Arm(StrEnum):
-    """The version to which a unit is assigned."""
+    """The version that a unit is assigned to."""
 
     PRODUCTION = "production"
     CANDIDATE = "candidate"
@@ -19,14 +22,16 @@ class Arm(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A finished request, reduced to what the analysis needs.
+    """A finished request, reduced to the fields that the analysis needs.
 
     Attributes:
-        unit: key of what was assigned to the arm: the user, or else the conversation. None if the request has neither,
-            so that it is a unit by itself.
-        ended_at: end of the request, in seconds since any fixed time.
-        failed: whether the server failed the request. Requests with a client's own mistake (4xx) are not added.
-        valid: whether the output is valid, for example JSON that matches its schema. None if nothing was checked.
+        unit: key of the user or, if there is none, the conversation that was assigned to the arm. None if the
+            request has neither, which makes it a unit by itself.
+        ended_at: when the request ended, in seconds since any fixed time.
+        failed: whether the request failed because of the server. Requests that failed because of the client
+            (4xx) are not added.
+        valid: whether the output is valid, for example JSON that matches its schema. None if it was not
+            checked.
         first_token_s: time to the first token, or the total time if the answer was not streamed, in seconds. None if
             the request failed.
     """
@@ -54,12 +59,13 @@ class Rating:
 
 
 class Unit(NamedTuple):
-    """The observation of a unit.
+    """Combined observation of a unit's requests.
 
     Attributes:
         errors: share of failed requests.
-        invalid: share of invalid outputs among the checked ones. None if nothing was checked.
-        first_token_s: median time to the first token, in seconds. None if no request had one.
+        invalid: share of invalid outputs among those checked, or None if none were checked.
+        first_token_s: median time to the first token, in seconds. None if no request has a time to the first
+            token.
     """
 
     arm: Arm
@@ -70,7 +76,7 @@ class Unit(NamedTuple):
 
 @dataclass(slots=True)
 class _OpenUnit:
-    """The requests of a unit whose observation has not ended."""
+    """A unit that is still being observed, with its requests so far."""
 
     name: str
     arm: Arm
@@ -89,17 +95,18 @@ class _OpenUnit:
 
 
 class OncePerStep:
-    """Tells whether a unit may still be observed in the current step of the rollout.
+    """Tracks whether a unit may still be observed in the current step of the rollout.
 
-    When the candidate's share grows, units of production may be observed once more: some of them, drawn at random, are
-    assigned to the candidate now. Units of the candidate stay there, so another observation would repeat the first.
+    When the candidate's share grows, some production units, drawn at random, are assigned to the candidate.
+    Production units may therefore be observed once more. Candidate units stay with the candidate, so another
+    observation would only repeat the first.
     """
 
     def __init__(self) -> None:
         self._observed = dict[str, Arm]()
 
     def admit(self, unit: str | None, arm: Arm) -> bool:
-        """Return whether the unit has not been observed yet, and count it as observed. None is always a new unit."""
+        """Return whether a unit is not observed yet, and mark it as observed. None is always a new unit."""
         if unit is None:
             return True
         if unit in self._observed:
@@ -108,15 +115,15 @@ class OncePerStep:
         return True
 
     def start_step(self) -> None:
-        """Allow units of production to be observed again."""
+        """Allow production units to be observed again."""
         self._observed = {unit: arm for unit, arm in self._observed.items() if arm is Arm.CANDIDATE}
 
 
 class Units:
-    """Collects requests into units, closed in the order in which their observations end.
+    """Groups requests into units, and returns the units in the order in which their observations end.
 
-    A unit is observed for `WINDOW_S`, once per step, so a client with a third of the traffic counts as much as any
-    other.
+    Each unit is observed once per step, for `WINDOW_S`. A client with a third of the traffic therefore counts
+    as much as any other.
     """
 
     def __init__(self) -> None:
@@ -125,7 +132,10 @@ class Units:
         self._once = OncePerStep()
 
     def add(self, request: Request) -> list[Unit]:
-        """Add a request; return the units that close before it, then the request if it is a unit by itself."""
+        """Add a request, and return the units that are complete as a result.
+
+        A request without a unit is a unit by itself, and is returned last.
+        """
         closed: list[Unit] = []  # `list[Unit]()` takes a microsecond longer
         while self._order and self._order[0].closes_at <= request.ended_at:
             closed.append(self._close_oldest())
@@ -143,7 +153,7 @@ class Units:
         return closed
 
     def start_step(self) -> list[Unit]:
-        """Close and return all open units, and allow units of production to be observed again, in either arm."""
+        """Close all open units and return them. Production units may then be observed again, in either arm."""
         closed = [self._close_oldest() for _ in range(len(self._order))]
         self._once.start_step()
         return closed

@@ -1,1 +1,1 @@
-"""Gates: what a version must fulfil before it is promoted. They read stored results only and need no engine."""
+"""Gates that a version must pass before it is promoted. They only read stored results and need no engine."""

@@ -1,6 +1,6 @@
-"""Gates that an operator configures: a command, a Python function or a file of results.
+"""Run gates that an operator configures, each of which is a command, a Python function or a file of results.
 
-Commands and functions come from the settings alone; no client and no version can choose them.
+Commands and functions come only from the settings. Neither a client nor a version can choose them.
 """
 
 import contextlib
@@ -21,11 +21,11 @@ from svc.store.gate_rows import GateRow, GateVerdict
 from svc.version import Target
 
 _MAX_TEXT = 300
-"""Maximum number of characters of a text that a gate returns."""
+"""Maximum length, in characters, of each text that a gate returns."""
 
 
 class _Output(BaseModel):
-    """JSON that a command or a function returns. All keys are optional."""
+    """JSON output of a gate's command or function. All keys are optional."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -38,11 +38,11 @@ class _Output(BaseModel):
 def check_custom(
     gate: CustomGate, candidate: Target, production: Target, folder: Path, registered_at: datetime
 ) -> GateRow:
-    """Return the result of a configured gate. A gate that cannot run has failed.
+    """Run a configured gate and return its result. A gate that cannot be run counts as failed.
 
     Args:
         folder: the candidate's folder in the registry.
-        registered_at: time of the candidate's registration.
+        registered_at: when the candidate was registered.
     """
     match gate:
         case CommandGate():
@@ -120,6 +120,6 @@ def _last_line(output: bytes) -> str:
 
 
 def _clean(text: str) -> str:
-    """Return a text on one line, clipped."""
+    """Return a text as a single line, cut to the maximum length."""
     text = " ".join(text.split())
     return text if len(text) <= _MAX_TEXT else f"{text[: _MAX_TEXT - 1]}…"

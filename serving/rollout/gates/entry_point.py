@@ -1,7 +1,7 @@
-"""The process of an entry-point gate: calls `MODULE:FUNCTION(version, folder)` and prints its result as JSON.
+"""Program run for an entry-point gate. It calls `MODULE:FUNCTION(version, folder)` and prints the result as JSON.
 
-The function returns whether the gate passed, or a dictionary with `verdict`, `measured`, `limit` and `reason`. What it
-prints goes to stderr.
+The function returns whether the gate passed, or a dictionary with `verdict`, `measured`, `limit` and
+`reason`. Anything that the function prints is sent to stderr.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from typing import Any
 
 
 def main(target: str) -> None:
-    """Call the function and print its result."""
+    """Call the gate's function and print its result as JSON."""
     module, _, name = target.partition(":")
     with contextlib.redirect_stdout(sys.stderr):
         function = getattr(importlib.import_module(module), name)

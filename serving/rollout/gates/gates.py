@@ -1,4 +1,4 @@
-"""Check all gates of a promotion, in the order in which they are shown."""
+"""Check all gates of a promotion, in the order in which they are displayed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ from svc.version import Target, VersionId
 
 @dataclass(frozen=True, slots=True)
 class Promotion:
-    """A promotion to check.
+    """A promotion whose gates are to be checked.
 
     Attributes:
-        production: the desired version before the promotion.
+        production: the version that is desired before the promotion.
     """
 
     registry: Registry
@@ -29,7 +29,9 @@ class Promotion:
 
 
 def check_gates(promotion: Promotion, settings: GateSettings, now: datetime) -> tuple[GateRow, ...]:
-    """Return the results of all gates. A gate that cannot be checked is undecided or failed, and never raises.
+    """Check all gates of a promotion and return their results.
+
+    If a gate cannot be checked, its result is undecided or failed rather than an error.
 
     Raises:
         NotFoundError: a version does not exist.
@@ -52,7 +54,7 @@ def check_gates(promotion: Promotion, settings: GateSettings, now: datetime) -> 
 
 
 def refusing_gates(gates: Sequence[GateRow], settings: GateSettings) -> tuple[GateRow, ...]:
-    """Return the gates that refuse a promotion: the failed ones and, depending on the settings, the undecided ones."""
+    """Return the gates that block a promotion: all failed ones and, depending on the settings, undecided ones."""
     verdicts = {GateVerdict.FAILED}
     if settings.undecided is UndecidedGates.REFUSE:
         verdicts.add(GateVerdict.UNDECIDED)
@@ -60,7 +62,7 @@ def refusing_gates(gates: Sequence[GateRow], settings: GateSettings) -> tuple[Ga
 
 
 def refused(version: VersionId, refusing: Sequence[GateRow]) -> GateError:
-    """Return the error for a promotion that these gates refuse."""
+    """Return the error to raise when gates block a promotion."""
     return GateError(
         f"{version} did not pass every gate:\n" + "\n".join(f"  {gate}" for gate in refusing),
         todo=f"fix the cause and train again, or force it: svc promote {version} --force --reason TEXT",

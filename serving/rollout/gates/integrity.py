@@ -1,4 +1,4 @@
-"""The gates on a version itself: it is complete, was checked at registration, and is not too old."""
+"""Check a version itself: that it is complete, was checked at registration, and is not too old."""
 
 from datetime import datetime
 from pathlib import Path
@@ -11,7 +11,7 @@ _DAY_S = 86_400
 
 
 def check_integrity(folder: Path, manifest: Manifest, format: Format) -> tuple[GateRow, ...]:
-    """Return the gates on a version's registration, files, parity report, probes and licence."""
+    """Return the results of the gates on a version's registration, files, parity report, probes and licence."""
     return (
         _check_registration(manifest),
         _check_files(folder, manifest, format),
@@ -59,7 +59,11 @@ def _check_registration(manifest: Manifest) -> GateRow:
 
 
 def _check_files(folder: Path, manifest: Manifest, format: Format) -> GateRow:
-    """Compare sizes only: hashing a large model takes minutes, and the swap does it before it loads the files."""
+    """Check that a version's files exist and have the right size.
+
+    Hashes are not checked, because that takes minutes for a large model. The swap checks them before it loads
+    the files.
+    """
     records = [manifest.heldout, *manifest.reference, *manifest.formats[format].files]
     wrong = [record.path for record in records if _size(folder / record.path) != record.bytes]
     reason = f"missing, or of another size: {', '.join(wrong[:3])}" if wrong else "hashes are checked by the swap"

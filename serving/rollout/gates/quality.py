@@ -1,6 +1,6 @@
-"""The gates on quality: results at registration, compared example by example with the version in production.
+"""Compare a version's quality with production, using the results of each example at registration.
 
-No code of a version runs here: a metric that scores examples is read from the stored results.
+No code from a version is run: if a metric scores examples, its scores are read from the stored results.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ _NO_MARGIN = "no margin is set"
 
 @dataclass(frozen=True, slots=True)
 class _Arm:
-    """Results of a version or of a base at registration."""
+    """Registration results of a version or of a base model."""
 
     name: str
     report: EvaluationReport
@@ -34,11 +34,11 @@ class _Arm:
 
 
 class _IncomparableError(Exception):
-    """Raised if two versions cannot be compared; the text is the reason."""
+    """Raised when two versions cannot be compared. The message is the reason."""
 
 
 class _Stored(Metric):
-    """A metric whose scores are read from the stored results and never computed."""
+    """A metric whose scores are read from the stored results rather than computed."""
 
     def __init__(self, name: str, report: MetricReport) -> None:
         self.name, self.title, self.better, self.unit = name, report.title, report.better, report.unit
@@ -50,9 +50,10 @@ class _Stored(Metric):
 def check_quality(
     registry: Registry, candidate: Target, production: Target, settings: GateSettings
 ) -> tuple[GateRow, GateRow]:
-    """Return the gates on the primary metric and on the NLL.
+    """Return the results of the gates on the primary metric and on the NLL.
 
-    The candidate is compared with the version in production, or with its base if it is in production itself.
+    The candidate is compared with the version in production, or with its own base if the candidate is already
+    in production.
     """
     try:
         before, after = _arms(registry, candidate, production)
@@ -74,7 +75,7 @@ def _both(verdict: GateVerdict, reason: str) -> tuple[GateRow, GateRow]:
 
 
 def check_registration(manifest: Manifest) -> tuple[GateRow, ...]:
-    """Return the gates that the recipe's limits set at registration."""
+    """Return the results of the gates that the recipe configured for registration."""
     names = {Gate.GPTQ_LOSS: "gptq_quality", Gate.GPTQ_NLL: "gptq_nll", Gate.FORGETTING: "recipe_forgetting"}
     return tuple(
         _row(names[report.gate], report.measured, report.verdict, report.limit, report.gate.counted)
@@ -83,7 +84,7 @@ def check_registration(manifest: Manifest) -> tuple[GateRow, ...]:
 
 
 def check_forgetting(manifest: Manifest, format: Format, margin: float | None) -> GateRow:
-    """Return the gate on the share of correct answers to general questions that the base gave and the version lost."""
+    """Return the result of the gate on general questions that the base answers correctly but the version does not."""
     forgetting = manifest.forgetting.get(evaluated_format(format))
     if forgetting is None:
         reason = "no general questions were asked"
@@ -94,15 +95,15 @@ def check_forgetting(manifest: Manifest, format: Format, margin: float | None) -
 
 
 def evaluated_format(format: Format) -> Format:
-    """Return the format that was evaluated at registration: an adapter is evaluated after its merge."""
+    """Return the format that was evaluated at registration. For an adapter, this is the merged format."""
     return Format.MERGED if format is Format.ADAPTER else format
 
 
 def _arms(registry: Registry, candidate: Target, production: Target) -> tuple[_Arm, _Arm]:
-    """Return the results to compare, those of production or of the base first, limited to the same examples.
+    """Return the results to compare, limited to the same examples. Those of production or of the base come first.
 
     Raises:
-        _IncomparableError, NotFoundError: results are missing, or of other examples.
+        _IncomparableError, NotFoundError: results are missing, or belong to other examples.
         IntegrityError: stored results were changed.
     """
     manifest = registry.manifest(candidate.version)
@@ -128,10 +129,12 @@ def _arms(registry: Registry, candidate: Target, production: Target) -> tuple[_A
 
 
 def _production(registry: Registry, production: Target, candidate: Manifest) -> _Arm:
-    """Return the results of the version in production. If it is damaged, it must still be possible to replace it.
+    """Return the results of the version in production.
+
+    A damaged version counts as incomparable, so that it can still be replaced.
 
     Raises:
-        _IncomparableError, NotFoundError: its results are missing or damaged, or of other examples.
+        _IncomparableError, NotFoundError: its results are missing or damaged, or belong to other examples.
     """
     try:
         manifest = registry.manifest(production.version)
@@ -176,10 +179,10 @@ def _check_metric(registry: Registry, candidate: Target, before: _Arm, after: _A
 
 
 def _metric(before: _Arm, after: _Arm) -> Metric:
-    """Return the primary metric.
+    """Return the primary metric, as used to compare the two sets of results.
 
     Raises:
-        _IncomparableError: the results have no scores by this metric.
+        _IncomparableError: the results contain no scores for this metric.
         RecipeError: the metric is not installed on this machine.
     """
     name = after.report.primary

@@ -1,6 +1,6 @@
-"""Gates on results that other tools have exported: the share of passed tests, with its 95 % interval.
+"""Check results exported by other tools: the share of passed tests and its 95% interval.
 
-Three forms are recognised by their content:
+Three file formats are recognised by their content:
 
 - Promptfoo (`promptfoo eval -o results.json`): `results.stats` with `successes`, `failures` and, in newer exports,
   `errors`.
@@ -21,16 +21,16 @@ from svc.evaluation.verdict import judge
 from svc.store.gate_rows import GateRow, GateVerdict
 
 _MAX_BYTES = 64 * 2**20
-"""Maximum size of a file. Larger ones would block other threads of a server while they are parsed."""
+"""Maximum size of a result file, in bytes. Parsing a larger file would block the server's other threads."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExportedResults:
-    """Results of a set of tests.
+    """Results of running a set of tests.
 
     Attributes:
-        total: number of tests; those that ended with an error have not passed.
-        at: time of the run, or None if the file does not say.
+        total: number of tests. Tests that ended with an error count as not passed.
+        at: when the tests were run, or None if the file does not say.
     """
 
     tool: str
@@ -40,7 +40,7 @@ class ExportedResults:
 
 
 class UnreadableError(Exception):
-    """Raised for a file that is missing or has none of the known forms; the text is the reason."""
+    """Raised when a file is missing or is not in a known format. The message is the reason."""
 
 
 class _External(BaseModel):
@@ -91,10 +91,10 @@ class _Log(_External):
 
 
 def check_result_file(name: str, path: Path, min_pass_share: float, registered_at: datetime) -> GateRow:
-    """Return the gate on the share of passed tests in a file. A file that cannot be read has failed.
+    """Return the result of the gate on the share of passed tests in a file. If the file cannot be read, the gate fails.
 
     Args:
-        registered_at: time of the version's registration; older results are of another version.
+        registered_at: when the version was registered. Results older than that belong to another version.
     """
     limit = f"at least {min_pass_share:g} passed"
     try:
@@ -113,10 +113,10 @@ def check_result_file(name: str, path: Path, min_pass_share: float, registered_a
 
 
 def read_results(path: Path) -> ExportedResults:
-    """Read an exported file.
+    """Read test results from a file that another tool exported.
 
     Raises:
-        UnreadableError: the file is missing, too large, of an unknown form, or has no results.
+        UnreadableError: the file is missing, too large, in an unknown format, or contains no results.
     """
     try:
         if path.stat().st_size > _MAX_BYTES:
@@ -157,5 +157,5 @@ def _oaieval(lines: list[bytes]) -> ExportedResults:
 
 
 def _utc(at: datetime | None) -> datetime | None:
-    """Return a time with its zone. openai/evals writes UTC without a zone."""
+    """Return a timezone-aware time. openai/evals writes UTC times without an offset."""
     return at.replace(tzinfo=UTC) if at is not None and at.tzinfo is None else at

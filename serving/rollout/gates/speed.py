@@ -1,4 +1,4 @@
-"""The gates on speed, as measured at registration: tokens per second and time to the first token."""
+"""Check a version's speed as measured at registration: tokens per second and time to the first token."""
 
 from svc.errors import IntegrityError, NotFoundError
 from svc.evaluation.intervals import Interval
@@ -12,16 +12,17 @@ from svc.version import Format, Target
 
 _NAMES = ("speed", "first_token")
 _OF_FORMAT = frozenset({"kernel", "dtype"})
-"""Facts of an engine that depend on the format that it serves. All others must be equal for a comparison of speeds."""
+"""Properties of a kind of engine that depend on the served format. Speeds are only comparable if all other
+properties are equal."""
 
 
 def check_speed(
     registry: Registry, candidate: Target, production: Target, margin: float | None
 ) -> tuple[GateRow, GateRow]:
-    """Return the gates on tokens per second and on the time to the first token.
+    """Return the results of the gates on tokens per second and on the time to the first token.
 
     Args:
-        margin: largest acceptable slowdown, as a share of production's speed; None for no limit.
+        margin: largest acceptable slowdown, as a share of production's value, or None for no limit.
     """
     if candidate == production:
         return _both(GateVerdict.SKIPPED, "the version is in production")
@@ -54,13 +55,13 @@ def _speed(manifest: Manifest, format: Format) -> Speed | None:
 
 
 def _facts(manifest: Manifest, format: Format) -> frozenset[str]:
-    """Return the kinds of engine that qualified a format, as text that is equal for equal kinds."""
+    """Return the kinds of engine that qualified a format, as strings that can be compared for equality."""
     probes = manifest.formats[format].probes
     return frozenset(probe.engine.model_dump_json(exclude=set(_OF_FORMAT)) for probe in probes)
 
 
 def _slowdown(first: Interval, second: Interval) -> Interval:
-    """Return how much larger the first value is, as a share of the second. Both are above 0."""
+    """Return how much larger the first value is, relative to the second. Both values must be above 0."""
     return Interval(
         value=first.value / second.value - 1, low=first.low / second.high - 1, high=first.high / second.low - 1
     )

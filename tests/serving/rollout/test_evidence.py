@@ -6,14 +6,15 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from sqlalchemy import Engine as Store
 
-from serving.rollout.evidence import CanaryEvidence, ShadowEvidence, expectations
+from serving.rollout.evidence import CanaryEvidence, ShadowEvidence, exclusions, expectations
 from svc.identity.actor import Actor
 from svc.settings import RolloutSettings
 from svc.store.audit import Action, AuditEntry
-from svc.store.desired import change_desired
+from svc.store.desired import Desired, change_desired
 from svc.store.feedback import Feedback, Rating, keep_feedback
 from svc.store.requests import RequestOutcome, RequestRecord, add_requests
 from svc.store.rollouts import RolloutRecord, ShadowPair, add_shadow_pair, begin_rollout, unit_text
+from svc.store.swaps import SwapKind, SwapOutcome, SwapResult, begin_swap, end_swap
 from tests.serving.versions import NAME, target
 
 PLAN = RolloutSettings(shadow=50, canary=(50, 100), max_errors=0.05, max_invalid=0.05)
@@ -160,13 +161,13 @@ def test_shadow_pairs_of_one_user_are_one_observation(store: Store, record: Roll
     good = ShadowPair("", False, False, True, True, True, "stop", "stop", 3, 3, 0.1, 0.2)
     for pair in [bad] * 30 + [good] * 30:
         add_shadow_pair(store, record.id, pair)
-    look = ShadowEvidence(store, record).look()
+    look = ShadowEvidence(store, record, lambda: 50).look()
     assert (look.units, look.losses) == (60, "")
     for _ in range(30):
         add_shadow_pair(
             store, record.id, ShadowPair("", False, True, None, None, None, "stop", None, 3, None, 0.1, 0.1)
         )
-    assert "failed requests" in ShadowEvidence(store, record).look().losses
+    assert "failed requests" in ShadowEvidence(store, record, lambda: 50).look().losses
 
 
 def test_shadow_text_compares_logprobs_of_requests_with_both_figures(store: Store, record: RolloutRecord) -> None:
@@ -175,24 +176,43 @@ def test_shadow_text_compares_logprobs_of_requests_with_both_figures(store: Stor
     alone = replace(pair, candidate_logprob=-9.0)
     for each in (known, replace(known, candidate_logprob=-0.25), alone):
         add_shadow_pair(store, record.id, each)
-    text = ShadowEvidence(store, record).look().text
+    text = ShadowEvidence(store, record, lambda: 50).look().text
     assert "mean log-probability -0.38 instead of -0.25 nats per token (2 requests)" in text
 
 
 def test_shadow_text_has_no_logprobs_when_production_has_none(store: Store, record: RolloutRecord) -> None:
     pair = ShadowPair("", False, False, None, None, True, "stop", "stop", 3, 3, 0.1, 0.2, candidate_logprob=-0.5)
     add_shadow_pair(store, record.id, pair)
-    assert "log-probability" not in ShadowEvidence(store, record).look().text
+    assert "log-probability" not in ShadowEvidence(store, record, lambda: 50).look().text
 
 
 def test_logprobs_decide_nothing(store: Store, record: RolloutRecord) -> None:
     pair = ShadowPair("", False, False, None, None, True, "stop", "stop", 3, 3, 0.1, 0.2, -0.1, -9.0)
     for _ in range(60):
         add_shadow_pair(store, record.id, pair)
-    look = ShadowEvidence(store, record).look()
+    look = ShadowEvidence(store, record, lambda: 50).look()
     assert (look.losses, {signal.signal for signal in look.signals}) == ("", {"errors"})
 
 
 def test_expectations_say_that_traffic_is_too_small_for_the_deadline(store: Store, record: RolloutRecord) -> None:
     add_requests(store, [answered(record, 0, candidate=False)._replace(started_at=datetime.now(UTC))])
     assert any("longer than the deadline" in text for text in expectations(store, record))
+
+
+def test_expectations_of_a_replay_say_how_long_requests_may_wait(store: Store, record: RolloutRecord) -> None:
+    swap = begin_swap(store, Desired(record.previous, None, 1))
+    end_swap(store, swap, SwapResult(SwapOutcome.SUCCEEDED, None, 1.25, kind=SwapKind.INPLACE))
+    texts = expectations(store, record, kept=33)
+    assert "tuned@2 (merged) answers 33 of 33 kept requests to tuned@1 (merged) while no client asks" in texts[1]
+    assert texts[2].endswith("waits until tuned@1 (merged) is loaded again: about 1.2 s")
+
+
+def test_losses_are_named_by_whether_they_are_excluded(store: Store, record: RolloutRecord) -> None:
+    good = ShadowPair("", False, False, True, True, True, "stop", "stop", 3, 3, 0.1, 0.2)
+    evidence = ShadowEvidence(store, record, lambda: 50)
+    for _ in range(300):
+        add_shadow_pair(store, record.id, good)
+    assert exclusions(evidence.look()) == (
+        "losses beyond the margins: excluded: failed requests, invalid JSON; not excluded: none; "
+        "not compared: time to first token (p95), bad ratings"
+    )

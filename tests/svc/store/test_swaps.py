@@ -14,6 +14,7 @@ from svc.store.swaps import (
     begin_swap,
     end_swap,
     find_swap,
+    last_queued_s,
 )
 from svc.version import Format, Target, VersionId
 
@@ -61,6 +62,19 @@ def test_last_swap_of_a_name_is_found(store: Store) -> None:
     found = find_swap(store, "tiny")
     assert found is not None
     assert found.id == last
+
+
+def test_queued_time_is_that_of_the_last_successful_in_place_swap_to_the_version(store: Store) -> None:
+    results = [
+        SwapResult(SwapOutcome.SUCCEEDED, None, 1.5, kind=SwapKind.INPLACE),
+        SwapResult(SwapOutcome.RESTORED, "why", 2.5, kind=SwapKind.INPLACE),
+        SwapResult(SwapOutcome.SUCCEEDED, None, 3.5, kind=SwapKind.ROLLING),
+    ]
+    for generation, result in enumerate(results):
+        end_swap(store, begin_swap(store, desired(2, generation)), result)
+    end_swap(store, begin_swap(store, desired(3, 9)), SwapResult(SwapOutcome.SUCCEEDED, None, 4.5))
+    assert last_queued_s(store, desired(2, 0).target) == 1.5
+    assert last_queued_s(store, desired(3, 0).target) is None
 
 
 def test_swap_is_found_by_generation(store: Store) -> None:

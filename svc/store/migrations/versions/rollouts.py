@@ -65,6 +65,7 @@ def upgrade() -> None:
         sa.Column("candidate_seconds", sa.Double(), nullable=False),
         sa.Column("production_logprob", sa.Double(), nullable=True),
         sa.Column("candidate_logprob", sa.Double(), nullable=True),
+        sa.Column("replayed", sa.Integer(), nullable=True),
         sa.ForeignKeyConstraint(["rollout_id"], ["rollouts.id"], "fk_shadow_pairs_rollout_id"),
         sa.PrimaryKeyConstraint("id", name="pk_shadow_pairs"),
     )

@@ -1,0 +1,61 @@
+"""Finds requests with stored prompt and answer that can be sent again as they were."""
+
+from collections.abc import Sequence
+from datetime import datetime
+
+from sqlalchemy import Engine as Store
+from sqlalchemy import func, or_, select
+from sqlalchemy.orm import Session
+
+from svc.store.answered import answered_by
+from svc.store.requests import RequestOutcome, RequestRecord
+from svc.store.tables import RequestRow
+from svc.version import Format, Target, VersionId
+
+CALL = '{"name": "%", "arguments": %}'
+"""SQL pattern that matches a tool call in a stored answer, which `answer_text` rewrote from the model's text."""
+_ANSWERED = (RequestOutcome.COMPLETE, RequestOutcome.ENGINE_ERROR, RequestOutcome.SERVER_ERROR)
+_NOT_TEXT = ('"type": "image', '"type": "input_', '"type": "video', '"type": "audio', '"type": "file"')
+_TOOLS = ('"tool_calls": ', '"tool_call_id": ', '"role": "tool"')
+"""Texts in the stored JSON of messages with other content than text, or with tools; inside of a message's text, the
+quotes are escaped."""
+
+
+def find_kept_requests(
+    store: Store, target: Target, *, route: str, since: datetime, before: datetime, without: Sequence[str]
+) -> list[int]:
+    """Return the row ids of a version's requests that can be sent again, newest first.
+
+    Requests with tool calls, images or other content than text are left out.
+
+    Args:
+        since, before: the requests started in this period.
+        without: leave out requests whose prompt or answer contains any of these texts.
+    """
+    row = RequestRow
+    query = (
+        select(row.id)
+        .where(answered_by(target), row.route == route, row.started_at >= since, row.started_at < before)
+        .where(row.prompt.is_not(None), row.answer.is_not(None), row.outcome.in_(_ANSWERED))
+        .where(func.coalesce(row.finish_reason, "") != "tool_calls")
+        .where(row.answer.not_like(CALL), row.answer.not_like(f"%\n{CALL}"))
+        .where(~or_(*(row.prompt.contains(text, autoescape=True) for text in (*_NOT_TEXT, *_TOOLS))))
+        .where(*(~content.contains(text, autoescape=True) for content in (row.prompt, row.answer) for text in without))
+        .order_by(row.id.desc())
+    )
+    with Session(store) as session:
+        return list(session.scalars(query))
+
+
+def read_kept_request(store: Store, row_id: int) -> RequestRecord | None:
+    """Return a request with its prompt and answer, or None if it has been deleted."""
+    with Session(store) as session:
+        row = session.get(RequestRow, row_id)
+        if row is None or row.number is None or row.format is None:
+            return None
+        stored = {name: getattr(row, name) for name in RequestRecord._fields if name not in ("version", "format")}
+        return RequestRecord(
+            **stored | {"outcome": RequestOutcome(row.outcome)},
+            version=VersionId(row.model, row.number),
+            format=Format(row.format),
+        )

@@ -1,0 +1,356 @@
+"""Rollouts where memory holds one engine: kept requests are replayed to the candidate while no client asks."""
+
+import asyncio
+import json
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from serving.rollout.replay import find_kept
+from svc.engine.state import EngineState
+from svc.settings import RolloutSettings
+from svc.store.requests import RequestOutcome, RequestRecord, add_requests
+from svc.store.rollouts import RolloutOutcome, RolloutRecord, RolloutState, ShadowPair, read_shadow_pairs
+from tests.serving.control import Control, Make, ask, until
+from tests.serving.rollout.test_rollout import ACTOR, ALL, JSON, ONE, changes, ended, record, start
+from tests.serving.versions import NAME, make_version, target
+
+pytestmark = pytest.mark.slow
+
+SLOW_S = 0.02
+"""Time per token with which a test can act while a request is replayed."""
+
+
+@pytest.fixture(autouse=True)
+def _quick_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.rollout.analysis.units.WINDOW_S", 0.01)
+    monkeypatch.setattr("serving.rollout.replay.QUIET_S", 0.05)
+    monkeypatch.setattr("serving.rollout.replay._POLL_S", 0.01)
+
+
+@pytest.fixture
+def control(make: Make) -> Control:
+    """A server whose machine has memory for one engine."""
+    return on_small_machine(make())
+
+
+def on_small_machine(control: Control) -> Control:
+    control.park.room = "2 GB are missing"
+    return control
+
+
+def keep(control: Control, count: int = 30, number: int = 1, **fields: Any) -> None:
+    """Store requests to a version with their prompts and answers."""
+    served = target(number, control.format)
+    rows = [
+        RequestRecord(
+            request_id=f"req-{at}",
+            started_at=datetime.now(UTC) - timedelta(hours=1),
+            model=NAME,
+            version=served.version,
+            format=served.format,
+            route="/v1/chat/completions",
+            status=200,
+            outcome=RequestOutcome.COMPLETE,
+            seconds=0.1,
+            finish_reason="length",
+            tokens_in=2,
+            tokens_out=4,
+            prompt=json.dumps([{"role": "user", "content": f"question {at}"}]),
+            answer="2.0 2.1 2.2 2.3 ",
+            temperature=0.0,
+            max_tokens=4,
+        )._replace(**fields)
+        for at in range(count)
+    ]
+    add_requests(control.store, rows)
+
+
+def pairs(control: Control) -> list[ShadowPair]:
+    return read_shadow_pairs(control.store, record(control).id)
+
+
+def holds_candidate(control: Control) -> bool:
+    return control.double.weights.endswith("/2/merged")
+
+
+async def replayed(control: Control, count: int = 2) -> None:
+    """Wait until some requests were replayed, and the candidate answers another one."""
+    await until(lambda: len(pairs(control)) >= count and holds_candidate(control) and control.double.running)
+
+
+async def test_good_candidate_is_promoted_after_a_replay_without_a_second_engine(control: Control) -> None:
+    keep(control)
+    async with control.run():
+        start(control, 2)
+        seen = await ended(control)
+        await control.serves(target(2))
+    assert (seen.outcome, seen.why) == (RolloutOutcome.PROMOTED, None), seen.steps
+    assert len(control.park.engines) == 1
+    assert [(pair.agrees, pair.candidate_failed, pair.production_tokens) for pair in pairs(control)] == [
+        (True, False, 4)
+    ] * ALL.shadow
+
+
+async def test_steps_say_what_was_replayed_and_which_losses_are_not_excluded(control: Control) -> None:
+    keep(control)
+    async with control.run():
+        start(control, 2)
+        seen = await ended(control)
+    text = "\n".join(seen.steps)
+    assert "memory holds one engine, so tuned@2 (merged) answers 20 of 30 kept requests to tuned@1 (merged)" in text
+    assert "an unknown time, because it was never loaded in place" in text
+    assert "replay: comparing 20 kept answers of tuned@1 (merged) from the request log" in text
+    assert "no canary: memory holds one engine; losses beyond the margins: excluded: none; not excluded: failed" in text
+    assert "(loads: 1); 0 kept requests could not be replayed as they were" in text
+
+
+async def test_all_kept_requests_are_replayed_when_fewer_than_configured_are_kept(control: Control) -> None:
+    keep(control, 25)
+    async with control.run():
+        start(control, 2, ALL.model_copy(update={"shadow": 100}))
+        assert (await ended(control)).outcome is RolloutOutcome.PROMOTED
+    assert len(pairs(control)) == 25
+
+
+async def test_candidate_with_invalid_json_is_rolled_back_after_a_replay(control: Control) -> None:
+    for number in (11, 12):
+        make_version(control.registry, number, heldout=JSON)
+    keep(control, 60, number=11, answer='{"team": "billing"}')
+
+    async with control.run():
+        await control.promote(11)
+        control.double.on_call = lambda path: setattr(
+            control.double,
+            "message",
+            {"content": '{"team": "bil' if "/12/" in control.double.weights else '{"team": "billing"}'},
+        )
+        start(control, 12, ALL.model_copy(update={"shadow": 60}))
+        seen = await ended(control)
+        await control.serves(target(11))
+        assert control.double.weights.endswith("/11/merged")
+    assert seen.outcome is RolloutOutcome.ROLLED_BACK
+    assert seen.why is not None and "invalid JSON 100.0 % instead of 0.0 %" in seen.why
+
+
+async def test_request_during_a_replay_is_answered_by_production(control: Control) -> None:
+    keep(control)
+    async with control.run(), control.client() as client:
+        control.double.token_delay_s = SLOW_S
+        start(control, 2)
+        await replayed(control)
+        served = control.names.served
+        answer = await ask(client, stream=True)
+        assert (answer.status, answer.version, answer.words, served) == (200, ONE, {"1"}, target(1))
+        assert control.double.cancelled == 1
+        assert (await ended(control)).outcome is RolloutOutcome.PROMOTED
+    assert len({pair.replayed for pair in pairs(control)}) == len(pairs(control)) == ALL.shadow
+
+
+async def test_request_during_a_replay_does_not_wait_for_a_long_kept_request(control: Control) -> None:
+    keep(control)
+    async with control.run(), control.client() as client:
+        start(control, 2)
+        control.double.proceed.clear()
+        await until(lambda: holds_candidate(control) and control.double.running)
+        waiting = asyncio.create_task(ask(client, stream=True))
+        await until(lambda: not holds_candidate(control) and control.double.running)
+        control.double.proceed.set()
+        assert (await waiting).version == ONE
+
+
+async def test_replay_waits_for_a_longer_pause_after_it_was_interrupted(control: Control) -> None:
+    keep(control)
+    async with control.run(), control.client() as client:
+        control.double.token_delay_s = SLOW_S
+        start(control, 2)
+        await replayed(control)
+        await ask(client, stream=True)
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        await until(lambda: control.state is EngineState.SWAPPING)
+        assert loop.time() - began >= 0.09
+        changes(control, ALL).rollback(NAME, reason=None, actor=ACTOR)
+        await ended(control)
+
+
+async def test_rollback_during_a_replay_restores_production(control: Control) -> None:
+    keep(control)
+    async with control.run(), control.client() as client:
+        control.double.token_delay_s = SLOW_S
+        start(control, 2)
+        await replayed(control)
+        changes(control, ALL).rollback(NAME, reason="no", actor=ACTOR)
+        assert (await ended(control)).outcome is RolloutOutcome.CANCELLED
+        assert (control.state, control.double.weights.endswith("/1/merged")) == (EngineState.READY, True)
+        assert (await ask(client, stream=True)).words == {"1"}
+    assert len(control.park.engines) == 1
+
+
+async def test_held_out_runs_do_not_take_a_restored_production_version_for_a_new_load(control: Control) -> None:
+    keep(control)
+    async with control.run():
+        weights = control.pool.weights
+        control.double.token_delay_s = SLOW_S
+        start(control, 2)
+        await replayed(control)
+        changes(control, ALL).rollback(NAME, reason=None, actor=ACTOR)
+        await ended(control)
+        assert control.pool.weights == weights
+
+
+async def test_replay_continues_after_the_server_was_stopped_with_the_candidate_loaded(control: Control) -> None:
+    keep(control)
+    control.park.prepare = lambda double: setattr(double, "token_delay_s", SLOW_S)
+    async with control.run():
+        start(control, 2)
+        await replayed(control, 5)
+    before = len(pairs(control))
+    control.assemble()
+    async with control.run():
+        assert control.names.served == target(1)
+        seen = await ended(control)
+    assert 5 <= before < ALL.shadow
+    assert seen.outcome is RolloutOutcome.PROMOTED, seen.steps
+    assert len({pair.replayed for pair in pairs(control)}) == len(pairs(control)) == ALL.shadow
+
+
+async def test_engine_with_the_candidate_is_not_adopted_when_the_server_was_killed(control: Control) -> None:
+    keep(control)
+    async with control.run():
+        control.double.token_delay_s = SLOW_S
+        start(control, 2)
+        await replayed(control)
+        assert control.park.engines[0].holds is None
+        changes(control, ALL).rollback(NAME, reason=None, actor=ACTOR)
+        await ended(control)
+
+
+async def test_engine_is_replaced_when_production_cannot_be_loaded_again(control: Control) -> None:
+    keep(control)
+    async with control.run(), control.client() as client:
+        control.double.loadable = lambda folder: not folder.endswith("/1/merged")
+        start(control, 2)
+        seen = await ended(control)
+        await control.serves(target(1))
+        assert (await ask(client, stream=True)).words == {"1"}
+    assert seen.outcome is RolloutOutcome.FAILED
+    assert seen.why is not None and "could not load tuned@1 (merged) again" in seen.why
+    assert len(control.park.engines) == 2
+
+
+async def test_rollout_fails_when_a_request_needs_a_new_engine_because_production_cannot_be_loaded(
+    control: Control,
+) -> None:
+    keep(control)
+    async with control.run(), control.client() as client:
+        control.double.token_delay_s = SLOW_S
+        control.double.loadable = lambda folder: not folder.endswith("/1/merged")
+        start(control, 2)
+        await replayed(control)
+        assert (await ask(client, stream=True)).words == {"1"}
+        seen = await ended(control)
+    assert (seen.outcome, len(control.park.engines)) == (RolloutOutcome.FAILED, 2)
+
+
+async def test_rollout_fails_when_the_candidate_does_not_pass_its_probes(control: Control) -> None:
+    make_version(control.registry, 4, probes_of="/elsewhere")
+    keep(control)
+    async with control.run(), control.client() as client:
+        start(control, 4)
+        seen = await ended(control)
+        assert (await ask(client, stream=True)).words == {"1"}
+    assert seen.outcome is RolloutOutcome.FAILED
+    assert seen.why is not None and "not the version's weights" in seen.why
+    assert len(control.park.engines) == 1
+
+
+async def test_rollout_fails_when_the_engine_dies_with_the_candidate(control: Control) -> None:
+    keep(control)
+    async with control.run(), control.client() as client:
+        control.double.token_delay_s = SLOW_S
+        start(control, 2)
+        await replayed(control)
+        control.park.engines[0].kill()
+        seen = await ended(control)
+        await control.serves(target(1))
+        assert (await ask(client, stream=True)).words == {"1"}
+    assert seen.outcome is RolloutOutcome.FAILED
+    assert seen.why is not None and "the engine died while tuned@2 (merged) answered a kept request" in seen.why
+
+
+async def test_requests_whose_prompt_is_not_stored_in_full_are_not_replayed(control: Control) -> None:
+    keep(control, 25)
+    keep(control, 5, tokens_in=200)
+    async with control.run():
+        start(control, 2, ALL.model_copy(update={"shadow": 30}))
+        seen = await ended(control)
+    assert seen.outcome is RolloutOutcome.PROMOTED, seen.steps
+    assert len(pairs(control)) == 25
+    assert any("5 kept requests could not be replayed as they were" in step for step in seen.steps)
+
+
+async def test_rollout_is_undecided_when_too_few_requests_can_be_replayed(control: Control) -> None:
+    keep(control, 30, tokens_in=200)
+    async with control.run():
+        start(control, 2)
+        seen = await ended(control)
+    assert (seen.outcome, seen.why) == (
+        RolloutOutcome.UNDECIDED,
+        "only 0 kept requests could be replayed as they were",
+    )
+
+
+@pytest.mark.parametrize(
+    ("plan", "kept", "why"),
+    [
+        (ALL, 0, "0 requests to tuned@1 (merged) are kept to be replayed"),
+        (ALL, 19, "set `request_log.content_share`"),
+        (ALL.model_copy(update={"shadow": 5}), 4, "at least 5 chat completions"),
+        (ALL.model_copy(update={"shadow": 0}), 30, "replay kept requests (--shadow N)"),
+    ],
+)
+async def test_rollout_fails_before_any_load_when_nothing_can_be_replayed(
+    control: Control, plan: RolloutSettings, kept: int, why: str
+) -> None:
+    keep(control, kept)
+    async with control.run():
+        start(control, 2, plan)
+        seen = await ended(control)
+        assert "/collective_rpc" not in control.double.calls
+    assert seen.outcome is RolloutOutcome.FAILED
+    assert seen.why is not None and why in seen.why
+
+
+async def test_rollout_fails_when_the_candidate_needs_another_engine(control: Control) -> None:
+    make_version(control.registry, 4, width=8)
+    keep(control)
+    async with control.run():
+        start(control, 4)
+        seen = await ended(control)
+    assert seen.outcome is RolloutOutcome.FAILED
+    assert seen.why is not None and "nor can it be loaded in place to replay kept requests: architecture" in seen.why
+
+
+async def test_rollout_in_the_canary_fails_when_memory_holds_one_engine_after_a_restart(make: Make) -> None:
+    control = make()
+    keep(control)
+    async with control.run():
+        start(control, 2, ALL.model_copy(update={"shadow": 0, "max_errors": 0.001}))
+        await until(lambda: record(control).state is RolloutState.CANARY)
+    on_small_machine(control).assemble()
+    async with control.run():
+        seen = await ended(control)
+    assert seen.outcome is RolloutOutcome.FAILED
+    assert seen.why is not None and seen.why.startswith("not enough memory to run tuned@2")
+
+
+async def test_kept_requests_of_the_rollout_itself_are_not_replayed(control: Control) -> None:
+    async with control.run():
+        start(control, 2, ALL.model_copy(update={"shadow": 5}))
+        seen: RolloutRecord = await ended(control)
+    keep(control, 3)
+    keep(control, 4, started_at=seen.requested_at + timedelta(seconds=1))
+    keep(control, 4, started_at=seen.requested_at - timedelta(days=8))
+    assert find_kept(control.store, seen).total == 3

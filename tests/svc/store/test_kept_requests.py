@@ -1,0 +1,76 @@
+"""Tests that only requests whose stored texts are complete are found for a replay, newest first."""
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine as Store
+
+from svc.dataset.schema.tool_calls import answer_text
+from svc.redaction import PLACEHOLDERS
+from svc.store.kept_requests import find_kept_requests, read_kept_request
+from svc.store.requests import RequestOutcome, add_requests, prune_requests
+from svc.version import Format, VersionId
+from tests.svc.store.test_requests import NOON, RECORD
+from tests.svc.store.test_scores import CALL, CHAT, TARGET
+
+KEPT = RECORD._replace(prompt='[{"role": "user", "content": "hi"}]', answer="hello")
+DAY = timedelta(days=1)
+
+
+def found(store: Store) -> list[int]:
+    return find_kept_requests(store, TARGET, route=CHAT, since=NOON - DAY, before=NOON + DAY, without=PLACEHOLDERS)
+
+
+def test_newest_kept_request_is_found_first(store: Store) -> None:
+    records = [KEPT._replace(answer="old"), KEPT._replace(answer="new", outcome=RequestOutcome.ENGINE_ERROR)]
+    add_requests(store, records)
+    assert [read_kept_request(store, row) for row in found(store)] == records[::-1]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"outcome": RequestOutcome.CLIENT_GONE},
+        {"outcome": RequestOutcome.REFUSED},
+        {"finish_reason": "tool_calls"},
+        {"prompt": None, "answer": None},
+        {"answer": answer_text("", [CALL]), "finish_reason": "stop"},
+        {"answer": answer_text("I look.", [CALL, CALL]), "finish_reason": "length"},
+        {"route": "/v1/completions"},
+        {"version": VersionId("tiny", 3)},
+        {"format": Format.MERGED},
+        {"started_at": NOON - 2 * DAY},
+        {"started_at": NOON + 2 * DAY},
+        {"answer": "call [phone]"},
+        {"prompt": '[{"role": "user", "content": "I am [mail]"}]'},
+        {"prompt": '[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]'},
+        {"prompt": '[{"role": "tool", "content": "rain"}]'},
+        {"prompt": '[{"role": "assistant", "tool_calls": [{"id": "1"}]}]'},
+    ],
+)
+def test_requests_that_cannot_be_sent_again_as_they_were_are_not_found(store: Store, fields: dict[str, Any]) -> None:
+    add_requests(store, [KEPT._replace(**fields)])
+    assert found(store) == []
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"finish_reason": None, "outcome": RequestOutcome.SERVER_ERROR},
+        {"answer": ""},
+        {"answer": '{"type": "image", "role": "tool"}'},
+        {"prompt": r'[{"role": "user", "content": "{\"type\": \"image\", \"role\": \"tool\"}"}]'},
+        {"prompt": '[{"role": "user", "content": [{"type": "text", "text": "hi"}]}]'},
+    ],
+)
+def test_requests_with_text_only_are_found(store: Store, fields: dict[str, Any]) -> None:
+    add_requests(store, [KEPT._replace(**fields)])
+    assert len(found(store)) == 1
+
+
+def test_deleted_request_is_none(store: Store) -> None:
+    add_requests(store, [KEPT])
+    (row,) = found(store)
+    prune_requests(store, before=NOON + DAY, max_bytes=2**40)
+    assert read_kept_request(store, row) is None
