@@ -15,7 +15,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from serving.admission.admission import Admission
 from serving.model_names import ModelNames
@@ -25,7 +25,7 @@ from serving.replicas.retirement import RETIRE_TIMEOUT_S
 from serving.replicas.verification import Verification
 from serving.rollout.cancellation import Cancellation, SupersededError
 from serving.rollout.second_engine import start_second_engine
-from serving.rollout.swap_plan import Report, SwapPlanner
+from serving.rollout.swap_plan import Plan, Report, SwapPlanner
 from svc.engine.client import DOWN
 from svc.engine.state import EngineState
 from svc.errors import EngineError, ProbeError, SvcError
@@ -46,24 +46,20 @@ class RequestsRunError(EngineError):
 
 @dataclass(slots=True)
 class SwapInProgress:
-    """A swap in progress, with its plan and what has been measured so far.
+    """A swap in progress.
 
     Attributes:
-        kind, why, restart, reloads: see `Plan`. They are updated if the plan cannot be carried out.
+        current: version that the engines ran when the swap began.
+        plan: how to swap. It is replaced if it cannot be carried out.
         queued_s: total time for which admission was closed, in seconds, or None if it was not closed.
-        running: number of requests running in the engines when the swap began.
         queued: largest number of requests queued at the same time.
     """
 
     current: Target
     target: Target
-    kind: SwapKind
-    why: str
-    restart: bool
-    reloads: bool
+    plan: Plan
     report: Report
     cancellation: Cancellation
-    running: int
     queued_s: float | None = None
     queued: int | None = None
 
@@ -89,15 +85,15 @@ class EngineChange:
         candidate = self.pool.candidate
         if candidate is not None and candidate.state is EngineState.READY and candidate.target == change.target:
             return self._promote_candidate(change, engine, candidate)
-        if change.kind is SwapKind.BLUEGREEN:
+        if change.plan.kind is SwapKind.BLUEGREEN:
             return await self._blue_green(change, engine)
-        if change.kind is SwapKind.ADAPTER:
+        if change.plan.kind is SwapKind.ADAPTER:
             return await self._by_adapter(change, engine)
         try:
             return await self._in_place(change, engine)
         except EngineError as error:
             change.report(f"the change cannot be done in place: {error.wrong}")
-            change.why = error.wrong
+            change.plan = replace(change.plan, why=error.wrong)
             return await self._blue_green(change, engine)
         except OSError as error:
             log.warning("could not clear an engine's record before loading %s", change.target, exc_info=True)
@@ -120,7 +116,7 @@ class EngineChange:
     def _promote_candidate(self, change: SwapInProgress, old: Replica, new: Replica) -> Result:
         """Replace an engine with the engine that already runs the version as the candidate of a rollout."""
         if len(self.pool.members) == 1:
-            change.kind = SwapKind.BLUEGREEN
+            change.plan = replace(change.plan, kind=SwapKind.BLUEGREEN)
         self._serve_if_only(change)
         self.pool.set_candidate(None)
         self._replace(change, old, new)
@@ -138,8 +134,8 @@ class EngineChange:
             return SwapOutcome.REFUSED, str(error)
         if shortage:
             change.report(f"no memory for a second engine: {shortage}")
-            return SwapOutcome.REFUSED, f"no memory for a second engine: {shortage} ({change.why})"
-        change.kind = SwapKind.BLUEGREEN
+            return SwapOutcome.REFUSED, f"no memory for a second engine: {shortage} ({change.plan.why})"
+        change.plan = replace(change.plan, kind=SwapKind.BLUEGREEN)
         change.report(f"starting a second engine with {change.target}")
         try:
             new, result = await start_second_engine(self.pool, change.target, change.cancellation)
@@ -163,7 +159,7 @@ class EngineChange:
         async with self._without(change, engine):
             if replaced := await self._emptied(change, engine):
                 return replaced
-            return await (self._restart if change.restart else self._reload)(change, engine)
+            return await (self._restart if change.plan.restart else self._reload)(change, engine)
 
     @asynccontextmanager
     async def borrowed(self, change: SwapInProgress, engine: Replica) -> AsyncIterator[None]:
@@ -300,7 +296,8 @@ class EngineChange:
             change.report(f"failed: {_line(error)}")
             return await self._replace_engine(change, engine), str(error) or repr(error)
         self._serve_if_only(change)
-        change.restart = not change.reloads  # if probes were missing: now there are some, so others can be reloaded
+        # If probes were missing, there are some now, and the other engines can be reloaded.
+        change.plan = replace(change.plan, restart=not change.plan.reloads)
         change.report(result)
         return SwapOutcome.SUCCEEDED, None
 

@@ -29,6 +29,7 @@ from serving.rollout.candidate import CandidatePlan
 from serving.rollout.engine_change import EngineChange, SwapInProgress
 from serving.rollout.shadow import Copy, CopyAnswer, compared
 from serving.rollout.split import Split
+from serving.rollout.swap_plan import Plan
 from serving.telemetry.deployment_metrics import DeploymentMetrics, ShadowOutcome
 from svc.engine.state import EngineState
 from svc.errors import EngineError, RefusedError, SvcError
@@ -174,18 +175,9 @@ class Replay:
         """
         interrupt, record = Cancellation(), self.record
         watching = asyncio.create_task(self._interrupt(interrupt, stop))
-        report, why = partial(log.info, "replay of kept requests: %s"), "kept requests are replayed"
-        change = SwapInProgress(
-            record.previous,
-            record.target,
-            SwapKind.INPLACE,
-            why,
-            False,
-            True,
-            report,
-            interrupt,
-            self.admission.running,
-        )
+        plan = Plan(SwapKind.INPLACE, "kept requests are replayed")
+        report = partial(log.info, "replay of kept requests: %s")
+        change = SwapInProgress(record.previous, record.target, plan, report, interrupt)
         try:
             async with self.engine_change.borrowed(change, engine):
                 self._loans += 1

@@ -68,14 +68,12 @@ class Swap:
             log.warning("the swap to %s was refused", target, exc_info=error)
             return SwapResult(SwapOutcome.REFUSED, str(error))
         running = self.admission.running
-        change = SwapInProgress(
-            current, target, plan.kind, plan.why, plan.restart, plan.reloads, report, cancellation, running
-        )
+        change = SwapInProgress(current, target, plan, report, cancellation)
         outcome, reason = await self._change_all_or_none(change)
         took_s = time.monotonic() - began
         if change.queued_s is not None:
             report(f"requests were queued for {change.queued_s:.2f} s, up to {change.queued} at a time")
-        return SwapResult(outcome, reason, change.queued_s, change.running, change.queued, change.kind, took_s)
+        return SwapResult(outcome, reason, change.queued_s, running, change.queued, change.plan.kind, took_s)
 
     async def _change_all_or_none(self, change: SwapInProgress) -> Result:
         """Change all engines. If one of them cannot be changed, restore the previous version on all of them."""
@@ -134,7 +132,8 @@ class Swap:
         """
         worst = SwapOutcome.SUCCEEDED
         # Restoring the previous version cannot be cancelled.
-        back = replace(change, target=change.current, restart=not change.reloads, cancellation=Cancellation())
+        plan = replace(change.plan, restart=not change.plan.reloads)
+        back = replace(change, target=change.current, plan=plan, cancellation=Cancellation())
         for engine in [member for member in self.pool.ready if member.target == change.target]:
             if worst is SwapOutcome.SUCCEEDED:
                 change.report(f"restoring {change.current} on the engines that were changed")
