@@ -391,7 +391,9 @@ class RolloutSettings(_Section):
     def _check_steps(self) -> Self:
         steps = self.canary
         if steps and (list(steps) != sorted(set(steps)) or steps[0] <= 0 or steps[-1] != 100):
-            raise ValueError("canary steps must increase from above 0 to 100, for example 5,25,100")
+            raise ValueError(
+                "canary steps must be increasing percentages above 0 that end with 100, for example 5,25,100"
+            )
         return self
 
     @property

@@ -253,7 +253,7 @@ class Qualifier:
             )
 
     async def _ask_general(self, client: EngineClient, text: str) -> tuple[ExampleResult, ...]:
-        """Ask a model the general questions and return its answers. No model of the run was trained on these
+        """Ask a model the general questions and return its answers. No model in the run was trained on these
         questions.
         """
         if self._general is None:

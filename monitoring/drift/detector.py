@@ -241,6 +241,6 @@ class Detector:
         return np.array(kept, dtype=np.intp)
 
     def _fixed_hits(self, to_reference: Singles, new: Requests) -> Hits:
-        """Return a table (items x bets) that shows, for each fixed set, which new requests are in it."""
+        """Return a boolean table (items x bets) that shows which new requests are in which fixed set."""
         parts = [self.classifier.far_hits(to_reference), hit_table(self._prompt_bets, new.prompts)]
         return np.concatenate([*parts, hit_table(self._answer_bets, new.answers)], axis=1)

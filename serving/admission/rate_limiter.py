@@ -78,7 +78,7 @@ def estimated_tokens(size: int) -> int:
 
 
 class Reservation:
-    """What a request has reserved of its key's limits until it ends. It must be settled or released exactly once.
+    """The part of its key's limits that a request holds until it ends. It must be settled or released exactly once.
 
     Args:
         held: for each limit, its quota, the reserved amount and the amount that was free before the

@@ -58,7 +58,7 @@ class Conversation:
 def _piece(line: str) -> str:
     event = json_of(line.encode())
     if "error" in event:
-        raise EngineError(f"the server broke off the answer: {event['error'].get('message')}")
+        raise EngineError(f"the server aborted the response: {event['error'].get('message')}")
     choices = event.get("choices") or [{}]
     return choices[0].get("delta", {}).get("content") or ""
 

@@ -152,7 +152,11 @@ class AdapterCache:
         return slot is not None and not slot.dropped
 
     def is_ready(self, version: VersionId, *, for_operator: bool = False) -> bool:
-        """Return whether a version's adapter is loaded and accepts requests. See `bring` for `for_operator`."""
+        """Return whether a version's adapter is loaded and accepts requests.
+
+        Args:
+            for_operator: as in `bring`.
+        """
         slot = self._slots.get(version)
         if slot is None or slot.dropped or not self._takes(slot, for_operator) or not slot.loaded.done():
             return False

@@ -65,7 +65,7 @@ class Kept:
 
     @property
     def total(self) -> int:
-        """Number of comparisons that are stored or possible."""
+        """Number of comparisons already stored plus those that can still be made."""
         return self.compared + len(self.rows)
 
 
@@ -140,7 +140,7 @@ class Replay:
         return min(self.record.plan.shadow, self.kept.total)
 
     async def run(self, stop: Cancellation) -> None:
-        """Replay the requests, and leave the engine with the production version.
+        """Replay the requests, then leave the engine running the production version.
 
         Args:
             stop: ends the replay; the production version is loaded again before this function returns.

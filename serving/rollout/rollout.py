@@ -254,7 +254,7 @@ class _Run:
         self._report(f"shadow: {look.text}")
 
     async def _replay(self, kept: Kept) -> None:
-        """Compare the candidate's answers with kept ones of production, where memory holds one engine only."""
+        """Compare the candidate's answers with stored answers of production, because memory fits only one engine."""
         if self._record.state is not RolloutState.SHADOW:
             await self._enter(RolloutState.SHADOW)
         parts = self._parts

@@ -47,7 +47,7 @@ class KeyedHash:
         key = path.read_bytes()
         if len(key) != _KEY_BYTES:
             raise IntegrityError(
-                f"{path} contains {len(key)} bytes",
+                f"the key in {path} has {len(key)} bytes",
                 expected=f"a key of {_KEY_BYTES} bytes",
                 todo="restore the file from a backup; if there is none, remove it",
             )

@@ -19,7 +19,7 @@ def read_key(path: Path) -> str:
     secret = read_secret(path, "svc keys rotate")
     if key_id_of(secret) is None:
         raise SettingsError(
-            f"the key file {path} contains no API key of this service",
+            f"the key file {path} contains no API key for this service",
             expected="the secret that `svc keys create` printed",
         )
     return secret

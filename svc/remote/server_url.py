@@ -136,6 +136,6 @@ def read_json(url: str, answer: "httpx.Response") -> Any:
         return answer.json()
     except ValueError as error:
         raise ServerNotRunningError(
-            f"{url} responded with status {answer.status_code}, but not with JSON",
+            f"{url} returned status {answer.status_code} with a body that is not JSON",
             todo="check that the URL is that of the server, not of a proxy",
         ) from error

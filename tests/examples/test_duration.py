@@ -8,7 +8,7 @@ def minutes(speed: float, import_s: float) -> float:
     return MachineSpeed(NumberType.BFLOAT16, speed, import_s).demo_minutes
 
 
-def test_half_as_fast_machine_takes_twice_as_long() -> None:
+def test_machine_half_as_fast_takes_twice_as_long() -> None:
     assert minutes(1e11, 3.0) == 2 * minutes(2e11, 1.5)
 
 

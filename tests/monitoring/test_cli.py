@@ -331,8 +331,8 @@ def test_status_fails_while_the_server_is_still_starting(svc: Svc, tmp_path: Pat
     [
         ({"/svc/status": (500, "")}, "does not respond"),
         ({"/metrics": (404, "")}, "does not respond"),
-        ({"/svc/status": (200, "<html>another server</html>")}, "responded with status 200, but not with JSON"),
-        ({"/svc/status": (401, "<html>sign in</html>")}, "responded with status 401, but not with JSON"),
+        ({"/svc/status": (200, "<html>another server</html>")}, "returned status 200 with a body that is not JSON"),
+        ({"/svc/status": (401, "<html>sign in</html>")}, "returned status 401 with a body that is not JSON"),
         ({"/metrics": (200, "<html>another server</html>")}, "returned status 200, but no valid metrics"),
     ],
     ids=str,

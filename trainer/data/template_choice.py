@@ -89,7 +89,7 @@ def template_text(chosen: NamedTemplate | Path, folder: Path) -> str:
     tokenizer = read_tokenizer(folder)
     if tokenizer.eos_token is None:
         raise BaseModelError(
-            f"the tokenizer in {folder} has no end token, but the chat template {chosen} ends each answer with it",
+            f"the tokenizer in {folder} has no end token, but the chat template {chosen} ends each answer with one",
             expected="eos_token in tokenizer_config.json",
             todo=f"set eos_token in {folder / 'tokenizer_config.json'}, or choose another base",
         )

@@ -69,7 +69,7 @@ class DeviceEstimate:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Estimate of a recipe on several devices.
+    """Estimated memory and time of a recipe on several devices.
 
     Attributes:
         trained: number of trained weights.

@@ -46,7 +46,7 @@ class ForgettingTest:
 
 
 def judge_forgetting(forgetting: Forgetting, margin: float, format: Format) -> GateReport:
-    """Return the verdict on forgetting: the share of correct answers to general questions that were lost, minus
+    """Return the verdict on forgetting, the share of correct answers to general questions that were lost, minus
     the share gained.
 
     Args:

@@ -143,7 +143,7 @@ class Analysis:
     def detectable(
         self, units: int, share: float, production: Mapping[Signal, float] = TYPICAL_SHARES
     ) -> dict[Signal, float]:
-        """Return the smallest loss of each signal that this rollout can detect with 80% power.
+        """Return the smallest loss in each signal that this rollout can detect with 80% power.
 
         Args:
             units: planned number of candidate units with data for the signal; at least 1.

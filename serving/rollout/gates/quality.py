@@ -116,7 +116,7 @@ def _arms(registry: Registry, candidate: Target, production: Target) -> tuple[_A
         before = _production(registry, production, manifest)
     if before.report.primary != after.report.primary:
         raise _IncomparableError(
-            f"the primary metrics differ: {before.report.primary} and {after.report.primary}; compare them: "
+            f"the primary metrics differ: {before.report.primary} and {after.report.primary}; to compare the versions: "
             f"svc compare {before.name} {after.name}"
         )
     count = min(len(before.results), len(after.results))

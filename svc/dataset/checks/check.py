@@ -68,7 +68,7 @@ class DataReport:
         return few_labels(self.answers, self.examples) or None
 
     def add(self, line: int, code: Code, message: str, where: str = "") -> None:
-        """Add a problem with a line to the report."""
+        """Add a problem found on a line to the report."""
         self.problems.add(self.file, line, code, message, where)
 
 

@@ -194,7 +194,7 @@ def _require_json(name: str, examples: Sequence[ChatExample]) -> None:
     for place, example in enumerate(examples):
         if read_json(example.answer) is None:
             raise RecipeError(
-                f"the metric {name} compares JSON, but the reference of held-out example {place} is not JSON: "
+                f"the metric {name} compares JSON, but the reference answer of held-out example {place} is not JSON: "
                 f"{example.answer!r:.80}",
                 todo=_SEE,
             )
@@ -207,7 +207,8 @@ def _schema_valid(examples: Sequence[ChatExample], path: Path | None) -> SchemaV
     for place, example in enumerate(examples):
         if not metric.accepts(example.answer):
             raise RecipeError(
-                f"the reference of held-out example {place} does not match the schema {path}: {example.answer!r:.80}",
+                f"the reference answer of held-out example {place} does not match the schema {path}: "
+                f"{example.answer!r:.80}",
                 todo="correct the schema or the example",
             )
     return metric

@@ -29,7 +29,7 @@ def test_same_seed_generates_the_same_requests() -> None:
     assert first != other
 
 
-def test_each_model_gets_the_requests_in_its_timetable(monday: list[Arrival]) -> None:
+def test_each_model_gets_the_requests_in_its_schedule(monday: list[Arrival]) -> None:
     assert len(_of(monday, MAIN)) == pytest.approx(5_000, rel=0.1)
     assert len(_of(monday, SIDE)) == pytest.approx(1_000, rel=0.1)
     assert {model: len(_of(monday, model)) for model in WAKES} == {"legal": 25, "quarterly": 0}

@@ -162,7 +162,7 @@ def test_held_out_run_is_exported(metrics: CollectorRegistry, registry: Registry
     assert metrics.get_sample_value("svc_holdout_changed", VERSION) == 1
 
 
-def test_failed_held_out_run_is_exported_with_the_last_completed_run(metrics: CollectorRegistry, store: Store) -> None:
+def test_export_includes_failed_held_out_run_and_last_completed_one(metrics: CollectorRegistry, store: Store) -> None:
     failed = replace(run([], []), outcome=HoldoutOutcome.FAILED, reason="away")
     add_holdout_run(store, failed)
     shown = metrics.get_sample_value("svc_holdout_run_timestamp_seconds", {**VERSION, "outcome": "failed"})

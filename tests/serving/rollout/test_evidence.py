@@ -207,7 +207,7 @@ def test_expectations_of_a_replay_say_how_long_requests_may_wait(store: Store, r
     assert texts[2].endswith("waits until tuned@1 (merged) is loaded again: about 1.2 s")
 
 
-def test_losses_are_named_by_whether_they_are_excluded(store: Store, record: RolloutRecord) -> None:
+def test_replay_report_says_which_losses_are_excluded(store: Store, record: RolloutRecord) -> None:
     good = ShadowPair("", False, False, True, True, True, "stop", "stop", 3, 3, 0.1, 0.2)
     evidence = ShadowEvidence(store, record, lambda: 50)
     for _ in range(300):

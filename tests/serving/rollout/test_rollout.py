@@ -331,8 +331,8 @@ async def test_several_engines_are_all_switched_at_the_end(make: Make) -> None:
 @pytest.mark.parametrize(
     ("options", "wrong"),
     [
-        (RolloutOptions(canary=(50, 25, 100)), "canary steps must increase"),
-        (RolloutOptions(canary=(5, 25)), "canary steps must increase"),
+        (RolloutOptions(canary=(50, 25, 100)), "canary steps must be increasing"),
+        (RolloutOptions(canary=(5, 25)), "canary steps must be increasing"),
         (RolloutOptions(shadow=-1), "shadow: "),
         (RolloutOptions(shadow=5, direct=True), "a direct promotion has no shadow"),
     ],

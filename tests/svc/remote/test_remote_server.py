@@ -27,7 +27,7 @@ def test_html_response_from_a_proxy_raises_error_with_its_status(
     read: Callable[[], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answer_with(monkeypatch, lambda _: httpx.Response(200, text="<html>sign in</html>"))
-    with pytest.raises(ServerNotRunningError, match=r"svc\.example responded with status 200, but not with JSON"):
+    with pytest.raises(ServerNotRunningError, match=r"svc\.example returned status 200 with a body that is not JSON"):
         read()
 
 

@@ -146,7 +146,9 @@ def test_named_template_is_rejected_when_the_tokenizer_has_no_end_token(tmp_path
     make_tokenizer().save_pretrained(tmp_path)
     path = tmp_path / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {"eos_token": None}), "utf-8")
-    with pytest.raises(BaseModelError, match="has no end token, but the chat template zephyr ends each answer with it"):
+    with pytest.raises(
+        BaseModelError, match="has no end token, but the chat template zephyr ends each answer with one"
+    ):
         template_text(NamedTemplate.ZEPHYR, tmp_path)
 
 

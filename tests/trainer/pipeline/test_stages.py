@@ -30,7 +30,7 @@ def test_training_and_quantization_use_the_fast_number_type_of_the_device(
     assert stages.number_types == [number_type, number_type]
 
 
-def test_number_types_and_their_reasons_are_printed_before_training(
+def test_number_types_and_why_they_were_chosen_are_printed_before_training(
     make: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make(capabilities=AVX2).train_version()

@@ -88,7 +88,7 @@ def test_version_stores_its_training_curve(pipeline: Pipeline) -> None:
     assert read_training_curve(pipeline.registry.reference(version, TRAINING_CURVE_FILE)) == CURVE
 
 
-def test_version_stores_the_answers_of_each_served_format(pipeline: Pipeline) -> None:
+def test_version_stores_the_answers_given_in_each_served_format(pipeline: Pipeline) -> None:
     version = pipeline.train_version()
     for format in (Format.MERGED, Format.GPTQ):
         results = pipeline.registry.results(version, format)

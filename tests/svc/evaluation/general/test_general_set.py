@@ -33,7 +33,7 @@ def test_all_shipped_references_count_as_correct_answers() -> None:
     assert right(SHIPPED, [example.answer for example in SHIPPED.examples]) == [1.0] * 120
 
 
-def test_each_accepted_text_is_correct_by_itself() -> None:
+def test_each_accepted_text_is_correct_on_its_own() -> None:
     for example, texts in zip(SHIPPED.examples, SHIPPED.accepted, strict=True):
         for text in texts:
             assert right(GeneralSet("", (example,), (texts,)), [text]) == [1.0], text
@@ -77,7 +77,7 @@ def test_general_questions_can_be_read_from_any_data_file_type(tmp_path: Path) -
 @pytest.mark.parametrize("accepted", ["a", [], [1], [" "], {}])
 def test_malformed_accepted_answers_are_rejected_with_line_number(tmp_path: Path, accepted: object) -> None:
     rows = [line("one", "a"), line("two", "b", accepted=accepted)]
-    with pytest.raises(DataError, match=r"own\.jsonl:2: `accepted` is"):
+    with pytest.raises(DataError, match=r"own\.jsonl:2: `accepted` is not a list of texts"):
         read_general_set(write_lines(tmp_path / "own.jsonl", *rows))
 
 

@@ -112,14 +112,14 @@ def test_metric_without_a_direction_cannot_be_primary(options: MetricOptions) ->
 
 @pytest.mark.parametrize("name", ["field_accuracy", "schema_valid"])
 def test_json_metric_rejects_non_json_references(name: str) -> None:
-    with pytest.raises(RecipeError, match=f"{name} compares JSON, but the reference of held-out example 1"):
+    with pytest.raises(RecipeError, match=f"{name} compares JSON, but the reference answer of held-out example 1"):
         choose_metrics([OBJECTS[0], TEXTS[0]], MetricOptions((name,)))
 
 
 def test_recipe_schema_must_accept_all_references(tmp_path: Path) -> None:
     path = tmp_path / "schema.json"
     path.write_text('{"properties": {"size": {"maximum": 5}}}', "utf-8")
-    with pytest.raises(RecipeError, match="the reference of held-out example 6 does not match the schema"):
+    with pytest.raises(RecipeError, match="the reference answer of held-out example 6 does not match the schema"):
         choose_metrics(OBJECTS, MetricOptions(schema=path))
 
 
