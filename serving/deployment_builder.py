@@ -93,6 +93,7 @@ class DeploymentBuilder:
             target=lambda: reconciler.actual.target,
             timeout_s=self.settings.idle_s_of(name),
             promoting=lambda: reconciler.promoting or rollouts.active,
+            rolling_out=lambda: rollouts.active,
             make_room=lambda: make_room(reconciler.actual.target),
             on_error=reconciler.note_error,
         )

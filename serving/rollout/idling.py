@@ -33,8 +33,10 @@ class Idling:
     Attributes:
         target: function that returns the version to start an engine with.
         timeout_s: idle time after which engines stop or sleep, in seconds. None means never.
-        promoting: function that returns whether a swap is planned or in progress. Engines do not idle in that
+        promoting: function that returns whether a swap or a rollout is in progress. Engines do not idle in that
             case.
+        rolling_out: function that returns whether a rollout is in progress. It needs the production version, so idle
+            engines are started for it.
         make_room: function that stops the engines of other idle models if this model's engines would not fit
             into memory.
         on_error: function called with the reason why an engine could not be started again.
@@ -46,6 +48,7 @@ class Idling:
     target: Callable[[], Target]
     timeout_s: float | None
     promoting: Callable[[], bool]
+    rolling_out: Callable[[], bool]
     make_room: Callable[[], Awaitable[None]]
     on_error: Callable[[str], None]
     _asleep: asyncio.Event = field(default_factory=asyncio.Event, init=False)
@@ -182,8 +185,8 @@ class Idling:
             log.warning("could not free memory for %s; starting it nevertheless: %s", self.target(), error.wrong)
 
     async def _wanted(self) -> None:
-        """Wait until a request is queued or an engine has been started for another reason."""
-        while not self.pool.ready:
+        """Wait until a request is queued, a rollout is in progress, or an engine was started for another reason."""
+        while not self.pool.ready and not self.rolling_out():
             with suppress(TimeoutError):
                 async with asyncio.timeout(_MAX_CHECK_INTERVAL_S):
                     await self.admission.queue.wanted()

@@ -106,14 +106,12 @@ class Rollouts:
         while True:
             try:
                 record = await asyncio.to_thread(active_rollout, self.store, self.names.name)
+                self.active = record is not None
                 if record is not None:
-                    self.active = True
                     await (self._carry_out(record) if self._can_run(record) else self._wait(record))
             except SQLAlchemyError:
                 log.exception("could not read or write the rollout of %s; retrying", self.names.name)
                 await asyncio.sleep(_STORE_PAUSE_S)
-            finally:
-                self.active = False
             await asyncio.sleep(_POLL_S)
 
     def _can_run(self, record: RolloutRecord) -> bool:

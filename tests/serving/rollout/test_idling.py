@@ -7,8 +7,13 @@ from typing import Any
 import httpx
 import pytest
 
+from serving.rollout.promotion import PromotionRequest
+from serving.rollout.version_changes import VersionChanges
+from svc.identity.actor import Actor
+from svc.settings import ModelSettings, RolloutSettings
 from svc.store.deployments import add_deployment
 from svc.store.desired import change_desired, read_desired
+from svc.store.rollouts import RolloutState, find_rollout
 from svc.store.swaps import SwapKind, SwapOutcome, SwapResult, find_swap
 from svc.version import Format, Target, VersionId
 from tests.serving.control import BODY, until
@@ -168,6 +173,16 @@ async def test_promotion_wakes_an_idle_model_with_the_new_version(idling: Home) 
         assert await answer(client) == (200, f"{NAME}@2")
         await become(client, tuned="idle")
         assert await answer(client) == (200, f"{NAME}@2")
+
+
+async def test_rollout_wakes_an_idle_model_with_the_production_version(idling: Home) -> None:
+    plan = ModelSettings(rollout=RolloutSettings(shadow=5))
+    async with idling.serving(f"{NAME}@1") as client:
+        await become(client, tuned="idle")
+        changes = VersionChanges(idling.registry, idling.store, lambda: {NAME: target(1)}, lambda name: plan)
+        changes.promote(PromotionRequest(target(2).version), Actor.local())
+        await until(lambda: (at := find_rollout(idling.store, NAME)) and at.state is RolloutState.SHADOW)
+        assert await answer(client) == (200, f"{NAME}@1")
 
 
 async def test_engine_does_not_idle_while_a_promotion_verifies_files(
