@@ -32,7 +32,7 @@ from svc.errors import EngineError
 from svc.invocation import print_json
 from svc.registry.registry import Registry
 from svc.settings import Settings, load_settings
-from svc.store.database import open_database
+from svc.store.database import open_store
 from svc.terminal import counting, output
 
 _POLL_S = 0.05
@@ -94,7 +94,7 @@ class Subject:
             NotFoundError: the model does not exist or has no version.
         """
         registry = Registry.of(settings)
-        target = choose_desired(registry, open_database(settings.home), model, None).target
+        target = choose_desired(registry, open_store(settings), model, None).target
         spec = EngineSpec(
             model=registry.artifact(target.version, target.format),
             served_name=target.version.name,

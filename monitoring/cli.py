@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from svc.errors import IntegrityError, NotFoundError, ServerNotRunningError
 from svc.invocation import json_option, print_json, remote_of, settings_of
 from svc.remote.server_url import ServerAddress, read_json, server_address
-from svc.settings import Settings
+from svc.settings import Settings, StoreSettings
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -110,7 +110,7 @@ def monitor(ctx: click.Context, server: str | None, host: str | None, port: int 
     from monitoring.drift.worker import checking_drift
     from monitoring.exporter.app import exporting
     from svc.registry.registry import Registry
-    from svc.store.database import open_database
+    from svc.store.database import open_store
     from svc.terminal import console
 
     # A hung tracking server must not delay the server's metrics: Prometheus times out after ten seconds.
@@ -124,7 +124,7 @@ def monitor(ctx: click.Context, server: str | None, host: str | None, port: int 
         url = running.enter_context(
             exporting(
                 Registry.of(settings),
-                open_database(settings.home),
+                open_store(settings),
                 settings.home,
                 lambda: watched or server_address(settings),
                 settings.monitor.host,
@@ -197,10 +197,10 @@ def _only(state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
 
 
 @cache
-def _store(home: Path) -> "Store":
-    from svc.store.database import open_database
+def _store(home: Path, store: StoreSettings) -> "Store":
+    from svc.store.database import open_store
 
-    return open_database(home)
+    return open_store(Settings(home=home, store=store))
 
 
 def _drift(settings: Settings, state: Mapping[str, Any]) -> dict[str, str]:
@@ -214,7 +214,7 @@ def _drift(settings: Settings, state: Mapping[str, Any]) -> dict[str, str]:
 
     try:
         target = Target(VersionId.parse(state["version"]), Format(state["format"]))
-        reports, quality = read_drift(Registry.of(settings), _store(settings.home), target)
+        reports, quality = read_drift(Registry.of(settings), _store(settings.home, settings.store), target)
     except (NotFoundError, IntegrityError, ValidationError):  # ValidationError: a result that another release wrote
         return {}
     signals = {report.signal.value: report.status.value for report in reports}

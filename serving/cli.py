@@ -83,7 +83,7 @@ def serve(
     from serving.systemd_notify import ServiceManager, inherited_listener
     from svc.engine.device import read_capabilities
     from svc.engine.state import EnginePhase
-    from svc.store.database import open_database
+    from svc.store.database import open_store
     from svc.store.keys import keys_revision
     from svc.terminal import advancing, console, quiet_libraries
 
@@ -92,7 +92,7 @@ def serve(
     inherited = inherited_listener()
     if inherited:
         settings = server.at_address(settings, inherited)
-    registry, store = Registry.of(settings), open_database(settings.home)
+    registry, store = Registry.of(settings), open_store(settings)
     capabilities = read_capabilities(settings.home)
 
     async def run() -> None:

@@ -1,7 +1,7 @@
 """The `svc` command. It is a table of commands, each imported only when it is run, so that help appears at once.
 
-This is the error boundary. An `SvcError` is printed as text and sets the exit code. Any other exception is
-a bug, so its traceback is shown.
+This is the error boundary. An `SvcError` is printed as text and sets the exit code, and so is the error of a database
+that does not respond. Any other exception is a bug, so its traceback is shown.
 """
 
 import atexit
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 
-from svc.errors import SvcError
+from svc.errors import RegistryError, SvcError
 
 COMMANDS = {
     # command: (import path, one line of help)
@@ -107,6 +107,13 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
+    except Exception as error:
+        from svc.store.postgresql import StoreUnavailableError  # imports SQLAlchemy, which help does not need
+
+        if not isinstance(error, StoreUnavailableError):
+            raise
+        click.secho(f"error: {error.shown}", fg="red", err=True)
+        sys.exit(RegistryError.exit_code)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    SecretStr,
     Tag,
     ValidationError,
     field_validator,
@@ -34,7 +35,7 @@ from svc.yaml_text import parse_yaml
 
 ENV_PREFIX = "SVC_"
 DEFAULT_FILE = Path("svc.yaml")
-_PASSWORD = re.compile(r"//[^/\s]*@")
+_PASSWORD = re.compile(r"//\S*@")
 """Matches the user and password in a rejected URL, which must not appear in the error message."""
 
 
@@ -80,6 +81,40 @@ class SwapChoice(StrEnum):
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _store_url(secret: SecretStr) -> SecretStr:
+    from sqlalchemy import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        url = make_url(secret.get_secret_value())
+        valid = url.drivername in ("postgresql", "postgresql+psycopg") and bool(url.database)
+        valid = valid and not {"password", "sslpassword"} & url.query.keys()  # SQLAlchemy would not hide them
+    except (ArgumentError, ValueError):  # their messages may quote the password
+        valid = False
+    if not valid:
+        raise ValueError(
+            "not the URL of a PostgreSQL database, such as postgresql+psycopg://user@host:5432/database; a password "
+            "follows the user, percent-encoded, and is not a parameter"
+        )
+    return secret
+
+
+class StoreSettings(_Section):
+    """Settings of the store, which has desired versions, keys, the audit log, requests and feedback.
+
+    By default, it is an SQLite database in the home. See docs/scale.md for PostgreSQL.
+    """
+
+    url: Annotated[SecretStr, AfterValidator(_store_url)] | None = Field(
+        None,
+        description="URL of a PostgreSQL database, such as `postgresql+psycopg://user@host:5432/database`; "
+        "default: SQLite, `svc.db` in `home`",
+    )
+    password_file: AbsolutePath | None = Field(
+        None, description="file with the password for `store.url`, unless the URL contains it"
+    )
 
 
 class EngineSettings(_Section):
@@ -545,7 +580,12 @@ class Settings(BaseSettings):
     """All settings. The `home` folder contains all state except the cache of base models."""
 
     model_config = SettingsConfigDict(
-        env_prefix=ENV_PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True, env_ignore_empty=True
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter="__",
+        extra="forbid",
+        frozen=True,
+        env_ignore_empty=True,
+        hide_input_in_errors=True,  # it may contain the password of `store.url`
     )
 
     home: AbsolutePath = Field(Path(".svc"), validate_default=True, description="folder for all state")
@@ -553,6 +593,7 @@ class Settings(BaseSettings):
         Path("~/.cache/tuneserve/base"), validate_default=True, description="folder for downloaded base models"
     )
     tracking_uri: str = Field("", description="URL of the MLflow tracking server; default: a database in `home`")
+    store: StoreSettings = StoreSettings()
     engine: EngineSettings = EngineSettings()
     adapters: AdapterSettings = AdapterSettings()
     serve: ServeSettings = ServeSettings()
@@ -627,8 +668,10 @@ def load_settings(config: Path | None = None, **flags: Any) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
+        is_secret = first["loc"][:1] == ("store",)
+        shown = "invalid" if is_secret else _PASSWORD.sub("//***@", repr(first["input"]))
         raise SettingsError(
-            f"setting {key!r} is {_PASSWORD.sub('//***@', repr(first['input']))}: {first['msg']}",
+            f"setting {key!r} is {shown}: {first['msg']}",
             todo="see docs/configuration.md for every setting and its type",
         ) from error
 

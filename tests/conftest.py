@@ -8,9 +8,13 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from sqlalchemy import Engine as Store
 
 from svc.registry.tracking import Tracking
+from svc.settings import Settings
 from tests.command_line import Svc
+from tests.new_store import new_store
+from tests.postgresql import SHARED, PostgresServer, running_server
 
 # A busy machine is no failure. Two runs of one commit try the same examples: a few in `make test-fast`, more in
 # `make test`. `make test-matrix` looks for others.
@@ -58,6 +62,33 @@ def tracking(tmp_path_factory: pytest.TempPathFactory) -> Tracking:
     """Return a real MLflow store on SQLite. Creating one takes seconds, so tests share it under unique names."""
     folder = tmp_path_factory.mktemp("mlflow")
     return Tracking(f"sqlite:///{folder / 'mlflow.db'}", folder / "artifacts")
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[PostgresServer]:
+    """Run a real PostgreSQL server. Tests that use it are skipped where none is installed."""
+    with running_server() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store_settings(request: pytest.FixtureRequest, tmp_path: Path) -> Settings:
+    """Return the settings of an empty store in SQLite and in PostgreSQL. A test that uses them runs once with each."""
+    home = tmp_path / "home"
+    if request.param == "sqlite":
+        return Settings(home=home)
+    server: PostgresServer = request.getfixturevalue("postgresql")
+    server.empty()
+    return Settings(home=home, store=server.settings(SHARED))
+
+
+@pytest.fixture
+def any_store(store_settings: Settings, request: pytest.FixtureRequest) -> Store:
+    """Return an empty store in SQLite and in PostgreSQL. A test that uses it runs once with each."""
+    if store_settings.store.url is None:
+        return new_store(store_settings.home)
+    server: PostgresServer = request.getfixturevalue("postgresql")
+    return server.store
 
 
 @pytest.fixture

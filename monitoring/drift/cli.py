@@ -36,11 +36,11 @@ def drift(ctx: click.Context, model: str, accept: bool, as_json: bool) -> None:
     from svc.files.lock import hold_lock
     from svc.registry.registry import Registry
     from svc.store.answered import texts_of
-    from svc.store.database import open_database
+    from svc.store.database import open_store
     from svc.store.drift import read_drift_alarms
     from svc.terminal import console, output, waiting
 
-    registry, store = Registry.of(settings), open_database(settings.home)
+    registry, store = Registry.of(settings), open_store(settings)
     target = _target(registry, store, model)
     try:
         with hold_lock(settings.home / LOCK_FILE, "the drift check"), waiting("comparing new requests"):

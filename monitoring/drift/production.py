@@ -11,7 +11,7 @@ from svc.errors import BusyError
 from svc.files.lock import hold_lock
 from svc.registry.registry import Registry
 from svc.settings import Settings
-from svc.store.database import open_database
+from svc.store.database import open_store
 from svc.store.deployments import deployed_names
 from svc.store.desired import read_desired
 from svc.store.drift import read_drift_states
@@ -42,7 +42,7 @@ class ProductionChecks:
 
     def __init__(self, settings: Settings) -> None:
         self._lock = settings.home / LOCK_FILE
-        self._store = open_database(settings.home)
+        self._store = open_store(settings)
         self._check = DriftCheck(Registry.of(settings), self._store, settings.request_log)
 
     def __call__(self) -> None:

@@ -14,7 +14,7 @@ from serving.client.remote import RemoteAdministration
 from serving.rollout.promotion import PromotionRequest, VersionChange
 from svc.remote.server_url import ServerAddress, server_address
 from svc.settings import Settings
-from svc.store.database import open_database
+from svc.store.database import open_store
 from svc.store.rollouts import RolloutView, read_rollouts
 from svc.store.swaps import find_swap
 
@@ -34,7 +34,7 @@ class LocalAdministration:
         Raises:
             ServerNotRunningError: no server uses the home.
         """
-        return cls(settings, open_database(settings.home), server_address(settings))
+        return cls(settings, open_store(settings), server_address(settings))
 
     def promote(self, request: PromotionRequest) -> VersionChange:
         """Promote a version; see `VersionChanges.promote`."""

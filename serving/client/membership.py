@@ -10,7 +10,7 @@ from svc.errors import NotFoundError, RefusedError
 from svc.registry.registry import Registry
 from svc.remote.server_url import read_status, server_address
 from svc.settings import Settings
-from svc.store.database import open_database
+from svc.store.database import open_store
 from svc.store.deployments import add_deployment, deployed_names, remove_deployment
 from svc.terminal import waiting
 from svc.version import Format, Target
@@ -33,7 +33,7 @@ def add_model(settings: Settings, model: str, format: Format | None) -> Target:
             serve the model after its next start.
     """
     server, name = server_address(settings), model.partition("@")[0]
-    registry, store = Registry.of(settings), open_database(settings.home)
+    registry, store = Registry.of(settings), open_store(settings)
     if name in deployed_names(store):
         raise RefusedError(f"{name} is already served", todo=f"switch to another version: svc promote {name}@N")
     target = choose_desired(registry, store, model, format).target
@@ -57,7 +57,7 @@ def remove_model(settings: Settings, name: str) -> None:
         ServerNotRunningError: no server uses the home, or the server has stopped. If it has stopped, it will
             not serve the model after its next start.
     """
-    server, store = server_address(settings), open_database(settings.home)
+    server, store = server_address(settings), open_store(settings)
     if not remove_deployment(store, name):
         served = ", ".join(deployed_names(store)) or "none"
         raise NotFoundError(f"{name!r} is not served", expected=f"a served model: {served}")

@@ -28,6 +28,7 @@ from svc.errors import SettingsError, SvcError
 from svc.identity.actor import Actor
 from svc.identity.principal import Limits, Scope
 from svc.store.gate_rows import GATE_ROWS
+from svc.store.postgresql import StoreUnavailableError
 from svc.store.rollouts import RolloutView, read_rollouts
 from svc.store.swaps import find_swap
 from svc.version import Format, VersionId
@@ -204,7 +205,7 @@ def _with_full_errors(endpoint: Callable[[Request], Awaitable[Response]]) -> Cal
             return await endpoint(request)
         except ClientGoneError:
             return Response(status_code=CLIENT_GONE_STATUS)
-        except (SvcError, OSError) as error:
+        except (SvcError, OSError, StoreUnavailableError) as error:
             return change_error(error).response(request.url.path)
 
     return answer

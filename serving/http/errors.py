@@ -54,10 +54,12 @@ from svc.errors import (
     NotFoundError,
     PermissionDeniedError,
     RefusedError,
+    RegistryError,
     SettingsError,
     SvcError,
 )
 from svc.identity.key_secret import hide_secrets
+from svc.store.postgresql import StoreUnavailableError
 
 log = logging.getLogger(__name__)
 
@@ -169,6 +171,7 @@ _CHANGE_SHAPES: dict[type[Exception], tuple[int, ErrorCode]] = {
     RefusedError: (409, ErrorCode.CHANGE_REFUSED),
     IntegrityError: (409, ErrorCode.CHANGE_REFUSED),
     SettingsError: (400, ErrorCode.INVALID_REQUEST),
+    RegistryError: (503, ErrorCode.STORE_UNAVAILABLE),
     OSError: (409, ErrorCode.CHANGE_REFUSED),
 }
 """HTTP status and error code for each error of the administration endpoints."""
@@ -184,6 +187,9 @@ def api_error(error: Exception) -> ApiError:
                 return _shaped(error, *_SHAPES[kind])
     if isinstance(error, HTTPException):
         return _framework_error(error)
+    if isinstance(error, StoreUnavailableError):
+        log.error("a request failed: %s", error)
+        return ApiError(503, ErrorCode.STORE_UNAVAILABLE, "the server's database is not responding; retry later")
     log.error("unexpected error in a request", exc_info=error)
     return ApiError(500, ErrorCode.INTERNAL_ERROR, "internal error in the gateway; see the server's log")
 
@@ -193,6 +199,8 @@ def change_error(error: Exception) -> ApiError:
 
     Admins may see the machine's paths and details.
     """
+    if isinstance(error, StoreUnavailableError):
+        error = error.shown
     for kind, shape in _CHANGE_SHAPES.items():
         if isinstance(error, kind):
             told = error if isinstance(error, SvcError) else SvcError(str(error))
@@ -238,5 +246,5 @@ def install_handlers(app: FastAPI) -> None:
     async def answer(request: Request, error: Exception) -> Response:
         return api_error(error).response(request.url.path)
 
-    for kind in (HTTPException, SvcError):
+    for kind in (HTTPException, SvcError, StoreUnavailableError):
         app.add_exception_handler(kind, answer)

@@ -28,6 +28,7 @@ class ErrorCode(StrEnum):
     MODEL_NOT_DELETABLE = "model_not_deletable"
     REQUEST_NOT_FOUND = "request_not_found"
     REQUEST_LOG_BUSY = "request_log_busy"
+    STORE_UNAVAILABLE = "store_unavailable"
     NOT_FOUND = "not_found"
     METHOD_NOT_ALLOWED = "method_not_allowed"
     RATE_LIMIT_EXCEEDED = "rate_limit_exceeded"

@@ -244,10 +244,10 @@ class _FeatureMaker:
     """Computes and stores drift features. It runs in the separate process."""
 
     def __init__(self, settings: Settings) -> None:
-        from svc.store.database import open_database
+        from svc.store.database import open_store
 
         self._registry = Registry.of(settings)
-        self._store = open_database(settings.home)
+        self._store = open_store(settings)
         self._redactor = Redactor(settings.request_log.redact)
         self._maker = lru_cache(maxsize=_REFERENCES)(self._read)
         self._added: dict[Target, int] = {}  # since items were pruned

@@ -45,6 +45,7 @@ _NOT_COMPLETIONS = {
     ErrorCode.MODEL_NOT_DELETABLE,
     ErrorCode.REQUEST_NOT_FOUND,
     ErrorCode.REQUEST_LOG_BUSY,
+    ErrorCode.STORE_UNAVAILABLE,
 }
 
 # An answer takes from 50 ms (a few tokens on a GPU) to minutes (2,000 tokens on a CPU): each bucket is at most 2.5

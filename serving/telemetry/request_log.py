@@ -1,8 +1,8 @@
 """Write a row for each completed request, and delete old rows. A single thread does this in batches.
 
 Requests never wait for the log: rows are dropped and counted if they do not fit into the queue or the store
-rejects them. Content is extracted, redacted and checked against its size limit here rather than while the
-request runs.
+rejects them. While a database in PostgreSQL is unavailable, rows wait in the queue. Content is extracted, redacted and
+checked against its size limit here rather than while the request runs.
 """
 
 import logging
@@ -24,6 +24,7 @@ from serving.telemetry.retention_clock import RetentionClock
 from serving.telemetry.traces.request_trace import RequestTrace, SpanSink
 from svc.redaction import RedactionTimeoutError, Redactor
 from svc.settings import RequestLogSettings
+from svc.store.postgresql import StoreUnavailableError
 from svc.store.requests import (
     Dropped,
     RequestOutcome,
@@ -51,6 +52,7 @@ _GATHER_S = 0.2
 """Seconds during which completed rows are collected for one transaction, so that a busy server only syncs a
 few times per second."""
 _PRUNE_EVERY_S = 60.0
+_RETRY_S = 1.0
 _ESCAPED = 6  # growth of a character, at most, in ASCII-only JSON: \u00e9
 _GOOD_STATUS = 200
 _CLOSE_S = 20.0  # longer than the store waits for another writer
@@ -235,7 +237,7 @@ class RequestLog:
             records = [_checked(_stored(entry, text), entry) for entry, text in zip(entries, texts, strict=True)]
             self._add_spans(entries, records)
             if records:
-                add_requests(self.store, records)
+                self._add_requests(records)
         except Exception:  # the boundary of this thread, which must survive a full disk and malformed requests
             log.exception("could not write %d rows of the request log", len(entries))
             self.on_dropped(Dropped.STORE_FAILED, len(entries))
@@ -251,6 +253,20 @@ class RequestLog:
             self._queue.popleft()
             if isinstance(item, threading.Event):
                 item.set()
+
+    def _add_requests(self, records: Sequence[RequestRecord]) -> None:
+        """Write rows. While the database is unavailable, wait; the queue holds later rows up to its limit."""
+        is_waiting = False
+        while True:
+            try:
+                return add_requests(self.store, records)
+            except StoreUnavailableError as error:
+                if self._closing:
+                    raise
+                if not is_waiting:
+                    log.warning("rows of the request log wait in memory: %s", error)
+                is_waiting = True
+            time.sleep(_RETRY_S)
 
     def _add_spans(self, entries: Sequence[_Entry], records: Sequence[RequestRecord]) -> None:
         spans = self.spans

@@ -187,11 +187,11 @@ def usage(ctx: click.Context, since: datetime, as_csv: bool, as_json: bool) -> N
     """Show the number of requests and tokens by key and model."""
     if as_csv and as_json:
         raise click.UsageError("--csv and --json cannot be combined")
-    from svc.store.database import open_database
+    from svc.store.database import open_store
     from svc.store.keys import read_keys
     from svc.store.usage import usage_since
 
-    store = open_database(settings_of(ctx).home)
+    store = open_store(settings_of(ctx))
     names = {key.id: key.principal.name for key in read_keys(store)}
     rows = [
         {"key_id": total.key_id or None, "name": names.get(total.key_id), "model": total.model, **total.usage._asdict()}
@@ -272,9 +272,9 @@ def _change(
 def _keyring(ctx: click.Context) -> "Keyring":
     from svc.access.keyring import Keyring
     from svc.identity.actor import Actor
-    from svc.store.database import open_database
+    from svc.store.database import open_store
 
-    return Keyring(open_database(settings_of(ctx).home), Actor.local())
+    return Keyring(open_store(settings_of(ctx)), Actor.local())
 
 
 def _print_issued(issued: dict[str, Any], *, as_json: bool) -> None:

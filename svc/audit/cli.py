@@ -45,10 +45,10 @@ def audit(ctx: click.Context, /, verify: bool, expected: str | None, as_json: bo
     if expected and not verify:
         raise click.UsageError("--expect requires --verify")
     from svc.store.audit import read_events
-    from svc.store.database import open_database
+    from svc.store.database import open_store
     from svc.terminal import print_table
 
-    store = open_database(settings_of(ctx).home)
+    store = open_store(settings_of(ctx))
     if verify:
         _verify(store, expected, as_json=as_json)
         return
@@ -111,10 +111,10 @@ def history(ctx: click.Context, name: str, as_json: bool) -> None:
     from rich.table import Column
 
     from svc.audit.history import read_history
-    from svc.store.database import open_database
+    from svc.store.database import open_store
     from svc.terminal import print_table
 
-    rows = read_history(open_database(settings_of(ctx).home), name)
+    rows = read_history(open_store(settings_of(ctx)), name)
     if as_json:
         print_json(rows)
         return
@@ -170,10 +170,10 @@ def forget(
     if sum(given is not None for given in (user, key, before)) != 1:
         raise click.UsageError("give exactly one of --user, --key and --before")
     from svc.store.audit import Action, AuditEntry, record_event
-    from svc.store.database import open_database
+    from svc.store.database import open_store
     from svc.store.erasure import count_requests, forget_requests
 
-    store = open_database(settings_of(ctx).home)
+    store = open_store(settings_of(ctx))
     which, subject = _which(store, user, key, before)
     counts = count_requests(store, which)
     confirm(

@@ -4,6 +4,8 @@
     DIR/snapshots/TIME/          svc.db  mlflow.db  files/  snapshot.json (written last)
     DIR/lock
 
+A database that is a server's, by `store.url` or `tracking_uri`, is not included.
+
 A version never changes, so it is copied only once. Everything else is small and is copied into each
 snapshot, so that older snapshots can be restored too. Hard links to files in the home directory are not
 used, because damage to those files would also affect the backup.
@@ -37,6 +39,7 @@ class Snapshot(BaseModel):
         versions: names of the included versions, as `NAME@N`.
         files: records of the files in the snapshot's folder, which are all files except weights.
         tracking: MLflow server that stores runs and aliases, or None if they are in `mlflow.db`.
+        store: PostgreSQL database that is the store, or None if it is in `svc.db`.
         left_out: reason why a damaged or missing version is not included, keyed by version.
     """
 
@@ -48,6 +51,7 @@ class Snapshot(BaseModel):
     versions: tuple[str, ...]
     files: tuple[FileRecord, ...]
     tracking: str | None = None
+    store: str | None = None
     left_out: dict[str, str] = {}
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from importlib.metadata import version as release_of
 from pathlib import Path
 
+from sqlalchemy import Engine as Store
+
 from svc.backup.archive import OTHER_FILES, STORE_FILE, TRACKING_FILE, Archive, Snapshot
 from svc.backup.copying import Progress, copy_database, copy_file, copy_version, files_of, is_copied, no_progress
 from svc.errors import DiskSpaceError, IntegrityError, NotFoundError
@@ -24,8 +26,9 @@ from svc.registry.manifest import Manifest
 from svc.registry.registry import Registry
 from svc.registry.tracking import Tracking
 from svc.settings import Settings
-from svc.store.database import open_database
+from svc.store.database import open_database, open_store
 from svc.store.desired import desired_names
+from svc.store.postgresql import location
 from svc.store.swaps import find_swap
 from svc.version import VersionId
 
@@ -100,14 +103,19 @@ class Backup:
         """Copy the state into a snapshot's folder. Return None if a needed version has since been removed."""
         home, tracking_uri, registry = self.settings.home, self.settings.tracking_uri, Registry.of(self.settings)
         there = set(registry.versions())  # first: those that MLflow's copy will know
-        copy_database(home / STORE_FILE, folder / STORE_FILE)
+        if self.settings.store.url is None:
+            copy_database(home / STORE_FILE, folder / STORE_FILE)
         if not tracking_uri and (home / TRACKING_FILE).exists():
             copy_database(home / TRACKING_FILE, folder / TRACKING_FILE)
         (folder / OTHER_FILES).mkdir(mode=0o700)
         for path in _other_files(home):
             copy_file(path, folder / OTHER_FILES / path.name)
         copied = Registry(registry.models, Tracking(tracking_uri or f"sqlite:///{folder / TRACKING_FILE}"))
-        needed = _needed_versions(copied, folder)
+        store = open_database(folder) if self.settings.store.url is None else open_store(self.settings)
+        try:
+            needed = _needed_versions(copied, store)
+        finally:
+            store.dispose()  # the last connection takes SQLite's other files with it
         kept, left_out = self._copy(registry, sorted(there | needed))
         missing = needed - kept - left_out.keys()
         if missing and not is_last:
@@ -119,6 +127,7 @@ class Backup:
             versions=tuple(map(str, sorted(kept))),
             files=record_files(folder, folder),
             tracking=tracking_uri or None,
+            store=None if self.settings.store.url is None else location(store.url),
             left_out={str(version): why for version, why in sorted(left_out.items())},
         )
 
@@ -171,20 +180,17 @@ def _other_files(home: Path) -> list[Path]:
     return sorted(path for path in files if not path.name.endswith(_NOT_COPIED) and not path.name.startswith("."))
 
 
-def _needed_versions(registry: Registry, folder: Path) -> set[VersionId]:
+def _needed_versions(registry: Registry, store: Store) -> set[VersionId]:
     """Return the versions required by an alias, a desired state, a rollback, an adapter or a running swap.
 
     Args:
         registry: registry that uses the home's versions and the copy of MLflow's database.
-        folder: folder that contains the copy of the store.
+        store: copy of the store, or the store itself if it is in PostgreSQL.
     """
-    store, found = open_database(folder), set[VersionId]()
-    try:
-        for name in {*registry.names(), *desired_names(store)}:
-            found |= protected(registry, store, name).keys()
-            swap = find_swap(store, name)
-            if swap is not None and swap.result is None:
-                found.add(swap.target.version)
-    finally:
-        store.dispose()  # the last connection takes SQLite's other files with it
+    found = set[VersionId]()
+    for name in {*registry.names(), *desired_names(store)}:
+        found |= protected(registry, store, name).keys()
+        swap = find_swap(store, name)
+        if swap is not None and swap.result is None:
+            found.add(swap.target.version)
     return found

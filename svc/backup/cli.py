@@ -15,7 +15,7 @@ from svc.invocation import json_option, print_json, settings_of, yes_option
 if TYPE_CHECKING:
     from svc.backup.restored_keys import RestoredKeys
 
-_SHOWN = {"name", "release", "versions", "tracking", "left_out"}
+_SHOWN = {"name", "release", "versions", "tracking", "store", "left_out"}
 _ELSEWHERE = "back up its database with the database's own tools, such as pg_dump for PostgreSQL, right after this"
 _folder = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path, file_okay=False))
 
@@ -41,7 +41,7 @@ def backup(ctx: click.Context, folder: Path, keep: int, verify: bool, as_json: b
     from svc.backup.archive import Archive
     from svc.backup.backup import Backup
     from svc.store.audit import Action, AuditEntry, record_event
-    from svc.store.database import open_database
+    from svc.store.database import open_store
 
     settings = settings_of(ctx)
     if not settings.home.is_dir():
@@ -53,12 +53,12 @@ def backup(ctx: click.Context, folder: Path, keep: int, verify: bool, as_json: b
         raise click.UsageError(
             "DIR must be outside the home folder: damage to the home folder would destroy the backup too"
         )
-    store = open_database(settings.home)
+    store = open_store(settings)
     record_event(store, AuditEntry(Action.BACKUP, str(folder), Actor.local()))
     made = Backup(settings, Archive(folder), verify, _progress).run(keep)
     snapshot = made.snapshot
     if as_json:
-        told = snapshot.model_dump(include={"versions", "left_out", "tracking"})
+        told = snapshot.model_dump(include={"versions", "left_out", "tracking", "store"})
         print_json({"snapshot": snapshot.name, "copied": made.copied, "pruned": made.pruned, **told})
     else:
         click.secho(
@@ -68,6 +68,12 @@ def backup(ctx: click.Context, folder: Path, keep: int, verify: bool, as_json: b
     if snapshot.tracking:
         click.echo(
             f"not included: MLflow at {snapshot.tracking}, which holds curves and aliases; {_ELSEWHERE}", err=True
+        )
+    if snapshot.store:
+        click.echo(
+            f"not included: the store at {snapshot.store}, which holds keys, desired versions and the audit log; "
+            "dump it with pg_dump right before each backup",
+            err=True,
         )
     if snapshot.left_out:
         raise IntegrityError(
@@ -120,11 +126,18 @@ def restore(
             _confirm_keys(found, asks=not as_json and sys.stdin.isatty())
 
     Restore(archive, settings.home, _progress, revoke_keys, confirm_keys).run(snapshot)
-    record_event(open_database(settings.home), AuditEntry(Action.RESTORE, snapshot.name, Actor.local()))
+    if snapshot.store is None:
+        record_event(open_database(settings.home), AuditEntry(Action.RESTORE, snapshot.name, Actor.local()))
     if as_json:
         print_json({**snapshot.model_dump(include=_SHOWN), "home": str(settings.home), "keys": keys})
         return
     click.secho(f"restored {settings.home} from {snapshot.name}: {len(snapshot.versions)} versions", fg="green")
+    if snapshot.store:
+        click.echo(
+            f"before you serve, restore the store at {snapshot.store} from its own backup with pg_restore, and name "
+            "it in store.url; keys that were revoked after that backup will be valid again",
+            err=True,
+        )
     if snapshot.tracking:
         click.echo(
             f"before you serve, restore MLflow at {snapshot.tracking} to its state at the time of the snapshot",

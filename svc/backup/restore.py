@@ -13,7 +13,7 @@ from pathlib import Path
 from svc.backup.archive import OTHER_FILES, STORE_FILE, TRACKING_FILE, Archive, Snapshot
 from svc.backup.copying import Progress, copy_file, copy_version, files_of, is_copied, no_progress
 from svc.backup.restored_keys import RestoredKeys, settle_keys
-from svc.errors import IntegrityError, SettingsError
+from svc.errors import IntegrityError, RefusedError, SettingsError
 from svc.files.disk import sync_folder, write_whole
 from svc.files.lock import hold_lock
 from svc.registry.files import verify_files
@@ -47,11 +47,19 @@ class Restore:
     def run(self, snapshot: Snapshot) -> None:
         """Restore the snapshot, or resume an interrupted restore.
 
+        A snapshot of a home whose store is in PostgreSQL has no keys to report or to revoke.
+
         Raises:
             BusyError: a server is using the home directory, or a backup is running.
+            RefusedError: keys shall be revoked, but the snapshot has none.
             SettingsError: the home directory is not empty.
             IntegrityError: the snapshot is damaged. None of its files are used.
         """
+        if snapshot.store and self.revoke_keys:
+            raise RefusedError(
+                f"the snapshot {snapshot.name} has no keys: they are in the database {snapshot.store}",
+                todo="restore without --revoke-keys, restore the database, then revoke the keys: svc keys revoke",
+            )
         self.home.mkdir(mode=0o700, parents=True, exist_ok=True)
         with (
             hold_lock(self.home / LOCK_FILE, f"the home {self.home}"),
@@ -64,7 +72,8 @@ class Restore:
                 raise IntegrityError(error.wrong, todo="restore an older snapshot: --snapshot NAME") from error
             aside = self.home / _ASIDE
             try:
-                self.on_keys(self._put_aside(snapshot, aside))
+                if snapshot.store is None:
+                    self.on_keys(self._put_aside(snapshot, aside))
                 self._fill(snapshot, aside)
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -88,7 +97,8 @@ class Restore:
             copy_file(path, self.home / path.name)
         if (own / TRACKING_FILE).exists():
             copy_file(own / TRACKING_FILE, self.home / TRACKING_FILE)
-        (aside / STORE_FILE).rename(self.home / STORE_FILE)
+        if snapshot.store is None:
+            (aside / STORE_FILE).rename(self.home / STORE_FILE)
         sync_folder(self.home)
         (self.home / _MARK).unlink()
 

@@ -46,10 +46,10 @@ def rm(ctx: click.Context, versions: tuple[str, ...], reason: str | None, as_jso
     """Remove versions that are not needed by any alias, server or rollback."""
     from svc.registry.housekeeping import remove_version
     from svc.store.audit import Action, AuditEntry, record_event
-    from svc.store.database import open_database
+    from svc.store.database import open_store
 
     settings = settings_of(ctx)
-    registry, store = Registry.of(settings), open_database(settings.home)
+    registry, store = Registry.of(settings), open_store(settings)
     parsed = [VersionId.parse(text) for text in versions]
     removed = []
     for version in parsed:
@@ -78,10 +78,10 @@ def gc(ctx: click.Context, older_than: float, dry_run: bool, reason: str | None,
     """Delete files left behind by old runs and sweeps, interrupted work, logs and caches. Keeps all versions."""
     from svc.registry.housekeeping import find_reclaimable, reclaim
     from svc.store.audit import Action, AuditEntry, record_event
-    from svc.store.database import open_database
+    from svc.store.database import open_store
 
     settings = settings_of(ctx)
-    store = open_database(settings.home)
+    store = open_store(settings)
     reclaimed, failed = [], 0
     for item in list(find_reclaimable(Registry.of(settings), settings.home, older_than)):
         try:

@@ -22,12 +22,12 @@ def report(ctx: click.Context, version: str, output: Path | None, show: bool, as
     """Write the report of VERSION (NAME, NAME@N or NAME@alias) as a single HTML file that works offline."""
     from svc.report.page import report_page
     from svc.report.report import gather_report
-    from svc.store.database import open_database
+    from svc.store.database import open_store
 
     settings = settings_of(ctx)
     registry = Registry.of(settings)
     found = registry.resolve(version)
-    gathered = gather_report(registry, found, open_database(settings.home))
+    gathered = gather_report(registry, found, open_store(settings))
     path = (output or Path(f"{found.name}-{found.number}.html")).absolute()
     try:
         path.write_text(report_page(gathered), "utf-8")

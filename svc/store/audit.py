@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 from svc.identity.actor import Actor
 from svc.identity.key_secret import hide_secrets
 from svc.store.database import exclusive
-from svc.store.tables import AuditRow
+from svc.store.tables import AuditRow, storable_text
 
 FIRST_HASH = "0" * 64
 """Value used in the first row in place of a previous row's hash."""
@@ -171,8 +171,8 @@ def verify_chain(store: Store, *, expected: str | None = None) -> ChainReport:
     """
     head, count, seen = FIRST_HASH, 0, expected is None
     query = select(AuditRow).order_by(AuditRow.id).execution_options(yield_per=_READ_TOGETHER)
-    with Session(store) as session:
-        for row in session.scalars(query):
+    with Session(store) as session, session.scalars(query) as rows:
+        for row in rows:
             if wrong := _wrong(row, count + 1, head):
                 return ChainReport(count, head, wrong)
             head, count, seen = row.hash, row.id, seen or row.hash == expected
@@ -210,7 +210,7 @@ def _details(text: str) -> dict[str, Any]:
 
 
 def _storable(text: str) -> str:
-    """Redact secrets from a text, since they could not be removed later, and replace characters that UTF-8 or a
+    """Redact secrets from a text, since they could not be removed later, and replace characters that a database or a
     terminal cannot handle, such as undecodable bytes of a command line.
     """
-    return hide_secrets(text).encode("utf-8", "replace").decode("utf-8").replace("\0", "?")
+    return storable_text(hide_secrets(text))

@@ -1,5 +1,9 @@
-"""Opens the SQL store: an SQLite database in WAL mode under the home, migrated to the latest schema before
-use.
+"""Opens the SQL store, migrated to the latest schema: an SQLite database in WAL mode under the home, or a database in
+PostgreSQL.
+
+Both serialise writers. Every transaction that reads before it writes, or that changes several rows, must hold the
+write lock (`exclusive` or `write_transaction`). PostgreSQL's default isolation level then suffices, row ids become
+visible in increasing order, and no two writers deadlock.
 """
 
 import time
@@ -10,13 +14,15 @@ from pathlib import Path
 from sqlite3 import SQLITE_BUSY, OperationalError
 from typing import TYPE_CHECKING
 
+from sqlalchemy import Connection, create_engine, event
 from sqlalchemy import Engine as Store
-from sqlalchemy import create_engine, event
 from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from svc.errors import RegistryError
+from svc.settings import Settings
+from svc.store.postgresql import WRITE_LOCK, connect, location, require_usable
 from svc.store.tables import Table
 
 if TYPE_CHECKING:
@@ -27,8 +33,28 @@ _BUSY_MS = 10_000  # two processes write: the server and the command line
 _PAUSE_S = 0.01
 
 
+def open_store(settings: Settings) -> Store:
+    """Open the store that the settings name, creating or migrating it first if needed.
+
+    Raises:
+        RegistryError: the store was written by an incompatible release, or the database is not suitable.
+        SettingsError: the driver is not installed, or the password cannot be read.
+        StoreUnavailableError: the database does not respond.
+    """
+    if settings.store.url is None:
+        return open_database(settings.home)
+    settings.home.mkdir(parents=True, exist_ok=True)  # for the files of its callers
+    store = connect(settings.store)
+    try:
+        _migrate(store)
+    except BaseException:
+        store.dispose()
+        raise
+    return store
+
+
 def open_database(home: Path) -> Store:
-    """Open the store of a home, creating or migrating it first if needed.
+    """Open the SQLite store of a home, creating or migrating it first if needed.
 
     Raises:
         RegistryError: the store was written by an incompatible release.
@@ -48,8 +74,32 @@ def exclusive(store: Store) -> Iterator[Session]:
     has read.
     """
     with Session(store) as session, session.begin():
-        session.connection().exec_driver_sql("BEGIN IMMEDIATE")
+        take_write_lock(session.connection())
         yield session
+
+
+@contextmanager
+def write_transaction(store: Store) -> Iterator[Connection]:
+    """Run the `with` block in an exclusive write transaction, like `exclusive`, for statements without objects."""
+    with store.begin() as connection:
+        take_write_lock(connection)
+        yield connection
+
+
+def take_write_lock(connection: Connection) -> None:
+    """Wait until no other transaction holds the write lock, and hold it until the transaction ends.
+
+    This must be the transaction's first statement, because an SQLite transaction begins with it.
+    """
+    if connection.dialect.name == "sqlite":
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+    else:
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({WRITE_LOCK})")
+
+
+def is_sqlite(store: Store) -> bool:
+    """Return whether a store is an SQLite database."""
+    return store.dialect.name == "sqlite"
 
 
 def _prepare_sqlite(connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
@@ -95,19 +145,25 @@ def _migrate(store: Store) -> None:
     config = _configuration()
     with store.begin() as connection:
         # One process migrates, all or nothing; others wait, and then find nothing to do.
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        if not is_sqlite(store):
+            connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
+            connection.exec_driver_sql("SET LOCAL lock_timeout = 0")
+        take_write_lock(connection)
         config.attributes["connection"] = connection
         if current is None:
+            if not is_sqlite(store):
+                require_usable(connection)
             Table.metadata.create_all(connection)
             command.stamp(config, "head")
             return
         try:
             command.upgrade(config, "head")
         except CommandError as error:
+            where = store.url.database if is_sqlite(store) else location(store.url)
             raise RegistryError(
-                f"{store.url.database} was written by another release: revision {current}",
+                f"{where} was written by another release: revision {current}",
                 expected=f"revision {_newest_revision()}",
-                todo="use the release that wrote the tables, or another SVC_HOME",
+                todo="use the release that wrote the tables, or another SVC_HOME or store.url",
             ) from error
 
 

@@ -12,6 +12,7 @@ from sqlalchemy import Engine as Store
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
+from svc.store.database import exclusive
 from svc.store.tables import DriftAlarmRow, DriftBaselineRow, DriftStateRow, is_of, target_columns
 from svc.version import Target
 
@@ -80,7 +81,7 @@ def keep_drift(
     """
     key, mine = target_columns(target), is_of(DriftAlarmRow, target)
     newest = select(DriftAlarmRow.id).where(mine).order_by(DriftAlarmRow.id.desc()).limit(KEPT_ALARMS)
-    with Session(store) as session, session.begin():
+    with exclusive(store) as session:
         for state in states:
             session.merge(DriftStateRow.of(state, **key))
         for alarm in alarms:

@@ -15,7 +15,7 @@ from sqlalchemy import Engine as Store
 from sqlalchemy import Row, Select, delete, insert, select
 from sqlalchemy.orm import Session
 
-from svc.store.database import exclusive
+from svc.store.database import exclusive, write_transaction
 from svc.store.tables import DriftItemRow, RequestRow, is_of, target_columns
 from svc.version import Target
 
@@ -131,7 +131,7 @@ def prune_items(store: Store, target: Target, keep: Collection[int], newest: int
     ids, keep_ids = item_ids(store, target), set(keep)
     old = [id for id in ids[: max(0, len(ids) - newest)] if id not in keep_ids]
     for start in range(0, len(old), _DELETED_TOGETHER):
-        with store.begin() as connection:
+        with write_transaction(store) as connection:
             connection.execute(delete(DriftItemRow).where(DriftItemRow.id.in_(old[start : start + _DELETED_TOGETHER])))
     return len(old)
 

@@ -9,6 +9,7 @@ from sqlalchemy import ColumnElement, Connection, func, select
 from sqlalchemy import Engine as Store
 from sqlalchemy.orm import Session
 
+from svc.store.database import is_sqlite
 from svc.store.requests import delete_requests, hash_user
 from svc.store.tables import FeedbackRow, RequestRow
 
@@ -53,14 +54,17 @@ def count_requests(store: Store, which: ColumnElement[bool]) -> Forgotten:
 
 
 def forget_requests(store: Store, which: ColumnElement[bool]) -> Forgotten:
-    """Delete the requests that match a condition, erase their content from the SQLite file, and return the
-    counts.
+    """Delete the requests that match a condition and return the counts. SQLite also erases their content from its file.
+
+    PostgreSQL frees the deleted rows at its next vacuum, and reuses their space later.
     """
     counts = count_requests(store, which)
     with store.connect() as connection:
-        _pragma(connection, "secure_delete=ON")
+        if is_sqlite(store):
+            _pragma(connection, "secure_delete=ON")
         deleted, _ = delete_requests(connection, which)
-        _pragma(connection, "wal_checkpoint(TRUNCATE)")
+        if is_sqlite(store):
+            _pragma(connection, "wal_checkpoint(TRUNCATE)")
     return Forgotten(deleted, min(counts.contents, deleted), min(counts.feedback, deleted))
 
 

@@ -13,6 +13,7 @@ from sqlalchemy import Select, delete, select
 from sqlalchemy.orm import Session
 
 from svc.engine.probes import EngineFacts
+from svc.store.database import exclusive
 from svc.store.tables import HoldoutRunRow, is_of, target_columns, target_of
 from svc.version import Target
 
@@ -75,7 +76,7 @@ def add_holdout_run(store: Store, run: HoldoutRun) -> None:
     results = json.dumps({name: getattr(run, name) for name in _RESULTS} | {"hits": [int(hit) for hit in run.hits]})
     of_name = HoldoutRunRow.name == run.target.version.name
     newest = select(HoldoutRunRow.id).where(of_name).order_by(HoldoutRunRow.id.desc()).limit(KEPT_RUNS)
-    with Session(store) as session, session.begin():
+    with exclusive(store) as session:
         session.add(HoldoutRunRow.of(run, **target_columns(run.target), engine=run.engine.key, results=results))
         session.flush()
         session.execute(delete(HoldoutRunRow).where(of_name, HoldoutRunRow.id.not_in(newest)))

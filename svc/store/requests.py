@@ -13,7 +13,8 @@ from sqlalchemy import ColumnElement, Connection, delete, func, select
 from sqlalchemy import Engine as Store
 from sqlalchemy.orm import Session
 
-from svc.store.tables import RequestRow
+from svc.store.database import is_sqlite, take_write_lock, write_transaction
+from svc.store.tables import RequestRow, storable_text
 from svc.version import Format, VersionId
 
 _ROW_BYTES = 170
@@ -108,7 +109,7 @@ class RequestRecord(NamedTuple):
     def bytes(self) -> int:
         """Approximate size of the row in the store, including the request id's index entry."""
         texts = (self.prompt, self.answer, self.client_request_id, self.user_hash, self.unit)
-        content = sum(len(text.encode("utf-8")) for text in texts if text)
+        content = sum(len(text.encode("utf-8", "replace")) for text in texts if text)
         return _ROW_BYTES + 2 * len(self.request_id) + content
 
 
@@ -130,25 +131,41 @@ def add_requests(store: Store, records: Sequence[RequestRecord]) -> None:
     This uses the database driver directly, because SQLAlchemy's processing of each value takes longer than
     the database's work.
     """
-    with store.begin() as connection:
+    mark = "?" if is_sqlite(store) else "%s"
+    insert = f"INSERT INTO requests ({', '.join(_COLUMNS)}) VALUES ({', '.join(mark for _ in _COLUMNS)})"  # noqa: S608 - our own names
+    row = _sqlite_row if is_sqlite(store) else _postgresql_row
+    with write_transaction(store) as connection:
         for start in range(0, len(records), _BATCH_ROWS):
-            connection.exec_driver_sql(_INSERT, [_row(record) for record in records[start : start + _BATCH_ROWS]])
+            connection.exec_driver_sql(insert, [row(record) for record in records[start : start + _BATCH_ROWS]])
 
 
+_FOREIGN_TEXTS = ("prompt", "answer", "finish_reason", "client_request_id")
 _COLUMNS = [*("number" if name == "version" else name for name in RequestRecord._fields), "bytes"]
-_VALUES = ", ".join("?" for name in _COLUMNS)
-_INSERT = f"INSERT INTO requests ({', '.join(_COLUMNS)}) VALUES ({_VALUES})"  # noqa: S608 - our own names
 
 
-def _row(record: RequestRecord) -> tuple[Any, ...]:
+def _sqlite_row(record: RequestRecord) -> tuple[Any, ...]:
     """Return a record's values as stored by SQLite, in the order of `_COLUMNS`."""
+    return _row(record, record.started_at.astimezone(UTC).replace(tzinfo=None).isoformat(" ", "microseconds"))
+
+
+def _postgresql_row(record: RequestRecord) -> tuple[Any, ...]:
+    """Return a record's values as stored by PostgreSQL, in the order of `_COLUMNS`."""
+    return _row(record, record.started_at)
+
+
+def _row(record: RequestRecord, started_at: str | datetime) -> tuple[Any, ...]:
+    """Return a record's values in the order of `_COLUMNS`."""
     # Enums as plain texts: the driver's adaptation of other classes is slow.
     stored: dict[str, Any] = {
-        "started_at": record.started_at.astimezone(UTC).replace(tzinfo=None).isoformat(" ", "microseconds"),
+        "started_at": started_at,
         "version": record.version.number if record.version else None,
         "format": str(record.format) if record.format else None,
         "outcome": str(record.outcome),
     }
+    # A client's or an engine's text that cannot be stored must not cost the other requests their rows.
+    for name in _FOREIGN_TEXTS:
+        if text := getattr(record, name):
+            stored[name] = storable_text(text)
     return (*record._replace(**stored), record.bytes)
 
 
@@ -216,6 +233,7 @@ def delete_requests(connection: Connection, which: ColumnElement[bool]) -> tuple
     while True:
         oldest = select(RequestRow.id).where(which).order_by(RequestRow.id).limit(_DELETED_TOGETHER)
         with connection.begin():
+            take_write_lock(connection)
             statement = delete(RequestRow).where(RequestRow.id.in_(oldest)).returning(RequestRow.bytes)
             deleted = connection.scalars(statement).all()
         rows, size = rows + len(deleted), size + sum(deleted)

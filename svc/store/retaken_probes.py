@@ -5,6 +5,7 @@ from sqlalchemy import Engine as Store
 from sqlalchemy.orm import Session
 
 from svc.engine.probes import EngineFacts, Probe
+from svc.store.database import exclusive
 from svc.store.tables import RetakenProbesRow, target_columns
 from svc.version import Target
 
@@ -21,5 +22,5 @@ def find_retaken_probes(store: Store, target: Target, facts: EngineFacts) -> tup
 def keep_retaken_probes(store: Store, target: Target, facts: EngineFacts, probes: tuple[Probe, ...]) -> None:
     """Store remeasured probes, so that later loads on this engine kind can be checked against them."""
     text = _PROBES.dump_json(probes).decode("utf-8")
-    with Session(store) as session, session.begin():
+    with exclusive(store) as session:
         session.merge(RetakenProbesRow(**target_columns(target), engine=facts.key, probes=text))

@@ -363,7 +363,7 @@ def add_rollout_step(store: Store, rollout: int, text: str) -> None:
 
 def add_shadow_pair(store: Store, rollout: int, pair: ShadowPair) -> None:
     """Store the comparison of one request's answers during a shadow step."""
-    with Session(store) as session, session.begin():
+    with exclusive(store) as session:  # a reader that skips the rows it has read misses none
         session.add(ShadowPairRow.of(pair, rollout_id=rollout, at=datetime.now(UTC)))
 
 

@@ -7,9 +7,10 @@ from datetime import UTC, datetime
 from enum import StrEnum
 
 from sqlalchemy import Engine as Store
-from sqlalchemy import select, update
+from sqlalchemy import Select, select, update
 from sqlalchemy.orm import Session
 
+from svc.store.database import exclusive
 from svc.store.desired import Desired
 from svc.store.tables import SwapRow, SwapStepRow, target_columns, target_of
 from svc.version import Target
@@ -84,11 +85,12 @@ class SwapRecord:
 
 def begin_swap(store: Store, desired: Desired) -> int:
     """Record the start of a swap and return its id. An unfinished swap for the same desired state is resumed."""
-    last = find_swap(store, desired.name, desired.generation)
-    if last is not None and last.result is None:
-        return last.id
+    last = _last_swap(desired.name, desired.generation)
     row = SwapRow(**target_columns(desired.target), generation=desired.generation, started_at=datetime.now(UTC))
-    with Session(store) as session, session.begin():
+    with exclusive(store) as session:
+        before = session.scalar(last)
+        if before is not None and before.outcome is None:
+            return before.id
         session.add(row)
         session.flush()
         return row.id
@@ -117,13 +119,15 @@ def last_queued_s(store: Store, target: Target) -> float | None:
 
 def find_swap(store: Store, name: str, generation: int | None = None) -> SwapRecord | None:
     """Return a model's last swap, or its last swap for a given generation of the desired state."""
-    query = select(SwapRow).where(SwapRow.name == name).order_by(SwapRow.id.desc()).limit(1)
-    if generation is not None:
-        query = query.where(SwapRow.generation == generation)
     with Session(store) as session:
-        row = session.scalar(query)
+        row = session.scalar(_last_swap(name, generation))
         if row is None:
             return None
         steps = session.scalars(select(SwapStepRow.text).where(SwapStepRow.swap_id == row.id).order_by(SwapStepRow.id))
         result = row.read(SwapResult) if row.outcome else None
         return row.read(SwapRecord, target=target_of(row), result=result, steps=tuple(steps))
+
+
+def _last_swap(name: str, generation: int | None) -> Select[SwapRow]:
+    query = select(SwapRow).where(SwapRow.name == name).order_by(SwapRow.id.desc()).limit(1)
+    return query if generation is None else query.where(SwapRow.generation == generation)

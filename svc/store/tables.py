@@ -19,10 +19,26 @@ from svc.version import Format, Target, VersionId
 Record = TypeVar("Record")
 
 
+class StoredText(sa.TypeDecorator[str]):
+    """Column type for texts. NUL, which PostgreSQL rejects, and lone surrogates are stored as question marks."""
+
+    impl = sa.String
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        """Replace characters that a database cannot store."""
+        return None if value is None else storable_text(value)
+
+
+def storable_text(text: str) -> str:
+    """Return a text with question marks in place of NULs and lone surrogates, which not every database can store."""
+    if not text.isascii():
+        text = text.encode("utf-8", "replace").decode("utf-8")
+    return text.replace("\0", "?")
+
+
 class UtcDateTime(sa.TypeDecorator[datetime]):
-    """Column type for points in time, which are stored in UTC. SQLite stores no time zone, so values are read
-    back as UTC.
-    """
+    """Column type for points in time, which are stored and read back in UTC. SQLite stores no time zone."""
 
     impl = sa.DateTime(timezone=True)
     cache_ok = True
@@ -32,8 +48,10 @@ class UtcDateTime(sa.TypeDecorator[datetime]):
         return None if value is None else value.astimezone(UTC)
 
     def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """Attach the UTC time zone to a value read from the database."""
-        return None if value is None else value.replace(tzinfo=UTC)
+        """Attach the UTC time zone to a value read from SQLite, and convert other databases' values to UTC."""
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
 class Table(DeclarativeBase):
@@ -46,7 +64,13 @@ class Table(DeclarativeBase):
             "ix": "ix_%(table_name)s_%(column_0_name)s",
         }
     )
-    type_annotation_map = {datetime: UtcDateTime, float: sa.Double}  # noqa: RUF012 - SQLAlchemy reads it from the class
+    type_annotation_map = {  # noqa: RUF012 - SQLAlchemy reads it from the class
+        datetime: UtcDateTime,
+        float: sa.Double,
+        # SQLite's integers have 64 bits too, but it numbers rows only if their id is declared as INTEGER.
+        int: sa.BigInteger().with_variant(sa.Integer(), "sqlite"),
+        str: StoredText,
+    }
 
     @classmethod
     def of(cls, record: object, **others: Any) -> Self:
@@ -404,10 +428,21 @@ class AuditRow(Table):
 
 @sa.event.listens_for(AuditRow.__table__, "after_create")
 def _refuse_audit_changes(target: object, connection: sa.Connection, **options: object) -> None:
-    for change in ("UPDATE", "DELETE"):
+    if connection.dialect.name == "sqlite":
+        for change in ("UPDATE", "DELETE"):
+            connection.exec_driver_sql(
+                f"CREATE TRIGGER audit_no_{change} BEFORE {change} ON audit\n"
+                "BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END"
+            )
+        return
+    connection.exec_driver_sql(
+        "CREATE FUNCTION refuse_audit_change() RETURNS trigger LANGUAGE plpgsql AS\n"
+        "$$ BEGIN RAISE integrity_constraint_violation USING MESSAGE = 'the audit log is append-only'; END $$"
+    )
+    for change, level in (("UPDATE", "ROW"), ("DELETE", "ROW"), ("TRUNCATE", "STATEMENT")):
         connection.exec_driver_sql(
             f"CREATE TRIGGER audit_no_{change} BEFORE {change} ON audit\n"
-            "BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END"
+            f"FOR EACH {level} EXECUTE FUNCTION refuse_audit_change()"
         )
 
 

@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 from sqlalchemy import Engine as Store
 from sqlalchemy import func, select
-from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
+from svc.store.database import is_sqlite, write_transaction
 from svc.store.tables import UsageRow
 
 
@@ -40,10 +41,14 @@ class Usage(NamedTuple):
         )
 
 
-_ROW = insert(UsageRow)
-_ADD = _ROW.on_conflict_do_update(
+_ROW_SQLITE, _ROW_POSTGRESQL = sqlite.insert(UsageRow), postgresql.insert(UsageRow)
+_ADD_SQLITE = _ROW_SQLITE.on_conflict_do_update(
     index_elements=UsageOf._fields,
-    set_={name: getattr(UsageRow, name) + _ROW.excluded[name] for name in Usage._fields},
+    set_={name: getattr(UsageRow, name) + _ROW_SQLITE.excluded[name] for name in Usage._fields},
+)
+_ADD_POSTGRESQL = _ROW_POSTGRESQL.on_conflict_do_update(
+    index_elements=UsageOf._fields,
+    set_={name: getattr(UsageRow, name) + _ROW_POSTGRESQL.excluded[name] for name in Usage._fields},
 )
 
 
@@ -65,8 +70,9 @@ def add_usage(store: Store, used: Mapping[UsageOf, Usage]) -> None:
     """Add usage to the stored totals, atomically. Several processes may do so concurrently."""
     if not used:
         return
-    with store.begin() as connection:
-        connection.execute(_ADD, [of._asdict() | each._asdict() for of, each in used.items()])
+    add = _ADD_SQLITE if is_sqlite(store) else _ADD_POSTGRESQL
+    with write_transaction(store) as connection:
+        connection.execute(add, [of._asdict() | each._asdict() for of, each in used.items()])
 
 
 def usage_since(store: Store, since: datetime) -> list[UsageTotal]:
@@ -79,7 +85,9 @@ def usage_since(store: Store, since: datetime) -> list[UsageTotal]:
         .order_by((tokens_in + tokens_out).desc(), UsageRow.key_id, UsageRow.model)
     )
     with Session(store) as session:
-        return [UsageTotal(key_id, model, Usage(*figures)) for key_id, model, *figures in session.execute(query)]
+        rows = session.execute(query)
+        # PostgreSQL's sums of integers are decimals.
+        return [UsageTotal(key_id, model, Usage(*map(int, figures))) for key_id, model, *figures in rows]
 
 
 def last_used(store: Store) -> dict[str, datetime]:

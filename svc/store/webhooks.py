@@ -9,9 +9,10 @@ from enum import StrEnum
 from uuid import uuid4
 
 from sqlalchemy import Engine as Store
-from sqlalchemy import delete, func, select
+from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
+from svc.store.database import write_transaction
 from svc.store.tables import WebhookDeliveryRow
 
 
@@ -63,10 +64,9 @@ def due_deliveries(store: Store, url: str, limit: int) -> list[WebhookDelivery]:
 
 def postpone_delivery(store: Store, delivery: int, due_at: datetime) -> None:
     """Record a failed delivery attempt and the time of the next attempt."""
-    with Session(store) as session, session.begin():
-        row = session.get(WebhookDeliveryRow, delivery)
-        if row is not None:
-            row.attempts, row.due_at = row.attempts + 1, due_at
+    row = WebhookDeliveryRow
+    with store.begin() as connection:
+        connection.execute(update(row).where(row.id == delivery).values(attempts=row.attempts + 1, due_at=due_at))
 
 
 def remove_delivery(store: Store, delivery: int) -> None:
@@ -83,8 +83,8 @@ def drop_deliveries(store: Store, url: str, *, before: datetime, keep: int) -> i
     row = WebhookDeliveryRow
     newest = select(row.id).where(row.url == url).order_by(row.id.desc()).limit(keep)
     old = (row.url == url) & ((row.created_at < before) | row.id.not_in(newest))
-    with Session(store) as session, session.begin():
-        count = session.scalar(select(func.count()).where(old)) or 0
-        if count:
-            session.execute(delete(row).where(old))
-        return count
+    with Session(store) as session:
+        if session.scalar(select(row.id).where(old).limit(1)) is None:
+            return 0
+    with write_transaction(store) as connection:
+        return connection.execute(delete(row).where(old)).rowcount

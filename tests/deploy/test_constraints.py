@@ -13,7 +13,10 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
-EXTRAS = {"cpu": ("train", "monitor", "gateway", "serve-cpu"), "gpu": ("train", "monitor", "gateway", "serve")}
+EXTRAS = {
+    "cpu": ("train", "monitor", "gateway", "postgres", "serve-cpu"),
+    "gpu": ("train", "monitor", "gateway", "postgres", "serve"),
+}
 
 
 def asked(extras: tuple[str, ...]) -> list[Requirement]:

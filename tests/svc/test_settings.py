@@ -269,3 +269,43 @@ def test_webhook_url_must_be_https_or_loopback(url: str) -> None:
 def test_two_webhooks_with_the_same_url_are_rejected() -> None:
     assert "two webhooks have the same URL" in refusal(webhooks=[WEBHOOK, WEBHOOK])
     assert "webhooks.0.secret_file" in refusal(webhooks=[{"url": WEBHOOK["url"]}])
+
+
+@pytest.mark.parametrize(
+    "url", ["postgresql://svc@db/store", "postgresql+psycopg://svc:p%40ss@db:5433/store?sslmode=require"]
+)
+def test_store_url_names_a_postgresql_database(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SVC_STORE__URL", url)
+    found = load_settings().store.url
+    assert found is not None
+    assert found.get_secret_value() == url
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "mysql://svc:s3cret@db/store",
+        "postgresql://svc:s3cret@db",
+        "postgresql://svc:s3cret@db:port/store",
+        "postgresql://svc@db/store?password=s3cret",
+        "s3cret",
+    ],
+)
+def test_invalid_store_url_is_rejected_without_quoting_it(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SVC_STORE__URL", url)
+    told = refusal()
+    assert "'store.url' is invalid" in told
+    assert "s3" not in told
+
+
+@pytest.mark.parametrize(
+    "content", ["store: postgresql://svc:s3cret@db/store", "store: {ulr: 'postgresql://svc:s3cret@db/x'}"]
+)
+def test_misplaced_store_url_is_rejected_without_quoting_it(content: str, write: Write) -> None:
+    write(content)
+    assert "s3cret" not in refusal()
+
+
+def test_password_with_a_slash_is_hidden_in_errors(write: Write) -> None:
+    write("store_url: postgresql://svc:s3/cret@db/store")
+    assert "cret" not in refusal()

@@ -7,10 +7,11 @@ import pytest
 from starlette.exceptions import HTTPException
 
 from serving.admission.errors import EngineUnavailableError, OverloadedError, QueueOverflowError, QueueTimeoutError
-from serving.http.errors import ApiError, api_error
+from serving.http.errors import ApiError, api_error, change_error
 from serving.protocols.error_code import ErrorCode
 from serving.replicas.transport import EngineFailedError
-from svc.errors import IntegrityError, SvcError
+from svc.errors import IntegrityError, RegistryError, SvcError
+from svc.store.postgresql import StoreUnavailableError
 
 
 def test_error_includes_retry_after_if_a_retry_may_help() -> None:
@@ -24,6 +25,15 @@ def test_error_includes_retry_after_if_a_retry_may_help() -> None:
         shown = api_error(error)
         assert (shown.status, shown.code, shown.type) == (status, code, kind), error
         assert 0 < int(shown.headers["retry-after"]) < 120, error
+
+
+def test_admin_is_told_which_database_does_not_respond_and_a_client_is_not() -> None:
+    error = StoreUnavailableError(RegistryError("the store at db:5432/x is not responding", todo="check it"))
+    shown, hidden = change_error(error), api_error(error)
+    assert (shown.status, shown.code, shown.parts["todo"]) == (503, ErrorCode.STORE_UNAVAILABLE, "check it")
+    assert (hidden.status, hidden.code) == (503, ErrorCode.STORE_UNAVAILABLE)
+    assert "db:5432" in shown.message
+    assert "db:5432" not in hidden.message
 
 
 @pytest.mark.parametrize(

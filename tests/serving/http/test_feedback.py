@@ -21,6 +21,11 @@ PATH = "/v1/feedback"
 
 
 @pytest.fixture
+def store(any_store: Store) -> Store:
+    return any_store
+
+
+@pytest.fixture
 async def service(socket_folder: Path, store: Store) -> AsyncIterator[Service]:
     async with Service(socket_folder, store=store).run() as service:
         yield service

@@ -19,6 +19,7 @@ from svc.settings import RequestLogSettings
 from svc.store.feedback import Feedback, Rating, keep_feedback
 from svc.store.requests import Dropped, Pruned, add_requests
 from svc.store.tables import RequestRow
+from tests.postgresql import PostgresServer
 from tests.svc.store.test_requests import RECORD as OLD_RECORD
 from tests.svc.store.test_requests import statements
 
@@ -171,6 +172,41 @@ def test_next_batch_is_written_even_if_the_store_failed_for_one(
     assert pen.dropped == {Dropped.STORE_FAILED: 1}
     assert len(pen.rows()) == 1
     assert "no space left on device" in caplog.text
+
+
+def test_rows_wait_while_the_database_is_away_and_overflow_is_counted(
+    postgresql: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(request_log, "_RETRY_S", 0.05)
+    pen = Pen(postgresql.empty(), max_queued=3)
+    pen.writer.start()
+    postgresql.stop()
+    try:
+        began = time.monotonic()
+        for _ in range(5):
+            pen.writer.add(RECORD)
+        assert time.monotonic() - began < 0.1
+        assert not pen.writer.flush(0.5)
+    finally:
+        postgresql.start()
+    assert pen.writer.flush(10)
+    pen.writer.close()
+    assert (len(pen.rows()), pen.dropped) == (3, {Dropped.QUEUE_FULL: 2})
+
+
+def test_closing_does_not_wait_for_a_database_that_is_away(
+    postgresql: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(request_log, "_RETRY_S", 0.05)
+    pen = Pen(postgresql.empty())
+    pen.writer.start()
+    postgresql.stop()
+    try:
+        pen.writer.add(RECORD)
+        pen.writer.close(timeout_s=5)
+    finally:
+        postgresql.start()
+    assert pen.dropped == {Dropped.STORE_FAILED: 1}
 
 
 def test_application_log_contains_no_user_text_if_storing_fails(pen: Pen, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,14 +1,12 @@
-"""Fixtures: a store in the test's folder, a keyring, and a clock that the test advances."""
+"""Fixtures: a store in SQLite and in PostgreSQL, a keyring, and a clock that the test advances."""
 
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pytest
 from sqlalchemy import Engine as Store
 
 from svc.access.keyring import Keyring
 from svc.identity.actor import Actor
-from svc.store.database import open_database
 
 ALICE = Actor("user:alice", "box")
 
@@ -33,8 +31,8 @@ class Clock:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return open_database(tmp_path / "home")
+def store(any_store: Store) -> Store:
+    return any_store
 
 
 @pytest.fixture

@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import Engine as Store
 
 from svc.access.authenticator import Authenticator, InvalidKeyError
-from svc.errors import NotFoundError, RefusedError, SettingsError
+from svc.errors import NotFoundError, RefusedError, RegistryError, SettingsError
 from svc.identity.key_secret import key_id_of
 from svc.identity.principal import Limits, Scope
 from svc.store.audit import read_events
 from svc.store.database import open_database
+from svc.store.keys import read_keys
 from svc.store.usage import Usage, UsageOf, add_usage, hour_of
 from tests.command_line import Svc
+from tests.postgresql import SHARED, PostgresServer
 
 
 def create(svc: Svc, *options: str) -> dict[str, Any]:
@@ -208,3 +211,32 @@ def test_usage_output_is_valid_csv(svc: Svc, used: str) -> None:
 def test_showing_usage_without_any_usage_is_not_an_error(svc: Svc) -> None:
     result = svc("usage")
     assert (result.code, "no usage since" in result.out) == (0, True)
+
+
+@pytest.fixture
+def in_postgresql(postgresql: PostgresServer, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """Return a store in PostgreSQL that `svc` finds by its settings."""
+    url = postgresql.settings(SHARED).url
+    assert url is not None
+    monkeypatch.setenv("SVC_STORE__URL", url.get_secret_value())
+    return postgresql.empty()
+
+
+def test_keys_are_created_in_the_database_of_the_settings(svc: Svc, in_postgresql: Store) -> None:
+    made = create(svc, "--name", "ci")
+    assert [key.id for key in read_keys(in_postgresql)] == [made["key_id"]]
+    assert not Path(".svc", "svc.db").exists()
+
+
+def test_database_that_is_away_is_reported_without_a_traceback(
+    svc: Svc, in_postgresql: Store, postgresql: PostgresServer
+) -> None:
+    postgresql.stop()
+    try:
+        result = svc("keys", "list")
+    finally:
+        postgresql.start()
+    assert result.code == RegistryError.exit_code
+    assert result.err.startswith("error: the store at ")
+    assert "is not responding" in result.err
+    assert "Traceback" not in result.err

@@ -12,7 +12,8 @@ from svc.identity.key_secret import hash_secret, key_id_of
 from svc.identity.principal import Limits, Principal, Scope
 from svc.store.audit import read_events
 from svc.store.keys import read_keys
-from tests.svc.access.conftest import Clock
+from tests.new_store import new_store
+from tests.svc.access.conftest import ALICE, Clock
 
 INFER = frozenset({Scope.INFER})
 
@@ -39,7 +40,8 @@ def test_secret_contains_its_key_id_and_matches_the_stored_hash(keyring: Keyring
     assert issued.key.hash == hash_secret(issued.secret)
 
 
-def test_secret_appears_in_no_file_and_no_text(keyring: Keyring, tmp_path: Path) -> None:
+def test_secret_appears_in_no_file_and_no_text(tmp_path: Path) -> None:
+    keyring = Keyring(new_store(tmp_path / "home"), ALICE)
     issued = keyring.create(INFER)
     rotated = keyring.rotate(issued.key.id)
     written = b"".join(path.read_bytes() for path in (tmp_path / "home").iterdir())

@@ -18,6 +18,11 @@ NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
 ALICE = Actor("user:alice", "box")
 
 
+@pytest.fixture
+def store(any_store: Store) -> Store:
+    return any_store
+
+
 def target(number: int) -> Target:
     return Target(VersionId("tickets", number), Format.GPTQ)
 

@@ -44,7 +44,7 @@ def test_concurrent_creation_of_a_hash_key_yields_one_key(tmp_path: Path) -> Non
 
 def test_corrupt_hash_key_is_rejected_with_its_path(tmp_path: Path) -> None:
     (tmp_path / KEY_FILE).write_bytes(b"short")
-    with pytest.raises(IntegrityError, match=r"drift\.key contains 5 bytes"):
+    with pytest.raises(IntegrityError, match=r"drift\.key has 5 bytes"):
         KeyedHash.of_home(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Provides a store in the test's folder."""
+"""Provides the store of a test: each test runs with SQLite and with PostgreSQL."""
 
 from pathlib import Path
 
@@ -9,5 +9,10 @@ from tests.new_store import new_store
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
+def store(any_store: Store) -> Store:
+    return any_store
+
+
+@pytest.fixture
+def sqlite_store(tmp_path: Path) -> Store:
     return new_store(tmp_path / "home")

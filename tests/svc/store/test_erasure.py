@@ -34,6 +34,11 @@ def which(request: pytest.FixtureRequest) -> ColumnElement[bool]:
 @pytest.fixture
 def three(store: Store) -> Store:
     """Return a store with one request to delete, which has feedback, and two to keep."""
+    return filled(store)
+
+
+def filled(store: Store) -> Store:
+    """Add one request to delete, which has feedback, and two to keep."""
     add_requests(store, [MINE, OTHERS, NOBODYS])
     for request_id in ("mine", "other"):
         keep_feedback(store, request_id, Feedback(Rating.BAD, correction=MARK if request_id == "mine" else None))
@@ -71,13 +76,15 @@ def in_files(home: Path, text: str) -> bool:
     return any(text.encode() in path.read_bytes() for path in home.glob("svc.db*"))
 
 
-def test_deleted_text_remains_in_no_database_file(three: Store, tmp_path: Path) -> None:
+def test_deleted_text_remains_in_no_sqlite_file(sqlite_store: Store, tmp_path: Path) -> None:
+    filled(sqlite_store)
     assert in_files(tmp_path / "home", MARK)
-    forget_requests(three, of_key("abcd0123"))
+    forget_requests(sqlite_store, of_key("abcd0123"))
     assert not in_files(tmp_path / "home", MARK)
 
 
-def test_stored_requests_do_not_contain_the_user_name(three: Store, tmp_path: Path) -> None:
+def test_stored_requests_do_not_contain_the_user_name(sqlite_store: Store, tmp_path: Path) -> None:
+    filled(sqlite_store)
     assert not in_files(tmp_path / "home", "a@b.de")
 
 

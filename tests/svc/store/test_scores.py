@@ -108,8 +108,9 @@ def test_row_deleted_during_scoring_gets_no_score(store: Store) -> None:
     assert newest(store) is None
 
 
-def test_only_answers_from_the_last_hour_are_scored(store: Store) -> None:
+def test_only_answers_from_the_last_hour_are_scored(sqlite_store: Store) -> None:
     """A store without a row that can be scored may contain a month of other rows."""
+    store = sqlite_store
     statements: list[Any] = []
 
     def explain(connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:

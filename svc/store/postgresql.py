@@ -1,0 +1,177 @@
+"""Connects to a store in PostgreSQL, with limits on every wait, and with errors that contain no password and no
+user's text.
+"""
+
+from pathlib import Path
+
+from sqlalchemy import URL, Connection, create_engine, event, make_url
+from sqlalchemy import Engine as Store
+from sqlalchemy.engine.interfaces import DBAPIConnection, ExceptionContext
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from svc.errors import RegistryError, SettingsError
+from svc.settings import StoreSettings
+
+WRITE_LOCK = 7_883_266_013_104_735_090
+"""Key of the advisory lock that a writer holds until the end of its transaction. It differs from the keys that other
+applications would choose in the same database."""
+_POOL_SIZE, _POOL_OVERFLOW = 5, 10
+_POOL_TIMEOUT_S = 10
+_CONNECT_TIMEOUT_S = 5
+_CONNECTION_OPTIONS = {
+    "connect_timeout": _CONNECT_TIMEOUT_S,
+    "application_name": "tuneserve",
+    "client_encoding": "UTF8",
+    # A server that disappeared from the network is noticed within half a minute.
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 20_000,
+}
+_SESSION = (
+    "SET statement_timeout = '60s'",
+    "SET lock_timeout = '10s'",  # like SQLite's busy timeout
+    "SET idle_in_transaction_session_timeout = '60s'",  # a stopped process must not hold the write lock
+)
+_TOO_SLOW = {"57014": "a statement took longer than 60 s", "55P03": "another writer held a lock for more than 10 s"}
+_UNAVAILABLE = ("08", "53", "57P", "58")
+"""SQLSTATE classes for lost connections, missing resources, shutdowns and failures of the server's disk."""
+
+
+class StoreUnavailableError(SQLAlchemyError):
+    """Raised when the store's PostgreSQL server cannot be reached or does not respond in time.
+
+    Whoever retries after an error of the store retries after this one too. The command line shows `shown`.
+    """
+
+    def __init__(self, shown: RegistryError) -> None:
+        super().__init__(f"{shown.wrong}; {shown.todo}")
+        self.shown = shown
+
+
+def connect(settings: StoreSettings) -> Store:
+    """Return a store in PostgreSQL. No connection is made yet.
+
+    Raises:
+        SettingsError: the driver is not installed, or the password cannot be read.
+    """
+    try:
+        import psycopg  # noqa: F401
+    except ImportError as error:
+        raise SettingsError(
+            "store.url needs the driver for PostgreSQL, which is not installed",
+            todo="install it: pip install 'tuneserve[postgres]'",
+        ) from error
+    url = _url(settings)
+    store = create_engine(
+        url,
+        connect_args={name: value for name, value in _CONNECTION_OPTIONS.items() if name not in url.query},
+        hide_parameters=True,  # errors are logged, without users' texts
+        pool_size=_POOL_SIZE,
+        max_overflow=_POOL_OVERFLOW,
+        pool_timeout=_POOL_TIMEOUT_S,
+        pool_pre_ping=True,
+        isolation_level="READ COMMITTED",
+    )
+    event.listen(store, "connect", _prepare)
+    where = location(url)
+    event.listen(store, "handle_error", lambda context: _shown_error(context, where), retval=True)
+    return store
+
+
+def location(url: URL) -> str:
+    """Return a database's host, port and name, without user and password."""
+    host = url.host or url.query.get("host") or "localhost"
+    return (
+        f"{host if isinstance(host, str) else ','.join(host)}:{url.port or url.query.get('port', 5432)}/{url.database}"
+    )
+
+
+def require_usable(connection: Connection) -> None:
+    """Check a database before its tables are created.
+
+    Raises:
+        RegistryError: the database cannot store all texts, or its user may not create tables.
+    """
+    where = location(connection.engine.url)
+    encoding = connection.exec_driver_sql("SHOW server_encoding").scalar_one()
+    if encoding != "UTF8":
+        raise RegistryError(
+            f"the database {where} has the encoding {encoding}",
+            expected="UTF8",
+            todo="create a database for the store: createdb --encoding UTF8 --template template0 NAME",
+        )
+    allowed = connection.exec_driver_sql("SELECT has_schema_privilege(current_schema(), 'CREATE')").scalar_one()
+    if not allowed:
+        raise RegistryError(
+            f"the user of store.url may not create tables in {where}",
+            todo="make the user the owner of the database: ALTER DATABASE name OWNER TO user",
+        )
+
+
+def _url(settings: StoreSettings) -> URL:
+    assert settings.url is not None  # noqa: S101 - the caller has checked it
+    url = make_url(settings.url.get_secret_value()).set(drivername="postgresql+psycopg")
+    if settings.password_file is None:
+        return url
+    if url.password is not None:
+        raise SettingsError("store.url contains a password, and store.password_file is set", todo="remove one of them")
+    return url.set(password=_read_password(settings.password_file))
+
+
+def _read_password(path: Path) -> str:
+    try:
+        password = path.read_text("utf-8").rstrip("\r\n")
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else "the text is not UTF-8"
+        raise SettingsError(
+            f"cannot read the password of the store from {path}: {why}", todo="correct store.password_file"
+        ) from None
+    if not password:
+        raise SettingsError(f"the file {path} is empty", expected="the password of the store's user")
+    return password
+
+
+def _prepare(connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
+    cursor = connection.cursor()
+    for statement in _SESSION:
+        cursor.execute(statement)
+    cursor.close()
+    connection.commit()
+
+
+def _shown_error(context: ExceptionContext, where: str) -> BaseException | None:
+    """Return the error to raise in place of SQLAlchemy's, or None to raise that."""
+    import psycopg
+
+    error = context.original_exception
+    if not isinstance(error, psycopg.Error) or context.is_pre_ping:  # after a failed ping, the pool connects again
+        return None
+    state = error.sqlstate or ""
+    reason = error.diag.message_primary or _reason(str(error))
+    if state in _TOO_SLOW:
+        reason = _TOO_SLOW[state]
+    elif not (context.is_disconnect or context.connection is None or state.startswith(_UNAVAILABLE)):
+        _hide_values(context, error, reason)
+        return None
+    if reason.startswith("FATAL:"):
+        wrong = f"the store at {where} rejected the connection: {reason.removeprefix('FATAL:').strip()}"
+        todo = "check the user, the password and the database of store.url, then retry"
+    else:
+        wrong = f"the store at {where} is not responding: {reason}"
+        todo = "check that PostgreSQL is running there, then retry"
+    return StoreUnavailableError(RegistryError(wrong, todo=todo))
+
+
+def _reason(text: str) -> str:
+    """Return the reason in libpq's message, of which the address is known."""
+    first = text.strip().partition("\n")[0]
+    return first.rpartition(" failed: ")[2] if first.startswith("connection failed:") else first
+
+
+def _hide_values(context: ExceptionContext, error: BaseException, reason: str) -> None:
+    """Remove the details from an error that is logged: they may contain the whole row, with users' texts."""
+    error.args = (reason,)
+    if context.sqlalchemy_exception is not None:
+        context.sqlalchemy_exception.args = (f"({type(error).__name__}) {reason}",)

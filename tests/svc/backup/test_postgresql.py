@@ -1,0 +1,63 @@
+"""Tests that the backup of a home whose store is in PostgreSQL leaves the database to its own tools, and says so."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from svc.errors import RefusedError
+from svc.settings import Settings
+from svc.store.audit import read_events
+from svc.store.database import open_store
+from svc.store.desired import change_desired
+from svc.version import Format, Target
+from tests.command_line import Svc
+from tests.postgresql import SHARED, PostgresServer
+from tests.svc.backup.conftest import UsedHome
+
+
+@pytest.fixture
+def settings(used: UsedHome, postgresql: PostgresServer, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """Return the settings of a used home whose store is in PostgreSQL, which `svc` reads too."""
+    postgresql.empty()
+    store = postgresql.settings(SHARED)
+    assert store.url is not None
+    monkeypatch.setenv("SVC_STORE__URL", store.url.get_secret_value())
+    monkeypatch.setenv("SVC_HOME", str(used.settings.home))
+    return Settings(home=used.settings.home, store=store)
+
+
+def test_backup_has_the_versions_needed_by_the_database_and_names_what_is_missing(
+    svc: Svc, used: UsedHome, settings: Settings
+) -> None:
+    version = used.publish()
+    store = open_store(settings)
+    change_desired(store, None, Target(version, Format.ADAPTER), None)
+    result = svc("backup", "backups", "--json")
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["versions"] == [str(version)]
+    assert json.loads(result.out)["store"].endswith(f"/{SHARED}")
+    assert "pg_dump" in result.err
+    assert [event.action for event in read_events(store, newest=9)] == ["backup"]
+    store.dispose()
+
+
+def test_restore_leaves_the_database_alone_and_says_what_to_do(
+    svc: Svc, used: UsedHome, settings: Settings, tmp_path: Path
+) -> None:
+    version = used.publish()
+    assert svc("backup", "backups").code == 0
+    result = svc("--home", "again", "restore", "backups")
+    assert (result.code, "pg_restore" in result.err) == (0, True)
+    assert (tmp_path / "again" / "models" / version.name / str(version.number)).is_dir()
+    assert not (tmp_path / "again" / "svc.db").exists()
+
+
+def test_restore_cannot_revoke_keys_that_the_snapshot_does_not_have(
+    svc: Svc, used: UsedHome, settings: Settings
+) -> None:
+    used.publish()
+    assert svc("backup", "backups").code == 0
+    result = svc("--home", "again", "restore", "backups", "--revoke-keys")
+    assert result.code == RefusedError.exit_code
+    assert "svc keys revoke" in result.err
