@@ -124,6 +124,19 @@ class Admission:
         if self._closed or not self._enter(tokens, party, may_wait or party.has_key):
             await self._wait(tokens, party)
 
+    async def opened(self, party: Party) -> None:
+        """Wait in the queue while no engine accepts requests because one is being changed, but take no slot.
+
+        A sleeping engine is not woken.
+
+        Raises:
+            EngineUnavailableError, QueueOverflowError, QueueTimeoutError: see `enter`.
+        """
+        self._idle_since = time.monotonic()
+        if self._changing and not self._ready:
+            await self._wait(0, party)
+            self.leave(0)
+
     async def ended(self) -> None:
         """Wait until no request is running or waiting. This is useful only once no new requests arrive."""
         while self.running or self.queue or self._preparing:

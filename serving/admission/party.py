@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from svc.identity.principal import Principal
+
 
 class Party(NamedTuple):
     """A tenant and its relative share of the slots.
@@ -24,3 +26,8 @@ class Party(NamedTuple):
 
 
 NO_KEY = Party()
+
+
+def party_of(principal: Principal | None) -> Party:
+    """Return the tenant of a client, which has a principal if it sent a key."""
+    return Party(principal.key_id, principal.weight) if principal else NO_KEY

@@ -1,7 +1,7 @@
 """Tracks what a request reserves of its key's limits, and the usage recorded when the request ends."""
 
 from serving.admission.errors import RateLimitedError
-from serving.admission.party import NO_KEY, Party
+from serving.admission.party import Party, party_of
 from serving.admission.rate_limiter import Demand, RateLimiter, Reservation, estimated_tokens
 from serving.protocols.error_code import CLIENT_FAULTS, ErrorCode, outcome_of
 from serving.protocols.request import CompletionRequest
@@ -44,7 +44,7 @@ class KeyAccount:
     @property
     def party(self) -> Party:
         """The tenant that the request belongs to when several tenants share the model."""
-        return Party(self._principal.key_id, self._principal.weight) if self._principal else NO_KEY
+        return party_of(self._principal)
 
     def reserve_request(self) -> None:
         """Count the request against its key's per-minute request limit.

@@ -1,9 +1,9 @@
 """`POST /v1/messages/count_tokens` and `POST /tokenize`: count a prompt's tokens before it is sent.
 
-An engine counts tokens without running its model, so these requests bypass admission, do not count towards
+An engine counts tokens without running its model, so these requests take no slot in admission, do not count towards
 any key limit (except that a rejected request counts towards the requests per minute) and are not stored in
-the request log. Because they use CPU, at most MAX_CONCURRENT of them are answered concurrently, and half
-of those for any one caller.
+the request log. They are queued only while no engine accepts requests because one is being changed. Because they
+use CPU, at most MAX_CONCURRENT of them are answered concurrently, and half of those for any one caller.
 """
 
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from functools import partial
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from serving.admission.party import party_of
 from serving.admission.rate_limiter import Reservation
 from serving.http.body import ClientGoneError, read_body
 from serving.http.body_slots import BodySlots
@@ -84,6 +85,7 @@ class _Endpoint:
         require_model(router, state.principal, request.model)
         to = router.find(request.model, request.who)
         await to.backend.check(to.model)
+        await to.backend.admission.opened(party_of(state.principal))
         async with delivery:  # a client that reads slowly holds no place
             with self.slots.reading(state.caller):
                 async with to.backend.lease(to.model) as engine:

@@ -186,7 +186,7 @@ class EngineChange:
             await self._give_back(change, engine, SupersededError("the body has ended"))
 
     async def _give_back(self, change: SwapInProgress, engine: Replica, error: Exception) -> None:
-        """Restore the previous version in a borrowed engine, see `_restore`.
+        """Restore the previous version in a borrowed engine, or in a new one after an error of the engine.
 
         Raises:
             EngineError: the engine was fine, but had to be replaced.
@@ -194,7 +194,11 @@ class EngineChange:
         weights = engine.weights
         with suppress(EngineError):  # then the load fails too, and the engine is replaced
             await self._drain(engine)
-        if await self._restore(change, engine, error, checks_files=False) is SwapOutcome.RESTORED:
+        with suppress(OSError):  # until production is loaded, no later server may adopt the engine
+            await engine.clear()
+        if isinstance(error, EngineError) and not isinstance(error, ProbeError):
+            await self._replace_engine(change, engine)
+        elif await self._load_again(change, engine) is SwapOutcome.RESTORED:
             engine.weights = weights  # the same as before, by their probes: no new held-out run is due
         elif isinstance(error, SupersededError):
             raise EngineError(f"the engine could not load {change.current} again", todo="check the engine's log")
@@ -316,18 +320,21 @@ class EngineChange:
         report(await engine.verify(target))
         check()
 
-    async def _restore(
-        self, change: SwapInProgress, engine: Replica, error: Exception, *, checks_files: bool = True
-    ) -> SwapOutcome:
+    async def _restore(self, change: SwapInProgress, engine: Replica, error: Exception) -> SwapOutcome:
         """Restore the previous version, in the same engine if it still responds, or else in a new one.
 
         The engine counts as dead after any error except a failed probe, in particular after a failed reload.
+        """
+        if not isinstance(error, ProbeError | SupersededError):
+            return await self._replace_engine(change, engine)
+        return await self._load_again(change, engine, checks_files=True)
+
+    async def _load_again(self, change: SwapInProgress, engine: Replica, *, checks_files: bool = False) -> SwapOutcome:
+        """Load and verify the previous version, or replace the engine if that fails.
 
         Args:
             checks_files: compare the files with the manifest first, which takes minutes for a large model.
         """
-        if not isinstance(error, ProbeError | SupersededError):
-            return await self._replace_engine(change, engine)
         try:
             if checks_files:
                 await self.verification.files(change.current)

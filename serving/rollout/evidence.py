@@ -58,6 +58,7 @@ class Look:
         losses: text that names the proven losses; empty if none is proven.
         text: one line about all signals with data.
         warning: text about what keeps the evidence from growing; empty if nothing does.
+        is_complete: whether all requests of the shadow step are in the figures.
     """
 
     units: int
@@ -66,6 +67,7 @@ class Look:
     losses: str
     text: str
     warning: str = ""
+    is_complete: bool = False
 
 
 class CanaryEvidence:
@@ -172,10 +174,12 @@ class ShadowEvidence:
                 Request(names[Arm.CANDIDATE], Arm.CANDIDATE, at, pair.candidate_failed, pair.candidate_valid)
             )
             self._pairs.append(pair)
-        if len(self._pairs) >= self._wanted():
+        is_complete = len(self._pairs) >= self._wanted()  # read once, because it may change meanwhile
+        if is_complete:
             self._analysis.start_step()  # ends all observations
         verdicts = self._analysis.verdicts()
-        return _look(self._analysis.outcome, verdicts, len(self._pairs), _pairs_text(self._pairs))
+        look = _look(self._analysis.outcome, verdicts, len(self._pairs), _pairs_text(self._pairs))
+        return replace(look, is_complete=is_complete)
 
 
 def exclusions(look: Look) -> str:
@@ -186,13 +190,32 @@ def exclusions(look: Look) -> str:
     return "losses beyond the margins: " + "; ".join(f"{kind}: {', '.join(labels[kind]) or 'none'}" for kind in kinds)
 
 
+def doubts(look: Look, min_units: int) -> str:
+    """Return why a candidate without a proven loss must not be promoted after a replay; empty if it may be."""
+    units = next((row.units for row in look.signals if row.signal == Signal.ERRORS), 0)
+    if units < min_units:
+        return f"only {units} users or conversations were compared; at least {min_units} are required: {look.text}"
+    labels = [_LABELS[Signal(row.signal)] for row in look.signals if _may_be_lost(row)]
+    return (
+        f"losses beyond the margins were measured, but not proven: {', '.join(labels)}: {look.text}" if labels else ""
+    )
+
+
+def _may_be_lost(row: SignalRow) -> bool:
+    return row.outcome != GateOutcome.PASSED and (row.candidate or 0.0) - (row.production or 0.0) > row.margin
+
+
 def _replay_expectations(store: Store, record: RolloutRecord, kept: int) -> list[str]:
     seconds = last_queued_s(store, record.previous)
     return [
         f"replay: memory holds one engine, so {record.target} answers {min(record.plan.shadow, kept)} of {kept} kept "
         f"requests to {record.previous} while no client asks, and no canary follows",
         f"a request that arrives meanwhile waits until {record.previous} is loaded again: "
-        + ("an unknown time, because it was never loaded in place" if seconds is None else f"about {seconds:.1f} s"),
+        + (
+            "an unknown time, because it was never loaded in place (two loads must fit in `serve.queue_timeout_s`)"
+            if seconds is None
+            else f"about {seconds:.1f} s, or twice that if the candidate is being loaded"
+        ),
         "kept requests lack tools, response formats, ratings and times under the same load: these are not compared",
     ]
 

@@ -5,11 +5,13 @@ requests are queued meanwhile, and as soon as there is one, the production versi
 """
 
 import asyncio
+import itertools
 import json
 import logging
+import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -23,11 +25,11 @@ from serving.protocols.request import InvalidJsonError, InvalidRequestError, par
 from serving.protocols.route import Route
 from serving.replicas.pool import EnginePool
 from serving.replicas.replica import Replica
-from serving.replicas.transport import EngineDiedError
+from serving.replicas.transport import EngineDiedError, EngineRefusedError
 from serving.rollout.cancellation import Cancellation, SupersededError
 from serving.rollout.candidate import CandidatePlan
 from serving.rollout.engine_change import EngineChange, SwapInProgress
-from serving.rollout.shadow import Copy, CopyAnswer, compared
+from serving.rollout.shadow import Copy, CopyAnswer, compared, unit_of
 from serving.rollout.split import Split
 from serving.rollout.swap_plan import Plan
 from serving.telemetry.deployment_metrics import DeploymentMetrics, ShadowOutcome
@@ -42,12 +44,14 @@ from svc.store.swaps import SwapKind
 log = logging.getLogger(__name__)
 
 MAX_AGE = timedelta(days=7)
-MIN_REQUESTS = 20
-"""Smallest number of comparisons, unless fewer are configured."""
+MIN_UNITS = 20
+"""Smallest number of users, conversations or single requests to compare; with 16, a total loss is proven."""
 QUIET_S = 5.0
 """Time without requests before the engine is lent. It doubles each time, because a request may have had to wait."""
 _MAX_QUIET_S = 300.0
 _POLL_S = 0.25
+_ROWS_PER_COMPARISON = 4
+"""Number of kept requests to find for each wanted comparison, because some cannot be replayed as they were."""
 _ROUTE = Route.CHAT_COMPLETIONS
 
 
@@ -57,34 +61,77 @@ class Kept:
 
     Attributes:
         compared: number of comparisons that are stored already.
-        rows: row ids of the requests that were not replayed yet, newest first.
+        rows: row ids of the requests that were not replayed when the rollout began or continued, newest first.
+        units: number of distinct users, conversations or single requests among those to be compared. It is counted
+            up to `MIN_UNITS`.
+        done: number of `rows` that were replayed or skipped since.
     """
 
     compared: int
     rows: tuple[int, ...]
+    units: int
+    done: int = 0
 
     @property
     def total(self) -> int:
         """Number of comparisons already stored plus those that can still be made."""
-        return self.compared + len(self.rows)
+        return self.compared + len(self.rows) - self.done
 
 
-def find_kept(store: Store, record: RolloutRecord) -> Kept:
-    """Return the production version's kept requests from before the rollout. This reads all prompts of the period."""
-    at = record.requested_at
+def find_kept(store: Store, record: RolloutRecord, split: Split) -> Kept:
+    """Return the production version's newest kept requests from before the rollout that were not replayed yet.
+
+    Args:
+        split: says which requests belong to one user or conversation.
+    """
+    at, pairs = record.requested_at, read_shadow_pairs(store, record.id)
     rows = find_kept_requests(
-        store, record.previous, route=_ROUTE.value, since=at - MAX_AGE, before=at, without=PLACEHOLDERS
+        store,
+        record.previous,
+        route=_ROUTE.value,
+        since=at - MAX_AGE,
+        before=at,
+        without=PLACEHOLDERS,
+        before_row=min((pair.replayed for pair in pairs if pair.replayed is not None), default=None),
+        limit=_ROWS_PER_COMPARISON * record.plan.shadow,
     )
-    pairs = read_shadow_pairs(store, record.id)
-    last = min((pair.replayed for pair in pairs if pair.replayed is not None), default=None)
-    return Kept(len(pairs), tuple(row for row in rows if last is None or row < last))
+    new = (_unit(store, row, split) for row in rows[: max(0, record.plan.shadow - len(pairs))])
+    return Kept(len(pairs), tuple(rows), _count_units(itertools.chain((pair.unit for pair in pairs), new)))
 
 
-def require_replay(record: RolloutRecord, plan: CandidatePlan, kept: Kept, engines: int) -> None:
+def _unit(store: Store, row: int, split: Split) -> str | None:
+    kept = read_kept_request(store, row)
+    copy = _copy(kept, split) if kept else None
+    return unit_of(copy.record) if copy else None
+
+
+def _count_units(units: Iterable[str | None]) -> int:
+    """Return the number of distinct units, at most `MIN_UNITS`. An empty text is a unit of its own, None is none."""
+    known, count = set[str](), 0
+    for unit in units:
+        count += unit is not None and unit not in known
+        if unit:
+            known.add(unit)
+        if count == MIN_UNITS:
+            break
+    return count
+
+
+def require_replay(
+    record: RolloutRecord,
+    plan: CandidatePlan,
+    kept: Kept,
+    engines: int,
+    *,
+    load_s: float | None,
+    queue_timeout_s: float,
+) -> None:
     """Check that kept requests can be replayed where memory does not suffice for a second engine.
 
     Args:
         engines: number of engines of the production version.
+        load_s: time for which requests were queued when the production version was last loaded in place, if known.
+        queue_timeout_s: longest time a request may be queued.
 
     Raises:
         RefusedError: they cannot.
@@ -96,17 +143,31 @@ def require_replay(record: RolloutRecord, plan: CandidatePlan, kept: Kept, engin
     if engines > 1 or not plan.reloads:
         why = "several engines serve the model" if engines > 1 else plan.swap.why
         raise RefusedError(f"{wrong}; nor can it be loaded in place to replay kept requests: {why}", todo=others)
-    if not record.plan.shadow:
+    if load_s is not None and 2 * load_s > queue_timeout_s:
         raise RefusedError(
-            f"{wrong}; a canary without a shadow step needs both versions loaded",
-            todo=f"replay kept requests (--shadow N), {others}",
+            f"{wrong}; a request that arrives while kept requests are replayed may wait for two loads of "
+            f"{load_s:.1f} s, but is rejected after {queue_timeout_s:g} s",
+            expected=f"a `serve.queue_timeout_s` of at least {math.ceil(2 * load_s)} s",
+            todo=f"set `serve.queue_timeout_s`, and restart the server; or {others}",
         )
-    needed = min(record.plan.shadow, MIN_REQUESTS)
-    if kept.total < needed:
+    if record.plan.shadow < MIN_UNITS:
+        raise RefusedError(
+            f"{wrong}; to replay kept requests instead, a shadow step of {record.plan.shadow} requests is too short",
+            todo=f"replay at least {MIN_UNITS} kept requests (--shadow {MIN_UNITS}), {others}",
+        )
+    if kept.total < MIN_UNITS:
         raise RefusedError(
             f"{wrong}; {kept.total} requests to {record.previous} are kept to be replayed",
-            expected=f"at least {needed} chat completions of the last {MAX_AGE.days} days with stored content",
+            expected=f"at least {MIN_UNITS} chat completions of the last {MAX_AGE.days} days with stored content",
             todo=f"set `request_log.content_share`, and retry once enough requests are kept; or {others}",
+        )
+    if kept.units < MIN_UNITS:
+        raise RefusedError(
+            f"{wrong}; the kept requests to be replayed come from {kept.units} users or conversations, and each of "
+            "them counts as one observation",
+            expected=f"requests of at least {MIN_UNITS} users or conversations",
+            todo=f"send `user` for each end user; if requests are independent, set models.{record.name}.rollout.unit: "
+            f"request; or {others}",
         )
 
 
@@ -133,6 +194,7 @@ class Replay:
     _loans: int = field(default=0, init=False)
     _skipped: int = field(default=0, init=False)
     _queued_s: float = field(default=0.0, init=False)
+    _adding: asyncio.Task[None] | None = field(default=None, init=False)
 
     @property
     def wanted(self) -> int:
@@ -188,6 +250,8 @@ class Replay:
             watching.cancel()
             self._quiet_s = min(2 * self._quiet_s, _MAX_QUIET_S)
             self._queued_s += change.queued_s or 0.0
+            if self._adding:
+                await asyncio.gather(self._adding, return_exceptions=True)  # if it failed, it is replayed again
 
     async def _interrupt(self, interrupt: Cancellation, stop: Cancellation) -> None:
         with suppress(SupersededError):
@@ -198,7 +262,9 @@ class Replay:
         """Replay requests until all are compared, or the store does not respond."""
         try:
             while self.kept.compared < self.wanted:
-                await self._add(await interrupt.interrupting(self._replayed(engine, self.kept.rows[0])))
+                pair = await interrupt.interrupting(self._replayed(engine, self.kept.rows[self.kept.done]))
+                self._adding = asyncio.create_task(self._add(pair))
+                await interrupt.outcome_of(self._adding)  # a client does not wait for the store
         except SQLAlchemyError:
             log.exception("could not read or store a kept request; retrying")
 
@@ -209,13 +275,14 @@ class Replay:
         else:
             await asyncio.to_thread(add_shadow_pair, self.store, self.record.id, pair)
             self.metrics.shadow_request(ShadowOutcome.FAILED if pair.candidate_failed else ShadowOutcome.COMPARED)
-        self.kept = Kept(self.kept.compared + (pair is not None), self.kept.rows[1:])
+        self.kept = replace(self.kept, compared=self.kept.compared + (pair is not None), done=self.kept.done + 1)
 
     async def _replayed(self, engine: Replica, row: int) -> ShadowPair | None:
         """Send a kept request to the candidate, and return the comparison.
 
         Returns:
-            None if the request was deleted, or if its prompt has another length than it had, as without its tools.
+            None if the request was deleted, if its prompt has another length than it had, as without its tools, if
+            the answer is too large, or if the engine rejects it, which may be due to parameters that are not stored.
 
         Raises:
             EngineError: the engine died.
@@ -230,24 +297,29 @@ class Replay:
                 await answer.read(engine.http, engine.client.model, copy)
         except EngineDiedError as error:
             raise EngineError(f"the engine died while {self.record.target} answered a kept request") from error
+        except EngineRefusedError:
+            return None
         except SvcError as error:
-            log.info("the candidate failed on a kept request: %s", error)
+            log.info("the candidate failed on a kept request: %s", type(error).__name__)  # its text may be a client's
         seconds, tokens = time.monotonic() - began, copy.record.tokens_in
-        if answer.usage and tokens is not None and answer.usage.prompt != tokens:
+        if answer.is_too_large or (answer.usage and tokens is not None and answer.usage.prompt != tokens):
             return None
         pair = await asyncio.to_thread(compared, copy, answer, seconds, expects_json=self.split.expects_json)
         return replace(pair, replayed=row)
 
 
 def _copy(kept: RequestRecord, split: Split) -> Copy | None:
-    """Return a kept request as it is sent to the engine, or None if it cannot be read."""
+    """Return a kept request as it is sent to the engine, or None if it cannot be read.
+
+    It is streamed: an engine that answers slowly is then not taken for a silent one.
+    """
     fields = {"temperature": kept.temperature, "max_tokens": kept.max_tokens}
     try:
-        body = {"model": "", "messages": json.loads(kept.prompt or "")}
+        body = {"model": "", "messages": json.loads(kept.prompt or ""), "stream": True}
         body |= {name: value for name, value in fields.items() if value is not None}
         request = parse_request(json.dumps(body).encode(), _ROUTE)
-    except (ValueError, RecursionError, InvalidJsonError, InvalidRequestError):
-        log.warning("could not read the kept request %s", kept.request_id, exc_info=True)
+    except (ValueError, RecursionError, InvalidJsonError, InvalidRequestError) as error:
+        log.warning("could not read the kept request %s: %s", kept.request_id, type(error).__name__)
         return None
     answer = json.dumps({"choices": [{"message": {"content": kept.answer}}]}).encode()
     unit = split.assign(kept.user_hash or request.who, random.random).unit

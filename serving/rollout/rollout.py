@@ -26,8 +26,8 @@ from serving.replicas.pool import EnginePool
 from serving.rollout.cancellation import Cancellation, SupersededError
 from serving.rollout.candidate import CandidateLoader, LoadedCandidate
 from serving.rollout.engine_change import EngineChange
-from serving.rollout.evidence import CanaryEvidence, Look, ShadowEvidence, exclusions, expectations
-from serving.rollout.replay import MIN_REQUESTS, QUIET_S, Kept, Replay, find_kept, require_replay
+from serving.rollout.evidence import CanaryEvidence, Look, ShadowEvidence, doubts, exclusions, expectations
+from serving.rollout.replay import MIN_UNITS, QUIET_S, Kept, Replay, find_kept, require_replay
 from serving.rollout.shadow import Shadow
 from serving.rollout.split import Split
 from serving.telemetry.deployment_metrics import DeploymentMetrics
@@ -52,7 +52,7 @@ from svc.store.rollouts import (
     store_signals,
     switch_rollout,
 )
-from svc.store.swaps import SwapOutcome, find_swap
+from svc.store.swaps import SwapOutcome, find_swap, last_queued_s
 from svc.version import VersionId
 
 log = logging.getLogger(__name__)
@@ -63,6 +63,8 @@ _POLL_S = 0.25
 _LOOK_S = 1.0
 """Seconds between two checks of the evidence. Decisions remain valid no matter how often it is checked."""
 _STORE_PAUSE_S = 2.0
+_STOP_TIMEOUT_S = 45.0
+"""Longest time to load the production version again when the server stops, which the service manager waits for."""
 _MAX_REFERENCES = 200
 
 
@@ -203,9 +205,16 @@ class _Run:
         else:
             self._report(f"the server started again; the rollout continues at {place_of(RolloutView.of(record))}")
         plan = await parts.loader.plan(record.previous, record.target, self._cancellation)
-        kept = await retrying(lambda: find_kept(self._store, record)) if plan.shortage else None
+        kept = await retrying(lambda: find_kept(self._store, record, self._split)) if plan.shortage else None
         if kept is not None:
-            require_replay(record, plan, kept, len(parts.pool.members))
+            require_replay(
+                record,
+                plan,
+                kept,
+                len(parts.pool.members),
+                load_s=await retrying(lambda: last_queued_s(self._store, record.previous)),
+                queue_timeout_s=parts.admission.queue_timeout_s,
+            )
         if record.state is RolloutState.REQUESTED:
             for text in await retrying(lambda: expectations(self._store, record, kept.total if kept else None)):
                 self._report(text)
@@ -244,7 +253,7 @@ class _Run:
         self._divide(replace(self._split, mirror=shadow))
         try:
             evidence = ShadowEvidence(self._store, record, lambda: wanted)
-            look = await self._until(candidate.check, evidence.look, lambda look: look.units >= wanted)
+            look = await self._until(candidate.check, evidence.look, _is_complete)
         finally:
             self._divide(None)
             sending.cancel()
@@ -279,20 +288,20 @@ class _Run:
             look = await self._until(
                 lambda: replaying.result() if replaying.done() else None,
                 evidence.look,
-                lambda look: look.units >= replay.wanted,
+                _is_complete,
             )
             await self._cancellation.outcome_of(replaying)
-        except asyncio.CancelledError:  # the server stops, and its engines with it
+        except asyncio.CancelledError:  # the server stops; clients still wait, and the next server may adopt the engine
+            stop.ask("the server is stopping")
+            await asyncio.wait({replaying}, timeout=_STOP_TIMEOUT_S)
             replaying.cancel()
             raise
         finally:
             stop.ask("the replay has ended")
             await asyncio.gather(replaying, return_exceptions=True)
         self._report(f"replay: {look.text}")
-        if look.units < min(self._plan.shadow, MIN_REQUESTS):
-            raise StoppedError(
-                RolloutOutcome.UNDECIDED, f"only {look.units} kept requests could be replayed as they were"
-            )
+        if why := doubts(look, MIN_UNITS):
+            raise StoppedError(RolloutOutcome.UNDECIDED, why)
         self._report(f"{'no canary: memory holds one engine; ' if self._plan.canary else ''}{exclusions(look)}")
 
     async def _canary(self, candidate: LoadedCandidate) -> None:
@@ -407,6 +416,10 @@ async def retrying(call: Callable[[], Result]) -> Result:
 def _is_passed(units: int, look: Look) -> bool:
     """Return whether the candidate has enough units and a loss beyond the margin is ruled out for every signal."""
     return look.units >= units and look.is_passed
+
+
+def _is_complete(look: Look) -> bool:
+    return look.is_complete
 
 
 def _expects_json(registry: Registry, version: VersionId) -> bool:

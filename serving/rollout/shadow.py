@@ -24,7 +24,7 @@ from serving.protocols.sampled_logprobs import mean_logprob, with_logprobs
 from serving.protocols.server_sent_events import EventSplitter, is_event
 from serving.protocols.wire_formats import Usage, WireFormat, wire_format
 from serving.replicas.balancer import Balancer
-from serving.replicas.transport import EngineCall, EngineDiedError, EngineUnreachableError
+from serving.replicas.transport import EngineCall, EngineDiedError, EngineRefusedError, EngineUnreachableError
 from serving.telemetry.deployment_metrics import DeploymentMetrics, ShadowOutcome
 from svc.dataset.text.thinking import without_thinking
 from svc.engine.vllm.connection_pool import EngineConnections
@@ -137,8 +137,8 @@ class Shadow:
         """Send a copy to the candidate, and return the results of both versions.
 
         Returns:
-            The results, or None if the copy did not reach the candidate. Also None if an engine died that the
-            candidate shares with production.
+            The results, or None if the copy did not reach the candidate or if its answer is too large. Also None if an
+            engine died that the candidate shares with production.
         """
         copy = copy._replace(payload=await asyncio.to_thread(with_logprobs, copy.route, copy.payload))
         began, answer = time.monotonic(), CopyAnswer()
@@ -152,7 +152,9 @@ class Shadow:
         except SvcError as error:
             if self.is_shared and isinstance(error, EngineDiedError):
                 return None
-            log.info("the candidate failed on a copy of a request: %s", error)
+            log.info("the candidate failed on a copy of a request: %s", _kind(error))
+        if answer.is_too_large:
+            return None
         seconds = time.monotonic() - began
         pair = await asyncio.to_thread(compared, copy, answer, seconds, expects_json=self.expects_json)
         if pair.candidate_logprob is None:
@@ -176,7 +178,7 @@ class Shadow:
                     return None
                 await answer.read(engine.http, engine.engine_model, copy)
         except SvcError as error:
-            log.info("production did not answer a copy of a request: %s", error)
+            log.info("production did not answer a copy of a request: %s", _kind(error))
             return None
         return await asyncio.to_thread(mean_logprob, answer.parts) if answer.complete else None
 
@@ -193,7 +195,7 @@ def compared(copy: Copy, answer: "CopyAnswer", seconds: float, *, expects_json: 
     both = answer.complete and not production_failed
     texts = _read_texts(copy, answer.parts, expects_json) if both else _Texts()
     return ShadowPair(
-        unit=(record.unit or "").rpartition(":")[2],
+        unit=unit_of(record),
         production_failed=production_failed,
         candidate_failed=not answer.complete,
         production_valid=texts.production_valid,
@@ -207,6 +209,17 @@ def compared(copy: Copy, answer: "CopyAnswer", seconds: float, *, expects_json: 
         candidate_seconds=seconds,
         candidate_logprob=mean_logprob(answer.parts) if both else None,
     )
+
+
+def _kind(error: SvcError) -> str:
+    """Return an error's type and HTTP status. Its text may quote a client's request."""
+    status = f" (status {error.status})" if isinstance(error, EngineRefusedError) else ""
+    return f"{type(error).__name__}{status}"
+
+
+def unit_of(record: RequestRecord) -> str:
+    """Return the hash of a request's user or conversation; empty if the request is a unit of its own."""
+    return (record.unit or "").rpartition(":")[2]
 
 
 def _read_texts(copy: Copy, parts: list[bytes], expects_json: bool) -> "_Texts":
@@ -232,10 +245,12 @@ class CopyAnswer:
     Attributes:
         parts: the body, or the events of a stream.
         complete: whether the answer arrived in full.
+        is_too_large: whether reading stopped after `MAX_ANSWER_BYTES`. This says nothing about the version.
     """
 
     parts: list[bytes] = field(default_factory=list)
     complete: bool = False
+    is_too_large: bool = False
     finish_reason: str | None = None
     usage: Usage | None = None
 
@@ -254,8 +269,9 @@ class CopyAnswer:
             while size <= MAX_ANSWER_BYTES and (part := await answer.read_some()):
                 size += len(part)
                 self.parts += splitter.feed(part) if answer.is_event_stream else [part]
+            self.is_too_large = size > MAX_ANSWER_BYTES
             if not answer.is_event_stream:
-                self.parts, self.complete = [b"".join(self.parts)], size <= MAX_ANSWER_BYTES
+                self.parts, self.complete = [b"".join(self.parts)], not self.is_too_large
         await asyncio.to_thread(self._classify, wire_format(copy.route))
 
     def _classify(self, form: WireFormat) -> None:

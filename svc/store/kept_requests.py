@@ -14,7 +14,6 @@ from svc.version import Format, Target, VersionId
 
 CALL = '{"name": "%", "arguments": %}'
 """SQL pattern that matches a tool call in a stored answer, which `answer_text` rewrote from the model's text."""
-_ANSWERED = (RequestOutcome.COMPLETE, RequestOutcome.ENGINE_ERROR, RequestOutcome.SERVER_ERROR)
 _NOT_TEXT = ('"type": "image', '"type": "input_', '"type": "video', '"type": "audio', '"type": "file"')
 _TOOLS = ('"tool_calls": ', '"tool_call_id": ', '"role": "tool"')
 """Texts in the stored JSON of messages with other content than text, or with tools; inside of a message's text, the
@@ -22,27 +21,40 @@ quotes are escaped."""
 
 
 def find_kept_requests(
-    store: Store, target: Target, *, route: str, since: datetime, before: datetime, without: Sequence[str]
+    store: Store,
+    target: Target,
+    *,
+    route: str,
+    since: datetime,
+    before: datetime,
+    without: Sequence[str],
+    before_row: int | None = None,
+    limit: int,
 ) -> list[int]:
     """Return the row ids of a version's requests that can be sent again, newest first.
 
-    Requests with tool calls, images or other content than text are left out.
+    Requests without a complete answer are left out, as are those with tool calls, images or other content than text.
 
     Args:
         since, before: the requests started in this period.
         without: leave out requests whose prompt or answer contains any of these texts.
+        before_row: leave out requests with this row id or a higher one.
+        limit: largest number of requests to return.
     """
     row = RequestRow
     query = (
         select(row.id)
         .where(answered_by(target), row.route == route, row.started_at >= since, row.started_at < before)
-        .where(row.prompt.is_not(None), row.answer.is_not(None), row.outcome.in_(_ANSWERED))
+        .where(row.prompt.is_not(None), row.answer.is_not(None), row.outcome == RequestOutcome.COMPLETE)
         .where(func.coalesce(row.finish_reason, "") != "tool_calls")
         .where(row.answer.not_like(CALL), row.answer.not_like(f"%\n{CALL}"))
         .where(~or_(*(row.prompt.contains(text, autoescape=True) for text in (*_NOT_TEXT, *_TOOLS))))
         .where(*(~content.contains(text, autoescape=True) for content in (row.prompt, row.answer) for text in without))
         .order_by(row.id.desc())
+        .limit(limit)
     )
+    if before_row is not None:
+        query = query.where(row.id < before_row)
     with Session(store) as session:
         return list(session.scalars(query))
 

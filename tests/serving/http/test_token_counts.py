@@ -1,4 +1,4 @@
-"""Tests that token counts bypass admission and cost a key nothing."""
+"""Tests that token counts take no slot in admission and cost a key nothing."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -15,7 +15,7 @@ from svc.identity.principal import Principal
 from tests.serving.admission.opened import admitted
 from tests.serving.http.test_inference import CHAT_PATH, error_of
 from tests.serving.keyed import principal
-from tests.serving.service import CHAT, NAME, Service
+from tests.serving.service import CHAT, NAME, Service, closed
 
 COUNT, TOKENIZE = "/v1/messages/count_tokens", "/tokenize"
 BODY: dict[str, Any] = {"model": NAME, "messages": [{"role": "user", "content": "one two three"}]}
@@ -57,6 +57,39 @@ async def test_token_counting_occupies_no_admission_slot(
     async with admitted(service.admission):
         assert (await client.post(path, json=BODY)).status_code == 200
     assert {answer.status_code for answer in await asyncio.gather(*counting)} == {200}
+
+
+@both
+async def test_token_count_waits_for_the_engine_while_it_is_changed(
+    service: Service, client: httpx.AsyncClient, path: str
+) -> None:
+    async with closed(service.admission):
+        counting = asyncio.create_task(client.post(path, json=BODY))
+        await service.admission.queue.wanted()
+        assert service.double.calls == []
+    assert (await counting).status_code == 200
+    assert service.admission.running == 0
+
+
+@both
+async def test_token_count_gets_503_when_the_engine_is_changed_for_too_long(socket_folder: Path, path: str) -> None:
+    async with (
+        Service(socket_folder, queue_timeout_s=0.02).run() as service,
+        service.socket_client() as client,
+        closed(service.admission),
+    ):
+        answer = await client.post(path, json=BODY)
+    assert (answer.status_code, error_of(answer)["code"]) == (503, "queue_timeout")
+
+
+@both
+async def test_model_is_not_idle_when_tokens_are_counted(
+    service: Service, client: httpx.AsyncClient, path: str
+) -> None:
+    await asyncio.sleep(0.05)
+    before = service.admission.idle_s
+    await client.post(path, json=BODY)
+    assert service.admission.idle_s < before
 
 
 @both

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from sqlalchemy import Engine as Store
 
-from serving.rollout.evidence import CanaryEvidence, ShadowEvidence, exclusions, expectations
+from serving.rollout.evidence import CanaryEvidence, ShadowEvidence, doubts, exclusions, expectations
 from svc.identity.actor import Actor
 from svc.settings import RolloutSettings
 from svc.store.audit import Action, AuditEntry
@@ -204,7 +204,52 @@ def test_expectations_of_a_replay_say_how_long_requests_may_wait(store: Store, r
     end_swap(store, swap, SwapResult(SwapOutcome.SUCCEEDED, None, 1.25, kind=SwapKind.INPLACE))
     texts = expectations(store, record, kept=33)
     assert "tuned@2 (merged) answers 33 of 33 kept requests to tuned@1 (merged) while no client asks" in texts[1]
-    assert texts[2].endswith("waits until tuned@1 (merged) is loaded again: about 1.2 s")
+    assert texts[2].endswith(
+        "waits until tuned@1 (merged) is loaded again: about 1.2 s, or twice that if the candidate is being loaded"
+    )
+
+
+GOOD = ShadowPair("", False, False, True, True, True, "stop", "stop", 3, 3, 0.1, 0.2)
+FAILED = replace(GOOD, candidate_failed=True, candidate_valid=None, agrees=None)
+
+
+def test_shadow_look_that_is_not_complete_stays_so_when_fewer_requests_are_wanted_meanwhile(
+    store: Store, record: RolloutRecord
+) -> None:
+    wanted = iter((31, 30))
+    evidence = ShadowEvidence(store, record, lambda: next(wanted))
+    for number in range(30):
+        add_shadow_pair(store, record.id, replace(FAILED, unit=f"user {number}"))
+    early, late = evidence.look(), evidence.look()
+    assert (early.is_complete, early.losses, late.is_complete) == (False, "", True)
+    assert "failed requests" in late.losses
+
+
+def doubts_about(store: Store, record: RolloutRecord, pairs: list[ShadowPair]) -> str:
+    for pair in pairs:
+        add_shadow_pair(store, record.id, pair)
+    look = ShadowEvidence(store, record, lambda: len(pairs)).look()
+    assert look.losses == ""
+    return doubts(look, 20)
+
+
+@pytest.mark.parametrize("pair", [GOOD, FAILED])
+def test_replay_of_too_few_users_is_in_doubt_whatever_the_candidate_answers(
+    store: Store, record: RolloutRecord, pair: ShadowPair
+) -> None:
+    pairs = [replace(pair, unit=f"user {number % 15}") for number in range(200)]
+    assert doubts_about(store, record, pairs).startswith("only 15 users or conversations were compared; at least 20")
+
+
+def test_replay_is_in_doubt_when_a_measured_loss_is_neither_proven_nor_excluded(
+    store: Store, record: RolloutRecord
+) -> None:
+    text = doubts_about(store, record, [FAILED, *[GOOD] * 4] * 4)
+    assert text.startswith("losses beyond the margins were measured, but not proven: failed requests: 20 requests")
+
+
+def test_replay_is_not_in_doubt_when_the_candidate_answers_as_well(store: Store, record: RolloutRecord) -> None:
+    assert doubts_about(store, record, [GOOD] * 20) == ""
 
 
 def test_replay_report_says_which_losses_are_excluded(store: Store, record: RolloutRecord) -> None:

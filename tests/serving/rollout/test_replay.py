@@ -2,22 +2,33 @@
 
 import asyncio
 import json
+import threading
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from sqlalchemy import Engine as Store
 
 from serving.rollout.replay import find_kept
+from serving.rollout.split import Split
 from svc.engine.state import EngineState
-from svc.settings import RolloutSettings
+from svc.settings import RolloutSettings, UnitKind
 from svc.store.requests import RequestOutcome, RequestRecord, add_requests
-from svc.store.rollouts import RolloutOutcome, RolloutRecord, RolloutState, ShadowPair, read_shadow_pairs
-from tests.serving.control import Control, Make, ask, until
+from svc.store.rollouts import (
+    RolloutOutcome,
+    RolloutRecord,
+    RolloutState,
+    ShadowPair,
+    add_shadow_pair,
+    read_shadow_pairs,
+)
+from tests.serving.control import Answer, Control, Make, ask, until
 from tests.serving.rollout.test_rollout import ACTOR, ALL, JSON, ONE, changes, ended, record, start
 from tests.serving.versions import NAME, make_version, target
 
 pytestmark = pytest.mark.slow
 
+CHAT = "/v1/chat/completions"
 SLOW_S = 0.02
 """Time per token with which a test can act while a request is replayed."""
 
@@ -50,7 +61,7 @@ def keep(control: Control, count: int = 30, number: int = 1, **fields: Any) -> N
             model=NAME,
             version=served.version,
             format=served.format,
-            route="/v1/chat/completions",
+            route=CHAT,
             status=200,
             outcome=RequestOutcome.COMPLETE,
             seconds=0.1,
@@ -121,11 +132,6 @@ async def test_candidate_with_invalid_json_is_rolled_back_after_a_replay(control
 
     async with control.run():
         await control.promote(11)
-        control.double.on_call = lambda path: setattr(
-            control.double,
-            "message",
-            {"content": '{"team": "bil' if "/12/" in control.double.weights else '{"team": "billing"}'},
-        )
         start(control, 12, ALL.model_copy(update={"shadow": 60}))
         seen = await ended(control)
         await control.serves(target(11))
@@ -158,6 +164,18 @@ async def test_request_during_a_replay_does_not_wait_for_a_long_kept_request(con
         await until(lambda: not holds_candidate(control) and control.double.running)
         control.double.proceed.set()
         assert (await waiting).version == ONE
+
+
+@pytest.mark.parametrize("model", [NAME, ONE])
+async def test_token_count_during_a_replay_is_answered_by_production(control: Control, model: str) -> None:
+    keep(control)
+    async with control.run(), control.client() as client:
+        control.double.token_delay_s = SLOW_S
+        start(control, 2)
+        await replayed(control)
+        answer = await client.post("/tokenize", json={"model": model, "prompt": "one two three"})
+        assert (answer.status_code, answer.headers["x-model-version"]) == (200, ONE)
+        assert (control.double.cancelled, holds_candidate(control)) == (1, False)
 
 
 async def test_replay_waits_for_a_longer_pause_after_it_was_interrupted(control: Control) -> None:
@@ -214,6 +232,36 @@ async def test_replay_continues_after_the_server_was_stopped_with_the_candidate_
     assert 5 <= before < ALL.shadow
     assert seen.outcome is RolloutOutcome.PROMOTED, seen.steps
     assert len({pair.replayed for pair in pairs(control)}) == len(pairs(control)) == ALL.shadow
+
+
+async def test_engine_is_left_with_production_when_the_server_stops_during_a_replay(control: Control) -> None:
+    keep(control)
+    control.leaves = True
+    async with control.run():
+        control.double.token_delay_s = SLOW_S
+        start(control, 2)
+        await replayed(control)
+    (left,) = control.park.left.values()
+    assert (left.holds, control.double.weights.endswith("/1/merged")) == (str(target(1)), True)
+    control.leaves = False
+    control.assemble()
+    async with control.run():
+        assert control.double is left.double
+        assert (await ended(control)).outcome is RolloutOutcome.PROMOTED
+
+
+async def test_engine_is_stopped_when_production_is_not_loaded_in_time_at_the_stop_of_the_server(
+    control: Control, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.rollout.rollout._STOP_TIMEOUT_S", 0.05)
+    keep(control)
+    control.leaves = True
+    async with control.run():
+        control.double.token_delay_s = SLOW_S
+        start(control, 2)
+        await replayed(control)
+        control.double.reload_delay_s = 60
+    assert (control.park.left, control.park.alive) == ({}, 0)
 
 
 async def test_engine_with_the_candidate_is_not_adopted_when_the_server_was_killed(control: Control) -> None:
@@ -291,15 +339,154 @@ async def test_requests_whose_prompt_is_not_stored_in_full_are_not_replayed(cont
     assert any("5 kept requests could not be replayed as they were" in step for step in seen.steps)
 
 
+async def test_slow_candidate_has_not_failed_when_it_answers_for_longer_than_the_silence_limit(make: Make) -> None:
+    control = on_small_machine(make(request_timeout_s=0.3))
+    keep(control)
+    async with control.run():
+        control.double.on_call = lambda path: setattr(control.double, "token_delay_s", 0.1 * (path == CHAT))
+        start(control, 2)
+        await replayed(control, 1)
+        assert not any(pair.candidate_failed for pair in pairs(control))
+        changes(control, ALL).rollback(NAME, reason=None, actor=ACTOR)
+        await ended(control)
+
+
+async def test_kept_request_is_skipped_when_the_answer_is_too_large(
+    control: Control, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.rollout.shadow.MAX_ANSWER_BYTES", 100)
+    keep(control)
+    async with control.run():
+        start(control, 2)
+        seen = await ended(control)
+    assert (seen.outcome, pairs(control)) == (RolloutOutcome.UNDECIDED, [])
+
+
+async def test_engine_is_kept_when_an_unexpected_error_ends_the_replay(
+    control: Control, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **fields: object) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr("serving.rollout.replay.compared", fail)
+    keep(control)
+    async with control.run():
+        start(control, 2)
+        seen = await ended(control)
+        assert (control.state, control.double.weights.endswith("/1/merged")) == (EngineState.READY, True)
+    assert (seen.outcome, len(control.park.engines)) == (RolloutOutcome.FAILED, 1)
+
+
+async def test_engine_names_no_version_while_production_is_loaded_again(control: Control) -> None:
+    keep(control)
+    named, waiting = list[str | None](), list[asyncio.Task[Answer]]()
+    async with control.run(), control.client() as client:
+
+        def on_call(path: str) -> None:
+            if path == "/collective_rpc":
+                named.append(control.park.engines[0].holds)
+            elif path == "/v1/completions" and holds_candidate(control) and not waiting:  # a probe
+                waiting.append(asyncio.create_task(ask(client, stream=True)))
+
+        control.double.token_delay_s = 0.1
+        control.double.on_call = on_call
+        start(control, 2)
+        await until(lambda: waiting)
+        assert (await waiting[0]).version == ONE
+        assert named == [None, None]
+        changes(control, ALL).rollback(NAME, reason=None, actor=ACTOR)
+        await ended(control)
+
+
 async def test_rollout_is_undecided_when_too_few_requests_can_be_replayed(control: Control) -> None:
     keep(control, 30, tokens_in=200)
     async with control.run():
         start(control, 2)
         seen = await ended(control)
-    assert (seen.outcome, seen.why) == (
-        RolloutOutcome.UNDECIDED,
-        "only 0 kept requests could be replayed as they were",
-    )
+    assert seen.outcome is RolloutOutcome.UNDECIDED
+    assert seen.why is not None and seen.why.startswith("only 0 users or conversations were compared")
+
+
+async def test_requests_that_the_candidate_rejects_are_not_held_against_it(control: Control) -> None:
+    keep(control, 25)
+
+    def reject_first(path: str) -> None:
+        rejects = path == CHAT and control.double.calls.count(path) <= 5
+        control.double.refuse_with = (400, {"message": "no such field", "code": 400}) if rejects else None
+
+    async with control.run():
+        control.double.on_call = reject_first
+        start(control, 2, ALL.model_copy(update={"shadow": 25}))
+        seen = await ended(control)
+    assert seen.outcome is RolloutOutcome.PROMOTED, seen.steps
+    assert [pair.candidate_failed for pair in pairs(control)] == [False] * 20
+
+
+async def test_rollout_is_undecided_when_half_of_the_requests_fail_without_a_proven_loss(control: Control) -> None:
+    keep(control)
+
+    def fail_each_second(path: str) -> None:
+        fails = path == CHAT and control.double.calls.count(path) % 2
+        control.double.refuse_with = (500, {"message": "CUDA error", "code": 500}) if fails else None
+
+    async with control.run():
+        control.double.on_call = fail_each_second
+        start(control, 2)
+        seen = await ended(control)
+    assert seen.outcome is RolloutOutcome.UNDECIDED
+    assert seen.why is not None and "measured, but not proven: failed requests" in seen.why
+    assert control.names.served == target(1)
+
+
+async def test_rollout_fails_before_any_load_when_kept_requests_are_of_few_users(control: Control) -> None:
+    keep(control, 30, user_hash="one user")
+    async with control.run():
+        start(control, 2)
+        seen = await ended(control)
+        assert "/collective_rpc" not in control.double.calls
+    assert seen.outcome is RolloutOutcome.FAILED
+    assert seen.why is not None and "come from 1 users or conversations" in seen.why
+
+
+async def test_rollout_fails_before_any_load_when_clients_cannot_wait_for_two_loads(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.rollout.rollout.last_queued_s", lambda store, target: 1.25)
+    control = on_small_machine(make(queue_timeout_s=2))
+    keep(control)
+    async with control.run():
+        start(control, 2)
+        seen = await ended(control)
+        assert "/collective_rpc" not in control.double.calls
+    assert seen.outcome is RolloutOutcome.FAILED
+    assert seen.why is not None and "two loads of 1.2 s, but is rejected after 2 s" in seen.why
+
+
+async def test_client_does_not_wait_for_a_slow_store(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
+    writing, proceed = threading.Event(), threading.Event()
+
+    def add_slowly(store: Store, rollout: int, pair: ShadowPair) -> None:
+        writing.set()
+        proceed.wait(10)
+        add_shadow_pair(store, rollout, pair)
+
+    monkeypatch.setattr("serving.rollout.replay.add_shadow_pair", add_slowly)
+    keep(control)
+    async with control.run(), control.client() as client:
+        start(control, 2)
+        await until(writing.is_set)
+        assert (await ask(client, stream=True)).version == ONE
+        assert pairs(control) == []
+        proceed.set()
+        assert (await ended(control)).outcome is RolloutOutcome.PROMOTED
+    assert len({pair.replayed for pair in pairs(control)}) == len(pairs(control)) == ALL.shadow
+
+
+async def test_requests_of_one_user_count_each_when_the_unit_is_the_request(control: Control) -> None:
+    keep(control, 30, user_hash="one user")
+    async with control.run():
+        start(control, 2, ALL.model_copy(update={"unit": UnitKind.REQUEST}))
+        assert (await ended(control)).outcome is RolloutOutcome.PROMOTED
 
 
 @pytest.mark.parametrize(
@@ -307,8 +494,8 @@ async def test_rollout_is_undecided_when_too_few_requests_can_be_replayed(contro
     [
         (ALL, 0, "0 requests to tuned@1 (merged) are kept to be replayed"),
         (ALL, 19, "set `request_log.content_share`"),
-        (ALL.model_copy(update={"shadow": 5}), 4, "at least 5 chat completions"),
-        (ALL.model_copy(update={"shadow": 0}), 30, "replay kept requests (--shadow N)"),
+        (ALL.model_copy(update={"shadow": 19}), 30, "replay at least 20 kept requests (--shadow 20)"),
+        (ALL.model_copy(update={"shadow": 0}), 30, "a shadow step of 0 requests is too short"),
     ],
 )
 async def test_rollout_fails_before_any_load_when_nothing_can_be_replayed(
@@ -353,4 +540,4 @@ async def test_kept_requests_of_the_rollout_itself_are_not_replayed(control: Con
     keep(control, 3)
     keep(control, 4, started_at=seen.requested_at + timedelta(seconds=1))
     keep(control, 4, started_at=seen.requested_at - timedelta(days=8))
-    assert find_kept(control.store, seen).total == 3
+    assert find_kept(control.store, seen, Split(seen.id, 0.0)).total == 3

@@ -64,10 +64,15 @@ class Copies:
             running = asyncio.create_task(shadow.run())
             for number in range(count):
                 shadow.offer(route, json.dumps(fields).encode(), [answer], answered(number, route))
-            await until(lambda: len(pairs) == count)
+            await until(lambda: len(pairs) + self.dropped == count)
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
         return pairs
+
+    @property
+    def dropped(self) -> int:
+        """Number of copies that were not compared."""
+        return int(self.control.sample("svc_shadow_requests_total", model=NAME, outcome="dropped"))
 
     @property
     def models(self) -> list[str]:
@@ -139,6 +144,15 @@ async def test_pair_has_no_logprobs_when_route_has_none(copies: Copies, route: R
     [pair] = await copies.compare(CHAT if route is Route.MESSAGES else {"input": "one"}, route=route)
     assert (pair.candidate_logprob, pair.production_logprob) == (None, None)
     assert copies.models == ["2"]
+
+
+@pytest.mark.parametrize("more", [{}, STREAM])
+async def test_copy_is_dropped_when_the_answer_is_too_large(
+    copies: Copies, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
+) -> None:
+    monkeypatch.setattr("serving.rollout.shadow.MAX_ANSWER_BYTES", 100)
+    assert await copies.compare(CHAT | more) == []
+    assert copies.dropped == 1
 
 
 async def test_production_did_not_fail_when_its_copy_fails(copies: Copies) -> None:

@@ -18,14 +18,30 @@ KEPT = RECORD._replace(prompt='[{"role": "user", "content": "hi"}]', answer="hel
 DAY = timedelta(days=1)
 
 
-def found(store: Store) -> list[int]:
-    return find_kept_requests(store, TARGET, route=CHAT, since=NOON - DAY, before=NOON + DAY, without=PLACEHOLDERS)
+def found(store: Store, *, before_row: int | None = None, limit: int = 100) -> list[int]:
+    return find_kept_requests(
+        store,
+        TARGET,
+        route=CHAT,
+        since=NOON - DAY,
+        before=NOON + DAY,
+        without=PLACEHOLDERS,
+        before_row=before_row,
+        limit=limit,
+    )
 
 
 def test_newest_kept_request_is_found_first(store: Store) -> None:
-    records = [KEPT._replace(answer="old"), KEPT._replace(answer="new", outcome=RequestOutcome.ENGINE_ERROR)]
+    records = [KEPT._replace(answer="old"), KEPT._replace(answer="new")]
     add_requests(store, records)
     assert [read_kept_request(store, row) for row in found(store)] == records[::-1]
+
+
+def test_no_more_requests_are_found_than_the_limit_and_only_older_ones_than_a_given_row(store: Store) -> None:
+    add_requests(store, [KEPT] * 4)
+    rows = found(store)
+    assert found(store, limit=3) == rows[:3]
+    assert found(store, before_row=rows[0], limit=2) == rows[1:3]
 
 
 @pytest.mark.parametrize(
@@ -33,6 +49,8 @@ def test_newest_kept_request_is_found_first(store: Store) -> None:
     [
         {"outcome": RequestOutcome.CLIENT_GONE},
         {"outcome": RequestOutcome.REFUSED},
+        {"outcome": RequestOutcome.ENGINE_ERROR},
+        {"outcome": RequestOutcome.SERVER_ERROR},
         {"finish_reason": "tool_calls"},
         {"prompt": None, "answer": None},
         {"answer": answer_text("", [CALL]), "finish_reason": "stop"},
@@ -57,7 +75,7 @@ def test_requests_that_cannot_be_sent_again_as_they_were_are_not_found(store: St
 @pytest.mark.parametrize(
     "fields",
     [
-        {"finish_reason": None, "outcome": RequestOutcome.SERVER_ERROR},
+        {"finish_reason": None},
         {"answer": ""},
         {"answer": '{"type": "image", "role": "tool"}'},
         {"prompt": r'[{"role": "user", "content": "{\"type\": \"image\", \"role\": \"tool\"}"}]'},
