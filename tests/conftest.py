@@ -18,7 +18,7 @@ from tests.postgresql import SHARED, PostgresServer, running_server
 
 # A busy machine is no failure. Two runs of one commit try the same examples: a few in `make test-fast`, more in
 # `make test`. `make test-matrix` looks for others.
-hypothesis.settings.register_profile("tuneserve", deadline=None, max_examples=50, derandomize=True)
+hypothesis.settings.register_profile("tuneserve", deadline=None, max_examples=30, derandomize=True)
 hypothesis.settings.register_profile("quick", deadline=None, max_examples=15, derandomize=True)
 hypothesis.settings.register_profile("random", deadline=None, max_examples=200)
 hypothesis.settings.load_profile("tuneserve")

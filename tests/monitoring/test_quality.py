@@ -179,9 +179,9 @@ def test_identical_texts_do_not_affect_the_quality_test() -> None:
 
 @pytest.mark.slow
 def test_false_alarm_rate_of_the_quality_test_is_within_its_level() -> None:
-    """Uses a level of 0.05, which needs few runs. For 14 changes, all combinations are counted."""
+    """Uses a level of 0.05, which needs few runs. For ten changes, all combinations are counted."""
     generator = np.random.default_rng(1)
-    found = [by_rouge([0.0] * 14, generator.normal(0, 1, 14).tolist()).score_p <= 0.05 for _ in range(300)]
+    found = [by_rouge([0.0] * 10, generator.normal(0, 1, 10).tolist()).score_p <= 0.05 for _ in range(300)]
     assert 0.02 < np.mean(found) < 0.09
 
 

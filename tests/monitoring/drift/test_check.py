@@ -101,9 +101,7 @@ def test_repeated_prompt_counts_once(check: Check, traffic: Traffic, store: Stor
 
 
 def test_signal_is_unwatched_with_a_reason_if_traffic_only_repeats_itself(check: Check, traffic: Traffic) -> None:
-    traffic.ask(ALIKE[:12])
-    for _ in range(80):
-        traffic.ask(ALIKE[:12])
+    traffic.ask(ALIKE[:12] * 81)
     reports = check()
     for signal in (Signal.INPUT, Signal.OUTPUT):
         assert reports[signal].status is Status.UNWATCHED
@@ -111,8 +109,7 @@ def test_signal_is_unwatched_with_a_reason_if_traffic_only_repeats_itself(check:
 
 
 def test_report_notes_if_less_than_one_fifth_of_requests_is_compared(check: Check, traffic: Traffic) -> None:
-    for text in ALIKE[:50]:
-        traffic.ask([text] * 7)
+    traffic.ask([text for text in ALIKE[:50] for _ in range(7)])
     report = check()[Signal.INPUT]
     assert report.status is Status.STEADY
     assert "14% of the newest 350 requests are compared" in report.why

@@ -1,7 +1,9 @@
 """A version with a real held-out set and its live traffic as rows in a store, without an engine or MLflow."""
 
+import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
@@ -14,7 +16,8 @@ from svc.dataset.readers.reader import read_examples, write_examples
 from svc.dataset.schema.example import ChatExample, Message, Role
 from svc.drift_reference.drift_sample import DRIFT_SAMPLE_FILE
 from svc.drift_reference.item import ItemMaker
-from svc.drift_reference.reference import read_reference
+from svc.drift_reference.keyed_hash import KeyedHash
+from svc.drift_reference.reference import Reference, read_reference
 from svc.drift_reference.text_embedding import TEXT_SPACE_FILE, fit_text_space, save_text_space
 from svc.engine.probes import Probe
 from svc.errors import NotFoundError
@@ -129,6 +132,10 @@ def open_registry(home: Path) -> Registry:
     return Registry(home / "models", AliasBook())
 
 
+_references: dict[tuple[bytes, Format, object], Reference] = {}
+"""References keyed by their files' content, format, and the method that reads results, which some tests replace."""
+
+
 class Traffic:
     """Helper that adds requests with their features as a server would, one per minute.
 
@@ -206,11 +213,20 @@ class Traffic:
         """Return the feature extractor for a version's requests, or None if the version has no text space."""
         if asked not in self._makers:
             try:
-                reference = read_reference(self._registry, asked, Redactor(()))
-                self._makers[asked] = ItemMaker(reference)
+                self._makers[asked] = ItemMaker(self._reference(asked))
             except NotFoundError:
                 self._makers[asked] = None
         return self._makers[asked]
+
+    def _reference(self, asked: Target) -> Reference:
+        """Return a version's reference. It is read once for all versions with the same files, as this takes seconds."""
+        folder = self._registry.folder(asked.version)
+        files = [*folder.glob(HELDOUT_FILE), *sorted(folder.glob(f"{REFERENCE_FOLDER}/*"))]
+        content = hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in files)).digest()
+        key = content, asked.format, Registry.results
+        if key not in _references:
+            _references[key] = read_reference(self._registry, asked, Redactor(()))
+        return replace(_references[key], hashes=KeyedHash.of_home(self._registry.models.parent))
 
     def rate(self, request_ids: Sequence[str], *, bad: int) -> None:
         """Rate answers at the current time, the first `bad` of them as bad."""

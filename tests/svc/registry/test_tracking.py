@@ -54,6 +54,7 @@ def test_withdrawing_a_version_deletes_its_report_page(tracking: Tracking, name:
     assert [artifact.path for artifact in mlflow.list_artifacts(run)] == [f"{name}-2.html"]
 
 
+@pytest.mark.slow
 def test_report_pages_are_stored_below_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     registry = Registry.of(Settings(home=tmp_path / "home"))

@@ -1,7 +1,6 @@
 """Tests that a loaded adapter has its saved weights, whatever the model's number type."""
 
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ from peft import get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
+from tests.forks import Forks, forking
 from tests.trainer.conftest import make_recipe
 from trainer.model.peft_config import adapter_config, load_adapter
 from trainer.recipe.sections import Method
@@ -74,10 +74,17 @@ print("freed" if layer() is None else "kept")
 """
 
 
+@pytest.fixture(scope="module")
+def new_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    imports = "import peft; from transformers import LlamaForCausalLM; import tests.trainer.conftest"
+    with forking(imports, tmp_path_factory.mktemp("forks")) as forks:
+        yield forks
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("loaded", [False, True], ids=["new", "loaded"])
-def test_model_with_the_first_adapter_of_a_process_is_freed_after_use(base: Path, tmp_path: Path, loaded: bool) -> None:
+def test_model_with_the_first_adapter_of_a_process_is_freed_after_use(
+    new_processes: Forks, base: Path, tmp_path: Path, loaded: bool
+) -> None:
     adapter = trained_adapter(base, tmp_path / "adapter", Method.LORA) if loaded else ""
-    command = [sys.executable, "-c", FIRST_ADAPTER, str(base), str(adapter)]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert result.stdout.split()[-1] == "freed"
+    assert new_processes.run(FIRST_ADAPTER, str(base), str(adapter)).split()[-1] == "freed"

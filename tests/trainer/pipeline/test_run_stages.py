@@ -12,6 +12,7 @@ from svc.child_process import in_child_process
 from svc.errors import TrainingError
 from svc.files.json_file import read_json_object
 from svc.registry.files import read_headers
+from tests.trainer.pipeline.failing import fail_in_numpy
 from tests.trainer.pipeline.stand_ins import Make, Stages
 from trainer.pipeline import stages as stages_module
 from trainer.pipeline.run_stages import LOG_FILE, failed_library, stage_failure
@@ -48,7 +49,7 @@ def test_library_failure_error_names_library_cause_and_log(
 
 
 def test_library_failing_in_a_child_process_is_named() -> None:
-    assert failed_library(caught(lambda: in_child_process(fail_in_torch))) == "torch"
+    assert failed_library(caught(lambda: in_child_process(fail_in_numpy))) == "numpy"
 
 
 def test_called_library_is_named_when_its_dependency_fails() -> None:

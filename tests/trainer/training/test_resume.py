@@ -34,6 +34,8 @@ pytestmark = pytest.mark.slow
 
 STEPS = 12  # three epochs of four steps
 BFLOAT16, FLOAT16, FLOAT32 = NumberType
+LIKE_LORA = (Method.DORA, Method.VERA)  # for a checkpoint: other adapter weights, and nothing else
+METHODS = [pytest.param(method, marks=pytest.mark.matrix) if method in LIKE_LORA else method for method in Method]
 
 
 def recipe(method: Method = Method.LORA, **sections: Any) -> Recipe:
@@ -96,7 +98,7 @@ def data(examples: list[ChatExample]) -> TrainingData:
     return TrainingData(examples, examples[:5])
 
 
-@pytest.mark.parametrize("method", Method)
+@pytest.mark.parametrize("method", METHODS)
 def test_resumed_run_matches_an_uninterrupted_one_for_every_method(
     method: Method,
     tiny_base: Path,
@@ -291,7 +293,6 @@ def test_run_resumes_from_an_earlier_checkpoint_when_the_newest_is_corrupt(
     assert weights(tmp_path) == weights(uninterrupted.run(recipe()).folder)
 
 
-KILLS = 8
 # Imports once, then trains in a new process for each line of input; prints the process id and the outcome.
 SCRIPT = """
 import os, sys
@@ -321,8 +322,9 @@ def files(folder: Path) -> set[str]:
     return {os.path.join(root, name) for root, folders, names in os.walk(folder) for name in (*folders, *names)}
 
 
+@pytest.mark.parametrize("kills", [3, pytest.param(12, marks=pytest.mark.matrix)])
 def test_run_killed_at_any_moment_resumes_with_the_same_result(
-    tiny_base: Path, data: TrainingData, tmp_path: Path
+    kills: int, tiny_base: Path, data: TrainingData, tmp_path: Path
 ) -> None:
     """SIGKILL is sent each time another checkpoint file appears, whether it is complete or not."""
     a, b = tmp_path / "a", tmp_path / "b"
@@ -349,7 +351,7 @@ def test_run_killed_at_any_moment_resumes_with_the_same_result(
         start(a)
         assert int(trainer.stdout.readline()) == 0
         seen: set[str] = set()
-        for _ in range(KILLS):
+        for _ in range(kills):
             process = start(b)
             while not (new := files(b / "checkpoints") - seen):
                 os.kill(process, 0)

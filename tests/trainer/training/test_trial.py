@@ -27,6 +27,8 @@ from trainer.training.trial import TrialData, TrialRun, train_trial, untrained_l
 pytestmark = pytest.mark.slow
 
 TYPE = NumberType.BFLOAT16
+LIKE_LORA = (Method.DORA, Method.VERA)  # they add other weights at the same places
+METHODS = [pytest.param(method, marks=pytest.mark.matrix) if method in LIKE_LORA else method for method in Method]
 
 
 def recipe(method: Method = Method.LORA, **sections: Any) -> Recipe:
@@ -68,7 +70,7 @@ def curve(run: TrialRun) -> list[tuple[int, float | None, tuple[float, ...]]]:
     return [(point.step, point.loss, point.heldout_each) for point in run.points]
 
 
-@pytest.mark.parametrize("method", Method)
+@pytest.mark.parametrize("method", METHODS)
 def test_trial_matches_a_separate_training_even_after_other_trials(
     method: Method, attempt: Try, tiny_base: Path, examples: list[ChatExample], tmp_path: Path
 ) -> None:

@@ -2,7 +2,6 @@
 
 import io
 import logging
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from svc.engine.vllm.plugin import (
     QUIET_VARIABLE,
     register,
 )
+from tests.forks import Forks, forking
 
 
 def test_vllm_discovers_the_plugin_by_its_entry_point() -> None:
@@ -76,6 +76,7 @@ def test_errors_are_logged_in_full_in_vllm_started_outside_our_server() -> None:
     assert "ValueError: my SECRET" in logged("uvicorn.error")
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_vllm_avx2_library_still_lacks_a_4_bit_kernel() -> None:
     """If a vLLM release includes such a kernel, the plugin is no longer needed on such CPUs."""
@@ -88,14 +89,25 @@ def test_vllm_avx2_library_still_lacks_a_4_bit_kernel() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.fixture(scope="module")
+def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Return forks of a process with the parts of vLLM that the plugin changes, still unchanged."""
+    imports = (
+        "import vllm.lora.ops.torch_ops, vllm.model_executor.kernels.linear, vllm.tokenizers.detokenizer_utils; "
+        "import svc.engine.vllm.plugin"
+    )
+    with forking(imports, tmp_path_factory.mktemp("vllm")) as forks:
+        yield forks
+
+
 @pytest.mark.slow
-def test_int4_kernel_is_registered_when_the_engine_requests_it() -> None:
+def test_int4_kernel_is_registered_when_the_engine_requests_it(vllm: Forks) -> None:
     code = (
         "from svc.engine.vllm.plugin import register; register(); "
         "from vllm.model_executor.kernels.linear import _POSSIBLE_KERNELS; from vllm.platforms import PlatformEnum; "
         "assert _POSSIBLE_KERNELS[PlatformEnum.CPU][-1].__name__ == 'Int4LinearKernel'"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {INT4_LINEAR_VARIABLE: "1"})
+    vllm.run(code, **{INT4_LINEAR_VARIABLE: "1"})
 
 
 MIXED_BATCH = """
@@ -116,12 +128,10 @@ print(torch.allclose(whole, expected), torch.allclose(parts, of_base))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ours", [True, False])
-def test_base_model_requests_are_unaffected_by_adapters_in_the_same_batch(ours: bool) -> None:
+def test_base_model_requests_are_unaffected_by_adapters_in_the_same_batch(vllm: Forks, ours: bool) -> None:
     """If a vLLM release does this by itself, the second case fails, and the plugin is no longer needed there."""
-    environment = os.environ | ({LORA_VARIABLE: "1"} if ours else {})
-    command = [sys.executable, "-c", MIXED_BATCH]
-    ended = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True)
-    assert ended.stdout.split()[-2:] == (["True", "True"] if ours else ["False", "False"])
+    printed = vllm.run(MIXED_BATCH, **({LORA_VARIABLE: "1"} if ours else {}))
+    assert printed.split()[-2:] == (["True", "True"] if ours else ["False", "False"])
 
 
 TOKENS = """
@@ -141,6 +151,5 @@ assert convert_ids_list_to_tokens(tokenizer, [1, 2]) == [" a", ""]
 
 
 @pytest.mark.slow
-def test_vllm_returns_empty_token_for_a_sentencepiece_id_without_text() -> None:
-    pytest.importorskip("vllm")
-    subprocess.run([sys.executable, "-c", TOKENS], check=True, env=os.environ | {EMPTY_TOKENS_VARIABLE: "1"})
+def test_vllm_returns_empty_token_for_a_sentencepiece_id_without_text(vllm: Forks) -> None:
+    vllm.run(TOKENS, **{EMPTY_TOKENS_VARIABLE: "1"})
