@@ -30,7 +30,7 @@ RECIPE = """
 name: {name}
 base: {base}
 data: {{train: train.jsonl, heldout: heldout.jsonl}}
-train: {{batch_size: 8, epochs: 1, learning_rate: 1.0e-3}}
+train: {{batch_size: 8, learning_rate: 1.0e-3}}
 adapter: {{rank: 4}}
 sweep:
   finalists: 0
