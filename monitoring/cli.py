@@ -210,12 +210,14 @@ def _drift(settings: Settings, state: Mapping[str, Any]) -> dict[str, str]:
     """
     from monitoring.drift.production import read_drift
     from svc.registry.registry import Registry
+    from svc.store.postgresql import StoreUnavailableError
     from svc.version import Format, Target, VersionId
 
     try:
         target = Target(VersionId.parse(state["version"]), Format(state["format"]))
         reports, quality = read_drift(Registry.of(settings), _store(settings.home, settings.store), target)
-    except (NotFoundError, IntegrityError, ValidationError):  # ValidationError: a result that another release wrote
+    # ValidationError: a result that another release wrote
+    except (NotFoundError, IntegrityError, ValidationError, StoreUnavailableError):
         return {}
     signals = {report.signal.value: report.status.value for report in reports}
     return {**signals, "quality": quality.quality.value} if signals or quality.asked_at else {}

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sqlalchemy import Engine as Store
+from sqlalchemy.exc import SQLAlchemyError
 
 from serving.admission.admission import Admission
 from serving.admission.party import Party
@@ -25,6 +26,7 @@ from serving.rollout.production_alias import ProductionAlias
 from serving.rollout.reconciler import Reconciler
 from serving.rollout.rollout import Rollouts
 from serving.telemetry.deployment_metrics import DeploymentMetrics
+from svc.store.outage_log import log_store_error
 from svc.store.rollouts import RolloutView, active_rollout
 from svc.store.swaps import find_swap
 
@@ -126,10 +128,19 @@ class Deployment:
         await asyncio.to_thread(self.reconciler.journal.close)
 
     def status(self) -> Mapping[str, Any]:
-        """Return the model's section of /svc/status as JSON values. This reads the store."""
+        """Return the model's section of /svc/status as JSON values.
+
+        This reads the store. While it is unavailable, the values stored in it are None.
+        """
         actual, previous = self.reconciler.actual.target, self.reconciler.actual.previous
         unwritten = self.reconciler.journal.unwritten  # before the store, which has results that are written meanwhile
-        swap, rollout = find_swap(self.store, self.name), active_rollout(self.store, self.name)
+        swap = rollout = holdout = None
+        try:
+            swap, rollout = find_swap(self.store, self.name), active_rollout(self.store, self.name)
+            holdout, store = self.holdout.status(actual), "available"
+        except SQLAlchemyError:
+            log_store_error(log, "could not read the status of %s", self.name)
+            store = "unavailable"
         if swap:
             swap = replace(swap, result=swap.result or unwritten.get(swap.id))
         return {
@@ -157,7 +168,8 @@ class Deployment:
                 for engine in self.pool.all
             ],
             "requests": {"running": self.admission.running, "queued": self.admission.queued},
-            "holdout": self.holdout.status(actual),
+            "store": store,
+            "holdout": holdout,
             "rollout": rollout and RolloutView.of(rollout).model_dump(mode="json"),
             "last_swap": swap and {"to": str(swap.target), **swap_row(swap)},
         }

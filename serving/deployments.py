@@ -26,6 +26,7 @@ from serving.router import Router
 from svc.errors import EngineError, NotFoundError, SvcError
 from svc.store.deployments import deployed_names, remove_deployment
 from svc.store.desired import Desired, read_desired
+from svc.store.outage_log import log_store_error
 from svc.version import Target
 
 log = logging.getLogger(__name__)
@@ -183,7 +184,7 @@ class Deployments:
                     self.router.registered = await asyncio.to_thread(self.registered)
                     next_read = time.monotonic() + _REGISTERED_S
             except (SQLAlchemyError, OSError):
-                log.exception("could not read which models to serve; continuing to serve the current models")
+                log_store_error(log, "could not read which models to serve; continuing to serve the current models")
             else:
                 # A model without a task could not be stopped earlier; it may have been added again since.
                 for name in [name for name in self._all if name not in names or name not in self._tasks]:

@@ -88,9 +88,12 @@ def _store_url(secret: SecretStr) -> SecretStr:
     from sqlalchemy.exc import ArgumentError
 
     try:
-        url = make_url(secret.get_secret_value())
+        text = secret.get_secret_value()
+        url = make_url(text)
         valid = url.drivername in ("postgresql", "postgresql+psycopg") and bool(url.database)
         valid = valid and not {"password", "sslpassword"} & url.query.keys()  # SQLAlchemy would not hide them
+        # After an unescaped @, the rest of a password would be part of the host, which errors name.
+        valid = valid and text.count("@") <= 1 and "@" not in str(url.query.get("host"))
     except (ArgumentError, ValueError):  # their messages may quote the password
         valid = False
     if not valid:
@@ -717,6 +720,12 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 def setting_keys() -> list[str]:
     """Return every configurable key, as `section.key`."""
     return dotted_keys(Settings)
+
+
+def environment_without_store() -> dict[str, str]:
+    """Return this process's environment without the URL of the store, for commands that do not need its password."""
+    secret = (_variable("store"), _variable("store.url"))
+    return {name: value for name, value in os.environ.items() if name.upper() not in secret}
 
 
 def _check_environment() -> None:

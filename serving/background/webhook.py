@@ -25,6 +25,7 @@ from sqlalchemy import Engine as Store
 from svc.errors import SettingsError
 from svc.identity.key_file import read_secret
 from svc.settings import WebhookSettings
+from svc.store.outage_log import log_store_error
 from svc.store.webhooks import (
     WebhookDelivery,
     WebhookOutcome,
@@ -83,8 +84,8 @@ class Webhook:
             while True:
                 try:
                     await self._send_due(http)
-                except Exception:  # the boundary of this task: whatever happens here must not stop the server
-                    log.exception("could not send the webhook messages for %s; retrying", self._receiver)
+                except Exception:  # noqa: BLE001 - the boundary of this task, which must not stop the server
+                    log_store_error(log, "could not send the webhook messages for %s; retrying", self._receiver)
                 await asyncio.sleep(_POLL_S)
 
     async def _send_due(self, http: httpx.AsyncClient) -> None:

@@ -29,6 +29,7 @@ from serving.telemetry.deployment_metrics import DeploymentMetrics
 from svc.engine.state import EngineState
 from svc.errors import BusyError, SvcError, SwapError
 from svc.store.desired import Desired, change_desired, read_desired
+from svc.store.outage_log import log_store_error
 from svc.store.served import Began
 from svc.store.swaps import SwapOutcome, SwapResult, find_swap
 from svc.version import Target
@@ -149,7 +150,7 @@ class Reconciler:
                 await self._promote(desired)
             except SQLAlchemyError as error:
                 self.last_error = f"the store is not responding: {error}"
-                log.exception("the store is not responding; continuing to serve the current version")
+                log_store_error(log, "the store is not responding; continuing to serve the current version")
                 await asyncio.sleep(_STORE_PAUSE_S)
             finally:
                 self.promoting = False
@@ -164,7 +165,7 @@ class Reconciler:
                 elif desired is not None and desired.generation != self.actual.generation:
                     return desired
             except SQLAlchemyError:
-                log.exception("could not read the desired state; continuing to serve the current version")
+                log_store_error(log, "could not read the desired state; continuing to serve the current version")
                 await asyncio.sleep(_STORE_PAUSE_S)
             await asyncio.sleep(_POLL_S)
 
@@ -174,7 +175,7 @@ class Reconciler:
             try:
                 newer = await asyncio.to_thread(read_desired, self.store, desired.name)
             except SQLAlchemyError:
-                log.exception("could not read the desired state; continuing the swap")
+                log_store_error(log, "could not read the desired state; continuing the swap")
                 await asyncio.sleep(_STORE_PAUSE_S)
             else:
                 if newer is not None and newer.target != desired.target:

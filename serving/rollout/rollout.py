@@ -37,6 +37,7 @@ from svc.evaluation.metrics.json_answers import is_json
 from svc.registry.registry import Registry
 from svc.settings import AtDeadline, UnitKind
 from svc.store.desired import read_desired
+from svc.store.outage_log import log_store_error
 from svc.store.rollout_text import place_of
 from svc.store.rollouts import (
     RolloutOutcome,
@@ -112,7 +113,7 @@ class Rollouts:
                 if record is not None:
                     await (self._carry_out(record) if self._can_run(record) else self._wait(record))
             except SQLAlchemyError:
-                log.exception("could not read or write the rollout of %s; retrying", self.names.name)
+                log_store_error(log, "could not read or write the rollout of %s; retrying", self.names.name)
                 await asyncio.sleep(_STORE_PAUSE_S)
             await asyncio.sleep(_POLL_S)
 
@@ -165,7 +166,7 @@ class Rollouts:
                 current = await asyncio.to_thread(find_rollout, self.store, record.name, record.id)
                 desired = await asyncio.to_thread(read_desired, self.store, record.name)
             except SQLAlchemyError:
-                log.exception("could not read the rollout of %s; continuing it", record.target)
+                log_store_error(log, "could not read the rollout of %s; continuing it", record.target)
                 await asyncio.sleep(_STORE_PAUSE_S)
             else:
                 if current is not None and current.stop is not None:
@@ -409,7 +410,7 @@ async def retrying(call: Callable[[], Result]) -> Result:
         try:
             return await asyncio.to_thread(call)
         except SQLAlchemyError:
-            log.exception("could not read or write a rollout; retrying")
+            log_store_error(log, "could not read or write a rollout; retrying")
             await asyncio.sleep(_STORE_PAUSE_S)
 
 

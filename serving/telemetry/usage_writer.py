@@ -15,6 +15,7 @@ from sqlalchemy import Engine as Store
 from sqlalchemy.exc import SQLAlchemyError
 
 from svc.access.usage_meter import UsageMeter
+from svc.store.outage_log import log_store_error
 from svc.store.usage import usage_since
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class UsageWriter:
                     known = True
                 await asyncio.to_thread(self.meter.flush)
             except SQLAlchemyError:
-                log.exception("could not write the usage counts per key; retrying")
+                log_store_error(log, "could not write the usage counts per key; retrying")
             await asyncio.sleep(self.every_s)
 
     def close(self) -> None:
@@ -55,7 +56,7 @@ class UsageWriter:
         try:
             self.meter.flush()
         except SQLAlchemyError:
-            log.exception("could not write the latest usage counts per key, which are lost")
+            log_store_error(log, "could not write the latest usage counts per key, which are lost")
 
 
 def _used_today(store: Store) -> Mapping[str, int]:

@@ -24,6 +24,7 @@ from svc.identity.key_secret import hash_secret, is_hash_of, key_id_of
 from svc.identity.principal import Principal
 from svc.one_shot_event import OneShotEvent
 from svc.store.keys import Key, keys_revision, read_keys
+from svc.store.outage_log import log_store_error
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +133,8 @@ class Authenticator:
                 try:
                     await loop.run_in_executor(thread, self.look)
                 except SQLAlchemyError:
-                    log.exception(
+                    log_store_error(
+                        log,
                         "could not read the API keys; the keys in memory stay in use until %.0f s after the last read",
                         _STALE_S,
                     )

@@ -101,7 +101,7 @@ def restore(
     The keys are those in the snapshot, except that a key revoked in a newer snapshot in DIR stays revoked.
     Keys that will be valid are listed and must be confirmed.
     """
-    from svc.backup.archive import Archive
+    from svc.backup.archive import STORE_FILE, Archive
     from svc.backup.restore import Restore
     from svc.store.audit import Action, AuditEntry, record_event
     from svc.store.database import open_database
@@ -117,6 +117,12 @@ def restore(
         return
     settings = settings_of(ctx)
     snapshot = archive.find(name)
+    unused = snapshot.store is None and settings.store.url is not None
+    if unused and revoke_keys:
+        raise RefusedError(
+            f"the keys of the snapshot {snapshot.name} are not used: store.url names another store",
+            todo="restore without --revoke-keys, or without store.url",
+        )
     keys: dict[str, Any] = {}
 
     def confirm_keys(found: "RestoredKeys") -> None:
@@ -128,6 +134,12 @@ def restore(
     Restore(archive, settings.home, _progress, revoke_keys, confirm_keys).run(snapshot)
     if snapshot.store is None:
         record_event(open_database(settings.home), AuditEntry(Action.RESTORE, snapshot.name, Actor.local()))
+    if unused:
+        click.echo(
+            f"the restored {settings.home / STORE_FILE}, with the snapshot's keys, desired versions and requests, is "
+            "not used, because store.url is set; remove store.url to use it, or else delete the file",
+            err=True,
+        )
     if as_json:
         print_json({**snapshot.model_dump(include=_SHOWN), "home": str(settings.home), "keys": keys})
         return

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _BUSY_MS = 10_000  # two processes write: the server and the command line
 _PAUSE_S = 0.01
+_VERSION_TABLE = "tuneserve_alembic_version"
+"""Table with the schema's revision in PostgreSQL, where MLflow may use the same database and Alembic's default name."""
 
 
 def open_store(settings: Settings) -> Store:
@@ -102,6 +104,11 @@ def is_sqlite(store: Store) -> bool:
     return store.dialect.name == "sqlite"
 
 
+def alembic_options(store: Store) -> dict[str, str]:
+    """Return Alembic's options for a store."""
+    return {} if is_sqlite(store) else {"version_table": _VERSION_TABLE}
+
+
 def _prepare_sqlite(connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
     cursor = connection.cursor()
     # FULL: a swap that was reported survives a power cut.
@@ -136,7 +143,7 @@ def _migrate(store: Store) -> None:
     from alembic.migration import MigrationContext
 
     with store.connect() as connection:
-        current = MigrationContext.configure(connection).get_current_revision()
+        current = MigrationContext.configure(connection, opts=alembic_options(store)).get_current_revision()
     if current == _newest_revision():
         return
     from alembic import command
@@ -149,7 +156,7 @@ def _migrate(store: Store) -> None:
             connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
             connection.exec_driver_sql("SET LOCAL lock_timeout = 0")
         take_write_lock(connection)
-        config.attributes["connection"] = connection
+        config.attributes.update(connection=connection, options=alembic_options(store))
         if current is None:
             if not is_sqlite(store):
                 require_usable(connection)

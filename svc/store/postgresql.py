@@ -8,7 +8,8 @@ from sqlalchemy import URL, Connection, create_engine, event, make_url
 from sqlalchemy import Engine as Store
 from sqlalchemy.engine.interfaces import DBAPIConnection, ExceptionContext
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, QueuePool
 
 from svc.errors import RegistryError, SettingsError
 from svc.settings import StoreSettings
@@ -28,6 +29,7 @@ _CONNECTION_OPTIONS = {
     "keepalives_interval": 5,
     "keepalives_count": 3,
     "tcp_user_timeout": 20_000,
+    "target_session_attrs": "read-write",  # not a standby
 }
 _SESSION = (
     "SET statement_timeout = '60s'",
@@ -35,7 +37,8 @@ _SESSION = (
     "SET idle_in_transaction_session_timeout = '60s'",  # a stopped process must not hold the write lock
 )
 _TOO_SLOW = {"57014": "a statement took longer than 60 s", "55P03": "another writer held a lock for more than 10 s"}
-_UNAVAILABLE = ("08", "53", "57P", "58")
+_READ_ONLY = "25006"
+_UNAVAILABLE = ("08", "53", "57P", "58", _READ_ONLY)
 """SQLSTATE classes for lost connections, missing resources, shutdowns and failures of the server's disk."""
 
 
@@ -48,6 +51,21 @@ class StoreUnavailableError(SQLAlchemyError):
     def __init__(self, shown: RegistryError) -> None:
         super().__init__(f"{shown.wrong}; {shown.todo}")
         self.shown = shown
+
+
+class _Pool(QueuePool):
+    """Connection pool that reports a store as unavailable if all connections stay in use."""
+
+    def connect(self) -> PoolProxiedConnection:
+        try:
+            return super().connect()
+        except PoolTimeoutError:
+            raise StoreUnavailableError(
+                RegistryError(
+                    f"all {_POOL_SIZE + _POOL_OVERFLOW} connections to the store were in use for {self.timeout():g} s",
+                    todo="retry, and check whether PostgreSQL is overloaded",
+                )
+            ) from None
 
 
 def connect(settings: StoreSettings) -> Store:
@@ -68,6 +86,7 @@ def connect(settings: StoreSettings) -> Store:
         url,
         connect_args={name: value for name, value in _CONNECTION_OPTIONS.items() if name not in url.query},
         hide_parameters=True,  # errors are logged, without users' texts
+        poolclass=_Pool,
         pool_size=_POOL_SIZE,
         max_overflow=_POOL_OVERFLOW,
         pool_timeout=_POOL_TIMEOUT_S,
@@ -155,7 +174,10 @@ def _shown_error(context: ExceptionContext, where: str) -> BaseException | None:
     elif not (context.is_disconnect or context.connection is None or state.startswith(_UNAVAILABLE)):
         _hide_values(context, error, reason)
         return None
-    if reason.startswith("FATAL:"):
+    if state == _READ_ONLY or "read-only" in reason:  # a server that became a standby
+        context.is_disconnect = True
+        wrong, todo = f"the store at {where} is read-only: {reason}", "name the primary server in store.url, then retry"
+    elif reason.startswith("FATAL:"):
         wrong = f"the store at {where} rejected the connection: {reason.removeprefix('FATAL:').strip()}"
         todo = "check the user, the password and the database of store.url, then retry"
     else:

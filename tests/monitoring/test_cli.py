@@ -176,6 +176,14 @@ def test_status_shows_a_swap_in_progress(status: Status) -> None:
     assert "last swap: to tiny@2 (gptq), in progress" in status(last_swap=swap).out
 
 
+def test_status_is_shown_while_the_store_is_unavailable(status: Status, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SVC_STORE__URL", "postgresql://svc@127.0.0.1:1/store")
+    ended = status(store="unavailable", last_swap=None, rollout=None, holdout=None)
+    assert ended.code == 0, ended.err
+    assert "store: unavailable" in ended.out
+    assert "engine ready" in ended.out
+
+
 ROLLOUT: dict[str, Any] = {
     "id": 3,
     "version": "tiny@3",

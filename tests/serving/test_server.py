@@ -12,12 +12,14 @@ from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy import Engine as Store
 
-from serving import server
+from serving import deployment, server
 from serving.http.http_server import HttpServer
-from svc.errors import BusyError, EngineError, IntegrityError, SettingsError
+from svc.errors import BusyError, EngineError, IntegrityError, RegistryError, SettingsError
 from svc.settings import Settings
 from svc.store.desired import Desired, change_desired, read_desired
+from svc.store.postgresql import StoreUnavailableError
 from svc.store.swaps import SwapOutcome, find_swap
 from svc.version import Alias
 from tests.serving.control import ask, until
@@ -62,6 +64,17 @@ async def test_started_server_answers_and_reports_its_status(home: Home) -> None
     assert (status["model"], status["version"], status["format"]) == (NAME, f"{NAME}@1", "merged")
     assert status["engine"] == {"state": "ready", "restarts": 0, "last_error": None, "plan": PLAN}
     assert status["last_swap"] is None
+
+
+async def test_status_without_the_store_has_what_is_in_memory(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(store: Store, name: str) -> None:
+        raise StoreUnavailableError(RegistryError("the store at db:5432/x is not responding", todo="check it"))
+
+    monkeypatch.setattr(deployment, "find_swap", fail)
+    async with home.serving(f"{NAME}@1") as client:
+        status = await _status(client)
+    assert (status["version"], status["engine"]["state"], status["store"]) == (f"{NAME}@1", "ready", "unavailable")
+    assert [status[key] for key in ("last_swap", "rollout", "holdout")] == [None] * 3
 
 
 async def test_event_loop_lag_is_measured_from_server_start(home: Home) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from svc.errors import SettingsError
-from svc.settings import Device, Settings, load_settings, setting_keys
+from svc.settings import Device, Settings, environment_without_store, load_settings, setting_keys
 from tests.svc.json_values import mappings_of
 
 Write = Callable[[str], Path]
@@ -288,6 +288,9 @@ def test_store_url_names_a_postgresql_database(url: str, monkeypatch: pytest.Mon
         "postgresql://svc:s3cret@db",
         "postgresql://svc:s3cret@db:port/store",
         "postgresql://svc@db/store?password=s3cret",
+        "postgresql://svc:p@s3cret@db/store",
+        "postgresql://svc:p@s3/cret@db/store",
+        "postgresql:///store?host=svc:s3cret@db",
         "s3cret",
     ],
 )
@@ -304,6 +307,21 @@ def test_invalid_store_url_is_rejected_without_quoting_it(url: str, monkeypatch:
 def test_misplaced_store_url_is_rejected_without_quoting_it(content: str, write: Write) -> None:
     write(content)
     assert "s3cret" not in refusal()
+
+
+def test_syntax_error_is_located_without_quoting_its_line(write: Write) -> None:
+    write("store:\n  url: 'postgresql://svc:s3cret@db/store\n")
+    told = refusal()
+    assert "line 3, column 1" in told
+    assert "s3cret" not in told
+
+
+@pytest.mark.parametrize("name", ["SVC_STORE__URL", "svc_store__url", "SVC_STORE"])
+def test_environment_of_commands_lacks_the_store_url(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "s3cret")
+    monkeypatch.setenv("SVC_HOME", "/srv/svc")
+    environment = environment_without_store()
+    assert (environment["SVC_HOME"], name in environment) == ("/srv/svc", False)
 
 
 def test_password_with_a_slash_is_hidden_in_errors(write: Write) -> None:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from serving.rollout.gates import entry_point
 from serving.rollout.gates.result_file import check_result_file
-from svc.settings import CommandGate, CustomGate, EntryPointGate, ResultFileGate
+from svc.settings import CommandGate, CustomGate, EntryPointGate, ResultFileGate, environment_without_store
 from svc.store.gate_rows import GateRow, GateVerdict
 from svc.version import Target
 
@@ -58,7 +58,7 @@ def check_custom(
 
 def _environment(candidate: Target, production: Target, folder: Path) -> dict[str, str]:
     return {
-        **os.environ,
+        **environment_without_store(),
         "GATE_VERSION": str(candidate.version),
         "GATE_FORMAT": candidate.format.value,
         "GATE_FOLDER": str(folder),

@@ -19,6 +19,7 @@ from typing import Any
 from svc.errors import RecipeError
 from svc.evaluation.metrics import function_worker
 from svc.evaluation.metrics.metric import Answered, Metric, Unit
+from svc.settings import environment_without_store
 
 _SPEC = re.compile(r"(?P<path>.+\.py):(?P<function>\w+)")
 
@@ -97,7 +98,11 @@ class FunctionMetric(Metric):
         # -B: Python would use outdated bytecode if the file was changed within the same second.
         command = [sys.executable, "-B", *arguments]
         with subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+            command,
+            env=environment_without_store(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
         ) as process:
             try:
                 output, _ = process.communicate(given, timeout=self._seconds)

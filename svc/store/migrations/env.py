@@ -4,8 +4,9 @@ from alembic import context
 
 from svc.store.tables import Table
 
+given = context.config.attributes
 context.configure(
-    connection=context.config.attributes["connection"], target_metadata=Table.metadata, render_as_batch=True
+    connection=given["connection"], target_metadata=Table.metadata, render_as_batch=True, **given["options"]
 )
 with context.begin_transaction():
     context.run_migrations()

@@ -61,3 +61,23 @@ def test_restore_cannot_revoke_keys_that_the_snapshot_does_not_have(
     result = svc("--home", "again", "restore", "backups", "--revoke-keys")
     assert result.code == RefusedError.exit_code
     assert "svc keys revoke" in result.err
+
+
+def test_restore_warns_when_store_url_leaves_the_snapshot_store_unused(
+    svc: Svc, used: UsedHome, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.delenv("SVC_STORE__URL")
+        assert svc("backup", "backups").code == 0
+    result = svc("--home", "again", "restore", "backups", "--yes")
+    assert (result.code, "is not used, because store.url is set" in result.err) == (0, True)
+
+
+def test_restore_cannot_revoke_keys_of_an_unused_store(
+    svc: Svc, used: UsedHome, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.delenv("SVC_STORE__URL")
+        assert svc("backup", "backups").code == 0
+    result = svc("--home", "again", "restore", "backups", "--revoke-keys")
+    assert (result.code, "store.url" in result.err) == (RefusedError.exit_code, True)

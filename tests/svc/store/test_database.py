@@ -15,7 +15,7 @@ from sqlalchemy import Engine as Store
 from sqlalchemy.exc import IntegrityError
 
 from svc.errors import RegistryError
-from svc.store.database import _use_wal, open_database
+from svc.store.database import _use_wal, alembic_options, open_database
 from svc.store.desired import change_desired, read_desired
 from svc.store.drift_items import add_items
 from svc.store.requests import add_requests
@@ -29,7 +29,7 @@ ONE = Target(VersionId("tiny", 1), Format.GPTQ)
 
 def test_migrations_create_the_tables_defined_in_code(store: Store) -> None:
     with store.connect() as connection:
-        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        context = MigrationContext.configure(connection, opts={"compare_type": True, **alembic_options(store)})
         assert compare_metadata(context, Table.metadata) == []
 
 

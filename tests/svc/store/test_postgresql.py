@@ -149,6 +149,34 @@ def test_transaction_cut_off_by_a_shutdown_is_rolled_back(postgresql: PostgresSe
     assert deployed_names(store) == []
 
 
+def test_connection_to_a_read_only_server_is_replaced(store: Store) -> None:
+    with store.connect() as connection:
+        connection.exec_driver_sql("SET TRANSACTION READ ONLY")
+        with pytest.raises(StoreUnavailableError, match="is read-only"):
+            connection.exec_driver_sql("INSERT INTO deployments VALUES ('tiny', now())")
+        assert connection.invalidated
+    add_deployment(store, "tiny")
+
+
+def test_read_only_database_is_unavailable(postgresql: PostgresServer, database: StoreSettings) -> None:
+    name = location(postgresql_module.connect(database).url).rpartition("/")[2]
+    postgresql.run(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    error = unavailable(Settings(store=database))
+    assert "is read-only" in error.shown.wrong
+    assert "primary" in error.shown.todo
+
+
+def test_store_is_unavailable_when_all_connections_stay_in_use(
+    postgresql: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"_POOL_SIZE": 1, "_POOL_OVERFLOW": 0, "_POOL_TIMEOUT_S": 0.05}.items():
+        monkeypatch.setattr(postgresql_module, name, value)
+    store = postgresql_module.connect(postgresql.settings("postgres"))
+    with store.connect(), pytest.raises(StoreUnavailableError, match="all 1 connections"):
+        store.connect()
+    store.dispose()
+
+
 @pytest.mark.slow
 def test_database_that_accepts_connections_without_answering_is_reported(
     postgresql: PostgresServer, store: Store, monkeypatch: pytest.MonkeyPatch
@@ -192,10 +220,22 @@ def test_database_of_another_release_is_rejected_with_its_revision(database: Sto
     settings = Settings(store=database)
     store = open_store(settings)
     with store.begin() as connection:
-        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0011'")
+        connection.exec_driver_sql("UPDATE tuneserve_alembic_version SET version_num = '0011'")
     store.dispose()
     with pytest.raises(RegistryError, match=f"{location(store.url)} was written by another release: revision 0011"):
         open_store(settings)
+
+
+def test_database_can_be_shared_with_an_application_that_uses_alembic(database: StoreSettings) -> None:
+    other = postgresql_module.connect(database)
+    with other.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE alembic_version (version_num varchar(32) NOT NULL)")
+        connection.exec_driver_sql("INSERT INTO alembic_version VALUES ('451aebb31d03')")
+    for _ in range(2):  # creates the tables, then finds them
+        open_store(Settings(store=database)).dispose()
+    with other.connect() as connection:
+        assert connection.exec_driver_sql("SELECT version_num FROM alembic_version").all() == [("451aebb31d03",)]
+    other.dispose()
 
 
 def test_failed_creation_of_tables_is_rolled_back(database: StoreSettings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,6 +58,11 @@ def test_command_gets_the_version_and_no_shell() -> None:
     assert check(gate).measured == "$GATE_VERSION; exit 1"
 
 
+def test_command_does_not_get_the_store_url(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SVC_STORE__URL", "postgresql://svc:s3cret@db/store")
+    assert check(python("import os; print('SVC_STORE__URL' in os.environ)")).measured == "False"
+
+
 def test_command_that_cannot_run_or_crashes_fails_with_the_reason() -> None:
     assert "cannot run ./none" in check(CommandGate(name="mine", command=("./none",))).reason
     row = check(python("import sys; sys.exit('out of memory')"))  # Python exits with 1

@@ -48,6 +48,11 @@ def test_metric_function_may_return_an_array(write: Write) -> None:
     assert write("import numpy\nreturn numpy.array([0.25, 1])").score(GIVEN) == [0.25, 1.0]
 
 
+def test_metric_function_does_not_get_the_store_url(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SVC_STORE__URL", "postgresql://svc:s3cret@db/store")
+    assert write("import os\nreturn ['SVC_STORE__URL' in os.environ] * 2").score(GIVEN) == [0.0, 0.0]
+
+
 def test_metric_function_can_import_neighbouring_files(write: Write, tmp_path: Path) -> None:
     (tmp_path / "length.py").write_text("two = 2", "utf-8")
     assert write("import length\nreturn [length.two] * 2").score(GIVEN) == [2.0, 2.0]
