@@ -47,8 +47,8 @@ def test_equal_version_passes_or_leaves_undecided_every_gate(registry: Registry)
         "quality": PASSED,
         "nll": PASSED,
         "forgetting": SKIPPED,
-        "speed": UNDECIDED,
-        "first_token": UNDECIDED,
+        "speed": SKIPPED,
+        "first_token": SKIPPED,
         "freshness": SKIPPED,
     }
     assert refusing_gates(rows, GateSettings()) == ()
@@ -212,7 +212,7 @@ def test_damaged_version_in_production_can_be_replaced(registry: Registry, damag
     else:
         shutil.rmtree(folder)
     rows = check_gates(promotion(registry), GateSettings(), NOW)
-    assert row(rows, "quality").verdict is row(rows, "nll").verdict is row(rows, "speed").verdict is UNDECIDED
+    assert row(rows, "quality").verdict is row(rows, "nll").verdict is UNDECIDED
     assert refusing_gates(rows, GateSettings()) == ()
 
 
@@ -276,20 +276,39 @@ def speed(factor: float, others_share: float = 0.0) -> dict[str, Any]:
     return {"parity": make_parity().model_copy(update={"speed": {Format.MERGED: measured}})}
 
 
+def register_two(registry: Registry, factor: float, others_share: float = 0.0, *, same: bool = False) -> VersionId:
+    """Register two versions with measured speeds, and return the second.
+
+    Args:
+        factor: how much slower the second version is.
+        same: whether they differ only in their weights.
+    """
+    for number, slower, busy in ((1, 1.0, 0.0), (2, factor, others_share)):
+        version = register(registry, number, **speed(slower, busy))
+        record = registry.manifest(version).formats[Format.MERGED]
+        fingerprint = "sha256:ab" if same else f"sha256:{number}"
+        edit(registry, version, formats={Format.MERGED: record.model_copy(update={"fingerprint": fingerprint})})
+    return version
+
+
 @pytest.mark.parametrize(("factor", "verdict"), [(0.5, PASSED), (1.1, PASSED), (1.2, UNDECIDED), (1.5, FAILED)])
 def test_slowdown_is_compared_with_the_margin(registry: Registry, factor: float, verdict: GateVerdict) -> None:
-    register(registry, 1, **speed(1.0)), register(registry, 2, **speed(factor))
+    register_two(registry, factor)
     assert check(registry, "speed").verdict is check(registry, "first_token").verdict is verdict
 
 
+def test_speed_is_skipped_when_versions_differ_only_in_weights(registry: Registry) -> None:
+    register_two(registry, 1.5, same=True)
+    assert check(registry, "speed").verdict is check(registry, "first_token").verdict is SKIPPED
+
+
 def test_speed_measured_on_a_busy_machine_is_undecided(registry: Registry) -> None:
-    register(registry, 1, **speed(1.0)), register(registry, 2, **speed(2.0, others_share=0.4))
+    register_two(registry, 2.0, others_share=0.4)
     assert "other processes used 40 %" in check(registry, "speed").reason
 
 
 def test_speed_measured_on_another_kind_of_engine_is_undecided(registry: Registry) -> None:
-    register(registry, 1, **speed(1.0))
-    version = register(registry, 2, **speed(2.0))
+    version = register_two(registry, 2.0)
     record = registry.manifest(version).formats[Format.MERGED]
     probes = tuple(probe.model_copy(update={"engine": OTHER_FACTS}) for probe in record.probes)
     edit(registry, version, formats={Format.MERGED: record.model_copy(update={"probes": probes})})
