@@ -457,4 +457,4 @@ async def test_held_out_set_is_skipped_for_adapters_and_the_reason_is_shown(home
                 if holdout["state"] == "off":
                     break
                 await asyncio.sleep(0.01)
-    assert "not for the format adapter" in holdout["reason"]
+    assert "none for its adapter" in holdout["reason"]

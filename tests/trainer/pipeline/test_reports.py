@@ -2,6 +2,7 @@
 
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from importlib import util
 from pathlib import Path
@@ -49,6 +50,9 @@ def write(wanted: tuple[ReportTo, ...], folder: Path, losses: dict[int, float]) 
 def test_wandb_continues_the_same_run_when_training_resumes_offline(tmp_path: Path) -> None:
     write(WANDB, tmp_path, {1: 3.0, 2: 2.5})
     write(WANDB, tmp_path, {3: 2.0})
+    deadline = time.monotonic() + 10  # wandb's own process may write the last rows after the run has ended
+    while any(not run.history for run in read_offline_runs(tmp_path)) and time.monotonic() < deadline:
+        time.sleep(0.1)
     first, second = read_offline_runs(tmp_path)
     assert [(row["step"], row["loss"]) for row in first.history] == [(1, 3.0), (2, 2.5)]
     assert [(row["step"], row["loss"]) for row in second.history] == [(3, 2.0)]
