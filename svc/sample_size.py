@@ -17,7 +17,7 @@ import math
 
 Z_INTERVAL = 1.959964
 """Standard normal quantile at 0.975, used for the bounds of a 95% interval."""
-_Z_POWER = 0.841621
+Z_POWER = 0.841621
 """Standard normal quantile at 0.8, for a power of 80%: a loss of that size is detected in four of five
 samples."""
 ASSUMED_CHANGED = 0.1
@@ -31,7 +31,7 @@ def detectable_loss(examples: int, variance: float = ASSUMED_CHANGED) -> float:
         examples: number of paired examples, at least 1.
         variance: variance of one example's difference.
     """
-    return (Z_INTERVAL + _Z_POWER) * math.sqrt(variance / examples)
+    return (Z_INTERVAL + Z_POWER) * math.sqrt(variance / examples)
 
 
 def examples_needed(loss: float, variance: float = ASSUMED_CHANGED) -> int:
@@ -41,7 +41,7 @@ def examples_needed(loss: float, variance: float = ASSUMED_CHANGED) -> int:
         loss: difference to detect, above 0.
         variance: variance of one example's difference.
     """
-    return max(1, math.ceil(variance * ((Z_INTERVAL + _Z_POWER) / loss) ** 2))
+    return max(1, math.ceil(variance * ((Z_INTERVAL + Z_POWER) / loss) ** 2))
 
 
 def about(examples: int) -> str:

@@ -161,7 +161,7 @@ class Evidence:
         }
 
     def strengths(self) -> dict[str, float]:
-        """Return each feature's evidence for a change on a logarithmic scale, where 0 is no evidence and 1 an alarm."""
+        """Return each feature's evidence for a change on a log scale, where 0 means no evidence and 1 an alarm."""
         strengths = np.minimum(np.log1p(self._sums()) / np.log1p(self._threshold), 1.0)
         return {
             name: 1.0 if number in self._alarms else float(strengths[number]) for number, name in enumerate(self.names)

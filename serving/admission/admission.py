@@ -88,7 +88,7 @@ class Admission:
 
     @property
     def unavailable_reason(self) -> str | None:
-        """Why there is no engine, or None if there is one, it is being changed, or it will be started on demand."""
+        """Why no engine is available, or None if one is running, being changed or started on demand."""
         return None if self._asleep else self._unavailable
 
     @contextmanager

@@ -8,8 +8,8 @@ QUEUED_RETRY_S = 2
 """Retry time while an engine is being changed, in seconds. An in-place swap takes one to two seconds once the
 running requests are done."""
 ENGINE_RETRY_S = 20
-"""Retry time when there is no engine, in seconds. An engine start takes about 40 s, which two retries of an OpenAI
-client cover."""
+"""Retry delay while no engine is available, in seconds. Two retries of an OpenAI client cover an engine start, which
+takes about 40 s."""
 
 
 class AdmissionError(SvcError):

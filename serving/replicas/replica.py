@@ -133,7 +133,7 @@ class Replica:
 
     @property
     def plan(self) -> list[dict[str, Any]] | None:
-        """Options that the engine was launched with, or None if there is no engine."""
+        """Options that the engine was launched with, or None if no engine is running."""
         engine = self._engine  # read once: the status is built in another thread
         return engine.plan if engine else None
 

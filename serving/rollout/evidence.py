@@ -208,7 +208,7 @@ def _may_be_lost(row: SignalRow) -> bool:
 def _replay_expectations(store: Store, record: RolloutRecord, kept: int) -> list[str]:
     seconds = last_queued_s(store, record.previous)
     return [
-        f"replay: memory holds one engine, so {record.target} answers {min(record.plan.shadow, kept)} of {kept} kept "
+        f"replay: memory holds one engine, so {record.target} answers {min(record.plan.shadow, kept)} of {kept} stored "
         f"requests to {record.previous} while no client asks, and no canary follows",
         f"a request that arrives meanwhile waits until {record.previous} is loaded again: "
         + (
@@ -216,7 +216,7 @@ def _replay_expectations(store: Store, record: RolloutRecord, kept: int) -> list
             if seconds is None
             else f"about {seconds:.1f} s, or twice that if the candidate is being loaded"
         ),
-        "kept requests lack tools, response formats, ratings and times under the same load: these are not compared",
+        "stored requests lack tools, response formats, ratings and times under the same load: these are not compared",
     ]
 
 
@@ -224,7 +224,7 @@ def expectations(store: Store, record: RolloutRecord, kept: int | None = None) -
     """Return texts that say, before a rollout starts, how long it will take and which losses it can prove.
 
     Args:
-        kept: number of kept requests, if they are replayed because memory holds one engine only.
+        kept: number of stored requests, if they are replayed because memory holds one engine only.
     """
     plan, per_day = record.plan, requests_per_day(store, record.name)
     deadline = timedelta(seconds=plan.max_step_s)

@@ -1,7 +1,7 @@
-"""The shadow step of a rollout where memory holds one engine: kept requests instead of copies of live ones.
+"""The shadow step of a rollout where memory holds one engine: stored requests instead of copies of live ones.
 
-While no client asks, the only engine is loaded with the candidate, which answers kept requests one at a time. Clients'
-requests are queued meanwhile, and as soon as there is one, the production version is loaded again, which answers it.
+While no client asks, the only engine is loaded with the candidate, which answers stored requests one at a time.
+Clients' requests are queued meanwhile. As soon as there is one, the production version is loaded again and answers it.
 """
 
 import asyncio
@@ -51,13 +51,13 @@ QUIET_S = 5.0
 _MAX_QUIET_S = 300.0
 _POLL_S = 0.25
 _ROWS_PER_COMPARISON = 4
-"""Number of kept requests to find for each wanted comparison, because some cannot be replayed as they were."""
+"""Number of stored requests to find for each wanted comparison, because some cannot be replayed as they were."""
 _ROUTE = Route.CHAT_COMPLETIONS
 
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """The kept requests of a rollout.
+    """The stored requests of a rollout.
 
     Attributes:
         compared: number of comparisons that are stored already.
@@ -79,7 +79,7 @@ class Kept:
 
 
 def find_kept(store: Store, record: RolloutRecord, split: Split) -> Kept:
-    """Return the production version's newest kept requests from before the rollout that were not replayed yet.
+    """Return the production version's newest stored requests from before the rollout that were not replayed yet.
 
     Args:
         split: says which requests belong to one user or conversation.
@@ -126,7 +126,7 @@ def require_replay(
     load_s: float | None,
     queue_timeout_s: float,
 ) -> None:
-    """Check that kept requests can be replayed where memory does not suffice for a second engine.
+    """Check that stored requests can be replayed where memory does not suffice for a second engine.
 
     Args:
         engines: number of engines of the production version.
@@ -142,28 +142,28 @@ def require_replay(
         raise RefusedError(wrong, todo=others)
     if engines > 1 or not plan.reloads:
         why = "several engines serve the model" if engines > 1 else plan.swap.why
-        raise RefusedError(f"{wrong}; nor can it be loaded in place to replay kept requests: {why}", todo=others)
+        raise RefusedError(f"{wrong}; nor can it be loaded in place to replay stored requests: {why}", todo=others)
     if load_s is not None and 2 * load_s > queue_timeout_s:
         raise RefusedError(
-            f"{wrong}; a request that arrives while kept requests are replayed may wait for two loads of "
+            f"{wrong}; a request that arrives while stored requests are replayed may wait for two loads of "
             f"{load_s:.1f} s, but is rejected after {queue_timeout_s:g} s",
             expected=f"a `serve.queue_timeout_s` of at least {math.ceil(2 * load_s)} s",
             todo=f"set `serve.queue_timeout_s`, and restart the server; or {others}",
         )
     if record.plan.shadow < MIN_UNITS:
         raise RefusedError(
-            f"{wrong}; to replay kept requests instead, a shadow step of {record.plan.shadow} requests is too short",
-            todo=f"replay at least {MIN_UNITS} kept requests (--shadow {MIN_UNITS}), {others}",
+            f"{wrong}; to replay stored requests instead, a shadow step of {record.plan.shadow} requests is too short",
+            todo=f"replay at least {MIN_UNITS} stored requests (--shadow {MIN_UNITS}), {others}",
         )
     if kept.total < MIN_UNITS:
         raise RefusedError(
-            f"{wrong}; {kept.total} requests to {record.previous} are kept to be replayed",
+            f"{wrong}; {kept.total} requests to {record.previous} are stored for a replay",
             expected=f"at least {MIN_UNITS} chat completions of the last {MAX_AGE.days} days with stored content",
-            todo=f"set `request_log.content_share`, and retry once enough requests are kept; or {others}",
+            todo=f"set `request_log.content_share`, and retry once enough requests are stored; or {others}",
         )
     if kept.units < MIN_UNITS:
         raise RefusedError(
-            f"{wrong}; the kept requests to be replayed come from {kept.units} users or conversations, and each of "
+            f"{wrong}; the stored requests to be replayed come from {kept.units} users or conversations, and each of "
             "them counts as one observation",
             expected=f"requests of at least {MIN_UNITS} users or conversations",
             todo=f"send `user` for each end user; if requests are independent, set models.{record.name}.rollout.unit: "
@@ -173,7 +173,7 @@ def require_replay(
 
 @dataclass(eq=False, kw_only=True)
 class Replay:
-    """Sends kept requests to a candidate and compares its answers with the kept ones.
+    """Sends stored requests to a candidate and compares its answers with the stored ones.
 
     Attributes:
         kept: the requests, as found by `find_kept`.
@@ -198,7 +198,7 @@ class Replay:
 
     @property
     def wanted(self) -> int:
-        """Number of comparisons after which the step ends; it shrinks if kept requests cannot be replayed."""
+        """Number of comparisons after which the step ends; it shrinks if stored requests cannot be replayed."""
         return min(self.record.plan.shadow, self.kept.total)
 
     async def run(self, stop: Cancellation) -> None:
@@ -221,7 +221,7 @@ class Replay:
         if self._loans:
             self.report(
                 f"replay: {self.record.previous} was unloaded for {self._queued_s:.1f} s (loads: {self._loans}); "
-                f"{self._skipped} kept requests could not be replayed as they were"
+                f"{self._skipped} stored requests could not be replayed as they were"
             )
 
     def _is_quiet(self, engine: Replica) -> bool:
@@ -237,8 +237,8 @@ class Replay:
         """
         interrupt, record = Cancellation(), self.record
         watching = asyncio.create_task(self._interrupt(interrupt, stop))
-        plan = Plan(SwapKind.INPLACE, "kept requests are replayed")
-        report = partial(log.info, "replay of kept requests: %s")
+        plan = Plan(SwapKind.INPLACE, "stored requests are replayed")
+        report = partial(log.info, "replay of stored requests: %s")
         change = SwapInProgress(record.previous, record.target, plan, report, interrupt)
         try:
             async with self.engine_change.borrowed(change, engine):
@@ -266,7 +266,7 @@ class Replay:
                 self._adding = asyncio.create_task(self._add(pair))
                 await interrupt.outcome_of(self._adding)  # a client does not wait for the store
         except SQLAlchemyError:
-            log.exception("could not read or store a kept request; retrying")
+            log.exception("could not read a stored request or store its comparison; retrying")
 
     async def _add(self, pair: ShadowPair | None) -> None:
         """Store a comparison. None stands for a request that cannot be replayed as it was."""
@@ -278,7 +278,7 @@ class Replay:
         self.kept = replace(self.kept, compared=self.kept.compared + (pair is not None), done=self.kept.done + 1)
 
     async def _replayed(self, engine: Replica, row: int) -> ShadowPair | None:
-        """Send a kept request to the candidate, and return the comparison.
+        """Send a stored request to the candidate, and return the comparison.
 
         Returns:
             None if the request was deleted, if its prompt has another length than it had, as without its tools, if
@@ -296,11 +296,11 @@ class Replay:
             with engine.occupied():
                 await answer.read(engine.http, engine.client.model, copy)
         except EngineDiedError as error:
-            raise EngineError(f"the engine died while {self.record.target} answered a kept request") from error
+            raise EngineError(f"the engine died while {self.record.target} answered a stored request") from error
         except EngineRefusedError:
             return None
         except SvcError as error:
-            log.info("the candidate failed on a kept request: %s", type(error).__name__)  # its text may be a client's
+            log.info("the candidate failed on a stored request: %s", type(error).__name__)  # its text may be a client's
         seconds, tokens = time.monotonic() - began, copy.record.tokens_in
         if answer.is_too_large or (answer.usage and tokens is not None and answer.usage.prompt != tokens):
             return None
@@ -309,7 +309,7 @@ class Replay:
 
 
 def _copy(kept: RequestRecord, split: Split) -> Copy | None:
-    """Return a kept request as it is sent to the engine, or None if it cannot be read.
+    """Return a stored request as it is sent to the engine, or None if it cannot be read.
 
     It is streamed: an engine that answers slowly is then not taken for a silent one.
     """
@@ -319,7 +319,7 @@ def _copy(kept: RequestRecord, split: Split) -> Copy | None:
         body |= {name: value for name, value in fields.items() if value is not None}
         request = parse_request(json.dumps(body).encode(), _ROUTE)
     except (ValueError, RecursionError, InvalidJsonError, InvalidRequestError) as error:
-        log.warning("could not read the kept request %s: %s", kept.request_id, type(error).__name__)
+        log.warning("could not read the stored request %s: %s", kept.request_id, type(error).__name__)
         return None
     answer = json.dumps({"choices": [{"message": {"content": kept.answer}}]}).encode()
     unit = split.assign(kept.user_hash or request.who, random.random).unit

@@ -5,7 +5,7 @@
 
 Each state is stored before it takes effect, so that a server that was killed continues where it stopped. The production
 version stays loaded until the end: a rollback only changes where requests are sent. Where memory holds one engine only,
-kept requests are replayed instead of both steps, see serving.rollout.replay.
+stored requests are replayed instead of both steps, see serving.rollout.replay.
 """
 
 import asyncio
@@ -279,7 +279,7 @@ class _Run:
         )
         previous = self._record.previous
         self._report(
-            f"replay: comparing {replay.wanted} kept answers of {previous} from the request log, whenever no "
+            f"replay: comparing {replay.wanted} stored answers of {previous} from the request log, whenever no "
             f"request has arrived for {QUIET_S:g} s"
         )
         stop = Cancellation()

@@ -304,7 +304,7 @@ def test_kept_requests_are_replayed_where_memory_holds_one_engine(home: Path, tm
 
 
 def _wait_for_pairs(instance: Instance, count: int, timeout_s: float = 120) -> int:
-    """Wait until a number of kept requests was compared and the candidate is loaded; return the number."""
+    """Wait until a number of stored requests was compared and the candidate is loaded; return the number."""
     deadline, store = time.monotonic() + timeout_s, open_database(instance.home)
     while True:
         record = find_rollout(store, "tiny")

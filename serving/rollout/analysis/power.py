@@ -13,9 +13,8 @@ from statistics import NormalDist
 
 from serving.rollout.analysis.betting import STAKES
 from serving.rollout.analysis.comparisons import PERCENTILE
+from svc.sample_size import Z_POWER
 
-_Z_POWER = 0.841621
-"""Standard normal quantile at 0.8."""
 _SIGMA = 0.5
 """Assumed standard deviation of a time's logarithm. With it, the 95th percentile is 2.3 times the median."""
 _MAX_RATIO = 100.0
@@ -86,6 +85,6 @@ def _is_proven(units: int, share: float, candidate: float, production: float, ma
         logs = [(chance, math.log1p(stake * payoff)) for chance, payoff in outcomes]
         mean = sum(chance * log for chance, log in logs)
         variance = sum(chance * (log - mean) ** 2 for chance, log in logs)
-        if blocks * mean - _Z_POWER * math.sqrt(blocks * variance) >= needed:
+        if blocks * mean - Z_POWER * math.sqrt(blocks * variance) >= needed:
             return True
     return False

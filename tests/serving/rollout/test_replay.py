@@ -1,4 +1,4 @@
-"""Rollouts where memory holds one engine: kept requests are replayed to the candidate while no client asks."""
+"""Rollouts where memory holds one engine: stored requests are replayed to the candidate while no client asks."""
 
 import asyncio
 import json
@@ -110,11 +110,11 @@ async def test_steps_say_what_was_replayed_and_which_losses_are_not_excluded(con
         start(control, 2)
         seen = await ended(control)
     text = "\n".join(seen.steps)
-    assert "memory holds one engine, so tuned@2 (merged) answers 20 of 30 kept requests to tuned@1 (merged)" in text
+    assert "memory holds one engine, so tuned@2 (merged) answers 20 of 30 stored requests to tuned@1 (merged)" in text
     assert "an unknown time, because it was never loaded in place" in text
-    assert "replay: comparing 20 kept answers of tuned@1 (merged) from the request log" in text
+    assert "replay: comparing 20 stored answers of tuned@1 (merged) from the request log" in text
     assert "no canary: memory holds one engine; losses beyond the margins: excluded: none; not excluded: failed" in text
-    assert "(loads: 1); 0 kept requests could not be replayed as they were" in text
+    assert "(loads: 1); 0 stored requests could not be replayed as they were" in text
 
 
 async def test_all_kept_requests_are_replayed_when_fewer_than_configured_are_kept(control: Control) -> None:
@@ -325,7 +325,7 @@ async def test_rollout_fails_when_the_engine_dies_with_the_candidate(control: Co
         await control.serves(target(1))
         assert (await ask(client, stream=True)).words == {"1"}
     assert seen.outcome is RolloutOutcome.FAILED
-    assert seen.why is not None and "the engine died while tuned@2 (merged) answered a kept request" in seen.why
+    assert seen.why is not None and "the engine died while tuned@2 (merged) answered a stored request" in seen.why
 
 
 async def test_requests_whose_prompt_is_not_stored_in_full_are_not_replayed(control: Control) -> None:
@@ -336,7 +336,7 @@ async def test_requests_whose_prompt_is_not_stored_in_full_are_not_replayed(cont
         seen = await ended(control)
     assert seen.outcome is RolloutOutcome.PROMOTED, seen.steps
     assert len(pairs(control)) == 25
-    assert any("5 kept requests could not be replayed as they were" in step for step in seen.steps)
+    assert any("5 stored requests could not be replayed as they were" in step for step in seen.steps)
 
 
 async def test_slow_candidate_has_not_failed_when_it_answers_for_longer_than_the_silence_limit(make: Make) -> None:
@@ -492,9 +492,9 @@ async def test_requests_of_one_user_count_each_when_the_unit_is_the_request(cont
 @pytest.mark.parametrize(
     ("plan", "kept", "why"),
     [
-        (ALL, 0, "0 requests to tuned@1 (merged) are kept to be replayed"),
+        (ALL, 0, "0 requests to tuned@1 (merged) are stored for a replay"),
         (ALL, 19, "set `request_log.content_share`"),
-        (ALL.model_copy(update={"shadow": 19}), 30, "replay at least 20 kept requests (--shadow 20)"),
+        (ALL.model_copy(update={"shadow": 19}), 30, "replay at least 20 stored requests (--shadow 20)"),
         (ALL.model_copy(update={"shadow": 0}), 30, "a shadow step of 0 requests is too short"),
     ],
 )
@@ -517,7 +517,7 @@ async def test_rollout_fails_when_the_candidate_needs_another_engine(control: Co
         start(control, 4)
         seen = await ended(control)
     assert seen.outcome is RolloutOutcome.FAILED
-    assert seen.why is not None and "nor can it be loaded in place to replay kept requests: architecture" in seen.why
+    assert seen.why is not None and "nor can it be loaded in place to replay stored requests: architecture" in seen.why
 
 
 async def test_rollout_in_the_canary_fails_when_memory_holds_one_engine_after_a_restart(make: Make) -> None:
