@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection, create_engine, event
 from sqlalchemy import Engine as Store
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
@@ -102,6 +103,11 @@ def take_write_lock(connection: Connection) -> None:
 def is_sqlite(store: Store) -> bool:
     """Return whether a store is an SQLite database."""
     return store.dialect.name == "sqlite"
+
+
+def upsert(store: Store, table: type[Table]) -> sqlite.Insert | postgresql.Insert:
+    """Return an INSERT that supports `on_conflict_do_...`, for which each database has its own class."""
+    return sqlite.insert(table) if is_sqlite(store) else postgresql.insert(table)
 
 
 def alembic_options(store: Store) -> dict[str, str]:

@@ -6,15 +6,12 @@ from collections.abc import Collection
 from datetime import UTC, datetime
 
 from sqlalchemy import Engine as Store
-from sqlalchemy import Insert, delete, select
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import delete, select
 
-from svc.store.database import is_sqlite, write_transaction
+from svc.store.database import upsert, write_transaction
 from svc.store.tables import DeploymentRow
 
 _NAMES = select(DeploymentRow.name).order_by(DeploymentRow.added_at, DeploymentRow.name)
-_ADD_SQLITE = sqlite.insert(DeploymentRow).on_conflict_do_nothing()
-_ADD_POSTGRESQL = postgresql.insert(DeploymentRow).on_conflict_do_nothing()
 
 
 def deployed_names(store: Store) -> list[str]:
@@ -30,20 +27,20 @@ def set_deployments(store: Store, names: Collection[str]) -> None:
     with write_transaction(store) as connection:
         connection.execute(delete(DeploymentRow).where(DeploymentRow.name.not_in(names)))
         for name in names:
-            connection.execute(_insert(store), {"name": name, "added_at": datetime.now(UTC)})
+            connection.execute(
+                upsert(store, DeploymentRow).on_conflict_do_nothing(), {"name": name, "added_at": datetime.now(UTC)}
+            )
 
 
 def add_deployment(store: Store, name: str) -> None:
     """Add a model to the deployments unless it is already deployed."""
     with store.begin() as connection:
-        connection.execute(_insert(store), {"name": name, "added_at": datetime.now(UTC)})
+        connection.execute(
+            upsert(store, DeploymentRow).on_conflict_do_nothing(), {"name": name, "added_at": datetime.now(UTC)}
+        )
 
 
 def remove_deployment(store: Store, name: str) -> bool:
     """Remove a model from the deployments and return whether it was deployed."""
     with store.begin() as connection:
         return connection.execute(delete(DeploymentRow).where(DeploymentRow.name == name)).rowcount > 0
-
-
-def _insert(store: Store) -> Insert:
-    return _ADD_SQLITE if is_sqlite(store) else _ADD_POSTGRESQL

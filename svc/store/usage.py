@@ -7,10 +7,9 @@ from typing import NamedTuple
 
 from sqlalchemy import Engine as Store
 from sqlalchemy import func, select
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
-from svc.store.database import is_sqlite, write_transaction
+from svc.store.database import upsert, write_transaction
 from svc.store.tables import UsageRow
 
 
@@ -41,17 +40,6 @@ class Usage(NamedTuple):
         )
 
 
-_ROW_SQLITE, _ROW_POSTGRESQL = sqlite.insert(UsageRow), postgresql.insert(UsageRow)
-_ADD_SQLITE = _ROW_SQLITE.on_conflict_do_update(
-    index_elements=UsageOf._fields,
-    set_={name: getattr(UsageRow, name) + _ROW_SQLITE.excluded[name] for name in Usage._fields},
-)
-_ADD_POSTGRESQL = _ROW_POSTGRESQL.on_conflict_do_update(
-    index_elements=UsageOf._fields,
-    set_={name: getattr(UsageRow, name) + _ROW_POSTGRESQL.excluded[name] for name in Usage._fields},
-)
-
-
 @dataclass(frozen=True, slots=True)
 class UsageTotal:
     """A key's total usage of a model (see `UsageOf`)."""
@@ -70,7 +58,9 @@ def add_usage(store: Store, used: Mapping[UsageOf, Usage]) -> None:
     """Add usage to the stored totals, atomically. Several processes may do so concurrently."""
     if not used:
         return
-    add = _ADD_SQLITE if is_sqlite(store) else _ADD_POSTGRESQL
+    row = upsert(store, UsageRow)
+    total = {name: getattr(UsageRow, name) + row.excluded[name] for name in Usage._fields}
+    add = row.on_conflict_do_update(index_elements=UsageOf._fields, set_=total)
     with write_transaction(store) as connection:
         connection.execute(add, [of._asdict() | each._asdict() for of, each in used.items()])
 
