@@ -79,8 +79,7 @@ class Deployment:
     async def run(self) -> None:
         """Keep the model in its desired state until cancelled. Call `reconciler.start` first."""
         parts = {
-            "promotions": self.reconciler.follow,
-            "rollouts": self.rollouts.run,
+            "promotions and rollouts": self.reconciler.follow,
             "restarts of engines": self.reconciler.reviver.run,
             "idling": self.idling.run,
             "removed adapters": self.removed.run,

@@ -22,6 +22,7 @@ from serving.replicas.verification import Verification
 from serving.rollout.candidate import CandidateLoader
 from serving.rollout.engine_change import EngineChange
 from serving.rollout.idling import Idling
+from serving.rollout.journal import Journal
 from serving.rollout.production_alias import ProductionAlias
 from serving.rollout.reconciler import Reconciler
 from serving.rollout.rollout import Rollouts
@@ -63,16 +64,7 @@ class DeploymentBuilder:
         pool = self._pool(engine, names, admission, verification, metrics)
         planner, balancer = self._planner(pool, verification), Balancer(pool, names)
         alias = ProductionAlias(self.registry.tracking)
-        reconciler = Reconciler(
-            desired,
-            store=self.store,
-            pool=pool,
-            swap=self._swap(planner, pool, verification, admission, names),
-            names=names,
-            metrics=metrics,
-            alias=alias,
-            slots=self.slots,
-        )
+        journal, swap = Journal(self.store), self._swap(planner, pool, verification, admission, names)
         rollouts = Rollouts(
             names=names,
             store=self.store,
@@ -81,10 +73,22 @@ class DeploymentBuilder:
             admission=admission,
             balancer=balancer,
             loader=CandidateLoader(planner=planner, pool=pool, names=names),
-            engine_change=reconciler.swap.engine_change,
+            engine_change=swap.engine_change,
             metrics=metrics,
-            report=reconciler.journal.rollout_step,
+            report=journal.rollout_step,
             webhooks=tuple(each.url for each in self.settings.webhooks),
+        )
+        reconciler = Reconciler(
+            desired,
+            store=self.store,
+            pool=pool,
+            swap=swap,
+            rollouts=rollouts,
+            journal=journal,
+            names=names,
+            metrics=metrics,
+            alias=alias,
+            slots=self.slots,
         )
         idling = Idling(
             pool,
@@ -92,7 +96,7 @@ class DeploymentBuilder:
             metrics,
             target=lambda: reconciler.actual.target,
             timeout_s=self.settings.idle_s_of(name),
-            promoting=lambda: reconciler.promoting or rollouts.active,
+            promoting=lambda: reconciler.promoting,
             rolling_out=lambda: rollouts.active,
             make_room=lambda: make_room(reconciler.actual.target),
             on_error=reconciler.note_error,

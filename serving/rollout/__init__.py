@@ -1,4 +1,5 @@
-"""Bring the served versions in line with the desired ones.
+"""Put versions into production, and keep them there.
 
-This package contains the reconciler, the four kinds of swap and the journal.
+The story from top to bottom: `reconciler` waits for a requested rollout or a new desired version; `rollout` tries a
+candidate; `swap` puts the desired version into all engines; `engine_change` changes one engine.
 """

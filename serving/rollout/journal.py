@@ -3,7 +3,6 @@
 This way, neither the event loop nor a swap waits for the disk.
 """
 
-import asyncio
 import logging
 import threading
 from collections.abc import Callable, Mapping
@@ -43,13 +42,13 @@ class Journal:
         """A copy of the swap results that have not been written to the store yet, keyed by swap id."""
         return self._unwritten.copy()
 
-    async def begin(self, desired: Desired) -> int:
+    def begin(self, desired: Desired) -> int:
         """Record that a swap has begun, and return its id. This does not wait for unwritten results of earlier swaps.
 
         Raises:
             SQLAlchemyError: the write failed. The swap must not begin, because clients could not follow it.
         """
-        return await asyncio.to_thread(begin_swap, self._store, desired)
+        return begin_swap(self._store, desired)
 
     def step(self, swap_id: int, text: str) -> None:
         """Record a step of a swap in the background. The step is lost if all attempts to write it fail."""

@@ -1,10 +1,15 @@
 """Reconcile the version that is served with the desired one.
 
 Engines are started, changed and stopped only by code called from here. There are two loops, which never
-change the same engine concurrently. One starts missing engines, with backoff after failures. The other
-swaps when the desired version changes. If a swap fails, it restores the previous desired state, so that the
-desired state always names the served version. A swap stops when another version is desired. If the store
-does not respond, serving continues, and the desired version is read later.
+change the same engine concurrently. One starts missing engines, with backoff after failures (`Reviver.run`). The
+other changes the version (`Reconciler.follow`), and every change ends the same way:
+
+    rollout requested ─▶ Rollouts.carry_out: shadow, canary ─▶ candidate desired ┐
+    svc promote --direct, svc rollback ────────────────────▶ version desired ────┴▶ change_to ─▶ Swap ─▶ EngineChange
+
+If a swap fails, the previous desired state is restored, so that the desired state always names the served version.
+A swap stops when another version is desired. If the store does not respond, serving continues, and the desired
+version is read later.
 """
 
 import asyncio
@@ -23,6 +28,7 @@ from serving.rollout.cancellation import Cancellation, SupersededError
 from serving.rollout.journal import Journal
 from serving.rollout.production_alias import ProductionAlias
 from serving.rollout.reviver import Reviver, start_engine
+from serving.rollout.rollout import Rollouts, retrying
 from serving.rollout.swap import Swap
 from serving.rollout.swap_plan import Report
 from serving.telemetry.deployment_metrics import DeploymentMetrics
@@ -30,6 +36,7 @@ from svc.engine.state import EngineState
 from svc.errors import BusyError, SvcError, SwapError
 from svc.store.desired import Desired, change_desired, read_desired
 from svc.store.outage_log import log_store_error
+from svc.store.rollouts import RolloutState, active_rollout
 from svc.store.served import Began
 from svc.store.swaps import SwapOutcome, SwapResult, find_swap
 from svc.version import Target
@@ -50,16 +57,19 @@ class Reconciler:
         actual: the state that is being served or started. Initially, this is the desired state at server start.
         slots: engine slots, which tell whether there is memory for another engine.
         swap: object that changes the version of the engines.
+        rollouts: object that carries out rollouts.
         journal: journal that records swaps. The code that stops the server closes it.
         reviver: object that starts missing engines.
         last_error: why the last swap or start failed.
-        promoting: whether a swap is planned or in progress. Engines must not idle until it has ended.
+        promoting: whether a rollout or swap is in progress. Engines must not idle until it has ended.
     """
 
     actual: Desired
     store: Store
     pool: EnginePool
     swap: Swap
+    rollouts: Rollouts
+    journal: Journal
     names: ModelNames
     metrics: DeploymentMetrics
     alias: ProductionAlias
@@ -67,7 +77,6 @@ class Reconciler:
 
     def __post_init__(self) -> None:
         self._failed: Desired | None = None
-        self.journal = Journal(self.store)
         self.last_error: str | None = None
         self.promoting = False
         # Until a swap has completed, only the previous version is known to work.
@@ -139,35 +148,41 @@ class Reconciler:
             return bool(self.pool.members)
 
     async def follow(self) -> None:
-        """Swap to each desired version until cancelled.
+        """Swap to each desired version and carry out requested rollouts, one after another, until cancelled.
 
         Call `start` first. `reviver.run` runs concurrently.
         """
         while True:
-            desired = await self._changed()
-            self.promoting = True
+            record = await retrying(lambda: active_rollout(self.store, self.actual.name))
+            # A rollout compares with the version that is desired. It swaps to its candidate itself.
+            switching = record is not None and record.state is RolloutState.SWITCHING
+            desired = None if switching else await self._changed()
+            self.promoting = bool(record or desired)
             try:
-                await self._promote(desired)
-            except SQLAlchemyError as error:
-                self.last_error = f"the store is not responding: {error}"
-                log_store_error(log, "the store is not responding; continuing to serve the current version")
-                await asyncio.sleep(_STORE_PAUSE_S)
+                if desired:
+                    await self.change_to(desired)
+                elif record:
+                    await self.rollouts.carry_out(record, self.change_to)
+                else:
+                    await asyncio.sleep(_POLL_S)
             finally:
                 self.promoting = False
 
-    async def _changed(self) -> Desired:
-        """Wait for a desired state that is not yet in effect, and return it."""
-        while True:
-            try:
-                desired = await asyncio.to_thread(read_desired, self.store, self.actual.name)
-                if desired is not None and desired == self._failed:
-                    await self._rewrite(desired, self.actual.target, self.actual.previous)
-                elif desired is not None and desired.generation != self.actual.generation:
-                    return desired
-            except SQLAlchemyError:
-                log_store_error(log, "could not read the desired state; continuing to serve the current version")
-                await asyncio.sleep(_STORE_PAUSE_S)
-            await asyncio.sleep(_POLL_S)
+    async def _changed(self) -> Desired | None:
+        """Return the desired state if it is not in effect yet. One whose swap failed is replaced by the served state.
+
+        Raises nothing if the store does not respond: the state is read again later.
+        """
+        try:
+            desired = await asyncio.to_thread(read_desired, self.store, self.actual.name)
+            if desired is not None and desired == self._failed:
+                await self._rewrite(desired, self.actual.target, self.actual.previous)
+            elif desired is not None and desired.generation != self.actual.generation:
+                return desired
+        except SQLAlchemyError:
+            log_store_error(log, "could not read the desired state; continuing to serve the current version")
+            await asyncio.sleep(_STORE_PAUSE_S)
+        return None
 
     async def _cancel_superseded(self, desired: Desired, cancellation: Cancellation) -> None:
         """Cancel the swap once another version is desired. Promoting the same version again has no effect."""
@@ -183,9 +198,13 @@ class Reconciler:
                     return
             await asyncio.sleep(_POLL_S)
 
-    async def _promote(self, desired: Desired) -> None:
+    async def change_to(self, desired: Desired) -> SwapResult:
+        """Put a desired version into production, or restore the desired state if that fails.
+
+        Every promotion and rollback ends here. The result is also recorded in the journal.
+        """
         before = self.actual
-        swap_id = await self.journal.begin(desired)
+        swap_id = await retrying(lambda: self.journal.begin(desired))
         report = partial(self.journal.step, swap_id)
         report(f"{before.target} is serving, {desired.target} is desired")
         if desired.forced:
@@ -200,8 +219,11 @@ class Reconciler:
                 result = self._give_up(before, error)
             try:
                 await self._settle(desired, before, result, cancellation)
+            except SQLAlchemyError:  # the swap has ended nevertheless; after a failed one, `_changed` writes again
+                log_store_error(log, "could not write the desired state; continuing to serve the current version")
             finally:
                 self.journal.end(swap_id, result)
+            return result
         finally:
             listening.cancel()
             await asyncio.gather(listening, return_exceptions=True)

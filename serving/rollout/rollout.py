@@ -10,7 +10,7 @@ stored requests are replayed instead of both steps, see serving.rollout.replay.
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -36,7 +36,7 @@ from svc.errors import EngineError, SvcError
 from svc.evaluation.metrics.json_answers import is_json
 from svc.registry.registry import Registry
 from svc.settings import AtDeadline, UnitKind
-from svc.store.desired import read_desired
+from svc.store.desired import Desired, read_desired
 from svc.store.outage_log import log_store_error
 from svc.store.rollout_text import place_of
 from svc.store.rollouts import (
@@ -53,12 +53,13 @@ from svc.store.rollouts import (
     store_signals,
     switch_rollout,
 )
-from svc.store.swaps import SwapOutcome, find_swap, last_queued_s
+from svc.store.swaps import SwapOutcome, SwapResult, find_swap, last_queued_s
 from svc.version import VersionId
 
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+ChangeTo = Callable[[Desired], Awaitable[SwapResult]]
 
 _POLL_S = 0.25
 _LOOK_S = 1.0
@@ -80,13 +81,13 @@ class StoppedError(Exception):
 
 @dataclass(eq=False, kw_only=True)
 class Rollouts:
-    """Carries out one model's rollouts, one after another.
+    """Carries out one model's rollouts; see `serving.rollout.reconciler.Reconciler.follow`.
 
     Attributes:
         report: function called with the rollout's id and a description of each step.
         split: function that sets how the model's requests are split between two versions. None sends them all
             to production.
-        active: whether a rollout is in progress. Engines must not idle until it has ended.
+        active: whether a rollout is in progress. It needs an engine with the production version.
         webhooks: URLs to which each transition is reported.
     """
 
@@ -104,32 +105,8 @@ class Rollouts:
     active: bool = False
     webhooks: tuple[str, ...] = ()
 
-    async def run(self) -> None:
-        """Carry out each requested rollout until cancelled."""
-        while True:
-            try:
-                record = await asyncio.to_thread(active_rollout, self.store, self.names.name)
-                self.active = record is not None
-                if record is not None:
-                    await (self._carry_out(record) if self._can_run(record) else self._wait(record))
-            except SQLAlchemyError:
-                log_store_error(log, "could not read or write the rollout of %s; retrying", self.names.name)
-                await asyncio.sleep(_STORE_PAUSE_S)
-            await asyncio.sleep(_POLL_S)
-
-    def _can_run(self, record: RolloutRecord) -> bool:
-        return bool(self.pool.ready) or record.state is RolloutState.SWITCHING
-
-    async def _wait(self, record: RolloutRecord) -> None:
-        """While no production engine is ready, end the rollout if a user stopped it or it has waited too long."""
-        waited_s = (datetime.now(UTC) - record.step_began_at).total_seconds()
-        if record.stop is not None:
-            await self._end(record, RolloutOutcome.CANCELLED, record.stop)
-        elif waited_s > record.plan.max_step_s:
-            await self._end(record, RolloutOutcome.FAILED, "no engine of the production version was ready")
-
     async def abandon(self, why: str) -> None:
-        """End the model's rollout, if there is one. Call this after `run` has ended."""
+        """End the model's rollout, if there is one. Call this when `carry_out` has been cancelled."""
         if record := await asyncio.to_thread(active_rollout, self.store, self.names.name):
             await self._end(record, RolloutOutcome.CANCELLED, why)
 
@@ -138,12 +115,17 @@ class Rollouts:
         await retrying(lambda: end_rollout(self.store, record.id, outcome, why, webhooks=self.webhooks))
         self.metrics.rollout_ended(outcome)
 
-    async def _carry_out(self, record: RolloutRecord) -> None:
-        """Continue a rollout from its stored state until it ends, and store the outcome."""
+    async def carry_out(self, record: RolloutRecord, change_to: ChangeTo) -> None:
+        """Continue a rollout from its stored state until it ends, and store the outcome.
+
+        Args:
+            change_to: function that swaps to the candidate once it has become the desired version.
+        """
         cancellation = Cancellation()
         listening = asyncio.create_task(self._listen(record, cancellation))
+        self.active = True
         try:
-            await _Run(self, record, cancellation).run()
+            await _Run(self, record, change_to, cancellation).run()
             outcome, why = RolloutOutcome.PROMOTED, None
         except StoppedError as stopped:
             outcome, why = stopped.outcome, stopped.why
@@ -157,6 +139,7 @@ class Rollouts:
             outcome, why = RolloutOutcome.FAILED, repr(error)
         finally:
             listening.cancel()
+            self.active = False
         await self._end(record, outcome, why)
 
     async def _listen(self, record: RolloutRecord, cancellation: Cancellation) -> None:
@@ -180,8 +163,11 @@ class Rollouts:
 class _Run:
     """One rollout in progress."""
 
-    def __init__(self, rollouts: Rollouts, record: RolloutRecord, cancellation: Cancellation) -> None:
+    def __init__(
+        self, rollouts: Rollouts, record: RolloutRecord, change_to: ChangeTo, cancellation: Cancellation
+    ) -> None:
         self._parts = rollouts
+        self._change_to = change_to
         self._store = rollouts.store
         self._record = record
         self._plan = record.plan
@@ -200,7 +186,8 @@ class _Run:
         """
         record, parts = self._record, self._parts
         if record.state is RolloutState.SWITCHING:
-            return await self._wait_for_swap()
+            return await self._continue_switch()
+        await self._production_ready()
         if record.state is RolloutState.REQUESTED:
             await self._enter(RolloutState.LOADING)
         else:
@@ -359,37 +346,54 @@ class _Run:
             await self._cancellation.interrupting(asyncio.sleep(_LOOK_S))
 
     async def _switch(self) -> None:
-        """Make the candidate the desired version, and wait until the reconciler has swapped to it."""
-        switched = await retrying(lambda: switch_rollout(self._store, self._record))
-        if switched is None:
-            current = await retrying(lambda: find_rollout(self._store, self._record.name, self._record.id))
-            raise StoppedError(
-                RolloutOutcome.CANCELLED, (current and current.stop) or "another version was promoted meanwhile"
-            )
-        self._record = switched
-        await self._wait_for_swap()
+        """Make the candidate the desired version, and swap to it.
 
-    async def _wait_for_swap(self) -> None:
-        """Wait until the reconciler has swapped to the candidate.
+        Raises:
+            StoppedError: a user stopped the rollout, another version was promoted, or the swap failed.
+        """
+        record = self._record
+        if not await retrying(lambda: switch_rollout(self._store, record)):
+            current = await retrying(lambda: find_rollout(self._store, record.name, record.id))
+            if current is None or current.state is not RolloutState.SWITCHING:  # else only the first reply was lost
+                why = (current and current.stop) or "another version was promoted meanwhile"
+                raise StoppedError(RolloutOutcome.CANCELLED, why)
+        await self._continue_switch()
+
+    async def _continue_switch(self) -> None:
+        """Swap to the candidate, which became the desired version, possibly before the server was started again.
 
         Raises:
             StoppedError: the swap failed, or another version became the desired one.
         """
         record, generation = self._record, self._record.generation + 1
-        while True:
+        while self._parts.names.served != record.target:  # else the server was started with it
             desired = await retrying(lambda: read_desired(self._store, record.name))
             swap = await retrying(lambda: find_swap(self._store, record.name, generation))
-            if swap is not None and swap.result is not None:
-                if swap.result.outcome is SwapOutcome.SUCCEEDED:
-                    return
-                cancelled = swap.result.outcome is SwapOutcome.CANCELLED
-                outcome = RolloutOutcome.CANCELLED if cancelled else RolloutOutcome.FAILED
-                raise StoppedError(outcome, swap.result.reason or "the swap did not succeed")
-            if swap is None and (desired is None or desired.target != record.target):
-                raise StoppedError(RolloutOutcome.CANCELLED, f"{desired and desired.target} became the desired version")
-            if swap is None and self._parts.names.served == record.target:  # a start with the version has no swap
+            result = swap.result if swap else None
+            if result is None and desired is not None and desired.generation == generation:
+                if self._parts.names.served is None:  # the first start failed, and is tried again
+                    await asyncio.sleep(_POLL_S)
+                    continue
+                result = await self._change_to(desired)
+            elif result is None:
+                result = SwapResult(SwapOutcome.CANCELLED, f"{desired and desired.target} became the desired version")
+            if result.outcome is SwapOutcome.SUCCEEDED:
                 return
-            await asyncio.sleep(_POLL_S)
+            cancelled = result.outcome is SwapOutcome.CANCELLED
+            outcome = RolloutOutcome.CANCELLED if cancelled else RolloutOutcome.FAILED
+            raise StoppedError(outcome, result.reason or "the swap did not succeed")
+
+    async def _production_ready(self) -> None:
+        """Wait until an engine with the production version is ready.
+
+        Raises:
+            StoppedError: none was ready within the longest duration of a step.
+            SupersededError: a user stopped the rollout.
+        """
+        while not self._parts.pool.ready:
+            if self._step_s() > self._plan.max_step_s:
+                raise StoppedError(RolloutOutcome.FAILED, "no engine of the production version was ready")
+            await self._cancellation.interrupting(asyncio.sleep(_POLL_S))
 
     async def _enter(self, state: RolloutState, step: int = 0) -> None:
         webhooks = self._parts.webhooks
@@ -410,7 +414,7 @@ async def retrying(call: Callable[[], Result]) -> Result:
         try:
             return await asyncio.to_thread(call)
         except SQLAlchemyError:
-            log_store_error(log, "could not read or write a rollout; retrying")
+            log_store_error(log, "the store is not responding; retrying")
             await asyncio.sleep(_STORE_PAUSE_S)
 
 

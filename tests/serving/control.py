@@ -119,7 +119,6 @@ class Control:
             self.reconciler.reviver.run,
             self.alias.run,
             self.deployment.removed.run,
-            self.deployment.rollouts.run,
         )
         tasks = [asyncio.create_task(part()) for part in parts]
         try:

@@ -29,7 +29,7 @@ async def ended(store: Store) -> SwapRecord:
 
 async def test_swap_steps_and_result_are_written_in_order(store: Store) -> None:
     journal = Journal(store)
-    swap_id = await journal.begin(DESIRED)
+    swap_id = journal.begin(DESIRED)
     for number in range(10):
         journal.step(swap_id, str(number))
     result = SwapResult(SwapOutcome.REFUSED, "why", 1.5, 2, 3)
@@ -41,7 +41,7 @@ async def test_swap_steps_and_result_are_written_in_order(store: Store) -> None:
 
 async def test_recording_a_step_returns_immediately(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = Journal(store)
-    swap_id = await journal.begin(DESIRED)
+    swap_id = journal.begin(DESIRED)
     returned, in_time = threading.Event(), list[bool]()
     monkeypatch.setattr(module, "add_step", lambda *_: in_time.append(returned.wait(3)))
     journal.step(swap_id, "slow")
@@ -55,7 +55,7 @@ async def test_failed_journal_write_is_retried(store: Store, monkeypatch: pytest
     monkeypatch.setattr(module, "_PAUSE_S", 0.01)
     monkeypatch.setattr(module, "end_swap", _fails_once(end_swap))
     journal = Journal(store)
-    journal.end(await journal.begin(DESIRED), SwapResult(SwapOutcome.SUCCEEDED))
+    journal.end(journal.begin(DESIRED), SwapResult(SwapOutcome.SUCCEEDED))
     assert (await ended(store)).result == SwapResult(SwapOutcome.SUCCEEDED)
 
 
@@ -71,7 +71,7 @@ async def test_swap_result_is_retried_until_written_whatever_the_store_raises(
 ) -> None:
     monkeypatch.setattr(module, "end_swap", _fails(end_swap, 3 * module._ATTEMPTS, OSError("disk full")))
     journal = Journal(store)
-    journal.end(await journal.begin(DESIRED), SwapResult(SwapOutcome.SUCCEEDED))
+    journal.end(journal.begin(DESIRED), SwapResult(SwapOutcome.SUCCEEDED))
     assert (await ended(store)).result == SwapResult(SwapOutcome.SUCCEEDED)
     journal.close()
 
@@ -81,11 +81,11 @@ async def test_unwritten_swap_result_is_available(store: Store, monkeypatch: pyt
     journal = Journal(store)
     with monkeypatch.context() as broken:
         broken.setattr(module, "end_swap", _fails(end_swap, 2**30, LOCKED))
-        swap_id = await journal.begin(DESIRED)
+        swap_id = journal.begin(DESIRED)
         journal.end(swap_id, SwapResult(SwapOutcome.FAILED, "why"))
         assert journal.unwritten == {swap_id: SwapResult(SwapOutcome.FAILED, "why")}
         # Other swaps begin meanwhile.
-        assert await journal.begin(Desired(target(3), target(1), 2)) != swap_id
+        assert journal.begin(Desired(target(3), target(1), 2)) != swap_id
     await asyncio.to_thread(journal.close)
     assert journal.unwritten == {}
 
@@ -94,7 +94,7 @@ async def test_unwritten_swap_result_is_available(store: Store, monkeypatch: pyt
 async def test_unwritable_step_is_dropped_but_the_result_is_not(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "add_step", _fails(lambda *_: None, module._ATTEMPTS, LOCKED))
     journal = Journal(store)
-    swap_id = await journal.begin(DESIRED)
+    swap_id = journal.begin(DESIRED)
     journal.step(swap_id, "lost")
     journal.end(swap_id, SwapResult(SwapOutcome.SUCCEEDED))
     assert (await ended(store)).steps == ()
@@ -102,7 +102,7 @@ async def test_unwritable_step_is_dropped_but_the_result_is_not(store: Store, mo
 
 async def test_closing_the_journal_writes_pending_records(store: Store) -> None:
     journal = Journal(store)
-    swap_id = await journal.begin(DESIRED)
+    swap_id = journal.begin(DESIRED)
     for number in range(10):
         journal.step(swap_id, str(number))
     journal.end(swap_id, SwapResult(SwapOutcome.SUCCEEDED))
@@ -119,7 +119,7 @@ async def test_closing_the_journal_gives_up_if_the_store_accepts_no_writes(
     others = set(threading.enumerate())
     journal = Journal(store)
     for generation in (1, 2):
-        swap_id = await journal.begin(Desired(target(2), target(1), generation))
+        swap_id = journal.begin(Desired(target(2), target(1), generation))
         journal.end(swap_id, SwapResult(SwapOutcome.SUCCEEDED))
     started = time.monotonic()
     journal.close(timeout_s=0.1)
@@ -136,7 +136,7 @@ async def test_swap_does_not_begin_if_the_store_accepts_no_writes(
 ) -> None:
     monkeypatch.setattr(module, "begin_swap", _fails_once(begin_swap))
     with pytest.raises(OperationalError):
-        await Journal(store).begin(DESIRED)
+        Journal(store).begin(DESIRED)
 
 
 LOCKED = OperationalError("insert", {}, Exception("database is locked"))

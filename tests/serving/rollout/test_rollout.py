@@ -10,22 +10,28 @@ from dataclasses import dataclass, field
 
 import httpx
 import pytest
+from sqlalchemy import Engine as Store
+from sqlalchemy.exc import OperationalError
 
 from serving.rollout.promotion import PromotionRequest, RolloutOptions, VersionChange
 from serving.rollout.version_changes import VersionChanges
 from svc.errors import BusyError, SettingsError
 from svc.identity.actor import Actor
 from svc.settings import AtDeadline, ModelSettings, RolloutSettings
-from svc.store.audit import read_events
+from svc.store.audit import Action, AuditEntry, read_events
+from svc.store.desired import Desired, change_desired, read_desired
 from svc.store.gate_rows import GATE_ROWS
 from svc.store.rollouts import (
     RolloutOutcome,
     RolloutRecord,
     RolloutState,
     RolloutView,
+    begin_rollout,
     find_rollout,
     read_shadow_pairs,
+    switch_rollout,
 )
+from svc.store.swaps import SwapOutcome, SwapResult, begin_swap, end_swap
 from svc.store.webhooks import due_deliveries
 from svc.version import Format
 from tests.serving.control import BODY, Control, Make, until
@@ -240,6 +246,88 @@ async def test_rollout_continues_at_the_same_state_when_the_server_was_killed(
     assert seen.outcome is RolloutOutcome.PROMOTED, seen.steps
     assert any(step.startswith(f"the server started again; the rollout continues at {state}") for step in seen.steps)
     assert set(users.statuses) == {200}
+
+
+def switched(control: Control) -> RolloutRecord:
+    """A rollout of version 2 whose candidate has just become the desired version, when the server is killed."""
+    desired = read_desired(control.store, NAME)
+    assert desired is not None
+    begun = begin_rollout(control.store, desired, target(2), ALL, AuditEntry(Action.ROLLOUT, f"{NAME}@2", ACTOR, None))
+    found = switch_rollout(control.store, begun)
+    assert found is not None
+    return found
+
+
+async def test_switch_is_completed_when_the_server_was_killed_before_its_swap(control: Control) -> None:
+    async with control.run(), control.client() as client, Users(client).asking() as users:
+        switched(control)
+        assert (await ended(control)).outcome is RolloutOutcome.PROMOTED
+        await control.serves(target(2))
+    assert set(users.statuses) == {200}
+
+
+async def test_switch_has_ended_when_the_next_server_starts_with_the_candidate(control: Control) -> None:
+    switched(control)
+    control.assemble()
+    async with control.run():
+        assert (await ended(control)).outcome is RolloutOutcome.PROMOTED
+        await control.serves(target(2))
+
+
+async def test_switch_fails_when_the_next_server_cannot_start_the_candidate(control: Control) -> None:
+    begun = switched(control)
+    swap = begin_swap(control.store, Desired(target(2), target(1), begun.generation + 1))
+    end_swap(control.store, swap, SwapResult(SwapOutcome.FAILED, "the server stopped during the swap"))
+    desired = read_desired(control.store, NAME)
+    assert desired is not None
+    change_desired(control.store, desired, target(1), None)
+    async with control.run():
+        seen = await ended(control)
+    assert (seen.outcome, seen.why) == (RolloutOutcome.FAILED, "the server stopped during the swap")
+
+
+async def test_switch_ends_as_promoted_when_its_swap_succeeded_and_another_version_followed(control: Control) -> None:
+    begun = switched(control)
+    swap = begin_swap(control.store, Desired(target(2), target(1), begun.generation + 1))
+    end_swap(control.store, swap, SwapResult(SwapOutcome.SUCCEEDED))
+    desired = read_desired(control.store, NAME)
+    assert desired is not None
+    change_desired(control.store, desired, target(1), target(2))
+    async with control.run():
+        assert (await ended(control)).outcome is RolloutOutcome.PROMOTED
+        await control.serves(target(1))
+
+
+async def test_candidate_is_promoted_when_only_the_reply_to_the_switch_was_lost(
+    control: Control, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost: list[bool] = []
+
+    def switch(store: Store, record: RolloutRecord) -> RolloutRecord | None:
+        done = switch_rollout(store, record)
+        if not lost:
+            lost.append(True)
+            raise OperationalError("COMMIT", {}, Exception("the connection was closed"))
+        return done
+
+    monkeypatch.setattr("serving.rollout.rollout.switch_rollout", switch)
+    monkeypatch.setattr("serving.rollout.rollout._STORE_PAUSE_S", 0.01)
+    async with control.run(), control.client() as client, Users(client).asking():
+        start(control, 2, ALL.model_copy(update={"canary": ()}))
+        assert (await ended(control)).outcome is RolloutOutcome.PROMOTED
+    assert lost
+
+
+async def test_desired_version_is_swapped_to_before_a_rollout_compares_with_it(control: Control) -> None:
+    async with control.run(), control.client() as client, Users(client).asking() as users:
+        desired = read_desired(control.store, NAME)
+        assert desired is not None
+        newer = change_desired(control.store, desired, target(3), target(1))
+        entry = AuditEntry(Action.ROLLOUT, f"{NAME}@2", ACTOR, None)
+        begin_rollout(control.store, newer, target(2), ALL, entry)
+        seen = await ended(control)
+    assert (seen.outcome, seen.previous) == (RolloutOutcome.PROMOTED, target(3)), seen.steps
+    assert f"{NAME}@3" in set().union(*users.versions.values())
 
 
 async def test_rollout_without_a_decision_ends_undecided_at_its_deadline(control: Control) -> None:
