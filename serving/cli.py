@@ -25,7 +25,6 @@ from svc.errors import (
 )
 from svc.files.lock import lock_holder
 from svc.invocation import json_option, print_json, reason_option, remote_of, settings_of
-from svc.registry.registry import Registry
 from svc.remote.server_url import LOCK_FILE
 from svc.settings import Settings
 from svc.store.gate_rows import GATE_ROWS, GateRow, GateVerdict
@@ -83,6 +82,7 @@ def serve(
     from serving.systemd_notify import ServiceManager, inherited_listener
     from svc.engine.device import read_capabilities
     from svc.engine.state import EnginePhase
+    from svc.registry.registry import Registry
     from svc.store.database import open_store
     from svc.store.keys import keys_revision
     from svc.terminal import advancing, console, quiet_libraries

@@ -19,6 +19,9 @@ from svc.version import Format, Target, VersionId
 
 _POLL_S = 0.1
 _ROLLOUT_POLL_S = 0.5
+_SOON_S = 5.0
+"""How often to ask the server, in seconds, and for how long a rollout is followed as closely as a swap: a rollback
+ends within that time."""
 _UNWRITTEN_S = 30.0
 """How long the server may take to write a result to the journal, in seconds."""
 
@@ -121,7 +124,7 @@ def follow_rollout(
         ServerNotRunningError: the server stopped in the meantime. It will continue the rollout after its next
             start.
     """
-    shown = 0
+    shown, soon = 0, time.monotonic() + _SOON_S
     while True:
         seen = next((view for view in administration.rollouts(name) if view.id == rollout), None)
         if seen is None:
@@ -138,7 +141,7 @@ def follow_rollout(
                 f"the server stopped during the rollout of {seen.version}",
                 todo=f"start the server again; it continues the rollout: svc serve {name}",
             ) from error
-        time.sleep(_ROLLOUT_POLL_S)
+        time.sleep(_POLL_S if time.monotonic() < soon else _ROLLOUT_POLL_S)
 
 
 def read_served(server: ServerAddress) -> dict[str, Target]:

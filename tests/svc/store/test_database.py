@@ -40,6 +40,12 @@ def test_written_rows_persist_after_reopening_the_store(tmp_path: Path) -> None:
     assert found.target == ONE
 
 
+def test_current_store_is_opened_without_migrating_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_database(tmp_path).dispose()
+    monkeypatch.setattr("alembic.command.upgrade", lambda *_: pytest.fail("the newest migration has another name"))
+    open_database(tmp_path)
+
+
 def test_store_of_another_release_is_rejected_with_its_revision(tmp_path: Path) -> None:
     store = open_database(tmp_path)
     with store.begin() as connection:
