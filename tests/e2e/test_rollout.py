@@ -88,11 +88,40 @@ class Users:
                 self.failed.append(repr(error))
 
 
+SLOW_PLAN = """
+import asyncio
+import sys
+from pathlib import Path
+
+if "serve" in sys.orig_argv and any(part.endswith("/svc") for part in sys.orig_argv):
+    from serving.rollout.swap_plan import SwapPlanner
+
+    plan = SwapPlanner.plan
+
+    async def slow_plan(self, *arguments):
+        if (Path(__file__).parent / "slow").exists():
+            await asyncio.sleep(3)
+        return await plan(self, *arguments)
+
+    SwapPlanner.plan = slow_plan
+"""
+"""Python code that runs before `svc serve`: while a file `slow` exists, checking a version's files takes 3 s longer, as
+it does with a large model. Otherwise, a rollout is only switching for a third of a second."""
+
+
 @pytest.fixture(scope="module")
-def instance(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
+def starts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder whose `sitecustomize.py` runs before `svc serve`."""
+    folder = tmp_path_factory.mktemp("starts")
+    (folder / "sitecustomize.py").write_text(SLOW_PLAN, "utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def instance(home: Path, starts: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
     """Yield a server of `teams`, whose versions answer in JSON: 2 in 70 % of cases only, 4 slowly."""
     folder = tmp_path_factory.mktemp("rollout") / "home"
-    with closing(Instance(home, folder, PORT, PROMPTS, **SETTINGS)) as instance:
+    with closing(Instance(home, folder, PORT, PROMPTS, **SETTINGS, PYTHONPATH=_python_path(starts))) as instance:
         add_json_version(folder, "teams")
         add_json_version(folder, "teams", urgent_answer=PROSE_ANSWER)
         add_json_version(folder, "teams")
@@ -112,6 +141,21 @@ def users(instance: Instance) -> Iterator[Users]:
     with Users(instance.url, "teams", prompts(50)).asking() as users:
         users.wait_for(20)
         yield users
+
+
+def _python_path(first: Path) -> str:
+    return os.pathsep.join(filter(None, (str(first), os.environ.get("PYTHONPATH"))))
+
+
+@contextmanager
+def _slow_plan(starts: Path, is_slow: bool) -> Iterator[None]:
+    """Make the server take 3 s longer to check a version's files during the body, if `is_slow`."""
+    if is_slow:
+        (starts / "slow").touch()
+    try:
+        yield
+    finally:
+        (starts / "slow").unlink(missing_ok=True)
 
 
 def promote(instance: Instance, *arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -185,19 +229,16 @@ STATES = [
 
 @pytest.mark.parametrize("state", STATES)
 def test_rollback_keeps_production_without_a_failed_request(
-    instance: Instance, users: Users, state: RolloutState, report: Report
+    instance: Instance, users: Users, starts: Path, state: RolloutState, report: Report
 ) -> None:
-    promotion = instance.try_to_promote("teams@3", *STEPS)
-    wait_for_state(instance, state)
-    began = time.monotonic()
-    done = instance.command("rollback", "teams", "--reason", "a test")
-    took_s = time.monotonic() - began
+    with _slow_plan(starts, state is RolloutState.SWITCHING):
+        promotion = instance.try_to_promote("teams@3", *STEPS)
+        wait_for_state(instance, state)
+        began = time.monotonic()
+        done = instance.command("rollback", "teams", "--reason", "a test")
+        took_s = time.monotonic() - began
     assert done.returncode == 0, (done.stdout, done.stderr)
-    code, outcome = promotion.wait(60), latest(instance).outcome
-    if state is RolloutState.SWITCHING:  # takes a third of a second: the swap usually ends before the command has begun
-        assert outcome in (RolloutOutcome.CANCELLED, RolloutOutcome.PROMOTED)
-    else:
-        assert (code, outcome) == (21, RolloutOutcome.CANCELLED), latest(instance)
+    assert (promotion.wait(60), latest(instance).outcome) == (21, RolloutOutcome.CANCELLED), latest(instance)
     asked = len(users.versions)
     users.wait_for(30)
     assert set(users.versions[asked + 8 :]) == {"teams@1"}
@@ -208,12 +249,13 @@ def test_rollback_keeps_production_without_a_failed_request(
 @pytest.mark.matrix
 @pytest.mark.parametrize("state", STATES)
 def test_rollout_is_completed_after_the_server_was_killed(
-    instance: Instance, users: Users, state: RolloutState, report: Report
+    instance: Instance, users: Users, starts: Path, state: RolloutState, report: Report
 ) -> None:
-    promotion = instance.try_to_promote("teams@3", *STEPS)
-    wait_for_state(instance, state)
-    users.stop()  # a killed server answers nobody
-    instance.end(signal.SIGKILL)
+    with _slow_plan(starts, state is RolloutState.SWITCHING):
+        promotion = instance.try_to_promote("teams@3", *STEPS)
+        wait_for_state(instance, state)
+        users.stop()  # a killed server answers nobody
+        instance.end(signal.SIGKILL)
     promotion.wait(60)
     instance.start("teams")
     with Users(instance.url, "teams", prompts(50)).asking() as later:
@@ -267,8 +309,7 @@ if "serve" in sys.orig_argv and any(part.endswith("/svc") for part in sys.orig_a
 def test_kept_requests_are_replayed_where_memory_holds_one_engine(home: Path, tmp_path: Path, report: Report) -> None:
     (tmp_path / "start").mkdir()
     (tmp_path / "start" / "sitecustomize.py").write_text(ONE_ENGINE, "utf-8")
-    paths = os.pathsep.join(filter(None, (str(tmp_path / "start"), os.environ.get("PYTHONPATH"))))
-    settings = SETTINGS | {"PYTHONPATH": paths, "SVC_REQUEST_LOG__CONTENT_SHARE": "1"}
+    settings = SETTINGS | {"PYTHONPATH": _python_path(tmp_path / "start"), "SVC_REQUEST_LOG__CONTENT_SHARE": "1"}
     with closing(Instance(home, tmp_path / "home", PORT + 2, PROMPTS, **settings)) as instance:
         instance.start("tiny@1")
         with Users(instance.url, "tiny", prompts(50)).asking() as users:
