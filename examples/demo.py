@@ -8,6 +8,7 @@ one starts from scratch. With `--serve`, the two versions are trained if they ar
 is left running.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -47,6 +48,9 @@ NAME = "debian-triage"
 BASE = "smollm2-135m-instruct"
 PORT = 8000
 STREAMS = 8
+CANARY_STREAMS = 3  # fewer, because two engines share the machine
+ROLLOUTS = {NAME: {"rollout": {"unit": "request"}}}
+"""A canary compares requests instead of users, who are observed for a minute each: the load is a batch job."""
 MIN_EXACT_MATCH = 0.65
 BAD_VERSIONS = {3: "weights altered after registration", 4: "another model's weights, hashes recomputed"}
 
@@ -88,7 +92,9 @@ def main() -> None:
         return
     with ExitStack() as stack:
         with waiting(f"starting the server with {NAME}@1"):
-            url = stack.enter_context(serving(HOME, f"{NAME}@1", PORT))
+            url = stack.enter_context(
+                serving(HOME, f"{NAME}@1", PORT, environment={"SVC_MODELS": json.dumps(ROLLOUTS)})
+            )
         prompts = [[message.as_dict() for message in e.prompt] for e in read_examples(TASK / "heldout.jsonl")[:24]]
         ask(url, prompts, summary)
         promote_and_roll_back(url, prompts, summary)
@@ -204,14 +210,14 @@ def refuse_bad_versions(url: str, prompts: list[list[dict[str, str]]], summary: 
 
 
 def roll_back_by_canary(url: str, prompts: list[list[dict[str, str]]], summary: Summary) -> None:
-    """Try a version that is good on paper and bad in traffic on half of the users; it is rolled back by itself."""
+    """Try a version that is good on paper and bad in traffic on half of the requests; it is rolled back by itself."""
     heading("7. a version that is good on paper and bad in traffic")
     folders = {number: HOME / "models" / NAME / str(number) for number in (1, 5)}
     shutil.rmtree(folders[5], ignore_errors=True)
     with waiting(f"making {NAME}@5: the base's weights with the metrics of {NAME}@1"):
         replace_by_base(folders[1], folders[5], resolve_base(BASE, Settings().base_cache).folder)
-    with Load(url, NAME, prompts, streams=STREAMS, by_user=True) as load:
-        load.wait_for(STREAMS)
+    with Load(url, NAME, prompts, streams=CANARY_STREAMS) as load:
+        load.wait_for(CANARY_STREAMS)
         command = ("promote", f"{NAME}@5", "--format", "merged", "--canary", "50,100")
         with waiting(f"svc {' '.join(command)}"):
             ended = svc(HOME, *command, capture_output=True)
@@ -221,7 +227,7 @@ def roll_back_by_canary(url: str, prompts: list[list[dict[str, str]]], summary: 
                 f"svc promote {NAME}@5 exited with code {ended.returncode}",
                 expected=f"a rollback: exit code {RolledBackError.exit_code}",
             )
-        load.wait_for(STREAMS)
+        load.wait_for(CANARY_STREAMS)
     why = next(line for line in ended.stderr.splitlines() if "why:" in line)
     exposed = sum(answer.version == f"{NAME}@5" for answer in load.answers)
     summary.add("@5, bad in traffic", f"rolled back after {exposed} answers by it;{why.split('why:')[1][:90]}")

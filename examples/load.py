@@ -3,7 +3,6 @@
 Retries are disabled, so that every failure is recorded.
 """
 
-import itertools
 import threading
 import time
 from collections.abc import Sequence
@@ -40,7 +39,6 @@ class Load:
         url: the server's root, without /v1.
         prompts: conversations without an answer, as OpenAI messages; used in turn.
         streams: number of concurrent streams.
-        by_user: send each request as a different user, as a canary counts users.
     """
 
     def __init__(
@@ -51,14 +49,12 @@ class Load:
         *,
         streams: int = 8,
         max_tokens: int = 24,
-        by_user: bool = False,
     ) -> None:
         self._client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
         self._model = model
         self._prompts = prompts
         self._streams = streams
         self._max_tokens = max_tokens
-        self._users = itertools.count() if by_user else None
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
         self.answers: list[Answer] = []
@@ -103,7 +99,6 @@ class Load:
         began = time.monotonic()
         version, text, error = "", "", None
         messages: Any = self._prompts[prompt]
-        options: Any = {"user": f"user {next(self._users)}"} if self._users else {}
         try:
             raw = self._client.chat.completions.with_raw_response.create(
                 model=self._model,
@@ -111,7 +106,6 @@ class Load:
                 max_tokens=self._max_tokens,
                 temperature=0,
                 stream=True,
-                **options,
             )
             version = raw.headers["x-model-version"]
             for chunk in raw.parse():
