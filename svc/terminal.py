@@ -84,12 +84,14 @@ def heartbeat(line: Callable[[], str]) -> Iterator[None]:
 
 
 @contextmanager
-def counting(text: str, total: int) -> Iterator[Callable[[], None]]:
-    """Show a progress bar for a known number of steps, and yield a callback that advances it by one step."""
+def counting(text: str, total: int) -> Iterator[Callable[..., None]]:
+    """Show a progress bar for a known number of steps, and yield a callback that advances it by one step, or by the
+    given number of steps.
+    """
     started = time.monotonic()
     bar, task = _bar(text, total, SpinnerColumn(), _TEXT, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with bar, heartbeat(lambda: f"{text}: {task.completed:.0f}/{total} after {_since(started)}"):
-        yield lambda: bar.advance(task.id)
+        yield lambda steps=1: bar.advance(task.id, steps)
     _print_plain(f"{text}: {task.completed:.0f}/{total} in {_since(started)}")
 
 

@@ -13,8 +13,8 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
+from sqlalchemy import Connection, or_, select
 from sqlalchemy import Engine as Store
-from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
 from svc.identity.actor import Actor
@@ -163,10 +163,11 @@ def _event(row: AuditRow) -> AuditEvent:
     return AuditEvent(**values | {"details": _details(row.details)})
 
 
-def verify_chain(store: Store, *, expected: str | None = None) -> ChainReport:
+def verify_chain(store: Store | Connection, *, expected: str | None = None) -> ChainReport:
     """Recompute every hash in the audit log and report the first altered row.
 
     Args:
+        store: the store, or a connection to see the rows of its transaction.
         expected: an earlier hash, stored elsewhere, that must occur in some row.
     """
     head, count, seen = FIRST_HASH, 0, expected is None

@@ -11,23 +11,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from sqlite3 import SQLITE_BUSY, OperationalError
+from sqlite3 import Error as SqliteError
 from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection, column, create_engine, event, inspect, select, table
 from sqlalchemy import Engine as Store
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor
+from sqlalchemy.exc import DatabaseError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from svc.errors import RegistryError
-from svc.settings import Settings
+from svc.errors import BusyError, RegistryError
+from svc.settings import Settings, StoreSettings
 from svc.store.postgresql import WRITE_LOCK, connect, location, require_usable
 from svc.store.tables import Table
 
 if TYPE_CHECKING:
     from alembic.config import Config
 
+SQLITE_FILE = "svc.db"
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _BUSY_MS = 10_000  # two processes write: the server and the command line
 _PAUSE_S = 0.01
@@ -64,12 +67,72 @@ def open_database(home: Path) -> Store:
         RegistryError: the store was written by an incompatible release.
     """
     home.mkdir(parents=True, exist_ok=True)
-    path = home / "svc.db"
+    path = home / SQLITE_FILE
     path.touch(mode=0o600)  # it may contain users' texts; SQLite's other files get the same mode
     store = create_engine(f"sqlite:///{path}", hide_parameters=True)  # errors are logged, without users' texts
     event.listen(store, "connect", _prepare_sqlite)
     _migrate(store)
     return store
+
+
+def open_new_store(settings: StoreSettings) -> Store:
+    """Open the PostgreSQL store that the settings name, creating its tables if it has none. Unlike `open_store`, this
+    does not migrate the tables of an earlier release.
+
+    Raises:
+        RegistryError: the tables are those of another release, or the database is not suitable.
+        SettingsError: the driver is not installed, or the password cannot be read.
+        StoreUnavailableError: the database does not respond.
+    """
+    store = connect(settings)
+    try:
+        with store.connect() as connection:
+            revision = _revision(connection)
+        if revision not in (None, _NEWEST):
+            raise _other_release(
+                location(store.url),
+                revision,
+                todo="create a new database: createdb --encoding UTF8 --template template0 NAME",
+            )
+        _migrate(store)
+    except BaseException:
+        store.dispose()
+        raise
+    return store
+
+
+@contextmanager
+def sole_access(home: Path) -> Iterator[Connection]:
+    """Yield a read-only connection to the existing SQLite store of a home. No other connection can be open at the same
+    time.
+
+    Bytes that are not UTF-8 are decoded to lone surrogates.
+
+    Raises:
+        BusyError: another process has the store open.
+        RegistryError: the store was written by another release, or cannot be read.
+    """
+    path = home / SQLITE_FILE
+    store = create_engine(f"sqlite:///{path}", hide_parameters=True)
+    event.listen(store, "connect", _exclude_others)
+    try:
+        with store.connect() as connection:
+            revision = _revision(connection)
+            if revision != _NEWEST:
+                raise _other_release(
+                    path, revision, todo="if it is an earlier release, migrate the tables with this one: svc keys list"
+                )
+            yield connection
+    except DatabaseError as error:
+        if not isinstance(error.orig, SqliteError):
+            raise
+        if error.orig.sqlite_errorcode & 0xFF == SQLITE_BUSY:
+            raise BusyError(
+                f"another process has {path} open", todo="stop `svc monitor` and all other commands on this home"
+            ) from None
+        raise RegistryError(f"cannot read {path}: {error.orig}", todo="restore the home from a backup") from error
+    finally:
+        store.dispose()
 
 
 @contextmanager
@@ -116,14 +179,19 @@ def alembic_options(store: Store) -> dict[str, str]:
     return {"version_table": _VERSION_TABLES[store.dialect.name]}
 
 
-def _revision(store: Store) -> str | None:
+def _revision(connection: Connection) -> str | None:
     """Return the newest migration that a store has, or None if it has no tables yet."""
-    name = _VERSION_TABLES[store.dialect.name]
-    with store.connect() as connection:
-        if not inspect(connection).has_table(name):
-            return None
-        revision: str | None = connection.scalar(select(column("version_num")).select_from(table(name)))
-        return revision
+    name = _VERSION_TABLES[connection.dialect.name]
+    if not inspect(connection).has_table(name):
+        return None
+    revision: str | None = connection.scalar(select(column("version_num")).select_from(table(name)))
+    return revision
+
+
+def _other_release(where: object, revision: str | None, *, todo: str) -> RegistryError:
+    return RegistryError(
+        f"{where} was written by another release: revision {revision}", expected=f"revision {_NEWEST}", todo=todo
+    )
 
 
 def _prepare_sqlite(connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
@@ -132,6 +200,17 @@ def _prepare_sqlite(connection: DBAPIConnection, record: ConnectionPoolEntry) ->
     for pragma in ("synchronous=FULL", "foreign_keys=ON", f"busy_timeout={_BUSY_MS}"):
         cursor.execute(f"PRAGMA {pragma}")
     _use_wal(cursor)
+    cursor.close()
+
+
+def _exclude_others(connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
+    """Let a connection read only, and lock the file against all other connections until it is closed."""
+    connection.text_factory = lambda text: text.decode("utf-8", "surrogateescape")
+    cursor = connection.cursor()
+    cursor.execute(f"PRAGMA busy_timeout={_BUSY_MS}")
+    cursor.execute("PRAGMA locking_mode=EXCLUSIVE")  # in WAL mode, readers hold the lock too
+    _use_wal(cursor)  # the first access, which locks the file
+    cursor.execute("PRAGMA query_only=ON")
     cursor.close()
 
 
@@ -157,7 +236,8 @@ def _use_wal(cursor: DBAPICursor) -> None:
 
 
 def _migrate(store: Store) -> None:
-    current = _revision(store)
+    with store.connect() as connection:
+        current = _revision(connection)
     if current == _NEWEST:
         return
     from alembic import command
@@ -180,10 +260,9 @@ def _migrate(store: Store) -> None:
         try:
             command.upgrade(config, "head")
         except CommandError as error:
-            where = store.url.database if is_sqlite(store) else location(store.url)
-            raise RegistryError(
-                f"{where} was written by another release: revision {current}",
-                expected=f"revision {_NEWEST}",
+            raise _other_release(
+                store.url.database if is_sqlite(store) else location(store.url),
+                current,
                 todo="use the release that wrote the tables, or another SVC_HOME or store.url",
             ) from error
 

@@ -24,6 +24,7 @@ class StoredText(sa.TypeDecorator[str]):
 
     impl = sa.String
     cache_ok = True
+    python_type = str
 
     def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
         """Replace characters that a database cannot store."""
@@ -42,6 +43,7 @@ class UtcDateTime(sa.TypeDecorator[datetime]):
 
     impl = sa.DateTime(timezone=True)
     cache_ok = True
+    python_type = datetime
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
         """Convert a value to UTC before it is written to the database."""

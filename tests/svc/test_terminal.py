@@ -67,6 +67,14 @@ def test_piped_output_has_the_final_count(shown: Show) -> None:
     assert file.getvalue() == "  cups: 2/3 in 0 s\n"
 
 
+def test_count_can_advance_by_several_steps(shown: Show) -> None:
+    file = shown(False)
+    with counting("cups", 9) as advance:
+        advance(4)
+        advance(5)
+    assert file.getvalue() == "  cups: 9/9 in 0 s\n"
+
+
 @pytest.mark.parametrize(
     ("step", "line"),
     [

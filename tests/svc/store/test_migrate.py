@@ -1,0 +1,353 @@
+"""Tests that a store is copied from SQLite to PostgreSQL completely, or else not at all."""
+
+import secrets
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy import Engine as Store
+
+from svc.errors import BusyError, IntegrityError, NotFoundError, RefusedError, RegistryError
+from svc.files.lock import hold_lock
+from svc.remote.server_url import LOCK_FILE
+from svc.settings import Settings, StoreSettings
+from svc.store import database as database_module
+from svc.store import migrate as migrate_module
+from svc.store.audit import Action, AuditEntry, record_event, verify_chain
+from svc.store.database import open_database, open_store
+from svc.store.deployments import add_deployment, deployed_names
+from svc.store.migrate import migrate
+from svc.store.postgresql import StoreUnavailableError, connect
+from svc.store.tables import Table
+from tests.filled_store import LAST_ID, ROWS, fill, read_tables
+from tests.new_store import new_store
+from tests.postgresql import PostgresServer
+from tests.svc.store.test_audit import ALICE
+
+TABLES = Table.metadata.sorted_tables
+NUMBERED = [table.name for table in TABLES if table.autoincrement_column is not None]
+
+
+@pytest.fixture(autouse=True)
+def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(migrate_module, "_BATCH", 2)
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """Return a home whose store has rows in every table."""
+    store = new_store(tmp_path / "home")
+    fill(store)
+    store.dispose()
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def target(postgresql: PostgresServer) -> Iterator[StoreSettings]:
+    """Return the settings of a database without tables."""
+    with postgresql.new_database() as settings:
+        yield settings
+
+
+@pytest.fixture
+def copy(target: StoreSettings, tmp_path: Path) -> Iterator[Store]:
+    """Return the target's store, with tables."""
+    store = open_store(Settings(home=tmp_path / "other", store=target))
+    yield store
+    store.dispose()
+
+
+def run(home: Path, *statements: str) -> None:
+    """Change a home's store."""
+    store = open_database(home)
+    with store.begin() as connection:
+        for statement in statements:
+            connection.exec_driver_sql(statement)
+    store.dispose()
+
+
+def has_tables(target: StoreSettings) -> bool:
+    store = connect(target)
+    with store.connect() as connection:
+        names = sa.inspect(connection).get_table_names()
+    store.dispose()
+    return bool(names)
+
+
+def test_every_table_is_copied_with_all_values(home: Path, target: StoreSettings, copy: Store) -> None:
+    result = migrate(home, target)
+    assert result.rows == {table.name: ROWS for table in TABLES}
+    assert result.replaced_texts == 0
+    assert read_tables(copy) == read_tables(open_database(home))
+
+
+def test_tables_are_created_when_the_database_has_none(home: Path, target: StoreSettings) -> None:
+    migrate(home, target)
+    store = open_store(Settings(home=home, store=target))
+    assert verify_chain(store).events == ROWS
+    store.dispose()
+
+
+def test_store_without_rows_is_copied(tmp_path: Path, target: StoreSettings) -> None:
+    new_store(tmp_path / "home").dispose()
+    assert sum(migrate(tmp_path / "home", target).rows.values()) == 0
+
+
+def test_sqlite_file_is_unchanged_after_the_copy(home: Path, target: StoreSettings) -> None:
+    before = (home / "svc.db").read_bytes()
+    migrate(home, target)
+    assert (home / "svc.db").read_bytes() == before
+
+
+def test_next_row_gets_the_next_id(home: Path, target: StoreSettings, copy: Store) -> None:
+    migrate(home, target)
+    with copy.connect() as connection:
+        numbers = {
+            name: connection.exec_driver_sql(f"SELECT nextval(pg_get_serial_sequence('{name}', 'id'))").scalar_one()
+            for name in NUMBERED
+        }
+    assert numbers == dict.fromkeys(NUMBERED, LAST_ID + 1)
+
+
+def test_ids_of_deleted_drift_items_are_not_used_again(home: Path, target: StoreSettings, copy: Store) -> None:
+    run(home, "DELETE FROM drift_items")
+    migrate(home, target)
+    with copy.connect() as connection:
+        assert connection.exec_driver_sql("SELECT nextval('drift_items_id_seq')").scalar_one() == LAST_ID + 1
+
+
+def test_audit_log_continues_after_the_copy(home: Path, target: StoreSettings, copy: Store) -> None:
+    migrate(home, target)
+    record_event(copy, AuditEntry(Action.COLLECT, "x", ALICE))
+    report = verify_chain(copy)
+    assert (report.events, report.fault) == (ROWS + 1, None)
+
+
+def test_texts_are_compared_in_byte_order_when_the_database_has_another(
+    home: Path, target: StoreSettings, copy: Store
+) -> None:
+    with copy.begin() as connection:
+        try:
+            connection.exec_driver_sql('ALTER TABLE deployments ALTER name TYPE varchar COLLATE "en-x-icu"')
+        except sa.exc.ProgrammingError:
+            pytest.skip("this PostgreSQL has no ICU")
+    migrate(home, target)
+    assert len(deployed_names(copy)) == ROWS
+
+
+def test_copy_is_refused_while_a_server_uses_the_home(home: Path, target: StoreSettings) -> None:
+    with hold_lock(home / LOCK_FILE, "the home"), pytest.raises(BusyError, match="is in use by process"):
+        migrate(home, target)
+    assert not has_tables(target)
+
+
+def test_copy_is_refused_while_another_process_has_the_store_open(
+    home: Path, target: StoreSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_database(home)
+    monkeypatch.setattr(database_module, "_BUSY_MS", 10)
+    with store.connect() as idle:
+        idle.exec_driver_sql("SELECT 1 FROM keys")
+        with pytest.raises(BusyError, match=r"has .*svc\.db open"):
+            migrate(home, target)
+    store.dispose()
+    assert not has_tables(target)
+
+
+def test_no_other_process_can_use_the_store_during_the_copy(
+    home: Path, target: StoreSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare = migrate_module._compare
+    other = sqlite3.connect(home / "svc.db", timeout=0)
+
+    def read(*arguments: Any) -> None:
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            other.execute("SELECT 1 FROM keys")
+        compare(*arguments)
+
+    monkeypatch.setattr(migrate_module, "_compare", read)
+    migrate(home, target)
+    other.close()
+
+
+def test_no_other_process_can_write_to_the_database_during_the_copy(
+    home: Path, target: StoreSettings, copy: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare = migrate_module._compare
+
+    def write(*arguments: Any) -> None:
+        with copy.connect() as other:
+            other.exec_driver_sql("SET LOCAL lock_timeout = '20ms'")
+            with pytest.raises(StoreUnavailableError, match="another writer held a lock"):
+                other.exec_driver_sql("INSERT INTO deployments VALUES ('late', now())")
+        compare(*arguments)
+
+    monkeypatch.setattr(migrate_module, "_compare", write)
+    assert migrate(home, target).rows["deployments"] == ROWS
+
+
+def test_copy_is_refused_when_the_database_has_rows(home: Path, target: StoreSettings, copy: Store) -> None:
+    add_deployment(copy, "tiny")
+    with pytest.raises(RefusedError, match="is not empty: it has rows in deployments"):
+        migrate(home, target)
+    assert {name: len(rows) for name, rows in read_tables(copy).items() if rows} == {"deployments": 1}
+
+
+def test_copy_is_refused_when_svc_db_is_of_another_release(home: Path, target: StoreSettings) -> None:
+    run(home, "UPDATE alembic_version SET version_num = '0011'")
+    with pytest.raises(RegistryError, match=r"svc\.db was written by another release: revision 0011"):
+        migrate(home, target)
+    assert not has_tables(target)
+
+
+def test_copy_is_refused_when_the_database_is_of_another_release(
+    home: Path, target: StoreSettings, copy: Store
+) -> None:
+    with copy.begin() as connection:
+        connection.exec_driver_sql("UPDATE tuneserve_alembic_version SET version_num = 'initial'")
+    with pytest.raises(RegistryError, match="was written by another release: revision initial"):
+        migrate(home, target)
+
+
+def test_copy_is_refused_when_the_database_is_not_suitable(home: Path, postgresql: PostgresServer) -> None:
+    postgresql.run("CREATE DATABASE latin ENCODING 'LATIN1' TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C'")
+    with pytest.raises(RegistryError, match="has the encoding LATIN1"):
+        migrate(home, postgresql.settings("latin"))
+
+
+def test_missing_store_is_reported_without_creating_a_home(tmp_path: Path, target: StoreSettings) -> None:
+    with pytest.raises(NotFoundError, match=r"there is no store .*nowhere/svc\.db"):
+        migrate(tmp_path / "nowhere", target)
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_copy_is_refused_when_the_audit_log_is_altered(home: Path, target: StoreSettings) -> None:
+    run(home, "DROP TRIGGER audit_no_UPDATE", "UPDATE audit SET subject = 'other' WHERE id = 3")
+    with pytest.raises(IntegrityError, match=r"svc\.db is altered at event 3"):
+        migrate(home, target)
+    assert not has_tables(target)
+
+
+def test_copy_that_would_break_the_audit_log_is_refused(
+    home: Path, target: StoreSettings, copy: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:  # an event with a NUL, whose replacement has another hash
+        for module in ("audit", "tables"):
+            patch.setattr(f"svc.store.{module}.storable_text", lambda text: text)
+        store = open_database(home)
+        record_event(store, AuditEntry(Action.COLLECT, "a\0b", ALICE))
+        store.dispose()
+    with pytest.raises(IntegrityError, match=f"the copy is altered at event {ROWS + 1}"):
+        migrate(home, target)
+    assert not any(read_tables(copy).values())
+
+
+def test_damaged_sqlite_file_is_reported(home: Path, target: StoreSettings) -> None:
+    path = home / "svc.db"
+    path.write_bytes(path.read_bytes()[:8192])
+    with pytest.raises(RegistryError, match=r"cannot read .*svc\.db: database disk image is malformed"):
+        migrate(home, target)
+
+
+def test_interrupted_copy_leaves_the_database_empty(
+    home: Path, target: StoreSettings, copy: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(migrate_module, "_restart_sequences", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            migrate(home, target)
+    assert not any(read_tables(copy).values())
+    assert migrate(home, target).rows["requests"] == ROWS
+
+
+def test_copy_cut_off_by_a_shutdown_leaves_the_database_empty(
+    home: Path, target: StoreSettings, copy: Store, postgresql: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    insert = migrate_module._insert
+
+    def cut_off(connection: sa.Connection, table: sa.Table, rows: Any) -> None:
+        if table.name == "swaps":
+            postgresql.stop()
+        insert(connection, table, rows)
+
+    monkeypatch.setattr(migrate_module, "_insert", cut_off)
+    try:
+        with pytest.raises(StoreUnavailableError):
+            migrate(home, target)
+    finally:
+        postgresql.start()
+    assert not any(read_tables(copy).values())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            "NEW.prompt := 'changed'; RETURN NEW;",
+            "the copy of table requests, row id=21 differs from the original in prompt",
+        ),
+        ("RETURN NULL;", "table requests, row id=21 is in only one of the two stores"),
+    ],
+    ids=["changed", "lost"],
+)
+def test_row_damaged_on_the_way_is_detected(
+    home: Path, target: StoreSettings, copy: Store, change: str, message: str
+) -> None:
+    run(home, "DELETE FROM feedback", "DELETE FROM drift_items")  # they refer to requests
+    with copy.begin() as connection:
+        connection.exec_driver_sql(
+            f"CREATE FUNCTION damage() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {change} END $$"
+        )
+        connection.exec_driver_sql(
+            "CREATE TRIGGER damage BEFORE INSERT ON requests FOR EACH ROW WHEN (NEW.id = 21) EXECUTE FUNCTION damage()"
+        )
+    with pytest.raises(IntegrityError, match=message):
+        migrate(home, target)
+    assert not any(read_tables(copy).values())
+
+
+def test_characters_that_no_store_accepts_become_question_marks(home: Path, target: StoreSettings, copy: Store) -> None:
+    run(home, "UPDATE requests SET prompt = CAST(x'6100628063' AS TEXT) WHERE id = 7")  # a, NUL, b, not UTF-8, c
+    assert migrate(home, target).replaced_texts == 1
+    with copy.connect() as connection:
+        assert connection.exec_driver_sql("SELECT prompt FROM requests WHERE id = 7").scalar_one() == "a?b?c"
+
+
+@pytest.mark.parametrize(
+    ("table", "column", "value", "expected"),
+    [
+        ("requests", "status", "'private'", "an integer of at most 64 bits"),
+        ("requests", "tokens_in", "1e30", "an integer of at most 64 bits"),
+        ("requests", "valid", "'private'", "an integer"),
+        ("requests", "started_at", "'private'", "a time as text"),
+        ("requests", "started_at", "17", "a time as text"),
+        ("requests", "seconds", "'private'", "a floating-point number"),
+        ("requests", "prompt", "x'00'", "a text"),
+        ("drift_items", "topic", "'private'", "bytes"),
+    ],
+)
+def test_invalid_value_is_reported_with_its_place_and_without_the_value(
+    home: Path, target: StoreSettings, table: str, column: str, value: str, expected: str
+) -> None:
+    run(home, f"UPDATE {table} SET {column} = {value} WHERE id = 28")
+    with pytest.raises(RegistryError, match=f"table {table}, row id=28, column {column}") as caught:
+        migrate(home, target)
+    assert caught.value.expected == expected
+    assert "private" not in str(caught.value)
+
+
+def test_row_that_postgresql_rejects_is_reported_without_its_texts(
+    home: Path, target: StoreSettings, copy: Store
+) -> None:
+    text = secrets.token_hex(2_000)
+    run(home, f"UPDATE requests SET request_id = '{text}' WHERE id = 14")
+    with pytest.raises(RegistryError, match=r"table requests, row id=14: index row .*ix_requests_request_id") as caught:
+        migrate(home, target)
+    assert text[:20] not in str(caught.value)
+    assert not any(read_tables(copy).values())
