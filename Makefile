@@ -61,7 +61,7 @@ test-fast: $(READY) $(PROMETHEUS)
 
 # An engine uses all cores, so tests with engines run one after the other.
 test: $(READY) $(PROMETHEUS) $(ALERTMANAGER)
-	$(BIN)/pytest -m "not matrix and not soak" --ignore tests/e2e -n auto --dist loadfile
+	$(BIN)/pytest -m "not matrix and not soak" --ignore tests/e2e -n $(WORKERS) --dist loadfile
 	$(BIN)/pytest -m "not matrix and not soak" tests/e2e
 
 # Every process killed at every step, and every method, family and template, on the real engine. Then property tests with

@@ -1,17 +1,13 @@
 """Provides a trained home and one running server to all end-to-end tests, as an engine start takes 30 s."""
 
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import openai
 import pytest
 
-from examples.service import serving, svc, svc_json
+from examples.service import serving, svc_json
 from svc.dataset.readers.reader import read_examples, write_examples
-from svc.errors import InterruptedRunError
 from tests.e2e.server import HELDOUT_EXAMPLES, PORT, Server
 from tests.hub_models.build import build_hub_model
 
@@ -62,43 +58,11 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def home(workplace: Path) -> Path:
-    """Return a home with a LoRA version and a QLoRA version. The first run was stopped by a signal in training
-    and killed in evaluation, and resumed both times.
-    """
+    """Return a home with a LoRA version and a QLoRA version."""
     home, recipe = workplace / "home", str(workplace / "recipe.yaml")
-    _end_training(home, recipe)
-    _kill_training_in_evaluation(home, recipe)
-    resumed = svc(home, "train", recipe, capture_output=True)
-    assert resumed.returncode == 0, resumed.stderr
-    (home / "resumed.txt").write_text(resumed.stderr, "utf-8")
+    svc_json(home, "train", recipe)
     svc_json(home, "train", recipe, "--set", "method=qlora", "--set", "train.seed=1", "--set", "qualify.restart=false")
     return home
-
-
-def _end_training(home: Path, recipe: str) -> None:
-    """Send SIGTERM to `svc train` after its first checkpoint, as when a spot machine is reclaimed."""
-    training = _train_until(home, recipe, "checkpoints/step-*", "--set", "checkpoints.every_steps=1")
-    training.terminate()
-    assert training.wait(60) == InterruptedRunError.exit_code
-
-
-def _kill_training_in_evaluation(home: Path, recipe: str) -> None:
-    """Kill `svc train` with SIGKILL while its first engine is starting, so that it cannot clean up."""
-    training = _train_until(home, recipe, "engine.log")
-    training.kill()
-    training.wait()
-
-
-def _train_until(home: Path, recipe: str, file: str, *options: str) -> "subprocess.Popen[bytes]":
-    """Start `svc train` and wait until the run's folder contains the given file."""
-    command = [str(Path(sys.executable).with_name("svc")), "--home", str(home), "train", recipe, *options]
-    training = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 180
-    while not list(home.glob(f"runs/*/{file}")):
-        assert training.poll() is None, "the training ended by itself"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return training
 
 
 @pytest.fixture(scope="session")

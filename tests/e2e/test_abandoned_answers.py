@@ -44,7 +44,7 @@ def counted(instance: Instance) -> tuple[float, float]:
 @pytest.mark.parametrize(
     ("stream", "together"),
     [
-        pytest.param(False, 8, id="whole"),
+        pytest.param(False, 8, id="whole", marks=pytest.mark.matrix),
         pytest.param(True, 1, id="streamed in intervals"),
         pytest.param(False, 1, id="whole, alone", marks=pytest.mark.matrix),
         pytest.param(True, 8, id="streamed in intervals, together", marks=pytest.mark.matrix),

@@ -73,13 +73,6 @@ def test_version_stores_its_answers_with_log_probabilities(home: Path) -> None:
         assert all(0 < result.tokens <= 8 for result in results)
 
 
-def test_killed_run_resumes_from_its_last_finished_stage(home: Path) -> None:
-    output = (home / "resumed.txt").read_text("utf-8")
-    assert "train: already done" in output
-    assert "merge: already done" in output
-    assert "evaluate: already done" not in output
-
-
 def test_rerunning_the_same_recipe_does_not_register_a_second_version(home: Path, workplace: Path) -> None:
     assert svc_json(home, "train", str(workplace / "recipe.yaml"))["version"] == "tiny@1"
     assert len(svc_json(home, "models")) == 2

@@ -219,14 +219,10 @@ def test_good_candidate_goes_through_shadow_and_canary_without_a_failed_request(
     report(f"good candidate: promoted after {took_s:.0f} s, {users.versions.count('teams@3')} answers by it")
 
 
-STATES = [
-    pytest.param(RolloutState.LOADING, marks=pytest.mark.matrix),
-    pytest.param(RolloutState.SHADOW, marks=pytest.mark.matrix),
-    RolloutState.CANARY,
-    pytest.param(RolloutState.SWITCHING, marks=pytest.mark.matrix),
-]
+STATES = [RolloutState.LOADING, RolloutState.SHADOW, RolloutState.CANARY, RolloutState.SWITCHING]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("state", STATES)
 def test_rollback_keeps_production_without_a_failed_request(
     instance: Instance, users: Users, starts: Path, state: RolloutState, report: Report

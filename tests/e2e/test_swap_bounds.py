@@ -12,7 +12,7 @@ import pytest
 from tests.e2e.conftest import PROMPTS, Report
 from tests.e2e.instance import Instance
 
-pytestmark = [pytest.mark.slow]
+pytestmark = [pytest.mark.matrix]
 
 PORT = 8946
 DRAIN_S = 1

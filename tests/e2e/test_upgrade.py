@@ -97,6 +97,7 @@ def test_upgrade_under_load_refuses_no_client_and_keeps_the_engine(managed: Mana
     assert managed.engines() == engines
 
 
+@pytest.mark.matrix
 def test_backup_taken_under_load_restores_to_a_home_with_the_same_answers(
     managed: Managed, tmp_path: Path, report: Report
 ) -> None:

@@ -23,7 +23,7 @@ from tests.e2e.conftest import PROMPTS, Report
 from tests.e2e.instance import Instance
 from tests.serving.protocols.worst_bodies import WorstBody, random_body, worst_bodies
 
-pytestmark = [pytest.mark.slow]
+pytestmark = [pytest.mark.matrix]
 
 PORT = 8954
 MAX_BLOCKED_S = 0.5

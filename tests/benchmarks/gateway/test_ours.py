@@ -17,7 +17,7 @@ from svc.store.database import open_database
 from svc.store.tables import RequestRow
 from svc.store.usage import usage_since
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.matrix
 
 
 def test_requests_reach_upstream_through_the_full_server() -> None:

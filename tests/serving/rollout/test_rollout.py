@@ -231,7 +231,14 @@ async def test_production_answers_and_the_rollout_fails_when_the_candidates_engi
     assert set(users.statuses[answered:]) == {200}
 
 
-@pytest.mark.parametrize("state", [RolloutState.LOADING, RolloutState.SHADOW, RolloutState.CANARY])
+@pytest.mark.parametrize(
+    "state",
+    [
+        pytest.param(RolloutState.LOADING, marks=pytest.mark.matrix),
+        pytest.param(RolloutState.SHADOW, marks=pytest.mark.matrix),
+        RolloutState.CANARY,
+    ],
+)
 async def test_rollout_continues_at_the_same_state_when_the_server_was_killed(
     control: Control, state: RolloutState
 ) -> None:

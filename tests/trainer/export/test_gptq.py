@@ -293,7 +293,7 @@ def test_quantization_is_reproducible_and_prints_only_our_progress(
         assert "model.layers.0.self_attn.q_proj.qweight" in file.keys()  # noqa: SIM118
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_computing_layers_in_float32_changes_only_packed_weights_and_scales(quantized: Path, tmp_path: Path) -> None:
     """Every other file and tensor is identical."""
     folders = [quantized / "bfloat16", tmp_path / "float32"]
@@ -389,7 +389,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_quantized_files_are_identical_with_and_without_layer_offloading(quantized: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", IN_MEMORY, str(quantized / "base"), str(tmp_path / "memory")]
     subprocess.run(command, capture_output=True, check=True)

@@ -9,7 +9,7 @@ import pytest
 from tests.trainer.conftest import make_model
 from tests.trainer.export.test_merge_equality import make_adapter
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.matrix
 
 HIDDEN, INNER, LAYERS = 1024, 2816, 6
 LARGEST = HIDDEN * INNER * 4

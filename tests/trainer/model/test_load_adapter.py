@@ -81,7 +81,7 @@ def new_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
         yield forks
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("loaded", [False, True], ids=["new", "loaded"])
 def test_model_with_the_first_adapter_of_a_process_is_freed_after_use(
     new_processes: Forks, base: Path, tmp_path: Path, loaded: bool

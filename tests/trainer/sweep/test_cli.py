@@ -181,6 +181,7 @@ def in_the_middle(sweeps: Path, finished: int) -> bool:
     return ended >= finished and begun > ended
 
 
+@pytest.mark.matrix
 def test_killed_and_interrupted_sweep_resumes_with_the_same_result(
     recipe: Path, tracking: Tracking, tmp_path: Path
 ) -> None:
