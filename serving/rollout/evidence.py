@@ -19,17 +19,10 @@ from serving.rollout.analysis.comparisons import Figure
 from serving.rollout.analysis.units import Arm, Rating, Request
 from svc.evaluation.verdict import GateOutcome
 from svc.settings import RolloutSettings, UnitKind
+from svc.store.assigned_requests import AssignedRequest, read_assigned, read_ratings, requests_per_day
 from svc.store.requests import RequestOutcome
-from svc.store.rollouts import (
-    AssignedRequest,
-    RolloutRecord,
-    ShadowPair,
-    SignalRow,
-    read_assigned,
-    read_ratings,
-    read_shadow_pairs,
-    requests_per_day,
-)
+from svc.store.rollouts import RolloutRecord, SignalRow
+from svc.store.shadow_pairs import ShadowPair, read_shadow_pairs
 from svc.store.swaps import last_queued_s
 
 _FAILED = {RequestOutcome.ENGINE_ERROR, RequestOutcome.SERVER_ERROR}

@@ -38,7 +38,8 @@ from svc.errors import EngineError, RefusedError, SvcError
 from svc.redaction import PLACEHOLDERS
 from svc.store.kept_requests import find_kept_requests, read_kept_request
 from svc.store.requests import RequestRecord
-from svc.store.rollouts import RolloutRecord, RolloutState, ShadowPair, add_shadow_pair, read_shadow_pairs
+from svc.store.rollouts import RolloutRecord, RolloutState
+from svc.store.shadow_pairs import ShadowPair, add_shadow_pair, read_shadow_pairs
 from svc.store.swaps import SwapKind
 
 log = logging.getLogger(__name__)

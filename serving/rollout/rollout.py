@@ -46,13 +46,13 @@ from svc.store.rollouts import (
     RolloutView,
     SignalRow,
     active_rollout,
-    add_shadow_pair,
     end_rollout,
     enter_state,
     find_rollout,
     store_signals,
     switch_rollout,
 )
+from svc.store.shadow_pairs import add_shadow_pair
 from svc.store.swaps import SwapOutcome, SwapResult, find_swap, last_queued_s
 from svc.version import VersionId
 

@@ -31,7 +31,7 @@ from svc.engine.vllm.connection_pool import EngineConnections
 from svc.errors import SvcError
 from svc.evaluation.metrics.json_answers import is_json
 from svc.store.requests import RequestOutcome, RequestRecord
-from svc.store.rollouts import ShadowPair
+from svc.store.shadow_pairs import ShadowPair
 from svc.version import VersionId
 
 log = logging.getLogger(__name__)

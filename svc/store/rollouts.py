@@ -7,13 +7,13 @@ The server writes the state after every step, so that it can continue the rollou
 import json
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any, Self
+from typing import Self
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 from sqlalchemy import Engine as Store
-from sqlalchemy import Row, Select, func, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from svc.errors import BusyError, NotFoundError
@@ -22,16 +22,11 @@ from svc.settings import RolloutSettings
 from svc.store.audit import Action, AuditEntry, append_event
 from svc.store.database import exclusive
 from svc.store.desired import Desired, write_desired
-from svc.store.feedback import Rating
 from svc.store.gate_rows import GATE_ROWS, GateRow, gate_details
-from svc.store.requests import RequestOutcome
 from svc.store.tables import (
     DesiredRow,
-    FeedbackRow,
-    RequestRow,
     RolloutRow,
     RolloutStepRow,
-    ShadowPairRow,
     target_columns,
     target_of,
 )
@@ -47,7 +42,7 @@ class RolloutState(StrEnum):
     LOADING = "loading"
     """The candidate is being loaded next to the production version."""
     SHADOW = "shadow"
-    """The candidate answers copies of production requests, live or kept ones; clients never see these answers."""
+    """The candidate answers copies of production requests, live or stored ones; clients never see these answers."""
     CANARY = "canary"
     """The candidate answers the requests of a share of the clients."""
     SWITCHING = "switching"
@@ -134,38 +129,6 @@ class RolloutRecord:
     def name(self) -> str:
         """Name of the model."""
         return self.target.version.name
-
-
-@dataclass(frozen=True, slots=True)
-class ShadowPair:
-    """One request that both versions answered during the shadow step; texts are not stored.
-
-    Attributes:
-        unit: hash of the user or conversation; empty if unknown.
-        production_valid, candidate_valid: whether the answer is JSON; None if it need not be, or if a version failed.
-        agrees: whether both answers are equal; None if one version failed.
-        production_tokens, candidate_tokens: lengths of the answers; None if unknown.
-        production_seconds, candidate_seconds: time until the answer was complete.
-        production_logprob, candidate_logprob: mean log-probability of the tokens that the version sampled, in nats per
-            token; None if unknown.
-        replayed: row id of the kept request that was replayed; None for a copy of a live request.
-    """
-
-    unit: str
-    production_failed: bool
-    candidate_failed: bool
-    production_valid: bool | None
-    candidate_valid: bool | None
-    agrees: bool | None
-    production_finish: str | None
-    candidate_finish: str | None
-    production_tokens: int | None
-    candidate_tokens: int | None
-    production_seconds: float
-    candidate_seconds: float
-    production_logprob: float | None = None
-    candidate_logprob: float | None = None
-    replayed: int | None = None
 
 
 class RolloutView(BaseModel):
@@ -359,120 +322,6 @@ def add_rollout_step(store: Store, rollout: int, text: str) -> None:
     """Add a description of a completed step to a rollout."""
     with Session(store) as session, session.begin():
         session.add(RolloutStepRow(rollout_id=rollout, at=datetime.now(UTC), text=text))
-
-
-def add_shadow_pair(store: Store, rollout: int, pair: ShadowPair) -> None:
-    """Store the comparison of one request's answers during a shadow step."""
-    with exclusive(store) as session:  # a reader that skips the rows it has read misses none
-        session.add(ShadowPairRow.of(pair, rollout_id=rollout, at=datetime.now(UTC)))
-
-
-def read_shadow_pairs(store: Store, rollout: int, *, skip: int = 0) -> list[ShadowPair]:
-    """Return the requests compared in a rollout's shadow step, oldest first.
-
-    Args:
-        skip: number of oldest requests to leave out.
-    """
-    query = select(ShadowPairRow).where(ShadowPairRow.rollout_id == rollout).order_by(ShadowPairRow.id).offset(skip)
-    with Session(store) as session:
-        return [row.read(ShadowPair) for row in session.scalars(query)]
-
-
-def unit_text(rollout: int, unit: str, *, candidate: bool) -> str:
-    """Return the text with which the request log records that a rollout assigned a request to a version.
-
-    Args:
-        unit: hash of the user or conversation; empty if the request was assigned on its own.
-    """
-    return f"{rollout}:{'candidate' if candidate else 'production'}:{unit}"
-
-
-@dataclass(frozen=True, slots=True)
-class AssignedRequest:
-    """A request that a rollout assigned to a version.
-
-    Attributes:
-        id: id of the request's row.
-        candidate: whether it was assigned to the candidate, even if production answered because no engine
-            was running the candidate.
-        reached_engine: whether it was sent to an engine.
-        unit: hash of the user or conversation; empty if the request was assigned on its own.
-        valid: whether the answer is JSON; None if unknown.
-    """
-
-    id: int
-    candidate: bool
-    unit: str
-    reached_engine: bool
-    started_at: datetime
-    seconds: float
-    first_token_seconds: float | None
-    outcome: RequestOutcome
-    valid: bool | None
-
-
-def read_assigned(store: Store, record: RolloutRecord, after: int) -> list[AssignedRequest]:
-    """Return a rollout's requests whose row ids are above `after`, in the order in which they finished."""
-    query = _assigned(record).where(RequestRow.id > after).order_by(RequestRow.id)
-    if not after:
-        query = query.where(RequestRow.started_at >= record.requested_at)
-    with store.connect() as connection:
-        return [_assigned_request(row) for row in connection.execute(query)]
-
-
-def read_ratings(store: Store, record: RolloutRecord, since: datetime) -> list[tuple[AssignedRequest, datetime, bool]]:
-    """Return the ratings given to a rollout's requests since the given time, oldest first.
-
-    Each entry consists of the rated request, the time of the rating, and whether the rating is bad.
-    """
-    query = (
-        _assigned(record)
-        .add_columns(FeedbackRow.rating, FeedbackRow.given_at)
-        .join(FeedbackRow, FeedbackRow.request == RequestRow.id)
-        .where(FeedbackRow.given_at >= since)
-        .order_by(FeedbackRow.given_at)
-    )
-    with store.connect() as connection:
-        return [(_assigned_request(row), row.given_at, row.rating == Rating.BAD) for row in connection.execute(query)]
-
-
-def _assigned(record: RolloutRecord) -> Select[*tuple[Any, ...]]:
-    """Return a query for the request columns that a rollout needs, which never include texts."""
-    row = RequestRow
-    columns = (
-        row.id,
-        row.unit,
-        row.number,
-        row.started_at,
-        row.seconds,
-        row.first_token_seconds,
-        row.outcome,
-        row.valid,
-    )
-    return select(*columns).where(row.model == record.name, row.unit.startswith(f"{record.id}:"))
-
-
-def _assigned_request(row: Row[Any]) -> AssignedRequest:
-    _, arm, unit = row.unit.split(":", 2)
-    return AssignedRequest(
-        id=row.id,
-        candidate=arm == "candidate",
-        unit=unit,
-        reached_engine=row.number is not None,
-        started_at=row.started_at,
-        seconds=row.seconds,
-        first_token_seconds=row.first_token_seconds,
-        outcome=RequestOutcome(row.outcome),
-        valid=row.valid,
-    )
-
-
-def requests_per_day(store: Store, name: str) -> int:
-    """Return the number of requests for a model in the last 24 hours."""
-    since = datetime.now(UTC) - timedelta(days=1)
-    query = select(func.count()).where(RequestRow.model == name, RequestRow.started_at >= since)
-    with Session(store) as session:
-        return session.scalar(query) or 0
 
 
 def end_rollout(

@@ -15,7 +15,8 @@ import openai
 import pytest
 
 from svc.store.database import open_database
-from svc.store.rollouts import RolloutOutcome, RolloutState, RolloutView, find_rollout, read_shadow_pairs
+from svc.store.rollouts import RolloutOutcome, RolloutState, RolloutView, find_rollout
+from svc.store.shadow_pairs import read_shadow_pairs
 from tests.e2e.conftest import PROMPTS, Report
 from tests.e2e.instance import ANY_QUALITY, Instance
 from tests.e2e.json_versions import PROSE_ANSWER, add_json_version, prompts

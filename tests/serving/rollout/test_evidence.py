@@ -9,11 +9,13 @@ from sqlalchemy import Engine as Store
 from serving.rollout.evidence import CanaryEvidence, ShadowEvidence, doubts, exclusions, expectations
 from svc.identity.actor import Actor
 from svc.settings import RolloutSettings
+from svc.store.assigned_requests import unit_text
 from svc.store.audit import Action, AuditEntry
 from svc.store.desired import Desired, change_desired
 from svc.store.feedback import Feedback, Rating, keep_feedback
 from svc.store.requests import RequestOutcome, RequestRecord, add_requests
-from svc.store.rollouts import RolloutRecord, ShadowPair, add_shadow_pair, begin_rollout, unit_text
+from svc.store.rollouts import RolloutRecord, begin_rollout
+from svc.store.shadow_pairs import ShadowPair, add_shadow_pair
 from svc.store.swaps import SwapKind, SwapOutcome, SwapResult, begin_swap, end_swap
 from tests.serving.versions import NAME, target
 

@@ -28,9 +28,9 @@ from svc.store.rollouts import (
     RolloutView,
     begin_rollout,
     find_rollout,
-    read_shadow_pairs,
     switch_rollout,
 )
+from svc.store.shadow_pairs import read_shadow_pairs
 from svc.store.swaps import SwapOutcome, SwapResult, begin_swap, end_swap
 from svc.store.webhooks import due_deliveries
 from svc.version import Format

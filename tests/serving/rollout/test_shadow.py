@@ -14,7 +14,7 @@ from serving.admission.admission import Admission
 from serving.protocols.route import Route
 from serving.rollout.shadow import PRODUCTION_INTERVAL, Shadow
 from svc.store.requests import RequestOutcome, RequestRecord
-from svc.store.rollouts import ShadowPair
+from svc.store.shadow_pairs import ShadowPair
 from svc.version import Format
 from tests.serving.control import Control, Make, until
 from tests.serving.versions import NAME, target

@@ -8,6 +8,7 @@ from sqlalchemy import Engine as Store
 from svc.errors import BusyError
 from svc.identity.actor import Actor
 from svc.settings import RolloutSettings
+from svc.store.assigned_requests import read_assigned, unit_text
 from svc.store.audit import Action, AuditEntry, read_events
 from svc.store.desired import Desired, change_desired, read_desired
 from svc.store.requests import RequestOutcome, RequestRecord, add_requests
@@ -18,10 +19,8 @@ from svc.store.rollouts import (
     active_rollout,
     begin_rollout,
     end_rollout,
-    read_assigned,
     stop_rollout,
     switch_rollout,
-    unit_text,
 )
 from svc.version import Format, Target, VersionId
 
