@@ -210,7 +210,7 @@ def _drift(settings: Settings, state: Mapping[str, Any]) -> dict[str, str]:
     """
     from monitoring.drift.production import read_drift
     from svc.registry.registry import Registry
-    from svc.store.postgresql import StoreUnavailableError
+    from svc.store.unavailable import StoreUnavailableError
     from svc.version import Format, Target, VersionId
 
     try:

@@ -109,7 +109,7 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except Exception as error:
-        from svc.store.postgresql import StoreUnavailableError  # imports SQLAlchemy, which help does not need
+        from svc.store.unavailable import StoreUnavailableError  # imports SQLAlchemy, which help does not need
 
         if not isinstance(error, StoreUnavailableError):
             raise

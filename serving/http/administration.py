@@ -28,9 +28,9 @@ from svc.errors import SettingsError, SvcError
 from svc.identity.actor import Actor
 from svc.identity.principal import Limits, Scope
 from svc.store.gate_rows import GATE_ROWS
-from svc.store.postgresql import StoreUnavailableError
 from svc.store.rollouts import RolloutView, read_rollouts
 from svc.store.swaps import find_swap
+from svc.store.unavailable import StoreUnavailableError
 from svc.version import Format, VersionId
 
 MAX_BODY_BYTES = 16 * 1024

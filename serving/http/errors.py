@@ -59,7 +59,7 @@ from svc.errors import (
     SvcError,
 )
 from svc.identity.key_secret import hide_secrets
-from svc.store.postgresql import StoreUnavailableError
+from svc.store.unavailable import StoreUnavailableError
 
 log = logging.getLogger(__name__)
 

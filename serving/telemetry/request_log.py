@@ -24,7 +24,6 @@ from serving.telemetry.retention_clock import RetentionClock
 from serving.telemetry.traces.request_trace import RequestTrace, SpanSink
 from svc.redaction import RedactionTimeoutError, Redactor
 from svc.settings import RequestLogSettings
-from svc.store.postgresql import StoreUnavailableError
 from svc.store.requests import (
     Dropped,
     RequestOutcome,
@@ -33,6 +32,7 @@ from svc.store.requests import (
     newest_request_at,
     prune_requests,
 )
+from svc.store.unavailable import StoreUnavailableError
 from svc.version import Target
 
 log = logging.getLogger(__name__)

@@ -9,15 +9,16 @@ visible in increasing order, and no two writers deadlock.
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from sqlite3 import SQLITE_BUSY, OperationalError
+from sqlite3 import SQLITE_BUSY, SQLITE_FULL, SQLITE_IOERR, OperationalError
 from sqlite3 import Error as SqliteError
 from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection, column, create_engine, event, inspect, select, table
 from sqlalchemy import Engine as Store
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor
+from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor, ExceptionContext
 from sqlalchemy.exc import DatabaseError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
@@ -26,6 +27,7 @@ from svc.errors import BusyError, RegistryError
 from svc.settings import Settings, StoreSettings
 from svc.store.postgresql import WRITE_LOCK, connect, location, require_usable
 from svc.store.tables import Table
+from svc.store.unavailable import StoreUnavailableError
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -71,6 +73,7 @@ def open_database(home: Path) -> Store:
     path.touch(mode=0o600)  # it may contain users' texts; SQLite's other files get the same mode
     store = create_engine(f"sqlite:///{path}", hide_parameters=True)  # errors are logged, without users' texts
     event.listen(store, "connect", _prepare_sqlite)
+    event.listen(store, "handle_error", partial(_shown_error, path), retval=True)
     _migrate(store)
     return store
 
@@ -192,6 +195,22 @@ def _other_release(where: object, revision: str | None, *, todo: str) -> Registr
     return RegistryError(
         f"{where} was written by another release: revision {revision}", expected=f"revision {_NEWEST}", todo=todo
     )
+
+
+def _shown_error(path: Path, context: ExceptionContext) -> BaseException | None:
+    """Return the error to raise in place of SQLAlchemy's if the file cannot be used now, or None to raise that."""
+    error = context.original_exception
+    code = error.sqlite_errorcode & 0xFF if isinstance(error, OperationalError) else None
+    if code == SQLITE_BUSY:
+        wrong = f"another writer held the store {path} for {_BUSY_MS / 1000:g} s"
+        return StoreUnavailableError(RegistryError(wrong, todo="retry; if it happens again, check the disk's speed"))
+    if code == SQLITE_FULL:
+        return StoreUnavailableError(RegistryError(f"no space for the store {path}", todo="free space, then retry"))
+    if code == SQLITE_IOERR:
+        return StoreUnavailableError(
+            RegistryError(f"the disk of the store {path} failed: {error}", todo="check the disk")
+        )
+    return None
 
 
 def _prepare_sqlite(connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:

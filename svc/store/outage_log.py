@@ -4,7 +4,7 @@ import logging
 import sys
 import time
 
-from svc.store.postgresql import StoreUnavailableError
+from svc.store.unavailable import StoreUnavailableError
 
 _SAME_OUTAGE_S = 120.0
 """Maximum number of seconds between two failures of the same outage. It exceeds the time limits of a statement and of

@@ -7,12 +7,12 @@ from pathlib import Path
 from sqlalchemy import URL, Connection, create_engine, event, make_url
 from sqlalchemy import Engine as Store
 from sqlalchemy.engine.interfaces import DBAPIConnection, ExceptionContext
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, QueuePool
 
 from svc.errors import RegistryError, SettingsError
 from svc.settings import StoreSettings
+from svc.store.unavailable import StoreUnavailableError
 
 WRITE_LOCK = 7_883_266_013_104_735_090
 """Key of the advisory lock that a writer holds until the end of its transaction. It differs from the keys that other
@@ -40,17 +40,6 @@ _TOO_SLOW = {"57014": "a statement took longer than 60 s", "55P03": "another wri
 _READ_ONLY = "25006"
 _UNAVAILABLE = ("08", "53", "57P", "58", _READ_ONLY)
 """SQLSTATE classes for lost connections, missing resources, shutdowns and failures of the server's disk."""
-
-
-class StoreUnavailableError(SQLAlchemyError):
-    """Raised when the store's PostgreSQL server cannot be reached or does not respond in time.
-
-    Whoever retries after an error of the store retries after this one too. The command line shows `shown`.
-    """
-
-    def __init__(self, shown: RegistryError) -> None:
-        super().__init__(f"{shown.wrong}; {shown.todo}")
-        self.shown = shown
 
 
 class _Pool(QueuePool):

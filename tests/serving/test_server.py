@@ -19,8 +19,8 @@ from serving.http.http_server import HttpServer
 from svc.errors import BusyError, EngineError, IntegrityError, RegistryError, SettingsError
 from svc.settings import Settings
 from svc.store.desired import Desired, change_desired, read_desired
-from svc.store.postgresql import StoreUnavailableError
 from svc.store.swaps import SwapOutcome, find_swap
+from svc.store.unavailable import StoreUnavailableError
 from svc.version import Alias
 from tests.serving.control import ask, until
 from tests.serving.engine_double import EngineDouble

@@ -11,7 +11,7 @@ from serving.http.errors import ApiError, api_error, change_error
 from serving.protocols.error_code import ErrorCode
 from serving.replicas.transport import EngineFailedError
 from svc.errors import IntegrityError, RegistryError, SvcError
-from svc.store.postgresql import StoreUnavailableError
+from svc.store.unavailable import StoreUnavailableError
 
 
 def test_error_includes_retry_after_if_a_retry_may_help() -> None:

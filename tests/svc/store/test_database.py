@@ -15,11 +15,12 @@ from sqlalchemy import Engine as Store
 from sqlalchemy.exc import IntegrityError
 
 from svc.errors import RegistryError
-from svc.store.database import _use_wal, alembic_options, open_database
+from svc.store.database import _use_wal, alembic_options, exclusive, open_database
 from svc.store.desired import change_desired, read_desired
 from svc.store.drift_items import add_items
 from svc.store.requests import add_requests
 from svc.store.tables import Table
+from svc.store.unavailable import StoreUnavailableError
 from svc.version import Format, Target, VersionId
 from tests.svc.store.test_drift_items import item
 from tests.svc.store.test_requests import RECORD, kept
@@ -44,6 +45,23 @@ def test_current_store_is_opened_without_migrating_it(tmp_path: Path, monkeypatc
     open_database(tmp_path).dispose()
     monkeypatch.setattr("alembic.command.upgrade", lambda *_: pytest.fail("the newest migration has another name"))
     open_database(tmp_path)
+
+
+def test_store_is_unavailable_while_another_writer_holds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("svc.store.database._BUSY_MS", 50)
+    store = open_database(tmp_path)
+    with exclusive(store), pytest.raises(StoreUnavailableError) as error, exclusive(store):
+        pass
+    assert error.value.shown.wrong == f"another writer held the store {tmp_path / 'svc.db'} for 0.05 s"
+
+
+def test_store_is_unavailable_when_its_disk_is_full(tmp_path: Path) -> None:
+    store = open_database(tmp_path)
+    with store.begin() as connection:
+        connection.exec_driver_sql("PRAGMA max_page_count=1")  # the pages that the file has stay usable
+        with pytest.raises(StoreUnavailableError) as error:
+            connection.exec_driver_sql("CREATE TABLE filler AS SELECT zeroblob(1000000) AS value")
+    assert error.value.shown.wrong == f"no space for the store {tmp_path / 'svc.db'}"
 
 
 def test_store_of_another_release_is_rejected_with_its_revision(tmp_path: Path) -> None:

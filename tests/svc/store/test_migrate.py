@@ -20,8 +20,9 @@ from svc.store.audit import Action, AuditEntry, record_event, verify_chain
 from svc.store.database import open_database, open_store
 from svc.store.deployments import add_deployment, deployed_names
 from svc.store.migrate import migrate
-from svc.store.postgresql import StoreUnavailableError, connect
+from svc.store.postgresql import connect
 from svc.store.tables import Table
+from svc.store.unavailable import StoreUnavailableError
 from tests.filled_store import LAST_ID, ROWS, fill, read_tables
 from tests.new_store import new_store
 from tests.postgresql import PostgresServer

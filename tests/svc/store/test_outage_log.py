@@ -7,7 +7,7 @@ import pytest
 from svc.errors import RegistryError
 from svc.store import outage_log
 from svc.store.outage_log import log_store_error
-from svc.store.postgresql import StoreUnavailableError
+from svc.store.unavailable import StoreUnavailableError
 
 AWAY = StoreUnavailableError(RegistryError("the store at db:5432/x is not responding", todo="check it"))
 log = logging.getLogger("tests.outage")

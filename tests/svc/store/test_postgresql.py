@@ -22,9 +22,10 @@ from svc.store.audit import Action, AuditEntry, record_event, verify_chain
 from svc.store.database import exclusive, open_store
 from svc.store.deployments import add_deployment, deployed_names
 from svc.store.desired import read_desired
-from svc.store.postgresql import StoreUnavailableError, location
+from svc.store.postgresql import location
 from svc.store.requests import add_requests
 from svc.store.tables import DeploymentRow
+from svc.store.unavailable import StoreUnavailableError
 from tests.postgresql import PostgresServer
 from tests.svc.store.test_audit import ALICE
 from tests.svc.store.test_requests import RECORD
