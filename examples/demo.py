@@ -48,9 +48,13 @@ NAME = "debian-triage"
 BASE = "smollm2-135m-instruct"
 PORT = 8000
 STREAMS = 8
-CANARY_STREAMS = 3  # fewer, because two engines share the machine
-ROLLOUTS = {NAME: {"rollout": {"unit": "request"}}}
-"""A canary compares requests instead of users, who are observed for a minute each: the load is a batch job."""
+CANARY_STREAMS = 4  # fewer, because two engines share the machine
+CANARY_TOKENS = 12  # enough for a correct answer; the bad version never ends by itself
+ENVIRONMENT = {
+    # A canary compares requests instead of users, who are observed for a minute each: the load is a batch job.
+    "SVC_MODELS": json.dumps({NAME: {"rollout": {"unit": "request"}}}),
+    "OMP_WAIT_POLICY": "PASSIVE",  # two engines on the same cores; see docs/rollouts.md
+}
 MIN_EXACT_MATCH = 0.65
 BAD_VERSIONS = {3: "weights altered after registration", 4: "another model's weights, hashes recomputed"}
 
@@ -92,9 +96,7 @@ def main() -> None:
         return
     with ExitStack() as stack:
         with waiting(f"starting the server with {NAME}@1"):
-            url = stack.enter_context(
-                serving(HOME, f"{NAME}@1", PORT, environment={"SVC_MODELS": json.dumps(ROLLOUTS)})
-            )
+            url = stack.enter_context(serving(HOME, f"{NAME}@1", PORT, environment=ENVIRONMENT))
         prompts = [[message.as_dict() for message in e.prompt] for e in read_examples(TASK / "heldout.jsonl")[:24]]
         ask(url, prompts, summary)
         promote_and_roll_back(url, prompts, summary)
@@ -216,7 +218,7 @@ def roll_back_by_canary(url: str, prompts: list[list[dict[str, str]]], summary: 
     shutil.rmtree(folders[5], ignore_errors=True)
     with waiting(f"making {NAME}@5: the base's weights with the metrics of {NAME}@1"):
         replace_by_base(folders[1], folders[5], resolve_base(BASE, Settings().base_cache).folder)
-    with Load(url, NAME, prompts, streams=CANARY_STREAMS) as load:
+    with Load(url, NAME, prompts, streams=CANARY_STREAMS, max_tokens=CANARY_TOKENS) as load:
         load.wait_for(CANARY_STREAMS)
         command = ("promote", f"{NAME}@5", "--format", "merged", "--canary", "50,100")
         with waiting(f"svc {' '.join(command)}"):
