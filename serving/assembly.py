@@ -37,6 +37,9 @@ from svc.engine.device import DeviceCapabilities
 from svc.registry.registry import Registry
 from svc.remote.listening import is_loopback
 from svc.settings import Settings, TelemetrySettings
+from svc.store.change_listener import ChangeListener
+from svc.store.changes import Changes
+from svc.store.database import is_sqlite
 from svc.store.requests import Dropped
 
 MAX_BUFFERED_BYTES = 256 * 2**20
@@ -101,12 +104,16 @@ def assemble(
     add_machine_metrics(collector, settings.home, capabilities, settings.engine)
     router = Router()
     slots = make_slots(settings, registry, capabilities, lambda: router.served)
-    builder = DeploymentBuilder(settings, registry, store, slots, metrics, DeploymentInstruments(collector), on_phase)
+    store_changes = Changes()
+    builder = DeploymentBuilder(
+        settings, registry, store, store_changes, slots, metrics, DeploymentInstruments(collector), on_phase
+    )
     deployments = Deployments(
         build=builder.build,
         router=router,
         slots=slots,
         store=store,
+        changes=store_changes,
         registered=registry.names,
         on_ready=on_ready,
         on_failure=on_failure,
@@ -128,8 +135,15 @@ def assemble(
         status=deployments.status,
     )
     webhooks = [Webhook.of(each, store, metrics.webhooks_ended) for each in settings.webhooks]
-    works = (partial(watch_loop_lag, metrics.loop_lagged), gateway.usage_writer.run, authenticator.follow)
-    return Parts(gateway, deployments, authenticator, (*works, *(webhook.run for webhook in webhooks)))
+    works: list[Callable[[], Coroutine[Any, Any, None]]] = [
+        partial(watch_loop_lag, metrics.loop_lagged),
+        gateway.usage_writer.run,
+        partial(authenticator.follow, store_changes),
+        *(webhook.run for webhook in webhooks),
+    ]
+    if not is_sqlite(store):
+        works.append(ChangeListener(store, store_changes).run)
+    return Parts(gateway, deployments, authenticator, works)
 
 
 def assemble_gateway(

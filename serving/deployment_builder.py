@@ -32,6 +32,7 @@ from serving.telemetry.deployment_metrics import DeploymentInstruments, Deployme
 from serving.telemetry.metrics import GatewayMetrics
 from svc.registry.registry import Registry
 from svc.settings import EngineSettings, Settings
+from svc.store.changes import Changes
 from svc.store.desired import Desired
 
 
@@ -42,6 +43,7 @@ class DeploymentBuilder:
     settings: Settings
     registry: Registry
     store: Store
+    changes: Changes
     slots: EngineSlots
     gateway_metrics: GatewayMetrics
     instruments: DeploymentInstruments
@@ -68,6 +70,7 @@ class DeploymentBuilder:
         rollouts = Rollouts(
             names=names,
             store=self.store,
+            changes=self.changes,
             registry=self.registry,
             pool=pool,
             admission=admission,
@@ -81,6 +84,7 @@ class DeploymentBuilder:
         reconciler = Reconciler(
             desired,
             store=self.store,
+            changes=self.changes,
             pool=pool,
             swap=swap,
             rollouts=rollouts,

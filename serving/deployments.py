@@ -24,6 +24,7 @@ from serving.deployment import Deployment
 from serving.replicas.slots import EngineSlots
 from serving.router import Router
 from svc.errors import EngineError, NotFoundError, SvcError
+from svc.store.changes import Changes
 from svc.store.deployments import deployed_names, remove_deployment
 from svc.store.desired import Desired, read_desired
 from svc.store.outage_log import log_store_error
@@ -48,6 +49,7 @@ class Deployments:
     Attributes:
         build: function that builds a deployment from its first desired state and a function that frees
             memory for its engines.
+        changes: changes in the store, for which this waits.
         registered: function that returns the names of all models, for errors about models that are not
             served. It reads from disk.
         on_ready: called with each version that starts to serve.
@@ -59,6 +61,7 @@ class Deployments:
     router: Router
     slots: EngineSlots
     store: Store
+    changes: Changes
     registered: Callable[[], Sequence[str]]
     on_ready: OnReady
     on_failure: OnFailure
@@ -178,6 +181,7 @@ class Deployments:
     async def _follow(self) -> None:
         next_read = 0.0
         while True:
+            count = self.changes.count
             try:
                 names = await asyncio.to_thread(deployed_names, self.store)
                 if time.monotonic() >= next_read:  # less often: it reads a folder for each model
@@ -191,7 +195,7 @@ class Deployments:
                     await self._try(name, self._take_away)
                 for name in [name for name in names if name not in self._all]:
                     await self._try(name, self._bring)
-            await asyncio.sleep(_POLL_S)
+            await self.changes.wait(count, _POLL_S)
 
     async def _try(self, name: str, change: Callable[[str], Awaitable[None]]) -> None:
         """Add or remove a model. A failure is logged and retried later, without affecting other models."""

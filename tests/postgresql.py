@@ -73,19 +73,19 @@ class PostgresServer:
 
     def create(self) -> None:
         """Create the server's data folder."""
-        if user := _as_user().get("user"):
+        if user := unprivileged().get("user"):
             shutil.chown(self.folder, user)
         data = str(self.folder / "data")
         options = ("--pgdata", data, "--auth", "trust", "--username", "tests", "--encoding", "UTF8", "--no-locale")
         command = [str(self.binaries / "initdb"), *options, "--no-sync"]
-        subprocess.run(command, check=True, capture_output=True, cwd=self.folder, **_as_user())
+        subprocess.run(command, check=True, capture_output=True, cwd=self.folder, **unprivileged())
 
     def start(self) -> None:
         """Start the server, and wait until it accepts connections."""
         options = [part for option in _OPTIONS for part in ("-c", option)]
         command = [str(self.binaries / "postgres"), "-D", str(self.folder / "data"), "-k", str(self.folder), *options]
         with (self.folder / "log").open("ab") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder, **_as_user())
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder, **unprivileged())
         deadline = time.monotonic() + _START_TIMEOUT_S
         while True:
             try:
@@ -179,14 +179,14 @@ def _can_run(binaries: Path) -> bool:
     """Return whether the server's user may run PostgreSQL's programs."""
     try:
         subprocess.run(
-            [str(binaries / "postgres"), "--version"], capture_output=True, check=True, cwd="/", **_as_user()
+            [str(binaries / "postgres"), "--version"], capture_output=True, check=True, cwd="/", **unprivileged()
         )
     except PermissionError:
         return False
     return True
 
 
-def _as_user() -> Mapping[str, Any]:
+def unprivileged() -> Mapping[str, Any]:
     """Return the arguments with which a subprocess runs as a user that PostgreSQL accepts."""
     if os.getuid() != 0:
         return {"start_new_session": True}

@@ -34,6 +34,7 @@ from serving.rollout.swap_plan import Report
 from serving.telemetry.deployment_metrics import DeploymentMetrics
 from svc.engine.state import EngineState
 from svc.errors import BusyError, SvcError, SwapError
+from svc.store.changes import Changes
 from svc.store.desired import Desired, change_desired, read_desired
 from svc.store.outage_log import log_store_error
 from svc.store.rollouts import RolloutState, active_rollout
@@ -55,6 +56,7 @@ class Reconciler:
 
     Attributes:
         actual: the state that is being served or started. Initially, this is the desired state at server start.
+        changes: changes in the store, for which this waits.
         slots: engine slots, which tell whether there is memory for another engine.
         swap: object that changes the version of the engines.
         rollouts: object that carries out rollouts.
@@ -66,6 +68,7 @@ class Reconciler:
 
     actual: Desired
     store: Store
+    changes: Changes
     pool: EnginePool
     swap: Swap
     rollouts: Rollouts
@@ -153,6 +156,7 @@ class Reconciler:
         Call `start` first. `reviver.run` runs concurrently.
         """
         while True:
+            count = self.changes.count
             record = await retrying(lambda: active_rollout(self.store, self.actual.name))
             # A rollout compares with the version that is desired. It swaps to its candidate itself.
             switching = record is not None and record.state is RolloutState.SWITCHING
@@ -164,7 +168,7 @@ class Reconciler:
                 elif record:
                     await self.rollouts.carry_out(record, self.change_to)
                 else:
-                    await asyncio.sleep(_POLL_S)
+                    await self.changes.wait(count, _POLL_S)
             finally:
                 self.promoting = False
 
@@ -187,6 +191,7 @@ class Reconciler:
     async def _cancel_superseded(self, desired: Desired, cancellation: Cancellation) -> None:
         """Cancel the swap once another version is desired. Promoting the same version again has no effect."""
         while True:
+            count = self.changes.count
             try:
                 newer = await asyncio.to_thread(read_desired, self.store, desired.name)
             except SQLAlchemyError:
@@ -196,7 +201,7 @@ class Reconciler:
                 if newer is not None and newer.target != desired.target:
                     cancellation.ask(f"superseded by {newer.target}")
                     return
-            await asyncio.sleep(_POLL_S)
+            await self.changes.wait(count, _POLL_S)
 
     async def change_to(self, desired: Desired) -> SwapResult:
         """Put a desired version into production, or restore the desired state if that fails.

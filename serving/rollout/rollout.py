@@ -36,6 +36,7 @@ from svc.errors import EngineError, SvcError
 from svc.evaluation.metrics.json_answers import is_json
 from svc.registry.registry import Registry
 from svc.settings import AtDeadline, UnitKind
+from svc.store.changes import Changes
 from svc.store.desired import Desired, read_desired
 from svc.store.outage_log import log_store_error
 from svc.store.rollout_text import place_of
@@ -84,6 +85,7 @@ class Rollouts:
     """Carries out one model's rollouts; see `serving.rollout.reconciler.Reconciler.follow`.
 
     Attributes:
+        changes: changes in the store, for which this waits.
         report: function called with the rollout's id and a description of each step.
         split: function that sets how the model's requests are split between two versions. None sends them all
             to production.
@@ -93,6 +95,7 @@ class Rollouts:
 
     names: ModelNames
     store: Store
+    changes: Changes
     registry: Registry
     pool: EnginePool
     admission: Admission
@@ -145,6 +148,7 @@ class Rollouts:
     async def _listen(self, record: RolloutRecord, cancellation: Cancellation) -> None:
         """Cancel the rollout when a user stops it or another version becomes the desired one."""
         while True:
+            count = self.changes.count
             try:
                 current = await asyncio.to_thread(find_rollout, self.store, record.name, record.id)
                 desired = await asyncio.to_thread(read_desired, self.store, record.name)
@@ -157,7 +161,7 @@ class Rollouts:
                 switching = current is not None and current.state is RolloutState.SWITCHING
                 if desired is not None and desired.generation != record.generation and not switching:
                     cancellation.ask(f"{desired.target} was promoted meanwhile")
-            await asyncio.sleep(_POLL_S)
+            await self.changes.wait(count, _POLL_S)
 
 
 class _Run:

@@ -1,4 +1,4 @@
-"""Authenticate secrets against keys held in memory, polling the store for changes twice per second.
+"""Authenticate secrets against keys held in memory, and follow their changes in the store.
 
 The grant of a valid secret is cached under the secret's hash, so that all requests with that secret share
 one grant and no secret stays in memory. An invalid secret is rejected because of its checksum, its id
@@ -23,13 +23,14 @@ from svc.errors import AuthenticationError, SvcError
 from svc.identity.key_secret import hash_secret, is_hash_of, key_id_of
 from svc.identity.principal import Principal
 from svc.one_shot_event import OneShotEvent
+from svc.store.changes import Changes
 from svc.store.keys import Key, keys_revision, read_keys
 from svc.store.outage_log import log_store_error
 
 log = logging.getLogger(__name__)
 
 LOOK_S = 0.5
-"""Seconds between polls of the store. A revocation takes effect within a second."""
+"""Seconds between polls of the store if changes are not heard of. A revocation then takes effect within a second."""
 _STALE_S = 60.0
 """Maximum age of the keys in memory, in seconds. When they are older, every key is rejected, because it may
 have been revoked since."""
@@ -121,8 +122,8 @@ class Authenticator:
             self._revision = revision
         self._looked_at = began
 
-    async def follow(self) -> None:
-        """Reload the keys periodically until cancelled, and end grants whose secrets have become invalid.
+    async def follow(self, changes: Changes) -> None:
+        """Reload the keys after changes until cancelled, and end grants whose secrets have become invalid.
 
         The store is read in a dedicated thread. Otherwise, if slow work occupied all shared threads, keys would be
         rejected after a minute.
@@ -130,6 +131,7 @@ class Authenticator:
         loop, thread = asyncio.get_running_loop(), ThreadPoolExecutor(max_workers=1, thread_name_prefix="keys")
         try:
             while True:
+                count = changes.count
                 try:
                     await loop.run_in_executor(thread, self.look)
                 except SQLAlchemyError:
@@ -139,7 +141,7 @@ class Authenticator:
                         _STALE_S,
                     )
                 self.end_wrong()
-                await asyncio.sleep(LOOK_S)
+                await changes.wait(count, LOOK_S)
         finally:
             thread.shutdown(wait=False)
 

@@ -15,7 +15,7 @@ from sqlite3 import SQLITE_BUSY, SQLITE_FULL, SQLITE_IOERR, OperationalError
 from sqlite3 import Error as SqliteError
 from typing import TYPE_CHECKING
 
-from sqlalchemy import Connection, column, create_engine, event, inspect, select, table
+from sqlalchemy import Connection, column, create_engine, event, inspect, select, table, text
 from sqlalchemy import Engine as Store
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor, ExceptionContext
@@ -25,7 +25,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from svc.errors import BusyError, RegistryError
 from svc.settings import Settings, StoreSettings
-from svc.store.postgresql import WRITE_LOCK, connect, location, require_usable
+from svc.store.postgresql import CHANNEL, WRITE_LOCK, connect, location, require_usable
 from svc.store.tables import Table
 from svc.store.unavailable import StoreUnavailableError
 
@@ -38,6 +38,7 @@ _BUSY_MS = 10_000  # two processes write: the server and the command line
 _PAUSE_S = 0.01
 _NEWEST = "rollouts"
 """Newest migration. It is not asked from Alembic, whose import would take a tenth of the start of each command."""
+_NOTIFY = text("SELECT pg_notify(:channel, :echo)").bindparams(channel=CHANNEL)
 _VERSION_TABLES = {"sqlite": "alembic_version", "postgresql": "tuneserve_alembic_version"}
 """Table with the schema's revision. In PostgreSQL, MLflow may use the same database and Alembic's default name."""
 
@@ -165,6 +166,18 @@ def take_write_lock(connection: Connection) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
     else:
         connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({WRITE_LOCK})")
+
+
+def announce_change(connection: Connection, echo: str = "") -> None:
+    """Notify the servers that use a PostgreSQL store when the transaction commits. Servers poll an SQLite store.
+
+    Call this for every change that a server must carry out immediately.
+
+    Args:
+        echo: text with which a listener recognizes its own test notification; empty if something has changed.
+    """
+    if connection.dialect.name == "postgresql":
+        connection.execute(_NOTIFY, {"echo": echo})
 
 
 def is_sqlite(store: Store) -> bool:

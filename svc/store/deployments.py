@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from sqlalchemy import Engine as Store
 from sqlalchemy import delete, select
 
-from svc.store.database import upsert, write_transaction
+from svc.store.database import announce_change, upsert, write_transaction
 from svc.store.tables import DeploymentRow
 
 _NAMES = select(DeploymentRow.name).order_by(DeploymentRow.added_at, DeploymentRow.name)
@@ -30,6 +30,7 @@ def set_deployments(store: Store, names: Collection[str]) -> None:
             connection.execute(
                 upsert(store, DeploymentRow).on_conflict_do_nothing(), {"name": name, "added_at": datetime.now(UTC)}
             )
+        announce_change(connection)
 
 
 def add_deployment(store: Store, name: str) -> None:
@@ -38,9 +39,11 @@ def add_deployment(store: Store, name: str) -> None:
         connection.execute(
             upsert(store, DeploymentRow).on_conflict_do_nothing(), {"name": name, "added_at": datetime.now(UTC)}
         )
+        announce_change(connection)
 
 
 def remove_deployment(store: Store, name: str) -> bool:
     """Remove a model from the deployments and return whether it was deployed."""
     with store.begin() as connection:
+        announce_change(connection)
         return connection.execute(delete(DeploymentRow).where(DeploymentRow.name == name)).rowcount > 0

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from svc.errors import BusyError
 from svc.store.audit import AuditEntry, append_event
-from svc.store.database import exclusive
+from svc.store.database import announce_change, exclusive
 from svc.store.gate_rows import GateRow, gate_details
 from svc.store.tables import DesiredRow, target_columns
 from svc.version import Format, Target, VersionId
@@ -113,6 +113,7 @@ def write_desired(
             forced=forced,
         )
     )
+    announce_change(session.connection())
     if entry is not None:
         before = str(seen.target) if seen else None
         details = {"generation": generation, "format": target.format, "before": before, "forced": bool(forced)}

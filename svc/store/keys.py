@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from svc.errors import NotFoundError, RefusedError
 from svc.identity.principal import Limits, Principal
 from svc.store.audit import AuditEntry, append_event
-from svc.store.database import exclusive
+from svc.store.database import announce_change, exclusive
 from svc.store.tables import KeyRow
 
 _REVISION = select(func.max(KeyRow.revision))
@@ -143,6 +143,8 @@ def no_such_key(text: str) -> NotFoundError:
 
 
 def _next_revision(session: Session) -> int:
+    """Return the revision of the key that the transaction changes, and announce the change to servers."""
+    announce_change(session.connection())
     return (session.scalar(_REVISION) or 0) + 1
 
 

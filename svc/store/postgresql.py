@@ -2,7 +2,10 @@
 user's text.
 """
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sqlalchemy import URL, Connection, create_engine, event, make_url
 from sqlalchemy import Engine as Store
@@ -14,9 +17,15 @@ from svc.errors import RegistryError, SettingsError
 from svc.settings import StoreSettings
 from svc.store.unavailable import StoreUnavailableError
 
+if TYPE_CHECKING:
+    from psycopg import AsyncConnection
+    from psycopg.rows import TupleRow
+
 WRITE_LOCK = 7_883_266_013_104_735_090
 """Key of the advisory lock that a writer holds until the end of its transaction. It differs from the keys that other
 applications would choose in the same database."""
+CHANNEL = "tuneserve"
+"""Channel of notifications about changes; see `svc.store.change_listener`."""
 _POOL_SIZE, _POOL_OVERFLOW = 5, 10
 _POOL_TIMEOUT_S = 10
 _CONNECT_TIMEOUT_S = 5
@@ -88,6 +97,27 @@ def connect(settings: StoreSettings) -> Store:
     return store
 
 
+@asynccontextmanager
+async def listening(store: Store) -> AsyncIterator["AsyncConnection[TupleRow]"]:
+    """Yield a separate connection to a store, which receives the notifications about changes.
+
+    Raises:
+        StoreUnavailableError: the connection could not be made, or was lost during the `with` block.
+    """
+    import psycopg
+
+    _, parameters = store.dialect.create_connect_args(store.url)
+    try:
+        async with await psycopg.AsyncConnection.connect(
+            **{**_CONNECTION_OPTIONS, **parameters}, autocommit=True
+        ) as connection:
+            await connection.execute(f"LISTEN {CHANNEL}")
+            yield connection
+    except psycopg.OperationalError as error:
+        reason = error.diag.message_primary or _reason(str(error))
+        raise StoreUnavailableError(_unavailable(reason, location(store.url))) from error
+
+
 def location(url: URL) -> str:
     """Return a database's host, port and name, without user and password."""
     host = url.host or url.query.get("host") or "localhost"
@@ -147,6 +177,12 @@ def _prepare(connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
         cursor.execute(statement)
     cursor.close()
     connection.commit()
+    # A pooler may deliver notifications for the listener here. Without a handler, the driver would keep them all.
+    connection.add_notify_handler(_ignore)
+
+
+def _ignore(notification: object) -> None:
+    pass
 
 
 def _shown_error(context: ExceptionContext, where: str) -> BaseException | None:
@@ -166,13 +202,19 @@ def _shown_error(context: ExceptionContext, where: str) -> BaseException | None:
     if state == _READ_ONLY or "read-only" in reason:  # a server that became a standby
         context.is_disconnect = True
         wrong, todo = f"the store at {where} is read-only: {reason}", "name the primary server in store.url, then retry"
-    elif reason.startswith("FATAL:"):
+        return StoreUnavailableError(RegistryError(wrong, todo=todo))
+    return StoreUnavailableError(_unavailable(reason, where))
+
+
+def _unavailable(reason: str, where: str) -> RegistryError:
+    """Return the error to show for a connection that failed."""
+    if reason.startswith("FATAL:"):
         wrong = f"the store at {where} rejected the connection: {reason.removeprefix('FATAL:').strip()}"
         todo = "check the user, the password and the database of store.url, then retry"
     else:
         wrong = f"the store at {where} is not responding: {reason}"
         todo = "check that PostgreSQL is running there, then retry"
-    return StoreUnavailableError(RegistryError(wrong, todo=todo))
+    return RegistryError(wrong, todo=todo)
 
 
 def _reason(text: str) -> str:

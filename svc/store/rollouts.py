@@ -20,7 +20,7 @@ from svc.errors import BusyError, NotFoundError
 from svc.identity.actor import Actor
 from svc.settings import RolloutSettings
 from svc.store.audit import Action, AuditEntry, append_event
-from svc.store.database import exclusive
+from svc.store.database import announce_change, exclusive
 from svc.store.desired import Desired, write_desired
 from svc.store.gate_rows import GATE_ROWS, GateRow, gate_details
 from svc.store.tables import (
@@ -226,6 +226,7 @@ def begin_rollout(
         session.flush()
         details = {"rollout": new.id, "format": target.format, "before": str(seen.target), "forced": bool(forced)}
         append_event(session, replace(entry, details=details | gate_details(gates)))
+        announce_change(session.connection())
         return _record(session, new)
 
 
@@ -267,6 +268,7 @@ def stop_rollout(store: Store, name: str, why: str, entry: AuditEntry) -> Rollou
             return None
         row.stop = row.stop or why
         append_event(session, replace(entry, details={"rollout": row.id}))
+        announce_change(session.connection())
         session.flush()
         return _record(session, row)
 

@@ -26,6 +26,7 @@ from svc.engine.state import EngineState
 from svc.identity.principal import Principal
 from svc.registry.registry import Registry
 from svc.settings import AdapterSettings, EngineSettings, ServeSettings, Settings
+from svc.store.changes import Changes
 from svc.store.desired import Desired, change_desired, read_desired
 from svc.store.swaps import SwapResult, find_swap
 from svc.version import Format, Target
@@ -82,6 +83,7 @@ class Control:
         self.book = AliasBook()
         self.registry = Registry(home / "models", self.book)
         self.store = new_store(home)
+        self.changes = Changes()
         self.leaves = False
         self.principals: dict[str, Principal] = {}
         self.park = EnginePark(sockets)
@@ -98,6 +100,7 @@ class Control:
             settings,
             self.registry,
             self.store,
+            self.changes,
             self.slots,
             self.metrics,
             DeploymentInstruments(self.collector),

@@ -24,6 +24,7 @@ from svc.access.keyring import Keyring
 from svc.identity.actor import Actor
 from svc.identity.key_secret import new_secret
 from svc.identity.principal import Scope
+from svc.store.changes import Changes
 from tests.serving.control import until
 from tests.serving.http.keyed_service import BODIES, KeyedService
 from tests.serving.service import CHAT, NAME, closed
@@ -274,7 +275,7 @@ async def test_stream_ends_within_one_second_when_its_key_is_revoked(service: Ke
     issued = service.key()
     service.double.token_delay_s = 0.05
     service.double.tokens = 1000
-    following = asyncio.create_task(service.authenticator.follow())
+    following = asyncio.create_task(service.authenticator.follow(Changes()))
     async with service.socket_client() as client:
         body = {**BODIES[route], "stream": True}
         async with client.stream("POST", route.value, json=body, headers=bearer(issued.secret)) as answer:
@@ -297,7 +298,7 @@ async def test_stream_ends_within_one_second_when_its_key_is_revoked(service: Ke
 
 async def test_revoking_a_key_ends_its_queued_request_and_leaves_others_running(service: KeyedService) -> None:
     issued, other = service.key(), service.key()
-    following = asyncio.create_task(service.authenticator.follow())
+    following = asyncio.create_task(service.authenticator.follow(Changes()))
     async with service.client() as client:
         async with closed(service.admission):
             asked = [
@@ -318,7 +319,7 @@ async def test_running_requests_end_when_their_key_is_rotated_without_grace(
     service: KeyedService, store: Store
 ) -> None:
     issued = service.key()
-    following = asyncio.create_task(service.authenticator.follow())
+    following = asyncio.create_task(service.authenticator.follow(Changes()))
     async with service.client_of(issued) as client, closed(service.admission):
         asked = asyncio.create_task(client.post(CHAT_PATH, json=CHAT))
         await until(lambda: service.admission.queued)

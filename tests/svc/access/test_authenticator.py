@@ -18,6 +18,7 @@ from svc.access.authenticator import LOOK_S, Authenticator, InvalidKeyError, Key
 from svc.access.keyring import IssuedKey, Keyring
 from svc.identity.key_secret import new_secret
 from svc.identity.principal import Scope
+from svc.store.changes import Changes
 from svc.store.keys import keys_revision
 from tests.event_loop import blocked_default_executor
 from tests.svc.access.conftest import ALICE, Clock
@@ -196,7 +197,7 @@ def test_key_missing_from_a_restored_backup_is_unknown(
 async def test_key_revocation_takes_effect_within_one_second(store: Store) -> None:
     keyring, authenticator = Keyring(store, ALICE), Authenticator(store)
     issued = keyring.create(INFER)
-    following = asyncio.create_task(authenticator.follow())
+    following = asyncio.create_task(authenticator.follow(Changes()))
     try:
         async with asyncio.timeout(5):
             while authenticator.empty:
@@ -215,7 +216,7 @@ async def test_key_changes_are_noticed_even_if_the_default_executor_is_blocked(
 ) -> None:
     monkeypatch.setattr(authenticator_module, "LOOK_S", 0.01)
     with blocked_default_executor():
-        following = asyncio.create_task(authenticator.follow())
+        following = asyncio.create_task(authenticator.follow(Changes()))
         try:
             clock.forward(seconds=61)
             async with asyncio.timeout(30):
@@ -251,7 +252,7 @@ async def test_key_checks_continue_after_a_store_failure(
 
     monkeypatch.setattr(authenticator_module, "keys_revision", failing)
     made = keyring.create(INFER)
-    following = asyncio.create_task(authenticator.follow())
+    following = asyncio.create_task(authenticator.follow(Changes()))
     with caplog.at_level(logging.ERROR):
         async with asyncio.timeout(5):
             while True:

@@ -1,0 +1,86 @@
+"""Hears from PostgreSQL of changes in the store (LISTEN and NOTIFY), so that a server need not read it several times
+per second.
+
+A notification can be lost without an error: PgBouncer drops it unless it pools sessions, and a server that was
+replaced after a failure stays silent. The listener therefore sends itself an echo through the connections of the store
+every minute. The store is polled as often as SQLite unless the latest echo was heard.
+"""
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass, field
+from uuid import uuid4
+
+from sqlalchemy import Engine as Store
+
+from svc.store.changes import Changes
+from svc.store.database import announce_change
+from svc.store.outage_log import log_store_error
+from svc.store.postgresql import listening
+
+log = logging.getLogger(__name__)
+
+_ECHO_INTERVAL_S = 60.0
+_ECHO_TIMEOUT_S = 5.0
+_PAUSE_S = 2.0
+_UNHEARD_PAUSE_S = 600.0
+"""Seconds until the next attempt if no echo was heard. Each attempt makes PgBouncer log a warning."""
+
+
+class _UnheardError(Exception):
+    """Raised when an echo did not arrive."""
+
+
+@dataclass(eq=False)
+class ChangeListener:
+    """Announces changes in a PostgreSQL store."""
+
+    store: Store
+    changes: Changes
+    _is_unheard: bool = field(default=False, init=False)
+
+    async def run(self) -> None:
+        """Announce changes until cancelled. After an error, connect again; the store is polled meanwhile."""
+        while True:
+            pause_s = _PAUSE_S
+            try:
+                await self._listen()
+            except _UnheardError:
+                pause_s = _UNHEARD_PAUSE_S
+                if not self._is_unheard:
+                    log.warning(
+                        "notifications from the store do not arrive, as through a pooler in transaction mode; "
+                        "polling the store instead"
+                    )
+                self._is_unheard = True
+            except Exception:  # noqa: BLE001 - the boundary of this task, without which the store is polled
+                log_store_error(log, "could not listen for changes in the store; polling it instead")
+            finally:
+                self.changes.distrust()
+            await asyncio.sleep(pause_s)
+
+    async def _listen(self) -> None:
+        """Announce changes for as long as echoes are heard.
+
+        Raises:
+            _UnheardError: an echo was not heard.
+            StoreUnavailableError: a connection to the store failed.
+        """
+        async with listening(self.store) as connection:
+            while True:
+                echo, sent_at, is_heard = uuid4().hex, time.monotonic(), False
+                await asyncio.to_thread(_send, self.store, echo)
+                async for notification in connection.notifies(timeout=_ECHO_INTERVAL_S):
+                    if notification.payload == echo:
+                        is_heard, self._is_unheard = True, False
+                        self.changes.trust(sent_at + _ECHO_INTERVAL_S + _ECHO_TIMEOUT_S - time.monotonic())
+                    elif not notification.payload:  # else another server's echo
+                        self.changes.announce()
+                if not is_heard:
+                    raise _UnheardError
+
+
+def _send(store: Store, echo: str) -> None:
+    with store.begin() as connection:
+        announce_change(connection, echo)

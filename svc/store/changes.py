@@ -1,0 +1,63 @@
+"""Lets the tasks of a server wait for changes that other processes make in the store.
+
+Without a listener (`svc.store.change_listener`), as with SQLite, every wait lasts one poll interval.
+"""
+
+import asyncio
+import time
+from contextlib import suppress
+
+FALLBACK_POLL_S = 5.0
+"""Seconds between two reads of the store while changes are heard of, and therefore the most that a lost notification
+costs."""
+
+
+class Changes:
+    """Number of changes heard of, and a way to wait for the next one. All methods must be called on one event loop.
+
+    A task that follows the store notes `count`, reads the store, and passes the noted number to `wait`. A change
+    during the read then ends the wait immediately, so that none is missed.
+
+    Attributes:
+        count: number of changes heard of so far.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._next = asyncio.Event()  # replaced with every change
+        self._heard_until = float("-inf")
+
+    @property
+    def heard(self) -> bool:
+        """Whether changes are known to be heard of, so that the store need not be read often."""
+        return time.monotonic() < self._heard_until
+
+    async def wait(self, count: int, poll_s: float) -> None:
+        """Wait for a change since the given `count`, but no longer than until the store must be read again.
+
+        Args:
+            poll_s: longest wait in seconds if changes may not be heard of. Otherwise, it is `FALLBACK_POLL_S`.
+        """
+        if self.count != count:
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(max(poll_s, FALLBACK_POLL_S) if self.heard else poll_s):
+                await self._next.wait()
+
+    def announce(self) -> None:
+        """End all waits, because something has changed in the store."""
+        self.count += 1
+        changed, self._next = self._next, asyncio.Event()
+        changed.set()
+
+    def trust(self, seconds: float) -> None:
+        """Assume that changes are heard of for the given time. Earlier ones may not have been, so end all waits."""
+        if not self.heard:
+            self.announce()
+        self._heard_until = time.monotonic() + seconds
+
+    def distrust(self) -> None:
+        """Assume that changes are no longer heard of. Tasks read the store now, and often from now on."""
+        if self.heard:
+            self._heard_until = float("-inf")
+            self.announce()

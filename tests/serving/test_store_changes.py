@@ -1,0 +1,137 @@
+"""Tests that a server carries out changes when PostgreSQL notifies it, without waiting until it reads the store."""
+
+import asyncio
+import statistics
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+
+import httpx
+import pytest
+from sqlalchemy import Engine as Store
+
+from serving.rollout.promotion import PromotionRequest
+from serving.rollout.version_changes import VersionChanges
+from svc.access.authenticator import Authenticator
+from svc.access.keyring import Keyring
+from svc.identity.actor import Actor
+from svc.identity.principal import Scope
+from svc.settings import ModelSettings, RolloutSettings
+from svc.store.change_listener import ChangeListener
+from svc.store.changes import Changes
+from svc.store.deployments import add_deployment, remove_deployment
+from svc.store.desired import change_desired
+from svc.store.rollouts import find_rollout
+from svc.store.swaps import SwapOutcome, find_swap
+from svc.version import Format, Target, VersionId
+from tests.postgresql import PostgresServer
+from tests.serving.control import Control, Make, until
+from tests.serving.home import Home
+from tests.serving.versions import NAME, make_version, target
+
+pytestmark = pytest.mark.slow
+
+ACTOR = Actor("user:ann", "laptop")
+OTHER = "other"
+LONG_S = 30.0
+
+
+@pytest.fixture(autouse=True)
+def _no_polls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lengthen the time between two reads of the store, so that only a notification is noticed in time."""
+    monkeypatch.setattr("svc.store.changes.FALLBACK_POLL_S", 60.0)
+
+
+@pytest.fixture
+def store(postgresql: PostgresServer) -> Store:
+    return postgresql.empty()
+
+
+@pytest.fixture
+async def control(make: Make, store: Store) -> AsyncIterator[Control]:
+    """Yield a running server with its store in PostgreSQL whose version 4 needs a second engine."""
+    control = make()
+    make_version(control.registry, 4, width=8)
+    control.store = store
+    control.assemble()
+    listening = asyncio.create_task(ChangeListener(store, control.changes).run())
+    async with control.run():
+        await until(lambda: control.changes.heard)
+        await asyncio.sleep(0.1)  # tasks have read the store and wait
+        yield control
+    listening.cancel()
+    await asyncio.wait({listening})
+
+
+async def test_swap_begins_within_50_milliseconds_of_a_promotion(control: Control) -> None:
+    took_s = []
+    for number in (2, 3, 2, 3, 2):
+        await asyncio.sleep(0.1)
+        desired = await asyncio.to_thread(control.wish, number)
+        committed_at = datetime.now(UTC)
+        assert (await control.outcome(desired)).outcome is SwapOutcome.SUCCEEDED
+        swap = find_swap(control.store, NAME, desired.generation)
+        assert swap is not None
+        took_s.append((swap.started_at - committed_at).total_seconds())
+    median_s = statistics.median(took_s)
+    print(f"the swap began {median_s * 1000:.1f} ms after the commit, at most {max(took_s) * 1000:.1f} ms")
+    assert median_s < 0.05
+
+
+async def test_swap_is_cancelled_when_a_rollback_is_notified(control: Control) -> None:
+    control.park.start_delay_s = LONG_S
+    promotion = control.wish(4)
+    await until(lambda: control.park.alive == 2)
+    await asyncio.sleep(0.1)
+    back = control.wish(1)
+    assert (await control.outcome(promotion)).outcome is SwapOutcome.CANCELLED
+    assert (await control.outcome(back)).outcome is SwapOutcome.SUCCEEDED
+
+
+async def test_rollout_ends_when_its_stop_is_notified(control: Control) -> None:
+    control.park.start_delay_s = LONG_S
+    plan = RolloutSettings(canary=(5, 100))
+    changes = VersionChanges(
+        control.registry, control.store, lambda: {NAME: target(1)}, lambda name: ModelSettings(rollout=plan)
+    )
+    changes.promote(PromotionRequest(target(2).version, None, reason="better"), ACTOR)
+    await until(lambda: control.park.alive == 2)
+    await asyncio.sleep(0.1)
+    changes.rollback(NAME, reason=None, actor=ACTOR)
+    await until(lambda: (rollout := find_rollout(control.store, NAME)) and rollout.outcome)
+
+
+async def _served(client: httpx.AsyncClient) -> set[str]:
+    return {model["model"] for model in (await client.get("/svc/status")).json()["models"]}
+
+
+async def test_model_is_added_and_removed_when_that_is_notified(
+    home: Home, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.deployments._POLL_S", 60.0)
+    make_version(home.registry, 7, name=OTHER)
+    home.store = store
+    change_desired(store, None, Target(VersionId(OTHER, 7), Format.MERGED), None)
+    async with home.serving(f"{NAME}@1") as client:
+        for change, served in ((add_deployment, {NAME, OTHER}), (remove_deployment, {NAME})):
+            await asyncio.to_thread(change, store, OTHER)
+            async with asyncio.timeout(20):
+                while await _served(client) != served:
+                    await asyncio.sleep(0.01)
+
+
+async def test_grant_ends_when_the_revocation_of_its_key_is_notified(store: Store) -> None:
+    keyring, authenticator, changes = Keyring(store, ACTOR), Authenticator(store), Changes()
+    issued = keyring.create(frozenset({Scope.INFER}))
+    authenticator.look()
+    grant = authenticator.grant(issued.secret)
+    tasks = {
+        asyncio.create_task(authenticator.follow(changes)),
+        asyncio.create_task(ChangeListener(store, changes).run()),
+    }
+    await until(lambda: changes.heard)
+    await asyncio.sleep(0.1)
+    await asyncio.to_thread(keyring.revoke, issued.key.id)
+    await until(lambda: grant.ended.ended)
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)

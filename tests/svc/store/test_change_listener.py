@@ -1,0 +1,246 @@
+"""Tests that changes in PostgreSQL are heard of, and that the store is polled while they are not."""
+
+import asyncio
+import statistics
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine as Store
+from sqlalchemy import event
+
+from svc.identity.actor import Actor
+from svc.identity.principal import Limits, Principal, Scope
+from svc.settings import RolloutSettings
+from svc.store import change_listener, outage_log
+from svc.store import changes as changes_module
+from svc.store import postgresql as postgresql_module
+from svc.store.audit import Action, AuditEntry
+from svc.store.change_listener import ChangeListener
+from svc.store.changes import Changes
+from svc.store.database import announce_change
+from svc.store.deployments import add_deployment, remove_deployment, set_deployments
+from svc.store.desired import Desired, change_desired, read_desired
+from svc.store.keys import Key, add_key, replace_secret, revoke_key
+from svc.store.rollouts import begin_rollout, stop_rollout
+from svc.version import Format, Target, VersionId
+from tests.postgresql import SHARED, PostgresServer
+
+NAME = "tuned"
+ONE, TWO = (Target(VersionId(NAME, number), Format.MERGED) for number in (1, 2))
+ENTRY = AuditEntry(Action.PROMOTE, str(ONE.version), Actor("user:ann", "laptop"))
+KEY = Key(Principal("abcd0123", "ci", frozenset({Scope.INFER}), None, Limits()), "hash", created_at=datetime.now(UTC))
+LISTENERS = "FROM pg_stat_activity WHERE query = 'LISTEN tuneserve' AND datname = current_database()"
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(change_listener, "_PAUSE_S", 0.05)
+    monkeypatch.setattr(outage_log, "_failed_at", {})
+
+
+@pytest.fixture
+def store(postgresql: PostgresServer) -> Store:
+    return postgresql.empty()
+
+
+@asynccontextmanager
+async def listening(store: Store) -> AsyncIterator[Changes]:
+    """Run a listener while the context is active."""
+    changes = Changes()
+    task = asyncio.create_task(ChangeListener(store, changes).run())
+    try:
+        yield changes
+        assert not task.done()
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait until a condition holds."""
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+@asynccontextmanager
+async def heard(store: Store) -> AsyncIterator[Changes]:
+    """Run a listener while the context is active, and wait until it has heard its echo."""
+    async with listening(store) as changes:
+        await until(lambda: changes.heard)
+        yield changes
+
+
+def promote(store: Store) -> Desired:
+    return change_desired(store, read_desired(store, NAME), ONE, None)
+
+
+def request_rollout(store: Store) -> None:
+    begin_rollout(store, promote(store), TWO, RolloutSettings(canary=(5, 100)), ENTRY)
+
+
+async def test_promotion_is_heard_within_50_milliseconds(store: Store) -> None:
+    async def heard_at(count: int) -> float:
+        await changes.wait(count, 5.0)
+        return time.monotonic()
+
+    async with heard(store) as changes:
+        took_s = []
+        for _ in range(20):
+            waiting = asyncio.create_task(heard_at(changes.count))
+            began = time.monotonic()  # before the transaction, as a commit is heard before its caller continues
+            await asyncio.to_thread(promote, store)
+            took_s.append(await waiting - began)
+    median_s = statistics.median(took_s)
+    print(f"heard in {median_s * 1000:.1f} ms, at most {max(took_s) * 1000:.1f} ms")  # for `pytest -rP`
+    assert median_s < 0.05
+
+
+def _nothing(store: Store) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("before", "change"),
+    [
+        (_nothing, promote),
+        (_nothing, request_rollout),
+        (request_rollout, lambda store: stop_rollout(store, NAME, "slow", ENTRY)),
+        (_nothing, lambda store: set_deployments(store, [NAME])),
+        (_nothing, lambda store: add_deployment(store, NAME)),
+        (_nothing, lambda store: remove_deployment(store, NAME)),
+        (_nothing, lambda store: add_key(store, KEY, ENTRY)),
+        (
+            lambda store: add_key(store, KEY, ENTRY),
+            lambda store: replace_secret(store, KEY.id, "new", previous_until=KEY.created_at, entry=ENTRY),
+        ),
+        (
+            lambda store: add_key(store, KEY, ENTRY),
+            lambda store: revoke_key(store, KEY.id, at=KEY.created_at, entry=ENTRY),
+        ),
+    ],
+    ids=[
+        "promotion",
+        "rollout",
+        "stopped rollout",
+        "set of models",
+        "added model",
+        "removed model",
+        "new key",
+        "rotated key",
+        "revoked key",
+    ],
+)
+async def test_change_is_heard(store: Store, before: Callable[[Store], Any], change: Callable[[Store], Any]) -> None:
+    before(store)
+    async with heard(store) as changes:
+        count = changes.count
+        await asyncio.to_thread(change, store)
+        await until(lambda: changes.count > count)
+
+
+async def test_change_that_is_rolled_back_is_not_heard(store: Store) -> None:
+    async with heard(store) as changes:
+        count = changes.count
+        with store.connect() as connection:
+            announce_change(connection)
+            connection.rollback()
+        await asyncio.sleep(0.1)
+        assert changes.count == count
+
+
+async def test_echoes_of_another_server_are_not_changes(store: Store) -> None:
+    async with heard(store) as changes:
+        count = changes.count
+        async with heard(store):
+            assert changes.count == count
+
+
+async def test_killed_listener_connects_again_and_the_store_is_polled_meanwhile(
+    postgresql: PostgresServer, store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(change_listener, "_PAUSE_S", 1.0)
+    monkeypatch.setattr(changes_module, "FALLBACK_POLL_S", 1000.0)
+    async with heard(store) as changes:
+        waiting = asyncio.create_task(changes.wait(changes.count, 1000.0))
+        postgresql.run(f"SELECT pg_terminate_backend(pid) {LISTENERS}", SHARED)
+        async with asyncio.timeout(10):
+            await waiting
+        assert not changes.heard
+        await until(lambda: changes.heard)
+        count = changes.count
+        await asyncio.to_thread(promote, store)
+        await until(lambda: changes.count > count)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("could not listen for changes in the store; polling it instead: the store at")
+    assert record.exc_info is None
+
+
+@pytest.mark.slow
+async def test_listener_connects_again_when_the_database_was_restarted(
+    postgresql: PostgresServer, store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with heard(store) as changes:
+        await asyncio.to_thread(postgresql.stop)
+        try:
+            await until(lambda: not changes.heard)
+            await asyncio.sleep(0.3)
+            assert not changes.heard
+        finally:
+            await asyncio.to_thread(postgresql.start)
+        await until(lambda: changes.heard)
+        count = changes.count
+        await asyncio.to_thread(promote, store)
+        await until(lambda: changes.count > count)
+    assert len(caplog.records) == 1
+
+
+async def test_changes_are_not_trusted_when_notifications_are_swallowed(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(postgresql_module, "CHANNEL", "elsewhere")
+    monkeypatch.setattr(change_listener, "_ECHO_INTERVAL_S", 0.05)
+    monkeypatch.setattr(change_listener, "_UNHEARD_PAUSE_S", 0.05)
+    async with listening(store) as changes:
+        await until(lambda: caplog.records)
+        await asyncio.sleep(0.3)  # further attempts
+        assert changes.count == 0
+        assert not changes.heard
+        assert [record.getMessage().partition(",")[0] for record in caplog.records] == [
+            "notifications from the store do not arrive"
+        ]
+        monkeypatch.setattr(postgresql_module, "CHANNEL", "tuneserve")
+        await until(lambda: changes.heard)
+
+
+@pytest.mark.slow
+async def test_trust_ends_when_later_echoes_are_swallowed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(change_listener, "_ECHO_INTERVAL_S", 1.0)
+    monkeypatch.setattr(change_listener, "_UNHEARD_PAUSE_S", 60.0)
+    async with heard(store) as changes:
+        await asyncio.sleep(2.5)
+        assert changes.heard
+        monkeypatch.setattr(change_listener, "announce_change", lambda connection, echo="": None)
+        await until(lambda: not changes.heard)
+
+
+async def test_no_connection_is_left_when_the_listener_is_cancelled(store: Store) -> None:
+    def count() -> int:
+        with store.connect() as connection:
+            listeners: int = connection.exec_driver_sql(f"SELECT count(*) {LISTENERS}").scalar_one()
+            return listeners
+
+    async with heard(store):
+        assert count() == 1
+    await until(lambda: count() == 0)
+
+
+def test_change_in_sqlite_sends_no_notification(sqlite_store: Store) -> None:
+    sent: list[str] = []
+    event.listen(sqlite_store, "before_cursor_execute", lambda *arguments: sent.append(arguments[2]))
+    promote(sqlite_store)
+    assert not [statement for statement in sent if "notify" in statement.lower()]

@@ -1,0 +1,80 @@
+"""Tests a store in PostgreSQL that is reached through PgBouncer, which pools sessions or transactions."""
+
+import asyncio
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from sqlalchemy import Engine as Store
+
+from svc.settings import Settings
+from svc.store import change_listener
+from svc.store.audit import Action, AuditEntry, record_event, verify_chain
+from svc.store.database import announce_change, open_store
+from svc.store.deployments import deployed_names
+from svc.store.requests import add_requests
+from tests.pgbouncer import running_pgbouncer
+from tests.postgresql import PostgresServer
+from tests.svc.store.test_audit import ALICE
+from tests.svc.store.test_change_listener import listening, promote, until
+from tests.svc.store.test_requests import RECORD
+
+pytestmark = pytest.mark.slow
+
+WRITERS, WRITES = 4, 10
+
+
+@pytest.fixture(params=["session", "transaction"])
+def mode(request: pytest.FixtureRequest) -> str:
+    """Return a pool mode."""
+    mode: str = request.param
+    return mode
+
+
+@pytest.fixture
+def pooled(mode: str, postgresql: PostgresServer) -> Iterator[Store]:
+    """Return an empty store that is reached through PgBouncer."""
+    postgresql.empty()
+    with running_pgbouncer(postgresql, mode) as settings:
+        store = open_store(Settings(home=postgresql.folder / "home", store=settings))
+        yield store
+        store.dispose()
+
+
+def test_concurrent_writers_succeed_through_pgbouncer(pooled: Store) -> None:
+    """Writes often enough for the driver to use prepared statements."""
+
+    def write(writer: int) -> None:
+        for number in range(WRITES):
+            record_event(pooled, AuditEntry(Action.COLLECT, f"{writer}-{number}", ALICE))
+            add_requests(pooled, [RECORD] * 8)
+            deployed_names(pooled)
+
+    with ThreadPoolExecutor(WRITERS) as threads:
+        list(threads.map(write, range(WRITERS)))
+    assert (verify_chain(pooled).events, verify_chain(pooled).fault) == (WRITERS * WRITES, None)
+
+
+async def test_notifications_are_trusted_only_if_pgbouncer_delivers_them(
+    pooled: Store, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if mode == "transaction":  # several attempts
+        monkeypatch.setattr(change_listener, "_ECHO_INTERVAL_S", 0.2)
+        monkeypatch.setattr(change_listener, "_UNHEARD_PAUSE_S", 0.1)
+    async with listening(pooled) as changes:
+        if mode == "session":
+            await until(lambda: changes.heard)
+        for _ in range(10):
+            await asyncio.to_thread(promote, pooled)
+            await asyncio.sleep(0.1)
+            assert changes.heard == (mode == "session")
+
+
+def test_stray_notifications_are_not_kept_in_memory(postgresql: PostgresServer) -> None:
+    store = postgresql.empty()
+    with store.connect() as connection:
+        connection.exec_driver_sql("LISTEN tuneserve")
+        announce_change(connection)
+        connection.commit()
+        connection.exec_driver_sql("UNLISTEN tuneserve")
+        assert not getattr(connection.connection.dbapi_connection, "_notifies_backlog")  # noqa: B009
