@@ -13,9 +13,16 @@ from typing import Any
 
 import pytest
 
+from monitoring.drift.budget import Signal
+from monitoring.drift.check import REPORT
+from monitoring.drift.report import SignalReport
+from monitoring.drift.report import Status as DriftStatus
 from svc.files.lock import hold_lock
 from svc.remote.server_url import LOCK_FILE
+from svc.store.drift import DriftState, keep_drift
+from svc.version import Format, Target, VersionId
 from tests.command_line import Svc
+from tests.new_store import new_store
 
 STATE: dict[str, Any] = {
     "model": "tiny",
@@ -182,6 +189,22 @@ def test_status_is_shown_while_the_store_is_unavailable(status: Status, monkeypa
     assert ended.code == 0, ended.err
     assert "store: unavailable" in ended.out
     assert "engine ready" in ended.out
+
+
+def test_status_shows_no_drift_of_svc_db_when_the_store_is_in_postgresql(
+    status: Status, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = REPORT.dump_json(SignalReport(Signal.INPUT, DriftStatus.STEADY)).decode()
+    state = DriftState(Signal.INPUT, "{}", report, datetime.now(UTC))
+    keep_drift(new_store(tmp_path / "home"), Target(VersionId("tiny", 2), Format.GPTQ), [state], [])
+
+    def drift() -> dict[str, str]:
+        shown: dict[str, str] = json.loads(status("--json").out)["models"][0]["drift"]
+        return shown
+
+    assert drift()["input"] == "steady"
+    monkeypatch.setenv("SVC_STORE__URL", "postgresql://svc@127.0.0.1:1/store")
+    assert drift() == {}
 
 
 ROLLOUT: dict[str, Any] = {

@@ -509,8 +509,9 @@ def test_signal_is_waiting_while_features_of_its_first_requests_are_computed(che
 
 
 def test_late_log_probability_is_still_compared_with_its_answer(
-    registry: Registry, store: Store, traffic: Traffic
+    registry: Registry, store: Store, traffic: Traffic, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("monitoring.drift.check.SEEN", 1)  # older rows are deleted, unless they are still needed
     now = NOON
     checks = DriftCheck(registry, store, RequestLogSettings(content_share=1), clock=lambda: now)
 

@@ -37,6 +37,11 @@ def test_all_requests_count_with_one_client_or_unknown_clients(client: str) -> N
     assert all(counted(ClientShares([], [], 1_000), [client] * 1_500))
 
 
+def test_requests_of_unknown_clients_all_count_when_earlier_clients_were_known() -> None:
+    shares = ClientShares(["one"] * 300, ["one"] * COMPARED, 1_000)
+    assert all(counted(shares, [""] * COMPARED))
+
+
 def test_nearly_all_requests_count_with_two_equally_active_clients() -> None:
     results = counted(ClientShares([], [], 1_000), mixed(2_000, {"one": 0.5, "other": 0.5}))
     assert sum(results) > 0.9 * len(results)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import Engine as Store
-from sqlalchemy import update
+from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from serving.background import webhook
@@ -215,6 +215,19 @@ async def test_retry_waits_as_long_as_the_receiver_asks(store: Store, receiver: 
         await until(lambda: counted[FAILED] == 1)
         await asyncio.sleep(0.2)
     assert len(receiver.received) == 1
+
+
+async def test_retry_waits_at_most_two_hours_when_the_receiver_asks_for_more(
+    store: Store, receiver: Receiver, secret_file: Path
+) -> None:
+    receiver.statuses = [503]
+    receiver.headers = {"retry-after": str(365 * 86_400)}
+    add(store, receiver.url)
+    async with sending(store, receiver.url, secret_file) as counted:
+        await until(lambda: counted[FAILED] == 1)
+    with Session(store) as session:
+        due_at = session.scalars(select(WebhookDeliveryRow.due_at)).one()
+    assert due_at <= datetime.now(UTC) + timedelta(seconds=MAX_DELAY_S)
 
 
 async def test_message_is_delivered_after_a_restart_if_the_receiver_was_unreachable(

@@ -11,8 +11,11 @@ from typing import Any, cast
 import pytest
 
 from serving.admission.admission import Admission
+from serving.admission.errors import OverloadedError
 from serving.protocols.route import Route
+from serving.replicas.balancer import Balancer
 from serving.rollout.shadow import PRODUCTION_INTERVAL, Shadow
+from serving.telemetry.deployment_metrics import DeploymentMetrics
 from svc.store.requests import RequestOutcome, RequestRecord
 from svc.store.shadow_pairs import ShadowPair
 from svc.version import Format
@@ -174,3 +177,28 @@ async def test_no_copy_is_sent_to_production_when_requests_are_queued(copies: Co
     [pair] = await copies.compare(CHAT)
     assert pair.candidate_logprob is not None and pair.production_logprob is None
     assert copies.models == ["2"]
+
+
+async def test_memory_of_a_copy_is_released_when_it_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.rollout.shadow.MAX_QUEUED_BYTES", 2 * len(ANSWER))
+    leases: list[str] = []
+
+    def lease(model: str) -> None:
+        leases.append(model)
+        raise OverloadedError("the server is full", todo="retry the request later")
+
+    shadow = Shadow(
+        balancer=cast("Balancer", SimpleNamespace(lease=lease)),
+        admission=cast("Admission", SimpleNamespace(queued=0)),
+        metrics=cast("DeploymentMetrics", SimpleNamespace(shadow_request=lambda outcome: None)),
+        candidate=target(2).version,
+        expects_json=False,
+        is_shared=False,
+        on_pair=lambda pair: None,
+    )
+    running = asyncio.create_task(shadow.run())
+    for number in range(3):
+        shadow.offer(Route.CHAT_COMPLETIONS, b"{}", [ANSWER], answered(number, Route.CHAT_COMPLETIONS))
+        await until(lambda: len(leases) == number + 1)  # noqa: B023 - called at once
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)

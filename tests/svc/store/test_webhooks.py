@@ -1,6 +1,7 @@
 """Tests that each transition of a rollout is stored as one message per webhook."""
 
 import json
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from sqlalchemy import Engine as Store
@@ -10,7 +11,7 @@ from svc.settings import RolloutSettings
 from svc.store.audit import Action, AuditEntry
 from svc.store.desired import change_desired
 from svc.store.rollouts import RolloutOutcome, RolloutState, begin_rollout, end_rollout, enter_state
-from svc.store.webhooks import due_deliveries
+from svc.store.webhooks import drop_deliveries, due_deliveries
 from svc.version import Format, Target, VersionId
 
 URLS = ("https://one.example/hook", "https://two.example/hook")
@@ -70,3 +71,14 @@ def test_nothing_is_stored_without_webhooks(store: Store, rollout: int) -> None:
     enter_state(store, rollout, RolloutState.SHADOW)
     end_rollout(store, rollout, RolloutOutcome.FAILED, "a reason")
     assert types(store) == []
+
+
+@pytest.mark.parametrize(("age", "keep"), [(timedelta(days=-1), 9), (timedelta(days=1), 0)], ids=["old", "too_many"])
+def test_messages_of_other_webhooks_are_kept_when_those_of_one_are_dropped(
+    store: Store, rollout: int, age: timedelta, keep: int
+) -> None:
+    end_rollout(store, rollout, RolloutOutcome.FAILED, "a reason", webhooks=URLS)
+    waiting = types(store, URLS[1])
+    assert drop_deliveries(store, URLS[0], before=datetime.now(UTC) - age, keep=keep) == len(waiting)
+    assert types(store, URLS[0]) == []
+    assert types(store, URLS[1]) == waiting
