@@ -7,12 +7,15 @@ import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 
 import httpx
 import pytest
 from sqlalchemy import Engine as Store
+from sqlalchemy import update
 from sqlalchemy.exc import OperationalError
 
+from serving.rollout.evidence import CanaryEvidence, Look
 from serving.rollout.promotion import PromotionRequest, RolloutOptions, VersionChange
 from serving.rollout.version_changes import VersionChanges
 from svc.errors import BusyError, SettingsError
@@ -27,11 +30,13 @@ from svc.store.rollouts import (
     RolloutState,
     RolloutView,
     begin_rollout,
+    enter_state,
     find_rollout,
     switch_rollout,
 )
 from svc.store.shadow_pairs import read_shadow_pairs
 from svc.store.swaps import SwapOutcome, SwapResult, begin_swap, end_swap
+from svc.store.tables import RolloutRow
 from svc.store.webhooks import due_deliveries
 from svc.version import Format
 from tests.serving.control import BODY, Control, Make, until
@@ -343,6 +348,30 @@ async def test_rollout_without_a_decision_ends_undecided_at_its_deadline(control
         seen = await ended(control)
     assert seen.outcome is RolloutOutcome.UNDECIDED
     assert seen.why is not None and seen.why.startswith("no decision after 0.2 s")
+
+
+async def test_time_without_a_server_does_not_count_towards_the_deadline_of_a_step(
+    control: Control, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.rollout.rollout._LOOK_S", 0.01)
+    looks: list[Look] = []
+
+    def look(evidence: CanaryEvidence) -> Look:
+        looks.append(evidence_look(evidence))
+        return looks[-1]
+
+    evidence_look = CanaryEvidence.look
+    monkeypatch.setattr(CanaryEvidence, "look", look)
+    desired = read_desired(control.store, NAME)
+    assert desired is not None
+    plan = ALL.model_copy(update={"shadow": 0})
+    begun = begin_rollout(control.store, desired, target(2), plan, AuditEntry(Action.ROLLOUT, f"{NAME}@2", ACTOR, None))
+    enter_state(control.store, begun.id, RolloutState.CANARY)
+    with control.store.begin() as connection:
+        connection.execute(update(RolloutRow).values(step_began_at=datetime.now(UTC) - timedelta(hours=1)))
+    async with control.run():
+        await until(lambda: len(looks) > 1 or record(control).outcome is not None)
+        assert record(control).outcome is None
 
 
 async def test_rollout_is_held_at_its_deadline_until_someone_decides(control: Control) -> None:
