@@ -120,6 +120,36 @@ class StoreSettings(_Section):
     )
 
 
+def _artifacts_url(text: str) -> str:
+    url = urlsplit(text)
+    located = url.path.startswith("/") and not url.netloc if url.scheme == "file" else bool(url.netloc)
+    if url.scheme not in ("s3", "gs", "az", "file") or not located or url.query or url.fragment or "@" in text:
+        raise ValueError(
+            "must be s3://bucket/prefix, gs://bucket/prefix, az://container/prefix or file:///path, without "
+            "credentials, which are read from the environment"
+        )
+    return text.rstrip("/")
+
+
+class ArtifactSettings(_Section):
+    """Settings of the object store that several machines share for versions. See docs/scale.md.
+
+    Credentials are read from the environment, never from settings.
+    """
+
+    url: Annotated[str, AfterValidator(_artifacts_url)] | None = Field(
+        None,
+        description="object store for versions: `s3://bucket/prefix`, `gs://bucket/prefix`, `az://container/prefix` or "
+        "`file:///path`; default: versions are only in `home`",
+    )
+    cache_gb: float | None = Field(
+        None,
+        gt=0,
+        description="size of the versions in `home`, in GB, above which weights are removed that the object store also "
+        "has, least recently used first; default: unlimited",
+    )
+
+
 class EngineSettings(_Section):
     """Settings for launching vLLM. Defaults for unset values depend on the machine and model;
     `svc status --verbose` shows them with their reasons.
@@ -597,6 +627,7 @@ class Settings(BaseSettings):
     )
     tracking_uri: str = Field("", description="URL of the MLflow tracking server; default: a database in `home`")
     store: StoreSettings = StoreSettings()
+    artifacts: ArtifactSettings = ArtifactSettings()
     engine: EngineSettings = EngineSettings()
     adapters: AdapterSettings = AdapterSettings()
     serve: ServeSettings = ServeSettings()
@@ -671,7 +702,7 @@ def load_settings(config: Path | None = None, **flags: Any) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        is_secret = first["loc"][:1] == ("store",)
+        is_secret = first["loc"][:1] in (("store",), ("artifacts",))
         shown = "invalid" if is_secret else _PASSWORD.sub("//***@", repr(first["input"]))
         raise SettingsError(
             f"setting {key!r} is {shown}: {first['msg']}",

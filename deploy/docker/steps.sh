@@ -16,7 +16,7 @@ build() {
   "${PYTHON:-python3}" -m venv "$prefix"
   "$prefix/bin/python" -m pip install --quiet --upgrade 'pip>=25.1'
   # Not editable: the sources are not in the image.
-  "$prefix/bin/python" -m pip install --no-compile --constraint "deploy/constraints/$variant.txt" ".[train,$serve,monitor,postgres]"
+  "$prefix/bin/python" -m pip install --no-compile --constraint "deploy/constraints/$variant.txt" ".[train,$serve,monitor,postgres,objects]"
   bash deploy/trim.sh "$prefix/bin/python" "$serve"
   install -m 644 deploy/docker/health.py "$prefix/health.py"
   # Bytecode cannot be written to a read-only root file system later. Some packages contain files for other Pythons.

@@ -16,7 +16,7 @@ from pathlib import Path
 from sqlalchemy import Engine as Store
 
 from svc.backup.archive import OTHER_FILES, STORE_FILE, TRACKING_FILE, Archive, Snapshot
-from svc.backup.copying import Progress, copy_database, copy_file, copy_version, files_of, is_copied, no_progress
+from svc.backup.copying import Progress, copy_database, copy_file, copy_version, is_copied, no_progress
 from svc.errors import DiskSpaceError, IntegrityError, NotFoundError
 from svc.files.disk import is_full
 from svc.files.lock import hold_lock
@@ -147,11 +147,13 @@ class Backup:
             except IntegrityError as error:
                 left_out[version] = error.wrong
                 continue
-            if is_copied(manifest, self.archive.version(version), verify=self.verify):
+            if registry.objects is not None and not _is_complete(registry, manifest):
+                left_out[version] = "its weights are only in the object store"
+            elif is_copied(manifest, self.archive.version(version), verify=self.verify):
                 kept.add(version)
             else:
                 to_copy.append(manifest)
-        total = sum(file.bytes for manifest in to_copy for file in files_of(manifest))
+        total = sum(file.bytes for manifest in to_copy for file in manifest.files)
         if total > shutil.disk_usage(self.archive.models).free:
             raise self._no_room(f"not enough disk space for {total / 1e6:.0f} MB of weights in {self.archive}")
         with self.progress(total) as on_bytes:
@@ -172,6 +174,10 @@ class Backup:
         return DiskSpaceError(
             wrong, todo="free disk space, or keep fewer snapshots: --keep N; existing snapshots can still be restored"
         )
+
+
+def _is_complete(registry: Registry, manifest: Manifest) -> bool:
+    return all((registry.folder(manifest.id) / file.path).is_file() for file in manifest.files)
 
 
 def _other_files(home: Path) -> list[Path]:

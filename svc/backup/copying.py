@@ -10,7 +10,7 @@ from pathlib import Path
 
 from svc.errors import IntegrityError
 from svc.files.disk import sync_folder
-from svc.registry.files import FileRecord, verify_files
+from svc.registry.files import verify_files
 from svc.registry.manifest import MANIFEST_FILE, Manifest, read_manifest
 
 _AT_ONCE = 2**22  # bytes
@@ -26,11 +26,6 @@ yields a callback, which is called with the number of bytes copied in each step.
 def no_progress(total: int) -> Iterator[OnBytes]:
     """Yield a callback that does not report any progress."""
     yield lambda count: None
-
-
-def files_of(manifest: Manifest) -> tuple[FileRecord, ...]:
-    """Return all files of a version whose hashes are in its manifest."""
-    return (manifest.heldout, *manifest.reference, *(file for each in manifest.formats.values() for file in each.files))
 
 
 def is_copied(manifest: Manifest, target: Path, *, verify: bool = False) -> bool:
@@ -51,7 +46,7 @@ def is_copied(manifest: Manifest, target: Path, *, verify: bool = False) -> bool
             expected="a folder with backups of this home only",
             todo="choose another backup folder",
         )
-    files = files_of(manifest)
+    files = manifest.files
     paths = {target / file.path: file.bytes for file in files}
     if not all(path.is_file() and path.stat().st_size == size for path, size in paths.items()):
         return False
@@ -82,7 +77,7 @@ def copy_version(manifest: Manifest, source: Path, target: Path, on_bytes: OnByt
             if not source.exists():
                 raise FileNotFoundError(source) from error
             raise
-        verify_files(staging, files_of(manifest))
+        verify_files(staging, manifest.files)
         shutil.rmtree(target, ignore_errors=True)  # one whose files have another size
         staging.rename(target)
     finally:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from svc.backup.archive import OTHER_FILES, STORE_FILE, TRACKING_FILE, Archive, Snapshot
-from svc.backup.copying import Progress, copy_file, copy_version, files_of, is_copied, no_progress
+from svc.backup.copying import Progress, copy_file, copy_version, is_copied, no_progress
 from svc.backup.restored_keys import RestoredKeys, settle_keys
 from svc.errors import IntegrityError, RefusedError, SettingsError
 from svc.files.disk import sync_folder, write_whole
@@ -124,7 +124,7 @@ class Restore:
             manifest = read_manifest(source)
             if not is_copied(manifest, target):
                 to_copy.append((manifest, source, target))
-        total = sum(file.bytes for manifest, _, _ in to_copy for file in files_of(manifest))
+        total = sum(file.bytes for manifest, _, _ in to_copy for file in manifest.files)
         with self.progress(total) as on_bytes:
             for manifest, source, target in to_copy:
                 copy_version(manifest, source, target, on_bytes)

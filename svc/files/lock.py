@@ -69,6 +69,15 @@ def hold_lock(path: Path, what: str, **info: Any) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def wait_for_lock(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock for the duration of the `with` block, waiting until no other thread or process does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def lock_holder(path: Path) -> dict[str, Any] | None:
     """Return the lock holder's `pid` and info, or None if no process holds the lock."""
     return _read(path) if is_locked(path) else None

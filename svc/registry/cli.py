@@ -1,6 +1,7 @@
 """`svc models`, `svc show` and `svc ui` show the registry; `svc models rm` and `svc gc` free disk space."""
 
 import sys
+from functools import partial
 
 import click
 
@@ -22,6 +23,7 @@ def models(ctx: click.Context, as_json: bool) -> None:
     from svc.terminal import print_table
 
     registry = Registry.of(settings_of(ctx))
+    registry.refresh()
     manifests = [registry.manifest(version) for version in registry.versions()]
     aliases = {name: registry.tracking.aliases(name) for name in {manifest.name for manifest in manifests}}
     rows = [
@@ -62,6 +64,20 @@ def rm(ctx: click.Context, versions: tuple[str, ...], reason: str | None, as_jso
         print_json(removed)
 
 
+@models.command()
+@click.argument("versions", nargs=-1, required=True, metavar="NAME@N...")
+@click.pass_context
+def push(ctx: click.Context, versions: tuple[str, ...]) -> None:
+    """Upload versions to the object store (artifacts.url). Files that are there are not sent again.
+
+    New versions are uploaded when they are registered.
+    """
+    registry = Registry.of(settings_of(ctx))
+    for version in [VersionId.parse(text) for text in versions]:
+        registry.push(version)
+        click.echo(f"{version} is in the object store")
+
+
 @click.command()
 @click.option(
     "--older-than",
@@ -75,18 +91,25 @@ def rm(ctx: click.Context, versions: tuple[str, ...], reason: str | None, as_jso
 @json_option
 @click.pass_context
 def gc(ctx: click.Context, older_than: float, dry_run: bool, reason: str | None, as_json: bool) -> None:
-    """Delete files left behind by old runs and sweeps, interrupted work, logs and caches. Keeps all versions."""
-    from svc.registry.housekeeping import find_reclaimable, reclaim
+    """Delete files left behind by old runs and sweeps, interrupted work, logs and caches. Keeps all versions.
+
+    With an object store, weights that it also has are removed until the versions take at most artifacts.cache_gb.
+    """
+    from svc.registry.housekeeping import evict, find_evictable, find_reclaimable, reclaim
     from svc.store.audit import Action, AuditEntry, record_event
     from svc.store.database import open_store
 
     settings = settings_of(ctx)
-    store = open_store(settings)
+    registry, store = Registry.of(settings), open_store(settings)
     reclaimed, failed = [], 0
-    for item in list(find_reclaimable(Registry.of(settings), settings.home, older_than)):
+    steps = [(item, partial(reclaim, item)) for item in find_reclaimable(registry, settings.home, older_than)]
+    if settings.artifacts.cache_gb is not None:
+        evictable = find_evictable(registry, store, settings.artifacts.cache_gb * 1e9)
+        steps += [(item, partial(evict, registry, store, item)) for item in evictable]
+    for item, remove in steps:
         try:
             if not dry_run:
-                reclaim(item)
+                remove()
                 details = {"bytes": item.size, "why": item.why}
                 record_event(store, AuditEntry(Action.COLLECT, str(item.path), Actor.local(), reason, details))
         except (BusyError, OSError) as error:

@@ -4,13 +4,16 @@ A needed version is never removed. A version is needed if it has an alias, is or
 target of a rollback, or is the base of an adapter version that is needed for one of these reasons. A
 version that a server has loaded only as an additional adapter does not count as needed. The server
 unloads it after the removal.
+
+With an object store (`artifacts.url`), the home is a cache: weights that the store also has can be evicted,
+and are downloaded again when they are needed.
 """
 
 import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +22,19 @@ from sqlalchemy import Engine as Store
 
 from svc.errors import BusyError, IntegrityError, NotFoundError
 from svc.files.lock import hold_lock, lock_holder
+from svc.registry.objects import manifest_key
 from svc.registry.registry import Registry
-from svc.registry.training_runs import RUN_LOCK, RUNS_FOLDER, SWEEPS_FOLDER
+from svc.registry.training_runs import RUN_LOCK, RUNS_FOLDER, SWEEPS_FOLDER, find_training_runs
 from svc.store.desired import desired_names, read_desired
+from svc.store.rollouts import active_rollout
 from svc.store.swaps import find_swap
 from svc.version import Format, VersionId
 
 log = logging.getLogger(__name__)
 
 _DAY_S = 86_400
+_UNUSED_S = 3600
+"""Weights used more recently than this are not evicted, because an engine may be loading them."""
 _REGISTERED = "register.json"
 """File whose presence in a run's folder shows that the run is finished (see trainer.pipeline.run_folder).
 The weights are in one folder per format."""
@@ -80,10 +87,18 @@ def remove_version(registry: Registry, store: Store, version: VersionId) -> int:
 
     Raises:
         NotFoundError: there is no such version.
-        BusyError: the version is needed.
+        BusyError: the version is needed, or in the object store.
+        RegistryError: the object store does not respond.
     """
     if version not in registry.versions(version.name):
         registry.manifest(version)
+    if registry.objects is not None and version in registry.objects.versions(version.name):
+        raise BusyError(
+            f"{version} is in the object store {registry.objects.url}, from which it would be fetched again",
+            expected="a version that only this home has",
+            todo=f"set artifacts.cache_gb and run `svc gc` to free this disk; to remove the version from all machines, "
+            f"first delete {manifest_key(version)} from the object store",
+        )
     folder = registry.folder(version)
     run = _run_of(registry, version)
     hidden = folder.with_name(f".removed-{version.number}")
@@ -117,13 +132,13 @@ def _run_of(registry: Registry, version: VersionId) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def _drop_weights(run: Path) -> None:
-    """Remove a run's links to a removed version's weights so that their space is freed, unless the run is
+def _drop_weights(run: Path, formats: Iterable[Format] = Format) -> None:
+    """Remove a run's links to a version's removed weights so that their space is freed, unless the run is
     active.
     """
     try:
         with hold_lock(run / RUN_LOCK, f"the run {run.name}"):
-            for format in Format:
+            for format in formats:
                 shutil.rmtree(run / format.value, ignore_errors=True)
     except BusyError:
         log.warning("%s is active, so its weights are kept", run)
@@ -136,6 +151,9 @@ def _refuse(registry: Registry, store: Store, version: VersionId) -> None:
         raise BusyError(
             f"a swap of {version.name} to {swap.target} is running", todo="wait until the swap ends; check svc status"
         )
+    rollout = active_rollout(store, version.name)
+    if rollout is not None and version in (rollout.previous.version, rollout.target.version):
+        raise BusyError(f"{version} takes part in a rollout", todo="wait until the rollout ends; check svc rollout")
     reason = protected(registry, store, version.name).get(version)
     if reason:
         raise BusyError(
@@ -196,6 +214,57 @@ def reclaim(item: Reclaimable) -> None:
         hidden = path if path.name.startswith(".removed-") else path.with_name(f".removed-{path.name}")
         path.rename(hidden)
         shutil.rmtree(hidden)
+
+
+def find_evictable(registry: Registry, store: Store, max_bytes: float) -> Iterator[Reclaimable]:
+    """Yield the weights to evict from the home so that its versions take at most `max_bytes`, least recently used
+    first.
+
+    Only weights that the object store also has are evicted. Kept are those of needed versions, of models with a swap
+    or rollout, those used in the last hour, and all of them while a training run is active, as it may use one as base.
+
+    Raises:
+        RegistryError: the object store does not respond.
+    """
+    if registry.objects is None or any(run.running for run in find_training_runs(registry.models.parent)):
+        return
+    folders = _folders(path for version in registry.versions() for path in registry.folder(version).iterdir())
+    formats = [folder for folder in folders if folder.name in set(Format)]
+    excess = sum(_size(registry.folder(version)) for version in registry.versions()) - max_bytes
+    for folder in sorted(formats, key=lambda path: path.stat().st_mtime):
+        if excess <= 0:
+            return
+        version, used = VersionId(folder.parent.parent.name, int(folder.parent.name)), folder.stat().st_mtime
+        with suppress(BusyError, NotFoundError, IntegrityError):
+            _refuse(registry, store, version)
+            size, manifest = _size(folder), registry.manifest(version)
+            if size and time.time() - used > _UNUSED_S and registry.objects.has(manifest, Format(folder.name)):
+                yield Reclaimable(folder, size, "in the object store too, and not used recently", used)
+                excess -= size
+
+
+def evict(registry: Registry, store: Store, item: Reclaimable) -> None:
+    """Remove the weights that `find_evictable` has found, and the links to them in the run that created them.
+
+    Raises:
+        BusyError: the version has been used or has become needed since.
+    """
+    folder = item.path
+    version = VersionId(folder.parent.parent.name, int(folder.parent.name))
+    hidden = folder.parent.with_name(f".removed-{version.number}-{folder.name}")
+    with hold_lock(hidden.with_name(_REMOVING), str(folder)), registry.downloads_paused(version.name):
+        _refuse(registry, store, version)
+        if folder.stat().st_mtime > item.touched:
+            raise BusyError(f"{folder} was just used", todo="no action is needed; the folder is kept")
+        shutil.rmtree(hidden, ignore_errors=True)  # of an interrupted eviction
+        folder.rename(hidden)
+    if run := _run_of(registry, version):
+        _drop_weights(run, [Format(folder.name)])
+    shutil.rmtree(hidden)
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _folders(paths: Iterator[Path]) -> list[Path]:

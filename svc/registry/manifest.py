@@ -3,10 +3,10 @@
 import json
 from datetime import datetime
 from enum import StrEnum
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from svc.engine.probes import MAX_PROBES, Probe
 from svc.errors import IntegrityError
@@ -143,6 +143,16 @@ class Manifest(_Record):
         return VersionId(self.name, self.number)
 
     @property
+    def small_files(self) -> tuple[FileRecord, ...]:
+        """Records of the files that belong to no format: the held-out examples and the reference."""
+        return (self.heldout, *self.reference)
+
+    @property
+    def files(self) -> tuple[FileRecord, ...]:
+        """Records of all files except the manifest."""
+        return (*self.small_files, *(file for record in self.formats.values() for file in record.files))
+
+    @property
     def undecided(self) -> tuple[str, ...]:
         """Descriptions of the undecided gates, excluding those that count as failed."""
         undecided = (str(gate) for gate in self.gates if gate.verdict.outcome is GateOutcome.UNDECIDED)
@@ -179,7 +189,37 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
+def parse_manifest(content: bytes, version: VersionId, source: str) -> Manifest:
+    """Parse the manifest of a version that was read from another place than the registry's folder.
+
+    Args:
+        source: the place, for error messages.
+
+    Raises:
+        IntegrityError: the content is not a manifest, or belongs to a different version.
+    """
+    try:
+        manifest = Manifest.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise IntegrityError(
+            f"{source} is not a manifest that this release can read: {where}: {first['msg']}",
+            todo="upgrade this machine if another one has a newer release; else restore the object",
+        ) from error
+    if manifest.id != version:
+        raise IntegrityError(f"{source} is the manifest of {manifest.id}", expected=str(version))
+    for path in (PurePosixPath(file.path) for file in manifest.files):
+        if path.is_absolute() or ".." in path.parts:
+            raise IntegrityError(f"{source} names a file outside the version's folder: {path}")
+    return manifest
+
+
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """Return the content of a manifest's file."""
+    return json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False).encode("utf-8")
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write a manifest atomically."""
-    content = json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False)
-    write_whole(folder / MANIFEST_FILE, content.encode("utf-8"))
+    write_whole(folder / MANIFEST_FILE, manifest_bytes(manifest))

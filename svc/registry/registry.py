@@ -5,6 +5,9 @@
 A version is published atomically. It is built in a hidden folder next to the published ones, its
 manifest is written last, and a rename publishes it. A folder without a manifest is not a version. A
 version never changes: its files are read-only.
+
+With an object store (`artifacts.url`), the folder is a cache. A version of the store is first fetched without the
+files of its formats, which are downloaded when they are needed. Only `versions` and `names` never ask the store.
 """
 
 import logging
@@ -12,6 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +24,13 @@ from svc.dataset.prompt_hashes import NO_PROMPTS, TRAINED_PROMPTS_FILE, PromptHa
 from svc.dataset.readers.reader import read_examples
 from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.tokenized_example import TokenizedExample, read_tokenized
-from svc.errors import IntegrityError, NotFoundError
+from svc.errors import DiskSpaceError, IntegrityError, NotFoundError, RegistryError, SettingsError
 from svc.evaluation.results import ExampleResult, read_results
 from svc.files.disk import sync_folder
+from svc.files.lock import wait_for_lock
 from svc.registry.files import verify_files
 from svc.registry.manifest import MANIFEST_FILE, FormatRecord, Manifest, read_manifest, write_manifest
+from svc.registry.objects import ObjectStore
 from svc.registry.tracking import Tracking
 from svc.settings import Settings
 from svc.version import NAME_PATTERN, NUMBER_PATTERN, Alias, Format, VersionId
@@ -37,7 +43,8 @@ REFERENCE_FOLDER = "reference"
 training curve, a sample of the prompts, the text space, and the hashes of the training prompts."""
 HELDOUT_TOKENS_FILE = "heldout_tokens.jsonl"
 """File in `REFERENCE_FOLDER` that contains the examples of `HELDOUT_FILE` as token ids, in order."""
-
+_FETCHING = ".fetching"
+"""Lock file in the folder with a model's versions, held while files are downloaded."""
 
 BASE_RESULTS_FILE = "base.jsonl"
 """File in `REFERENCE_FOLDER` with the base's results on the held-out examples that the merged model answered."""
@@ -54,27 +61,30 @@ class Registry:
     Args:
         models: folder that contains all versions.
         tracking: MLflow store, which allocates version numbers and stores aliases.
+        objects: object store that shares versions with other machines, or None if there is none.
     """
 
-    def __init__(self, models: Path, tracking: Tracking) -> None:
+    def __init__(self, models: Path, tracking: Tracking, objects: ObjectStore | None = None) -> None:
         self.models = models
         self.tracking = tracking
+        self.objects = objects
 
     @classmethod
     def of(cls, settings: Settings) -> "Registry":
         """Return the registry for the home folder given in the settings."""
         settings.home.mkdir(parents=True, exist_ok=True)
+        objects = ObjectStore(settings.artifacts.url) if settings.artifacts.url else None
         if settings.tracking_uri:
-            return cls(settings.home / "models", Tracking(settings.tracking_uri))
+            return cls(settings.home / "models", Tracking(settings.tracking_uri), objects)
         tracking = Tracking(f"sqlite:///{settings.home / 'mlflow.db'}", settings.home / "mlflow-artifacts")
-        return cls(settings.home / "models", tracking)
+        return cls(settings.home / "models", tracking, objects)
 
     def names(self) -> list[str]:
         """Return the names of all models that have at least one version."""
         return sorted({version.name for version in self.versions()})
 
     def versions(self, name: str | None = None) -> list[VersionId]:
-        """Return all versions, or only those of one model, sorted by name and number."""
+        """Return all versions in the home, or only those of one model, sorted by name and number."""
         if name is not None and not re.fullmatch(NAME_PATTERN, name):
             return []
         folders = [path.parent for path in self.models.glob(f"{name or '*'}/*/{MANIFEST_FILE}")]
@@ -85,12 +95,13 @@ class Registry:
         return self.models / version.name / str(version.number)
 
     def artifact(self, version: VersionId, format: Format) -> Path:
-        """Return the model folder of a version in the given format.
+        """Return the model folder of a version in the given format, after downloading the files that it lacks.
 
         Raises:
             NotFoundError: the version, or its format, does not exist.
+            DiskSpaceError, IntegrityError, RegistryError: the files could not be downloaded from the object store.
         """
-        self.format(version, format)
+        self._fetch_format(version, format)
         return self.folder(version) / format.value
 
     def manifest(self, version: VersionId) -> Manifest:
@@ -99,8 +110,12 @@ class Registry:
         Raises:
             NotFoundError: the version does not exist; the error lists the versions that do.
             IntegrityError: the manifest cannot be read.
+            DiskSpaceError, RegistryError: the version could not be fetched from the object store.
         """
-        if not (self.folder(version) / MANIFEST_FILE).is_file():
+        if not self._is_here(version) and self.objects is not None:
+            with suppress(NotFoundError):
+                self._fetch(version, self.objects)
+        if not self._is_here(version):
             known = self.versions(version.name)
             names = f"a version of {', '.join(self.names()) or 'a trained model'}"
             expected = f"one of {', '.join(map(str, known))}" if known else names
@@ -128,6 +143,8 @@ class Registry:
             NotFoundError: there is no such version.
         """
         name, _, suffix = text.partition("@")
+        if not suffix or suffix in set(Alias):
+            self.refresh(name)
         if suffix in set(Alias):
             aliased = self.tracking.alias(name, Alias(suffix)) if self.versions(name) else None
             if aliased is None:
@@ -146,11 +163,13 @@ class Registry:
         return self.tracking.alias(name, Alias.PRODUCTION) or known[-1]
 
     def verify(self, version: VersionId, format: Format) -> None:
-        """Check the files of one format against the manifest.
+        """Check the files of one format against the manifest, after downloading those that are missing.
 
         Raises:
             IntegrityError: a file is missing or was changed.
+            DiskSpaceError, RegistryError: the files could not be downloaded from the object store.
         """
+        self._fetch_format(version, format)
         verify_files(self.folder(version), self.format(version, format).files)
 
     def heldout(self, version: VersionId) -> list[ChatExample]:
@@ -219,6 +238,7 @@ class Registry:
 
         A damaged version is logged and skipped, so that a new version can still be trained.
         """
+        self.refresh(name)
         hashes = [NO_PROMPTS]
         for version in self.versions(name):
             try:
@@ -233,10 +253,44 @@ class Registry:
                 )
         return np.unique(np.concatenate(hashes))
 
+    def refresh(self, name: str | None = None) -> None:
+        """Fetch all versions of the object store, or only those of one model, without the files of their formats.
+
+        If the store does not respond, or a version is damaged, a warning is logged and the home's versions can be used.
+        """
+        if self.objects is None or (name is not None and not re.fullmatch(NAME_PATTERN, name)):
+            return
+        try:
+            missing = [version for version in self.objects.versions(name) if not self._is_here(version)]
+        except RegistryError as error:
+            log.warning("only the versions in %s are known now: %s", self.models, error)
+            return
+        for version in missing:
+            try:
+                self._fetch(version, self.objects)
+            except (NotFoundError, IntegrityError, RegistryError, DiskSpaceError) as error:
+                log.warning("could not fetch %s: %s", version, error)
+
+    def push(self, version: VersionId) -> None:
+        """Upload a version of the home to the object store, if it is not there yet.
+
+        Raises:
+            NotFoundError: there is no such version.
+            SettingsError: no object store is configured.
+            IntegrityError: a file was changed.
+            RegistryError: the store does not respond, refuses, or has another version with this name and number.
+        """
+        if self.objects is None:
+            raise SettingsError("no object store is configured", todo="set artifacts.url: docs/scale.md#object-storage")
+        self.objects.upload(self.manifest(version), self.folder(version))
+
     def publish(
         self, name: str, run_id: str, content: dict[str, Path], manifest: Callable[[VersionId, Path], Manifest]
     ) -> Manifest:
         """Publish finished files as a new version, atomically, and return the version's manifest.
+
+        With an object store, the version is published there first. If that fails, it is not published in the home
+        either, and a repeated call continues with the files that were not uploaded yet.
 
         Args:
             name: the model's name.
@@ -244,11 +298,15 @@ class Registry:
             content: source file or folder of each entry in the version's folder, keyed by the entry's name.
                 Files are linked if the file system supports links, so that nothing is copied within one disk.
             manifest: called with the version and the folder that contains the content; returns the manifest.
+
+        Raises:
+            RegistryError: the object store does not respond, or another machine has published this number just now.
         """
         parent = self.models / name
         parent.mkdir(parents=True, exist_ok=True)
         version = self.tracking.allocate(name, source=str(parent), run_id=run_id)
-        while self.folder(version).exists():  # a folder unknown to MLflow; its number stays used
+        taken = set(self.objects.versions(name)) if self.objects else set()
+        while self.folder(version).exists() or version in taken:  # unknown to MLflow; its number stays used
             version = self.tracking.allocate(name, source=str(parent), run_id=run_id)
         staging = parent / f".{version.number}"
         try:
@@ -261,6 +319,8 @@ class Registry:
             for path in staging.rglob("*"):
                 if path.is_file():
                     path.chmod(0o444)
+            if self.objects is not None:
+                self.objects.upload(published, staging)
             staging.rename(self.folder(version))
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
@@ -268,6 +328,38 @@ class Registry:
             raise
         sync_folder(parent)
         return published
+
+    def downloads_paused(self, name: str) -> AbstractContextManager[None]:
+        """Return a context manager in which no other thread or process downloads versions of a model."""
+        return wait_for_lock(self.models / name / _FETCHING)
+
+    def _is_here(self, version: VersionId) -> bool:
+        return (self.folder(version) / MANIFEST_FILE).is_file()
+
+    def _fetch(self, version: VersionId, objects: ObjectStore) -> None:
+        """Fetch a version without the files of its formats. An interrupted fetch is continued by the next one."""
+        manifest, folder = objects.manifest(version), self.folder(version)
+        staging = folder.with_name(f".fetch-{version.number}")
+        with self.downloads_paused(version.name):
+            if self._is_here(version):
+                return
+            objects.download(manifest, manifest.small_files, staging)
+            verify_files(staging, manifest.small_files)  # an earlier fetch may have been of another version
+            write_manifest(staging, manifest)
+            (staging / MANIFEST_FILE).chmod(0o444)
+            staging.rename(folder)
+            sync_folder(folder.parent)
+        self.tracking.adopt(version, source=str(folder.parent))
+
+    def _fetch_format(self, version: VersionId, format: Format) -> None:
+        """Download the files of a format that the home lacks, and mark the format as used."""
+        files, folder = self.format(version, format).files, self.folder(version)
+        if self.objects is None:
+            return
+        if not all((folder / file.path).is_file() for file in files):
+            with self.downloads_paused(version.name):
+                self.objects.download(self.manifest(version), files, folder)
+        os.utime(folder / format)
 
 
 def _link(source: Path, target: Path) -> None:

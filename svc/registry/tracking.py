@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
+log = logging.getLogger(__name__)
 
 LOSS, HELDOUT_LOSS = "loss", "heldout_loss"
 """Names of the trainer's losses in MLflow (see trainer.callbacks.loss_log)."""
@@ -173,7 +174,7 @@ class Tracking:
             return _figures(self._client.get_run(run_id))
         return None
 
-    def allocate(self, name: str, source: str, run_id: str) -> VersionId:
+    def allocate(self, name: str, source: str, run_id: str | None) -> VersionId:
         """Register the next version of a model in MLflow, and return the version's id."""
         from mlflow.exceptions import MlflowException
 
@@ -184,6 +185,28 @@ class Tracking:
         version = self._client.create_model_version(name, source=source, run_id=run_id)
         return VersionId(name, int(version.version))
 
+    def adopt(self, version: VersionId, source: str) -> None:
+        """Register a version that another machine has published, so that it can have aliases. Does nothing if MLflow
+        knows the version, as is the case if the machines share a tracking server.
+
+        Raises:
+            RegistryError: MLflow does not respond.
+        """
+        with suppress(NotFoundError), self._asking():
+            self._client.get_model_version(version.name, str(version.number))
+            return
+        with self._asking():
+            while (allocated := self.allocate(version.name, source, run_id=None)).number < version.number:
+                self.discard(allocated)
+        if allocated != version:
+            self.discard(allocated)
+            log.warning(
+                "MLflow at %s cannot have %s, because it has used that number already, so the version cannot have an "
+                "alias here; use one tracking_uri for all machines",
+                self.uri,
+                version,
+            )
+
     def discard(self, version: VersionId) -> None:
         """Delete a version's entry and page from MLflow. Its number is not reused. Unknown versions are ignored.
 
@@ -191,7 +214,8 @@ class Tracking:
             RegistryError: MLflow does not respond.
         """
         with suppress(NotFoundError), self._asking():
-            self._remove_page(version, self._client.get_model_version(version.name, str(version.number)).run_id)
+            if run_id := self._client.get_model_version(version.name, str(version.number)).run_id:
+                self._remove_page(version, run_id)
             self._client.delete_model_version(version.name, str(version.number))
 
     def _remove_page(self, version: VersionId, run_id: str) -> None:

@@ -14,8 +14,8 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 EXTRAS = {
-    "cpu": ("train", "monitor", "gateway", "postgres", "serve-cpu"),
-    "gpu": ("train", "monitor", "gateway", "postgres", "serve"),
+    "cpu": ("train", "monitor", "gateway", "postgres", "objects", "serve-cpu"),
+    "gpu": ("train", "monitor", "gateway", "postgres", "objects", "serve"),
 }
 
 

@@ -1,0 +1,379 @@
+"""Stores versions in an object store, which several machines share: S3, Google Cloud, Azure, or a shared folder.
+
+    manifests/NAME/N.json      written last, and only if there is none yet; without it there is no version NAME@N
+    files/NAME/SHA256/FILE     one file of the model's versions, under its hash
+
+Because a key contains the content's hash, two machines never write different content to one key, and an interrupted
+upload continues with the first file that is missing. Objects appear only when they are complete, in every store.
+
+Downloads are read in ranges of a few MB, each of which the client retries separately. Every file is hashed while it
+is copied, so the content is right even if a store neither checks nor returns checksums.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
+from uuid import uuid4
+
+from svc.errors import DiskSpaceError, IntegrityError, NotFoundError, RegistryError, SettingsError
+from svc.registry.files import FileRecord
+from svc.registry.manifest import Manifest, manifest_bytes, parse_manifest
+from svc.version import NAME_PATTERN, NUMBER_PATTERN, Format, VersionId
+
+if TYPE_CHECKING:
+    from obstore import Bytes
+    from obstore.store import ObjectStore as Client
+
+_PART = 2**23  # bytes
+_AT_ONCE = 4
+_MAX_PARTS = 9_000  # S3 allows 10,000
+_REQUEST_TIMEOUT = timedelta(minutes=2)
+_CONNECT_TIMEOUT = timedelta(seconds=5)
+_RETRY_TIMEOUT = timedelta(minutes=3)
+_RETRIES = 8  # the last one half a minute after the first failure
+_CREATE_PAUSES_S = (0.2, 1.0, 5.0)
+_FIRST_PROGRESS_S, _PROGRESS_S = 2.0, 15.0
+_MANIFESTS, _FILES, _PROBES = "manifests", "files", "probes"
+_HIDDEN = (re.compile(r"<(?!Code>|/Code>)[^>]*>[^<]*"), re.compile(r"\?\S+"))
+"""Match the elements of an XML error except its code, and the parameters of a URL, which may contain a signature."""
+
+
+@dataclass
+class ObjectStore:
+    """All versions in one object store, below one prefix.
+
+    Attributes:
+        url: `s3://bucket/prefix`, `gs://bucket/prefix`, `az://container/prefix` or `file:///path`.
+        retries: how often a failed request is repeated, with growing pauses.
+    """
+
+    url: str
+    retries: int = _RETRIES
+
+    @cached_property
+    def _client(self) -> "Client":
+        try:
+            from obstore.exceptions import BaseError
+            from obstore.store import LocalStore, from_url
+        except ImportError as error:
+            raise SettingsError(
+                "artifacts.url is set, but obstore is not installed", todo="pip install 'tuneserve[objects]'"
+            ) from error
+        try:
+            if self.url.startswith("file:"):
+                return LocalStore(Path(unquote(urlsplit(self.url).path)))
+            return from_url(
+                self.url,
+                client_options={
+                    "timeout": _REQUEST_TIMEOUT,
+                    "connect_timeout": _CONNECT_TIMEOUT,
+                    "allow_http": os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true"),  # else not read
+                },
+                retry_config={"max_retries": self.retries, "retry_timeout": _RETRY_TIMEOUT},
+            )
+        except BaseError as error:
+            raise RegistryError(
+                f"cannot open the object store {self.url}: {_reason(error)}",
+                expected="a mounted folder, or a bucket with credentials in the environment",
+                todo="check artifacts.url, and the variables in docs/scale.md#object-storage",
+            ) from error
+
+    def versions(self, name: str | None = None) -> list[VersionId]:
+        """Return all versions in the store, or only those of one model, sorted by name and number.
+
+        Raises:
+            RegistryError: the store does not respond, or refuses.
+        """
+        import obstore
+
+        prefix = f"{_MANIFESTS}/{name}" if name else _MANIFESTS
+        with self._asking(f"list {prefix}"):
+            keys = [entry["path"] for page in obstore.list(self._client, prefix) for entry in page]
+        named = [re.fullmatch(rf"{_MANIFESTS}/([^/]+)/({NUMBER_PATTERN})\.json", key) for key in keys]
+        versions = [VersionId(found[1], int(found[2])) for found in named if found]
+        return sorted(version for version in versions if re.fullmatch(NAME_PATTERN, version.name))
+
+    def manifest(self, version: VersionId) -> Manifest:
+        """Return a version's manifest.
+
+        Raises:
+            NotFoundError: the store has no such version.
+            IntegrityError: the object is not this version's manifest.
+            RegistryError: the store does not respond, or refuses.
+        """
+        key = manifest_key(version)
+        content = self._read(key)
+        if content is None:
+            raise NotFoundError(f"there is no version {version} in {self.url}", todo="list the versions: svc models")
+        return parse_manifest(content, version, f"{self.url}/{key}")
+
+    def has(self, manifest: Manifest, format: Format) -> bool:
+        """Return whether the store has this version's manifest, and all files of one format in full.
+
+        Raises:
+            RegistryError: the store does not respond, or refuses.
+        """
+        content = self._read(manifest_key(manifest.id))
+        if content is None or json.loads(content) != json.loads(manifest_bytes(manifest)):
+            return False
+        return not self.lacks(manifest, manifest.formats[format].files)
+
+    def lacks(self, manifest: Manifest, records: Iterable[FileRecord]) -> list[FileRecord]:
+        """Return those of a version's files that the store does not have in full.
+
+        Raises:
+            RegistryError: the store does not respond, or refuses.
+        """
+        return [file for file in records if self._size(_file_key(manifest.name, file)) != file.bytes]
+
+    def upload(self, manifest: Manifest, folder: Path) -> None:
+        """Upload a version: first the files that the store lacks, then the manifest, which publishes it.
+
+        Args:
+            folder: folder with the version's files.
+
+        Raises:
+            IntegrityError: a file differs from the manifest.
+            RegistryError: the store does not respond, refuses, or ignores conditions; or it has another version
+                with this name and number.
+        """
+        self._require_conditions()
+        missing = {_file_key(manifest.name, file): file for file in self.lacks(manifest, manifest.files)}
+        with _progress(f"uploading {manifest.id}", sum(file.bytes for file in missing.values())) as on_bytes:
+            for key, file in missing.items():
+                self._send(key, file, folder / file.path, on_bytes)
+        self._publish(manifest)
+
+    def download(self, manifest: Manifest, records: Iterable[FileRecord], folder: Path) -> None:
+        """Download files of a version. Files that are already in the folder are skipped.
+
+        Args:
+            folder: the version's folder, to which the files' paths are relative.
+
+        Raises:
+            DiskSpaceError: there is not enough disk space.
+            IntegrityError: an object is missing, truncated or altered.
+            RegistryError: the store does not respond, or refuses.
+        """
+        missing = [file for file in records if not (folder / file.path).is_file()]
+        total = sum(file.bytes for file in missing)
+        folder.mkdir(parents=True, exist_ok=True)
+        if total > (free := shutil.disk_usage(folder).free):
+            raise DiskSpaceError(
+                f"not enough disk space in {folder} to download {manifest.id}: it needs {total / 1e6:.0f} MB, and "
+                f"{free / 1e6:.0f} MB are free",
+                todo="free disk space: svc gc, or a smaller artifacts.cache_gb",
+            )
+        with _progress(f"downloading {manifest.id}", total) as on_bytes:
+            for file in missing:
+                self._receive(_file_key(manifest.name, file), file, folder / file.path, on_bytes)
+
+    def _send(self, key: str, file: FileRecord, path: Path, on_bytes: Callable[[int], None]) -> None:
+        import obstore
+
+        part = max(_PART, -(-file.bytes // _MAX_PARTS))
+        blocks = _read_checked(file, path, part, on_bytes)
+        with self._asking(f"write {key} ({file.path}, {file.bytes} bytes)"):
+            if file.bytes <= part:
+                obstore.put(self._client, key, b"".join(blocks), use_multipart=False)
+            else:
+                obstore.put(self._client, key, blocks, chunk_size=part, max_concurrency=_AT_ONCE)
+
+    def _receive(self, key: str, file: FileRecord, path: Path, on_bytes: Callable[[int], None]) -> None:
+        import obstore
+
+        def read(start: int) -> "Bytes":
+            end = min(start + _PART, file.bytes)
+            return obstore.get_range(self._client, key, start=start, end=end)
+
+        size = self._size(key)
+        if size is None:
+            raise self._damaged(key, file, "is missing")
+        if size != file.bytes:
+            raise self._damaged(key, file, f"has {size} bytes")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.partial")
+        digest = hashlib.sha256()
+        try:
+            with temporary.open("wb") as target, self._asking(f"read {key} ({file.path}, {file.bytes} bytes)"):
+                for part in _in_order(read, range(0, file.bytes, _PART)):
+                    digest.update(part)
+                    target.write(part)
+                    on_bytes(len(part))
+                target.flush()
+                os.fsync(target.fileno())
+            if digest.hexdigest() != file.sha256:
+                raise self._damaged(key, file, f"was altered: sha256 {digest.hexdigest()[:12]}…")
+            temporary.chmod(0o444)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _damaged(self, key: str, file: FileRecord, how: str) -> IntegrityError:
+        return IntegrityError(
+            f"{self.url}/{key} ({file.path}) {how}",
+            expected=f"sha256 {file.sha256[:12]}…, {file.bytes} bytes",
+            todo="delete the object, and upload it again from a home that has the version: svc models push NAME@N",
+        )
+
+    def _publish(self, manifest: Manifest) -> None:
+        """Write a manifest unless there is one. An equal one was written by an attempt whose answer was lost."""
+        import obstore
+        from obstore.exceptions import AlreadyExistsError
+
+        key, content = manifest_key(manifest.id), manifest_bytes(manifest)
+        for pause in (*_CREATE_PAUSES_S, None):  # the client does not repeat a conditional write
+            try:
+                with self._asking(f"write {key}"):
+                    obstore.put(self._client, key, content, mode="create")
+            except RegistryError as error:
+                if isinstance(error.__cause__, AlreadyExistsError):
+                    break
+                if pause is None:
+                    raise
+                time.sleep(pause)
+            else:
+                return
+        if self._read(key) != content:
+            raise RegistryError(
+                f"{manifest.id} is already in {self.url}, registered by another machine: {key}",
+                expected="a number that no machine has published",
+                todo="run `svc train` again: it registers the next number, and does not send the files again",
+            )
+
+    def _require_conditions(self) -> None:
+        """Check that the store refuses to create an object that exists. Otherwise two machines that register at the
+        same time would overwrite each other's version.
+        """
+        import obstore
+        from obstore.exceptions import AlreadyExistsError
+
+        key = f"{_PROBES}/{uuid4().hex}"
+        with self._asking(f"write {key}"):
+            obstore.put(self._client, key, b"1", mode="create")
+            try:
+                obstore.put(self._client, key, b"2", mode="create")
+            except AlreadyExistsError:
+                return
+            finally:
+                obstore.delete(self._client, key)
+        raise RegistryError(
+            f"the object store {self.url} ignores conditions: it overwrote an object in spite of `If-None-Match: *`",
+            expected="a store that answers 412, so that two machines cannot publish the same version",
+            todo="use a store with conditional writes, such as Amazon S3 or MinIO: docs/scale.md#object-storage",
+        )
+
+    def _read(self, key: str) -> bytes | None:
+        import obstore
+
+        with self._asking(f"read {key}"), suppress(FileNotFoundError):
+            return bytes(obstore.get(self._client, key).bytes())
+        return None
+
+    def _size(self, key: str) -> int | None:
+        import obstore
+
+        with self._asking(f"read {key}"), suppress(FileNotFoundError):
+            return obstore.head(self._client, key)["size"]
+        return None
+
+    @contextmanager
+    def _asking(self, what: str) -> Iterator[None]:
+        """Convert the client's errors in the `with` block to this project's errors.
+
+        Raises:
+            RegistryError: the store does not respond, or refuses, after all retries.
+        """
+        from obstore.exceptions import BaseError
+
+        try:
+            yield
+        except (BaseError, FileNotFoundError) as error:
+            raise RegistryError(
+                f"the object store {self.url} could not {what}: {_reason(error)}",
+                expected="a store that can be reached, and credentials that may list, read, write and delete there",
+                todo="check the network and the credentials, then run the same command again; it continues with the "
+                "files that are missing",
+            ) from error
+
+
+def manifest_key(version: VersionId) -> str:
+    """Return the key of a version's manifest, relative to the store's prefix."""
+    return f"{_MANIFESTS}/{version.name}/{version.number}.json"
+
+
+def _file_key(name: str, file: FileRecord) -> str:
+    return f"{_FILES}/{name}/{file.sha256}/{PurePosixPath(file.path).name}"
+
+
+def _read_checked(file: FileRecord, path: Path, part: int, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
+    """Yield a file's content in blocks.
+
+    Raises:
+        IntegrityError: the content differs from the record. The error is raised after the last block, and cancels an
+            upload.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as source:
+        while block := source.read(part):
+            digest.update(block)
+            on_bytes(len(block))
+            yield block
+    if digest.hexdigest() != file.sha256:
+        raise IntegrityError(
+            f"{path} was changed after registration: sha256 {digest.hexdigest()[:12]}…",
+            expected=f"sha256 {file.sha256[:12]}…, {file.bytes} bytes",
+            todo="restore the file from a backup, or train again; a version is never edited",
+        )
+
+
+def _in_order(read: Callable[[int], "Bytes"], starts: Iterable[int]) -> Iterator["Bytes"]:
+    """Call a function for each start, in a few threads that work ahead, and yield the results in order."""
+    ahead: deque[Future[Bytes]] = deque()
+    with ThreadPoolExecutor(_AT_ONCE, "download") as pool:
+        for start in starts:
+            ahead.append(pool.submit(read, start))
+            if len(ahead) > _AT_ONCE:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+@contextmanager
+def _progress(text: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Yield a callback for copied bytes. It prints a line after 2 s, and then every 15 s."""
+    from svc.terminal import console
+
+    started = time.monotonic()
+    done, due = 0, started + _FIRST_PROGRESS_S
+
+    def on_bytes(count: int) -> None:
+        nonlocal done, due
+        done, now = done + count, time.monotonic()
+        if now >= due:
+            due = now + _PROGRESS_S
+            rate = done / 1e6 / (now - started)
+            console.print(f"  {text}: {done / 1e6:.0f} of {total / 1e6:.0f} MB, {rate:.0f} MB/s", markup=False)
+
+    yield on_bytes
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of a client's error, without signatures and without the rest of the store's answer."""
+    text = str(error).split("\n\nDebug source", 1)[0]
+    for pattern in _HIDDEN:
+        text = pattern.sub("", text)
+    return " ".join(text.split())[:400]
