@@ -347,9 +347,9 @@ class Registry:
             verify_files(staging, manifest.small_files)  # an earlier fetch may have been of another version
             write_manifest(staging, manifest)
             (staging / MANIFEST_FILE).chmod(0o444)
+            self.tracking.adopt(version, source=str(folder.parent))
             staging.rename(folder)
             sync_folder(folder.parent)
-        self.tracking.adopt(version, source=str(folder.parent))
 
     def _fetch_format(self, version: VersionId, format: Format) -> None:
         """Download the files of a format that the home lacks, and mark the format as used."""

@@ -76,6 +76,9 @@ class AliasBook(Tracking):
         self._fail()
         self.book[alias] = version
 
+    def adopt(self, version: VersionId, source: str) -> None:
+        """Do nothing, because no versions are stored here."""
+
     def discard(self, version: VersionId) -> None:
         """Do nothing, because no versions are stored here."""
 

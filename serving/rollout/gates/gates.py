@@ -29,27 +29,26 @@ class Promotion:
 
 
 def check_gates(promotion: Promotion, settings: GateSettings, now: datetime) -> tuple[GateRow, ...]:
-    """Check all gates of a promotion and return their results.
+    """Check all gates of a promotion, after downloading the candidate's missing files, and return their results.
 
     If a gate cannot be checked, its result is undecided or failed rather than an error.
 
     Raises:
         NotFoundError: a version does not exist.
         IntegrityError: a version's manifest cannot be read.
+        DiskSpaceError, RegistryError: the candidate's files could not be downloaded from the object store.
     """
     registry, candidate, production = promotion.registry, promotion.candidate, promotion.production
     manifest = registry.manifest(candidate.version)
+    folder = registry.artifact(candidate.version, candidate.format).parent
     return (
-        *check_integrity(registry.folder(candidate.version), manifest, candidate.format),
+        *check_integrity(folder, manifest, candidate.format),
         *check_quality(registry, candidate, production, settings),
         *check_registration(manifest),
         check_forgetting(manifest, candidate.format, settings.forgetting_margin),
         *check_speed(registry, candidate, production, settings.speed_margin),
         check_freshness(manifest, settings.max_age_days, now),
-        *(
-            check_custom(gate, candidate, production, registry.folder(candidate.version), manifest.created_at)
-            for gate in settings.custom
-        ),
+        *(check_custom(gate, candidate, production, folder, manifest.created_at) for gate in settings.custom),
     )
 
 

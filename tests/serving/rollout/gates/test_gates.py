@@ -12,12 +12,13 @@ from svc.evaluation.forgetting import Forgetting
 from svc.evaluation.intervals import proportion
 from svc.evaluation.metrics.labels import MacroF1
 from svc.registry.manifest import BaseRecord, DataRecord
+from svc.registry.objects import ObjectStore
 from svc.registry.registry import Registry
 from svc.settings import GateSettings
 from svc.store.gate_rows import GateRow, GateVerdict
 from svc.version import Format, VersionId
 from tests.serving.rollout.gates.registered import edit, new_registry, promotion, register, row
-from tests.serving.versions import NAME, OTHER_FACTS, make_version
+from tests.serving.versions import NAME, OTHER_FACTS, AliasBook, make_version
 from tests.svc.registry.manifests import gate_report, report
 from tests.svc.registry.parity import SPEED, make_parity
 
@@ -343,3 +344,12 @@ def test_freshness_is_undecided_when_the_age_of_the_data_is_unknown(
     freshness = check(registry, "freshness", max_age_days=limit)
     assert freshness.verdict is verdict
     assert freshness.measured == "data of unknown age, evaluation 10.0 days"
+
+
+def test_files_of_a_version_in_an_object_store_are_downloaded_before_they_are_checked(tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    objects = ObjectStore((tmp_path / "shared").as_uri())
+    trains, serves = (Registry(tmp_path / home / "models", AliasBook(), objects) for home in ("trains", "serves"))
+    for number in (1, 2):
+        trains.push(register(trains, number))
+    assert row(check_gates(promotion(serves), GateSettings(), NOW), "files").verdict is PASSED
