@@ -89,7 +89,7 @@ class ObjectStore:
                 f"cannot open the object store {self.url}: {_reason(error)}",
                 expected="a mounted folder, or a bucket with credentials in the environment",
                 todo="check artifacts.url, and the variables in docs/scale.md#object-storage",
-            ) from error
+            ) from None
 
     def versions(self, name: str | None = None) -> list[VersionId]:
         """Return all versions in the store, or only those of one model, sorted by name and number.
@@ -184,6 +184,8 @@ class ObjectStore:
     def _send(self, key: str, file: FileRecord, path: Path, on_bytes: Callable[[int], None]) -> None:
         import obstore
 
+        if not path.is_file():
+            raise IntegrityError(f"{path} is missing", todo="upload the version from a home that has its weights")
         part = max(_PART, -(-file.bytes // _MAX_PARTS))
         blocks = _read_checked(file, path, part, on_bytes)
         with self._asking(f"write {key} ({file.path}, {file.bytes} bytes)"):
@@ -231,23 +233,8 @@ class ObjectStore:
 
     def _publish(self, manifest: Manifest) -> None:
         """Write a manifest unless there is one. An equal one was written by an attempt whose answer was lost."""
-        import obstore
-        from obstore.exceptions import AlreadyExistsError
-
         key, content = manifest_key(manifest.id), manifest_bytes(manifest)
-        for pause in (*_CREATE_PAUSES_S, None):  # the client does not repeat a conditional write
-            try:
-                with self._asking(f"write {key}"):
-                    obstore.put(self._client, key, content, mode="create")
-            except RegistryError as error:
-                if isinstance(error.__cause__, AlreadyExistsError):
-                    break
-                if pause is None:
-                    raise
-                time.sleep(pause)
-            else:
-                return
-        if self._read(key) != content:
+        if not self._create(key, content) and self._read(key) != content:
             raise RegistryError(
                 f"{manifest.id} is already in {self.url}, registered by another machine: {key}",
                 expected="a number that no machine has published",
@@ -259,22 +246,43 @@ class ObjectStore:
         same time would overwrite each other's version.
         """
         import obstore
-        from obstore.exceptions import AlreadyExistsError
 
         key = f"{_PROBES}/{uuid4().hex}"
         with self._asking(f"write {key}"):
-            obstore.put(self._client, key, b"1", mode="create")
-            try:
-                obstore.put(self._client, key, b"2", mode="create")
-            except AlreadyExistsError:
+            obstore.put(self._client, key, b"")
+        try:
+            if not self._create(key, b"again"):
                 return
-            finally:
+        finally:
+            with self._asking(f"delete {key}"):
                 obstore.delete(self._client, key)
         raise RegistryError(
             f"the object store {self.url} ignores conditions: it overwrote an object in spite of `If-None-Match: *`",
             expected="a store that answers 412, so that two machines cannot publish the same version",
             todo="use a store with conditional writes, such as Amazon S3 or MinIO: docs/scale.md#object-storage",
         )
+
+    def _create(self, key: str, content: bytes) -> bool:
+        """Write an object unless there is one with this key. Return whether it was written.
+
+        The client does not repeat such a write, because the first attempt may have succeeded without an answer.
+        """
+        import obstore
+        from obstore.exceptions import AlreadyExistsError
+
+        for pause in (*_CREATE_PAUSES_S, None):
+            try:
+                with self._asking(f"write {key}"):
+                    obstore.put(self._client, key, content, mode="create")
+            except AlreadyExistsError:
+                return False
+            except RegistryError:
+                if pause is None:
+                    raise
+                time.sleep(pause)
+            else:
+                return True
+        raise AssertionError("the last attempt returns or raises")
 
     def _read(self, key: str) -> bytes | None:
         import obstore
@@ -292,22 +300,26 @@ class ObjectStore:
 
     @contextmanager
     def _asking(self, what: str) -> Iterator[None]:
-        """Convert the client's errors in the `with` block to this project's errors.
+        """Convert the client's errors in the `with` block to this project's errors, except that an object exists.
+
+        The client's error is not chained, because its text may contain a signed URL.
 
         Raises:
             RegistryError: the store does not respond, or refuses, after all retries.
         """
-        from obstore.exceptions import BaseError
+        from obstore.exceptions import AlreadyExistsError, BaseError
 
         try:
             yield
+        except AlreadyExistsError:
+            raise
         except (BaseError, FileNotFoundError) as error:
             raise RegistryError(
                 f"the object store {self.url} could not {what}: {_reason(error)}",
                 expected="a store that can be reached, and credentials that may list, read, write and delete there",
                 todo="check the network and the credentials, then run the same command again; it continues with the "
                 "files that are missing",
-            ) from error
+            ) from None
 
 
 def manifest_key(version: VersionId) -> str:

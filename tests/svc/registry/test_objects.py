@@ -128,6 +128,13 @@ def test_upload_of_a_changed_file_is_refused_and_publishes_nothing(
     assert key_of(manifest, weights(manifest)) not in keys(objects)
 
 
+def test_upload_without_a_local_file_is_refused(objects: ObjectStore, manifest: Manifest, folder: Path) -> None:
+    (folder / FILE).unlink()
+    with pytest.raises(IntegrityError, match=r"model\.safetensors is missing"):
+        objects.upload(manifest, folder)
+    assert objects.versions() == []
+
+
 def test_second_registration_of_a_number_is_refused(objects: ObjectStore, manifest: Manifest, folder: Path) -> None:
     objects.upload(manifest, folder)
     other = manifest.model_copy(update={"base": BaseRecord(origin="other", revision="1", licence=None)})
@@ -272,7 +279,7 @@ def test_missing_extra_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @slow
 @pytest.mark.parametrize("fault", [Fault.ERROR, Fault.LOST, Fault.STALL])
-@pytest.mark.parametrize("part", ["partNumber=2", "/manifests/", "uploads", "/tokenizer.json"])
+@pytest.mark.parametrize("part", ["partNumber=2", "/manifests/", "/probes/", "uploads", "/tokenizer.json"])
 def test_upload_survives_failed_requests(
     bucket: Bucket, manifest: Manifest, folder: Path, monkeypatch: pytest.MonkeyPatch, fault: Fault, part: str
 ) -> None:
