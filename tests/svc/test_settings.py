@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from svc.errors import SettingsError
-from svc.settings import Device, Settings, environment_without_store, load_settings, setting_keys
+from svc.settings import ArtifactSettings, Device, Settings, environment_without_store, load_settings, setting_keys
 from tests.svc.json_values import mappings_of
 
 Write = Callable[[str], Path]
@@ -327,3 +327,18 @@ def test_environment_of_commands_lacks_the_store_url(name: str, monkeypatch: pyt
 def test_password_with_a_slash_is_hidden_in_errors(write: Write) -> None:
     write("store_url: postgresql://svc:s3/cret@db/store")
     assert "cret" not in refusal()
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/prefix/", "gs://bucket", "az://container/a/b", "file:///mnt/models"])
+def test_object_store_url_is_accepted(url: str) -> None:
+    assert ArtifactSettings(url=url).url == url.rstrip("/")
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["bucket", "https://bucket/x", "s3://", "file://host/x", "s3://id:hush@bucket/x", "az://container/x?sig=hush"],
+)
+def test_invalid_object_store_url_is_rejected_without_being_shown(url: str) -> None:
+    with pytest.raises(SettingsError, match=r"artifacts\.url") as caught:
+        load_settings(artifacts={"url": url})
+    assert "hush" not in str(caught.value) and "s3://bucket/prefix" in str(caught.value)
