@@ -50,6 +50,7 @@ def running_pgbouncer(server: PostgresServer, mode: str, more: str = "") -> Iter
     path.write_text(
         _CONFIGURATION.format(database=SHARED, folder=folder, port=_PORT, mode=mode, more=more), encoding="utf-8"
     )
+    path.chmod(0o644)  # other tests run commands in this process, which set a umask
     process = subprocess.Popen([program, "--quiet", str(path)], cwd=folder, **unprivileged())
     try:
         _wait_until_it_answers(process, folder)
