@@ -158,7 +158,7 @@ class Reconciler:
         while True:
             count = self.changes.count
             record = await retrying(lambda: active_rollout(self.store, self.actual.name))
-            # A rollout compares with the version that is desired. It swaps to its candidate itself.
+            # The desired version comes first, as a rollout compares with it. At its end, a rollout swaps by itself.
             switching = record is not None and record.state is RolloutState.SWITCHING
             desired = None if switching else await self._changed()
             self.promoting = bool(record or desired)

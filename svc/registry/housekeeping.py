@@ -264,6 +264,7 @@ def evict(registry: Registry, store: Store, item: Reclaimable) -> None:
 
 
 def _size(folder: Path) -> int:
+    """Return the number of bytes in a folder, including files that a run's folder links to. Eviction removes both."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 

@@ -261,7 +261,7 @@ async def test_rollout_continues_at_the_same_state_when_the_server_was_killed(
 
 
 def switched(control: Control) -> RolloutRecord:
-    """A rollout of version 2 whose candidate has just become the desired version, when the server is killed."""
+    """Request a rollout of version 2, and make its candidate the desired version, as before the final swap."""
     desired = read_desired(control.store, NAME)
     assert desired is not None
     begun = begin_rollout(control.store, desired, target(2), ALL, AuditEntry(Action.ROLLOUT, f"{NAME}@2", ACTOR, None))
@@ -271,8 +271,14 @@ def switched(control: Control) -> RolloutRecord:
 
 
 async def test_switch_is_completed_when_the_server_was_killed_before_its_swap(control: Control) -> None:
+    control.leaves = True  # a killed server leaves its engine running
+    async with control.run():
+        pass
+    switched(control)
+    control.leaves = False
+    control.assemble()
     async with control.run(), control.client() as client, Users(client).asking() as users:
-        switched(control)
+        assert control.reconciler.actual.target == target(1)
         assert (await ended(control)).outcome is RolloutOutcome.PROMOTED
         await control.serves(target(2))
     assert set(users.statuses) == {200}
