@@ -1,5 +1,6 @@
 """Builds the components of one server and passes them their dependencies explicitly. It starts none of them."""
 
+import platform
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,7 @@ from serving.http.body_slots import BodySlots
 from serving.http.delivery import AnswerBuffers
 from serving.http.feedback import FeedbackIntake
 from serving.http.inference import Gateway
+from serving.leadership import Leadership
 from serving.replicas.slots import EngineSlots, MakeSlots
 from serving.rollout.version_changes import VersionChanges
 from serving.router import Router
@@ -66,12 +68,14 @@ class Parts:
 
     Attributes:
         authenticator: loads the keys from the store; they must be loaded before the first request.
+        leadership: leases of this server, to be given up when it stops.
         works: coroutine functions that must run while the server runs.
     """
 
     gateway: GatewayParts
     deployments: Deployments
     authenticator: Authenticator
+    leadership: Leadership
     works: Sequence[Callable[[], Coroutine[Any, Any, None]]]
 
 
@@ -105,8 +109,14 @@ def assemble(
     router = Router()
     slots = make_slots(settings, registry, capabilities, lambda: router.served)
     store_changes = Changes()
+    leadership = Leadership(
+        store,
+        store_changes,
+        f"{platform.node()}:{settings.serve.port}",
+        lambda: [each.name for each in deployments.all],
+    )
     builder = DeploymentBuilder(
-        settings, registry, store, store_changes, slots, metrics, DeploymentInstruments(collector), on_phase
+        settings, registry, store, store_changes, leadership, slots, metrics, DeploymentInstruments(collector), on_phase
     )
     deployments = Deployments(
         build=builder.build,
@@ -138,12 +148,13 @@ def assemble(
     works: list[Callable[[], Coroutine[Any, Any, None]]] = [
         partial(watch_loop_lag, metrics.loop_lagged),
         gateway.usage_writer.run,
+        leadership.run,
         partial(authenticator.follow, store_changes),
         *(webhook.run for webhook in webhooks),
     ]
     if not is_sqlite(store):
         works.append(ChangeListener(store, store_changes).run)
-    return Parts(gateway, deployments, authenticator, works)
+    return Parts(gateway, deployments, authenticator, leadership, works)
 
 
 def assemble_gateway(

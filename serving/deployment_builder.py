@@ -12,6 +12,7 @@ from serving.background.scheduler import BackgroundScheduler
 from serving.background.scoring import LiveScores
 from serving.deployment import Deployment
 from serving.deployments import MakeRoom
+from serving.leadership import Leadership
 from serving.model_names import ModelNames
 from serving.replicas.balancer import Balancer
 from serving.replicas.pool import EnginePool
@@ -44,6 +45,7 @@ class DeploymentBuilder:
     registry: Registry
     store: Store
     changes: Changes
+    leadership: Leadership
     slots: EngineSlots
     gateway_metrics: GatewayMetrics
     instruments: DeploymentInstruments

@@ -232,6 +232,7 @@ class _Server:
             for task in (stopping, *control):
                 task.cancel()
             await asyncio.wait({stopping, *control})
+            await parts.leadership.close()
             for http in self._http:
                 http.stop()
             await asyncio.wait(serving)

@@ -92,6 +92,13 @@ def any_store(store_settings: Settings, request: pytest.FixtureRequest) -> Store
 
 
 @pytest.fixture
+def postgresql_store(postgresql: PostgresServer) -> Store:
+    """Return an empty store in PostgreSQL."""
+    postgresql.empty()
+    return postgresql.store
+
+
+@pytest.fixture
 def svc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Svc:
     """Return a `svc` command that runs in an empty working folder."""
     monkeypatch.chdir(tmp_path)

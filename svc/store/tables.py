@@ -127,6 +127,28 @@ class DeploymentRow(Table):
     added_at: Mapped[datetime]
 
 
+class ServerRow(Table):
+    """A server that uses the store, see svc.store.leases."""
+
+    __tablename__ = "servers"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    address: Mapped[str]
+    started_at: Mapped[datetime]
+    seen_at: Mapped[datetime]
+
+
+class LeaseRow(Table):
+    """What only one server may do, and which server that is until when; see svc.store.leases."""
+
+    __tablename__ = "leases"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    holder: Mapped[str]
+    generation: Mapped[int]
+    until: Mapped[datetime]
+
+
 class SwapRow(Table):
     """One attempt to load a desired version into the engine. If it has no outcome, it is still running or was
     interrupted.
@@ -135,6 +157,7 @@ class SwapRow(Table):
     __tablename__ = "swaps"
 
     id: Mapped[int] = mapped_column(primary_key=True)
+    server: Mapped[str] = mapped_column(default="", server_default="")  # empty if no other one can use the store
     name: Mapped[str]
     generation: Mapped[int]
     number: Mapped[int]
@@ -469,6 +492,7 @@ class ServedRow(Table):
     __tablename__ = "served"
 
     id: Mapped[int] = mapped_column(primary_key=True)
+    server: Mapped[str] = mapped_column(default="", server_default="")
     name: Mapped[str] = mapped_column(index=True)
     number: Mapped[int]
     format: Mapped[str]

@@ -12,9 +12,11 @@ from typing import Any
 
 import httpx
 from prometheus_client import CollectorRegistry
+from sqlalchemy import Engine as Store
 
 from serving.deployment_builder import DeploymentBuilder
 from serving.http.connections import watched
+from serving.leadership import Leadership
 from serving.replicas.replica import Replica
 from serving.router import Router
 from serving.telemetry.deployment_metrics import DeploymentInstruments
@@ -58,6 +60,7 @@ class Control:
         replicas: number of engines.
         format: format in which versions are served.
         adapters: settings for adapters.
+        store: store that other servers use too. By default, the home's.
         settings: fields of ServeSettings that differ from the default.
 
     Attributes:
@@ -74,6 +77,7 @@ class Control:
         replicas: int = 1,
         format: Format = Format.MERGED,
         adapters: AdapterSettings | None = None,
+        store: Store | None = None,
         **settings: Any,
     ) -> None:
         self.sockets = sockets
@@ -82,7 +86,7 @@ class Control:
         self.settings = Settings(home=home, adapters=adapters or AdapterSettings(), serve=ServeSettings(**settings))
         self.book = AliasBook()
         self.registry = Registry(home / "models", self.book)
-        self.store = new_store(home)
+        self.store = store or new_store(home)
         self.changes = Changes()
         self.leaves = False
         self.principals: dict[str, Principal] = {}
@@ -96,11 +100,13 @@ class Control:
         self.collector = CollectorRegistry()
         self.metrics = GatewayMetrics(self.collector)
         self.slots = ParkSlots(self.park, settings, self.registry, AVX512, list)
+        self.leadership = Leadership(self.store, self.changes, "gpu-1:8000", lambda: [NAME])
         builder = DeploymentBuilder(
             settings,
             self.registry,
             self.store,
             self.changes,
+            self.leadership,
             self.slots,
             self.metrics,
             DeploymentInstruments(self.collector),
@@ -118,6 +124,7 @@ class Control:
         """Serve while the context is active. A defect that ends the loop fails the test."""
         await self.start()
         parts = (
+            self.leadership.run,
             self.reconciler.follow,
             self.reconciler.reviver.run,
             self.alias.run,
@@ -132,6 +139,7 @@ class Control:
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
+            await self.leadership.close()
             await self.stop(leave=self.leaves)
             assert self.park.alive == len(self.park.left)
 

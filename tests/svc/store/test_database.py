@@ -76,8 +76,10 @@ def test_upgrading_the_first_schema_adds_tables_and_keeps_rows(tmp_path: Path) -
     store = open_database(tmp_path)
     add_requests(store, [RECORD])
     with store.begin() as connection:
-        for table in ("webhook_deliveries", "shadow_pairs", "rollout_steps", "rollouts"):
+        for table in ("leases", "servers", "webhook_deliveries", "shadow_pairs", "rollout_steps", "rollouts"):
             connection.exec_driver_sql(f"DROP TABLE {table}")
+        for table in ("swaps", "served"):
+            connection.exec_driver_sql(f"ALTER TABLE {table} DROP COLUMN server")
         for column in ("unit", "valid"):
             connection.exec_driver_sql(f"ALTER TABLE requests DROP COLUMN {column}")
         connection.exec_driver_sql("DROP TABLE drift_items")
@@ -94,7 +96,10 @@ def test_upgrading_the_first_schema_adds_tables_and_keeps_rows(tmp_path: Path) -
 
 def _schema(store: Store) -> set[str]:
     """Return SQLite's definition of the new tables, ignoring spaces and the order of constraints."""
-    tables = ("drift_items", "drift_baselines", "rollouts", "rollout_steps", "shadow_pairs", "webhook_deliveries")
+    tables = (
+        *("drift_items", "drift_baselines", "rollouts", "rollout_steps", "shadow_pairs", "webhook_deliveries"),
+        *("servers", "leases", "swaps", "served"),
+    )
     query = f"SELECT sql FROM sqlite_master WHERE tbl_name IN {tables} AND sql IS NOT NULL"
     with store.connect() as connection:
         return {"".join(sorted(sql.split())) for sql in connection.scalars(sa.text(query))}

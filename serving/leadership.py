@@ -1,0 +1,103 @@
+"""Which models this server leads, if several servers use one store.
+
+Every server serves every model and follows the desired versions. What must happen once, such as the decisions of a
+rollout, is done by the server that holds the model's lease. With SQLite there is one server, which leads everything.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Collection, Mapping
+from uuid import uuid4
+
+from sqlalchemy import Engine as Store
+from sqlalchemy.exc import SQLAlchemyError
+
+from svc.store.changes import Changes
+from svc.store.database import is_sqlite
+from svc.store.leases import LEASE_S, Lease, LeaseLostError, remove_server, report_server
+from svc.store.outage_log import log_store_error
+
+log = logging.getLogger(__name__)
+
+EVERYTHING = "*"
+"""Name of the lease for work that belongs to no model. No model can have this name."""
+_REPORT_S = LEASE_S / 3
+
+
+class Leadership:
+    """Holds this server's leases and extends them.
+
+    Args:
+        address: host name and port, which identify the server to people.
+        models: function that returns the names of the models that this server serves.
+        clock: function that returns monotonic time, in seconds.
+
+    Attributes:
+        server: random id of this server; empty if no other server can use the store.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        changes: Changes,
+        address: str,
+        models: Callable[[], Collection[str]],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store = store
+        self._changes = changes
+        self._address = address
+        self._models = models
+        self._clock = clock
+        self._leases: Mapping[str, Lease] = {}
+        self._until = float("-inf")
+        self.server = "" if is_sqlite(store) else uuid4().hex
+
+    def leads(self, name: str) -> bool:
+        """Return whether this server leads a model now. One that cannot reach the store does not, after `LEASE_S`."""
+        return not self.server or (name in self._leases and self._clock() < self._until)
+
+    def lease(self, name: str) -> Lease | None:
+        """Return the lease to name in writes about a model that this server leads. None if there are no other servers.
+
+        Raises:
+            LeaseLostError: this server does not lead the model.
+        """
+        if not self.server:
+            return None
+        if not self.leads(name):
+            raise LeaseLostError(f"this server does not lead {name}")
+        return self._leases[name]
+
+    async def run(self) -> None:
+        """Extend the leases until cancelled. Returns never."""
+        if not self.server:
+            await asyncio.Event().wait()
+        while True:
+            await self.report()
+            await asyncio.sleep(_REPORT_S)
+
+    async def report(self) -> None:
+        """Report that this server runs, extend its leases and take free ones. The tasks that wait for changes go on if
+        this server leads other models than before.
+        """
+        names, began, before = [EVERYTHING, *self._models()], self._clock(), set(self._leases)
+        try:
+            leases = await asyncio.to_thread(report_server, self._store, self.server, self._address, names)
+        except SQLAlchemyError:
+            log_store_error(log, "could not extend the leases of this server; it leads nothing after %.0f s", LEASE_S)
+            return
+        self._leases, self._until = leases, began + LEASE_S
+        if before != set(leases):
+            log.info("this server leads: %s", ", ".join(sorted(leases)) or "nothing")
+            self._changes.announce()
+
+    async def close(self) -> None:
+        """Give up the leases, so that another server takes them immediately."""
+        if self.server:
+            try:
+                await asyncio.to_thread(remove_server, self._store, self.server)
+            except SQLAlchemyError:
+                log_store_error(log, "could not give up the leases of this server; they end after %.0f s", LEASE_S)

@@ -1,0 +1,59 @@
+"""Tests that a server knows which models it leads, also while it cannot reach the store."""
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+from sqlalchemy import Engine as Store
+from sqlalchemy.exc import OperationalError
+
+from serving.leadership import EVERYTHING, Leadership
+from svc.store.changes import Changes
+from svc.store.leases import LEASE_S, LeaseLostError
+
+
+def leadership(store: Store, clock: Callable[[], float] = lambda: 0.0) -> Leadership:
+    return Leadership(store, Changes(), "gpu-1:8000", lambda: ["teams"], clock=clock)
+
+
+def test_only_server_on_sqlite_leads_every_model_without_a_lease(store: Store) -> None:
+    only = leadership(store)
+    assert (only.server, only.leads("teams"), only.lease("teams")) == ("", True, None)
+
+
+async def test_one_of_two_servers_leads_until_it_is_closed(postgresql_store: Store) -> None:
+    first, second = leadership(postgresql_store), leadership(postgresql_store)
+    await first.report()
+    await second.report()
+    assert [(each.leads("teams"), each.leads(EVERYTHING)) for each in (first, second)] == [(True, True), (False, False)]
+    with pytest.raises(LeaseLostError):
+        second.lease("teams")
+    await first.close()
+    await second.report()
+    assert second.leads("teams")
+
+
+async def test_server_that_cannot_reach_the_store_stops_leading_when_its_lease_ends(
+    postgresql_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    cut_off = leadership(postgresql_store, lambda: now)
+    await cut_off.report()
+
+    def fail(*_: object) -> None:
+        raise OperationalError("report", {}, Exception("no route to host"))
+
+    monkeypatch.setattr("serving.leadership.report_server", fail)
+    now = LEASE_S - 1
+    await cut_off.report()
+    assert cut_off.leads("teams")
+    now = LEASE_S
+    assert not cut_off.leads("teams")
+
+
+async def test_tasks_that_wait_for_changes_go_on_when_a_server_begins_to_lead(postgresql_store: Store) -> None:
+    changes = Changes()
+    server = Leadership(postgresql_store, changes, "gpu-1:8000", lambda: ["teams"])
+    waiting = asyncio.create_task(changes.wait(changes.count, 60))
+    await server.report()
+    await asyncio.wait_for(waiting, 1)

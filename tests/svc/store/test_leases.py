@@ -1,0 +1,100 @@
+"""Tests that one server holds a lease at a time, and that writes of a server that lost it are rejected."""
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from sqlalchemy import Engine as Store
+from sqlalchemy.orm import Session
+
+from svc.store.database import exclusive
+from svc.store.leases import (
+    LEASE_S,
+    Lease,
+    LeaseLostError,
+    remove_server,
+    report_server,
+    require_lease,
+    running_servers,
+)
+from svc.store.tables import LeaseRow, ServerRow
+
+
+def report(store: Store, server: str) -> dict[str, Lease]:
+    return report_server(store, server, f"{server}:8000", ["teams"])
+
+
+def let_pass(store: Store, seconds: float) -> None:
+    """Move all stored times into the past."""
+    with Session(store) as session, session.begin():
+        for lease in session.query(LeaseRow):
+            lease.until -= timedelta(seconds=seconds)
+        for server in session.query(ServerRow):
+            server.seen_at -= timedelta(seconds=seconds)
+
+
+def test_only_the_first_server_gets_the_lease(any_store: Store) -> None:
+    assert report(any_store, "a") == {"teams": Lease("teams", "a", 1)}
+    assert report(any_store, "b") == {}
+
+
+def test_holder_keeps_its_lease_with_every_report(any_store: Store) -> None:
+    report(any_store, "a")
+    let_pass(any_store, LEASE_S - 1)
+    assert report(any_store, "a") == {"teams": Lease("teams", "a", 1)}
+    let_pass(any_store, LEASE_S - 1)
+    assert report(any_store, "b") == {}
+
+
+def test_ended_lease_goes_to_another_server_with_a_new_generation(any_store: Store) -> None:
+    report(any_store, "a")
+    let_pass(any_store, LEASE_S + 1)
+    assert report(any_store, "b") == {"teams": Lease("teams", "b", 2)}
+    assert report(any_store, "a") == {}
+
+
+def test_holder_that_reports_late_keeps_a_lease_that_nobody_took(any_store: Store) -> None:
+    report(any_store, "a")
+    let_pass(any_store, LEASE_S + 1)
+    assert report(any_store, "a") == {"teams": Lease("teams", "a", 1)}
+
+
+def test_lease_of_a_stopped_server_is_free_immediately(any_store: Store) -> None:
+    report(any_store, "a")
+    remove_server(any_store, "a")
+    assert report(any_store, "b") == {"teams": Lease("teams", "b", 2)}
+
+
+def test_write_with_a_lost_lease_is_rejected(any_store: Store) -> None:
+    lost = report(any_store, "a")["teams"]
+    let_pass(any_store, LEASE_S + 1)
+    taken = report(any_store, "b")["teams"]
+    with exclusive(any_store) as session:
+        require_lease(session, taken)
+        with pytest.raises(LeaseLostError, match="taken over teams"):
+            require_lease(session, lost)
+
+
+def test_write_with_an_ended_lease_that_nobody_took_is_accepted(any_store: Store) -> None:
+    lease = report(any_store, "a")["teams"]
+    let_pass(any_store, LEASE_S + 1)
+    with exclusive(any_store) as session:
+        require_lease(session, lease)
+
+
+def test_running_servers_are_those_that_reported_recently(any_store: Store) -> None:
+    report(any_store, "a")
+    let_pass(any_store, LEASE_S + 1)
+    report(any_store, "b")
+    report(any_store, "c")
+    assert [server.id for server in running_servers(any_store)] == ["b", "c"]
+    report(any_store, "a")
+    assert [server.id for server in running_servers(any_store)] == ["a", "b", "c"]
+
+
+def test_servers_that_have_not_reported_for_a_day_are_forgotten(any_store: Store) -> None:
+    with Session(any_store) as session, session.begin():
+        long_ago = datetime.now(UTC) - timedelta(days=2)
+        session.add(ServerRow(id="old", address="old:8000", started_at=long_ago, seen_at=long_ago))
+    report(any_store, "a")
+    with Session(any_store) as session:
+        assert [row.id for row in session.query(ServerRow)] == ["a"]
