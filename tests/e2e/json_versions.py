@@ -4,6 +4,7 @@ The trainer is not used: a few seconds of plain PyTorch make the model repeat an
 with another version's manifest, as a team's own tools would do it.
 """
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from svc.dataset.readers.reader import write_examples
 from svc.engine.probes import Probe
+from svc.registry.adapter import read_adapter
 from svc.registry.files import record_file, record_files
 from svc.registry.manifest import MANIFEST_FILE, Manifest, write_manifest
 from svc.registry.registry import HELDOUT_FILE, Registry
@@ -29,12 +31,15 @@ def prompts(count: int, urgent_share: float = 0.3) -> list[str]:
     return [f"{'urgent' if number % 10 < 10 * urgent_share else 'normal'}: case {number}" for number in range(count)]
 
 
-def add_json_version(home: Path, name: str, *, urgent_answer: str = JSON_ANSWER, layers: int = 2) -> VersionId:
+def add_json_version(
+    home: Path, name: str, *, urgent_answer: str = JSON_ANSWER, layers: int = 2, adapter: bool = False
+) -> VersionId:
     """Register a version that answers in JSON, except to urgent questions; its held-out references are all JSON.
 
     Args:
         urgent_answer: answer to questions that begin with `urgent`.
         layers: number of layers; a deeper model is slower.
+        adapter: train the version's adapter and merge it. Otherwise, the version has merged weights only.
     """
     registry = Registry.of(Settings(home=home))
     source = registry.versions("tiny")[0]
@@ -45,39 +50,82 @@ def add_json_version(home: Path, name: str, *, urgent_answer: str = JSON_ANSWER,
     for path in [folder, *folder.rglob("*")]:
         path.chmod(0o755 if path.is_dir() else 0o644)
     (folder / MANIFEST_FILE).unlink()
-    for format in (Format.GPTQ, Format.ADAPTER):
+    removed = {Format.GPTQ} if adapter else {Format.GPTQ, Format.ADAPTER}
+    for format in removed:
         shutil.rmtree(folder / format.value, ignore_errors=True)
-    model = folder / Format.MERGED.value
     pairs = [(prompt, urgent_answer if prompt.startswith("urgent") else JSON_ANSWER) for prompt in prompts(20)]
-    probes = _teach(model, pairs, manifest.formats[Format.MERGED].probes, layers)
+    probes = manifest.formats[Format.MERGED].probes
+    if adapter:
+        probes = _teach_adapter(folder, read_adapter(registry, source).base.folder, pairs, probes)
+    else:
+        probes = _teach_all_weights(folder, pairs, probes, layers)
     references = [chat(prompt, JSON_ANSWER) for prompt in prompts(10)]
     write_examples(folder / HELDOUT_FILE, references)
-    merged = manifest.formats[Format.MERGED].model_copy(
-        update={"files": record_files(folder, model), "fingerprint": None, "probes": probes}
-    )
+    formats = {
+        format: record.model_copy(update={"files": record_files(folder, folder / format.value), "fingerprint": None})
+        for format, record in manifest.formats.items()
+        if format not in removed
+    }
+    formats[Format.MERGED] = formats[Format.MERGED].model_copy(update={"probes": probes})
     changed = {
         "name": name,
         "number": version.number,
         "heldout": record_file(folder, folder / HELDOUT_FILE),
-        "formats": {Format.MERGED: merged},
+        "formats": formats,
     }
     write_manifest(folder, Manifest.model_validate(manifest.model_dump() | changed))
     return version
 
 
-def _teach(folder: Path, pairs: Sequence[tuple[str, str]], probes: Sequence[Probe], layers: int) -> tuple[Probe, ...]:
-    """Train all weights until the model gives these answers.
-
-    Returns:
-        The probes with the new log-probabilities, as from another kind of engine: the first engine that starts with the
-        version compares them roughly, and records its own.
-    """
+def _teach_all_weights(
+    folder: Path, pairs: Sequence[tuple[str, str]], probes: Sequence[Probe], layers: int
+) -> tuple[Probe, ...]:
+    """Train all weights of a version's merged model, and return the probes with the new log-probabilities."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    merged = folder / Format.MERGED.value
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, num_hidden_layers=layers)
+    model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32, num_hidden_layers=layers)
+    _teach(model, AutoTokenizer.from_pretrained(merged), pairs)
+    return _save_merged(model, merged, probes)
+
+
+def _teach_adapter(
+    folder: Path, base: Path, pairs: Sequence[tuple[str, str]], probes: Sequence[Probe]
+) -> tuple[Probe, ...]:
+    """Train a version's adapter, merge it, and return the probes with the new log-probabilities.
+
+    Its base becomes a copy of the given one that answers in JSON. An adapter alone cannot make a random model end an
+    answer, because the embedding of the end token is zero.
+    """
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    merged, adapter, taught = folder / Format.MERGED.value, folder / Format.ADAPTER.value, base.with_name("json-base")
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    torch.manual_seed(0)
+    if not taught.is_dir():
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        both = [(prompt, JSON_ANSWER) for prompt in prompts(20)]
+        both += [(f"prose, {prompt}", PROSE_ANSWER) for prompt in prompts(20)]
+        _teach(model, tokenizer, both)
+        shutil.copytree(base, taught, ignore=shutil.ignore_patterns("model*"))
+        model.to(torch.bfloat16).save_pretrained(taught)
+    config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(taught)}), "utf-8")
+    model = AutoModelForCausalLM.from_pretrained(taught, dtype=torch.float32)
+    tuned = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    _teach(model, tokenizer, pairs)
+    tuned.save_pretrained(adapter)
+    return _save_merged(tuned.merge_and_unload(), merged, probes)
+
+
+def _teach(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> None:
+    """Train the trainable weights until the model gives these answers."""
+    import torch
+
     rows = []
     for prompt, answer in pairs:
         start = tokenizer.apply_chat_template(
@@ -90,7 +138,7 @@ def _teach(folder: Path, pairs: Sequence[tuple[str, str]], probes: Sequence[Prob
     ids = torch.tensor([row + [tokenizer.eos_token_id] * (longest - len(row)) for row, _ in rows])
     labels = torch.tensor([row + [-100] * (longest - len(row)) for _, row in rows])[:, 1:]
     scored = labels != -100
-    optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE)
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=_LEARNING_RATE)
     for _ in range(_STEPS):
         optimizer.zero_grad()
         hidden = model.model(input_ids=ids).last_hidden_state[:, :-1][scored]  # logits of all positions take longest
@@ -98,6 +146,17 @@ def _teach(folder: Path, pairs: Sequence[tuple[str, str]], probes: Sequence[Prob
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.05, loss
+
+
+def _save_merged(model: Any, folder: Path, probes: Sequence[Probe]) -> tuple[Probe, ...]:
+    """Save a model in bf16.
+
+    Returns:
+        The probes with the new log-probabilities, as from another kind of engine: the first engine that starts with the
+        version compares them roughly, and records its own.
+    """
+    import torch
+
     model.to(torch.bfloat16).save_pretrained(folder)
     with torch.no_grad():
         return tuple(

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 
 import openai
@@ -17,6 +18,7 @@ import pytest
 from svc.store.database import open_database
 from svc.store.rollouts import RolloutOutcome, RolloutState, RolloutView, find_rollout
 from svc.store.shadow_pairs import read_shadow_pairs
+from svc.version import Format
 from tests.e2e.conftest import PROMPTS, Report
 from tests.e2e.instance import ANY_QUALITY, Instance
 from tests.e2e.json_versions import PROSE_ANSWER, add_json_version, prompts
@@ -118,16 +120,23 @@ def starts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def instance(home: Path, starts: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
-    """Yield a server of `teams`, whose versions answer in JSON: 2 in 70 % of cases only, 4 slowly."""
-    folder = tmp_path_factory.mktemp("rollout") / "home"
+@pytest.fixture(scope="module", params=[Format.MERGED, pytest.param(Format.ADAPTER, marks=pytest.mark.matrix)])
+def instance(
+    request: pytest.FixtureRequest, home: Path, starts: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Instance]:
+    """Yield a server of `teams`, whose versions answer in JSON: 2 in 70 % of cases only, 4 (merged) slowly.
+
+    Adapters are tried in the engine of production, merged versions in a second engine.
+    """
+    format, folder = request.param, tmp_path_factory.mktemp("rollout") / "home"
+    add_version = partial(add_json_version, folder, "teams", adapter=format is Format.ADAPTER)
     with closing(Instance(home, folder, PORT, PROMPTS, **SETTINGS, PYTHONPATH=_python_path(starts))) as instance:
-        add_json_version(folder, "teams")
-        add_json_version(folder, "teams", urgent_answer=PROSE_ANSWER)
-        add_json_version(folder, "teams")
-        add_json_version(folder, "teams", layers=24)
-        instance.start("teams@1")
+        add_version()
+        add_version(urgent_answer=PROSE_ANSWER)
+        add_version()
+        if format is Format.MERGED:
+            add_version(layers=24)
+        instance.start("teams@1", "--format", format)
         yield instance
 
 
@@ -193,6 +202,8 @@ def test_candidate_with_30_percent_invalid_json_is_rolled_back_without_a_failed_
     )
 
 
+# Adapters share the batches of one engine, so a slow one slows production's answers by the same time.
+@pytest.mark.parametrize("instance", [Format.MERGED], indirect=True)
 @pytest.mark.matrix
 def test_slow_candidate_is_rolled_back_without_a_failed_request(
     instance: Instance, users: Users, report: Report
@@ -231,6 +242,8 @@ def test_rollback_keeps_production_without_a_failed_request(
     with _slow_plan(starts, state is RolloutState.SWITCHING):
         promotion = instance.try_to_promote("teams@3", *STEPS)
         wait_for_state(instance, state)
+        if state is RolloutState.CANARY:
+            assert len(instance.engines()) == (1 if instance.status()["format"] == Format.ADAPTER else 2)
         began = time.monotonic()
         done = instance.command("rollback", "teams", "--reason", "a test")
         took_s = time.monotonic() - began
@@ -265,27 +278,6 @@ def test_rollout_is_completed_after_the_server_was_killed(
     assert later.failed == []
     assert later.versions[-1] == "teams@3"
     report(f"server killed during {state}: promoted after its restart, {len(later.versions)} answers, none failed")
-
-
-@pytest.mark.matrix
-def test_adapter_is_tried_in_the_engine_of_production_without_a_failed_request(
-    home: Path, tmp_path: Path, report: Report
-) -> None:
-    with closing(Instance(home, tmp_path / "home", PORT + 1, PROMPTS, **SETTINGS)) as instance:
-        instance.start("tiny@1", "--format", "adapter")
-        with Users(instance.url, "tiny", prompts(50)).asking() as users:
-            users.wait_for(10)
-            done = promote(instance, "tiny@2", "--format", "adapter", *STEPS)
-            assert done.returncode == 0, (done.stdout, done.stderr)
-            promotion = instance.try_to_promote("tiny@1", "--format", "adapter", "--canary", "10,100")
-            wait_for_state(instance, RolloutState.CANARY, "tiny")
-            assert instance.command("rollback", "tiny").returncode == 0
-            promotion.wait(60)
-            users.wait_for(10)
-        assert users.failed == []
-        assert users.versions[-1] == "tiny@2"
-        assert len(instance.engines()) == 1
-    report(f"adapters: promoted and rolled back in one engine, {len(users.versions)} answers, none failed")
 
 
 ONE_ENGINE = """
