@@ -36,7 +36,7 @@ from svc.registry.registry import Registry
 from svc.registry.render import evaluation_table
 from svc.remote.server_url import LOCK_FILE
 from svc.settings import Settings
-from svc.terminal import waiting
+from svc.terminal import quiet_libraries, waiting
 from svc.version import VersionId
 from trainer.base_model.resolve import resolve_base
 
@@ -82,6 +82,7 @@ class Summary:
 def main() -> None:
     """Run the demo, or only its server with `--serve`."""
     started = time.monotonic()
+    quiet_libraries()
     stay = "--serve" in sys.argv[1:]
     end_orphaned_server()
     if FINISHED.exists() and not stay:
