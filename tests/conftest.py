@@ -3,7 +3,9 @@
 import gc
 import os
 import signal
+import socket
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import hypothesis
@@ -15,6 +17,7 @@ from svc.settings import Settings
 from tests.command_line import Svc
 from tests.new_store import new_store
 from tests.postgresql import SHARED, PostgresServer, running_server
+from tests.tracking_server import TrackingServer
 
 # A busy machine is no failure. Two runs of one commit try the same examples: a few in `make test-fast`, more in
 # `make test`. `make test-matrix` looks for others.
@@ -62,6 +65,20 @@ def tracking(tmp_path_factory: pytest.TempPathFactory) -> Tracking:
     """Return a real MLflow store on SQLite. Creating one takes seconds, so tests share it under unique names."""
     folder = tmp_path_factory.mktemp("mlflow")
     return Tracking(f"sqlite:///{folder / 'mlflow.db'}", folder / "artifacts")
+
+
+@pytest.fixture(scope="session")
+def tracking_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingServer]:
+    """Run a real MLflow tracking server."""
+    with closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = TrackingServer(tmp_path_factory.mktemp("mlflow"), port)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
 
 
 @pytest.fixture(scope="session")

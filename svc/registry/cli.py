@@ -10,7 +10,7 @@ from svc.identity.actor import Actor
 from svc.invocation import json_option, print_json, reason_option, settings_of
 from svc.registry.manifest import Manifest
 from svc.registry.registry import Registry
-from svc.version import VersionId
+from svc.version import Alias, VersionId
 
 
 @click.group(invoke_without_command=True)
@@ -25,9 +25,12 @@ def models(ctx: click.Context, as_json: bool) -> None:
     registry = Registry.of(settings_of(ctx))
     registry.refresh()
     manifests = [registry.manifest(version) for version in registry.versions()]
-    aliases = {name: registry.tracking.aliases(name) for name in {manifest.name for manifest in manifests}}
+    aliases: dict[str, dict[Alias, VersionId]] = {}
+    with registry.tracking.if_available():
+        aliases = {name: registry.tracking.aliases(name) for name in {manifest.name for manifest in manifests}}
     rows = [
-        _row(manifest, [a for a, v in aliases[manifest.name].items() if v == manifest.id]) for manifest in manifests
+        _row(manifest, [a for a, v in aliases.get(manifest.name, {}).items() if v == manifest.id])
+        for manifest in manifests
     ]
     if as_json:
         print_json(rows)

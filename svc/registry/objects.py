@@ -63,6 +63,10 @@ class ObjectStore:
     url: str
     retries: int = _RETRIES
 
+    def versions_url(self, name: str) -> str:
+        """Return the URL below which the manifests of a model's versions are."""
+        return f"{self.url.rstrip('/')}/{_MANIFESTS}/{name}"
+
     @cached_property
     def _client(self) -> "Client":
         try:

@@ -12,6 +12,7 @@ files of its formats, which are downloaded when they are needed. Only `versions`
 
 import logging
 import os
+import platform
 import re
 import shutil
 from collections.abc import Callable
@@ -304,10 +305,10 @@ class Registry:
         """
         parent = self.models / name
         parent.mkdir(parents=True, exist_ok=True)
-        version = self.tracking.allocate(name, source=str(parent), run_id=run_id)
+        version = self.tracking.allocate(name, self._source(name), run_id)
         taken = set(self.objects.versions(name)) if self.objects else set()
         while self.folder(version).exists() or version in taken:  # unknown to MLflow; its number stays used
-            version = self.tracking.allocate(name, source=str(parent), run_id=run_id)
+            version = self.tracking.allocate(name, self._source(name), run_id)
         staging = parent / f".{version.number}"
         try:
             shutil.rmtree(staging, ignore_errors=True)
@@ -333,6 +334,16 @@ class Registry:
         """Return a context manager in which no other thread or process downloads versions of a model."""
         return wait_for_lock(self.models / name / _FETCHING)
 
+    def _source(self, name: str) -> str:
+        """Return where the versions of a model are, as MLflow shows it: the URL in the object store, or the folder.
+
+        The folder becomes a URL with this machine's name if MLflow is a server, which rejects other machines' folders.
+        """
+        if self.objects is not None and not self.objects.url.startswith("file:"):
+            return self.objects.versions_url(name)
+        folder = self.models / name
+        return f"tuneserve://{platform.node()}{folder.absolute()}" if self.tracking.is_remote else str(folder)
+
     def _is_here(self, version: VersionId) -> bool:
         return (self.folder(version) / MANIFEST_FILE).is_file()
 
@@ -347,7 +358,8 @@ class Registry:
             verify_files(staging, manifest.small_files)  # an earlier fetch may have been of another version
             write_manifest(staging, manifest)
             (staging / MANIFEST_FILE).chmod(0o444)
-            self.tracking.adopt(version, source=str(folder.parent))
+            with self.tracking.if_available():
+                self.tracking.adopt(version, self._source(version.name))
             staging.rename(folder)
             sync_folder(folder.parent)
 

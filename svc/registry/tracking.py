@@ -7,7 +7,7 @@ version's files are stored elsewhere (see registry.py), and MLflow stores only t
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -28,6 +28,15 @@ LOSS, HELDOUT_LOSS = "loss", "heldout_loss"
 """Names of the trainer's losses in MLflow (see trainer.callbacks.loss_log)."""
 PARENT, RUN_NAME = "mlflow.parentRunId", "mlflow.runName"
 """Tags that the MLflow web UI uses to nest and name runs."""
+_HTTP = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+}
+"""MLflow's own values would make every command wait for 4 minutes, or 16 for a host that does not respond, while the
+tracking server is down. With these it is 3 s, or half a minute."""
+_MAX_METRICS = 1000
+"""MLflow's limit for one request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +63,19 @@ class Tracking:
 
     def __init__(self, uri: str, artifacts: Path | None = None) -> None:
         self.uri = uri
+        self.is_remote = uri.startswith(("http://", "https://"))
         self._artifacts = artifacts
 
     @cached_property
     def _client(self) -> "MlflowClient":
         # Importing MLflow takes a second or two, and its first use of a new database prints every migration.
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        for name, value in ({"MLFLOW_DISABLE_TELEMETRY": "true"} | _HTTP).items():
+            os.environ.setdefault(name, value)
         from mlflow import MlflowClient
 
         for library in ("mlflow", "mlflow.store.db.utils", "alembic"):
             logging.getLogger(library).setLevel(logging.WARNING)
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # else it reports every retry
 
         return MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
 
@@ -76,55 +88,109 @@ class Tracking:
             RegistryError: MLflow does not respond, or responds with an error.
         """
         from mlflow.exceptions import MlflowException
+        from requests import RequestException
 
         try:
             yield
         except MlflowException as error:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
                 raise NotFoundError(str(error.message)) from error
+            if isinstance(error.__context__, RequestException):
+                raise RegistryError(
+                    f"MLflow at {self.uri} does not respond", todo="check `tracking_uri` and the server, then retry"
+                ) from error
             raise RegistryError(f"MLflow at {self.uri} failed: {error.message}") from error
 
+    @contextmanager
+    def if_available(self) -> Iterator[None]:
+        """Log a RegistryError in the `with` block instead of raising it, for what is missed by nobody but readers of
+        MLflow's pages.
+        """
+        try:
+            yield
+        except RegistryError as error:
+            log.warning("%s; continuing without it", error.wrong)
+
     def start_run(self, experiment: str, tags: dict[str, str]) -> str:
-        """Create a run and return its id. The run becomes the active one when `attach` is called."""
-        existing = self._client.get_experiment_by_name(experiment)
-        folder = str(self._artifacts / experiment) if self._artifacts else None
-        experiment_id = existing.experiment_id if existing else self._client.create_experiment(experiment, folder)
-        return str(self._client.create_run(experiment_id, tags=tags).info.run_id)
+        """Create a run and return its id.
+
+        Raises:
+            RegistryError: MLflow does not respond.
+        """
+        with self._asking():
+            existing = self._client.get_experiment_by_name(experiment)
+            folder = str(self._artifacts / experiment) if self._artifacts else None
+            experiment_id = existing.experiment_id if existing else self._client.create_experiment(experiment, folder)
+            return str(self._client.create_run(experiment_id, tags=tags).info.run_id)
 
     @contextmanager
     def attach(self, run_id: str) -> Iterator[None]:
-        """Mark a run as running for the duration of the `with` block, and as finished or failed afterwards."""
-        import mlflow
-
-        _ = self._client
-        mlflow.set_tracking_uri(self.uri)
-        with mlflow.start_run(run_id=run_id, log_system_metrics=False):
+        """Mark a run as running for the duration of the `with` block, and as finished or failed afterwards. The block
+        also runs if MLflow does not respond.
+        """
+        with self.if_available(), self._asking():
+            self._client.update_run(run_id, status="RUNNING")
+        failed = True
+        try:
             yield
+            failed = False
+        finally:
+            with self.if_available():
+                self.end_run(run_id, failed=failed)
 
-    def log_metrics(self, run_id: str, metrics: dict[str, float], step: int = 0) -> None:
+    def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
         """Log metrics to a run.
 
         Args:
             step: optimizer step, for points on a curve.
+
+        Raises:
+            RegistryError: MLflow does not respond.
+        """
+        self.log_points(run_id, [(step, metrics)])
+
+    def log_points(self, run_id: str, points: Iterable[tuple[int, Mapping[str, float]]]) -> None:
+        """Log points of a run's curves: optimizer steps and their metrics.
+
+        Raises:
+            RegistryError: MLflow does not respond.
         """
         from mlflow.entities import Metric
 
         now = time.time_ns() // 1_000_000
-        self._client.log_batch(run_id, metrics=[Metric(key, value, now, step) for key, value in metrics.items()])
+        metrics = [Metric(key, value, now, step) for step, figures in points for key, value in figures.items()]
+        with self._asking():
+            for start in range(0, len(metrics), _MAX_METRICS):
+                self._client.log_batch(run_id, metrics=metrics[start : start + _MAX_METRICS])
 
     def log_file(self, run_id: str, path: Path) -> None:
-        """Add a file, such as a plot, to a run, replacing any file of the same name."""
-        self._client.log_artifact(run_id, str(path))
+        """Add a file, such as a plot, to a run, replacing any file of the same name.
+
+        Raises:
+            RegistryError: MLflow does not respond.
+        """
+        with self._asking():
+            self._client.log_artifact(run_id, str(path))
 
     def end_run(self, run_id: str, *, failed: bool = False) -> None:
-        """Mark a run that was not attached as finished or failed."""
-        self._client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
+        """Mark a run as finished or failed.
+
+        Raises:
+            RegistryError: MLflow does not respond.
+        """
+        with self._asking():
+            self._client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
 
     def log_parameters(self, run_id: str, parameters: dict[str, str]) -> None:
-        """Log a run's parameters. A parameter that is logged again must have the same value."""
+        """Log a run's parameters. A parameter that is logged again must have the same value.
+
+        Raises:
+            RegistryError: MLflow does not respond.
+        """
         from mlflow.entities import Param
 
-        self._client.log_batch(run_id, params=[Param(key, value) for key, value in parameters.items()])
+        with self._asking():
+            self._client.log_batch(run_id, params=[Param(key, value) for key, value in parameters.items()])
 
     def log_page(self, version: VersionId, run_id: str, page: str) -> str:
         """Add a version's HTML page to its run, and return the page's path in the MLflow web UI.
@@ -175,14 +241,22 @@ class Tracking:
         return None
 
     def allocate(self, name: str, source: str, run_id: str | None) -> VersionId:
-        """Register the next version of a model in MLflow, and return the version's id."""
-        from mlflow.exceptions import MlflowException
+        """Register the next version of a model in MLflow, and return the version's id.
 
-        try:
-            self._client.get_registered_model(name)
-        except MlflowException:
-            self._client.create_registered_model(name)
-        version = self._client.create_model_version(name, source=source, run_id=run_id)
+        Args:
+            source: where the version's files are. A tracking server rejects folders of other machines, and URLs of
+                web servers.
+
+        Raises:
+            RegistryError: MLflow does not respond, or rejects the source.
+        """
+        with self._asking():
+            try:
+                with self._asking():
+                    self._client.get_registered_model(name)
+            except NotFoundError:
+                self._client.create_registered_model(name)
+            version = self._client.create_model_version(name, source=source, run_id=run_id)
         return VersionId(name, int(version.version))
 
     def adopt(self, version: VersionId, source: str) -> None:
@@ -226,10 +300,15 @@ class Tracking:
             get_artifact_repository(folder, tracking_uri=self.uri).delete_artifacts(_page_name(version))
 
     def annotate(self, version: VersionId, description: str, tags: dict[str, str]) -> None:
-        """Set a version's description and tags in MLflow."""
-        self._client.update_model_version(version.name, str(version.number), description)
-        for key, value in tags.items():
-            self._client.set_model_version_tag(version.name, str(version.number), key, value)
+        """Set a version's description and tags in MLflow.
+
+        Raises:
+            RegistryError: MLflow does not respond.
+        """
+        with self._asking():
+            self._client.update_model_version(version.name, str(version.number), description)
+            for key, value in tags.items():
+                self._client.set_model_version_tag(version.name, str(version.number), key, value)
 
     def alias(self, name: str, alias: Alias) -> VersionId | None:
         """Return the version that has the given alias, or None if no version has it."""
@@ -245,8 +324,14 @@ class Tracking:
         return {}
 
     def set_alias(self, version: VersionId, alias: Alias) -> None:
-        """Set an alias, moving it if another version has it."""
-        self._client.set_registered_model_alias(version.name, alias.value, str(version.number))
+        """Set an alias, moving it if another version has it.
+
+        Raises:
+            NotFoundError: MLflow does not know the version.
+            RegistryError: MLflow does not respond.
+        """
+        with self._asking():
+            self._client.set_registered_model_alias(version.name, alias.value, str(version.number))
 
 
 def _page_name(version: VersionId) -> str:

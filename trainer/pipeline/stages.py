@@ -45,7 +45,7 @@ from trainer.pipeline.registration import Registered, Registration
 from trainer.pipeline.reports import Report, check_reports, open_reports
 from trainer.pipeline.run_folder import Run
 from trainer.pipeline.run_stages import Step, run_stages
-from trainer.pipeline.tracked_run import tracked_run
+from trainer.pipeline.tracked_run import sending_curve, tracked_run
 from trainer.qualification import Launch
 from trainer.recipe.sections import Recipe
 from trainer.recipe.stage import Stage, choose_stages
@@ -166,7 +166,6 @@ class Pipeline:
         from trainer.training.sft import train_model  # torch and TRL with it
 
         tracking, run_id = self.registry.tracking, self._tracking_run()
-        tracking.log_parameters(run_id, self.recipe.flat())
         with tracking.attach(run_id), self._report_to() as report:
             summary = train_model(
                 self.base.folder,
@@ -179,7 +178,8 @@ class Pipeline:
             )
         if self.expected is not None:
             summary = compare_with_real(self.expected, summary)
-            tracking.log_metrics(run_id, estimate_metrics(summary))
+            with tracking.if_available():
+                tracking.log_metrics(run_id, estimate_metrics(summary))
         return summary
 
     @contextmanager
@@ -188,10 +188,13 @@ class Pipeline:
         continues its previous run.
         """
         recipe, run, run_id = self.recipe, self.run, self._tracking_run()
-        with open_reports(recipe.report_to, run.reports, recipe.name, run.folder.name, recipe.flat()) as reports:
+        with (
+            sending_curve(self.registry.tracking, run_id) as send_to_mlflow,
+            open_reports(recipe.report_to, run.reports, recipe.name, run.folder.name, recipe.flat()) as others,
+        ):
+            reports = (send_to_mlflow, *others)
 
             def report(step: int, figures: Mapping[str, float]) -> None:
-                self.registry.tracking.log_metrics(run_id, dict(figures), step)
                 for send in reports:
                     send(step, figures)
 
@@ -261,7 +264,13 @@ class Pipeline:
     def _tracking_run(self) -> str:
         """Return the id of the MLflow run that belongs to this run folder."""
         tags = {"tuneserve.run": self.run.folder.name, "tuneserve.base": self.base.origin}
-        return tracked_run(self.run.tracking, lambda: self.registry.tracking.start_run(self.recipe.name, tags))
+
+        def start() -> str:
+            run_id = self.registry.tracking.start_run(self.recipe.name, tags)
+            self.registry.tracking.log_parameters(run_id, self.recipe.flat())
+            return run_id
+
+        return tracked_run(self.run.tracking, start)
 
 
 def open_pipeline(

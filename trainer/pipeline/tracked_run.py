@@ -1,12 +1,23 @@
-"""Keeps the MLflow run of a run folder. It is created only once, so that a resumed run continues it."""
+"""Keeps the MLflow run of a run folder, and sends its curves.
 
-from collections.abc import Callable
+The run is created only once, so that a resumed run continues it. An MLflow server that is down or slow neither stops
+nor delays the training.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from queue import Empty, SimpleQueue
 
 from pydantic import BaseModel, ConfigDict
 
+from svc.errors import RegistryError
 from svc.files.disk import write_whole
 from svc.files.json_file import read_record
+from svc.registry.tracking import Tracking
+from svc.terminal import console
+from trainer.pipeline.reports import Report
 
 
 class TrackedRun(BaseModel):
@@ -31,3 +42,58 @@ def tracked_run(path: Path, start: Callable[[], str]) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, TrackedRun(run_id=start()).model_dump_json().encode("utf-8"))
     return read_record(path, TrackedRun).run_id
+
+
+@contextmanager
+def sending_curve(tracking: Tracking, run_id: str) -> Iterator[Report]:
+    """Yield a function that takes an optimizer step and its metrics, which a thread sends to MLflow.
+
+    Metrics that MLflow does not accept are sent again with the next ones, and at the end of the block. If MLflow does
+    not respond then either, they are missing there, and a warning says so.
+    """
+    sender = _Sender(tracking, run_id)
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow") as thread:
+
+        def send(step: int, metrics: Mapping[str, float]) -> None:
+            sender.queue.put((step, metrics))
+            thread.submit(sender.send)
+
+        try:
+            yield send
+        finally:
+            thread.submit(sender.send)
+    if sender.unsent:
+        console.print(
+            f"{len(sender.unsent)} points of the curves are missing in MLflow at {tracking.uri}",
+            style="yellow",
+            soft_wrap=True,
+        )
+
+
+class _Sender:
+    """Sends points of a run's curves. `send` must be called in one thread only."""
+
+    def __init__(self, tracking: Tracking, run_id: str) -> None:
+        self.queue = SimpleQueue[tuple[int, Mapping[str, float]]]()
+        self.unsent: list[tuple[int, Mapping[str, float]]] = []
+        self._tracking = tracking
+        self._run_id = run_id
+        self._is_reported = False
+
+    def send(self) -> None:
+        """Send all points in the queue, and those that could not be sent before."""
+        while True:
+            try:
+                self.unsent.append(self.queue.get_nowait())
+            except Empty:
+                break
+        if not self.unsent:
+            return
+        try:
+            self._tracking.log_points(self._run_id, self.unsent)
+        except RegistryError as error:
+            if not self._is_reported:
+                console.print(f"{error.wrong}; the training continues", style="yellow", soft_wrap=True)
+            self._is_reported = True
+        else:
+            self.unsent.clear()

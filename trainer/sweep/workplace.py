@@ -39,8 +39,9 @@ from trainer.base_model.resolve import Base
 from trainer.model.config import read_width
 from trainer.model.release_memory import release_memory
 from trainer.pipeline.examples import Examples
+from trainer.pipeline.reports import Report
 from trainer.pipeline.stage_key import stage_keys
-from trainer.pipeline.tracked_run import TrackedRun, tracked_run
+from trainer.pipeline.tracked_run import TrackedRun, sending_curve, tracked_run
 from trainer.recipe.sections import Recipe
 from trainer.recipe.stage import Stage
 from trainer.sweep.outcome import Status, TrialOutcome
@@ -179,18 +180,21 @@ class Workplace:
             return known.model_copy(update={"values": dict(values)})  # another phase may spell the values differently
         name = describe(values) if train is None else f"{len(train)} examples"
         run_id = self._run_id(path.parent, name, {PARENT: self._parent, "tuneserve.trial": key})
-        self.tracking.log_parameters(run_id, recipe.flat())
 
         started = time.monotonic()
-        result = self._train(train or self.data.train, recipe, path.parent, run_id, watch)
+        with self.tracking.if_available():
+            self.tracking.log_parameters(run_id, recipe.flat())
+        with sending_curve(self.tracking, run_id) as send:
+            result = self._train(train or self.data.train, recipe, path.parent, send, watch)
         seconds = round(time.monotonic() - started, 1)
         outcome = TrialOutcome(key=key, values=dict(values), seconds=seconds, **result)
         figures = {"trial_seconds": seconds}
         if loss := outcome.loss:
             figures["trial_heldout_loss"] = loss.value
             figures |= {"trial_heldout_loss_low": loss.low, "trial_heldout_loss_high": loss.high}
-        self.tracking.log_metrics(run_id, figures, outcome.steps)
-        self.tracking.end_run(run_id, failed=outcome.status is Status.FAIL)
+        with self.tracking.if_available():
+            self.tracking.log_metrics(run_id, figures, outcome.steps)
+            self.tracking.end_run(run_id, failed=outcome.status is Status.FAIL)
         write_whole(path, outcome.model_dump_json().encode("utf-8"))
         shutil.rmtree(path.parent / "checkpoints", ignore_errors=True)
         release_memory()
@@ -211,7 +215,8 @@ class Workplace:
     def log_final(self, trial: TrialOutcome, figures: dict[str, float]) -> None:
         """Add the metrics of a trial's answers in the finals to the trial's MLflow run."""
         path = self.folder / "trials" / trial.key / "mlflow.json"
-        self.tracking.log_metrics(read_record(path, TrackedRun).run_id, figures, trial.steps)
+        with self.tracking.if_available():
+            self.tracking.log_metrics(read_record(path, TrackedRun).run_id, figures, trial.steps)
 
     def unload(self) -> None:
         """Release the memory of the loaded base, which the engine needs."""
@@ -220,15 +225,20 @@ class Workplace:
 
     def publish(self, figures: Mapping[str, float], *files: Path) -> None:
         """Add the result and its files to the parent MLflow run, and close that run."""
-        self.tracking.log_metrics(self._parent, dict(figures))
-        for file in files:
-            self.tracking.log_file(self._parent, file)
-        self.tracking.end_run(self._parent)
+        with self.tracking.if_available():
+            self.tracking.log_metrics(self._parent, figures)
+            for file in files:
+                self.tracking.log_file(self._parent, file)
+            self.tracking.end_run(self._parent)
 
     def _train(
-        self, train: Sequence[Sequence[TokenizedExample]], recipe: Recipe, folder: Path, run_id: str, watch: Watch
+        self, train: Sequence[Sequence[TokenizedExample]], recipe: Recipe, folder: Path, send: Report, watch: Watch
     ) -> dict[str, Any]:
-        """Train a trial, and return the fields of its outcome that depend on training."""
+        """Train a trial, and return the fields of its outcome that depend on training.
+
+        Args:
+            send: receives the points of the curve.
+        """
         from optuna import TrialPruned
 
         from trainer.training.trial import train_trial
@@ -237,7 +247,7 @@ class Workplace:
         watched = {int(step): loss for step, loss in read_json_object(path, {}).items()}
 
         def report(step: int, figures: dict[str, float]) -> None:
-            self.tracking.log_metrics(run_id, figures, step)
+            send(step, figures)
             if HELDOUT_LOSS in figures and step not in watched:
                 watched[step] = figures[HELDOUT_LOSS]
                 write_whole(path, json.dumps(watched).encode("utf-8"))

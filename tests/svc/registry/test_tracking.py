@@ -126,18 +126,22 @@ def test_never_trained_name_has_no_newest_run(tracking: Tracking, name: str) -> 
     assert tracking.newest_run(name) is None
 
 
-def test_trainer_metrics_are_logged_to_the_attached_run(tracking: Tracking, mlflow: MlflowClient) -> None:
-    import mlflow as fluent
-
+def test_attached_run_is_running_and_then_finished(tracking: Tracking, mlflow: MlflowClient) -> None:
     run = tracking.start_run("tests", {})
-
+    tracking.end_run(run)
     with tracking.attach(run):
-        fluent.log_metric("loss", 0.5)
-    assert mlflow.get_run(run).data.metrics == {"loss": 0.5}
-    assert fluent.active_run() is None
+        assert mlflow.get_run(run).info.status == "RUNNING"
+    assert mlflow.get_run(run).info.status == "FINISHED"
+
+
+def test_attached_run_has_failed_after_an_error(tracking: Tracking, mlflow: MlflowClient) -> None:
+    run = tracking.start_run("tests", {})
+    with pytest.raises(ZeroDivisionError), tracking.attach(run):
+        raise ZeroDivisionError
+    assert mlflow.get_run(run).info.status == "FAILED"
 
 
 def test_unreachable_mlflow_raises_registry_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(RegistryError, match="failed: API request"):
+    with pytest.raises(RegistryError, match="does not respond"):
         Tracking("http://127.0.0.1:9").aliases("tiny")

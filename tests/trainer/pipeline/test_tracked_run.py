@@ -1,0 +1,34 @@
+"""Tests that a training neither stops nor waits while a real MLflow tracking server is down."""
+
+import time
+
+import pytest
+from mlflow import MlflowClient
+
+from svc.registry.tracking import Tracking
+from tests.tracking_server import UNREACHABLE, TrackingServer
+from trainer.pipeline.tracked_run import sending_curve
+
+pytestmark = pytest.mark.slow
+
+
+def test_curve_of_a_training_is_complete_after_the_tracking_server_was_down(tracking_server: TrackingServer) -> None:
+    tracking = Tracking(tracking_server.url)
+    run = tracking.start_run("teams", {})
+    with tracking.attach(run), sending_curve(tracking, run) as send:
+        send(1, {"loss": 3.0})
+        with tracking_server.stopped():
+            began = time.monotonic()
+            for step in range(2, 7):
+                send(step, {"loss": 3.0 / step})
+            assert time.monotonic() - began < 1  # the training does not wait
+        send(7, {"loss": 0.1})
+    history = MlflowClient(tracking_server.url).get_metric_history(run, "loss")
+    assert sorted({point.step for point in history}) == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_training_ends_normally_if_the_tracking_server_stays_down(capsys: pytest.CaptureFixture[str]) -> None:
+    tracking = Tracking(UNREACHABLE)
+    with tracking.attach("abc"), sending_curve(tracking, "abc") as send:
+        send(1, {"loss": 3.0})
+    assert f"1 points of the curves are missing in MLflow at {UNREACHABLE}" in capsys.readouterr().err
