@@ -28,8 +28,9 @@ from rich.table import Column, Table
 console = Console(stderr=True, highlight=False)
 output = Console(highlight=False)
 if not output.is_terminal:
-    output.width = 120  # in a pipe or a log, a table is not broken at 80 columns
+    output.width = 160  # in a pipe or a log, a table is not broken at 80 columns
 _PLAIN_LINE_S = 15.0  # without a terminal, a long step prints one line per interval
+_PADDING = 2
 _TEXT = TextColumn("{task.description}")
 
 
@@ -48,11 +49,24 @@ def quiet_libraries() -> None:
 
 
 def print_table(headers: Sequence[str | Column], rows: Iterable[Sequence[object]], *, to: Console = output) -> None:
-    """Print a table of plain text, showing None as an empty cell."""
+    """Print a table of plain text, showing None as an empty cell.
+
+    Names and times stay whole if there is room. Otherwise, they continue in the next line.
+    """
+    cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
     table = Table(*headers, box=None)
-    for row in rows:
-        table.add_row(*("" if cell is None else escape(str(cell)) for cell in row))
+    for row in cells:
+        table.add_row(*map(escape, row))
+    widths = [_longest_word(column.header, *texts) for column, *texts in zip(table.columns, *cells, strict=True)]
+    is_wide = sum(widths) + _PADDING * len(widths) <= to.width
+    for column, width in zip(table.columns, widths, strict=True):
+        column.min_width, column.no_wrap, column.overflow = width if is_wide else None, False, "fold"
     to.print(table)
+
+
+def _longest_word(*texts: object) -> int:
+    """Return the number of characters of the longest word in some texts."""
+    return max((len(word) for text in texts for word in str(text).split()), default=0)
 
 
 @contextmanager

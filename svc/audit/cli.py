@@ -108,8 +108,6 @@ def _second(moment: str) -> str:
 @click.pass_context
 def history(ctx: click.Context, name: str, as_json: bool) -> None:
     """Show which versions of NAME were served when, its rollouts with their outcomes, and who requested them."""
-    from rich.table import Column
-
     from svc.audit.history import read_history
     from svc.store.database import open_store
     from svc.terminal import print_table
@@ -121,9 +119,8 @@ def history(ctx: click.Context, name: str, as_json: bool) -> None:
     if not rows:
         raise NotFoundError(f"{name!r} has never been served", todo="list the models: svc models")
     shown = ("version", "format", "began_by", "ended_by", "who")
-    times = (Column("from (UTC)", no_wrap=True), Column("until", no_wrap=True))
     print_table(
-        (*times, "version", "format", "began by", "ended by", "who", "why", "gates"),
+        ("from (UTC)", "until", "version", "format", "began by", "ended by", "who", "why", "gates"),
         [
             (
                 _second(row["from"]),

@@ -1,4 +1,4 @@
-"""Tests that progress is a bar on a terminal, and a plain line every few seconds in a pipe."""
+"""Tests that progress is a bar on a terminal, and a plain line every few seconds in a pipe. Tables lose no text."""
 
 import io
 import time
@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from svc import terminal
-from svc.terminal import advancing, counting, reading, waiting
+from svc.terminal import advancing, counting, print_table, reading, waiting
 
 PHASES = ("boil water", "brew tea", "drink")
 Show = Callable[[bool], io.StringIO]
@@ -116,3 +116,20 @@ def test_failed_task_is_not_shown_as_done(shown: Show) -> None:
     with pytest.raises(ValueError, match="cold"), advancing("tea", PHASES):
         raise ValueError("cold")
     assert file.getvalue().splitlines() == ["  tea …"]
+
+
+def printed(width: int, *row: str) -> list[str]:
+    file = io.StringIO()
+    print_table(("version", "why"), [row], to=Console(file=file, width=width))
+    return [line.strip() for line in file.getvalue().splitlines()]
+
+
+def test_names_in_a_table_stay_whole_if_there_is_room() -> None:
+    [_, *lines] = printed(40, "debian-triage@1", "a reason of many words that is broken instead")
+    assert lines[0].startswith("debian-triage@1  ")
+    assert len(lines) > 1
+
+
+def test_no_text_of_a_table_is_lost_in_a_narrow_terminal() -> None:
+    [_, *lines] = printed(24, "debian-triage@1", "insufficient-evidence")
+    assert sorted("".join("".join(lines).split())) == sorted("debian-triage@1" + "insufficient-evidence")
