@@ -142,6 +142,10 @@ class ArtifactSettings(_Section):
         description="object store for versions: `s3://bucket/prefix`, `gs://bucket/prefix`, `az://container/prefix` or "
         "`file:///path`; default: versions are only in `home`",
     )
+    checkpoints: bool = Field(
+        False,
+        description="whether checkpoints of trainings are also uploaded, so that another machine can resume a training",
+    )
     cache_gb: float | None = Field(
         None,
         gt=0,

@@ -2,6 +2,7 @@
 
     manifests/NAME/N.json      written last, and only if there is none yet; without it there is no version NAME@N
     files/NAME/SHA256/FILE     one file of the model's versions, under its hash
+    checkpoints/RUN/STEP/FILE  one file of a checkpoint of an unfinished training
 
 Because a key contains the content's hash, two machines never write different content to one key, and an interrupted
 upload continues with the first file that is missing. Objects appear only when they are complete, in every store.
@@ -17,7 +18,7 @@ import re
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -101,11 +102,7 @@ class ObjectStore:
         Raises:
             RegistryError: the store does not respond, or refuses.
         """
-        import obstore
-
-        prefix = f"{_MANIFESTS}/{name}" if name else _MANIFESTS
-        with self._asking(f"list {prefix}"):
-            keys = [entry["path"] for page in obstore.list(self._client, prefix) for entry in page]
+        keys = self.keys(f"{_MANIFESTS}/{name}" if name else _MANIFESTS)
         named = [re.fullmatch(rf"{_MANIFESTS}/([^/]+)/({NUMBER_PATTERN})\.json", key) for key in keys]
         versions = [VersionId(found[1], int(found[2])) for found in named if found]
         return sorted(version for version in versions if re.fullmatch(NAME_PATTERN, version.name))
@@ -184,6 +181,70 @@ class ObjectStore:
         with _progress(f"downloading {manifest.id}", total) as on_bytes:
             for file in missing:
                 self._receive(_file_key(manifest.name, file), file, folder / file.path, on_bytes)
+
+    def keys(self, prefix: str) -> list[str]:
+        """Return the keys of all objects below a prefix, sorted.
+
+        Raises:
+            RegistryError: the store does not respond, or refuses.
+        """
+        import obstore
+
+        with self._asking(f"list {prefix}"):
+            return sorted(entry["path"] for page in obstore.list(self._client, prefix) for entry in page)
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """Delete objects. Those that do not exist are ignored.
+
+        Raises:
+            RegistryError: the store does not respond, or refuses.
+        """
+        import obstore
+
+        for key in keys:
+            with self._asking(f"delete {key}"), suppress(FileNotFoundError):
+                obstore.delete(self._client, key)
+
+    def read(self, key: str) -> bytes | None:
+        """Return the content of a small object, or None if there is none.
+
+        Raises:
+            RegistryError: the store does not respond, or refuses.
+        """
+        return self._read(key)
+
+    def write(self, key: str, content: bytes) -> None:
+        """Write a small object, replacing the one that has this key.
+
+        Raises:
+            RegistryError: the store does not respond, or refuses.
+        """
+        import obstore
+
+        with self._asking(f"write {key}"):
+            obstore.put(self._client, key, content)
+
+    def send(self, prefix: str, records: Sequence[FileRecord], folder: Path) -> None:
+        """Upload the files of a folder below a prefix.
+
+        Raises:
+            IntegrityError: a file differs from its record.
+            RegistryError: the store does not respond, or refuses.
+        """
+        with _progress(f"uploading {prefix}", sum(file.bytes for file in records)) as on_bytes:
+            for file in records:
+                self._send(f"{prefix}/{file.path}", file, folder / file.path, on_bytes)
+
+    def receive(self, prefix: str, records: Sequence[FileRecord], folder: Path) -> None:
+        """Download files below a prefix into a folder.
+
+        Raises:
+            IntegrityError: an object is missing, truncated or altered.
+            RegistryError: the store does not respond, or refuses.
+        """
+        with _progress(f"downloading {prefix}", sum(file.bytes for file in records)) as on_bytes:
+            for file in records:
+                self._receive(f"{prefix}/{file.path}", file, folder / file.path, on_bytes)
 
     def _send(self, key: str, file: FileRecord, path: Path, on_bytes: Callable[[int], None]) -> None:
         import obstore

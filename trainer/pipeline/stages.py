@@ -49,6 +49,7 @@ from trainer.pipeline.tracked_run import sending_curve, tracked_run
 from trainer.qualification import Launch
 from trainer.recipe.sections import Recipe
 from trainer.recipe.stage import Stage, choose_stages
+from trainer.training.shared_checkpoints import SharedCheckpoints
 from trainer.training.summary import TrainingData, TrainingSummary
 
 
@@ -87,6 +88,8 @@ class Pipeline:
             self._reopen_registration()
             run_stages(self.run, self._steps())
             self.run.clean()
+            if self._shared_checkpoints:
+                self._shared_checkpoints.remove()
             return self.run.load(Stage.REGISTER, Registered).version
 
     def _reopen_registration(self) -> None:
@@ -165,6 +168,9 @@ class Pipeline:
             served_length = self._evaluation.context
         from trainer.training.sft import train_model  # torch and TRL with it
 
+        shared = self._shared_checkpoints
+        if shared and (newest := shared.fetch()):
+            console.print(f"  fetched {newest} of another machine from {self.settings.artifacts.url}", markup=False)
         tracking, run_id = self.registry.tracking, self._tracking_run()
         with tracking.attach(run_id), self._report_to() as report:
             summary = train_model(
@@ -175,12 +181,20 @@ class Pipeline:
                 self.run.checkpoints,
                 report,
                 number_type=self.capabilities.training_type,
+                on_checkpoint=shared.send if shared else None,
             )
         if self.expected is not None:
             summary = compare_with_real(self.expected, summary)
             with tracking.if_available():
                 tracking.log_metrics(run_id, estimate_metrics(summary))
         return summary
+
+    @cached_property
+    def _shared_checkpoints(self) -> SharedCheckpoints | None:
+        """Return the run's checkpoints in the object store, or None if they are only on this machine."""
+        if self.registry.objects is None or not self.settings.artifacts.checkpoints:
+            return None
+        return SharedCheckpoints(self.registry.objects, self.run.folder.name, self.run.checkpoints, self.run.tracking)
 
     @contextmanager
     def _report_to(self) -> Iterator[Report]:

@@ -11,7 +11,7 @@ previous one intact. This module does not depend on what the files contain.
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,9 +23,9 @@ from svc.registry.files import FileRecord, record_files, verify_files
 
 log = logging.getLogger(__name__)
 
-_FILES = "files.json"
-_PREFIX, _UNFINISHED = "step-", ".unfinished-"
-_RECORDS = TypeAdapter(tuple[FileRecord, ...])
+FILES = "files.json"
+PREFIX, _UNFINISHED = "step-", ".unfinished-"
+RECORDS = TypeAdapter(tuple[FileRecord, ...])
 
 
 class CheckpointFolder:
@@ -34,11 +34,13 @@ class CheckpointFolder:
     Args:
         folder: checkpoint folder, created with the first checkpoint.
         keep: number of newest checkpoints to keep.
+        on_written: called with the path of each new checkpoint.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int, on_written: Callable[[Path], None] | None = None) -> None:
         self.folder = folder
         self._keep = keep
+        self._on_written = on_written
 
     @contextmanager
     def writing(self, step: int, best: int | None = None) -> Iterator[Path]:
@@ -62,7 +64,7 @@ class CheckpointFolder:
             yield temporary
             records = record_files(temporary, temporary)
             sync_files(temporary)  # before the list of hashes, which is the last file
-            write_whole(temporary / _FILES, _RECORDS.dump_json(records))
+            write_whole(temporary / FILES, RECORDS.dump_json(records))
             shutil.rmtree(self.at(step), ignore_errors=True)
             temporary.rename(self.at(step))
             sync_folder(self.folder)
@@ -77,6 +79,8 @@ class CheckpointFolder:
                 todo=f"free up some space and run the same command again: {self._newest_kept()}",
             ) from error
         self._prune(step, best)
+        if self._on_written:
+            self._on_written(self.at(step))
 
     def newest(self) -> Path | None:
         """Return the path of the newest complete checkpoint, or None if there is none. Damaged checkpoints are
@@ -103,14 +107,14 @@ class CheckpointFolder:
 
     def at(self, step: int) -> Path:
         """Return the path of the checkpoint at the given step."""
-        return self.folder / f"{_PREFIX}{step:08d}"
+        return self.folder / f"{PREFIX}{step:08d}"
 
     def _all(self) -> list[Path]:
-        return sorted(self.folder.glob(f"{_PREFIX}*"))
+        return sorted(self.folder.glob(f"{PREFIX}*"))
 
     def _whole(self, folder: Path) -> bool:
         try:
-            verify_files(folder, _RECORDS.validate_json((folder / _FILES).read_bytes()))
+            verify_files(folder, RECORDS.validate_json((folder / FILES).read_bytes()))
         except (OSError, ValidationError, IntegrityError):
             return False
         return True

@@ -62,6 +62,7 @@ def train_model(
     report: Report | None = None,
     *,
     number_type: NumberType,
+    on_checkpoint: Callable[[Path], None] | None = None,
 ) -> TrainingSummary:
     """Train an adapter or the complete model, depending on the recipe, and write it to `out` together with the
     tokenizer's files.
@@ -77,6 +78,7 @@ def train_model(
         checkpoints: folder of this run's checkpoints.
         report: callback for the loss curve.
         number_type: number type of the matrix products. Trained weights are always in float32.
+        on_checkpoint: called with the path of each new checkpoint.
 
     Raises:
         DataError: an example is longer than `train.max_length` or than the engine accepts, is rejected by
@@ -99,7 +101,16 @@ def train_model(
         with preemption() as asked:
             with asked.interruptible(), waiting("Loading the base model"), library_output_to_log():
                 trainer = build_trainer(
-                    base, tokenizer, examples, heldout, recipe, out, checkpoints, report, asked, number_type
+                    base,
+                    tokenizer,
+                    examples,
+                    heldout,
+                    recipe,
+                    out,
+                    CheckpointFolder(checkpoints, recipe.checkpoints.keep, on_checkpoint),
+                    report,
+                    asked,
+                    number_type,
                 )
             seconds = run_trainer(trainer, recipe.stopping, asked, number_type)
         # A signal ends the process from here on: the next run writes the weights from the last checkpoint.
@@ -183,7 +194,7 @@ def build_trainer(
     heldout: Sequence[TokenizedExample],
     recipe: Recipe,
     out: Path,
-    checkpoints: Path,
+    checkpoints: CheckpointFolder,
     report: Report | None,
     asked: Preemption,
     number_type: NumberType,
@@ -226,7 +237,7 @@ def build_trainer(
         curve = HeldoutCurve.affordable(measured, _trained_tokens(rows, len(dataset), steps, recipe.train), steps)
     measured, schedule = curve.rows, curve.schedule
     trainer = ResumableTrainer(
-        checkpoints=CheckpointFolder(checkpoints, recipe.checkpoints.keep),
+        checkpoints=checkpoints,
         number_type=number_type,
         heldout=measured,
         heldout_schedule=schedule if measured else None,

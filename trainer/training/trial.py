@@ -20,6 +20,7 @@ from trainer.data.chat_template import training_row
 from trainer.data.length import fit_length
 from trainer.library_output import library_output_to_log
 from trainer.recipe.sections import Recipe, Stopping
+from trainer.training.checkpoints import CheckpointFolder
 from trainer.training.loaded_base import LoadedBase
 from trainer.training.out_of_memory import advising_on_memory
 from trainer.training.sft import build_trainer, run_trainer, save_model, summarize
@@ -134,7 +135,7 @@ def _open(
                     [],
                     recipe,
                     checkpoints.parent,
-                    checkpoints,
+                    CheckpointFolder(checkpoints, recipe.checkpoints.keep),
                     report,
                     asked,
                     number_type,

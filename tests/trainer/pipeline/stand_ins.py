@@ -53,7 +53,16 @@ class Stages:
     unequal: list[str] = field(default_factory=list)
 
     def train_model(
-        self, base: Path, data: Any, recipe: Any, out: Path, checkpoints: Path, report: Any, *, number_type: NumberType
+        self,
+        base: Path,
+        data: Any,
+        recipe: Any,
+        out: Path,
+        checkpoints: Path,
+        report: Any,
+        *,
+        number_type: NumberType,
+        on_checkpoint: Callable[[Path], None] | None = None,
     ) -> Any:
         """Write an adapter or a trained model."""
         self.number_types.append(number_type)

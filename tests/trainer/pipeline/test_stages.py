@@ -1,6 +1,8 @@
 """Tests the pipeline from recipe to version with fast stand-ins: stage order, resumption and failures."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -8,8 +10,10 @@ from svc.dataset.schema.example import parse_example
 from svc.engine.device import DeviceCapabilities, NumberType
 from svc.errors import BusyError, DataError, EngineError, InterruptedRunError, RecipeError, SettingsError
 from svc.files.lock import hold_lock
+from svc.registry.objects import ObjectStore
+from svc.registry.registry import Registry
 from svc.registry.training_runs import find_training_runs
-from svc.settings import Device, EngineSettings, GptqKernel
+from svc.settings import ArtifactSettings, Device, EngineSettings, GptqKernel
 from svc.version import Format, VersionId
 from tests.serving.engine_double import tokenized
 from tests.svc.engine.devices import AVX2, AVX512
@@ -18,6 +22,8 @@ from tests.trainer.pipeline.stand_ins import Make, Stages
 from trainer.pipeline.run_folder import Run
 from trainer.pipeline.stages import Pipeline
 from trainer.recipe.stage import Stage
+from trainer.training.checkpoints import CheckpointFolder
+from trainer.training.shared_checkpoints import SharedCheckpoints
 
 pytestmark = pytest.mark.slow
 
@@ -198,3 +204,27 @@ def test_run_fails_before_training_if_the_group_size_does_not_fit(make: Make, st
     with pytest.raises(RecipeError, match=r"quantize\.group_size is 128"):
         make(quantize={"group_size": 128}).train_version()
     assert stages.ran == []
+
+
+def test_checkpoints_in_the_object_store_are_fetched_and_removed_after_registration(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "shared").mkdir()
+    objects = ObjectStore(f"file://{tmp_path / 'shared'}")
+    pipeline = make()
+    artifacts = ArtifactSettings(url=objects.url, checkpoints=True)
+    pipeline = replace(
+        pipeline,
+        settings=pipeline.settings.model_copy(update={"artifacts": artifacts}),
+        registry=Registry(pipeline.registry.models, pipeline.registry.tracking, objects),
+    )
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "mlflow.json").write_text(json.dumps({"run_id": pipeline._tracking_run()}), "utf-8")
+    name = pipeline.run.folder.name
+    other = SharedCheckpoints(objects, name, elsewhere / "checkpoints", elsewhere / "mlflow.json")
+    with CheckpointFolder(elsewhere / "checkpoints", 1, other.send).writing(1) as folder:
+        (folder / "weights.safetensors").write_bytes(b"weights")
+    pipeline.train_version()
+    assert "fetched step-00000001 of another machine" in capsys.readouterr().err
+    assert objects.keys("checkpoints") == []

@@ -19,6 +19,7 @@ from svc.dataset.readers.reader import write_examples
 from svc.dataset.schema.example import ChatExample
 from svc.engine.device import NumberType
 from svc.errors import InterruptedRunError
+from svc.registry.objects import ObjectStore
 from tests.trainer.conftest import losses_of, make_recipe
 from tests.trainer.uninterrupted import Run, UninterruptedRuns
 from tests.trainer.without_clock import without_clock
@@ -28,6 +29,7 @@ from trainer.training import sft
 from trainer.training import trainer as trainer_module
 from trainer.training.checkpoints import CheckpointFolder
 from trainer.training.sft import train_model
+from trainer.training.shared_checkpoints import SharedCheckpoints
 from trainer.training.summary import TrainingData, TrainingSummary
 
 pytestmark = pytest.mark.slow
@@ -59,6 +61,7 @@ def train_until(
     step: int,
     monkeypatch: Any,
     number_type: NumberType = BFLOAT16,
+    shared: SharedCheckpoints | None = None,
 ) -> None:
     """Train, and interrupt after the given step, before its checkpoint is written."""
 
@@ -76,11 +79,20 @@ def train_until(
     with monkeypatch.context() as patch:
         patch.setattr(trainer_module.ResumableTrainer, "__init__", with_kill)
         with pytest.raises(Killed):
-            train_in(number_type, base, data, recipe, folder)
+            train_in(number_type, base, data, recipe, folder, shared)
 
 
-def train_in(number_type: NumberType, base: Path, data: TrainingData, recipe: Recipe, folder: Path) -> TrainingSummary:
-    return train_model(base, data, recipe, folder / "trained", folder / "checkpoints", number_type=number_type)
+def train_in(
+    number_type: NumberType,
+    base: Path,
+    data: TrainingData,
+    recipe: Recipe,
+    folder: Path,
+    shared: SharedCheckpoints | None = None,
+) -> TrainingSummary:
+    send = shared.send if shared else None
+    trained, checkpoints = folder / "trained", folder / "checkpoints"
+    return train_model(base, data, recipe, trained, checkpoints, number_type=number_type, on_checkpoint=send)
 
 
 def weights(folder: Path) -> bytes:
@@ -113,6 +125,29 @@ def test_resumed_run_matches_an_uninterrupted_one_for_every_method(
         train_until(tiny_base, data, recipe(method), tmp_path / "b", step, monkeypatch)
     resumed = train_in(BFLOAT16, tiny_base, data, recipe(method), tmp_path / "b")
     assert_same(resumed, tmp_path / "b", whole)
+
+
+def test_run_continued_by_another_machine_matches_an_uninterrupted_one(
+    tiny_base: Path,
+    data: TrainingData,
+    uninterrupted: UninterruptedRuns,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = uninterrupted.run(recipe())
+    objects = ObjectStore(f"file://{tmp_path / 'shared'}")
+    (tmp_path / "shared").mkdir()
+    machines = [tmp_path / name for name in ("gone", "other")]
+    gone, other = (
+        SharedCheckpoints(objects, "run", folder / "checkpoints", folder / "mlflow.json") for folder in machines
+    )
+    for folder in machines:
+        folder.mkdir()
+        (folder / "mlflow.json").write_text("{}", "utf-8")
+    train_until(tiny_base, data, recipe(), machines[0], 6, monkeypatch, shared=gone)
+    assert other.fetch() == "step-00000005"
+    resumed = train_in(BFLOAT16, tiny_base, data, recipe(), machines[1], other)
+    assert_same(resumed, machines[1], whole)
 
 
 @pytest.mark.parametrize("method", [Method.FULL, Method.QLORA, Method.ADALORA])
@@ -303,6 +338,7 @@ from svc.dataset.readers.reader import read_examples
 from svc.engine.device import NumberType
 from tests.trainer.training.test_resume import recipe
 from trainer.training.sft import train_model
+from trainer.training.shared_checkpoints import SharedCheckpoints
 from trainer.training.summary import TrainingData
 for line in sys.stdin:
     folder = Path(line.strip())

@@ -1,0 +1,116 @@
+"""Shares the checkpoints of an unfinished training with other machines, in the object store.
+
+    checkpoints/RUN/mlflow.json          id of the MLflow run
+    checkpoints/RUN/step-00000120.json   size and SHA-256 of each file, written last; without it there is no checkpoint
+    checkpoints/RUN/step-00000120/FILE
+
+RUN names everything that determines the result, so machines that train the same thing share a run, and another machine
+continues where one disappeared. The store has the checkpoints that the machine has that trained last.
+"""
+
+import logging
+import re
+import shutil
+from pathlib import Path, PurePosixPath
+
+from pydantic import ValidationError
+
+from svc.errors import IntegrityError, RegistryError
+from svc.files.disk import sync_files, write_whole
+from svc.registry.objects import ObjectStore
+from trainer.training.checkpoints import FILES, PREFIX, RECORDS
+
+log = logging.getLogger(__name__)
+
+
+class SharedCheckpoints:
+    """The checkpoints of one run in the object store, and on this machine.
+
+    Args:
+        run: name of the run.
+        folder: folder of the run's checkpoints on this machine.
+        tracking: file with the id of the MLflow run.
+    """
+
+    def __init__(self, objects: ObjectStore, run: str, folder: Path, tracking: Path) -> None:
+        self._objects = objects
+        self._prefix = f"checkpoints/{run}"
+        self._folder = folder
+        self._tracking = tracking
+
+    def fetch(self) -> str | None:
+        """Download the checkpoints of the store if its newest one is newer than that of this machine.
+
+        Returns:
+            The name of the newest one, or None if nothing was downloaded.
+
+        Raises:
+            IntegrityError: an object is missing, truncated or altered.
+            RegistryError: the store does not respond, or refuses.
+        """
+        shared = self._shared()
+        if not shared or ((here := self._here()) and here[-1] >= shared[-1]):
+            return None
+        for step in shared:
+            if step not in here:
+                self._fetch(step)
+        if not self._tracking.is_file() and (content := self._objects.read(f"{self._prefix}/mlflow.json")):
+            write_whole(self._tracking, content)
+        return shared[-1]
+
+    def send(self, checkpoint: Path) -> None:
+        """Upload a new checkpoint, then delete those that this machine does not have any more. If the store fails, the
+        training continues and the next checkpoint is uploaded in its place.
+        """
+        try:
+            records = RECORDS.validate_json((checkpoint / FILES).read_bytes())
+            self._objects.send(f"{self._prefix}/{checkpoint.name}", records, checkpoint)
+            self._objects.write(f"{self._prefix}/mlflow.json", self._tracking.read_bytes())
+            self._objects.write(f"{self._prefix}/{checkpoint.name}.json", RECORDS.dump_json(records))
+            here = self._here()
+            self._delete([step for step in self._shared() if step not in here])
+        except RegistryError as error:
+            log.warning("checkpoint %s is only on this machine: %s", checkpoint.name, error.wrong)
+
+    def remove(self) -> None:
+        """Delete the run from the store, because its version is registered. If the store fails, the objects stay."""
+        try:
+            self._delete(self._shared())
+            self._objects.delete(self._objects.keys(self._prefix))
+        except RegistryError as error:
+            log.warning("could not delete %s/ in the object store: %s", self._prefix, error.wrong)
+
+    def _fetch(self, step: str) -> None:
+        key = f"{self._prefix}/{step}.json"
+        content = self._objects.read(key)
+        try:
+            records = RECORDS.validate_json(content or b"")
+        except ValidationError:
+            raise IntegrityError(
+                f"{self._objects.url}/{key} is not a list of files", todo="delete the object"
+            ) from None
+        if any(PurePosixPath(file.path).name != file.path for file in records):
+            raise IntegrityError(f"{self._objects.url}/{key} names files of other folders", todo="delete the object")
+        temporary = self._folder / f".fetch-{step}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        self._objects.receive(f"{self._prefix}/{step}", records, temporary)
+        for path in temporary.iterdir():
+            path.chmod(0o644)
+        write_whole(temporary / FILES, RECORDS.dump_json(records))
+        sync_files(temporary)
+        shutil.rmtree(self._folder / step, ignore_errors=True)
+        temporary.rename(self._folder / step)
+
+    def _delete(self, steps: list[str]) -> None:
+        self._objects.delete([f"{self._prefix}/{step}.json" for step in steps])  # first, so that none is incomplete
+        for step in steps:
+            self._objects.delete(self._objects.keys(f"{self._prefix}/{step}"))
+
+    def _shared(self) -> list[str]:
+        keys = self._objects.keys(self._prefix)
+        pattern = re.compile(rf"{re.escape(self._prefix)}/({PREFIX}\d{{8}})\.json")
+        return sorted(found[1] for key in keys if (found := pattern.fullmatch(key)))
+
+    def _here(self) -> list[str]:
+        return sorted(path.name for path in self._folder.glob(f"{PREFIX}*"))
