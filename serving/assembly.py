@@ -138,7 +138,7 @@ def assemble(
         router,
         metrics,
         authentication,
-        limiter=RateLimiter(),
+        limiter=RateLimiter(authenticator.principal),
         buffers=AnswerBuffers(max_bytes=MAX_BUFFERED_BYTES),
         changes=VersionChanges(registry, store, deployments.served, settings.model_settings),
         sources=lambda: [source for each in deployments.all for source in each.pool.sources()],
@@ -210,7 +210,8 @@ def assemble_gateway(
         authentication=authentication,
         administration=Administration(store, changes),
     )
-    return GatewayParts(app, request_log, UsageWriter(store, usage, on_known=limiter.add_used_today), traces)
+    usage_writer = UsageWriter(store, usage, limiter.add_used_today, limiter.add_used_elsewhere)
+    return GatewayParts(app, request_log, usage_writer, traces)
 
 
 def make_traces(settings: TelemetrySettings, metrics: GatewayMetrics) -> "Traces | None":

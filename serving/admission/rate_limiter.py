@@ -5,6 +5,12 @@ its actual use. A request rejected because of a client error counts as a request
 slot is free costs nothing. The state is kept in memory only, with one entry per key in use. Keys come from the
 store, so clients cannot create any. When the server starts, it adds the usage from earlier that day.
 
+Of several servers on one store, each adds what the others used, soon after they did (`serving.telemetry.usage_writer`).
+Within t minutes, N servers then allow a key at most its limit x (t + N + d (N - 1)), where d is the time in minutes
+until a server knows of another's usage. Proof: the last server to admit a request has added everything except what the
+N - 1 others used within the last d, so all that is at most its limit x (t + 1). Each of the others can use its limit x
+(1 + d) within d. With d = 10 s, that is less than limit x (t + 1.2 N).
+
 A prompt's token count is known only after the engine has counted it. Until then, it is estimated from
 the request's size: text in most languages has three to five bytes per token, and a request has more
 bytes because of its JSON. An estimate that is too low is corrected at the end of the request and delays
@@ -19,6 +25,7 @@ from typing import NamedTuple
 
 from serving.admission.errors import RateLimitedError
 from svc.identity.principal import Limits, Principal
+from svc.store.usage import Usage
 
 _BYTES_PER_TOKEN = 4
 _DAY_S = 86_400
@@ -26,6 +33,9 @@ _UNTIL_ONE_ENDS_S = 1.0
 """Retry time in seconds when a running request must complete first. When it will complete is not known."""
 _ROUNDING = 1e-9
 _NONE = Limits()
+_DEBT_PER_SERVER = 1.2
+"""Multiple of a limit per minute that the usage of other servers can fill, for each running server. More is never used
+while the servers reach the store; afterwards, all their usage since then is added in one step."""
 
 
 class Limit(StrEnum):
@@ -102,9 +112,10 @@ class Reservation:
 
     def settle(self, tokens_in: int, tokens_out: int) -> None:
         """Replace the reservation with the request's actual use."""
+        used = Usage(1, tokens_in, tokens_out)
         for quota, amount, _ in self._held:
             quota.reserved -= amount
-            quota.used += quota.spent(tokens_in, tokens_out)
+            quota.used += quota.spent(used)
 
     def release(self) -> None:
         """Release the whole reservation, because the request failed for a reason other than a client error."""
@@ -116,11 +127,19 @@ class RateLimiter:
     """Enforces the limits of all API keys.
 
     Args:
+        principal_of: function that returns the principal of a key that other servers report usage of, by key id.
         clock: function that returns monotonic time, in seconds.
         wall: function that returns wall-clock time, in seconds since 1970.
     """
 
-    def __init__(self, *, clock: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        principal_of: Callable[[str], Principal | None] = lambda key_id: None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._principal_of = principal_of
         self._clock = clock
         self._wall = wall
         self._keys: dict[str, Mapping[Limit, _Quota]] = {}
@@ -157,11 +176,23 @@ class RateLimiter:
         return Reservation([(quota, 0, quota.free()) for quota in self._quotas(principal)]).allowances()
 
     def add_used_today(self, tokens: Mapping[str, int]) -> None:
-        """Add the tokens (input plus output) that each key used earlier today, before this server started."""
+        """Add the tokens (input plus output) that each key used today on other servers, or before this one started."""
         for key_id, used in tokens.items():
             quota = self._of_key(key_id)[Limit.TOKENS_PER_DAY]
             quota.forget()
             quota.used += used
+
+    def add_used_elsewhere(self, used: Mapping[str, Usage], servers: int) -> None:
+        """Add to the limits per minute what each key has used on other servers since the last call.
+
+        Args:
+            servers: number of running servers.
+        """
+        for key_id, usage in used.items():
+            principal = self._principal_of(key_id)
+            for quota in self._quotas(principal) if principal else ():
+                if isinstance(quota, _OfMinute):
+                    quota.add_used_elsewhere(usage, servers)
 
     def _quotas(self, principal: Principal) -> list["_Quota"]:
         """Return the quotas for a key's limits, after updating them with the operator's latest changes."""
@@ -233,8 +264,8 @@ class _Quota:
         """Return the amount of this limit that a request must reserve."""
         return 1
 
-    def spent(self, tokens_in: int, tokens_out: int) -> int:
-        """Return the amount of this limit that a request has used. It may exceed a reservation based on an estimate."""
+    def spent(self, used: Usage) -> int:
+        """Return the amount of this limit that requests have used. It may exceed reservations based on estimates."""
         return 0
 
     def forget(self) -> None:
@@ -269,6 +300,11 @@ class _OfMinute(_Quota):
         self.used = max(0.0, self.used - (now - self._at) * self.most / 60)
         self._at = now
 
+    def add_used_elsewhere(self, used: Usage, servers: int) -> None:
+        """Add usage of other servers, up to `_DEBT_PER_SERVER` for each server."""
+        self.forget()
+        self.used = max(self.used, min(self.used + self.spent(used), _DEBT_PER_SERVER * servers * self.most))
+
     def reset_s(self) -> float:
         return self._until_free_s(self.used)
 
@@ -277,16 +313,16 @@ class _OfMinute(_Quota):
 
 
 class _Requests(_OfMinute):
-    def spent(self, tokens_in: int, tokens_out: int) -> int:
-        return 1
+    def spent(self, used: Usage) -> int:
+        return used.requests
 
 
 class _TokensIn(_OfMinute):
     def demanded(self, demand: Demand) -> int:
         return min(demand.tokens_in, self.most)
 
-    def spent(self, tokens_in: int, tokens_out: int) -> int:
-        return tokens_in
+    def spent(self, used: Usage) -> int:
+        return used.tokens_in
 
 
 class _TokensOut(_OfMinute):
@@ -306,8 +342,8 @@ class _TokensOut(_OfMinute):
             )
         return min(demand.tokens_out, self.most)
 
-    def spent(self, tokens_in: int, tokens_out: int) -> int:
-        return tokens_out
+    def spent(self, used: Usage) -> int:
+        return used.tokens_out
 
 
 class _TokensOfDay(_Quota):
@@ -317,8 +353,8 @@ class _TokensOfDay(_Quota):
         tokens = demand.tokens_in + demand.tokens_out
         return tokens if demand.said else max(1, min(tokens, int(self.most - self.used)))
 
-    def spent(self, tokens_in: int, tokens_out: int) -> int:
-        return tokens_in + tokens_out
+    def spent(self, used: Usage) -> int:
+        return used.tokens_in + used.tokens_out
 
     def forget(self) -> None:
         now = self._clock()

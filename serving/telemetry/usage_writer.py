@@ -1,12 +1,11 @@
 """Write the usage of each key to the store in a thread, every few seconds and when the server stops.
 
-Each key's usage so far today is read first, so that limits survive a restart. Nothing is written before
-that, because the server would otherwise read back its own counts.
+Limits survive a restart, because each key's usage so far today is read first. If several servers can use the store, the
+usage of the others is read after every write.
 """
 
 import asyncio
 import logging
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,8 +14,11 @@ from sqlalchemy import Engine as Store
 from sqlalchemy.exc import SQLAlchemyError
 
 from svc.access.usage_meter import UsageMeter
+from svc.access.used_elsewhere import NewUsage, UsedElsewhere
+from svc.store.database import is_sqlite
+from svc.store.leases import running_servers
 from svc.store.outage_log import log_store_error
-from svc.store.usage import usage_since
+from svc.store.usage import Usage
 
 log = logging.getLogger(__name__)
 
@@ -25,31 +27,49 @@ _EVERY_S = 5.0
 row for each key and model in use."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(eq=False)
 class UsageWriter:
-    """Writes the counts of a usage meter to the store.
+    """Writes the counts of a usage meter to the store, and reads those of other servers.
 
     Attributes:
-        on_known: function called once with the number of tokens used today, keyed by key id.
+        on_used_today: called with tokens that keys used today, by key id: first those from before the start of this
+            server, then what other servers have added since.
+        on_used_elsewhere: called with usage on other servers since the last call, by key id, and the number of servers.
+        now: function that returns the current time, which decides which day is today.
     """
 
     store: Store
     meter: UsageMeter
-    on_known: Callable[[Mapping[str, int]], None]
+    on_used_today: Callable[[Mapping[str, int]], None]
+    on_used_elsewhere: Callable[[Mapping[str, Usage], int], None]
     every_s: float = _EVERY_S
+    now: Callable[[], datetime] = lambda: datetime.now(UTC)
+
+    def __post_init__(self) -> None:
+        self._elsewhere = UsedElsewhere(self.store, now=self.now)
+        self._reads = True
 
     async def run(self) -> None:
-        """Write the counts periodically until cancelled."""
-        known = False
+        """Write and read the counts periodically until cancelled."""
         while True:
             try:
-                if not known:
-                    self.on_known(await asyncio.to_thread(_used_today, self.store))
-                    known = True
-                await asyncio.to_thread(self.meter.flush)
+                await self.exchange()
             except SQLAlchemyError:
                 log_store_error(log, "could not write the usage counts per key; retrying")
             await asyncio.sleep(self.every_s)
+
+    async def exchange(self) -> None:
+        """Write the counts, and read those of other servers. An SQLite store has none, and is read once.
+
+        Raises:
+            SQLAlchemyError: the store failed. The next call continues.
+        """
+        self._elsewhere.written(await asyncio.to_thread(self.meter.flush))
+        if self._reads:
+            new, servers = await asyncio.to_thread(self._read)
+            self.on_used_today(new.today)
+            self.on_used_elsewhere(new.recent, servers)
+            self._reads = not is_sqlite(self.store)
 
     def close(self) -> None:
         """Write the remaining counts. If the store fails, they are lost."""
@@ -58,11 +78,7 @@ class UsageWriter:
         except SQLAlchemyError:
             log_store_error(log, "could not write the latest usage counts per key, which are lost")
 
-
-def _used_today(store: Store) -> Mapping[str, int]:
-    midnight = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
-    used = Counter[str]()
-    for total in usage_since(store, midnight):
-        if total.key_id:  # requests without a key have no limits
-            used[total.key_id] += total.usage.tokens_in + total.usage.tokens_out
-    return used
+    def _read(self) -> tuple[NewUsage, int]:
+        new = self._elsewhere.read()
+        servers = len(running_servers(self.store)) if new.recent else 0
+        return new, max(2, servers)  # the other server may have stopped since

@@ -178,6 +178,11 @@ class Authenticator:
         grant.principal = principal  # the operator may have changed what the key may do
         return grant
 
+    def principal(self, key_id: str) -> Principal | None:
+        """Return the principal of a key, whether or not the key is still valid. None if there is no such key."""
+        key = self._keys.get(key_id)
+        return key.principal if key else None
+
     def _check(self, key_id: str, hashed: str) -> Principal:
         """Return a key's principal, provided that a secret with this hash is valid for the key.
 

@@ -6,7 +6,7 @@ flush is lost.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 
 from sqlalchemy import Engine as Store
@@ -43,27 +43,26 @@ class UsageMeter:
             hour = int(self._now().timestamp()) // _HOUR_S
             self._add((hour, key_id or "", model), Usage(1, tokens_in, tokens_out))
 
-    def flush(self) -> None:
-        """Write the usage counted since the last flush.
+    def flush(self) -> Mapping[UsageOf, Usage]:
+        """Write the usage counted since the last flush, and return it.
 
         Raises:
             SQLAlchemyError: the store failed. The next flush tries again.
         """
         with self._lock:
             used, self._used = self._used, {}
+        rows = {
+            UsageOf(datetime.fromtimestamp(hour * _HOUR_S, UTC), key_id, model): usage
+            for (hour, key_id, model), usage in used.items()
+        }
         try:
-            add_usage(
-                self._store,
-                {
-                    UsageOf(datetime.fromtimestamp(hour * _HOUR_S, UTC), key_id, model): usage
-                    for (hour, key_id, model), usage in used.items()
-                },
-            )
+            add_usage(self._store, rows)
         except BaseException:
             with self._lock:
                 for of, usage in used.items():
                     self._add(of, usage)
             raise
+        return rows
 
     def _add(self, of: _Of, usage: Usage) -> None:
         """Add to the usage in memory. The caller must hold the lock."""

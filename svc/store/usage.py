@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
 from sqlalchemy import Engine as Store
@@ -33,10 +33,21 @@ class Usage(NamedTuple):
     tokens_in: int = 0
     tokens_out: int = 0
 
+    @property
+    def tokens(self) -> int:
+        """Number of tokens, in and out."""
+        return self.tokens_in + self.tokens_out
+
     def plus(self, other: "Usage") -> "Usage":
         """Return the sum of this usage and another usage."""
         return Usage(
             self.requests + other.requests, self.tokens_in + other.tokens_in, self.tokens_out + other.tokens_out
+        )
+
+    def minus(self, other: "Usage") -> "Usage":
+        """Return the difference between this usage and another usage. Its counts may be negative."""
+        return Usage(
+            self.requests - other.requests, self.tokens_in - other.tokens_in, self.tokens_out - other.tokens_out
         )
 
 
@@ -47,6 +58,23 @@ class UsageTotal:
     key_id: str
     model: str
     usage: Usage
+
+
+class DayOf(NamedTuple):
+    """UTC day and key that usage totals belong to.
+
+    Attributes:
+        midnight: start of the day.
+        key_id: id of the API key; empty for requests without a key.
+    """
+
+    midnight: datetime
+    key_id: str
+
+
+def midnight_of(moment: datetime) -> datetime:
+    """Return the start of the UTC day that contains the given time."""
+    return hour_of(moment).replace(hour=0)
 
 
 def hour_of(moment: datetime) -> datetime:
@@ -78,6 +106,18 @@ def usage_since(store: Store, since: datetime) -> list[UsageTotal]:
         rows = session.execute(query)
         # PostgreSQL's sums of integers are decimals.
         return [UsageTotal(key_id, model, Usage(*map(int, figures))) for key_id, model, *figures in rows]
+
+
+def usage_by_day(store: Store, midnight: datetime) -> dict[DayOf, Usage]:
+    """Return usage totals by key for two days: the one that begins at `midnight`, and the one before."""
+    today, sums = UsageRow.hour >= midnight, [func.sum(getattr(UsageRow, name)) for name in Usage._fields]
+    yesterday = midnight - timedelta(days=1)
+    query = select(today, UsageRow.key_id, *sums).where(UsageRow.hour >= yesterday).group_by(today, UsageRow.key_id)
+    with Session(store) as session:
+        return {
+            DayOf(midnight if of_today else yesterday, key_id): Usage(*map(int, figures))
+            for of_today, key_id, *figures in session.execute(query)
+        }
 
 
 def last_used(store: Store) -> dict[str, datetime]:

@@ -3,6 +3,7 @@
 import asyncio
 import statistics
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 
 import httpx
@@ -11,7 +12,7 @@ from sqlalchemy import Engine as Store
 
 from serving.rollout.promotion import PromotionRequest
 from serving.rollout.version_changes import VersionChanges
-from svc.access.authenticator import Authenticator
+from svc.access.authenticator import Authenticator, KeysUnavailableError
 from svc.access.keyring import Keyring
 from svc.identity.actor import Actor
 from svc.identity.principal import Scope
@@ -119,19 +120,45 @@ async def test_model_is_added_and_removed_when_that_is_notified(
                     await asyncio.sleep(0.01)
 
 
-async def test_grant_ends_when_the_revocation_of_its_key_is_notified(store: Store) -> None:
-    keyring, authenticator, changes = Keyring(store, ACTOR), Authenticator(store), Changes()
-    issued = keyring.create(frozenset({Scope.INFER}))
+@asynccontextmanager
+async def followed(store: Store, *, notified: bool) -> AsyncIterator[Authenticator]:
+    """Follow the keys as a server does while the context is active, with or without notifications."""
+    authenticator, changes = Authenticator(store), Changes()
     authenticator.look()
-    grant = authenticator.grant(issued.secret)
-    tasks = {
-        asyncio.create_task(authenticator.follow(changes)),
-        asyncio.create_task(ChangeListener(store, changes).run()),
-    }
-    await until(lambda: changes.heard)
-    await asyncio.sleep(0.1)
-    await asyncio.to_thread(keyring.revoke, issued.key.id)
-    await until(lambda: grant.ended.ended)
-    for task in tasks:
-        task.cancel()
-    await asyncio.wait(tasks)
+    works = [authenticator.follow(changes)] + ([ChangeListener(store, changes).run()] if notified else [])
+    tasks = {asyncio.create_task(work) for work in works}
+    try:
+        if notified:
+            await until(lambda: changes.heard)
+        yield authenticator
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+
+@pytest.mark.parametrize("notified", [True, False], ids=["notified", "polled"])
+async def test_revocation_takes_effect_on_two_servers_within_a_second(store: Store, notified: bool) -> None:
+    keyring = Keyring(store, ACTOR)
+    issued = keyring.create(frozenset({Scope.INFER}))
+    async with followed(store, notified=notified) as first, followed(store, notified=notified) as second:
+        grants = [server.grant(issued.secret) for server in (first, second)]
+        await asyncio.sleep(0.1)
+        await asyncio.to_thread(keyring.revoke, issued.key.id)
+        async with asyncio.timeout(1):
+            while not all(grant.ended.ended for grant in grants):
+                await asyncio.sleep(0.01)
+
+
+async def test_server_that_cannot_reach_the_store_refuses_keys_after_a_minute(store: Store) -> None:
+    now = 0.0
+    issued = Keyring(store, ACTOR).create(frozenset({Scope.INFER}))
+    cut_off, other = (Authenticator(store, clock=lambda: now) for _ in range(2))
+    cut_off.look()
+    now = 59.0
+    other.look()
+    assert cut_off.grant(issued.secret) and other.grant(issued.secret)
+    now = 61.0
+    assert other.grant(issued.secret)
+    with pytest.raises(KeysUnavailableError):
+        cut_off.grant(issued.secret)

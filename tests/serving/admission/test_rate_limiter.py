@@ -1,5 +1,6 @@
 """Tests a key's limits: reserved by a request's maximum use, settled by its actual use, and never exceeded."""
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from serving.admission.errors import RateLimitedError
 from serving.admission.rate_limiter import Allowance, Demand, Limit, RateLimiter, Reservation, estimated_tokens
+from svc.store.usage import Usage
 from tests.serving.keyed import principal
 
 NOON = 43_200.0
@@ -219,3 +221,108 @@ def test_request_repeated_after_the_wait_in_the_error_is_accepted(amounts: list[
             clock.now += error.retry_after_s or 0
             reservation = clock.limiter.reserve(key, asks(amount))
         reservation.settle(1, amount)
+
+
+EXCHANGE_S = 5.0
+DELAY_MIN = 2 * EXCHANGE_S / 60
+"""Longest time in minutes until a server knows of usage on another: one interval to write, one to read."""
+
+
+class Exchange:
+    """Several servers that tell each other the usage of one key, as through a store, every few seconds.
+
+    Args:
+        phases: for each server, the share of the interval at which it writes and reads.
+    """
+
+    def __init__(self, limit: int, phases: Sequence[float]) -> None:
+        self.now = 0.0
+        self.key = principal(tokens_out_per_minute=limit)
+        self.limiters = [RateLimiter({"k1": self.key}.get, clock=lambda: self.now) for _ in phases]
+        self._next = [EXCHANGE_S * phase for phase in phases]
+        self._unwritten, self._written, self._seen = ([0] * len(phases) for _ in range(3))
+
+    def forward(self, seconds: float) -> None:
+        """Advance the clock. Servers write and read when their time comes."""
+        until = self.now + seconds
+        while min(self._next) <= until:
+            number = self._next.index(min(self._next))
+            self.now = self._next[number]
+            self._next[number] += EXCHANGE_S
+            self._written[number] += self._unwritten[number]
+            self._unwritten[number] = 0
+            others = sum(self._written) - self._written[number]
+            used = Usage(0, 0, others - self._seen[number])
+            self._seen[number] = others
+            self.limiters[number].add_used_elsewhere({"k1": used}, len(self.limiters))
+        self.now = until
+
+    def ask(self, number: int, tokens: int) -> int:
+        """Make a request on a server that ends immediately, and return the number of tokens that it used."""
+        with suppress(RateLimitedError):
+            self.limiters[number].reserve(self.key, asks(tokens)).settle(1, tokens)
+            self._unwritten[number] += tokens
+            return tokens
+        return 0
+
+
+@settings(max_examples=4 * settings().max_examples, deadline=None)
+@given(
+    limit=st.integers(10, 100),
+    phases=st.lists(st.floats(0, 1), min_size=1, max_size=4),
+    steps=st.lists(
+        st.tuples(st.one_of(st.floats(0, 6), st.floats(0, 90)), st.sampled_from([0.1, 0.5, 1.0]), st.booleans()),
+        min_size=1,
+        max_size=30,
+    ),
+)
+def test_several_servers_allow_the_limit_per_minute_and_little_more_than_one_limit_each(
+    limit: int, phases: list[float], steps: list[tuple[float, float, bool]]
+) -> None:
+    servers, used = Exchange(limit, phases), list[tuple[float, int]]()
+    for pause_s, share, all_servers in steps:
+        servers.forward(pause_s)
+        for number in range(len(phases)) if all_servers else [0]:
+            amount = max(1, int(limit * share))
+            while tokens := servers.ask(number, amount):
+                used.append((servers.now, tokens))
+            used.append((servers.now, servers.ask(number, 1)))
+    count = len(phases)
+    for start, (since, _) in enumerate(used):
+        total = 0
+        for at, tokens in used[start:]:
+            total += tokens
+            assert total <= limit * ((at - since) / 60 + count + (count - 1) * DELAY_MIN) + 1e-6
+
+
+def test_usage_elsewhere_delays_requests_until_it_has_expired() -> None:
+    clock, key = Clock(), principal(tokens_out_per_minute=60, requests_per_minute=6)
+    clock.limiter = RateLimiter({"k1": key}.get, clock=lambda: clock.now)
+    clock.limiter.add_used_elsewhere({"k1": Usage(2, 1, 90)}, 2)
+    assert clock.limiter.allowances(key) == {
+        Limit.REQUESTS_PER_MINUTE: Allowance(6, 4, 20.0),
+        Limit.TOKENS_OUT_PER_MINUTE: Allowance(60, 0, 90.0),
+    }
+    assert refused(clock.limiter, key, asks(1)).retry_after_s == 31
+
+
+def test_usage_elsewhere_expires_while_its_key_makes_no_request_here() -> None:
+    clock, key = Clock(), principal(tokens_out_per_minute=60)
+    clock.limiter = RateLimiter({"k1": key}.get, clock=lambda: clock.now)
+    for _ in range(10):
+        clock.limiter.add_used_elsewhere({"k1": Usage(1, 1, 60)}, 2)
+        clock.now += 60
+    assert clock.limiter.allowances(key)[Limit.TOKENS_OUT_PER_MINUTE].remaining == 60
+
+
+def test_late_usage_of_a_long_time_delays_requests_by_little_more_than_a_minute_for_each_server() -> None:
+    clock, key = Clock(), principal(tokens_out_per_minute=60)
+    clock.limiter = RateLimiter({"k1": key}.get, clock=lambda: clock.now)
+    clock.limiter.add_used_elsewhere({"k1": Usage(1, 1, 10**6)}, 3)
+    assert clock.limiter.allowances(key)[Limit.TOKENS_OUT_PER_MINUTE].reset_s == pytest.approx(3 * 1.2 * 60)
+
+
+def test_usage_elsewhere_of_keys_without_limits_is_not_stored() -> None:
+    limiter = RateLimiter({"k1": principal()}.get)
+    limiter.add_used_elsewhere({"k1": Usage(1, 1, 1), "unknown": Usage(1, 1, 1)}, 2)
+    assert not limiter._keys

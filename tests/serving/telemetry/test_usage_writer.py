@@ -12,7 +12,7 @@ from sqlalchemy.exc import OperationalError
 
 from serving.telemetry.usage_writer import UsageWriter
 from svc.access.usage_meter import UsageMeter
-from svc.store.usage import Usage, usage_since
+from svc.store.usage import DayOf, Usage, usage_by_day, usage_since
 
 EVERY_S = 0.01
 LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
@@ -32,6 +32,11 @@ def in_store(store: Store) -> dict[str, Usage]:
     return {total.key_id: total.usage for total in usage_since(store, LONG_AGO)}
 
 
+def writer(store: Store, meter: UsageMeter, known: list[Mapping[str, int]] | None = None) -> UsageWriter:
+    """Return a writer that appends today's usage to a list."""
+    return UsageWriter(store, meter, (known if known is not None else []).append, lambda used, servers: None, EVERY_S)
+
+
 async def until_known(known: list[Any]) -> None:
     async with asyncio.timeout(5):
         while not known:
@@ -40,7 +45,7 @@ async def until_known(known: list[Any]) -> None:
 
 async def test_usage_is_written_while_the_server_runs(store: Store) -> None:
     meter = UsageMeter(store)
-    async with running(UsageWriter(store, meter, on_known=lambda used: None, every_s=EVERY_S)):
+    async with running(writer(store, meter)):
         meter.add("k1", "tuned", tokens_in=3, tokens_out=4)
         async with asyncio.timeout(5):
             while await asyncio.to_thread(in_store, store) != {"k1": Usage(1, 3, 4)}:
@@ -50,7 +55,7 @@ async def test_usage_is_written_while_the_server_runs(store: Store) -> None:
 def test_final_usage_is_written_at_shutdown(store: Store) -> None:
     meter = UsageMeter(store)
     meter.add("k1", "tuned", tokens_in=3, tokens_out=4)
-    UsageWriter(store, meter, on_known=lambda used: None).close()
+    writer(store, meter).close()
     assert in_store(store) == {"k1": Usage(1, 3, 4)}
 
 
@@ -64,26 +69,26 @@ async def test_next_server_reads_todays_usage(store: Store) -> None:
     meter.add(None, "tuned", tokens_in=1, tokens_out=1)
     meter.flush()
     known = list[Mapping[str, int]]()
-    async with running(UsageWriter(store, UsageMeter(store), on_known=known.append, every_s=EVERY_S)):
+    async with running(writer(store, UsageMeter(store), known)):
         await until_known(known)
         await asyncio.sleep(3 * EVERY_S)
     assert known == [{"k1": 14}]
 
 
-async def test_failed_usage_write_is_retried_without_counting_twice(
+async def test_failed_usage_read_is_retried_without_counting_own_usage(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = list[datetime]()
 
-    def fails_once(of: Store, since: datetime) -> Any:
-        asked.append(since)
+    def fails_once(of: Store, midnight: datetime) -> dict[DayOf, Usage]:
+        asked.append(midnight)
         if len(asked) == 1:
             raise OperationalError("select", {}, Exception("locked"))
-        return usage_since(of, since)
+        return usage_by_day(of, midnight)
 
-    monkeypatch.setattr("serving.telemetry.usage_writer.usage_since", fails_once)
+    monkeypatch.setattr("svc.access.used_elsewhere.usage_by_day", fails_once)
     meter, known = UsageMeter(store), list[Mapping[str, int]]()
     meter.add("k1", "tuned", tokens_in=3, tokens_out=4)
-    async with running(UsageWriter(store, meter, on_known=known.append, every_s=EVERY_S)):
+    async with running(writer(store, meter, known)):
         await until_known(known)
     assert known == [{}]

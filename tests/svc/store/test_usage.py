@@ -5,7 +5,18 @@ from datetime import UTC, datetime, timedelta, timezone
 
 from sqlalchemy import Engine as Store
 
-from svc.store.usage import Usage, UsageOf, UsageTotal, add_usage, hour_of, last_used, usage_since
+from svc.store.usage import (
+    DayOf,
+    Usage,
+    UsageOf,
+    UsageTotal,
+    add_usage,
+    hour_of,
+    last_used,
+    midnight_of,
+    usage_by_day,
+    usage_since,
+)
 
 NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
 OF = UsageOf(NOON, "abcd0123", "tickets")
@@ -42,6 +53,18 @@ def test_usage_is_grouped_by_key_and_model_with_the_largest_first(store: Store) 
 def test_usage_before_the_starting_hour_is_excluded(store: Store) -> None:
     add_usage(store, {OF: Usage(1, 10, 5), OF._replace(hour=NOON - timedelta(hours=1)): Usage(1, 1000, 0)})
     assert usage_since(store, NOON + timedelta(minutes=59)) == [UsageTotal("abcd0123", "tickets", Usage(1, 10, 5))]
+
+
+def test_usage_by_day_has_the_totals_of_a_day_and_the_day_before(store: Store) -> None:
+    midnight = midnight_of(NOON)
+    hours = [midnight - timedelta(hours=25), midnight - timedelta(hours=1), midnight, NOON]
+    add_usage(store, {OF._replace(hour=hour): Usage(1, 10**number, 1) for number, hour in enumerate(hours)})
+    add_usage(store, {OF._replace(model="reviews"): Usage(1, 7, 1), OF._replace(key_id="x"): Usage(5)})
+    assert usage_by_day(store, midnight) == {
+        DayOf(midnight - timedelta(days=1), "abcd0123"): Usage(1, 10, 1),
+        DayOf(midnight, "abcd0123"): Usage(3, 1107, 3),
+        DayOf(midnight, "x"): Usage(5),
+    }
 
 
 def test_token_counts_above_32_bits_are_supported(store: Store) -> None:
