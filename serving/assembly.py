@@ -1,5 +1,6 @@
 """Builds the components of one server and passes them their dependencies explicitly. It starts none of them."""
 
+import asyncio
 import platform
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
@@ -54,9 +55,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class GatewayParts:
-    """The application that serves clients, and those of its components that must be run or closed."""
+    """The application that serves clients, and those of its components that must be run or closed.
+
+    Attributes:
+        draining: to be set when load balancers must stop sending requests.
+    """
 
     app: Application
+    draining: asyncio.Event
     request_log: RequestLog
     usage_writer: UsageWriter
     traces: "Traces | None"
@@ -202,6 +208,7 @@ def assemble_gateway(
         usage=usage,
         begin_trace=traces.begin if traces else None,
     )
+    draining = asyncio.Event()
     app = build_app(
         gateway,
         feedback=FeedbackIntake(store, request_log, metrics.feedback_given),
@@ -209,9 +216,10 @@ def assemble_gateway(
         status=status,
         authentication=authentication,
         administration=Administration(store, changes),
+        draining=draining,
     )
     usage_writer = UsageWriter(store, usage, limiter.add_used_today, limiter.add_used_elsewhere)
-    return GatewayParts(app, request_log, usage_writer, traces)
+    return GatewayParts(app, draining, request_log, usage_writer, traces)
 
 
 def make_traces(settings: TelemetrySettings, metrics: GatewayMetrics) -> "Traces | None":

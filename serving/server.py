@@ -5,6 +5,7 @@ seconds.
 """
 
 import asyncio
+import logging
 import signal
 import socket
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,8 @@ from svc.remote.listening import address_family, http_url, is_loopback, listen_e
 from svc.remote.server_url import LOCK_FILE
 from svc.settings import ServeSettings, Settings
 from svc.store.desired import Desired
+
+log = logging.getLogger(__name__)
 
 _SEND_BUFFER_BYTES = 128 * 1024
 _SOCKET = "http.sock"
@@ -145,7 +148,9 @@ async def serve(
     claim: Claim,
     manager: ServiceManager = _NO_MANAGER,
 ) -> None:
-    """Serve until SIGTERM, SIGINT or SIGHUP. A second signal stops without waiting for running requests.
+    """Serve until SIGTERM, SIGINT or SIGHUP. The server first drains for `serve.drain_s`, and then stops without
+    accepting further requests. Another signal ends the draining, and one more stops without waiting for running
+    requests.
 
     SIGUSR1 also stops the server, but leaves the engines running for the next server, which adopts them.
 
@@ -171,6 +176,7 @@ class _Server:
     def __init__(self, parts: Parts, settings: ServeSettings, manager: ServiceManager) -> None:
         self._parts = parts
         self._manager = manager
+        self._drain_s = settings.drain_s
         self._proxies = settings.behind_proxy
         self._most_per_address = settings.max_connections_per_address
         self._certificate: Certificate | None = None
@@ -181,12 +187,19 @@ class _Server:
         self._http: list[HttpServer] = []
 
     def stop(self, *, leave: bool = False) -> None:
-        """Make `run` return once running requests have finished. A second call cancels these requests.
+        """Make `run` return once the server has drained and running requests have finished. The next call ends the
+        draining, and one more cancels these requests.
 
         Args:
             leave: whether to keep the engines running for the next server.
         """
         self._leave = leave
+        draining = self._parts.gateway.draining
+        if self._drain_s and not draining.is_set():
+            log.info("draining for %g s before the stop; another signal ends this", self._drain_s)
+            draining.set()
+            asyncio.get_running_loop().call_later(self._drain_s, self._stopping.set)
+            return
         if self._stopping.is_set():
             for http in self._http:
                 http.force_exit = True

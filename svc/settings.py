@@ -258,6 +258,12 @@ class ServeSettings(_Section):
         gt=0,
         description="maximum wait for running requests before a reload, in seconds; after that, the swap is blue-green",
     )
+    drain_s: float = Field(
+        0.0,
+        ge=0,
+        description="time after a stop signal during which requests are still accepted while `/health` answers 503, so "
+        "that a load balancer stops sending them, in seconds",
+    )
     swap: SwapChoice = Field(
         SwapChoice.AUTO,
         description="auto swaps in place if the versions are compatible; bluegreen always starts a second engine",

@@ -45,6 +45,7 @@ def build_app(
     status: Callable[[], Mapping[str, Any]],
     authentication: Authentication,
     administration: Administration,
+    draining: asyncio.Event,
 ) -> "Application":
     """Return the HTTP application for a gateway.
 
@@ -56,6 +57,7 @@ def build_app(
         status: function that returns the JSON values of /svc/status; it is called in a thread.
         authentication: admits requests.
         administration: answers administration requests.
+        draining: set once load balancers must stop sending requests.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     endpoints = completion_endpoints(gateway) | token_count_endpoints(gateway)
@@ -63,6 +65,7 @@ def build_app(
         app.router.routes.append(Path(path, endpoint, methods=["POST"]))
     app.router.routes.append(Path("/v1/feedback", feedback.answer, methods=["POST"]))
     add_models(app, gateway.router)
+    _add_health(app, gateway, draining)
     _add_operations(app, gateway, engine_metrics, status)
     administration.add_to(app)
     install_handlers(app)
@@ -86,17 +89,11 @@ class Application:
         await (endpoint or self.framework)(scope, receive, send)
 
 
-def _add_operations(
-    app: FastAPI, gateway: Gateway, engine_metrics: EngineMetrics, status: Callable[[], Mapping[str, Any]]
-) -> None:
-    document = openapi_document()
-
-    @app.get("/openapi.json")
-    async def openapi() -> JSONResponse:
-        return JSONResponse(document)
-
+def _add_health(app: FastAPI, gateway: Gateway, draining: asyncio.Event) -> None:
     @app.get("/health")
     async def health() -> JSONResponse:
+        if draining.is_set():
+            return JSONResponse({"status": "draining"}, 503)
         reasons = [backend.admission.unavailable_reason for backend in gateway.router.backends]
         if None in reasons:  # one unavailable model does not take the others out of service
             return JSONResponse({"status": "ready"})
@@ -107,6 +104,16 @@ def _add_operations(
     @app.get("/health/live")
     async def live() -> JSONResponse:
         return JSONResponse({"status": "live"})  # any answer means live: a start may take half an hour
+
+
+def _add_operations(
+    app: FastAPI, gateway: Gateway, engine_metrics: EngineMetrics, status: Callable[[], Mapping[str, Any]]
+) -> None:
+    document = openapi_document()
+
+    @app.get("/openapi.json")
+    async def openapi() -> JSONResponse:
+        return JSONResponse(document)
 
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:

@@ -208,7 +208,7 @@ def _small_paths() -> Json:
     }
     feedback = {**_BAD_BODY, **storage, **_DEFECT}
     health = _operation("Whether the server accepts requests", _json(_OBJECT), {})
-    health["responses"]["503"] = _answer("no engine is available", _json(_OBJECT))
+    health["responses"]["503"] = _answer("no engine is available, or the server is about to stop", _json(_OBJECT))
     page = {kind: {"schema": {"type": "string"}} for kind in ("text/plain", "application/openmetrics-text")}
     return {
         "/v1/models": {"get": _operation("List the names that are currently served", _json(models), _DEFECT)},

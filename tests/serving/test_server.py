@@ -56,6 +56,12 @@ def slow(double: EngineDouble) -> None:
     double.token_delay_s = 0.05
 
 
+def drain_for(home: Home, seconds: float) -> None:
+    home.settings = home.settings.model_copy(
+        update={"serve": home.settings.serve.model_copy(update={"drain_s": seconds})}
+    )
+
+
 async def test_started_server_answers_and_reports_its_status(home: Home) -> None:
     async with home.serving(f"{NAME}@1") as client:
         answer = await ask(client, stream=True)
@@ -200,6 +206,60 @@ async def test_second_stop_signal_cancels_running_answers(home: Home) -> None:
         await asyncio.wait({running})
         assert running.exception() or running.result().error
     assert home.park.alive == 0
+
+
+async def test_draining_server_answers_requests_while_health_reports_it(home: Home) -> None:
+    drain_for(home, 30.0)
+    async with started(home) as (task, client):
+        await home.ready.wait()
+        assert (await client.get("/health")).status_code == 200
+        terminate()
+        await asyncio.sleep(0.1)
+        health = await client.get("/health")
+        assert (health.status_code, health.json()) == (503, {"status": "draining"})
+        assert (await client.get("/health/live")).status_code == 200
+        async with httpx.AsyncClient(base_url=client.base_url) as new:
+            assert (await ask(new, stream=True)).status == 200
+        terminate()
+        await end(task)
+    assert home.park.alive == 0
+
+
+async def test_server_stops_by_itself_after_it_has_drained(home: Home) -> None:
+    drain_for(home, 0.5)
+    async with started(home) as (task, client):
+        await home.ready.wait()
+        terminate()
+        await asyncio.sleep(0.2)
+        assert (await ask(client, stream=False)).status == 200
+        await end(task)
+        with pytest.raises(httpx.ConnectError):
+            await client.get("/health")
+
+
+async def test_second_signal_ends_draining_but_not_running_answers(home: Home) -> None:
+    drain_for(home, 30.0)
+    home.park.prepare = slow
+    async with started(home) as (task, client):
+        await home.ready.wait()
+        terminate()
+        running = asyncio.create_task(ask(client, stream=True))
+        await until(lambda: home.park.double.running)
+        terminate()
+        answer = await running
+        await end(task)
+    assert (answer.status, answer.error) == (200, None)
+
+
+async def test_draining_server_leaves_its_engine_when_asked_to(home: Home) -> None:
+    drain_for(home, 0.2)
+    async with started(home) as (task, _):
+        await home.ready.wait()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        await end(task)
+    assert len(home.park.left) == 1
+    async with home.serving():
+        pass
 
 
 @pytest.mark.parametrize("path", ["/collective_rpc", "/reset_prefix_cache"])

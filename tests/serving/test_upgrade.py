@@ -144,3 +144,22 @@ def test_systemd_is_notified_that_the_server_is_alive_and_stopping(service: Serv
     service.end(signal.SIGTERM)
     service.manager.wait_for("STOPPING=1", timeout_s=5)
     assert service.engine is None
+
+
+def test_no_request_fails_when_a_load_balancer_stops_sending_while_the_server_drains(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SVC_SERVE__DRAIN_S", "5")
+    service.end(signal.SIGUSR1)
+    service.start()
+    clients = Clients(service.manager.url, kept=CLIENTS // 2)
+    with clients.asking():
+        clients.wait_for(CLIENTS)
+        assert service.process is not None
+        service.process.send_signal(signal.SIGTERM)
+        while httpx.get(f"{service.manager.url}/health", trust_env=False).json() != {"status": "draining"}:
+            time.sleep(0.01)
+        clients.wait_for(2 * CLIENTS)
+    assert set(clients.answers) == {f"{NAME}@1"}
+    assert service.process.wait(60) == 0
+    assert service.engine is None
