@@ -133,6 +133,7 @@ def assemble(
         registered=registry.names,
         on_ready=on_ready,
         on_failure=on_failure,
+        server=leadership.server,
     )
     authenticator = Authenticator(store)
     authentication = Authentication(

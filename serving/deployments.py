@@ -28,6 +28,7 @@ from svc.store.changes import Changes
 from svc.store.deployments import deployed_names, remove_deployment
 from svc.store.desired import Desired, read_desired
 from svc.store.outage_log import log_store_error
+from svc.store.served import is_served_elsewhere
 from svc.version import Target
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 _POLL_S = 1.0
 _REGISTERED_S = 5.0
 _DRAIN_S = 30.0
+_RETRY_S = 60.0  # between attempts to start a model that another server serves
 _IMPORTED_S = 60.0  # whether MLflow answers or not
 
 MakeRoom = Callable[[Target], Awaitable[None]]
@@ -54,6 +56,7 @@ class Deployments:
             served. It reads from disk.
         on_ready: called with each version that starts to serve.
         on_failure: called with the reason why a model cannot be served.
+        server: id of this server; empty if no other server can use the store.
         looked: event that is set once the engines of an earlier server, if any, have been adopted.
     """
 
@@ -65,11 +68,13 @@ class Deployments:
     registered: Callable[[], Sequence[str]]
     on_ready: OnReady
     on_failure: OnFailure
+    server: str = ""
 
     def __post_init__(self) -> None:
         self._all: dict[str, Deployment] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._refused: dict[str, str] = {}
+        self._retry_at: dict[str, float] = {}
         self.looked = asyncio.Event()
 
     @property
@@ -193,8 +198,11 @@ class Deployments:
                 # A model without a task could not be stopped earlier; it may have been added again since.
                 for name in [name for name in self._all if name not in names or name not in self._tasks]:
                     await self._try(name, self._take_away)
+                for name in [name for name in self._retry_at if name not in names]:
+                    del self._retry_at[name], self._refused[name]
                 for name in [name for name in names if name not in self._all]:
-                    await self._try(name, self._bring)
+                    if time.monotonic() >= self._retry_at.get(name, 0.0):
+                        await self._try(name, self._bring)
             await self.changes.wait(count, _POLL_S)
 
     async def _try(self, name: str, change: Callable[[str], Awaitable[None]]) -> None:
@@ -205,8 +213,12 @@ class Deployments:
             log.exception("could not add or remove %s; retrying", name)
 
     async def _bring(self, name: str) -> None:
-        """Start a newly added model. If it cannot start, remove it from the set and show the reason in the status."""
+        """Start a newly added model. If it cannot start, remove it from the set and show the reason in the status.
+
+        If another server already serves it, it stays in the set, and this server tries again later.
+        """
         self._refused.pop(name, None)
+        self._retry_at.pop(name, None)
         try:
             desired = await asyncio.to_thread(read_desired, self.store, name)
             if desired is None:
@@ -216,7 +228,16 @@ class Deployments:
         except SvcError as error:
             failed = error
         if failed:
-            self._refused[name] = str(failed)
+            await self._refuse(name, failed)
+
+    async def _refuse(self, name: str, why: SvcError) -> None:
+        if await asyncio.to_thread(is_served_elsewhere, self.store, name, self.server):
+            if name in self._all:
+                await self._take_away(name)
+            self._refused[name] = f"{why}; another server serves it, and this one tries again"
+            self._retry_at[name] = time.monotonic() + _RETRY_S
+        else:
+            self._refused[name] = str(why)
             await asyncio.to_thread(remove_deployment, self.store, name)
 
     async def _make_room(self, target: Target) -> None:

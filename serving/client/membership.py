@@ -37,12 +37,14 @@ def add_model(settings: Settings, model: str, format: Format | None) -> Target:
     if name in deployed_names(store):
         raise RefusedError(f"{name} is already served", todo=f"switch to another version: svc promote {name}@N")
     target = choose_desired(registry, store, model, format).target
+    earlier = read_status(server)["refused"].get(name)
     add_deployment(store, name)
     with waiting(f"starting {target}"):
         while True:
             status = read_status(server)
-            # While the model is in the set, the reason is from an earlier attempt.
-            if (why := status["refused"].get(name)) and name not in deployed_names(store):
+            # The model stays in the set if another server serves it.
+            why = status["refused"].get(name)
+            if why and (why != earlier or name not in deployed_names(store)):
                 raise RefusedError(f"{target} could not be served\n  why: {why}")
             if _model(status, name).get("engine", {}).get("state") == EngineState.READY:
                 return target

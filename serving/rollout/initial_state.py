@@ -10,8 +10,10 @@ from svc.registry.adapter import read_adapter
 from svc.registry.manifest import Manifest
 from svc.registry.registry import Registry
 from svc.store.audit import Action, AuditEntry
+from svc.store.database import is_sqlite
 from svc.store.deployments import deployed_names, set_deployments
 from svc.store.desired import Desired, change_desired, desired_names, read_desired
+from svc.store.leases import LEASE_S, ServerRecord, running_servers
 from svc.version import Format, Target, VersionId
 
 _PREFERRED = (Format.GPTQ, Format.MERGED)
@@ -22,6 +24,9 @@ def choose_deployments(
 ) -> list[Desired]:
     """Return a desired state for each model that a server starts with, and store which models these are.
 
+    If other servers use the store, all of them serve the same models in the same versions. A server that starts changes
+    neither.
+
     Args:
         models: models as passed to `choose_desired`. If empty, the models that were served last are used, or
             else the only registered model.
@@ -30,22 +35,43 @@ def choose_deployments(
 
     Raises:
         NotFoundError, RefusedError: see `choose_desired`. Also raised if no model is given and there is not
-            exactly one to choose, or if a model is given more than once.
+            exactly one to choose, if a model is given more than once, or if other running servers serve other
+            models or versions.
     """
+    others = [] if is_sqlite(store) else running_servers(store)
     chosen = list(models) or (desired_names(store) if every else deployed_names(store))
-    states = [choose_desired(registry, store, model, format) for model in chosen or [_only_name(registry, store)]]
-    names = [desired.name for desired in states]
+    chosen = chosen or [_only_name(registry, store)]
+    names = [_name(model) for model in chosen]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise RefusedError(
             f"these models were given more than once: {', '.join(twice)}",
             expected="one version of each model",
             todo="give each model once; switch to another version with `svc promote`",
         )
-    set_deployments(store, names)
+    if others:
+        _require_same_models(names, deployed_names(store), others)
+    states = [choose_desired(registry, store, model, format, fixed=bool(others)) for model in chosen]
+    if not others:
+        set_deployments(store, names)
     return states
 
 
-def choose_desired(registry: Registry, store: Store, model: str, format: Format | None) -> Desired:
+def _require_same_models(names: Sequence[str], served: Sequence[str], others: Sequence[ServerRecord]) -> None:
+    if set(names) == set(served):
+        return
+    addresses = ", ".join(server.address for server in others)
+    raise RefusedError(
+        f"this server would serve {', '.join(names)}, but the running servers of this store ({addresses}) serve "
+        f"{', '.join(served) or 'no model'}",
+        expected="the same models on all servers; a server that was killed counts as running for "
+        f"{LEASE_S:.0f} seconds",
+        todo="name no models: svc serve; then change the models of all servers with svc add and svc remove",
+    )
+
+
+def choose_desired(
+    registry: Registry, store: Store, model: str, format: Format | None, *, fixed: bool = False
+) -> Desired:
     """Return the desired state that a model starts with. If it is new, write it to the store and the audit log first.
 
     The audit log attributes the choice to the local user, because only commands on this machine call this
@@ -55,12 +81,14 @@ def choose_desired(registry: Registry, store: Store, model: str, format: Format 
         model: NAME, NAME@N or NAME@alias.
         format: the format to serve. None selects the format that was served last, or else GPTQ if the version
             has it.
+        fixed: whether the desired state must not change, because other servers follow it.
 
     Raises:
         NotFoundError: there is no such model, version or format.
-        RefusedError: the version failed a check at registration, or vLLM cannot apply its adapter.
+        RefusedError: the version failed a check at registration, vLLM cannot apply its adapter, or the desired state
+            is fixed and differs.
     """
-    stored = read_desired(store, model.partition("@")[0])
+    stored = read_desired(store, _name(model))
     version = stored.target.version if stored and "@" not in model else _resolve(registry, model)
     if format is None and stored and stored.target.version == version:
         format = stored.target.format
@@ -68,6 +96,12 @@ def choose_desired(registry: Registry, store: Store, model: str, format: Format 
     require_servable(registry, target)
     if stored and stored.target == target:
         return stored
+    if fixed and stored:
+        raise RefusedError(
+            f"{target} was named, but the running servers of this store serve {stored.target}",
+            expected=f"{stored.name}, or no model",
+            todo=f"start the server without a version, then switch all servers: svc promote {target.version}",
+        )
     require_promotable(registry.manifest(version))
     entry = AuditEntry(Action.SERVE, str(version), Actor.local())
     return change_desired(store, stored, target, previous=stored.target if stored else None, entry=entry)
@@ -109,6 +143,11 @@ def _resolve(registry: Registry, model: str) -> VersionId:
         return version
     passed = (known for known in reversed(registry.versions(model)) if not registry.manifest(known).failed)
     return next(passed, version)
+
+
+def _name(model: str) -> str:
+    """Return the name in NAME, NAME@N or NAME@alias."""
+    return model.partition("@")[0]
 
 
 def _only_name(registry: Registry, store: Store) -> str:

@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from svc.store.database import exclusive
 from svc.store.desired import Desired
+from svc.store.leases import running_servers
 from svc.store.tables import ServedRow, target_columns, target_of
 from svc.version import Target
 
@@ -77,6 +78,19 @@ def end_serving(store: Store, name: str, at: datetime | None = None) -> None:
     with exclusive(store) as session:
         for row in session.scalars(_lasting(name)):
             row.ended_at, row.ended_by = at or datetime.now(UTC), Ended.STOP
+
+
+def is_served_elsewhere(store: Store, name: str, server: str) -> bool:
+    """Return whether a running server other than the given one serves a model.
+
+    Args:
+        server: id of the server; empty if no other one can use the store.
+    """
+    if not server:
+        return False
+    with Session(store) as session:
+        holders = set(session.scalars(_lasting(name).with_only_columns(ServedRow.server)))
+    return bool(holders & {each.id for each in running_servers(store)} - {server})
 
 
 def served_spans(store: Store, name: str) -> list[ServedSpan]:

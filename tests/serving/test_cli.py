@@ -21,6 +21,7 @@ from svc.identity.actor import Actor
 from svc.remote.server_url import read_status, server_address
 from svc.settings import RolloutSettings, Settings
 from svc.store.audit import Action, AuditEntry, read_events
+from svc.store.deployments import deployed_names
 from svc.store.desired import change_desired, read_desired
 from svc.store.rollouts import (
     RolloutOutcome,
@@ -31,10 +32,12 @@ from svc.store.rollouts import (
     store_signals,
 )
 from svc.store.served import served_spans
-from svc.version import VersionId
+from svc.version import Format, Target, VersionId
+from tests.postgresql import SHARED, PostgresServer
 from tests.serving.control import until
 from tests.serving.engine_park import ParkSlots
 from tests.serving.home import Home
+from tests.serving.other_server import serve_elsewhere
 from tests.serving.versions import NAME, make_version, target
 from tests.svc.registry.manifests import gate_report
 
@@ -94,6 +97,21 @@ async def test_model_can_be_added_after_an_earlier_attempt_failed(serving: Home,
     serving.park.room = None
     result = await type_in(serving, "add", other)
     assert result.exit_code == 0, result.output
+
+
+async def test_reason_is_shown_if_only_another_server_can_serve_an_added_model(
+    home: Home, other: str, postgresql: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home.store = postgresql.empty()
+    url = postgresql.settings(SHARED).url
+    assert url is not None
+    monkeypatch.setenv("SVC_STORE__URL", url.get_secret_value())
+    async with home.serving(f"{NAME}@1"):
+        serve_elsewhere(home.store, Target(VersionId(other, 7), Format.MERGED))
+        home.park.room = "it needs 9 GiB"
+        error = error_of(await type_in(home, "add", other))
+    assert "it needs 9 GiB" in error.wrong and "another server serves it" in error.wrong
+    assert deployed_names(home.store) == [NAME, other]
 
 
 async def test_adding_an_unknown_model_fails(serving: Home) -> None:

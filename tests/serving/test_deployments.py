@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy import Engine as Store
 
 from serving import server
 from serving.rollout.idling import Idling
@@ -22,6 +23,7 @@ from tests.serving.control import BODY, until
 from tests.serving.engine_double import EngineDouble
 from tests.serving.engine_park import DoubleEngine, fail_to_end_once
 from tests.serving.home import Home
+from tests.serving.other_server import serve_elsewhere
 from tests.serving.versions import NAME, make_version
 
 pytestmark = pytest.mark.slow
@@ -220,9 +222,7 @@ async def test_model_is_not_added_without_enough_memory_and_status_shows_why(two
         two.park.room = "no room"
         change_desired(two.store, None, Target(VersionId(OTHER, 7), Format.MERGED), None)
         add_deployment(two.store, OTHER)
-        async with asyncio.timeout(5):
-            while not (refused := (await client.get("/svc/status")).json()["refused"]):
-                await asyncio.sleep(0.01)
+        refused = await refused_of(client)
         assert "not enough memory for other@7" in refused[OTHER]
         await until(lambda: deployed_names(two.store) == [NAME])
         assert await states(client) == {NAME: "ready"}
@@ -234,12 +234,54 @@ async def test_model_that_does_not_start_is_not_added(two: Home) -> None:
         two.park.failing_starts = 1000
         change_desired(two.store, None, Target(VersionId(OTHER, 7), Format.MERGED), None)
         add_deployment(two.store, OTHER)
-        async with asyncio.timeout(5):
-            while not (refused := (await client.get("/svc/status")).json()["refused"]):
-                await asyncio.sleep(0.01)
+        refused = await refused_of(client)
         assert "before it was ready" in refused[OTHER]
         await all_ready(client, NAME)
         assert await answer_of(client, NAME) == (200, f"{NAME}@1", "1")
+
+
+async def refused_of(client: httpx.AsyncClient) -> dict[str, str]:
+    """Wait until a model is refused, and return the reasons."""
+    async with asyncio.timeout(5):
+        while not (refused := (await client.get("/svc/status")).json()["refused"]):
+            await asyncio.sleep(0.01)
+    return dict(refused)
+
+
+@pytest.mark.parametrize("fault", ["no memory", "no start"])
+async def test_model_that_another_server_serves_stays_in_the_set_and_is_tried_again(
+    two: Home, postgresql_store: Store, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    monkeypatch.setattr("serving.deployments._RETRY_S", 0.5)
+    monkeypatch.setattr("svc.store.changes.FALLBACK_POLL_S", 0.1)  # the second attempt is not notified
+    two.store = postgresql_store
+    change_desired(two.store, None, Target(VersionId(OTHER, 7), Format.MERGED), None)
+    async with two.serving(f"{NAME}@1") as client:
+        two.park.room = "no room" if fault == "no memory" else None
+        two.park.failing_starts = 1000 if fault == "no start" else 0
+        serve_elsewhere(two.store, Target(VersionId(OTHER, 7), Format.MERGED))
+        add_deployment(two.store, OTHER)
+        assert "another server serves it" in (await refused_of(client))[OTHER]
+        assert deployed_names(two.store) == [NAME, OTHER]
+        two.park.room, two.park.failing_starts = None, 0
+        await all_ready(client, NAME, OTHER)
+        assert (await client.get("/svc/status")).json()["refused"] == {}
+
+
+async def test_refused_model_leaves_the_status_when_it_is_removed_from_the_set(
+    two: Home, postgresql_store: Store
+) -> None:
+    two.store = postgresql_store
+    change_desired(two.store, None, Target(VersionId(OTHER, 7), Format.MERGED), None)
+    async with two.serving(f"{NAME}@1") as client:
+        two.park.room = "no room"
+        serve_elsewhere(two.store, Target(VersionId(OTHER, 7), Format.MERGED))
+        add_deployment(two.store, OTHER)
+        await refused_of(client)
+        remove_deployment(two.store, OTHER)
+        async with asyncio.timeout(5):
+            while (await client.get("/svc/status")).json()["refused"]:
+                await asyncio.sleep(0.01)
 
 
 async def test_model_is_removed_after_its_last_answer(two: Home) -> None:

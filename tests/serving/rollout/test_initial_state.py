@@ -1,6 +1,7 @@
 """Tests which version a server starts with."""
 
 import pytest
+from sqlalchemy import Engine as Store
 
 from serving.rollout.initial_state import choose_deployments, choose_desired
 from svc.errors import NotFoundError, RefusedError
@@ -8,6 +9,7 @@ from svc.identity.actor import Actor
 from svc.store.audit import read_events
 from svc.store.deployments import deployed_names
 from svc.store.desired import change_desired, read_desired
+from svc.store.leases import remove_server, report_server
 from svc.version import Alias, Format, VersionId
 from tests.serving.home import Home
 from tests.serving.versions import NAME, make_version, target
@@ -139,3 +141,40 @@ def test_newly_desired_version_is_in_the_audit_log(home: Home) -> None:
         ("serve", f"{NAME}@2", 2),
     ]
     assert {event.actor for event in events} == {Actor.local().name}
+
+
+@pytest.fixture
+def shared(home: Home, postgresql_store: Store) -> Home:
+    """Return a home whose store another server uses, which serves version 1."""
+    home.store = postgresql_store
+    make_version(home.registry, 1, name="other")
+    choose(home, f"{NAME}@1")
+    report_server(postgresql_store, "a", "gpu-1:8000", [])
+    return home
+
+
+@pytest.mark.parametrize("model", [None, NAME, f"{NAME}@1"])
+def test_server_starts_beside_another_one_with_the_same_models(shared: Home, model: str | None) -> None:
+    assert choose(shared, model)[0] == f"{NAME}@1"
+
+
+@pytest.mark.parametrize("models", [["other"], [NAME, "other"]])
+def test_server_with_other_models_than_a_running_one_is_refused(shared: Home, models: list[str]) -> None:
+    with pytest.raises(RefusedError, match=rf"gpu-1:8000\) serve {NAME}") as raised:
+        choose_deployments(shared.registry, shared.store, models, None)
+    assert "svc add" in raised.value.todo
+    assert deployed_names(shared.store) == [NAME]
+    assert read_desired(shared.store, "other") is None
+
+
+def test_version_named_at_the_start_is_refused_if_a_running_server_serves_another(shared: Home) -> None:
+    before = read_desired(shared.store, NAME)
+    with pytest.raises(RefusedError) as raised:
+        choose_deployments(shared.registry, shared.store, [f"{NAME}@2"], None)
+    assert f"svc promote {NAME}@2" in raised.value.todo
+    assert read_desired(shared.store, NAME) == before
+
+
+def test_models_are_replaced_after_the_other_server_has_stopped(shared: Home) -> None:
+    remove_server(shared.store, "a")
+    assert choose(shared, "other")[0] == "other@1"
