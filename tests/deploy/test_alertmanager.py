@@ -123,6 +123,13 @@ def test_disk_and_training_alerts_are_not_inhibited_when_server_is_down(
 
 
 @pytest.mark.slow
+def test_server_that_is_down_inhibits_only_its_own_alerts(inhibited: Send) -> None:
+    own, other = (_alert("SvcHoldoutChanged", instance=instance, model="m", version="1") for instance in "ab")
+    objective = _alert("SvcAvailabilityBurnFast", model="m")
+    assert inhibited(_alert("SvcServerDown", instance="a"), own, other, objective) == [own]
+
+
+@pytest.mark.slow
 def test_ticket_severity_alerts_never_inhibit_a_page(inhibited: Send) -> None:
     """Each page fires together with all tickets and with its own labels, so that no page causes another."""
     pages = [name for name, rule in ALERTS.items() if rule["labels"]["severity"] == "page"]

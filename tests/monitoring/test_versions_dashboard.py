@@ -1,20 +1,19 @@
 """Tests the values that Prometheus computes from given series for the comparison of two versions."""
 
 import math
-import subprocess
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from svc.evaluation.intervals import Interval, proportion
 from tests.monitoring.panel_queries import panel_queries
+from tests.monitoring.promtool import case, run_cases
 
 ROOT = Path(__file__).parents[2]
-PROMTOOL = ROOT / ".venv" / "prometheus" / "bin" / "promtool"
 CHOSEN, OTHER = "0123456789ab:4", "fedcba987654:4"
 QUERIES = panel_queries(
     ROOT / "monitoring" / "dashboards",
@@ -37,22 +36,7 @@ Passes = Callable[[Iterable[dict[str, Any]]], None]
 @pytest.fixture
 def passes(tmp_path: Path) -> Passes:
     """Return a function that checks test cases, all in a single promtool run."""
-
-    def passes(cases: Iterable[dict[str, Any]]) -> None:
-        page = tmp_path / "test.yml"
-        page.write_text(yaml.safe_dump({"evaluation_interval": "1m", "tests": list(cases)}), "utf-8")
-        done = subprocess.run([PROMTOOL, "test", "rules", page], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-
-    return passes
-
-
-def case(expr: str, series: Mapping[str, str], expected: Mapping[str, float]) -> dict[str, Any]:
-    """Return a promtool test of a query's results after an hour of the given series, rounded to four digits."""
-    samples = [{"labels": labels, "value": round(value, 4)} for labels, value in expected.items()]
-    check = {"expr": f"round({expr}, 0.0001)", "eval_time": "1h", "exp_samples": samples}
-    given = [{"series": name, "values": values} for name, values in series.items()]
-    return {"name": str(series), "interval": "1m", "input_series": given, "promql_expr_test": [check]}
+    return partial(run_cases, tmp_path)
 
 
 def query(panel: str, index: int = 0) -> str:
