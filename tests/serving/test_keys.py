@@ -4,18 +4,23 @@ import asyncio
 import socket
 import stat
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import httpx
 import pytest
+from sqlalchemy import Engine as Store
 
 from serving import server
+from serving.telemetry.usage_writer import UsageWriter
 from svc.access.keyring import IssuedKey, Keyring
 from svc.errors import SettingsError
 from svc.identity.actor import Actor
-from svc.identity.principal import Scope
+from svc.identity.principal import Limits, Scope
 from svc.remote.server_url import ServerAddress, server_address
 from svc.settings import ServeSettings
+from svc.store.usage import Usage, UsageOf, add_usage, hour_of
 from tests.serving.control import BODY, ask, until
 from tests.serving.home import Home
 from tests.serving.test_cli import type_in
@@ -148,3 +153,25 @@ def test_home_with_a_long_path_still_has_a_socket(home: Home, tmp_path: Path) ->
     deep = tmp_path / ("deep" * 30)
     with server.claim(home.settings.model_copy(update={"home": deep})) as claim:
         assert claim.local.getsockname()
+
+
+async def test_usage_on_another_server_counts_towards_the_limits_in_the_headers(
+    home: Home, postgresql_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.assembly.UsageWriter", partial(UsageWriter, every_s=0.05))
+    home.store = postgresql_store
+    keyring = Keyring(home.store, Actor("user:alice", "box"))
+    issued = keyring.create(frozenset({Scope.INFER}), limits=Limits(requests_per_minute=100))
+    async with home.serving(f"{NAME}@1") as client:
+
+        async def remaining() -> int:
+            headers = {"authorization": f"Bearer {issued.secret}"}
+            answer = await client.post("/v1/chat/completions", json=BODY, headers=headers)
+            return int(answer.headers["x-ratelimit-remaining-requests"])
+
+        assert await remaining() > 90
+        used = {UsageOf(hour_of(datetime.now(UTC)), issued.key.id, NAME): Usage(requests=50)}
+        await asyncio.to_thread(add_usage, home.store, used)
+        async with asyncio.timeout(5):
+            while await remaining() > 50:
+                await asyncio.sleep(0.5)
