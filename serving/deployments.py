@@ -233,7 +233,7 @@ class Deployments:
     async def _refuse(self, name: str, why: SvcError) -> None:
         if await asyncio.to_thread(is_served_elsewhere, self.store, name, self.server):
             if name in self._all:
-                await self._take_away(name)
+                await self._take_away(name, removed=False)
             self._refused[name] = f"{why}; another server serves it, and this one tries again"
             self._retry_at[name] = time.monotonic() + _RETRY_S
         else:
@@ -267,8 +267,12 @@ class Deployments:
                 return True
         return False
 
-    async def _take_away(self, name: str) -> None:
-        """Stop a removed model after its last request has ended, or after `_DRAIN_S` at the latest."""
+    async def _take_away(self, name: str, *, removed: bool = True) -> None:
+        """Stop a model after its last request has ended, or after `_DRAIN_S` at the latest.
+
+        Args:
+            removed: whether the model was removed from the set. Otherwise, another server continues its rollout.
+        """
         deployment = self._all[name]
         self.router.remove(name)
         with suppress(TimeoutError):
@@ -278,7 +282,8 @@ class Deployments:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
         await deployment.pool.stop()  # tried again in the next turn if an engine does not stop
-        await deployment.rollouts.abandon("the model was removed from the server")
+        if removed:
+            await deployment.rollouts.abandon("the model was removed from the server")
         await deployment.close()
         deployment.metrics.remove()
         del self._all[name]

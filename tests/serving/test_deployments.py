@@ -15,8 +15,12 @@ from serving.rollout.production_alias import ProductionAlias
 from serving.rollout.reconciler import Reconciler
 from serving.rollout.reviver import Reviver
 from svc.errors import EngineError
+from svc.identity.actor import Actor
+from svc.settings import RolloutSettings
+from svc.store.audit import Action, AuditEntry
 from svc.store.deployments import add_deployment, deployed_names, remove_deployment
 from svc.store.desired import change_desired, read_desired
+from svc.store.rollouts import active_rollout, begin_rollout
 from svc.store.swaps import find_swap
 from svc.version import Format, Target, VersionId
 from tests.serving.control import BODY, until
@@ -266,6 +270,22 @@ async def test_model_that_another_server_serves_stays_in_the_set_and_is_tried_ag
         two.park.room, two.park.failing_starts = None, 0
         await all_ready(client, NAME, OTHER)
         assert (await client.get("/svc/status")).json()["refused"] == {}
+
+
+async def test_rollout_of_another_server_continues_when_this_one_cannot_start_the_model(
+    two: Home, postgresql_store: Store
+) -> None:
+    two.store = postgresql_store
+    seven, eight = (Target(VersionId(OTHER, number), Format.MERGED) for number in (7, 8))
+    desired = change_desired(two.store, None, seven, None)
+    async with two.serving(f"{NAME}@1") as client:
+        two.park.failing_starts = 1000
+        serve_elsewhere(two.store, seven)
+        entry = AuditEntry(Action.PROMOTE, str(eight.version), Actor("user:ann", "laptop"))
+        begin_rollout(two.store, desired, eight, RolloutSettings(canary=(5, 100)), entry)
+        add_deployment(two.store, OTHER)
+        await refused_of(client)
+        assert active_rollout(two.store, OTHER) is not None
 
 
 async def test_refused_model_leaves_the_status_when_it_is_removed_from_the_set(
