@@ -22,7 +22,7 @@ from serving.http.body_slots import BodySlots
 from serving.http.delivery import AnswerBuffers
 from serving.http.feedback import FeedbackIntake
 from serving.http.inference import Gateway
-from serving.leadership import Leadership
+from serving.leadership import EVERYTHING, Leadership
 from serving.replicas.slots import EngineSlots, MakeSlots
 from serving.rollout.version_changes import VersionChanges
 from serving.router import Router
@@ -130,6 +130,7 @@ def assemble(
         slots=slots,
         store=store,
         changes=store_changes,
+        leadership=leadership,
         registered=registry.names,
         on_ready=on_ready,
         on_failure=on_failure,
@@ -150,8 +151,10 @@ def assemble(
         changes=VersionChanges(registry, store, deployments.served, settings.model_settings),
         sources=lambda: [source for each in deployments.all for source in each.pool.sources()],
         status=deployments.status,
+        server=leadership.server,
     )
-    webhooks = [Webhook.of(each, store, metrics.webhooks_ended) for each in settings.webhooks]
+    sends = partial(leadership.leads, EVERYTHING)
+    webhooks = [Webhook.of(each, store, metrics.webhooks_ended, sends) for each in settings.webhooks]
     works: list[Callable[[], Coroutine[Any, Any, None]]] = [
         partial(watch_loop_lag, metrics.loop_lagged),
         gateway.usage_writer.run,
@@ -176,6 +179,7 @@ def assemble_gateway(
     changes: VersionChanges,
     sources: Callable[[], Sequence[EngineSource]],
     status: Callable[[], Mapping[str, Any]],
+    server: str = "",
 ) -> GatewayParts:
     """Create the application that serves clients in front of the router's backends, and its components.
 
@@ -183,6 +187,7 @@ def assemble_gateway(
         changes: object that writes the desired versions.
         sources: function that returns the engines whose metrics are shown.
         status: function that returns the JSON values of /svc/status.
+        server: id of the server; empty if no other server can use the store.
     """
     limits, traces = settings.serve, make_traces(settings.telemetry, metrics)
     lose_features = partial(metrics.rows_dropped, Dropped.FEATURES)
@@ -216,7 +221,7 @@ def assemble_gateway(
         engine_metrics=engine_metrics,
         status=status,
         authentication=authentication,
-        administration=Administration(store, changes),
+        administration=Administration(store, changes, server),
         draining=draining,
     )
     usage_writer = UsageWriter(store, usage, limiter.add_used_today, limiter.add_used_elsewhere)

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from serving.client.promotion import Administration, follow, follow_rollout, read_served
+from serving.client.promotion import Administration, ServerResult, follow, follow_rollout, read_served
 from serving.rollout.promotion import PromotionRequest, RolloutOptions, VersionChange
 from svc.errors import (
     GateError,
@@ -308,9 +308,17 @@ def _follow(administration: Administration, change: VersionChange, *, as_json: b
         click.echo(f"  {step}", err=True)
         steps.append(step)
 
-    result = follow(administration, change, show)
+    followed = follow(administration, change, show)
+    result, servers = followed.result, followed.servers
     if as_json:
-        print_json({"target": str(target), **asdict(result), "steps": steps, "gates": _gates_json(change)})
+        rows = [_server_row(each) for each in servers if each.address]
+        gates = _gates_json(change)
+        print_json({"target": str(target), **asdict(result), "servers": rows, "steps": steps, "gates": gates})
+    if result.outcome is not SwapOutcome.SUCCEEDED and len(servers) > 1:
+        cancelled = result.outcome is SwapOutcome.CANCELLED
+        now = "another version was requested" if cancelled else f"all servers return to {change.before}"
+        lines = "".join(f"\n  {_server_text(each)}" for each in servers)
+        raise RefusedError(f"{target} was not promoted ({result.outcome}): {now}{lines}")
     if result.outcome is not SwapOutcome.SUCCEEDED:
         raise RefusedError(
             f"{target} was not promoted ({result.outcome}): {_served_now(administration, result.outcome, change)}\n"
@@ -320,6 +328,27 @@ def _follow(administration: Administration, change: VersionChange, *, as_json: b
         click.secho(f"{target} is served", fg="green")
         if result.kind is not None and result.took_s is not None:
             click.echo(f"  {result.kind} swap in {result.took_s:.1f} s; {_waits(result)}")
+    for each in servers:
+        if each.result is None:
+            click.secho(
+                f"warning: {_server_text(each)}; it serves {target} after its next start", fg="yellow", err=True
+            )
+
+
+def _server_row(server: ServerResult) -> dict[str, Any]:
+    result = server.result
+    return {
+        "address": server.address,
+        "outcome": result.outcome if result else None,
+        "reason": result.reason if result else None,
+    }
+
+
+def _server_text(server: ServerResult) -> str:
+    address, result = server.address or "a stopped server", server.result
+    if result is None:
+        return f"{address}: stopped before it had a result"
+    return f"{address}: {result.outcome}" + (f": {result.reason}" if result.reason else "")
 
 
 def _follow_rollout(

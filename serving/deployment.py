@@ -40,6 +40,7 @@ class Deployment:
     """All components of one served model.
 
     Attributes:
+        server: id of this server; empty if no other server can use the store.
         context: maximum combined length of prompt and answer, in tokens.
     """
 
@@ -56,6 +57,7 @@ class Deployment:
     scores: LiveScores
     metrics: DeploymentMetrics
     store: Store
+    server: str
     context: int
 
     @property
@@ -135,7 +137,8 @@ class Deployment:
         unwritten = self.reconciler.journal.unwritten  # before the store, which has results that are written meanwhile
         swap = rollout = holdout = None
         try:
-            swap, rollout = find_swap(self.store, self.name), active_rollout(self.store, self.name)
+            swap = find_swap(self.store, self.name, server=self.server)
+            rollout = active_rollout(self.store, self.name)
             holdout, store = self.holdout.status(actual), "available"
         except SQLAlchemyError:
             log_store_error(log, "could not read the status of %s", self.name)

@@ -67,8 +67,10 @@ class DeploymentBuilder:
         verification = Verification(self.registry, self.store, facts, self.settings.adapters)
         pool = self._pool(engine, names, admission, verification, metrics)
         planner, balancer = self._planner(pool, verification), Balancer(pool, names)
-        alias = ProductionAlias(self.registry.tracking)
-        journal, swap = Journal(self.store), self._swap(planner, pool, verification, admission, names)
+        leads = partial(self.leadership.leads, name)
+        alias = ProductionAlias(self.registry.tracking, leads)
+        journal = Journal(self.store, self.leadership.server)
+        swap = self._swap(planner, pool, verification, admission, names)
         rollouts = Rollouts(
             names=names,
             store=self.store,
@@ -82,11 +84,13 @@ class DeploymentBuilder:
             metrics=metrics,
             report=journal.rollout_step,
             webhooks=tuple(each.url for each in self.settings.webhooks),
+            server=self.leadership.server,
         )
         reconciler = Reconciler(
             desired,
             store=self.store,
             changes=self.changes,
+            leadership=self.leadership,
             pool=pool,
             swap=swap,
             rollouts=rollouts,
@@ -107,7 +111,7 @@ class DeploymentBuilder:
             make_room=lambda: make_room(reconciler.actual.target),
             on_error=reconciler.note_error,
         )
-        holdout, scores = self._background(admission, pool, verification, metrics)
+        holdout, scores = self._background(admission, pool, verification, metrics, leads)
         return Deployment(
             names=names,
             admission=admission,
@@ -122,6 +126,7 @@ class DeploymentBuilder:
             scores=scores,
             metrics=metrics,
             store=self.store,
+            server=self.leadership.server,
             context=engine.max_model_len,
         )
 
@@ -194,7 +199,12 @@ class DeploymentBuilder:
         return Swap(planner=planner, engine_change=engine_change, pool=pool, admission=admission, names=names)
 
     def _background(
-        self, admission: Admission, pool: EnginePool, verification: Verification, metrics: DeploymentMetrics
+        self,
+        admission: Admission,
+        pool: EnginePool,
+        verification: Verification,
+        metrics: DeploymentMetrics,
+        leads: Callable[[], bool],
     ) -> tuple[HoldoutRuns, LiveScores]:
         settings = self.settings
         scheduler = BackgroundScheduler(admission, pool, settings.holdout)
@@ -207,10 +217,11 @@ class DeploymentBuilder:
             facts=verification.facts,
             every_hours=settings.holdout.every_hours,
             run_functions=settings.holdout.run_functions,
+            leads=leads,
         )
         scores = LiveScores(
             scheduler,
-            busy=lambda: holdout.under_way,
+            busy=lambda: holdout.under_way or not leads(),
             pool=pool,
             registry=self.registry,
             store=self.store,

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -21,6 +21,7 @@ from sqlalchemy import Engine as Store
 from sqlalchemy.exc import SQLAlchemyError
 
 from serving.deployment import Deployment
+from serving.leadership import Leadership
 from serving.replicas.slots import EngineSlots
 from serving.router import Router
 from svc.errors import EngineError, NotFoundError, SvcError
@@ -29,6 +30,7 @@ from svc.store.deployments import deployed_names, remove_deployment
 from svc.store.desired import Desired, read_desired
 from svc.store.outage_log import log_store_error
 from svc.store.served import is_served_elsewhere
+from svc.store.server_views import ServerView, server_views
 from svc.version import Target
 
 log = logging.getLogger(__name__)
@@ -52,6 +54,7 @@ class Deployments:
         build: function that builds a deployment from its first desired state and a function that frees
             memory for its engines.
         changes: changes in the store, for which this waits.
+        leadership: the id of this server.
         registered: function that returns the names of all models, for errors about models that are not
             served. It reads from disk.
         on_ready: called with each version that starts to serve.
@@ -65,6 +68,7 @@ class Deployments:
     slots: EngineSlots
     store: Store
     changes: Changes
+    leadership: Leadership
     registered: Callable[[], Sequence[str]]
     on_ready: OnReady
     on_failure: OnFailure
@@ -95,7 +99,18 @@ class Deployments:
         This reads the store, so it must not run on the event loop's thread.
         """
         models = [deployment.status() for deployment in self.all]
-        return {"models": models, "refused": dict(self._refused), "pid": os.getpid()}
+        try:
+            servers = server_views(self.store)
+        except SQLAlchemyError:
+            log_store_error(log, "could not read which servers use the store")
+            servers = []
+        return {
+            "models": models,
+            "refused": dict(self._refused),
+            "pid": os.getpid(),
+            "server": self.leadership.server,
+            "servers": [_server_row(server) for server in servers],
+        }
 
     async def run(self, wanted: Sequence[Desired]) -> None:
         """Start the given models, then follow changes to the store's set of models until cancelled.
@@ -288,3 +303,8 @@ class Deployments:
         deployment.metrics.remove()
         del self._all[name]
         log.info("%s is no longer served", name)
+
+
+def _server_row(server: ServerView) -> dict[str, Any]:
+    times = {name: getattr(server, name).isoformat(timespec="seconds") for name in ("started_at", "seen_at")}
+    return asdict(server) | times

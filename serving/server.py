@@ -162,6 +162,7 @@ async def serve(
         SvcError: no model can be served.
     """
     await asyncio.to_thread(parts.authenticator.look)  # before the first request
+    await parts.leadership.report()  # before it serves: others end what servers that do not run left open
     server = _Server(parts, settings, manager)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP

@@ -29,6 +29,8 @@ def status_screen(look: Look, rates: Mapping[str, Rate] | None = None, *, verbos
     for model in state["models"]:
         lines += _model(model, look.drift.get(model["model"], {}), verbose=verbose)
     lines += [Text(f"{name} is not served: {why}", "red") for name, why in state["refused"].items()]
+    if len(servers := state.get("servers", ())) > 1:
+        lines.append(_servers(servers, this=state["server"]))
     reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(figures.errors.items()))
     return Group(*lines, _table(figures, rates), Text(f"errors by reason: {reasons or 'none'}"))
 
@@ -65,6 +67,17 @@ def _model(state: Mapping[str, Any], drift: Mapping[str, str], *, verbose: bool)
     if verbose:
         lines.append(_plan(engine["plan"]))
     return lines
+
+
+def _servers(servers: Sequence[Mapping[str, Any]], this: str) -> RenderableType:
+    table = Table("server", "serves", "last seen (UTC)", "leads", box=None)
+    for server in servers:
+        address = f"{server['address']} (this one)" if server["id"] == this else server["address"]
+        serves = ", ".join(server["serves"]) or "nothing yet" if server["running"] else "it no longer reports"
+        seen = server["seen_at"][:19].replace("T", " ")
+        leads = ", ".join("everything else" if name == "*" else name for name in server["leads"])
+        table.add_row(address, serves, seen, leads or "-", style="" if server["running"] else "red")
+    return table
 
 
 def _replica(engine: Mapping[str, Any], text: str, style: str = "") -> Text:

@@ -45,6 +45,7 @@ _POLL_S = 1.0
 _PAUSE_S = 60.0
 """Pause after an unexpected error or a failed write to the store, in seconds."""
 _NEVER = "`holdout.every_hours` is 0"
+_ELSEWHERE = "another server of the store runs the held-out set"
 MAX_EXAMPLES = 200
 """Maximum number of examples per run. Each example may wait for `scheduler.PATIENCE_S`, 30 s, so 200 examples take
 less than two hours."""
@@ -66,6 +67,7 @@ class HoldoutRuns:
         facts: function that returns the kind of engine that serves a version in a given format.
         every_hours: interval between the starts of two runs, in hours. 0 disables the runs.
         run_functions: whether a version's own metric function may be run.
+        leads: function that returns whether this server leads the model. Of several servers, only that one asks.
     """
 
     scheduler: BackgroundScheduler
@@ -76,6 +78,7 @@ class HoldoutRuns:
     facts: Callable[[Target], Awaitable[EngineFacts]]
     every_hours: float
     run_functions: bool = False
+    leads: Callable[[], bool] = lambda: True
     _done: LoadedWeights | None = field(default=None, init=False)
     _next_at: float = field(default=0.0, init=False)
     _progress: tuple[int, int] | None = field(default=None, init=False)  # examples asked, and all
@@ -107,6 +110,7 @@ class HoldoutRuns:
         last = newest_holdout_run(self.store, target, completed=False)
         asked, total = self._progress or (0, 0)
         off = self._nothing_to_ask or self.scheduler.off if self.every_hours else _NEVER
+        off = off or (None if self.leads() else _ELSEWHERE)
         state = HoldoutState.OFF if off else HoldoutState.RUNNING if self._progress else HoldoutState.WAITING
         return {
             "state": state.value,
@@ -125,7 +129,9 @@ class HoldoutRuns:
     def _due(self) -> HoldoutCause | None:
         """Return the reason why a held-out run is due now, or None if none is due."""
         weights = self.pool.weights
-        if not self.every_hours or self.scheduler.unfit or self.pool.state is not EngineState.READY:
+        if not self.every_hours or not self.leads():
+            return None
+        if self.scheduler.unfit or self.pool.state is not EngineState.READY:
             return None
         if weights != self._done:
             return HoldoutCause.START if weights.fresh else HoldoutCause.SWAP

@@ -1,7 +1,8 @@
 """Delivers webhook messages to one receiver, signed as Standard Webhooks specifies.
 
 The messages are kept in the store, so none is lost in a restart. A message may be delivered twice, with the same
-`webhook-id`, if the server stops after the receiver has accepted it but before the delivery is recorded.
+`webhook-id`, if the server stops after the receiver has accepted it but before the delivery is recorded, or if another
+server takes over at that moment.
 """
 
 import asyncio
@@ -59,21 +60,30 @@ class Webhook:
     Attributes:
         keys: keys that sign each message; during a rotation, the new and the old one.
         count: called with the outcome of attempts and their number.
+        leads: function that returns whether this server sends the messages. Of several servers, only one does.
     """
 
     url: str
     keys: tuple[bytes, ...] = field(repr=False)
     store: Store
     count: Callable[[WebhookOutcome, int], None]
+    leads: Callable[[], bool] = lambda: True
 
     @classmethod
-    def of(cls, settings: WebhookSettings, store: Store, count: Callable[[WebhookOutcome, int], None]) -> Self:
+    def of(
+        cls,
+        settings: WebhookSettings,
+        store: Store,
+        count: Callable[[WebhookOutcome, int], None],
+        leads: Callable[[], bool] = lambda: True,
+    ) -> Self:
         """Create the sender for a receiver from its settings.
 
         Raises:
             SettingsError: the file with the secrets is unusable.
         """
-        return cls(url=settings.url, keys=read_webhook_keys(settings.secret_file), store=store, count=count)
+        keys = read_webhook_keys(settings.secret_file)
+        return cls(url=settings.url, keys=keys, store=store, count=count, leads=leads)
 
     async def run(self) -> None:
         """Deliver messages until cancelled."""
@@ -83,7 +93,8 @@ class Webhook:
         ) as http:
             while True:
                 try:
-                    await self._send_due(http)
+                    if self.leads():
+                        await self._send_due(http)
                 except Exception:  # noqa: BLE001 - the boundary of this task, which must not stop the server
                     log_store_error(log, "could not send the webhook messages for %s; retrying", self._receiver)
                 await asyncio.sleep(_POLL_S)

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 
 from sqlalchemy import Engine as Store
 
-from serving.client.promotion import JournalEntry
 from serving.client.remote import RemoteAdministration
 from serving.rollout.promotion import PromotionRequest, VersionChange
 from svc.remote.server_url import ServerAddress, server_address
 from svc.settings import Settings
 from svc.store.database import open_store
 from svc.store.rollouts import RolloutView, read_rollouts
-from svc.store.swaps import find_swap
+from svc.store.swaps import ServerSwap, server_swaps
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +43,9 @@ class LocalAdministration:
         """Roll a model back; see `VersionChanges.rollback`."""
         return RemoteAdministration(self.server).rollback(name, reason=reason)
 
-    def journal(self, name: str, generation: int | None = None) -> JournalEntry | None:
-        """Return a model's last swap, or the swap for a given generation of its desired state."""
-        swap = find_swap(self.store, name, generation)
-        return JournalEntry(swap.target, swap.generation, swap.steps, swap.result) if swap else None
+    def swaps(self, name: str, generation: int) -> list[ServerSwap]:
+        """Return what each server has done to serve the version of a generation of a model's desired state."""
+        return server_swaps(self.store, name, generation)
 
     def rollouts(self, name: str) -> list[RolloutView]:
         """Return all rollouts of a model, oldest first."""

@@ -5,16 +5,17 @@ Both ways write the same desired state and read the same journal.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 from serving.rollout.promotion import PromotionRequest, VersionChange
 from svc.errors import BusyError, NotFoundError, ServerNotRunningError
 from svc.remote.server_url import ServerAddress, read_status
 from svc.store.rollouts import RolloutView
-from svc.store.swaps import SwapKind, SwapOutcome, SwapResult
+from svc.store.swaps import ServerSwap, SwapKind, SwapOutcome, SwapResult
 from svc.version import Format, Target, VersionId
 
 _POLL_S = 0.1
@@ -27,17 +28,35 @@ _UNWRITTEN_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class JournalEntry:
-    """A swap recorded in the journal.
+class ServerResult:
+    """Result of a change on one server.
 
     Attributes:
-        result: result of the swap, or None while it is in progress.
+        address: host name and port of the server; empty if no other server can use the store.
+        result: result of its swap, or None if the server stopped before it had one.
     """
 
-    target: Target
-    generation: int
-    steps: tuple[str, ...]
+    address: str
     result: SwapResult | None
+
+
+@dataclass(frozen=True, slots=True)
+class FollowedChange:
+    """Result of a change on all servers. At least one server has a result."""
+
+    servers: tuple[ServerResult, ...]
+
+    @property
+    def result(self) -> SwapResult:
+        """The first failure, or the first success if the change succeeded on every server that has a result.
+
+        A failure elsewhere also cancels the swaps of other servers, so a cancelled swap comes after all other failures.
+        """
+        results = [server.result for server in self.servers if server.result]
+        return min(results, key=lambda result: _ORDER.get(result.outcome, 0))
+
+
+_ORDER = {SwapOutcome.CANCELLED: 1, SwapOutcome.SUCCEEDED: 2}
 
 
 class Administration(Protocol):
@@ -53,8 +72,8 @@ class Administration(Protocol):
     def rollback(self, name: str, *, reason: str | None) -> VersionChange:
         """Roll a model back; see `VersionChanges.rollback`."""
 
-    def journal(self, name: str, generation: int | None = None) -> JournalEntry | None:
-        """Return a model's last swap, or the swap for a given generation of its desired state.
+    def swaps(self, name: str, generation: int) -> list[ServerSwap]:
+        """Return what each server has done to serve the version of a generation; see `svc.store.swaps.server_swaps`.
 
         Raises:
             ServerNotRunningError: the server does not respond.
@@ -75,39 +94,42 @@ class Administration(Protocol):
         """
 
 
-def follow(administration: Administration, change: VersionChange, on_step: Callable[[str], None]) -> SwapResult:
-    """Wait until the server has carried out a change, and return the result.
+def follow(administration: Administration, change: VersionChange, on_step: Callable[[str], None]) -> FollowedChange:
+    """Wait until every running server that serves the model has carried out a change, and return the results.
 
-    If the server could not write the result to its journal, the result is read from the server's status after a
-    longer wait.
+    If a server could not write the result to its journal, the result is read from the server's status after a
+    longer wait. A server that stops is no longer waited for, unless it is the only one.
 
     Args:
         change: the change to follow, which must have a generation.
         on_step: called with the text of each step, once per step.
 
     Raises:
-        BusyError: another change was made before the server began this one.
+        BusyError: another change was made before any server began this one.
         ServerNotRunningError: the server stopped in the meantime. It will carry out the change after its
             next start.
     """
-    name, shown, unwritten = change.target.version.name, 0, None
+    name, generation = change.target.version.name, change.generation
+    assert generation is not None  # noqa: S101 - see above
+    known, shown, unwritten = dict[str, ServerSwap](), Counter[str](), dict[str, SwapResult]()
     next_check = time.monotonic() + _UNWRITTEN_S
     while True:
-        swap = administration.journal(name, change.generation)
-        if swap:
-            for step in swap.steps[shown:]:
-                on_step(step)
-            shown = len(swap.steps)
-            if swap.result:
-                return swap.result
-        else:
-            _refuse_overtaken(administration, change)
-        _refuse_without_server(administration, change)
+        known = _updated(known, administration.swaps(name, generation))
+        for each in known.values():
+            steps = each.swap.steps if each.swap else ()
+            for step in steps[shown[each.server] :]:
+                on_step(f"{each.address}: {step}" if len(known) > 1 else step)
+            shown[each.server] = len(steps)
+        pending = {each.server for each in known.values() if each.running and not _result_of(each)}
+        if known and not pending:
+            return _ended(known, change, {})
+        if len(known) <= 1:
+            _refuse_without_server(administration, change)
         if time.monotonic() >= next_check:
-            if unwritten:
+            if pending and pending <= unwritten.keys():
                 on_step("the server could not write the result to its journal (see its log); its status shows it")
-                return unwritten
-            unwritten = _result_from_status(administration.server, change)
+                return _ended(known, change, unwritten)
+            unwritten = _results_from_status(administration.server, change)
             next_check = time.monotonic() + _UNWRITTEN_S
         time.sleep(_POLL_S)
 
@@ -167,34 +189,70 @@ def swap_result(row: Mapping[str, Any]) -> SwapResult | None:
     return SwapResult(**values | {"outcome": SwapOutcome(values["outcome"]), "kind": kind})
 
 
-def _refuse_overtaken(administration: Administration, change: VersionChange) -> None:
-    """Raise an error if the change was superseded by a newer one before the server began it.
-
-    The server carries out only the newest change.
+def _updated(known: Mapping[str, ServerSwap], swaps: Sequence[ServerSwap]) -> dict[str, ServerSwap]:
+    """Return what is known of each server. The store has neither the address nor, without a swap, the name of a
+    server that has stopped.
     """
-    last = administration.journal(change.target.version.name)
-    if last and change.generation is not None and last.generation > change.generation:
-        raise BusyError(
-            f"{last.target} was promoted before the server began the promotion of {change.target}",
-            todo="see `svc status`, then try again",
-        )
+    stopped = {server: replace(each, running=False) for server, each in known.items()}
+    return stopped | {
+        each.server: replace(each, address=known[each.server].address) if each.server in known else each
+        for each in swaps
+    }
+
+
+def _result_of(each: ServerSwap) -> SwapResult | None:
+    """Return a server's result, or None if the server may still have one."""
+    if each.swap:
+        return each.swap.result
+    return SwapResult(SwapOutcome.CANCELLED, f"superseded by {each.later}") if each.later else None
+
+
+def _ended(
+    known: Mapping[str, ServerSwap], change: VersionChange, unwritten: Mapping[str, SwapResult]
+) -> FollowedChange:
+    """Return the results of all servers.
+
+    Args:
+        unwritten: results that are not in the journal, by the server's id.
+
+    Raises:
+        BusyError: another change was made before any server began this one.
+        ServerNotRunningError: all servers have stopped without a result.
+    """
+    if not any(each.swap for each in known.values()):
+        for each in known.values():
+            if each.later:
+                raise BusyError(
+                    f"{each.later} was promoted before the server began the promotion of {change.target}",
+                    todo="see `svc status`, then try again",
+                )
+    results = [ServerResult(each.address, _result_of(each) or unwritten.get(server)) for server, each in known.items()]
+    if not any(each.result for each in results):
+        raise _stopped(change)
+    return FollowedChange(tuple(results))
 
 
 def _refuse_without_server(administration: Administration, change: VersionChange) -> None:
     try:
         administration.require_server()
     except ServerNotRunningError as error:
-        raise ServerNotRunningError(
-            f"the server stopped before {change.target} was served",
-            todo=f"start the server again; it will serve {change.target}: svc serve {change.target.version.name}",
-        ) from error
+        raise _stopped(change) from error
 
 
-def _result_from_status(server: ServerAddress, change: VersionChange) -> SwapResult | None:
-    """Return a swap's result as shown in the server's status, or None if the status does not contain it."""
+def _stopped(change: VersionChange) -> ServerNotRunningError:
+    return ServerNotRunningError(
+        f"the server stopped before {change.target} was served",
+        todo=f"start the server again; it will serve {change.target}: svc serve {change.target.version.name}",
+    )
+
+
+def _results_from_status(server: ServerAddress, change: VersionChange) -> dict[str, SwapResult]:
+    """Return the result of a server's swap by the server's id, as shown in its status. Empty if it is not shown."""
     with suppress(ServerNotRunningError):
-        for model in read_status(server)["models"]:
+        status = read_status(server)
+        for model in status["models"]:
             swap = model["last_swap"]
             if model["model"] == change.target.version.name and swap and swap["generation"] == change.generation:
-                return swap_result(swap)
-    return None
+                result = swap_result(swap)
+                return {status["server"]: result} if result else {}
+    return {}

@@ -3,15 +3,17 @@
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from typing import Any
 
-from serving.client.promotion import JournalEntry, swap_result
+from serving.client.promotion import swap_result
 from serving.rollout.promotion import PromotionRequest, VersionChange
 from svc.errors import ServerNotRunningError
 from svc.remote.remote_server import RemoteServer
 from svc.remote.server_url import ServerAddress
 from svc.store.gate_rows import GATE_ROWS
 from svc.store.rollouts import RolloutView
+from svc.store.swaps import ServerSwap, SwapRecord
 from svc.version import Format, Target, VersionId
 
 _PAUSE_S = 0.5
@@ -37,11 +39,18 @@ class RemoteAdministration:
         """Roll a model back; see `VersionChanges.rollback`."""
         return _change(RemoteServer(self.server).post("/svc/rollback", {"model": name, "reason": reason}))
 
-    def journal(self, name: str, generation: int | None = None) -> JournalEntry | None:
-        """Return a model's last swap, or the swap for a given generation of its desired state."""
-        query = {} if generation is None else {"generation": str(generation)}
-        swap = self._get(f"/svc/swaps/{name}", **query)["swap"]
-        return swap and JournalEntry(_target(swap), swap["generation"], tuple(swap["steps"]), swap_result(swap))
+    def swaps(self, name: str, generation: int) -> list[ServerSwap]:
+        """Return what each server has done to serve the version of a generation of a model's desired state."""
+        return [
+            ServerSwap(
+                row["server"],
+                row["address"],
+                row["running"],
+                row["swap"] and _swap(row["swap"]),
+                row["later"] and _target(row["later"]),
+            )
+            for row in self._get(f"/svc/swaps/{name}", generation=str(generation))["servers"]
+        ]
 
     def rollouts(self, name: str) -> list[RolloutView]:
         """Return all rollouts of a model, oldest first."""
@@ -59,7 +68,7 @@ class RemoteAdministration:
                 time.sleep(_PAUSE_S)
 
     def require_server(self) -> None:
-        """Do nothing. A successful call of `journal` has just shown that the server is running."""
+        """Do nothing. A successful call of `swaps` has just shown that the server is running."""
 
 
 def _change(row: Mapping[str, Any]) -> VersionChange:
@@ -71,6 +80,11 @@ def _change(row: Mapping[str, Any]) -> VersionChange:
         GATE_ROWS.validate_python(row["gates"]),
         row["refused"],
     )
+
+
+def _swap(row: Mapping[str, Any]) -> SwapRecord:
+    started_at = datetime.fromisoformat(row["started_at"])
+    return SwapRecord(row["id"], _target(row), row["generation"], started_at, swap_result(row), tuple(row["steps"]))
 
 
 def _target(row: Mapping[str, Any]) -> Target:

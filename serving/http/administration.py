@@ -29,9 +29,9 @@ from svc.identity.actor import Actor
 from svc.identity.principal import Limits, Scope
 from svc.store.gate_rows import GATE_ROWS
 from svc.store.rollouts import RolloutView, read_rollouts
-from svc.store.swaps import find_swap
+from svc.store.swaps import ServerSwap, SwapRecord, find_swap, server_swaps
 from svc.store.unavailable import StoreUnavailableError
-from svc.version import Format, VersionId
+from svc.version import Format, Target, VersionId
 
 MAX_BODY_BYTES = 16 * 1024
 _MAX_COUNT = 2**31 - 1
@@ -100,11 +100,16 @@ class RevokeKeyRequest(_Request):
 
 
 class Administration:
-    """The HTTP endpoints for administration."""
+    """The HTTP endpoints for administration.
 
-    def __init__(self, store: Store, changes: VersionChanges) -> None:
+    Args:
+        server: id of the server; empty if no other server can use the store.
+    """
+
+    def __init__(self, store: Store, changes: VersionChanges, server: str = "") -> None:
         self._store = store
         self._changes = changes
+        self._server = server
 
     def add_to(self, app: FastAPI) -> None:
         app.add_api_route("/svc/promote", _with_full_errors(self._promote), methods=["POST"])
@@ -151,11 +156,10 @@ class Administration:
                 f"{generation!r} is not a valid value of 'generation'",
                 expected="the generation number that the change returned",
             )
-        swap = await asyncio.to_thread(find_swap, self._store, name, int(generation) if generation else None)
-        if swap is None:
-            return JSONResponse({"swap": None})
-        target = {"version": str(swap.target.version), "format": swap.target.format.value}
-        return JSONResponse({"swap": {**target, **swap_row(swap), "steps": list(swap.steps)}})
+        number = int(generation) if generation else None
+        swap = await asyncio.to_thread(find_swap, self._store, name, number, server=self._server)
+        servers = [] if number is None else await asyncio.to_thread(server_swaps, self._store, name, number)
+        return JSONResponse({"swap": _swap(swap), "servers": [_server_swap(each) for each in servers]})
 
     async def _show_rollouts(self, request: Request) -> Response:
         records = await asyncio.to_thread(read_rollouts, self._store, request.path_params["name"])
@@ -226,15 +230,34 @@ def _actor(request: Request) -> Actor:
 def _change_row(change: VersionChange) -> dict[str, Any]:
     target, before = change.target, change.before
     return {
-        "version": str(target.version),
-        "format": target.format.value,
-        "before": {"version": str(before.version), "format": before.format.value},
+        **_target(target),
+        "before": _target(before),
         "generation": change.generation,
         "undecided": list(change.undecided),
         "rollout": change.rollout,
         "gates": GATE_ROWS.dump_python(change.gates, mode="json"),
         "refused": change.refused,
     }
+
+
+def _swap(swap: SwapRecord | None) -> dict[str, Any] | None:
+    if swap is None:
+        return None
+    return {"id": swap.id, **_target(swap.target), **swap_row(swap), "steps": list(swap.steps)}
+
+
+def _server_swap(each: ServerSwap) -> dict[str, Any]:
+    return {
+        "server": each.server,
+        "address": each.address,
+        "running": each.running,
+        "swap": _swap(each.swap),
+        "later": each.later and _target(each.later),
+    }
+
+
+def _target(target: Target) -> dict[str, str]:
+    return {"version": str(target.version), "format": target.format.value}
 
 
 def _issued(issued: IssuedKey) -> Response:

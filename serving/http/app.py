@@ -138,15 +138,15 @@ def _add_operations(
 def _without_inside(status: Mapping[str, Any]) -> dict[str, Any]:
     """Return the part of the server's status that keys with the scope `metrics` may see.
 
-    The process, the engines' plans and the error texts are excluded, because they contain paths on the
-    machine.
+    The process, the other servers, the engines' plans and the error texts are excluded, because they contain paths
+    on the machine and names of machines.
 
     Args:
         status: the complete status from `serving.deployments.Deployments.status`.
     """
     models = [_of_model(model) for model in status.get("models", ())]
     refused = dict.fromkeys(status.get("refused", ()), _FOR_ADMINS)
-    return {**status, "models": models, "refused": refused, "pid": None}
+    return {**status, "models": models, "refused": refused, "pid": None, "servers": []}
 
 
 def _of_model(model: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,10 +29,15 @@ _CLOSE_S = 20.0  # longer than the store waits for another writer
 
 
 class Journal:
-    """Records in the store which versions are served, and the steps and results of swaps."""
+    """Records in the store which versions a server serves, and the steps and results of its swaps.
 
-    def __init__(self, store: Store) -> None:
+    Args:
+        server: id of the server; empty if no other server can use the store.
+    """
+
+    def __init__(self, store: Store, server: str = "") -> None:
         self._store = store
+        self._server = server
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
         self._gave_up = threading.Event()
         self._unwritten: dict[int, SwapResult] = {}
@@ -48,7 +53,7 @@ class Journal:
         Raises:
             SQLAlchemyError: the write failed. The swap must not begin, because clients could not follow it.
         """
-        return begin_swap(self._store, desired)
+        return begin_swap(self._store, desired, server=self._server)
 
     def step(self, swap_id: int, text: str) -> None:
         """Record a step of a swap in the background. The step is lost if all attempts to write it fail."""
@@ -69,12 +74,14 @@ class Journal:
     def serves(self, desired: Desired, began_by: Began) -> None:
         """Record in the background that a version is now serving. The write is retried until it succeeds."""
         now = datetime.now(UTC)
-        self._writer.submit(self._write, lambda: begin_serving(self._store, desired, began_by, now))
+        self._writer.submit(
+            self._write, lambda: begin_serving(self._store, desired, began_by, now, server=self._server)
+        )
 
     def stopped(self, name: str) -> None:
         """Record in the background that a model is no longer served. The write is retried until it succeeds."""
         now = datetime.now(UTC)
-        self._writer.submit(self._write, lambda: end_serving(self._store, name, now))
+        self._writer.submit(self._write, lambda: end_serving(self._store, name, now, server=self._server))
 
     def close(self, timeout_s: float | None = None) -> None:
         """Write the pending records, then stop.

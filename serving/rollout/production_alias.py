@@ -5,6 +5,7 @@ This runs in its own task, because MLflow may be slow or down and must not delay
 
 import asyncio
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 
 from svc.registry.tracking import Tracking
@@ -16,10 +17,15 @@ _RETRY_S = 5.0
 
 
 class ProductionAlias:
-    """Keeps the `production` alias of one model up to date in MLflow."""
+    """Keeps the `production` alias of one model up to date in MLflow.
 
-    def __init__(self, tracking: Tracking) -> None:
+    Args:
+        leads: function that returns whether this server leads the model. Of several servers, only that one writes.
+    """
+
+    def __init__(self, tracking: Tracking, leads: Callable[[], bool] = lambda: True) -> None:
         self._tracking = tracking
+        self._leads = leads
         self._wanted: VersionId | None = None
         self._moved = asyncio.Event()
         self._settled = asyncio.Event()
@@ -39,7 +45,11 @@ class ProductionAlias:
         self._moved.set()
 
     async def settled(self, timeout_s: float) -> bool:
-        """Wait until MLflow has stored the alias. Return False if that takes longer than `timeout_s`."""
+        """Wait until MLflow has stored the alias. Return False if that takes longer than `timeout_s`, or immediately if
+        another server writes it.
+        """
+        if not self._leads():
+            return False
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._settled.wait()
@@ -52,6 +62,9 @@ class ProductionAlias:
         """
         while True:
             await self._moved.wait()
+            if not self._leads():
+                await asyncio.sleep(_RETRY_S)
+                continue
             self._moved.clear()
             version = self._wanted
             assert version is not None  # noqa: S101 - `move` sets both

@@ -21,6 +21,7 @@ from functools import partial
 from sqlalchemy import Engine as Store
 from sqlalchemy.exc import SQLAlchemyError
 
+from serving.leadership import Leadership
 from serving.model_names import ModelNames
 from serving.replicas.pool import EnginePool
 from serving.replicas.slots import EngineSlots
@@ -39,7 +40,7 @@ from svc.store.desired import Desired, change_desired, read_desired
 from svc.store.outage_log import log_store_error
 from svc.store.rollouts import RolloutState, active_rollout
 from svc.store.served import Began
-from svc.store.swaps import SwapOutcome, SwapResult, find_swap
+from svc.store.swaps import SwapOutcome, SwapResult, end_lost_swaps, failed_elsewhere, find_swap
 from svc.version import Target
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ _POLL_S = 0.25
 _STORE_PAUSE_S = 2.0
 _ALIAS_WAIT_S = 5.0
 """Seconds after which a promotion is reported as done even if MLflow has not stored the alias yet."""
+_STOPPED = "the server stopped during the swap"
 
 
 @dataclass(eq=False)
@@ -57,6 +59,7 @@ class Reconciler:
     Attributes:
         actual: the state that is being served or started. Initially, this is the desired state at server start.
         changes: changes in the store, for which this waits.
+        leadership: the id of this server, and whether it leads the model.
         slots: engine slots, which tell whether there is memory for another engine.
         swap: object that changes the version of the engines.
         rollouts: object that carries out rollouts.
@@ -69,6 +72,7 @@ class Reconciler:
     actual: Desired
     store: Store
     changes: Changes
+    leadership: Leadership
     pool: EnginePool
     swap: Swap
     rollouts: Rollouts
@@ -180,7 +184,7 @@ class Reconciler:
         try:
             desired = await asyncio.to_thread(read_desired, self.store, self.actual.name)
             if desired is not None and desired == self._failed:
-                await self._rewrite(desired, self.actual.target, self.actual.previous)
+                await self._restore(desired, self.actual)
             elif desired is not None and desired.generation != self.actual.generation:
                 return desired
         except SQLAlchemyError:
@@ -285,7 +289,19 @@ class Reconciler:
         self._serves()
         if result.outcome is not SwapOutcome.CANCELLED:  # else another version is desired already
             self.last_error = result.reason
-            await self._rewrite(desired, before.target, before.previous)
+            await self._restore(desired, before)
+
+    async def _restore(self, failed: Desired, before: Desired) -> None:
+        """Make the version that is still served the desired one again, so that other servers return to it too.
+
+        If it failed on another server, this server serves it alone until another version is desired: the two servers
+        would otherwise reject each other's versions forever.
+        """
+        elsewhere = partial(failed_elsewhere, self.store, before.target, server=self.leadership.server)
+        if await asyncio.to_thread(elsewhere):
+            self.note_error(f"{failed.target} failed on this server, and {before.target} on another one")
+        else:
+            await self._rewrite(failed, before.target, before.previous)
 
     def _serves(self, began_by: Began | None = None) -> None:
         """Publish the version that is now serving.
@@ -319,21 +335,30 @@ class Reconciler:
     async def _correct_previous(self, before: Desired) -> None:
         """Correct the previous version recorded in the desired state.
 
-        A promotion that is requested during another promotion can only guess the previous version.
+        A promotion that is requested during another promotion can only guess the previous version. A change to another
+        version that directly follows the served state names it, or returns to an earlier state after a failure. Only
+        one server corrects it, because servers may have served different versions.
         """
-        previous = before.previous if self.actual.target == before.target else before.target
+        is_same = self.actual.target == before.target
+        if not self.leadership.leads(before.name) or (not is_same and self.actual.generation == before.generation + 1):
+            return
+        previous = before.previous if is_same else before.target
         if self.actual.previous != previous:
             await self._rewrite(self.actual, self.actual.target, previous)
 
     async def _end_cut_off(self, result: SwapResult) -> None:
         """Record the result of a swap that was interrupted when the server stopped.
 
-        The swap counts as failed if the server has now started with another version.
+        The swap counts as failed if the server has now started with another version, and if several servers use the
+        store: a server that starts again has another id.
         """
+        if self.leadership.server:
+            await asyncio.to_thread(end_lost_swaps, self.store, self.actual.name, _STOPPED)
+            return
         last = await asyncio.to_thread(find_swap, self.store, self.actual.name)
         if last is None or last.result is not None:
             return
         if last.generation != self.actual.generation:
-            result = SwapResult(SwapOutcome.FAILED, "the server stopped during the swap")
+            result = SwapResult(SwapOutcome.FAILED, _STOPPED)
         self.journal.step(last.id, f"the server started again with {self.actual.target}")
         self.journal.end(last.id, result)

@@ -91,6 +91,7 @@ class Rollouts:
             to production.
         active: whether a rollout is in progress. It needs an engine with the production version.
         webhooks: URLs to which each transition is reported.
+        server: id of this server; empty if no other server can use the store.
     """
 
     names: ModelNames
@@ -107,6 +108,7 @@ class Rollouts:
     split: Callable[[Split | None], None] = lambda split: None
     active: bool = False
     webhooks: tuple[str, ...] = ()
+    server: str = ""
 
     async def abandon(self, why: str) -> None:
         """End the model's rollout, if there is one. Call this when `carry_out` has been cancelled."""
@@ -372,7 +374,7 @@ class _Run:
         record, generation = self._record, self._record.generation + 1
         while self._parts.names.served != record.target:  # else the server was started with it
             desired = await retrying(lambda: read_desired(self._store, record.name))
-            swap = await retrying(lambda: find_swap(self._store, record.name, generation))
+            swap = await retrying(lambda: find_swap(self._store, record.name, generation, server=self._parts.server))
             result = swap.result if swap else None
             if result is None and desired is not None and desired.generation == generation:
                 if self._parts.names.served is None:  # the first start failed, and is tried again

@@ -1,5 +1,6 @@
 """A model's history: when each version was served, which rollouts took place, and who requested them."""
 
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -8,7 +9,7 @@ from sqlalchemy import Engine as Store
 from svc.store.audit import Action, read_events
 from svc.store.gate_rows import GATE_ROWS
 from svc.store.rollouts import RolloutView, read_rollouts
-from svc.store.served import served_spans
+from svc.store.served import ServedSpan, served_spans
 
 _REQUESTING = {Action.SERVE.value, Action.PROMOTE.value, Action.ROLLBACK.value}
 _EVENTS = 10_000
@@ -17,7 +18,7 @@ _EVENTS = 10_000
 def read_history(store: Store, name: str) -> list[dict[str, Any]]:
     """Return a model's served periods and its rollouts as JSON, in chronological order.
 
-    A served period is the time during which one version was served.
+    A served period is the time during which one version was served, by one or several servers.
 
     All rows have the same keys, and `event` is either `served` or `rollout`. For a served period, `action`,
     `who`, `why` and `gates` come from the audit event that requested the version. They are None or empty if the
@@ -30,7 +31,7 @@ def _served(store: Store, name: str) -> list[dict[str, Any]]:
     events = read_events(store, newest=_EVENTS, subject=name)
     asked = {event.details.get("generation"): event for event in events if event.action in _REQUESTING}
     rows: list[dict[str, Any]] = []
-    for span in served_spans(store, name):
+    for span in _merged(served_spans(store, name)):
         event = asked.get(span.generation)
         rows.append(
             {
@@ -50,6 +51,35 @@ def _served(store: Store, name: str) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _merged(spans: list[ServedSpan]) -> list[ServedSpan]:
+    """Return one span for the spans of several servers that served the same version at the same time.
+
+    The spans of one server stay apart, because its restarts are of interest.
+    """
+    merged: list[ServedSpan] = []
+    for span in sorted(spans, key=lambda span: span.began_at):
+        same = (at for at, each in enumerate(merged) if each.target == span.target and _goes_on(each, span))
+        place = next(same, None)
+        if place is None:
+            merged.append(span)
+        else:
+            merged[place] = _joined(merged[place], span)
+    return merged
+
+
+def _goes_on(earlier: ServedSpan, later: ServedSpan) -> bool:
+    """Return whether a span of another server has not ended when a later one begins."""
+    if earlier.server == later.server:
+        return False
+    return earlier.ended_by is None or (earlier.ended_at is not None and earlier.ended_at > later.began_at)
+
+
+def _joined(earlier: ServedSpan, later: ServedSpan) -> ServedSpan:
+    """Return a span that lasts until the version was served by neither of two servers."""
+    last = max(earlier, later, key=lambda span: (span.ended_by is None, span.ended_at or span.began_at))
+    return replace(earlier, ended_at=last.ended_at, ended_by=last.ended_by, server=last.server)
 
 
 def _rollouts(store: Store, name: str) -> list[dict[str, Any]]:

@@ -29,7 +29,7 @@ from svc.settings import Settings
 from svc.store.database import open_database, open_store
 from svc.store.desired import desired_names
 from svc.store.postgresql import location
-from svc.store.swaps import find_swap
+from svc.store.swaps import unfinished_swaps
 from svc.version import VersionId
 
 _TRIES = 5
@@ -196,7 +196,5 @@ def _needed_versions(registry: Registry, store: Store) -> set[VersionId]:
     found = set[VersionId]()
     for name in {*registry.names(), *desired_names(store)}:
         found |= protected(registry, store, name).keys()
-        swap = find_swap(store, name)
-        if swap is not None and swap.result is None:
-            found.add(swap.target.version)
+        found |= {swap.target.version for swap in unfinished_swaps(store, name)}
     return found

@@ -27,7 +27,7 @@ from svc.registry.registry import Registry
 from svc.registry.training_runs import RUN_LOCK, RUNS_FOLDER, SWEEPS_FOLDER, find_training_runs
 from svc.store.desired import desired_names, read_desired
 from svc.store.rollouts import active_rollout
-from svc.store.swaps import find_swap
+from svc.store.swaps import unfinished_swaps
 from svc.version import Format, VersionId
 
 log = logging.getLogger(__name__)
@@ -145,8 +145,7 @@ def _drop_weights(run: Path, formats: Iterable[Format] = Format) -> None:
 
 
 def _refuse(registry: Registry, store: Store, version: VersionId) -> None:
-    swap = find_swap(store, version.name)
-    if swap is not None and swap.result is None:
+    for swap in unfinished_swaps(store, version.name):
         # Its outcome determines the target of a rollback.
         raise BusyError(
             f"a swap of {version.name} to {swap.target} is running", todo="wait until the swap ends; check svc status"

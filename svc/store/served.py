@@ -1,6 +1,6 @@
 """Periods in which a model's versions were served, recorded by the server and shown by `svc history`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 
@@ -10,8 +10,8 @@ from sqlalchemy.orm import Session
 
 from svc.store.database import exclusive
 from svc.store.desired import Desired
-from svc.store.leases import running_servers
-from svc.store.tables import ServedRow, target_columns, target_of
+from svc.store.leases import running_ids
+from svc.store.tables import ServedRow, ServerRow, target_columns, target_of
 from svc.version import Target
 
 
@@ -34,17 +34,19 @@ class Ended(StrEnum):
     STOP = "stop"
     """Serving ended because the server was stopped or the model was removed from it."""
     LOST = "lost"
-    """Serving ended because the server died. The recorded end is an upper bound: the next server's start."""
+    """Serving ended because the server died. The recorded end is an upper bound: the next server's start, or the
+    server's last report if several servers use the store."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServedSpan:
-    """A period in which a version was served.
+    """A period in which a server served a version.
 
     Attributes:
         generation: generation of the desired state.
         ended_at: end of the period. None if the period has not ended, or if the server died and no server
             has started since.
+        server: id of the server; empty if no other server can use the store.
     """
 
     target: Target
@@ -53,30 +55,48 @@ class ServedSpan:
     began_by: Began
     ended_at: datetime | None
     ended_by: Ended | None
+    server: str = ""
 
 
-def begin_serving(store: Store, desired: Desired, began_by: Began, at: datetime | None = None) -> None:
-    """Record that a version has started being served. Does nothing if it is already being served.
+def begin_serving(
+    store: Store, desired: Desired, began_by: Began, at: datetime | None = None, *, server: str = ""
+) -> None:
+    """Record that a server has started serving a version. Does nothing if the server is already serving it.
+
+    At the start of a server, the periods of servers that no longer run end too.
 
     Args:
         at: time of the start, or None for now.
+        server: id of the server; empty if no other server can use the store.
     """
     now = at or datetime.now(UTC)
     with exclusive(store) as session:
-        for row in session.scalars(_lasting(desired.name)):
+        for row in session.scalars(_lasting(desired.name, server)):
             if began_by is Began.SWAP and target_of(row) == desired.target:
                 return
             row.ended_at = now
             row.ended_by = Ended.SWAP if began_by is Began.SWAP else Ended.LOST
+        if server and began_by is not Began.SWAP:
+            _end_lost(session, desired.name, server, now)
         session.add(
-            ServedRow(**target_columns(desired.target), generation=desired.generation, began_at=now, began_by=began_by)
+            ServedRow(
+                **target_columns(desired.target),
+                server=server,
+                generation=desired.generation,
+                began_at=now,
+                began_by=began_by,
+            )
         )
 
 
-def end_serving(store: Store, name: str, at: datetime | None = None) -> None:
-    """Record that a model is no longer being served."""
+def end_serving(store: Store, name: str, at: datetime | None = None, *, server: str = "") -> None:
+    """Record that a server no longer serves a model.
+
+    Args:
+        server: id of the server; empty if no other server can use the store.
+    """
     with exclusive(store) as session:
-        for row in session.scalars(_lasting(name)):
+        for row in session.scalars(_lasting(name, server)):
             row.ended_at, row.ended_by = at or datetime.now(UTC), Ended.STOP
 
 
@@ -88,17 +108,40 @@ def is_served_elsewhere(store: Store, name: str, server: str) -> bool:
     """
     if not server:
         return False
+    query = select(ServedRow.server).where(
+        ServedRow.name == name, ServedRow.server != server, ServedRow.ended_at.is_(None)
+    )
     with Session(store) as session:
-        holders = set(session.scalars(_lasting(name).with_only_columns(ServedRow.server)))
-    return bool(holders & {each.id for each in running_servers(store)} - {server})
+        return not running_ids(session).isdisjoint(session.scalars(query))
 
 
 def served_spans(store: Store, name: str) -> list[ServedSpan]:
-    """Return all serving periods of a model, oldest first."""
+    """Return the serving periods of a model on all servers, oldest first."""
     query = select(ServedRow).where(ServedRow.name == name).order_by(ServedRow.id)
     with Session(store) as session:
-        return [row.read(ServedSpan, target=target_of(row)) for row in session.scalars(query)]
+        spans = [row.read(ServedSpan, target=target_of(row)) for row in session.scalars(query)]
+        if not any(span.server and span.ended_at is None for span in spans):
+            return spans
+        running, seen = running_ids(session), _last_reports(session)
+    return [
+        replace(span, ended_at=seen.get(span.server), ended_by=Ended.LOST)
+        if span.server and span.ended_at is None and span.server not in running
+        else span
+        for span in spans
+    ]
 
 
-def _lasting(name: str) -> Select[ServedRow]:
-    return select(ServedRow).where(ServedRow.name == name, ServedRow.ended_at.is_(None))
+def _lasting(name: str, server: str) -> Select[ServedRow]:
+    return select(ServedRow).where(ServedRow.name == name, ServedRow.server == server, ServedRow.ended_at.is_(None))
+
+
+def _end_lost(session: Session, name: str, server: str, now: datetime) -> None:
+    """End the periods of other servers that no longer run."""
+    running, seen = running_ids(session), _last_reports(session)
+    for row in session.scalars(select(ServedRow).where(ServedRow.name == name, ServedRow.ended_at.is_(None))):
+        if row.server not in {server, *running}:
+            row.ended_at, row.ended_by = seen.get(row.server, now), Ended.LOST
+
+
+def _last_reports(session: Session) -> dict[str, datetime]:
+    return {row.id: row.seen_at for row in session.scalars(select(ServerRow))}

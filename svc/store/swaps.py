@@ -10,9 +10,10 @@ from sqlalchemy import Engine as Store
 from sqlalchemy import Select, select, update
 from sqlalchemy.orm import Session
 
-from svc.store.database import exclusive
+from svc.store.database import exclusive, is_sqlite
 from svc.store.desired import Desired
-from svc.store.tables import SwapRow, SwapStepRow, target_columns, target_of
+from svc.store.leases import running_ids
+from svc.store.tables import ServedRow, ServerRow, SwapRow, SwapStepRow, is_of, target_columns, target_of
 from svc.version import Target
 
 
@@ -29,6 +30,9 @@ class SwapOutcome(StrEnum):
     the newly desired one is loaded."""
     FAILED = "failed"
     """The swap failed because the engine died or because only a new engine could restore the previous version."""
+
+
+_FAILURES = {SwapOutcome.REFUSED, SwapOutcome.RESTORED, SwapOutcome.FAILED}
 
 
 class SwapKind(StrEnum):
@@ -83,10 +87,37 @@ class SwapRecord:
     steps: tuple[str, ...]
 
 
-def begin_swap(store: Store, desired: Desired) -> int:
-    """Record the start of a swap and return its id. An unfinished swap for the same desired state is resumed."""
-    last = _last_swap(desired.name, desired.generation)
-    row = SwapRow(**target_columns(desired.target), generation=desired.generation, started_at=datetime.now(UTC))
+@dataclass(frozen=True, slots=True)
+class ServerSwap:
+    """What one server has done to serve the version of a desired state.
+
+    Attributes:
+        server: id of the server; empty if no other server can use the store.
+        address: host name and port of the server; empty if it is unknown.
+        running: whether the server has reported recently.
+        swap: its swap to the version, or None if it has not begun one.
+        later: target of its last swap for a later desired state, or None if there is none. If there is one, the server
+            begins no earlier swap any more.
+    """
+
+    server: str
+    address: str
+    running: bool
+    swap: SwapRecord | None
+    later: Target | None
+
+
+def begin_swap(store: Store, desired: Desired, *, server: str = "") -> int:
+    """Record the start of a swap and return its id. An unfinished swap of the server for the same desired state is
+    resumed.
+
+    Args:
+        server: id of the server; empty if no other server can use the store.
+    """
+    last = _last_swap(desired.name, desired.generation, server)
+    row = SwapRow(
+        **target_columns(desired.target), server=server, generation=desired.generation, started_at=datetime.now(UTC)
+    )
     with exclusive(store) as session:
         before = session.scalar(last)
         if before is not None and before.outcome is None:
@@ -112,22 +143,89 @@ def last_queued_s(store: Store, target: Target) -> float | None:
     """Return for how long requests were queued in the last in-place swap to a version, or None if there was none."""
     row = SwapRow
     query = select(row.queued_s).where(row.kind == SwapKind.INPLACE, row.outcome == SwapOutcome.SUCCEEDED)
-    query = query.where(*(getattr(row, name) == value for name, value in target_columns(target).items()))
+    query = query.where(is_of(row, target))
     with Session(store) as session:
         return session.scalar(query.order_by(row.id.desc()).limit(1))
 
 
-def find_swap(store: Store, name: str, generation: int | None = None) -> SwapRecord | None:
-    """Return a model's last swap, or its last swap for a given generation of the desired state."""
+def end_lost_swaps(store: Store, name: str, reason: str) -> None:
+    """Record that a model's unfinished swaps on servers that no longer run have failed."""
+    with exclusive(store) as session:
+        running = running_ids(session)
+        for row in session.scalars(select(SwapRow).where(SwapRow.name == name, SwapRow.outcome.is_(None))):
+            if row.server not in running:
+                row.outcome, row.reason = SwapOutcome.FAILED, reason
+
+
+def find_swap(store: Store, name: str, generation: int | None = None, *, server: str = "") -> SwapRecord | None:
+    """Return a model's last swap on a server, or its last swap for a given generation of the desired state.
+
+    Args:
+        server: id of the server; empty if no other server can use the store.
+    """
     with Session(store) as session:
-        row = session.scalar(_last_swap(name, generation))
-        if row is None:
-            return None
-        steps = session.scalars(select(SwapStepRow.text).where(SwapStepRow.swap_id == row.id).order_by(SwapStepRow.id))
-        result = row.read(SwapResult) if row.outcome else None
-        return row.read(SwapRecord, target=target_of(row), result=result, steps=tuple(steps))
+        row = session.scalar(_last_swap(name, generation, server))
+        return _read(session, row) if row else None
 
 
-def _last_swap(name: str, generation: int | None) -> Select[SwapRow]:
-    query = select(SwapRow).where(SwapRow.name == name).order_by(SwapRow.id.desc()).limit(1)
+def unfinished_swaps(store: Store, name: str) -> list[SwapRecord]:
+    """Return the swaps of a model that its servers have not finished. Servers that no longer run are ignored."""
+    with Session(store) as session:
+        servers = {""} if is_sqlite(store) else running_ids(session)
+        last = [session.scalar(_last_swap(name, None, server)) for server in sorted(servers)]
+        return [_read(session, row) for row in last if row is not None and row.outcome is None]
+
+
+def server_swaps(store: Store, name: str, generation: int) -> list[ServerSwap]:
+    """Return what each server has done to serve the version of a desired state, in the order of the servers' start.
+
+    A server that started with the version is left out, because it has nothing to do.
+    """
+    if is_sqlite(store):
+        newest = find_swap(store, name)
+        later = newest.target if newest and newest.generation > generation else None
+        return [ServerSwap("", "", True, find_swap(store, name, generation), later)]
+    earlier = select(ServedRow.server).where(
+        ServedRow.name == name, ServedRow.ended_at.is_(None), ServedRow.generation < generation
+    )
+    began = select(SwapRow.server).where(SwapRow.name == name, SwapRow.generation == generation)
+    with Session(store) as session:
+        running, swapped = running_ids(session), set(session.scalars(began))
+        concerned = swapped | (set(session.scalars(earlier)) & running)
+        known = session.scalars(select(ServerRow).order_by(ServerRow.started_at, ServerRow.id))
+        addresses = {row.id: row.address for row in known if row.id in concerned}
+        addresses |= dict.fromkeys(sorted(concerned - addresses.keys()), "")
+        swaps = []
+        for server, address in addresses.items():
+            row = session.scalar(_last_swap(name, generation, server))
+            last = session.scalar(_last_swap(name, None, server))
+            later = target_of(last) if last and last.generation > generation else None
+            swaps.append(ServerSwap(server, address, server in running, _read(session, row) if row else None, later))
+        return swaps
+
+
+def failed_elsewhere(store: Store, target: Target, *, server: str) -> bool:
+    """Return whether the last swap to a version failed on another server that runs.
+
+    Args:
+        server: id of this server; empty if no other server can use the store.
+    """
+    if not server:
+        return False
+    with Session(store) as session:
+        for other in running_ids(session) - {server}:
+            swap = session.scalar(_last_swap(target.version.name, None, other).where(is_of(SwapRow, target)))
+            if swap is not None and swap.outcome in _FAILURES:
+                return True
+    return False
+
+
+def _read(session: Session, row: SwapRow) -> SwapRecord:
+    steps = session.scalars(select(SwapStepRow.text).where(SwapStepRow.swap_id == row.id).order_by(SwapStepRow.id))
+    result = row.read(SwapResult) if row.outcome else None
+    return row.read(SwapRecord, target=target_of(row), result=result, steps=tuple(steps))
+
+
+def _last_swap(name: str, generation: int | None, server: str) -> Select[SwapRow]:
+    query = select(SwapRow).where(SwapRow.name == name, SwapRow.server == server).order_by(SwapRow.id.desc()).limit(1)
     return query if generation is None else query.where(SwapRow.generation == generation)

@@ -39,7 +39,7 @@ def roll_back(instance: Instance) -> float:
     """Roll back and return the number of seconds until only version 1 serves."""
     here = LocalAdministration.of(Settings(home=instance.home))
     began = time.monotonic()
-    result = follow(here, here.rollback("tiny", reason=None), lambda step: None)
+    result = follow(here, here.rollback("tiny", reason=None), lambda step: None).result
     took_s = time.monotonic() - began
     assert result.outcome is SwapOutcome.SUCCEEDED
     return took_s

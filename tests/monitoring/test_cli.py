@@ -125,6 +125,30 @@ def test_status_screen_shows_version_engine_traffic_and_errors(status: Status) -
         assert text in ended.out
 
 
+def test_status_screen_shows_the_servers_of_the_store_when_there_are_several(status: Status) -> None:
+    seen: dict[str, Any] = {"started_at": "2026-01-02T03:00:00+00:00", "seen_at": "2026-01-02T03:04:05+00:00"}
+    servers = [
+        {
+            "id": "a",
+            "address": "gpu-1:8000",
+            **seen,
+            "running": True,
+            "serves": ["tiny@2 (gptq)"],
+            "leads": ["*", "tiny"],
+        },
+        {"id": "b", "address": "gpu-2:8000", **seen, "running": False, "serves": [], "leads": []},
+    ]
+    page = SERVER | {"server": "a", "servers": servers}
+    lines = [" ".join(line.split()) for line in status(pages={"/svc/status": (200, json.dumps(page))}).out.splitlines()]
+    assert "gpu-1:8000 (this one) tiny@2 (gptq) 2026-01-02 03:04:05 everything else, tiny" in lines
+    assert "gpu-2:8000 it no longer reports 2026-01-02 03:04:05 -" in lines
+
+
+def test_status_screen_shows_no_table_of_servers_when_there_is_one(status: Status) -> None:
+    page = SERVER | {"server": "", "servers": []}
+    assert "last seen" not in status(pages={"/svc/status": (200, json.dumps(page))}).out
+
+
 def test_status_row_of_a_version_shows_its_requests_and_errors(status: Status) -> None:
     row = next(line for line in status().out.splitlines() if line.strip().startswith("tiny@2 ") and "1000" in line)
     assert row.split()[:4] == ["tiny@2", "42", "1", "1000/200"]

@@ -61,6 +61,8 @@ class Control:
         format: format in which versions are served.
         adapters: settings for adapters.
         store: store that other servers use too. By default, the home's.
+        book: aliases that other servers use too.
+        address: host name and port that the server reports.
         settings: fields of ServeSettings that differ from the default.
 
     Attributes:
@@ -78,13 +80,16 @@ class Control:
         format: Format = Format.MERGED,
         adapters: AdapterSettings | None = None,
         store: Store | None = None,
+        book: AliasBook | None = None,
+        address: str = "gpu-1:8000",
         **settings: Any,
     ) -> None:
         self.sockets = sockets
         self.format = format
         self.replicas = replicas
         self.settings = Settings(home=home, adapters=adapters or AdapterSettings(), serve=ServeSettings(**settings))
-        self.book = AliasBook()
+        self.book = book or AliasBook()
+        self.address = address
         self.registry = Registry(home / "models", self.book)
         self.store = store or new_store(home)
         self.changes = Changes()
@@ -100,7 +105,7 @@ class Control:
         self.collector = CollectorRegistry()
         self.metrics = GatewayMetrics(self.collector)
         self.slots = ParkSlots(self.park, settings, self.registry, AVX512, list)
-        self.leadership = Leadership(self.store, self.changes, "gpu-1:8000", lambda: [NAME])
+        self.leadership = Leadership(self.store, self.changes, self.address, lambda: [NAME])
         builder = DeploymentBuilder(
             settings,
             self.registry,
@@ -122,6 +127,7 @@ class Control:
     @asynccontextmanager
     async def run(self) -> AsyncIterator["Control"]:
         """Serve while the context is active. A defect that ends the loop fails the test."""
+        await self.leadership.report()
         await self.start()
         parts = (
             self.leadership.run,
@@ -211,7 +217,7 @@ class Control:
         """Wait until a swap ends and return its result."""
         async with asyncio.timeout(5):
             while True:
-                swap = find_swap(self.store, NAME, desired.generation)
+                swap = find_swap(self.store, NAME, desired.generation, server=self.leadership.server)
                 if swap and swap.result:
                     return swap.result
                 await asyncio.sleep(0.02)
@@ -223,7 +229,7 @@ class Control:
     @property
     def steps(self) -> tuple[str, ...]:
         """Return the steps of the last swap."""
-        swap = find_swap(self.store, NAME)
+        swap = find_swap(self.store, NAME, server=self.leadership.server)
         return swap.steps if swap else ()
 
     async def serves(self, wanted: Target, timeout_s: float = 5.0) -> None:

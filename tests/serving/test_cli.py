@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from serving import assembly
+from serving.client.promotion import FollowedChange, ServerResult
 from svc.cli import group
 from svc.errors import BusyError, GateError, NotFoundError, RefusedError, ServerNotRunningError, SvcError
 from svc.identity.actor import Actor
@@ -32,6 +33,7 @@ from svc.store.rollouts import (
     store_signals,
 )
 from svc.store.served import served_spans
+from svc.store.swaps import SwapOutcome, SwapResult
 from svc.version import Format, Target, VersionId
 from tests.postgresql import SHARED, PostgresServer
 from tests.serving.control import until
@@ -162,6 +164,35 @@ async def test_promote_prints_json_if_requested(serving: Home) -> None:
     result = await type_in(serving, "promote", f"{NAME}@2", "--json")
     result_json = json.loads(result.stdout)
     assert (result_json["target"], result_json["outcome"], result_json["queued"]) == (str(target(2)), "succeeded", 0)
+
+
+def end_promotions_with(monkeypatch: pytest.MonkeyPatch, *results: SwapResult | None) -> None:
+    """Let every promotion end with the given results of servers gpu-1, gpu-2 and so on."""
+    servers = tuple(ServerResult(f"gpu-{number}:8000", result) for number, result in enumerate(results, start=1))
+    monkeypatch.setattr("serving.cli.follow", lambda *_: FollowedChange(servers))
+
+
+async def test_failed_promotion_shows_the_result_of_every_server(
+    serving: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cancelled = SwapResult(SwapOutcome.CANCELLED, "superseded by tuned@1")
+    end_promotions_with(monkeypatch, cancelled, SwapResult(SwapOutcome.REFUSED, "no memory"), None)
+    error = error_of(await type_in(serving, "promote", f"{NAME}@2"))
+    assert error.wrong.splitlines() == [
+        "tuned@2 (merged) was not promoted (refused): all servers return to tuned@1 (merged)",
+        "  gpu-1:8000: cancelled: superseded by tuned@1",
+        "  gpu-2:8000: refused: no memory",
+        "  gpu-3:8000: stopped before it had a result",
+    ]
+
+
+async def test_promotion_warns_of_a_server_that_stopped(serving: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    end_promotions_with(monkeypatch, SwapResult(SwapOutcome.SUCCEEDED), None)
+    result = await type_in(serving, "promote", f"{NAME}@2", "--json")
+    assert result.exit_code == 0
+    assert "warning: gpu-2:8000: stopped before it had a result" in result.stderr
+    servers = [(server["address"], server["outcome"]) for server in json.loads(result.stdout)["servers"]]
+    assert servers == [("gpu-1:8000", "succeeded"), ("gpu-2:8000", None)]
 
 
 async def test_version_that_failed_a_check_is_not_promoted(serving: Home) -> None:

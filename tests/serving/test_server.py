@@ -73,7 +73,7 @@ async def test_started_server_answers_and_reports_its_status(home: Home) -> None
 
 
 async def test_status_without_the_store_has_what_is_in_memory(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(store: Store, name: str) -> None:
+    def fail(store: Store, name: str, *, server: str) -> None:
         raise StoreUnavailableError(RegistryError("the store at db:5432/x is not responding", todo="check it"))
 
     monkeypatch.setattr(deployment, "find_swap", fail)

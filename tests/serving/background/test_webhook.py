@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -148,7 +148,9 @@ def add(store: Store, url: str, body: str = BODY, *, age: timedelta = timedelta(
 
 
 @asynccontextmanager
-async def sending(store: Store, url: str, secret_file: Path) -> AsyncIterator[Counter[WebhookOutcome]]:
+async def sending(
+    store: Store, url: str, secret_file: Path, leads: Callable[[], bool] = lambda: True
+) -> AsyncIterator[Counter[WebhookOutcome]]:
     """Run a sender while the context is active, and yield the counted outcomes."""
     counted: Counter[WebhookOutcome] = Counter()
 
@@ -156,12 +158,24 @@ async def sending(store: Store, url: str, secret_file: Path) -> AsyncIterator[Co
         counted[outcome] += number
 
     settings = WebhookSettings(url=url, secret_file=secret_file)
-    task = asyncio.create_task(Webhook.of(settings, store, count).run())
+    task = asyncio.create_task(Webhook.of(settings, store, count, leads).run())
     try:
         yield counted
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_server_that_does_not_lead_sends_nothing_until_it_leads(
+    store: Store, receiver: Receiver, secret_file: Path
+) -> None:
+    leads = False
+    add(store, receiver.url)
+    async with sending(store, receiver.url, secret_file, lambda: leads) as counted:
+        await asyncio.sleep(0.1)
+        assert receiver.received == []
+        leads = True
+        await until(lambda: counted[DELIVERED] == 1)
 
 
 async def test_receiver_verifies_the_signature_of_a_message(

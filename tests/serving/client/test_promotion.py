@@ -35,7 +35,7 @@ def wish(home: Home, number: int) -> VersionChange:
 
 
 def follow_in(home: Home, change: VersionChange, steps: list[str] | None = None) -> SwapResult:
-    return follow(LocalAdministration.of(home.settings), change, (steps if steps is not None else []).append)
+    return follow(LocalAdministration.of(home.settings), change, (steps if steps is not None else []).append).result
 
 
 async def change(home: Home, number: int, steps: list[str] | None = None) -> SwapResult:

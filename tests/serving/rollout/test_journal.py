@@ -149,12 +149,12 @@ def _fails_once(function: Callable[..., Any]) -> Callable[..., Any]:
 def _fails(function: Callable[..., Any], times: int, error: Exception) -> Callable[..., Any]:
     failures = times
 
-    def fail(*arguments: Any) -> Any:
+    def fail(*arguments: Any, **options: Any) -> Any:
         nonlocal failures
         if failures:
             failures -= 1
             raise error
-        return function(*arguments)
+        return function(*arguments, **options)
 
     return fail
 

@@ -10,8 +10,9 @@ from svc.identity.actor import Actor
 from svc.settings import RolloutSettings
 from svc.store.audit import Action, AuditEntry, record_event
 from svc.store.desired import Desired, change_desired
+from svc.store.leases import report_server
 from svc.store.rollouts import RolloutOutcome, SignalRow, begin_rollout, end_rollout, store_signals
-from svc.store.served import Began, begin_serving
+from svc.store.served import Began, begin_serving, end_serving
 from svc.version import Format, Target, VersionId
 
 NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
@@ -91,3 +92,27 @@ def test_running_rollout_has_no_end_in_the_history(store: Store) -> None:
     begin_rollout(store, first, target(2), RolloutSettings(shadow=9), AuditEntry(Action.PROMOTE, "tickets@2", ALICE))
     (row,) = read_history(store, "tickets")
     assert (row["until"], row["ended_by"], row["rollout"]["state"]) == (None, None, "requested")
+
+
+def test_history_has_one_row_for_a_version_that_several_servers_serve(postgresql_store: Store) -> None:
+    store = postgresql_store
+    first = change_desired(store, None, target(1), None)
+    second = change_desired(store, first, target(2), first.target)
+    for server, at in (("a", 0), ("b", 1)):
+        report_server(store, server, f"{server}:8000", [])
+        begin_serving(store, first, Began.START, at=minute(at), server=server)
+    for server, at in (("a", 5), ("b", 6)):
+        begin_serving(store, second, Began.SWAP, at=minute(at), server=server)
+    end_serving(store, "tickets", at=minute(9), server="a")
+    rows = [(row["version"], row["from"], row["until"], row["ended_by"]) for row in read_history(store, "tickets")]
+    times = [minute(at).isoformat(timespec="milliseconds") for at in (0, 5, 6)]
+    assert rows == [("tickets@1", times[0], times[2], "swap"), ("tickets@2", times[1], None, None)]
+
+
+def test_restart_of_the_only_server_has_its_own_row_in_the_history(postgresql_store: Store) -> None:
+    first = change_desired(postgresql_store, None, target(1), None)
+    for server, at in (("a", 0), ("a-again", 5)):
+        report_server(postgresql_store, server, "a:8000", [])
+        begin_serving(postgresql_store, first, Began.START, at=minute(at), server=server)
+        end_serving(postgresql_store, "tickets", at=minute(at + 5), server=server)
+    assert [row["ended_by"] for row in read_history(postgresql_store, "tickets")] == ["stop", "stop"]

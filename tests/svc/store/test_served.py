@@ -6,6 +6,7 @@ import pytest
 from sqlalchemy import Engine as Store
 
 from svc.store.desired import Desired
+from svc.store.leases import remove_server, report_server
 from svc.store.served import Began, Ended, ServedSpan, begin_serving, end_serving, served_spans
 from svc.version import Format, Target, VersionId
 
@@ -59,3 +60,23 @@ def test_served_intervals_of_different_names_are_independent(store: Store) -> No
     begin_serving(store, other, Began.START, at=minute(1))
     end_serving(store, "tickets", at=minute(2))
     assert [span.ended_at for span in served_spans(store, "reviews")] == [None]
+
+
+def test_served_intervals_of_running_servers_are_independent(postgresql_store: Store) -> None:
+    for server in ("a", "b"):
+        report_server(postgresql_store, server, f"{server}:8000", [])
+        begin_serving(postgresql_store, ONE, Began.START, at=minute(0), server=server)
+    begin_serving(postgresql_store, TWO, Began.SWAP, at=minute(1), server="a")
+    end_serving(postgresql_store, "tickets", at=minute(2), server="a")
+    spans = [(span.server, span.ended_by) for span in served_spans(postgresql_store, "tickets")]
+    assert spans == [("a", Ended.SWAP), ("b", None), ("a", Ended.STOP)]
+
+
+def test_interval_of_a_server_that_no_longer_runs_is_ended_by_the_start_of_another(postgresql_store: Store) -> None:
+    begin_serving(postgresql_store, ONE, Began.START, at=minute(0), server="died")
+    report_server(postgresql_store, "a", "a:8000", [])
+    begin_serving(postgresql_store, ONE, Began.START, at=minute(5), server="a")
+    remove_server(postgresql_store, "a")
+    first, second = served_spans(postgresql_store, "tickets")
+    assert (first.server, first.ended_at, first.ended_by) == ("died", minute(5), Ended.LOST)
+    assert (second.server, second.ended_at, second.ended_by) == ("a", None, Ended.LOST)

@@ -1,22 +1,30 @@
 """Tests that the journal records the steps and the outcome of a swap."""
 
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 from sqlalchemy import Engine as Store
 
 from svc.store.desired import Desired
+from svc.store.leases import remove_server, report_server
+from svc.store.served import Began, begin_serving
 from svc.store.swaps import (
     SwapKind,
     SwapOutcome,
     SwapResult,
     add_step,
     begin_swap,
+    end_lost_swaps,
     end_swap,
+    failed_elsewhere,
     find_swap,
     last_queued_s,
+    server_swaps,
+    unfinished_swaps,
 )
 from svc.version import Format, Target, VersionId
+from tests.new_store import new_store
 
 
 def desired(number: int, generation: int, name: str = "tiny") -> Desired:
@@ -93,3 +101,72 @@ def test_swap_steps_belong_to_their_swap(store: Store) -> None:
     found = find_swap(store, "tiny")
     assert found is not None
     assert found.steps == ("of the second",)
+
+
+@pytest.fixture
+def shared(postgresql_store: Store) -> Store:
+    """Return a store that the servers `a` and `b` use."""
+    for server in ("a", "b"):
+        report_server(postgresql_store, server, f"{server}:8000", [])
+    return postgresql_store
+
+
+def test_server_resumes_only_its_own_swap(shared: Store) -> None:
+    first = begin_swap(shared, desired(2, 5), server="a")
+    second = begin_swap(shared, desired(2, 5), server="b")
+    assert first != second
+    assert begin_swap(shared, desired(2, 5), server="a") == first
+    found = [find_swap(shared, "tiny", server=server) for server in ("a", "b")]
+    assert [swap.id for swap in found if swap] == [first, second]
+
+
+def test_unfinished_swaps_are_those_of_running_servers(any_store: Store) -> None:
+    begin_swap(any_store, desired(2, 5))
+    begin_swap(any_store, desired(3, 5), server="a")
+    is_sqlite = any_store.dialect.name == "sqlite"
+    report_server(any_store, "a", "a:8000", [])
+    assert [swap.target.version.number for swap in unfinished_swaps(any_store, "tiny")] == [2 if is_sqlite else 3]
+
+
+def test_swaps_of_servers_that_no_longer_run_are_ended(shared: Store) -> None:
+    for server in ("a", "b"):
+        begin_swap(shared, desired(2, 5), server=server)
+    remove_server(shared, "b")
+    end_lost_swaps(shared, "tiny", "it stopped")
+    swaps = {each.server: each.swap and each.swap.result for each in server_swaps(shared, "tiny", 5)}
+    assert swaps == {"a": None, "b": SwapResult(SwapOutcome.FAILED, "it stopped")}
+
+
+def test_only_server_has_one_row_of_a_generation_even_before_it_begins(tmp_path: Path) -> None:
+    store = new_store(tmp_path)
+    (before,) = server_swaps(store, "tiny", 5)
+    begin_swap(store, desired(2, 5))
+    (begun,) = server_swaps(store, "tiny", 5)
+    begin_swap(store, desired(3, 6))
+    (overtaken,) = server_swaps(store, "tiny", 4)
+    assert (before.swap, before.running, before.later) == (None, True, None)
+    assert begun.swap and begun.swap.generation == 5
+    assert (overtaken.swap, overtaken.later) == (None, desired(3, 6).target)
+
+
+def test_servers_of_a_generation_are_those_that_serve_the_model_or_swap(shared: Store) -> None:
+    report_server(shared, "c", "c:8000", [])
+    begin_serving(shared, desired(1, 4), Began.START, server="a")
+    begin_serving(shared, desired(2, 5), Began.START, server="b")  # it started with the version
+    swap = begin_swap(shared, desired(2, 5), server="c")
+    found = [(each.address, each.running, each.swap and each.swap.id) for each in server_swaps(shared, "tiny", 5)]
+    assert found == [("a:8000", True, None), ("c:8000", True, swap)]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "fails"),
+    [(SwapOutcome.REFUSED, True), (SwapOutcome.CANCELLED, False), (SwapOutcome.SUCCEEDED, False)],
+)
+def test_version_failed_elsewhere_if_the_last_swap_of_another_running_server_failed(
+    shared: Store, outcome: SwapOutcome, fails: bool
+) -> None:
+    end_swap(shared, begin_swap(shared, desired(2, 5), server="b"), SwapResult(outcome, "why"))
+    tried = desired(2, 5).target
+    assert (failed_elsewhere(shared, tried, server="a"), failed_elsewhere(shared, tried, server="b")) == (fails, False)
+    remove_server(shared, "b")
+    assert not failed_elsewhere(shared, tried, server="a")
