@@ -1,14 +1,16 @@
 """Run one drift check for a version: pass new requests through the detector and store the results.
 
-The results do not depend on how often checks run or on which process runs them. A lock in the home
-ensures that only one check runs at a time.
+The results do not depend on how often checks run or on which process runs them. Only one check runs at a time: a lock
+in the home and, in PostgreSQL, a lease ensure it.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from itertools import takewhile
+from pathlib import Path
 from typing import Final, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -24,17 +26,22 @@ from monitoring.drift.traffic import SIGNALS, TrafficState, accepted_baseline, c
 from svc.drift_reference.reference import read_reference
 from svc.drift_reference.sample import Sample
 from svc.errors import RefusedError
+from svc.files.lock import hold_lock
 from svc.redaction import Redactor
 from svc.registry.registry import Registry
 from svc.settings import RequestLogSettings
 from svc.store.answered import was_answered
 from svc.store.drift import DriftState, keep_drift, read_drift_baseline, read_drift_states
 from svc.store.drift_items import StoredItem, item_ids, prune_items, read_items, read_items_with
+from svc.store.leases import Lease, hold_lease
 from svc.version import Target
 
 log = logging.getLogger(__name__)
 
 LOCK_FILE: Final = "drift.lock"
+LEASE: Final = "*drift"
+"""Name of the lease. No model can have this name."""
+_WHAT = "the drift check"
 REPORT: Final = TypeAdapter(SignalReport)
 _TRAFFIC_STATE: Final = TypeAdapter(TrafficState)
 _RATING_STATE: Final = TypeAdapter(RatingState)
@@ -50,6 +57,17 @@ _SCORING = timedelta(minutes=5)
 """Longest time to wait for an answer's log-probability when the answer's content is stored."""
 _NO_FEATURES = "the server does not store features of new requests; set request_log.features and restart the server"
 State = TypeVar("State")
+
+
+@contextmanager
+def only_check(home: Path, store: Store) -> Iterator[Lease | None]:
+    """Let no other process check for drift for the duration of the `with` block, on this home or on this store.
+
+    Raises:
+        BusyError: another process is running a check.
+    """
+    with hold_lock(home / LOCK_FILE, _WHAT), hold_lease(store, LEASE, _WHAT) as lease:
+        yield lease
 
 
 @dataclass(frozen=True)
@@ -91,10 +109,14 @@ class DriftCheck:
         self._clock = clock
         self._bets: dict[str, _Bets] = {}
 
-    def run(self, target: Target) -> list[SignalReport]:
+    def run(self, target: Target, lease: Lease | None = None) -> list[SignalReport]:
         """Check a target's new requests and ratings, store the results, and return the reports.
 
+        Args:
+            lease: lease of the check, from `only_check`.
+
         Raises:
+            LeaseLostError: another process runs a check now. Nothing is stored.
             NotFoundError: the version does not exist.
             IntegrityError: the version's files differ from its manifest.
         """
@@ -102,9 +124,9 @@ class DriftCheck:
         accepted = read_drift_baseline(self._store, target)
         states = read_drift_states(self._store, target)
         earlier = read_reports(states)[:2]
-        return self._advance(target, traffic, ratings, AlarmBook(self._store, target), accepted, earlier)
+        return self._advance(target, traffic, ratings, AlarmBook(self._store, target), accepted, lease, earlier)
 
-    def accept(self, target: Target) -> list[str]:
+    def accept(self, target: Target, lease: Lease | None = None) -> list[str]:
         """End a version's active alarms by making the traffic since they began the new reference.
 
         Traffic alarms and rating alarms are accepted independently of each other.
@@ -114,7 +136,7 @@ class DriftCheck:
 
         Raises:
             RefusedError: no alarm is active, or too few requests or ratings have arrived since the alarms began.
-            NotFoundError, IntegrityError: see `run`.
+            NotFoundError, IntegrityError, LeaseLostError: see `run`.
         """
         (traffic, ratings), alarms = self._states(target), AlarmBook(self._store, target)
         accepted = read_drift_baseline(self._store, target)
@@ -142,7 +164,7 @@ class DriftCheck:
             todo = f"run `svc drift {target.version}` to see its alarms"
             none = RefusedError(f"{target.version} has no active drift alarm", todo=todo)
             raise refused[0] if refused else none
-        self._advance(target, traffic, ratings, alarms, accepted)
+        self._advance(target, traffic, ratings, alarms, accepted, lease)
         return features
 
     def _states(self, target: Target) -> tuple[TrafficState, RatingState]:
@@ -157,6 +179,7 @@ class DriftCheck:
         ratings: RatingState,
         alarms: AlarmBook,
         accepted: bytes | None,
+        lease: Lease | None,
         earlier: Sequence[SignalReport] = (),
     ) -> list[SignalReport]:
         """Check new requests and ratings, and store all results in one transaction.
@@ -185,7 +208,7 @@ class DriftCheck:
             )
             for report in reports
         ]
-        keep_drift(self._store, target, stored, alarms.changed, accepted)
+        keep_drift(self._store, target, stored, alarms.changed, accepted, lease=lease)
         unseen = item_ids(self._store, target, after=traffic.cursor)
         prune_items(self._store, target, {*traffic.kept, *unseen}, SEEN)
         return reports

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from monitoring.drift.check import DriftCheck
     from svc.registry.registry import Registry
+    from svc.store.leases import Lease
     from svc.version import Target
 
 
@@ -29,11 +30,10 @@ def drift(ctx: click.Context, model: str, accept: bool, as_json: bool) -> None:
     not depend on how often checks run.
     """
     settings = settings_of(ctx)
-    from monitoring.drift.check import LOCK_FILE, DriftCheck
+    from monitoring.drift.check import DriftCheck, only_check
     from monitoring.drift.production import read_drift
     from monitoring.drift.render import Example, drift_json, drift_screen
     from svc.drift_reference.reference import read_prompt
-    from svc.files.lock import hold_lock
     from svc.registry.registry import Registry
     from svc.store.answered import texts_of
     from svc.store.database import open_store
@@ -43,11 +43,11 @@ def drift(ctx: click.Context, model: str, accept: bool, as_json: bool) -> None:
     registry, store = Registry.of(settings), open_store(settings)
     target = _target(registry, store, model)
     try:
-        with hold_lock(settings.home / LOCK_FILE, "the drift check"), waiting("comparing new requests"):
+        with only_check(settings.home, store) as lease, waiting("comparing new requests"):
             check = DriftCheck(registry, store, settings.request_log)
-            check.run(target)
+            check.run(target, lease)
             if accept:
-                _accept(check, store, target)
+                _accept(check, store, target, lease)
     except BusyError:
         if accept:
             raise
@@ -63,12 +63,12 @@ def drift(ctx: click.Context, model: str, accept: bool, as_json: bool) -> None:
         output.print(drift_screen(*shown))
 
 
-def _accept(check: "DriftCheck", store: "Store", target: "Target") -> None:
+def _accept(check: "DriftCheck", store: "Store", target: "Target", lease: "Lease | None") -> None:
     from svc.identity.actor import Actor
     from svc.store.audit import Action, AuditEntry, record_event
     from svc.terminal import console
 
-    features = check.accept(target)
+    features = check.accept(target, lease)
     details = {"format": target.format.value, "features": features}
     record_event(store, AuditEntry(Action.ACCEPT_DRIFT, str(target.version), Actor.local(), details=details))
     console.print(f"accepted: {', '.join(features)}; later traffic is compared with the traffic since the alarms began")

@@ -4,11 +4,10 @@ import logging
 
 from sqlalchemy import Engine as Store
 
-from monitoring.drift.check import LOCK_FILE, DriftCheck, read_reports
+from monitoring.drift.check import DriftCheck, only_check, read_reports
 from monitoring.drift.report import SignalReport
 from monitoring.quality import QualityReport, read_quality
 from svc.errors import BusyError
-from svc.files.lock import hold_lock
 from svc.registry.registry import Registry
 from svc.settings import Settings
 from svc.store.database import open_store
@@ -41,7 +40,7 @@ class ProductionChecks:
     """Runs the drift check of every production target on each call, and caches the references between calls."""
 
     def __init__(self, settings: Settings) -> None:
-        self._lock = settings.home / LOCK_FILE
+        self._home = settings.home
         self._store = open_store(settings)
         self._check = DriftCheck(Registry.of(settings), self._store, settings.request_log)
 
@@ -51,10 +50,10 @@ class ProductionChecks:
         If the check of one target fails, the others are still checked.
         """
         try:
-            with hold_lock(self._lock, "the drift check"):
+            with only_check(self._home, self._store) as lease:
                 for target in production_targets(self._store):
                     try:
-                        self._check.run(target)
+                        self._check.run(target, lease)
                     except Exception:  # a bug too: it would prevent the checks of all later models, every time
                         log.exception("the drift check of %s failed", target)
         except BusyError:

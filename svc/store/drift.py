@@ -13,6 +13,7 @@ from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from svc.store.database import exclusive
+from svc.store.leases import Lease, require_lease
 from svc.store.tables import DriftAlarmRow, DriftBaselineRow, DriftStateRow, is_of, target_columns
 from svc.version import Target
 
@@ -72,16 +73,23 @@ def keep_drift(
     states: Sequence[DriftState],
     alarms: Sequence[DriftAlarm],
     baseline: bytes | None = None,
+    *,
+    lease: Lease | None = None,
 ) -> None:
     """Store the results of a drift check atomically.
 
     Args:
         alarms: alarms that began or ended; an alarm with an id replaces the row with that id.
         baseline: traffic newly accepted as the drift reference, or None to leave the reference unchanged.
+        lease: lease of the check; None if the store is used by one home only.
+
+    Raises:
+        LeaseLostError: another process has taken the lease. Nothing is stored.
     """
     key, mine = target_columns(target), is_of(DriftAlarmRow, target)
     newest = select(DriftAlarmRow.id).where(mine).order_by(DriftAlarmRow.id.desc()).limit(KEPT_ALARMS)
     with exclusive(store) as session:
+        require_lease(session, lease)
         for state in states:
             session.merge(DriftStateRow.of(state, **key))
         for alarm in alarms:

@@ -7,16 +7,27 @@ A server that was cut off may still believe that it holds a lease. Its writes th
 (`require_lease`): once another server has taken it, its generation has changed and they are rejected.
 """
 
-from collections.abc import Collection
+import logging
+import os
+import platform
+import threading
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from uuid import uuid4
 
 from sqlalchemy import Engine as Store
 from sqlalchemy import delete, func, select
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from svc.store.database import exclusive
+from svc.errors import BusyError
+from svc.store.database import exclusive, is_sqlite
+from svc.store.outage_log import log_store_error
 from svc.store.tables import LeaseRow, ServerRow
+
+log = logging.getLogger(__name__)
 
 LEASE_S = 15.0
 """Seconds for which a lease lasts without being extended, and a server counts as running without reporting."""
@@ -114,6 +125,65 @@ def require_lease(session: Session, lease: Lease | None) -> None:
     row = session.get(LeaseRow, lease.name)
     if row is None or (row.holder, row.generation) != (lease.holder, lease.generation):
         raise LeaseLostError(f"another server has taken over {lease.name}")
+
+
+@contextmanager
+def hold_lease(store: Store, name: str, what: str) -> Iterator[Lease | None]:
+    """Hold a lease for the duration of the `with` block, for a process that is no server. A thread extends it.
+
+    With SQLite, nothing is written, and the lease is None: the processes of one home use a lock file.
+
+    Args:
+        name: name of the lease.
+        what: noun for what the lease is for, used in error messages.
+
+    Raises:
+        BusyError: another process holds the lease, or has taken it because the store did not respond for `LEASE_S`.
+    """
+    if is_sqlite(store):
+        yield None
+        return
+    holder = f"process {os.getpid()} on {platform.node()}{_UNIQUE}{uuid4().hex}"
+    with exclusive(store) as session:
+        lease = _take(session, name, holder, _now(session))
+        if lease is None:
+            other = session.get_one(LeaseRow, name).holder.partition(_UNIQUE)[0]
+            raise BusyError(f"{what} is in use by {other}", todo="wait for that process, or stop it")
+    released = threading.Event()
+    extending = threading.Thread(target=_extend, args=(store, lease, released), name=f"lease {name}", daemon=True)
+    extending.start()
+    try:
+        yield lease
+    except LeaseLostError as error:
+        raise BusyError(f"another process took over {what}, because the store did not respond in time") from error
+    finally:
+        released.set()
+        extending.join()
+        _release(store, lease)
+
+
+_UNIQUE = "#"
+
+
+def _extend(store: Store, lease: Lease, released: threading.Event) -> None:
+    """Extend a lease until it is released."""
+    while not released.wait(LEASE_S / 3):
+        try:
+            with exclusive(store) as session:
+                _take(session, lease.name, lease.holder, _now(session))
+        except SQLAlchemyError:
+            log_store_error(log, "could not extend the lease %s", lease.name)
+
+
+def _release(store: Store, lease: Lease) -> None:
+    """Let others take a lease immediately."""
+    try:
+        with exclusive(store) as session:
+            row = session.get(LeaseRow, lease.name)
+            if row is not None and row.holder == lease.holder:
+                row.until = _now(session)
+    except SQLAlchemyError:
+        log_store_error(log, "could not release the lease %s; it ends after %.0f s", lease.name, LEASE_S)
 
 
 def _take(session: Session, name: str, server: str, now: datetime) -> Lease | None:

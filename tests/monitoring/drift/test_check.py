@@ -9,13 +9,14 @@ import pytest
 from sqlalchemy import Engine as Store
 
 from monitoring.drift.budget import Signal
-from monitoring.drift.check import DriftCheck
+from monitoring.drift.check import DriftCheck, only_check
 from monitoring.drift.report import Status
-from svc.errors import NotFoundError
+from svc.errors import BusyError, NotFoundError
 from svc.evaluation.results import ExampleResult
 from svc.registry.registry import Registry
 from svc.settings import RequestLogSettings
 from svc.store.drift import DriftAlarm, keep_drift, read_drift_alarms, read_drift_states
+from svc.store.leases import Lease, LeaseLostError
 from svc.version import Format, VersionId
 from tests.monitoring.drift.conftest import Check
 from tests.monitoring.drift.traffic import NOON, Traffic, prompts, register, system_prompt, target
@@ -540,3 +541,20 @@ def test_traffic_change_is_accepted_even_if_ratings_are_too_few_to_accept(
     assert "characters" in accepted and "bad_ratings" not in accepted
     lasting = {alarm.feature for alarm in read_drift_alarms(store, target()) if alarm.ended_at is None}
     assert lasting == {"bad_ratings"}
+
+
+def test_two_homes_with_one_store_do_not_check_at_the_same_time(postgresql_store: Store, tmp_path: Path) -> None:
+    with only_check(tmp_path / "a", postgresql_store) as lease:
+        assert lease is not None
+        with pytest.raises(BusyError, match="the drift check is in use"), only_check(tmp_path / "b", postgresql_store):
+            pass
+    with only_check(tmp_path / "b", postgresql_store):
+        pass
+
+
+def test_check_whose_lease_was_taken_stores_nothing(registry: Registry, store: Store, traffic: Traffic) -> None:
+    traffic.ask(prompts("none")[:12])
+    checks = DriftCheck(registry, store, RequestLogSettings(), clock=lambda: traffic.now)
+    with pytest.raises(LeaseLostError):
+        checks.run(target(), Lease("*drift", "process 1", 1))
+    assert read_drift_states(store, target()) == {}

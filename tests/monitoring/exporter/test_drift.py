@@ -16,6 +16,7 @@ from svc.store.deployments import add_deployment, remove_deployment
 from svc.store.desired import change_desired
 from svc.store.drift import read_drift_states
 from svc.store.holdouts import HoldoutOutcome, add_holdout_run
+from svc.store.leases import Lease
 from svc.version import Target
 from tests.monitoring.drift.traffic import NAME, Traffic, open_registry, prompts, register, target
 from tests.monitoring.test_quality import run
@@ -97,10 +98,10 @@ def test_defect_in_one_models_check_does_not_stop_checks_of_other_models(
 ) -> None:
     unpatched = DriftCheck.run
 
-    def run(check: DriftCheck, target: Target) -> object:
+    def run(check: DriftCheck, target: Target, lease: Lease | None) -> object:
         if target.version.name == NAME:
             raise ValueError("a defect")
-        return unpatched(check, target)
+        return unpatched(check, target, lease)
 
     monkeypatch.setattr(DriftCheck, "run", run)
     checks()

@@ -1,22 +1,28 @@
 """Tests that one server holds a lease at a time, and that writes of a server that lost it are rejected."""
 
+import time
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 from sqlalchemy import Engine as Store
 from sqlalchemy.orm import Session
 
+from svc.errors import BusyError
 from svc.store.database import exclusive
 from svc.store.leases import (
     LEASE_S,
     Lease,
     LeaseLostError,
+    hold_lease,
     remove_server,
     report_server,
     require_lease,
     running_servers,
 )
 from svc.store.tables import LeaseRow, ServerRow
+from tests.new_store import new_store
 
 
 def report(store: Store, server: str) -> dict[str, Lease]:
@@ -98,3 +104,44 @@ def test_servers_that_have_not_reported_for_a_day_are_forgotten(any_store: Store
     report(any_store, "a")
     with Session(any_store) as session:
         assert [row.id for row in session.query(ServerRow)] == ["a"]
+
+
+def hold(store: Store) -> AbstractContextManager[Lease | None]:
+    return hold_lease(store, "*work", "the work")
+
+
+def test_held_lease_is_refused_to_another_process_until_it_is_released(postgresql_store: Store) -> None:
+    refused = pytest.raises(BusyError, match=r"the work is in use by process \d+ on [\w.-]+\n")
+    with hold(postgresql_store), refused, hold(postgresql_store):
+        pass
+    with hold(postgresql_store) as lease:
+        assert lease and lease.generation == 2
+
+
+def test_held_lease_is_extended(postgresql_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("svc.store.leases.LEASE_S", 0.3)
+    with hold(postgresql_store) as lease:
+        time.sleep(0.6)
+        with exclusive(postgresql_store) as session:
+            require_lease(session, lease)
+            assert session.get_one(LeaseRow, "*work").until > datetime.now(UTC)
+
+
+def test_holder_whose_lease_was_taken_is_told_so(postgresql_store: Store) -> None:
+    def write() -> None:
+        with hold(postgresql_store) as lease:
+            let_pass(postgresql_store, LEASE_S + 1)
+            report_server(postgresql_store, "b", "b:8000", ["*work"])
+            with exclusive(postgresql_store) as session:
+                require_lease(session, lease)
+
+    with pytest.raises(BusyError, match="another process took over the work"):
+        write()
+
+
+def test_process_holds_no_lease_with_sqlite(tmp_path: Path) -> None:
+    store = new_store(tmp_path)
+    with hold(store) as lease:
+        assert lease is None
+    with Session(store) as session:
+        assert session.query(LeaseRow).count() == 0
