@@ -24,6 +24,7 @@ from serving.telemetry.retention_clock import RetentionClock
 from serving.telemetry.traces.request_trace import RequestTrace, SpanSink
 from svc.redaction import RedactionTimeoutError, Redactor
 from svc.settings import RequestLogSettings
+from svc.store.database import is_sqlite
 from svc.store.requests import (
     Dropped,
     RequestOutcome,
@@ -52,6 +53,8 @@ _GATHER_S = 0.2
 """Seconds during which completed rows are collected for one transaction, so that a busy server only syncs a
 few times per second."""
 _PRUNE_EVERY_S = 60.0
+_SUMMED_EVERY = 10
+"""Number of prunings after which the size of all rows is summed up again if other servers may add rows too."""
 _RETRY_S = 1.0
 _ESCAPED = 6  # growth of a character, at most, in ASCII-only JSON: \u00e9
 _GOOD_STATUS = 200
@@ -106,6 +109,7 @@ class RequestLog:
         self._content_bytes = 0
         self._grown_bytes = 0  # written since the last pruning
         self._stored_bytes: int | None = None  # of all rows at the last pruning; None: to be summed up
+        self._prunings = 0
         self._thread = threading.Thread(target=self._run, name="request-log", daemon=True)
 
     def start(self) -> None:
@@ -329,7 +333,9 @@ class RequestLog:
     def _prune(self) -> None:
         with self._lock:
             grown, self._grown_bytes = self._grown_bytes, 0
-        known = None if self._stored_bytes is None else self._stored_bytes + grown
+        self._prunings += 1
+        outdated = not is_sqlite(self.store) and self._prunings % _SUMMED_EVERY == 0
+        known = None if self._stored_bytes is None or outdated else self._stored_bytes + grown
         max_bytes = self.settings.max_mib * 2**20
         self._stored_bytes = None
         try:

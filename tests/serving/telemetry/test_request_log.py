@@ -356,6 +356,26 @@ def test_row_sizes_are_summed_again_after_a_failed_pruning(store: Store, monkeyp
     assert known[:4] == [None, 1, None, 1]
 
 
+def test_row_sizes_are_summed_again_regularly_when_other_servers_may_add_rows(
+    postgresql_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(request_log, "_PRUNE_EVERY_S", 0.001)
+    monkeypatch.setattr(request_log, "_SUMMED_EVERY", 3)
+    known: list[int | None] = []
+
+    def prune(store: Store, *, known_bytes: int | None, **_: object) -> Pruned:
+        known.append(known_bytes)
+        return Pruned(0, 1)
+
+    monkeypatch.setattr(request_log, "prune_requests", prune)
+    pen = Pen(postgresql_store)
+    pen.writer.start()
+    while len(known) < 6:
+        time.sleep(0.01)
+    pen.writer.close()
+    assert known[:6] == [None, 1, None, 1, 1, None]
+
+
 def test_rows_added_at_a_busy_moment_share_a_transaction(pen: Pen, monkeypatch: pytest.MonkeyPatch) -> None:
     batches: list[int] = []
     written = threading.Event()
