@@ -75,6 +75,7 @@ class DeploymentBuilder:
             names=names,
             store=self.store,
             changes=self.changes,
+            leadership=self.leadership,
             registry=self.registry,
             pool=pool,
             admission=admission,
@@ -84,7 +85,6 @@ class DeploymentBuilder:
             metrics=metrics,
             report=journal.rollout_step,
             webhooks=tuple(each.url for each in self.settings.webhooks),
-            server=self.leadership.server,
         )
         reconciler = Reconciler(
             desired,

@@ -29,11 +29,11 @@ class Leadership:
     """Holds this server's leases and extends them.
 
     Args:
-        address: host name and port, which identify the server to people.
         models: function that returns the names of the models that this server serves.
         clock: function that returns monotonic time, in seconds.
 
     Attributes:
+        address: host name and port, which identify the server to people.
         server: random id of this server; empty if no other server can use the store.
     """
 
@@ -48,7 +48,7 @@ class Leadership:
     ) -> None:
         self._store = store
         self._changes = changes
-        self._address = address
+        self.address = address
         self._models = models
         self._clock = clock
         self._leases: Mapping[str, Lease] = {}
@@ -85,7 +85,7 @@ class Leadership:
         """
         names, began, before = [EVERYTHING, *self._models()], self._clock(), set(self._leases)
         try:
-            leases = await asyncio.to_thread(report_server, self._store, self.server, self._address, names)
+            leases = await asyncio.to_thread(report_server, self._store, self.server, self.address, names)
         except SQLAlchemyError:
             log_store_error(log, "could not extend the leases of this server; it leads nothing after %.0f s", LEASE_S)
             return

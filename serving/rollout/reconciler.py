@@ -162,19 +162,17 @@ class Reconciler:
         while True:
             count = self.changes.count
             record = await retrying(lambda: active_rollout(self.store, self.actual.name))
-            # The desired version comes first, as a rollout compares with it. At its end, a rollout swaps by itself.
-            switching = record is not None and record.state is RolloutState.SWITCHING
+            # The desired version comes first, as a rollout compares with it. At its end, the server that leads the
+            # rollout swaps as a part of it.
+            switching = record is not None and record.state is RolloutState.SWITCHING and self.rollouts.leads
             desired = None if switching else await self._changed()
             self.promoting = bool(record or desired)
-            try:
-                if desired:
-                    await self.change_to(desired)
-                elif record:
-                    await self.rollouts.carry_out(record, self.change_to)
-                else:
-                    await self.changes.wait(count, _POLL_S)
-            finally:
-                self.promoting = False
+            if desired:
+                await self.change_to(desired)
+            elif record and self.rollouts.takes_part(record, self.actual.generation):
+                await self.rollouts.carry_out(record, self.change_to)
+            else:
+                await self.changes.wait(count, _POLL_S)
 
     async def _changed(self) -> Desired | None:
         """Return the desired state if it is not in effect yet. One whose swap failed is replaced by the served state.

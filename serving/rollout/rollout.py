@@ -6,11 +6,16 @@
 Each state is stored before it takes effect, so that a server that was killed continues where it stopped. The production
 version stays loaded until the end: a rollback only changes where requests are sent. Where memory holds one engine only,
 stored requests are replayed instead of both steps, see serving.rollout.replay.
+
+If several servers serve the model, one leads: the server that holds the model's lease. It alone compares both versions
+and changes the stored state. The others follow: they load the candidate and send it the same clients, so that the
+requests of all servers are evidence. If the lease moves, the next server continues with its loaded candidate.
 """
 
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -20,14 +25,16 @@ from sqlalchemy import Engine as Store
 from sqlalchemy.exc import SQLAlchemyError
 
 from serving.admission.admission import Admission
+from serving.leadership import Leadership
 from serving.model_names import ModelNames
 from serving.replicas.balancer import Balancer
 from serving.replicas.pool import EnginePool
 from serving.rollout.cancellation import Cancellation, SupersededError
-from serving.rollout.candidate import CandidateLoader, LoadedCandidate
+from serving.rollout.candidate import CandidateLoader, CandidatePlan, LoadedCandidate
 from serving.rollout.engine_change import EngineChange
 from serving.rollout.evidence import CanaryEvidence, Look, ShadowEvidence, doubts, exclusions, expectations
 from serving.rollout.replay import MIN_UNITS, QUIET_S, Kept, Replay, find_kept, require_replay
+from serving.rollout.rollout_watch import RolloutWatch
 from serving.rollout.shadow import Shadow
 from serving.rollout.split import Split
 from serving.telemetry.deployment_metrics import DeploymentMetrics
@@ -38,6 +45,7 @@ from svc.registry.registry import Registry
 from svc.settings import AtDeadline, UnitKind
 from svc.store.changes import Changes
 from svc.store.desired import Desired, read_desired
+from svc.store.leases import Lease, LeaseLostError
 from svc.store.outage_log import log_store_error
 from svc.store.rollout_text import place_of
 from svc.store.rollouts import (
@@ -86,17 +94,18 @@ class Rollouts:
 
     Attributes:
         changes: changes in the store, for which this waits.
+        leadership: says whether this server leads the model's rollouts.
         report: function called with the rollout's id and a description of each step.
         split: function that sets how the model's requests are split between two versions. None sends them all
             to production.
         active: whether a rollout is in progress. It needs an engine with the production version.
         webhooks: URLs to which each transition is reported.
-        server: id of this server; empty if no other server can use the store.
     """
 
     names: ModelNames
     store: Store
     changes: Changes
+    leadership: Leadership
     registry: Registry
     pool: EnginePool
     admission: Admission
@@ -108,30 +117,171 @@ class Rollouts:
     split: Callable[[Split | None], None] = lambda split: None
     active: bool = False
     webhooks: tuple[str, ...] = ()
-    server: str = ""
+
+    @property
+    def leads(self) -> bool:
+        """Whether this server decides the model's rollouts. One of the servers that use the store does."""
+        return self.leadership.leads(self.names.name)
+
+    def takes_part(self, record: RolloutRecord, generation: int) -> bool:
+        """Return whether this server must carry out a rollout now, or else only serve the desired version.
+
+        Args:
+            generation: generation of the desired state that this server serves.
+        """
+        tried = record.state in (RolloutState.LOADING, RolloutState.SHADOW, RolloutState.CANARY)
+        return self.leads or (tried and record.stop is None and record.generation == generation)
 
     async def abandon(self, why: str) -> None:
-        """End the model's rollout, if there is one. Call this when `carry_out` has been cancelled."""
-        if record := await asyncio.to_thread(active_rollout, self.store, self.names.name):
-            await self._end(record, RolloutOutcome.CANCELLED, why)
+        """End the model's rollout, if there is one and this server leads it. Call this when `carry_out` has been
+        cancelled.
+        """
+        with suppress(LeaseLostError):
+            lease = self.leadership.lease(self.names.name)
+            if record := await asyncio.to_thread(active_rollout, self.store, self.names.name):
+                await self.end(record, lease, RolloutOutcome.CANCELLED, why)
 
-    async def _end(self, record: RolloutRecord, outcome: RolloutOutcome, why: str | None) -> None:
+    async def end(self, record: RolloutRecord, lease: Lease | None, outcome: RolloutOutcome, why: str | None) -> None:
+        """Store the outcome of a rollout.
+
+        Raises:
+            LeaseLostError: another server leads the rollout now.
+        """
         log.info("the rollout of %s ended: %s %s", record.target, outcome, why or "")
-        await retrying(lambda: end_rollout(self.store, record.id, outcome, why, webhooks=self.webhooks))
+        await retrying(lambda: end_rollout(self.store, record.id, outcome, why, lease=lease, webhooks=self.webhooks))
         self.metrics.rollout_ended(outcome)
 
     async def carry_out(self, record: RolloutRecord, change_to: ChangeTo) -> None:
-        """Continue a rollout from its stored state until it ends, and store the outcome.
+        """Take part in a rollout from its stored state until it has ended or this server has nothing left to do for it.
+
+        The server that leads the rollout stores the outcome.
 
         Args:
             change_to: function that swaps to the candidate once it has become the desired version.
         """
-        cancellation = Cancellation()
-        listening = asyncio.create_task(self._listen(record, cancellation))
         self.active = True
         try:
-            await _Run(self, record, change_to, cancellation).run()
+            await _Run(self, record, change_to).run()
+        finally:
+            self.active = False
+
+
+class _Run:
+    """One server's part in a rollout, which it leads or follows. The role can change.
+
+    Both roles load the candidate and send it the same clients. Only the server that leads compares both versions, and
+    changes the rollout's stored state.
+    """
+
+    def __init__(self, rollouts: Rollouts, record: RolloutRecord, change_to: ChangeTo) -> None:
+        self._parts = rollouts
+        self._change_to = change_to
+        self._store = rollouts.store
+        self._record = record
+        self._plan = record.plan
+        self._watch = RolloutWatch(
+            rollouts.store, rollouts.changes, rollouts.leadership, record, on_lapse=lambda: self._divide(None)
+        )
+        self._cancellation = self._watch.cancellation
+        self._lease: Lease | None = None
+        self._candidate: LoadedCandidate | None = None
+        self._loaded = AsyncExitStack()
+        self._report = partial(rollouts.report, record.id)
+        self._signals: tuple[SignalRow, ...] = ()
+        self._warned = set(record.steps)
+        self._resumed_at = datetime.now(UTC)
+        self._split = Split(record.id, 0.0, by_request=record.plan.unit is UnitKind.REQUEST)
+
+    async def run(self) -> None:
+        """Lead or follow the rollout until it has ended or this server has nothing left to do for it."""
+        watching = asyncio.create_task(self._watch.run())
+        try:
+            over = False
+            while not over:
+                over = await self._take_turn()
+        except SupersededError as superseded:
+            log.info("this server no longer follows the rollout of %s: %s", self._record.target, superseded)
+        finally:
+            watching.cancel()
+            self._watch.close()
+            await self._unload()
+
+    async def _take_turn(self) -> bool:
+        """Lead or follow the rollout until the role changes, and return whether nothing is left to do.
+
+        Raises:
+            SupersededError: this server follows the rollout, which was stopped or has ended.
+        """
+        parts, leads = self._parts, self._parts.leads
+        try:
+            self._lease = parts.leadership.lease(parts.names.name) if leads else None
+            # Read after the lease was taken: since then, no other server can change it.
+            self._record = self._watch.renew(await retrying(self._watch.read))
+            if self._record.state is RolloutState.ENDED:
+                return True
+            if leads:
+                await self._lead()
+                return True
+            if self._record.state is RolloutState.SWITCHING:
+                with suppress(StoppedError):  # the journal of swaps has the reason
+                    await self._continue_switch()
+                return True
+            await self._follow()
+        except LeaseLostError as lost:
+            log.info("this server no longer leads the rollout of %s: %s", self._record.target, lost)
+            await asyncio.sleep(_POLL_S)
+        return False
+
+    async def _follow(self) -> None:
+        """Send the candidate the same clients as the server that leads, until this server must do something else.
+
+        If the candidate cannot be loaded or its engine dies, production answers all clients of this server.
+
+        Raises:
+            SupersededError: the rollout was stopped or has ended.
+        """
+        address = self._parts.leadership.address
+        self._cancellation.check()
+        try:
+            candidate = self._candidate or await self._load_to_follow(lambda text: self._report(f"{address}: {text}"))
+            while not self._must_act and not self._watch.lapsed:
+                candidate.check()
+                self._divide(self._split_of(self._watch.seen))
+                await self._cancellation.interrupting(asyncio.sleep(_POLL_S))
+            return
+        except SupersededError:
+            raise
+        except Exception as error:  # any error: it must not end the rollout of the other servers
+            log.warning("%s answers no clients of this server", self._record.target, exc_info=error)
+            await self._unload()
+            self._report(f"{address}: {self._record.previous} answers all clients of this server: {error}")
+        while not self._must_act:
+            await self._cancellation.interrupting(asyncio.sleep(_POLL_S))
+
+    @property
+    def _must_act(self) -> bool:
+        """Whether a server that follows must now lead, or swap to the candidate."""
+        return self._parts.leads or self._watch.seen.state is RolloutState.SWITCHING
+
+    async def _load_to_follow(self, report: Callable[[str], None]) -> LoadedCandidate:
+        await self._production_ready()
+        plan = await self._plan_candidate()
+        if plan.shortage:
+            raise EngineError(f"not enough memory to run {self._record.target} next to it: {plan.shortage}")
+        return await self._load(plan, report)
+
+    async def _lead(self) -> None:
+        """Decide whether the candidate is promoted, and store the outcome.
+
+        Raises:
+            LeaseLostError: another server leads the rollout now.
+        """
+        record = self._record
+        try:
+            await self._promote()
             outcome, why = RolloutOutcome.PROMOTED, None
+        except LeaseLostError:
+            raise
         except StoppedError as stopped:
             outcome, why = stopped.outcome, stopped.why
         except SupersededError as superseded:
@@ -142,91 +292,90 @@ class Rollouts:
         except Exception as error:  # a defect: the rollout ends, and the production version is still served
             log.exception("unexpected error in the rollout of %s", record.target)
             outcome, why = RolloutOutcome.FAILED, repr(error)
-        finally:
-            listening.cancel()
-            self.active = False
-        await self._end(record, outcome, why)
+        await self._unload()
+        await self._parts.end(record, self._lease, outcome, why)
 
-    async def _listen(self, record: RolloutRecord, cancellation: Cancellation) -> None:
-        """Cancel the rollout when a user stops it or another version becomes the desired one."""
-        while True:
-            count = self.changes.count
-            try:
-                current = await asyncio.to_thread(find_rollout, self.store, record.name, record.id)
-                desired = await asyncio.to_thread(read_desired, self.store, record.name)
-            except SQLAlchemyError:
-                log_store_error(log, "could not read the rollout of %s; continuing it", record.target)
-                await asyncio.sleep(_STORE_PAUSE_S)
-            else:
-                if current is not None and current.stop is not None:
-                    cancellation.ask(current.stop)
-                switching = current is not None and current.state is RolloutState.SWITCHING
-                if desired is not None and desired.generation != record.generation and not switching:
-                    cancellation.ask(f"{desired.target} was promoted meanwhile")
-            await self.changes.wait(count, _POLL_S)
-
-
-class _Run:
-    """One rollout in progress."""
-
-    def __init__(
-        self, rollouts: Rollouts, record: RolloutRecord, change_to: ChangeTo, cancellation: Cancellation
-    ) -> None:
-        self._parts = rollouts
-        self._change_to = change_to
-        self._store = rollouts.store
-        self._record = record
-        self._plan = record.plan
-        self._cancellation = cancellation
-        self._report = partial(rollouts.report, record.id)
-        self._signals: tuple[SignalRow, ...] = ()
-        self._warned = set(record.steps)
-        self._resumed_at = datetime.now(UTC)
-        self._split = Split(record.id, 0.0, by_request=record.plan.unit is UnitKind.REQUEST)
-
-    async def run(self) -> None:
+    async def _promote(self) -> None:
         """Go through the rollout's remaining states, and return once the candidate is in production.
 
         Raises:
+            LeaseLostError: another server leads the rollout now.
             StoppedError, SupersededError, SvcError, OSError: the candidate was not promoted.
         """
-        record, parts = self._record, self._parts
-        if record.state is RolloutState.SWITCHING:
-            return await self._continue_switch()
+        if self._record.state is not RolloutState.SWITCHING:
+            self._cancellation.check()
+            await self._try_candidate()
+            await self._switch()
+        await self._continue_switch()
+
+    async def _try_candidate(self) -> None:
+        """Go through the steps that compare the candidate with production.
+
+        Raises:
+            LeaseLostError, StoppedError, SupersededError, SvcError, OSError: see `_promote`.
+        """
+        record, leadership = self._record, self._parts.leadership
         await self._production_ready()
         if record.state is RolloutState.REQUESTED:
             await self._enter(RolloutState.LOADING)
         else:
-            self._report(f"the server started again; the rollout continues at {place_of(RolloutView.of(record))}")
+            why = f"{leadership.address} leads it from now on" if leadership.server else "the server started again"
+            self._report(f"{why}; the rollout continues at {place_of(RolloutView.of(record))}")
+        candidate = self._candidate
+        if candidate is None:
+            plan = await self._plan_candidate()
+            kept = await self._find_kept(plan)
+            if record.state is RolloutState.REQUESTED:
+                for text in await retrying(lambda: expectations(self._store, record, kept.total if kept else None)):
+                    self._report(text)
+            if kept is not None:
+                await self._replay(kept)
+                return
+            candidate = await self._load(plan, self._report)
+        if self._plan.shadow and record.state is not RolloutState.CANARY:
+            await self._shadow(candidate)
+        await self._canary(candidate)
+
+    async def _plan_candidate(self) -> CandidatePlan:
+        """Return how the candidate can be loaded."""
+        record, parts = self._record, self._parts
         plan = await parts.loader.plan(record.previous, record.target, self._cancellation)
-        kept = await retrying(lambda: find_kept(self._store, record, self._split)) if plan.shortage else None
-        if kept is not None:
-            require_replay(
-                record,
-                plan,
-                kept,
-                len(parts.pool.members),
-                load_s=await retrying(lambda: last_queued_s(self._store, record.previous)),
-                queue_timeout_s=parts.admission.queue_timeout_s,
-            )
-        if record.state is RolloutState.REQUESTED:
-            for text in await retrying(lambda: expectations(self._store, record, kept.total if kept else None)):
-                self._report(text)
         expects_json = await asyncio.to_thread(_expects_json, parts.registry, record.previous.version)
         self._split = replace(self._split, expects_json=expects_json)
-        if kept is not None:
-            await self._replay(kept)
-            return await self._switch()
-        async with parts.loader.loaded(
-            plan, record.previous, record.target, self._report, self._cancellation
-        ) as candidate:
-            try:
-                if self._plan.shadow and record.state is not RolloutState.CANARY:
-                    await self._shadow(candidate)
-                await self._canary(candidate)
-                await self._switch()
-            finally:
-                self._divide(None)
+        return plan
+
+    async def _load(self, plan: CandidatePlan, report: Callable[[str], None]) -> LoadedCandidate:
+        """Load the candidate until `_unload`, and return it."""
+        record, loader = self._record, self._parts.loader
+        loading = loader.loaded(plan, record.previous, record.target, report, self._cancellation)
+        self._candidate = await self._loaded.enter_async_context(loading)
+        return self._candidate
+
+    async def _unload(self) -> None:
+        """Send all clients to production, and unload the candidate unless it is in production."""
+        self._divide(None)
+        self._candidate = None
+        await self._loaded.aclose()
+
+    async def _find_kept(self, plan: CandidatePlan) -> Kept | None:
+        """Return the stored requests to replay if memory holds one engine only, else None.
+
+        Raises:
+            RefusedError: they cannot be replayed.
+        """
+        if not plan.shortage:
+            return None
+        record, parts = self._record, self._parts
+        kept = await retrying(lambda: find_kept(self._store, record, self._split))
+        require_replay(
+            record,
+            plan,
+            kept,
+            len(parts.pool.members),
+            load_s=await retrying(lambda: last_queued_s(self._store, record.previous)),
+            queue_timeout_s=parts.admission.queue_timeout_s,
+        )
+        return kept
 
     async def _shadow(self, candidate: LoadedCandidate) -> None:
         """Compare both versions' answers to `plan.shadow` requests. Clients receive production's answers."""
@@ -309,7 +458,7 @@ class _Run:
             if self._record.state is not RolloutState.CANARY or step != first:
                 await self._enter(RolloutState.CANARY, step)
             evidence.start_step(self._record.step_began_at)
-            self._divide(replace(self._split, share=percent / 100))
+            self._divide(self._split_of(self._record))
             self._report(f"canary: {percent:g} % of clients are answered by {self._record.target}")
             look = await self._until(candidate.check, evidence.look, partial(_is_passed, self._plan.min_units))
             self._report(f"canary at {percent:g} %: {look.text}")
@@ -323,15 +472,17 @@ class _Run:
             check: raises an error if the step cannot go on.
 
         Raises:
+            LeaseLostError: another server leads the rollout now.
             StoppedError: a loss was proven, the candidate's engine died, or the deadline passed without a decision.
             SupersededError: a user stopped the rollout.
         """
         held = False
         while True:
+            self._require_lead()
             seen = await retrying(look)
             if seen.signals != self._signals:
                 self._signals = seen.signals
-                await retrying(partial(store_signals, self._store, self._record.id, seen.signals))
+                await retrying(partial(store_signals, self._store, self._record.id, seen.signals, lease=self._lease))
             if seen.warning and seen.warning not in self._warned:
                 self._warned.add(seen.warning)
                 self._report(seen.warning)
@@ -352,18 +503,18 @@ class _Run:
             await self._cancellation.interrupting(asyncio.sleep(_LOOK_S))
 
     async def _switch(self) -> None:
-        """Make the candidate the desired version, and swap to it.
+        """Make the candidate the desired version.
 
         Raises:
-            StoppedError: a user stopped the rollout, another version was promoted, or the swap failed.
+            LeaseLostError: another server leads the rollout now.
+            StoppedError: a user stopped the rollout, or another version was promoted.
         """
         record = self._record
-        if not await retrying(lambda: switch_rollout(self._store, record)):
+        if not await retrying(lambda: switch_rollout(self._store, record, lease=self._lease)):
             current = await retrying(lambda: find_rollout(self._store, record.name, record.id))
             if current is None or current.state is not RolloutState.SWITCHING:  # else only the first reply was lost
                 why = (current and current.stop) or "another version was promoted meanwhile"
                 raise StoppedError(RolloutOutcome.CANCELLED, why)
-        await self._continue_switch()
 
     async def _continue_switch(self) -> None:
         """Swap to the candidate, which became the desired version, possibly before the server was started again.
@@ -374,15 +525,17 @@ class _Run:
         record, generation = self._record, self._record.generation + 1
         while self._parts.names.served != record.target:  # else the server was started with it
             desired = await retrying(lambda: read_desired(self._store, record.name))
-            swap = await retrying(lambda: find_swap(self._store, record.name, generation, server=self._parts.server))
-            result = swap.result if swap else None
-            if result is None and desired is not None and desired.generation == generation:
+            if desired is not None and desired.generation == generation:
                 if self._parts.names.served is None:  # the first start failed, and is tried again
                     await asyncio.sleep(_POLL_S)
                     continue
                 result = await self._change_to(desired)
-            elif result is None:
-                result = SwapResult(SwapOutcome.CANCELLED, f"{desired and desired.target} became the desired version")
+            else:
+                server = self._parts.leadership.server
+                swap = await retrying(lambda: find_swap(self._store, record.name, generation, server=server))
+                result = (swap and swap.result) or SwapResult(
+                    SwapOutcome.CANCELLED, f"{desired and desired.target} became the desired version"
+                )
             if result.outcome is SwapOutcome.SUCCEEDED:
                 return
             cancelled = result.outcome is SwapOutcome.CANCELLED
@@ -393,17 +546,40 @@ class _Run:
         """Wait until an engine with the production version is ready.
 
         Raises:
-            StoppedError: none was ready within the longest duration of a step.
+            EngineError: none was ready within the longest duration of a step.
             SupersededError: a user stopped the rollout.
         """
         while not self._parts.pool.ready:
             if self._step_s() > self._plan.max_step_s:
-                raise StoppedError(RolloutOutcome.FAILED, "no engine of the production version was ready")
+                raise EngineError("no engine of the production version was ready")
             await self._cancellation.interrupting(asyncio.sleep(_POLL_S))
 
     async def _enter(self, state: RolloutState, step: int = 0) -> None:
-        webhooks = self._parts.webhooks
-        self._record = await retrying(lambda: enter_state(self._store, self._record.id, state, step, webhooks=webhooks))
+        """Store that the rollout has reached a state.
+
+        Raises:
+            LeaseLostError: another server leads the rollout now.
+        """
+        store, rollout, webhooks = self._store, self._record.id, self._parts.webhooks
+        self._record = await retrying(
+            lambda: enter_state(store, rollout, state, step, lease=self._lease, webhooks=webhooks)
+        )
+
+    def _require_lead(self) -> None:
+        """Check that this server has led the rollout without interruption.
+
+        Raises:
+            LeaseLostError: it does not lead it, or another server may have led it meanwhile.
+        """
+        leadership = self._parts.leadership
+        if self._watch.lapsed or leadership.lease(self._parts.names.name) != self._lease:
+            raise LeaseLostError("another server may have led it meanwhile")
+
+    def _split_of(self, record: RolloutRecord) -> Split | None:
+        """Return how the clients are split in the rollout's state, or None if production answers all of them."""
+        if record.state is not RolloutState.CANARY:
+            return None
+        return replace(self._split, share=record.plan.canary[record.step] / 100)
 
     def _divide(self, split: Split | None) -> None:
         self._parts.split(split)

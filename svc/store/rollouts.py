@@ -1,7 +1,8 @@
 """The stored state of rollouts, which are promotions that go through shadow and canary steps.
 
 The server writes the state after every step, so that it can continue the rollout after a restart. `svc promote` and
-`svc rollout` read it.
+`svc rollout` read it. If several servers use the store, only the one that holds the model's lease writes the state:
+each write names the lease, and is rejected with a LeaseLostError once another server has taken it.
 """
 
 import json
@@ -23,6 +24,7 @@ from svc.store.audit import Action, AuditEntry, append_event
 from svc.store.database import announce_change, exclusive
 from svc.store.desired import Desired, write_desired
 from svc.store.gate_rows import GATE_ROWS, GateRow, gate_details
+from svc.store.leases import Lease, require_lease
 from svc.store.tables import (
     DesiredRow,
     RolloutRow,
@@ -274,16 +276,28 @@ def stop_rollout(store: Store, name: str, why: str, entry: AuditEntry) -> Rollou
 
 
 def enter_state(
-    store: Store, rollout: int, state: RolloutState, step: int = 0, *, webhooks: Collection[str] = ()
+    store: Store,
+    rollout: int,
+    state: RolloutState,
+    step: int = 0,
+    *,
+    lease: Lease | None = None,
+    webhooks: Collection[str] = (),
 ) -> RolloutRecord:
     """Record that a rollout has reached a state or canary step, and return the rollout.
 
     Args:
+        lease: right to lead the model's rollouts. None if no other server can use the store.
         webhooks: URLs to which a message about the transition is sent. Entering the same state again is not
             reported.
+
+    Raises:
+        LeaseLostError: another server leads the rollout now.
     """
     with exclusive(store) as session:
+        require_lease(session, lease)
         row = _row(session, rollout)
+        announce_change(session.connection())
         _announce_request(session, row, webhooks)
         is_new = (row.state, row.step) != (state, step)
         row.state, row.step, row.step_began_at = state, step, datetime.now(UTC)
@@ -292,17 +306,24 @@ def enter_state(
         return _record(session, row)
 
 
-def switch_rollout(store: Store, record: RolloutRecord) -> RolloutRecord | None:
+def switch_rollout(store: Store, record: RolloutRecord, *, lease: Lease | None = None) -> RolloutRecord | None:
     """Make the candidate the desired version, unless a user has stopped the rollout or promoted another version.
 
     The check and the switch are one transaction. A concurrent rollback therefore takes effect either before
     the switch, or after it like any other rollback.
 
+    Args:
+        lease: see `enter_state`.
+
     Returns:
         The rollout in its new state, or None if it may no longer switch.
+
+    Raises:
+        LeaseLostError: another server leads the rollout now.
     """
     entry = AuditEntry(Action.PROMOTE, str(record.target.version), Actor(record.actor, record.origin), record.reason)
     with exclusive(store) as session:
+        require_lease(session, lease)
         row, desired = _row(session, record.id), session.get(DesiredRow, record.name)
         if row.stop is not None or desired is None or desired.generation != record.generation:
             return None
@@ -314,9 +335,17 @@ def switch_rollout(store: Store, record: RolloutRecord) -> RolloutRecord | None:
         return _record(session, row)
 
 
-def store_signals(store: Store, rollout: int, signals: tuple[SignalRow, ...]) -> None:
-    """Store the latest signal verdicts of a rollout."""
+def store_signals(store: Store, rollout: int, signals: tuple[SignalRow, ...], *, lease: Lease | None = None) -> None:
+    """Store the latest signal verdicts of a rollout.
+
+    Args:
+        lease: see `enter_state`.
+
+    Raises:
+        LeaseLostError: another server leads the rollout now.
+    """
     with exclusive(store) as session:
+        require_lease(session, lease)
         _row(session, rollout).signals = _SIGNALS.dump_json(signals).decode()
 
 
@@ -327,15 +356,27 @@ def add_rollout_step(store: Store, rollout: int, text: str) -> None:
 
 
 def end_rollout(
-    store: Store, rollout: int, outcome: RolloutOutcome, why: str | None, *, webhooks: Collection[str] = ()
+    store: Store,
+    rollout: int,
+    outcome: RolloutOutcome,
+    why: str | None,
+    *,
+    lease: Lease | None = None,
+    webhooks: Collection[str] = (),
 ) -> None:
     """Store the outcome of a rollout.
 
     Args:
+        lease: see `enter_state`.
         webhooks: URLs to which a message about the outcome is sent.
+
+    Raises:
+        LeaseLostError: another server leads the rollout now.
     """
     with exclusive(store) as session:
+        require_lease(session, lease)
         row = _row(session, rollout)
+        announce_change(session.connection())
         _announce_request(session, row, webhooks)
         row.state, row.outcome, row.why, row.ended_at = RolloutState.ENDED, outcome, why, datetime.now(UTC)
         _announce(session, row, webhooks, outcome, row.ended_at)

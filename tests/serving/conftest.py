@@ -60,6 +60,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.rollout.reconciler._STORE_PAUSE_S", 0.01)
     monkeypatch.setattr("serving.rollout.rollout._POLL_S", 0.02)
     monkeypatch.setattr("serving.rollout.rollout._LOOK_S", 0.05)
+    monkeypatch.setattr("serving.rollout.rollout_watch._POLL_S", 0.02)
     monkeypatch.setattr("serving.client.promotion._ROLLOUT_POLL_S", 0.02)
     monkeypatch.setattr("serving.rollout.evidence._VERDICTS_S", 0.0)
     monkeypatch.setattr("serving.rollout.production_alias._RETRY_S", 0.01)

@@ -67,6 +67,7 @@ class Control:
 
     Attributes:
         leaves: whether the engines are left running at the end.
+        killed: whether `kill` was called.
         principals: principals by key secret, for clients that are created later.
     """
 
@@ -85,6 +86,7 @@ class Control:
         **settings: Any,
     ) -> None:
         self.sockets = sockets
+        self.address = address
         self.format = format
         self.replicas = replicas
         self.settings = Settings(home=home, adapters=adapters or AdapterSettings(), serve=ServeSettings(**settings))
@@ -93,7 +95,7 @@ class Control:
         self.registry = Registry(home / "models", self.book)
         self.store = store or new_store(home)
         self.changes = Changes()
-        self.leaves = False
+        self.leaves = self.killed = False
         self.principals: dict[str, Principal] = {}
         self.park = EnginePark(sockets)
         self.park.facts = facts
@@ -136,18 +138,26 @@ class Control:
             self.alias.run,
             self.deployment.removed.run,
         )
-        tasks = [asyncio.create_task(part()) for part in parts]
+        self._tasks = tasks = [asyncio.create_task(part()) for part in parts]
         try:
             yield self
             for task in tasks:
-                assert not task.done(), task
+                assert self.killed or not task.done(), task
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
-            await self.leadership.close()
+            if not self.killed:
+                await self.leadership.close()
             await self.stop(leave=self.leaves)
             assert self.park.alive == len(self.park.left)
+
+    async def kill(self) -> None:
+        """End all tasks as if the process had died: the server keeps its leases, which end on their own."""
+        self.killed = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.wait(self._tasks)
 
     async def start(self) -> None:
         """Start a model as a server does before any requests arrive."""

@@ -5,6 +5,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from sqlalchemy import Engine as Store
+from sqlalchemy import update
 
 from serving.rollout.evidence import CanaryEvidence, ShadowEvidence, doubts, exclusions, expectations
 from svc.identity.actor import Actor
@@ -17,6 +18,7 @@ from svc.store.requests import RequestOutcome, RequestRecord, add_requests
 from svc.store.rollouts import RolloutRecord, begin_rollout
 from svc.store.shadow_pairs import ShadowPair, add_shadow_pair
 from svc.store.swaps import SwapKind, SwapOutcome, SwapResult, begin_swap, end_swap
+from svc.store.tables import FeedbackRow
 from tests.serving.versions import NAME, target
 
 PLAN = RolloutSettings(shadow=50, canary=(50, 100), max_errors=0.05, max_invalid=0.05)
@@ -104,6 +106,21 @@ def test_bad_ratings_can_end_a_rollout_but_do_not_hold_it(store: Store, record: 
             if (number, candidate) == (2, True):
                 assert CanaryEvidence(store, record).look().is_passed
     assert "bad ratings 100.0 %" in CanaryEvidence(store, record).look().losses
+
+
+def test_ratings_count_when_the_clock_of_the_server_that_stored_them_is_slow(
+    store: Store, record: RolloutRecord
+) -> None:
+    evidence = CanaryEvidence(store, record)
+    add(store, record, 201, valid=True)
+    keep_feedback(store, "False200", Feedback(Rating.GOOD))
+    evidence.look()
+    for number in range(200):
+        for candidate in (False, True):
+            keep_feedback(store, f"{candidate}{number}", Feedback(Rating.BAD if candidate else Rating.GOOD))
+    with store.begin() as connection:
+        connection.execute(update(FeedbackRow).values(given_at=record.requested_at - timedelta(seconds=30)))
+    assert "bad ratings 100.0 %" in evidence.look().losses
 
 
 def test_only_units_since_the_beginning_of_the_step_count_for_its_minimum(store: Store, record: RolloutRecord) -> None:

@@ -24,6 +24,7 @@ from svc.settings import AtDeadline, ModelSettings, RolloutSettings
 from svc.store.audit import Action, AuditEntry, read_events
 from svc.store.desired import Desired, change_desired, read_desired
 from svc.store.gate_rows import GATE_ROWS
+from svc.store.leases import Lease
 from svc.store.rollouts import (
     RolloutOutcome,
     RolloutRecord,
@@ -321,8 +322,8 @@ async def test_candidate_is_promoted_when_only_the_reply_to_the_switch_was_lost(
 ) -> None:
     lost: list[bool] = []
 
-    def switch(store: Store, record: RolloutRecord) -> RolloutRecord | None:
-        done = switch_rollout(store, record)
+    def switch(store: Store, record: RolloutRecord, *, lease: Lease | None) -> RolloutRecord | None:
+        done = switch_rollout(store, record, lease=lease)
         if not lost:
             lost.append(True)
             raise OperationalError("COMMIT", {}, Exception("the connection was closed"))

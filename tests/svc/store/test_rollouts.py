@@ -1,5 +1,6 @@
 """The stored state of rollouts."""
 
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -11,6 +12,7 @@ from svc.settings import RolloutSettings
 from svc.store.assigned_requests import read_assigned, unit_text
 from svc.store.audit import Action, AuditEntry, read_events
 from svc.store.desired import Desired, change_desired, read_desired
+from svc.store.leases import Lease, LeaseLostError, remove_server, report_server
 from svc.store.requests import RequestOutcome, RequestRecord, add_requests
 from svc.store.rollouts import (
     RolloutOutcome,
@@ -19,7 +21,10 @@ from svc.store.rollouts import (
     active_rollout,
     begin_rollout,
     end_rollout,
+    enter_state,
+    find_rollout,
     stop_rollout,
+    store_signals,
     switch_rollout,
 )
 from svc.version import Format, Target, VersionId
@@ -77,6 +82,33 @@ def test_rollout_that_is_switching_is_not_stopped_but_rolled_back_like_a_swap(st
     _, record = begin(store)
     switch_rollout(store, record)
     assert stop(store) is None
+
+
+Write = Callable[[Store, RolloutRecord, Lease], object]
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda store, record, lease: enter_state(store, record.id, RolloutState.CANARY, lease=lease),
+        lambda store, record, lease: store_signals(store, record.id, (), lease=lease),
+        lambda store, record, lease: switch_rollout(store, record, lease=lease),
+        lambda store, record, lease: end_rollout(store, record.id, RolloutOutcome.PROMOTED, None, lease=lease),
+    ],
+    ids=["state", "signals", "switch", "outcome"],
+)
+def test_write_is_rejected_and_changes_nothing_when_another_server_has_taken_the_lease(
+    any_store: Store, write: Write
+) -> None:
+    desired, record = begin(any_store)
+    lost = report_server(any_store, "first", "gpu-1:8000", ["tuned"])["tuned"]
+    remove_server(any_store, "first")
+    held = report_server(any_store, "second", "gpu-2:8000", ["tuned"])["tuned"]
+    with pytest.raises(LeaseLostError):
+        write(any_store, record, lost)
+    assert find_rollout(any_store, "tuned") == record
+    assert read_desired(any_store, "tuned") == desired
+    write(any_store, record, held)
 
 
 def test_only_the_rollouts_own_requests_are_read_in_order_and_once(store: Store) -> None:
