@@ -522,7 +522,7 @@ class _Run:
         Raises:
             StoppedError: the swap failed, or another version became the desired one.
         """
-        record, generation = self._record, self._record.generation + 1
+        record, generation, server = self._record, self._record.generation + 1, self._parts.leadership.server
         while self._parts.names.served != record.target:  # else the server was started with it
             desired = await retrying(lambda: read_desired(self._store, record.name))
             if desired is not None and desired.generation == generation:
@@ -531,7 +531,6 @@ class _Run:
                     continue
                 result = await self._change_to(desired)
             else:
-                server = self._parts.leadership.server
                 swap = await retrying(lambda: find_swap(self._store, record.name, generation, server=server))
                 result = (swap and swap.result) or SwapResult(
                     SwapOutcome.CANCELLED, f"{desired and desired.target} became the desired version"
