@@ -398,3 +398,15 @@ async def test_only_the_leading_server_ends_the_rollout_when_the_model_is_remove
         await servers.first.deployment.rollouts.abandon("the model was removed from the server")
         assert record(servers.first).outcome is RolloutOutcome.CANCELLED
         await until(lambda: unsplit(servers.first, servers.second))
+
+
+async def test_engines_may_not_idle_when_a_rollout_waits_for_a_leading_server(servers: Servers) -> None:
+    report_server(servers.first.store, "other", "gpu-3:8000", [NAME])
+    async with servers.second.run():
+        start(servers.first, 2, ENDLESS)
+        await until(lambda: servers.second.reconciler.promoting)
+        seen = []
+        for _ in range(200):
+            seen.append(servers.second.reconciler.promoting)
+            await asyncio.sleep(0.001)
+        assert all(seen)

@@ -25,7 +25,15 @@ from svc.store.database import announce_change
 from svc.store.deployments import add_deployment, remove_deployment, set_deployments
 from svc.store.desired import Desired, change_desired, read_desired
 from svc.store.keys import Key, add_key, replace_secret, revoke_key
-from svc.store.rollouts import begin_rollout, stop_rollout
+from svc.store.rollouts import (
+    RolloutOutcome,
+    RolloutState,
+    active_rollout,
+    begin_rollout,
+    end_rollout,
+    enter_state,
+    stop_rollout,
+)
 from svc.version import Format, Target, VersionId
 from tests.postgresql import SHARED, PostgresServer
 
@@ -100,6 +108,12 @@ async def test_promotion_is_heard_within_50_milliseconds(store: Store) -> None:
     assert median_s < 0.05
 
 
+def _rollout(store: Store) -> int:
+    record = active_rollout(store, NAME)
+    assert record is not None
+    return record.id
+
+
 def _nothing(store: Store) -> None:
     pass
 
@@ -110,6 +124,8 @@ def _nothing(store: Store) -> None:
         (_nothing, promote),
         (_nothing, request_rollout),
         (request_rollout, lambda store: stop_rollout(store, NAME, "slow", ENTRY)),
+        (request_rollout, lambda store: enter_state(store, _rollout(store), RolloutState.CANARY)),
+        (request_rollout, lambda store: end_rollout(store, _rollout(store), RolloutOutcome.FAILED, None)),
         (_nothing, lambda store: set_deployments(store, [NAME])),
         (_nothing, lambda store: add_deployment(store, NAME)),
         (_nothing, lambda store: remove_deployment(store, NAME)),
@@ -127,6 +143,8 @@ def _nothing(store: Store) -> None:
         "promotion",
         "rollout",
         "stopped rollout",
+        "state of a rollout",
+        "ended rollout",
         "set of models",
         "added model",
         "removed model",
