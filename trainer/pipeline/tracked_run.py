@@ -53,10 +53,13 @@ def sending_curve(tracking: Tracking, run_id: str) -> Iterator[Report]:
     """
     sender = _Sender(tracking, run_id)
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow") as thread:
+        sending = thread.submit(sender.send)
 
         def send(step: int, metrics: Mapping[str, float]) -> None:
+            nonlocal sending
             sender.queue.put((step, metrics))
-            thread.submit(sender.send)
+            if sending.done():  # else each point would wait for its own timeout at the end of the block
+                sending = thread.submit(sender.send)
 
         try:
             yield send

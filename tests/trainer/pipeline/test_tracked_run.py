@@ -1,10 +1,12 @@
 """Tests that a training neither stops nor waits while a real MLflow tracking server is down."""
 
 import time
+from collections.abc import Iterable, Mapping
 
 import pytest
 from mlflow import MlflowClient
 
+from svc.errors import RegistryError
 from svc.registry.tracking import Tracking
 from tests.tracking_server import UNREACHABLE, TrackingServer
 from trainer.pipeline.tracked_run import sending_curve
@@ -32,3 +34,20 @@ def test_training_ends_normally_if_the_tracking_server_stays_down(capsys: pytest
     with tracking.attach("abc"), sending_curve(tracking, "abc") as send:
         send(1, {"loss": 3.0})
     assert f"1 points of the curves are missing in MLflow at {UNREACHABLE}" in capsys.readouterr().err
+
+
+def test_end_of_a_training_does_not_wait_for_each_point_when_the_tracking_server_is_slow_to_fail(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tracking, attempts = Tracking(UNREACHABLE), []
+
+    def fail_slowly(run_id: str, points: Iterable[tuple[int, Mapping[str, float]]]) -> None:
+        attempts.append(run_id)
+        time.sleep(0.1)
+        raise RegistryError("MLflow does not respond")
+
+    monkeypatch.setattr(tracking, "log_points", fail_slowly)
+    with sending_curve(tracking, "abc") as send:
+        for step in range(100):
+            send(step, {"loss": 3.0})
+    assert len(attempts) <= 3
