@@ -59,16 +59,16 @@ class SharedCheckpoints:
         return shared[-1]
 
     def send(self, checkpoint: Path) -> None:
-        """Upload a new checkpoint, then delete those that this machine does not have any more. If the store fails, the
-        training continues and the next checkpoint is uploaded in its place.
+        """Upload a new checkpoint and earlier ones that the store lacks, then delete those that this machine does not
+        have any more. If the store fails, the training continues, and the next call uploads what is missing.
         """
         try:
-            records = RECORDS.validate_json((checkpoint / FILES).read_bytes())
-            self._objects.send(f"{self._prefix}/{checkpoint.name}", records, checkpoint)
+            shared, here = self._shared(), self._here()
             self._objects.write(f"{self._prefix}/mlflow.json", self._tracking.read_bytes())
-            self._objects.write(f"{self._prefix}/{checkpoint.name}.json", RECORDS.dump_json(records))
-            here = self._here()
-            self._delete([step for step in self._shared() if step not in here])
+            for step in here:  # the newest one last: it may need the best one
+                if step not in shared or step == checkpoint.name:
+                    self._send(self._folder / step)
+            self._delete([step for step in shared if step not in here])
         except RegistryError as error:
             log.warning("checkpoint %s is only on this machine: %s", checkpoint.name, error.wrong)
 
@@ -79,6 +79,15 @@ class SharedCheckpoints:
             self._objects.delete(self._objects.keys(self._prefix))
         except RegistryError as error:
             log.warning("could not delete %s/ in the object store: %s", self._prefix, error.wrong)
+
+    def _send(self, checkpoint: Path) -> None:
+        try:
+            records = RECORDS.validate_json((checkpoint / FILES).read_bytes())
+            self._objects.send(f"{self._prefix}/{checkpoint.name}", records, checkpoint)
+        except (OSError, ValidationError, IntegrityError) as error:
+            log.warning("checkpoint %s is damaged and not uploaded: %s", checkpoint.name, error)
+        else:
+            self._objects.write(f"{self._prefix}/{checkpoint.name}.json", RECORDS.dump_json(records))
 
     def _fetch(self, step: str) -> None:
         key = f"{self._prefix}/{step}.json"

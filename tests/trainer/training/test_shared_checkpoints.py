@@ -106,6 +106,28 @@ def test_next_checkpoint_is_uploaded_when_the_store_is_back(first: Machine, seco
     assert second.shared.fetch() == "step-00000002"
 
 
+def test_best_checkpoint_is_shared_when_its_own_upload_failed(first: Machine, second: Machine, bucket: Bucket) -> None:
+    bucket.fault = lambda method, path: Fault.ERROR
+    first.write(1, best=1)
+    bucket.fault = lambda method, path: None
+    for step in (2, 3, 4):
+        first.write(step, best=1)
+    second.shared.fetch()
+    assert second.steps == [1, 3, 4]
+
+
+def test_new_checkpoint_is_shared_when_an_earlier_one_is_damaged(
+    first: Machine, second: Machine, bucket: Bucket
+) -> None:
+    bucket.fault = lambda method, path: Fault.ERROR
+    first.write(1)
+    bucket.fault = lambda method, path: None
+    (first.checkpoints.at(1) / "optimizer.pt").unlink()
+    first.write(2)
+    second.shared.fetch()
+    assert second.steps == [2]
+
+
 def test_altered_checkpoint_is_rejected(first: Machine, second: Machine, bucket: Bucket) -> None:
     first.write(1)
     ObjectStore(bucket.url).write("checkpoints/tiny-1/step-00000001/optimizer.pt", b"optimizes")
