@@ -14,6 +14,7 @@ requests of all servers are evidence. If the lease moves, the next server contin
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, replace
@@ -62,7 +63,7 @@ from svc.store.rollouts import (
     switch_rollout,
 )
 from svc.store.shadow_pairs import add_shadow_pair
-from svc.store.swaps import SwapOutcome, SwapResult, find_swap, last_queued_s
+from svc.store.swaps import SwapOutcome, SwapResult, find_swap, last_queued_s, server_swaps
 from svc.version import VersionId
 
 log = logging.getLogger(__name__)
@@ -74,6 +75,9 @@ _POLL_S = 0.25
 _LOOK_S = 1.0
 """Seconds between two checks of the evidence. Decisions remain valid no matter how often it is checked."""
 _STORE_PAUSE_S = 2.0
+_RESULT_S = 2.0
+"""Seconds after which a server whose swap failed, and which has made the previous version the desired one again, has
+recorded why."""
 _STOP_TIMEOUT_S = 45.0
 """Longest time to load the production version again when the server stops, which the service manager waits for."""
 _MAX_REFERENCES = 200
@@ -307,6 +311,9 @@ class _Run:
             await self._try_candidate()
             await self._switch()
         await self._continue_switch()
+        if self._parts.leadership.server:
+            await self._unload()
+            await self._await_others()
 
     async def _try_candidate(self) -> None:
         """Go through the steps that compare the candidate with production.
@@ -540,6 +547,34 @@ class _Run:
             cancelled = result.outcome is SwapOutcome.CANCELLED
             outcome = RolloutOutcome.CANCELLED if cancelled else RolloutOutcome.FAILED
             raise StoppedError(outcome, result.reason or "the swap did not succeed")
+
+    async def _await_others(self) -> None:
+        """Wait until the other servers have swapped to the candidate too. If one fails, all return to the previous
+        version.
+
+        Raises:
+            LeaseLostError: another server leads the rollout now.
+            StoppedError: a swap failed, or another version became the desired one before all servers had swapped.
+        """
+        record, generation, overtaken_at = self._record, self._record.generation + 1, float("inf")
+        while True:
+            desired = await retrying(lambda: read_desired(self._store, record.name))
+            swaps = await retrying(lambda: server_swaps(self._store, record.name, generation))
+            others = [each for each in swaps if each.running and each.server != self._parts.leadership.server]
+            results = [(each.address, each.swap.result if each.swap else None) for each in others]
+            for address, result in results:
+                if result and result.outcome not in (SwapOutcome.SUCCEEDED, SwapOutcome.CANCELLED):
+                    raise StoppedError(RolloutOutcome.FAILED, f"{address}: {result.reason}")
+            if all(result and result.outcome is SwapOutcome.SUCCEEDED for _, result in results):
+                return
+            if desired is None or desired.generation != generation:
+                overtaken_at = min(overtaken_at, time.monotonic())
+                if time.monotonic() >= overtaken_at + _RESULT_S:
+                    raise StoppedError(
+                        RolloutOutcome.CANCELLED, f"{desired and desired.target} became the desired version"
+                    )
+            self._require_lead()
+            await asyncio.sleep(_POLL_S)
 
     async def _production_ready(self) -> None:
         """Wait until an engine with the production version is ready.

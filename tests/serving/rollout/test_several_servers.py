@@ -186,6 +186,18 @@ async def test_following_server_swaps_with_the_engine_that_it_has_loaded_when_th
     assert len(servers.second.park.engines) == 2
 
 
+async def test_rollout_fails_when_the_following_server_cannot_serve_the_candidate(servers: Servers) -> None:
+    make_version(servers.first.registry, 4)
+    make_version(servers.second.registry, 4, probes_of="/elsewhere")
+    async with servers.run(), servers.first.client() as client, Users(client).asking():
+        start(servers.first, 4, SHORT)
+        seen = await ended(servers.first)
+        for control in (servers.first, servers.second):
+            await control.serves(target(1), timeout_s=20)
+    assert seen.outcome is RolloutOutcome.FAILED
+    assert (seen.why or "").startswith("gpu-2:8000: ")
+
+
 async def test_user_gets_the_same_version_when_asking_both_servers(servers: Servers) -> None:
     async with servers.run(), servers.first.client() as first, servers.second.client() as second:
         start(servers.first, 2, ENDLESS)
