@@ -64,8 +64,9 @@ class UsageWriter:
         Raises:
             SQLAlchemyError: the store failed. The next call continues.
         """
-        self._elsewhere.written(await asyncio.to_thread(self.meter.flush))
+        written = await asyncio.to_thread(self.meter.flush)
         if self._reads:
+            self._elsewhere.written(written)
             new, servers = await asyncio.to_thread(self._read)
             self.on_used_today(new.today)
             self.on_used_elsewhere(new.recent, servers)

@@ -12,7 +12,8 @@ from sqlalchemy.exc import OperationalError
 
 from serving.telemetry.usage_writer import UsageWriter
 from svc.access.usage_meter import UsageMeter
-from svc.store.usage import DayOf, Usage, usage_by_day, usage_since
+from svc.access.used_elsewhere import UsedElsewhere
+from svc.store.usage import DayOf, Usage, UsageOf, usage_by_day, usage_since
 
 EVERY_S = 0.01
 LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
@@ -92,3 +93,16 @@ async def test_failed_usage_read_is_retried_without_counting_own_usage(
     async with running(writer(store, meter, known)):
         await until_known(known)
     assert known == [{}]
+
+
+async def test_own_usage_is_not_remembered_when_the_store_has_no_other_server(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remembered: list[Mapping[UsageOf, Usage]] = []
+    monkeypatch.setattr(UsedElsewhere, "written", lambda self, usage: remembered.append(usage))
+    meter = UsageMeter(store)
+    one = writer(store, meter)
+    for _ in range(3):
+        meter.add("k1", "tuned", tokens_in=3, tokens_out=4)
+        await one.exchange()
+    assert len(remembered) == 1  # before the only reading
