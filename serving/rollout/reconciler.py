@@ -39,7 +39,7 @@ from svc.store.changes import Changes
 from svc.store.desired import Desired, change_desired, read_desired
 from svc.store.outage_log import log_store_error
 from svc.store.rollouts import RolloutState, active_rollout
-from svc.store.served import Began
+from svc.store.served import Began, is_served_elsewhere
 from svc.store.swaps import SwapOutcome, SwapResult, end_lost_swaps, failed_elsewhere, find_swap
 from svc.version import Target
 
@@ -118,6 +118,8 @@ class Reconciler:
                     production = await reading
             if previous is None or production != previous.version or previous.version == self.actual.target.version:
                 raise
+            if await asyncio.to_thread(is_served_elsewhere, self.store, self.actual.name, self.leadership.server):
+                raise  # the other servers keep the version
             await asyncio.to_thread(change_desired, self.store, self.actual, previous, None)
             raise SwapError(
                 f"{self.actual.target} cannot be served: {error.wrong}",

@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 from serving.client.local import LocalAdministration
 from serving.client.promotion import FollowedChange, follow
 from serving.rollout.promotion import VersionChange
+from svc.errors import SvcError
 from svc.files.lock import hold_lock
 from svc.remote.server_url import LOCK_FILE, ServerAddress
 from svc.settings import HoldoutSettings
@@ -165,6 +166,21 @@ async def test_promotion_does_not_wait_for_a_server_that_started_with_the_versio
         second.assemble()
         async with second.run():
             assert outcomes(await follow_change(first, wish)) == {FIRST: SwapOutcome.SUCCEEDED}
+
+
+async def test_version_stays_desired_when_a_starting_server_cannot_serve_what_another_one_serves(
+    first: Control, second: Control
+) -> None:
+    make_version(first.registry, 4)
+    make_version(second.registry, 4, probes_of="/elsewhere")
+    async with first.run():
+        await first.promote(4)
+        second.assemble()
+        await until(lambda: first.book.alias(NAME, Alias.PRODUCTION) == target(4).version)
+        first.book.set_alias(target(1).version, Alias.PRODUCTION)  # as if MLflow had been away
+        with pytest.raises(SvcError):
+            await second.reconciler.start()
+        assert first.desired().target == target(4)
 
 
 async def test_stop_of_one_server_ends_only_its_own_served_period(first: Control, second: Control) -> None:
