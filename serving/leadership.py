@@ -81,8 +81,10 @@ class Leadership:
 
     async def report(self) -> None:
         """Report that this server runs, extend its leases and take free ones. The tasks that wait for changes go on if
-        this server leads other models than before.
+        this server leads other models than before. With SQLite, nothing is reported.
         """
+        if not self.server:
+            return
         names, began, before = [EVERYTHING, *self._models()], self._clock(), set(self._leases)
         try:
             leases = await asyncio.to_thread(report_server, self._store, self.server, self.address, names)

@@ -5,11 +5,14 @@ from collections.abc import Callable
 
 import pytest
 from sqlalchemy import Engine as Store
+from sqlalchemy import select
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
 
 from serving.leadership import EVERYTHING, Leadership
 from svc.store.changes import Changes
 from svc.store.leases import LEASE_S, LeaseLostError
+from svc.store.tables import ServerRow
 
 
 def leadership(store: Store, clock: Callable[[], float] = lambda: 0.0) -> Leadership:
@@ -19,6 +22,12 @@ def leadership(store: Store, clock: Callable[[], float] = lambda: 0.0) -> Leader
 def test_only_server_on_sqlite_leads_every_model_without_a_lease(store: Store) -> None:
     only = leadership(store)
     assert (only.server, only.leads("teams"), only.lease("teams")) == ("", True, None)
+
+
+async def test_report_writes_nothing_on_sqlite(store: Store) -> None:
+    await leadership(store).report()
+    with Session(store) as session:
+        assert session.scalars(select(ServerRow)).all() == []
 
 
 async def test_one_of_two_servers_leads_until_it_is_closed(postgresql_store: Store) -> None:
