@@ -6,6 +6,7 @@ rollout, is done by the server that holds the model's lease. With SQLite there i
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from uuid import uuid4
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 EVERYTHING = "*"
 """Name of the lease for work that belongs to no model. No model can have this name."""
 _REPORT_S = LEASE_S / 3
+_CLOSE_S = 5.0
+"""Longest wait, in seconds, for a store that does not respond when the server stops. Its engines stop afterwards."""
 
 
 class Leadership:
@@ -53,6 +56,8 @@ class Leadership:
         self._clock = clock
         self._leases: Mapping[str, Lease] = {}
         self._until = float("-inf")
+        self._reporting = threading.Lock()
+        self._closed = False
         self.server = "" if is_sqlite(store) else uuid4().hex
 
     def leads(self, name: str) -> bool:
@@ -87,7 +92,7 @@ class Leadership:
             return
         names, began, before = [EVERYTHING, *self._models()], self._clock(), set(self._leases)
         try:
-            leases = await asyncio.to_thread(report_server, self._store, self.server, self.address, names)
+            leases = await asyncio.to_thread(self._report, names)
         except SQLAlchemyError:
             log_store_error(log, "could not extend the leases of this server; it leads nothing after %.0f s", LEASE_S)
             return
@@ -96,10 +101,22 @@ class Leadership:
             log.info("this server leads: %s", ", ".join(sorted(leases)) or "nothing")
             self._changes.announce()
 
+    def _report(self, names: Collection[str]) -> dict[str, Lease]:
+        with self._reporting:
+            if self._closed:  # a report that began before must not take the leases again
+                return {}
+            return report_server(self._store, self.server, self.address, names)
+
+    def _sign_off(self) -> None:
+        with self._reporting:
+            self._closed = True
+            remove_server(self._store, self.server)
+
     async def close(self) -> None:
         """Give up the leases, so that another server takes them immediately."""
         if self.server:
             try:
-                await asyncio.to_thread(remove_server, self._store, self.server)
-            except SQLAlchemyError:
+                async with asyncio.timeout(_CLOSE_S):
+                    await asyncio.to_thread(self._sign_off)
+            except (SQLAlchemyError, TimeoutError):
                 log_store_error(log, "could not give up the leases of this server; they end after %.0f s", LEASE_S)

@@ -1,7 +1,9 @@
 """Tests that a server knows which models it leads, also while it cannot reach the store."""
 
 import asyncio
+import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from sqlalchemy import Engine as Store
@@ -11,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from serving.leadership import EVERYTHING, Leadership
 from svc.store.changes import Changes
-from svc.store.leases import LEASE_S, LeaseLostError
+from svc.store.leases import LEASE_S, Lease, LeaseLostError, report_server, running_servers
 from svc.store.tables import ServerRow
 
 
@@ -66,3 +68,37 @@ async def test_tasks_that_wait_for_changes_go_on_when_a_server_begins_to_lead(po
     waiting = asyncio.create_task(changes.wait(changes.count, 60))
     await server.report()
     await asyncio.wait_for(waiting, 1)
+
+
+async def test_server_is_gone_when_a_report_is_under_way_at_its_stop(
+    postgresql_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, began, go_on = leadership(postgresql_store), threading.Event(), threading.Event()
+
+    def report_slowly(*arguments: Any) -> dict[str, Lease]:
+        began.set()
+        assert go_on.wait(5)
+        return report_server(*arguments)
+
+    monkeypatch.setattr("serving.leadership.report_server", report_slowly)
+    reporting = asyncio.create_task(server.report())
+    assert await asyncio.to_thread(began.wait, 5)
+    reporting.cancel()
+    closing = asyncio.create_task(server.close())
+    await asyncio.sleep(0.2)
+    go_on.set()
+    await closing
+    await asyncio.sleep(0.2)
+    assert running_servers(postgresql_store) == []
+
+
+async def test_stop_of_a_server_goes_on_when_the_store_is_frozen(
+    postgresql_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thawed = threading.Event()
+    monkeypatch.setattr("serving.leadership.remove_server", lambda *_: thawed.wait(5))
+    monkeypatch.setattr("serving.leadership._CLOSE_S", 0.1)
+    try:
+        await asyncio.wait_for(leadership(postgresql_store).close(), 2)
+    finally:
+        thawed.set()
