@@ -18,6 +18,7 @@ from svc.store.changes import Changes
 from svc.store.database import is_sqlite
 from svc.store.leases import LEASE_S, Lease, LeaseLostError, remove_server, report_server
 from svc.store.outage_log import log_store_error
+from svc.store.served import resume_serving
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +106,10 @@ class Leadership:
         with self._reporting:
             if self._closed:  # a report that began before must not take the leases again
                 return {}
-            return report_server(self._store, self.server, self.address, names)
+            leases = report_server(self._store, self.server, self.address, names)
+            if self._clock() >= self._until:
+                resume_serving(self._store, self.server)
+            return leases
 
     def _sign_off(self) -> None:
         with self._reporting:

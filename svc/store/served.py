@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 
 from sqlalchemy import Engine as Store
-from sqlalchemy import Select, select
+from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session
 
 from svc.store.database import exclusive
@@ -87,6 +87,15 @@ def begin_serving(
                 began_by=began_by,
             )
         )
+
+
+def resume_serving(store: Store, server: str) -> None:
+    """Continue the last periods of a running server that another one took for dead, because it had not reported."""
+    last = select(func.max(ServedRow.id)).where(ServedRow.server == server).group_by(ServedRow.name)
+    is_lost = (ServedRow.ended_by == Ended.LOST) & ServedRow.id.in_(last)
+    with exclusive(store) as session:
+        for row in session.scalars(select(ServedRow).where(is_lost)):
+            row.ended_at = row.ended_by = None
 
 
 def end_serving(store: Store, name: str, at: datetime | None = None, *, server: str = "") -> None:

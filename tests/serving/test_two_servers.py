@@ -23,7 +23,7 @@ from svc.remote.server_url import LOCK_FILE, ServerAddress
 from svc.settings import HoldoutSettings
 from svc.store.desired import Desired, change_desired
 from svc.store.leases import LEASE_S, report_server
-from svc.store.served import Ended, served_spans
+from svc.store.served import Began, Ended, begin_serving, served_spans
 from svc.store.server_views import server_views
 from svc.store.swaps import SwapOutcome, SwapResult, begin_swap, end_swap, find_swap, server_swaps
 from svc.store.tables import HoldoutRunRow, ServerRow
@@ -181,6 +181,19 @@ async def test_version_stays_desired_when_a_starting_server_cannot_serve_what_an
         with pytest.raises(SvcError):
             await second.reconciler.start()
         assert first.desired().target == target(4)
+
+
+async def test_promotion_waits_for_a_server_that_was_taken_for_dead_when_it_reports_again(
+    both: tuple[Control, Control], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = both
+    with monkeypatch.context() as patch:
+        stop_reporting(second, patch)
+        begin_serving(first.store, first.desired(), Began.START, server="other")
+    monkeypatch.setattr(second.leadership, "_until", float("-inf"))
+    await second.leadership.report()
+    awaited = {each.address for each in server_swaps(first.store, NAME, first.desired().generation + 1)}
+    assert awaited == {FIRST, SECOND}
 
 
 async def test_stop_of_one_server_ends_only_its_own_served_period(first: Control, second: Control) -> None:
