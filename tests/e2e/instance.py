@@ -41,6 +41,7 @@ class Instance:
 
     Attributes:
         headers: headers of requests to the server; they include a key if the home has any.
+        core: the only CPU core that the server and its engines use, or None for all.
     """
 
     def __init__(self, home: Path, folder: Path, port: int, prompts: Prompts, **settings: str) -> None:
@@ -51,6 +52,7 @@ class Instance:
         self.prompts = prompts
         self.headers: dict[str, str] = {}
         self._port = port
+        self.core: int | None = None
         self.settings = {"SVC_HOLDOUT__EVERY_HOURS": "0"} | settings
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -72,6 +74,8 @@ class Instance:
         """Start the server without waiting until it is ready."""
         command = [Path(sys.executable).with_name("svc"), "--home", self.home, "serve", *(models or ("tiny",))]
         command += ["--port", self._port]
+        if self.core is not None:
+            command = ["taskset", "--cpu-list", self.core, *command]
         with self._log.open("ab") as output:
             self._process = subprocess.Popen(
                 [str(part) for part in command],
