@@ -166,11 +166,14 @@ _UNIQUE = "#"
 
 
 def _extend(store: Store, lease: Lease, released: threading.Event) -> None:
-    """Extend a lease until it is released."""
+    """Extend a lease until it is released or lost."""
     while not released.wait(LEASE_S / 3):
         try:
             with exclusive(store) as session:
+                require_lease(session, lease)
                 _take(session, lease.name, lease.holder, _now(session))
+        except LeaseLostError:
+            return
         except SQLAlchemyError:
             log_store_error(log, "could not extend the lease %s", lease.name)
 

@@ -139,6 +139,19 @@ def test_holder_whose_lease_was_taken_is_told_so(postgresql_store: Store) -> Non
         write()
 
 
+def test_lost_lease_is_not_taken_again_when_the_other_process_has_released_it(
+    postgresql_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("svc.store.leases.LEASE_S", 0.6)
+    with hold(postgresql_store):
+        with exclusive(postgresql_store) as session:
+            row = session.get_one(LeaseRow, "*work")
+            row.holder, row.generation, row.until = "b", row.generation + 1, datetime(2020, 1, 1, tzinfo=UTC)
+        time.sleep(0.6)
+        with hold(postgresql_store) as lease:
+            assert lease and lease.generation == 3
+
+
 def test_process_holds_no_lease_with_sqlite(tmp_path: Path) -> None:
     store = new_store(tmp_path)
     with hold(store) as lease:
