@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable
 from contextlib import suppress
 
+from svc.errors import SvcError
 from svc.registry.tracking import Tracking
 from svc.version import Alias, VersionId
 
@@ -34,8 +35,8 @@ class ProductionAlias:
         """Return the version that MLflow's alias points at, or None if there is none or MLflow does not respond."""
         try:
             return await asyncio.to_thread(self._tracking.alias, name, Alias.PRODUCTION)
-        except Exception:  # MLflow raises the errors of its transport
-            log.warning("MLflow at %s is not responding", self._tracking.uri, exc_info=True)
+        except Exception as error:  # MLflow raises the errors of its transport
+            log.warning("could not read the production alias of %s: %s", name, error, exc_info=_is_defect(error))
             return None
 
     def move(self, version: VersionId) -> None:
@@ -70,10 +71,16 @@ class ProductionAlias:
             assert version is not None  # noqa: S101 - `move` sets both
             try:
                 await asyncio.to_thread(self._tracking.set_alias, version, Alias.PRODUCTION)
-            except Exception:  # as above
-                log.warning("MLflow did not set the production alias to %s; retrying", version, exc_info=True)
+            except Exception as error:  # as above
+                text = "MLflow did not set the production alias to %s; retrying: %s"
+                log.warning(text, version, error, exc_info=_is_defect(error))
                 self._moved.set()
                 await asyncio.sleep(_RETRY_S)
             else:
                 if not self._moved.is_set():
                     self._settled.set()
+
+
+def _is_defect(error: Exception) -> bool:
+    """Return whether a traceback is of use. MLflow's have the URL of its server, in which there may be a password."""
+    return not isinstance(error, SvcError)

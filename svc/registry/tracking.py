@@ -6,6 +6,7 @@ version's files are stored elsewhere (see registry.py), and MLflow stores only t
 
 import logging
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -59,10 +60,14 @@ class Tracking:
         uri: `sqlite:////absolute/path` or the URL of a tracking server.
         artifacts: folder for the artifacts of new experiments, or None to use the tracking server's. Without
             either of them, MLflow would write to the working folder.
+
+    Attributes:
+        where: the URI without user name and password, for messages.
     """
 
     def __init__(self, uri: str, artifacts: Path | None = None) -> None:
         self.uri = uri
+        self.where = re.sub("//[^/]*@", "//", uri)
         self.is_remote = uri.startswith(("http://", "https://"))
         self._artifacts = artifacts
 
@@ -97,9 +102,10 @@ class Tracking:
                 raise NotFoundError(str(error.message)) from error
             if isinstance(error.__context__, RequestException):
                 raise RegistryError(
-                    f"MLflow at {self.uri} does not respond", todo="check `tracking_uri` and the server, then retry"
+                    f"MLflow at {self.where} does not respond", todo="check `tracking_uri` and the server, then retry"
                 ) from error
-            raise RegistryError(f"MLflow at {self.uri} failed: {error.message}") from error
+            reason = str(error.message).replace(self.uri, self.where)
+            raise RegistryError(f"MLflow at {self.where} failed: {reason}") from error
 
     @contextmanager
     def if_available(self) -> Iterator[None]:
@@ -204,7 +210,7 @@ class Tracking:
             self._client.log_text(run_id, page, _page_name(version))
             experiment = self._client.get_run(run_id).info.experiment_id
         except (MlflowException, OSError) as error:
-            raise RegistryError(f"MLflow at {self.uri} rejected the model page for {version}: {error}") from error
+            raise RegistryError(f"MLflow at {self.where} rejected the model page for {version}: {error}") from error
         return f"#/experiments/{experiment}/runs/{run_id}/artifacts/{_page_name(version)}"
 
     def experiments(self) -> list[str]:
@@ -277,7 +283,7 @@ class Tracking:
             log.warning(
                 "MLflow at %s cannot have %s, because it has used that number already, so the version cannot have an "
                 "alias here; use one tracking_uri for all machines",
-                self.uri,
+                self.where,
                 version,
             )
 

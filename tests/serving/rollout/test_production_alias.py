@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from serving.rollout.production_alias import ProductionAlias
+from svc.registry.tracking import Tracking
 from svc.version import Alias, VersionId
 from tests.serving.control import until
 from tests.serving.versions import NAME, AliasBook
@@ -77,3 +78,12 @@ async def test_older_alias_move_never_overwrites_a_newer_one(
     assert await alias.settled(1)
     assert writes == [ONE, TWO]
     assert book.book == {Alias.PRODUCTION: TWO}
+
+
+async def test_password_in_the_url_of_mlflow_is_not_logged_when_mlflow_is_away(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    assert await ProductionAlias(Tracking("http://mlflow:secret@127.0.0.1:9")).read("tiny") is None
+    assert "could not read the production alias of tiny" in caplog.text
+    assert "secret" not in caplog.text

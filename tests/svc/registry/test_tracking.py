@@ -141,6 +141,13 @@ def test_attached_run_has_failed_after_an_error(tracking: Tracking, mlflow: Mlfl
     assert mlflow.get_run(run).info.status == "FAILED"
 
 
+def test_password_in_the_tracking_uri_is_not_in_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(RegistryError, match=r"MLflow at http://127\.0\.0\.1:9 ") as raised:
+        Tracking("http://mlflow:secret@127.0.0.1:9").aliases("tiny")
+    assert "secret" not in str(raised.value)
+
+
 def test_unreachable_mlflow_raises_registry_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(RegistryError, match="does not respond"):
