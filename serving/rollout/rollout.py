@@ -233,6 +233,8 @@ class _Run:
             await self._follow()
         except LeaseLostError as lost:
             log.info("this server no longer leads the rollout of %s: %s", self._record.target, lost)
+            if self._watch.lapsed:  # after a lapse in the middle of a change of state, clients may be sent there again
+                self._divide(None)
             await asyncio.sleep(_POLL_S)
         return False
 

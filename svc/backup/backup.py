@@ -126,7 +126,7 @@ class Backup:
             release=release_of("tuneserve"),
             versions=tuple(map(str, sorted(kept))),
             files=record_files(folder, folder),
-            tracking=tracking_uri or None,
+            tracking=Tracking(tracking_uri).where if tracking_uri else None,
             store=None if self.settings.store.url is None else location(store.url),
             left_out={str(version): why for version, why in sorted(left_out.items())},
         )
