@@ -142,10 +142,11 @@ def test_measurement_repeated_on_resume_can_end_the_run(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    train = {"batch_size": 3, "epochs": 6, "learning_rate": 3.0}  # so high that the loss rises on every processor
+    # So high that the loss rises somewhere in so many steps, on every processor.
+    train = {"batch_size": 3, "epochs": 12, "learning_rate": 10.0}
     recipe = make(stopping=STOPPING | {"patience": 1}, train=train)
     whole = uninterrupted.run(recipe)
-    assert whole.summary.steps < 24
+    assert whole.summary.steps < 48
     check_measurement(tiny_base, data, recipe, whole, tmp_path, monkeypatch, whole.summary.steps // 2)
 
 
