@@ -110,7 +110,7 @@ def follow(administration: Administration, change: VersionChange, on_step: Calla
             next start.
     """
     name, generation = change.target.version.name, change.generation
-    assert generation is not None  # noqa: S101 - see above
+    assert generation is not None  # noqa: S101 - callers follow only what changed the desired state
     known, shown, unwritten = dict[str, ServerSwap](), Counter[str](), dict[str, SwapResult]()
     next_check = time.monotonic() + _UNWRITTEN_S
     while True:

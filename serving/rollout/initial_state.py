@@ -10,10 +10,9 @@ from svc.registry.adapter import read_adapter
 from svc.registry.manifest import Manifest
 from svc.registry.registry import Registry
 from svc.store.audit import Action, AuditEntry
-from svc.store.database import is_sqlite
 from svc.store.deployments import deployed_names, set_deployments
 from svc.store.desired import Desired, change_desired, desired_names, read_desired
-from svc.store.leases import LEASE_S, ServerRecord, running_servers
+from svc.store.leases import LEASE_S, running_servers
 from svc.version import Format, Target, VersionId
 
 _PREFERRED = (Format.GPTQ, Format.MERGED)
@@ -38,7 +37,7 @@ def choose_deployments(
             exactly one to choose, if a model is given more than once, or if other running servers serve other
             models or versions.
     """
-    others = [] if is_sqlite(store) else running_servers(store)
+    others = list(running_servers(store).values())
     chosen = list(models) or (desired_names(store) if every else deployed_names(store))
     chosen = chosen or [_only_name(registry, store)]
     names = [_name(model) for model in chosen]
@@ -56,13 +55,12 @@ def choose_deployments(
     return states
 
 
-def _require_same_models(names: Sequence[str], served: Sequence[str], others: Sequence[ServerRecord]) -> None:
+def _require_same_models(names: Sequence[str], served: Sequence[str], others: Sequence[str]) -> None:
     if set(names) == set(served):
         return
-    addresses = ", ".join(server.address for server in others)
     raise RefusedError(
-        f"this server would serve {', '.join(names)}, but the running servers of this store ({addresses}) serve "
-        f"{', '.join(served) or 'no model'}",
+        f"this server would serve {', '.join(names)}, but the running servers of this store ({', '.join(others)}) "
+        f"serve {', '.join(served) or 'no model'}",
         expected="the same models on all servers; a server that was killed counts as running for "
         f"{LEASE_S:.0f} seconds",
         todo="name no models: svc serve; then change the models of all servers with svc add and svc remove",

@@ -71,7 +71,7 @@ class ProductionAlias:
             assert version is not None  # noqa: S101 - `move` sets both
             try:
                 await asyncio.to_thread(self._tracking.set_alias, version, Alias.PRODUCTION)
-            except Exception as error:  # as above
+            except Exception as error:  # a defect of MLflow's client, too: the alias is written again later
                 text = "MLflow did not set the production alias to %s; retrying: %s"
                 log.warning(text, version, error, exc_info=_is_defect(error))
                 self._moved.set()

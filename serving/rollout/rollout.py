@@ -257,7 +257,7 @@ class _Run:
             return
         except SupersededError:
             raise
-        except Exception as error:  # any error: it must not end the rollout of the other servers
+        except Exception as error:  # a defect, too: production answers, and the other servers' rollout goes on
             log.warning("%s answers no clients of this server", self._record.target, exc_info=error)
             await self._unload()
             self._report(f"{address}: {self._record.previous} answers all clients of this server: {error}")

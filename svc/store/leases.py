@@ -53,21 +53,6 @@ class Lease:
     generation: int
 
 
-@dataclass(frozen=True, slots=True)
-class ServerRecord:
-    """A server that uses the store.
-
-    Attributes:
-        id: random id of the process.
-        address: host name and port that it listens on.
-    """
-
-    id: str
-    address: str
-    started_at: datetime
-    seen_at: datetime
-
-
 def report_server(store: Store, server: str, address: str, names: Collection[str]) -> dict[str, Lease]:
     """Record that a server is running, extend its leases, and take those that have ended or were never taken.
 
@@ -97,12 +82,14 @@ def remove_server(store: Store, server: str) -> None:
             row.until = now
 
 
-def running_servers(store: Store) -> list[ServerRecord]:
-    """Return the servers that have reported within the last `LEASE_S`, in the order of their start."""
+def running_servers(store: Store) -> dict[str, str]:
+    """Return host name and port of the servers that have reported within the last `LEASE_S`, keyed by the random id of
+    their process, in the order of their start. With SQLite, there are none.
+    """
     with Session(store) as session:
         running = running_ids(session)
         query = select(ServerRow).where(ServerRow.id.in_(running)).order_by(ServerRow.started_at, ServerRow.id)
-        return [row.read(ServerRecord) for row in session.scalars(query)]
+        return {row.id: row.address for row in session.scalars(query)}
 
 
 def running_ids(session: Session) -> set[str]:
@@ -129,7 +116,7 @@ def require_lease(session: Session, lease: Lease | None) -> None:
 
 @contextmanager
 def hold_lease(store: Store, name: str, what: str) -> Iterator[Lease | None]:
-    """Hold a lease for the duration of the `with` block, for a process that is no server. A thread extends it.
+    """Hold a lease for the duration of the `with` block, for a process other than a server. A thread extends it.
 
     With SQLite, nothing is written, and the lease is None: the processes of one home use a lock file.
 

@@ -89,7 +89,7 @@ async def test_server_is_gone_when_a_report_is_under_way_at_its_stop(
     go_on.set()
     await closing
     await asyncio.sleep(0.2)
-    assert running_servers(postgresql_store) == []
+    assert running_servers(postgresql_store) == {}
 
 
 async def test_stop_of_a_server_goes_on_when_the_store_is_frozen(
