@@ -3,14 +3,17 @@
 Uses real processes on a socket that outlives them, as under systemd. The engine double is a process too.
 """
 
+import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
@@ -27,6 +30,15 @@ pytestmark = pytest.mark.slow
 
 CLIENTS = 8
 RESTARTS = 2
+SCALE_PAGE = Path(__file__).parents[2] / "docs" / "scale.md"
+HAPROXY = shutil.which("haproxy") or "/usr/sbin/haproxy"
+FRONTEND = """
+frontend clients
+    mode http
+    bind 127.0.0.1:{port}
+    timeout client 60s
+    default_backend tuneserve
+"""
 BODY = {"model": NAME, "messages": [{"role": "user", "content": "one two three"}]}
 
 
@@ -112,9 +124,20 @@ class Service:
 @pytest.fixture
 def service(memory_folder: Path, socket_folder: Path) -> Iterator[Service]:
     """Yield a server that serves version 1."""
-    make_version(Registry(memory_folder / "models", AliasBook()), 1)
-    with service_manager(socket_folder) as manager:
-        service = Service(manager, memory_folder, socket_folder)
+    with running_service(memory_folder, socket_folder) as service:
+        yield service
+
+
+@contextmanager
+def running_service(home: Path, sockets: Path) -> Iterator[Service]:
+    """Run a server that serves version 1.
+
+    Args:
+        sockets: an empty folder with a short path.
+    """
+    make_version(Registry(home / "models", AliasBook()), 1)
+    with service_manager(sockets) as manager:
+        service = Service(manager, home, sockets)
         try:
             service.start()
             yield service
@@ -122,7 +145,41 @@ def service(memory_folder: Path, socket_folder: Path) -> Iterator[Service]:
             if service.process and service.process.poll() is None:
                 service.process.kill()
                 service.process.wait()
-            end_engine(state_folder(memory_folder, 0))
+            end_engine(state_folder(home, 0))
+
+
+@contextmanager
+def running_haproxy(folder: Path, servers: list[str]) -> Iterator[str]:
+    """Run HAProxy with the configuration in docs/scale.md, but ten times as many checks, and yield its URL.
+
+    Args:
+        servers: host and port of each server.
+    """
+    found = re.search(r"```text\n# haproxy.cfg[^\n]*\n(.*?)```", SCALE_PAGE.read_text("utf-8"), re.DOTALL)
+    assert found is not None
+    backend = re.sub(r"    server .*\n", "", found[1]).replace("inter 2s", "inter 200ms")
+    backend += "".join(f"    server {number} {address}\n" for number, address in enumerate(servers))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config = folder / "haproxy.cfg"
+    config.write_text(f"defaults\n    timeout connect 5s\n{FRONTEND.format(port=port)}{backend}", "utf-8")
+    with subprocess.Popen([HAPROXY, "-f", str(config), "-db"]) as process:
+        try:
+            url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 30
+            while not _answers(f"{url}/health"):
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.05)
+            yield url
+        finally:
+            process.kill()
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, trust_env=False).is_success
+    except httpx.TransportError:
+        return False
 
 
 def test_server_replacement_refuses_no_connection_and_fails_no_request(service: Service) -> None:
@@ -163,3 +220,31 @@ def test_no_request_fails_when_a_load_balancer_stops_sending_while_the_server_dr
     assert set(clients.answers) == {f"{NAME}@1"}
     assert service.process.wait(60) == 0
     assert service.engine is None
+
+
+@pytest.mark.matrix
+@pytest.mark.skipif(not Path(HAPROXY).exists(), reason="HAProxy is not installed: apt-get install haproxy")
+def test_no_request_fails_when_servers_behind_haproxy_are_replaced_one_after_the_other(
+    memory_folder: Path, socket_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SVC_SERVE__DRAIN_S", "2")
+    monkeypatch.setenv("SVC_SERVE__BEHIND_PROXY", '["127.0.0.1/32"]')
+    monkeypatch.setenv("SVC_SERVE__ALLOWED_HOSTS", '["models.example.org"]')
+    with ExitStack() as stack:
+        services = []
+        for name in "ab":
+            home, sockets = memory_folder / name, socket_folder / name
+            home.mkdir()
+            sockets.mkdir()
+            services.append(stack.enter_context(running_service(home, sockets)))
+        addresses = [service.manager.url.removeprefix("http://") for service in services]
+        url = stack.enter_context(running_haproxy(memory_folder, addresses))
+        clients = Clients(url, kept=CLIENTS // 2)
+        with clients.asking():
+            for service in services:
+                clients.wait_for(2 * CLIENTS)
+                service.end(signal.SIGTERM)
+                clients.wait_for(2 * CLIENTS)
+                service.start()
+            clients.wait_for(2 * CLIENTS)
+    assert set(clients.answers) == {f"{NAME}@1"}
