@@ -64,10 +64,12 @@ test: $(READY) $(PROMETHEUS) $(ALERTMANAGER)
 	$(BIN)/pytest -m "not matrix and not soak" --ignore tests/e2e -n $(WORKERS) --dist loadfile
 	$(BIN)/pytest -m "not matrix and not soak" tests/e2e
 
-# Every process killed at every step, and every method, family and template, on the real engine. Then property tests with
-# examples that the fast tests do not use.
+# Every process killed at every step, and every method, family and template, on the real engine. Then faults with a store
+# in PostgreSQL, and property tests with examples that the fast tests do not use.
+FAULTS := $(foreach each,kill_matrix kill_replicas rollback_amid_rollout rollout deployments hot_load,tests/e2e/test_$(each).py)
 test-matrix: $(READY) $(PROMETHEUS) $(TOKENIZERS)
 	$(BIN)/pytest -m matrix
+	$(BIN)/pytest -m "not soak" --store postgresql $(FAULTS)
 	$(BIN)/pytest -m "not slow and not matrix and not soak" --hypothesis-profile=random -n auto --dist worksteal
 
 # Heavy traffic on the real engine: two models, promoted, idling and killed, with good, bad and hostile clients.

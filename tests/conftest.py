@@ -32,6 +32,11 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"
 gc.disable()  # while tests are collected: what they import stays, and to look through it again and again takes seconds
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the kind of database that the end-to-end tests of faults use."""
+    parser.addoption("--store", choices=["sqlite", "postgresql"], default="sqlite", help="store of tests of faults")
+
+
 def pytest_collection_finish() -> None:
     """Exclude everything imported so far from all further garbage collections."""
     gc.freeze()

@@ -10,6 +10,7 @@ from examples.service import serving, svc_json
 from svc.dataset.readers.reader import read_examples, write_examples
 from tests.e2e.server import HELDOUT_EXAMPLES, PORT, Server
 from tests.hub_models.build import build_hub_model
+from tests.postgresql import PostgresServer
 
 DATA = Path(__file__).parents[2] / "examples" / "debian-triage"
 PROMPTS = [[message.as_dict() for message in example.prompt] for example in read_examples(DATA / "heldout.jsonl")[:6]]
@@ -42,6 +43,22 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.section("figures")
     for figure in figures:
         terminalreporter.line(figure)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _store(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With `--store postgresql`, let all commands of a module's tests use a new database instead of the home's file.
+
+    The server that all modules share has no such database.
+    """
+    if request.config.getoption("--store") == "sqlite":
+        yield
+        return
+    server: PostgresServer = request.getfixturevalue("postgresql")
+    with server.new_database() as database, pytest.MonkeyPatch.context() as environment:
+        assert database.url is not None
+        environment.setenv("SVC_STORE__URL", database.url.get_secret_value())
+        yield
 
 
 @pytest.fixture(scope="session")

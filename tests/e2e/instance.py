@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import psutil
+from sqlalchemy import Engine as Store
 
 from examples.load import Load
 from examples.service import svc, svc_json, wait_until_ready
@@ -21,7 +22,8 @@ from svc.engine.orphans import find_engine
 from svc.engine.vllm.folders import state_folders
 from svc.registry.manifest import MANIFEST_FILE
 from svc.registry.registry import Registry
-from svc.settings import Settings
+from svc.settings import Settings, load_settings
+from svc.store.database import open_store
 from svc.version import VersionId
 from tests.e2e.server import of_one_model
 
@@ -65,6 +67,10 @@ class Instance:
         began = time.monotonic()
         wait_until_ready(self.url, self.launch(*models), self._log, 300)
         return time.monotonic() - began
+
+    def store(self) -> Store:
+        """Open the server's store."""
+        return open_store(load_settings(home=self.home))
 
     @property
     def _log(self) -> Path:

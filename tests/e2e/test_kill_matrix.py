@@ -18,7 +18,6 @@ import pytest
 
 from examples.load import Load
 from svc.engine.orphans import runs
-from svc.store.database import open_database
 from svc.store.desired import read_desired
 from svc.store.swaps import SwapOutcome
 from tests.e2e.conftest import PROMPTS, Report
@@ -147,7 +146,7 @@ def test_expected_version_is_served_after_a_kill_during_a_swap(
     answers = serving.answers()
     (engine,) = serving.engines_of(TINY)
     report(f"{killed.value} killed, {moment.value}: {status['version']} ({status['format']}) after {ready_s:.1f} s")
-    desired = read_desired(open_database(serving.home), "tiny")
+    desired = read_desired(serving.store(), "tiny")
     assert desired is not None
     assert (f"{status['version']} ({status['format']})", str(desired.target)) == (serves, serves)
     assert answers == expected[serves]

@@ -10,8 +10,7 @@ import pytest
 from examples.load import Load
 from serving.client.local import LocalAdministration
 from serving.client.promotion import follow
-from svc.settings import Settings
-from svc.store.database import open_database
+from svc.settings import load_settings
 from svc.store.desired import read_desired
 from svc.store.swaps import SwapOutcome, find_swap
 from tests.e2e.conftest import PROMPTS, Report
@@ -37,7 +36,7 @@ def instance(
 
 def roll_back(instance: Instance) -> float:
     """Roll back and return the number of seconds until only version 1 serves."""
-    here = LocalAdministration.of(Settings(home=instance.home))
+    here = LocalAdministration.of(load_settings(home=instance.home))
     began = time.monotonic()
     result = follow(here, here.rollback("tiny", reason=None), lambda step: None).result
     took_s = time.monotonic() - began
@@ -63,7 +62,7 @@ def test_rollback_during_a_rollout_takes_at_most_two_seconds(
         promotion = instance.try_to_promote(*arguments)
         instance.until(lambda status: any(engine["state"] == state for engine in status["engines"]))
         time.sleep(after_s)
-        desired = read_desired(open_database(instance.home), "tiny")
+        desired = read_desired(instance.store(), "tiny")
         took_s = roll_back(instance)
         load.wait_for(4)
     assert promotion.wait(30) != 0
@@ -73,7 +72,7 @@ def test_rollback_during_a_rollout_takes_at_most_two_seconds(
     report(f"rolled back in {took_s:.2f} s, {state} ({len(engines)} engines), {len(load.answers)} answers")
     assert took_s < WITHIN_S
     assert desired is not None
-    swap = find_swap(open_database(instance.home), "tiny", desired.generation)
+    swap = find_swap(instance.store(), "tiny", desired.generation)
     assert swap is not None
     assert swap.result is not None
     assert swap.result.outcome is SwapOutcome.CANCELLED

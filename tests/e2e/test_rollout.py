@@ -15,7 +15,6 @@ from pathlib import Path
 import openai
 import pytest
 
-from svc.store.database import open_database
 from svc.store.rollouts import RolloutOutcome, RolloutState, RolloutView, find_rollout
 from svc.store.shadow_pairs import read_shadow_pairs
 from svc.version import Format
@@ -174,14 +173,14 @@ def promote(instance: Instance, *arguments: str) -> "subprocess.CompletedProcess
 
 def latest(instance: Instance, name: str = "teams") -> RolloutView:
     """Return the latest rollout of a model, from the store, because the server may be down."""
-    record = find_rollout(open_database(instance.home), name)
+    record = find_rollout(instance.store(), name)
     assert record is not None
     return RolloutView.of(record)
 
 
 def wait_for_state(instance: Instance, state: RolloutState, name: str = "teams", timeout_s: float = 240) -> None:
     deadline = time.monotonic() + timeout_s
-    store = open_database(instance.home)
+    store = instance.store()
     while (record := find_rollout(store, name)) is None or record.state is not state:
         assert time.monotonic() < deadline, record
         time.sleep(0.02)
@@ -325,7 +324,7 @@ def test_kept_requests_are_replayed_where_memory_holds_one_engine(home: Path, tm
         assert (later.failed, set(later.versions)) == ([], {"tiny@2"})
         assert len(instance.engines()) == 1
         ended = latest(instance, "tiny")
-        pairs = read_shadow_pairs(open_database(instance.home), ended.id)
+        pairs = read_shadow_pairs(instance.store(), ended.id)
     assert ended.outcome is RolloutOutcome.PROMOTED, ended
     assert len({pair.replayed for pair in pairs}) == len(pairs) == 100
     assert compared_before_kill < 100
@@ -335,7 +334,7 @@ def test_kept_requests_are_replayed_where_memory_holds_one_engine(home: Path, tm
 
 def _wait_for_pairs(instance: Instance, count: int, timeout_s: float = 120) -> int:
     """Wait until a number of stored requests was compared and the candidate is loaded; return the number."""
-    deadline, store = time.monotonic() + timeout_s, open_database(instance.home)
+    deadline, store = time.monotonic() + timeout_s, instance.store()
     while True:
         record = find_rollout(store, "tiny")
         compared = len(read_shadow_pairs(store, record.id)) if record else 0
