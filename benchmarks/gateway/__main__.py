@@ -19,7 +19,7 @@ from benchmarks.gateway.engine import measure_engine
 from benchmarks.gateway.engine import summary as engine_summary
 from benchmarks.gateway.measure import Figures
 from benchmarks.gateway.peers import Bare, Direct, LiteLLM, Nginx, Peer, VllmRouter
-from benchmarks.gateway.table import BARE, DIRECT, KEYLESS, OURS, TRACED, Round, complete, summary, tables
+from benchmarks.gateway.table import BARE, DIRECT, KEYLESS, OURS, STORED, TRACED, Round, complete, summary, tables
 from svc.errors import EngineError
 from svc.invocation import print_json
 from svc.settings import load_settings
@@ -39,10 +39,13 @@ _BY_NAME = (TRACED, BARE)
     show_default=True,
     help="Folder in which install_peers.sh installed the other gateways.",
 )
+@click.option("--store", default="", metavar="URL", help=f"Empty PostgreSQL database; also measures {STORED!r}.")
 @click.option("--engine", "model", metavar="MODEL", help="Measure this model's throughput on its real engine instead.")
 @click.option("--home", type=click.Path(path_type=Path), help="Home that contains the model of --engine.")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
-def main(rounds: int, only: str | None, peers: Path, model: str | None, home: Path | None, as_json: bool) -> None:
+def main(
+    rounds: int, only: str | None, peers: Path, store: str, model: str | None, home: Path | None, as_json: bool
+) -> None:
     """Measure the cost of a request through each gateway."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that started processes are stopped
     with tempfile.TemporaryDirectory(prefix="gw") as name:
@@ -50,15 +53,16 @@ def main(rounds: int, only: str | None, peers: Path, model: str | None, home: Pa
         if model:
             _measure_engine(model, home, rounds, folder / "serve.log", as_json=as_json)
         else:
-            _measure_gateways(folder, rounds, only, peers.absolute() / "bin", as_json=as_json)
+            _measure_gateways(folder, rounds, only, peers.absolute() / "bin", store, as_json=as_json)
 
 
-def _measure_gateways(folder: Path, rounds: int, only: str | None, bin: Path, *, as_json: bool) -> None:
+def _measure_gateways(folder: Path, rounds: int, only: str | None, bin: Path, store: str, *, as_json: bool) -> None:
     others: list[Peer] = [LiteLLM(bin), VllmRouter(bin), Nginx(bin)]
-    names = _names([DIRECT, OURS, KEYLESS, TRACED, BARE, *(peer.name for peer in others)], only)
+    stored = [STORED] if store else []
+    names = _names([DIRECT, OURS, *stored, KEYLESS, TRACED, BARE, *(peer.name for peer in others)], only)
     left_out = {peer.name: peer.missing for peer in others if peer.name in names and peer.missing}
     with bench(folder) as machine:
-        ours = make_ours(folder) if {OURS, KEYLESS, TRACED} & {*names} else []
+        ours = make_ours(folder, store) if {OURS, KEYLESS, TRACED, *stored} & {*names} else []
         known: list[Peer] = [Direct(), *ours, Bare(), *others]
         peers = [peer for peer in known if peer.name in names and peer.name not in left_out]
         measured = [_round(machine, peers, number, rounds, left_out) for number in range(rounds)]

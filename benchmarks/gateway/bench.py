@@ -23,7 +23,7 @@ from benchmarks.gateway.load import Address, Ask, answers
 from benchmarks.gateway.measure import Figures, Measurement
 from benchmarks.gateway.peers import Ours, Peer, Upstream, free_port
 from benchmarks.gateway.processes import running
-from benchmarks.gateway.table import KEYLESS, OURS, TRACED
+from benchmarks.gateway.table import KEYLESS, OURS, STORED, TRACED
 from svc.errors import EngineError, SettingsError
 from svc.terminal import console
 
@@ -138,8 +138,13 @@ def _end_of(log: Path) -> str:
     return log.read_text("utf-8", "replace")[-_LOG_CHARS:]
 
 
-def make_ours(folder: Path) -> list[Peer]:
-    """Create homes, and return our gateway with a key, without keys, and with a key and traces."""
+def make_ours(folder: Path, store: str = "") -> list[Peer]:
+    """Create homes, and return our gateway with a key, without keys, with a key and traces, and with a key and a
+    database.
+
+    Args:
+        store: URL of an empty PostgreSQL database, or empty to leave that gateway out.
+    """
     console.print("creating the home folders of tuneserve")
     keyless, keyed = folder / "keyless", folder / "keyed"
     subprocess.run([sys.executable, "-m", "benchmarks.gateway.home", str(keyless)], check=True)
@@ -148,4 +153,9 @@ def make_ours(folder: Path) -> list[Peer]:
     arguments += [argument for limit in _KEY_LIMITS for argument in (f"--{limit}", _NEVER)]
     result = subprocess.run(arguments, check=True, capture_output=True, text=True)
     key = result.stdout.strip()
-    return [Ours(OURS, keyed, key), Ours(KEYLESS, keyless), Ours(TRACED, keyed, key, traced=True)]
+    ours: list[Peer] = [Ours(OURS, keyed, key), Ours(KEYLESS, keyless), Ours(TRACED, keyed, key, traced=True)]
+    if store:
+        migrate = [sys.executable, "-m", "svc.cli", "--home", str(keyed), "store", "migrate", "--to", store]
+        subprocess.run(migrate, check=True, stdout=subprocess.DEVNULL)
+        ours.append(Ours(STORED, keyed, key, store=store))
+    return ours

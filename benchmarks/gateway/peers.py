@@ -88,12 +88,14 @@ class Ours(Peer):
         home: home of the server, copied for each start.
         key: secret of the only key in the home; empty if there is no key.
         traced: whether a span for each request is sent to the upstream's port.
+        store: URL of the database with the home's rows, or empty for the home's own file.
     """
 
     name: str
     home: Path
     key: str = ""
     traced: bool = False
+    store: str = ""
 
     def command(self, upstream: Upstream, folder: Path) -> Command:
         """Return the server's own command with its engine replaced."""
@@ -108,6 +110,8 @@ class Ours(Peer):
         }
         if self.traced:
             variables["SVC_TELEMETRY__OTLP_ENDPOINT"] = f"http://127.0.0.1:{upstream.port}"
+        if self.store:
+            variables["SVC_STORE__URL"] = self.store
         return Command(arguments, Address(port, self.key), variables)
 
 
