@@ -137,7 +137,7 @@ class _LineChecks:
         self._text = TextChecks(base.special_tokens if base else ()).problems
         self._shared_text = lru_cache(maxsize=64)(self._text)  # one system turn is in all lines
 
-    def check(self, report: DataReport, line: Line) -> None:
+    def check(self, report: DataReport, line: Line[ChatExample]) -> None:
         report.lines += 1
         if error := line.error:
             wrong = f"{error.wrong}; expected {error.expected}" if error.expected else error.wrong
@@ -147,7 +147,7 @@ class _LineChecks:
         else:
             self._check_example(report, line, line.example)
 
-    def _check_example(self, report: DataReport, line: Line, example: ChatExample) -> None:
+    def _check_example(self, report: DataReport, line: Line[ChatExample], example: ChatExample) -> None:
         report.examples += 1
         report.lengths.append(min(example.characters, 2**32 - 1))
         if len(report.answers) <= FEW_ANSWERS:  # more are free text

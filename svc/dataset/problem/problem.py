@@ -31,6 +31,9 @@ class Code(StrEnum):
     WRONG_TURNS = "wrong_turns"
     WRONG_TOOLS = "wrong_tools"
     WRONG_WEIGHT = "wrong_weight"
+    WRONG_LABEL = "wrong_label"
+    DIFFERENT_PROMPTS = "different_prompts"
+    EQUAL_ANSWERS = "equal_answers"
     TEMPLATE_REFUSES = "template_refuses"
     EMPTY = "empty"
     LEAK = "leak"
@@ -62,6 +65,9 @@ _ERRORS = {
     Code.WRONG_TURNS: "reorder the turns so that the assistant's answer comes last, or drop the example",
     Code.WRONG_TOOLS: "write tools and tool calls in the OpenAI API's format, or drop the example",
     Code.WRONG_WEIGHT: "give assistant turns the weight 1 (learn) or 0 (do not learn), and other turns no weight",
+    Code.WRONG_LABEL: "give the answer the label true (desirable) or false, or drop the example",
+    Code.DIFFERENT_PROMPTS: "give both answers the same prompt, or drop the pair",
+    Code.EQUAL_ANSWERS: "drop the pair; nothing can be learnt from it",
     Code.TEMPLATE_REFUSES: "change the example's turns, or choose another base",
     Code.EMPTY: "check whether this is the right file",
     Code.LEAK: "drop the line here or from the held-out set; otherwise the held-out results are meaningless",

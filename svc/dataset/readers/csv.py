@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any, BinaryIO
 
 from svc.dataset.problem.problem import Code, RowError
-from svc.dataset.readers.chat_formats import KEYS, header_fault
+from svc.dataset.readers.columns import FORMAT_KEYS, header_fault
 from svc.dataset.readers.row import MAX_ROW_BYTES, Row, too_large
 from svc.dataset.text.decode import decode, not_utf8
 
@@ -84,7 +84,7 @@ def _find_header(lines: _Lines) -> tuple[str, list[str]]:
         with suppress(csv.Error):
             names = next(csv.reader([line], delimiter=separator, strict=True), [])
             headers.append((separator, [name.strip() for name in names]))
-    known = (header for header in headers if any(set(keys) <= set(header[1]) for keys in KEYS.values()))
+    known = (header for header in headers if any(set(keys) <= set(header[1]) for keys in FORMAT_KEYS))
     return next(known, headers[0] if headers else (",", []))
 
 

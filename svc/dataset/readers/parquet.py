@@ -1,6 +1,6 @@
 """Reads records from Parquet files, keeping only one batch of rows in memory at a time.
 
-Only columns that a chat format uses are read. Other columns may have types with no Python equivalent.
+Only columns that a format uses are read. Other columns may have types with no Python equivalent.
 """
 
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from svc.dataset.problem.problem import Code, RowError
-from svc.dataset.readers.chat_formats import READ_KEYS, header_fault
+from svc.dataset.readers.columns import READ_KEYS, header_fault
 from svc.dataset.readers.row import MAX_ROW_BYTES, Row, too_large
 
 _BATCH_ROWS = 256

@@ -6,6 +6,7 @@ import pytest
 
 from svc.dataset.problem.problem import Code
 from svc.dataset.readers.reader import Line, read_examples, read_lines
+from svc.dataset.schema.example import ChatExample
 
 SUITE = """\
 description: colours
@@ -23,7 +24,7 @@ tests:
 """
 
 
-def lines(folder: Path, text: str) -> list[Line]:
+def lines(folder: Path, text: str) -> list[Line[ChatExample]]:
     (folder / "promptfooconfig.yaml").write_text(text, "utf-8")
     return list(read_lines(folder / "promptfooconfig.yaml"))
 

@@ -1,0 +1,236 @@
+"""Recognizes the formats of preference data and converts their rows to pairs and labelled answers.
+
+A row of a pair has two answers. Its prompt is a field of its own, or the turns that both answers begin with. A
+labelled answer is a row in one of the chat formats with a label. This module knows nothing about files.
+"""
+
+import re
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import Any
+
+from svc.dataset.problem.problem import Code, RowError
+from svc.dataset.readers.chat_formats import Format, add_alpaca_prompt, check_keys, parse_row, quoted, recognise
+from svc.dataset.readers.turns import ASSISTANTS, Turns, is_absent
+from svc.dataset.schema.example import ChatExample
+from svc.dataset.schema.preference import LabelledAnswer, PreferencePair
+from svc.dataset.schema.tool_calls import decode_inner, expect, expect_turns, json_text
+
+
+class PairFormat(StrEnum):
+    """Layout of a row with two answers, recognized by its keys."""
+
+    CHOSEN_REJECTED = "chosen_rejected"
+    OPENAI_PREFERENCE = "openai_preference"
+
+
+PAIR_KEYS: dict[PairFormat, tuple[str, ...]] = {
+    PairFormat.CHOSEN_REJECTED: ("chosen", "rejected"),
+    PairFormat.OPENAI_PREFERENCE: ("input", "preferred_output", "non_preferred_output"),
+}
+"""Required keys of each format."""
+PROMPT_KEYS = ("prompt", "question", "instruction", "input", "conversations", "messages")
+"""Keys that may have the prompt of a row with `chosen` and `rejected`."""
+LABEL_KEYS = ("label", "kto_tag")
+"""Keys that may have the label of an answer: TRL's and LLaMA-Factory's."""
+_HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+_HH_TURN = re.compile(f"({_HUMAN}|{_ASSISTANT})")
+
+
+def recognise_pair(value: Any) -> PairFormat | None:
+    """Return the format whose keys a row has, or None if it does not have two answers."""
+    if not isinstance(value, dict):
+        return None
+    return next((form for form, keys in PAIR_KEYS.items() if all(value.get(key) is not None for key in keys)), None)
+
+
+def is_labelled(value: Any) -> bool:
+    """Return whether a row is a chat example with a label that is true or false."""
+    form = recognise(value)
+    return form in _LABELLED_FORMATS and any(_as_label(value.get(key)) is not None for key in LABEL_KEYS)
+
+
+def parse_pair(value: Any, form: PairFormat) -> tuple[PreferencePair, tuple[str, ...]]:
+    """Convert a row to a pair.
+
+    Args:
+        form: the format of the file.
+
+    Returns:
+        The pair and names of fields: for each message of the chosen answer and its prompt, the field with its text,
+        and the field of the rejected answer.
+
+    Raises:
+        RowError: the row is in a different format than the file, it is not valid in that format, the two
+            answers do not have the same prompt, or they are equal. The error uses the field names of the file.
+    """
+    check_keys(value, recognise_pair(value) or recognise(value), form, PAIR_KEYS[form])
+    *_, better, worse = PAIR_KEYS[form]
+    read = _read_openai if form is PairFormat.OPENAI_PREFERENCE else _read_chosen_rejected
+    (chosen, fields), (rejected, other_fields) = read(value, better), read(value, worse)
+    _check_prompts(chosen, rejected, fields, other_fields)
+    if _answer(chosen) == _answer(rejected):
+        raise RowError(Code.EQUAL_ANSWERS, f"is the same as {better}", field=worse, expected="two different answers")
+    return PreferencePair(chosen, rejected), (*fields, other_fields[-1])
+
+
+def parse_labelled(value: Any, form: Format) -> tuple[LabelledAnswer, tuple[str, ...]]:
+    """Convert a row to a labelled answer. Also return, for each message, the name of the field with its text.
+
+    Args:
+        form: the format of the file.
+
+    Raises:
+        RowError: as in `parse_row`, or the row has no label.
+    """
+    example, fields = parse_row(value, form)
+    given = [key for key in LABEL_KEYS if value.get(key) is not None]
+    if len(given) != 1:
+        wrong = f"the line has both {quoted(given)}" if given else f"the line has no label, only {sorted(value)!r:.200}"
+        raise RowError(Code.WRONG_LABEL, wrong, expected="'label' or 'kto_tag': true or false")
+    label = _as_label(value[given[0]])
+    if label is None:
+        raise RowError(
+            Code.WRONG_LABEL, f"is {json_text(value[given[0]]):.80}", field=given[0], expected="true or false"
+        )
+    return LabelledAnswer(example, label), fields
+
+
+_LABELLED_FORMATS = {Format.CHAT, Format.SHAREGPT, Format.ALPACA, Format.PROMPT_COMPLETION}
+
+
+def _as_label(value: Any) -> bool | None:
+    """Return a label, which is text in CSV files. Return None for any other value."""
+    if isinstance(value, bool):
+        return value
+    return {"true": True, "false": False}.get(value.strip().lower()) if isinstance(value, str) else None
+
+
+def _check_prompts(
+    chosen: ChatExample, rejected: ChatExample, fields: tuple[str, ...], other_fields: tuple[str, ...]
+) -> None:
+    if chosen.prompt == rejected.prompt:
+        return
+    turns = list(zip(chosen.messages, rejected.messages, strict=False))
+    place = next((place for place, (one, other) in enumerate(turns) if one != other), len(turns) - 1)
+    wrong = f"differs from {other_fields[place]} before the final answer"
+    expected = "the same turns before both final answers"
+    raise RowError(Code.DIFFERENT_PROMPTS, wrong, field=fields[place], expected=expected)
+
+
+def _answer(example: ChatExample) -> tuple[str, str | None]:
+    return example.answer.strip(), example.messages[-1].reasoning
+
+
+def _read_openai(value: dict[str, Any], key: str) -> tuple[ChatExample, tuple[str, ...]]:
+    """Read one of the answers of a row in the format of OpenAI's preference fine-tuning, with its prompt."""
+    asked = expect(dict, _decoded(value["input"]), "input", "an object with 'messages'")
+    chat = Turns()
+    for place, turns in (("input.messages", asked.get("messages")), (key, _decoded(value[key]))):
+        for index, turn in enumerate(expect_turns(turns, place)):
+            chat.add_chat(turn, f"{place}[{index}]")
+    return chat.parse(asked.get("tools"))
+
+
+def _read_chosen_rejected(value: dict[str, Any], key: str) -> tuple[ChatExample, tuple[str, ...]]:
+    """Read `chosen` or `rejected` with its prompt.
+
+    As in TRL, an answer that is a conversation contains its prompt, unless the prompt is a list of turns, too.
+    """
+    chat, answer = Turns(), _turns_in(value[key])
+    prompts = [name for name in PROMPT_KEYS if not is_absent(value.get(name))]
+    if isinstance(answer, list) and _contains_prompt(answer, value, prompts):
+        if not (answer and _role(answer[0]) == "system"):
+            chat.add_system(value)
+        _add_turns(chat, answer, key)
+        return chat.parse(value.get("tools"))
+    chat.add_system(value)
+    if isinstance(answer, str) and (turns := _hh_turns(answer, value.get("prompt"))):
+        for role, text in turns[:-1]:
+            chat.add(role, text, "prompt" if prompts else key)
+        chat.add(*turns[-1], key)
+        return chat.parse(value.get("tools"))
+    _add_prompt(chat, value, prompts)
+    if isinstance(answer, list):
+        _add_turns(chat, answer, key)
+    else:
+        chat.add("assistant", answer, key)
+    return chat.parse(value.get("tools"))
+
+
+def _contains_prompt(answer: list[Any], value: dict[str, Any], prompts: Sequence[str]) -> bool:
+    """Return whether the turns of an answer begin with the prompt.
+
+    Args:
+        prompts: keys of the row that may have the prompt.
+    """
+    prompt = _turns_in(value.get("prompt"))
+    if isinstance(prompt, list) and prompt:
+        return answer[: len(prompt)] == prompt
+    return not prompts or not answer or _role(answer[0]) not in ASSISTANTS
+
+
+def _add_prompt(chat: Turns, value: dict[str, Any], keys: Sequence[str]) -> None:
+    if "instruction" in keys:
+        keys = [key for key in keys if key != "input"]
+    if len(keys) != 1:
+        wrong = f"the line has both {quoted(keys)}" if keys else f"the line has no prompt, only {sorted(value)!r:.200}"
+        expected = f"one of {', '.join(PROMPT_KEYS)}, or the prompt at the beginning of 'chosen' and 'rejected'"
+        raise RowError(Code.WRONG_FORMAT, wrong, expected=expected)
+    key, turns = keys[0], _turns_in(value[keys[0]])
+    if key == "instruction":
+        add_alpaca_prompt(value, chat)
+    elif isinstance(turns, list):
+        _add_turns(chat, turns, key)
+    else:
+        chat.add("user", turns, key)
+
+
+def _add_turns(chat: Turns, turns: list[Any], place: str) -> None:
+    for index, turn in enumerate(expect_turns(turns, place)):
+        add = chat.add_sharegpt if isinstance(turn, dict) and _is_sharegpt(turn) else chat.add_chat
+        add(turn, f"{place}[{index}]")
+
+
+def _hh_turns(answer: str, prompt: Any) -> list[tuple[str, str]]:
+    """Return roles and texts of a conversation in one text, as in Anthropic's HH, or an empty list for other texts.
+
+    The conversation may be split: all turns in `prompt`, which ends with the mark of the answer, and the answer.
+    """
+    text = answer if is_absent(prompt) else ""
+    if isinstance(prompt, str) and prompt.rstrip().endswith(_ASSISTANT):
+        text = prompt + answer
+    if not text.startswith(_HUMAN):
+        return []
+    parts = _HH_TURN.split(text)[1:]
+    roles = ("user" if mark == _HUMAN else "assistant" for mark in parts[::2])
+    return list(zip(roles, map(str.strip, parts[1::2]), strict=True))
+
+
+def _turns_in(value: Any) -> Any:
+    """Return a single turn as a list, and a list of turns in JSON text, as in CSV files, decoded.
+
+    Return any other value unchanged.
+    """
+    if isinstance(value, dict):
+        return [value]
+    turns = decode_inner(value) if isinstance(value, str) and value.lstrip().startswith("[") else None
+    if isinstance(turns, list) and turns and all(isinstance(turn, dict) and _is_turn(turn) for turn in turns):
+        return turns
+    return value
+
+
+def _is_turn(value: dict[str, Any]) -> bool:
+    return value.keys() >= {"role", "content"} or value.keys() >= {"from", "value"}
+
+
+def _is_sharegpt(turn: dict[str, Any]) -> bool:
+    return turn.get("role") is None and "from" in turn
+
+
+def _role(turn: Any) -> Any:
+    return (turn.get("from") if _is_sharegpt(turn) else turn.get("role")) if isinstance(turn, dict) else None
+
+
+def _decoded(value: Any) -> Any:
+    return decode_inner(value) if isinstance(value, str) else value

@@ -1,0 +1,99 @@
+"""Reads preference pairs and labelled answers from data files, for training with DPO, ORPO or KTO."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from svc.dataset.readers.bad_lines import BadLines
+from svc.dataset.readers.preference_formats import parse_labelled, parse_pair
+from svc.dataset.readers.reader import Kind, Line, Source, open_file, read_good, require, wrong_kind
+from svc.dataset.schema.example import ChatExample
+from svc.dataset.schema.preference import LabelledAnswer, PreferencePair
+
+
+def read_pairs(
+    sources: Source | Sequence[Source],
+    *,
+    minimum: int = 1,
+    cache: Path | None = None,
+    bad_lines: BadLines | None = None,
+    kept_back: Sequence[ChatExample] = (),
+) -> list[PreferencePair]:
+    """Return all preference pairs from one or more sources, in order.
+
+    Args:
+        sources: files, folders, or hub datasets given as `hf:ORG/NAME`.
+        minimum: minimum number of pairs required.
+        cache: folder for files fetched from the hub.
+        bad_lines: collects bad lines, or None to raise an error for the first bad line.
+        kept_back: held-out examples; a line that repeats one of their prompts is bad.
+
+    Raises:
+        DataError: a line is bad (the error names it), a file does not contain pairs, or there are too few pairs.
+    """
+    pairs = list(read_good(_pair_lines, sources, cache, bad_lines, kept_back))
+    require(minimum, pairs, "preference pair", sources)
+    return pairs
+
+
+def read_labelled(
+    sources: Source | Sequence[Source],
+    *,
+    minimum: int = 1,
+    cache: Path | None = None,
+    bad_lines: BadLines | None = None,
+    kept_back: Sequence[ChatExample] = (),
+) -> list[LabelledAnswer]:
+    """Return all labelled answers from one or more sources, in order. A pair has a desirable and an undesirable answer.
+
+    Args:
+        sources: files, folders, or hub datasets given as `hf:ORG/NAME`; each file has labelled answers or pairs.
+        minimum: minimum number of answers required.
+        cache: folder for files fetched from the hub.
+        bad_lines: collects bad lines, or None to raise an error for the first bad line.
+        kept_back: held-out examples; a line that repeats one of their prompts is bad.
+
+    Raises:
+        DataError: a line is bad (the error names it), a file has neither labelled answers nor pairs, or there are
+            too few answers.
+    """
+    rows = read_good(_labelled_lines, sources, cache, bad_lines, kept_back)
+    answers = [answer for row in rows for answer in _labelled(row)]
+    require(minimum, answers, "labelled answer", sources)
+    return answers
+
+
+def write_pairs(path: Path, pairs: Iterable[PreferencePair]) -> None:
+    """Write pairs as UTF-8 JSONL: two conversations, `chosen` and `rejected`, that begin with the same prompt."""
+    path.write_text("".join(json.dumps(pair_row(pair), ensure_ascii=False) + "\n" for pair in pairs), "utf-8")
+
+
+def pair_row(pair: PreferencePair) -> dict[str, object]:
+    """Return a pair in its JSONL form."""
+    chosen, rejected = pair.chosen.as_dict(), pair.rejected.as_dict()
+    tools = {"tools": chosen["tools"]} if "tools" in chosen else {}
+    return {"chosen": chosen["messages"], "rejected": rejected["messages"], **tools}
+
+
+def _pair_lines(path: Path) -> Iterator[Line[PreferencePair]]:
+    file = open_file(path, Kind.PAIRS)
+    if file.kind is not Kind.PAIRS:
+        raise wrong_kind(path, file.kind, Kind.PAIRS)
+    return file.lines(parse_pair)
+
+
+def _labelled_lines(path: Path) -> Iterator[Line[LabelledAnswer | PreferencePair]]:
+    file = open_file(path, Kind.LABELLED)
+    match file.kind:
+        case Kind.PAIRS:
+            return file.lines(parse_pair)
+        case Kind.LABELLED:
+            return file.lines(parse_labelled)
+        case Kind.CHAT:
+            raise wrong_kind(path, file.kind, Kind.LABELLED)
+
+
+def _labelled(row: LabelledAnswer | PreferencePair) -> tuple[LabelledAnswer, ...]:
+    if isinstance(row, LabelledAnswer):
+        return (row,)
+    return LabelledAnswer(row.chosen, desirable=True), LabelledAnswer(row.rejected, desirable=False)

@@ -1,0 +1,26 @@
+"""Preferences between answers: pairs of a better and a worse answer, and answers labelled as desirable or not."""
+
+from dataclasses import dataclass
+
+from svc.dataset.schema.example import ChatExample
+
+
+@dataclass(frozen=True, slots=True)
+class PreferencePair:
+    """Two answers to one prompt, of which one is preferred.
+
+    Attributes:
+        chosen: prompt with the better answer.
+        rejected: same prompt with the worse answer.
+    """
+
+    chosen: ChatExample
+    rejected: ChatExample
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledAnswer:
+    """An answer with a label saying whether it is desirable, for KTO."""
+
+    example: ChatExample
+    desirable: bool
