@@ -11,7 +11,7 @@ from typing import Any
 
 from svc.dataset.problem.problem import Code, RowError
 from svc.dataset.readers.chat_formats import Format, add_alpaca_prompt, check_keys, parse_row, quoted, recognise
-from svc.dataset.readers.turns import ASSISTANTS, Turns, is_absent
+from svc.dataset.readers.turns import ASSISTANTS, ROLES, Turns, is_absent
 from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.preference import LabelledAnswer, PreferencePair
 from svc.dataset.schema.tool_calls import decode_inner, expect, expect_turns, json_text
@@ -208,20 +208,22 @@ def _hh_turns(answer: str, prompt: Any) -> list[tuple[str, str]]:
 
 
 def _turns_in(value: Any) -> Any:
-    """Return a single turn as a list, and a list of turns in JSON text, as in CSV files, decoded.
+    """Return turns as a list: a list of turns, a single turn, or one of these as JSON text, as in CSV files.
 
     Return any other value unchanged.
     """
-    if isinstance(value, dict):
-        return [value]
-    turns = decode_inner(value) if isinstance(value, str) and value.lstrip().startswith("[") else None
-    if isinstance(turns, list) and turns and all(isinstance(turn, dict) and _is_turn(turn) for turn in turns):
-        return turns
-    return value
+    decoded = decode_inner(value) if isinstance(value, str) and value.lstrip().startswith(("[", "{")) else value
+    turns = [decoded] if isinstance(decoded, dict) else decoded
+    is_json = isinstance(value, str) and isinstance(turns, list) and turns and all(map(_is_turn, turns))
+    return value if isinstance(value, str) and not is_json else turns
 
 
-def _is_turn(value: dict[str, Any]) -> bool:
-    return value.keys() >= {"role", "content"} or value.keys() >= {"from", "value"}
+def _is_turn(value: Any) -> bool:
+    """Return whether a value is a turn, rather than an answer that is JSON."""
+    if not isinstance(value, dict) or not (value.keys() >= {"role", "content"} or value.keys() >= {"from", "value"}):
+        return False
+    role = _role(value)
+    return isinstance(role, str) and role in ROLES
 
 
 def _is_sharegpt(turn: dict[str, Any]) -> bool:

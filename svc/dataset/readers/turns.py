@@ -20,7 +20,8 @@ _SPEAKERS = {
     "assistant": ASSISTANTS,
     "tool": ("tool", "function_response", "observation"),
 }
-_SHAREGPT_ROLES = {speaker: role for role, speakers in _SPEAKERS.items() for speaker in speakers}
+ROLES = {speaker: role for role, speakers in _SPEAKERS.items() for speaker in speakers}
+"""Role in the chat format for each role in any format."""
 _PLACE = re.compile(r"messages\[(\d+)\](?:\.(\w+))?")
 
 
@@ -64,13 +65,13 @@ class Turns:
         turn = expect(dict, item, place, '{"from": ..., "value": ...}')
         key, text = ("from", "value") if turn.get("from") is not None or "role" not in turn else ("role", "content")
         speaker, content = turn.get(key), turn.get(text)
-        if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
-            shown, expected = f"{speaker!r:.80}" if key in turn else "missing", f"one of {', '.join(_SHAREGPT_ROLES)}"
+        if not isinstance(speaker, str) or speaker not in ROLES:
+            shown, expected = f"{speaker!r:.80}" if key in turn else "missing", f"one of {', '.join(ROLES)}"
             raise RowError(Code.WRONG_ROLE, f"is {shown}", field=f"{place}.{key}", expected=expected)
         more: dict[str, Any] = {key: turn.get(key) for key in ("weight", "name", "reasoning_content")}
         if speaker in _CALLS:
             more["tool_calls"], content = parse_called(content, f"{place}.{text}"), None
-        self.add(_SHAREGPT_ROLES[speaker], content, f"{place}.{text}", f"{place}.{key}", **more)
+        self.add(ROLES[speaker], content, f"{place}.{text}", f"{place}.{key}", **more)
 
     def parse(self, tools: Any) -> tuple[ChatExample, tuple[str, ...]]:
         """Return the turns as an example and, for each message, the name of the field with its text.

@@ -3,15 +3,30 @@
 The rows have the keys, the order of keys and the quirks of these sets; their texts are ours.
 """
 
+import csv
+import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from svc.dataset.readers.preferences import read_labelled, read_pairs
+from svc.dataset.problem.problem import Code, RowError
+from svc.dataset.readers.bad_lines import BadLines
+from svc.dataset.readers.chat_formats import Format
+from svc.dataset.readers.preference_formats import PairFormat, parse_labelled, parse_pair
+from svc.dataset.readers.preferences import read_labelled, read_pairs, write_pairs
+from svc.dataset.readers.reader import read_examples
 from svc.dataset.schema.example import ChatExample, Message, Role
 from svc.dataset.schema.preference import LabelledAnswer, PreferencePair
+from svc.dataset.text.plain_text import is_blank
+from svc.errors import DataError
 from tests.svc.chats import chat, turn, write_lines
+from tests.svc.json_values import json_values
 
 QUESTION, BETTER, WORSE = "Name a red fruit.", "A cherry.", "Bananas are yellow."
 PAIR = PreferencePair(chat(QUESTION, BETTER), chat(QUESTION, WORSE))
@@ -21,12 +36,6 @@ ASKED, GOOD, BAD = turn("user", QUESTION), turn("assistant", BETTER), turn("assi
 def ordered(role: str, content: str) -> dict[str, Any]:
     """Return a turn with its keys in the order of Arrow files."""
     return {"content": content, "role": role}
-
-
-def with_system(pair: PreferencePair, text: str) -> PreferencePair:
-    system = Message(Role.SYSTEM, text)
-    chosen, rejected = (ChatExample((system, *side.messages), side.tools) for side in (pair.chosen, pair.rejected))
-    return PreferencePair(chosen, rejected)
 
 
 ULTRAFEEDBACK = {
@@ -52,7 +61,7 @@ LLAMA_FACTORY = {
     "chosen": {"from": "gpt", "value": BETTER},
     "rejected": {"from": "gpt", "value": WORSE},
 }
-PUBLISHED = {
+PUBLISHED: dict[str, dict[str, Any]] = {
     "TRL, texts": {"prompt": QUESTION, "chosen": BETTER, "rejected": WORSE},
     "TRL, turns": {"prompt": [ASKED], "chosen": [GOOD], "rejected": [BAD]},
     "TRL, implicit prompt": {"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]},
@@ -106,3 +115,334 @@ def test_pair_is_read_from_every_published_format(tmp_path: Path, name: str) -> 
 def test_pair_gives_a_desirable_and_an_undesirable_answer_when_labels_are_needed(tmp_path: Path) -> None:
     answers = read_labelled(write_lines(tmp_path / "x.jsonl", ULTRAFEEDBACK))
     assert answers == [LabelledAnswer(PAIR.chosen, desirable=True), LabelledAnswer(PAIR.rejected, desirable=False)]
+
+
+SYSTEM = PreferencePair(
+    *(ChatExample((Message(Role.SYSTEM, "be short"), *side.messages)) for side in (PAIR.chosen, PAIR.rejected))
+)
+SYSTEM_TURN = turn("system", "be short")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"system": "be short", "question": QUESTION, "chosen": BETTER, "rejected": WORSE},
+        {"system": "be short", "prompt": [ASKED], "chosen": [GOOD], "rejected": [BAD]},
+        {"system": "be short", **HH},
+        {"system": "be short", **LLAMA_FACTORY},
+        {"system": "be short", "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]},
+        {"prompt": [SYSTEM_TURN, ASKED], "chosen": [GOOD], "rejected": [BAD]},
+        {"system": "", "chosen": [SYSTEM_TURN, ASKED, GOOD], "rejected": [SYSTEM_TURN, ASKED, BAD]},
+        {
+            "system": "be short",
+            "chosen": [SYSTEM_TURN, ASKED, GOOD],
+            "rejected": [SYSTEM_TURN, ASKED, BAD],
+        },
+        {**OPENAI, "input": {"messages": [SYSTEM_TURN, ASKED]}},
+    ],
+)
+def test_system_prompt_is_read_when_it_is_a_turn_or_a_key(tmp_path: Path, value: dict[str, Any]) -> None:
+    assert read_pairs(write_lines(tmp_path / "x.jsonl", value)) == [SYSTEM]
+
+
+TOOL = {"type": "function", "function": {"name": "rain", "parameters": {"type": "object", "properties": {}}}}
+CALL = {"id": "c1", "type": "function", "function": {"name": "rain", "arguments": "{}"}}
+CALLING = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"tools": [TOOL], "prompt": [ASKED], "chosen": [CALLING], "rejected": [BAD]},
+        {"tools": json.dumps([TOOL]), "chosen": [ASKED, CALLING], "rejected": [ASKED, BAD]},
+        {**OPENAI, "input": {"messages": [ASKED], "tools": [TOOL]}, "preferred_output": [CALLING]},
+        {
+            "tools": [TOOL],
+            "conversations": [{"from": "human", "value": QUESTION}],
+            "chosen": {"from": "function_call", "value": '{"name": "rain", "arguments": {}}'},
+            "rejected": {"from": "gpt", "value": WORSE},
+        },
+    ],
+)
+def test_answer_may_be_a_tool_call_when_the_row_has_tools(tmp_path: Path, value: dict[str, Any]) -> None:
+    (pair,) = read_pairs(write_lines(tmp_path / "x.jsonl", value))
+    assert pair.chosen.calls_tools
+    assert pair.chosen.tools == pair.rejected.tools != ()
+    assert pair.rejected.answer == WORSE
+
+
+def test_earlier_turns_belong_to_the_prompt_when_a_text_of_hh_has_several(tmp_path: Path) -> None:
+    start = "\n\nHuman: Hi.\n\nAssistant: Hello! Human: or not?\n\nHuman: A fruit?\n\nAssistant:"
+    (pair,) = read_pairs(
+        write_lines(tmp_path / "x.jsonl", {"chosen": f"{start} A cherry.\n", "rejected": f"{start} No.\n\nReally."})
+    )
+    assert [message.content for message in pair.chosen.prompt] == ["Hi.", "Hello! Human: or not?", "A fruit?"]
+    assert (pair.chosen.answer, pair.rejected.answer) == ("A cherry.", "No.\n\nReally.")
+
+
+LATER = [ASKED, GOOD, turn("user", "Another?")]
+
+
+@pytest.mark.parametrize(
+    ("value", "code", "field"),
+    [
+        (
+            {"chosen": [ASKED, GOOD], "rejected": [turn("user", "Hm?"), BAD]},
+            Code.DIFFERENT_PROMPTS,
+            "chosen[0].content",
+        ),
+        ({"chosen": [*LATER, GOOD], "rejected": [ASKED, BAD]}, Code.DIFFERENT_PROMPTS, "chosen[1].content"),
+        (HH | {"rejected": "\n\nHuman: Hm?\n\nAssistant: No."}, Code.DIFFERENT_PROMPTS, "chosen"),
+        ({"prompt": QUESTION, "chosen": BETTER, "rejected": f" {BETTER}"}, Code.EQUAL_ANSWERS, "rejected"),
+        (OPENAI | {"preferred_output": [BAD]}, Code.EQUAL_ANSWERS, "non_preferred_output"),
+        ({"prompt": QUESTION, "chosen": BETTER, "rejected": " "}, Code.WRONG_CONTENT, "rejected"),
+        ({"prompt": QUESTION, "chosen": BETTER, "rejected": [5]}, Code.WRONG_FORMAT, "rejected[0]"),
+        ({"prompt": QUESTION, "chosen": BETTER, "rejected": []}, Code.WRONG_FORMAT, "rejected"),
+        ({"prompt": [ASKED], "chosen": [ASKED], "rejected": [BAD]}, Code.WRONG_TURNS, ""),
+        ({"chosen": BETTER, "rejected": WORSE}, Code.WRONG_FORMAT, ""),
+        ({"prompt": QUESTION, "question": "Hm?", "chosen": BETTER, "rejected": WORSE}, Code.WRONG_FORMAT, ""),
+        (HH | {"chosen": HH["chosen"] + "\n\nHuman: Thanks."}, Code.WRONG_TURNS, ""),
+        (HH | {"chosen": f"\n\nHuman: {QUESTION}\n\nAssistant: "}, Code.WRONG_CONTENT, "chosen"),
+        (OPENAI | {"input": {"messages": []}}, Code.WRONG_FORMAT, "input.messages"),
+        (OPENAI | {"input": [ASKED]}, Code.WRONG_FORMAT, "input"),
+        ({"chosen": [ASKED, GOOD], "rejected": [ASKED | {"role": "User"}, BAD]}, Code.WRONG_ROLE, "rejected[0].role"),
+        ({"messages": [ASKED, GOOD]}, Code.MIXED_FORMATS, ""),
+        ({"chosen": BETTER}, Code.WRONG_FORMAT, ""),
+    ],
+)
+def test_error_names_the_field_of_the_file_when_a_pair_is_invalid(value: Any, code: Code, field: str) -> None:
+    form = PairFormat.OPENAI_PREFERENCE if "input" in value else PairFormat.CHOSEN_REJECTED
+    with pytest.raises(RowError) as caught:
+        parse_pair(value, form)
+    assert (caught.value.code, caught.value.field) == (code, field)
+
+
+def test_answer_stays_text_when_it_is_json_but_not_turns(tmp_path: Path) -> None:
+    better, worse = '[{"from": "USD", "value": 5}]', '{"role": "admin", "content": 1}'
+    (pair,) = read_pairs(write_lines(tmp_path / "x.jsonl", {"prompt": QUESTION, "chosen": better, "rejected": worse}))
+    assert (pair.chosen.answer, pair.rejected.answer) == (better, worse)
+
+
+LABELLED: dict[str, dict[str, Any]] = {
+    "TRL, texts": {"prompt": QUESTION, "completion": WORSE, "label": False},
+    "TRL, turns": {"prompt": [ASKED], "completion": [ordered("assistant", WORSE)], "label": False},
+    "LLaMA-Factory, messages": {"messages": [ordered("user", QUESTION), ordered("assistant", WORSE)], "label": False},
+    "LLaMA-Factory, Alpaca": {"instruction": QUESTION, "input": "", "output": WORSE, "kto_tag": False},
+    "LLaMA-Factory, ShareGPT": {
+        "conversations": [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": WORSE}],
+        "kto_tag": False,
+    },
+}
+
+
+@pytest.mark.parametrize("name", LABELLED)
+def test_labelled_answer_is_read_from_every_published_format(tmp_path: Path, name: str) -> None:
+    answers = read_labelled(write_lines(tmp_path / "x.jsonl", LABELLED[name]))
+    assert answers == [LabelledAnswer(chat(QUESTION, WORSE), desirable=False)]
+
+
+@pytest.mark.parametrize(
+    ("labels", "wrong"),
+    [
+        ({"label": 2}, "label is 2"),
+        ({"label": "maybe"}, 'label is "maybe"'),
+        ({}, "the line has no label, only ['completion', 'prompt']"),
+        ({"label": None}, "the line has no label"),
+        ({"label": True, "kto_tag": False}, "the line has both 'label' and 'kto_tag'"),
+    ],
+)
+def test_answer_is_rejected_when_its_label_is_not_true_or_false(labels: dict[str, Any], wrong: str) -> None:
+    with pytest.raises(RowError) as caught:
+        parse_labelled({"prompt": QUESTION, "completion": WORSE, **labels}, Format.PROMPT_COMPLETION)
+    assert caught.value.code is Code.WRONG_LABEL
+    assert caught.value.wrong.startswith(wrong)
+
+
+CHAT = {"messages": [ASKED, GOOD]}
+
+
+@pytest.mark.parametrize(
+    ("read", "value", "wrong", "todo"),
+    [
+        (read_examples, HH, "contains preference pairs", "`objective: dpo`, `objective: orpo` or `objective: kto`"),
+        (read_examples, OPENAI, "contains preference pairs", "`objective: dpo`"),
+        (read_examples, LABELLED["TRL, texts"], "contains labelled answers", "set `objective: kto`"),
+        (read_pairs, CHAT, "contains chat examples", "set `objective: sft`"),
+        (read_pairs, LABELLED["TRL, texts"], "contains labelled answers", "set `objective: kto`"),
+        (read_labelled, CHAT, "contains chat examples", "set `objective: sft`"),
+    ],
+)
+def test_error_names_the_objective_when_a_file_is_of_another_kind(
+    tmp_path: Path, read: Any, value: Any, wrong: str, todo: str
+) -> None:
+    path = write_lines(tmp_path / "x.jsonl", *[value] * 3)
+    with pytest.raises(DataError) as caught:
+        read(path, bad_lines=BadLines(tmp_path / "bad"))
+    assert f"{path} {wrong}" in caught.value.wrong
+    assert todo in caught.value.todo
+
+
+def test_row_with_messages_and_a_pair_is_a_chat_example_when_chat_examples_are_read(tmp_path: Path) -> None:
+    assert read_examples(write_lines(tmp_path / "x.jsonl", ULTRAFEEDBACK)) == [PAIR.chosen]
+
+
+def test_chat_file_is_read_when_its_label_is_not_a_boolean(tmp_path: Path) -> None:
+    value = {"prompt": QUESTION, "completion": BETTER, "label": "fruit"}
+    assert read_examples(write_lines(tmp_path / "x.jsonl", value)) == [PAIR.chosen]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("x.csv", f'prompt,chosen,rejected\n"{QUESTION}","{BETTER}","{WORSE}"\n'),
+        ("x.tsv", f"system\tquestion\tchosen\trejected\n\t{QUESTION}\t{BETTER}\t{WORSE}\n"),
+        ("x.csv", 'chosen;rejected\n"{}";"{}"\n'.format(*(HH[key] for key in ("chosen", "rejected")))),
+        ("x.json", json.dumps([LLAMA_FACTORY], indent=2)),
+    ],
+)
+def test_pair_is_read_when_the_file_is_a_table_or_a_list(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    assert read_pairs(tmp_path) == [PAIR]
+
+
+@pytest.mark.parametrize("name", ["TRL, implicit prompt", "LLaMA-Factory, ShareGPT", "OpenAI", "TRL, turns"])
+def test_pair_is_read_when_turns_are_json_in_the_cells_of_a_table(tmp_path: Path, name: str) -> None:
+    cells = {key: value if isinstance(value, str) else json.dumps(value) for key, value in PUBLISHED[name].items()}
+    with (tmp_path / "x.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([cells.keys(), cells.values()])
+    assert read_pairs(tmp_path / "x.csv") == [PAIR]
+
+
+def test_label_is_read_when_it_is_text_in_a_table(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text(f"prompt,completion,label\n{QUESTION},{BETTER},True\n{QUESTION},{WORSE},False\n")
+    assert [answer.desirable for answer in read_labelled(tmp_path / "x.csv")] == [True, False]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_pair_is_read_from_parquet_when_other_columns_are_present(tmp_path: Path, name: str) -> None:
+    rows = [{**PUBLISHED[name], "embedding": [0.5]}] * 2
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
+    assert read_pairs(tmp_path) == [PAIR, PAIR]
+
+
+def test_pair_is_a_bad_line_when_its_prompt_is_held_out(tmp_path: Path) -> None:
+    other = {"prompt": "Another fruit?", "chosen": BETTER, "rejected": WORSE}
+    path, bad = write_lines(tmp_path / "x.jsonl", HH, other), BadLines(tmp_path / "bad")
+    kept_back = [chat(QUESTION.upper(), "some answer")]
+    with pytest.raises(DataError, match=r"x\.jsonl:1: a held-out example has the same prompt"):
+        read_pairs(path, kept_back=kept_back)
+    assert len(read_pairs(path, kept_back=kept_back, bad_lines=bad)) == 1
+    assert (bad.folder / "x.jsonl").read_bytes() == path.read_bytes().splitlines(keepends=True)[0]
+
+
+def test_pair_is_one_bad_line_when_labelled_answers_are_read(tmp_path: Path) -> None:
+    bad = BadLines(tmp_path / "bad")
+    path = write_lines(tmp_path / "x.jsonl", HH)
+    assert read_labelled(path, minimum=0, kept_back=[PAIR.chosen], bad_lines=bad) == []
+    assert bad.count == 1
+
+
+@pytest.mark.parametrize(("read", "noun"), [(read_pairs, "preference pairs"), (read_labelled, "labelled answers")])
+def test_empty_file_has_too_few_examples(tmp_path: Path, read: Any, noun: str) -> None:
+    with pytest.raises(DataError, match=f"found only 0 {noun}"):
+        read(write_lines(tmp_path / "x.jsonl"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [name for name in PUBLISHED if name.startswith(("TRL, turns", "TRL, impl", "UltraFeedback", "ORPO"))]
+)
+def test_pair_equals_that_of_trl(tmp_path: Path, name: str) -> None:
+    from trl.data_utils import is_conversational, maybe_extract_prompt
+
+    row = {key: value for key, value in PUBLISHED[name].items() if key in ("prompt", "chosen", "rejected")}
+    expected = maybe_extract_prompt(row)
+    assert is_conversational(expected)
+    (pair,) = read_pairs(write_lines(tmp_path / "x.jsonl", row))
+    for side in ("chosen", "rejected"):
+        assert getattr(pair, side).as_dict()["messages"] == expected["prompt"] + expected[side]
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda text: not is_blank(text))
+pairs = st.builds(
+    lambda question, better, worse: PreferencePair(chat(question, better), chat(question, worse)), texts, texts, texts
+).filter(lambda pair: pair.chosen.answer.strip() != pair.rejected.answer.strip())
+
+
+@given(st.lists(pairs, min_size=1, max_size=4))
+def test_pairs_round_trip_when_written_to_a_file(
+    tmp_path_factory: pytest.TempPathFactory, pairs: list[PreferencePair]
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "pairs.jsonl"
+    write_pairs(path, pairs)
+    assert read_pairs(path) == pairs
+
+
+@given(pairs)
+def test_pair_is_the_same_when_its_format_changes(pair: PreferencePair) -> None:
+    question, better, worse = pair.chosen.question, pair.chosen.answer, pair.rejected.answer
+    asked, good, bad = turn("user", question), turn("assistant", better), turn("assistant", worse)
+    rows = [
+        {"prompt": [asked], "chosen": [good], "rejected": [bad]},
+        {"chosen": [asked, good], "rejected": [asked, bad]},
+        {"conversations": [{"from": "human", "value": question}], "chosen": good, "rejected": bad},
+    ]
+    openai = {"input": {"messages": [asked]}, "preferred_output": [good], "non_preferred_output": [bad]}
+    assert parse_pair(openai, PairFormat.OPENAI_PREFERENCE)[0] == pair
+    assert [parse_pair(row, PairFormat.CHOSEN_REJECTED)[0] for row in rows] == [pair] * 3
+
+
+turns = st.lists(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "role": st.sampled_from([*Role]) | json_values,
+            "from": st.sampled_from(["human", "gpt", "function_call"]) | json_values,
+            "content": st.text(max_size=5) | json_values,
+            "value": st.text(max_size=5) | json_values,
+        },
+    )
+    | st.sampled_from([ASKED, GOOD, BAD])
+    | json_values,
+    max_size=4,
+)
+hh = st.lists(st.sampled_from(["\n\nHuman:", "\n\nAssistant:", " text"]), max_size=6).map("".join)
+values = turns | st.sampled_from([ASKED, GOOD, BAD]) | hh | st.text(max_size=5) | json_values | turns.map(json.dumps)
+keys = ("prompt", "question", "instruction", "conversations", "messages", "system", "tools", "history", "input")
+rows = st.fixed_dictionaries(
+    {},
+    optional={
+        **dict.fromkeys(keys, values),
+        **dict.fromkeys(["chosen", "rejected", "preferred_output", "non_preferred_output"], values),
+        "input": values | st.fixed_dictionaries({"messages": values}, optional={"tools": values}),
+        "label": st.booleans() | values,
+    },
+)
+
+
+@given(rows | json_values, st.sampled_from(list(PairFormat)))
+def test_any_row_is_a_pair_with_one_prompt_or_an_error(value: Any, form: PairFormat) -> None:
+    try:
+        pair, fields = parse_pair(value, form)
+    except RowError:
+        return
+    assert pair.chosen.prompt == pair.rejected.prompt
+    assert pair.chosen.answer != pair.rejected.answer
+    assert len(fields) == len(pair.chosen.messages) + 1
+
+
+@given(rows | json_values, st.sampled_from(list(Format)))
+def test_any_row_is_a_labelled_answer_or_an_error(value: Any, form: Format) -> None:
+    try:
+        answer, fields = parse_labelled(value, form)
+    except RowError:
+        return
+    assert len(fields) == len(answer.example.messages)
+
+
+@given(st.lists(rows, max_size=5))
+def test_any_file_is_read_or_rejected(tmp_path_factory: pytest.TempPathFactory, values: list[dict[str, Any]]) -> None:
+    path = write_lines(tmp_path_factory.getbasetemp() / "any.jsonl", *values)
+    for read in (read_examples, read_pairs, read_labelled):
+        with suppress(DataError):
+            read(path, minimum=0)
