@@ -18,7 +18,7 @@ from svc.errors import RegistryError, SvcError
 
 COMMANDS = {
     # command: (import path, one line of help)
-    "data": ("svc.dataset.cli:data", "Check files of chat examples."),
+    "data": ("svc.dataset.cli:data", "Check files of chat examples and preferences."),
     "train": ("trainer.cli:train", "Train, evaluate, merge, quantize and register a version."),
     "estimate": ("trainer.cli:estimate", "Estimate what a training run needs, and whether it fits."),
     "sweep": ("trainer.sweep.cli:sweep", "Search for the best hyperparameters of a recipe."),

@@ -19,7 +19,7 @@ _MAX_LABELS_SHOWN = 20
 
 @click.group()
 def data() -> None:
-    """Check files of chat examples."""
+    """Check files of chat examples and preferences."""
 
 
 @data.command()
@@ -88,6 +88,7 @@ def _print_json(reports: "list[DataReport]") -> None:
 def _machine(report: "DataReport") -> dict[str, object]:
     return {
         "file": report.file,
+        "kind": report.kind.name.lower(),
         "lines": report.lines,
         "examples": report.examples,
         "errors": report.problems.errors,
@@ -98,6 +99,9 @@ def _machine(report: "DataReport") -> dict[str, object]:
         "median_tokens": report.median_tokens or None,
         "longest_tokens": max(report.tokens, default=None),
         "labels": report.labels,
+        "desirable": report.desirable[True] if report.desirable else None,
+        "undesirable": report.desirable[False] if report.desirable else None,
+        "length_bias": asdict(bias) if (bias := report.length_bias) else None,
     }
 
 
@@ -105,9 +109,11 @@ def _show(report: "DataReport") -> None:
     from itertools import islice
 
     from svc.dataset.problem.problem import TODO, Severity, printable
+    from svc.dataset.readers.reader import Kind
 
     problems = report.problems
-    click.echo(f"{report.file}: {report.examples} examples in {report.lines} lines")
+    noun = "examples" if report.kind is Kind.CHAT else report.kind
+    click.echo(f"{report.file}: {report.examples} {noun} in {report.lines} lines")
     if report.lengths:
         click.echo(f"  length: median {report.median_characters} characters, longest {max(report.lengths)}")
     if report.tokens:
@@ -115,6 +121,10 @@ def _show(report: "DataReport") -> None:
     if report.labels:
         balance = ", ".join(f"{answer} {count}" for answer, count in list(report.labels.items())[:_MAX_LABELS_SHOWN])
         click.echo(f"  answers: {printable(balance)}")
+    if report.desirable:
+        click.echo(f"  labels: {report.desirable[True]} desirable, {report.desirable[False]} undesirable")
+    if bias := report.length_bias:
+        click.echo(f"  length bias: {bias}")
     click.echo(f"  problems: {problems.errors} errors, {len(problems) - problems.errors} warnings")
     for problem in islice(problems, _MAX_SHOWN):
         colour = "red" if problem.severity is Severity.ERROR else "yellow"

@@ -1,4 +1,4 @@
-"""Check data files line by line, before any model is loaded.
+"""Check files of chat examples or preferences line by line, before any model is loaded.
 
 Lines that cannot be trained on are errors. Lines that a person should check are warnings. Files are
 streamed, keeping about 200 bytes per example in memory but never its text. Checks that need all examples
@@ -16,19 +16,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svc.dataset.checks.base_tokenizer import BaseTokenizer
-from svc.dataset.checks.labels import FEW_ANSWERS, few_labels, look_at_answer, odd_answers
+from svc.dataset.checks.labels import FEW_ANSWERS, Answer, AnswerKind, few_labels, look_at_answer, odd_answers
+from svc.dataset.checks.length_bias import AnswerLengths, LengthBias, measure_length_bias
 from svc.dataset.checks.line_table import LineTable, LineTableBuilder, Rows, first_with_same
 from svc.dataset.checks.minhash import clusters, nearest, places_in
 from svc.dataset.checks.text_checks import TextChecks
 from svc.dataset.problem.problem import Code, RowError
 from svc.dataset.problem.problem_log import ProblemLog
-from svc.dataset.readers.reader import Line, read_lines
-from svc.dataset.schema.example import ChatExample, Role, answered_prompts, normal_prompt
+from svc.dataset.readers.preferences import read_any_lines
+from svc.dataset.readers.reader import AnyExample, Kind, Line, chat_of
+from svc.dataset.schema.example import ChatExample, Message, Role, answered_prompts, normal_prompt
+from svc.dataset.schema.preference import LabelledAnswer, PreferencePair
 
 MAX_LENGTH = 4096
 """Default maximum length of an example, in tokens."""
 _BYTES_PER_TOKEN = 4.2  # English under a byte-level BPE of 49,152 entries; other languages have fewer
 _MAX_COUNTED_ANSWER = 200
+_MAX_CHARACTERS = 2**32 - 1
 
 OnRead = Callable[[int], None]
 
@@ -38,18 +42,25 @@ class DataReport:
     """Examples and problems found in a data file.
 
     Attributes:
-        lengths: number of characters in each valid example.
-        tokens: number of tokens in each valid example. Empty if tokens were not counted.
-        answers: how often each final answer occurs. Incomplete if there are too many different answers for them
-            to be labels.
+        kind: kind of the examples.
+        lengths: number of characters in each valid example; in a pair, with the longer answer.
+        tokens: number of tokens in each valid example; in a pair, with the longer answer. Empty if tokens were
+            not counted.
+        answers: how often each final answer occurs that is not rejected or undesirable. Incomplete if there are
+            too many different answers for them to be labels.
+        answer_lengths: lengths of the answers of pairs.
+        desirable: how often labelled answers are desirable (True) and undesirable (False).
     """
 
     file: str
+    kind: Kind = Kind.CHAT
     lines: int = 0
     examples: int = 0
     lengths: "array[int]" = field(default_factory=lambda: array("I"))
     tokens: "array[int]" = field(default_factory=lambda: array("I"))
     answers: Counter[str] = field(default_factory=Counter)
+    answer_lengths: AnswerLengths = field(default_factory=AnswerLengths)
+    desirable: Counter[bool] = field(default_factory=Counter)
     problems: ProblemLog = field(default_factory=ProblemLog)
 
     @property
@@ -66,6 +77,11 @@ class DataReport:
     def labels(self) -> dict[str, int] | None:
         """Count of each label, most frequent first, or None if the answers are too varied to be labels."""
         return few_labels(self.answers, self.examples) or None
+
+    @property
+    def length_bias(self) -> LengthBias | None:
+        """How often the chosen answer is the longer one, or None if no pair has answers of different lengths."""
+        return measure_length_bias(self.answer_lengths)
 
     def add(self, line: int, code: Code, message: str, where: str = "") -> None:
         """Add a problem found on a line to the report."""
@@ -106,17 +122,38 @@ def check_files(
     table, read, held = LineTableBuilder(), 0, 0
     for index, (path, report) in enumerate(zip((*heldout, *paths), reports, strict=True)):
         before, last = read, 1
-        for line in read_lines(path, lambda position, before=before: on_read(before + position)):  # type: ignore[misc]
+        report.kind, lines = read_any_lines(path, lambda position, before=before: on_read(before + position))  # type: ignore[misc]
+        for line in lines:
             checks.check(report, line)
             last = line.number
             if line.example:
-                table.add(index, line.number, line.example, look_at_answer(line.example))
+                table.add(index, line.number, line.example, _look_at(line.example))
         if not report.examples:
             report.add(last, Code.EMPTY, "the file contains no examples")
+        if (bias := report.length_bias) and bias.is_proven:
+            report.add(1, Code.LENGTH_BIAS, str(bias))
         read += path.stat().st_size
         held = len(table) if index < len(heldout) else held
     _compare(reports, table.finish(), held)
+    _check_labels(reports[len(heldout) :])
     return [*reports[len(heldout) :], *reports[: len(heldout)]]
+
+
+def _look_at(example: AnyExample) -> Answer:
+    return Answer(AnswerKind.UNDESIRABLE) if _is_undesirable(example) else look_at_answer(chat_of(example))
+
+
+def _is_undesirable(example: AnyExample) -> bool:
+    return isinstance(example, LabelledAnswer) and not example.desirable
+
+
+def _check_labels(reports: Sequence[DataReport]) -> None:
+    """Report labelled answers that all have the same label. A pair has an answer of each label."""
+    labelled = [report for report in reports if report.desirable]
+    labels = {label for report in labelled for label in report.desirable}
+    if len(labels) == 1 and not any(report.kind is Kind.PAIRS for report in reports):
+        kind = "desirable" if labels == {True} else "undesirable"
+        labelled[0].add(1, Code.ONE_LABEL, f"all {sum(report.examples for report in labelled)} answers are {kind}")
 
 
 def shared_prompts(examples: Sequence[ChatExample], others: Sequence[ChatExample]) -> list[int]:
@@ -137,7 +174,7 @@ class _LineChecks:
         self._text = TextChecks(base.special_tokens if base else ()).problems
         self._shared_text = lru_cache(maxsize=64)(self._text)  # one system turn is in all lines
 
-    def check(self, report: DataReport, line: Line[ChatExample]) -> None:
+    def check(self, report: DataReport, line: Line[AnyExample]) -> None:
         report.lines += 1
         if error := line.error:
             wrong = f"{error.wrong}; expected {error.expected}" if error.expected else error.wrong
@@ -145,46 +182,60 @@ class _LineChecks:
         elif line.example is None:
             report.add(line.number, Code.BLANK, "blank line, skipped")
         else:
-            self._check_example(report, line, line.example)
+            self._check_example(report, line.number, line.example, line.fields)
 
-    def _check_example(self, report: DataReport, line: Line[ChatExample], example: ChatExample) -> None:
+    def _check_example(self, report: DataReport, number: int, example: AnyExample, fields: Sequence[str]) -> None:
         report.examples += 1
-        report.lengths.append(min(example.characters, 2**32 - 1))
-        if len(report.answers) <= FEW_ANSWERS:  # more are free text
-            report.answers[example.answer[:_MAX_COUNTED_ANSWER]] += 1
+        chat, sides = chat_of(example), [chat_of(example)]
+        if isinstance(example, PreferencePair):
+            sides.append(example.rejected)
+            report.answer_lengths.add(*(min(len(side.answer), _MAX_CHARACTERS) for side in sides))
+            self._check_message(report, number, example.rejected.messages[-1], fields[-1])
+        if isinstance(example, LabelledAnswer):
+            report.desirable[example.desirable] += 1
+        report.lengths.append(min(max(side.characters for side in sides), _MAX_CHARACTERS))
+        if not _is_undesirable(example) and len(report.answers) <= FEW_ANSWERS:  # more are free text
+            report.answers[chat.answer[:_MAX_COUNTED_ANSWER]] += 1
         before = None
-        for message, where in zip(example.messages, line.fields, strict=True):
-            check = self._shared_text if message.role is Role.SYSTEM else self._text
-            for code, text in check(message.content):
-                report.add(line.number, code, f"{where} {text}", where)
-            turn = where.removesuffix(".content")
-            shown = [("name", message.name or ""), ("thinking", message.reasoning or "")]
-            shown += [("call", f"{call.name} {call.arguments}") for call in message.tool_calls]
-            for kind, content in shown:
-                for code, text in self._text(content):
-                    report.add(line.number, code, f"{turn} {text} in a {kind}", turn)
+        for message, where in zip(chat.messages, fields, strict=False):
+            self._check_message(report, number, message, where)
             if message.role is before and message.role in (Role.USER, Role.ASSISTANT):
-                report.add(line.number, Code.SAME_ROLE_TWICE, f"{where}: two {before} turns in a row", where)
+                report.add(number, Code.SAME_ROLE_TWICE, f"{where}: two {before} turns in a row", where)
             if message.role is Role.ASSISTANT and before in (None, Role.SYSTEM):
-                report.add(line.number, Code.ASSISTANT_FIRST, f"{where}: an assistant turn before any user turn", where)
+                report.add(number, Code.ASSISTANT_FIRST, f"{where}: an assistant turn before any user turn", where)
             before = message.role
-        for place, tool in enumerate(example.tools):
+        for place, tool in enumerate(chat.tools):
             for code, text in self._shared_text(tool):
-                report.add(line.number, code, f"tools[{place}] {text}", f"tools[{place}]")
-        self._check_length(report, line.number, example)
+                report.add(number, code, f"tools[{place}] {text}", f"tools[{place}]")
+        self._check_length(report, number, sides)
 
-    def _check_length(self, report: DataReport, number: int, example: ChatExample) -> None:
-        if self._base is None:
-            tokens, about = round(example.utf8_bytes / _BYTES_PER_TOKEN), "about "
-        else:
-            try:
-                tokens, about = self._base.count(example), ""
-            except RowError as error:
-                report.add(number, error.code, error.wrong)
-                return
+    def _check_message(self, report: DataReport, number: int, message: Message, where: str) -> None:
+        check = self._shared_text if message.role is Role.SYSTEM else self._text
+        for code, text in check(message.content):
+            report.add(number, code, f"{where} {text}", where)
+        turn = where.removesuffix(".content")
+        shown = [("name", message.name or ""), ("thinking", message.reasoning or "")]
+        shown += [("call", f"{call.name} {call.arguments}") for call in message.tool_calls]
+        for kind, content in shown:
+            for code, text in self._text(content):
+                report.add(number, code, f"{turn} {text} in a {kind}", turn)
+
+    def _check_length(self, report: DataReport, number: int, sides: Sequence[ChatExample]) -> None:
+        """Check the number of tokens of an example, with the longer answer if there are two."""
+        try:
+            counts = [self._count(side) for side in sides]
+        except RowError as error:
+            report.add(number, error.code, error.wrong)
+            return
+        tokens = max(counts)
+        if self._base:
             report.tokens.append(tokens)
         if tokens > self._max_length:
-            report.add(number, Code.TOO_LONG, _too_long(example, tokens, about, self._max_length))
+            about = "" if self._base else "about "
+            report.add(number, Code.TOO_LONG, _too_long(sides[counts.index(tokens)], tokens, about, self._max_length))
+
+    def _count(self, example: ChatExample) -> int:
+        return self._base.count(example) if self._base else round(example.utf8_bytes / _BYTES_PER_TOKEN)
 
 
 def _too_long(example: ChatExample, tokens: int, about: str, limit: int) -> str:
@@ -240,17 +291,24 @@ def _copies(table: LineTable, held: int) -> list[tuple[Code, str, Rows, NDArray[
     leak[earlier["rows"][places >= 0] - held] = places[places >= 0]
     near_leak = np.where(leak < 0, nearest(sketches, table.sketches[:held]), -1)
     same_pair = _earlier(train["pairs"] ^ train["systems"])  # with other tools it is another example
-    same_prompt = np.where(same_pair < 0, _earlier(train["prompts"] ^ train["systems"]), -1)
+    same_prompt = _earlier(train["prompts"] ^ train["systems"])
+    # A prompt may have several pairs and labelled answers.
+    is_preference = train["opposites"] != 0
+    again = is_preference & (same_prompt >= 0)
+    same_prompt[(same_pair >= 0) | is_preference] = -1
     # With other thinking, the same answer is neither a copy nor a contradiction.
     same_prompt[train["answers"][same_prompt] == train["answers"]] = -1
+    opposite = places_in(train["opposites"] ^ train["systems"], train["pairs"] ^ train["systems"])
+    opposite[~is_preference | (opposite > np.arange(len(train)))] = -1
     _, near = clusters(sketches)
     other_task = train["systems"][near] != train["systems"]  # one text under two instructions is two examples
-    near = np.where((same_pair >= 0) | (same_prompt >= 0) | other_task, -1, near)
+    near = np.where((same_pair >= 0) | (same_prompt >= 0) | again | other_task, -1, near)
     return [
         (Code.LEAK, "{} has the same prompt", heldout, leak),
         (Code.NEAR_LEAK, "{} has nearly the same prompt", heldout, near_leak),
         (Code.DUPLICATE, "same as {}", train, same_pair),
         (Code.CONTRADICTION, "same prompt as {}, but a different answer", train, same_prompt),
+        (Code.CONTRADICTION, "same as {}, but with the opposite preference", train, opposite),
         (Code.NEAR_DUPLICATE, "nearly the same prompt as {}", train, near),
     ]
 

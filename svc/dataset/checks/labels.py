@@ -43,6 +43,7 @@ class AnswerKind(IntFlag):
     LABEL = 2
     LISTED = 4  # a word of the instruction
     NUMBER = 8  # a label that is a number
+    UNDESIRABLE = 16  # labelled as undesirable; such an answer need not be like the others
 
 
 class Answer(NamedTuple):
@@ -110,6 +111,7 @@ def odd_answers(
     """
     odd: dict[int, tuple[Code, str]] = {}
     order = np.argsort(tasks, kind="stable")
+    order = order[kinds[order] & AnswerKind.UNDESIRABLE == 0]
     _, starts = np.unique(tasks[order], return_index=True)
     for places in np.split(order, starts[1:]):
         if len(places) < _MIN_EXAMPLES:

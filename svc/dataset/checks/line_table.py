@@ -1,4 +1,4 @@
-"""In-memory table of the examples in streamed files: 65 bytes and a 130-byte sketch per example, but no text."""
+"""In-memory table of the examples in streamed files: 73 bytes and a 130-byte sketch per example, but no text."""
 
 import struct
 from functools import lru_cache
@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 from svc.dataset.checks.labels import Answer, AnswerKind
 from svc.dataset.checks.minhash import Sketcher, Sketches
 from svc.dataset.prompt_hashes import hash_text
+from svc.dataset.readers.reader import AnyExample, chat_of
 from svc.dataset.schema.example import ChatExample, Role, answered_prompts
+from svc.dataset.schema.preference import LabelledAnswer, PreferencePair
 from svc.dataset.text.plain_text import normal
 
 _EDGE = 100
@@ -21,11 +23,12 @@ _NO_LABEL = Answer(AnswerKind(0))
 _ROW = np.dtype(
     [
         *((name, np.uint32) for name in ("files", "lines")),
-        *((name, np.uint64) for name in ("prompts", "pairs", "systems", "beginnings", "endings", "answers", "labels")),
+        *((name, np.uint64) for name in ("prompts", "pairs", "opposites", "systems")),
+        *((name, np.uint64) for name in ("beginnings", "endings", "answers", "labels")),
         ("kinds", np.uint8),
     ]
 )
-_PACK = struct.Struct("=2I7QB").pack
+_PACK = struct.Struct("=2I8QB").pack
 _EARLIER = np.dtype([("prompts", np.uint64), ("rows", np.uint32)])
 _PACK_EARLIER = struct.Struct("=QI").pack
 Rows = NDArray[np.void]
@@ -38,11 +41,13 @@ class LineTable(NamedTuple):
         rows: structured array with the following fields. files: index of the file. lines: line number in the
             file. prompts: hash of all turns before the answer; equal for equal prompts, ignoring spacing and
             case. pairs: the same kind of hash for prompt and answer together, including the answer's
-            thinking. systems: the same kind of hash for the system turn and the tools; 0 if there are none.
-            beginnings, endings: hashes that are equal for examples of the same task. They cover the system
-            turn or, without one, the prompt's first and last words, where instructions usually are. answers:
-            hash of the exact answer. labels: hash of the answer's label, ignoring spacing and case; 0 if the
-            answer is not a label. kinds: `AnswerKind` of the answer.
+            thinking; for preferences, also the rejected answer or the label. opposites: the value of `pairs` of
+            an example with the opposite preference; 0 for chat examples. systems: the same kind of hash for the
+            system turn and the tools; 0 if there are none. beginnings, endings: hashes that are equal for
+            examples of the same task. They cover the system turn or, without one, the prompt's first and last
+            words, where instructions usually are. answers: hash of the exact answer; for a pair, of the chosen
+            one. labels: hash of the answer's label, ignoring spacing and case; 0 if the answer is not a label.
+            kinds: `AnswerKind` of the answer.
         sketches: sketches of the prompts, for finding near duplicates.
         earlier: for each answer before the final one, the same hash as in `prompts`, and the index of its
             row in `rows`.
@@ -64,29 +69,30 @@ class LineTableBuilder:
     def __len__(self) -> int:
         return len(self._rows) // _ROW.itemsize
 
-    def add(self, file: int, line: int, example: ChatExample, answer: Answer = _NO_LABEL) -> None:
+    def add(self, file: int, line: int, compared: AnyExample, answer: Answer = _NO_LABEL) -> None:
         """Add the next example.
 
         Args:
             file: index of the example's file.
             answer: kind and label of the example's answer.
         """
+        example = chat_of(compared)
         *earlier, prompt = answered_prompts(example)
         for before in earlier:
             self._earlier += _PACK_EARLIER(hash_text(before), len(self))
         first = example.messages[0]
         system = first.content if first.role is Role.SYSTEM else ""
-        text, reasoning = example.answer, example.messages[-1].reasoning
-        thinking = f"\x1d{normal(reasoning)}" if reasoning else ""
+        given, opposite = _preference(compared)
         self._rows += _PACK(
             file,
             line,
             hash_text(prompt),
-            hash_text(f"{prompt}\x1e{normal(text)}{thinking}"),
+            hash_text(f"{prompt}\x1e{given}"),
+            hash_text(f"{prompt}\x1e{opposite}") if opposite else 0,
             _normal_hash(system, *example.tools) if system or example.tools else 0,
             _normal_hash(system) if system else hash_text(_first_words(first.content)),
             _normal_hash(system) if system else hash_text(_last_words(example.prompt[-1].content)),
-            hash_text(text),
+            hash_text(example.answer),
             _normal_hash(answer.label) if answer.label else 0,
             answer.kind,
         )
@@ -102,6 +108,27 @@ def first_with_same(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
     """Return the index of each key's first occurrence."""
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
     return first[inverse]
+
+
+def _preference(example: AnyExample) -> tuple[str, str]:
+    """Return an example's normalized answer with its preference, and the same with the opposite preference.
+
+    The second text is empty for chat examples, which have no preference.
+    """
+    match example:
+        case PreferencePair():
+            better, worse = _normal_answer(example.chosen), _normal_answer(example.rejected)
+            return f"{better}\x1e{worse}", f"{worse}\x1e{better}"
+        case LabelledAnswer():
+            answer = _normal_answer(example.example)
+            return f"{answer}\x1e{example.desirable}", f"{answer}\x1e{not example.desirable}"
+        case _:
+            return _normal_answer(example), ""
+
+
+def _normal_answer(example: ChatExample) -> str:
+    reasoning = example.messages[-1].reasoning
+    return normal(example.answer) + (f"\x1d{normal(reasoning)}" if reasoning else "")
 
 
 def _asked(example: ChatExample) -> str:

@@ -51,6 +51,8 @@ class Code(StrEnum):
     ASSISTANT_FIRST = "assistant_first"
     LABEL_NOT_IN_SET = "label_not_in_set"
     ANSWER_NOT_JSON = "answer_not_json"
+    LENGTH_BIAS = "length_bias"
+    ONE_LABEL = "one_label"
 
 
 _ERRORS = {
@@ -77,7 +79,7 @@ _WARNINGS = {
     Code.NEAR_LEAK: "compare the two examples; drop one if the other gives away the held-out answer",
     Code.DUPLICATE: "drop one of the two, unless the example should count twice",
     Code.NEAR_DUPLICATE: "compare the two examples, and drop one if they say the same",
-    Code.CONTRADICTION: "decide which answer is right, and drop the example with the other",
+    Code.CONTRADICTION: "decide which answer or preference is right, and drop the example with the other",
     Code.SPECIAL_TOKEN: "remove the token unless the text is about it: a model may read it as the end of a turn",
     Code.TEMPLATE_CODE: "check that the code belongs in the text; it is never run here, but other tools may run it",
     Code.CONTROL_CHARACTER: "remove the character",
@@ -87,6 +89,8 @@ _WARNINGS = {
     Code.ASSISTANT_FIRST: "add a user turn before it, or drop it; some chat templates require a user turn first",
     Code.LABEL_NOT_IN_SET: "correct the label, or add it to the instruction",
     Code.ANSWER_NOT_JSON: "write the answer as JSON like the other answers, or drop the example",
+    Code.LENGTH_BIAS: "add pairs whose chosen answer is the shorter one; otherwise the model learns to write more",
+    Code.ONE_LABEL: "add answers with the other label; KTO compares desirable with undesirable answers",
 }
 TODO: dict[Code, str] = {**_ERRORS, **_WARNINGS}
 """What the user should do about a problem, keyed by problem code."""

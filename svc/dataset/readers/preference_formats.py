@@ -142,7 +142,7 @@ def _read_chosen_rejected(value: dict[str, Any], key: str) -> tuple[ChatExample,
     if isinstance(answer, list) and _contains_prompt(answer, value, prompts):
         if not (answer and _role(answer[0]) == "system"):
             chat.add_system(value)
-        _add_turns(chat, answer, key)
+        _add_turns(chat, answer, key, value[key])
         return chat.parse(value.get("tools"))
     chat.add_system(value)
     if isinstance(answer, str) and (turns := _hh_turns(answer, value.get("prompt"))):
@@ -152,7 +152,7 @@ def _read_chosen_rejected(value: dict[str, Any], key: str) -> tuple[ChatExample,
         return chat.parse(value.get("tools"))
     _add_prompt(chat, value, prompts)
     if isinstance(answer, list):
-        _add_turns(chat, answer, key)
+        _add_turns(chat, answer, key, value[key])
     else:
         chat.add("assistant", answer, key)
     return chat.parse(value.get("tools"))
@@ -181,15 +181,21 @@ def _add_prompt(chat: Turns, value: dict[str, Any], keys: Sequence[str]) -> None
     if key == "instruction":
         add_alpaca_prompt(value, chat)
     elif isinstance(turns, list):
-        _add_turns(chat, turns, key)
+        _add_turns(chat, turns, key, value[key])
     else:
         chat.add("user", turns, key)
 
 
-def _add_turns(chat: Turns, turns: list[Any], place: str) -> None:
-    for index, turn in enumerate(expect_turns(turns, place)):
+def _add_turns(chat: Turns, turns: list[Any], key: str, raw: Any) -> None:
+    """Add turns.
+
+    Args:
+        key: key of the row that has the turns.
+        raw: value of the key, which is a single turn without a list in some formats.
+    """
+    for index, turn in enumerate(expect_turns(turns, key)):
         add = chat.add_sharegpt if isinstance(turn, dict) and _is_sharegpt(turn) else chat.add_chat
-        add(turn, f"{place}[{index}]")
+        add(turn, key if isinstance(raw, dict) else f"{key}[{index}]")
 
 
 def _hh_turns(answer: str, prompt: Any) -> list[tuple[str, str]]:

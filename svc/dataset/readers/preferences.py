@@ -1,14 +1,44 @@
-"""Reads preference pairs and labelled answers from data files, for training with DPO, ORPO or KTO."""
+"""Reads preference pairs and labelled answers from data files, for training with DPO, ORPO or KTO, and for checks."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from svc.dataset.readers.bad_lines import BadLines
+from svc.dataset.readers.chat_formats import parse_row
 from svc.dataset.readers.preference_formats import parse_labelled, parse_pair
-from svc.dataset.readers.reader import Kind, Line, Source, open_file, read_good, require, wrong_kind
+from svc.dataset.readers.reader import (
+    AnyExample,
+    Kind,
+    Line,
+    OnRead,
+    Source,
+    open_file,
+    read_good,
+    require,
+    wrong_kind,
+)
 from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.preference import LabelledAnswer, PreferencePair
+
+
+def read_any_lines(path: Path, on_read: OnRead) -> tuple[Kind, Iterator[Line[AnyExample]]]:
+    """Return the kind of examples in a file, and an iterator over all of its lines.
+
+    Args:
+        on_read: called at intervals with the number of bytes of the file read so far.
+
+    Raises:
+        DataError: the file does not exist, or it cannot be opened.
+    """
+    file = open_file(path, None, on_read)
+    match file.kind:
+        case Kind.CHAT:
+            return file.kind, file.lines(parse_row)
+        case Kind.PAIRS:
+            return file.kind, file.lines(parse_pair)
+        case Kind.LABELLED:
+            return file.kind, file.lines(parse_labelled)
 
 
 def read_pairs(

@@ -206,6 +206,7 @@ LATER = [ASKED, GOOD, turn("user", "Another?")]
         (OPENAI | {"input": {"messages": []}}, Code.WRONG_FORMAT, "input.messages"),
         (OPENAI | {"input": [ASKED]}, Code.WRONG_FORMAT, "input"),
         ({"chosen": [ASKED, GOOD], "rejected": [ASKED | {"role": "User"}, BAD]}, Code.WRONG_ROLE, "rejected[0].role"),
+        (LLAMA_FACTORY | {"chosen": {"from": "gpt", "value": 5}}, Code.WRONG_CONTENT, "chosen.value"),
         ({"messages": [ASKED, GOOD]}, Code.MIXED_FORMATS, ""),
         ({"chosen": BETTER}, Code.WRONG_FORMAT, ""),
     ],
