@@ -41,6 +41,7 @@ COMMANDS = {
     "usage": ("svc.access.cli:usage", "Show request and token counts by key and model."),
     "audit": ("svc.audit.cli:audit", "Show the audit log, or verify that it is unaltered."),
     "history": ("svc.audit.cli:history", "Show when a model's versions were served, and its rollouts."),
+    "feedback": ("svc.feedback.cli:feedback", "Write users' feedback on answers as training data."),
     "forget": ("svc.audit.cli:forget", "Delete logged requests by user, key or time range."),
     "gc": ("svc.registry.cli:gc", "Delete files left by old runs, sweeps, logs and caches."),
     "store": ("svc.store.cli:store", "Move the store from SQLite to PostgreSQL."),

@@ -1,15 +1,20 @@
 """Feedback on answers. Each request has at most one rating, which is the latest one given."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 
 from sqlalchemy import Engine as Store
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 from svc.store.database import exclusive
+from svc.store.requests import RequestOutcome
 from svc.store.tables import FeedbackRow, RequestRow
 from svc.version import VersionId
+
+_BATCH_ROWS = 100
 
 
 class Rating(StrEnum):
@@ -48,6 +53,21 @@ class KeptFeedback:
     grown_bytes: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class RatedText:
+    """An answer with its feedback and, if they are stored, its texts.
+
+    Attributes:
+        prompt: redacted JSON of the messages, or of a plain completion's prompt; None if content is not stored.
+        answer: redacted text of the answer; None if content is not stored.
+    """
+
+    request_id: str
+    prompt: str | None
+    answer: str | None
+    feedback: Feedback
+
+
 def keep_feedback(
     store: Store, request_id: str, feedback: Feedback, *, key_id: str | None = None
 ) -> KeptFeedback | None:
@@ -73,6 +93,28 @@ def keep_feedback(
         session.merge(FeedbackRow.of(feedback, request=request.id, given_at=datetime.now(UTC)))
         version = VersionId(request.model, request.number) if request.number is not None else None
         return KeptFeedback(version, replaced, grown)
+
+
+def read_rated_texts(
+    store: Store, name: str, *, number: int | None = None, since: datetime | None = None
+) -> Iterator[RatedText]:
+    """Yield the complete answers of a model that have feedback, oldest first.
+
+    Args:
+        number: number of the version that answered; None allows any version.
+        since: leave out requests that started before this time.
+    """
+    complete = RequestRow.outcome == RequestOutcome.COMPLETE
+    query = select(RequestRow, FeedbackRow).join(FeedbackRow, FeedbackRow.request == RequestRow.id)
+    query = query.where(RequestRow.model == name, complete).order_by(RequestRow.id)
+    if number is not None:
+        query = query.where(RequestRow.number == number)
+    if since is not None:
+        query = query.where(RequestRow.started_at >= since)
+    with Session(store) as session:
+        for request, given in session.execute(query.execution_options(yield_per=_BATCH_ROWS)):
+            feedback = Feedback(Rating(given.rating), given.label, given.correction)
+            yield RatedText(request.request_id, request.prompt, request.answer, feedback)
 
 
 def _size(text: str | None) -> int:

@@ -299,7 +299,7 @@ def _copies(table: LineTable, held: int) -> list[tuple[Code, str, Rows, NDArray[
     # With other thinking, the same answer is neither a copy nor a contradiction.
     same_prompt[train["answers"][same_prompt] == train["answers"]] = -1
     opposite = places_in(train["opposites"] ^ train["systems"], train["pairs"] ^ train["systems"])
-    opposite[~is_preference | (opposite > np.arange(len(train)))] = -1
+    opposite[opposite > np.arange(len(train))] = -1
     _, near = clusters(sketches)
     other_task = train["systems"][near] != train["systems"]  # one text under two instructions is two examples
     near = np.where((same_pair >= 0) | (same_prompt >= 0) | again | other_task, -1, near)

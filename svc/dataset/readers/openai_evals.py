@@ -23,7 +23,7 @@ def turns_of_line(value: dict[str, Any]) -> list[dict[str, Any]]:
     Raises:
         RowError: the row is not in this format; the error names the invalid field.
     """
-    return [*_turns(value["input"], "input"), _answer(value["ideal"], "ideal")]
+    return [*chat_turns(value["input"], "input"), _answer(value["ideal"], "ideal")]
 
 
 def turns_of_item(value: dict[str, Any]) -> list[dict[str, Any]]:
@@ -34,7 +34,7 @@ def turns_of_item(value: dict[str, Any]) -> list[dict[str, Any]]:
     """
     item = expect(dict, value["item"], "item", "an object")
     question, answer = _key(item, QUESTIONS, "item"), _key(item, ANSWERS, "item")
-    return [*_turns(item[question], f"item.{question}"), _answer(item[answer], f"item.{answer}")]
+    return [*chat_turns(item[question], f"item.{question}"), _answer(item[answer], f"item.{answer}")]
 
 
 def turns_of_output(value: dict[str, Any]) -> list[dict[str, Any]]:
@@ -47,9 +47,9 @@ def turns_of_output(value: dict[str, Any]) -> list[dict[str, Any]]:
     item = item["item"] if isinstance(item.get("item"), dict) else item
     answer = _answer(item[key := _key(item, ANSWERS, "datasource_item")], f"datasource_item.{key}")
     if isinstance(sample, dict) and sample.get("input"):
-        return [*_turns(sample["input"], "sample.input"), answer]
+        return [*chat_turns(sample["input"], "sample.input"), answer]
     question = _key(item, QUESTIONS, "datasource_item")
-    return [*_turns(item[question], f"datasource_item.{question}"), answer]
+    return [*chat_turns(item[question], f"datasource_item.{question}"), answer]
 
 
 def _key(item: dict[str, Any], names: Sequence[str], field: str) -> str:
@@ -60,7 +60,12 @@ def _key(item: dict[str, Any], names: Sequence[str], field: str) -> str:
     return present[0]
 
 
-def _turns(value: Any, field: str) -> list[dict[str, Any]]:
+def chat_turns(value: Any, field: str) -> list[dict[str, Any]]:
+    """Return roles and texts of the turns of a prompt in OpenAI's format. A text is a single user turn.
+
+    Raises:
+        RowError: the value is neither a text nor a list of turns.
+    """
     if isinstance(value, str):
         return [{"role": "user", "content": value}]
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):

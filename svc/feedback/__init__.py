@@ -1,0 +1,1 @@
+"""Writes users' feedback on answers as training data."""
