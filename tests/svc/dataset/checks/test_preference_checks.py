@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from svc.cli import group
 from svc.dataset.checks.check import DataReport, check_files
 from svc.dataset.checks.length_bias import AnswerLengths, measure_length_bias
-from svc.dataset.problem.problem import Code
+from svc.dataset.problem.problem import Code, Severity
 from svc.dataset.readers.reader import Kind
 from tests.svc.chats import turn, write_lines
+from tests.svc.dataset.readers.test_preferences import rows
 
 Row = dict[str, Any]
 LONG = "a considerably longer answer"
@@ -176,3 +179,12 @@ def test_kind_labels_and_bias_are_printed(tmp_path: Path) -> None:
     one, other = json.loads(CliRunner().invoke(group, ["data", "check", str(pairs), str(answers), "--json"]).output)
     assert (one["kind"], one["length_bias"]["longer"], one["desirable"]) == ("pairs", 2, None)
     assert (other["kind"], other["desirable"], other["undesirable"], other["length_bias"]) == ("labelled", 2, 1, None)
+
+
+@given(st.lists(rows, max_size=5))
+def test_every_line_of_any_file_is_an_example_or_an_error(
+    tmp_path_factory: pytest.TempPathFactory, values: list[Row]
+) -> None:
+    (report,) = check_files([write_lines(tmp_path_factory.getbasetemp() / "any.jsonl", *values)])
+    faulty = {problem.line for problem in report.problems if problem.severity is Severity.ERROR}
+    assert report.examples + len(faulty) == max(report.lines, 1)
