@@ -33,6 +33,7 @@ PROMPT_KEYS = ("prompt", "question", "instruction", "input", "conversations", "m
 """Keys that may have the prompt of a row with `chosen` and `rejected`."""
 LABEL_KEYS = ("label", "kto_tag")
 """Keys that may have the label of an answer: TRL's and LLaMA-Factory's."""
+_LABELLED_FORMATS = {Format.CHAT, Format.SHAREGPT, Format.ALPACA, Format.PROMPT_COMPLETION}
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 _HH_TURN = re.compile(f"({_HUMAN}|{_ASSISTANT})")
 
@@ -86,17 +87,14 @@ def parse_labelled(value: Any, form: Format) -> tuple[LabelledAnswer, tuple[str,
     example, fields = parse_row(value, form)
     given = [key for key in LABEL_KEYS if value.get(key) is not None]
     if len(given) != 1:
-        wrong = f"the line has both {quoted(given)}" if given else f"the line has no label, only {sorted(value)!r:.200}"
-        raise RowError(Code.WRONG_LABEL, wrong, expected="'label' or 'kto_tag': true or false")
+        wrong = f"the line has {quoted(given)}" if given else f"the line has no label, only {sorted(value)!r:.200}"
+        raise RowError(Code.WRONG_LABEL, wrong, expected="either 'label' or 'kto_tag': true or false")
     label = _as_label(value[given[0]])
     if label is None:
         raise RowError(
             Code.WRONG_LABEL, f"is {json_text(value[given[0]]):.80}", field=given[0], expected="true or false"
         )
     return LabelledAnswer(example, label), fields
-
-
-_LABELLED_FORMATS = {Format.CHAT, Format.SHAREGPT, Format.ALPACA, Format.PROMPT_COMPLETION}
 
 
 def _as_label(value: Any) -> bool | None:
@@ -174,8 +172,8 @@ def _add_prompt(chat: Turns, value: dict[str, Any], keys: Sequence[str]) -> None
     if "instruction" in keys:
         keys = [key for key in keys if key != "input"]
     if len(keys) != 1:
-        wrong = f"the line has both {quoted(keys)}" if keys else f"the line has no prompt, only {sorted(value)!r:.200}"
-        expected = f"one of {', '.join(PROMPT_KEYS)}, or the prompt at the beginning of 'chosen' and 'rejected'"
+        wrong = f"the line has {quoted(keys)}" if keys else f"the line has no prompt, only {sorted(value)!r:.200}"
+        expected = f"exactly one of {', '.join(PROMPT_KEYS)}, or the prompt at the beginning of 'chosen' and 'rejected'"
         raise RowError(Code.WRONG_FORMAT, wrong, expected=expected)
     key, turns = keys[0], _turns_in(value[keys[0]])
     if key == "instruction":

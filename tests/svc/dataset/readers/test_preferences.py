@@ -249,7 +249,7 @@ def test_labelled_answer_is_read_from_every_published_format(tmp_path: Path, nam
         ({"label": "maybe"}, 'label is "maybe"'),
         ({}, "the line has no label, only ['completion', 'prompt']"),
         ({"label": None}, "the line has no label"),
-        ({"label": True, "kto_tag": False}, "the line has both 'label' and 'kto_tag'"),
+        ({"label": True, "kto_tag": False}, "the line has 'label' and 'kto_tag'"),
     ],
 )
 def test_answer_is_rejected_when_its_label_is_not_true_or_false(labels: dict[str, Any], wrong: str) -> None:
