@@ -28,7 +28,7 @@ from serving.rollout.rollout import Rollouts
 from serving.telemetry.deployment_metrics import DeploymentMetrics
 from svc.store.outage_log import log_store_error
 from svc.store.rollouts import RolloutView, active_rollout
-from svc.store.swaps import find_swap
+from svc.store.swaps import last_swap
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ class Deployment:
         unwritten = self.reconciler.journal.unwritten  # before the store, which has results that are written meanwhile
         swap = rollout = holdout = None
         try:
-            swap = find_swap(self.store, self.name, server=self.server)
+            swap = last_swap(self.store, self.name, server=self.server)
             rollout = active_rollout(self.store, self.name)
             holdout, store = self.holdout.status(actual), "available"
         except SQLAlchemyError:

@@ -349,11 +349,11 @@ class Reconciler:
     async def _end_cut_off(self, result: SwapResult) -> None:
         """Record the result of a swap that was interrupted when the server stopped.
 
-        The swap counts as failed if the server has now started with another version, and if several servers use the
-        store: a server that starts again has another id.
+        The swap counts as failed if the server has now started with another version.
         """
-        if self.leadership.server:
-            await asyncio.to_thread(end_lost_swaps, self.store, self.actual.name, _STOPPED)
+        if self.leadership.server:  # a server that starts again has another id
+            address = self.leadership.address
+            await asyncio.to_thread(end_lost_swaps, self.store, self.actual, address, result, _STOPPED)
             return
         last = await asyncio.to_thread(find_swap, self.store, self.actual.name)
         if last is None or last.result is not None:

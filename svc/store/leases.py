@@ -56,7 +56,10 @@ class Lease:
 def report_server(store: Store, server: str, address: str, names: Collection[str]) -> dict[str, Lease]:
     """Record that a server is running, extend its leases, and take those that have ended or were never taken.
 
+    With the first report of a server, an earlier one with its address counts as stopped: only one can listen there.
+
     Args:
+        address: host name and port of the server.
         names: leases that the server wants.
 
     Returns:
@@ -67,6 +70,9 @@ def report_server(store: Store, server: str, address: str, names: Collection[str
         session.execute(delete(ServerRow).where(ServerRow.seen_at < now - _FORGOTTEN))
         row = session.get(ServerRow, server)
         if row is None:
+            for earlier in session.scalars(select(ServerRow).where(ServerRow.address == address)):
+                earlier.seen_at = min(earlier.seen_at, now - timedelta(seconds=LEASE_S))
+                _end_leases(session, earlier.id, now)
             session.add(ServerRow(id=server, address=address, started_at=now, seen_at=now))
         else:
             row.seen_at = now
@@ -78,8 +84,12 @@ def remove_server(store: Store, server: str) -> None:
     with exclusive(store) as session:
         now = _now(session)
         session.execute(delete(ServerRow).where(ServerRow.id == server))
-        for row in session.scalars(select(LeaseRow).where(LeaseRow.holder == server)):
-            row.until = now
+        _end_leases(session, server, now)
+
+
+def _end_leases(session: Session, holder: str, now: datetime) -> None:
+    for row in session.scalars(select(LeaseRow).where(LeaseRow.holder == holder)):
+        row.until = now
 
 
 def running_servers(store: Store) -> dict[str, str]:

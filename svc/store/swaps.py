@@ -148,13 +148,27 @@ def last_queued_s(store: Store, target: Target) -> float | None:
         return session.scalar(query.order_by(row.id.desc()).limit(1))
 
 
-def end_lost_swaps(store: Store, name: str, reason: str) -> None:
-    """Record that a model's unfinished swaps on servers that no longer run have failed."""
+def end_lost_swaps(store: Store, started: Desired, address: str, result: SwapResult, reason: str) -> None:
+    """Record the results of a model's unfinished swaps on servers that no longer run.
+
+    Args:
+        started: desired state with which this server has started.
+        address: address of this server. A server that ran there before was this one.
+        result: result of its swap to that state. Other swaps have failed.
+        reason: why they have failed.
+    """
+    unfinished = select(SwapRow).where(SwapRow.name == started.name, SwapRow.outcome.is_(None))
     with exclusive(store) as session:
         running = running_ids(session)
-        for row in session.scalars(select(SwapRow).where(SwapRow.name == name, SwapRow.outcome.is_(None))):
-            if row.server not in running:
-                row.outcome, row.reason = SwapOutcome.FAILED, reason
+        before = set(session.scalars(select(ServerRow.id).where(ServerRow.address == address)))
+        for row in session.scalars(unfinished).all():
+            if row.server in running:
+                continue
+            row.outcome, row.reason = SwapOutcome.FAILED, reason
+            if row.server in before and row.generation == started.generation:
+                row.outcome, row.reason = result.outcome, result.reason
+                step = f"the server started again with {started.target}"
+                session.add(SwapStepRow(swap_id=row.id, at=datetime.now(UTC), text=step))
 
 
 def find_swap(store: Store, name: str, generation: int | None = None, *, server: str = "") -> SwapRecord | None:
@@ -165,6 +179,21 @@ def find_swap(store: Store, name: str, generation: int | None = None, *, server:
     """
     with Session(store) as session:
         row = session.scalar(_last_swap(name, generation, server))
+        return _read(session, row) if row else None
+
+
+def last_swap(store: Store, name: str, *, server: str) -> SwapRecord | None:
+    """Return a model's last swap on a server. If there is none since the server started, return the last one on a
+    server that no longer runs, which may have been this one.
+
+    Args:
+        server: id of the server; empty if no other server can use the store.
+    """
+    with Session(store) as session:
+        row = session.scalar(_last_swap(name, None, server))
+        if row is None and server:
+            lost = select(SwapRow).where(SwapRow.name == name, SwapRow.server.not_in(running_ids(session)))
+            row = session.scalar(lost.order_by(SwapRow.id.desc()).limit(1))
         return _read(session, row) if row else None
 
 

@@ -123,10 +123,10 @@ def test_no_engine_is_lost_if_server_exits_during_adoption(
     engines = serving.engines()
     serving.end(signal.SIGKILL)
     log = serving.home / "logs" / "serve.log"
-    adopted = log.read_text("utf-8", errors="replace").count("was adopted")
+    adopted = log.read_text("utf-8", errors="replace").count("adopted a running engine")
     adopting = serving.launch()
     deadline = time.monotonic() + 60
-    while log.read_text("utf-8", errors="replace").count("was adopted") == adopted:  # the first of two
+    while log.read_text("utf-8", errors="replace").count("adopted a running engine") == adopted:  # the first of two
         assert time.monotonic() < deadline
         assert adopting.poll() is None
         time.sleep(0.002)

@@ -17,8 +17,8 @@ from svc.store.leases import LEASE_S, Lease, LeaseLostError, report_server, runn
 from svc.store.tables import ServerRow
 
 
-def leadership(store: Store, clock: Callable[[], float] = lambda: 0.0) -> Leadership:
-    return Leadership(store, Changes(), "gpu-1:8000", lambda: ["teams"], clock=clock)
+def leadership(store: Store, clock: Callable[[], float] = lambda: 0.0, *, address: str = "gpu-1:8000") -> Leadership:
+    return Leadership(store, Changes(), address, lambda: ["teams"], clock=clock)
 
 
 def test_only_server_on_sqlite_leads_every_model_without_a_lease(store: Store) -> None:
@@ -33,7 +33,7 @@ async def test_report_writes_nothing_on_sqlite(store: Store) -> None:
 
 
 async def test_one_of_two_servers_leads_until_it_is_closed(postgresql_store: Store) -> None:
-    first, second = leadership(postgresql_store), leadership(postgresql_store)
+    first, second = leadership(postgresql_store), leadership(postgresql_store, address="gpu-2:8000")
     await first.report()
     await second.report()
     assert [(each.leads("teams"), each.leads(EVERYTHING)) for each in (first, second)] == [(True, True), (False, False)]

@@ -51,6 +51,20 @@ def test_holder_keeps_its_lease_with_every_report(any_store: Store) -> None:
     assert report(any_store, "b") == {}
 
 
+def test_server_that_starts_again_gets_the_leases_of_its_killed_process_immediately(any_store: Store) -> None:
+    report_server(any_store, "killed", "a:8000", ["teams"])
+    assert report_server(any_store, "again", "a:8000", ["teams"]) == {"teams": Lease("teams", "again", 2)}
+    assert running_servers(any_store) == {"again": "a:8000"}
+
+
+def test_two_servers_with_the_same_address_do_not_stop_each_other_after_their_start(any_store: Store) -> None:
+    report_server(any_store, "a", "tuneserve:8000", ["teams"])
+    report_server(any_store, "b", "tuneserve:8000", ["teams"])
+    assert report_server(any_store, "a", "tuneserve:8000", ["teams"]) == {}
+    assert report_server(any_store, "b", "tuneserve:8000", ["teams"]) == {"teams": Lease("teams", "b", 2)}
+    assert set(running_servers(any_store)) == {"a", "b"}
+
+
 def test_ended_lease_goes_to_another_server_with_a_new_generation(any_store: Store) -> None:
     report(any_store, "a")
     let_pass(any_store, LEASE_S + 1)

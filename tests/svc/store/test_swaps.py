@@ -20,6 +20,7 @@ from svc.store.swaps import (
     failed_elsewhere,
     find_swap,
     last_queued_s,
+    last_swap,
     server_swaps,
     unfinished_swaps,
 )
@@ -132,9 +133,26 @@ def test_swaps_of_servers_that_no_longer_run_are_ended(shared: Store) -> None:
     for server in ("a", "b"):
         begin_swap(shared, desired(2, 5), server=server)
     remove_server(shared, "b")
-    end_lost_swaps(shared, "tiny", "it stopped")
+    end_lost_swaps(shared, desired(2, 5), "c:8000", SwapResult(SwapOutcome.SUCCEEDED), "it stopped")
     swaps = {each.server: each.swap and each.swap.result for each in server_swaps(shared, "tiny", 5)}
     assert swaps == {"a": None, "b": SwapResult(SwapOutcome.FAILED, "it stopped")}
+
+
+def test_swap_of_a_killed_server_succeeds_when_the_server_starts_again_with_its_version(shared: Store) -> None:
+    begin_swap(shared, desired(2, 5), server="b")
+    report_server(shared, "b2", "b:8000", [])
+    end_lost_swaps(shared, desired(2, 5), "b:8000", SwapResult(SwapOutcome.SUCCEEDED), "it stopped")
+    swap = last_swap(shared, "tiny", server="b2")
+    assert swap is not None
+    assert (swap.result, swap.steps) == (
+        SwapResult(SwapOutcome.SUCCEEDED),
+        ("the server started again with tiny@2 (gptq)",),
+    )
+
+
+def test_last_swap_of_a_server_is_never_that_of_another_server_that_runs(shared: Store) -> None:
+    begin_swap(shared, desired(2, 5), server="b")
+    assert last_swap(shared, "tiny", server="a") is None
 
 
 def test_only_server_has_one_row_of_a_generation_even_before_it_begins(tmp_path: Path) -> None:
