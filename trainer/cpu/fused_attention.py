@@ -19,7 +19,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-_NAME = "tuneserve"
+NAME = "tuneserve"
+"""Name under which the attention is registered in transformers."""
 _MAX_KEYS = 512
 """Maximum number of keys. With more keys, PyTorch's attention is as fast, because it skips masked
 positions."""
@@ -32,10 +33,10 @@ def fuse_attention(model: PreTrainedModel) -> bool:
     """
     if model.config._attn_implementation != "sdpa":
         return False
-    AttentionInterface.register(_NAME, attention)
-    AttentionMaskInterface.register(_NAME, sdpa_mask)
-    model.set_attn_implementation(_NAME)
-    return bool(model.config._attn_implementation == _NAME)  # some models reject it and keep their own
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)
+    return bool(model.config._attn_implementation == NAME)  # some models reject it and keep their own
 
 
 def attention(

@@ -1,11 +1,16 @@
 """Chooses the options that make training fast on a given machine, based on the machine's properties.
 
-This module depends on neither the model nor the recipe. Options whose packages are not installed stay
-off. The loss and the layers used only on a CPU are chosen in trainer.training.loss.
+Options whose packages are not installed, or do not support the model, stay off. The loss and the layers
+used only on a CPU are chosen in trainer.training.loss. trainer.training.mechanisms checks that the options
+are active.
 """
 
 from dataclasses import dataclass
 from enum import StrEnum
+from importlib import import_module
+from pathlib import Path
+
+from trainer.model.config import load_config
 
 
 class Attention(StrEnum):
@@ -67,17 +72,34 @@ def machine_facts() -> Facts:
     )
 
 
-def choose_acceleration(facts: Facts, *, flash: bool = True) -> Acceleration:
+def takes_liger_kernels(base: Path) -> bool:
+    """Return whether the installed Liger has kernels for the model. For other models, applying it has no effect
+    and is not reported.
+
+    Args:
+        base: folder of the base model.
+    """
+    import torch
+    from transformers.utils import is_liger_kernel_available
+
+    if not (torch.cuda.is_available() and is_liger_kernel_available()):
+        return False
+    liger = import_module("liger_kernel.transformers.monkey_patch")
+    return load_config(base).model_type in liger.MODEL_TYPE_TO_APPLY_LIGER_FN
+
+
+def choose_acceleration(facts: Facts, *, flash: bool = True, liger: bool = True) -> Acceleration:
     """Choose the acceleration options for a machine; see `Acceleration` for the reasons.
 
     Args:
         flash: whether the model supports FlashAttention.
+        liger: whether Liger supports the model.
     """
     attention, cuda = _attention(facts) if flash else Attention.SDPA, facts.capability is not None
     return Acceleration(
         attention=attention,
         padding_free=attention is not Attention.SDPA,
-        liger_kernels=cuda and facts.liger_kernels,
+        liger_kernels=cuda and facts.liger_kernels and liger,
         gradient_checkpointing=cuda,
     )
 

@@ -19,8 +19,8 @@ def attention_implementation(config: "PreTrainedConfig") -> str | None:
 
 
 def takes_flash_attention(base: Path) -> bool:
-    """Return whether transformers supports FlashAttention for the model. If not, loading the model with it
-    would fail.
+    """Return whether transformers supports FlashAttention 2 and 3 for the model. If not, loading the model with
+    them would fail, or load another kernel from the hub, as for GPT-OSS.
 
     Args:
         base: folder of the base model.
@@ -28,4 +28,4 @@ def takes_flash_attention(base: Path) -> bool:
     from transformers import AutoModelForCausalLM
 
     kind = AutoModelForCausalLM._model_mapping[type(load_config(base))]
-    return bool(kind._supports_flash_attn)
+    return bool(kind._supports_flash_attn) and not kind._compatible_flash_implementations

@@ -36,7 +36,7 @@ from trainer.data.length import check_served_length, fit_length
 from trainer.data.packing import collate_packed, pack, refuse_recurrent
 from trainer.data.vocabulary import check_ids
 from trainer.library_output import library_output_to_log
-from trainer.model.acceleration import choose_acceleration, machine_facts
+from trainer.model.acceleration import choose_acceleration, machine_facts, takes_liger_kernels
 from trainer.model.adalora import RankAllocation
 from trainer.model.attention import takes_flash_attention
 from trainer.model.config import load_config, read_width
@@ -46,6 +46,7 @@ from trainer.model.rounding import round_to_bfloat16
 from trainer.recipe.sections import AdapterType, Recipe, Stopping, Train
 from trainer.training.arguments import count_steps, training_arguments
 from trainer.training.checkpoints import CheckpointFolder
+from trainer.training.mechanisms import MechanismCheck
 from trainer.training.out_of_memory import advising_on_memory
 from trainer.training.summary import TrainingData, TrainingSummary
 from trainer.training.trainer import NoStepLeftError, ResumableTrainer, number_type_of
@@ -213,7 +214,8 @@ def build_trainer(
             `heldout`.
         load: function that loads the base's weights.
     """
-    acceleration = choose_acceleration(machine_facts(), flash=takes_flash_attention(base))
+    flash, liger = takes_flash_attention(base), takes_liger_kernels(base)
+    acceleration = choose_acceleration(machine_facts(), flash=flash, liger=liger)
     if recipe.train.neftune_alpha is not None:  # its noise is scaled by the length of a row
         acceleration = replace(acceleration, padding_free=False)
     rows = list(chain.from_iterable(examples))
@@ -253,6 +255,7 @@ def build_trainer(
         if weight.requires_grad:  # TRL puts the adapter of a 4-bit model in bf16
             weight.data = weight.data.to(torch.float32)
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(MechanismCheck(trainer, acceleration, recipe, number_type))
     trainer.add_callback(DivergenceWatch(learning_rate))
     trainer.add_callback(CheckpointSchedule(recipe.checkpoints, asked))
     if measured:

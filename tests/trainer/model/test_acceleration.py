@@ -64,6 +64,7 @@ def test_flash_attention_is_not_used_when_the_model_does_not_support_it(facts: F
 def test_liger_kernels_are_used_when_installed() -> None:
     assert choose_acceleration(Facts(AMPERE, **ALL)).liger_kernels
     assert not choose_acceleration(Facts(AMPERE)).liger_kernels
+    assert not choose_acceleration(Facts(AMPERE, **ALL), liger=False).liger_kernels
 
 
 def test_flash_attention_is_not_detected_from_a_matching_import_name_alone(

@@ -34,7 +34,9 @@ def test_gemma2_attention_applies_the_soft_cap() -> None:
         assert (capped - model(ids).logits).abs().max() > 0.01
 
 
-@pytest.mark.parametrize(("family", "supported"), [("llama", True), ("gemma2", True), ("doge", False)])
+@pytest.mark.parametrize(
+    ("family", "supported"), [("llama", True), ("gemma2", True), ("doge", False), ("gpt_oss", False)]
+)
 def test_flash_attention_support_is_read_from_the_model_code(tmp_path: Path, family: str, supported: bool) -> None:
     AutoConfig.for_model(family).save_pretrained(tmp_path)
     assert takes_flash_attention(tmp_path) is supported

@@ -1,0 +1,354 @@
+"""Checks that what was chosen for a training run is what really runs, and stops the run if it is not.
+
+Libraries ignore some options silently: Liger replaces nothing in a model that it does not know,
+transformers takes another FlashAttention than the one that was asked for, and bitsandbytes stores small
+moments in float32. Such a run would be slower or larger than was promised, and nothing would say so.
+Whatever can be checked without a step is checked before the first one; the rest is observed in the first
+step. Imports torch, transformers and PEFT.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from svc.engine.device import NumberType
+from svc.errors import TrainingError
+from trainer.cpu.fused_attention import NAME as FUSED_ATTENTION
+from trainer.model.acceleration import Acceleration, Attention
+from trainer.model.attention import attention_implementation
+from trainer.recipe.sections import Optimizer, Quantization, Recipe
+
+_MIN_8BIT, _MIN_PAGED = 4096, 100_000
+"""Numbers of elements of the smallest weights whose moments bitsandbytes stores in 8 bits, and pages."""
+_REINSTALL_FLASH = "install a flash-attn made for this torch and transformers, or remove it: pip uninstall flash-attn"
+_REPORT = "report this with the output of: pip list"
+
+
+class MechanismCheck(TrainerCallback):
+    """Checks a trainer when training begins, and what its first step did.
+
+    Args:
+        trainer: trainer of a run, complete except for its optimizer.
+        acceleration: options chosen for this machine.
+        number_type: number type of the matrix products.
+    """
+
+    def __init__(self, trainer: Trainer, acceleration: Acceleration, recipe: Recipe, number_type: NumberType) -> None:
+        self._trainer = trainer
+        self._acceleration, self._recipe, self._number_type = acceleration, recipe, number_type
+        self._first_step: _FirstStep | None = None
+        self._done = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check the model, the batches and the optimizer.
+
+        Raises:
+            TrainingError: an option is not active.
+        """
+        trainer, chosen, recipe = self._trainer, self._acceleration, self._recipe
+        model = trainer.model
+        check_attention(model, chosen.attention)
+        check_liger(model, chosen=chosen.liger_kernels)
+        check_checkpointing(model, chosen=args.gradient_checkpointing)
+        check_number_types(model, self._number_type)
+        if recipe.base_quantization is Quantization.NF4:
+            check_nf4(model, self._number_type)
+        if chosen.padding_free:
+            rows = [trainer.train_dataset[0]] * 2
+            check_padding_free(trainer.data_collator(rows), rows)
+        check_optimizer_class(inner_optimizer(trainer), recipe.train.optimizer, fused="fused" in args.optim)
+        self._first_step = _FirstStep(model, one_row=chosen.padding_free)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Check what the first step did. With a scaled loss, a step without an update is followed by another.
+
+        Raises:
+            TrainingError: an option is not active.
+        """
+        if self._first_step is not None:
+            self._first_step.check(checkpointing=args.gradient_checkpointing)
+            self._first_step = None
+        optimizer = inner_optimizer(self._trainer)
+        if not self._done and any(optimizer.state.values()):
+            check_moments(optimizer, self._trainer.model, self._recipe.train.optimizer)
+            self._done = True
+
+
+class _FirstStep:
+    """Observes how the model's layers are called, until the first step has ended.
+
+    Args:
+        one_row: whether every batch must be a single row.
+    """
+
+    def __init__(self, model: nn.Module, *, one_row: bool) -> None:
+        self._recomputed, self._one_row = False, one_row
+        self._handle: RemovableHandle | None = None
+        if layers := checkpointed_layers(model):
+            self._handle = layers[0].register_forward_pre_hook(self._observe, with_kwargs=True)
+
+    def _observe(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not layer.training:
+            return
+        if torch._C._current_graph_task_id() != -1:  # called by the backward pass
+            self._recomputed = True
+            return
+        if not self._one_row:
+            return
+        rows, mask = len(args[0] if args else kwargs["hidden_states"]), kwargs.get("attention_mask")
+        if rows > 1 or isinstance(mask, torch.Tensor):
+            found = f"the first layer got {rows} rows" + ("" if mask is None else " and a mask")
+            raise _inactive("batches without padding", found, "one row without a mask", _REPORT)
+
+    def check(self, *, checkpointing: bool) -> None:
+        """Stop observing, and check whether the backward pass computed the layers again."""
+        if self._handle is None:
+            return
+        self._handle.remove()
+        if self._recomputed is not checkpointing:
+            raise _inactive(
+                f"train.gradient_checkpointing: {str(checkpointing).lower()}",
+                f"the backward pass {'computed' if self._recomputed else 'did not compute'} the layers again",
+                "layers that are computed twice" if checkpointing else "layers that are computed once",
+                f"set train.gradient_checkpointing to {str(not checkpointing).lower()}",
+            )
+
+
+def check_attention(model: nn.Module, chosen: Attention) -> None:
+    """Check the implementation of every attention layer.
+
+    Raises:
+        TrainingError: a layer uses another one.
+    """
+    config = getattr(model, "config", None)
+    expected = {chosen.value}
+    if chosen is Attention.SDPA:
+        expected = {(config and attention_implementation(config)) or chosen.value, FUSED_ATTENTION}
+    found = {
+        f"{name} uses {module.config._attn_implementation}"
+        for name, module in model.named_modules()
+        if _is_attention(module) and module.config._attn_implementation not in expected
+    }
+    if found:
+        raise _inactive(chosen.value, _first_of(found), " or ".join(sorted(expected)), _REINSTALL_FLASH)
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return "Attention" in type(module).__name__ and hasattr(getattr(module, "config", None), "_attn_implementation")
+
+
+def check_liger(model: nn.Module, *, chosen: bool) -> None:
+    """Check that Liger has replaced a part of every layer if it was chosen, and none otherwise.
+
+    Raises:
+        TrainingError: Liger is not active as chosen.
+    """
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, GradientCheckpointingLayer)}
+    wrong = {name for name, layer in layers.items() if any(map(_is_liger, layer.modules())) is not chosen}
+    if wrong or (chosen and not layers):
+        raise _inactive(
+            f"Liger kernels: {'on' if chosen else 'off'}",
+            f"{len(wrong)} of {len(layers)} layers have {'none' if chosen else 'some'}",
+            f"kernels in {'every layer' if chosen else 'no layer'}",
+            "update liger-kernel, or remove it: pip uninstall liger-kernel",
+        )
+
+
+def _is_liger(module: nn.Module) -> bool:
+    """Return whether a module computes with Liger, which binds its own `forward` to the modules of a loaded
+    model.
+    """
+    forward = getattr(module.forward, "__func__", module.forward)
+    return str(getattr(forward, "__module__", "")).startswith("liger_kernel.")
+
+
+def checkpointed_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
+    """Return the layers that can be computed twice, in order."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def check_checkpointing(model: nn.Module, *, chosen: bool) -> None:
+    """Check that gradient checkpointing is on in every layer if it was chosen, and in none otherwise.
+
+    Raises:
+        TrainingError: it is not on as chosen.
+    """
+    layers = checkpointed_layers(model)
+    wrong = [layer for layer in layers if layer.gradient_checkpointing is not chosen]
+    if wrong or (chosen and not layers):
+        raise _inactive(
+            f"train.gradient_checkpointing: {str(chosen).lower()}",
+            f"it is {'off' if chosen else 'on'} in {len(wrong)} of {len(layers)} layers",
+            f"{'on' if chosen else 'off'} in every layer",
+            f"set train.gradient_checkpointing to {str(not chosen).lower()}",
+        )
+
+
+def check_number_types(model: nn.Module, number_type: NumberType) -> None:
+    """Check that trained weights are in float32, and that the frozen layers that an adapter changes are in the
+    number type of the matrix products, except those that transformers keeps in float32.
+
+    Raises:
+        TrainingError: a weight has another number type.
+    """
+    trained = {
+        f"{name} is in {_name(weight.dtype)}"
+        for name, weight in model.named_parameters()
+        if weight.requires_grad and weight.dtype is not torch.float32
+    }
+    if trained:
+        raise _inactive("trained weights in float32", _first_of(trained), "float32", _REPORT)
+    narrow = getattr(torch, number_type)
+    frozen = {
+        f"{name} is in {_name(layer.weight.dtype)}"
+        for name, layer in _adapted_layers(model)
+        if layer.weight.is_floating_point()
+        and layer.weight.dtype not in ({narrow, torch.float32} if _stays_wide(model, name) else {narrow})
+    }
+    if frozen:
+        raise _inactive(f"frozen weights in {number_type}", _first_of(frozen), str(number_type), _REPORT)
+
+
+def check_nf4(model: nn.Module, number_type: NumberType) -> None:
+    """Check that the linear layers that an adapter changes are stored in NF4 with quantized scales, and that
+    they compute in the given number type.
+
+    Raises:
+        TrainingError: a layer is stored or computes in another way.
+    """
+    from bitsandbytes.nn.modules import Linear4bit
+
+    layers, wrong = dict(_adapted_layers(model)), set()
+    for name, layer in layers.items():
+        state = getattr(layer.weight, "quant_state", None)
+        if not isinstance(layer, Linear4bit) or state is None or state.quant_type != "nf4" or not state.nested:
+            wrong.add(f"{name} is a {type(layer).__name__} with weights in {_name(layer.weight.dtype)}")
+        elif layer.compute_dtype is not getattr(torch, number_type):
+            wrong.add(f"{name} computes in {_name(layer.compute_dtype)}")
+    if wrong or not layers:
+        todo = "update bitsandbytes: pip install -U bitsandbytes, or remove `quantization`"
+        raise _inactive("quantization: nf4", _first_of(wrong or {"no layer is adapted"}), "layers in NF4", todo)
+
+
+def _adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Yield the base's linear layers that the adapter changes."""
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and isinstance(layer := module.get_base_layer(), nn.Linear):
+            yield name, layer
+
+
+def _stays_wide(model: nn.Module, name: str) -> bool:
+    """Return whether transformers keeps a module in float32 although the model is loaded in 16 bits."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    kept = {*(getattr(base, "_keep_in_fp32_modules", None) or ())}
+    kept |= {*(getattr(base, "_keep_in_fp32_modules_strict", None) or ())}
+    return any(part in name for part in kept)
+
+
+def check_padding_free(batch: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Check that a batch of several rows is one row, in which positions start again with each example.
+
+    Args:
+        rows: the rows of which the collator made the batch.
+
+    Raises:
+        TrainingError: the batch is padded, or its examples are not separated.
+    """
+    examples = sum(len(row.get("seq_lengths", [0])) for row in rows)
+    positions = batch.get("position_ids")
+    starts = 0 if positions is None else int((positions == 0).sum())
+    shape = tuple(batch["input_ids"].shape)
+    if shape[0] != 1 or "attention_mask" in batch or starts != examples:
+        raise _inactive(
+            "batches without padding",
+            f"{len(rows)} rows with {examples} examples became a batch of shape {shape} with {starts} starts",
+            f"one row with {examples} starts and no mask",
+            _REPORT,
+        )
+
+
+def inner_optimizer(trainer: Trainer) -> torch.optim.Optimizer:
+    """Return a trainer's optimizer without accelerate's wrapper."""
+    optimizer: torch.optim.Optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    return optimizer
+
+
+def check_optimizer_class(optimizer: torch.optim.Optimizer, chosen: Optimizer, *, fused: bool) -> None:
+    """Check the optimizer's class and options, and that they affect at least one weight.
+
+    Args:
+        fused: whether PyTorch's fused kernel was chosen.
+
+    Raises:
+        TrainingError: another optimizer is used, or all trained weights are too small for the chosen one.
+    """
+    if chosen is Optimizer.ADAMW:
+        if type(optimizer) is not torch.optim.AdamW or bool(optimizer.defaults["fused"]) is not fused:
+            found = f"{type(optimizer).__name__} with fused={optimizer.defaults.get('fused')}"
+            raise _inactive(f"train.optimizer: {chosen}", found, f"AdamW with fused={fused}", _REPORT)
+        return
+    from bitsandbytes.optim.optimizer import Optimizer2State
+
+    bits = 8 if chosen.is_8bit else 32
+    found_bits = getattr(optimizer.args, "optim_bits", None) if isinstance(optimizer, Optimizer2State) else None
+    paged = bool(getattr(optimizer, "is_paged", False))
+    if found_bits != bits or paged is not chosen.is_paged:
+        found = f"{type(optimizer).__name__} with {found_bits or 'no'} bits, {'paged' if paged else 'not paged'}"
+        expected = f"bitsandbytes' AdamW with {bits} bits, {'paged' if chosen.is_paged else 'not paged'}"
+        raise _inactive(f"train.optimizer: {chosen}", found, expected, "update bitsandbytes and transformers")
+    largest = max(weight.numel() for group in optimizer.param_groups for weight in group["params"])
+    for needed, smallest, what in ((chosen.is_8bit, _MIN_8BIT, "8-bit"), (chosen.is_paged, _MIN_PAGED, "paged")):
+        if needed and largest < smallest:
+            raise _inactive(
+                f"train.optimizer: {chosen}",
+                f"no weight has {what} moments: the largest trained weight has {largest:,} elements",
+                f"a weight of at least {smallest:,} elements",
+                f"set train.optimizer to {Optimizer.ADAMW}",
+            )
+
+
+def check_moments(optimizer: torch.optim.Optimizer, model: nn.Module, chosen: Optimizer) -> None:
+    """Check that moments are in 8 bits and paged where bitsandbytes does so for the chosen optimizer.
+
+    transformers keeps the moments of embeddings in 32 bits.
+
+    Args:
+        optimizer: an optimizer that has made a step.
+
+    Raises:
+        TrainingError: the moments of a weight are stored in another way.
+    """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    wrong = set()
+    for name, weight in model.named_parameters():
+        moment = optimizer.state.get(weight, {}).get("state1")
+        if moment is None:
+            continue
+        if chosen.is_8bit and weight.numel() >= _MIN_8BIT and id(weight) not in embeddings:
+            wrong |= {f"those of {name} are in {_name(moment.dtype)}"} if moment.dtype is not torch.uint8 else set()
+        if chosen.is_paged and weight.numel() >= _MIN_PAGED:
+            wrong |= {f"those of {name} are not paged"} if not getattr(moment, "is_paged", False) else set()
+    if wrong:
+        todo = f"set train.optimizer to {Optimizer.ADAMW}, or install another release of bitsandbytes"
+        raise _inactive(f"train.optimizer: {chosen}", _first_of(wrong), "moments as chosen", todo)
+
+
+def _inactive(option: str, found: str, expected: str, todo: str) -> TrainingError:
+    return TrainingError(f"{option} was chosen but is not active: {found}", expected=expected, todo=todo)
+
+
+def _first_of(found: set[str]) -> str:
+    more = f", and {len(found) - 1} more" if len(found) > 1 else ""
+    return min(found) + more
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
