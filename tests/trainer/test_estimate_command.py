@@ -1,6 +1,7 @@
 """Tests `svc estimate`, and how `svc train` uses the estimate."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,26 @@ def test_training_that_cannot_fit_is_refused_before_any_work(
     assert ended.code == InsufficientMemoryError.exit_code
     assert "GB short" in ended.err
     assert not {"runs", "sweeps"} & {path.name for path in (tmp_path / "home").glob("*")}
+
+
+@pytest.mark.parametrize(
+    ("memory", "choice"), [(2e12, "gradient checkpointing: off (without it"), (200e9, "gradient checkpointing: on (")]
+)
+def test_training_prints_checkpointing_and_its_reason_on_a_gpu(
+    svc: Svc, tmp_path: Path, recipe: Path, memory: float, choice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "this_machine", lambda *_: replace(cpu_device(memory), cpu=False))
+    ended = svc("--home", tmp_path / "home", "train", recipe, "--anyway")
+    assert choice in " ".join(ended.err.split())
+    assert "GB are free)" in " ".join(ended.err.split())
+
+
+@pytest.mark.parametrize("command", [["train", "--curve"], ["sweep"]], ids=" ".join)
+def test_trials_keep_checkpointing_on_because_their_memory_differs(
+    svc: Svc, tmp_path: Path, recipe: Path, command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "this_machine", lambda *_: replace(cpu_device(2e12), cpu=False))
+    assert "gradient checkpointing:" not in svc("--home", tmp_path / "home", *command, recipe, "--anyway").err
 
 
 @pytest.mark.parametrize("command", [["train"], ["train", "--curve"], ["sweep"]], ids=" ".join)

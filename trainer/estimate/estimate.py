@@ -35,6 +35,7 @@ class DeviceEstimate:
         largest_batch: largest batch size that fits, or 0 if not even one example fits.
         seconds: time from the first training step to the last.
         dollars: price of `seconds` of training, or None if the device has no price.
+        checkpointing: whether gradient checkpointing is enabled.
     """
 
     device: ComputeDevice
@@ -45,6 +46,7 @@ class DeviceEstimate:
     largest_batch: int
     seconds: float
     dollars: float | None
+    checkpointing: bool
 
     @property
     def memory(self) -> float:
@@ -120,6 +122,7 @@ def estimate_device(
         largest_batch=_largest_batch(training, workload, device.memory),
         seconds=seconds,
         dollars=None if device.dollars is None else device.dollars * seconds / 3600,
+        checkpointing=training.checkpointing,
     )
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from svc.errors import BaseModelError
 from trainer.base_model.checks import read_json
+from trainer.model.attention import attention_implementation
 from trainer.model.experts import fused_experts
 from trainer.model.layer_shapes import linear_layers, without_weights
 from trainer.model.target_modules import ALL_LINEAR, target_modules
@@ -48,6 +49,8 @@ class ModelShape:
         context: the model's maximum number of tokens, or None if the config does not state it.
         shares_keys: whether every layer attends to all earlier tokens, so that a common prefix can be
             computed once.
+        stores_scores: whether attention stores the scores of all pairs of tokens, because the config caps them.
+            The estimate does not count them.
         notes: sentences that state what is unknown.
     """
 
@@ -67,6 +70,7 @@ class ModelShape:
     adapts_experts: bool = False
     context: int | None = None
     shares_keys: bool = True
+    stores_scores: bool = False
     notes: tuple[str, ...] = ()
 
     @property
@@ -210,6 +214,7 @@ def count_model(model: "PreTrainedModel", preset: Targets, notes: tuple[str, ...
         adapts_experts=bool(experts) and all_linear,
         context=getattr(config, "max_position_embeddings", None),
         shares_keys=keeps_all_keys(config),
+        stores_scores=attention_implementation(config) == "eager",
         notes=notes,
     )
 

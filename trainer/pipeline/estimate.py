@@ -9,6 +9,7 @@ from svc.errors import SvcError
 from svc.settings import Settings
 from svc.terminal import console
 from trainer.estimate.batches import read_workload
+from trainer.estimate.checkpointing import choose_checkpointing, with_checkpointing
 from trainer.estimate.devices import HERE, choose_devices
 from trainer.estimate.estimate import DeviceEstimate, Estimate, estimate_recipe
 from trainer.estimate.model_shape import read_model_shape
@@ -34,13 +35,22 @@ def estimate_devices(recipe: Recipe, examples: Examples, settings: Settings, nam
 
 
 def estimate_here(
-    recipe: Recipe, examples: Examples, settings: Settings, *, anyway: bool, makes_version: bool = True
+    recipe: Recipe,
+    examples: Examples,
+    settings: Settings,
+    *,
+    anyway: bool,
+    makes_version: bool = True,
+    trials: bool = False,
 ) -> DeviceEstimate | None:
-    """Print and return the estimate for this machine. Return None if no estimate is possible.
+    """Print and return the estimate for this machine, with gradient checkpointing as it fits a GPU's memory. Return
+    None if no estimate is possible.
 
     Args:
         anyway: whether to continue instead of raising an error if the run cannot fit.
         makes_version: whether the run also writes merged and quantized models, not only an adapter.
+        trials: whether several trainings follow, whose values and memory differ. They keep the default for gradient
+            checkpointing.
 
     Raises:
         InsufficientMemoryError: the run cannot fit into memory.
@@ -51,6 +61,10 @@ def estimate_here(
     except SvcError as error:  # training itself reports faults of base and data
         console.print(f"  [dim]no estimate: {error.wrong}[/dim]")
         return None
+    chosen = choose_checkpointing(estimate)
+    if not trials and not estimate.here.device.cpu:
+        estimate = with_checkpointing(estimate, chosen.enabled, settings.engine.max_model_len)
+        console.print(f"  gradient checkpointing: {'on' if chosen.enabled else 'off'} ({chosen.reason})")
     print_short(estimate)
     if not anyway:
         machine = read_machine(gpus=True)

@@ -176,7 +176,7 @@ class Pipeline:
             summary = train_model(
                 self.base.folder,
                 TrainingData(self.examples.train, self.examples.measured, served_length),
-                self.recipe,
+                self._fitted_recipe,
                 self.run.fresh(self._trained),
                 self.run.checkpoints,
                 report,
@@ -188,6 +188,15 @@ class Pipeline:
             with tracking.if_available():
                 tracking.log_metrics(run_id, estimate_metrics(summary))
         return summary
+
+    @property
+    def _fitted_recipe(self) -> Recipe:
+        """The recipe with gradient checkpointing as it was estimated for this machine. It does not affect the run's
+        keys, so another machine may resume the run with its own choice.
+        """
+        if self.expected is None:
+            return self.recipe
+        return self.recipe.changed({"train.gradient_checkpointing": self.expected.checkpointing})
 
     @cached_property
     def _shared_checkpoints(self) -> SharedCheckpoints | None:

@@ -283,7 +283,8 @@ class Train(_Section):
     """pack several examples into one row of max_length tokens; each example attends only to itself, and a row
     then counts as one example"""
     gradient_checkpointing: bool | None = None
-    """recompute activations instead of storing them; default: true on a GPU, false on a CPU"""
+    """recompute activations instead of storing them; default: on a GPU, true unless training fits in its free
+    memory without; false on a CPU"""
     neftune_alpha: Annotated[float, Field(gt=0)] | None = None
     """strength of the noise added to the embeddings (Jain et al. 2023), usually 5; default: no noise"""
     seed: int = Field(0, ge=0, lt=2**32)

@@ -42,6 +42,7 @@ class Stages:
         ran: stages that ran, in order.
         broken: stages that are interrupted halfway.
         number_types: number types with which stages were called.
+        recipes: recipes with which models were trained.
         compared: formats compared in each parity report.
         unequal: parity checks that fail.
     """
@@ -49,6 +50,7 @@ class Stages:
     ran: list[Stage] = field(default_factory=list)
     broken: set[Stage] = field(default_factory=set)
     number_types: list[NumberType] = field(default_factory=list)
+    recipes: list[Recipe] = field(default_factory=list)
     compared: list[list[Format]] = field(default_factory=list)
     unequal: list[str] = field(default_factory=list)
 
@@ -66,6 +68,7 @@ class Stages:
     ) -> Any:
         """Write an adapter or a trained model."""
         self.number_types.append(number_type)
+        self.recipes.append(recipe)
         self._run(Stage.TRAIN, out)
         if recipe.method is Method.FULL:
             write_model(out, seed=1)

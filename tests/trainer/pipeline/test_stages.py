@@ -18,7 +18,9 @@ from svc.version import Format, VersionId
 from tests.serving.engine_double import tokenized
 from tests.svc.engine.devices import AVX2, AVX512
 from tests.trainer.engines import Engines
+from tests.trainer.estimate.configs import cpu_device, even_workload, published
 from tests.trainer.pipeline.stand_ins import Make, Stages
+from trainer.estimate.estimate import estimate_device
 from trainer.pipeline.run_folder import Run
 from trainer.pipeline.stages import Pipeline
 from trainer.recipe.stage import Stage
@@ -44,6 +46,23 @@ def test_number_types_and_why_they_were_chosen_are_printed_before_training(
     assert "train: float32 on cpu (x86_64-avx2 has no fast bfloat16)" in output
     assert "merged: float32 on cpu (x86_64-avx2 has no fast 16-bit arithmetic)" in output
     assert "gptq: bfloat16 on cpu, torch kernel (vLLM has none for x86_64-avx2)" in output
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_estimated_checkpointing_is_used_in_training_but_does_not_start_a_new_run(
+    make: Make, stages: Stages, checkpointing: bool
+) -> None:
+    plain = make()
+    recipe = plain.recipe
+    device = replace(cpu_device(), cpu=False)
+    asked = recipe.changed({"train.gradient_checkpointing": checkpointing})
+    expected = estimate_device(asked, published("llama-2-7b"), even_workload(9, 99, recipe), device, 99)
+    pipeline = replace(plain, expected=expected)
+    version = pipeline.train_version()
+    assert [trained.train.gradient_checkpointing for trained in stages.recipes] == [checkpointing]
+    assert pipeline.registry.manifest(version).recipe["train"]["gradient_checkpointing"] is None
+    assert plain.train_version() == version
+    assert len(stages.recipes) == 1
 
 
 def test_run_fails_before_training_if_a_format_cannot_be_served_on_this_machine(make: Make, stages: Stages) -> None:

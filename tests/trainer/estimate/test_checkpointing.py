@@ -1,0 +1,68 @@
+"""Tests that gradient checkpointing is off on a GPU only if training fits in its memory with a margin."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.trainer.conftest import make_recipe
+from tests.trainer.estimate.configs import cpu_device, even_workload, published
+from trainer.estimate.checkpointing import SPARE, choose_checkpointing, with_checkpointing
+from trainer.estimate.estimate import Estimate, estimate_recipe
+
+ROWS, LENGTH = 4, 1024
+
+
+def on_gpu(memory: float, **train: Any) -> Estimate:
+    """Return the estimate of LoRA on Llama 3.1 8B, with batches of 4 x 1,024 tokens."""
+    recipe = make_recipe(method="lora", train={"batch_size": ROWS, **train})
+    device = replace(cpu_device(memory), cpu=False)
+    return estimate_recipe(recipe, published("llama-3.1-8b"), even_workload(100, LENGTH, recipe), [device], 4096)
+
+
+STORED = on_gpu(1e12, gradient_checkpointing=False).here.memory
+
+
+@given(memory=st.floats(1e9, 3e11))
+def test_layers_are_computed_twice_exactly_if_the_memory_is_less_than_the_estimate_with_its_margin(
+    memory: float,
+) -> None:
+    assert choose_checkpointing(on_gpu(memory)).enabled is (memory < STORED * SPARE)
+
+
+def test_8b_with_lora_needs_checkpointing_on_24_gb_but_not_on_141_gb() -> None:
+    assert choose_checkpointing(on_gpu(24e9)).enabled
+    assert not choose_checkpointing(on_gpu(141e9)).enabled
+
+
+def test_reason_names_the_memory_that_is_needed_and_free() -> None:
+    reason = choose_checkpointing(on_gpu(24e9)).reason
+    assert reason == f"without it, training needs up to {SPARE * STORED / 1e9:.1f} GB; 24.0 GB are free"
+
+
+@pytest.mark.parametrize("asked", [True, False])
+@pytest.mark.parametrize("memory", [24e9, 1e12])
+def test_recipe_overrides_the_choice(memory: float, asked: bool) -> None:
+    chosen = choose_checkpointing(on_gpu(memory, gradient_checkpointing=asked))
+    assert (chosen.enabled, chosen.reason) == (asked, "train.gradient_checkpointing")
+
+
+def test_checkpointing_stays_off_on_a_cpu() -> None:
+    recipe = make_recipe()
+    shape, workload = published("llama-3.1-8b"), even_workload(100, LENGTH, recipe)
+    assert not choose_checkpointing(estimate_recipe(recipe, shape, workload, [cpu_device(1e9)], 4096)).enabled
+
+
+def test_models_that_store_all_attention_scores_keep_checkpointing() -> None:
+    estimate = on_gpu(1e12)
+    capped = replace(estimate, shape=replace(estimate.shape, stores_scores=True))
+    assert choose_checkpointing(capped).enabled
+
+
+def test_estimate_without_checkpointing_needs_more_memory_and_less_time() -> None:
+    on, off = (with_checkpointing(on_gpu(1e12), enabled, 4096).here for enabled in (True, False))
+    assert (on.checkpointing, off.checkpointing) == (True, False)
+    assert off.memory > on.memory
+    assert off.seconds < on.seconds

@@ -1,0 +1,50 @@
+"""Chooses gradient checkpointing on a GPU: off if training fits in the free memory without it.
+
+Checkpointing computes each layer twice, so a step takes about a third longer. It changes the result only in
+rounding, so a run may resume with another choice. On a CPU it is off; see docs/training-speed.md.
+"""
+
+from dataclasses import dataclass
+
+from trainer.estimate.estimate import Estimate, estimate_recipe, memory_on
+
+SPARE = 1.4
+"""Factor by which the free memory must exceed the estimate without checkpointing. Estimates were within a
+fifth of measurements on a CPU, and were never compared with a GPU."""
+_KEY = "train.gradient_checkpointing"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpointing:
+    """Whether layers are computed twice to save memory, and the reason."""
+
+    enabled: bool
+    reason: str
+
+
+def choose_checkpointing(estimate: Estimate) -> Checkpointing:
+    """Choose gradient checkpointing for a run on this machine. The recipe's key takes precedence."""
+    recipe, device = estimate.recipe, estimate.here.device
+    asked = recipe.train.gradient_checkpointing
+    if asked is not None:
+        return Checkpointing(asked, _KEY)
+    if device.cpu:
+        return Checkpointing(False, "on a CPU, time is scarcer than memory")
+    if estimate.shape.stores_scores:
+        return Checkpointing(True, "without it, the attention scores of all layers would be stored")
+    stored = recipe.changed({_KEY: False})
+    need = SPARE * memory_on(stored, estimate.shape, estimate.workload.largest, device)
+    return Checkpointing(
+        need > device.memory,
+        f"without it, training needs up to {need / 1e9:.1f} GB; {device.memory / 1e9:.1f} GB are free",
+    )
+
+
+def with_checkpointing(estimate: Estimate, enabled: bool, served_length: int) -> Estimate:
+    """Return the estimate for this machine with gradient checkpointing on or off.
+
+    Args:
+        served_length: maximum sequence length in the engine, in tokens.
+    """
+    recipe, device = estimate.recipe.changed({_KEY: enabled}), estimate.here.device
+    return estimate_recipe(recipe, estimate.shape, estimate.workload, [device], served_length)
