@@ -102,7 +102,8 @@ ROLLOUTS ?= 1000
 bench-rollout: $(READY)
 	$(BIN)/python -m benchmarks.rollout --rollouts $(ROLLOUTS)
 
-# Training compared with a plain TRL script, in speed, memory and loss: 25 minutes, on a quiet machine.
+# Training compared with a plain TRL script, in speed, memory and loss: 25 minutes, on a quiet machine. With an NVIDIA GPU
+# also with TRL's kernels and Unsloth; UNSLOTH_PYTHON=PATH names an interpreter that has Unsloth.
 bench-train: $(READY)
 	$(BIN)/python -m benchmarks.training_speed --pairs $(PAIRS)
 

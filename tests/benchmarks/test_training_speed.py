@@ -1,10 +1,35 @@
 """Tests that the training benchmark compares speeds within rounds and losses step by step, on real runs."""
 
-import pytest
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-from benchmarks.training_speed import SAME, Contestant, Run, Task, summary, train
+import pytest
+from transformers import AutoModelForCausalLM
+from trl import SFTConfig
+
+from benchmarks import training_speed
+from benchmarks.training_speed import (
+    RIVALS,
+    SAME,
+    UNSLOTH_PYTHON,
+    Contestant,
+    Run,
+    Task,
+    choose_rivals,
+    find_unsloth,
+    fitted_checkpointing,
+    kernel_options,
+    show,
+    summary,
+    train,
+)
 from svc.engine.device import NumberType
+from tests.benchmarks import unsloth_stand_in
 from tests.trainer.conftest import make_example, make_model, make_recipe
+from tests.trainer.estimate.configs import cpu_device
+from trainer.model.acceleration import Acceleration, Attention, Facts
 
 pytestmark = pytest.mark.slow
 
@@ -38,6 +63,56 @@ def test_training_losses_are_reported_in_pairs() -> None:
     result = summary(ROUNDS, CURVES)
     assert result["losses"] == [(2.0, 2.02), (1.0, 1.0)]
     assert result["mean_loss_difference"] == pytest.approx(0.02 / 3.02)
+    assert result["other_loss_differences"] == {}
+
+
+ALL = {"flash_attention_2": True, "liger_kernels": True}
+AMPERE = (8, 0)
+
+
+@pytest.mark.parametrize(
+    ("facts", "unsloth", "more"),
+    [
+        (Facts(None, **ALL), "python", ()),
+        (Facts(AMPERE), None, ()),
+        (Facts(AMPERE), "python", (Contestant.UNSLOTH,)),
+        (Facts(AMPERE, flash_attention_2=True), None, (Contestant.KERNELS,)),
+        (Facts(AMPERE, **ALL), "python", (Contestant.KERNELS, Contestant.UNSLOTH)),
+    ],
+)
+def test_rivals_on_a_gpu_are_those_whose_packages_are_installed(
+    facts: Facts, unsloth: str | None, more: tuple[Contestant, ...]
+) -> None:
+    assert choose_rivals(facts, unsloth) == (*RIVALS, *more)
+
+
+def test_unsloth_runs_with_the_named_interpreter_or_with_this_one_if_it_has_unsloth(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(UNSLOTH_PYTHON, raising=False)
+    monkeypatch.setattr(training_speed, "find_spec", lambda name: None)
+    assert find_unsloth() is None
+    monkeypatch.setattr(training_speed, "find_spec", lambda name: object())
+    assert find_unsloth() == sys.executable
+    monkeypatch.setenv(UNSLOTH_PYTHON, "/other/python")
+    assert find_unsloth() == "/other/python"
+
+
+def test_table_has_a_row_of_speed_and_a_column_of_losses_for_each_rival_on_a_gpu(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    unsloth = Run(100, 0.5, 3 * 10**9, (2.04, 1.0))
+    rounds = [each | {Contestant.UNSLOTH: unsloth} for each in ROUNDS]
+    rounds = [each | {Contestant.OURS: replace(each[Contestant.OURS], flops=4.0, matrix_speed=10.0)} for each in rounds]
+    curves = CURVES | {Contestant.UNSLOTH: unsloth}
+    result = summary(rounds, curves)
+    assert result["other_loss_differences"] == {Contestant.UNSLOTH: pytest.approx(0.04 / 3.04)}
+    show(result, tuple(curves), 3, NumberType.BFLOAT16, "H100, checkpointing off")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "3 rounds in bfloat16 on H100, checkpointing off" in printed
+    assert "Unsloth, our order 200 3.00 0.50 x" in printed
+    assert "mean loss differs from that of Unsloth, our order by 1.32%" in printed
+    assert "promised on a CPU" not in printed
 
 
 def test_loss_curves_of_different_lengths_are_rejected() -> None:
@@ -62,7 +137,7 @@ def task(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def runs(task: Task) -> dict[Contestant, Run]:
-    return {contestant: train(contestant, task) for contestant in Contestant}
+    return {contestant: train(contestant, task) for contestant in (Contestant.OURS, *RIVALS, Contestant.ALIKE)}
 
 
 def test_all_compared_trainers_train_on_the_same_tokens(runs: dict[Contestant, Run]) -> None:
@@ -86,3 +161,54 @@ def test_only_our_trainer_reports_its_share_of_the_machine_speed(runs: dict[Cont
     assert share is not None
     assert 0 < share < 1
     assert runs[Contestant.TRL].share is None
+
+
+def test_unsloth_trains_on_the_same_batches_as_our_trainer(
+    task: Task, runs: dict[Contestant, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With PEFT in place of Unsloth, the losses are those of plain TRL in our order."""
+    (tmp_path / "unsloth.py").write_text(Path(unsloth_stand_in.__file__).read_text("utf-8"), "utf-8")
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nshift\nPYTHONPATH={tmp_path} exec {sys.executable} -P "$@"\n', "utf-8")
+    python.chmod(0o755)
+    monkeypatch.setenv(UNSLOTH_PYTHON, str(python))
+    run = train(Contestant.UNSLOTH, task)
+    assert run.tokens == runs[Contestant.OURS].tokens
+    assert run.losses == pytest.approx(runs[Contestant.ALIKE].losses, rel=SAME)
+
+
+@pytest.mark.parametrize("attention", [Attention.SDPA, Attention.FLASH_2])
+def test_trl_gets_the_chosen_kernels(attention: Attention) -> None:
+    padding_free = attention is Attention.FLASH_2
+    chosen = Acceleration(attention, padding_free=padding_free, liger_kernels=True, gradient_checkpointing=True)
+    loading, options = kernel_options(chosen)
+    assert loading == {"attn_implementation": attention.value}
+    assert SFTConfig(output_dir="unused", use_cpu=True, **options).padding_free is padding_free
+    assert options["use_liger_kernel"]
+
+
+def test_installed_kernels_are_passed_to_trl(
+    task: Task, runs: dict[Contestant, Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[str] = []
+    real = AutoModelForCausalLM.from_pretrained
+
+    def load(*arguments: Any, **options: Any) -> Any:
+        used.append(options["attn_implementation"])
+        return real(*arguments, **options)
+
+    chosen = Acceleration(Attention.SDPA, padding_free=False, liger_kernels=False, gradient_checkpointing=True)
+    monkeypatch.setattr(training_speed, "choose_acceleration", lambda facts: chosen)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    losses = train(Contestant.KERNELS, task).losses
+    assert used == ["sdpa"]
+    assert losses == pytest.approx(runs[Contestant.ALIKE].losses, rel=SAME)
+
+
+@pytest.mark.parametrize(("memory", "checkpointing"), [(1e12, False), (1e6, True)])
+def test_all_trainers_use_checkpointing_on_a_gpu_only_if_memory_is_scarce(
+    memory: float, checkpointing: bool, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = replace(cpu_device(memory), cpu=False)
+    monkeypatch.setattr(training_speed, "choose_devices", lambda names, home: [gpu])
+    assert fitted_checkpointing(task.recipe, task.base, task.examples, tmp_path) is checkpointing
