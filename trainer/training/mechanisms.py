@@ -65,7 +65,7 @@ class MechanismCheck(TrainerCallback):
             rows = [trainer.train_dataset[0]] * 2
             check_padding_free(trainer.data_collator(rows), rows)
         check_optimizer_class(inner_optimizer(trainer), recipe.train.optimizer, fused="fused" in args.optim)
-        self._first_step = _FirstStep(model, one_row=chosen.padding_free)
+        self._first_step = _FirstStep(model, self._number_type, one_row=chosen.padding_free)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Check what the first step did. With a scaled loss, a step without an update is followed by another.
@@ -86,11 +86,12 @@ class _FirstStep:
     """Observes how the model's layers are called, until the first step has ended.
 
     Args:
+        number_type: number type in which layers must compute.
         one_row: whether every batch must be a single row.
     """
 
-    def __init__(self, model: nn.Module, *, one_row: bool) -> None:
-        self._recomputed, self._one_row = False, one_row
+    def __init__(self, model: nn.Module, number_type: NumberType, *, one_row: bool) -> None:
+        self._recomputed, self._number_type, self._one_row = False, number_type, one_row
         self._handle: RemovableHandle | None = None
         if layers := checkpointed_layers(model):
             self._handle = layers[0].register_forward_pre_hook(self._observe, with_kwargs=True)
@@ -101,11 +102,14 @@ class _FirstStep:
         if torch._C._current_graph_task_id() != -1:  # called by the backward pass
             self._recomputed = True
             return
-        if not self._one_row:
-            return
-        rows, mask = len(args[0] if args else kwargs["hidden_states"]), kwargs.get("attention_mask")
-        if rows > 1 or isinstance(mask, torch.Tensor):
-            found = f"the first layer got {rows} rows" + ("" if mask is None else " and a mask")
+        hidden, mask = args[0] if args else kwargs["hidden_states"], kwargs.get("attention_mask")
+        device = hidden.device.type
+        computes = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+        if computes is not getattr(torch, self._number_type):
+            found = f"the first layer computes in {_name(computes)}"
+            raise _inactive(f"matrix products in {self._number_type}", found, str(self._number_type), _REPORT)
+        if self._one_row and (len(hidden) > 1 or isinstance(mask, torch.Tensor)):
+            found = f"the first layer got {len(hidden)} rows" + ("" if mask is None else " and a mask")
             raise _inactive("batches without padding", found, "one row without a mask", _REPORT)
 
     def check(self, *, checkpointing: bool) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from svc.dataset.schema.example import ChatExample
@@ -22,7 +23,7 @@ from trainer.model.acceleration import Acceleration, Attention, takes_liger_kern
 from trainer.model.load import ModelForm, load_model
 from trainer.model.peft_config import add_adapter
 from trainer.recipe.sections import Optimizer, Quantization, Recipe
-from trainer.training import sft
+from trainer.training import arguments, sft
 from trainer.training.mechanisms import (
     check_attention,
     check_checkpointing,
@@ -159,6 +160,14 @@ def test_run_stops_after_its_first_step_if_layers_are_not_computed_again(
     monkeypatch.setattr("transformers.modeling_utils.checkpoint", lambda function, *args, **kwargs: function(*args))
     with pytest.raises(TrainingError, match="the backward pass did not compute the layers again"):
         train(gradient_checkpointing=True)
+
+
+def test_run_stops_in_its_first_step_if_layers_compute_in_another_number_type(
+    train: Callable[..., TrainingSummary], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arguments, "SFTConfig", lambda **options: SFTConfig(**options | {"bf16": False}))
+    with pytest.raises(TrainingError, match=r"matrix products in bfloat16 .* the first layer computes in float32"):
+        train()
 
 
 def test_batch_of_several_rows_is_an_error_when_batches_have_no_padding(
