@@ -231,8 +231,10 @@ def group(engine: psutil.Process) -> list[psutil.Process]:
 
 
 def core_of(engine: psutil.Process) -> psutil.Process:
-    """Return the process that runs vLLM's engine core."""
-    return next(process for process in group(engine) if "EngineCore" in " ".join(process.cmdline()))
+    """Return the process that runs vLLM's engine core. On a CPU it is forked by one that has imported vLLM."""
+    members = group(engine)
+    importers = {process.pid for process in members if process.ppid() == engine.pid}
+    return next(process for process in members if process.ppid() in importers)
 
 
 def _group_id(pid: int) -> int:
