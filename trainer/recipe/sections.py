@@ -209,6 +209,52 @@ class Adapter(_Section):
     """scale by alpha / sqrt(rank), so that large ranks learn as fast as small ones; lora and dora only"""
 
 
+class Objective(StrEnum):
+    """What a model learns from: reference answers, or a preference among judged answers."""
+
+    SFT = "sft"
+    """The likelihood of the reference answers."""
+    DPO = "dpo"
+    """Pairs of answers, compared with the model before training (Rafailov et al. 2023)."""
+    ORPO = "orpo"
+    """Pairs of answers, and the likelihood of the better ones; no reference model (Hong et al. 2024)."""
+    KTO = "kto"
+    """Single answers that are desirable or not, compared with the model before training (Ethayarajh et al.
+    2024)."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether answers are also scored by the model before training."""
+        return self in (Objective.DPO, Objective.KTO)
+
+
+class DpoLoss(StrEnum):
+    """Loss of DPO for a pair, given the difference of the two answers' log ratios."""
+
+    SIGMOID = "sigmoid"
+    """Negative log-likelihood of the preference (Rafailov et al. 2023, eq. 7)."""
+    IPO = "ipo"
+    """Squared distance from a margin, per token, which overfits less (Azar et al. 2023, eq. 17)."""
+    ROBUST = "robust"
+    """`sigmoid`, corrected for a known share of wrong preferences (Chowdhury et al. 2024)."""
+
+
+class Preference(_Section):
+    """Preference tuning with `objective: dpo`, `orpo` or `kto`; see [training](training.md#preferences)."""
+
+    beta: float = Field(0.1, gt=0)
+    """dpo, kto: how strongly the model is held to the one before training, higher is closer; orpo: weight of the
+    preference compared with the likelihood of the better answer"""
+    loss: DpoLoss = DpoLoss.SIGMOID
+    """dpo: sigmoid, ipo, or robust if a known share of the pairs is wrong"""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """dpo with `loss: robust`: share of the pairs whose preference is wrong"""
+    desirable_weight: float = Field(1.0, gt=0)
+    """kto: weight of desirable answers; the ratio of both weights should balance the numbers of answers"""
+    undesirable_weight: float = Field(1.0, gt=0)
+    """kto: weight of undesirable answers"""
+
+
 class Schedule(StrEnum):
     """Shape of the learning rate schedule after warmup."""
 
@@ -258,7 +304,7 @@ class Train(_Section):
     moments are moved to main memory when the GPU is full; see [training](training.md#optimizers)"""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """peak learning rate; default for bases of hidden width 576 or less: 5e-4, or 1e-2 for adalora, 6e-2 for
-    vera and 5e-5 for full; lower for wider bases, see [training](training.md#learning-rate)"""
+    vera and 5e-5 for full; lower for wider bases and for preferences, see [training](training.md#learning-rate)"""
     schedule: Schedule = Schedule.LINEAR
     """how the learning rate decays: linear or cosine to 0, or constant"""
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
@@ -503,6 +549,20 @@ _MEASURED_WIDTH = 576
 rates of wider models."""
 _UNUSED = {AdapterType.VERA: frozenset({"alpha", "rslora"}), AdapterType.ADALORA: frozenset({"rslora"})}
 """Keys of the `adapter` section that an adapter type does not use."""
+_PREFERENCE_RATES = {
+    Objective.DPO: (0.1, 0.02),
+    Objective.KTO: (0.1, 0.02),
+    Objective.ORPO: (0.2, 0.2),
+}
+"""Default learning rate of each preference objective as a share of that for reference answers: of adapters, and of
+all weights. docs/training.md has the published rates between which they lie."""
+_PREFERENCE_KEYS: dict[Objective, frozenset[str]] = {
+    Objective.SFT: frozenset(),
+    Objective.DPO: frozenset({"beta", "loss", "label_smoothing"}),
+    Objective.ORPO: frozenset({"beta"}),
+    Objective.KTO: frozenset({"beta", "desirable_weight", "undesirable_weight"}),
+}
+"""Keys of the `preference` section that each objective uses."""
 _ADAPTER_TYPES = {Method.FULL: None, Method.QLORA: AdapterType.LORA} | {
     method: AdapterType(method) for method in Method if method not in (Method.FULL, Method.QLORA)
 }
@@ -518,6 +578,9 @@ class Recipe(_Section):
     method: Method = Method.LORA
     """full, lora, qlora, dora, adalora or vera; for other combinations, such as QDoRA, set `adapter.type` and
     `quantization` instead"""
+    objective: Objective = Objective.SFT
+    """sft: learn the reference answers; dpo or orpo: learn from pairs of a better and a worse answer; kto: learn from
+    single answers that are desirable or not; see [training](training.md#preferences)"""
     quantization: Quantization | None = None
     """nf4: store the frozen weights in 4 bits during training; default: the quantization implied by `method`"""
     merge_dequantized: bool = False
@@ -537,6 +600,7 @@ class Recipe(_Section):
     data: Data
     adapter: Adapter = Adapter()
     train: Train = Train()
+    preference: Preference = Preference()
     stopping: Stopping = Stopping()
     checkpoints: Checkpoints = Checkpoints()
     quantize: Quantize = Quantize()
@@ -582,6 +646,30 @@ class Recipe(_Section):
             raise ValueError(f"adapter.{min(unused)} is not used by {kind or f'`method: {self.method}`'}")
         return self
 
+    @model_validator(mode="after")
+    def _fits_objective(self) -> "Recipe":
+        """Reject keys that the objective ignores or cannot honour."""
+        objective = self.objective
+        changed = {key for key, value in self.preference if value != Preference.model_fields[key].default}
+        if unused := changed - _PREFERENCE_KEYS[objective]:
+            raise ValueError(f"preference.{min(unused)} is not used by `objective: {objective}`")
+        if (self.preference.loss is DpoLoss.ROBUST) is not (self.preference.label_smoothing > 0):
+            raise ValueError("`preference.loss: robust` and preference.label_smoothing must be set together")
+        if objective is Objective.SFT:
+            return self
+        reasons = {
+            "train.packing": self.train.packing and "answers are compared in separate rows",
+            "train.neftune_alpha": self.train.neftune_alpha and "its noise would change the compared likelihoods",
+            "adapter.dropout": self.adapter.dropout and "it would change the compared likelihoods at random",
+            "train.too_long: truncate": self.train.too_long is TooLong.TRUNCATE
+            and "a truncated answer is not the judged one; use drop",
+            "data.general": self.data.general and "general examples have no judged answers",
+            "data.learn": self.data.learn is not Learn.ALL and "only final answers are judged",
+        }
+        if refused := next((f"{key} cannot be used: {reason}" for key, reason in reasons.items() if reason), None):
+            raise ValueError(f"with `objective: {objective}`, {refused}")
+        return self
+
     def flat(self) -> dict[str, str]:
         """Return the recipe values that affect the result, as strings keyed by dotted key. Unset keys have the
         method's default.
@@ -589,6 +677,8 @@ class Recipe(_Section):
         An unset learning rate is given as None, because its default depends on the base (`with_learning_rate`).
         """
         sections = self.model_dump(mode="json", exclude={"checkpoints", "data", "judge", "report_to", "sweep"})
+        used = _PREFERENCE_KEYS[self.objective]
+        sections["preference"] = {key: value for key, value in sections["preference"].items() if key in used}
         chosen: dict[str, Any] = {}
         if self.adapter_type is None:
             sections.pop("adapter")
@@ -625,13 +715,15 @@ class Recipe(_Section):
         return self.train.learning_rate or self.usual_learning_rate(width)
 
     def usual_learning_rate(self, width: int) -> float:
-        """Return the default learning rate for a base of the given width. It depends on the adapter type, or on
-        whether all weights are trained.
+        """Return the default learning rate for a base of the given width. It depends on the objective and the
+        adapter type, or on whether all weights are trained.
 
         The rate falls with the square root of the width. This lies between the exponents of "LoRA Without
         Regret" for Llama (0.78) and Qwen (0.08), and within the usual rates for models from 1B to 70B.
         """
         rate = _LEARNING_RATES.get(self.adapter_type, 5e-4) * min(1.0, math.sqrt(_MEASURED_WIDTH / width))
+        if shares := _PREFERENCE_RATES.get(self.objective):
+            rate *= shares[self.adapter_type is None]
         return float(f"{rate:.2g}")
 
     def changed(self, values: Mapping[str, Any], *, without: str | None = None) -> "Recipe":

@@ -87,15 +87,24 @@ def _open_workplace(
     Raises:
         InsufficientMemoryError: a trial cannot fit into memory.
         DiskSpaceError: there is not enough disk space for the version.
+        RecipeError: the recipe's objective is a preference.
     """
     from svc.engine.device import read_capabilities
+    from svc.errors import RecipeError
     from svc.registry.registry import Registry
     from svc.registry.training_runs import SWEEPS_FOLDER
     from trainer.pipeline.estimate import estimate_here
     from trainer.pipeline.examples import read_run_examples
     from trainer.pipeline.find_base import find_base
+    from trainer.recipe.sections import Objective
     from trainer.sweep.workplace import Workplace
 
+    if recipe.objective is not Objective.SFT:
+        raise RecipeError(
+            f"sweeps and learning curves are not possible with `objective: {recipe.objective}`",
+            expected="objective: sft",
+            todo="train with several values one after the other: svc train RECIPE --set train.learning_rate=...",
+        )
     registry = Registry.of(settings)
     examples = read_run_examples(recipe, cache=settings.base_cache, learnt=registry.learnt_prompts(recipe.name))
     estimate_here(recipe, examples, settings, anyway=anyway, makes_version=makes_version, trials=True)

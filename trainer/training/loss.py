@@ -75,17 +75,28 @@ class AnswerTrainer(SFTTrainer):
             # NEFTune's noise is scaled by the length of the sequence that the model gets.
             share = self.args.neftune_noise_alpha is None
             loss = answer_loss(model, input_ids, labels, positions, share_prefix=share) / answer_tokens
+        loss = self.finished(loss, accumulated=num_items_in_batch is not None)
+        return (loss, outputs) if return_outputs else loss
+
+    def finished(self, loss: Tensor, *, accumulated: bool) -> Tensor:
+        """Return a batch's loss, with AdaLoRA's regularisation added in training, after checking that it is finite.
+
+        Args:
+            accumulated: whether the losses of accumulated batches are summed, so that each batch adds its share.
+
+        Raises:
+            TrainingError: the loss is not finite.
+        """
         penalty = orthogonality_penalty(self.model)
-        if penalty is not None and model.training:
-            # As for TRL's second losses: accumulated batches are summed, so each batch adds its share.
-            loss = loss + penalty / (self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1)
+        if penalty is not None and self.model.training:
+            loss = loss + penalty / (self.current_gradient_accumulation_steps if accumulated else 1)
         if not torch.isfinite(loss):
             raise diverged(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}",
                 self.args.learning_rate,
                 first_in_float16=self.args.fp16 and self.state.global_step == 0,
             )
-        return (loss, outputs) if return_outputs else loss
+        return loss
 
 
 def fused_head_is_right(model: PreTrainedModel | PeftModel) -> bool:
@@ -146,7 +157,25 @@ def answer_token_losses(
     hidden, targets = _before_answers(model, input_ids, labels, position_ids, share_prefix=True)
     size = max(1, _LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
     parts = zip(hidden.split(size), targets.split(size), strict=True)
-    return torch.cat([cross_entropy(_logits(model, part), wanted, reduction="none") for part, wanted in parts])
+    return torch.cat([_token_losses(model, *part) for part in parts])
+
+
+def answer_logprobs(model: PreTrainedModel | PeftModel, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the log-probability of each row's answer in nats, summed over its tokens, with its gradient, and the
+    number of these tokens. Otherwise see `answer_loss`.
+
+    Returns:
+        Two tensors of shape [batch], in float32.
+    """
+    hidden, targets = _before_answers(model, input_ids, labels, None, share_prefix=True)
+    size = max(1, _LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
+    parts = zip(hidden.split(size), targets.split(size), strict=True)
+    if len(hidden) <= size:
+        losses = _token_losses(model, hidden, targets)
+    else:
+        losses = torch.cat([checkpoint(_token_losses, model, *part, use_reentrant=False) for part in parts])
+    counts = (labels[:, 1:] != IGNORED).sum(dim=1)
+    return -torch.stack([row.sum() for row in losses.split(counts.tolist())]), counts.float()
 
 
 def _before_answers(
@@ -240,6 +269,10 @@ def _summed_cross_entropy(
 
 def _cross_entropy(model: PreTrainedModel | PeftModel, hidden: Tensor, targets: Tensor) -> Tensor:
     return cross_entropy(_logits(model, hidden), targets, reduction="sum")
+
+
+def _token_losses(model: PreTrainedModel | PeftModel, hidden: Tensor, targets: Tensor) -> Tensor:
+    return cross_entropy(_logits(model, hidden), targets, reduction="none")
 
 
 def _logits(model: PreTrainedModel | PeftModel, hidden: Tensor) -> Tensor:

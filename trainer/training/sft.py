@@ -17,37 +17,34 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerState, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.device import NumberType
 from svc.errors import InterruptedRunError
 from svc.model_folder.chat_template import choose_template_kwargs
 from svc.terminal import console, waiting
-from trainer.callbacks.checkpoint_schedule import CheckpointSchedule
-from trainer.callbacks.divergence import DivergenceWatch
-from trainer.callbacks.early_stopping import EarlyStopping, best_step, misses_measurement, out_of_patience
-from trainer.callbacks.heldout_schedule import HeldoutCurve, HeldoutSchedule
-from trainer.callbacks.loss_log import LossReport, Report, training_points
+from trainer.callbacks.early_stopping import best_step, misses_measurement, out_of_patience
+from trainer.callbacks.heldout_schedule import HeldoutCurve
+from trainer.callbacks.loss_log import Report, training_points
 from trainer.callbacks.preemption import Preemption, StepAbandoned, preemption
 from trainer.callbacks.progress import training_progress
 from trainer.data.chat_template import load_tokenizer, stop_tokens, tokenize_examples, tokenize_turns, training_row
+from trainer.data.comparison import tokenize_judged
 from trainer.data.length import check_served_length, fit_length
 from trainer.data.packing import collate_packed, pack, refuse_recurrent
 from trainer.data.vocabulary import check_ids
 from trainer.library_output import library_output_to_log
 from trainer.model.acceleration import choose_acceleration, machine_facts, takes_liger_kernels
-from trainer.model.adalora import RankAllocation
 from trainer.model.attention import takes_flash_attention
-from trainer.model.config import load_config, read_width
+from trainer.model.config import load_config
 from trainer.model.load import ModelForm, load_model
-from trainer.model.peft_config import add_adapter
 from trainer.model.rounding import round_to_bfloat16
-from trainer.recipe.sections import AdapterType, Recipe, Stopping, Train
-from trainer.training.arguments import count_steps, training_arguments
+from trainer.recipe.sections import Recipe, Stopping
+from trainer.training.assembly import TrainerRows, assemble_trainer
 from trainer.training.checkpoints import CheckpointFolder
-from trainer.training.mechanisms import MechanismCheck
 from trainer.training.out_of_memory import advising_on_memory
+from trainer.training.preference import build_preference_trainer
 from trainer.training.summary import TrainingData, TrainingSummary
 from trainer.training.trainer import NoStepLeftError, ResumableTrainer, number_type_of
 
@@ -91,28 +88,27 @@ def train_model(
     tokenizer = load_tokenizer(base)
     stops = stop_tokens(base, tokenizer)
     kwargs = choose_template_kwargs(base, recipe.chat_template_kwargs)
-    examples = fit_length(tokenize_turns(tokenizer, data.train, stops, kwargs), recipe.train)
+    measured = recipe.stopping.measures or recipe.stopping.curve
+    build: Callable[..., ResumableTrainer]
+    if data.judged:
+        comparisons = tokenize_judged(tokenizer, data.judged, stops, kwargs, recipe.train)
+        judged = data.heldout_judged if measured else ()
+        heldout = tokenize_judged(tokenizer, judged, stops, kwargs, recipe.train)
+        examples = [[comparison.first, comparison.second] for comparison in comparisons]
+        build = partial(build_preference_trainer, base, tokenizer, comparisons, heldout)
+    else:
+        examples = fit_length(tokenize_turns(tokenizer, data.train, stops, kwargs), recipe.train)
+        rows = tokenize_examples(tokenizer, data.heldout, stops, kwargs) if measured else []
+        build = partial(build_trainer, base, tokenizer, examples, rows)
     check_ids(examples, load_config(base).get_text_config().vocab_size, "training")
     if data.served_length is not None:
         longest = [max(rows, key=lambda row: len(row.input_ids)) for rows in examples]
         check_served_length(longest, data.served_length, "training")
-    measured = recipe.stopping.measures or recipe.stopping.curve
-    heldout = tokenize_examples(tokenizer, data.heldout, stops, kwargs) if measured else []
     with advising_on_memory(recipe):
         with preemption() as asked:
             with asked.interruptible(), waiting("Loading the base model"), library_output_to_log():
-                trainer = build_trainer(
-                    base,
-                    tokenizer,
-                    examples,
-                    heldout,
-                    recipe,
-                    out,
-                    CheckpointFolder(checkpoints, recipe.checkpoints.keep, on_checkpoint),
-                    report,
-                    asked,
-                    number_type,
-                )
+                folder = CheckpointFolder(checkpoints, recipe.checkpoints.keep, on_checkpoint)
+                trainer = build(recipe, out, folder, report, asked, number_type)
             seconds = run_trainer(trainer, recipe.stopping, asked, number_type)
         # A signal ends the process from here on: the next run writes the weights from the last checkpoint.
         save_model(trainer, tokenizer, out, full=recipe.adapter_type is None)
@@ -203,8 +199,7 @@ def build_trainer(
     curve: HeldoutCurve | None = None,
     load: Callable[[Path, ModelForm], PreTrainedModel] = load_model,
 ) -> ResumableTrainer:
-    """Build the trainer for a run. Trained weights are kept in float32, because Adam's small steps vanish in 16
-    bits.
+    """Build the trainer for a run.
 
     Args:
         examples: the rows of each training example.
@@ -225,50 +220,10 @@ def build_trainer(
         dataset = pack(dataset, recipe.train.max_length)
         if not acceleration.padding_free:
             collator = partial(collate_packed, pad_token=tokenizer.pad_token_id or tokenizer.eos_token_id)
-    set_seed(recipe.train.seed)
-    form = ModelForm(number_type, recipe.base_quantization, recipe.adapter_type is None, acceleration.attention)
-    model = load(base, form)
-    set_seed(recipe.train.seed)  # for the adapter: loading may have drawn random weights that the base lacks
-    steps = count_steps(len(dataset), recipe.train)
-    model = add_adapter(model, recipe, steps)
-    learning_rate = recipe.learning_rate(read_width(base))
-    measured = [training_row(row) for row in heldout]
-    if curve is None and recipe.stopping.measures:
-        curve = HeldoutCurve(measured, HeldoutSchedule.of(recipe.stopping))
-    elif curve is None:
-        curve = HeldoutCurve.affordable(measured, _trained_tokens(rows, len(dataset), steps, recipe.train), steps)
-    measured, schedule = curve.rows, curve.schedule
-    trainer = ResumableTrainer(
-        checkpoints=checkpoints,
-        number_type=number_type,
-        heldout=measured,
-        heldout_schedule=schedule if measured else None,
-        allocation=RankAllocation(model) if recipe.adapter_type is AdapterType.ADALORA else None,
-        preemption=asked,
-        model=model,
-        args=training_arguments(recipe, learning_rate, out, acceleration, steps, number_type),
-        data_collator=collator,
-        train_dataset=dataset,
-        processing_class=tokenizer,
-    )
-    for weight in trainer.model.parameters():
-        if weight.requires_grad:  # TRL puts the adapter of a 4-bit model in bf16
-            weight.data = weight.data.to(torch.float32)
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(MechanismCheck(trainer, acceleration, recipe, number_type))
-    trainer.add_callback(DivergenceWatch(learning_rate))
-    trainer.add_callback(CheckpointSchedule(recipe.checkpoints, asked))
-    if measured:
-        trainer.add_callback(EarlyStopping(recipe.stopping, schedule, trainer.evaluate))
-    if report is not None:
-        trainer.add_callback(LossReport(report))
-    return trainer
-
-
-def _trained_tokens(rows: list[TokenizedExample], dataset_rows: int, steps: int, train: Train) -> float:
-    """Return the approximate number of tokens processed in all steps together."""
-    in_a_step = min(train.batch_size * train.gradient_accumulation, dataset_rows)
-    return steps * in_a_step / dataset_rows * sum(len(row.input_ids) for row in rows)
+    tokens = sum(len(row.input_ids) for row in rows)
+    learnt = TrainerRows(dataset, collator, tokens, [training_row(row) for row in heldout])
+    parts = (base, tokenizer, learnt, recipe, out, checkpoints, report, asked, number_type, acceleration)
+    return assemble_trainer(*parts, curve=curve, load=load)
 
 
 def save_model(trainer: ResumableTrainer, tokenizer: PreTrainedTokenizerBase, out: Path, *, full: bool) -> None:

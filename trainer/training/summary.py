@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from svc.dataset.schema.example import ChatExample
+from svc.dataset.schema.preference import LabelledAnswer, PreferencePair
 from svc.evaluation.training_curve import TrainingPoint
 
 
@@ -38,6 +39,8 @@ class TrainingData:
     """Training examples, and held-out examples whose loss is measured during training.
 
     Attributes:
+        judged, heldout_judged: pairs or labelled answers, in place of `train` and `heldout` if the objective is a
+            preference.
         served_length: maximum length of an example that can be served, in tokens, or None if no format will
             be served.
     """
@@ -45,3 +48,5 @@ class TrainingData:
     train: Sequence[ChatExample]
     heldout: Sequence[ChatExample] = ()
     served_length: int | None = None
+    judged: Sequence[PreferencePair | LabelledAnswer] = ()
+    heldout_judged: Sequence[PreferencePair | LabelledAnswer] = ()

@@ -1,9 +1,10 @@
 """Trainer whose runs can be interrupted at any moment and resumed with the same result.
 
 A checkpoint contains everything that the next step depends on: trained weights, optimizer, schedule,
-random number state, position in the data, the losses so far, AdaLoRA's allocator, and in float16 the
-scale of the loss. It also records the number type in which it was computed. Trained weights are always
-in float32, so a machine with another number type can resume from it. Imports torch and TRL.
+random number state, position in the data, the losses so far, AdaLoRA's allocator, the reference
+log-probabilities of a preference, and in float16 the scale of the loss. It also records the number type
+in which it was computed. Trained weights are always in float32, so a machine with another number type can
+resume from it. Imports torch and TRL.
 """
 
 import hashlib
@@ -76,22 +77,22 @@ class ResumableTrainer(AnswerTrainer):
             self.add_callback(allocation)
 
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
-        """Return the mean loss per token of the held-out answers, in nats. No random numbers are drawn."""
+        """Return the mean loss of the held-out rows, in nats per token. No random numbers are drawn."""
         with self._preemption.interruptible():
             sums = self.loss_sums(self._heldout)
-        tokens = [answer_tokens(row) for row in self._heldout]
-        figures = {HELDOUT_LOSS: sum(sums) / sum(tokens)}
+        weights = [self.weight(row) for row in self._heldout]
+        figures = {HELDOUT_LOSS: sum(sums) / sum(weights)}
         self.log(figures)
         # Stored with the figure but not reported: allows comparing two measurements example by example.
         self.state.log_history[-1] |= {
-            HELDOUT_EACH: [total / count for total, count in zip(sums, tokens, strict=True)],
+            HELDOUT_EACH: [total / weight for total, weight in zip(sums, weights, strict=True)],
             HELDOUT_SET: self._heldout_set,
         }
         self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)  # changes control in place
         return figures
 
     def loss_sums(self, examples: Sequence[dict[str, Any]]) -> list[float]:
-        """Return the loss of each example, summed over its answer tokens. No random numbers are drawn.
+        """Return the loss of each row, not divided by its weight. No random numbers are drawn.
 
         Args:
             examples: rows in the same form as the training rows, sorted so that neighbours have similar lengths.
@@ -104,11 +105,19 @@ class ResumableTrainer(AnswerTrainer):
             for start in range(0, len(examples), size):
                 rows = examples[start : start + size]
                 batch = self._prepare_inputs(self.data_collator(rows))
-                losses = answer_token_losses(self.model, batch["input_ids"], batch["labels"], batch.get("position_ids"))
-                counts = [answer_tokens(row) for row in rows]
-                sums += [float(part.sum()) for part in losses.split(counts)]
+                sums += self.row_losses(batch, rows)
         self.model.train()
         return sums
+
+    def row_losses(self, batch: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[float]:
+        """Return the loss of each row of a batch, summed over its answer tokens."""
+        losses = answer_token_losses(self.model, batch["input_ids"], batch["labels"], batch.get("position_ids"))
+        return [float(part.sum()) for part in losses.split([answer_tokens(row) for row in rows])]
+
+    @staticmethod
+    def weight(row: dict[str, Any]) -> int:
+        """Return the weight of a row in the held-out loss: the number of its answer tokens."""
+        return answer_tokens(row)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log metrics. If they include a step's loss, the speed of the step is added."""
@@ -183,8 +192,12 @@ class ResumableTrainer(AnswerTrainer):
             self._save_rng_state(str(folder))
             if self._allocation is not None:
                 self._allocation.save(folder)
+            self._save_more(folder)
             self.state.save_to_json(str(folder / _STATE))
         self._saved_step = self.state.global_step
+
+    def _save_more(self, folder: Path) -> None:
+        """Save to a checkpoint what a subclass adds to the state."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         self.load_weights(Path(resume_from_checkpoint))
@@ -195,9 +208,11 @@ class ResumableTrainer(AnswerTrainer):
             super()._load_scaler(checkpoint)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
-        lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(lengths, step, self.args.seed)
+        return LengthGroupedSampler(self._row_lengths(), step, self.args.seed)
+
+    def _row_lengths(self) -> list[int]:
+        return [len(ids) for ids in self.train_dataset["input_ids"]]
 
 
 def answer_tokens(row: dict[str, Any]) -> int:

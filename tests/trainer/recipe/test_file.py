@@ -277,3 +277,33 @@ def test_method_implies_adapter_type_and_quantization(
 )
 def test_contradictory_recipe_keys_are_rejected(write: Write, sections: dict[str, Any], message: str) -> None:
     assert message in refusal(write(**sections))
+
+
+@pytest.mark.parametrize(
+    ("sections", "reason"),
+    [
+        ({"train": {"packing": True}}, "train.packing cannot be used"),
+        ({"train": {"neftune_alpha": 5}}, "train.neftune_alpha cannot be used"),
+        ({"train": {"too_long": "truncate"}}, "a truncated answer is not the judged one"),
+        ({"adapter": {"dropout": 0.1}}, "adapter.dropout cannot be used"),
+        ({"data": GOOD["data"] | {"general": "g.jsonl"}}, "data.general cannot be used"),
+        ({"data": GOOD["data"] | {"learn": "last"}}, "data.learn cannot be used"),
+        ({"preference": {"desirable_weight": 2}}, "preference.desirable_weight is not used by `objective: dpo`"),
+        ({"preference": {"loss": "robust"}}, "preference.label_smoothing must be set together"),
+        ({"preference": {"label_smoothing": 0.1}}, "preference.label_smoothing must be set together"),
+        ({"objective": "sft", "preference": {"beta": 1}}, "preference.beta is not used by `objective: sft`"),
+        ({"objective": "orpo", "preference": {"loss": "ipo"}}, "preference.loss is not used by `objective: orpo`"),
+    ],
+)
+def test_recipe_is_refused_when_its_objective_cannot_honour_a_key(
+    sections: dict[str, Any], reason: str, write: Write
+) -> None:
+    assert reason in refusal(write(**{"objective": "dpo"} | sections))
+
+
+def test_parameters_of_a_run_have_only_the_preference_keys_of_its_objective(write: Write) -> None:
+    keys = {
+        objective: {key for key in load_recipe(write(objective=objective)).flat() if key.startswith("preference.")}
+        for objective in ("sft", "orpo")
+    }
+    assert keys == {"sft": set(), "orpo": {"preference.beta"}}

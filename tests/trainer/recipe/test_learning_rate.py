@@ -34,6 +34,23 @@ def test_default_learning_rate_is_the_measured_one_up_to_the_measured_base_width
     assert make_recipe(method=method).learning_rate(width) == rate
 
 
+@pytest.mark.parametrize(
+    ("objective", "method", "width", "low", "high"),
+    [
+        ("dpo", "lora", 896, 5e-6, 5e-5),
+        ("dpo", "lora", 4096, 5e-6, 2e-4),
+        ("dpo", "full", 896, 5e-7, 1e-6),
+        ("kto", "qlora", 2560, 5e-6, 2e-4),
+        ("orpo", "lora", 768, 8e-5, 1e-4),
+        ("orpo", "full", 6144, 1e-6, 5e-6),
+    ],
+)
+def test_default_learning_rate_of_a_preference_is_within_the_published_range(
+    objective: str, method: str, width: int, low: float, high: float
+) -> None:
+    assert low <= make_recipe(objective=objective, method=method).learning_rate(width) <= high
+
+
 def test_learning_rate_set_in_the_recipe_is_used_for_any_base() -> None:
     recipe = make_recipe(train={"learning_rate": 7e-4})
     assert recipe.with_learning_rate(8192) == recipe

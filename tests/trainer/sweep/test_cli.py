@@ -99,6 +99,14 @@ def test_sweep_produces_a_table_a_plot_and_a_recipe(
     assert "the winner is trained" in run("sweep", recipe, "--register").err
 
 
+@pytest.mark.parametrize("command", [("sweep",), ("train", "--curve")])
+def test_sweep_and_curve_are_refused_when_the_objective_is_a_preference(
+    command: tuple[str, ...], recipe: Path, run: Any
+) -> None:
+    ended = run(command[0], recipe, *command[1:], "--set", "objective=dpo")
+    assert "sweeps and learning curves are not possible with `objective: dpo`" in ended.err
+
+
 def test_learning_curve_has_four_points(recipe: Path, run: Any, tracking: Tracking) -> None:
     ended = run("train", recipe, "--curve", "--json")
     assert ended.code == 0, ended.err

@@ -1,0 +1,123 @@
+"""Tokenizes judged answers for preference tuning, and forms batches of them.
+
+Both answers of a pair are tokenized as reference answers are, each after the prompt that the engine renders, so the
+compared likelihoods are those of served answers. Imports torch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from svc.dataset.schema.preference import LabelledAnswer, PreferencePair
+from svc.dataset.schema.tokenized_example import TokenizedExample
+from svc.errors import DataError
+from svc.model_folder.chat_template import TemplateKwargs
+from trainer.data.chat_template import IGNORED, tokenize_examples, training_row
+from trainer.data.length import fit_length, truncate
+from trainer.recipe.sections import Train
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """An answer, and the one with which it is compared.
+
+    Attributes:
+        first: a pair's chosen answer, or a labelled answer.
+        second: the pair's rejected answer. After a labelled answer's prompt, the answer to another prompt, whose
+            likelihood shows how far the model has moved as a whole (Ethayarajh et al. 2024, section 4.2).
+        desirable: label of a labelled answer; true for a pair.
+    """
+
+    first: TokenizedExample
+    second: TokenizedExample
+    desirable: bool = True
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens in both."""
+        return len(self.first.input_ids) + len(self.second.input_ids)
+
+
+def tokenize_judged(
+    tokenizer: "PreTrainedTokenizerBase",
+    judged: Sequence[PreferencePair | LabelledAnswer],
+    stops: set[int],
+    template_kwargs: TemplateKwargs,
+    train: Train,
+) -> list[Comparison]:
+    """Tokenize pairs or labelled answers. Those longer than `train.max_length` are dropped if the recipe says so, a
+    pair if either answer is too long.
+
+    Raises:
+        DataError: an answer is too long or is rejected by the chat template, or all labelled answers have the same
+            prompt.
+    """
+    if pairs := [pair for pair in judged if isinstance(pair, PreferencePair)]:
+        chosen = tokenize_examples(tokenizer, [pair.chosen for pair in pairs], stops, template_kwargs)
+        rejected = tokenize_examples(tokenizer, [pair.rejected for pair in pairs], stops, template_kwargs)
+        fitting = fit_length(list(zip(chosen, rejected, strict=True)), train)
+        return [Comparison(first, second) for first, second in fitting]
+    answers = [answer for answer in judged if isinstance(answer, LabelledAnswer)]
+    if not answers:
+        return []
+    tokenized = tokenize_examples(tokenizer, [answer.example for answer in answers], stops, template_kwargs)
+    fit_length([[row] for row in tokenized], train)
+    labelled = zip(tokenized, [answer.desirable for answer in answers], strict=True)
+    return _with_others([(row, label) for row, label in labelled if len(row.input_ids) <= train.max_length], train)
+
+
+def _with_others(labelled: Sequence[tuple[TokenizedExample, bool]], train: Train) -> list[Comparison]:
+    """Pair each labelled answer with the nearest earlier answer to another prompt, put after its own prompt."""
+    comparisons = []
+    for place, (row, desirable) in enumerate(labelled):
+        others = (labelled[place - distance][0] for distance in range(1, len(labelled)))
+        other = next((other for other in others if other.prompt != row.prompt), None)
+        if other is None:
+            raise DataError(
+                "all labelled answers have the same prompt",
+                expected="answers to at least two prompts, because answers are compared with those to other prompts",
+            )
+        ids, start = (*row.prompt, *other.answer), len(row.prompt)
+        mismatched = truncate(TokenizedExample(ids, ((start, len(ids)),)), train.max_length)
+        comparisons.append(Comparison(row, mismatched, desirable))
+    return comparisons
+
+
+def comparison_row(comparison: Comparison, index: int) -> dict[str, Any]:
+    """Return a comparison as the trainer expects it.
+
+    Args:
+        index: place of its reference log-probabilities among those of the run.
+    """
+    second = {f"second_{key}": value for key, value in training_row(comparison.second).items()}
+    return {**training_row(comparison.first), **second, "desirable": comparison.desirable, "index": index}
+
+
+def collate_comparisons(rows: Sequence[dict[str, Any]], pad_token: int) -> dict[str, Tensor]:
+    """Collate comparisons into a batch, padded on the right.
+
+    Returns:
+        input_ids, labels, attention_mask: [2 * comparisons, longest answer with its prompt], all first answers
+            before all second ones.
+        desirable, index: [comparisons].
+    """
+
+    def padded(key: str, padding: int) -> Tensor:
+        values = [torch.tensor(row[name]) for name in (key, f"second_{key}") for row in rows]
+        return pad_sequence(values, batch_first=True, padding_value=padding)
+
+    lengths = [len(row[name]) for name in ("input_ids", "second_input_ids") for row in rows]
+    return {
+        "input_ids": padded("input_ids", pad_token),
+        "labels": padded("labels", IGNORED),
+        "attention_mask": pad_sequence([torch.ones(length, dtype=torch.long) for length in lengths], batch_first=True),
+        "desirable": torch.tensor([row["desirable"] for row in rows]),
+        "index": torch.tensor([row["index"] for row in rows]),
+    }

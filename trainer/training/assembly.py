@@ -1,0 +1,118 @@
+"""Assembles a run's trainer: the model with its adapter, the arguments, the held-out curve and the callbacks.
+
+Everything here is the same for all objectives. Imports torch and TRL.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
+
+from svc.engine.device import NumberType
+from trainer.callbacks.checkpoint_schedule import CheckpointSchedule
+from trainer.callbacks.divergence import DivergenceWatch
+from trainer.callbacks.early_stopping import EarlyStopping
+from trainer.callbacks.heldout_schedule import HeldoutCurve, HeldoutSchedule
+from trainer.callbacks.loss_log import LossReport, Report
+from trainer.callbacks.preemption import Preemption
+from trainer.model.acceleration import Acceleration
+from trainer.model.adalora import RankAllocation
+from trainer.model.config import read_width
+from trainer.model.load import ModelForm, load_model
+from trainer.model.peft_config import add_adapter
+from trainer.recipe.sections import AdapterType, Recipe, Train
+from trainer.training.arguments import count_steps, training_arguments
+from trainer.training.checkpoints import CheckpointFolder
+from trainer.training.mechanisms import MechanismCheck
+from trainer.training.trainer import ResumableTrainer
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerRows:
+    """The rows of a run, as its trainer expects them.
+
+    Attributes:
+        collator: function that forms a batch of rows, or None for TRL's.
+        tokens: number of tokens in the training rows.
+        heldout: rows whose loss is measured during training.
+    """
+
+    dataset: Dataset
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None
+    tokens: int
+    heldout: list[dict[str, Any]]
+
+
+def assemble_trainer(
+    base: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: TrainerRows,
+    recipe: Recipe,
+    out: Path,
+    checkpoints: CheckpointFolder,
+    report: Report | None,
+    asked: Preemption,
+    number_type: NumberType,
+    acceleration: Acceleration,
+    *,
+    curve: HeldoutCurve | None = None,
+    load: Callable[[Path, ModelForm], PreTrainedModel] = load_model,
+    make: Callable[..., ResumableTrainer] = ResumableTrainer,
+) -> ResumableTrainer:
+    """Assemble the trainer for a run. Trained weights are kept in float32, because Adam's small steps vanish in 16
+    bits.
+
+    Args:
+        curve: other rows to measure during training, and the steps at which to do so, or None to use
+            `rows.heldout`.
+        load: function that loads the base's weights.
+        make: class of the trainer.
+    """
+    set_seed(recipe.train.seed)
+    form = ModelForm(number_type, recipe.base_quantization, recipe.adapter_type is None, acceleration.attention)
+    model = load(base, form)
+    set_seed(recipe.train.seed)  # for the adapter: loading may have drawn random weights that the base lacks
+    steps = count_steps(len(rows.dataset), recipe.train)
+    model = add_adapter(model, recipe, steps)
+    learning_rate = recipe.learning_rate(read_width(base))
+    if curve is None and recipe.stopping.measures:
+        curve = HeldoutCurve(rows.heldout, HeldoutSchedule.of(recipe.stopping))
+    elif curve is None:
+        curve = HeldoutCurve.affordable(rows.heldout, _trained_tokens(rows, steps, recipe.train), steps)
+    measured, schedule = curve.rows, curve.schedule
+    trainer = make(
+        checkpoints=checkpoints,
+        number_type=number_type,
+        heldout=measured,
+        heldout_schedule=schedule if measured else None,
+        allocation=RankAllocation(model) if recipe.adapter_type is AdapterType.ADALORA else None,
+        preemption=asked,
+        model=model,
+        args=training_arguments(recipe, learning_rate, out, acceleration, steps, number_type),
+        data_collator=rows.collator,
+        train_dataset=rows.dataset,
+        processing_class=tokenizer,
+    )
+    for weight in trainer.model.parameters():
+        if weight.requires_grad:  # TRL puts the adapter of a 4-bit model in bf16
+            weight.data = weight.data.to(torch.float32)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(MechanismCheck(trainer, acceleration, recipe, number_type))
+    trainer.add_callback(DivergenceWatch(learning_rate))
+    trainer.add_callback(CheckpointSchedule(recipe.checkpoints, asked))
+    if measured:
+        trainer.add_callback(EarlyStopping(recipe.stopping, schedule, trainer.evaluate))
+    if report is not None:
+        trainer.add_callback(LossReport(report))
+    return trainer
+
+
+def _trained_tokens(rows: TrainerRows, steps: int, train: Train) -> float:
+    """Return the approximate number of tokens processed in all steps together."""
+    count = len(rows.dataset)
+    in_a_step = min(train.batch_size * train.gradient_accumulation, count)
+    return steps * in_a_step / count * rows.tokens
