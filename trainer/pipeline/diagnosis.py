@@ -41,8 +41,9 @@ def diagnose_training(
             usual_learning_rate=recipe.usual_learning_rate(width),
             curve=curve,
             train_examples=len(examples.train),
-            contradictions=count_contradictions(examples.train),
-            learns_final_answers=all(example.learnt == (len(example.messages) - 1,) for example in examples.train),
+            contradictions=0 if examples.judged else count_contradictions(examples.train),  # labelled answers differ
+            learns_final_answers=not examples.judged
+            and all(example.learnt == (len(example.messages) - 1,) for example in examples.train),
             evaluation=merged.evaluation if merged else None,
             cut_off={format.value: served.evaluation.cut_off for format, served in qualified.items()},
             results=merged.results if merged else (),

@@ -1,5 +1,7 @@
 """Loads the training and evaluation examples of a run."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -12,15 +14,20 @@ from svc.dataset.checks.check import shared_prompts
 from svc.dataset.fingerprint import fingerprint
 from svc.dataset.prompt_hashes import NO_PROMPTS, PromptHashes, hash_prompts
 from svc.dataset.readers.bad_lines import BadLines
+from svc.dataset.readers.preferences import read_labelled, read_pairs
 from svc.dataset.readers.reader import read_examples
 from svc.dataset.readers.source import newest_modification
-from svc.dataset.schema.example import ChatExample
+from svc.dataset.schema.example import ChatExample, normal_prompt
+from svc.dataset.schema.preference import LabelledAnswer, PreferencePair
 from svc.dataset.split import mix_general, near_leaks, put_sample_first, split_heldout
 from svc.errors import DataError
 from svc.evaluation.general.general_set import GeneralSet, read_general_set, shipped_general_set
 from svc.registry.manifest import SelectedBy
 from svc.terminal import console
-from trainer.recipe.sections import Evaluate, Learn, Recipe
+from trainer.recipe.sections import Evaluate, Learn, Objective, Recipe
+
+Judged = PreferencePair | LabelledAnswer
+"""What a preference is learnt from."""
 
 _MANY_HELD = 2.0
 """A warning is printed if the share of held-out examples exceeds this multiple of `data.heldout_share`."""
@@ -41,6 +48,10 @@ class Examples:
         validation: examples read from `data.validation`.
         selected_by: the examples by which the version's weights or the recipe's values were selected.
         modified_at: time at which the newest local file of `data.train` was last modified, or None without local files.
+        judged: pairs or labelled answers to train on, if the objective is a preference. Then `train` has the better or
+            the labelled answers, in the same order.
+        heldout_judged, validation_judged: the same of the held-out and the validation examples. `heldout` has only the
+            better or desirable answers, which are the references of the evaluation.
     """
 
     train: tuple[ChatExample, ...]
@@ -53,6 +64,9 @@ class Examples:
     validation: tuple[ChatExample, ...] = ()
     selected_by: SelectedBy = SelectedBy.NONE
     modified_at: datetime | None = field(default=None, compare=False)
+    judged: tuple[Judged, ...] = ()
+    heldout_judged: tuple[Judged, ...] = ()
+    validation_judged: tuple[Judged, ...] = ()
 
     @property
     def measured(self) -> tuple[ChatExample, ...]:
@@ -63,8 +77,26 @@ class Examples:
 
     @property
     def measured_fingerprint(self) -> str:
-        """Fingerprint of the examples in `measured`."""
+        """Fingerprint of the examples in `measured`, or in `measured_judged` if the objective is a preference."""
+        if self.judged:
+            return fingerprint_judged(self.measured_judged)
         return fingerprint(self.validation) if self.validation else self.heldout_fingerprint
+
+    @property
+    def measured_judged(self) -> tuple[Judged, ...]:
+        """The judged answers of the examples in `measured`."""
+        return self.validation_judged or self.heldout_judged
+
+    @property
+    def pairs(self) -> tuple[PreferencePair, ...]:
+        """Held-out pairs, the first ones in the order of `heldout`. Of labelled answers, a desirable and an undesirable
+        one to the same prompt are a pair.
+        """
+        pairs = [pair for pair in self.heldout_judged if isinstance(pair, PreferencePair)]
+        labelled = [answer for answer in self.heldout_judged if isinstance(answer, LabelledAnswer)]
+        rejected = {normal_prompt(answer.example): answer.example for answer in labelled if not answer.desirable}
+        better = [example for example in self.heldout if normal_prompt(example) in rejected]
+        return (*pairs, *(PreferencePair(example, rejected[normal_prompt(example)]) for example in better))
 
     @property
     def selected(self) -> "Examples":
@@ -91,16 +123,23 @@ def read_run_examples(
         DataError: a line cannot be trained on; the message names the file and line.
     """
     data = recipe.data
-    read = partial(read_examples, cache=cache, bad_lines=bad_lines)
+    read = _Reader(recipe.objective, cache, bad_lines)
     heldout = read(data.heldout) if data.heldout else []
     validation = read(data.validation, kept_back=heldout if bad_lines else ()) if data.validation else []
     kept_back = (*heldout, *validation) if bad_lines else ()
     readable = read(data.train, minimum=2 if heldout else 3, kept_back=kept_back)
-    given = (*readable, *heldout, *validation)
+    given = read.references([*readable, *heldout, *validation])
     if heldout:
         _warn_learnt(recipe.name, heldout, learnt)
     else:
         readable, heldout = _split(recipe, readable, learnt)
+    all_heldout, heldout = heldout, read.references(heldout)
+    if not heldout:
+        raise DataError(
+            "no held-out answer is desirable",
+            expected="at least one desirable answer, because these are the reference answers of the evaluation",
+            todo="set data.heldout to a file with desirable answers, or raise data.heldout_share",
+        )
     if recipe.evaluate.limit:
         heldout = put_sample_first(heldout, recipe.evaluate.limit, data.seed)
     train = readable[data.skip :][: data.limit]
@@ -111,32 +150,96 @@ def read_run_examples(
             todo="lower data.skip",
         )
     if data.heldout:
-        _refuse_leaks(_Part("training", data.train, train), _Part("held-out", data.heldout, heldout))
+        _refuse_leaks(_Part("training", data.train, train), _Part("held-out", data.heldout, all_heldout))
     if data.validation:
         chosen_by = _Part("validation", data.validation, validation)
-        from_training_files = train if data.heldout else [*train, *heldout]
+        from_training_files = train if data.heldout else [*train, *all_heldout]
         _refuse_leaks(_Part("training", data.train, from_training_files), chosen_by)
         if data.heldout:
-            _refuse_leaks(chosen_by, _Part("held-out", data.heldout, heldout))
+            _refuse_leaks(chosen_by, _Part("held-out", data.heldout, all_heldout))
     questions = _questions(recipe.evaluate)
     train = _leave_out(train, questions)
-    untrained = (*heldout, *validation, *(questions.examples if questions else ()))
+    untrained = (*all_heldout, *validation, *(questions.examples if questions else ()))
     general = mix_general(train, read(data.general), untrained, data.general_share, data.seed) if data.general else []
     mixed = (*train, *general)
-    if data.learn is Learn.ALL:
+    judged = read.judged(mixed)
+    if data.learn is Learn.ALL and not judged:
         mixed = tuple(example.learning_all for example in mixed)
-    prints = fingerprint(mixed), fingerprint(heldout)
+    prints = fingerprint_judged(judged) if judged else fingerprint(mixed), fingerprint(heldout)
     examples = Examples(
         mixed,
         tuple(heldout),
         *prints,
-        given,
+        tuple(given),
         len(general),
         questions,
         tuple(validation),
         modified_at=newest_modification(data.train),
+        judged=judged,
+        heldout_judged=read.judged([*heldout, *(example for example in all_heldout if not read.is_reference(example))]),
+        validation_judged=read.judged(validation),
     )
     return examples.selected if recipe.stopping.selects else examples
+
+
+class _Reader:
+    """Reads the files of a recipe as examples. For a preference, an example is a pair's better answer or a labelled
+    answer, and stands for its pair or label in everything that selects examples.
+    """
+
+    def __init__(self, objective: Objective, cache: Path | None, bad_lines: BadLines | None) -> None:
+        self._objective = objective
+        self._read_chats = partial(read_examples, cache=cache, bad_lines=bad_lines)
+        self._read_pairs = partial(read_pairs, cache=cache, bad_lines=bad_lines)
+        self._read_labelled = partial(read_labelled, cache=cache, bad_lines=bad_lines)
+        self._judged: dict[int, tuple[ChatExample, Judged]] = {}
+
+    def __call__(
+        self, sources: Sequence[str], *, minimum: int = 1, kept_back: Sequence[ChatExample] = ()
+    ) -> list[ChatExample]:
+        """Return the examples of the given sources."""
+        judged: Sequence[Judged]
+        match self._objective:
+            case Objective.SFT:
+                return self._read_chats(sources, minimum=minimum, kept_back=kept_back)
+            case Objective.KTO:
+                judged = self._read_labelled(sources, minimum=minimum, kept_back=kept_back)
+            case _:
+                judged = self._read_pairs(sources, minimum=minimum, kept_back=kept_back)
+        examples = []
+        for answer in judged:
+            example = replace(example_of(answer))  # a copy, so that none stands for two pairs
+            self._judged[id(example)] = example, answer
+            examples.append(example)
+        return examples
+
+    def judged(self, examples: Sequence[ChatExample]) -> tuple[Judged, ...]:
+        """Return the pairs or labelled answers for which examples of this reader stand. Empty without a preference."""
+        return tuple(self._judged[id(example)][1] for example in examples) if self._judged else ()
+
+    def is_reference(self, example: ChatExample) -> bool:
+        """Return whether an example's answer is a reference answer, and not labelled as undesirable."""
+        _, answer = self._judged.get(id(example), (example, None))
+        return not isinstance(answer, LabelledAnswer) or answer.desirable
+
+    def references(self, examples: Sequence[ChatExample]) -> list[ChatExample]:
+        """Return the examples whose answers are reference answers."""
+        return [example for example in examples if self.is_reference(example)]
+
+
+def example_of(answer: Judged) -> ChatExample:
+    """Return a pair's better answer, or a labelled answer."""
+    return answer.chosen if isinstance(answer, PreferencePair) else answer.example
+
+
+def fingerprint_judged(judged: Sequence[Judged]) -> str:
+    """Return the SHA-256 hash of pairs or labelled answers, in order, as `sha256:<hex>`."""
+    digest = hashlib.sha256()
+    for answer in judged:
+        other = answer.rejected.as_dict() if isinstance(answer, PreferencePair) else answer.desirable
+        content = json.dumps([example_of(answer).as_dict(), other], ensure_ascii=False, sort_keys=True)
+        digest.update(content.encode("utf-8") + b"\n")
+    return f"sha256:{digest.hexdigest()}"
 
 
 def _questions(evaluate: Evaluate) -> GeneralSet | None:

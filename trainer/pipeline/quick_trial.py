@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from svc.dataset.fingerprint import fingerprint
-from svc.dataset.schema.example import ChatExample
+from svc.dataset.schema.example import ChatExample, normal_prompt
 from svc.dataset.split import put_sample_first
-from trainer.pipeline.examples import Examples
+from trainer.pipeline.examples import Examples, Judged, example_of, fingerprint_judged
 from trainer.recipe.sections import Recipe, Train, Undecided
 from trainer.training.summary import TrainingSummary
 
@@ -32,7 +32,10 @@ def quick_trial(recipe: Recipe, examples: Examples) -> tuple[Recipe, Examples]:
     seed, task = recipe.data.seed, len(examples.train) - examples.general
     general = _tenth(examples.train[task:], seed)
     train = (*_tenth(examples.train[:task], seed, _MIN_EXAMPLES), *general)
-    heldout = _tenth(examples.heldout, seed, _MIN_EXAMPLES)
+    heldout, validation = _tenth(examples.heldout, seed, _MIN_EXAMPLES), _tenth(examples.validation, seed)
+    judged = _judged_of(examples.judged, train)
+    if judged:
+        train = tuple(map(example_of, judged))
     content = recipe.model_dump(exclude_unset=True)
     content["name"] = recipe.name[: _MAX_NAME_LENGTH - len(_SUFFIX)] + _SUFFIX
     content["train"] = content.get("train", {}) | {"epochs": 1.0, "steps": None}
@@ -44,13 +47,23 @@ def quick_trial(recipe: Recipe, examples: Examples) -> tuple[Recipe, Examples]:
         examples,
         train=train,
         heldout=heldout,
-        train_fingerprint=fingerprint(train),
+        train_fingerprint=fingerprint_judged(judged) if judged else fingerprint(train),
         heldout_fingerprint=fingerprint(heldout),
         general=len(general),
-        validation=_tenth(examples.validation, seed),
+        validation=validation,
+        judged=judged,
+        heldout_judged=_judged_of(examples.heldout_judged, heldout),
+        validation_judged=_judged_of(examples.validation_judged, validation),
         questions=questions and questions.first(max(_MIN_EXAMPLES, math.ceil(_SHARE * len(questions.examples)))),
     )
     return Recipe.model_validate(content), cut
+
+
+def _judged_of(judged: Sequence[Judged], examples: Sequence[ChatExample]) -> tuple[Judged, ...]:
+    """Return the pairs or labelled answers whose prompt is that of one of the examples, in the examples' order."""
+    places = {normal_prompt(example): place for place, example in reversed(list(enumerate(examples)))}
+    found = [answer for answer in judged if normal_prompt(example_of(answer)) in places]
+    return tuple(sorted(found, key=lambda answer: places[normal_prompt(example_of(answer))]))
 
 
 def _tenth(examples: Sequence[ChatExample], seed: int, fewest: int = 0) -> tuple[ChatExample, ...]:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.base_model.resolve import Base
-from trainer.pipeline.examples import Examples
-from trainer.recipe.sections import Recipe
+from trainer.pipeline.examples import Examples, fingerprint_judged
+from trainer.recipe.sections import Objective, Recipe
 from trainer.recipe.stage import Stage
 
 _LIMITS = ("max_gptq_loss", "max_gptq_nll", "max_forgetting", "undecided")
@@ -33,18 +33,23 @@ def stage_keys(recipe: Recipe, base: Base, examples: Examples) -> StageKeys:
     """Return the keys of a run's stages, keyed by stage.
 
     Data paths, the checkpoint interval and the held-out loss curve are excluded, because they do not affect
-    the result.
+    the result. Only of a preference the held-out curve is included, because its examples must be scored by the
+    model before training.
     """
     content = recipe.model_dump(mode="json")
-    measured = examples.measured_fingerprint if recipe.stopping.measures else None
+    prefers = recipe.objective is not Objective.SFT
+    measured = examples.measured_fingerprint if prefers or recipe.stopping.measures else None
     adapter = content["adapter"] | {"type": recipe.adapter_type}  # `method` only names this type and the quantization
-    content["stopping"].pop("curve")
+    if not prefers:
+        content["stopping"].pop("curve")
     training = [content[key] for key in ("chat_template_kwargs", "train", "stopping")]
     learnt = [adapter, recipe.base_quantization, *training]
-    train = _key(base.revision, examples.train_fingerprint, measured, learnt)
+    preference = [recipe.objective, content["preference"]] if prefers else []
+    train = _key(base.revision, examples.train_fingerprint, measured, learnt, *preference)
     merge = _key(train, "dequantized") if recipe.merge_dequantized else _key(train)
     asked = {key: value for key, value in content["evaluate"].items() if key not in _LIMITS + _METRICS + _GENERAL}
-    evaluated = [examples.heldout_fingerprint, asked, content["qualify"]]
+    pairs = [fingerprint_judged(examples.pairs)] if prefers else []
+    evaluated = [examples.heldout_fingerprint, asked, content["qualify"], *pairs]
     questions = [examples.questions.fingerprint] if examples.questions else []
     evaluate = _key(merge, evaluated, *questions)
     quantize = _key(merge, content["quantize"])

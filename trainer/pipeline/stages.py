@@ -175,7 +175,13 @@ class Pipeline:
         with tracking.attach(run_id), self._report_to() as report:
             summary = train_model(
                 self.base.folder,
-                TrainingData(self.examples.train, self.examples.measured, served_length),
+                TrainingData(
+                    self.examples.train,
+                    self.examples.measured,
+                    served_length,
+                    self.examples.judged,
+                    self.examples.measured_judged,
+                ),
                 self._fitted_recipe,
                 self.run.fresh(self._trained),
                 self.run.checkpoints,

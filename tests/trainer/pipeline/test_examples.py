@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import pytest
 
 from svc.dataset.prompt_hashes import NO_PROMPTS, PromptHashes, hash_prompts
 from svc.dataset.readers.bad_lines import BadLines
+from svc.dataset.readers.preferences import write_pairs
 from svc.dataset.readers.reader import write_examples
 from svc.dataset.schema.example import ChatExample, parse_example
+from svc.dataset.schema.preference import PreferencePair
 from svc.errors import DataError
 from svc.registry.manifest import SelectedBy
 from tests.svc.dataset.rows import text
@@ -399,3 +402,66 @@ def test_built_in_general_questions_are_evaluated_by_default(tmp_path: Path) -> 
     questions = read(tmp_path, TRAIN, HELDOUT).questions
     assert questions is not None
     assert questions.name == "general.jsonl"
+
+
+def pairs_of(count: int, prompt: str = "question") -> list[PreferencePair]:
+    """Return pairs with the prompts of `lines_of`, whose better answer is yes."""
+    return [
+        PreferencePair(example, make_example(f"{prompt} {place}", "no"))
+        for place, example in enumerate(lines_of(count, prompt))
+    ]
+
+
+def read_judged(folder: Path, objective: str, **sections: Any) -> Examples:
+    write_pairs(folder / "t.jsonl", pairs_of(40))
+    data = {"train": folder / "t.jsonl"} | sections.pop("data", {})
+    return read_run_examples(make_recipe(objective=objective, data=data, **sections))
+
+
+def test_pairs_are_split_by_their_better_answers(tmp_path: Path) -> None:
+    examples = read_judged(tmp_path, "dpo")
+    assert [pair.chosen for pair in examples.judged if isinstance(pair, PreferencePair)] == list(examples.train)
+    assert [pair.chosen for pair in examples.pairs] == list(examples.heldout)
+    assert len(examples.judged) + len(examples.pairs) == 40
+    assert {example.answer for example in examples.given} == {"yes"}
+
+
+def test_reference_answers_are_the_desirable_ones_of_labelled_answers(tmp_path: Path) -> None:
+    examples = read_judged(tmp_path, "kto")
+    assert {example.answer for example in examples.heldout} == {"yes"}
+    assert {example.answer for example in examples.train} == {"yes", "no"}
+    assert len(examples.heldout_judged) == 2 * len(examples.heldout)
+    assert [pair.chosen for pair in examples.pairs] == list(examples.heldout)
+    assert {pair.rejected.answer for pair in examples.pairs} == {"no"}
+
+
+def test_evaluated_pairs_come_first_in_the_order_of_the_heldout_examples(tmp_path: Path) -> None:
+    examples = read_judged(tmp_path, "dpo", evaluate={"limit": 2}, data={"heldout_share": 0.3})
+    assert [pair.chosen for pair in examples.pairs] == list(examples.heldout)
+    assert examples.heldout != read_judged(tmp_path, "dpo", data={"heldout_share": 0.3}).heldout
+
+
+def test_training_fingerprint_depends_on_the_rejected_answers(tmp_path: Path) -> None:
+    first = read_judged(tmp_path, "dpo")
+    changed = [replace(pair, rejected=make_example(pair.chosen.question, "never")) for pair in pairs_of(40)]
+    write_pairs(tmp_path / "t.jsonl", changed)
+    second = read_run_examples(make_recipe(objective="dpo", data={"train": tmp_path / "t.jsonl"}))
+    assert second.train == first.train
+    assert second.train_fingerprint != first.train_fingerprint
+
+
+def test_heldout_answers_that_are_all_undesirable_are_rejected(tmp_path: Path) -> None:
+    write_pairs(tmp_path / "t.jsonl", pairs_of(40))
+    row = {"prompt": "another", "completion": "no", "label": False}
+    (tmp_path / "h.jsonl").write_text(json.dumps(row), "utf-8")
+    data = {"train": tmp_path / "t.jsonl", "heldout": tmp_path / "h.jsonl"}
+    with pytest.raises(DataError, match="no held-out answer is desirable"):
+        read_run_examples(make_recipe(objective="kto", data=data))
+
+
+def test_pair_with_a_heldout_prompt_is_a_leak(tmp_path: Path) -> None:
+    write_pairs(tmp_path / "t.jsonl", pairs_of(10))
+    write_pairs(tmp_path / "h.jsonl", pairs_of(1))
+    data = {"train": tmp_path / "t.jsonl", "heldout": tmp_path / "h.jsonl"}
+    with pytest.raises(DataError, match="1 training examples have the same prompt"):
+        read_run_examples(make_recipe(objective="dpo", data=data))

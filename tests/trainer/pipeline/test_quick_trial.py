@@ -1,12 +1,15 @@
 """Tests quick trials, which use fewer examples and one epoch and change nothing else."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 
 from svc.dataset.fingerprint import fingerprint
+from svc.dataset.schema.example import ChatExample
+from svc.dataset.schema.preference import PreferencePair
 from tests.trainer.conftest import make_example, make_recipe
-from trainer.pipeline.examples import Examples
+from trainer.pipeline.examples import Examples, example_of, fingerprint_judged
 from trainer.pipeline.quick_trial import quick_trial, whole_run_seconds
 from trainer.training.summary import TrainingSummary
 
@@ -38,6 +41,20 @@ def test_quick_trial_mixes_in_10_percent_of_the_general_examples() -> None:
     assert cut.general == 2
     assert set(cut.train[-2:]) <= set(general)
     assert len(set(cut.train[:-2]) - set(general)) == 10
+
+
+def test_quick_trial_of_a_preference_uses_10_percent_of_the_pairs() -> None:
+    whole = examples(100, 40)
+
+    def pairs(better: Sequence[ChatExample]) -> tuple[PreferencePair, ...]:
+        return tuple(PreferencePair(example, make_example(example.question, "no")) for example in better)
+
+    judged = replace(whole, judged=pairs(whole.train), heldout_judged=pairs(whole.heldout))
+    _, cut = quick_trial(make_recipe(objective="dpo"), judged)
+    assert [example_of(pair) for pair in cut.judged] == list(cut.train)
+    assert [pair.chosen for pair in cut.pairs] == list(cut.heldout)
+    assert (len(cut.judged), len(cut.pairs)) == (10, 4)
+    assert cut.train_fingerprint == fingerprint_judged(cut.judged)
 
 
 def test_quick_trial_version_has_its_own_name() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from svc.dataset.schema.preference import PreferencePair
 from svc.errors import DiskSpaceError
 from svc.evaluation.general.general_set import GeneralSet
 from tests.trainer.conftest import make_example, make_recipe
@@ -144,6 +145,24 @@ def test_evaluations_are_repeated_when_general_questions_change() -> None:
 def test_evaluations_are_repeated_when_heldout_examples_change() -> None:
     before, after = (stage_keys(make_recipe(), BASE, examples) for examples in (EXAMPLES, OTHER_HELDOUT))
     assert {stage for stage in Stage if before[stage] != after[stage]} == JUDGED
+
+
+PAIR = PreferencePair(make_example("a", "b"), make_example("a", "x"))
+PAIRS = replace(EXAMPLES, judged=(PAIR,), heldout_judged=(PAIR,))
+
+
+@pytest.mark.parametrize(
+    "change", [{"objective": "orpo"}, {"preference": {"beta": 0.5}}, {"stopping": {"curve": False}}]
+)
+def test_run_folder_of_a_preference_changes_with_its_objective_and_settings(change: dict[str, Any]) -> None:
+    first, second = make_recipe(objective="dpo"), make_recipe(**{"objective": "dpo"} | change)
+    assert folder(first, examples=PAIRS) != folder(second, examples=PAIRS)
+
+
+def test_run_folder_of_a_preference_changes_with_the_heldout_pairs_that_are_scored_before_training() -> None:
+    other = replace(PAIR, rejected=make_example("a", "z"))
+    recipe = make_recipe(objective="dpo")
+    assert folder(recipe, examples=replace(PAIRS, heldout_judged=(other,))) != folder(recipe, examples=PAIRS)
 
 
 def test_run_folder_is_the_same_after_moving_base_and_data() -> None:
