@@ -31,6 +31,7 @@ from svc.evaluation.answer_limit import answer_limits
 from svc.evaluation.evaluator import Evaluation, EvaluationReport, ask_examples, evaluate
 from svc.evaluation.general.general_set import MAX_TOKENS
 from svc.evaluation.intervals import Interval, mean
+from svc.evaluation.preference import PairScores, TokenizedPair, score_pairs
 from svc.evaluation.quiet_machine import measure_quietly
 from svc.evaluation.results import ExampleResult
 from svc.evaluation.throughput import STREAMS, decoding_speed, first_token_seconds
@@ -67,6 +68,7 @@ class Qualified(BaseModel):
         results: the format's answer to each evaluated example.
         general: the answers to general questions, or an empty tuple if none were asked.
         reading: measurements for the parity report.
+        pairs: log-probabilities of the held-out pairs, or None if there are none.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -76,6 +78,7 @@ class Qualified(BaseModel):
     general: tuple[ExampleResult, ...] = ()
     probes: tuple[Probe, ...]
     reading: EngineReading
+    pairs: PairScores | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +101,12 @@ class BaseAnswers:
 
     Attributes:
         general: the answers to the general questions, or an empty tuple if none were asked.
+        pairs: log-probabilities of the held-out pairs, or None if there are none.
     """
 
     evaluation: Evaluation
     general: tuple[ExampleResult, ...] = ()
+    pairs: PairScores | None = None
 
 
 class Qualifier:
@@ -118,6 +123,7 @@ class Qualifier:
         compared: the examples whose answers the parity report compares token by token.
         context: maximum number of tokens in a prompt and its answer together in the engine.
         general: questions outside the task, or None if none are asked.
+        pairs: held-out pairs whose answers every model scores.
 
     Attributes:
         judged: the examples used in the evaluation.
@@ -136,6 +142,7 @@ class Qualifier:
         general: GeneralQuestions | None = None,
         *,
         context: int,
+        pairs: Sequence[TokenizedPair] = (),
     ) -> None:
         self._launch = launch
         self._facts = facts
@@ -145,17 +152,24 @@ class Qualifier:
         self.limits = answer_limits(self._tokenized, context=context, fixed=evaluate.max_tokens)
         self._compared = compared
         self._general = general
+        self._pairs = pairs
 
     async def base_and_merged(
-        self, base: Path, merged: Path, *, same_fingerprint: bool
+        self, base: Path, merged: Path, *, same_fingerprint: bool, known: Evaluation | None = None
     ) -> tuple[BaseAnswers, Qualified]:
         """Evaluate the base, then the merged model. Both run in a single engine if the merged model can be loaded
         in place.
+
+        Args:
+            known: the base's evaluation, if its answers are stored.
         """
         async with self._engine(base) as engine:
-            evaluation = await self._judge(engine.client, "base", trained=False)
-            known = self._general.of_base if self._general else None
-            base_answers = BaseAnswers(evaluation, known or await self._ask_general(engine.client, "base"))
+            client, general = engine.client, self._general.of_base if self._general else None
+            base_answers = BaseAnswers(
+                known or await self._judge(client, "base", trained=False),
+                general or await self._ask_general(client, "base"),
+                await self._score_pairs(client, "base"),
+            )
             if same_fingerprint and engine.capabilities.reloads:
                 return base_answers, await self._qualify(engine, merged, "merged")
         return base_answers, await self.alone(merged, "merged")
@@ -177,7 +191,7 @@ class Qualifier:
         client, options = engine.client, self._options
         loads, others_share = await measure_quietly(partial(self._loads, engine, folder), engine.processor_s)
         judged = await self._judge(client, text)
-        answered = await self._ask_general(client, text)
+        answered, pairs = await self._ask_general(client, text), await self._score_pairs(client, text)
         picked = self._tokenized[:: max(1, len(self.judged) // MAX_PROBES)]
         with waiting(f"probes of {text}"):
             sequences = choose_sequences([(example.prompt, example.answer) for example in picked], MAX_PROBES)
@@ -195,6 +209,7 @@ class Qualifier:
             general=answered,
             probes=probes,
             reading=reading,
+            pairs=pairs,
         )
 
     async def _loads(self, engine: Engine, folder: Path) -> list[float]:
@@ -262,6 +277,13 @@ class Qualifier:
         with counting(f"general questions to {text}", len(examples)) as advance:
             limits = [MAX_TOKENS] * len(examples)
             return await ask_examples(client, examples, tokenized, limits=limits, trained=False, on_done=advance)
+
+    async def _score_pairs(self, client: EngineClient, text: str) -> PairScores | None:
+        """Return a model's scores of the held-out pairs, or None if there are none."""
+        if not self._pairs:
+            return None
+        with counting(f"held-out pairs of {text}", len(self._pairs)) as advance:
+            return await score_pairs(client, self._pairs, on_done=advance)
 
     @asynccontextmanager
     async def _engine(self, folder: Path) -> AsyncIterator[Engine]:

@@ -14,6 +14,7 @@ from svc.evaluation.evaluator import EvaluationReport
 from svc.evaluation.finding import Finding
 from svc.evaluation.forgetting import Forgetting
 from svc.evaluation.judge import JudgeReport
+from svc.evaluation.preference import PreferenceReport
 from svc.evaluation.verdict import GateOutcome, GateReport
 from svc.files.disk import write_whole
 from svc.files.json_file import read_record
@@ -56,6 +57,8 @@ class DataRecord(_Record):
     Attributes:
         modified_at: time (UTC) at which the newest local training file was last modified before the training, or None
             if unknown.
+        pairs_fingerprint: fingerprint of the held-out pairs, or None if there are none. If the objective is a
+            preference, `train_fingerprint` is that of the training pairs or labelled answers.
     """
 
     train_fingerprint: str
@@ -65,6 +68,7 @@ class DataRecord(_Record):
     validation_examples: int = 0
     selected_by: SelectedBy = SelectedBy.NONE
     modified_at: datetime | None = None
+    pairs_fingerprint: str | None = None
 
     @property
     def selection(self) -> str:
@@ -85,6 +89,7 @@ class FormatRecord(_Record):
         evaluation: quality measured on the engine, or None for a format that was not served.
         load_seconds: time to load the weights into a running engine, in seconds.
         tokens_per_second: tokens decoded per second with 8 concurrent streams.
+        preference: preferences among held-out pairs, or None if there are none.
     """
 
     files: tuple[FileRecord, ...]
@@ -93,6 +98,7 @@ class FormatRecord(_Record):
     probes: tuple[Probe, ...] = Field((), max_length=MAX_PROBES)
     load_seconds: float | None = None
     tokens_per_second: float | None = None
+    preference: PreferenceReport | None = None
 
     @property
     def bytes(self) -> int:
@@ -114,6 +120,7 @@ class Manifest(_Record):
             questions were asked.
         gates: verdicts on the losses caused by quantization and training; empty if the recipe sets no
             limits.
+        base_preference: the base's preferences among held-out pairs, or None if not measured.
     """
 
     schema_version: Literal[1] = 1
@@ -136,6 +143,7 @@ class Manifest(_Record):
     findings: tuple[Finding, ...]
     forgetting: dict[Format, Forgetting]
     gates: tuple[GateReport, ...] = ()
+    base_preference: PreferenceReport | None = None
 
     @property
     def id(self) -> VersionId:
@@ -162,6 +170,14 @@ class Manifest(_Record):
     def judged_examples(self) -> int:
         """Number of held-out examples on which the version's formats were evaluated; 0 if it has only an adapter."""
         return next((record.evaluation.examples for record in self.formats.values() if record.evaluation), 0)
+
+    @property
+    def preferences(self) -> dict[str, PreferenceReport]:
+        """The preferences of the base and of each format among held-out pairs; empty if there are none."""
+        reports = {"base": self.base_preference} | {
+            format.value: record.preference for format, record in self.formats.items()
+        }
+        return {name: report for name, report in reports.items() if report}
 
     @property
     def primary_title(self) -> str:

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from svc.evaluation.forgetting import Forgetting
 from svc.evaluation.judge import JudgeReport
+from svc.evaluation.preference import PREFERENCE_TITLES, PreferenceReport
 from svc.evaluation.verdict import GateOutcome
 from svc.registry.manifest import FormatRecord, Manifest
 from svc.registry.parity import ParityReport
@@ -29,6 +30,9 @@ def print_version(manifest: Manifest, folder: Path) -> None:
     selection = f"; {data.selection}" if manifest.judged_examples and data.selection else ""
     output.print(f"{evaluated}{primary}{selection}\n", soft_wrap=True)
     output.print(evaluation_table(manifest))
+    if manifest.preferences:
+        output.print()
+        output.print(_preference_table(manifest.preferences))
     if manifest.forgetting:
         output.print()
         output.print(_forgetting_table(manifest.forgetting))
@@ -60,6 +64,16 @@ def _forgetting_table(results: Mapping[Format, Forgetting]) -> Table:
     table.add_row("lost, gained", "", *(f"{result.lost}, {result.gained}" for result in formats))
     table.add_row("NLL / token", str(base.nll_before), *(str(result.nll_after) for result in formats))
     table.add_row("change", "", *(str(result.nll_difference) for result in formats))
+    return table
+
+
+def _preference_table(reports: Mapping[str, PreferenceReport]) -> Table:
+    """Return a table of preferences among held-out pairs, for the base and each format."""
+    pairs = next(iter(reports.values())).pairs
+    table = Table(f"{pairs} held-out pairs", *reports, box=None)
+    for name, title in PREFERENCE_TITLES.items():
+        cells = (report.figures.get(name) for report in reports.values())
+        table.add_row(title, *("" if cell is None else str(cell) for cell in cells))
     return table
 
 

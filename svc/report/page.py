@@ -14,6 +14,7 @@ import yaml
 from svc.engine.probes import EngineFacts
 from svc.evaluation.comparison import Direction
 from svc.evaluation.intervals import Interval
+from svc.evaluation.preference import PREFERENCE_TITLES
 from svc.registry.manifest import Manifest
 from svc.report.judged import BASE, SIDE_BY_SIDE, WORST, ModelComparison
 from svc.report.plots.curve import plot_learning_rate, plot_loss
@@ -42,6 +43,7 @@ def report_page(report: Report) -> str:
             worst_count=WORST,
             side_by_side_count=SIDE_BY_SIDE,
             signal_columns=SIGNAL_COLUMNS,
+            preference_titles=PREFERENCE_TITLES,
         )
     )
 

@@ -64,6 +64,7 @@ class Report:
             "data": self.data,
             "run": self.run,
             "findings": manifest.findings,
+            "preferences": {name: preference.figures for name, preference in manifest.preferences.items()},
             "forgetting": manifest.forgetting,
             "gates": manifest.gates,
             "rollouts": self.rollouts,

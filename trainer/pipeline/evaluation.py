@@ -12,6 +12,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from svc.dataset.schema.example import ChatExample
+from svc.dataset.schema.preference import PreferencePair
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.device import DeviceCapabilities
 from svc.engine.model_facts import read_model_facts
@@ -24,6 +25,7 @@ from svc.evaluation.forgetting import Forgetting
 from svc.evaluation.general.general_set import MAX_TOKENS, GeneralSet
 from svc.evaluation.metrics.choose import choose_metrics, try_on_references
 from svc.evaluation.metrics.metric import Metric
+from svc.evaluation.preference import PairScores, PreferenceReport, TokenizedPair
 from svc.evaluation.results import ExampleResult
 from svc.evaluation.token_scores import choose_examples
 from svc.model_folder.chat_template import TemplateKwargs
@@ -49,6 +51,7 @@ class Evaluated(BaseModel):
     Attributes:
         base_results: the base's answer to each evaluated example.
         base_general: the base's answers to the general questions, or an empty tuple if none were asked.
+        base_pairs: the base's log-probabilities of the held-out pairs, or None if there are none.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -57,6 +60,7 @@ class Evaluated(BaseModel):
     base_results: tuple[ExampleResult, ...]
     base_general: tuple[ExampleResult, ...]
     merged: Qualified
+    base_pairs: PairScores | None = None
 
 
 class QualifiedGptq(Qualified):
@@ -80,6 +84,7 @@ class RunEvaluation:
         name: name of the model in requests.
         template_kwargs: arguments of the chat template, the same for the base and its versions.
         launch: creates engines; defaults to vLLM processes on this machine.
+        pairs: held-out pairs; the first `options.limit` of them are scored.
     """
 
     settings: Settings
@@ -94,11 +99,21 @@ class RunEvaluation:
     name: str
     template_kwargs: TemplateKwargs
     launch: Launch | None = None
+    pairs: Sequence[PreferencePair] = ()
 
     @cached_property
     def tokenized(self) -> list[TokenizedExample]:
         """The held-out examples, tokenized as in training."""
         return tokenize_as_trained(self.base.folder, self.heldout, self.template_kwargs)
+
+    @cached_property
+    def tokenized_pairs(self) -> list[TokenizedPair]:
+        """The held-out pairs to score, tokenized as in training."""
+        pairs, folder, kwargs = self.pairs[: self.options.limit], self.base.folder, self.template_kwargs
+        if not pairs:
+            return []
+        chosen = tokenize_as_trained(folder, [pair.chosen for pair in pairs], kwargs)
+        return list(zip(chosen, tokenize_as_trained(folder, [pair.rejected for pair in pairs], kwargs), strict=True))
 
     @property
     def compared(self) -> list[TokenizedExample]:
@@ -161,6 +176,20 @@ class RunEvaluation:
             forgotten[Format.GPTQ] = self.forgetting.compare(gptq.base_general, gptq.general)
         return forgotten
 
+    @property
+    def base_preference(self) -> PreferenceReport | None:
+        """The base's preferences among the held-out pairs, or None if it has not scored any."""
+        evaluated = self.evaluated
+        return PreferenceReport.of(evaluated.base_pairs) if evaluated and evaluated.base_pairs else None
+
+    @property
+    def preferences(self) -> dict[Format, PreferenceReport]:
+        """Each format's preferences among the held-out pairs; empty if there are none."""
+        evaluated = self.evaluated
+        base = evaluated.base_pairs if evaluated else None
+        scores = {format: qualified.pairs for format, qualified in self.qualified.items()}
+        return {format: PreferenceReport.of(pairs, base) for format, pairs in scores.items() if pairs}
+
     def check(self) -> None:
         """Check before training that every example fits into the engine and can be scored.
 
@@ -170,6 +199,7 @@ class RunEvaluation:
         """
         check_call_parser(self.heldout, self.settings.engine.args)
         check_served_length(self.tokenized, self.context, "held-out", room=self.options.max_tokens or 0)
+        check_served_length([rejected for _, rejected in self.tokenized_pairs], self.context, "rejected held-out")
         if self.forgetting:
             check_served_length(self.forgetting.tokenized, self.context, "general", room=MAX_TOKENS)
         try_on_references(self.metrics, self.heldout[: self.options.limit])
@@ -182,17 +212,26 @@ class RunEvaluation:
         general = test.prepare(base.revision, base.folder) if test else None
         qualifier, cache = self._qualifier(general), self._cache(base.revision, base.folder)
         known, known_general = cache.find(qualifier.judged, qualifier.limits), general.of_base if general else ()
-        if known and known_general is not None:
+        evaluation = judge(qualifier.judged, known, seconds=0.0) if known else None
+        if evaluation:
             console.print("  base: already evaluated on these examples")
-            answers = BaseAnswers(judge(qualifier.judged, known, seconds=0.0), known_general)
+        if evaluation and known_general is not None and not self.pairs:
+            answers = BaseAnswers(evaluation, known_general)
             qualified = asyncio.run(qualifier.alone(merged, "merged"))
         else:
             prints = {compatibility_fingerprint(folder, self.template_kwargs) for folder in (base.folder, merged)}
-            work = qualifier.base_and_merged(base.folder, merged, same_fingerprint=len(prints) == 1)
+            same = len(prints) == 1
+            work = qualifier.base_and_merged(base.folder, merged, same_fingerprint=same, known=evaluation)
             answers, qualified = asyncio.run(work)
             self._keep(base.revision, base.folder, answers.evaluation.results, answers.general)
         report, results = answers.evaluation.report, answers.evaluation.results
-        return Evaluated(base=report, base_results=results, base_general=answers.general, merged=qualified)
+        return Evaluated(
+            base=report,
+            base_results=results,
+            base_general=answers.general,
+            merged=qualified,
+            base_pairs=answers.pairs,
+        )
 
     def qualify_gptq(self) -> QualifiedGptq:
         """Evaluate the quantized model. The base is asked the general questions first, unless its answers are
@@ -254,4 +293,4 @@ class RunEvaluation:
         )
         facts = partial(engine_facts, self.settings.engine, self.capabilities)
         parts = (self.options, self.qualify, self.heldout, self.tokenized, self.compared, general)
-        return Qualifier(launch, facts, *parts, context=self.context)
+        return Qualifier(launch, facts, *parts, context=self.context, pairs=self.tokenized_pairs)

@@ -54,7 +54,7 @@ from trainer.base_model.resolve import Base
 from trainer.model.config import read_width
 from trainer.pipeline.diagnosis import diagnose_training
 from trainer.pipeline.evaluation import RunEvaluation
-from trainer.pipeline.examples import Examples
+from trainer.pipeline.examples import Examples, fingerprint_judged
 from trainer.pipeline.forgetting import judge_forgetting
 from trainer.pipeline.gate import check_gate
 from trainer.pipeline.gptq_gate import judge_gptq
@@ -159,7 +159,15 @@ class Registration:
         if self.base_evaluation:
             reports["base"] = self.base_evaluation.report
         figures = {f"exact_match_{name}": report.exact_match.value for name, report in reports.items()}
-        return figures | {f"nll_{name}": report.nll.value for name, report in reports.items()}
+        figures |= {f"nll_{name}": report.nll.value for name, report in reports.items()}
+        preferences = {format.value: report for format, report in self.evaluation.preferences.items()}
+        if base := self.evaluation.base_preference:
+            preferences["base"] = base
+        return figures | {
+            f"{figure}_{name}": interval.value
+            for name, report in preferences.items()
+            for figure, interval in report.figures.items()
+        }
 
     def register(self, *, failed_too: bool) -> Manifest:
         """Register the version and return its manifest. If this run already registered it before an interruption,
@@ -179,6 +187,8 @@ class Registration:
             f"{self.primary.name}_{format}": str(report.figures[report.primary].estimate)
             for format, report in reports.items()
         }
+        for format, preference in self.evaluation.preferences.items():
+            figures[f"preference_accuracy_{format}"] = str(preference.accuracy)
         link = self._log_report(manifest)
         for format, forgetting in self.forgetting.items():
             figures[f"forgetting_{format}"] = str(forgetting.difference)
@@ -278,6 +288,7 @@ class Registration:
                 validation_examples=len(self.examples.validation),
                 selected_by=self.examples.selected_by,
                 modified_at=self.examples.modified_at,
+                pairs_fingerprint=fingerprint_judged(self.examples.pairs) if self.examples.pairs else None,
             ),
             heldout=record_file(folder, folder / HELDOUT_FILE),
             reference=record_files(folder, folder / REFERENCE_FOLDER),
@@ -297,10 +308,11 @@ class Registration:
             ),
             forgetting=self.forgetting,
             gates=self.gates,
+            base_preference=self.evaluation.base_preference,
         )
 
     def _format_records(self, folder: Path) -> dict[Format, FormatRecord]:
-        formats = {}
+        formats, preferences = {}, self.evaluation.preferences
         if self.recipe.adapter_type:
             formats[Format.ADAPTER] = FormatRecord(files=record_files(folder, folder / Format.ADAPTER))
         for format, qualified in self.qualified.items():
@@ -312,6 +324,7 @@ class Registration:
                 probes=qualified.probes,
                 load_seconds=speed.load_seconds.value if speed.load_seconds else None,
                 tokens_per_second=speed.tokens_per_second[STREAMS].value,
+                preference=preferences.get(format),
             )
         return formats
 

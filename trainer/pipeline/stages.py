@@ -155,6 +155,7 @@ class Pipeline:
             name=recipe.name,
             template_kwargs=choose_template_kwargs(self.base.folder, recipe.chat_template_kwargs),
             launch=self.launch,
+            pairs=self.examples.pairs,
         )
 
     def _train(self) -> TrainingSummary:

@@ -10,6 +10,7 @@ from rich.table import Table
 from svc.evaluation.evaluator import EvaluationReport, judge
 from svc.evaluation.forgetting import measure_forgetting
 from svc.evaluation.general.general_set import GeneralSet
+from svc.evaluation.preference import PairScores, PreferenceReport
 from svc.registry.files import record_files
 from svc.registry.manifest import FormatRecord, Manifest, SelectedBy
 from svc.registry.render import evaluation_table, print_version
@@ -88,6 +89,21 @@ def test_forgetting_is_shown_if_it_was_measured(manifest: Manifest, capsys: pyte
     assert "lost, gained 0, 0 10, 0" in with_it
     print_version(manifest, Path())
     assert "general questions" not in capsys.readouterr().out
+
+
+def test_preferences_are_shown_if_they_were_measured(manifest: Manifest, capsys: pytest.CaptureFixture[str]) -> None:
+    base = PairScores(chosen=(-4.0,) * 10, rejected=(-3.0,) * 10)
+    trained = PairScores(chosen=(-4.0,) * 10, rejected=(-6.0,) * 10)
+    record = manifest.formats[Format.MERGED].model_copy(update={"preference": PreferenceReport.of(trained, base)})
+    changes = {"formats": {Format.MERGED: record}, "base_preference": PreferenceReport.of(base)}
+    print_version(manifest.model_copy(update=changes), Path())
+    output = " ".join(capsys.readouterr().out.split())
+    assert (
+        "10 held-out pairs base merged chosen answer is more likely 0.000 [0.000, 0.278] 1.000 [0.722, 1.000]" in output
+    )
+    assert "chosen answer gained more 1.000 [0.722, 1.000] by, in nats 3.000 [3.000, 3.000]" in output
+    print_version(manifest, Path())
+    assert "pairs" not in capsys.readouterr().out
 
 
 def test_each_gate_verdict_is_shown_once(manifest: Manifest, capsys: pytest.CaptureFixture[str]) -> None:

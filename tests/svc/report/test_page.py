@@ -17,6 +17,7 @@ from svc.evaluation.comparison import Direction
 from svc.evaluation.finding import Advice, Finding, FindingKind
 from svc.evaluation.forgetting import Forgetting
 from svc.evaluation.intervals import Interval
+from svc.evaluation.preference import PairScores, PreferenceReport
 from svc.identity.actor import Actor
 from svc.registry.manifest import Manifest
 from svc.registry.registry import Registry
@@ -198,12 +199,19 @@ def test_rendering_the_report_again_gives_identical_bytes(versions: JudgedVersio
 
 def test_report_sections_are_ordered_by_importance(versions: JudgedVersions) -> None:
     answers = {BASE: right(LABELS, 10), "merged": ["x", *right(LABELS, 50)[1:]]}
-    manifest = versions.publish(LABELS, answers, findings=(NOISE,), forgetting={Format.GPTQ: FORGETTING})
+    manifest = versions.publish(
+        LABELS,
+        answers,
+        findings=(NOISE,),
+        forgetting={Format.GPTQ: FORGETTING},
+        base_preference=PreferenceReport.of(PairScores(chosen=(-1.0,) * 4, rejected=(-2.0,) * 4)),
+    )
     page = page_of(versions, manifest)
-    wanted = "diagnosis metrics labels training worst lost side-by-side forgetting parity data made"
+    wanted = "diagnosis metrics labels training worst lost side-by-side preferences forgetting parity data made"
     assert re.findall(r'<section id="([^"]*)"', page) == wanted.split()
     assert "data.train: drop line 7" in section(page, "diagnosis")
     assert "3 lost, 1 gained" in section(page, "forgetting")
+    assert "4 held-out pairs" in section(page, "preferences")
     assert '<th scope="col">gptq</th>' in section(page, "forgetting")
 
 

@@ -1,0 +1,109 @@
+"""Preference accuracy: the share of held-out pairs of which a served model finds the chosen answer more likely than the
+rejected one.
+
+Likelihood alone favours short answers. The reward that a preference implies is therefore measured too: by how much more
+likely an answer has become than under the base (Rafailov et al. 2023, eq. 5, divided by beta).
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from pydantic import BaseModel, ConfigDict
+
+from svc.dataset.schema.tokenized_example import TokenizedExample
+from svc.engine.client import EngineClient
+from svc.evaluation.evaluator import CONCURRENCY, score
+from svc.evaluation.intervals import Interval, mean, proportion
+
+TokenizedPair = tuple[TokenizedExample, TokenizedExample]
+"""The chosen and the rejected answer of a pair, each after the prompt."""
+
+PREFERENCE_TITLES = {
+    "preference_accuracy": "chosen answer is more likely",
+    "preference_margin": "by, in nats",
+    "reward_accuracy": "chosen answer gained more",
+    "reward_margin": "by, in nats",
+}
+"""Names of the figures of a `PreferenceReport`, with their titles for display."""
+
+
+class PairScores(BaseModel):
+    """A model's log-probabilities of the answers of pairs, in order, each summed over the answer's tokens, in nats."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    chosen: tuple[float, ...]
+    rejected: tuple[float, ...]
+
+    @property
+    def margins(self) -> list[float]:
+        """By how much each chosen answer is more likely than its rejected one, in nats."""
+        return [chosen - rejected for chosen, rejected in zip(self.chosen, self.rejected, strict=True)]
+
+
+class PreferenceReport(BaseModel):
+    """A model's preferences among held-out pairs.
+
+    Attributes:
+        pairs: number of pairs.
+        accuracy: share of pairs whose chosen answer is more likely than the rejected one.
+        margin: mean difference of their log-probabilities, in nats.
+        reward_accuracy: share of pairs whose chosen answer has gained more likelihood since the base than the rejected
+            one, or None for the base itself, or if the base was not measured.
+        reward_margin: mean difference of these gains, in nats.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pairs: int
+    accuracy: Interval
+    margin: Interval
+    reward_accuracy: Interval | None = None
+    reward_margin: Interval | None = None
+
+    @classmethod
+    def of(cls, scores: PairScores, base: PairScores | None = None) -> "PreferenceReport":
+        """Return the report on a model's scores of at least one pair.
+
+        Args:
+            base: the base's scores of the same pairs.
+        """
+        margins = scores.margins
+        report = cls(pairs=len(margins), accuracy=_share_above_zero(margins), margin=mean(margins))
+        if base is None:
+            return report
+        gains = [after - before for after, before in zip(margins, base.margins, strict=True)]
+        return report.model_copy(update={"reward_accuracy": _share_above_zero(gains), "reward_margin": mean(gains)})
+
+    @property
+    def figures(self) -> dict[str, Interval]:
+        """The measured figures, keyed by name."""
+        figures = (self.accuracy, self.margin, self.reward_accuracy, self.reward_margin)
+        return {name: figure for name, figure in zip(PREFERENCE_TITLES, figures, strict=True) if figure}
+
+
+async def score_pairs(
+    client: EngineClient, pairs: Sequence[TokenizedPair], *, on_done: Callable[[], None] = lambda: None
+) -> PairScores:
+    """Return the engine's scores for both answers of each pair.
+
+    Args:
+        on_done: called after each pair.
+
+    Raises:
+        EngineError: the engine rejected a request, or returned a log-probability that is not finite.
+    """
+    places = asyncio.Semaphore(CONCURRENCY)
+
+    async def score_pair(pair: TokenizedPair) -> list[float]:
+        async with places:
+            summed = [await score(client, answer) * answer.scored for answer in pair]
+            on_done()
+            return summed
+
+    scored = await asyncio.gather(*map(score_pair, pairs))
+    return PairScores(chosen=tuple(pair[0] for pair in scored), rejected=tuple(pair[1] for pair in scored))
+
+
+def _share_above_zero(differences: Sequence[float]) -> Interval:
+    return proportion(sum(difference > 0 for difference in differences), len(differences))
