@@ -16,12 +16,13 @@ from statistics import fmean
 import numpy as np
 
 from svc.dataset.schema.example import ChatExample
+from svc.dataset.schema.preference import LabelledAnswer, PreferencePair
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.model_folder.chat_template import choose_template_kwargs
 from svc.model_folder.weight_files import TOKENIZER_FILES
-from trainer.data.chat_template import IGNORED, tokenize_turns_of, training_row
+from trainer.data.chat_template import IGNORED, tokenize_as_trained, tokenize_turns_of, training_row
 from trainer.data.length import truncate
-from trainer.recipe.sections import Recipe, TooLong, Train
+from trainer.recipe.sections import Objective, Recipe, TooLong, Train
 
 CHARACTERS_A_TOKEN = 4.2
 _TURN = 5
@@ -39,27 +40,31 @@ class Batch:
         length: number of tokens in the longest example.
         shared: number of tokens in the prefix that all examples share, which is computed once.
         answers: number of tokens that are trained on.
+        sequences: number of sequences of each example: 2 for a pair of answers.
     """
 
     rows: int
     length: int
     shared: int
     answers: int
+    sequences: int = 1
 
     @property
     def computed(self) -> int:
         """Number of tokens that the model processes, counting the shared prefix once."""
-        return self.shared + self.rows * (self.length - self.shared)
+        return self.shared + self.rows * self.sequences * (self.length - self.shared)
 
     def resized(self, rows: int) -> "Batch":
         """Return the batch with a different number of examples, for estimating its memory."""
         answers = math.ceil(self.answers * rows / self.rows)
-        return Batch(rows, self.length, self.shared if rows > 1 else 0, answers)
+        shared = self.shared if rows * self.sequences > 1 else 0
+        return replace(self, rows=rows, shared=shared, answers=answers)
 
     def shortened(self, longest: int) -> "Batch":
         """Return the batch truncated to the given length, for estimating its memory."""
         length = min(self.length, longest)
-        return Batch(self.rows, length, min(self.shared, length), min(self.answers, self.rows * length))
+        answers = min(self.answers, self.rows * self.sequences * length)
+        return replace(self, length=length, shared=min(self.shared, length), answers=answers)
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,7 @@ class Workload:
         repeats: how many times the complete run processes `batches`.
         largest: the batch that needs the most memory.
         counted: whether tokens were counted with the base's own tokenizer.
+        scored: how many times the complete run processes `batches` without a backward pass.
     """
 
     examples: int
@@ -84,6 +90,7 @@ class Workload:
     repeats: float
     largest: Batch
     counted: bool
+    scored: float = 0.0
 
 
 def read_workload(examples: Sequence[ChatExample], recipe: Recipe, folder: Path) -> Workload:
@@ -118,6 +125,37 @@ def read_workload(examples: Sequence[ChatExample], recipe: Recipe, folder: Path)
     return Workload(len(examples), mean_length, tokens, batches, in_run / len(batches), largest, counted)
 
 
+def read_preference_workload(
+    judged: Sequence[PreferencePair | LabelledAnswer], recipe: Recipe, folder: Path
+) -> Workload:
+    """Return the batches that the training run of a preference would form (see `read_workload`).
+
+    The model before training scores all answers once. With `objective: kto`, answers to other prompts are scored too,
+    of which the lengths are those of the labelled answers.
+    """
+    train, counted = recipe.train, any((folder / name).is_file() for name in TOKENIZER_FILES)
+    chosen = np.random.default_rng(recipe.data.seed).permutation(len(judged))[:_MAX_EXAMPLES]
+    measured = _tokenize_judged([judged[index] for index in sorted(chosen)], folder, recipe, counted=counted)
+    times = len(judged) / len(measured)
+    batches = tuple(_plan(measured, train))
+    in_epoch = math.ceil(len(measured) * times / train.batch_size)
+    in_run = train.steps * train.gradient_accumulation if train.steps else train.epochs * in_epoch
+    scored = float(in_epoch if recipe.objective.needs_reference else 0)
+    if recipe.objective is Objective.KTO:
+        scored = 2 * in_epoch + in_run
+    tokens = times * sum(_length(row) for unit in measured for row in unit)
+    return Workload(
+        examples=len(judged),
+        mean_length=fmean(max(map(_length, unit)) for unit in measured),
+        tokens=tokens,
+        batches=batches,
+        repeats=in_run / len(batches),
+        largest=max(batches, key=lambda batch: batch.computed),
+        counted=counted,
+        scored=scored / len(batches),
+    )
+
+
 def unshared(workload: Workload) -> Workload:
     """Return a copy of the workload whose batches have no shared prefixes."""
     batches = tuple(replace(batch, shared=0) for batch in workload.batches)
@@ -126,17 +164,25 @@ def unshared(workload: Workload) -> Workload:
 
 def plan_batches(rows: Sequence[TokenizedExample], train: Train) -> list[Batch]:
     """Return the trainer's batches in the first epoch, before gradient accumulation combines them."""
+    return _plan([(row,) for row in rows], train)
+
+
+def _plan(units: Sequence[Sequence[TokenizedExample]], train: Train) -> list[Batch]:
+    """Return the batches of the first epoch, in which each unit counts as one example."""
     from trainer.data.length_grouped_sampler import LengthGroupedSampler
 
     size, step = train.batch_size, train.batch_size * train.gradient_accumulation
-    order = list(LengthGroupedSampler([len(row.input_ids) for row in rows], step, train.seed))
-    return [
-        measure_batch([rows[index] for index in order[start : start + size]]) for start in range(0, len(order), size)
-    ]
+    order = list(LengthGroupedSampler([max(map(_length, unit)) for unit in units], step, train.seed))
+    parts = [[units[index] for index in order[start : start + size]] for start in range(0, len(order), size)]
+    return [measure_batch(list(chain.from_iterable(part)), sequences=len(part[0])) for part in parts]
 
 
-def measure_batch(rows: Sequence[TokenizedExample]) -> Batch:
-    """Return the dimensions of a batch made up of the given examples, padded to the longest one."""
+def measure_batch(rows: Sequence[TokenizedExample], sequences: int = 1) -> Batch:
+    """Return the dimensions of a batch made up of the given rows, padded to the longest one.
+
+    Args:
+        sequences: number of rows that belong to one example.
+    """
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
@@ -147,7 +193,8 @@ def measure_batch(rows: Sequence[TokenizedExample]) -> Batch:
         pad_sequence([torch.tensor(row[key]) for row in training_rows], batch_first=True, padding_value=padding)
         for key, padding in (("input_ids", 0), ("labels", IGNORED))
     )
-    return Batch(len(training_rows), ids.shape[1], shared_prefix(ids, labels), int((labels != IGNORED).sum()))
+    shared, answers = shared_prefix(ids, labels), int((labels != IGNORED).sum())
+    return Batch(len(training_rows) // sequences, ids.shape[1], shared, answers, sequences)
 
 
 def _tokenize(
@@ -164,6 +211,25 @@ def _tokenize(
     longest, drops = recipe.train.max_length, recipe.train.too_long is TooLong.DROP
     fitting = [rows for rows in tokenized if not drops or max(map(_length, rows)) <= longest]
     return [[truncate(row, longest) for row in rows] for rows in fitting or tokenized]
+
+
+def _tokenize_judged(
+    judged: Sequence[PreferencePair | LabelledAnswer], folder: Path, recipe: Recipe, *, counted: bool
+) -> list[tuple[TokenizedExample, ...]]:
+    """Return both answers of each pair, or each labelled answer, without those that the recipe drops as too long."""
+
+    def tokenize(examples: Sequence[ChatExample]) -> list[TokenizedExample]:
+        if counted:
+            return tokenize_as_trained(folder, examples, choose_template_kwargs(folder, recipe.chat_template_kwargs))
+        return [cut_into_pieces(example) for example in examples]
+
+    if pairs := [pair for pair in judged if isinstance(pair, PreferencePair)]:
+        answers = [tokenize([pair.chosen for pair in pairs]), tokenize([pair.rejected for pair in pairs])]
+    else:
+        answers = [tokenize([answer.example for answer in judged if isinstance(answer, LabelledAnswer)])]
+    units, longest = list(zip(*answers, strict=True)), recipe.train.max_length
+    fitting = [unit for unit in units if max(map(_length, unit)) <= longest]
+    return fitting if fitting and recipe.train.too_long is TooLong.DROP else units
 
 
 def cut_into_pieces(example: ChatExample) -> TokenizedExample:

@@ -27,15 +27,19 @@ _CALLS_S = 1e-2
 """Seconds that a CPU spends starting and stopping all its threads for a layer's operations, forward and
 backward: about 500 operations at 20 microseconds each, in a profile of SmolLM2-135M on two cores. A GPU
 launches operations while it computes."""
+_PASSES = 3
+"""Passes through the layers in a training step, of which scoring takes one: the backward pass counts as two."""
 
 
 def training_seconds(training: Training, workload: Workload, device: ComputeDevice) -> float:
     """Return the time in seconds from the start of the first training step to the end of the last one."""
     shape, recipe = training.shape, training.recipe
     operations = sum(batch_operations(training, batch) for batch in workload.batches) * workload.repeats
+    operations += sum(scoring_operations(training, batch) for batch in workload.batches) * workload.scored
     batches = len(workload.batches) * workload.repeats
-    passes = batches * _memory_traffic(training) / device.bandwidth
     updates = batches / recipe.train.gradient_accumulation
+    batches += len(workload.batches) * workload.scored / _PASSES
+    passes = batches * _memory_traffic(training) / device.bandwidth
     update = _ADAM_BYTES * training.trained / device.bandwidth
     multiplied = operations / device.effective_speed(training_kind(recipe)) + passes
     layers = batches * shape.layers
@@ -43,16 +47,29 @@ def training_seconds(training: Training, workload: Workload, device: ComputeDevi
     return computed + updates * update
 
 
+def scoring_operations(training: Training, batch: Batch) -> float:
+    """Return the number of floating-point operations for a batch without a backward pass."""
+    forward, attention = _forward(training, batch)
+    return (
+        forward + 2 * training.shape.head * batch.answers + attention + 2 * _adapter_products(training) * batch.computed
+    )
+
+
 def batch_operations(training: Training, batch: Batch) -> float:
     """Return the number of floating-point operations for a batch, forward and backward."""
     shape = training.shape
-    forward = 2 * shape.used_weights * batch.computed
-    pairs = _up_to(batch.shared) + batch.rows * (_up_to(batch.length) - _up_to(batch.shared))
-    attention = 4 * shape.layers * shape.queries * pairs
+    forward, attention = _forward(training, batch)
     head = 2 * shape.head * batch.answers
     adapter = 6 * _adapter_products(training) * batch.computed
     again = (forward + attention) if training.checkpointing else 0.0
     return (forward + head) * (3 if training.full else 2) + 3 * attention + adapter + again
+
+
+def _forward(training: Training, batch: Batch) -> tuple[float, float]:
+    """Return the operations of a forward pass: of the layers' weights, and of attention."""
+    shape, rows = training.shape, batch.rows * batch.sequences
+    pairs = _up_to(batch.shared) + rows * (_up_to(batch.length) - _up_to(batch.shared))
+    return 2 * shape.used_weights * batch.computed, 4 * shape.layers * shape.queries * pairs
 
 
 def _adapter_products(training: Training) -> float:

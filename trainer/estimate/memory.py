@@ -15,7 +15,7 @@ from functools import cached_property
 from svc.engine.device import NumberType
 from trainer.estimate.batches import Batch
 from trainer.estimate.model_shape import ModelShape
-from trainer.recipe.sections import AdapterType, Optimizer, Quantization, Recipe
+from trainer.recipe.sections import AdapterType, Objective, Optimizer, Quantization, Recipe
 
 FLOAT32, BFLOAT16 = 4, 2
 """Bytes per number in float32 and bfloat16."""
@@ -141,12 +141,12 @@ class Training:
         parts[Part.GRADIENTS] = FLOAT32 * self.trained
         parts[Part.OPTIMIZER] = (moment_bytes(recipe.train.optimizer) + means) * self.trained - self.paged_bytes
         parts[Part.ACTIVATIONS] = self._activations(batch) * (_FRAGMENTS_CPU if self.cpu else _FRAGMENTS_GPU)
-        if self.cpu:
+        if self.cpu or recipe.objective is not Objective.SFT:
             # Logits, the loss's copy of them, and their gradient.
             parts[Part.LOGITS] = 3 * FLOAT32 * min(_LOGITS_AT_ONCE, batch.answers * shape.vocabulary)
-            parts[Part.RUNTIME] = PROCESS + (_QUANTIZING if self.nf4 else 0)
         else:
-            parts |= {Part.LOGITS: _TILE, Part.RUNTIME: _CUDA}
+            parts[Part.LOGITS] = _TILE
+        parts[Part.RUNTIME] = PROCESS + (_QUANTIZING if self.nf4 else 0) if self.cpu else _CUDA
         return parts
 
     def peak(self, batch: Batch) -> float:
@@ -198,7 +198,9 @@ class Training:
         """Return the bytes per token that a layer saves for the backward pass."""
         shape, size = self.shape, self.size
         q, kv = shape.queries, shape.keys
-        repeated = batch.rows * batch.length / batch.computed  # keys of a shared prefix are copied for each row
+        repeated = (
+            batch.rows * batch.sequences * batch.length / batch.computed
+        )  # keys of a shared prefix are copied for each row
         norms = (4 if self.full else 2) * FLOAT32 * shape.hidden  # norms are computed in float32
         if self.cpu and size == 2 and not self.full and batch.length <= 512:  # trainer.cpu.fused_attention
             attention = size * (2 * q + 2 * kv * repeated + shape.heads * batch.length)

@@ -8,7 +8,7 @@ from svc.engine.machine import read_machine
 from svc.errors import SvcError
 from svc.settings import Settings
 from svc.terminal import console
-from trainer.estimate.batches import read_workload
+from trainer.estimate.batches import read_preference_workload, read_workload
 from trainer.estimate.checkpointing import choose_checkpointing, with_checkpointing
 from trainer.estimate.devices import HERE, choose_devices
 from trainer.estimate.estimate import DeviceEstimate, Estimate, estimate_recipe
@@ -30,7 +30,10 @@ def estimate_devices(recipe: Recipe, examples: Examples, settings: Settings, nam
     devices = choose_devices(names, settings.home)  # first, so that a wrong name fails before anything is read
     folder = find_config(recipe.base, settings, recipe.chat_template)
     shape = read_model_shape(folder, recipe.adapter.targets)
-    workload = read_workload(examples.train, recipe, folder)
+    if examples.judged:
+        workload = read_preference_workload(examples.judged, recipe, folder)
+    else:
+        workload = read_workload(examples.train, recipe, folder)
     return estimate_recipe(recipe, shape, workload, devices, settings.engine.max_model_len)
 
 

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from svc.dataset.schema.example import ChatExample, parse_example
+from svc.dataset.schema.preference import LabelledAnswer, PreferencePair
 from tests.trainer.conftest import make_example, make_recipe, make_tokenizer
-from trainer.estimate.batches import CHARACTERS_A_TOKEN, cut_into_pieces, read_workload
+from trainer.estimate.batches import CHARACTERS_A_TOKEN, cut_into_pieces, read_preference_workload, read_workload
 
 
 def test_tokens_are_counted_with_the_tokenizer_of_the_base(tiny_base: Path, examples: list[ChatExample]) -> None:
@@ -80,3 +81,36 @@ def test_longest_example_is_included_when_a_large_dataset_is_sampled(tmp_path: P
     assert workload.examples == 1501
     assert len(workload.batches) * workload.repeats == pytest.approx(1501 / 4, abs=1)
     assert workload.largest.length > 200
+
+
+def pairs_of(examples: list[ChatExample]) -> list[PreferencePair]:
+    return [PreferencePair(example, make_example(example.question, "no")) for example in examples]
+
+
+def test_batches_of_pairs_have_two_sequences_for_each_pair(tiny_base: Path, examples: list[ChatExample]) -> None:
+    recipe = make_recipe(objective="dpo", train={"batch_size": 4, "epochs": 2})
+    workload = read_preference_workload(pairs_of(examples), recipe, tiny_base)
+    alone = read_workload(examples, recipe, tiny_base)
+    assert [(batch.rows, batch.sequences) for batch in workload.batches] == [(4, 2)] * 3
+    assert workload.repeats == 2
+    assert workload.tokens > 1.9 * alone.tokens
+
+
+@pytest.mark.parametrize(("objective", "scored"), [("orpo", 0), ("dpo", 1), ("kto", 4)])
+def test_passes_without_gradient_are_counted_for_each_objective(
+    objective: str, scored: float, tiny_base: Path, examples: list[ChatExample]
+) -> None:
+    """KTO scores the answers and those to other prompts before training, and the latter again in each of two epochs."""
+    judged: list[PreferencePair | LabelledAnswer] = list(pairs_of(examples))
+    if objective == "kto":
+        judged = [LabelledAnswer(example, desirable=True) for example in examples]
+    recipe = make_recipe(objective=objective, train={"batch_size": 4, "epochs": 2})
+    assert read_preference_workload(judged, recipe, tiny_base).scored == scored
+
+
+def test_pair_too_long_is_left_out_of_the_estimate_when_the_recipe_drops_it(
+    tiny_base: Path, examples: list[ChatExample]
+) -> None:
+    pairs = [*pairs_of(examples), PreferencePair(examples[0], make_example(examples[0].question, "no" * 500))]
+    recipe = make_recipe(objective="dpo", train={"batch_size": 4, "too_long": "drop", "max_length": 300})
+    assert read_preference_workload(pairs, recipe, tiny_base).largest.length <= 300
