@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from svc.dataset.readers.preferences import write_pairs
 from svc.dataset.readers.reader import write_examples
+from svc.dataset.schema.preference import PreferencePair
 from svc.errors import InsufficientMemoryError
 from tests.command_line import Svc
 from tests.svc.chats import chat
@@ -40,6 +42,17 @@ def test_estimate_needs_only_the_base_config(svc: Svc, tmp_path: Path, recipe: P
         "h100": True,
         "h200": True,
     }
+
+
+def test_estimate_of_a_preference_counts_both_answers_of_each_pair(svc: Svc, tmp_path: Path, recipe: Path) -> None:
+    tokens = {}
+    pairs = [PreferencePair(chat(f"question {number}"), chat(f"question {number}", "no")) for number in range(40)]
+    for objective in ("sft", "dpo"):
+        if objective == "dpo":
+            write_pairs(tmp_path / "train.jsonl", pairs)
+        command = ("estimate", recipe, "--set", f"objective={objective}", "--device", "here", "--json")
+        tokens[objective] = json.loads(svc("--home", tmp_path / "home", *command).out)["data"]["tokens"]
+    assert tokens["dpo"] > 1.5 * tokens["sft"]
 
 
 def test_estimate_says_what_to_change_when_the_chosen_device_is_too_small(

@@ -303,6 +303,7 @@ def test_loss_before_the_first_step_is_that_of_a_model_without_a_preference(
     summary = train(tiny_base, recipe_of(objective, stopping={"every_steps": 2}), tmp_path)
     start = math.log(2) if objective is Objective.DPO else 0.5
     assert summary.points[0].heldout_loss == pytest.approx(start, abs=1e-4)
+    assert losses_of(summary)[0] == pytest.approx(start, abs=1e-4)
 
 
 @pytest.mark.parametrize(
