@@ -5,7 +5,7 @@ compared likelihoods are those of served answers. Imports torch.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,21 +39,19 @@ class Comparison:
     second: TokenizedExample
     desirable: bool = True
 
-    @property
-    def tokens(self) -> int:
-        """Number of tokens in both."""
-        return len(self.first.input_ids) + len(self.second.input_ids)
-
 
 def tokenize_judged(
     tokenizer: "PreTrainedTokenizerBase",
     judged: Sequence[PreferencePair | LabelledAnswer],
     stops: set[int],
     template_kwargs: TemplateKwargs,
-    train: Train,
+    train: Train | None = None,
 ) -> list[Comparison]:
-    """Tokenize pairs or labelled answers. Those longer than `train.max_length` are dropped if the recipe says so, a
-    pair if either answer is too long.
+    """Tokenize pairs or labelled answers.
+
+    Args:
+        train: the recipe's `train` section for answers to train on. Those longer than its `max_length` are dropped
+            if it says so, a pair if either answer is too long. None for answers that are only measured.
 
     Raises:
         DataError: an answer is too long or is rejected by the chat template, or all labelled answers have the same
@@ -62,18 +60,21 @@ def tokenize_judged(
     if pairs := [pair for pair in judged if isinstance(pair, PreferencePair)]:
         chosen = tokenize_examples(tokenizer, [pair.chosen for pair in pairs], stops, template_kwargs)
         rejected = tokenize_examples(tokenizer, [pair.rejected for pair in pairs], stops, template_kwargs)
-        fitting = fit_length(list(zip(chosen, rejected, strict=True)), train)
-        return [Comparison(first, second) for first, second in fitting]
+        both = list(zip(chosen, rejected, strict=True))
+        return [Comparison(first, second) for first, second in (fit_length(both, train) if train else both)]
     answers = [answer for answer in judged if isinstance(answer, LabelledAnswer)]
     if not answers:
         return []
     tokenized = tokenize_examples(tokenizer, [answer.example for answer in answers], stops, template_kwargs)
+    labelled = list(zip(tokenized, [answer.desirable for answer in answers], strict=True))
+    if train is None:
+        return _with_others(labelled)
     fit_length([[row] for row in tokenized], train)
-    labelled = zip(tokenized, [answer.desirable for answer in answers], strict=True)
-    return _with_others([(row, label) for row, label in labelled if len(row.input_ids) <= train.max_length], train)
+    fitting = [(row, label) for row, label in labelled if len(row.input_ids) <= train.max_length]
+    return [replace(pair, second=truncate(pair.second, train.max_length)) for pair in _with_others(fitting)]
 
 
-def _with_others(labelled: Sequence[tuple[TokenizedExample, bool]], train: Train) -> list[Comparison]:
+def _with_others(labelled: Sequence[tuple[TokenizedExample, bool]]) -> list[Comparison]:
     """Pair each labelled answer with the nearest earlier answer to another prompt, put after its own prompt."""
     comparisons = []
     for place, (row, desirable) in enumerate(labelled):
@@ -85,8 +86,7 @@ def _with_others(labelled: Sequence[tuple[TokenizedExample, bool]], train: Train
                 expected="answers to at least two prompts, because answers are compared with those to other prompts",
             )
         ids, start = (*row.prompt, *other.answer), len(row.prompt)
-        mismatched = truncate(TokenizedExample(ids, ((start, len(ids)),)), train.max_length)
-        comparisons.append(Comparison(row, mismatched, desirable))
+        comparisons.append(Comparison(row, TokenizedExample(ids, ((start, len(ids)),)), desirable))
     return comparisons
 
 

@@ -27,7 +27,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
+from transformers import PreTrainedTokenizerBase
 
 from svc.engine.device import NumberType
 from svc.terminal import counting
@@ -61,8 +61,6 @@ class PreferenceTrainer(ResumableTrainer):
         self._objective, self._preference = recipe.objective, recipe.preference
         self._reference = torch.empty(2, 0)
         super().__init__(**options)
-        if self._objective.needs_reference:
-            self.add_callback(_BeforeFirstStep(self.find_reference))
 
     def compute_loss(
         self,
@@ -96,9 +94,13 @@ class PreferenceTrainer(ResumableTrainer):
         if self._objective.needs_reference:
             self._reference = load_file(checkpoint / _REFERENCE)["logprobs"].to(self.args.device)
 
-    def find_reference(self) -> None:
-        """Compute the reference log-probabilities of all comparisons, unless a checkpoint had them."""
-        if self._reference.numel():
+    def prepare_run(self) -> None:
+        """Compute the reference log-probabilities of all comparisons, if the objective needs them.
+
+        Raises:
+            StepAbandoned: a signal was received.
+        """
+        if not self._objective.needs_reference:
             return
         rows = sorted([*self.train_dataset, *self._heldout], key=lambda row: len(row["input_ids"]))
         found = torch.zeros(2, 1 + max(row["index"] for row in rows))
@@ -155,16 +157,6 @@ class PreferenceTrainer(ResumableTrainer):
         return [max(len(first), len(second)) for first, second in columns]
 
 
-class _BeforeFirstStep(TrainerCallback):
-    """Calls a function before the first step of a process, when the model is prepared and restored."""
-
-    def __init__(self, work: Any) -> None:
-        self._work = work
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._work()
-
-
 def build_preference_trainer(
     base: Path,
     tokenizer: PreTrainedTokenizerBase,
@@ -191,7 +183,7 @@ def build_preference_trainer(
     rows = TrainerRows(
         Dataset.from_list([comparison_row(comparison, index) for index, comparison in enumerate(comparisons)]),
         partial(collate_comparisons, pad_token=pad_token),
-        sum(comparison.tokens for comparison in comparisons),
+        sum(len(comparison.first.input_ids) for comparison in comparisons),
         [comparison_row(comparison, index) for index, comparison in enumerate(heldout, start=len(comparisons))],
     )
     parts = (base, tokenizer, rows, recipe, out, checkpoints, report, asked, number_type, acceleration)

@@ -93,7 +93,7 @@ def train_model(
     if data.judged:
         comparisons = tokenize_judged(tokenizer, data.judged, stops, kwargs, recipe.train)
         judged = data.heldout_judged if measured else ()
-        heldout = tokenize_judged(tokenizer, judged, stops, kwargs, recipe.train)
+        heldout = tokenize_judged(tokenizer, judged, stops, kwargs)
         examples = [[comparison.first, comparison.second] for comparison in comparisons]
         build = partial(build_preference_trainer, base, tokenizer, comparisons, heldout)
     else:
@@ -140,14 +140,13 @@ def run_trainer(trainer: ResumableTrainer, stopping: Stopping, asked: Preemption
                 f"  converted at step {state.global_step} from {before} to {number_type}, this machine's number type: "
                 "the result differs in rounding from that of an uninterrupted run"
             )
-        with training_progress() as progress:
-            trainer.add_callback(progress)
-            try:
-                trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
-            except StepAbandoned:
-                trainer.save_step_start()
-            except NoStepLeftError:
-                log.info("held-out loss was measured after the last step")
+        try:
+            if newest is None:
+                trainer.prepare_run()
+        except StepAbandoned:
+            log.info("stopped before the first step")  # reported below
+        else:
+            _take_steps(trainer, newest)
     seconds = time.monotonic() - started
     best = best_step(trainer.state)
     if asked.by is None:
@@ -155,11 +154,23 @@ def run_trainer(trainer: ResumableTrainer, stopping: Stopping, asked: Preemption
             trainer.load_weights(trainer.checkpoints.whole(best))
         trainer.check_finite()
     if asked.by is not None:  # also if the signal arrived after the steps
+        step, last = trainer.state.global_step, trainer.state.max_steps
+        where = f"after step {step} of {last}" if last else "before the first step"
         raise InterruptedRunError(
-            f"stopped by {asked.by.name} after step {trainer.state.global_step} of {trainer.state.max_steps}",
-            todo="run the same command again: it resumes from there",
+            f"stopped by {asked.by.name} {where}", todo="run the same command again: it resumes from there"
         )
     return seconds
+
+
+def _take_steps(trainer: ResumableTrainer, newest: Path | None) -> None:
+    with training_progress() as progress:
+        trainer.add_callback(progress)
+        try:
+            trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+        except StepAbandoned:
+            trainer.save_step_start()
+        except NoStepLeftError:
+            log.info("held-out loss was measured after the last step")
 
 
 def summarize(trainer: ResumableTrainer, seconds: float, *, kept_best: bool) -> TrainingSummary:

@@ -76,6 +76,9 @@ class ResumableTrainer(AnswerTrainer):
         if allocation is not None:
             self.add_callback(allocation)
 
+    def prepare_run(self) -> None:
+        """Do what a run needs before its first step. A resumed run has it in its checkpoint."""
+
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
         """Return the mean loss of the held-out rows, in nats per token. No random numbers are drawn."""
         with self._preemption.interruptible():

@@ -89,7 +89,7 @@ def trainer_of(base: Path, judged: list[Any], recipe: Recipe, folder: Path) -> P
 
 def changed_loss(trainer: PreferenceTrainer) -> float:
     """Return the loss on all rows as one batch, after the adapter was changed as if by training."""
-    trainer.find_reference()
+    trainer.prepare_run()
     change_adapter(trainer.model)
     batch = trainer._prepare_inputs(trainer.data_collator(list(trainer.train_dataset)))
     with torch.no_grad():
@@ -292,7 +292,7 @@ def test_signal_while_answers_are_scored_interrupts_the_run(
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr("trainer.training.preference.answer_logprobs", signal_first)
-    with pytest.raises(InterruptedRunError, match="SIGTERM after step 0 of 8"):
+    with pytest.raises(InterruptedRunError, match="SIGTERM before the first step"):
         train(tiny_base, recipe_of(Objective.DPO), tmp_path)
 
 
@@ -370,6 +370,11 @@ def test_pair_is_dropped_when_either_answer_is_too_long(tiny_base: Path) -> None
     pairs = [*PAIRS[:3], PreferencePair(PAIRS[3].chosen, make_example("number xxx", "red" * 500))]
     recipe = recipe_of(Objective.DPO, train={"too_long": "drop"})
     assert len(comparisons_of(tiny_base, pairs, recipe)) == 3
+
+
+def test_heldout_pairs_longer_than_training_pairs_may_be_are_measured(tiny_base: Path) -> None:
+    tokenizer, long = load_tokenizer(tiny_base), PreferencePair(make_example("n", "red" * 500), make_example("n", "b"))
+    assert len(tokenize_judged(tokenizer, [long], stop_tokens(tiny_base, tokenizer), {})) == 1
 
 
 def test_best_weights_are_kept_by_heldout_preference_loss(tiny_base: Path, tmp_path: Path) -> None:
