@@ -30,6 +30,7 @@ class Gpu:
     name: str
     memory: int
     free: int
+    uuid: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,7 @@ def visible_gpus(answer: str, visible: str | None) -> tuple[Gpu, ...]:
     for line in answer.splitlines():
         try:
             index, uuid, memory, free, name = (cell.strip() for cell in line.split(",", 4))
-            by_index[index] = by_uuid[uuid] = Gpu(name, int(memory) * MIB, int(free) * MIB)
+            by_index[index] = by_uuid[uuid] = Gpu(name, int(memory) * MIB, int(free) * MIB, uuid)
         except ValueError:  # a message instead of figures, or a figure that the driver does not know
             continue
     if visible is None:

@@ -109,3 +109,13 @@ def test_anyway_option_continues_past_the_memory_check(
     ended = svc("--home", tmp_path / "home", *command, recipe, "--anyway")
     assert ended.code == 5  # the folder has no weights
     assert "is missing model.safetensors" in ended.err
+
+
+def test_estimate_counts_the_devices_that_the_recipe_names(svc: Svc, tmp_path: Path, recipe: Path) -> None:
+    arguments = ("estimate", recipe, "--set", "train.devices=4", "--device", "here", "--device", "h200")
+    content = json.loads(svc("--home", tmp_path / "home", *arguments, "--json").out)
+    assert [(device["label"], device["count"]) for device in content["devices"]] == [
+        ("4 x this machine", 4),
+        ("4 x H200", 4),
+    ]
+    assert "those of each GPU" in svc("--home", tmp_path / "home", *arguments).out

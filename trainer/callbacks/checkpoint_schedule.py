@@ -39,9 +39,10 @@ class CheckpointSchedule(TrainerCallback):
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Request a checkpoint if one is due after this step."""
         every = self._due.every_steps
+        late = self._preemption.agreed(self._clock() - self._last >= 60 * self._due.every_minutes)
         if self._preemption.by is not None:
             control.should_save = control.should_training_stop = True
-        elif (every and state.global_step % every == 0) or self._clock() - self._last >= 60 * self._due.every_minutes:
+        elif late or (every and state.global_step % every == 0):
             control.should_save = True
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

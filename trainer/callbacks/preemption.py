@@ -10,10 +10,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import TypeVar
 
 from svc.terminal import console
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+Value = TypeVar("Value")
 
 
 class StepAbandoned(KeyboardInterrupt):
@@ -43,6 +45,10 @@ class Preemption:
             yield
         finally:
             self._interruptible = False
+
+    def agreed(self, value: Value) -> Value:
+        """Return a value on which all processes of the training run agree."""
+        return value
 
     def receive(self, by: signal.Signals) -> None:
         """Record a signal, and raise StepAbandoned if the current work is interruptible."""

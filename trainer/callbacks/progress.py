@@ -52,6 +52,8 @@ class TrainingProgress(TrainerCallback):
     def line(self) -> str:
         """Return the current progress as a log line."""
         elapsed = time.monotonic() - self._started
+        if self._last == 0:  # several devices first exchange the model
+            return f"Training: preparing, {elapsed:.0f} s so far"
         if self._step == self._before[0]:
             return f"Training: step {self._step + 1}/{self._last}, {elapsed:.0f} s so far"
         left = elapsed / (self._step - self._before[0]) * (self._last - self._step)

@@ -23,6 +23,7 @@ from svc.model_folder.weight_files import TOKENIZER_FILES
 from trainer.data.chat_template import IGNORED, tokenize_as_trained, tokenize_turns_of, training_row
 from trainer.data.length import truncate
 from trainer.recipe.sections import Objective, Recipe, TooLong, Train
+from trainer.training.devices import share_of
 
 CHARACTERS_A_TOKEN = 4.2
 _TURN = 5
@@ -154,6 +155,28 @@ def read_preference_workload(
         counted=counted,
         scored=scored / len(batches),
     )
+
+
+def shared_out(recipe: Recipe, workload: Workload, devices: int) -> tuple[Recipe, Workload]:
+    """Return the part of a run that one of several devices computes, as a recipe and its workload.
+
+    Raises:
+        RecipeError: a step cannot be divided among the devices.
+    """
+    if devices == 1:
+        return recipe, workload
+    train, share = recipe.train, share_of(recipe.train, devices)
+    batches = tuple(
+        batch.resized(math.ceil(batch.rows * share.batch_size / train.batch_size)) for batch in workload.batches
+    )
+    part = replace(
+        workload,
+        batches=batches,
+        repeats=workload.repeats * share.accumulation / train.gradient_accumulation,
+        largest=workload.largest.resized(share.batch_size),
+    )
+    sizes = {"batch_size": share.batch_size, "gradient_accumulation": share.accumulation}
+    return recipe.model_copy(update={"train": train.model_copy(update=sizes)}), part
 
 
 def unshared(workload: Workload) -> Workload:

@@ -9,7 +9,7 @@ and four in the backward pass, for each token paired with itself and every earli
 
 from trainer.estimate.batches import Batch, Workload
 from trainer.estimate.devices import ComputeDevice, training_kind
-from trainer.estimate.memory import Training
+from trainer.estimate.memory import FLOAT32, Training
 from trainer.recipe.sections import AdapterType
 
 _ADAM_BYTES = 28
@@ -23,6 +23,8 @@ times."""
 _LAUNCHES_S = 2e-3
 """Seconds needed to launch a layer's kernels, forward and backward: about 200 kernels at 10 microseconds
 each. On any fast GPU, launches determine the speed of a small model. Assumed, not measured."""
+_LINK = 2e10
+"""Bytes per second between two GPUs, of PCIe 4.0. Assumed, not measured; NVLink is faster."""
 _CALLS_S = 1e-2
 """Seconds that a CPU spends starting and stopping all its threads for a layer's operations, forward and
 backward: about 500 operations at 20 microseconds each, in a profile of SmolLM2-135M on two cores. A GPU
@@ -41,7 +43,12 @@ def training_seconds(training: Training, workload: Workload, device: ComputeDevi
     batches += len(workload.batches) * workload.scored / _PASSES
     passes = batches * _memory_traffic(training) / device.bandwidth
     update = _ADAM_BYTES * training.trained / device.bandwidth
-    multiplied = operations / device.effective_speed(training_kind(recipe)) + passes
+    speed = device.effective_speed(training_kind(recipe))
+    if training.cpu:
+        speed /= training.devices  # the processes share the cores
+    else:  # gradients are summed on a ring of GPUs
+        update += 2 * (training.devices - 1) / training.devices * FLOAT32 * training.trained / _LINK
+    multiplied = operations / speed + passes
     layers = batches * shape.layers
     computed = multiplied + layers * _CALLS_S if training.cpu else max(multiplied, layers * _LAUNCHES_S)
     return computed + updates * update

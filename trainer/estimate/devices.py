@@ -82,6 +82,8 @@ class ComputeDevice:
         dollars: price per hour, or None for this machine.
         ram: bytes of main memory that a process may use in addition to a GPU, or None if unknown, as for
             listed GPUs.
+        count: number of equal GPUs, or of processes on a CPU, that train together. Memory, speed and price are those
+            of one GPU.
     """
 
     name: str
@@ -94,6 +96,7 @@ class ComputeDevice:
     utilization: Mapping[Method, float]
     dollars: float | None = None
     ram: float | None = None
+    count: int = 1
 
     def effective_speed(self, kind: Method) -> float:
         """Return the operations per second that training actually reaches."""
@@ -174,7 +177,7 @@ def this_machine(capabilities: DeviceCapabilities, machine: Machine, home: Path)
     """Describe this machine as the device that `svc train` would use.
 
     Args:
-        machine: the machine's current state; training uses at most its first GPU.
+        machine: the machine's current state. The device is its first GPU.
         home: folder whose cache stores the measured speed.
     """
     number_type = capabilities.training_type

@@ -3,21 +3,22 @@ size, time and cost.
 
 Estimated memory was within a fifth of the measured memory. Estimated time was mostly within a third,
 less often with AMX (docs/estimate.md). A run is therefore rejected only if `least`, which no batch size
-reduces, exceeds the memory. Training uses only one GPU, so the estimate counts only one; additional GPUs
-help the engine alone.
+reduces, exceeds the memory. With several GPUs, memory is that of each one.
 """
 
+import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from trainer.estimate.batches import Batch, Workload, unshared
+from trainer.estimate.batches import Batch, Workload, shared_out, unshared
 from trainer.estimate.compute import training_seconds
 from trainer.estimate.devices import HERE, ComputeDevice
 from trainer.estimate.memory import Part, Training
 from trainer.estimate.model_shape import ModelShape
 from trainer.estimate.stages import EnginePart, StageMemory, engine_memory, stage_memory
 from trainer.recipe.sections import Recipe
+from trainer.training.devices import divide_step
 
 _MAX_BATCH = 1024
 """Largest batch size that an estimate considers."""
@@ -32,9 +33,9 @@ class DeviceEstimate:
         least: minimum bytes that a training step needs, whatever the batch.
         engine: bytes of the engine that serves the merged model, with one sequence of maximum length.
         stages: memory and disk space of each stage, including training.
-        largest_batch: largest batch size that fits, or 0 if not even one example fits.
+        largest_batch: largest batch size that fits on each device, or 0 if not even one example fits.
         seconds: time from the first training step to the last.
-        dollars: price of `seconds` of training, or None if the device has no price.
+        dollars: price of `seconds` of training on all devices, or None if the device has no price.
         checkpointing: whether gradient checkpointing is enabled.
     """
 
@@ -109,8 +110,13 @@ def estimate_recipe(
 def estimate_device(
     recipe: Recipe, shape: ModelShape, workload: Workload, device: ComputeDevice, served_length: int
 ) -> DeviceEstimate:
-    """Estimate a recipe on one device."""
-    training = Training(recipe, shape, device.cpu, device.number_type)
+    """Estimate a recipe on one device, or on several equal ones.
+
+    Raises:
+        RecipeError: a step cannot be divided among the devices.
+    """
+    recipe, workload = shared_out(recipe, workload, device.count)
+    training = Training(recipe, shape, device.cpu, device.number_type, device.count)
     workload = workload if training.shares_prompts else unshared(workload)
     seconds = training_seconds(training, workload, device)
     return DeviceEstimate(
@@ -121,14 +127,20 @@ def estimate_device(
         stages=stage_memory(training, workload, device, served_length),
         largest_batch=_largest_batch(training, workload, device.memory),
         seconds=seconds,
-        dollars=None if device.dollars is None else device.dollars * seconds / 3600,
+        dollars=None if device.dollars is None else device.count * device.dollars * seconds / 3600,
         checkpointing=training.checkpointing,
     )
 
 
 def memory_on(recipe: Recipe, shape: ModelShape, batch: Batch, device: ComputeDevice) -> float:
-    """Return the peak memory of training with the given batch, in bytes. Other stages are not included."""
-    training = Training(recipe, shape, device.cpu, device.number_type)
+    """Return the peak memory of training with the given batch, in bytes. Other stages are not included.
+
+    Args:
+        batch: a batch of the recipe, of which several devices each compute a part.
+    """
+    if share := divide_step(recipe.train, device.count):
+        batch = batch.resized(math.ceil(batch.rows * share.batch_size / recipe.train.batch_size))
+    training = Training(recipe, shape, device.cpu, device.number_type, device.count)
     return training.peak(batch if training.shares_prompts else replace(batch, shared=0))
 
 

@@ -61,13 +61,16 @@ class Training:
     device.
 
     Attributes:
+        recipe: recipe with the batches of one device.
         number_type: number type of the matrix products.
+        devices: number of devices that train together.
     """
 
     recipe: Recipe
     shape: ModelShape
     cpu: bool
     number_type: NumberType
+    devices: int = 1
 
     @property
     def full(self) -> bool:
@@ -131,14 +134,18 @@ class Training:
         return moment_bytes(optimizer) * self.shape.parameters if paged else 0.0
 
     def memory(self, batch: Batch) -> dict[Part, float]:
-        """Return the peak memory of a training step with the given batch, in bytes, keyed by what it is used for."""
+        """Return the peak memory of a training step with the given batch, in bytes, keyed by what it is used for.
+
+        Each device has its own memory, but processes on a CPU share it.
+        """
         recipe, shape = self.recipe, self.shape
         # AdaLoRA's allocator stores three averages of each weight's importance.
         means = 3 * FLOAT32 if recipe.adapter_type is AdapterType.ADALORA else 0
         parts = self._base()
         if not self.full:
             parts[Part.ADAPTER] = FLOAT32 * self.trained + self.size * self._shared_projections()
-        parts[Part.GRADIENTS] = FLOAT32 * self.trained
+        copies = 2 if self.devices > 1 else 1  # gradients are averaged in separate buffers
+        parts[Part.GRADIENTS] = copies * FLOAT32 * self.trained
         parts[Part.OPTIMIZER] = (moment_bytes(recipe.train.optimizer) + means) * self.trained - self.paged_bytes
         parts[Part.ACTIVATIONS] = self._activations(batch) * (_FRAGMENTS_CPU if self.cpu else _FRAGMENTS_GPU)
         if self.cpu or recipe.objective is not Objective.SFT:
@@ -147,7 +154,7 @@ class Training:
         else:
             parts[Part.LOGITS] = _TILE
         parts[Part.RUNTIME] = PROCESS + (_QUANTIZING if self.nf4 else 0) if self.cpu else _CUDA
-        return parts
+        return {part: size * (self.devices if self.cpu else 1) for part, size in parts.items()}
 
     def peak(self, batch: Batch) -> float:
         """Return the total peak memory of a training step with the given batch, in bytes."""

@@ -34,10 +34,12 @@ def refuse_memory(estimate: Estimate, machine: Machine) -> None:
     if here.least > whole:
         changes = advise(estimate.recipe, estimate.shape, estimate.workload, here.device)
         todo = f"set {as_text(changes)}" if changes else "use a smaller base or another machine: see `svc estimate`"
+        several = len(machine.gpus) > 1 and not here.device.cpu
+        each, copy = (" on each GPU", "; a model is not split among GPUs") if several else ("", "")
         raise InsufficientMemoryError(
-            f"weights, gradients and optimizer state need at least {here.least / 1e9:.1f} GB, but "
-            f"{here.device.label} has {whole / 1e9:.1f} GB: {(here.least - whole) / 1e9:.1f} GB short",
-            expected="enough memory for all of these; a smaller batch does not reduce this requirement",
+            f"weights, gradients and optimizer state need at least {here.least / 1e9:.1f} GB{each}, but "
+            f"{here.device.label} has {whole / 1e9:.1f} GB{each}: {(here.least - whole) / 1e9:.1f} GB short",
+            expected=f"enough memory for all of these; a smaller batch does not reduce this requirement{copy}",
             todo=f"{todo}; {_ANYWAY}",
         )
 

@@ -29,7 +29,9 @@ def print_estimate(estimate: Estimate) -> None:
         advice = [] if on_device.fits else [advice_text(estimate, on_device.device)]
         for text in (*advice, *lacking(on_device)):
             output.print(f"{on_device.device.label}: {text}")
-    output.print(f"Disk: {_size(estimate.disk)}, excluding the base. Time and cost cover only training, on one GPU.")
+    several = any(one.device.count > 1 for one in estimate.devices)
+    each = "Memory of GPUs and the largest batch are those of each GPU." if several else ""
+    output.print(f"Disk: {_size(estimate.disk)}, excluding the base. Time and cost cover only training. {each}".strip())
 
 
 def print_short(estimate: Estimate) -> None:
@@ -90,6 +92,7 @@ def _device_json(estimate: Estimate, on_device: DeviceEstimate) -> dict[str, Any
     return {
         "name": device.name,
         "label": device.label,
+        "count": device.count,
         "available": round(device.memory),
         "memory": round(on_device.memory),
         "parts": _rounded(on_device.parts),

@@ -139,7 +139,8 @@ def _train(training: Training, workload: Workload) -> tuple[Need, Need]:
     if training.nf4:  # tensor by tensor
         loaded = training.size * _largest_tensor(shape)
     disk = checkpoints + (written or _adapter(training))
-    peak = _computed(training, training.peak(workload.largest), PROCESS + loaded + training.paged_bytes, disk)
+    ram = training.devices * (PROCESS + loaded + training.paged_bytes)  # each process loads the model
+    peak = _computed(training, training.peak(workload.largest), ram, disk)
     return peak, _computed(training, training.least, 0.0, written)
 
 

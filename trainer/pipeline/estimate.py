@@ -4,19 +4,21 @@ measurements.
 
 from dataclasses import replace
 
+from svc.engine.device import read_capabilities
 from svc.engine.machine import read_machine
 from svc.errors import SvcError
 from svc.settings import Settings
 from svc.terminal import console
 from trainer.estimate.batches import read_preference_workload, read_workload
 from trainer.estimate.checkpointing import choose_checkpointing, with_checkpointing
-from trainer.estimate.devices import HERE, choose_devices
+from trainer.estimate.devices import HERE, ComputeDevice, choose_devices
 from trainer.estimate.estimate import DeviceEstimate, Estimate, estimate_recipe
 from trainer.estimate.model_shape import read_model_shape
 from trainer.estimate.refusal import refuse_disk, refuse_memory, refuse_stages
 from trainer.estimate.render import print_short
 from trainer.pipeline.examples import Examples
 from trainer.pipeline.find_base import find_config
+from trainer.pipeline.training_devices import find_devices
 from trainer.recipe.sections import Recipe
 from trainer.training.summary import TrainingSummary
 
@@ -27,7 +29,8 @@ def estimate_devices(recipe: Recipe, examples: Examples, settings: Settings, nam
     Raises:
         SvcError: a device is unknown, or the base's config or an example is invalid.
     """
-    devices = choose_devices(names, settings.home)  # first, so that a wrong name fails before anything is read
+    # First, so that a wrong name fails before anything is read.
+    devices = [_several(device, recipe, settings) for device in choose_devices(names, settings.home)]
     folder = find_config(recipe.base, settings, recipe.chat_template)
     shape = read_model_shape(folder, recipe.adapter.targets)
     if examples.judged:
@@ -35,6 +38,25 @@ def estimate_devices(recipe: Recipe, examples: Examples, settings: Settings, nam
     else:
         workload = read_workload(examples.train, recipe, folder)
     return estimate_recipe(recipe, shape, workload, devices, settings.engine.max_model_len)
+
+
+def _several(device: ComputeDevice, recipe: Recipe, settings: Settings) -> ComputeDevice:
+    """Return a device with the number of GPUs or processes that the recipe would train on.
+
+    Without `train.devices`, these are one of a listed device, and all free ones of this machine.
+    """
+    asked = recipe.train.devices
+    if device.name == HERE:
+        gpus = () if device.cpu else read_machine(gpus=True).gpus
+        gpu = None if device.cpu else read_capabilities(settings.home).gpu
+        chosen = find_devices(recipe, gpu.name if gpu else None, gpus).devices
+        count, free = len(chosen) or 1, [gpu.free for gpu in gpus if gpu.uuid in {one.uuid for one in chosen}]
+        device = replace(device, memory=float(min(free, default=0)) or device.memory)
+    else:
+        count = len(asked) if isinstance(asked, tuple) else asked or 1
+    if count == 1:
+        return device
+    return replace(device, count=count, label=f"{count} x {device.label}")
 
 
 def estimate_here(

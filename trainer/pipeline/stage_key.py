@@ -34,7 +34,7 @@ def stage_keys(recipe: Recipe, base: Base, examples: Examples) -> StageKeys:
 
     Data paths, the checkpoint interval and the held-out loss curve are excluded, because they do not affect
     the result. Only of a preference the held-out curve is included, because its examples must be scored by the
-    model before training.
+    model before training. Devices are excluded because they only affect rounding, so that a run can resume on others.
     """
     content = recipe.model_dump(mode="json")
     prefers = recipe.objective is not Objective.SFT
@@ -42,6 +42,7 @@ def stage_keys(recipe: Recipe, base: Base, examples: Examples) -> StageKeys:
     adapter = content["adapter"] | {"type": recipe.adapter_type}  # `method` only names this type and the quantization
     if not prefers:
         content["stopping"].pop("curve")
+    content["train"].pop("devices")
     training = [content[key] for key in ("chat_template_kwargs", "train", "stopping")]
     learnt = [adapter, recipe.base_quantization, *training]
     preference = [recipe.objective, content["preference"]] if prefers else []

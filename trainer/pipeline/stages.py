@@ -46,6 +46,7 @@ from trainer.pipeline.reports import Report, check_reports, open_reports
 from trainer.pipeline.run_folder import Run
 from trainer.pipeline.run_stages import Step, run_stages
 from trainer.pipeline.tracked_run import sending_curve, tracked_run
+from trainer.pipeline.training_devices import choose_training_devices
 from trainer.qualification import Launch
 from trainer.recipe.sections import Recipe
 from trainer.recipe.stage import Stage, choose_stages
@@ -161,6 +162,7 @@ class Pipeline:
     def _train(self) -> TrainingSummary:
         check_base(self.base.folder, self.recipe, self.capabilities, self.settings.engine)
         say_number_types(self.capabilities, self.settings.engine, self.recipe.formats)
+        devices = choose_training_devices(self.recipe, self.capabilities)
         served_length = None
         if {Format.MERGED, Format.GPTQ} & set(self.recipe.formats):
             judge_endpoint(self.recipe.judge)
@@ -189,6 +191,7 @@ class Pipeline:
                 report,
                 number_type=self.capabilities.training_type,
                 on_checkpoint=shared.send if shared else None,
+                devices=devices,
             )
         if self.expected is not None:
             summary = compare_with_real(self.expected, summary)

@@ -296,6 +296,15 @@ class Optimizer(StrEnum):
         return self in (Optimizer.PAGED_ADAMW, Optimizer.PAGED_ADAMW_8BIT)
 
 
+Devices = Annotated[
+    Annotated[int, Field(ge=1)] | Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)],
+    WithJsonSchema(
+        {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "array", "items": {"type": "integer"}, "minItems": 1}]}
+    ),
+]
+"""Number of devices, or the indices of GPUs."""
+
+
 class Train(_Section):
     """Training settings: optimizer, learning rate, batches and lengths."""
 
@@ -313,8 +322,13 @@ class Train(_Section):
     """number of passes over the training examples"""
     steps: Annotated[int, Field(ge=1)] | None = None
     """number of steps; overrides `epochs`"""
+    devices: Devices | None = None
+    """GPUs of this machine to train on: a number, or a list of their indices. They divide the examples of each step
+    among them; default: all that are free and equal; on a CPU a number of processes, useful only for testing; see
+    [training](training.md#several-gpus)"""
     batch_size: int = Field(16, ge=1)
-    """number of examples per batch and device"""
+    """number of examples per batch; the examples of a step are batch_size x gradient_accumulation, on any number of
+    devices"""
     gradient_accumulation: int = Field(1, ge=1)
     """batches per optimizer step; accumulating batches needs less memory than a larger batch"""
     weight_decay: float = Field(0.0, ge=0)
@@ -335,6 +349,13 @@ class Train(_Section):
     """strength of the noise added to the embeddings (Jain et al. 2023), usually 5; default: no noise"""
     seed: int = Field(0, ge=0, lt=2**32)
     """seed for the order of the examples and the adapter's initial weights"""
+
+    @field_validator("devices")
+    @classmethod
+    def _lists_devices_once(cls, devices: int | tuple[int, ...] | None) -> int | tuple[int, ...] | None:
+        if isinstance(devices, tuple) and len(set(devices)) < len(devices):
+            raise ValueError("train.devices lists a device twice")
+        return devices
 
 
 class Stopping(_Section):
@@ -526,7 +547,9 @@ class Sweep(_Section):
     @field_validator("space")
     @classmethod
     def _has_keys(cls, space: dict[str, Any] | None) -> dict[str, Any] | None:
-        known = [f"train.{key}" for key in Train.model_fields] + [f"adapter.{key}" for key in Adapter.model_fields]
+        # Trials train on one device.
+        known = [f"train.{key}" for key in Train.model_fields if key != "devices"]
+        known += [f"adapter.{key}" for key in Adapter.model_fields]
         for key in space or ():
             if key not in known:
                 raise ValueError(f"unknown key {key!r}{suggest(key, known)}; expected keys of train and adapter")
@@ -659,6 +682,7 @@ class Recipe(_Section):
             return self
         reasons = {
             "train.packing": self.train.packing and "answers are compared in separate rows",
+            "train.devices": self.train.devices not in (None, 1) and "a preference is learnt on one device",
             "train.neftune_alpha": self.train.neftune_alpha and "its noise would change the compared likelihoods",
             "adapter.dropout": self.adapter.dropout and "it would change the compared likelihoods at random",
             "train.too_long: truncate": self.train.too_long is TooLong.TRUNCATE
@@ -676,7 +700,8 @@ class Recipe(_Section):
 
         An unset learning rate is given as None, because its default depends on the base (`with_learning_rate`).
         """
-        sections = self.model_dump(mode="json", exclude={"checkpoints", "data", "judge", "report_to", "sweep"})
+        others = dict.fromkeys(("checkpoints", "data", "judge", "report_to", "sweep"), True)
+        sections = self.model_dump(mode="json", exclude=others | {"train": {"devices"}})
         used = _PREFERENCE_KEYS[self.objective]
         sections["preference"] = {key: value for key, value in sections["preference"].items() if key in used}
         chosen: dict[str, Any] = {}

@@ -9,6 +9,7 @@ from trl.trainer.sft_config import SFTConfig
 from svc.engine.device import NumberType
 from trainer.model.acceleration import Acceleration, choose_acceleration, machine_facts
 from trainer.recipe.sections import Recipe, Train
+from trainer.training.devices import share_of
 from trainer.training.optimizer import check_optimizer, choose_optimizer
 
 
@@ -31,18 +32,26 @@ def checkpoints_layers(train: Train) -> bool:
 
 
 def training_arguments(
-    recipe: Recipe, learning_rate: float, out: Path, acceleration: Acceleration, steps: int, number_type: NumberType
+    recipe: Recipe,
+    learning_rate: float,
+    out: Path,
+    acceleration: Acceleration,
+    steps: int,
+    number_type: NumberType,
+    devices: int = 1,
 ) -> SFTConfig:
     """Build the arguments of TRL's trainer.
 
     Args:
         learning_rate: peak learning rate.
         steps: number of steps in the full run.
+        devices: number of devices, among which the examples of a step are divided.
 
     Raises:
-        RecipeError: the optimizer does not work on this machine.
+        RecipeError: the optimizer does not work on this machine, or a step cannot be divided among the devices.
     """
     train, accelerated = recipe.train, torch.accelerator.is_available()
+    share = share_of(train, devices)
     check_optimizer(train.optimizer, cuda=torch.cuda.is_available())
     scaled = number_type is NumberType.FLOAT16
     arguments = SFTConfig(
@@ -52,8 +61,9 @@ def training_arguments(
         warmup_steps=round(train.warmup_ratio * steps),  # rounded up, a run of one step would be all warmup
         num_train_epochs=train.epochs,
         max_steps=train.steps or -1,
-        per_device_train_batch_size=train.batch_size,
-        gradient_accumulation_steps=train.gradient_accumulation,
+        per_device_train_batch_size=share.batch_size,
+        gradient_accumulation_steps=share.accumulation,
+        ddp_find_unused_parameters=False,
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
         neftune_noise_alpha=train.neftune_alpha,

@@ -21,12 +21,14 @@ from trainer.callbacks.loss_log import LossReport, Report
 from trainer.callbacks.preemption import Preemption
 from trainer.model.acceleration import Acceleration
 from trainer.model.adalora import RankAllocation
-from trainer.model.config import read_width
+from trainer.model.config import load_config, read_width
+from trainer.model.experts import count_experts
 from trainer.model.load import ModelForm, load_model
 from trainer.model.peft_config import add_adapter
 from trainer.recipe.sections import AdapterType, Recipe, Train
 from trainer.training.arguments import count_steps, training_arguments
 from trainer.training.checkpoints import CheckpointFolder
+from trainer.training.device_group import ALONE, DeviceGroup
 from trainer.training.mechanisms import MechanismCheck
 from trainer.training.trainer import ResumableTrainer
 
@@ -62,6 +64,7 @@ def assemble_trainer(
     curve: HeldoutCurve | None = None,
     load: Callable[[Path, ModelForm], PreTrainedModel] = load_model,
     make: Callable[..., ResumableTrainer] = ResumableTrainer,
+    group: DeviceGroup = ALONE,
 ) -> ResumableTrainer:
     """Assemble the trainer for a run. Trained weights are kept in float32, because Adam's small steps vanish in 16
     bits.
@@ -71,6 +74,7 @@ def assemble_trainer(
             `rows.heldout`.
         load: function that loads the base's weights.
         make: class of the trainer.
+        group: the processes that train together.
     """
     set_seed(recipe.train.seed)
     form = ModelForm(number_type, recipe.base_quantization, recipe.adapter_type is None, acceleration.attention)
@@ -84,6 +88,9 @@ def assemble_trainer(
     elif curve is None:
         curve = HeldoutCurve.affordable(rows.heldout, _trained_tokens(rows, steps, recipe.train), steps)
     measured, schedule = curve.rows, curve.schedule
+    arguments = training_arguments(recipe, learning_rate, out, acceleration, steps, number_type, group.size)
+    if count_experts(load_config(base).get_text_config()):  # a batch may use only some of them
+        arguments.ddp_find_unused_parameters = True
     trainer = make(
         checkpoints=checkpoints,
         number_type=number_type,
@@ -91,8 +98,9 @@ def assemble_trainer(
         heldout_schedule=schedule if measured else None,
         allocation=RankAllocation(model) if recipe.adapter_type is AdapterType.ADALORA else None,
         preemption=asked,
+        group=group,
         model=model,
-        args=training_arguments(recipe, learning_rate, out, acceleration, steps, number_type),
+        args=arguments,
         data_collator=rows.collator,
         train_dataset=rows.dataset,
         processing_class=tokenizer,
@@ -100,6 +108,8 @@ def assemble_trainer(
     for weight in trainer.model.parameters():
         if weight.requires_grad:  # TRL puts the adapter of a 4-bit model in bf16
             weight.data = weight.data.to(torch.float32)
+    if group.rank > 0:  # else all devices would draw the same dropout masks
+        set_seed((recipe.train.seed + group.rank) % 2**32)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(MechanismCheck(trainer, acceleration, recipe, number_type))
     trainer.add_callback(DivergenceWatch(learning_rate))

@@ -6,7 +6,7 @@ loss already scores only answer positions, and is used if its logits match those
 added to the trainer's state, so checkpoints can be resumed unchanged. Imports torch and TRL.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from peft import PeftModel
 from peft.tuners.adalora import AdaLoraModel
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
@@ -71,10 +72,17 @@ class AnswerTrainer(SFTTrainer):
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             loss, outputs = result if return_outputs else (result, None)
         else:
-            answer_tokens = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+            answer_tokens = num_items_in_batch
+            if answer_tokens is None:
+                answer_tokens = self.accelerator.gather((labels != IGNORED).sum()).sum()
             # NEFTune's noise is scaled by the length of the sequence that the model gets.
             share = self.args.neftune_noise_alpha is None
-            loss = answer_loss(model, input_ids, labels, positions, share_prefix=share) / answer_tokens
+
+            def summed() -> Tensor:
+                return answer_loss(self.model, input_ids, labels, positions, share_prefix=share)
+
+            # Tokens are counted on all devices, and gradients are averaged over the devices.
+            loss = as_forward_pass(model, summed, input_ids) * self.accelerator.num_processes / answer_tokens
         loss = self.finished(loss, accumulated=num_items_in_batch is not None)
         return (loss, outputs) if return_outputs else loss
 
@@ -97,6 +105,39 @@ class AnswerTrainer(SFTTrainer):
                 first_in_float16=self.args.fp16 and self.state.global_step == 0,
             )
         return loss
+
+
+def as_forward_pass(model: torch.nn.Module, work: Callable[[], Tensor], inputs: Tensor) -> Tensor:
+    """Call a function that computes the loss. If the model is wrapped for several devices, the call counts as the
+    wrapper's forward pass.
+
+    The wrapper averages the gradients of whatever its forward pass returns. The loss calls the wrapped model several
+    times and reads hidden states inside it, none of which may pass through the wrapper.
+
+    Args:
+        work: function that calls the wrapped model directly.
+        inputs: any input of the forward pass, which the wrapper expects and `work` does not use.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        return work()
+    wrapped = model.module
+    before = vars(wrapped).get("forward")
+
+    def restore() -> None:
+        vars(wrapped).pop("forward", None)
+        if before is not None:
+            wrapped.forward = before
+
+    def forward(*ignored: Any) -> Tensor:
+        restore()
+        return work()
+
+    wrapped.forward = forward
+    try:
+        loss: Tensor = model(inputs)
+    finally:
+        restore()
+    return loss
 
 
 def fused_head_is_right(model: PreTrainedModel | PeftModel) -> bool:

@@ -43,6 +43,16 @@ from trainer.model.rounding import round_to_bfloat16
 from trainer.recipe.sections import Recipe, Stopping
 from trainer.training.assembly import TrainerRows, assemble_trainer
 from trainer.training.checkpoints import CheckpointFolder
+from trainer.training.device_group import (
+    ALONE,
+    Caller,
+    DeviceGroup,
+    GroupCheckpoints,
+    GroupPreemption,
+    devices_of,
+)
+from trainer.training.device_processes import Place, run_on_devices
+from trainer.training.devices import TrainingDevice
 from trainer.training.out_of_memory import advising_on_memory
 from trainer.training.preference import build_preference_trainer
 from trainer.training.summary import TrainingData, TrainingSummary
@@ -61,6 +71,7 @@ def train_model(
     *,
     number_type: NumberType,
     on_checkpoint: Callable[[Path], None] | None = None,
+    devices: Sequence[TrainingDevice] = (),
 ) -> TrainingSummary:
     """Train an adapter or the complete model, depending on the recipe, and write it to `out` together with the
     tokenizer's files.
@@ -77,6 +88,7 @@ def train_model(
         report: callback for the loss curve.
         number_type: number type of the matrix products. Trained weights are always in float32.
         on_checkpoint: called with the path of each new checkpoint.
+        devices: devices to train on, each in a process of its own. By default, this process trains alone.
 
     Raises:
         DataError: an example is longer than `train.max_length` or than the engine accepts, is rejected by
@@ -104,6 +116,14 @@ def train_model(
     if data.served_length is not None:
         longest = [max(rows, key=lambda row: len(row.input_ids)) for rows in examples]
         check_served_length(longest, data.served_length, "training")
+    if devices:
+        functions: dict[str, Callable[..., object]]
+        functions = {"report": report or _ignore, "on_checkpoint": on_checkpoint or _ignore}
+        arguments = (base, examples, rows, recipe, out, checkpoints, number_type)
+        summaries: list[TrainingSummary] = run_on_devices(devices, _train_in, arguments, functions)
+        peaks = [summary.peak_memory or 0 for summary in summaries]
+        peak_memory = max(peaks) if torch.cuda.is_available() else sum(peaks)
+        return replace(summaries[0], peak_memory=peak_memory, devices=len(devices))
     with advising_on_memory(recipe):
         with preemption() as asked:
             with asked.interruptible(), waiting("Loading the base model"), library_output_to_log():
@@ -113,6 +133,39 @@ def train_model(
         # A signal ends the process from here on: the next run writes the weights from the last checkpoint.
         save_model(trainer, tokenizer, out, full=recipe.adapter_type is None)
     return summarize(trainer, seconds, kept_best=recipe.stopping.keep_best)
+
+
+def _train_in(
+    place: Place,
+    base: Path,
+    examples: Sequence[Sequence[TokenizedExample]],
+    heldout: Sequence[TokenizedExample],
+    recipe: Recipe,
+    out: Path,
+    checkpoints: Path,
+    number_type: NumberType,
+) -> TrainingSummary:
+    """Train in one of several processes. The first one reports the losses and writes the result."""
+    with DeviceGroup.joined(place) as group, advising_on_memory(recipe):
+        asked = GroupPreemption(group)
+        caller = Caller(place, asked)
+        folder = GroupCheckpoints(group, checkpoints, recipe.checkpoints.keep, partial(caller.call, "on_checkpoint"))
+        report = partial(caller.call, "report") if group.rank == 0 else None
+        tokenizer = load_tokenizer(base)
+        with waiting("Loading the base model"), library_output_to_log():
+            trainer = build_trainer(
+                base, tokenizer, examples, heldout, recipe, out, folder, report, asked, number_type, group=group
+            )
+        if group.rank == 0:
+            caller.listen()
+        seconds = run_trainer(trainer, recipe.stopping, asked, number_type)
+        if group.rank == 0:
+            save_model(trainer, tokenizer, out, full=recipe.adapter_type is None)
+        return summarize(trainer, seconds, kept_best=recipe.stopping.keep_best)
+
+
+def _ignore(*arguments: object) -> None:
+    """Accept a report that nobody has asked for."""
 
 
 def run_trainer(trainer: ResumableTrainer, stopping: Stopping, asked: Preemption, number_type: NumberType) -> float:
@@ -139,6 +192,11 @@ def run_trainer(trainer: ResumableTrainer, stopping: Stopping, asked: Preemption
             console.print(
                 f"  converted at step {state.global_step} from {before} to {number_type}, this machine's number type: "
                 "the result differs in rounding from that of an uninterrupted run"
+            )
+        if newest is not None and (earlier := devices_of(newest)) != trainer.group.size:
+            console.print(
+                f"  converted at step {state.global_step} from {earlier} to {trainer.group.size} devices: the result "
+                "differs in rounding and random numbers from that of an uninterrupted run"
             )
         try:
             if newest is None:
@@ -209,6 +267,7 @@ def build_trainer(
     *,
     curve: HeldoutCurve | None = None,
     load: Callable[[Path, ModelForm], PreTrainedModel] = load_model,
+    group: DeviceGroup = ALONE,
 ) -> ResumableTrainer:
     """Build the trainer for a run.
 
@@ -219,6 +278,7 @@ def build_trainer(
         curve: other examples to measure during training, and the steps at which to do so, or None to use
             `heldout`.
         load: function that loads the base's weights.
+        group: processes that train this model, one on each device.
     """
     flash, liger = takes_flash_attention(base), takes_liger_kernels(base)
     acceleration = choose_acceleration(machine_facts(), flash=flash, liger=liger)
@@ -234,7 +294,7 @@ def build_trainer(
     tokens = sum(len(row.input_ids) for row in rows)
     learnt = TrainerRows(dataset, collator, tokens, [training_row(row) for row in heldout])
     parts = (base, tokenizer, learnt, recipe, out, checkpoints, report, asked, number_type, acceleration)
-    return assemble_trainer(*parts, curve=curve, load=load)
+    return assemble_trainer(*parts, curve=curve, load=load, group=group)
 
 
 def save_model(trainer: ResumableTrainer, tokenizer: PreTrainedTokenizerBase, out: Path, *, full: bool) -> None:

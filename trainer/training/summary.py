@@ -19,7 +19,9 @@ class TrainingSummary:
         seconds: time spent on training steps in the process that finished the run, without loading.
         best_step: the step whose weights were kept as the best, or None if the last weights were kept.
         points: one point per step, with held-out loss if it was measured.
-        peak_memory: peak memory in bytes until the end of training: of the GPU or, on a CPU, of the process.
+        peak_memory: peak memory in bytes until the end of training: of the GPU or, on a CPU, of the process. With
+            several devices, that of the GPU with the largest, or of all processes on a CPU.
+        devices: number of devices.
         estimated_memory, estimated_seconds: the estimates made before the run.
     """
 
@@ -30,6 +32,7 @@ class TrainingSummary:
     best_step: int | None = None
     points: tuple[TrainingPoint, ...] = ()
     peak_memory: int | None = None
+    devices: int = 1
     estimated_memory: float | None = None
     estimated_seconds: float | None = None
 

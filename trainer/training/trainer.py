@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset, concatenate_datasets
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from svc.engine.device import NumberType
@@ -28,9 +30,11 @@ from trainer.callbacks.heldout_schedule import HeldoutSchedule
 from trainer.callbacks.loss_log import HELDOUT_EACH, HELDOUT_LOSS, HELDOUT_SET, LOSS, TOKENS_PER_SECOND
 from trainer.callbacks.preemption import Preemption
 from trainer.data.chat_template import IGNORED
+from trainer.data.device_batches import DeviceBatches
 from trainer.data.length_grouped_sampler import LengthGroupedSampler
 from trainer.model.adalora import RankAllocation
 from trainer.training.checkpoints import CheckpointFolder
+from trainer.training.device_group import ALONE, DeviceGroup, devices_of
 from trainer.training.loss import AnswerTrainer, answer_token_losses
 
 _WEIGHTS, _STATE = "weights.safetensors", "trainer_state.json"
@@ -49,6 +53,7 @@ class ResumableTrainer(AnswerTrainer):
         allocation: AdaLoRA's rank allocation, whose state is part of a checkpoint.
         preemption: source of the signals that interrupt a step or a measurement of held-out loss in the
             middle.
+        group: processes that train this model, one on each device.
     """
 
     def __init__(
@@ -60,8 +65,10 @@ class ResumableTrainer(AnswerTrainer):
         heldout_schedule: HeldoutSchedule | None = None,
         allocation: RankAllocation | None = None,
         preemption: Preemption | None = None,
+        group: DeviceGroup = ALONE,
         **options: Any,
     ) -> None:
+        self.group = group
         super().__init__(**options)
         self._preemption = preemption or Preemption()
         self._step_start, self._saved_step = _StepStart(), 0
@@ -81,8 +88,11 @@ class ResumableTrainer(AnswerTrainer):
 
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
         """Return the mean loss of the held-out rows, in nats per token. No random numbers are drawn."""
-        with self._preemption.interruptible():
-            sums = self.loss_sums(self._heldout)
+        sums: list[float] = []
+        size = self.args.per_device_train_batch_size * self.group.size
+        for start in range(0, len(self._heldout), size):
+            with self._preemption.interruptible():
+                sums += self.group.map(self.loss_sums, self._heldout[start : start + size])
         weights = [self.weight(row) for row in self._heldout]
         figures = {HELDOUT_LOSS: sum(sums) / sum(weights)}
         self.log(figures)
@@ -185,18 +195,19 @@ class ResumableTrainer(AnswerTrainer):
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         self.check_finite()
         with self.checkpoints.writing(self.state.global_step, best_step(self.state)) as folder:
-            save_file(
-                {name: weight.detach().contiguous() for name, weight in self._trained().items()},
-                folder / _WEIGHTS,
-                {_NUMBER_TYPE: self._number_type},
-            )
-            self._save_optimizer_and_scheduler(str(folder))
-            self._save_scaler(str(folder))  # only in float16
-            self._save_rng_state(str(folder))
-            if self._allocation is not None:
-                self._allocation.save(folder)
-            self._save_more(folder)
-            self.state.save_to_json(str(folder / _STATE))
+            self._save_rng_state(str(folder))  # on each device
+            if self.args.should_save:  # on the first device; the others have the same
+                save_file(
+                    {name: weight.detach().contiguous() for name, weight in self._trained().items()},
+                    folder / _WEIGHTS,
+                    {_NUMBER_TYPE: self._number_type},
+                )
+                self._save_optimizer_and_scheduler(str(folder))
+                self._save_scaler(str(folder))  # only in float16
+                if self._allocation is not None:
+                    self._allocation.save(folder)
+                self._save_more(folder)
+                self.state.save_to_json(str(folder / _STATE))
         self._saved_step = self.state.global_step
 
     def _save_more(self, folder: Path) -> None:
@@ -205,22 +216,60 @@ class ResumableTrainer(AnswerTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         self.load_weights(Path(resume_from_checkpoint))
 
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Load this device's random number state from a checkpoint, unless it was trained on another number of
+        devices.
+        """
+        if checkpoint is not None and devices_of(Path(checkpoint)) == self.group.size:
+            super()._load_rng_state(checkpoint)
+
     def _load_scaler(self, checkpoint: str | None) -> None:
         """Load the loss scale from a checkpoint, unless this process does not scale the loss."""
         if self.accelerator.scaler is not None:
             super()._load_scaler(checkpoint)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
-        step = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(self._row_lengths(), step, self.args.seed)
+        return LengthGroupedSampler(self._row_lengths(), self._step_size, self.args.seed)
 
     def _row_lengths(self) -> list[int]:
         return [len(ids) for ids in self.train_dataset["input_ids"]]
+
+    @property
+    def _step_size(self) -> int:
+        """Number of examples in an optimizer step, on all devices together."""
+        return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.group.size
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the batches of this device."""
+        if self.group.size == 1:
+            return super().get_train_dataloader()
+        order, batch = self._get_train_sampler(), self.args.train_batch_size
+        batches = DeviceBatches(order, self._step_size, batch, self.group.rank, self.group.size)
+        rows = self._remove_unused_columns(self.train_dataset, description="training")
+        if batches.needs_filler:
+            rows = concatenate_datasets([rows, _filler(rows)])
+        return DataLoader(
+            rows,
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
+    def _prepare_for_training(self, *args: Any, **options: Any) -> Any:
+        model, batches = super()._prepare_for_training(*args, **options)
+        self.group.check(self.accelerator, model)
+        return model, batches
 
 
 def answer_tokens(row: dict[str, Any]) -> int:
     """Return the number of tokens in a row that are trained on or evaluated."""
     return sum(label != IGNORED for label in row["labels"])
+
+
+def _filler(rows: Dataset) -> Dataset:
+    """Return a row of two tokens in the same form, neither of which is learnt."""
+    row = {"input_ids": rows[0]["input_ids"][:2], "labels": [IGNORED] * 2, "seq_lengths": [2]}
+    return Dataset.from_list([{name: row[name] for name in rows.column_names}], features=rows.features)
 
 
 class NoStepLeftError(Exception):

@@ -1,7 +1,7 @@
 """Trains only to measure held-out loss, without merging or serving anything. Imports torch and TRL.
 
-A trial gives bit for bit the same result as `train_model` with the same recipe, even after other
-training runs in the same process.
+A trial trains on one device, and gives bit for bit the same result as `train_model` does there with the same
+recipe, even after other training runs in the same process.
 """
 
 from collections.abc import Iterator, Sequence

@@ -132,7 +132,9 @@ def test_gpus_are_read_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "answer").write_text(ANSWER)
     monkeypatch.setattr(machine, "_QUERY", ["cat", str(tmp_path / "answer")])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
-    assert read_machine(gpus=True).gpus == (Gpu("NVIDIA A100-SXM4-40GB", 40960 * MIB, 40000 * MIB),)
+    assert read_machine(gpus=True).gpus == (
+        Gpu("NVIDIA A100-SXM4-40GB", 40960 * MIB, 40000 * MIB, "GPU-cccc3333-0000"),
+    )
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 
 from svc.engine.device import NumberType
+from svc.errors import RecipeError
 from tests.trainer.conftest import make_recipe
-from tests.trainer.estimate.configs import even_workload, published
+from tests.trainer.estimate.configs import cpu_device, even_workload, published
 from trainer.estimate.advice import advise, as_text
 from trainer.estimate.devices import read_devices
 from trainer.estimate.estimate import DeviceEstimate, estimate_device, memory_on
+from trainer.estimate.memory import Part
 from trainer.estimate.stages import EnginePart, engine_memory
 from trainer.recipe.sections import Recipe
 
@@ -161,3 +163,55 @@ def test_adapter_is_proposed_without_changing_the_optimizer() -> None:
     recipe = make_recipe(method="full", train={"batch_size": 1})
     changes = advise(recipe, published("llama-3.1-8b"), even_workload(100, 512, recipe), DEVICES["rtx-4090"])
     assert changes == {"method": "lora"}
+
+
+def several(name: str, count: int, recipe: Recipe) -> DeviceEstimate:
+    device = replace(DEVICES["a100-80"], count=count)
+    return estimate_device(recipe, published(name), even_workload(1000, 1024, recipe), device, 4096)
+
+
+@pytest.mark.parametrize("sizes", [{"batch_size": 4, "gradient_accumulation": 4}, {"batch_size": 16}], ids=str)
+def test_several_devices_take_nearly_the_inverse_share_of_the_time(sizes: dict[str, int]) -> None:
+    one, four = (several("llama-2-7b", count, make_recipe(train=sizes)) for count in (1, 4))
+    assert one.dollars
+    assert four.dollars
+    assert 3.5 < one.seconds / four.seconds < 4
+    assert four.dollars == pytest.approx(one.dollars * 4 * four.seconds / one.seconds)
+
+
+def test_each_device_holds_a_copy_of_the_model_and_twice_the_gradients() -> None:
+    recipe = make_recipe(method="full", train={"batch_size": 1, "gradient_accumulation": 4})
+    one, four = (several("llama-2-7b", count, recipe) for count in (1, 4))
+    changed = {part for part in Part if one.parts.get(part, 0) != four.parts.get(part, 0)}
+    assert changed == {Part.GRADIENTS}
+    assert four.parts[Part.GRADIENTS] == 2 * one.parts[Part.GRADIENTS]
+    assert four.least - one.least == one.parts[Part.GRADIENTS]
+
+
+def test_devices_need_less_memory_when_they_divide_a_batch() -> None:
+    one, four = (several("llama-2-7b", count, make_recipe(train={"batch_size": 16})) for count in (1, 4))
+    assert four.parts[Part.ACTIVATIONS] == pytest.approx(one.parts[Part.ACTIVATIONS] / 4, rel=0.05)
+
+
+def test_processes_on_a_cpu_share_its_memory_and_speed() -> None:
+    recipe = make_recipe(train={"batch_size": 4, "gradient_accumulation": 2})
+    one, two = (
+        estimate_device(
+            recipe, published("llama-2-7b"), even_workload(100, 256, recipe), replace(cpu_device(), count=count), 4096
+        )
+        for count in (1, 2)
+    )
+    assert two.memory > 2 * one.memory
+    assert two.seconds == pytest.approx(one.seconds, rel=0.01)
+
+
+def test_estimate_is_refused_when_a_step_cannot_be_divided() -> None:
+    with pytest.raises(RecipeError, match="16 x 1 examples cannot be divided among 3 devices"):
+        several("llama-2-7b", 3, make_recipe())
+
+
+def test_advice_fits_each_of_several_devices() -> None:
+    recipe, shape, device = make_recipe(train={"batch_size": 64}), published("llama-2-7b"), DEVICES["a100-40"]
+    workload = even_workload(1000, 1024, recipe)
+    assert advise(recipe, shape, workload, device)
+    assert advise(recipe, shape, workload, replace(device, count=16)) == {}

@@ -109,3 +109,15 @@ def test_disk_refusal_names_the_stage_that_would_fill_the_disk(tmp_path: Path, m
     set_free(monkeypatch, 14e9)  # the merged model takes 13.5 GB
     with pytest.raises(DiskSpaceError, match="stage quantize would fill the disk"):
         refuse_disk(estimated("qlora"), tmp_path)
+
+
+def test_model_that_does_not_fit_on_one_of_several_gpus_is_refused_with_the_reason() -> None:
+    recipe = make_recipe(method="full", train={"devices": 2})
+    gpu = replace(read_devices()["rtx-4090"], name=HERE, label="2 x RTX 4090", count=2)
+    estimate = estimate_recipe(recipe, published("llama-2-7b"), even_workload(100, 1024, recipe), [gpu], 4096)
+    two = Machine((0,), None, int(1e12), 0, gpus=(Gpu("RTX 4090", 24 * 2**30, 24 * 2**30),) * 2)
+    with pytest.raises(
+        InsufficientMemoryError, match=r"GB on each GPU, but 2 x RTX 4090 has 25\.8 GB on each GPU"
+    ) as caught:
+        refuse_memory(estimate, two)
+    assert "a model is not split among GPUs" in caught.value.expected

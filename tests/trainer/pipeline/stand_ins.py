@@ -1,6 +1,6 @@
 """Provides stand-ins for the stages that need a real model, and the examples of a recipe."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from trainer.parity.report import Made
 from trainer.pipeline.stages import Pipeline
 from trainer.recipe.sections import Method, Recipe
 from trainer.recipe.stage import Stage
+from trainer.training.devices import TrainingDevice
 from trainer.training.summary import TrainingSummary
 
 TRAIN = tuple(make_example(f"q {number}", "yes") for number in range(3))
@@ -43,6 +44,7 @@ class Stages:
         broken: stages that are interrupted halfway.
         number_types: number types with which stages were called.
         recipes: recipes with which models were trained.
+        devices: number of devices of each training, or 0 for this process alone.
         compared: formats compared in each parity report.
         unequal: parity checks that fail.
     """
@@ -51,6 +53,7 @@ class Stages:
     broken: set[Stage] = field(default_factory=set)
     number_types: list[NumberType] = field(default_factory=list)
     recipes: list[Recipe] = field(default_factory=list)
+    devices: list[int] = field(default_factory=list)
     compared: list[list[Format]] = field(default_factory=list)
     unequal: list[str] = field(default_factory=list)
 
@@ -65,8 +68,10 @@ class Stages:
         *,
         number_type: NumberType,
         on_checkpoint: Callable[[Path], None] | None = None,
+        devices: Sequence[TrainingDevice] = (),
     ) -> Any:
         """Write an adapter or a trained model."""
+        self.devices.append(len(devices))
         self.number_types.append(number_type)
         self.recipes.append(recipe)
         self._run(Stage.TRAIN, out)

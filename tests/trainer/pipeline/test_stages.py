@@ -8,6 +8,7 @@ import pytest
 
 from svc.dataset.schema.example import parse_example
 from svc.engine.device import DeviceCapabilities, NumberType
+from svc.engine.machine import Gpu, Machine
 from svc.errors import BusyError, DataError, EngineError, InterruptedRunError, RecipeError, SettingsError
 from svc.files.lock import hold_lock
 from svc.registry.objects import ObjectStore
@@ -16,11 +17,12 @@ from svc.registry.training_runs import find_training_runs
 from svc.settings import ArtifactSettings, Device, EngineSettings, GptqKernel
 from svc.version import Format, VersionId
 from tests.serving.engine_double import tokenized
-from tests.svc.engine.devices import AVX2, AVX512
+from tests.svc.engine.devices import AVX2, AVX512, HOPPER
 from tests.trainer.engines import Engines
 from tests.trainer.estimate.configs import cpu_device, even_workload, published
 from tests.trainer.pipeline.stand_ins import Make, Stages
 from trainer.estimate.estimate import estimate_device
+from trainer.pipeline import training_devices
 from trainer.pipeline.run_folder import Run
 from trainer.pipeline.stages import Pipeline
 from trainer.recipe.stage import Stage
@@ -29,6 +31,8 @@ from trainer.training.shared_checkpoints import SharedCheckpoints
 
 pytestmark = pytest.mark.slow
 
+GPU = "NVIDIA H100 80GB HBM3"
+
 
 @pytest.mark.parametrize(("capabilities", "number_type"), [(AVX512, NumberType.BFLOAT16), (AVX2, NumberType.FLOAT32)])
 def test_training_and_quantization_use_the_fast_number_type_of_the_device(
@@ -36,6 +40,33 @@ def test_training_and_quantization_use_the_fast_number_type_of_the_device(
 ) -> None:
     make(capabilities=capabilities).train_version()
     assert stages.number_types == [number_type, number_type]
+
+
+def test_training_runs_in_as_many_processes_as_the_recipe_says_and_prints_them(
+    make: Make, stages: Stages, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(train={"devices": 2, "batch_size": 4, "gradient_accumulation": 2}).train_version()
+    output = " ".join(capsys.readouterr().err.split())
+    assert "train on 2 processes on the CPU: each computes 1 x 4 of the 2 x 4 examples of a step" in output
+    assert stages.devices == [2]
+
+
+def test_free_gpus_are_chosen_from_what_nvidia_smi_reports(
+    make: Make, stages: Stages, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    used = (70, 0, 0)
+    gpus = tuple(Gpu(GPU, 80 * 2**30, (80 - each) * 2**30, f"GPU-{number}") for number, each in enumerate(used))
+    monkeypatch.setattr(training_devices, "read_machine", lambda **_: Machine((0,), None, 2**40, 2**40, gpus))
+    make(capabilities=HOPPER).train_version()
+    output = " ".join(capsys.readouterr().err.split())
+    assert "GPU 0 not used: another process uses 75.2 GB of it" in output
+    assert f"train on GPU 1 ({GPU}), GPU 2 ({GPU}): each computes 1 x 8 of the 1 x 16 examples of a step" in output
+    assert stages.devices == [2]
+
+
+def test_run_resumes_in_the_same_folder_on_another_number_of_devices(make: Make) -> None:
+    assert make().run.folder == make(train={"devices": 2}).run.folder
+    assert "train.devices" not in make(train={"devices": 2}).recipe.flat()
 
 
 def test_number_types_and_why_they_were_chosen_are_printed_before_training(

@@ -283,6 +283,7 @@ def test_contradictory_recipe_keys_are_rejected(write: Write, sections: dict[str
     ("sections", "reason"),
     [
         ({"train": {"packing": True}}, "train.packing cannot be used"),
+        ({"train": {"devices": 2}}, "train.devices cannot be used"),
         ({"train": {"neftune_alpha": 5}}, "train.neftune_alpha cannot be used"),
         ({"train": {"too_long": "truncate"}}, "a truncated answer is not the judged one"),
         ({"adapter": {"dropout": 0.1}}, "adapter.dropout cannot be used"),

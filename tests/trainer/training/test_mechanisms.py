@@ -71,7 +71,8 @@ def test_run_stops_before_its_first_step_if_another_attention_is_used(
     """The model is loaded with PyTorch's attention although FlashAttention was chosen."""
     flash = replace(PLAIN, attention=Attention.FLASH_2)
     monkeypatch.setattr(sft, "choose_acceleration", lambda *args, **kwargs: flash)
-    monkeypatch.setattr(sft.build_trainer, "__kwdefaults__", {"curve": None, "load": load_without_flash})
+    defaults = {**(sft.build_trainer.__kwdefaults__ or {}), "load": load_without_flash}
+    monkeypatch.setattr(sft.build_trainer, "__kwdefaults__", defaults)
     with pytest.raises(
         TrainingError, match=r"flash_attention_2 was chosen but is not active: .*self_attn uses"
     ) as caught:

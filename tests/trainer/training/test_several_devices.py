@@ -1,0 +1,266 @@
+"""Tests that two processes over gloo train as one device does, and that they stop, die and resume together."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing import active_children
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate.utils import DistributedType
+from safetensors.torch import load_file
+from torch import nn
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, set_seed
+
+from svc.dataset.schema.example import ChatExample
+from svc.engine.device import NumberType
+from svc.errors import InterruptedRunError, TrainingError
+from tests.trainer.conftest import losses_of, make_example, make_recipe, make_tokenizer
+from tests.trainer.model.test_experts import SHAPE
+from tests.trainer.without_clock import without_clock
+from trainer.recipe.sections import Method, Recipe
+from trainer.training.checkpoints import CheckpointFolder
+from trainer.training.device_group import DeviceGroup, devices_of
+from trainer.training.devices import TrainingDevice
+from trainer.training.sft import train_model
+from trainer.training.summary import TrainingData, TrainingSummary
+
+pytestmark = pytest.mark.slow
+
+STEPS = 12
+ENDS_S = 10.0
+"""Seconds within which all processes must have ended after one died, on a busy machine."""
+CLOSE = 1e-5
+"""Maximum difference in float32 between losses of one device and of two."""
+CLOSE_WEIGHTS = 1e-4
+"""Maximum difference in float32 between weights: a hundredth of a step of Adam, in which the sign of a gradient near 0
+may differ."""
+
+
+def recipe(method: Method = Method.LORA, **sections: Any) -> Recipe:
+    rate = 1e-3 if method is Method.FULL else 1e-2
+    train = {"batch_size": 4, "epochs": 3, "learning_rate": rate} | sections.pop("train", {})
+    adapter: dict[str, Any] = {} if method is Method.FULL else {"rank": 4} | sections.pop("adapter", {})
+    return make_recipe(**{"method": method.value, "adapter": adapter, "train": train} | sections)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give each process one thread, as this one has: results depend on the number of threads."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="module")
+def data(examples: list[ChatExample]) -> TrainingData:
+    """Return thirteen examples, so that the last step of an epoch has only one, and five that are held out."""
+    return TrainingData([*examples, make_example("a number", "black")], examples[:5])
+
+
+def train(
+    base: Path,
+    data: TrainingData,
+    recipe: Recipe,
+    folder: Path,
+    processes: int,
+    number_type: NumberType = NumberType.FLOAT32,
+    **callbacks: Any,
+) -> TrainingSummary:
+    devices = (TrainingDevice("the CPU"),) * processes if processes > 1 else ()
+    out, checkpoints = folder / "trained", folder / "checkpoints"
+    return train_model(base, data, recipe, out, checkpoints, number_type=number_type, devices=devices, **callbacks)
+
+
+def heldout_of(summary: TrainingSummary) -> list[float]:
+    return [point.heldout_loss for point in summary.points if point.heldout_loss is not None]
+
+
+def difference(first: Path, second: Path) -> float:
+    """Return the largest difference between two trained models, after checking that they have the same files."""
+    names = sorted(path.name for path in (first / "trained").iterdir())
+    assert names == sorted(path.name for path in (second / "trained").iterdir())
+    (name,) = (name for name in names if name.endswith(".safetensors"))
+    one, two = load_file(first / "trained" / name), load_file(second / "trained" / name)
+    assert {key: weight.dtype for key, weight in one.items()} == {key: weight.dtype for key, weight in two.items()}
+    return max(float((one[key].float() - two[key].float()).abs().max()) for key in one)
+
+
+def weights(folder: Path) -> bytes:
+    return next((folder / "trained").glob("*.safetensors")).read_bytes()
+
+
+def at_checkpoint(folder: Path, step: int, act: Callable[[], None]) -> threading.Thread:
+    """Act in a thread as soon as the checkpoint of a step exists."""
+
+    def watch() -> None:
+        while not CheckpointFolder(folder / "checkpoints", 2).at(step).exists():
+            time.sleep(0.02)
+        act()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        (Method.LORA, {}),
+        pytest.param(Method.LORA, {"batch_size": 2, "gradient_accumulation": 2}, marks=pytest.mark.matrix),
+        pytest.param(Method.LORA, {"batch_size": 2, "gradient_accumulation": 3}, marks=pytest.mark.matrix),
+        pytest.param(Method.LORA, {"packing": True, "max_length": 150}, marks=pytest.mark.matrix),
+        pytest.param(Method.LORA, {"gradient_checkpointing": True}, marks=pytest.mark.matrix),
+        pytest.param(Method.DORA, {}, marks=pytest.mark.matrix),
+        pytest.param(Method.ADALORA, {"gradient_accumulation": 2}, marks=pytest.mark.matrix),
+        pytest.param(Method.QLORA, {}, marks=pytest.mark.matrix),
+        (Method.FULL, {}),
+    ],
+    ids=str,
+)
+def test_two_devices_have_the_same_losses_and_weights_as_one(
+    method: Method, settings: dict[str, Any], tiny_base: Path, data: TrainingData, tmp_path: Path
+) -> None:
+    changed = recipe(method, train=settings, stopping={"every_steps": 3})
+    one, two = (train(tiny_base, data, changed, tmp_path / str(count), count) for count in (1, 2))
+    assert losses_of(two) == pytest.approx(losses_of(one), abs=CLOSE)
+    assert heldout_of(two) == pytest.approx(heldout_of(one), abs=CLOSE)
+    stored_in_bf16 = 2**-7  # two units in the last place of the norms' weights, which are near 1
+    assert difference(tmp_path / "1", tmp_path / "2") < (stored_in_bf16 if method is Method.FULL else CLOSE_WEIGHTS)
+    assert (two.steps, two.devices) == (one.steps, 2)
+    assert two.tokens == pytest.approx(one.tokens, abs=2 * 3)  # in each epoch, a filler of two tokens
+
+
+@pytest.mark.matrix
+def test_mixture_of_experts_has_nearly_the_same_losses_on_two_devices(data: TrainingData, tmp_path: Path) -> None:
+    """The second loss of a mixture is a mean over batches. TRL computes both, as it does for all models on a GPU."""
+    set_seed(0)
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE, num_experts=4)).bfloat16().save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    one, two = (train(tmp_path / "base", data, recipe(), tmp_path / str(count), count) for count in (1, 2))
+    assert losses_of(two) == pytest.approx(losses_of(one), abs=1e-3)
+
+
+def test_losses_are_reported_and_checkpoints_announced_once_when_two_devices_train(
+    tiny_base: Path, data: TrainingData, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    reported: list[int] = []
+    announced: list[Path] = []
+    changed = recipe(checkpoints={"every_steps": 5}, stopping={"curve": False})
+    train(
+        tiny_base,
+        data,
+        changed,
+        tmp_path,
+        2,
+        report=lambda step, figures: reported.append(step),
+        on_checkpoint=announced.append,
+    )
+    assert reported == list(range(1, STEPS + 1))
+    folder = CheckpointFolder(tmp_path / "checkpoints", 2)
+    assert announced == [folder.at(5), folder.at(10)]
+    assert devices_of(folder.at(10)) == 2
+    assert capfd.readouterr().err.count(f"Training: step {STEPS}/{STEPS}") == 1
+
+
+def test_interrupted_run_on_two_devices_resumes_with_bitwise_the_same_result(
+    tiny_base: Path, data: TrainingData, tmp_path: Path
+) -> None:
+    """The run is stopped by a signal, and then killed; dropout needs the random numbers of each device."""
+    changed = recipe(
+        adapter={"dropout": 0.2},
+        train={"epochs": 5, "batch_size": 2, "gradient_accumulation": 2},
+        checkpoints={"every_steps": 1},
+    )
+    whole = train(tiny_base, data, changed, tmp_path / "a", 2, NumberType.BFLOAT16)
+    thread = at_checkpoint(tmp_path / "b", 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(InterruptedRunError, match=r"^stopped by SIGTERM after step \d+ of 20"):
+        train(tiny_base, data, changed, tmp_path / "b", 2, NumberType.BFLOAT16)
+    thread.join()
+    assert active_children() == []
+    thread = at_checkpoint(tmp_path / "b", 10, lambda: os.kill(rank(1), signal.SIGKILL))
+    with pytest.raises(TrainingError, match="rank 1 of 2 on the CPU was killed by SIGKILL"):
+        train(tiny_base, data, changed, tmp_path / "b", 2, NumberType.BFLOAT16)
+    thread.join()
+    resumed = train(tiny_base, data, changed, tmp_path / "b", 2, NumberType.BFLOAT16)
+    assert without_clock(resumed) == without_clock(whole)
+    assert weights(tmp_path / "b") == weights(tmp_path / "a")
+
+
+def rank(number: int) -> int:
+    """Return the process id of a rank."""
+    (process,) = (child for child in active_children() if child.name == f"rank {number}")
+    assert process.pid
+    return process.pid
+
+
+def test_other_processes_end_within_seconds_when_one_is_killed(
+    tiny_base: Path, data: TrainingData, tmp_path: Path
+) -> None:
+    killed: list[float] = []
+
+    def kill() -> None:
+        killed.append(time.monotonic())
+        os.kill(rank(0), signal.SIGKILL)
+
+    changed = recipe(train={"epochs": 100}, checkpoints={"every_steps": 1})
+    thread = at_checkpoint(tmp_path, 2, kill)
+    with pytest.raises(TrainingError, match="rank 0 of 2 on the CPU was killed by SIGKILL; the other processes were"):
+        train(tiny_base, data, changed, tmp_path, 2)
+    assert time.monotonic() - killed[0] < ENDS_S
+    thread.join()
+    assert active_children() == []
+
+
+@pytest.mark.parametrize(("begun", "resumed_on"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.matrix)])
+def test_run_resumed_on_another_number_of_devices_is_nearly_equal_and_says_so(
+    begun: int,
+    resumed_on: int,
+    tiny_base: Path,
+    data: TrainingData,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    changed = recipe(train={"epochs": 10}, checkpoints={"every_steps": 1})
+    whole = train(tiny_base, data, changed, tmp_path / "a", 1)
+    thread = at_checkpoint(tmp_path / "b", 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(InterruptedRunError):
+        train(tiny_base, data, changed, tmp_path / "b", begun)
+    thread.join()
+    assert "converted" not in capfd.readouterr().err
+    resumed = train(tiny_base, data, changed, tmp_path / "b", resumed_on)
+    assert f"from {begun} to {resumed_on} devices" in " ".join(capfd.readouterr().err.split())
+    assert losses_of(resumed) == pytest.approx(losses_of(whole), abs=CLOSE)
+    assert difference(tmp_path / "a", tmp_path / "b") < CLOSE_WEIGHTS
+
+
+def test_single_device_in_a_process_of_its_own_gives_bitwise_the_same_result(
+    tiny_base: Path, data: TrainingData, tmp_path: Path
+) -> None:
+    changed = recipe(adapter={"dropout": 0.2})
+    train(tiny_base, data, changed, tmp_path / "a", 1)
+    out, checkpoints = tmp_path / "b" / "trained", tmp_path / "b" / "checkpoints"
+    devices = (TrainingDevice("GPU 1"),)
+    train_model(tiny_base, data, changed, out, checkpoints, number_type=NumberType.FLOAT32, devices=devices)
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+
+
+@pytest.mark.matrix
+def test_divergence_on_all_devices_is_one_error(tiny_base: Path, data: TrainingData, tmp_path: Path) -> None:
+    changed = recipe(train={"learning_rate": 1e30, "max_grad_norm": 1e30})
+    with pytest.raises(TrainingError, match=r"(the loss is|gradient norm|non-finite)") as caught:
+        train(tiny_base, data, changed, tmp_path, 2)
+    assert "lower train.learning_rate" in caught.value.todo
+
+
+class _SingleProcess:
+    """An accelerator that has silently ignored all other processes."""
+
+    distributed_type = DistributedType.NO
+    num_processes = 1
+
+
+def test_training_fails_when_a_library_ignores_the_other_devices() -> None:
+    with pytest.raises(TrainingError, match=r"does not train on several devices: .*NO with 1 processes, Linear"):
+        DeviceGroup(0, 2).check(_SingleProcess(), nn.Linear(1, 1))

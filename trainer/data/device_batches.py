@@ -1,0 +1,71 @@
+"""Divides the examples of each optimizer step among devices, so that all devices together train on the same
+examples in each step as one device would.
+
+transformers' own division repeats examples of the epoch's start where the last step is not full. Imports
+torch.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import chain
+
+from torch.utils.data import Sampler
+
+from trainer.data.length_grouped_sampler import LengthGroupedSampler
+
+
+class DeviceBatches(Sampler[list[int]]):
+    """Yields the batches of one device, as lists of example indices.
+
+    Every device has equally many batches in a step, because the devices wait for each other. If an epoch's last step
+    has too few examples, some batches are a filler: the index that follows those of the examples.
+
+    Args:
+        order: order of the examples, the same on every device.
+        step: number of examples per optimizer step, on all devices together.
+        batch_size: maximum number of examples in a batch.
+        rank: number of this device, from 0.
+        devices: number of devices.
+    """
+
+    def __init__(self, order: LengthGroupedSampler, step: int, batch_size: int, rank: int, devices: int) -> None:
+        self.batch_sampler = order  # transformers sets the epoch of the attribute with this name
+        self._step = step
+        self._batch_size = batch_size
+        self._rank = rank
+        self._devices = devices
+
+    @property
+    def needs_filler(self) -> bool:
+        """Whether the last step of an epoch has fewer examples than batches on all devices together."""
+        rest = len(self.batch_sampler) % self._step
+        return rest < self._batches(rest) * self._devices
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch, on which the order depends."""
+        self.batch_sampler.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        full, rest = divmod(len(self.batch_sampler), self._step)
+        return full * self._batches(self._step) + (self._batches(rest) if rest else 0)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = list(self.batch_sampler)
+        steps = [order[start : start + self._step] for start in range(0, len(order), self._step)]
+        return chain.from_iterable(self._share(step, filler=len(order)) for step in steps)
+
+    def _batches(self, examples: int) -> int:
+        """Return the number of batches of each device in a step with the given number of examples."""
+        return math.ceil(examples / (self._batch_size * self._devices))
+
+    def _share(self, step: Sequence[int], filler: int) -> list[list[int]]:
+        """Return this device's batches of a step. Neighbours have similar lengths, so they stay together, and the
+        devices take turns.
+        """
+        batches = self._batches(len(step)) * self._devices
+        smaller, larger = divmod(len(step), batches)
+        ends = [number * smaller + min(number, larger) for number in range(batches + 1)]
+        return [
+            list(step[ends[number] : ends[number + 1]]) or [filler]
+            for number in range(self._rank, batches, self._devices)
+        ]

@@ -1,0 +1,233 @@
+"""The processes that train one model together, one on each device. Imports torch.
+
+Every process makes the same calls in the same order, so all decisions that could differ between processes are made by
+the first one: whether a signal was received, and whether a checkpoint is due.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+from queue import SimpleQueue
+from signal import Signals
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, check_cuda_p2p_ib_support
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+
+from svc.errors import InterruptedRunError, TrainingError
+from trainer.callbacks.preemption import Preemption, StepAbandoned
+from trainer.training.checkpoints import CheckpointFolder
+from trainer.training.device_processes import Call, Listens, Place
+
+_GRADIENTS_TIMEOUT = timedelta(minutes=30)
+"""Maximum time that a process waits for the gradients of the others. The caller notices within seconds that a process
+died, so this only ends a run in which one hangs."""
+_TIMEOUT = timedelta(hours=3)
+"""Maximum time that a process waits for the first one, which writes and uploads checkpoints."""
+
+Value = TypeVar("Value")
+Row = TypeVar("Row")
+
+
+class DeviceGroup:
+    """One process's view of the group. A group of one process needs no communication.
+
+    Attributes:
+        rank: number of this process and its device, from 0.
+        size: number of processes.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank = rank
+        self.size = size
+        self._control: Any = None
+
+    @classmethod
+    @contextmanager
+    def joined(cls, place: Place) -> Iterator["DeviceGroup"]:
+        """Connect this process with the others for the `with` block, and yield its group."""
+        group = cls(place.rank, place.size)
+        if place.size == 1:
+            yield group
+            return
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(place.rank)
+            if not check_cuda_p2p_ib_support():  # accelerate would refuse them
+                os.environ |= {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"}
+        distributed.init_process_group(
+            "nccl" if cuda else "gloo",
+            init_method=place.store.absolute().as_uri(),
+            rank=place.rank,
+            world_size=place.size,
+            timeout=_GRADIENTS_TIMEOUT,
+        )
+        group._control = distributed.new_group(backend="gloo", timeout=_TIMEOUT)
+        try:
+            yield group
+        except InterruptedRunError:  # raised in all processes
+            group._leave()
+            raise
+        group._leave()
+
+    def _leave(self) -> None:
+        self.wait()
+        distributed.destroy_process_group()
+
+    def agree(self, value: Value) -> Value:
+        """Return the first process's value in every process."""
+        if self.size == 1:
+            return value
+        values: list[Any] = [value]
+        distributed.broadcast_object_list(values, src=0, group=self._control)
+        agreed: Value = values[0]
+        return agreed
+
+    def wait(self) -> None:
+        """Wait until every process has made this call."""
+        if self.size > 1:
+            distributed.barrier(group=self._control)
+
+    def map(self, work: Callable[[Sequence[Row]], list[Value]], rows: Sequence[Row]) -> list[Value]:
+        """Divide rows among the processes, and return the results of all rows in every process.
+
+        Args:
+            work: function that returns a result for each row.
+        """
+        own = work(rows[self.rank :: self.size])
+        if self.size == 1:
+            return own
+        shares: list[list[Value]] = [[] for _ in range(self.size)]
+        distributed.all_gather_object(shares, own, group=self._control)
+        return [shares[number % self.size][number // self.size] for number in range(len(rows))]
+
+    def check(self, accelerator: Accelerator, model: torch.nn.Module) -> None:
+        """Check that the model is really trained by all processes.
+
+        Settings that a library does not support on a device are silently ignored, and each process would then train
+        its own model.
+
+        Raises:
+            TrainingError: the model is not trained by all processes.
+        """
+        if self.size == 1:
+            return
+        expected = DistributedType.MULTI_GPU if torch.cuda.is_available() else DistributedType.MULTI_CPU
+        actual = f"{accelerator.distributed_type} with {accelerator.num_processes} processes, {type(model).__name__}"
+        if (
+            accelerator.distributed_type is not expected
+            or accelerator.num_processes != self.size
+            or not isinstance(model, DistributedDataParallel)
+        ):
+            raise TrainingError(
+                f"the installed accelerate does not train on several devices: {actual}",
+                expected=f"{expected} with {self.size} processes, DistributedDataParallel",
+                todo="set train.devices to 1, or install the versions in deploy/constraints",
+            )
+
+
+ALONE = DeviceGroup()
+"""The group of a process that trains alone."""
+
+
+class Caller:
+    """Connection of a process to the caller of `run_on_devices`. Only the first process uses it.
+
+    Args:
+        preemption: receives the caller's signals.
+    """
+
+    def __init__(self, place: Place, preemption: Preemption) -> None:
+        self._pipe = place.pipe
+        self._preemption = preemption
+        self._answers: SimpleQueue[None] = SimpleQueue()
+        threading.Thread(target=self._receive, name="caller", daemon=True).start()
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """Call one of the caller's functions and wait until it has returned."""
+        self._pipe.send(Call(name, arguments))
+        self._answers.get()
+
+    def listen(self) -> None:
+        """Receive the caller's signals from now on."""
+        self._pipe.send(Listens())
+
+    def _receive(self) -> None:
+        with suppress(EOFError, OSError):
+            while True:
+                message = self._pipe.recv()
+                if message is None:
+                    self._answers.put(None)
+                else:
+                    self._preemption.receive(message)
+
+
+class GroupPreemption(Preemption):
+    """A stop signal that all processes of a group take into account at the same point.
+
+    A step cannot be abandoned at any moment, because the other processes wait for its gradients. A signal takes effect
+    before the next batch.
+    """
+
+    def __init__(self, group: DeviceGroup) -> None:
+        super().__init__()
+        self._group = group
+        self._received: Signals | None = None
+
+    def receive(self, by: Signals) -> None:
+        """Record a signal. Only the first process receives it."""
+        self._received = by
+
+    def agreed(self, value: Value) -> Value:
+        """Return the first process's value in every process, which also learn of a signal."""
+        value, by = self._group.agree((value, self._received))
+        self.by = self.by or by
+        return value
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Run the `with` block, unless a signal was received.
+
+        Raises:
+            StepAbandoned: a signal was received before the block.
+        """
+        self.agreed(None)
+        if self.by is not None:
+            raise StepAbandoned(self.by.name)
+        yield
+
+
+class GroupCheckpoints(CheckpointFolder):
+    """The checkpoints of a training run on several devices. Each process adds its own files to a checkpoint, which the
+    first process completes.
+    """
+
+    def __init__(
+        self, group: DeviceGroup, folder: Path, keep: int, on_written: Callable[[Path], None] | None = None
+    ) -> None:
+        super().__init__(folder, keep, on_written)
+        self._group = group
+
+    @contextmanager
+    def writing(self, step: int, best: int | None = None) -> Iterator[Path]:
+        """Yield the temporary folder for a new checkpoint, which is the same in every process."""
+        if self._group.rank == 0:
+            with super().writing(step, best) as temporary:
+                self._group.agree(temporary)
+                yield temporary
+                self._group.wait()
+        else:
+            yield self._group.agree(Path())
+            self._group.wait()
+        self._group.wait()  # until the checkpoint is complete
+
+
+def devices_of(checkpoint: Path) -> int:
+    """Return the number of devices on which a checkpoint was trained, each of which has its own random numbers."""
+    return len(list(checkpoint.glob("rng_state_*.pth"))) or 1

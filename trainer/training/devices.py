@@ -1,0 +1,203 @@
+"""Chooses the devices of this machine on which a model is trained, and divides the batches of a step among them.
+
+Only equal GPUs train together, because each waits for the slowest and holds as much as the others. This module does not
+import torch.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from svc.engine.machine import Gpu
+from svc.errors import RecipeError
+from trainer.recipe.sections import Train
+
+_MAX_USED = 1.5 * 2**30
+"""Bytes of a free GPU that may be in use: by a desktop, or by the estimate that precedes the training."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingDevice:
+    """A device that one process trains on.
+
+    Attributes:
+        name: name in messages.
+        uuid: identifies a GPU; empty for the CPU.
+    """
+
+    name: str
+    uuid: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceChoice:
+    """The devices of a training run.
+
+    Attributes:
+        devices: one or more devices. Empty if the run trains in its own process, on the first GPU or the CPU.
+        reasons: why other GPUs are not used, and which of the listed ones are in use.
+    """
+
+    devices: tuple[TrainingDevice, ...] = ()
+    reasons: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one device computes of each optimizer step.
+
+    Attributes:
+        batch_size: number of examples per batch.
+        accumulation: number of batches.
+    """
+
+    batch_size: int
+    accumulation: int
+
+
+def divide_step(train: Train, devices: int) -> Share | None:
+    """Return each device's share of a step, which has as many examples as on one device. Return None if they cannot be
+    divided equally.
+
+    Accumulation is reduced first, because smaller batches use a device less well.
+    """
+    common = math.gcd(train.gradient_accumulation, devices)
+    rest = devices // common
+    if train.batch_size % rest:
+        return None
+    return Share(train.batch_size // rest, train.gradient_accumulation // common)
+
+
+def share_of(train: Train, devices: int) -> Share:
+    """Return each device's share of a step.
+
+    Raises:
+        RecipeError: a step cannot be divided among the devices.
+    """
+    if share := divide_step(train, devices):
+        return share
+    step = f"{train.batch_size} x {train.gradient_accumulation}"
+    counts = range(1, train.batch_size * train.gradient_accumulation + 1)
+    possible = [count for count in counts if divide_step(train, count)]
+    near = [count for count in possible if count < devices][-1:] + [count for count in possible if count > devices][:1]
+    raise RecipeError(
+        f"a step of {step} examples cannot be divided among {devices} devices",
+        expected="train.batch_size x train.gradient_accumulation to be a multiple of the number of devices",
+        todo=f"set train.devices to {' or '.join(map(str, near))}, or change the batch",
+    )
+
+
+def choose_processes(train: Train) -> DeviceChoice:
+    """Return the processes that train on the CPU: one, unless the recipe asks for several.
+
+    Raises:
+        RecipeError: the recipe lists GPUs, or a step cannot be divided.
+    """
+    if isinstance(train.devices, tuple):
+        raise RecipeError(
+            f"train.devices lists GPUs {_numbers(train.devices)}, but training runs on the CPU",
+            expected="a number of processes on a CPU",
+            todo="remove train.devices from the recipe",
+        )
+    count = train.devices or 1
+    if count == 1:
+        return DeviceChoice()
+    share_of(train, count)
+    return DeviceChoice((TrainingDevice("the CPU"),) * count)
+
+
+def choose_gpus(train: Train, gpus: Sequence[Gpu], first: str) -> DeviceChoice:
+    """Return the GPUs to train on: those that the recipe lists, or the first ones that are free and equal.
+
+    Without `train.devices`, as many of these are used as a step can be divided among.
+
+    Args:
+        gpus: GPUs that this process may use, in the order of their numbers.
+        first: name of the GPU that torch would use alone, whose number type is used.
+
+    Raises:
+        RecipeError: a listed GPU does not exist or differs, fewer GPUs are free than the recipe asks for, or a step
+            cannot be divided.
+    """
+    asked = train.devices
+    reasons: list[str] = []
+    if len(gpus) < 2 and asked in (None, 1, (0,)):
+        return DeviceChoice()
+    if isinstance(asked, tuple):
+        chosen = _listed(asked, gpus, first)
+        share_of(train, len(chosen))
+        reasons = [f"GPU {number} is listed, but {use}" for number in chosen if (use := _use(gpus[number]))]
+    else:
+        free, reasons = _free(gpus, first)
+        chosen = free[: asked or len(free)]
+        if asked is None:
+            while len(chosen) > 1 and divide_step(train, len(chosen)) is None:
+                chosen = chosen[:-1]
+            if left := free[len(chosen) :]:
+                reasons.append(
+                    f"GPU {_numbers(left)} not used: a step of {train.batch_size} x {train.gradient_accumulation} "
+                    f"examples cannot be divided among {len(free)} devices"
+                )
+        elif len(chosen) < asked:
+            raise RecipeError(
+                f"train.devices is {asked}, but {len(free)} equal GPUs are free: {'; '.join(reasons) or 'no others'}",
+                expected=f"at most {len(free)}",
+                todo="lower train.devices, or stop the processes that use the other GPUs",
+            )
+        else:
+            share_of(train, asked)
+    if chosen in ([], [0]):  # torch would use it anyway, or report why it cannot
+        return DeviceChoice((), tuple(reasons))
+    devices = tuple(TrainingDevice(f"GPU {number} ({gpus[number].name})", gpus[number].uuid) for number in chosen)
+    return DeviceChoice(devices, tuple(reasons))
+
+
+def _free(gpus: Sequence[Gpu], first: str) -> tuple[list[int], list[str]]:
+    """Return the numbers of the free GPUs that equal the one torch would use, and why each other GPU is not used."""
+    free: list[int] = []
+    reasons: list[str] = []
+    model = next((gpu for gpu in gpus if gpu.name == first), None)
+    if model is None:
+        return free, [f"nvidia-smi does not list {first}"]
+    for number, gpu in enumerate(gpus):
+        if (gpu.name, gpu.memory) != (model.name, model.memory):
+            reasons.append(f"GPU {number} not used: {_described(gpu)} is not equal to {_described(model)}")
+        elif use := _use(gpu):
+            reasons.append(f"GPU {number} not used: {use}")
+        else:
+            free.append(number)
+    return free, reasons
+
+
+def _listed(numbers: Sequence[int], gpus: Sequence[Gpu], first: str) -> list[int]:
+    """Return the listed numbers, after checking that these GPUs exist and are equal to the one torch would use."""
+    if missing := [number for number in numbers if number >= len(gpus)]:
+        raise RecipeError(
+            f"train.devices lists GPU {missing[0]}, but this machine has {len(gpus)} that may be used",
+            expected=f"numbers from 0 to {len(gpus) - 1}, as nvidia-smi or CUDA_VISIBLE_DEVICES orders them",
+            todo="change train.devices",
+        )
+    different = [number for number in numbers if gpus[number].name != first]
+    different += [number for number in numbers if gpus[number].memory != gpus[numbers[0]].memory]
+    if different:
+        listed = ", ".join(f"GPU {number}: {_described(gpus[number])}" for number in numbers)
+        raise RecipeError(
+            f"train.devices lists GPUs that differ from each other or from {first}, which torch would use: {listed}",
+            expected="equal GPUs, because each waits for the slowest",
+            todo="list equal ones; to use others, hide these with CUDA_VISIBLE_DEVICES",
+        )
+    return list(numbers)
+
+
+def _use(gpu: Gpu) -> str:
+    """Return how much of a GPU other processes use, or an empty string if it is free."""
+    used = gpu.memory - gpu.free
+    return f"another process uses {used / 1e9:.1f} GB of it" if used > _MAX_USED else ""
+
+
+def _described(gpu: Gpu) -> str:
+    return f"{gpu.name} with {gpu.memory / 2**30:.0f} GiB"
+
+
+def _numbers(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
