@@ -18,7 +18,8 @@ from svc.invocation import settings_of
 from svc.time_options import time_past
 
 if TYPE_CHECKING:
-    from svc.feedback.training_rows import Objective, Unused
+    from svc.dataset.schema.objective import Objective
+    from svc.feedback.training_rows import Unused
     from svc.store.feedback import RatedText
 
 
@@ -40,7 +41,7 @@ def feedback(ctx: click.Context, model: str, objective: str, output: Path | None
     A correction is the better answer of a pair, and the answer that was given is the worse one. Only answers whose
     prompt and text are stored can be used.
     """
-    from svc.feedback.training_rows import Objective
+    from svc.dataset.schema.objective import Objective
     from svc.store.database import open_store
     from svc.store.feedback import read_rated_texts
     from svc.terminal import console

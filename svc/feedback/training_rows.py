@@ -12,6 +12,7 @@ from svc.dataset.problem.problem import RowError
 from svc.dataset.readers.openai_evals import chat_turns
 from svc.dataset.readers.preferences import pair_row
 from svc.dataset.schema.example import ChatExample, parse_example
+from svc.dataset.schema.objective import Objective
 from svc.dataset.schema.preference import PreferencePair
 from svc.dataset.schema.tool_calls import calls_in, decode_inner
 from svc.dataset.text.plain_text import is_blank
@@ -19,15 +20,6 @@ from svc.dataset.text.thinking import without_thinking
 from svc.store.feedback import RatedText, Rating
 
 Row = dict[str, Any]
-
-
-class Objective(StrEnum):
-    """What a model is tuned for, as in the recipe's `objective`."""
-
-    SFT = "sft"
-    DPO = "dpo"
-    ORPO = "orpo"
-    KTO = "kto"
 
 
 class Unused(StrEnum):

@@ -16,13 +16,14 @@ from statistics import fmean
 import numpy as np
 
 from svc.dataset.schema.example import ChatExample
+from svc.dataset.schema.objective import Objective
 from svc.dataset.schema.preference import LabelledAnswer, PreferencePair
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.model_folder.chat_template import choose_template_kwargs
 from svc.model_folder.weight_files import TOKENIZER_FILES
 from trainer.data.chat_template import IGNORED, tokenize_as_trained, tokenize_turns_of, training_row
 from trainer.data.length import truncate
-from trainer.recipe.sections import Objective, Recipe, TooLong, Train
+from trainer.recipe.sections import Recipe, TooLong, Train
 from trainer.training.devices import share_of
 
 CHARACTERS_A_TOKEN = 4.2

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 
+from svc.dataset.schema.objective import Objective
 from svc.engine.device import NumberType
 from trainer.estimate.batches import Batch
 from trainer.estimate.model_shape import ModelShape
-from trainer.recipe.sections import AdapterType, Objective, Optimizer, Quantization, Recipe
+from trainer.recipe.sections import AdapterType, Optimizer, Quantization, Recipe
 
 FLOAT32, BFLOAT16 = 4, 2
 """Bytes per number in float32 and bfloat16."""

@@ -18,13 +18,14 @@ from svc.dataset.readers.preferences import read_labelled, read_pairs
 from svc.dataset.readers.reader import read_examples
 from svc.dataset.readers.source import newest_modification
 from svc.dataset.schema.example import ChatExample, normal_prompt
+from svc.dataset.schema.objective import Objective
 from svc.dataset.schema.preference import LabelledAnswer, PreferencePair
 from svc.dataset.split import mix_general, near_leaks, put_sample_first, split_heldout
 from svc.errors import DataError
 from svc.evaluation.general.general_set import GeneralSet, read_general_set, shipped_general_set
 from svc.registry.manifest import SelectedBy
 from svc.terminal import console
-from trainer.recipe.sections import Evaluate, Learn, Objective, Recipe
+from trainer.recipe.sections import Evaluate, Learn, Recipe
 
 Judged = PreferencePair | LabelledAnswer
 """What a preference is learnt from."""

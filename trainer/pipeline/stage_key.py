@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from svc.dataset.schema.objective import Objective
 from trainer.base_model.resolve import Base
 from trainer.pipeline.examples import Examples, fingerprint_judged
-from trainer.recipe.sections import Objective, Recipe
+from trainer.recipe.sections import Recipe
 from trainer.recipe.stage import Stage
 
 _LIMITS = ("max_gptq_loss", "max_gptq_nll", "max_forgetting", "undecided")

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
+from svc.dataset.schema.objective import Objective
 from svc.engine.device import DeviceCapabilities
 from svc.engine.machine import Gpu, read_machine
 from svc.terminal import console
-from trainer.recipe.sections import Objective, Recipe
+from trainer.recipe.sections import Recipe
 from trainer.training.devices import DeviceChoice, TrainingDevice, choose_gpus, choose_processes, share_of
 
 

@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from svc.dataset.readers.source import HUB_PREFIX
+from svc.dataset.schema.objective import Objective
 from svc.evaluation.metrics.choose import MetricOptions
 from svc.evaluation.metrics.function import FunctionSpec
 from svc.model_folder.chat_template import TemplateValue
@@ -207,25 +208,6 @@ class Adapter(_Section):
     """layers that get an adapter: all-linear, attention, or attention-min for query and value only"""
     rslora: bool = False
     """scale by alpha / sqrt(rank), so that large ranks learn as fast as small ones; lora and dora only"""
-
-
-class Objective(StrEnum):
-    """What a model learns from: reference answers, or a preference among judged answers."""
-
-    SFT = "sft"
-    """The likelihood of the reference answers."""
-    DPO = "dpo"
-    """Pairs of answers, compared with the model before training (Rafailov et al. 2023)."""
-    ORPO = "orpo"
-    """Pairs of answers, and the likelihood of the better ones; no reference model (Hong et al. 2024)."""
-    KTO = "kto"
-    """Single answers that are desirable or not, compared with the model before training (Ethayarajh et al.
-    2024)."""
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether answers are also scored by the model before training."""
-        return self in (Objective.DPO, Objective.KTO)
 
 
 class DpoLoss(StrEnum):

@@ -89,6 +89,7 @@ def _open_workplace(
         DiskSpaceError: there is not enough disk space for the version.
         RecipeError: the recipe's objective is a preference.
     """
+    from svc.dataset.schema.objective import Objective
     from svc.engine.device import read_capabilities
     from svc.errors import RecipeError
     from svc.registry.registry import Registry
@@ -96,7 +97,6 @@ def _open_workplace(
     from trainer.pipeline.estimate import estimate_here
     from trainer.pipeline.examples import read_run_examples
     from trainer.pipeline.find_base import find_base
-    from trainer.recipe.sections import Objective
     from trainer.sweep.workplace import Workplace
 
     if recipe.objective is not Objective.SFT:

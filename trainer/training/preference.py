@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from svc.dataset.schema.objective import Objective
 from svc.engine.device import NumberType
 from svc.terminal import counting
 from trainer.callbacks.loss_log import Report
@@ -36,7 +37,7 @@ from trainer.callbacks.preemption import Preemption
 from trainer.data.comparison import Comparison, collate_comparisons, comparison_row
 from trainer.model.acceleration import choose_acceleration, machine_facts, takes_liger_kernels
 from trainer.model.attention import takes_flash_attention
-from trainer.recipe.sections import Objective, Recipe
+from trainer.recipe.sections import Recipe
 from trainer.training.assembly import TrainerRows, assemble_trainer
 from trainer.training.checkpoints import CheckpointFolder
 from trainer.training.loss import answer_logprobs

@@ -20,6 +20,7 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer
 
+from svc.dataset.schema.objective import Objective
 from svc.dataset.schema.preference import LabelledAnswer, PreferencePair
 from svc.engine.device import NumberType
 from svc.errors import DataError, InterruptedRunError
@@ -29,7 +30,7 @@ from trainer.callbacks.preemption import Preemption
 from trainer.data.chat_template import load_tokenizer, stop_tokens
 from trainer.data.comparison import Comparison, tokenize_judged
 from trainer.model.load import ModelForm, load_model
-from trainer.recipe.sections import Method, Objective, Recipe
+from trainer.recipe.sections import Method, Recipe
 from trainer.training import trainer as trainer_module
 from trainer.training.checkpoints import CheckpointFolder
 from trainer.training.preference import PreferenceTrainer, build_preference_trainer

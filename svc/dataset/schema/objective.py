@@ -1,0 +1,22 @@
+"""What a model can learn from, which decides the kind of its training data."""
+
+from enum import StrEnum
+
+
+class Objective(StrEnum):
+    """What a model learns from: reference answers, or a preference among judged answers."""
+
+    SFT = "sft"
+    """The likelihood of the reference answers."""
+    DPO = "dpo"
+    """Pairs of answers, compared with the model before training (Rafailov et al. 2023)."""
+    ORPO = "orpo"
+    """Pairs of answers, and the likelihood of the better ones; no reference model (Hong et al. 2024)."""
+    KTO = "kto"
+    """Single answers that are desirable or not, compared with the model before training (Ethayarajh et al.
+    2024)."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether answers are also scored by the model before training."""
+        return self in (Objective.DPO, Objective.KTO)
