@@ -76,7 +76,7 @@ async def test_status_without_the_store_has_what_is_in_memory(home: Home, monkey
     def fail(store: Store, name: str, *, server: str) -> None:
         raise StoreUnavailableError(RegistryError("the store at db:5432/x is not responding", todo="check it"))
 
-    monkeypatch.setattr(deployment, "find_swap", fail)
+    monkeypatch.setattr(deployment, "last_swap", fail)
     async with home.serving(f"{NAME}@1") as client:
         status = await _status(client)
     assert (status["version"], status["engine"]["state"], status["store"]) == (f"{NAME}@1", "ready", "unavailable")
