@@ -36,6 +36,7 @@ def test_prompts_trained_on_by_earlier_versions_are_known_when_reading_data(
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 def test_version_is_trained_in_two_processes_when_the_recipe_says_so(
     svc: Svc, tmp_path: Path, tiny_base: Path, examples: list[ChatExample]
 ) -> None:

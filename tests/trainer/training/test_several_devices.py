@@ -164,6 +164,7 @@ def test_losses_are_reported_and_checkpoints_announced_once_when_two_devices_tra
     assert capfd.readouterr().err.count(f"Training: step {STEPS}/{STEPS}") == 1
 
 
+@pytest.mark.matrix
 def test_interrupted_run_on_two_devices_resumes_with_bitwise_the_same_result(
     tiny_base: Path, data: TrainingData, tmp_path: Path
 ) -> None:
