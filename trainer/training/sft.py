@@ -213,7 +213,7 @@ def run_trainer(trainer: ResumableTrainer, stopping: Stopping, asked: Preemption
         trainer.check_finite()
     if asked.by is not None:  # also if the signal arrived after the steps
         step, last = trainer.state.global_step, trainer.state.max_steps
-        where = f"after step {step} of {last}" if last else "before the first step"
+        where = f"after step {step} of {last}" if step else "before the first step"
         raise InterruptedRunError(
             f"stopped by {asked.by.name} {where}", todo="run the same command again: it resumes from there"
         )
