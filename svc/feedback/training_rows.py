@@ -27,7 +27,7 @@ class Unused(StrEnum):
 
     NOT_STORED = "the prompt and the answer are not stored"
     NOT_TEXT = "the conversation has tools, or other content than text"
-    NO_CORRECTION = "there is no correction that differs from the answer"
+    NO_CORRECTION = "there is no correction, or it equals the answer"
 
 
 def training_rows(rated: RatedText, objective: Objective) -> list[Row] | Unused:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -42,7 +41,7 @@ class MechanismCheck(TrainerCallback):
     def __init__(self, trainer: Trainer, acceleration: Acceleration, recipe: Recipe, number_type: NumberType) -> None:
         self._trainer = trainer
         self._acceleration, self._recipe, self._number_type = acceleration, recipe, number_type
-        self._first_step: _FirstStep | None = None
+        self._first_step: FirstStep | None = None
         self._done = False
 
     def on_train_begin(
@@ -65,7 +64,7 @@ class MechanismCheck(TrainerCallback):
             rows = [trainer.train_dataset[0]] * 2
             check_padding_free(trainer.data_collator(rows), rows)
         check_optimizer_class(inner_optimizer(trainer), recipe.train.optimizer, fused="fused" in args.optim)
-        self._first_step = _FirstStep(model, self._number_type, one_row=chosen.padding_free)
+        self._first_step = FirstStep(model, self._number_type, one_row=chosen.padding_free)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Check what the first step did. With a scaled loss, a step without an update is followed by another.
@@ -82,7 +81,7 @@ class MechanismCheck(TrainerCallback):
             self._done = True
 
 
-class _FirstStep:
+class FirstStep:
     """Observes how the model's layers are called, until the first step has ended.
 
     Args:
@@ -92,9 +91,10 @@ class _FirstStep:
 
     def __init__(self, model: nn.Module, number_type: NumberType, *, one_row: bool) -> None:
         self._recomputed, self._number_type, self._one_row = False, number_type, one_row
-        self._handle: RemovableHandle | None = None
-        if layers := checkpointed_layers(model):
-            self._handle = layers[0].register_forward_pre_hook(self._observe, with_kwargs=True)
+        # Not only the first layer, which may belong to an encoder of images that text does not pass through.
+        self._handles = [
+            layer.register_forward_pre_hook(self._observe, with_kwargs=True) for layer in checkpointed_layers(model)
+        ]
 
     def _observe(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not layer.training:
@@ -102,21 +102,24 @@ class _FirstStep:
         if torch._C._current_graph_task_id() != -1:  # called by the backward pass
             self._recomputed = True
             return
-        hidden, mask = args[0] if args else kwargs["hidden_states"], kwargs.get("attention_mask")
-        device = hidden.device.type
+        device = next(layer.parameters()).device.type
         computes = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
         if computes is not getattr(torch, self._number_type):
-            found = f"the first layer computes in {_name(computes)}"
+            found = f"a layer computes in {_name(computes)}"
             raise _inactive(f"matrix products in {self._number_type}", found, str(self._number_type), _REPORT)
-        if self._one_row and (len(hidden) > 1 or isinstance(mask, torch.Tensor)):
-            found = f"the first layer got {len(hidden)} rows" + ("" if mask is None else " and a mask")
+        if not self._one_row:
+            return
+        hidden, mask = args[0] if args else kwargs["hidden_states"], kwargs.get("attention_mask")
+        if len(hidden) > 1 or isinstance(mask, torch.Tensor):
+            found = f"a layer got {len(hidden)} rows" + ("" if mask is None else " and a mask")
             raise _inactive("batches without padding", found, "one row without a mask", _REPORT)
 
     def check(self, *, checkpointing: bool) -> None:
         """Stop observing, and check whether the backward pass computed the layers again."""
-        if self._handle is None:
+        if not self._handles:
             return
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
         if self._recomputed is not checkpointing:
             raise _inactive(
                 f"train.gradient_checkpointing: {str(checkpointing).lower()}",

@@ -76,8 +76,8 @@ class PreferenceTrainer(ResumableTrainer):
             TrainingError: the loss is not finite.
         """
         losses = self._losses(model, inputs)
-        steps = len(losses) if num_items_in_batch is None else num_items_in_batch
-        return self.finished(losses.sum() / steps, accumulated=num_items_in_batch is not None)
+        comparisons = len(losses) if num_items_in_batch is None else num_items_in_batch
+        return self.finished(losses.sum() / comparisons, accumulated=num_items_in_batch is not None)
 
     def row_losses(self, batch: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[float]:
         """Return the loss of each held-out comparison."""
@@ -104,7 +104,7 @@ class PreferenceTrainer(ResumableTrainer):
         if not self._objective.needs_reference:
             return
         rows = sorted([*self.train_dataset, *self._heldout], key=lambda row: len(row["input_ids"]))
-        found = torch.zeros(2, 1 + max(row["index"] for row in rows))
+        reference = torch.zeros(2, 1 + max(row["index"] for row in rows))
         size = self.args.per_device_train_batch_size
         self.model.eval()
         with (
@@ -117,10 +117,10 @@ class PreferenceTrainer(ResumableTrainer):
             for start in range(0, len(rows), size):
                 batch = self._prepare_inputs(self.data_collator(rows[start : start + size]))
                 logprobs, _ = answer_logprobs(self.model, batch["input_ids"], batch["labels"])
-                found[:, batch["index"].cpu()] = logprobs.view(2, -1).cpu()
+                reference[:, batch["index"].cpu()] = logprobs.view(2, -1).cpu()
                 advance(len(batch["index"]))
         self.model.train()
-        self._reference = found.to(self.args.device)
+        self._reference = reference.to(self.args.device)
 
     def _losses(self, model: Any, batch: dict[str, Any]) -> Tensor:
         """Return the loss of each comparison in a batch."""

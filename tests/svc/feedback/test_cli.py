@@ -95,9 +95,9 @@ CALL = '{"name": "rain", "arguments": {}}'
         ({"prompt": [*ASKED, {"type": "function_call", "name": "rain"}]}, CORRECTION, "other content than text"),
         ({"prompt": [*ASKED, turn("tool", "wet")]}, CORRECTION, "other content than text"),
         ({"answer": CALL}, CORRECTION, "tools, or other content than text"),
-        ({}, Feedback(Rating.BAD), "no correction that differs"),
-        ({}, Feedback(Rating.BAD, correction=" "), "no correction that differs"),
-        ({}, Feedback(Rating.GOOD, correction="A banana.\n"), "no correction that differs"),
+        ({}, Feedback(Rating.BAD), "there is no correction, or it equals"),
+        ({}, Feedback(Rating.BAD, correction=" "), "there is no correction, or it equals"),
+        ({}, Feedback(Rating.GOOD, correction="A banana.\n"), "there is no correction, or it equals"),
     ],
 )
 def test_feedback_is_counted_as_not_used_when_it_gives_no_pair(
