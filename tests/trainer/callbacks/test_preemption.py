@@ -74,12 +74,12 @@ def signal_at_call(patch: pytest.MonkeyPatch, owner: Any, name: str, call: int) 
 
 
 @pytest.mark.parametrize(
-    ("method", "batch", "step"),
+    ("method", "batch", "when"),
     [
-        (Method.LORA, 1, 0),
-        (Method.LORA, 5, 2),
-        (Method.FULL, 6, 2),
-        (Method.ADALORA, 4, 1),
+        (Method.LORA, 1, "before the first step"),
+        (Method.LORA, 5, "after step 2 of 12"),
+        (Method.FULL, 6, "after step 2 of 12"),
+        (Method.ADALORA, 4, "after step 1 of 12"),
     ],
 )
 def test_interrupted_step_is_repeated_on_resume(
@@ -90,13 +90,13 @@ def test_interrupted_step_is_repeated_on_resume(
     monkeypatch: pytest.MonkeyPatch,
     method: Method,
     batch: int,
-    step: int,
+    when: str,
 ) -> None:
     """The signal arrives in the first or second batch of a step. Each epoch has two steps."""
     whole = uninterrupted.run(make(method))
     with monkeypatch.context() as patch:
         signal_at_call(patch, trainer_module.ResumableTrainer, "compute_loss", batch)
-        with pytest.raises(InterruptedRunError, match=f"SIGTERM after step {step} of 12"):
+        with pytest.raises(InterruptedRunError, match=f"SIGTERM {when}"):
             train(tiny_base, data, make(method), tmp_path / "b")
     assert train(tiny_base, data, make(method), tmp_path / "b") == without_clock(whole.summary)
     assert weights(tmp_path / "b") == weights(whole.folder)
