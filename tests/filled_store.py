@@ -43,7 +43,8 @@ def _row(table: sa.Table, number: int) -> dict[str, Any]:
 def _value(column: sa.Column[Any], number: int) -> Any:
     if column.nullable and not number:
         return None
-    if column.foreign_keys or (column.primary_key and column.name == "id" and column.type.python_type is int):
+    name = "id" if column.foreign_keys else column.name
+    if column.type.python_type is int and name == "id" and (column.primary_key or column.foreign_keys):
         return (number + 1) * 7
     values = {
         bool: number % 2 == 0,
@@ -51,6 +52,6 @@ def _value(column: sa.Column[Any], number: int) -> Any:
         datetime: datetime(2026, 3, 29, 1, 59, 59, 999_999, UTC) + timedelta(days=number),
         float: _FLOATS[number],
         int: (number - 2) * 2**61,
-        str: f"{_TEXTS[number]} {column.name}",
+        str: f"{_TEXTS[number]} {name}",
     }
     return values[column.type.python_type]

@@ -12,7 +12,10 @@ class Scope(StrEnum):
     INFER = "infer"
     FEEDBACK = "feedback"
     METRICS = "metrics"
-    TRAIN = "train"
+    FILES = "files"
+    """Upload files, read and delete the key's own ones, and have batches of requests answered."""
+    JOBS = "jobs"
+    """Train models from the key's files."""
     ADMIN = "admin"
     """Includes all other scopes and permits any change to the service."""
 

@@ -503,6 +503,147 @@ class ServedRow(Table):
     ended_by: Mapped[str | None]
 
 
+class FileRow(Table):
+    """A file that a client uploaded, or that the server wrote for one. Its content is stored outside the database.
+
+    `owner` is the id of the key that owns the file; empty for requests without a key.
+    """
+
+    __tablename__ = "files"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    owner: Mapped[str] = mapped_column(index=True)
+    purpose: Mapped[str]
+    filename: Mapped[str]
+    bytes: Mapped[int] = mapped_column(sa.BigInteger)
+    sha256: Mapped[str]
+    created_at: Mapped[datetime]
+    expires_at: Mapped[datetime | None]
+    status: Mapped[str]
+    status_details: Mapped[str | None]
+
+
+class UploadRow(Table):
+    """A file that a client uploads in parts. The parts are stored outside the database."""
+
+    __tablename__ = "uploads"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    owner: Mapped[str] = mapped_column(index=True)
+    purpose: Mapped[str]
+    filename: Mapped[str]
+    bytes: Mapped[int] = mapped_column(sa.BigInteger)
+    created_at: Mapped[datetime]
+    expires_at: Mapped[datetime]
+    expires_after_s: Mapped[int | None]
+    status: Mapped[str]
+    file: Mapped[str | None]
+
+
+class UploadPartRow(Table):
+    """One part of an upload."""
+
+    __tablename__ = "upload_parts"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    upload: Mapped[str] = mapped_column(sa.ForeignKey("uploads.id", ondelete="CASCADE"), index=True)
+    bytes: Mapped[int] = mapped_column(sa.BigInteger)
+    created_at: Mapped[datetime]
+
+
+class JobRow(Table):
+    """A fine-tuning job. `request` and `error` are JSON, `recipe` is YAML.
+
+    `worker` runs the job, and last reported at `seen_at`. `wanted` is what the owner wants to happen to it.
+    """
+
+    __tablename__ = "jobs"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    owner: Mapped[str] = mapped_column(index=True)
+    fingerprint: Mapped[str] = mapped_column(index=True)
+    model: Mapped[str]
+    training_file: Mapped[str]
+    validation_file: Mapped[str | None]
+    request: Mapped[str]
+    recipe: Mapped[str]
+    name: Mapped[str]
+    status: Mapped[str] = mapped_column(index=True)
+    wanted: Mapped[str]
+    created_at: Mapped[datetime]
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+    estimated_finish: Mapped[datetime | None]
+    worker: Mapped[str | None]
+    seen_at: Mapped[datetime | None]
+    attempts: Mapped[int]
+    trained_tokens: Mapped[int | None] = mapped_column(sa.BigInteger)
+    number: Mapped[int | None]
+    fine_tuned_model: Mapped[str | None] = mapped_column(index=True)
+    result_file: Mapped[str | None]
+    error: Mapped[str | None]
+
+
+class JobEventRow(Table):
+    """An event of a fine-tuning job. `data` is JSON."""
+
+    __tablename__ = "job_events"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    job: Mapped[str] = mapped_column(sa.ForeignKey("jobs.id", ondelete="CASCADE"), index=True)
+    at: Mapped[datetime]
+    level: Mapped[str]
+    type: Mapped[str]
+    message: Mapped[str]
+    data: Mapped[str | None]
+
+
+class JobCheckpointRow(Table):
+    """A checkpoint of a fine-tuning job that clients can chat with. `metrics` is JSON."""
+
+    __tablename__ = "job_checkpoints"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    job: Mapped[str] = mapped_column(sa.ForeignKey("jobs.id", ondelete="CASCADE"), index=True)
+    created_at: Mapped[datetime]
+    step: Mapped[int]
+    model: Mapped[str] = mapped_column(index=True)
+    metrics: Mapped[str]
+
+
+class BatchRow(Table):
+    """A batch of requests that are answered at lower priority than live traffic. `errors` and
+    `labels`, the metadata of the request, are JSON."""
+
+    __tablename__ = "batches"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    owner: Mapped[str] = mapped_column(index=True)
+    input_file: Mapped[str]
+    endpoint: Mapped[str]
+    completion_window: Mapped[str]
+    model: Mapped[str | None]
+    status: Mapped[str] = mapped_column(index=True)
+    labels: Mapped[str | None]
+    errors: Mapped[str | None]
+    total: Mapped[int]
+    completed: Mapped[int]
+    failed: Mapped[int]
+    tokens_in: Mapped[int] = mapped_column(sa.BigInteger)
+    tokens_out: Mapped[int] = mapped_column(sa.BigInteger)
+    created_at: Mapped[datetime]
+    expires_at: Mapped[datetime]
+    in_progress_at: Mapped[datetime | None]
+    finalizing_at: Mapped[datetime | None]
+    completed_at: Mapped[datetime | None]
+    failed_at: Mapped[datetime | None]
+    expired_at: Mapped[datetime | None]
+    cancelling_at: Mapped[datetime | None]
+    cancelled_at: Mapped[datetime | None]
+    output_file: Mapped[str | None]
+    error_file: Mapped[str | None]
+
+
 TargetRow = (
     SwapRow
     | RolloutRow

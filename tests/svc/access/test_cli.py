@@ -41,7 +41,7 @@ def authenticator(home: Path = Path(".svc")) -> Authenticator:
 def test_first_admin_key_is_created_locally_in_an_owner_only_home(svc: Svc, tmp_path: Path) -> None:
     result = svc("keys", "create", "--scope", "admin")
     assert result.code == 0
-    assert authenticator().grant(result.out.strip()).principal.may(Scope.TRAIN)
+    assert authenticator().grant(result.out.strip()).principal.may(Scope.JOBS)
     assert (tmp_path / ".svc").stat().st_mode & 0o077 == 0
     assert (tmp_path / ".svc" / "svc.db").stat().st_mode & 0o077 == 0
 

@@ -20,8 +20,8 @@ def test_admin_scope_grants_all_permissions(scope: Scope) -> None:
 
 
 def test_missing_scope_is_named_in_the_error() -> None:
-    with pytest.raises(PermissionDeniedError, match="lacks the scope train"):
-        CLIENT.require(Scope.TRAIN)
+    with pytest.raises(PermissionDeniedError, match="lacks the scope jobs"):
+        CLIENT.require(Scope.JOBS)
 
 
 @pytest.mark.parametrize("model", ["tickets", "tickets@2", "tickets@production"])

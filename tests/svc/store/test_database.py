@@ -76,6 +76,8 @@ def test_upgrading_the_first_schema_adds_tables_and_keeps_rows(tmp_path: Path) -
     store = open_database(tmp_path)
     add_requests(store, [RECORD])
     with store.begin() as connection:
+        for table in ("batches", "job_checkpoints", "job_events", "jobs", "upload_parts", "uploads", "files"):
+            connection.exec_driver_sql(f"DROP TABLE {table}")
         for table in ("leases", "servers", "webhook_deliveries", "shadow_pairs", "rollout_steps", "rollouts"):
             connection.exec_driver_sql(f"DROP TABLE {table}")
         for table in ("swaps", "served"):
@@ -99,6 +101,7 @@ def _schema(store: Store) -> set[str]:
     tables = (
         *("drift_items", "drift_baselines", "rollouts", "rollout_steps", "shadow_pairs", "webhook_deliveries"),
         *("servers", "leases", "swaps", "served"),
+        *("files", "uploads", "upload_parts", "jobs", "job_events", "job_checkpoints", "batches"),
     )
     query = f"SELECT sql FROM sqlite_master WHERE tbl_name IN {tables} AND sql IS NOT NULL"
     with store.connect() as connection:

@@ -1,0 +1,1 @@
+"""The queue of fine-tuning jobs, and the worker that trains them."""

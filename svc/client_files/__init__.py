@@ -1,0 +1,1 @@
+"""Contents of clients' files: what they upload, and results that the server writes for them."""

@@ -1,0 +1,208 @@
+"""Fine-tuning jobs, one row each, with their events and checkpoints.
+
+A job's owner creates it, and changes what is wanted of it. A worker takes it from the queue (svc.store.job_queue), and
+records its progress and its result.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import Engine as Store
+from sqlalchemy import insert, select
+from sqlalchemy.orm import Session
+
+from svc.errors import NotFoundError
+from svc.store.page import Page, read_page
+from svc.store.tables import JobCheckpointRow, JobEventRow, JobRow
+from svc.version import VersionId
+
+
+class JobStatus(StrEnum):
+    """State of a fine-tuning job, in OpenAI's words."""
+
+    VALIDATING_FILES = "validating_files"
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def ended(self) -> bool:
+        """Whether the job is over, and never changes again."""
+        return self in (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED)
+
+
+class Wanted(StrEnum):
+    """What a job's owner wants to happen to it. A paused job has the status `queued`, and no worker takes it."""
+
+    RUN = "run"
+    PAUSE = "pause"
+    CANCEL = "cancel"
+
+
+class EventLevel(StrEnum):
+    """How serious an event is."""
+
+    INFO = "info"
+    WARN = "warn"
+    ERROR = "error"
+
+
+class EventType(StrEnum):
+    """Whether an event is a text for people or has the metrics of a step."""
+
+    MESSAGE = "message"
+    METRICS = "metrics"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A fine-tuning job.
+
+    Attributes:
+        owner: id of the key that created the job; empty for requests without a key.
+        fingerprint: hash of the owner and the request. A client's retry has the same fingerprint.
+        model: the base, as the client named it.
+        request: the client's request, as JSON.
+        recipe: the recipe to train, as YAML. It names the base, and the training file by its path.
+        name: name under which the version is registered.
+        worker: the worker that runs the job, or None.
+        seen_at: when that worker last reported.
+        attempts: number of times that a worker has begun the job.
+        number: number of the registered version, or None until there is one.
+        fine_tuned_model: the version's name for clients, `ft:BASE:ORG:SUFFIX:ID`.
+        error: `{"code", "message", "param"}` as JSON, or None unless the job failed.
+    """
+
+    id: str
+    owner: str
+    fingerprint: str
+    model: str
+    training_file: str
+    request: str
+    recipe: str
+    name: str
+    created_at: datetime
+    validation_file: str | None = None
+    status: JobStatus = JobStatus.VALIDATING_FILES
+    wanted: Wanted = Wanted.RUN
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    estimated_finish: datetime | None = None
+    worker: str | None = None
+    seen_at: datetime | None = None
+    attempts: int = 0
+    trained_tokens: int | None = None
+    number: int | None = None
+    fine_tuned_model: str | None = None
+    result_file: str | None = None
+    error: str | None = None
+
+    @property
+    def version(self) -> VersionId | None:
+        """The registered version, or None until there is one."""
+        return None if self.number is None else VersionId(self.name, self.number)
+
+
+@dataclass(frozen=True, slots=True)
+class JobEvent:
+    """An event of a job. `data` is JSON, or None."""
+
+    id: int
+    at: datetime
+    level: EventLevel
+    type: EventType
+    message: str
+    data: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class JobCheckpoint:
+    """A checkpoint that clients can chat with.
+
+    Attributes:
+        model: the checkpoint's name for clients.
+        metrics: its metrics in OpenAI's words, as JSON.
+    """
+
+    id: str
+    job: str
+    created_at: datetime
+    step: int
+    model: str
+    metrics: str
+
+
+def find_job(store: Store, id: str, owner: str | None) -> Job:
+    """Return a job.
+
+    Args:
+        owner: only a job of this owner is found; None for all owners.
+
+    Raises:
+        NotFoundError: the owner has no job with this id.
+    """
+    with Session(store) as session:
+        row = session.get(JobRow, id)
+        if row is None or owner not in (None, row.owner):
+            raise NotFoundError(f"there is no job {id[:100]!r}", expected="the id of a job, from the list of jobs")
+        return row.read(Job)
+
+
+def read_jobs(store: Store, owner: str | None, *, page: Page) -> tuple[list[Job], bool]:
+    """Return one page of an owner's jobs, and whether more follow.
+
+    Args:
+        owner: id of the owner, or None for the jobs of all owners.
+    """
+    query = select(JobRow)
+    rows, more = read_page(store, JobRow, query if owner is None else query.where(JobRow.owner == owner), page)
+    return [row.read(Job) for row in rows], more
+
+
+def add_event(
+    store: Store,
+    job: str,
+    message: str,
+    *,
+    level: EventLevel = EventLevel.INFO,
+    metrics: Mapping[str, Any] | None = None,
+) -> None:
+    """Add an event to a job.
+
+    Args:
+        metrics: metrics of a step, for an event of the type `metrics`.
+    """
+    event = {
+        "job": job,
+        "at": datetime.now(UTC),
+        "level": level.value,
+        "type": (EventType.MESSAGE if metrics is None else EventType.METRICS).value,
+        "message": message,
+        "data": None if metrics is None else json.dumps(dict(metrics)),
+    }
+    with store.begin() as connection:
+        connection.execute(insert(JobEventRow), event)
+
+
+def read_events(store: Store, job: str, *, page: Page) -> tuple[list[JobEvent], bool]:
+    """Return one page of a job's events, and whether more follow."""
+    rows, more = read_page(store, JobEventRow, select(JobEventRow).where(JobEventRow.job == job), page)
+    return [row.read(JobEvent) for row in rows], more
+
+
+def add_checkpoint(store: Store, checkpoint: JobCheckpoint) -> None:
+    """Add a checkpoint to a job."""
+    with Session(store) as session, session.begin():
+        session.add(JobCheckpointRow.of(checkpoint))
+
+
+def read_checkpoints(store: Store, job: str, *, page: Page) -> tuple[list[JobCheckpoint], bool]:
+    """Return one page of a job's checkpoints, and whether more follow."""
+    rows, more = read_page(store, JobCheckpointRow, select(JobCheckpointRow).where(JobCheckpointRow.job == job), page)
+    return [row.read(JobCheckpoint) for row in rows], more

@@ -1,0 +1,47 @@
+"""Tests of pages of rows, in both databases."""
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from sqlalchemy import Engine as Store
+
+from svc.errors import NotFoundError
+from svc.store.files import ClientFile, Purpose, add_file, read_files
+from svc.store.page import Page
+
+MOMENT = datetime(2026, 11, 30, 12, tzinfo=UTC)
+
+
+def add(store: Store, id: str, *, second: int = 0, owner: str = "key-1") -> None:
+    created = MOMENT + timedelta(seconds=second)
+    add_file(store, ClientFile(id, owner, Purpose.FINE_TUNE, "a.jsonl", 1, "00", created))
+
+
+def ids(store: Store, page: Page, owner: str | None = "key-1") -> tuple[list[str], bool]:
+    files, more = read_files(store, owner, page=page)
+    return [file.id for file in files], more
+
+
+@pytest.mark.parametrize("newest_first", [True, False])
+def test_pages_together_list_every_row_once_when_rows_have_the_same_time(store: Store, newest_first: bool) -> None:
+    for id, second in (("a", 0), ("b", 1), ("c", 1), ("d", 1), ("e", 2)):
+        add(store, id, second=second)
+    listed: list[str] = []
+    more = True
+    while more:
+        page, more = ids(store, Page(2, listed[-1] if listed else None, newest_first=newest_first))
+        listed += page
+    assert listed == (list("edcba") if newest_first else list("abcde"))
+
+
+def test_page_has_only_the_rows_of_its_owner(store: Store) -> None:
+    add(store, "a")
+    add(store, "b", owner="key-2")
+    assert ids(store, Page(10)) == (["a"], False)
+    assert ids(store, Page(10), owner=None) == (["b", "a"], False)
+
+
+def test_page_after_a_row_of_another_owner_is_refused(store: Store) -> None:
+    add(store, "a", owner="key-2")
+    with pytest.raises(NotFoundError, match="no entry 'a'"):
+        ids(store, Page(10, "a"))
