@@ -23,11 +23,20 @@ _SCOPES: Final = {
     **dict.fromkeys((route.value for route in (*Route, *TokenRoute)), Scope.INFER),
     "/v1/models": Scope.INFER,
     "/v1/feedback": Scope.FEEDBACK,
+    "/v1/files": Scope.FILES,
+    "/v1/uploads": Scope.FILES,
+    "/v1/batches": Scope.FILES,
     "/metrics": Scope.METRICS,
     "/svc/status": Scope.METRICS,
 }
-_MODEL = "/v1/models/"
-_ADMINISTRATION = "/svc/"
+_SCOPES_BELOW: Final = {
+    "/v1/models/": Scope.INFER,
+    "/v1/files/": Scope.FILES,
+    "/v1/uploads/": Scope.FILES,
+    "/v1/batches/": Scope.FILES,
+    "/v1/fine_tuning/": Scope.JOBS,
+    "/svc/": Scope.ADMIN,
+}
 _BEARER = b"bearer "
 
 
@@ -98,9 +107,7 @@ def _needed_scope(path: str) -> Scope | None:
     scope = _SCOPES.get(path)
     if scope is not None:
         return scope
-    if path.startswith(_MODEL):
-        return Scope.INFER
-    return Scope.ADMIN if path.startswith(_ADMINISTRATION) else None
+    return next((scope for prefix, scope in _SCOPES_BELOW.items() if path.startswith(prefix)), None)
 
 
 def _secret(headers: Mapping[bytes, bytes]) -> str | None:

@@ -59,6 +59,7 @@ from svc.errors import (
     SvcError,
 )
 from svc.identity.key_secret import hide_secrets
+from svc.store.page import EntryNotFoundError
 from svc.store.unavailable import StoreUnavailableError
 
 log = logging.getLogger(__name__)
@@ -147,6 +148,7 @@ _SHAPES: dict[type[SvcError], tuple[int, ErrorCode]] = {
     HostNotAllowedError: (421, ErrorCode.HOST_NOT_ALLOWED),
     RequestNotFoundError: (404, ErrorCode.REQUEST_NOT_FOUND),
     RequestLogBusyError: (503, ErrorCode.REQUEST_LOG_BUSY),
+    EntryNotFoundError: (404, ErrorCode.NOT_FOUND),
     ModelNotFoundError: (404, ErrorCode.MODEL_NOT_FOUND),
     ModelNotDeletableError: (403, ErrorCode.MODEL_NOT_DELETABLE),
     RateLimitedError: (429, ErrorCode.RATE_LIMIT_EXCEEDED),

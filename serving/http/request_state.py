@@ -15,6 +15,7 @@ from serving.http.connections import Connection
 from serving.http.peer import peer_of
 from svc.access.authenticator import Grant
 from svc.identity.principal import Principal
+from svc.identity.principal import Scope as KeyScope
 from svc.version import VersionId
 
 STATE_KEY: Final = "request"
@@ -61,6 +62,17 @@ class RequestState:
         """Who an admitted request is attributed to: its key or, without a key, its peer. Empty for a unix socket."""
         principal = self.principal
         return principal.key_id if principal else peer_of(self.address)
+
+    @property
+    def owner(self) -> str:
+        """The owner of what an admitted request creates: the id of its key, or empty if no key was needed."""
+        return self.principal.key_id if self.principal else ""
+
+    @property
+    def visible_owner(self) -> str | None:
+        """The only owner whose files, jobs and batches an admitted request may see, or None if it may see all."""
+        principal = self.principal
+        return None if principal is None or principal.may(KeyScope.ADMIN) else principal.key_id
 
 
 def request_state(scope: Scope) -> RequestState:

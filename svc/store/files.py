@@ -12,8 +12,7 @@ from sqlalchemy import Engine as Store
 from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
-from svc.errors import NotFoundError
-from svc.store.page import Page, read_page
+from svc.store.page import Page, find_row, read_page
 from svc.store.tables import FileRow
 
 
@@ -70,13 +69,10 @@ def find_file(store: Store, id: str, owner: str | None) -> ClientFile:
         owner: only a file of this owner is found; None for all owners.
 
     Raises:
-        NotFoundError: the owner has no file with this id.
+        EntryNotFoundError: the owner has no file with this id.
     """
     with Session(store) as session:
-        row = session.get(FileRow, id)
-        if row is None or owner not in (None, row.owner):
-            raise NotFoundError(f"there is no file {id[:100]!r}", expected="the id of a file, from the list of files")
-        return row.read(ClientFile)
+        return find_row(session, FileRow, id, owner, "file").read(ClientFile)
 
 
 def read_files(
@@ -88,7 +84,7 @@ def read_files(
         owner: id of the owner, or None for the files of all owners.
 
     Raises:
-        NotFoundError: the page begins after a file that the owner does not have.
+        EntryNotFoundError: the page begins after a file that the owner does not have.
     """
     query = select(FileRow).where(FileRow.purpose.in_(purposes))
     rows, more = read_page(store, FileRow, query if owner is None else query.where(FileRow.owner == owner), page)

@@ -15,8 +15,7 @@ from sqlalchemy import Engine as Store
 from sqlalchemy import insert, select
 from sqlalchemy.orm import Session
 
-from svc.errors import NotFoundError
-from svc.store.page import Page, read_page
+from svc.store.page import Page, find_row, read_page
 from svc.store.tables import JobCheckpointRow, JobEventRow, JobRow
 from svc.version import VersionId
 
@@ -145,13 +144,10 @@ def find_job(store: Store, id: str, owner: str | None) -> Job:
         owner: only a job of this owner is found; None for all owners.
 
     Raises:
-        NotFoundError: the owner has no job with this id.
+        EntryNotFoundError: the owner has no job with this id.
     """
     with Session(store) as session:
-        row = session.get(JobRow, id)
-        if row is None or owner not in (None, row.owner):
-            raise NotFoundError(f"there is no job {id[:100]!r}", expected="the id of a job, from the list of jobs")
-        return row.read(Job)
+        return find_row(session, JobRow, id, owner, "job").read(Job)
 
 
 def read_jobs(store: Store, owner: str | None, *, page: Page) -> tuple[list[Job], bool]:

@@ -1,5 +1,6 @@
 """Pages of rows, as OpenAI's lists need them: newest first, after the last row of the page before."""
 
+import re
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -8,9 +9,23 @@ from sqlalchemy import Select, tuple_
 from sqlalchemy.orm import Session
 
 from svc.errors import NotFoundError
-from svc.store.tables import BatchRow, FileRow, JobCheckpointRow, JobEventRow, JobRow
+from svc.store.tables import BatchRow, FileRow, JobCheckpointRow, JobEventRow, JobRow, UploadRow
 
 Row = TypeVar("Row", FileRow, JobRow, JobEventRow, JobCheckpointRow, BatchRow)
+OwnedRow = TypeVar("OwnedRow", FileRow, UploadRow, JobRow, BatchRow)
+_ID = re.compile(r"[A-Za-z0-9_-]{1,100}")  # a client's text may contain characters that PostgreSQL rejects
+
+
+class EntryNotFoundError(NotFoundError):
+    """Raised when there is no file, job or batch with an id, or it belongs to another owner. Clients see the message.
+
+    Attributes:
+        param: name of the request's parameter that contains the id.
+    """
+
+    def __init__(self, wrong: str, *, expected: str, param: str = "id") -> None:
+        super().__init__(wrong, expected=expected)
+        self.param = param
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +34,7 @@ class Page:
 
     Attributes:
         limit: maximum number of rows.
-        after: id of the last row of the page before, or None for the first page.
+        after: id of the last row of the page before, or None for the first page. Ids of events are numbers.
     """
 
     limit: int
@@ -31,14 +46,16 @@ def read_page(store: Store, table: type[Row], query: Select[Row], page: Page) ->
     """Return one page of the rows that a query selects, ordered by time and id, and whether more follow.
 
     Raises:
-        NotFoundError: the query does not select the row after which the page begins.
+        EntryNotFoundError: the query does not select the row after which the page begins.
     """
     at = table.at if issubclass(table, JobEventRow) else table.created_at
     with Session(store) as session:
         if page.after is not None:
-            last = session.scalar(query.where(table.id == page.after))
+            known = isinstance(page.after, int) or _ID.fullmatch(page.after)
+            last = session.scalar(query.where(table.id == page.after)) if known else None
             if last is None:
-                raise NotFoundError(f"there is no entry {page.after!r} in this list", expected="the id of an entry")
+                wrong = f"there is no entry {str(page.after)[:100]!r} in this list"
+                raise EntryNotFoundError(wrong, expected="the id of an entry", param="after")
             moment = last.at if isinstance(last, JobEventRow) else last.created_at
             place, position = tuple_(at, table.id), tuple_(moment, last.id)
             query = query.where(place < position if page.newest_first else place > position)
@@ -46,3 +63,22 @@ def read_page(store: Store, table: type[Row], query: Select[Row], page: Page) ->
         rows = list(session.scalars(query.order_by(*order).limit(page.limit + 1)))
         session.expunge_all()
         return rows[: page.limit], len(rows) > page.limit
+
+
+def find_row(session: Session, table: type[OwnedRow], id: str, owner: str | None, noun: str) -> OwnedRow:
+    """Return a row by its id.
+
+    Args:
+        owner: only a row of this owner is found; None for all owners.
+        noun: name of what a row is, for the message.
+
+    Raises:
+        EntryNotFoundError: the owner has no such row.
+    """
+    row = session.get(table, id) if _ID.fullmatch(id) else None
+    if row is None or owner not in (None, row.owner):
+        raise EntryNotFoundError(
+            f"there is no {noun} {id[:100]!r}",
+            expected=f"the id of one of this key's {noun}s; those of others are hidden",
+        )
+    return row

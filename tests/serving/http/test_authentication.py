@@ -110,6 +110,14 @@ async def test_key_may_only_use_the_paths_of_its_scopes(service: KeyedService, c
         ("POST", "/svc/promote", Scope.ADMIN),
         ("GET", "/svc/keys", Scope.ADMIN),
         ("GET", "/svc/what-is-not-there", Scope.ADMIN),
+        ("GET", "/v1/files", Scope.FILES),
+        ("GET", "/v1/files/file-1/content", Scope.FILES),
+        ("POST", "/v1/uploads", Scope.FILES),
+        ("POST", "/v1/uploads/upload_1/cancel", Scope.FILES),
+        ("GET", "/v1/batches", Scope.FILES),
+        ("POST", "/v1/batches/batch_1/cancel", Scope.FILES),
+        ("POST", "/v1/fine_tuning/jobs", Scope.JOBS),
+        ("GET", "/v1/fine_tuning/jobs/ftjob-1/events", Scope.JOBS),
     ]
     wrong = []
     for scope in Scope:

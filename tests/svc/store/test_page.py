@@ -5,9 +5,8 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from sqlalchemy import Engine as Store
 
-from svc.errors import NotFoundError
-from svc.store.files import ClientFile, Purpose, add_file, read_files
-from svc.store.page import Page
+from svc.store.files import ClientFile, Purpose, add_file, find_file, read_files
+from svc.store.page import EntryNotFoundError, Page
 
 MOMENT = datetime(2026, 11, 30, 12, tzinfo=UTC)
 
@@ -43,5 +42,20 @@ def test_page_has_only_the_rows_of_its_owner(store: Store) -> None:
 
 def test_page_after_a_row_of_another_owner_is_refused(store: Store) -> None:
     add(store, "a", owner="key-2")
-    with pytest.raises(NotFoundError, match="no entry 'a'"):
+    with pytest.raises(EntryNotFoundError, match="no entry 'a'"):
         ids(store, Page(10, "a"))
+
+
+@pytest.mark.parametrize("id", ["", "a\0", "../a", "x" * 10_000, "file-\u00e9"])
+def test_an_id_that_no_row_can_have_is_not_found(store: Store, id: str) -> None:
+    with pytest.raises(EntryNotFoundError):
+        find_file(store, id, None)
+    with pytest.raises(EntryNotFoundError):
+        ids(store, Page(10, id))
+
+
+def test_a_row_of_another_owner_is_not_found(store: Store) -> None:
+    add(store, "a", owner="key-2")
+    with pytest.raises(EntryNotFoundError, match="no file 'a'"):
+        find_file(store, "a", "key-1")
+    assert find_file(store, "a", None).owner == "key-2"
