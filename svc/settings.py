@@ -606,6 +606,44 @@ class WebhookSettings(_Section):
     )
 
 
+def _base(text: str) -> str:
+    """Resolve the path of a base against the working folder. Other kinds of bases are returned unchanged."""
+    is_path = text.startswith((".", "/", "~")) or text.endswith(".gguf")
+    return str(_absolute(Path(text))) if is_path else text
+
+
+_CLIENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,99}")
+"""Names of bases for clients. A colon would make the names of trained models, `ft:BASE:...`, ambiguous."""
+
+
+class FineTuningSettings(_Section):
+    """Settings of OpenAI's fine-tuning API. See docs/fine-tuning-api.md."""
+
+    bases: dict[str, Annotated[str, Field(min_length=1), AfterValidator(_base)]] = Field(
+        {},
+        description="bases that clients may train, by their name for clients: each is a base as in a recipe; for "
+        "example `{gpt-4o-mini-2024-07-18: ./models/SmolLM2-135M-Instruct}`; default: none, and the API is off",
+    )
+    organization: str = Field(
+        "tuneserve",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$",
+        description="name of the organization in jobs and in the names of trained models, `ft:BASE:ORGANIZATION:...`",
+    )
+    max_jobs: int = Field(50, ge=1, description="maximum number of jobs of one key that have not ended")
+    wandb: bool = Field(
+        False,
+        description="whether jobs may ask to report to Weights & Biases, with the key of this machine's environment",
+    )
+
+    @field_validator("bases")
+    @classmethod
+    def _check_names(cls, bases: dict[str, str]) -> dict[str, str]:
+        for name in bases:
+            if not _CLIENT_NAME.fullmatch(name):
+                raise ValueError(f"{name!r} is not a valid name; use letters, digits and . _ - / only")
+        return bases
+
+
 class ModelSettings(_Section):
     """Settings of one served model that override the general settings."""
 
@@ -646,6 +684,7 @@ class Settings(BaseSettings):
     telemetry: TelemetrySettings = TelemetrySettings()
     holdout: HoldoutSettings = HoldoutSettings()
     monitor: MonitorSettings = MonitorSettings()
+    fine_tuning: FineTuningSettings = FineTuningSettings()
     webhooks: tuple[WebhookSettings, ...] = Field(
         (),
         max_length=20,

@@ -342,3 +342,17 @@ def test_invalid_object_store_url_is_rejected_without_being_shown(url: str) -> N
     with pytest.raises(SettingsError, match=r"artifacts\.url") as caught:
         load_settings(artifacts={"url": url})
     assert "hush" not in str(caught.value) and "s3://bucket/prefix" in str(caught.value)
+
+
+def test_path_of_a_base_is_relative_to_the_working_folder(write: Write, folder: Path) -> None:
+    write("fine_tuning: {bases: {gpt-4o-mini: ./models/small, hub: org/name, file: small.gguf}}")
+    assert load_settings().fine_tuning.bases == {
+        "gpt-4o-mini": str(folder / "models/small"),
+        "hub": "org/name",
+        "file": str(folder / "small.gguf"),
+    }
+
+
+@pytest.mark.parametrize("name", ["ft:gpt-4o", "tickets@1", "", "a b", "x" * 101])
+def test_base_name_that_would_be_ambiguous_is_rejected(name: str) -> None:
+    assert "not a valid name" in refusal(fine_tuning={"bases": {name: "org/name"}})
