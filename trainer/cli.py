@@ -111,7 +111,7 @@ def estimate(
     from svc.terminal import quiet_libraries
     from trainer.estimate.render import as_json as to_json
     from trainer.estimate.render import print_estimate
-    from trainer.pipeline.estimate import estimate_devices
+    from trainer.pipeline.estimate import estimate_devices, find_refusal
     from trainer.pipeline.examples import read_run_examples
     from trainer.recipe.file import load_recipe
 
@@ -120,7 +120,7 @@ def estimate(
     loaded = load_recipe(recipe, overrides)
     result = estimate_devices(loaded, read_run_examples(loaded, cache=settings.base_cache), settings, names)
     if as_json:
-        print_json(to_json(result))
+        print_json(to_json(result) | {"refused": find_refusal(result)})
     else:
         print_estimate(result)
 

@@ -44,6 +44,19 @@ def test_estimate_needs_only_the_base_config(svc: Svc, tmp_path: Path, recipe: P
     }
 
 
+def test_estimate_says_whether_training_would_be_refused_on_this_machine(
+    svc: Svc, tmp_path: Path, recipe: Path
+) -> None:
+    def refused(*options: str) -> str | None:
+        ended = svc("--home", tmp_path / "home", "estimate", recipe, *options, "--json")
+        text: str | None = json.loads(ended.out)["refused"]
+        return text
+
+    assert "short" in (refused("--set", "method=full", "--device", "here") or "")
+    assert refused("--set", f"base={FOLDER / 'llama-3.2-1b'}", "--device", "here") is None
+    assert refused("--set", "method=full", "--device", "h100") is None
+
+
 def test_estimate_of_a_preference_counts_both_answers_of_each_pair(svc: Svc, tmp_path: Path, recipe: Path) -> None:
     tokens = {}
     pairs = [PreferencePair(chat(f"question {number}"), chat(f"question {number}", "no")) for number in range(40)]

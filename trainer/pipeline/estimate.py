@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from svc.engine.device import read_capabilities
 from svc.engine.machine import read_machine
-from svc.errors import SvcError
+from svc.errors import InsufficientMemoryError, SvcError
 from svc.settings import Settings
 from svc.terminal import console
 from trainer.estimate.batches import read_preference_workload, read_workload
@@ -98,6 +98,22 @@ def estimate_here(
             refuse_stages(estimate, machine)
             refuse_disk(estimate, settings.home)
     return estimate.here
+
+
+def find_refusal(estimate: Estimate) -> str | None:
+    """Return why `svc train` would refuse the run on this machine for lack of memory, or None if it would not.
+
+    The result is None if the estimate does not include this machine.
+    """
+    if all(one.device.name != HERE for one in estimate.devices):
+        return None
+    machine = read_machine(gpus=True)
+    try:
+        refuse_memory(estimate, machine)
+        refuse_stages(estimate, machine)
+    except InsufficientMemoryError as error:
+        return error.wrong
+    return None
 
 
 def compare_with_real(expected: DeviceEstimate, summary: TrainingSummary) -> TrainingSummary:
