@@ -39,6 +39,8 @@ class Action(StrEnum):
     CREATE_KEY = "key.create"
     ROTATE_KEY = "key.rotate"
     REVOKE_KEY = "key.revoke"
+    CREATE_JOB = "job.create"
+    CANCEL_JOB = "job.cancel"
     REMOVE_VERSION = "version.remove"
     COLLECT = "gc"
     FORGET = "forget"

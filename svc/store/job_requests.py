@@ -1,0 +1,247 @@
+"""What owners ask of their fine-tuning jobs: creation, cancelling, pausing and resuming.
+
+A client sends a request again if it receives no answer. A creation that is repeated returns the first job, and a
+repeated change changes nothing.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from sqlalchemy import Engine as Store
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from svc.errors import RefusedError, SvcError
+from svc.store.audit import AuditEntry, append_event
+from svc.store.database import exclusive
+from svc.store.jobs import EventLevel, EventType, Job, JobStatus, Wanted
+from svc.store.page import Page, find_row, read_page
+from svc.store.tables import JobEventRow, JobRow
+from svc.version import VersionId
+
+REPEAT_WINDOW = timedelta(minutes=15)
+"""Time after its creation during which an equal request returns a job that has not ended. OpenAI's client waits 10
+minutes for an answer, and then sends the request again."""
+_OPEN = [status.value for status in JobStatus if not status.ended]
+_CHUNK = 100
+
+
+class TooManyJobsError(SvcError):
+    """Raised when an owner has too many jobs that have not ended."""
+
+
+class JobEndedError(RefusedError):
+    """Raised when a job that has ended, or is being cancelled, is to be changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobError:
+    """Reason why a job failed, in words for its owner. It contains no paths of the machine.
+
+    Attributes:
+        param: field of the request that causes the failure, or None.
+    """
+
+    code: str
+    message: str
+    param: str | None = None
+
+
+def find_repeated(store: Store, fingerprint: str, owner: str, *, max_jobs: int) -> Job | None:
+    """Return the job that an equal request has created, or None if a new job may be created.
+
+    Args:
+        max_jobs: maximum number of an owner's jobs that have not ended.
+
+    Raises:
+        TooManyJobsError: the owner has this many already.
+    """
+    with Session(store) as session:
+        row = _find_repeated(session, fingerprint, owner, max_jobs)
+        return None if row is None else row.read(Job)
+
+
+def create_job(
+    store: Store, job: Job, entry: AuditEntry, *, max_jobs: int, training_s: float | None, events: Iterable[str]
+) -> Job:
+    """Add a job and return it, or return the job that an equal request has created.
+
+    Args:
+        entry: the audit event of the creation.
+        max_jobs: maximum number of an owner's jobs that have not ended.
+        training_s: expected duration of its training in seconds, if it is known.
+        events: messages of the job's first events.
+
+    Raises:
+        TooManyJobsError: the owner has this many already.
+    """
+    with exclusive(store) as session:
+        row = _find_repeated(session, job.fingerprint, job.owner, max_jobs)
+        if row is None:
+            finish = _estimate_finish(session, training_s)
+            row = JobRow.of(job, status=job.status.value, wanted=job.wanted.value, estimated_finish=finish)
+            session.add(row)
+            session.flush()
+            for message in events:
+                _add_event(session, row, message)
+            append_event(session, entry)
+        return row.read(Job)
+
+
+def read_checking(store: Store) -> list[Job]:
+    """Return the jobs whose files are being checked, oldest first."""
+    query = select(JobRow).where(JobRow.status == JobStatus.VALIDATING_FILES.value).order_by(JobRow.created_at)
+    with Session(store) as session:
+        return [row.read(Job) for row in session.scalars(query)]
+
+
+def queue_checked(store: Store, id: str, *, request: str, recipe: str, training_s: float, event: str) -> None:
+    """Move a job whose files have been checked to the queue, unless it has been cancelled.
+
+    Args:
+        request, recipe: new values of the job's fields.
+        training_s: expected duration of its training, in seconds.
+    """
+    with exclusive(store) as session:
+        if row := _checking(session, id):
+            row.request, row.recipe, row.status = request, recipe, JobStatus.QUEUED.value
+            row.estimated_finish = _estimate_finish(session, training_s) if row.wanted == Wanted.RUN.value else None
+            _add_event(session, row, event)
+
+
+def fail_checked(store: Store, id: str, error: JobError) -> None:
+    """End a job that cannot be trained, unless it has been cancelled."""
+    with exclusive(store) as session:
+        if row := _checking(session, id):
+            row.status, row.finished_at, row.estimated_finish = JobStatus.FAILED.value, datetime.now(UTC), None
+            row.error = json.dumps({"code": error.code, "message": error.message, "param": error.param})
+            _add_event(session, row, f"Fine-tuning job failed: {error.message}", EventLevel.ERROR)
+
+
+def change_wanted(store: Store, id: str, owner: str | None, wanted: Wanted, entry: AuditEntry | None = None) -> Job:
+    """Cancel, pause or resume a job, and return it.
+
+    A job that no worker runs is cancelled immediately. Otherwise its worker carries out the change.
+
+    Args:
+        owner: only a job of this owner is found; None for all owners.
+        entry: the audit event of the change, or None for no event.
+
+    Raises:
+        EntryNotFoundError: the owner has no job with this id.
+        JobEndedError: the job has ended otherwise, or is being cancelled.
+    """
+    with exclusive(store) as session:
+        row = find_row(session, JobRow, id, owner, "job")
+        if row.wanted != wanted.value or JobStatus(row.status).ended:
+            if row.status == JobStatus.CANCELLED.value and wanted is Wanted.CANCEL:
+                return row.read(Job)
+            _require_open(row)
+            row.wanted = wanted.value
+            _begin_change(session, row, wanted)
+            if entry is not None:
+                append_event(session, entry)
+        return row.read(Job)
+
+
+def find_jobs(
+    store: Store, owner: str | None, *, page: Page, metadata: Mapping[str, str] | None
+) -> tuple[list[Job], bool]:
+    """Return one page of an owner's jobs with the given metadata, and whether more follow.
+
+    Args:
+        owner: id of the owner, or None for the jobs of all owners.
+        metadata: values that a job's metadata must have; None for jobs without metadata.
+
+    Raises:
+        EntryNotFoundError: the page begins after a job that the owner does not have.
+    """
+    query, jobs = select(JobRow), list[Job]()
+    if owner is not None:
+        query = query.where(JobRow.owner == owner)
+    chunk, more = Page(_CHUNK, page.after, page.newest_first), True
+    while more and len(jobs) <= page.limit:
+        rows, more = read_page(store, JobRow, query, chunk)
+        jobs += [row.read(Job) for row in rows if _has_metadata(row, metadata)]
+        chunk = Page(_CHUNK, rows[-1].id if rows else None, page.newest_first)
+    return jobs[: page.limit], len(jobs) > page.limit
+
+
+def find_trained(store: Store, model: str, owner: str | None) -> VersionId | None:
+    """Return the version that an owner's job has trained, by its name for clients (`ft:...`), or None.
+
+    Args:
+        owner: id of the owner, or None for the models of all owners.
+    """
+    query = select(JobRow).where(JobRow.fine_tuned_model == model, JobRow.status == JobStatus.SUCCEEDED.value)
+    with Session(store) as session:
+        row = session.scalar(query if owner is None else query.where(JobRow.owner == owner))
+        return None if row is None else row.read(Job).version
+
+
+def owners_of(store: Store, name: str) -> frozenset[str]:
+    """Return the owners of the jobs that register versions under a name. Empty if no job does."""
+    with Session(store) as session:
+        return frozenset(session.scalars(select(JobRow.owner).where(JobRow.name == name)))
+
+
+def _find_repeated(session: Session, fingerprint: str, owner: str, max_jobs: int) -> JobRow | None:
+    is_open = JobRow.status.in_(_OPEN)
+    recent = JobRow.created_at > datetime.now(UTC) - REPEAT_WINDOW
+    row = session.scalar(select(JobRow).where(JobRow.fingerprint == fingerprint, is_open, recent).limit(1))
+    if row is None:
+        count = session.scalar(select(func.count()).select_from(JobRow).where(JobRow.owner == owner, is_open)) or 0
+        if count >= max_jobs:
+            raise TooManyJobsError(
+                f"{count} jobs of this key have not ended",
+                expected=f"fewer than {max_jobs}",
+                todo="wait until one has ended, or cancel one",
+            )
+    return row
+
+
+def _estimate_finish(session: Session, training_s: float | None) -> datetime | None:
+    """Return when a training will have ended if it begins after all others."""
+    if training_s is None:
+        return None
+    others = session.scalar(select(func.max(JobRow.estimated_finish)).where(JobRow.status.in_(_OPEN)))
+    return max(datetime.now(UTC), others or datetime.min.replace(tzinfo=UTC)) + timedelta(seconds=training_s)
+
+
+def _checking(session: Session, id: str) -> JobRow | None:
+    return session.scalar(select(JobRow).where(JobRow.id == id, JobRow.status == JobStatus.VALIDATING_FILES.value))
+
+
+def _require_open(row: JobRow) -> None:
+    ended = JobStatus(row.status).ended
+    if ended or row.wanted == Wanted.CANCEL.value:
+        state = f"has already ended: {row.status}" if ended else "is being cancelled"
+        raise JobEndedError(f"the job {row.id} {state}", todo="create a new job to train again")
+
+
+def _begin_change(session: Session, row: JobRow, wanted: Wanted) -> None:
+    """Carry out the part of a change that does not need the job's worker."""
+    running = row.status == JobStatus.RUNNING.value
+    if wanted is Wanted.RUN:
+        _add_event(session, row, "Resuming the fine-tuning job was requested")
+    elif not running:
+        row.estimated_finish = None
+        if wanted is Wanted.CANCEL:
+            row.status, row.finished_at = JobStatus.CANCELLED.value, datetime.now(UTC)
+        _add_event(session, row, f"Fine-tuning job {'cancelled' if wanted is Wanted.CANCEL else 'paused'}")
+
+
+def _add_event(session: Session, row: JobRow, message: str, level: EventLevel = EventLevel.INFO) -> None:
+    kind = EventType.MESSAGE.value
+    event = JobEventRow(job=row.id, at=datetime.now(UTC), level=level.value, type=kind, message=message, data=None)
+    session.add(event)
+    session.flush()  # ids in the order of the events
+
+
+def _has_metadata(row: JobRow, wanted: Mapping[str, str] | None) -> bool:
+    metadata = json.loads(row.request).get("metadata")
+    if wanted is None:
+        return metadata is None
+    return wanted.items() <= (metadata or {}).items()

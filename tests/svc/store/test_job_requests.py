@@ -1,0 +1,251 @@
+"""Tests what owners ask of their fine-tuning jobs: creation, cancelling, pausing and resuming."""
+
+import json
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from itertools import count
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine as Store
+from sqlalchemy import update
+
+from svc.identity.actor import Actor
+from svc.store import audit
+from svc.store.audit import Action, AuditEntry
+from svc.store.job_requests import (
+    REPEAT_WINDOW,
+    JobEndedError,
+    JobError,
+    TooManyJobsError,
+    change_wanted,
+    create_job,
+    fail_checked,
+    find_jobs,
+    find_repeated,
+    find_trained,
+    owners_of,
+    queue_checked,
+    read_checking,
+)
+from svc.store.jobs import Job, JobStatus, Wanted, find_job, read_events
+from svc.store.page import EntryNotFoundError, Page
+from svc.store.tables import JobRow
+from svc.version import VersionId
+
+ALICE = Actor("key:alice", "10.0.0.1")
+NUMBERS = count(1)
+Add = Callable[..., Job]
+
+
+def job(**fields: Any) -> Job:
+    """Return a queued job of the key `alice`."""
+    number = next(NUMBERS)
+    defaults: dict[str, Any] = {
+        "id": f"ftjob-{number}",
+        "owner": "alice",
+        "fingerprint": f"print-{number}",
+        "model": "small",
+        "training_file": "file-1",
+        "request": "{}",
+        "recipe": "name: ft-alice-small\n",
+        "name": "ft-alice-small",
+        "created_at": datetime.now(UTC),
+        "status": JobStatus.QUEUED,
+    }
+    return Job(**(defaults | fields))
+
+
+@pytest.fixture
+def add(store: Store) -> Add:
+    def add(*, max_jobs: int = 100, training_s: float | None = None, **fields: Any) -> Job:
+        given = job(**fields)
+        entry = AuditEntry(Action.CREATE_JOB, given.id, ALICE)
+        return create_job(store, given, entry, max_jobs=max_jobs, training_s=training_s, events=["created", "queued"])
+
+    return add
+
+
+def change(store: Store, id: str, **columns: Any) -> None:
+    """Change a job as its worker does."""
+    with store.begin() as connection:
+        connection.execute(update(JobRow).where(JobRow.id == id).values(columns))
+
+
+def messages(store: Store, id: str) -> list[str]:
+    events, _ = read_events(store, id, page=Page(100, newest_first=False))
+    return [event.message for event in events]
+
+
+def test_created_job_is_stored_with_its_first_events_and_an_audit_event(store: Store, add: Add) -> None:
+    created = add()
+    assert find_job(store, created.id, "alice") == created
+    assert messages(store, created.id) == ["created", "queued"]
+    (event,) = audit.read_events(store, newest=10)
+    assert (event.action, event.subject, event.actor) == ("job.create", created.id, "key:alice")
+
+
+def test_equal_request_returns_the_first_job_when_it_has_not_ended(store: Store, add: Add) -> None:
+    first = add(fingerprint="same")
+    assert add(fingerprint="same", max_jobs=1) == first
+    assert messages(store, first.id) == ["created", "queued"]
+    assert len(audit.read_events(store, newest=10)) == 1
+
+
+def test_equal_request_creates_a_job_when_the_first_has_ended(store: Store, add: Add) -> None:
+    first = add(fingerprint="same")
+    change(store, first.id, status="failed")
+    assert add(fingerprint="same").id != first.id
+
+
+def test_equal_request_creates_a_job_when_the_first_is_too_old_to_be_a_retry(store: Store, add: Add) -> None:
+    first = add(fingerprint="same", created_at=datetime.now(UTC) - REPEAT_WINDOW - timedelta(seconds=1))
+    assert add(fingerprint="same").id != first.id
+
+
+def test_twenty_concurrent_equal_requests_create_one_job(store: Store, add: Add) -> None:
+    with ThreadPoolExecutor(20) as threads:
+        created = list(threads.map(lambda _: add(fingerprint="same"), range(20)))
+    assert len({each.id for each in created}) == 1
+
+
+def test_job_is_refused_when_the_owner_has_too_many_open_jobs(store: Store, add: Add) -> None:
+    first = add(max_jobs=2)
+    add(max_jobs=2)
+    with pytest.raises(TooManyJobsError, match="2 jobs of this key have not ended"):
+        add(max_jobs=2)
+    with pytest.raises(TooManyJobsError):
+        find_repeated(store, "other", "alice", max_jobs=2)
+    add(owner="bob", max_jobs=2)
+    change(store, first.id, status="succeeded")
+    add(max_jobs=2)
+
+
+def test_estimated_finish_counts_the_jobs_that_come_first(store: Store, add: Add) -> None:
+    first, second = add(training_s=100.0), add(training_s=50.0)
+    assert first.estimated_finish is not None
+    assert second.estimated_finish == first.estimated_finish + timedelta(seconds=50)
+    assert add().estimated_finish is None
+
+
+def test_queued_job_ends_immediately_when_it_is_cancelled(store: Store, add: Add) -> None:
+    created = add(training_s=10.0)
+    entry = AuditEntry(Action.CANCEL_JOB, created.id, ALICE)
+    cancelled = change_wanted(store, created.id, "alice", Wanted.CANCEL, entry)
+    assert cancelled.status is JobStatus.CANCELLED
+    assert cancelled.finished_at is not None
+    assert cancelled.estimated_finish is None
+    assert messages(store, created.id)[-1] == "Fine-tuning job cancelled"
+    assert change_wanted(store, created.id, "alice", Wanted.CANCEL, entry) == cancelled  # a retry of the client
+    assert [event.action for event in audit.read_events(store, newest=10)] == ["job.create", "job.cancel"]
+
+
+def test_running_job_is_left_to_its_worker_when_it_is_cancelled(store: Store, add: Add) -> None:
+    created = add()
+    change(store, created.id, status="running", worker="worker-1")
+    cancelled = change_wanted(store, created.id, "alice", Wanted.CANCEL)
+    assert (cancelled.status, cancelled.wanted) == (JobStatus.RUNNING, Wanted.CANCEL)
+    with pytest.raises(JobEndedError, match="is being cancelled"):
+        change_wanted(store, created.id, "alice", Wanted.PAUSE)
+
+
+def test_paused_job_stays_queued_until_it_is_resumed(store: Store, add: Add) -> None:
+    created = add(training_s=10.0)
+    for _ in range(2):
+        paused = change_wanted(store, created.id, None, Wanted.PAUSE)
+    assert (paused.status, paused.wanted, paused.estimated_finish) == (JobStatus.QUEUED, Wanted.PAUSE, None)
+    resumed = change_wanted(store, created.id, None, Wanted.RUN)
+    assert (resumed.status, resumed.wanted) == (JobStatus.QUEUED, Wanted.RUN)
+    expected = ["created", "queued", "Fine-tuning job paused", "Resuming the fine-tuning job was requested"]
+    assert messages(store, created.id) == expected
+
+
+@pytest.mark.parametrize(
+    ("status", "wanted"),
+    [
+        ("succeeded", Wanted.CANCEL),
+        ("failed", Wanted.CANCEL),
+        ("succeeded", Wanted.PAUSE),
+        ("failed", Wanted.RUN),
+        ("cancelled", Wanted.PAUSE),
+        ("cancelled", Wanted.RUN),
+    ],
+)
+def test_ended_job_is_not_changed(store: Store, add: Add, status: str, wanted: Wanted) -> None:
+    created = add()
+    change(store, created.id, status=status)
+    with pytest.raises(JobEndedError, match=f"has already ended: {status}"):
+        change_wanted(store, created.id, "alice", wanted)
+
+
+def test_job_of_another_owner_is_not_found_and_not_changed(store: Store, add: Add) -> None:
+    created = add()
+    for id in (created.id, "ftjob-none", "a\0"):
+        with pytest.raises(EntryNotFoundError):
+            change_wanted(store, id, "bob", Wanted.CANCEL)
+    assert find_job(store, created.id, None).wanted is Wanted.RUN
+
+
+def test_checked_job_is_queued_unless_it_has_been_cancelled(store: Store, add: Add) -> None:
+    created = add(status=JobStatus.VALIDATING_FILES)
+    assert [each.id for each in read_checking(store)] == [created.id]
+    values = {"request": '{"a": 1}', "recipe": "name: b\n", "training_s": 5.0, "event": "validated"}
+    queue_checked(store, created.id, **values)  # type: ignore[arg-type]
+    queued = find_job(store, created.id, None)
+    assert (queued.status, queued.request, queued.recipe) == (JobStatus.QUEUED, '{"a": 1}', "name: b\n")
+    assert queued.estimated_finish is not None
+    cancelled = add(status=JobStatus.VALIDATING_FILES)
+    change_wanted(store, cancelled.id, None, Wanted.CANCEL)
+    queue_checked(store, cancelled.id, **values)  # type: ignore[arg-type]
+    fail_checked(store, cancelled.id, JobError("a", "b"))
+    assert find_job(store, cancelled.id, None).status is JobStatus.CANCELLED
+    assert read_checking(store) == []
+
+
+def test_failed_check_ends_the_job_with_its_error(store: Store, add: Add) -> None:
+    created = add(status=JobStatus.VALIDATING_FILES)
+    fail_checked(store, created.id, JobError("invalid_training_file", "line 1 is not JSON", "training_file"))
+    failed = find_job(store, created.id, None)
+    assert failed.status is JobStatus.FAILED
+    assert failed.error is not None
+    assert json.loads(failed.error) == {
+        "code": "invalid_training_file",
+        "message": "line 1 is not JSON",
+        "param": "training_file",
+    }
+    assert messages(store, created.id)[-1] == "Fine-tuning job failed: line 1 is not JSON"
+
+
+def test_jobs_are_found_by_their_metadata_across_pages(store: Store, add: Add, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("svc.store.job_requests._CHUNK", 2)
+    given: list[Mapping[str, str] | None] = [{"team": "a", "n": "1"}, {"team": "b"}, None, {"team": "a"}, {"team": "a"}]
+    ids = [add(request=json.dumps({"metadata": each} if each else {})).id for each in given]
+    add(owner="bob", request=json.dumps({"metadata": {"team": "a"}}))
+
+    def found(page: Page, metadata: Mapping[str, str] | None) -> tuple[list[int], bool]:
+        jobs, more = find_jobs(store, "alice", page=page, metadata=metadata)
+        return [ids.index(each.id) for each in jobs], more
+
+    assert found(Page(2), {"team": "a"}) == ([4, 3], True)
+    assert found(Page(2, ids[3]), {"team": "a"}) == ([0], False)
+    assert found(Page(10), {"team": "a", "n": "1"}) == ([0], False)
+    assert found(Page(10), None) == ([2], False)
+    assert found(Page(10), {"team": ""}) == ([], False)
+
+
+def test_fine_tuned_model_is_found_by_its_owner_when_the_job_has_succeeded(store: Store, add: Add) -> None:
+    created = add(fine_tuned_model="ft:small:org:x:1", number=3)
+    assert find_trained(store, "ft:small:org:x:1", "alice") is None
+    change(store, created.id, status="succeeded")
+    assert find_trained(store, "ft:small:org:x:1", "alice") == VersionId("ft-alice-small", 3)
+    assert find_trained(store, "ft:small:org:x:1", None) == VersionId("ft-alice-small", 3)
+    assert find_trained(store, "ft:small:org:x:1", "bob") is None
+    assert owners_of(store, "ft-alice-small") == {"alice"}
+    assert owners_of(store, "tickets") == frozenset()
+
+
+def test_job_is_unchanged_by_reading_it_back(store: Store, add: Add) -> None:
+    created = add(validation_file="file-2", trained_tokens=2**40)
+    assert find_job(store, created.id, None) == replace(created)
