@@ -21,7 +21,9 @@ from serving.http.authentication import Authentication
 from serving.http.body_slots import BodySlots
 from serving.http.delivery import AnswerBuffers
 from serving.http.feedback import FeedbackIntake
+from serving.http.fine_tuning import FineTuning
 from serving.http.inference import Gateway
+from serving.jobs.creation import JobCreation
 from serving.leadership import EVERYTHING, Leadership
 from serving.replicas.slots import EngineSlots, MakeSlots
 from serving.rollout.version_changes import VersionChanges
@@ -36,6 +38,7 @@ from serving.telemetry.request_log import RequestLog
 from serving.telemetry.usage_writer import UsageWriter
 from svc.access.authenticator import Authenticator
 from svc.access.usage_meter import UsageMeter
+from svc.client_files.client_files import ClientFiles
 from svc.engine.device import DeviceCapabilities
 from svc.registry.registry import Registry
 from svc.remote.listening import is_loopback
@@ -65,6 +68,7 @@ class GatewayParts:
     draining: asyncio.Event
     request_log: RequestLog
     usage_writer: UsageWriter
+    job_creation: JobCreation
     traces: "Traces | None"
 
 
@@ -162,6 +166,8 @@ def assemble(
         partial(authenticator.follow, store_changes),
         *(webhook.run for webhook in webhooks),
     ]
+    if settings.fine_tuning.bases:
+        works.append(gateway.job_creation.run)
     if not is_sqlite(store):
         works.append(ChangeListener(store, store_changes).run)
     return Parts(gateway, deployments, authenticator, leadership, works)
@@ -214,6 +220,7 @@ def assemble_gateway(
         usage=usage,
         begin_trace=traces.begin if traces else None,
     )
+    job_creation = JobCreation(store, ClientFiles(store, settings.home / "files"), settings)
     draining = asyncio.Event()
     app = build_app(
         gateway,
@@ -222,10 +229,11 @@ def assemble_gateway(
         status=status,
         authentication=authentication,
         administration=Administration(store, changes, server),
+        fine_tuning=FineTuning(store, settings, job_creation),
         draining=draining,
     )
     usage_writer = UsageWriter(store, usage, limiter.add_used_today, limiter.add_used_elsewhere)
-    return GatewayParts(app, draining, request_log, usage_writer, traces)
+    return GatewayParts(app, draining, request_log, usage_writer, job_creation, traces)
 
 
 def make_traces(settings: TelemetrySettings, metrics: GatewayMetrics) -> "Traces | None":

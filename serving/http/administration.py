@@ -15,17 +15,16 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Engine as Store
 from starlette.responses import JSONResponse, Response
 
+from serving.http.actor import actor_of
 from serving.http.body import ClientGoneError
 from serving.http.errors import change_error
 from serving.http.json_body import Body, read_json
-from serving.http.request_state import request_state
 from serving.rollout.journal import swap_row
 from serving.rollout.promotion import PromotionRequest, RolloutOptions, VersionChange
 from serving.rollout.version_changes import VersionChanges
 from serving.telemetry.metrics import CLIENT_GONE_STATUS
 from svc.access.keyring import IssuedKey, Keyring, key_row
 from svc.errors import SettingsError, SvcError
-from svc.identity.actor import Actor
 from svc.identity.principal import Limits, Scope
 from svc.store.gate_rows import GATE_ROWS
 from svc.store.rollouts import RolloutView, read_rollouts
@@ -128,7 +127,7 @@ class Administration:
             raise SettingsError(
                 "'force' requires a 'reason'", expected="the reason why a version that failed a gate should be served"
             )
-        actor = _actor(request)
+        actor = actor_of(request)
         change = await asyncio.to_thread(
             lambda: self._changes.promote(
                 PromotionRequest(
@@ -145,7 +144,7 @@ class Administration:
         return JSONResponse(_change_row(change))
 
     async def _rollback(self, request: Request) -> Response:
-        given, actor = await _read(request, RollbackRequest, '{"model": "tickets"}'), _actor(request)
+        given, actor = await _read(request, RollbackRequest, '{"model": "tickets"}'), actor_of(request)
         change = await asyncio.to_thread(lambda: self._changes.rollback(given.model, reason=given.reason, actor=actor))
         return JSONResponse(_change_row(change))
 
@@ -198,7 +197,7 @@ class Administration:
         return JSONResponse(key_row(revoked))
 
     def _keyring(self, request: Request) -> Keyring:
-        return Keyring(self._store, _actor(request))
+        return Keyring(self._store, actor_of(request))
 
 
 def _with_full_errors(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
@@ -217,14 +216,6 @@ def _with_full_errors(endpoint: Callable[[Request], Awaitable[Response]]) -> Cal
 
 async def _read(request: Request, kind: type[Body], expected: str) -> Body:
     return await read_json(request, kind, max_bytes=MAX_BODY_BYTES, expected=expected)
-
-
-def _actor(request: Request) -> Actor:
-    """Return who made a request: the key's owner or, for a request through the home's socket, the socket's owner."""
-    principal = request_state(request.scope).principal
-    if principal is None:
-        return Actor.local()
-    return Actor.of(principal, request.client.host[:64] if request.client else "")
 
 
 def _change_row(change: VersionChange) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from serving.http.administration import Administration
 from serving.http.authentication import Authentication
 from serving.http.errors import install_handlers
 from serving.http.feedback import FeedbackIntake
+from serving.http.fine_tuning import FineTuning
 from serving.http.host import AllowedHosts
 from serving.http.inference import Gateway, completion_endpoints
 from serving.http.middleware import RequestMiddleware
@@ -45,6 +46,7 @@ def build_app(
     status: Callable[[], Mapping[str, Any]],
     authentication: Authentication,
     administration: Administration,
+    fine_tuning: FineTuning,
     draining: asyncio.Event,
 ) -> "Application":
     """Return the HTTP application for a gateway.
@@ -57,6 +59,7 @@ def build_app(
         status: function that returns the JSON values of /svc/status; it is called in a thread.
         authentication: admits requests.
         administration: answers administration requests.
+        fine_tuning: answers /v1/fine_tuning.
         draining: set once load balancers must stop sending requests.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
@@ -68,6 +71,7 @@ def build_app(
     _add_health(app, gateway, draining)
     _add_operations(app, gateway, engine_metrics, status)
     administration.add_to(app)
+    fine_tuning.add_to(app)
     install_handlers(app)
     hosts = AllowedHosts((gateway.settings.host, *gateway.settings.allowed_hosts))
     layer = partial(

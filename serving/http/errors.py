@@ -32,6 +32,7 @@ from serving.http.failed_keys import TooManyWrongKeysError
 from serving.http.feedback import RequestLogBusyError, RequestNotFoundError
 from serving.http.host import HostNotAllowedError
 from serving.http.models import ModelNotDeletableError
+from serving.jobs.creation import FineTuningDisabledError
 from serving.model_names import ModelNotFoundError
 from serving.protocols import request
 from serving.protocols.error_code import ErrorCode
@@ -59,6 +60,7 @@ from svc.errors import (
     SvcError,
 )
 from svc.identity.key_secret import hide_secrets
+from svc.store.job_requests import JobEndedError, TooManyJobsError
 from svc.store.page import EntryNotFoundError
 from svc.store.unavailable import StoreUnavailableError
 
@@ -128,7 +130,7 @@ class ApiError:
             path: the request's path.
         """
         headers = dict(self.headers)
-        if self.code is ErrorCode.INTERNAL_ERROR or (
+        if self.code in (ErrorCode.INTERNAL_ERROR, ErrorCode.JOB_ENDED) or (
             self.code is ErrorCode.RATE_LIMIT_EXCEEDED and not 0 < int(headers.get("retry-after", "0")) <= _MAX_RETRY_S
         ):
             headers["x-should-retry"] = "false"
@@ -151,6 +153,9 @@ _SHAPES: dict[type[SvcError], tuple[int, ErrorCode]] = {
     EntryNotFoundError: (404, ErrorCode.NOT_FOUND),
     ModelNotFoundError: (404, ErrorCode.MODEL_NOT_FOUND),
     ModelNotDeletableError: (403, ErrorCode.MODEL_NOT_DELETABLE),
+    FineTuningDisabledError: (403, ErrorCode.FINE_TUNING_DISABLED),
+    JobEndedError: (400, ErrorCode.JOB_ENDED),
+    TooManyJobsError: (429, ErrorCode.RATE_LIMIT_EXCEEDED),
     RateLimitedError: (429, ErrorCode.RATE_LIMIT_EXCEEDED),
     OverloadedError: (429, ErrorCode.OVERLOADED),
     TooManyTokensError: (400, ErrorCode.TOO_MANY_TOKENS),

@@ -22,6 +22,8 @@ from serving.http.administration import (
 )
 from serving.http.errors import ANTHROPIC_TYPES
 from serving.http.feedback import FeedbackRequest
+from serving.http.fine_tuning import MAX_PAGE
+from serving.jobs.request import JobRequest
 from serving.protocols.error_code import ErrorCode
 from serving.protocols.route import ANTHROPIC_PATHS, Route, TokenRoute
 from serving.protocols.unsupported_fields import MAX_ANSWERS
@@ -161,7 +163,12 @@ def openapi_document() -> Json:
     return {
         "openapi": "3.1.0",
         "info": {"title": "tuneserve", "version": version("tuneserve")},
-        "paths": {**requests, **_small_paths(), **_administration(schemas)},
+        "paths": {
+            **requests,
+            **_small_paths(),
+            **_fine_tuning(schemas),
+            **_administration(schemas),
+        },
         "components": {"schemas": schemas, "securitySchemes": _KEY_HEADERS},
         "security": [{}, *({name: []} for name in _KEY_HEADERS)],  # none while no key exists
     }
@@ -234,6 +241,38 @@ def _small_paths() -> Json:
         "/svc/status": {"get": _operation("Show the server's status, as in `svc status`", _json(_OBJECT), _DEFECT)},
         "/openapi.json": {"get": _operation("Show this document", _json(_OBJECT), {})},
     }
+
+
+def _fine_tuning(schemas: Json) -> Json:
+    """Return the paths of fine-tuning jobs. Their objects are those of OpenAI's API."""
+    off = {403: "fine-tuning over HTTP is off", **_DEFECT, 503: "the server's database is not responding"}
+    no_job = {404: "there is no such job, or it belongs to another key", **off}
+    id = {"name": "id", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+    page = [
+        {"name": "after", "in": "query", "schema": {"type": "string"}},
+        {"name": "limit", "in": "query", "schema": {"type": "integer", "minimum": 1, "maximum": MAX_PAGE}},
+        {"name": "order", "in": "query", "schema": {"enum": ["asc", "desc"]}},
+    ]
+    bad_page = {400: "a query parameter is invalid", 404: "there is no such job, or no entry `after`"}
+    jobs = "/v1/fine_tuning/jobs"
+    creation = {
+        **_operation(
+            "Create a fine-tuning job", _json(_OBJECT), {**_BAD_BODY, 429: "the key has too many jobs", **off}
+        ),
+        "requestBody": {"required": True, "content": _json(_schema(JobRequest, schemas))},
+    }
+    listing = _operation("List fine-tuning jobs, newest first", _json(_OBJECT), {**off, **bad_page})
+    paths: Json = {
+        jobs: {"post": creation, "get": {**listing, "parameters": page}},
+        f"{jobs}/{{id}}": {"parameters": [id], "get": _operation("Show a fine-tuning job", _json(_OBJECT), no_job)},
+    }
+    for name in ("events", "checkpoints"):
+        listing = _operation(f"List a job's {name}, newest first", _json(_OBJECT), {**no_job, **bad_page})
+        paths[f"{jobs}/{{id}}/{name}"] = {"parameters": [id], "get": {**listing, "parameters": page}}
+    for name in ("cancel", "pause", "resume"):
+        change = _operation(f"{name.capitalize()} a job", _json(_OBJECT), {**no_job, 400: "the job has ended"})
+        paths[f"{jobs}/{{id}}/{name}"] = {"parameters": [id], "post": change}
+    return paths
 
 
 def _administration(schemas: Json) -> Json:

@@ -43,6 +43,8 @@ _NOT_COMPLETIONS = {
     ErrorCode.CHANGE_REFUSED,
     ErrorCode.GATE_FAILED,
     ErrorCode.MODEL_NOT_DELETABLE,
+    ErrorCode.FINE_TUNING_DISABLED,
+    ErrorCode.JOB_ENDED,
     ErrorCode.REQUEST_NOT_FOUND,
     ErrorCode.REQUEST_LOG_BUSY,
     ErrorCode.STORE_UNAVAILABLE,

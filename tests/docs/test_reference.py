@@ -4,6 +4,7 @@ import re
 import tomllib
 
 from serving.http.errors import _CHANGE_SHAPES, _FRAMEWORK_CODES, _SHAPES
+from serving.jobs.recipe import BASE_KEY, RECIPE_KEYS
 from serving.protocols.error_code import ErrorCode
 from svc import errors
 from svc.dataset.problem.problem import Code, severity_of
@@ -39,6 +40,16 @@ def test_every_http_error_is_in_the_api_page_with_its_status() -> None:
     sent = {*_SHAPES.values(), *_CHANGE_SHAPES.values(), *_FRAMEWORK_CODES.items(), (500, ErrorCode.INTERNAL_ERROR)}
     assert documented == {(status, code.value) for status, code in sent}
     assert {code for _, code in documented} == {code.value for code in ErrorCode} - {"client_gone", "client_slow"}
+
+
+def test_every_recipe_key_of_a_fine_tuning_job_is_documented() -> None:
+    table = rows(read("docs/fine-tuning-api.md"), "section")
+    documented = {
+        key if section == "top level" else f"{section.strip('`')}.{key}"
+        for section, keys, *_ in table
+        for key in re.findall(r"`(\w+)`", keys)
+    }
+    assert documented == {*RECIPE_KEYS, BASE_KEY}
 
 
 def test_every_dependency_has_a_documented_reason() -> None:

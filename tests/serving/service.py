@@ -33,7 +33,7 @@ from svc.engine.client import EngineClient, socket_transport
 from svc.engine.vllm.connection_pool import EngineConnections
 from svc.identity.principal import Principal
 from svc.registry.registry import Registry
-from svc.settings import RequestLogSettings, ServeSettings, Settings, TelemetrySettings
+from svc.settings import FineTuningSettings, RequestLogSettings, ServeSettings, Settings, TelemetrySettings
 from svc.version import Format, Target, VersionId
 from tests.serving.admission.opened import admitted
 from tests.serving.engine_double import EngineDouble, running_engine
@@ -146,6 +146,7 @@ class Service:
         telemetry: settings of traces; spans are built from rows, so a store is required as well.
         limiter: enforces the limits of keys.
         buffers: answer buffers; by default created from the settings.
+        fine_tuning: settings of the fine-tuning API, which is off by default.
         settings: fields of ServeSettings that differ from the default.
 
     Attributes:
@@ -161,6 +162,7 @@ class Service:
         telemetry: TelemetrySettings | None = None,
         limiter: RateLimiter | None = None,
         buffers: AnswerBuffers | None = None,
+        fine_tuning: FineTuningSettings | None = None,
         **settings: Any,
     ) -> None:
         self.folder = folder
@@ -196,6 +198,7 @@ class Service:
                 serve=limits,
                 request_log=keeping or RequestLogSettings(),
                 telemetry=telemetry or TelemetrySettings(),
+                fine_tuning=fine_tuning or FineTuningSettings(),
             ),
             store,
             metrics,

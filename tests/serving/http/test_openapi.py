@@ -34,7 +34,7 @@ from svc.access.authenticator import Authenticator
 from svc.access.keyring import Keyring
 from svc.identity.actor import Actor
 from svc.identity.principal import Limits, Scope
-from svc.settings import ServeSettings, Settings
+from svc.settings import FineTuningSettings, ServeSettings, Settings
 from tests.serving.engine_double import EngineDouble
 from tests.serving.service import NAME, ONE, OneBackend, Service, connections, gateway
 from tests.serving.socket_server import running_in_thread
@@ -109,7 +109,11 @@ def api(memory_folder: Path, store: Store, engine_socket: Path) -> Iterator[Any]
 
     parts = gateway(
         OneBackend(names, admission, lease),
-        Settings(home=memory_folder, serve=ServeSettings(allowed_hosts=("*",))),
+        Settings(
+            home=memory_folder,
+            serve=ServeSettings(allowed_hosts=("*",)),
+            fine_tuning=FineTuningSettings(bases={"small": "org/small"}),
+        ),
         store,
         GatewayMetrics(CollectorRegistry()),
         Authentication(authenticator, on_failure=lambda fault: None),
@@ -169,7 +173,7 @@ def test_every_response_is_documented_even_if_keys_are_required(
         return
     assert method == "delete" or not admin & {401, 403}
     assert wrong <= {401, 429}
-    if path.startswith(("/svc/", "/metrics")):
+    if path.startswith(("/svc/", "/metrics", "/v1/fine_tuning/")):
         assert limited == {403}
     else:
         assert method == "delete" or not limited & {401, 403}

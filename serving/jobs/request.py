@@ -1,0 +1,144 @@
+"""The request that creates a fine-tuning job, in the form of OpenAI's client.
+
+Unknown fields are rejected. `recipe` is the only field that OpenAI's API lacks; clients send it through `extra_body`.
+"""
+
+import json
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+AUTO = "auto"
+_OTHER_CHARACTERS = re.compile(r"[^A-Za-z0-9._-]+")
+
+
+def _number_or_auto(value: Any) -> Any:
+    return None if value == AUTO else value
+
+
+def _clean_suffix(suffix: str) -> str:
+    """Replace characters that names of models cannot contain by hyphens."""
+    cleaned = _OTHER_CHARACTERS.sub("-", suffix).strip("-._")
+    if not cleaned:
+        raise ValueError("a suffix must contain a letter or digit from A to Z, a to z or 0 to 9")
+    return cleaned
+
+
+class _Object(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+Epochs = Annotated[int, Field(ge=1, le=50)]
+BatchSize = Annotated[int, Field(ge=1, le=256)]
+Multiplier = Annotated[float, Field(gt=0, le=100)]
+Beta = Annotated[float, Field(gt=0, le=2)]
+
+
+class Hyperparameters(_Object):
+    """Hyperparameters of supervised fine-tuning. None stands for `auto`."""
+
+    n_epochs: Annotated[Epochs | None, BeforeValidator(_number_or_auto)] = None
+    batch_size: Annotated[BatchSize | None, BeforeValidator(_number_or_auto)] = None
+    learning_rate_multiplier: Annotated[Multiplier | None, BeforeValidator(_number_or_auto)] = None
+
+
+class DpoHyperparameters(Hyperparameters):
+    """Hyperparameters of preference tuning."""
+
+    beta: Annotated[Beta | None, BeforeValidator(_number_or_auto)] = None
+
+
+class Supervised(_Object):
+    """Settings of the method `supervised`."""
+
+    hyperparameters: Hyperparameters = Hyperparameters()
+
+
+class Dpo(_Object):
+    """Settings of the method `dpo`."""
+
+    hyperparameters: DpoHyperparameters = DpoHyperparameters()
+
+
+class Method(_Object):
+    """The method of training, with its hyperparameters."""
+
+    type: Literal["supervised", "dpo", "reinforcement"]
+    supervised: Supervised | None = None
+    dpo: Dpo | None = None
+    reinforcement: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _has_no_other_settings(self) -> "Method":
+        for other in ("supervised", "dpo", "reinforcement"):
+            if other != self.type and getattr(self, other) is not None:
+                raise ValueError(f"the method {self.type!r} does not use {other!r}")
+        return self
+
+
+class Wandb(_Object):
+    """What a job reports to in Weights & Biases."""
+
+    project: str = Field(min_length=1, max_length=128)
+    entity: str | None = Field(None, max_length=128)
+    name: str | None = Field(None, max_length=128)
+    tags: tuple[Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^,]*$")], ...] | None = Field(
+        None, max_length=20
+    )
+
+
+class Integration(_Object):
+    """A service to which a job reports."""
+
+    type: Literal["wandb"]
+    wandb: Wandb
+
+
+class JobRequest(_Object):
+    """Request body for creating a fine-tuning job.
+
+    `recipe` has keys of a recipe, see docs/fine-tuning-api.md.
+    """
+
+    model: str = Field(min_length=1, max_length=256)
+    training_file: str = Field(min_length=1, max_length=100)
+    validation_file: str | None = Field(None, min_length=1, max_length=100)
+    method: Method | None = None
+    hyperparameters: Hyperparameters | None = Field(None, json_schema_extra={"deprecated": True})
+    suffix: Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_clean_suffix)] | None = None
+    seed: int | None = Field(None, ge=0, lt=2**32)
+    metadata: (
+        Annotated[
+            dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+        ]
+        | None
+    ) = None
+    integrations: Annotated[tuple[Integration, ...], Field(max_length=1)] | None = None
+    recipe: dict[str, Any] | None = None
+
+    @property
+    def objective(self) -> Literal["supervised", "dpo", "reinforcement"]:
+        """The method's type."""
+        return self.method.type if self.method else "supervised"
+
+    @property
+    def values(self) -> Hyperparameters:
+        """The hyperparameters of the method."""
+        if self.method is None:
+            return self.hyperparameters or Hyperparameters()
+        if self.method.type == "dpo":
+            return (self.method.dpo or Dpo()).hyperparameters
+        return (self.method.supervised or Supervised()).hyperparameters
+
+    def with_values(self, values: Hyperparameters) -> "JobRequest":
+        """Return a copy with other hyperparameters, in the form that is not deprecated."""
+        if isinstance(values, DpoHyperparameters):
+            method = Method(type="dpo", dpo=Dpo(hyperparameters=values))
+        else:
+            method = Method(type="supervised", supervised=Supervised(hyperparameters=values))
+        return self.model_copy(update={"method": method, "hyperparameters": None})
+
+    def json_text(self) -> str:
+        """Return the request as JSON. Equal requests have equal texts."""
+        return json.dumps(self.model_dump(mode="json", exclude_none=True), sort_keys=True)

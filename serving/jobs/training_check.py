@@ -1,0 +1,126 @@
+"""Checks a recipe with `svc estimate`, in its own process: the server cannot import the trainer.
+
+The command reads the recipe, the examples and the base's config, but no weights.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import re
+import signal
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from svc.errors import BaseModelError, DataError, NotFoundError, RecipeError, SvcError
+from svc.settings import ENV_PREFIX, Settings
+
+log = logging.getLogger(__name__)
+
+_KINDS = {kind.exit_code: kind for kind in (DataError, RecipeError, BaseModelError, NotFoundError)}
+_SETTINGS = {"home", "base_cache", "tracking_uri", "artifacts", "engine"}
+_RECIPE_FILE = "recipe.yaml"
+_ERROR = re.compile(
+    r"^error: (?P<wrong>.*?)(?:\n  expected: (?P<expected>.*?))?(?:\n  do: .*)?\s*\Z", re.MULTILINE | re.DOTALL
+)
+"""An error as the command line prints it, see svc.errors.SvcError."""
+
+
+class CheckTimeoutError(SvcError):
+    """Raised when a check takes too long."""
+
+
+class CheckFailedError(SvcError):
+    """Raised when a check fails for a reason that is not the client's."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingCheck:
+    """What `svc estimate` says about a recipe.
+
+    Attributes:
+        examples: number of training examples.
+        learning_rate: learning rate of the recipe, or the default for its base and method.
+        seconds: expected duration of training, in seconds.
+        refused: why the run cannot fit into the memory of this machine, or None if it can.
+    """
+
+    examples: int
+    learning_rate: float
+    seconds: float
+    refused: str | None = None
+
+
+async def check_training(recipe: str, settings: Settings, *, timeout_s: float) -> TrainingCheck:
+    """Return what `svc estimate` says about a recipe.
+
+    Args:
+        recipe: the recipe, as YAML.
+
+    Raises:
+        CheckTimeoutError: the command took longer than `timeout_s` seconds.
+        DataError, RecipeError, BaseModelError, NotFoundError: `svc train` would fail with this error.
+        CheckFailedError: the command failed in another way.
+    """
+    with tempfile.TemporaryDirectory(prefix="svc-check-") as folder:
+        path = Path(folder) / _RECIPE_FILE
+        path.write_text(recipe, "utf-8")
+        command = (sys.executable, "-m", "svc.cli", "estimate", str(path), "--device", "here", "--json")
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            cwd=folder,  # without a settings file
+            env=command_environment(settings),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            start_new_session=True,
+        )
+        try:
+            async with asyncio.timeout(timeout_s):
+                output, errors = await process.communicate()
+        except TimeoutError:
+            raise CheckTimeoutError(f"the check of the training took longer than {timeout_s:g} s") from None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with all its children
+            await process.wait()
+    if process.returncode:
+        raise _error(process.returncode, errors.decode("utf-8", "replace"), path)
+    return _read(json.loads(output))
+
+
+def command_environment(settings: Settings) -> dict[str, str]:
+    """Return the environment in which a command of training has the settings of this process, wherever they came from.
+
+    The password of the store is not passed on, because training does not use the store.
+    """
+    inherited = {name: value for name, value in os.environ.items() if not name.upper().startswith(ENV_PREFIX)}
+    values = settings.model_dump(mode="json", include=_SETTINGS, exclude_unset=True) | {"home": str(settings.home)}
+    own = {
+        ENV_PREFIX + name.upper(): value if isinstance(value, str) else json.dumps(value)
+        for name, value in values.items()
+    }
+    return inherited | own
+
+
+def _read(estimate: Mapping[str, Any]) -> TrainingCheck:
+    here = estimate["devices"][0]
+    return TrainingCheck(
+        examples=estimate["data"]["examples"],
+        learning_rate=estimate["learning_rate"],
+        seconds=here["seconds"],
+        refused=estimate["refused"],
+    )
+
+
+def _error(code: int, output: str, recipe: Path) -> SvcError:
+    """Return the error that a command has printed."""
+    printed, kind = _ERROR.search(output), _KINDS.get(code)
+    if printed is None or kind is None:
+        return CheckFailedError(f"`svc estimate` exited with code {code}: {output[-2000:]}")
+    return kind(printed["wrong"].replace(f"{recipe}: ", ""), expected=printed["expected"] or "")
