@@ -1,0 +1,119 @@
+"""The progress of a training, as a file of JSON lines.
+
+`svc train --progress FILE` writes it, and the fine-tuning worker reads it while the training runs. A resumed training
+appends to the file, so a step that is repeated appears twice: the last line of a step counts.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class StageBegun(_Record):
+    """A stage of `svc train` has begun, for example the merge."""
+
+    kind: Literal["stage"] = "stage"
+    name: str
+
+
+class StepDone(_Record):
+    """An optimizer step is complete.
+
+    Attributes:
+        steps: number of steps of the whole training.
+        epoch: number of epochs trained so far, with a fraction.
+        loss: mean loss per token of the step's batch, in nats.
+        accuracy: share of its tokens that the model ranked first, or None if that is not measured.
+        tokens: number of tokens trained on so far.
+        left_s: estimated rest of the training in seconds, or None if it is not known yet.
+    """
+
+    kind: Literal["step"] = "step"
+    step: int
+    steps: int
+    epoch: float
+    loss: float
+    accuracy: float | None = None
+    tokens: int
+    left_s: float | None = None
+
+
+class HeldoutLoss(_Record):
+    """The held-out examples have been evaluated after a step. `loss` and `accuracy` are as in `StepDone`."""
+
+    kind: Literal["heldout"] = "heldout"
+    step: int
+    loss: float
+    accuracy: float | None = None
+
+
+class EpochSaved(_Record):
+    """The state at the end of an epoch has been saved for clients.
+
+    Attributes:
+        folder: folder that contains it, on this machine.
+    """
+
+    kind: Literal["saved"] = "saved"
+    step: int
+    folder: str
+
+
+class Registered(_Record):
+    """The version has been registered. It is the last record.
+
+    Attributes:
+        version: `NAME@N`.
+    """
+
+    kind: Literal["registered"] = "registered"
+    version: str
+
+
+ProgressRecord = Annotated[StageBegun | StepDone | HeldoutLoss | EpochSaved | Registered, Field(discriminator="kind")]
+_RECORD: TypeAdapter[ProgressRecord] = TypeAdapter(ProgressRecord)
+
+
+class ProgressFile:
+    """Writes progress to a file. It is created if it does not exist.
+
+    Args:
+        path: the file, whose folder exists.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def write(self, record: ProgressRecord) -> None:
+        """Append a record. A reader never sees a part of it."""
+        with self._path.open("ab", buffering=0) as file:
+            file.write(record.model_dump_json().encode() + b"\n")
+
+
+class ProgressReader:
+    """Reads a progress file while it is written.
+
+    Args:
+        path: the file, which may not exist yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+
+    def read(self) -> list[ProgressRecord]:
+        """Return the records since the last call. A last line that is incomplete is left for the next call."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                text = file.read()
+        except FileNotFoundError:
+            return []
+        complete = text[: text.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        return [_RECORD.validate_json(line) for line in complete.splitlines()]

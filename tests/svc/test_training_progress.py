@@ -1,0 +1,31 @@
+"""A reader follows the progress of a training that another process writes."""
+
+from pathlib import Path
+
+from svc.training_progress import ProgressFile, ProgressReader, Registered, StageBegun, StepDone
+
+_STEP = StepDone(step=3, steps=12, epoch=0.25, loss=1.5, tokens=900)
+
+
+def test_each_record_is_read_once_in_the_order_of_writing(tmp_path: Path) -> None:
+    file, reader = ProgressFile(tmp_path / "progress"), ProgressReader(tmp_path / "progress")
+
+    assert reader.read() == []
+    file.write(StageBegun(name="train"))
+    file.write(_STEP)
+
+    assert reader.read() == [StageBegun(name="train"), _STEP]
+    file.write(Registered(version="bot@1"))
+    assert reader.read() == [Registered(version="bot@1")]
+
+
+def test_incomplete_line_is_read_when_it_is_complete(tmp_path: Path) -> None:
+    path = tmp_path / "progress"
+    ProgressFile(path).write(_STEP)
+    line = path.read_bytes()
+    path.write_bytes(line[:20])
+    reader = ProgressReader(path)
+
+    assert reader.read() == []
+    path.write_bytes(line)
+    assert reader.read() == [_STEP]
