@@ -5,7 +5,7 @@ import gc
 import logging
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -62,9 +62,10 @@ def serve(
     """Serve MODELS to OpenAI clients until SIGTERM or Ctrl-C.
 
     Each model is given as NAME or NAME@N. By default, the models that were served last are served, or the
-    only registered model. NAME@N becomes the production version, while NAME alone keeps the version that was
-    served last. If a server is already running on this home, MODELS are added to that server, as with
-    `svc add`. While servers on other homes use the same store, MODELS can only be those that they serve.
+    only registered model. With `fine_tuning.bases`, no model is needed. NAME@N becomes the production version,
+    while NAME alone keeps the version that was served last. If a server is already running on this home, MODELS
+    are added to that server, as with `svc add`. While servers on other homes use the same store, MODELS can only
+    be those that they serve.
     """
     if every and models:
         raise click.UsageError("MODELS and --all cannot be combined")
@@ -99,13 +100,18 @@ def serve(
         has_keys = keys_revision(store) > 0
         with server.claim(settings, has_keys=has_keys, inherited=inherited) as claim, ExitStack() as bar:
             format = Format(format_name) if format_name else None
-            wanted = choose_deployments(registry, store, models, format, every=every)
+            needed = not settings.fine_tuning.bases
+            wanted = choose_deployments(registry, store, models, format, every=every, needed=needed)
             targets = ", ".join(str(desired.target) for desired in wanted)
-            console.print(
-                f"{targets}: starting vLLM (about 40 s each, unless already running); logs in {settings.home / 'logs'}"
-            )
             manager = ServiceManager.of()
-            on_phase = bar.enter_context(advancing("engine", tuple(EnginePhase)))
+            if wanted:
+                logs = settings.home / "logs"
+                console.print(f"{targets}: starting vLLM (about 40 s each, unless already running); logs in {logs}")
+            else:
+                manager.ready("serving no model yet")
+                console.print(f"[green]serving no model yet; clients can train at {claim.url}/v1[/green]")
+            phases = advancing("engine", tuple(EnginePhase)) if wanted else nullcontext(lambda phase: None)
+            on_phase = bar.enter_context(phases)
             pending = {desired.name for desired in wanted}
 
             def show(target: Target, message: str) -> None:

@@ -163,7 +163,7 @@ class Deployments:
         for deployment in sorted(self.all, key=missing.__contains__):  # models that already answer come first
             error = await self._start(deployment)
             failed += [error] if error else []
-        if len(failed) == len(self._all):
+        if failed and len(failed) == len(self._all):
             raise failed[0]
 
     async def _leave_out_of_collections(self) -> None:

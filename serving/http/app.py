@@ -68,7 +68,7 @@ def build_app(
         app.router.routes.append(Path(path, endpoint, methods=["POST"]))
     app.router.routes.append(Path("/v1/feedback", feedback.answer, methods=["POST"]))
     add_models(app, gateway.router)
-    _add_health(app, gateway, draining)
+    _add_health(app, gateway, draining, needs_model=not fine_tuning.enabled)
     _add_operations(app, gateway, engine_metrics, status)
     administration.add_to(app)
     fine_tuning.add_to(app)
@@ -93,13 +93,13 @@ class Application:
         await (endpoint or self.framework)(scope, receive, send)
 
 
-def _add_health(app: FastAPI, gateway: Gateway, draining: asyncio.Event) -> None:
+def _add_health(app: FastAPI, gateway: Gateway, draining: asyncio.Event, *, needs_model: bool) -> None:
     @app.get("/health")
     async def health() -> JSONResponse:
         if draining.is_set():
             return JSONResponse({"status": "draining"}, 503)
         reasons = [backend.admission.unavailable_reason for backend in gateway.router.backends]
-        if None in reasons:  # one unavailable model does not take the others out of service
+        if None in reasons or not (reasons or needs_model):  # one available model keeps the server in service
             return JSONResponse({"status": "ready"})
         reason = next(iter(reasons), "no model is served")
         headers = {"retry-after": str(EngineUnavailableError.retry_after_s)}

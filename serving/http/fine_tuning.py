@@ -61,6 +61,11 @@ class FineTuning:
         self._settings = settings
         self._creation = creation
 
+    @property
+    def enabled(self) -> bool:
+        """Whether clients may train models."""
+        return bool(self._settings.fine_tuning.bases)
+
     def add_to(self, app: FastAPI) -> None:
         job = f"{_PATH}/{{id}}"
         app.add_api_route(_PATH, self._if_enabled(self._create), methods=["POST"])

@@ -19,7 +19,13 @@ _PREFERRED = (Format.GPTQ, Format.MERGED)
 
 
 def choose_deployments(
-    registry: Registry, store: Store, models: Sequence[str], format: Format | None, *, every: bool = False
+    registry: Registry,
+    store: Store,
+    models: Sequence[str],
+    format: Format | None,
+    *,
+    every: bool = False,
+    needed: bool = True,
 ) -> list[Desired]:
     """Return a desired state for each model that a server starts with, and store which models these are.
 
@@ -31,6 +37,7 @@ def choose_deployments(
             else the only registered model.
         format: format in which all named models are served.
         every: whether to choose every model that has ever been served.
+        needed: whether there must be a model. Otherwise, the models that were served last may be none.
 
     Raises:
         NotFoundError, RefusedError: see `choose_desired`. Also raised if no model is given and there is not
@@ -39,7 +46,8 @@ def choose_deployments(
     """
     others = list(running_servers(store).values())
     chosen = list(models) or (desired_names(store) if every else deployed_names(store))
-    chosen = chosen or [_only_name(registry, store)]
+    if not chosen and needed:
+        chosen = [_only_name(registry, store)]
     names = [_name(model) for model in chosen]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise RefusedError(

@@ -45,7 +45,10 @@ class Home:
     async def serve(self, claim: server.Claim, *models: str) -> None:
         """Serve as `svc serve` does after it has claimed the home."""
         self.ready.clear()
-        wanted = choose_deployments(self.registry, self.store, models, None)
+        needed = not self.settings.fine_tuning.bases
+        wanted = choose_deployments(self.registry, self.store, models, None, needed=needed)
+        if not wanted:
+            self.ready.set()
         parts = assemble(
             self.settings,
             self.registry,

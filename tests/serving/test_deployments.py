@@ -16,7 +16,7 @@ from serving.rollout.reconciler import Reconciler
 from serving.rollout.reviver import Reviver
 from svc.errors import EngineError
 from svc.identity.actor import Actor
-from svc.settings import RolloutSettings
+from svc.settings import FineTuningSettings, RolloutSettings
 from svc.store.audit import Action, AuditEntry
 from svc.store.deployments import add_deployment, deployed_names, remove_deployment
 from svc.store.desired import change_desired, read_desired
@@ -164,6 +164,18 @@ async def test_server_started_without_names_serves_the_last_served_models(two: H
     async with two.serving() as client:
         await all_ready(client, NAME, OTHER)
         assert await answer_of(client, OTHER) == (200, f"{OTHER}@7", "7")
+
+
+async def test_server_that_only_trains_is_healthy_and_serves_a_model_that_is_added(home: Home) -> None:
+    tuning = FineTuningSettings(bases={"small": "/models/small"})
+    home.settings = home.settings.model_copy(update={"fine_tuning": tuning})
+    async with home.serving() as client:
+        assert (await client.get("/health")).status_code == 200
+        assert (await answer_of(client, NAME))[0] == 404
+        change_desired(home.store, None, Target(VersionId(NAME, 2), Format.MERGED), None)
+        add_deployment(home.store, NAME)
+        await all_ready(client, NAME)
+        assert await answer_of(client, NAME) == (200, f"{NAME}@2", "2")
 
 
 async def test_running_engines_are_adopted_by_their_models_in_any_order(two: Home) -> None:

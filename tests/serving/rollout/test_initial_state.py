@@ -33,6 +33,13 @@ def test_error_is_raised_if_none_of_several_models_is_named(home: Home) -> None:
     assert choose(home, "other")[0] == "other@1"
 
 
+def test_no_model_is_served_if_none_is_named_or_needed(home: Home) -> None:
+    assert choose_deployments(home.registry, home.store, [], None, needed=False) == []
+    choose(home, NAME)
+    (desired,) = choose_deployments(home.registry, home.store, [], None, needed=False)
+    assert desired.name == NAME
+
+
 def test_last_served_model_is_chosen_if_none_is_named(home: Home) -> None:
     make_version(home.registry, 1, name="other")
     choose(home, NAME)
