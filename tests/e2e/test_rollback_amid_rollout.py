@@ -72,7 +72,7 @@ def test_rollback_during_a_rollout_takes_at_most_two_seconds(
     report(f"rolled back in {took_s:.2f} s, {state} ({len(engines)} engines), {len(load.answers)} answers")
     assert took_s < WITHIN_S
     assert desired is not None
-    swap = find_swap(instance.store(), "tiny", desired.generation)
+    swap = find_swap(instance.store(), "tiny", desired.generation, server=instance.status()["server"])
     assert swap is not None
     assert swap.result is not None
     assert swap.result.outcome is SwapOutcome.CANCELLED
