@@ -4,10 +4,11 @@
 appends to the file, so a step that is repeated appears twice: the last line of a step counts.
 """
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 
 class _Record(BaseModel):
@@ -107,7 +108,10 @@ class ProgressReader:
         self._offset = 0
 
     def read(self) -> list[ProgressRecord]:
-        """Return the records since the last call. A last line that is incomplete is left for the next call."""
+        """Return the records since the last call. A last line that is incomplete is left for the next call.
+
+        Lines that are not records are skipped: a full disk may cut a line.
+        """
         try:
             with self._path.open("rb") as file:
                 file.seek(self._offset)
@@ -116,4 +120,8 @@ class ProgressReader:
             return []
         complete = text[: text.rfind(b"\n") + 1]
         self._offset += len(complete)
-        return [_RECORD.validate_json(line) for line in complete.splitlines()]
+        records = list[ProgressRecord]()
+        for line in complete.splitlines():
+            with suppress(ValidationError):
+                records.append(_RECORD.validate_json(line))
+        return records

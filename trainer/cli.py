@@ -31,6 +31,13 @@ _set_option = click.option(
 )
 @click.option("--skip-bad", is_flag=True, help="Skip lines that are unusable for training, and save them in a folder.")
 @click.option("--anyway", is_flag=True, help="Start even without enough memory or disk space on this machine.")
+@click.option(
+    "--progress",
+    "progress_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="File to which stages, steps and losses are appended as JSON lines, for other programs.",
+)
 @json_option
 @click.pass_context
 def train(
@@ -42,6 +49,7 @@ def train(
     register_failed: bool,
     skip_bad: bool,
     anyway: bool,
+    progress_file: Path | None,
     as_json: bool,
 ) -> None:
     """Train a model from RECIPE and register it as a version, resuming an interrupted run."""
@@ -49,6 +57,7 @@ def train(
     from svc.registry.registry import Registry
     from svc.registry.render import print_version
     from svc.terminal import console, quiet_libraries
+    from svc.training_progress import ProgressFile
     from trainer.pipeline.examples import read_run_examples
     from trainer.recipe.file import load_recipe
     from trainer.recipe.sections import TooLong
@@ -57,7 +66,7 @@ def train(
     settings = settings_of(ctx)
     loaded = load_recipe(recipe, overrides)
     if curve:
-        if quick or register_failed or skip_bad:
+        if quick or register_failed or skip_bad or progress_file:
             raise click.UsageError(
                 "--curve registers no version; it can be combined only with --set, --anyway and --json"
             )
@@ -81,7 +90,10 @@ def train(
     task = quick_trial(loaded, examples) if quick else (loaded, examples)
     expected = estimate_here(*task, settings, anyway=anyway)
     base = find_base(loaded.base, settings, loaded.chat_template)
-    pipeline = open_pipeline(settings, registry, *task, base, register_failed=register_failed, expected=expected)
+    progress = ProgressFile(progress_file) if progress_file else None
+    pipeline = open_pipeline(
+        settings, registry, *task, base, register_failed=register_failed, expected=expected, progress=progress
+    )
     manifest = registry.manifest(pipeline.train_version())
     if quick:
         _print_training_time(loaded, pipeline.run)

@@ -29,3 +29,12 @@ def test_incomplete_line_is_read_when_it_is_complete(tmp_path: Path) -> None:
     assert reader.read() == []
     path.write_bytes(line)
     assert reader.read() == [_STEP]
+
+
+def test_line_that_a_full_disk_has_cut_is_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "progress"
+    path.write_bytes(b'{"kind":"step","st')
+    ProgressFile(path).write(_STEP)
+    ProgressFile(path).write(Registered(version="bot@1"))
+
+    assert ProgressReader(path).read() == [Registered(version="bot@1")]

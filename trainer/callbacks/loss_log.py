@@ -16,6 +16,8 @@ from svc.evaluation.training_curve import TrainingPoint
 
 LOSS, HELDOUT_LOSS = "loss", "heldout_loss"
 TOKENS_PER_SECOND = "tokens_per_second"
+ACCURACY = "mean_token_accuracy"
+"""TRL's name for the share of answer tokens that have the largest logit."""
 HELDOUT_EACH, HELDOUT_SET = "heldout_each", "heldout_set"
 """Keys for held-out loss in the trainer's state: the loss of each example, and a hash of the examples."""
 _POINTS = 100

@@ -1,5 +1,5 @@
 """Shows the progress of a training run: a live bar on a terminal, or else a line every 15 s and one at the
-end.
+end. Writes it to a file for other programs.
 
 Imports transformers.
 """
@@ -13,6 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from svc.terminal import console, heartbeat
+from svc.training_progress import HeldoutLoss, ProgressFile, StepDone
+from trainer.callbacks.loss_log import ACCURACY, HELDOUT_LOSS, LOSS
 
 
 class TrainingProgress(TrainerCallback):
@@ -61,6 +63,40 @@ class TrainingProgress(TrainerCallback):
             f"Training: step {self._step}/{self._last}, loss {self._loss}, {self._speed:.0f} tokens/s, "
             f"{left:.0f} s left"
         )
+
+
+class ProgressRecords(TrainerCallback):
+    """Writes each step and each measurement of the held-out loss to a progress file.
+
+    Args:
+        file: the progress file of the run.
+    """
+
+    def __init__(self, file: ProgressFile) -> None:
+        self._file = file
+        self._started, self._before = time.monotonic(), 0
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Start timing the run."""
+        self._started, self._before = time.monotonic(), state.global_step
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        """Write what has been measured."""
+        step = state.global_step
+        if LOSS in logs:
+            elapsed, taken = time.monotonic() - self._started, step - self._before
+            record = StepDone(
+                step=step,
+                steps=state.max_steps,
+                epoch=state.epoch or 0.0,
+                loss=logs[LOSS],
+                accuracy=logs.get(ACCURACY),
+                tokens=int(state.num_input_tokens_seen),
+                left_s=elapsed / taken * (state.max_steps - step) if taken > 0 else None,
+            )
+            self._file.write(record)
+        if HELDOUT_LOSS in logs:
+            self._file.write(HeldoutLoss(step=step, loss=logs[HELDOUT_LOSS]))
 
 
 @contextmanager

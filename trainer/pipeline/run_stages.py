@@ -12,6 +12,7 @@ from pathlib import Path
 from svc.errors import DiskSpaceError, InterruptedRunError, SvcError, TrainingError
 from svc.files.disk import is_full, write_whole
 from svc.terminal import console
+from svc.training_progress import ProgressFile, StageBegun
 from trainer.model.release_memory import release_memory
 from trainer.pipeline.run_folder import Run
 from trainer.recipe.stage import Stage
@@ -40,8 +41,11 @@ class Step:
     outputs: tuple[Path, ...] = ()
 
 
-def run_stages(run: Run, steps: Mapping[Stage, Step]) -> None:
+def run_stages(run: Run, steps: Mapping[Stage, Step], progress: ProgressFile | None = None) -> None:
     """Run the unfinished stages in order.
+
+    Args:
+        progress: file to which the beginning of each stage is written.
 
     Raises:
         InterruptedRunError: a stage was interrupted; running the same command again resumes the run.
@@ -54,6 +58,8 @@ def run_stages(run: Run, steps: Mapping[Stage, Step]) -> None:
         run.require_space(stage, step.need + _SPARE_BYTES)
         console.print(f"[bold]{stage}[/bold]")
         run.begin(stage)
+        if progress is not None:
+            progress.write(StageBegun(name=stage))
         with _explained(stage, run.folder):
             run.save(stage, step.work())
 

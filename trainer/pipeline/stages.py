@@ -24,6 +24,8 @@ from svc.registry.parity import ParityReport
 from svc.registry.registry import Registry
 from svc.settings import Settings
 from svc.terminal import console
+from svc.training_progress import ProgressFile
+from svc.training_progress import Registered as VersionRegistered
 from svc.version import Format, VersionId
 from trainer.base_model.content import copy_shipped_files
 from trainer.base_model.resolve import Base
@@ -62,6 +64,7 @@ class Pipeline:
         launch: creates engines; defaults to vLLM processes on this machine.
         register_failed: whether to register a version even if it fails a check. It can then not be promoted.
         expected: estimated memory and time of training on this machine, or None if unknown.
+        progress: file to which the progress is written for other programs.
     """
 
     settings: Settings
@@ -74,6 +77,7 @@ class Pipeline:
     launch: Launch | None = None
     register_failed: bool = False
     expected: DeviceEstimate | None = None
+    progress: ProgressFile | None = None
 
     def train_version(self) -> VersionId:
         """Run all unfinished stages and return the resulting version.
@@ -87,11 +91,14 @@ class Pipeline:
         self.run.folder.mkdir(parents=True, exist_ok=True)
         with hold_lock(self.run.lock, f"the run {self.run.folder.name}"):
             self._reopen_registration()
-            run_stages(self.run, self._steps())
+            run_stages(self.run, self._steps(), self.progress)
             self.run.clean()
             if self._shared_checkpoints:
                 self._shared_checkpoints.remove()
-            return self.run.load(Stage.REGISTER, Registered).version
+            version = self.run.load(Stage.REGISTER, Registered).version
+            if self.progress is not None:
+                self.progress.write(VersionRegistered(version=str(version)))
+            return version
 
     def _reopen_registration(self) -> None:
         """Allow the version to be registered again if it was removed, or if it failed a check that it must now
@@ -192,6 +199,7 @@ class Pipeline:
                 number_type=self.capabilities.training_type,
                 on_checkpoint=shared.send if shared else None,
                 devices=devices,
+                progress=self.progress,
             )
         if self.expected is not None:
             summary = compare_with_real(self.expected, summary)
@@ -315,6 +323,7 @@ def open_pipeline(
     *,
     register_failed: bool = False,
     expected: DeviceEstimate | None = None,
+    progress: ProgressFile | None = None,
 ) -> Pipeline:
     """Return the pipeline for a recipe. If the recipe was run before, the pipeline continues in the same
     folder.
@@ -325,4 +334,4 @@ def open_pipeline(
     recipe = recipe.with_learning_rate(read_width(base.folder))
     run, capabilities = Run.of(settings.home / "runs", recipe, base, examples), read_capabilities(settings.home)
     parts = (settings, capabilities, registry, recipe, base, examples, run)
-    return Pipeline(*parts, register_failed=register_failed, expected=expected)
+    return Pipeline(*parts, register_failed=register_failed, expected=expected, progress=progress)

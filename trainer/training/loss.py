@@ -23,6 +23,7 @@ from transformers.modeling_outputs import CausalLMOutput, ModelOutput, MoeModelO
 from trl.trainer.sft_trainer import SFTTrainer
 
 from trainer.callbacks.divergence import diverged
+from trainer.callbacks.loss_log import ACCURACY
 from trainer.cpu.fused_attention import fuse_attention
 from trainer.cpu.lora_autograd import fuse_lora
 from trainer.data.chat_template import IGNORED
@@ -77,14 +78,21 @@ class AnswerTrainer(SFTTrainer):
                 answer_tokens = self.accelerator.gather((labels != IGNORED).sum()).sum()
             # NEFTune's noise is scaled by the length of the sequence that the model gets.
             share = self.args.neftune_noise_alpha is None
+            correct: list[Tensor] = []
 
             def summed() -> Tensor:
-                return answer_loss(self.model, input_ids, labels, positions, share_prefix=share)
+                return answer_loss(self.model, input_ids, labels, positions, share_prefix=share, correct=correct)
 
             # Tokens are counted on all devices, and gradients are averaged over the devices.
             loss = as_forward_pass(model, summed, input_ids) * self.accelerator.num_processes / answer_tokens
+            self._note_accuracy(torch.stack(correct).sum(), (labels[:, 1:] != IGNORED).sum())
         loss = self.finished(loss, accumulated=num_items_in_batch is not None)
         return (loss, outputs) if return_outputs else loss
+
+    def _note_accuracy(self, correct: Tensor, tokens: Tensor) -> None:
+        """Add a batch to the mean token accuracy that TRL logs with the loss."""
+        correct, tokens = self.accelerator.gather(torch.stack([correct, tokens])).view(-1, 2).sum(dim=0)
+        self._metrics["train"][ACCURACY].append((correct / tokens.clamp(min=1)).item())
 
     def finished(self, loss: Tensor, *, accumulated: bool) -> Tensor:
         """Return a batch's loss, with AdaLoRA's regularisation added in training, after checking that it is finite.
@@ -170,6 +178,7 @@ def answer_loss(
     position_ids: Tensor | None = None,
     *,
     share_prefix: bool = True,
+    correct: list[Tensor] | None = None,
 ) -> Tensor:
     """Return the cross entropy summed over the answer tokens, in nats.
 
@@ -184,9 +193,10 @@ def answer_loss(
         position_ids: positions of shape [batch, length] for packed rows, in which they restart with each
             example.
         share_prefix: whether to share the common prefix. If false, each row is computed in full.
+        correct: list to which the number of answer tokens that have the largest logit is added, in parts.
     """
     hidden, targets = _before_answers(model, input_ids, labels, position_ids, share_prefix=share_prefix)
-    return _summed_cross_entropy(model, hidden, targets, _LOGITS_AT_ONCE)
+    return _summed_cross_entropy(model, hidden, targets, _LOGITS_AT_ONCE, correct)
 
 
 def answer_token_losses(
@@ -288,7 +298,11 @@ def _hidden_states(
 
 
 def _summed_cross_entropy(
-    model: PreTrainedModel | PeftModel, hidden: Tensor, targets: Tensor, logits_at_once: int
+    model: PreTrainedModel | PeftModel,
+    hidden: Tensor,
+    targets: Tensor,
+    logits_at_once: int,
+    correct: list[Tensor] | None = None,
 ) -> Tensor:
     """Return the sum of the cross entropy over the given positions, in nats.
 
@@ -299,17 +313,23 @@ def _summed_cross_entropy(
         hidden: hidden states of shape [positions, width], from `_hidden_states`.
         targets: token ids of shape [positions].
         logits_at_once: maximum number of logits in memory (positions times vocabulary).
+        correct: as in `answer_loss`. The gradient's recomputation adds to it again.
     """
     size = max(1, logits_at_once // model.config.get_text_config().vocab_size)
     if len(hidden) <= size:
-        return _cross_entropy(model, hidden, targets)
+        return _cross_entropy(model, hidden, targets, correct)
     parts = zip(hidden.split(size), targets.split(size), strict=True)
-    losses = [checkpoint(_cross_entropy, model, *part, use_reentrant=False) for part in parts]
+    losses = [checkpoint(_cross_entropy, model, *part, correct, use_reentrant=False) for part in parts]
     return torch.stack(losses).sum()
 
 
-def _cross_entropy(model: PreTrainedModel | PeftModel, hidden: Tensor, targets: Tensor) -> Tensor:
-    return cross_entropy(_logits(model, hidden), targets, reduction="sum")
+def _cross_entropy(
+    model: PreTrainedModel | PeftModel, hidden: Tensor, targets: Tensor, correct: list[Tensor] | None
+) -> Tensor:
+    logits = _logits(model, hidden)
+    if correct is not None:
+        correct.append((logits.detach().argmax(dim=-1) == targets).sum())
+    return cross_entropy(logits, targets, reduction="sum")
 
 
 def _token_losses(model: PreTrainedModel | PeftModel, hidden: Tensor, targets: Tensor) -> Tensor:

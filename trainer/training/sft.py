@@ -24,11 +24,12 @@ from svc.engine.device import NumberType
 from svc.errors import InterruptedRunError
 from svc.model_folder.chat_template import choose_template_kwargs
 from svc.terminal import console, waiting
+from svc.training_progress import ProgressFile
 from trainer.callbacks.early_stopping import best_step, misses_measurement, out_of_patience
 from trainer.callbacks.heldout_schedule import HeldoutCurve
 from trainer.callbacks.loss_log import Report, training_points
 from trainer.callbacks.preemption import Preemption, StepAbandoned, preemption
-from trainer.callbacks.progress import training_progress
+from trainer.callbacks.progress import ProgressRecords, training_progress
 from trainer.data.chat_template import load_tokenizer, stop_tokens, tokenize_examples, tokenize_turns, training_row
 from trainer.data.comparison import tokenize_judged
 from trainer.data.length import check_served_length, fit_length
@@ -72,6 +73,7 @@ def train_model(
     number_type: NumberType,
     on_checkpoint: Callable[[Path], None] | None = None,
     devices: Sequence[TrainingDevice] = (),
+    progress: ProgressFile | None = None,
 ) -> TrainingSummary:
     """Train an adapter or the complete model, depending on the recipe, and write it to `out` together with the
     tokenizer's files.
@@ -89,6 +91,7 @@ def train_model(
         number_type: number type of the matrix products. Trained weights are always in float32.
         on_checkpoint: called with the path of each new checkpoint.
         devices: devices to train on, each in a process of its own. By default, this process trains alone.
+        progress: file to which the steps and the held-out losses are written.
 
     Raises:
         DataError: an example is longer than `train.max_length` or than the engine accepts, is rejected by
@@ -119,7 +122,7 @@ def train_model(
     if devices:
         functions: dict[str, Callable[..., object]]
         functions = {"report": report or _ignore, "on_checkpoint": on_checkpoint or _ignore}
-        arguments = (base, examples, rows, recipe, out, checkpoints, number_type)
+        arguments = (base, examples, rows, recipe, out, checkpoints, number_type, progress)
         summaries: list[TrainingSummary] = run_on_devices(devices, _train_in, arguments, functions)
         peaks = [summary.peak_memory or 0 for summary in summaries]
         peak_memory = max(peaks) if torch.cuda.is_available() else sum(peaks)
@@ -129,6 +132,8 @@ def train_model(
             with asked.interruptible(), waiting("Loading the base model"), library_output_to_log():
                 folder = CheckpointFolder(checkpoints, recipe.checkpoints.keep, on_checkpoint)
                 trainer = build(recipe, out, folder, report, asked, number_type)
+            if progress is not None:
+                trainer.add_callback(ProgressRecords(progress))
             seconds = run_trainer(trainer, recipe.stopping, asked, number_type)
         # A signal ends the process from here on: the next run writes the weights from the last checkpoint.
         save_model(trainer, tokenizer, out, full=recipe.adapter_type is None)
@@ -144,6 +149,7 @@ def _train_in(
     out: Path,
     checkpoints: Path,
     number_type: NumberType,
+    progress: ProgressFile | None,
 ) -> TrainingSummary:
     """Train in one of several processes. The first one reports the losses and writes the result."""
     with DeviceGroup.joined(place) as group, advising_on_memory(recipe):
@@ -158,6 +164,8 @@ def _train_in(
             )
         if group.rank == 0:
             caller.listen()
+            if progress is not None:
+                trainer.add_callback(ProgressRecords(progress))
         seconds = run_trainer(trainer, recipe.stopping, asked, number_type)
         if group.rank == 0:
             save_model(trainer, tokenizer, out, full=recipe.adapter_type is None)

@@ -9,6 +9,7 @@ from svc.engine.device import NumberType
 from svc.errors import RecipeError
 from svc.evaluation.training_curve import TrainingPoint
 from svc.registry.parity import ParityReport
+from svc.training_progress import ProgressFile
 from svc.version import Format
 from tests.svc.registry.model_folder import GPTQ, write_model
 from tests.svc.registry.parity import make_parity
@@ -69,6 +70,7 @@ class Stages:
         number_type: NumberType,
         on_checkpoint: Callable[[Path], None] | None = None,
         devices: Sequence[TrainingDevice] = (),
+        progress: ProgressFile | None = None,
     ) -> Any:
         """Write an adapter or a trained model."""
         self.devices.append(len(devices))

@@ -15,6 +15,7 @@ from svc.registry.objects import ObjectStore
 from svc.registry.registry import Registry
 from svc.registry.training_runs import find_training_runs
 from svc.settings import ArtifactSettings, Device, EngineSettings, GptqKernel
+from svc.training_progress import ProgressFile, ProgressReader, Registered, StageBegun
 from svc.version import Format, VersionId
 from tests.serving.engine_double import tokenized
 from tests.svc.engine.devices import AVX2, AVX512, HOPPER
@@ -25,7 +26,7 @@ from trainer.estimate.estimate import estimate_device
 from trainer.pipeline import training_devices
 from trainer.pipeline.run_folder import Run
 from trainer.pipeline.stages import Pipeline
-from trainer.recipe.stage import Stage
+from trainer.recipe.stage import Stage, choose_stages
 from trainer.training.checkpoints import CheckpointFolder
 from trainer.training.shared_checkpoints import SharedCheckpoints
 
@@ -110,6 +111,16 @@ def test_version_has_all_formats_unless_the_recipe_names_some(pipeline: Pipeline
     assert list(pipeline.registry.manifest(version).formats) == list(Format)
     for format in Format:
         pipeline.registry.verify(version, format)
+
+
+def test_stages_and_the_registered_version_are_written_to_the_progress_file(make: Make, tmp_path: Path) -> None:
+    path = tmp_path / "progress"
+    pipeline = replace(make(formats=["adapter"]), progress=ProgressFile(path))
+    version = pipeline.train_version()
+    pipeline.train_version()
+    records = ProgressReader(path).read()
+    stages = [StageBegun(name=stage) for stage in choose_stages(pipeline.recipe)]
+    assert records == [*stages, Registered(version=str(version)), Registered(version=str(version))]
 
 
 def test_run_is_listed_as_running_in_every_stage(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:

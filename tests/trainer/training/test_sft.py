@@ -24,6 +24,7 @@ from transformers import (
 from svc.dataset.schema.example import ChatExample, parse_example
 from svc.engine.device import NumberType
 from svc.errors import BaseModelError, DataError, TrainingError
+from svc.training_progress import HeldoutLoss, ProgressFile, ProgressReader, StepDone
 from tests.trainer.conftest import CHAT_TEMPLATE, losses_of, make_example, make_model, make_recipe, make_tokenizer
 from trainer.data.chat_template import (
     IGNORED,
@@ -65,6 +66,45 @@ def trained(tiny_base: Path, examples: list[ChatExample], tmp_path_factory: pyte
     out = tmp_path_factory.mktemp("sft") / "adapter"
     train(tiny_base, examples, out)
     return out
+
+
+def test_each_step_is_written_to_the_progress_file_with_loss_and_token_accuracy(
+    tiny_base: Path, examples: list[ChatExample], tmp_path: Path
+) -> None:
+    recipe = make_recipe(train={"batch_size": 4, "epochs": 4}, stopping={"every_steps": 4, "keep_best": True})
+    data, progress = TrainingData(examples, examples[:4]), tmp_path / "progress"
+    summary = train_model(
+        tiny_base,
+        data,
+        recipe,
+        tmp_path / "adapter",
+        tmp_path / "checkpoints",
+        number_type=NumberType.FLOAT32,
+        progress=ProgressFile(progress),
+    )
+    records = ProgressReader(progress).read()
+    steps = [record for record in records if isinstance(record, StepDone)]
+    heldout = {record.step: record.loss for record in records if isinstance(record, HeldoutLoss)}
+    assert [(record.step, record.loss) for record in steps] == [
+        (point.step, point.loss) for point in summary.points if point.loss is not None
+    ]
+    assert heldout == {point.step: point.heldout_loss for point in summary.points if point.heldout_loss is not None}
+    assert {record.steps for record in steps} == {summary.steps}
+    assert (steps[-1].tokens, steps[-1].left_s, steps[-1].epoch) == (summary.tokens, 0.0, 4.0)
+    accuracies = [record.accuracy for record in steps if record.accuracy is not None]
+    assert len(accuracies) == len(steps)
+    assert 0 <= accuracies[0] < accuracies[-1] <= 1
+
+
+def test_token_accuracy_is_the_share_of_answer_tokens_with_the_largest_logit() -> None:
+    input_ids = torch.randint(0, 50, (3, 12), generator=torch.Generator().manual_seed(0))
+    labels = input_ids.clone()
+    labels[:, :5] = IGNORED
+    top1 = LLAMA(input_ids=input_ids).logits.argmax(dim=-1)
+    labels[:, 6] = top1[:, 5]
+    correct: list[torch.Tensor] = []
+    answer_loss(LLAMA, input_ids, labels, correct=correct)
+    assert sum(int(part) for part in correct) == int((top1[:, 4:-1] == labels[:, 5:]).sum()) >= 3
 
 
 def test_adapter_is_written_with_its_tokenizer(trained: Path) -> None:
