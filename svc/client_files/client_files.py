@@ -66,13 +66,18 @@ class ClientFiles:
         return self._folder / id
 
     @contextmanager
-    def writing(self) -> Iterator[tuple[str, FileWriter]]:
-        """Yield a new id, and a writer for that file's content. An error deletes what was written."""
-        id = f"file-{secrets.token_hex(12)}"
-        path = self._folder / id
+    def writing(self, id: str | None = None) -> Iterator[tuple[str, FileWriter]]:
+        """Yield a new id, and a writer for that file's content. An error deletes what was written.
+
+        Args:
+            id: the id to use, for a file that may have been written in part before a crash. It has no row yet.
+        """
+        path = self._folder / (id or f"file-{secrets.token_hex(12)}")
+        if id is not None:
+            path.unlink(missing_ok=True)
         writer = FileWriter(path)
         try:
-            yield id, writer
+            yield path.name, writer
         except BaseException:
             writer.abandon()
             path.unlink(missing_ok=True)

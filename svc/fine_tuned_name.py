@@ -1,0 +1,64 @@
+"""Names of fine-tuned models for clients, in OpenAI's form: `ft:BASE:ORGANIZATION:SUFFIX:ID`.
+
+A checkpoint has the name of its model and `:ckpt-step-N`. The suffix may be empty.
+"""
+
+import re
+from dataclasses import dataclass, replace
+
+PREFIX = "ft:"
+_PARTS = 5
+_STEP = re.compile(r"ckpt-step-([1-9][0-9]{0,8})")
+_ID_LENGTH = 12
+
+
+@dataclass(frozen=True, slots=True)
+class FineTunedName:
+    """A name of a fine-tuned model, or of one of its checkpoints.
+
+    Attributes:
+        base: the base, as the client named it.
+        suffix: the suffix that the client chose, or empty.
+        id: short id of the job.
+        step: step of the checkpoint, or None for the model at the end of the training.
+    """
+
+    base: str
+    organization: str
+    suffix: str
+    id: str
+    step: int | None = None
+
+    def __str__(self) -> str:
+        checkpoint = "" if self.step is None else f":ckpt-step-{self.step}"
+        return f"{PREFIX}{self.base}:{self.organization}:{self.suffix}:{self.id}{checkpoint}"
+
+    def at_step(self, step: int) -> "FineTunedName":
+        """Return the name of the model's checkpoint at a step."""
+        return replace(self, step=step)
+
+
+def make_fine_tuned_name(*, model: str, organization: str, suffix: str, job: str) -> FineTunedName:
+    """Return the name of the model that a job trains.
+
+    Args:
+        model: the model that the client trains, as it named it. If it is fine-tuned itself, the name has its base.
+        job: id of the job.
+    """
+    trained = parse_fine_tuned_name(model)
+    base = trained.base if trained else model.removeprefix(PREFIX).replace(":", "-")
+    return FineTunedName(base, organization, suffix, job.rpartition("-")[2][:_ID_LENGTH])
+
+
+def parse_fine_tuned_name(text: str) -> FineTunedName | None:
+    """Return the name in a text, or None if the text is not the name of a fine-tuned model."""
+    kind, *parts = text.split(":")
+    if f"{kind}:" != PREFIX or len(parts) not in (_PARTS - 1, _PARTS):
+        return None
+    base, organization, suffix, id = parts[: _PARTS - 1]
+    if not (base and organization and id):
+        return None
+    if len(parts) < _PARTS:
+        return FineTunedName(base, organization, suffix, id)
+    step = _STEP.fullmatch(parts[-1])
+    return FineTunedName(base, organization, suffix, id, int(step[1])) if step else None
