@@ -41,6 +41,8 @@ class Action(StrEnum):
     REVOKE_KEY = "key.revoke"
     CREATE_JOB = "job.create"
     CANCEL_JOB = "job.cancel"
+    CREATE_BATCH = "batch.create"
+    CANCEL_BATCH = "batch.cancel"
     REMOVE_VERSION = "version.remove"
     COLLECT = "gc"
     FORGET = "forget"

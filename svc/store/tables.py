@@ -612,8 +612,11 @@ class JobCheckpointRow(Table):
 
 
 class BatchRow(Table):
-    """A batch of requests that are answered at lower priority than live traffic. `errors` and
-    `labels`, the metadata of the request, are JSON."""
+    """A batch of requests that are answered at lower priority than live traffic.
+
+    `errors` and `labels`, the metadata of the request, are JSON. Result files expire `output_expires_s` seconds after
+    their creation.
+    """
 
     __tablename__ = "batches"
 
@@ -625,6 +628,7 @@ class BatchRow(Table):
     model: Mapped[str | None]
     status: Mapped[str] = mapped_column(index=True)
     labels: Mapped[str | None]
+    output_expires_s: Mapped[int | None]
     errors: Mapped[str | None]
     total: Mapped[int]
     completed: Mapped[int]

@@ -21,6 +21,7 @@ def upgrade() -> None:
         sa.Column("model", sa.String(), nullable=True),
         sa.Column("status", sa.String(), nullable=False),
         sa.Column("labels", sa.String(), nullable=True),
+        sa.Column("output_expires_s", _INTEGER, nullable=True),
         sa.Column("errors", sa.String(), nullable=True),
         sa.Column("total", _INTEGER, nullable=False),
         sa.Column("completed", _INTEGER, nullable=False),

@@ -1,0 +1,283 @@
+"""Batches of requests, one row each.
+
+A batch's owner creates and cancels it. The server that runs batches (serving.batches) carries it out:
+
+    validating ──▶ in_progress ──▶ finalizing ──▶ completed, expired
+        │               │              │
+        ├───────────────┴──────────────┴────────▶ failed
+        └───────────────┴──────────────┴────────▶ cancelling ──▶ cancelled
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+
+from sqlalchemy import Engine as Store
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from svc.errors import RefusedError, SvcError
+from svc.store.audit import AuditEntry, append_event
+from svc.store.database import exclusive
+from svc.store.leases import Lease, require_lease
+from svc.store.page import Page, find_row, read_page
+from svc.store.tables import BatchRow
+
+
+class BatchStatus(StrEnum):
+    """State of a batch, in OpenAI's words."""
+
+    VALIDATING = "validating"
+    FAILED = "failed"
+    IN_PROGRESS = "in_progress"
+    FINALIZING = "finalizing"
+    COMPLETED = "completed"
+    EXPIRED = "expired"
+    CANCELLING = "cancelling"
+    CANCELLED = "cancelled"
+
+    @property
+    def ended(self) -> bool:
+        """Whether the batch is over, and never changes again."""
+        return self in (BatchStatus.FAILED, BatchStatus.COMPLETED, BatchStatus.EXPIRED, BatchStatus.CANCELLED)
+
+
+_OPEN = [status.value for status in BatchStatus if not status.ended]
+
+
+class TooManyBatchesError(SvcError):
+    """Raised when an owner has too many batches that have not ended."""
+
+
+class BatchEndedError(RefusedError):
+    """Raised when a batch that has ended is to be cancelled."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchError:
+    """A reason why a batch failed, in words for its owner. It contains no paths of the machine.
+
+    Attributes:
+        line: number of the line of the input file, beginning with 1, or None.
+        param: field that causes the failure, or None.
+    """
+
+    code: str
+    message: str
+    line: int | None = None
+    param: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BatchProgress:
+    """What has been answered of a batch.
+
+    Attributes:
+        completed, failed: number of requests that were answered, and that failed.
+        tokens_in, tokens_out: tokens of the answered requests.
+    """
+
+    completed: int = 0
+    failed: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BatchResult:
+    """How a batch ended.
+
+    Attributes:
+        output_file, error_file: ids of the files with the answers and with the failures, or None if there are none.
+        errors: why it failed.
+    """
+
+    status: BatchStatus
+    progress: BatchProgress = BatchProgress()
+    output_file: str | None = None
+    error_file: str | None = None
+    errors: Sequence[BatchError] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A batch of requests.
+
+    Attributes:
+        owner: id of the key that created the batch; empty for requests without a key.
+        model: the model of all requests, or None if unknown or if they name several.
+        labels: the client's metadata as JSON, or None.
+        output_expires_s: lifetime of the result files in seconds, or None if they do not expire.
+        errors: JSON list of the fields of `BatchError`, or None unless the batch failed.
+        total: number of requests, or 0 until the input file has been validated.
+    """
+
+    id: str
+    owner: str
+    input_file: str
+    endpoint: str
+    completion_window: str
+    created_at: datetime
+    expires_at: datetime
+    model: str | None = None
+    status: BatchStatus = BatchStatus.VALIDATING
+    labels: str | None = None
+    output_expires_s: int | None = None
+    errors: str | None = None
+    total: int = 0
+    completed: int = 0
+    failed: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+    in_progress_at: datetime | None = None
+    finalizing_at: datetime | None = None
+    completed_at: datetime | None = None
+    failed_at: datetime | None = None
+    expired_at: datetime | None = None
+    cancelling_at: datetime | None = None
+    cancelled_at: datetime | None = None
+    output_file: str | None = None
+    error_file: str | None = None
+
+
+def create_batch(store: Store, batch: Batch, entry: AuditEntry, *, max_open: int) -> None:
+    """Add a batch.
+
+    Args:
+        entry: the audit event of the creation.
+        max_open: maximum number of an owner's batches that have not ended.
+
+    Raises:
+        TooManyBatchesError: the owner has this many already.
+    """
+    with exclusive(store) as session:
+        of_owner = BatchRow.owner == batch.owner, BatchRow.status.in_(_OPEN)
+        count = session.scalar(select(func.count()).select_from(BatchRow).where(*of_owner)) or 0
+        if count >= max_open:
+            raise TooManyBatchesError(
+                f"{count} batches of this key have not ended",
+                expected=f"fewer than {max_open}",
+                todo="wait until one has ended, or cancel one",
+            )
+        session.add(BatchRow.of(batch, status=batch.status.value))
+        append_event(session, entry)
+
+
+def find_batch(store: Store, id: str, owner: str | None) -> Batch:
+    """Return a batch.
+
+    Args:
+        owner: only a batch of this owner is found; None for all owners.
+
+    Raises:
+        EntryNotFoundError: the owner has no batch with this id.
+    """
+    with Session(store) as session:
+        return find_row(session, BatchRow, id, owner, "batch").read(Batch)
+
+
+def read_batches(store: Store, owner: str | None, *, page: Page) -> tuple[list[Batch], bool]:
+    """Return one page of an owner's batches, and whether more follow.
+
+    Args:
+        owner: id of the owner, or None for the batches of all owners.
+    """
+    query = select(BatchRow)
+    rows, more = read_page(store, BatchRow, query if owner is None else query.where(BatchRow.owner == owner), page)
+    return [row.read(Batch) for row in rows], more
+
+
+def cancel_batch(store: Store, id: str, owner: str | None, entry: AuditEntry) -> Batch:
+    """Request that a batch is cancelled, and return it. If it is being cancelled already, nothing changes.
+
+    Args:
+        owner: only a batch of this owner is found; None for all owners.
+        entry: the audit event of the change.
+
+    Raises:
+        EntryNotFoundError: the owner has no batch with this id.
+        BatchEndedError: the batch has ended otherwise.
+    """
+    with exclusive(store) as session:
+        row = find_row(session, BatchRow, id, owner, "batch")
+        status = BatchStatus(row.status)
+        if status.ended and status is not BatchStatus.CANCELLED:
+            raise BatchEndedError(f"the batch {row.id} has already ended: {status}")
+        if not status.ended and status is not BatchStatus.CANCELLING:
+            row.status, row.cancelling_at = BatchStatus.CANCELLING.value, datetime.now(UTC)
+            append_event(session, entry)
+        return row.read(Batch)
+
+
+def read_open_batches(store: Store) -> list[Batch]:
+    """Return all batches that have not ended, oldest first."""
+    query = select(BatchRow).where(BatchRow.status.in_(_OPEN)).order_by(BatchRow.created_at, BatchRow.id)
+    with Session(store) as session:
+        return [row.read(Batch) for row in session.scalars(query)]
+
+
+def begin_batch(store: Store, id: str, *, total: int, model: str | None, lease: Lease | None) -> Batch:
+    """Move a batch whose input file is valid to `in_progress`, unless it is being cancelled, and return it.
+
+    Args:
+        total: number of its requests.
+        lease: lease of the server that runs batches; see `svc.store.leases.require_lease`.
+
+    Raises:
+        LeaseLostError: another server runs batches now.
+    """
+    with exclusive(store) as session:
+        require_lease(session, lease)
+        row = session.get_one(BatchRow, id)
+        row.total, row.model = total, model
+        if row.status == BatchStatus.VALIDATING.value:
+            row.status, row.in_progress_at = BatchStatus.IN_PROGRESS.value, datetime.now(UTC)
+        return row.read(Batch)
+
+
+def record_batch_progress(
+    store: Store, id: str, progress: BatchProgress, *, lease: Lease | None, finalizing: bool = False
+) -> Batch:
+    """Record what has been answered of a batch, and return the batch.
+
+    Args:
+        finalizing: whether the batch moves to `finalizing`, unless it is being cancelled.
+        lease: see `begin_batch`.
+
+    Raises:
+        LeaseLostError: another server runs batches now.
+    """
+    with exclusive(store) as session:
+        require_lease(session, lease)
+        row = session.get_one(BatchRow, id)
+        _set_progress(row, progress)
+        if finalizing and row.status == BatchStatus.IN_PROGRESS.value:
+            row.status, row.finalizing_at = BatchStatus.FINALIZING.value, datetime.now(UTC)
+        return row.read(Batch)
+
+
+def end_batch(store: Store, id: str, result: BatchResult, *, lease: Lease | None) -> None:
+    """End a batch. If it is being cancelled, its status becomes `cancelled` instead of that of the result.
+
+    Args:
+        lease: see `begin_batch`.
+
+    Raises:
+        LeaseLostError: another server runs batches now.
+    """
+    with exclusive(store) as session:
+        require_lease(session, lease)
+        row = session.get_one(BatchRow, id)
+        cancelled = row.status == BatchStatus.CANCELLING.value and result.status is not BatchStatus.FAILED
+        status = BatchStatus.CANCELLED if cancelled else result.status
+        _set_progress(row, result.progress)
+        row.status, row.output_file, row.error_file = status.value, result.output_file, result.error_file
+        row.errors = json.dumps([asdict(error) for error in result.errors]) if result.errors else None
+        setattr(row, f"{status.value}_at", datetime.now(UTC))
+
+
+def _set_progress(row: BatchRow, progress: BatchProgress) -> None:
+    row.completed, row.failed = progress.completed, progress.failed
+    row.tokens_in, row.tokens_out = progress.tokens_in, progress.tokens_out

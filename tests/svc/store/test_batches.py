@@ -1,0 +1,153 @@
+"""Tests the rows of batches."""
+
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from itertools import count
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine as Store
+
+from svc.identity.actor import Actor
+from svc.store import audit
+from svc.store.audit import Action, AuditEntry
+from svc.store.batches import (
+    Batch,
+    BatchEndedError,
+    BatchError,
+    BatchProgress,
+    BatchResult,
+    BatchStatus,
+    TooManyBatchesError,
+    begin_batch,
+    cancel_batch,
+    create_batch,
+    end_batch,
+    find_batch,
+    read_batches,
+    read_open_batches,
+    record_batch_progress,
+)
+from svc.store.leases import Lease, LeaseLostError
+from svc.store.page import EntryNotFoundError, Page
+
+ALICE = Actor("key:alice", "10.0.0.1")
+NUMBERS = count(1)
+PROGRESS = BatchProgress(completed=2, failed=1, tokens_in=30, tokens_out=20)
+Add = Callable[..., Batch]
+
+
+@pytest.fixture
+def add(store: Store) -> Add:
+    def add(*, max_open: int = 100, **fields: Any) -> Batch:
+        now = datetime.now(UTC)
+        defaults: dict[str, Any] = {
+            "id": f"batch_{next(NUMBERS)}",
+            "owner": "alice",
+            "input_file": "file-1",
+            "endpoint": "/v1/chat/completions",
+            "completion_window": "24h",
+            "created_at": now,
+            "expires_at": now + timedelta(hours=24),
+        }
+        batch = Batch(**(defaults | fields))
+        create_batch(store, batch, AuditEntry(Action.CREATE_BATCH, batch.id, ALICE), max_open=max_open)
+        return batch
+
+    return add
+
+
+def cancel(store: Store, id: str, owner: str | None = "alice") -> Batch:
+    return cancel_batch(store, id, owner, AuditEntry(Action.CANCEL_BATCH, id, ALICE))
+
+
+def test_created_batch_is_found_by_its_owner_and_by_admins_only(store: Store, add: Add) -> None:
+    batch = add(labels='{"team": "a"}', output_expires_s=3600)
+    assert find_batch(store, batch.id, "alice") == find_batch(store, batch.id, None) == batch
+    with pytest.raises(EntryNotFoundError):
+        find_batch(store, batch.id, "bob")
+    (event,) = audit.read_events(store, newest=10)
+    assert (event.action, event.subject) == ("batch.create", batch.id)
+
+
+def test_batches_are_listed_newest_first_in_pages(store: Store, add: Add) -> None:
+    now = datetime.now(UTC)
+    old, middle, new = (add(created_at=now + timedelta(seconds=number)) for number in range(3))
+    add(owner="bob")
+    page, more = read_batches(store, "alice", page=Page(2))
+    assert (page, more) == ([new, middle], True)
+    assert read_batches(store, "alice", page=Page(2, middle.id)) == ([old], False)
+    assert len(read_batches(store, None, page=Page(10))[0]) == 4
+
+
+def test_batch_is_refused_when_too_many_of_its_owner_are_open(store: Store, add: Add) -> None:
+    first = add(max_open=1)
+    with pytest.raises(TooManyBatchesError, match="1 batches of this key"):
+        add(max_open=1)
+    add(max_open=1, owner="bob")
+    end_batch(store, first.id, BatchResult(BatchStatus.COMPLETED), lease=None)
+    add(max_open=1)
+
+
+def test_batch_passes_through_its_states_to_completed(store: Store, add: Add) -> None:
+    id = add().id
+    begun = begin_batch(store, id, total=3, model="tuned", lease=None)
+    assert (begun.status, begun.total, begun.model) == (BatchStatus.IN_PROGRESS, 3, "tuned")
+    assert begun.in_progress_at is not None
+    recorded = record_batch_progress(store, id, PROGRESS, lease=None)
+    assert (recorded.status, recorded.completed, recorded.failed) == (BatchStatus.IN_PROGRESS, 2, 1)
+    assert record_batch_progress(store, id, PROGRESS, lease=None, finalizing=True).status is BatchStatus.FINALIZING
+    assert [batch.id for batch in read_open_batches(store)] == [id]
+    end_batch(store, id, BatchResult(BatchStatus.COMPLETED, PROGRESS, "file-out", "file-err"), lease=None)
+    ended = find_batch(store, id, None)
+    assert (ended.status, ended.output_file, ended.error_file) == (BatchStatus.COMPLETED, "file-out", "file-err")
+    assert (ended.tokens_in, ended.tokens_out, ended.errors) == (30, 20, None)
+    assert ended.finalizing_at is not None and ended.completed_at is not None and ended.cancelled_at is None
+    assert read_open_batches(store) == []
+
+
+def test_failed_batch_has_errors_by_line(store: Store, add: Add) -> None:
+    id = add().id
+    error = BatchError("invalid_json_line", "the line is not JSON", line=3)
+    end_batch(store, id, BatchResult(BatchStatus.FAILED, errors=[error]), lease=None)
+    failed = find_batch(store, id, None)
+    assert failed.failed_at is not None and failed.errors is not None
+    (stored,) = json.loads(failed.errors)
+    assert BatchError(**stored) == error
+
+
+def test_cancelled_batch_ends_as_cancelled_however_far_it_came(store: Store, add: Add) -> None:
+    id = add().id
+    cancelling = cancel(store, id)
+    assert (cancelling.status, cancelling.cancelling_at is None) == (BatchStatus.CANCELLING, False)
+    assert cancel(store, id) == cancelling  # sent again
+    assert begin_batch(store, id, total=3, model=None, lease=None).status is BatchStatus.CANCELLING
+    assert record_batch_progress(store, id, PROGRESS, lease=None, finalizing=True).status is BatchStatus.CANCELLING
+    end_batch(store, id, BatchResult(BatchStatus.COMPLETED, PROGRESS, "file-out"), lease=None)
+    cancelled = find_batch(store, id, None)
+    assert (cancelled.status, cancelled.output_file) == (BatchStatus.CANCELLED, "file-out")
+    assert cancelled.cancelled_at is not None and cancelled.completed_at is None
+    assert cancel(store, id) == cancelled
+    events = [event.action for event in audit.read_events(store, newest=10)]
+    assert events == ["batch.create", "batch.cancel"]
+
+
+def test_ended_batch_and_that_of_another_key_are_not_cancelled(store: Store, add: Add) -> None:
+    id = add().id
+    with pytest.raises(EntryNotFoundError):
+        cancel(store, id, "bob")
+    end_batch(store, id, BatchResult(BatchStatus.EXPIRED), lease=None)
+    with pytest.raises(BatchEndedError, match="has already ended: expired"):
+        cancel(store, id)
+
+
+def test_server_that_lost_its_lease_changes_nothing(store: Store, add: Add) -> None:
+    batch, lost = add(), Lease("*", "another", 1)
+    with pytest.raises(LeaseLostError):
+        begin_batch(store, batch.id, total=3, model=None, lease=lost)
+    with pytest.raises(LeaseLostError):
+        record_batch_progress(store, batch.id, PROGRESS, lease=lost)
+    with pytest.raises(LeaseLostError):
+        end_batch(store, batch.id, BatchResult(BatchStatus.COMPLETED), lease=lost)
+    assert find_batch(store, batch.id, None) == batch
