@@ -16,9 +16,9 @@ from sqlalchemy.orm import Session
 from svc.errors import RefusedError, SvcError
 from svc.store.audit import AuditEntry, append_event
 from svc.store.database import exclusive
-from svc.store.jobs import EventLevel, EventType, Job, JobStatus, Wanted
+from svc.store.jobs import EventLevel, Job, JobStatus, Wanted, record_event
 from svc.store.page import Page, find_row, read_page
-from svc.store.tables import JobEventRow, JobRow
+from svc.store.tables import JobRow
 from svc.version import VersionId
 
 REPEAT_WINDOW = timedelta(minutes=15)
@@ -85,7 +85,7 @@ def create_job(
             session.add(row)
             session.flush()
             for message in events:
-                _add_event(session, row, message)
+                record_event(session, row.id, message)
             append_event(session, entry)
         return row.read(Job)
 
@@ -108,7 +108,7 @@ def queue_checked(store: Store, id: str, *, request: str, recipe: str, training_
         if row := _checking(session, id):
             row.request, row.recipe, row.status = request, recipe, JobStatus.QUEUED.value
             row.estimated_finish = _estimate_finish(session, training_s) if row.wanted == Wanted.RUN.value else None
-            _add_event(session, row, event)
+            record_event(session, row.id, event)
 
 
 def fail_checked(store: Store, id: str, error: JobError) -> None:
@@ -117,7 +117,7 @@ def fail_checked(store: Store, id: str, error: JobError) -> None:
         if row := _checking(session, id):
             row.status, row.finished_at, row.estimated_finish = JobStatus.FAILED.value, datetime.now(UTC), None
             row.error = json.dumps({"code": error.code, "message": error.message, "param": error.param})
-            _add_event(session, row, f"Fine-tuning job failed: {error.message}", EventLevel.ERROR)
+            record_event(session, row.id, f"Fine-tuning job failed: {error.message}", EventLevel.ERROR)
 
 
 def change_wanted(store: Store, id: str, owner: str | None, wanted: Wanted, entry: AuditEntry | None = None) -> Job:
@@ -225,19 +225,12 @@ def _begin_change(session: Session, row: JobRow, wanted: Wanted) -> None:
     """Carry out the part of a change that does not need the job's worker."""
     running = row.status == JobStatus.RUNNING.value
     if wanted is Wanted.RUN:
-        _add_event(session, row, "Resuming the fine-tuning job was requested")
+        record_event(session, row.id, "Resuming the fine-tuning job was requested")
     elif not running:
         row.estimated_finish = None
         if wanted is Wanted.CANCEL:
             row.status, row.finished_at = JobStatus.CANCELLED.value, datetime.now(UTC)
-        _add_event(session, row, f"Fine-tuning job {'cancelled' if wanted is Wanted.CANCEL else 'paused'}")
-
-
-def _add_event(session: Session, row: JobRow, message: str, level: EventLevel = EventLevel.INFO) -> None:
-    kind = EventType.MESSAGE.value
-    event = JobEventRow(job=row.id, at=datetime.now(UTC), level=level.value, type=kind, message=message, data=None)
-    session.add(event)
-    session.flush()  # ids in the order of the events
+        record_event(session, row.id, f"Fine-tuning job {'cancelled' if wanted is Wanted.CANCEL else 'paused'}")
 
 
 def _has_metadata(row: JobRow, wanted: Mapping[str, str] | None) -> bool:

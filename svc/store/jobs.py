@@ -12,9 +12,10 @@ from enum import StrEnum
 from typing import Any
 
 from sqlalchemy import Engine as Store
-from sqlalchemy import insert, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from svc.store.database import exclusive
 from svc.store.page import Page, find_row, read_page
 from svc.store.tables import JobCheckpointRow, JobEventRow, JobRow
 from svc.version import VersionId
@@ -72,7 +73,7 @@ class Job:
         name: name under which the version is registered.
         worker: the worker that runs the job, or None.
         seen_at: when that worker last reported.
-        attempts: number of times that a worker has begun the job.
+        attempts: number of the current attempt. An attempt that was interrupted, but did not fail, is not counted.
         number: number of the registered version, or None until there is one.
         fine_tuned_model: the version's name for clients, `ft:BASE:ORG:SUFFIX:ID`.
         error: `{"code", "message", "param"}` as JSON, or None unless the job failed.
@@ -174,16 +175,28 @@ def add_event(
     Args:
         metrics: metrics of a step, for an event of the type `metrics`.
     """
-    event = {
-        "job": job,
-        "at": datetime.now(UTC),
-        "level": level.value,
-        "type": (EventType.MESSAGE if metrics is None else EventType.METRICS).value,
-        "message": message,
-        "data": None if metrics is None else json.dumps(dict(metrics)),
-    }
-    with store.begin() as connection:
-        connection.execute(insert(JobEventRow), event)
+    with exclusive(store) as session:
+        record_event(session, job, message, level, metrics)
+
+
+def record_event(
+    session: Session,
+    job: str,
+    message: str,
+    level: EventLevel = EventLevel.INFO,
+    metrics: Mapping[str, Any] | None = None,
+) -> None:
+    """Add an event to a job in a transaction that holds the write lock."""
+    event = JobEventRow(
+        job=job,
+        at=datetime.now(UTC),
+        level=level.value,
+        type=(EventType.MESSAGE if metrics is None else EventType.METRICS).value,
+        message=message,
+        data=None if metrics is None else json.dumps(dict(metrics)),
+    )
+    session.add(event)
+    session.flush()  # ids in the order of the events
 
 
 def read_events(store: Store, job: str, *, page: Page) -> tuple[list[JobEvent], bool]:

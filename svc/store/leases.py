@@ -66,7 +66,7 @@ def report_server(store: Store, server: str, address: str, names: Collection[str
         The leases that the server now holds for `LEASE_S`, by name.
     """
     with exclusive(store) as session:
-        now = _now(session)
+        now = database_time(session)
         session.execute(delete(ServerRow).where(ServerRow.seen_at < now - _FORGOTTEN))
         row = session.get(ServerRow, server)
         if row is None:
@@ -82,9 +82,17 @@ def report_server(store: Store, server: str, address: str, names: Collection[str
 def remove_server(store: Store, server: str) -> None:
     """Record that a server has stopped. Others can take its leases immediately."""
     with exclusive(store) as session:
-        now = _now(session)
+        now = database_time(session)
         session.execute(delete(ServerRow).where(ServerRow.id == server))
         _end_leases(session, server, now)
+
+
+def database_time(session: Session) -> datetime:
+    """Return the database's time."""
+    if session.connection().dialect.name == "sqlite":
+        return datetime.now(UTC)
+    now: datetime = session.scalar(select(func.clock_timestamp()))  # type: ignore[assignment]
+    return now
 
 
 def _end_leases(session: Session, holder: str, now: datetime) -> None:
@@ -104,7 +112,7 @@ def running_servers(store: Store) -> dict[str, str]:
 
 def running_ids(session: Session) -> set[str]:
     """Return the ids of the servers that have reported within the last `LEASE_S`. With SQLite, there are none."""
-    recent = ServerRow.seen_at > _now(session) - timedelta(seconds=LEASE_S)
+    recent = ServerRow.seen_at > database_time(session) - timedelta(seconds=LEASE_S)
     return set(session.scalars(select(ServerRow.id).where(recent)))
 
 
@@ -142,7 +150,7 @@ def hold_lease(store: Store, name: str, what: str) -> Iterator[Lease | None]:
         return
     holder = f"process {os.getpid()} on {platform.node()}{_UNIQUE}{uuid4().hex}"
     with exclusive(store) as session:
-        lease = _take(session, name, holder, _now(session))
+        lease = _take(session, name, holder, database_time(session))
         if lease is None:
             other = session.get_one(LeaseRow, name).holder.partition(_UNIQUE)[0]
             raise BusyError(f"{what} is in use by {other}", todo="wait for that process, or stop it")
@@ -168,7 +176,7 @@ def _extend(store: Store, lease: Lease, released: threading.Event) -> None:
         try:
             with exclusive(store) as session:
                 require_lease(session, lease)
-                _take(session, lease.name, lease.holder, _now(session))
+                _take(session, lease.name, lease.holder, database_time(session))
         except LeaseLostError:
             return
         except SQLAlchemyError:
@@ -181,7 +189,7 @@ def _release(store: Store, lease: Lease) -> None:
         with exclusive(store) as session:
             row = session.get(LeaseRow, lease.name)
             if row is not None and row.holder == lease.holder:
-                row.until = _now(session)
+                row.until = database_time(session)
     except SQLAlchemyError:
         log_store_error(log, "could not release the lease %s; it ends after %.0f s", lease.name, LEASE_S)
 
@@ -197,11 +205,3 @@ def _take(session: Session, name: str, server: str, now: datetime) -> Lease | No
         row.holder, row.generation = server, row.generation + 1
     row.until = now + timedelta(seconds=LEASE_S)
     return Lease(name, server, row.generation)
-
-
-def _now(session: Session) -> datetime:
-    """Return the database's time."""
-    if session.connection().dialect.name == "sqlite":
-        return datetime.now(UTC)
-    now: datetime = session.scalar(select(func.clock_timestamp()))  # type: ignore[assignment]
-    return now
