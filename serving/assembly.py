@@ -18,6 +18,7 @@ from serving.deployments import Deployments, OnFailure, OnReady
 from serving.http.administration import Administration
 from serving.http.app import Application, build_app
 from serving.http.authentication import Authentication
+from serving.http.batches import Batches
 from serving.http.body_slots import BodySlots
 from serving.http.delivery import AnswerBuffers
 from serving.http.feedback import FeedbackIntake
@@ -230,6 +231,7 @@ def assemble_gateway(
         authentication=authentication,
         administration=Administration(store, changes, server),
         fine_tuning=FineTuning(store, settings, job_creation),
+        batches=Batches(store, settings.batches),
         draining=draining,
     )
     usage_writer = UsageWriter(store, usage, limiter.add_used_today, limiter.add_used_elsewhere)

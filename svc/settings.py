@@ -644,6 +644,19 @@ class FineTuningSettings(_Section):
         return bases
 
 
+class BatchSettings(_Section):
+    """Settings of OpenAI's Batch API. See docs/batches-api.md."""
+
+    max_open: int = Field(20, ge=1, description="maximum number of batches of one key that have not ended")
+    concurrency: int = Field(
+        16,
+        ge=1,
+        le=1024,
+        description="maximum number of requests of batches that a model answers at the same time; fewer run while "
+        "clients need the capacity",
+    )
+
+
 class ModelSettings(_Section):
     """Settings of one served model that override the general settings."""
 
@@ -685,6 +698,7 @@ class Settings(BaseSettings):
     holdout: HoldoutSettings = HoldoutSettings()
     monitor: MonitorSettings = MonitorSettings()
     fine_tuning: FineTuningSettings = FineTuningSettings()
+    batches: BatchSettings = BatchSettings()
     webhooks: tuple[WebhookSettings, ...] = Field(
         (),
         max_length=20,

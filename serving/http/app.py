@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from serving.admission.errors import EngineUnavailableError
 from serving.http.administration import Administration
 from serving.http.authentication import Authentication
+from serving.http.batches import Batches
 from serving.http.errors import install_handlers
 from serving.http.feedback import FeedbackIntake
 from serving.http.fine_tuning import FineTuning
@@ -47,6 +48,7 @@ def build_app(
     authentication: Authentication,
     administration: Administration,
     fine_tuning: FineTuning,
+    batches: Batches,
     draining: asyncio.Event,
 ) -> "Application":
     """Return the HTTP application for a gateway.
@@ -60,6 +62,7 @@ def build_app(
         authentication: admits requests.
         administration: answers administration requests.
         fine_tuning: answers /v1/fine_tuning.
+        batches: answers /v1/batches.
         draining: set once load balancers must stop sending requests.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
@@ -72,6 +75,7 @@ def build_app(
     _add_operations(app, gateway, engine_metrics, status)
     administration.add_to(app)
     fine_tuning.add_to(app)
+    batches.add_to(app)
     install_handlers(app)
     hosts = AllowedHosts((gateway.settings.host, *gateway.settings.allowed_hosts))
     layer = partial(

@@ -60,6 +60,7 @@ from svc.errors import (
     SvcError,
 )
 from svc.identity.key_secret import hide_secrets
+from svc.store.batches import BatchEndedError, TooManyBatchesError
 from svc.store.job_requests import JobEndedError, TooManyJobsError
 from svc.store.page import EntryNotFoundError
 from svc.store.unavailable import StoreUnavailableError
@@ -130,7 +131,7 @@ class ApiError:
             path: the request's path.
         """
         headers = dict(self.headers)
-        if self.code in (ErrorCode.INTERNAL_ERROR, ErrorCode.JOB_ENDED) or (
+        if self.code in (ErrorCode.INTERNAL_ERROR, ErrorCode.JOB_ENDED, ErrorCode.BATCH_ENDED) or (
             self.code is ErrorCode.RATE_LIMIT_EXCEEDED and not 0 < int(headers.get("retry-after", "0")) <= _MAX_RETRY_S
         ):
             headers["x-should-retry"] = "false"
@@ -156,6 +157,8 @@ _SHAPES: dict[type[SvcError], tuple[int, ErrorCode]] = {
     FineTuningDisabledError: (403, ErrorCode.FINE_TUNING_DISABLED),
     JobEndedError: (400, ErrorCode.JOB_ENDED),
     TooManyJobsError: (429, ErrorCode.RATE_LIMIT_EXCEEDED),
+    BatchEndedError: (400, ErrorCode.BATCH_ENDED),
+    TooManyBatchesError: (429, ErrorCode.RATE_LIMIT_EXCEEDED),
     RateLimitedError: (429, ErrorCode.RATE_LIMIT_EXCEEDED),
     OverloadedError: (429, ErrorCode.OVERLOADED),
     TooManyTokensError: (400, ErrorCode.TOO_MANY_TOKENS),

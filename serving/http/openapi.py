@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from serving.batches.request import BatchRequest
 from serving.http.administration import (
     CreateKeyRequest,
     PromoteRequest,
@@ -20,6 +21,7 @@ from serving.http.administration import (
     RollbackRequest,
     RotateKeyRequest,
 )
+from serving.http.batches import MAX_PAGE as MAX_BATCHES
 from serving.http.errors import ANTHROPIC_TYPES
 from serving.http.feedback import FeedbackRequest
 from serving.http.fine_tuning import MAX_PAGE
@@ -136,6 +138,7 @@ _KEY_HEADERS: Json = {
     "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
 }
 _MODEL_NAME: Json = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+_ID: Json = {"name": "id", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
 _NO_MODEL = {404: "no loaded version has this name", 503: "no version is loaded yet", **_DEFECT}
 
 _CHANGES: dict[str, tuple[str, type[BaseModel]]] = {
@@ -167,6 +170,7 @@ def openapi_document() -> Json:
             **requests,
             **_small_paths(),
             **_fine_tuning(schemas),
+            **_batches(schemas),
             **_administration(schemas),
         },
         "components": {"schemas": schemas, "securitySchemes": _KEY_HEADERS},
@@ -243,16 +247,39 @@ def _small_paths() -> Json:
     }
 
 
+def _page(most: int) -> list[Json]:
+    """Return the query parameters of a list. See `serving.http.listing.requested_page`."""
+    return [
+        {"name": "after", "in": "query", "schema": {"type": "string"}},
+        {"name": "limit", "in": "query", "schema": {"type": "integer", "minimum": 1, "maximum": most}},
+        {"name": "order", "in": "query", "schema": {"enum": ["asc", "desc"]}},
+    ]
+
+
+def _batches(schemas: Json) -> Json:
+    """Return the paths of batches. Their objects are those of OpenAI's API."""
+    store = {**_DEFECT, 503: "the server's database is not responding"}
+    no_batch = {404: "there is no such batch, or it belongs to another key", **store}
+    creation = {
+        **_operation("Create a batch", _json(_OBJECT), {**_BAD_BODY, 429: "the key has too many batches", **store}),
+        "requestBody": {"required": True, "content": _json(_schema(BatchRequest, schemas))},
+    }
+    bad_page = {400: "a query parameter is invalid", 404: "there is no batch `after`"}
+    listing = _operation("List batches, newest first", _json(_OBJECT), {**store, **bad_page})
+    cancelling = _operation("Cancel a batch", _json(_OBJECT), {**no_batch, 400: "the batch has ended"})
+    path = "/v1/batches"
+    return {
+        path: {"post": creation, "get": {**listing, "parameters": _page(MAX_BATCHES)}},
+        f"{path}/{{id}}": {"parameters": [_ID], "get": _operation("Show a batch", _json(_OBJECT), no_batch)},
+        f"{path}/{{id}}/cancel": {"parameters": [_ID], "post": cancelling},
+    }
+
+
 def _fine_tuning(schemas: Json) -> Json:
     """Return the paths of fine-tuning jobs. Their objects are those of OpenAI's API."""
     off = {403: "fine-tuning over HTTP is off", **_DEFECT, 503: "the server's database is not responding"}
     no_job = {404: "there is no such job, or it belongs to another key", **off}
-    id = {"name": "id", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
-    page = [
-        {"name": "after", "in": "query", "schema": {"type": "string"}},
-        {"name": "limit", "in": "query", "schema": {"type": "integer", "minimum": 1, "maximum": MAX_PAGE}},
-        {"name": "order", "in": "query", "schema": {"enum": ["asc", "desc"]}},
-    ]
+    id, page = _ID, _page(MAX_PAGE)
     bad_page = {400: "a query parameter is invalid", 404: "there is no such job, or no entry `after`"}
     jobs = "/v1/fine_tuning/jobs"
     creation = {

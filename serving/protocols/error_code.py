@@ -28,6 +28,7 @@ class ErrorCode(StrEnum):
     MODEL_NOT_DELETABLE = "model_not_deletable"
     FINE_TUNING_DISABLED = "fine_tuning_disabled"
     JOB_ENDED = "job_ended"
+    BATCH_ENDED = "batch_ended"
     REQUEST_NOT_FOUND = "request_not_found"
     REQUEST_LOG_BUSY = "request_log_busy"
     STORE_UNAVAILABLE = "store_unavailable"

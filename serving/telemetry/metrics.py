@@ -45,6 +45,7 @@ _NOT_COMPLETIONS = {
     ErrorCode.MODEL_NOT_DELETABLE,
     ErrorCode.FINE_TUNING_DISABLED,
     ErrorCode.JOB_ENDED,
+    ErrorCode.BATCH_ENDED,
     ErrorCode.REQUEST_NOT_FOUND,
     ErrorCode.REQUEST_LOG_BUSY,
     ErrorCode.STORE_UNAVAILABLE,

@@ -173,7 +173,7 @@ def test_every_response_is_documented_even_if_keys_are_required(
         return
     assert method == "delete" or not admin & {401, 403}
     assert wrong <= {401, 429}
-    if path.startswith(("/svc/", "/metrics", "/v1/fine_tuning/")):
+    if path.startswith(("/svc/", "/metrics", "/v1/fine_tuning/", "/v1/batches")):
         assert limited == {403}
     else:
         assert method == "delete" or not limited & {401, 403}

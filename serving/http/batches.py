@@ -1,0 +1,154 @@
+"""OpenAI's endpoints for batches of requests, `/v1/batches`.
+
+They only write what their clients want to the store. The server answers the requests in the background
+(serving.batches).
+"""
+
+import asyncio
+import json
+import secrets
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from fastapi import FastAPI, Request
+from sqlalchemy import Engine as Store
+from starlette.responses import JSONResponse, Response
+
+from serving.batches.request import BatchRequest
+from serving.http.actor import actor_of
+from serving.http.body import ClientGoneError
+from serving.http.json_body import read_json
+from serving.http.listing import list_object, requested_page
+from serving.http.request_state import request_state
+from serving.protocols.request import InvalidRequestError
+from serving.telemetry.metrics import CLIENT_GONE_STATUS
+from svc.identity.principal import Scope
+from svc.settings import BatchSettings
+from svc.store.audit import Action, AuditEntry
+from svc.store.batches import Batch, cancel_batch, create_batch, find_batch, read_batches
+from svc.store.files import FileStatus, Purpose, find_file
+from svc.store.page import EntryNotFoundError
+
+MAX_BODY_BYTES = 64 * 1024
+MAX_PAGE = 100
+_PATH = "/v1/batches"
+_EXAMPLE = '{"input_file_id": "file-...", "endpoint": "/v1/chat/completions", "completion_window": "24h"}'
+_WINDOW = timedelta(hours=24)
+
+
+class Batches:
+    """The endpoints for batches."""
+
+    def __init__(self, store: Store, settings: BatchSettings) -> None:
+        self._store = store
+        self._settings = settings
+
+    def add_to(self, app: FastAPI) -> None:
+        app.add_api_route(_PATH, self._create, methods=["POST"])
+        app.add_api_route(_PATH, self._list, methods=["GET"])
+        app.add_api_route(f"{_PATH}/{{id}}", self._show, methods=["GET"])
+        app.add_api_route(f"{_PATH}/{{id}}/cancel", self._cancel, methods=["POST"])
+
+    async def _create(self, request: Request) -> Response:
+        state = request_state(request.scope)
+        if state.principal:
+            state.principal.require(Scope.INFER)
+        try:
+            given = await read_json(request, BatchRequest, max_bytes=MAX_BODY_BYTES, expected=_EXAMPLE)
+        except ClientGoneError:
+            return Response(status_code=CLIENT_GONE_STATUS)
+        await asyncio.to_thread(_require_usable, self._store, given.input_file_id, state.visible_owner)
+        now, expiry = datetime.now(UTC), given.output_expires_after
+        batch = Batch(
+            id=f"batch_{secrets.token_hex(12)}",
+            owner=state.owner,
+            input_file=given.input_file_id,
+            endpoint=given.endpoint,
+            completion_window=given.completion_window,
+            created_at=now,
+            expires_at=now + _WINDOW,
+            labels=None if given.metadata is None else json.dumps(given.metadata),
+            output_expires_s=expiry.seconds if expiry else None,
+        )
+        details = {"endpoint": batch.endpoint, "input_file": batch.input_file}
+        entry = AuditEntry(Action.CREATE_BATCH, batch.id, actor_of(request), details=details)
+        await asyncio.to_thread(create_batch, self._store, batch, entry, max_open=self._settings.max_open)
+        return JSONResponse(batch_object(batch))
+
+    async def _list(self, request: Request) -> Response:
+        page = requested_page(request, max_limit=MAX_PAGE, default_limit=20)
+        owner = request_state(request.scope).visible_owner
+        batches, more = await asyncio.to_thread(read_batches, self._store, owner, page=page)
+        return JSONResponse(list_object([batch_object(batch) for batch in batches], has_more=more))
+
+    async def _show(self, request: Request) -> Response:
+        owner = request_state(request.scope).visible_owner
+        return JSONResponse(
+            batch_object(await asyncio.to_thread(find_batch, self._store, request.path_params["id"], owner))
+        )
+
+    async def _cancel(self, request: Request) -> Response:
+        id, owner = request.path_params["id"], request_state(request.scope).visible_owner
+        entry = AuditEntry(Action.CANCEL_BATCH, id, actor_of(request))
+        return JSONResponse(batch_object(await asyncio.to_thread(cancel_batch, self._store, id, owner, entry)))
+
+
+def _require_usable(store: Store, id: str, owner: str | None) -> None:
+    """Check that a client's file can be the input of a batch, as far as it has been checked.
+
+    Raises:
+        InvalidRequestError: it cannot, or the client has no such file.
+    """
+    try:
+        file = find_file(store, id, owner)
+    except EntryNotFoundError as error:
+        raise InvalidRequestError(error.wrong, param="input_file_id", expected=error.expected) from error
+    if file.purpose is not Purpose.BATCH:
+        raise InvalidRequestError(
+            f"the file {id} has the purpose {file.purpose}",
+            param="input_file_id",
+            expected=f"the purpose {Purpose.BATCH}",
+        )
+    if file.status is FileStatus.ERROR:
+        raise InvalidRequestError(
+            f"the file {id} is not usable: {file.status_details or 'its check failed'}", param="input_file_id"
+        )
+
+
+def batch_object(batch: Batch) -> dict[str, Any]:
+    """Return a batch in the form of OpenAI's API."""
+    errors = json.loads(batch.errors) if batch.errors else None
+    return {
+        "object": "batch",
+        "id": batch.id,
+        "endpoint": batch.endpoint,
+        "model": batch.model,
+        "input_file_id": batch.input_file,
+        "completion_window": batch.completion_window,
+        "status": batch.status.value,
+        "output_file_id": batch.output_file,
+        "error_file_id": batch.error_file,
+        "errors": errors and {"object": "list", "data": errors},
+        "created_at": _seconds(batch.created_at),
+        "in_progress_at": _seconds(batch.in_progress_at),
+        "expires_at": _seconds(batch.expires_at),
+        "finalizing_at": _seconds(batch.finalizing_at),
+        "completed_at": _seconds(batch.completed_at),
+        "failed_at": _seconds(batch.failed_at),
+        "expired_at": _seconds(batch.expired_at),
+        "cancelling_at": _seconds(batch.cancelling_at),
+        "cancelled_at": _seconds(batch.cancelled_at),
+        "request_counts": {"total": batch.total, "completed": batch.completed, "failed": batch.failed},
+        "usage": {
+            "input_tokens": batch.tokens_in,
+            "input_tokens_details": {"cached_tokens": 0},
+            "output_tokens": batch.tokens_out,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": batch.tokens_in + batch.tokens_out,
+        },
+        "metadata": json.loads(batch.labels) if batch.labels else None,
+    }
+
+
+def _seconds(moment: datetime | None) -> int | None:
+    return None if moment is None else int(moment.timestamp())
