@@ -25,6 +25,8 @@ from serving.http.feedback import FeedbackIntake
 from serving.http.fine_tuning import FineTuning
 from serving.http.inference import Gateway
 from serving.jobs.creation import JobCreation
+from serving.jobs.results import JobResults
+from serving.jobs.worker import JobWorker
 from serving.leadership import EVERYTHING, Leadership
 from serving.replicas.slots import EngineSlots, MakeSlots
 from serving.rollout.version_changes import VersionChanges
@@ -81,6 +83,7 @@ class Parts:
         authenticator: loads the keys from the store; they must be loaded before the first request.
         leadership: leases of this server, to be given up when it stops.
         works: coroutine functions that must run while the server runs.
+        job_worker: trains fine-tuning jobs, as one of the works. None if this server trains none.
     """
 
     gateway: GatewayParts
@@ -88,6 +91,7 @@ class Parts:
     authenticator: Authenticator
     leadership: Leadership
     works: Sequence[Callable[[], Coroutine[Any, Any, None]]]
+    job_worker: JobWorker | None = None
 
 
 def assemble(
@@ -169,9 +173,25 @@ def assemble(
     ]
     if settings.fine_tuning.bases:
         works.append(gateway.job_creation.run)
+    worker = make_job_worker(settings, store)
+    if worker is not None:
+        works.append(worker.run)
     if not is_sqlite(store):
         works.append(ChangeListener(store, store_changes).run)
-    return Parts(gateway, deployments, authenticator, leadership, works)
+    return Parts(gateway, deployments, authenticator, leadership, works, worker)
+
+
+def make_job_worker(settings: Settings, store: Store) -> JobWorker | None:
+    """Return the worker that trains fine-tuning jobs on this machine, or None if the settings say that it trains none.
+
+    Jobs that clients have created remain in the queue when the bases are removed from the settings.
+    """
+    tuning = settings.fine_tuning
+    if not tuning.bases or not tuning.worker:
+        return None
+    files = ClientFiles(store, settings.home / "files")
+    results = JobResults(store, files, settings.home / "jobs", tuning.organization)
+    return JobWorker(store, settings, files, complete=results.complete)
 
 
 def assemble_gateway(

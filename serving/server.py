@@ -152,7 +152,8 @@ async def serve(
     accepting further requests. Another signal ends the draining, and one more stops without waiting for running
     requests.
 
-    SIGUSR1 also stops the server, but leaves the engines running for the next server, which adopts them.
+    SIGUSR1 also stops the server, but leaves the engines and the training of a fine-tuning job running for the next
+    server, which adopts them.
 
     Args:
         wanted: the initial desired state of each model.
@@ -242,6 +243,8 @@ class _Server:
             defect = any(task.exception() and not isinstance(task.exception(), SvcError) for task in done)
         finally:
             self._manager.stopping()
+            if parts.job_worker and (defect or self._leave):
+                parts.job_worker.leave()
             # Stop the control tasks first: they would treat an engine's stop as a death.
             for task in (stopping, *control):
                 task.cancel()

@@ -630,6 +630,7 @@ class FineTuningSettings(_Section):
         description="name of the organization in jobs and in the names of trained models, `ft:BASE:ORGANIZATION:...`",
     )
     max_jobs: int = Field(50, ge=1, description="maximum number of jobs of one key that have not ended")
+    worker: bool = Field(True, description="whether this server trains jobs; if not, another one with its store must")
     wandb: bool = Field(
         False,
         description="whether jobs may ask to report to Weights & Biases, with the key of this machine's environment",

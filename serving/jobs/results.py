@@ -7,7 +7,6 @@ import csv
 import hashlib
 import io
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 from sqlalchemy import Engine as Store
@@ -16,6 +15,7 @@ from serving.jobs.request import JobRequest
 from svc.client_files.client_files import ClientFiles
 from svc.fine_tuned_name import FineTunedName, make_fine_tuned_name
 from svc.store.files import FileStatus, Purpose, find_file
+from svc.store.job_queue import JobResult
 from svc.store.jobs import Job
 from svc.store.page import EntryNotFoundError
 from svc.training_progress import HeldoutLoss, ProgressReader, ProgressRecord, StepDone
@@ -27,19 +27,6 @@ FILENAME = "step_metrics.csv"
 """Name of OpenAI's result files."""
 PROGRESS_FILE = "progress"
 """Name of the file in a job's folder to which its training writes its progress."""
-
-
-@dataclass(frozen=True, slots=True)
-class JobResult:
-    """Result of a job that has succeeded.
-
-    Attributes:
-        fine_tuned_model: the model's name for clients, `ft:BASE:ORGANIZATION:SUFFIX:ID`.
-        result_file: id of the file with the metrics of each step.
-    """
-
-    fine_tuned_model: str
-    result_file: str | None
 
 
 class JobResults:

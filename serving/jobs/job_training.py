@@ -1,0 +1,377 @@
+"""The training of one fine-tuning job that this machine's worker has taken, from its begin to its end.
+
+    does its process still run? ── no ──▶ start `svc train RECIPE --progress FILE`
+               │ yes                                        │
+               └────────────▶ follow the file ◀─────────────┘ ──▶ how it ended ──▶ release, fail, succeed
+
+Every step may be repeated after a crash of the server: a training that has ended starts again, finds its stages
+complete, and ends in the same way.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sqlalchemy import Engine as Store
+from sqlalchemy.exc import SQLAlchemyError
+
+from serving.jobs.recipe import recipe_text, training_variables
+from serving.jobs.request import JobRequest
+from serving.jobs.results import PROGRESS_FILE
+from serving.jobs.step_events import StepEvents
+from serving.jobs.training_error import read_error
+from serving.jobs.training_process import LOG_FILE, TrainingProcess, end_processes
+from svc.client_files.client_files import ClientFiles
+from svc.errors import BusyError, DiskSpaceError, InsufficientMemoryError, InterruptedRunError, RegistryError
+from svc.files.disk import write_whole
+from svc.store.job_queue import (
+    MAX_ATTEMPTS,
+    JobLostError,
+    JobNews,
+    JobResult,
+    Reported,
+    end_cancelled,
+    fail,
+    read_reported,
+    read_wanted,
+    release_job,
+    report_job,
+    succeed,
+)
+from svc.store.job_requests import JobError
+from svc.store.jobs import Job, Wanted
+from svc.store.outage_log import log_store_error
+from svc.training_progress import EpochSaved, ProgressReader, ProgressRecord, Registered, StageBegun, StepDone
+from svc.version import VersionId
+from svc.yaml_text import parse_yaml
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+Complete = Callable[[Job, VersionId], JobResult]
+"""Function that makes the result of a job whose version has been registered."""
+AddCheckpoint = Callable[[Job, EpochSaved], None]
+"""Function that adds a checkpoint to a job. It may be called again with the same one."""
+TrainingCommand = Callable[[Path, Path], Sequence[str]]
+"""Function that returns the command that trains a recipe and writes a progress file, from the paths of both."""
+
+RECIPE_FILE = "recipe.yaml"
+_WAITS = {
+    InsufficientMemoryError.exit_code: "Waiting until the server has enough free memory",
+    DiskSpaceError.exit_code: "Waiting until the server has enough free disk space",
+    BusyError.exit_code: "Waiting until another process has finished the same training",
+}
+"""Reasons why a job is tried again later, by the exit code of its training."""
+_INTERRUPTED = {InterruptedRunError.exit_code, 130, -signal.SIGTERM, -signal.SIGINT}
+_LOG_BYTES = 20_000
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How often the worker acts, and how long it waits, in seconds.
+
+    Attributes:
+        poll_s: between two looks at the progress, and at what the job's owner wants.
+        report_s: between two reports to the store without news.
+        event_s: between two events with metrics.
+        retry_s: before a job that had to wait is tried again.
+        pause_s: time for a checkpoint after a job was paused. Then the training is killed.
+        stop_s: time for a checkpoint when the server stops.
+    """
+
+    poll_s: float = 1.0
+    report_s: float = 10.0
+    event_s: float = 2.0
+    retry_s: float = 60.0
+    pause_s: float = 600.0
+    stop_s: float = 40.0
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingOptions:
+    """What is the same for all trainings of a worker.
+
+    Attributes:
+        worker: id of the worker.
+        environment: environment variables of the command.
+        wait: function that makes the worker try a job again later.
+    """
+
+    store: Store
+    files: ClientFiles
+    worker: str
+    complete: Complete
+    add_checkpoint: AddCheckpoint | None
+    command: TrainingCommand
+    environment: Mapping[str, str]
+    pace: Pace
+    wait: Callable[[Job], None]
+
+
+class JobTraining:
+    """The training of a job that this worker has taken.
+
+    Args:
+        folder: the job's folder.
+
+    Attributes:
+        job: the job, as it was taken.
+    """
+
+    def __init__(self, job: Job, folder: Path, options: TrainingOptions) -> None:
+        self.job = job
+        self._folder = folder
+        self._options = options
+        self._reader = ProgressReader(folder / PROGRESS_FILE)
+        self._process: TrainingProcess | None = None
+        self._steps = StepEvents(Reported(0, 0))
+        self._stages: list[JobNews] = []
+        self._saved: list[EpochSaved] = []
+        self._newest: StepDone | None = None
+        self._version: VersionId | None = None
+        self._wanted = job.wanted
+        self._kill_at: float | None = None
+        self._reported_at = self._announced_at = float("-inf")
+
+    async def run(self) -> None:
+        """Train the job to its end, or until its owner wants something else. It may be called again after an error.
+
+        Raises:
+            JobLostError: another worker has taken the job.
+            SQLAlchemyError: the store does not respond.
+            OSError: the disk is full, or no file descriptor is free.
+        """
+        self._wanted = self.job.wanted
+        self._folder.mkdir(mode=0o700, exist_ok=True)
+        self._steps = StepEvents(await asyncio.to_thread(read_reported, self._options.store, self.job.id))
+        if self._process is None:
+            self._process = await asyncio.to_thread(TrainingProcess.find, self._folder)
+        if not await self._begin():
+            return
+        while self._process is not None and self._process.running:
+            await asyncio.sleep(self._options.pace.poll_s)
+            await self._follow()
+            if await self._obey():
+                return
+        await self._conclude()
+
+    async def kill(self) -> None:
+        """Kill the training and all its processes."""
+        await asyncio.to_thread(self._process.kill if self._process else partial(end_processes, self._folder))
+
+    async def stop(self) -> None:
+        """Interrupt the training because the server stops, and return its job to the queue."""
+        try:
+            if self._process is None:
+                self._process = await asyncio.to_thread(TrainingProcess.find, self._folder)
+            if self._process is not None and self._process.running:
+                log.info("the training of %s is interrupted, because the server stops", self.job.id)
+                self._interrupt(self._options.pace.stop_s)
+                while self._process.running and not self._is_late():
+                    await asyncio.sleep(min(0.1, self._options.pace.poll_s))
+                await asyncio.to_thread(self._process.kill)
+            await self._conclude(stopping=True)
+        except JobLostError as error:
+            log.warning("%s", error)
+        except SQLAlchemyError:
+            log_store_error(
+                log, "the job %s could not be returned to the queue; it is resumed by this server", self.job.id
+            )
+
+    async def _begin(self) -> bool:
+        """Start the training unless it runs, and return whether to follow it."""
+        adopted = self._process is not None
+        self._note(await asyncio.to_thread(self._reader.read), replayed=True, adopted=adopted)
+        if adopted:
+            log.info("the training of %s, which an earlier server has started, is continued", self.job.id)
+            return True
+        await asyncio.to_thread(end_processes, self._folder)
+        if self._wanted is Wanted.CANCEL:
+            await self._in_store(end_cancelled)
+            return False
+        if self._wanted is Wanted.PAUSE:
+            await self._release("Fine-tuning job paused")
+            return False
+        try:
+            request = JobRequest.model_validate_json(self.job.request)
+            recipe = self._folder / RECIPE_FILE
+            write_whole(recipe, recipe_text(self._recipe()).encode())
+            # Not in a thread: a server that stops must know the process.
+            self._process = TrainingProcess.start(
+                self._folder,
+                self._options.command(recipe, self._folder / PROGRESS_FILE),
+                {**self._options.environment, **training_variables(request)},
+            )
+        except OSError:
+            log.exception("the training of %s cannot be started", self.job.id)
+            self._options.wait(self.job)
+            await self._release(_WAITS[DiskSpaceError.exit_code])
+            return False
+        return True
+
+    def _recipe(self) -> dict[str, Any]:
+        """Return the job's recipe with the files on this machine. Another machine's home may have another path."""
+        recipe: dict[str, Any] = parse_yaml(self.job.recipe)
+        paths = {"train": self.job.training_file, "heldout": self.job.validation_file}
+        data = {key: str(self._options.files.path(id)) for key, id in paths.items() if id is not None}
+        return recipe | {"data": recipe["data"] | data}
+
+    async def _follow(self) -> None:
+        """Report the progress, and learn what the job's owner wants.
+
+        A store that does not respond does not stop the training. Once it responds again, it says whether the job still
+        belongs to this worker.
+        """
+        try:
+            self._note(await asyncio.to_thread(self._reader.read))
+        except OSError:  # for example, no file descriptor is free
+            log.exception("the progress of the job %s cannot be read", self.job.id)
+        await self._add_checkpoints()
+        now, pace = time.monotonic(), self._options.pace
+        news, self._stages = self._stages, []
+        if now - self._announced_at >= pace.event_s and (event := self._steps.next()):
+            news.append(event)
+            self._announced_at = now
+        try:
+            if news or now - self._reported_at >= pace.report_s:
+                await self._report(news)
+                self._reported_at = now
+            else:
+                self._wanted = await self._in_store(read_wanted)
+        except SQLAlchemyError:
+            log_store_error(log, "the progress of the job %s could not be recorded", self.job.id)
+
+    async def _report(self, news: Sequence[JobNews]) -> None:
+        newest = self._newest
+        self._wanted = await self._in_store(
+            report_job,
+            left_s=newest.left_s if newest else None,
+            trained_tokens=newest.tokens if newest else None,
+            news=news,
+        )
+
+    def _note(self, records: Sequence[ProgressRecord], *, replayed: bool = False, adopted: bool = False) -> None:
+        """Remember what the training has written.
+
+        Args:
+            replayed: whether an earlier server or attempt may have noted the records.
+            adopted: whether the process that wrote them still runs.
+        """
+        self._steps.add(records)
+        for record in records:
+            match record:
+                case StepDone():
+                    self._newest = record
+                case StageBegun() if not replayed:
+                    self._stages.append(JobNews(f"Stage begun: {record.name}"))
+                case Registered() if adopted or not replayed:
+                    self._version = VersionId.parse(record.version)
+                case EpochSaved():
+                    self._saved.append(record)
+
+    async def _add_checkpoints(self) -> None:
+        """Add the saved checkpoints to the job. Those that could not be added are tried again with the next report."""
+        while self._saved and self._options.add_checkpoint is not None:
+            try:
+                await asyncio.to_thread(self._options.add_checkpoint, self.job, self._saved[0])
+            except (SQLAlchemyError, OSError):
+                log.exception("a checkpoint of the job %s could not be added", self.job.id)
+                return
+            del self._saved[0]
+
+    async def _obey(self) -> bool:
+        """Do what the job's owner wants, and return whether this has ended the training."""
+        assert self._process is not None  # noqa: S101 - the caller has started it
+        if self._wanted is Wanted.CANCEL:
+            await asyncio.to_thread(self._process.kill)
+            await self._in_store(end_cancelled)
+            return True
+        if self._wanted is Wanted.PAUSE and self._kill_at is None:
+            self._interrupt(self._options.pace.pause_s)
+        if self._is_late():
+            log.warning("the training of %s has written no checkpoint in time and is killed", self.job.id)
+            await asyncio.to_thread(self._process.kill)
+        return False
+
+    def _interrupt(self, patience_s: float) -> None:
+        assert self._process is not None  # noqa: S101 - the callers have started it
+        if self._kill_at is None:  # a second signal would end it without a checkpoint
+            self._process.interrupt()
+        self._kill_at = time.monotonic() + patience_s
+
+    def _is_late(self) -> bool:
+        return self._kill_at is not None and time.monotonic() > self._kill_at
+
+    async def _conclude(self, *, stopping: bool = False) -> None:
+        """Record how the training has ended."""
+        code = self._process.exit_code if self._process is not None else None
+        await asyncio.to_thread(end_processes, self._folder)  # what a killed training has left
+        self._note(await asyncio.to_thread(self._reader.read))
+        await self._add_checkpoints()
+        event = self._steps.next(last=True)
+        await self._report([*self._stages, *([event] if event else [])])
+        self._stages = []
+        if self._wanted is Wanted.CANCEL:
+            await self._in_store(end_cancelled)
+        elif self._version is not None and code in (0, None):
+            await self._complete(self._version)
+        elif stopping:
+            await self._release("The server stops; the training is continued when it runs again", resumes_here=True)
+        elif self._kill_at is not None or code in _INTERRUPTED:
+            await self._release("The training was interrupted; the job returns to the queue")
+        elif code is None:
+            await self._release("The training ended while the server did not run; it is continued", resumes_here=True)
+        elif code in _WAITS:
+            self._options.wait(self.job)
+            await self._release(_WAITS[code])
+        elif (code < 0 or code == RegistryError.exit_code) and self.job.attempts < MAX_ATTEMPTS:
+            log.warning("the training of %s ended with code %s; see %s", self.job.id, code, self._folder / LOG_FILE)
+            self._options.wait(self.job)
+            await self._release("The training died; it is continued from its last checkpoint", died=True)
+        else:
+            await self._fail(code)
+
+    async def _complete(self, version: VersionId) -> None:
+        try:
+            result = await asyncio.to_thread(self._options.complete, self.job, version)
+        except OSError:
+            log.exception("the result of %s cannot be written", self.job.id)
+            self._options.wait(self.job)
+            await self._release(_WAITS[DiskSpaceError.exit_code])
+            return
+        await self._in_store(succeed, version=version, result=result)
+        log.info("the job %s has trained %s", self.job.id, version)
+
+    async def _fail(self, code: int) -> None:
+        if code < 0:
+            message = f"the training was killed {self.job.attempts} times, probably because memory ran out"
+            error = JobError("server_error", message)
+        else:
+            error = read_error(code, await asyncio.to_thread(_read_end, self._folder / LOG_FILE))
+        log.warning("the job %s failed with exit code %s; see %s", self.job.id, code, self._folder / LOG_FILE)
+        await self._in_store(fail, error=error)
+
+    async def _release(self, message: str, *, died: bool = False, resumes_here: bool = False) -> None:
+        await self._in_store(release_job, message=message, died=died, resumes_here=resumes_here)
+
+    async def _in_store(self, function: Callable[..., Result], **values: Any) -> Result:
+        """Call a function of svc.store.job_queue about this job in a thread."""
+        options = self._options
+        return await asyncio.to_thread(partial(function, options.store, self.job.id, options.worker, **values))
+
+
+def _read_end(path: Path) -> str:
+    """Return the end of a log."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _LOG_BYTES))
+            return file.read().decode("utf-8", "replace")
+    except OSError:
+        return ""

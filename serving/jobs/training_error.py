@@ -1,0 +1,49 @@
+"""What a training process says about its failure, in words for the job's owner."""
+
+import re
+
+from svc.errors import BaseModelError, DataError, GateError, NotFoundError, RecipeError, RefusedError, TrainingError
+from svc.store.job_requests import JobError
+
+_CODES = {
+    DataError.exit_code: ("invalid_training_file", "training_file"),
+    RecipeError.exit_code: ("invalid_request", None),
+    BaseModelError.exit_code: ("invalid_model", "model"),
+    NotFoundError.exit_code: ("invalid_model", "model"),
+    TrainingError.exit_code: ("training_failed", None),
+    RefusedError.exit_code: ("training_failed", None),
+    GateError.exit_code: ("training_failed", None),
+}
+"""Error code and field of the request, by the exit code of `svc train`."""
+_MAX_MESSAGE = 1000
+_BEGIN = "error: "
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_PATH = re.compile(r"(?<![\w.:/-])(?:[\w.-]+:/)?/(?:[^\s/'\",:;()]+/)*([^\s/'\",:;()]*)")
+
+
+def read_error(exit_code: int, log: str) -> JobError:
+    """Return the reason why a training process has failed.
+
+    Args:
+        log: the end of its output.
+    """
+    code, param = _CODES.get(exit_code, ("server_error", None))
+    lines = _ANSI.sub("", log).splitlines()
+    begins = [number for number, line in enumerate(lines) if line.startswith(_BEGIN)]
+    if not begins:
+        return JobError(code, "the training failed for a reason of the server; its log has more", param)
+    wrong, expected = [lines[begins[-1]].removeprefix(_BEGIN)], ""
+    for line in lines[begins[-1] + 1 :]:
+        if line.startswith("  expected: "):
+            expected = line.removeprefix("  expected: ")
+        elif line.startswith("  do: "):
+            break
+        else:
+            wrong.append(line.strip())
+    message = " ".join(filter(None, wrong))
+    return JobError(code, without_paths(f"{message}; expected {expected}" if expected else message), param)
+
+
+def without_paths(text: str) -> str:
+    """Return a text in which only the last part of each path remains."""
+    return _PATH.sub(r"\1", text)[:_MAX_MESSAGE]

@@ -1,0 +1,169 @@
+"""The process that trains a fine-tuning job: `svc train` in its own session, so that it outlives the server.
+
+A job's folder contains a record of its process, with which a later server finds it. All descendants of the process are
+marked in their environment, so that they are found even if their parents have died. This module does not know jobs or
+the store.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from svc.engine.orphans import runs, start_of
+from svc.files.disk import write_whole
+
+LOG_FILE, RECORD_FILE = "log", "process.json"
+MARKER = "TUNESERVE_JOB_FOLDER"
+"""Environment variable that names the job's folder to the process and all its descendants."""
+_EARLIER_LOG = "log.1"
+_NICENESS = 10
+"""Niceness relative to the server: training keeps every core busy. An engine on the CPU has 5."""
+_KILL_S = 30.0
+_PAUSE_S = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    pid: int
+    boot: str
+    ticks: int
+
+
+class TrainingProcess:
+    """A training process that this server has started or found.
+
+    Args:
+        child: the process, if this server has started it.
+    """
+
+    def __init__(self, folder: Path, pid: int, child: subprocess.Popen[bytes] | None) -> None:
+        self._folder = folder
+        self._pid = pid
+        self._child = child
+
+    @classmethod
+    def start(cls, folder: Path, command: Sequence[str], environment: Mapping[str, str]) -> "TrainingProcess":
+        """Start a process, with its output in the folder. No process of the folder runs, see `end_processes`.
+
+        Raises:
+            OSError: the process cannot be started, or the disk is full.
+        """
+        log = folder / LOG_FILE
+        with suppress(FileNotFoundError):
+            log.replace(folder / _EARLIER_LOG)
+        with log.open("xb") as output:
+            child = subprocess.Popen(
+                command,
+                cwd=folder,  # without a settings file
+                env={**environment, MARKER: str(folder.resolve())},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        with suppress(psutil.NoSuchProcess, ProcessLookupError):  # it has already exited
+            os.setpriority(os.PRIO_PROCESS, child.pid, min(19, os.getpriority(os.PRIO_PROCESS, 0) + _NICENESS))
+            boot, ticks = start_of(child.pid)
+            record = {"pid": child.pid, "boot": boot, "ticks": ticks}
+            write_whole(folder / RECORD_FILE, json.dumps(record).encode())
+        return cls(folder, child.pid, child)
+
+    @classmethod
+    def find(cls, folder: Path) -> "TrainingProcess | None":
+        """Return the process that an earlier server has started in a folder, or None if it does not run."""
+        record = _read_record(folder)
+        return cls(folder, record.pid, None) if record is not None and _is_alive(record) else None
+
+    @property
+    def running(self) -> bool:
+        """Whether the process has not exited."""
+        if self._child is not None:
+            return self._child.poll() is None
+        return TrainingProcess.find(self._folder) is not None
+
+    @property
+    def exit_code(self) -> int | None:
+        """Exit code of a process that has exited, negative if a signal has ended it. None if another server has started
+        it.
+        """
+        return None if self._child is None else self._child.returncode
+
+    def interrupt(self) -> None:
+        """Ask the process to write a checkpoint and to exit."""
+        if self.running:
+            with suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Kill the process and all its descendants, and wait until they have exited."""
+        end_processes(self._folder)
+        if self._child is not None:
+            self._child.wait()
+
+
+def end_processes(folder: Path) -> None:
+    """Kill all processes of a folder, and wait until they have exited.
+
+    They are searched again until none is left, because a process may create another one before it is killed.
+    """
+    record = _read_record(folder)
+    sessions = set() if record is None or _is_reused(record) else {record.pid}
+    deadline = time.monotonic() + _KILL_S
+    while time.monotonic() < deadline and (processes := list(_processes(folder, sessions))):
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        time.sleep(_PAUSE_S)
+    (folder / RECORD_FILE).unlink(missing_ok=True)
+
+
+def _processes(folder: Path, sessions: set[int]) -> Iterator[psutil.Process]:
+    """Yield the processes that belong to a folder: those that are marked, those in its sessions, and all descendants
+    of both.
+
+    A program that changes its title, such as an engine, may overwrite its environment. Its session is therefore added
+    to `sessions` while its parent still lives.
+    """
+    mark, own = str(folder.resolve()), dict[int, psutil.Process]()
+    everyone = [process for process in psutil.process_iter() if process.pid != os.getpid()]
+    for process in everyone:
+        with suppress(psutil.Error, OSError):
+            if runs(process) and (os.getsid(process.pid) in sessions or process.environ().get(MARKER) == mark):
+                own[process.pid] = process
+    for process in list(own.values()):
+        with suppress(psutil.Error):
+            own |= {child.pid: child for child in process.children(recursive=True) if runs(child)}
+    for pid in own:
+        with suppress(OSError):
+            if os.getsid(pid) in own:
+                sessions.add(os.getsid(pid))
+    yield from own.values()
+
+
+def _read_record(folder: Path) -> _Record | None:
+    try:
+        record = json.loads((folder / RECORD_FILE).read_text("utf-8"))
+        return _Record(int(record["pid"]), str(record["boot"]), int(record["ticks"]))
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _is_alive(record: _Record) -> bool:
+    with suppress(psutil.NoSuchProcess, ValueError):
+        return start_of(record.pid) == (record.boot, record.ticks) and runs(psutil.Process(record.pid))
+    return False
+
+
+def _is_reused(record: _Record) -> bool:
+    """Return whether the id of a process now belongs to another one, or did so before a reboot."""
+    with suppress(psutil.NoSuchProcess):
+        return start_of(record.pid) != (record.boot, record.ticks)
+    return start_of(os.getpid())[0] != record.boot

@@ -1,0 +1,183 @@
+"""The worker of a machine: takes fine-tuning jobs from the queue, and trains them one at a time.
+
+A training is `svc train` in its own process, so neither its crash nor the server's takes the other down. A job that
+this worker has taken and not ended, it takes again first, and finds the process that an earlier server has left.
+"""
+
+import asyncio
+import logging
+import platform
+import secrets
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from sqlalchemy import Engine as Store
+from sqlalchemy.exc import SQLAlchemyError
+
+from serving.jobs.job_training import AddCheckpoint, Complete, JobTraining, Pace, TrainingCommand, TrainingOptions
+from serving.jobs.training_check import command_environment
+from serving.jobs.training_process import TrainingProcess, end_processes
+from svc.client_files.client_files import ClientFiles
+from svc.files.disk import write_whole
+from svc.settings import Settings
+from svc.store.job_queue import JobLostError, fail, take_job
+from svc.store.job_requests import JobError
+from svc.store.jobs import Job, JobStatus, find_job
+from svc.store.outage_log import log_store_error
+from svc.store.page import EntryNotFoundError
+
+log = logging.getLogger(__name__)
+
+_WORKER_FILE = "worker"
+
+
+def training_command(recipe: Path, progress: Path) -> Sequence[str]:
+    """Return the command that trains a recipe."""
+    return (sys.executable, "-m", "svc.cli", "train", str(recipe), "--progress", str(progress))
+
+
+def read_worker_id(folder: Path) -> str:
+    """Return the id of the worker on this machine, which is the same after a restart.
+
+    Args:
+        folder: folder that contains the folders of the jobs, which is created if it does not exist.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = folder / _WORKER_FILE
+    try:
+        own = path.read_text("utf-8")
+    except FileNotFoundError:
+        own = secrets.token_hex(8)
+        write_whole(path, own.encode())
+    return f"{platform.node()}/{own}"  # a copy of the home on another machine is another worker
+
+
+class JobWorker:
+    """Trains fine-tuning jobs on this machine, one at a time.
+
+    Args:
+        complete: makes the result of a job that has succeeded, in a thread.
+        add_checkpoint: adds a checkpoint to a job, in a thread.
+        command: returns the command that trains a recipe.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        settings: Settings,
+        files: ClientFiles,
+        *,
+        complete: Complete,
+        add_checkpoint: AddCheckpoint | None = None,
+        command: TrainingCommand = training_command,
+        pace: Pace | None = None,
+    ) -> None:
+        self._store = store
+        self._files = files
+        self._folder = settings.home.resolve() / "jobs"
+        self._id = read_worker_id(self._folder)
+        self._pace = pace or Pace()
+        self._options = TrainingOptions(
+            store=store,
+            files=files,
+            worker=self._id,
+            complete=complete,
+            add_checkpoint=add_checkpoint,
+            command=command,
+            environment=command_environment(settings),
+            pace=self._pace,
+            wait=self._wait,
+        )
+        self._not_before = dict[str, float]()
+        self._interrupted: JobTraining | None = None
+        self._leaves = False
+
+    def leave(self) -> None:
+        """Leave the training running for the next server when `run` is cancelled."""
+        self._leaves = True
+
+    async def run(self) -> None:
+        """Train jobs until cancelled. The training is then interrupted, and its job returns to the queue.
+
+        A training that an earlier server has left is continued.
+        """
+        await asyncio.to_thread(self._end_foreign)
+        while True:
+            job = await self._take()
+            if job is None:
+                await asyncio.sleep(self._pace.poll_s)
+            else:
+                await self._train(job)
+
+    async def _take(self) -> Job | None:
+        try:
+            return await asyncio.to_thread(take_job, self._store, self._id, self._may_run)
+        except SQLAlchemyError:
+            log_store_error(log, "the queue of fine-tuning jobs cannot be read")
+            return None
+
+    async def _train(self, job: Job) -> None:
+        """Train a job. If the store or the disk fails, the job remains this worker's, and is taken again."""
+        training = self._interrupted
+        if training is None or training.job.id != job.id:
+            training = JobTraining(job, self._folder / job.id, self._options)
+        training.job, self._interrupted = job, None
+        try:
+            await training.run()
+        except asyncio.CancelledError:
+            if not self._leaves:
+                await training.stop()
+            raise
+        except JobLostError as error:
+            log.warning("%s; its training here is stopped", error)
+            await training.kill()
+        except SQLAlchemyError:
+            self._interrupted = training
+            log_store_error(log, "the job %s could not be recorded; it is tried again", job.id)
+            await asyncio.sleep(self._pace.poll_s)
+        except OSError:
+            self._interrupted = training
+            log.exception("the job %s is tried again", job.id)
+            await asyncio.sleep(self._pace.poll_s)
+        except Exception:
+            log.exception("the job %s failed, because the server has a defect", job.id)
+            await training.kill()
+            await self._fail(job)
+
+    async def _fail(self, job: Job) -> None:
+        error = JobError("server_error", "the job failed for a reason of the server; its log has more")
+        try:
+            await asyncio.to_thread(fail, self._store, job.id, self._id, error)
+        except (SQLAlchemyError, JobLostError):
+            log_store_error(log, "the failure of the job %s could not be recorded", job.id)
+
+    def _may_run(self, job: Job) -> bool:
+        """Return whether a job can be trained here now."""
+        if self._not_before.get(job.id, 0.0) > time.monotonic():
+            return False
+        return all(self._files.path(id).exists() for id in (job.training_file, job.validation_file) if id is not None)
+
+    def _wait(self, job: Job) -> None:
+        """Try a job again later."""
+        now = time.monotonic()
+        self._not_before = {id: moment for id, moment in self._not_before.items() if moment > now}
+        self._not_before[job.id] = now + self._pace.retry_s
+
+    def _end_foreign(self) -> None:
+        """Kill the trainings on this machine that are not this worker's any more."""
+        for folder in self._folder.iterdir():
+            if TrainingProcess.find(folder) is None:
+                continue
+            try:
+                job = find_job(self._store, folder.name, None)
+                own = job.status is JobStatus.RUNNING and job.worker == self._id
+            except EntryNotFoundError:
+                own = False
+            except SQLAlchemyError:
+                log_store_error(log, "the job %s cannot be read", folder.name)
+                own = True
+            if not own:
+                log.warning("the training of %s is stopped: it is not a job of this machine any more", folder.name)
+                end_processes(folder)

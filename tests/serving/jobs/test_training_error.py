@@ -1,0 +1,28 @@
+"""A job's error has the message of its training, without paths of the machine."""
+
+import pytest
+
+from serving.jobs.training_error import read_error, without_paths
+from svc.store.job_requests import JobError
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("/root/home/files/file-9:4: no answer", "file-9:4: no answer"),
+        ("cannot read '/a/b c' now", "cannot read 'b c' now"),
+        ("10 tokens/s and n/a", "10 tokens/s and n/a"),
+        ("no path", "no path"),
+    ],
+)
+def test_only_the_last_part_of_a_path_remains(text: str, expected: str) -> None:
+    assert without_paths(text) == expected
+
+
+def test_last_error_counts_when_the_output_has_several() -> None:
+    log = "error: first\n  do: a\nwarming up\n\x1b[31merror: the loss is nan at step 3\x1b[0m\n  do: lower the rate\n"
+    assert read_error(12, log) == JobError("training_failed", "the loss is nan at step 3")
+
+
+def test_unknown_exit_code_is_an_error_of_the_server() -> None:
+    assert read_error(9, "error: damaged").code == "server_error"

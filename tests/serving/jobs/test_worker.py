@@ -1,0 +1,338 @@
+"""The worker trains queued jobs in processes of their own, which neither crash nor cancelling leaves behind."""
+
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine as Store
+from sqlalchemy import update
+
+from serving.jobs import job_training
+from serving.jobs.job_training import Pace
+from serving.jobs.worker import read_worker_id
+from svc.errors import RegistryError
+from svc.store.jobs import EventType, JobStatus, Wanted, read_events
+from svc.store.page import Page
+from svc.store.tables import JobRow
+from svc.store.unavailable import StoreUnavailableError
+from tests.new_store import new_store
+from tests.serving.jobs.worker_home import PACE, Saved, WorkerHome, lives
+
+LONG: dict[str, Any] = {"steps": 2000, "step_s": 0.02}
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> WorkerHome:
+    return WorkerHome(new_store(tmp_path / "home"), tmp_path / "home")
+
+
+@pytest.fixture
+def any_home(any_store: Store, tmp_path: Path) -> WorkerHome:
+    return WorkerHome(any_store, tmp_path / "home")
+
+
+async def test_job_is_trained_and_its_result_is_recorded(any_home: WorkerHome) -> None:
+    home, id = any_home, any_home.add()
+    async with home.working():
+        await home.ended(id)
+    job = home.job(id)
+    assert (job.status, job.error) == (JobStatus.SUCCEEDED, None)
+    assert (str(job.version), job.fine_tuned_model) == (f"{job.name}@1", f"ft:small:org::{id}")
+    assert (job.result_file, job.trained_tokens, job.attempts) == ("file-result", 30, 1)
+    messages = home.messages(id)
+    assert messages[0] == "Fine-tuning job started"
+    assert "Stage begun: train" in messages
+    assert messages[-2:] == [
+        f"New fine-tuned model created: ft:small:org::{id}",
+        "The job has successfully completed",
+    ]
+    events, _ = read_events(home.store, id, page=Page(100, newest_first=False))
+    metrics = [json.loads(event.data or "") for event in events if event.type is EventType.METRICS]
+    assert metrics[-1]["step"] == metrics[-1]["total_steps"] == 3
+    assert any(each.get("valid_loss") == 0.5 and each["valid_mean_token_accuracy"] == 0.75 for each in metrics)
+    assert any(event.message.startswith("Step 3/3: ") for event in events)
+
+
+async def test_training_reads_the_file_of_this_machine_when_another_one_made_the_recipe(home: WorkerHome) -> None:
+    id = home.add()
+    async with home.working():
+        await home.ended(id)
+    assert str(home.folder / "files" / home.file) in (home.job_folder(id) / "recipe.yaml").read_text()
+
+
+async def test_job_waits_in_the_queue_when_its_file_is_not_on_this_machine(home: WorkerHome) -> None:
+    away, here = home.add(file="file-elsewhere"), home.add()
+    async with home.working():
+        await home.ended(here)
+    assert home.job(away).status is JobStatus.QUEUED
+
+
+async def test_nothing_is_left_within_5_s_when_a_job_is_cancelled(home: WorkerHome) -> None:
+    id = home.add(grandchild=True, deaf=True, **LONG)
+    pace = Pace(event_s=PACE.event_s)
+    async with home.working(home.worker(pace=pace)):
+        await home.until(lambda: home.step(id) > 2)
+        pids = [*home.starts(id), int((home.job_folder(id) / "grandchild").read_text())]
+        assert all(lives(pid) for pid in pids)
+        home.want(id, Wanted.CANCEL)
+        began = time.monotonic()
+        await home.until(lambda: home.job(id).status.ended)
+        assert time.monotonic() - began < 5
+        assert not any(lives(pid) for pid in pids)
+    assert home.job(id).status is JobStatus.CANCELLED
+    assert home.messages(id)[-1] == "Fine-tuning job cancelled"
+
+
+async def test_paused_job_frees_the_machine_and_resumes_from_its_checkpoint(home: WorkerHome) -> None:
+    id = home.add(steps=100, step_s=0.02)
+    async with home.working():
+        await home.until(lambda: home.step(id) > 2)
+        home.want(id, Wanted.PAUSE)
+        await home.until(lambda: home.job(id).status is JobStatus.QUEUED)
+        other = home.add("bob")
+        await home.ended(other)
+        step = home.step(id)
+        assert step < 100
+        assert not lives(home.starts(id)[0])
+        assert home.messages(id)[-1] == "Fine-tuning job paused"
+        home.want(id, Wanted.RUN)
+        await home.ended(id)
+    assert home.job(id).status is JobStatus.SUCCEEDED
+    assert len(home.starts(id)) == 2
+    lines = (home.job_folder(id) / "progress").read_text().splitlines()
+    steps = [record["step"] for record in map(json.loads, lines) if record["kind"] == "step"]
+    assert steps == list(range(1, 101))
+
+
+async def test_paused_training_is_killed_when_it_writes_no_checkpoint_in_time(home: WorkerHome) -> None:
+    id = home.add(deaf=True, **LONG)
+    async with home.working():
+        await home.until(lambda: home.step(id) > 2)
+        home.want(id, Wanted.PAUSE)
+        await home.until(lambda: home.job(id).status is JobStatus.QUEUED)
+    assert not lives(home.starts(id)[0])
+    assert home.messages(id)[-1] == "Fine-tuning job paused"
+
+
+async def test_training_that_is_killed_by_a_signal_continues_from_its_checkpoint(home: WorkerHome) -> None:
+    id = home.add(steps=6, at=3)
+    async with home.working():
+        await home.ended(id)
+    assert home.job(id).status is JobStatus.SUCCEEDED
+    assert len(home.starts(id)) == 2
+    assert "The training died; it is continued from its last checkpoint" in home.messages(id)
+
+
+async def test_job_fails_when_its_training_is_killed_three_times(home: WorkerHome) -> None:
+    id = home.add(exit=1)
+    command = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
+    async with home.working(home.worker(command=lambda recipe, progress: command)):
+        await home.ended(id)
+    job = home.job(id)
+    assert (job.status, job.attempts) == (JobStatus.FAILED, 3)
+    assert json.loads(job.error or "")["message"].startswith("the training was killed 3 times")
+
+
+@pytest.mark.parametrize(
+    ("exit", "text", "error"),
+    [
+        (
+            12,
+            "error: stage train failed in torch: RuntimeError: bad tensor\n  do: read /root/home/runs/x/error.log",
+            {"code": "training_failed", "message": "stage train failed in torch: RuntimeError: bad tensor"},
+        ),
+        (
+            3,
+            "warm up\nerror: /root/home/files/file-9:4: no answer\n  expected: an answer\n  do: fix it",
+            {"code": "invalid_training_file", "message": "file-9:4: no answer; expected an answer"},
+        ),
+        (
+            1,
+            'Traceback (most recent call last):\n  File "/x/y.py", line 1\nValueError: no',
+            {"code": "server_error", "message": "the training failed for a reason of the server; its log has more"},
+        ),
+    ],
+)
+async def test_job_fails_with_the_error_of_its_training(
+    home: WorkerHome, exit: int, text: str, error: dict[str, str]
+) -> None:
+    id = home.add(exit=exit, text=text)
+    async with home.working():
+        await home.ended(id)
+    assert home.job(id).status is JobStatus.FAILED
+    given = json.loads(home.job(id).error or "")
+    assert {key: given[key] for key in error} == error
+    assert len(home.starts(id)) == 1
+
+
+async def test_job_waits_for_memory_while_others_are_trained(home: WorkerHome) -> None:
+    big = home.add(exit=20, text="error: training needs 90 GB")
+    others = [home.add() for _ in range(2)]
+    async with home.working():
+        await home.until(lambda: len(home.starts(big)) >= 2)
+        await home.ended(*others)
+        home.want(big, Wanted.CANCEL)
+        await home.ended(big)
+    assert home.messages(big).count("Waiting until the server has enough free memory") == 1
+
+
+async def test_job_returns_to_the_queue_with_a_checkpoint_when_the_server_stops(home: WorkerHome) -> None:
+    id = home.add(**LONG)
+    other = home.add()
+    async with home.working():
+        await home.until(lambda: home.step(id) > 2)
+    assert not lives(home.starts(id)[0])
+    job = home.job(id)
+    assert (job.status, job.attempts) == (JobStatus.QUEUED, 0)
+    assert home.messages(id)[-1] == "The server stops; the training is continued when it runs again"
+    async with home.working():
+        await home.until(lambda: len(home.starts(id)) == 2)
+        assert home.job(other).status is JobStatus.QUEUED
+        home.want(id, Wanted.CANCEL)
+        await home.ended(id, other)
+
+
+async def test_training_is_killed_when_another_worker_has_taken_its_job(home: WorkerHome) -> None:
+    id = home.add(grandchild=True, **LONG)
+    async with home.working():
+        await home.until(lambda: home.step(id) > 2)
+        with home.store.begin() as connection:
+            connection.execute(update(JobRow).where(JobRow.id == id).values(worker="another"))
+        await home.until(lambda: not lives(home.starts(id)[0]))
+        await home.until(lambda: not lives(int((home.job_folder(id) / "grandchild").read_text())))
+    assert home.job(id).status is JobStatus.RUNNING
+
+
+async def test_training_goes_on_when_the_store_does_not_respond_for_a_while(
+    home: WorkerHome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    id = home.add(steps=40, step_s=0.02)
+    failures = 0
+
+    def away(*arguments: object, **values: object) -> None:
+        nonlocal failures
+        failures += 1
+        raise StoreUnavailableError(RegistryError("away"))
+
+    async with home.working():
+        await home.until(lambda: home.step(id) > 2)
+        with monkeypatch.context() as patch:
+            patch.setattr(job_training, "report_job", away)
+            patch.setattr(job_training, "read_wanted", away)
+            await home.until(lambda: failures > 3)
+        await home.ended(id)
+    assert home.job(id).status is JobStatus.SUCCEEDED
+    assert len(home.starts(id)) == 1
+
+
+async def test_job_fails_and_the_worker_goes_on_when_making_the_result_has_a_defect(home: WorkerHome) -> None:
+    ids = [home.add(), home.add()]
+
+    def broken(*arguments: object) -> None:
+        raise KeyError("defect")
+
+    async with home.working(home.worker(complete=broken)):
+        await home.ended(*ids)
+    assert {home.job(id).status for id in ids} == {JobStatus.FAILED}
+    assert "defect" not in (home.job(ids[0]).error or "")
+
+
+def test_worker_has_the_same_id_after_a_restart_and_another_one_in_another_home(tmp_path: Path) -> None:
+    assert read_worker_id(tmp_path / "a") == read_worker_id(tmp_path / "a") != read_worker_id(tmp_path / "b")
+
+
+@contextmanager
+def server(home: WorkerHome) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a worker in another process, which is killed at the end."""
+    command = [sys.executable, "-m", "tests.serving.jobs.worker_home", str(home.folder)]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[3])
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.slow
+async def test_training_is_continued_by_the_next_server_when_the_server_is_killed(home: WorkerHome) -> None:
+    id = home.add(steps=200, step_s=0.05, grandchild=True)
+    with server(home):
+        await home.until(lambda: home.step(id) > 2)
+    (pid,) = home.starts(id)
+    assert lives(pid)
+    async with home.working():
+        step = home.step(id)
+        await home.until(lambda: home.step(id) > step + 10)
+        assert (home.job(id).status, home.starts(id), lives(pid)) == (JobStatus.RUNNING, [pid], True)
+        home.want(id, Wanted.CANCEL)
+        await home.ended(id)
+        assert not lives(pid)
+        assert not lives(int((home.job_folder(id) / "grandchild").read_text()))
+
+
+@pytest.mark.slow
+async def test_training_goes_on_when_the_server_is_replaced_by_another(home: WorkerHome) -> None:
+    id = home.add(steps=100, step_s=0.05)
+    with server(home) as process:
+        await home.until(lambda: home.step(id) > 2)
+        process.send_signal(signal.SIGUSR1)
+        assert await asyncio.to_thread(process.wait, 30) == 0
+    assert home.job(id).status is JobStatus.RUNNING
+    assert lives(home.starts(id)[0])
+    async with home.working():
+        await home.ended(id)
+    assert (home.job(id).status, len(home.starts(id))) == (JobStatus.SUCCEEDED, 1)
+
+
+@pytest.mark.slow
+async def test_job_succeeds_when_its_training_ended_while_no_server_ran(home: WorkerHome) -> None:
+    id = home.add(steps=20, step_s=0.05)
+    with server(home):
+        await home.until(lambda: home.step(id) > 2)
+    await home.until(lambda: not lives(home.starts(id)[0]))
+    async with home.working():
+        await home.ended(id)
+    assert home.job(id).status is JobStatus.SUCCEEDED
+
+
+@pytest.mark.slow
+async def test_all_of_20_jobs_succeed_once_when_the_server_is_killed_among_them(home: WorkerHome) -> None:
+    ids = [home.add(f"owner-{number % 3}", steps=5, step_s=0.02) for number in range(20)]
+    for ended in (4, 9, 14):
+        with server(home):
+            await home.until(lambda limit=ended: sum(home.job(id).status.ended for id in ids) >= limit)  # type: ignore[misc]
+    async with home.working():
+        await home.ended(*ids)
+    assert {home.job(id).status for id in ids} == {JobStatus.SUCCEEDED}
+    for id in ids:
+        assert home.messages(id).count("The job has successfully completed") == 1
+        assert not any(lives(pid) for pid in home.starts(id))
+
+
+@pytest.mark.slow
+async def test_training_of_a_job_that_ended_meanwhile_is_killed_when_the_server_starts(home: WorkerHome) -> None:
+    id = home.add(**LONG)
+    with server(home):
+        await home.until(lambda: home.step(id) > 2)
+    with home.store.begin() as connection:
+        connection.execute(update(JobRow).where(JobRow.id == id).values(status="cancelled"))
+    async with home.working():
+        await home.until(lambda: not lives(home.starts(id)[0]))
+
+
+async def test_checkpoint_is_added_later_when_the_disk_was_full(home: WorkerHome) -> None:
+    id, saved = home.add(steps=5), Saved(failures=1)
+    folder = home.job_folder(id)
+    folder.mkdir(parents=True)
+    (folder / "progress").write_text('{"kind": "saved", "step": 2, "folder": "/x"}\n')
+    async with home.working(home.worker(add_checkpoint=saved)):
+        await home.ended(id)
+    assert saved.steps == [2]
