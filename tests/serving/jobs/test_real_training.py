@@ -1,0 +1,65 @@
+"""A queued job is trained by the real `svc train`, from the queue to the registered version and the result file."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from sqlalchemy import update
+
+from serving.assembly import make_job_worker
+from serving.jobs.recipe import recipe_text
+from svc.dataset.readers.reader import write_examples
+from svc.dataset.schema.example import ChatExample
+from svc.registry.registry import Registry
+from svc.settings import FineTuningSettings
+from svc.store.jobs import JobStatus, Wanted, read_events
+from svc.store.page import Page
+from svc.store.tables import JobRow
+from tests.new_store import new_store
+from tests.serving.jobs.worker_home import WorkerHome
+from tests.trainer.conftest import examples, tiny_base
+
+__all__ = ["examples", "tiny_base"]
+
+
+@pytest.mark.slow
+async def test_version_and_metrics_exist_when_the_job_was_paused_and_resumed(
+    tmp_path: Path, tiny_base: Path, examples: list[ChatExample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    home = WorkerHome(new_store(tmp_path / "home"), tmp_path / "home")
+    write_examples(home.files.path(home.file), examples)
+    recipe = {
+        "name": "ft-alice-tiny",
+        "base": str(tiny_base),
+        "formats": ["adapter"],
+        "data": {"train": "/elsewhere/files/file-1"},
+        "adapter": {"rank": 4},
+        "train": {"batch_size": 2, "epochs": 5, "learning_rate": 0.01},
+    }
+    id = home.add()
+    with home.store.begin() as connection:
+        text = recipe_text(recipe)
+        connection.execute(update(JobRow).where(JobRow.id == id).values(recipe=text, name="ft-alice-tiny"))
+    settings = home.settings.model_copy(update={"fine_tuning": FineTuningSettings(bases={"small": str(tiny_base)})})
+    worker = make_job_worker(settings, home.store)
+    assert worker is not None
+    async with home.working(worker):
+        await home.until(lambda: any("training loss=" in message for message in home.messages(id)))
+        home.want(id, Wanted.PAUSE)
+        await home.until(lambda: home.job(id).status is not JobStatus.RUNNING)
+        home.want(id, Wanted.RUN)
+        await home.ended(id)
+    job = home.job(id)
+    assert job.status is JobStatus.SUCCEEDED, (home.job_folder(id) / "log").read_text()
+    assert job.version is not None
+    assert job.version in Registry.of(settings).versions("ft-alice-tiny")
+    assert "Fine-tuning job paused" in home.messages(id)
+    assert job.result_file is not None
+    rows = list(csv.DictReader(home.files.path(job.result_file).read_text().splitlines()))
+    trained = [int(row["step"]) for row in rows if row["train_loss"]]
+    assert trained == list(range(1, len(trained) + 1))
+    assert all(0 <= float(row["train_accuracy"]) <= 1 for row in rows if row["train_loss"])
+    events, _ = read_events(home.store, id, page=Page(1000))
+    assert any("train_mean_token_accuracy" in json.loads(event.data or "{}") for event in events)
