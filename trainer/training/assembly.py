@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
 
 from svc.engine.device import NumberType
@@ -89,6 +90,11 @@ def assemble_trainer(
         curve = HeldoutCurve.affordable(rows.heldout, _trained_tokens(rows, steps, recipe.train), steps)
     measured, schedule = curve.rows, curve.schedule
     arguments = training_arguments(recipe, learning_rate, out, acceleration, steps, number_type, group.size)
+    if group.sharded:
+        plain = model.get_base_model() if isinstance(model, PeftModel) else model
+        # transformers then neither copies the model to a device, where it may not fit, nor wraps it in
+        # DistributedDataParallel.
+        plain._is_distributed_loading_by_transformers = True
     if count_experts(load_config(base).get_text_config()):  # a batch may use only some of them
         arguments.ddp_find_unused_parameters = True
     trainer = make(
@@ -105,8 +111,10 @@ def assemble_trainer(
         train_dataset=rows.dataset,
         processing_class=tokenizer,
     )
+    if group.sharded:
+        trainer.shard(number_type, full=recipe.adapter_type is None)
     for weight in trainer.model.parameters():
-        if weight.requires_grad:  # TRL puts the adapter of a 4-bit model in bf16
+        if weight.requires_grad and weight.dtype is not torch.float32:  # TRL puts the adapter of a 4-bit model in bf16
             weight.data = weight.data.to(torch.float32)
     if group.rank > 0:  # else all devices would draw the same dropout masks
         set_seed((recipe.train.seed + group.rank) % 2**32)

@@ -18,12 +18,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, check_cuda_p2p_ib_support
 from torch import distributed
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from svc.errors import InterruptedRunError, TrainingError
 from trainer.callbacks.preemption import Preemption, StepAbandoned
 from trainer.training.checkpoints import CheckpointFolder
 from trainer.training.device_processes import Call, Listens, Place
+from trainer.training.sharding import check_sharded
 
 _GRADIENTS_TIMEOUT = timedelta(minutes=30)
 """Maximum time that a process waits for the gradients of the others. The caller notices within seconds that a process
@@ -41,18 +43,20 @@ class DeviceGroup:
     Attributes:
         rank: number of this process and its device, from 0.
         size: number of processes.
+        sharded: whether each process stores only a share of the model, not a copy.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
+    def __init__(self, rank: int = 0, size: int = 1, *, sharded: bool = False) -> None:
         self.rank = rank
         self.size = size
+        self.sharded = sharded and size > 1
         self._control: Any = None
 
     @classmethod
     @contextmanager
-    def joined(cls, place: Place) -> Iterator["DeviceGroup"]:
+    def joined(cls, place: Place, *, sharded: bool = False) -> Iterator["DeviceGroup"]:
         """Connect this process with the others for the `with` block, and yield its group."""
-        group = cls(place.rank, place.size)
+        group = cls(place.rank, place.size, sharded=sharded)
         if place.size == 1:
             yield group
             return
@@ -94,17 +98,21 @@ class DeviceGroup:
         if self.size > 1:
             distributed.barrier(group=self._control)
 
+    def gather(self, value: Value) -> list[Value]:
+        """Return the values of all processes in every process, in the order of their ranks."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        distributed.all_gather_object(values, value, group=self._control)
+        return values
+
     def map(self, work: Callable[[Sequence[Row]], list[Value]], rows: Sequence[Row]) -> list[Value]:
         """Divide rows among the processes, and return the results of all rows in every process.
 
         Args:
             work: function that returns a result for each row.
         """
-        own = work(rows[self.rank :: self.size])
-        if self.size == 1:
-            return own
-        shares: list[list[Value]] = [[] for _ in range(self.size)]
-        distributed.all_gather_object(shares, own, group=self._control)
+        shares = self.gather(work(rows[self.rank :: self.size]))
         return [shares[number % self.size][number // self.size] for number in range(len(rows))]
 
     def check(self, accelerator: Accelerator, model: torch.nn.Module) -> None:
@@ -120,16 +128,19 @@ class DeviceGroup:
             return
         expected = DistributedType.MULTI_GPU if torch.cuda.is_available() else DistributedType.MULTI_CPU
         actual = f"{accelerator.distributed_type} with {accelerator.num_processes} processes, {type(model).__name__}"
+        wrapper: type[torch.nn.Module] = FSDPModule if self.sharded else DistributedDataParallel
         if (
             accelerator.distributed_type is not expected
             or accelerator.num_processes != self.size
-            or not isinstance(model, DistributedDataParallel)
+            or not isinstance(model, wrapper)
         ):
             raise TrainingError(
                 f"the installed accelerate does not train on several devices: {actual}",
-                expected=f"{expected} with {self.size} processes, DistributedDataParallel",
+                expected=f"{expected} with {self.size} processes, {wrapper.__name__}",
                 todo="set train.devices to 1, or install the versions in deploy/constraints",
             )
+        if self.sharded:
+            check_sharded(model, self.size)
 
 
 ALONE = DeviceGroup()

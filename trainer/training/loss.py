@@ -28,6 +28,7 @@ from trainer.cpu.fused_attention import fuse_attention
 from trainer.cpu.lora_autograd import fuse_lora
 from trainer.data.chat_template import IGNORED
 from trainer.model.experts import count_experts, name_experts
+from trainer.training.sharding import is_sharded
 
 _MIN_SHARED = 16  # tokens; a shorter prefix does not repay a second pass through the model
 _LOGITS_AT_ONCE = 2**26  # 256 MiB in float32, and as much for their gradient
@@ -408,8 +409,11 @@ def shared_prefix(input_ids: Tensor, labels: Tensor) -> int:
 
 def _can_share(model: PreTrainedModel | PeftModel) -> bool:
     """Return whether rows can share the keys and values of a prefix. This is not possible with gradient
-    checkpointing, which runs layers without a cache.
+    checkpointing, which runs layers without a cache, and with weights divided among devices: the gradients of keys and
+    values would reach a layer's weights before they are gathered.
     """
+    if is_sharded(model):
+        return False
     return not _without_adapter(model).is_gradient_checkpointing and keeps_all_keys(model.config)
 
 

@@ -40,7 +40,7 @@ from trainer.model.acceleration import choose_acceleration, machine_facts, takes
 from trainer.model.attention import takes_flash_attention
 from trainer.model.config import load_config
 from trainer.model.load import ModelForm, load_model
-from trainer.model.rounding import round_to_bfloat16
+from trainer.model.rounding import StochasticRounding, round_to_bfloat16
 from trainer.recipe.sections import Recipe, Stopping
 from trainer.training.assembly import TrainerRows, assemble_trainer
 from trainer.training.checkpoints import CheckpointFolder
@@ -56,6 +56,7 @@ from trainer.training.device_processes import Place, run_on_devices
 from trainer.training.devices import TrainingDevice
 from trainer.training.out_of_memory import advising_on_memory
 from trainer.training.preference import build_preference_trainer
+from trainer.training.sharding import gather_trained
 from trainer.training.summary import TrainingData, TrainingSummary
 from trainer.training.trainer import NoStepLeftError, ResumableTrainer, number_type_of
 
@@ -74,6 +75,7 @@ def train_model(
     on_checkpoint: Callable[[Path], None] | None = None,
     devices: Sequence[TrainingDevice] = (),
     progress: ProgressFile | None = None,
+    sharded: bool = False,
 ) -> TrainingSummary:
     """Train an adapter or the complete model, depending on the recipe, and write it to `out` together with the
     tokenizer's files.
@@ -92,6 +94,7 @@ def train_model(
         on_checkpoint: called with the path of each new checkpoint.
         devices: devices to train on, each in a process of its own. By default, this process trains alone.
         progress: file to which the steps and the held-out losses are written.
+        sharded: whether several devices divide the weights among them, instead of each having a copy.
 
     Raises:
         DataError: an example is longer than `train.max_length` or than the engine accepts, is rejected by
@@ -122,7 +125,7 @@ def train_model(
     if devices:
         functions: dict[str, Callable[..., object]]
         functions = {"report": report or _ignore, "on_checkpoint": on_checkpoint or _ignore}
-        arguments = (base, examples, rows, recipe, out, checkpoints, number_type, progress)
+        arguments = (base, examples, rows, recipe, out, checkpoints, number_type, progress, sharded)
         summaries: list[TrainingSummary] = run_on_devices(devices, _train_in, arguments, functions)
         peaks = [summary.peak_memory or 0 for summary in summaries]
         peak_memory = max(peaks) if torch.cuda.is_available() else sum(peaks)
@@ -150,9 +153,10 @@ def _train_in(
     checkpoints: Path,
     number_type: NumberType,
     progress: ProgressFile | None,
+    sharded: bool,
 ) -> TrainingSummary:
     """Train in one of several processes. The first one reports the losses and writes the result."""
-    with DeviceGroup.joined(place) as group, advising_on_memory(recipe):
+    with DeviceGroup.joined(place, sharded=sharded) as group, advising_on_memory(recipe):
         asked = GroupPreemption(group)
         caller = Caller(place, asked)
         folder = GroupCheckpoints(group, checkpoints, recipe.checkpoints.keep, partial(caller.call, "on_checkpoint"))
@@ -167,8 +171,12 @@ def _train_in(
             if progress is not None:
                 trainer.add_callback(ProgressRecords(progress))
         seconds = run_trainer(trainer, recipe.stopping, asked, number_type)
+        full = recipe.adapter_type is None
+        if group.sharded:
+            rounded = StochasticRounding().to_bfloat16 if full else None
+            gather_trained(trainer.model, keep=group.rank == 0, converted=rounded)
         if group.rank == 0:
-            save_model(trainer, tokenizer, out, full=recipe.adapter_type is None)
+            save_model(trainer, tokenizer, out, full=full)
         return summarize(trainer, seconds, kept_best=recipe.stopping.keep_best)
 
 

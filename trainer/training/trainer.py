@@ -19,8 +19,10 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from svc.engine.device import NumberType
 from svc.errors import IntegrityError
@@ -36,6 +38,15 @@ from trainer.model.adalora import RankAllocation
 from trainer.training.checkpoints import CheckpointFolder
 from trainer.training.device_group import ALONE, DeviceGroup, devices_of
 from trainer.training.loss import AnswerTrainer, answer_token_losses
+from trainer.training.mechanisms import inner_optimizer
+from trainer.training.sharding import (
+    copy_into,
+    load_optimizer_state,
+    release_gathered,
+    shard_model,
+    whole,
+    whole_optimizer_state,
+)
 
 _WEIGHTS, _STATE = "weights.safetensors", "trainer_state.json"
 _NUMBER_TYPE = "number_type"  # in the header of the weights' file
@@ -83,6 +94,15 @@ class ResumableTrainer(AnswerTrainer):
         if allocation is not None:
             self.add_callback(allocation)
 
+    def shard(self, number_type: NumberType, *, full: bool) -> None:
+        """Divide the weights among the devices of the group.
+
+        Args:
+            number_type: number type of the matrix products.
+            full: whether every weight is trained.
+        """
+        shard_model(self.model, self.group.size, number_type, full=full)
+
     def prepare_run(self) -> None:
         """Do what a run needs before its first step. A resumed run has it in its checkpoint."""
 
@@ -92,7 +112,8 @@ class ResumableTrainer(AnswerTrainer):
         size = self.args.per_device_train_batch_size * self.group.size
         for start in range(0, len(self._heldout), size):
             with self._preemption.interruptible():
-                sums += self.group.map(self.loss_sums, self._heldout[start : start + size])
+                sums += self.group.map(self._own_loss_sums, self._heldout[start : start + size])
+        release_gathered(self.model)
         weights = [self.weight(row) for row in self._heldout]
         figures = {HELDOUT_LOSS: sum(sums) / sum(weights)}
         self.log(figures)
@@ -103,6 +124,14 @@ class ResumableTrainer(AnswerTrainer):
         }
         self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)  # changes control in place
         return figures
+
+    def _own_loss_sums(self, rows: Sequence[dict[str, Any]]) -> list[float]:
+        """Return the loss of each row of this process. With divided weights, a process without a row computes one too,
+        because the others need its shares.
+        """
+        if self.group.sharded and not rows:
+            self.loss_sums(self._heldout[:1])
+        return self.loss_sums(rows)
 
     def loss_sums(self, examples: Sequence[dict[str, Any]]) -> list[float]:
         """Return the loss of each row, not divided by its weight. No random numbers are drawn.
@@ -175,7 +204,7 @@ class ResumableTrainer(AnswerTrainer):
             )
         with torch.no_grad():
             for name, weight in trained.items():
-                weight.copy_(saved[name])
+                copy_into(weight, saved[name])
         if self._allocation is not None:
             self._allocation.restore(checkpoint)
 
@@ -188,27 +217,49 @@ class ResumableTrainer(AnswerTrainer):
         Raises:
             TrainingError: a trained weight is not finite; the message names it.
         """
-        for name, weight in self._trained().items():
-            if not torch.isfinite(weight).all():
-                raise diverged(f"{name} contains a non-finite value", self.args.learning_rate)
+        wrong = next((name for name, weight in self._trained().items() if not _is_finite(weight)), None)
+        if self.group.sharded:  # the value may be in the share of another process
+            wrong = next(filter(None, self.group.gather(wrong)), None)
+        if wrong is not None:
+            raise diverged(f"{wrong} contains a non-finite value", self.args.learning_rate)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         self.check_finite()
         with self.checkpoints.writing(self.state.global_step, best_step(self.state)) as folder:
             self._save_rng_state(str(folder))  # on each device
-            if self.args.should_save:  # on the first device; the others have the same
-                save_file(
-                    {name: weight.detach().contiguous() for name, weight in self._trained().items()},
-                    folder / _WEIGHTS,
-                    {_NUMBER_TYPE: self._number_type},
-                )
-                self._save_optimizer_and_scheduler(str(folder))
+            first = bool(self.args.should_save)
+            weights = {name: whole(weight, keep=first) for name, weight in self._trained().items()}
+            if first:  # on the first device; the others have the same
+                save_file(weights, folder / _WEIGHTS, {_NUMBER_TYPE: self._number_type})
+            del weights
+            self._save_optimizer_and_scheduler(str(folder))
+            if first:
                 self._save_scaler(str(folder))  # only in float16
                 if self._allocation is not None:
                     self._allocation.save(folder)
                 self._save_more(folder)
                 self.state.save_to_json(str(folder / _STATE))
         self._saved_step = self.state.global_step
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.group.sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = whole_optimizer_state(inner_optimizer(self), keep=bool(self.args.should_save))
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.group.sharded:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        elif checkpoint is not None:
+            state, schedule = (
+                torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True, mmap=True)
+                for name in (OPTIMIZER_NAME, SCHEDULER_NAME)
+            )
+            load_optimizer_state(inner_optimizer(self), state)
+            self.lr_scheduler.load_state_dict(schedule)
 
     def _save_more(self, folder: Path) -> None:
         """Save to a checkpoint what a subclass adds to the state."""
@@ -259,6 +310,11 @@ class ResumableTrainer(AnswerTrainer):
         model, batches = super()._prepare_for_training(*args, **options)
         self.group.check(self.accelerator, model)
         return model, batches
+
+
+def _is_finite(weight: torch.Tensor) -> bool:
+    local = weight.to_local() if isinstance(weight, DTensor) else weight
+    return bool(torch.isfinite(local).all())
 
 
 def answer_tokens(row: dict[str, Any]) -> int:

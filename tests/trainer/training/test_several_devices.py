@@ -26,6 +26,7 @@ from trainer.training.checkpoints import CheckpointFolder
 from trainer.training.device_group import DeviceGroup, devices_of
 from trainer.training.devices import TrainingDevice
 from trainer.training.sft import train_model
+from trainer.training.sharding import check_sharded
 from trainer.training.summary import TrainingData, TrainingSummary
 
 pytestmark = pytest.mark.slow
@@ -43,7 +44,9 @@ may differ."""
 def recipe(method: Method = Method.LORA, **sections: Any) -> Recipe:
     rate = 1e-3 if method is Method.FULL else 1e-2
     train = {"batch_size": 4, "epochs": 3, "learning_rate": rate} | sections.pop("train", {})
-    adapter: dict[str, Any] = {} if method is Method.FULL else {"rank": 4} | sections.pop("adapter", {})
+    adapter: dict[str, Any] = {"rank": 4} | sections.pop("adapter", {})
+    if method is Method.FULL:
+        adapter = {}
     return make_recipe(**{"method": method.value, "adapter": adapter, "train": train} | sections)
 
 
@@ -66,11 +69,11 @@ def train(
     folder: Path,
     processes: int,
     number_type: NumberType = NumberType.FLOAT32,
-    **callbacks: Any,
+    **options: Any,
 ) -> TrainingSummary:
     devices = (TrainingDevice("the CPU"),) * processes if processes > 1 else ()
     out, checkpoints = folder / "trained", folder / "checkpoints"
-    return train_model(base, data, recipe, out, checkpoints, number_type=number_type, devices=devices, **callbacks)
+    return train_model(base, data, recipe, out, checkpoints, number_type=number_type, devices=devices, **options)
 
 
 def heldout_of(summary: TrainingSummary) -> list[float]:
@@ -132,6 +135,44 @@ def test_two_devices_have_the_same_losses_and_weights_as_one(
     assert two.tokens == pytest.approx(one.tokens, abs=2 * 3)  # in each epoch, a filler of two tokens
 
 
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        (Method.LORA, {}),
+        pytest.param(Method.LORA, {"batch_size": 2, "gradient_accumulation": 4}, marks=pytest.mark.matrix),
+        pytest.param(Method.LORA, {"packing": True, "max_length": 150}, marks=pytest.mark.matrix),
+        pytest.param(Method.DORA, {"gradient_checkpointing": True}, marks=pytest.mark.matrix),
+        (Method.FULL, {"max_grad_norm": 0.05}),
+        pytest.param(Method.FULL, {"gradient_checkpointing": True}, marks=pytest.mark.matrix),
+    ],
+    ids=str,
+)
+def test_devices_that_divide_the_weights_train_and_save_as_one_does(
+    method: Method, settings: dict[str, Any], tiny_base: Path, data: TrainingData, tmp_path: Path
+) -> None:
+    """The second device has none of the last held-out examples, of which there are five."""
+    changed = recipe(method, train=settings, stopping={"every_steps": 3})
+    one = train(tiny_base, data, changed, tmp_path / "1", 1)
+    two = train(tiny_base, data, changed, tmp_path / "2", 2, sharded=True)
+    assert losses_of(two) == pytest.approx(losses_of(one), abs=CLOSE)
+    assert heldout_of(two) == pytest.approx(heldout_of(one), abs=CLOSE)
+    stored_in_bf16 = 2**-7
+    assert difference(tmp_path / "1", tmp_path / "2") < (stored_in_bf16 if method is Method.FULL else CLOSE_WEIGHTS)
+    config = "config.json" if method is Method.FULL else "adapter_config.json"
+    first, second = ((tmp_path / count / "trained" / config).read_bytes() for count in ("1", "2"))
+    assert first == second
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("method", [Method.LORA, Method.FULL])
+def test_devices_that_divide_the_weights_have_nearly_the_same_losses_in_bfloat16(
+    method: Method, tiny_base: Path, data: TrainingData, tmp_path: Path
+) -> None:
+    one = train(tiny_base, data, recipe(method), tmp_path / "1", 1, NumberType.BFLOAT16)
+    two = train(tiny_base, data, recipe(method), tmp_path / "2", 2, NumberType.BFLOAT16, sharded=True)
+    assert losses_of(two) == pytest.approx(losses_of(one), abs=0.02)
+
+
 @pytest.mark.matrix
 def test_mixture_of_experts_has_nearly_the_same_losses_on_two_devices(data: TrainingData, tmp_path: Path) -> None:
     """The second loss of a mixture is a mean over batches. TRL computes both, as it does for all models on a GPU."""
@@ -165,26 +206,31 @@ def test_losses_are_reported_and_checkpoints_announced_once_when_two_devices_tra
 
 
 @pytest.mark.matrix
+@pytest.mark.parametrize(
+    ("method", "sharded"), [(Method.LORA, False), (Method.LORA, True), (Method.DORA, True), (Method.FULL, True)]
+)
 def test_interrupted_run_on_two_devices_resumes_with_bitwise_the_same_result(
-    tiny_base: Path, data: TrainingData, tmp_path: Path
+    method: Method, sharded: bool, tiny_base: Path, data: TrainingData, tmp_path: Path
 ) -> None:
     """The run is stopped by a signal, and then killed; dropout needs the random numbers of each device."""
     changed = recipe(
+        method,
         adapter={"dropout": 0.2},
         train={"epochs": 5, "batch_size": 2, "gradient_accumulation": 2},
         checkpoints={"every_steps": 1},
     )
-    whole = train(tiny_base, data, changed, tmp_path / "a", 2, NumberType.BFLOAT16)
+    options: dict[str, Any] = {"number_type": NumberType.BFLOAT16, "sharded": sharded}
+    whole = train(tiny_base, data, changed, tmp_path / "a", 2, **options)
     thread = at_checkpoint(tmp_path / "b", 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(InterruptedRunError, match=r"^stopped by SIGTERM after step \d+ of 20"):
-        train(tiny_base, data, changed, tmp_path / "b", 2, NumberType.BFLOAT16)
+        train(tiny_base, data, changed, tmp_path / "b", 2, **options)
     thread.join()
     assert active_children() == []
     thread = at_checkpoint(tmp_path / "b", 10, lambda: os.kill(rank(1), signal.SIGKILL))
     with pytest.raises(TrainingError, match="rank 1 of 2 on the CPU was killed by SIGKILL"):
-        train(tiny_base, data, changed, tmp_path / "b", 2, NumberType.BFLOAT16)
+        train(tiny_base, data, changed, tmp_path / "b", 2, **options)
     thread.join()
-    resumed = train(tiny_base, data, changed, tmp_path / "b", 2, NumberType.BFLOAT16)
+    resumed = train(tiny_base, data, changed, tmp_path / "b", 2, **options)
     assert without_clock(resumed) == without_clock(whole)
     assert weights(tmp_path / "b") == weights(tmp_path / "a")
 
@@ -196,8 +242,9 @@ def rank(number: int) -> int:
     return process.pid
 
 
+@pytest.mark.parametrize("sharded", [False, pytest.param(True, marks=pytest.mark.matrix)])
 def test_other_processes_end_within_seconds_when_one_is_killed(
-    tiny_base: Path, data: TrainingData, tmp_path: Path
+    sharded: bool, tiny_base: Path, data: TrainingData, tmp_path: Path
 ) -> None:
     killed: list[float] = []
 
@@ -208,16 +255,25 @@ def test_other_processes_end_within_seconds_when_one_is_killed(
     changed = recipe(train={"epochs": 100}, checkpoints={"every_steps": 1})
     thread = at_checkpoint(tmp_path, 2, kill)
     with pytest.raises(TrainingError, match="rank 0 of 2 on the CPU was killed by SIGKILL; the other processes were"):
-        train(tiny_base, data, changed, tmp_path, 2)
+        train(tiny_base, data, changed, tmp_path, 2, sharded=sharded)
     assert time.monotonic() - killed[0] < ENDS_S
     thread.join()
     assert active_children() == []
 
 
-@pytest.mark.parametrize(("begun", "resumed_on"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.matrix)])
+@pytest.mark.parametrize(
+    ("begun", "resumed_on", "sharded"),
+    [
+        (2, 1, False),
+        pytest.param(1, 2, False, marks=pytest.mark.matrix),
+        pytest.param(2, 1, True, marks=pytest.mark.matrix),
+        pytest.param(1, 2, True, marks=pytest.mark.matrix),
+    ],
+)
 def test_run_resumed_on_another_number_of_devices_is_nearly_equal_and_says_so(
     begun: int,
     resumed_on: int,
+    sharded: bool,
     tiny_base: Path,
     data: TrainingData,
     tmp_path: Path,
@@ -227,10 +283,10 @@ def test_run_resumed_on_another_number_of_devices_is_nearly_equal_and_says_so(
     whole = train(tiny_base, data, changed, tmp_path / "a", 1)
     thread = at_checkpoint(tmp_path / "b", 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(InterruptedRunError):
-        train(tiny_base, data, changed, tmp_path / "b", begun)
+        train(tiny_base, data, changed, tmp_path / "b", begun, sharded=sharded)
     thread.join()
     assert "converted" not in capfd.readouterr().err
-    resumed = train(tiny_base, data, changed, tmp_path / "b", resumed_on)
+    resumed = train(tiny_base, data, changed, tmp_path / "b", resumed_on, sharded=sharded)
     assert f"from {begun} to {resumed_on} devices" in " ".join(capfd.readouterr().err.split())
     assert losses_of(resumed) == pytest.approx(losses_of(whole), abs=CLOSE)
     assert difference(tmp_path / "a", tmp_path / "b") < CLOSE_WEIGHTS
@@ -248,10 +304,13 @@ def test_single_device_in_a_process_of_its_own_gives_bitwise_the_same_result(
 
 
 @pytest.mark.matrix
-def test_divergence_on_all_devices_is_one_error(tiny_base: Path, data: TrainingData, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharded", [False, True])
+def test_divergence_on_all_devices_is_one_error(
+    sharded: bool, tiny_base: Path, data: TrainingData, tmp_path: Path
+) -> None:
     changed = recipe(train={"learning_rate": 1e30, "max_grad_norm": 1e30})
     with pytest.raises(TrainingError, match=r"(the loss is|gradient norm|non-finite)") as caught:
-        train(tiny_base, data, changed, tmp_path, 2)
+        train(tiny_base, data, changed, tmp_path, 2, sharded=sharded)
     assert "lower train.learning_rate" in caught.value.todo
 
 
@@ -265,3 +324,9 @@ class _SingleProcess:
 def test_training_fails_when_a_library_ignores_the_other_devices() -> None:
     with pytest.raises(TrainingError, match=r"does not train on several devices: .*NO with 1 processes, Linear"):
         DeviceGroup(0, 2).check(_SingleProcess(), nn.Linear(1, 1))
+
+
+def test_training_fails_when_weights_that_should_be_divided_are_whole() -> None:
+    with pytest.raises(TrainingError, match=r"weight is stored as a whole tensor of shape \(1, 3\)") as caught:
+        check_sharded(nn.Linear(3, 1, bias=False), 2)
+    assert "train.sharding" in caught.value.todo

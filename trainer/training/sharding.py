@@ -1,0 +1,192 @@
+"""Divides the weights of a model among the devices that train it, with PyTorch's `fully_shard` (FSDP2).
+
+Each device stores a share of every weight, and of its gradient and moments. The weights of a decoder layer are gathered
+before the layer is computed, and released afterwards. The embeddings and the output head stay gathered from their
+first use in a step to the end of its backward pass. The same mechanism runs over gloo on CPUs and NCCL on GPUs.
+
+Every function here that gathers must be called by all processes in the same order. Imports torch.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from svc.engine.device import NumberType
+from svc.errors import TrainingError
+from trainer.training.mechanisms import checkpointed_layers
+
+_ORIGINAL_CLASS = 2
+"""Place of a module's own class among the base classes of the one that `fully_shard` gives it."""
+
+
+def shard_model(model: nn.Module, devices: int, number_type: NumberType, *, full: bool) -> None:
+    """Divide the weights of a model among all processes, and move them to their devices layer by layer. All processes
+    must have the same weights.
+
+    Trained weights are stored and updated in float32. With full fine-tuning in 16 bits, the weights of layers are
+    gathered in 16 bits: autocast would otherwise keep a rounded copy of each layer until its backward pass.
+
+    Args:
+        model: a model in main memory.
+        number_type: number type of the matrix products.
+        full: whether every weight is trained.
+
+    Raises:
+        TrainingError: the model has no layers that can be gathered one after the other.
+    """
+    layers = checkpointed_layers(model)
+    if not layers:
+        raise TrainingError(
+            f"{type(model).__name__} has no layers that can be gathered one after the other",
+            expected="a model whose layers support gradient checkpointing",
+            todo="set train.sharding to off",
+        )
+    mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (devices,))
+    policy = MixedPrecisionPolicy()
+    if full and number_type is not NumberType.FLOAT32:
+        narrow = getattr(torch, number_type)
+        policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for layer in layers:
+        _widen(layer)
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    _widen(model)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+
+
+def _widen(module: nn.Module) -> None:
+    for weight in module.parameters():
+        if weight.requires_grad and weight.dtype is not torch.float32:
+            weight.data = weight.data.to(torch.float32)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether the weights of a model are divided among devices."""
+    return isinstance(model, FSDPModule)
+
+
+def check_sharded(model: nn.Module, devices: int) -> None:
+    """Check that each process stores only its share of every weight.
+
+    Raises:
+        TrainingError: a weight is stored in full, or is divided in another way.
+    """
+    wrong = {
+        f"{name} is stored as {_described(weight)}"
+        for name, weight in model.named_parameters()
+        if not isinstance(weight, DTensor)
+        or weight.placements != (Shard(0),)
+        or weight.device_mesh.size() != devices
+        or len(weight.to_local()) > -(-len(weight) // devices)
+    }
+    if wrong or not is_sharded(model):
+        raise TrainingError(
+            f"the weights are not divided among {devices} devices: {min(wrong, default='none is')}",
+            expected=f"shares of about 1/{devices} of every weight",
+            todo="set train.sharding to off, or install the versions in deploy/constraints",
+        )
+
+
+def _described(weight: Tensor) -> str:
+    if not isinstance(weight, DTensor):
+        return f"a whole tensor of shape {tuple(weight.shape)}"
+    return f"{tuple(weight.to_local().shape)} of {tuple(weight.shape)}, {weight.placements}"
+
+
+def release_gathered(model: nn.Module) -> None:
+    """Release the gathered embeddings and output head after a forward pass that no backward pass follows, so that later
+    changes of the shares are not missed.
+    """
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
+def whole(value: Tensor, *, keep: bool) -> Tensor:
+    """Gather a tensor in main memory. A tensor that is not divided is only copied.
+
+    Args:
+        keep: whether this process needs the result. If not, it is an empty tensor.
+    """
+    gathered = value.detach()
+    if isinstance(gathered, DTensor):
+        gathered = gathered.full_tensor()
+    return gathered.cpu().contiguous() if keep else torch.empty(0)
+
+
+@torch.no_grad()
+def copy_into(weight: Tensor, values: Tensor) -> None:
+    """Set a weight to the given values, of which a divided weight takes this process's share."""
+    if isinstance(weight, DTensor):
+        weight.to_local().copy_(_share(values, weight).to_local())
+    else:
+        weight.copy_(values)
+
+
+def _share(values: Tensor, weight: DTensor) -> DTensor:
+    """Return the share of this process in whole values, divided like a weight."""
+    local = values.to(weight.device)
+    return distribute_tensor(local, weight.device_mesh, weight.placements, src_data_rank=None)
+
+
+def whole_optimizer_state(optimizer: torch.optim.Optimizer, *, keep: bool) -> dict[str, Any]:
+    """Gather the state of an optimizer in main memory, in the form of an optimizer whose weights are not divided.
+
+    Args:
+        keep: whether this process needs the result.
+    """
+    state: dict[str, Any] = optimizer.state_dict()
+    state["state"] = {
+        number: {
+            name: whole(value, keep=keep) if isinstance(value, Tensor) else value for name, value in moments.items()
+        }
+        for number, moments in state["state"].items()
+    }
+    return state
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load the state of an optimizer whose weights were not divided. Each process takes its shares."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    shares = {
+        number: {
+            name: _share(value, weights[number])
+            if isinstance(weights[number], DTensor) and value.shape == weights[number].shape
+            else value
+            for name, value in moments.items()
+        }
+        for number, moments in state["state"].items()
+    }
+    optimizer.load_state_dict(state | {"state": shares})
+
+
+@torch.no_grad()
+def gather_trained(model: nn.Module, *, keep: bool, converted: Callable[[Tensor], Tensor] | None = None) -> None:
+    """Turn a divided model into one that can be saved: replace the shares of trained weights by whole weights in main
+    memory. The model cannot compute any more.
+
+    Weights are gathered one after the other, in the order of `model.parameters()`.
+
+    Args:
+        keep: whether this process saves the model. If not, its trained weights become empty.
+        converted: function that is applied to each whole weight.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    gathered: dict[int, nn.Parameter] = {}
+    for weight in model.parameters():
+        if weight.requires_grad:
+            values = whole(weight, keep=keep)
+            values = values if converted is None or not keep else converted(values)
+            gathered[id(weight)] = nn.Parameter(values)
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None and id(weight) in gathered:
+                module._parameters[name] = gathered[id(weight)]
+    for module in model.modules():
+        if isinstance(module, FSDPModule):  # else saving would try to gather weights again
+            module.__class__ = type(module).__mro__[_ORIGINAL_CLASS]
