@@ -26,6 +26,7 @@ COMMANDS = {
     "show": ("svc.registry.cli:show", "Show one version."),
     "report": ("svc.report.cli:report", "Write a version's report as one HTML file."),
     "compare": ("trainer.comparison.cli:compare", "Compare two models on the same examples."),
+    "jobs": ("serving.jobs_cli:jobs", "List, follow, cancel, pause and resume fine-tuning jobs."),
     "serve": ("serving.cli:serve", "Serve models to OpenAI clients."),
     "add": ("serving.cli:add", "Add a model to the running server."),
     "remove": ("serving.cli:remove", "Remove a model from the running server."),
@@ -76,7 +77,9 @@ class LazyGroup(click.Group):
     "--home", type=click.Path(path_type=Path), help="Folder for all state.  [default: $SVC_HOME, else ./.svc]"
 )
 @click.option("--config", type=click.Path(path_type=Path), help="Settings file.  [default: ./svc.yaml, if it exists]")
-@click.option("--server", metavar="URL", help="URL of a remote server; works with status, promote, rollback and keys.")
+@click.option(
+    "--server", metavar="URL", help="URL of a remote server; works with status, jobs, promote, rollback and keys."
+)
 @click.option("--key-file", type=click.Path(path_type=Path), help="File that contains the API key for --server.")
 @click.option("--ca", type=click.Path(path_type=Path), help="File with the CA certificates used to verify --server.")
 @click.version_option(package_name="tuneserve")

@@ -67,7 +67,8 @@ def settings_of(ctx: click.Context, **flags: Any) -> Settings:
     given = ctx.find_root().obj or {}
     if given.get("server"):
         raise click.UsageError(
-            "--server works only with status, promote, rollout, rollback and keys; this command needs a local home"
+            "--server works only with status, jobs, promote, rollout, rollback and keys; "
+            "this command needs a local home"
         )
     settings = load_settings(given.get("config"), home=given.get("home"), **flags)
     close_to_others(settings.home, _HOME_MARKS)  # if it was created or copied by other means

@@ -107,12 +107,10 @@ class FineTuning:
     async def _list_events(self, request: Request) -> Response:
         page = _page(request, default=20)
         if page.after is not None:
-            number = str(page.after).removeprefix(_EVENT)
-            known = number.isdecimal() and number.isascii() and len(number) <= 18
-            page = replace(page, after=int(number) if known else page.after)
+            page = replace(page, after=event_number(str(page.after)))
         job = await self._find(request)
         events, more = await asyncio.to_thread(read_events, self._store, job.id, page=page)
-        return JSONResponse(list_object([_event_object(event) for event in events], has_more=more))
+        return JSONResponse(list_object([event_object(event) for event in events], has_more=more))
 
     async def _list_checkpoints(self, request: Request) -> Response:
         page, job = _page(request, default=10), await self._find(request)
@@ -172,7 +170,15 @@ def _values(values: Hyperparameters) -> dict[str, Any]:
     return {key: AUTO if value is None else value for key, value in values}
 
 
-def _event_object(event: JobEvent) -> dict[str, Any]:
+def event_number(id: str) -> int | str:
+    """Return the number of an event by its id for clients, or the id itself if it is not one."""
+    number = id.removeprefix(_EVENT)
+    known = number.isdecimal() and number.isascii() and len(number) <= 18
+    return int(number) if known else id
+
+
+def event_object(event: JobEvent) -> dict[str, Any]:
+    """Return an event of a job in the form of OpenAI's API."""
     return {
         "object": "fine_tuning.job.event",
         "id": f"{_EVENT}{event.id}",

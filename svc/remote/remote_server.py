@@ -25,6 +25,8 @@ _ERRORS: Mapping[str, type[SvcError]] = {
     "not_found": NotFoundError,
     "change_conflict": BusyError,
     "change_refused": RefusedError,
+    "job_ended": RefusedError,
+    "fine_tuning_disabled": RefusedError,
     "gate_failed": GateError,
     "invalid_request": SettingsError,
     "host_not_allowed": SettingsError,

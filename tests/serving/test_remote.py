@@ -265,4 +265,4 @@ def test_server_address_repr_does_not_contain_the_key(admin: IssuedKey, tmp_path
 def test_local_only_commands_are_rejected_with_the_server_option(home: Home) -> None:
     result = CliRunner().invoke(group, ["--server", "https://h", "add", NAME])
     assert result.exit_code == 2
-    assert "--server works only with status, promote" in result.output
+    assert "--server works only with status, jobs, promote" in result.output
