@@ -11,6 +11,7 @@ complete, and ends in the same way.
 import asyncio
 import logging
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +30,14 @@ from serving.jobs.step_events import StepEvents
 from serving.jobs.training_error import read_error
 from serving.jobs.training_process import LOG_FILE, TrainingProcess, end_processes
 from svc.client_files.client_files import ClientFiles
-from svc.errors import BusyError, DiskSpaceError, InsufficientMemoryError, InterruptedRunError, RegistryError
+from svc.errors import (
+    BusyError,
+    DiskSpaceError,
+    InsufficientMemoryError,
+    InterruptedRunError,
+    RegistryError,
+    TrainingError,
+)
 from svc.files.disk import write_whole
 from svc.store.job_queue import (
     MAX_ATTEMPTS,
@@ -70,6 +78,9 @@ _WAITS = {
 }
 """Reasons why a job is tried again later, by the exit code of its training."""
 _INTERRUPTED = {InterruptedRunError.exit_code, 130, -signal.SIGTERM, -signal.SIGINT}
+_AGAIN = {RegistryError.exit_code}
+"""Exit codes after which a job is tried again, as if the training had died."""
+_KILLED = re.compile(r"exited with code -9\b|was killed by SIGKILL")
 _LOG_BYTES = 20_000
 
 
@@ -234,6 +245,8 @@ class JobTraining:
         except OSError:  # for example, no file descriptor is free
             log.exception("the progress of the job %s cannot be read", self.job.id)
         await self._add_checkpoints()
+        process = self._process
+        assert process is not None  # noqa: S101 - the caller has started it
         now, pace = time.monotonic(), self._options.pace
         news, self._stages = self._stages, []
         if now - self._announced_at >= pace.event_s and (event := self._steps.next()):
@@ -243,6 +256,7 @@ class JobTraining:
             if news or now - self._reported_at >= pace.report_s:
                 await self._report(news)
                 self._reported_at = now
+                await asyncio.to_thread(process.note_descendants)
             else:
                 self._wanted = await self._in_store(read_wanted)
         except SQLAlchemyError:
@@ -312,7 +326,7 @@ class JobTraining:
     async def _conclude(self, *, stopping: bool = False) -> None:
         """Record how the training has ended."""
         code = self._process.exit_code if self._process is not None else None
-        await asyncio.to_thread(end_processes, self._folder)  # what a killed training has left
+        await self.kill()  # what a killed training has left
         self._note(await asyncio.to_thread(self._reader.read))
         await self._add_checkpoints()
         event = self._steps.next(last=True)
@@ -331,7 +345,7 @@ class JobTraining:
         elif code in _WAITS:
             self._options.wait(self.job)
             await self._release(_WAITS[code])
-        elif (code < 0 or code == RegistryError.exit_code) and self.job.attempts < MAX_ATTEMPTS:
+        elif self.job.attempts < MAX_ATTEMPTS and (code in _AGAIN or code < 0 or await self._child_was_killed(code)):
             log.warning("the training of %s ended with code %s; see %s", self.job.id, code, self._folder / LOG_FILE)
             self._options.wait(self.job)
             await self._release("The training died; it is continued from its last checkpoint", died=True)
@@ -354,9 +368,18 @@ class JobTraining:
             message = f"the training was killed {self.job.attempts} times, probably because memory ran out"
             error = JobError("server_error", message)
         else:
-            error = read_error(code, await asyncio.to_thread(_read_end, self._folder / LOG_FILE))
+            error = read_error(code, await self._log())
         log.warning("the job %s failed with exit code %s; see %s", self.job.id, code, self._folder / LOG_FILE)
         await self._in_store(fail, error=error)
+
+    async def _child_was_killed(self, code: int) -> bool:
+        """Return whether the system has killed a process of the training, for example because memory ran out."""
+        if code != TrainingError.exit_code:
+            return False
+        return _KILLED.search(read_error(code, await self._log()).message) is not None
+
+    async def _log(self) -> str:
+        return await asyncio.to_thread(_read_end, self._folder / LOG_FILE)
 
     async def _release(self, message: str, *, died: bool = False, resumes_here: bool = False) -> None:
         await self._in_store(release_job, message=message, died=died, resumes_here=resumes_here)

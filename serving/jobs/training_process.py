@@ -1,8 +1,8 @@
 """The process that trains a fine-tuning job: `svc train` in its own session, so that it outlives the server.
 
 A job's folder contains a record of its process, with which a later server finds it. All descendants of the process are
-marked in their environment, so that they are found even if their parents have died. This module does not know jobs or
-the store.
+marked in their environment, so that they are found even if their parents have died. Engines overwrite their environment
+with their title, so they are noted while the process runs. This module does not know jobs or the store.
 """
 
 import json
@@ -48,6 +48,7 @@ class TrainingProcess:
         self._folder = folder
         self._pid = pid
         self._child = child
+        self._noted = dict[int, tuple[str, int]]()
 
     @classmethod
     def start(cls, folder: Path, command: Sequence[str], environment: Mapping[str, str]) -> "TrainingProcess":
@@ -102,22 +103,32 @@ class TrainingProcess:
             with suppress(ProcessLookupError):
                 os.kill(self._pid, signal.SIGTERM)
 
+    def note_descendants(self) -> None:
+        """Remember all descendants, so that `kill` finds them even if the process has died before."""
+        with suppress(psutil.Error, OSError):
+            for child in psutil.Process(self._pid).children(recursive=True):
+                with suppress(psutil.Error):
+                    self._noted[child.pid] = start_of(child.pid)
+
     def kill(self) -> None:
-        """Kill the process and all its descendants, and wait until they have exited."""
-        end_processes(self._folder)
+        """Kill the process and all its descendants, also those that it has left, and wait until they have exited."""
+        end_processes(self._folder, self._noted)
         if self._child is not None:
             self._child.wait()
 
 
-def end_processes(folder: Path) -> None:
+def end_processes(folder: Path, noted: Mapping[int, tuple[str, int]] | None = None) -> None:
     """Kill all processes of a folder, and wait until they have exited.
 
     They are searched again until none is left, because a process may create another one before it is killed.
+
+    Args:
+        noted: start times of other processes of the folder, as `start_of` returns them, by process id.
     """
     record = _read_record(folder)
     sessions = set() if record is None or _is_reused(record) else {record.pid}
     deadline = time.monotonic() + _KILL_S
-    while time.monotonic() < deadline and (processes := list(_processes(folder, sessions))):
+    while time.monotonic() < deadline and (processes := list(_processes(folder, sessions, noted or {}))):
         for process in processes:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -125,18 +136,18 @@ def end_processes(folder: Path) -> None:
     (folder / RECORD_FILE).unlink(missing_ok=True)
 
 
-def _processes(folder: Path, sessions: set[int]) -> Iterator[psutil.Process]:
-    """Yield the processes that belong to a folder: those that are marked, those in its sessions, and all descendants
-    of both.
-
-    A program that changes its title, such as an engine, may overwrite its environment. Its session is therefore added
-    to `sessions` while its parent still lives.
+def _processes(folder: Path, sessions: set[int], noted: Mapping[int, tuple[str, int]]) -> Iterator[psutil.Process]:
+    """Yield the processes that belong to a folder: those that are marked or noted, those in its sessions, and all
+    descendants of these. The sessions that they lead are added to `sessions`.
     """
     mark, own = str(folder.resolve()), dict[int, psutil.Process]()
     everyone = [process for process in psutil.process_iter() if process.pid != os.getpid()]
     for process in everyone:
         with suppress(psutil.Error, OSError):
-            if runs(process) and (os.getsid(process.pid) in sessions or process.environ().get(MARKER) == mark):
+            known = os.getsid(process.pid) in sessions or (
+                process.pid in noted and start_of(process.pid) == noted[process.pid]
+            )
+            if runs(process) and (known or process.environ().get(MARKER) == mark):
                 own[process.pid] = process
     for process in list(own.values()):
         with suppress(psutil.Error):

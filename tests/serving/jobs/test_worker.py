@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -129,6 +130,25 @@ async def test_training_that_is_killed_by_a_signal_continues_from_its_checkpoint
     assert home.job(id).status is JobStatus.SUCCEEDED
     assert len(home.starts(id)) == 2
     assert "The training died; it is continued from its last checkpoint" in home.messages(id)
+
+
+async def test_processes_without_a_mark_are_killed_when_their_training_has_died(home: WorkerHome) -> None:
+    id = home.add(grandchild=True, steps=2000, step_s=0.02)
+    async with home.working():
+        await home.until(lambda: home.step(id) > 20)
+        grandchild = int((home.job_folder(id) / "grandchild").read_text())
+        os.kill(home.starts(id)[0], signal.SIGKILL)
+        await home.until(lambda: not lives(grandchild))
+        home.want(id, Wanted.CANCEL)
+        await home.ended(id)
+
+
+async def test_training_continues_when_one_of_its_processes_was_killed(home: WorkerHome) -> None:
+    id = home.add(exit=12, text="error: the child process merge exited with code -9\n  do: free some memory")
+    async with home.working():
+        await home.ended(id)
+    assert (home.job(id).status, len(home.starts(id))) == (JobStatus.FAILED, 3)
+    assert json.loads(home.job(id).error or "")["message"] == "the child process merge exited with code -9"
 
 
 async def test_job_fails_when_its_training_is_killed_three_times(home: WorkerHome) -> None:

@@ -35,7 +35,7 @@ from svc.version import VersionId
 
 FAKE_TRAINING = Path(__file__).with_name("fake_training.py")
 PACE = Pace(poll_s=0.05, event_s=0.0, retry_s=0.3, pause_s=1.0, stop_s=1.0)
-PATIENCE_S = 60.0
+PATIENCE_S = 240.0
 _NUMBERS = count(1)
 
 
