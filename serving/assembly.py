@@ -22,8 +22,10 @@ from serving.http.batches import Batches
 from serving.http.body_slots import BodySlots
 from serving.http.delivery import AnswerBuffers
 from serving.http.feedback import FeedbackIntake
+from serving.http.files import Files
 from serving.http.fine_tuning import FineTuning
 from serving.http.inference import Gateway
+from serving.http.uploading import Uploading
 from serving.jobs.creation import JobCreation
 from serving.jobs.results import JobResults
 from serving.jobs.worker import JobWorker
@@ -241,7 +243,9 @@ def assemble_gateway(
         usage=usage,
         begin_trace=traces.begin if traces else None,
     )
-    job_creation = JobCreation(store, ClientFiles(store, settings.home / "files"), settings)
+    client_files = ClientFiles(store, settings.home / "files")
+    uploading = Uploading(settings.home, min_free_bytes=int(settings.files.min_free_gb * 2**30))
+    job_creation = JobCreation(store, client_files, settings)
     draining = asyncio.Event()
     app = build_app(
         gateway,
@@ -252,6 +256,7 @@ def assemble_gateway(
         administration=Administration(store, changes, server),
         fine_tuning=FineTuning(store, settings, job_creation),
         batches=Batches(store, settings.batches),
+        files=Files(store, client_files, settings.files, uploading),
         draining=draining,
     )
     usage_writer = UsageWriter(store, usage, limiter.add_used_today, limiter.add_used_elsewhere)

@@ -658,6 +658,34 @@ class BatchSettings(_Section):
     )
 
 
+class FilesSettings(_Section):
+    """Limits of the files that clients upload. See docs/files-api.md."""
+
+    max_mb: int = Field(
+        512, ge=1, description="maximum size of a file that is uploaded in one request, in MB of 2^20 bytes"
+    )
+    max_upload_gb: float = Field(
+        8.0, gt=0, description="maximum size of a file that is uploaded in parts, in GB of 2^30 bytes"
+    )
+    max_total_gb: float = Field(
+        100.0, gt=0, description="maximum size of all files of one key, in GB of 2^30 bytes; results count too"
+    )
+    max_files: int = Field(10_000, ge=1, description="maximum number of files of one key; results count too")
+    min_free_gb: float = Field(
+        1.0, ge=0, description="free disk space below which uploads are refused, in GB of 2^30 bytes"
+    )
+
+    @property
+    def max_bytes(self) -> int:
+        """Maximum size of a file that is uploaded in one request, in bytes."""
+        return self.max_mb * 2**20
+
+    @property
+    def max_upload_bytes(self) -> int:
+        """Maximum size of a file that is uploaded in parts, in bytes."""
+        return int(self.max_upload_gb * 2**30)
+
+
 class ModelSettings(_Section):
     """Settings of one served model that override the general settings."""
 
@@ -700,6 +728,7 @@ class Settings(BaseSettings):
     monitor: MonitorSettings = MonitorSettings()
     fine_tuning: FineTuningSettings = FineTuningSettings()
     batches: BatchSettings = BatchSettings()
+    files: FilesSettings = FilesSettings()
     webhooks: tuple[WebhookSettings, ...] = Field(
         (),
         max_length=20,

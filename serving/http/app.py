@@ -24,6 +24,7 @@ from serving.http.authentication import Authentication
 from serving.http.batches import Batches
 from serving.http.errors import install_handlers
 from serving.http.feedback import FeedbackIntake
+from serving.http.files import Files
 from serving.http.fine_tuning import FineTuning
 from serving.http.host import AllowedHosts
 from serving.http.inference import Gateway, completion_endpoints
@@ -49,6 +50,7 @@ def build_app(
     administration: Administration,
     fine_tuning: FineTuning,
     batches: Batches,
+    files: Files,
     draining: asyncio.Event,
 ) -> "Application":
     """Return the HTTP application for a gateway.
@@ -63,6 +65,7 @@ def build_app(
         administration: answers administration requests.
         fine_tuning: answers /v1/fine_tuning.
         batches: answers /v1/batches.
+        files: answers /v1/files.
         draining: set once load balancers must stop sending requests.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
@@ -76,6 +79,7 @@ def build_app(
     administration.add_to(app)
     fine_tuning.add_to(app)
     batches.add_to(app)
+    files.add_to(app)
     install_handlers(app)
     hosts = AllowedHosts((gateway.settings.host, *gateway.settings.allowed_hosts))
     layer = partial(

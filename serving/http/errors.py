@@ -30,8 +30,10 @@ from serving.http import body
 from serving.http.delivery import AnswerTooLargeError
 from serving.http.failed_keys import TooManyWrongKeysError
 from serving.http.feedback import RequestLogBusyError, RequestNotFoundError
+from serving.http.files import ContentMissingError
 from serving.http.host import HostNotAllowedError
 from serving.http.models import ModelNotDeletableError
+from serving.http.uploading import DiskFullError, FileTooLargeError
 from serving.jobs.creation import FineTuningDisabledError
 from serving.model_names import ModelNotFoundError
 from serving.protocols import request
@@ -61,6 +63,7 @@ from svc.errors import (
 )
 from svc.identity.key_secret import hide_secrets
 from svc.store.batches import BatchEndedError, TooManyBatchesError
+from svc.store.files import FileInUseError, StorageLimitError
 from svc.store.job_requests import JobEndedError, TooManyJobsError
 from svc.store.page import EntryNotFoundError
 from svc.store.unavailable import StoreUnavailableError
@@ -76,6 +79,16 @@ ANTHROPIC_TYPES = {
     429: "rate_limit_error",
     504: "timeout_error",
 }
+_FINAL = frozenset(
+    {
+        ErrorCode.INTERNAL_ERROR,
+        ErrorCode.JOB_ENDED,
+        ErrorCode.BATCH_ENDED,
+        ErrorCode.FILE_IN_USE,
+        ErrorCode.DISK_FULL,
+    }
+)
+"""Errors that a retry does not change, although clients retry after the status of some of them."""
 _MAX_RETRY_S = 120
 """Maximum Retry-After value, in seconds. OpenAI's client ignores longer values, while Anthropic's client
 waits for as long as the header tells it to."""
@@ -131,7 +144,7 @@ class ApiError:
             path: the request's path.
         """
         headers = dict(self.headers)
-        if self.code in (ErrorCode.INTERNAL_ERROR, ErrorCode.JOB_ENDED, ErrorCode.BATCH_ENDED) or (
+        if self.code in _FINAL or (
             self.code is ErrorCode.RATE_LIMIT_EXCEEDED and not 0 < int(headers.get("retry-after", "0")) <= _MAX_RETRY_S
         ):
             headers["x-should-retry"] = "false"
@@ -159,6 +172,11 @@ _SHAPES: dict[type[SvcError], tuple[int, ErrorCode]] = {
     TooManyJobsError: (429, ErrorCode.RATE_LIMIT_EXCEEDED),
     BatchEndedError: (400, ErrorCode.BATCH_ENDED),
     TooManyBatchesError: (429, ErrorCode.RATE_LIMIT_EXCEEDED),
+    FileTooLargeError: (413, ErrorCode.FILE_TOO_LARGE),
+    StorageLimitError: (400, ErrorCode.STORAGE_LIMIT),
+    DiskFullError: (507, ErrorCode.DISK_FULL),
+    FileInUseError: (409, ErrorCode.FILE_IN_USE),
+    ContentMissingError: (503, ErrorCode.FILE_CONTENT_MISSING),
     RateLimitedError: (429, ErrorCode.RATE_LIMIT_EXCEEDED),
     OverloadedError: (429, ErrorCode.OVERLOADED),
     TooManyTokensError: (400, ErrorCode.TOO_MANY_TOKENS),

@@ -24,6 +24,8 @@ from serving.http.administration import (
 from serving.http.batches import MAX_PAGE as MAX_BATCHES
 from serving.http.errors import ANTHROPIC_TYPES
 from serving.http.feedback import FeedbackRequest
+from serving.http.files import MAX_PAGE as MAX_FILES
+from serving.http.files import UPLOAD_PURPOSES
 from serving.http.fine_tuning import MAX_PAGE
 from serving.jobs.request import JobRequest
 from serving.protocols.error_code import ErrorCode
@@ -139,6 +141,16 @@ _KEY_HEADERS: Json = {
 }
 _MODEL_NAME: Json = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
 _ID: Json = {"name": "id", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+_UPLOAD_REFUSED = {
+    400: "the form is malformed, a field is invalid, or the files of the key exceed a limit",
+    403: "the key lacks the required scope, or the page of another site sent the form",
+    408: "the request body arrived too slowly",
+    413: "the file or the form is too large",
+    415: "the content type is not multipart/form-data",
+    429: "too many uploads are running; see retry-after",
+    507: "the server's disk for files is full",
+}
+_RANGES = {400: "the Range header is invalid", 416: "the range is outside of the file"}
 _NO_MODEL = {404: "no loaded version has this name", 503: "no version is loaded yet", **_DEFECT}
 
 _CHANGES: dict[str, tuple[str, type[BaseModel]]] = {
@@ -171,6 +183,7 @@ def openapi_document() -> Json:
             **_small_paths(),
             **_fine_tuning(schemas),
             **_batches(schemas),
+            **_files(),
             **_administration(schemas),
         },
         "components": {"schemas": schemas, "securitySchemes": _KEY_HEADERS},
@@ -254,6 +267,42 @@ def _page(most: int) -> list[Json]:
         {"name": "limit", "in": "query", "schema": {"type": "integer", "minimum": 1, "maximum": most}},
         {"name": "order", "in": "query", "schema": {"enum": ["asc", "desc"]}},
     ]
+
+
+def _files() -> Json:
+    """Return the paths of files. Their objects are those of OpenAI's API."""
+    store = {**_DEFECT, 503: "the server's database is not responding"}
+    no_file = {404: "there is no such file, or it belongs to another key", **store}
+    expiry = {"expires_after[anchor]": {"const": "created_at"}, "expires_after[seconds]": {"type": "integer"}}
+    form = {
+        "type": "object",
+        "required": ["file", "purpose"],
+        "additionalProperties": False,
+        "properties": {
+            "file": {"type": "string", "format": "binary"},
+            "purpose": {"enum": [each.value for each in UPLOAD_PURPOSES]},
+            **expiry,
+        },
+    }
+    upload = {
+        **_operation("Upload a file", _json(_OBJECT), {**_UPLOAD_REFUSED, **store}),
+        "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": form}}},
+    }
+    purpose = {"name": "purpose", "in": "query", "schema": {"type": "string"}}
+    bad_page = {400: "a query parameter is invalid", 404: "there is no file `after`"}
+    listing = _operation("List files, newest first", _json(_OBJECT), {**store, **bad_page})
+    deletion = {**no_file, 409: "a job or batch that has not ended uses the file"}
+    content = _operation("Download a file", {"application/octet-stream": {}}, {**no_file, **_RANGES})
+    content["responses"]["206"] = _answer("the requested part of the file", {"application/octet-stream": {}})
+    return {
+        "/v1/files": {"post": upload, "get": {**listing, "parameters": [*_page(MAX_FILES), purpose]}},
+        "/v1/files/{id}": {
+            "parameters": [_ID],
+            "get": _operation("Show a file", _json(_OBJECT), no_file),
+            "delete": _operation("Delete a file", _json(_OBJECT), deletion),
+        },
+        "/v1/files/{id}/content": {"parameters": [_ID], "get": content},
+    }
 
 
 def _batches(schemas: Json) -> Json:

@@ -3,6 +3,7 @@
 A file's path is made from its id, never from anything that a client sent.
 """
 
+import fcntl
 import hashlib
 import os
 import secrets
@@ -13,7 +14,8 @@ from pathlib import Path
 
 from sqlalchemy import Engine as Store
 
-from svc.store.files import ClientFile, FileStatus, Purpose, add_file, remove_file
+from svc.files.disk import sync_folder
+from svc.store.files import ClientFile, FileStatus, Purpose, StorageLimits, add_file, remove_unused_file
 
 
 class FileWriter:
@@ -25,6 +27,7 @@ class FileWriter:
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("xb")
+        fcntl.flock(self._file, fcntl.LOCK_EX)  # so that no cleanup takes the file for one that a crash has left
         self._hash = hashlib.sha256()
         self.bytes = 0
 
@@ -93,17 +96,34 @@ class ClientFiles:
         filename: str,
         status: FileStatus = FileStatus.UPLOADED,
         expires_after_s: int | None = None,
+        limits: StorageLimits | None = None,
     ) -> ClientFile:
-        """Add the file that a writer has written; call this as the last thing within `writing`."""
+        """Add the file that a writer has written; call this as the last thing within `writing`.
+
+        Args:
+            limits: limits for all files of the owner, or None for no limits.
+
+        Raises:
+            StorageLimitError: the file exceeds a limit.
+        """
         now = datetime.now(UTC)
         expires_at = None if expires_after_s is None else now + timedelta(seconds=expires_after_s)
         file = ClientFile(
             id, owner, purpose, filename, writer.bytes, writer.close(), now, expires_at=expires_at, status=status
         )
-        add_file(self._store, file)
+        sync_folder(self._folder)
+        add_file(self._store, file, limits)
         return file
 
-    def delete(self, id: str) -> None:
-        """Delete a file that exists."""
-        remove_file(self._store, id)
+    def delete(self, id: str, owner: str | None = None) -> None:
+        """Delete a file.
+
+        Args:
+            owner: only a file of this owner is found; None for all owners.
+
+        Raises:
+            EntryNotFoundError: the owner has no file with this id.
+            FileInUseError: a job or batch that has not ended needs the file.
+        """
+        remove_unused_file(self._store, id, owner)
         self.path(id).unlink(missing_ok=True)

@@ -8,12 +8,27 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 
+from sqlalchemy import ColumnElement, delete, func, or_, select, update
 from sqlalchemy import Engine as Store
-from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
+from svc.errors import RefusedError, SvcError
+from svc.store.batches import BatchStatus
+from svc.store.database import exclusive
+from svc.store.jobs import JobStatus
 from svc.store.page import Page, find_row, read_page
-from svc.store.tables import FileRow
+from svc.store.tables import BatchRow, FileRow, JobRow
+
+_OPEN_JOBS = [status.value for status in JobStatus if not status.ended]
+_OPEN_BATCHES = [status.value for status in BatchStatus if not status.ended]
+
+
+class StorageLimitError(SvcError):
+    """Raised when a key's files would exceed its limits. Clients see the message."""
+
+
+class FileInUseError(RefusedError):
+    """Raised when a file is to be deleted that a job or batch still needs. Clients see the message."""
 
 
 class Purpose(StrEnum):
@@ -56,10 +71,45 @@ class ClientFile:
     status_details: str | None = None
 
 
-def add_file(store: Store, file: ClientFile) -> None:
-    """Add a file whose content has been stored."""
-    with Session(store) as session, session.begin():
+@dataclass(frozen=True, slots=True)
+class StorageLimits:
+    """How much one key may store.
+
+    Attributes:
+        bytes: maximum size of all files.
+        files: maximum number of files.
+    """
+
+    bytes: int
+    files: int
+
+
+def add_file(store: Store, file: ClientFile, limits: StorageLimits | None = None) -> None:
+    """Add a file whose content has been stored.
+
+    Args:
+        limits: limits for all files of the owner, or None for no limits.
+
+    Raises:
+        StorageLimitError: the file exceeds a limit.
+    """
+    with exclusive(store) as session:
+        if limits is not None:
+            _require_storage(session, file.owner, file.bytes, limits)
         session.add(FileRow.of(file))
+
+
+def require_storage(store: Store, owner: str, more: int, limits: StorageLimits) -> int:
+    """Return the number of bytes that an owner may still store.
+
+    Args:
+        more: size of one more file, which must fit.
+
+    Raises:
+        StorageLimitError: one more file of this size exceeds a limit.
+    """
+    with Session(store) as session:
+        return _require_storage(session, owner, more, limits)
 
 
 def find_file(store: Store, id: str, owner: str | None) -> ClientFile:
@@ -101,3 +151,50 @@ def remove_file(store: Store, id: str) -> None:
     """Delete a file's row, if there is one."""
     with store.begin() as connection:
         connection.execute(delete(FileRow).where(FileRow.id == id))
+
+
+def remove_unused_file(store: Store, id: str, owner: str | None) -> None:
+    """Delete the row of a file.
+
+    Args:
+        owner: only a file of this owner is found; None for all owners.
+
+    Raises:
+        EntryNotFoundError: the owner has no file with this id.
+        FileInUseError: a job or batch that has not ended needs the file.
+    """
+    with exclusive(store) as session:
+        row = find_row(session, FileRow, id, owner, "file")
+        for noun, table, uses in (("job", JobRow, _used_by_job(id)), ("batch", BatchRow, _used_by_batch(id))):
+            if user := session.scalar(select(table.id).where(uses).limit(1)):
+                raise FileInUseError(
+                    f"the file {id} is used by the {noun} {user}, which has not ended",
+                    todo=f"cancel the {noun}, or delete the file after it has ended",
+                )
+        session.delete(row)
+
+
+def _used_by_job(id: str | ColumnElement[str]) -> ColumnElement[bool]:
+    return JobRow.status.in_(_OPEN_JOBS) & or_(JobRow.training_file == id, JobRow.validation_file == id)
+
+
+def _used_by_batch(id: str | ColumnElement[str]) -> ColumnElement[bool]:
+    return BatchRow.status.in_(_OPEN_BATCHES) & (BatchRow.input_file == id)
+
+
+def _require_storage(session: Session, owner: str, more: int, limits: StorageLimits) -> int:
+    query = select(func.count(), func.coalesce(func.sum(FileRow.bytes), 0)).where(FileRow.owner == owner)
+    files, size = session.execute(query).one()
+    if files >= limits.files:
+        raise StorageLimitError(
+            f"this key has {files} files",
+            expected=f"fewer than {limits.files}",
+            todo="delete files, or let them expire",
+        )
+    if size + more > limits.bytes:
+        raise StorageLimitError(
+            f"the files of this key have {size} bytes; {more} more do not fit",
+            expected=f"at most {limits.bytes} bytes in all files",
+            todo="delete files, or let them expire",
+        )
+    return limits.bytes - int(size)

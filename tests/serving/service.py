@@ -33,7 +33,14 @@ from svc.engine.client import EngineClient, socket_transport
 from svc.engine.vllm.connection_pool import EngineConnections
 from svc.identity.principal import Principal
 from svc.registry.registry import Registry
-from svc.settings import FineTuningSettings, RequestLogSettings, ServeSettings, Settings, TelemetrySettings
+from svc.settings import (
+    FilesSettings,
+    FineTuningSettings,
+    RequestLogSettings,
+    ServeSettings,
+    Settings,
+    TelemetrySettings,
+)
 from svc.version import Format, Target, VersionId
 from tests.serving.admission.opened import admitted
 from tests.serving.engine_double import EngineDouble, running_engine
@@ -147,6 +154,7 @@ class Service:
         limiter: enforces the limits of keys.
         buffers: answer buffers; by default created from the settings.
         fine_tuning: settings of the fine-tuning API, which is off by default.
+        files: limits of clients' files.
         settings: fields of ServeSettings that differ from the default.
 
     Attributes:
@@ -163,6 +171,7 @@ class Service:
         limiter: RateLimiter | None = None,
         buffers: AnswerBuffers | None = None,
         fine_tuning: FineTuningSettings | None = None,
+        files: FilesSettings | None = None,
         **settings: Any,
     ) -> None:
         self.folder = folder
@@ -199,6 +208,7 @@ class Service:
                 request_log=keeping or RequestLogSettings(),
                 telemetry=telemetry or TelemetrySettings(),
                 fine_tuning=fine_tuning or FineTuningSettings(),
+                files=files or FilesSettings(),
             ),
             store,
             metrics,

@@ -15,7 +15,7 @@ from serving.http.connections import watched
 from serving.jobs.training_check import TrainingCheck
 from svc.access.keyring import IssuedKey
 from svc.client_files.client_files import ClientFiles
-from svc.settings import FineTuningSettings, Settings
+from svc.settings import FilesSettings, FineTuningSettings, Settings
 from svc.store.files import FileStatus, Purpose, set_file_status
 from tests.serving.http.keyed_service import KeyedService
 from tests.serving.service import ClientsProtocol
@@ -50,12 +50,21 @@ class FineTuningService(KeyedService):
     Args:
         base: folder of the base, or None for no bases.
         max_jobs: maximum number of jobs of one key that have not ended.
+        limits: limits of clients' files.
     """
 
-    def __init__(self, folder: Path, *, store: Store, base: Path | None, max_jobs: int = 50) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        store: Store,
+        base: Path | None,
+        max_jobs: int = 50,
+        limits: FilesSettings | None = None,
+    ) -> None:
         bases = {BASE: str(base), "gone": str(base / "gone")} if base else {}
         self.tuning = FineTuningSettings(bases=bases, max_jobs=max_jobs)
-        super().__init__(folder, store=store, fine_tuning=self.tuning)
+        super().__init__(folder, store=store, fine_tuning=self.tuning, files=limits)
         self.settings = Settings(home=folder, fine_tuning=self.tuning)
         self.files = ClientFiles(store, folder / "files")
 

@@ -34,7 +34,7 @@ from svc.access.authenticator import Authenticator
 from svc.access.keyring import Keyring
 from svc.identity.actor import Actor
 from svc.identity.principal import Limits, Scope
-from svc.settings import FineTuningSettings, ServeSettings, Settings
+from svc.settings import FilesSettings, FineTuningSettings, ServeSettings, Settings
 from tests.serving.engine_double import EngineDouble
 from tests.serving.service import NAME, ONE, OneBackend, Service, connections, gateway
 from tests.serving.socket_server import running_in_thread
@@ -66,6 +66,7 @@ async def test_openapi_document_lists_exactly_the_served_paths(service: Service,
 async def test_every_completion_error_is_documented_with_its_status(client: httpx.AsyncClient) -> None:
     document = (await client.get("/openapi.json")).json()
     elsewhere = {ErrorCode.MODEL_NOT_DELETABLE, ErrorCode.CHANGE_CONFLICT, ErrorCode.CHANGE_REFUSED}
+    elsewhere |= {ErrorCode.FILE_IN_USE, ErrorCode.DISK_FULL}
     statuses = {str(status) for status, code in _SHAPES.values() if code not in elsewhere} | {"500"}
     for route in Route:
         assert statuses <= set(document["paths"][route.value]["post"]["responses"])
@@ -113,6 +114,7 @@ def api(memory_folder: Path, store: Store, engine_socket: Path) -> Iterator[Any]
             home=memory_folder,
             serve=ServeSettings(allowed_hosts=("*",)),
             fine_tuning=FineTuningSettings(bases={"small": "org/small"}),
+            files=FilesSettings(min_free_gb=0),
         ),
         store,
         GatewayMetrics(CollectorRegistry()),
@@ -173,7 +175,7 @@ def test_every_response_is_documented_even_if_keys_are_required(
         return
     assert method == "delete" or not admin & {401, 403}
     assert wrong <= {401, 429}
-    if path.startswith(("/svc/", "/metrics", "/v1/fine_tuning/", "/v1/batches")):
+    if path.startswith(("/svc/", "/metrics", "/v1/fine_tuning/", "/v1/batches", "/v1/files", "/v1/uploads")):
         assert limited == {403}
     else:
         assert method == "delete" or not limited & {401, 403}

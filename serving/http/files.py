@@ -1,0 +1,200 @@
+"""OpenAI's endpoints for files, `/v1/files`."""
+
+import asyncio
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from fastapi import FastAPI, Request
+from sqlalchemy import Engine as Store
+from starlette.responses import FileResponse, JSONResponse, Response
+
+from serving.http.body import ClientGoneError
+from serving.http.listing import list_object, requested_page
+from serving.http.multipart import Form, boundary_of, clean_name, read_form
+from serving.http.request_state import request_state
+from serving.http.threaded_body import ThreadedBody
+from serving.http.uploading import Uploading, too_large
+from serving.protocols.request import InvalidRequestError
+from serving.telemetry.metrics import CLIENT_GONE_STATUS
+from svc.client_files.client_files import ClientFiles
+from svc.errors import SvcError
+from svc.settings import FilesSettings
+from svc.store.files import ClientFile, Purpose, StorageLimits, find_file, read_files, require_storage
+
+MAX_PAGE = 10_000
+UPLOAD_PURPOSES = (Purpose.FINE_TUNE, Purpose.BATCH)
+_PATH = "/v1/files"
+_ANCHOR, _SECONDS = "expires_after[anchor]", "expires_after[seconds]"
+_MIN_EXPIRY_S, _MAX_EXPIRY_S = 3600, 30 * 86_400
+_CONTENT_HEADERS = {
+    "x-content-type-options": "nosniff",
+    "content-security-policy": "sandbox",
+    "cache-control": "no-store",
+}
+
+
+class ContentMissingError(SvcError):
+    """Raised when the content of a file is not on this machine."""
+
+
+class Files:
+    """The endpoints for files.
+
+    Args:
+        uploading: runs the uploads.
+    """
+
+    def __init__(self, store: Store, files: ClientFiles, settings: FilesSettings, uploading: Uploading) -> None:
+        self._store = store
+        self._files = files
+        self._settings = settings
+        self._uploading = uploading
+
+    def add_to(self, app: FastAPI) -> None:
+        file = f"{_PATH}/{{id}}"
+        app.add_api_route(_PATH, self._create, methods=["POST"])
+        app.add_api_route(_PATH, self._list, methods=["GET"])
+        app.add_api_route(file, self._show, methods=["GET"])
+        app.add_api_route(file, self._delete, methods=["DELETE"])
+        app.add_api_route(f"{file}/content", self._send_content, methods=["GET"])
+
+    async def _create(self, request: Request) -> Response:
+        state = request_state(request.scope)
+        boundary, owner = boundary_of(state.headers.get(b"content-type", b"")), state.owner
+
+        def save(body: ThreadedBody) -> ClientFile:
+            return self._save(boundary, body, owner)
+
+        try:
+            file = await self._uploading.run(request, save, max_bytes=self._settings.max_bytes)
+        except ClientGoneError:
+            return Response(status_code=CLIENT_GONE_STATUS)
+        return JSONResponse(file_object(file))
+
+    def _save(self, boundary: bytes, body: ThreadedBody, owner: str) -> ClientFile:
+        limits = storage_limits(self._settings)
+        free, watch = require_storage(self._store, owner, 1, limits), self._uploading.disk_watch()
+        with self._files.writing() as (id, writer):
+
+            def write(part: bytes) -> None:
+                size = writer.bytes + len(part)
+                if size > self._settings.max_bytes:
+                    raise too_large(self._settings.max_bytes)
+                if size > free:
+                    require_storage(self._store, owner, size, limits)
+                watch(len(part))
+                writer.write(part)
+
+            form = read_form(boundary, body, file="file", fields=("purpose", _ANCHOR, _SECONDS), write=write)
+            if not writer.bytes:
+                raise InvalidRequestError("the file is empty", param="file")
+            if form.filename is None:
+                raise InvalidRequestError("the file has no name", param="file", expected="a `filename` in its part")
+            purpose = upload_purpose(form.fields.get("purpose"))
+            return self._files.add(
+                id,
+                writer,
+                owner=owner,
+                purpose=purpose,
+                filename=clean_name(form.filename, "file"),
+                expires_after_s=_expiry(form, purpose),
+                limits=limits,
+            )
+
+    async def _list(self, request: Request) -> Response:
+        page = requested_page(request, max_limit=MAX_PAGE, default_limit=MAX_PAGE)
+        purpose, owner = request.query_params.get("purpose"), request_state(request.scope).visible_owner
+        purposes = [each for each in Purpose if purpose in (None, "", each.value)]
+
+        def answer() -> Response:
+            files, more = read_files(self._store, owner, purposes, page=page)
+            return JSONResponse(list_object([file_object(file) for file in files], has_more=more))
+
+        return await asyncio.to_thread(answer)  # 10,000 files take tens of milliseconds
+
+    async def _show(self, request: Request) -> Response:
+        return JSONResponse(file_object(await self._find(request)))
+
+    async def _delete(self, request: Request) -> Response:
+        id, owner = request.path_params["id"], request_state(request.scope).visible_owner
+        await asyncio.to_thread(self._files.delete, id, owner)
+        return JSONResponse({"id": id, "object": "file", "deleted": True})
+
+    async def _send_content(self, request: Request) -> Response:
+        file = await self._find(request)
+        path = self._files.path(file.id)
+        if not await asyncio.to_thread(path.is_file):
+            raise ContentMissingError(f"the content of the file {file.id} is not on this server")
+        return FileResponse(
+            path, headers=_CONTENT_HEADERS, media_type="application/octet-stream", filename=file.filename
+        )
+
+    async def _find(self, request: Request) -> ClientFile:
+        owner = request_state(request.scope).visible_owner
+        return await asyncio.to_thread(find_file, self._store, request.path_params["id"], owner)
+
+
+def file_object(file: ClientFile) -> dict[str, Any]:
+    """Return a file in the form of OpenAI's API."""
+    return {
+        "object": "file",
+        "id": file.id,
+        "purpose": file.purpose.value,
+        "filename": file.filename,
+        "bytes": file.bytes,
+        "created_at": seconds(file.created_at),
+        "expires_at": None if file.expires_at is None else seconds(file.expires_at),
+        "status": file.status.value,
+        "status_details": file.status_details,
+    }
+
+
+def seconds(moment: datetime) -> int:
+    """Return a time in seconds since 1970."""
+    return int(moment.timestamp())
+
+
+def storage_limits(settings: FilesSettings) -> StorageLimits:
+    """Return the limits of one key."""
+    return StorageLimits(int(settings.max_total_gb * 2**30), settings.max_files)
+
+
+def upload_purpose(given: str | None) -> Purpose:
+    """Return the purpose of a file that a client uploads.
+
+    Raises:
+        InvalidRequestError: there is none, or it is not one for uploads.
+    """
+    purpose = next((each for each in UPLOAD_PURPOSES if each.value == given), None)
+    if purpose is None:
+        wrong = "the purpose is missing" if given is None else f"the purpose {given[:100]!a} is not supported"
+        raise InvalidRequestError(wrong, param="purpose", expected=" or ".join(each.value for each in UPLOAD_PURPOSES))
+    return purpose
+
+
+def expiry_of(anchor: str | None, after_s: int | None, purpose: Purpose) -> int | None:
+    """Return after how many seconds a file expires, or None if it never does.
+
+    Args:
+        anchor, after_s: what the client asks for; None if it does not.
+
+    Raises:
+        InvalidRequestError: only one of them is given, or one is invalid.
+    """
+    if anchor is None and after_s is None:
+        return _MAX_EXPIRY_S if purpose is Purpose.BATCH else None  # as in OpenAI's API
+    if anchor != "created_at" or after_s is None or not _MIN_EXPIRY_S <= after_s <= _MAX_EXPIRY_S:
+        raise InvalidRequestError(
+            "'expires_after' is invalid",
+            param="expires_after",
+            expected=f"the anchor 'created_at', and seconds from {_MIN_EXPIRY_S} to {_MAX_EXPIRY_S}",
+        )
+    return after_s
+
+
+def _expiry(form: Form, purpose: Purpose) -> int | None:
+    fields: Mapping[str, str] = form.fields
+    text = fields.get(_SECONDS)
+    after_s = None if text is None else int(text) if text.isdecimal() and text.isascii() and len(text) <= 9 else -1
+    return expiry_of(fields.get(_ANCHOR), after_s, purpose)

@@ -1,0 +1,144 @@
+"""Runs the uploads of files and parts of files: a limited number at once, each in its own thread."""
+
+import asyncio
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import urlsplit
+
+from starlette.requests import Request
+
+from serving.http.body_slots import BodySlots
+from serving.http.disconnect import while_connected
+from serving.http.multipart import FORM_BYTES
+from serving.http.request_state import RequestState, request_state
+from serving.http.threaded_body import ThreadedBody
+from svc.errors import PermissionDeniedError, SvcError
+from svc.files.disk import is_full
+
+MAX_UPLOADS = 16
+"""Maximum number of uploads at once; half of them from one key or, without keys, from one address."""
+_CHECK_DISK_EVERY = 64 * 2**20
+Result = TypeVar("Result")
+
+
+class FileTooLargeError(SvcError):
+    """Raised when an uploaded file is larger than the limit."""
+
+
+class DiskFullError(SvcError):
+    """Raised when the disk for clients' files is almost full."""
+
+
+class Uploading:
+    """Runs uploads.
+
+    Args:
+        folder: folder on the disk that the uploads are written to.
+        min_free_bytes: free disk space below which uploads are refused.
+    """
+
+    def __init__(self, folder: Path, *, min_free_bytes: int) -> None:
+        self._folder = folder
+        self._min_free_bytes = min_free_bytes
+        self._slots = BodySlots(MAX_UPLOADS, "uploading files")
+        self._threads = ThreadPoolExecutor(MAX_UPLOADS, "upload")
+
+    async def run(self, request: Request, save: Callable[[ThreadedBody], Result], *, max_bytes: int) -> Result:
+        """Call a function in a thread that saves the content of a request's body, and return its result.
+
+        Args:
+            save: reads the body. It leaves nothing behind if that fails.
+            max_bytes: maximum size of the content.
+
+        Raises:
+            ClientGoneError: the client disconnected.
+            InvalidKeyError: the client's key became invalid.
+            OverloadedError: too many uploads are running.
+            FileTooLargeError, BodyTooLargeError, BodyTimeoutError: the content is too large or arrives too slowly.
+            DiskFullError: the disk is almost full.
+        """
+        state = request_state(request.scope)
+        _refuse_other_sites(state)
+        size = int(state.headers.get(b"content-length", b"0"))  # the server in front has checked that it is a number
+        if size > max_bytes + FORM_BYTES:
+            raise too_large(max_bytes)
+        with self._slots.reading(state.caller):
+            body = ThreadedBody(request.receive, max_bytes=max_bytes + FORM_BYTES)
+            results: list[Result] = []
+            await while_connected(state, self._run(body, lambda: results.append(self._saved(save, body, size))))
+            return results[0]
+
+    async def in_thread(self, work: Callable[[], Result]) -> Result:
+        """Return the result of a function that writes files, which is called in a thread.
+
+        Raises:
+            DiskFullError: the disk is full.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._written, work)
+
+    def disk_watch(self) -> Callable[[int], None]:
+        """Return a function to be called with the size of each part before it is written.
+
+        It raises DiskFullError if the disk is almost full.
+        """
+        left = 0
+
+        def watch(size: int) -> None:
+            nonlocal left
+            if left <= 0:
+                self._require_space()
+                left = _CHECK_DISK_EVERY
+            left -= size
+
+        return watch
+
+    async def _run(self, body: ThreadedBody, work: Callable[[], None]) -> None:
+        running = asyncio.get_running_loop().run_in_executor(self._threads, work)
+        try:
+            await asyncio.wait([running])
+        except asyncio.CancelledError:
+            body.stop()
+            await asyncio.wait([running])  # until nothing is left of it
+            running.exception()  # else asyncio logs it
+            raise
+        running.result()
+
+    def _saved(self, save: Callable[[ThreadedBody], Result], body: ThreadedBody, size: int) -> Result:
+        self._require_space(size)
+        return self._written(lambda: save(body))
+
+    def _written(self, work: Callable[[], Result]) -> Result:
+        try:
+            return work()
+        except OSError as error:
+            if is_full(error, self._folder):
+                raise _disk_full() from error
+            raise
+
+    def _require_space(self, size: int = 0) -> None:
+        if shutil.disk_usage(self._folder).free - size < self._min_free_bytes:
+            raise _disk_full()
+
+
+def too_large(max_bytes: int) -> FileTooLargeError:
+    """Return the error for a file or part that is too large."""
+    return FileTooLargeError("the file is too large", expected=f"at most {max_bytes} bytes")
+
+
+def _disk_full() -> DiskFullError:
+    return DiskFullError("the server's disk for files is full", todo="delete files, or ask the operator for more space")
+
+
+def _refuse_other_sites(state: RequestState) -> None:
+    """Refuse the forms of other sites' pages, which browsers send to any address without asking it first.
+
+    A page has no key, so this matters only while none is needed.
+    """
+    origin = state.headers.get(b"origin")
+    if origin is not None and state.principal is None:
+        host = urlsplit(origin.decode("latin-1")).netloc
+        if host != state.headers.get(b"host", b"").decode("latin-1"):
+            raise PermissionDeniedError("web pages of other sites may not upload files", expected="no Origin header")

@@ -1,0 +1,543 @@
+"""Tests the endpoints for files with the official client, and with raw requests where that cannot send them."""
+
+import asyncio
+import errno
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai import AsyncOpenAI
+from openai.types import FileDeleted, FileObject
+from sqlalchemy import Engine as Store
+from sqlalchemy import insert, update
+from sqlalchemy.orm import Session
+
+from serving.http import threaded_body
+from serving.http.files import MAX_PAGE
+from serving.http.uploading import MAX_UPLOADS
+from svc.client_files.client_files import FileWriter
+from svc.identity.principal import Scope
+from svc.settings import FilesSettings
+from svc.store.files import FileStatus, Purpose, set_file_status
+from svc.store.jobs import JobStatus
+from svc.store.tables import BatchRow, JobRow
+from tests.serving.control import until
+from tests.serving.http.fine_tuning_service import FineTuningService, strict
+from tests.serving.http.test_fine_tuning import change
+from tests.svc.store.test_job_requests import job
+
+CONTENT = b'{"messages": [{"role": "user", "content": "\xc3\xa9"}]}\n'
+BOUNDARY = "b0und"
+FORM = {"content-type": f"multipart/form-data; boundary={BOUNDARY}"}
+
+
+@pytest.fixture
+async def service(socket_folder: Path, store: Store) -> AsyncIterator[FineTuningService]:
+    service = FineTuningService(socket_folder, store=store, base=None, limits=FilesSettings(max_mb=2, min_free_gb=0))
+    async with service.run():
+        yield service
+
+
+@pytest.fixture
+async def client(service: FineTuningService) -> AsyncIterator[AsyncOpenAI]:
+    async with service.official() as client:
+        yield client
+
+
+def part(name: str, content: bytes, filename: bytes | None = None) -> bytes:
+    """Return one part of a form."""
+    quoted = b"" if filename is None else b'; filename="' + filename + b'"'
+    head = f'--{BOUNDARY}\r\ncontent-disposition: form-data; name="{name}"'.encode()
+    return head + quoted + b"\r\n\r\n" + content + b"\r\n"
+
+
+END = f"--{BOUNDARY}--\r\n".encode()
+
+
+def form(filename: bytes | None = b"a.jsonl", content: bytes = CONTENT, purpose: bytes = b"fine-tune") -> bytes:
+    """Return a complete form."""
+    return part("purpose", purpose) + part("file", content, filename) + END
+
+
+def contents(service: FineTuningService) -> list[str]:
+    """Return the names of the stored contents."""
+    return [path.name for path in (service.folder / "files").iterdir()]
+
+
+async def uploaded(client: AsyncOpenAI, **options: Any) -> FileObject:
+    return await client.files.create(**({"file": ("a.jsonl", CONTENT), "purpose": "fine-tune"} | options))
+
+
+async def test_uploaded_file_is_a_complete_object(service: FineTuningService, client: AsyncOpenAI) -> None:
+    created = await uploaded(client)
+    raw = await client.get(f"/files/{created.id}", cast_to=object)
+    file = strict(FileObject, raw)
+    assert file == created == await client.files.retrieve(created.id)
+    assert (file.filename, file.bytes, file.purpose, file.status) == ("a.jsonl", len(CONTENT), "fine-tune", "uploaded")
+    assert file.expires_at is None
+    assert abs(file.created_at - datetime.now(UTC).timestamp()) < 60
+    assert contents(service) == [file.id]
+
+
+async def test_content_is_sent_as_it_was_uploaded(client: AsyncOpenAI) -> None:
+    content = bytes(range(256)) * 4096 + b"\r\n--" + BOUNDARY.encode()
+    file = await uploaded(client, file=("ä b.jsonl", content))
+    response = await client.files.content(file.id)
+    assert response.content == content
+    headers = response.response.headers
+    assert headers["content-type"] == "application/octet-stream"
+    assert headers["content-disposition"] == "attachment; filename*=utf-8''%C3%A4%20b.jsonl"
+    assert headers["x-content-type-options"] == "nosniff"
+
+
+async def test_deleted_file_is_gone(service: FineTuningService, client: AsyncOpenAI) -> None:
+    file = await uploaded(client)
+    deleted = await client.files.delete(file.id)
+    assert strict(FileDeleted, deleted.model_dump()) == FileDeleted(id=file.id, object="file", deleted=True)
+    assert contents(service) == []
+    for request in (client.files.retrieve, client.files.delete, client.files.content):
+        with pytest.raises(openai.NotFoundError) as error:
+            await request(file.id)
+        assert error.value.code == "not_found"
+
+
+async def test_lists_have_pages_and_purposes(service: FineTuningService, client: AsyncOpenAI) -> None:
+    ids = [(await uploaded(client)).id for _ in range(3)]
+    batch = await uploaded(client, purpose="batch")
+    result = service.add_file(purpose=Purpose.BATCH_OUTPUT)
+    assert [file.id async for file in client.files.list()] == [result, batch.id, *reversed(ids)]
+    assert [file.id async for file in client.files.list(limit=2, order="asc")] == [*ids, batch.id, result]
+    assert [file.id async for file in client.files.list(purpose="fine-tune", limit=2)] == ids[::-1]
+    assert [file.id async for file in client.files.list(purpose="vision")] == []
+    page = await client.files.list(limit=1, after=batch.id)
+    assert (page.data[0].id, page.has_more) == (ids[2], True)
+    for wrong in ({"limit": MAX_PAGE + 1}, {"order": "up"}):
+        with pytest.raises(openai.BadRequestError):
+            await client.files.list(**wrong)
+    with pytest.raises(openai.NotFoundError):
+        await client.files.list(after="file-\0")
+
+
+async def test_expiry_is_as_the_client_asks_and_30_days_for_batches(client: AsyncOpenAI) -> None:
+    file = await uploaded(client, expires_after={"anchor": "created_at", "seconds": 3600})
+    assert file.expires_at == file.created_at + 3600
+    batch = await uploaded(client, purpose="batch")
+    assert batch.expires_at == batch.created_at + 30 * 86_400
+
+
+@pytest.mark.parametrize("seconds", [3599, 2_592_001, -1, "1e4"])
+async def test_expiry_outside_of_the_limits_is_refused(
+    service: FineTuningService, client: AsyncOpenAI, seconds: Any
+) -> None:
+    with pytest.raises(openai.BadRequestError) as error:
+        await uploaded(client, expires_after={"anchor": "created_at", "seconds": seconds})
+    assert error.value.param == "expires_after"
+    assert contents(service) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({"purpose": "assistants"}, "purpose"),
+        ({"purpose": "batch_output"}, "purpose"),
+        ({"file": ("a.jsonl", b"")}, "file"),
+        ({"expires_after": {"anchor": "last_used", "seconds": 3600}}, "expires_after"),
+        ({"expires_after": {"anchor": "created_at"}}, "expires_after"),
+        ({"extra_body": {"path": "/etc/passwd"}}, "path"),
+    ],
+    ids=range(6),
+)
+async def test_unusable_form_is_refused(
+    service: FineTuningService, client: AsyncOpenAI, options: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(openai.BadRequestError) as error:
+        await uploaded(client, **options)
+    assert (error.value.code, error.value.param) == ("invalid_request", param)
+    assert contents(service) == []
+
+
+@asynccontextmanager
+async def raw_client(service: FineTuningService) -> AsyncIterator[httpx.AsyncClient]:
+    async with service.socket_client() as client:
+        yield client
+
+
+@pytest.mark.parametrize(
+    ("sent", "name"),
+    [
+        (b"../../x", "x"),
+        (b"/etc/passwd", "passwd"),
+        (rb"C:\\data\\a.jsonl", "a.jsonl"),
+        (b"%2e%2e%2fx", "%2e%2e%2fx"),
+        ("\u202e \U0001f600.jsonl".encode(), "\u202e \U0001f600.jsonl"),
+        (b"x" * 255, "x" * 255),
+    ],
+    ids=range(6),
+)
+async def test_name_is_the_last_part_of_a_path(service: FineTuningService, sent: bytes, name: str) -> None:
+    async with raw_client(service) as client:
+        answer = await client.post("/v1/files", headers=FORM, content=form(sent))
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["filename"] == name
+    assert contents(service) == [answer.json()["id"]]
+    assert not (service.folder.parent / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [b"", b"..", b"a/..", b"a/", b"a\0b", b"x" * 256, b"x" * 10_000, b"\xed\xa0\x80", b"\xff", "a\u2028b".encode()],
+    ids=range(10),
+)
+async def test_unusable_name_is_refused(service: FineTuningService, sent: bytes) -> None:
+    async with raw_client(service) as client:
+        answer = await client.post("/v1/files", headers=FORM, content=form(sent))
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["code"] == "invalid_request"
+    assert contents(service) == []
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"no form",
+        form()[: -len(END)],  # the last boundary is missing
+        form()[:-100],
+        part("purpose", b"fine-tune") + END,
+        part("file", CONTENT, b"a.jsonl") + END,
+        part("purpose", b"fine-tune") + part("file", CONTENT) + END,  # no file name
+        part("purpose", b"fine-tune") + part("file", CONTENT, b"a") + part("file", CONTENT, b"b") + END,
+        part("purpose", b"batch") + form(),
+        part("purpose", b"x" * 2000) + part("file", CONTENT, b"a") + END,
+        part("purpose", b"\xff") + part("file", CONTENT, b"a") + END,
+        part("x" * 5000, b"") + form(),
+        f"--{BOUNDARY}\r\n{'a: b' * 9}\r\n\r\n".encode() + form(),
+    ],
+    ids=range(13),
+)
+async def test_malformed_form_is_refused(service: FineTuningService, body: bytes) -> None:
+    async with raw_client(service) as client:
+        answer = await client.post("/v1/files", headers=FORM, content=body)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["code"] == "invalid_request"
+    assert contents(service) == []
+
+
+@pytest.mark.parametrize(
+    ("content_type", "status"),
+    [
+        ("application/json", 415),
+        ("", 415),
+        ("multipart/form-data", 400),
+        (f"multipart/form-data; boundary={'x' * 257}", 400),
+    ],
+)
+async def test_other_content_type_is_refused(service: FineTuningService, content_type: str, status: int) -> None:
+    async with raw_client(service) as client:
+        answer = await client.post("/v1/files", headers={"content-type": content_type}, content=form())
+    assert answer.status_code == status, answer.text
+    assert contents(service) == []
+
+
+async def test_page_of_another_site_may_not_upload_without_a_key(service: FineTuningService) -> None:
+    async with raw_client(service) as client:
+        answer = await client.post("/v1/files", headers={**FORM, "origin": "https://evil.example"}, content=form())
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "permission_denied")
+        own = await client.post("/v1/files", headers={**FORM, "origin": "http://localhost"}, content=form())
+    assert own.status_code == 200
+    assert contents(service) == [own.json()["id"]]
+
+
+async def test_file_above_the_limit_is_refused(service: FineTuningService, client: AsyncOpenAI) -> None:
+    assert (await uploaded(client, file=("a", b"x" * 2 * 2**20))).bytes == 2 * 2**20
+    with pytest.raises(openai.APIStatusError) as error:
+        await uploaded(client, file=("a", b"x" * (2 * 2**20 + 1)))
+    assert (error.value.status_code, error.value.code) == (413, "file_too_large")
+    assert "2097152 bytes" in error.value.message
+    assert len(contents(service)) == 1
+
+
+async def test_announced_file_above_the_limit_is_refused_before_it_is_read(service: FineTuningService) -> None:
+    async with sending(service, f"content-length: {10 * 2**30}") as (reader, _):
+        head = await reader.readuntil(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 413 ")
+
+
+@asynccontextmanager
+async def sending(
+    service: FineTuningService, *headers: str
+) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """Yield a connection on which the headers of an upload have been sent."""
+    async with raw_client(service):
+        reader, writer = await asyncio.open_unix_connection(str(service.folder / "gateway.sock"))
+        lines = ("POST /v1/files HTTP/1.1", "host: localhost", f"content-type: {FORM['content-type']}", *headers)
+        writer.write("\r\n".join((*lines, "", "")).encode())
+        try:
+            yield reader, writer
+        finally:
+            writer.close()
+
+
+async def test_body_without_a_length_is_accepted_and_limited(service: FineTuningService) -> None:
+    async def chunks(size: int) -> AsyncIterator[bytes]:
+        yield part("purpose", b"batch")
+        yield part("file", b"x" * size, b"a")[:-2]
+        for _ in range(15):
+            yield b"x" * size
+        yield b"\r\n" + END
+
+    async with raw_client(service) as client:
+        answer = await client.post("/v1/files", headers=FORM, content=chunks(100_000))
+        assert (answer.status_code, answer.json()["bytes"]) == (200, 1_600_000)
+        answer = await client.post("/v1/files", headers=FORM, content=chunks(150_000))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (413, "file_too_large")
+    assert len(contents(service)) == 1
+
+
+async def test_endless_body_after_the_form_is_refused(service: FineTuningService) -> None:
+    async def chunks() -> AsyncIterator[bytes]:
+        yield form()
+        for _ in range(40):
+            yield b"x" * 100_000
+
+    async with raw_client(service) as client:
+        answer = await client.post("/v1/files", headers=FORM, content=chunks())
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
+    assert contents(service) == []
+
+
+async def test_body_shorter_than_announced_leaves_nothing_behind(
+    service: FineTuningService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threaded_body, "IDLE_S", 0.3)
+    monkeypatch.setattr("serving.http.uploading.ThreadedBody", partial(threaded_body.ThreadedBody, idle_s=0.3))
+    async with sending(service, f"content-length: {len(form()) + 1}") as (reader, writer):
+        writer.write(form())
+        head = await reader.readuntil(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 408 ")
+    assert contents(service) == []
+
+
+async def test_body_longer_than_announced_is_cut_off(service: FineTuningService) -> None:
+    async with sending(service, f"content-length: {len(form()) - 5}") as (reader, writer):
+        writer.write(form())
+        answer = await reader.read()
+    assert not answer or answer.startswith(b"HTTP/1.1 400 ")  # the rest is no request, and ends the connection
+    await until(lambda: contents(service) == [])
+
+
+async def test_client_that_sends_too_slowly_is_stopped(
+    service: FineTuningService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.http.uploading.ThreadedBody", partial(threaded_body.ThreadedBody, idle_s=0.5))
+    async with sending(service, "content-length: 100000") as (reader, writer):
+        answer = asyncio.create_task(reader.readuntil(b"\r\n\r\n"))
+        for byte in form():
+            writer.write(bytes([byte]))
+            await asyncio.sleep(0.02)  # never idle, but slow
+            if answer.done():
+                break
+        assert (await answer).startswith(b"HTTP/1.1 408 ")
+    assert contents(service) == []
+
+
+async def test_client_that_disconnects_leaves_nothing_behind(service: FineTuningService) -> None:
+    async with sending(service, "content-length: 100000") as (_, writer):
+        writer.write(form()[:-60])
+        await until(lambda: contents(service) != [])
+        writer.close()
+        await until(lambda: contents(service) == [])
+
+
+async def test_upload_ends_when_its_key_is_revoked(service: FineTuningService) -> None:
+    key = service.key(Scope.FILES)
+    async with sending(service, "content-length: 100000", f"authorization: Bearer {key.secret}") as (reader, writer):
+        writer.write(form()[:-60])
+        await until(lambda: contents(service) != [])
+        service.revoke(key)
+        service.authenticator.look()
+        service.authenticator.end_wrong()
+        head = await reader.readuntil(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 401 ")
+    assert contents(service) == []
+
+
+async def test_concurrent_uploads_of_one_client_are_limited(service: FineTuningService) -> None:
+    async with raw_client(service) as client:
+        async with asyncio.TaskGroup() as group:
+            release = asyncio.Event()
+
+            async def slow() -> AsyncIterator[bytes]:
+                yield form()[:-60]
+                await release.wait()
+                yield form()[-60:]
+
+            posts = [
+                group.create_task(client.post("/v1/files", headers=FORM, content=slow()))
+                for _ in range(MAX_UPLOADS // 2)
+            ]
+            await until(lambda: len(contents(service)) == MAX_UPLOADS // 2)
+            answer = await client.post("/v1/files", headers=FORM, content=form())
+            assert (answer.status_code, answer.json()["error"]["code"]) == (429, "overloaded")
+            assert (await client.get("/v1/files")).status_code == 200
+            release.set()
+        assert {post.result().status_code for post in posts} == {200}
+
+
+async def test_full_disk_is_reported_and_leaves_nothing_behind(
+    service: FineTuningService, client: AsyncOpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: FileWriter, part: bytes) -> None:
+        self._file.write(part[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(FileWriter, "write", fail)
+    with pytest.raises(openai.InternalServerError) as error:
+        await uploaded(client)
+    assert (error.value.status_code, error.value.code) == (507, "disk_full")
+    assert error.value.response.headers["x-should-retry"] == "false"
+    assert "No space" not in error.value.message
+    assert contents(service) == []
+    assert [file async for file in client.files.list()] == []
+
+
+async def test_disk_is_not_filled_to_the_brim(socket_folder: Path, store: Store) -> None:
+    limits = FilesSettings(min_free_gb=1_000_000)
+    service = FineTuningService(socket_folder, store=store, base=None, limits=limits)
+    async with service.run(), service.official() as client:
+        with pytest.raises(openai.InternalServerError) as error:
+            await uploaded(client)
+    assert error.value.code == "disk_full"
+    assert contents(service) == []
+
+
+@pytest.fixture
+async def limited(socket_folder: Path, store: Store) -> AsyncIterator[FineTuningService]:
+    limits = FilesSettings(max_total_gb=1000 / 2**30, max_files=2, min_free_gb=0)
+    service = FineTuningService(socket_folder, store=store, base=None, limits=limits)
+    async with service.run():
+        yield service
+
+
+async def test_files_of_one_key_are_limited(limited: FineTuningService) -> None:
+    one, two = limited.key(Scope.FILES), limited.key(Scope.FILES)
+    async with limited.official(one) as client:
+        await uploaded(client, file=("a", b"x" * 600))
+        with pytest.raises(openai.BadRequestError) as error:
+            await uploaded(client, file=("a", b"x" * 401))
+        assert (error.value.code, "1000 bytes" in error.value.message) == ("storage_limit", True)
+        last = await uploaded(client, file=("a", b"x" * 400))
+        with pytest.raises(openai.BadRequestError, match="2 files"):
+            await uploaded(client, file=("a", b"x"))
+        await client.files.delete(last.id)
+        await uploaded(client, file=("a", b"x" * 400))
+    async with limited.official(two) as client:
+        await uploaded(client, file=("a", b"x" * 1000))
+    assert len(contents(limited)) == 3
+
+
+async def test_concurrent_uploads_cannot_exceed_the_limit_of_a_key(limited: FineTuningService) -> None:
+    async with limited.official() as client:
+        results = await asyncio.gather(
+            *(uploaded(client, file=("a", b"x" * 600)) for _ in range(6)), return_exceptions=True
+        )
+    assert sum(isinstance(result, FileObject) for result in results) == 1
+    assert len(contents(limited)) == 1
+
+
+async def test_keys_do_not_see_each_others_files(service: FineTuningService) -> None:
+    one, two, admin = service.key(Scope.FILES), service.key(Scope.FILES), service.key(Scope.FILES, Scope.ADMIN)
+    async with service.official(one) as client:
+        file = await uploaded(client)
+    async with service.official(two) as client:
+        assert [file async for file in client.files.list()] == []
+        for request in (client.files.retrieve, client.files.delete, client.files.content):
+            with pytest.raises(openai.NotFoundError):
+                await request(file.id)
+        with pytest.raises(openai.NotFoundError):
+            await client.files.list(after=file.id)
+    async with service.official(admin) as client:
+        assert [file.id async for file in client.files.list()] == [file.id]
+        assert (await client.files.content(file.id)).content == CONTENT
+
+
+async def test_key_without_the_scope_is_refused(service: FineTuningService) -> None:
+    async with service.official(service.key(Scope.INFER)) as client:
+        with pytest.raises(openai.PermissionDeniedError):
+            await uploaded(client)
+        with pytest.raises(openai.PermissionDeniedError):
+            await client.files.list()
+
+
+@pytest.mark.parametrize("field", ["training_file", "validation_file"])
+async def test_file_of_a_job_is_deleted_only_after_the_job(
+    service: FineTuningService, client: AsyncOpenAI, store: Store, field: str
+) -> None:
+    file, other = (await uploaded(client)).id, (await uploaded(client)).id
+    files = {"training_file": other} | {field: file}
+    user = job(**files)
+    with Session(store) as session, session.begin():
+        session.add(JobRow.of(user))
+    for status in JobStatus:
+        change(store, user.id, status=status.value)
+        if not status.ended:
+            with pytest.raises(openai.ConflictError) as error:
+                await client.files.delete(file)
+            assert (error.value.code, user.id in error.value.message) == ("file_in_use", True)
+            assert error.value.response.headers["x-should-retry"] == "false"
+    assert (await client.files.delete(file)).deleted
+
+
+async def test_file_of_a_batch_is_deleted_only_after_the_batch(client: AsyncOpenAI, store: Store) -> None:
+    file = (await uploaded(client, purpose="batch")).id
+    now = datetime.now(UTC)
+    counts = dict.fromkeys(("total", "completed", "failed", "tokens_in", "tokens_out"), 0)
+    batch = {"id": "batch-1", "owner": "", "input_file": file, "endpoint": "", "completion_window": "24h"}
+    with store.begin() as connection:
+        connection.execute(
+            insert(BatchRow), {**batch, **counts, "status": "in_progress", "created_at": now, "expires_at": now}
+        )
+    with pytest.raises(openai.ConflictError, match="batch-1"):
+        await client.files.delete(file)
+    with store.begin() as connection:
+        connection.execute(update(BatchRow).values(status="cancelled"))
+    assert (await client.files.delete(file)).deleted
+
+
+async def test_content_on_another_server_is_reported(service: FineTuningService, client: AsyncOpenAI) -> None:
+    file = (await uploaded(client)).id
+    service.files.path(file).unlink()
+    with pytest.raises(openai.InternalServerError) as error:
+        await client.files.content(file)
+    assert (error.value.status_code, error.value.code) == (503, "file_content_missing")
+
+
+async def test_other_requests_are_answered_while_a_disk_hangs(
+    service: FineTuningService, client: AsyncOpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hanging, write = threading.Event(), FileWriter.write
+
+    def hang(self: FileWriter, part: bytes) -> None:
+        hanging.wait(20)
+        write(self, part)
+
+    monkeypatch.setattr(FileWriter, "write", hang)
+    uploads = [asyncio.create_task(uploaded(client)) for _ in range(8)]
+    await until(lambda: len(contents(service)) == 8)
+    await client.files.list()
+    await client.models.list()
+    hanging.set()
+    assert len(await asyncio.gather(*uploads)) == 8
+
+
+async def test_processing_is_waited_for(service: FineTuningService, client: AsyncOpenAI, store: Store) -> None:
+    file = (await uploaded(client)).id
+    set_file_status(store, file, FileStatus.PROCESSED)
+    assert (await client.files.wait_for_processing(file)).status == "processed"
