@@ -13,6 +13,7 @@ from sqlalchemy import Engine as Store
 
 from serving.admission.rate_limiter import RateLimiter
 from serving.background.webhook import Webhook
+from serving.client_files.checks import FileChecks
 from serving.deployment_builder import DeploymentBuilder
 from serving.deployments import Deployments, OnFailure, OnReady
 from serving.http.administration import Administration
@@ -74,6 +75,7 @@ class GatewayParts:
     request_log: RequestLog
     usage_writer: UsageWriter
     job_creation: JobCreation
+    file_checks: FileChecks
     traces: "Traces | None"
 
 
@@ -169,6 +171,7 @@ def assemble(
     works: list[Callable[[], Coroutine[Any, Any, None]]] = [
         partial(watch_loop_lag, metrics.loop_lagged),
         gateway.usage_writer.run,
+        gateway.file_checks.run,
         leadership.run,
         partial(authenticator.follow, store_changes),
         *(webhook.run for webhook in webhooks),
@@ -245,6 +248,7 @@ def assemble_gateway(
     )
     client_files = ClientFiles(store, settings.home / "files")
     uploading = Uploading(settings.home, min_free_bytes=int(settings.files.min_free_gb * 2**30))
+    file_checks = FileChecks(store, client_files)
     job_creation = JobCreation(store, client_files, settings)
     draining = asyncio.Event()
     app = build_app(
@@ -256,11 +260,11 @@ def assemble_gateway(
         administration=Administration(store, changes, server),
         fine_tuning=FineTuning(store, settings, job_creation),
         batches=Batches(store, settings.batches),
-        files=Files(store, client_files, settings.files, uploading),
+        files=Files(store, client_files, settings.files, uploading, file_checks.wake),
         draining=draining,
     )
     usage_writer = UsageWriter(store, usage, limiter.add_used_today, limiter.add_used_elsewhere)
-    return GatewayParts(app, draining, request_log, usage_writer, job_creation, traces)
+    return GatewayParts(app, draining, request_log, usage_writer, job_creation, file_checks, traces)
 
 
 def make_traces(settings: TelemetrySettings, metrics: GatewayMetrics) -> "Traces | None":

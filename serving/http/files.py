@@ -1,7 +1,7 @@
 """OpenAI's endpoints for files, `/v1/files`."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -20,10 +20,9 @@ from serving.telemetry.metrics import CLIENT_GONE_STATUS
 from svc.client_files.client_files import ClientFiles
 from svc.errors import SvcError
 from svc.settings import FilesSettings
-from svc.store.files import ClientFile, Purpose, StorageLimits, find_file, read_files, require_storage
+from svc.store.files import UPLOAD_PURPOSES, ClientFile, Purpose, StorageLimits, find_file, read_files, require_storage
 
 MAX_PAGE = 10_000
-UPLOAD_PURPOSES = (Purpose.FINE_TUNE, Purpose.BATCH)
 _PATH = "/v1/files"
 _ANCHOR, _SECONDS = "expires_after[anchor]", "expires_after[seconds]"
 _MIN_EXPIRY_S, _MAX_EXPIRY_S = 3600, 30 * 86_400
@@ -43,13 +42,22 @@ class Files:
 
     Args:
         uploading: runs the uploads.
+        on_uploaded: called after each upload.
     """
 
-    def __init__(self, store: Store, files: ClientFiles, settings: FilesSettings, uploading: Uploading) -> None:
+    def __init__(
+        self,
+        store: Store,
+        files: ClientFiles,
+        settings: FilesSettings,
+        uploading: Uploading,
+        on_uploaded: Callable[[], None],
+    ) -> None:
         self._store = store
         self._files = files
         self._settings = settings
         self._uploading = uploading
+        self._on_uploaded = on_uploaded
 
     def add_to(self, app: FastAPI) -> None:
         file = f"{_PATH}/{{id}}"
@@ -70,6 +78,7 @@ class Files:
             file = await self._uploading.run(request, save, max_bytes=self._settings.max_bytes)
         except ClientGoneError:
             return Response(status_code=CLIENT_GONE_STATUS)
+        self._on_uploaded()
         return JSONResponse(file_object(file))
 
     def _save(self, boundary: bytes, body: ThreadedBody, owner: str) -> ClientFile:

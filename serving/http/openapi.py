@@ -25,12 +25,12 @@ from serving.http.batches import MAX_PAGE as MAX_BATCHES
 from serving.http.errors import ANTHROPIC_TYPES
 from serving.http.feedback import FeedbackRequest
 from serving.http.files import MAX_PAGE as MAX_FILES
-from serving.http.files import UPLOAD_PURPOSES
 from serving.http.fine_tuning import MAX_PAGE
 from serving.jobs.request import JobRequest
 from serving.protocols.error_code import ErrorCode
 from serving.protocols.route import ANTHROPIC_PATHS, Route, TokenRoute
 from serving.protocols.unsupported_fields import MAX_ANSWERS
+from svc.store.files import UPLOAD_PURPOSES
 
 JSON = "application/json"
 _SCHEMAS = "#/components/schemas/"

@@ -40,6 +40,10 @@ class Purpose(StrEnum):
     BATCH_OUTPUT = "batch_output"
 
 
+UPLOAD_PURPOSES = (Purpose.FINE_TUNE, Purpose.BATCH)
+"""Purposes of files that clients upload. The server writes the others."""
+
+
 class FileStatus(StrEnum):
     """Whether a file has been checked: not yet, and usable, or unusable."""
 
@@ -139,6 +143,14 @@ def read_files(
     query = select(FileRow).where(FileRow.purpose.in_(purposes))
     rows, more = read_page(store, FileRow, query if owner is None else query.where(FileRow.owner == owner), page)
     return [row.read(ClientFile) for row in rows], more
+
+
+def read_unchecked(store: Store, most: int = 1000) -> list[ClientFile]:
+    """Return the oldest files that clients have uploaded and that have not been checked, at most `most`."""
+    query = select(FileRow).where(FileRow.status == FileStatus.UPLOADED.value, FileRow.purpose.in_(UPLOAD_PURPOSES))
+    with Session(store) as session:
+        rows = session.scalars(query.order_by(FileRow.created_at, FileRow.id).limit(most))
+        return [row.read(ClientFile) for row in rows]
 
 
 def set_file_status(store: Store, id: str, status: FileStatus, details: str | None = None) -> None:

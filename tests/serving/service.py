@@ -218,6 +218,7 @@ class Service:
             sources=lambda: [EngineSource(self.engine_client, self.loaded, 0)],
             status=lambda: {"served": str(self.names.served)},
         )
+        self.file_checks = parts.file_checks
         self.app, self.request_log = parts.app, parts.request_log
         self.usage_writer, self.traces = parts.usage_writer, parts.traces
         self.engine: SocketServer | None = None

@@ -1,0 +1,139 @@
+"""Checks clients' files in the background, each in its own process (svc.client_files.content_check).
+
+    uploaded ──▶ checked ──▶ processed
+                         └──▶ error, with the reason
+
+A file that is uploaded stays so until its check has ended. A server that starts continues with these files.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from sqlalchemy import Engine as Store
+from sqlalchemy.exc import SQLAlchemyError
+
+from svc.client_files.client_files import ClientFiles
+from svc.client_files.content_check import MAX_SECONDS, ContentCheck
+from svc.store.database import is_sqlite
+from svc.store.files import ClientFile, FileStatus, Purpose, read_unchecked, set_file_status
+from svc.store.outage_log import log_store_error
+
+log = logging.getLogger(__name__)
+
+CheckContent = Callable[[Path, Purpose], Awaitable[ContentCheck]]
+"""Type of `run_check`."""
+_MAX_CHECKS = 2
+_POLL_S = 5.0
+_SINGLE_THREADED = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # each thread would reserve memory
+
+
+class FileChecks:
+    """Checks files.
+
+    Args:
+        check: function that checks a file's content.
+    """
+
+    def __init__(self, store: Store, files: ClientFiles, check: CheckContent | None = None) -> None:
+        self._store = store
+        self._files = files
+        self._check = check or run_check
+        self._running: dict[asyncio.Task[None], ClientFile] = {}
+        self._changed = asyncio.Event()
+
+    def wake(self) -> None:
+        """Look for files immediately. Call this in the event loop, after a file has been uploaded."""
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Check files until this is cancelled."""
+        try:
+            while True:
+                self._changed.clear()
+                await self._begin_checks()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._changed.wait(), _POLL_S)
+        finally:
+            for task in self._running:
+                task.cancel()
+            await asyncio.gather(*self._running, return_exceptions=True)
+
+    async def _begin_checks(self) -> None:
+        """Begin as many checks as may run, oldest file first, but only one for each owner."""
+        if len(self._running) >= _MAX_CHECKS:
+            return
+        try:
+            unchecked = await asyncio.to_thread(self._read_unchecked)
+        except SQLAlchemyError:
+            log_store_error(log, "the files that are to be checked cannot be read")
+            return
+        for file in unchecked:
+            owners = {running.owner for running in self._running.values()}
+            if len(self._running) < _MAX_CHECKS and file.owner not in owners:
+                task = asyncio.create_task(self._check_file(file))
+                self._running[task] = file
+                task.add_done_callback(self._ended)
+
+    def _read_unchecked(self) -> list[ClientFile]:
+        """Return the files to check whose contents are on this machine."""
+        here = []
+        for file in read_unchecked(self._store):
+            if self._files.path(file.id).is_file():
+                here.append(file)
+            elif is_sqlite(self._store):  # no other server can have it
+                set_file_status(self._store, file.id, FileStatus.ERROR, "the content of the file has been lost")
+        return here
+
+    async def _check_file(self, file: ClientFile) -> None:
+        try:
+            result = await self._check(self._files.path(file.id), file.purpose)
+            status = FileStatus.PROCESSED if result.usable else FileStatus.ERROR
+            await asyncio.to_thread(set_file_status, self._store, file.id, status, result.details)
+        except SQLAlchemyError:
+            log_store_error(log, "the result of checking the file %s could not be stored; it is checked again", file.id)
+            await asyncio.sleep(_POLL_S)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        del self._running[task]
+        self._changed.set()
+        if not task.cancelled() and (error := task.exception()):
+            log.error("the check of a file failed", exc_info=error)
+
+
+async def run_check(path: Path, purpose: Purpose, *, timeout_s: float = MAX_SECONDS) -> ContentCheck:
+    """Check a file's content in its own process, which is killed after `timeout_s` seconds."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-P", "-m", "svc.client_files.content_check", purpose.value, str(path)),
+        env=os.environ | _SINGLE_THREADED,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        async with asyncio.timeout(timeout_s):
+            output, errors = await process.communicate()
+    except TimeoutError:
+        return ContentCheck(False, f"the check of the file took longer than {timeout_s:g} s")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
+    if process.returncode:
+        log.error(
+            "the check of %s exited with code %s: %s",
+            path,
+            process.returncode,
+            errors[-2000:].decode("utf-8", "replace"),
+        )
+        if process.returncode == -signal.SIGXCPU:
+            return ContentCheck(False, f"the check of the file took longer than {timeout_s:g} s")
+        return ContentCheck(False, "the file could not be checked; the server's log says why")
+    return ContentCheck(**json.loads(output))

@@ -1,0 +1,85 @@
+"""Tests the checks of clients' files."""
+
+import json
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from svc.client_files import content_check
+from svc.client_files.content_check import ContentCheck, check_content
+from svc.store.files import Purpose
+from tests.svc.client_files.test_batch_check import line
+
+EXAMPLE = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}) + "\n"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "file-1"
+
+
+def test_valid_examples_are_usable_although_there_are_warnings(file: Path) -> None:
+    file.write_text(EXAMPLE * 2 + "\n")
+    assert check_content(file, Purpose.FINE_TUNE) == ContentCheck(True)
+
+
+def test_errors_of_examples_are_described_by_line(file: Path) -> None:
+    file.write_text(EXAMPLE + "no JSON\n" + EXAMPLE + '{"messages": []}\n')
+    check = check_content(file, Purpose.FINE_TUNE)
+    assert not check.usable and check.details is not None
+    assert "line 2: invalid JSON" in check.details and "line 4: " in check.details
+    assert str(file.parent) not in check.details
+
+
+def test_only_the_first_errors_are_described(file: Path) -> None:
+    file.write_text("no JSON\n" * 500)
+    details = check_content(file, Purpose.FINE_TUNE).details or ""
+    assert "line 20: " in details and "line 21: " not in details
+    assert details.endswith("and 481 more errors")  # one of them: the file has no examples
+
+
+def test_file_of_another_kind_is_not_read_to_its_end(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("svc.dataset.checks.check.check_files", None)
+    file.write_text((EXAMPLE + "no JSON\n") * 100_000)
+    details = check_content(file, Purpose.FINE_TUNE).details or ""
+    assert details.startswith("line 2: invalid JSON: ")
+    assert details.endswith("and at least 4980 more errors")
+
+
+def test_text_of_a_file_is_escaped_and_shortened(file: Path) -> None:
+    file.write_bytes(b'{"\\ud800\\u0000' + b"x" * 10_000 + b'": 1}\n')
+    details = check_content(file, Purpose.FINE_TUNE).details or ""
+    assert 0 < len(details) < 1000
+    assert details.isprintable()
+    details.encode("utf-8")
+
+
+def test_empty_file_is_unusable(file: Path) -> None:
+    file.write_text("\n\n")
+    assert "no examples" in (check_content(file, Purpose.FINE_TUNE).details or "")
+    assert "no requests" in (check_content(file, Purpose.BATCH).details or "")
+
+
+def test_file_of_requests_is_checked_by_the_rules_of_batches(file: Path) -> None:
+    file.write_bytes(line())
+    assert check_content(file, Purpose.BATCH) == ContentCheck(True)
+    file.write_bytes(line() + line() + b"{}\n" * 200)
+    details = check_content(file, Purpose.BATCH).details or ""
+    assert details.startswith("line 2: custom_id 'a' occurs twice; line 3: ")
+    assert details.endswith("and at least 80 more errors")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"), [(MemoryError(), "4 GiB"), (sqlite3.OperationalError(), "too many problems")]
+)
+def test_check_beyond_its_limits_is_an_error_of_the_file(
+    file: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
+) -> None:
+    def fail(path: Path) -> list[str]:
+        raise error
+
+    monkeypatch.setattr(content_check, "_training_problems", fail)
+    check = check_content(file, Purpose.FINE_TUNE)
+    assert not check.usable
+    assert words in (check.details or "")
