@@ -13,19 +13,22 @@ from sqlalchemy import Engine as Store
 
 from serving.admission.rate_limiter import RateLimiter
 from serving.background.webhook import Webhook
+from serving.batches.batch_run import BatchContext
+from serving.batches.batch_runner import BatchRunner
 from serving.client_files.checks import FileChecks
 from serving.deployment_builder import DeploymentBuilder
 from serving.deployments import Deployments, OnFailure, OnReady
 from serving.http.administration import Administration
 from serving.http.app import Application, build_app
 from serving.http.authentication import Authentication
+from serving.http.batch_requests import BatchRequests
 from serving.http.batches import Batches
 from serving.http.body_slots import BodySlots
 from serving.http.delivery import AnswerBuffers
 from serving.http.feedback import FeedbackIntake
 from serving.http.files import Files
 from serving.http.fine_tuning import FineTuning
-from serving.http.inference import Gateway
+from serving.http.inference import Gateway, completion_endpoints
 from serving.http.uploading import Uploading
 from serving.jobs.creation import JobCreation
 from serving.jobs.results import JobResults
@@ -76,6 +79,7 @@ class GatewayParts:
     usage_writer: UsageWriter
     job_creation: JobCreation
     file_checks: FileChecks
+    batch_requests: BatchRequests
     traces: "Traces | None"
 
 
@@ -166,14 +170,23 @@ def assemble(
         status=deployments.status,
         server=leadership.server,
     )
-    sends = partial(leadership.leads, EVERYTHING)
-    webhooks = [Webhook.of(each, store, metrics.webhooks_ended, sends) for each in settings.webhooks]
+    leads = partial(leadership.leads, EVERYTHING)
+    webhooks = [Webhook.of(each, store, metrics.webhooks_ended, leads) for each in settings.webhooks]
+    batches = BatchContext(
+        store,
+        ClientFiles(store, settings.home / "files"),
+        settings.home / "batches",
+        gateway.batch_requests.ask,
+        partial(leadership.lease, EVERYTHING),
+        settings.batches.concurrency,
+    )
     works: list[Callable[[], Coroutine[Any, Any, None]]] = [
         partial(watch_loop_lag, metrics.loop_lagged),
         gateway.usage_writer.run,
         gateway.file_checks.run,
         leadership.run,
         partial(authenticator.follow, store_changes),
+        BatchRunner(batches, leads, deployments.looked.wait).run,
         *(webhook.run for webhook in webhooks),
     ]
     if settings.fine_tuning.bases:
@@ -264,7 +277,8 @@ def assemble_gateway(
         draining=draining,
     )
     usage_writer = UsageWriter(store, usage, limiter.add_used_today, limiter.add_used_elsewhere)
-    return GatewayParts(app, draining, request_log, usage_writer, job_creation, file_checks, traces)
+    batch_requests = BatchRequests(completion_endpoints(gateway), authentication.valid_principal)
+    return GatewayParts(app, draining, request_log, usage_writer, job_creation, file_checks, batch_requests, traces)
 
 
 def make_traces(settings: TelemetrySettings, metrics: GatewayMetrics) -> "Traces | None":

@@ -138,6 +138,8 @@ class DeploymentBuilder:
             max_queued=limits.max_queued,
             queue_timeout_s=limits.queue_timeout_s,
             wake_timeout_s=engine.start_timeout_s,
+            max_batched=self.settings.batches.concurrency,
+            capacity=engine.max_concurrency * engine.replicas,
         )
 
     def _pool(

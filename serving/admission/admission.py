@@ -5,8 +5,8 @@ answered by a single version. When all slots are taken, requests with a key wait
 shared according to the weights of their keys. A request without a key is then rejected, unless other
 requests are already queued. In that case it is queued too and gets a share of the slots. The queue length and
 the waiting time are bounded, because clients could make them grow. The server's own requests have a separate
-slot and yield to every other request. This module knows nothing of HTTP, of versions, or of why an engine is
-changed.
+slot and yield to every other request. Requests of batches have slots of their own too, and use only what clients
+leave. This module knows nothing of HTTP, of versions, or of why an engine is changed.
 
 There is one event loop and there are no locks: every change of state happens between two awaits.
 """
@@ -18,6 +18,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 from serving.admission.background_slot import BackgroundSlot
+from serving.admission.batch_slots import BatchSlots
 from serving.admission.errors import (
     EngineUnavailableError,
     OverloadedError,
@@ -25,10 +26,12 @@ from serving.admission.errors import (
     QueueTimeoutError,
     TooManyTokensError,
 )
-from serving.admission.party import Party
+from serving.admission.party import NO_KEY, Party
 from serving.admission.queue import RequestQueue
 
 _ENDED_POLL_S = 0.05
+_FREE_SHARE = 4
+"""Requests of batches leave one part in this many of the capacity free, so that clients seldom interrupt one."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -47,10 +50,13 @@ class Admission:
         max_queued: maximum number of queued requests.
         queue_timeout_s: maximum time a request may wait in the queue, in seconds.
         wake_timeout_s: maximum wait for an engine that was stopped because it was idle, in seconds.
+        max_batched: maximum number of requests of batches in the engine.
+        capacity: number of requests that the engines answer at the same time; `max_running` if None.
         running: number of requests in the engine.
         closed_s: how long admission was closed during the last change, in seconds, or None if it never was.
         queue: the queued requests.
         background_slot: the slot for the server's own requests.
+        batch_slots: the slots for requests of batches.
     """
 
     max_running: int
@@ -58,6 +64,8 @@ class Admission:
     max_queued: int
     queue_timeout_s: float
     wake_timeout_s: float | None = None
+    max_batched: int = 16
+    capacity: int | None = None
 
     def __post_init__(self) -> None:
         self._wake_timeout_s = self.wake_timeout_s or self.queue_timeout_s
@@ -71,6 +79,8 @@ class Admission:
         self.closed_s: float | None = None
         self.queue = RequestQueue(max_queued=self.max_queued)
         self.background_slot = BackgroundSlot()
+        self.batch_slots = BatchSlots(most=self.max_batched)
+        self._capacity = min(self.max_running, self.capacity or self.max_running)
 
     @property
     def queued(self) -> int:
@@ -106,7 +116,7 @@ class Admission:
 
         Args:
             tokens: maximum number of tokens in the answers, which is the cost of the slot.
-            party: the tenant that sent the request.
+            party: the tenant that sent the request. A request of a batch waits for spare capacity.
             may_wait: queue the request like requests with a key, because it has already waited for an adapter.
 
         Raises:
@@ -121,7 +131,9 @@ class Admission:
                 f"the answers to this request may have up to {tokens} tokens in total",
                 expected=f"at most {self.max_tokens} tokens per request; reduce 'n' or 'max_tokens'",
             )
-        if self._closed or not self._enter(tokens, party, may_wait or party.has_key):
+        if party.interruption is not None:
+            await self.batch_slots.enter(tokens, party.interruption, self._has_spare)
+        elif self._closed or not self._enter(tokens, party, may_wait or party.has_key):
             await self._wait(tokens, party)
 
     async def opened(self, party: Party) -> None:
@@ -237,8 +249,12 @@ class Admission:
         self._show()
         return True
 
-    def leave(self, tokens: int) -> None:
+    def leave(self, tokens: int, party: Party = NO_KEY) -> None:
         """Release the slot of a request with the given number of tokens, and give free slots to queued requests."""
+        if party.interruption is not None:
+            self.batch_slots.leave(party.interruption)
+            self._show()
+            return
         self.running -= 1
         self._tokens -= tokens
         self._idle_since = time.monotonic()
@@ -274,3 +290,21 @@ class Admission:
 
     def _show(self) -> None:
         self.background_slot.show(open=self._ready, running=self.running)
+        if self.batch_slots.busy:
+            self.batch_slots.interrupt(self._has_excess)
+            self.batch_slots.give(self._has_spare)
+
+    def _has_spare(self, tokens: int) -> bool:
+        """Return whether there is spare capacity for a request of a batch."""
+        if not self._ready or self._changing or self.queue:
+            return False
+        most = self._capacity - self._capacity // _FREE_SHARE
+        tokens += self._tokens + self.batch_slots.tokens
+        return self.running + self.batch_slots.running < most and tokens <= self.max_tokens
+
+    def _has_excess(self) -> bool:
+        """Return whether a request of a batch must make way for clients or for a change of the engine."""
+        if not self._ready or self._changing:
+            return True
+        tokens = self._tokens + self.batch_slots.tokens
+        return self.running + self.batch_slots.running > self._capacity or tokens > self.max_tokens

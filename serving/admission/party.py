@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from svc.identity.principal import Principal
+from svc.one_shot_event import OneShotEvent
 
 
 class Party(NamedTuple):
@@ -14,10 +15,13 @@ class Party(NamedTuple):
         name: the key's id, which only the operator can create. Empty for the tenant of all requests without
             a key.
         weight: the tenant's share relative to other tenants when slots are scarce.
+        interruption: event with which admission interrupts a request of a batch. None for clients' requests, which are
+            never interrupted.
     """
 
     name: str = ""
     weight: int = 1
+    interruption: OneShotEvent | None = None
 
     @property
     def has_key(self) -> bool:
@@ -28,6 +32,12 @@ class Party(NamedTuple):
 NO_KEY = Party()
 
 
-def party_of(principal: Principal | None) -> Party:
-    """Return the tenant of a client, which has a principal if it sent a key."""
-    return Party(principal.key_id, principal.weight) if principal else NO_KEY
+def party_of(principal: Principal | None, interruption: OneShotEvent | None = None) -> Party:
+    """Return the tenant of a client, which has a principal if it sent a key.
+
+    Args:
+        interruption: for a request of a batch, see `Party`.
+    """
+    if interruption is None:
+        return Party(principal.key_id, principal.weight) if principal else NO_KEY
+    return Party(principal.key_id if principal else "", principal.weight if principal else 1, interruption)

@@ -12,7 +12,7 @@ from serving.http.failed_keys import FailedKeys
 from serving.http.request_state import RequestState
 from serving.protocols.route import Route, TokenRoute
 from svc.access.authenticator import Authenticator, Grant, InvalidKeyError, KeyFault
-from svc.identity.principal import Scope
+from svc.identity.principal import Principal, Scope
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +57,10 @@ class Authentication:
         self._keys_needed = keys_needed
         self._on_failure = on_failure
         self._failed = FailedKeys()
+
+    def valid_principal(self, key_id: str) -> Principal:
+        """Return the principal of a key without its secret. See `Authenticator.valid_principal`."""
+        return self._authenticator.valid_principal(key_id)
 
     def check(self, state: RequestState, path: str) -> None:
         """Admit a request, or let it pass if its path is public. Raises the same errors as `admit`."""

@@ -9,14 +9,18 @@ from serving.http.request_state import RequestState
 
 
 async def while_connected(state: RequestState, work: Coroutine[object, object, None]) -> None:
-    """Run `work` in the caller's task. Cancel it if the client disconnects or its key becomes invalid.
+    """Run `work` in the caller's task. Cancel it if the client disconnects or its key becomes invalid, or if it is a
+    request of a batch and admission interrupts it.
 
     Raises:
         ClientGoneError: the client disconnected first.
+        InterruptedRequestError: the request was interrupted first.
         InvalidKeyError: the client's key became invalid first. Exceptions raised by `work` propagate
             unchanged.
     """
     signals = [state.connection.lost, *([state.grant.ended] if state.grant else ())]
+    if state.interruption is not None:
+        signals.append(state.interruption)
     working, running, cancelled = asyncio.current_task(), True, False
     assert working is not None  # noqa: S101 - a coroutine runs in a task
     before = working.cancelling()

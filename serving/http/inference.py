@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.admission.errors import EngineUnavailableError
 from serving.admission.rate_limiter import RateLimiter
+from serving.http.batch_requests import is_repeated
 from serving.http.body import ClientGoneError, read_body
 from serving.http.body_slots import BodySlots
 from serving.http.delivery import AnswerBuffers, ClientSlowError, Delivery
@@ -32,7 +33,7 @@ from serving.http.models import require_model
 from serving.http.request_account import RequestAccount
 from serving.http.request_state import request_state
 from serving.protocols.error_code import ErrorCode
-from serving.protocols.request import CompletionRequest, parse_request
+from serving.protocols.request import CompletionRequest, InvalidRequestError, parse_request
 from serving.protocols.route import Route
 from serving.protocols.wire_formats import wire_format
 from serving.replicas.balancer import Lease
@@ -125,7 +126,7 @@ class Exchange:
             self._state,
             metrics=gateway.metrics,
             request_log=gateway.request_log,
-            key=KeyAccount(self._principal, gateway.limiter, gateway.usage, gateway.metrics),
+            key=KeyAccount(self._principal, gateway.limiter, gateway.usage, gateway.metrics, self._state.interruption),
             trace=gateway.begin_trace(scope["headers"]) if gateway.begin_trace else None,
             clock=gateway.clock,
         )
@@ -137,8 +138,11 @@ class Exchange:
             slot = partial(self._gateway.body_slots.reading, self._state.address)
             body = await read_body(self._state.headers, receive, max_bytes=settings.max_body_bytes, slot=slot)
             account.body_read(len(body))
-            account.key.reserve_request()
+            if not self._state.in_batch:
+                account.key.reserve_request()
             request = parse_request(body, self._route, self._gateway.request_limits)
+            if self._state.in_batch and request.stream:
+                raise InvalidRequestError("'stream' is not supported in a batch", param="stream", expected="false")
             account.parsed(request)
             del body
             await while_connected(self._state, self._answer(request))
@@ -149,7 +153,9 @@ class Exchange:
             account.failed(ErrorCode.CLIENT_SLOW)
             await cut_off(self._state.connection)
         except asyncio.CancelledError:
-            if not self._delivered:
+            if self._state.in_batch:
+                account.withdrawn = True
+            elif not self._delivered:
                 account.failed(ErrorCode.ENGINE_DIED)  # the server stops, and the engine with it
             raise
         except Exception as error:  # noqa: BLE001 - the boundary: api_error logs unexpected errors
@@ -161,6 +167,8 @@ class Exchange:
         self.account.model = self._gateway.router.served_name(request.model) or UNKNOWN_MODEL
         require_model(self._gateway.router, self._principal, request.model)
         to = self._gateway.router.find(request.model, request.user or request.who)
+        if self._state.in_batch:  # a rollout compares the answers to clients
+            to = Destination(to.backend, request.model)
         if to.assignment:
             self.account.assigned(to.assignment)
         await to.backend.check(to.model)
@@ -168,7 +176,8 @@ class Exchange:
         self._state.version = served.version if served else None
         # Delivered outside admission: the engine is done, and a client that reads slowly holds no slot.
         self.account.work = work = request.work(to.backend.context)
-        self._state.reservation = self.account.key.reserve(request, work, self.account.model)
+        if not self._state.in_batch:
+            self._state.reservation = self.account.key.reserve(request, work, self.account.model)
         began = self._gateway.clock()
         async with (
             self._delivery,
@@ -177,6 +186,8 @@ class Exchange:
             ) as engine,
         ):
             self.account.admitted(self._gateway.clock() - began)
+            if self._state.in_batch:  # only now, because clients need the key's limits while it waits
+                self.account.key.reserve_in_batch(request, work, self.account.model)
             try:
                 await self._forward(engine, request)
             except EngineUnreachableError as error:
@@ -248,8 +259,11 @@ class Exchange:
 
     async def _fail(self, error: ApiError, receive: Receive) -> None:
         """Respond with an error. If a stream has already begun, send an error event in place of its final event."""
-        self.account.failed(error.code)
-        if not self.account.begun:
+        if self._state.in_batch and is_repeated(error):
+            self.account.withdrawn = True
+        else:
+            self.account.failed(error.code)
+        if self._state.in_batch or not self.account.begun:
             self.account.status, self.account.begun = error.status, True
             await answer_error(error, self._scope, receive, self._asgi_send)
             return

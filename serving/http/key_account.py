@@ -2,16 +2,18 @@
 
 from serving.admission.errors import RateLimitedError
 from serving.admission.party import Party, party_of
-from serving.admission.rate_limiter import Demand, RateLimiter, Reservation, estimated_tokens
+from serving.admission.rate_limiter import Demand, Limit, RateLimiter, Reservation, estimated_tokens
 from serving.protocols.error_code import CLIENT_FAULTS, ErrorCode, outcome_of
 from serving.protocols.request import CompletionRequest
 from serving.protocols.wire_formats import Usage
 from serving.telemetry.metrics import UNKNOWN_MODEL, GatewayMetrics
 from svc.access.usage_meter import UsageMeter
 from svc.identity.principal import Principal
+from svc.one_shot_event import OneShotEvent
 from svc.store.requests import RequestOutcome
 from svc.version import Target
 
+_BATCH_RETRY_S = 2
 _CLIENT_LEFT = (RequestOutcome.CLIENT_GONE, RequestOutcome.CLIENT_SLOW)
 
 
@@ -20,6 +22,9 @@ class KeyAccount:
 
     A request without a key has no limits, only usage.
 
+    Args:
+        interruption: for a request of a batch, see `serving.admission.party.Party`.
+
     Attributes:
         body_bytes: size of the request's body.
         token_events: number of forwarded events that contain tokens, for answers without token counts from
@@ -27,12 +32,18 @@ class KeyAccount:
     """
 
     def __init__(
-        self, principal: Principal | None, limiter: RateLimiter, usage: UsageMeter, metrics: GatewayMetrics
+        self,
+        principal: Principal | None,
+        limiter: RateLimiter,
+        usage: UsageMeter,
+        metrics: GatewayMetrics,
+        interruption: OneShotEvent | None = None,
     ) -> None:
         self._principal = principal
         self._limiter = limiter
         self._usage = usage
         self._metrics = metrics
+        self._interruption = interruption
         self._reservation: Reservation | None = None
         self.body_bytes = self.token_events = 0
 
@@ -44,7 +55,7 @@ class KeyAccount:
     @property
     def party(self) -> Party:
         """The tenant that the request belongs to when several tenants share the model."""
-        return party_of(self._principal)
+        return party_of(self._principal, self._interruption)
 
     def reserve_request(self) -> None:
         """Count the request against its key's per-minute request limit.
@@ -59,6 +70,26 @@ class KeyAccount:
         except RateLimitedError as error:
             self._metrics.key_refused(self._principal.key_id, UNKNOWN_MODEL, error.limit)
             raise
+
+    def reserve_in_batch(self, request: CompletionRequest, work: int, model: str) -> Reservation | None:
+        """Reserve what a request of a batch may use, provided that half of each limit stays free for the key's clients.
+
+        The limit per day has no such part.
+
+        Raises:
+            RateLimitedError: not enough of a limit is left.
+        """
+        if self._principal is None:
+            return None
+        for limit, allowance in self._limiter.allowances(self._principal).items():
+            if limit is not Limit.TOKENS_PER_DAY and 2 * allowance.remaining < allowance.limit:
+                raise RateLimitedError(
+                    f"half of this key's limit {limit} is left to its clients",
+                    limit=limit.value,
+                    retry_after_s=_BATCH_RETRY_S,
+                )
+        self.reserve_request()
+        return self.reserve(request, work, model)
 
     def reserve(self, request: CompletionRequest, work: int, model: str) -> Reservation | None:
         """Reserve the maximum amount that a request may use of its key's other limits. Without a key, do nothing.

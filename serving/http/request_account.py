@@ -42,6 +42,7 @@ class RequestAccount:
         status: HTTP status of the response, or None until the response begins.
         begun: whether the response headers were sent or passed to the delivery.
         complete: whether the engine has sent the complete answer.
+        withdrawn: whether this is a request of a batch that is sent again later. It is neither counted nor stored.
     """
 
     route: Route
@@ -72,6 +73,7 @@ class RequestAccount:
         self.status: int | None = None
         self.begun = False
         self.complete = False
+        self.withdrawn = False
 
     def elapsed(self) -> float:
         """Return the number of seconds since the request was read."""
@@ -96,8 +98,11 @@ class RequestAccount:
             self._content.expects_json = assignment.expects_json
 
     def admitted(self, waited_s: float) -> None:
-        """Record how long the request waited for admission."""
-        self._place_s = waited_s
+        """Record how long the request waited for admission. The time of a request of a batch begins now."""
+        if self.state.in_batch:
+            self._started = self.clock()
+        else:
+            self._place_s = waited_s
 
     def served_by(self, target: Target, pace: TokenPace) -> None:
         """Record the version to which the request is now being sent, and the generation speed of its engines."""
@@ -180,10 +185,19 @@ class RequestAccount:
 
     def end(self) -> None:
         """Count the request, settle its key's limits and store its row. Call this once the outcome is known."""
+        if self.withdrawn:
+            self.key.settle(None, self._reason, None)
+            return
         status = CLIENT_GONE_STATUS if self.status is None else self.status
         seconds, served, usage, request = self.elapsed(), self._served, self._usage, self._request
         self.metrics.request_ended(
-            served, self.route, status, seconds, self.state.request_id, reason=self._reason, model=self.model
+            served,
+            self.route,
+            status,
+            None if self.state.in_batch else seconds,
+            self.state.request_id,
+            reason=self._reason,
+            model=self.model,
         )
         self.key.settle(served, self._reason, usage, computed=self._computed)
         record = RequestRecord(

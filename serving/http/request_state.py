@@ -16,6 +16,7 @@ from serving.http.peer import peer_of
 from svc.access.authenticator import Grant
 from svc.identity.principal import Principal
 from svc.identity.principal import Scope as KeyScope
+from svc.one_shot_event import OneShotEvent
 from svc.version import VersionId
 
 STATE_KEY: Final = "request"
@@ -34,6 +35,7 @@ class RequestState:
         grant: the key's grant, or None if no key was needed.
         version: the version that answers the request.
         reservation: the share of its key's limits that the request has reserved.
+        interruption: for a request of a batch, the event that interrupts it; see `serving.admission.party.Party`.
     """
 
     request_id: str
@@ -45,6 +47,7 @@ class RequestState:
     grant: Grant | None = None
     version: VersionId | None = None
     reservation: Reservation | None = None
+    interruption: OneShotEvent | None = None
 
     @property
     def principal(self) -> Principal | None:
@@ -56,6 +59,11 @@ class RequestState:
         if not self.admitted:
             raise RuntimeError("the request has not passed authentication")
         return self.grant.principal if self.grant else None
+
+    @property
+    def in_batch(self) -> bool:
+        """Whether this is a request of a batch, which no client waits for."""
+        return self.interruption is not None
 
     @property
     def caller(self) -> str:

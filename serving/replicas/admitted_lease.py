@@ -39,7 +39,8 @@ class AdmittedLease:
 
     async def __aenter__(self) -> Lease:
         try:
-            waited = self.leasing.lacks_adapter()
+            # A request of a batch loads its adapter once there is spare capacity.
+            waited = self.party.interruption is None and self.leasing.lacks_adapter()
             if waited:
                 await self._bring()
             while True:
@@ -47,11 +48,11 @@ class AdmittedLease:
                 try:
                     lease = self.leasing.enter()
                 except BaseException:
-                    self.admission.leave(self.tokens)
+                    self.admission.leave(self.tokens, self.party)
                     raise
                 if lease is not None:
                     return lease
-                self.admission.leave(self.tokens)
+                self.admission.leave(self.tokens, self.party)
                 waited = True
                 await self._bring()
         except BaseException:
@@ -64,7 +65,7 @@ class AdmittedLease:
         try:
             await self.leasing.__aexit__(kind, error, trace)
         finally:
-            self.admission.leave(self.tokens)
+            self.admission.leave(self.tokens, self.party)
 
     async def _bring(self) -> None:
         # Without an engine, admission decides whether to wait for another one.

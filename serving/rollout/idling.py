@@ -68,6 +68,8 @@ class Idling:
         """Seconds since the last request, or None if the engines must not be stopped now."""
         if self.timeout_s is None or self.promoting() or not self.pool.ready or self.pool.others:
             return None
+        if self.admission.batch_slots.busy:
+            return None
         return self.admission.idle_s if self.admission.idle_s > 0 else None
 
     async def sleep(self) -> bool:
@@ -185,8 +187,10 @@ class Idling:
             log.warning("could not free memory for %s; starting it nevertheless: %s", self.target(), error.wrong)
 
     async def _wanted(self) -> None:
-        """Wait until a request is queued, a rollout is in progress, or an engine was started for another reason."""
-        while not self.pool.ready and not self.rolling_out():
+        """Wait until a request is queued, one of a batch waits, a rollout is in progress, or an engine was started for
+        another reason.
+        """
+        while not (self.pool.ready or self.rolling_out() or self.admission.batch_slots.wanted):
             with suppress(TimeoutError):
                 async with asyncio.timeout(_MAX_CHECK_INTERVAL_S):
                     await self.admission.queue.wanted()

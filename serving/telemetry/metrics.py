@@ -230,7 +230,7 @@ class GatewayMetrics:
         served: Target | None,
         route: Route,
         status: int,
-        seconds: float,
+        seconds: float | None,
         request_id: str = "",
         *,
         reason: ErrorCode | None = None,
@@ -241,14 +241,15 @@ class GatewayMetrics:
         Args:
             served: the version that answered, or None if no version did.
             status: the HTTP status that was sent, or `CLIENT_GONE_STATUS`.
-            seconds: time from the last byte of the request to the last byte of the response.
+            seconds: time from the last byte of the request to the last byte of the response; None for a request of a
+                batch, whose duration no client notices.
             request_id: request id shown in the exemplar.
             reason: why the request failed, possibly within a stream, or None if it succeeded.
             model: the requested model, from a bounded set. Used if no version answered.
         """
         model, version = labels = self._version_labels(served.version) if served else (model, "")
         self._requests.counts[model, version, route, str(status), outcome_of(reason)] += 1
-        if served and reason is None:
+        if served and reason is None and seconds is not None:
             self._duration.series(model, version, route).observe(seconds, {"request_id": request_id})
             self._duration_quantiles.observe(labels, seconds)
 

@@ -170,8 +170,7 @@ class Authenticator:
             raise InvalidKeyError(
                 KeyFault.MALFORMED, "malformed API key", expected="the complete secret that `svc keys create` printed"
             )
-        if self._looked_at is None or self._clock() - self._looked_at > _STALE_S:
-            raise KeysUnavailableError("API keys cannot currently be checked", todo="retry the request later")
+        self._require_fresh()
         principal = self._check(key_id, hashed)
         if grant is None:
             grant = self._grants[hashed] = Grant(principal)
@@ -182,6 +181,24 @@ class Authenticator:
         """Return the principal of a key, whether or not the key is still valid. None if there is no such key."""
         key = self._keys.get(key_id)
         return key.principal if key else None
+
+    def valid_principal(self, key_id: str) -> Principal:
+        """Return the principal of a key for work that goes on without its secret.
+
+        Raises:
+            InvalidKeyError: the key was removed, or is revoked or expired.
+            KeysUnavailableError: the keys have not been reloaded for too long.
+        """
+        self._require_fresh()
+        key = self._keys.get(key_id)
+        if key is None:
+            raise InvalidKeyError(KeyFault.UNKNOWN, f"there is no key {key_id}")
+        self._require_valid(key, self._now())
+        return key.principal
+
+    def _require_fresh(self) -> None:
+        if self._looked_at is None or self._clock() - self._looked_at > _STALE_S:
+            raise KeysUnavailableError("API keys cannot currently be checked", todo="retry the request later")
 
     def _check(self, key_id: str, hashed: str) -> Principal:
         """Return a key's principal, provided that a secret with this hash is valid for the key.
@@ -194,11 +211,14 @@ class Authenticator:
             raise InvalidKeyError(
                 KeyFault.UNKNOWN, "invalid API key", todo="use the newest secret that was issued for this key"
             )
+        self._require_valid(key, now)
+        return key.principal
+
+    def _require_valid(self, key: Key, now: datetime) -> None:
         if key.revoked_at is not None:
             raise InvalidKeyError(KeyFault.REVOKED, f"the key {key.id} has been revoked", todo="ask for a new key")
         if key.expired(now):
             raise InvalidKeyError(KeyFault.EXPIRED, f"the key {key.id} has expired", todo="ask for a new key")
-        return key.principal
 
 
 def _is_of(hashed: str, key: Key, now: datetime) -> bool:

@@ -221,6 +221,7 @@ class Service:
         self.file_checks = parts.file_checks
         self.app, self.request_log = parts.app, parts.request_log
         self.usage_writer, self.traces = parts.usage_writer, parts.traces
+        self.batch_requests = parts.batch_requests
         self.engine: SocketServer | None = None
 
     @asynccontextmanager

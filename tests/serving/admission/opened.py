@@ -26,7 +26,7 @@ async def admitted(admission: Admission, tokens: int = 1, party: Party = NO_KEY)
     try:
         yield
     finally:
-        admission.leave(tokens)
+        admission.leave(tokens, party)
 
 
 async def drained(admission: Admission, timeout_s: float) -> None:

@@ -61,10 +61,11 @@ class FineTuningService(KeyedService):
         base: Path | None,
         max_jobs: int = 50,
         limits: FilesSettings | None = None,
+        **settings: Any,
     ) -> None:
         bases = {BASE: str(base), "gone": str(base / "gone")} if base else {}
         self.tuning = FineTuningSettings(bases=bases, max_jobs=max_jobs)
-        super().__init__(folder, store=store, fine_tuning=self.tuning, files=limits)
+        super().__init__(folder, store=store, fine_tuning=self.tuning, files=limits, **settings)
         self.settings = Settings(home=folder, fine_tuning=self.tuning)
         self.files = ClientFiles(store, folder / "files")
 

@@ -1,0 +1,126 @@
+"""Slots for requests of batches, which use the capacity that clients leave.
+
+These requests do not count as running, so no client waits for one. They wait in arrival order while there is no
+spare capacity. When clients need the capacity, or the engine is changed, running ones are interrupted, the newest
+first. An interrupted request may be sent again.
+
+`serving.admission.admission` decides when there is spare capacity.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from serving.admission.errors import OverloadedError, QueueTimeoutError
+from svc.one_shot_event import OneShotEvent
+
+MAX_WAIT_S = 60.0
+"""Time after which a request stops waiting, in seconds. When it is sent again, its key's rights are checked again."""
+
+
+class InterruptedRequestError(OverloadedError):
+    """Raised when a request of a batch was interrupted, because clients need its capacity or its engine is changed."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Waiting:
+    """A request that waits for a slot.
+
+    Attributes:
+        given: future that is done when the request gets its slot, or has waited for too long.
+    """
+
+    tokens: int
+    interruption: OneShotEvent
+    given: asyncio.Future[None]
+
+
+class BatchSlots:
+    """The slots of one model for requests of batches.
+
+    Args:
+        most: maximum number of requests that run at the same time.
+
+    Attributes:
+        tokens: maximum number of tokens in the answers to the running requests.
+    """
+
+    def __init__(self, *, most: int) -> None:
+        self._most = most
+        self._waiting: deque[_Waiting] = deque()
+        self._running: dict[OneShotEvent, int] = {}  # tokens of each, in the order in which they began
+        self.tokens = 0
+
+    @property
+    def running(self) -> int:
+        """Number of running requests, without those that have been interrupted."""
+        return len(self._running)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request runs or waits."""
+        return bool(self._running or self._waiting)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether any request waits."""
+        return bool(self._waiting)
+
+    async def enter(self, tokens: int, interruption: OneShotEvent, fits: Callable[[int], bool]) -> None:
+        """Wait for a slot and take it. It is held until `leave` is called.
+
+        Args:
+            tokens: maximum number of tokens in the answers.
+            interruption: event that is triggered to interrupt the request once it has its slot.
+            fits: see `give`.
+
+        Raises:
+            QueueTimeoutError: no slot became free within `MAX_WAIT_S`.
+        """
+        loop = asyncio.get_running_loop()
+        waiting = _Waiting(tokens, interruption, loop.create_future())
+        self._waiting.append(waiting)
+        self.give(fits)
+        timer = loop.call_later(MAX_WAIT_S, self._expire, waiting)
+        try:
+            await waiting.given
+        except asyncio.CancelledError:
+            if waiting.given.cancelled():
+                self._waiting.remove(waiting)
+            else:
+                self.leave(interruption)  # cancelled just as it got the slot
+            raise
+        finally:
+            timer.cancel()
+
+    def leave(self, interruption: OneShotEvent) -> None:
+        """Release the slot of a request, if it still has it."""
+        self.tokens -= self._running.pop(interruption, 0)
+
+    def give(self, fits: Callable[[int], bool]) -> None:
+        """Give slots to waiting requests in order.
+
+        Args:
+            fits: function that returns whether there is spare capacity for one more request with a number of tokens.
+        """
+        while self._waiting and len(self._running) < self._most:
+            waiting = next((each for each in self._waiting if not each.given.done()), None)
+            if waiting is None or not fits(waiting.tokens):
+                return
+            self._waiting.remove(waiting)
+            self._running[waiting.interruption] = waiting.tokens
+            self.tokens += waiting.tokens
+            waiting.given.set_result(None)
+
+    def interrupt(self, excess: Callable[[], bool]) -> None:
+        """Interrupt requests, the newest first, as long as `excess` returns True."""
+        while self._running and excess():
+            interruption, tokens = self._running.popitem()
+            self.tokens -= tokens
+            interruption.end(InterruptedRequestError("the request was interrupted", todo="retry the request"))
+
+    def _expire(self, waiting: _Waiting) -> None:
+        if not waiting.given.done():
+            self._waiting.remove(waiting)
+            waiting.given.set_exception(QueueTimeoutError(f"no spare capacity within {MAX_WAIT_S:g} s"))

@@ -1,0 +1,301 @@
+"""Answers the requests of one batch.
+
+input file ──▶ checked ──▶ requests ──▶ answers in the batch's folder ──▶ result files
+"""
+
+import asyncio
+import logging
+import random
+import shutil
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TypeVar
+
+from sqlalchemy import Engine as Store
+from sqlalchemy.exc import SQLAlchemyError
+
+from serving.batches.answer import Answer, Ask
+from serving.batches.lines import RequestLine, RequestLines, read_request_lines
+from serving.batches.progress import ERROR_FILE, OUTPUT_FILE, RETRY_S, Progress, load_progress
+from serving.protocols.route import Route
+from svc.client_files.batch_check import check_batch_file
+from svc.client_files.client_files import ClientFiles
+from svc.errors import AuthenticationError, PermissionDeniedError
+from svc.store.batches import (
+    Batch,
+    BatchError,
+    BatchProgress,
+    BatchResult,
+    BatchStatus,
+    begin_batch,
+    end_batch,
+    record_batch_progress,
+)
+from svc.store.files import FileStatus, Purpose
+from svc.store.leases import Lease
+from svc.store.outage_log import log_store_error
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+MAX_ATTEMPTS = 3
+"""Number of times that a request is sent to an engine that dies or fails. A request that kills engines must not kill
+each new one."""
+_RECORD_S = 2.0
+_MIN_PAUSE_S, _MAX_PAUSE_S = 0.5, 30.0
+_COPY_BYTES = 1024 * 1024
+_EXPIRED_TOGETHER = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class BatchContext:
+    """What a server needs to answer batches.
+
+    Attributes:
+        folder: folder of all batches; each has its own in it.
+        ask: function that answers a request.
+        lease: function that returns the lease of the server that runs batches, or raises LeaseLostError.
+        concurrency: maximum number of requests of one batch that are asked at the same time.
+    """
+
+    store: Store
+    files: ClientFiles
+    folder: Path
+    ask: Ask
+    lease: Callable[[], Lease | None]
+    concurrency: int
+
+
+class BatchFailedError(Exception):
+    """Raised when a batch cannot go on."""
+
+    def __init__(self, *errors: BatchError) -> None:
+        super().__init__(errors[0].message)
+        self.errors = errors
+
+
+@dataclass(eq=False)
+class BatchRun:
+    """Carries out one batch, from any state that it may have.
+
+    Attributes:
+        cancelled: set when the batch's owner cancels it.
+    """
+
+    context: BatchContext
+    batch: Batch
+    cancelled: asyncio.Event = field(default_factory=asyncio.Event, init=False)
+
+    async def run(self) -> None:
+        """Carry out the batch. A cancellation leaves it to be resumed.
+
+        Raises:
+            LeaseLostError: another server runs batches now.
+        """
+        folder, errors = self.context.folder / self.batch.id, tuple[BatchError, ...]()
+        route = Route(self.batch.endpoint)
+        progress = await _until_written(lambda: asyncio.to_thread(load_progress, folder, route))
+        writing = asyncio.create_task(progress.run())
+        try:
+            try:
+                await self._begin()
+                if self.batch.status is BatchStatus.IN_PROGRESS:
+                    await self._answer_until_end(progress)
+            except BatchFailedError as error:
+                errors = error.errors
+            await progress.flush()
+            await self._publish(progress, folder, errors)
+        finally:
+            writing.cancel()
+            with suppress(asyncio.CancelledError):
+                await writing
+            with suppress(OSError):
+                await asyncio.to_thread(progress.close)
+        await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+
+    async def _begin(self) -> None:
+        """Check the input file of a new batch.
+
+        Raises:
+            BatchFailedError: the file is not valid.
+        """
+        if self.batch.status is not BatchStatus.VALIDATING:
+            return
+        try:
+            check = await asyncio.to_thread(check_batch_file, self.context.files.path(self.batch.input_file))
+        except OSError as error:
+            raise self._no_input(error) from error
+        if check.problems:
+            problems = [BatchError(each.code, each.message, each.line, each.param) for each in check.problems]
+            raise BatchFailedError(*problems)
+        if check.endpoints != {self.batch.endpoint}:
+            others = ", ".join(sorted(check.endpoints - {self.batch.endpoint}))
+            wrong = f"the requests are for {others}, but the batch is for {self.batch.endpoint}"
+            raise BatchFailedError(BatchError("mismatched_endpoint", wrong, param="url"))
+        model = check.models[0] if len(check.models) == 1 else None
+        self.batch = await self._stored(
+            lambda: begin_batch(
+                self.context.store, self.batch.id, total=check.requests, model=model, lease=self.context.lease()
+            )
+        )
+
+    async def _answer_until_end(self, progress: Progress) -> None:
+        """Answer the requests until all are answered, the batch is cancelled, or its time is over.
+
+        Raises:
+            BatchFailedError: the batch cannot go on.
+        """
+        left_s = (self.batch.expires_at - datetime.now(UTC)).total_seconds()
+        work = asyncio.create_task(self._answer_all(progress))
+        tasks = [work, asyncio.create_task(self.cancelled.wait()), asyncio.create_task(self._record(progress))]
+        try:
+            await asyncio.wait(tasks, timeout=max(0.0, left_s), return_when=asyncio.FIRST_COMPLETED)
+            answered = work.done()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+        for task in tasks[::2]:
+            if not task.cancelled():
+                task.result()
+        if not answered and not self.cancelled.is_set():
+            await progress.flush()
+            await self._expire(progress)
+
+    async def _answer_all(self, progress: Progress) -> None:
+        try:
+            lines = RequestLines(self.context.files.path(self.batch.input_file))
+        except OSError as error:
+            raise self._no_input(error) from error
+        failures: list[BatchFailedError] = []
+        try:
+            async with asyncio.TaskGroup() as workers:
+                for _ in range(self.context.concurrency):
+                    workers.create_task(self._work(lines, progress))
+        except* BatchFailedError as group:
+            failures += [error for error in group.exceptions if isinstance(error, BatchFailedError)]
+        finally:
+            lines.close()
+        if failures:
+            raise failures[0]
+
+    async def _work(self, lines: RequestLines, progress: Progress) -> None:
+        while (line := await lines.next()) is not None:
+            if line.custom_id not in progress.done:
+                await progress.add(line.custom_id, await self._answer(line))
+
+    async def _answer(self, line: RequestLine) -> Answer:
+        """Ask a request until it has an answer or fails for good."""
+        route, body, failed, pauses = Route(self.batch.endpoint), bytes(line.body), 0, 0
+        while True:
+            try:
+                answer = await self.context.ask(route, body, self.batch.owner)
+            except AuthenticationError as error:
+                raise BatchFailedError(BatchError("invalid_api_key", error.wrong)) from error
+            except PermissionDeniedError as error:
+                raise BatchFailedError(BatchError("permission_denied", error.wrong)) from error
+            failed += answer.of_engine
+            if not answer.temporary and not (answer.of_engine and failed < MAX_ATTEMPTS):
+                return answer
+            await asyncio.sleep(_pause_s(answer, pauses))
+            pauses += 1
+
+    async def _record(self, progress: Progress) -> None:
+        """Record the number of answers regularly. Returns never."""
+        recorded = BatchProgress()
+        while True:
+            await asyncio.sleep(_RECORD_S)
+            counts = progress.counts
+            if counts != recorded:
+                await self._record_now(counts)
+                recorded = counts
+
+    async def _record_now(self, counts: BatchProgress, *, finalizing: bool = False) -> None:
+        def record() -> Batch:
+            lease = self.context.lease()
+            return record_batch_progress(self.context.store, self.batch.id, counts, lease=lease, finalizing=finalizing)
+
+        self.batch = await self._stored(record)
+
+    async def _expire(self, progress: Progress) -> None:
+        """Store for each request without an answer that its time is over."""
+
+        def read_open() -> list[str]:
+            lines = read_request_lines(self.context.files.path(self.batch.input_file))
+            return [line.custom_id for line in lines if line.custom_id not in progress.done]
+
+        try:
+            open_ids = await asyncio.to_thread(read_open)
+        except OSError as error:
+            raise self._no_input(error) from error
+        for start in range(0, len(open_ids), _EXPIRED_TOGETHER):
+            await progress.add_expired(open_ids[start : start + _EXPIRED_TOGETHER])
+
+    async def _publish(self, progress: Progress, folder: Path, errors: tuple[BatchError, ...]) -> None:
+        """Make the result files, and end the batch."""
+        counts = progress.counts
+        await self._record_now(counts, finalizing=not errors)
+        status = BatchStatus.EXPIRED if progress.expired else BatchStatus.COMPLETED
+        result = BatchResult(
+            BatchStatus.FAILED if errors else status,
+            counts,
+            output_file=await self._add_file(folder / OUTPUT_FILE, "output") if counts.completed else None,
+            error_file=await self._add_file(folder / ERROR_FILE, "error") if counts.failed else None,
+            errors=errors,
+        )
+        await self._stored(lambda: end_batch(self.context.store, self.batch.id, result, lease=self.context.lease()))
+
+    async def _add_file(self, path: Path, kind: str) -> str:
+        """Return the id of a new file of the owner with the content of a result file."""
+
+        def add() -> str:
+            with path.open("rb") as source, self.context.files.writing() as (id, writer):
+                while part := source.read(_COPY_BYTES):
+                    writer.write(part)
+                self.context.files.add(
+                    id,
+                    writer,
+                    owner=self.batch.owner,
+                    purpose=Purpose.BATCH_OUTPUT,
+                    filename=f"{self.batch.id}_{kind}.jsonl",
+                    status=FileStatus.PROCESSED,
+                    expires_after_s=self.batch.output_expires_s,
+                )
+            return id
+
+        return await _until_written(lambda: self._stored(add))
+
+    async def _stored(self, change: Callable[[], Result]) -> Result:
+        """Make a change in the store in a thread, and try again while the store does not respond."""
+        while True:
+            try:
+                return await asyncio.to_thread(change)
+            except SQLAlchemyError:
+                log_store_error(log, "the batch %s waits for the store", self.batch.id)
+                await asyncio.sleep(RETRY_S)
+
+    def _no_input(self, error: OSError) -> BatchFailedError:
+        log.error("the input file of the batch %s cannot be read: %s", self.batch.id, error)
+        wrong = f"the input file {self.batch.input_file} cannot be read; it may have been deleted"
+        return BatchFailedError(BatchError("input_file_unavailable", wrong, param="input_file_id"))
+
+
+async def _until_written(write: Callable[[], Awaitable[Result]]) -> Result:
+    """Write something, and try again while that is not possible, for example because the disk is full."""
+    while True:
+        try:
+            return await write()
+        except OSError as error:
+            log.error("a batch waits, and tries again: %s", error)
+            await asyncio.sleep(RETRY_S)
+
+
+def _pause_s(answer: Answer, pauses: int) -> float:
+    """Return the number of seconds after which a request is asked again."""
+    backoff_s: float = min(_MAX_PAUSE_S, _MIN_PAUSE_S * 2 ** min(pauses, 10))
+    pause_s = max(answer.retry_after_s or 0.0, backoff_s)
+    return pause_s + random.uniform(0.0, pause_s / 4)  # noqa: S311 - no secret

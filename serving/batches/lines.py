@@ -1,0 +1,128 @@
+"""The lines of a batch's files: requests that are read, and results that are written."""
+
+import asyncio
+import json
+import secrets
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import msgspec
+
+from serving.batches.answer import Answer
+
+_READ_BYTES = 256 * 1024
+_EXPIRED = {
+    "code": "batch_expired",
+    "message": "This request could not be executed before the completion window expired.",
+}
+
+
+class RequestLine(msgspec.Struct, frozen=True):
+    """A line of an input file that has been checked.
+
+    Attributes:
+        body: the JSON of the request, as the client wrote it.
+    """
+
+    custom_id: str
+    body: msgspec.Raw
+
+
+class _Response(msgspec.Struct, frozen=True):
+    status_code: int
+    body: msgspec.Raw
+
+
+class ResultLine(msgspec.Struct, frozen=True):
+    """A line of a result file.
+
+    Attributes:
+        response: None if the request was not answered in time.
+    """
+
+    custom_id: str
+    response: _Response | None
+
+
+_REQUESTS = msgspec.json.Decoder(RequestLine)
+_RESULTS = msgspec.json.Decoder(ResultLine)
+
+
+class RequestLines:
+    """Reads the requests of an input file one after the other, for several tasks."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb")
+        self._read: deque[bytes] = deque()
+        self._turn = asyncio.Lock()
+
+    async def next(self) -> RequestLine | None:
+        """Return the next request, or None after the last one."""
+        async with self._turn:
+            if not self._read:
+                # A few together, because a thread costs more than reading one.
+                self._read.extend(await asyncio.to_thread(_read_lines, self._file))
+            return parse_request_line(self._read.popleft()) if self._read else None
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _read_lines(file: IO[bytes]) -> list[bytes]:
+    """Read lines that are not blank, until the end of the file if there are none."""
+    while lines := file.readlines(_READ_BYTES):
+        if given := [line for line in lines if not line.isspace()]:
+            return given
+    return []
+
+
+def read_request_lines(path: Path) -> Iterator[RequestLine]:
+    """Yield all requests of an input file."""
+    with path.open("rb") as file:
+        while lines := _read_lines(file):
+            yield from map(parse_request_line, lines)
+
+
+def parse_request_line(line: bytes) -> RequestLine:
+    """Return the request of a line."""
+    try:
+        return _REQUESTS.decode(line)
+    except (msgspec.MsgspecError, ValueError, RecursionError):  # only the check's parser accepts it
+        given = json.loads(line)
+        return RequestLine(given["custom_id"], msgspec.Raw(json.dumps(given["body"]).encode("ascii")))
+
+
+def result_line(custom_id: str, answer: Answer) -> bytes:
+    """Return the line of a result file for an answer."""
+    head = b'{"id":"batch_req_%b","custom_id":%b,"response":{"status_code":%d,"request_id":"%b","body":'
+    values = _new_id(), json.dumps(custom_id).encode("ascii"), answer.status, answer.request_id.encode("ascii")
+    return b"".join((head % values, _one_line(answer.body), b'},"error":null}\n'))
+
+
+def expired_line(custom_id: str) -> bytes:
+    """Return the line of a result file for a request that was not answered in time."""
+    line = {"id": f"batch_req_{secrets.token_hex(12)}", "custom_id": custom_id, "response": None, "error": _EXPIRED}
+    return json.dumps(line).encode("ascii") + b"\n"
+
+
+def parse_result_line(line: bytes) -> ResultLine | None:
+    """Return the result of a line, or None if the line is incomplete."""
+    try:
+        return _RESULTS.decode(line) if line.endswith(b"\n") else None
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return None
+
+
+def _new_id() -> bytes:
+    return secrets.token_hex(12).encode("ascii")
+
+
+def _one_line(body: bytes) -> bytes:
+    """Return a body as JSON without line ends. One that is not JSON becomes a string."""
+    try:
+        msgspec.json.decode(body, type=msgspec.Raw)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return json.dumps(body.decode("utf-8", "replace")).encode("ascii")
+    return body if b"\n" not in body else json.dumps(json.loads(body)).encode("ascii")

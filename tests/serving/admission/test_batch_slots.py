@@ -1,0 +1,166 @@
+"""Tests that requests of batches use only the capacity that clients leave."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from serving.admission import batch_slots
+from serving.admission.admission import Admission
+from serving.admission.batch_slots import InterruptedRequestError
+from serving.admission.errors import QueueTimeoutError, TooManyTokensError
+from serving.admission.party import NO_KEY, Party
+from svc.one_shot_event import OneShotEvent
+from tests.serving.admission.opened import admitted, open_admission, settle
+from tests.serving.service import closed
+
+
+class Batched:
+    """A request of a batch that runs until it is ended or interrupted."""
+
+    def __init__(self, admission: Admission, tokens: int = 1) -> None:
+        self.interruption, self._end = OneShotEvent(), asyncio.Event()
+        self.began = False
+        self.interruption.listen(self._end.set)
+        self.task = asyncio.create_task(self._run(admission, tokens))
+
+    async def _run(self, admission: Admission, tokens: int) -> None:
+        async with admitted(admission, tokens, Party("alice", 1, self.interruption)):
+            self.began = True
+            await self._end.wait()
+
+    @property
+    def interrupted(self) -> bool:
+        return self.interruption.ended
+
+    async def end(self) -> None:
+        self._end.set()
+        await self.task
+
+
+@asynccontextmanager
+async def batched(admission: Admission, count: int, tokens: int = 1) -> AsyncIterator[list[Batched]]:
+    """Run requests of batches while the context is active."""
+    requests = [Batched(admission, tokens) for _ in range(count)]
+    await settle()
+    try:
+        yield requests
+    finally:
+        for request in requests:
+            request.task.cancel()
+        await asyncio.gather(*(request.task for request in requests), return_exceptions=True)
+
+
+def begun(requests: list[Batched]) -> list[bool]:
+    return [request.began for request in requests]
+
+
+async def test_a_quarter_of_the_capacity_stays_free_for_clients() -> None:
+    admission = open_admission(max_running=8)
+    async with batched(admission, 8) as requests:
+        assert begun(requests) == [True] * 6 + [False] * 2
+        assert (admission.running, admission.queued) == (0, 0)
+        await requests[0].end()
+        await settle()
+        assert begun(requests) == [True] * 7 + [False]
+
+
+async def test_clients_enter_immediately_and_interrupt_the_newest_requests() -> None:
+    admission = open_admission(max_running=4)
+    async with batched(admission, 3) as requests, admitted(admission):
+        assert not any(request.interrupted for request in requests)
+        async with admitted(admission), admitted(admission):
+            assert [request.interrupted for request in requests] == [False, True, True]
+            assert isinstance(requests[1].interruption.error, InterruptedRequestError)
+
+
+async def test_requests_wait_while_clients_are_queued() -> None:
+    admission = open_admission(max_running=1)
+    async with admitted(admission):
+        queued = asyncio.create_task(admission.enter(1, Party("bob")))
+        await settle()
+        async with batched(admission, 1) as (request,):
+            assert not request.began
+            admission.leave(1)
+            await queued
+            assert not request.began
+            admission.leave(1)
+            await settle()
+            assert request.began
+            await admission.enter(1, NO_KEY)  # for the end of the context above
+
+
+async def test_tokens_of_batches_make_way_for_those_of_clients() -> None:
+    admission = open_admission(max_running=8, max_tokens=100)
+    async with batched(admission, 3, tokens=40) as requests:
+        assert begun(requests) == [True, True, False]
+        async with admitted(admission, 50):
+            assert [request.interrupted for request in requests] == [False, True, False]
+
+
+async def test_request_that_can_never_run_is_refused() -> None:
+    admission = open_admission(max_tokens=10)
+    with pytest.raises(TooManyTokensError):
+        await admission.enter(11, Party("alice", 1, OneShotEvent()))
+
+
+async def test_no_more_run_than_the_setting_allows() -> None:
+    admission = Admission(max_running=100, max_tokens=100, max_queued=1, queue_timeout_s=1, max_batched=2)
+    admission.available()
+    async with batched(admission, 3) as requests:
+        assert begun(requests) == [True, True, False]
+
+
+async def test_requests_are_interrupted_and_wait_while_the_engine_is_changed() -> None:
+    admission = open_admission()
+    async with batched(admission, 1) as (first,):
+        async with closed(admission):
+            assert first.interrupted
+            await first.task
+            async with batched(admission, 1) as (second,):
+                assert not second.began
+                admission.available()
+                await settle()
+                assert not second.began  # the change has not ended
+        async with batched(admission, 1) as (third,):
+            assert third.began
+
+
+async def test_requests_wait_for_an_engine_that_starts() -> None:
+    admission = open_admission()
+    admission.unavailable("the engine is starting")
+    async with batched(admission, 1) as (request,):
+        assert not request.began
+        assert admission.batch_slots.wanted
+        admission.available()
+        await settle()
+        assert request.began
+        assert not admission.batch_slots.wanted
+
+
+async def test_request_stops_waiting_after_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_slots, "MAX_WAIT_S", 0.01)
+    admission = open_admission(max_running=1)
+    async with admitted(admission):
+        with pytest.raises(QueueTimeoutError):
+            await admission.enter(1, Party("alice", 1, OneShotEvent()))
+        assert not admission.batch_slots.busy
+
+
+@pytest.mark.parametrize("ticks", [0, 1, 2])
+async def test_cancelled_request_leaves_no_slot_taken(ticks: int) -> None:
+    admission = open_admission(max_running=1)
+    await admission.enter(1, NO_KEY)
+    waiting = asyncio.create_task(admission.enter(1, Party("alice", 1, OneShotEvent())))
+    await settle()
+    admission.leave(1)  # gives the slot, but the task has not run yet
+    for _ in range(ticks):
+        await asyncio.sleep(0)
+    if waiting.done():
+        admission.leave(1, Party("alice", 1, OneShotEvent()))
+        return
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert not admission.batch_slots.busy
