@@ -70,6 +70,16 @@ class Bench:
         Args:
             name: name of the gateway's folder and log.
         """
+        with self.started(peer, name) as (address, pid):
+            return uvloop.run(self._measurement(address, pid, peer).run())
+
+    @contextmanager
+    def started(self, peer: Peer, name: str) -> Iterator[tuple[Address, int | None]]:
+        """Run a gateway while the context is active, and yield its address and the id of its first process.
+
+        Args:
+            name: name of the gateway's folder and log.
+        """
         folder = self.folder / name
         folder.mkdir()
         command = peer.command(self.upstream, folder)
@@ -86,7 +96,7 @@ class Bench:
             gc.collect()
             gc.disable()
             try:
-                return uvloop.run(self._measurement(address, pid, peer).run())
+                yield address, pid
             finally:
                 gc.enable()
 

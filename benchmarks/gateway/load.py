@@ -45,13 +45,17 @@ class Ask:
     model: str = MODEL
     real: bool = False
 
-    def request(self, address: Address) -> bytes:
-        """Return the raw bytes of one request."""
+    def body(self) -> str:
+        """Return the JSON of one request."""
         more = (',"stream":true' if self.stream else "") + (',"ignore_eos":true' if self.real else "")
-        body = (
+        return (
             f'{{"model":"{self.model}","messages":[{{"role":"user","content":"{_PROMPT}"}}],'
             f'"max_tokens":{self.chunks},"temperature":0{more}}}'
         )
+
+    def request(self, address: Address) -> bytes:
+        """Return the raw bytes of one request."""
+        body = self.body()
         key = f"authorization: Bearer {address.key}\r\n" if address.key else ""
         return (
             f"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1:{address.port}\r\n{key}"

@@ -1,0 +1,18 @@
+"""Tests the input of the benchmark of batches."""
+
+from pathlib import Path
+
+from benchmarks.gateway.batch import _add_input
+from svc.client_files.batch_check import check_batch_file
+from svc.settings import load_settings
+from svc.store.database import open_store
+from svc.store.files import Purpose, find_file
+
+
+def test_input_file_is_valid_and_belongs_to_clients_without_a_key(tmp_path: Path) -> None:
+    id = _add_input(tmp_path, 3)
+    check = check_batch_file(tmp_path / "files" / id)
+    assert (check.requests, check.problems, check.endpoints) == (3, (), {"/v1/chat/completions"})
+    store = open_store(load_settings(home=tmp_path))
+    assert find_file(store, id, "").purpose is Purpose.BATCH
+    store.dispose()
