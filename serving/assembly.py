@@ -31,10 +31,12 @@ from serving.http.fine_tuning import FineTuning
 from serving.http.inference import Gateway, completion_endpoints
 from serving.http.uploading import Uploading
 from serving.jobs.creation import JobCreation
+from serving.jobs.fine_tuned_models import PREFIXES, FineTunedModels, Loader
 from serving.jobs.results import JobResults
 from serving.jobs.worker import JobWorker
 from serving.leadership import EVERYTHING, Leadership
 from serving.replicas.slots import EngineSlots, MakeSlots
+from serving.rollout.initial_state import servable_targets
 from serving.rollout.version_changes import VersionChanges
 from serving.router import Router
 from serving.telemetry.deployment_metrics import DeploymentInstruments
@@ -148,10 +150,11 @@ def assemble(
         store=store,
         changes=store_changes,
         leadership=leadership,
-        registered=registry.names,
+        registered=lambda: [name for name in registry.names() if not name.startswith(PREFIXES)],  # others' models
         on_ready=on_ready,
         on_failure=on_failure,
         server=leadership.server,
+        loaded_idle_s=settings.fine_tuning.idle_s,
     )
     authenticator = Authenticator(store)
     authentication = Authentication(
@@ -169,6 +172,12 @@ def assemble(
         sources=lambda: [source for each in deployments.all for source in each.pool.sources()],
         status=deployments.status,
         server=leadership.server,
+        loader=Loader(
+            partial(servable_targets, registry),
+            deployments.load,
+            patience_s=settings.serve.queue_timeout_s,
+            max_waiting=max(1, settings.serve.max_queued),
+        ),
     )
     leads = partial(leadership.leads, EVERYTHING)
     webhooks = [Webhook.of(each, store, metrics.webhooks_ended, leads) for each in settings.webhooks]
@@ -225,6 +234,7 @@ def assemble_gateway(
     sources: Callable[[], Sequence[EngineSource]],
     status: Callable[[], Mapping[str, Any]],
     server: str = "",
+    loader: Loader | None = None,
 ) -> GatewayParts:
     """Create the application that serves clients in front of the router's backends, and its components.
 
@@ -233,6 +243,7 @@ def assemble_gateway(
         sources: function that returns the engines whose metrics are shown.
         status: function that returns the JSON values of /svc/status.
         server: id of the server; empty if no other server can use the store.
+        loader: starts engines for fine-tuned models; None to start none.
     """
     limits, traces = settings.serve, make_traces(settings.telemetry, metrics)
     lose_features = partial(metrics.rows_dropped, Dropped.FEATURES)
@@ -257,6 +268,7 @@ def assemble_gateway(
         buffers=buffers,
         limiter=limiter,
         usage=usage,
+        fine_tuned=FineTunedModels(store, router, settings.fine_tuning.organization, loader=loader),
         begin_trace=traces.begin if traces else None,
     )
     client_files = ClientFiles(store, settings.home / "files")

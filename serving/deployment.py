@@ -29,6 +29,7 @@ from serving.telemetry.deployment_metrics import DeploymentMetrics
 from svc.store.outage_log import log_store_error
 from svc.store.rollouts import RolloutView, active_rollout
 from svc.store.swaps import last_swap
+from svc.version import Format, VersionId
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,20 @@ class Deployment:
     def check(self, model: str) -> Coroutine[object, object, None]:
         """Check that a model name can be served. See `serving.replicas.balancer.Balancer.check`."""
         return self.balancer.check(model)  # not a coroutine of its own, which would cost time for each request
+
+    async def takes(self, version: VersionId) -> bool:
+        """Return whether the engines serve a version, or apply it as an adapter. See `serving.router.Backend.takes`."""
+        served = self.names.served
+        if served is None:
+            return False
+        if version == served.version:
+            return True
+        if served.format is not Format.ADAPTER or not await self.pool.applies(version):
+            self.names.guests.discard(version)
+            return False
+        if version.name != self.name:
+            self.names.guests.add(version)
+        return True
 
     def lease(self, model: str, *, without: Lease | None = None) -> AbstractAsyncContextManager[Lease]:
         """Lease an engine for the duration of the `with` body. See `serving.replicas.balancer.Balancer.lease`."""

@@ -67,7 +67,12 @@ class DeploymentBuilder:
         verification = Verification(self.registry, self.store, facts, self.settings.adapters)
         pool = self._pool(engine, names, admission, verification, metrics)
         planner, balancer = self._planner(pool, verification), Balancer(pool, names)
-        leads = partial(self.leadership.leads, name)
+        leadership = partial(self.leadership.leads, name)
+
+        def leads() -> bool:
+            """Return whether this server leads the model. A version that was never promoted is only answered for."""
+            return reconciler.actual.generation > 0 and leadership()
+
         alias = ProductionAlias(self.registry.tracking, leads)
         journal = Journal(self.store, self.leadership.server)
         swap = self._swap(planner, pool, verification, admission, names)
@@ -120,7 +125,7 @@ class DeploymentBuilder:
             reconciler=reconciler,
             rollouts=rollouts,
             idling=idling,
-            removed=RemovedAdapters(pool, partial(verification.registered, name)),
+            removed=RemovedAdapters(pool, verification.registered),
             alias=alias,
             holdout=holdout,
             scores=scores,

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -24,14 +24,16 @@ from serving.deployment import Deployment
 from serving.leadership import Leadership
 from serving.replicas.slots import EngineSlots
 from serving.router import Router
-from svc.errors import EngineError, NotFoundError, SvcError
+from svc.engine.state import EngineState
+from svc.errors import BusyError, EngineError, NotFoundError, SvcError
 from svc.store.changes import Changes
 from svc.store.deployments import deployed_names, remove_deployment
 from svc.store.desired import Desired, read_desired
+from svc.store.job_requests import owners_of
 from svc.store.outage_log import log_store_error
 from svc.store.served import is_served_elsewhere
 from svc.store.server_views import ServerView, server_views
-from svc.version import Target
+from svc.version import Target, VersionId
 
 log = logging.getLogger(__name__)
 
@@ -41,9 +43,20 @@ _DRAIN_S = 30.0
 _RETRY_S = 60.0  # between attempts to start a model that another server serves
 _IMPORTED_S = 60.0  # whether MLflow answers or not
 
+_NOT_PROMOTED = 0  # generation of a desired state that is not in the store, where the first has 1
+
 MakeRoom = Callable[[Target], Awaitable[None]]
 OnReady = Callable[[Target], None]
 OnFailure = Callable[[Target, SvcError], None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Load:
+    """A request to serve a version. `done` has its result."""
+
+    version: VersionId
+    targets: Sequence[Target]
+    done: "asyncio.Future[None]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 @dataclass(eq=False, kw_only=True)
@@ -60,6 +73,7 @@ class Deployments:
         on_ready: called with each version that starts to serve.
         on_failure: called with the reason why a model cannot be served.
         server: id of this server; empty if no other server can use the store.
+        loaded_idle_s: time without requests after which a model from `load` is stopped, in seconds.
         looked: event that is set once the engines of an earlier server, if any, have been adopted.
     """
 
@@ -73,12 +87,16 @@ class Deployments:
     on_ready: OnReady
     on_failure: OnFailure
     server: str = ""
+    loaded_idle_s: float = 600.0
 
     def __post_init__(self) -> None:
         self._all: dict[str, Deployment] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._refused: dict[str, str] = {}
         self._retry_at: dict[str, float] = {}
+        self._on_demand: dict[str, float | None] = {}  # each with the idle time that it has if the operator adds it
+        self._bringing = asyncio.Lock()
+        self._requested: asyncio.Queue[_Load] = asyncio.Queue()
         self.looked = asyncio.Event()
 
     @property
@@ -120,7 +138,10 @@ class Deployments:
         """
         try:
             await self._start_first(wanted)
-            works = [asyncio.create_task(work) for work in (self._follow(), self._leave_out_of_collections())]
+            works = [
+                asyncio.create_task(work)
+                for work in (self._follow(), self._load_requested(), self._leave_out_of_collections())
+            ]
             try:
                 while True:
                     watched = {*works, *self._tasks.values()}
@@ -138,6 +159,22 @@ class Deployments:
                 task.cancel()
             await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
+    async def load(self, version: VersionId, targets: Sequence[Target]) -> None:
+        """Serve a version that was not promoted until it is idle, and return once it is served.
+
+        It is not added to the store's set of models: each server loads what its own clients ask for, and none after a
+        restart.
+
+        Args:
+            targets: the version in the formats in which it can be served, with the preferred one first.
+
+        Raises:
+            SvcError: there is not enough memory, the engine did not start, or another version of the model is in use.
+        """
+        load = _Load(version, targets)
+        self._requested.put_nowait(load)
+        await load.done
+
     async def stop(self, *, leave: bool = False) -> None:
         """Stop all engines, including an earlier server's engines that were not adopted. Call this after `run` ends.
 
@@ -145,7 +182,7 @@ class Deployments:
             leave: keep ready engines running for a server that starts later.
         """
         try:
-            await asyncio.gather(*(deployment.stop(leave=leave) for deployment in self.all))
+            await asyncio.gather(*(each.stop(leave=leave and each.name not in self._on_demand) for each in self.all))
         finally:
             if not leave:
                 await self.slots.end_orphans()
@@ -153,7 +190,7 @@ class Deployments:
     async def _start_first(self, wanted: Sequence[Desired]) -> None:
         try:
             for desired in wanted:
-                self._add(desired)
+                await self._add(desired)
             missing = [deployment for deployment in self.all if not await deployment.reconciler.adopt()]
         finally:
             self.looked.set()
@@ -174,8 +211,10 @@ class Deployments:
         await asyncio.gather(*(each.alias.settled(_IMPORTED_S) for each in self.all))  # MLflow is imported last
         gc.freeze()
 
-    def _add(self, desired: Desired) -> Deployment:
+    async def _add(self, desired: Desired) -> Deployment:
+        owners = await asyncio.to_thread(owners_of, self.store, desired.name)
         self._all[desired.name] = deployment = self.build(desired, self._make_room)
+        deployment.names.owners = owners  # before the first request
         deployment.rollouts.split = partial(self.router.split, desired.name)
         self.router.serve(desired.name, deployment)
         return deployment
@@ -210,8 +249,13 @@ class Deployments:
             except (SQLAlchemyError, OSError):
                 log_store_error(log, "could not read which models to serve; continuing to serve the current models")
             else:
+                for name in [name for name in self._on_demand if self._is_idle(name)]:
+                    await self._try(name, self._unload)
+                for name in [name for name in self._on_demand if name in names and name in self._tasks]:
+                    self._all[name].idling.timeout_s = self._on_demand.pop(name)  # the operator has added it
                 # A model without a task could not be stopped earlier; it may have been added again since.
-                for name in [name for name in self._all if name not in names or name not in self._tasks]:
+                known = {*names, *self._on_demand}
+                for name in [name for name in self._all if name not in known or self._is_stuck(name)]:
                     await self._try(name, self._take_away)
                 for name in [name for name in self._retry_at if name not in names]:
                     del self._retry_at[name], self._refused[name]
@@ -219,6 +263,68 @@ class Deployments:
                     if time.monotonic() >= self._retry_at.get(name, 0.0):
                         await self._try(name, self._bring)
             await self.changes.wait(count, _POLL_S)
+
+    def _is_stuck(self, name: str) -> bool:
+        return name not in self._tasks and name not in self._on_demand  # those are started beside this task
+
+    def _is_idle(self, name: str) -> bool:
+        """Return whether the engines of a model from `load` have been stopped because it was idle."""
+        deployment = self._all[name]
+        return deployment.pool.state is EngineState.IDLE and not deployment.admission.queued
+
+    async def _unload(self, name: str) -> None:
+        async with self._bringing:
+            if name in self._on_demand and self._is_idle(name):
+                await self._take_away(name)
+
+    async def _load_requested(self) -> None:
+        """Load the models that requests ask for, one after another, until cancelled."""
+        while True:
+            load = await self._requested.get()
+            try:
+                async with self._bringing:
+                    await self._load(load.version, load.targets)
+            except Exception as error:
+                log.exception("could not load %s for a request", load.version)
+                load.done.set_exception(error if isinstance(error, SvcError) else EngineError(repr(error)))
+            else:
+                load.done.set_result(None)
+            finally:
+                load.done.cancel()  # if this was cancelled
+
+    async def _load(self, version: VersionId, targets: Sequence[Target]) -> None:
+        for each in self.all:
+            if await each.takes(version):  # an engine that was started meanwhile
+                return
+        name = version.name
+        if (other := self._all.get(name)) is not None:
+            if name not in self._on_demand or not other.admission.idle_s:
+                raise BusyError(f"{name} is being served in another version", todo=f"svc promote {version}")
+            await self._take_away(name)
+        desired = Desired(await self._fitting(targets), None, _NOT_PROMOTED)
+        deployment = await self._add(desired)
+        self._on_demand[name] = deployment.idling.timeout_s
+        deployment.idling.timeout_s = deployment.idling.timeout_s or self.loaded_idle_s
+        if failed := await self._start(deployment):
+            await self._take_away(name)
+            raise failed
+
+    async def _fitting(self, targets: Sequence[Target]) -> Target:
+        """Return the first target for which there is memory; if there is none, free the memory of idle models.
+
+        Raises:
+            EngineError: there is not enough memory for any of them.
+        """
+        for target in targets:
+            with suppress(EngineError):
+                await asyncio.to_thread(self.slots.require_memory, [target])
+                return target
+        for target in targets[:-1]:
+            with suppress(EngineError):
+                await self._make_room(target)
+                return target
+        await self._make_room(targets[-1])
+        return targets[-1]
 
     async def _try(self, name: str, change: Callable[[str], Awaitable[None]]) -> None:
         """Add or remove a model. A failure is logged and retried later, without affecting other models."""
@@ -235,11 +341,12 @@ class Deployments:
         self._refused.pop(name, None)
         self._retry_at.pop(name, None)
         try:
-            desired = await asyncio.to_thread(read_desired, self.store, name)
-            if desired is None:
-                raise NotFoundError(f"no desired version is recorded for {name}", todo=f"svc add {name}@N")
-            await self._make_room(desired.target)
-            failed = await self._start(self._add(desired))
+            async with self._bringing:
+                desired = await asyncio.to_thread(read_desired, self.store, name)
+                if desired is None:
+                    raise NotFoundError(f"no desired version is recorded for {name}", todo=f"svc add {name}@N")
+                await self._make_room(desired.target)
+                failed = await self._start(await self._add(desired))
         except SvcError as error:
             failed = error
         if failed:
@@ -302,6 +409,7 @@ class Deployments:
         await deployment.close()
         deployment.metrics.remove()
         del self._all[name]
+        self._on_demand.pop(name, None)
         log.info("%s is no longer served", name)
 
 

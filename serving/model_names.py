@@ -38,6 +38,9 @@ class ModelNames:
         assigned: internal name for requests that a rollout assigned to the candidate, which resolves to
             production while no engine runs the candidate. Clients cannot use it.
         candidate_on_demand: whether engines load the candidate as an adapter when it is requested.
+        owners: ids of the keys whose jobs train the model; only these keys and admins may use it. Empty for a model
+            that the operator trains.
+        guests: versions of other models that the engines may load as adapters, because they have the same base.
     """
 
     def __init__(self, name: str, *, clock: Callable[[], float] = time.time) -> None:
@@ -49,6 +52,8 @@ class ModelNames:
         self.since = 0
         self.candidate: VersionId | None = None
         self.candidate_on_demand = False
+        self.owners: frozenset[str] = frozenset()
+        self.guests: set[VersionId] = set()
         self.of_candidate = f"{name}@{Alias.CANDIDATE}"
         self.assigned = f"{self.of_candidate}?"
 
@@ -58,7 +63,7 @@ class ModelNames:
 
     @property
     def versions(self) -> set[VersionId]:
-        """The version in production and all other loaded versions."""
+        """The version in production and all other loaded versions, including guests."""
         return {target.version for target in (self.served, *self.loaded) if target}
 
     def all(self) -> tuple[str, ...]:
@@ -66,7 +71,8 @@ class ModelNames:
         if self.served is None:
             return ()
         aliases = [f"{self.name}@{Alias.PRODUCTION}", *([self.of_candidate] if self.candidate else [])]
-        return self.name, *map(str, sorted(self.versions)), *aliases
+        own = sorted(version for version in self.versions if version.name == self.name)
+        return self.name, *map(str, own), *aliases
 
     def resolve(self, model: str) -> VersionId | None:
         """Return the version that a client's model name refers to, or None for the production version.
@@ -91,18 +97,17 @@ class ModelNames:
                 return loaded.version
         if self.served.format is Format.ADAPTER and (version := self._parsed(model)):
             return version
-        raise ModelNotFoundError(
-            f"the model {model[:SHOWN_CHARS]!r} is not served here", expected=f"one of {', '.join(self.all())}"
-        )
+        known = "" if self.owners else f"one of {', '.join(self.all())}"  # which only the owners may know
+        raise ModelNotFoundError(f"the model {model[:SHOWN_CHARS]!r} is not served here", expected=known)
 
     def _available_candidate(self) -> VersionId | None:
         """Return the rollout's candidate, or None if there is none or no engine can serve it."""
         return self.candidate if self.candidate_on_demand or self.candidate in self.versions else None
 
     def _parsed(self, model: str) -> VersionId | None:
-        """Return the version of this model that a name refers to, loaded or not, or None if it refers to no version."""
+        """Return the version of this model or the guest that a name refers to, loaded or not, or None."""
         try:
             version = VersionId.parse(model)
         except NotFoundError:
             return None
-        return version if version.name == self.name else None
+        return version if version.name == self.name or version in self.guests else None

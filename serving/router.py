@@ -40,6 +40,12 @@ class Backend(Protocol):
             EngineUnavailableError: no version is loaded yet.
         """
 
+    async def takes(self, version: VersionId) -> bool:
+        """Return whether the engines serve a version of any model, or apply it as an adapter to the base they serve.
+
+        `lease` and `admitted` then accept the version's name. The registry is read only if necessary.
+        """
+
     def lease(self, model: str, *, without: Lease | None = None) -> AbstractAsyncContextManager[Lease]:
         """Lease an engine for the duration of the `with` block. See `serving.replicas.balancer.Balancer.lease`."""
 
@@ -56,11 +62,14 @@ class Destination(NamedTuple):
         model: the model name to be passed to the lease.
         assignment: decision of the model's rollout, or None if there is no rollout or the client requested a
             version.
+        version: the version that answers, if it is known before admission, because the client requested a fine-tuned
+            model. Another model's engine may answer for it.
     """
 
     backend: Backend
     model: str
     assignment: Assignment | None = None
+    version: VersionId | None = None
 
 
 class Router:
@@ -107,9 +116,11 @@ class Router:
 
     @property
     def only_version(self) -> VersionId | None:
-        """The version in production if only one model is served, otherwise None."""
-        served = [backend.names.served for backend in self.backends]
-        return served[0].version if len(served) == 1 and served[0] else None
+        """The version in production if only one model is served, and every key may know it; otherwise None."""
+        if len(self._backends) != 1:
+            return None
+        names = self.backends[0].names
+        return names.served.version if names.served and not names.owners else None
 
     @property
     def versions(self) -> set[VersionId]:
@@ -117,8 +128,10 @@ class Router:
         return {version for backend in self.backends for version in backend.names.versions}
 
     def names(self) -> tuple[str, ...]:
-        """Return the model names that currently resolve to a version."""
-        return tuple(name for backend in self.backends for name in backend.names.all())
+        """Return the model names that currently resolve to a version, without those of fine-tuned models, which
+        only their owners may know.
+        """
+        return tuple(name for backend in self.backends if not backend.names.owners for name in backend.names.all())
 
     def served_name(self, model: str) -> str | None:
         """Return the name of the model that a request is for, or None if that model is not served.
@@ -127,6 +140,10 @@ class Router:
         """
         name = model.partition("@")[0]
         return name if name in self._backends else None
+
+    def backend(self, name: str) -> Backend | None:
+        """Return the backend of a model, or None if the model is not served."""
+        return self._backends.get(name)
 
     def find(self, model: str, who: str = "") -> Destination:
         """Return the backend for a request.
@@ -142,7 +159,7 @@ class Router:
         name = model.partition("@")[0]
         backend = self._backends.get(name)
         if backend is None or model == backend.names.assigned:
-            raise self._unknown(model, name)
+            raise self.unknown(model)
         backend.names.resolve(model)
         split = self._splits.get(name) if model == name else None
         if split is None:
@@ -150,7 +167,9 @@ class Router:
         assignment = split.assign(who, self._draw)
         return Destination(backend, backend.names.assigned if assignment.candidate else model, assignment)
 
-    def _unknown(self, model: str, name: str) -> ModelNotFoundError:
+    def unknown(self, model: str) -> ModelNotFoundError:
+        """Return the error for a model name that no backend has."""
+        name = model.partition("@")[0]
         names = ", ".join(self.names())
         served = f"one of {names}" if names else "a served model; none is served yet"
         shown = f"the model {model[:SHOWN_CHARS]!r}"

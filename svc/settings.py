@@ -629,6 +629,12 @@ class FineTuningSettings(_Section):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$",
         description="name of the organization in jobs and in the names of trained models, `ft:BASE:ORGANIZATION:...`",
     )
+    idle_s: float = Field(
+        600,
+        gt=0,
+        description="time without requests after which a model that was loaded for a client's request is stopped, in "
+        "seconds",
+    )
     max_jobs: int = Field(50, ge=1, description="maximum number of jobs of one key that have not ended")
     worker: bool = Field(True, description="whether this server trains jobs; if not, another one with its store must")
     wandb: bool = Field(

@@ -73,7 +73,7 @@ def build_app(
     for path, endpoint in endpoints.items():  # for other methods, which are rejected
         app.router.routes.append(Path(path, endpoint, methods=["POST"]))
     app.router.routes.append(Path("/v1/feedback", feedback.answer, methods=["POST"]))
-    add_models(app, gateway.router)
+    add_models(app, gateway.router, gateway.fine_tuned)
     _add_health(app, gateway, draining, needs_model=not fine_tuning.enabled)
     _add_operations(app, gateway, engine_metrics, status)
     administration.add_to(app)

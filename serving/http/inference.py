@@ -32,6 +32,7 @@ from serving.http.key_account import KeyAccount
 from serving.http.models import require_model
 from serving.http.request_account import RequestAccount
 from serving.http.request_state import request_state
+from serving.jobs.fine_tuned_models import PREFIXES, FineTunedModels
 from serving.protocols.error_code import ErrorCode
 from serving.protocols.request import CompletionRequest, InvalidRequestError, parse_request
 from serving.protocols.route import Route
@@ -63,6 +64,7 @@ class Gateway:
         buffers: memory for answers that are waiting for their clients.
         limiter: enforces the limits of keys.
         usage: counts usage per key.
+        fine_tuned: finds fine-tuned models.
         begin_trace: function that returns a request's trace, begun or continued from its headers. None if
             tracing is off.
         clock: function that returns monotonic time, in seconds.
@@ -79,6 +81,7 @@ class Gateway:
     buffers: AnswerBuffers
     limiter: RateLimiter
     usage: UsageMeter
+    fine_tuned: FineTunedModels
     begin_trace: BeginTrace | None = None
     clock: Callable[[], float] = time.perf_counter
     adapter_slots: BodySlots = field(init=False)
@@ -164,16 +167,23 @@ class Exchange:
             account.end()
 
     async def _answer(self, request: CompletionRequest) -> None:
-        self.account.model = self._gateway.router.served_name(request.model) or UNKNOWN_MODEL
-        require_model(self._gateway.router, self._principal, request.model)
-        to = self._gateway.router.find(request.model, request.user or request.who)
-        if self._state.in_batch:  # a rollout compares the answers to clients
-            to = Destination(to.backend, request.model)
+        router = self._gateway.router
+        self.account.model = router.served_name(request.model) or UNKNOWN_MODEL
+        to = None
+        if request.model.startswith(PREFIXES):
+            to = await self._gateway.fine_tuned.find(request.model, self._principal)
+        if to is None:
+            require_model(router, self._principal, request.model)
+            to = router.find(request.model, request.user or request.who)
+            if self._state.in_batch:  # a rollout compares the answers to clients
+                to = Destination(to.backend, request.model)
+        else:
+            self.account.model = to.backend.names.name
         if to.assignment:
             self.account.assigned(to.assignment)
         await to.backend.check(to.model)
         served = to.backend.names.served
-        self._state.version = served.version if served else None
+        self._state.version = to.version or (served.version if served else None)
         # Delivered outside admission: the engine is done, and a client that reads slowly holds no slot.
         self.account.work = work = request.work(to.backend.context)
         if not self._state.in_batch:

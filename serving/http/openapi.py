@@ -224,7 +224,12 @@ def _small_paths() -> Json:
         "required": ["object", "data"],
         "properties": {"object": {"const": "list"}, "data": {"type": "array", "items": _ref("Model")}},
     }
-    deletion = {403: "models are not deleted over HTTP", **_NO_MODEL}
+    deletion = {403: "only fine-tuned models are deleted over HTTP, by their owner", **_NO_MODEL}
+    deleted = {
+        "type": "object",
+        "required": ["id", "object", "deleted"],
+        "properties": {"id": {"type": "string"}, "object": {"const": "model"}, "deleted": {"const": True}},
+    }
     storage = {
         404: "no request with this id is stored",
         429: "too much feedback is being stored",
@@ -235,14 +240,15 @@ def _small_paths() -> Json:
     health["responses"]["503"] = _answer("no engine is available, or the server is about to stop", _json(_OBJECT))
     page = {kind: {"schema": {"type": "string"}} for kind in ("text/plain", "application/openmetrics-text")}
     return {
-        "/v1/models": {"get": _operation("List the names that are currently served", _json(models), _DEFECT)},
+        "/v1/models": {
+            "get": _operation(
+                "List the names that are currently served, and the key's fine-tuned models", _json(models), _DEFECT
+            )
+        },
         "/v1/models/{name}": {
             "parameters": [_MODEL_NAME],
-            "get": _operation("Show one of the served names", _json(_ref("Model")), _NO_MODEL),
-            "delete": {
-                "summary": "Always refused, because the API does not delete models",
-                "responses": _errors(deletion),
-            },
+            "get": _operation("Show one of these names", _json(_ref("Model")), _NO_MODEL),
+            "delete": _operation("Delete a fine-tuned model of the key for clients", _json(deleted), deletion),
         },
         "/v1/feedback": {
             "post": {

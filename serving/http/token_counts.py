@@ -22,6 +22,7 @@ from serving.http.errors import api_error
 from serving.http.inference import Gateway, read_whole
 from serving.http.models import require_model
 from serving.http.request_state import RequestState, request_state
+from serving.jobs.fine_tuned_models import PREFIXES
 from serving.protocols.error_code import CLIENT_FAULTS
 from serving.protocols.request import CompletionRequest, parse_request
 from serving.protocols.route import Route, TokenRoute
@@ -82,8 +83,12 @@ class _Endpoint:
 
     async def _answer(self, request: CompletionRequest, state: RequestState, delivery: Delivery) -> None:
         router = self.gateway.router
-        require_model(router, state.principal, request.model)
-        to = router.find(request.model, request.who)
+        to = None
+        if request.model.startswith(PREFIXES):
+            to = await self.gateway.fine_tuned.find(request.model, state.principal)
+        if to is None:
+            require_model(router, state.principal, request.model)
+            to = router.find(request.model, request.who)
         await to.backend.check(to.model)
         await to.backend.admission.opened(party_of(state.principal))
         async with delivery:  # a client that reads slowly holds no place

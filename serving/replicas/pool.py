@@ -83,6 +83,13 @@ class EnginePool:
         held = candidate.target
         return [*self.ready, candidate] if held and held.version == wanted else self.ready
 
+    async def applies(self, version: VersionId) -> bool:
+        """Return whether the members apply a version as an adapter to their base. Any of them stands for all."""
+        if any(engine.adapters and engine.adapters.has(version) for engine in self.members):
+            return True
+        first = self.primary or next(iter(self.members), None)
+        return first is not None and await first.applies(version)
+
     @property
     def alive(self) -> list[Replica]:
         """Members that have an engine that is not known to be dead."""

@@ -21,10 +21,10 @@ class RemovedAdapters:
     """Finds adapters of removed versions in one model's engines and evicts them.
 
     Args:
-        registered: function that returns the registered versions of the model.
+        registered: function that returns the registered versions of a model.
     """
 
-    def __init__(self, pool: EnginePool, registered: Callable[[], Awaitable[set[VersionId]]]) -> None:
+    def __init__(self, pool: EnginePool, registered: Callable[[str], Awaitable[set[VersionId]]]) -> None:
         self._pool = pool
         self._registered = registered
 
@@ -48,8 +48,8 @@ class RemovedAdapters:
         ]
         if not loaded:
             return
-        registered = await self._registered()
+        registered = {name: await self._registered(name) for name in {version.name for _, version in loaded}}
         for adapters, version in loaded:
-            if version not in registered:
+            if version not in registered[version.name]:
                 log.info("%s was removed; unloading its adapter", version)
                 adapters.drop(version)

@@ -22,6 +22,7 @@ from svc.engine.engine import LastingEngine
 from svc.engine.engine_capabilities import EngineCapabilities
 from svc.engine.state import EnginePhase, EngineState
 from svc.engine.vllm.connection_pool import EngineConnections
+from svc.errors import IntegrityError, NotFoundError, RefusedError
 from svc.version import Format, Target, VersionId
 
 log = logging.getLogger(__name__)
@@ -160,6 +161,16 @@ class Replica:
         if self.target is None or wanted in (None, self.target.version):
             return self.target
         return Target(wanted, Format.ADAPTER) if wanted and self.target.format is Format.ADAPTER else None
+
+    async def applies(self, version: VersionId) -> bool:
+        """Return whether an engine can apply a version as an adapter to the model that this one was started with."""
+        if self.model is None:
+            return False
+        try:
+            await self.verification.adapter(version, self.model)
+        except (NotFoundError, RefusedError, IntegrityError):
+            return False
+        return True
 
     def lacks_adapter(self, version: VersionId) -> bool:
         """Return whether a request would have to wait for the version's adapter in this engine.

@@ -128,13 +128,11 @@ class Idling:
         return True
 
     async def _watch(self) -> None:
-        if self.timeout_s is None:
-            return
-        while True:
+        while (timeout_s := self.timeout_s) is not None:
             idle_s = self.idle_s or 0.0
-            if idle_s >= self.timeout_s:
+            if idle_s >= timeout_s:
                 await self.sleep()
-            await asyncio.sleep(min(_MAX_CHECK_INTERVAL_S, max(self.timeout_s - idle_s, self.timeout_s / 10)))
+            await asyncio.sleep(min(_MAX_CHECK_INTERVAL_S, max(timeout_s - idle_s, timeout_s / 10)))
 
     async def _wake_repeatedly(self) -> None:
         while True:

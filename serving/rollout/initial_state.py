@@ -1,10 +1,11 @@
 """Choose the models and versions that a server starts with, and check whether versions may be served."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 from sqlalchemy import Engine as Store
 
-from svc.errors import NotFoundError, RefusedError
+from svc.errors import IntegrityError, NotFoundError, RefusedError
 from svc.identity.actor import Actor
 from svc.registry.adapter import read_adapter
 from svc.registry.manifest import Manifest
@@ -123,6 +124,18 @@ def require_servable(registry: Registry, target: Target) -> None:
     registry.format(target.version, target.format)
     if target.format is Format.ADAPTER:
         read_adapter(registry, target.version)
+
+
+def servable_targets(registry: Registry, version: VersionId) -> list[Target]:
+    """Return a version in each format in which it can be served. The adapter comes first, because others of the same
+    base can share its engine. Empty if the version does not exist.
+    """
+    targets = list[Target]()
+    for format in (Format.ADAPTER, *_PREFERRED):
+        with suppress(NotFoundError, RefusedError, IntegrityError):
+            require_servable(registry, Target(version, format))
+            targets.append(Target(version, format))
+    return targets
 
 
 def require_promotable(manifest: Manifest) -> None:

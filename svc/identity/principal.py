@@ -1,5 +1,6 @@
 """Principals: keys with their scopes and limits. This module knows nothing about secrets or transport."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -57,13 +58,19 @@ class Principal:
         """Return whether the key has the given scope."""
         return scope in self.scopes or Scope.ADMIN in self.scopes
 
-    def may_ask(self, model: str) -> bool:
+    def may_ask(self, model: str, owners: Collection[str] = ()) -> bool:
         """Return whether the key may use the given model.
 
         Args:
             model: NAME, NAME@N or NAME@alias.
+            owners: ids of the keys whose jobs train the model. If there are any, other keys may use it only if they
+                are restricted to models that include it, or have the scope `admin`.
         """
-        return self.models is None or model.partition("@")[0] in self.models
+        if self.key_id in owners:
+            return True
+        if self.models is None:
+            return not owners or self.may(Scope.ADMIN)
+        return model.partition("@")[0] in self.models
 
     def require(self, scope: Scope) -> None:
         """Check that the key has the given scope.

@@ -43,6 +43,8 @@ class Action(StrEnum):
     CANCEL_JOB = "job.cancel"
     CREATE_BATCH = "batch.create"
     CANCEL_BATCH = "batch.cancel"
+    DELETE_MODEL = "model.delete"
+    """The owner of a fine-tuned model deleted it. Its version stays in the registry."""
     REMOVE_VERSION = "version.remove"
     COLLECT = "gc"
     FORGET = "forget"

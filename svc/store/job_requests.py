@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from sqlalchemy import Engine as Store
-from sqlalchemy import func, select
+from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
 from svc.errors import RefusedError, SvcError
 from svc.store.audit import AuditEntry, append_event
+from svc.store.checkpoint_versions import job_of_checkpoints
 from svc.store.database import exclusive
 from svc.store.jobs import EventLevel, Job, JobStatus, Wanted, record_event
 from svc.store.page import Page, find_row, read_page
@@ -182,9 +183,10 @@ def find_trained(store: Store, model: str, owner: str | None) -> VersionId | Non
 
 
 def owners_of(store: Store, name: str) -> frozenset[str]:
-    """Return the owners of the jobs that register versions under a name. Empty if no job does."""
+    """Return the owners of the jobs that register versions or checkpoints under a name. Empty if no job does."""
+    registers = or_(JobRow.name == name, JobRow.id == job_of_checkpoints(name))
     with Session(store) as session:
-        return frozenset(session.scalars(select(JobRow.owner).where(JobRow.name == name)))
+        return frozenset(session.scalars(select(JobRow.owner).where(registers)))
 
 
 def _find_repeated(session: Session, fingerprint: str, owner: str, max_jobs: int) -> JobRow | None:

@@ -206,9 +206,10 @@ def read_events(store: Store, job: str, *, page: Page) -> tuple[list[JobEvent], 
 
 
 def add_checkpoint(store: Store, checkpoint: JobCheckpoint) -> None:
-    """Add a checkpoint to a job."""
-    with Session(store) as session, session.begin():
-        session.add(JobCheckpointRow.of(checkpoint))
+    """Add a checkpoint to a job, unless the job has it."""
+    with exclusive(store) as session:
+        if session.get(JobCheckpointRow, checkpoint.id) is None:
+            session.add(JobCheckpointRow.of(checkpoint))
 
 
 def read_checkpoints(store: Store, job: str, *, page: Page) -> tuple[list[JobCheckpoint], bool]:

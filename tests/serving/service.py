@@ -74,6 +74,10 @@ class OneBackend:
     async def check(self, model: str) -> None:
         """Accept every model name."""
 
+    async def takes(self, version: VersionId) -> bool:
+        """Return whether the version is the served one."""
+        return self.names.served is not None and version == self.names.served.version
+
     def lease(self, model: str, *, without: Lease | None = None) -> AbstractAsyncContextManager[Lease]:
         """Lease an engine while the context is active."""
         return self.leases(model, without=without)

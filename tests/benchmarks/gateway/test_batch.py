@@ -12,7 +12,8 @@ from svc.store.files import Purpose, find_file
 def test_input_file_is_valid_and_belongs_to_clients_without_a_key(tmp_path: Path) -> None:
     id = _add_input(tmp_path, 3)
     check = check_batch_file(tmp_path / "files" / id)
-    assert (check.requests, check.problems, check.endpoints) == (3, (), {"/v1/chat/completions"})
+    assert (check.requests, check.problems) == (3, ())
+    assert check.endpoints == {"/v1/chat/completions"}
     store = open_store(load_settings(home=tmp_path))
     assert find_file(store, id, "").purpose is Purpose.BATCH
     store.dispose()

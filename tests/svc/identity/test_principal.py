@@ -36,3 +36,20 @@ def test_models_not_permitted_may_not_be_requested(model: str) -> None:
 
 def test_api_key_without_a_model_list_may_request_any_model() -> None:
     assert ADMIN.may_ask("anything@7")
+
+
+@pytest.mark.parametrize(
+    ("principal", "allowed"),
+    [
+        (Principal("alice000", "alice", frozenset({Scope.INFER})), True),
+        (Principal("alice000", "alice", frozenset({Scope.INFER}), frozenset({"reviews"})), True),
+        (Principal("bob00000", "bob", frozenset({Scope.INFER})), False),
+        (Principal("bob00000", "bob", frozenset({Scope.INFER}), frozenset({"reviews"})), False),
+        (CLIENT, True),
+        (ADMIN, True),
+    ],
+)
+def test_model_with_owners_is_only_for_them_for_admins_and_for_keys_restricted_to_it(
+    principal: Principal, allowed: bool
+) -> None:
+    assert principal.may_ask("tickets@1", {"alice000"}) == allowed

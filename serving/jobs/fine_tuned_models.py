@@ -1,0 +1,230 @@
+"""Finds the fine-tuned models that requests name, and the engines that answer for them.
+
+A model is usable as soon as its job has succeeded, without being promoted. An engine that applies adapters to the same
+base answers for it, of whichever model that engine is. If there is none, an engine is started for the model. Only the
+owner of the job may use the model, so all others get the answer for an unknown name.
+"""
+
+import asyncio
+import logging
+import re
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from sqlalchemy import Engine as Store
+from sqlalchemy.exc import SQLAlchemyError
+
+from serving.admission.errors import EngineUnavailableError, QueueOverflowError
+from serving.router import Backend, Destination, Router
+from svc.errors import SvcError
+from svc.fine_tuned_name import PREFIX
+from svc.identity.actor import Actor
+from svc.identity.principal import Principal, Scope
+from svc.store.audit import Action, AuditEntry
+from svc.store.fine_tuned_models import FineTunedModel, delete_model, find_model, read_models
+from svc.store.outage_log import log_store_error
+from svc.version import Target, VersionId
+
+log = logging.getLogger(__name__)
+
+PREFIXES: Final = (PREFIX, "ft-")
+"""How the names of all fine-tuned models begin: for clients, and in the registry (serving.jobs.recipe)."""
+_NAME = re.compile(r"[A-Za-z0-9:._/@-]{1,512}")  # PostgreSQL rejects some other characters
+_KNOWN_S = 5.0
+"""Seconds for which a model is not read again, and so the longest time for which another server still answers for a
+model that has been deleted."""
+_UNKNOWN_S = 1.0
+_MAX_KNOWN = 10_000
+
+
+class ModelNotLoadedError(EngineUnavailableError):
+    """Raised when no engine can answer for a fine-tuned model."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    model: FineTunedModel | None
+    until: float
+
+
+@dataclass(frozen=True, slots=True)
+class Loader:
+    """Starts engines for models that were not promoted.
+
+    Attributes:
+        targets: function that returns a version in each format in which it can be served, preferred first.
+        load: see `serving.deployments.Deployments.load`.
+        patience_s: longest time that a request waits, in seconds.
+        max_waiting: maximum number of requests that wait.
+    """
+
+    targets: Callable[[VersionId], Sequence[Target]]
+    load: Callable[[VersionId, Sequence[Target]], Awaitable[None]]
+    patience_s: float
+    max_waiting: int
+
+
+class FineTunedModels:
+    """Finds fine-tuned models. All methods must be called on one event loop.
+
+    Args:
+        organization: the owner of these models in OpenAI's API.
+        loader: starts an engine for a model that no engine can answer for; None if there are only the engines that run.
+        clock: function that returns monotonic time, in seconds.
+
+    Attributes:
+        organization: see the argument.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        router: Router,
+        organization: str,
+        *,
+        loader: Loader | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._loader = loader
+        self._loading: dict[VersionId, asyncio.Task[None]] = {}
+        self._waiting = 0
+        self.organization = organization
+        self._store = store
+        self._router = router
+        self._clock = clock
+        self._known: dict[str, _Known] = {}
+
+    async def find(self, model: str, principal: Principal | None) -> Destination | None:
+        """Return the backend for a request, or None if the router finds it, because no job has trained the model.
+
+        Args:
+            model: model name as sent by the client, which begins with one of `PREFIXES`.
+
+        Raises:
+            ModelNotFoundError: there is no such model, or the key may not use it.
+            ModelNotLoadedError: no engine can answer for the model now.
+        """
+        found = await self.find_model(model, principal)
+        return None if found is None else await self._place(found)
+
+    async def find_model(self, model: str, principal: Principal | None) -> FineTunedModel | None:
+        """Return a fine-tuned model, or None if no job has trained it.
+
+        Raises:
+            ModelNotFoundError: there is no such model, or the key may not use it.
+        """
+        found = await self._read(model)
+        if found is None:
+            operator = principal is None or principal.may(Scope.ADMIN)
+            if model.startswith(PREFIX) or (self._was_of_a_job(model) and not operator):
+                raise self._router.unknown(model)
+            return None
+        if principal is not None and not principal.may_ask(found.version.name, (found.owner,)):
+            raise self._router.unknown(model)
+        return found
+
+    async def read_all(self, owner: str | None) -> list[FineTunedModel]:
+        """Return an owner's fine-tuned models, newest first. Empty while the store does not respond.
+
+        Args:
+            owner: id of the owner, or None for the models of all owners.
+        """
+        try:
+            return await asyncio.to_thread(read_models, self._store, owner)
+        except SQLAlchemyError:
+            log_store_error(log, "could not read the fine-tuned models; listing only the served ones")
+            return []
+
+    async def delete(self, model: FineTunedModel, actor: Actor) -> None:
+        """Delete a fine-tuned model. Its version stays in the registry."""
+        entry = AuditEntry(Action.DELETE_MODEL, model.name, actor, details={"version": str(model.version)})
+        await asyncio.to_thread(delete_model, self._store, model, entry)
+        for name in (model.name, str(model.version)):
+            self._known.pop(name, None)
+
+    def _was_of_a_job(self, model: str) -> bool:
+        """Return whether an unknown name is that of a version whose model was deleted by the owner of its job."""
+        name, at, number = model.partition("@")
+        backend = self._router.backend(name)
+        return bool(at and number.isdecimal() and backend and backend.names.owners)
+
+    async def _read(self, model: str) -> FineTunedModel | None:
+        known, now = self._known.get(model), self._clock()
+        if known is not None and now < known.until:
+            return known.model
+        if not _NAME.fullmatch(model):
+            return None
+        try:
+            found = await asyncio.to_thread(find_model, self._store, model)
+        except SQLAlchemyError:
+            if known is None or known.model is None:
+                raise
+            return known.model
+        if len(self._known) >= _MAX_KNOWN:
+            self._known.clear()
+        self._known[model] = _Known(found, now + (_KNOWN_S if found else _UNKNOWN_S))
+        return found
+
+    async def _place(self, model: FineTunedModel) -> Destination:
+        backend = await self._backend(model.version)
+        if backend is None and self._loader is not None:
+            await self._loaded(self._loader, model)
+            backend = await self._backend(model.version)
+        if backend is None:
+            raise _not_loaded(model, "is not loaded")
+        return Destination(backend, str(model.version), version=model.version)
+
+    async def _loaded(self, loader: Loader, model: FineTunedModel) -> None:
+        """Wait until an engine has been started for a model. It is started once for all requests, and continues to
+        start when they no longer wait.
+        """
+        task = self._loading.get(model.version)
+        if task is None:
+            task = self._loading[model.version] = asyncio.create_task(self._load(loader, model))
+            task.add_done_callback(lambda ended: self._ended(model.version, ended))
+        if self._waiting >= loader.max_waiting:
+            raise QueueOverflowError(f"{self._waiting} requests wait for models to be loaded", todo="retry later")
+        self._waiting += 1
+        try:
+            async with asyncio.timeout(loader.patience_s):
+                await asyncio.shield(task)
+        except TimeoutError:
+            raise _not_loaded(model, f"is still being loaded after {loader.patience_s:g} s") from None
+        finally:
+            self._waiting -= 1
+
+    def _ended(self, version: VersionId, task: asyncio.Task[None]) -> None:
+        del self._loading[version]
+        if not task.cancelled():
+            task.exception()  # all clients may have disconnected, and asyncio would warn that nothing reads it
+
+    async def _load(self, loader: Loader, model: FineTunedModel) -> None:
+        targets = await asyncio.to_thread(loader.targets, model.version)
+        if not targets:
+            raise self._router.unknown(model.name)
+        try:
+            await loader.load(model.version, targets)
+        except SvcError as error:  # logged by the loader; its text may contain paths
+            raise _not_loaded(model, "could not be loaded") from error
+
+    async def _backend(self, version: VersionId) -> Backend | None:
+        """Return a backend whose engines serve a version or apply it as an adapter, or None if there is none."""
+        own, unavailable = self._router.backend(version.name), None
+        if own is not None and await own.takes(version):
+            return own
+        for backend in sorted(self._router.backends, key=lambda each: version not in each.names.guests):
+            if backend is not own and await backend.takes(version):
+                if backend.admission.unavailable_reason is None:
+                    return backend
+                unavailable = unavailable or backend
+        return unavailable
+
+
+def _not_loaded(model: FineTunedModel, wrong: str) -> ModelNotLoadedError:
+    return ModelNotLoadedError(
+        f"the model {model.name!r} {wrong}",
+        expected="a served model with the same base, as an adapter, or enough memory",
+        todo=f"retry later, or ask the operator to load it: svc add {model.version}",
+    )
