@@ -200,7 +200,7 @@ def assemble(
     ]
     if settings.fine_tuning.bases:
         works.append(gateway.job_creation.run)
-    worker = make_job_worker(settings, store)
+    worker = make_job_worker(settings, registry, store)
     if worker is not None:
         works.append(worker.run)
     if not is_sqlite(store):
@@ -208,7 +208,7 @@ def assemble(
     return Parts(gateway, deployments, authenticator, leadership, works, worker)
 
 
-def make_job_worker(settings: Settings, store: Store) -> JobWorker | None:
+def make_job_worker(settings: Settings, registry: Registry, store: Store) -> JobWorker | None:
     """Return the worker that trains fine-tuning jobs on this machine, or None if the settings say that it trains none.
 
     Jobs that clients have created remain in the queue when the bases are removed from the settings.
@@ -217,7 +217,7 @@ def make_job_worker(settings: Settings, store: Store) -> JobWorker | None:
     if not tuning.bases or not tuning.worker:
         return None
     files = ClientFiles(store, settings.home / "files")
-    results = JobResults(store, files, settings.home / "jobs", tuning.organization)
+    results = JobResults(store, files, registry, settings.home / "jobs", tuning.organization)
     return JobWorker(store, settings, files, complete=results.complete)
 
 

@@ -85,14 +85,17 @@ class ProgressFile:
 
     Args:
         path: the file, whose folder exists.
+
+    Attributes:
+        path: see the argument.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
 
     def write(self, record: ProgressRecord) -> None:
         """Append a record. A reader never sees a part of it."""
-        with self._path.open("ab", buffering=0) as file:
+        with self.path.open("ab", buffering=0) as file:
             file.write(record.model_dump_json().encode() + b"\n")
 
 

@@ -20,6 +20,8 @@ from svc.version import NAME_PATTERN
 
 DEFAULT_BATCH_SIZE = 16
 DEFAULT_BETA = 0.1
+MAX_CHECKPOINTS = 3
+"""Number of epochs, counted from the end, whose checkpoints a job keeps, as at OpenAI."""
 BASE_KEY = "base"
 """Key of `recipe` that names a base in place of `model`. It is not a key of a recipe itself."""
 _PREFIX = "ft-"
@@ -198,7 +200,7 @@ def make_recipe(request: JobRequest, name: str, sources: Sources) -> dict[str, A
         sections["preference"] = sections.get("preference", {}) | {"beta": values.beta or DEFAULT_BETA}
     if request.integrations:
         recipe["report_to"] = ["mlflow", "wandb"]
-    return recipe | {"data": data, "train": train} | sections
+    return recipe | {"data": data, "train": train, "checkpoints": {"keep_epochs": MAX_CHECKPOINTS}} | sections
 
 
 def complete(

@@ -309,7 +309,29 @@ class Registry:
         taken = set(self.objects.versions(name)) if self.objects else set()
         while self.folder(version).exists() or version in taken:  # unknown to MLflow; its number stays used
             version = self.tracking.allocate(name, self._source(name), run_id)
-        staging = parent / f".{version.number}"
+        try:
+            return self._publish(version, content, manifest)
+        except BaseException:
+            self.tracking.discard(version)
+            raise
+
+    def publish_as(
+        self, version: VersionId, content: dict[str, Path], manifest: Callable[[VersionId, Path], Manifest]
+    ) -> None:
+        """Publish finished files under a given number, unless the version exists. MLflow does not know the version.
+
+        Args:
+            content, manifest: see `publish`.
+        """
+        if not self._is_here(version):
+            (self.models / version.name).mkdir(parents=True, exist_ok=True)
+            self._publish(version, content, manifest)
+
+    def _publish(
+        self, version: VersionId, content: dict[str, Path], manifest: Callable[[VersionId, Path], Manifest]
+    ) -> Manifest:
+        folder = self.folder(version)
+        staging = folder.with_name(f".{version.number}")
         try:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir()
@@ -322,12 +344,11 @@ class Registry:
                     path.chmod(0o444)
             if self.objects is not None:
                 self.objects.upload(published, staging)
-            staging.rename(self.folder(version))
+            staging.rename(folder)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
-            self.tracking.discard(version)
             raise
-        sync_folder(parent)
+        sync_folder(folder.parent)
         return published
 
     def downloads_paused(self, name: str) -> AbstractContextManager[None]:

@@ -379,6 +379,9 @@ class Checkpoints(_Section):
     """number of minutes between two checkpoints"""
     keep: int = Field(2, ge=1)
     """number of checkpoints to keep, newest first; the best checkpoint is always kept as well"""
+    keep_epochs: int = Field(0, ge=0)
+    """number of epochs, counted from the end, after which the adapter is saved for clients of the fine-tuning API; only
+    with `svc train --progress FILE`, in the folder `epochs` beside the file"""
 
 
 class Quantize(_Section):

@@ -24,8 +24,9 @@ from svc.engine.device import NumberType
 from svc.errors import InterruptedRunError
 from svc.model_folder.chat_template import choose_template_kwargs
 from svc.terminal import console, waiting
-from svc.training_progress import ProgressFile
+from svc.training_progress import EpochSaved, ProgressFile
 from trainer.callbacks.early_stopping import best_step, misses_measurement, out_of_patience
+from trainer.callbacks.epoch_adapters import EpochAdapters
 from trainer.callbacks.heldout_schedule import HeldoutCurve
 from trainer.callbacks.loss_log import Report, training_points
 from trainer.callbacks.preemption import Preemption, StepAbandoned, preemption
@@ -61,6 +62,9 @@ from trainer.training.summary import TrainingData, TrainingSummary
 from trainer.training.trainer import NoStepLeftError, ResumableTrainer, number_type_of
 
 log = logging.getLogger(__name__)
+
+EPOCHS_FOLDER = "epochs"
+"""Folder beside the progress file with the adapters of the last epochs."""
 
 
 def train_model(
@@ -136,7 +140,7 @@ def train_model(
                 folder = CheckpointFolder(checkpoints, recipe.checkpoints.keep, on_checkpoint)
                 trainer = build(recipe, out, folder, report, asked, number_type)
             if progress is not None:
-                trainer.add_callback(ProgressRecords(progress))
+                add_progress(trainer, tokenizer, progress, recipe)
             seconds = run_trainer(trainer, recipe.stopping, asked, number_type)
         # A signal ends the process from here on: the next run writes the weights from the last checkpoint.
         save_model(trainer, tokenizer, out, full=recipe.adapter_type is None)
@@ -169,7 +173,7 @@ def _train_in(
         if group.rank == 0:
             caller.listen()
             if progress is not None:
-                trainer.add_callback(ProgressRecords(progress))
+                add_progress(trainer, tokenizer, progress, recipe)
         seconds = run_trainer(trainer, recipe.stopping, asked, number_type)
         full = recipe.adapter_type is None
         if group.sharded:
@@ -311,6 +315,25 @@ def build_trainer(
     learnt = TrainerRows(dataset, collator, tokens, [training_row(row) for row in heldout])
     parts = (base, tokenizer, learnt, recipe, out, checkpoints, report, asked, number_type, acceleration)
     return assemble_trainer(*parts, curve=curve, load=load, group=group)
+
+
+def add_progress(
+    trainer: ResumableTrainer, tokenizer: PreTrainedTokenizerBase, progress: ProgressFile, recipe: Recipe
+) -> None:
+    """Write a run's progress to a file and, if the recipe says so, save the adapters of its last epochs beside it.
+
+    There they remain when the run's folder is cleaned.
+    """
+
+    def on_saved(step: int, folder: Path) -> None:
+        progress.write(EpochSaved(step=step, folder=str(folder.absolute())))
+
+    trainer.add_callback(ProgressRecords(progress))
+    if recipe.checkpoints.keep_epochs and recipe.adapter_type is not None:
+        save = partial(save_model, trainer, tokenizer, full=False)
+        trainer.add_callback(
+            EpochAdapters(progress.path.with_name(EPOCHS_FOLDER), recipe.checkpoints.keep_epochs, save, on_saved)
+        )
 
 
 def save_model(trainer: ResumableTrainer, tokenizer: PreTrainedTokenizerBase, out: Path, *, full: bool) -> None:

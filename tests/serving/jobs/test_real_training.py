@@ -13,9 +13,11 @@ from svc.dataset.readers.reader import write_examples
 from svc.dataset.schema.example import ChatExample
 from svc.registry.registry import Registry
 from svc.settings import FineTuningSettings
-from svc.store.jobs import JobStatus, Wanted, read_events
+from svc.store.fine_tuned_models import find_model
+from svc.store.jobs import JobStatus, Wanted, read_checkpoints, read_events
 from svc.store.page import Page
 from svc.store.tables import JobRow
+from svc.version import Format
 from tests.new_store import new_store
 from tests.serving.jobs.worker_home import WorkerHome
 from tests.trainer.conftest import examples, tiny_base
@@ -37,13 +39,14 @@ async def test_version_and_metrics_exist_when_the_job_was_paused_and_resumed(
         "data": {"train": "/elsewhere/files/file-1"},
         "adapter": {"rank": 4},
         "train": {"batch_size": 2, "epochs": 5, "learning_rate": 0.01},
+        "checkpoints": {"keep_epochs": 3},
     }
     id = home.add()
     with home.store.begin() as connection:
         text = recipe_text(recipe)
         connection.execute(update(JobRow).where(JobRow.id == id).values(recipe=text, name="ft-alice-tiny"))
     settings = home.settings.model_copy(update={"fine_tuning": FineTuningSettings(bases={"small": str(tiny_base)})})
-    worker = make_job_worker(settings, home.store)
+    worker = make_job_worker(settings, Registry.of(settings), home.store)
     assert worker is not None
     async with home.working(worker):
         await home.until(lambda: any("training loss=" in message for message in home.messages(id)))
@@ -63,3 +66,10 @@ async def test_version_and_metrics_exist_when_the_job_was_paused_and_resumed(
     assert all(0 <= float(row["train_accuracy"]) <= 1 for row in rows if row["train_loss"])
     events, _ = read_events(home.store, id, page=Page(1000))
     assert any("train_mean_token_accuracy" in json.loads(event.data or "{}") for event in events)
+    checkpoints, _ = read_checkpoints(home.store, id, page=Page(10))
+    assert [each.step for each in checkpoints] == [trained[-1] * epoch // 5 for epoch in (5, 4, 3)]
+    assert [each.model == job.fine_tuned_model for each in checkpoints] == [True, False, False]
+    for each in checkpoints:
+        model = find_model(home.store, each.model)
+        assert model is not None
+        Registry.of(settings).verify(model.version, Format.ADAPTER)

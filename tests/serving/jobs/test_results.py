@@ -1,23 +1,34 @@
 """Tests the results of fine-tuning jobs."""
 
 import json
+import shutil
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from sqlalchemy import Engine as Store
 
 from serving.jobs.results import PROGRESS_FILE, JobResults, metrics_csv
 from svc.client_files.client_files import ClientFiles
+from svc.registry.adapter import CONFIG_FILE, read_adapter
+from svc.registry.registry import Registry
+from svc.store.checkpoint_versions import checkpoint_version
 from svc.store.files import FileStatus, Purpose, find_file, read_files
-from svc.store.jobs import Job, JobStatus
+from svc.store.fine_tuned_models import find_model
+from svc.store.job_requests import owners_of
+from svc.store.jobs import Job, JobCheckpoint, JobStatus, read_checkpoints
 from svc.store.page import Page
-from svc.training_progress import HeldoutLoss, ProgressFile, ProgressRecord, StepDone
-from svc.version import VersionId
+from svc.training_progress import EpochSaved, HeldoutLoss, ProgressFile, ProgressRecord, StepDone
+from svc.version import Format, VersionId
+from tests.serving.trained import add_job
+from tests.serving.versions import AliasBook, make_version
 
 VERSION = VersionId("ft-alice-tickets", 2)
+NAME = "ft:small:org:tickets:0123456789ab"
 JOB = Job(
     id="ftjob-0123456789abcdef01234567",
     owner="alice",
@@ -47,12 +58,43 @@ def files(store: Store, tmp_path: Path) -> ClientFiles:
 
 
 @pytest.fixture
-def results(store: Store, files: ClientFiles, tmp_path: Path) -> JobResults:
+def registry(tmp_path: Path) -> Registry:
+    """Return a registry with the job's version."""
+    registry = Registry(tmp_path / "models", AliasBook())
+    make_version(registry, VERSION.number, name=VERSION.name, formats=(Format.MERGED, Format.ADAPTER))
+    return registry
+
+
+@pytest.fixture
+def progress(tmp_path: Path) -> ProgressFile:
+    """Return the file with the job's progress."""
     folder = tmp_path / "jobs" / JOB.id
     folder.mkdir(parents=True)
+    file = ProgressFile(folder / PROGRESS_FILE)
     for record in STEPS:
-        ProgressFile(folder / PROGRESS_FILE).write(record)
-    return JobResults(store, files, tmp_path / "jobs", "org")
+        file.write(record)
+    return file
+
+
+@pytest.fixture
+def results(store: Store, files: ClientFiles, registry: Registry, tmp_path: Path, progress: ProgressFile) -> JobResults:
+    return JobResults(store, files, registry, tmp_path / "jobs", "org")
+
+
+def save_epoch(registry: Registry, progress: ProgressFile, step: int, *, same: bool = False, **config: Any) -> Path:
+    """Save the adapter of an epoch as the trainer does, with the weights of the job's version or others."""
+    folder = registry.models.parent / "epochs" / str(step)
+    shutil.copytree(registry.folder(VERSION) / "adapter", folder)
+    if not same:
+        save_file({"weight": np.full((1,), step, dtype=np.float32)}, folder / "adapter_model.safetensors")
+    written = json.loads((folder / CONFIG_FILE).read_text())
+    (folder / CONFIG_FILE).write_text(json.dumps(written | config))
+    progress.write(EpochSaved(step=step, folder=str(folder)))
+    return folder
+
+
+def checkpoints(store: Store) -> list[JobCheckpoint]:
+    return read_checkpoints(store, JOB.id, page=Page(10, newest_first=False))[0]
 
 
 def own_files(store: Store) -> list[Any]:
@@ -63,7 +105,7 @@ def test_result_file_has_openais_columns_and_belongs_to_the_owner_of_the_job(
     store: Store, files: ClientFiles, results: JobResults
 ) -> None:
     result = results.complete(JOB, VERSION)
-    assert result.fine_tuned_model == "ft:small:org:tickets:0123456789ab"
+    assert result.fine_tuned_model == NAME
     assert result.result_file is not None
     file = find_file(store, result.result_file, "alice")
     content = files.path(file.id).read_text()
@@ -99,6 +141,65 @@ def test_file_that_was_written_in_part_is_replaced(store: Store, files: ClientFi
     files.path(first.result_file).write_text("step,tr")  # the server was killed before it added the row
     results.complete(JOB, VERSION)
     assert files.path(first.result_file).read_text().count("\n") == 3
+
+
+def test_last_three_epochs_become_checkpoints_and_the_last_one_is_the_model(
+    store: Store, registry: Registry, progress: ProgressFile, results: JobResults
+) -> None:
+    add_job(store, owner="alice", id=JOB.id, name=VERSION.name, fine_tuned_model=NAME)
+    for step in (1, 2, 3, 4):
+        save_epoch(registry, progress, step, same=step == 4)
+    for _ in range(2):  # again after a crash
+        results.complete(JOB, VERSION)
+    found = checkpoints(store)
+    assert [(each.step, each.model) for each in found] == [
+        (2, f"{NAME}:ckpt-step-2"),
+        (3, f"{NAME}:ckpt-step-3"),
+        (4, NAME),
+    ]
+    versions = [find_model(store, each.model) for each in found]
+    ids = [str(each.version) for each in versions if each]
+    assert ids == ["ft-ckpt-0123456789abcdef01234567@2", "ft-ckpt-0123456789abcdef01234567@3", f"{VERSION.name}@1"]
+    assert json.loads(found[0].metrics) == {
+        "step": 2,
+        "train_loss": 0.123456789,
+        "train_mean_token_accuracy": None,
+        "valid_loss": 0.5,
+        "valid_mean_token_accuracy": 1.0,
+        "full_valid_loss": 0.5,
+        "full_valid_mean_token_accuracy": 1.0,
+    }
+    assert registry.versions(VERSION.name) == [VERSION]
+
+
+def test_checkpoint_is_a_version_that_engines_load_as_an_adapter(
+    store: Store, registry: Registry, progress: ProgressFile, results: JobResults
+) -> None:
+    add_job(store, owner="alice", id=JOB.id)
+    save_epoch(registry, progress, 2)
+    results.complete(JOB, VERSION)
+    version = checkpoint_version(JOB.id, 2)
+    registry.verify(version, Format.ADAPTER)
+    assert read_adapter(registry, version).base == read_adapter(registry, VERSION).base
+    assert registry.heldout(version) == registry.heldout(VERSION)
+    assert owners_of(store, version.name) == {"alice"}
+
+
+@pytest.mark.parametrize("config", [{"peft_type": "ADALORA"}, {"use_dora": True}])
+def test_adapter_that_no_engine_can_apply_is_no_checkpoint(
+    store: Store, registry: Registry, progress: ProgressFile, results: JobResults, config: dict[str, Any]
+) -> None:
+    save_epoch(registry, progress, 2, **config)
+    results.complete(JOB, VERSION)
+    assert checkpoints(store) == []
+
+
+def test_job_succeeds_without_checkpoints_when_its_run_was_removed(
+    store: Store, registry: Registry, progress: ProgressFile, results: JobResults
+) -> None:
+    shutil.rmtree(save_epoch(registry, progress, 2))
+    assert results.complete(JOB, VERSION).result_file
+    assert checkpoints(store) == []
 
 
 def test_jobs_have_different_files_and_names(results: JobResults) -> None:
