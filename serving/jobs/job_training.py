@@ -15,6 +15,7 @@ import re
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -210,22 +211,27 @@ class JobTraining:
         if self._wanted is Wanted.PAUSE:
             await self._release("Fine-tuning job paused")
             return False
+        starting = asyncio.create_task(asyncio.to_thread(self._start))
         try:
-            request = JobRequest.model_validate_json(self.job.request)
-            recipe = self._folder / RECIPE_FILE
-            write_whole(recipe, recipe_text(self._recipe()).encode())
-            # Not in a thread: a server that stops must know the process.
-            self._process = TrainingProcess.start(
-                self._folder,
-                self._options.command(recipe, self._folder / PROGRESS_FILE),
-                {**self._options.environment, **training_variables(request)},
-            )
+            self._process = await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            with suppress(OSError):
+                self._process = await starting  # `stop` must know the process
+            raise
         except OSError:
             log.exception("the training of %s cannot be started", self.job.id)
             self._options.wait(self.job)
             await self._release(_WAITS[DiskSpaceError.exit_code])
             return False
         return True
+
+    def _start(self) -> TrainingProcess:
+        request = JobRequest.model_validate_json(self.job.request)
+        recipe = self._folder / RECIPE_FILE
+        write_whole(recipe, recipe_text(self._recipe()).encode())
+        command = self._options.command(recipe, self._folder / PROGRESS_FILE)
+        environment = {**self._options.environment, **training_variables(request)}
+        return TrainingProcess.start(self._folder, command, environment)
 
     def _recipe(self) -> dict[str, Any]:
         """Return the job's recipe with the files on this machine. Another machine's home may have another path."""

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from sqlalchemy import update
 
 from serving.jobs import job_training
 from serving.jobs.job_training import Pace
+from serving.jobs.training_process import TrainingProcess
 from serving.jobs.worker import read_worker_id
 from svc.errors import RegistryError
 from svc.store.jobs import EventType, JobStatus, Wanted, read_events
@@ -218,6 +220,25 @@ async def test_job_returns_to_the_queue_with_a_checkpoint_when_the_server_stops(
         assert home.job(other).status is JobStatus.QUEUED
         home.want(id, Wanted.CANCEL)
         await home.ended(id, other)
+
+
+async def test_nothing_is_left_when_the_server_stops_while_a_training_starts(
+    home: WorkerHome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    id = home.add(**LONG)
+    start, entered, stopping = TrainingProcess.start, threading.Event(), threading.Event()
+
+    def slow(*arguments: Any) -> TrainingProcess:
+        entered.set()
+        stopping.wait()
+        return start(*arguments)
+
+    monkeypatch.setattr(TrainingProcess, "start", slow)
+    async with home.working():
+        await home.until(entered.is_set)
+        asyncio.get_running_loop().call_later(0.1, stopping.set)
+    assert home.job(id).status is JobStatus.QUEUED
+    assert not any(lives(pid) for pid in home.starts(id))
 
 
 async def test_training_is_killed_when_another_worker_has_taken_its_job(home: WorkerHome) -> None:
