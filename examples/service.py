@@ -62,11 +62,12 @@ def svc_json(home: Path, *arguments: str) -> Any:
 
 @contextmanager
 def serving(
-    home: Path, model: str, port: int, *, timeout_s: float = 300, environment: Mapping[str, str] | None = None
+    home: Path, model: str | None, port: int, *, timeout_s: float = 300, environment: Mapping[str, str] | None = None
 ) -> Iterator[str]:
     """Run `svc serve` while the context is active, and yield its URL once it is ready.
 
     Args:
+        model: the model to serve, or None for those that were served last.
         timeout_s: maximum time until the server is ready.
         environment: additional environment variables, such as settings.
 
@@ -76,7 +77,7 @@ def serving(
     log = home / "logs" / "serve.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
-        command = [str(_SVC), "--home", str(home), "serve", model, "--port", str(port)]
+        command = [str(_SVC), "--home", str(home), "serve", *([model] if model else []), "--port", str(port)]
         server = subprocess.Popen(
             command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=os.environ | dict(environment or {})
         )

@@ -56,9 +56,9 @@ def test_recipe_in_the_readme_parses(tmp_path: Path) -> None:
     assert f"svc serve {load_recipe(path).name}" in README
 
 
-def test_snippet_in_the_readme_compiles() -> None:
-    [snippet] = blocks(README, "python")
-    compile(snippet, "README.md", "exec")
+def test_snippets_in_the_readme_compile() -> None:
+    for snippet in blocks(README, "python"):
+        compile(snippet, "README.md", "exec")
 
 
 def test_project_internal_links_have_targets() -> None:
