@@ -20,6 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from serving.batches.answer import Answer, Ask
 from serving.batches.lines import RequestLine, RequestLines, read_request_lines
 from serving.batches.progress import ERROR_FILE, OUTPUT_FILE, RETRY_S, Progress, load_progress
+from serving.protocols.error_code import ErrorCode
 from serving.protocols.route import Route
 from svc.client_files.batch_check import check_batch_file
 from svc.client_files.client_files import ClientFiles
@@ -295,7 +296,12 @@ async def _until_written(write: Callable[[], Awaitable[Result]]) -> Result:
 
 
 def _pause_s(answer: Answer, pauses: int) -> float:
-    """Return the number of seconds after which a request is asked again."""
-    backoff_s: float = min(_MAX_PAUSE_S, _MIN_PAUSE_S * 2 ** min(pauses, 10))
-    pause_s = max(answer.retry_after_s or 0.0, backoff_s)
+    """Return the number of seconds after which a request is asked again.
+
+    The retry time in an answer is meant for clients, which should not ask often. An engine that is starting may be
+    ready much earlier.
+    """
+    pause_s: float = min(_MAX_PAUSE_S, _MIN_PAUSE_S * 2 ** min(pauses, 10))
+    if answer.of_engine or answer.code is ErrorCode.RATE_LIMIT_EXCEEDED:
+        pause_s = max(pause_s, answer.retry_after_s or 0.0)
     return pause_s + random.uniform(0.0, pause_s / 4)  # noqa: S311 - no secret
