@@ -12,6 +12,7 @@ from serving.admission.admission import Admission
 from serving.admission.background_slot import BackgroundSlotEndedError
 from serving.admission.errors import AdmissionError
 from serving.admission.party import NO_KEY, Party
+from svc.one_shot_event import OneShotEvent
 from tests.serving.admission.opened import admitted, drained, open_admission, settle
 
 PARTIES = (NO_KEY, Party("a"), Party("b", weight=3))
@@ -35,6 +36,8 @@ class World:
     question: tuple[asyncio.Task[None], asyncio.Event] | None = None
     asking: bool = False
     dead: bool = False
+    batched: list[tuple[asyncio.Task[None], asyncio.Event]] = field(default_factory=list)
+    batched_inside: int = 0
 
     async def client(self, number: int, party: Party, end: asyncio.Event) -> None:
         waits = self.admission._closed
@@ -62,11 +65,25 @@ class World:
                     self.asking = False
                     self.mixed |= self.version != seen
 
+    async def batch(self, end: asyncio.Event) -> None:
+        interruption = OneShotEvent()
+        interruption.listen(end.set)
+        async with admitted(self.admission, 1, Party("a", 1, interruption)):
+            seen = self.version
+            self.batched_inside += 1
+            try:
+                await end.wait()
+            finally:
+                self.batched_inside -= 1
+                self.mixed |= self.version != seen
+
     async def change_version(self, end: asyncio.Event) -> None:
         async with self.admission.changing():
             self.admission.unavailable(None)
             try:
                 await drained(self.admission, 60)
+                while self.batched_inside:  # the engine itself counts them
+                    await asyncio.sleep(0)
                 self.version += 1
                 await end.wait()
             finally:
@@ -101,6 +118,14 @@ class World:
                 self.question[1].set()
                 if choice % 3 == 0:  # the server stops
                     self.question[0].cancel()
+            case "batch":
+                end = asyncio.Event()
+                self.batched.append((asyncio.create_task(self.batch(end)), end))
+            case "end batch" if self.batched:
+                task, end = self.batched.pop(choice % len(self.batched))
+                end.set()
+                if choice % 2:
+                    task.cancel()
             case "die":
                 self.dead = True
                 self.admission.unavailable("gone")
@@ -118,6 +143,9 @@ class World:
         assert 0 <= admission.queued <= self.max_queued + admission.max_running
         assert all(admitted == sorted(admitted) for admitted in self.admitted_after_wait.values())
         assert admission._closed or not admission.queued or admission.running == admission.max_running
+        assert self.batched_inside == admission.batch_slots.running
+        assert not (self.batched_inside and (admission.queued or admission._changing or not admission._ready))
+        assert self.batched_inside + admission.running <= max(admission.running, admission.max_running)
         assert not self.mixed
         assert not self.entered_closed
         assert bool(admission.background_slot.taken) == self.asking
@@ -131,17 +159,23 @@ class World:
         for _, end in self.clients.values():
             end.set()
         self.admission.available()
+        for task, _ in self.batched:
+            task.cancel()
         if self.clients:
             await asyncio.wait([task for task, _ in self.clients.values()], timeout=5)
         if self.question:
             await asyncio.wait([self.question[0]], timeout=5)
             assert self.question[0].done()
         await drained(self.admission, 1)
+        await settle()
+        assert not self.admission.batch_slots.busy
         assert (self.admission.running, self.admission.queued) == (0, 0)
 
 
 ACTIONS = st.sampled_from(
-    ["arrive"] * 3 + ["finish", "leave", "close", "open", "die", "revive", "revive", "ask", "ask", "answer"]
+    ["arrive"] * 3
+    + ["batch", "batch", "end batch"]
+    + ["finish", "leave", "close", "open", "die", "revive", "revive", "ask", "ask", "answer"]
 )
 
 
