@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from typing import Any
 
 import httpx
@@ -15,14 +16,16 @@ from svc.identity.actor import Actor
 from svc.identity.principal import Scope
 from svc.registry.housekeeping import remove_version
 from svc.settings import FineTuningSettings
+from svc.store.checkpoint_versions import checkpoint_version
 from svc.store.deployments import add_deployment, deployed_names
 from svc.store.desired import change_desired, read_desired
 from svc.store.fine_tuned_models import FineTunedModel, find_model
+from svc.store.jobs import JobCheckpoint, add_checkpoint
 from svc.version import Alias, Format, Target, VersionId
 from tests.serving.control import BODY, until
 from tests.serving.engine_park import ParkSlots
 from tests.serving.home import Home
-from tests.serving.trained import train
+from tests.serving.trained import add_job, train
 from tests.serving.versions import base_folder, make_version
 
 pytestmark = pytest.mark.slow
@@ -336,3 +339,18 @@ async def test_model_without_a_version_is_not_found(merged: Home) -> None:
     remove_version(merged.registry, merged.store, model.version)
     async with serving(merged) as (client,):
         assert (await ask(client, model.name))[0] == 404
+
+
+async def test_owner_uses_a_checkpoint_and_others_do_not(merged: Home) -> None:
+    alice, bob = key(merged), key(merged)
+    job = add_job(merged.store, owner=alice.key.id)
+    version, name = checkpoint_version(job.id, 20), f"{job.fine_tuned_model}:ckpt-step-20"
+    make_version(merged.registry, 20, name=version.name, formats=(Format.ADAPTER,))
+    add_checkpoint(merged.store, JobCheckpoint("ftckpt_1", job.id, datetime.now(UTC), 20, name, "{}"))
+    async with serving(merged, alice, bob) as (of_alice, of_bob):
+        assert await ask(of_alice, name) == (200, str(version), "20")
+        for model in (name, str(version), version.name):
+            assert (await ask(of_bob, model))[0] == 404
+        assert version.name not in str(await listed(of_bob))
+        assert (await of_alice.delete(f"/v1/models/{name}")).status_code == 200
+        assert (await ask(of_alice, name))[0] == 404
