@@ -62,7 +62,9 @@ class DeploymentBuilder:
         metrics = DeploymentMetrics(self.instruments, name, on_loaded=self.gateway_metrics.show_errors)
         self.gateway_metrics.show_errors(None, name)
         names, admission = ModelNames(name), self._admission(engine)
-        metrics.watch_admission(lambda: admission.running, lambda: admission.queued)
+        metrics.watch_admission(
+            lambda: admission.running, lambda: admission.queued, lambda: admission.batch_slots.running
+        )
         facts = partial(self.slots.facts, name)
         verification = Verification(self.registry, self.store, facts, self.settings.adapters)
         pool = self._pool(engine, names, admission, verification, metrics)

@@ -44,6 +44,9 @@ class DeploymentInstruments:
         histogram = partial(Histogram, registry=registry)
         model, outcome, version = ("model",), ("model", "outcome"), ("model", "version")
         self.running = gauge("svc_requests_running", "Requests currently running in the engines", model)
+        self.batched = gauge(
+            "svc_batch_requests_running", "Requests of batches currently running in the engines", model
+        )
         self.queued = gauge("svc_requests_queued", "Requests currently waiting for a slot or an adapter", model)
         self.engine_state = gauge("svc_engine_state", "Number of engines, by state", ("model", "state"))
         self.restarts = counter("svc_engine_restarts_total", "Engine restarts after an engine died", model)
@@ -118,9 +121,12 @@ class DeploymentMetrics:
             self.instruments.shadow_requests.labels(self.model, copied.value)
         self.rollout_share(0.0)
 
-    def watch_admission(self, running: Callable[[], int], queued: Callable[[], int]) -> None:
-        """Make two gauges report the number of running and queued requests on each scrape."""
+    def watch_admission(
+        self, running: Callable[[], int], queued: Callable[[], int], batched: Callable[[], int] = lambda: 0
+    ) -> None:
+        """Make gauges report the number of running and queued requests, and of those of batches, on each scrape."""
         self.instruments.running.labels(self.model).set_function(running)
+        self.instruments.batched.labels(self.model).set_function(batched)
         self.instruments.queued.labels(self.model).set_function(queued)
 
     def engine_states(self, states: Sequence[EngineState]) -> None:

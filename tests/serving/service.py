@@ -195,7 +195,9 @@ class Service:
         self.registry = CollectorRegistry()
         metrics = GatewayMetrics(self.registry)
         DeploymentMetrics(DeploymentInstruments(self.registry), NAME).watch_admission(
-            lambda: self.admission.running, lambda: self.admission.queued
+            lambda: self.admission.running,
+            lambda: self.admission.queued,
+            lambda: self.admission.batch_slots.running,
         )
         self.gateway_buffers = buffers or AnswerBuffers(max_bytes=MAX_BUFFERED_BYTES)
         store = store or create_engine("sqlite://")

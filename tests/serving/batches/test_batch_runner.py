@@ -23,7 +23,7 @@ from serving.batches.batch_runner import MAX_RUNNING, next_batches
 from svc.identity.principal import Limits, Scope
 from svc.store.batches import Batch as StoredBatch
 from svc.store.batches import BatchStatus, find_batch
-from svc.store.files import Purpose, find_file, remove_file
+from svc.store.files import Purpose, find_file
 from svc.store.tables import BatchRow, RequestRow
 from svc.store.usage import usage_since
 from tests.serving.control import until
@@ -150,10 +150,9 @@ async def test_invalid_input_fails_the_batch_with_its_lines(service: BatchServic
     assert service.double.requests == []
 
 
-async def test_deleted_input_fails_the_batch(service: BatchService, client: AsyncOpenAI, store: Store) -> None:
+async def test_missing_input_fails_the_batch(service: BatchService, client: AsyncOpenAI) -> None:
     file = service.add_input(line("a"))
     id = await create(client, file)
-    remove_file(store, file)
     service.files.path(file).unlink()
     async with service.running_batches():
         batch = await ended(client, id)
