@@ -92,6 +92,40 @@ async def test_all_requests_are_answered(service: BatchService, client: AsyncOpe
     assert (file.purpose, file.filename, file.expires_at) == (Purpose.BATCH_OUTPUT, f"{id}_output.jsonl", None)
 
 
+async def test_files_go_in_and_out_through_the_files_api(service: BatchService) -> None:
+    key, other = service.key(*CLIENT), service.key(*CLIENT)
+    async with AsyncExitStack() as stack:
+        client = await stack.enter_async_context(service.official(key))
+        stranger = await stack.enter_async_context(service.official(other))
+        await stack.enter_async_context(service.running_batches())
+        file = await client.files.create(file=("requests.jsonl", lines(3).encode()), purpose="batch")
+        given: Any = {"anchor": "created_at", "seconds": 3600}
+        batch = await ended(client, await create(client, file.id, output_expires_after=given))
+        assert batch.output_file_id is not None
+        results = (await client.files.content(batch.output_file_id)).text.splitlines()
+        assert sorted(json.loads(result)["custom_id"] for result in results) == ["r0", "r1", "r2"]
+        output = await client.files.retrieve(batch.output_file_id)
+        assert (output.purpose, output.status, output.filename) == (
+            "batch_output",
+            "processed",
+            f"{batch.id}_output.jsonl",
+        )
+        assert output.expires_at is not None and output.expires_at - output.created_at == 3600
+        for call in (stranger.files.content, stranger.files.retrieve):
+            with pytest.raises(openai.NotFoundError):
+                await call(batch.output_file_id)
+
+
+async def test_input_of_an_open_batch_is_not_deleted(service: BatchService, client: AsyncOpenAI) -> None:
+    file = service.add_input(lines(1))
+    id = await create(client, file)
+    with pytest.raises(openai.APIStatusError, match="batch"):
+        await client.files.delete(file)
+    async with service.running_batches():
+        await ended(client, id)
+    assert (await client.files.delete(file)).deleted
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [
