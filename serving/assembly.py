@@ -30,6 +30,7 @@ from serving.http.files import Files
 from serving.http.fine_tuning import FineTuning
 from serving.http.inference import Gateway, completion_endpoints
 from serving.http.uploading import Uploading
+from serving.http.uploads import Uploads
 from serving.jobs.creation import JobCreation
 from serving.jobs.fine_tuned_models import PREFIXES, FineTunedModels, Loader
 from serving.jobs.results import JobResults
@@ -50,6 +51,7 @@ from serving.telemetry.usage_writer import UsageWriter
 from svc.access.authenticator import Authenticator
 from svc.access.usage_meter import UsageMeter
 from svc.client_files.client_files import ClientFiles
+from svc.client_files.uploads import ClientUploads
 from svc.engine.device import DeviceCapabilities
 from svc.registry.registry import Registry
 from svc.remote.listening import is_loopback
@@ -272,6 +274,7 @@ def assemble_gateway(
         begin_trace=traces.begin if traces else None,
     )
     client_files = ClientFiles(store, settings.home / "files")
+    client_uploads = ClientUploads(store, settings.home / "uploads", client_files)
     uploading = Uploading(settings.home, min_free_bytes=int(settings.files.min_free_gb * 2**30))
     file_checks = FileChecks(store, client_files)
     job_creation = JobCreation(store, client_files, settings)
@@ -286,6 +289,7 @@ def assemble_gateway(
         fine_tuning=FineTuning(store, settings, job_creation),
         batches=Batches(store, settings.batches),
         files=Files(store, client_files, settings.files, uploading, file_checks.wake),
+        uploads=Uploads(store, client_uploads, settings.files, uploading, file_checks.wake),
         draining=draining,
     )
     usage_writer = UsageWriter(store, usage, limiter.add_used_today, limiter.add_used_elsewhere)

@@ -33,6 +33,7 @@ from serving.http.models import add_models
 from serving.http.openapi import openapi_document
 from serving.http.request_state import request_state
 from serving.http.token_counts import token_count_endpoints
+from serving.http.uploads import Uploads
 from serving.telemetry.engine_metrics import EngineMetrics
 from svc.identity.principal import Scope as KeyScope
 
@@ -51,6 +52,7 @@ def build_app(
     fine_tuning: FineTuning,
     batches: Batches,
     files: Files,
+    uploads: Uploads,
     draining: asyncio.Event,
 ) -> "Application":
     """Return the HTTP application for a gateway.
@@ -66,6 +68,7 @@ def build_app(
         fine_tuning: answers /v1/fine_tuning.
         batches: answers /v1/batches.
         files: answers /v1/files.
+        uploads: answers /v1/uploads.
         draining: set once load balancers must stop sending requests.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
@@ -80,6 +83,7 @@ def build_app(
     fine_tuning.add_to(app)
     batches.add_to(app)
     files.add_to(app)
+    uploads.add_to(app)
     install_handlers(app)
     hosts = AllowedHosts((gateway.settings.host, *gateway.settings.allowed_hosts))
     layer = partial(

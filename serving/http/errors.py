@@ -49,6 +49,7 @@ from serving.replicas.transport import (
     EngineSilentError,
 )
 from svc.access.authenticator import KeysUnavailableError
+from svc.client_files.uploads import ChecksumError
 from svc.errors import (
     AuthenticationError,
     BusyError,
@@ -67,6 +68,7 @@ from svc.store.files import FileInUseError, StorageLimitError
 from svc.store.job_requests import JobEndedError, TooManyJobsError
 from svc.store.page import EntryNotFoundError
 from svc.store.unavailable import StoreUnavailableError
+from svc.store.uploads import UploadEndedError, UploadSizeError
 
 log = logging.getLogger(__name__)
 
@@ -176,6 +178,9 @@ _SHAPES: dict[type[SvcError], tuple[int, ErrorCode]] = {
     StorageLimitError: (400, ErrorCode.STORAGE_LIMIT),
     DiskFullError: (507, ErrorCode.DISK_FULL),
     FileInUseError: (409, ErrorCode.FILE_IN_USE),
+    UploadEndedError: (400, ErrorCode.UPLOAD_ENDED),
+    UploadSizeError: (400, ErrorCode.INVALID_REQUEST),
+    ChecksumError: (400, ErrorCode.INVALID_REQUEST),
     ContentMissingError: (503, ErrorCode.FILE_CONTENT_MISSING),
     RateLimitedError: (429, ErrorCode.RATE_LIMIT_EXCEEDED),
     OverloadedError: (429, ErrorCode.OVERLOADED),

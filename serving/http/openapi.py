@@ -26,6 +26,7 @@ from serving.http.errors import ANTHROPIC_TYPES
 from serving.http.feedback import FeedbackRequest
 from serving.http.files import MAX_PAGE as MAX_FILES
 from serving.http.fine_tuning import MAX_PAGE
+from serving.http.uploads import CompleteUploadRequest, CreateUploadRequest
 from serving.jobs.request import JobRequest
 from serving.protocols.error_code import ErrorCode
 from serving.protocols.route import ANTHROPIC_PATHS, Route, TokenRoute
@@ -184,6 +185,7 @@ def openapi_document() -> Json:
             **_fine_tuning(schemas),
             **_batches(schemas),
             **_files(),
+            **_uploads(schemas),
             **_administration(schemas),
         },
         "components": {"schemas": schemas, "securitySchemes": _KEY_HEADERS},
@@ -308,6 +310,38 @@ def _files() -> Json:
             "delete": _operation("Delete a file", _json(_OBJECT), deletion),
         },
         "/v1/files/{id}/content": {"parameters": [_ID], "get": content},
+    }
+
+
+def _uploads(schemas: Json) -> Json:
+    """Return the paths of uploads in parts. Their objects are those of OpenAI's API."""
+    store = {**_DEFECT, 503: "the server's database is not responding"}
+    no_upload = {400: "the upload has ended", 404: "there is no such upload, or it belongs to another key", **store}
+    form = {
+        "type": "object",
+        "required": ["data"],
+        "additionalProperties": False,
+        "properties": {"data": {"type": "string", "format": "binary"}},
+    }
+    creation = {
+        **_operation("Create an upload in parts", _json(_OBJECT), {**_BAD_BODY, **store}),
+        "requestBody": {"required": True, "content": _json(_schema(CreateUploadRequest, schemas))},
+    }
+    addition = {
+        **_operation("Add a part to an upload", _json(_OBJECT), {**no_upload, **_UPLOAD_REFUSED}),
+        "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": form}}},
+    }
+    refused = {**no_upload, **_BAD_BODY, 429: _UPLOAD_REFUSED[429], 507: _UPLOAD_REFUSED[507]}
+    completion = {
+        **_operation("Make a file of the parts of an upload", _json(_OBJECT), refused),
+        "requestBody": {"required": True, "content": _json(_schema(CompleteUploadRequest, schemas))},
+    }
+    path = "/v1/uploads/{id}"
+    return {
+        "/v1/uploads": {"post": creation},
+        f"{path}/parts": {"parameters": [_ID], "post": addition},
+        f"{path}/complete": {"parameters": [_ID], "post": completion},
+        f"{path}/cancel": {"parameters": [_ID], "post": _operation("Cancel an upload", _json(_OBJECT), no_upload)},
     }
 
 

@@ -71,13 +71,15 @@ class Uploading:
             await while_connected(state, self._run(body, lambda: results.append(self._saved(save, body, size))))
             return results[0]
 
-    async def in_thread(self, work: Callable[[], Result]) -> Result:
-        """Return the result of a function that writes files, which is called in a thread.
+    async def in_thread(self, request: Request, work: Callable[[], Result]) -> Result:
+        """Return the result of a function that writes a file for a request, and is called in a thread.
 
         Raises:
+            OverloadedError: too many uploads are running.
             DiskFullError: the disk is full.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._written, work)
+        with self._slots.reading(request_state(request.scope).caller):
+            return await asyncio.get_running_loop().run_in_executor(self._threads, self._written, work)
 
     def disk_watch(self) -> Callable[[int], None]:
         """Return a function to be called with the size of each part before it is written.

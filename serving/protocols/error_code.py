@@ -32,6 +32,7 @@ class ErrorCode(StrEnum):
     FILE_TOO_LARGE = "file_too_large"
     STORAGE_LIMIT = "storage_limit"
     DISK_FULL = "disk_full"
+    UPLOAD_ENDED = "upload_ended"
     FILE_IN_USE = "file_in_use"
     FILE_CONTENT_MISSING = "file_content_missing"
     REQUEST_NOT_FOUND = "request_not_found"

@@ -50,6 +50,7 @@ _NOT_COMPLETIONS = {
     ErrorCode.STORAGE_LIMIT,
     ErrorCode.DISK_FULL,
     ErrorCode.FILE_IN_USE,
+    ErrorCode.UPLOAD_ENDED,
     ErrorCode.FILE_CONTENT_MISSING,
     ErrorCode.REQUEST_NOT_FOUND,
     ErrorCode.REQUEST_LOG_BUSY,

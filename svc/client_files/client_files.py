@@ -8,7 +8,7 @@ import hashlib
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -45,7 +45,21 @@ class FileWriter:
         return self._hash.hexdigest()
 
     def abandon(self) -> None:
-        self._file.close()
+        """Close the file, which is incomplete."""
+        with suppress(OSError):  # the rest does not fit on a full disk
+            self._file.close()
+
+
+@contextmanager
+def writing_file(path: Path) -> Iterator[FileWriter]:
+    """Yield a writer for a new file. An error deletes what was written."""
+    writer = FileWriter(path)
+    try:
+        yield writer
+    except BaseException:
+        writer.abandon()
+        path.unlink(missing_ok=True)
+        raise
 
 
 class ClientFiles:
@@ -78,13 +92,8 @@ class ClientFiles:
         path = self._folder / (id or f"file-{secrets.token_hex(12)}")
         if id is not None:
             path.unlink(missing_ok=True)
-        writer = FileWriter(path)
-        try:
+        with writing_file(path) as writer:
             yield path.name, writer
-        except BaseException:
-            writer.abandon()
-            path.unlink(missing_ok=True)
-            raise
 
     def add(
         self,
@@ -106,14 +115,35 @@ class ClientFiles:
         Raises:
             StorageLimitError: the file exceeds a limit.
         """
-        now = datetime.now(UTC)
-        expires_at = None if expires_after_s is None else now + timedelta(seconds=expires_after_s)
-        file = ClientFile(
-            id, owner, purpose, filename, writer.bytes, writer.close(), now, expires_at=expires_at, status=status
+        file = self.finish(
+            id,
+            writer,
+            owner=owner,
+            purpose=purpose,
+            filename=filename,
+            status=status,
+            expires_after_s=expires_after_s,
         )
-        sync_folder(self._folder)
         add_file(self._store, file, limits)
         return file
+
+    def finish(
+        self,
+        id: str,
+        writer: FileWriter,
+        *,
+        owner: str,
+        purpose: Purpose,
+        filename: str,
+        status: FileStatus = FileStatus.UPLOADED,
+        expires_after_s: int | None = None,
+    ) -> ClientFile:
+        """Complete the content that a writer has written, and return the file, which is not in the store yet."""
+        now = datetime.now(UTC)
+        expires_at = None if expires_after_s is None else now + timedelta(seconds=expires_after_s)
+        sha256 = writer.close()
+        sync_folder(self._folder)
+        return ClientFile(id, owner, purpose, filename, writer.bytes, sha256, now, expires_at, status)
 
     def delete(self, id: str, owner: str | None = None) -> None:
         """Delete a file.

@@ -17,7 +17,7 @@ from svc.store.batches import BatchStatus
 from svc.store.database import exclusive
 from svc.store.jobs import JobStatus
 from svc.store.page import Page, find_row, read_page
-from svc.store.tables import BatchRow, FileRow, JobRow
+from svc.store.tables import BatchRow, FileRow, JobRow, UploadPartRow, UploadRow
 
 _OPEN_JOBS = [status.value for status in JobStatus if not status.ended]
 _OPEN_BATCHES = [status.value for status in BatchStatus if not status.ended]
@@ -80,7 +80,7 @@ class StorageLimits:
     """How much one key may store.
 
     Attributes:
-        bytes: maximum size of all files.
+        bytes: maximum size of all files, and of the parts of uploads.
         files: maximum number of files.
     """
 
@@ -98,9 +98,14 @@ def add_file(store: Store, file: ClientFile, limits: StorageLimits | None = None
         StorageLimitError: the file exceeds a limit.
     """
     with exclusive(store) as session:
-        if limits is not None:
-            _require_storage(session, file.owner, file.bytes, limits)
-        session.add(FileRow.of(file))
+        insert_file(session, file, limits)
+
+
+def insert_file(session: Session, file: ClientFile, limits: StorageLimits | None) -> None:
+    """Add a file within a transaction of svc.store. See `add_file`."""
+    if limits is not None:
+        _require_storage(session, file.owner, file.bytes, limits)
+    session.add(FileRow.of(file))
 
 
 def require_storage(store: Store, owner: str, more: int, limits: StorageLimits) -> int:
@@ -197,6 +202,10 @@ def _used_by_batch(id: str | ColumnElement[str]) -> ColumnElement[bool]:
 def _require_storage(session: Session, owner: str, more: int, limits: StorageLimits) -> int:
     query = select(func.count(), func.coalesce(func.sum(FileRow.bytes), 0)).where(FileRow.owner == owner)
     files, size = session.execute(query).one()
+    parts = select(func.coalesce(func.sum(UploadPartRow.bytes), 0)).join(
+        UploadRow, UploadRow.id == UploadPartRow.upload
+    )
+    size += session.scalars(parts.where(UploadRow.owner == owner)).one()
     if files >= limits.files:
         raise StorageLimitError(
             f"this key has {files} files",

@@ -1,0 +1,127 @@
+"""Files that arrive in parts. Each part is a file in a folder of its upload, until the upload is complete.
+
+The paths are made from ids, never from anything that a client sent.
+"""
+
+import hashlib
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from sqlalchemy import Engine as Store
+
+from svc.client_files.client_files import ClientFiles, FileWriter, writing_file
+from svc.errors import SvcError
+from svc.store.files import ClientFile, StorageLimits
+from svc.store.uploads import (
+    Upload,
+    UploadPart,
+    add_part,
+    cancel_upload,
+    complete_upload,
+    read_parts,
+    require_pending,
+)
+
+_BLOCK = 2**20
+
+
+class ChecksumError(SvcError):
+    """Raised when the content of an upload does not have the expected checksum. Clients see the message."""
+
+
+class ClientUploads:
+    """Uploads in parts.
+
+    Args:
+        folder: folder for the parts, which is created if it does not exist.
+        files: the files that uploads become.
+    """
+
+    def __init__(self, store: Store, folder: Path, files: ClientFiles) -> None:
+        self._store = store
+        self._folder = folder
+        self._files = files
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    @contextmanager
+    def writing_part(self, upload: Upload) -> Iterator[tuple[str, FileWriter]]:
+        """Yield a new id, and a writer for that part of an upload. An error deletes what was written."""
+        id, folder = f"part_{secrets.token_hex(12)}", self._folder / upload.id
+        folder.mkdir(mode=0o700, exist_ok=True)
+        with writing_file(folder / id) as writer:
+            yield id, writer
+
+    def add_part(self, upload: Upload, id: str, writer: FileWriter) -> UploadPart:
+        """Add the part that a writer has written; call this as the last thing within `writing_part`.
+
+        Raises:
+            UploadEndedError, UploadSizeError: the upload has ended, or its parts are too large or too many.
+        """
+        writer.close()
+        part = UploadPart(id, upload.id, writer.bytes, datetime.now(UTC))
+        add_part(self._store, part)
+        return part
+
+    def complete(
+        self,
+        upload: Upload,
+        part_ids: Sequence[str],
+        *,
+        md5: str | None,
+        limits: StorageLimits,
+        on_write: Callable[[int], None],
+    ) -> tuple[Upload, ClientFile]:
+        """Make a file of an upload's parts in the given order, and return both.
+
+        Args:
+            md5: checksum that the file must have, in hexadecimal, or None.
+            limits: limits for all files of the owner.
+            on_write: called with the size of each block before it is written.
+
+        Raises:
+            EntryNotFoundError, UploadEndedError, UploadSizeError: the upload has ended, or does not have these parts.
+            ChecksumError: the file has another checksum. The upload has not ended.
+            StorageLimitError: the file exceeds a limit.
+        """
+        require_pending(upload)
+        parts = read_parts(self._store, upload, part_ids)
+        checksum = hashlib.md5(usedforsecurity=False)
+        with self._files.writing() as (id, writer):
+            for block in self._blocks(parts):
+                on_write(len(block))
+                writer.write(block)
+                if md5 is not None:
+                    checksum.update(block)
+            if md5 is not None and checksum.hexdigest() != md5.lower():
+                raise ChecksumError(f"the content has the MD5 checksum {checksum.hexdigest()}", expected=md5)
+            file = self._files.finish(
+                id,
+                writer,
+                owner=upload.owner,
+                purpose=upload.purpose,
+                filename=upload.filename,
+                expires_after_s=upload.expires_after_s,
+            )
+            completed = complete_upload(self._store, upload.id, file, limits)
+        self.remove_parts(upload.id)
+        return completed, file
+
+    def cancel(self, id: str, owner: str | None) -> Upload:
+        """Cancel an upload and return it. See `svc.store.uploads.cancel_upload`."""
+        upload = cancel_upload(self._store, id, owner)
+        self.remove_parts(id)
+        return upload
+
+    def remove_parts(self, id: str) -> None:
+        """Delete the parts of an upload that has ended."""
+        shutil.rmtree(self._folder / id, ignore_errors=True)
+
+    def _blocks(self, parts: Sequence[UploadPart]) -> Iterator[bytes]:
+        for part in parts:
+            with (self._folder / part.upload / part.id).open("rb") as file:
+                while block := file.read(_BLOCK):
+                    yield block

@@ -1,0 +1,203 @@
+"""Uploads of files in parts, one row each. The parts are stored outside the database, see svc.client_files."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+
+from sqlalchemy import Engine as Store
+from sqlalchemy import delete, func, select
+from sqlalchemy.orm import Session
+
+from svc.errors import RefusedError
+from svc.store.database import exclusive
+from svc.store.files import ClientFile, Purpose, StorageLimitError, StorageLimits, insert_file
+from svc.store.page import EntryNotFoundError, find_row
+from svc.store.tables import UploadPartRow, UploadRow
+
+MAX_OPEN = 100
+"""Maximum number of uploads of one key that have not ended."""
+MAX_PARTS = 10_000
+"""Maximum number of parts of an upload."""
+
+
+class UploadStatus(StrEnum):
+    """State of an upload, in OpenAI's words."""
+
+    PENDING = "pending"
+    COMPLETED = "completed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+
+class UploadEndedError(RefusedError):
+    """Raised when an upload that has ended is to be changed. Clients see the message."""
+
+
+class UploadSizeError(RefusedError):
+    """Raised when the parts of an upload do not have its size, or are too many. Clients see the message."""
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """An upload in parts.
+
+    Attributes:
+        owner: id of the key that owns the upload; empty for requests without a key.
+        filename: the client's name for the file, never used as a path.
+        bytes: size of the file.
+        expires_after_s: seconds after which the file expires, or None.
+        file: id of the file, once the upload is complete.
+    """
+
+    id: str
+    owner: str
+    purpose: Purpose
+    filename: str
+    bytes: int
+    created_at: datetime
+    expires_at: datetime
+    expires_after_s: int | None = None
+    status: UploadStatus = UploadStatus.PENDING
+    file: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UploadPart:
+    """A part of an upload."""
+
+    id: str
+    upload: str
+    bytes: int
+    created_at: datetime
+
+
+def add_upload(store: Store, upload: Upload) -> None:
+    """Add an upload without parts.
+
+    Raises:
+        StorageLimitError: the owner has too many uploads that have not ended.
+    """
+    with exclusive(store) as session:
+        is_open = (UploadRow.status == UploadStatus.PENDING.value) & (UploadRow.expires_at > datetime.now(UTC))
+        query = select(func.count()).select_from(UploadRow).where(UploadRow.owner == upload.owner, is_open)
+        if (count := session.scalar(query) or 0) >= MAX_OPEN:
+            raise StorageLimitError(
+                f"this key has {count} uploads that have not ended",
+                expected=f"fewer than {MAX_OPEN}",
+                todo="complete or cancel uploads, or wait an hour until they expire",
+            )
+        session.add(UploadRow.of(upload, status=upload.status.value, purpose=upload.purpose.value))
+
+
+def find_upload(store: Store, id: str, owner: str | None) -> Upload:
+    """Return an upload.
+
+    Args:
+        owner: only an upload of this owner is found; None for all owners.
+
+    Raises:
+        EntryNotFoundError: the owner has no upload with this id.
+    """
+    with Session(store) as session:
+        return find_row(session, UploadRow, id, owner, "upload").read(Upload)
+
+
+def require_pending(upload: Upload) -> None:
+    """Check that an upload can be changed.
+
+    Raises:
+        UploadEndedError: it has ended.
+    """
+    expired = upload.status is UploadStatus.PENDING and upload.expires_at <= datetime.now(UTC)
+    if expired or upload.status is not UploadStatus.PENDING:
+        status = UploadStatus.EXPIRED if expired else upload.status
+        raise UploadEndedError(f"the upload {upload.id} is {status}", todo="create another upload")
+
+
+def add_part(store: Store, part: UploadPart) -> None:
+    """Add a part that has been stored.
+
+    Raises:
+        EntryNotFoundError, UploadEndedError: there is no such upload any more, or it has ended.
+        UploadSizeError: the parts are larger than the file, or too many.
+    """
+    with exclusive(store) as session:
+        upload = _require_pending(session, part.upload)
+        query = select(func.count(), func.coalesce(func.sum(UploadPartRow.bytes), 0))
+        count, size = session.execute(query.where(UploadPartRow.upload == part.upload)).one()
+        if count >= MAX_PARTS:
+            raise UploadSizeError(f"the upload has {count} parts", expected=f"at most {MAX_PARTS}")
+        if size + part.bytes > upload.bytes:
+            wrong = f"the parts have {size + part.bytes} bytes together"
+            raise UploadSizeError(wrong, expected=f"at most the {upload.bytes} bytes of the upload")
+        session.add(UploadPartRow.of(part))
+
+
+def read_parts(store: Store, upload: Upload, ids: Sequence[str]) -> list[UploadPart]:
+    """Return parts of an upload, in the given order.
+
+    Raises:
+        EntryNotFoundError: the upload does not have one of them.
+        UploadSizeError: their size is not that of the upload.
+    """
+    with Session(store) as session:
+        rows = session.scalars(select(UploadPartRow).where(UploadPartRow.upload == upload.id))
+        parts = {row.id: row.read(UploadPart) for row in rows}
+    if missing := next((id for id in ids if id not in parts), None):
+        raise EntryNotFoundError(
+            f"there is no part {missing[:100]!a} in the upload {upload.id}",
+            expected="ids of parts of this upload",
+            param="part_ids",
+        )
+    if len(set(ids)) < len(ids):
+        raise UploadSizeError("a part is named twice", expected="each part once, in the order of the file")
+    if (size := sum(parts[id].bytes for id in ids)) != upload.bytes:
+        raise UploadSizeError(f"the parts have {size} bytes together", expected=f"{upload.bytes}, as the upload says")
+    return [parts[id] for id in ids]
+
+
+def complete_upload(store: Store, id: str, file: ClientFile, limits: StorageLimits) -> Upload:
+    """Add the file of an upload, remove the rows of its parts, and return the upload.
+
+    Raises:
+        EntryNotFoundError, UploadEndedError: there is no such upload any more, or it has ended.
+        StorageLimitError: the file exceeds a limit.
+    """
+    with exclusive(store) as session:
+        row = _require_pending(session, id)
+        _remove_parts(session, [id])
+        insert_file(session, file, limits)
+        row.status, row.file = UploadStatus.COMPLETED.value, file.id
+        session.flush()
+        return row.read(Upload)
+
+
+def cancel_upload(store: Store, id: str, owner: str | None) -> Upload:
+    """Cancel an upload, remove the rows of its parts, and return it. Cancelling it again changes nothing.
+
+    Args:
+        owner: only an upload of this owner is found; None for all owners.
+
+    Raises:
+        EntryNotFoundError: the owner has no upload with this id.
+        UploadEndedError: it has ended in another way.
+    """
+    with exclusive(store) as session:
+        row = find_row(session, UploadRow, id, owner, "upload")
+        if row.status != UploadStatus.CANCELLED.value:
+            require_pending(row.read(Upload))
+            _remove_parts(session, [id])
+            row.status = UploadStatus.CANCELLED.value
+            session.flush()
+        return row.read(Upload)
+
+
+def _require_pending(session: Session, id: str) -> UploadRow:
+    row = find_row(session, UploadRow, id, None, "upload")
+    require_pending(row.read(Upload))
+    return row
+
+
+def _remove_parts(session: Session, uploads: Sequence[str]) -> None:
+    session.execute(delete(UploadPartRow).where(UploadPartRow.upload.in_(uploads)))
