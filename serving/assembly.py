@@ -16,6 +16,7 @@ from serving.background.webhook import Webhook
 from serving.batches.batch_run import BatchContext
 from serving.batches.batch_runner import BatchRunner
 from serving.client_files.checks import FileChecks
+from serving.client_files.cleanup import run_cleanup
 from serving.deployment_builder import DeploymentBuilder
 from serving.deployments import Deployments, OnFailure, OnReady
 from serving.http.administration import Administration
@@ -83,6 +84,7 @@ class GatewayParts:
     usage_writer: UsageWriter
     job_creation: JobCreation
     file_checks: FileChecks
+    clean_up_files: Callable[[], Coroutine[Any, Any, None]]
     batch_requests: BatchRequests
     traces: "Traces | None"
 
@@ -195,6 +197,7 @@ def assemble(
         partial(watch_loop_lag, metrics.loop_lagged),
         gateway.usage_writer.run,
         gateway.file_checks.run,
+        gateway.clean_up_files,
         leadership.run,
         partial(authenticator.follow, store_changes),
         BatchRunner(batches, leads, deployments.looked.wait).run,
@@ -277,6 +280,7 @@ def assemble_gateway(
     client_uploads = ClientUploads(store, settings.home / "uploads", client_files)
     uploading = Uploading(settings.home, min_free_bytes=int(settings.files.min_free_gb * 2**30))
     file_checks = FileChecks(store, client_files)
+    clean_up_files = partial(run_cleanup, client_files, client_uploads)
     job_creation = JobCreation(store, client_files, settings)
     draining = asyncio.Event()
     app = build_app(
@@ -294,7 +298,9 @@ def assemble_gateway(
     )
     usage_writer = UsageWriter(store, usage, limiter.add_used_today, limiter.add_used_elsewhere)
     batch_requests = BatchRequests(completion_endpoints(gateway), authentication.valid_principal)
-    return GatewayParts(app, draining, request_log, usage_writer, job_creation, file_checks, batch_requests, traces)
+    return GatewayParts(
+        app, draining, request_log, usage_writer, job_creation, file_checks, clean_up_files, batch_requests, traces
+    )
 
 
 def make_traces(settings: TelemetrySettings, metrics: GatewayMetrics) -> "Traces | None":

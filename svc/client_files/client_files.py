@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
@@ -15,7 +16,18 @@ from pathlib import Path
 from sqlalchemy import Engine as Store
 
 from svc.files.disk import sync_folder
-from svc.store.files import ClientFile, FileStatus, Purpose, StorageLimits, add_file, remove_unused_file
+from svc.store.files import (
+    ClientFile,
+    FileStatus,
+    Purpose,
+    StorageLimits,
+    add_file,
+    known_files,
+    remove_expired_files,
+    remove_unused_file,
+)
+
+_MIN_AGE_S = 3600.0
 
 
 class FileWriter:
@@ -40,6 +52,7 @@ class FileWriter:
     def close(self) -> str:
         """Complete the file on disk, and return the hash of its content."""
         self._file.flush()
+        os.utime(self._file.fileno())  # `remove_unknown` leaves new files alone; the last write may be hours ago
         os.fsync(self._file.fileno())
         self._file.close()
         return self._hash.hexdigest()
@@ -48,6 +61,16 @@ class FileWriter:
         """Close the file, which is incomplete."""
         with suppress(OSError):  # the rest does not fit on a full disk
             self._file.close()
+
+
+def remove_left(path: Path) -> bool:
+    """Delete a file unless it is being written or younger than an hour, and return whether it was deleted."""
+    with suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
+        if time.time() - os.fstat(file.fileno()).st_mtime > _MIN_AGE_S:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+            return True
+    return False
 
 
 @contextmanager
@@ -157,3 +180,21 @@ class ClientFiles:
         """
         remove_unused_file(self._store, id, owner)
         self.path(id).unlink(missing_ok=True)
+
+    def remove_expired(self) -> int:
+        """Delete the files that have expired and that no job or batch needs, and return their number."""
+        ids = remove_expired_files(self._store, datetime.now(UTC))
+        for id in ids:
+            self.path(id).unlink(missing_ok=True)
+        return len(ids)
+
+    def remove_unknown(self) -> int:
+        """Delete contents without a row, which a crash has left, and return their number.
+
+        Contents that are being written or are younger than an hour are left alone. If no content at all has a row,
+        nothing is deleted: the server probably runs with another store than the one that the contents belong to.
+        """
+        names = [path.name for path in self._folder.iterdir()]
+        known = known_files(self._store, names)
+        unknown = [self._folder / name for name in names if name not in known] if known else []
+        return sum(remove_left(path) for path in unknown)

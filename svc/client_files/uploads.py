@@ -7,13 +7,13 @@ import hashlib
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 from sqlalchemy import Engine as Store
 
-from svc.client_files.client_files import ClientFiles, FileWriter, writing_file
+from svc.client_files.client_files import ClientFiles, FileWriter, remove_left, writing_file
 from svc.errors import SvcError
 from svc.store.files import ClientFile, StorageLimits
 from svc.store.uploads import (
@@ -22,6 +22,8 @@ from svc.store.uploads import (
     add_part,
     cancel_upload,
     complete_upload,
+    expire_uploads,
+    pending_uploads,
     read_parts,
     require_pending,
 )
@@ -119,6 +121,28 @@ class ClientUploads:
     def remove_parts(self, id: str) -> None:
         """Delete the parts of an upload that has ended."""
         shutil.rmtree(self._folder / id, ignore_errors=True)
+
+    def remove_expired(self) -> int:
+        """End the uploads that have expired, delete their parts, and return their number."""
+        ids = expire_uploads(self._store, datetime.now(UTC))
+        for id in ids:
+            self.remove_parts(id)
+        return len(ids)
+
+    def remove_unknown(self) -> int:
+        """Delete parts of uploads that have ended or are unknown, which a crash has left, and return their number.
+
+        Parts that are being written or are younger than an hour are left alone.
+        """
+        folders = list(self._folder.iterdir())  # first: an upload that begins later is not in them
+        pending = pending_uploads(self._store)
+        removed = 0
+        for folder in folders:
+            if folder.name not in pending:
+                removed += sum(remove_left(path) for path in folder.iterdir())
+                with suppress(OSError):  # a part is still being written
+                    folder.rmdir()
+        return removed
 
     def _blocks(self, parts: Sequence[UploadPart]) -> Iterator[bytes]:
         for part in parts:

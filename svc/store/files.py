@@ -3,14 +3,14 @@
 The contents are stored outside the database, see svc.client_files.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 
 from sqlalchemy import ColumnElement, delete, func, or_, select, update
 from sqlalchemy import Engine as Store
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from svc.errors import RefusedError, SvcError
 from svc.store.batches import BatchStatus
@@ -20,6 +20,7 @@ from svc.store.page import Page, find_row, read_page
 from svc.store.tables import BatchRow, FileRow, JobRow, UploadPartRow, UploadRow
 
 _OPEN_JOBS = [status.value for status in JobStatus if not status.ended]
+_CHUNK = 500
 _OPEN_BATCHES = [status.value for status in BatchStatus if not status.ended]
 
 
@@ -191,11 +192,33 @@ def remove_unused_file(store: Store, id: str, owner: str | None) -> None:
         session.delete(row)
 
 
-def _used_by_job(id: str | ColumnElement[str]) -> ColumnElement[bool]:
+def remove_expired_files(store: Store, now: datetime) -> list[str]:
+    """Delete the rows of files that have expired, except those that a job or batch which has not ended needs.
+
+    Returns:
+        The ids of at most 1,000 deleted files.
+    """
+    by_job = select(JobRow.id).where(_used_by_job(FileRow.id)).exists()
+    by_batch = select(BatchRow.id).where(_used_by_batch(FileRow.id)).exists()
+    query = select(FileRow.id).where(FileRow.expires_at <= now, ~by_job, ~by_batch).limit(1000)
+    with exclusive(store) as session:
+        ids = list(session.scalars(query))
+        session.execute(delete(FileRow).where(FileRow.id.in_(ids)))
+    return ids
+
+
+def known_files(store: Store, ids: Sequence[str]) -> set[str]:
+    """Return those of some ids that belong to files."""
+    with Session(store) as session:
+        chunks = [ids[start : start + _CHUNK] for start in range(0, len(ids), _CHUNK)]
+        return {id for chunk in chunks for id in session.scalars(select(FileRow.id).where(FileRow.id.in_(chunk)))}
+
+
+def _used_by_job(id: str | InstrumentedAttribute[str]) -> ColumnElement[bool]:
     return JobRow.status.in_(_OPEN_JOBS) & or_(JobRow.training_file == id, JobRow.validation_file == id)
 
 
-def _used_by_batch(id: str | ColumnElement[str]) -> ColumnElement[bool]:
+def _used_by_batch(id: str | InstrumentedAttribute[str]) -> ColumnElement[bool]:
     return BatchRow.status.in_(_OPEN_BATCHES) & (BatchRow.input_file == id)
 
 

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 
 from sqlalchemy import Engine as Store
-from sqlalchemy import delete, func, select
+from sqlalchemy import delete, func, select, update
 from sqlalchemy.orm import Session
 
 from svc.errors import RefusedError
@@ -19,6 +19,10 @@ MAX_OPEN = 100
 """Maximum number of uploads of one key that have not ended."""
 MAX_PARTS = 10_000
 """Maximum number of parts of an upload."""
+
+
+_KEPT = timedelta(days=1)
+"""Time for which an upload is remembered after it would have expired."""
 
 
 class UploadStatus(StrEnum):
@@ -191,6 +195,27 @@ def cancel_upload(store: Store, id: str, owner: str | None) -> Upload:
             row.status = UploadStatus.CANCELLED.value
             session.flush()
         return row.read(Upload)
+
+
+def expire_uploads(store: Store, now: datetime) -> list[str]:
+    """End the uploads that have expired, and remove the rows of their parts. Rows of older uploads are removed, too.
+
+    Returns:
+        The ids of at most 1,000 uploads that have expired.
+    """
+    pending = UploadRow.status == UploadStatus.PENDING.value
+    with exclusive(store) as session:
+        session.execute(delete(UploadRow).where(~pending, UploadRow.expires_at <= now - _KEPT))
+        ids = list(session.scalars(select(UploadRow.id).where(pending, UploadRow.expires_at <= now).limit(1000)))
+        _remove_parts(session, ids)
+        session.execute(update(UploadRow).where(UploadRow.id.in_(ids)).values(status=UploadStatus.EXPIRED.value))
+    return ids
+
+
+def pending_uploads(store: Store) -> set[str]:
+    """Return the ids of the uploads that have not ended."""
+    with Session(store) as session:
+        return set(session.scalars(select(UploadRow.id).where(UploadRow.status == UploadStatus.PENDING.value)))
 
 
 def _require_pending(session: Session, id: str) -> UploadRow:

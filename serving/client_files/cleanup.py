@@ -1,0 +1,37 @@
+"""Removes clients' files and uploads that have expired, and contents that a crash has left without a row."""
+
+import asyncio
+import logging
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from svc.client_files.client_files import ClientFiles
+from svc.client_files.uploads import ClientUploads
+from svc.store.outage_log import log_store_error
+
+log = logging.getLogger(__name__)
+
+_INTERVAL_S = 60.0
+_UNKNOWN_EVERY = 60  # times the interval
+
+
+async def run_cleanup(files: ClientFiles, uploads: ClientUploads, *, interval_s: float = _INTERVAL_S) -> None:
+    """Clean up at intervals until cancelled. Several servers may do so."""
+    count = 0
+    while True:
+        try:
+            await asyncio.to_thread(_clean_up, files, uploads, unknown=count % _UNKNOWN_EVERY == 0)
+        except SQLAlchemyError:
+            log_store_error(log, "expired files could not be removed")
+        except OSError:
+            log.exception("expired files could not be removed")
+        count += 1
+        await asyncio.sleep(interval_s)
+
+
+def _clean_up(files: ClientFiles, uploads: ClientUploads, *, unknown: bool) -> None:
+    expired = files.remove_expired(), uploads.remove_expired()
+    if any(expired):
+        log.info("removed %d files and %d uploads that have expired", *expired)
+    if unknown and (removed := files.remove_unknown() + uploads.remove_unknown()):
+        log.info("removed the contents of %d files that are not in the store, left by a crash", removed)
