@@ -2,9 +2,9 @@
 first.
 
 Every proposal is estimated with all of its changes applied, so it is as accurate as the estimate itself.
-Changes that do not affect the result come first (smaller batches with more accumulation, checkpointing),
-followed by rounding the optimizer's moments, then a different method, and finally changes that reduce
-what is learnt.
+Changes that do not affect the result come first (smaller batches with more accumulation, weights that
+several devices divide among them, checkpointing), followed by rounding the optimizer's moments, then a
+different method, and finally changes that reduce what is learnt.
 """
 
 import json
@@ -15,7 +15,7 @@ from trainer.estimate.batches import Workload
 from trainer.estimate.devices import ComputeDevice
 from trainer.estimate.estimate import memory_on
 from trainer.estimate.model_shape import ModelShape
-from trainer.recipe.sections import Optimizer, Recipe, Train
+from trainer.recipe.sections import Optimizer, Recipe, Sharding, Train
 
 _MIN_RANK, _MIN_LENGTH = 8, 256
 
@@ -49,6 +49,8 @@ def advise(recipe: Recipe, shape: ModelShape, workload: Workload, device: Comput
 def _steps(recipe: Recipe, device: ComputeDevice) -> Iterator[Changes]:
     """Yield changes to the recipe, cheapest first. Each change is applied on top of the earlier ones."""
     yield {}
+    if recipe.train.sharding is Sharding.NEVER and device.count > 1 and not recipe.undivided:
+        yield {"train.sharding": Sharding.AUTO.value}
     asked = recipe.train.gradient_checkpointing
     if asked is False or (asked is None and device.cpu):
         yield {"train.gradient_checkpointing": True}

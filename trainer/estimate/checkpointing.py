@@ -7,6 +7,7 @@ rounding, so a run may resume with another choice. On a CPU it is off; see docs/
 from dataclasses import dataclass
 
 from trainer.estimate.estimate import Estimate, estimate_recipe, memory_on
+from trainer.recipe.sections import Sharding
 
 SPARE = 1.4
 """Factor by which the free memory must exceed the estimate without checkpointing. Estimates were within a
@@ -32,7 +33,7 @@ def choose_checkpointing(estimate: Estimate) -> Checkpointing:
         return Checkpointing(False, "on a CPU, time is scarcer than memory")
     if estimate.shape.stores_scores:
         return Checkpointing(True, "without it, the attention scores of all layers would be stored")
-    stored = recipe.changed({_KEY: False})
+    stored = recipe.changed({_KEY: False, **_sharding(estimate)})
     need = SPARE * memory_on(stored, estimate.shape, estimate.workload.largest, device)
     return Checkpointing(
         need > device.memory,
@@ -46,5 +47,15 @@ def with_checkpointing(estimate: Estimate, enabled: bool, served_length: int) ->
     Args:
         served_length: maximum sequence length in the engine, in tokens.
     """
-    recipe, device = estimate.recipe.changed({_KEY: enabled}), estimate.here.device
+    recipe, device = estimate.recipe.changed({_KEY: enabled, **_sharding(estimate)}), estimate.here.device
     return estimate_recipe(recipe, estimate.shape, estimate.workload, [device], served_length)
+
+
+def _sharding(estimate: Estimate) -> dict[str, str]:
+    """Return the recipe key that keeps the weights divided among devices, or undivided, as in an estimate. A copy that
+    fits only with checkpointing is not divided.
+    """
+    here = estimate.here
+    if here.device.count == 1 or here.undivided:
+        return {}
+    return {"train.sharding": (Sharding.ALWAYS if here.sharded else Sharding.NEVER).value}

@@ -50,8 +50,18 @@ def training_seconds(training: Training, workload: Workload, device: ComputeDevi
         update += 2 * (training.devices - 1) / training.devices * FLOAT32 * training.trained / _LINK
     multiplied = operations / speed + passes
     layers = batches * shape.layers
-    computed = multiplied + layers * _CALLS_S if training.cpu else max(multiplied, layers * _LAUNCHES_S)
+    # A GPU gathers the next layer while it computes one.
+    gathered = batches * _gathered_bytes(training) / _LINK if training.sharded else 0.0
+    computed = multiplied + layers * _CALLS_S if training.cpu else max(multiplied, layers * _LAUNCHES_S, gathered)
     return computed + updates * update
+
+
+def _gathered_bytes(training: Training) -> float:
+    """Return the bytes that a device receives in a batch when the weights are divided: all weights in the forward
+    pass and again in the backward pass, and the gradients of its share.
+    """
+    others = (training.devices - 1) / training.devices
+    return others * (2 * training.size * training.shape.parameters + FLOAT32 * training.trained)
 
 
 def scoring_operations(training: Training, batch: Batch) -> float:

@@ -17,8 +17,8 @@ from trainer.estimate.devices import HERE, ComputeDevice
 from trainer.estimate.memory import Part, Training
 from trainer.estimate.model_shape import ModelShape
 from trainer.estimate.stages import EnginePart, StageMemory, engine_memory, stage_memory
-from trainer.recipe.sections import Recipe
-from trainer.training.devices import divide_step
+from trainer.recipe.sections import Recipe, Sharding
+from trainer.training.devices import divide_step, find_undivided
 
 _MAX_BATCH = 1024
 """Largest batch size that an estimate considers."""
@@ -37,6 +37,8 @@ class DeviceEstimate:
         seconds: time from the first training step to the last.
         dollars: price of `seconds` of training on all devices, or None if the device has no price.
         checkpointing: whether gradient checkpointing is enabled.
+        sharded: whether several devices divide the weights among them.
+        undivided: why they cannot, or None if they can.
     """
 
     device: ComputeDevice
@@ -48,6 +50,8 @@ class DeviceEstimate:
     seconds: float
     dollars: float | None
     checkpointing: bool
+    sharded: bool = False
+    undivided: str | None = None
 
     @property
     def memory(self) -> float:
@@ -116,7 +120,7 @@ def estimate_device(
         RecipeError: a step cannot be divided among the devices.
     """
     recipe, workload = shared_out(recipe, workload, device.count)
-    training = Training(recipe, shape, device.cpu, device.number_type, device.count)
+    training = _training(recipe, shape, device, workload.largest)
     workload = workload if training.shares_prompts else unshared(workload)
     seconds = training_seconds(training, workload, device)
     return DeviceEstimate(
@@ -129,7 +133,31 @@ def estimate_device(
         seconds=seconds,
         dollars=None if device.dollars is None else device.count * device.dollars * seconds / 3600,
         checkpointing=training.checkpointing,
+        sharded=training.sharded,
+        undivided=find_undivided(recipe, device.number_type, experts=bool(shape.experts)),
     )
+
+
+def _training(recipe: Recipe, shape: ModelShape, device: ComputeDevice, largest: Batch) -> Training:
+    """Return how a recipe is trained on one or several devices. These divide the weights among them if the recipe says
+    so or, by default, if a copy with the largest batch does not fit on one.
+
+    Args:
+        recipe: recipe with the batches of one device.
+    """
+    copy = Training(recipe, shape, device.cpu, device.number_type, device.count)
+    asked = recipe.train.sharding
+    if device.count == 1 or asked is Sharding.NEVER:
+        return copy
+    if find_undivided(recipe, device.number_type, experts=bool(shape.experts)):
+        return copy
+    if asked is Sharding.AUTO and _peak(copy, largest) <= device.memory:
+        return copy
+    return replace(copy, sharded=True)
+
+
+def _peak(training: Training, batch: Batch) -> float:
+    return training.peak(batch if training.shares_prompts else replace(batch, shared=0))
 
 
 def memory_on(recipe: Recipe, shape: ModelShape, batch: Batch, device: ComputeDevice) -> float:
@@ -140,8 +168,7 @@ def memory_on(recipe: Recipe, shape: ModelShape, batch: Batch, device: ComputeDe
     """
     if share := divide_step(recipe.train, device.count):
         batch = batch.resized(math.ceil(batch.rows * share.batch_size / recipe.train.batch_size))
-    training = Training(recipe, shape, device.cpu, device.number_type, device.count)
-    return training.peak(batch if training.shares_prompts else replace(batch, shared=0))
+    return _peak(_training(recipe, shape, device, batch), batch)
 
 
 def _largest_batch(training: Training, workload: Workload, memory: float) -> int:

@@ -53,7 +53,12 @@ class Part(StrEnum):
     COPIES = "weights in 16 bits"
     ACTIVATIONS = "activations"
     LOGITS = "logits"
+    GATHERED = "gathered weights"
     RUNTIME = "runtime"
+
+
+_DIVIDED = (Part.WEIGHTS, Part.ADAPTER, Part.GRADIENTS, Part.OPTIMIZER)
+"""Parts of which each device stores an equal share when the weights are divided."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,7 @@ class Training:
         recipe: recipe with the batches of one device.
         number_type: number type of the matrix products.
         devices: number of devices that train together.
+        sharded: whether they divide the weights among them.
     """
 
     recipe: Recipe
@@ -72,6 +78,7 @@ class Training:
     cpu: bool
     number_type: NumberType
     devices: int = 1
+    sharded: bool = False
 
     @property
     def full(self) -> bool:
@@ -96,7 +103,7 @@ class Training:
         """Whether the common prefix of a batch is computed only once; see trainer.training.loss."""
         train, shape = self.recipe.train, self.shape
         whole_rows = self.checkpointing or train.neftune_alpha is not None or train.packing or shape.experts
-        return self.cpu and shape.shares_keys and not whole_rows
+        return self.cpu and shape.shares_keys and not (whole_rows or self.sharded)
 
     @property
     def size(self) -> int:
@@ -145,7 +152,8 @@ class Training:
         parts = self._base()
         if not self.full:
             parts[Part.ADAPTER] = FLOAT32 * self.trained + self.size * self._shared_projections()
-        copies = 2 if self.devices > 1 else 1  # gradients are averaged in separate buffers
+        # Without sharding, gradients are averaged in separate buffers.
+        copies = 2 if self.devices > 1 and not self.sharded else 1
         parts[Part.GRADIENTS] = copies * FLOAT32 * self.trained
         parts[Part.OPTIMIZER] = (moment_bytes(recipe.train.optimizer) + means) * self.trained - self.paged_bytes
         parts[Part.ACTIVATIONS] = self._activations(batch) * (_FRAGMENTS_CPU if self.cpu else _FRAGMENTS_GPU)
@@ -154,6 +162,9 @@ class Training:
             parts[Part.LOGITS] = 3 * FLOAT32 * min(_LOGITS_AT_ONCE, batch.answers * shape.vocabulary)
         else:
             parts[Part.LOGITS] = _TILE
+        if self.sharded:
+            parts |= {part: parts[part] / self.devices for part in _DIVIDED if part in parts}
+            parts |= self._gathered()
         parts[Part.RUNTIME] = PROCESS + (_QUANTIZING if self.nf4 else 0) if self.cpu else _CUDA
         return {part: size * (self.devices if self.cpu else 1) for part, size in parts.items()}
 
@@ -167,8 +178,21 @@ class Training:
         state.
         """
         parts = self.memory(Batch(1, 1, 0, 1))
-        needed = (Part.WEIGHTS, Part.QUANTIZED, Part.ADAPTER, Part.GRADIENTS, Part.OPTIMIZER)
+        needed = (Part.WEIGHTS, Part.QUANTIZED, Part.ADAPTER, Part.GRADIENTS, Part.OPTIMIZER, Part.GATHERED)
         return sum(parts.get(part, 0) for part in needed)
+
+    def _gathered(self) -> dict[Part, float]:
+        """Return what a device stores of the weights that are not its share: two layers, of which one is gathered while
+        the other is computed, and the embeddings and the output head during a step. See trainer.training.sharding.
+        """
+        shape = self.shape
+        layers = shape.linear_weights + shape.expert_weights
+        outside, two = shape.parameters - layers, 2 * layers / shape.layers
+        if not self.full:
+            return {Part.GATHERED: self.size * (two + outside)}
+        gradients = FLOAT32 * (two + outside)
+        copies = {Part.COPIES: float(self.size * shape.head)} if self.number_type is not NumberType.FLOAT32 else {}
+        return {Part.GATHERED: self.size * two + FLOAT32 * outside + gradients} | copies
 
     def _base(self) -> dict[Part, float]:
         shape = self.shape

@@ -35,7 +35,11 @@ def refuse_memory(estimate: Estimate, machine: Machine) -> None:
         changes = advise(estimate.recipe, estimate.shape, estimate.workload, here.device)
         todo = f"set {as_text(changes)}" if changes else "use a smaller base or another machine: see `svc estimate`"
         several = len(machine.gpus) > 1 and not here.device.cpu
-        each, copy = (" on each GPU", "; a model is not split among GPUs") if several else ("", "")
+        each, copy = " on each GPU" if several else "", ""
+        if here.sharded:
+            copy = f"; {here.device.count} devices already divide the weights among them"
+        elif here.device.count > 1:
+            copy = f"; {here.undivided or 'train.sharding is never'}"
         raise InsufficientMemoryError(
             f"weights, gradients and optimizer state need at least {here.least / 1e9:.1f} GB{each}, but "
             f"{here.device.label} has {whole / 1e9:.1f} GB{each}: {(here.least - whole) / 1e9:.1f} GB short",

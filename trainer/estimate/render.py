@@ -29,6 +29,9 @@ def print_estimate(estimate: Estimate) -> None:
         advice = [] if on_device.fits else [advice_text(estimate, on_device.device)]
         for text in (*advice, *lacking(on_device)):
             output.print(f"{on_device.device.label}: {text}")
+    for on_device in estimate.devices:
+        if on_device.sharded:
+            output.print(f"{on_device.device.label}: {_divided(on_device)}")
     several = any(one.device.count > 1 for one in estimate.devices)
     each = "Memory of GPUs and the largest batch are those of each GPU." if several else ""
     output.print(f"Disk: {_size(estimate.disk)}, excluding the base. Time and cost cover only training. {each}".strip())
@@ -42,10 +45,16 @@ def print_short(estimate: Estimate) -> None:
         f"{_duration(here.seconds)}; {_size(estimate.disk)} on disk",
         soft_wrap=True,
     )
+    if here.sharded:
+        console.print(f"  {_divided(here)}")
     console.print(f"  {_learning_rate(estimate)}")
     advice = [] if here.fits else [f"training may not fit: {advice_text(estimate, here.device)}"]
     for text in (*advice, *lacking(here)):
         console.print(f"  [yellow]{text}[/yellow]", soft_wrap=True)
+
+
+def _divided(estimate: DeviceEstimate) -> str:
+    return f"{estimate.device.count} devices divide weights, gradients and moments among them"
 
 
 def lacking(estimate: DeviceEstimate) -> list[str]:
@@ -93,6 +102,7 @@ def _device_json(estimate: Estimate, on_device: DeviceEstimate) -> dict[str, Any
         "name": device.name,
         "label": device.label,
         "count": device.count,
+        "sharded": on_device.sharded,
         "available": round(device.memory),
         "memory": round(on_device.memory),
         "parts": _rounded(on_device.parts),

@@ -139,7 +139,11 @@ def _train(training: Training, workload: Workload) -> tuple[Need, Need]:
     if training.nf4:  # tensor by tensor
         loaded = training.size * _largest_tensor(shape)
     disk = checkpoints + (written or _adapter(training))
-    ram = training.devices * (PROCESS + loaded + training.paged_bytes)  # each process loads the model
+    if training.sharded:  # each process maps the pages of the model's files, and the first one gathers a checkpoint
+        gathered = max(FLOAT32, moment_bytes(recipe.train.optimizer)) * training.trained
+        ram = training.devices * PROCESS + BFLOAT16 * shape.parameters + gathered
+    else:
+        ram = training.devices * (PROCESS + loaded + training.paged_bytes)  # each process loads the model
     peak = _computed(training, training.peak(workload.largest), ram, disk)
     return peak, _computed(training, training.least, 0.0, written)
 

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from svc.engine.device import NumberType
 from svc.errors import BaseModelError
+from svc.model_folder.weight_files import weight_files
 from trainer.model.acceleration import Attention
 from trainer.model.attention import attention_implementation
 from trainer.model.config import load_config
@@ -26,12 +28,15 @@ class ModelForm:
         quantization: quantization of the frozen weights.
         full: whether every weight is trained.
         attention: fastest attention implementation that the machine supports.
+        divided: whether several devices divide the weights among them. Trained weights are then converted to float32
+            layer by layer (trainer.training.sharding).
     """
 
     number_type: NumberType
     quantization: Quantization | None = None
     full: bool = False
     attention: Attention = Attention.SDPA
+    divided: bool = False
 
 
 def load_model(base: Path, form: ModelForm) -> PreTrainedModel:
@@ -62,7 +67,7 @@ def load_model(base: Path, form: ModelForm) -> PreTrainedModel:
     model: PreTrainedModel
     model, loaded = AutoModelForCausalLM.from_pretrained(
         base,
-        dtype=torch.float32 if form.full else number_type,
+        dtype=_trained_type(base, form) if form.full else number_type,
         quantization_config=quantization,
         attn_implementation=implementation,
         output_loading_info=True,
@@ -76,6 +81,20 @@ def load_model(base: Path, form: ModelForm) -> PreTrainedModel:
     if quantization is not None:
         _keep_layout(model)
     return model
+
+
+def _trained_type(base: Path, form: ModelForm) -> torch.dtype:
+    """Return the number type in which trained weights are loaded. Weights that are divided later are loaded as they
+    are stored, because all processes then share the mapped pages of the files.
+    """
+    if not form.divided:
+        return torch.float32
+    stored: set[str] = set()
+    for path in weight_files(base):
+        with safe_open(path, framework="pt") as file:
+            stored |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - not a mapping
+    sixteen = {"BF16": torch.bfloat16, "F16": torch.float16}
+    return sixteen.get(stored.pop(), torch.float32) if len(stored) == 1 else torch.float32
 
 
 def _keep_layout(model: PreTrainedModel) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from svc.dataset.schema.objective import Objective
 from trainer.base_model.resolve import Base
 from trainer.pipeline.examples import Examples, fingerprint_judged
-from trainer.recipe.sections import Recipe
+from trainer.recipe.sections import DEVICE_KEYS, Recipe
 from trainer.recipe.stage import Stage
 
 _LIMITS = ("max_gptq_loss", "max_gptq_nll", "max_forgetting", "undecided")
@@ -43,7 +43,7 @@ def stage_keys(recipe: Recipe, base: Base, examples: Examples) -> StageKeys:
     adapter = content["adapter"] | {"type": recipe.adapter_type}  # `method` only names this type and the quantization
     if not prefers:
         content["stopping"].pop("curve")
-    content["train"].pop("devices")
+    content["train"] = {key: value for key, value in content["train"].items() if key not in DEVICE_KEYS}
     training = [content[key] for key in ("chat_template_kwargs", "train", "stopping")]
     learnt = [adapter, recipe.base_quantization, *training]
     preference = [recipe.objective, content["preference"]] if prefers else []

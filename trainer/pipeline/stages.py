@@ -48,7 +48,7 @@ from trainer.pipeline.reports import Report, check_reports, open_reports
 from trainer.pipeline.run_folder import Run
 from trainer.pipeline.run_stages import Step, run_stages
 from trainer.pipeline.tracked_run import sending_curve, tracked_run
-from trainer.pipeline.training_devices import choose_training_devices
+from trainer.pipeline.training_devices import choose_sharding, choose_training_devices
 from trainer.qualification import Launch
 from trainer.recipe.sections import Recipe
 from trainer.recipe.stage import Stage, choose_stages
@@ -170,6 +170,7 @@ class Pipeline:
         check_base(self.base.folder, self.recipe, self.capabilities, self.settings.engine)
         say_number_types(self.capabilities, self.settings.engine, self.recipe.formats)
         devices = choose_training_devices(self.recipe, self.capabilities)
+        sharded = choose_sharding(self.recipe, devices, self.capabilities.training_type, self.expected)
         served_length = None
         if {Format.MERGED, Format.GPTQ} & set(self.recipe.formats):
             judge_endpoint(self.recipe.judge)
@@ -199,6 +200,7 @@ class Pipeline:
                 number_type=self.capabilities.training_type,
                 on_checkpoint=shared.send if shared else None,
                 devices=devices,
+                sharded=sharded,
                 progress=self.progress,
             )
         if self.expected is not None:

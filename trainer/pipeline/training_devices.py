@@ -3,11 +3,20 @@
 from collections.abc import Sequence
 
 from svc.dataset.schema.objective import Objective
-from svc.engine.device import DeviceCapabilities
+from svc.engine.device import DeviceCapabilities, NumberType
 from svc.engine.machine import Gpu, read_machine
+from svc.errors import RecipeError
 from svc.terminal import console
-from trainer.recipe.sections import Recipe
-from trainer.training.devices import DeviceChoice, TrainingDevice, choose_gpus, choose_processes, share_of
+from trainer.estimate.estimate import DeviceEstimate
+from trainer.recipe.sections import Recipe, Sharding
+from trainer.training.devices import (
+    DeviceChoice,
+    TrainingDevice,
+    choose_gpus,
+    choose_processes,
+    find_undivided,
+    share_of,
+)
 
 
 def choose_training_devices(recipe: Recipe, capabilities: DeviceCapabilities) -> tuple[TrainingDevice, ...]:
@@ -34,6 +43,28 @@ def choose_training_devices(recipe: Recipe, capabilities: DeviceCapabilities) ->
             soft_wrap=True,
         )
     return choice.devices
+
+
+def choose_sharding(
+    recipe: Recipe, devices: Sequence[TrainingDevice], number_type: NumberType, expected: DeviceEstimate | None
+) -> bool:
+    """Return whether the devices divide the weights among them instead of each having a copy, and print it.
+
+    Args:
+        expected: estimate for this machine, or None if unknown.
+
+    Raises:
+        RecipeError: the recipe asks for it, but the weights cannot be divided.
+    """
+    asked = recipe.train.sharding
+    if len(devices) < 2 or asked is Sharding.NEVER:
+        return False
+    if asked is Sharding.AUTO and not (expected and expected.sharded):
+        return False
+    if reason := find_undivided(recipe, number_type, experts=False):
+        raise RecipeError(f"train.sharding is {asked}, but {reason}", todo=f"set train.sharding to {Sharding.NEVER}")
+    console.print(f"  each device stores 1/{len(devices)} of the weights, gradients and moments", soft_wrap=True)
+    return True
 
 
 def find_devices(recipe: Recipe, first: str | None, gpus: Sequence[Gpu]) -> DeviceChoice:

@@ -253,6 +253,15 @@ class TooLong(StrEnum):
     TRUNCATE = "truncate"
 
 
+class Sharding(StrEnum):
+    """When several devices divide the weights among them instead of each having a copy."""
+
+    AUTO = "auto"
+    """If a copy does not fit on one device."""
+    NEVER = "never"
+    ALWAYS = "always"
+
+
 class Optimizer(StrEnum):
     """Optimizer. The choice determines the size of its two moments per weight and where they are stored."""
 
@@ -287,6 +296,10 @@ Devices = Annotated[
 """Number of devices, or the indices of GPUs."""
 
 
+DEVICE_KEYS = {"devices", "sharding"}
+"""Keys of `train` that affect the result only in rounding and random numbers."""
+
+
 class Train(_Section):
     """Training settings: optimizer, learning rate, batches and lengths."""
 
@@ -308,6 +321,10 @@ class Train(_Section):
     """GPUs of this machine to train on: a number, or a list of their indices. They divide the examples of each step
     among them; default: all that are free and equal; on a CPU a number of processes, useful only for testing; see
     [training](training.md#several-gpus)"""
+    sharding: Sharding = Sharding.AUTO
+    """auto, never or always: whether several devices divide the weights, gradients and moments among them (FSDP2)
+    instead of each having a copy; auto does so if a copy does not fit on one device; see
+    [training](training.md#models-that-do-not-fit-on-one-gpu)"""
     batch_size: int = Field(16, ge=1)
     """number of examples per batch; the examples of a step are batch_size x gradient_accumulation, on any number of
     devices"""
@@ -533,7 +550,7 @@ class Sweep(_Section):
     @classmethod
     def _has_keys(cls, space: dict[str, Any] | None) -> dict[str, Any] | None:
         # Trials train on one device.
-        known = [f"train.{key}" for key in Train.model_fields if key != "devices"]
+        known = [f"train.{key}" for key in Train.model_fields if key not in DEVICE_KEYS]
         known += [f"adapter.{key}" for key in Adapter.model_fields]
         for key in space or ():
             if key not in known:
@@ -646,6 +663,25 @@ class Recipe(_Section):
             raise ValueError("`merge_dequantized` requires `method: qlora` or `quantization: nf4`")
         return self
 
+    @property
+    def undivided(self) -> str | None:
+        """Why several devices cannot divide the weights among them, or None if they can."""
+        if self.objective is not Objective.SFT:
+            return "a preference is learnt on one device"
+        if self.base_quantization is not None:
+            return f"weights in {self.base_quantization} cannot be divided among devices"
+        if self.adapter_type not in (None, AdapterType.LORA, AdapterType.DORA):
+            return f"{self.adapter_type} cannot be divided among devices; lora, dora and full can"
+        if self.train.optimizer is not Optimizer.ADAMW:
+            return f"the moments of {self.train.optimizer} cannot be divided among devices; those of adamw can"
+        return None
+
+    @model_validator(mode="after")
+    def _divides_weights(self) -> "Recipe":
+        if self.train.sharding is Sharding.ALWAYS and self.undivided:
+            raise ValueError(f"`train.sharding: always` cannot be used: {self.undivided}")
+        return self
+
     @model_validator(mode="after")
     def _fits_method(self) -> "Recipe":
         """Reject adapter keys that the method ignores, because users would expect them to have an effect."""
@@ -686,7 +722,7 @@ class Recipe(_Section):
         An unset learning rate is given as None, because its default depends on the base (`with_learning_rate`).
         """
         others = dict.fromkeys(("checkpoints", "data", "judge", "report_to", "sweep"), True)
-        sections = self.model_dump(mode="json", exclude=others | {"train": {"devices"}})
+        sections = self.model_dump(mode="json", exclude=others | {"train": DEVICE_KEYS})
         used = _PREFERENCE_KEYS[self.objective]
         sections["preference"] = {key: value for key, value in sections["preference"].items() if key in used}
         chosen: dict[str, Any] = {}

@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
 
 from svc.engine.device import NumberType
+from svc.errors import RecipeError
 from trainer.callbacks.checkpoint_schedule import CheckpointSchedule
 from trainer.callbacks.divergence import DivergenceWatch
 from trainer.callbacks.early_stopping import EarlyStopping
@@ -30,6 +31,7 @@ from trainer.recipe.sections import AdapterType, Recipe, Train
 from trainer.training.arguments import count_steps, training_arguments
 from trainer.training.checkpoints import CheckpointFolder
 from trainer.training.device_group import ALONE, DeviceGroup
+from trainer.training.devices import find_undivided
 from trainer.training.mechanisms import MechanismCheck
 from trainer.training.trainer import ResumableTrainer
 
@@ -76,9 +78,15 @@ def assemble_trainer(
         load: function that loads the base's weights.
         make: class of the trainer.
         group: the processes that train together.
+
+    Raises:
+        RecipeError: the weights cannot be divided among the devices of the group.
     """
     set_seed(recipe.train.seed)
-    form = ModelForm(number_type, recipe.base_quantization, recipe.adapter_type is None, acceleration.attention)
+    full, experts = recipe.adapter_type is None, bool(count_experts(load_config(base).get_text_config()))
+    if group.sharded and (reason := find_undivided(recipe, number_type, experts=experts)):
+        raise RecipeError(f"train.sharding cannot be used: {reason}", todo="set train.sharding to never")
+    form = ModelForm(number_type, recipe.base_quantization, full, acceleration.attention, group.sharded)
     model = load(base, form)
     set_seed(recipe.train.seed)  # for the adapter: loading may have drawn random weights that the base lacks
     steps = count_steps(len(rows.dataset), recipe.train)
@@ -95,7 +103,7 @@ def assemble_trainer(
         # transformers then neither copies the model to a device, where it may not fit, nor wraps it in
         # DistributedDataParallel.
         plain._is_distributed_loading_by_transformers = True
-    if count_experts(load_config(base).get_text_config()):  # a batch may use only some of them
+    if experts:  # a batch may use only some of them
         arguments.ddp_find_unused_parameters = True
     trainer = make(
         checkpoints=checkpoints,
@@ -112,7 +120,7 @@ def assemble_trainer(
         processing_class=tokenizer,
     )
     if group.sharded:
-        trainer.shard(number_type, full=recipe.adapter_type is None)
+        trainer.shard(number_type, full=full)
     for weight in trainer.model.parameters():
         if weight.requires_grad and weight.dtype is not torch.float32:  # TRL puts the adapter of a 4-bit model in bf16
             weight.data = weight.data.to(torch.float32)

@@ -8,9 +8,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from svc.engine.device import NumberType
 from svc.engine.machine import Gpu
 from svc.errors import RecipeError
-from trainer.recipe.sections import Train
+from trainer.recipe.sections import Recipe, Train
 
 _MAX_USED = 1.5 * 2**30
 """Bytes of a free GPU that may be in use: by a desktop, or by the estimate that precedes the training."""
@@ -85,6 +86,20 @@ def share_of(train: Train, devices: int) -> Share:
         expected="train.batch_size x train.gradient_accumulation to be a multiple of the number of devices",
         todo=f"set train.devices to {' or '.join(map(str, near))}, or change the batch",
     )
+
+
+def find_undivided(recipe: Recipe, number_type: NumberType, *, experts: bool) -> str | None:
+    """Return why several devices cannot divide the weights among them, or None if they can.
+
+    Args:
+        number_type: number type of the matrix products.
+        experts: whether the base is a mixture of experts.
+    """
+    if number_type is NumberType.FLOAT16:
+        return "the scaled loss of float16 was never tested with divided weights"
+    if experts:
+        return "a mixture of experts was never tested with divided weights"
+    return recipe.undivided
 
 
 def choose_processes(train: Train) -> DeviceChoice:

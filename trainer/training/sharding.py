@@ -44,7 +44,7 @@ def shard_model(model: nn.Module, devices: int, number_type: NumberType, *, full
         raise TrainingError(
             f"{type(model).__name__} has no layers that can be gathered one after the other",
             expected="a model whose layers support gradient checkpointing",
-            todo="set train.sharding to off",
+            todo="set train.sharding to never",
         )
     mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (devices,))
     policy = MixedPrecisionPolicy()
@@ -87,7 +87,7 @@ def check_sharded(model: nn.Module, devices: int) -> None:
         raise TrainingError(
             f"the weights are not divided among {devices} devices: {min(wrong, default='none is')}",
             expected=f"shares of about 1/{devices} of every weight",
-            todo="set train.sharding to off, or install the versions in deploy/constraints",
+            todo="set train.sharding to never, or install the versions in deploy/constraints",
         )
 
 
@@ -184,9 +184,9 @@ def gather_trained(model: nn.Module, *, keep: bool, converted: Callable[[Tensor]
             values = values if converted is None or not keep else converted(values)
             gathered[id(weight)] = nn.Parameter(values)
     for module in model.modules():
-        for name, weight in module._parameters.items():
-            if weight is not None and id(weight) in gathered:
-                module._parameters[name] = gathered[id(weight)]
+        for name, weight in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if id(weight) in gathered:
+                setattr(module, name, gathered[id(weight)])
     for module in model.modules():
         if isinstance(module, FSDPModule):  # else saving would try to gather weights again
             module.__class__ = type(module).__mro__[_ORIGINAL_CLASS]

@@ -110,10 +110,12 @@ class ResumableTrainer(AnswerTrainer):
         """Return the mean loss of the held-out rows, in nats per token. No random numbers are drawn."""
         sums: list[float] = []
         size = self.args.per_device_train_batch_size * self.group.size
-        for start in range(0, len(self._heldout), size):
-            with self._preemption.interruptible():
-                sums += self.group.map(self._own_loss_sums, self._heldout[start : start + size])
-        release_gathered(self.model)
+        try:
+            for start in range(0, len(self._heldout), size):
+                with self._preemption.interruptible():
+                    sums += self.group.map(self._own_loss_sums, self._heldout[start : start + size])
+        finally:
+            release_gathered(self.model)
         weights = [self.weight(row) for row in self._heldout]
         figures = {HELDOUT_LOSS: sum(sums) / sum(weights)}
         self.log(figures)

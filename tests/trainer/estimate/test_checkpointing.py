@@ -55,6 +55,15 @@ def test_checkpointing_stays_off_on_a_cpu() -> None:
     assert not choose_checkpointing(estimate_recipe(recipe, shape, workload, [cpu_device(1e9)], 4096)).enabled
 
 
+def test_weights_stay_whole_when_a_copy_fits_only_with_checkpointing() -> None:
+    plain = on_gpu(24e9, gradient_accumulation=2)
+    device = replace(plain.here.device, count=2)
+    estimate = estimate_recipe(plain.recipe, plain.shape, plain.workload, [device], 4096)
+    assert not estimate.here.sharded
+    assert choose_checkpointing(estimate).enabled
+    assert not with_checkpointing(estimate, True, 4096).here.sharded
+
+
 def test_models_that_store_all_attention_scores_keep_checkpointing() -> None:
     estimate = on_gpu(1e12)
     capped = replace(estimate, shape=replace(estimate.shape, stores_scores=True))

@@ -180,12 +180,72 @@ def test_several_devices_take_nearly_the_inverse_share_of_the_time(sizes: dict[s
 
 
 def test_each_device_holds_a_copy_of_the_model_and_twice_the_gradients() -> None:
-    recipe = make_recipe(method="full", train={"batch_size": 1, "gradient_accumulation": 4})
+    train = {"batch_size": 1, "gradient_accumulation": 4, "sharding": "never"}
+    recipe = make_recipe(method="full", train=train)
     one, four = (several("llama-2-7b", count, recipe) for count in (1, 4))
     changed = {part for part in Part if one.parts.get(part, 0) != four.parts.get(part, 0)}
     assert changed == {Part.GRADIENTS}
     assert four.parts[Part.GRADIENTS] == 2 * one.parts[Part.GRADIENTS]
     assert four.least - one.least == one.parts[Part.GRADIENTS]
+
+
+SINGLE_ROWS = {"batch_size": 1, "gradient_accumulation": 8}
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "full"])
+def test_devices_that_divide_the_weights_hold_a_share_and_what_they_gather(method: str) -> None:
+    recipe = make_recipe(method=method, train=SINGLE_ROWS | {"sharding": "always"})
+    one, four, eight = (several("llama-2-7b", count, recipe) for count in (1, 4, 8))
+    assert [one.sharded, four.sharded, eight.sharded] == [False, True, True]
+    for part in (Part.WEIGHTS, Part.ADAPTER, Part.GRADIENTS, Part.OPTIMIZER):
+        assert four.parts.get(part, 0) == one.parts.get(part, 0) / 4
+        assert eight.parts.get(part, 0) == one.parts.get(part, 0) / 8
+    assert four.parts[Part.GATHERED] == eight.parts[Part.GATHERED] > 0
+    assert one.least > four.least > eight.least > eight.parts[Part.GATHERED]
+
+
+def test_accumulation_costs_time_when_the_weights_are_gathered_for_each_batch() -> None:
+    few, many = (
+        several("llama-2-7b", 4, make_recipe(method="full", train=batch | {"sharding": "always"}))
+        for batch in ({"batch_size": 64}, {"batch_size": 4, "gradient_accumulation": 16})
+    )
+    copied = several("llama-2-7b", 4, make_recipe(method="full", train={"batch_size": 64, "sharding": "never"}))
+    assert copied.seconds <= few.seconds < many.seconds
+
+
+def test_devices_divide_the_weights_by_default_exactly_if_a_copy_does_not_fit() -> None:
+    lora, full = (make_recipe(method=method, train=SINGLE_ROWS) for method in ("lora", "full"))
+    assert not several("llama-2-7b", 8, lora).sharded
+    assert not several("llama-2-7b", 1, full).fits
+    divided = several("llama-2-7b", 8, full)
+    assert divided.sharded
+    assert divided.fits
+    never = several("llama-2-7b", 8, full.changed({"train.sharding": "never"}))
+    assert not never.sharded
+    assert not never.fits
+
+
+@pytest.mark.parametrize(
+    ("sections", "reason"),
+    [
+        ({"method": "qlora"}, "weights in nf4"),
+        ({"method": "adalora"}, "adalora"),
+        ({"method": "full", "train": {"optimizer": "adamw-8bit"}}, "moments of adamw-8bit"),
+    ],
+    ids=str,
+)
+def test_estimate_says_why_weights_cannot_be_divided(sections: dict[str, Any], reason: str) -> None:
+    recipe = make_recipe(**sections | {"train": SINGLE_ROWS | sections.get("train", {})})
+    estimated = several("llama-2-7b", 8, recipe)
+    assert not estimated.sharded
+    assert reason in (estimated.undivided or "")
+
+
+def test_advice_divides_the_weights_before_it_changes_the_method() -> None:
+    recipe = make_recipe(method="full", train=SINGLE_ROWS | {"sharding": "never"})
+    device = replace(DEVICES["a100-80"], count=8)
+    changes = advise(recipe, published("llama-2-7b"), even_workload(1000, 1024, recipe), device)
+    assert changes == {"train.sharding": "auto"}
 
 
 def test_devices_need_less_memory_when_they_divide_a_batch() -> None:
@@ -194,7 +254,7 @@ def test_devices_need_less_memory_when_they_divide_a_batch() -> None:
 
 
 def test_processes_on_a_cpu_share_its_memory_and_speed() -> None:
-    recipe = make_recipe(train={"batch_size": 4, "gradient_accumulation": 2})
+    recipe = make_recipe(train={"batch_size": 4, "gradient_accumulation": 2, "sharding": "never"})
     one, two = (
         estimate_device(
             recipe, published("llama-2-7b"), even_workload(100, 256, recipe), replace(cpu_device(), count=count), 4096

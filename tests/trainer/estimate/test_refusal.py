@@ -120,4 +120,15 @@ def test_model_that_does_not_fit_on_one_of_several_gpus_is_refused_with_the_reas
         InsufficientMemoryError, match=r"GB on each GPU, but 2 x RTX 4090 has 25\.8 GB on each GPU"
     ) as caught:
         refuse_memory(estimate, two)
-    assert "a model is not split among GPUs" in caught.value.expected
+    assert "2 devices already divide the weights among them" in caught.value.expected
+    assert "method=" in caught.value.todo
+    quantized = estimate_recipe(
+        recipe.changed({"train.optimizer": "adamw-8bit"}),
+        published("llama-2-7b"),
+        even_workload(100, 1024, recipe),
+        [gpu],
+        4096,
+    )
+    with pytest.raises(InsufficientMemoryError) as caught:
+        refuse_memory(quantized, two)
+    assert "the moments of adamw-8bit cannot be divided among devices" in caught.value.expected

@@ -46,6 +46,7 @@ class Stages:
         number_types: number types with which stages were called.
         recipes: recipes with which models were trained.
         devices: number of devices of each training, or 0 for this process alone.
+        sharded: whether the devices of each training divide the weights among them.
         compared: formats compared in each parity report.
         unequal: parity checks that fail.
     """
@@ -55,6 +56,7 @@ class Stages:
     number_types: list[NumberType] = field(default_factory=list)
     recipes: list[Recipe] = field(default_factory=list)
     devices: list[int] = field(default_factory=list)
+    sharded: list[bool] = field(default_factory=list)
     compared: list[list[Format]] = field(default_factory=list)
     unequal: list[str] = field(default_factory=list)
 
@@ -71,9 +73,11 @@ class Stages:
         on_checkpoint: Callable[[Path], None] | None = None,
         devices: Sequence[TrainingDevice] = (),
         progress: ProgressFile | None = None,
+        sharded: bool = False,
     ) -> Any:
         """Write an adapter or a trained model."""
         self.devices.append(len(devices))
+        self.sharded.append(sharded)
         self.number_types.append(number_type)
         self.recipes.append(recipe)
         self._run(Stage.TRAIN, out)

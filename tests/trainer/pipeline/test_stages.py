@@ -65,9 +65,32 @@ def test_free_gpus_are_chosen_from_what_nvidia_smi_reports(
     assert stages.devices == [2]
 
 
-def test_run_resumes_in_the_same_folder_on_another_number_of_devices(make: Make) -> None:
-    assert make().run.folder == make(train={"devices": 2}).run.folder
-    assert "train.devices" not in make(train={"devices": 2}).recipe.flat()
+def test_run_resumes_in_the_same_folder_on_other_devices(make: Make) -> None:
+    changed = make(train={"devices": 2, "sharding": "always"})
+    assert make().run.folder == changed.run.folder
+    assert not {"train.devices", "train.sharding"} & set(changed.recipe.flat())
+
+
+@pytest.mark.parametrize(
+    ("sharding", "memory", "sharded"),
+    [("always", 1e12, True), ("auto", 1e12, False), ("auto", 2e9, True), ("never", 2e9, False)],
+)
+def test_devices_divide_the_weights_if_the_recipe_says_so_or_a_copy_does_not_fit(
+    make: Make, stages: Stages, sharding: str, memory: float, sharded: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline = make(train={"devices": 2, "sharding": sharding})
+    device = replace(cpu_device(memory), count=2)
+    recipe = pipeline.recipe
+    expected = estimate_device(recipe, published("llama-2-7b"), even_workload(9, 99, recipe), device, 99)
+    replace(pipeline, expected=expected).train_version()
+    assert stages.sharded == [sharded]
+    assert ("each device stores 1/2 of the weights" in capsys.readouterr().err) is sharded
+
+
+@pytest.mark.parametrize("sharding", ["always", "auto"])
+def test_a_process_that_trains_alone_divides_nothing(make: Make, stages: Stages, sharding: str) -> None:
+    make(train={"sharding": sharding}).train_version()
+    assert stages.sharded == [False]
 
 
 def test_number_types_and_why_they_were_chosen_are_printed_before_training(

@@ -271,6 +271,13 @@ def test_method_implies_adapter_type_and_quantization(
         ({"adapter": {"type": "vera", "alpha": 3}}, "adapter.alpha is not used by vera"),
         ({"formats": []}, "'formats' is []"),
         ({"formats": ["gptq", "gptq"]}, "`formats` lists a format twice"),
+        ({"method": "qlora", "train": {"sharding": "always"}}, "weights in nf4 cannot be divided among devices"),
+        ({"method": "vera", "train": {"sharding": "always"}}, "vera cannot be divided among devices"),
+        (
+            {"train": {"sharding": "always", "optimizer": "adamw-8bit"}},
+            "the moments of adamw-8bit cannot be divided among devices",
+        ),
+        ({"objective": "dpo", "train": {"sharding": "always"}}, "a preference is learnt on one device"),
         ({"method": "full", "formats": ["adapter"]}, "`formats` lists adapter, but `method: full` trains no adapter"),
     ],
     ids=str,
