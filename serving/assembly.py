@@ -80,6 +80,7 @@ class GatewayParts:
 
     app: Application
     draining: asyncio.Event
+    files: ClientFiles
     request_log: RequestLog
     usage_writer: UsageWriter
     job_creation: JobCreation
@@ -187,7 +188,7 @@ def assemble(
     webhooks = [Webhook.of(each, store, metrics.webhooks_ended, leads) for each in settings.webhooks]
     batches = BatchContext(
         store,
-        ClientFiles(store, settings.home / "files"),
+        gateway.files,
         settings.home / "batches",
         gateway.batch_requests.ask,
         partial(leadership.lease, EVERYTHING),
@@ -205,7 +206,7 @@ def assemble(
     ]
     if settings.fine_tuning.bases:
         works.append(gateway.job_creation.run)
-    worker = make_job_worker(settings, registry, store)
+    worker = make_job_worker(settings, registry, store, gateway.files)
     if worker is not None:
         works.append(worker.run)
     if not is_sqlite(store):
@@ -213,7 +214,7 @@ def assemble(
     return Parts(gateway, deployments, authenticator, leadership, works, worker)
 
 
-def make_job_worker(settings: Settings, registry: Registry, store: Store) -> JobWorker | None:
+def make_job_worker(settings: Settings, registry: Registry, store: Store, files: ClientFiles) -> JobWorker | None:
     """Return the worker that trains fine-tuning jobs on this machine, or None if the settings say that it trains none.
 
     Jobs that clients have created remain in the queue when the bases are removed from the settings.
@@ -221,7 +222,6 @@ def make_job_worker(settings: Settings, registry: Registry, store: Store) -> Job
     tuning = settings.fine_tuning
     if not tuning.bases or not tuning.worker:
         return None
-    files = ClientFiles(store, settings.home / "files")
     results = JobResults(store, files, registry, settings.home / "jobs", tuning.organization)
     return JobWorker(store, settings, files, complete=results.complete)
 
@@ -276,12 +276,12 @@ def assemble_gateway(
         fine_tuned=FineTunedModels(store, router, settings.fine_tuning.organization, loader=loader),
         begin_trace=traces.begin if traces else None,
     )
-    client_files = ClientFiles(store, settings.home / "files")
-    client_uploads = ClientUploads(store, settings.home / "uploads", client_files)
+    files = ClientFiles(store, settings.home / "files")
+    client_uploads = ClientUploads(store, settings.home / "uploads", files)
     uploading = Uploading(settings.home, min_free_bytes=int(settings.files.min_free_gb * 2**30))
-    file_checks = FileChecks(store, client_files)
-    clean_up_files = partial(run_cleanup, client_files, client_uploads)
-    job_creation = JobCreation(store, client_files, settings)
+    file_checks = FileChecks(store, files)
+    clean_up_files = partial(run_cleanup, files, client_uploads)
+    job_creation = JobCreation(store, files, settings)
     draining = asyncio.Event()
     app = build_app(
         gateway,
@@ -292,14 +292,23 @@ def assemble_gateway(
         administration=Administration(store, changes, server),
         fine_tuning=FineTuning(store, settings, job_creation),
         batches=Batches(store, settings.batches),
-        files=Files(store, client_files, settings.files, uploading, file_checks.wake),
+        files=Files(store, files, settings.files, uploading, file_checks.wake),
         uploads=Uploads(store, client_uploads, settings.files, uploading, file_checks.wake),
         draining=draining,
     )
     usage_writer = UsageWriter(store, usage, limiter.add_used_today, limiter.add_used_elsewhere)
     batch_requests = BatchRequests(completion_endpoints(gateway), authentication.valid_principal)
     return GatewayParts(
-        app, draining, request_log, usage_writer, job_creation, file_checks, clean_up_files, batch_requests, traces
+        app,
+        draining,
+        files,
+        request_log,
+        usage_writer,
+        job_creation,
+        file_checks,
+        clean_up_files,
+        batch_requests,
+        traces,
     )
 
 

@@ -57,7 +57,7 @@ from svc.store.job_queue import (
 from svc.store.job_requests import JobError
 from svc.store.jobs import Job, Wanted
 from svc.store.outage_log import log_store_error
-from svc.training_progress import EpochSaved, ProgressReader, ProgressRecord, Registered, StageBegun, StepDone
+from svc.training_progress import ProgressReader, ProgressRecord, Registered, StageBegun, StepDone
 from svc.version import VersionId
 from svc.yaml_text import parse_yaml
 
@@ -66,8 +66,6 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 Complete = Callable[[Job, VersionId], JobResult]
 """Function that makes the result of a job whose version has been registered."""
-AddCheckpoint = Callable[[Job, EpochSaved], None]
-"""Function that adds a checkpoint to a job. It may be called again with the same one."""
 TrainingCommand = Callable[[Path, Path], Sequence[str]]
 """Function that returns the command that trains a recipe and writes a progress file, from the paths of both."""
 
@@ -120,7 +118,6 @@ class TrainingOptions:
     files: ClientFiles
     worker: str
     complete: Complete
-    add_checkpoint: AddCheckpoint | None
     command: TrainingCommand
     environment: Mapping[str, str]
     pace: Pace
@@ -145,7 +142,6 @@ class JobTraining:
         self._process: TrainingProcess | None = None
         self._steps = StepEvents(Reported(0, 0))
         self._stages: list[JobNews] = []
-        self._saved: list[EpochSaved] = []
         self._newest: StepDone | None = None
         self._version: VersionId | None = None
         self._wanted = job.wanted
@@ -250,7 +246,6 @@ class JobTraining:
             self._note(await asyncio.to_thread(self._reader.read))
         except OSError:  # for example, no file descriptor is free
             log.exception("the progress of the job %s cannot be read", self.job.id)
-        await self._add_checkpoints()
         process = self._process
         assert process is not None  # noqa: S101 - the caller has started it
         now, pace = time.monotonic(), self._options.pace
@@ -293,18 +288,6 @@ class JobTraining:
                     self._stages.append(JobNews(f"Stage begun: {record.name}"))
                 case Registered() if adopted or not replayed:
                     self._version = VersionId.parse(record.version)
-                case EpochSaved():
-                    self._saved.append(record)
-
-    async def _add_checkpoints(self) -> None:
-        """Add the saved checkpoints to the job. Those that could not be added are tried again with the next report."""
-        while self._saved and self._options.add_checkpoint is not None:
-            try:
-                await asyncio.to_thread(self._options.add_checkpoint, self.job, self._saved[0])
-            except (SQLAlchemyError, OSError):
-                log.exception("a checkpoint of the job %s could not be added", self.job.id)
-                return
-            del self._saved[0]
 
     async def _obey(self) -> bool:
         """Do what the job's owner wants, and return whether this has ended the training."""
@@ -334,7 +317,6 @@ class JobTraining:
         code = self._process.exit_code if self._process is not None else None
         await self.kill()  # what a killed training has left
         self._note(await asyncio.to_thread(self._reader.read))
-        await self._add_checkpoints()
         event = self._steps.next(last=True)
         await self._report([*self._stages, *([event] if event else [])])
         self._stages = []

@@ -16,7 +16,7 @@ from pathlib import Path
 from sqlalchemy import Engine as Store
 from sqlalchemy.exc import SQLAlchemyError
 
-from serving.jobs.job_training import AddCheckpoint, Complete, JobTraining, Pace, TrainingCommand, TrainingOptions
+from serving.jobs.job_training import Complete, JobTraining, Pace, TrainingCommand, TrainingOptions
 from serving.jobs.training_check import command_environment
 from serving.jobs.training_process import TrainingProcess, end_processes
 from svc.client_files.client_files import ClientFiles
@@ -59,7 +59,6 @@ class JobWorker:
 
     Args:
         complete: makes the result of a job that has succeeded, in a thread.
-        add_checkpoint: adds a checkpoint to a job, in a thread.
         command: returns the command that trains a recipe.
     """
 
@@ -70,7 +69,6 @@ class JobWorker:
         files: ClientFiles,
         *,
         complete: Complete,
-        add_checkpoint: AddCheckpoint | None = None,
         command: TrainingCommand = training_command,
         pace: Pace | None = None,
     ) -> None:
@@ -84,7 +82,6 @@ class JobWorker:
             files=files,
             worker=self._id,
             complete=complete,
-            add_checkpoint=add_checkpoint,
             command=command,
             environment=command_environment(settings),
             pace=self._pace,

@@ -40,7 +40,7 @@ def recipe(folder: Path, config: str = "llama-3.2-1b", *, bad: bool = False, **f
 @pytest.mark.slow
 async def test_training_that_works_has_its_figures(tmp_path: Path, settings: Settings) -> None:
     check = await check_training(recipe(tmp_path), settings, timeout_s=300)
-    assert check.examples == 36
+    assert 30 <= check.examples < 40  # about a tenth is held out
     assert 0 < check.learning_rate < 5e-4
     assert check.seconds > 0
     assert check.refused is None

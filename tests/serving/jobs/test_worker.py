@@ -27,7 +27,7 @@ from svc.store.page import Page
 from svc.store.tables import JobRow
 from svc.store.unavailable import StoreUnavailableError
 from tests.new_store import new_store
-from tests.serving.jobs.worker_home import PACE, Saved, WorkerHome, lives
+from tests.serving.jobs.worker_home import PACE, WorkerHome, lives
 
 LONG: dict[str, Any] = {"steps": 2000, "step_s": 0.02}
 
@@ -367,13 +367,3 @@ async def test_training_of_a_job_that_ended_meanwhile_is_killed_when_the_server_
         connection.execute(update(JobRow).where(JobRow.id == id).values(status="cancelled"))
     async with home.working():
         await home.until(lambda: not lives(home.starts(id)[0]))
-
-
-async def test_checkpoint_is_added_later_when_the_disk_was_full(home: WorkerHome) -> None:
-    id, saved = home.add(steps=5), Saved(failures=1)
-    folder = home.job_folder(id)
-    folder.mkdir(parents=True)
-    (folder / "progress").write_text('{"kind": "saved", "step": 2, "folder": "/x"}\n')
-    async with home.working(home.worker(add_checkpoint=saved)):
-        await home.ended(id)
-    assert saved.steps == [2]

@@ -30,7 +30,6 @@ from svc.store.job_queue import JobResult
 from svc.store.job_requests import change_wanted, create_job
 from svc.store.jobs import Job, JobStatus, Wanted, find_job, read_events
 from svc.store.page import Page
-from svc.training_progress import EpochSaved
 from svc.version import VersionId
 
 FAKE_TRAINING = Path(__file__).with_name("fake_training.py")
@@ -165,20 +164,6 @@ def main() -> None:
             await task
 
     asyncio.run(run())
-
-
-class Saved:
-    """Records checkpoints that are added, after a number of failures."""
-
-    def __init__(self, failures: int = 0) -> None:
-        self.failures = failures
-        self.steps: list[int] = []
-
-    def __call__(self, job: Job, record: EpochSaved) -> None:
-        if self.failures:
-            self.failures -= 1
-            raise OSError("disk full")
-        self.steps.append(record.step)
 
 
 if __name__ == "__main__":
