@@ -174,6 +174,7 @@ def succeed(store: Store, id: str, worker: str, version: VersionId, result: JobR
     with exclusive(store) as session:
         row = _own(session, id, worker)
         row.number, row.fine_tuned_model, row.result_file = version.number, result.fine_tuned_model, result.result_file
+        record_event(session, id, f"The model is registered as {version}")
         record_event(session, id, f"New fine-tuned model created: {result.fine_tuned_model}")
         _end(session, row, JobStatus.SUCCEEDED, "The job has successfully completed")
 

@@ -93,9 +93,10 @@ def test_job_is_followed_until_it_succeeds(home: WorkerHome, svc: Svc, monkeypat
     thread.join()
     assert result.exit_code == 0, result.output
     lines = [line[18:] for line in result.stdout.splitlines()]
-    assert lines[:4] == [
+    assert lines[:5] == [
         "Fine-tuning job started",
         "Step 3/9: training loss=1.25",
+        "The model is registered as bot@1",
         f"New fine-tuned model created: ft:small:org::{id}",
         "The job has successfully completed",
     ]
@@ -108,7 +109,7 @@ def test_followed_job_is_one_json_value_per_line(home: WorkerHome, svc: Svc) -> 
     report_job(home.store, id, "w1", news=[STEP])
     end(home, id)
     objects = [json.loads(line) for line in svc("follow", id, "--json").stdout.splitlines()]
-    assert [each["object"] for each in objects] == ["fine_tuning.job.event"] * 4 + ["fine_tuning.job"]
+    assert [each["object"] for each in objects] == ["fine_tuning.job.event"] * 5 + ["fine_tuning.job"]
     assert objects[1]["data"]["train_loss"] == 1.25
 
 

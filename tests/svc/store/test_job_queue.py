@@ -257,7 +257,8 @@ def test_result_is_recorded_when_a_job_succeeds(store: Store, add: Add) -> None:
     assert (job.status, job.version) == (JobStatus.SUCCEEDED, VersionId("ft-alice-small", 3))
     assert (job.fine_tuned_model, job.result_file) == ("ft:small:org:x:1", "file-9")
     assert job.finished_at is not None
-    assert messages(store, id)[-2:] == [
+    assert messages(store, id)[-3:] == [
+        "The model is registered as ft-alice-small@3",
         "New fine-tuned model created: ft:small:org:x:1",
         "The job has successfully completed",
     ]
