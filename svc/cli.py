@@ -44,7 +44,7 @@ COMMANDS = {
     "history": ("svc.audit.cli:history", "Show when a model's versions were served, and its rollouts."),
     "feedback": ("svc.feedback.cli:feedback", "Write users' feedback on answers as training data."),
     "forget": ("svc.audit.cli:forget", "Delete logged requests by user, key or time range."),
-    "gc": ("svc.registry.cli:gc", "Delete files left by old runs, sweeps, logs and caches."),
+    "gc": ("svc.registry.cli:gc", "Delete files left by old runs, sweeps, jobs, logs and caches."),
     "store": ("svc.store.cli:store", "Move the store from SQLite to PostgreSQL."),
     "backup": ("svc.backup.cli:backup", "Back up the home folder, even while it is in use."),
     "restore": ("svc.backup.cli:restore", "Create a home folder from a backup."),

@@ -12,6 +12,7 @@ import asyncio
 import logging
 import os
 import re
+import shutil
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -57,7 +58,14 @@ from svc.store.job_queue import (
 from svc.store.job_requests import JobError
 from svc.store.jobs import Job, Wanted
 from svc.store.outage_log import log_store_error
-from svc.training_progress import ProgressReader, ProgressRecord, Registered, StageBegun, StepDone
+from svc.training_progress import (
+    EPOCHS_FOLDER,
+    ProgressReader,
+    ProgressRecord,
+    Registered,
+    StageBegun,
+    StepDone,
+)
 from svc.version import VersionId
 from svc.yaml_text import parse_yaml
 
@@ -202,7 +210,7 @@ class JobTraining:
             return True
         await asyncio.to_thread(end_processes, self._folder)
         if self._wanted is Wanted.CANCEL:
-            await self._in_store(end_cancelled)
+            await self._end(end_cancelled)
             return False
         if self._wanted is Wanted.PAUSE:
             await self._release("Fine-tuning job paused")
@@ -294,7 +302,7 @@ class JobTraining:
         assert self._process is not None  # noqa: S101 - the caller has started it
         if self._wanted is Wanted.CANCEL:
             await asyncio.to_thread(self._process.kill)
-            await self._in_store(end_cancelled)
+            await self._end(end_cancelled)
             return True
         if self._wanted is Wanted.PAUSE and self._kill_at is None:
             self._interrupt(self._options.pace.pause_s)
@@ -321,7 +329,7 @@ class JobTraining:
         await self._report([*self._stages, *([event] if event else [])])
         self._stages = []
         if self._wanted is Wanted.CANCEL:
-            await self._in_store(end_cancelled)
+            await self._end(end_cancelled)
         elif self._version is not None and code in (0, None):
             await self._complete(self._version)
         elif stopping:
@@ -348,7 +356,7 @@ class JobTraining:
             self._options.wait(self.job)
             await self._release(_WAITS[DiskSpaceError.exit_code])
             return
-        await self._in_store(succeed, version=version, result=result)
+        await self._end(succeed, version=version, result=result)
         log.info("the job %s has trained %s", self.job.id, version)
 
     async def _fail(self, code: int) -> None:
@@ -358,7 +366,7 @@ class JobTraining:
         else:
             error = read_error(code, await self._log())
         log.warning("the job %s failed with exit code %s; see %s", self.job.id, code, self._folder / LOG_FILE)
-        await self._in_store(fail, error=error)
+        await self._end(fail, error=error)
 
     async def _child_was_killed(self, code: int) -> bool:
         """Return whether the system has killed a process of the training, for example because memory ran out."""
@@ -372,10 +380,27 @@ class JobTraining:
     async def _release(self, message: str, *, died: bool = False, resumes_here: bool = False) -> None:
         await self._in_store(release_job, message=message, died=died, resumes_here=resumes_here)
 
+    async def _end(self, function: Callable[..., None], **values: Any) -> None:
+        """Record the end of the job, then delete the adapters of its epochs.
+
+        In this order, because after a crash the checkpoints are registered again as long as the job has not ended.
+        """
+
+        def end() -> None:  # in one thread, because the server may stop at any time
+            function(self._options.store, self.job.id, self._options.worker, **values)
+            remove_epochs(self._folder)
+
+        await asyncio.to_thread(end)
+
     async def _in_store(self, function: Callable[..., Result], **values: Any) -> Result:
         """Call a function of svc.store.job_queue about this job in a thread."""
         options = self._options
         return await asyncio.to_thread(partial(function, options.store, self.job.id, options.worker, **values))
+
+
+def remove_epochs(folder: Path) -> None:
+    """Delete the adapters of a job's epochs. Those that are checkpoints of the job are versions of the registry."""
+    shutil.rmtree(folder / EPOCHS_FOLDER, ignore_errors=True)
 
 
 def _read_end(path: Path) -> str:

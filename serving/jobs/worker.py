@@ -16,7 +16,14 @@ from pathlib import Path
 from sqlalchemy import Engine as Store
 from sqlalchemy.exc import SQLAlchemyError
 
-from serving.jobs.job_training import Complete, JobTraining, Pace, TrainingCommand, TrainingOptions
+from serving.jobs.job_training import (
+    Complete,
+    JobTraining,
+    Pace,
+    TrainingCommand,
+    TrainingOptions,
+    remove_epochs,
+)
 from serving.jobs.training_check import command_environment
 from serving.jobs.training_process import TrainingProcess, end_processes
 from svc.client_files.client_files import ClientFiles
@@ -147,6 +154,7 @@ class JobWorker:
         error = JobError("server_error", "the job failed for a reason of the server; its log has more")
         try:
             await asyncio.to_thread(fail, self._store, job.id, self._id, error)
+            await asyncio.to_thread(remove_epochs, self._folder / job.id)
         except (SQLAlchemyError, JobLostError):
             log_store_error(log, "the failure of the job %s could not be recorded", job.id)
 

@@ -94,18 +94,22 @@ def push(ctx: click.Context, versions: tuple[str, ...]) -> None:
 @json_option
 @click.pass_context
 def gc(ctx: click.Context, older_than: float, dry_run: bool, reason: str | None, as_json: bool) -> None:
-    """Delete files left behind by old runs and sweeps, interrupted work, logs and caches. Keeps all versions.
+    """Delete files left by old runs, sweeps, jobs and batches, interrupted work, logs and caches. Keeps all versions.
 
     With an object store, weights that it also has are removed until the versions take at most artifacts.cache_gb.
     """
-    from svc.registry.housekeeping import evict, find_evictable, find_reclaimable, reclaim
+    from svc.registry.housekeeping import evict, find_ended, find_evictable, find_reclaimable, reclaim
     from svc.store.audit import Action, AuditEntry, record_event
     from svc.store.database import open_store
 
     settings = settings_of(ctx)
     registry, store = Registry.of(settings), open_store(settings)
     reclaimed, failed = [], 0
-    steps = [(item, partial(reclaim, item)) for item in find_reclaimable(registry, settings.home, older_than)]
+    found = [
+        *find_reclaimable(registry, settings.home, older_than),
+        *find_ended(store, settings.home, older_than),
+    ]
+    steps = [(item, partial(reclaim, item)) for item in found]
     if settings.artifacts.cache_gb is not None:
         evictable = find_evictable(registry, store, settings.artifacts.cache_gb * 1e9)
         steps += [(item, partial(evict, registry, store, item)) for item in evictable]

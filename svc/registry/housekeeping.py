@@ -1,4 +1,4 @@
-"""Frees disk space: removes unneeded versions and old files of runs, sweeps, logs and caches.
+"""Frees disk space: removes unneeded versions and old files of runs, sweeps, jobs, batches, logs and caches.
 
 A needed version is never removed. A version is needed if it has an alias, is or will be served, is the
 target of a rollback, or is the base of an adapter version that is needed for one of these reasons. A
@@ -25,7 +25,10 @@ from svc.files.lock import hold_lock, lock_holder
 from svc.registry.objects import manifest_key
 from svc.registry.registry import Registry
 from svc.registry.training_runs import RUN_LOCK, RUNS_FOLDER, SWEEPS_FOLDER, find_training_runs
+from svc.store.batches import find_batch
 from svc.store.desired import desired_names, read_desired
+from svc.store.jobs import find_job
+from svc.store.page import EntryNotFoundError
 from svc.store.rollouts import active_rollout
 from svc.store.swaps import unfinished_swaps
 from svc.version import Format, VersionId
@@ -38,6 +41,7 @@ _UNUSED_S = 3600
 _REGISTERED = "register.json"
 """File whose presence in a run's folder shows that the run is finished (see trainer.pipeline.run_folder).
 The weights are in one folder per format."""
+_REMOVED = ".removed-"
 _REMOVING = ".removing"
 """Lock file in the folder with a model's versions, held while a version is being removed."""
 
@@ -194,6 +198,29 @@ def _leftovers(models: Path, home: Path) -> Iterator[tuple[Path, str]]:
             yield path, "a cache that is recreated when needed"
 
 
+def find_ended(store: Store, home: Path, older_than_days: float) -> Iterator[Reclaimable]:
+    """Yield folders of fine-tuning jobs and batches that have ended, or that the store does not know.
+
+    They are kept for `older_than_days` days after their last change. Unknown ones are kept for at least a day,
+    because the server of this home may use another store, in which they have not ended.
+    """
+    now = time.time()
+    before = now - older_than_days * _DAY_S
+    for parent, prefix, noun in (("jobs", "ftjob-", "job"), ("batches", "batch_", "batch")):
+        for folder in _folders((home / parent).glob("*")):
+            id, touched = folder.name.removeprefix(_REMOVED), _newest(folder, now)
+            if not id.startswith(prefix) or touched >= before:
+                continue
+            try:
+                entry = find_job(store, id, None) if noun == "job" else find_batch(store, id, None)
+            except EntryNotFoundError:
+                ended, why = touched < now - _DAY_S, f"the store does not know the {noun}"
+            else:
+                ended, why = entry.status.ended, f"the {noun} has ended"
+            if ended:
+                yield Reclaimable(folder, size_on_disk(folder), why, touched)
+
+
 def reclaim(item: Reclaimable) -> None:
     """Delete a file or folder unless it has changed since it was found.
 
@@ -210,7 +237,7 @@ def reclaim(item: Reclaimable) -> None:
     with hold_lock(lock, str(path)):
         if _newest(path, time.time()) > item.touched:
             raise BusyError(f"{path} was just changed", todo="no action is needed; the folder is kept")
-        hidden = path if path.name.startswith(".removed-") else path.with_name(f".removed-{path.name}")
+        hidden = path if path.name.startswith(_REMOVED) else path.with_name(f"{_REMOVED}{path.name}")
         path.rename(hidden)
         shutil.rmtree(hidden)
 

@@ -24,7 +24,7 @@ from svc.engine.device import NumberType
 from svc.errors import InterruptedRunError
 from svc.model_folder.chat_template import choose_template_kwargs
 from svc.terminal import console, waiting
-from svc.training_progress import EpochSaved, ProgressFile
+from svc.training_progress import EPOCHS_FOLDER, EpochSaved, ProgressFile
 from trainer.callbacks.early_stopping import best_step, misses_measurement, out_of_patience
 from trainer.callbacks.epoch_adapters import EpochAdapters
 from trainer.callbacks.heldout_schedule import HeldoutCurve
@@ -62,9 +62,6 @@ from trainer.training.summary import TrainingData, TrainingSummary
 from trainer.training.trainer import NoStepLeftError, ResumableTrainer, number_type_of
 
 log = logging.getLogger(__name__)
-
-EPOCHS_FOLDER = "epochs"
-"""Folder beside the progress file with the adapters of the last epochs."""
 
 
 def train_model(

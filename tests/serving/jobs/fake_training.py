@@ -34,6 +34,7 @@ FAKE = {"steps": 3, "step_s": 0.02, "exit": 0, "text": ""} | yaml.safe_load(RECI
 signal.signal(signal.SIGTERM, interrupted)
 with STARTS.open("a") as starts:
     starts.write(f"{os.getpid()}\n")
+(PROGRESS.with_name("epochs") / "1").mkdir(parents=True, exist_ok=True)
 if FAKE.get("grandchild"):  # in its own session, as an engine is, and without the variables
     child = subprocess.Popen(["sleep", "300"], start_new_session=True, env={})
     GRANDCHILD.write_text(str(child.pid))

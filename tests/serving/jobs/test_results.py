@@ -202,6 +202,22 @@ def test_job_succeeds_without_checkpoints_when_its_run_was_removed(
     assert checkpoints(store) == []
 
 
+def test_registered_checkpoints_remain_when_their_folders_are_gone(
+    store: Store, registry: Registry, progress: ProgressFile, results: JobResults
+) -> None:
+    add_job(store, owner="alice", id=JOB.id, name=VERSION.name, fine_tuned_model=NAME)
+    folders = [save_epoch(registry, progress, step) for step in (1, 2)]
+    first = results.complete(JOB, VERSION)
+    before = checkpoints(store)
+    for folder in folders:
+        shutil.rmtree(folder)
+    assert results.complete(JOB, VERSION) == first
+    assert checkpoints(store) == before
+    assert len(before) == 2
+    for step in (1, 2):
+        registry.verify(checkpoint_version(JOB.id, step), Format.ADAPTER)
+
+
 def test_jobs_have_different_files_and_names(results: JobResults) -> None:
     other = replace(JOB, id="ftjob-76543210fedcba9876543210")
     first, second = results.complete(JOB, VERSION), results.complete(other, VERSION)

@@ -62,6 +62,7 @@ async def test_job_is_trained_and_its_result_is_recorded(any_home: WorkerHome) -
     assert metrics[-1]["step"] == metrics[-1]["total_steps"] == 3
     assert any(each.get("valid_loss") == 0.5 and each["valid_mean_token_accuracy"] == 0.75 for each in metrics)
     assert any(event.message.startswith("Step 3/3: ") for event in events)
+    await home.until(lambda: not (home.job_folder(id) / "epochs").exists())
 
 
 async def test_training_reads_the_file_of_this_machine_when_another_one_made_the_recipe(home: WorkerHome) -> None:
@@ -92,6 +93,7 @@ async def test_nothing_is_left_within_5_s_when_a_job_is_cancelled(home: WorkerHo
         assert not any(lives(pid) for pid in pids)
     assert home.job(id).status is JobStatus.CANCELLED
     assert home.messages(id)[-1] == "Fine-tuning job cancelled"
+    await home.until(lambda: not (home.job_folder(id) / "epochs").exists())
 
 
 async def test_paused_job_frees_the_machine_and_resumes_from_its_checkpoint(home: WorkerHome) -> None:
@@ -104,6 +106,7 @@ async def test_paused_job_frees_the_machine_and_resumes_from_its_checkpoint(home
         await home.ended(other)
         step = home.step(id)
         assert step < 100
+        assert (home.job_folder(id) / "epochs").is_dir()
         assert not lives(home.starts(id)[0])
         assert home.messages(id)[-1] == "Fine-tuning job paused"
         home.want(id, Wanted.RUN)
@@ -192,6 +195,7 @@ async def test_job_fails_with_the_error_of_its_training(
     assert home.job(id).status is JobStatus.FAILED
     given = json.loads(home.job(id).error or "")
     assert {key: given[key] for key in error} == error
+    await home.until(lambda: not (home.job_folder(id) / "epochs").exists())
     assert len(home.starts(id)) == 1
 
 

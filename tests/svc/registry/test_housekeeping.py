@@ -5,30 +5,44 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from sqlalchemy import Engine as Store
+from sqlalchemy.orm import Session
 
 from svc.errors import BusyError, NotFoundError, RegistryError
 from svc.files.lock import hold_lock
 from svc.registry import housekeeping
-from svc.registry.housekeeping import find_reclaimable, reclaim, remove_version, size_on_disk
+from svc.registry.housekeeping import find_ended, find_reclaimable, reclaim, remove_version, size_on_disk
 from svc.registry.manifest import BaseRecord, Manifest
 from svc.registry.registry import Registry
 from svc.registry.tracking import Tracking
 from svc.store.audit import read_events
+from svc.store.batches import Batch, BatchStatus
 from svc.store.database import open_database
 from svc.store.desired import change_desired, read_desired
+from svc.store.jobs import JobStatus
 from svc.store.swaps import begin_swap
+from svc.store.tables import BatchRow
 from svc.version import Alias, Format, Target, VersionId
 from tests.command_line import Svc
 from tests.new_store import new_store
+from tests.serving.trained import add_job
 from tests.svc.registry.manifests import make_manifest
 
 pytestmark = pytest.mark.slow
 
 Publish = Callable[[], Manifest]
+
+
+def add_batch(store: Store, status: BatchStatus) -> str:
+    now = datetime.now(UTC)
+    batch = Batch(f"batch_{status}", "alice", "file-1", "/v1/completions", "24h", now, now, status=status)
+    with Session(store) as session, session.begin():
+        session.add(BatchRow.of(batch, status=status.value))
+    return batch.id
 
 
 @pytest.fixture
@@ -319,16 +333,59 @@ def test_old_caches_are_removed_but_recent_ones_are_kept(registry: Registry, tmp
     assert [path for path in (compiled, judged, young) if path.exists()] == [young]
 
 
+def make_folder(home: Path, name: str, days: float) -> Path:
+    """Make the folder of a job or batch."""
+    folder = home / name
+    folder.mkdir(parents=True)
+    (folder / "log").write_bytes(bytes(1000))
+    age(folder, days)
+    return folder
+
+
+def test_old_folders_of_jobs_and_batches_are_removed_when_they_ended_or_are_unknown(
+    any_store: Store, tmp_path: Path
+) -> None:
+    store, old = any_store, set[Path]()
+    for status in JobStatus:
+        job = add_job(store, owner="alice", status=status)
+        make_folder(tmp_path, f"jobs/{add_job(store, owner='alice', status=status).id}", 13)
+        folder = make_folder(tmp_path, f"jobs/{job.id}", 15)
+        if status in (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED):
+            old.add(folder)
+    for state in BatchStatus:
+        folder = make_folder(tmp_path, f"batches/{add_batch(store, state)}", 15)
+        if state in (BatchStatus.FAILED, BatchStatus.COMPLETED, BatchStatus.EXPIRED, BatchStatus.CANCELLED):
+            old.add(folder)
+    old |= {make_folder(tmp_path, f"jobs/{name}", 15) for name in ("ftjob-gone", ".removed-ftjob-half")}
+    old.add(make_folder(tmp_path, "batches/batch_gone", 15))
+    make_folder(tmp_path, "jobs/of-a-user", 15)
+    (tmp_path / "jobs" / "worker").write_text("1")
+    kept = {path for parent in ("jobs", "batches") for path in (tmp_path / parent).iterdir()} - old
+    found = list(find_ended(store, tmp_path, 14))
+    assert {each.path for each in found} == old
+    for each in found:
+        reclaim(each)
+    left = {path for parent in ("jobs", "batches") for path in (tmp_path / parent).iterdir()}
+    assert {path for path in left if path.name != ".removing"} == kept
+
+
+def test_folder_of_an_unknown_job_is_kept_for_a_day_whatever_the_option_says(store: Store, tmp_path: Path) -> None:
+    ended = make_folder(tmp_path, f"jobs/{add_job(store, owner='alice').id}", 0.5)
+    make_folder(tmp_path, "jobs/ftjob-gone", 0.5)
+    assert [found.path for found in find_ended(store, tmp_path, 0)] == [ended]
+
+
 def test_housekeeping_dry_run_removes_nothing(svc: Svc, tmp_path: Path) -> None:
-    old = make_run(tmp_path / ".svc", "old", 15)
+    old, job = make_run(tmp_path / ".svc", "old", 15), make_folder(tmp_path / ".svc", "jobs/ftjob-gone", 15)
     result = svc("gc", "--dry-run")
     assert result.code == 0
     assert "nothing was deleted" in result.out
     assert old.is_dir()
     assert read_events(open_database(tmp_path / ".svc"), newest=9) == []
     result = svc("gc", "--json")
-    assert [Path(row["path"]).name for row in json.loads(result.out)] == ["old"]
+    assert [Path(row["path"]).name for row in json.loads(result.out)] == ["old", "ftjob-gone"]
     assert not old.exists()
+    assert not job.exists()
 
 
 def test_removals_are_audited_with_their_reasons(svc: Svc, tmp_path: Path) -> None:
