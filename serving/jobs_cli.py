@@ -128,7 +128,7 @@ def cancel(ctx: click.Context, job: str, yes: bool, as_json: bool) -> None:
     from svc.store.jobs import Wanted
 
     source = _jobs_of(ctx)
-    confirm(f"{source.find(job)['id']} will be cancelled for good. Continue?", yes=yes, as_json=as_json)
+    confirm(f"{source.find(job)['id']} will be cancelled, and cannot be resumed. Continue?", yes=yes, as_json=as_json)
     _change(source, job, Wanted.CANCEL, as_json=as_json)
 
 
@@ -137,7 +137,7 @@ def cancel(ctx: click.Context, job: str, yes: bool, as_json: bool) -> None:
 @json_option
 @click.pass_context
 def pause(ctx: click.Context, job: str, as_json: bool) -> None:
-    """Pause JOB: its training writes a checkpoint, and frees the machine for other jobs."""
+    """Pause JOB. Its training writes a checkpoint, and frees the machine for other jobs."""
     from svc.store.jobs import Wanted
 
     _change(_jobs_of(ctx), job, Wanted.PAUSE, as_json=as_json)
@@ -148,7 +148,7 @@ def pause(ctx: click.Context, job: str, as_json: bool) -> None:
 @json_option
 @click.pass_context
 def resume(ctx: click.Context, job: str, as_json: bool) -> None:
-    """Resume JOB, which was paused, from its last checkpoint."""
+    """Resume a paused JOB from its last checkpoint."""
     from svc.store.jobs import Wanted
 
     _change(_jobs_of(ctx), job, Wanted.RUN, as_json=as_json)

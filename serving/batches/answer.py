@@ -1,4 +1,4 @@
-"""The answer to a request of a batch, and whether the request is asked again."""
+"""The answer to a request of a batch, and whether the request is sent again."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ _OF_ENGINE = frozenset(
 
 
 def is_temporary(code: ErrorCode | None, retry_after_s: float | None) -> bool:
-    """Return whether a request has not reached an engine, and may be asked again for as long as its batch has time."""
+    """Return whether a request has not reached an engine, and may be sent again for as long as its batch has time."""
     return code in _TEMPORARY or (code is ErrorCode.RATE_LIMIT_EXCEEDED and retry_after_s is not None)
 
 
@@ -33,7 +33,7 @@ class Answer:
     Attributes:
         body: JSON.
         code: the error's code, or None for an answer with status 200.
-        retry_after_s: seconds after which the request may be asked again, or None if not stated.
+        retry_after_s: seconds after which the request may be sent again, or None if not stated.
     """
 
     status: int
@@ -57,5 +57,5 @@ Ask = Callable[[Route, bytes, str], Awaitable[Answer]]
 """Type of a function that answers a request of a batch.
 
 It takes the path, the body and the owner's key id, and raises InvalidKeyError or PermissionDeniedError if the owner may
-not ask any more.
+no longer send requests.
 """

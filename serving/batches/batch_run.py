@@ -54,13 +54,13 @@ _EXPIRED_TOGETHER = 1000
 
 @dataclass(frozen=True, slots=True)
 class BatchContext:
-    """What a server needs to answer batches.
+    """Dependencies and limits of all batches of a server.
 
     Attributes:
         folder: folder of all batches; each has its own in it.
         ask: function that answers a request.
         lease: function that returns the lease of the server that runs batches, or raises LeaseLostError.
-        concurrency: maximum number of requests of one batch that are asked at the same time.
+        concurrency: maximum number of concurrent requests of one batch.
     """
 
     store: Store
@@ -72,7 +72,7 @@ class BatchContext:
 
 
 class BatchFailedError(Exception):
-    """Raised when a batch cannot go on."""
+    """Raised when a batch cannot continue."""
 
     def __init__(self, *errors: BatchError) -> None:
         super().__init__(errors[0].message)
@@ -81,7 +81,7 @@ class BatchFailedError(Exception):
 
 @dataclass(eq=False)
 class BatchRun:
-    """Carries out one batch, from any state that it may have.
+    """Carries out one batch, starting from any state.
 
     Attributes:
         cancelled: set when the batch's owner cancels it.
@@ -92,7 +92,7 @@ class BatchRun:
     cancelled: asyncio.Event = field(default_factory=asyncio.Event, init=False)
 
     async def run(self) -> None:
-        """Carry out the batch. A cancellation leaves it to be resumed.
+        """Carry out the batch. If this is cancelled, the batch can be resumed.
 
         Raises:
             LeaseLostError: another server runs batches now.
@@ -148,7 +148,7 @@ class BatchRun:
         """Answer the requests until all are answered, the batch is cancelled, or its time is over.
 
         Raises:
-            BatchFailedError: the batch cannot go on.
+            BatchFailedError: the batch cannot continue.
         """
         left_s = (self.batch.expires_at - datetime.now(UTC)).total_seconds()
         work = asyncio.create_task(self._answer_all(progress))
@@ -190,7 +190,7 @@ class BatchRun:
                 await progress.add(line.custom_id, await self._answer(line))
 
     async def _answer(self, line: RequestLine) -> Answer:
-        """Ask a request until it has an answer or fails for good."""
+        """Send a request until it has an answer or fails for good."""
         route, body, failed, pauses = Route(self.batch.endpoint), bytes(line.body), 0, 0
         while True:
             try:
@@ -206,7 +206,7 @@ class BatchRun:
             pauses += 1
 
     async def _record(self, progress: Progress) -> None:
-        """Record the number of answers regularly. Returns never."""
+        """Record the number of answers regularly. Never returns."""
         recorded = BatchProgress()
         while True:
             await asyncio.sleep(_RECORD_S)
@@ -223,7 +223,7 @@ class BatchRun:
         self.batch = await self._stored(record)
 
     async def _expire(self, progress: Progress) -> None:
-        """Store for each request without an answer that its time is over."""
+        """Store for each request without an answer that it has expired."""
 
         def read_open() -> list[str]:
             lines = read_request_lines(self.context.files.path(self.batch.input_file))
@@ -237,7 +237,7 @@ class BatchRun:
             await progress.add_expired(open_ids[start : start + _EXPIRED_TOGETHER])
 
     async def _publish(self, progress: Progress, folder: Path, errors: tuple[BatchError, ...]) -> None:
-        """Make the result files, and end the batch."""
+        """Create the result files, and end the batch."""
         counts = progress.counts
         await self._record_now(counts, finalizing=not errors)
         status = BatchStatus.EXPIRED if progress.expired else BatchStatus.COMPLETED
@@ -271,7 +271,7 @@ class BatchRun:
         return await _until_written(lambda: self._stored(add))
 
     async def _stored(self, change: Callable[[], Result]) -> Result:
-        """Make a change in the store in a thread, and try again while the store does not respond."""
+        """Change the store in a thread, and try again while the store does not respond."""
         while True:
             try:
                 return await asyncio.to_thread(change)
@@ -286,19 +286,19 @@ class BatchRun:
 
 
 async def _until_written(write: Callable[[], Awaitable[Result]]) -> Result:
-    """Write something, and try again while that is not possible, for example because the disk is full."""
+    """Call a function that writes to the disk, and try again while it fails, for example because the disk is full."""
     while True:
         try:
             return await write()
         except OSError as error:
-            log.error("a batch waits, and tries again: %s", error)
+            log.error("cannot write to the disk; a batch waits and tries again: %s", error)
             await asyncio.sleep(RETRY_S)
 
 
 def _pause_s(answer: Answer, pauses: int) -> float:
-    """Return the number of seconds after which a request is asked again.
+    """Return the number of seconds after which a request is sent again.
 
-    The retry time in an answer is meant for clients, which should not ask often. An engine that is starting may be
+    The retry time in an answer is meant for clients, which should not retry often. An engine that is starting may be
     ready much earlier.
     """
     pause_s: float = min(_MAX_PAUSE_S, _MIN_PAUSE_S * 2 ** min(pauses, 10))

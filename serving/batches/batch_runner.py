@@ -1,6 +1,6 @@
 """Runs batches while the server runs. Of several servers on one store, the one that leads does.
 
-A batch that was interrupted, by the end of its server or because another one leads now, goes on where it was.
+A batch that was interrupted, because its server stopped or another one leads now, continues where it was.
 """
 
 import asyncio
@@ -53,7 +53,7 @@ class BatchRunner:
             await self._stop()
 
     async def _step(self) -> None:
-        """Begin and cancel batches as their owners want."""
+        """Begin open batches, and stop those that their owners have cancelled."""
         if not self.leads():
             self._clean = False
             await self._stop()
@@ -93,7 +93,7 @@ class BatchRunner:
 
 
 def _remove_leftovers(folder: Path, open_ids: Collection[str]) -> None:
-    """Remove the folders of batches that have ended. A server leaves one if it is killed just then."""
+    """Remove the folders of batches that have ended. A server that is killed while a batch ends leaves its folder."""
     for path in folder.iterdir() if folder.exists() else ():
         if path.name not in open_ids:
             shutil.rmtree(path, ignore_errors=True)

@@ -96,8 +96,9 @@ def parse_request_line(line: bytes) -> RequestLine:
 
 def result_line(custom_id: str, answer: Answer) -> bytes:
     """Return the line of a result file for an answer."""
+    id = secrets.token_hex(12).encode("ascii")
     head = b'{"id":"batch_req_%b","custom_id":%b,"response":{"status_code":%d,"request_id":"%b","body":'
-    values = _new_id(), json.dumps(custom_id).encode("ascii"), answer.status, answer.request_id.encode("ascii")
+    values = id, json.dumps(custom_id).encode("ascii"), answer.status, answer.request_id.encode("ascii")
     return b"".join((head % values, _one_line(answer.body), b'},"error":null}\n'))
 
 
@@ -113,10 +114,6 @@ def parse_result_line(line: bytes) -> ResultLine | None:
         return _RESULTS.decode(line) if line.endswith(b"\n") else None
     except (msgspec.MsgspecError, ValueError, RecursionError):
         return None
-
-
-def _new_id() -> bytes:
-    return secrets.token_hex(12).encode("ascii")
 
 
 def _one_line(body: bytes) -> bytes:

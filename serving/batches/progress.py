@@ -1,4 +1,4 @@
-"""The answers to a batch's requests, stored as they arrive, so that no request is asked again after an interruption.
+"""The answers to a batch's requests, stored as they arrive, so that no request is answered twice after an interruption.
 
 Two files in the batch's folder have the lines of the later result files. A line that was not written completely is cut
 off when the files are opened again, and its request counts as not answered.
@@ -71,7 +71,7 @@ class _File:
 
 
 def load_progress(folder: Path, route: Route) -> "Progress":
-    """Return what has been answered of a batch, from its files.
+    """Return the progress of a batch, read from its files.
 
     Args:
         folder: the batch's folder, which is created if it does not exist.
@@ -90,7 +90,7 @@ def load_progress(folder: Path, route: Route) -> "Progress":
 
 
 class Progress:
-    """What has been answered of one batch. Call `load` first, in a thread.
+    """Answers of one batch that have been stored. Call `load` first, in a thread.
 
     Attributes:
         done: custom ids of all requests with a result.
@@ -110,7 +110,7 @@ class Progress:
         self.counts = BatchProgress()
 
     def load(self) -> None:
-        """Open the files, and read what has been answered."""
+        """Open the files, and read their results."""
         for failed, name in ((False, OUTPUT_FILE), (True, ERROR_FILE)):
             path, size = self._folder / name, 0
             self._files[failed] = _File(path)
@@ -134,7 +134,7 @@ class Progress:
         self.expired += len(custom_ids)
 
     async def run(self) -> None:
-        """Write lines until cancelled. All that wait are written together."""
+        """Write lines until cancelled. All waiting lines are written together."""
         while True:
             await self._wanted.wait()
             self._wanted.clear()
@@ -150,7 +150,7 @@ class Progress:
                         lines.written.set_result(None)
 
     async def flush(self) -> None:
-        """Wait until all that was passed to `add` has been written, although its callers were cancelled."""
+        """Wait until all answers that were passed to `add` have been written, even if its callers were cancelled."""
         await self._append(b"", (), failed=True)  # the failures are written last
 
     def close(self) -> None:

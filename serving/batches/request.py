@@ -4,11 +4,6 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from serving.protocols.route import Route
-
-BATCH_ROUTES = (Route.CHAT_COMPLETIONS, Route.COMPLETIONS, Route.RESPONSES)
-"""Paths whose requests can be in a batch: those of OpenAI's API that this server serves."""
-
 
 class _Object(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)

@@ -1,1 +1,1 @@
-"""Work on clients' files in the background: their checks, and the removal of what has expired."""
+"""Work on clients' files in the background: their checks, and the removal of expired ones."""

@@ -3,7 +3,7 @@
     uploaded ──▶ checked ──▶ processed
                          └──▶ error, with the reason
 
-A file that is uploaded stays so until its check has ended. A server that starts continues with these files.
+A file stays `uploaded` until its check has ended. A server that starts continues with these files.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""Asks the completion endpoints the requests of batches, in this process and without a connection."""
+"""Sends the requests of batches to the completion endpoints, in this process and without a connection."""
 
 import json
 import secrets
@@ -21,13 +21,13 @@ _RETRY_AFTER = "retry-after"
 
 
 def is_repeated(error: ApiError) -> bool:
-    """Return whether a request of a batch that failed so is asked again, so that this attempt does not count."""
+    """Return whether a request of a batch is sent again after an error. The failed attempt then does not count."""
     after = error.headers.get(_RETRY_AFTER)
     return is_temporary(error.code, None if after is None else float(after))
 
 
 class BatchRequests:
-    """Asks the requests of batches.
+    """Sends the requests of batches.
 
     Args:
         endpoints: ASGI applications that answer completions, by path.
@@ -43,7 +43,7 @@ class BatchRequests:
         """Return the answer to a request, when there is spare capacity for it.
 
         Args:
-            owner: id of the key that asks; empty for requests without a key.
+            owner: id of the key that sends the request; empty for requests without a key.
 
         Raises:
             InvalidKeyError: the key was revoked or has expired.

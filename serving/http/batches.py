@@ -1,6 +1,6 @@
 """OpenAI's endpoints for batches of requests, `/v1/batches`.
 
-They only write what their clients want to the store. The server answers the requests in the background
+They only record requests in the store. The server answers the requests in the background
 (serving.batches).
 """
 
@@ -18,7 +18,7 @@ from serving.batches.request import BatchRequest
 from serving.http.actor import actor_of
 from serving.http.body import ClientGoneError
 from serving.http.json_body import read_json
-from serving.http.listing import list_object, requested_page
+from serving.http.listing import list_object, requested_page, unix_seconds
 from serving.http.request_state import request_state
 from serving.protocols.request import InvalidRequestError
 from serving.telemetry.metrics import CLIENT_GONE_STATUS
@@ -111,7 +111,7 @@ def _require_usable(store: Store, id: str, owner: str | None) -> None:
         )
     if file.status is FileStatus.ERROR:
         raise InvalidRequestError(
-            f"the file {id} is not usable: {file.status_details or 'its check failed'}", param="input_file_id"
+            f"the file {id} is not valid: {file.status_details or 'its check failed'}", param="input_file_id"
         )
 
 
@@ -129,15 +129,15 @@ def batch_object(batch: Batch) -> dict[str, Any]:
         "output_file_id": batch.output_file,
         "error_file_id": batch.error_file,
         "errors": errors and {"object": "list", "data": errors},
-        "created_at": _seconds(batch.created_at),
-        "in_progress_at": _seconds(batch.in_progress_at),
-        "expires_at": _seconds(batch.expires_at),
-        "finalizing_at": _seconds(batch.finalizing_at),
-        "completed_at": _seconds(batch.completed_at),
-        "failed_at": _seconds(batch.failed_at),
-        "expired_at": _seconds(batch.expired_at),
-        "cancelling_at": _seconds(batch.cancelling_at),
-        "cancelled_at": _seconds(batch.cancelled_at),
+        "created_at": unix_seconds(batch.created_at),
+        "in_progress_at": unix_seconds(batch.in_progress_at),
+        "expires_at": unix_seconds(batch.expires_at),
+        "finalizing_at": unix_seconds(batch.finalizing_at),
+        "completed_at": unix_seconds(batch.completed_at),
+        "failed_at": unix_seconds(batch.failed_at),
+        "expired_at": unix_seconds(batch.expired_at),
+        "cancelling_at": unix_seconds(batch.cancelling_at),
+        "cancelled_at": unix_seconds(batch.cancelled_at),
         "request_counts": {"total": batch.total, "completed": batch.completed, "failed": batch.failed},
         "usage": {
             "input_tokens": batch.tokens_in,
@@ -148,7 +148,3 @@ def batch_object(batch: Batch) -> dict[str, Any]:
         },
         "metadata": json.loads(batch.labels) if batch.labels else None,
     }
-
-
-def _seconds(moment: datetime | None) -> int | None:
-    return None if moment is None else int(moment.timestamp())

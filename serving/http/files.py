@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Callable, Mapping
-from datetime import datetime
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -10,7 +9,7 @@ from sqlalchemy import Engine as Store
 from starlette.responses import FileResponse, JSONResponse, Response
 
 from serving.http.body import ClientGoneError
-from serving.http.listing import list_object, requested_page
+from serving.http.listing import list_object, requested_page, unix_seconds
 from serving.http.multipart import Form, boundary_of, clean_name, read_form
 from serving.http.request_state import request_state
 from serving.http.threaded_body import ThreadedBody
@@ -152,16 +151,11 @@ def file_object(file: ClientFile) -> dict[str, Any]:
         "purpose": file.purpose.value,
         "filename": file.filename,
         "bytes": file.bytes,
-        "created_at": seconds(file.created_at),
-        "expires_at": None if file.expires_at is None else seconds(file.expires_at),
+        "created_at": unix_seconds(file.created_at),
+        "expires_at": unix_seconds(file.expires_at),
         "status": file.status.value,
         "status_details": file.status_details,
     }
-
-
-def seconds(moment: datetime) -> int:
-    """Return a time in seconds since 1970."""
-    return int(moment.timestamp())
 
 
 def storage_limits(settings: FilesSettings) -> StorageLimits:

@@ -1,6 +1,6 @@
 """OpenAI's endpoints for fine-tuning jobs, `/v1/fine_tuning/jobs`.
 
-They only write what their clients want to the store. A worker trains (serving.jobs.worker).
+They only record requests in the store. A worker trains (serving.jobs.worker).
 """
 
 import asyncio
@@ -8,7 +8,6 @@ import json
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
-from datetime import datetime
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -18,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 from serving.http.actor import actor_of
 from serving.http.body import ClientGoneError
 from serving.http.json_body import read_json
-from serving.http.listing import list_object, requested_page
+from serving.http.listing import list_object, requested_page, unix_seconds
 from serving.http.request_state import request_state
 from serving.jobs.creation import Client, JobCreation, require_enabled
 from serving.jobs.request import AUTO, DpoHyperparameters, Hyperparameters, JobRequest
@@ -146,8 +145,8 @@ def job_object(job: Job, organization: str) -> dict[str, Any]:
     return {
         "object": "fine_tuning.job",
         "id": job.id,
-        "created_at": _seconds(job.created_at),
-        "finished_at": _seconds(job.finished_at),
+        "created_at": unix_seconds(job.created_at),
+        "finished_at": unix_seconds(job.finished_at),
         "model": job.model,
         "fine_tuned_model": job.fine_tuned_model if job.status is JobStatus.SUCCEEDED else None,
         "organization_id": organization,
@@ -160,7 +159,7 @@ def job_object(job: Job, organization: str) -> dict[str, Any]:
         "method": {"type": kind, kind: {"hyperparameters": shown}},
         "seed": request.seed or 0,
         "trained_tokens": job.trained_tokens if job.status.ended else None,
-        "estimated_finish": None if job.status.ended else _seconds(job.estimated_finish),
+        "estimated_finish": None if job.status.ended else unix_seconds(job.estimated_finish),
         "integrations": [each.model_dump(mode="json") for each in request.integrations or ()],
         "metadata": request.metadata,
     }
@@ -182,7 +181,7 @@ def event_object(event: JobEvent) -> dict[str, Any]:
     return {
         "object": "fine_tuning.job.event",
         "id": f"{_EVENT}{event.id}",
-        "created_at": _seconds(event.at),
+        "created_at": unix_seconds(event.at),
         "level": event.level.value,
         "type": event.type.value,
         "message": event.message,
@@ -194,7 +193,7 @@ def _checkpoint_object(checkpoint: JobCheckpoint) -> dict[str, Any]:
     return {
         "object": "fine_tuning.job.checkpoint",
         "id": checkpoint.id,
-        "created_at": _seconds(checkpoint.created_at),
+        "created_at": unix_seconds(checkpoint.created_at),
         "fine_tuning_job_id": checkpoint.job,
         "fine_tuned_model_checkpoint": checkpoint.model,
         "step_number": checkpoint.step,
@@ -221,7 +220,3 @@ def _metadata(request: Request) -> Mapping[str, str] | None:
             )
         return None
     return wanted
-
-
-def _seconds(moment: datetime | None) -> int | None:
-    return None if moment is None else int(moment.timestamp())

@@ -1,9 +1,7 @@
-"""Pages of lists, as in OpenAI's API: the query parameters `after`, `limit` and `order`, and the list object.
-
-Both functions are used for every such list.
-"""
+"""Lists and times in OpenAI's API: the query parameters `after`, `limit` and `order`, the list object, and seconds."""
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from starlette.requests import Request
@@ -49,6 +47,11 @@ def list_object(objects: Sequence[Mapping[str, Any]], *, has_more: bool) -> dict
         "last_id": objects[-1]["id"] if objects else None,
         "has_more": has_more,
     }
+
+
+def unix_seconds(moment: datetime | None) -> int | None:
+    """Return a time in seconds since 1970."""
+    return None if moment is None else int(moment.timestamp())
 
 
 def _invalid(name: str, value: str, expected: str) -> InvalidRequestError:

@@ -1,4 +1,4 @@
-"""Lets a thread read a large request body while it arrives, so that hashing and disk never hold the event loop."""
+"""Lets a thread read a large request body while it arrives, so that hashing and writing never block the event loop."""
 
 import asyncio
 from collections.abc import Iterator

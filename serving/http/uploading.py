@@ -1,4 +1,4 @@
-"""Runs the uploads of files and parts of files: a limited number at once, each in its own thread."""
+"""Runs the uploads of files and parts of files: a limited number concurrently, each in its own thread."""
 
 import asyncio
 import shutil
@@ -19,7 +19,7 @@ from svc.errors import PermissionDeniedError, SvcError
 from svc.files.disk import is_full
 
 MAX_UPLOADS = 16
-"""Maximum number of uploads at once; half of them from one key or, without keys, from one address."""
+"""Maximum number of concurrent uploads; half of them from one key or, without keys, from one address."""
 _CHECK_DISK_EVERY = 64 * 2**20
 Result = TypeVar("Result")
 
@@ -62,7 +62,7 @@ class Uploading:
         """
         state = request_state(request.scope)
         _refuse_other_sites(state)
-        size = int(state.headers.get(b"content-length", b"0"))  # the server in front has checked that it is a number
+        size = int(state.headers.get(b"content-length", b"0"))  # uvicorn has checked that it is a number
         if size > max_bytes + FORM_BYTES:
             raise too_large(max_bytes)
         with self._slots.reading(state.caller):

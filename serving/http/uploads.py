@@ -12,8 +12,9 @@ from sqlalchemy import Engine as Store
 from starlette.responses import JSONResponse, Response
 
 from serving.http.body import ClientGoneError
-from serving.http.files import expiry_of, file_object, seconds, storage_limits, upload_purpose
+from serving.http.files import expiry_of, file_object, storage_limits, upload_purpose
 from serving.http.json_body import read_json
+from serving.http.listing import unix_seconds
 from serving.http.multipart import boundary_of, clean_name, read_form
 from serving.http.request_state import request_state
 from serving.http.threaded_body import ThreadedBody
@@ -191,8 +192,8 @@ def upload_object(upload: Upload, file: ClientFile | None) -> dict[str, Any]:
         "purpose": upload.purpose.value,
         "filename": upload.filename,
         "bytes": upload.bytes,
-        "created_at": seconds(upload.created_at),
-        "expires_at": seconds(upload.expires_at),
+        "created_at": unix_seconds(upload.created_at),
+        "expires_at": unix_seconds(upload.expires_at),
         "status": upload.status.value,
         "file": None if file is None else file_object(file),
     }
@@ -200,4 +201,9 @@ def upload_object(upload: Upload, file: ClientFile | None) -> dict[str, Any]:
 
 def part_object(part: UploadPart) -> dict[str, Any]:
     """Return a part in the form of OpenAI's API."""
-    return {"object": "upload.part", "id": part.id, "upload_id": part.upload, "created_at": seconds(part.created_at)}
+    return {
+        "object": "upload.part",
+        "id": part.id,
+        "upload_id": part.upload,
+        "created_at": unix_seconds(part.created_at),
+    }

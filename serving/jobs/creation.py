@@ -81,7 +81,7 @@ class FineTuningDisabledError(SvcError):
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """Who creates a job.
+    """The client that creates a job.
 
     Attributes:
         owner: owner of the new job.
@@ -98,7 +98,7 @@ class Client:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """A request with what it refers to.
+    """A checked request with the recipe for it.
 
     Attributes:
         recipe: see `serving.jobs.recipe.make_recipe`.
@@ -157,7 +157,7 @@ class JobCreation:
             task.exception()  # all clients may have disconnected, and asyncio would warn that nothing reads it
 
     async def run(self) -> None:
-        """Decide the jobs whose files are being checked, until this is cancelled. Several servers may do so."""
+        """Queue or fail the jobs whose files are being checked, until cancelled. Several servers may do so."""
         deciding: dict[str, asyncio.Task[None]] = {}
         while True:
             try:
@@ -176,7 +176,7 @@ class JobCreation:
             async with self._decisions:
                 await decide_job(self._store, self._settings, job, self._check)
         except SQLAlchemyError:
-            log_store_error(log, "the job %s could not be decided; it is tried again", job.id)
+            log_store_error(log, "the check of the job %s could not be recorded; it is repeated", job.id)
 
     async def _create(self, request: JobRequest, client: Client, fingerprint: str) -> Job:
         most = self._settings.fine_tuning.max_jobs
@@ -313,7 +313,7 @@ def require_enabled(settings: Settings) -> None:
 
 
 def _existing(base: str, model: str, param: str) -> str:
-    """Return a base if it exists as far as this machine can tell without a network."""
+    """Return a base. A file or folder must exist; other bases are not looked up."""
     path = Path(base)
     if path.is_absolute() and not (path.is_file() or any(path.glob("*.safetensors"))):
         log.error("the base %s of the model %s, from `fine_tuning.bases`, has no weights", base, model)
@@ -358,7 +358,7 @@ def _files_checked(store: Store, job: Job) -> bool:
             try:
                 file = find_file(store, id, None)
             except EntryNotFoundError as error:
-                raise _invalid(param, error.wrong, "a file that is kept until the job has ended") from error
+                raise _invalid(param, error.wrong, "a file that exists until the job has ended") from error
             _require_valid(file, param)
             checked = checked and file.status is FileStatus.PROCESSED
     return checked
@@ -373,7 +373,7 @@ def _require_valid(file: ClientFile, param: str) -> None:
 async def _run_check(
     check: CheckTraining, request: JobRequest, recipe: dict[str, Any], settings: Settings, timeout_s: float
 ) -> TrainingCheck:
-    """Check a recipe. Errors are in words for clients, without paths of the machine.
+    """Check a recipe. The messages of errors are for clients, and contain no paths of the machine.
 
     Raises:
         UnusableDataError, InvalidRequestError: the training cannot work.
@@ -397,7 +397,7 @@ async def _run_check(
     if result.refused:
         raise _invalid(
             "model",
-            f"the job does not fit into this server: {result.refused}",
+            f"the job does not fit into this server's memory: {result.refused}",
             "a smaller base, or `recipe: {method: qlora}`",
         )
     return result

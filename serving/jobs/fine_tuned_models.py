@@ -1,8 +1,8 @@
 """Finds the fine-tuned models that requests name, and the engines that answer for them.
 
-A model is usable as soon as its job has succeeded, without being promoted. An engine that applies adapters to the same
-base answers for it, of whichever model that engine is. If there is none, an engine is started for the model. Only the
-owner of the job may use the model, so all others get the answer for an unknown name.
+A model is usable as soon as its job has succeeded, without being promoted. An engine of any
+model that applies adapters to the same base answers for it. If there is none, an engine is started for the model. Only
+the owner of the job may use the model, so all others get the answer for an unknown name.
 """
 
 import asyncio
@@ -30,11 +30,10 @@ from svc.version import Target, VersionId
 log = logging.getLogger(__name__)
 
 PREFIXES: Final = (PREFIX, "ft-")
-"""How the names of all fine-tuned models begin: for clients, and in the registry (serving.jobs.recipe)."""
+"""Prefixes of the names of fine-tuned models: for clients, and in the registry (serving.jobs.recipe)."""
 _NAME = re.compile(r"[A-Za-z0-9:._/@-]{1,512}")  # PostgreSQL rejects some other characters
 _KNOWN_S = 5.0
-"""Seconds for which a model is not read again, and so the longest time for which another server still answers for a
-model that has been deleted."""
+"""Seconds for which a model that was read is cached. Another server may answer for a deleted model for as long."""
 _UNKNOWN_S = 1.0
 _MAX_KNOWN = 10_000
 
@@ -71,7 +70,7 @@ class FineTunedModels:
 
     Args:
         organization: the owner of these models in OpenAI's API.
-        loader: starts an engine for a model that no engine can answer for; None if there are only the engines that run.
+        loader: starts an engine for a model that no engine can answer for; None if no engines are started.
         clock: function that returns monotonic time, in seconds.
 
     Attributes:
@@ -134,7 +133,7 @@ class FineTunedModels:
         try:
             return await asyncio.to_thread(read_models, self._store, owner)
         except SQLAlchemyError:
-            log_store_error(log, "could not read the fine-tuned models; listing only the served ones")
+            log_store_error(log, "the fine-tuned models cannot be read; only served ones are listed")
             return []
 
     async def delete(self, model: FineTunedModel, actor: Actor) -> None:
@@ -225,6 +224,6 @@ class FineTunedModels:
 def _not_loaded(model: FineTunedModel, wrong: str) -> ModelNotLoadedError:
     return ModelNotLoadedError(
         f"the model {model.name!r} {wrong}",
-        expected="a served model with the same base, as an adapter, or enough memory",
+        expected="a model with the same base that is served as an adapter, or enough memory for an engine",
         todo=f"retry later, or ask the operator to load it: svc add {model.version}",
     )

@@ -1,4 +1,4 @@
-"""The training of one fine-tuning job that this machine's worker has taken, from its begin to its end.
+"""The training of one fine-tuning job that this machine's worker has taken, from its start to its end.
 
     does its process still run? ── no ──▶ start `svc train RECIPE --progress FILE`
                │ yes                                        │
@@ -93,14 +93,14 @@ _LOG_BYTES = 20_000
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How often the worker acts, and how long it waits, in seconds.
+    """Intervals and timeouts of a worker, in seconds.
 
     Attributes:
-        poll_s: between two looks at the progress, and at what the job's owner wants.
+        poll_s: between two reads of the progress, and of what the job's owner wants.
         report_s: between two reports to the store without news.
         event_s: between two events with metrics.
         retry_s: before a job that had to wait is tried again.
-        pause_s: time for a checkpoint after a job was paused. Then the training is killed.
+        pause_s: time for a checkpoint after a job was paused; then the training is killed.
         stop_s: time for a checkpoint when the server stops.
     """
 
@@ -114,7 +114,7 @@ class Pace:
 
 @dataclass(frozen=True, slots=True)
 class TrainingOptions:
-    """What is the same for all trainings of a worker.
+    """Options that all trainings of a worker share.
 
     Attributes:
         worker: id of the worker.
@@ -157,7 +157,7 @@ class JobTraining:
         self._reported_at = self._announced_at = float("-inf")
 
     async def run(self) -> None:
-        """Train the job to its end, or until its owner wants something else. It may be called again after an error.
+        """Train the job until it ends, or its owner cancels or pauses it. It may be called again after an error.
 
         Raises:
             JobLostError: another worker has taken the job.
@@ -197,9 +197,7 @@ class JobTraining:
         except JobLostError as error:
             log.warning("%s", error)
         except SQLAlchemyError:
-            log_store_error(
-                log, "the job %s could not be returned to the queue; it is resumed by this server", self.job.id
-            )
+            log_store_error(log, "the job %s could not be returned to the queue; this server resumes it", self.job.id)
 
     async def _begin(self) -> bool:
         """Start the training unless it runs, and return whether to follow it."""
@@ -245,7 +243,7 @@ class JobTraining:
         return recipe | {"data": recipe["data"] | data}
 
     async def _follow(self) -> None:
-        """Report the progress, and learn what the job's owner wants.
+        """Report the progress, and read what the job's owner wants.
 
         A store that does not respond does not stop the training. Once it responds again, it says whether the job still
         belongs to this worker.
@@ -333,7 +331,7 @@ class JobTraining:
         elif self._version is not None and code in (0, None):
             await self._complete(self._version)
         elif stopping:
-            await self._release("The server stops; the training is continued when it runs again", resumes_here=True)
+            await self._release("The server is stopping; the training continues when it runs again", resumes_here=True)
         elif self._kill_at is not None or code in _INTERRUPTED:
             await self._release("The training was interrupted; the job returns to the queue")
         elif code is None:

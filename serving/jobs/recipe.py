@@ -1,7 +1,7 @@
-"""From a client's request to the recipe that `svc train` runs.
+"""Turns a client's request into the recipe that `svc train` runs.
 
 A client chooses values of a recipe, never what the server reads or runs: paths, addresses and code are not among the
-keys below, and their values are numbers, yes or no, or short words.
+keys below, and their values are numbers, true or false, or short words.
 """
 
 import hashlib
@@ -105,7 +105,7 @@ _SECTIONS = frozenset(key.partition(".")[0] for key in RECIPE_KEYS if "." in key
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """What a recipe trains on and from.
+    """Base and files of a recipe.
 
     Attributes:
         base: base model, as in a recipe.
@@ -184,7 +184,7 @@ def suffix_of(name: str, owner: str) -> str:
 
 
 def make_recipe(request: JobRequest, name: str, sources: Sources) -> dict[str, Any]:
-    """Return the recipe for a request, without what depends on the examples: see `complete`."""
+    """Return the recipe for a request, without the values that depend on the examples: see `complete`."""
     values = request.values
     recipe: dict[str, Any] = {"name": name, "base": sources.base}
     recipe |= {key: value for key, value in (request.recipe or {}).items() if key not in _SECTIONS | {BASE_KEY}}
@@ -230,7 +230,7 @@ def complete(
 def default_epochs(examples: int) -> int:
     """Return the number of epochs for `auto`: 3, but more for few examples and fewer for many.
 
-    This is the rule that OpenAI has published for its own default, in the cookbook's notebook on preparing chat data.
+    This is the rule that OpenAI published for its own default, in the cookbook's notebook on preparing chat data.
     """
     if 3 * examples < 100:
         return min(25, 100 // max(1, examples))
@@ -243,7 +243,7 @@ def recipe_text(recipe: Mapping[str, Any]) -> str:
 
 
 def training_variables(request: JobRequest) -> dict[str, str]:
-    """Return the environment variables with which Weights & Biases files a job's run as its owner asked."""
+    """Return the environment variables with the project, entity and tags that a job names for Weights & Biases."""
     if not request.integrations:
         return {}
     wandb = request.integrations[0].wandb

@@ -78,7 +78,7 @@ class Method(_Object):
 
 
 class Wandb(_Object):
-    """What a job reports to in Weights & Biases."""
+    """Project of Weights & Biases to which a job reports."""
 
     project: str = Field(min_length=1, max_length=128)
     entity: str | None = Field(None, max_length=128)
@@ -98,14 +98,14 @@ class Integration(_Object):
 class JobRequest(_Object):
     """Request body for creating a fine-tuning job.
 
-    `recipe` has keys of a recipe, see docs/fine-tuning-api.md.
+    `hyperparameters` is deprecated, and `recipe` has keys of a recipe: see docs/fine-tuning-api.md.
     """
 
     model: str = Field(min_length=1, max_length=256)
     training_file: str = Field(min_length=1, max_length=100)
     validation_file: str | None = Field(None, min_length=1, max_length=100)
     method: Method | None = None
-    hyperparameters: Hyperparameters | None = Field(None, json_schema_extra={"deprecated": True})
+    hyperparameters: Hyperparameters | None = None
     suffix: Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_clean_suffix)] | None = None
     seed: int | None = Field(None, ge=0, lt=2**32)
     metadata: (

@@ -1,7 +1,7 @@
 """Results of fine-tuning jobs: the model's name for clients, the file with the metrics of its training, and the
 checkpoints of its last epochs.
 
-Every function may be called again after a crash, and then gives the same result.
+Every function may be called again after a crash, and then returns the same result.
 """
 
 import csv
@@ -120,7 +120,7 @@ class JobResults:
 
 
 def checkpoint_metrics(step: int, records: Iterable[ProgressRecord]) -> dict[str, float | None]:
-    """Return the metrics of a step in OpenAI's words. The held-out loss is always that of all held-out examples."""
+    """Return the metrics of a step under OpenAI's names. The held-out loss is always that of all held-out examples."""
     trained = heldout = None
     for record in records:
         if isinstance(record, StepDone) and record.step == step:

@@ -41,7 +41,7 @@ class CheckFailedError(SvcError):
 
 @dataclass(frozen=True, slots=True)
 class TrainingCheck:
-    """What `svc estimate` says about a recipe.
+    """Result of `svc estimate` for a recipe.
 
     Attributes:
         examples: number of training examples.
@@ -57,7 +57,7 @@ class TrainingCheck:
 
 
 async def check_training(recipe: str, settings: Settings, *, timeout_s: float) -> TrainingCheck:
-    """Return what `svc estimate` says about a recipe.
+    """Return the result of `svc estimate` for a recipe.
 
     Args:
         recipe: the recipe, as YAML.

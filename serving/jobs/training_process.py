@@ -52,7 +52,7 @@ class TrainingProcess:
 
     @classmethod
     def start(cls, folder: Path, command: Sequence[str], environment: Mapping[str, str]) -> "TrainingProcess":
-        """Start a process, with its output in the folder. No process of the folder runs, see `end_processes`.
+        """Start a process, with its output in the folder. No process of the folder may be running, see `end_processes`.
 
         Raises:
             OSError: the process cannot be started, or the disk is full.
@@ -92,9 +92,7 @@ class TrainingProcess:
 
     @property
     def exit_code(self) -> int | None:
-        """Exit code of a process that has exited, negative if a signal has ended it. None if another server has started
-        it.
-        """
+        """Exit code of a process that has exited, negative if a signal killed it. None if another server started it."""
         return None if self._child is None else self._child.returncode
 
     def interrupt(self) -> None:
@@ -111,7 +109,7 @@ class TrainingProcess:
                     self._noted[child.pid] = start_of(child.pid)
 
     def kill(self) -> None:
-        """Kill the process and all its descendants, also those that it has left, and wait until they have exited."""
+        """Kill the process and all its descendants, also orphaned ones, and wait until they have exited."""
         end_processes(self._folder, self._noted)
         if self._child is not None:
             self._child.wait()

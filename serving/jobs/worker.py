@@ -1,7 +1,7 @@
 """The worker of a machine: takes fine-tuning jobs from the queue, and trains them one at a time.
 
-A training is `svc train` in its own process, so neither its crash nor the server's takes the other down. A job that
-this worker has taken and not ended, it takes again first, and finds the process that an earlier server has left.
+A training is `svc train` in its own process, so it survives a crash of the server, and the server survives its crash. A
+worker that starts takes the job that it has not ended first, and finds the process that an earlier server has left.
 """
 
 import asyncio
@@ -143,7 +143,7 @@ class JobWorker:
             await asyncio.sleep(self._pace.poll_s)
         except OSError:
             self._interrupted = training
-            log.exception("the job %s is tried again", job.id)
+            log.exception("a file of the job %s cannot be read or written; it is tried again", job.id)
             await asyncio.sleep(self._pace.poll_s)
         except Exception:
             log.exception("the job %s failed, because the server has a defect", job.id)
@@ -151,7 +151,7 @@ class JobWorker:
             await self._fail(job)
 
     async def _fail(self, job: Job) -> None:
-        error = JobError("server_error", "the job failed for a reason of the server; its log has more")
+        error = JobError("server_error", "the job failed because of an error of the server; see the server's log")
         try:
             await asyncio.to_thread(fail, self._store, job.id, self._id, error)
             await asyncio.to_thread(remove_epochs, self._folder / job.id)
@@ -171,7 +171,7 @@ class JobWorker:
         self._not_before[job.id] = now + self._pace.retry_s
 
     def _end_foreign(self) -> None:
-        """Kill the trainings on this machine that are not this worker's any more."""
+        """Kill the trainings on this machine whose jobs no longer belong to this worker."""
         for folder in self._folder.iterdir():
             if TrainingProcess.find(folder) is None:
                 continue
@@ -184,5 +184,5 @@ class JobWorker:
                 log_store_error(log, "the job %s cannot be read", folder.name)
                 own = True
             if not own:
-                log.warning("the training of %s is stopped: it is not a job of this machine any more", folder.name)
+                log.warning("the training of %s is stopped: the job no longer belongs to this machine", folder.name)
                 end_processes(folder)

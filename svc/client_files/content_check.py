@@ -1,7 +1,7 @@
 """Checks the content of a client's file. `python -m svc.client_files.content_check PURPOSE PATH` prints a ContentCheck
 as JSON.
 
-The server runs this as a program of its own, with limits on memory, time and disk, because a file can have any content.
+The server runs this in its own process, with limits on memory, time and disk, because a file can have any content.
 """
 
 import json

@@ -72,7 +72,7 @@ class BatchError:
 
 @dataclass(frozen=True, slots=True)
 class BatchProgress:
-    """What has been answered of a batch.
+    """Progress of a batch.
 
     Attributes:
         completed, failed: number of requests that were answered, and that failed.
@@ -87,7 +87,7 @@ class BatchProgress:
 
 @dataclass(frozen=True, slots=True)
 class BatchResult:
-    """How a batch ended.
+    """Outcome of a batch.
 
     Attributes:
         output_file, error_file: ids of the files with the answers and with the failures, or None if there are none.
@@ -240,7 +240,7 @@ def begin_batch(store: Store, id: str, *, total: int, model: str | None, lease: 
 def record_batch_progress(
     store: Store, id: str, progress: BatchProgress, *, lease: Lease | None, finalizing: bool = False
 ) -> Batch:
-    """Record what has been answered of a batch, and return the batch.
+    """Record the progress of a batch, and return the batch.
 
     Args:
         finalizing: whether the batch moves to `finalizing`, unless it is being cancelled.

@@ -1,4 +1,4 @@
-"""Fine-tuned models: what jobs that have succeeded have trained, with the names and owners of the models."""
+"""Fine-tuned models: the results of jobs that have succeeded, with their names and owners."""
 
 from dataclasses import dataclass
 from datetime import datetime

@@ -27,7 +27,7 @@ from svc.store.tables import JobEventRow, JobRow
 from svc.version import VersionId
 
 ABANDONED_AFTER = timedelta(minutes=1)
-"""Time after the last report of its worker after which a job returns to the queue."""
+"""A running job returns to the queue when its worker has not reported for this time."""
 MAX_ATTEMPTS = 3
 """Number of times that a training may die. A training that is interrupted for another reason is not counted."""
 _RUNNING, _QUEUED = JobStatus.RUNNING.value, JobStatus.QUEUED.value

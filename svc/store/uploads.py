@@ -19,10 +19,8 @@ MAX_OPEN = 100
 """Maximum number of uploads of one key that have not ended."""
 MAX_PARTS = 10_000
 """Maximum number of parts of an upload."""
-
-
 _KEPT = timedelta(days=1)
-"""Time for which an upload is remembered after it would have expired."""
+"""Time after its expiry for which the row of an upload is kept."""
 
 
 class UploadStatus(StrEnum):
@@ -123,7 +121,7 @@ def add_part(store: Store, part: UploadPart) -> None:
     """Add a part that has been stored.
 
     Raises:
-        EntryNotFoundError, UploadEndedError: there is no such upload any more, or it has ended.
+        EntryNotFoundError, UploadEndedError: the upload does not exist, or has ended.
         UploadSizeError: the parts are larger than the file, or too many.
     """
     with exclusive(store) as session:
@@ -133,7 +131,7 @@ def add_part(store: Store, part: UploadPart) -> None:
         if count >= MAX_PARTS:
             raise UploadSizeError(f"the upload has {count} parts", expected=f"at most {MAX_PARTS}")
         if size + part.bytes > upload.bytes:
-            wrong = f"the parts have {size + part.bytes} bytes together"
+            wrong = f"the parts have {size + part.bytes} bytes in total"
             raise UploadSizeError(wrong, expected=f"at most the {upload.bytes} bytes of the upload")
         session.add(UploadPartRow.of(part))
 
@@ -150,14 +148,14 @@ def read_parts(store: Store, upload: Upload, ids: Sequence[str]) -> list[UploadP
         parts = {row.id: row.read(UploadPart) for row in rows}
     if missing := next((id for id in ids if id not in parts), None):
         raise EntryNotFoundError(
-            f"there is no part {missing[:100]!a} in the upload {upload.id}",
+            f"the upload {upload.id} has no part {missing[:100]!a}",
             expected="ids of parts of this upload",
             param="part_ids",
         )
     if len(set(ids)) < len(ids):
         raise UploadSizeError("a part is named twice", expected="each part once, in the order of the file")
     if (size := sum(parts[id].bytes for id in ids)) != upload.bytes:
-        raise UploadSizeError(f"the parts have {size} bytes together", expected=f"{upload.bytes}, as the upload says")
+        raise UploadSizeError(f"the parts have {size} bytes in total", expected=f"{upload.bytes}, as the upload says")
     return [parts[id] for id in ids]
 
 
@@ -165,7 +163,7 @@ def complete_upload(store: Store, id: str, file: ClientFile, limits: StorageLimi
     """Add the file of an upload, remove the rows of its parts, and return the upload.
 
     Raises:
-        EntryNotFoundError, UploadEndedError: there is no such upload any more, or it has ended.
+        EntryNotFoundError, UploadEndedError: the upload does not exist, or has ended.
         StorageLimitError: the file exceeds a limit.
     """
     with exclusive(store) as session:

@@ -85,7 +85,7 @@ def check_sharded(model: nn.Module, devices: int) -> None:
     }
     if wrong or not is_sharded(model):
         raise TrainingError(
-            f"the weights are not divided among {devices} devices: {min(wrong, default='none is')}",
+            f"the weights are not divided among {devices} devices: {min(wrong, default='none of them is')}",
             expected=f"shares of about 1/{devices} of every weight",
             todo="set train.sharding to never, or install the versions in deploy/constraints",
         )

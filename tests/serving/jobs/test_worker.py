@@ -182,7 +182,10 @@ async def test_job_fails_when_its_training_is_killed_three_times(home: WorkerHom
         (
             1,
             'Traceback (most recent call last):\n  File "/x/y.py", line 1\nValueError: no',
-            {"code": "server_error", "message": "the training failed for a reason of the server; its log has more"},
+            {
+                "code": "server_error",
+                "message": "the training failed because of an error of the server; see the server's log",
+            },
         ),
     ],
 )
@@ -218,7 +221,7 @@ async def test_job_returns_to_the_queue_with_a_checkpoint_when_the_server_stops(
     assert not lives(home.starts(id)[0])
     job = home.job(id)
     assert (job.status, job.attempts) == (JobStatus.QUEUED, 0)
-    assert home.messages(id)[-1] == "The server stops; the training is continued when it runs again"
+    assert home.messages(id)[-1] == "The server is stopping; the training continues when it runs again"
     async with home.working():
         await home.until(lambda: len(home.starts(id)) == 2)
         assert home.job(other).status is JobStatus.QUEUED
