@@ -133,7 +133,7 @@ async def test_input_of_an_open_batch_is_not_deleted(service: BatchService, clie
         ("/v1/responses", {"model": NAME, "input": "one two"}),
     ],
 )
-async def test_other_endpoints_are_answered(
+async def test_batch_is_answered_for_each_endpoint(
     service: BatchService, client: AsyncOpenAI, path: str, body: dict[str, Any]
 ) -> None:
     content = json.dumps({"custom_id": "a", "method": "POST", "url": path, "body": body}) + "\n"

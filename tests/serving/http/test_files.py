@@ -109,7 +109,7 @@ async def test_deleted_file_is_gone(service: FineTuningService, client: AsyncOpe
         assert error.value.code == "not_found"
 
 
-async def test_lists_have_pages_and_purposes(service: FineTuningService, client: AsyncOpenAI) -> None:
+async def test_files_are_listed_in_pages_and_by_purpose(service: FineTuningService, client: AsyncOpenAI) -> None:
     ids = [(await uploaded(client)).id for _ in range(3)]
     batch = await uploaded(client, purpose="batch")
     result = service.add_file(purpose=Purpose.BATCH_OUTPUT)
@@ -409,7 +409,9 @@ async def test_full_disk_is_reported_and_leaves_nothing_behind(
     assert [file async for file in client.files.list()] == []
 
 
-async def test_disk_is_not_filled_to_the_brim(socket_folder: Path, store: Store) -> None:
+async def test_upload_is_refused_when_it_would_leave_too_little_free_disk_space(
+    socket_folder: Path, store: Store
+) -> None:
     limits = FilesSettings(min_free_gb=1_000_000)
     service = FineTuningService(socket_folder, store=store, base=None, limits=limits)
     async with service.run(), service.official() as client:
@@ -563,7 +565,9 @@ async def test_large_upload_takes_little_memory(socket_folder: Path, store: Stor
     assert peak - before < 20 * 2**20
 
 
-async def test_processing_is_waited_for(service: FineTuningService, client: AsyncOpenAI, store: Store) -> None:
+async def test_client_waits_until_a_file_has_been_checked(
+    service: FineTuningService, client: AsyncOpenAI, store: Store
+) -> None:
     file = (await uploaded(client)).id
     set_file_status(store, file, FileStatus.PROCESSED)
     assert (await client.files.wait_for_processing(file)).status == "processed"
