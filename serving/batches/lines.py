@@ -1,6 +1,7 @@
 """The lines of a batch's files: requests that are read, and results that are written."""
 
 import asyncio
+import codecs
 import json
 import secrets
 from collections import deque
@@ -73,7 +74,8 @@ class RequestLines:
 def _read_lines(file: IO[bytes]) -> list[bytes]:
     """Read lines that are not blank, until the end of the file if there are none."""
     while lines := file.readlines(_READ_BYTES):
-        if given := [line for line in lines if not line.isspace()]:
+        # The first line may have a byte order mark; the check refuses one in any other line.
+        if given := [line for line in lines if line.removeprefix(codecs.BOM_UTF8).strip()]:
             return given
     return []
 

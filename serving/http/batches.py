@@ -67,13 +67,16 @@ class Batches:
             completion_window=given.completion_window,
             created_at=now,
             expires_at=now + _WINDOW,
-            labels=None if given.metadata is None else json.dumps(given.metadata),
+            labels=None if given.metadata is None else json.dumps(given.metadata, sort_keys=True),
             output_expires_s=expiry.seconds if expiry else None,
         )
         details = {"endpoint": batch.endpoint, "input_file": batch.input_file}
         entry = AuditEntry(Action.CREATE_BATCH, batch.id, actor_of(request), details=details)
-        await asyncio.to_thread(create_batch, self._store, batch, entry, max_open=self._settings.max_open)
-        return JSONResponse(batch_object(batch))
+        try:
+            created = await asyncio.to_thread(create_batch, self._store, batch, entry, max_open=self._settings.max_open)
+        except EntryNotFoundError as error:  # the file has been deleted since
+            raise _no_file(error) from error
+        return JSONResponse(batch_object(created))
 
     async def _list(self, request: Request) -> Response:
         page = requested_page(request, max_limit=MAX_PAGE, default_limit=20)
@@ -102,7 +105,7 @@ def _require_usable(store: Store, id: str, owner: str | None) -> None:
     try:
         file = find_file(store, id, owner)
     except EntryNotFoundError as error:
-        raise InvalidRequestError(error.wrong, param="input_file_id", expected=error.expected) from error
+        raise _no_file(error) from error
     if file.purpose is not Purpose.BATCH:
         raise InvalidRequestError(
             f"the file {id} has the purpose {file.purpose}",
@@ -113,6 +116,10 @@ def _require_usable(store: Store, id: str, owner: str | None) -> None:
         raise InvalidRequestError(
             f"the file {id} is not valid: {file.status_details or 'its check failed'}", param="input_file_id"
         )
+
+
+def _no_file(error: EntryNotFoundError) -> InvalidRequestError:
+    return InvalidRequestError(error.wrong, param="input_file_id", expected=error.expected)
 
 
 def batch_object(batch: Batch) -> dict[str, Any]:

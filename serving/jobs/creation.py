@@ -204,18 +204,21 @@ class JobCreation:
             created_at=datetime.now(UTC),
         )
         details = {"model": job.model, "training_file": job.training_file, "name": job.name}
-        return await asyncio.to_thread(
-            create_job,
-            self._store,
-            job,
-            AuditEntry(Action.CREATE_JOB, id, client.actor, details=details),
-            max_jobs=most,
-            training_s=training_s,
-            events=[
-                f"Created fine-tuning job: {id}",
-                _QUEUED if queued else f"Validating training file: {job.training_file}",
-            ],
-        )
+        try:
+            return await asyncio.to_thread(
+                create_job,
+                self._store,
+                job,
+                AuditEntry(Action.CREATE_JOB, id, client.actor, details=details),
+                max_jobs=most,
+                training_s=training_s,
+                events=[
+                    f"Created fine-tuning job: {id}",
+                    _QUEUED if queued else f"Validating training file: {job.training_file}",
+                ],
+            )
+        except EntryNotFoundError as error:  # the file has been deleted since
+            raise _invalid(error.param, error.wrong, error.expected) from error
 
     def _plan(self, request: JobRequest, client: Client) -> _Plan:
         """Find what a request refers to, and make its recipe."""

@@ -15,15 +15,16 @@ from datetime import UTC, datetime
 from enum import StrEnum
 
 from sqlalchemy import Engine as Store
-from sqlalchemy import func, select
+from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session
 
 from svc.errors import RefusedError, SvcError
 from svc.store.audit import AuditEntry, append_event
 from svc.store.database import exclusive
+from svc.store.job_requests import REPEAT_WINDOW
 from svc.store.leases import Lease, require_lease
 from svc.store.page import Page, find_row, read_page
-from svc.store.tables import BatchRow
+from svc.store.tables import BatchRow, FileRow
 
 
 class BatchStatus(StrEnum):
@@ -108,7 +109,7 @@ class Batch:
     Attributes:
         owner: id of the key that created the batch; empty for requests without a key.
         model: the model of all requests, or None if unknown or if they name several.
-        labels: the client's metadata as JSON, or None.
+        labels: the client's metadata as JSON with sorted keys, or None.
         output_expires_s: lifetime of the result files in seconds, or None if they do not expire.
         errors: JSON list of the fields of `BatchError`, or None unless the batch failed.
         total: number of requests, or 0 until the input file has been validated.
@@ -142,17 +143,21 @@ class Batch:
     error_file: str | None = None
 
 
-def create_batch(store: Store, batch: Batch, entry: AuditEntry, *, max_open: int) -> None:
-    """Add a batch.
+def create_batch(store: Store, batch: Batch, entry: AuditEntry, *, max_open: int) -> Batch:
+    """Add a batch and return it, or return the open batch that an equal request has created within `REPEAT_WINDOW`.
 
     Args:
         entry: the audit event of the creation.
         max_open: maximum number of an owner's batches that have not ended.
 
     Raises:
+        EntryNotFoundError: its input file has been deleted.
         TooManyBatchesError: the owner has this many already.
     """
     with exclusive(store) as session:
+        if repeated := session.scalar(_equal_to(batch)):
+            return repeated.read(Batch)
+        find_row(session, FileRow, batch.input_file, None, "file", param="input_file_id")
         of_owner = BatchRow.owner == batch.owner, BatchRow.status.in_(_OPEN)
         count = session.scalar(select(func.count()).select_from(BatchRow).where(*of_owner)) or 0
         if count >= max_open:
@@ -163,6 +168,22 @@ def create_batch(store: Store, batch: Batch, entry: AuditEntry, *, max_open: int
             )
         session.add(BatchRow.of(batch, status=batch.status.value))
         append_event(session, entry)
+    return batch
+
+
+def _equal_to(batch: Batch) -> Select[BatchRow]:
+    """Return the query for open batches that an equal request has created, without those that are being cancelled."""
+    return select(BatchRow).where(
+        BatchRow.owner == batch.owner,
+        BatchRow.input_file == batch.input_file,
+        BatchRow.endpoint == batch.endpoint,
+        BatchRow.completion_window == batch.completion_window,
+        BatchRow.labels.is_not_distinct_from(batch.labels),
+        BatchRow.output_expires_s.is_not_distinct_from(batch.output_expires_s),
+        BatchRow.status.in_(_OPEN),
+        BatchRow.status != BatchStatus.CANCELLING.value,
+        BatchRow.created_at > datetime.now(UTC) - REPEAT_WINDOW,
+    )
 
 
 def find_batch(store: Store, id: str, owner: str | None) -> Batch:

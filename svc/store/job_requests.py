@@ -19,12 +19,12 @@ from svc.store.checkpoint_versions import job_of_checkpoints
 from svc.store.database import exclusive
 from svc.store.jobs import EventLevel, Job, JobStatus, Wanted, record_event
 from svc.store.page import Page, find_row, read_page
-from svc.store.tables import JobRow
+from svc.store.tables import FileRow, JobRow
 from svc.version import VersionId
 
 REPEAT_WINDOW = timedelta(minutes=15)
-"""Time after its creation during which an equal request returns a job that has not ended. OpenAI's client waits 10
-minutes for an answer, and then sends the request again."""
+"""Time after its creation during which an equal request returns a job or batch that has not ended and is not being
+cancelled. OpenAI's client waits 10 minutes for an answer, and then sends the request again."""
 _OPEN = [status.value for status in JobStatus if not status.ended]
 _CHUNK = 100
 
@@ -76,11 +76,15 @@ def create_job(
         events: messages of the job's first events.
 
     Raises:
+        EntryNotFoundError: one of its files has been deleted.
         TooManyJobsError: the owner has this many already.
     """
     with exclusive(store) as session:
         row = _find_repeated(session, job.fingerprint, job.owner, max_jobs)
         if row is None:
+            for param, file in (("training_file", job.training_file), ("validation_file", job.validation_file)):
+                if file is not None:
+                    find_row(session, FileRow, file, None, "file", param=param)
             finish = _estimate_finish(session, training_s)
             row = JobRow.of(job, status=job.status.value, wanted=job.wanted.value, estimated_finish=finish)
             session.add(row)
@@ -192,7 +196,8 @@ def owners_of(store: Store, name: str) -> frozenset[str]:
 def _find_repeated(session: Session, fingerprint: str, owner: str, max_jobs: int) -> JobRow | None:
     is_open = JobRow.status.in_(_OPEN)
     recent = JobRow.created_at > datetime.now(UTC) - REPEAT_WINDOW
-    row = session.scalar(select(JobRow).where(JobRow.fingerprint == fingerprint, is_open, recent).limit(1))
+    equal = JobRow.fingerprint == fingerprint, JobRow.wanted != Wanted.CANCEL.value
+    row = session.scalar(select(JobRow).where(*equal, is_open, recent).limit(1))
     if row is None:
         count = session.scalar(select(func.count()).select_from(JobRow).where(JobRow.owner == owner, is_open)) or 0
         if count >= max_jobs:

@@ -65,12 +65,15 @@ def read_page(store: Store, table: type[Row], query: Select[Row], page: Page) ->
         return rows[: page.limit], len(rows) > page.limit
 
 
-def find_row(session: Session, table: type[OwnedRow], id: str, owner: str | None, noun: str) -> OwnedRow:
+def find_row(
+    session: Session, table: type[OwnedRow], id: str, owner: str | None, noun: str, *, param: str = "id"
+) -> OwnedRow:
     """Return a row by its id.
 
     Args:
         owner: only a row of this owner is found; None for all owners.
         noun: name of what a row is, for the message.
+        param: name of the request's parameter that contains the id.
 
     Raises:
         EntryNotFoundError: the owner has no such row.
@@ -80,5 +83,6 @@ def find_row(session: Session, table: type[OwnedRow], id: str, owner: str | None
         raise EntryNotFoundError(
             f"there is no {noun} {id[:100]!r}",
             expected=f"the id of one of this key's {noun}s; those of others are hidden",
+            param=param,
         )
     return row

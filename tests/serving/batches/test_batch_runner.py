@@ -171,6 +171,14 @@ async def test_failed_requests_are_in_the_error_file(service: BatchService, clie
     assert failed["stream"]["response"]["body"]["error"]["param"] == "stream"
 
 
+async def test_byte_order_mark_and_other_line_ends_do_not_matter(service: BatchService, client: AsyncOpenAI) -> None:
+    mark = "\ufeff"
+    async with service.running_batches():
+        for content in (mark + line("a"), f"{mark}\n" + line("a"), f"{mark} \r\n" + line("a").replace("\n", "\r\n")):
+            batch = await ended(client, await create(client, service.add_input(content)))
+            assert (batch.status, list(service.content(batch.output_file_id))) == ("completed", ["a"])
+
+
 async def test_invalid_input_fails_the_batch_with_its_lines(service: BatchService, client: AsyncOpenAI) -> None:
     async with service.running_batches():
         batch = await ended(client, await create(client, service.add_input(line("a") + line("a") + "{\n")))

@@ -1,5 +1,6 @@
 """Tests the endpoints for batches with the official client. The answers are tested in tests/serving/batches."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -12,6 +13,7 @@ from openai.types import Batch
 from sqlalchemy import Engine as Store
 from sqlalchemy import update
 
+from serving.http import batches
 from svc.identity.principal import Scope
 from svc.store import audit
 from svc.store.batches import BatchError, BatchProgress, BatchResult, BatchStatus, end_batch
@@ -97,6 +99,35 @@ async def test_invalid_creation_is_refused(
     assert (await client.batches.list()).data == []
 
 
+async def test_equal_creates_at_the_same_time_and_later_create_one_batch(
+    service: BatchService, client: AsyncOpenAI, store: Store
+) -> None:
+    given: dict[str, Any] = {"input_file_id": service.add_input(line("a")), "endpoint": CHAT_PATH, **WINDOW}
+    created = await asyncio.gather(
+        *(client.batches.create(**given, metadata={"a": "1", "b": "2"}) for _ in range(10)),
+        *(client.batches.create(**given, metadata={"b": "2", "a": "1"}) for _ in range(10)),
+    )
+    assert len({batch.id for batch in created}) == 1
+    assert [event.action for event in audit.read_events(store, newest=10)] == ["batch.create"]
+    assert (await client.batches.create(**given)).id != created[0].id
+
+
+async def test_file_that_is_deleted_during_the_creation_is_refused(
+    service: BatchService, client: AsyncOpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = batches._require_usable
+
+    def check_and_delete(store: Store, id: str, owner: str | None) -> None:
+        check(store, id, owner)
+        service.files.delete(id)
+
+    monkeypatch.setattr(batches, "_require_usable", check_and_delete)
+    with pytest.raises(openai.BadRequestError, match="there is no file") as caught:
+        await client.batches.create(input_file_id=service.add_input(line("a")), endpoint=CHAT_PATH, **WINDOW)
+    assert caught.value.param == "input_file_id"
+    assert (await client.batches.list()).data == []
+
+
 async def test_file_with_another_purpose_or_with_errors_is_refused(service: BatchService, client: AsyncOpenAI) -> None:
     broken = service.add_input("{", status=FileStatus.ERROR, details="line 1: not JSON")
     for file, message in ((service.add_file(), "the purpose batch"), (broken, "line 1: not JSON")):
@@ -109,7 +140,8 @@ async def test_batches_are_listed_in_pages_without_gaps(
 ) -> None:
     file, ids = service.add_input(line("a")), list[str]()
     for number in range(5):
-        created = await client.batches.create(input_file_id=file, endpoint=CHAT_PATH, **WINDOW)
+        given = {"number": str(number)}
+        created = await client.batches.create(input_file_id=file, endpoint=CHAT_PATH, metadata=given, **WINDOW)
         ids.insert(0, created.id)
         with store.begin() as connection:
             moment = datetime.now(UTC) + timedelta(seconds=number)
@@ -168,7 +200,8 @@ async def test_batch_is_cancelled_once_and_not_after_its_end(
 
 async def test_batch_is_refused_when_too_many_of_the_key_are_open(service: BatchService, client: AsyncOpenAI) -> None:
     file = service.add_input(line("a"))
-    for _ in range(20):
-        await client.batches.create(input_file_id=file, endpoint=CHAT_PATH, **WINDOW)
+    for number in range(20):
+        given = {"number": str(number)}
+        await client.batches.create(input_file_id=file, endpoint=CHAT_PATH, metadata=given, **WINDOW)
     with pytest.raises(openai.RateLimitError, match="20 batches of this key have not ended"):
         await client.batches.create(input_file_id=file, endpoint=CHAT_PATH, **WINDOW)

@@ -21,6 +21,7 @@ from serving.jobs.creation import JobCreation, decide_job
 from serving.jobs.training_check import CheckFailedError, CheckTimeoutError, TrainingCheck
 from svc.errors import BaseModelError, DataError, NotFoundError, RecipeError
 from svc.identity.principal import Scope
+from svc.settings import Settings
 from svc.store import audit
 from svc.store.files import FileStatus, Purpose, remove_file, set_file_status
 from svc.store.jobs import JobCheckpoint, JobStatus, add_checkpoint, add_event, find_job
@@ -250,6 +251,24 @@ async def test_equal_creates_at_the_same_time_create_one_job(
     assert again.id == created[0].id
     other = await client.fine_tuning.jobs.create(model=BASE, training_file=file, suffix="x", seed=1)
     assert other.id != created[0].id
+
+
+@pytest.mark.parametrize("param", ["training_file", "validation_file"])
+async def test_file_that_is_deleted_during_the_creation_is_refused(
+    socket_folder: Path, store: Store, base: Path, monkeypatch: pytest.MonkeyPatch, param: str
+) -> None:
+    async def check_and_delete(recipe: str, settings: Settings, *, timeout_s: float) -> TrainingCheck:
+        service.files.delete(given[param])
+        return TrainingCheck(examples=200, learning_rate=5e-4, seconds=60.0)
+
+    monkeypatch.setattr("serving.assembly.JobCreation", partial(JobCreation, check=check_and_delete))
+    service = FineTuningService(socket_folder, store=store, base=base)
+    given: dict[str, Any] = {"training_file": service.add_file(), "validation_file": service.add_file()}
+    async with service.run(), service.official() as client:
+        with pytest.raises(openai.BadRequestError, match=f"there is no file '{given[param]}'") as caught:
+            await client.fine_tuning.jobs.create(model=BASE, **given)
+        assert caught.value.param == param
+        assert (await client.fine_tuning.jobs.list()).data == []
 
 
 async def test_equal_creates_on_two_servers_create_one_job(

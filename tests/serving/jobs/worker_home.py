@@ -31,6 +31,7 @@ from svc.store.job_requests import change_wanted, create_job
 from svc.store.jobs import Job, JobStatus, Wanted, find_job, read_events
 from svc.store.page import Page
 from svc.version import VersionId
+from tests.file_row import add_file_row
 
 FAKE_TRAINING = Path(__file__).with_name("fake_training.py")
 PACE = Pace(poll_s=0.05, event_s=0.0, retry_s=0.3, pause_s=1.0, stop_s=1.0)
@@ -82,6 +83,7 @@ class WorkerHome:
             created_at=datetime.now(UTC) + timedelta(microseconds=number),
             status=JobStatus.QUEUED,
         )
+        add_file_row(self.store, job.training_file, owner=owner)
         entry = AuditEntry(Action.CREATE_JOB, job.id, Actor("key:alice", "10.0.0.1"))
         return create_job(self.store, job, entry, max_jobs=100, training_s=None, events=[]).id
 

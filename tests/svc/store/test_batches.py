@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from itertools import count
 from typing import Any
@@ -29,8 +30,11 @@ from svc.store.batches import (
     read_open_batches,
     record_batch_progress,
 )
+from svc.store.files import Purpose
+from svc.store.job_requests import REPEAT_WINDOW
 from svc.store.leases import Lease, LeaseLostError
 from svc.store.page import EntryNotFoundError, Page
+from tests.file_row import add_file_row
 
 ALICE = Actor("key:alice", "10.0.0.1")
 NUMBERS = count(1)
@@ -40,20 +44,21 @@ Add = Callable[..., Batch]
 
 @pytest.fixture
 def add(store: Store) -> Add:
-    def add(*, max_open: int = 100, **fields: Any) -> Batch:
+    def add(*, max_open: int = 100, has_file: bool = True, **fields: Any) -> Batch:
         now = datetime.now(UTC)
         defaults: dict[str, Any] = {
             "id": f"batch_{next(NUMBERS)}",
             "owner": "alice",
-            "input_file": "file-1",
+            "input_file": f"file-{next(NUMBERS)}",
             "endpoint": "/v1/chat/completions",
             "completion_window": "24h",
             "created_at": now,
             "expires_at": now + timedelta(hours=24),
         }
         batch = Batch(**(defaults | fields))
-        create_batch(store, batch, AuditEntry(Action.CREATE_BATCH, batch.id, ALICE), max_open=max_open)
-        return batch
+        if has_file:
+            add_file_row(store, batch.input_file, owner=batch.owner, purpose=Purpose.BATCH)
+        return create_batch(store, batch, AuditEntry(Action.CREATE_BATCH, batch.id, ALICE), max_open=max_open)
 
     return add
 
@@ -79,6 +84,60 @@ def test_batches_are_listed_newest_first_in_pages(store: Store, add: Add) -> Non
     assert (page, more) == ([new, middle], True)
     assert read_batches(store, "alice", page=Page(2, middle.id)) == ([old], False)
     assert len(read_batches(store, None, page=Page(10))[0]) == 4
+
+
+def test_equal_request_returns_the_first_batch_when_it_has_not_ended(store: Store, add: Add) -> None:
+    fields: dict[str, Any] = {"input_file": "file-1", "labels": '{"team": "a"}', "output_expires_s": 3600}
+    first, without = add(**fields), add(input_file="file-1")
+    assert add(**fields, max_open=1) == first
+    assert add(input_file="file-1", max_open=1) == without != first
+    begin_batch(store, first.id, total=3, model=None, lease=None)
+    assert add(**fields).id == first.id
+    assert len(audit.read_events(store, newest=10)) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"owner": "bob"},
+        {"input_file": "file-2"},
+        {"endpoint": "/v1/completions"},
+        {"labels": '{"team": "b"}'},
+        {"labels": None},
+        {"output_expires_s": 7200},
+        {"output_expires_s": None},
+    ],
+    ids=str,
+)
+def test_request_that_differs_creates_another_batch(add: Add, change: dict[str, Any]) -> None:
+    fields: dict[str, Any] = {"input_file": "file-1", "labels": '{"team": "a"}', "output_expires_s": 3600}
+    assert add(**fields).id != add(**(fields | change)).id
+
+
+def test_equal_request_creates_a_batch_when_the_first_is_being_cancelled_or_has_ended(store: Store, add: Add) -> None:
+    first = add(input_file="file-1")
+    cancel(store, first.id)
+    second = add(input_file="file-1")
+    end_batch(store, second.id, BatchResult(BatchStatus.COMPLETED), lease=None)
+    assert len({first.id, second.id, add(input_file="file-1").id}) == 3
+
+
+def test_equal_request_creates_a_batch_when_the_first_is_too_old_to_be_a_retry(add: Add) -> None:
+    first = add(input_file="file-1", created_at=datetime.now(UTC) - REPEAT_WINDOW - timedelta(seconds=1))
+    assert add(input_file="file-1").id != first.id
+
+
+def test_twenty_concurrent_equal_requests_create_one_batch(add: Add) -> None:
+    with ThreadPoolExecutor(20) as threads:
+        created = list(threads.map(lambda _: add(input_file="file-1"), range(20)))
+    assert len({batch.id for batch in created}) == 1
+
+
+def test_batch_is_refused_when_its_file_has_been_deleted(store: Store, add: Add) -> None:
+    with pytest.raises(EntryNotFoundError, match="file-gone") as caught:
+        add(input_file="file-gone", has_file=False)
+    assert caught.value.param == "input_file_id"
+    assert (read_open_batches(store), audit.read_events(store, newest=10)) == ([], [])
 
 
 def test_batch_is_refused_when_too_many_of_its_owner_are_open(store: Store, add: Add) -> None:

@@ -36,6 +36,7 @@ from svc.store.leases import database_time
 from svc.store.page import Page
 from svc.store.tables import JobRow
 from svc.version import VersionId
+from tests.file_row import add_file_row
 
 NUMBERS = count(1)
 BEGUN = datetime.now(UTC) - timedelta(hours=1)
@@ -59,6 +60,7 @@ def add(store: Store) -> Add:
             "status": JobStatus.QUEUED,
         }
         job = Job(**(values | fields))
+        add_file_row(store, "file-1")
         entry = AuditEntry(Action.CREATE_JOB, job.id, Actor("key:alice", "10.0.0.1"))
         return create_job(store, job, entry, max_jobs=100, training_s=None, events=[]).id
 

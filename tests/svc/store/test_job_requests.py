@@ -34,6 +34,7 @@ from svc.store.jobs import Job, JobStatus, Wanted, find_job, read_events
 from svc.store.page import EntryNotFoundError, Page
 from svc.store.tables import JobRow
 from svc.version import VersionId
+from tests.file_row import add_file_row
 
 ALICE = Actor("key:alice", "10.0.0.1")
 NUMBERS = count(1)
@@ -62,6 +63,7 @@ def job(**fields: Any) -> Job:
 def add(store: Store) -> Add:
     def add(*, max_jobs: int = 100, training_s: float | None = None, **fields: Any) -> Job:
         given = job(**fields)
+        add_file_row(store, "file-1")
         entry = AuditEntry(Action.CREATE_JOB, given.id, ALICE)
         return create_job(store, given, entry, max_jobs=max_jobs, training_s=training_s, events=["created", "queued"])
 
@@ -103,6 +105,20 @@ def test_equal_request_creates_a_job_when_the_first_has_ended(store: Store, add:
 def test_equal_request_creates_a_job_when_the_first_is_too_old_to_be_a_retry(store: Store, add: Add) -> None:
     first = add(fingerprint="same", created_at=datetime.now(UTC) - REPEAT_WINDOW - timedelta(seconds=1))
     assert add(fingerprint="same").id != first.id
+
+
+def test_equal_request_creates_a_job_when_the_first_is_being_cancelled(store: Store, add: Add) -> None:
+    first = add(fingerprint="same")
+    change(store, first.id, status="running", wanted="cancel")
+    assert add(fingerprint="same").id != first.id
+
+
+@pytest.mark.parametrize("param", ["training_file", "validation_file"])
+def test_job_is_refused_when_its_file_has_been_deleted(store: Store, add: Add, param: str) -> None:
+    with pytest.raises(EntryNotFoundError, match="file-gone") as caught:
+        add(**{param: "file-gone"})
+    assert caught.value.param == param
+    assert (read_checking(store), audit.read_events(store, newest=10)) == ([], [])
 
 
 def test_twenty_concurrent_equal_requests_create_one_job(store: Store, add: Add) -> None:
@@ -247,5 +263,6 @@ def test_fine_tuned_model_is_found_by_its_owner_when_the_job_has_succeeded(store
 
 
 def test_job_is_unchanged_by_reading_it_back(store: Store, add: Add) -> None:
+    add_file_row(store, "file-2")
     created = add(validation_file="file-2", trained_tokens=2**40)
     assert find_job(store, created.id, None) == replace(created)
