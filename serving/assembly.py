@@ -291,7 +291,7 @@ def assemble_gateway(
         authentication=authentication,
         administration=Administration(store, changes, server),
         fine_tuning=FineTuning(store, settings, job_creation),
-        batches=Batches(store, settings.batches),
+        batches=Batches(store, settings.batches, settings.files),
         files=Files(store, files, settings.files, uploading, file_checks.wake),
         uploads=Uploads(store, client_uploads, settings.files, uploading, file_checks.wake),
         draining=draining,

@@ -17,16 +17,17 @@ from starlette.responses import JSONResponse, Response
 from serving.batches.request import BatchRequest
 from serving.http.actor import actor_of
 from serving.http.body import ClientGoneError
+from serving.http.files import storage_limits
 from serving.http.json_body import read_json
 from serving.http.listing import list_object, requested_page, unix_seconds
 from serving.http.request_state import request_state
 from serving.protocols.request import InvalidRequestError
 from serving.telemetry.metrics import CLIENT_GONE_STATUS
 from svc.identity.principal import Scope
-from svc.settings import BatchSettings
+from svc.settings import BatchSettings, FilesSettings
 from svc.store.audit import Action, AuditEntry
 from svc.store.batches import Batch, cancel_batch, create_batch, find_batch, read_batches
-from svc.store.files import FileStatus, Purpose, find_file
+from svc.store.files import ClientFile, FileStatus, Purpose, find_file, require_storage
 from svc.store.page import EntryNotFoundError
 
 MAX_BODY_BYTES = 64 * 1024
@@ -37,11 +38,16 @@ _WINDOW = timedelta(hours=24)
 
 
 class Batches:
-    """The endpoints for batches."""
+    """The endpoints for batches.
 
-    def __init__(self, store: Store, settings: BatchSettings) -> None:
+    Args:
+        files: limits of clients' files. The answers of a batch are files of its owner.
+    """
+
+    def __init__(self, store: Store, settings: BatchSettings, files: FilesSettings) -> None:
         self._store = store
         self._settings = settings
+        self._limits = storage_limits(files)
 
     def add_to(self, app: FastAPI) -> None:
         app.add_api_route(_PATH, self._create, methods=["POST"])
@@ -57,7 +63,9 @@ class Batches:
             given = await read_json(request, BatchRequest, max_bytes=MAX_BODY_BYTES, expected=_EXAMPLE)
         except ClientGoneError:
             return Response(status_code=CLIENT_GONE_STATUS)
-        await asyncio.to_thread(_require_usable, self._store, given.input_file_id, state.visible_owner)
+        file = await asyncio.to_thread(_find_usable, self._store, given.input_file_id, state.visible_owner)
+        # Before anything is answered: the answers are at least about as large as the requests.
+        await asyncio.to_thread(require_storage, self._store, state.owner, file.bytes, self._limits)
         now, expiry = datetime.now(UTC), given.output_expires_after
         batch = Batch(
             id=f"batch_{secrets.token_hex(12)}",
@@ -96,8 +104,8 @@ class Batches:
         return JSONResponse(batch_object(await asyncio.to_thread(cancel_batch, self._store, id, owner, entry)))
 
 
-def _require_usable(store: Store, id: str, owner: str | None) -> None:
-    """Check that a client's file can be the input of a batch, as far as it has been checked.
+def _find_usable(store: Store, id: str, owner: str | None) -> ClientFile:
+    """Return a client's file that can be the input of a batch, as far as it has been checked.
 
     Raises:
         InvalidRequestError: it cannot, or the client has no such file.
@@ -116,6 +124,7 @@ def _require_usable(store: Store, id: str, owner: str | None) -> None:
         raise InvalidRequestError(
             f"the file {id} is not valid: {file.status_details or 'its check failed'}", param="input_file_id"
         )
+    return file
 
 
 def _no_file(error: EntryNotFoundError) -> InvalidRequestError:

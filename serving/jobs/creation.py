@@ -12,7 +12,7 @@ import hashlib
 import logging
 import re
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -252,11 +252,7 @@ class JobCreation:
             return _existing(bases[model], model, param), model
         version = _find_version(self._store, model, client)
         if version is None:
-            raise _invalid(
-                param,
-                f"the model {model[:100]!r} cannot be fine-tuned here",
-                f"one of {', '.join(bases)}, or a fine-tuned model of this key",
-            )
+            raise _unknown_base(model, param, bases)
         return str(version), suffix_of(version.name, client.owner)
 
     async def _checked(self, plan: _Plan) -> TrainingCheck | None:
@@ -313,6 +309,14 @@ def require_enabled(settings: Settings) -> None:
             expected="the setting `fine_tuning.bases`, which names the bases that clients may train",
             todo="ask the operator to set it, for example `fine_tuning: {bases: {gpt-4o-mini: ./models/NAME}}`",
         )
+
+
+def _unknown_base(model: str, param: str, bases: Iterable[str]) -> InvalidRequestError:
+    return _invalid(
+        param,
+        f"the model {model[:100]!r} cannot be fine-tuned here",
+        f"one of {', '.join(bases)}, or a fine-tuned model of this key that has merged weights",
+    )
 
 
 def _existing(base: str, model: str, param: str) -> str:
@@ -392,7 +396,11 @@ async def _run_check(
         raise UnusableDataError(wrong, param=param, expected=error.expected) from error
     except RecipeError as error:
         raise _invalid("recipe" if request.recipe else "method", error.wrong, error.expected) from error
-    except (BaseModelError, NotFoundError) as error:
+    except NotFoundError as error:  # as for a model of another key, whose existence is hidden
+        base = (request.recipe or {}).get(BASE_KEY)
+        model, param = (request.model, "model") if base is None else (base, f"recipe.{BASE_KEY}")
+        raise _unknown_base(model, param, settings.fine_tuning.bases) from error
+    except BaseModelError as error:
         log.error("the base %s cannot be trained: %s", recipe["base"], error)
         raise _invalid(
             "model", f"the base of {request.model!r} cannot be trained on this server", "another model"

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 AUTO = "auto"
+_NO_NUL = r"^[^\x00]*$"  # these are environment variables of the training
 _OTHER_CHARACTERS = re.compile(r"[^A-Za-z0-9._-]+")
 
 
@@ -80,10 +81,10 @@ class Method(_Object):
 class Wandb(_Object):
     """Project of Weights & Biases to which a job reports."""
 
-    project: str = Field(min_length=1, max_length=128)
-    entity: str | None = Field(None, max_length=128)
-    name: str | None = Field(None, max_length=128)
-    tags: tuple[Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^,]*$")], ...] | None = Field(
+    project: str = Field(min_length=1, max_length=128, pattern=_NO_NUL)
+    entity: str | None = Field(None, max_length=128, pattern=_NO_NUL)
+    name: str | None = Field(None, max_length=128, pattern=_NO_NUL)
+    tags: tuple[Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^,\x00]*$")], ...] | None = Field(
         None, max_length=20
     )
 

@@ -15,11 +15,12 @@ from sqlalchemy import update
 
 from serving.http import batches
 from svc.identity.principal import Scope
+from svc.settings import FilesSettings
 from svc.store import audit
 from svc.store.batches import BatchError, BatchProgress, BatchResult, BatchStatus, end_batch
-from svc.store.files import FileStatus
+from svc.store.files import ClientFile, FileStatus
 from svc.store.tables import BatchRow
-from tests.serving.http.batch_service import CHAT_PATH, BatchService, line
+from tests.serving.http.batch_service import CHAT_PATH, BatchService, line, lines
 from tests.serving.http.fine_tuning_service import strict
 
 WINDOW: dict[str, Any] = {"completion_window": "24h"}
@@ -112,16 +113,29 @@ async def test_equal_creates_at_the_same_time_and_later_create_one_batch(
     assert (await client.batches.create(**given)).id != created[0].id
 
 
+async def test_batch_is_refused_when_its_answers_would_exceed_the_storage_of_the_key(
+    socket_folder: Path, store: Store
+) -> None:
+    limits = FilesSettings(max_total_gb=1000 / 2**30, min_free_gb=0)
+    service = BatchService(socket_folder, store=store, limits=limits)
+    async with service.run(), service.official() as client:
+        input_file = service.add_input(lines(5))
+        with pytest.raises(openai.BadRequestError) as caught:
+            await client.batches.create(input_file_id=input_file, endpoint=CHAT_PATH, **WINDOW)
+    assert caught.value.code == "storage_limit"
+
+
 async def test_file_that_is_deleted_during_the_creation_is_refused(
     service: BatchService, client: AsyncOpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check = batches._require_usable
+    find = batches._find_usable
 
-    def check_and_delete(store: Store, id: str, owner: str | None) -> None:
-        check(store, id, owner)
+    def find_and_delete(store: Store, id: str, owner: str | None) -> ClientFile:
+        found = find(store, id, owner)
         service.files.delete(id)
+        return found
 
-    monkeypatch.setattr(batches, "_require_usable", check_and_delete)
+    monkeypatch.setattr(batches, "_find_usable", find_and_delete)
     with pytest.raises(openai.BadRequestError, match="there is no file") as caught:
         await client.batches.create(input_file_id=service.add_input(line("a")), endpoint=CHAT_PATH, **WINDOW)
     assert caught.value.param == "input_file_id"

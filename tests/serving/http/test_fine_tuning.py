@@ -352,7 +352,7 @@ async def test_unusable_file_is_refused(
         (DataError("{file}:7: no answer", expected="an answer"), "training_file", "400 - file-.*:7: no answer"),
         (RecipeError("'adapter.rank' is 5000: too large"), "method", "'adapter.rank' is 5000"),
         (BaseModelError("/secret/base has no config.json"), "model", "cannot be trained on this server"),
-        (NotFoundError("tuned@1 has no merged weights"), "model", "cannot be trained on this server"),
+        (NotFoundError("tuned@1 has no merged weights"), "model", "cannot be fine-tuned here"),
     ],
     ids=lambda value: type(value).__name__,
 )
