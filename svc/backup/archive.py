@@ -1,31 +1,40 @@
 """A folder that contains the backups of one home directory.
 
     DIR/models/NAME/N/           versions, each stored once for all snapshots
-    DIR/snapshots/TIME/          svc.db  mlflow.db  files/  snapshot.json (written last)
+    DIR/contents/SHA256          contents of clients' files, each stored once for all snapshots
+    DIR/snapshots/TIME/          svc.db  mlflow.db  files/  contents.json  snapshot.json (written last)
     DIR/lock
 
 A database that is a server's, by `store.url` or `tracking_uri`, is not included.
 
-A version never changes, so it is copied only once. Everything else is small and is copied into each
-snapshot, so that older snapshots can be restored too. Hard links to files in the home directory are not
-used, because damage to those files would also affect the backup.
+A version never changes, and neither does a client's file, so they are copied only once. Everything else is
+small and is copied into each snapshot, so that older snapshots can be restored too. Hard links to files in
+the home directory are not used, because damage to those files would also affect the backup.
 """
 
+import logging
 import re
 import shutil
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from svc.backup.contents import load_contents
 from svc.errors import IntegrityError, NotFoundError
 from svc.files.disk import write_whole
 from svc.registry.files import FileRecord
 from svc.registry.manifest import MANIFEST_FILE
+from svc.store.files import FileContent
 from svc.version import VersionId
 
+log = logging.getLogger(__name__)
+
 STORE_FILE, TRACKING_FILE, OTHER_FILES = "svc.db", "mlflow.db", "files"
+CONTENTS_FILE = "contents.json"
+"""List of the contents of clients' files. It is no part of the snapshot's record, which earlier releases read."""
 _RECORD_FILE = "snapshot.json"
 _NAME = re.compile(r"\d{8}T\d{6}\.\d{3}Z")
 
@@ -64,6 +73,7 @@ class Archive:
 
     def __init__(self, folder: Path) -> None:
         self.models = folder / "models"
+        self.contents = folder / "contents"
         self.lock = folder / "lock"
         self._folder = folder
         self._snapshots = folder / "snapshots"
@@ -73,7 +83,7 @@ class Archive:
 
     def prepare(self) -> None:
         """Create the archive's folders with owner-only permissions, because they will contain prompts and answers."""
-        for folder in (self._folder, self.models, self._snapshots):
+        for folder in (self._folder, self.models, self.contents, self._snapshots):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def begin(self) -> Path:
@@ -101,6 +111,14 @@ class Archive:
     def version(self, version: VersionId) -> Path:
         """Return the folder for a version's copy. The folder may not exist yet."""
         return self.models / version.name / str(version.number)
+
+    def contents_of(self, snapshot: Snapshot) -> tuple[FileContent, ...]:
+        """Return the contents of clients' files that a snapshot includes.
+
+        Raises:
+            ValueError: the list is damaged.
+        """
+        return load_contents(self.folder(snapshot) / CONTENTS_FILE)
 
     def newest_at(self) -> datetime | None:
         """Return the time of the newest finished snapshot, or None if there is none. The snapshot's record is not read.
@@ -150,7 +168,7 @@ class Archive:
         return chosen[-1]
 
     def prune(self, keep: int) -> tuple[str, ...]:
-        """Remove the oldest snapshots, and versions that no remaining snapshot includes.
+        """Remove the oldest snapshots, and versions and contents that no remaining snapshot includes.
 
         The result contains the names of the removed snapshots.
 
@@ -168,7 +186,18 @@ class Archive:
                 hidden = folder.with_name(f".{folder.name}")
                 folder.rename(hidden)
                 shutil.rmtree(hidden)
+        self._prune_contents(stay)
         return tuple(snapshot.name for snapshot in gone)
+
+    def _prune_contents(self, stay: Iterable[Snapshot]) -> None:
+        try:
+            wanted = {content.sha256 for snapshot in stay for content in self.contents_of(snapshot)}
+        except (OSError, ValueError):  # what the damaged snapshot needs is unknown
+            log.exception("no contents of clients' files are removed from %s", self)
+            return
+        for path in self.contents.iterdir() if self.contents.is_dir() else ():
+            if path.name not in wanted:
+                path.unlink()
 
     def _folders(self) -> list[Path]:
         if not self._snapshots.is_dir():

@@ -15,10 +15,12 @@ from pathlib import Path
 
 from sqlalchemy import Engine as Store
 
-from svc.backup.archive import OTHER_FILES, STORE_FILE, TRACKING_FILE, Archive, Snapshot
+from svc.backup.archive import CONTENTS_FILE, OTHER_FILES, STORE_FILE, TRACKING_FILE, Archive, Snapshot
+from svc.backup.contents import copy_content, dump_contents, has_content
 from svc.backup.copying import Progress, copy_database, copy_file, copy_version, is_copied, no_progress
+from svc.client_files.client_files import FILES_FOLDER
 from svc.errors import DiskSpaceError, IntegrityError, NotFoundError
-from svc.files.disk import is_full
+from svc.files.disk import is_full, sync_folder, write_whole
 from svc.files.lock import hold_lock
 from svc.registry.files import record_files
 from svc.registry.housekeeping import protected
@@ -28,6 +30,7 @@ from svc.registry.tracking import Tracking
 from svc.settings import Settings
 from svc.store.database import open_database, open_store
 from svc.store.desired import desired_names
+from svc.store.files import FileContent, known_files, read_contents
 from svc.store.postgresql import location
 from svc.store.swaps import unfinished_swaps
 from svc.version import VersionId
@@ -113,7 +116,7 @@ class Backup:
         copied = Registry(registry.models, Tracking(tracking_uri or f"sqlite:///{folder / TRACKING_FILE}"))
         store = open_database(folder) if self.settings.store.url is None else open_store(self.settings)
         try:
-            needed = _needed_versions(copied, store)
+            needed, contents = _needed_versions(copied, store), read_contents(store)
         finally:
             store.dispose()  # the last connection takes SQLite's other files with it
         kept, left_out = self._copy(registry, sorted(there | needed))
@@ -121,6 +124,7 @@ class Backup:
         if missing and not is_last:
             return None
         left_out |= dict.fromkeys(missing, "needed but missing from the home")
+        lost = self._copy_contents(folder, contents)
         return Snapshot(
             name=folder.name,
             release=release_of("tuneserve"),
@@ -128,7 +132,7 @@ class Backup:
             files=record_files(folder, folder),
             tracking=Tracking(tracking_uri).where if tracking_uri else None,
             store=None if self.settings.store.url is None else location(store.url),
-            left_out={str(version): why for version, why in sorted(left_out.items())},
+            left_out={str(version): why for version, why in sorted(left_out.items())} | lost,
         )
 
     def _copy(self, registry: Registry, wanted: Iterable[VersionId]) -> tuple[set[VersionId], dict[VersionId, str]]:
@@ -154,8 +158,7 @@ class Backup:
             else:
                 to_copy.append(manifest)
         total = sum(file.bytes for manifest in to_copy for file in manifest.files)
-        if total > shutil.disk_usage(self.archive.models).free:
-            raise self._no_room(f"not enough disk space for {total / 1e6:.0f} MB of weights in {self.archive}")
+        self._require_room(total, "weights")
         with self.progress(total) as on_bytes:
             for manifest in to_copy:
                 version = manifest.id
@@ -169,6 +172,49 @@ class Backup:
                 kept.add(version)
                 self._copied.append(str(version))
         return kept, left_out
+
+    def _copy_contents(self, folder: Path, contents: Iterable[FileContent]) -> dict[str, str]:
+        """Copy the contents of clients' files that are not in the archive yet, and list all in the snapshot's folder.
+
+        Returns:
+            The reason why a damaged or missing content is not in the archive, by the file's id. Files that clients
+            have deleted meanwhile are left out. So are missing ones if the store is a server's, because another
+            server may have them.
+        """
+        home, archive = self.settings.home / FILES_FOLDER, self.archive.contents
+        kept, absent, lost = list[FileContent](), list[str](), dict[str, str]()
+        to_copy = list[FileContent]()
+        for content in contents:
+            there = has_content(archive / content.sha256, content, verify=self.verify)
+            (kept if there else to_copy).append(content)
+        to_copy_bytes = sum(content.bytes for content in to_copy)
+        self._require_room(to_copy_bytes, "clients' files")
+        if to_copy:
+            with self.progress(to_copy_bytes) as on_bytes:
+                for content in to_copy:
+                    try:
+                        if not has_content(archive / content.sha256, content, verify=True):  # else another file's
+                            copy_content(home / content.id, archive / content.sha256, content, on_bytes)
+                    except FileNotFoundError:
+                        absent.append(content.id)
+                    except IntegrityError as error:
+                        lost[content.id] = error.wrong
+                    else:
+                        kept.append(content)
+            sync_folder(archive)
+        if absent and self.settings.store.url is None:
+            store = open_store(self.settings)
+            try:
+                lost |= dict.fromkeys(sorted(known_files(store, absent)), "missing from the home")
+            finally:
+                store.dispose()
+        if kept:
+            write_whole(folder / CONTENTS_FILE, dump_contents(kept))
+        return lost
+
+    def _require_room(self, total: int, noun: str) -> None:
+        if total > shutil.disk_usage(self.archive.models).free:
+            raise self._no_room(f"not enough disk space for {total / 1e6:.0f} MB of {noun} in {self.archive}")
 
     def _no_room(self, wrong: str) -> DiskSpaceError:
         return DiskSpaceError(

@@ -79,7 +79,8 @@ def backup(ctx: click.Context, folder: Path, keep: int, verify: bool, as_json: b
         raise IntegrityError(
             "the snapshot can be restored but is incomplete: "
             + "; ".join(f"{version}: {why}" for version, why in snapshot.left_out.items()),
-            todo="restore these versions from an older snapshot, or remove them: svc models rm",
+            todo="restore these versions and clients' files from an older snapshot, or remove them: svc models rm, or "
+            "DELETE /v1/files/ID",
         )
 
 
@@ -162,7 +163,7 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
     from svc.terminal import reading
 
     done = 0
-    with reading("copying weights", total) as show:
+    with reading("copying files", total) as show:
 
         def add(count: int) -> None:
             nonlocal done

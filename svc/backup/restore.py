@@ -4,6 +4,7 @@ The store is first copied to a separate folder, where keys are revoked, so that 
 accepts a revoked key. The home's lock keeps servers out during the restore.
 """
 
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -11,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from svc.backup.archive import OTHER_FILES, STORE_FILE, TRACKING_FILE, Archive, Snapshot
+from svc.backup.contents import copy_content, has_content
 from svc.backup.copying import Progress, copy_file, copy_version, is_copied, no_progress
 from svc.backup.restored_keys import RestoredKeys, settle_keys
+from svc.client_files.client_files import FILES_FOLDER
 from svc.errors import IntegrityError, RefusedError, SettingsError
 from svc.files.disk import sync_folder, write_whole
 from svc.files.lock import hold_lock
@@ -21,6 +24,8 @@ from svc.registry.manifest import read_manifest
 from svc.remote.server_url import LOCK_FILE
 from svc.store.database import open_database
 from svc.version import VersionId
+
+log = logging.getLogger(__name__)
 
 _MARK = ".restoring"
 _ASIDE = ".restored-store"
@@ -92,6 +97,7 @@ class Restore:
     def _fill(self, snapshot: Snapshot, aside: Path) -> None:
         write_whole(self.home / _MARK, snapshot.name.encode())
         self._copy_versions(snapshot)
+        self._copy_contents(snapshot)
         own = self.archive.folder(snapshot)
         for path in sorted((own / OTHER_FILES).iterdir()):
             copy_file(path, self.home / path.name)
@@ -116,6 +122,23 @@ class Restore:
                 expected="a new or empty folder",
                 todo="restore into another home (svc --home NEW restore DIR), or move this home away",
             )
+
+    def _copy_contents(self, snapshot: Snapshot) -> None:
+        """Copy the contents of clients' files. A damaged one must not prevent the restore of all else: it is left out,
+        and clients get the error `file_content_missing` for it.
+        """
+        contents, folder = self.archive.contents_of(snapshot), self.home / FILES_FOLDER
+        if not contents:
+            return
+        folder.mkdir(mode=0o700, exist_ok=True)
+        to_copy = [content for content in contents if not has_content(folder / content.id, content)]
+        with self.progress(sum(content.bytes for content in to_copy)) as on_bytes:
+            for content in to_copy:
+                try:
+                    copy_content(self.archive.contents / content.sha256, folder / content.id, content, on_bytes)
+                except (FileNotFoundError, IntegrityError) as error:
+                    log.error("the content of %s is not restored: %s", content.id, error)
+        sync_folder(folder)
 
     def _copy_versions(self, snapshot: Snapshot) -> None:
         to_copy = []

@@ -27,6 +27,8 @@ from svc.store.files import (
     remove_unused_file,
 )
 
+FILES_FOLDER = "files"
+"""Folder of the home with the contents."""
 _MIN_AGE_S = 3600.0
 
 

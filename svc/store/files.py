@@ -207,6 +207,22 @@ def remove_expired_files(store: Store, now: datetime) -> list[str]:
     return ids
 
 
+@dataclass(frozen=True, slots=True)
+class FileContent:
+    """The content of a file of a client."""
+
+    id: str
+    bytes: int
+    sha256: str
+
+
+def read_contents(store: Store) -> list[FileContent]:
+    """Return the contents of all files."""
+    with Session(store) as session:
+        rows = session.execute(select(FileRow.id, FileRow.bytes, FileRow.sha256).order_by(FileRow.id))
+        return [FileContent(id, size, sha256) for id, size, sha256 in rows]
+
+
 def known_files(store: Store, ids: Sequence[str]) -> set[str]:
     """Return those of some ids that belong to files."""
     with Session(store) as session:

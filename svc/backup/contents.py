@@ -1,0 +1,57 @@
+"""Copies of the contents of clients' files. A content never changes, so all snapshots of a backup share its copy."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from svc.backup.copying import OnBytes, copy_file
+from svc.errors import IntegrityError
+from svc.registry.files import record_file
+from svc.store.files import FileContent
+
+_CONTENTS = TypeAdapter(tuple[FileContent, ...])
+
+
+def dump_contents(contents: Iterable[FileContent]) -> bytes:
+    """Return the list of a snapshot's contents as JSON."""
+    return _CONTENTS.dump_json(tuple(contents))
+
+
+def load_contents(path: Path) -> tuple[FileContent, ...]:
+    """Return the contents that a file lists, or none if there is no such file.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    return _CONTENTS.validate_json(path.read_bytes()) if path.exists() else ()
+
+
+def has_content(path: Path, content: FileContent, *, verify: bool = False) -> bool:
+    """Return whether a file has the size of a content.
+
+    Args:
+        verify: whether to also check its hash.
+    """
+    if not path.is_file() or path.stat().st_size != content.bytes:
+        return False
+    return not verify or record_file(path.parent, path).sha256 == content.sha256
+
+
+def copy_content(source: Path, target: Path, content: FileContent, on_bytes: OnBytes) -> None:
+    """Copy a content, readable for its owner only, and check the copy.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        IntegrityError: the file differs from its hash.
+    """
+    staging = target.with_name(f".{target.name}")
+    try:
+        copy_file(source, staging, on_bytes)
+        staging.chmod(0o600)
+        if not has_content(staging, content, verify=True):
+            raise IntegrityError(f"{source} differs from its hash", todo="restore it from an older snapshot")
+        os.replace(staging, target)
+    finally:
+        staging.unlink(missing_ok=True)
