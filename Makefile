@@ -66,7 +66,7 @@ test: $(READY) $(PROMETHEUS) $(ALERTMANAGER)
 
 # Every process killed at every step, and every method, family and template, on the real engine. Then faults with a store
 # in PostgreSQL, and property tests with examples that the fast tests do not use.
-FAULTS := $(foreach each,kill_matrix kill_replicas rollback_amid_rollout rollout deployments hot_load,tests/e2e/test_$(each).py)
+FAULTS := $(foreach each,kill_matrix kill_replicas rollback_amid_rollout rollout replay deployments hot_load,tests/e2e/test_$(each).py)
 test-matrix: $(READY) $(PROMETHEUS) $(TOKENIZERS)
 	$(BIN)/pytest -m matrix
 	$(BIN)/pytest -m "not soak" --store postgresql $(FAULTS)
