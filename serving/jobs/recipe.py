@@ -186,7 +186,8 @@ def suffix_of(name: str, owner: str) -> str:
 def make_recipe(request: JobRequest, name: str, sources: Sources) -> dict[str, Any]:
     """Return the recipe for a request, without the values that depend on the examples: see `complete`."""
     values = request.values
-    recipe: dict[str, Any] = {"name": name, "base": sources.base}
+    # Without GPTQ, whose gate would fail a job for a format that its owner has not asked for.
+    recipe: dict[str, Any] = {"name": name, "base": sources.base, "formats": ["merged"]}
     recipe |= {key: value for key, value in (request.recipe or {}).items() if key not in _SECTIONS | {BASE_KEY}}
     sections = {key: dict(value) for key, value in (request.recipe or {}).items() if key in _SECTIONS}
     data = sections.pop("data", {}) | {"train": str(sources.train)}

@@ -26,7 +26,7 @@ from serving.jobs.recipe import (
 from serving.jobs.request import JobRequest
 from serving.jobs.training_check import TrainingCheck
 from serving.protocols.request import InvalidRequestError
-from svc.version import NAME_PATTERN
+from svc.version import NAME_PATTERN, Format
 from trainer.recipe.file import load_recipe, recipe_keys
 from trainer.recipe.sections import Recipe
 
@@ -108,6 +108,12 @@ def loaded(folder: Path, recipe: dict[str, Any]) -> Recipe:
     path = folder / "recipe.yaml"
     path.write_text(recipe_text(recipe), "utf-8")
     return load_recipe(path)
+
+
+def test_job_makes_no_quantized_model_unless_it_asks_for_one(tmp_path: Path) -> None:
+    requests = request_of(), request_of(recipe={"formats": ["gptq"]})
+    formats = [loaded(tmp_path, make_recipe(each, "tuned", SOURCES)).formats for each in requests]
+    assert formats == [(Format.MERGED,), (Format.GPTQ,)]
 
 
 @given(fields=REQUESTS, owner=OWNERS, examples=st.integers(1, 10**6))
