@@ -25,7 +25,16 @@ from svc.client_files.uploads import ClientUploads
 from svc.settings import FilesSettings
 from svc.store.files import ClientFile, StorageLimits, find_file, require_storage
 from svc.store.page import EntryNotFoundError
-from svc.store.uploads import MAX_PARTS, Upload, UploadPart, UploadStatus, add_upload, find_upload, require_pending
+from svc.store.uploads import (
+    MAX_PARTS,
+    Upload,
+    UploadEndedError,
+    UploadPart,
+    UploadStatus,
+    add_upload,
+    find_upload,
+    require_pending,
+)
 
 MAX_PART_BYTES = 64 * 2**20
 UPLOAD_HOURS = 1
@@ -161,7 +170,16 @@ class Uploads:
                 upload, given.part_ids, md5=given.md5, limits=self._limits, on_write=self._uploading.disk_watch()
             )
 
-        upload, file = await self._uploading.in_thread(request, complete)
+        file: ClientFile | None
+        try:
+            upload, file = await self._uploading.in_thread(request, complete)
+        except (UploadEndedError, EntryNotFoundError, FileNotFoundError):
+            # Perhaps another request, such as the client's retry, has ended it meanwhile and deleted its parts.
+            upload = await self._find(request)
+            if upload.status is not UploadStatus.COMPLETED:
+                require_pending(upload)
+                raise
+            file = await asyncio.to_thread(self._file, upload)
         self._on_uploaded()
         return JSONResponse(upload_object(upload, file))
 
