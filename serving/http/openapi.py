@@ -280,7 +280,7 @@ def _page(most: int) -> list[Json]:
 def _files() -> Json:
     """Return the paths of files. Their objects are those of OpenAI's API."""
     store = {**_DEFECT, 503: "the server's database is not responding"}
-    no_file = {404: "there is no such file, or it belongs to another key", **store}
+    no_file = {404: "the file does not exist or belongs to another key", **store}
     expiry = {"expires_after[anchor]": {"const": "created_at"}, "expires_after[seconds]": {"type": "integer"}}
     form = {
         "type": "object",
@@ -297,7 +297,7 @@ def _files() -> Json:
         "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": form}}},
     }
     purpose = {"name": "purpose", "in": "query", "schema": {"type": "string"}}
-    bad_page = {400: "a query parameter is invalid", 404: "there is no file `after`"}
+    bad_page = {400: "a query parameter is invalid", 404: "the file in `after` does not exist"}
     listing = _operation("List files, newest first", _json(_OBJECT), {**store, **bad_page})
     deletion = {**no_file, 409: "a job or batch that has not ended uses the file"}
     content = _operation("Download a file", {"application/octet-stream": {}}, {**no_file, **_RANGES})
@@ -316,7 +316,7 @@ def _files() -> Json:
 def _uploads(schemas: Json) -> Json:
     """Return the paths of uploads in parts. Their objects are those of OpenAI's API."""
     store = {**_DEFECT, 503: "the server's database is not responding"}
-    no_upload = {400: "the upload has ended", 404: "there is no such upload, or it belongs to another key", **store}
+    no_upload = {400: "the upload has ended", 404: "the upload does not exist or belongs to another key", **store}
     form = {
         "type": "object",
         "required": ["data"],
@@ -348,12 +348,12 @@ def _uploads(schemas: Json) -> Json:
 def _batches(schemas: Json) -> Json:
     """Return the paths of batches. Their objects are those of OpenAI's API."""
     store = {**_DEFECT, 503: "the server's database is not responding"}
-    no_batch = {404: "there is no such batch, or it belongs to another key", **store}
+    no_batch = {404: "the batch does not exist or belongs to another key", **store}
     creation = {
         **_operation("Create a batch", _json(_OBJECT), {**_BAD_BODY, 429: "the key has too many batches", **store}),
         "requestBody": {"required": True, "content": _json(_schema(BatchRequest, schemas))},
     }
-    bad_page = {400: "a query parameter is invalid", 404: "there is no batch `after`"}
+    bad_page = {400: "a query parameter is invalid", 404: "the batch in `after` does not exist"}
     listing = _operation("List batches, newest first", _json(_OBJECT), {**store, **bad_page})
     cancelling = _operation("Cancel a batch", _json(_OBJECT), {**no_batch, 400: "the batch has ended"})
     path = "/v1/batches"
@@ -367,9 +367,9 @@ def _batches(schemas: Json) -> Json:
 def _fine_tuning(schemas: Json) -> Json:
     """Return the paths of fine-tuning jobs. Their objects are those of OpenAI's API."""
     off = {403: "fine-tuning over HTTP is off", **_DEFECT, 503: "the server's database is not responding"}
-    no_job = {404: "there is no such job, or it belongs to another key", **off}
+    no_job = {404: "the job does not exist or belongs to another key", **off}
     id, page = _ID, _page(MAX_PAGE)
-    bad_page = {400: "a query parameter is invalid", 404: "there is no such job, or no entry `after`"}
+    bad_page = {400: "a query parameter is invalid", 404: "the job or the entry in `after` does not exist"}
     jobs = "/v1/fine_tuning/jobs"
     creation = {
         **_operation(

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 STORE_FILE, TRACKING_FILE, OTHER_FILES = "svc.db", "mlflow.db", "files"
 CONTENTS_FILE = "contents.json"
-"""List of the contents of clients' files. It is no part of the snapshot's record, which earlier releases read."""
+"""List of the contents of clients' files. Earlier releases, which do not know it, can still read the record."""
 _RECORD_FILE = "snapshot.json"
 _NAME = re.compile(r"\d{8}T\d{6}\.\d{3}Z")
 

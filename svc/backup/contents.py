@@ -20,7 +20,7 @@ def dump_contents(contents: Iterable[FileContent]) -> bytes:
 
 
 def load_contents(path: Path) -> tuple[FileContent, ...]:
-    """Return the contents that a file lists, or none if there is no such file.
+    """Return the contents that a file lists; empty if the file does not exist.
 
     Raises:
         ValueError: the file is damaged.

@@ -34,7 +34,8 @@ _RUNNING, _QUEUED = JobStatus.RUNNING.value, JobStatus.QUEUED.value
 
 
 class JobLostError(Exception):
-    """Raised when a worker reports on a job that is no longer its own, because it was cut off from the store."""
+    """Raised when a worker reports on a job that another worker has taken or that has ended, for example after the
+    worker lost its connection to the store."""
 
 
 @dataclass(frozen=True, slots=True)
