@@ -20,8 +20,8 @@ from svc.invocation import print_json
 from svc.settings import load_settings
 from svc.terminal import counting, output, quiet_libraries
 from trainer.estimate.devices import ComputeDevice, this_machine
+from trainer.recipe.adapter import Method
 from trainer.recipe.file import load_recipe
-from trainer.recipe.sections import Method
 
 TASK = Path(__file__).parents[1] / "examples" / "debian-triage"
 MEMORY, TIME = 0.2, 0.3

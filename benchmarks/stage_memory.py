@@ -24,7 +24,7 @@ from svc.invocation import print_json
 from svc.settings import load_settings
 from svc.terminal import console, output, quiet_libraries
 from trainer.recipe.file import load_recipe
-from trainer.recipe.sections import Recipe
+from trainer.recipe.recipe import Recipe
 from trainer.recipe.stage import Stage
 
 TASK = Path(__file__).parents[1] / "examples" / "debian-triage"

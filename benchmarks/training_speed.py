@@ -53,7 +53,7 @@ from trainer.estimate.estimate import estimate_recipe
 from trainer.estimate.model_shape import read_model_shape
 from trainer.model.acceleration import Acceleration, Attention, Facts, choose_acceleration, machine_facts
 from trainer.recipe.file import load_recipe
-from trainer.recipe.sections import Recipe
+from trainer.recipe.recipe import Recipe
 
 TASK = Path(__file__).parents[1] / "examples" / "debian-triage"
 BATCH = 16

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from svc.cli import COMMANDS, group
 from svc.settings import ENV_PREFIX, Settings
-from trainer.recipe.sections import Recipe
+from trainer.recipe.recipe import Recipe
 
 FOLDER = Path(__file__).parent
 

@@ -1,5 +1,8 @@
 """Lists the keys allowed in a file, based on the pydantic model that validates it."""
 
+import difflib
+from collections.abc import Sequence
+
 from pydantic import BaseModel
 
 
@@ -13,3 +16,11 @@ def dotted_keys(model: type[BaseModel]) -> list[str]:
         else:
             keys.append(name)
     return keys
+
+
+def suggest(key: str, known: Sequence[str]) -> str:
+    """Return a "did you mean" question that names the most similar known key. If no key is similar, return an
+    empty string.
+    """
+    close = difflib.get_close_matches(key, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -2,8 +2,7 @@
 flags.
 
 An unknown key is an error in every source, because a misspelt setting would otherwise be silently
-ignored. Recipe keys (trainer/recipe/sections.py) are not settings: settings belong to a machine, recipes
-to a model.
+ignored. Recipe keys (trainer/recipe/) are not settings: settings belong to a machine, recipes to a model.
 """
 
 import ipaddress

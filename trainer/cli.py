@@ -9,7 +9,7 @@ from svc.invocation import json_option, print_json, settings_of
 
 if TYPE_CHECKING:
     from trainer.pipeline.run_folder import Run
-    from trainer.recipe.sections import Recipe
+    from trainer.recipe.recipe import Recipe
 
 
 _set_option = click.option(
@@ -60,7 +60,7 @@ def train(
     from svc.training_progress import ProgressFile
     from trainer.pipeline.examples import read_run_examples
     from trainer.recipe.file import load_recipe
-    from trainer.recipe.sections import TooLong
+    from trainer.recipe.train import TooLong
 
     quiet_libraries()
     settings = settings_of(ctx)

@@ -38,7 +38,7 @@ from svc.evaluation.throughput import STREAMS, decoding_speed, first_token_secon
 from svc.evaluation.token_scores import Scores, score_on_engine
 from svc.registry.parity import Speed
 from svc.terminal import advancing, console, counting, waiting
-from trainer.recipe.sections import Evaluate, Qualify
+from trainer.recipe.evaluate import Evaluate, Qualify
 
 Launch = Callable[[Path], Engine]
 

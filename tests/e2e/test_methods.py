@@ -11,7 +11,7 @@ from examples.service import serving, svc_json
 from svc.version import Format
 from tests.e2e.conftest import PROMPTS, Report
 from tests.e2e.instance import ANY_QUALITY
-from trainer.recipe.sections import Method
+from trainer.recipe.adapter import Method
 
 pytestmark = [pytest.mark.matrix]
 

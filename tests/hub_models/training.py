@@ -23,7 +23,7 @@ def train_and_merge(base: Path, folder: Path) -> Path:
     from trainer.base_model.checks import check_folder
     from trainer.export.merge import merge_adapter
     from trainer.pipeline.preflight import check_base
-    from trainer.recipe.sections import Recipe
+    from trainer.recipe.recipe import Recipe
     from trainer.training.sft import train_model
     from trainer.training.summary import TrainingData
 

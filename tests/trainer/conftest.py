@@ -11,7 +11,7 @@ from svc.dataset.schema.example import ChatExample, Message, Role
 from tests.trainer.tiny_tokenizer import CHAT_TEMPLATE as CHAT_TEMPLATE
 from tests.trainer.tiny_tokenizer import make_tokenizer as make_tokenizer
 from tests.trainer.uninterrupted import UninterruptedRuns
-from trainer.recipe.sections import Recipe
+from trainer.recipe.recipe import Recipe
 from trainer.training.summary import TrainingSummary
 
 torch.set_num_threads(1)  # threads that wait for each other cost more than these models' arithmetic

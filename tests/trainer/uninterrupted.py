@@ -6,7 +6,7 @@ from pathlib import Path
 
 from svc.dataset.schema.example import ChatExample
 from svc.engine.device import NumberType
-from trainer.recipe.sections import Recipe
+from trainer.recipe.recipe import Recipe
 from trainer.training.summary import TrainingData, TrainingSummary
 
 

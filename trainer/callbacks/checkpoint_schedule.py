@@ -12,7 +12,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from trainer.callbacks.preemption import Preemption
-from trainer.recipe.sections import Checkpoints
+from trainer.recipe.train import Checkpoints
 
 
 class CheckpointSchedule(TrainerCallback):

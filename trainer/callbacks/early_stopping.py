@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from trainer.callbacks.heldout_schedule import HeldoutSchedule
 from trainer.callbacks.loss_log import heldout_losses
-from trainer.recipe.sections import Stopping
+from trainer.recipe.train import Stopping
 
 
 class EarlyStopping(TrainerCallback):

@@ -18,7 +18,7 @@ from svc.registry.manifest import Manifest
 from svc.registry.registry import Registry
 from svc.version import VersionId
 from trainer.comparison.model import LocalModel, Model
-from trainer.recipe.sections import Evaluate
+from trainer.recipe.evaluate import Evaluate
 
 
 @dataclass(frozen=True, slots=True)

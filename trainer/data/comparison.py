@@ -18,7 +18,7 @@ from svc.errors import DataError
 from svc.model_folder.chat_template import TemplateKwargs
 from trainer.data.chat_template import IGNORED, tokenize_examples, training_row
 from trainer.data.length import fit_length, truncate
-from trainer.recipe.sections import Train
+from trainer.recipe.train import Train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

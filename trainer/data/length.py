@@ -9,7 +9,7 @@ from dataclasses import replace
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.errors import DataError
 from svc.terminal import console
-from trainer.recipe.sections import TooLong, Train
+from trainer.recipe.train import TooLong, Train
 
 
 def fit_length(examples: Sequence[Sequence[TokenizedExample]], train: Train) -> list[list[TokenizedExample]]:

@@ -9,7 +9,7 @@ from svc.evaluation.finding import Advice, Finding, FindingKind
 from svc.evaluation.training_curve import TrainingPoint
 from trainer.diagnosis.training_run import TrainingRun
 from trainer.diagnosis.window import measured_points, start_of, taken, width, window_of, windows
-from trainer.recipe.sections import Train
+from trainer.recipe.train import Train
 
 FALSE_ALARMS = 0.05
 """Acceptable share of healthy runs in which the paired test alone finds a rise in held-out loss. It is

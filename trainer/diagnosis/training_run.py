@@ -7,7 +7,7 @@ from svc.evaluation.evaluator import EvaluationReport
 from svc.evaluation.intervals import Interval
 from svc.evaluation.results import ExampleResult
 from svc.evaluation.training_curve import TrainingPoint
-from trainer.recipe.sections import Recipe
+from trainer.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ from trainer.estimate.batches import Workload
 from trainer.estimate.devices import ComputeDevice
 from trainer.estimate.estimate import memory_on
 from trainer.estimate.model_shape import ModelShape
-from trainer.recipe.sections import Optimizer, Recipe, Sharding, Train
+from trainer.recipe.recipe import Recipe
+from trainer.recipe.train import Optimizer, Sharding, Train
 
 _MIN_RANK, _MIN_LENGTH = 8, 256
 

@@ -23,7 +23,8 @@ from svc.model_folder.chat_template import choose_template_kwargs
 from svc.model_folder.weight_files import TOKENIZER_FILES
 from trainer.data.chat_template import IGNORED, tokenize_as_trained, tokenize_turns_of, training_row
 from trainer.data.length import truncate
-from trainer.recipe.sections import Recipe, TooLong, Train
+from trainer.recipe.recipe import Recipe
+from trainer.recipe.train import TooLong, Train
 from trainer.training.devices import share_of
 
 CHARACTERS_A_TOKEN = 4.2

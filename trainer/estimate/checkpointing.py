@@ -7,7 +7,7 @@ rounding, so a run may resume with another choice. On a CPU it is off; see docs/
 from dataclasses import dataclass
 
 from trainer.estimate.estimate import Estimate, estimate_recipe, memory_on
-from trainer.recipe.sections import Sharding
+from trainer.recipe.train import Sharding
 
 SPARE = 1.4
 """Factor by which the free memory must exceed the estimate without checkpointing. Estimates were within a

@@ -10,7 +10,7 @@ and four in the backward pass, for each token paired with itself and every earli
 from trainer.estimate.batches import Batch, Workload
 from trainer.estimate.devices import ComputeDevice, training_kind
 from trainer.estimate.memory import FLOAT32, Training
-from trainer.recipe.sections import AdapterType
+from trainer.recipe.adapter import AdapterType
 
 _ADAM_BYTES = 28
 """Memory traffic per trained weight and step, in bytes. The gradient is read; the weight and its two

@@ -25,7 +25,8 @@ from svc.errors import SettingsError
 from svc.files.disk import write_whole
 from svc.settings import Device
 from svc.terminal import waiting
-from trainer.recipe.sections import AdapterType, Method, Quantization, Recipe
+from trainer.recipe.adapter import AdapterType, Method, Quantization
+from trainer.recipe.recipe import Recipe
 
 log = logging.getLogger(__name__)
 

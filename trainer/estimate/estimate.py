@@ -17,7 +17,8 @@ from trainer.estimate.devices import HERE, ComputeDevice
 from trainer.estimate.memory import Part, Training
 from trainer.estimate.model_shape import ModelShape
 from trainer.estimate.stages import EnginePart, StageMemory, engine_memory, stage_memory
-from trainer.recipe.sections import Recipe, Sharding
+from trainer.recipe.recipe import Recipe
+from trainer.recipe.train import Sharding
 from trainer.training.devices import divide_step, find_undivided
 
 _MAX_BATCH = 1024

@@ -16,7 +16,9 @@ from svc.dataset.schema.objective import Objective
 from svc.engine.device import NumberType
 from trainer.estimate.batches import Batch
 from trainer.estimate.model_shape import ModelShape
-from trainer.recipe.sections import AdapterType, Optimizer, Quantization, Recipe
+from trainer.recipe.adapter import AdapterType, Quantization
+from trainer.recipe.recipe import Recipe
+from trainer.recipe.train import Optimizer
 
 FLOAT32, BFLOAT16 = 4, 2
 """Bytes per number in float32 and bfloat16."""

@@ -37,7 +37,8 @@ from trainer.model.attention import attention_implementation
 from trainer.model.config import load_config
 from trainer.model.experts import fused_experts
 from trainer.model.layer_shapes import empty_model, linear_layers
-from trainer.recipe.sections import Quantize, Recipe
+from trainer.recipe.quantize import Quantize
+from trainer.recipe.recipe import Recipe
 
 _FUSED = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj") | dict.fromkeys(
     ("gate_proj", "up_proj"), "gate_up_proj"

@@ -16,7 +16,7 @@ from trainer.model.acceleration import Attention
 from trainer.model.attention import attention_implementation
 from trainer.model.config import load_config
 from trainer.model.product_caches import bound_product_caches
-from trainer.recipe.sections import Quantization
+from trainer.recipe.adapter import Quantization
 
 
 @dataclass(frozen=True, slots=True)

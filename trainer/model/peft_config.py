@@ -21,7 +21,8 @@ from trainer.model.adalora import rank_plan
 from trainer.model.experts import fused_experts
 from trainer.model.layer_shapes import linear_layers
 from trainer.model.target_modules import target_modules
-from trainer.recipe.sections import AdapterType, Method, Recipe
+from trainer.recipe.adapter import AdapterType, Method
+from trainer.recipe.recipe import Recipe
 from trainer.recipe.targets import Targets
 
 

@@ -17,7 +17,8 @@ from peft.tuners.lora.layer import ParamWrapper
 
 from trainer.export.verify_merge import adapted_tensors
 from trainer.model.rounding import neighbours
-from trainer.recipe.sections import AdapterType, Recipe
+from trainer.recipe.adapter import AdapterType
+from trainer.recipe.recipe import Recipe
 
 _ROUNDED_SUM, _ROUNDED_BASE = 1.0, 0.5
 """Allowed deviation of a weight, in bf16 steps. The sum is rounded up or down, so it may be off by one

@@ -28,7 +28,7 @@ from trainer.parity import gptq as gptq_parity
 from trainer.parity.files import other_config, other_files, unreadable_weights
 from trainer.parity.scores import load, score, sum_in_float32
 from trainer.qualification import EngineReading
-from trainer.recipe.sections import Recipe
+from trainer.recipe.recipe import Recipe
 
 BESIDE_TRAINED = "merged: compared with the trained model"
 """Name of the final parity check, which covers merging and serving together."""

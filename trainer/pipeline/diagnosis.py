@@ -12,7 +12,7 @@ from trainer.diagnosis.diagnose import diagnose
 from trainer.diagnosis.training_run import TrainingRun
 from trainer.pipeline.examples import Examples
 from trainer.qualification import Qualified
-from trainer.recipe.sections import Recipe
+from trainer.recipe.recipe import Recipe
 
 
 def diagnose_training(

@@ -19,7 +19,7 @@ from trainer.estimate.render import print_short
 from trainer.pipeline.examples import Examples
 from trainer.pipeline.find_base import find_config
 from trainer.pipeline.training_devices import find_devices
-from trainer.recipe.sections import Recipe
+from trainer.recipe.recipe import Recipe
 from trainer.training.summary import TrainingSummary
 
 

@@ -41,7 +41,7 @@ from trainer.pipeline.evaluation_engine import evaluation_engine
 from trainer.pipeline.forgetting import ForgettingTest
 from trainer.pipeline.run_folder import Run
 from trainer.qualification import BaseAnswers, GeneralQuestions, Launch, Qualified, Qualifier
-from trainer.recipe.sections import Evaluate, Qualify
+from trainer.recipe.evaluate import Evaluate, Qualify
 from trainer.recipe.stage import Stage
 
 

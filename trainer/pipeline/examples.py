@@ -25,7 +25,9 @@ from svc.errors import DataError
 from svc.evaluation.general.general_set import GeneralSet, read_general_set, shipped_general_set
 from svc.registry.manifest import SelectedBy
 from svc.terminal import console
-from trainer.recipe.sections import Evaluate, Learn, Recipe
+from trainer.recipe.data import Learn
+from trainer.recipe.evaluate import Evaluate
+from trainer.recipe.recipe import Recipe
 
 Judged = PreferencePair | LabelledAnswer
 """What a preference is learnt from."""

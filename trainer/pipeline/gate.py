@@ -9,7 +9,8 @@ from svc.sample_size import about, examples_needed, say_detectable
 from svc.terminal import console
 from svc.version import Format
 from trainer.pipeline.examples import Examples
-from trainer.recipe.sections import Recipe, Undecided
+from trainer.recipe.evaluate import Undecided
+from trainer.recipe.recipe import Recipe
 
 _QUANTIZE_BETTER = (
     "raise quantize.samples, lower quantize.group_size to 32, or serve only the merged model with `formats: [merged]`; "

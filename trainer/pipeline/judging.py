@@ -10,7 +10,7 @@ from svc.evaluation.endpoint import Endpoint
 from svc.evaluation.judge import JudgeReport, judge_answers
 from svc.evaluation.results import ExampleResult
 from svc.identity.key_file import read_secret
-from trainer.recipe.sections import Judge
+from trainer.recipe.evaluate import Judge
 
 
 def judge_endpoint(judge: Judge) -> Endpoint | None:

@@ -24,7 +24,7 @@ from trainer.data.vocabulary import check_tokenizer
 from trainer.export.gptq import check_layers, check_quantizer
 from trainer.model.config import load_config
 from trainer.parity.files import other_config, other_files
-from trainer.recipe.sections import Recipe
+from trainer.recipe.recipe import Recipe
 from trainer.training.optimizer import check_optimizer
 
 if TYPE_CHECKING:

@@ -13,7 +13,9 @@ from svc.dataset.fingerprint import fingerprint
 from svc.dataset.schema.example import ChatExample, normal_prompt
 from svc.dataset.split import put_sample_first
 from trainer.pipeline.examples import Examples, Judged, example_of, fingerprint_judged
-from trainer.recipe.sections import Recipe, Train, Undecided
+from trainer.recipe.evaluate import Undecided
+from trainer.recipe.recipe import Recipe
+from trainer.recipe.train import Train
 from trainer.training.summary import TrainingSummary
 
 _SHARE = 0.1

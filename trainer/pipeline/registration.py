@@ -60,7 +60,7 @@ from trainer.pipeline.gate import check_gate
 from trainer.pipeline.gptq_gate import judge_gptq
 from trainer.pipeline.run_folder import Run
 from trainer.qualification import Qualified
-from trainer.recipe.sections import Recipe
+from trainer.recipe.recipe import Recipe
 from trainer.recipe.stage import Stage, choose_stages
 from trainer.training.summary import TrainingSummary
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from svc.errors import RecipeError
 from svc.files.disk import write_whole
-from trainer.recipe.sections import ReportTo
+from trainer.recipe.recipe import ReportTo
 
 _OFFLINE = {"offline", "disabled", "dryrun"}
 _RUN_ID = "wandb_run_id"

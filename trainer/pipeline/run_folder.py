@@ -22,7 +22,7 @@ from svc.files.json_file import read_json_object
 from trainer.base_model.resolve import Base
 from trainer.pipeline.examples import Examples
 from trainer.pipeline.stage_key import StageKeys, stage_keys
-from trainer.recipe.sections import Recipe
+from trainer.recipe.recipe import Recipe
 from trainer.recipe.stage import Stage
 
 log = logging.getLogger(__name__)

@@ -15,8 +15,9 @@ from typing import Any
 from svc.dataset.schema.objective import Objective
 from trainer.base_model.resolve import Base
 from trainer.pipeline.examples import Examples, fingerprint_judged
-from trainer.recipe.sections import DEVICE_KEYS, Recipe
+from trainer.recipe.recipe import Recipe
 from trainer.recipe.stage import Stage
+from trainer.recipe.train import DEVICE_KEYS
 
 _LIMITS = ("max_gptq_loss", "max_gptq_nll", "max_forgetting", "undecided")
 _METRICS = ("metrics", "primary", "json_schema", "metric_seconds")

@@ -50,7 +50,7 @@ from trainer.pipeline.run_stages import Step, run_stages
 from trainer.pipeline.tracked_run import sending_curve, tracked_run
 from trainer.pipeline.training_devices import choose_sharding, choose_training_devices
 from trainer.qualification import Launch
-from trainer.recipe.sections import Recipe
+from trainer.recipe.recipe import Recipe
 from trainer.recipe.stage import Stage, choose_stages
 from trainer.training.shared_checkpoints import SharedCheckpoints
 from trainer.training.summary import TrainingData, TrainingSummary

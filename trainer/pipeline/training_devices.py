@@ -8,7 +8,8 @@ from svc.engine.machine import Gpu, read_machine
 from svc.errors import RecipeError
 from svc.terminal import console
 from trainer.estimate.estimate import DeviceEstimate
-from trainer.recipe.sections import Recipe, Sharding
+from trainer.recipe.recipe import Recipe
+from trainer.recipe.train import Sharding
 from trainer.training.devices import (
     DeviceChoice,
     TrainingDevice,

@@ -6,10 +6,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from svc.dotted_keys import dotted_keys
+from svc.dotted_keys import dotted_keys, suggest
 from svc.errors import RecipeError
 from svc.yaml_text import parse_yaml
-from trainer.recipe.sections import Recipe, suggest
+from trainer.recipe.recipe import Recipe
 
 
 def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:

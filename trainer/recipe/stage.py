@@ -3,7 +3,7 @@
 from enum import StrEnum
 
 from svc.version import Format
-from trainer.recipe.sections import Recipe
+from trainer.recipe.recipe import Recipe
 
 
 class Stage(StrEnum):

@@ -9,7 +9,7 @@ from svc.invocation import json_option, print_json, settings_of
 
 if TYPE_CHECKING:
     from svc.settings import Settings
-    from trainer.recipe.sections import Recipe
+    from trainer.recipe.recipe import Recipe
     from trainer.sweep.finals import Finals
     from trainer.sweep.values import Values
     from trainer.sweep.workplace import Workplace

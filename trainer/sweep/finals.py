@@ -43,7 +43,7 @@ from trainer.export.merge import merge_adapter
 from trainer.pipeline.evaluation_cache import evaluation_cache
 from trainer.pipeline.evaluation_engine import LaunchModel, ReusedEngine, evaluation_engine
 from trainer.pipeline.forgetting import judge_forgetting
-from trainer.recipe.sections import Undecided
+from trainer.recipe.evaluate import Undecided
 from trainer.sweep.outcome import TrialComparison, TrialOutcome
 from trainer.sweep.values import describe
 from trainer.sweep.workplace import Workplace

@@ -21,7 +21,9 @@ from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 
 from svc.terminal import console
-from trainer.recipe.sections import MAX_RANK, AdapterType, Between, Recipe
+from trainer.recipe.adapter import MAX_RANK, AdapterType
+from trainer.recipe.recipe import Recipe
+from trainer.recipe.sweep import Between
 from trainer.recipe.targets import Targets
 from trainer.sweep.outcome import TrialComparison, TrialOutcome
 from trainer.sweep.values import Values, describe, show, with_values

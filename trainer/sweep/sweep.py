@@ -12,7 +12,8 @@ from svc.evaluation.intervals import Interval
 from svc.files.disk import write_whole
 from svc.terminal import console, output
 from trainer.model.config import read_width
-from trainer.recipe.sections import Between, Recipe
+from trainer.recipe.recipe import Recipe
+from trainer.recipe.sweep import Between
 from trainer.sweep.finals import Finals, FinalsResult
 from trainer.sweep.outcome import Summary, TrialComparison, TrialOutcome
 from trainer.sweep.search import Phase, Search

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from svc.errors import RecipeError
-from trainer.recipe.sections import Recipe
+from trainer.recipe.recipe import Recipe
 
 Values = Mapping[str, Any]
 """Recipe values keyed by dotted key, for example `{"train.learning_rate": 1e-4}`."""

@@ -42,7 +42,7 @@ from trainer.pipeline.examples import Examples
 from trainer.pipeline.reports import Report
 from trainer.pipeline.stage_key import stage_keys
 from trainer.pipeline.tracked_run import TrackedRun, sending_curve, tracked_run
-from trainer.recipe.sections import Recipe
+from trainer.recipe.recipe import Recipe
 from trainer.recipe.stage import Stage
 from trainer.sweep.outcome import Status, TrialOutcome
 from trainer.sweep.values import Values, describe, training_key, with_values

@@ -8,7 +8,8 @@ from trl.trainer.sft_config import SFTConfig
 
 from svc.engine.device import NumberType
 from trainer.model.acceleration import Acceleration, choose_acceleration, machine_facts
-from trainer.recipe.sections import Recipe, Train
+from trainer.recipe.recipe import Recipe
+from trainer.recipe.train import Train
 from trainer.training.devices import share_of
 from trainer.training.optimizer import check_optimizer, choose_optimizer
 

@@ -27,7 +27,9 @@ from trainer.model.config import load_config, read_width
 from trainer.model.experts import count_experts
 from trainer.model.load import ModelForm, load_model
 from trainer.model.peft_config import add_adapter
-from trainer.recipe.sections import AdapterType, Recipe, Train
+from trainer.recipe.adapter import AdapterType
+from trainer.recipe.recipe import Recipe
+from trainer.recipe.train import Train
 from trainer.training.arguments import count_steps, training_arguments
 from trainer.training.checkpoints import CheckpointFolder
 from trainer.training.device_group import ALONE, DeviceGroup

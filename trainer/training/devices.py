@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from svc.engine.device import NumberType
 from svc.engine.machine import Gpu
 from svc.errors import RecipeError
-from trainer.recipe.sections import Recipe, Train
+from trainer.recipe.recipe import Recipe
+from trainer.recipe.train import Train
 
 _MAX_USED = 1.5 * 2**30
 """Bytes of a free GPU that may be in use: by a desktop, or by the estimate that precedes the training."""

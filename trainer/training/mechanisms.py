@@ -21,7 +21,9 @@ from svc.errors import TrainingError
 from trainer.cpu.fused_attention import NAME as FUSED_ATTENTION
 from trainer.model.acceleration import Acceleration, Attention
 from trainer.model.attention import attention_implementation
-from trainer.recipe.sections import Optimizer, Quantization, Recipe
+from trainer.recipe.adapter import Quantization
+from trainer.recipe.recipe import Recipe
+from trainer.recipe.train import Optimizer
 
 _MIN_8BIT, _MIN_PAGED = 4096, 100_000
 """Numbers of elements of the smallest weights whose moments bitsandbytes stores in 8 bits, and pages."""

@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 
 from svc.errors import RecipeError
-from trainer.recipe.sections import Optimizer
+from trainer.recipe.train import Optimizer
 
 _NAMES = {
     Optimizer.ADAMW: "adamw_torch_fused",

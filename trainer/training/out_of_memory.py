@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from svc.errors import TrainingError
-from trainer.recipe.sections import Recipe
+from trainer.recipe.recipe import Recipe
 from trainer.training.arguments import checkpoints_layers
 
 

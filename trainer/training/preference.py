@@ -37,7 +37,7 @@ from trainer.callbacks.preemption import Preemption
 from trainer.data.comparison import Comparison, collate_comparisons, comparison_row
 from trainer.model.acceleration import choose_acceleration, machine_facts, takes_liger_kernels
 from trainer.model.attention import takes_flash_attention
-from trainer.recipe.sections import Recipe
+from trainer.recipe.recipe import Recipe
 from trainer.training.assembly import TrainerRows, assemble_trainer
 from trainer.training.checkpoints import CheckpointFolder
 from trainer.training.loss import answer_logprobs

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from trainer.recipe.sections import DpoLoss, Preference
+from trainer.recipe.preference import DpoLoss, Preference
 
 _LARGEST_LOGPROB = -1e-6  # per token, in nats: an answer's odds are infinite if it is certain
 

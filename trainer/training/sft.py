@@ -42,7 +42,8 @@ from trainer.model.attention import takes_flash_attention
 from trainer.model.config import load_config
 from trainer.model.load import ModelForm, load_model
 from trainer.model.rounding import StochasticRounding, round_to_bfloat16
-from trainer.recipe.sections import Recipe, Stopping
+from trainer.recipe.recipe import Recipe
+from trainer.recipe.train import Stopping
 from trainer.training.assembly import TrainerRows, assemble_trainer
 from trainer.training.checkpoints import CheckpointFolder
 from trainer.training.device_group import (

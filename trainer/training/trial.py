@@ -19,7 +19,8 @@ from trainer.callbacks.preemption import Preemption, StepAbandoned, preemption
 from trainer.data.chat_template import training_row
 from trainer.data.length import fit_length
 from trainer.library_output import library_output_to_log
-from trainer.recipe.sections import Recipe, Stopping
+from trainer.recipe.recipe import Recipe
+from trainer.recipe.train import Stopping
 from trainer.training.checkpoints import CheckpointFolder
 from trainer.training.loaded_base import LoadedBase
 from trainer.training.out_of_memory import advising_on_memory

@@ -28,7 +28,7 @@ from serving.jobs.training_check import TrainingCheck
 from serving.protocols.request import InvalidRequestError
 from svc.version import NAME_PATTERN, Format
 from trainer.recipe.file import load_recipe, recipe_keys
-from trainer.recipe.sections import Recipe
+from trainer.recipe.recipe import Recipe
 
 SOURCES = Sources("/models/small", Path("/home/files/file-1"), None)
 CHECK = TrainingCheck(examples=200, learning_rate=5e-4, seconds=10.0)

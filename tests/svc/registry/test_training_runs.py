@@ -47,7 +47,7 @@ def test_runs_created_by_the_trainer_are_listed(tmp_path: Path) -> None:
     from trainer.pipeline.examples import Examples
     from trainer.pipeline.run_folder import Run
     from trainer.pipeline.tracked_run import tracked_run
-    from trainer.recipe.sections import Recipe
+    from trainer.recipe.recipe import Recipe
 
     recipe = Recipe.model_validate({"name": "tiny", "base": "./base", "data": {"train": "train.jsonl"}})
     examples = (chat("question"),)

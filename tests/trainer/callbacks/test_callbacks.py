@@ -14,7 +14,7 @@ from trainer.callbacks.early_stopping import EarlyStopping, best_step, out_of_pa
 from trainer.callbacks.heldout_schedule import HeldoutSchedule
 from trainer.callbacks.loss_log import LossReport
 from trainer.callbacks.preemption import Preemption
-from trainer.recipe.sections import Checkpoints, Stopping
+from trainer.recipe.train import Checkpoints, Stopping
 
 ARGS: Any = TrainingArguments
 

@@ -36,7 +36,7 @@ from trainer.comparison.model import LocalModel, asked_alike, find_model
 from trainer.comparison.questions import Wanted
 from trainer.comparison.render import everything, print_compared
 from trainer.qualification import Qualifier
-from trainer.recipe.sections import Evaluate, Qualify
+from trainer.recipe.evaluate import Evaluate, Qualify
 
 
 class Bench:

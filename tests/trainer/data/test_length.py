@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.errors import DataError
 from trainer.data.length import check_served_length, fit_length
-from trainer.recipe.sections import TooLong, Train
+from trainer.recipe.train import TooLong, Train
 
 
 def row(prompt: int, answer: int) -> TokenizedExample:

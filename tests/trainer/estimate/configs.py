@@ -7,7 +7,7 @@ from svc.engine.device import NumberType
 from trainer.estimate.batches import Batch, Workload
 from trainer.estimate.devices import CPU_UTILIZATION, HERE, ComputeDevice
 from trainer.estimate.model_shape import ModelShape, read_model_shape
-from trainer.recipe.sections import Recipe
+from trainer.recipe.recipe import Recipe
 from trainer.recipe.targets import Targets
 
 FOLDER = Path(__file__).with_name("configs")

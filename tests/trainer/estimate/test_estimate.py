@@ -15,7 +15,7 @@ from trainer.estimate.devices import read_devices
 from trainer.estimate.estimate import DeviceEstimate, estimate_device, memory_on
 from trainer.estimate.memory import Part
 from trainer.estimate.stages import EnginePart, engine_memory
-from trainer.recipe.sections import Recipe
+from trainer.recipe.recipe import Recipe
 
 DEVICES = read_devices()
 GIB = 2**30

@@ -17,7 +17,7 @@ from trainer.estimate.memory import Part, Training
 from trainer.estimate.model_shape import count_model
 from trainer.estimate.stages import stage_memory
 from trainer.model.peft_config import add_adapter
-from trainer.recipe.sections import Recipe
+from trainer.recipe.recipe import Recipe
 from trainer.recipe.targets import Targets
 
 GIB = 2**30

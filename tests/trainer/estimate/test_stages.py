@@ -10,7 +10,7 @@ from tests.trainer.estimate.configs import cpu_device, even_workload, published
 from trainer.estimate.devices import ComputeDevice, read_devices
 from trainer.estimate.memory import Training
 from trainer.estimate.stages import StageMemory, gptq_bytes, stage_memory
-from trainer.recipe.sections import Recipe
+from trainer.recipe.recipe import Recipe
 from trainer.recipe.stage import Stage
 
 DOCS = Path(__file__).parents[3] / "docs" / "estimate.md"

@@ -17,7 +17,7 @@ from trainer.export.merge import merge_adapter
 from trainer.export.verify_merge import compare_weights
 from trainer.model.load import ModelForm, load_model
 from trainer.model.rounding import neighbours
-from trainer.recipe.sections import Quantization
+from trainer.recipe.adapter import Quantization
 
 
 def make_adapter(base: Path, folder: Path, targets: str | list[str] = "all-linear") -> Path:

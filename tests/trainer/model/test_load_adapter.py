@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 from tests.forks import Forks, forking
 from tests.trainer.conftest import make_recipe
 from trainer.model.peft_config import adapter_config, load_adapter
-from trainer.recipe.sections import Method
+from trainer.recipe.adapter import Method
 
 SHAPE = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 KEPT = [True, False, True]

@@ -31,7 +31,7 @@ from trainer.parity.gptq import expand
 from trainer.parity.report import BESIDE_NF4, BESIDE_TRAINED, Made, make_report
 from trainer.parity.scores import load, score
 from trainer.qualification import EngineReading
-from trainer.recipe.sections import Recipe
+from trainer.recipe.recipe import Recipe
 
 pytestmark = pytest.mark.slow
 

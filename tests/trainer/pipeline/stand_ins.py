@@ -18,7 +18,8 @@ from trainer.export.gptq import QuantizeSummary
 from trainer.export.verify_merge import MergeSummary
 from trainer.parity.report import Made
 from trainer.pipeline.stages import Pipeline
-from trainer.recipe.sections import Method, Recipe
+from trainer.recipe.adapter import Method
+from trainer.recipe.recipe import Recipe
 from trainer.recipe.stage import Stage
 from trainer.training.devices import TrainingDevice
 from trainer.training.summary import TrainingSummary

@@ -10,7 +10,7 @@ from tests.trainer.estimate.configs import cpu_device, even_workload, published
 from trainer.base_model.resolve import resolve_base
 from trainer.estimate.estimate import estimate_device
 from trainer.pipeline.estimate import compare_with_real, estimate_metrics
-from trainer.recipe.sections import Method
+from trainer.recipe.adapter import Method
 from trainer.training.summary import TrainingSummary
 
 SUMMARY = TrainingSummary(steps=1, tokens=1, tokens_per_second=1, seconds=9, peak_memory=5)

@@ -19,7 +19,7 @@ from trainer.pipeline.find_base import merged_revision
 from trainer.pipeline.forgetting import judge_forgetting
 from trainer.pipeline.gate import check_gate
 from trainer.pipeline.stages import Pipeline
-from trainer.recipe.sections import Evaluate, Undecided
+from trainer.recipe.evaluate import Evaluate, Undecided
 
 NONE = Interval(value=0.0, low=0.0, high=0.0)
 

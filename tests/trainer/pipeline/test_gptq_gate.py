@@ -19,7 +19,7 @@ from tests.trainer.conftest import make_example
 from trainer.pipeline.gate import check_gate
 from trainer.pipeline.gptq_gate import judge_gptq
 from trainer.qualification import EngineReading, Qualified
-from trainer.recipe.sections import Evaluate, Undecided
+from trainer.recipe.evaluate import Evaluate, Undecided
 
 REFERENCE = "a short line that says what the package is for"
 

@@ -13,7 +13,7 @@ from svc.errors import InterruptedRunError, RecipeError
 from tests.trainer.pipeline.stand_ins import Make, Stages
 from tests.trainer.pipeline.wandb_file import read_offline_runs
 from trainer.pipeline.reports import check_reports, open_reports
-from trainer.recipe.sections import ReportTo
+from trainer.recipe.recipe import ReportTo
 from trainer.recipe.stage import Stage
 
 WANDB, TENSORBOARD, MLFLOW = (ReportTo.WANDB,), (ReportTo.TENSORBOARD,), (ReportTo.MLFLOW,)

@@ -17,7 +17,7 @@ from trainer.base_model.resolve import Base
 from trainer.pipeline.examples import Examples
 from trainer.pipeline.run_folder import Run
 from trainer.pipeline.stage_key import stage_keys
-from trainer.recipe.sections import Recipe
+from trainer.recipe.recipe import Recipe
 from trainer.recipe.stage import Stage
 
 BASE = Base(Path("/base"), "./base", "Apache-2.0", "sha256:0")

@@ -13,7 +13,7 @@ from svc.errors import RecipeError
 from tests.svc.json_values import json_values, mappings_of
 from trainer.recipe.file import load_recipe, recipe_keys
 from trainer.recipe.named_template import NamedTemplate
-from trainer.recipe.sections import Recipe
+from trainer.recipe.recipe import Recipe
 
 GOOD: dict[str, Any] = {"name": "tiny", "base": "org/model", "data": {"train": "t.jsonl", "heldout": "h.jsonl"}}
 Write = Callable[..., Path]

@@ -7,7 +7,7 @@ from typing import Any
 from optuna import TrialPruned
 
 from svc.evaluation.intervals import mean
-from trainer.recipe.sections import Recipe
+from trainer.recipe.recipe import Recipe
 from trainer.sweep.outcome import Status, TrialOutcome
 from trainer.sweep.values import Values, training_key, with_values
 from trainer.sweep.workplace import Watch

@@ -22,7 +22,7 @@ from tests.svc.engine.devices import AVX512
 from tests.trainer.conftest import make_example
 from trainer.pipeline import stages
 from trainer.recipe.file import load_recipe
-from trainer.recipe.sections import Recipe
+from trainer.recipe.recipe import Recipe
 
 pytestmark = pytest.mark.slow
 

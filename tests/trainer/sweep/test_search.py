@@ -10,7 +10,7 @@ from optuna.storages import InMemoryStorage
 from svc.errors import TrainingError
 from tests.trainer.conftest import make_recipe
 from tests.trainer.sweep.fake_trials import TOKENS, FakeTrials, Landscape
-from trainer.recipe.sections import Recipe
+from trainer.recipe.recipe import Recipe
 from trainer.sweep.outcome import Status, TrialComparison, TrialOutcome
 from trainer.sweep.search import DROPOUT, EPOCHS, RANK, RATE, STEPS, TARGETS, Phase, Search
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from svc.engine.machine import Gpu
 from svc.errors import RecipeError
-from trainer.recipe.sections import Train
+from trainer.recipe.train import Train
 from trainer.training.devices import DeviceChoice, Share, TrainingDevice, choose_gpus, choose_processes, divide_step
 
 GIB = 2**30

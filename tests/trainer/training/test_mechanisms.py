@@ -22,7 +22,9 @@ from trainer.model import acceleration as acceleration_module
 from trainer.model.acceleration import Acceleration, Attention, takes_liger_kernels
 from trainer.model.load import ModelForm, load_model
 from trainer.model.peft_config import add_adapter
-from trainer.recipe.sections import Optimizer, Quantization, Recipe
+from trainer.recipe.adapter import Quantization
+from trainer.recipe.recipe import Recipe
+from trainer.recipe.train import Optimizer
 from trainer.training import arguments, sft
 from trainer.training.mechanisms import (
     FirstStep,

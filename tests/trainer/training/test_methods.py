@@ -20,7 +20,8 @@ from trainer.export.merge import merge_adapter, unused_modules
 from trainer.export.verify_merge import verify_full
 from trainer.model.load import ModelForm, load_model
 from trainer.model.peft_config import adapter_config, load_adapter
-from trainer.recipe.sections import AdapterType, Method, Quantization, Recipe
+from trainer.recipe.adapter import AdapterType, Method, Quantization
+from trainer.recipe.recipe import Recipe
 from trainer.training.sft import train_model
 from trainer.training.summary import TrainingData, TrainingSummary
 

@@ -15,7 +15,7 @@ from svc.errors import RecipeError
 from tests.trainer.conftest import losses_of, make_recipe
 from tests.trainer.training.test_resume import train_in, train_until
 from trainer.model.acceleration import choose_acceleration, machine_facts
-from trainer.recipe.sections import Optimizer
+from trainer.recipe.train import Optimizer
 from trainer.training import optimizer as optimizer_module
 from trainer.training.arguments import training_arguments
 from trainer.training.optimizer import check_optimizer, choose_optimizer

@@ -30,7 +30,8 @@ from trainer.callbacks.preemption import Preemption
 from trainer.data.chat_template import load_tokenizer, stop_tokens
 from trainer.data.comparison import Comparison, tokenize_judged
 from trainer.model.load import ModelForm, load_model
-from trainer.recipe.sections import Method, Recipe
+from trainer.recipe.adapter import Method
+from trainer.recipe.recipe import Recipe
 from trainer.training import trainer as trainer_module
 from trainer.training.checkpoints import CheckpointFolder
 from trainer.training.preference import PreferenceTrainer, build_preference_trainer

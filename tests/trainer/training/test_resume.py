@@ -24,7 +24,8 @@ from tests.trainer.conftest import losses_of, make_recipe
 from tests.trainer.uninterrupted import Run, UninterruptedRuns
 from tests.trainer.without_clock import without_clock
 from trainer.callbacks.early_stopping import best_step
-from trainer.recipe.sections import Method, Recipe
+from trainer.recipe.adapter import Method
+from trainer.recipe.recipe import Recipe
 from trainer.training import sft
 from trainer.training import trainer as trainer_module
 from trainer.training.checkpoints import CheckpointFolder

@@ -22,7 +22,8 @@ from svc.errors import InterruptedRunError, TrainingError
 from tests.trainer.conftest import losses_of, make_example, make_recipe, make_tokenizer
 from tests.trainer.model.test_experts import SHAPE
 from tests.trainer.without_clock import without_clock
-from trainer.recipe.sections import Method, Recipe
+from trainer.recipe.adapter import Method
+from trainer.recipe.recipe import Recipe
 from trainer.training.checkpoints import CheckpointFolder
 from trainer.training.device_group import DeviceGroup, devices_of
 from trainer.training.devices import TrainingDevice

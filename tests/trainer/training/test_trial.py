@@ -16,7 +16,8 @@ from tests.trainer.conftest import make_recipe
 from trainer.callbacks.loss_log import HELDOUT_LOSS
 from trainer.data.chat_template import load_tokenizer, stop_tokens, tokenize_examples, tokenize_turns
 from trainer.model.load import load_model
-from trainer.recipe.sections import Method, Recipe
+from trainer.recipe.adapter import Method
+from trainer.recipe.recipe import Recipe
 from trainer.training import loaded_base
 from trainer.training import trial as trial_module
 from trainer.training.loaded_base import LoadedBase

@@ -1,0 +1,78 @@
+"""The training method and the section `adapter`: which weights are trained, and how the others are stored."""
+
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import Field
+
+from trainer.recipe.section import Section
+from trainer.recipe.targets import Targets
+
+
+class AdapterType(StrEnum):
+    """Kind of adapter, which determines how it changes a layer."""
+
+    LORA = "lora"
+    """A low-rank update added to frozen weights (Hu et al. 2021)."""
+    DORA = "dora"
+    """LoRA for the direction of the weights, plus one magnitude per output (Liu et al. 2024)."""
+    ADALORA = "adalora"
+    """LoRA that distributes its ranks among the layers during training (Zhang et al. 2023)."""
+    VERA = "vera"
+    """Two trained vectors per layer, combined with random matrices that all layers share (Kopiczko et al.
+    2023)."""
+
+
+class Quantization(StrEnum):
+    """Number format of the frozen weights during the training of an adapter."""
+
+    NF4 = "nf4"
+    """Quantization to four bits, with quantized scales (Dettmers et al. 2023)."""
+
+
+class Method(StrEnum):
+    """Training method: the common name for an adapter type combined with a quantization of the base. `full`
+    trains all weights.
+    """
+
+    FULL = "full"
+    """Every weight is trained."""
+    LORA = "lora"
+    """Low-rank updates added to frozen weights (Hu et al. 2021)."""
+    QLORA = "qlora"
+    """LoRA on frozen weights stored in 4 bits (Dettmers et al. 2023), which take a quarter of the memory."""
+    DORA = "dora"
+    """LoRA for the direction of the weights, plus one magnitude per output (Liu et al. 2024)."""
+    ADALORA = "adalora"
+    """LoRA that distributes its ranks among the layers during training (Zhang et al. 2023)."""
+    VERA = "vera"
+    """Two trained vectors per layer, combined with random matrices that all layers share (Kopiczko et al.
+    2023)."""
+
+
+MAX_RANK = 1024
+
+
+class Adapter(Section):
+    """Adapter settings, which do not apply to `method: full`."""
+
+    type: AdapterType | None = None
+    """lora, dora, adalora or vera; default: the type implied by `method`"""
+    rank: Annotated[int, Field(ge=1, le=MAX_RANK)] | None = None
+    """rank of the update; a higher rank can learn more but needs more memory; default: 16, or 256 for vera"""
+    alpha: Annotated[int, Field(ge=1)] | None = None
+    """scale of the update, which is multiplied by alpha / rank; default: twice the rank; not used by vera"""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """share of the adapter's inputs that are dropped in each step"""
+    targets: Targets = Targets.ALL_LINEAR
+    """layers that get an adapter: all-linear, attention, or attention-min for query and value only"""
+    rslora: bool = False
+    """scale by alpha / sqrt(rank), so that large ranks learn as fast as small ones; lora and dora only"""
+
+
+UNUSED_KEYS = {AdapterType.VERA: frozenset({"alpha", "rslora"}), AdapterType.ADALORA: frozenset({"rslora"})}
+"""Keys of the `adapter` section that an adapter type does not use."""
+ADAPTER_TYPES = {Method.FULL: None, Method.QLORA: AdapterType.LORA} | {
+    method: AdapterType(method) for method in Method if method not in (Method.FULL, Method.QLORA)
+}
+"""The adapter type that each method implies, or None for a method that trains no adapter."""

@@ -1,0 +1,44 @@
+"""The section `preference`: learning from preferences."""
+
+from enum import StrEnum
+
+from pydantic import Field
+
+from svc.dataset.schema.objective import Objective
+from trainer.recipe.section import Section
+
+
+class DpoLoss(StrEnum):
+    """Loss of DPO for a pair, given the difference of the two answers' log ratios."""
+
+    SIGMOID = "sigmoid"
+    """Negative log-likelihood of the preference (Rafailov et al. 2023, eq. 7)."""
+    IPO = "ipo"
+    """Squared distance from a margin, per token, which overfits less (Azar et al. 2023, eq. 17)."""
+    ROBUST = "robust"
+    """`sigmoid`, corrected for a known share of wrong preferences (Chowdhury et al. 2024)."""
+
+
+class Preference(Section):
+    """Preference tuning with `objective: dpo`, `orpo` or `kto`; see [training](training.md#preferences)."""
+
+    beta: float = Field(0.1, gt=0)
+    """dpo, kto: how strongly the model is held to the one before training, higher is closer; orpo: weight of the
+    preference compared with the likelihood of the better answer"""
+    loss: DpoLoss = DpoLoss.SIGMOID
+    """dpo: sigmoid, ipo, or robust if a known share of the pairs is wrong"""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """dpo with `loss: robust`: share of the pairs whose preference is wrong"""
+    desirable_weight: float = Field(1.0, gt=0)
+    """kto: weight of desirable answers; the ratio of both weights should balance the numbers of answers"""
+    undesirable_weight: float = Field(1.0, gt=0)
+    """kto: weight of undesirable answers"""
+
+
+PREFERENCE_KEYS: dict[Objective, frozenset[str]] = {
+    Objective.SFT: frozenset(),
+    Objective.DPO: frozenset({"beta", "loss", "label_smoothing"}),
+    Objective.ORPO: frozenset({"beta"}),
+    Objective.KTO: frozenset({"beta", "desirable_weight", "undesirable_weight"}),
+}
+"""Keys of the `preference` section that each objective uses."""
