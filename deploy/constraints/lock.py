@@ -34,7 +34,7 @@ Releases = list[tuple[str, str]]
 
 def main() -> None:
     """Resolve and write both constraint sets."""
-    cpu = resolve("train,serve-cpu,monitor,postgres,objects", arguments(chosen_index()), dict(os.environ))
+    cpu = resolve("train,serve-cpu,monitor,postgres,objects,ray", arguments(chosen_index()), dict(os.environ))
     write("cpu", cpu)
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as shared:
         same = named() | ALSO_SHARED
@@ -43,7 +43,7 @@ def main() -> None:
         shared.flush()
         pypi_alone = {name: value for name, value in os.environ.items() if name not in MACHINE_SETTINGS}
         pypi_alone["PIP_CONFIG_FILE"] = os.devnull
-        write("gpu", resolve("train,serve,monitor,postgres,objects", ["--constraint", shared.name], pypi_alone))
+        write("gpu", resolve("train,serve,monitor,postgres,objects,ray", ["--constraint", shared.name], pypi_alone))
 
 
 def named() -> set[str]:
