@@ -19,7 +19,7 @@ from trainer.model.attention import attention_implementation
 from trainer.model.experts import fused_experts
 from trainer.model.layer_shapes import linear_layers, without_weights
 from trainer.model.target_modules import ALL_LINEAR, target_modules
-from trainer.recipe.targets import Targets
+from trainer.recipe.targets import TargetChoice, Targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -114,15 +114,15 @@ class ModelShape:
         return [self.linear[name] for name in self.targets]
 
 
-def read_model_shape(folder: Path, preset: Targets = Targets.ALL_LINEAR) -> ModelShape:
+def read_model_shape(folder: Path, chosen: TargetChoice = Targets.ALL_LINEAR) -> ModelShape:
     """Return the shape of the model that a folder's config.json describes, without reading any weights.
 
     Args:
-        preset: the layers that an adapter changes.
+        chosen: the layers that an adapter changes.
 
     Raises:
         BaseModelError: the config is missing or lacks the model's widths.
-        RecipeError: the model has none of the layers that the preset names.
+        RecipeError: the model lacks these layers.
     """
     config, notes = _read_config(folder)
     try:
@@ -133,7 +133,7 @@ def read_model_shape(folder: Path, preset: Targets = Targets.ALL_LINEAR) -> Mode
             expected="a language model that transformers supports",
             todo="choose another base, or update transformers",
         ) from error
-    return count_model(model, preset, notes)
+    return count_model(model, chosen, notes)
 
 
 def _read_config(folder: Path) -> tuple["PreTrainedConfig", tuple[str, ...]]:
@@ -177,18 +177,18 @@ def _as_llama(path: Path, content: dict[str, Any]) -> tuple["PreTrainedConfig", 
     return config, (note,)
 
 
-def count_model(model: "PreTrainedModel", preset: Targets, notes: tuple[str, ...] = ()) -> ModelShape:
+def count_model(model: "PreTrainedModel", chosen: TargetChoice, notes: tuple[str, ...] = ()) -> ModelShape:
     """Return the shape of a model, which may have been built without weights.
 
     Args:
-        preset: the layers that an adapter changes.
+        chosen: the layers that an adapter changes.
         notes: assumptions to include in the shape's notes.
     """
     from trainer.training.loss import keeps_all_keys
 
     model.tie_weights()
     config, linear, weights = model.config.get_text_config(), linear_layers(model), dict(model.named_parameters())
-    ends = target_modules(model, preset)
+    ends = target_modules(model, chosen)
     all_linear = ends == ALL_LINEAR
     targets = linear if all_linear else [name for name in linear if any(name.endswith(f".{end}") for end in ends)]
     experts = tuple((shape[0], shape[1], shape[2]) for name in fused_experts(model) if (shape := weights[name].shape))

@@ -1,5 +1,4 @@
-"""Resolves which layers of a base model an adapter changes: one of three presets, applied to the names of
-the model's layers.
+"""Resolves which layers of a base model an adapter changes: those of a preset, or those that the recipe names.
 
 Architectures name and fuse their projections differently, so a list of layers for one does not fit
 another. If query, key and value are one layer, as in Phi-3's `qkv_proj`, no preset can separate them,
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from svc.errors import RecipeError
 from trainer.model.layer_shapes import linear_layers
-from trainer.recipe.targets import Targets
+from trainer.recipe.targets import TargetChoice, Targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,7 +21,7 @@ _ATTENTION = re.compile(r"attn|attention")
 _QUERY_OR_VALUE = re.compile(r"(?:^|_)(?:q|v|kv|w?qkv|query|value|attn)(?:_|$)")
 
 
-def target_modules(model: "PreTrainedModel", preset: Targets) -> list[str] | str:
+def target_modules(model: "PreTrainedModel", chosen: TargetChoice) -> list[str] | str:
     """Return the value for PEFT's `target_modules`.
 
     Returns:
@@ -31,24 +30,33 @@ def target_modules(model: "PreTrainedModel", preset: Targets) -> list[str] | str
         returned.
 
     Raises:
-        RecipeError: the model has no layer that matches the preset; the message names the layers it has.
+        RecipeError: the model has no layer that matches the preset or one of the names; the message names the
+            layers it has.
     """
-    if preset is Targets.ALL_LINEAR:
+    if chosen is Targets.ALL_LINEAR:
         return ALL_LINEAR
     layers = set(linear_layers(model))
-    chosen = {name for name in layers if _ATTENTION.search(name.rpartition(".")[0].lower())}
-    if preset is Targets.ATTENTION_MIN:
-        chosen = {name for name in chosen if _QUERY_OR_VALUE.search(_end(name).lower())}
-    if not chosen:
-        names = ", ".join(sorted({_end(name) for name in layers}))
-        raise RecipeError(
-            f"the base model has no layers that match adapter.targets: {preset.value}; its linear layers are "
-            f"{names or 'none'}",
-            expected="query and value projections" if preset is Targets.ATTENTION_MIN else "linear layers in attention",
-            todo=f"set adapter.targets to {Targets.ALL_LINEAR.value!r}",
-        )
-    elsewhere = {_end(name) for name in layers - chosen}
-    return sorted({_end(name, 2 if _end(name) in elsewhere else 1) for name in chosen})
+    if not isinstance(chosen, Targets):
+        if missing := [end for end in chosen if not any(f".{name}".endswith(f".{end}") for name in layers)]:
+            raise _no_layer(f"[{', '.join(missing)}]", layers, expected="names of linear layers except the output head")
+        return sorted(set(chosen))
+    matching = {name for name in layers if _ATTENTION.search(name.rpartition(".")[0].lower())}
+    if chosen is Targets.ATTENTION_MIN:
+        matching = {name for name in matching if _QUERY_OR_VALUE.search(_end(name).lower())}
+    if not matching:
+        expected = "query and value projections" if chosen is Targets.ATTENTION_MIN else "linear layers in attention"
+        raise _no_layer(chosen.value, layers, expected=expected)
+    elsewhere = {_end(name) for name in layers - matching}
+    return sorted({_end(name, 2 if _end(name) in elsewhere else 1) for name in matching})
+
+
+def _no_layer(chosen: str, layers: set[str], *, expected: str) -> RecipeError:
+    names = ", ".join(sorted({_end(name) for name in layers}))
+    return RecipeError(
+        f"the base model has no layers that match adapter.targets: {chosen}; its linear layers are {names or 'none'}",
+        expected=expected,
+        todo=f"set adapter.targets to {Targets.ALL_LINEAR.value!r}",
+    )
 
 
 def _end(name: str, parts: int = 1) -> str:

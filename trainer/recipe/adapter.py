@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import Field
 
 from trainer.recipe.section import Section
-from trainer.recipe.targets import Targets
+from trainer.recipe.targets import TargetChoice, Targets
 
 
 class AdapterType(StrEnum):
@@ -64,8 +64,9 @@ class Adapter(Section):
     """scale of the update, which is multiplied by alpha / rank; default: twice the rank; not used by vera"""
     dropout: float = Field(0.0, ge=0, lt=1)
     """share of the adapter's inputs that are dropped in each step"""
-    targets: Targets = Targets.ALL_LINEAR
-    """layers that get an adapter: all-linear, attention, or attention-min for query and value only"""
+    targets: TargetChoice = Targets.ALL_LINEAR
+    """layers that get an adapter: all-linear, attention, attention-min for query and value only, or a list of layer
+    names such as `[q_proj, v_proj]`"""
     rslora: bool = False
     """scale by alpha / sqrt(rank), so that large ranks learn as fast as small ones; lora and dora only"""
 

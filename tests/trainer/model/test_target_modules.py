@@ -70,3 +70,16 @@ def test_preset_matching_no_layers_is_rejected_listing_the_layers(preset: Target
     assert preset.value in caught.value.wrong
     assert "in_proj, out_proj" in caught.value.wrong
     assert "all-linear" in caught.value.todo
+
+
+def test_listed_layers_are_the_only_ones_with_an_adapter() -> None:
+    targets = target_modules(empty_model("llama"), ("mlp.up_proj", "q_proj"))
+    assert {name.rpartition(".")[2] for name in changed_layers("llama", targets)} == {"q_proj", "up_proj"}
+
+
+@pytest.mark.parametrize("name", ["w_proj", "lm_head"])
+def test_listed_layer_that_the_model_lacks_or_that_is_its_head_is_rejected_listing_the_layers(name: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        target_modules(empty_model("llama"), ("q_proj", name))
+    assert f"[{name}]" in caught.value.wrong
+    assert "k_proj" in caught.value.wrong
