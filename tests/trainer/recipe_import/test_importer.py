@@ -1,0 +1,148 @@
+"""Tests the import of configs that Axolotl and LLaMA-Factory publish as examples (tests/data/recipes)."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from svc.errors import RecipeError
+from trainer.recipe.file import load_recipe
+from trainer.recipe_import.cli import recipe
+from trainer.recipe_import.draft import Effect
+from trainer.recipe_import.importer import ImportedRecipe, import_recipe
+
+EXAMPLES = Path(__file__).parents[2] / "data" / "recipes"
+AXOLOTL = sorted((EXAMPLES / "axolotl").iterdir())
+LLAMA_FACTORY = sorted((EXAMPLES / "llama_factory" / "examples").iterdir())
+
+
+def imported(tmp_path: Path, **content: Any) -> ImportedRecipe:
+    """Import a config of Axolotl with the given keys besides the necessary ones."""
+    config = tmp_path / "Config 1.yml"
+    necessary = {"base_model": "org/base", "datasets": [{"path": "org/data", "type": "chat_template"}]}
+    config.write_text(yaml.safe_dump(necessary | content))
+    return import_recipe(config, tmp_path)
+
+
+def left_out(result: ImportedRecipe) -> set[str]:
+    return {note.key for note in result.notes if note.effect is Effect.LEFT_OUT}
+
+
+@pytest.mark.parametrize("example", [*AXOLOTL, *LLAMA_FACTORY], ids=lambda path: path.stem)
+def test_recipe_imported_from_a_published_example_is_accepted_by_the_trainer(example: Path, tmp_path: Path) -> None:
+    result = import_recipe(example, tmp_path)
+    assert result.refused is None
+    (tmp_path / "recipe.yaml").write_text(result.text())
+    load_recipe(tmp_path / "recipe.yaml")
+
+
+def test_axolotl_lora_example_keeps_its_hyperparameters(tmp_path: Path) -> None:
+    content = import_recipe(EXAMPLES / "axolotl" / "lora-1b.yml", tmp_path).content
+    assert content["base"] == "NousResearch/Llama-3.2-1B"
+    assert content["method"] == "lora"
+    assert content["data"] == {"train": ["hf:teknium/GPT4-LLM-Cleaned"], "heldout_share": 0.1}
+    assert content["adapter"] == {"rank": 16, "alpha": 32, "dropout": 0.05, "targets": "all-linear"}
+    train = content["train"]
+    assert (train["optimizer"], train["learning_rate"], train["schedule"]) == ("adamw-8bit", 0.0002, "cosine")
+    assert (train["batch_size"], train["gradient_accumulation"], train["warmup_ratio"]) == (2, 2, 0.1)
+    assert (train["max_length"], train["too_long"], train["packing"]) == (2048, "drop", True)
+
+
+def test_llama_factory_dpo_example_keeps_its_hyperparameters_and_finds_its_data(tmp_path: Path) -> None:
+    example = EXAMPLES / "llama_factory" / "examples" / "train_lora-qwen3_lora_dpo.yaml"
+    content = import_recipe(example, tmp_path).content
+    assert (content["objective"], content["preference"]) == ("dpo", {"loss": "sigmoid", "beta": 0.1})
+    assert content["data"]["train"] == [str(EXAMPLES / "llama_factory" / "data" / "dpo_en_demo.json")]
+    assert (content["adapter"]["rank"], content["train"]["learning_rate"], content["train"]["epochs"]) == (8, 5e-6, 3)
+
+
+def test_values_that_the_other_tool_would_default_to_are_written_if_ours_differ(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("{model_name_or_path: org/base, dataset: mine}")
+    content = import_recipe(config, tmp_path).content
+    assert content["adapter"]["rank"] == 8
+    train = content["train"]
+    assert (train["epochs"], train["batch_size"], train["learning_rate"], train["max_length"]) == (3, 8, 5e-5, 2048)
+
+
+@given(key=st.from_regex(r"[a-z_]{3,20}", fullmatch=True).filter(lambda key: not key.startswith(("wandb_", "hub_"))))
+def test_key_that_the_importer_does_not_know_is_listed_as_left_out(
+    key: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    result = imported(tmp_path_factory.getbasetemp(), **{f"x{key}": 1})
+    assert f"x{key}" in left_out(result)
+
+
+@pytest.mark.parametrize(
+    ("content", "key"),
+    [
+        ({"optimizer": "muon"}, "optimizer"),
+        ({"adapter": "lora", "lora_modules_to_save": ["embed_tokens"]}, "lora_modules_to_save"),
+        ({"train_on_inputs": True}, "train_on_inputs"),
+        ({"warmup_steps": 10}, "warmup_steps"),
+        ({"special_tokens": {"eos_token": "<end>"}}, "special_tokens.eos_token"),
+        (
+            {"datasets": [{"path": "a.jsonl", "type": "chat_template", "field_messages": "turns"}]},
+            "datasets[0].field_messages",
+        ),
+    ],
+)
+def test_key_without_counterpart_is_listed_as_left_out(content: dict[str, Any], key: str, tmp_path: Path) -> None:
+    assert key in left_out(imported(tmp_path, **content))
+
+
+def test_listed_layers_become_a_preset_if_it_is_equal_and_are_listed_otherwise(tmp_path: Path) -> None:
+    attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    equal = imported(tmp_path, adapter="lora", lora_target_modules=attention)
+    assert equal.content["adapter"]["targets"] == "attention"
+    other = imported(tmp_path, adapter="lora", lora_target_modules=["v_proj", "down_proj"])
+    assert other.content["adapter"]["targets"] == ["down_proj", "v_proj"]
+
+
+def test_warmup_steps_become_a_ratio_if_the_number_of_steps_is_known(tmp_path: Path) -> None:
+    assert imported(tmp_path, warmup_steps=10, max_steps=200).content["train"]["warmup_ratio"] == 0.05
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{"rl": "grpo"}, {"reward_model": True}, {"adapter": "llama-adapter"}, {"processor_type": "AutoProcessor"}],
+)
+def test_config_for_a_task_that_is_not_supported_is_refused(content: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(RecipeError):
+        imported(tmp_path, **content)
+
+
+def test_inconsistent_values_are_imported_with_the_reason_why_the_trainer_refuses_them(tmp_path: Path) -> None:
+    result = imported(tmp_path, sample_packing=True, neftune_noise_alpha=5)
+    assert result.refused is not None
+    assert "train.neftune_alpha" in result.text().splitlines()[1]
+
+
+def test_command_writes_the_recipe_and_lists_what_was_left_out(tmp_path: Path) -> None:
+    config, to = tmp_path / "My Config.yml", tmp_path / "recipe.yaml"
+    config.write_text("{base_model: org/base, datasets: [{path: ./data.jsonl}], optimizer: muon}")
+    result = CliRunner().invoke(recipe, ["import", str(config), "--to", str(to)], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert "  optimizer: muon is not available" in result.output
+    assert load_recipe(to).name == "my-config"
+    again = CliRunner().invoke(recipe, ["import", str(config), "--to", str(to)])
+    assert isinstance(again.exception, RecipeError)
+
+
+def test_command_prints_the_notes_for_machines(tmp_path: Path) -> None:
+    result = CliRunner().invoke(recipe, ["import", str(AXOLOTL[0]), "--json"], catch_exceptions=False)
+    printed = json.loads(result.output)
+    assert printed["refused"] is None
+    assert {note["effect"] for note in printed["notes"]} <= {effect.value for effect in Effect}
+
+
+def test_file_of_no_known_tool_is_refused(tmp_path: Path) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text("name: x")
+    with pytest.raises(RecipeError, match="not a config of a tool"):
+        import_recipe(other, tmp_path)

@@ -1,0 +1,1 @@
+"""Imports recipes of other fine-tuning tools."""

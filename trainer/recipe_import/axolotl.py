@@ -1,0 +1,254 @@
+"""Imports a config of Axolotl (https://docs.axolotl.ai/docs/config-reference.html)."""
+
+from pathlib import Path
+from typing import Any
+
+from svc.dataset.schema.objective import Objective
+from svc.errors import RecipeError
+from trainer.recipe.named_template import NamedTemplate
+from trainer.recipe.preference import DpoLoss
+from trainer.recipe.train import TooLong
+from trainer.recipe_import.common_keys import (
+    PER_GPU,
+    import_dropout,
+    import_method,
+    import_optimizer,
+    import_run,
+    import_schedule,
+    import_targets,
+    import_warmup,
+    source,
+)
+from trainer.recipe_import.draft import Draft
+
+_NOT_NEEDED = (
+    *("bf16", "fp16", "tf32", "float16", "bfloat16", "flash_attention", "attn_implementation", "xformers_attention"),
+    *("sdp_attention", "strict", "plugins", "liger_*", "lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"),
+    *("use_kernels", "output_dir", "logging_steps", "save_strategy", "saves_per_epoch", "evals_per_epoch"),
+    *("eval_strategy", "eval_batch_size", "eval_sample_packing", "eval_table_size", "eval_max_new_tokens"),
+    *("dataset_prepared_path", "dataset_processes", "push_dataset_to_hub", "hub_*", "wandb_*", "mlflow_*", "comet_*"),
+    *("model_type", "tokenizer_type", "is_*_derived_model", "pad_to_sequence_len", "resume_from_checkpoint"),
+    *(
+        "auto_resume_from_checkpoints",
+        "gradient_checkpointing_kwargs",
+        "local_rank",
+        "ddp*",
+        "debug",
+        "torchdistx_path",
+    ),
+    *("save_safetensors", "save_only_model", "save_first_step", "loss_watchdog_*", "remove_unused_columns"),
+    *("shuffle_merged_datasets", "group_by_length", "low_cpu_mem_usage", "chat_template_kwargs", "include_tkps"),
+    *("use_tensorboard", "activation_offloading", "trust_remote_code"),
+)
+_OBJECTIVES = {"dpo": Objective.DPO, "ipo": Objective.DPO, "orpo": Objective.ORPO, "kto": Objective.KTO}
+_OTHER_TASKS = {
+    "reward_model": "a reward model",
+    "process_reward_model": "a process reward model",
+    "pretraining_dataset": "raw text",
+    "processor_type": "images or sound",
+    "diffusion": "a diffusion model",
+    "gptq": "a model that is already quantized",
+    "gptq_model_v1": "a model that is already quantized",
+}
+_TOO_LONG = {"drop": TooLong.DROP, "truncate": TooLong.TRUNCATE, "raise": TooLong.ERROR}
+_ALPACA = "alpaca"
+_DATASET_KEYS = {
+    "path",
+    "type",
+    "split",
+    "name",
+    "data_files",
+    "ds_type",
+    "revision",
+    "trust_remote_code",
+    "chat_template",
+}
+# Values that the readers of `svc.dataset` find by themselves.
+_USUAL_COLUMNS: dict[str, tuple[Any, ...]] = {
+    "field_messages": ("messages", "conversations"),
+    "field_chosen": ("chosen",),
+    "field_rejected": ("rejected",),
+    "field_tools": ("tools",),
+    "message_field_role": ("role", "from"),
+    "message_field_content": ("content", "value"),
+    "message_property_mappings": ({"role": "role", "content": "content"}, {"role": "from", "content": "value"}),
+    "roles_to_train": (["assistant"], ["gpt"], ["assistant", "gpt"]),
+    "train_on_eos": ("turn",),
+    "shuffle": (True,),
+}
+
+
+def is_axolotl(content: dict[str, Any]) -> bool:
+    """Return whether a YAML file is a config of Axolotl."""
+    return "base_model" in content
+
+
+def import_axolotl(draft: Draft, folder: Path) -> None:
+    """Import a config of Axolotl.
+
+    Args:
+        folder: folder of the new recipe.
+
+    Raises:
+        RecipeError: the config trains something other than a text model on examples or preferences.
+    """
+    for key, task in _OTHER_TASKS.items():
+        if draft.content.get(key):
+            raise RecipeError(
+                f"the config trains {task} ({key})", expected="a text model that is trained on examples or preferences"
+            )
+    _import_objective(draft)
+    draft.copy("base_model", "base")
+    _import_data(draft, folder)
+    _import_adapter(draft)
+    _import_train(draft)
+    _import_template(draft)
+    draft.finish(_NOT_NEEDED)
+
+
+def _import_objective(draft: Draft) -> None:
+    kind = draft.take("rl")
+    if kind is None:
+        return
+    if kind not in _OBJECTIVES:
+        raise RecipeError(f"the config trains with `rl: {kind}`", expected=f"one of {', '.join(_OBJECTIVES)}")
+    draft.values["objective"] = _OBJECTIVES[kind].value
+    if kind == "ipo":
+        draft.values["preference.loss"] = DpoLoss.IPO.value
+    draft.copy("rl_beta", "preference.beta")
+    if _OBJECTIVES[kind] is Objective.ORPO:
+        draft.copy("orpo_alpha", "preference.beta")
+    if _OBJECTIVES[kind] is Objective.KTO:
+        draft.copy("kto_desirable_weight", "preference.desirable_weight")
+        draft.copy("kto_undesirable_weight", "preference.undesirable_weight")
+
+
+def _import_data(draft: Draft, folder: Path) -> None:
+    datasets = draft.take("datasets", [])
+    if not isinstance(datasets, list) or not datasets:
+        raise RecipeError("the config names no datasets", expected="a list of `datasets`, each with a path")
+    draft.values["data.train"] = [
+        each for number, dataset in enumerate(datasets) for each in _sources(draft, "datasets", number, dataset, folder)
+    ]
+    if _ALPACA in {str(dataset.get("type")).partition(":")[0] for dataset in datasets if isinstance(dataset, dict)}:
+        draft.content.setdefault("chat_template", _ALPACA)
+        draft.changed(
+            "datasets.type",
+            "alpaca writes prompts under Alpaca's headings, and so does `chat_template: alpaca`, with one introduction "
+            "for examples with and without input; remove it to use the base's own",
+        )
+    _limit(draft, datasets)
+    if tests := draft.take("test_datasets"):
+        draft.values["data.heldout"] = [
+            each
+            for number, dataset in enumerate(tests)
+            for each in _sources(draft, "test_datasets", number, dataset, folder)
+        ]
+    share = draft.take("val_set_size", 0)
+    if share and share < 1:
+        draft.values["data.heldout_share"] = share
+    elif share:
+        draft.leave_out("val_set_size", f"set data.heldout_share to {share} divided by the number of examples")
+    elif not tests:
+        draft.changed("val_set_size", "a tenth of the examples is held out, because every version is evaluated")
+
+
+def _limit(draft: Draft, datasets: list[Any]) -> None:
+    """Import the slice of the only dataset, such as `train[:1000]`. A share of a dataset has no counterpart."""
+    for number, dataset in enumerate(datasets):
+        split = str(dataset.get("split") or "train") if isinstance(dataset, dict) else "train"
+        first = split.partition("[:")[2].rstrip("]")
+        if len(datasets) == 1 and first.isdecimal():
+            draft.values["data.limit"] = int(first)
+        elif "[" in split:
+            draft.leave_out(f"datasets[{number}].split", f"{split}; data.limit sets the number of examples of all data")
+        elif split != "train":
+            draft.leave_out(f"datasets[{number}].split", f"{split}; name its files: hf:ORG/NAME/FILE")
+
+
+def _sources(draft: Draft, key: str, number: int, dataset: Any, folder: Path) -> list[str]:
+    place = f"{key}[{number}]"
+    if not isinstance(dataset, dict) or not isinstance(dataset.get("path"), str):
+        raise RecipeError(f"{place} is {dataset!r:.80}", expected="a dataset with a path")
+    if isinstance(dataset.get("type"), dict) or dataset.get("type") == "completion":
+        draft.leave_out(f"{place}.type", "rewrite the data in one of the formats of docs/data.md")
+    if name := dataset.get("name"):
+        draft.leave_out(f"{place}.name", f"{name}; name the files of this configuration: hf:ORG/NAME/FOLDER")
+    for other in sorted(dataset.keys() - _DATASET_KEYS):
+        if dataset[other] not in (None, *_USUAL_COLUMNS.get(other, ())):
+            draft.leave_out(f"{place}.{other}", "the keys of docs/data.md are read; rename those of the data")
+    files = dataset.get("data_files") or ()
+    files = (files,) if isinstance(files, str) else tuple(files)
+    if dataset["path"] in ("json", "csv", "parquet", "text"):  # the loaders of Hugging Face's datasets
+        return [each for file in files for each in source(file, folder)]
+    return source(dataset["path"], folder, files, dataset.get("revision"))
+
+
+def _import_adapter(draft: Draft) -> None:
+    kind = draft.take("adapter")
+    if kind not in (None, "", "lora", "qlora"):
+        raise RecipeError(f"the config trains with `adapter: {kind}`", expected="lora, qlora or no adapter")
+    four_bit = bool(draft.take("load_in_4bit")) or kind == "qlora"
+    import_method(draft, adapter=bool(kind), dora=bool(draft.take("peft_use_dora")), four_bit=bool(kind) and four_bit)
+    if draft.take("load_in_8bit"):
+        draft.changed("load_in_8bit", "the frozen weights are in 16 bits; method: qlora stores them in 4 bits")
+    names, linear = draft.take("lora_target_modules"), draft.take("lora_target_linear")
+    rank, alpha = draft.take("lora_r"), draft.take("lora_alpha")
+    import_dropout(draft)
+    draft.leave_out_if_set("lora_modules_to_save", "layers other than the adapter's are not trained")
+    if not kind:
+        return
+    for key, value in (("rank", rank), ("alpha", alpha)):
+        if value is not None:
+            draft.values[f"adapter.{key}"] = value
+    if draft.take("peft_use_rslora"):
+        draft.values["adapter.rslora"] = True
+    if names and not linear:
+        import_targets(draft, "lora_target_modules", names)
+    draft.leave_out_if_set("lora_model_dir", "training starts from the base; `base: NAME@N` continues from a version")
+
+
+def _import_train(draft: Draft) -> None:
+    import_run(draft)
+    draft.copy("noisy_embedding_alpha", "train.neftune_alpha")
+    draft.copy("learning_rate", "train.learning_rate")
+    if isinstance(rate := draft.values.get("train.learning_rate"), str):
+        draft.values["train.learning_rate"] = float(rate)
+    draft.copy("num_epochs", "train.epochs")
+    draft.copy("micro_batch_size", "train.batch_size", 1)
+    draft.changed("micro_batch_size", PER_GPU)
+    total = draft.take("batch_size")
+    accumulation = draft.take("gradient_accumulation_steps") or (
+        max(1, total // draft.values["train.batch_size"]) if total else 1
+    )
+    draft.values["train.gradient_accumulation"] = accumulation
+    draft.copy("sequence_len", "train.max_length", 512)
+    draft.values["train.too_long"] = _TOO_LONG[draft.take("excess_length_strategy", "drop")].value
+    draft.copy("sample_packing", "train.packing")
+    draft.copy("early_stopping_patience", "stopping.patience")
+    import_optimizer(draft, "optimizer", "adamw_torch_fused")
+    import_schedule(draft, "lr_scheduler", "cosine")
+    import_warmup(draft, 0.03)
+    draft.leave_out_if_set("train_on_inputs", "only answers are learnt")
+    for key in ("fsdp", "fsdp_config", "fsdp_version", "deepspeed"):
+        if draft.take(key):
+            draft.changed(key, "train.devices and train.sharding decide about several GPUs")
+    if draft.content.get("wandb_project"):
+        draft.values["report_to"] = ["mlflow", "wandb"]
+
+
+def _import_template(draft: Draft) -> None:
+    name, text = draft.take("chat_template"), draft.take("chat_template_jinja")
+    if name in tuple(NamedTemplate):
+        draft.values["chat_template"] = name
+    elif text and str(text).endswith(".jinja"):
+        draft.values["chat_template"] = text
+    elif text:
+        draft.leave_out("chat_template_jinja", "save the template to a file, and set chat_template to ./FILE.jinja")
+    elif name and name != "tokenizer_default":
+        draft.changed("chat_template", f"{name!r} became the base's own template; check that they are the same")
+    special = {key: value for key, value in (draft.take("special_tokens") or {}).items() if value}
+    if other := sorted(special.keys() - {"pad_token"}):
+        draft.leave_out(f"special_tokens.{other[0]}", "the base's own tokens are used")
+    draft.leave_out_if_set("tokens", "new tokens are not trained")
+    draft.leave_out_if_set("eot_tokens", "the template's own end of a turn is learnt")

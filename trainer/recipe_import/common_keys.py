@@ -1,0 +1,139 @@
+"""Values that Axolotl and LLaMA-Factory have in common, because both pass them to transformers and PEFT."""
+
+from pathlib import Path
+from typing import Any
+
+from svc.dataset.readers.source import HUB_PREFIX
+from svc.dataset.schema.objective import Objective
+from trainer.recipe.adapter import AdapterType, Method, Quantization
+from trainer.recipe.targets import Targets
+from trainer.recipe.train import Optimizer, Schedule
+from trainer.recipe_import.draft import Draft
+
+_OPTIMIZERS = {
+    Optimizer.ADAMW: ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused"),
+    Optimizer.ADAMW_8BIT: ("adamw_8bit", "adamw_bnb_8bit", "adamw_torch_8bit"),
+    Optimizer.PAGED_ADAMW: ("paged_adamw", "paged_adamw_32bit"),
+    Optimizer.PAGED_ADAMW_8BIT: ("paged_adamw_8bit",),
+}
+_SCHEDULES = {
+    "linear": Schedule.LINEAR,
+    "cosine": Schedule.COSINE,
+    "constant": Schedule.CONSTANT,
+    "constant_with_warmup": Schedule.CONSTANT,
+}
+_PRESETS = {
+    frozenset({"q_proj", "v_proj"}): Targets.ATTENTION_MIN,
+    frozenset({"q_proj", "k_proj", "v_proj", "o_proj"}): Targets.ATTENTION,
+    frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}): Targets.ALL_LINEAR,
+}
+PER_GPU = "is a number per GPU there, and counts all GPUs together here: multiply it by their number"
+
+
+def import_optimizer(draft: Draft, key: str, default: str) -> None:
+    """Import the optimizer, under the name that transformers gives it."""
+    name = draft.take(key, default)
+    if optimizer := next((ours for ours, names in _OPTIMIZERS.items() if name in names), None):
+        draft.values["train.optimizer"] = optimizer.value
+    else:
+        draft.leave_out(key, f"{name} is not available; adamw is used")
+
+
+def import_schedule(draft: Draft, key: str, default: str) -> None:
+    """Import the learning rate schedule."""
+    name = draft.take(key, default)
+    if schedule := _SCHEDULES.get(name):
+        draft.values["train.schedule"] = schedule.value
+    else:
+        draft.leave_out(key, f"{name} is not available; set train.schedule to one of {', '.join(Schedule)}")
+
+
+def import_warmup(draft: Draft, default: float) -> None:
+    """Import the warmup, which other tools also accept as a number of steps."""
+    ratio, steps, total = draft.take("warmup_ratio"), draft.take("warmup_steps"), draft.values.get("train.steps")
+    if steps and steps < 1:
+        ratio, steps = steps, None
+    if steps and total:
+        ratio = round(steps / total, 4)
+    elif steps:
+        draft.leave_out("warmup_steps", f"set train.warmup_ratio to {steps} divided by the number of steps")
+        return
+    draft.values["train.warmup_ratio"] = default if ratio is None else ratio
+
+
+def import_method(draft: Draft, *, adapter: bool, dora: bool, four_bit: bool) -> None:
+    """Set the training method."""
+    if not adapter:
+        draft.values["method"] = Method.FULL.value
+    elif dora:
+        draft.values["method"] = Method.DORA.value
+        if four_bit:
+            draft.values |= {"quantization": Quantization.NF4.value, "adapter.type": AdapterType.DORA.value}
+    else:
+        draft.values["method"] = (Method.QLORA if four_bit else Method.LORA).value
+
+
+def import_targets(draft: Draft, key: str, names: Any) -> None:
+    """Import the layers that get an adapter, given as a list of names."""
+    if isinstance(names, list) and all(isinstance(name, str) for name in names):
+        preset = _PRESETS.get(frozenset(names))
+        draft.values["adapter.targets"] = preset.value if preset else sorted(set(names))
+    else:
+        draft.leave_out(key, "a pattern for names of layers; list their last parts in adapter.targets")
+
+
+def import_dropout(draft: Draft) -> None:
+    """Import the adapter's dropout, which preferences do not permit. Call this after the method has been imported."""
+    dropout = draft.take("lora_dropout")
+    if not dropout or draft.values["method"] == Method.FULL:
+        return
+    if draft.values.get("objective", Objective.SFT) == Objective.SFT:
+        draft.values["adapter.dropout"] = dropout
+    else:
+        draft.leave_out("lora_dropout", "it would change the compared likelihoods at random")
+
+
+def import_run(draft: Draft) -> None:
+    """Import keys that have the same name and meaning in both tools."""
+    draft.copy("max_steps", "train.steps")
+    if draft.values.get("train.steps", 1) < 1:  # transformers' default is -1
+        del draft.values["train.steps"]
+    draft.copy("weight_decay", "train.weight_decay")
+    draft.copy("max_grad_norm", "train.max_grad_norm")
+    draft.copy("seed", "train.seed")
+    for key, name in (("save_steps", "checkpoints.every_steps"), ("eval_steps", "stopping.every_steps")):
+        steps = draft.take(key)
+        if isinstance(steps, int) and steps >= 1:
+            draft.values[name] = steps
+        elif steps:
+            draft.leave_out(key, f"set {name} to a number of steps")
+    draft.copy("save_total_limit", "checkpoints.keep")
+    if draft.take("load_best_model_at_end"):
+        draft.values["stopping.keep_best"] = True
+    checkpointing = draft.take("gradient_checkpointing")
+    if checkpointing is not None:
+        draft.values["train.gradient_checkpointing"] = bool(checkpointing)
+        if isinstance(checkpointing, str):
+            draft.changed("gradient_checkpointing", f"{checkpointing!r} became true; activations are not moved")
+    draft.copy("neftune_noise_alpha", "train.neftune_alpha")
+
+
+def source(path: str, folder: Path, files: tuple[str, ...] = (), revision: str | None = None) -> list[str]:
+    """Return a data set as sources of a recipe.
+
+    Args:
+        path: an existing file or folder, or else the id of a data set on the hub.
+        folder: folder of the new recipe, to which paths are relative.
+        files: files within the data set; by default all of it.
+    """
+    local = Path(path).expanduser()
+    if local.exists() or path.startswith((".", "/", "~")) or local.suffix:
+        return [beside(local / file, folder) for file in files] or [beside(local, folder)]
+    hub = HUB_PREFIX + path + (f"@{revision}" if revision else "")
+    return [f"{hub}/{file}" for file in files] or [hub]
+
+
+def beside(path: Path, folder: Path) -> str:
+    """Return a path relative to a recipe's folder, or the absolute path if that is outside."""
+    absolute = path.absolute()
+    return f"./{absolute.relative_to(folder)}" if absolute.is_relative_to(folder) else str(absolute)
