@@ -61,6 +61,7 @@ from svc.store.change_listener import ChangeListener
 from svc.store.changes import Changes
 from svc.store.database import is_sqlite
 from svc.store.requests import Dropped
+from svc.store.sqlite_listener import SqliteListener
 
 MAX_BUFFERED_BYTES = 256 * 2**20
 """Memory limit for all answers that are waiting for slow clients. It fits sixteen answers of the largest size, and
@@ -174,6 +175,7 @@ def assemble(
         limiter=RateLimiter(authenticator.principal),
         buffers=AnswerBuffers(max_bytes=MAX_BUFFERED_BYTES),
         changes=VersionChanges(registry, store, deployments.served, settings.model_settings),
+        store_changes=store_changes,
         sources=lambda: [source for each in deployments.all for source in each.pool.sources()],
         status=deployments.status,
         server=leadership.server,
@@ -185,7 +187,7 @@ def assemble(
         ),
     )
     leads = partial(leadership.leads, EVERYTHING)
-    webhooks = [Webhook.of(each, store, metrics.webhooks_ended, leads) for each in settings.webhooks]
+    webhooks = [Webhook.of(each, store, store_changes, metrics.webhooks_ended, leads) for each in settings.webhooks]
     batches = BatchContext(
         store,
         gateway.files,
@@ -201,20 +203,22 @@ def assemble(
         gateway.clean_up_files,
         leadership.run,
         partial(authenticator.follow, store_changes),
-        BatchRunner(batches, leads, deployments.looked.wait).run,
+        BatchRunner(batches, store_changes, leads, deployments.looked.wait).run,
         *(webhook.run for webhook in webhooks),
     ]
     if settings.fine_tuning.bases:
         works.append(gateway.job_creation.run)
-    worker = make_job_worker(settings, registry, store, gateway.files)
+    worker = make_job_worker(settings, registry, store, gateway.files, store_changes)
     if worker is not None:
         works.append(worker.run)
-    if not is_sqlite(store):
-        works.append(ChangeListener(store, store_changes).run)
+    listener = SqliteListener if is_sqlite(store) else ChangeListener
+    works.append(listener(store, store_changes).run)
     return Parts(gateway, deployments, authenticator, leadership, works, worker)
 
 
-def make_job_worker(settings: Settings, registry: Registry, store: Store, files: ClientFiles) -> JobWorker | None:
+def make_job_worker(
+    settings: Settings, registry: Registry, store: Store, files: ClientFiles, changes: Changes
+) -> JobWorker | None:
     """Return the worker that trains fine-tuning jobs on this machine, or None if the settings say that it trains none.
 
     Jobs that clients have created remain in the queue when the bases are removed from the settings.
@@ -223,7 +227,7 @@ def make_job_worker(settings: Settings, registry: Registry, store: Store, files:
     if not tuning.bases or not tuning.worker:
         return None
     results = JobResults(store, files, registry, settings.home / "jobs", tuning.organization)
-    return JobWorker(store, settings, files, complete=results.complete)
+    return JobWorker(store, settings, files, changes, complete=results.complete)
 
 
 def assemble_gateway(
@@ -236,6 +240,7 @@ def assemble_gateway(
     limiter: RateLimiter,
     buffers: AnswerBuffers,
     changes: VersionChanges,
+    store_changes: Changes,
     sources: Callable[[], Sequence[EngineSource]],
     status: Callable[[], Mapping[str, Any]],
     server: str = "",
@@ -245,6 +250,7 @@ def assemble_gateway(
 
     Args:
         changes: object that writes the desired versions.
+        store_changes: changes in the store that are heard of.
         sources: function that returns the engines whose metrics are shown.
         status: function that returns the JSON values of /svc/status.
         server: id of the server; empty if no other server can use the store.
@@ -281,7 +287,7 @@ def assemble_gateway(
     uploading = Uploading(settings.home, min_free_bytes=int(settings.files.min_free_gb * 2**30))
     file_checks = FileChecks(store, files)
     clean_up_files = partial(run_cleanup, files, client_uploads)
-    job_creation = JobCreation(store, files, settings)
+    job_creation = JobCreation(store, files, settings, store_changes)
     draining = asyncio.Event()
     app = build_app(
         gateway,

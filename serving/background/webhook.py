@@ -26,6 +26,7 @@ from sqlalchemy import Engine as Store
 from svc.errors import SettingsError
 from svc.identity.key_file import read_secret
 from svc.settings import WebhookSettings
+from svc.store.changes import Changes
 from svc.store.outage_log import log_store_error
 from svc.store.webhooks import (
     WebhookDelivery,
@@ -59,6 +60,7 @@ class Webhook:
 
     Attributes:
         keys: keys that sign each message; during a rotation, the new and the old one.
+        changes: changes in the store, for which this waits.
         count: called with the outcome of attempts and their number.
         leads: function that returns whether this server sends the messages. Of several servers, only one does.
     """
@@ -66,6 +68,7 @@ class Webhook:
     url: str
     keys: tuple[bytes, ...] = field(repr=False)
     store: Store
+    changes: Changes
     count: Callable[[WebhookOutcome, int], None]
     leads: Callable[[], bool] = lambda: True
 
@@ -74,6 +77,7 @@ class Webhook:
         cls,
         settings: WebhookSettings,
         store: Store,
+        changes: Changes,
         count: Callable[[WebhookOutcome, int], None],
         leads: Callable[[], bool] = lambda: True,
     ) -> Self:
@@ -83,7 +87,7 @@ class Webhook:
             SettingsError: the file with the secrets is unusable.
         """
         keys = read_webhook_keys(settings.secret_file)
-        return cls(url=settings.url, keys=keys, store=store, count=count, leads=leads)
+        return cls(url=settings.url, keys=keys, store=store, changes=changes, count=count, leads=leads)
 
     async def run(self) -> None:
         """Deliver messages until cancelled."""
@@ -92,17 +96,21 @@ class Webhook:
             timeout=_TIMEOUT_S, follow_redirects=False, trust_env=self.url.startswith("https:")
         ) as http:
             while True:
+                count, sent = self.changes.count, True
                 try:
-                    if self.leads():
-                        await self._send_due(http)
+                    sent = self.leads() and await self._send_due(http)
                 except Exception:  # noqa: BLE001 - the boundary of this task, which must not stop the server
                     log_store_error(log, "could not send the webhook messages for %s; retrying", self._receiver)
-                await asyncio.sleep(_POLL_S)
+                if sent:
+                    await asyncio.sleep(_POLL_S)
+                else:
+                    await self.changes.wait(count, _POLL_S)
 
-    async def _send_due(self, http: httpx.AsyncClient) -> None:
+    async def _send_due(self, http: httpx.AsyncClient) -> bool:
+        """Send the messages that are due, and return whether there were any."""
         due = await asyncio.to_thread(due_deliveries, self.store, self.url, _BATCH)
         if not due:
-            return
+            return False
         before = datetime.now(UTC) - MAX_AGE
         dropped = await asyncio.to_thread(drop_deliveries, self.store, self.url, before=before, keep=MAX_PENDING)
         if dropped:
@@ -111,6 +119,7 @@ class Webhook:
             due = await asyncio.to_thread(due_deliveries, self.store, self.url, _BATCH)
         for delivery in due:
             await self._send(http, delivery)
+        return True
 
     async def _send(self, http: httpx.AsyncClient, delivery: WebhookDelivery) -> None:
         retry_after_s = 0.0

@@ -16,6 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from serving.batches.batch_run import BatchContext, BatchRun
 from svc.store.batches import Batch, BatchStatus, read_open_batches
+from svc.store.changes import Changes
 from svc.store.leases import LeaseLostError
 from svc.store.outage_log import log_store_error
 
@@ -32,11 +33,13 @@ class BatchRunner:
     """Runs batches.
 
     Attributes:
+        changes: changes in the store, for which this waits while there is no open batch.
         leads: function that returns whether this server runs batches.
         ready: coroutine function that returns once the server answers requests.
     """
 
     context: BatchContext
+    changes: Changes
     leads: Callable[[], bool]
     ready: Callable[[], Awaitable[object]]
     _clean: bool = field(default=False, init=False)  # whether leftovers have been removed since this server leads
@@ -47,17 +50,20 @@ class BatchRunner:
         await self.ready()
         try:
             while True:
-                await self._step()
-                await asyncio.sleep(_POLL_S)
+                count = self.changes.count
+                if await self._step():
+                    await asyncio.sleep(_POLL_S)
+                else:
+                    await self.changes.wait(count, _POLL_S)
         finally:
             await self._stop()
 
-    async def _step(self) -> None:
-        """Begin open batches, and stop those that their owners have cancelled."""
+    async def _step(self) -> bool:
+        """Begin open batches, and stop those that their owners have cancelled. Return whether there may be any."""
         if not self.leads():
             self._clean = False
             await self._stop()
-            return
+            return False
         try:
             batches = await asyncio.to_thread(read_open_batches, self.context.store)
             if not self._clean:
@@ -65,7 +71,7 @@ class BatchRunner:
                 self._clean = True
         except SQLAlchemyError:
             log_store_error(log, "the batches cannot be read")
-            return
+            return True
         for batch in batches:
             if batch.status is BatchStatus.CANCELLING and batch.id in self._running:
                 self._running[batch.id][0].cancelled.set()
@@ -74,6 +80,7 @@ class BatchRunner:
             task = asyncio.create_task(self._carry_out(run))
             self._running[batch.id] = run, task
             task.add_done_callback(lambda _, id=batch.id: self._running.pop(id))  # type: ignore[misc]
+        return bool(batches)
 
     async def _carry_out(self, run: BatchRun) -> None:
         try:

@@ -43,6 +43,7 @@ from svc.identity.actor import Actor
 from svc.identity.principal import Principal
 from svc.settings import Settings
 from svc.store.audit import Action, AuditEntry
+from svc.store.changes import Changes
 from svc.store.files import ClientFile, FileStatus, Purpose, find_file
 from svc.store.job_requests import (
     JobError,
@@ -119,15 +120,22 @@ class JobCreation:
     """Creates fine-tuning jobs.
 
     Args:
+        changes: changes in the store, for which this waits while no job's files are being checked.
         check: function that checks a recipe.
     """
 
     def __init__(
-        self, store: Store, files: ClientFiles, settings: Settings, check: CheckTraining = check_training
+        self,
+        store: Store,
+        files: ClientFiles,
+        settings: Settings,
+        changes: Changes,
+        check: CheckTraining = check_training,
     ) -> None:
         self._store = store
         self._files = files
         self._settings = settings
+        self._changes = changes
         self._check = check
         self._checks = asyncio.Semaphore(_MAX_CHECKS)
         self._decisions = asyncio.Semaphore(_MAX_CHECKS)  # so that no client waits for an hour
@@ -160,16 +168,21 @@ class JobCreation:
         """Queue or fail the jobs whose files are being checked, until cancelled. Several servers may do so."""
         deciding: dict[str, asyncio.Task[None]] = {}
         while True:
+            count = self._changes.count
             try:
                 jobs = await asyncio.to_thread(read_checking, self._store)
             except SQLAlchemyError:
                 log_store_error(log, "the jobs whose files are being checked cannot be read")
-                jobs = []
+                await asyncio.sleep(_POLL_S)
+                continue
             for job in jobs:
                 if job.id not in deciding:
                     deciding[job.id] = asyncio.create_task(self._decide(job))
                     deciding[job.id].add_done_callback(partial(_remove, deciding, job.id))
-            await asyncio.sleep(_POLL_S)
+            if jobs:
+                await asyncio.sleep(_POLL_S)
+            else:
+                await self._changes.wait(count, _POLL_S)
 
     async def _decide(self, job: Job) -> None:
         try:

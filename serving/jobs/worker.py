@@ -6,6 +6,7 @@ worker that starts takes the job that it has not ended first, and finds the proc
 
 import asyncio
 import logging
+import math
 import platform
 import secrets
 import sys
@@ -29,6 +30,7 @@ from serving.jobs.training_process import TrainingProcess, end_processes
 from svc.client_files.client_files import ClientFiles
 from svc.files.disk import write_whole
 from svc.settings import Settings
+from svc.store.changes import Changes
 from svc.store.job_queue import JobLostError, fail, take_job
 from svc.store.job_requests import JobError
 from svc.store.jobs import Job, JobStatus, find_job
@@ -65,6 +67,7 @@ class JobWorker:
     """Trains fine-tuning jobs on this machine, one at a time.
 
     Args:
+        changes: changes in the store, for which this waits while the queue is empty.
         complete: makes the result of a job that has succeeded, in a thread.
         command: returns the command that trains a recipe.
     """
@@ -74,6 +77,7 @@ class JobWorker:
         store: Store,
         settings: Settings,
         files: ClientFiles,
+        changes: Changes,
         *,
         complete: Complete,
         command: TrainingCommand = training_command,
@@ -81,6 +85,7 @@ class JobWorker:
     ) -> None:
         self._store = store
         self._files = files
+        self._changes = changes
         self._folder = settings.home.resolve() / "jobs"
         self._id = read_worker_id(self._folder)
         self._pace = pace or Pace()
@@ -109,9 +114,10 @@ class JobWorker:
         """
         await asyncio.to_thread(self._end_foreign)
         while True:
+            count = self._changes.count
             job = await self._take()
             if job is None:
-                await asyncio.sleep(self._pace.poll_s)
+                await self._changes.wait(count, self._pace.poll_s, within_s=self._retry_s())
             else:
                 await self._train(job)
 
@@ -169,6 +175,11 @@ class JobWorker:
         now = time.monotonic()
         self._not_before = {id: moment for id, moment in self._not_before.items() if moment > now}
         self._not_before[job.id] = now + self._pace.retry_s
+
+    def _retry_s(self) -> float:
+        """Return the time until the first job that had to wait may be tried again, in seconds."""
+        now = time.monotonic()
+        return min((moment - now for moment in self._not_before.values() if moment > now), default=math.inf)
 
     def _end_foreign(self) -> None:
         """Kill the trainings on this machine whose jobs no longer belong to this worker."""

@@ -9,6 +9,7 @@ Failed attempts are not counted here.
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -141,7 +142,7 @@ class Authenticator:
                         _STALE_S,
                     )
                 self.end_wrong()
-                await changes.wait(count, LOOK_S)
+                await changes.wait(count, LOOK_S, within_s=self._valid_s())
         finally:
             thread.shutdown(wait=False)
 
@@ -153,6 +154,13 @@ class Authenticator:
             except InvalidKeyError as error:
                 del self._grants[hashed]
                 grant.ended.end(error)
+
+    def _valid_s(self) -> float:
+        """Return the time until the next secret with a grant stops being valid by itself, in seconds."""
+        now = self._now()
+        keys = [key for grant in self._grants.values() if (key := self._keys.get(grant.principal.key_id))]
+        ends = [end for key in keys for end in (key.expires_at, key.previous_until) if end is not None and end > now]
+        return (min(ends) - now).total_seconds() if ends else math.inf
 
     def grant(self, secret: str | None) -> Grant:
         """Return the grant for a secret. This uses neither the disk nor the network.

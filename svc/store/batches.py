@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 
 from svc.errors import RefusedError, SvcError
 from svc.store.audit import AuditEntry, append_event
-from svc.store.database import exclusive
+from svc.store.database import announce_change, exclusive
 from svc.store.job_requests import REPEAT_WINDOW
 from svc.store.leases import Lease, require_lease
 from svc.store.page import Page, find_row, read_page
@@ -168,6 +168,7 @@ def create_batch(store: Store, batch: Batch, entry: AuditEntry, *, max_open: int
             )
         session.add(BatchRow.of(batch, status=batch.status.value))
         append_event(session, entry)
+        announce_change(session.connection())
     return batch
 
 
@@ -229,6 +230,7 @@ def cancel_batch(store: Store, id: str, owner: str | None, entry: AuditEntry) ->
         if not status.ended and status is not BatchStatus.CANCELLING:
             row.status, row.cancelling_at = BatchStatus.CANCELLING.value, datetime.now(UTC)
             append_event(session, entry)
+            announce_change(session.connection())
         return row.read(Batch)
 
 

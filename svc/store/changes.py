@@ -1,9 +1,10 @@
 """Lets the tasks of a server wait for changes that other processes make in the store.
 
-Without a listener (`svc.store.change_listener`), as with SQLite, every wait lasts one poll interval.
+Without a listener (`svc.store.change_listener`, `svc.store.sqlite_listener`), every wait lasts one poll interval.
 """
 
 import asyncio
+import math
 import time
 from contextlib import suppress
 
@@ -32,16 +33,17 @@ class Changes:
         """Whether changes are known to be heard of, so that the store need not be read often."""
         return time.monotonic() < self._heard_until
 
-    async def wait(self, count: int, poll_s: float) -> None:
+    async def wait(self, count: int, poll_s: float, *, within_s: float = math.inf) -> None:
         """Wait for a change since the given `count`, but no longer than until the store must be read again.
 
         Args:
             poll_s: longest wait in seconds if changes may not be heard of. Otherwise, it is `FALLBACK_POLL_S`.
+            within_s: longest wait in seconds in both cases, for what has to be done at a certain time.
         """
         if self.count != count:
             return
         with suppress(TimeoutError):
-            async with asyncio.timeout(max(poll_s, FALLBACK_POLL_S) if self.heard else poll_s):
+            async with asyncio.timeout(min(within_s, max(poll_s, FALLBACK_POLL_S) if self.heard else poll_s)):
                 await self._next.wait()
 
     def announce(self) -> None:

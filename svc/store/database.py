@@ -169,7 +169,8 @@ def take_write_lock(connection: Connection) -> None:
 
 
 def announce_change(connection: Connection, echo: str = "") -> None:
-    """Notify the servers that use a PostgreSQL store when the transaction commits. Servers poll an SQLite store.
+    """Notify the servers that use a store when the transaction commits. In SQLite, this increments a number in the
+    file's header, which servers read (svc.store.sqlite_listener); the transaction must hold the write lock.
 
     Call this for every change that a server must carry out immediately.
 
@@ -178,6 +179,13 @@ def announce_change(connection: Connection, echo: str = "") -> None:
     """
     if connection.dialect.name == "postgresql":
         connection.execute(_NOTIFY, {"echo": echo})
+    else:
+        connection.exec_driver_sql(f"PRAGMA user_version = {count_announced(connection) + 1}")
+
+
+def count_announced(connection: Connection) -> int:
+    """Return the number of changes that were announced in an SQLite store."""
+    return int(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
 
 
 def is_sqlite(store: Store) -> bool:

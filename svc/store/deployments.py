@@ -35,7 +35,7 @@ def set_deployments(store: Store, names: Collection[str]) -> None:
 
 def add_deployment(store: Store, name: str) -> None:
     """Add a model to the deployments unless it is already deployed."""
-    with store.begin() as connection:
+    with write_transaction(store) as connection:
         connection.execute(
             upsert(store, DeploymentRow).on_conflict_do_nothing(), {"name": name, "added_at": datetime.now(UTC)}
         )
@@ -44,6 +44,6 @@ def add_deployment(store: Store, name: str) -> None:
 
 def remove_deployment(store: Store, name: str) -> bool:
     """Remove a model from the deployments and return whether it was deployed."""
-    with store.begin() as connection:
+    with write_transaction(store) as connection:
         announce_change(connection)
         return connection.execute(delete(DeploymentRow).where(DeploymentRow.name == name)).rowcount > 0

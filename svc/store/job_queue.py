@@ -19,7 +19,7 @@ from sqlalchemy import Engine as Store
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from svc.store.database import exclusive
+from svc.store.database import announce_change, exclusive
 from svc.store.job_requests import JobError
 from svc.store.jobs import EventLevel, EventType, Job, JobStatus, Wanted, record_event
 from svc.store.leases import database_time
@@ -84,7 +84,7 @@ def take_job(store: Store, worker: str, may_run: Callable[[Job], bool]) -> Job |
         worker: id of the worker, which runs one job at a time.
         may_run: function that returns whether this worker can run a queued job.
     """
-    with Session(store) as session:  # without the write lock, because a worker asks every second
+    with Session(store) as session:  # without the write lock, because an idle worker asks often
         if not _abandoned(session, worker) and _choose(session, worker, may_run) is None:
             return None
     with exclusive(store) as session:
@@ -257,6 +257,7 @@ def _release(session: Session, row: JobRow, message: str, now: datetime) -> None
     elif row.estimated_finish is not None:
         row.estimated_finish = max(row.estimated_finish, now)
     _record_new(session, row.id, message)
+    announce_change(session.connection())  # another worker may take it
 
 
 def _record_new(session: Session, id: str, message: str) -> None:

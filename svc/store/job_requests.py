@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from svc.errors import RefusedError, SvcError
 from svc.store.audit import AuditEntry, append_event
 from svc.store.checkpoint_versions import job_of_checkpoints
-from svc.store.database import exclusive
+from svc.store.database import announce_change, exclusive
 from svc.store.jobs import EventLevel, Job, JobStatus, Wanted, record_event
 from svc.store.page import Page, find_row, read_page
 from svc.store.tables import FileRow, JobRow
@@ -92,6 +92,7 @@ def create_job(
             for message in events:
                 record_event(session, row.id, message)
             append_event(session, entry)
+            announce_change(session.connection())
         return row.read(Job)
 
 
@@ -114,6 +115,7 @@ def queue_checked(store: Store, id: str, *, request: str, recipe: str, training_
             row.request, row.recipe, row.status = request, recipe, JobStatus.QUEUED.value
             row.estimated_finish = _estimate_finish(session, training_s) if row.wanted == Wanted.RUN.value else None
             record_event(session, row.id, event)
+            announce_change(session.connection())
 
 
 def fail_checked(store: Store, id: str, error: JobError) -> None:
@@ -148,6 +150,7 @@ def change_wanted(store: Store, id: str, owner: str | None, wanted: Wanted, entr
             _begin_change(session, row, wanted)
             if entry is not None:
                 append_event(session, entry)
+            announce_change(session.connection())
         return row.read(Job)
 
 

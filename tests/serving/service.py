@@ -41,6 +41,7 @@ from svc.settings import (
     Settings,
     TelemetrySettings,
 )
+from svc.store.changes import Changes
 from svc.version import Format, Target, VersionId
 from tests.serving.admission.opened import admitted
 from tests.serving.engine_double import EngineDouble, running_engine
@@ -116,6 +117,7 @@ def gateway(
         limiter=limiter or RateLimiter(),
         buffers=buffers or AnswerBuffers(max_bytes=MAX_BUFFERED_BYTES),
         changes=VersionChanges(Registry(settings.home / "models", AliasBook()), store, dict, settings.model_settings),
+        store_changes=Changes(),
         sources=sources,
         status=status,
     )

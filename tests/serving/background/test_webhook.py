@@ -25,6 +25,7 @@ from serving.background import webhook
 from serving.background.webhook import MAX_AGE, MAX_DELAY_S, Webhook, delay_s, read_webhook_keys
 from svc.errors import SettingsError
 from svc.settings import WebhookSettings
+from svc.store.changes import Changes
 from svc.store.tables import WebhookDeliveryRow
 from svc.store.webhooks import WebhookOutcome, add_deliveries, due_deliveries
 from tests.new_store import new_store
@@ -158,7 +159,7 @@ async def sending(
         counted[outcome] += number
 
     settings = WebhookSettings(url=url, secret_file=secret_file)
-    task = asyncio.create_task(Webhook.of(settings, store, count, leads).run())
+    task = asyncio.create_task(Webhook.of(settings, store, Changes(), count, leads).run())
     try:
         yield counted
     finally:

@@ -22,7 +22,7 @@ from serving.batches import batch_run, batch_runner, progress
 from serving.batches.batch_runner import MAX_RUNNING, next_batches
 from svc.identity.principal import Limits, Scope
 from svc.store.batches import Batch as StoredBatch
-from svc.store.batches import BatchStatus, find_batch
+from svc.store.batches import BatchStatus, find_batch, read_open_batches
 from svc.store.files import Purpose, find_file
 from svc.store.tables import BatchRow, RequestRow
 from svc.store.usage import usage_since
@@ -382,6 +382,27 @@ async def test_requests_have_the_rights_and_limits_of_the_key(service: BatchServ
         await until(lambda: service.double.running == 4)
         service.double.proceed.set()
         await live
+        assert (await ended(client, id)).status == "completed"
+
+
+async def test_batch_begins_when_its_creation_is_heard_and_the_store_is_not_read_before(
+    service: BatchService, client: AsyncOpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = []
+
+    def read(store: Store) -> list[StoredBatch]:
+        reads.append(store)
+        return read_open_batches(store)
+
+    monkeypatch.setattr(batch_runner, "read_open_batches", read)
+    monkeypatch.setattr("svc.store.changes.FALLBACK_POLL_S", 1000.0)
+    service.changes.trust(1000.0)
+    async with service.running_batches():
+        await until(lambda: reads)
+        await asyncio.sleep(0.2)
+        assert len(reads) == 1
+        id = await create(client, service.add_input(lines(2)))
+        service.changes.announce()
         assert (await ended(client, id)).status == "completed"
 
 

@@ -14,6 +14,7 @@ from sqlalchemy import Engine as Store
 from serving.batches.batch_run import BatchContext
 from serving.batches.batch_runner import BatchRunner
 from svc.store.batches import BatchStatus
+from svc.store.changes import Changes
 from svc.store.files import Purpose
 from tests.serving.http.fine_tuning_service import FineTuningService
 from tests.serving.service import CHAT
@@ -44,6 +45,7 @@ class BatchService(FineTuningService):
     def __init__(self, folder: Path, *, store: Store, **settings: Any) -> None:
         super().__init__(folder, store=store, base=None, **settings)
         self.leads = True
+        self.changes = Changes()
 
     def add_input(self, content: str, *, owner: str = "", **fields: Any) -> str:
         """Add an input file of a client and return its id."""
@@ -64,7 +66,7 @@ class BatchService(FineTuningService):
         context = BatchContext(
             self.store, self.files, self.folder / "batches", self.batch_requests.ask, lambda: None, concurrency
         )
-        runner = BatchRunner(context, lambda: self.leads, lambda: asyncio.sleep(0))
+        runner = BatchRunner(context, self.changes, lambda: self.leads, lambda: asyncio.sleep(0))
         self.running = runner._running
         task = asyncio.create_task(runner.run())
         try:

@@ -23,6 +23,7 @@ from svc.errors import BaseModelError, DataError, NotFoundError, RecipeError
 from svc.identity.principal import Scope
 from svc.settings import Settings
 from svc.store import audit
+from svc.store.changes import Changes
 from svc.store.files import FileStatus, Purpose, remove_file, set_file_status
 from svc.store.jobs import JobCheckpoint, JobStatus, add_checkpoint, add_event, find_job
 from svc.store.tables import JobRow
@@ -455,7 +456,7 @@ async def test_server_decides_waiting_jobs(
     monkeypatch.setattr("serving.jobs.creation._POLL_S", 0.01)
     file = service.add_file(status=FileStatus.UPLOADED)
     job = await client.fine_tuning.jobs.create(model=BASE, training_file=file)
-    running = asyncio.create_task(JobCreation(store, service.files, service.settings, check).run())
+    running = asyncio.create_task(JobCreation(store, service.files, service.settings, Changes(), check).run())
     set_file_status(store, file, FileStatus.PROCESSED)
     await until(lambda: find_job(store, job.id, None).status is JobStatus.QUEUED)
     running.cancel()

@@ -46,7 +46,7 @@ async def test_version_and_metrics_exist_when_the_job_was_paused_and_resumed(
         text = recipe_text(recipe)
         connection.execute(update(JobRow).where(JobRow.id == id).values(recipe=text, name="ft-alice-tiny"))
     settings = home.settings.model_copy(update={"fine_tuning": FineTuningSettings(bases={"small": str(tiny_base)})})
-    worker = make_job_worker(settings, Registry.of(settings), home.store, home.files)
+    worker = make_job_worker(settings, Registry.of(settings), home.store, home.files, home.changes)
     assert worker is not None
     async with home.working(worker):
         await home.until(lambda: any("training loss=" in message for message in home.messages(id)))

@@ -22,7 +22,8 @@ from serving.jobs.job_training import Pace
 from serving.jobs.training_process import TrainingProcess
 from serving.jobs.worker import read_worker_id
 from svc.errors import RegistryError
-from svc.store.jobs import EventType, JobStatus, Wanted, read_events
+from svc.store.job_queue import take_job
+from svc.store.jobs import EventType, Job, JobStatus, Wanted, read_events
 from svc.store.page import Page
 from svc.store.tables import JobRow
 from svc.store.unavailable import StoreUnavailableError
@@ -70,6 +71,27 @@ async def test_training_reads_the_file_of_this_machine_when_another_one_made_the
     async with home.working():
         await home.ended(id)
     assert str(home.folder / "files" / home.file) in (home.job_folder(id) / "recipe.yaml").read_text()
+
+
+async def test_job_is_taken_when_its_creation_is_heard_and_the_queue_is_not_read_before(
+    home: WorkerHome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = []
+
+    def take(*arguments: Any) -> Job | None:
+        reads.append(arguments)
+        return take_job(*arguments)
+
+    monkeypatch.setattr("serving.jobs.worker.take_job", take)
+    monkeypatch.setattr("svc.store.changes.FALLBACK_POLL_S", 1000.0)
+    home.changes.trust(1000.0)
+    async with home.working():
+        await home.until(lambda: bool(reads))
+        await asyncio.sleep(0.2)
+        assert len(reads) == 1
+        id = home.add()
+        home.changes.announce()
+        await home.ended(id)
 
 
 async def test_job_waits_in_the_queue_when_its_file_is_not_on_this_machine(home: WorkerHome) -> None:

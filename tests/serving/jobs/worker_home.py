@@ -25,6 +25,7 @@ from svc.engine.orphans import runs
 from svc.identity.actor import Actor
 from svc.settings import Settings
 from svc.store.audit import Action, AuditEntry
+from svc.store.changes import Changes
 from svc.store.files import Purpose
 from svc.store.job_queue import JobResult
 from svc.store.job_requests import change_wanted, create_job
@@ -58,6 +59,7 @@ class WorkerHome:
     def __post_init__(self) -> None:
         self.files = ClientFiles(self.store, self.folder / "files")
         self.settings = Settings(home=self.folder)
+        self.changes = Changes()
         with self.files.writing() as (id, writer):
             writer.write(b"{}\n")
             self.files.add(id, writer, owner="alice", purpose=Purpose.FINE_TUNE, filename="a.jsonl")
@@ -89,7 +91,7 @@ class WorkerHome:
 
     def worker(self, **options: Any) -> JobWorker:
         values: dict[str, Any] = {"complete": fake_result, "command": fake_command, "pace": PACE} | options
-        return JobWorker(self.store, self.settings, self.files, **values)
+        return JobWorker(self.store, self.settings, self.files, self.changes, **values)
 
     @asynccontextmanager
     async def working(self, worker: JobWorker | None = None) -> AsyncIterator[None]:

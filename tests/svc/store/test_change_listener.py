@@ -1,7 +1,8 @@
-"""Tests that changes in PostgreSQL are heard of, and that the store is polled while they are not."""
+"""Tests that changes in the store are heard of, and that it is polled while they are not."""
 
 import asyncio
 import statistics
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -9,21 +10,27 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from sqlalchemy import Connection, QueuePool, event
 from sqlalchemy import Engine as Store
-from sqlalchemy import event
+from sqlalchemy.exc import OperationalError
 
 from svc.identity.actor import Actor
 from svc.identity.principal import Limits, Principal, Scope
 from svc.settings import RolloutSettings
-from svc.store import change_listener, outage_log
+from svc.store import change_listener, outage_log, sqlite_listener
 from svc.store import changes as changes_module
 from svc.store import postgresql as postgresql_module
 from svc.store.audit import Action, AuditEntry
+from svc.store.batches import Batch, cancel_batch, create_batch
 from svc.store.change_listener import ChangeListener
 from svc.store.changes import Changes
-from svc.store.database import announce_change
+from svc.store.database import announce_change, is_sqlite, take_write_lock
 from svc.store.deployments import add_deployment, remove_deployment, set_deployments
 from svc.store.desired import Desired, change_desired, read_desired
+from svc.store.files import Purpose
+from svc.store.job_queue import release_job, take_job
+from svc.store.job_requests import change_wanted, create_job, queue_checked
+from svc.store.jobs import Job, JobStatus, Wanted
 from svc.store.keys import Key, add_key, replace_secret, revoke_key
 from svc.store.rollouts import (
     RolloutOutcome,
@@ -34,7 +41,10 @@ from svc.store.rollouts import (
     enter_state,
     stop_rollout,
 )
+from svc.store.sqlite_listener import SqliteListener
+from svc.store.usage import Usage, UsageOf, add_usage
 from svc.version import Format, Target, VersionId
+from tests.file_row import add_file_row
 from tests.postgresql import SHARED, PostgresServer
 
 NAME = "tuned"
@@ -47,6 +57,8 @@ LISTENERS = "FROM pg_stat_activity WHERE query = 'LISTEN tuneserve' AND datname 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(change_listener, "_PAUSE_S", 0.05)
+    monkeypatch.setattr(sqlite_listener, "_PAUSE_S", 0.05)
+    monkeypatch.setattr(sqlite_listener, "_INTERVAL_S", 0.01)
     monkeypatch.setattr(outage_log, "_failed_at", {})
 
 
@@ -59,7 +71,8 @@ def store(postgresql: PostgresServer) -> Store:
 async def listening(store: Store) -> AsyncIterator[Changes]:
     """Run a listener while the context is active."""
     changes = Changes()
-    task = asyncio.create_task(ChangeListener(store, changes).run())
+    listener = SqliteListener if is_sqlite(store) else ChangeListener
+    task = asyncio.create_task(listener(store, changes).run())
     try:
         yield changes
         assert not task.done()
@@ -77,7 +90,7 @@ async def until(condition: Callable[[], object]) -> None:
 
 @asynccontextmanager
 async def heard(store: Store) -> AsyncIterator[Changes]:
-    """Run a listener while the context is active, and wait until it has heard its echo."""
+    """Run a listener while the context is active, and wait until changes are heard."""
     async with listening(store) as changes:
         await until(lambda: changes.heard)
         yield changes
@@ -118,6 +131,24 @@ def _nothing(store: Store) -> None:
     pass
 
 
+def _create_batch(store: Store) -> None:
+    now = datetime.now(UTC)
+    add_file_row(store, "file-1", owner="ann", purpose=Purpose.BATCH)
+    batch = Batch("batch-1", "ann", "file-1", "/v1/chat/completions", "24h", now, now)
+    create_batch(store, batch, ENTRY, max_open=1)
+
+
+def _create_job(store: Store, status: JobStatus = JobStatus.QUEUED) -> None:
+    add_file_row(store, "file-1", owner="ann")
+    job = Job("job-1", "ann", "print", "small", "file-1", "{}", "", "bot", datetime.now(UTC), status=status)
+    create_job(store, job, ENTRY, max_jobs=1, training_s=None, events=[])
+
+
+def _take_job(store: Store) -> None:
+    _create_job(store)
+    assert take_job(store, "one", lambda job: True)
+
+
 @pytest.mark.parametrize(
     ("before", "change"),
     [
@@ -138,6 +169,15 @@ def _nothing(store: Store) -> None:
             lambda store: add_key(store, KEY, ENTRY),
             lambda store: revoke_key(store, KEY.id, at=KEY.created_at, entry=ENTRY),
         ),
+        (_nothing, _create_batch),
+        (_create_batch, lambda store: cancel_batch(store, "batch-1", "ann", ENTRY)),
+        (_nothing, _create_job),
+        (
+            lambda store: _create_job(store, JobStatus.VALIDATING_FILES),
+            lambda store: queue_checked(store, "job-1", request="{}", recipe="", training_s=1.0, event="queued"),
+        ),
+        (_create_job, lambda store: change_wanted(store, "job-1", "ann", Wanted.PAUSE)),
+        (_take_job, lambda store: release_job(store, "job-1", "one", "interrupted")),
     ],
     ids=[
         "promotion",
@@ -151,20 +191,29 @@ def _nothing(store: Store) -> None:
         "new key",
         "rotated key",
         "revoked key",
+        "new batch",
+        "cancelled batch",
+        "new job",
+        "checked job",
+        "paused job",
+        "returned job",
     ],
 )
-async def test_change_is_heard(store: Store, before: Callable[[Store], Any], change: Callable[[Store], Any]) -> None:
-    before(store)
-    async with heard(store) as changes:
+async def test_change_is_heard(
+    any_store: Store, before: Callable[[Store], Any], change: Callable[[Store], Any]
+) -> None:
+    before(any_store)
+    async with heard(any_store) as changes:
         count = changes.count
-        await asyncio.to_thread(change, store)
+        await asyncio.to_thread(change, any_store)
         await until(lambda: changes.count > count)
 
 
-async def test_change_that_is_rolled_back_is_not_heard(store: Store) -> None:
-    async with heard(store) as changes:
+async def test_change_that_is_rolled_back_is_not_heard(any_store: Store) -> None:
+    async with heard(any_store) as changes:
         count = changes.count
-        with store.connect() as connection:
+        with any_store.connect() as connection:
+            take_write_lock(connection)
             announce_change(connection)
             connection.rollback()
         await asyncio.sleep(0.1)
@@ -262,3 +311,46 @@ def test_change_in_sqlite_sends_no_notification(sqlite_store: Store) -> None:
     event.listen(sqlite_store, "before_cursor_execute", lambda *arguments: sent.append(arguments[2]))
     promote(sqlite_store)
     assert not [statement for statement in sent if "notify" in statement.lower()]
+
+
+async def test_change_in_sqlite_is_heard_within_a_third_of_a_second(
+    sqlite_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    async with heard(sqlite_store) as changes:
+        count, began = changes.count, time.monotonic()
+        await asyncio.to_thread(promote, sqlite_store)
+        await changes.wait(count, 5.0)
+        assert time.monotonic() - began < 0.35
+
+
+async def test_rows_of_requests_in_sqlite_are_not_changes(sqlite_store: Store) -> None:
+    async with heard(sqlite_store) as changes:
+        count = changes.count
+        await asyncio.to_thread(add_usage, sqlite_store, {UsageOf(datetime.now(UTC), "abcd0123", NAME): Usage(1, 2, 3)})
+        await asyncio.sleep(0.1)
+        assert changes.count == count
+
+
+async def test_sqlite_is_polled_until_it_can_be_read_again(
+    sqlite_store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(connection: Connection) -> int:
+        raise OperationalError("PRAGMA", {}, OSError("disk I/O error"))
+
+    async with heard(sqlite_store) as changes:
+        with monkeypatch.context() as patch:
+            patch.setattr(sqlite_listener, "count_announced", fail)
+            await until(lambda: not changes.heard)
+        await until(lambda: changes.heard)
+        count = changes.count
+        await asyncio.to_thread(promote, sqlite_store)
+        await until(lambda: changes.count > count)
+    assert "could not listen for changes in the store" in caplog.text
+
+
+async def test_connections_of_the_pool_stay_free_while_sqlite_is_listened_to(sqlite_store: Store) -> None:
+    async with heard(sqlite_store):
+        assert isinstance(sqlite_store.pool, QueuePool)
+        assert sqlite_store.pool.checkedout() == 0
+    await until(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("changes")])

@@ -47,6 +47,13 @@ async def test_wait_ends_after_the_fallback_interval_when_no_change_is_heard(mon
         await changes.wait(changes.count, SHORT_S)
 
 
+async def test_wait_ends_in_time_when_changes_are_heard_and_something_is_due() -> None:
+    changes = Changes()
+    changes.trust(LONG_S)
+    async with asyncio.timeout(SOON_S):
+        await changes.wait(changes.count, LONG_S, within_s=SHORT_S)
+
+
 async def test_poll_interval_applies_again_when_trust_has_expired() -> None:
     changes = Changes()
     changes.trust(SHORT_S)
