@@ -30,7 +30,7 @@ from svc.settings import Settings
 from svc.store.gate_rows import GATE_ROWS, GateRow, GateVerdict
 from svc.store.rollouts import RolloutOutcome
 from svc.store.swaps import SwapOutcome, SwapResult
-from svc.version import Format, Target, VersionId
+from svc.version import SERVED_FORMATS, Format, Target, VersionId
 
 _COLLECTED_AFTER = 10_000
 """Number of container allocations between two garbage collections. A request makes about a hundred such
@@ -39,7 +39,7 @@ allocations, and nearly all of them are freed without a collection."""
 _format_option = click.option(
     "--format",
     "format_name",
-    type=click.Choice([Format.GPTQ.value, Format.MERGED.value, Format.ADAPTER.value]),
+    type=click.Choice([format.value for format in (*SERVED_FORMATS, Format.ADAPTER)]),
     help="Format to serve; `adapter` can serve many versions on one base model.",
 )
 

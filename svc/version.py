@@ -17,6 +17,14 @@ class Format(StrEnum):
     ADAPTER = "adapter"
     MERGED = "merged"
     GPTQ = "gptq"
+    INT8 = "int8"
+    FP8 = "fp8"
+
+
+QUANTIZED_FORMATS = (Format.GPTQ, Format.INT8, Format.FP8)
+"""Formats that are quantized from the merged model."""
+SERVED_FORMATS = (*QUANTIZED_FORMATS, Format.MERGED)
+"""Formats with complete models, in the order in which a server prefers them."""
 
 
 class Alias(StrEnum):

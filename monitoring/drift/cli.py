@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from monitoring.drift.check import DriftCheck
     from svc.registry.registry import Registry
     from svc.store.leases import Lease
-    from svc.version import Target
+    from svc.version import SERVED_FORMATS, Target
 
 
 @click.command()
@@ -80,7 +80,7 @@ def _target(registry: "Registry", store: "Store", model: str) -> "Target":
     The format is the one in which the version is or was last served, or else the preferred format.
     """
     from svc.store.desired import read_desired
-    from svc.version import Format, Target
+    from svc.version import Target
 
     version = registry.resolve(model)
     desired = read_desired(store, version.name)
@@ -89,11 +89,11 @@ def _target(registry: "Registry", store: "Store", model: str) -> "Target":
             if target is not None and ("@" not in model or target.version == version):
                 return target
     formats = registry.manifest(version).formats
-    served = [format for format in (Format.GPTQ, Format.MERGED) if format in formats]
+    served = [format for format in SERVED_FORMATS if format in formats]
     if not served:
         raise NotFoundError(
-            f"{version} was never served and has neither gptq nor merged weights",
-            expected="a version that was served, or one with a merged or gptq format",
+            f"{version} was never served and has no format with complete weights",
+            expected="a version that was served, or one with a merged or quantized format",
             todo="run `svc models` to see versions with their formats",
         )
     return Target(version, served[0])

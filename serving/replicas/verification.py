@@ -19,7 +19,7 @@ from svc.registry.adapter import AdapterFacts, read_adapter
 from svc.registry.registry import Registry
 from svc.settings import AdapterSettings
 from svc.store.retaken_probes import find_retaken_probes, keep_retaken_probes
-from svc.version import Format, Target, VersionId
+from svc.version import SERVED_FORMATS, Format, Target, VersionId
 
 log = logging.getLogger(__name__)
 
@@ -156,9 +156,9 @@ class Verification:
         return await _compared(adapter, known)
 
     async def _reference(self, target: Target) -> tuple[Probe, ...]:
-        """Return the recorded probes of the version's merged format, or else of its gptq format."""
+        """Return the recorded probes of the version's merged format, or else of a quantized one."""
         formats = (await asyncio.to_thread(self.registry.manifest, target.version)).formats
-        recorded = (formats[format].probes for format in (Format.MERGED, Format.GPTQ) if format in formats)
+        recorded = (formats[format].probes for format in reversed(SERVED_FORMATS) if format in formats)
         return next((probes for probes in recorded if probes), ())
 
     async def has_probes(self, target: Target) -> bool:

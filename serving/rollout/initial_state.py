@@ -14,9 +14,7 @@ from svc.store.audit import Action, AuditEntry
 from svc.store.deployments import deployed_names, set_deployments
 from svc.store.desired import Desired, change_desired, desired_names, read_desired
 from svc.store.leases import LEASE_S, running_servers
-from svc.version import Format, Target, VersionId
-
-_PREFERRED = (Format.GPTQ, Format.MERGED)
+from svc.version import SERVED_FORMATS, Format, Target, VersionId
 
 
 def choose_deployments(
@@ -86,8 +84,8 @@ def choose_desired(
 
     Args:
         model: NAME, NAME@N or NAME@alias.
-        format: the format to serve. None selects the format that was served last, or else GPTQ if the version
-            has it.
+        format: the format to serve. None selects the format that was served last, or else the
+            first of `SERVED_FORMATS` that the version has.
         fixed: whether the desired state must not change, because other servers follow it.
 
     Raises:
@@ -131,7 +129,7 @@ def servable_targets(registry: Registry, version: VersionId) -> list[Target]:
     base can share its engine. Empty if the version does not exist.
     """
     targets = list[Target]()
-    for format in (Format.ADAPTER, *_PREFERRED):
+    for format in (Format.ADAPTER, *SERVED_FORMATS):
         with suppress(NotFoundError, RefusedError, IntegrityError):
             require_servable(registry, Target(version, format))
             targets.append(Target(version, format))
@@ -180,11 +178,11 @@ def _only_name(registry: Registry, store: Store) -> str:
 
 def _best_format(registry: Registry, version: VersionId) -> Format:
     formats = registry.manifest(version).formats
-    for format in _PREFERRED:
+    for format in SERVED_FORMATS:
         if format in formats:
             return format
     raise NotFoundError(
         f"{version} has no format that can be served without a base",
-        expected=f"{' or '.join(_PREFERRED)}; it has {', '.join(formats)}",
+        expected=f"{' or '.join(SERVED_FORMATS)}; it has {', '.join(formats)}",
         todo=f"serve it as an adapter of its base: --format {Format.ADAPTER}" if Format.ADAPTER in formats else "",
     )

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from svc.errors import EngineError
 from svc.files.disk import write_whole
 from svc.settings import Device, EngineSettings, GptqKernel
+from svc.version import Format
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ _WITHOUT_BFLOAT16 = frozenset({"AVX512_CORE", "AVX512_CORE_VNNI"})
 _BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 _X86 = ("x86_64", "AMD64")
 _GPU_CHOICE = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
-_QUESTION = 2
+_QUESTION = 3
 """Version of the query to torch and vLLM. Results cached by other versions are ignored."""
 _VECTORS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "sve", "asimd")
 """CPU flags that determine which kernels run, widest instructions first."""
@@ -85,6 +86,9 @@ class DeviceCapabilities(BaseModel):
         engine_device: device for which vLLM is built.
         vllm_gptq: whether vLLM itself can multiply by 4-bit weights here. Its library for CPUs without
             AVX-512 cannot: a 4-bit model would load, but the first request would crash the engine.
+        vllm_int8: whether vLLM can multiply by INT8 weights here.
+        vllm_fp8: whether vLLM has a kernel for FP8 weights here. Without one, a CPU still computes with them, but
+            slowly, and vLLM does not start on a GPU.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -95,6 +99,8 @@ class DeviceCapabilities(BaseModel):
     vllm: str
     engine_device: Device
     vllm_gptq: bool
+    vllm_int8: bool
+    vllm_fp8: bool
 
     @property
     def training_device(self) -> Device:
@@ -151,6 +157,28 @@ class DeviceCapabilities(BaseModel):
                 else "use another device; a version trained elsewhere can be served here with --format merged",
             )
         return chosen
+
+    def check_eight_bits(self, format: Format, settings: EngineSettings) -> str:
+        """Check that an engine can serve a version in an 8-bit format, and return a warning if it is slow there.
+
+        Args:
+            format: INT8 or FP8.
+
+        Returns:
+            The warning, or an empty string.
+
+        Raises:
+            EngineError: vLLM cannot serve the format on this device.
+        """
+        if self.vllm_int8 if format is Format.INT8 else self.vllm_fp8:
+            return ""
+        if format is Format.FP8 and self.device(settings) is Device.CPU:
+            return f"vLLM {self.vllm} has no fp8 kernel for {self.hardware(settings)} and decodes slowly; int8 is fast"
+        raise EngineError(
+            f"vLLM {self.vllm} has no {format} kernel for {self.hardware(settings)}",
+            expected="a GPU with compute capability 7.5 or higher (Turing), or a CPU",
+            todo=f"remove {format} from `formats`, or train on a machine like the one that will serve it",
+        )
 
     def gptq_multiple(self, settings: EngineSettings) -> int:
         """Return the number of which a 4-bit layer's input and output sizes must be multiples.
@@ -281,28 +309,35 @@ def _ask() -> DeviceCapabilities:
             # By default torch also returns True if it emulates.
             bfloat16=torch.cuda.is_bf16_supported(including_emulation=False),
         )
-    # Pascal is the minimum of vLLM's kernels for GPTQ on a GPU.
-    cuda_gptq = gpu is not None and gpu.compute_capability >= (6, 0)
+    if device is Device.CPU:
+        gptq, int8, fp8 = _vllm_cpu_kernels()
+    else:
+        # vLLM's kernels for GPTQ need a Pascal GPU, those for 8 bits a Turing GPU.
+        gptq, int8, fp8 = (gpu is not None and gpu.compute_capability >= least for least in ((6, 0), (7, 5), (7, 5)))
     return DeviceCapabilities(
         instruction_set=_instruction_set(torch.backends.cpu.get_cpu_capability()),
         cpu_bfloat16=bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and not _emulates_bfloat16(),
         gpu=gpu,
         vllm=number,
         engine_device=device,
-        vllm_gptq=_vllm_has_cpu_gptq() if device is Device.CPU else cuda_gptq,
+        vllm_gptq=gptq,
+        vllm_int8=int8,
+        vllm_fp8=fp8,
     )
 
 
-def _vllm_has_cpu_gptq() -> bool:
-    """Return whether vLLM's library contains the 4-bit operator for CPUs.
+def _vllm_cpu_kernels() -> tuple[bool, bool, bool]:
+    """Return whether vLLM's library contains the CPU operators for 4-bit, INT8 and FP8 weights.
 
-    The kernel class cannot be asked, because it claims to support any CPU.
+    The kernel classes of the first two cannot be asked, because they claim to support any CPU.
     """
     import torch
     from vllm.platforms import current_platform
 
     current_platform.import_kernels()
-    return hasattr(torch.ops._C, "cpu_gemm_wna16")
+    operators = torch.ops._C
+    fp8 = hasattr(operators, "cpu_has_amx_fp8") and bool(operators.cpu_has_amx_fp8())
+    return hasattr(operators, "cpu_gemm_wna16"), hasattr(operators, "onednn_scaled_mm"), fp8
 
 
 def _emulates_bfloat16() -> bool:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from svc.evaluation.intervals import Interval
 from svc.sample_size import Z_INTERVAL, about, detectable_loss, examples_needed
+from svc.version import Format
 
 _MAX_EXAMPLES = 1_000_000
 """Largest number of examples to recommend. Larger sets are impractical."""
@@ -29,7 +30,7 @@ class GateOutcome(StrEnum):
 
 class Gate(StrEnum):
     """The kinds of loss that can be limited, named after the keys of their limits in the recipe's `evaluate`
-    section.
+    section. The limits with `gptq` in their names apply to every quantized format.
     """
 
     GPTQ_LOSS = "max_gptq_loss"
@@ -88,12 +89,14 @@ class GateReport(_Record):
         measured: text with the figures before and after.
         limit: text with the recipe's key for the margin and, for a relative margin, the figure it is a share
             of.
+        format: the format whose loss was measured, or None in versions of releases that only had GPTQ.
     """
 
     gate: Gate
     measured: str
     limit: str
     verdict: Verdict
+    format: Format | None = None
 
     def __str__(self) -> str:
         verdict = self.verdict

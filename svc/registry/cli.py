@@ -173,8 +173,8 @@ def _show_parity(registry: Registry, manifest: Manifest, *, as_json: bool) -> No
     if manifest.parity is None:
         raise NotFoundError(
             f"{manifest.id} has no parity report",
-            expected="a version with a merged or GPTQ format",
-            todo="train it again with the format merged or gptq",
+            expected="a version with a format that is a complete model",
+            todo="train it again with the format merged, for example",
         )
     if as_json:
         print_json(manifest.parity.model_dump(mode="json"))

@@ -35,6 +35,9 @@ _QUANTIZATION_DEFAULTS: dict[str, Any] = {
     "lm_head": False,
     "dynamic": None,
 }
+_COMPRESSED_TENSORS = "compressed-tensors"
+_COMPRESSED_FIELDS = ("quant_method", "format", "config_groups", "ignore", "kv_cache_scheme")
+"""The corresponding fields of the compressed-tensors layout, which have no defaults."""
 _HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 _VOCABULARY_FILES = ("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "add_bos_token", "add_eos_token")
@@ -120,6 +123,8 @@ def normal_quantization(config: dict[str, Any] | None) -> dict[str, Any] | None:
     """
     if config is None:
         return None
+    if config.get("quant_method") == _COMPRESSED_TENSORS:
+        return {key: config.get(key) for key in _COMPRESSED_FIELDS}
     normal = {key: config.get(key, default) for key, default in _QUANTIZATION_DEFAULTS.items()}
     normal["dynamic"] = normal["dynamic"] or None
     return normal

@@ -96,7 +96,7 @@ def print_parity(report: ParityReport, page: Path) -> None:
 
 
 def evaluation_table(manifest: Manifest) -> Table:
-    """Return a table that compares the quality, size and speed of the base, merged and GPTQ models.
+    """Return a table that compares the quality, size and speed of the base, merged and quantized models.
 
     Metrics are shown with 95 % intervals, primary metric first.
     """

@@ -12,7 +12,7 @@ from svc.evaluation.metrics.labels import MacroF1
 from svc.evaluation.metrics.metric import Answered, Better, Metric, Unit
 from svc.evaluation.metrics.tokens import CutOff, Nll, Perplexity
 from svc.evaluation.results import ExampleResult
-from svc.version import Format
+from svc.version import SERVED_FORMATS, Format
 
 BASE = "base"
 """Name used for the base model. All other models are named after their formats."""
@@ -73,8 +73,8 @@ class Judged:
 
     @property
     def tuned(self) -> str | None:
-        """Return the format that represents the version, preferring merged to GPTQ. None if neither was evaluated."""
-        return next((format for format in (Format.MERGED, Format.GPTQ) if format in self.evaluations), None)
+        """Return the format that represents the version, merged if possible. None if none was evaluated."""
+        return next((format for format in reversed(SERVED_FORMATS) if format in self.evaluations), None)
 
     @cached_property
     def rows(self) -> tuple[MetricRow, ...]:
@@ -92,11 +92,11 @@ class Judged:
 
     @cached_property
     def verdicts(self) -> tuple[ModelComparison, ...]:
-        """Return a comparison of each format with the base, followed by a comparison of GPTQ with merged."""
+        """Return a comparison of each format with the base, then of each quantized format with merged."""
         formats = [model for model in self.evaluations if model != BASE]
         pairs = [(format, BASE) for format in formats if BASE in self.evaluations]
-        if {Format.MERGED, Format.GPTQ} <= set(formats):
-            pairs.append((Format.GPTQ.value, Format.MERGED.value))
+        if Format.MERGED in formats:
+            pairs += [(format, Format.MERGED.value) for format in formats if format != Format.MERGED]
         return tuple(self._verdict(model, other) for model, other in pairs)
 
     def _verdict(self, model: str, other: str) -> ModelComparison:

@@ -19,7 +19,7 @@ from svc.registry.run_record import RUN_RECORD_FILE, RunRecord
 from svc.report.confusion import ConfusionMatrix, confusion_matrix
 from svc.report.judged import BASE, Judged
 from svc.store.rollouts import RolloutView, read_rollouts
-from svc.version import Format, VersionId
+from svc.version import SERVED_FORMATS, VersionId
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ def _judged(registry: Registry, manifest: Manifest) -> Judged:
     if manifest.base_evaluation:
         evaluations[BASE] = manifest.base_evaluation
         results[BASE] = registry.base_results(manifest.id)
-    for format in (Format.MERGED, Format.GPTQ):
+    for format in reversed(SERVED_FORMATS):
         record = manifest.formats.get(format)
         if record and record.evaluation:
             evaluations[format] = record.evaluation

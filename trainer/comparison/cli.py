@@ -8,6 +8,7 @@ import click
 
 from svc.errors import SettingsError
 from svc.invocation import json_option, print_json, settings_of
+from svc.version import SERVED_FORMATS
 
 if TYPE_CHECKING:
     from svc.evaluation.endpoint import Endpoint
@@ -26,8 +27,8 @@ _RENEW = "ask its issuer to replace it"
 )
 @click.option(
     "--format",
-    type=click.Choice(["merged", "gptq"]),
-    help="Format to use for versions.  [default: gptq if the version has it]",
+    type=click.Choice([format.value for format in SERVED_FORMATS]),
+    help="Format to use for versions.  [default: the one that a server prefers]",
 )
 @click.option(
     "--max-tokens",

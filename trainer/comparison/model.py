@@ -14,7 +14,7 @@ from svc.model_folder.chat_template import (
 from svc.registry.manifest import Manifest
 from svc.registry.registry import Registry
 from svc.settings import Settings
-from svc.version import Format
+from svc.version import SERVED_FORMATS, Format
 from trainer.base_model.checks import has_chat_template
 from trainer.base_model.other_template import folder_with_template, revision_with_template
 from trainer.base_model.pypi_wheel import KNOWN
@@ -54,7 +54,7 @@ def find_model(text: str, registry: Registry, settings: Settings, *, format: For
     Args:
         text: an endpoint (https://HOST/v1#MODEL); `NAME`, `NAME@N` or `NAME@alias`; or a base as in a
             recipe.
-        format: format of a version; if None, GPTQ is used if the version has it, as in serving.
+        format: format of a version; if None, the one that a server prefers.
         key: key for an endpoint.
 
     Raises:
@@ -107,11 +107,11 @@ def asked_alike(base: Model, other: Model, cache: Path) -> Model:
 
 
 def _version(manifest: Manifest, registry: Registry, format: Format | None) -> LocalModel:
-    comparable = [format for format in (Format.GPTQ, Format.MERGED) if format in manifest.formats]
+    comparable = [format for format in SERVED_FORMATS if format in manifest.formats]
     chosen = format or next(iter(comparable), None)
     if chosen not in comparable:
         expected = (
-            f"one of {', '.join(comparable)}" if comparable else "merged or gptq, because adapters cannot be compared"
+            f"one of {', '.join(comparable)}" if comparable else "a complete model, because adapters cannot be compared"
         )
         raise NotFoundError(
             f"{manifest.id} has no format {chosen or 'that contains a complete model'}",

@@ -12,13 +12,13 @@ from pathlib import Path
 
 from svc.engine.machine import Machine
 from svc.errors import DiskSpaceError, InsufficientMemoryError
-from svc.version import Format
+from svc.version import QUANTIZED_FORMATS, Format
 from trainer.estimate.advice import Changes, advise, as_text
 from trainer.estimate.estimate import Estimate, estimate_device
 from trainer.estimate.stages import StageMemory
 from trainer.recipe.stage import Stage
 
-_FEWER_FORMATS = (Format.MERGED, Format.GPTQ, Format.ADAPTER)
+_FEWER_FORMATS = (Format.MERGED, Format.GPTQ, Format.INT8, Format.ADAPTER)
 _ANYWAY = "to start the run anyway, use --anyway"
 
 
@@ -90,7 +90,7 @@ def _other_formats(estimate: Estimate, machine: Machine) -> str:
     recipe, device = estimate.recipe, estimate.here.device
     for format in _FEWER_FORMATS if recipe.adapter_type else _FEWER_FORMATS[:-1]:
         changes: Changes = {"formats": [format]}
-        if format is Format.GPTQ and recipe.evaluate.general is not False:
+        if format in QUANTIZED_FORMATS and recipe.evaluate.general is not False:
             changes["evaluate.general"] = False  # with general questions, an engine must hold the base too
         changed = recipe.changed(changes)
         # The minimum of stages after training does not depend on the length of a sequence.

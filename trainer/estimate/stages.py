@@ -89,11 +89,14 @@ def stage_memory(
                 need = _engine(training, whole, served_length)
             case Stage.QUANTIZE:
                 need = _quantize(training, workload.mean_length)
-            case Stage.QUALIFY:
+            case Stage.QUANTIZE_INT8 | Stage.QUANTIZE_FP8:
+                need = _round(training)
+            case Stage.QUALIFY | Stage.QUALIFY_INT8 | Stage.QUALIFY_FP8:
                 # Without the stage `evaluate`, the base is asked the general questions here.
                 asks_base = Format.MERGED not in recipe.formats and recipe.evaluate.general is not False
-                weights = whole if asks_base else gptq_bytes(recipe.quantize.group_size, shape)
-                need = _engine(training, weights, served_length)
+                gptq = stage is Stage.QUALIFY
+                written = gptq_bytes(recipe.quantize.group_size, shape) if gptq else eight_bit_bytes(shape)
+                need = _engine(training, whole if asks_base else written, served_length)
             case Stage.PARITY:
                 need = _parity(training, device.memory)
             case _:
@@ -107,6 +110,11 @@ def gptq_bytes(group_size: int, shape: ModelShape) -> float:
     quantized = shape.linear_weights + shape.expert_weights
     size = _GPTQ_BYTES + _GROUP_BYTES / group_size
     return size * quantized + BFLOAT16 * (shape.parameters - quantized)
+
+
+def eight_bit_bytes(shape: ModelShape) -> float:
+    """Return the size of a model in INT8 or FP8, in bytes. The scales, one per output, are left out."""
+    return shape.linear_weights + BFLOAT16 * (shape.parameters - shape.linear_weights)
 
 
 def engine_memory(shape: ModelShape, number_type: NumberType, served_length: int) -> dict[EnginePart, float]:
@@ -196,6 +204,13 @@ def _quantize(training: Training, example_tokens: float) -> tuple[Need, Need]:
     ram = process + (work if training.cpu else layer)
     peak = Need(device=0.0 if training.cpu else embeddings + work, ram=ram, disk=2 * written)
     return peak, _computed(training, 2 * FLOAT32 * widest**2, disk=written)  # the Hessian and its inverse
+
+
+def _round(training: Training) -> tuple[Need, Need]:
+    """Return the requirements of rounding to 8 bits, which needs the largest matrix in bf16 and twice in float32."""
+    written = eight_bit_bytes(training.shape)
+    working = (BFLOAT16 + 2 * FLOAT32) * training.shape.largest_layer
+    return Need(ram=PROCESS + working, disk=written), Need(ram=working, disk=written)
 
 
 def _parity(training: Training, memory: float) -> tuple[Need, Need]:

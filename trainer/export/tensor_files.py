@@ -16,7 +16,16 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from svc.model_folder.weight_files import WEIGHTS_INDEX
 
 _MAX_FILE_SIZE = "5GB"
-_NAMES = {torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
+_NAMES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 @contextmanager

@@ -17,14 +17,14 @@ from svc.engine.device import NumberType
 from svc.evaluation.token_scores import Scores
 from svc.registry.parity import Differences, ParityCheck, ParityReport
 from svc.terminal import waiting
-from svc.version import Format
+from svc.version import QUANTIZED_FORMATS, Format
 from trainer.library_output import library_output_to_log
 from trainer.model.nf4 import round_layers_to_nf4
 from trainer.model.peft_config import load_adapter
 from trainer.model.release_memory import release_memory
 from trainer.model.stored_weights import StoredWeights
 from trainer.parity import adapter as adapter_parity
-from trainer.parity import gptq as gptq_parity
+from trainer.parity import quantized as quantized_parity
 from trainer.parity.files import other_config, other_files, unreadable_weights
 from trainer.parity.scores import load, score, sum_in_float32
 from trainer.qualification import EngineReading
@@ -142,12 +142,12 @@ def _compare(
         limit = min(_MAX_FLOOR, max(_MIN_LIMIT, _TIMES_FLOOR * floor.mean))
         checks.append(_at_most("merged: engine compared with transformers, the same weights", floor, _MAX_FLOOR))
         checks.append(_at_most(BESIDE_TRAINED, served, limit))
-    if Format.GPTQ in made.formats:
-        folder, quantized = made.formats[Format.GPTQ]
-        off, layer = gptq_parity.compare(folder, made.merged)
-        found, most = f"at most {off:.3f} of a layer's norm, in {layer}", gptq_parity.MAX_OFF
-        checks.append(_check("gptq: weight rounding", off <= most, found, f"at most {most}"))
-        differences["gptq on the engine compared with trained"] = between(trained or merged, quantized.scores)
+    for format in (known for known in QUANTIZED_FORMATS if known in made.formats):
+        folder, quantized = made.formats[format]
+        off, layer = quantized_parity.compare(folder, made.merged)
+        found, most = f"at most {off:.3f} of a layer's norm, in {layer}", quantized_parity.MAX_OFF[format]
+        checks.append(_check(f"{format}: weight rounding", off <= most, found, f"at most {most}"))
+        differences[f"{format} on the engine compared with trained"] = between(trained or merged, quantized.scores)
     return checks, differences
 
 

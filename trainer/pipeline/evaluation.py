@@ -1,4 +1,4 @@
-"""Evaluates a run's models (base, merged, GPTQ) on the engine, using the held-out examples.
+"""Evaluates a run's models (base, merged, quantized) on the engine, using the held-out examples.
 
 Stored answers are scored again with the metrics that the recipe currently names.
 """
@@ -32,7 +32,7 @@ from svc.model_folder.chat_template import TemplateKwargs
 from svc.registry.fingerprint import compatibility_fingerprint
 from svc.settings import Settings
 from svc.terminal import console
-from svc.version import Format
+from svc.version import QUANTIZED_FORMATS, SERVED_FORMATS, Format
 from trainer.base_model.resolve import Base
 from trainer.data.chat_template import tokenize_as_trained
 from trainer.data.length import check_served_length
@@ -42,7 +42,7 @@ from trainer.pipeline.forgetting import ForgettingTest
 from trainer.pipeline.run_folder import Run
 from trainer.qualification import BaseAnswers, GeneralQuestions, Launch, Qualified, Qualifier
 from trainer.recipe.evaluate import Evaluate, Qualify
-from trainer.recipe.stage import Stage
+from trainer.recipe.stage import QUALIFY_STAGES, Stage
 
 
 class Evaluated(BaseModel):
@@ -63,8 +63,8 @@ class Evaluated(BaseModel):
     base_pairs: PairScores | None = None
 
 
-class QualifiedGptq(Qualified):
-    """Result of the `qualify` stage.
+class QualifiedQuantized(Qualified):
+    """Result of a stage that qualifies a quantized format.
 
     Attributes:
         base_general: the base's answers to the general questions, or an empty tuple if none were asked.
@@ -139,7 +139,7 @@ class RunEvaluation:
     @cached_property
     def forgetting(self) -> ForgettingTest | None:
         """The test for forgetting, or None if there are no general questions or only an adapter is registered."""
-        if self.questions is None or not {Format.MERGED, Format.GPTQ} & set(self.formats):
+        if self.questions is None or set(self.formats).isdisjoint(SERVED_FORMATS):
             return None
         tokenized = tokenize_as_trained(self.base.folder, self.questions.examples, self.template_kwargs)
         return ForgettingTest(self.questions, tokenized, self._cache)
@@ -150,19 +150,18 @@ class RunEvaluation:
         return self.run.load(Stage.EVALUATE, Evaluated) if Format.MERGED in self.formats else None
 
     @property
-    def gptq(self) -> QualifiedGptq | None:
-        """Result of the `qualify` stage, or None if the recipe does not list GPTQ."""
-        return self.run.load(Stage.QUALIFY, QualifiedGptq) if Format.GPTQ in self.formats else None
+    def quantized(self) -> dict[Format, QualifiedQuantized]:
+        """Results of the recipe's quantized formats, keyed by format."""
+        formats = [format for format in QUANTIZED_FORMATS if format in self.formats]
+        return {format: self.run.load(QUALIFY_STAGES[format], QualifiedQuantized) for format in formats}
 
     @property
     def qualified(self) -> dict[Format, Qualified]:
-        """Results of the formats that are complete models (merged and GPTQ), keyed by format."""
+        """Results of the formats that are complete models (merged and quantized), keyed by format."""
         qualified: dict[Format, Qualified] = {}
         if evaluated := self.evaluated:
             qualified[Format.MERGED] = evaluated.merged
-        if gptq := self.gptq:
-            qualified[Format.GPTQ] = gptq
-        return qualified
+        return qualified | self.quantized
 
     @property
     def forgotten(self) -> dict[Format, Forgetting]:
@@ -172,8 +171,8 @@ class RunEvaluation:
         forgotten: dict[Format, Forgetting] = {}
         if evaluated := self.evaluated:
             forgotten[Format.MERGED] = self.forgetting.compare(evaluated.base_general, evaluated.merged.general)
-        if gptq := self.gptq:
-            forgotten[Format.GPTQ] = self.forgetting.compare(gptq.base_general, gptq.general)
+        for format, quantized in self.quantized.items():
+            forgotten[format] = self.forgetting.compare(quantized.base_general, quantized.general)
         return forgotten
 
     @property
@@ -233,8 +232,8 @@ class RunEvaluation:
             base_pairs=answers.pairs,
         )
 
-    def qualify_gptq(self) -> QualifiedGptq:
-        """Evaluate the quantized model. The base is asked the general questions first, unless its answers are
+    def qualify_quantized(self, format: Format) -> QualifiedQuantized:
+        """Evaluate a quantized model. The base is asked the general questions first, unless its answers are
         already stored.
 
         Raises:
@@ -252,8 +251,8 @@ class RunEvaluation:
                 todo = "; or ".join(filter(None, (error.todo, "set evaluate.general to false")))
                 raise EngineError(wrong, expected=error.expected, todo=todo) from error
             test.keep(base.revision, base.folder, of_base)
-        qualified = asyncio.run(qualifier.alone(self.run.gptq, "gptq"))
-        return QualifiedGptq.model_validate({**dict(qualified), "base_general": of_base})
+        qualified = asyncio.run(qualifier.alone(self.run.weights(format), format))
+        return QualifiedQuantized.model_validate({**dict(qualified), "base_general": of_base})
 
     def keep_merged(self, revision: str, folder: Path, merged: Qualified) -> None:
         """Store the answers of a registered merged model, for versions that use it as their base."""

@@ -62,4 +62,5 @@ def judge_forgetting(forgetting: Forgetting, margin: float, format: Format) -> G
         f"{forgetting.before} for the base, {forgetting.after} for {format}",
         limit=f"evaluate.{Gate.FORGETTING}",
         verdict=judge(loss, margin, examples),
+        format=format,
     )

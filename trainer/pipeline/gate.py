@@ -7,7 +7,7 @@ from svc.evaluation.metrics.metric import Metric, Unit
 from svc.evaluation.verdict import Gate, GateOutcome, GateReport
 from svc.sample_size import about, examples_needed, say_detectable
 from svc.terminal import console
-from svc.version import Format
+from svc.version import QUANTIZED_FORMATS, SERVED_FORMATS, Format
 from trainer.pipeline.examples import Examples
 from trainer.recipe.evaluate import Undecided
 from trainer.recipe.recipe import Recipe
@@ -16,6 +16,7 @@ _QUANTIZE_BETTER = (
     "raise quantize.samples, lower quantize.group_size to 32, or serve only the merged model with `formats: [merged]`; "
     "training is not repeated"
 )
+_OTHER_FORMAT = "serve another format: remove {} from `formats`; training is not repeated"
 _TRAIN_LESS = (
     "lower train.learning_rate, adapter.rank or train.epochs, or mix in data.general; if only GPTQ fails, raise "
     "quantize.samples, or lower quantize.group_size to 32"
@@ -35,7 +36,9 @@ def check_gate(report: GateReport, undecided: Undecided) -> None:
     """
     outcome, allowed = report.verdict.outcome, f"at most {report.verdict.margin:.3f} ({report.limit})"
     if outcome is GateOutcome.FAILED:
-        todo = _TRAIN_LESS if report.gate is Gate.FORGETTING else _QUANTIZE_BETTER
+        other = report.format in (Format.INT8, Format.FP8)  # rounding has no options
+        todo = _OTHER_FORMAT.format(report.format) if other else _QUANTIZE_BETTER
+        todo = _TRAIN_LESS if report.gate is Gate.FORGETTING else todo
         raise TrainingError(str(report), expected=allowed, todo=todo)
     if outcome is not GateOutcome.UNDECIDED:
         return
@@ -54,10 +57,12 @@ def say_gates(recipe: Recipe, examples: Examples, primary: Metric) -> None:
     of answers are covered.
     """
     limits = recipe.evaluate
-    if {Format.MERGED, Format.GPTQ} <= set(recipe.formats) and primary.unit is Unit.SHARE:
+    formats = set(recipe.formats)
+    quantized = not formats.isdisjoint(QUANTIZED_FORMATS)
+    if Format.MERGED in formats and quantized and primary.unit is Unit.SHARE:
         asked = len(examples.heldout[: limits.limit])
         _say(Gate.GPTQ_LOSS, asked, "held-out examples", limits.max_gptq_loss)
-    if examples.questions and limits.max_forgetting is not None and {Format.MERGED, Format.GPTQ} & set(recipe.formats):
+    if examples.questions and limits.max_forgetting is not None and not formats.isdisjoint(SERVED_FORMATS):
         _say(Gate.FORGETTING, len(examples.questions.examples), "general questions", limits.max_forgetting)
 
 

@@ -4,10 +4,13 @@ from collections.abc import Sequence
 
 from svc.engine.device import DeviceCapabilities, NumberType
 from svc.engine.model_facts import ModelFacts
-from svc.engine.vllm.number_type import choose_dtype, explain_gptq_kernel
+from svc.engine.vllm.number_type import COMPRESSED_TENSORS, GPTQ, choose_dtype, explain_gptq_kernel
 from svc.settings import EngineSettings
 from svc.terminal import console
 from svc.version import Format
+
+_METHODS = {Format.GPTQ: GPTQ, Format.INT8: COMPRESSED_TENSORS, Format.FP8: COMPRESSED_TENSORS}
+"""Quantization method that the config of each quantized format names."""
 
 
 def say_number_types(able: DeviceCapabilities, engine: EngineSettings, formats: Sequence[Format]) -> None:
@@ -17,20 +20,22 @@ def say_number_types(able: DeviceCapabilities, engine: EngineSettings, formats: 
         formats: the recipe's formats.
 
     Raises:
-        EngineError: GPTQ cannot be served on this machine.
+        EngineError: a quantized format cannot be served on this machine.
     """
     here, served = able.training_device, able.device(engine)
     _say("train", f"{able.training_type} on {here}", able.training_reason)
     for format in formats:
         if format is Format.ADAPTER:
             continue
-        quantization = Format.GPTQ.value if format is Format.GPTQ else None
+        quantization = _METHODS.get(format)
         dtype = choose_dtype(engine, able, ModelFacts(dtype=NumberType.BFLOAT16, quantization=quantization))
         if format is Format.GPTQ:
             kernel = explain_gptq_kernel(engine, able)
             _say("gptq", f"{dtype.value} on {served}, {kernel.value} kernel", kernel.reason)
-        else:
-            _say("merged", f"{dtype.value} on {served}", dtype.reason)
+            continue
+        _say(format, f"{dtype.value} on {served}", dtype.reason)
+        if format in (Format.INT8, Format.FP8) and (warning := able.check_eight_bits(format, engine)):
+            console.print(f"[yellow]  {warning}[/yellow]", soft_wrap=True)
 
 
 def _say(use: str, choice: str, reason: str) -> None:

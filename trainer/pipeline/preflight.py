@@ -17,10 +17,11 @@ from svc.model_folder.chat_template import choose_template_kwargs
 from svc.registry.files import hash_tensor, read_headers
 from svc.settings import Device, EngineSettings
 from svc.terminal import waiting
-from svc.version import Format
+from svc.version import SERVED_FORMATS, Format
 from trainer.base_model.content import copy_shipped_files
 from trainer.data.chat_template import check_ending, load_tokenizer, stop_tokens
 from trainer.data.vocabulary import check_tokenizer
+from trainer.export import eight_bits
 from trainer.export.gptq import check_layers, check_quantizer
 from trainer.model.config import load_config
 from trainer.parity.files import other_config, other_files
@@ -45,7 +46,7 @@ def check_base(base: Path, recipe: Recipe, capabilities: DeviceCapabilities, eng
         EngineError: vLLM does not start.
     """
     check_optimizer(recipe.train.optimizer, cuda=capabilities.training_device is Device.CUDA)
-    served = {Format.MERGED, Format.GPTQ} & set(recipe.formats)
+    served = not set(recipe.formats).isdisjoint(SERVED_FORMATS)
     with model_check(base, engine) if served else nullcontext() as checked, waiting("Checking the base model"):
         config = load_config(base)
         _check_architecture(base, config)
@@ -60,6 +61,8 @@ def check_base(base: Path, recipe: Recipe, capabilities: DeviceCapabilities, eng
         if Format.GPTQ in recipe.formats:
             check_layers(base, recipe.quantize.group_size, capabilities.gptq_multiple(engine))
             check_quantizer(base)
+        if {Format.INT8, Format.FP8} & set(recipe.formats):
+            eight_bits.check_layers(base)
         if checked is not None:
             checked.wait()
 

@@ -49,7 +49,7 @@ from svc.registry.run_record import RUN_RECORD_FILE, MachineRecord, RunRecord
 from svc.report.page import report_page
 from svc.report.report import gather_report
 from svc.terminal import console
-from svc.version import Format, VersionId
+from svc.version import QUANTIZED_FORMATS, Format, VersionId
 from trainer.base_model.resolve import Base
 from trainer.model.config import read_width
 from trainer.pipeline.diagnosis import diagnose_training
@@ -57,7 +57,7 @@ from trainer.pipeline.evaluation import RunEvaluation
 from trainer.pipeline.examples import Examples, fingerprint_judged
 from trainer.pipeline.forgetting import judge_forgetting
 from trainer.pipeline.gate import check_gate
-from trainer.pipeline.gptq_gate import judge_gptq
+from trainer.pipeline.quantization_gate import judge_quantized
 from trainer.pipeline.run_folder import Run
 from trainer.qualification import Qualified
 from trainer.recipe.recipe import Recipe
@@ -134,10 +134,11 @@ class Registration:
         """Verdicts of the recipe's gates, which limit how much quality quantization and training may lose."""
         limits = self.recipe.evaluate
         reports: list[GateReport] = []
-        if len(self.qualified) == 2:
-            merged, gptq = self.qualified[Format.MERGED], self.qualified[Format.GPTQ]
+        quantized = {format: self.qualified[format] for format in QUANTIZED_FORMATS if format in self.qualified}
+        if merged := self.qualified.get(Format.MERGED):
             judged = self.examples.heldout[: merged.evaluation.examples]
-            reports += judge_gptq(self.primary, judged, merged, gptq, limits)
+            for format, qualified in quantized.items():
+                reports += judge_quantized(format, self.primary, judged, merged, qualified, limits)
         if limits.max_forgetting is not None:
             judged_formats = self.forgetting.items()
             reports += [judge_forgetting(lost, limits.max_forgetting, format) for format, lost in judged_formats]
@@ -150,7 +151,7 @@ class Registration:
 
     @property
     def primary(self) -> Metric:
-        """The primary metric, which also decides the GPTQ gate."""
+        """The primary metric, which also decides the gates of quantized formats."""
         return self.evaluation.metrics[0]
 
     def figures(self) -> dict[str, float]:

@@ -19,6 +19,7 @@ from pydantic import TypeAdapter
 from svc.errors import DiskSpaceError, IntegrityError
 from svc.files.disk import sync_files, write_whole
 from svc.files.json_file import read_json_object
+from svc.version import Format
 from trainer.base_model.resolve import Base
 from trainer.pipeline.examples import Examples
 from trainer.pipeline.stage_key import StageKeys, stage_keys
@@ -40,7 +41,6 @@ class Run:
     Attributes:
         adapter: the trained adapter.
         merged: the merged model.
-        gptq: the quantized model.
         checkpoints: checkpoints from which interrupted training is resumed.
         reference: reference with which later traffic is compared.
         reports: files of the trackers in `report_to` other than MLflow.
@@ -51,7 +51,8 @@ class Run:
     def __init__(self, folder: Path, keys: StageKeys) -> None:
         self.folder = folder
         self._keys = keys
-        self.adapter, self.merged, self.gptq = self._weights = folder / "adapter", folder / "merged", folder / "gptq"
+        self._weights = [self.weights(format) for format in Format]
+        self.adapter, self.merged = self.weights(Format.ADAPTER), self.weights(Format.MERGED)
         self.checkpoints, self.reference = folder / "checkpoints", folder / "reference"
         self.reports, self.tracking, self.lock = folder / "reports", folder / "mlflow.json", folder / "lock"
 
@@ -60,6 +61,10 @@ class Run:
         """Return the run for a recipe. Recipes with the same training share a run folder, whatever their formats."""
         keys = stage_keys(recipe, base, examples)
         return cls(runs / f"{recipe.name}-{keys[Stage.TRAIN]}", keys)
+
+    def weights(self, format: Format) -> Path:
+        """Return the folder of the weights in a format."""
+        return self.folder / format
 
     def done(self, stage: Stage, *outputs: Path) -> bool:
         """Return whether a stage has finished with its current input.

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from svc.dataset.schema.objective import Objective
+from svc.version import QUANTIZED_FORMATS, Format
 from trainer.base_model.resolve import Base
 from trainer.pipeline.examples import Examples, fingerprint_judged
 from trainer.recipe.recipe import Recipe
-from trainer.recipe.stage import Stage
+from trainer.recipe.stage import QUALIFY_STAGES, QUANTIZE_STAGES, Stage
 from trainer.recipe.train import DEVICE_KEYS
 
 _LIMITS = ("max_gptq_loss", "max_gptq_nll", "max_forgetting", "undecided")
@@ -55,9 +56,11 @@ def stage_keys(recipe: Recipe, base: Base, examples: Examples) -> StageKeys:
     evaluated = [examples.heldout_fingerprint, asked, content["qualify"], *pairs]
     questions = [examples.questions.fingerprint] if examples.questions else []
     evaluate = _key(merge, evaluated, *questions)
-    quantize = _key(merge, content["quantize"])
-    qualify = _key(quantize, evaluated, *questions)
-    parity = _key(evaluate, qualify, content["formats"])
+    options: dict[Format, Any] = {Format.GPTQ: content["quantize"]}
+    quantize = {format: _key(merge, options.get(format, format)) for format in QUANTIZED_FORMATS}
+    qualify = {format: _key(quantize[format], evaluated, *questions) for format in QUANTIZED_FORMATS}
+    others = [qualify[format] for format in recipe.formats if format in qualify and format is not Format.GPTQ]
+    parity = _key(evaluate, qualify[Format.GPTQ], content["formats"], *others)
     judge = _key(evaluate, content["judge"]["url"], content["judge"]["model"])
     compared = [judge] if recipe.judge.url else []
     limits = [content["evaluate"][key] for key in _LIMITS + _METRICS]
@@ -66,8 +69,8 @@ def stage_keys(recipe: Recipe, base: Base, examples: Examples) -> StageKeys:
         Stage.TRAIN: train,
         Stage.MERGE: merge,
         Stage.EVALUATE: evaluate,
-        Stage.QUANTIZE: quantize,
-        Stage.QUALIFY: qualify,
+        **{QUANTIZE_STAGES[format]: key for format, key in quantize.items()},
+        **{QUALIFY_STAGES[format]: key for format, key in qualify.items()},
         Stage.PARITY: parity,
         Stage.JUDGE: judge,
         Stage.REGISTER: _key(parity, recipe.name, limits, metrics, compared),

@@ -1,7 +1,7 @@
 """Turns a recipe into a registered version, stage by stage. Each stage reads the files of the earlier
 stages.
 
-train -> merge -> evaluate (base, merged) -> quantize -> qualify (gptq) -> parity -> judge -> register
+train -> merge -> evaluate (base, merged) -> quantize and qualify each quantized format -> parity -> judge -> register
 
 The recipe's formats decide which stages run. Measurements are compared with the recipe's limits last, so
 that nothing is measured again if the limits change.
@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from svc.engine.device import DeviceCapabilities, read_capabilities
@@ -26,11 +26,12 @@ from svc.settings import Settings
 from svc.terminal import console
 from svc.training_progress import ProgressFile
 from svc.training_progress import Registered as VersionRegistered
-from svc.version import Format, VersionId
+from svc.version import QUANTIZED_FORMATS, SERVED_FORMATS, Format, VersionId
 from trainer.base_model.content import copy_shipped_files
 from trainer.base_model.resolve import Base
 from trainer.estimate.estimate import DeviceEstimate
 from trainer.estimate.memory import moment_bytes
+from trainer.export.eight_bits import RoundingSummary, quantize_to_8_bits
 from trainer.export.gptq import QuantizeSummary, calibration_type, quantize_gptq
 from trainer.export.merge import merge_adapter
 from trainer.export.verify_merge import MergeSummary, verify_full
@@ -51,7 +52,7 @@ from trainer.pipeline.tracked_run import sending_curve, tracked_run
 from trainer.pipeline.training_devices import choose_sharding, choose_training_devices
 from trainer.qualification import Launch
 from trainer.recipe.recipe import Recipe
-from trainer.recipe.stage import Stage, choose_stages
+from trainer.recipe.stage import QUALIFY_STAGES, QUANTIZE_STAGES, Stage, choose_stages
 from trainer.training.shared_checkpoints import SharedCheckpoints
 from trainer.training.summary import TrainingData, TrainingSummary
 
@@ -139,12 +140,14 @@ class Pipeline:
             Stage.TRAIN: Step(self._train, need, (self._trained,)),
             Stage.MERGE: Step(self._merge, size, (run.merged,)),
             Stage.EVALUATE: Step(self._evaluation.evaluate),
-            Stage.QUANTIZE: Step(self._quantize, size, (run.gptq,)),
-            Stage.QUALIFY: Step(self._evaluation.qualify_gptq),
             Stage.PARITY: Step(self._compare),
             Stage.JUDGE: Step(self._judge_pairs),
             Stage.REGISTER: Step(self._register),
         }
+        for format in QUANTIZED_FORMATS:
+            quantize, qualify = partial(self._quantize, format), partial(self._evaluation.qualify_quantized, format)
+            steps[QUANTIZE_STAGES[format]] = Step(quantize, size, (run.weights(format),))
+            steps[QUALIFY_STAGES[format]] = Step(qualify)
         return {stage: steps[stage] for stage in choose_stages(self.recipe)}
 
     @cached_property
@@ -172,7 +175,7 @@ class Pipeline:
         devices = choose_training_devices(self.recipe, self.capabilities)
         sharded = choose_sharding(self.recipe, devices, self.capabilities.training_type, self.expected)
         served_length = None
-        if {Format.MERGED, Format.GPTQ} & set(self.recipe.formats):
+        if not set(self.recipe.formats).isdisjoint(SERVED_FORMATS):
             judge_endpoint(self.recipe.judge)
             self._evaluation.check()
             say_gates(self.recipe, self.examples, self._evaluation.metrics[0])
@@ -254,15 +257,15 @@ class Pipeline:
         shutil.rmtree(self.run.checkpoints, ignore_errors=True)  # the trained model is verified
         return summary
 
-    def _quantize(self) -> QuantizeSummary:
-        summary = quantize_gptq(
-            self.run.merged,
-            self.examples.train,
-            self.recipe,
-            self.run.fresh(self.run.gptq),
-            number_type=self.capabilities.training_type,
-        )
-        write_template_kwargs(self.run.gptq, self._evaluation.template_kwargs)
+    def _quantize(self, format: Format) -> QuantizeSummary | RoundingSummary:
+        merged, out = self.run.merged, self.run.fresh(self.run.weights(format))
+        summary: QuantizeSummary | RoundingSummary
+        if format is Format.GPTQ:
+            examples, number_type = self.examples.train, self.capabilities.training_type
+            summary = quantize_gptq(merged, examples, self.recipe, out, number_type=number_type)
+        else:
+            summary = quantize_to_8_bits(merged, out, format)
+        write_template_kwargs(out, self._evaluation.template_kwargs)
         return summary
 
     def _compare(self) -> ParityReport:

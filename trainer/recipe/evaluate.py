@@ -40,7 +40,7 @@ class Undecided(StrEnum):
 
 
 class Evaluate(Section):
-    """Evaluation of the base, merged and GPTQ models on the engine."""
+    """Evaluation of the base, merged and quantized models on the engine."""
 
     limit: Annotated[int, Field(ge=1)] | None = None
     """number of held-out examples to evaluate, drawn at random with `data.seed`; default: all"""
@@ -51,28 +51,29 @@ class Evaluate(Section):
     """metrics for scoring the answers: names, `rouge` for all three ROUGE metrics, or functions
     (`./FILE.py:FUNCTION`); default: the metrics of the task, see [evaluation](evaluation.md)"""
     primary: Annotated[Name, AfterValidator(metric_beside_recipe)] | None = None
-    """metric that decides the GPTQ gate and that monitoring measures repeatedly; default: the task's primary
-    metric"""
+    """metric that decides the gates of quantized formats and that monitoring measures repeatedly; default: the task's
+    primary metric"""
     json_schema: Annotated[Path, AfterValidator(beside_recipe)] | None = None
     """file with the JSON Schema for the `schema_valid` metric; default: inferred from the held-out answers"""
     metric_seconds: float = Field(60.0, gt=0)
     """total time that a metric function may take to score all answers, in seconds"""
     max_gptq_loss: float = Field(0.05, ge=0, le=1)
-    """largest loss in the primary metric that quantization may cause; relative to the merged model's value if
-    the metric is not a share (for example perplexity); a version is rejected if a larger loss is proven"""
+    """largest loss in the primary metric that quantization may cause, in GPTQ or another quantized format; relative to
+    the merged model's value if the metric is not a share (for example perplexity); a version is rejected if a larger
+    loss is proven"""
     # 4 bits cost SmolLM2-135M 0.042 [0.033, 0.053] on free text (synopsis task), and nothing of its ROUGE.
     max_gptq_nll: float = Field(0.05, ge=0)
-    """largest increase in negative log-likelihood that quantization may cause, as a share of the merged model's
+    """largest increase in negative log-likelihood that any quantization may cause, as a share of the merged model's
     value, but at least 0.005 nats per token; a version is rejected if a larger increase is proven"""
 
     general: Annotated[bool | Path, AfterValidator(beside_recipe)] = True
-    """ask the base, merged and GPTQ models general questions, which are never used for training: true for the
+    """ask the base, merged and quantized models general questions, which are never used for training: true for the
     built-in questions, a file with your own, or false for none; see [evaluation](evaluation.md#forgetting)"""
     general_limit: Annotated[int, Field(ge=1)] | None = 60
     """maximum number of general questions, taken from the start of the list; null: all"""
     max_forgetting: Annotated[float, Field(ge=0, le=1)] | None = None
     """largest allowed loss of correct answers to general questions, from the base to the merged model and to
-    the GPTQ model, as a share of all questions; a version is rejected if a larger loss is proven; default:
+    each quantized model, as a share of all questions; a version is rejected if a larger loss is proven; default:
     no limit"""
     undecided: Undecided = Undecided.WARN
     """warn or fail: what to do with a version if the number of evaluated examples is too small to prove or rule

@@ -77,8 +77,8 @@ class Recipe(Section):
     """arguments of the chat template in training, evaluation and serving; default: `enable_thinking: false` and
     `date_string: 26 Jul 2024`, if the template uses them"""
     formats: Annotated[tuple[Format, ...], Field(min_length=1)] = (Format.MERGED, Format.GPTQ)
-    """formats to create, evaluate and register: adapter, merged, gptq; an adapter is always stored. Without
-    merged, the base is not evaluated and answers only the general questions"""
+    """formats to create, evaluate and register: adapter, merged, gptq, int8, fp8, see [formats](formats.md); an
+    adapter is always stored. Without merged, the base is not evaluated and answers only the general questions"""
     report_to: tuple[ReportTo, ...] = (ReportTo.MLFLOW,)
     """trackers for parameters, losses and metrics: mlflow, wandb, tensorboard; MLflow always receives them"""
     data: Data

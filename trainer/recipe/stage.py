@@ -1,8 +1,9 @@
 """The stages of a run, and which of them a recipe needs."""
 
+from collections.abc import Mapping
 from enum import StrEnum
 
-from svc.version import Format
+from svc.version import QUANTIZED_FORMATS, SERVED_FORMATS, Format
 from trainer.recipe.recipe import Recipe
 
 
@@ -14,23 +15,35 @@ class Stage(StrEnum):
     EVALUATE = "evaluate"
     QUANTIZE = "quantize"
     QUALIFY = "qualify"
+    QUANTIZE_INT8 = "quantize-int8"
+    QUALIFY_INT8 = "qualify-int8"
+    QUANTIZE_FP8 = "quantize-fp8"
+    QUALIFY_FP8 = "qualify-fp8"
     PARITY = "parity"
     JUDGE = "judge"
     REGISTER = "register"
 
 
+QUANTIZE_STAGES: Mapping[Format, Stage] = {
+    Format.GPTQ: Stage.QUANTIZE,
+    Format.INT8: Stage.QUANTIZE_INT8,
+    Format.FP8: Stage.QUANTIZE_FP8,
+}
+"""Stage that writes each quantized format. Every format has its own stages, so adding one repeats no other."""
+QUALIFY_STAGES: Mapping[Format, Stage] = {
+    Format.GPTQ: Stage.QUALIFY,
+    Format.INT8: Stage.QUALIFY_INT8,
+    Format.FP8: Stage.QUALIFY_FP8,
+}
+"""Stage that evaluates each quantized format on the engine."""
+
+
 def choose_stages(recipe: Recipe) -> tuple[Stage, ...]:
     """Return the stages that the recipe's formats need, in order of execution."""
     formats = set(recipe.formats)
-    merged, gptq = Format.MERGED in formats, Format.GPTQ in formats
-    needed = {
-        Stage.TRAIN: True,
-        Stage.MERGE: merged or gptq,
-        Stage.EVALUATE: merged,
-        Stage.QUANTIZE: gptq,
-        Stage.QUALIFY: gptq,
-        Stage.PARITY: merged or gptq,
-        Stage.JUDGE: merged and recipe.judge.url is not None,
-        Stage.REGISTER: True,
-    }
+    merged, served = Format.MERGED in formats, not formats.isdisjoint(SERVED_FORMATS)
+    needed = {Stage.TRAIN: True, Stage.MERGE: served, Stage.EVALUATE: merged}
+    for format in QUANTIZED_FORMATS:
+        needed |= dict.fromkeys((QUANTIZE_STAGES[format], QUALIFY_STAGES[format]), format in formats)
+    needed |= {Stage.PARITY: served, Stage.JUDGE: merged and recipe.judge.url is not None, Stage.REGISTER: True}
     return tuple(stage for stage, is_needed in needed.items() if is_needed)

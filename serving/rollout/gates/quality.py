@@ -14,7 +14,7 @@ from svc.evaluation.metrics.choose import named_metric
 from svc.evaluation.metrics.metric import Answered, Metric, Unit
 from svc.evaluation.metrics.tokens import Nll
 from svc.evaluation.results import ExampleResult
-from svc.evaluation.verdict import Gate, Verdict, judge
+from svc.evaluation.verdict import Gate, GateReport, Verdict, judge
 from svc.registry.manifest import Manifest
 from svc.registry.registry import HELDOUT_FILE, Registry
 from svc.settings import GateSettings
@@ -76,11 +76,16 @@ def _both(verdict: GateVerdict, reason: str) -> tuple[GateRow, GateRow]:
 
 def check_registration(manifest: Manifest) -> tuple[GateRow, ...]:
     """Return the results of the gates that the recipe configured for registration."""
-    names = {Gate.GPTQ_LOSS: "gptq_quality", Gate.GPTQ_NLL: "gptq_nll", Gate.FORGETTING: "recipe_forgetting"}
     return tuple(
-        _row(names[report.gate], report.measured, report.verdict, report.limit, report.gate.counted)
+        _row(_name(report), report.measured, report.verdict, report.limit, report.gate.counted)
         for report in manifest.gates
     )
+
+
+def _name(report: GateReport) -> str:
+    format = report.format or Format.GPTQ
+    names = {Gate.GPTQ_LOSS: f"{format}_quality", Gate.GPTQ_NLL: f"{format}_nll", Gate.FORGETTING: "recipe_forgetting"}
+    return names[report.gate]
 
 
 def check_forgetting(manifest: Manifest, format: Format, margin: float | None) -> GateRow:

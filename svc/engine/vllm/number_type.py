@@ -9,6 +9,8 @@ from svc.settings import Device, EngineSettings, GptqKernel
 
 GPTQ = "gptq"
 """Quantization method named in the config of a 4-bit model."""
+COMPRESSED_TENSORS = "compressed-tensors"
+"""Quantization method named in the config of an INT8 or FP8 model."""
 _WIDE = (NumberType.FLOAT32.value, "float")
 """vLLM's names for 32-bit floating-point numbers."""
 _VLLM_KERNELS = "CPUWNA16LinearKernel,ZentorchWNA16LinearKernel"

@@ -1,4 +1,4 @@
-"""Plots metrics of the base, merged and GPTQ models as dots with intervals."""
+"""Plots metrics of the base, merged and quantized models as dots with intervals."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -19,6 +19,8 @@ _LOOKS = {
     BASE: (Colour.BASE, "o"),
     Format.MERGED.value: (Colour.MERGED, "s"),
     Format.GPTQ.value: (Colour.GPTQ, "D"),
+    Format.INT8.value: (Colour.INT8, "^"),
+    Format.FP8.value: (Colour.FP8, "v"),
 }
 """Colour and marker of each model. Either one alone identifies the model."""
 _ROW = 46

@@ -32,6 +32,8 @@ class Colour(StrEnum):
     BASE = "#010104"
     MERGED = "#010105"
     GPTQ = "#010106"
+    INT8 = "#010107"
+    FP8 = "#010108"
 
 
 _STYLE: dict[Any, Any] = {

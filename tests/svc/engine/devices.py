@@ -10,6 +10,8 @@ AVX512 = DeviceCapabilities(
     vllm="0.32.0",
     engine_device=Device.CPU,
     vllm_gptq=True,
+    vllm_int8=True,
+    vllm_fp8=False,
 )
 AMX = AVX512.model_copy(update={"instruction_set": "x86_64-amx_bf16"})
 AVX512_ALONE = AVX512.model_copy(update={"instruction_set": "x86_64-avx512f", "cpu_bfloat16": False})
@@ -17,6 +19,7 @@ AVX2 = AVX512.model_copy(update={"instruction_set": "x86_64-avx2", "cpu_bfloat16
 HOPPER = AVX512.model_copy(
     update={
         "engine_device": Device.CUDA,
+        "vllm_fp8": True,
         "gpu": TorchGpu(name="NVIDIA H100 80GB HBM3", compute_capability=(9, 0), bfloat16=True),
     }
 )

@@ -14,6 +14,7 @@ from svc.engine import device as module
 from svc.engine.device import DeviceCapabilities, NumberType, ask_capabilities, installed_vllm, read_capabilities
 from svc.errors import EngineError
 from svc.settings import Device, EngineSettings, GptqKernel
+from svc.version import Format
 from tests.svc.engine.devices import AMX, AVX2, AVX512, AVX512_ALONE, HOPPER, TURING
 
 AUTO = EngineSettings()
@@ -262,6 +263,23 @@ def test_failing_torch_import_raises_error_with_advice(monkeypatch: pytest.Monke
     assert "svc.engine.device" in caught.value.todo
 
 
+def test_8_bit_formats_are_accepted_where_vllm_has_a_kernel() -> None:
+    for device, format in ((AVX2, Format.INT8), (HOPPER, Format.INT8), (HOPPER, Format.FP8), (TURING, Format.FP8)):
+        assert device.check_eight_bits(format, AUTO) == ""
+
+
+def test_fp8_on_a_cpu_without_a_kernel_is_accepted_with_a_warning() -> None:
+    assert "has no fp8 kernel for x86_64-amx_bf16 and decodes slowly" in AMX.check_eight_bits(Format.FP8, AUTO)
+
+
+@pytest.mark.parametrize("format", [Format.INT8, Format.FP8])
+def test_8_bit_formats_are_rejected_on_a_gpu_without_a_kernel(format: Format) -> None:
+    pascal = HOPPER.model_copy(update={"vllm_int8": False, "vllm_fp8": False})
+    with pytest.raises(EngineError, match=f"has no {format} kernel for NVIDIA H100") as caught:
+        pascal.check_eight_bits(format, AUTO)
+    assert f"remove {format} from `formats`" in caught.value.todo
+
+
 @pytest.mark.slow
 def test_installed_torch_and_vllm_capabilities_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in module.CPU_LIMITS:
@@ -271,6 +289,7 @@ def test_installed_torch_and_vllm_capabilities_are_detected(monkeypatch: pytest.
     assert found.engine_device is Device.CPU
     # Their library for AVX2 alone lacks the operator.
     assert found.vllm_gptq == ("avx512" in found.instruction_set or "amx" in found.instruction_set)
+    assert found.vllm_int8
 
 
 @pytest.mark.slow

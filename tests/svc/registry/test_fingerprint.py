@@ -178,6 +178,18 @@ def test_normalized_quantization_config_is_none_without_quantization() -> None:
     assert normal_quantization(None) is None
 
 
+def test_fingerprint_depends_on_the_layout_of_compressed_tensors(tmp_path: Path) -> None:
+    layouts = [
+        {"quant_method": "compressed-tensors", "format": f"{kind}-quantized"} for kind in ("int", "float", "int")
+    ]
+    layouts[2]["version"] = "0.17.0"
+    first, other, same = (
+        compatibility_fingerprint(write_model(tmp_path / str(place), quantization=layout))
+        for place, layout in enumerate(layouts)
+    )
+    assert first == same != other
+
+
 configs = st.dictionaries(
     st.sampled_from([*GPTQ, "lm_head", "dynamic", "damp_percent", "true_sequential"]), json_values
 )

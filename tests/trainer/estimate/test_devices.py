@@ -11,7 +11,14 @@ from trainer.estimate import devices
 from trainer.estimate.devices import choose_devices, measured_speed, read_devices
 
 ABLE = DeviceCapabilities(
-    instruction_set="x86_64-avx2", cpu_bfloat16=False, gpu=None, vllm="0.32", engine_device=Device.CPU, vllm_gptq=False
+    instruction_set="x86_64-avx2",
+    cpu_bfloat16=False,
+    gpu=None,
+    vllm="0.32",
+    engine_device=Device.CPU,
+    vllm_gptq=False,
+    vllm_int8=True,
+    vllm_fp8=False,
 )
 
 

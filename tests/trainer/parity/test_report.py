@@ -27,7 +27,7 @@ from trainer.data.chat_template import tokenize_as_trained
 from trainer.export.merge import merge_adapter
 from trainer.model.peft_config import add_adapter
 from trainer.parity.files import unreadable_weights
-from trainer.parity.gptq import expand
+from trainer.parity.quantized import expand
 from trainer.parity.report import BESIDE_NF4, BESIDE_TRAINED, Made, make_report
 from trainer.parity.scores import load, score
 from trainer.qualification import EngineReading

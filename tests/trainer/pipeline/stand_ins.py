@@ -14,13 +14,14 @@ from svc.version import Format
 from tests.svc.registry.model_folder import GPTQ, write_model
 from tests.svc.registry.parity import make_parity
 from tests.trainer.conftest import make_example
+from trainer.export.eight_bits import RoundingSummary
 from trainer.export.gptq import QuantizeSummary
 from trainer.export.verify_merge import MergeSummary
 from trainer.parity.report import Made
 from trainer.pipeline.stages import Pipeline
 from trainer.recipe.adapter import Method
 from trainer.recipe.recipe import Recipe
-from trainer.recipe.stage import Stage
+from trainer.recipe.stage import QUANTIZE_STAGES, Stage
 from trainer.training.devices import TrainingDevice
 from trainer.training.summary import TrainingSummary
 
@@ -108,6 +109,12 @@ class Stages:
         self._run(Stage.QUANTIZE, out)
         write_model(out, quantization=GPTQ)
         return QuantizeSummary(2, 8, 80, "layer.0", 0.01, 2.0)
+
+    def quantize_to_8_bits(self, merged: Path, out: Path, format: Format) -> RoundingSummary:
+        """Write a quantized model."""
+        self._run(QUANTIZE_STAGES[format], out)
+        write_model(out, quantization={"quant_method": "compressed-tensors", "format": format})
+        return RoundingSummary(2, 1.0)
 
     def make_report(self, made: Made, recipe: Any, compared: Any, judged: int, *, number_type: Any) -> ParityReport:
         """Return a report in which the checks in `unequal` fail."""

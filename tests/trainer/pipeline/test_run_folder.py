@@ -12,13 +12,14 @@ import pytest
 from svc.dataset.schema.preference import PreferencePair
 from svc.errors import DiskSpaceError
 from svc.evaluation.general.general_set import GeneralSet
+from svc.version import Format
 from tests.trainer.conftest import make_example, make_recipe
 from trainer.base_model.resolve import Base
 from trainer.pipeline.examples import Examples
 from trainer.pipeline.run_folder import Run
 from trainer.pipeline.stage_key import stage_keys
 from trainer.recipe.recipe import Recipe
-from trainer.recipe.stage import Stage
+from trainer.recipe.stage import QUALIFY_STAGES, Stage
 
 BASE = Base(Path("/base"), "./base", "Apache-2.0", "sha256:0")
 EXAMPLES = Examples((make_example("a", "b"),), (make_example("c", "d"),), "sha256:1", "sha256:2", ())
@@ -103,7 +104,7 @@ def test_run_folder_depends_on_validation_instead_of_heldout_data_when_both_are_
     assert folder(looks, examples=other_validation) != folder(looks, examples=validated)
 
 
-JUDGED = {Stage.EVALUATE, Stage.QUALIFY, Stage.PARITY, Stage.JUDGE, Stage.REGISTER}
+JUDGED = {Stage.EVALUATE, *QUALIFY_STAGES.values(), Stage.PARITY, Stage.JUDGE, Stage.REGISTER}
 
 
 @pytest.mark.parametrize(
@@ -119,6 +120,7 @@ JUDGED = {Stage.EVALUATE, Stage.QUALIFY, Stage.PARITY, Stage.JUDGE, Stage.REGIST
         ({"evaluate": {"primary": "chrf"}}, {Stage.REGISTER}),
         ({"judge": {"url": "http://127.0.0.1/v1", "model": "m"}}, {Stage.JUDGE, Stage.REGISTER}),
         ({"formats": ["merged"]}, {Stage.PARITY, Stage.REGISTER}),
+        ({"formats": ["merged", "gptq", "int8"]}, {Stage.PARITY, Stage.REGISTER}),
         ({"checkpoints": {"keep": 7}}, set()),
         ({"stopping": {"curve": False}}, set()),
         ({"train": {"seed": 1}}, set(Stage)),
@@ -215,14 +217,14 @@ def test_stage_is_not_done_if_saving_its_result_fails(run: Run, monkeypatch: pyt
 @pytest.mark.parametrize("linked", [True, False])
 def test_cleaning_a_run_keeps_only_weights_linked_to_the_registry(run: Run, linked: bool) -> None:
     run.save(Stage.TRAIN, Figures(0.1, ()))
-    for folder in (run.adapter, run.merged, run.gptq, run.checkpoints):
+    for folder in (run.adapter, run.merged, run.weights(Format.GPTQ), run.checkpoints):
         folder.mkdir()
         (folder / "model.safetensors").touch()
         if linked:
             os.link(folder / "model.safetensors", run.folder / f"{folder.name}.registered")
     run.clean()
     assert run.done(Stage.TRAIN)
-    assert [folder.exists() for folder in (run.adapter, run.merged, run.gptq)] == [linked] * 3
+    assert [folder.exists() for folder in (run.adapter, run.merged, run.weights(Format.GPTQ))] == [linked] * 3
     assert not run.checkpoints.exists()
 
 

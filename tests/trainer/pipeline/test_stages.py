@@ -34,6 +34,8 @@ pytestmark = pytest.mark.slow
 
 GPU = "NVIDIA H100 80GB HBM3"
 
+DEFAULT_FORMATS = [Format.ADAPTER, Format.MERGED, Format.GPTQ]
+
 
 @pytest.mark.parametrize(("capabilities", "number_type"), [(AVX512, NumberType.BFLOAT16), (AVX2, NumberType.FLOAT32)])
 def test_training_and_quantization_use_the_fast_number_type_of_the_device(
@@ -127,12 +129,12 @@ def test_run_fails_before_training_if_a_format_cannot_be_served_on_this_machine(
     assert stages.ran == []
 
 
-def test_version_has_all_formats_unless_the_recipe_names_some(pipeline: Pipeline, stages: Stages) -> None:
+def test_version_has_the_default_formats_unless_the_recipe_names_some(pipeline: Pipeline, stages: Stages) -> None:
     version = pipeline.train_version()
     assert version.number == 1
     assert stages.ran == [Stage.TRAIN, Stage.MERGE, Stage.QUANTIZE]
-    assert list(pipeline.registry.manifest(version).formats) == list(Format)
-    for format in Format:
+    assert list(pipeline.registry.manifest(version).formats) == DEFAULT_FORMATS
+    for format in DEFAULT_FORMATS:
         pipeline.registry.verify(version, format)
 
 
@@ -155,7 +157,7 @@ def test_run_is_listed_as_running_in_every_stage(pipeline: Pipeline, monkeypatch
 
     monkeypatch.setattr(Run, "require_space", record)
     pipeline.train_version()
-    assert seen == [(stage, True) for stage in Stage if stage is not Stage.JUDGE]
+    assert seen == [(stage, True) for stage in choose_stages(pipeline.recipe)]
 
 
 def test_changing_the_group_size_repeats_only_quantization(make: Make, stages: Stages) -> None:
@@ -166,7 +168,7 @@ def test_changing_the_group_size_repeats_only_quantization(make: Make, stages: S
     assert stages.ran[ran:] == [Stage.QUANTIZE]
     for version, group_size in ((first, 64), (VersionId(first.name, 2), 32)):
         assert pipeline.registry.manifest(version).recipe["quantize"]["group_size"] == group_size
-        for format in Format:
+        for format in DEFAULT_FORMATS:
             pipeline.registry.verify(version, format)
 
 
@@ -176,6 +178,7 @@ def test_changing_the_group_size_repeats_only_quantization(make: Make, stages: S
         (["merged", "gptq"], [Stage.TRAIN, Stage.MERGE, Stage.QUANTIZE], ["base", "merged", "gptq", "gptq"]),
         (["merged"], [Stage.TRAIN, Stage.MERGE], ["base", "merged"]),
         (["gptq"], [Stage.TRAIN, Stage.MERGE, Stage.QUANTIZE], ["gptq", "gptq"]),
+        (["int8"], [Stage.TRAIN, Stage.MERGE, Stage.QUANTIZE_INT8], ["int8", "int8"]),
         (["adapter"], [Stage.TRAIN], []),
     ],
     ids=str,
@@ -197,6 +200,16 @@ def test_finished_stages_are_kept_when_a_format_is_added(make: Make, stages: Sta
     assert make().train_version().number == 2
     assert stages.ran[ran:] == [Stage.QUANTIZE]
     assert engines.started_with[launched:] == ["gptq", "gptq"]
+
+
+def test_adding_8_bit_formats_repeats_no_other_stage(make: Make, stages: Stages, engines: Engines) -> None:
+    make().train_version()
+    ran, launched = len(stages.ran), len(engines.launched)
+    pipeline = make(formats=["merged", "gptq", "int8", "fp8"])
+    manifest = pipeline.registry.manifest(pipeline.train_version())
+    assert stages.ran[ran:] == [Stage.QUANTIZE_INT8, Stage.QUANTIZE_FP8]
+    assert engines.started_with[launched:] == ["int8", "int8", "fp8", "fp8"]
+    assert {gate.format for gate in manifest.gates} == {Format.GPTQ, Format.INT8, Format.FP8}
 
 
 def test_group_size_is_not_checked_without_the_gptq_format(make: Make) -> None:

@@ -27,6 +27,12 @@ def test_raising_a_gate_limit_needs_no_new_measurements(make: Make, stages: Stag
     assert (len(stages.ran), len(engines.launched)) == (ran, launched)
 
 
+def test_version_with_worse_8_bit_weights_is_rejected_with_the_advice_to_remove_the_format(make: Make) -> None:
+    with pytest.raises(TrainingError, match=r"INT8 lowered accuracy by 1\.000") as caught:
+        make(WORSE_QUANTIZED, formats=["merged", "int8"]).train_version()
+    assert "remove int8 from `formats`" in caught.value.todo
+
+
 def test_failed_version_is_registered_when_register_failed_is_set(make: Make) -> None:
     pipeline = replace(make(WORSE_QUANTIZED), register_failed=True)
     (failure,) = pipeline.registry.manifest(pipeline.train_version()).failed

@@ -14,10 +14,11 @@ from svc.evaluation.metrics.text import ExactMatch, Rouge
 from svc.evaluation.metrics.tokens import Perplexity
 from svc.evaluation.results import ExampleResult
 from svc.evaluation.verdict import GateOutcome, GateReport
+from svc.version import Format
 from tests.svc.registry.parity import SPEED
 from tests.trainer.conftest import make_example
 from trainer.pipeline.gate import check_gate
-from trainer.pipeline.gptq_gate import judge_gptq
+from trainer.pipeline.quantization_gate import judge_quantized
 from trainer.qualification import EngineReading, Qualified
 from trainer.recipe.evaluate import Evaluate, Undecided
 
@@ -56,7 +57,7 @@ def judged(
     merged: Qualified, gptq: Qualified, metric: Metric | None = None, **limits: float
 ) -> tuple[GateReport, GateReport]:
     total = merged.evaluation.examples
-    return judge_gptq(metric or ExactMatch(), examples(total), merged, gptq, Evaluate(**limits))
+    return judge_quantized(Format.GPTQ, metric or ExactMatch(), examples(total), merged, gptq, Evaluate(**limits))
 
 
 def check(merged: Qualified, gptq: Qualified, metric: Metric | None = None, **limits: float) -> None:

@@ -1,4 +1,4 @@
-"""Tests whether the quantized model is worse than the merged model on the same examples.
+"""Tests whether a quantized model is worse than the merged model on the same examples.
 
 Both the primary metric and the log-likelihood are compared. With free text and exact match, for example,
 neither model may give the reference answer, and a broken model would pass on the metric alone.
@@ -10,28 +10,33 @@ from svc.dataset.schema.example import ChatExample
 from svc.evaluation.loss import MIN_DIFFERENCES, MIN_NLL_MARGIN, metric_loss, nll_loss
 from svc.evaluation.metrics.metric import Answered, Better, Metric, Unit
 from svc.evaluation.verdict import Gate, GateReport, judge
+from svc.version import Format
 from trainer.qualification import Qualified
 from trainer.recipe.evaluate import Evaluate
 
 
-def judge_gptq(
-    metric: Metric, examples: Sequence[ChatExample], merged: Qualified, gptq: Qualified, limits: Evaluate
+def judge_quantized(
+    format: Format,
+    metric: Metric,
+    examples: Sequence[ChatExample],
+    merged: Qualified,
+    quantized: Qualified,
+    limits: Evaluate,
 ) -> tuple[GateReport, GateReport]:
     """Return the verdicts on the quality lost through quantization, one for the primary metric and one for
     log-likelihood.
 
     Args:
+        format: the quantized format.
         metric: the primary metric.
         examples: the examples that both models answered.
         limits: the recipe's `evaluate` section, which contains the allowed losses.
     """
-    return _judge_metric(metric, examples, merged, gptq, limits), _judge_nll(merged, gptq, limits)
+    before, after = Answered(examples, merged.results), Answered(examples, quantized.results)
+    return _judge_metric(format, metric, before, after, limits), _judge_nll(format, merged, quantized, limits)
 
 
-def _judge_metric(
-    metric: Metric, examples: Sequence[ChatExample], merged: Qualified, gptq: Qualified, limits: Evaluate
-) -> GateReport:
-    before, after = Answered(examples, merged.results), Answered(examples, gptq.results)
+def _judge_metric(format: Format, metric: Metric, before: Answered, after: Answered, limits: Evaluate) -> GateReport:
     value, loss = metric.estimate(before), metric_loss(metric, before, after)
     figures = f"{value} merged, {metric.estimate(after)} quantized"
     raised = (loss.value >= 0) is (metric.better is Better.LOWER)
@@ -42,23 +47,24 @@ def _judge_metric(
     relative = metric.unit is not Unit.SHARE
     return GateReport(
         gate=Gate.GPTQ_LOSS,
-        measured=f"GPTQ {change}: {figures}",
+        measured=f"{format.upper()} {change}: {figures}",
         limit=f"evaluate.{Gate.GPTQ_LOSS}" + (" times the merged model's value" if relative else ""),
         verdict=judge(
             loss,
             limits.max_gptq_loss * (abs(value.value) if relative else 1),
-            len(merged.results),
+            len(before.results),
             fewest=MIN_DIFFERENCES if relative else 1,
         ),
+        format=format,
     )
 
 
-def _judge_nll(merged: Qualified, gptq: Qualified, limits: Evaluate) -> GateReport:
-    before, after = merged.evaluation.nll, gptq.evaluation.nll
-    added = nll_loss(merged.results, gptq.results)
+def _judge_nll(format: Format, merged: Qualified, quantized: Qualified, limits: Evaluate) -> GateReport:
+    before, after = merged.evaluation.nll, quantized.evaluation.nll
+    added = nll_loss(merged.results, quantized.results)
     return GateReport(
         gate=Gate.GPTQ_NLL,
-        measured=f"GPTQ makes the reference answers {'less' if added.value > 0 else 'at least as'} likely: "
+        measured=f"{format.upper()} makes the reference answers {'less' if added.value > 0 else 'at least as'} likely: "
         f"{before} nats per token merged, {after} quantized",
         limit=f"evaluate.{Gate.GPTQ_NLL} times the merged model's value, at least {MIN_NLL_MARGIN} nats",
         verdict=judge(
@@ -67,4 +73,5 @@ def _judge_nll(merged: Qualified, gptq: Qualified, limits: Evaluate) -> GateRepo
             len(merged.results),
             fewest=MIN_DIFFERENCES,
         ),
+        format=format,
     )
