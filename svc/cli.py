@@ -28,6 +28,7 @@ COMMANDS = {
     "report": ("svc.report.cli:report", "Write a version's report as one HTML file."),
     "compare": ("trainer.comparison.cli:compare", "Compare two models on the same examples."),
     "jobs": ("serving.jobs_cli:jobs", "List, follow, cancel, pause and resume fine-tuning jobs."),
+    "plan": ("serving.sizing.cli:plan", "Plan how many replicas a load needs."),
     "serve": ("serving.cli:serve", "Serve models to OpenAI clients."),
     "add": ("serving.cli:add", "Add a model to the running server."),
     "remove": ("serving.cli:remove", "Remove a model from the running server."),

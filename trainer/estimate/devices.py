@@ -1,4 +1,4 @@
-"""The devices for which training can be estimated: the GPUs listed in devices.yaml and this machine.
+"""The devices for which training can be estimated: the GPUs listed in gpus.yaml and this machine.
 
 This machine's matrix speed is measured once, in the number type used for training, and cached under
 `$SVC_HOME/cache` for each processor type. The median over two seconds is used: with AMX on a shared
@@ -16,10 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
 from svc.engine.device import DeviceCapabilities, NumberType, read_capabilities
+from svc.engine.gpus import GPUS_FILE, ListedGpu, read_gpus
 from svc.engine.machine import Machine, read_machine
 from svc.errors import SettingsError
 from svc.files.disk import write_whole
@@ -30,7 +28,6 @@ from trainer.recipe.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
-DEVICES_FILE = Path(__file__).with_name("devices.yaml")
 HERE = "here"
 """Name that identifies this machine as a device."""
 _GIB = 2**30
@@ -104,55 +101,30 @@ class ComputeDevice:
         return self.speed * self.utilization.get(kind, self.utilization[Method.LORA])
 
 
-class _Listed(BaseModel):
-    """A GPU's entry in devices.yaml."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    label: str
-    memory_gib: float = Field(gt=0)
-    tflops: float = Field(gt=0)
-    bandwidth: float = Field(gt=0)
-    utilization: dict[Method, float]
-    dollars: float = Field(ge=0)
-    speed_source: str
-    price_source: str
-
-    def named(self, name: str) -> ComputeDevice:
-        """Return this entry as a device with the given name."""
-        return ComputeDevice(
-            name=name,
-            label=self.label,
-            cpu=False,
-            number_type=NumberType.BFLOAT16,
-            memory=self.memory_gib * _GIB * _USABLE,
-            speed=self.tflops * 1e12,
-            bandwidth=self.bandwidth * 1e9,
-            utilization=self.utilization,
-            dollars=self.dollars,
-        )
-
-
-class _Catalogue(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    utilization_source: str
-    devices: dict[str, _Listed]
-
-
-def read_devices(path: Path = DEVICES_FILE) -> dict[str, ComputeDevice]:
-    """Return the GPUs listed in devices.yaml, keyed by name.
+def read_devices(path: Path = GPUS_FILE) -> dict[str, ComputeDevice]:
+    """Return the GPUs listed in gpus.yaml, keyed by name.
 
     Raises:
         SettingsError: the file cannot be read or is not valid.
     """
     try:
-        listed = _Catalogue.model_validate(yaml.safe_load(path.read_text("utf-8"))).devices
-    except (OSError, yaml.YAMLError, ValidationError) as error:
-        raise SettingsError(
-            f"cannot read devices from {path}: {error}", expected="the fields described in docs/estimate.md"
-        ) from error
-    return {name: device.named(name) for name, device in listed.items()}
+        return {name: _as_device(name, gpu) for name, gpu in read_gpus(path).items()}
+    except ValueError as error:
+        raise SettingsError(f"{path} has an unknown training method: {error}", expected=", ".join(Method)) from error
+
+
+def _as_device(name: str, gpu: ListedGpu) -> ComputeDevice:
+    return ComputeDevice(
+        name=name,
+        label=gpu.label,
+        cpu=False,
+        number_type=NumberType.BFLOAT16,
+        memory=gpu.memory_gib * _GIB * _USABLE,
+        speed=gpu.tflops * 1e12,
+        bandwidth=gpu.bandwidth * 1e9,
+        utilization={Method(method): share for method, share in gpu.utilization.items()},
+        dollars=gpu.dollars,
+    )
 
 
 def choose_devices(names: Sequence[str], home: Path) -> list[ComputeDevice]:
@@ -165,7 +137,7 @@ def choose_devices(names: Sequence[str], home: Path) -> list[ComputeDevice]:
     listed = read_devices()
     known = (HERE, *listed)
     if unknown := [name for name in names if name not in known]:
-        todo = f"add the device to {DEVICES_FILE}"
+        todo = f"add the device to {GPUS_FILE}"
         raise SettingsError(f"unknown device {unknown[0]!r}", expected=", ".join(known), todo=todo)
     chosen = names or known
     return [

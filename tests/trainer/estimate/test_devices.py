@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from svc.engine.device import DeviceCapabilities, NumberType
+from svc.engine.gpus import GPUS_FILE
 from svc.errors import SettingsError
 from svc.settings import Device
 from trainer.estimate import devices
@@ -33,16 +34,16 @@ def test_unknown_device_error_lists_known_devices(tmp_path: Path) -> None:
 
 
 def test_device_price_can_be_changed(tmp_path: Path) -> None:
-    file = tmp_path / "devices.yaml"
-    file.write_text(devices.DEVICES_FILE.read_text().replace("dollars: 0.60", "dollars: 0.10"))
+    file = tmp_path / "gpus.yaml"
+    file.write_text(GPUS_FILE.read_text().replace("dollars: 0.60", "dollars: 0.10"))
     assert read_devices(file)["rtx-4090"].dollars == 0.10
 
 
 @pytest.mark.parametrize("content", ["devices: 3", "[", "devices: {a: {label: x}}"])
 def test_invalid_devices_file_is_named_in_the_error(tmp_path: Path, content: str) -> None:
-    file = tmp_path / "devices.yaml"
+    file = tmp_path / "gpus.yaml"
     file.write_text(content)
-    with pytest.raises(SettingsError, match=r"devices\.yaml"):
+    with pytest.raises(SettingsError, match=r"gpus\.yaml"):
         read_devices(file)
 
 
