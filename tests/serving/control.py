@@ -44,11 +44,11 @@ from tests.svc.engine.devices import AVX512
 BODY: dict[str, Any] = {"model": NAME, "messages": [{"role": "user", "content": "one two three"}]}
 
 
-async def until(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
-    """Wait until a condition holds."""
+async def until(condition: Callable[[], object], timeout_s: float = 5.0, *, every_s: float = 0.005) -> None:
+    """Wait until a condition holds, which is checked every `every_s` seconds."""
     async with asyncio.timeout(timeout_s):
         while not condition():
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(every_s)
 
 
 class Control:

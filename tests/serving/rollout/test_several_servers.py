@@ -22,7 +22,7 @@ from svc.store.postgresql import connect
 from svc.store.rollouts import RolloutOutcome, RolloutState
 from svc.store.shadow_pairs import read_shadow_pairs
 from svc.store.swaps import SwapResult
-from svc.store.tables import LeaseRow
+from svc.store.tables import LeaseRow, ServerRow
 from tests.postgresql import SHARED, PostgresServer
 from tests.serving.control import BODY, Control
 from tests.serving.control import until as until_within
@@ -71,11 +71,16 @@ class Servers:
                 yield self
 
     async def kill_leader(self) -> None:
-        """Kill the first server, and let its lease end."""
+        """Kill the first server, and let its lease and its last report be old."""
         await self.first.kill()
-        with self.second.store.begin() as connection:
-            held = LeaseRow.holder == self.first.leadership.server
-            connection.execute(update(LeaseRow).where(held).values(until=PAST))
+        server = self.first.leadership.server
+        aged = (
+            update(ServerRow).where(ServerRow.id == server).values(seen_at=PAST),
+            update(LeaseRow).where(LeaseRow.holder == server).values(until=PAST),
+        )
+        for each in aged:  # in transactions of their own: the second server locks the same rows
+            with self.second.store.begin() as connection:
+                connection.execute(each)
 
 
 @pytest.fixture(autouse=True)
