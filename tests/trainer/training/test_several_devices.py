@@ -127,7 +127,7 @@ def at_checkpoint(folder: Path, step: int, act: Callable[[], None]) -> threading
         pytest.param(Method.DORA, {}, marks=pytest.mark.matrix),
         pytest.param(Method.ADALORA, {"gradient_accumulation": 2}, marks=pytest.mark.matrix),
         pytest.param(Method.QLORA, {}, marks=pytest.mark.matrix),
-        (Method.FULL, {}),
+        pytest.param(Method.FULL, {}, marks=pytest.mark.matrix),
     ],
     ids=str,
 )
@@ -147,7 +147,7 @@ def test_two_devices_have_the_same_losses_and_weights_as_one(
 @pytest.mark.parametrize(
     ("method", "settings"),
     [
-        (Method.LORA, {}),
+        pytest.param(Method.LORA, {}, marks=pytest.mark.matrix),
         pytest.param(Method.LORA, {"batch_size": 2, "gradient_accumulation": 4}, marks=pytest.mark.matrix),
         pytest.param(Method.LORA, {"packing": True, "max_length": 150}, marks=pytest.mark.matrix),
         pytest.param(Method.DORA, {"gradient_checkpointing": True}, marks=pytest.mark.matrix),
