@@ -51,7 +51,7 @@ from serving.telemetry.request_log import RequestLog
 from serving.telemetry.usage_writer import UsageWriter
 from svc.access.authenticator import Authenticator
 from svc.access.usage_meter import UsageMeter
-from svc.client_files.client_files import FILES_FOLDER, ClientFiles
+from svc.client_files.client_files import ClientFiles
 from svc.client_files.uploads import ClientUploads
 from svc.engine.device import DeviceCapabilities
 from svc.registry.registry import Registry
@@ -282,7 +282,7 @@ def assemble_gateway(
         fine_tuned=FineTunedModels(store, router, settings.fine_tuning.organization, loader=loader),
         begin_trace=traces.begin if traces else None,
     )
-    files = ClientFiles(store, settings.home / FILES_FOLDER)
+    files = ClientFiles.of(settings, store)
     client_uploads = ClientUploads(store, settings.home / "uploads", files)
     uploading = Uploading(settings.home, min_free_bytes=int(settings.files.min_free_gb * 2**30))
     file_checks = FileChecks(store, files)

@@ -131,15 +131,15 @@ def _artifacts_url(text: str) -> str:
 
 
 class ArtifactSettings(_Section):
-    """Settings of the object store that several machines share for versions. See docs/scale.md.
+    """Settings of the object store that several machines share for versions and clients' files. See docs/scale.md.
 
     Credentials are read from the environment, never from settings.
     """
 
     url: Annotated[str, AfterValidator(_artifacts_url)] | None = Field(
         None,
-        description="object store for versions: `s3://bucket/prefix`, `gs://bucket/prefix`, `az://container/prefix` or "
-        "`file:///path`; default: versions are only in `home`",
+        description="object store for versions and for contents of clients' files: `s3://bucket/prefix`, "
+        "`gs://bucket/prefix`, `az://container/prefix` or `file:///path`; default: they are only in `home`",
     )
     checkpoints: bool = Field(
         False,

@@ -24,6 +24,7 @@ from serving.protocols.error_code import ErrorCode
 from serving.protocols.route import Route
 from svc.client_files.batch_check import check_batch_file
 from svc.client_files.client_files import ClientFiles
+from svc.client_files.shared_contents import ContentDamagedError, ContentMissingError, ContentStoreError
 from svc.errors import AuthenticationError, PermissionDeniedError
 from svc.store.batches import (
     Batch,
@@ -38,6 +39,7 @@ from svc.store.batches import (
 from svc.store.files import FileStatus, Purpose
 from svc.store.leases import Lease
 from svc.store.outage_log import log_store_error
+from svc.store.page import EntryNotFoundError
 
 log = logging.getLogger(__name__)
 
@@ -124,10 +126,10 @@ class BatchRun:
         Raises:
             BatchFailedError: the file is not valid.
         """
-        if self.batch.status is not BatchStatus.VALIDATING:
+        if self.batch.status is not BatchStatus.VALIDATING or (path := await self._input()) is None:
             return
         try:
-            check = await asyncio.to_thread(check_batch_file, self.context.files.path(self.batch.input_file))
+            check = await asyncio.to_thread(check_batch_file, path)
         except OSError as error:
             raise self._no_input(error) from error
         if check.problems:
@@ -168,8 +170,10 @@ class BatchRun:
             await self._expire(progress)
 
     async def _answer_all(self, progress: Progress) -> None:
+        if (path := await self._input()) is None:
+            return
         try:
-            lines = RequestLines(self.context.files.path(self.batch.input_file))
+            lines = RequestLines(path)
         except OSError as error:
             raise self._no_input(error) from error
         failures: list[BatchFailedError] = []
@@ -224,9 +228,11 @@ class BatchRun:
 
     async def _expire(self, progress: Progress) -> None:
         """Store for each request without an answer that it has expired."""
+        if (path := await self._input()) is None:
+            return
 
         def read_open() -> list[str]:
-            lines = read_request_lines(self.context.files.path(self.batch.input_file))
+            lines = read_request_lines(path)
             return [line.custom_id for line in lines if line.custom_id not in progress.done]
 
         try:
@@ -279,19 +285,50 @@ class BatchRun:
                 log_store_error(log, "the batch %s waits for the store", self.batch.id)
                 await asyncio.sleep(RETRY_S)
 
-    def _no_input(self, error: OSError) -> BatchFailedError:
+    async def _input(self) -> Path | None:
+        """Return the path of the input file's content on this machine, or None if the batch is cancelled meanwhile.
+
+        While the object store does not respond, this tries again until the batch's time is over.
+
+        Raises:
+            BatchFailedError: the content cannot be read.
+        """
+        while True:
+            try:
+                return await self.context.files.content(self.batch.input_file)
+            except ContentDamagedError as error:
+                raise BatchFailedError(_unavailable(error.wrong)) from error
+            except (ContentMissingError, EntryNotFoundError) as error:
+                raise self._no_input(error) from error
+            except SQLAlchemyError:
+                log_store_error(log, "the batch %s waits for the store", self.batch.id)
+            except (ContentStoreError, OSError) as error:
+                if self.batch.expires_at <= datetime.now(UTC):
+                    raise self._no_input(error) from error
+                log.error("the batch %s waits for its input file: %s", self.batch.id, error)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self.cancelled.wait(), RETRY_S)
+                return None
+
+    def _no_input(self, error: Exception) -> BatchFailedError:
         log.error("the input file of the batch %s cannot be read: %s", self.batch.id, error)
         wrong = f"the input file {self.batch.input_file} cannot be read; it may have been deleted"
-        return BatchFailedError(BatchError("input_file_unavailable", wrong, param="input_file_id"))
+        return BatchFailedError(_unavailable(wrong))
+
+
+def _unavailable(message: str) -> BatchError:
+    return BatchError("input_file_unavailable", message, param="input_file_id")
 
 
 async def _until_written(write: Callable[[], Awaitable[Result]]) -> Result:
-    """Call a function that writes to the disk, and try again while it fails, for example because the disk is full."""
+    """Call a function that writes to the disk or the object store, and try again while it fails, for example because
+    the disk is full.
+    """
     while True:
         try:
             return await write()
-        except OSError as error:
-            log.error("cannot write to the disk; a batch waits and tries again: %s", error)
+        except (OSError, ContentStoreError) as error:
+            log.error("cannot write a file; a batch waits and tries again: %s", error)
             await asyncio.sleep(RETRY_S)
 
 

@@ -3,7 +3,8 @@
     uploaded ──▶ checked ──▶ processed
                          └──▶ error, with the reason
 
-A file stays `uploaded` until its check has ended. A server that starts continues with these files.
+A file stays `uploaded` until its check has ended. A server that starts continues with these files. If the contents are
+in an object store, any server checks a file whose own server has not done so within a minute.
 """
 
 import asyncio
@@ -13,7 +14,9 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from sqlalchemy import Engine as Store
@@ -21,9 +24,11 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from svc.client_files.client_files import ClientFiles
 from svc.client_files.content_check import MAX_SECONDS, ContentCheck
+from svc.client_files.shared_contents import ContentDamagedError, ContentMissingError, ContentStoreError
 from svc.store.database import is_sqlite
 from svc.store.files import ClientFile, FileStatus, Purpose, read_unchecked, set_file_status
 from svc.store.outage_log import log_store_error
+from svc.store.page import EntryNotFoundError
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +36,9 @@ CheckContent = Callable[[Path, Purpose], Awaitable[ContentCheck]]
 """Type of `run_check`."""
 _MAX_CHECKS = 2
 _POLL_S = 5.0
+_FETCH_AGAIN_S = 60.0
+_LOST = "the content of the file has been lost"
+_TAKE_OVER_AFTER = timedelta(minutes=1)
 _SINGLE_THREADED = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # each thread would reserve memory
 
 
@@ -46,6 +54,7 @@ class FileChecks:
         self._files = files
         self._check = check or run_check
         self._running: dict[asyncio.Task[None], ClientFile] = {}
+        self._not_before: dict[str, float] = {}
         self._changed = asyncio.Event()
 
     def wake(self) -> None:
@@ -82,23 +91,45 @@ class FileChecks:
                 task.add_done_callback(self._ended)
 
     def _read_unchecked(self) -> list[ClientFile]:
-        """Return the files to check whose contents are on this machine."""
-        here = []
+        """Return the files to check whose contents are on this machine, then those that can be fetched."""
+        here, elsewhere, long_ago = list[ClientFile](), list[ClientFile](), datetime.now(UTC) - _TAKE_OVER_AFTER
+        now = time.monotonic()
+        self._not_before = {id: moment for id, moment in self._not_before.items() if moment > now}
         for file in read_unchecked(self._store):
             if self._files.path(file.id).is_file():
                 here.append(file)
+            elif self._files.are_shared:
+                if file.created_at < long_ago and file.id not in self._not_before:
+                    elsewhere.append(file)
             elif is_sqlite(self._store):  # no other server can have it
-                set_file_status(self._store, file.id, FileStatus.ERROR, "the content of the file has been lost")
-        return here
+                set_file_status(self._store, file.id, FileStatus.ERROR, _LOST)
+        return here + elsewhere
 
     async def _check_file(self, file: ClientFile) -> None:
         try:
-            result = await self._check(self._files.path(file.id), file.purpose)
-            status = FileStatus.PROCESSED if result.usable else FileStatus.ERROR
-            await asyncio.to_thread(set_file_status, self._store, file.id, status, result.details)
+            result = await self._result(file)
+            if result is not None:
+                status = FileStatus.PROCESSED if result.usable else FileStatus.ERROR
+                await asyncio.to_thread(set_file_status, self._store, file.id, status, result.details)
         except SQLAlchemyError:
             log_store_error(log, "the result of checking the file %s could not be stored; it is checked again", file.id)
             await asyncio.sleep(_POLL_S)
+
+    async def _result(self, file: ClientFile) -> ContentCheck | None:
+        """Return the result of checking a file, or None if its content cannot be fetched now or was deleted."""
+        try:
+            path = await self._files.content(file.id)
+        except EntryNotFoundError:
+            return None
+        except ContentDamagedError as error:
+            return ContentCheck(False, error.wrong)
+        except (ContentMissingError, ContentStoreError, OSError) as error:
+            if isinstance(error, ContentMissingError) and is_sqlite(self._store):  # no other server can have it
+                return ContentCheck(False, _LOST)
+            log.warning("the file %s cannot be checked now, and is tried again later: %s", file.id, error)
+            self._not_before[file.id] = time.monotonic() + _FETCH_AGAIN_S
+            return None
+        return await self._check(path, file.purpose)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         del self._running[task]

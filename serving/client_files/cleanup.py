@@ -1,4 +1,7 @@
-"""Removes clients' files and uploads that have expired, and contents that a crash has left without a row."""
+"""Removes clients' files and uploads that have expired, and contents that a crash has left without a row.
+
+With an object store, contents of deleted files are removed there, and contents that it lacks are added.
+"""
 
 import asyncio
 import logging
@@ -6,6 +9,7 @@ import logging
 from sqlalchemy.exc import SQLAlchemyError
 
 from svc.client_files.client_files import ClientFiles
+from svc.client_files.shared_contents import ContentStoreError
 from svc.client_files.uploads import ClientUploads
 from svc.store.outage_log import log_store_error
 
@@ -25,6 +29,8 @@ async def run_cleanup(files: ClientFiles, uploads: ClientUploads, *, interval_s:
             log_store_error(log, "expired files could not be removed")
         except OSError:
             log.exception("expired files could not be removed")
+        except ContentStoreError:
+            log.warning("contents in the object store could not be removed or added; this is tried again")
         count += 1
         await asyncio.sleep(interval_s)
 
@@ -33,5 +39,8 @@ def _clean_up(files: ClientFiles, uploads: ClientUploads, *, unknown: bool) -> N
     expired = files.remove_expired(), uploads.remove_expired()
     if any(expired):
         log.info("removed %d files and %d uploads that have expired", *expired)
+    files.tidy_shared()
     if unknown and (removed := files.remove_unknown() + uploads.remove_unknown()):
         log.info("removed the contents of %d files that are not in the store, left by a crash", removed)
+    if unknown and (shared := files.share_missing()):
+        log.info("uploaded the contents of %d files that the object store lacked", shared)

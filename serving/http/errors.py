@@ -30,7 +30,6 @@ from serving.http import body
 from serving.http.delivery import AnswerTooLargeError
 from serving.http.failed_keys import TooManyWrongKeysError
 from serving.http.feedback import RequestLogBusyError, RequestNotFoundError
-from serving.http.files import ContentMissingError
 from serving.http.host import HostNotAllowedError
 from serving.http.models import ModelNotDeletableError
 from serving.http.uploading import DiskFullError, FileTooLargeError
@@ -49,6 +48,7 @@ from serving.replicas.transport import (
     EngineSilentError,
 )
 from svc.access.authenticator import KeysUnavailableError
+from svc.client_files.shared_contents import ContentMissingError, ContentStoreError
 from svc.client_files.uploads import ChecksumError
 from svc.errors import (
     AuthenticationError,
@@ -182,6 +182,7 @@ _SHAPES: dict[type[SvcError], tuple[int, ErrorCode]] = {
     UploadSizeError: (400, ErrorCode.INVALID_REQUEST),
     ChecksumError: (400, ErrorCode.INVALID_REQUEST),
     ContentMissingError: (503, ErrorCode.FILE_CONTENT_MISSING),
+    ContentStoreError: (503, ErrorCode.STORE_UNAVAILABLE),
     RateLimitedError: (429, ErrorCode.RATE_LIMIT_EXCEEDED),
     OverloadedError: (429, ErrorCode.OVERLOADED),
     TooManyTokensError: (400, ErrorCode.TOO_MANY_TOKENS),

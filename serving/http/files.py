@@ -17,7 +17,6 @@ from serving.http.uploading import Uploading, too_large
 from serving.protocols.request import InvalidRequestError
 from serving.telemetry.metrics import CLIENT_GONE_STATUS
 from svc.client_files.client_files import ClientFiles
-from svc.errors import SvcError
 from svc.settings import FilesSettings
 from svc.store.files import UPLOAD_PURPOSES, ClientFile, Purpose, StorageLimits, find_file, read_files, require_storage
 
@@ -30,10 +29,6 @@ _CONTENT_HEADERS = {
     "content-security-policy": "sandbox",
     "cache-control": "no-store",
 }
-
-
-class ContentMissingError(SvcError):
-    """Raised when the content of a file is not on this machine."""
 
 
 class Files:
@@ -131,9 +126,10 @@ class Files:
 
     async def _send_content(self, request: Request) -> Response:
         file = await self._find(request)
-        path = self._files.path(file.id)
-        if not await asyncio.to_thread(path.is_file):
-            raise ContentMissingError(f"the content of the file {file.id} is not on this server")
+        path = await asyncio.to_thread(self._files.find, file.id)
+        if path is None:
+            with self._uploading.writing(request):
+                path = await self._files.content(file.id)
         return FileResponse(
             path, headers=_CONTENT_HEADERS, media_type="application/octet-stream", filename=file.filename
         )

@@ -2,8 +2,9 @@
 
 import asyncio
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
@@ -78,8 +79,19 @@ class Uploading:
             OverloadedError: too many uploads are running.
             DiskFullError: the disk is full.
         """
-        with self._slots.reading(request_state(request.scope).caller):
-            return await asyncio.get_running_loop().run_in_executor(self._threads, self._written, work)
+        with self.writing(request):
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    @contextmanager
+    def writing(self, request: Request) -> Iterator[None]:
+        """Hold one of the slots for uploads while the `with` body writes a file for a request.
+
+        Raises:
+            OverloadedError: too many uploads are running.
+            DiskFullError: the disk is full.
+        """
+        with self._slots.reading(request_state(request.scope).caller), self._full_disk_named():
+            yield
 
     def disk_watch(self) -> Callable[[int], None]:
         """Return a function to be called with the size of each part before it is written.
@@ -110,11 +122,13 @@ class Uploading:
 
     def _saved(self, save: Callable[[ThreadedBody], Result], body: ThreadedBody, size: int) -> Result:
         self._require_space(size)
-        return self._written(lambda: save(body))
+        with self._full_disk_named():
+            return save(body)
 
-    def _written(self, work: Callable[[], Result]) -> Result:
+    @contextmanager
+    def _full_disk_named(self) -> Iterator[None]:
         try:
-            return work()
+            yield
         except OSError as error:
             if is_full(error, self._folder):
                 raise _disk_full() from error

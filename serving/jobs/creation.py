@@ -12,9 +12,9 @@ import hashlib
 import logging
 import re
 import secrets
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,10 @@ from serving.jobs.recipe import (
     check_conflicts,
     check_recipe_keys,
     complete,
+    file_keys,
     make_recipe,
     recipe_text,
+    recipe_with_data,
     registered_name,
     suffix_of,
 )
@@ -38,12 +40,14 @@ from serving.jobs.request import JobRequest
 from serving.jobs.training_check import CheckFailedError, CheckTimeoutError, TrainingCheck, check_training
 from serving.protocols.request import InvalidRequestError
 from svc.client_files.client_files import ClientFiles
+from svc.client_files.shared_contents import ContentDamagedError, ContentMissingError, ContentStoreError
 from svc.errors import BaseModelError, DataError, NotFoundError, RecipeError, SvcError
 from svc.identity.actor import Actor
 from svc.identity.principal import Principal
 from svc.settings import Settings
 from svc.store.audit import Action, AuditEntry
 from svc.store.changes import Changes
+from svc.store.database import is_sqlite
 from svc.store.files import ClientFile, FileStatus, Purpose, find_file
 from svc.store.job_requests import (
     JobError,
@@ -69,6 +73,8 @@ _CHECK_S = 60.0
 """Seconds that a request waits for the check of its training. A longer check continues in the background."""
 _LONG_CHECK_S = 3600.0
 _POLL_S = 1.0
+_FETCH_AGAIN_S = 60.0
+_TAKE_OVER_AFTER = timedelta(minutes=1)
 _MAX_CHECKS = 2
 _MAX_WAITING = 64
 _MODEL = re.compile(r"[A-Za-z0-9:._/@-]{1,256}")  # PostgreSQL rejects some other characters
@@ -103,12 +109,14 @@ class _Plan:
 
     Attributes:
         recipe: see `serving.jobs.recipe.make_recipe`.
+        files: ids of the files, by the keys of their paths in the section `data` of the recipe.
         files_checked: whether all files have been checked.
     """
 
     request: JobRequest
     name: str
     recipe: dict[str, Any]
+    files: Mapping[str, str]
     files_checked: bool
 
 
@@ -187,9 +195,12 @@ class JobCreation:
     async def _decide(self, job: Job) -> None:
         try:
             async with self._decisions:
-                await decide_job(self._store, self._settings, job, self._check)
+                await decide_job(self._store, self._files, self._settings, job, self._check)
         except SQLAlchemyError:
             log_store_error(log, "the check of the job %s could not be recorded; it is repeated", job.id)
+        except (ContentMissingError, ContentStoreError, OSError) as error:
+            log.warning("the job %s cannot be checked now, and is tried again later: %s", job.id, error)
+            await asyncio.sleep(_FETCH_AGAIN_S)
 
     async def _create(self, request: JobRequest, client: Client, fingerprint: str) -> Job:
         most = self._settings.fine_tuning.max_jobs
@@ -197,8 +208,7 @@ class JobCreation:
         if repeated is not None:
             return repeated
         plan = await asyncio.to_thread(self._plan, request, client)
-        async with self._checks:
-            check = await self._checked(plan)
+        check = await self._checked(plan)
         recipe, training_s = plan.recipe, None
         if check is not None:
             request, recipe, training_s = complete(request, recipe, check)
@@ -254,7 +264,8 @@ class JobCreation:
         paths = {param: self._files.path(file.id) for param, file in files.items()}
         name = registered_name(client.owner, request.suffix or suffix)
         recipe = make_recipe(request, name, Sources(base, paths["training_file"], paths.get("validation_file")))
-        return _Plan(request, name, recipe, all(file.status is FileStatus.PROCESSED for file in files.values()))
+        ids = file_keys(request.training_file, request.validation_file)
+        return _Plan(request, name, recipe, ids, all(file.status is FileStatus.PROCESSED for file in files.values()))
 
     def _base(self, model: str, client: Client, param: str) -> tuple[str, str]:
         """Return the base that a client's name stands for, as a recipe names it, and the suffix of a new model of it
@@ -269,11 +280,22 @@ class JobCreation:
         return str(version), suffix_of(version.name, client.owner)
 
     async def _checked(self, plan: _Plan) -> TrainingCheck | None:
-        """Return the check of a plan, or None if the job is decided later, because a file has not been checked yet or
-        the check takes too long.
+        """Return the check of a plan, or None if the job is decided later, because a file has not been checked yet,
+        because its content cannot be fetched now, or because the check takes too long.
+
+        Raises:
+            ContentDamagedError: the content of a file was truncated or altered.
         """
         try:
-            check = await _run_check(self._check, plan.request, plan.recipe, self._settings, _CHECK_S)
+            async with asyncio.timeout(_CHECK_S):
+                recipe = recipe_with_data(plan.recipe, await _contents(self._files, plan.files))
+        except ContentDamagedError:
+            raise
+        except (ContentMissingError, ContentStoreError, OSError):  # TimeoutError is an OSError
+            return None
+        try:
+            async with self._checks:
+                check = await _run_check(self._check, plan.request, recipe, self._settings, _CHECK_S)
         except CheckTimeoutError:
             return None
         except UnusableDataError:
@@ -283,13 +305,24 @@ class JobCreation:
         return check if plan.files_checked else None
 
 
-async def decide_job(store: Store, settings: Settings, job: Job, check: CheckTraining = check_training) -> None:
-    """Move a job from `validating_files` to the queue, or fail it, once its files have been checked."""
+async def decide_job(
+    store: Store, files: ClientFiles, settings: Settings, job: Job, check: CheckTraining = check_training
+) -> None:
+    """Move a job from `validating_files` to the queue, or fail it, once its files have been checked.
+
+    A server that lacks the contents leaves a job to the others: without an object store always, otherwise for a minute.
+
+    Raises:
+        ContentMissingError, ContentStoreError: the contents of the files cannot be fetched now.
+    """
     try:
         request = JobRequest.model_validate_json(job.request)
         if not await asyncio.to_thread(_files_checked, store, job):
             return
-        recipe: dict[str, Any] = parse_yaml(job.recipe)
+        ids = file_keys(job.training_file, job.validation_file)
+        if not await asyncio.to_thread(_is_own_turn, store, files, job, ids.values()):
+            return
+        recipe = recipe_with_data(parse_yaml(job.recipe), await _contents(files, ids))
         result = await _run_check(check, request, recipe, settings, _LONG_CHECK_S)
         request, recipe, training_s = complete(request, recipe, result)
         text = recipe_text(recipe)
@@ -297,6 +330,8 @@ async def decide_job(store: Store, settings: Settings, job: Job, check: CheckTra
         param = getattr(error, "param", None)
         failure = JobError(_FAILURES.get(param or "", "invalid_request"), _sentence(error), param)
         await asyncio.to_thread(fail_checked, store, job.id, failure)
+    except ContentDamagedError as error:
+        await asyncio.to_thread(fail_checked, store, job.id, JobError("server_error", error.wrong))
     except CheckFailedError:
         log.exception("the check of the job %s failed", job.id)
         failure = JobError("server_error", "the job could not be checked; the server's log says why")
@@ -304,6 +339,28 @@ async def decide_job(store: Store, settings: Settings, job: Job, check: CheckTra
     else:
         values = partial(queue_checked, request=request.json_text(), recipe=text, training_s=training_s, event=_QUEUED)
         await asyncio.to_thread(values, store, job.id)
+
+
+def _is_own_turn(store: Store, files: ClientFiles, job: Job, ids: Iterable[str]) -> bool:
+    """Return whether this server decides a job: it has the contents, or no other server has decided it in time.
+
+    Raises:
+        InvalidRequestError: a content has been lost.
+    """
+    missing = next((id for id in ids if files.find(id) is None), None)
+    if missing is None:
+        return True
+    if files.are_shared:
+        return job.created_at < datetime.now(UTC) - _TAKE_OVER_AFTER
+    if is_sqlite(store):  # there is no other server
+        param = "training_file" if missing == job.training_file else "validation_file"
+        raise _invalid(param, f"the content of the file {missing} has been lost", "a file whose content exists")
+    return False
+
+
+async def _contents(files: ClientFiles, ids: Mapping[str, str]) -> dict[str, str]:
+    """Return the paths of the contents of a job's files, by their keys in the recipe."""
+    return {key: str(await files.content(id)) for key, id in ids.items()}
 
 
 def _remove(tasks: dict[str, asyncio.Task[None]], id: str, task: asyncio.Task[None]) -> None:
@@ -404,7 +461,9 @@ async def _run_check(
     except DataError as error:
         train, heldout = recipe["data"]["train"], recipe["data"].get("heldout", "")
         in_heldout = heldout and heldout in error.wrong and train not in error.wrong
-        wrong = error.wrong.replace(f"{Path(train).parent}/", "")
+        wrong = error.wrong
+        for path in filter(None, (train, heldout)):
+            wrong = wrong.replace(f"{Path(path).parent}/", "")
         param = "validation_file" if in_heldout else "training_file"
         raise UnusableDataError(wrong, param=param, expected=error.expected) from error
     except RecipeError as error:

@@ -25,13 +25,14 @@ from typing import Any, TypeVar
 from sqlalchemy import Engine as Store
 from sqlalchemy.exc import SQLAlchemyError
 
-from serving.jobs.recipe import recipe_text, training_variables
+from serving.jobs.recipe import file_keys, recipe_text, recipe_with_data, training_variables
 from serving.jobs.request import JobRequest
 from serving.jobs.results import PROGRESS_FILE
 from serving.jobs.step_events import StepEvents
 from serving.jobs.training_error import read_error
 from serving.jobs.training_process import LOG_FILE, TrainingProcess, end_processes
 from svc.client_files.client_files import ClientFiles
+from svc.client_files.shared_contents import ContentDamagedError, ContentMissingError, ContentStoreError
 from svc.errors import (
     BusyError,
     DiskSpaceError,
@@ -84,6 +85,7 @@ _WAITS = {
     BusyError.exit_code: "Waiting until another process has finished the same training",
 }
 """Reasons why a job is tried again later, by the exit code of its training."""
+_WAITS_FOR_FILES = "Waiting until the contents of files can be read from or written to the object store"
 _INTERRUPTED = {InterruptedRunError.exit_code, 130, -signal.SIGTERM, -signal.SIGINT}
 _AGAIN = {RegistryError.exit_code}
 """Exit codes after which a job is tried again, as if the training had died."""
@@ -213,7 +215,10 @@ class JobTraining:
         if self._wanted is Wanted.PAUSE:
             await self._release("Fine-tuning job paused")
             return False
-        starting = asyncio.create_task(asyncio.to_thread(self._start))
+        data = await self._data()
+        if data is None:
+            return False
+        starting = asyncio.create_task(asyncio.to_thread(self._start, data))
         try:
             self._process = await asyncio.shield(starting)
         except asyncio.CancelledError:
@@ -227,20 +232,39 @@ class JobTraining:
             return False
         return True
 
-    def _start(self) -> TrainingProcess:
+    async def _data(self) -> dict[str, str] | None:
+        """Return the paths of the job's files on this machine by their keys in the recipe, after fetching the contents
+        that it lacks; None if the job cannot be trained here now, or has ended.
+        """
+        ids = file_keys(self.job.training_file, self.job.validation_file)
+        try:
+            return {key: str(await self._content(id)) for key, id in ids.items()}
+        except ContentDamagedError as error:
+            await self._end(fail, error=JobError("server_error", error.wrong))
+        except (ContentMissingError, ContentStoreError, OSError) as error:
+            log.warning("the files of the job %s cannot be fetched: %s", self.job.id, error)
+            self._options.wait(self.job)
+            full = isinstance(error, OSError)
+            await self._release(_WAITS[DiskSpaceError.exit_code] if full else _WAITS_FOR_FILES)
+        return None
+
+    async def _content(self, id: str) -> Path:
+        """Return the path of a file's content. While it is fetched, the job stays this worker's."""
+        fetching = asyncio.create_task(self._options.files.content(id))
+        try:
+            while not (await asyncio.wait([fetching], timeout=self._options.pace.report_s))[0]:
+                await self._report([])
+            return fetching.result()
+        finally:
+            fetching.cancel()
+
+    def _start(self, data: Mapping[str, str]) -> TrainingProcess:
         request = JobRequest.model_validate_json(self.job.request)
         recipe = self._folder / RECIPE_FILE
-        write_whole(recipe, recipe_text(self._recipe()).encode())
+        write_whole(recipe, recipe_text(recipe_with_data(parse_yaml(self.job.recipe), data)).encode())
         command = self._options.command(recipe, self._folder / PROGRESS_FILE)
         environment = {**self._options.environment, **training_variables(request)}
         return TrainingProcess.start(self._folder, command, environment)
-
-    def _recipe(self) -> dict[str, Any]:
-        """Return the job's recipe with the files on this machine. Another machine's home may have another path."""
-        recipe: dict[str, Any] = parse_yaml(self.job.recipe)
-        paths = {"train": self.job.training_file, "heldout": self.job.validation_file}
-        data = {key: str(self._options.files.path(id)) for key, id in paths.items() if id is not None}
-        return recipe | {"data": recipe["data"] | data}
 
     async def _follow(self) -> None:
         """Report the progress, and read what the job's owner wants.
@@ -353,6 +377,10 @@ class JobTraining:
             log.exception("the result of %s cannot be written", self.job.id)
             self._options.wait(self.job)
             await self._release(_WAITS[DiskSpaceError.exit_code])
+            return
+        except ContentStoreError:
+            self._options.wait(self.job)
+            await self._release(_WAITS_FOR_FILES, resumes_here=True)
             return
         await self._end(succeed, version=version, result=result)
         log.info("the job %s has trained %s", self.job.id, version)

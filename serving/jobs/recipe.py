@@ -238,6 +238,20 @@ def default_epochs(examples: int) -> int:
     return max(1, min(3, 25_000 // examples))
 
 
+def file_keys(training_file: str, validation_file: str | None) -> dict[str, str]:
+    """Return the ids of a job's files by the keys of their paths in the section `data` of its recipe."""
+    return {"train": training_file} | ({"heldout": validation_file} if validation_file is not None else {})
+
+
+def recipe_with_data(recipe: Mapping[str, Any], paths: Mapping[str, str]) -> dict[str, Any]:
+    """Return a job's recipe with its files on this machine. The home of another machine may have another path.
+
+    Args:
+        paths: paths of the files, by their keys in the section `data`.
+    """
+    return {**recipe, "data": {**recipe["data"], **paths}}
+
+
 def recipe_text(recipe: Mapping[str, Any]) -> str:
     """Return a recipe as YAML."""
     return yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)

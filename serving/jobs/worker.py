@@ -168,7 +168,8 @@ class JobWorker:
         """Return whether a job can be trained here now."""
         if self._not_before.get(job.id, 0.0) > time.monotonic():
             return False
-        return all(self._files.path(id).exists() for id in (job.training_file, job.validation_file) if id is not None)
+        ids = (id for id in (job.training_file, job.validation_file) if id is not None)
+        return self._files.are_shared or all(self._files.path(id).exists() for id in ids)
 
     def _wait(self, job: Job) -> None:
         """Try a job again later."""

@@ -178,8 +178,8 @@ class Backup:
 
         Returns:
             The reason why a damaged or missing content is not in the archive, by the file's id. Files that clients
-            have deleted meanwhile are left out. So are missing ones if the store is a server's, because another
-            server may have them.
+            have deleted meanwhile are left out. So are missing ones if the store is a server's or there is an object
+            store, because another server or the object store may have them.
         """
         home, archive = self.settings.home / FILES_FOLDER, self.archive.contents
         kept, absent, lost = list[FileContent](), list[str](), dict[str, str]()
@@ -202,7 +202,7 @@ class Backup:
                     else:
                         kept.append(content)
             sync_folder(archive)
-        if absent and self.settings.store.url is None:
+        if absent and self.settings.store.url is None and self.settings.artifacts.url is None:
             store = open_store(self.settings)
             try:
                 lost |= dict.fromkeys(sorted(known_files(store, absent)), "missing from the home")

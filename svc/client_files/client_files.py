@@ -1,90 +1,51 @@
 """The contents of clients' files, in a folder of the home. Their rows are in the store (svc.store.files).
 
+With an object store (svc.client_files.shared_contents), every content is there too before its row is added, and a
+server that lacks a content fetches it. Objects are deleted in the background.
+
+    files/ID             content of a file
+    files/.removed-ID    mark: the file does not exist, and its object is to be deleted
+
 A file's path is made from its id, never from anything that a client sent.
 """
 
-import fcntl
-import hashlib
-import os
+import asyncio
+import logging
 import secrets
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from sqlalchemy import Engine as Store
 
+from svc.client_files.file_writer import FileWriter, remove_left, writing_file
+from svc.client_files.shared_contents import COPIES_FOLDER, ContentMissingError, SharedContents
+from svc.errors import IntegrityError
 from svc.files.disk import sync_folder
+from svc.registry.objects import ObjectStore
+from svc.settings import Settings
 from svc.store.files import (
     ClientFile,
+    FileContent,
     FileStatus,
     Purpose,
     StorageLimits,
     add_file,
+    find_content,
     known_files,
+    read_contents,
     remove_expired_files,
     remove_unused_file,
 )
 
+log = logging.getLogger(__name__)
+
 FILES_FOLDER = "files"
 """Folder of the home with the contents."""
-_MIN_AGE_S = 3600.0
-
-
-class FileWriter:
-    """Writes the content of a new file.
-
-    Attributes:
-        bytes: number of bytes written so far.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("xb")
-        fcntl.flock(self._file, fcntl.LOCK_EX)  # so that no cleanup takes the file for one that a crash has left
-        self._hash = hashlib.sha256()
-        self.bytes = 0
-
-    def write(self, part: bytes) -> None:
-        """Append to the content. Raises OSError if the disk is full."""
-        self._file.write(part)
-        self._hash.update(part)
-        self.bytes += len(part)
-
-    def close(self) -> str:
-        """Complete the file on disk, and return the hash of its content."""
-        self._file.flush()
-        os.utime(self._file.fileno())  # `remove_unknown` leaves new files alone; the last write may be hours ago
-        os.fsync(self._file.fileno())
-        self._file.close()
-        return self._hash.hexdigest()
-
-    def abandon(self) -> None:
-        """Close the file, which is incomplete."""
-        with suppress(OSError):  # the rest does not fit on a full disk
-            self._file.close()
-
-
-def remove_left(path: Path) -> bool:
-    """Delete a file unless it is being written or younger than an hour, and return whether it was deleted."""
-    with suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
-        if time.time() - os.fstat(file.fileno()).st_mtime > _MIN_AGE_S:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
-            return True
-    return False
-
-
-@contextmanager
-def writing_file(path: Path) -> Iterator[FileWriter]:
-    """Yield a writer for a new file. An error deletes what was written."""
-    writer = FileWriter(path)
-    try:
-        yield writer
-    except BaseException:
-        writer.abandon()
-        path.unlink(missing_ok=True)
-        raise
+_REMOVED = ".removed-"
+_MAX_FETCHES = 4
 
 
 class ClientFiles:
@@ -92,24 +53,84 @@ class ClientFiles:
 
     Args:
         folder: folder for the contents, which is created if it does not exist.
+        shared: the contents in an object store, or None if there is none.
     """
 
-    def __init__(self, store: Store, folder: Path) -> None:
+    def __init__(self, store: Store, folder: Path, shared: SharedContents | None = None) -> None:
         self._store = store
         self._folder = folder
+        self._shared = shared
+        self._fetching: dict[str, asyncio.Task[Path]] = {}
+        # Its own threads, so that an object store that does not respond never occupies those of other work.
+        self._threads = ThreadPoolExecutor(_MAX_FETCHES, "fetch-file")
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
+    @classmethod
+    def of(cls, settings: Settings, store: Store) -> "ClientFiles":
+        """Return the files of the home folder given in the settings."""
+        url, min_free = settings.artifacts.url, int(settings.files.min_free_gb * 2**30)
+        shared = (
+            SharedContents(ObjectStore(url), settings.home / COPIES_FOLDER, min_free_bytes=min_free) if url else None
+        )
+        return cls(store, settings.home / FILES_FOLDER, shared)
+
+    @property
+    def are_shared(self) -> bool:
+        """Whether the contents are in an object store, from which this machine can fetch those that it lacks."""
+        return self._shared is not None
+
     def path(self, id: str) -> Path:
-        """Return the path of a file's content on this machine.
+        """Return the path at which this machine stores the content of a file that it receives or writes."""
+        return self._folder / id
+
+    def find(self, id: str) -> Path | None:
+        """Return the path of a file's content if it is on this machine, otherwise None.
 
         Args:
             id: id of a file that exists, see `svc.store.files.find_file`.
         """
-        return self._folder / id
+        if (path := self.path(id)).is_file():
+            return path
+        return self._shared.find_copy(id) if self._shared else None
+
+    async def content(self, id: str) -> Path:
+        """Return the path of a file's content, which is fetched from the object store if this machine lacks it.
+
+        Args:
+            id: id of a file that exists, see `svc.store.files.find_file`.
+
+        Raises:
+            EntryNotFoundError: the file has been deleted.
+            ContentMissingError, ContentDamagedError: the content is nowhere, or was truncated or altered.
+            ContentStoreError: the object store does not respond, or refuses.
+            OSError: the disk is full.
+        """
+        if (path := await asyncio.to_thread(self.find, id)) is not None:
+            return path
+        if self._shared is None:
+            raise ContentMissingError(
+                f"the content of the file {id} is not on this server",
+                todo="ask the operator to set artifacts.url on all servers, so that they share contents",
+            )
+        task = self._fetching.get(id)
+        if task is None:
+            task = self._fetching[id] = asyncio.create_task(self._fetch(id, self._shared))
+            task.add_done_callback(lambda ended: self._fetched(id, ended))
+        return await asyncio.shield(task)  # others may wait for the same content
+
+    async def _fetch(self, id: str, shared: SharedContents) -> Path:
+        content = await asyncio.to_thread(find_content, self._store, id)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, shared.fetch, content)
+
+    def _fetched(self, id: str, task: asyncio.Task[Path]) -> None:
+        del self._fetching[id]
+        if not task.cancelled():
+            task.exception()  # all that waited may have been cancelled, and asyncio would warn that nothing reads it
 
     @contextmanager
     def writing(self, id: str | None = None) -> Iterator[tuple[str, FileWriter]]:
-        """Yield a new id, and a writer for that file's content. An error deletes what was written.
+        """Yield a new id, and a writer for that file's content. An error deletes what was written, also in the object
+        store.
 
         Args:
             id: the id to use, for a file that may have been written in part before a crash. It has no row yet.
@@ -118,7 +139,12 @@ class ClientFiles:
         if id is not None:
             path.unlink(missing_ok=True)
         with writing_file(path) as writer:
-            yield path.name, writer
+            try:
+                yield path.name, writer
+            except BaseException:
+                if writer.closed:  # the object store may have the content, even if it did not answer
+                    self._delete_objects([path.name])
+                raise
 
     def add(
         self,
@@ -138,6 +164,7 @@ class ClientFiles:
             limits: limits for all files of the owner, or None for no limits.
 
         Raises:
+            ContentStoreError: the object store does not respond, or refuses.
             StorageLimitError: the file exceeds a limit.
         """
         file = self.finish(
@@ -163,11 +190,17 @@ class ClientFiles:
         status: FileStatus = FileStatus.UPLOADED,
         expires_after_s: int | None = None,
     ) -> ClientFile:
-        """Complete the content that a writer has written, and return the file, which is not in the store yet."""
+        """Complete the content that a writer has written, and return the file, which is not in the store yet.
+
+        Raises:
+            ContentStoreError: the object store does not respond, or refuses.
+        """
         now = datetime.now(UTC)
         expires_at = None if expires_after_s is None else now + timedelta(seconds=expires_after_s)
         sha256 = writer.close()
         sync_folder(self._folder)
+        if self._shared is not None:
+            self._shared.put(FileContent(id, writer.bytes, sha256), self.path(id))
         return ClientFile(id, owner, purpose, filename, writer.bytes, sha256, now, expires_at, status)
 
     def delete(self, id: str, owner: str | None = None) -> None:
@@ -182,21 +215,72 @@ class ClientFiles:
         """
         remove_unused_file(self._store, id, owner)
         self.path(id).unlink(missing_ok=True)
+        self._delete_objects([id])
 
     def remove_expired(self) -> int:
         """Delete the files that have expired and that no job or batch needs, and return their number."""
         ids = remove_expired_files(self._store, datetime.now(UTC))
         for id in ids:
             self.path(id).unlink(missing_ok=True)
+        self._delete_objects(ids)
         return len(ids)
 
     def remove_unknown(self) -> int:
-        """Delete contents without a row, which a crash has left, and return their number.
+        """Delete contents without a row, which a crash has left or whose file was deleted on another server, and return
+        their number.
 
         Contents that are being written or are younger than an hour are left alone. If no content at all has a row,
         nothing is deleted: the server probably runs with another store than the one that the contents belong to.
         """
-        names = [path.name for path in self._folder.iterdir()]
+        names = [path.name for path in self._folder.iterdir() if not path.name.startswith(_REMOVED)]
         known = known_files(self._store, names)
         unknown = [self._folder / name for name in names if name not in known] if known else []
-        return sum(remove_left(path) for path in unknown)
+        removed = [path.name for path in unknown if remove_left(path)]
+        self._delete_objects(removed)
+        return len(removed)
+
+    def tidy_shared(self) -> None:
+        """Delete the objects of files that no longer exist, and copies that are no longer needed.
+
+        Raises:
+            ContentStoreError: the object store does not respond, or refuses.
+        """
+        if self._shared is None:
+            return
+        self._shared.remove_copies(self._store)
+        marks = {path.name.removeprefix(_REMOVED): path for path in self._folder.glob(f"{_REMOVED}*")}
+        known = known_files(self._store, list(marks))  # those that were written in a later attempt
+        self._shared.delete([id for id in marks if id not in known])
+        for path in marks.values():
+            path.unlink(missing_ok=True)
+
+    def share_missing(self) -> int:
+        """Upload the contents on this machine that the object store lacks, and return their number.
+
+        They are those of files from before an object store was configured, or from a restored backup.
+
+        Raises:
+            ContentStoreError: the object store does not respond, or refuses.
+        """
+        if self._shared is None:
+            return 0
+        contents, shared, count = read_contents(self._store), self._shared.ids(), 0
+        for content in contents:
+            path = self.path(content.id)
+            if content.id in shared or not path.is_file():
+                continue
+            try:
+                self._shared.put(content, path)
+            except (FileNotFoundError, IntegrityError) as error:
+                log.error("the content of %s is not uploaded: %s", content.id, error)
+                continue
+            count += 1
+            if not known_files(self._store, [content.id]):  # deleted meanwhile
+                self._delete_objects([content.id])
+        return count
+
+    def _delete_objects(self, ids: Iterable[str]) -> None:
+        """Mark contents in the object store as to be deleted. Nothing that clients wait for depends on the store."""
+        if self._shared is not None:
+            for id in ids:
+                (self._folder / f"{_REMOVED}{id}").touch(mode=0o600)

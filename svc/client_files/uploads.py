@@ -13,7 +13,8 @@ from pathlib import Path
 
 from sqlalchemy import Engine as Store
 
-from svc.client_files.client_files import ClientFiles, FileWriter, remove_left, writing_file
+from svc.client_files.client_files import ClientFiles
+from svc.client_files.file_writer import FileWriter, remove_left, writing_file
 from svc.errors import SvcError
 from svc.store.files import ClientFile, StorageLimits
 from svc.store.uploads import (
@@ -87,6 +88,7 @@ class ClientUploads:
         Raises:
             EntryNotFoundError, UploadEndedError, UploadSizeError: the upload has ended, or does not have these parts.
             ChecksumError: the file has another checksum. The upload has not ended.
+            ContentStoreError: the object store does not respond, or refuses. The upload has not ended.
             StorageLimitError: the file exceeds a limit.
         """
         require_pending(upload)

@@ -3,6 +3,7 @@
     manifests/NAME/N.json      written last, and only if there is none yet; without it there is no version NAME@N
     files/NAME/SHA256/FILE     one file of the model's versions, under its hash
     checkpoints/RUN/STEP/FILE  one file of a checkpoint of an unfinished training
+    client-files/ID            the content of a client's file, see svc.client_files.shared_contents
 
 Because a key contains the content's hash, two machines never write different content to one key, and an interrupted
 upload continues with the first file that is missing. Objects appear only when they are complete, in every store.
@@ -138,7 +139,7 @@ class ObjectStore:
         Raises:
             RegistryError: the store does not respond, or refuses.
         """
-        return [file for file in records if self._size(_file_key(manifest.name, file)) != file.bytes]
+        return [file for file in records if self.size(_file_key(manifest.name, file)) != file.bytes]
 
     def upload(self, manifest: Manifest, folder: Path) -> None:
         """Upload a version: first the files that the store lacks, then the manifest, which publishes it.
@@ -246,6 +247,36 @@ class ObjectStore:
             for file in records:
                 self._receive(f"{prefix}/{file.path}", file, folder / file.path, on_bytes)
 
+    def send_file(self, key: str, record: FileRecord, path: Path) -> None:
+        """Upload one file.
+
+        Raises:
+            IntegrityError: the file differs from its record.
+            RegistryError: the store does not respond, or refuses.
+        """
+        self._send(key, record, path, lambda count: None)
+
+    def receive_file(self, key: str, record: FileRecord, path: Path) -> None:
+        """Download one file, which appears at the path when it is complete and verified.
+
+        Raises:
+            IntegrityError: the object is missing, truncated or altered.
+            RegistryError: the store does not respond, or refuses.
+        """
+        self._receive(key, record, path, lambda count: None)
+
+    def size(self, key: str) -> int | None:
+        """Return the size of an object in bytes, or None if there is none.
+
+        Raises:
+            RegistryError: the store does not respond, or refuses.
+        """
+        import obstore
+
+        with self._asking(f"read {key}"), suppress(FileNotFoundError):
+            return obstore.head(self._client, key)["size"]
+        return None
+
     def _send(self, key: str, file: FileRecord, path: Path, on_bytes: Callable[[int], None]) -> None:
         import obstore
 
@@ -266,7 +297,7 @@ class ObjectStore:
             end = min(start + _PART, file.bytes)
             return obstore.get_range(self._client, key, start=start, end=end)
 
-        size = self._size(key)
+        size = self.size(key)
         if size is None:
             raise self._damaged(key, file, "is missing")
         if size != file.bytes:
@@ -354,13 +385,6 @@ class ObjectStore:
 
         with self._asking(f"read {key}"), suppress(FileNotFoundError):
             return bytes(obstore.get(self._client, key).bytes())
-        return None
-
-    def _size(self, key: str) -> int | None:
-        import obstore
-
-        with self._asking(f"read {key}"), suppress(FileNotFoundError):
-            return obstore.head(self._client, key)["size"]
         return None
 
     @contextmanager

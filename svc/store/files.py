@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 
-from sqlalchemy import ColumnElement, delete, func, or_, select, update
+from sqlalchemy import ColumnElement, delete, func, or_, select, true, update
 from sqlalchemy import Engine as Store
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
@@ -223,11 +223,33 @@ def read_contents(store: Store) -> list[FileContent]:
         return [FileContent(id, size, sha256) for id, size, sha256 in rows]
 
 
+def find_content(store: Store, id: str) -> FileContent:
+    """Return the content of a file.
+
+    Raises:
+        EntryNotFoundError: there is no file with this id.
+    """
+    file = find_file(store, id, None)
+    return FileContent(file.id, file.bytes, file.sha256)
+
+
 def known_files(store: Store, ids: Sequence[str]) -> set[str]:
     """Return those of some ids that belong to files."""
+    return _matching_files(store, ids, true())
+
+
+def needed_files(store: Store, ids: Sequence[str]) -> set[str]:
+    """Return those of some ids that belong to files which a job or batch that has not ended needs."""
+    by_job = select(JobRow.id).where(_used_by_job(FileRow.id)).exists()
+    by_batch = select(BatchRow.id).where(_used_by_batch(FileRow.id)).exists()
+    return _matching_files(store, ids, by_job | by_batch)
+
+
+def _matching_files(store: Store, ids: Sequence[str], condition: ColumnElement[bool]) -> set[str]:
+    query = select(FileRow.id).where(condition)
     with Session(store) as session:
         chunks = [ids[start : start + _CHUNK] for start in range(0, len(ids), _CHUNK)]
-        return {id for chunk in chunks for id in session.scalars(select(FileRow.id).where(FileRow.id.in_(chunk)))}
+        return {id for chunk in chunks for id in session.scalars(query.where(FileRow.id.in_(chunk)))}
 
 
 def _used_by_job(id: str | InstrumentedAttribute[str]) -> ColumnElement[bool]:

@@ -34,6 +34,7 @@ from svc.engine.vllm.connection_pool import EngineConnections
 from svc.identity.principal import Principal
 from svc.registry.registry import Registry
 from svc.settings import (
+    ArtifactSettings,
     FilesSettings,
     FineTuningSettings,
     RequestLogSettings,
@@ -161,6 +162,7 @@ class Service:
         buffers: answer buffers; by default created from the settings.
         fine_tuning: settings of the fine-tuning API, which is off by default.
         files: limits of clients' files.
+        artifacts: settings of the object store; none by default.
         settings: fields of ServeSettings that differ from the default.
 
     Attributes:
@@ -178,6 +180,7 @@ class Service:
         buffers: AnswerBuffers | None = None,
         fine_tuning: FineTuningSettings | None = None,
         files: FilesSettings | None = None,
+        artifacts: ArtifactSettings | None = None,
         **settings: Any,
     ) -> None:
         self.folder = folder
@@ -217,6 +220,7 @@ class Service:
                 telemetry=telemetry or TelemetrySettings(),
                 fine_tuning=fine_tuning or FineTuningSettings(),
                 files=files or FilesSettings(),
+                artifacts=artifacts or ArtifactSettings(),
             ),
             store,
             metrics,

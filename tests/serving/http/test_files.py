@@ -23,7 +23,7 @@ from sqlalchemy.orm import Session
 from serving.http import threaded_body
 from serving.http.files import MAX_PAGE
 from serving.http.uploading import MAX_UPLOADS
-from svc.client_files.client_files import FileWriter
+from svc.client_files.file_writer import FileWriter
 from svc.identity.principal import Scope
 from svc.settings import FilesSettings
 from svc.store.files import FileStatus, Purpose, set_file_status

@@ -78,7 +78,7 @@ async def raw(client: AsyncOpenAI, path: str = "", **query: Any) -> Any:
 async def decide(service: FineTuningService, id: str, check: FakeCheck) -> None:
     """Decide a job whose files are being checked, as the server does regularly."""
     assert service.store is not None
-    await decide_job(service.store, service.settings, find_job(service.store, id, None), check)
+    await decide_job(service.store, service.files, service.settings, find_job(service.store, id, None), check)
 
 
 def change(store: Store, id: str, **columns: Any) -> None:

@@ -1,0 +1,181 @@
+"""The contents of clients' files in an object store (`artifacts.url`), from which every server of a store reads them.
+
+    client-files/ID    the content of one file, which never changes
+
+A server that lacks a content fetches it into a folder of the home. These copies are removed when the file is deleted,
+and when they have not been used for a day, unless a job or batch needs them.
+"""
+
+import errno
+import logging
+import os
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path, PurePosixPath
+
+from sqlalchemy import Engine as Store
+
+from svc.client_files.file_writer import remove_left
+from svc.errors import IntegrityError, RegistryError, SvcError
+from svc.files.disk import sync_folder
+from svc.registry.files import FileRecord
+from svc.registry.objects import ObjectStore
+from svc.store.files import FileContent, known_files, needed_files
+
+log = logging.getLogger(__name__)
+
+COPIES_FOLDER = "fetched-files"
+"""Folder of the home with the contents that were fetched from the object store."""
+_PREFIX = "client-files"
+_RETRY_S = 10
+_UNUSED_S = 86_400.0
+_LARGE, _MAX_LARGE = 2**23, 4
+"""Size in bytes from which a content is copied in parts, and the number of such copies at the same time. Each of them
+takes up to 90 MB of memory."""
+
+
+class ContentMissingError(SvcError):
+    """Raised when a file's content is neither on this machine nor in an object store. Clients see the message."""
+
+
+class ContentDamagedError(ContentMissingError):
+    """Raised when a file's content in the object store was truncated or altered. Clients see the message."""
+
+
+class ContentStoreError(SvcError):
+    """Raised when the object store does not respond, or refuses. Clients see the message.
+
+    Attributes:
+        retry_after_s: seconds after which clients should retry.
+    """
+
+    retry_after_s = _RETRY_S
+
+
+class SharedContents:
+    """Contents of clients' files in an object store.
+
+    Args:
+        folder: folder for the contents that are fetched, which is created if it does not exist.
+        min_free_bytes: free disk space that fetched contents leave.
+    """
+
+    def __init__(self, objects: ObjectStore, folder: Path, *, min_free_bytes: int = 0) -> None:
+        self._objects = objects
+        self._folder = folder
+        self._min_free_bytes = min_free_bytes
+        self._large = threading.BoundedSemaphore(_MAX_LARGE)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def put(self, content: FileContent, path: Path) -> None:
+        """Upload a content. It is in the store in full afterwards.
+
+        Raises:
+            ContentStoreError: the store does not respond, or refuses.
+            IntegrityError: the file on this machine differs from its hash.
+        """
+        with self._asking(content), self._slot(content):
+            self._objects.send_file(_key(content.id), _record(content), path)
+
+    def delete(self, ids: Collection[str]) -> None:
+        """Delete contents. Those that do not exist are ignored.
+
+        Raises:
+            ContentStoreError: the store does not respond, or refuses.
+        """
+        with self._asking():
+            self._objects.delete([_key(id) for id in ids])
+
+    def ids(self) -> set[str]:
+        """Return the ids of all contents in the store, including those of files of other databases.
+
+        Raises:
+            ContentStoreError: the store does not respond, or refuses.
+        """
+        with self._asking():
+            return {PurePosixPath(key).name for key in self._objects.keys(_PREFIX)}
+
+    def find_copy(self, id: str) -> Path | None:
+        """Return the path of a content that was fetched earlier, and mark it as used; None if there is none."""
+        path = self._folder / id
+        try:
+            os.utime(path)
+        except FileNotFoundError:
+            return None
+        return path
+
+    def fetch(self, content: FileContent) -> Path:
+        """Download a content and return its path. It gets this path when its size and hash have been verified.
+
+        Raises:
+            ContentMissingError, ContentDamagedError: the store lacks the content, or it was truncated or altered.
+            ContentStoreError: the store does not respond, or refuses.
+            OSError: the disk is full.
+        """
+        path = self._folder / content.id
+        partial = self._folder / f".{content.id}.{secrets.token_hex(4)}"  # another process may fetch the same content
+        if shutil.disk_usage(self._folder).free - content.bytes < self._min_free_bytes:
+            raise OSError(errno.ENOSPC, f"too little disk space is free for {content.bytes} bytes", str(path))
+        with self._asking(content), self._slot(content):
+            if self._objects.size(_key(content.id)) is None:
+                raise ContentMissingError(f"the content of the file {content.id} is not in the server's object store")
+            self._objects.receive_file(_key(content.id), _record(content), partial)
+        os.utime(partial)
+        partial.replace(path)
+        sync_folder(self._folder)
+        return path
+
+    def remove_copies(self, store: Store) -> None:
+        """Delete the copies of files that no longer exist, or that were not used for a day and are not needed now."""
+        names = [path.name for path in self._folder.iterdir()]
+        whole = [name for name in names if not name.startswith(".")]
+        known, needed = known_files(store, whole), needed_files(store, whole)
+        for name in names:
+            path = self._folder / name
+            if name not in whole:
+                remove_left(path)
+            elif name not in known or (name not in needed and _is_unused(path)):
+                path.unlink(missing_ok=True)
+
+    def _slot(self, content: FileContent) -> AbstractContextManager[object]:
+        return self._large if content.bytes > _LARGE else nullcontext()
+
+    @contextmanager
+    def _asking(self, content: FileContent | None = None) -> Iterator[None]:
+        """Convert the object store's errors, which name its URL, to errors that clients may see."""
+        try:
+            yield
+        except IntegrityError as error:
+            if content is None or _key(content.id) not in error.wrong:
+                raise
+            log.error("the content of a file in the object store is not used: %s", error)
+            raise ContentDamagedError(
+                f"the content of the file {content.id} in the server's object store was truncated or altered: "
+                f"{_key(content.id)}",
+                expected=f"sha256 {content.sha256[:12]}…, {content.bytes} bytes",
+                todo="upload the file again",
+            ) from None
+        except RegistryError as error:
+            log.error("%s", error)
+            raise ContentStoreError(
+                "the server's object store for files is not responding", todo="retry the request later"
+            ) from None
+
+
+def _key(id: str) -> str:
+    return f"{_PREFIX}/{id}"
+
+
+def _record(content: FileContent) -> FileRecord:
+    return FileRecord(path=content.id, sha256=content.sha256, bytes=content.bytes)
+
+
+def _is_unused(path: Path) -> bool:
+    try:
+        return time.time() - path.stat().st_mtime > _UNUSED_S
+    except FileNotFoundError:
+        return False
