@@ -61,7 +61,7 @@ def _gathered_bytes(training: Training) -> float:
     pass and again in the backward pass, and the gradients of its share.
     """
     others = (training.devices - 1) / training.devices
-    return others * (2 * training.size * training.shape.parameters + FLOAT32 * training.trained)
+    return others * (2 * training.copy_bytes + FLOAT32 * training.trained)
 
 
 def scoring_operations(training: Training, batch: Batch) -> float:

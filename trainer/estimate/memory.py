@@ -25,8 +25,8 @@ FLOAT32, BFLOAT16 = 4, 2
 _ADAM = 2 * FLOAT32
 """Bytes per weight for Adam's two moments (Kingma and Ba 2015), which have the number type of the trained
 weights."""
-_NF4 = (4 + 0.127) / 8
-"""Bytes per weight in NF4, including the weight's share of the scales."""
+_NF4, _NF4_SCALES = 4 / 8, 0.127 / 8
+"""Bytes per weight in NF4, and the weight's share of the scales."""
 PROCESS = 0.75e9
 """Memory of a Python process with torch, transformers, PEFT and TRL before a model is loaded, in bytes:
 0.69 GB measured, plus the command."""
@@ -112,6 +112,12 @@ class Training:
         """Bytes per number in the matrix products."""
         return number_size(self.number_type)
 
+    @property
+    def copy_bytes(self) -> float:
+        """Bytes of all weights in the form in which devices gather them."""
+        packed = self.shape.linear_weights if self.nf4 else 0
+        return self.size * (self.shape.parameters - packed) + _NF4 * packed
+
     @cached_property
     def trained(self) -> int:
         """Number of trained parameters."""
@@ -166,6 +172,8 @@ class Training:
             parts[Part.LOGITS] = _TILE
         if self.sharded:
             parts |= {part: parts[part] / self.devices for part in _DIVIDED if part in parts}
+            if self.nf4:  # each device has all scales
+                parts[Part.QUANTIZED] = (_NF4 / self.devices + _NF4_SCALES) * shape.linear_weights
             parts |= self._gathered()
         parts[Part.RUNTIME] = PROCESS + (_QUANTIZING if self.nf4 else 0) if self.cpu else _CUDA
         return {part: size * (self.devices if self.cpu else 1) for part, size in parts.items()}
@@ -190,6 +198,8 @@ class Training:
         shape = self.shape
         layers = shape.linear_weights + shape.expert_weights
         outside, two = shape.parameters - layers, 2 * layers / shape.layers
+        if self.nf4:
+            return {Part.GATHERED: _NF4 * two + self.size * (outside + shape.largest_layer)}
         if not self.full:
             return {Part.GATHERED: self.size * (two + outside)}
         gradients = FLOAT32 * (two + outside)
@@ -206,8 +216,9 @@ class Training:
         if not self.nf4:
             return {Part.WEIGHTS: self.size * shape.parameters}
         # Embeddings, norms and experts are not quantized; a layer's weights are unpacked while it computes.
-        unpacked = shape.parameters - shape.linear_weights + shape.largest_layer
-        return {Part.WEIGHTS: self.size * unpacked, Part.QUANTIZED: _NF4 * shape.linear_weights}
+        unpacked = shape.parameters - shape.linear_weights + (0 if self.sharded else shape.largest_layer)
+        quantized = (_NF4 + _NF4_SCALES) * shape.linear_weights
+        return {Part.WEIGHTS: self.size * unpacked, Part.QUANTIZED: quantized}
 
     def _shared_projections(self) -> int:
         """Return the number of untrained random values that all VeRA layers share."""

@@ -149,7 +149,8 @@ def _train(training: Training, workload: Workload) -> tuple[Need, Need]:
     disk = checkpoints + (written or _adapter(training))
     if training.sharded:  # each process maps the pages of the model's files, and the first one gathers a checkpoint
         gathered = max(FLOAT32, moment_bytes(recipe.train.optimizer)) * training.trained
-        ram = training.devices * PROCESS + BFLOAT16 * shape.parameters + gathered
+        quantized = training.copy_bytes if training.nf4 else 0.0  # quantized by each process for itself
+        ram = training.devices * (PROCESS + quantized) + BFLOAT16 * shape.parameters + gathered
     else:
         ram = training.devices * (PROCESS + loaded + training.paged_bytes)  # each process loads the model
     peak = _computed(training, training.peak(workload.largest), ram, disk)

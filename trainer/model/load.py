@@ -28,8 +28,8 @@ class ModelForm:
         quantization: quantization of the frozen weights.
         full: whether every weight is trained.
         attention: fastest attention implementation that the machine supports.
-        divided: whether several devices divide the weights among them. Trained weights are then converted to float32
-            layer by layer (trainer.training.sharding).
+        divided: whether several devices divide the weights among them. They are then loaded into main memory, and
+            trained ones are converted to float32 layer by layer (trainer.training.sharding).
     """
 
     number_type: NumberType
@@ -69,6 +69,8 @@ def load_model(base: Path, form: ModelForm) -> PreTrainedModel:
         base,
         dtype=_trained_type(base, form) if form.full else number_type,
         quantization_config=quantization,
+        # Without a map, transformers quantizes the model on the GPU, where only a share of it may fit.
+        device_map={"": "cpu"} if quantization is not None and form.divided else None,
         attn_implementation=implementation,
         output_loading_info=True,
     )

@@ -127,8 +127,6 @@ class Recipe(Section):
         """Why several devices cannot divide the weights among them, or None if they can."""
         if self.objective is not Objective.SFT:
             return "a preference is learnt on one device"
-        if self.base_quantization is not None:
-            return f"weights in {self.base_quantization} cannot be divided among devices"
         if self.adapter_type not in (None, AdapterType.LORA, AdapterType.DORA):
             return f"{self.adapter_type} cannot be divided among devices; lora, dora and full can"
         if self.train.optimizer is not Optimizer.ADAMW:

@@ -237,8 +237,10 @@ def check_nf4(model: nn.Module, number_type: NumberType) -> None:
 
     layers, wrong = dict(_adapted_layers(model)), set()
     for name, layer in layers.items():
-        state = getattr(layer.weight, "quant_state", None)
-        if not isinstance(layer, Linear4bit) or state is None or state.quant_type != "nf4" or not state.nested:
+        # A share of a weight has no state: bitsandbytes takes that of the layer when the weight is gathered.
+        state = getattr(layer.weight, "quant_state", None) or getattr(layer, "quant_state", None)
+        packed = isinstance(layer, Linear4bit) and layer.weight.dtype is torch.uint8
+        if not packed or state is None or state.quant_type != "nf4" or not state.nested:
             wrong.add(f"{name} is a {type(layer).__name__} with weights in {_name(layer.weight.dtype)}")
         elif layer.compute_dtype is not getattr(torch, number_type):
             wrong.add(f"{name} computes in {_name(layer.compute_dtype)}")

@@ -192,6 +192,19 @@ def test_each_device_holds_a_copy_of_the_model_and_twice_the_gradients() -> None
 SINGLE_ROWS = {"batch_size": 1, "gradient_accumulation": 8}
 
 
+def test_devices_that_divide_weights_in_nf4_each_hold_all_scales_and_gather_packed_layers() -> None:
+    lora, qlora = (
+        make_recipe(method=method, train=SINGLE_ROWS | {"sharding": "always"}) for method in ("lora", "qlora")
+    )
+    one, four, eight = (several("llama-2-7b", count, qlora) for count in (1, 4, 8))
+    scales = 0.127 / 8 * published("llama-2-7b").linear_weights
+    packed = one.parts[Part.QUANTIZED] - scales
+    for count, divided in ((4, four), (8, eight)):
+        assert divided.parts[Part.QUANTIZED] == pytest.approx(packed / count + scales)
+    assert four.parts[Part.GATHERED] < several("llama-2-7b", 4, lora).parts[Part.GATHERED]
+    assert one.least > four.least > eight.least
+
+
 @pytest.mark.parametrize("method", ["lora", "dora", "full"])
 def test_devices_that_divide_the_weights_hold_a_share_and_what_they_gather(method: str) -> None:
     recipe = make_recipe(method=method, train=SINGLE_ROWS | {"sharding": "always"})
@@ -228,7 +241,6 @@ def test_devices_divide_the_weights_by_default_exactly_if_a_copy_does_not_fit() 
 @pytest.mark.parametrize(
     ("sections", "reason"),
     [
-        ({"method": "qlora"}, "weights in nf4"),
         ({"method": "adalora"}, "adalora"),
         ({"method": "full", "train": {"optimizer": "adamw-8bit"}}, "moments of adamw-8bit"),
     ],

@@ -153,6 +153,8 @@ def test_two_devices_have_the_same_losses_and_weights_as_one(
         pytest.param(Method.DORA, {"gradient_checkpointing": True}, marks=pytest.mark.matrix),
         (Method.FULL, {"max_grad_norm": 0.05}),
         pytest.param(Method.FULL, {"gradient_checkpointing": True}, marks=pytest.mark.matrix),
+        (Method.QLORA, {}),
+        pytest.param(Method.QLORA, {"gradient_checkpointing": True}, marks=pytest.mark.matrix),
     ],
     ids=str,
 )
@@ -171,7 +173,19 @@ def test_devices_that_divide_the_weights_train_and_save_as_one_does(
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("method", [Method.LORA, Method.FULL])
+def test_devices_that_divide_weights_in_nf4_train_dora_as_one_does(
+    tiny_base: Path, data: TrainingData, tmp_path: Path
+) -> None:
+    """DoRA dequantizes the gathered weights for their norms."""
+    changed = recipe(Method.DORA, quantization="nf4")
+    one = train(tiny_base, data, changed, tmp_path / "1", 1)
+    two = train(tiny_base, data, changed, tmp_path / "2", 2, sharded=True)
+    assert losses_of(two) == pytest.approx(losses_of(one), abs=CLOSE)
+    assert difference(tmp_path / "1", tmp_path / "2") < CLOSE_WEIGHTS
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("method", [Method.LORA, Method.QLORA, Method.FULL])
 def test_devices_that_divide_the_weights_have_nearly_the_same_losses_in_bfloat16(
     method: Method, tiny_base: Path, data: TrainingData, tmp_path: Path
 ) -> None:
@@ -214,7 +228,8 @@ def test_losses_are_reported_and_checkpoints_announced_once_when_two_devices_tra
 
 @pytest.mark.matrix
 @pytest.mark.parametrize(
-    ("method", "sharded"), [(Method.LORA, False), (Method.LORA, True), (Method.DORA, True), (Method.FULL, True)]
+    ("method", "sharded"),
+    [(Method.LORA, False), *((method, True) for method in (Method.LORA, Method.QLORA, Method.DORA, Method.FULL))],
 )
 def test_interrupted_run_on_two_devices_resumes_with_bitwise_the_same_result(
     method: Method, sharded: bool, tiny_base: Path, data: TrainingData, tmp_path: Path

@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from svc.engine.device import NumberType
 from trainer.data.chat_template import IGNORED
+from trainer.model.load import ModelForm, load_model
+from trainer.recipe.adapter import Quantization
 from trainer.training import loss
 from trainer.training.device_group import DeviceGroup
 from trainer.training.device_processes import Place, run_on_devices
@@ -131,3 +133,34 @@ def test_two_processes_store_half_of_each_weight_gradient_and_moment_and_compute
         assert second.saved[name].size == 0
     assert first.reloaded
     assert second.reloaded
+
+
+def observe_packed(place: Place, base: Path) -> tuple[dict[str, Shape], Arrays, str]:
+    """Return the shapes of this process's shares of the weights in NF4, the gathered ones, and the type of the first
+    layer's projection after it computed.
+    """
+    with DeviceGroup.joined(place, sharded=True) as group:
+        model = load_model(base, ModelForm(NumberType.FLOAT32, Quantization.NF4, divided=True))
+        model.requires_grad_(False)
+        shard_model(model, group.size, NumberType.FLOAT32, full=False)
+        check_sharded(model, group.size)
+        packed = {name: weight for name, weight in model.named_parameters() if weight.dtype is torch.uint8}
+        shares = {name: tuple(weight.to_local().shape) for name, weight in packed.items()}
+        gathered = {name: whole(weight, keep=group.rank == 0).numpy() for name, weight in packed.items()}
+        with torch.no_grad():
+            model(rows()[0])
+        return shares, gathered, type(model.model.layers[0].self_attn.q_proj.weight).__name__
+
+
+def test_two_processes_store_half_of_each_weight_in_nf4_and_gather_the_same_bytes(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (shares, gathered, kept), (others, *_) = run_on_devices(DEVICES, observe_packed, (tiny_base,), {})
+    model = load_model(tiny_base, ModelForm(NumberType.FLOAT32, Quantization.NF4))
+    packed = {name: weight for name, weight in model.named_parameters() if weight.dtype is torch.uint8}
+    assert packed.keys() == gathered.keys()
+    for name, weight in packed.items():
+        assert shares[name] == others[name] == (len(weight) // 2, 1)
+        np.testing.assert_array_equal(gathered[name], weight.numpy())
+    assert kept == "DTensor"  # a share again, not the gathered weight
