@@ -22,6 +22,7 @@ from serving.jobs.worker import JobWorker
 from svc.client_files import client_files
 from svc.registry.objects import ObjectStore
 from svc.settings import ArtifactSettings, FilesSettings
+from svc.store.changes import Changes
 from svc.store.files import FileStatus, find_file
 from svc.store.job_queue import JobResult
 from svc.store.jobs import Job, JobStatus, find_job
@@ -197,9 +198,11 @@ async def test_job_is_created_decided_and_trained_by_the_other_gateway(
             connection.execute(update(FileRow).values(status="processed"))
             connection.execute(update(JobRow).values(created_at=datetime.now(UTC) - timedelta(hours=1)))
         await decide_job(any_store, second.files, second.settings, find_job(any_store, id, None), check)
-        worker = JobWorker(any_store, second.settings, second.files, complete=complete, command=command, pace=PACE)
+        worker = JobWorker(
+            any_store, second.settings, second.files, Changes(), complete=complete, command=command, pace=PACE
+        )
         working = asyncio.create_task(worker.run())
-        await until(lambda: find_job(any_store, id, None).status.ended)
+        await until(lambda: find_job(any_store, id, None).status.ended, 30)
         working.cancel()
         with suppress(asyncio.CancelledError):
             await working
@@ -253,7 +256,7 @@ async def test_other_gateway_checks_a_file_whose_own_gateway_has_not_done_so(
         past = datetime.now(UTC) - timedelta(minutes=2)
         connection.execute(update(FileRow).where(FileRow.id == file).values(created_at=past))
     checking = asyncio.create_task(FileChecks(any_store, services[1].files).run())
-    await until(lambda: find_file(any_store, file, None).status is FileStatus.PROCESSED)
+    await until(lambda: find_file(any_store, file, None).status is FileStatus.PROCESSED, 30)
     checking.cancel()
     await asyncio.wait([checking])
     assert find_file(any_store, recent, None).status is FileStatus.UPLOADED
@@ -270,7 +273,7 @@ async def test_altered_file_is_unusable_after_its_check(
     with any_store.begin() as connection:
         connection.execute(update(FileRow).values(created_at=datetime.now(UTC) - timedelta(minutes=2)))
     checking = asyncio.create_task(FileChecks(any_store, services[1].files).run())
-    await until(lambda: find_file(any_store, file, None).status is FileStatus.ERROR)
+    await until(lambda: find_file(any_store, file, None).status is FileStatus.ERROR, 30)
     checking.cancel()
     await asyncio.wait([checking])
     assert f"client-files/{file}" in (find_file(any_store, file, None).status_details or "")
