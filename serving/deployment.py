@@ -24,6 +24,7 @@ from serving.rollout.idling import Idling
 from serving.rollout.journal import swap_row
 from serving.rollout.production_alias import ProductionAlias
 from serving.rollout.reconciler import Reconciler
+from serving.rollout.replica_scaling import ReplicaScaling
 from serving.rollout.rollout import Rollouts
 from serving.telemetry.deployment_metrics import DeploymentMetrics
 from svc.store.outage_log import log_store_error
@@ -41,6 +42,7 @@ class Deployment:
     """All components of one served model.
 
     Attributes:
+        scaling: lets the number of replicas follow the load, or None if it is fixed.
         server: id of this server; empty if no other server can use the store.
         context: maximum combined length of prompt and answer, in tokens.
     """
@@ -52,6 +54,7 @@ class Deployment:
     reconciler: Reconciler
     rollouts: Rollouts
     idling: Idling
+    scaling: ReplicaScaling | None
     removed: RemovedAdapters
     alias: ProductionAlias
     holdout: HoldoutRuns
@@ -104,6 +107,8 @@ class Deployment:
             "held-out runs": self.holdout.run,
             "live scores": self.scores.run,
         }
+        if self.scaling is not None:
+            parts["number of replicas"] = self.scaling.run
         async with asyncio.TaskGroup() as tasks:
             for part, run in parts.items():
                 tasks.create_task(self._keep_running(part, run))
@@ -184,6 +189,7 @@ class Deployment:
                 }
                 for engine in self.pool.all
             ],
+            "scaling": self.scaling.status() if self.scaling else None,
             "requests": {"running": self.admission.running, "queued": self.admission.queued},
             "store": store,
             "holdout": holdout,

@@ -26,7 +26,9 @@ from serving.rollout.idling import Idling
 from serving.rollout.journal import Journal
 from serving.rollout.production_alias import ProductionAlias
 from serving.rollout.reconciler import Reconciler
+from serving.rollout.replica_scaling import ReplicaScaling
 from serving.rollout.rollout import Rollouts
+from serving.rollout.scaling import ScalingPolicy
 from serving.rollout.swap import Swap
 from serving.rollout.swap_plan import SwapPlanner
 from serving.telemetry.deployment_metrics import DeploymentInstruments, DeploymentMetrics
@@ -118,6 +120,16 @@ class DeploymentBuilder:
             make_room=lambda: make_room(reconciler.actual.target),
             on_error=reconciler.note_error,
         )
+        limits = engine.replica_range
+        scaling = ReplicaScaling(
+            policy=ScalingPolicy(limits.min, limits.max, engine.max_concurrency),
+            pool=pool,
+            admission=admission,
+            metrics=metrics,
+            slots=self.slots,
+            target=lambda: reconciler.actual.target,
+            changing=lambda: reconciler.promoting or rollouts.active,
+        )
         holdout, scores = self._background(admission, pool, verification, metrics, leads)
         return Deployment(
             names=names,
@@ -127,6 +139,7 @@ class DeploymentBuilder:
             reconciler=reconciler,
             rollouts=rollouts,
             idling=idling,
+            scaling=scaling if limits.min < limits.max else None,
             removed=RemovedAdapters(pool, verification.registered),
             alias=alias,
             holdout=holdout,
@@ -146,7 +159,7 @@ class DeploymentBuilder:
             queue_timeout_s=limits.queue_timeout_s,
             wake_timeout_s=engine.start_timeout_s,
             max_batched=self.settings.batches.concurrency,
-            capacity=engine.max_concurrency * engine.replicas,
+            capacity=engine.max_concurrency * engine.replica_range.min,
         )
 
     def _pool(
@@ -172,7 +185,8 @@ class DeploymentBuilder:
         return EnginePool(
             make=make,
             slots=self.slots,
-            size=engine.replicas,
+            size=engine.replica_range.min,
+            most=engine.replica_range.max,
             admission=admission,
             names=names,
             metrics=metrics,

@@ -153,6 +153,19 @@ class ArtifactSettings(_Section):
     )
 
 
+class ReplicaRange(_Section):
+    """Limits of a number of replicas that follows the load."""
+
+    min: int = Field(1, ge=1, le=64)
+    max: int = Field(ge=1, le=64)
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min is {self.min}, which is more than max, {self.max}")
+        return self
+
+
 class EngineSettings(_Section):
     """Settings for launching vLLM. Defaults for unset values depend on the machine and model;
     `svc status --verbose` shows them with their reasons.
@@ -188,13 +201,22 @@ class EngineSettings(_Section):
         description="CPU cores per engine; default: this process's cores, divided by the number of engines that run "
         "when it starts",
     )
-    replicas: int = Field(1, ge=1, le=64, description="number of engines per model")
+    replicas: Annotated[int, Field(ge=1, le=64)] | ReplicaRange = Field(
+        1,
+        description="number of engines per model, or `{min: 1, max: 8}` for a number that follows the load",
+    )
     start_timeout_s: float = Field(600.0, gt=0, description="maximum startup time of an engine, in seconds")
     args: tuple[str, ...] = Field((), description="additional arguments for vLLM's server, passed unchanged")
     environment: tuple[str, ...] = Field(
         (),
         description="environment variables to pass to vLLM, besides those of its libraries; all others are withheld",
     )
+
+    @property
+    def replica_range(self) -> ReplicaRange:
+        """Limits of the number of replicas, which are equal if the number is fixed."""
+        fixed = self.replicas
+        return fixed if isinstance(fixed, ReplicaRange) else ReplicaRange(min=fixed, max=fixed)
 
 
 class AdapterSettings(_Section):

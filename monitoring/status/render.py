@@ -49,6 +49,9 @@ def _model(state: Mapping[str, Any], drift: Mapping[str, str], *, verbose: bool)
         for replica in engines:
             version = f" with {replica['version']}" if replica["version"] else ""
             lines.append(_replica(replica, f"{replica['state']}{version}, {replica['running']} running"))
+    if scaling := state.get("scaling"):
+        refused = f"; no more can be added: {scaling['refused']}" if scaling["refused"] else ""
+        lines.append(Text(f"  {scaling['replicas']} of {scaling['min']} to {scaling['max']} replicas{refused}"))
     lines += [_replica(each, each["verification"], "yellow") for each in engines if each.get("verified") is False]
     for replica in engines:
         adapters = replica.get("adapters")

@@ -149,6 +149,10 @@ class Admission:
             await self._wait(0, party)
             self.leave(0)
 
+    def set_capacity(self, capacity: int) -> None:
+        """Set the number of requests that the engines answer at the same time."""
+        self._capacity = min(self.max_running, capacity)
+
     async def ended(self) -> None:
         """Wait until no request is running or waiting. This is useful only once no new requests arrive."""
         while self.running or self.queue or self._preparing:

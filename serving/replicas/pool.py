@@ -31,12 +31,13 @@ _DOWN = {EngineState.FAILED, EngineState.STOPPED}
 
 @dataclass(eq=False, kw_only=True)
 class EnginePool:
-    """The engines of one model: a fixed number of members and, during a change, engines joining or leaving.
+    """The engines of one model: a number of members and, during a change, engines joining or leaving.
 
     Attributes:
         make: function that returns a replica, given its number and a callback for its changes.
         slots: assigns engine numbers.
         size: number of members after `fill`.
+        most: number of running engines to adopt at most.
         members: engines that accept requests when they are ready.
         others: engines that may become members, or used to be.
         candidate: engine in `others` that runs the candidate of a rollout, or None if there is none.
@@ -47,6 +48,7 @@ class EnginePool:
     make: Callable[[int, Callable[[Replica], None]], Replica]
     slots: EngineSlots
     size: int
+    most: int
     admission: Admission
     names: ModelNames
     metrics: DeploymentMetrics
@@ -162,6 +164,31 @@ class EnginePool:
         if self.ready:
             self._show()
 
+    def grow(self, size: int) -> None:
+        """Add members without engines, which the reviver then starts."""
+        self.size = size
+        self.fill()
+        self._changed.set()
+
+    def shrink(self) -> bool:
+        """Remove the member with the fewest requests, which stops after its last one.
+
+        Returns:
+            Whether a member was removed. A member that is being started or changed is not, nor the only ready one.
+        """
+        ready = self.ready
+        free = [member for member in self.members if not member.lock.locked()]
+        leaving = [member for member in free if member.state in _DOWN] or [each for each in free if each in ready]
+        if len(self.members) < 2 or not leaving or ready == leaving[:1]:
+            return False
+        engine = min(reversed(leaving), key=lambda member: member.running + member.reserved)
+        self.size -= 1
+        self.members.remove(engine)
+        self.others.append(engine)
+        engine.enter(EngineState.RETIRING)
+        self.retirement.after_requests(engine)
+        return True
+
     def add(self) -> Replica:
         """Create an engine without starting it, to be passed to `replace` or `drop` later."""
         engine = self._made(self.slots.take())
@@ -203,7 +230,7 @@ class EnginePool:
             Whether at least one engine was adopted. Engines that failed verification were stopped.
         """
         for number in await self.slots.orphans():
-            if len(self.members) == self.size:
+            if len(self.members) == self.most:
                 break
             engine = self._made(self.slots.take(number))
             self.others.append(engine)  # so that `stop` finds it if this task is cancelled
@@ -218,6 +245,7 @@ class EnginePool:
                 if not self.members:
                     on_first()
                 self.members.append(engine)
+                self.size = max(self.size, len(self.members))
                 self._show()
             else:
                 self.slots.give_back(number)

@@ -108,7 +108,9 @@ class EngineSlots:
             EngineError: not enough memory is free. The message states how much is needed and how much is free.
             NotFoundError: there is no such version or format.
         """
-        missing = self.shortage({target: self.settings.engine_for(target.version.name).replicas for target in targets})
+        missing = self.shortage(
+            {target: self.settings.engine_for(target.version.name).replica_range.max for target in targets}
+        )
         if missing:
             raise EngineError(
                 f"not enough memory for {', '.join(str(target) for target in targets)}: {missing}",
@@ -144,6 +146,6 @@ class EngineSlots:
             settings=self.settings.engine_for(name),
             template_kwargs=model.template_kwargs,
             lora=model.lora,
-            engines=sum(self.settings.engine_for(each).replicas for each in served),
+            engines=sum(self.settings.engine_for(each).replica_range.max for each in served),
             idles=self.settings.idle_s_of(name) is not None,
         )

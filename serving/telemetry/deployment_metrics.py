@@ -49,6 +49,7 @@ class DeploymentInstruments:
         )
         self.queued = gauge("svc_requests_queued", "Requests currently waiting for a slot or an adapter", model)
         self.engine_state = gauge("svc_engine_state", "Number of engines, by state", ("model", "state"))
+        self.replicas_wanted = gauge("svc_replicas_wanted", "Number of engines that the load needs", model)
         self.restarts = counter("svc_engine_restarts_total", "Engine restarts after an engine died", model)
         self.swaps = counter("svc_swaps_total", "Number of swaps, by outcome", outcome)
         self.rollouts = counter("svc_rollouts_total", "Rollouts that have ended, by outcome", outcome)
@@ -133,6 +134,10 @@ class DeploymentMetrics:
         """Set the number of engines in each state."""
         for state in EngineState:
             self.instruments.engine_state.labels(self.model, state.value).set(states.count(state))
+
+    def replicas_wanted(self, count: int) -> None:
+        """Set the number of engines that the load needs, within the limits."""
+        self.instruments.replicas_wanted.labels(self.model).set(count)
 
     def engine_restarted(self) -> None:
         self.instruments.restarts.labels(self.model).inc()

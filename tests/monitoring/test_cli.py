@@ -202,6 +202,12 @@ def test_unverified_engine_is_shown_with_the_reason(status: Status) -> None:
     assert "8 probes" not in status(engines=[STATE["engines"][0] | verified]).out
 
 
+def test_status_shows_why_the_load_gets_no_more_replicas(status: Status) -> None:
+    scaling = {"min": 1, "max": 4, "replicas": 2, "refused": "it needs about 9 GiB"}
+    assert "2 of 1 to 4 replicas; no more can be added: it needs about 9 GiB" in status(scaling=scaling).out
+    assert "replicas;" not in status(scaling=scaling | {"refused": None}).out
+
+
 def test_status_shows_a_swap_in_progress(status: Status) -> None:
     swap = STATE["last_swap"] | {"outcome": None, "kind": None, "queued_s": None, "running": None, "queued": None}
     assert "last swap: to tiny@2 (gptq), in progress" in status(last_swap=swap).out

@@ -27,7 +27,7 @@ from svc.engine.probes import EngineFacts
 from svc.engine.state import EngineState
 from svc.identity.principal import Principal
 from svc.registry.registry import Registry
-from svc.settings import AdapterSettings, EngineSettings, ServeSettings, Settings
+from svc.settings import AdapterSettings, EngineSettings, ReplicaRange, ServeSettings, Settings
 from svc.store.changes import Changes
 from svc.store.desired import Desired, change_desired, read_desired
 from svc.store.swaps import SwapResult, find_swap
@@ -57,7 +57,7 @@ class Control:
     Args:
         home: folder of the registry and the store.
         sockets: folder with a short path.
-        replicas: number of engines.
+        replicas: number of engines, or its limits.
         format: format in which versions are served.
         adapters: settings for adapters.
         store: store that other servers use too. By default, the home's.
@@ -77,7 +77,7 @@ class Control:
         sockets: Path,
         *,
         facts: EngineFacts = FACTS,
-        replicas: int = 1,
+        replicas: int | ReplicaRange = 1,
         format: Format = Format.MERGED,
         adapters: AdapterSettings | None = None,
         store: Store | None = None,

@@ -1,5 +1,6 @@
 """Tests that settings come from four sources, later ones take precedence, and misspelt names are rejected."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,35 @@ def test_model_engine_settings_override_global_ones() -> None:
 def test_model_setting_equal_to_the_default_overrides_the_global_one() -> None:
     settings = Settings.model_validate({"engine": {"replicas": 2}, "models": {"a": {"engine": {"replicas": 1}}}})
     assert settings.engine_for("a").replicas == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "limits"),
+    [
+        (3, (3, 3)),
+        ("3", (3, 3)),
+        ({"max": 8}, (1, 8)),
+        ({"min": 2, "max": 8}, (2, 8)),
+        ('{"min": 2, "max": 8}', (2, 8)),
+    ],
+)
+def test_replicas_are_a_number_or_limits(
+    given: object, limits: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if isinstance(given, str):
+        monkeypatch.setenv("SVC_ENGINE__REPLICAS", given)
+        replicas = load_settings().engine.replica_range
+    else:
+        replicas = Settings.model_validate({"engine": {"replicas": given}}).engine.replica_range
+    assert (replicas.min, replicas.max) == limits
+
+
+@pytest.mark.parametrize("given", [0, 65, {}, {"min": 3, "max": 2}, {"min": 0, "max": 2}, {"max": 2, "step": 1}])
+def test_impossible_replicas_are_rejected(given: object, tmp_path: Path) -> None:
+    file = tmp_path / "svc.yaml"
+    file.write_text(json.dumps({"engine": {"replicas": given}}))
+    with pytest.raises(SettingsError, match=r"engine\.replicas"):
+        load_settings(file)
 
 
 def test_unknown_model_setting_raises_error(tmp_path: Path) -> None:

@@ -1,0 +1,101 @@
+"""Lets the number of a model's replicas follow its load, within the limits of `engine.replicas`.
+
+A new replica is a pool member without an engine, which the reviver starts and verifies like any other. A removed one
+first answers its running requests. Nothing changes during a swap or a rollout, or while the model is idle.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from serving.admission.admission import Admission
+from serving.replicas.pool import EnginePool
+from serving.replicas.slots import EngineSlots
+from serving.rollout.scaling import ScalingPolicy
+from serving.telemetry.deployment_metrics import DeploymentMetrics
+from svc.engine.state import EngineState
+from svc.errors import SvcError
+from svc.version import Target
+
+log = logging.getLogger(__name__)
+
+_INTERVAL_S = 5.0
+_NOT_STARTED = {EngineState.STOPPED, EngineState.STARTING, EngineState.FAILED}
+
+
+@dataclass(eq=False, kw_only=True)
+class ReplicaScaling:
+    """Adds and removes replicas of one model.
+
+    Attributes:
+        policy: decides the number of replicas.
+        target: function that returns the version in production.
+        changing: function that returns whether a swap or a rollout is in progress.
+        clock: function that returns the time in seconds.
+        refused: why a replica that the load needs is not added, or None.
+    """
+
+    policy: ScalingPolicy
+    pool: EnginePool
+    admission: Admission
+    metrics: DeploymentMetrics
+    slots: EngineSlots
+    target: Callable[[], Target]
+    changing: Callable[[], bool]
+    clock: Callable[[], float] = time.monotonic
+    refused: str | None = field(default=None, init=False)
+
+    async def run(self) -> None:
+        """Compare the number of replicas with the load every few seconds, until cancelled."""
+        self._set_capacity()
+        while True:
+            await self.step()
+            await asyncio.sleep(_INTERVAL_S)
+
+    async def step(self) -> None:
+        """Observe the load, and add or remove replicas if necessary."""
+        if not self._may_change():
+            self.policy.reset()
+            return
+        wanted = self.policy.wanted(self.clock(), self.admission.running + self.admission.queued, self.pool.size)
+        self.metrics.replicas_wanted(wanted)
+        if wanted > self.pool.size:
+            await self._add(wanted)
+            return
+        self.refused = None
+        if wanted < self.pool.size and self.pool.shrink():
+            log.info("%s: the load needs only %d replicas; removing one", self.target(), wanted)
+            self._set_capacity()
+
+    def status(self) -> Mapping[str, Any]:
+        """Return the limits and the present number of replicas as JSON values."""
+        limits = {"min": self.policy.least, "max": self.policy.most}
+        return {**limits, "replicas": self.pool.size, "refused": self.refused}
+
+    def _may_change(self) -> bool:
+        joining = any(engine.state is not EngineState.RETIRING for engine in self.pool.others)
+        return bool(self.pool.ready) and not joining and not self.changing()
+
+    async def _add(self, wanted: int) -> None:
+        without_memory = sum(member.state in _NOT_STARTED for member in self.pool.members)
+        more = wanted - self.pool.size + without_memory
+        try:
+            shortage = await asyncio.to_thread(self.slots.shortage, {self.target(): more})
+        except SvcError as error:
+            shortage = error.wrong
+        if shortage:
+            if self.refused is None:
+                log.warning("%s: cannot add replicas for the load: %s", self.target(), shortage)
+            self.refused = shortage
+            return
+        if self._may_change():  # a swap may have begun meanwhile
+            self.refused = None
+            log.info("%s: adding replicas for the load: %d instead of %d", self.target(), wanted, self.pool.size)
+            self.pool.grow(wanted)
+            self._set_capacity()
+
+    def _set_capacity(self) -> None:
+        self.admission.set_capacity(self.policy.sequences * self.pool.size)

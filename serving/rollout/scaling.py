@@ -1,0 +1,73 @@
+"""Decides how many replicas a model needs, from the number of its requests over time. Starts and stops nothing.
+
+Replicas are added when the mean load of half a minute exceeds what the present ones should have, and removed when
+fewer would have been enough for the busiest half minute of the last quarter of an hour, with a margin. A short burst
+therefore adds no replica, and a replica that was needed recently is not removed.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+from math import ceil
+
+MEAN_S = 30.0
+"""Length of the means that are compared with the limits, in seconds."""
+HOLD_S = 900.0
+"""Time in which fewer replicas must have been enough before one is removed, in seconds."""
+_TARGET_SHARE = 0.7
+"""Share of a replica's sequences above which another replica is added. It takes a minute or two to start."""
+_REMOVAL_SHARE = 0.5
+"""Share of the remaining replicas' sequences below which one is removed."""
+
+
+@dataclass(eq=False)
+class ScalingPolicy:
+    """Decides the number of replicas of one model.
+
+    Attributes:
+        least, most: limits of the number of replicas.
+        sequences: requests that one replica answers at the same time.
+    """
+
+    least: int
+    most: int
+    sequences: int
+    _samples: deque[tuple[float, float]] = field(default_factory=deque, init=False)
+    _means: deque[tuple[float, float]] = field(default_factory=deque, init=False)
+    _since: float | None = field(default=None, init=False)
+
+    def wanted(self, now: float, requests: int, replicas: int) -> int:
+        """Return the desired number of replicas. Call this every few seconds.
+
+        Args:
+            now: time of the observation, in seconds of any steady clock.
+            requests: number of running and queued requests.
+            replicas: present number of replicas, including those that are starting.
+        """
+        self._since = now if self._since is None else self._since
+        self._samples.append((now, requests))
+        while self._samples[0][0] <= now - MEAN_S:
+            self._samples.popleft()
+        mean = sum(count for _, count in self._samples) / len(self._samples)
+        while self._means and self._means[-1][1] <= mean:  # only maxima of the rest of the window are kept
+            self._means.pop()
+        self._means.append((now, mean))
+        while self._means[0][0] <= now - HOLD_S:
+            self._means.popleft()
+        if now - self._since < MEAN_S:
+            return self._limited(replicas)
+        needed = ceil(mean / (self.sequences * _TARGET_SHARE))
+        if needed > replicas:
+            return self._limited(needed)
+        enough = ceil(self._means[0][1] / (self.sequences * _REMOVAL_SHARE))
+        if now - self._since >= HOLD_S and enough < replicas:
+            return self._limited(replicas - 1)
+        return self._limited(replicas)
+
+    def reset(self) -> None:
+        """Forget all observations, for example because the model was idle or its engines were changed."""
+        self._samples.clear()
+        self._means.clear()
+        self._since = None
+
+    def _limited(self, replicas: int) -> int:
+        return max(self.least, min(self.most, replicas))
