@@ -115,6 +115,7 @@ async def test_own_requests_count_once_however_often_the_store_is_read(two: Two)
     assert [server.remaining(Limit.REQUESTS_PER_MINUTE) for server in (first, second)] == [58, 58]
 
 
+@pytest.mark.slow
 async def test_two_servers_allow_the_limit_per_minute_and_one_burst_each(two: Two) -> None:
     clock, first, second = two
     accepted, minutes = 0, 10

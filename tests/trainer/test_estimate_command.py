@@ -12,6 +12,7 @@ from svc.dataset.schema.preference import PreferencePair
 from svc.errors import InsufficientMemoryError
 from tests.command_line import Svc
 from tests.svc.chats import chat
+from tests.svc.engine.devices import AVX512
 from tests.trainer.estimate.configs import FOLDER, cpu_device
 from trainer.estimate import devices
 
@@ -21,6 +22,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a recipe whose base consists only of a config."""
     monkeypatch.setattr(devices, "this_machine", lambda *_: cpu_device())
     monkeypatch.setattr(devices, "read_capabilities", lambda _: None)
+    monkeypatch.setattr("svc.engine.device.ask_capabilities", lambda: AVX512)  # else a process imports torch and vLLM
     write_examples(tmp_path / "train.jsonl", [chat(f"question {number}") for number in range(40)])
     path = tmp_path / "recipe.yaml"
     path.write_text(f"name: big\nbase: {FOLDER / 'llama-2-70b'}\ndata: {{train: train.jsonl}}\n")

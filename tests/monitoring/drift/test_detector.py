@@ -69,6 +69,7 @@ CHANGING = draw_requests(2, 250, repeats=0.2, templated=0.1, run=4).followed_by(
 AT_ONCE = Stream().add(CHANGING)
 
 
+@pytest.mark.slow
 @settings(max_examples=8)
 @given(st.lists(st.integers(0, CHANGING.size), max_size=5))
 def test_checking_a_request_stream_in_pieces_gives_the_same_result(cuts: list[int]) -> None:
@@ -77,6 +78,7 @@ def test_checking_a_request_stream_in_pieces_gives_the_same_result(cuts: list[in
     assert (stream.watch, stream.events) == (AT_ONCE.watch, AT_ONCE.events)
 
 
+@pytest.mark.slow
 def test_checking_in_pieces_gives_the_same_result_if_stream_exceeds_the_memory() -> None:
     long = draw_requests(4, 750, repeats=0.05)
     long = long.followed_by(draw_requests(5, 300, first=750, run=8))  # the dependence grows
@@ -153,6 +155,7 @@ def test_alarm_starts_when_topics_change_slightly() -> None:
     assert {event.feature for event in stream.events} == {CLASSIFIER}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("run", "repeats", "size"),
     [

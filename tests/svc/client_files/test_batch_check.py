@@ -75,6 +75,7 @@ def test_empty_file_is_a_problem(file: Path) -> None:
     assert (problem.line, problem.code) == (None, "empty_file")
 
 
+@pytest.mark.slow
 def test_more_requests_than_the_maximum_are_a_problem(file: Path) -> None:
     file.write_bytes(b"".join(line(custom_id=str(number)) for number in range(MAX_REQUESTS)))
     assert check_batch_file(file).problems == ()

@@ -51,6 +51,7 @@ def test_text_of_another_format_is_not_a_secret(text: str) -> None:
     assert key_id_of(text) is None
 
 
+@pytest.mark.slow
 @given(st.text())
 def test_arbitrary_text_is_not_recognized_as_a_secret(text: str) -> None:
     assert key_id_of(text) is None

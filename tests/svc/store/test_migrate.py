@@ -28,6 +28,8 @@ from tests.new_store import new_store
 from tests.postgresql import PostgresServer
 from tests.svc.store.test_audit import ALICE
 
+pytestmark = pytest.mark.slow
+
 TABLES = Table.metadata.sorted_tables
 NUMBERED = [table.name for table in TABLES if table.autoincrement_column is not None]
 

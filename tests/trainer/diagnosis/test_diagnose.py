@@ -143,6 +143,7 @@ def unmeasured(run: Any) -> Any:
     return replace(run, curve=[point.model_copy(update=nothing) for point in run.curve if point.step])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heldout", [True, False])
 def test_few_short_healthy_runs_with_noisy_losses_are_diagnosed_as_underfitted(heldout: bool) -> None:
     false = sum(FindingKind.UNDERFITTING in kinds(short(seed, heldout=heldout)) for seed in range(300))
@@ -306,6 +307,7 @@ def test_short_run_without_measured_heldout_loss_is_diagnosed_by_training_loss()
     assert kinds(unmeasured(done)) == []
 
 
+@pytest.mark.slow
 def test_few_short_runs_on_hard_tasks_with_settled_heldout_loss_have_a_finding() -> None:
     """Half of the labels remain unknown however long the training takes."""
     draw = np.random.default_rng(3)

@@ -30,6 +30,7 @@ def test_run_fails_before_writing_when_the_disk_is_full(
     assert [path.name for path in pipeline.run.folder.iterdir()] == ["lock"]
 
 
+@pytest.mark.slow
 def test_disk_filling_up_stops_the_run_before_the_next_stage_and_keeps_finished_stages(
     make: Make, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:

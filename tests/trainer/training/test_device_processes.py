@@ -18,6 +18,8 @@ from svc.errors import InterruptedRunError, TrainingError
 from trainer.training.device_processes import Call, Listens, Place, run_on_devices
 from trainer.training.devices import TrainingDevice
 
+pytestmark = pytest.mark.slow
+
 DEVICES = (TrainingDevice("GPU 0 (A100)"), TrainingDevice("GPU 1 (A100)"))
 ENDS_S = 5.0
 """Seconds within which all processes must have ended after one died, on a busy machine."""
