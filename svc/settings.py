@@ -166,6 +166,31 @@ class ReplicaRange(_Section):
         return self
 
 
+class RaySettings(_Section):
+    """Settings of the Ray cluster that `svc train --on ray` uses. See docs/ray.md."""
+
+    address: str | None = Field(
+        None,
+        description="address of the cluster, such as `head:6379` or `ray://head:10001`; default: the environment "
+        "variable RAY_ADDRESS",
+    )
+    gpu_type: str | None = Field(
+        None, description="type of the GPUs to train on, as Ray names it, such as `H100`; default: any"
+    )
+    cpus: int = Field(1, ge=1, description="CPU cores that each worker reserves")
+    folder: AbsolutePath = Field(
+        Path("~/.cache/tuneserve/ray"),
+        validate_default=True,
+        description="folder of each node for base models and for checkpoints of unfinished trainings",
+    )
+    wait_s: float = Field(
+        10.0,
+        gt=0,
+        description="maximum wait for free resources before a training starts, in seconds; longer if the cluster adds "
+        "nodes as needed",
+    )
+
+
 class EngineSettings(_Section):
     """Settings for launching vLLM. Defaults for unset values depend on the machine and model;
     `svc status --verbose` shows them with their reasons.
@@ -745,6 +770,7 @@ class Settings(BaseSettings):
     tracking_uri: str = Field("", description="URL of the MLflow tracking server; default: a database in `home`")
     store: StoreSettings = StoreSettings()
     artifacts: ArtifactSettings = ArtifactSettings()
+    ray: RaySettings = RaySettings()
     engine: EngineSettings = EngineSettings()
     adapters: AdapterSettings = AdapterSettings()
     serve: ServeSettings = ServeSettings()

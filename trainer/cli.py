@@ -29,6 +29,14 @@ _set_option = click.option(
 @click.option(
     "--register-failed", is_flag=True, help="Register a version even if it fails a check; it cannot be promoted."
 )
+@click.option(
+    "--on",
+    "place",
+    type=click.Choice(["here", "ray"]),
+    default="here",
+    show_default=True,
+    help="Train on this machine, or on a Ray cluster (docs/ray.md). All other stages run here.",
+)
 @click.option("--skip-bad", is_flag=True, help="Skip lines that are unusable for training, and save them in a folder.")
 @click.option("--anyway", is_flag=True, help="Start even without enough memory or disk space on this machine.")
 @click.option(
@@ -47,6 +55,7 @@ def train(
     quick: bool,
     curve: bool,
     register_failed: bool,
+    place: str,
     skip_bad: bool,
     anyway: bool,
     progress_file: Path | None,
@@ -66,7 +75,7 @@ def train(
     settings = settings_of(ctx)
     loaded = load_recipe(recipe, overrides)
     if curve:
-        if quick or register_failed or skip_bad or progress_file:
+        if quick or register_failed or skip_bad or progress_file or place == "ray":
             raise click.UsageError(
                 "--curve registers no version; it can be combined only with --set, --anyway and --json"
             )
@@ -74,6 +83,10 @@ def train(
 
         learning_curve(settings, loaded, anyway=anyway, as_json=as_json)
         return
+    if place == "ray":
+        from trainer.pipeline.ray_training import check_ray
+
+        check_ray(settings, loaded)
     if skip_bad and loaded.train.too_long is TooLong.ERROR:
         loaded = loaded.changed({"train.too_long": TooLong.DROP})
     bad_lines = BadLines(settings.home / "bad_lines" / loaded.name) if skip_bad else None
@@ -88,11 +101,18 @@ def train(
     from trainer.pipeline.stages import open_pipeline
 
     task = quick_trial(loaded, examples) if quick else (loaded, examples)
-    expected = estimate_here(*task, settings, anyway=anyway)
+    expected = estimate_here(*task, settings, anyway=anyway) if place == "here" else None
     base = find_base(loaded.base, settings, loaded.chat_template)
     progress = ProgressFile(progress_file) if progress_file else None
     pipeline = open_pipeline(
-        settings, registry, *task, base, register_failed=register_failed, expected=expected, progress=progress
+        settings,
+        registry,
+        *task,
+        base,
+        register_failed=register_failed,
+        expected=expected,
+        progress=progress,
+        on_ray=place == "ray",
     )
     manifest = registry.manifest(pipeline.train_version())
     if quick:

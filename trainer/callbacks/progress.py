@@ -5,7 +5,7 @@ Imports transformers.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from svc.terminal import console, heartbeat
-from svc.training_progress import HeldoutLoss, ProgressFile, StepDone
+from svc.training_progress import HeldoutLoss, ProgressRecord, StepDone
 from trainer.callbacks.loss_log import ACCURACY, HELDOUT_LOSS, LOSS
 
 
@@ -66,14 +66,14 @@ class TrainingProgress(TrainerCallback):
 
 
 class ProgressRecords(TrainerCallback):
-    """Writes each step and each measurement of the held-out loss to a progress file.
+    """Reports each step and each measurement of the held-out loss as records.
 
     Args:
-        file: the progress file of the run.
+        write: writes a record to the progress file of the run.
     """
 
-    def __init__(self, file: ProgressFile) -> None:
-        self._file = file
+    def __init__(self, write: Callable[[ProgressRecord], None]) -> None:
+        self._write = write
         self._started, self._before = time.monotonic(), 0
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -94,9 +94,9 @@ class ProgressRecords(TrainerCallback):
                 tokens=int(state.num_input_tokens_seen),
                 left_s=elapsed / taken * (state.max_steps - step) if taken > 0 else None,
             )
-            self._file.write(record)
+            self._write(record)
         if HELDOUT_LOSS in logs:
-            self._file.write(HeldoutLoss(step=step, loss=logs[HELDOUT_LOSS]))
+            self._write(HeldoutLoss(step=step, loss=logs[HELDOUT_LOSS]))
 
 
 @contextmanager

@@ -13,17 +13,21 @@ _METHODS = {Format.GPTQ: GPTQ, Format.INT8: COMPRESSED_TENSORS, Format.FP8: COMP
 """Quantization method that the config of each quantized format names."""
 
 
-def say_number_types(able: DeviceCapabilities, engine: EngineSettings, formats: Sequence[Format]) -> None:
-    """Print the number types chosen on this machine for training and for serving each format, and why.
+def say_number_types(
+    able: DeviceCapabilities, engine: EngineSettings, formats: Sequence[Format], trained: DeviceCapabilities
+) -> None:
+    """Print the number types chosen for training and, on this machine, for serving each format, and why.
 
     Args:
+        able: capabilities of this machine.
         formats: the recipe's formats.
+        trained: capabilities of the machine that trains.
 
     Raises:
         EngineError: a quantized format cannot be served on this machine.
     """
-    here, served = able.training_device, able.device(engine)
-    _say("train", f"{able.training_type} on {here}", able.training_reason)
+    served = able.device(engine)
+    _say("train", f"{trained.training_type} on {trained.training_device}", trained.training_reason)
     for format in formats:
         if format is Format.ADAPTER:
             continue

@@ -44,6 +44,7 @@ from trainer.pipeline.gate import say_gates
 from trainer.pipeline.judging import compare_answers, judge_endpoint
 from trainer.pipeline.number_types import say_number_types
 from trainer.pipeline.preflight import check_base
+from trainer.pipeline.ray_training import ray_processes
 from trainer.pipeline.registration import Registered, Registration
 from trainer.pipeline.reports import Report, check_reports, open_reports
 from trainer.pipeline.run_folder import Run
@@ -53,6 +54,9 @@ from trainer.pipeline.training_devices import choose_sharding, choose_training_d
 from trainer.qualification import Launch
 from trainer.recipe.recipe import Recipe
 from trainer.recipe.stage import QUALIFY_STAGES, QUANTIZE_STAGES, Stage, choose_stages
+from trainer.training.device_processes import DeviceProcesses
+from trainer.training.processes import TrainingProcesses
+from trainer.training.ray_processes import RayProcesses
 from trainer.training.shared_checkpoints import SharedCheckpoints
 from trainer.training.summary import TrainingData, TrainingSummary
 
@@ -66,6 +70,7 @@ class Pipeline:
         register_failed: whether to register a version even if it fails a check. It can then not be promoted.
         expected: estimated memory and time of training on this machine, or None if unknown.
         progress: file to which the progress is written for other programs.
+        on_ray: whether the model is trained on a Ray cluster. All other stages run on this machine.
     """
 
     settings: Settings
@@ -79,6 +84,7 @@ class Pipeline:
     register_failed: bool = False
     expected: DeviceEstimate | None = None
     progress: ProgressFile | None = None
+    on_ray: bool = False
 
     def train_version(self) -> VersionId:
         """Run all unfinished stages and return the resulting version.
@@ -170,10 +176,25 @@ class Pipeline:
         )
 
     def _train(self) -> TrainingSummary:
-        check_base(self.base.folder, self.recipe, self.capabilities, self.settings.engine)
-        say_number_types(self.capabilities, self.settings.engine, self.recipe.formats)
-        devices = choose_training_devices(self.recipe, self.capabilities)
-        sharded = choose_sharding(self.recipe, devices, self.capabilities.training_type, self.expected)
+        shared = self._shared_checkpoints
+        if not self.on_ray:
+            return self._train_in(None)
+        assert shared is not None  # noqa: S101 - see the property
+        shared.fetch_tracking()
+        self._tracking_run()
+        with ray_processes(self.settings, self.recipe, self.base, self.run, shared) as processes:
+            return self._train_in(processes)
+
+    def _train_in(self, cluster: RayProcesses | None) -> TrainingSummary:
+        """Train in processes of a cluster, or on this machine."""
+        trained = cluster.capabilities if cluster else self.capabilities
+        check_base(self.base.folder, self.recipe, self.capabilities, self.settings.engine, trained)
+        say_number_types(self.capabilities, self.settings.engine, self.recipe.formats, trained)
+        processes: TrainingProcesses | None = cluster
+        if cluster is None and (devices := choose_training_devices(self.recipe, self.capabilities)):
+            processes = DeviceProcesses(devices)
+        size = processes.size if processes else 1
+        sharded = choose_sharding(self.recipe, size, trained.training_type, self.expected)
         served_length = None
         if not set(self.recipe.formats).isdisjoint(SERVED_FORMATS):
             judge_endpoint(self.recipe.judge)
@@ -183,7 +204,7 @@ class Pipeline:
         from trainer.training.sft import train_model  # torch and TRL with it
 
         shared = self._shared_checkpoints
-        if shared and (newest := shared.fetch()):
+        if cluster is None and shared and (newest := shared.fetch()):
             console.print(f"  fetched {newest} of another machine from {self.settings.artifacts.url}", markup=False)
         tracking, run_id = self.registry.tracking, self._tracking_run()
         with tracking.attach(run_id), self._report_to() as report:
@@ -200,9 +221,9 @@ class Pipeline:
                 self.run.fresh(self._trained),
                 self.run.checkpoints,
                 report,
-                number_type=self.capabilities.training_type,
-                on_checkpoint=shared.send if shared else None,
-                devices=devices,
+                number_type=trained.training_type,
+                on_checkpoint=shared.send if shared and cluster is None else None,
+                processes=processes,
                 sharded=sharded,
                 progress=self.progress,
             )
@@ -223,8 +244,10 @@ class Pipeline:
 
     @cached_property
     def _shared_checkpoints(self) -> SharedCheckpoints | None:
-        """Return the run's checkpoints in the object store, or None if they are only on this machine."""
-        if self.registry.objects is None or not self.settings.artifacts.checkpoints:
+        """Return the run's checkpoints in the object store, or None if they are only on this machine. Those of a
+        training on Ray are always there.
+        """
+        if self.registry.objects is None or not (self.on_ray or self.settings.artifacts.checkpoints):
             return None
         return SharedCheckpoints(self.registry.objects, self.run.folder.name, self.run.checkpoints, self.run.tracking)
 
@@ -329,6 +352,7 @@ def open_pipeline(
     register_failed: bool = False,
     expected: DeviceEstimate | None = None,
     progress: ProgressFile | None = None,
+    on_ray: bool = False,
 ) -> Pipeline:
     """Return the pipeline for a recipe. If the recipe was run before, the pipeline continues in the same
     folder.
@@ -339,4 +363,4 @@ def open_pipeline(
     recipe = recipe.with_learning_rate(read_width(base.folder))
     run, capabilities = Run.of(settings.home / "runs", recipe, base, examples), read_capabilities(settings.home)
     parts = (settings, capabilities, registry, recipe, base, examples, run)
-    return Pipeline(*parts, register_failed=register_failed, expected=expected, progress=progress)
+    return Pipeline(*parts, register_failed=register_failed, expected=expected, progress=progress, on_ray=on_ray)

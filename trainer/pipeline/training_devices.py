@@ -46,25 +46,24 @@ def choose_training_devices(recipe: Recipe, capabilities: DeviceCapabilities) ->
     return choice.devices
 
 
-def choose_sharding(
-    recipe: Recipe, devices: Sequence[TrainingDevice], number_type: NumberType, expected: DeviceEstimate | None
-) -> bool:
+def choose_sharding(recipe: Recipe, devices: int, number_type: NumberType, expected: DeviceEstimate | None) -> bool:
     """Return whether the devices divide the weights among them instead of each having a copy, and print it.
 
     Args:
+        devices: number of devices.
         expected: estimate for this machine, or None if unknown.
 
     Raises:
         RecipeError: the recipe asks for it, but the weights cannot be divided.
     """
     asked = recipe.train.sharding
-    if len(devices) < 2 or asked is Sharding.NEVER:
+    if devices < 2 or asked is Sharding.NEVER:
         return False
     if asked is Sharding.AUTO and not (expected and expected.sharded):
         return False
     if reason := find_undivided(recipe, number_type, experts=False):
         raise RecipeError(f"train.sharding is {asked}, but {reason}", todo=f"set train.sharding to {Sharding.NEVER}")
-    console.print(f"  each device stores 1/{len(devices)} of the weights, gradients and moments", soft_wrap=True)
+    console.print(f"  each device stores 1/{devices} of the weights, gradients and moments", soft_wrap=True)
     return True
 
 

@@ -5,6 +5,7 @@ the first one: whether a signal was received, and whether a checkpoint is due.
 """
 
 import os
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -24,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from svc.errors import InterruptedRunError, TrainingError
 from trainer.callbacks.preemption import Preemption, StepAbandoned
 from trainer.training.checkpoints import CheckpointFolder
-from trainer.training.device_processes import Call, Listens, Place
+from trainer.training.processes import Call, Listens, Place
 from trainer.training.sharding import check_sharded
 
 _GRADIENTS_TIMEOUT = timedelta(minutes=30)
@@ -62,12 +63,12 @@ class DeviceGroup:
             return
         cuda = torch.cuda.is_available()
         if cuda:
-            torch.cuda.set_device(place.rank)
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             if not check_cuda_p2p_ib_support():  # accelerate would refuse them
                 os.environ |= {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"}
         distributed.init_process_group(
             "nccl" if cuda else "gloo",
-            init_method=place.store.absolute().as_uri(),
+            init_method=place.meeting,
             rank=place.rank,
             world_size=place.size,
             timeout=_GRADIENTS_TIMEOUT,
@@ -148,7 +149,7 @@ ALONE = DeviceGroup()
 
 
 class Caller:
-    """Connection of a process to the caller of `run_on_devices`. Only the first process uses it.
+    """Connection of a process to its caller (trainer.training.processes). Only the first process uses it.
 
     Args:
         preemption: receives the caller's signals.
@@ -227,15 +228,19 @@ class GroupCheckpoints(CheckpointFolder):
 
     @contextmanager
     def writing(self, step: int, best: int | None = None) -> Iterator[Path]:
-        """Yield the temporary folder for a new checkpoint, which is the same in every process."""
+        """Yield a temporary folder for a new checkpoint. The files that other processes than the first one write to
+        theirs are small, and are sent to the first one, which may be on another machine.
+        """
         if self._group.rank == 0:
             with super().writing(step, best) as temporary:
-                self._group.agree(temporary)
                 yield temporary
-                self._group.wait()
+                for files in self._group.gather(dict[str, bytes]()):
+                    for name, content in files.items():
+                        (temporary / name).write_bytes(content)
         else:
-            yield self._group.agree(Path())
-            self._group.wait()
+            with tempfile.TemporaryDirectory(prefix="checkpoint-") as own:
+                yield Path(own)
+                self._group.gather({path.name: path.read_bytes() for path in Path(own).iterdir()})
         self._group.wait()  # until the checkpoint is complete
 
 

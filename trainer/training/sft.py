@@ -24,7 +24,7 @@ from svc.engine.device import NumberType
 from svc.errors import InterruptedRunError
 from svc.model_folder.chat_template import choose_template_kwargs
 from svc.terminal import console, waiting
-from svc.training_progress import EPOCHS_FOLDER, EpochSaved, ProgressFile
+from svc.training_progress import EPOCHS_FOLDER, EpochSaved, ProgressFile, ProgressRecord
 from trainer.callbacks.early_stopping import best_step, misses_measurement, out_of_patience
 from trainer.callbacks.epoch_adapters import EpochAdapters
 from trainer.callbacks.heldout_schedule import HeldoutCurve
@@ -54,10 +54,9 @@ from trainer.training.device_group import (
     GroupPreemption,
     devices_of,
 )
-from trainer.training.device_processes import Place, run_on_devices
-from trainer.training.devices import TrainingDevice
 from trainer.training.out_of_memory import advising_on_memory
 from trainer.training.preference import build_preference_trainer
+from trainer.training.processes import Place, TrainingFolders, TrainingProcesses
 from trainer.training.sharding import gather_trained
 from trainer.training.summary import TrainingData, TrainingSummary
 from trainer.training.trainer import NoStepLeftError, ResumableTrainer, number_type_of
@@ -75,7 +74,7 @@ def train_model(
     *,
     number_type: NumberType,
     on_checkpoint: Callable[[Path], None] | None = None,
-    devices: Sequence[TrainingDevice] = (),
+    processes: TrainingProcesses | None = None,
     progress: ProgressFile | None = None,
     sharded: bool = False,
 ) -> TrainingSummary:
@@ -94,7 +93,7 @@ def train_model(
         report: callback for the loss curve.
         number_type: number type of the matrix products. Trained weights are always in float32.
         on_checkpoint: called with the path of each new checkpoint.
-        devices: devices to train on, each in a process of its own. By default, this process trains alone.
+        processes: processes that train together. By default, this process trains alone.
         progress: file to which the steps and the held-out losses are written.
         sharded: whether several devices divide the weights among them, instead of each having a copy.
 
@@ -124,21 +123,23 @@ def train_model(
     if data.served_length is not None:
         longest = [max(rows, key=lambda row: len(row.input_ids)) for rows in examples]
         check_served_length(longest, data.served_length, "training")
-    if devices:
+    if processes is not None:
         functions: dict[str, Callable[..., object]]
         functions = {"report": report or _ignore, "on_checkpoint": on_checkpoint or _ignore}
-        arguments = (base, examples, rows, recipe, out, checkpoints, number_type, progress, sharded)
-        summaries: list[TrainingSummary] = run_on_devices(devices, _train_in, arguments, functions)
+        functions |= {"on_progress": progress.write} if progress else {}
+        arguments = (examples, rows, recipe, number_type, progress is not None, sharded)
+        folders = TrainingFolders(base, out, checkpoints, epochs_folder(progress))
+        summaries: list[TrainingSummary] = processes.run(_train_in, folders, arguments, functions)
         peaks = [summary.peak_memory or 0 for summary in summaries]
-        peak_memory = max(peaks) if torch.cuda.is_available() else sum(peaks)
-        return replace(summaries[0], peak_memory=peak_memory, devices=len(devices))
+        peak_memory = max(peaks) if processes.on_gpu else sum(peaks)
+        return replace(summaries[0], peak_memory=peak_memory, devices=processes.size)
     with advising_on_memory(recipe):
         with preemption() as asked:
             with asked.interruptible(), waiting("Loading the base model"), library_output_to_log():
                 folder = CheckpointFolder(checkpoints, recipe.checkpoints.keep, on_checkpoint)
                 trainer = build(recipe, out, folder, report, asked, number_type)
             if progress is not None:
-                add_progress(trainer, tokenizer, progress, recipe)
+                add_progress(trainer, tokenizer, progress.write, epochs_folder(progress), recipe)
             seconds = run_trainer(trainer, recipe.stopping, asked, number_type)
         # A signal ends the process from here on: the next run writes the weights from the last checkpoint.
         save_model(trainer, tokenizer, out, full=recipe.adapter_type is None)
@@ -147,38 +148,37 @@ def train_model(
 
 def _train_in(
     place: Place,
-    base: Path,
+    folders: TrainingFolders,
     examples: Sequence[Sequence[TokenizedExample]],
     heldout: Sequence[TokenizedExample],
     recipe: Recipe,
-    out: Path,
-    checkpoints: Path,
     number_type: NumberType,
-    progress: ProgressFile | None,
+    writes_progress: bool,
     sharded: bool,
 ) -> TrainingSummary:
     """Train in one of several processes. The first one reports the losses and writes the result."""
     with DeviceGroup.joined(place, sharded=sharded) as group, advising_on_memory(recipe):
         asked = GroupPreemption(group)
         caller = Caller(place, asked)
-        folder = GroupCheckpoints(group, checkpoints, recipe.checkpoints.keep, partial(caller.call, "on_checkpoint"))
+        on_checkpoint = partial(caller.call, "on_checkpoint")
+        folder = GroupCheckpoints(group, folders.checkpoints, recipe.checkpoints.keep, on_checkpoint)
         report = partial(caller.call, "report") if group.rank == 0 else None
-        tokenizer = load_tokenizer(base)
+        tokenizer = load_tokenizer(folders.base)
+        parts = (folders.base, tokenizer, examples, heldout, recipe, folders.out, folder, report, asked, number_type)
         with waiting("Loading the base model"), library_output_to_log():
-            trainer = build_trainer(
-                base, tokenizer, examples, heldout, recipe, out, folder, report, asked, number_type, group=group
-            )
+            trainer = build_trainer(*parts, group=group)
         if group.rank == 0:
             caller.listen()
-            if progress is not None:
-                add_progress(trainer, tokenizer, progress, recipe)
+            if writes_progress:
+                write = partial(caller.call, "on_progress")
+                add_progress(trainer, tokenizer, write, folders.epochs, recipe)
         seconds = run_trainer(trainer, recipe.stopping, asked, number_type)
         full = recipe.adapter_type is None
         if group.sharded:
             rounded = StochasticRounding().to_bfloat16 if full else None
             gather_trained(trainer.model, keep=group.rank == 0, converted=rounded)
         if group.rank == 0:
-            save_model(trainer, tokenizer, out, full=full)
+            save_model(trainer, tokenizer, folders.out, full=full)
         return summarize(trainer, seconds, kept_best=recipe.stopping.keep_best)
 
 
@@ -315,23 +315,30 @@ def build_trainer(
     return assemble_trainer(*parts, curve=curve, load=load, group=group)
 
 
-def add_progress(
-    trainer: ResumableTrainer, tokenizer: PreTrainedTokenizerBase, progress: ProgressFile, recipe: Recipe
-) -> None:
-    """Write a run's progress to a file and, if the recipe says so, save the adapters of its last epochs beside it.
+def epochs_folder(progress: ProgressFile | None) -> Path | None:
+    """Return the folder for the adapters of the last epochs, which is beside the progress file.
 
     There they remain when the run's folder is cleaned.
     """
+    return progress.path.with_name(EPOCHS_FOLDER) if progress else None
+
+
+def add_progress(
+    trainer: ResumableTrainer,
+    tokenizer: PreTrainedTokenizerBase,
+    write: Callable[[ProgressRecord], None],
+    epochs: Path | None,
+    recipe: Recipe,
+) -> None:
+    """Report a run's progress to a function and, if the recipe says so, save the adapters of its last epochs."""
 
     def on_saved(step: int, folder: Path) -> None:
-        progress.write(EpochSaved(step=step, folder=str(folder.absolute())))
+        write(EpochSaved(step=step, folder=str(folder.absolute())))
 
-    trainer.add_callback(ProgressRecords(progress))
-    if recipe.checkpoints.keep_epochs and recipe.adapter_type is not None:
+    trainer.add_callback(ProgressRecords(write))
+    if epochs is not None and recipe.checkpoints.keep_epochs and recipe.adapter_type is not None:
         save = partial(save_model, trainer, tokenizer, full=False)
-        trainer.add_callback(
-            EpochAdapters(progress.path.with_name(EPOCHS_FOLDER), recipe.checkpoints.keep_epochs, save, on_saved)
-        )
+        trainer.add_callback(EpochAdapters(epochs, recipe.checkpoints.keep_epochs, save, on_saved))
 
 
 def save_model(trainer: ResumableTrainer, tokenizer: PreTrainedTokenizerBase, out: Path, *, full: bool) -> None:

@@ -3,6 +3,7 @@
     checkpoints/RUN/mlflow.json          id of the MLflow run
     checkpoints/RUN/step-00000120.json   size and SHA-256 of each file, written last; without it there is no checkpoint
     checkpoints/RUN/step-00000120/FILE
+    checkpoints/RUN/trained/FILE         the result, if another machine continues with it
 
 RUN names everything that determines the result, so machines that train the same thing share a run, and another machine
 continues where one disappeared. The store has the checkpoints that the machine has that trained last.
@@ -11,14 +12,18 @@ continues where one disappeared. The store has the checkpoints that the machine 
 import logging
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from pydantic import ValidationError
 
 from svc.errors import IntegrityError, RegistryError
 from svc.files.disk import sync_files, write_whole
+from svc.registry.files import FileRecord, record_files
 from svc.registry.objects import ObjectStore
 from trainer.training.checkpoints import FILES, PREFIX, RECORDS
+
+_TRAINED = "trained"
 
 log = logging.getLogger(__name__)
 
@@ -54,9 +59,23 @@ class SharedCheckpoints:
         for step in shared:
             if step not in here:
                 self._fetch(step)
+        self.fetch_tracking()
+        return shared[-1]
+
+    def fetch_tracking(self) -> None:
+        """Continue the MLflow run of another machine, unless this machine has one.
+
+        Raises:
+            RegistryError: the store does not respond, or refuses.
+        """
         if not self._tracking.is_file() and (content := self._objects.read(f"{self._prefix}/mlflow.json")):
             write_whole(self._tracking, content)
-        return shared[-1]
+
+    def send_newest(self) -> None:
+        """Upload the newest checkpoint of this machine if it is newer than those of the store."""
+        here, shared = self._here(), self._shared()
+        if here and (not shared or here[-1] > shared[-1]):
+            self.send(self._folder / here[-1])
 
     def send(self, checkpoint: Path) -> None:
         """Upload a new checkpoint and earlier ones that the store lacks, then delete those that this machine does not
@@ -71,6 +90,29 @@ class SharedCheckpoints:
             self._delete([step for step in shared if step not in here])
         except RegistryError as error:
             log.warning("checkpoint %s is only on this machine: %s", checkpoint.name, error.wrong)
+
+    def send_trained(self, folder: Path) -> tuple[FileRecord, ...]:
+        """Upload the trained model, and return the records of its files.
+
+        Raises:
+            RegistryError: the store does not respond, or refuses.
+        """
+        records = record_files(folder, folder)
+        self._objects.send(f"{self._prefix}/{_TRAINED}", records, folder)
+        return records
+
+    def fetch_trained(self, records: Sequence[FileRecord], folder: Path) -> None:
+        """Download the trained model to a folder, whose content is replaced.
+
+        Args:
+            records: as `send_trained` returned them.
+
+        Raises:
+            IntegrityError: an object is missing, truncated or altered.
+            RegistryError: the store does not respond, or refuses.
+        """
+        shutil.rmtree(folder, ignore_errors=True)
+        _receive(self._objects, f"{self._prefix}/{_TRAINED}", records, folder)
 
     def remove(self) -> None:
         """Delete the run from the store, because its version is registered. If the store fails, the objects stay."""
@@ -102,10 +144,7 @@ class SharedCheckpoints:
             raise IntegrityError(f"{self._objects.url}/{key} names files of other folders", todo="delete the object")
         temporary = self._folder / f".fetch-{step}"
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        self._objects.receive(f"{self._prefix}/{step}", records, temporary)
-        for path in temporary.iterdir():
-            path.chmod(0o644)
+        _receive(self._objects, f"{self._prefix}/{step}", records, temporary)
         write_whole(temporary / FILES, RECORDS.dump_json(records))
         sync_files(temporary)
         shutil.rmtree(self._folder / step, ignore_errors=True)
@@ -123,3 +162,11 @@ class SharedCheckpoints:
 
     def _here(self) -> list[str]:
         return sorted(path.name for path in self._folder.glob(f"{PREFIX}*"))
+
+
+def _receive(objects: ObjectStore, prefix: str, records: Sequence[FileRecord], folder: Path) -> None:
+    """Download files to a new folder. Unlike those of versions, they may be changed."""
+    folder.mkdir(parents=True)
+    objects.receive(prefix, records, folder)
+    for file in records:
+        (folder / file.path).chmod(0o644)

@@ -1,6 +1,6 @@
 """Provides stand-ins for the stages that need a real model, and the examples of a recipe."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from trainer.pipeline.stages import Pipeline
 from trainer.recipe.adapter import Method
 from trainer.recipe.recipe import Recipe
 from trainer.recipe.stage import QUANTIZE_STAGES, Stage
-from trainer.training.devices import TrainingDevice
+from trainer.training.processes import TrainingProcesses
 from trainer.training.summary import TrainingSummary
 
 TRAIN = tuple(make_example(f"q {number}", "yes") for number in range(3))
@@ -73,12 +73,12 @@ class Stages:
         *,
         number_type: NumberType,
         on_checkpoint: Callable[[Path], None] | None = None,
-        devices: Sequence[TrainingDevice] = (),
+        processes: TrainingProcesses | None = None,
         progress: ProgressFile | None = None,
         sharded: bool = False,
     ) -> Any:
         """Write an adapter or a trained model."""
-        self.devices.append(len(devices))
+        self.devices.append(processes.size if processes else 0)
         self.sharded.append(sharded)
         self.number_types.append(number_type)
         self.recipes.append(recipe)
@@ -96,7 +96,7 @@ class Stages:
         write_model(out, seed=1)
         return MergeSummary(2, 0.5, 0.1)
 
-    def check_base(self, base: Path, recipe: Recipe, capabilities: Any, engine: Any) -> None:
+    def check_base(self, base: Path, recipe: Recipe, capabilities: Any, engine: Any, trained: Any) -> None:
         """Reject GPTQ with a group size of 128."""
         if Format.GPTQ in recipe.formats and recipe.quantize.group_size == 128:
             raise RecipeError("quantize.group_size is 128")

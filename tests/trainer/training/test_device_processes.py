@@ -15,8 +15,9 @@ import psutil
 import pytest
 
 from svc.errors import InterruptedRunError, TrainingError
-from trainer.training.device_processes import Call, Listens, Place, run_on_devices
+from trainer.training.device_processes import run_on_devices
 from trainer.training.devices import TrainingDevice
+from trainer.training.processes import Call, Listens, Place
 
 pytestmark = pytest.mark.slow
 

@@ -26,6 +26,7 @@ from trainer.recipe.adapter import Method
 from trainer.recipe.recipe import Recipe
 from trainer.training.checkpoints import CheckpointFolder
 from trainer.training.device_group import DeviceGroup, devices_of
+from trainer.training.device_processes import DeviceProcesses
 from trainer.training.devices import TrainingDevice
 from trainer.training.sft import train_model
 from trainer.training.sharding import check_sharded
@@ -73,9 +74,10 @@ def train(
     number_type: NumberType = NumberType.FLOAT32,
     **options: Any,
 ) -> TrainingSummary:
-    devices = (TrainingDevice("the CPU"),) * processes if processes > 1 else ()
+    devices = (TrainingDevice("the CPU"),) * processes
+    options["processes"] = DeviceProcesses(devices) if processes > 1 else None
     out, checkpoints = folder / "trained", folder / "checkpoints"
-    return train_model(base, data, recipe, out, checkpoints, number_type=number_type, devices=devices, **options)
+    return train_model(base, data, recipe, out, checkpoints, number_type=number_type, **options)
 
 
 def heldout_of(summary: TrainingSummary) -> list[float]:
@@ -320,8 +322,8 @@ def test_single_device_in_a_process_of_its_own_gives_bitwise_the_same_result(
     changed = recipe(adapter={"dropout": 0.2})
     train(tiny_base, data, changed, tmp_path / "a", 1)
     out, checkpoints = tmp_path / "b" / "trained", tmp_path / "b" / "checkpoints"
-    devices = (TrainingDevice("GPU 1"),)
-    train_model(tiny_base, data, changed, out, checkpoints, number_type=NumberType.FLOAT32, devices=devices)
+    alone = DeviceProcesses((TrainingDevice("GPU 1"),))
+    train_model(tiny_base, data, changed, out, checkpoints, number_type=NumberType.FLOAT32, processes=alone)
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
 
 

@@ -16,9 +16,10 @@ from trainer.model.load import ModelForm, load_model
 from trainer.recipe.adapter import Quantization
 from trainer.training import loss
 from trainer.training.device_group import DeviceGroup
-from trainer.training.device_processes import Place, run_on_devices
+from trainer.training.device_processes import run_on_devices
 from trainer.training.devices import TrainingDevice
 from trainer.training.loss import answer_loss
+from trainer.training.processes import Place
 from trainer.training.sharding import (
     check_sharded,
     gather_trained,

@@ -1,0 +1,82 @@
+"""Connects this process to a Ray cluster for a while."""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from urllib.parse import urlsplit
+
+from svc.errors import ServerNotRunningError, SettingsError
+
+_CONNECT_S = 3.0
+_ADDRESS = "RAY_ADDRESS"
+_JOIN = "ray start --address={}"
+
+
+def find_address(setting: str | None) -> str:
+    """Return the address of the Ray cluster: the setting's, or that of the environment.
+
+    Raises:
+        SettingsError: neither is set, or it is not the address of a cluster.
+    """
+    address = setting or os.environ.get(_ADDRESS, "")
+    if not address:
+        raise SettingsError(
+            "the address of the Ray cluster is not set",
+            expected="ray.address, or the environment variable RAY_ADDRESS, such as head:6379 or ray://head:10001",
+            todo="set ray.address in svc.yaml to the address that `ray start --head` printed",
+        )
+    if urlsplit(address).scheme in ("http", "https"):
+        raise SettingsError(
+            f"{address} is the address of Ray's dashboard",
+            expected="the address of the cluster, such as head:6379 or ray://head:10001",
+            todo="set ray.address, which overrides RAY_ADDRESS",
+        )
+    return address
+
+
+@contextmanager
+def connected(address: str) -> Iterator[None]:
+    """Connect this process to a cluster for the `with` block. Actors that it started and that are not detached end
+    with the block.
+
+    Raises:
+        SettingsError: Ray is not installed.
+        ServerNotRunningError: the cluster cannot be reached, or does not accept this process.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise SettingsError("Ray is not installed", todo="pip install 'tuneserve[ray]'") from error
+    _check_reachable(address)
+    try:
+        ray.init(address, log_to_driver=False, configure_logging=False, namespace="tuneserve")
+    except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
+        raise ServerNotRunningError(
+            f"cannot join the Ray cluster at {address}: {_first_line(error)}",
+            expected="a node of the cluster with its versions of Python and Ray, and its token in ~/.ray/auth_token",
+            todo=f"run `{_JOIN.format(address)}` on this machine, or set ray.address to ray://HEAD:10001",
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Raise ServerNotRunningError if nothing listens there. Ray itself would try for half a minute."""
+    place = urlsplit(address if "://" in address else f"//{address}")
+    try:
+        if place.hostname is None or place.port is None:  # such as `auto`
+            return
+        socket.create_connection((place.hostname, place.port), _CONNECT_S).close()
+    except (OSError, ValueError) as error:
+        raise ServerNotRunningError(
+            f"no Ray cluster answers at {address}: {error}",
+            expected="a running cluster",
+            todo="check ray.address or RAY_ADDRESS, and start the cluster: ray start --head",
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,34 @@
+"""Tests which Ray cluster is used, and that one that cannot be reached is refused at once."""
+
+import socket
+
+import pytest
+
+from svc.errors import ServerNotRunningError, SettingsError
+from svc.ray_cluster import connected, find_address
+
+
+def test_setting_overrides_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "other:6379")
+    assert find_address("head:6379") == "head:6379"
+    assert find_address(None) == "other:6379"
+
+
+def test_missing_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(SettingsError, match="is not set"):
+        find_address(None)
+
+
+def test_dashboard_of_ray_job_submit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
+    with pytest.raises(SettingsError, match="http://head:8265 is the address of Ray's dashboard"):
+        find_address(None)
+
+
+def test_cluster_is_refused_when_nothing_listens() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+        with pytest.raises(ServerNotRunningError, match=f"no Ray cluster answers at {address}"), connected(address):
+            pass

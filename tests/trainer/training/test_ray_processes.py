@@ -1,0 +1,78 @@
+"""Tests what a training on Ray asks of a cluster, and when it is refused."""
+
+from typing import Any
+
+import pytest
+
+from svc.engine.device import DeviceCapabilities, TorchGpu
+from svc.errors import TrainingError
+from svc.settings import RaySettings
+from tests.svc.engine.devices import AVX512
+from trainer.training.ray_processes import WorkerKind, check_equal, choose_kind, shortage
+from trainer.training.ray_worker import NodeFacts
+
+H100 = WorkerKind(8, gpu=True, gpu_type="H100")
+
+
+def with_gpu(name: str, *, bfloat16: bool = True) -> DeviceCapabilities:
+    gpu = TorchGpu(name=name, compute_capability=(9, 0), bfloat16=bfloat16)
+    return AVX512.model_copy(update={"gpu": gpu})
+
+
+def facts(number: int, capabilities: DeviceCapabilities, version: str | None = None) -> NodeFacts:
+    from importlib.metadata import version as installed
+
+    return NodeFacts(str(number), f"10.0.0.{number}", version or installed("tuneserve"), capabilities)
+
+
+def node(name: str, *, alive: bool = True, **resources: float) -> dict[str, Any]:
+    named = {key.replace("type_", "accelerator_type:"): value for key, value in resources.items()}
+    return {"Alive": alive, "NodeManagerHostname": name, "Resources": named}
+
+
+@pytest.mark.parametrize(
+    ("settings", "resources", "bundle"),
+    [
+        ({}, {"CPU": 4.0}, {"CPU": 1.0}),
+        ({"cpus": 2}, {"CPU": 4.0, "GPU": 8.0}, {"CPU": 2.0, "GPU": 1.0}),
+        ({"gpu_type": "H100"}, {"CPU": 4.0}, {"CPU": 1.0, "GPU": 1.0, "accelerator_type:H100": 0.001}),
+    ],
+    ids=["no GPUs", "GPUs", "GPUs that the cluster may add"],
+)
+def test_worker_reserves_a_gpu_when_the_cluster_has_or_may_add_one(
+    settings: dict[str, Any], resources: dict[str, float], bundle: dict[str, float]
+) -> None:
+    assert choose_kind(RaySettings(**settings), resources).bundle == bundle
+
+
+def test_refusal_says_how_many_workers_fit_when_the_cluster_is_too_small() -> None:
+    nodes = [
+        node("a", CPU=64, GPU=8, type_H100=1),
+        node("b", CPU=12, GPU=2, type_H100=1),  # CPU cores for one
+        node("c", CPU=64, GPU=8, type_A100=1),
+        node("d", alive=False, CPU=64, GPU=8, type_H100=1),
+    ]
+    error = shortage(H100, 16, nodes, {}, 10)
+    assert "16 workers of 8 CPU and 1 GPU (H100) within 10 s: its nodes have capacity for 9" in error.wrong
+    assert "a: 64 CPU, 8 GPU, H100; b: 12 CPU, 2 GPU, H100; c: 64 CPU, 8 GPU, A100" in error.wrong
+    assert "set train.devices to 9" in error.todo
+
+
+def test_refusal_says_that_others_use_the_resources_when_the_cluster_is_large_enough() -> None:
+    error = shortage(H100, 2, [node("a", CPU=64, GPU=8, type_H100=1)], {"CPU": 64, "GPU": 1}, 10)
+    assert "others use them; free: 64 CPU, 1 GPU" in error.wrong
+    assert "ray.wait_s" in error.todo
+
+
+def test_workers_are_accepted_when_they_are_equal() -> None:
+    check_equal([facts(1, with_gpu("H100")), facts(2, with_gpu("H100"))])
+
+
+def test_workers_are_refused_when_their_gpus_differ() -> None:
+    with pytest.raises(TrainingError, match=r"H100 with \w+ on node 10\.0\.0\.1, A100 with \w+ on 10\.0\.0\.2"):
+        check_equal([facts(1, with_gpu("H100")), facts(2, with_gpu("A100"))])
+
+
+def test_workers_are_refused_when_a_node_has_another_version() -> None:
+    with pytest.raises(TrainingError, match=r"node 10\.0\.0\.2 has tuneserve 0\.0\.1, and this machine"):
+        check_equal([facts(1, AVX512), facts(2, AVX512, "0.0.1")])

@@ -1,0 +1,396 @@
+"""Runs a training in several actors of a Ray cluster, one for each device.
+
+When a worker is lost with its node, the others are stopped, and all are started again on the nodes that are left, from
+the newest complete checkpoint. Ray's own training library is not used: docs/ray.md says why. Does not import torch.
+"""
+
+import pickle
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
+from uuid import uuid4
+
+from svc.engine.device import DeviceCapabilities
+from svc.errors import InterruptedRunError, TrainingError
+from svc.registry.files import FileRecord
+from svc.settings import RaySettings
+from svc.terminal import console
+from trainer.callbacks.preemption import Preemption, preemption
+from trainer.training.processes import AGAIN, POLL_S, Failure, Result, Supervisor, TrainingFolders
+from trainer.training.ray_worker import TRAINED, NodeFacts, RayWorker, Seat, SharedRun, Text
+from trainer.training.shared_checkpoints import SharedCheckpoints
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+    from ray.actor import ActorHandle
+
+    Worker: TypeAlias = ActorHandle[RayWorker]
+    Reference: TypeAlias = ObjectRef[Any]
+    from ray.util.placement_group import PlacementGroup
+
+_OWN_GRACE_S = 2.0
+_GRACE_S = 60.0
+"""Seconds after a worker's connection broke in which the death of another one is noticed. Ray declares a node dead
+after 14 s."""
+_REPLACEMENT_S = 600.0
+_CLEAN_S = 5.0
+_ATTEMPTS = 3
+"""How often in a row the workers may be lost without a new checkpoint."""
+_STOPPED = "stopped by {} before the first step"
+
+
+class WorkerLostError(TrainingError):
+    """Raised when a worker is gone, with its node or alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerKind:
+    """What each worker reserves of a node.
+
+    Attributes:
+        cpus: number of CPU cores.
+        gpu: whether it trains on a GPU.
+        gpu_type: Ray's name of the GPU's type, such as `H100`, or None for any.
+    """
+
+    cpus: int
+    gpu: bool
+    gpu_type: str | None
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """Resources as Ray names them."""
+        bundle = {"CPU": float(self.cpus)}
+        if self.gpu:
+            bundle["GPU"] = 1.0
+        if self.gpu_type:
+            bundle[f"accelerator_type:{self.gpu_type}"] = 0.001
+        return bundle
+
+    def __str__(self) -> str:
+        gpu = f" and 1 GPU{f' ({self.gpu_type})' if self.gpu_type else ''}" if self.gpu else ""
+        return f"{self.cpus} CPU{gpu}"
+
+
+def choose_kind(settings: RaySettings, resources: Mapping[str, float]) -> WorkerKind:
+    """Return what each worker reserves: a GPU if the cluster has any.
+
+    Args:
+        resources: all resources of the cluster.
+    """
+    gpu = settings.gpu_type is not None or resources.get("GPU", 0) > 0
+    return WorkerKind(settings.cpus, gpu, settings.gpu_type)
+
+
+@contextmanager
+def reserved(kind: WorkerKind, size: int, wait_s: float, asked: Preemption | None = None) -> Iterator["PlacementGroup"]:
+    """Reserve the resources of all workers for the `with` block.
+
+    Raises:
+        TrainingError: they are not free within the time.
+        InterruptedRunError: a signal was received.
+    """
+    import ray
+    from ray.util import placement_group, remove_placement_group
+
+    group = placement_group([kind.bundle] * size, strategy="PACK")
+    try:
+        deadline = time.monotonic() + wait_s
+        while not group.wait(POLL_S):
+            if asked is not None and asked.by is not None:
+                raise InterruptedRunError(_STOPPED.format(asked.by.name), todo=AGAIN)
+            if time.monotonic() > deadline:
+                raise shortage(kind, size, ray.nodes(), ray.available_resources(), wait_s)
+        yield group
+    finally:
+        remove_placement_group(group)
+
+
+def shortage(
+    kind: WorkerKind, size: int, nodes: Sequence[Mapping[str, Any]], free: Mapping[str, float], wait_s: float
+) -> TrainingError:
+    """Return the error for resources that are not free.
+
+    Args:
+        nodes: the cluster's nodes, as `ray.nodes()` returns them.
+        free: resources that are free in the whole cluster.
+        wait_s: seconds for which they were waited for.
+    """
+    alive = [node for node in nodes if node["Alive"]]
+    fit = sum(_fitting(kind, node["Resources"]) for node in alive)
+    described = "; ".join(f"{node['NodeManagerHostname']}: {_described(node['Resources'])}" for node in alive)
+    if fit < size:
+        why = f"its nodes have capacity for {fit}: {described}"
+        todo = f"set train.devices to {fit}, or add nodes" if fit else "add nodes, or check ray.gpu_type"
+    else:
+        why = f"others use them; free: {_described(free)}"
+        todo = "wait until other jobs have finished, or raise ray.wait_s"
+    return TrainingError(
+        f"the Ray cluster has no free resources for {size} workers of {kind} within {wait_s:g} s: {why}",
+        expected=f"{size} x {kind}",
+        todo=todo,
+    )
+
+
+def _fitting(kind: WorkerKind, resources: Mapping[str, float]) -> int:
+    return int(min(resources.get(name, 0) // needed for name, needed in kind.bundle.items()))
+
+
+def _described(resources: Mapping[str, float]) -> str:
+    shown = [f"{resources[name]:g} {name}" for name in ("CPU", "GPU") if resources.get(name)]
+    shown += [name.partition(":")[2] for name in resources if name.startswith("accelerator_type:")]
+    return ", ".join(shown) or "nothing"
+
+
+class RayProcesses:
+    """Workers of a cluster to which this process is connected (trainer.training.processes.TrainingProcesses). They run
+    during the `with` block.
+
+    Args:
+        size: number of workers.
+        run: the run, as the nodes get it.
+        checkpoints: the run's checkpoints.
+
+    Attributes:
+        size: see the argument.
+
+    Raises:
+        InterruptedRunError: a signal was received.
+        TrainingError: there are too few free resources, or the nodes differ.
+    """
+
+    def __init__(
+        self, settings: RaySettings, kind: WorkerKind, size: int, run: SharedRun, checkpoints: SharedCheckpoints
+    ) -> None:
+        self.size = size
+        self._settings = settings
+        self._kind = kind
+        self._run = run
+        self._checkpoints = checkpoints
+        self._stack = ExitStack()
+        self._workers: _Workers | None = None
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the workers train on GPUs."""
+        return self._kind.gpu
+
+    @property
+    def capabilities(self) -> DeviceCapabilities:
+        """Capabilities of the device of each worker."""
+        assert self._workers is not None  # noqa: S101 - inside of the `with` block
+        return self._workers.facts[0].capabilities
+
+    def __enter__(self) -> Self:
+        """Start the workers."""
+        with self._stack, preemption() as asked:
+            self._workers = self._stack.enter_context(self._started(self._settings.wait_s, asked))
+            self._stack = self._stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Stop the workers."""
+        self._stack.close()
+
+    def run(
+        self,
+        work: Callable[..., Any],
+        folders: TrainingFolders,
+        arguments: tuple[Any, ...],
+        functions: Mapping[str, Callable[..., object]],
+    ) -> list[Any]:
+        """Call `work` in each worker, and return the results. If a worker is lost, all are started again."""
+        task, lost, progressed = pickle.dumps((work, arguments)), 0, False
+
+        def on_checkpoint(path: Path) -> None:
+            nonlocal progressed
+            progressed = True
+            functions["on_checkpoint"](path)
+
+        def on_trained(records: Sequence[FileRecord]) -> None:
+            self._checkpoints.fetch_trained(records, folders.out)
+
+        own = {**functions, "on_checkpoint": on_checkpoint, TRAINED: on_trained}
+        with preemption() as asked:
+            while True:
+                try:
+                    return self._train(task, own, asked)
+                except WorkerLostError as error:
+                    lost, progressed = (1 if progressed else lost + 1), False
+                    if lost == _ATTEMPTS:
+                        raise
+                    self._stack.close()
+                    self._workers = None
+                    _say(f"{error.wrong}; starting all workers again, from the newest checkpoint")
+
+    def _train(self, task: bytes, functions: Mapping[str, Callable[..., object]], asked: Preemption) -> list[Any]:
+        if self._workers is None:
+            wait_s = max(self._settings.wait_s, _REPLACEMENT_S)
+            self._workers = self._stack.enter_context(self._started(wait_s, asked))
+        self._workers.train(task, asked)
+        results = Supervisor(self._workers, functions, asked).serve()
+        if asked.by is not None:
+            raise InterruptedRunError(f"stopped by {asked.by.name} after the last step", todo=AGAIN)
+        return results
+
+    @contextmanager
+    def _started(self, wait_s: float, asked: Preemption) -> Iterator["_Workers"]:
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        kind = self._kind
+        with reserved(kind, self.size, wait_s, asked) as group, ExitStack() as stack:
+            options = {"num_cpus": kind.cpus, "num_gpus": int(kind.gpu), "max_concurrency": 4, "max_restarts": 0}
+            actors = []
+            for rank in range(self.size):
+                strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
+                actor = ray.remote(RayWorker).options(**options, scheduling_strategy=strategy)
+                actors.append(actor.remote(self._settings.folder))
+                stack.callback(ray.kill, actors[-1])
+            workers = _Workers(actors, replace(self._run, attempt=uuid4().hex[:8]), asked)
+            _say(f"{self.size} workers of {kind}: {', '.join(workers.names)}")
+            stack.callback(workers.clean)
+            yield workers
+
+
+class _Workers:
+    """Workers as their supervisor sees them (trainer.training.processes.Started)."""
+
+    def __init__(self, actors: Sequence["Worker"], run: SharedRun, asked: Preemption) -> None:
+        self._actors = actors
+        self._run = run
+        self.facts: list[NodeFacts] = self._results([actor.describe.remote() for actor in actors], asked)
+        check_equal(self.facts)
+        self._receiving = dict[Any, int]()
+
+    @property
+    def names(self) -> list[str]:
+        return [f"node {facts.address}" for facts in self.facts]
+
+    @property
+    def _leaders(self) -> list["Worker"]:
+        """The first worker of each node."""
+        leaders = dict[str, Any]()
+        for facts, actor in zip(self.facts, self._actors, strict=True):
+            leaders.setdefault(facts.node, actor)
+        return list(leaders.values())
+
+    def train(self, task: bytes, asked: Preemption) -> None:
+        """Start a task in all workers, after their nodes have the base model and the newest checkpoints."""
+        import ray
+
+        self._results([actor.prepare.remote(self._run) for actor in self._leaders], asked)
+        (meeting,) = self._get([self._actors[0].find_meeting.remote()], asked)
+        shared = ray.put(task)
+        for rank, actor in enumerate(self._actors):
+            seat = Seat(rank, len(self._actors), meeting, console.is_terminal, console.width)
+            actor.train.remote(self._run, seat, shared)
+            self._receiving[actor.receive.remote()] = rank
+
+    def messages(self) -> Iterator[tuple[int, object]]:
+        import ray
+
+        ready, _ = ray.wait(list(self._receiving), timeout=POLL_S)
+        for ref in ready:
+            rank = self._receiving.pop(ref)
+            try:
+                messages = ray.get(ref)
+            except ray.exceptions.RayActorError:
+                yield rank, Failure(time.monotonic())
+                continue
+            if not any(isinstance(message, Result | Failure) for message in messages):
+                self._receiving[self._actors[rank].receive.remote()] = rank
+            for message in messages:
+                if isinstance(message, Text):
+                    sys.stderr.write(message.text)
+                    sys.stderr.flush()
+                else:
+                    yield rank, message
+
+    def send(self, message: object) -> None:
+        self._actors[0].answer.remote(message)
+
+    def grace_s(self, failure: Failure) -> float:
+        return _GRACE_S if failure.error is None and not failure.died else _OWN_GRACE_S
+
+    def join(self) -> None:
+        pass
+
+    def explain_death(self, rank: int, where: str) -> TrainingError:
+        return WorkerLostError(f"{where} was lost", todo=AGAIN)
+
+    def clean(self) -> None:
+        import ray
+
+        refs = [actor.clean.remote() for actor in self._leaders]
+        ray.wait(refs, num_returns=len(refs), timeout=_CLEAN_S)  # does not raise the errors of those that are dead
+
+    def _results(self, refs: Sequence["Reference"], asked: Preemption) -> list[Any]:
+        outcomes = self._get(refs, asked)
+        for outcome in outcomes:
+            if isinstance(outcome, Failure):
+                if outcome.error is not None:
+                    raise outcome.error
+                failed = RuntimeError(outcome.cause)
+                failed.add_note(outcome.text)
+                raise failed
+        return [outcome.value for outcome in outcomes]
+
+    def _get(self, refs: Sequence["Reference"], asked: Preemption) -> list[Any]:
+        import ray
+
+        try:
+            while ray.wait(list(refs), num_returns=len(refs), timeout=POLL_S)[1]:
+                if asked.by is not None:
+                    raise InterruptedRunError(_STOPPED.format(asked.by.name), todo=AGAIN)
+            values: list[Any] = ray.get(list(refs))
+        except ray.exceptions.RayActorError as error:
+            raise _lost(error) from error
+        return values
+
+
+def check_equal(facts: Sequence[NodeFacts]) -> None:
+    """Check that all workers compute the same.
+
+    Raises:
+        TrainingError: a node has another version of this project, or another kind of device.
+    """
+    own = version("tuneserve")
+    for each in facts:
+        if each.version != own:
+            raise TrainingError(
+                f"node {each.address} has tuneserve {each.version}, and this machine {own}",
+                todo="install the same version on all nodes",
+            )
+        first, other = (_device(one.capabilities) for one in (facts[0], each))
+        if first != other:
+            raise TrainingError(
+                f"the workers have different devices: {first} on node {facts[0].address}, {other} on {each.address}",
+                expected="equal devices, because each waits for the slowest",
+                todo="set ray.gpu_type to one of them, as Ray names it",
+            )
+
+
+def _device(capabilities: DeviceCapabilities) -> str:
+    device = capabilities.gpu.name if capabilities.gpu else "CPU"
+    return f"{device} with {capabilities.training_type}"
+
+
+def _lost(error: Exception) -> TrainingError:
+    """Return the error for a worker that cannot be started, or that is gone."""
+    text = str(error)
+    if "ModuleNotFoundError" in text or "ImportError" in text:
+        missing = next(line.strip() for line in text.splitlines() if "Error" in line)
+        return TrainingError(
+            f"a worker could not be started: {missing}", todo="install tuneserve and its packages on all nodes"
+        )
+    return WorkerLostError("a worker was lost before its first step", todo=AGAIN)
+
+
+def _say(text: str) -> None:
+    console.print(f"  {text}", markup=False, soft_wrap=True)

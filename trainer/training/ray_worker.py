@@ -1,0 +1,248 @@
+"""The part of a training on Ray that runs on a node of the cluster: an actor that trains in one of several processes.
+
+A node needs nothing of the submitting machine: the base model and the checkpoints come from the object store, and go
+there. Does not import torch, so that the variables of the process are set before it is imported.
+"""
+
+import io
+import logging
+import os
+import pickle
+import shutil
+import socket
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import IO, Any, cast
+
+import psutil
+
+from svc.engine.device import DeviceCapabilities, read_capabilities
+from svc.files.disk import write_whole
+from svc.files.lock import hold_lock, is_locked
+from svc.registry.objects import ObjectStore
+from svc.terminal import console, quiet_libraries
+from trainer.training.processes import Call, Failure, Place, Result, TrainingFolders, outcome_of
+from trainer.training.shared_base import fetch_base
+from trainer.training.shared_checkpoints import SharedCheckpoints
+
+_RECEIVE_S = 2.0
+_CHECKPOINT, TRAINED = "on_checkpoint", "on_trained"
+"""Functions of the caller: a checkpoint is in the object store; the trained model is."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFacts:
+    """What a worker knows of its node.
+
+    Attributes:
+        node: Ray's id of the node.
+        address: IP address that other nodes reach it by.
+        version: version of this project there.
+        capabilities: capabilities of the device that the worker trains on.
+    """
+
+    node: str
+    address: str
+    version: str
+    capabilities: DeviceCapabilities
+
+
+@dataclass(frozen=True, slots=True)
+class SharedRun:
+    """A run as all nodes get it.
+
+    Attributes:
+        artifacts: URL of the object store.
+        name: name of the run there.
+        base: name of the base model there (trainer.training.shared_base).
+        tracking: content of the file with the id of the MLflow run.
+        folder: folder of each node for base models and for checkpoints of unfinished runs.
+        attempt: differs each time that the workers are started.
+    """
+
+    artifacts: str
+    name: str
+    base: str
+    tracking: bytes
+    folder: Path
+    attempt: str
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """Place of a worker among the others.
+
+    Attributes:
+        rank: number of the worker, from 0.
+        size: number of workers.
+        meeting: as of `Place`.
+        is_terminal: whether the output of the first worker is shown on a terminal.
+        width: width of that terminal in characters.
+    """
+
+    rank: int
+    size: int
+    meeting: str
+    is_terminal: bool
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Message with text that the first worker printed."""
+
+    text: str
+
+
+class RayWorker:
+    """Actor that trains in one process. Its methods run in threads, so that messages pass while it trains."""
+
+    def __init__(self, folder: Path) -> None:
+        import ray
+
+        quiet_libraries()
+        context = ray.get_runtime_context()
+        self._folder = folder
+        self._node = context.get_node_id()
+        self._address = ray.util.get_node_ip_address()
+        self._stack = ExitStack()
+        self._outbox, self._inbox = SimpleQueue[object](), SimpleQueue[object]()
+        self._run: SharedRun | None = None
+
+    def describe(self) -> Result | Failure:
+        """Return the `NodeFacts`."""
+        return outcome_of(
+            lambda: NodeFacts(
+                self._node, self._address, version("tuneserve"), read_capabilities(self._folder / self._node)
+            )
+        )
+
+    def find_meeting(self) -> str:
+        """Return a URL with a free port of this node, through which the workers can find each other."""
+        with socket.socket() as listener:
+            listener.bind((self._address, 0))
+            return f"tcp://{self._address}:{listener.getsockname()[1]}"
+
+    def prepare(self, run: SharedRun) -> Result | Failure:
+        """Fetch the base model and the newest checkpoints to this node. One worker of each node does it."""
+        return outcome_of(lambda: self._prepare(run))
+
+    def _prepare(self, run: SharedRun) -> None:
+        self._run = run
+        folder, objects = self._own(run), ObjectStore(run.artifacts)
+        for other in folder.parent.glob("*"):
+            if not is_locked(other / "lock"):  # its worker was killed
+                shutil.rmtree(other, ignore_errors=True)
+        self._stack.enter_context(hold_lock(folder / "lock", f"the folder {folder}"))
+        write_whole(folder / "mlflow.json", run.tracking)
+        fetch_base(objects, run.base, run.folder / "bases")
+        self._checkpoints(run).fetch()
+
+    def _own(self, run: SharedRun) -> Path:
+        return run.folder / "runs" / f"{run.name}-{run.attempt}-{self._node[:12]}"
+
+    def _checkpoints(self, run: SharedRun) -> SharedCheckpoints:
+        folder = self._own(run)
+        return SharedCheckpoints(ObjectStore(run.artifacts), run.name, folder / "checkpoints", folder / "mlflow.json")
+
+    def train(self, run: SharedRun, seat: Seat, task: bytes) -> None:
+        """Run a task, whose messages `receive` returns.
+
+        Args:
+            task: pickled function and arguments, as of `TrainingProcesses.run`.
+        """
+        self._run = run
+        set_variables(seat, self._address)
+        with self._forwarded(seat):
+            outcome = outcome_of(lambda: self._train(run, seat, task))
+        self._outbox.put(outcome)
+
+    def _train(self, run: SharedRun, seat: Seat, task: bytes) -> object:
+        folder = self._own(run)
+        folders = TrainingFolders(run.folder / "bases" / run.base, folder / "trained", folder / "checkpoints")
+        work, arguments = pickle.loads(task)  # noqa: S301 - from the caller
+        result = work(Place(seat.rank, seat.size, seat.meeting, self), folders, *arguments)
+        if seat.rank == 0:
+            records = self._checkpoints(run).send_trained(folders.out)
+            self.send(Call(TRAINED, (records,)))
+            self.recv()
+        return result
+
+    def receive(self) -> list[object]:
+        """Return the messages since the last call. If there are none, wait a moment for one."""
+        messages = list[object]()
+        try:
+            messages.append(self._outbox.get(timeout=_RECEIVE_S))
+            while True:
+                messages.append(self._outbox.get_nowait())
+        except Empty:
+            return messages
+
+    def answer(self, message: object) -> None:
+        """Accept a message of the caller."""
+        self._inbox.put(message)
+
+    def clean(self) -> None:
+        """Delete the run's folder on this node."""
+        if self._run is not None:
+            shutil.rmtree(self._own(self._run), ignore_errors=True)
+        self._stack.close()
+
+    def send(self, message: Any) -> None:
+        """Send a message to the caller. A checkpoint is uploaded before."""
+        if isinstance(message, Call) and message.name == _CHECKPOINT and self._run is not None:
+            self._checkpoints(self._run).send(*message.arguments)
+        self._outbox.put(message)
+
+    def recv(self) -> Any:
+        """Wait for the caller's next message and return it."""
+        return self._inbox.get()
+
+    @contextmanager
+    def _forwarded(self, seat: Seat) -> Iterator[None]:
+        """Send the output of the first worker to the caller, and discard that of the others, which is the same."""
+        if seat.rank > 0:
+            console.quiet = True
+            logging.disable(logging.WARNING)
+            warnings.simplefilter("ignore")
+            yield
+            return
+        forward = _Forward(self._outbox.put, is_terminal=seat.is_terminal)
+        console.file, console.width = cast(IO[str], forward), seat.width
+        with redirect_stdout(forward), redirect_stderr(forward):
+            yield
+
+
+class _Forward(io.TextIOBase):
+    """File whose text is sent to the caller."""
+
+    def __init__(self, put: Callable[[object], None], *, is_terminal: bool) -> None:
+        self._put = put
+        self._is_terminal = is_terminal
+
+    def write(self, text: str) -> int:
+        if text:
+            self._put(Text(text))
+        return len(text)
+
+    def isatty(self) -> bool:
+        return self._is_terminal
+
+
+def set_variables(seat: Seat, address: str) -> None:
+    """Set the variables by which libraries find the place of this process. Ray shows each worker one GPU.
+
+    Args:
+        address: IP address of the node.
+    """
+    if seat.size == 1:
+        return
+    os.environ |= {"RANK": str(seat.rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(seat.size), "LOCAL_WORLD_SIZE": "1"}
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(own.address == address for own in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
