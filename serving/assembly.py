@@ -38,6 +38,7 @@ from serving.jobs.results import JobResults
 from serving.jobs.worker import JobWorker
 from serving.leadership import EVERYTHING, Leadership
 from serving.replicas.slots import EngineSlots, MakeSlots
+from serving.retention import Retention
 from serving.rollout.initial_state import servable_targets
 from serving.rollout.version_changes import VersionChanges
 from serving.router import Router
@@ -211,6 +212,14 @@ def assemble(
     worker = make_job_worker(settings, registry, store, gateway.files, store_changes)
     if worker is not None:
         works.append(worker.run)
+    retention = Retention(
+        store=store,
+        batches_days=settings.batches.max_age_days,
+        jobs_days=settings.fine_tuning.max_age_days,
+        worker=None if worker is None else worker.id,
+        registered=registry.names,
+    )
+    works.append(retention.run)
     listener = SqliteListener if is_sqlite(store) else ChangeListener
     works.append(listener(store, store_changes).run)
     return Parts(gateway, deployments, authenticator, leadership, works, worker)

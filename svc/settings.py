@@ -681,6 +681,13 @@ class FineTuningSettings(_Section):
         description="time without requests after which a model that was loaded for a client's request is stopped, in "
         "seconds",
     )
+    max_age_days: float = Field(
+        90.0,
+        gt=0,
+        le=36_500,
+        description="age in days, since its end, at which a job is deleted with its events; it stays while its "
+        "model or a checkpoint is registered",
+    )
     max_jobs: int = Field(50, ge=1, description="maximum number of jobs of one key that have not ended")
     worker: bool = Field(True, description="whether this server trains jobs; if not, another one with its store must")
     wandb: bool = Field(
@@ -700,6 +707,9 @@ class FineTuningSettings(_Section):
 class BatchSettings(_Section):
     """Settings of OpenAI's Batch API. See docs/batches-api.md."""
 
+    max_age_days: float = Field(
+        90.0, gt=0, le=36_500, description="age in days, since its end, at which a batch is deleted; its files stay"
+    )
     max_open: int = Field(20, ge=1, description="maximum number of batches of one key that have not ended")
     concurrency: int = Field(
         16,

@@ -70,6 +70,9 @@ class JobWorker:
         changes: changes in the store, for which this waits while the queue is empty.
         complete: makes the result of a job that has succeeded, in a thread.
         command: returns the command that trains a recipe.
+
+    Attributes:
+        id: id of the worker on this machine, which is the same after a restart.
     """
 
     def __init__(
@@ -83,16 +86,16 @@ class JobWorker:
         command: TrainingCommand = training_command,
         pace: Pace | None = None,
     ) -> None:
+        self.id = read_worker_id(settings.home.resolve() / "jobs")
         self._store = store
         self._files = files
         self._changes = changes
         self._folder = settings.home.resolve() / "jobs"
-        self._id = read_worker_id(self._folder)
         self._pace = pace or Pace()
         self._options = TrainingOptions(
             store=store,
             files=files,
-            worker=self._id,
+            worker=self.id,
             complete=complete,
             command=command,
             environment=command_environment(settings),
@@ -123,7 +126,7 @@ class JobWorker:
 
     async def _take(self) -> Job | None:
         try:
-            return await asyncio.to_thread(take_job, self._store, self._id, self._may_run)
+            return await asyncio.to_thread(take_job, self._store, self.id, self._may_run)
         except SQLAlchemyError:
             log_store_error(log, "the queue of fine-tuning jobs cannot be read")
             return None
@@ -159,7 +162,7 @@ class JobWorker:
     async def _fail(self, job: Job) -> None:
         error = JobError("server_error", "the job failed because of an error of the server; see the server's log")
         try:
-            await asyncio.to_thread(fail, self._store, job.id, self._id, error)
+            await asyncio.to_thread(fail, self._store, job.id, self.id, error)
             await asyncio.to_thread(remove_epochs, self._folder / job.id)
         except (SQLAlchemyError, JobLostError):
             log_store_error(log, "the failure of the job %s could not be recorded", job.id)
@@ -189,7 +192,7 @@ class JobWorker:
                 continue
             try:
                 job = find_job(self._store, folder.name, None)
-                own = job.status is JobStatus.RUNNING and job.worker == self._id
+                own = job.status is JobStatus.RUNNING and job.worker == self.id
             except EntryNotFoundError:
                 own = False
             except SQLAlchemyError:

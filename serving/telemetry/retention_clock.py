@@ -33,11 +33,14 @@ class RetentionClock:
         max_age: maximum age of rows to keep.
         now: function that returns wall-clock time.
         elapsed_s: function that returns the seconds since a fixed moment, independently of the wall clock.
+        rows, setting: what the rows are, and the setting with their maximum age, for the log.
     """
 
     max_age: timedelta
     now: Callable[[], datetime] = lambda: datetime.now(UTC)
     elapsed_s: Callable[[], float] = _since_boot
+    rows: str = "requests"
+    setting: str = "request_log.max_age_days"
 
     def __post_init__(self) -> None:
         self._doubt_s = min(_MAX_DOUBT_S, self.max_age.total_seconds())
@@ -68,11 +71,11 @@ class RetentionClock:
 
     def _warn(self, ahead_s: float) -> None:
         if self._trusted is None:
-            why = "all stored requests are older than `request_log.max_age_days`"
+            why = f"all stored {self.rows} are older than `{self.setting}`"
         else:
             why = f"the clock jumped by {timedelta(seconds=round(ahead_s - self._trusted))}"
         steady = timedelta(seconds=self._doubt_s)
-        log.warning("%s; not deleting requests by age until the clock has been steady for %s", why, steady)
+        log.warning("%s; not deleting %s by age until the clock has been steady for %s", why, self.rows, steady)
 
 
 def _agree(ahead_s: float, before_s: float | None) -> bool:

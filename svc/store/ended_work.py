@@ -1,0 +1,74 @@
+"""Deletes the rows of jobs and batches that ended long ago. Their files follow their own rules."""
+
+from collections.abc import Callable, Collection
+from datetime import datetime
+
+from sqlalchemy import Engine as Store
+from sqlalchemy import delete, func, select
+from sqlalchemy.orm import Session
+
+from svc.store.batches import BatchStatus
+from svc.store.checkpoint_versions import job_of_checkpoints
+from svc.store.database import write_transaction
+from svc.store.jobs import JobStatus
+from svc.store.tables import BatchRow, JobRow
+
+_TOGETHER = 500
+_ENDED_BATCHES = [status.value for status in BatchStatus if status.ended]
+_ENDED_JOBS = [status.value for status in JobStatus if status.ended]
+
+
+def newest_batch_at(store: Store) -> datetime | None:
+    """Return when the newest batch was created, or None if there is none."""
+    with Session(store) as session:
+        return session.scalar(select(func.max(BatchRow.created_at)))
+
+
+def newest_job_at(store: Store) -> datetime | None:
+    """Return when the newest job was created, or None if there is none."""
+    with Session(store) as session:
+        return session.scalar(select(func.max(JobRow.created_at)))
+
+
+def remove_ended_batches(store: Store, before: datetime) -> int:
+    """Delete the batches that ended before a time, and return their number."""
+    ended_at = func.coalesce(BatchRow.completed_at, BatchRow.failed_at, BatchRow.expired_at, BatchRow.cancelled_at)
+    query = select(BatchRow.id).where(BatchRow.status.in_(_ENDED_BATCHES), ended_at < before)
+    with Session(store) as session:
+        ids = list(session.scalars(query))
+    for start in range(0, len(ids), _TOGETHER):
+        with write_transaction(store) as connection:
+            connection.execute(delete(BatchRow).where(BatchRow.id.in_(ids[start : start + _TOGETHER])))
+    return len(ids)
+
+
+def remove_ended_jobs(
+    store: Store, before: datetime, *, worker: str | None, registered: Callable[[], Collection[str]]
+) -> int:
+    """Delete the jobs that ended before a time, with their events and checkpoints, and return their number.
+
+    A job whose model or checkpoints are registered stays, because it says who may use them. What a worker has
+    registered is known on its machine only, so the jobs of other workers stay too.
+
+    Args:
+        worker: id of this machine's worker, or None if it has none.
+        registered: function that returns the names of all registered models. It reads from disk.
+    """
+    columns = select(JobRow.id, JobRow.name, JobRow.status)
+    own = JobRow.worker.is_(None) | (JobRow.worker == (worker or ""))
+    succeeded = JobRow.status == JobStatus.SUCCEEDED.value
+    with Session(store) as session:
+        ended = session.execute(columns.where(JobRow.status.in_(_ENDED_JOBS), JobRow.finished_at < before, own)).all()
+        owned = set(session.scalars(select(JobRow.name).where(succeeded))) if ended else set()
+    names = set(registered()) if ended else set()
+    with_checkpoints = {job_of_checkpoints(name) for name in names}
+
+    def is_needed(id: str, name: str, status: str) -> bool:
+        shared = status != JobStatus.SUCCEEDED.value and name in owned  # another job says whose it is
+        return id in with_checkpoints or (name in names and not shared)
+
+    ids = [row.id for row in ended if not is_needed(row.id, row.name, row.status)]
+    for start in range(0, len(ids), _TOGETHER):
+        with write_transaction(store) as connection:
+            connection.execute(delete(JobRow).where(JobRow.id.in_(ids[start : start + _TOGETHER])))
+    return len(ids)
