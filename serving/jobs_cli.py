@@ -47,7 +47,8 @@ def list_jobs(ctx: click.Context, limit: int, as_json: bool) -> None:
     """List fine-tuning jobs, newest first."""
     from svc.terminal import print_table
 
-    rows = _jobs_of(ctx).recent(limit)
+    source = _jobs_of(ctx)
+    rows = source.recent(limit)
     if as_json:
         print_json(rows)
         return
@@ -55,7 +56,7 @@ def list_jobs(ctx: click.Context, limit: int, as_json: bool) -> None:
         click.echo("no fine-tuning jobs yet; clients create them, see docs/fine-tuning-api.md")
         return
     headers = ("job", "status", "model", "created", "ended", "fine-tuned model")
-    moments = [(_minute(row["created_at"]), _minute(row["finished_at"]) or _left(row)) for row in rows]
+    moments = [(_minute(row["created_at"]), _end(source, row)) for row in rows]
     print_table(
         headers,
         [
@@ -79,7 +80,7 @@ def show(ctx: click.Context, job: str, as_json: bool) -> None:
         return
     lines = {title: found[name] for name, title in _FIELDS.items()}
     lines |= {f"hyperparameter {name}": value for name, value in found["hyperparameters"].items()}
-    lines |= {"created": _minute(found["created_at"]), "ended": _minute(found["finished_at"]) or _left(found)}
+    lines |= {"created": _minute(found["created_at"]), "ended": _end(source, found)}
     if found["error"]:
         lines["error"] = _plain(found["error"]["message"])
     width = max(map(len, lines))
@@ -229,11 +230,23 @@ def _show_left(progress: "Progress", job: dict[str, Any]) -> None:
     progress.update(task, left=_left(job))
 
 
+def _end(source: "Jobs", job: dict[str, Any]) -> str:
+    """Return when a job ended or how much time is left. After its last step, return the stage that it is in."""
+    from svc.store.jobs import STAGE_BEGUN, JobStatus
+
+    end = _minute(job["finished_at"]) or _left(job)
+    if end or job["status"] != JobStatus.RUNNING:
+        return end
+    messages = (event["message"] for event in source.newest_events(job["id"]))
+    stage = next((_plain(text.removeprefix(STAGE_BEGUN)) for text in messages if text.startswith(STAGE_BEGUN)), None)
+    return f"stage: {stage}" if stage else ""
+
+
 def _left(job: dict[str, Any]) -> str:
-    """Return the remaining time of a job, or an empty text if it is not known."""
-    if not job["estimated_finish"]:
+    """Return the remaining time of a job, or an empty text if it is not known or over."""
+    left = (job["estimated_finish"] or 0) - int(datetime.now(UTC).timestamp())
+    if left <= 0:
         return ""
-    left = max(0, job["estimated_finish"] - int(datetime.now(UTC).timestamp()))
     minutes, seconds = divmod(left, 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

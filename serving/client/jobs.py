@@ -18,7 +18,7 @@ from svc.store.jobs import JobStatus, Wanted
 
 _PATH = "/v1/fine_tuning/jobs"
 _VERBS = {Wanted.RUN: "resume", Wanted.PAUSE: "pause", Wanted.CANCEL: "cancel"}
-_PAGE = 100
+_PAGE, _NEWEST = 100, 10
 
 
 class Jobs(Protocol):
@@ -32,6 +32,9 @@ class Jobs(Protocol):
 
     def events(self, id: str, after: str | None) -> Iterator[dict[str, Any]]:
         """Yield the events of a job after one of them, or all events, oldest first."""
+
+    def newest_events(self, id: str) -> list[dict[str, Any]]:
+        """Return the newest events of a job, newest first."""
 
     def change(self, id: str, wanted: Wanted) -> dict[str, Any]:
         """Cancel, pause or resume a job, and return it."""
@@ -55,6 +58,9 @@ class RemoteJobs:
             return RemoteServer(self.server).get(f"{_path(id)}/events", **query)
 
         return _all_pages(read, after)
+
+    def newest_events(self, id: str) -> list[dict[str, Any]]:
+        return list(RemoteServer(self.server).get(f"{_path(id)}/events", limit=str(_NEWEST))["data"])
 
     def change(self, id: str, wanted: Wanted) -> dict[str, Any]:
         return RemoteServer(self.server).post(f"{_path(id)}/{_VERBS[wanted]}", {})
@@ -96,6 +102,14 @@ class LocalJobs:
             return {"data": [event_object(event) for event in events], "has_more": more}
 
         return _all_pages(read, after)
+
+    def newest_events(self, id: str) -> list[dict[str, Any]]:
+        from serving.http.fine_tuning import event_object
+        from svc.store.jobs import read_events
+        from svc.store.page import Page
+
+        events, _ = read_events(self.store, id, page=Page(_NEWEST))
+        return [event_object(event) for event in events]
 
     def change(self, id: str, wanted: Wanted) -> dict[str, Any]:
         from serving.http.fine_tuning import job_object

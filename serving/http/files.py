@@ -6,14 +6,19 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from sqlalchemy import Engine as Store
+from starlette.datastructures import Headers
 from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.types import Message, Receive, Scope, Send
 
 from serving.http.body import ClientGoneError
+from serving.http.error_answer import answer_error
+from serving.http.errors import ApiError
 from serving.http.listing import list_object, requested_page, unix_seconds
 from serving.http.multipart import Form, boundary_of, clean_name, read_form
 from serving.http.request_state import request_state
 from serving.http.threaded_body import ThreadedBody
 from serving.http.uploading import Uploading, too_large
+from serving.protocols.error_code import ErrorCode
 from serving.protocols.request import InvalidRequestError
 from serving.telemetry.metrics import CLIENT_GONE_STATUS
 from svc.client_files.client_files import ClientFiles
@@ -24,11 +29,45 @@ MAX_PAGE = 10_000
 _PATH = "/v1/files"
 _ANCHOR, _SECONDS = "expires_after[anchor]", "expires_after[seconds]"
 _MIN_EXPIRY_S, _MAX_EXPIRY_S = 3600, 30 * 86_400
+_RANGE_ERRORS = {
+    400: "the header 'range' is malformed; expected for example bytes=0-1023",
+    416: "the range is outside of the file; its size is in the header 'content-range'",
+}
 _CONTENT_HEADERS = {
     "x-content-type-options": "nosniff",
     "content-security-policy": "sandbox",
     "cache-control": "no-store",
 }
+
+
+class _Content(FileResponse):
+    """The content of a file. If the requested range is invalid, the response is an error in OpenAI's form.
+
+    Starlette's own response would be a plain text, from which OpenAI's client cannot read a message.
+    """
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the content, the requested part of it, or an error."""
+        refused: Message | None = None
+
+        async def send_content(message: Message) -> None:
+            nonlocal refused
+            if message["type"] == "http.response.start" and message["status"] in _RANGE_ERRORS:
+                refused = message
+            elif refused is None:
+                await send(message)
+
+        await super().__call__(scope, receive, send_content)
+        if refused is not None:
+            size = Headers(raw=refused["headers"]).get("content-range")
+            error = ApiError(
+                refused["status"],
+                ErrorCode.INVALID_REQUEST,
+                _RANGE_ERRORS[refused["status"]],
+                "range",
+                {} if size is None else {"content-range": size},
+            )
+            await answer_error(error, scope, receive, send)
 
 
 class Files:
@@ -130,9 +169,7 @@ class Files:
         if path is None:
             with self._uploading.writing(request):
                 path = await self._files.content(file.id)
-        return FileResponse(
-            path, headers=_CONTENT_HEADERS, media_type="application/octet-stream", filename=file.filename
-        )
+        return _Content(path, headers=_CONTENT_HEADERS, media_type="application/octet-stream", filename=file.filename)
 
     async def _find(self, request: Request) -> ClientFile:
         owner = request_state(request.scope).visible_owner

@@ -94,11 +94,15 @@ class FineTuning:
     async def _list(self, request: Request) -> Response:
         page, owner = _page(request, default=20), request_state(request.scope).visible_owner
         metadata = _metadata(request)
-        if metadata == {}:
-            jobs, more = await asyncio.to_thread(read_jobs, self._store, owner, page=page)
-        else:
-            jobs, more = await asyncio.to_thread(find_jobs, self._store, owner, page=page, metadata=metadata)
-        return JSONResponse(list_object([self._object(job) for job in jobs], has_more=more))
+
+        def answer() -> Response:
+            if metadata == {}:
+                jobs, more = read_jobs(self._store, owner, page=page)
+            else:
+                jobs, more = find_jobs(self._store, owner, page=page, metadata=metadata)
+            return JSONResponse(list_object([self._object(job) for job in jobs], has_more=more))
+
+        return await asyncio.to_thread(answer)  # 1,000 jobs take tens of milliseconds
 
     async def _show(self, request: Request) -> Response:
         return self._answer(await self._find(request))
@@ -108,8 +112,12 @@ class FineTuning:
         if page.after is not None:
             page = replace(page, after=event_number(str(page.after)))
         job = await self._find(request)
-        events, more = await asyncio.to_thread(read_events, self._store, job.id, page=page)
-        return JSONResponse(list_object([event_object(event) for event in events], has_more=more))
+
+        def answer() -> Response:
+            events, more = read_events(self._store, job.id, page=page)
+            return JSONResponse(list_object([event_object(event) for event in events], has_more=more))
+
+        return await asyncio.to_thread(answer)
 
     async def _list_checkpoints(self, request: Request) -> Response:
         page, job = _page(request, default=10), await self._find(request)

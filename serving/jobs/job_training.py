@@ -57,7 +57,7 @@ from svc.store.job_queue import (
     succeed,
 )
 from svc.store.job_requests import JobError
-from svc.store.jobs import Job, Wanted
+from svc.store.jobs import STAGE_BEGUN, Job, Wanted
 from svc.store.outage_log import log_store_error
 from svc.training_progress import (
     EPOCHS_FOLDER,
@@ -315,7 +315,7 @@ class JobTraining:
                 case StepDone():
                     self._newest = record
                 case StageBegun() if not replayed:
-                    self._stages.append(JobNews(f"Stage begun: {record.name}"))
+                    self._stages.append(JobNews(f"{STAGE_BEGUN}{record.name}"))
                 case Registered() if adopted or not replayed:
                     self._version = VersionId.parse(record.version)
 

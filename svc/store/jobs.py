@@ -37,6 +37,10 @@ class JobStatus(StrEnum):
         return self in (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED)
 
 
+STAGE_BEGUN = "Stage begun: "
+"""Beginning of the message of an event that names the stage of a training."""
+
+
 class Wanted(StrEnum):
     """What a job's owner wants to happen to it. A paused job has the status `queued`, and no worker takes it."""
 

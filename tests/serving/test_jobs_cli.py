@@ -64,6 +64,17 @@ def test_jobs_are_listed_newest_first(home: WorkerHome, svc: Svc) -> None:
     assert [row["id"] for row in json.loads(svc("list", "--json", "--limit", "1").output)] == [second]
 
 
+def test_stage_is_shown_in_place_of_the_remaining_time_after_the_last_step(home: WorkerHome, svc: Svc) -> None:
+    id = home.add()
+    take(home)
+    report_job(home.store, id, "w1", left_s=90.0, news=[JobNews("Stage begun: train"), STEP])
+    assert "in 1 min" in svc("list").output
+    report_job(home.store, id, "w1", left_s=0.0, news=[JobNews("Stage begun: evaluate")])
+    for output in (svc("list").output, svc("show", id).output.partition("\n\n")[0]):
+        assert "stage: evaluate" in output
+        assert "in 0 s" not in output
+
+
 def test_job_is_shown_with_its_events_and_without_control_characters(home: WorkerHome, svc: Svc) -> None:
     id = home.add()
     take(home)
