@@ -20,6 +20,7 @@ from sqlalchemy import Engine as Store
 from sqlalchemy import insert, update
 from sqlalchemy.orm import Session
 
+from serving.client_files.checks import FileChecks
 from serving.http import threaded_body
 from serving.http.files import MAX_PAGE
 from serving.http.uploading import MAX_UPLOADS
@@ -29,6 +30,7 @@ from svc.settings import FilesSettings
 from svc.store.files import FileStatus, Purpose, set_file_status
 from svc.store.jobs import JobStatus
 from svc.store.tables import BatchRow, JobRow
+from tests.published_examples import published
 from tests.serving.control import until
 from tests.serving.http.fine_tuning_service import FineTuningService, strict
 from tests.serving.http.test_fine_tuning import change
@@ -87,6 +89,17 @@ async def test_uploaded_file_is_a_complete_object(service: FineTuningService, cl
     assert contents(service) == [file.id]
 
 
+@pytest.mark.slow
+async def test_training_file_as_openai_publishes_it_is_processed(
+    service: FineTuningService, client: AsyncOpenAI, store: Store
+) -> None:
+    checks = asyncio.create_task(FileChecks(store, service.files).run())
+    created = await uploaded(client, file=("mydata.jsonl", published(toy=3, drone=2).encode()))
+    file = await client.files.wait_for_processing(created.id, poll_interval=0.1, max_wait_seconds=60)
+    checks.cancel()
+    assert (file.status, file.status_details) == ("processed", None)
+
+
 async def test_content_is_sent_as_it_was_uploaded(client: AsyncOpenAI) -> None:
     content = bytes(range(256)) * 4096 + b"\r\n--" + BOUNDARY.encode()
     file = await uploaded(client, file=("ä b.jsonl", content))
@@ -96,6 +109,22 @@ async def test_content_is_sent_as_it_was_uploaded(client: AsyncOpenAI) -> None:
     assert headers["content-type"] == "application/octet-stream"
     assert headers["content-disposition"] == "attachment; filename*=utf-8''%C3%A4%20b.jsonl"
     assert headers["x-content-type-options"] == "nosniff"
+
+
+@pytest.mark.parametrize(
+    ("range", "status", "size"), [("items=0-1", 400, None), ("bytes=2-0", 400, None), ("bytes=999-", 416, "bytes */3")]
+)
+async def test_invalid_range_of_a_content_is_an_error_in_the_form_of_the_api(
+    service: FineTuningService, client: AsyncOpenAI, range: str, status: int, size: str | None
+) -> None:
+    id = (await uploaded(client, file=("a.jsonl", b"abc"))).id
+    async with raw_client(service) as raw:
+        answer = await raw.get(f"/v1/files/{id}/content", headers={"range": range})
+        part = await raw.get(f"/v1/files/{id}/content", headers={"range": "bytes=1-2"})
+    assert (answer.status_code, answer.headers.get("content-range")) == (status, size)
+    error = answer.json()["error"]
+    assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", "invalid_request", "range")
+    assert (part.status_code, part.content) == (206, b"bc")
 
 
 async def test_deleted_file_is_gone(service: FineTuningService, client: AsyncOpenAI) -> None:

@@ -13,8 +13,11 @@ import pytest
 from serving.jobs.recipe import Sources, make_recipe, recipe_text
 from serving.jobs.request import JobRequest
 from serving.jobs.training_check import CheckTimeoutError, check_training, command_environment
+from svc.client_files.content_check import check_content
 from svc.errors import BaseModelError, DataError, RecipeError, SvcError
 from svc.settings import Settings, load_settings
+from svc.store.files import Purpose
+from tests.published_examples import published
 from tests.trainer.estimate.configs import FOLDER
 
 
@@ -45,6 +48,16 @@ async def test_training_that_works_has_its_figures(tmp_path: Path, settings: Set
     assert 0 < check.learning_rate < 5e-4
     assert check.seconds > 0
     assert check.refused is None
+
+
+@pytest.mark.slow
+async def test_training_on_examples_that_openai_publishes_works(tmp_path: Path, settings: Settings) -> None:
+    (tmp_path / "file-1").write_text(published(toy=3, drone=2), "utf-8")
+    assert check_content(tmp_path / "file-1", Purpose.FINE_TUNE).usable
+    request = JobRequest.model_validate_json('{"model": "small", "training_file": "file-1"}')
+    made = make_recipe(request, "tuned", Sources(str(FOLDER / "llama-3.2-1b"), tmp_path / "file-1", None))
+    check = await check_training(recipe_text(made), settings, timeout_s=300)
+    assert (check.refused, check.examples) == (None, 4)  # and one is held out
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import pytest
 from svc.client_files import content_check
 from svc.client_files.content_check import ContentCheck, check_content
 from svc.store.files import Purpose
+from tests.published_examples import published
 from tests.svc.client_files.test_batch_check import line
 
 EXAMPLE = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}) + "\n"
@@ -22,6 +23,15 @@ def file(tmp_path: Path) -> Path:
 def test_valid_examples_are_usable_although_there_are_warnings(file: Path) -> None:
     file.write_text(EXAMPLE * 2 + "\n")
     assert check_content(file, Purpose.FINE_TUNE) == ContentCheck(True)
+
+
+def test_examples_that_openai_publishes_are_usable_except_for_those_that_cannot_be_trained_on(file: Path) -> None:
+    file.write_text(published(toy=3, drone=2))
+    assert check_content(file, Purpose.FINE_TUNE) == ContentCheck(True)
+    file.write_text(published(toy=4, drone=3))
+    details = check_content(file, Purpose.FINE_TUNE).details or ""
+    assert "line 4: there is no user turn" in details
+    assert "line 7: messages[2].tool_calls[0].function.arguments" in details
 
 
 def test_errors_of_examples_are_described_by_line(file: Path) -> None:
