@@ -54,22 +54,39 @@ class TrainerRows:
     heldout: list[dict[str, Any]]
 
 
+@dataclass(frozen=True, slots=True)
+class TrainerSetup:
+    """What the trainer of a run needs apart from its rows.
+
+    Attributes:
+        base: folder of the base model.
+        out: folder that transformers' trainer gets. Nothing is written to it.
+        checkpoints: folder of the run's checkpoints.
+        report: callback for the loss curve.
+        preemption: source of the signals that interrupt the run.
+        number_type: number type of the matrix products.
+        group: processes that train the model together, one on each device.
+    """
+
+    base: Path
+    tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe
+    out: Path
+    checkpoints: CheckpointFolder
+    report: Report | None
+    preemption: Preemption
+    number_type: NumberType
+    group: DeviceGroup = ALONE
+
+
 def assemble_trainer(
-    base: Path,
-    tokenizer: PreTrainedTokenizerBase,
+    setup: TrainerSetup,
     rows: TrainerRows,
-    recipe: Recipe,
-    out: Path,
-    checkpoints: CheckpointFolder,
-    report: Report | None,
-    asked: Preemption,
-    number_type: NumberType,
     acceleration: Acceleration,
     *,
     curve: HeldoutCurve | None = None,
     load: Callable[[Path, ModelForm], PreTrainedModel] = load_model,
     make: Callable[..., ResumableTrainer] = ResumableTrainer,
-    group: DeviceGroup = ALONE,
 ) -> ResumableTrainer:
     """Assemble the trainer for a run. Trained weights are kept in float32, because Adam's small steps vanish in 16
     bits.
@@ -79,11 +96,11 @@ def assemble_trainer(
             `rows.heldout`.
         load: function that loads the base's weights.
         make: class of the trainer.
-        group: the processes that train together.
 
     Raises:
         RecipeError: the weights cannot be divided among the devices of the group.
     """
+    base, recipe, number_type, group = setup.base, setup.recipe, setup.number_type, setup.group
     set_seed(recipe.train.seed)
     full, experts = recipe.adapter_type is None, bool(count_experts(load_config(base).get_text_config()))
     if group.sharded and (reason := find_undivided(recipe, number_type, experts=experts)):
@@ -99,7 +116,7 @@ def assemble_trainer(
     elif curve is None:
         curve = HeldoutCurve.affordable(rows.heldout, _trained_tokens(rows, steps, recipe.train), steps)
     measured, schedule = curve.rows, curve.schedule
-    arguments = training_arguments(recipe, learning_rate, out, acceleration, steps, number_type, group.size)
+    arguments = training_arguments(recipe, learning_rate, setup.out, acceleration, steps, number_type, group.size)
     if group.sharded:
         plain = model.get_base_model() if isinstance(model, PeftModel) else model
         # transformers then neither copies the model to a device, where it may not fit, nor wraps it in
@@ -108,18 +125,18 @@ def assemble_trainer(
     if experts:  # a batch may use only some of them
         arguments.ddp_find_unused_parameters = True
     trainer = make(
-        checkpoints=checkpoints,
+        checkpoints=setup.checkpoints,
         number_type=number_type,
         heldout=measured,
         heldout_schedule=schedule if measured else None,
         allocation=RankAllocation(model) if recipe.adapter_type is AdapterType.ADALORA else None,
-        preemption=asked,
+        preemption=setup.preemption,
         group=group,
         model=model,
         args=arguments,
         data_collator=rows.collator,
         train_dataset=rows.dataset,
-        processing_class=tokenizer,
+        processing_class=setup.tokenizer,
     )
     if group.sharded:
         trainer.shard(number_type, full=full)
@@ -131,11 +148,11 @@ def assemble_trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(MechanismCheck(trainer, acceleration, recipe, number_type))
     trainer.add_callback(DivergenceWatch(learning_rate))
-    trainer.add_callback(CheckpointSchedule(recipe.checkpoints, asked))
+    trainer.add_callback(CheckpointSchedule(recipe.checkpoints, setup.preemption))
     if measured:
         trainer.add_callback(EarlyStopping(recipe.stopping, schedule, trainer.evaluate))
-    if report is not None:
-        trainer.add_callback(LossReport(report))
+    if setup.report is not None:
+        trainer.add_callback(LossReport(setup.report))
     return trainer
 
 

@@ -27,19 +27,14 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from svc.dataset.schema.objective import Objective
-from svc.engine.device import NumberType
 from svc.terminal import counting
-from trainer.callbacks.loss_log import Report
-from trainer.callbacks.preemption import Preemption
 from trainer.data.comparison import Comparison, collate_comparisons, comparison_row
 from trainer.model.acceleration import choose_acceleration, machine_facts, takes_liger_kernels
 from trainer.model.attention import takes_flash_attention
 from trainer.recipe.recipe import Recipe
-from trainer.training.assembly import TrainerRows, assemble_trainer
-from trainer.training.checkpoints import CheckpointFolder
+from trainer.training.assembly import TrainerRows, TrainerSetup, assemble_trainer
 from trainer.training.loss import answer_logprobs
 from trainer.training.preference_loss import dpo_losses, kto_losses, orpo_losses
 from trainer.training.trainer import ResumableTrainer
@@ -159,25 +154,16 @@ class PreferenceTrainer(ResumableTrainer):
 
 
 def build_preference_trainer(
-    base: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    comparisons: Sequence[Comparison],
-    heldout: Sequence[Comparison],
-    recipe: Recipe,
-    out: Path,
-    checkpoints: CheckpointFolder,
-    report: Report | None,
-    asked: Preemption,
-    number_type: NumberType,
+    setup: TrainerSetup, comparisons: Sequence[Comparison], heldout: Sequence[Comparison]
 ) -> ResumableTrainer:
-    """Build the trainer of a run that learns a preference. For other arguments, see
-    `trainer.training.sft.build_trainer`.
+    """Build the trainer of a run that learns a preference.
 
     Args:
         comparisons: the comparisons to train on.
         heldout: comparisons whose loss is measured during training.
     """
-    flash, liger = takes_flash_attention(base), takes_liger_kernels(base)
+    flash, liger = takes_flash_attention(setup.base), takes_liger_kernels(setup.base)
+    tokenizer = setup.tokenizer
     acceleration = choose_acceleration(machine_facts(), flash=flash, liger=liger)
     acceleration = replace(acceleration, padding_free=False)  # a batch needs one row for each answer
     pad_token = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -187,5 +173,4 @@ def build_preference_trainer(
         sum(len(comparison.first.input_ids) for comparison in comparisons),
         [comparison_row(comparison, index) for index, comparison in enumerate(heldout, start=len(comparisons))],
     )
-    parts = (base, tokenizer, rows, recipe, out, checkpoints, report, asked, number_type, acceleration)
-    return assemble_trainer(*parts, make=partial(PreferenceTrainer, recipe=recipe))
+    return assemble_trainer(setup, rows, acceleration, make=partial(PreferenceTrainer, recipe=setup.recipe))

@@ -44,10 +44,9 @@ from trainer.model.load import ModelForm, load_model
 from trainer.model.rounding import StochasticRounding, round_to_bfloat16
 from trainer.recipe.recipe import Recipe
 from trainer.recipe.train import Stopping
-from trainer.training.assembly import TrainerRows, assemble_trainer
+from trainer.training.assembly import TrainerRows, TrainerSetup, assemble_trainer
 from trainer.training.checkpoints import CheckpointFolder
 from trainer.training.device_group import (
-    ALONE,
     Caller,
     DeviceGroup,
     GroupCheckpoints,
@@ -108,17 +107,17 @@ def train_model(
     stops = stop_tokens(base, tokenizer)
     kwargs = choose_template_kwargs(base, recipe.chat_template_kwargs)
     measured = recipe.stopping.measures or recipe.stopping.curve
-    build: Callable[..., ResumableTrainer]
+    build: Callable[[TrainerSetup], ResumableTrainer]
     if data.judged:
         comparisons = tokenize_judged(tokenizer, data.judged, stops, kwargs, recipe.train)
         judged = data.heldout_judged if measured else ()
         heldout = tokenize_judged(tokenizer, judged, stops, kwargs)
         examples = [[comparison.first, comparison.second] for comparison in comparisons]
-        build = partial(build_preference_trainer, base, tokenizer, comparisons, heldout)
+        build = partial(build_preference_trainer, comparisons=comparisons, heldout=heldout)
     else:
         examples = fit_length(tokenize_turns(tokenizer, data.train, stops, kwargs), recipe.train)
         rows = tokenize_examples(tokenizer, data.heldout, stops, kwargs) if measured else []
-        build = partial(build_trainer, base, tokenizer, examples, rows)
+        build = partial(build_trainer, examples=examples, heldout=rows)
     check_ids(examples, load_config(base).get_text_config().vocab_size, "training")
     if data.served_length is not None:
         longest = [max(rows, key=lambda row: len(row.input_ids)) for rows in examples]
@@ -127,7 +126,7 @@ def train_model(
         functions: dict[str, Callable[..., object]]
         functions = {"report": report or _ignore, "on_checkpoint": on_checkpoint or _ignore}
         functions |= {"on_progress": progress.write} if progress else {}
-        arguments = (examples, rows, recipe, number_type, progress is not None, sharded)
+        arguments = (build, recipe, number_type, progress is not None, sharded)
         folders = TrainingFolders(base, out, checkpoints, epochs_folder(progress))
         summaries: list[TrainingSummary] = processes.run(_train_in, folders, arguments, functions)
         peaks = [summary.peak_memory or 0 for summary in summaries]
@@ -137,7 +136,7 @@ def train_model(
         with preemption() as asked:
             with asked.interruptible(), waiting("Loading the base model"), library_output_to_log():
                 folder = CheckpointFolder(checkpoints, recipe.checkpoints.keep, on_checkpoint)
-                trainer = build(recipe, out, folder, report, asked, number_type)
+                trainer = build(TrainerSetup(base, tokenizer, recipe, out, folder, report, asked, number_type))
             if progress is not None:
                 add_progress(trainer, tokenizer, progress.write, epochs_folder(progress), recipe)
             seconds = run_trainer(trainer, recipe.stopping, asked, number_type)
@@ -149,8 +148,7 @@ def train_model(
 def _train_in(
     place: Place,
     folders: TrainingFolders,
-    examples: Sequence[Sequence[TokenizedExample]],
-    heldout: Sequence[TokenizedExample],
+    build: Callable[[TrainerSetup], ResumableTrainer],
     recipe: Recipe,
     number_type: NumberType,
     writes_progress: bool,
@@ -164,9 +162,9 @@ def _train_in(
         folder = GroupCheckpoints(group, folders.checkpoints, recipe.checkpoints.keep, on_checkpoint)
         report = partial(caller.call, "report") if group.rank == 0 else None
         tokenizer = load_tokenizer(folders.base)
-        parts = (folders.base, tokenizer, examples, heldout, recipe, folders.out, folder, report, asked, number_type)
+        setup = TrainerSetup(folders.base, tokenizer, recipe, folders.out, folder, report, asked, number_type, group)
         with waiting("Loading the base model"), library_output_to_log():
-            trainer = build_trainer(*parts, group=group)
+            trainer = build(setup)
         if group.rank == 0:
             caller.listen()
             if writes_progress:
@@ -272,20 +270,12 @@ def _peak_memory() -> int:
 
 
 def build_trainer(
-    base: Path,
-    tokenizer: PreTrainedTokenizerBase,
+    setup: TrainerSetup,
     examples: Sequence[Sequence[TokenizedExample]],
     heldout: Sequence[TokenizedExample],
-    recipe: Recipe,
-    out: Path,
-    checkpoints: CheckpointFolder,
-    report: Report | None,
-    asked: Preemption,
-    number_type: NumberType,
     *,
     curve: HeldoutCurve | None = None,
     load: Callable[[Path, ModelForm], PreTrainedModel] = load_model,
-    group: DeviceGroup = ALONE,
 ) -> ResumableTrainer:
     """Build the trainer for a run.
 
@@ -296,23 +286,22 @@ def build_trainer(
         curve: other examples to measure during training, and the steps at which to do so, or None to use
             `heldout`.
         load: function that loads the base's weights.
-        group: processes that train this model, one on each device.
     """
+    base, train, tokenizer = setup.base, setup.recipe.train, setup.tokenizer
     flash, liger = takes_flash_attention(base), takes_liger_kernels(base)
     acceleration = choose_acceleration(machine_facts(), flash=flash, liger=liger)
-    if recipe.train.neftune_alpha is not None:  # its noise is scaled by the length of a row
+    if train.neftune_alpha is not None:  # its noise is scaled by the length of a row
         acceleration = replace(acceleration, padding_free=False)
     rows = list(chain.from_iterable(examples))
     dataset, collator = Dataset.from_list([training_row(row) for row in rows]), None
-    if recipe.train.packing:
+    if train.packing:
         refuse_recurrent(load_config(base))
-        dataset = pack(dataset, recipe.train.max_length)
+        dataset = pack(dataset, train.max_length)
         if not acceleration.padding_free:
             collator = partial(collate_packed, pad_token=tokenizer.pad_token_id or tokenizer.eos_token_id)
     tokens = sum(len(row.input_ids) for row in rows)
     learnt = TrainerRows(dataset, collator, tokens, [training_row(row) for row in heldout])
-    parts = (base, tokenizer, learnt, recipe, out, checkpoints, report, asked, number_type, acceleration)
-    return assemble_trainer(*parts, curve=curve, load=load, group=group)
+    return assemble_trainer(setup, learnt, acceleration, curve=curve, load=load)
 
 
 def epochs_folder(progress: ProgressFile | None) -> Path | None:

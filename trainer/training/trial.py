@@ -21,6 +21,7 @@ from trainer.data.length import fit_length
 from trainer.library_output import library_output_to_log
 from trainer.recipe.recipe import Recipe
 from trainer.recipe.train import Stopping
+from trainer.training.assembly import TrainerSetup
 from trainer.training.checkpoints import CheckpointFolder
 from trainer.training.loaded_base import LoadedBase
 from trainer.training.out_of_memory import advising_on_memory
@@ -129,20 +130,12 @@ def _open(
     try:
         with advising_on_memory(recipe), preemption() as asked:
             with asked.interruptible(), library_output_to_log():
-                trainer = build_trainer(
-                    base.folder,
-                    base.tokenizer,
-                    fit_length(data.train, recipe.train),
-                    [],
-                    recipe,
-                    checkpoints.parent,
-                    CheckpointFolder(checkpoints, recipe.checkpoints.keep),
-                    report,
-                    asked,
-                    number_type,
-                    curve=curve,
-                    load=base.load,
+                folder = CheckpointFolder(checkpoints, recipe.checkpoints.keep)
+                setup = TrainerSetup(
+                    base.folder, base.tokenizer, recipe, checkpoints.parent, folder, report, asked, number_type
                 )
+                examples = fit_length(data.train, recipe.train)
+                trainer = build_trainer(setup, examples, [], curve=curve, load=base.load)
             yield trainer, asked
     except StepAbandoned as error:
         raise InterruptedRunError(

@@ -33,6 +33,7 @@ from trainer.model.load import ModelForm, load_model
 from trainer.recipe.adapter import Method
 from trainer.recipe.recipe import Recipe
 from trainer.training import trainer as trainer_module
+from trainer.training.assembly import TrainerSetup
 from trainer.training.checkpoints import CheckpointFolder
 from trainer.training.preference import PreferenceTrainer, build_preference_trainer
 from trainer.training.sft import train_model
@@ -82,9 +83,9 @@ def comparisons_of(base: Path, judged: list[Any], recipe: Recipe) -> list[Compar
 
 def trainer_of(base: Path, judged: list[Any], recipe: Recipe, folder: Path) -> PreferenceTrainer:
     comparisons, checkpoints = comparisons_of(base, judged, recipe), CheckpointFolder(folder / "checkpoints", 1)
-    trainer = build_preference_trainer(
-        base, load_tokenizer(base), comparisons, [], recipe, folder, checkpoints, None, Preemption(), FLOAT32
-    )
+    tokenizer = load_tokenizer(base)
+    setup = TrainerSetup(base, tokenizer, recipe, folder, checkpoints, None, Preemption(), FLOAT32)
+    trainer = build_preference_trainer(setup, comparisons, [])
     assert isinstance(trainer, PreferenceTrainer)
     return trainer
 
