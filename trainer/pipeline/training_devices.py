@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from svc.dataset.schema.objective import Objective
 from svc.engine.device import DeviceCapabilities, NumberType
 from svc.engine.machine import Gpu, read_machine
 from svc.errors import RecipeError
@@ -68,7 +67,7 @@ def choose_sharding(recipe: Recipe, devices: int, number_type: NumberType, expec
 
 
 def find_devices(recipe: Recipe, first: str | None, gpus: Sequence[Gpu]) -> DeviceChoice:
-    """Return the devices of this machine that a recipe would train on. A preference is learnt in this process.
+    """Return the devices of this machine that a recipe would train on.
 
     Args:
         first: name of the GPU that torch would use alone, or None if training runs on the CPU.
@@ -77,6 +76,4 @@ def find_devices(recipe: Recipe, first: str | None, gpus: Sequence[Gpu]) -> Devi
     Raises:
         RecipeError: as for `choose_training_devices`.
     """
-    if recipe.objective is not Objective.SFT:
-        return DeviceChoice()
     return choose_gpus(recipe.train, gpus, first) if first else choose_processes(recipe.train)

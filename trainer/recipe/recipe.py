@@ -125,8 +125,6 @@ class Recipe(Section):
     @property
     def undivided(self) -> str | None:
         """Why several devices cannot divide the weights among them, or None if they can."""
-        if self.objective is not Objective.SFT:
-            return "a preference is learnt on one device"
         if self.adapter_type not in (None, AdapterType.LORA, AdapterType.DORA):
             return f"{self.adapter_type} cannot be divided among devices; lora, dora and full can"
         if self.train.optimizer is not Optimizer.ADAMW:
@@ -160,7 +158,6 @@ class Recipe(Section):
             return self
         reasons = {
             "train.packing": self.train.packing and "answers are compared in separate rows",
-            "train.devices": self.train.devices not in (None, 1) and "a preference is learnt on one device",
             "train.neftune_alpha": self.train.neftune_alpha and "its noise would change the compared likelihoods",
             "adapter.dropout": self.adapter.dropout and "it would change the compared likelihoods at random",
             "train.too_long: truncate": self.train.too_long is TooLong.TRUNCATE

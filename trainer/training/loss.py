@@ -8,6 +8,7 @@ added to the trainer's state, so checkpoints can be resumed unchanged. Imports t
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -212,14 +213,19 @@ def answer_token_losses(
     return torch.cat([_token_losses(model, *part) for part in parts])
 
 
-def answer_logprobs(model: PreTrainedModel | PeftModel, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def answer_logprobs(
+    model: PreTrainedModel | PeftModel, input_ids: Tensor, labels: Tensor, balance: "Balance | None" = None
+) -> tuple[Tensor, Tensor]:
     """Return the log-probability of each row's answer in nats, summed over its tokens, with its gradient, and the
     number of these tokens. Otherwise see `answer_loss`.
+
+    Args:
+        balance: receives the loss that balances the experts of a mixture, for which each row is computed in full.
 
     Returns:
         Two tensors of shape [batch], in float32.
     """
-    hidden, targets = _before_answers(model, input_ids, labels, None, share_prefix=True)
+    hidden, targets = _before_answers(model, input_ids, labels, None, share_prefix=balance is None, balance=balance)
     size = max(1, _LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
     parts = zip(hidden.split(size), targets.split(size), strict=True)
     if len(hidden) <= size:
@@ -230,6 +236,19 @@ def answer_logprobs(model: PreTrainedModel | PeftModel, input_ids: Tensor, label
     return -torch.stack([row.sum() for row in losses.split(counts.tolist())]), counts.float()
 
 
+@dataclass
+class Balance:
+    """Loss that balances the experts of a mixture in one batch.
+
+    Attributes:
+        attention_mask: tokens of the batch that are not padding, [batch, length].
+        loss: the loss, not multiplied by its coefficient.
+    """
+
+    attention_mask: Tensor
+    loss: Tensor | None = None
+
+
 def _before_answers(
     model: PreTrainedModel | PeftModel,
     input_ids: Tensor,
@@ -237,6 +256,7 @@ def _before_answers(
     position_ids: Tensor | None,
     *,
     share_prefix: bool,
+    balance: Balance | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the hidden states at the positions that predict answer tokens, together with those tokens."""
     share_prefix = share_prefix and position_ids is None and _can_share(model)
@@ -248,7 +268,7 @@ def _before_answers(
         cache.batch_repeat_interleave(len(input_ids))
     targets = labels[:, shared + 1 :]
     learnt = targets != IGNORED
-    return _hidden_states(model, learnt, input_ids[:, shared:], cache, position_ids), targets[learnt]
+    return _hidden_states(model, learnt, input_ids[:, shared:], cache, position_ids, balance), targets[learnt]
 
 
 def orthogonality_penalty(model: torch.nn.Module) -> Tensor | None:
@@ -273,6 +293,7 @@ def _hidden_states(
     input_ids: Tensor,
     cache: DynamicCache | None,
     position_ids: Tensor | None,
+    balance: Balance | None,
 ) -> Tensor:
     """Return the inputs of the output head at the positions that predict learnt tokens, with shape [number of
     learnt tokens, width].
@@ -290,11 +311,16 @@ def _hidden_states(
         output.last_hidden_state = output.last_hidden_state[:1, :1]  # with no row PyTorch copies the head's weights
         return output
 
+    mask = {} if balance is None else {"attention_mask": balance.attention_mask}
     hook = _decoder(model).register_forward_hook(select)
     try:
-        model(input_ids=input_ids, past_key_values=cache, use_cache=cache is not None, position_ids=position_ids)
+        output = model(
+            input_ids=input_ids, past_key_values=cache, use_cache=cache is not None, position_ids=position_ids, **mask
+        )
     finally:
         hook.remove()
+    if balance is not None:
+        balance.loss = output.aux_loss
     return selected[0]
 
 

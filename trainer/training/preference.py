@@ -14,7 +14,10 @@ promises:
 
 The model before training is the reference. Its log-probabilities are computed once, before the first step, and are
 part of each checkpoint, so that no second model is in memory, a resumed run has the same ones, and full fine-tuning
-works. Imports torch and TRL.
+works.
+
+Several devices divide the comparisons of a step among them. A filler, with which a device waits for the others, is a
+comparison of two answers without a token. Imports torch and TRL.
 """
 
 from collections.abc import Sequence
@@ -30,14 +33,16 @@ from torch import Tensor
 
 from svc.dataset.schema.objective import Objective
 from svc.terminal import counting
+from trainer.data.chat_template import IGNORED
 from trainer.data.comparison import Comparison, collate_comparisons, comparison_row
 from trainer.model.acceleration import choose_acceleration, machine_facts, takes_liger_kernels
 from trainer.model.attention import takes_flash_attention
 from trainer.recipe.recipe import Recipe
 from trainer.training.assembly import TrainerRows, TrainerSetup, assemble_trainer
-from trainer.training.loss import answer_logprobs
+from trainer.training.loss import Balance, answer_logprobs, as_forward_pass
 from trainer.training.preference_loss import dpo_losses, kto_losses, orpo_losses
-from trainer.training.trainer import ResumableTrainer
+from trainer.training.sharding import release_gathered
+from trainer.training.trainer import ResumableTrainer, without_answers
 
 _REFERENCE = "reference.safetensors"
 
@@ -45,7 +50,7 @@ _REFERENCE = "reference.safetensors"
 class PreferenceTrainer(ResumableTrainer):
     """`ResumableTrainer` for batches of comparisons. A step's loss is the mean over its comparisons.
 
-    The second loss of a mixture of experts, which balances them, is not added.
+    As in TRL, the loss that balances the experts of a mixture is added, as a mean over batches.
 
     Args:
         recipe: the run's recipe, whose objective is not `sft`.
@@ -70,13 +75,30 @@ class PreferenceTrainer(ResumableTrainer):
         Raises:
             TrainingError: the loss is not finite.
         """
-        losses = self._losses(model, inputs)
-        comparisons = len(losses) if num_items_in_batch is None else num_items_in_batch
-        return self.finished(losses.sum() / comparisons, accumulated=num_items_in_batch is not None)
+        comparisons = num_items_in_batch
+        if comparisons is None:
+            comparisons = self.accelerator.gather(_real(inputs).sum()).sum()
+        accumulated = num_items_in_batch is not None
+
+        def share() -> Tensor:
+            balance = self._balance(inputs)
+            # Comparisons are counted on all devices, and gradients are averaged over the devices.
+            loss = self._losses(inputs, balance).sum() * self.accelerator.num_processes / comparisons
+            if balance is None or balance.loss is None:
+                return loss
+            steps = self.current_gradient_accumulation_steps if accumulated else 1
+            return loss + self.router_aux_loss_coef * balance.loss / steps
+
+        return self.finished(as_forward_pass(model, share, inputs["input_ids"]), accumulated=accumulated)
+
+    def _balance(self, batch: dict[str, Any]) -> Balance | None:
+        """Return what receives the loss that balances the experts in a batch, or None without experts."""
+        rows = len(batch["index"]) if self._objective is Objective.KTO else len(batch["input_ids"])
+        return Balance(batch["attention_mask"][:rows]) if self.aux_loss_enabled else None
 
     def row_losses(self, batch: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[float]:
         """Return the loss of each held-out comparison."""
-        losses: list[float] = self._losses(self.model, batch).tolist()
+        losses: list[float] = self._losses(batch).tolist()
         return losses
 
     @staticmethod
@@ -100,50 +122,74 @@ class PreferenceTrainer(ResumableTrainer):
             return
         rows = sorted([*self.train_dataset, *self._heldout], key=lambda row: len(row["input_ids"]))
         reference = torch.zeros(2, 1 + max(row["index"] for row in rows))
-        size = self.args.per_device_train_batch_size
+        size = self.args.per_device_train_batch_size * self.group.size
         self.model.eval()
         with (
-            self._preemption.interruptible(),
             counting("Scoring the answers with the model before training", len(rows)) as advance,
             torch.no_grad(),
             self.accelerator.autocast(),
             self.compute_loss_context_manager(),
         ):
             for start in range(0, len(rows), size):
-                batch = self._prepare_inputs(self.data_collator(rows[start : start + size]))
-                logprobs, _ = answer_logprobs(self.model, batch["input_ids"], batch["labels"])
-                reference[:, batch["index"].cpu()] = logprobs.view(2, -1).cpu()
-                advance(len(batch["index"]))
+                scored = rows[start : start + size]
+                with self._preemption.interruptible():
+                    logprobs = self.group.map(self._own_logprobs, scored)
+                reference[:, [row["index"] for row in scored]] = torch.tensor(logprobs).T
+                advance(len(scored))
+        release_gathered(self.model)
         self.model.train()
         self._reference = reference.to(self.args.device)
 
-    def _losses(self, model: Any, batch: dict[str, Any]) -> Tensor:
-        """Return the loss of each comparison in a batch."""
-        half, ids, labels = len(batch["index"]), batch["input_ids"], batch["labels"]
-        if self._objective is Objective.KTO:
-            answers, _ = answer_logprobs(model, ids[:half], labels[:half])
+    def _own_logprobs(self, rows: Sequence[dict[str, Any]]) -> list[list[float]]:
+        """Return the log-probabilities of both answers of each row of this process."""
+        batch = self._prepare_inputs(self.data_collator(rows or [self.train_dataset[0]]))
+        logprobs, _ = answer_logprobs(self.model, batch["input_ids"], batch["labels"])
+        both: list[list[float]] = logprobs.view(2, -1).T.tolist()
+        return both[: len(rows)]
+
+    def _own_loss_sums(self, rows: Sequence[dict[str, Any]]) -> list[float]:
+        """Return the loss of each row of this process. With KTO, a process without a row computes a filler too, because
+        the mean over the batch is that of all processes.
+        """
+        if self.group.size > 1 and not rows and self._objective is Objective.KTO:
+            self.loss_sums([without_answers(self._heldout[0])])
+            return []
+        return super()._own_loss_sums(rows)
+
+    def _losses(self, batch: dict[str, Any], balance: Balance | None = None) -> Tensor:
+        """Return the loss of each comparison in a batch, 0 for a filler.
+
+        Args:
+            balance: receives the loss that balances experts, with KTO for the answers that have a gradient.
+        """
+        model, half, ids, labels = self.model, len(batch["index"]), batch["input_ids"], batch["labels"]
+        before = self._reference[:, batch["index"]] if self._objective.needs_reference else None
+        real = _real(batch)
+        if self._objective is Objective.KTO and before is not None:
             with torch.no_grad():
                 others, _ = answer_logprobs(model, ids[half:], labels[half:])
-            before = self._before(batch)
-            return kto_losses(answers - before[0], others - before[1], batch["desirable"], self._preference)
-        logprobs, counts = answer_logprobs(model, ids, labels)
+            shift = self._mean((others - before[1]) * real, real)
+            answers, _ = answer_logprobs(model, ids[:half], labels[:half], balance)
+            losses = kto_losses(answers - before[0], shift, batch["desirable"], self._preference)
+            return losses * real
+        logprobs, counts = answer_logprobs(model, ids, labels, balance)
         first, second = logprobs.split(half)
-        tokens = counts[:half], counts[half:]
-        if self._objective is Objective.ORPO:
-            return orpo_losses(first / tokens[0], second / tokens[1], self._preference)
-        before = self._before(batch)
-        return dpo_losses(first - before[0], second - before[1], tokens, self._preference)
+        one, other = counts.clamp(min=1).split(half)
+        if before is None:
+            return orpo_losses(first / one, second / other, self._preference) * real
+        return dpo_losses(first - before[0], second - before[1], (one, other), self._preference) * real
 
-    def _before(self, batch: dict[str, Any]) -> Tensor:
-        """Return the reference log-probabilities of a batch, [2, comparisons]."""
-        return self._reference[:, batch["index"]]
+    def _mean(self, values: Tensor, real: Tensor) -> Tensor:
+        """Return the mean of values on all devices."""
+        total, count = self.accelerator.gather(torch.stack([values.sum(), real.sum()])).view(-1, 2).sum(dim=0)
+        return total / count
 
     def _save_more(self, folder: Path) -> None:
         if self._objective.needs_reference:
             save_file({"logprobs": self._reference.cpu().contiguous()}, folder / _REFERENCE)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> int:
-        return sum(len(batch["index"]) for batch in batch_samples)
+        return sum(self.group.gather(sum(int(_real(batch).sum()) for batch in batch_samples)))
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = list(self.train_dataset.column_names)  # all of them are needed
@@ -151,6 +197,12 @@ class PreferenceTrainer(ResumableTrainer):
     def _row_lengths(self) -> list[int]:
         columns = zip(self.train_dataset["input_ids"], self.train_dataset["second_input_ids"], strict=True)
         return [max(len(first), len(second)) for first, second in columns]
+
+
+def _real(batch: dict[str, Any]) -> Tensor:
+    """Return 1 for each comparison of a batch and 0 for a filler, [comparisons]."""
+    learnt: Tensor = (batch["labels"][: len(batch["index"])] != IGNORED).any(dim=1)
+    return learnt.float()
 
 
 def build_preference_trainer(

@@ -46,16 +46,16 @@ def _log_odds(logprob: Tensor) -> Tensor:
     return logprob - torch.log(-torch.expm1(logprob))
 
 
-def kto_losses(answers: Tensor, others: Tensor, desirable: Tensor, preference: Preference) -> Tensor:
+def kto_losses(answers: Tensor, shift: Tensor, desirable: Tensor, preference: Preference) -> Tensor:
     """Return KTO's loss for each answer (Ethayarajh et al. 2024, eq. 8).
 
     Args:
         answers: log ratio of each answer's probability to that of the model before training, [answers].
-        others: the same for answers to other prompts, without gradient. Their mean, if positive, is the shift of the
+        shift: mean of the same for answers to other prompts, without gradient. If positive, it is the shift of the
             whole model, from which an answer must stand out.
         desirable: label of each answer.
     """
-    distance = preference.beta * (answers - others.mean().clamp(min=0))
+    distance = preference.beta * (answers - shift.clamp(min=0))
     wanted = preference.desirable_weight * (1 - torch.sigmoid(distance))
     unwanted = preference.undesirable_weight * (1 - torch.sigmoid(-distance))
     return torch.where(desirable, wanted, unwanted)

@@ -325,9 +325,25 @@ def answer_tokens(row: dict[str, Any]) -> int:
 
 
 def _filler(rows: Dataset) -> Dataset:
-    """Return a row of two tokens in the same form, neither of which is learnt."""
-    row = {"input_ids": rows[0]["input_ids"][:2], "labels": [IGNORED] * 2, "seq_lengths": [2]}
-    return Dataset.from_list([{name: row[name] for name in rows.column_names}], features=rows.features)
+    return Dataset.from_list([without_answers(rows[0])], features=rows.features)
+
+
+def without_answers(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row in the same form with two tokens, neither of which is learnt. Of a comparison, this holds for both
+    answers.
+    """
+    short: dict[str, Any] = {}
+    for name, value in row.items():
+        match name.removeprefix("second_"):
+            case "input_ids":
+                short[name] = value[:2]
+            case "labels":
+                short[name] = [IGNORED] * 2
+            case "seq_lengths":
+                short[name] = [2]
+            case _:
+                short[name] = value
+    return short
 
 
 class NoStepLeftError(Exception):

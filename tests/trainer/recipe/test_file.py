@@ -276,7 +276,6 @@ def test_method_implies_adapter_type_and_quantization(
             {"train": {"sharding": "always", "optimizer": "adamw-8bit"}},
             "the moments of adamw-8bit cannot be divided among devices",
         ),
-        ({"objective": "dpo", "train": {"sharding": "always"}}, "a preference is learnt on one device"),
         ({"method": "full", "formats": ["adapter"]}, "`formats` lists adapter, but `method: full` trains no adapter"),
     ],
     ids=str,
@@ -289,7 +288,6 @@ def test_contradictory_recipe_keys_are_rejected(write: Write, sections: dict[str
     ("sections", "reason"),
     [
         ({"train": {"packing": True}}, "train.packing cannot be used"),
-        ({"train": {"devices": 2}}, "train.devices cannot be used"),
         ({"train": {"neftune_alpha": 5}}, "train.neftune_alpha cannot be used"),
         ({"train": {"too_long": "truncate"}}, "a truncated answer is not the judged one"),
         ({"adapter": {"dropout": 0.1}}, "adapter.dropout cannot be used"),

@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainerCallback, set_seed
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.kto_config import KTOConfig
@@ -24,7 +24,8 @@ from svc.dataset.schema.objective import Objective
 from svc.dataset.schema.preference import LabelledAnswer, PreferencePair
 from svc.engine.device import NumberType
 from svc.errors import DataError, InterruptedRunError
-from tests.trainer.conftest import losses_of, make_example, make_recipe
+from tests.trainer.conftest import losses_of, make_example, make_recipe, make_tokenizer
+from tests.trainer.model.test_experts import SHAPE
 from tests.trainer.without_clock import without_clock
 from trainer.callbacks.preemption import Preemption
 from trainer.data.chat_template import load_tokenizer, stop_tokens
@@ -107,6 +108,7 @@ def change_adapter(model: torch.nn.Module) -> None:
             weight.data = 0.3 * torch.randn(weight.shape, generator=generator)
 
 
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
@@ -168,6 +170,30 @@ def test_dpo_loss_equals_that_of_trls_trainer(
         peft_config=LORA,
     )
     assert loss == pytest.approx(trl_loss(trl), rel=1e-5)
+
+
+def test_dpo_loss_of_a_mixture_of_experts_balances_them_as_trls_trainer_does(tmp_path: Path) -> None:
+    set_seed(0)
+    config = Qwen3MoeConfig(**SHAPE, num_experts=4, router_aux_loss_coef=0.5)
+    Qwen3MoeForCausalLM(config).bfloat16().save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    changed = recipe_of(Objective.DPO, adapter={"rank": 4, "targets": "attention"})
+    trainer = trainer_of(tmp_path / "base", PAIRS, changed, tmp_path)
+    loss = changed_loss(trainer)
+    options = DPOConfig(precompute_ref_log_probs=True, **trl_options(tmp_path, len(PAIRS)))
+    rows = Dataset.from_list([trl_texts(tmp_path / "base", pair) for pair in PAIRS])
+    trl = DPOTrainer(
+        trl_model(tmp_path / "base"),
+        args=options,
+        train_dataset=rows,
+        processing_class=load_tokenizer(tmp_path / "base"),
+        peft_config=LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, task_type="CAUSAL_LM"),
+    )
+    assert loss == pytest.approx(trl_loss(trl), rel=1e-5)
+    trainer.aux_loss_enabled = False
+    batch = trainer._prepare_inputs(trainer.data_collator(list(trainer.train_dataset)))
+    with torch.no_grad():
+        assert loss > float(trainer.compute_loss(trainer.model, batch)) + 0.4
 
 
 def test_kto_loss_equals_that_of_trls_trainer(tiny_base: Path, tmp_path: Path) -> None:
