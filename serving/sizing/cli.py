@@ -9,7 +9,7 @@ import click
 
 from svc.errors import SettingsError
 from svc.invocation import json_option, print_json, settings_of
-from svc.version import Format
+from svc.version import SERVED_FORMATS, Format
 
 if TYPE_CHECKING:
     from serving.sizing.plan import Plan
@@ -66,7 +66,7 @@ _positive = click.IntRange(1, 1_000_000)
 @click.option(
     "--format",
     "format_name",
-    type=click.Choice([Format.GPTQ.value, Format.MERGED.value]),
+    type=click.Choice([format.value for format in SERVED_FORMATS]),
     help="Format of the version to measure.",
 )
 @click.option("--out", type=click.Path(path_type=Path), default=Path("times.json"), help="File for the measurement.")
@@ -123,7 +123,7 @@ async def _measure(
         registry = Registry.of(settings)
         version = registry.resolve(target)
         formats = registry.manifest(version).formats
-        format = Format(format_name) if format_name else next(each for each in reversed(Format) if each in formats)
+        format = Format(format_name) if format_name else next(each for each in SERVED_FORMATS if each in formats)
         opened, label = engine_client(settings, Target(version, format)), f"{version} ({format})"
         concurrency = settings.engine_for(version.name).max_concurrency
     async with opened as client:

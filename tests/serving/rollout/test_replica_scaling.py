@@ -40,6 +40,7 @@ async def decide(control: Control, requests: int, seconds: float) -> ReplicaScal
 
 
 async def grow(control: Control, replicas: int = 2) -> None:
+    await until(lambda: not control.reconciler.promoting)  # true for a moment after a swap
     await decide(control, PER_REPLICA * (replicas - 1), MEAN_S)
     await until(lambda: len(control.pool.ready) == replicas)
 
