@@ -97,7 +97,7 @@ def choose_desired(
     version = stored.target.version if stored and "@" not in model else _resolve(registry, model)
     if format is None and stored and stored.target.version == version:
         format = stored.target.format
-    target = Target(version, format or _best_format(registry, version))
+    target = Target(version, format or best_format(registry, version))
     require_servable(registry, target)
     if stored and stored.target == target:
         return stored
@@ -176,7 +176,12 @@ def _only_name(registry: Registry, store: Store) -> str:
     return names[0]
 
 
-def _best_format(registry: Registry, version: VersionId) -> Format:
+def best_format(registry: Registry, version: VersionId) -> Format:
+    """Return the format in which a server serves a version by default.
+
+    Raises:
+        NotFoundError: the version has only an adapter.
+    """
     formats = registry.manifest(version).formats
     for format in SERVED_FORMATS:
         if format in formats:

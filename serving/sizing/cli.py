@@ -105,6 +105,7 @@ def plan(
 async def _measure(
     settings: "Settings", target: str, format_name: str | None, key_file: Path | None, prompt: int, answer: int
 ) -> "MeasuredTimes":
+    from serving.rollout.initial_state import best_format
     from serving.sizing.measure import engine_client, levels, measure, server_client
     from svc.evaluation.endpoint import Endpoint
     from svc.identity.key_file import read_secret
@@ -122,8 +123,7 @@ async def _measure(
     else:
         registry = Registry.of(settings)
         version = registry.resolve(target)
-        formats = registry.manifest(version).formats
-        format = Format(format_name) if format_name else next(each for each in SERVED_FORMATS if each in formats)
+        format = Format(format_name) if format_name else best_format(registry, version)
         opened, label = engine_client(settings, Target(version, format)), f"{version} ({format})"
         concurrency = settings.engine_for(version.name).max_concurrency
     async with opened as client:
