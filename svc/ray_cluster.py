@@ -1,7 +1,9 @@
 """Connects this process to a Ray cluster for a while."""
 
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import urlsplit
@@ -49,6 +51,7 @@ def connected(address: str) -> Iterator[None]:
     except ImportError as error:
         raise SettingsError("Ray is not installed", todo="pip install 'tuneserve[ray]'") from error
     _check_reachable(address)
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address, log_to_driver=False, configure_logging=False, namespace="tuneserve")
     except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
@@ -58,6 +61,8 @@ def connected(address: str) -> Iterator[None]:
             todo=f"run `{_JOIN.format(address)}` on this machine, or set ray.address to ray://HEAD:10001",
         ) from error
     try:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray has replaced it
         yield
     finally:
         ray.shutdown()

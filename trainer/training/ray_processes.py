@@ -101,7 +101,8 @@ def reserved(kind: WorkerKind, size: int, wait_s: float, asked: Preemption | Non
     group = placement_group([kind.bundle] * size, strategy="PACK")
     try:
         deadline = time.monotonic() + wait_s
-        while not group.wait(POLL_S):
+        ready = group.ready()
+        while not ray.wait([ready], timeout=POLL_S)[0]:
             if asked is not None and asked.by is not None:
                 raise InterruptedRunError(_STOPPED.format(asked.by.name), todo=AGAIN)
             if time.monotonic() > deadline:
@@ -267,6 +268,7 @@ class _Workers:
         self.facts: list[NodeFacts] = self._results([actor.describe.remote() for actor in actors], asked)
         check_equal(self.facts)
         self._receiving = dict[Any, int]()
+        self._training = dict[Any, int]()
 
     @property
     def names(self) -> list[str]:
@@ -289,14 +291,17 @@ class _Workers:
         shared = ray.put(task)
         for rank, actor in enumerate(self._actors):
             seat = Seat(rank, len(self._actors), meeting, console.is_terminal, console.width)
-            actor.train.remote(self._run, seat, shared)
+            self._training[actor.train.remote(self._run, seat, shared)] = rank
             self._receiving[actor.receive.remote()] = rank
 
     def messages(self) -> Iterator[tuple[int, object]]:
         import ray
 
-        ready, _ = ray.wait(list(self._receiving), timeout=POLL_S)
+        ready, _ = ray.wait([*self._receiving, *self._training], num_returns=1, timeout=POLL_S)
         for ref in ready:
+            if ref in self._training:
+                yield from self._ended(ref)
+                continue
             rank = self._receiving.pop(ref)
             try:
                 messages = ray.get(ref)
@@ -311,6 +316,18 @@ class _Workers:
                     sys.stderr.flush()
                 else:
                     yield rank, message
+
+    def _ended(self, ref: "Reference") -> Iterator[tuple[int, Failure]]:
+        """Yield a failure if Ray could not run a worker's task at all."""
+        import ray
+
+        rank = self._training.pop(ref)
+        try:
+            ray.get(ref)
+        except ray.exceptions.RayActorError:
+            pass  # `receive` fails too
+        except ray.exceptions.RayError as error:
+            yield rank, Failure(time.monotonic(), None, str(error).strip().splitlines()[-1], str(error))
 
     def send(self, message: object) -> None:
         self._actors[0].answer.remote(message)

@@ -117,9 +117,7 @@ class RayWorker:
     def describe(self) -> Result | Failure:
         """Return the `NodeFacts`."""
         return outcome_of(
-            lambda: NodeFacts(
-                self._node, self._address, version("tuneserve"), read_capabilities(self._folder / self._node)
-            )
+            lambda: NodeFacts(self._node, self._address, version("tuneserve"), read_capabilities(self._folder))
         )
 
     def find_meeting(self) -> str:
@@ -157,12 +155,12 @@ class RayWorker:
             task: pickled function and arguments, as of `TrainingProcesses.run`.
         """
         self._run = run
-        set_variables(seat, self._address)
         with self._forwarded(seat):
             outcome = outcome_of(lambda: self._train(run, seat, task))
         self._outbox.put(outcome)
 
     def _train(self, run: SharedRun, seat: Seat, task: bytes) -> object:
+        set_variables(seat, self._address)
         folder = self._own(run)
         folders = TrainingFolders(run.folder / "bases" / run.base, folder / "trained", folder / "checkpoints")
         work, arguments = pickle.loads(task)  # noqa: S301 - from the caller
