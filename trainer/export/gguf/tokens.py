@@ -1,0 +1,120 @@
+"""Chooses how llama.cpp has to split texts, and checks that its token ids are the base's.
+
+A GGUF file names llama.cpp's pre-tokenizer instead of containing one. A wrong name changes the ids of a few
+texts and shows no other symptom: SmolLM2 answers as before with `smollm`, which splits some of its texts
+differently. So the name is chosen by comparing ids on real texts. The regular expressions below are
+llama.cpp's; a test compares them with llama.cpp itself. This module does not write files.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from svc.errors import TrainingError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+_WORDS = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+"
+_LINES = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+@dataclass(frozen=True, slots=True)
+class PreTokenizer:
+    """A pre-tokenizer of llama.cpp.
+
+    Attributes:
+        name: value of `tokenizer.ggml.pre`.
+        expressions: regular expressions that split a text one after the other.
+        ignore_merges: whether a piece in the vocabulary is a token even if no merges lead to it.
+    """
+
+    name: str
+    expressions: tuple[str, ...]
+    ignore_merges: bool = False
+
+
+PRE_TOKENIZERS = (
+    PreTokenizer("gpt-2", (_GPT2,)),
+    PreTokenizer("smollm", (r"\p{N}", _GPT2)),
+    PreTokenizer("qwen2", (rf"{_WORDS}|\p{{N}}{_LINES}",)),
+    PreTokenizer("llama-bpe", (rf"{_WORDS}|\p{{N}}{{1,3}}{_LINES}",), ignore_merges=True),
+)
+
+
+def check_byte_level(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+    """Return the content of a tokenizer's tokenizer.json.
+
+    Raises:
+        TrainingError: it is not a byte-level BPE tokenizer.
+    """
+    content: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    splits = content.get("pre_tokenizer") or {}
+    kinds = {part.get("type") for part in splits.get("pretokenizers", [splits])}
+    if content["model"].get("type") != "BPE" or "ByteLevel" not in kinds:
+        raise TrainingError(
+            f"the tokenizer {tokenizer.name_or_path} is not byte-level BPE",
+            expected="a tokenizer like those of Llama 3, SmolLM2 or Qwen: SentencePiece tokenizers, like those of "
+            "Gemma, Llama 2 and Mistral 7B, cannot be written to GGUF",
+            todo="export the version as hf, and convert it with llama.cpp's convert_hf_to_gguf.py",
+        )
+    return content
+
+
+def choose_pre_tokenizer(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> PreTokenizer:
+    """Return the first of llama.cpp's pre-tokenizers that gives every text the base's token ids.
+
+    Args:
+        tokenizer: the base's tokenizer.
+        texts: rendered held-out examples, with answers.
+
+    Raises:
+        TrainingError: none does, or the tokenizer is not byte-level BPE.
+    """
+    content = check_byte_level(tokenizer)
+    wanted = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    differ = {}
+    for pre in PRE_TOKENIZERS:
+        simulated = simulate(content, pre)
+        ids = (encoded.ids for encoded in simulated.encode_batch(list(texts), add_special_tokens=False))
+        differ[pre.name] = sum(before != after for before, after in zip(wanted, ids, strict=True))
+        if not differ[pre.name]:
+            return pre
+    best = min(differ, key=lambda name: differ[name])
+    raise TrainingError(
+        f"{differ[best]} of {len(texts)} held-out examples would have other token ids in llama.cpp, even with its "
+        f"pre-tokenizer {best!r}",
+        expected=f"the base's ids for every example with one of {', '.join(differ)}",
+        todo="export the version as hf; the model would answer differently in llama.cpp",
+    )
+
+
+def simulate(content: dict[str, Any], pre: PreTokenizer) -> "Tokenizer":
+    """Return a tokenizer that works as llama.cpp does with a pre-tokenizer.
+
+    llama.cpp does not normalize texts, and text around special tokens keeps its spaces.
+
+    Args:
+        content: the base's tokenizer.json.
+    """
+    from tokenizers import Tokenizer
+
+    splits = [
+        {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False}
+        for expression in pre.expressions
+    ]
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    changed = {
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, level]},
+        "post_processor": None,
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [token | plain for token in content.get("added_tokens", [])],
+        "model": content["model"] | {"ignore_merges": pre.ignore_merges},
+    }
+    return Tokenizer.from_str(json.dumps(content | changed))
