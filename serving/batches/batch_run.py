@@ -274,13 +274,17 @@ class BatchRun:
                 )
             return id
 
-        return await _until_written(lambda: self._stored(add))
+        return await _until_written(lambda: self._stored(add, run=self.context.files.in_thread))
 
-    async def _stored(self, change: Callable[[], Result]) -> Result:
+    async def _stored(
+        self,
+        change: Callable[[], Result],
+        run: Callable[[Callable[[], Result]], Awaitable[Result]] = asyncio.to_thread,
+    ) -> Result:
         """Change the store in a thread, and try again while the store does not respond."""
         while True:
             try:
-                return await asyncio.to_thread(change)
+                return await run(change)
             except SQLAlchemyError:
                 log_store_error(log, "the batch %s waits for the store", self.batch.id)
                 await asyncio.sleep(RETRY_S)

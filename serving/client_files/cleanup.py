@@ -39,8 +39,8 @@ def _clean_up(files: ClientFiles, uploads: ClientUploads, *, unknown: bool) -> N
     expired = files.remove_expired(), uploads.remove_expired()
     if any(expired):
         log.info("removed %d files and %d uploads that have expired", *expired)
-    files.tidy_shared()
     if unknown and (removed := files.remove_unknown() + uploads.remove_unknown()):
         log.info("removed the contents of %d files that are not in the store, left by a crash", removed)
+    files.tidy_shared()
     if unknown and (shared := files.share_missing()):
         log.info("uploaded the contents of %d files that the object store lacked", shared)

@@ -12,11 +12,13 @@ A file's path is made from its id, never from anything that a client sent.
 import asyncio
 import logging
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from sqlalchemy import Engine as Store
 
@@ -45,7 +47,8 @@ log = logging.getLogger(__name__)
 FILES_FOLDER = "files"
 """Folder of the home with the contents."""
 _REMOVED = ".removed-"
-_MAX_FETCHES = 4
+_MAX_THREADS = 4
+Result = TypeVar("Result")
 
 
 class ClientFiles:
@@ -61,8 +64,7 @@ class ClientFiles:
         self._folder = folder
         self._shared = shared
         self._fetching: dict[str, asyncio.Task[Path]] = {}
-        # Its own threads, so that an object store that does not respond never occupies those of other work.
-        self._threads = ThreadPoolExecutor(_MAX_FETCHES, "fetch-file")
+        self._threads = ThreadPoolExecutor(_MAX_THREADS, "files")
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     @classmethod
@@ -118,9 +120,16 @@ class ClientFiles:
             task.add_done_callback(lambda ended: self._fetched(id, ended))
         return await asyncio.shield(task)  # others may wait for the same content
 
+    async def in_thread(self, work: Callable[[], Result]) -> Result:
+        """Return the result of a function that fetches or adds a file.
+
+        It has its own threads, so that an object store that does not respond never occupies those of other work.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
     async def _fetch(self, id: str, shared: SharedContents) -> Path:
         content = await asyncio.to_thread(find_content, self._store, id)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, shared.fetch, content)
+        return await self.in_thread(partial(shared.fetch, content))
 
     def _fetched(self, id: str, task: asyncio.Task[Path]) -> None:
         del self._fetching[id]

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -12,7 +13,10 @@ from sqlalchemy.orm import Session
 
 from serving.client_files.cleanup import run_cleanup
 from svc.client_files.client_files import ClientFiles
+from svc.client_files.shared_contents import SharedContents
 from svc.client_files.uploads import ClientUploads
+from svc.errors import RegistryError
+from svc.registry.objects import ObjectStore
 from svc.store.files import Purpose, find_file, known_files
 from svc.store.jobs import JobStatus
 from svc.store.tables import BatchRow, FileRow, JobRow, UploadRow
@@ -140,3 +144,27 @@ async def test_cleanup_runs_regularly(store: Store, files: ClientFiles, uploads:
         await until(lambda id=expired: not files.path(id).exists())  # type: ignore[misc]
     running.cancel()
     await asyncio.wait([running])
+
+
+async def test_object_is_removed_although_the_object_store_did_not_answer_at_first(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "objects").mkdir()
+    objects = ObjectStore((tmp_path / "objects").as_uri())
+    files = ClientFiles(store, tmp_path / "files", SharedContents(objects, tmp_path / "fetched-files"))
+    files.delete(add(store, files))
+    errors, delete = [RegistryError("away")], objects.delete
+
+    def fail_once(keys: Sequence[str]) -> None:
+        if errors:
+            raise errors.pop()
+        delete(keys)
+
+    monkeypatch.setattr(objects, "delete", fail_once)
+    cleaning = asyncio.create_task(
+        run_cleanup(files, ClientUploads(store, tmp_path / "uploads", files), interval_s=0.01)
+    )
+    await until(lambda: not objects.keys("client-files"))
+    cleaning.cancel()
+    await asyncio.wait([cleaning])
+    assert errors == []

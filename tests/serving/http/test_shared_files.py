@@ -20,10 +20,11 @@ from serving.client_files.checks import FileChecks
 from serving.jobs.creation import JobCreation, decide_job
 from serving.jobs.worker import JobWorker
 from svc.client_files import client_files
+from svc.client_files.content_check import ContentCheck
 from svc.registry.objects import ObjectStore
 from svc.settings import ArtifactSettings, FilesSettings
 from svc.store.changes import Changes
-from svc.store.files import FileStatus, find_file
+from svc.store.files import FileStatus, Purpose, find_file
 from svc.store.job_queue import JobResult
 from svc.store.jobs import Job, JobStatus, find_job
 from svc.store.tables import FileRow, JobRow
@@ -255,8 +256,15 @@ async def test_other_gateway_checks_a_file_whose_own_gateway_has_not_done_so(
     with any_store.begin() as connection:
         past = datetime.now(UTC) - timedelta(minutes=2)
         connection.execute(update(FileRow).where(FileRow.id == file).values(created_at=past))
-    checking = asyncio.create_task(FileChecks(any_store, services[1].files).run())
+    checked = []
+
+    async def check(path: Path, purpose: Purpose) -> ContentCheck:
+        checked.append(path.read_bytes())
+        return ContentCheck(True)
+
+    checking = asyncio.create_task(FileChecks(any_store, services[1].files, check).run())
     await until(lambda: find_file(any_store, file, None).status is FileStatus.PROCESSED, 30)
+    assert checked == [CONTENT]
     checking.cancel()
     await asyncio.wait([checking])
     assert find_file(any_store, recent, None).status is FileStatus.UPLOADED

@@ -8,6 +8,7 @@ import pytest
 from svc.backup.archive import Archive
 from svc.backup.backup import Backup
 from svc.client_files.client_files import ClientFiles
+from svc.settings import ArtifactSettings
 from svc.store.files import Purpose, remove_file
 from tests.svc.backup.conftest import BackUp, RestoreAs, UsedHome
 
@@ -63,6 +64,16 @@ def test_damaged_and_missing_contents_are_named_and_the_rest_is_backed_up(
     assert len(names(archive)) == 1
     remove_file(used.store, missing)
     assert back_up().snapshot.left_out.keys() == {damaged}
+
+
+def test_content_that_is_only_in_the_object_store_is_not_reported_as_missing(
+    files: ClientFiles, used: UsedHome, archive: Archive, tmp_path: Path
+) -> None:
+    elsewhere, _ = add(files, b"elsewhere"), add(files, b"here")
+    files.path(elsewhere).unlink()
+    settings = used.settings.model_copy(update={"artifacts": ArtifactSettings(url=tmp_path.as_uri())})
+    assert Backup(settings, archive).run(keep=1).snapshot.left_out == {}
+    assert len(names(archive)) == 1
 
 
 def test_damaged_copy_is_replaced_by_verify_and_never_restored(
