@@ -313,15 +313,13 @@ def test_change_in_sqlite_sends_no_notification(sqlite_store: Store) -> None:
     assert not [statement for statement in sent if "notify" in statement.lower()]
 
 
-async def test_change_in_sqlite_is_heard_within_a_third_of_a_second(
-    sqlite_store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_change_in_sqlite_is_heard_within_a_second(sqlite_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     async with heard(sqlite_store) as changes:
         count, began = changes.count, time.monotonic()
         await asyncio.to_thread(promote, sqlite_store)
         await changes.wait(count, 5.0)
-        assert time.monotonic() - began < 0.35
+        assert time.monotonic() - began < 1.0
 
 
 async def test_rows_of_requests_in_sqlite_are_not_changes(sqlite_store: Store) -> None:
