@@ -259,7 +259,7 @@ def assemble_gateway(
 
     Args:
         changes: object that writes the desired versions.
-        store_changes: changes in the store that are heard of.
+        store_changes: notifications about changes in the store.
         sources: function that returns the engines whose metrics are shown.
         status: function that returns the JSON values of /svc/status.
         server: id of the server; empty if no other server can use the store.

@@ -265,7 +265,7 @@ class Deployments:
             await self.changes.wait(count, _POLL_S)
 
     def _is_stuck(self, name: str) -> bool:
-        return name not in self._tasks and name not in self._on_demand  # those are started beside this task
+        return name not in self._tasks and name not in self._on_demand  # those are started independently of this task
 
     def _is_idle(self, name: str) -> bool:
         """Return whether the engines of a model from `load` have been stopped because it was idle."""

@@ -69,12 +69,12 @@ class Leadership:
         """Return the lease to name in writes about a model that this server leads. None if there are no other servers.
 
         Raises:
-            LeaseLostError: this server does not lead the model.
+            LeaseLostError: this server is not the leader for the model.
         """
         if not self.server:
             return None
         if not self.leads(name):
-            raise LeaseLostError(f"this server does not lead {name}")
+            raise LeaseLostError(f"this server is not the leader for {name}")
         return self._leases[name]
 
     async def run(self) -> None:

@@ -1,4 +1,4 @@
-"""The `svc` command. It is a table of commands, each imported only when it is run, so that help appears at once.
+"""The `svc` command. It is a table of commands, each imported only when it is run, so that help appears immediately.
 
 This is the error boundary. An `SvcError` is printed as text and sets the exit code, and so is the error of a database
 that does not respond. Any other exception is a bug, so its traceback is shown.

@@ -143,7 +143,7 @@ class ArtifactSettings(_Section):
     )
     checkpoints: bool = Field(
         False,
-        description="whether checkpoints of trainings are also uploaded, so that another machine can resume a training",
+        description="whether checkpoints are also uploaded, so that another machine can resume a training run",
     )
     cache_gb: float | None = Field(
         None,
@@ -181,7 +181,7 @@ class RaySettings(_Section):
     folder: AbsolutePath = Field(
         Path("~/.cache/tuneserve/ray"),
         validate_default=True,
-        description="folder of each node for base models and for checkpoints of unfinished trainings",
+        description="folder of each node for base models and for checkpoints of unfinished training runs",
     )
     wait_s: float = Field(
         10.0,
@@ -457,7 +457,7 @@ class MonitorSettings(_Section):
         None, description="file that contains a metrics key for `monitor.server`; not needed on the same machine"
     )
     authority: AbsolutePath | None = Field(
-        None, description="file with the CA certificates used to verify `monitor.server`; default: the machine's"
+        None, description="file with the CA certificates used to verify `monitor.server`; default: those of the machine"
     )
     drift_every_s: float = Field(
         60.0,
@@ -688,7 +688,7 @@ class FineTuningSettings(_Section):
         description="age in days, since its end, at which a job is deleted with its events; it stays while its "
         "model or a checkpoint is registered",
     )
-    max_jobs: int = Field(50, ge=1, description="maximum number of jobs of one key that have not ended")
+    max_jobs: int = Field(50, ge=1, description="maximum number of unfinished jobs of one key")
     worker: bool = Field(True, description="whether this server trains jobs; if not, another one with its store must")
     wandb: bool = Field(
         False,
@@ -710,7 +710,7 @@ class BatchSettings(_Section):
     max_age_days: float = Field(
         90.0, gt=0, le=36_500, description="age in days, since its end, at which a batch is deleted; its files stay"
     )
-    max_open: int = Field(20, ge=1, description="maximum number of batches of one key that have not ended")
+    max_open: int = Field(20, ge=1, description="maximum number of unfinished batches of one key")
     concurrency: int = Field(
         16,
         ge=1,

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 EPOCHS_FOLDER = "epochs"
-"""Folder beside the progress file with the adapters of the last epochs."""
+"""Folder next to the progress file with the adapters of the last epochs."""
 
 
 class _Record(BaseModel):

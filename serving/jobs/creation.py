@@ -345,7 +345,7 @@ def _is_own_turn(store: Store, files: ClientFiles, job: Job, ids: Iterable[str])
     """Return whether this server decides a job: it has the contents, or no other server has decided it in time.
 
     Raises:
-        InvalidRequestError: a content has been lost.
+        InvalidRequestError: the content of a file has been lost.
     """
     missing = next((id for id in ids if files.find(id) is None), None)
     if missing is None:

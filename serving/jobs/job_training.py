@@ -116,7 +116,7 @@ class Pace:
 
 @dataclass(frozen=True, slots=True)
 class TrainingOptions:
-    """Options that all trainings of a worker share.
+    """Options that all training runs of a worker share.
 
     Attributes:
         worker: id of the worker.

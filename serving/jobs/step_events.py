@@ -1,4 +1,4 @@
-"""Events with the metrics of a job's steps, under OpenAI's names; of long trainings, only some steps."""
+"""Events with the metrics of a job's steps, under OpenAI's names; for long training runs, only some of the steps."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,7 +9,7 @@ from svc.training_progress import HeldoutLoss, ProgressRecord, StepDone
 MAX_EVENTS = 500
 """Maximum number of events with metrics of a job."""
 _SPARE = 100
-"""Number of these events that are reserved for held-out losses and resumed trainings."""
+"""Number of these events that are reserved for held-out losses and resumed training runs."""
 
 
 class StepEvents:

@@ -186,7 +186,7 @@ class JobWorker:
         return min((moment - now for moment in self._not_before.values() if moment > now), default=math.inf)
 
     def _end_foreign(self) -> None:
-        """Kill the trainings on this machine whose jobs no longer belong to this worker."""
+        """Kill the training runs on this machine whose jobs no longer belong to this worker."""
         for folder in self._folder.iterdir():
             if TrainingProcess.find(folder) is None:
                 continue

@@ -107,7 +107,7 @@ def _unit(store: Store, row: int, split: Split) -> str | None:
 
 
 def _count_units(units: Iterable[str | None]) -> int:
-    """Return the number of distinct units, at most `MIN_UNITS`. An empty text is a unit of its own, None is none."""
+    """Return the number of distinct units; counting stops at `MIN_UNITS`. An empty string counts, but None does not."""
     known, count = set[str](), 0
     for unit in units:
         count += unit is not None and unit not in known

@@ -526,7 +526,7 @@ class _Run:
                 raise StoppedError(RolloutOutcome.CANCELLED, why)
 
     async def _continue_switch(self) -> None:
-        """Swap to the candidate, which became the desired version, possibly before the server was started again.
+        """Swap to the candidate, which is already the desired version, possibly since before a restart of the server.
 
         Raises:
             StoppedError: the swap failed, or another version became the desired one.

@@ -216,7 +216,7 @@ def _print_plan(plan: "Plan", label: str, device: "ListedGpu | None") -> None:
         second = (
             "fits on the same GPUs" if memory.second_engine else f"needs {plan.gpus} more GPU{'s'[: plan.gpus > 1]}"
         )
-        lines.append(f"           a second engine beside one (blue-green, candidate) {second}")
+        lines.append(f"           a second engine next to one (blue-green, candidate) {second}")
     click.echo("\n".join(lines))
 
 

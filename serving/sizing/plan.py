@@ -46,7 +46,7 @@ class Memory:
 
     Attributes:
         cache_tokens: tokens that fit into the KV cache.
-        second_engine: whether a second engine with a KV cache for one request fits beside it, on the same GPUs.
+        second_engine: whether a second engine with a KV cache for one request fits next to it, on the same GPUs.
     """
 
     total: float

@@ -16,7 +16,7 @@ _EVENTS = 10_000
 
 
 def read_history(store: Store, name: str) -> list[dict[str, Any]]:
-    """Return a model's served periods and its rollouts as JSON, in chronological order.
+    """Return the periods in which a model was served, and its rollouts, as JSON, in chronological order.
 
     A served period is the time during which one version was served, by one or several servers.
 

@@ -29,7 +29,7 @@ def load_contents(path: Path) -> tuple[FileContent, ...]:
 
 
 def has_content(path: Path, content: FileContent, *, verify: bool = False) -> bool:
-    """Return whether a file has the size of a content.
+    """Return whether a file has the size recorded for the content.
 
     Args:
         verify: whether to also check its hash.
@@ -40,18 +40,18 @@ def has_content(path: Path, content: FileContent, *, verify: bool = False) -> bo
 
 
 def copy_content(source: Path, target: Path, content: FileContent, on_bytes: OnBytes) -> None:
-    """Copy a content, readable for its owner only, and check the copy.
+    """Copy a file's content so that only its owner can read it, and verify the copy.
 
     Raises:
         FileNotFoundError: there is no such file.
-        IntegrityError: the file differs from its hash.
+        IntegrityError: the file does not match its hash.
     """
     staging = target.with_name(f".{target.name}")
     try:
         copy_file(source, staging, on_bytes)
         staging.chmod(0o600)
         if not has_content(staging, content, verify=True):
-            raise IntegrityError(f"{source} differs from its hash", todo="restore it from an older snapshot")
+            raise IntegrityError(f"{source} does not match its hash", todo="restore it from an older snapshot")
         os.replace(staging, target)
     finally:
         staging.unlink(missing_ok=True)

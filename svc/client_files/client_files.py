@@ -1,7 +1,7 @@
 """The contents of clients' files, in a folder of the home. Their rows are in the store (svc.store.files).
 
 With an object store (svc.client_files.shared_contents), every content is there too before its row is added, and a
-server that lacks a content fetches it. Objects are deleted in the background.
+server that lacks a file's content fetches it. Objects are deleted in the background.
 
     files/ID             content of a file
     files/.removed-ID    mark: the file does not exist, and its object is to be deleted

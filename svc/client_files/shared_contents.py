@@ -2,8 +2,8 @@
 
     client-files/ID    the content of one file, which never changes
 
-A server that lacks a content fetches it into a folder of the home. These copies are removed when the file is deleted,
-and when they have not been used for a day, unless a job or batch needs them.
+A server that lacks a file's content fetches it into a folder of the home. These copies are removed when the file is
+deleted, and when they have not been used for a day, unless a job or batch needs them.
 """
 
 import errno
@@ -34,7 +34,7 @@ _PREFIX = "client-files"
 _RETRY_S = 10
 _UNUSED_S = 86_400.0
 _LARGE, _MAX_LARGE = 2**23, 4
-"""Size in bytes from which a content is copied in parts, and the number of such copies at the same time. Each of them
+"""Size in bytes from which a file's content is copied in parts, and the number of such copies at the same time. Each
 takes about 75 MB of memory, measured with 500 MB."""
 
 
@@ -72,11 +72,11 @@ class SharedContents:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def put(self, content: FileContent, path: Path) -> None:
-        """Upload a content. It is in the store in full afterwards.
+        """Upload a file's content. The store has all of it afterwards.
 
         Raises:
             ContentStoreError: the store does not respond, or refuses.
-            IntegrityError: the file on this machine differs from its hash.
+            IntegrityError: the file on this machine does not match its hash.
         """
         with self._asking(content), self._slot(content):
             self._objects.send_file(_key(content.id), _record(content), path)
@@ -100,7 +100,7 @@ class SharedContents:
             return {PurePosixPath(key).name for key in self._objects.keys(_PREFIX)}
 
     def find_copy(self, id: str) -> Path | None:
-        """Return the path of a content that was fetched earlier, and mark it as used; None if there is none."""
+        """Return the path of a file's content that was fetched earlier and mark it as used, or return None."""
         path = self._folder / id
         try:
             os.utime(path)
@@ -109,7 +109,7 @@ class SharedContents:
         return path
 
     def fetch(self, content: FileContent) -> Path:
-        """Download a content and return its path. It gets this path when its size and hash have been verified.
+        """Download a file's content and return its path, where it appears once its size and hash have been verified.
 
         Raises:
             ContentMissingError, ContentDamagedError: the store lacks the content, or it was truncated or altered.

@@ -1,6 +1,6 @@
 """Hashes words and conversations such that the hashes reveal nothing to someone who has only the database.
 
-The hashes are computed with a random key, which each home stores in a file beside the database. Without
+The hashes are computed with a random key, which each home stores in a file next to the database. Without
 it, nobody can test whether a given word was in a prompt. Equal texts have equal hashes, which is all
 that comparisons require.
 """

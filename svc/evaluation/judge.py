@@ -76,7 +76,7 @@ async def judge_answers(
 
     Args:
         first, second: the answers of the two models to each example.
-        title: text to show beside the progress bar.
+        title: text to show next to the progress bar.
 
     Raises:
         SettingsError: the endpoint is not valid.

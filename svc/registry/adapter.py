@@ -1,4 +1,4 @@
-"""Describes a version's adapter and tells whether vLLM can apply it to its base at run time.
+"""Describes a version's adapter and says whether vLLM can apply it to its base at run time.
 
 vLLM supports LoRA and rsLoRA (vllm/lora/peft_helper.py). Versions with any other kind of adapter are
 served merged.

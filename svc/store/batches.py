@@ -162,7 +162,7 @@ def create_batch(store: Store, batch: Batch, entry: AuditEntry, *, max_open: int
         count = session.scalar(select(func.count()).select_from(BatchRow).where(*of_owner)) or 0
         if count >= max_open:
             raise TooManyBatchesError(
-                f"{count} batches of this key have not ended",
+                f"{count} unfinished batches were created with this key",
                 expected=f"fewer than {max_open}",
                 todo="wait until one has ended, or cancel one",
             )

@@ -3,7 +3,7 @@ per second.
 
 A notification can be lost without an error: PgBouncer drops it unless it pools sessions, and a server that was
 replaced after a failure stays silent. The listener therefore sends itself an echo through the connections of the store
-every minute. The store is polled as often as SQLite unless the latest echo was heard.
+every minute. The store is polled as often as SQLite unless the latest echo arrived.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ _ECHO_INTERVAL_S = 60.0
 _ECHO_TIMEOUT_S = 5.0
 _PAUSE_S = 2.0
 _UNHEARD_PAUSE_S = 600.0
-"""Seconds until the next attempt if no echo was heard. Each attempt makes PgBouncer log a warning."""
+"""Seconds until the next attempt if no echo arrived. Each attempt makes PgBouncer log a warning."""
 
 
 class _UnheardError(Exception):
@@ -61,10 +61,10 @@ class ChangeListener:
             await asyncio.sleep(pause_s)
 
     async def _listen(self) -> None:
-        """Announce changes for as long as echoes are heard.
+        """Announce changes for as long as echoes arrive.
 
         Raises:
-            _UnheardError: an echo was not heard.
+            _UnheardError: an echo did not arrive.
             StoreUnavailableError: a connection to the store failed.
         """
         async with listening(self.store) as connection:

@@ -9,18 +9,19 @@ import time
 from contextlib import suppress
 
 FALLBACK_POLL_S = 5.0
-"""Seconds between two reads of the store while changes are heard of, and therefore the most that a lost notification
+"""Seconds between two reads of the store while notifications arrive, and therefore the most that a lost notification
 costs."""
 
 
 class Changes:
-    """Number of changes heard of, and a way to wait for the next one. All methods must be called on one event loop.
+    """Number of changes that this server was notified of, and a way to wait for the next one. All methods must be
+    called on one event loop.
 
     A task that follows the store notes `count`, reads the store, and passes the noted number to `wait`. A change
     during the read then ends the wait immediately, so that none is missed.
 
     Attributes:
-        count: number of changes heard of so far.
+        count: number of notifications so far.
     """
 
     def __init__(self) -> None:
@@ -30,14 +31,14 @@ class Changes:
 
     @property
     def heard(self) -> bool:
-        """Whether changes are known to be heard of, so that the store need not be read often."""
+        """Whether notifications are known to arrive, so that the store need not be read often."""
         return time.monotonic() < self._heard_until
 
     async def wait(self, count: int, poll_s: float, *, within_s: float = math.inf) -> None:
         """Wait for a change since the given `count`, but no longer than until the store must be read again.
 
         Args:
-            poll_s: longest wait in seconds if changes may not be heard of. Otherwise, it is `FALLBACK_POLL_S`.
+            poll_s: longest wait in seconds if notifications may not arrive. Otherwise, it is `FALLBACK_POLL_S`.
             within_s: longest wait in seconds in both cases, for what has to be done at a certain time.
         """
         if self.count != count:
@@ -53,13 +54,13 @@ class Changes:
         changed.set()
 
     def trust(self, seconds: float) -> None:
-        """Assume that changes are heard of for the given time. Earlier ones may not have been, so end all waits."""
+        """Assume that notifications arrive for the given time. Earlier ones may have been lost, so end all waits."""
         if not self.heard:
             self.announce()
         self._heard_until = time.monotonic() + seconds
 
     def distrust(self) -> None:
-        """Assume that changes are no longer heard of. Tasks read the store now, and often from now on."""
+        """Assume that notifications no longer arrive. Tasks read the store now, and often from now on."""
         if self.heard:
             self._heard_until = float("-inf")
             self.announce()

@@ -81,7 +81,7 @@ class StorageLimits:
     """How much one key may store.
 
     Attributes:
-        bytes: maximum size of all files, and of the parts of uploads.
+        bytes: maximum total size of all files and of the parts of uploads.
         files: maximum number of files.
     """
 
@@ -275,7 +275,7 @@ def _require_storage(session: Session, owner: str, more: int, limits: StorageLim
         )
     if size + more > limits.bytes:
         raise StorageLimitError(
-            f"the files of this key have {size} bytes; {more} more do not fit",
+            f"the files uploaded with this key have {size} bytes; {more} more do not fit",
             expected=f"at most {limits.bytes} bytes in all files",
             todo="delete files, or let them expire",
         )

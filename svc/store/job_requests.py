@@ -205,7 +205,7 @@ def _find_repeated(session: Session, fingerprint: str, owner: str, max_jobs: int
         count = session.scalar(select(func.count()).select_from(JobRow).where(JobRow.owner == owner, is_open)) or 0
         if count >= max_jobs:
             raise TooManyJobsError(
-                f"{count} jobs of this key have not ended",
+                f"{count} unfinished jobs were created with this key",
                 expected=f"fewer than {max_jobs}",
                 todo="wait until one has ended, or cancel one",
             )

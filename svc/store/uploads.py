@@ -16,11 +16,11 @@ from svc.store.page import EntryNotFoundError, find_row
 from svc.store.tables import UploadPartRow, UploadRow
 
 MAX_OPEN = 100
-"""Maximum number of uploads of one key that have not ended."""
+"""Maximum number of unfinished uploads of one key."""
 MAX_PARTS = 10_000
 """Maximum number of parts of an upload."""
 _KEPT = timedelta(days=1)
-"""Time after its expiry for which the row of an upload is kept."""
+"""How long the row of an upload is kept after the upload expires."""
 
 
 class UploadStatus(StrEnum):
@@ -85,7 +85,7 @@ def add_upload(store: Store, upload: Upload) -> None:
         query = select(func.count()).select_from(UploadRow).where(UploadRow.owner == upload.owner, is_open)
         if (count := session.scalar(query) or 0) >= MAX_OPEN:
             raise StorageLimitError(
-                f"this key has {count} uploads that have not ended",
+                f"{count} unfinished uploads were created with this key",
                 expected=f"fewer than {MAX_OPEN}",
                 todo="complete or cancel uploads, or wait an hour until they expire",
             )

@@ -84,7 +84,7 @@ def test_keys_and_variables_named_in_docs_exist() -> None:
     known = {*setting_keys(), *recipe_keys()}
     known |= {ENV_PREFIX + key.upper().replace(".", "__") for key in setting_keys()}
     sections = "|".join({key.partition(".")[0] for key in known if "." in key})
-    key = re.compile(rf"(?<![\w/])((?:{sections})\.[a-z]\w+)(?![\w.]*\()")
+    key = re.compile(rf"(?<![\w/.])((?:{sections})\.[a-z]\w+)(?![\w.]*\()")
     variable = re.compile(rf"\b{ENV_PREFIX}[A-Z][A-Z_]*")
     files = (".md", ".py", ".log", ".lock", ".json", ".jsonl", ".yaml")
     unknown = []

@@ -74,7 +74,7 @@ def estimate_here(
     Args:
         anyway: whether to continue instead of raising an error if the run cannot fit.
         makes_version: whether the run also writes merged and quantized models, not only an adapter.
-        trials: whether several trainings follow, whose values and memory differ. They keep the default for gradient
+        trials: whether several training runs follow, whose values and memory differ. They keep the default for gradient
             checkpointing.
 
     Raises:

@@ -169,4 +169,4 @@ class Checkpoints(Section):
     """number of checkpoints to keep, newest first; the best checkpoint is always kept as well"""
     keep_epochs: int = Field(0, ge=0)
     """number of epochs, counted from the end, after which the adapter is saved for clients of the fine-tuning API; only
-    with `svc train --progress FILE`, in the folder `epochs` beside the file"""
+    with `svc train --progress FILE`, in the folder `epochs` next to the file"""

@@ -305,7 +305,7 @@ def build_trainer(
 
 
 def epochs_folder(progress: ProgressFile | None) -> Path | None:
-    """Return the folder for the adapters of the last epochs, which is beside the progress file.
+    """Return the folder for the adapters of the last epochs, which is next to the progress file.
 
     There they remain when the run's folder is cleaned.
     """

@@ -217,5 +217,5 @@ async def test_batch_is_refused_when_too_many_of_the_key_are_open(service: Batch
     for number in range(20):
         given = {"number": str(number)}
         await client.batches.create(input_file_id=file, endpoint=CHAT_PATH, metadata=given, **WINDOW)
-    with pytest.raises(openai.RateLimitError, match="20 batches of this key have not ended"):
+    with pytest.raises(openai.RateLimitError, match="20 unfinished batches were created with this key"):
         await client.batches.create(input_file_id=file, endpoint=CHAT_PATH, **WINDOW)

@@ -510,7 +510,7 @@ async def test_job_is_refused_without_a_retry_when_the_key_has_too_many(
     async with service.run(), service.official(max_retries=2) as client:
         file = service.add_file()
         await client.fine_tuning.jobs.create(model=BASE, training_file=file)
-        with pytest.raises(openai.RateLimitError, match="1 jobs of this key have not ended") as caught:
+        with pytest.raises(openai.RateLimitError, match="1 unfinished jobs were created with this key") as caught:
             await client.fine_tuning.jobs.create(model=BASE, training_file=file, seed=1)
     assert caught.value.response.headers["x-should-retry"] == "false"
     assert len(check.recipes) == 1

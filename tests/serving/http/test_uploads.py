@@ -197,7 +197,7 @@ async def test_limits_hold_for_uploads(
         await created(client, bytes=2 * MEGABYTE)
     assert full.value.code == "storage_limit"
     monkeypatch.setattr(uploads, "MAX_OPEN", 2)
-    with pytest.raises(openai.BadRequestError, match="2 uploads"):
+    with pytest.raises(openai.BadRequestError, match="2 unfinished uploads"):
         await created(client)
     monkeypatch.setattr("serving.http.uploads.MAX_PART_BYTES", 1000)
     with pytest.raises(openai.APIStatusError) as large:

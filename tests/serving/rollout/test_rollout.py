@@ -271,7 +271,7 @@ def switched(control: Control) -> RolloutRecord:
     return found
 
 
-async def test_switch_is_completed_when_the_server_was_killed_before_its_swap(control: Control) -> None:
+async def test_switch_is_completed_if_the_server_was_killed_before_its_swap(control: Control) -> None:
     control.leaves = True  # a killed server leaves its engine running
     async with control.run():
         pass

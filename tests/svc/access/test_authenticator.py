@@ -316,7 +316,7 @@ def test_repeated_secret_is_rejected_after_its_key_expires(
     assert fault_of(authenticator, issued.secret) is KeyFault.EXPIRED
 
 
-def test_repeated_secret_is_rejected_after_its_grace_period_ends(
+def test_old_secret_that_was_accepted_before_is_rejected_after_its_grace_period(
     authenticator: Authenticator, issued: IssuedKey, keyring: Keyring, clock: Clock
 ) -> None:
     keyring.rotate("ci", grace=timedelta(seconds=30))

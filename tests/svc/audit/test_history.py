@@ -65,7 +65,7 @@ def test_removing_a_version_is_not_shown_as_the_cause_of_a_start(store: Store) -
 LOSS = SignalRow("invalid", "failed", production=0.0, candidate=0.3, low=0.1, high=0.5, margin=0.01, units=90)
 
 
-def test_history_lists_a_rollout_with_its_outcome_and_verdicts_between_the_served_periods(store: Store) -> None:
+def test_history_lists_a_rollout_with_its_outcome_and_verdicts_between_the_periods_of_service(store: Store) -> None:
     first = change_desired(store, None, target(1), None)
     begin_serving(store, first, Began.START, at=minute(0))
     entry = AuditEntry(Action.PROMOTE, "tickets@2", ALICE, "it is better")

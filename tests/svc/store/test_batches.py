@@ -142,7 +142,7 @@ def test_batch_is_refused_when_its_file_has_been_deleted(store: Store, add: Add)
 
 def test_batch_is_refused_when_too_many_of_its_owner_are_open(store: Store, add: Add) -> None:
     first = add(max_open=1)
-    with pytest.raises(TooManyBatchesError, match="1 batches of this key"):
+    with pytest.raises(TooManyBatchesError, match="1 unfinished batches"):
         add(max_open=1)
     add(max_open=1, owner="bob")
     end_batch(store, first.id, BatchResult(BatchStatus.COMPLETED), lease=None)

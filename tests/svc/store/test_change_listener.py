@@ -1,4 +1,4 @@
-"""Tests that changes in the store are heard of, and that it is polled while they are not."""
+"""Tests that servers are notified of changes in the store, and poll it while notifications do not arrive."""
 
 import asyncio
 import statistics

@@ -130,7 +130,7 @@ def test_twenty_concurrent_equal_requests_create_one_job(store: Store, add: Add)
 def test_job_is_refused_when_the_owner_has_too_many_open_jobs(store: Store, add: Add) -> None:
     first = add(max_jobs=2)
     add(max_jobs=2)
-    with pytest.raises(TooManyJobsError, match="2 jobs of this key have not ended"):
+    with pytest.raises(TooManyJobsError, match="2 unfinished jobs were created with this key"):
         add(max_jobs=2)
     with pytest.raises(TooManyJobsError):
         find_repeated(store, "other", "alice", max_jobs=2)

@@ -61,7 +61,7 @@ def make_modelfile(tokenizer: "PreTrainedTokenizerBase", template_kwargs: Templa
     Args:
         tokenizer: the base's tokenizer, with its chat template.
         template_kwargs: arguments of the chat template.
-        weights: name of the GGUF file beside it.
+        weights: name of the GGUF file next to it.
 
     Raises:
         TrainingError: the chat template is of no known kind.

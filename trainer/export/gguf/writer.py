@@ -73,7 +73,7 @@ def export_gguf(
     type: GgufType = GgufType.Q8_0,
     modelfile: bool = True,
 ) -> GgufSummary:
-    """Write a merged model to `out/NAME-TYPE.gguf`, and a Modelfile for Ollama beside it.
+    """Write a merged model to `out/NAME-TYPE.gguf`, and a Modelfile for Ollama next to it.
 
     Nothing is written if the model is refused. The file is read again after it was written, and compared with the
     model.
