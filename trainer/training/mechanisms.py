@@ -239,6 +239,7 @@ def check_nf4(model: nn.Module, number_type: NumberType) -> None:
     for name, layer in layers.items():
         # A share of a weight has no state: bitsandbytes takes that of the layer when the weight is gathered.
         state = getattr(layer.weight, "quant_state", None) or getattr(layer, "quant_state", None)
+        # Weights packed into floats would be wrong if a copy normalized their NaN (bitsandbytes issue 1945).
         packed = isinstance(layer, Linear4bit) and layer.weight.dtype is torch.uint8
         if not packed or state is None or state.quant_type != "nf4" or not state.nested:
             wrong.add(f"{name} is a {type(layer).__name__} with weights in {_name(layer.weight.dtype)}")

@@ -265,6 +265,22 @@ def test_layers_that_are_not_in_nf4_are_an_error(tiny_base: Path) -> None:
         check_nf4(adapted(tiny_base, quantized), NumberType.FLOAT32)
 
 
+@needs_bitsandbytes
+def test_shares_of_nf4_weights_are_recognized_by_the_state_of_their_layers(tiny_base: Path) -> None:
+    """Packed into floats, as other trainers divide them, some bytes would be NaN, which copies may change."""
+    from bitsandbytes.nn.modules import Linear4bit
+
+    model = adapted(tiny_base, make_recipe(method="qlora"))
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    for layer in layers:
+        layer.weight = torch.nn.Parameter(layer.weight.data, requires_grad=False)
+    check_nf4(model, NumberType.BFLOAT16)
+    for layer in layers:
+        layer.weight = torch.nn.Parameter(layer.weight.data.flatten().view(torch.bfloat16), requires_grad=False)
+    with pytest.raises(TrainingError, match="with weights in bfloat16"):
+        check_nf4(model, NumberType.BFLOAT16)
+
+
 def optimizer_of(model: torch.nn.Module, **options: Any) -> Any:
     from bitsandbytes.optim.adamw import AdamW
 
