@@ -91,3 +91,5 @@ FAMILIES = {
         Family("granite_moe", _SMOLLM2, "apache-2.0", is_mixture=True, epochs=8),
     )
 }
+DISTINCT = ("llama_2", "smollm3", "qwen3_moe", "mistral_3_1", "mixtral", "gemma_2", "gemma_3_4b", "phi_3", "granite")
+"""Families that differ in their layers, their config or the files of their tokenizer."""

@@ -10,7 +10,7 @@ from svc.model_folder.chat_template import read_chat_template
 from svc.settings import Settings
 from tests.hub_models.base_models import build_base_model
 from tests.hub_models.build import build_hub_model
-from tests.hub_models.family import FAMILIES
+from tests.hub_models.family import DISTINCT, FAMILIES
 from tests.hub_models.training import check_merged, train_and_merge
 from trainer.base_model.resolve import resolve_base
 from trainer.data.template_choice import template_text
@@ -18,10 +18,6 @@ from trainer.pipeline.find_base import find_base
 from trainer.recipe.named_template import NamedTemplate
 
 pytestmark = [pytest.mark.slow]
-
-
-DISTINCT = ("llama_2", "smollm3", "qwen3_moe", "mistral_3_1", "mixtral", "gemma_2", "gemma_3_4b", "phi_3", "granite")
-"""Families that differ in their layers, their config or the files of their tokenizer."""
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.hub_models.build import build_hub_model
-from tests.hub_models.family import FAMILIES
+from tests.hub_models.family import DISTINCT, FAMILIES
 from tests.trainer.conftest import make_model, make_recipe
 from tests.trainer.export.whole_model_merge import merge_whole_model, weight_bytes
 from tests.trainer.model.test_experts import FAMILIES as MIXTURES
@@ -74,7 +74,9 @@ def test_tensorwise_merge_matches_whole_model_merge_for_bases_not_in_bf16(
     check_equal(base, make_adapter(base, tmp_path / "adapter"), tmp_path)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [family if family in DISTINCT else pytest.param(family, marks=pytest.mark.matrix) for family in FAMILIES]
+)
 def test_tensorwise_merge_matches_whole_model_merge_for_every_family(tmp_path: Path, family: str) -> None:
     base = resolve_base(str(build_hub_model(tmp_path / "base", family)), tmp_path / "cache").folder
     check_equal(base, make_adapter(base, tmp_path / "adapter"), tmp_path)

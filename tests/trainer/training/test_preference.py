@@ -260,10 +260,10 @@ def weights(folder: Path) -> bytes:
     ("objective", "method", "number_type"),
     [
         (Objective.DPO, Method.LORA, NumberType.BFLOAT16),
-        (Objective.DPO, Method.FULL, FLOAT32),
-        (Objective.DPO, Method.QLORA, FLOAT32),
-        (Objective.DPO, Method.ADALORA, FLOAT32),
-        (Objective.ORPO, Method.LORA, FLOAT32),
+        pytest.param(Objective.DPO, Method.FULL, FLOAT32, marks=pytest.mark.matrix),
+        pytest.param(Objective.DPO, Method.QLORA, FLOAT32, marks=pytest.mark.matrix),
+        pytest.param(Objective.DPO, Method.ADALORA, FLOAT32, marks=pytest.mark.matrix),
+        (Objective.ORPO, Method.FULL, FLOAT32),
         (Objective.KTO, Method.DORA, FLOAT32),
     ],
 )
@@ -337,7 +337,16 @@ def test_loss_before_the_first_step_is_that_of_a_model_without_a_preference(
 
 @pytest.mark.parametrize(
     ("objective", "method"),
-    [*((Objective.DPO, method) for method in Method), (Objective.ORPO, Method.LORA), (Objective.KTO, Method.LORA)],
+    [
+        *((Objective.DPO, method) for method in (Method.LORA, Method.FULL)),
+        *(
+            pytest.param(Objective.DPO, method, marks=pytest.mark.matrix)
+            for method in Method
+            if method not in (Method.LORA, Method.FULL)
+        ),
+        (Objective.ORPO, Method.LORA),
+        (Objective.KTO, Method.QLORA),
+    ],
 )
 def test_preference_is_learnt_with_every_method_and_objective(
     objective: Objective, method: Method, tiny_base: Path, tmp_path: Path

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,9 @@ def test_run_continued_by_another_machine_matches_an_uninterrupted_one(
     assert_same(resumed, machines[1], whole)
 
 
-@pytest.mark.parametrize("method", [Method.FULL, Method.QLORA, Method.ADALORA])
+@pytest.mark.parametrize(
+    "method", [Method.FULL, *(pytest.param(each, marks=pytest.mark.matrix) for each in (Method.QLORA, Method.ADALORA))]
+)
 def test_resumed_float32_run_matches_an_uninterrupted_one(
     method: Method,
     tiny_base: Path,
@@ -221,7 +224,13 @@ def test_adalora_importance_means_stay_finite_after_a_skipped_step(
 
 
 @pytest.mark.parametrize(
-    ("begun", "goes_on"), [(BFLOAT16, FLOAT32), (FLOAT32, BFLOAT16), (FLOAT16, FLOAT32), (FLOAT32, FLOAT16)]
+    ("begun", "goes_on"),
+    [
+        (BFLOAT16, FLOAT32),
+        pytest.param(FLOAT32, BFLOAT16, marks=pytest.mark.matrix),
+        pytest.param(FLOAT16, FLOAT32, marks=pytest.mark.matrix),
+        (FLOAT32, FLOAT16),
+    ],
 )
 @pytest.mark.usefixtures("scaled_on_cpu")
 def test_run_resumed_with_another_number_type_is_converted_with_a_message(
@@ -392,6 +401,7 @@ def test_run_killed_at_any_moment_resumes_with_the_same_result(
             process = start(b)
             while not (new := files(b / "checkpoints") - seen):
                 os.kill(process, 0)
+                time.sleep(0.001)
             seen |= new
             os.kill(process, signal.SIGKILL)
             assert int(trainer.stdout.readline()) == signal.SIGKILL
