@@ -22,7 +22,9 @@ from tests.svc.chats import chat
 
 JSON_ANSWER = '{"team": "archive"}'
 PROSE_ANSWER = "the archive team"
-_STEPS = 80
+_MAX_STEPS = 80
+_LEARNT = 0.003
+"""Loss at which training ends. It is reached after about 45 steps, each of which takes 0.2 s."""
 _LEARNING_RATE = 3e-3
 
 
@@ -139,12 +141,14 @@ def _teach(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> None
     labels = torch.tensor([row + [-100] * (longest - len(row)) for _, row in rows])[:, 1:]
     scored = labels != -100
     optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=_LEARNING_RATE)
-    for _ in range(_STEPS):
+    for _ in range(_MAX_STEPS):
         optimizer.zero_grad()
         hidden = model.model(input_ids=ids).last_hidden_state[:, :-1][scored]  # logits of all positions take longest
         loss = torch.nn.functional.cross_entropy(model.lm_head(hidden), labels[scored])
         loss.backward()
         optimizer.step()
+        if loss.item() < _LEARNT:
+            break
     assert loss.item() < 0.05, loss
 
 

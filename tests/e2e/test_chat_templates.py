@@ -94,6 +94,7 @@ async def prompt_length(engine: EngineProcess, example: ChatExample) -> int:
 async def test_engine_chat_template_yields_the_same_tokens_as_training(
     family: str, tools: bool, tmp_path: Path
 ) -> None:
+    """Needs the real engine: the prompt's tokens are those of vLLM's own renderer."""
     model = model_with(family, tmp_path / "model")
     tokenizer = load_tokenizer(model)
     examples: list[ChatExample] = [parse_example(value) for value in (*CONVERSATIONS, *(TOOLS if tools else []))]

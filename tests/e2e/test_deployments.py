@@ -64,6 +64,7 @@ def test_engines_of_both_models_share_the_cpu_cores(instance: Instance) -> None:
 
 
 def test_no_request_to_either_model_fails_during_a_swap(instance: Instance, report: Report) -> None:
+    """Needs the real engine: a reload takes the cores that the other model's engine uses."""
     expected = {f"{TINY}@1": instance.answers(TINY), f"{OTHER}@2": instance.answers(OTHER)}
     with (
         Load(instance.url, TINY, PROMPTS, streams=4) as tiny,

@@ -41,6 +41,7 @@ def ask(client: OpenAI, model: str) -> str:
 
 
 def test_example_trains_a_model_and_chats_with_it(client: OpenAI, workplace: Path) -> None:
+    """Needs the real engine: it evaluates the trained model, and answers the example's question with its adapter."""
     options = {"--base-url": str(client.base_url), "--model": "small", "--question": PROMPTS[0][-1]["content"]}
     words = [word for option in options.items() for word in option]
     done = subprocess.run(

@@ -86,6 +86,7 @@ async def measure(engine: EngineProcess) -> Logprobs:
 async def test_gptq_log_probabilities_match_dequantized_weights_even_after_reloads(
     bases: tuple[Path, Path], tmp_path: Path, report: Report, group_size: int
 ) -> None:
+    """Needs the real engine: the kernel that is tested runs inside it."""
     folders = [tmp_path / f"gptq-{number}" for number in range(len(bases))]
     references = [refer(base, folder, group_size) for base, folder in zip(bases, folders, strict=True)]
     exact, rounded = ([reference[f"torch.{dtype}"] for reference in references] for dtype in ("float32", "bfloat16"))

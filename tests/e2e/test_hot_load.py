@@ -29,6 +29,7 @@ def instance(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[I
 
 
 def test_rolling_swap_under_load_delays_no_request_and_mixes_no_answer(instance: Instance, report: Report) -> None:
+    """Needs the real engine: weights are reloaded in place, and an answer of mixed weights would be text of neither."""
     expected = {"tiny@1": instance.answers()}
     with Load(instance.url, "tiny", instance.prompts) as load:
         load.wait_for(16)
@@ -45,6 +46,7 @@ def test_rolling_swap_under_load_delays_no_request_and_mixes_no_answer(instance:
 
 
 def test_next_server_adopts_both_engines_after_server_is_killed(instance: Instance, report: Report) -> None:
+    """Needs the real engine: its processes must outlive their parent, and go on answering over their sockets."""
     before, engines = instance.answers(), instance.engines()
     assert instance.end(signal.SIGKILL) == -signal.SIGKILL
     ready_s = instance.start()
@@ -55,7 +57,10 @@ def test_next_server_adopts_both_engines_after_server_is_killed(instance: Instan
 
 
 def test_blue_green_swap_under_load_delays_no_request(instance: Instance, report: Report) -> None:
-    """The format changes, and with it the kernels, so the answers may differ and only need to be complete."""
+    """The format changes, and with it the kernels, so the answers may differ and only need to be complete.
+
+    Needs the real engine: four engines are in memory at once, and only a real start takes seconds of all cores.
+    """
     old = instance.engines()
     with Load(instance.url, "tiny", instance.prompts, streams=2) as load:
         load.wait_for(4)

@@ -258,6 +258,7 @@ def test_status_and_metrics_show_served_requests(server: Server) -> None:
 
 
 def test_dead_engine_is_restarted_and_serves_again(server: Server) -> None:
+    """Needs the real engine: SIGKILL must leave no process of vLLM behind, and the new one must answer as before."""
     before = server.answers()
     pid = engine_pid(server.home)
     with Load(server.url, "tiny", server.prompts, max_tokens=400) as load:

@@ -25,8 +25,9 @@ pytestmark = [pytest.mark.slow]
 
 PORT = 8951
 PLAN = {"min_units": 30, "max_step_s": 240, "max_errors": 0.1, "max_invalid": 0.1, "max_slowdown": 2.5}
-"""Limits that a few hundred requests of a tiny model on two cores can decide; the second engine shares these cores."""
-SETTINGS = {"SVC_MODELS": json.dumps({name: {"rollout": PLAN} for name in ("teams", "tiny")})}
+"""Limits that a few hundred requests of a tiny model can decide."""
+# A core for each of the two engines of a rollout: threads of both that compete for two cores slow both to a quarter.
+SETTINGS = {"SVC_MODELS": json.dumps({name: {"rollout": PLAN} for name in ("teams", "tiny")}), "SVC_ENGINE__CORES": "1"}
 STEPS = ("--shadow", "30", "--canary", "50,100")
 
 
@@ -122,7 +123,7 @@ def starts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def instance(
     request: pytest.FixtureRequest, home: Path, starts: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Instance]:
-    """Yield a server of `teams`, whose versions answer in JSON: 2 in 70 % of cases only, 4 (merged) slowly.
+    """Yield a server of `teams`, whose versions 1 to 3 answer in JSON, but version 2 in 70 % of cases only.
 
     Adapters are tried in the engine of production, merged versions in a second engine.
     """
@@ -132,8 +133,6 @@ def instance(
         add_version()
         add_version(urgent_answer=PROSE_ANSWER)
         add_version()
-        if format is Format.MERGED:
-            add_version(layers=24)
         instance.start("teams@1", "--format", format)
         yield instance
 
@@ -188,8 +187,9 @@ def wait_for_state(instance: Instance, state: RolloutState, name: str = "teams",
 def test_candidate_with_30_percent_invalid_json_is_rolled_back_without_a_failed_request(
     instance: Instance, users: Users, report: Report
 ) -> None:
+    """Needs the real engine: two engines share the cores, and real answers are compared while clients wait."""
     began = time.monotonic()
-    done = promote(instance, "teams@2", "--canary", "25,50,100")
+    done = promote(instance, "teams@2", "--canary", "50,100")
     assert done.returncode == 21, (done.stdout, done.stderr)
     ended = latest(instance)
     assert (ended.outcome, users.failed) == (RolloutOutcome.ROLLED_BACK, []), ended
@@ -206,19 +206,21 @@ def test_candidate_with_30_percent_invalid_json_is_rolled_back_without_a_failed_
 def test_slow_candidate_is_rolled_back_without_a_failed_request(
     instance: Instance, users: Users, report: Report
 ) -> None:
+    slow = str(add_json_version(instance.home, "teams", layers=24))
     began = time.monotonic()
-    done = promote(instance, "teams@4", "--canary", "25,50,100")
+    done = promote(instance, slow, "--canary", "50,100")
     assert done.returncode == 21, (done.stdout, done.stderr)
     ended = latest(instance)
     assert (ended.outcome, users.failed) == (RolloutOutcome.ROLLED_BACK, []), ended
     assert ended.why is not None and "time to first token" in ended.why
-    exposed = users.versions.count("teams@4")
+    exposed = users.versions.count(slow)
     report(f"slow candidate: rolled back after {time.monotonic() - began:.0f} s, {exposed} answers by it; {ended.why}")
 
 
 def test_good_candidate_goes_through_shadow_and_canary_without_a_failed_request(
     instance: Instance, users: Users, report: Report
 ) -> None:
+    """Needs the real engine: real times to the first token must pass, and real weights are swapped under load."""
     began = time.monotonic()
     done = promote(instance, "teams@3", *STEPS)
     took_s = time.monotonic() - began

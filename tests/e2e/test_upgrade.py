@@ -64,6 +64,7 @@ def managed(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ma
 
 
 def test_upgrade_under_load_refuses_no_client_and_keeps_the_engine(managed: Managed, report: Report) -> None:
+    """Needs the real engine: its answers go on while the server that started it is replaced."""
     expected, engines, errors = managed.answers(), managed.engines(), list[str]()
     asked, ended = 0, threading.Event()
 
