@@ -7,7 +7,9 @@ capacity that the simulation predicts from them.
 """
 
 import asyncio
+import json
 import random
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -74,10 +76,10 @@ def main(
                     measured.write(times)
             print(measured.model_dump_json(), f"overhead {measured.overhead_s:.4f} s")
             most = capacity(measured, Workload(1.0, prompt, answer), concurrency)
-            rows = []
+            rows, answers = [], dict[str, list[Request]]()
             for share in _SHARES:
                 workload = Workload(most * share, prompt, answer, spread)
-                answered = await load(client, workload, seconds)
+                answers[f"{share:.0%}"] = answered = await load(client, workload, seconds)
                 real, expected = Latency.of(answered), predict(workload, 1, measured, concurrency)
                 simulated = workload.requests(len(answered), _SEED)
                 simulate(simulated, 1, measured, Limits(concurrency))
@@ -85,6 +87,9 @@ def main(
                 rows.append(
                     [f"{share:.0%}", f"{workload.rps:.2f}", len(answered), *_cells(real, expected), *_cells(real, same)]
                 )
+            if times:
+                raw = {name: [asdict(request) for request in requests] for name, requests in answers.items()}
+                times.with_suffix(".requests.json").write_text(json.dumps(raw))
             print_table(("load", "rps", "requests", *_HEADERS, *(f"same {each}" for each in _HEADERS)), rows)
 
     asyncio.run(run())
