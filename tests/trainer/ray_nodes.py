@@ -1,5 +1,6 @@
 """A Ray cluster of several nodes on this machine, whose nodes tests can remove."""
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ class RayNodes:
 @contextmanager
 def running_nodes(count: int) -> Iterator[RayNodes]:
     """Yield a cluster with a number of nodes."""
+    os.environ.setdefault("RAY_worker_niceness", "0")  # else the workers starve on a busy machine
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
         nodes = RayNodes(cluster)

@@ -222,6 +222,8 @@ class RayProcesses:
                 try:
                     return self._train(task, own, asked)
                 except WorkerLostError as error:
+                    if asked.by is not None:
+                        raise InterruptedRunError(f"stopped by {asked.by.name}: {error.wrong}", todo=AGAIN) from error
                     lost, progressed = (1 if progressed else lost + 1), False
                     if lost == _ATTEMPTS:
                         raise

@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import IO, Any, cast
+from urllib.parse import urlsplit
 
 import psutil
 
@@ -167,8 +168,7 @@ class RayWorker:
         result = work(Place(seat.rank, seat.size, seat.meeting, self), folders, *arguments)
         if seat.rank == 0:
             records = self._checkpoints(run).send_trained(folders.out)
-            self.send(Call(TRAINED, (records,)))
-            self.recv()
+            self.send(Call(TRAINED, (records,)))  # a thread of the work may receive the answer
         return result
 
     def receive(self) -> list[object]:
@@ -240,6 +240,8 @@ def set_variables(seat: Seat, address: str) -> None:
     """
     if seat.size == 1:
         return
+    first = urlsplit(seat.meeting)
+    os.environ |= {"MASTER_ADDR": str(first.hostname), "MASTER_PORT": str(first.port)}  # accelerate asks for them
     os.environ |= {"RANK": str(seat.rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(seat.size), "LOCAL_WORLD_SIZE": "1"}
     for name, addresses in psutil.net_if_addrs().items():
         if any(own.address == address for own in addresses):
