@@ -12,13 +12,14 @@ NUMBER_PATTERN = r"[1-9][0-9]{0,8}"
 
 
 class Format(StrEnum):
-    """Form in which a version is served."""
+    """Form in which a version is served, or written for other programs (GGUF)."""
 
     ADAPTER = "adapter"
     MERGED = "merged"
     GPTQ = "gptq"
     INT8 = "int8"
     FP8 = "fp8"
+    GGUF = "gguf"
 
 
 QUANTIZED_FORMATS = (Format.GPTQ, Format.INT8, Format.FP8)

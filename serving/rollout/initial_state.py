@@ -117,9 +117,15 @@ def require_servable(registry: Registry, target: Target) -> None:
 
     Raises:
         NotFoundError: there is no such version or format, or its adapter's base is missing.
-        RefusedError: vLLM cannot apply the version's adapter to its base.
+        RefusedError: vLLM cannot serve the format, or cannot apply the version's adapter to its base.
     """
     registry.format(target.version, target.format)
+    if target.format is Format.GGUF:
+        raise RefusedError(
+            f"{target} cannot be served by vLLM",
+            expected=f"one of {', '.join(SERVED_FORMATS)}",
+            todo="run the file with llama.cpp or Ollama, or choose another format with --format",
+        )
     if target.format is Format.ADAPTER:
         read_adapter(registry, target.version)
 

@@ -97,6 +97,8 @@ def stage_memory(
                 gptq = stage is Stage.QUALIFY
                 written = gptq_bytes(recipe.quantize.group_size, shape) if gptq else eight_bit_bytes(shape)
                 need = _engine(training, whole if asks_base else written, served_length)
+            case Stage.EXPORT_GGUF:
+                need = _round(training)
             case Stage.PARITY:
                 need = _parity(training, device.memory)
             case _:

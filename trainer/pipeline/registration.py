@@ -265,7 +265,7 @@ class Registration:
         heldout.unlink(missing_ok=True)  # an interrupted run's file is hard-linked to its version, which is read-only
         write_examples(heldout, self.examples.heldout)
         content = {Format.ADAPTER.value: self.run.adapter} if self.recipe.adapter_type else {}
-        content |= {format.value: self.run.folder / format.value for format in self.qualified}
+        content |= {format.value: self.run.folder / format.value for format in (*self.qualified, *self._exported)}
         content |= {HELDOUT_FILE: heldout, REFERENCE_FOLDER: self._reference()}
         return self.registry.publish(self.recipe.name, self.tracking_run, content, partial(self._manifest, failed))
 
@@ -316,6 +316,8 @@ class Registration:
         formats, preferences = {}, self.evaluation.preferences
         if self.recipe.adapter_type:
             formats[Format.ADAPTER] = FormatRecord(files=record_files(folder, folder / Format.ADAPTER))
+        for format in self._exported:
+            formats[format] = FormatRecord(files=record_files(folder, folder / format))
         for format, qualified in self.qualified.items():
             speed = qualified.reading.speed
             formats[format] = FormatRecord(
@@ -328,6 +330,11 @@ class Registration:
                 preference=preferences.get(format),
             )
         return formats
+
+    @property
+    def _exported(self) -> list[Format]:
+        """Formats that were written for other programs and are not evaluated."""
+        return [Format.GGUF] if Format.GGUF in self.recipe.formats else []
 
     def _reference(self) -> Path:
         """Write the reference with which later traffic and answers are compared. It goes to a new folder, because

@@ -144,4 +144,5 @@ class Run:
 
 def _is_linked(folder: Path) -> bool:
     """Return whether every weight file in a folder has a second hard link."""
-    return all(path.stat().st_nlink > 1 for path in folder.glob("*.safetensors"))
+    files = (path for suffix in ("safetensors", "gguf") for path in folder.glob(f"*.{suffix}"))
+    return all(path.stat().st_nlink > 1 for path in files)

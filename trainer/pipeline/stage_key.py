@@ -71,6 +71,7 @@ def stage_keys(recipe: Recipe, base: Base, examples: Examples) -> StageKeys:
         Stage.EVALUATE: evaluate,
         **{QUANTIZE_STAGES[format]: key for format, key in quantize.items()},
         **{QUALIFY_STAGES[format]: key for format, key in qualify.items()},
+        Stage.EXPORT_GGUF: _key(merge, Format.GGUF, examples.heldout_fingerprint),
         Stage.PARITY: parity,
         Stage.JUDGE: judge,
         Stage.REGISTER: _key(parity, recipe.name, limits, metrics, compared),

@@ -32,6 +32,7 @@ from trainer.base_model.resolve import Base
 from trainer.estimate.estimate import DeviceEstimate
 from trainer.estimate.memory import moment_bytes
 from trainer.export.eight_bits import RoundingSummary, quantize_to_8_bits
+from trainer.export.gguf.writer import GgufSummary, check_gguf, export_gguf
 from trainer.export.gptq import QuantizeSummary, calibration_type, quantize_gptq
 from trainer.export.merge import merge_adapter
 from trainer.export.verify_merge import MergeSummary, verify_full
@@ -150,6 +151,7 @@ class Pipeline:
             Stage.JUDGE: Step(self._judge_pairs),
             Stage.REGISTER: Step(self._register),
         }
+        steps[Stage.EXPORT_GGUF] = Step(self._export_gguf, size, (run.weights(Format.GGUF),))
         for format in QUANTIZED_FORMATS:
             quantize, qualify = partial(self._quantize, format), partial(self._evaluation.qualify_quantized, format)
             steps[QUANTIZE_STAGES[format]] = Step(quantize, size, (run.weights(format),))
@@ -195,6 +197,8 @@ class Pipeline:
             processes = DeviceProcesses(devices)
         size = processes.size if processes else 1
         sharded = choose_sharding(self.recipe, size, trained.training_type, self.expected)
+        if Format.GGUF in self.recipe.formats:
+            check_gguf(self.base.folder, self._evaluation.template_kwargs, self.examples.heldout)
         served_length = None
         if not set(self.recipe.formats).isdisjoint(SERVED_FORMATS):
             judge_endpoint(self.recipe.judge)
@@ -290,6 +294,10 @@ class Pipeline:
             summary = quantize_to_8_bits(merged, out, format)
         write_template_kwargs(out, self._evaluation.template_kwargs)
         return summary
+
+    def _export_gguf(self) -> GgufSummary:
+        out, examples = self.run.fresh(self.run.weights(Format.GGUF)), self.examples.heldout
+        return export_gguf(self.run.merged, out, self.recipe.name, examples)
 
     def _compare(self) -> ParityReport:
         from trainer.parity.report import BESIDE_NF4, Made, make_report  # torch

@@ -77,8 +77,9 @@ class Recipe(Section):
     """arguments of the chat template in training, evaluation and serving; default: `enable_thinking: false` and
     `date_string: 26 Jul 2024`, if the template uses them"""
     formats: Annotated[tuple[Format, ...], Field(min_length=1)] = (Format.MERGED, Format.GPTQ)
-    """formats to create, evaluate and register: adapter, merged, gptq, int8, fp8, see [formats](formats.md); an
-    adapter is always stored. Without merged, the base is not evaluated and answers only the general questions"""
+    """formats to create, evaluate and register: adapter, merged, gptq, int8, fp8, gguf, see
+    [formats](formats.md); an adapter is always stored. Without merged, the base is not evaluated and answers only the
+    general questions"""
     report_to: tuple[ReportTo, ...] = (ReportTo.MLFLOW,)
     """trackers for parameters, losses and metrics: mlflow, wandb, tensorboard; MLflow always receives them"""
     data: Data
@@ -109,6 +110,10 @@ class Recipe(Section):
             )
         if len(set(self.formats)) < len(self.formats):
             raise ValueError("`formats` lists a format twice")
+        if Format.GGUF in self.formats and Format.MERGED not in self.formats:
+            raise ValueError(
+                "`formats` lists gguf without merged, whose evaluation stands for the same weights in GGUF"
+            )
         if self.method is Method.FULL and Format.ADAPTER in self.formats:
             raise ValueError(f"`formats` lists adapter, but `method: {self.method}` trains no adapter")
         implied, named = ADAPTER_TYPES[self.method], self.adapter.type

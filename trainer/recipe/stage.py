@@ -19,6 +19,7 @@ class Stage(StrEnum):
     QUALIFY_INT8 = "qualify-int8"
     QUANTIZE_FP8 = "quantize-fp8"
     QUALIFY_FP8 = "qualify-fp8"
+    EXPORT_GGUF = "export-gguf"
     PARITY = "parity"
     JUDGE = "judge"
     REGISTER = "register"
@@ -45,5 +46,10 @@ def choose_stages(recipe: Recipe) -> tuple[Stage, ...]:
     needed = {Stage.TRAIN: True, Stage.MERGE: served, Stage.EVALUATE: merged}
     for format in QUANTIZED_FORMATS:
         needed |= dict.fromkeys((QUANTIZE_STAGES[format], QUALIFY_STAGES[format]), format in formats)
-    needed |= {Stage.PARITY: served, Stage.JUDGE: merged and recipe.judge.url is not None, Stage.REGISTER: True}
+    needed |= {
+        Stage.EXPORT_GGUF: Format.GGUF in formats,
+        Stage.PARITY: served,
+        Stage.JUDGE: merged and recipe.judge.url is not None,
+        Stage.REGISTER: True,
+    }
     return tuple(stage for stage, is_needed in needed.items() if is_needed)

@@ -102,6 +102,18 @@ def test_gptq_format_is_preferred_if_available(home: Home) -> None:
     assert choose(home, f"{NAME}@4") == (f"{NAME}@4", Format.GPTQ)
 
 
+def test_int8_is_preferred_to_fp8_and_merged(home: Home) -> None:
+    make_version(home.registry, 4, formats=(Format.MERGED, Format.FP8, Format.INT8, Format.GGUF))
+    assert choose(home, f"{NAME}@4") == (f"{NAME}@4", Format.INT8)
+
+
+def test_gguf_is_not_served(home: Home) -> None:
+    make_version(home.registry, 4, formats=(Format.MERGED, Format.GGUF))
+    with pytest.raises(RefusedError, match=r"tuned@4 \(gguf\) cannot be served by vLLM"):
+        choose(home, f"{NAME}@4", Format.GGUF)
+    assert choose(home, f"{NAME}@4") == (f"{NAME}@4", Format.MERGED)
+
+
 def test_last_served_format_is_kept(home: Home) -> None:
     make_version(home.registry, 4, formats=(Format.MERGED, Format.GPTQ))
     change_desired(home.store, None, target(4), None)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from svc.engine.device import NumberType
-from svc.errors import RecipeError
+from svc.errors import RecipeError, TrainingError
 from svc.evaluation.training_curve import TrainingPoint
 from svc.registry.parity import ParityReport
 from svc.training_progress import ProgressFile
@@ -15,6 +15,7 @@ from tests.svc.registry.model_folder import GPTQ, write_model
 from tests.svc.registry.parity import make_parity
 from tests.trainer.conftest import make_example
 from trainer.export.eight_bits import RoundingSummary
+from trainer.export.gguf.writer import GgufSummary
 from trainer.export.gptq import QuantizeSummary
 from trainer.export.verify_merge import MergeSummary
 from trainer.parity.report import Made
@@ -51,6 +52,7 @@ class Stages:
         sharded: whether the devices of each training divide the weights among them.
         compared: formats compared in each parity report.
         unequal: parity checks that fail.
+        refused_gguf: whether the base cannot be written to GGUF.
     """
 
     ran: list[Stage] = field(default_factory=list)
@@ -61,6 +63,7 @@ class Stages:
     sharded: list[bool] = field(default_factory=list)
     compared: list[list[Format]] = field(default_factory=list)
     unequal: list[str] = field(default_factory=list)
+    refused_gguf: bool = False
 
     def train_model(
         self,
@@ -115,6 +118,17 @@ class Stages:
         self._run(QUANTIZE_STAGES[format], out)
         write_model(out, quantization={"quant_method": "compressed-tensors", "format": format})
         return RoundingSummary(2, 1.0)
+
+    def export_gguf(self, merged: Path, out: Path, name: str, examples: Any) -> GgufSummary:
+        """Write a GGUF file."""
+        self._run(Stage.EXPORT_GGUF, out)
+        (out / "tiny-q8_0.gguf").write_bytes(b"GGUF")
+        return GgufSummary(out / "tiny-q8_0.gguf", 4, "gpt-2", len(examples), 0.01, "blk.0")
+
+    def check_gguf(self, base: Path, kwargs: Any, examples: Any) -> None:
+        """Refuse a base whose texts llama.cpp would split differently."""
+        if self.refused_gguf:
+            raise TrainingError("1 of 2 held-out examples would have other token ids in llama.cpp")
 
     def make_report(self, made: Made, recipe: Any, compared: Any, judged: int, *, number_type: Any) -> ParityReport:
         """Return a report in which the checks in `unequal` fail."""

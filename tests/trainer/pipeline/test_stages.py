@@ -9,7 +9,7 @@ import pytest
 from svc.dataset.schema.example import parse_example
 from svc.engine.device import DeviceCapabilities, NumberType
 from svc.engine.machine import Gpu, Machine
-from svc.errors import BusyError, DataError, EngineError, InterruptedRunError, RecipeError, SettingsError
+from svc.errors import BusyError, DataError, EngineError, InterruptedRunError, RecipeError, SettingsError, TrainingError
 from svc.files.lock import hold_lock
 from svc.registry.objects import ObjectStore
 from svc.registry.registry import Registry
@@ -210,6 +210,24 @@ def test_adding_8_bit_formats_repeats_no_other_stage(make: Make, stages: Stages,
     assert stages.ran[ran:] == [Stage.QUANTIZE_INT8, Stage.QUANTIZE_FP8]
     assert engines.started_with[launched:] == ["int8", "int8", "fp8", "fp8"]
     assert {gate.format for gate in manifest.gates} == {Format.GPTQ, Format.INT8, Format.FP8}
+
+
+def test_gguf_file_is_registered_without_an_evaluation(make: Make, stages: Stages, engines: Engines) -> None:
+    pipeline = make(formats=["merged", "gguf"])
+    version = pipeline.train_version()
+    assert stages.ran == [Stage.TRAIN, Stage.MERGE, Stage.EXPORT_GGUF]
+    assert engines.started_with == ["base", "merged"]
+    record = pipeline.registry.manifest(version).formats[Format.GGUF]
+    assert [file.path for file in record.files] == ["gguf/tiny-q8_0.gguf"]
+    assert record.evaluation is None
+    pipeline.registry.verify(version, Format.GGUF)
+
+
+def test_base_that_cannot_be_written_to_gguf_is_rejected_before_training(make: Make, stages: Stages) -> None:
+    stages.refused_gguf = True
+    with pytest.raises(TrainingError, match="would have other token ids"):
+        make(formats=["merged", "gguf"]).train_version()
+    assert stages.ran == []
 
 
 def test_group_size_is_not_checked_without_the_gptq_format(make: Make) -> None:

@@ -271,6 +271,7 @@ def test_method_implies_adapter_type_and_quantization(
         ({"adapter": {"type": "vera", "alpha": 3}}, "adapter.alpha is not used by vera"),
         ({"formats": []}, "'formats' is []"),
         ({"formats": ["gptq", "gptq"]}, "`formats` lists a format twice"),
+        ({"formats": ["gguf"]}, "`formats` lists gguf without merged"),
         ({"method": "vera", "train": {"sharding": "always"}}, "vera cannot be divided among devices"),
         (
             {"train": {"sharding": "always", "optimizer": "adamw-8bit"}},

@@ -88,11 +88,9 @@ def export_gguf(
     Raises:
         TrainingError: llama.cpp or Ollama would compute something else than the engine.
     """
-    with waiting("Comparing token ids with llama.cpp's"), library_output_to_log():
-        architecture, tokenizer, kwargs = read_architecture(model), load_tokenizer(model), read_template_kwargs(model)
-        pre = choose_pre_tokenizer(tokenizer, render_examples(tokenizer, kwargs, examples))
-        file = out / f"{name}-{type}.gguf"
-        made = make_modelfile(tokenizer, kwargs, file.name) if modelfile else None
+    kwargs, file = read_template_kwargs(model), out / f"{name}-{type}.gguf"
+    architecture, tokenizer, pre = check_gguf(model, kwargs, examples, modelfile=modelfile)
+    made = make_modelfile(tokenizer, kwargs, file.name) if modelfile else None
     out.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(".unfinished")
     try:
@@ -110,6 +108,28 @@ def export_gguf(
     if made is not None:
         write_whole(out / MODELFILE, made.encode("utf-8"))
     return GgufSummary(file, file.stat().st_size, pre.name, len(examples), change, tensor)
+
+
+def check_gguf(
+    model: Path, kwargs: TemplateKwargs, examples: "Sequence[ChatExample]", *, modelfile: bool = True
+) -> "tuple[Architecture, PreTrainedTokenizerBase, PreTokenizer]":
+    """Check that a model can be written to GGUF, and return how. No weights are read.
+
+    Args:
+        model: folder of the model, or of the base before training.
+        kwargs: arguments of the chat template.
+        examples: held-out examples, whose token ids llama.cpp must give.
+        modelfile: whether Ollama must be able to render the chat template, too.
+
+    Raises:
+        TrainingError: llama.cpp or Ollama would compute something else than the engine.
+    """
+    with waiting("Comparing token ids with llama.cpp's"), library_output_to_log():
+        architecture, tokenizer = read_architecture(model), load_tokenizer(model)
+        pre = choose_pre_tokenizer(tokenizer, render_examples(tokenizer, kwargs, examples))
+        if modelfile:
+            make_modelfile(tokenizer, kwargs, MODELFILE)
+    return architecture, tokenizer, pre
 
 
 def render_examples(
