@@ -83,6 +83,7 @@ def serve(
     from serving.systemd_notify import ServiceManager, inherited_listener
     from svc.engine.device import read_capabilities
     from svc.engine.state import EnginePhase
+    from svc.ray_engine.machines import RayMachines
     from svc.registry.registry import Registry
     from svc.store.database import open_store
     from svc.store.keys import keys_revision
@@ -95,6 +96,7 @@ def serve(
         settings = server.at_address(settings, inherited)
     registry, store = Registry.of(settings), open_store(settings)
     capabilities = read_capabilities(settings.home)
+    RayMachines(settings, registry.models).check()
 
     async def run() -> None:
         has_keys = keys_revision(store) > 0

@@ -63,6 +63,13 @@ class Device(StrEnum):
     CUDA = "cuda"
 
 
+class Launcher(StrEnum):
+    """Where engines run."""
+
+    LOCAL = "local"
+    RAY = "ray"
+
+
 class GptqKernel(StrEnum):
     """Kernel that computes matrix products with a GPTQ model's 4-bit weights."""
 
@@ -198,6 +205,9 @@ class EngineSettings(_Section):
     `args` passes further arguments to vLLM and overrides everything else.
     """
 
+    launcher: Launcher = Field(
+        Launcher.LOCAL, description="local: engines run on this machine; ray: on machines of the cluster `ray.address`"
+    )
     device: Device = Field(
         Device.AUTO, description="cpu, cuda, or auto, which selects the device that the installed vLLM is built for"
     )
@@ -242,6 +252,28 @@ class EngineSettings(_Section):
         """Limits of the number of replicas, which are equal if the number is fixed."""
         fixed = self.replicas
         return fixed if isinstance(fixed, ReplicaRange) else ReplicaRange(min=fixed, max=fixed)
+
+
+class RaySettings(_Section):
+    """Settings of the Ray cluster for engines with `engine.launcher: ray`. See docs/ray.md."""
+
+    address: str = Field(
+        "auto",
+        description="address of the cluster: `host:6379`, `ray://host:10001` for a machine outside of it, or `auto`, "
+        "which is the environment variable RAY_ADDRESS or else the cluster that this machine belongs to",
+    )
+    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {},
+        description="resources of an engine, by Ray's names, such as `{GPU: 2, 'accelerator_type:H100': 0.001}`; "
+        "default: `engine.tensor_parallel` GPUs, or one; without GPUs `engine.cores` CPUs, or one",
+    )
+    folder: str = Field(
+        "~/.cache/tuneserve/engines",
+        description="folder on the cluster's machines for versions, logs and compiled kernels",
+    )
+    place_timeout_s: float = Field(
+        60.0, gt=0, description="maximum time until a machine of the cluster has the resources of an engine, in seconds"
+    )
 
 
 class AdapterSettings(_Section):
@@ -782,6 +814,7 @@ class Settings(BaseSettings):
     artifacts: ArtifactSettings = ArtifactSettings()
     ray: RaySettings = RaySettings()
     engine: EngineSettings = EngineSettings()
+    ray: RaySettings = RaySettings()
     adapters: AdapterSettings = AdapterSettings()
     serve: ServeSettings = ServeSettings()
     request_limits: RequestLimits = RequestLimits()

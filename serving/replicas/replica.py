@@ -116,8 +116,8 @@ class Replica:
         Raises:
             RuntimeError: no engine is running.
         """
-        if self._http is None:
-            raise RuntimeError("no engine runs")
+        if self._http is None:  # the address is known once the engine runs
+            self._http = EngineConnections(self._started.address, silence_s=self.silence_s)
         return self._http
 
     @property
@@ -300,7 +300,6 @@ class Replica:
 
     def _take(self, engine: LastingEngine) -> None:
         self._engine = engine
-        self._http = EngineConnections(engine.socket, silence_s=self.silence_s)
 
     def _drop(self) -> None:
         if self._http is not None:
@@ -332,6 +331,14 @@ class Replica:
         """
         await self._started.record(None)
         self.target = self.checked = None
+
+    async def fetch(self, target: Target) -> None:
+        """Copy a version's files to the engine's machine, if that is another one, before the engine is reloaded.
+
+        Raises:
+            SvcError: the files could not be copied.
+        """
+        await self.watch.unless_dead(self._started.fetch(await self.verification.folder(target)))
 
     async def reload(self, folder: Path) -> None:
         """Replace the engine's weights in place and reset its prefix cache.

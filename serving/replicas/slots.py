@@ -1,7 +1,7 @@
 """Start and find the engines in a home directory by number, and check whether there is memory for more.
 
 Engine numbers are unique across models, and an engine's folder and log are named after its number. The
-rest of the server reaches processes, the machine's memory and its device only through this module.
+rest of the server reaches processes, a Ray cluster, the machine's memory and its device only through this module.
 """
 
 import asyncio
@@ -20,8 +20,11 @@ from svc.engine.vllm.headroom import shortage
 from svc.engine.vllm.launch import EngineSpec
 from svc.engine.vllm.process import EngineProcess
 from svc.errors import EngineError
+from svc.ray_engine.engine import RayEngine
+from svc.ray_engine.machines import RayMachines
+from svc.ray_engine.record import end_actor
 from svc.registry.registry import Registry
-from svc.settings import Settings
+from svc.settings import EngineSettings, Launcher, Settings
 from svc.version import Target
 
 Served = Callable[[], Collection[str]]
@@ -46,12 +49,16 @@ class EngineSlots:
         self._registry = registry
         self._capabilities = capabilities
         self._served = served
+        self._ray = RayMachines(settings, registry.models)
         self._taken: set[int] = set()
         self.turn = asyncio.Lock()
 
     def engine(self, number: int, name: str, model: ServedModel) -> LastingEngine:
         """Return an engine for a model without starting it."""
-        return EngineProcess(self.spec(number, name, model))
+        spec = self.spec(number, name, model)
+        if spec.settings.launcher is Launcher.RAY:
+            return RayEngine(spec, self._ray.placement(spec.settings))
+        return EngineProcess(spec)
 
     def take(self, number: int | None = None) -> int:
         """Reserve a replica number for an engine and return it.
@@ -88,10 +95,14 @@ class EngineSlots:
 
     def end(self, number: int) -> None:
         """Stop the engine with the given number. This blocks for several seconds."""
-        end_engine(state_folder(self.settings.home, number))
+        folder = state_folder(self.settings.home, number)
+        end_engine(folder)
+        end_actor(folder)
 
     def shortage(self, engines: Mapping[Target, int]) -> str | None:
-        """Return a message stating how much memory is missing to start more engines, or None if there is enough.
+        """Return a message stating what is missing to start more engines, or None if there is enough.
+
+        On this machine that is memory, and in a Ray cluster the resources that an engine reserves.
 
         Args:
             engines: number of additional engines per target.
@@ -99,7 +110,10 @@ class EngineSlots:
         Raises:
             NotFoundError, RefusedError, IntegrityError: see serving.replicas.served_model.
         """
-        return shortage([*chain.from_iterable([self._spec_for(target)] * number for target, number in engines.items())])
+        specs = [*chain.from_iterable([self._spec_for(target)] * number for target, number in engines.items())]
+        on_ray = [spec.settings for spec in specs if spec.settings.launcher is Launcher.RAY]
+        here = shortage([spec for spec in specs if spec.settings.launcher is Launcher.LOCAL])
+        return here or (self._ray.shortage(on_ray[0], len(on_ray)) if on_ray else None)
 
     def require_memory(self, targets: Sequence[Target]) -> None:
         """Check that there is enough memory for all engines of the given targets.
@@ -126,7 +140,11 @@ class EngineSlots:
 
     def facts(self, name: str, folder: Path) -> EngineFacts:
         """Return the kind of engine that would serve a model folder under the given name."""
-        return engine_facts(self.settings.engine_for(name), self._capabilities, folder)
+        settings = self.settings.engine_for(name)
+        return engine_facts(settings, self._capabilities_for(settings), folder)
+
+    def _capabilities_for(self, settings: EngineSettings) -> DeviceCapabilities:
+        return self._ray.capabilities(settings) if settings.launcher is Launcher.RAY else self._capabilities
 
     def _spec_for(self, target: Target) -> EngineSpec:
         name = target.version.name
@@ -134,7 +152,7 @@ class EngineSlots:
 
     def spec(self, number: int, name: str, model: ServedModel) -> EngineSpec:
         """Return the specification for starting an engine that serves a model under `name`."""
-        home, served = self.settings.home, {*self._served(), name}
+        home, served, settings = self.settings.home, {*self._served(), name}, self.settings.engine_for(name)
         return EngineSpec(
             model=model.folder,
             served_name=name,
@@ -142,8 +160,8 @@ class EngineSlots:
             state=state_folder(home, number),
             log=home / "logs" / f"engine-{number}.log",
             cache=home / "cache" / "vllm",
-            capabilities=self._capabilities,
-            settings=self.settings.engine_for(name),
+            capabilities=self._capabilities_for(settings),
+            settings=settings,
             template_kwargs=model.template_kwargs,
             lora=model.lora,
             engines=sum(self.settings.engine_for(each).replica_range.max for each in served),

@@ -156,6 +156,8 @@ class EngineChange:
             self.names.serve(change.target)
 
     async def _in_place(self, change: SwapInProgress, engine: Replica) -> Result:
+        if not change.plan.restart:
+            await change.cancellation.interrupting(engine.fetch(change.target))
         async with self._without(change, engine):
             if replaced := await self._emptied(change, engine):
                 return replaced

@@ -22,6 +22,7 @@ import httpx
 
 from svc.dataset.schema.example import Message
 from svc.dataset.schema.tool_calls import message_text
+from svc.engine.address import EngineAddress, TlsAddress
 from svc.engine.error_text import told_error
 from svc.errors import EngineError
 from svc.model_folder.weight_files import weight_files
@@ -87,15 +88,28 @@ class Answer:
         return statistics.fmean(of_text) if of_text else None
 
 
-def socket_transport(socket: Path, *, max_connections: int | None) -> httpx.AsyncHTTPTransport:
-    """Return an HTTP transport that opens a new connection to an engine's Unix socket for each request.
+def engine_transport(address: EngineAddress, *, max_connections: int | None) -> httpx.AsyncHTTPTransport:
+    """Return an HTTP transport that opens a new connection to an engine for each request.
 
     vLLM closes connections that are idle for 5 seconds. If a request were sent at that moment, it would look
     as if the engine had died.
     """
     limits = httpx.Limits(max_connections=max_connections, max_keepalive_connections=0)
+    if isinstance(address, TlsAddress):
+        return httpx.AsyncHTTPTransport(limits=limits, verify=address.context)
     no_tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # the default would read unneeded certificates: 30 ms
-    return httpx.AsyncHTTPTransport(uds=str(socket), limits=limits, verify=no_tls)
+    return httpx.AsyncHTTPTransport(uds=str(address), limits=limits, verify=no_tls)
+
+
+def engine_http(address: EngineAddress) -> httpx.AsyncClient:
+    """Return an HTTP client whose requests go to an engine."""
+    url = f"https://{_bracketed(address.host)}:{address.port}" if isinstance(address, TlsAddress) else "http://engine"
+    transport = engine_transport(address, max_connections=_CONNECTIONS)
+    return httpx.AsyncClient(transport=transport, base_url=url, timeout=_timeout(_TIMEOUT_S))
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 class EngineClient:
@@ -115,11 +129,9 @@ class EngineClient:
         self._id_prefix = id_prefix
 
     @classmethod
-    def over_socket(cls, socket: Path, model: str) -> "EngineClient":
-        """Return a client for the engine that listens on a Unix socket."""
-        transport = socket_transport(socket, max_connections=_CONNECTIONS)
-        http = httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=_timeout(_TIMEOUT_S))
-        return cls(http, model)
+    def of(cls, address: EngineAddress, model: str) -> "EngineClient":
+        """Return a client for the engine at an address."""
+        return cls(engine_http(address), model)
 
     def with_ids(self, prefix: str) -> "EngineClient":
         """Return a client that uses a different request id prefix.
@@ -245,16 +257,20 @@ class EngineClient:
 
         return await self._post("/v1/completions", body | {"prompt_logprobs": likeliest}, read)
 
-    async def reload_weights(self, folder: Path) -> None:
+    async def reload_weights(self, folder: Path, *, there: Path | None = None) -> None:
         """Replace the weights in place. The engine stops if the reload fails, so check the files first.
 
         The timeout is long enough for slow storage. To notice sooner that the engine has died, watch the engine
         during the reload.
 
+        Args:
+            folder: the model folder on this machine.
+            there: path of the same folder on the engine's machine; default: the same path.
+
         Raises:
             EngineError: the engine did not load the weights.
         """
-        body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        body = {"method": "reload_weights", "kwargs": {"weights_path": str(there or folder)}}
         timeout_s = await asyncio.to_thread(_reload_timeout_s, folder)
         await self._request("POST", "/collective_rpc", body, timeout_s=timeout_s)
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from svc.engine.address import EngineAddress
 from svc.engine.client import EngineClient
 from svc.engine.engine_capabilities import EngineCapabilities
 from svc.engine.state import EnginePhase
@@ -40,8 +41,8 @@ class LastingEngine(Engine, Protocol):
     """An engine that serves clients, outlives its server, and can be adopted by the next server."""
 
     @property
-    def socket(self) -> Path:
-        """The Unix socket on which the engine serves clients once it has been started or adopted."""
+    def address(self) -> EngineAddress:
+        """The address at which the engine serves clients once it has been started or adopted."""
 
     @property
     def plan(self) -> list[dict[str, Any]] | None:
@@ -58,6 +59,13 @@ class LastingEngine(Engine, Protocol):
 
     async def adopt(self) -> None:
         """Adopt the engine found by `orphan_holds` instead of starting a new one."""
+
+    async def fetch(self, folder: Path) -> None:
+        """Copy a model folder to the engine's machine, if that is another one, so that a reload is fast.
+
+        Raises:
+            SvcError: the files could not be copied.
+        """
 
     async def record(self, holds: str | None) -> None:
         """Record for a later server what the engine has loaded. Pass None if that is unknown.

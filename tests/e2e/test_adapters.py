@@ -102,7 +102,7 @@ def test_adapter_scores_prompts_while_requests_run(instance: Instance, own: Text
     examples = read_examples(DATA / "heldout.jsonl")[:24]
 
     async def run() -> tuple[list[Any], list[Any]]:
-        async with EngineClient.over_socket(socket_folder(instance.home, number) / SOCKET_FILE, "tiny") as engine:
+        async with EngineClient.of(socket_folder(instance.home, number) / SOCKET_FILE, "tiny") as engine:
             names = {name.partition("#")[0]: name for name in await engine.adapters()}
             adapter = engine.named(names[TWO])
             prompts = [await engine.prompt_tokens(example.messages) for example in examples]

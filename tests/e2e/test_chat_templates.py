@@ -74,7 +74,7 @@ async def prompt_length(engine: EngineProcess, example: ChatExample) -> int:
     """Return the number of prompt tokens that the engine counts for a client's request."""
     tools = {"tools": [json.loads(tool) for tool in example.tools], "tool_choice": "none"} if example.tools else {}
     body = {"model": "tiny", "messages": [message.spoken() for message in example.prompt], "max_tokens": 1, **tools}
-    with closing(EngineConnections(engine.socket, silence_s=600)) as http:
+    with closing(EngineConnections(engine.address, silence_s=600)) as http:
         async with http.post("/v1/chat/completions", json.dumps(body).encode(), "test") as answer:
             assert answer.status == 200
             return int(json.loads(await answer.read())["usage"]["prompt_tokens"])

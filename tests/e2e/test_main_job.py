@@ -124,7 +124,7 @@ def test_live_answer_gets_the_engines_score_of_its_text(server: Server) -> None:
             return session.scalar(mine)
 
     async def score_again() -> float:
-        async with EngineClient.over_socket(socket_folder(server.home, 0) / SOCKET_FILE, "tiny") as engine:
+        async with EngineClient.of(socket_folder(server.home, 0) / SOCKET_FILE, "tiny") as engine:
             return await mean_logprob(engine, await engine.prompt_tokens(messages), (await engine.tokens(text))[:8])
 
     assert _wait_for(score) == pytest.approx(asyncio.run(score_again()), abs=0.01)

@@ -22,7 +22,7 @@ from serving.router import Router
 from serving.telemetry.deployment_metrics import DeploymentInstruments
 from serving.telemetry.metrics import GatewayMetrics
 from svc.access.authenticator import Authenticator
-from svc.engine.client import socket_transport
+from svc.engine.client import engine_transport
 from svc.engine.probes import EngineFacts
 from svc.engine.state import EngineState
 from svc.identity.principal import Principal
@@ -185,7 +185,7 @@ class Control:
         )
         parts.request_log.start()
         socket = self.sockets / "gateway.sock"
-        transport = socket_transport(socket, max_connections=None)
+        transport = engine_transport(socket, max_connections=None)
         async with (
             running(watched(parts.app), socket, ClientsProtocol),
             httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=20) as client,

@@ -134,12 +134,12 @@ class DoubleEngine:
         self._park = park
         self.replica = replica
         self.model = model
-        self.socket = park.sockets / f"engine-{replica}.sock"
+        self.address = park.sockets / f"engine-{replica}.sock"
         self.holds: str | None = None
         self.double = EngineDouble(weights=str(model.folder), name=name, label=lambda folder: Path(folder).parent.name)
         park.prepare(self.double)
         self.double.die = self.kill
-        self.client = EngineClient.over_socket(self.socket, name)
+        self.client = EngineClient.of(self.address, name)
         self.plan: list[dict[str, Any]] | None = PLAN
         self._server: SocketServer | None = None
         self._ended = asyncio.Event()
@@ -175,7 +175,7 @@ class DoubleEngine:
             self._park.failing_starts = max(0, self._park.failing_starts - 1)
             self.kill()
             raise EngineError("vLLM exited with code 1 before it was ready: no memory")
-        server = SocketServer(self.double, self.socket)
+        server = SocketServer(self.double, self.address)
         try:
             await server.start()
         finally:  # it listens, even if the start was cancelled
@@ -195,6 +195,9 @@ class DoubleEngine:
         self.double.die = self.kill
         orphan.alive = False
         self._park.engines.append(self)
+
+    async def fetch(self, folder: Path) -> None:
+        """Do nothing, because the double reads no files."""
 
     async def record(self, holds: str | None) -> None:
         """Record the version that the engine holds."""

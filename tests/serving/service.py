@@ -29,7 +29,7 @@ from serving.telemetry.deployment_metrics import DeploymentInstruments, Deployme
 from serving.telemetry.engine_metrics import EngineSource
 from serving.telemetry.metrics import GatewayMetrics
 from svc.access.authenticator import Authenticator
-from svc.engine.client import EngineClient, socket_transport
+from svc.engine.client import EngineClient, engine_transport
 from svc.engine.vllm.connection_pool import EngineConnections
 from svc.identity.principal import Principal
 from svc.registry.registry import Registry
@@ -242,7 +242,7 @@ class Service:
         socket = self.folder / "engine.sock"
         async with (
             running_engine(self.double, socket) as self.engine,
-            EngineClient.over_socket(socket, NAME) as self.engine_client,
+            EngineClient.of(socket, NAME) as self.engine_client,
             connections(socket, silence_s=self.silence_s) as self.http,
         ):
             self.load(ONE)
@@ -280,7 +280,7 @@ class Service:
     async def socket_client(self) -> AsyncIterator[httpx.AsyncClient]:
         """Yield a client that reaches the application through a real server, with real streams and connections."""
         socket = self.folder / "gateway.sock"
-        transport = socket_transport(socket, max_connections=None)
+        transport = engine_transport(socket, max_connections=None)
         async with (
             running(watched(self.app), socket, ClientsProtocol),
             httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=20) as client,

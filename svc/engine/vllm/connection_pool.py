@@ -6,12 +6,11 @@ behind streams. No library is used, because the fastest one takes three times as
 """
 
 import asyncio
-import socket as sockets
 from collections.abc import Coroutine
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from svc.engine.address import EngineAddress, TlsAddress, connect_to_socket
 from svc.engine.vllm.connection import (
     BrokenConnectionError,
     EngineConnection,
@@ -22,7 +21,6 @@ from svc.engine.vllm.connection import (
 _CONNECT_TIMEOUT_S = 5.0
 """Maximum time to wait for a connection, in seconds. A local socket connects immediately, unless hundreds of
 connections are waiting for the engine to accept them."""
-_CONNECT_PAUSE_S = 0.005
 _IDLE_S = 3.0
 """Time after which an idle connection is closed, in seconds. It must be shorter than the 5 seconds after which
 vLLM closes an idle connection (VLLM_HTTP_TIMEOUT_KEEP_ALIVE)."""
@@ -34,15 +32,15 @@ class EngineConnections:
     """A pool of connections to an engine. It opens as many as there are concurrent requests, which the gateway limits.
 
     Args:
-        socket: the engine's Unix socket.
+        address: the engine's Unix socket, or its port on another machine.
         silence_s: maximum time to wait for the next bytes of a response, in seconds.
 
     Attributes:
         is_closed: whether the pool has been closed and accepts no more requests.
     """
 
-    def __init__(self, socket: Path, *, silence_s: float) -> None:
-        self._socket = str(socket)
+    def __init__(self, address: EngineAddress, *, silence_s: float) -> None:
+        self._address = address
         self._silence_s = silence_s
         self._open: set[EngineConnection] = set()
         self._idle: list[EngineConnection] = []  # the most recently used is the last
@@ -96,19 +94,32 @@ class EngineConnections:
         """
         try:
             async with asyncio.timeout(_CONNECT_TIMEOUT_S):
-                connected = await _connected(self._socket)
-                try:
-                    _, connection = await asyncio.get_running_loop().create_unix_connection(
-                        lambda: EngineConnection(self._silence_s, self._open), sock=connected
-                    )
-                except BaseException:
-                    connected.close()
-                    raise
+                connection = await self._connected(self._address)
         except OSError as error:  # includes TimeoutError
             raise UnreachableError(f"cannot connect to the engine: {error!r}") from error
         if self.is_closed:
             connection.close()
             raise UnreachableError("the connections to this engine were closed")
+        return connection
+
+    async def _connected(self, address: EngineAddress) -> EngineConnection:
+        loop = asyncio.get_running_loop()
+
+        def new() -> EngineConnection:
+            return EngineConnection(self._silence_s, self._open)
+
+        if isinstance(address, TlsAddress):
+            # The certificate identifies the engine, not a host name.
+            _, connection = await loop.create_connection(
+                new, address.host, address.port, ssl=address.context, server_hostname=""
+            )
+            return connection
+        connected = await connect_to_socket(str(address))
+        try:
+            _, connection = await loop.create_unix_connection(new, sock=connected)
+        except BaseException:
+            connected.close()
+            raise
         return connection
 
     def give_back(self, connection: EngineConnection) -> None:
@@ -236,27 +247,3 @@ class EngineAnswer:
             if size > _MAX_BODY_BYTES:
                 raise MalformedAnswerError(f"the engine's response has more than {_MAX_BODY_BYTES} bytes")
         return b"".join(parts)
-
-
-async def _connected(path: str) -> sockets.socket:
-    """Connect a socket to the engine, waiting while the engine's backlog is full.
-
-    asyncio's `sock_connect` would treat a socket as connected even if the kernel rejected it because of a
-    full backlog.
-
-    Raises:
-        OSError: no process is listening.
-    """
-    connecting = sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM)
-    try:
-        connecting.setblocking(False)
-        while True:
-            try:
-                connecting.connect(path)
-            except BlockingIOError:
-                await asyncio.sleep(_CONNECT_PAUSE_S)
-            else:
-                return connecting
-    except BaseException:
-        connecting.close()
-        raise

@@ -201,7 +201,7 @@ def launch_digest(spec: EngineSpec) -> str:
     """
     # The number of engines that share a GPU is part of the launch, unless the share is given.
     shares = spec.device is Device.CUDA and spec.settings.gpu_memory_share is None
-    without = {"start_timeout_s", "gptq_kernel"} if shares else {"start_timeout_s", "gptq_kernel", "replicas"}
+    without = {"launcher", "start_timeout_s", "gptq_kernel"} | (set() if shares else {"replicas"})
     settings, capabilities = spec.settings.model_dump(mode="json", exclude=without), spec.capabilities
     parts: list[Any] = [capabilities.engine_device.value, capabilities.vllm, spec.served_name, settings]
     # Only choices by the machine: those by the model follow from the engine's content.

@@ -51,7 +51,7 @@ class EngineProcess:
 
     def __init__(self, spec: EngineSpec) -> None:
         self.spec = spec
-        self.client = EngineClient.over_socket(spec.socket, spec.served_name)
+        self.client = EngineClient.of(spec.socket, spec.served_name)
         self.plan: list[dict[str, Any]] | None = None
         self._child: subprocess.Popen[bytes] | None = None
         self._process: psutil.Process | None = None
@@ -60,7 +60,7 @@ class EngineProcess:
         self._has_backup = False
 
     @property
-    def socket(self) -> Path:
+    def address(self) -> Path:
         """The Unix socket on which the engine listens."""
         return self.spec.socket
 
@@ -165,6 +165,9 @@ class EngineProcess:
             self._watch(self._process.pid)
         except ProcessLookupError:
             raise EngineError(f"the engine in {self.spec.state} has just exited", todo="start a new engine") from None
+
+    async def fetch(self, folder: Path) -> None:
+        """Do nothing, because the engine reads this machine's files."""
 
     async def record(self, holds: str | None) -> None:
         """Record for a later server what the engine has loaded. Pass None if that is unknown.

@@ -218,17 +218,17 @@ async def test_health_is_determined_by_response_status(status: int, health: Heal
 
 
 async def test_engine_that_stopped_listening_is_dead(tmp_path: Path) -> None:
-    async with EngineClient.over_socket(tmp_path / "engine.sock", "tuned") as client:
+    async with EngineClient.of(tmp_path / "engine.sock", "tuned") as client:
         assert await client.health() is Health.DEAD
 
 
 async def test_missing_engine_is_unhealthy(tmp_path: Path) -> None:
-    async with EngineClient.over_socket(tmp_path / "none.sock", "tuned") as client:
+    async with EngineClient.of(tmp_path / "none.sock", "tuned") as client:
         assert not await client.healthy()
 
 
 async def test_request_to_a_missing_engine_raises_engine_error(tmp_path: Path) -> None:
-    async with EngineClient.over_socket(tmp_path / "none.sock", "tuned") as client:
+    async with EngineClient.of(tmp_path / "none.sock", "tuned") as client:
         with pytest.raises(EngineError, match="the engine did not respond to /v1/chat/completions"):
             await client.chat(PROMPT, max_tokens=1)
 
@@ -295,7 +295,7 @@ async def test_engine_closing_a_reused_connection_is_not_reported_dead(tmp_path:
 
     socket = tmp_path / "engine.sock"
     server = await asyncio.start_unix_server(answer_once, socket)
-    async with EngineClient.over_socket(socket, "tuned") as client:
+    async with EngineClient.of(socket, "tuned") as client:
         assert [await client.tokens("text") for _ in range(3)] == [[1]] * 3
     server.close()
 

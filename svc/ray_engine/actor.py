@@ -1,0 +1,58 @@
+"""The Ray actor of an engine. It only starts `EngineNode` in a thread of its own, and tells where it listens.
+
+Ray never restarts an actor: the server's reviver does, which knows what to load and when. The actor of a server that
+was killed lives on, with its engine, until the next server adopts or stops it.
+"""
+
+import asyncio
+import os
+import threading
+from concurrent.futures import Future
+from pathlib import Path
+
+from svc.ray_engine.identity import make_identity
+from svc.ray_engine.node import EngineNode
+
+Listening = tuple[str, int, str]
+"""Address of the machine, port for commands, and certificate of the actor as PEM text."""
+
+
+class EngineActor:
+    """An engine of a server.
+
+    Args:
+        name: name of the actor.
+        folder: see `RaySettings.folder`.
+        peer: certificate of the server as PEM text.
+    """
+
+    def __init__(self, name: str, folder: str, peer: str) -> None:
+        os.environ.pop("OMP_NUM_THREADS", None)  # Ray sets it to the actor's CPUs; the engine's plan decides
+        self._listening: Future[Listening] = Future()
+        threading.Thread(target=self._run, args=(name, folder, peer), daemon=True).start()
+
+    def listening(self) -> Listening:
+        """Return where the engine is to be found."""
+        return self._listening.result(timeout=60)
+
+    def _run(self, name: str, folder: str, peer: str) -> None:
+        import uvloop
+
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(self._serve(name, Path(folder).expanduser(), peer))
+        os._exit(0)  # the actor has no use any more; this frees its resources
+
+    async def _serve(self, name: str, folder: Path, peer: str) -> None:
+        import ray
+
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            host, identity = str(ray.util.get_node_ip_address()), make_identity()  # type: ignore[no-untyped-call]
+            node = EngineNode(name, folder, host, identity, peer)
+            listener, port = await node.listen()
+        except BaseException as error:
+            self._listening.set_exception(error)
+            raise
+        self._listening.set_result((host, port, identity.certificate))
+        async with listener:
+            await node.finished()

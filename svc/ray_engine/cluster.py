@@ -1,0 +1,342 @@
+"""Places and ends actors in a Ray cluster, and asks it for the machines that an engine fits.
+
+Each question runs in a process that lives for a few seconds, as `python -m svc.ray_engine.cluster`: a connection to
+Ray brings threads and signal handlers, costs 100 MB, and ends its process when the cluster's head is away for a minute.
+A running engine is used without Ray.
+"""
+
+import asyncio
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from svc.engine.device import DeviceCapabilities
+from svc.errors import EngineError, SvcError
+from svc.ray_engine.messages import Problem
+
+NAMESPACE = "tuneserve"
+_ASK_S = 120.0
+_AUTH_TIMEOUT_S = 5.0
+_END_TIMEOUT_S = 5.0
+_UNAUTHENTICATED = "UNAUTHENTICATED"
+_NODES_METHOD = "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo"
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Need(_Model):
+    """Resources of one engine, by Ray's names. `GPU` and `CPU` are names too."""
+
+    resources: dict[str, float]
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self.resources.items()))
+
+    def fits(self, has: dict[str, float]) -> int:
+        """Return how many engines fit a machine with these resources."""
+        return int(min(has.get(name, 0.0) / amount + 1e-9 for name, amount in self.resources.items()))
+
+
+class Describe(_Model):
+    """Return the capabilities of a machine that has the resources, even if they are in use."""
+
+    do: Literal["describe"] = "describe"
+    needs: tuple[Need, ...]
+    folder: str
+
+
+class Room(_Model):
+    """Return how many engines fit the cluster now."""
+
+    do: Literal["room"] = "room"
+    need: Need
+
+
+class Place(_Model):
+    """Create an actor."""
+
+    do: Literal["place"] = "place"
+    name: str
+    need: Need
+    folder: str
+    peer: str
+    timeout_s: float
+
+
+class End(_Model):
+    """End an actor, if it exists."""
+
+    do: Literal["end"] = "end"
+    name: str
+
+
+class Placed(_Model):
+    """An actor's address and port for commands, and its certificate as PEM text."""
+
+    host: str
+    port: int
+    certificate: str
+
+
+class Described(_Model):
+    """The first needs that a machine of the cluster can meet, and its capabilities."""
+
+    need: Need
+    capabilities: DeviceCapabilities
+
+
+class Answer(_Model):
+    """The answer to a question: one of the attributes is set, or none for `end`."""
+
+    placed: Placed | None = None
+    described: Described | None = None
+    room: int | None = None
+    problem: Problem | None = None
+
+
+Question = Describe | Room | Place | End
+_QUESTION: TypeAdapter[Question] = TypeAdapter(Annotated[Question, Field(discriminator="do")])
+
+
+@dataclass(frozen=True)
+class RayCluster:
+    """A Ray cluster.
+
+    Args:
+        address: see `RaySettings.address`.
+    """
+
+    address: str
+
+    def describe(self, needs: tuple[Need, ...], folder: str) -> Described:
+        """Return the capabilities of the machines for engines. This blocks for seconds, and imports torch there.
+
+        Raises:
+            EngineError: the cluster cannot be reached, has no such machine, or answers without a token.
+        """
+        answer = self._ask(Describe(needs=needs, folder=folder)).described
+        assert answer is not None  # noqa: S101 - the answer to this question
+        return answer
+
+    def room(self, need: Need) -> int:
+        """Return how many engines fit the cluster now. This blocks for seconds."""
+        return self._ask(Room(need=need)).room or 0
+
+    async def place(self, question: Place) -> Placed:
+        """Create an actor, and wait until it runs.
+
+        Raises:
+            EngineError: no machine has the resources in time, or the actor could not start.
+        """
+        answer = (await self._asked(question)).placed
+        assert answer is not None  # noqa: S101 - the answer to this question
+        return answer
+
+    async def end(self, name: str) -> None:
+        """End an actor, if it exists."""
+        await self._asked(End(name=name))
+
+    def end_now(self, name: str) -> None:
+        """End an actor, if it exists. This blocks for seconds."""
+        self._ask(End(name=name))
+
+    async def _asked(self, question: Question) -> Answer:
+        process = self._begin()
+        try:
+            return await asyncio.to_thread(self._finish, process, question)
+        finally:
+            if process.poll() is None:  # cancelled
+                process.kill()
+
+    def _ask(self, question: Question) -> Answer:
+        return self._finish(self._begin(), question)
+
+    def _begin(self) -> "subprocess.Popen[bytes]":
+        command = [sys.executable, "-m", "svc.ray_engine.cluster", self.address]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, process_group=0)
+
+    def _finish(self, process: "subprocess.Popen[bytes]", question: Question) -> Answer:
+        errors = b""
+        timeout_s = _ASK_S + (question.timeout_s if isinstance(question, Place) else 0)
+        try:
+            out, errors = process.communicate(question.model_dump_json().encode(), timeout=timeout_s)
+            answer = Answer.model_validate_json(out)
+        except (subprocess.TimeoutExpired, ValidationError) as error:
+            process.kill()
+            process.wait()
+            last = errors.decode(errors="replace").strip().splitlines() or [type(error).__name__]
+            raise EngineError(
+                f"the Ray cluster {self.address} did not answer: {last[-1][-300:]}",
+                todo="check ray.address and that the cluster runs: ray status",
+            ) from error
+        if answer.problem is not None:
+            raise answer.problem.error()
+        return answer
+
+
+def _answer(address: str, question: Question) -> Answer:
+    match question:
+        case Describe():
+            with _connected(address):
+                return Answer(described=_describe(question))
+        case Room():
+            with _connected(address):
+                return Answer(room=_room(question.need))
+        case Place():
+            with _connected(address):
+                return Answer(placed=_place(question))
+        case End():
+            with _connected(address):
+                _end(question.name)
+                return Answer()
+
+
+@contextmanager
+def _connected(address: str) -> Iterator[None]:
+    os.environ["RAY_AUTH_MODE"] = "token"
+    try:
+        import ray
+    except ImportError as error:
+        raise EngineError("Ray is not installed", todo="pip install 'tuneserve[ray]'") from error
+    try:
+        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:  # Ray raises many kinds
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise EngineError(
+            f"cannot connect to the Ray cluster {address}: {reason}",
+            expected="a running cluster of the same Ray and Python versions, and its token",
+            todo="check ray.address, and RAY_AUTH_TOKEN or ~/.ray/auth_token; `ray status` shows the cluster",
+        ) from error
+    try:
+        _require_token(ray.get_runtime_context().gcs_address)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _require_token(head: str) -> None:
+    """Check that the cluster's head refuses a request without a token.
+
+    Raises:
+        EngineError: it answers, so that anyone who reaches it can run code on the cluster.
+    """
+    import grpc  # type: ignore[import-untyped]
+
+    with grpc.insecure_channel(head) as channel:
+        try:
+            channel.unary_unary(_NODES_METHOD)(b"", timeout=_AUTH_TIMEOUT_S)
+        except grpc.RpcError as error:
+            if error.code().name == _UNAUTHENTICATED or "token" in str(error.details()).lower():
+                return
+            logging.getLogger(__name__).info("the cluster's head refuses plain requests: %s", error.code())
+            return
+    raise EngineError(
+        f"the Ray cluster at {head} answers without a token, so anyone who reaches it can run code on its machines",
+        expected="token authentication, which is Ray's default",
+        todo="restart the cluster with RAY_AUTH_MODE=token: docs.ray.io/en/latest/ray-security/token-auth.html",
+    )
+
+
+def _alive() -> list[dict[str, Any]]:
+    import ray
+
+    return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+
+
+def _describe(question: Describe) -> Described:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from svc.ray_engine.node_capabilities import node_capabilities
+
+    nodes = _alive()
+    for need in question.needs:
+        for node in nodes:
+            if need.fits(node["Resources"]):
+                here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                task = ray.remote(node_capabilities).options(num_cpus=0, scheduling_strategy=here)
+                found = ray.get(task.remote(question.folder), timeout=_ASK_S)
+                return Described(need=need, capabilities=DeviceCapabilities.model_validate_json(found))
+    sizes = "; ".join(str({k: v for k, v in node["Resources"].items() if "node:" not in k}) for node in nodes)
+    raise EngineError(
+        f"no machine of the Ray cluster has {' or '.join(str(need.resources) for need in question.needs)}",
+        expected=f"a machine with these resources; the cluster has {sizes}",
+        todo="change ray.resources or engine.tensor_parallel, or add a machine: an engine needs all its GPUs in one",
+    )
+
+
+def _room(need: Need) -> int:
+    from ray._private.state import available_resources_per_node
+
+    free = available_resources_per_node()  # type: ignore[no-untyped-call]
+    return sum(need.fits(each) for each in free.values())
+
+
+def _place(question: Place) -> Placed:
+    import ray
+    from ray.exceptions import GetTimeoutError, RayActorError
+
+    from svc.ray_engine.actor import EngineActor
+
+    others = {name: amount for name, amount in question.need.resources.items() if name not in ("CPU", "GPU")}
+    options = {
+        "name": question.name,
+        "lifetime": "detached",
+        "max_restarts": 0,
+        "num_cpus": question.need.resources.get("CPU", 0),
+        "num_gpus": question.need.resources.get("GPU", 0),
+        "resources": others,
+    }
+    remote: Any = ray.remote(EngineActor)
+    actor = remote.options(**options).remote(question.name, question.folder, question.peer)
+    try:
+        host, port, certificate = ray.get(actor.listening.remote(), timeout=question.timeout_s)
+    except GetTimeoutError:
+        ray.kill(actor)
+        raise EngineError(
+            f"no machine of the Ray cluster had {question.need.resources} free for {question.timeout_s:.0f} s",
+            todo="free resources, add a machine, or raise ray.place_timeout_s: `ray status` shows what is in use",
+        ) from None
+    except RayActorError as error:
+        raise EngineError(f"the actor {question.name} could not start: {error}") from error
+    return Placed(host=host, port=port, certificate=certificate)
+
+
+def _end(name: str) -> None:
+    import ray
+    from ray.exceptions import RayError
+
+    try:
+        actor = ray.get_actor(name)
+    except ValueError:
+        return
+    ray.kill(actor)
+    try:
+        ray.get(actor.listening.remote(), timeout=_END_TIMEOUT_S)
+    except RayError:  # it is dead, or its machine is
+        return
+
+
+def _main() -> None:
+    # Ray and what it imports write to standard output.
+    answer_to = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    try:
+        answer = _answer(sys.argv[1], _QUESTION.validate_json(sys.stdin.buffer.read()))
+    except SvcError as error:
+        answer = Answer(problem=Problem(wrong=error.wrong, expected=error.expected, todo=error.todo))
+    os.write(answer_to, answer.model_dump_json().encode())
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,31 @@
+"""Stops an engine when its actor has died, however it died.
+
+Ray kills an actor's process group, but an engine is a group of its own, and its core survives a killed API server. The
+guard is a shell that waits for the end of a pipe of which only the actor has the other side.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from svc.engine.orphans import end_engine
+
+_WAIT = 'read -r _ || exec "$@"'
+"""A line in the pipe tells the guard to leave; its end, when the actor dies, tells it to stop the engine."""
+
+
+class Guard:
+    """A guard of the engine whose lock and record are in a folder."""
+
+    def __init__(self, state: Path) -> None:
+        command = ["sh", "-c", _WAIT, "sh", sys.executable, "-m", "svc.ray_engine.guard", str(state)]
+        # In a session of its own, Ray does not kill it together with the actor.
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+
+    def dismiss(self) -> None:
+        """Let the guard leave, because the engine has been stopped."""
+        self._process.communicate(b"\n")
+
+
+if __name__ == "__main__":
+    end_engine(Path(sys.argv[1]))

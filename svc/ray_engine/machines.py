@@ -1,0 +1,98 @@
+"""Derives from the settings what engines need of a Ray cluster, and asks the cluster whether it has that."""
+
+import threading
+from importlib.util import find_spec
+from pathlib import Path
+
+from svc.engine.device import DeviceCapabilities
+from svc.engine.vllm.engine_args import given
+from svc.errors import SettingsError
+from svc.ray_engine.cluster import Described, Need, RayCluster
+from svc.ray_engine.engine import Placement
+from svc.settings import Device, EngineSettings, Launcher, Settings
+
+
+class RayMachines:
+    """The machines of a Ray cluster, as far as they fit engines.
+
+    Args:
+        models: the registry's folder on this machine.
+    """
+
+    def __init__(self, settings: Settings, models: Path) -> None:
+        self._settings = settings
+        self._models = models
+        self._cluster = RayCluster(settings.ray.address)
+        self._described: dict[tuple[Need, ...], Described] = {}
+        self._asking = threading.Lock()
+
+    def check(self) -> None:
+        """Check that engines can run in the cluster, if any model's are configured to. This can take several seconds.
+
+        Raises:
+            SettingsError: a setting or package is missing.
+            EngineError: the cluster cannot be reached, or has no machine for an engine.
+        """
+        settings = self._settings
+        every = [settings.engine, *(settings.engine_for(name) for name in settings.models)]
+        used = [each for each in every if each.launcher is Launcher.RAY]
+        if not used:
+            return
+        if settings.artifacts.url is None:
+            raise SettingsError(
+                "engine.launcher is ray, but artifacts.url is not set, from which other machines get the versions",
+                expected="s3://bucket/prefix, or file:///path on a file system that all machines share",
+                todo="set artifacts.url, and upload the versions that are only here: svc models push NAME@N",
+            )
+        if find_spec("ray") is None:
+            raise SettingsError("engine.launcher is ray, but Ray is not installed", todo="pip install 'tuneserve[ray]'")
+        for each in used:
+            self._describe(each)
+
+    def placement(self, settings: EngineSettings) -> Placement:
+        """Return where an engine with these settings runs. See `check` for errors and duration."""
+        ray = self._settings.ray
+        return Placement(
+            cluster=self._cluster,
+            need=self._describe(settings).need,
+            folder=ray.folder,
+            place_timeout_s=ray.place_timeout_s,
+            artifacts=self._settings.artifacts.url or "",
+            models=self._models,
+        )
+
+    def capabilities(self, settings: EngineSettings) -> DeviceCapabilities:
+        """Return the capabilities of the machines for such engines. See `check` for errors and duration."""
+        return self._describe(settings).capabilities
+
+    def shortage(self, settings: EngineSettings, engines: int) -> str | None:
+        """Return a message if the cluster has no room for more engines now, or None if it has. This takes seconds."""
+        need = self._describe(settings).need
+        room = self._cluster.room(need)
+        if room >= engines:
+            return None
+        return f"{engines} more engines need {need.resources} each, and the Ray cluster has room for {room}"
+
+    def _describe(self, settings: EngineSettings) -> Described:
+        needs = self._needs(settings)
+        with self._asking:
+            if needs not in self._described:
+                self._described[needs] = self._cluster.describe(needs, self._settings.ray.folder)
+            return self._described[needs]
+
+    def _needs(self, settings: EngineSettings) -> tuple[Need, ...]:
+        """Return what an engine needs: a machine with these resources or, if there is none, with the next."""
+        if self._settings.ray.resources:
+            return (Need(resources=self._settings.ray.resources),)
+        backend = given(settings.args, "--distributed-executor-backend")
+        if backend == "ray":
+            raise SettingsError(
+                "engine.args asks for vLLM's own Ray executor, but an engine runs on one machine of the cluster",
+                expected="as many GPUs in one machine as the model needs",
+                todo="remove --distributed-executor-backend from engine.args",
+            )
+        stages = given(settings.args, "--pipeline-parallel-size", "-pp") or "1"
+        gpus = (settings.tensor_parallel or 1) * (int(stages) if stages.isdecimal() else 1)
+        on_gpu, on_cpu = Need(resources={"GPU": gpus}), Need(resources={"CPU": settings.cores or 1})
+        by_device = {Device.CPU: (on_cpu,), Device.CUDA: (on_gpu,), Device.AUTO: (on_gpu, on_cpu)}
+        return by_device[settings.device]

@@ -1,0 +1,160 @@
+"""Messages between a server and an engine's actor: one JSON object per line, over TLS.
+
+The server sends commands. The actor replies to each, and reports phases of a start, its engine's figures once per
+second, and the engine's end.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from svc.engine.device import DeviceCapabilities
+from svc.engine.state import EnginePhase
+from svc.engine.vllm.lora import LoraSlots
+from svc.errors import EngineError, IntegrityError, SvcError
+from svc.model_folder.chat_template import TemplateKwargs
+from svc.settings import EngineSettings
+from svc.version import Format
+
+BEAT_S = 1.0
+"""Seconds between two reports of an actor."""
+SILENCE_S = 8.0
+"""Seconds without a report after which an actor counts as lost. A process that ends closes its connection immediately;
+only a machine or network that fails is silent."""
+MAX_LINE = 2**20
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelFiles(_Message):
+    """A model folder.
+
+    Attributes:
+        version: name and number of a version in the artifact store, with its format; None for any other folder,
+            which must have the same path on every machine.
+        path: the folder's path on the server's machine.
+    """
+
+    version: tuple[str, int] | None
+    format: Format | None
+    path: Path
+
+
+class Start(_Message):
+    """Start the engine.
+
+    Attributes:
+        artifacts: URL of the artifact store.
+        capabilities: capabilities that the actor's machine must have, because the server derived probes and options
+            from them.
+        others: see `EngineSpec`.
+    """
+
+    do: Literal["start"] = "start"
+    artifacts: str
+    model: ModelFiles
+    capabilities: DeviceCapabilities
+    served_name: str
+    settings: EngineSettings
+    template_kwargs: TemplateKwargs | None
+    lora: LoraSlots | None
+    idles: bool
+
+
+class Fetch(_Message):
+    """Download a model folder, verify it, and reply with its path on the actor's machine."""
+
+    do: Literal["fetch"] = "fetch"
+    artifacts: str
+    model: ModelFiles
+
+
+class Simple(_Message):
+    """A command without arguments. `hello` replies with the state of the engine; `stop` stops it and ends the actor."""
+
+    do: Literal["hello", "sleep", "wake", "stop"]
+
+
+Command = Annotated[Start | Fetch | Simple, Field(discriminator="do")]
+
+
+class Request(_Message):
+    """A command and the number that its reply repeats."""
+
+    id: int
+    command: Command
+
+
+class Problem(_Message):
+    """An error, which becomes an `EngineError` or `IntegrityError` at the server."""
+
+    wrong: str
+    expected: str = ""
+    todo: str = ""
+    integrity: bool = False
+
+    @classmethod
+    def of(cls, error: Exception, node: str) -> "Problem":
+        """Return an error as a message that names the machine."""
+        if not isinstance(error, SvcError):
+            return cls(wrong=f"on {node}: {error!r}")
+        integrity = isinstance(error, IntegrityError)
+        return cls(wrong=f"on {node}: {error.wrong}", expected=error.expected, todo=error.todo, integrity=integrity)
+
+    def error(self) -> SvcError:
+        """Return the error."""
+        kind = IntegrityError if self.integrity else EngineError
+        return kind(self.wrong, expected=self.expected, todo=self.todo)
+
+
+class Reply(_Message):
+    """A reply to a command.
+
+    Attributes:
+        problem: why the command failed, or None.
+        port: port of the running engine, or None.
+        plan: launch options of the running engine, see `EnginePlan.rows`.
+        path: path of a fetched folder.
+    """
+
+    kind: Literal["reply"] = "reply"
+    id: int
+    problem: Problem | None = None
+    port: int | None = None
+    plan: list[dict[str, Any]] | None = None
+    path: Path | None = None
+
+
+class Phase(_Message):
+    """A phase of the engine's start."""
+
+    kind: Literal["phase"] = "phase"
+    phase: EnginePhase
+
+
+class Beat(_Message):
+    """Figures of the engine: see `Engine` for their meaning."""
+
+    kind: Literal["beat"] = "beat"
+    memory: int | None = None
+    processor_s: float = 0.0
+    front_s: float | None = None
+
+
+class Ended(_Message):
+    """The engine has exited."""
+
+    kind: Literal["ended"] = "ended"
+    code: int | None
+
+
+Report = Annotated[Reply | Phase | Beat | Ended, Field(discriminator="kind")]
+REPORT: TypeAdapter[Reply | Phase | Beat | Ended] = TypeAdapter(Report)
+
+
+def line(message: _Message) -> bytes:
+    """Return a message as a line."""
+    return message.model_dump_json().encode() + b"\n"
