@@ -174,7 +174,9 @@ class ReplicaRange(_Section):
 
 
 class RaySettings(_Section):
-    """Settings of the Ray cluster that `svc train --on ray` uses. See docs/ray.md."""
+    """Settings of the Ray cluster that `svc train --on ray` and engines with `engine.launcher: ray` use. See
+    docs/ray.md.
+    """
 
     address: str | None = Field(
         None,
@@ -182,19 +184,20 @@ class RaySettings(_Section):
         "variable RAY_ADDRESS",
     )
     gpu_type: str | None = Field(
-        None, description="type of the GPUs to train on, as Ray names it, such as `H100`; default: any"
+        None, description="type of the GPUs to use, as Ray names it, such as `H100`; default: any"
     )
-    cpus: int = Field(1, ge=1, description="CPU cores that each worker reserves")
+    cpus: int = Field(1, ge=1, description="CPU cores that each worker reserves, and each engine without GPUs")
     folder: AbsolutePath = Field(
         Path("~/.cache/tuneserve/ray"),
         validate_default=True,
-        description="folder of each node for base models and for checkpoints of unfinished training runs",
+        description="folder of each node for base models, checkpoints of unfinished training runs, and versions that "
+        "are served",
     )
     wait_s: float = Field(
         10.0,
         gt=0,
-        description="maximum wait for free resources before a training starts, in seconds; longer if the cluster adds "
-        "nodes as needed",
+        description="maximum wait for free resources before a training or an engine starts, in seconds; longer if the "
+        "cluster adds nodes as needed",
     )
 
 
@@ -252,28 +255,6 @@ class EngineSettings(_Section):
         """Limits of the number of replicas, which are equal if the number is fixed."""
         fixed = self.replicas
         return fixed if isinstance(fixed, ReplicaRange) else ReplicaRange(min=fixed, max=fixed)
-
-
-class RaySettings(_Section):
-    """Settings of the Ray cluster for engines with `engine.launcher: ray`. See docs/ray.md."""
-
-    address: str = Field(
-        "auto",
-        description="address of the cluster: `host:6379`, `ray://host:10001` for a machine outside of it, or `auto`, "
-        "which is the environment variable RAY_ADDRESS or else the cluster that this machine belongs to",
-    )
-    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(
-        {},
-        description="resources of an engine, by Ray's names, such as `{GPU: 2, 'accelerator_type:H100': 0.001}`; "
-        "default: `engine.tensor_parallel` GPUs, or one; without GPUs `engine.cores` CPUs, or one",
-    )
-    folder: str = Field(
-        "~/.cache/tuneserve/engines",
-        description="folder on the cluster's machines for versions, logs and compiled kernels",
-    )
-    place_timeout_s: float = Field(
-        60.0, gt=0, description="maximum time until a machine of the cluster has the resources of an engine, in seconds"
-    )
 
 
 class AdapterSettings(_Section):
@@ -814,7 +795,6 @@ class Settings(BaseSettings):
     artifacts: ArtifactSettings = ArtifactSettings()
     ray: RaySettings = RaySettings()
     engine: EngineSettings = EngineSettings()
-    ray: RaySettings = RaySettings()
     adapters: AdapterSettings = AdapterSettings()
     serve: ServeSettings = ServeSettings()
     request_limits: RequestLimits = RequestLimits()

@@ -91,7 +91,7 @@ def _main() -> None:
         else:
             cluster.remove_node(nodes.pop(name), allow_graceful=command == "remove")
         answer(None)
-    cluster.shutdown()  # type: ignore[no-untyped-call]
+    cluster.shutdown()
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ class EngineActor:
 
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            host, identity = str(ray.util.get_node_ip_address()), make_identity()  # type: ignore[no-untyped-call]
+            host, identity = str(ray.util.get_node_ip_address()), make_identity()
             node = EngineNode(name, folder, host, identity, peer)
             listener, port = await node.listen()
         except BaseException as error:

@@ -250,7 +250,7 @@ def _require_token(head: str) -> None:
 def _alive() -> list[dict[str, Any]]:
     import ray
 
-    return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    return [node for node in ray.nodes() if node["Alive"]]
 
 
 def _describe(question: Describe) -> Described:
@@ -271,14 +271,14 @@ def _describe(question: Describe) -> Described:
     raise EngineError(
         f"no machine of the Ray cluster has {' or '.join(str(need.resources) for need in question.needs)}",
         expected=f"a machine with these resources; the cluster has {sizes}",
-        todo="change ray.resources or engine.tensor_parallel, or add a machine: an engine needs all its GPUs in one",
+        todo="change ray.gpu_type, ray.cpus or engine.tensor_parallel, or add a machine: its GPUs are in one",
     )
 
 
 def _room(need: Need) -> int:
     from ray._private.state import available_resources_per_node
 
-    free = available_resources_per_node()  # type: ignore[no-untyped-call]
+    free = available_resources_per_node()
     return sum(need.fits(each) for each in free.values())
 
 
@@ -305,7 +305,7 @@ def _place(question: Place) -> Placed:
         ray.kill(actor)
         raise EngineError(
             f"no machine of the Ray cluster had {question.need.resources} free for {question.timeout_s:.0f} s",
-            todo="free resources, add a machine, or raise ray.place_timeout_s: `ray status` shows what is in use",
+            todo="free resources, add a machine, or raise ray.wait_s: `ray status` shows what is in use",
         ) from None
     except RayActorError as error:
         raise EngineError(f"the actor {question.name} could not start: {error}") from error

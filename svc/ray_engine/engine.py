@@ -27,6 +27,7 @@ from svc.settings import Device, EngineSettings
 
 log = logging.getLogger(__name__)
 
+_ACTOR_START_S = 30.0
 _STOP_TIMEOUT_S = 40.0
 """Maximum time for an actor to stop its engine, in seconds: SIGTERM and SIGKILL, 10 s each, for two rounds."""
 
@@ -37,7 +38,7 @@ class Placement:
 
     Attributes:
         need: resources of one engine.
-        folder, place_timeout_s: see `RaySettings`.
+        folder, wait_s: see `RaySettings`.
         artifacts: URL of the artifact store.
         models: the registry's folder on this machine.
     """
@@ -45,7 +46,7 @@ class Placement:
     cluster: RayCluster
     need: Need
     folder: str
-    place_timeout_s: float
+    wait_s: float
     artifacts: str
     models: Path
 
@@ -132,7 +133,7 @@ class RayEngine:
                     need=self._placement.need,
                     folder=self._placement.folder,
                     peer=identity.certificate,
-                    timeout_s=self._placement.place_timeout_s,
+                    timeout_s=self._placement.wait_s + _ACTOR_START_S,
                 )
             )
             link = await self._connect(placed, identity)

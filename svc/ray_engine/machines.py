@@ -11,6 +11,9 @@ from svc.ray_engine.cluster import Described, Need, RayCluster
 from svc.ray_engine.engine import Placement
 from svc.settings import Device, EngineSettings, Launcher, Settings
 
+_SOME = 0.001
+"""A machine with GPUs of a type has one of the resource `accelerator_type:TYPE`, however many GPUs that are."""
+
 
 class RayMachines:
     """The machines of a Ray cluster, as far as they fit engines.
@@ -22,7 +25,7 @@ class RayMachines:
     def __init__(self, settings: Settings, models: Path) -> None:
         self._settings = settings
         self._models = models
-        self._cluster = RayCluster(settings.ray.address)
+        self._cluster = RayCluster(settings.ray.address or "auto")
         self._described: dict[tuple[Need, ...], Described] = {}
         self._asking = threading.Lock()
 
@@ -55,8 +58,8 @@ class RayMachines:
         return Placement(
             cluster=self._cluster,
             need=self._describe(settings).need,
-            folder=ray.folder,
-            place_timeout_s=ray.place_timeout_s,
+            folder=str(ray.folder),
+            wait_s=ray.wait_s,
             artifacts=self._settings.artifacts.url or "",
             models=self._models,
         )
@@ -77,13 +80,11 @@ class RayMachines:
         needs = self._needs(settings)
         with self._asking:
             if needs not in self._described:
-                self._described[needs] = self._cluster.describe(needs, self._settings.ray.folder)
+                self._described[needs] = self._cluster.describe(needs, str(self._settings.ray.folder))
             return self._described[needs]
 
     def _needs(self, settings: EngineSettings) -> tuple[Need, ...]:
         """Return what an engine needs: a machine with these resources or, if there is none, with the next."""
-        if self._settings.ray.resources:
-            return (Need(resources=self._settings.ray.resources),)
         backend = given(settings.args, "--distributed-executor-backend")
         if backend == "ray":
             raise SettingsError(
@@ -93,6 +94,8 @@ class RayMachines:
             )
         stages = given(settings.args, "--pipeline-parallel-size", "-pp") or "1"
         gpus = (settings.tensor_parallel or 1) * (int(stages) if stages.isdecimal() else 1)
-        on_gpu, on_cpu = Need(resources={"GPU": gpus}), Need(resources={"CPU": settings.cores or 1})
+        kind = self._settings.ray.gpu_type
+        on_gpu = Need(resources={"GPU": gpus} | ({f"accelerator_type:{kind}": _SOME} if kind else {}))
+        on_cpu = Need(resources={"CPU": settings.cores or self._settings.ray.cpus})
         by_device = {Device.CPU: (on_cpu,), Device.CUDA: (on_gpu,), Device.AUTO: (on_gpu, on_cpu)}
         return by_device[settings.device]

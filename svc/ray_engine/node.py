@@ -160,7 +160,7 @@ class EngineNode:
             raise EngineError(
                 f"this machine differs from the others of the cluster: {found.model_dump_json()}",
                 expected=command.capabilities.model_dump_json(),
-                todo="choose machines of one kind with ray.resources, such as `accelerator_type:H100: 0.001`",
+                todo="choose machines of one kind with ray.gpu_type",
             )
         model = await asyncio.to_thread(fetch_model, self._folder, command.artifacts, command.model)
         engine = self._engine = self._make(self._spec(command, model))

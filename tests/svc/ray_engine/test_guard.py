@@ -1,0 +1,57 @@
+"""Tests that an engine does not outlive its actor, with real processes."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import psutil
+import pytest
+
+from svc.engine.orphans import runs
+
+SERVER = Path(__file__).parents[1] / "engine" / "fake_server.py"
+ACTOR = """
+import asyncio, sys
+from pathlib import Path
+from svc.engine.vllm import process
+from svc.engine.vllm.launch import EngineSpec
+from svc.ray_engine.guard import Guard
+from svc.settings import EngineSettings
+from tests.svc.engine.devices import AVX512
+
+folder, server = Path(sys.argv[1]), sys.argv[2]
+process.command = lambda spec: [sys.executable, server, "family", str(spec.socket)]
+spec = EngineSpec(folder, "tuned", folder, folder, folder / "engine.log", folder, AVX512, EngineSettings(device="cpu"))
+
+async def main():
+    engine, guard = process.EngineProcess(spec), Guard(folder)
+    await engine.start()
+    print(engine._child.pid, flush=True)
+    if sys.stdin.readline():
+        await engine.stop()
+        guard.dismiss()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [True, False], ids=["killed", "stopped"])
+def test_engine_and_its_children_end_with_their_actor(killed: bool) -> None:
+    with TemporaryDirectory(prefix="svc") as folder:
+        pipe = subprocess.PIPE
+        with subprocess.Popen([sys.executable, "-c", ACTOR, folder, SERVER], stdin=pipe, stdout=pipe) as actor:
+            assert actor.stdout
+            engine = psutil.Process(int(actor.stdout.readline()))
+            family = [engine, *engine.children()]
+            assert len(family) == 2
+            if killed:
+                actor.kill()
+            else:
+                actor.communicate(b"stop\n")
+        deadline = time.monotonic() + 15
+        while any(runs(process) for process in family):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)

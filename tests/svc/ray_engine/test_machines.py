@@ -1,0 +1,104 @@
+"""Tests what engines need of a cluster, and what is refused before a server starts."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from svc.errors import EngineError, SettingsError
+from svc.ray_engine.cluster import Described, Need, RayCluster
+from svc.ray_engine.machines import RayMachines
+from svc.settings import Device, Settings
+from tests.svc.engine.devices import AVX512
+
+ON_RAY = {"launcher": "ray"}
+
+
+def machines(tmp_path: Path, **settings: Any) -> RayMachines:
+    values = {"home": tmp_path, "engine": ON_RAY, "artifacts": {"url": tmp_path.as_uri()}, **settings}
+    return RayMachines(Settings.model_validate(values), tmp_path / "models")
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Need, ...]]:
+    """Let every cluster have what is needed in the last place, and room for one engine. Return what was asked for."""
+    asked: list[tuple[Need, ...]] = []
+
+    def describe(self: RayCluster, needs: tuple[Need, ...], folder: str) -> Described:
+        asked.append(needs)
+        return Described(need=needs[-1], capabilities=AVX512)
+
+    monkeypatch.setattr(RayCluster, "describe", describe)
+    monkeypatch.setattr(RayCluster, "room", lambda self, need: 1)
+    return asked
+
+
+def test_cluster_is_not_asked_when_no_engine_runs_there(tmp_path: Path, asked: list[tuple[Need, ...]]) -> None:
+    machines(tmp_path, engine={}).check()
+    assert asked == []
+
+
+def test_model_of_its_own_launcher_is_checked_too(tmp_path: Path, asked: list[tuple[Need, ...]]) -> None:
+    machines(tmp_path, engine={}, models={"big": {"engine": ON_RAY}}).check()
+    assert len(asked) == 1
+
+
+def test_missing_artifact_store_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"artifacts\.url is not set") as error:
+        machines(tmp_path, artifacts={}).check()
+    assert "svc models push" in error.value.todo
+
+
+def test_layers_divided_among_machines_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="own Ray executor"):
+        machines(tmp_path, engine={**ON_RAY, "args": ["--distributed-executor-backend", "ray"]}).check()
+
+
+def test_unreachable_cluster_is_refused_with_its_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("svc.ray_engine.cluster.sys.executable", "/bin/false")
+    with pytest.raises(EngineError, match="head:6379 did not answer"):
+        machines(tmp_path, ray={"address": "head:6379"}).check()
+
+
+@pytest.mark.parametrize(
+    ("engine", "ray", "needs"),
+    [
+        ({"device": "cuda"}, {}, [{"GPU": 1}]),
+        ({"device": "cuda", "tensor_parallel": 4}, {}, [{"GPU": 4}]),
+        ({"device": "cuda"}, {"gpu_type": "H100"}, [{"GPU": 1, "accelerator_type:H100": 0.001}]),
+        ({"device": "cpu"}, {}, [{"CPU": 1}]),
+        ({"device": "cpu", "cores": 8}, {}, [{"CPU": 8}]),
+        ({}, {"cpus": 4}, [{"GPU": 1}, {"CPU": 4}]),
+    ],
+)
+def test_engine_needs_the_devices_that_its_settings_name(
+    tmp_path: Path,
+    asked: list[tuple[Need, ...]],
+    engine: dict[str, Any],
+    ray: dict[str, Any],
+    needs: list[dict[str, float]],
+) -> None:
+    machines(tmp_path, engine=ON_RAY | engine, ray=ray).check()
+    assert [dict(need.resources) for need in asked[0]] == needs
+
+
+def test_shortage_is_reported_when_the_cluster_has_no_room(tmp_path: Path, asked: list[tuple[Need, ...]]) -> None:
+    settings = Settings.model_validate({"engine": {"launcher": "ray", "device": Device.CPU}}).engine
+    cluster = machines(tmp_path)
+    assert cluster.shortage(settings, 1) is None
+    assert "room for 1" in (cluster.shortage(settings, 2) or "")
+
+
+@pytest.mark.parametrize(
+    ("need", "has", "fits"),
+    [
+        ({"GPU": 2.0}, {"GPU": 8.0}, 4),
+        ({"GPU": 2.0}, {"GPU": 1.0}, 0),
+        ({"GPU": 1.0, "accelerator_type:H100": 0.001}, {"GPU": 2.0}, 0),
+        ({"GPU": 1.0, "accelerator_type:H100": 0.001}, {"GPU": 2.0, "accelerator_type:H100": 1.0}, 2),
+    ],
+)
+def test_engines_fit_a_machine_by_its_scarcest_resource(
+    need: dict[str, float], has: dict[str, float], fits: int
+) -> None:
+    assert Need(resources=need).fits(has) == fits
