@@ -143,7 +143,7 @@ def test_workers_on_two_nodes_train_the_same_adapter_as_two_processes_here(
     assert list((machine.folder / "nodes" / "runs").iterdir()) == []
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.matrix), 1])
 def test_training_continues_on_the_third_node_when_one_is_lost(
     rank: int, here: Path, machine: Machine, ray: RayDouble, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -175,6 +175,7 @@ def test_run_stopped_by_a_signal_leaves_no_worker_and_continues_with_the_same_re
     assert machine.difference(here) <= 1e-6
 
 
+@pytest.mark.matrix
 def test_run_ends_when_workers_are_lost_three_times_without_a_checkpoint(machine: Machine, ray: RayDouble) -> None:
     lost = list[int]()
 
