@@ -54,7 +54,11 @@ def running_cluster(*names: str) -> Iterator[RayNodes]:
         environment.setenv("RAY_AUTH_MODE", "token")
         environment.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.ray_cluster"], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, "-m", "tests.ray_cluster"],
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            process_group=0,  # a signal to the tests' group must not end the nodes before their engines
         )
         assert process.stdout
         try:

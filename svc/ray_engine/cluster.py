@@ -8,6 +8,7 @@ A running engine is used without Ray.
 import asyncio
 import logging
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from svc.ray_engine.messages import Problem
 NAMESPACE = "tuneserve"
 _ASK_S = 120.0
 _AUTH_TIMEOUT_S = 5.0
+_REACH_TIMEOUT_S = 5.0
 _END_TIMEOUT_S = 5.0
 _UNAUTHENTICATED = "UNAUTHENTICATED"
 _NODES_METHOD = "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo"
@@ -209,6 +211,7 @@ def _connected(address: str) -> Iterator[None]:
     except ImportError as error:
         raise EngineError("Ray is not installed", todo="pip install 'tuneserve[ray]'") from error
     try:
+        _reach(address)
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # Ray raises many kinds
         reason = (str(error).strip() or repr(error)).splitlines()[0]
@@ -222,6 +225,17 @@ def _connected(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Connect to the port of an address `host:port`, because Ray tries for more than a minute.
+
+    Raises:
+        OSError: nothing listens there.
+    """
+    host, _, port = address.rpartition(":")
+    if port.isdecimal() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_TIMEOUT_S).close()
 
 
 def _require_token(head: str) -> None:

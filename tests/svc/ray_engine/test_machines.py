@@ -102,3 +102,8 @@ def test_engines_fit_a_machine_by_its_scarcest_resource(
     need: dict[str, float], has: dict[str, float], fits: int
 ) -> None:
     assert Need(resources=need).fits(has) == fits
+
+
+def test_address_without_a_cluster_is_refused_before_ray_tries_for_minutes(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"cannot connect to the Ray cluster 127\.0\.0\.1:1: .*refused"):
+        machines(tmp_path, ray={"address": "127.0.0.1:1"}).check()
