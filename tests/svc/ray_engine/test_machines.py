@@ -104,6 +104,7 @@ def test_engines_fit_a_machine_by_its_scarcest_resource(
     assert Need(resources=need).fits(has) == fits
 
 
+@pytest.mark.slow  # imports Ray
 def test_address_without_a_cluster_is_refused_before_ray_tries_for_minutes(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"cannot connect to the Ray cluster 127\.0\.0\.1:1: .*refused"):
         machines(tmp_path, ray={"address": "127.0.0.1:1"}).check()
