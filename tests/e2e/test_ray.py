@@ -14,7 +14,7 @@ from tests.e2e.json_versions import prompts
 from tests.e2e.test_rollout import Users
 from tests.ray_cluster import RayNodes, actors, running_cluster
 
-pytestmark = [pytest.mark.slow]
+pytestmark = [pytest.mark.slow, pytest.mark.matrix]
 
 PORT = 8991
 
@@ -69,7 +69,6 @@ def test_promotion_and_kill_of_the_server_keep_the_engine_on_its_node(instance: 
     report(f"Ray: promoted in {took_s:.1f} s, {len(users.versions)} answers; adopted after {ready_s:.1f} s")
 
 
-@pytest.mark.matrix
 def test_killed_actor_is_replaced_and_leaves_no_engine(instance: Instance, report: Report) -> None:
     (actor,) = actors()
     engine = next(each for each in actor.children() if "vllm" in " ".join(each.cmdline()))
