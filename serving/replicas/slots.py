@@ -5,6 +5,7 @@ rest of the server reaches processes, a Ray cluster, the machine's memory and it
 """
 
 import asyncio
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import chain, count
 from pathlib import Path
@@ -26,6 +27,8 @@ from svc.ray_engine.record import end_actor
 from svc.registry.registry import Registry
 from svc.settings import EngineSettings, Launcher, Settings
 from svc.version import Target
+
+log = logging.getLogger(__name__)
 
 Served = Callable[[], Collection[str]]
 MakeSlots = Callable[[Settings, Registry, DeviceCapabilities, Served], "EngineSlots"]
@@ -97,7 +100,10 @@ class EngineSlots:
         """Stop the engine with the given number. This blocks for several seconds."""
         folder = state_folder(self.settings.home, number)
         end_engine(folder)
-        end_actor(folder)
+        try:
+            end_actor(folder)
+        except EngineError:  # the record stays, for the next server
+            log.exception("could not end the actor of engine %d", number)
 
     def shortage(self, engines: Mapping[Target, int]) -> str | None:
         """Return a message stating what is missing to start more engines, or None if there is enough.

@@ -10,20 +10,22 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
+from serving.replicas.slots import EngineSlots
 from svc.engine.address import TlsAddress
 from svc.engine.client import EngineClient, Health
 from svc.engine.state import EnginePhase
 from svc.engine.vllm.connection import UnreachableError
 from svc.engine.vllm.connection_pool import EngineConnections
+from svc.engine.vllm.folders import state_folder
 from svc.engine.vllm.launch import EngineSpec
 from svc.errors import EngineError, IntegrityError
 from svc.ray_engine.cluster import Need
 from svc.ray_engine.engine import Placement, RayEngine
 from svc.ray_engine.identity import Identity, client_context, make_identity
-from svc.ray_engine.record import RECORD_FILE, read_actor
+from svc.ray_engine.record import RECORD_FILE, ActorRecord, read_actor, write_actor
 from svc.registry.objects import ObjectStore
-from svc.registry.registry import HELDOUT_FILE
-from svc.settings import Device, EngineSettings
+from svc.registry.registry import HELDOUT_FILE, Registry
+from svc.settings import Device, EngineSettings, Settings
 from svc.version import VersionId
 from tests.svc.engine.devices import AVX512
 from tests.svc.ray_engine.cluster_double import ClusterDouble, ProcessDouble
@@ -293,3 +295,14 @@ async def test_long_answer_to_a_slow_reader_arrives_in_full(make: Make, cluster:
     async with EngineClient.of(engine.address, NAME) as client:
         assert len(await client.metrics(timeout_s=20)) == 5_000_000
     assert isinstance(engine.address, TlsAddress)
+
+
+def test_actor_of_an_unreachable_cluster_keeps_its_record_and_does_not_stop_a_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("svc.ray_engine.cluster.sys.executable", "/bin/false")
+    slots = EngineSlots(Settings(home=tmp_path), Registry.of(Settings(home=tmp_path)), AVX512, lambda: ())
+    folder = state_folder(tmp_path, 3)
+    write_actor(folder, ActorRecord(name="tuned-3", cluster="head:6379", certificate="", key=""))
+    slots.end(3)
+    assert read_actor(folder)
