@@ -20,6 +20,7 @@ COMMANDS = {
     # command: (import path, one line of help)
     "data": ("svc.dataset.cli:data", "Check files of chat examples and preferences."),
     "train": ("trainer.cli:train", "Train, evaluate, merge, quantize and register a version."),
+    "import": ("trainer.cli:import_command", "Register an adapter that was trained elsewhere."),
     "estimate": ("trainer.cli:estimate", "Estimate what a training run needs, and whether it fits."),
     "sweep": ("trainer.sweep.cli:sweep", "Search for the best hyperparameters of a recipe."),
     "recipe": ("trainer.recipe_import.cli:recipe", "Import recipes of Axolotl and LLaMA-Factory."),

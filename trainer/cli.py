@@ -1,4 +1,4 @@
-"""The commands `svc train` and `svc estimate`."""
+"""The commands `svc train`, `svc import` and `svc estimate`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,6 +8,7 @@ import click
 from svc.invocation import json_option, print_json, settings_of
 
 if TYPE_CHECKING:
+    from svc.settings import Settings
     from trainer.pipeline.run_folder import Run
     from trainer.recipe.recipe import Recipe
 
@@ -74,6 +75,11 @@ def train(
     quiet_libraries()
     settings = settings_of(ctx)
     loaded = load_recipe(recipe, overrides)
+    if loaded.adapter.trained:
+        if curve or quick or place == "ray":
+            raise click.UsageError("adapter.trained trains nothing: omit --quick, --curve and --on ray")
+        _import(settings, loaded, register_failed=register_failed, progress_file=progress_file, as_json=as_json)
+        return
     if curve:
         if quick or register_failed or skip_bad or progress_file or place == "ray":
             raise click.UsageError(
@@ -124,6 +130,97 @@ def train(
         print_version(manifest, folder)
 
 
+@click.command("import")
+@click.argument("adapter")
+@click.option("--name", required=True, help="Name of the model.")
+@click.option(
+    "--data", required=True, multiple=True, metavar="FILE", help="Held-out examples on which the version is evaluated."
+)
+@click.option("--base", help="Base that the adapter was trained on.  [default: the Hub id that the adapter names]")
+@click.option(
+    "--format",
+    "formats",
+    multiple=True,
+    default=("merged",),
+    help="Format to create and evaluate; the adapter is always stored.  [default: merged]",
+)
+@_set_option
+@click.option(
+    "--register-failed", is_flag=True, help="Register a version even if it fails a check; it cannot be promoted."
+)
+@json_option
+@click.pass_context
+def import_command(
+    ctx: click.Context,
+    adapter: str,
+    name: str,
+    data: tuple[str, ...],
+    base: str | None,
+    formats: tuple[str, ...],
+    overrides: tuple[str, ...],
+    register_failed: bool,
+    as_json: bool,
+) -> None:
+    """Register ADAPTER, which was trained elsewhere with PEFT, as a version.
+
+    ADAPTER is a folder or a Hugging Face id (org/name) with adapter_config.json and adapter_model.safetensors. It is
+    merged, compared, evaluated and registered like an adapter that was trained here.
+    """
+    from svc.errors import RecipeError
+    from svc.terminal import quiet_libraries
+    from trainer.pipeline.trained_adapter import find_adapter
+    from trainer.recipe.file import make_recipe
+
+    quiet_libraries()
+    settings, here = settings_of(ctx), Path.cwd()
+    origin = str(Path(adapter).expanduser().absolute()) if Path(adapter).expanduser().is_dir() else adapter
+    trained = find_adapter(origin, settings.base_cache)
+    if not (base := base or trained.base):
+        raise RecipeError(
+            f"{adapter} names its base as {trained.config.get('base_model_name_or_path')!r}, which is no Hub id",
+            expected="the base that the adapter was trained on",
+            todo="add --base with its folder or Hub id",
+        )
+    content = {"name": name, "base": base, "formats": list(formats), "adapter": {"trained": origin}}
+    recipe = make_recipe(content | {"data": {"heldout": list(data)}}, overrides, here, "svc import")
+    _import(settings, recipe, register_failed=register_failed, progress_file=None, as_json=as_json)
+
+
+def _import(
+    settings: "Settings", recipe: "Recipe", *, register_failed: bool, progress_file: Path | None, as_json: bool
+) -> None:
+    """Register a version with an adapter that was trained elsewhere, and print it."""
+    from svc.registry.registry import Registry
+    from svc.registry.render import print_version
+    from svc.terminal import console
+    from svc.training_progress import ProgressFile
+    from trainer.pipeline.examples import read_run_examples
+    from trainer.pipeline.find_base import find_base, find_config
+    from trainer.pipeline.stages import open_pipeline
+    from trainer.pipeline.trained_adapter import check_fits, find_adapter, merged_only
+
+    registry = Registry.of(settings)
+    learnt = registry.learnt_prompts(recipe.name)
+    examples = read_run_examples(recipe, cache=settings.base_cache, learnt=learnt)
+    adapter = find_adapter(recipe.adapter.trained or "", settings.base_cache)
+    recipe = adapter.describe(recipe)
+    for warning in (adapter.check_base(recipe.base), merged_only(adapter.config)):
+        if warning:
+            console.print(f"[yellow]{warning}[/yellow]", soft_wrap=True)
+    check_fits(find_config(recipe.base, settings, recipe.chat_template), adapter)  # before the weights are fetched
+    base = find_base(recipe.base, settings, recipe.chat_template)
+    progress = ProgressFile(progress_file) if progress_file else None
+    pipeline = open_pipeline(
+        settings, registry, recipe, examples, base, register_failed=register_failed, progress=progress, trained=adapter
+    )
+    manifest = registry.manifest(pipeline.train_version())
+    folder = registry.folder(manifest.id)
+    if as_json:
+        print_json({"version": str(manifest.id), "folder": str(folder)})
+    else:
+        print_version(manifest, folder)
+
+
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @_set_option
@@ -150,6 +247,7 @@ def estimate(
     quiet_libraries()
     settings = settings_of(ctx)
     loaded = load_recipe(recipe, overrides)
+    loaded.require_training("svc estimate")
     result = estimate_devices(loaded, read_run_examples(loaded, cache=settings.base_cache), settings, names)
     if as_json:
         print_json(to_json(result) | {"refused": find_refusal(result)})

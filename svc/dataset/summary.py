@@ -57,7 +57,8 @@ class DataSummary(_Record):
 
     Attributes:
         general: number of training examples that come from `data.general`.
-        prompts, answers: lengths of the training prompts (all turns before the answer) and answers.
+        prompts, answers: lengths of the training prompts (all turns before the answer) and answers, or None
+            without training examples.
         labels: counts of the labels in the training examples that are not general, most frequent first,
             ignoring spacing and case. Empty if the answers are not labels.
         near_duplicates: number of training examples with the same or nearly the same prompt as an earlier
@@ -69,8 +70,8 @@ class DataSummary(_Record):
     train: int
     general: int
     heldout: int
-    prompts: Lengths
-    answers: Lengths
+    prompts: Lengths | None = None
+    answers: Lengths | None = None
     labels: dict[str, int] = Field(default_factory=dict)
     near_duplicates: int
     near_heldout: int
@@ -80,9 +81,11 @@ def summarize_data(train: Sequence[ChatExample], heldout: Sequence[ChatExample],
     """Summarize a training set and its held-out set.
 
     Args:
-        train: training examples, at least one.
+        train: training examples; none if the adapter was trained elsewhere.
         general: number of general examples, which come last in `train`.
     """
+    if not train:
+        return DataSummary(train=0, general=0, heldout=len(heldout), near_duplicates=0, near_heldout=0)
     return DataSummary(
         train=len(train),
         general=general,

@@ -172,6 +172,12 @@ class Manifest(_Record):
         return next((record.evaluation.examples for record in self.formats.values() if record.evaluation), 0)
 
     @property
+    def imported_adapter(self) -> str | None:
+        """Folder or Hub id of the adapter that was imported instead of trained, or None if it was trained here."""
+        adapter: str | None = self.recipe.get("adapter", {}).get("trained")
+        return adapter
+
+    @property
     def preferences(self) -> dict[str, PreferenceReport]:
         """The preferences of the base and of each format among held-out pairs; empty if there are none."""
         reports = {"base": self.base_preference} | {

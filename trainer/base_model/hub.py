@@ -8,6 +8,7 @@ from svc.terminal import console, waiting
 from trainer.base_model.pypi_wheel import KNOWN
 
 _CONFIG_FILES = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "README.md"]
+_ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors", "README.md"]
 _HUB_FILES = ["model.safetensors", "model-*-of-*.safetensors", *_CONFIG_FILES]
 """File patterns to download. They exclude `consolidated.safetensors`, a second copy of all weights in
 Mistral's repositories."""
@@ -36,6 +37,15 @@ def fetch_config(base: str, cache: Path) -> Path:
         return Path(snapshot_download(base, cache_dir=cache / "hub", local_files_only=True))
     except LocalEntryNotFoundError:  # a separate folder: in the weights' folder it would seem to be the complete model
         return _fetch(base, cache / "configs", _CONFIG_FILES)
+
+
+def fetch_adapter(adapter: str, cache: Path) -> Path:
+    """Download an adapter's missing files into the cache and return their folder, which is named after the commit.
+
+    Raises:
+        BaseModelError: the Hub cannot be reached, or rejects the request.
+    """
+    return _fetch(adapter, cache / "adapters", _ADAPTER_FILES)
 
 
 def _fetch(base: str, folder: Path, patterns: list[str]) -> Path:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, transformers_weight_conversion
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict, transformers_weight_conversion
 from peft.utils.other import is_gptqmodel_quant_linear
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
@@ -60,6 +60,26 @@ def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
     if isinstance(loaded.active_peft_config, AdaLoraConfig):
         _load_unrounded(loaded, adapter)
     return loaded
+
+
+def adapter_shapes(model: PreTrainedModel, adapter: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors that PEFT saves for a LoRA adapter of the model, keyed by name.
+
+    Args:
+        model: the model on the meta device, to which the adapter is added.
+        adapter: folder with adapter_config.json. Its weights are not read.
+
+    Raises:
+        ValueError: PEFT cannot add such an adapter to the model.
+    """
+    _import_gptqmodel()
+    config = LoraConfig.from_pretrained(str(adapter))
+    config.base_model_name_or_path = None  # PEFT warns if it is another one
+    config.init_lora_weights = False  # no start needs data or weights
+    with _targets_as_named():
+        added = get_peft_model(model, config)
+    state = get_peft_model_state_dict(added, save_embedding_layers=False)
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def _import_gptqmodel() -> None:

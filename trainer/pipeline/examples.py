@@ -126,6 +126,8 @@ def read_run_examples(
         DataError: a line cannot be trained on; the message names the file and line.
     """
     data = recipe.data
+    if not data.train:
+        return _read_heldout(recipe, cache)
     read = _Reader(recipe.objective, cache, bad_lines)
     heldout = read(data.heldout) if data.heldout else []
     validation = read(data.validation, kept_back=heldout if bad_lines else ()) if data.validation else []
@@ -183,6 +185,16 @@ def read_run_examples(
         validation_judged=read.judged(validation),
     )
     return examples.selected if recipe.stopping.selects else examples
+
+
+def _read_heldout(recipe: Recipe, cache: Path | None) -> Examples:
+    """Load the held-out examples of a recipe without training examples. Later traffic is compared with them."""
+    heldout = read_examples(recipe.data.heldout or (), minimum=2, cache=cache)
+    if recipe.evaluate.limit:
+        heldout = put_sample_first(heldout, recipe.evaluate.limit, recipe.data.seed)
+    prints, questions = (fingerprint(()), fingerprint(heldout)), _questions(recipe.evaluate)
+    modified_at = newest_modification(recipe.data.heldout or ())
+    return Examples((), tuple(heldout), *prints, tuple(heldout), questions=questions, modified_at=modified_at)
 
 
 class _Reader:

@@ -196,7 +196,11 @@ class Registration:
             self.registry.tracking.log_metrics(self.tracking_run, tracked(forgetting, format))
         self.registry.tracking.annotate(
             manifest.id,
-            f"{manifest.base.origin} on {manifest.data.train_examples} examples"
+            (
+                f"{manifest.base.origin} with {manifest.imported_adapter}"
+                if manifest.imported_adapter
+                else f"{manifest.base.origin} on {manifest.data.train_examples} examples"
+            )
             + (f". [Report]({link})" if link else ""),
             {"source": str(self.registry.folder(manifest.id))} | figures,
         )

@@ -57,9 +57,13 @@ class Run:
         self.reports, self.tracking, self.lock = folder / "reports", folder / "mlflow.json", folder / "lock"
 
     @classmethod
-    def of(cls, runs: Path, recipe: Recipe, base: Base, examples: Examples) -> "Run":
-        """Return the run for a recipe. Recipes with the same training share a run folder, whatever their formats."""
-        keys = stage_keys(recipe, base, examples)
+    def of(cls, runs: Path, recipe: Recipe, base: Base, examples: Examples, trained: str | None = None) -> "Run":
+        """Return the run for a recipe. Recipes with the same training share a run folder, whatever their formats.
+
+        Args:
+            trained: hash of an adapter that was trained elsewhere.
+        """
+        keys = stage_keys(recipe, base, examples, trained)
         return cls(runs / f"{recipe.name}-{keys[Stage.TRAIN]}", keys)
 
     def weights(self, format: Format) -> Path:

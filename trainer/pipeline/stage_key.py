@@ -32,17 +32,21 @@ questions is."""
 StageKeys = Mapping[Stage, str]
 
 
-def stage_keys(recipe: Recipe, base: Base, examples: Examples) -> StageKeys:
+def stage_keys(recipe: Recipe, base: Base, examples: Examples, trained: str | None = None) -> StageKeys:
     """Return the keys of a run's stages, keyed by stage.
 
     Data paths, the checkpoint interval and the held-out loss curve are excluded, because they do not affect
     the result. Only of a preference the held-out curve is included, because its examples must be scored by the
     model before training. Devices are excluded because they only affect rounding, so that a run can resume on others.
+
+    Args:
+        trained: hash of an adapter that was trained elsewhere. Its path is excluded.
     """
     content = recipe.model_dump(mode="json")
     prefers = recipe.objective is not Objective.SFT
     measured = examples.measured_fingerprint if prefers or recipe.stopping.measures else None
     adapter = content["adapter"] | {"type": recipe.adapter_type}  # `method` only names this type and the quantization
+    adapter.pop("trained")
     if not prefers:
         content["stopping"].pop("curve")
     content["train"] = {key: value for key, value in content["train"].items() if key not in DEVICE_KEYS}
@@ -50,6 +54,7 @@ def stage_keys(recipe: Recipe, base: Base, examples: Examples) -> StageKeys:
     learnt = [adapter, recipe.base_quantization, *training]
     preference = [recipe.objective, content["preference"]] if prefers else []
     train = _key(base.revision, examples.train_fingerprint, measured, learnt, *preference)
+    train = _key(train, trained) if trained else train
     merge = _key(train, "dequantized") if recipe.merge_dequantized else _key(train)
     asked = {key: value for key, value in content["evaluate"].items() if key not in _LIMITS + _METRICS + _GENERAL}
     pairs = [fingerprint_judged(examples.pairs)] if prefers else []

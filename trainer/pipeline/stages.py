@@ -51,6 +51,7 @@ from trainer.pipeline.reports import Report, check_reports, open_reports
 from trainer.pipeline.run_folder import Run
 from trainer.pipeline.run_stages import Step, run_stages
 from trainer.pipeline.tracked_run import sending_curve, tracked_run
+from trainer.pipeline.trained_adapter import TrainedAdapter, check_fits
 from trainer.pipeline.training_devices import choose_sharding, choose_training_devices
 from trainer.qualification import Launch
 from trainer.recipe.recipe import Recipe
@@ -71,6 +72,7 @@ class Pipeline:
         register_failed: whether to register a version even if it fails a check. It can then not be promoted.
         expected: estimated memory and time of training on this machine, or None if unknown.
         progress: file to which the progress is written for other programs.
+        trained: adapter that was trained elsewhere and is used instead of training one.
         on_ray: whether the model is trained on a Ray cluster. All other stages run on this machine.
     """
 
@@ -86,6 +88,7 @@ class Pipeline:
     expected: DeviceEstimate | None = None
     progress: ProgressFile | None = None
     on_ray: bool = False
+    trained: TrainedAdapter | None = None
 
     def train_version(self) -> VersionId:
         """Run all unfinished stages and return the resulting version.
@@ -178,6 +181,8 @@ class Pipeline:
         )
 
     def _train(self) -> TrainingSummary:
+        if self.trained is not None:
+            return self._import(self.trained)
         shared = self._shared_checkpoints
         if not self.on_ray:
             return self._train_in(None)
@@ -186,6 +191,17 @@ class Pipeline:
         self._tracking_run()
         with ray_processes(self.settings, self.recipe, self.base, self.run, shared) as processes:
             return self._train_in(processes)
+
+    def _import(self, adapter: TrainedAdapter) -> TrainingSummary:
+        """Copy an adapter that was trained elsewhere, after the checks that precede a training."""
+        check_fits(self.base.folder, adapter)
+        check_base(self.base.folder, self.recipe, self.capabilities, self.settings.engine, self.capabilities)
+        if not set(self.recipe.formats).isdisjoint(SERVED_FORMATS):
+            judge_endpoint(self.recipe.judge)
+            self._evaluation.check()
+            say_gates(self.recipe, self.examples, self._evaluation.metrics[0])
+        adapter.copy_to(self.run.fresh(self.run.adapter), self.base.folder)
+        return TrainingSummary(steps=0, tokens=0, tokens_per_second=0.0, seconds=0.0)
 
     def _train_in(self, cluster: RayProcesses | None) -> TrainingSummary:
         """Train in processes of a cluster, or on this machine."""
@@ -361,6 +377,7 @@ def open_pipeline(
     expected: DeviceEstimate | None = None,
     progress: ProgressFile | None = None,
     on_ray: bool = False,
+    trained: TrainedAdapter | None = None,
 ) -> Pipeline:
     """Return the pipeline for a recipe. If the recipe was run before, the pipeline continues in the same
     folder.
@@ -369,6 +386,15 @@ def open_pipeline(
         BaseModelError: transformers cannot read the base's config.
     """
     recipe = recipe.with_learning_rate(read_width(base.folder))
-    run, capabilities = Run.of(settings.home / "runs", recipe, base, examples), read_capabilities(settings.home)
+    digest = trained.digest if trained else None
+    run = Run.of(settings.home / "runs", recipe, base, examples, digest)
+    capabilities = read_capabilities(settings.home)
     parts = (settings, capabilities, registry, recipe, base, examples, run)
-    return Pipeline(*parts, register_failed=register_failed, expected=expected, progress=progress, on_ray=on_ray)
+    return Pipeline(
+        *parts,
+        register_failed=register_failed,
+        expected=expected,
+        progress=progress,
+        on_ray=on_ray,
+        trained=trained,
+    )

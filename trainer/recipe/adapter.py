@@ -5,6 +5,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from trainer.recipe.paths import FolderOrHubId
 from trainer.recipe.section import Section
 from trainer.recipe.targets import TargetChoice, Targets
 
@@ -69,9 +70,15 @@ class Adapter(Section):
     names such as `[q_proj, v_proj]`"""
     rslora: bool = False
     """scale by alpha / sqrt(rank), so that large ranks learn as fast as small ones; lora and dora only"""
+    trained: FolderOrHubId = None
+    """an adapter saved by PEFT, as a folder (`./name`) or Hugging Face id, that becomes the version instead of being
+    trained; the keys of `train` then have no effect; see [adapters](adapters.md#adapters-trained-elsewhere)"""
 
 
-UNUSED_KEYS = {AdapterType.VERA: frozenset({"alpha", "rslora"}), AdapterType.ADALORA: frozenset({"rslora"})}
+UNUSED_KEYS = {
+    AdapterType.VERA: frozenset({"alpha", "rslora", "trained"}),
+    AdapterType.ADALORA: frozenset({"rslora", "trained"}),
+}
 """Keys of the `adapter` section that an adapter type does not use."""
 ADAPTER_TYPES = {Method.FULL: None, Method.QLORA: AdapterType.LORA} | {
     method: AdapterType(method) for method in Method if method not in (Method.FULL, Method.QLORA)

@@ -31,12 +31,25 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
         raise RecipeError(
             f"{path} must contain a YAML mapping, got {content!r:.80}", expected="keys such as name, base and data"
         )
+    return make_recipe(content, overrides, path.absolute().parent, str(path))
+
+
+def make_recipe(content: dict[str, Any], overrides: tuple[str, ...], folder: Path, origin: str) -> Recipe:
+    """Return the recipe with the given content, after applying overrides.
+
+    Args:
+        folder: folder to which the recipe's paths are relative.
+        origin: where the content comes from, used in error messages.
+
+    Raises:
+        RecipeError: a key is unknown or has an invalid value.
+    """
     for override in overrides:
         _set(content, override)
     try:
-        return Recipe.model_validate(content, context={"folder": path.absolute().parent})
+        return Recipe.model_validate(content, context={"folder": folder})
     except ValidationError as error:
-        raise _explain(path, error) from error
+        raise _explain(origin, error) from error
 
 
 def _set(content: dict[str, Any], override: str) -> None:
@@ -54,7 +67,7 @@ def _set(content: dict[str, Any], override: str) -> None:
         raise RecipeError(f"--set {override!r}: {value!r} is not a valid YAML value") from error
 
 
-def _explain(path: Path, error: ValidationError) -> RecipeError:
+def _explain(origin: str, error: ValidationError) -> RecipeError:
     problems = []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
@@ -68,7 +81,7 @@ def _explain(path: Path, error: ValidationError) -> RecipeError:
             case _:
                 problems.append(f"{key!r} is {problem['input']!r}: {problem['msg'][:1].lower()}{problem['msg'][1:]}")
     return RecipeError(
-        f"{path}: {'; '.join(problems)}", todo="see docs/recipe.md for every key, its type and its default"
+        f"{origin}: {'; '.join(problems)}", todo="see docs/recipe.md for every key, its type and its default"
     )
 
 

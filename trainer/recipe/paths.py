@@ -46,6 +46,20 @@ def _as_template(value: Any) -> Any:
     raise ValueError(f"expected {TEMPLATE_CHOICES}")
 
 
+def is_folder(name: str) -> bool:
+    """Return whether the name of a model is a path, and not an id on the Hugging Face Hub."""
+    return name.startswith((".", "/", "~"))
+
+
+def _folder_beside_recipe(name: str | None, info: ValidationInfo) -> str | None:
+    return str(beside_recipe(Path(name), info)) if name and is_folder(name) else name
+
+
+FolderOrHubId = Annotated[
+    Annotated[str, Field(pattern=r"^[./~]|^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")] | None,
+    AfterValidator(_folder_beside_recipe),
+]
+"""A folder (`./name`) or a Hugging Face id (`org/name`)."""
 Name = Annotated[str, Field(min_length=1)]
 Sources = Annotated[
     tuple[Name, ...],

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from svc.dataset.schema.objective import Objective
+from svc.errors import RecipeError
 from svc.model_folder.chat_template import TemplateValue
 from svc.version import NAME_PATTERN, Format
 from trainer.recipe.adapter import ADAPTER_TYPES, UNUSED_KEYS, Adapter, AdapterType, Method, Quantization
@@ -173,6 +174,33 @@ class Recipe(Section):
         if refused := next((f"{key} cannot be used: {reason}" for key, reason in reasons.items() if reason), None):
             raise ValueError(f"with `objective: {objective}`, {refused}")
         return self
+
+    @model_validator(mode="after")
+    def _has_examples(self) -> "Recipe":
+        """Reject a recipe without training examples, which only an adapter that is trained already does not need."""
+        if not self.adapter.trained:
+            if not self.data.train:
+                raise ValueError("'data.train' is missing")
+            return self
+        if self.objective is not Objective.SFT:
+            raise ValueError(f"`objective: {self.objective}` has no effect on adapter.trained")
+        if not self.data.train and not self.data.heldout:
+            raise ValueError("'data.heldout' is missing: a version is evaluated on held-out examples")
+        if not self.data.train and Format.GPTQ in self.formats:
+            raise ValueError("`formats` lists gptq, which needs data.train for its calibration; set formats: [merged]")
+        return self
+
+    def require_training(self, command: str) -> None:
+        """Reject a recipe whose adapter is trained already.
+
+        Raises:
+            RecipeError: `adapter.trained` is set.
+        """
+        if self.adapter.trained:
+            raise RecipeError(
+                f"adapter.trained is {self.adapter.trained}: {command} has nothing to train",
+                todo="register it with `svc train` or `svc import`, or remove adapter.trained",
+            )
 
     def flat(self) -> dict[str, str]:
         """Return the recipe values that affect the result, as strings keyed by dotted key. Unset keys have the

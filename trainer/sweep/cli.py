@@ -34,6 +34,7 @@ def sweep(
     quiet_libraries()
     settings = settings_of(ctx)
     loaded = load_recipe(recipe, overrides)
+    loaded.require_training("svc sweep")
     place = _open_workplace(settings, loaded, "sweep", anyway=anyway, makes_version=register)
     finals = _open_finals(settings, place)
     from trainer.sweep.picture import draw_sweep

@@ -15,8 +15,12 @@ _MANY_DECADES = 10**3.5
 _MAX_LABELS = 25
 
 
-def plot_lengths(data: DataSummary) -> str:
-    """Return a plot of prompt and answer lengths, as two histograms over one logarithmic axis."""
+def plot_lengths(data: DataSummary) -> str | None:
+    """Return a plot of prompt and answer lengths, as two histograms over one logarithmic axis, or None without training
+    examples.
+    """
+    if data.prompts is None or data.answers is None:
+        return None
     parts = {"prompts": (data.prompts, Colour.MERGED), "answers": (data.answers, Colour.GPTQ)}
 
     def draw(figure: "Figure") -> None:
