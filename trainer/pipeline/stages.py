@@ -196,12 +196,23 @@ class Pipeline:
         """Copy an adapter that was trained elsewhere, after the checks that precede a training."""
         check_fits(self.base.folder, adapter)
         check_base(self.base.folder, self.recipe, self.capabilities, self.settings.engine, self.capabilities)
-        if not set(self.recipe.formats).isdisjoint(SERVED_FORMATS):
-            judge_endpoint(self.recipe.judge)
-            self._evaluation.check()
-            say_gates(self.recipe, self.examples, self._evaluation.metrics[0])
+        say_number_types(self.capabilities, self.settings.engine, self.recipe.formats, self.capabilities)
+        self._check_formats()
         adapter.copy_to(self.run.fresh(self.run.adapter), self.base.folder)
         return TrainingSummary(steps=0, tokens=0, tokens_per_second=0.0, seconds=0.0)
+
+    def _check_formats(self) -> int | None:
+        """Check before training that each format can be created and evaluated. Return the maximum length of an example
+        in tokens, or None if no format is served.
+        """
+        if Format.GGUF in self.recipe.formats:
+            check_gguf(self.base.folder, self._evaluation.template_kwargs, self.examples.heldout)
+        if set(self.recipe.formats).isdisjoint(SERVED_FORMATS):
+            return None
+        judge_endpoint(self.recipe.judge)
+        self._evaluation.check()
+        say_gates(self.recipe, self.examples, self._evaluation.metrics[0])
+        return self._evaluation.context
 
     def _train_in(self, cluster: RayProcesses | None) -> TrainingSummary:
         """Train in processes of a cluster, or on this machine."""
@@ -213,14 +224,7 @@ class Pipeline:
             processes = DeviceProcesses(devices)
         size = processes.size if processes else 1
         sharded = choose_sharding(self.recipe, size, trained.training_type, self.expected)
-        if Format.GGUF in self.recipe.formats:
-            check_gguf(self.base.folder, self._evaluation.template_kwargs, self.examples.heldout)
-        served_length = None
-        if not set(self.recipe.formats).isdisjoint(SERVED_FORMATS):
-            judge_endpoint(self.recipe.judge)
-            self._evaluation.check()
-            say_gates(self.recipe, self.examples, self._evaluation.metrics[0])
-            served_length = self._evaluation.context
+        served_length = self._check_formats()
         from trainer.training.sft import train_model  # torch and TRL with it
 
         shared = self._shared_checkpoints
