@@ -92,12 +92,15 @@ def pinned_template(model: Path) -> str | None:
     return pinned if pinned != template else None
 
 
-def hash_files(files: list[Path]) -> str:
+def hash_files(files: list[Path], what: str = "the base model") -> str:
     """Return a SHA-256 hash of files. A single file is hashed by its content, several files by their names,
     sizes and contents.
+
+    Args:
+        what: noun for the files, printed while they are hashed.
     """
     digest = hashlib.sha256()
-    with waiting("Hashing the base model"):
+    with waiting(f"Hashing {what}"):
         for file in files:
             if len(files) > 1:
                 digest.update(f"\x1f{file.name}\x1f{file.stat().st_size}\x1f".encode())

@@ -26,10 +26,11 @@ _RULES = (find_divergence, find_high_rate, find_low_rate, find_overfitting, find
 
 def diagnose(run: TrainingRun) -> tuple[Finding, ...]:
     """Return the findings on a training run; a healthy run has none."""
-    findings = [finding for rule in _RULES if (finding := rule(run))]
+    here = run.recipe.adapter.trained is None  # nothing is known of a training elsewhere
+    findings = [finding for rule in _RULES if here and (finding := rule(run))]
     # The loss of memorized examples still falls, and each other fault makes a model unsure, or overconfident.
     for rule in (find_underfitting, find_label_noise):
-        if not findings and (finding := rule(run)):
+        if here and not findings and (finding := rule(run)):
             findings.append(finding)
     return (
         *findings,

@@ -132,7 +132,9 @@ def find_adapter(name: str, cache: Path) -> TrainedAdapter:
             expected="weights in safetensors, not in a pickle file such as adapter_model.bin",
             todo="save the adapter again with PEFT's save_pretrained(..., safe_serialization=True)",
         )
-    return TrainedAdapter(folder.absolute(), name, config, hash_files([folder / CONFIG_FILE, folder / _WEIGHTS_FILE]))
+    return TrainedAdapter(
+        folder.absolute(), name, config, hash_files([folder / CONFIG_FILE, folder / _WEIGHTS_FILE], "the adapter")
+    )
 
 
 def refusal(config: Mapping[str, Any]) -> str | None:

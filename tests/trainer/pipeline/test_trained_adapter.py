@@ -209,4 +209,5 @@ def test_command_registers_an_adapter_with_its_report(
     assert load_file(folder / "adapter" / "adapter_model.safetensors").keys()
     report = svc("--home", home, "report", "tiny@1", "--output", tmp_path / "report.html")
     assert report.code == 0, report.err
+    assert "too little data" not in svc("--home", home, "show", "tiny@1").out
     assert "trained elsewhere" in (tmp_path / "report.html").read_text("utf-8")
