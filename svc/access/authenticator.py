@@ -132,17 +132,18 @@ class Authenticator:
         loop, thread = asyncio.get_running_loop(), ThreadPoolExecutor(max_workers=1, thread_name_prefix="keys")
         try:
             while True:
-                count = changes.count
+                count, again_s = changes.count, math.inf
                 try:
                     await loop.run_in_executor(thread, self.look)
                 except SQLAlchemyError:
+                    again_s = LOOK_S  # a change that was announced before is not announced again
                     log_store_error(
                         log,
                         "could not read the API keys; the keys in memory stay in use until %.0f s after the last read",
                         _STALE_S,
                     )
                 self.end_wrong()
-                await changes.wait(count, LOOK_S, within_s=self._valid_s())
+                await changes.wait(count, LOOK_S, within_s=min(again_s, self._valid_s()))
         finally:
             thread.shutdown(wait=False)
 

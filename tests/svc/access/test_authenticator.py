@@ -18,7 +18,7 @@ from svc.access.authenticator import LOOK_S, Authenticator, InvalidKeyError, Key
 from svc.access.keyring import IssuedKey, Keyring
 from svc.identity.key_secret import new_secret
 from svc.identity.principal import Scope
-from svc.store.changes import Changes
+from svc.store.changes import FALLBACK_POLL_S, Changes
 from svc.store.keys import keys_revision
 from tests.event_loop import blocked_default_executor
 from tests.svc.access.conftest import ALICE, Clock
@@ -236,11 +236,14 @@ async def test_key_changes_are_noticed_even_if_the_default_executor_is_blocked(
     assert not any(thread.is_alive() for thread in threads)
 
 
+@pytest.mark.parametrize("notified", [False, True])
 async def test_key_checks_continue_after_a_store_failure(
     authenticator: Authenticator,
     keyring: Keyring,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    *,
+    notified: bool,
 ) -> None:
     monkeypatch.setattr(authenticator_module, "LOOK_S", 0.01)
     failures = [OperationalError("SELECT", {}, OSError("disk I/O error"))] * 2
@@ -251,10 +254,12 @@ async def test_key_checks_continue_after_a_store_failure(
         return keys_revision(store)
 
     monkeypatch.setattr(authenticator_module, "keys_revision", failing)
-    made = keyring.create(INFER)
-    following = asyncio.create_task(authenticator.follow(Changes()))
+    made, changes = keyring.create(INFER), Changes()
+    if notified:
+        changes.trust(60)
+    following = asyncio.create_task(authenticator.follow(changes))
     with caplog.at_level(logging.ERROR):
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(FALLBACK_POLL_S - 1):
             while True:
                 with suppress(InvalidKeyError):
                     assert authenticator.grant(made.secret).principal
