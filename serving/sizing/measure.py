@@ -15,7 +15,7 @@ import httpx
 from serving.replicas.served_model import served_model
 from serving.replicas.slots import EngineSlots
 from serving.sizing.service_times import MeasuredTimes, Point
-from svc.engine.client import engine_transport
+from svc.engine.client import engine_http
 from svc.engine.device import read_capabilities
 from svc.engine.state import EnginePhase
 from svc.errors import BusyError, EngineError
@@ -170,8 +170,7 @@ async def engine_client(settings: Settings, target: Target) -> AsyncIterator[Loa
     try:
         with advancing("engine", tuple(EnginePhase)) as on_phase:
             await engine.start(on_phase)
-        transport = engine_transport(engine.address, max_connections=None)
-        async with httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=_TIMEOUT) as http:
+        async with engine_http(engine.address, max_connections=None, timeout=_TIMEOUT) as http:
             yield LoadClient(http, "/v1/completions", name)
     finally:
         await engine.stop()

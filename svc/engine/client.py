@@ -101,11 +101,13 @@ def engine_transport(address: EngineAddress, *, max_connections: int | None) -> 
     return httpx.AsyncHTTPTransport(uds=str(address), limits=limits, verify=no_tls)
 
 
-def engine_http(address: EngineAddress) -> httpx.AsyncClient:
+def engine_http(
+    address: EngineAddress, *, max_connections: int | None = _CONNECTIONS, timeout: httpx.Timeout | None = None
+) -> httpx.AsyncClient:
     """Return an HTTP client whose requests go to an engine."""
     url = f"https://{_bracketed(address.host)}:{address.port}" if isinstance(address, TlsAddress) else "http://engine"
-    transport = engine_transport(address, max_connections=_CONNECTIONS)
-    return httpx.AsyncClient(transport=transport, base_url=url, timeout=_timeout(_TIMEOUT_S))
+    transport = engine_transport(address, max_connections=max_connections)
+    return httpx.AsyncClient(transport=transport, base_url=url, timeout=timeout or _timeout(_TIMEOUT_S))
 
 
 def _bracketed(host: str) -> str:

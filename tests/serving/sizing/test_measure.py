@@ -3,12 +3,19 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
+from unittest.mock import AsyncMock, MagicMock
 
 import httpx
 import pytest
 
-from serving.sizing.measure import LoadClient, levels, measure
+from serving.sizing import measure as measure_module
+from serving.sizing.measure import LoadClient, engine_client, levels, measure
+from svc.engine.address import TlsAddress
 from svc.errors import EngineError
+from svc.ray_engine.identity import client_context, make_identity
+from svc.settings import Settings
+from svc.version import Format, Target, VersionId
 
 STEP_S, TOKEN_S = 0.01, 0.0005
 
@@ -62,3 +69,15 @@ async def test_shorter_answer_than_asked_for_is_an_error() -> None:
     events = _event(choices=[{"text": "a"}]) + _event(choices=[], usage={"completion_tokens": 1})
     with pytest.raises(EngineError, match="answered with 1 tokens"):
         await client(httpx.MockTransport(lambda _: httpx.Response(200, content=events))).ask([1], 2)
+
+
+async def test_engine_on_another_machine_is_measured_over_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    identity = make_identity()
+    context = client_context(identity, identity.certificate)
+    engine = MagicMock(start=AsyncMock(), stop=AsyncMock(), address=TlsAddress("10.0.0.7", 4711, context))
+    monkeypatch.setattr(measure_module, "EngineSlots", lambda *_: MagicMock(engine=lambda *_: engine))
+    monkeypatch.setattr(measure_module, "served_model", lambda *_: None)
+    monkeypatch.setattr(measure_module, "read_capabilities", lambda _: None)
+    target = Target(VersionId("bot", 1), Format.MERGED)
+    async with engine_client(Settings(home=tmp_path), target) as client:
+        assert str(client.http.base_url) == "https://10.0.0.7:4711"
