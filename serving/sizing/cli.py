@@ -1,6 +1,7 @@
 """`svc plan`: how many replicas a load needs, from measured or estimated step times."""
 
 import asyncio
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,17 @@ class _Seconds(click.ParamType[float]):
         return seconds
 
 
+class _Number(click.FloatRange):
+    """click parameter type for a number in a range that is not `nan`, which every range contains."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Parse the option's value and return the number."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return number
+
+
 _positive = click.IntRange(1, 1_000_000)
 
 
@@ -46,12 +58,12 @@ _positive = click.IntRange(1, 1_000_000)
 @click.option("--model", metavar="SIZE|FOLDER", help="Number of parameters such as 8b, or a folder with a config.json.")
 @click.option("--gpu", metavar="NAME", help="GPU of a replica, such as h100; see svc/engine/gpus.yaml.")
 @click.option("--times", type=click.Path(path_type=Path), help="Measurement to use instead of published figures.")
-@click.option("--rps", type=click.FloatRange(0, 10_000, min_open=True), help="Requests per second.")
+@click.option("--rps", type=_Number(0, 10_000, min_open=True), help="Requests per second.")
 @click.option("--prompt", type=_positive, default=_PROMPT, show_default=True, help="Mean tokens of a prompt.")
 @click.option("--answer", type=_positive, default=_ANSWER, show_default=True, help="Mean tokens of an answer.")
 @click.option(
     "--spread",
-    type=click.FloatRange(0, 5),
+    type=_Number(0, 5),
     default=0.0,
     show_default=True,
     help="Standard deviation of both lengths, divided by their mean.",
@@ -61,7 +73,7 @@ _positive = click.IntRange(1, 1_000_000)
     "--bits", type=click.Choice(["4", "8", "16"]), help="Bits per weight.  [default: those of the files, or 16]"
 )
 @click.option("--reload", "reload_s", type=_Seconds(), metavar="TIME", help="Time of a reload.  [default: by size]")
-@click.option("--price", type=click.FloatRange(0), metavar="DOLLARS", help="Price per GPU hour.  [default: as listed]")
+@click.option("--price", type=_Number(0), metavar="DOLLARS", help="Price per GPU hour.  [default: as listed]")
 @click.option("--measure", "target", metavar="NAME@N|URL", help="Measure a version, or https://HOST/v1#MODEL, instead.")
 @click.option(
     "--format",

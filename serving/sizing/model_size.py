@@ -93,15 +93,25 @@ def _typical(billions: float, bits: int | None) -> ModelSize:
 
 
 def _of_folder(folder: Path, bits: int | None) -> ModelSize:
-    facts = read_model_facts(folder)
-    config: Any = json.loads((folder / "config.json").read_text("utf-8"))
-    config = {**config, **(config.get("text_config") or {})}
     try:
+        facts = read_model_facts(folder)
+        config: Any = json.loads((folder / "config.json").read_text("utf-8"))
+        config = {**config, **(config.get("text_config") or {})}
         dense, experts, used = _parameters(config)
     except KeyError as error:
         raise SettingsError(
             f"{folder / 'config.json'} has no {error}", expected="a Llama-like language model", todo="use a size: 8b"
         ) from error
+    except (AttributeError, OSError, TypeError, ValueError, ZeroDivisionError) as error:  # values of other types
+        raise SettingsError(
+            f"cannot use {folder / 'config.json'}: {error}",
+            expected="the config of a Llama-like language model",
+            todo="use a size: 8b",
+        ) from error
+    if dense <= 0 or experts < 0:
+        raise SettingsError(
+            f"{folder / 'config.json'} describes a model of {dense + experts} weights", expected="positive widths"
+        )
     if facts.token_bytes is None or facts.heads is None or facts.kv_heads is None:
         raise SettingsError(f"{folder / 'config.json'} lacks the widths of attention", todo="use a size such as 8b")
     parameters = dense + experts

@@ -50,3 +50,20 @@ def test_config_of_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "mamba", "hidden_size": 8}')
     with pytest.raises(SettingsError, match="num_hidden_layers"):
         read_model_size(str(tmp_path), None)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "{",
+        '{"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 0, "vocab_size": 9}',
+        '{"hidden_size": "64", "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 9}',
+        '{"hidden_size": 8, "num_hidden_layers": -2, "num_attention_heads": 4, "vocab_size": 1, '
+        '"intermediate_size": 9}',
+    ],
+)
+def test_config_with_impossible_values_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(SettingsError, match=r"config\.json"):
+        read_model_size(str(tmp_path), None)

@@ -97,6 +97,9 @@ def test_invalid_measurement_is_refused(tmp_path: Path, content: str) -> None:
         (*EXAMPLE, "--p95", "soon"),
         (*EXAMPLE, "--p95", "0s"),
         ("--model", "8b", "--gpu", "h100", "--rps", "0", "--p95", "2s"),
+        ("--model", "8b", "--gpu", "h100", "--rps", "nan", "--p95", "2s"),
+        (*EXAMPLE, "--p95", "2s", "--spread", "nan"),
+        (*EXAMPLE, "--p95", "2s", "--price", "inf"),
     ],
 )
 def test_incomplete_or_impossible_demand_is_a_usage_error(home: Path, arguments: tuple[str, ...]) -> None:
