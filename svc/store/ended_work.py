@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 
 from svc.store.batches import BatchStatus
 from svc.store.checkpoint_versions import job_of_checkpoints
-from svc.store.database import write_transaction
+from svc.store.database import is_sqlite, write_transaction
 from svc.store.jobs import JobStatus
 from svc.store.tables import BatchRow, JobRow
 
@@ -55,7 +55,9 @@ def remove_ended_jobs(
         registered: function that returns the names of all registered models. It reads from disk.
     """
     columns = select(JobRow.id, JobRow.name, JobRow.status)
-    own = JobRow.worker.is_(None) | (JobRow.worker == (worker or ""))
+    # One that its worker gave back and that was cancelled in the queue may have registered versions on any machine.
+    nowhere = JobRow.worker.is_(None) if is_sqlite(store) else JobRow.worker.is_(None) & JobRow.started_at.is_(None)
+    own = nowhere | (JobRow.worker == (worker or ""))
     succeeded = JobRow.status == JobStatus.SUCCEEDED.value
     with Session(store) as session:
         ended = session.execute(columns.where(JobRow.status.in_(_ENDED_JOBS), JobRow.finished_at < before, own)).all()

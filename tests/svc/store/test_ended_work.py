@@ -9,6 +9,7 @@ from sqlalchemy import update
 
 from svc.store.batches import Batch, BatchStatus, find_batch
 from svc.store.checkpoint_versions import checkpoint_version
+from svc.store.database import is_sqlite
 from svc.store.ended_work import newest_batch_at, newest_job_at, remove_ended_batches, remove_ended_jobs
 from svc.store.files import Purpose, find_file
 from svc.store.job_requests import owners_of
@@ -114,3 +115,14 @@ def test_job_of_another_machine_stays_because_its_models_are_not_known_here(
     end_job(store, other, worker="w2")
     assert remove_jobs(store) == remove_ended_jobs(store, LIMIT, worker=None, registered=list) == 0
     assert remove_ended_jobs(store, LIMIT, worker="w2", registered=list) == 1
+
+
+def test_started_job_without_a_worker_stays_if_another_machine_may_have_run_it(
+    store: Store,
+    add_job: AddJob,  # noqa: F811
+) -> None:
+    given_back, never_begun = add_job(name="ft-a").id, add_job(name="ft-b").id
+    end_job(store, given_back, JobStatus.CANCELLED, started_at=OLD)
+    end_job(store, never_begun, JobStatus.CANCELLED)
+    remove_jobs(store)
+    assert (exists(store, given_back), exists(store, never_begun)) == (not is_sqlite(store), False)
