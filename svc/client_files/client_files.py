@@ -26,7 +26,7 @@ from svc.client_files.file_writer import FileWriter, remove_left, writing_file
 from svc.client_files.shared_contents import COPIES_FOLDER, ContentMissingError, SharedContents
 from svc.errors import IntegrityError
 from svc.files.disk import sync_folder
-from svc.registry.objects import ObjectStore
+from svc.registry.objects import ObjectStore, require_obstore
 from svc.settings import Settings
 from svc.store.files import (
     ClientFile,
@@ -69,8 +69,14 @@ class ClientFiles:
 
     @classmethod
     def of(cls, settings: Settings, store: Store) -> "ClientFiles":
-        """Return the files of the home folder given in the settings."""
+        """Return the files of the home folder given in the settings.
+
+        Raises:
+            SettingsError: there is an object store, but its client is not installed.
+        """
         url, min_free = settings.artifacts.url, int(settings.files.min_free_gb * 2**30)
+        if url:
+            require_obstore()
         shared = (
             SharedContents(ObjectStore(url), settings.home / COPIES_FOLDER, min_free_bytes=min_free) if url else None
         )

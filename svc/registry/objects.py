@@ -71,13 +71,10 @@ class ObjectStore:
 
     @cached_property
     def _client(self) -> "Client":
-        try:
-            from obstore.exceptions import BaseError
-            from obstore.store import LocalStore, from_url
-        except ImportError as error:
-            raise SettingsError(
-                "artifacts.url is set, but obstore is not installed", todo="pip install 'tuneserve[objects]'"
-            ) from error
+        require_obstore()
+        from obstore.exceptions import BaseError
+        from obstore.store import LocalStore, from_url
+
         try:
             if self.url.startswith("file:"):
                 return LocalStore(Path(unquote(urlsplit(self.url).path)))
@@ -409,6 +406,20 @@ class ObjectStore:
                 todo="check the network and the credentials, then run the same command again; it continues with the "
                 "files that are missing",
             ) from None
+
+
+def require_obstore() -> None:
+    """Check that the client of object stores is installed.
+
+    Raises:
+        SettingsError: it is not.
+    """
+    try:
+        import obstore.store  # noqa: F401
+    except ImportError as error:
+        raise SettingsError(
+            "artifacts.url is set, but obstore is not installed", todo="pip install 'tuneserve[objects]'"
+        ) from error
 
 
 def manifest_key(version: VersionId) -> str:

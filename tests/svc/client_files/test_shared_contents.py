@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -19,6 +20,7 @@ from svc.client_files import client_files as module
 from svc.client_files.client_files import ClientFiles
 from svc.client_files.shared_contents import ContentDamagedError, ContentMissingError, ContentStoreError
 from svc.client_files.uploads import ClientUploads
+from svc.errors import SettingsError
 from svc.registry.objects import ObjectStore
 from svc.settings import ArtifactSettings, FilesSettings, Settings
 from svc.store.files import Purpose, StorageLimitError, StorageLimits
@@ -376,3 +378,12 @@ async def test_copies_are_removed_with_every_database(any_store: Store, tmp_path
     add_job(any_store, needed)
     second.tidy_shared()
     assert (names(tmp_path / "b"), second.find(unneeded)) == ([needed], None)
+
+
+def test_missing_client_of_the_object_store_is_refused_before_the_server_runs(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "obstore.store", None)
+    settings = Settings.model_validate({"home": tmp_path, "artifacts": {"url": tmp_path.as_uri()}})
+    with pytest.raises(SettingsError, match="obstore is not installed"):
+        ClientFiles.of(settings, store)
