@@ -228,7 +228,7 @@ def _import_train(draft: Draft) -> None:
     draft.copy("early_stopping_patience", "stopping.patience")
     import_optimizer(draft, "optimizer", "adamw_torch_fused")
     import_schedule(draft, "lr_scheduler", "cosine")
-    import_warmup(draft, 0.03)
+    import_warmup(draft, 0.03, zero_steps=True)
     draft.leave_out_if_set("train_on_inputs", "only answers are learnt")
     for key in ("fsdp", "fsdp_config", "fsdp_version", "deepspeed"):
         if draft.take(key):

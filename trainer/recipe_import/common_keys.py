@@ -48,10 +48,14 @@ def import_schedule(draft: Draft, key: str, default: str) -> None:
         draft.leave_out(key, f"{name} is not available; set train.schedule to one of {', '.join(Schedule)}")
 
 
-def import_warmup(draft: Draft, default: float) -> None:
-    """Import the warmup, which other tools also accept as a number of steps."""
+def import_warmup(draft: Draft, default: float, *, zero_steps: bool = False) -> None:
+    """Import the warmup, which other tools also accept as a number of steps.
+
+    Args:
+        zero_steps: whether 0 steps mean no warmup, and not that the ratio decides.
+    """
     ratio, steps, total = draft.take("warmup_ratio"), draft.take("warmup_steps"), draft.values.get("train.steps")
-    if steps and steps < 1:
+    if steps is not None and steps < 1 and (steps or zero_steps):
         ratio, steps = steps, None
     if steps and total:
         ratio = round(steps / total, 4)

@@ -42,7 +42,7 @@ _NOT_NEEDED = (
     *("preprocessing_num_workers", "preprocessing_batch_size", "dataloader_*", "ddp_timeout", "overwrite_cache"),
     *("tokenized_path", "include_num_input_tokens_seen", "run_name", "hub_*", "push_to_hub", "cache_dir", "ray_*"),
     *("freeze_vision_tower", "freeze_multi_modal_projector", "freeze_language_model", "image_*", "video_*"),
-    *("dataset_dir", "use_reentrant_gc", "gradient_checkpointing_kwargs", "neat_packing", "low_cpu_mem_usage"),
+    *("dataset_dir", "use_reentrant_gc", "gradient_checkpointing_kwargs", "low_cpu_mem_usage"),
 )
 _OBJECTIVES = {"sft": Objective.SFT, "dpo": Objective.DPO, "kto": Objective.KTO}
 _LOSSES = {"sigmoid": DpoLoss.SIGMOID, "ipo": DpoLoss.IPO}
@@ -134,7 +134,11 @@ def _import_data(draft: Draft, folder: Path, beginning: Path) -> None:
 
 
 def _names(draft: Draft, key: str) -> list[str]:
-    names = draft.take(key, "")
+    return _listed(draft.take(key, ""))
+
+
+def _listed(names: str | list[str]) -> list[str]:
+    """Return names that are either a list or separated by commas."""
     return [name.strip() for name in (names.split(",") if isinstance(names, str) else names) if name.strip()]
 
 
@@ -189,8 +193,8 @@ def _import_adapter(draft: Draft) -> None:
     for key, value in (("alpha", alpha), ("rslora", rslora)):
         if value:
             draft.values[f"adapter.{key}"] = value
-    if targets != "all":
-        import_targets(draft, "lora_target", [name.strip() for name in targets.split(",")])
+    if targets not in ("all", ["all"]):
+        import_targets(draft, "lora_target", _listed(targets))
 
 
 def _import_train(draft: Draft) -> None:
@@ -206,6 +210,8 @@ def _import_train(draft: Draft) -> None:
     if not trained_on_answers:
         draft.changed("cutoff_len", "longer pairs are dropped, because a truncated answer is not the judged one")
     draft.copy("packing", "train.packing")
+    if draft.take("neat_packing"):  # it implies packing, in which examples attend only to themselves, as always here
+        draft.values["train.packing"] = True
     draft.copy("early_stopping_steps", "stopping.patience")
     import_optimizer(draft, "optim", "adamw_torch")
     import_schedule(draft, "lr_scheduler_type", "linear")

@@ -29,6 +29,12 @@ def imported(tmp_path: Path, **content: Any) -> ImportedRecipe:
     return import_recipe(config, tmp_path)
 
 
+def imported_from_llama_factory(tmp_path: Path, **content: Any) -> dict[str, Any]:
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({"model_name_or_path": "org/base", "dataset": "own"} | content))
+    return import_recipe(config, tmp_path).content
+
+
 def left_out(result: ImportedRecipe) -> set[str]:
     return {note.key for note in result.notes if note.effect is Effect.LEFT_OUT}
 
@@ -68,6 +74,27 @@ def test_values_that_the_other_tool_would_default_to_are_written_if_ours_differ(
     assert content["adapter"]["rank"] == 8
     train = content["train"]
     assert (train["epochs"], train["batch_size"], train["learning_rate"], train["max_length"]) == (3, 8, 5e-5, 2048)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "ratio"), [({}, 0.03), ({"warmup_steps": 0}, 0), ({"warmup_steps": 0, "warmup_ratio": 0.1}, 0)]
+)
+def test_no_warmup_steps_of_axolotl_are_no_warmup(warmup: dict[str, Any], ratio: float, tmp_path: Path) -> None:
+    assert imported(tmp_path, **warmup).content["train"]["warmup_ratio"] == ratio
+
+
+def test_ratio_decides_about_the_warmup_of_llama_factory_unless_it_has_steps(tmp_path: Path) -> None:
+    content = imported_from_llama_factory(tmp_path, warmup_steps=0, warmup_ratio=0.1)
+    assert content["train"]["warmup_ratio"] == 0.1
+
+
+def test_neat_packing_of_llama_factory_is_packing(tmp_path: Path) -> None:
+    assert imported_from_llama_factory(tmp_path, neat_packing=True)["train"]["packing"] is True
+
+
+def test_layers_of_llama_factory_may_be_a_list(tmp_path: Path) -> None:
+    content = imported_from_llama_factory(tmp_path, lora_target=["q_proj", "o_proj"])
+    assert content["adapter"]["targets"] == ["o_proj", "q_proj"]
 
 
 @given(key=st.from_regex(r"[a-z_]{3,20}", fullmatch=True).filter(lambda key: not key.startswith(("wandb_", "hub_"))))
