@@ -57,7 +57,7 @@ def nodes_of_workers(folder: Path) -> dict[str, bool]:
     Args:
         folder: setting `ray.folder` of the run.
     """
-    runs = [path for path in folder.glob("runs/*") if path.is_dir()]
+    runs = [path for path in folder.glob("training/*") if path.is_dir()]
     return {path.name.rpartition("-")[2]: any(path.glob("checkpoints/step-*")) for path in runs}
 
 

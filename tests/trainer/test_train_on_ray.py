@@ -125,7 +125,7 @@ def test_adapter_trained_on_two_nodes_equals_that_of_two_local_processes(here: P
     assert f"step {STEPS}" not in errors.replace(f"step {STEPS}/", "")
     assert place.checkpoints == []
     assert workers_left() == []
-    assert not any(place.nodes.glob("runs/*"))
+    assert not any(place.nodes.glob("training/*"))
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["first worker", "second worker"])

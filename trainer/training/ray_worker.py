@@ -143,7 +143,7 @@ class RayWorker:
         self._checkpoints(run).fetch()
 
     def _own(self, run: SharedRun) -> Path:
-        return run.folder / "runs" / f"{run.name}-{run.attempt}-{self._node[:12]}"
+        return run.folder / "training" / f"{run.name}-{run.attempt}-{self._node[:12]}"
 
     def _checkpoints(self, run: SharedRun) -> SharedCheckpoints:
         folder = self._own(run)

@@ -116,7 +116,7 @@ def test_failure_is_the_last_message_when_the_work_fails(worker: RayWorker, run:
 
 
 def test_folder_of_a_killed_worker_is_deleted_by_the_next_one(worker: RayWorker, run: SharedRun) -> None:
-    killed = run.folder / "runs" / "other-attempt-node"
+    killed = run.folder / "training" / "other-attempt-node"
     killed.mkdir(parents=True)
     (killed / "lock").write_text("")
     worker.prepare(run)
@@ -126,5 +126,13 @@ def test_folder_of_a_killed_worker_is_deleted_by_the_next_one(worker: RayWorker,
 def test_no_folder_of_the_run_remains_when_the_worker_has_cleaned_up(worker: RayWorker, run: SharedRun) -> None:
     train(worker, run, print_lines)
     worker.clean()
-    assert list((run.folder / "runs").iterdir()) == []
+    assert list((run.folder / "training").iterdir()) == []
     assert (run.folder / "bases" / run.base).is_dir()
+
+
+def test_runs_of_a_machine_are_kept_when_its_home_is_the_workers_folder(worker: RayWorker, run: SharedRun) -> None:
+    own = run.folder / "runs" / "tiny-0123456789ab"
+    own.mkdir(parents=True)
+    (own / "lock").write_text("")
+    worker.prepare(run)
+    assert own.exists()
