@@ -22,6 +22,16 @@ _WORDS = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}
 _LINES = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
+_SAMPLES = (
+    "Numbers 7, 42, 365, 2024 and 1234567.89",
+    "don't DON'T we'll WE'LL",
+    '(a) [b] {c} "d" -e /f .g #h $i',
+    "end.\n\nnext;\r\n\r\n\tindented\n  twice\n",
+    "caf\u00e9 stra\u00dfe \u65e5\u672c\u8a9e \U0001f642\U0001f642",
+)
+"""Texts that the pre-tokenizers split differently, because held-out examples may have no such places."""
+
+
 @dataclass(frozen=True, slots=True)
 class PreTokenizer:
     """A pre-tokenizer of llama.cpp.
@@ -65,7 +75,8 @@ def check_byte_level(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
 
 
 def choose_pre_tokenizer(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> PreTokenizer:
-    """Return the first of llama.cpp's pre-tokenizers that gives every text the base's token ids.
+    """Return the first of llama.cpp's pre-tokenizers that gives every text the base's token ids, and the samples above
+    too.
 
     Args:
         tokenizer: the base's tokenizer.
@@ -75,19 +86,20 @@ def choose_pre_tokenizer(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[s
         TrainingError: none does, or the tokenizer is not byte-level BPE.
     """
     content = check_byte_level(tokenizer)
+    texts = (*texts, *_SAMPLES)
     wanted = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     differ = {}
     for pre in PRE_TOKENIZERS:
         simulated = simulate(content, pre)
-        ids = (encoded.ids for encoded in simulated.encode_batch(list(texts), add_special_tokens=False))
+        ids = (encoded.ids for encoded in simulated.encode_batch(texts, add_special_tokens=False))
         differ[pre.name] = sum(before != after for before, after in zip(wanted, ids, strict=True))
         if not differ[pre.name]:
             return pre
     best = min(differ, key=lambda name: differ[name])
     raise TrainingError(
-        f"{differ[best]} of {len(texts)} held-out examples would have other token ids in llama.cpp, even with its "
-        f"pre-tokenizer {best!r}",
-        expected=f"the base's ids for every example with one of {', '.join(differ)}",
+        f"{differ[best]} of {len(texts)} texts (the held-out examples and {len(_SAMPLES)} samples) would have other token "
+        f"ids in llama.cpp, even with its pre-tokenizer {best!r}",
+        expected=f"the base's ids for every text with one of {', '.join(differ)}",
         todo="export the version as hf; the model would answer differently in llama.cpp",
     )
 

@@ -9,7 +9,7 @@ from tests.hub_models.family import FAMILIES
 from tests.hub_models.tokenizer import fetched_tokenizer, smollm2_folder
 from tests.trainer.tiny_tokenizer import make_tokenizer
 from trainer.data.chat_template import read_tokenizer
-from trainer.export.gguf.tokens import choose_pre_tokenizer
+from trainer.export.gguf.tokens import PRE_TOKENIZERS, choose_pre_tokenizer
 
 TEXTS = (
     "  two  spaces\n\n\nlines\t\ttabs 12345 3.14 don't DON'T we'll  ",
@@ -20,6 +20,20 @@ TEXTS = (
 
 def test_plain_byte_level_tokenizer_is_split_as_gpt_2() -> None:
     assert choose_pre_tokenizer(make_tokenizer(), TEXTS).name == "gpt-2"
+
+
+def test_examples_without_numbers_do_not_hide_that_numbers_are_split() -> None:
+    """Llama 3 splits numbers after three digits, and GPT-2 not at all."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("1", "2"), ("12", "3"), ("123", "4")]
+    vocabulary = {text: number for number, text in enumerate([*letters, "12", "123", "1234"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
+    (expression,) = next(pre.expressions for pre in PRE_TOKENIZERS if pre.name == "llama-bpe")
+    split = pre_tokenizers.Split(Regex(expression), "isolated")
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    assert choose_pre_tokenizer(made, ["plain words"]).name == "llama-bpe"
 
 
 @pytest.mark.slow
@@ -44,7 +58,9 @@ def test_tokenizer_that_no_pre_tokenizer_reproduces_is_rejected_with_the_number_
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
-    with pytest.raises(TrainingError, match="1 of 2 held-out examples would have other token ids"):
+    with pytest.raises(
+        TrainingError, match=r"^1 of 7 texts \(the held-out examples and 5 samples\) would have other token ids"
+    ):
         choose_pre_tokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer), ["x1ax", "plain"])
 
 
