@@ -26,6 +26,7 @@ class ActorRecord(BaseModel):
         launch: digest of the engine's launch options, or None before it runs.
         plan: the launch options, for display.
         holds: what was last verified to be loaded, or None if unknown.
+        folder: the engine's folder, which `write_actor` adds.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -38,23 +39,29 @@ class ActorRecord(BaseModel):
     launch: str | None = None
     plan: list[dict[str, Any]] | None = None
     holds: str | None = None
+    folder: Path | None = None
 
 
 def write_actor(folder: Path, record: ActorRecord) -> None:
     """Write the record, atomically replacing any earlier one."""
     before = os.umask(0o077)
     try:
-        write_whole(folder / RECORD_FILE, record.model_dump_json().encode("utf-8"))
+        own = record.model_copy(update={"folder": folder.resolve()})
+        write_whole(folder / RECORD_FILE, own.model_dump_json().encode("utf-8"))
     finally:
         os.umask(before)
 
 
 def read_actor(folder: Path) -> ActorRecord | None:
-    """Return the record in an engine's folder, or None if it is missing or damaged."""
+    """Return the record in an engine's folder, or None if it is missing or damaged.
+
+    A record that was copied along with its home is ignored, too: the actor is that of the other home.
+    """
     try:
-        return ActorRecord.model_validate_json((folder / RECORD_FILE).read_bytes())
+        record = ActorRecord.model_validate_json((folder / RECORD_FILE).read_bytes())
     except (OSError, ValidationError):
         return None
+    return record if record.folder == folder.resolve() else None
 
 
 def end_actor(folder: Path) -> None:

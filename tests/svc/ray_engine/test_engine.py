@@ -1,6 +1,7 @@
 """Tests that an engine with an actor on another machine behaves as a local one, with a double of the cluster."""
 
 import asyncio
+import shutil
 import ssl
 import stat
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -170,6 +171,13 @@ async def test_other_certificate_is_refused_at_both_ports(make: Make, folder: Pa
 async def test_record_with_the_private_key_is_for_its_owner_only(make: Make, folder: Path) -> None:
     await make().start()
     assert stat.S_IMODE((folder / "state" / RECORD_FILE).stat().st_mode) == 0o600
+
+
+async def test_copy_of_a_home_neither_adopts_nor_ends_its_engine(make: Make, folder: Path) -> None:
+    await make().start()
+    shutil.copytree(folder / "state", folder / "copy")
+    assert read_actor(folder / "copy") is None
+    assert read_actor(folder / "state")
 
 
 async def test_later_server_adopts_the_engine_that_was_left(make: Make, cluster: ClusterDouble) -> None:
