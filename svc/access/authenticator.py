@@ -157,9 +157,11 @@ class Authenticator:
                 grant.ended.end(error)
 
     def _valid_s(self) -> float:
-        """Return the time until the next secret with a grant stops being valid by itself, in seconds."""
-        now = self._now()
-        keys = [key for grant in self._grants.values() if (key := self._keys.get(grant.principal.key_id))]
+        """Return the time until the next secret stops being valid by itself, in seconds.
+
+        Its first grant may be given during the wait.
+        """
+        now, keys = self._now(), self._keys.values()
         ends = [end for key in keys for end in (key.expires_at, key.previous_until) if end is not None and end > now]
         return (min(ends) - now).total_seconds() if ends else math.inf
 

@@ -6,7 +6,7 @@ import logging
 import threading
 import weakref
 from contextlib import nullcontext, suppress
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from sqlalchemy import Engine as Store
@@ -392,6 +392,23 @@ def test_grant_ends_when_its_key_expires(authenticator: Authenticator, issued: I
     authenticator.end_wrong()
     assert isinstance(grant.ended.error, InvalidKeyError)
     assert grant.ended.error.fault is KeyFault.EXPIRED
+
+
+async def test_grant_that_is_given_during_the_wait_ends_when_its_key_expires(store: Store, keyring: Keyring) -> None:
+    issued = keyring.create(INFER, expires_at=datetime.now(UTC) + timedelta(seconds=0.5))
+    authenticator, changes = Authenticator(store), Changes()
+    changes.trust(60)
+    following = asyncio.create_task(authenticator.follow(changes))
+    try:
+        async with asyncio.timeout(FALLBACK_POLL_S - 2):
+            while authenticator.empty:
+                await asyncio.sleep(0.01)
+            grant = authenticator.grant(issued.secret)
+            while not grant.ended.ended:
+                await asyncio.sleep(0.01)
+    finally:
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
 
 
 def test_grant_repr_does_not_contain_the_hash(authenticator: Authenticator, issued: IssuedKey) -> None:
