@@ -140,7 +140,7 @@ def test_workers_on_two_nodes_train_the_same_adapter_as_two_processes_here(
     assert machine.announced == [f"step-{step:08d}" for step in range(2, STEPS + 1, 2)]
     assert capfd.readouterr().err.count(f"Training: step {STEPS}/{STEPS}") == 1
     assert ray.running == []
-    assert list((machine.folder / "nodes" / "runs").iterdir()) == []
+    assert list((machine.folder / "nodes" / "training").iterdir()) == []
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.matrix), 1])

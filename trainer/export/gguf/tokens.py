@@ -97,8 +97,8 @@ def choose_pre_tokenizer(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[s
             return pre
     best = min(differ, key=lambda name: differ[name])
     raise TrainingError(
-        f"{differ[best]} of {len(texts)} texts (the held-out examples and {len(_SAMPLES)} samples) would have other token "
-        f"ids in llama.cpp, even with its pre-tokenizer {best!r}",
+        f"{differ[best]} of {len(texts)} texts (the held-out examples and {len(_SAMPLES)} samples) would have other "
+        f"token ids in llama.cpp, even with its pre-tokenizer {best!r}",
         expected=f"the base's ids for every text with one of {', '.join(differ)}",
         todo="export the version as hf; the model would answer differently in llama.cpp",
     )
