@@ -313,7 +313,9 @@ class _Workers:
             if not any(isinstance(message, Result | Failure) for message in messages):
                 self._receiving[self._actors[rank].receive.remote()] = rank
             for message in messages:
-                if isinstance(message, Text):
+                if isinstance(message, Failure):  # each node has its own monotonic clock
+                    yield rank, replace(message, at=time.monotonic())
+                elif isinstance(message, Text):
                     sys.stderr.write(message.text)
                     sys.stderr.flush()
                 else:

@@ -1,5 +1,7 @@
 """Tests what a training on Ray asks of a cluster, and when it is refused."""
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,8 +10,10 @@ from svc.engine.device import DeviceCapabilities, TorchGpu
 from svc.errors import TrainingError
 from svc.settings import RaySettings
 from tests.svc.engine.devices import AVX512
-from trainer.training.ray_processes import WorkerKind, check_equal, choose_kind, shortage
-from trainer.training.ray_worker import NodeFacts
+from trainer.callbacks.preemption import Preemption
+from trainer.training.processes import Failure, Result, Supervisor
+from trainer.training.ray_processes import WorkerKind, _Workers, check_equal, choose_kind, shortage
+from trainer.training.ray_worker import NodeFacts, SharedRun
 
 H100 = WorkerKind(8, gpu=True, gpu_type="H100")
 
@@ -76,3 +80,37 @@ def test_workers_are_refused_when_their_gpus_differ() -> None:
 def test_workers_are_refused_when_a_node_has_another_version() -> None:
     with pytest.raises(TrainingError, match=r"node 10\.0\.0\.2 has tuneserve 0\.0\.1, and this machine"):
         check_equal([facts(1, AVX512), facts(2, AVX512, "0.0.1")])
+
+
+class _FailingActor:
+    """Stands in for an actor whose task fails."""
+
+    def __init__(self, number: int, outcome: Failure) -> None:
+        self.describe = self._method(Result(facts(number, AVX512)))
+        self.prepare, self.train = self._method(Result(None)), self._method(None)
+        self.find_meeting, self.receive = self._method("tcp://10.0.0.0:1"), self._method([outcome])
+
+    @staticmethod
+    def _method(value: object) -> SimpleNamespace:
+        class Reference:
+            def __init__(self, *arguments: object) -> None:
+                self.value = value
+
+        return SimpleNamespace(remote=Reference)
+
+
+def test_failures_are_ordered_by_their_arrival_because_each_node_has_its_own_clock(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The second worker's connection breaks because the first one has run out of memory."""
+    outcomes = (Failure(9e9, TrainingError("out of memory")), Failure(1.0, None, "connection closed by peer"))
+    monkeypatch.setattr("ray.wait", lambda refs, **_: (list(refs), []))
+    monkeypatch.setattr("ray.get", lambda refs: [ref.value for ref in refs] if isinstance(refs, list) else refs.value)
+    monkeypatch.setattr("ray.put", lambda value: value)
+    monkeypatch.setattr("ray.kill", lambda actor: None)
+    actors: list[Any] = [_FailingActor(number, outcome) for number, outcome in enumerate(outcomes)]
+    run = SharedRun("s3://bucket", "tiny-1", "base", b"{}", Path("/nodes"), "attempt")
+    workers = _Workers(actors, run, Preemption())
+    workers.train(b"", Preemption())
+    with pytest.raises(TrainingError, match="out of memory"):
+        Supervisor(workers, {}, Preemption()).serve()
