@@ -107,6 +107,18 @@ class DeviceGroup:
         distributed.all_gather_object(values, value, group=self._control)
         return values
 
+    def spread(self, value: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
+        """Return the first process's tensor in every process.
+
+        Args:
+            value: a float32 tensor in main memory. Only that of the first process is used.
+            shape: its shape.
+        """
+        spread = torch.empty(shape) if value is None else value.contiguous()
+        if self.size > 1:
+            distributed.broadcast(spread, src=0, group=self._control)
+        return spread
+
     def map(self, work: Callable[[Sequence[Row]], list[Value]], rows: Sequence[Row]) -> list[Value]:
         """Divide rows among the processes, and return the results of all rows in every process.
 
@@ -225,6 +237,22 @@ class GroupCheckpoints(CheckpointFolder):
     ) -> None:
         super().__init__(folder, keep, on_written)
         self._group = group
+
+    def newest(self) -> Path | None:
+        """Return the newest complete checkpoint of this machine.
+
+        Raises:
+            TrainingError: another process has another one, so that they would not take the same steps.
+        """
+        newest = super().newest()
+        steps = self._group.gather(newest.name if newest else "none")
+        if len(set(steps)) > 1:
+            raise TrainingError(
+                f"the processes have different newest checkpoints: {', '.join(steps)}",
+                expected="the same checkpoint on all machines",
+                todo="run the same command again, unless another machine is training this run",
+            )
+        return newest
 
     @contextmanager
     def writing(self, step: int, best: int | None = None) -> Iterator[Path]:

@@ -225,7 +225,7 @@ def run_trainer(trainer: ResumableTrainer, stopping: Stopping, asked: Preemption
     best = best_step(trainer.state)
     if asked.by is None:
         if stopping.keep_best and best not in (None, trainer.state.global_step):
-            trainer.load_weights(trainer.checkpoints.whole(best))
+            trainer.load_best(best)
         trainer.check_finite()
     if asked.by is not None:  # also if the signal arrived after the steps
         step, last = trainer.state.global_step, trainer.state.max_steps

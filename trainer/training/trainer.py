@@ -210,6 +210,24 @@ class ResumableTrainer(AnswerTrainer):
         if self._allocation is not None:
             self._allocation.restore(checkpoint)
 
+    def load_best(self, step: int) -> None:
+        """Load the trained weights of the step with the lowest held-out loss into the model that is saved: with divided
+        weights into the shares of all processes, and else into the first process's copy.
+
+        Only the first process reads the checkpoint. The others may be on machines that do not have it.
+
+        Raises:
+            IntegrityError: the checkpoint is missing or damaged.
+        """
+        first = self.group.rank == 0
+        if not self.group.sharded:
+            if first:
+                self.load_weights(self.checkpoints.whole(step))
+            return
+        saved = load_file(self.checkpoints.whole(step) / _WEIGHTS) if first else {}
+        for name, weight in self._trained().items():
+            copy_into(weight, self.group.spread(saved.get(name), weight.shape))
+
     def _trained(self) -> dict[str, torch.nn.Parameter]:
         return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
 
