@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from svc.errors import TrainingError
 from svc.model_folder.weight_files import weight_files
+from svc.registry.files import read_headers
 from svc.terminal import waiting
 from svc.version import Format
 from trainer.base_model.content import copy_shipped_files
@@ -55,7 +56,7 @@ def quantize_to_8_bits(model: Path, out: Path, format: Format) -> RoundingSummar
         format: INT8 or FP8.
 
     Raises:
-        TrainingError: the model is a mixture of experts, or a layer is missing from its files.
+        TrainingError: see `check_layers`.
     """
     started = time.monotonic()
     layers = [f"{name}.weight" for name in check_layers(model)]
@@ -67,12 +68,6 @@ def quantize_to_8_bits(model: Path, out: Path, format: Format) -> RoundingSummar
 
         files = [stack.enter_context(safe_open(path, framework="pt")) for path in weight_files(model)]
         stored = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - no mapping
-        if missing := next((name for name in layers if name not in stored), None):
-            raise TrainingError(
-                f"{model} has no tensor {missing!r}, the weight of a linear layer",
-                expected="weights under the names of the model's layers",
-                todo=f"remove {format} from `formats`",
-            )
         quantized, shapes = set(layers), {}
         for name, file in stored.items():
             shape = file.get_slice(name).get_shape()
@@ -87,7 +82,7 @@ def quantize_to_8_bits(model: Path, out: Path, format: Format) -> RoundingSummar
                 if name in quantized:
                     tensor, scales = round_to_nearest(tensor, format)
                     write(name + SCALE_SUFFIX, scales)
-                write(name, tensor)
+                write(name, tensor.to(shapes[name].dtype))
     copy_shipped_files(model, out, quantization_config(format))
     return RoundingSummary(layers=len(layers), seconds=time.monotonic() - started)
 
@@ -96,7 +91,7 @@ def check_layers(model: Path) -> list[str]:
     """Return the names of the linear layers to quantize, without loading weights.
 
     Raises:
-        TrainingError: the model is a mixture of experts.
+        TrainingError: the model is a mixture of experts, has no linear layers, or stores them under other names.
     """
     empty = empty_model(model)
     if experts := fused_experts(empty):
@@ -105,7 +100,14 @@ def check_layers(model: Path) -> list[str]:
             expected="a model without experts",
             todo="remove int8 and fp8 from `formats`, or choose another base",
         )
-    return list(linear_layers(empty))
+    layers, stored = list(linear_layers(empty)), {tensor.name for tensor in read_headers(model)}
+    if missing := next((name for name in layers or ["*"] if f"{name}.weight" not in stored), None):
+        raise TrainingError(
+            f"{model} has no tensor {missing + '.weight'!r}, the weight of a linear layer",
+            expected="linear layers, with weights under their names",
+            todo="remove int8 and fp8 from `formats`",
+        )
+    return layers
 
 
 def round_to_nearest(weight: "torch.Tensor", format: Format) -> "tuple[torch.Tensor, torch.Tensor]":

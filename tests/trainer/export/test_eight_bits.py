@@ -93,3 +93,21 @@ def test_untied_output_head_is_not_rounded(tmp_path: Path) -> None:
 def test_mixture_of_experts_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="part of a mixture of experts, which cannot be quantized to 8 bits"):
         check_layers(make_mixture(tmp_path / "base", "mixtral"))
+
+
+def test_model_that_stores_its_layers_under_other_names_is_rejected_before_training(tmp_path: Path) -> None:
+    make_model(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({f"language_{name}": tensor for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(TrainingError, match="no tensor 'model.layers.0.self_attn.q_proj.weight'"):
+        check_layers(tmp_path)
+
+
+def test_tensors_in_other_number_types_are_stored_in_16_bits(tmp_path: Path) -> None:
+    make_model(tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    save_file({name: tensor.float() for name, tensor in tensors.items()}, tmp_path / "model" / "model.safetensors")
+    quantize_to_8_bits(tmp_path / "model", tmp_path / "out", Format.INT8)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    norm = "model.norm.weight"
+    assert torch.equal(written[norm], tensors[norm].bfloat16())
