@@ -72,7 +72,9 @@ def running_cluster(*names: str) -> Iterator[RayNodes]:
 
 def actors() -> list[psutil.Process]:
     """Return the processes of engines' actors on this machine."""
-    return [each for each in psutil.process_iter(["cmdline"]) if "ray::EngineActor" in " ".join(each.info["cmdline"])]
+    return [
+        each for each in psutil.process_iter(["cmdline"]) if "ray::EngineActor" in " ".join(each.info["cmdline"] or ())
+    ]
 
 
 def _main() -> None:

@@ -14,7 +14,7 @@ from tests.e2e.json_versions import prompts
 from tests.e2e.test_rollout import Users
 from tests.ray_cluster import RayNodes, actors, running_cluster
 
-pytestmark = [pytest.mark.slow, pytest.mark.matrix]
+pytestmark = [pytest.mark.slow]
 
 PORT = 8991
 
@@ -69,6 +69,7 @@ def test_promotion_and_kill_of_the_server_keep_the_engine_on_its_node(instance: 
     report(f"Ray: promoted in {took_s:.1f} s, {len(users.versions)} answers; adopted after {ready_s:.1f} s")
 
 
+@pytest.mark.matrix
 def test_killed_actor_is_replaced_and_leaves_no_engine(instance: Instance, report: Report) -> None:
     (actor,) = actors()
     engine = next(each for each in actor.children() if "vllm" in " ".join(each.cmdline()))
@@ -78,5 +79,28 @@ def test_killed_actor_is_replaced_and_leaves_no_engine(instance: Instance, repor
     noticed_s = time.monotonic() - began
     instance.until(lambda status: status["engine"]["state"] == "ready")
     report(f"Ray: a killed actor was noticed after {noticed_s:.1f} s, replaced after {time.monotonic() - began:.1f} s")
+    assert not engine.is_running()
+    assert len(actors()) == 1
+
+
+@pytest.mark.matrix
+def test_engine_of_a_lost_node_is_replaced_on_the_other_one_under_load(
+    instance: Instance, nodes: RayNodes, report: Report
+) -> None:
+    (actor,) = actors()
+    engine = next(each for each in actor.children() if "vllm" in " ".join(each.cmdline()))
+    raylet = actor.parent()
+    assert raylet is not None
+    lost = next(name for name in ("first", "second") if f"{name},1" in " ".join(raylet.cmdline()))
+    began = time.monotonic()
+    with Users(instance.url, "tiny", prompts(50), streams=2).asking() as users:
+        users.wait_for(5)
+        nodes.kill(lost)
+        instance.until(lambda status: status["engine"]["state"] != "ready", 30)
+        noticed_s = time.monotonic() - began
+        instance.until(lambda status: status["engine"]["state"] == "ready")
+        took_s = time.monotonic() - began
+    assert {version for version, _ in instance.answers()} == {"tiny@2"}
+    report(f"Ray: a lost node was noticed after {noticed_s:.1f} s, its engine replaced after {took_s:.1f} s")
     assert not engine.is_running()
     assert len(actors()) == 1

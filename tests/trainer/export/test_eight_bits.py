@@ -99,7 +99,7 @@ def test_model_that_stores_its_layers_under_other_names_is_rejected_before_train
     make_model(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     save_file({f"language_{name}": tensor for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
-    with pytest.raises(TrainingError, match="no tensor 'model.layers.0.self_attn.q_proj.weight'"):
+    with pytest.raises(TrainingError, match=r"no tensor 'model\.layers\.0\.self_attn\.q_proj\.weight'"):
         check_layers(tmp_path)
 
 
