@@ -62,7 +62,7 @@ if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
   rm -rf .venv
   "$python" -m venv .venv
 fi
-echo "installing packages into .venv (about 3.6 GB, takes a few minutes)" >&2
+echo "installing packages into .venv (about 3.9 GB, takes a few minutes)" >&2
 .venv/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
 chosen=(--constraint "$constraints")
 [ -z "${NEWEST:-}" ] || chosen=(--upgrade --upgrade-strategy eager)
