@@ -8,6 +8,7 @@ models is checked. A model that cannot be served does not affect the other model
 import asyncio
 import gc
 import logging
+import math
 import os
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -94,6 +95,7 @@ class Deployments:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._refused: dict[str, str] = {}
         self._retry_at: dict[str, float] = {}
+        self._failed = False  # whether something could not be done and is tried again soon
         self._on_demand: dict[str, float | None] = {}  # each with the idle time that it has if the operator adds it
         self._bringing = asyncio.Lock()
         self._requested: asyncio.Queue[_Load] = asyncio.Queue()
@@ -240,13 +242,14 @@ class Deployments:
     async def _follow(self) -> None:
         next_read = 0.0
         while True:
-            count = self.changes.count
+            count, self._failed = self.changes.count, False
             try:
                 names = await asyncio.to_thread(deployed_names, self.store)
                 if time.monotonic() >= next_read:  # less often: it reads a folder for each model
                     self.router.registered = await asyncio.to_thread(self.registered)
                     next_read = time.monotonic() + _REGISTERED_S
             except (SQLAlchemyError, OSError):
+                self._failed = True
                 log_store_error(log, "could not read which models to serve; continuing to serve the current models")
             else:
                 for name in [name for name in self._on_demand if self._is_idle(name)]:
@@ -262,7 +265,8 @@ class Deployments:
                 for name in [name for name in names if name not in self._all]:
                     if time.monotonic() >= self._retry_at.get(name, 0.0):
                         await self._try(name, self._bring)
-            await self.changes.wait(count, _POLL_S)
+            again = self._failed or self._retry_at
+            await self.changes.wait(count, _POLL_S, within_s=_POLL_S if again else math.inf)
 
     def _is_stuck(self, name: str) -> bool:
         return name not in self._tasks and name not in self._on_demand  # those are started independently of this task
@@ -331,6 +335,7 @@ class Deployments:
         try:
             await change(name)
         except Exception:
+            self._failed = True
             log.exception("could not add or remove %s; retrying", name)
 
     async def _bring(self, name: str) -> None:

@@ -174,7 +174,7 @@ def test_signal_during_model_loading_aborts_the_loading(
 ) -> None:
     loaded = False
 
-    def load(*args: Any) -> None:
+    def load(*args: Any, **options: Any) -> None:
         nonlocal loaded
         os.kill(os.getpid(), signal.SIGTERM)
         loaded = True

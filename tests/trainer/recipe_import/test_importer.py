@@ -10,9 +10,9 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+from svc.cli import group
 from svc.errors import RecipeError
 from trainer.recipe.file import load_recipe
-from trainer.recipe_import.cli import recipe
 from trainer.recipe_import.draft import Effect
 from trainer.recipe_import.importer import ImportedRecipe, import_recipe
 
@@ -153,16 +153,16 @@ def test_inconsistent_values_are_imported_with_the_reason_why_the_trainer_refuse
 def test_command_writes_the_recipe_and_lists_what_was_left_out(tmp_path: Path) -> None:
     config, to = tmp_path / "My Config.yml", tmp_path / "recipe.yaml"
     config.write_text("{base_model: org/base, datasets: [{path: ./data.jsonl}], optimizer: muon}")
-    result = CliRunner().invoke(recipe, ["import", str(config), "--to", str(to)], catch_exceptions=False)
+    result = CliRunner().invoke(group, ["recipe", "import", str(config), "--to", str(to)], catch_exceptions=False)
     assert result.exit_code == 0
     assert "  optimizer: muon is not available" in result.output
     assert load_recipe(to).name == "my-config"
-    again = CliRunner().invoke(recipe, ["import", str(config), "--to", str(to)])
+    again = CliRunner().invoke(group, ["recipe", "import", str(config), "--to", str(to)])
     assert isinstance(again.exception, RecipeError)
 
 
 def test_command_prints_the_notes_for_machines(tmp_path: Path) -> None:
-    result = CliRunner().invoke(recipe, ["import", str(AXOLOTL[0]), "--json"], catch_exceptions=False)
+    result = CliRunner().invoke(group, ["recipe", "import", str(AXOLOTL[0]), "--json"], catch_exceptions=False)
     printed = json.loads(result.output)
     assert printed["refused"] is None
     assert {note["effect"] for note in printed["notes"]} <= {effect.value for effect in Effect}

@@ -30,8 +30,8 @@ class _Context:
 def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RayWorker:
     monkeypatch.setattr("ray.get_runtime_context", _Context)
     monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "127.0.0.1")
-    monkeypatch.setattr(console, "file", console.file)
-    monkeypatch.setattr(console, "width", console.width)
+    for attribute in ("_file", "_width"):  # the properties would be restored to this test's file and width
+        monkeypatch.setattr(console, attribute, getattr(console, attribute))
     return RayWorker(tmp_path / "nodes")
 
 
