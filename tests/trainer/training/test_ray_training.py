@@ -143,7 +143,8 @@ def test_workers_on_two_nodes_train_the_same_adapter_as_two_processes_here(
     assert list((machine.folder / "nodes" / "training").iterdir()) == []
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.matrix), 1])
+@pytest.mark.matrix
+@pytest.mark.parametrize("rank", [0, 1])
 def test_training_continues_on_the_third_node_when_one_is_lost(
     rank: int, here: Path, machine: Machine, ray: RayDouble, capfd: pytest.CaptureFixture[str]
 ) -> None:
