@@ -121,6 +121,7 @@ class DeploymentBuilder:
             on_error=reconciler.note_error,
         )
         limits = engine.replica_range
+        metrics.replicas_wanted(limits.min)  # until the load needs more, and always if the number is fixed
         scaling = ReplicaScaling(
             policy=ScalingPolicy(limits.min, limits.max, engine.max_concurrency),
             pool=pool,

@@ -95,6 +95,7 @@ async def test_next_request_waits_for_the_stopped_engine_and_is_answered(idling:
         page = (await client.get("/metrics")).text
     assert 'svc_engine_wake_seconds_count{model="tuned"} 1.0' in page
     assert 'svc_engine_restarts_total{model="tuned"} 0.0' in page
+    assert 'svc_replicas_wanted{model="tuned"} 1.0' in page
 
 
 async def test_idle_model_is_healthy_and_listed(idling: Home) -> None:
