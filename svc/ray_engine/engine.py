@@ -215,7 +215,7 @@ class RayEngine:
         """
         record = await asyncio.to_thread(read_actor, self.spec.state)
         if record is None or record.placed is None:
-            raise EngineError(f"there is no actor in {self.spec.state}", todo="start a new engine")
+            raise EngineError(f"no actor is recorded in {self.spec.state}", todo="start a new engine")
         identity = Identity(record.certificate, record.key)
         link = self._link or await self._connect(record.placed, identity)
         self._use(await link.tell(Simple(do="hello")), record.placed, identity)

@@ -30,7 +30,7 @@ def fetch_model(folder: Path, artifacts: str, model: ModelFiles) -> Path:
     if model.version is None or model.format is None:
         if not (model.path / "config.json").is_file():
             raise NotFoundError(
-                f"there is no model in {model.path}",
+                f"{model.path} contains no model",
                 expected="the base of an adapter, at the same path as on the server's machine",
                 todo="mount its folder at this path, or serve the version with --format merged",
             )
