@@ -12,10 +12,15 @@ import pytest
 
 COMMAND = """#!/bin/sh
 trap 'sleep 1; touch "$2/saved"; exit 130' INT TERM
+sleep 0.5
 touch "$2/started"
 while :; do sleep 0.05; done
 """
-"""Command that takes longer to save than Python's own `subprocess.run` waits before killing it."""
+"""Command that takes longer to save than Python's own `subprocess.run` waits before killing it.
+
+It counts as started after half a second: a signal that arrives while Python is still inside `Popen` finds no child to
+stop, which happened once on a busy machine.
+"""
 
 SCRIPT = """
 import sys
