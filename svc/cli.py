@@ -29,6 +29,7 @@ COMMANDS = {
     "report": ("svc.report.cli:report", "Write a version's report as one HTML file."),
     "compare": ("trainer.comparison.cli:compare", "Compare two models on the same examples."),
     "export": ("trainer.export.cli:export", "Write a version's weights for other programs."),
+    "push": ("svc.hub.cli:push", "Upload a version to the Hugging Face Hub."),
     "jobs": ("serving.jobs_cli:jobs", "List, follow, cancel, pause and resume fine-tuning jobs."),
     "plan": ("serving.sizing.cli:plan", "Plan how many replicas a load needs."),
     "serve": ("serving.cli:serve", "Serve models to OpenAI clients."),

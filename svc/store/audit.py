@@ -46,6 +46,8 @@ class Action(StrEnum):
     DELETE_MODEL = "model.delete"
     """The owner of a fine-tuned model deleted it. Its version stays in the registry."""
     REMOVE_VERSION = "version.remove"
+    PUSH = "version.push"
+    """Recorded before an upload to the Hugging Face Hub begins, because a part may have arrived even if it fails."""
     COLLECT = "gc"
     FORGET = "forget"
     BACKUP = "backup"

@@ -1,0 +1,1 @@
+"""Publishing of versions on the Hugging Face Hub."""
