@@ -142,7 +142,12 @@ class Deployments:
             await self._start_first(wanted)
             works = [
                 asyncio.create_task(work)
-                for work in (self._follow(), self._load_requested(), self._leave_out_of_collections())
+                for work in (
+                    self._follow(),
+                    self._load_requested(),
+                    self._leave_out_of_collections(),
+                    self.slots.end_postponed(),
+                )
             ]
             try:
                 while True:
@@ -197,7 +202,8 @@ class Deployments:
         finally:
             self.looked.set()
         await self.slots.end_orphans()
-        await asyncio.to_thread(self.slots.require_memory, [each.reconciler.actual.target for each in missing])
+        needed = {each.reconciler.actual.target: each.pool.size for each in missing}
+        await asyncio.to_thread(self.slots.require_memory, needed)
         failed: list[SvcError] = []
         for deployment in sorted(self.all, key=missing.__contains__):  # models that already answer come first
             error = await self._start(deployment)
@@ -321,7 +327,7 @@ class Deployments:
         """
         for target in targets:
             with suppress(EngineError):
-                await asyncio.to_thread(self.slots.require_memory, [target])
+                await self._require_memory(target)
                 return target
         for target in targets[:-1]:
             with suppress(EngineError):
@@ -377,7 +383,7 @@ class Deployments:
         """
         while True:
             try:
-                return await asyncio.to_thread(self.slots.require_memory, [target])
+                return await self._require_memory(target)
             except EngineError as error:
                 idle = [(idle_s, each) for each in self.all if (idle_s := each.idling.idle_s) is not None]
                 longest = max(idle, key=itemgetter(0), default=None)
@@ -385,6 +391,12 @@ class Deployments:
                     log.info("stopped %s's engines to free memory for %s: %s", longest[1].name, target, error.wrong)
                 elif not await self._end_asleep():
                     raise
+
+    async def _require_memory(self, target: Target) -> None:
+        """Check that there is memory for the engines that a model starts or wakes now."""
+        name = target.version.name
+        engines = self._all[name].pool.size if name in self._all else self.slots.first_engines(name)
+        await asyncio.to_thread(self.slots.require_memory, {target: engines})
 
     async def _end_asleep(self) -> bool:
         """Stop the engines of the sleeping model that has been idle longest. Return False if no model is asleep."""

@@ -6,7 +6,7 @@ rest of the server reaches processes, a Ray cluster, the machine's memory and it
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from itertools import chain, count
 from pathlib import Path
 
@@ -16,19 +16,22 @@ from svc.engine.engine import LastingEngine
 from svc.engine.engine_capabilities import EngineCapabilities
 from svc.engine.orphans import end_engine
 from svc.engine.probes import EngineFacts, engine_facts
-from svc.engine.vllm.folders import socket_folder, state_folder, state_folders
+from svc.engine.vllm.folders import all_states, socket_folder, state_folder, state_folders
 from svc.engine.vllm.headroom import shortage
 from svc.engine.vllm.launch import EngineSpec
 from svc.engine.vllm.process import EngineProcess
 from svc.errors import EngineError
 from svc.ray_engine.engine import RayEngine
 from svc.ray_engine.machines import RayMachines
-from svc.ray_engine.record import end_actor
+from svc.ray_engine.record import end_actor, end_postponed, postpone_end
 from svc.registry.registry import Registry
 from svc.settings import EngineSettings, Launcher, Settings
 from svc.version import Target
 
 log = logging.getLogger(__name__)
+
+_END_PAUSES_S = (5.0, 10.0, 20.0, 40.0, 60.0)
+"""Pauses between attempts to end actors whose cluster was away, in seconds. The last one is repeated."""
 
 Served = Callable[[], Collection[str]]
 MakeSlots = Callable[[Settings, Registry, DeviceCapabilities, Served], "EngineSlots"]
@@ -102,8 +105,23 @@ class EngineSlots:
         end_engine(folder)
         try:
             end_actor(folder)
-        except EngineError:  # the record stays, for the next server
-            log.exception("could not end the actor of engine %d", number)
+        except EngineError as error:
+            log.warning("could not end the actor of engine %d; trying again later: %s", number, error.wrong)
+            postpone_end(folder)
+
+    async def end_postponed(self) -> None:
+        """End the actors that could not be ended because their cluster was away, once it is back, until cancelled."""
+        failures = 0
+        while True:
+            await asyncio.sleep(_END_PAUSES_S[min(failures, len(_END_PAUSES_S) - 1)])
+            try:
+                ended, left = await asyncio.to_thread(end_postponed, all_states(self.settings.home))
+            except OSError:
+                log.exception("could not read which actors are to be ended")
+                continue
+            if ended:
+                log.info("ended actors that an absent Ray cluster had kept: %s", ", ".join(ended))
+            failures = failures + 1 if left else 0
 
     def shortage(self, engines: Mapping[Target, int]) -> str | None:
         """Return a message stating what is missing to start more engines, or None if there is enough.
@@ -121,21 +139,26 @@ class EngineSlots:
         here = shortage([spec for spec in specs if spec.settings.launcher is Launcher.LOCAL])
         return here or (self._ray.shortage(on_ray[0], len(on_ray)) if on_ray else None)
 
-    def require_memory(self, targets: Sequence[Target]) -> None:
-        """Check that there is enough memory for all engines of the given targets.
+    def require_memory(self, engines: Mapping[Target, int]) -> None:
+        """Check that there is enough memory for additional engines.
+
+        Args:
+            engines: see `shortage`.
 
         Raises:
             EngineError: not enough memory is free. The message states how much is needed and how much is free.
             NotFoundError: there is no such version or format.
         """
-        missing = self.shortage(
-            {target: self.settings.engine_for(target.version.name).replica_range.max for target in targets}
-        )
+        missing = self.shortage(engines)
         if missing:
             raise EngineError(
-                f"not enough memory for {', '.join(str(target) for target in targets)}: {missing}",
+                f"not enough memory for {', '.join(str(target) for target in engines)}: {missing}",
                 todo="serve fewer models, or reduce their `max_model_len` or `replicas` under `models` in svc.yaml",
             )
+
+    def first_engines(self, name: str) -> int:
+        """Return the number of engines that a model starts with. The load may add more."""
+        return self.settings.engine_for(name).replica_range.min
 
     def capabilities(self, target: Target) -> EngineCapabilities:
         """Return the capabilities that an engine has if it is started with the given target.
@@ -170,6 +193,11 @@ class EngineSlots:
             settings=settings,
             template_kwargs=model.template_kwargs,
             lora=model.lora,
-            engines=sum(self.settings.engine_for(each).replica_range.max for each in served),
+            engines=self._sharing(served) if settings.launcher is Launcher.LOCAL else 1,
             idles=self.settings.idle_s_of(name) is not None,
         )
+
+    def _sharing(self, served: Collection[str]) -> int:
+        """Return the number of engines that share this machine when the load is highest."""
+        every = [self.settings.engine_for(name) for name in served]
+        return sum(each.replica_range.max for each in every if each.launcher is Launcher.LOCAL)

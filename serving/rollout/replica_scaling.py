@@ -23,6 +23,8 @@ from svc.version import Target
 log = logging.getLogger(__name__)
 
 _INTERVAL_S = 5.0
+_MAX_REFUSED_PAUSE_S = 60.0
+"""Longest pause after a refusal. A Ray cluster is asked by a process that takes 2 to 3 s of CPU time."""
 _NOT_STARTED = {EngineState.STOPPED, EngineState.STARTING, EngineState.FAILED}
 
 
@@ -47,6 +49,8 @@ class ReplicaScaling:
     changing: Callable[[], bool]
     clock: Callable[[], float] = time.monotonic
     refused: str | None = field(default=None, init=False)
+    _pause_s: float = field(default=_INTERVAL_S, init=False)
+    _ask_at: float = field(default=0.0, init=False)
 
     async def run(self) -> None:
         """Compare the number of replicas with the load every few seconds, until cancelled."""
@@ -65,7 +69,7 @@ class ReplicaScaling:
         if wanted > self.pool.size:
             await self._add(wanted)
             return
-        self.refused = None
+        self._allow()
         if wanted < self.pool.size and self.pool.shrink():
             log.info("%s: the load needs only %d replicas; removing one", self.target(), wanted)
             self._set_capacity()
@@ -80,22 +84,39 @@ class ReplicaScaling:
         return bool(self.pool.ready) and not joining and not self.changing()
 
     async def _add(self, wanted: int) -> None:
-        without_memory = sum(member.state in _NOT_STARTED for member in self.pool.members)
-        more = wanted - self.pool.size + without_memory
-        try:
-            shortage = await asyncio.to_thread(self.slots.shortage, {self.target(): more})
-        except SvcError as error:
-            shortage = error.wrong
-        if shortage:
-            if self.refused is None:
-                log.warning("%s: cannot add replicas for the load: %s", self.target(), shortage)
-            self.refused = shortage
+        """Add the replicas that the load needs or, if there is not enough memory, one of them."""
+        if self.refused and self.clock() < self._ask_at:
             return
-        if self._may_change():  # a swap may have begun meanwhile
-            self.refused = None
+        size = self.pool.size
+        shortage = await self._shortage(wanted - size)
+        if shortage and wanted > size + 1 and await self._shortage(1) is None:
+            wanted, shortage = size + 1, None
+        if shortage:
+            self._refuse(shortage)
+        elif self._may_change():  # a swap may have begun meanwhile
+            self._allow()
             log.info("%s: adding replicas for the load: %d instead of %d", self.target(), wanted, self.pool.size)
             self.pool.grow(wanted)
             self._set_capacity()
+
+    async def _shortage(self, more: int) -> str | None:
+        """Return why no more replicas can be added, or None if they can."""
+        without_memory = sum(member.state in _NOT_STARTED for member in self.pool.members)
+        try:
+            return await asyncio.to_thread(self.slots.shortage, {self.target(): more + without_memory})
+        except (SvcError, OSError) as error:
+            return error.wrong if isinstance(error, SvcError) else str(error)
+
+    def _refuse(self, shortage: str) -> None:
+        """Note why no replica is added, and double the pause until the next attempt."""
+        if self.refused is None:
+            log.warning("%s: cannot add replicas for the load; trying again: %s", self.target(), shortage)
+        self.refused = shortage
+        self._ask_at = self.clock() + self._pause_s
+        self._pause_s = min(2 * self._pause_s, _MAX_REFUSED_PAUSE_S)
+
+    def _allow(self) -> None:
+        self.refused, self._pause_s = None, _INTERVAL_S
 
     def _set_capacity(self) -> None:
         self.admission.set_capacity(self.policy.sequences * self.pool.size)

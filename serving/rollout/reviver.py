@@ -18,6 +18,8 @@ from svc.version import Target
 log = logging.getLogger(__name__)
 
 _ROOM_PAUSE_S = 1.0
+_MAX_ROOM_PAUSE_S = 8.0
+"""Longest pause between two looks for memory. A Ray cluster is asked by a process that takes 2 to 3 s of CPU time."""
 _BACKOFF_S: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
 
 
@@ -28,12 +30,14 @@ class _Turn:
     Attributes:
         at: time of the planned start on the event loop's clock, in seconds.
         attempts: number of failed starts so far.
+        refusals: number of starts in a row that were postponed because of too little memory.
         died: whether the member's engine died, rather than never having been started.
     """
 
     at: float
     attempts: int
     died: bool
+    refusals: int = 0
 
 
 @dataclass(eq=False)
@@ -99,9 +103,11 @@ class Reviver:
     async def _has_room(self, engine: Replica) -> bool:
         """Return whether there is enough memory to start the engine. If not, postpone the start.
 
-        During a swap, memory may be taken up by second or replaced engines.
+        During a swap, memory may be taken up by second or replaced engines, and replicas that the load had added may
+        no longer fit when the model wakes up.
         """
-        if not self.pool.others:
+        grown = self.pool.size > self.slots.first_engines(self.target().version.name)
+        if not self.pool.others and not grown:
             return True
         try:
             engines = {self.target(): 1 + self.pool.starting}
@@ -109,8 +115,10 @@ class Reviver:
         except (SvcError, OSError):
             return True  # the start fails with the same error
         if shortage:
-            log.info("not enough memory for replica %d; waiting: %s", engine.replica, shortage)
-            self._turns[engine].at = asyncio.get_running_loop().time() + _ROOM_PAUSE_S
+            turn = self._turns[engine]
+            pause_s = min(_ROOM_PAUSE_S * 2**turn.refusals, _MAX_ROOM_PAUSE_S)
+            log.info("not enough memory for replica %d; waiting %.0f s: %s", engine.replica, pause_s, shortage)
+            turn.at, turn.refusals = asyncio.get_running_loop().time() + pause_s, min(turn.refusals + 1, 10)
         return not shortage
 
     async def _revive(self, engine: Replica) -> None:

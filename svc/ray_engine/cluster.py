@@ -75,10 +75,10 @@ class Place(_Model):
 
 
 class End(_Model):
-    """End an actor, if it exists."""
+    """End actors, if they exist."""
 
     do: Literal["end"] = "end"
-    name: str
+    names: tuple[str, ...]
 
 
 class Placed(_Model):
@@ -144,12 +144,16 @@ class RayCluster:
         return answer
 
     async def end(self, name: str) -> None:
-        """End an actor, if it exists."""
-        await self._asked(End(name=name))
+        """End an actor, if it exists.
 
-    def end_now(self, name: str) -> None:
-        """End an actor, if it exists. This blocks for seconds."""
-        self._ask(End(name=name))
+        Raises:
+            EngineError: the cluster cannot be reached.
+        """
+        await self._asked(End(names=(name,)))
+
+    def end_now(self, *names: str) -> None:
+        """End actors, if they exist. This blocks for seconds. It raises the same error as `end`."""
+        self._ask(End(names=names))
 
     async def _asked(self, question: Question) -> Answer:
         process = self._begin()
@@ -199,7 +203,8 @@ def _answer(address: str, question: Question) -> Answer:
                 return Answer(placed=_place(question))
         case End():
             with _connected(address):
-                _end(question.name)
+                for name in question.names:
+                    _end(name)
                 return Answer()
 
 

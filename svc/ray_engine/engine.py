@@ -22,7 +22,7 @@ from svc.ray_engine.files import files_of
 from svc.ray_engine.identity import Identity, client_context, make_identity
 from svc.ray_engine.link import ActorLink
 from svc.ray_engine.messages import Fetch, Reply, Simple, Start
-from svc.ray_engine.record import RECORD_FILE, ActorRecord, read_actor, write_actor
+from svc.ray_engine.record import RECORD_FILE, ActorRecord, postpone_end, read_actor, write_actor
 from svc.settings import Device, EngineSettings
 
 log = logging.getLogger(__name__)
@@ -295,7 +295,7 @@ class RayEngine:
         await self._close_client()
 
     async def _end_recorded(self) -> None:
-        """End the actor of the record through Ray. If the cluster cannot be reached, the record stays."""
+        """End the actor of the record through Ray, or note that it is to be ended when its cluster is back."""
         record = await asyncio.to_thread(read_actor, self.spec.state)
         if record is None:
             return
@@ -304,7 +304,8 @@ class RayEngine:
         try:
             await cluster.end(record.name)
         except SvcError as error:
-            log.warning("could not end the actor %s: %s", record.name, error.wrong)
+            log.warning("could not end the actor %s; trying again later: %s", record.name, error.wrong)
+            await asyncio.to_thread(postpone_end, self.spec.state)
             return
         (self.spec.state / RECORD_FILE).unlink(missing_ok=True)
 

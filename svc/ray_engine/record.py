@@ -4,15 +4,18 @@ The record contains the server's private key for the actor, so only its owner ca
 """
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from svc.errors import EngineError
 from svc.files.disk import write_whole
 from svc.ray_engine.cluster import Placed, RayCluster
 
 RECORD_FILE = "actor.json"
+_ENDING = "ending"
 
 
 class ActorRecord(BaseModel):
@@ -74,3 +77,53 @@ def end_actor(folder: Path) -> None:
     if record is not None:
         RayCluster(record.cluster).end_now(record.name)
         (folder / RECORD_FILE).unlink(missing_ok=True)
+
+
+def postpone_end(folder: Path) -> None:
+    """Note that the actor recorded in an engine's folder is to be ended later, and make room for another record."""
+    record = read_actor(folder)
+    if record is None:
+        return
+    notes = folder.parent / _ENDING
+    notes.mkdir(exist_ok=True)
+    without_key = record.model_copy(update={"certificate": "", "key": ""})
+    write_whole(notes / f"{record.name}.json", without_key.model_dump_json().encode("utf-8"))
+    (folder / RECORD_FILE).unlink(missing_ok=True)
+
+
+def end_postponed(engines: Path) -> tuple[list[str], list[str]]:
+    """End the actors whose end was postponed. This blocks for several seconds per cluster.
+
+    Args:
+        engines: folder that contains the engines' folders.
+
+    Returns:
+        The names of the actors that were ended, and of those that are left because their cluster is still away.
+
+    Raises:
+        OSError: a note cannot be read or deleted.
+    """
+    by_cluster = dict[str, dict[str, Path]]()
+    for note in sorted((engines / _ENDING).glob("*.json")):
+        if record := _postponed(note):
+            by_cluster.setdefault(record.cluster, {})[record.name] = note
+    ended, left = list[str](), list[str]()
+    for cluster, notes in by_cluster.items():
+        try:
+            RayCluster(cluster).end_now(*notes)
+        except EngineError:
+            left += notes
+            continue
+        for note in notes.values():
+            note.unlink()
+        ended += notes
+    return ended, left
+
+
+def _postponed(note: Path) -> ActorRecord | None:
+    """Return the actor of a note, or None if the note is damaged or was copied along with its home."""
+    with suppress(ValidationError):
+        record = ActorRecord.model_validate_json(note.read_bytes())
+        if record.folder is not None and record.folder.parent == note.parent.parent.resolve():
+            return record
+    return None

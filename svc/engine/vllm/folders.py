@@ -62,12 +62,17 @@ def socket_folder(home: Path, replica: int) -> Path:
 
 def state_folder(home: Path, replica: int) -> Path:
     """Return the folder for the lock and record of a replica of the server, creating it if it does not exist."""
-    folder = home / _STATES / str(replica)
+    folder = all_states(home) / str(replica)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
+def all_states(home: Path) -> Path:
+    """Return the folder with the state folders of all replicas. It may not exist."""
+    return home / _STATES
+
+
 def state_folders(home: Path) -> dict[int, Path]:
     """Return the state folders that exist in a home, keyed by replica."""
-    folders = (home / _STATES).iterdir() if (home / _STATES).is_dir() else iter(())
+    folders = all_states(home).iterdir() if all_states(home).is_dir() else iter(())
     return dict(sorted((int(folder.name), folder) for folder in folders if folder.name.isdecimal()))

@@ -1,5 +1,7 @@
 """Tests how a home's engines are started with its settings."""
 
+import asyncio
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,9 +9,14 @@ import pytest
 from serving.replicas import slots
 from serving.replicas.served_model import ServedModel
 from serving.replicas.slots import EngineSlots
+from svc.engine.vllm.folders import all_states, state_folder
 from svc.engine.vllm.launch import EngineSpec
+from svc.errors import EngineError
+from svc.ray_engine.cluster import RayCluster
+from svc.ray_engine.record import ActorRecord, end_postponed, postpone_end, read_actor, write_actor
 from svc.registry.registry import Registry
 from svc.settings import Settings
+from tests.serving.control import until
 from tests.serving.versions import NAME, AliasBook, make_version, target
 from tests.svc.engine.devices import AVX512
 
@@ -38,3 +45,53 @@ def test_memory_is_checked_for_all_engines_of_all_versions(tmp_path: Path, monke
     monkeypatch.setattr(slots, "shortage", checked.extend)
     assert of_home.shortage({target(1): 2, target(2): 1}) is None
     assert [spec.model.parent.name for spec in checked] == ["1", "1", "2"]
+
+
+@pytest.mark.parametrize(("other", "engines"), [("local", 5), ("ray", 4)])
+def test_engines_of_a_cluster_do_not_share_this_machine(tmp_path: Path, other: str, engines: int) -> None:
+    settings = Settings.model_validate(
+        {
+            "home": tmp_path,
+            "models": {NAME: {"engine": {"replicas": {"min": 1, "max": 4}}}, "other": {"engine": {"launcher": other}}},
+        }
+    )
+    of_home = EngineSlots(settings, Registry(tmp_path / "models", AliasBook()), AVX512, lambda: [NAME, "other"])
+    assert of_home.spec(0, NAME, ServedModel(tmp_path)).engines == engines
+
+
+async def test_actor_is_ended_after_its_cluster_is_back_even_if_its_number_has_a_local_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slots, "_END_PAUSES_S", (0.01,))
+    away, ended, of_home = True, list[str](), slots_of(tmp_path)
+
+    def end_now(cluster: RayCluster, *names: str) -> None:
+        if away:
+            raise EngineError(f"cannot connect to the Ray cluster {cluster.address}")
+        ended.extend(names)
+
+    monkeypatch.setattr(RayCluster, "end_now", end_now)
+    write_actor(state_folder(tmp_path, 0), ActorRecord(name="tuned-0", cluster="head:6379", certificate="c", key="k"))
+    assert await of_home.orphans() == [0]
+    await of_home.end_orphans()
+    assert read_actor(state_folder(tmp_path, 0)) is None  # a local engine now has the number
+    of_home.take(0)
+    ending = asyncio.create_task(of_home.end_postponed())
+    await asyncio.sleep(0.1)
+    assert ended == []
+    away = False
+    await until(lambda: ended == ["tuned-0"])
+    await asyncio.sleep(0.1)
+    assert ended == ["tuned-0"]
+    ending.cancel()
+
+
+def test_postponed_actors_of_a_copied_home_are_left_to_the_first_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RayCluster, "end_now", lambda cluster, *names: pytest.fail("ended"))
+    folder = state_folder(tmp_path / "home", 0)
+    write_actor(folder, ActorRecord(name="tuned-0", cluster="head:6379", certificate="c", key="k"))
+    postpone_end(folder)
+    shutil.copytree(tmp_path / "home", tmp_path / "copy")
+    assert end_postponed(all_states(tmp_path / "copy")) == ([], [])

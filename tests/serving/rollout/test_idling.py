@@ -268,6 +268,17 @@ async def test_longest_idle_model_is_stopped_if_memory_is_short(idling: Home) ->
         await become(client, tuned="idle", other="ready", third="ready")
 
 
+async def test_server_starts_and_wakes_with_memory_for_the_first_replica_only(idling: Home) -> None:
+    replicas = {"min": 1, "max": 3}
+    configure(idling, serve={"port": 0, "idle_s": IDLE_S}, engine={"replicas": replicas})
+    asked = list[int]()
+    idling.park.shortage = lambda more: asked.append(more) or ("full" if more > 1 else None)  # type: ignore[func-returns-value]
+    async with idling.serving(f"{NAME}@1") as client:
+        await become(client, tuned="idle")
+        assert await answer(client) == (200, f"{NAME}@1")
+    assert set(asked) == {1}
+
+
 async def test_no_model_is_stopped_for_another_if_idling_is_off(idling: Home) -> None:
     configure(idling, serve={"port": 0})
     idling.park.room = "full"

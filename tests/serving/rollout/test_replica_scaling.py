@@ -1,6 +1,7 @@
 """Tests that replicas are added and removed while a server answers requests."""
 
 import asyncio
+from itertools import pairwise
 
 import pytest
 
@@ -106,6 +107,59 @@ async def test_replica_is_refused_with_the_reason_when_memory_is_short(
         scaling = await decide(control, 10 * PER_REPLICA, 2 * MEAN_S)
         assert len(control.pool.members) == 1
         assert scaling.status() == {"min": 1, "max": 3, "replicas": 1, "refused": "it needs about 9 GiB"}
+
+
+async def test_as_many_replicas_are_added_as_fit_when_memory_is_short_for_all(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with make(replicas=LIMITS).run() as control:
+        monkeypatch.setattr(control.slots, "shortage", lambda engines: "full" if sum(engines.values()) > 1 else None)
+        await decide(control, 10 * PER_REPLICA, MEAN_S)
+        assert control.pool.size == 2
+
+
+async def test_refused_replica_is_asked_for_with_growing_pauses_and_added_once_it_fits(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with make(replicas=ReplicaRange(min=1, max=2)).run() as control:
+        scaling = control.deployment.scaling
+        asked = list[float]()
+
+        def shortage(engines: object) -> str | None:
+            assert scaling
+            asked.append(scaling.clock())
+            return "no room" if len(asked) < 6 else None
+
+        monkeypatch.setattr(control.slots, "shortage", shortage)
+        await decide(control, 10 * PER_REPLICA, 400)
+        assert [later - now for now, later in pairwise(asked[:6])] == [5, 10, 20, 40, 60]
+        assert control.pool.size == 2
+
+
+async def test_added_replica_that_died_waits_for_memory(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.rollout.reviver._ROOM_PAUSE_S", 0.01)
+    async with make(replicas=LIMITS).run() as control:
+        control.reconciler.reviver.backoff_s = (0.01,)
+        await grow(control)
+        asked = list[object]()
+        monkeypatch.setattr(control.park, "shortage", lambda more: asked.append(more) or "full")  # type: ignore[func-returns-value]
+        control.park.engines[1].kill()
+        await until(lambda: len(asked) > 3)
+        assert control.park.alive == 1
+        monkeypatch.setattr(control.park, "shortage", lambda more: None)
+        await until(lambda: len(control.pool.ready) == 2)
+
+
+async def test_question_that_cannot_be_asked_does_not_end_the_server(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shortage(engines: object) -> str | None:
+        raise OSError("cannot allocate memory")
+
+    async with make(replicas=LIMITS).run() as control:
+        monkeypatch.setattr(control.slots, "shortage", shortage)
+        scaling = await decide(control, 10 * PER_REPLICA, 2 * MEAN_S)
+        assert scaling.status()["refused"] == "cannot allocate memory"
 
 
 async def test_restarted_server_adopts_all_replicas(make: Make) -> None:

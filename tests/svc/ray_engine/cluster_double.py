@@ -92,17 +92,19 @@ class ClusterDouble(RayCluster):
         engines: engine of each actor that ever started one, by the actor's name.
         running: tasks of the running actors, by name.
         ended: names of the actors that were ended through Ray.
+        away: whether no actor can be ended.
         machine: capabilities of the machine.
     """
 
     def __init__(self, folder: Path) -> None:
         super().__init__("double")
-        vars(self).update(folder=folder, engines={}, running={}, ended=[], machine=AVX512, failure=None)
+        vars(self).update(folder=folder, engines={}, running={}, ended=[], away=False, machine=AVX512, failure=None)
 
     folder: Path
     engines: dict[str, ProcessDouble]
     running: dict[str, "asyncio.Task[None]"]
     ended: list[str]
+    away: bool
     machine: DeviceCapabilities
     failure: Exception | None
 
@@ -138,8 +140,14 @@ class ClusterDouble(RayCluster):
 
     async def end(self, name: str) -> None:
         """Kill an actor, and its engine with it."""
+        if self.away:
+            raise EngineError("cannot connect to the Ray cluster double")
         self.ended.append(name)
         await self.kill(name)
+
+    def end_now(self, *names: str) -> None:
+        """Note the actors' end."""
+        self.ended.extend(names)
 
     async def kill(self, name: str) -> None:
         """Kill an actor, and its engine with it, as the loss of its machine does."""

@@ -23,7 +23,7 @@ from svc.errors import EngineError, IntegrityError
 from svc.ray_engine.cluster import Need
 from svc.ray_engine.engine import Placement, RayEngine
 from svc.ray_engine.identity import Identity, client_context, make_identity
-from svc.ray_engine.record import RECORD_FILE, ActorRecord, read_actor, write_actor
+from svc.ray_engine.record import RECORD_FILE, ActorRecord, end_postponed, read_actor, write_actor
 from svc.registry.objects import ObjectStore
 from svc.registry.registry import HELDOUT_FILE, Registry
 from svc.settings import Device, EngineSettings, Settings
@@ -305,7 +305,7 @@ async def test_long_answer_to_a_slow_reader_arrives_in_full(make: Make, cluster:
     assert isinstance(engine.address, TlsAddress)
 
 
-def test_actor_of_an_unreachable_cluster_keeps_its_record_and_does_not_stop_a_server(
+def test_actor_of_an_unreachable_cluster_is_noted_and_does_not_stop_a_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("svc.ray_engine.cluster.sys.executable", "/bin/false")
@@ -313,4 +313,19 @@ def test_actor_of_an_unreachable_cluster_keeps_its_record_and_does_not_stop_a_se
     folder = state_folder(tmp_path, 3)
     write_actor(folder, ActorRecord(name="tuned-3", cluster="head:6379", certificate="", key=""))
     slots.end(3)
-    assert read_actor(folder)
+    assert end_postponed(folder.parent) == ([], ["tuned-3"])
+
+
+async def test_actor_that_could_not_be_ended_is_not_forgotten_when_another_one_starts(
+    make: Make, folder: Path, cluster: ClusterDouble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = make()
+    await first.start()
+    await first.leave()
+    vars(cluster)["away"] = True
+    await make().start()
+    vars(cluster)["away"] = False
+    monkeypatch.setattr("svc.ray_engine.record.RayCluster", lambda address: cluster)
+    ended, left = end_postponed(folder)
+    assert (ended, left) == ([next(iter(cluster.engines))], [])
+    assert cluster.ended == ended
