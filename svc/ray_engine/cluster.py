@@ -8,7 +8,6 @@ A running engine is used without Ray.
 import asyncio
 import logging
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,12 +19,11 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from svc.engine.device import DeviceCapabilities
 from svc.errors import EngineError, SvcError
+from svc.ray_cluster import connected
 from svc.ray_engine.messages import Problem
 
-NAMESPACE = "tuneserve"
 _ASK_S = 120.0
 _AUTH_TIMEOUT_S = 5.0
-_REACH_TIMEOUT_S = 5.0
 _END_TIMEOUT_S = 5.0
 _UNAUTHENTICATED = "UNAUTHENTICATED"
 _NODES_METHOD = "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo"
@@ -210,37 +208,13 @@ def _answer(address: str, question: Question) -> Answer:
 
 @contextmanager
 def _connected(address: str) -> Iterator[None]:
+    """Connect this process to a cluster that demands a token, for the `with` block."""
     os.environ["RAY_AUTH_MODE"] = "token"
-    try:
+    with connected(address):
         import ray
-    except ImportError as error:
-        raise EngineError("Ray is not installed", todo="pip install 'tuneserve[ray]'") from error
-    try:
-        _reach(address)
-        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
-    except Exception as error:  # Ray raises many kinds
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise EngineError(
-            f"cannot connect to the Ray cluster {address}: {reason}",
-            expected="a running cluster of the same Ray and Python versions, and its token",
-            todo="check ray.address, and RAY_AUTH_TOKEN or ~/.ray/auth_token; `ray status` shows the cluster",
-        ) from error
-    try:
+
         _require_token(ray.get_runtime_context().gcs_address)
         yield
-    finally:
-        ray.shutdown()
-
-
-def _reach(address: str) -> None:
-    """Connect to the port of an address `host:port`, because Ray tries for more than a minute.
-
-    Raises:
-        OSError: nothing listens there.
-    """
-    host, _, port = address.rpartition(":")
-    if port.isdecimal() and "/" not in host:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_TIMEOUT_S).close()
 
 
 def _require_token(head: str) -> None:

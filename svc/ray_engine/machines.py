@@ -1,12 +1,14 @@
 """Derives from the settings what engines need of a Ray cluster, and asks the cluster whether it has that."""
 
 import threading
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
 from svc.engine.device import DeviceCapabilities
 from svc.engine.vllm.engine_args import given
 from svc.errors import SettingsError
+from svc.ray_cluster import find_address
 from svc.ray_engine.cluster import Described, Need, RayCluster
 from svc.ray_engine.engine import Placement
 from svc.settings import Device, EngineSettings, Launcher, Settings
@@ -25,9 +27,12 @@ class RayMachines:
     def __init__(self, settings: Settings, models: Path) -> None:
         self._settings = settings
         self._models = models
-        self._cluster = RayCluster(settings.ray.address or "auto")
         self._described: dict[tuple[Need, ...], Described] = {}
         self._asking = threading.Lock()
+
+    @cached_property
+    def _cluster(self) -> RayCluster:
+        return RayCluster(find_address(self._settings.ray.address))
 
     def check(self) -> None:
         """Check that engines can run in the cluster, if any model's are configured to. This can take several seconds.

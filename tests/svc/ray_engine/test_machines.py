@@ -22,6 +22,7 @@ def machines(tmp_path: Path, **settings: Any) -> RayMachines:
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Need, ...]]:
     """Let every cluster have what is needed in the last place, and room for one engine. Return what was asked for."""
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
     asked: list[tuple[Need, ...]] = []
 
     def describe(self: RayCluster, needs: tuple[Need, ...], folder: str) -> Described:
@@ -47,6 +48,12 @@ def test_missing_artifact_store_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"artifacts\.url is not set") as error:
         machines(tmp_path, artifacts={}).check()
     assert "svc models push" in error.value.todo
+
+
+def test_missing_address_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(SettingsError, match="address of the Ray cluster is not set"):
+        machines(tmp_path).check()
 
 
 def test_layers_divided_among_machines_are_refused(tmp_path: Path) -> None:
@@ -106,5 +113,5 @@ def test_engines_fit_a_machine_by_its_scarcest_resource(
 
 @pytest.mark.slow  # imports Ray
 def test_address_without_a_cluster_is_refused_before_ray_tries_for_minutes(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match=r"cannot connect to the Ray cluster 127\.0\.0\.1:1: .*refused"):
+    with pytest.raises(EngineError, match=r"no Ray cluster answers at 127\.0\.0\.1:1: .*refused"):
         machines(tmp_path, ray={"address": "127.0.0.1:1"}).check()
