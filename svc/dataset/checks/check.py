@@ -219,6 +219,10 @@ class _LineChecks:
         for kind, content in shown:
             for code, text in self._text(content):
                 report.add(number, code, f"{turn} {text} in a {kind}", turn)
+        for place, call in enumerate(message.tool_calls):
+            if call.encoded_twice:
+                field = f"{turn}.tool_calls[{place}].function.arguments"
+                report.add(number, Code.ENCODED_TWICE, f"{field} is JSON text within JSON text", field)
 
     def _check_length(self, report: DataReport, number: int, sides: Sequence[ChatExample]) -> None:
         """Check the number of tokens of an example, with the longer answer if there are two."""

@@ -38,6 +38,8 @@ class Code(StrEnum):
     EMPTY = "empty"
     LEAK = "leak"
     BLANK = "blank"
+    NO_USER_TURN = "no_user_turn"
+    ENCODED_TWICE = "encoded_twice"
     NEAR_LEAK = "near_leak"
     DUPLICATE = "duplicate"
     NEAR_DUPLICATE = "near_duplicate"
@@ -76,6 +78,8 @@ _ERRORS = {
 }
 _WARNINGS = {
     Code.BLANK: "no action is needed; the line is skipped",
+    Code.NO_USER_TURN: "no action is needed; the line is skipped; to train on it, add the user turn that is answered",
+    Code.ENCODED_TWICE: "no action is needed; the arguments are decoded and trained on as an object",
     Code.NEAR_LEAK: "compare the two examples; drop one if the other gives away the held-out answer",
     Code.DUPLICATE: "drop one of the two, unless the example should count twice",
     Code.NEAR_DUPLICATE: "compare the two examples, and drop one if they say the same",
@@ -97,7 +101,9 @@ TODO: dict[Code, str] = {**_ERRORS, **_WARNINGS}
 
 
 def severity_of(code: Code) -> Severity:
-    """Return a code's severity. Lines with errors cannot be trained on; lines with warnings need checking."""
+    """Return a code's severity. Lines with errors stop a training; lines with warnings need checking, and a
+    warning on a line that is no example means that the line is skipped.
+    """
     return Severity.ERROR if code in _ERRORS else Severity.WARNING
 
 

@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from svc.dataset.problem.problem import Code, RowError
+from svc.dataset.problem.problem import Code, RowError, Severity, severity_of
 from svc.dataset.readers.bad_lines import BadLines
 from svc.dataset.readers.chat_formats import Format, parse_row, recognise
 from svc.dataset.readers.file_types import read_rows
@@ -23,6 +23,7 @@ from svc.dataset.readers.source import data_files
 from svc.dataset.schema.example import ChatExample, answered_prompts, normal_prompt
 from svc.dataset.schema.preference import LabelledAnswer, PreferencePair
 from svc.errors import DataError
+from svc.terminal import console
 
 _HEAD_ROWS = 100
 _HEAD_BYTES = 4 * 2**20
@@ -193,14 +194,20 @@ def read_good(
     """
     held = {normal_prompt(example) for example in kept_back}
     for path in chain.from_iterable(data_files(source, cache) for source in listed(sources)):
+        skipped = Counter[Code]()
         for line in read(path):
             error = line.error
             if line.example and held and not held.isdisjoint(answered_prompts(chat_of(line.example))):
                 error = RowError(Code.LEAK, "a held-out example has the same prompt")
-            if error:
+            if error and bad_lines is None and severity_of(error.code) is Severity.WARNING:
+                skipped[error.code] += 1
+            elif error:
                 _refuse(path, line, error, bad_lines)
             elif line.example:
                 yield line.example
+        for code, count in skipped.items():
+            message = f"{path}: {count} line{'s' if count > 1 else ''} skipped ({code}); see `svc data check`"
+            console.print(message, style="yellow", markup=False, soft_wrap=True)
 
 
 def require(minimum: int, examples: Sequence[AnyExample], noun: str, sources: Source | Sequence[Source]) -> None:

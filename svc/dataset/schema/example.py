@@ -320,7 +320,7 @@ def _check_order(messages: tuple[Message, ...]) -> None:
         wrong = f"the last turn is {roles[-1]}" if Role.ASSISTANT in roles else "there is no assistant turn"
         raise RowError(Code.WRONG_TURNS, wrong, expected="a final assistant turn with the answer to learn")
     if Role.USER not in roles:
-        raise RowError(Code.WRONG_TURNS, "there is no user turn", expected="at least one user turn before the answer")
+        raise RowError(Code.NO_USER_TURN, "there is no user turn", expected="at least one user turn before the answer")
     if not ChatExample(messages).learnt:
         wrong = "every assistant turn after the first user turn has the weight 0"
         raise RowError(Code.WRONG_WEIGHT, wrong, expected="at least one of these turns with the weight 1")

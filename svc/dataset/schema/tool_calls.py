@@ -6,7 +6,7 @@ Tools are never run.
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from svc.dataset.problem.problem import Code, RowError
@@ -26,11 +26,13 @@ class ToolCall:
     Attributes:
         arguments: a JSON object as text, as in OpenAI's API.
         id: id by which the tool turn refers to the call, or None if the example does not give one.
+        encoded_twice: whether the file has the arguments as JSON text within JSON text.
     """
 
     name: str
     arguments: str
     id: str | None = None
+    encoded_twice: bool = field(default=False, compare=False)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the call in OpenAI's format."""
@@ -110,12 +112,15 @@ def _parse_call(field: str, call: Any) -> ToolCall:
     arguments = "{}" if function.get("arguments") in (None, "") else function["arguments"]
     text = arguments if isinstance(arguments, str) else json_text(arguments)
     decoded = decode_inner(text)
+    encoded_twice = isinstance(decoded, str)
+    if encoded_twice:  # as in a line of a training file that OpenAI publishes
+        text, decoded = decoded, decode_inner(decoded)
     if not isinstance(decoded, dict) or _is_too_deep(decoded):
         inner = f"{field}.function.arguments"
         raise RowError(Code.WRONG_TOOLS, f"is {text:.80}", field=inner, expected="a JSON object, as a string")
     name = function["name"]
     check_encodable(field, name + text + json_text(decoded))  # escapes in the text may hide half of a pair
-    return ToolCall(name, text, optional_text(field, "id", call.get("id")))
+    return ToolCall(name, text, optional_text(field, "id", call.get("id")), encoded_twice)
 
 
 def parse_tools(tools: Any) -> tuple[str, ...]:

@@ -94,7 +94,7 @@ async def test_training_file_as_openai_publishes_it_is_processed(
     service: FineTuningService, client: AsyncOpenAI, store: Store
 ) -> None:
     checks = asyncio.create_task(FileChecks(store, service.files).run())
-    created = await uploaded(client, file=("mydata.jsonl", published(toy=3, drone=2).encode()))
+    created = await uploaded(client, file=("mydata.jsonl", published(toy=4, drone=3).encode()))
     file = await client.files.wait_for_processing(created.id, poll_interval=0.1, max_wait_seconds=60)
     checks.cancel()
     assert (file.status, file.status_details) == ("processed", None)

@@ -52,12 +52,12 @@ async def test_training_that_works_has_its_figures(tmp_path: Path, settings: Set
 
 @pytest.mark.slow
 async def test_training_on_examples_that_openai_publishes_works(tmp_path: Path, settings: Settings) -> None:
-    (tmp_path / "file-1").write_text(published(toy=3, drone=2), "utf-8")
+    (tmp_path / "file-1").write_text(published(toy=4, drone=3), "utf-8")
     assert check_content(tmp_path / "file-1", Purpose.FINE_TUNE).usable
     request = JobRequest.model_validate_json('{"model": "small", "training_file": "file-1"}')
     made = make_recipe(request, "tuned", Sources(str(FOLDER / "llama-3.2-1b"), tmp_path / "file-1", None))
     check = await check_training(recipe_text(made), settings, timeout_s=300)
-    assert (check.refused, check.examples) == (None, 4)  # and one is held out
+    assert (check.refused, check.examples) == (None, 5)  # one is held out, and one has no user turn
 
 
 @pytest.mark.slow

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from svc.dataset.checks.check import DataReport
-from svc.dataset.problem.problem import Severity
+from svc.dataset.problem.problem import Code, Severity
 from svc.errors import DataError
+from tests.published_examples import published
 from tests.svc.chats import chat, write_lines
 from tests.svc.dataset.rows import check_file
 
@@ -71,6 +72,17 @@ def test_file_without_examples_is_an_error(tmp_path: Path) -> None:
     assert [problem.code for problem in report.problems] == ["empty"]
     assert report.problems.errors == 1
     assert report.median_characters == 0
+
+
+def test_oddities_of_files_that_openai_publishes_are_warnings(tmp_path: Path) -> None:
+    path = tmp_path / "published.jsonl"
+    path.write_text(published(toy=4, drone=3))
+    report = check_file(path)
+    assert (report.examples, report.problems.errors) == (6, 0)
+    assert {(problem.line, problem.code) for problem in report.problems} == {
+        (4, Code.NO_USER_TURN),
+        (7, Code.ENCODED_TWICE),
+    }
 
 
 def test_missing_data_file_raises_data_error(tmp_path: Path) -> None:

@@ -230,7 +230,7 @@ def test_fingerprints_of_plain_chats_are_stable() -> None:
         ({"conversations": []}, Code.WRONG_FORMAT, "conversations is an empty list"),
         ({"conversations": [{"from": "Human", "value": "x"}]}, Code.WRONG_ROLE, "conversations[0].from is 'Human'"),
         ({"conversations": [{"value": "x"}]}, Code.WRONG_ROLE, "conversations[0].from is missing"),
-        ({"conversations": [{"from": "gpt", "value": "x"}]}, Code.WRONG_TURNS, "no user turn"),
+        ({"conversations": [{"from": "gpt", "value": "x"}]}, Code.NO_USER_TURN, "no user turn"),
         (
             {"conversations": [{"from": "human", "value": "x"}, {"from": "tool_call", "value": "rain()"}]},
             Code.WRONG_TOOLS,

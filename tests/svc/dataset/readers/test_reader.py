@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from svc.dataset.readers.reader import read_examples, read_lines, write_examples
 from svc.dataset.text.plain_text import is_blank
 from svc.errors import DataError
+from tests.published_examples import published
 from tests.svc.chats import chat, write_lines
 
 GOOD = json.dumps(chat().as_dict()).encode()
@@ -33,6 +34,13 @@ def test_missing_file_error_names_the_file(tmp_path: Path) -> None:
 def test_folder_without_data_files_error_names_the_folder(tmp_path: Path) -> None:
     (tmp_path / "README.md").touch()
     assert f"the folder {tmp_path} contains no data files" in failure(tmp_path).wrong
+
+
+def test_line_without_a_user_turn_is_skipped_with_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "published.jsonl"
+    path.write_text(published(toy=4))
+    assert len(read_examples(path)) == 3
+    assert "published.jsonl: 1 line skipped (no_user_turn)" in capsys.readouterr().err.replace("\n", "")
 
 
 @pytest.mark.parametrize("content", [b"", b"\n  \n"])

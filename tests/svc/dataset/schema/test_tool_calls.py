@@ -175,6 +175,14 @@ def test_tool_call_arguments_must_be_a_strict_json_object(arguments: Any) -> Non
     assert error.code in (Code.WRONG_TOOLS, Code.WRONG_CONTENT)
 
 
+def test_arguments_that_are_encoded_twice_become_the_object_of_the_api() -> None:
+    inner = json.dumps({"city": "Rome"})
+    twice = parse(calling("1", arguments=json.dumps(inner)), giving("1"), ANSWER)
+    [call] = twice.messages[1].tool_calls
+    assert (call.arguments, call.encoded_twice) == (inner, True)
+    assert twice == parse(calling("1", arguments=inner), giving("1"), ANSWER)
+
+
 @pytest.mark.parametrize("more", [{"name": " "}, {"name": 5}, {"name": None}], ids=repr)
 def test_tool_call_without_a_name_is_rejected(more: dict[str, Any]) -> None:
     assert refusal(calling("1", **more), giving("1"), ANSWER).code is Code.WRONG_TOOLS
