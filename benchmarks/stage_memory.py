@@ -162,7 +162,7 @@ def measure(case: Case, stage: Stage) -> int:
 def _examples(case: Case) -> list[ChatExample]:
     train = case.recipe.train
     count = max(case.recipe.quantize.samples, train.batch_size * (train.steps or 1))
-    return read_examples(TASK / "train.jsonl")[:count]
+    return list(read_examples(TASK / "train.jsonl")[:count])
 
 
 @click.command()

@@ -20,7 +20,7 @@ from svc.store.files import Purpose
 
 MAX_SECONDS = 3600
 _MAX_MEMORY = 4 * 2**30
-_MAX_DISK = 2**30  # a list of problems that does not fit into memory
+_MAX_DISK = 2 * 2**30  # a list of problems, or a table of examples, that does not fit into memory
 _MAX_SHOWN = 20
 _MAX_MESSAGE, _MAX_DETAILS = 300, 4000
 _HEAD_LINES, _MAX_HEAD_ERRORS = 10_000, 1000

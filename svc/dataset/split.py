@@ -10,8 +10,9 @@ knows nothing about files or versions.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ from svc.dataset.checks.line_table import LineTable, LineTableBuilder, first_wit
 from svc.dataset.checks.minhash import clusters, nearest, places_in, unite
 from svc.dataset.prompt_hashes import NO_PROMPTS, PromptHashes, hash_text
 from svc.dataset.schema.example import ChatExample, normal_opening, normal_prompt
+from svc.dataset.stored_examples import select
 from svc.errors import DataError
 
 _FEW_TOGETHER = 4
@@ -36,8 +38,8 @@ class HeldoutSplit:
             been trained on their prompts or near duplicates of them.
     """
 
-    train: list[ChatExample]
-    heldout: list[ChatExample]
+    train: Sequence[ChatExample]
+    heldout: Sequence[ChatExample]
     learnt_before: int
 
 
@@ -79,20 +81,20 @@ def split_heldout(
     is_held = np.isin(groups, held)
     kept = np.isin(groups, learnt_groups[smallest[learnt_groups] < share])
     return HeldoutSplit(
-        train=[examples[place] for place in np.flatnonzero(~is_held)],
-        heldout=[examples[place] for place in np.flatnonzero(is_held)],
+        train=select(examples, np.flatnonzero(~is_held)),
+        heldout=select(examples, np.flatnonzero(is_held)),
         learnt_before=int(kept.sum()),
     )
 
 
-def put_sample_first(examples: Sequence[ChatExample], size: int, seed: int) -> list[ChatExample]:
+def put_sample_first(examples: Sequence[ChatExample], size: int, seed: int) -> Sequence[ChatExample]:
     """Return the examples with a random sample of `size` moved to the front.
 
     Within the sample and within the rest, the order stays the same.
     """
-    drawn = set(_seeded(range(len(examples)), examples, seed)[:size])
-    order = sorted(range(len(examples)), key=lambda place: (place not in drawn, place))
-    return [examples[place] for place in order]
+    drawn = np.zeros(len(examples), bool)
+    drawn[_seeded(np.arange(len(examples)), examples, seed)[:size]] = True
+    return select(examples, np.concatenate([np.flatnonzero(drawn), np.flatnonzero(~drawn)]))
 
 
 def mix_general(
@@ -101,7 +103,7 @@ def mix_general(
     heldout: Sequence[ChatExample],
     share: float,
     seed: int,
-) -> list[ChatExample]:
+) -> Sequence[ChatExample]:
     """Select general examples to train on alongside the task's examples, so that the model forgets less.
 
     Args:
@@ -112,15 +114,14 @@ def mix_general(
         DataError: there are too few candidates.
     """
     wanted = round(share / (1 - share) * len(train))
-    leaks = set(shared_prompts(general, heldout))
-    usable = [place for place in range(len(general)) if place not in leaks]
+    usable = np.setdiff1d(np.arange(len(general)), shared_prompts(general, heldout))
     if wanted > len(usable):
         raise DataError(
             f"data.general has only {len(usable)} examples that are not held out",
             expected=f"at least {wanted}, for a share of {share:g} with {len(train)} training examples",
             todo="add general examples, or lower data.general_share",
         )
-    return [general[place] for place in sorted(_seeded(usable, general, seed)[:wanted])]
+    return select(general, np.sort(_seeded(usable, general, seed)[:wanted]))
 
 
 def group_near_duplicates(examples: Sequence[ChatExample]) -> NDArray[np.int64]:
@@ -133,7 +134,7 @@ def group_near_duplicates(examples: Sequence[ChatExample]) -> NDArray[np.int64]:
 
 def near_leaks(examples: Sequence[ChatExample], heldout: Sequence[ChatExample]) -> list[int]:
     """Return the indices of the examples that are near duplicates of a held-out example."""
-    sketches, count = _table([*heldout, *examples]).sketches, len(heldout)
+    sketches, count = _table(chain(heldout, examples)).sketches, len(heldout)
     matches = nearest(sketches[count:], sketches[:count])
     return [int(place) for place in np.flatnonzero(matches >= 0)]
 
@@ -169,7 +170,7 @@ def _openings(examples: Sequence[ChatExample], share: float) -> PromptHashes:
         _, inverse, counts = np.unique(openings, return_inverse=True, return_counts=True)
         common = np.flatnonzero(counts[inverse] > most)
         questions += 1
-        longer = _opening_hashes([examples[place] for place in common], questions)
+        longer = _opening_hashes(select(examples, common), questions)
         if np.array_equal(longer, openings[common]):
             return openings
         openings[common] = longer
@@ -215,18 +216,21 @@ def _fractions(hashes: PromptHashes, seed: int) -> NDArray[np.float64]:
     return np.fromiter((int.from_bytes(digest, "little") / 2**64 for digest in digests), np.float64)
 
 
-def _table(examples: Sequence[ChatExample]) -> LineTable:
+def _table(examples: Iterable[ChatExample]) -> LineTable:
     builder = LineTableBuilder()
     for number, example in enumerate(examples):
         builder.add(0, number, example)
     return builder.finish()
 
 
-def _seeded(places: Sequence[int], examples: Sequence[ChatExample], seed: int) -> list[int]:
+def _seeded(places: NDArray[np.int64], examples: Sequence[ChatExample], seed: int) -> NDArray[np.int64]:
     """Shuffle the indices, depending only on content and seed. Equal examples keep their order."""
 
-    def key(place: int) -> tuple[bytes, int]:
-        text = f"{seed}\x1f{normal_prompt(examples[place])}\x1f{examples[place].answer}"
-        return hashlib.blake2b(text.encode(), digest_size=16).digest(), place
+    def digest(example: ChatExample) -> bytes:
+        text = f"{seed}\x1f{normal_prompt(example)}\x1f{example.answer}"
+        return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
-    return sorted(places, key=key)
+    digests = b"".join(map(digest, select(examples, places)))
+    high, low = np.frombuffer(digests, ">u8").reshape(-1, 2).T
+    order: NDArray[np.int64] = places[np.lexsort((low, high))]
+    return order

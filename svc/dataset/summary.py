@@ -4,10 +4,11 @@ The only example text in the summary is labels, which are few and short.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from svc.dataset.checks.labels import FEW_ANSWERS, few_labels, find_label
@@ -42,7 +43,7 @@ class Lengths(_Record):
     counts: tuple[int, ...]
 
     @classmethod
-    def of(cls, lengths: Sequence[int]) -> "Lengths":
+    def of(cls, lengths: Sequence[int] | NDArray[np.int64]) -> "Lengths":
         """Return the distribution of the given lengths. At least one length is required."""
         values = np.maximum(np.asarray(lengths), 1)
         first, last = np.searchsorted(_EDGES, [values.min(), values.max()], side="right")
@@ -90,12 +91,16 @@ def summarize_data(train: Sequence[ChatExample], heldout: Sequence[ChatExample],
         train=len(train),
         general=general,
         heldout=len(heldout),
-        prompts=Lengths.of([sum(len(turn.content) for turn in example.prompt) for example in train]),
-        answers=Lengths.of([len(example.answer) for example in train]),
+        prompts=Lengths.of(_counts(sum(len(turn.content) for turn in example.prompt) for example in train)),
+        answers=Lengths.of(_counts(len(example.answer) for example in train)),
         labels=_labels(train[: len(train) - general]),
         near_duplicates=len(train) - len(np.unique(group_near_duplicates(train))),
         near_heldout=len(near_leaks(heldout, train)),
     )
+
+
+def _counts(lengths: Iterable[int]) -> NDArray[np.int64]:
+    return np.fromiter(lengths, np.int64)
 
 
 def _labels(examples: Sequence[ChatExample]) -> dict[str, int]:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from svc.dataset.schema.example import ChatExample
+from svc.dataset.stored_examples import select
 
 DRIFT_SAMPLE_FILE = "drift_sample.jsonl"
 MAX_SAMPLED = 500
@@ -34,8 +35,8 @@ class DriftSample:
         rest: the remaining examples, in their original order.
     """
 
-    sample: list[ChatExample]
-    rest: list[ChatExample]
+    sample: Sequence[ChatExample]
+    rest: Sequence[ChatExample]
 
 
 def draw_drift_sample(given: Sequence[ChatExample], seed: int) -> DriftSample:
@@ -48,4 +49,4 @@ def draw_drift_sample(given: Sequence[ChatExample], seed: int) -> DriftSample:
     """
     order = random.Random(seed).sample(range(len(given)), len(given))  # noqa: S311 - no secret
     size = min(MAX_SAMPLED, max(1, int(_SHARE * len(given))))
-    return DriftSample([given[place] for place in order[:size]], [given[place] for place in sorted(order[size:])])
+    return DriftSample(select(given, order[:size]), select(given, sorted(order[size:])))

@@ -183,7 +183,7 @@ class Registry:
         """
         record = self.manifest(version).heldout
         verify_files(self.folder(version), [record])
-        return read_examples(self.folder(version) / record.path)
+        return list(read_examples(self.folder(version) / record.path))
 
     def reference(self, version: VersionId, file: str) -> Path:
         """Verify a version's reference file and return its path. Reference files are used for comparisons with

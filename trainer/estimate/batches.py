@@ -5,6 +5,7 @@ shared prompts are all taken into account. Without the base's tokenizer, texts a
 characters, the average token length in English text; other languages and code need more tokens.
 """
 
+import heapq
 import math
 import zlib
 from collections.abc import Sequence
@@ -121,7 +122,7 @@ def read_workload(examples: Sequence[ChatExample], recipe: Recipe, folder: Path)
         if len(measured) == len(examples):
             largest = max(batches, key=lambda batch: batch.computed)
         else:  # a sample does not contain the largest batch, which is that of the longest examples
-            longest = sorted(examples, key=lambda example: example.characters)[-train.batch_size :]
+            longest = heapq.nlargest(train.batch_size, examples, key=lambda example: example.characters)
             measured = _tokenize(longest, folder, recipe, counted=counted)
             largest = measure_batch(sorted(chain.from_iterable(measured), key=_length)[-train.batch_size :])
     in_run = train.steps * train.gradient_accumulation if train.steps else train.epochs * in_epoch

@@ -240,7 +240,8 @@ def pick_calibration(examples: Sequence[ChatExample], samples: int, seed: int) -
     """Return `samples` examples drawn at random with the given seed. If there are fewer, return all of them in
     random order.
     """
-    return random.Random(seed).sample(list(examples), min(samples, len(examples)))  # noqa: S311
+    drawn = random.Random(seed).sample(range(len(examples)), min(samples, len(examples)))  # noqa: S311
+    return [examples[index] for index in drawn]
 
 
 def calibration_type(number_type: NumberType) -> NumberType:

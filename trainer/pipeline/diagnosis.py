@@ -1,8 +1,11 @@
 """Collects the measurements of a run from which it is diagnosed."""
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
+from svc.dataset.checks.line_table import first_with_same
+from svc.dataset.prompt_hashes import hash_text
 from svc.dataset.schema.example import ChatExample, normal_prompt
 from svc.evaluation.finding import Finding
 from svc.evaluation.intervals import Interval
@@ -55,8 +58,8 @@ def diagnose_training(
 
 def count_contradictions(examples: Sequence[ChatExample]) -> int:
     """Return the number of examples whose prompt and tools also occur in an example with a different answer."""
-    answers: dict[object, set[str]] = defaultdict(set)
-    keys = [(normal_prompt(example), example.tools) for example in examples]
-    for key, example in zip(keys, examples, strict=True):
-        answers[key].add(example.answer.strip())
-    return sum(len(answers[key]) > 1 for key in keys)
+    texts = ("\x1e".join((normal_prompt(example), *example.tools)) for example in examples)
+    keys = np.fromiter(map(hash_text, texts), np.uint64)
+    answers = np.fromiter((hash_text(example.answer.strip()) for example in examples), np.uint64)
+    differing = keys[answers != answers[first_with_same(keys)]]
+    return int(np.isin(keys, differing).sum())

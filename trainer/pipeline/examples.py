@@ -21,6 +21,7 @@ from svc.dataset.schema.example import ChatExample, normal_prompt
 from svc.dataset.schema.objective import Objective
 from svc.dataset.schema.preference import LabelledAnswer, PreferencePair
 from svc.dataset.split import mix_general, near_leaks, put_sample_first, split_heldout
+from svc.dataset.stored_examples import as_tuple, collect, join, select
 from svc.errors import DataError
 from svc.evaluation.general.general_set import GeneralSet, read_general_set, shipped_general_set
 from svc.registry.manifest import SelectedBy
@@ -57,14 +58,14 @@ class Examples:
             better or desirable answers, which are the references of the evaluation.
     """
 
-    train: tuple[ChatExample, ...]
-    heldout: tuple[ChatExample, ...]
+    train: Sequence[ChatExample]
+    heldout: Sequence[ChatExample]
     train_fingerprint: str
     heldout_fingerprint: str
-    given: tuple[ChatExample, ...]
+    given: Sequence[ChatExample]
     general: int = 0
     questions: GeneralSet | None = None
-    validation: tuple[ChatExample, ...] = ()
+    validation: Sequence[ChatExample] = ()
     selected_by: SelectedBy = SelectedBy.NONE
     modified_at: datetime | None = field(default=None, compare=False)
     judged: tuple[Judged, ...] = ()
@@ -72,7 +73,7 @@ class Examples:
     validation_judged: tuple[Judged, ...] = ()
 
     @property
-    def measured(self) -> tuple[ChatExample, ...]:
+    def measured(self) -> Sequence[ChatExample]:
         """Examples on which loss is measured during training and in sweeps: validation examples if there are any,
         or else held-out ones.
         """
@@ -129,11 +130,11 @@ def read_run_examples(
     if not data.train:
         return _read_heldout(recipe, cache)
     read = _Reader(recipe.objective, cache, bad_lines)
-    heldout = read(data.heldout) if data.heldout else []
-    validation = read(data.validation, kept_back=heldout if bad_lines else ()) if data.validation else []
+    heldout: Sequence[ChatExample] = read(data.heldout) if data.heldout else ()
+    validation = read(data.validation, kept_back=heldout if bad_lines else ()) if data.validation else ()
     kept_back = (*heldout, *validation) if bad_lines else ()
     readable = read(data.train, minimum=2 if heldout else 3, kept_back=kept_back)
-    given = read.references([*readable, *heldout, *validation])
+    given = read.references(join(readable, heldout, validation))
     if heldout:
         _warn_learnt(recipe.name, heldout, learnt)
     else:
@@ -158,30 +159,30 @@ def read_run_examples(
         _refuse_leaks(_Part("training", data.train, train), _Part("held-out", data.heldout, all_heldout))
     if data.validation:
         chosen_by = _Part("validation", data.validation, validation)
-        from_training_files = train if data.heldout else [*train, *all_heldout]
+        from_training_files = train if data.heldout else join(train, all_heldout)
         _refuse_leaks(_Part("training", data.train, from_training_files), chosen_by)
         if data.heldout:
             _refuse_leaks(chosen_by, _Part("held-out", data.heldout, all_heldout))
     questions = _questions(recipe.evaluate)
     train = _leave_out(train, questions)
     untrained = (*all_heldout, *validation, *(questions.examples if questions else ()))
-    general = mix_general(train, read(data.general), untrained, data.general_share, data.seed) if data.general else []
-    mixed = (*train, *general)
+    general = mix_general(train, read(data.general), untrained, data.general_share, data.seed) if data.general else ()
+    mixed = join(train, general)
     judged = read.judged(mixed)
     if data.learn is Learn.ALL and not judged:
-        mixed = tuple(example.learning_all for example in mixed)
+        mixed = collect(example.learning_all for example in mixed)
     prints = fingerprint_judged(judged) if judged else fingerprint(mixed), fingerprint(heldout)
     examples = Examples(
-        mixed,
-        tuple(heldout),
+        as_tuple(mixed),
+        as_tuple(heldout),
         *prints,
-        tuple(given),
+        as_tuple(given),
         len(general),
         questions,
-        tuple(validation),
+        as_tuple(validation),
         modified_at=newest_modification(data.train),
         judged=judged,
-        heldout_judged=read.judged([*heldout, *(example for example in all_heldout if not read.is_reference(example))]),
+        heldout_judged=read.judged(join(heldout, [each for each in all_heldout if not read.is_reference(each)])),
         validation_judged=read.judged(validation),
     )
     return examples.selected if recipe.stopping.selects else examples
@@ -194,7 +195,8 @@ def _read_heldout(recipe: Recipe, cache: Path | None) -> Examples:
         heldout = put_sample_first(heldout, recipe.evaluate.limit, recipe.data.seed)
     prints, questions = (fingerprint(()), fingerprint(heldout)), _questions(recipe.evaluate)
     modified_at = newest_modification(recipe.data.heldout or ())
-    return Examples((), tuple(heldout), *prints, tuple(heldout), questions=questions, modified_at=modified_at)
+    heldout = as_tuple(heldout)
+    return Examples((), heldout, *prints, heldout, questions=questions, modified_at=modified_at)
 
 
 class _Reader:
@@ -211,7 +213,7 @@ class _Reader:
 
     def __call__(
         self, sources: Sequence[str], *, minimum: int = 1, kept_back: Sequence[ChatExample] = ()
-    ) -> list[ChatExample]:
+    ) -> Sequence[ChatExample]:
         """Return the examples of the given sources."""
         judged: Sequence[Judged]
         match self._objective:
@@ -237,8 +239,10 @@ class _Reader:
         _, answer = self._judged.get(id(example), (example, None))
         return not isinstance(answer, LabelledAnswer) or answer.desirable
 
-    def references(self, examples: Sequence[ChatExample]) -> list[ChatExample]:
+    def references(self, examples: Sequence[ChatExample]) -> Sequence[ChatExample]:
         """Return the examples whose answers are reference answers."""
+        if not self._judged:
+            return examples
         return [example for example in examples if self.is_reference(example)]
 
 
@@ -265,7 +269,7 @@ def _questions(evaluate: Evaluate) -> GeneralSet | None:
     return questions.first(evaluate.general_limit)
 
 
-def _leave_out(train: list[ChatExample], questions: GeneralSet | None) -> list[ChatExample]:
+def _leave_out(train: Sequence[ChatExample], questions: GeneralSet | None) -> Sequence[ChatExample]:
     """Exclude training examples that ask a general question, and print how many were excluded. Return the rest.
 
     Raises:
@@ -284,12 +288,12 @@ def _leave_out(train: list[ChatExample], questions: GeneralSet | None) -> list[C
             expected="at least 2 training examples that are not general questions",
             todo="set evaluate.general to false, or to a file with different questions",
         )
-    return [example for index, example in enumerate(train) if index not in asked]
+    return select(train, [index for index in range(len(train)) if index not in asked])
 
 
 def _split(
-    recipe: Recipe, examples: list[ChatExample], learnt: PromptHashes
-) -> tuple[list[ChatExample], list[ChatExample]]:
+    recipe: Recipe, examples: Sequence[ChatExample], learnt: PromptHashes
+) -> tuple[Sequence[ChatExample], Sequence[ChatExample]]:
     """Split the examples into those to train on and those to hold out, printing warnings where the split
     deviates from the recipe.
     """
@@ -309,7 +313,7 @@ def _split(
     return split.train, split.heldout
 
 
-def _warn_learnt(name: str, heldout: list[ChatExample], learnt: PromptHashes) -> None:
+def _warn_learnt(name: str, heldout: Sequence[ChatExample], learnt: PromptHashes) -> None:
     """Warn if earlier versions were trained on prompts in a held-out file. The file is used unchanged, because
     its author may want these prompts.
     """

@@ -1,4 +1,6 @@
-"""In-memory table of the examples in streamed files: 73 bytes and a 130-byte sketch per example, but no text."""
+"""Table of the examples in streamed files: 73 bytes and a 130-byte sketch per example, but no text. A large table is in
+a temporary file.
+"""
 
 import struct
 from functools import lru_cache
@@ -9,6 +11,7 @@ from numpy.typing import NDArray
 
 from svc.dataset.checks.labels import Answer, AnswerKind
 from svc.dataset.checks.minhash import Sketcher, Sketches
+from svc.dataset.checks.row_file import RowFile
 from svc.dataset.prompt_hashes import hash_text
 from svc.dataset.readers.reader import AnyExample, chat_of
 from svc.dataset.schema.example import ChatExample, Role, answered_prompts
@@ -62,12 +65,12 @@ class LineTableBuilder:
     """Builds a `LineTable`, one example at a time."""
 
     def __init__(self) -> None:
-        self._rows = bytearray()
-        self._earlier = bytearray()
+        self._rows = RowFile(_ROW)
+        self._earlier = RowFile(_EARLIER)
         self._sketcher = Sketcher()
 
     def __len__(self) -> int:
-        return len(self._rows) // _ROW.itemsize
+        return len(self._rows)
 
     def add(self, file: int, line: int, compared: AnyExample, answer: Answer = _NO_LABEL) -> None:
         """Add the next example.
@@ -79,11 +82,11 @@ class LineTableBuilder:
         example = chat_of(compared)
         *earlier, prompt = answered_prompts(example)
         for before in earlier:
-            self._earlier += _PACK_EARLIER(hash_text(before), len(self))
+            self._earlier.add(_PACK_EARLIER(hash_text(before), len(self)))
         first = example.messages[0]
         system = first.content if first.role is Role.SYSTEM else ""
         given, opposite = _preference(compared)
-        self._rows += _PACK(
+        row = _PACK(
             file,
             line,
             hash_text(prompt),
@@ -96,12 +99,12 @@ class LineTableBuilder:
             _normal_hash(answer.label) if answer.label else 0,
             answer.kind,
         )
+        self._rows.add(row)
         self._sketcher.add(_asked(example))
 
     def finish(self) -> LineTable:
         """Return the finished table. No more examples can be added after this."""
-        earlier = np.frombuffer(self._earlier, _EARLIER)
-        return LineTable(np.frombuffer(self._rows, _ROW), self._sketcher.finish(), earlier)
+        return LineTable(self._rows.finish(), self._sketcher.finish(), self._earlier.finish())
 
 
 def first_with_same(keys: NDArray[np.uint64]) -> NDArray[np.int64]:

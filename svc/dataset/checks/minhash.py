@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from svc.dataset.checks.row_file import RowFile
 from svc.dataset.text.plain_text import unified
 
 SIMILAR = 0.7
@@ -55,10 +56,10 @@ three-word runs in the text, excluding common ones; 0 if the text cannot be comp
 
 
 class Sketcher:
-    """Builds sketches of texts that are added one at a time, using 130 bytes of memory per text."""
+    """Builds sketches of texts that are added one at a time, using 130 bytes per text."""
 
     def __init__(self) -> None:
-        self._rows = bytearray()
+        self._rows = RowFile(_SKETCH)
         self._waiting: list[Numbers] = []
         self._common: Numbers | None = None
 
@@ -72,14 +73,14 @@ class Sketcher:
     def finish(self) -> Sketches:
         """Return the sketches of all added texts, in order."""
         self._flush()
-        return np.frombuffer(self._rows, _SKETCH)
+        return self._rows.finish()
 
     def _flush(self) -> None:
         waiting, self._waiting = self._waiting, []
         if self._common is None and waiting:
             self._common = _common_runs(waiting)
         for start in range(0, len(waiting), _BATCH):
-            self._rows += _sketch(waiting[start : start + _BATCH], self._common).tobytes()
+            self._rows.add(_sketch(waiting[start : start + _BATCH], self._common).tobytes())
 
 
 def clusters(sketches: Sketches) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

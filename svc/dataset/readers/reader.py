@@ -22,6 +22,7 @@ from svc.dataset.readers.row import Row
 from svc.dataset.readers.source import data_files
 from svc.dataset.schema.example import ChatExample, answered_prompts, normal_prompt
 from svc.dataset.schema.preference import LabelledAnswer, PreferencePair
+from svc.dataset.stored_examples import collect
 from svc.errors import DataError
 from svc.terminal import console
 
@@ -158,8 +159,8 @@ def read_examples(
     cache: Path | None = None,
     bad_lines: BadLines | None = None,
     kept_back: Sequence[ChatExample] = (),
-) -> list[ChatExample]:
-    """Return all chat examples from one or more sources, in order.
+) -> Sequence[ChatExample]:
+    """Return all chat examples from one or more sources, in order. Many examples are stored in a temporary file.
 
     Args:
         sources: files, folders, or hub datasets given as `hf:ORG/NAME`.
@@ -172,7 +173,7 @@ def read_examples(
         DataError: a line is bad (the error names it), a file contains preferences, or there are too few
             examples.
     """
-    examples = list(read_good(read_lines, sources, cache, bad_lines, kept_back))
+    examples = collect(read_good(read_lines, sources, cache, bad_lines, kept_back))
     require(minimum, examples, "example", sources)
     return examples
 

@@ -1,6 +1,7 @@
 """Tests that traffic with near copies of learned prompts is not drift, since the sample has them too."""
 
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -40,7 +41,7 @@ def _varied(chance: random.Random, text: str) -> str:
     return " ".join(words)
 
 
-def alarms(known: list[ChatExample], reference: list[ChatExample], live: list[ChatExample]) -> list[str]:
+def alarms(known: Sequence[ChatExample], reference: Sequence[ChatExample], live: list[ChatExample]) -> list[str]:
     """Return the features that raise an alarm.
 
     Args:

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import Any
 
 import pytest
 
+from svc.dataset import stored_examples
 from svc.dataset.prompt_hashes import NO_PROMPTS, PromptHashes, hash_prompts
 from svc.dataset.readers.bad_lines import BadLines
 from svc.dataset.readers.preferences import write_pairs
 from svc.dataset.readers.reader import write_examples
 from svc.dataset.schema.example import ChatExample, parse_example
 from svc.dataset.schema.preference import PreferencePair
+from svc.dataset.stored_examples import StoredExamples
 from svc.errors import DataError
 from svc.registry.manifest import SelectedBy
 from tests.svc.dataset.rows import text
@@ -40,6 +43,24 @@ def test_training_and_heldout_sets_have_different_fingerprints(tmp_path: Path) -
     assert examples.train == tuple(TRAIN)
     assert examples.heldout == tuple(HELDOUT)
     assert examples.train_fingerprint != examples.heldout_fingerprint
+
+
+def test_examples_on_disk_are_those_that_would_be_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [f"question {number % 50} about {text(random.Random(number))}" for number in range(120)]
+    lines = [make_example(prompt, f"answer {number}") for number, prompt in enumerate(prompts)]
+    write_examples(tmp_path / "t.jsonl", lines)
+    write_examples(tmp_path / "g.jsonl", [make_example(f"general {number}", "yes") for number in range(40)])
+    data = {"train": tmp_path / "t.jsonl", "general": tmp_path / "g.jsonl", "skip": 3, "limit": 90}
+    recipe = make_recipe(data=data, evaluate={"limit": 4})
+    in_memory = read_run_examples(recipe)
+    monkeypatch.setattr(stored_examples, "MAX_IN_MEMORY", 20)
+    on_disk = read_run_examples(recipe)
+    assert isinstance(on_disk.train, StoredExamples) and isinstance(on_disk.given, StoredExamples)
+    for name in ("train", "heldout", "given"):
+        assert list(getattr(on_disk, name)) == list(getattr(in_memory, name)), name
+    assert on_disk.train_fingerprint == in_memory.train_fingerprint
+    assert on_disk.heldout_fingerprint == in_memory.heldout_fingerprint
+    assert on_disk.general == in_memory.general > 0
 
 
 def test_examples_have_the_modification_time_of_the_training_file(tmp_path: Path) -> None:
@@ -266,7 +287,7 @@ def test_nothing_is_printed_when_no_heldout_prompt_was_trained_on_before(
     assert capsys.readouterr().err == ""
 
 
-def limited(folder: Path, limit: int | None, seed: int = 0) -> tuple[ChatExample, ...]:
+def limited(folder: Path, limit: int | None, seed: int = 0) -> Sequence[ChatExample]:
     write_examples(folder / "t.jsonl", TRAIN)
     write_examples(folder / "h.jsonl", lines_of(40, "held"))
     data = {"train": folder / "t.jsonl", "heldout": folder / "h.jsonl", "seed": seed}
