@@ -86,15 +86,15 @@ class Deployment:
             self.names.guests.add(version)
         return True
 
-    def lease(self, model: str, *, without: Lease | None = None) -> AbstractAsyncContextManager[Lease]:
+    def lease(self, model: str, *, who: str = "", without: Lease | None = None) -> AbstractAsyncContextManager[Lease]:
         """Lease an engine for the duration of the `with` body. See `serving.replicas.balancer.Balancer.lease`."""
-        return self.balancer.lease(model, without=without)
+        return self.balancer.lease(model, who=who, without=without)
 
     def admitted(
-        self, model: str, tokens: int, party: Party, waiting: Callable[[], AbstractContextManager[None]]
+        self, model: str, who: str, tokens: int, party: Party, waiting: Callable[[], AbstractContextManager[None]]
     ) -> AbstractAsyncContextManager[Lease]:
         """Wait for admission, then lease an engine for the duration of the `with` body. See `AdmittedLease`."""
-        return AdmittedLease(self.admission, self.balancer.lease(model), tokens, party, waiting)
+        return AdmittedLease(self.admission, self.balancer.lease(model, who=who), tokens, party, waiting)
 
     async def run(self) -> None:
         """Keep the model in its desired state until cancelled. Call `reconciler.start` first."""

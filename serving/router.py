@@ -46,11 +46,11 @@ class Backend(Protocol):
         `lease` and `admitted` then accept the version's name. The registry is read only if necessary.
         """
 
-    def lease(self, model: str, *, without: Lease | None = None) -> AbstractAsyncContextManager[Lease]:
+    def lease(self, model: str, *, who: str = "", without: Lease | None = None) -> AbstractAsyncContextManager[Lease]:
         """Lease an engine for the duration of the `with` block. See `serving.replicas.balancer.Balancer.lease`."""
 
     def admitted(
-        self, model: str, tokens: int, party: Party, waiting: Callable[[], AbstractContextManager[None]]
+        self, model: str, who: str, tokens: int, party: Party, waiting: Callable[[], AbstractContextManager[None]]
     ) -> AbstractAsyncContextManager[Lease]:
         """Lease an engine for the duration of the `with` block, once the request is admitted. See `AdmittedLease`."""
 

@@ -192,7 +192,7 @@ class Exchange:
         async with (
             self._delivery,
             to.backend.admitted(
-                to.model, work, self.account.key.party, lambda: self._waiting_for_adapter(to)
+                to.model, request.who, work, self.account.key.party, lambda: self._waiting_for_adapter(to)
             ) as engine,
         ):
             self.account.admitted(self._gateway.clock() - began)
@@ -219,7 +219,7 @@ class Exchange:
         of a rollout's candidate is unreachable, the production version answers.
         """
         try:
-            async with to.backend.lease(request.model, without=engine) as other:
+            async with to.backend.lease(request.model, who=request.who, without=engine) as other:
                 await self._forward(other, request)
         except EngineUnavailableError:
             raise refused from None

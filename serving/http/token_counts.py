@@ -93,7 +93,7 @@ class _Endpoint:
         await to.backend.admission.opened(party_of(state.principal))
         async with delivery:  # a client that reads slowly holds no place
             with self.slots.reading(state.caller):
-                async with to.backend.lease(to.model) as engine:
+                async with to.backend.lease(to.model, who=request.who) as engine:
                     state.version = engine.served.version
                     payload = request.payload(engine.engine_model)
                     async with EngineCall(

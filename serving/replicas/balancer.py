@@ -3,7 +3,9 @@
 This module knows neither HTTP nor how engines start and stop.
 """
 
+import math
 from collections.abc import Callable
+from hashlib import blake2b
 from operator import methodcaller
 from types import TracebackType
 from typing import NamedTuple
@@ -19,6 +21,12 @@ from svc.engine.client import DOWN
 from svc.engine.vllm.connection_pool import EngineConnections
 from svc.errors import EngineError
 from svc.version import Format, Target
+
+_MAX_SHARE = 1.25
+"""Maximum requests of an engine as a multiple of the mean, when a request follows its conversation.
+
+See "Consistent Hashing with Bounded Loads" (Mirrokni, Thorup and Zadimoghaddam, 2016).
+"""
 
 
 class AdapterFailedError(EngineError):
@@ -74,14 +82,15 @@ class Balancer:
         if adapters and not any(each.has(wanted) for each in adapters):
             await adapters[0].check(wanted)
 
-    def lease(self, model: str, *, without: Lease | None = None) -> "Leasing":
-        """Lease the engine with the fewest running requests for the duration of the `with` block.
+    def lease(self, model: str, *, who: str = "", without: Lease | None = None) -> "Leasing":
+        """Lease an engine for the duration of the `with` block.
 
         If the version has an adapter, it is loaded first. Engines that have already loaded the adapter are
-        preferred.
+        preferred. Among the others see `_choose_engine`.
 
         Args:
             model: model name as sent by the client.
+            who: text that identifies the client or conversation; empty if unknown.
             without: lease of an engine that must not be chosen.
 
         Entering raises:
@@ -90,7 +99,7 @@ class Balancer:
             QueueTimeoutError: all slots for adapters were in use for too long.
             AdapterFailedError: the version's adapter could not be loaded, or failed its probes.
         """
-        return Leasing(self, model, without)
+        return Leasing(self, model, who, without)
 
     def lacks_adapter(self, model: str) -> bool:
         """Return whether a request would have to wait for an adapter in the engine that `choose` would return now.
@@ -110,10 +119,13 @@ class Balancer:
             return False
         return engine.lacks_adapter(served.version)
 
-    def choose(self, model: str, without: Lease | None = None, kept: "_Kept | None" = None) -> tuple[Replica, Target]:
+    def choose(
+        self, model: str, who: str = "", without: Lease | None = None, kept: "_Kept | None" = None
+    ) -> tuple[Replica, Target]:
         """Choose an engine for a request. Return it with the target (version and format) that will answer.
 
         Args:
+            who, without: see `lease`.
             kept: an adapter held for the request. Its engine is chosen if it still has the adapter and the
                 request still needs it.
 
@@ -127,14 +139,15 @@ class Balancer:
                 if served is not None:
                     candidates.append((engine, served))
         if not candidates and wanted is not None and model == self._names.assigned:
-            return self.choose(self._names.name, without, kept)  # the candidate's engine has just died
+            return self.choose(self._names.name, who, without, kept)  # the candidate's engine has just died
         if not candidates:
             raise EngineUnavailableError("no engine is currently accepting requests", todo="retry the request later")
         if len(candidates) == 1:
             return candidates[0]
         if kept is not None and (same := next((pair for pair in candidates if kept.fits(*pair)), None)):
             return same
-        return min(candidates, key=lambda pair: (_lacks_adapter(*pair), pair[0].running + pair[0].reserved))
+        prepared = [pair for pair in candidates if not _lacks_adapter(*pair)]
+        return _choose_engine(prepared or candidates, who)
 
 
 class _Kept(NamedTuple):
@@ -161,11 +174,12 @@ class Leasing:
     adapter. Callers that must not wait call `enter` instead, and `bring` where they can wait.
     """
 
-    __slots__ = ("_balancer", "_engine", "_kept", "_model", "_use", "_without")
+    __slots__ = ("_balancer", "_engine", "_kept", "_model", "_use", "_who", "_without")
 
-    def __init__(self, balancer: Balancer, model: str, without: Lease | None) -> None:
+    def __init__(self, balancer: Balancer, model: str, who: str, without: Lease | None) -> None:
         self._balancer = balancer
         self._model = model
+        self._who = who
         self._without = without
         self._engine: Replica
         self._kept: _Kept | None = None
@@ -184,7 +198,7 @@ class Leasing:
             ModelNotFoundError, QueueTimeoutError, AdapterFailedError: see `Balancer.lease`.
         """
         self.drop()
-        engine, served = self._balancer.choose(self._model, self._without)
+        engine, served = self._balancer.choose(self._model, self._who, self._without)
         adapters = engine.adapters
         if adapters is None:
             return
@@ -210,7 +224,7 @@ class Leasing:
         Raises:
             ModelNotFoundError, EngineUnavailableError: see `Balancer.lease`.
         """
-        engine, served = self._balancer.choose(self._model, self._without, self._kept)
+        engine, served = self._balancer.choose(self._model, self._who, self._without, self._kept)
         name, show = engine.client.model, None
         if engine.adapters is not None:
             self._use = self._kept_use(engine, served) or engine.take_adapter(served.version)
@@ -249,6 +263,22 @@ class Leasing:
         if isinstance(error, EngineDiedError):
             self._engine.watch.suspect()
         self._engine.vacate()
+
+
+def _choose_engine(candidates: list[tuple[Replica, Target]], who: str) -> tuple[Replica, Target]:
+    """Return the engine that has probably cached the beginning of a client's or conversation's prompt.
+
+    Each client or conversation has its own order of the engines, which is the same after a restart of the server
+    (rendezvous hashing). The first one with room for another request answers. A request of an unknown client goes to
+    the engine with the fewest requests.
+    """
+    loads = [engine.running + engine.reserved for engine, _ in candidates]
+    if not who:
+        return candidates[loads.index(min(loads))]
+    most = math.ceil(_MAX_SHARE * (sum(loads) + 1) / len(loads))
+    begin = who.encode("utf-8", "surrogatepass")
+    free = [pair for pair, load in zip(candidates, loads, strict=True) if load < most]
+    return max(free, key=lambda pair: blake2b(begin, digest_size=8, salt=b"%d" % pair[0].replica).digest())
 
 
 def _lacks_adapter(engine: Replica, served: Target) -> bool:

@@ -56,8 +56,11 @@ class LoadClient:
     path: str
     model: str
 
-    async def ask(self, prompt: list[int], tokens: int) -> Answered:
+    async def ask(self, prompt: list[int], tokens: int, user: str | None = None) -> Answered:
         """Generate exactly `tokens` tokens as a stream.
+
+        Args:
+            user: value of `user` in the request.
 
         Raises:
             EngineError: the request failed.
@@ -70,6 +73,8 @@ class LoadClient:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
+        if user is not None:
+            body["user"] = user
         began, first, last, count = time.perf_counter(), 0.0, 0.0, 0
         try:
             async with self.http.stream("POST", self.path, json=body) as answer:

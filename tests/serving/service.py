@@ -80,13 +80,13 @@ class OneBackend:
         """Return whether the version is the served one."""
         return self.names.served is not None and version == self.names.served.version
 
-    def lease(self, model: str, *, without: Lease | None = None) -> AbstractAsyncContextManager[Lease]:
+    def lease(self, model: str, *, who: str = "", without: Lease | None = None) -> AbstractAsyncContextManager[Lease]:
         """Lease an engine while the context is active."""
         return self.leases(model, without=without)
 
     @asynccontextmanager
     async def admitted(
-        self, model: str, tokens: int, party: Party, waiting: Callable[[], AbstractContextManager[None]]
+        self, model: str, who: str, tokens: int, party: Party, waiting: Callable[[], AbstractContextManager[None]]
     ) -> AsyncIterator[Lease]:
         """Lease an engine after admission, while the context is active."""
         async with admitted(self.admission, tokens, party), self.leases(model) as lease:

@@ -1,0 +1,76 @@
+"""Tests of which engine answers a request."""
+
+from collections import Counter
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any, cast
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serving.model_names import ModelNames
+from serving.replicas.balancer import Balancer
+from serving.replicas.pool import EnginePool
+from svc.version import Format, Target, VersionId
+
+ONE = Target(VersionId("m", 1), Format.MERGED)
+
+
+def engine(number: int, running: int = 0) -> Any:
+    """Return the parts of an engine that the balancer reads."""
+    return SimpleNamespace(
+        replica=number,
+        running=running,
+        reserved=0,
+        adapters=None,
+        watch=SimpleNamespace(suspected=False),
+        serves=lambda _: ONE,
+        http=object(),
+    )
+
+
+def balancer(engines: Sequence[Any]) -> Balancer:
+    names = ModelNames("m")
+    names.serve(ONE)
+    return Balancer(cast(EnginePool, SimpleNamespace(ready_for=lambda _: engines)), names)
+
+
+def chosen(engines: Sequence[Any], who: str = "") -> int:
+    """Return the number of the engine that answers."""
+    return balancer(engines).choose("m", who)[0].replica
+
+
+def test_request_of_an_unknown_client_goes_to_the_engine_with_the_fewest_requests() -> None:
+    assert chosen([engine(0, 3), engine(1, 1), engine(2, 2)]) == 1
+
+
+def test_conversation_stays_with_its_engine_while_others_have_a_little_less_to_do() -> None:
+    who = "How do I return a parcel?"
+    home = chosen([engine(0), engine(1), engine(2)], who)
+    assert chosen([engine(each, 4 if each == home else 3) for each in range(3)], who) == home
+
+
+def test_conversation_moves_to_the_same_second_engine_whenever_its_own_is_busy() -> None:
+    who = "How do I return a parcel?"
+    home = chosen([engine(0), engine(1), engine(2)], who)
+    busy = [engine(each, 9 if each == home else 3) for each in range(3)]
+    assert chosen(busy, who) == chosen([each for each in busy if each.replica != home], who) != home
+
+
+def test_other_conversations_stay_with_their_engines_when_one_is_added() -> None:
+    three, four = [engine(0), engine(1), engine(2)], [engine(0), engine(1), engine(2), engine(3)]
+    moved = [who for who in map(str, range(400)) if chosen(three, who) != (new := chosen(four, who)) and new != 3]
+    assert moved == []
+
+
+def test_conversations_are_spread_evenly() -> None:
+    counts = Counter(chosen([engine(0), engine(1), engine(2), engine(3)], f"question {each}") for each in range(2000))
+    assert all(400 < count < 600 for count in counts.values())
+
+
+@given(st.lists(st.integers(0, 50), min_size=2, max_size=20), st.text(min_size=1))
+def test_no_engine_gets_more_than_five_quarters_of_the_mean_because_of_a_conversation(
+    running: list[int], who: str
+) -> None:
+    number = chosen([engine(each, load) for each, load in enumerate(running)], who)
+    assert running[number] < 1.25 * (sum(running) + 1) / len(running) + 1e-9
