@@ -1,7 +1,7 @@
 """The `svc` command. It is a table of commands, each imported only when it is run, so that help appears immediately.
 
-This is the error boundary. An `SvcError` is printed as text and sets the exit code, and so is the error of a database
-that does not respond. Any other exception is a bug, so its traceback is shown.
+This module is the error boundary: an `SvcError` or the error of a database that does not respond is printed as text and
+sets the exit code. Any other exception is a bug, so its traceback is shown.
 """
 
 import atexit

@@ -1,6 +1,6 @@
 """Names of fine-tuned models for clients, in OpenAI's form: `ft:BASE:ORGANIZATION:SUFFIX:ID`.
 
-A checkpoint has the name of its model and `:ckpt-step-N`. The suffix may be empty.
+The name of a checkpoint is that of its model followed by `:ckpt-step-N`. The suffix may be empty.
 """
 
 import re
@@ -17,10 +17,10 @@ class FineTunedName:
     """A name of a fine-tuned model, or of one of its checkpoints.
 
     Attributes:
-        base: the base, as the client named it.
+        base: the base's name, as given by the client.
         suffix: the suffix that the client chose, or empty.
         id: short id of the job.
-        step: step of the checkpoint, or None for the model at the end of the training.
+        step: step of the checkpoint, or None for the fully trained model.
     """
 
     base: str
@@ -42,7 +42,8 @@ def make_fine_tuned_name(*, model: str, organization: str, suffix: str, job: str
     """Return the name of the model that a job trains.
 
     Args:
-        model: the model that the client trains, as it named it. If it is fine-tuned itself, the name has its base.
+        model: the model that is trained, as named by the client. If that model is itself fine-tuned, the new name
+            contains its base.
         job: id of the job.
     """
     trained = parse_fine_tuned_name(model)

@@ -1,4 +1,4 @@
-"""Connects this process to a Ray cluster for a while, to train on it or to place engines."""
+"""Connects this process to a Ray cluster for the duration of a `with` block, to train on it or to place engines."""
 
 import os
 import signal
@@ -16,10 +16,10 @@ _JOIN = "ray start --address={}"
 
 
 def find_address(setting: str | None) -> str:
-    """Return the address of the Ray cluster: the setting's, or that of the environment.
+    """Return the address of the Ray cluster, from the setting or else from the environment.
 
     Raises:
-        SettingsError: neither is set, or it is not the address of a cluster.
+        SettingsError: neither of them is set, or the value is not the address of a cluster.
     """
     address = setting or os.environ.get(_ADDRESS, "")
     if not address:
@@ -39,8 +39,8 @@ def find_address(setting: str | None) -> str:
 
 @contextmanager
 def connected(address: str) -> Iterator[None]:
-    """Connect this process to a cluster for the `with` block. Actors that it started and that are not detached end
-    with the block.
+    """Connect this process to a cluster for the `with` block. Non-detached actors started in the block are stopped at
+    its end.
 
     Raises:
         SettingsError: Ray is not installed.
@@ -70,7 +70,7 @@ def connected(address: str) -> Iterator[None]:
 
 
 def _check_reachable(address: str) -> None:
-    """Raise ServerNotRunningError if nothing listens there. Ray itself would try for half a minute."""
+    """Raise ServerNotRunningError if nothing listens at the address. Ray itself would retry for half a minute."""
     place = urlsplit(address if "://" in address else f"//{address}")
     try:
         if place.hostname is None or place.port is None:  # such as `auto`

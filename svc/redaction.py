@@ -1,9 +1,9 @@
 """Redacts prompts and answers before they are stored.
 
-Replaces this service's keys, email addresses, phone numbers, card numbers and matches of custom
-patterns. Patterns are imprecise: a number that only looks like a phone number is redacted in the log
-(never in the answer), and a phone number in an unusual notation is not. No pattern covers names or
-places. To keep all of these out of the log, store no content.
+Replaces this service's keys, email addresses, phone numbers, card numbers and matches of custom patterns. Patterns are
+imprecise: a number that only looks like a phone number is redacted in the log (never in the answer), and a phone number
+in an unusual notation is not. No pattern covers names or places. To keep all of these out of the log, disable the
+storing of prompts and answers.
 
 Clients choose the text, so every pattern here runs in linear time, and custom patterns run within a time
 limit.

@@ -9,8 +9,8 @@ Error Bars to Evals", arXiv:2411.00640):
 
     n = (z_0.975 + z_0.8)^2 s^2 / loss^2
 
-For answers that are right or wrong, s^2 is at most the share of examples on which the two models differ
-(McNemar's test: Connor 1987, Biometrics 43). Until both models have answered, a share is assumed.
+For answers that are right or wrong, s^2 is at most the share of examples on which the two models differ (McNemar's
+test: Connor 1987, Biometrics 43). Until both models have answered, this share has to be assumed.
 """
 
 import math

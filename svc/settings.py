@@ -111,7 +111,7 @@ def _store_url(secret: SecretStr) -> SecretStr:
 
 
 class StoreSettings(_Section):
-    """Settings of the store, which has desired versions, keys, the audit log, requests and feedback.
+    """Settings of the store, which contains desired versions, keys, the audit log, requests and feedback.
 
     By default, it is an SQLite database in the home. See docs/scale.md for PostgreSQL.
     """
@@ -161,7 +161,7 @@ class ArtifactSettings(_Section):
 
 
 class ReplicaRange(_Section):
-    """Limits of a number of replicas that follows the load."""
+    """Minimum and maximum number of replicas if the number follows the load."""
 
     min: int = Field(1, ge=1, le=64)
     max: int = Field(ge=1, le=64)
@@ -252,7 +252,7 @@ class EngineSettings(_Section):
 
     @property
     def replica_range(self) -> ReplicaRange:
-        """Limits of the number of replicas, which are equal if the number is fixed."""
+        """Minimum and maximum number of replicas, which are equal if the number is fixed."""
         fixed = self.replicas
         return fixed if isinstance(fixed, ReplicaRange) else ReplicaRange(min=fixed, max=fixed)
 
@@ -923,7 +923,9 @@ def setting_keys() -> list[str]:
 
 
 def environment_without_store() -> dict[str, str]:
-    """Return this process's environment without the URL of the store, for commands that do not need its password."""
+    """Return this process's environment without the URL of the store, for child processes that do not need its
+    password.
+    """
     secret = (_variable("store"), _variable("store.url"))
     return {name: value for name, value in os.environ.items() if name.upper() not in secret}
 

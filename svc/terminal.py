@@ -51,7 +51,7 @@ def quiet_libraries() -> None:
 def print_table(headers: Sequence[str | Column], rows: Iterable[Sequence[object]], *, to: Console = output) -> None:
     """Print a table of plain text, showing None as an empty cell.
 
-    Names and times stay whole if there is room. Otherwise, they continue in the next line.
+    Names and times are not wrapped if there is enough space. Otherwise, they continue on the next line.
     """
     cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
     table = Table(*headers, box=None)
@@ -65,7 +65,7 @@ def print_table(headers: Sequence[str | Column], rows: Iterable[Sequence[object]
 
 
 def _longest_word(*texts: object) -> int:
-    """Return the number of characters of the longest word in some texts."""
+    """Return the number of characters in the longest word of the given texts."""
     return max((len(word) for text in texts for word in str(text).split()), default=0)
 
 

@@ -1,7 +1,7 @@
-"""The progress of a training, as a file of JSON lines.
+"""The progress of a training run, as a file of JSON lines.
 
-`svc train --progress FILE` writes it, and the fine-tuning worker reads it while the training runs. A resumed training
-appends to the file, so a step that is repeated appears twice: the last line of a step counts.
+`svc train --progress FILE` writes it, and the fine-tuning worker reads it while the training runs. A resumed run
+appends to the file, so a repeated step appears twice; the last line for a step is the valid one.
 """
 
 from contextlib import suppress
@@ -29,12 +29,12 @@ class StepDone(_Record):
     """An optimizer step is complete.
 
     Attributes:
-        steps: number of steps of the whole training.
-        epoch: number of epochs trained so far, with a fraction.
+        steps: total number of steps of the training run.
+        epoch: number of epochs trained so far, including the fraction of the current one.
         loss: mean loss per token of the step's batch, in nats.
-        accuracy: share of its tokens that the model ranked first, or None if that is not measured.
+        accuracy: share of the batch's tokens that were the model's top-1 token, or None if not measured.
         tokens: number of tokens trained on so far.
-        left_s: estimated rest of the training in seconds, or None if it is not known yet.
+        left_s: estimated remaining training time in seconds, or None if not known yet.
     """
 
     kind: Literal["step"] = "step"
@@ -60,7 +60,7 @@ class EpochSaved(_Record):
     """The state at the end of an epoch has been saved for clients.
 
     Attributes:
-        folder: folder that contains it, on this machine.
+        folder: folder on this machine that contains the state.
     """
 
     kind: Literal["saved"] = "saved"
@@ -69,7 +69,7 @@ class EpochSaved(_Record):
 
 
 class Registered(_Record):
-    """The version has been registered. It is the last record.
+    """The version has been registered. This is the last record.
 
     Attributes:
         version: `NAME@N`.
@@ -97,7 +97,7 @@ class ProgressFile:
         self.path = path
 
     def write(self, record: ProgressRecord) -> None:
-        """Append a record. A reader never sees a part of it."""
+        """Append a record. A reader never sees part of a record."""
         with self.path.open("ab", buffering=0) as file:
             file.write(record.model_dump_json().encode() + b"\n")
 
@@ -116,7 +116,7 @@ class ProgressReader:
     def read(self) -> list[ProgressRecord]:
         """Return the records since the last call. A last line that is incomplete is left for the next call.
 
-        Lines that are not records are skipped: a full disk may cut a line.
+        Lines that are not valid records are skipped, because a full disk may cut off a line.
         """
         try:
             with self._path.open("rb") as file:

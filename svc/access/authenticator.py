@@ -62,7 +62,7 @@ class InvalidKeyError(AuthenticationError):
 
 
 class KeysUnavailableError(SvcError):
-    """Raised when the store has been unreachable for so long that no key can be trusted any more."""
+    """Raised when the keys in memory are too old to be trusted, because the store has been unreachable."""
 
     retry_after_s = 2
 
@@ -159,7 +159,7 @@ class Authenticator:
     def _valid_s(self) -> float:
         """Return the time until the next secret stops being valid by itself, in seconds.
 
-        Its first grant may be given during the wait.
+        This includes secrets that have no grant yet, because one may be created during the wait.
         """
         now, keys = self._now(), self._keys.values()
         ends = [end for key in keys for end in (key.expires_at, key.previous_until) if end is not None and end > now]
@@ -194,7 +194,7 @@ class Authenticator:
         return key.principal if key else None
 
     def valid_principal(self, key_id: str) -> Principal:
-        """Return the principal of a key for work that goes on without its secret.
+        """Return the principal of a key, for work that continues after the request that had the secret.
 
         Raises:
             InvalidKeyError: the key was removed, or is revoked or expired.

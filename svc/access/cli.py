@@ -1,4 +1,4 @@
-"""`svc keys` manages API keys. `svc usage` shows how much they are used."""
+"""`svc keys` manages API keys. `svc usage` shows the requests and tokens of each key."""
 
 import csv
 import sys
@@ -257,7 +257,7 @@ def _change(
 
     Args:
         path: path of the request in the server's API.
-        asked: request body.
+        asked: body of the request.
         change: function that makes the same change in the home directory.
     """
     if remote := remote_of(ctx):

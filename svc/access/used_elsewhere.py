@@ -1,7 +1,7 @@
-"""Find out what each key has used on other servers of the same store, from the totals in the store.
+"""Determine each key's usage on other servers with the same store, from the totals in the store.
 
-The totals are what all servers have written. What this server has written itself is subtracted; the increase since the
-last reading is what others have used meanwhile.
+The totals include the usage that all servers have written. The usage that this server wrote is subtracted from them;
+the increase since the last reading is the new usage on other servers.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,9 +17,9 @@ class NewUsage(NamedTuple):
     """Usage on other servers that is new since the last reading.
 
     Attributes:
-        recent: usage by key id. The first reading has none, because the usage may be hours old.
-        today: tokens, in and out, by key id, of the current UTC day. The first reading has all of the day, also what
-            this server wrote before it was restarted.
+        recent: usage by key id. Empty in the first reading, because that usage may be hours old.
+        today: prompt and answer tokens of the current UTC day, by key id. The first reading includes the whole day, and
+            also the usage that this server wrote before it was restarted.
     """
 
     recent: Mapping[str, Usage]
@@ -29,8 +29,8 @@ class NewUsage(NamedTuple):
 class UsedElsewhere:
     """Reads the usage of other servers. Its methods must not be called concurrently.
 
-    Days are those of this machine's clock, as for limits. The day before is read too: a server writes its usage up to
-    some seconds after midnight, or hours later if it could not reach the store.
+    Days begin at midnight UTC by this machine's clock, as they do for limits. The previous day is also read, because a
+    server writes its last usage of a day some seconds after midnight, or hours later if it could not reach the store.
 
     Args:
         now: function that returns the current time.
@@ -43,16 +43,16 @@ class UsedElsewhere:
         self._others: Mapping[DayOf, Usage] | None = None
 
     def written(self, usage: Mapping[UsageOf, Usage]) -> None:
-        """Note usage that this server has written to the store."""
+        """Record usage that this server has written to the store."""
         for of, each in usage.items():
             day = DayOf(midnight_of(of.hour), of.key_id)
             self._own[day] = self._own.get(day, Usage()).plus(each)
 
     def read(self) -> NewUsage:
-        """Read the totals and return what is new in them. Call this in a thread.
+        """Read the totals and return the new usage. Call this in a thread.
 
         Raises:
-            SQLAlchemyError: the store failed. The next reading has the usage since the last one that succeeded.
+            SQLAlchemyError: the store failed. The next reading covers the time since the last successful one.
         """
         midnight = midnight_of(self._now())
         totals = usage_by_day(self._store, midnight)

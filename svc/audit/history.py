@@ -54,9 +54,9 @@ def _served(store: Store, name: str) -> list[dict[str, Any]]:
 
 
 def _merged(spans: list[ServedSpan]) -> list[ServedSpan]:
-    """Return one span for the spans of several servers that served the same version at the same time.
+    """Merge the overlapping spans of servers that served the same version.
 
-    The spans of one server stay apart, because its restarts are of interest.
+    The spans of one server are not merged, so that its restarts stay visible.
     """
     merged: list[ServedSpan] = []
     for span in sorted(spans, key=lambda span: span.began_at):
@@ -70,14 +70,14 @@ def _merged(spans: list[ServedSpan]) -> list[ServedSpan]:
 
 
 def _goes_on(earlier: ServedSpan, later: ServedSpan) -> bool:
-    """Return whether a span of another server has not ended when a later one begins."""
+    """Return whether a span of another server is still running when a later span begins."""
     if earlier.server == later.server:
         return False
     return earlier.ended_by is None or (earlier.ended_at is not None and earlier.ended_at > later.began_at)
 
 
 def _joined(earlier: ServedSpan, later: ServedSpan) -> ServedSpan:
-    """Return a span that lasts until the version was served by neither of two servers."""
+    """Return a span that covers two overlapping spans, and ends when both have ended."""
     last = max(earlier, later, key=lambda span: (span.ended_by is None, span.ended_at or span.began_at))
     return replace(earlier, ended_at=last.ended_at, ended_by=last.ended_by, server=last.server)
 

@@ -5,11 +5,11 @@
     DIR/snapshots/TIME/          svc.db  mlflow.db  files/  contents.json  snapshot.json (written last)
     DIR/lock
 
-A database that is a server's, by `store.url` or `tracking_uri`, is not included.
+A database on a server (`store.url`, `tracking_uri`) is not included.
 
-A version never changes, and neither does a client's file, so they are copied only once. Everything else is
-small and is copied into each snapshot, so that older snapshots can be restored too. Hard links to files in
-the home directory are not used, because damage to those files would also affect the backup.
+Versions and clients' files never change, so each is copied only once. Everything else is small and is copied into each
+snapshot, so that older snapshots can be restored too. Hard links to files in the home directory are not used, because
+damage to those files would also affect the backup.
 """
 
 import logging
@@ -113,7 +113,7 @@ class Archive:
         return self.models / version.name / str(version.number)
 
     def contents_of(self, snapshot: Snapshot) -> tuple[FileContent, ...]:
-        """Return the contents of clients' files that a snapshot includes.
+        """Return the list of clients' files whose contents are in a snapshot.
 
         Raises:
             ValueError: the list is damaged.

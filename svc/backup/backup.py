@@ -1,10 +1,9 @@
 """Create a snapshot of a home directory that may be in use by servers, training runs and commands.
 
-A snapshot must contain every version that its databases name. The databases are therefore copied before the
-weights, and the store before MLflow, because MLflow knows a version before the store can name it. A version
-that is needed is not removed from the home directory. If it becomes unneeded and is removed before it has
-been copied, the databases are copied again. Versions registered during a backup are included in the next
-backup.
+A snapshot must contain every version that its databases name. The databases are therefore copied before the weights,
+and the store before MLflow, because a version is in MLflow before the store can name it. A required version is not
+removed from the home directory. If it is no longer required and is removed before it has been copied, the databases are
+copied again. Versions registered during a backup are included in the next backup.
 """
 
 import shutil
@@ -103,7 +102,7 @@ class Backup:
         raise AssertionError("the last try returns a snapshot")
 
     def _take(self, folder: Path, *, is_last: bool) -> Snapshot | None:
-        """Copy the state into a snapshot's folder. Return None if a needed version has since been removed."""
+        """Copy the state into a snapshot's folder. Return None if a required version has since been removed."""
         home, tracking_uri, registry = self.settings.home, self.settings.tracking_uri, Registry.of(self.settings)
         there = set(registry.versions())  # first: those that MLflow's copy will know
         if self.settings.store.url is None:
@@ -177,9 +176,9 @@ class Backup:
         """Copy the contents of clients' files that are not in the archive yet, and list all in the snapshot's folder.
 
         Returns:
-            The reason why a damaged or missing content is not in the archive, by the file's id. Files that clients
-            have deleted meanwhile are left out. So are missing ones if the store is a server's or there is an object
-            store, because another server or the object store may have them.
+            The reasons why the contents of damaged or missing files are not in the archive, keyed by file id. Files
+            that clients have deleted meanwhile are omitted. Missing files are omitted too if the store is in PostgreSQL
+            or there is an object store, because another server or the object store may have them.
         """
         home, archive = self.settings.home / FILES_FOLDER, self.archive.contents
         kept, absent, lost = list[FileContent](), list[str](), dict[str, str]()

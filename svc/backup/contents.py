@@ -1,4 +1,4 @@
-"""Copies of the contents of clients' files. A content never changes, so all snapshots of a backup share its copy."""
+"""Copies of clients' files in a backup. A client's file never changes, so all snapshots share one copy."""
 
 import os
 from collections.abc import Iterable
@@ -29,7 +29,7 @@ def load_contents(path: Path) -> tuple[FileContent, ...]:
 
 
 def has_content(path: Path, content: FileContent, *, verify: bool = False) -> bool:
-    """Return whether a file has the size recorded for the content.
+    """Return whether a file has the size recorded for its contents.
 
     Args:
         verify: whether to also check its hash.
@@ -40,7 +40,7 @@ def has_content(path: Path, content: FileContent, *, verify: bool = False) -> bo
 
 
 def copy_content(source: Path, target: Path, content: FileContent, on_bytes: OnBytes) -> None:
-    """Copy a file's content so that only its owner can read it, and verify the copy.
+    """Copy a file's contents so that only the copy's owner can read them, and verify the copy.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -56,7 +56,7 @@ class Restore:
 
         Raises:
             BusyError: a server is using the home directory, or a backup is running.
-            RefusedError: keys shall be revoked, but the snapshot has none.
+            RefusedError: `revoke_keys` is set, but the snapshot contains no keys.
             SettingsError: the home directory is not empty.
             IntegrityError: the snapshot is damaged. None of its files are used.
         """
@@ -124,8 +124,8 @@ class Restore:
             )
 
     def _copy_contents(self, snapshot: Snapshot) -> None:
-        """Copy the contents of clients' files. A damaged one must not prevent the restore of all else: it is left out,
-        and clients get the error `file_content_missing` for it.
+        """Copy the contents of clients' files. A damaged file must not prevent the restore of everything else. It is
+        omitted, and clients get the error `file_content_missing` for it.
         """
         contents, folder = self.archive.contents_of(snapshot), self.home / FILES_FOLDER
         if not contents:

@@ -23,8 +23,8 @@ class RestoredKeys:
     Attributes:
         valid: keys that will be accepted after the restore.
         last_used: hour of each key's last use before the snapshot, keyed by key id.
-        revoked: keys revoked by this restore, each with the newer snapshot in which it is revoked, or with ""
-            if all keys are revoked on request.
+        revoked: keys revoked by this restore, each paired with the newer snapshot in which it is revoked, or with "" if
+            all keys are revoked on request.
         rotated: ids of valid keys that have a different secret in a newer snapshot. Their old secret becomes
             valid again.
         unread: newer snapshots whose store cannot be read.

@@ -20,7 +20,7 @@ _FIELDS = ("custom_id", "method", "url", "body")
 
 @dataclass(frozen=True, slots=True)
 class BatchProblem:
-    """A problem of a file of requests.
+    """A problem in a file of requests.
 
     Attributes:
         code: kind of the problem, as in the errors of OpenAI's batches.
@@ -36,14 +36,15 @@ class BatchProblem:
 
 @dataclass(frozen=True, slots=True)
 class BatchFileCheck:
-    """What is in a file of requests.
+    """Result of checking a file of requests.
 
     Attributes:
-        requests: number of requests, which all are valid if there are no problems.
+        requests: number of requests, all of which are valid if there are no problems.
         endpoints: the paths that the valid requests are for.
         models: the first 100 models that the valid requests name.
         problems: the first 100 problems.
-        more_problems: whether there may be more. A file with too many requests or problems is not read to its end.
+        more_problems: whether there may be more problems. A file with too many requests or problems is not read to its
+            end.
     """
 
     requests: int
@@ -108,7 +109,7 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _read_request(value: Any) -> tuple[str, str, str]:
-    """Return the id, the path and the model of a line's request."""
+    """Return the id, path and model of the request on a line."""
     if not isinstance(value, dict):
         raise _LineError("the line is not a JSON object", None, "invalid_json_line")
     for key in _FIELDS:
@@ -130,7 +131,7 @@ def _read_request(value: Any) -> tuple[str, str, str]:
 
 
 def _is_text(value: Any, most: int) -> TypeGuard[str]:
-    """Return whether a value is a text that UTF-8 and PostgreSQL can represent."""
+    """Return whether a value is a string that UTF-8 and PostgreSQL can represent."""
     if not isinstance(value, str) or not 1 <= len(value) <= most or "\0" in value:
         return False
     return not any("\ud800" <= character <= "\udfff" for character in value)

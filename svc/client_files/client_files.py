@@ -1,7 +1,7 @@
 """The contents of clients' files, in a folder of the home. Their rows are in the store (svc.store.files).
 
-With an object store (svc.client_files.shared_contents), every content is there too before its row is added, and a
-server that lacks a file's content fetches it. Objects are deleted in the background.
+With an object store (svc.client_files.shared_contents), a file's contents are uploaded before its row is added, and a
+server without the contents downloads them. Objects are deleted in the background.
 
     files/ID             content of a file
     files/.removed-ID    mark: the file does not exist, and its object is to be deleted
@@ -84,15 +84,15 @@ class ClientFiles:
 
     @property
     def are_shared(self) -> bool:
-        """Whether the contents are in an object store, from which this machine can fetch those that it lacks."""
+        """Whether there is an object store, from which this machine can fetch contents that it does not have."""
         return self._shared is not None
 
     def path(self, id: str) -> Path:
-        """Return the path at which this machine stores the content of a file that it receives or writes."""
+        """Return the path at which this machine stores the contents of a file that it receives or writes."""
         return self._folder / id
 
     def find(self, id: str) -> Path | None:
-        """Return the path of a file's content if it is on this machine, otherwise None.
+        """Return the path of a file's contents on this machine, or None if they are not here.
 
         Args:
             id: id of a file that exists, see `svc.store.files.find_file`.
@@ -102,14 +102,14 @@ class ClientFiles:
         return self._shared.find_copy(id) if self._shared else None
 
     async def content(self, id: str) -> Path:
-        """Return the path of a file's content, which is fetched from the object store if this machine lacks it.
+        """Return the path of a file's contents. If this machine lacks them, they are fetched from the object store.
 
         Args:
             id: id of a file that exists, see `svc.store.files.find_file`.
 
         Raises:
             EntryNotFoundError: the file has been deleted.
-            ContentMissingError, ContentDamagedError: the content is nowhere, or was truncated or altered.
+            ContentMissingError, ContentDamagedError: the contents do not exist anywhere, or were truncated or altered.
             ContentStoreError: the object store does not respond, or refuses.
             OSError: the disk is full.
         """
@@ -129,7 +129,7 @@ class ClientFiles:
     async def in_thread(self, work: Callable[[], Result]) -> Result:
         """Return the result of a function that fetches or adds a file.
 
-        It has its own threads, so that an object store that does not respond never occupies those of other work.
+        Separate threads are used, so that an object store that does not respond cannot block other work.
         """
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
@@ -144,11 +144,12 @@ class ClientFiles:
 
     @contextmanager
     def writing(self, id: str | None = None) -> Iterator[tuple[str, FileWriter]]:
-        """Yield a new id, and a writer for that file's content. An error deletes what was written, also in the object
-        store.
+        """Yield a new id, and a writer for that file's contents. If an error occurs, the partial contents are deleted,
+        including those in the object store.
 
         Args:
-            id: the id to use, for a file that may have been written in part before a crash. It has no row yet.
+            id: the id to use, for a file that was possibly written in part before a crash. The id must not have a row
+                yet.
         """
         path = self._folder / (id or f"file-{secrets.token_hex(12)}")
         if id is not None:
@@ -173,7 +174,7 @@ class ClientFiles:
         expires_after_s: int | None = None,
         limits: StorageLimits | None = None,
     ) -> ClientFile:
-        """Add the file that a writer has written; call this as the last thing within `writing`.
+        """Add the file that a writer has written. This must be the last call within `writing`.
 
         Args:
             limits: limits for all files of the owner, or None for no limits.
@@ -205,7 +206,7 @@ class ClientFiles:
         status: FileStatus = FileStatus.UPLOADED,
         expires_after_s: int | None = None,
     ) -> ClientFile:
-        """Complete the content that a writer has written, and return the file, which is not in the store yet.
+        """Complete the contents that a writer has written, and return the file, which has no row in the store yet.
 
         Raises:
             ContentStoreError: the object store does not respond, or refuses.
@@ -226,14 +227,14 @@ class ClientFiles:
 
         Raises:
             EntryNotFoundError: the owner has no file with this id.
-            FileInUseError: a job or batch that has not ended needs the file.
+            FileInUseError: an unfinished job or batch needs the file.
         """
         remove_unused_file(self._store, id, owner)
         self.path(id).unlink(missing_ok=True)
         self._delete_objects([id])
 
     def remove_expired(self) -> int:
-        """Delete the files that have expired and that no job or batch needs, and return their number."""
+        """Delete the expired files that no job or batch needs, and return their number."""
         ids = remove_expired_files(self._store, datetime.now(UTC))
         for id in ids:
             self.path(id).unlink(missing_ok=True)
@@ -241,11 +242,12 @@ class ClientFiles:
         return len(ids)
 
     def remove_unknown(self) -> int:
-        """Delete contents without a row, which a crash has left or whose file was deleted on another server, and return
-        their number.
+        """Delete contents without a row, and return their number. They were left by a crash, or their file was deleted
+        on another server.
 
-        Contents that are being written or are younger than an hour are left alone. If no content at all has a row,
-        nothing is deleted: the server probably runs with another store than the one that the contents belong to.
+        Contents that are being written or are less than an hour old are skipped. If none of the files has a row,
+        nothing is deleted, because the server is probably using a different store than the one that the contents belong
+        to.
         """
         names = [path.name for path in self._folder.iterdir() if not path.name.startswith(_REMOVED)]
         known = known_files(self._store, names)
@@ -255,7 +257,7 @@ class ClientFiles:
         return len(removed)
 
     def tidy_shared(self) -> None:
-        """Delete the objects of files that no longer exist, and copies that are no longer needed.
+        """Delete the objects of files that no longer exist, and fetched copies that are no longer needed.
 
         Raises:
             ContentStoreError: the object store does not respond, or refuses.
@@ -272,7 +274,7 @@ class ClientFiles:
     def share_missing(self) -> int:
         """Upload the contents on this machine that the object store lacks, and return their number.
 
-        They are those of files from before an object store was configured, or from a restored backup.
+        Such files were added before an object store was configured, or come from a restored backup.
 
         Raises:
             ContentStoreError: the object store does not respond, or refuses.
@@ -295,7 +297,9 @@ class ClientFiles:
         return count
 
     def _delete_objects(self, ids: Iterable[str]) -> None:
-        """Mark contents in the object store as to be deleted. Nothing that clients wait for depends on the store."""
+        """Mark objects for deletion. They are deleted in the background, so that clients never wait for the object
+        store.
+        """
         if self._shared is not None:
             for id in ids:
                 (self._folder / f"{_REMOVED}{id}").touch(mode=0o600)

@@ -1,7 +1,8 @@
-"""Checks the content of a client's file. `python -m svc.client_files.content_check PURPOSE PATH` prints a ContentCheck
+"""Checks the contents of a client's file. `python -m svc.client_files.content_check PURPOSE PATH` prints a ContentCheck
 as JSON.
 
-The server runs this in its own process, with limits on memory, time and disk, because a file can have any content.
+The server runs this in its own process, with limits on memory, time and disk space, because a file can contain
+anything.
 """
 
 import json
@@ -33,7 +34,7 @@ class ContentCheck:
 
     Attributes:
         usable: whether the file can be used for its purpose.
-        details: why it cannot, with line numbers, in words for clients; None if it can.
+        details: why the file cannot be used, with line numbers, as text for clients; None if it can be used.
     """
 
     usable: bool
@@ -56,7 +57,7 @@ def check_content(path: Path, purpose: Purpose) -> ContentCheck:
 
 
 def _training_problems(path: Path) -> list[str]:
-    """Return the errors that `svc data check` finds, the first of which are described."""
+    """Return descriptions of the first errors that `svc data check` finds, and the number of further errors."""
     from svc.dataset.checks.check import check_files
     from svc.dataset.readers.preferences import read_any_lines
 

@@ -1,4 +1,4 @@
-"""Writes the content of a new file, which appears in full or is deleted."""
+"""Writes a new file atomically: it is either completed or deleted."""
 
 import fcntl
 import hashlib
@@ -16,7 +16,7 @@ class FileWriter:
 
     Attributes:
         bytes: number of bytes written so far.
-        closed: whether the content is complete.
+        closed: whether the file is complete.
     """
 
     def __init__(self, path: Path) -> None:
@@ -27,13 +27,13 @@ class FileWriter:
         self.closed = False
 
     def write(self, part: bytes) -> None:
-        """Append to the content. Raises OSError if the disk is full."""
+        """Append to the file. Raises OSError if the disk is full."""
         self._file.write(part)
         self._hash.update(part)
         self.bytes += len(part)
 
     def close(self) -> str:
-        """Complete the file on disk, and return the hash of its content."""
+        """Complete the file on disk, and return the hash of its contents."""
         self._file.flush()
         os.utime(self._file.fileno())  # `remove_unknown` leaves new files alone; the last write may be hours ago
         os.fsync(self._file.fileno())
@@ -42,13 +42,13 @@ class FileWriter:
         return self._hash.hexdigest()
 
     def abandon(self) -> None:
-        """Close the file, which is incomplete."""
+        """Close the file without completing it."""
         with suppress(OSError):  # the rest does not fit on a full disk
             self._file.close()
 
 
 def remove_left(path: Path) -> bool:
-    """Delete a file unless it is being written or younger than an hour, and return whether it was deleted."""
+    """Delete a file unless it is being written or is less than an hour old. Return whether it was deleted."""
     with suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
         if time.time() - os.fstat(file.fileno()).st_mtime > _MIN_AGE_S:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -59,7 +59,7 @@ def remove_left(path: Path) -> bool:
 
 @contextmanager
 def writing_file(path: Path) -> Iterator[FileWriter]:
-    """Yield a writer for a new file. An error deletes what was written."""
+    """Yield a writer for a new file. If an error occurs, the partial file is deleted."""
     writer = FileWriter(path)
     try:
         yield writer

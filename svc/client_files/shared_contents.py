@@ -1,9 +1,9 @@
-"""The contents of clients' files in an object store (`artifacts.url`), from which every server of a store reads them.
+"""The contents of clients' files in an object store (`artifacts.url`), which all servers with the same store share.
 
     client-files/ID    the content of one file, which never changes
 
-A server that lacks a file's content fetches it into a folder of the home. These copies are removed when the file is
-deleted, and when they have not been used for a day, unless a job or batch needs them.
+A server without a file's contents downloads them to a folder in its home. This copy is removed when the file is
+deleted, or when it has not been used for a day and no job or batch needs it.
 """
 
 import errno
@@ -39,15 +39,15 @@ takes about 75 MB of memory, measured with 500 MB."""
 
 
 class ContentMissingError(SvcError):
-    """Raised when a file's content is neither on this machine nor in an object store. Clients see the message."""
+    """Raised when a file's contents are neither on this machine nor in an object store. Clients see the message."""
 
 
 class ContentDamagedError(ContentMissingError):
-    """Raised when a file's content in the object store was truncated or altered. Clients see the message."""
+    """Raised when a file's contents in the object store were truncated or altered. Clients see the message."""
 
 
 class ContentStoreError(SvcError):
-    """Raised when the object store does not respond, or refuses. Clients see the message.
+    """Raised when the object store does not respond, or rejects a request. Clients see the message.
 
     Attributes:
         retry_after_s: seconds after which clients should retry.
@@ -60,8 +60,8 @@ class SharedContents:
     """Contents of clients' files in an object store.
 
     Args:
-        folder: folder for the contents that are fetched, which is created if it does not exist.
-        min_free_bytes: free disk space that fetched contents leave.
+        folder: folder for fetched contents, which is created if it does not exist.
+        min_free_bytes: disk space that must remain free after a fetch, in bytes.
     """
 
     def __init__(self, objects: ObjectStore, folder: Path, *, min_free_bytes: int = 0) -> None:
@@ -72,7 +72,7 @@ class SharedContents:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def put(self, content: FileContent, path: Path) -> None:
-        """Upload a file's content. The store has all of it afterwards.
+        """Upload a file's contents completely.
 
         Raises:
             ContentStoreError: the store does not respond, or refuses.
@@ -82,7 +82,7 @@ class SharedContents:
             self._objects.send_file(_key(content.id), _record(content), path)
 
     def delete(self, ids: Collection[str]) -> None:
-        """Delete contents. Those that do not exist are ignored.
+        """Delete the contents of files. Ids that do not exist are ignored.
 
         Raises:
             ContentStoreError: the store does not respond, or refuses.
@@ -91,7 +91,7 @@ class SharedContents:
             self._objects.delete([_key(id) for id in ids])
 
     def ids(self) -> set[str]:
-        """Return the ids of all contents in the store, including those of files of other databases.
+        """Return the ids of all files in the object store, including files that belong to other databases.
 
         Raises:
             ContentStoreError: the store does not respond, or refuses.
@@ -100,7 +100,7 @@ class SharedContents:
             return {PurePosixPath(key).name for key in self._objects.keys(_PREFIX)}
 
     def find_copy(self, id: str) -> Path | None:
-        """Return the path of a file's content that was fetched earlier and mark it as used, or return None."""
+        """Return the path of a file's fetched copy and mark the copy as used. Return None if there is no copy."""
         path = self._folder / id
         try:
             os.utime(path)
@@ -109,10 +109,12 @@ class SharedContents:
         return path
 
     def fetch(self, content: FileContent) -> Path:
-        """Download a file's content and return its path, where it appears once its size and hash have been verified.
+        """Download a file's contents and return their path. The file appears there only after its size and hash are
+        verified.
 
         Raises:
-            ContentMissingError, ContentDamagedError: the store lacks the content, or it was truncated or altered.
+            ContentMissingError, ContentDamagedError: the store does not have the contents, or they were truncated or
+                altered.
             ContentStoreError: the store does not respond, or refuses.
             OSError: the disk is full.
         """
@@ -130,7 +132,7 @@ class SharedContents:
         return path
 
     def remove_copies(self, store: Store) -> None:
-        """Delete the copies of files that no longer exist, or that were not used for a day and are not needed now."""
+        """Delete copies whose file no longer exists, and those that were not used for a day and are not needed now."""
         names = [path.name for path in self._folder.iterdir()]
         whole = [name for name in names if not name.startswith(".")]
         known, needed = known_files(store, whole), needed_files(store, whole)

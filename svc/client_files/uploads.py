@@ -1,4 +1,4 @@
-"""Files that arrive in parts. Each part is a file in a folder of its upload, until the upload is complete.
+"""Files that arrive in parts. Until an upload is complete, each part is a file in the upload's folder.
 
 The paths are made from ids, never from anything that a client sent.
 """
@@ -33,7 +33,7 @@ _BLOCK = 2**20
 
 
 class ChecksumError(SvcError):
-    """Raised when the content of an upload does not have the expected checksum. Clients see the message."""
+    """Raised when an upload does not have the expected checksum. Clients see the message."""
 
 
 class ClientUploads:
@@ -41,7 +41,7 @@ class ClientUploads:
 
     Args:
         folder: folder for the parts, which is created if it does not exist.
-        files: the files that uploads become.
+        files: clients' files, to which complete uploads are added.
     """
 
     def __init__(self, store: Store, folder: Path, files: ClientFiles) -> None:
@@ -52,14 +52,14 @@ class ClientUploads:
 
     @contextmanager
     def writing_part(self, upload: Upload) -> Iterator[tuple[str, FileWriter]]:
-        """Yield a new id, and a writer for that part of an upload. An error deletes what was written."""
+        """Yield a new id, and a writer for that part of an upload. If an error occurs, the partial file is deleted."""
         id, folder = f"part_{secrets.token_hex(12)}", self._folder / upload.id
         folder.mkdir(mode=0o700, exist_ok=True)
         with writing_file(folder / id) as writer:
             yield id, writer
 
     def add_part(self, upload: Upload, id: str, writer: FileWriter) -> UploadPart:
-        """Add the part that a writer has written; call this as the last thing within `writing_part`.
+        """Add the part that a writer has written. This must be the last call within `writing_part`.
 
         Raises:
             UploadEndedError, UploadSizeError: the upload has ended, or its parts are too large or too many.
@@ -78,7 +78,7 @@ class ClientUploads:
         limits: StorageLimits,
         on_write: Callable[[int], None],
     ) -> tuple[Upload, ClientFile]:
-        """Make a file of an upload's parts in the given order, and return both.
+        """Combine an upload's parts into a file, in the given order, and return the upload and the file.
 
         Args:
             md5: checksum that the file must have, in hexadecimal, or None.
@@ -87,8 +87,8 @@ class ClientUploads:
 
         Raises:
             EntryNotFoundError, UploadEndedError, UploadSizeError: the upload has ended, or does not have these parts.
-            ChecksumError: the file has another checksum. The upload has not ended.
-            ContentStoreError: the object store does not respond, or refuses. The upload has not ended.
+            ChecksumError: the file has a different checksum. The upload stays open.
+            ContentStoreError: the object store does not respond, or rejects the request. The upload stays open.
             StorageLimitError: the file exceeds a limit.
         """
         require_pending(upload)
@@ -132,9 +132,9 @@ class ClientUploads:
         return len(ids)
 
     def remove_unknown(self) -> int:
-        """Delete parts of uploads that have ended or are unknown, which a crash has left, and return their number.
+        """Delete parts that a crash left from uploads that have ended or are unknown, and return their number.
 
-        Parts that are being written or are younger than an hour are left alone.
+        Parts that are being written or are less than an hour old are skipped.
         """
         folders = list(self._folder.iterdir())  # first: an upload that begins later is not in them
         pending = pending_uploads(self._store)

@@ -1,4 +1,4 @@
-"""Human-readable features of a prompt, such as its length, language, words and number of preceding turns."""
+"""Human-readable features of a prompt, such as its length, language, words and number of previous turns."""
 
 import re
 from collections.abc import Sequence

@@ -14,7 +14,7 @@ class TlsAddress:
     """A TCP port that speaks TLS.
 
     Attributes:
-        context: accepts only the engine's own certificate, and presents this server's.
+        context: TLS context that accepts only the engine's own certificate, and presents this server's certificate.
     """
 
     host: str

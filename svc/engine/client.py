@@ -279,7 +279,7 @@ class EngineClient:
     async def reset_prefix_cache(self, *, within_s: float = 10.0) -> None:
         """Discard all cached prefixes, because they were computed with the previous weights.
 
-        The engine refuses as long as a request uses the cache, which a cancelled request may do for another moment.
+        The engine refuses while a request uses the cache, and a cancelled request may still use it for a moment.
 
         Args:
             within_s: how long to retry, in seconds.

@@ -329,7 +329,7 @@ def _ask() -> DeviceCapabilities:
 def _vllm_cpu_kernels() -> tuple[bool, bool, bool]:
     """Return whether vLLM's library contains the CPU operators for 4-bit, INT8 and FP8 weights.
 
-    The kernel classes of the first two cannot be asked, because they claim to support any CPU.
+    The kernel classes for 4-bit and INT8 weights are not checked, because they claim to support every CPU.
     """
     import torch
     from vllm.platforms import current_platform

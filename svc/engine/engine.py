@@ -61,7 +61,7 @@ class LastingEngine(Engine, Protocol):
         """Adopt the engine found by `orphan_holds` instead of starting a new one."""
 
     async def fetch(self, folder: Path) -> None:
-        """Copy a model folder to the engine's machine, if that is another one, so that a reload is fast.
+        """Copy a model folder to the engine's machine, if the engine runs on another one, so that a reload is fast.
 
         Raises:
             SvcError: the files could not be copied.
@@ -75,7 +75,7 @@ class LastingEngine(Engine, Protocol):
         """
 
     async def sleep(self) -> None:
-        """Free the engine's GPU, if the engine is capable of it. Send no requests until `wake` has returned.
+        """Free the engine's GPU, if the engine supports this. Send no requests until `wake` has returned.
 
         Raises:
             EngineError: the engine could not be put to sleep and is no longer usable.

@@ -1,8 +1,7 @@
-"""Preference accuracy: the share of held-out pairs of which a served model finds the chosen answer more likely than the
-rejected one.
+"""Preference accuracy: the share of held-out pairs whose chosen answer is more likely than the rejected one.
 
-Likelihood alone favours short answers. The reward that a preference implies is therefore measured too: by how much more
-likely an answer has become than under the base (Rafailov et al. 2023, eq. 5, divided by beta).
+Likelihoods are measured on the engine. Likelihood alone favours short answers. The implied reward is therefore measured
+too: how much more likely an answer has become than under the base (Rafailov et al. 2023, eq. 5, divided by beta).
 """
 
 import asyncio
@@ -28,7 +27,7 @@ PREFERENCE_TITLES = {
 
 
 class PairScores(BaseModel):
-    """A model's log-probabilities of the answers of pairs, in order, each summed over the answer's tokens, in nats."""
+    """A model's log-probability of each answer of the pairs, in order, summed over the answer's tokens, in nats."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -37,19 +36,19 @@ class PairScores(BaseModel):
 
     @property
     def margins(self) -> list[float]:
-        """By how much each chosen answer is more likely than its rejected one, in nats."""
+        """Log-probability of each chosen answer minus that of its rejected answer, in nats."""
         return [chosen - rejected for chosen, rejected in zip(self.chosen, self.rejected, strict=True)]
 
 
 class PreferenceReport(BaseModel):
-    """A model's preferences among held-out pairs.
+    """How often a model prefers the chosen answers of held-out pairs, and by how much.
 
     Attributes:
         pairs: number of pairs.
         accuracy: share of pairs whose chosen answer is more likely than the rejected one.
         margin: mean difference of their log-probabilities, in nats.
-        reward_accuracy: share of pairs whose chosen answer has gained more likelihood since the base than the rejected
-            one, or None for the base itself, or if the base was not measured.
+        reward_accuracy: share of pairs in which training made the chosen answer more likely by a larger factor than the
+            rejected one. None for the base itself, or if the base was not measured.
         reward_margin: mean difference of these gains, in nats.
     """
 
@@ -63,10 +62,10 @@ class PreferenceReport(BaseModel):
 
     @classmethod
     def of(cls, scores: PairScores, base: PairScores | None = None) -> "PreferenceReport":
-        """Return the report on a model's scores of at least one pair.
+        """Return the report on a model's scores for one or more pairs.
 
         Args:
-            base: the base's scores of the same pairs.
+            base: the base's scores for the same pairs, or None if the base was not measured.
         """
         margins = scores.margins
         report = cls(pairs=len(margins), accuracy=_share_above_zero(margins), margin=mean(margins))

@@ -1,7 +1,7 @@
-"""Takes measurements while other processes leave the machine idle, or reports how busy they kept it.
+"""Repeats a measurement if other processes keep the machine busy, and reports how busy it was.
 
-On a CPU, an engine that was measured during an unrelated training run decoded 4 tokens/s instead of 140.
-Only CPU usage is checked, so other processes on the same GPU go unnoticed.
+On a CPU, an engine measured during an unrelated training run decoded 4 tokens/s instead of 140. Only CPU usage is
+checked, so other processes on the same GPU go unnoticed.
 """
 
 import asyncio

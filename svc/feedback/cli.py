@@ -70,7 +70,7 @@ def feedback(ctx: click.Context, model: str, objective: str, output: Path | None
 
 
 def _open(path: Path) -> TextIO:
-    """Open a file for writing that only this user can read, like the store, which has the same texts."""
+    """Open a file for writing that only this user can read, because it contains users' prompts and answers."""
     try:
         file = path.open("w", encoding="utf-8")
     except OSError as error:
@@ -80,7 +80,7 @@ def _open(path: Path) -> TextIO:
 
 
 def _lines(rated: "Iterable[RatedText]", objective: "Objective", unused: "Counter[Unused]") -> Iterator[str]:
-    """Yield lines of training data, and count the answers that provide none by their reason."""
+    """Yield lines of training data, and count the answers without any by the reason."""
     from svc.feedback.training_rows import Unused, training_rows
 
     for answer in rated:

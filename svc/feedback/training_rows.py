@@ -1,7 +1,7 @@
 """Converts users' feedback on answers to rows of training data.
 
-A correction is a better answer to a prompt than the one that was given, so both are a preference pair. A rating is
-the label of the given answer.
+A correction is better than the answer that was given, so the two form a preference pair. A rating is a label for the
+given answer.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ class Unused(StrEnum):
 
 
 def training_rows(rated: RatedText, objective: Objective) -> list[Row] | Unused:
-    """Return the rows of training data that an answer's feedback provides, or why there are none.
+    """Return the rows of training data from an answer's feedback, or the reason why there are none.
 
     Args:
         objective: determines the kind of rows: chat examples with the correction, pairs of correction and answer,

@@ -45,7 +45,7 @@ def sync_files(folder: Path) -> None:
 
 
 def close_to_others(folder: Path, marks: Iterable[str]) -> None:
-    """Revoke other users' access to one of this service's folders, and so to its content, if it exists.
+    """Revoke other users' access to one of this service's folders, and thereby to its contents, if it exists.
 
     A shared folder such as /tmp, or a folder with other content, is left unchanged, even if it is configured
     as the home.

@@ -63,8 +63,8 @@ class Principal:
 
         Args:
             model: NAME, NAME@N or NAME@alias.
-            owners: ids of the keys whose jobs train the model. If there are any, other keys may use it only if they
-                are restricted to models that include it, or have the scope `admin`.
+            owners: ids of the keys whose jobs train the model. If there are any, another key may use the model only if
+                its list of models includes it, or if it has the scope `admin`.
         """
         if self.key_id in owners:
             return True

@@ -1,1 +1,1 @@
-"""Model versions: their content, folders and name resolution. Only this package handles their paths."""
+"""Model versions: their contents, folders and name resolution. Only this package handles their paths."""

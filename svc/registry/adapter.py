@@ -47,7 +47,7 @@ class AdapterBase:
 
     Attributes:
         folder: the base model's folder.
-        revision: revision that pins the base's content.
+        revision: revision that identifies the base's exact files.
         template_kwargs: arguments of the base's chat template.
     """
 

@@ -88,8 +88,8 @@ def _digest(parts: dict[str, Any]) -> str:
 def _tokenizer(folder: Path) -> dict[str, Any]:
     """Return the tokenizer content that determines the token ids of a text.
 
-    This is tokenizer.json without its truncation and padding settings, which may be left over from the last
-    use. If a folder lacks that file, as with many SentencePiece models, the hashes of its vocabulary files
+    This is tokenizer.json without its truncation and padding settings, which may be left over from when the tokenizer
+    was last used. If a folder lacks that file, as with many SentencePiece models, the hashes of its vocabulary files
     are returned instead.
     """
     if (folder / "tokenizer.json").is_file():

@@ -5,8 +5,8 @@ target of a rollback, or is the base of an adapter version that is needed for on
 version that a server has loaded only as an additional adapter does not count as needed. The server
 unloads it after the removal.
 
-With an object store (`artifacts.url`), the home is a cache: weights that the store also has can be evicted,
-and are downloaded again when they are needed.
+With an object store (`artifacts.url`), the home is a cache: weights that are also in the store can be evicted, and are
+downloaded again when they are needed.
 """
 
 import logging
@@ -53,7 +53,7 @@ class Reclaimable:
     Attributes:
         size: number of bytes that deleting it would free.
         why: why the file or folder is not needed.
-        touched: time of the last change to the content, in seconds since the epoch.
+        touched: time of the last change to the contents, in seconds since the epoch.
     """
 
     path: Path
@@ -91,7 +91,7 @@ def remove_version(registry: Registry, store: Store, version: VersionId) -> int:
 
     Raises:
         NotFoundError: there is no such version.
-        BusyError: the version is needed, or in the object store.
+        BusyError: the version is needed, or is still in the object store.
         RegistryError: the object store does not respond.
     """
     if version not in registry.versions(version.name):
@@ -199,10 +199,10 @@ def _leftovers(models: Path, home: Path) -> Iterator[tuple[Path, str]]:
 
 
 def find_ended(store: Store, home: Path, older_than_days: float) -> Iterator[Reclaimable]:
-    """Yield folders of fine-tuning jobs and batches that have ended, or that the store does not know.
+    """Yield folders of fine-tuning jobs and batches that have ended, or that are not in the store.
 
-    They are kept for `older_than_days` days after their last change. Unknown ones are kept for at least a day,
-    because the server of this home may use another store, in which they have not ended.
+    They are kept for `older_than_days` days after their last change. Unknown ones are kept for at least a day, because
+    the server of this home may use another store, in which these jobs and batches are still running.
     """
     now = time.time()
     before = now - older_than_days * _DAY_S
@@ -246,8 +246,9 @@ def find_evictable(registry: Registry, store: Store, max_bytes: float) -> Iterat
     """Yield the weights to evict from the home so that its versions take at most `max_bytes`, least recently used
     first.
 
-    Only weights that the object store also has are evicted. Kept are those of needed versions, of models with a swap
-    or rollout, those used in the last hour, and all of them while a training run is active, as it may use one as base.
+    Only weights that are also in the object store are evicted. Weights are kept if their version is needed, if their
+    model has a swap or rollout in progress, or if they were used in the last hour. While a training run is active, all
+    weights are kept, because any version may be its base.
 
     Raises:
         RegistryError: the object store does not respond.
@@ -273,7 +274,7 @@ def evict(registry: Registry, store: Store, item: Reclaimable) -> None:
     """Remove the weights that `find_evictable` has found, and the links to them in the run that created them.
 
     Raises:
-        BusyError: the version has been used or has become needed since.
+        BusyError: the version has been used since, or is needed now.
     """
     folder = item.path
     version = VersionId(folder.parent.parent.name, int(folder.parent.name))

@@ -34,7 +34,7 @@ class BaseRecord(_Record):
 
     Attributes:
         origin: name of the base in the recipe.
-        revision: revision that pins the base's content.
+        revision: revision that identifies the base's exact files.
         licence: licence stated by the publisher, or None if unknown.
     """
 
@@ -72,7 +72,9 @@ class DataRecord(_Record):
 
     @property
     def selection(self) -> str:
-        """Text saying which examples selected the version and how this affects its metrics. Empty if none did."""
+        """Text saying which examples selected the version and how this affects its metrics. Empty if no examples were
+        used for selection.
+        """
         if self.selected_by is SelectedBy.HELDOUT:
             return "these examples selected the version, so its results are slightly too good (set data.validation)"
         if self.selected_by is SelectedBy.VALIDATION:
@@ -89,7 +91,7 @@ class FormatRecord(_Record):
         evaluation: quality measured on the engine, or None for a format that was not served.
         load_seconds: time to load the weights into a running engine, in seconds.
         tokens_per_second: tokens decoded per second with 8 concurrent streams.
-        preference: preferences among held-out pairs, or None if there are none.
+        preference: preference accuracy on held-out pairs, or None if there are no pairs.
     """
 
     files: tuple[FileRecord, ...]
@@ -120,7 +122,7 @@ class Manifest(_Record):
             questions were asked.
         gates: verdicts on the losses caused by quantization and training; empty if the recipe sets no
             limits.
-        base_preference: the base's preferences among held-out pairs, or None if not measured.
+        base_preference: the base's preference accuracy on held-out pairs, or None if not measured.
     """
 
     schema_version: Literal[1] = 1
@@ -179,7 +181,7 @@ class Manifest(_Record):
 
     @property
     def preferences(self) -> dict[str, PreferenceReport]:
-        """The preferences of the base and of each format among held-out pairs; empty if there are none."""
+        """Preference accuracy of the base and of each format on held-out pairs; empty if there are no pairs."""
         reports = {"base": self.base_preference} | {
             format.value: record.preference for format, record in self.formats.items()
         }
@@ -212,13 +214,13 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def parse_manifest(content: bytes, version: VersionId, source: str) -> Manifest:
-    """Parse the manifest of a version that was read from another place than the registry's folder.
+    """Parse a version's manifest that was not read from the registry's folder.
 
     Args:
-        source: the place, for error messages.
+        source: where it was read from, for error messages.
 
     Raises:
-        IntegrityError: the content is not a manifest, or belongs to a different version.
+        IntegrityError: the bytes are not a manifest, or belong to a different version.
     """
     try:
         manifest = Manifest.model_validate_json(content)
@@ -238,7 +240,7 @@ def parse_manifest(content: bytes, version: VersionId, source: str) -> Manifest:
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:
-    """Return the content of a manifest's file."""
+    """Return a manifest as the bytes of its file."""
     return json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False).encode("utf-8")
 
 

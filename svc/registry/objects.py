@@ -5,11 +5,11 @@
     checkpoints/RUN/STEP/FILE  one file of a checkpoint of an unfinished training
     client-files/ID            the content of a client's file, see svc.client_files.shared_contents
 
-Because a key contains the content's hash, two machines never write different content to one key, and an interrupted
-upload continues with the first file that is missing. Objects appear only when they are complete, in every store.
+Because a key contains the file's hash, two machines never write different contents under one key, and an interrupted
+upload continues with the first missing file. In every supported store, objects appear only when they are complete.
 
-Downloads are read in ranges of a few MB, each of which the client retries separately. Every file is hashed while it
-is copied, so the content is right even if a store neither checks nor returns checksums.
+Downloads are read in ranges of a few MB, each of which the client retries separately. Every file is hashed while it is
+copied, so corruption is detected even if a store neither checks nor returns checksums.
 """
 
 import hashlib
@@ -120,7 +120,7 @@ class ObjectStore:
         return parse_manifest(content, version, f"{self.url}/{key}")
 
     def has(self, manifest: Manifest, format: Format) -> bool:
-        """Return whether the store has this version's manifest, and all files of one format in full.
+        """Return whether the store has this version's manifest and all files of one format, completely.
 
         Raises:
             RegistryError: the store does not respond, or refuses.
@@ -131,7 +131,7 @@ class ObjectStore:
         return not self.lacks(manifest, manifest.formats[format].files)
 
     def lacks(self, manifest: Manifest, records: Iterable[FileRecord]) -> list[FileRecord]:
-        """Return those of a version's files that the store does not have in full.
+        """Return the files of a version that are missing or incomplete in the store.
 
         Raises:
             RegistryError: the store does not respond, or refuses.
@@ -146,8 +146,8 @@ class ObjectStore:
 
         Raises:
             IntegrityError: a file differs from the manifest.
-            RegistryError: the store does not respond, refuses, or ignores conditions; or it has another version
-                with this name and number.
+            RegistryError: the store does not respond, rejects a request, or ignores conditional writes; or it has a
+                different version with this name and number.
         """
         self._require_conditions()
         missing = {_file_key(manifest.name, file): file for file in self.lacks(manifest, manifest.files)}
@@ -192,7 +192,7 @@ class ObjectStore:
             return sorted(entry["path"] for page in obstore.list(self._client, prefix) for entry in page)
 
     def delete(self, keys: Sequence[str]) -> None:
-        """Delete objects. Those that do not exist are ignored.
+        """Delete objects. Keys that do not exist are ignored.
 
         Raises:
             RegistryError: the store does not respond, or refuses.
@@ -204,7 +204,7 @@ class ObjectStore:
                 obstore.delete(self._client, key)
 
     def read(self, key: str) -> bytes | None:
-        """Return the content of a small object, or None if there is none.
+        """Return the contents of a small object, or None if it does not exist.
 
         Raises:
             RegistryError: the store does not respond, or refuses.
@@ -212,7 +212,7 @@ class ObjectStore:
         return self._read(key)
 
     def write(self, key: str, content: bytes) -> None:
-        """Write a small object, replacing the one that has this key.
+        """Write a small object, replacing any object with the same key.
 
         Raises:
             RegistryError: the store does not respond, or refuses.
@@ -254,7 +254,7 @@ class ObjectStore:
         self._send(key, record, path, lambda count: None)
 
     def receive_file(self, key: str, record: FileRecord, path: Path) -> None:
-        """Download one file, which appears at the path when it is complete and verified.
+        """Download one file, which appears at the path only when it is complete and verified.
 
         Raises:
             IntegrityError: the object is missing, truncated or altered.
@@ -263,7 +263,7 @@ class ObjectStore:
         self._receive(key, record, path, lambda count: None)
 
     def size(self, key: str) -> int | None:
-        """Return the size of an object in bytes, or None if there is none.
+        """Return the size of an object in bytes, or None if it does not exist.
 
         Raises:
             RegistryError: the store does not respond, or refuses.
@@ -325,7 +325,9 @@ class ObjectStore:
         )
 
     def _publish(self, manifest: Manifest) -> None:
-        """Write a manifest unless there is one. An equal one was written by an attempt whose answer was lost."""
+        """Write a manifest unless one exists. An identical manifest counts as success: it was written by an earlier
+        attempt whose response was lost.
+        """
         key, content = manifest_key(manifest.id), manifest_bytes(manifest)
         if not self._create(key, content) and self._read(key) != content:
             raise RegistryError(
@@ -335,8 +337,8 @@ class ObjectStore:
             )
 
     def _require_conditions(self) -> None:
-        """Check that the store refuses to create an object that exists. Otherwise two machines that register at the
-        same time would overwrite each other's version.
+        """Check that the store rejects a conditional write to an object that already exists. Otherwise two machines
+        that register at the same time would overwrite each other's version.
         """
         import obstore
 
@@ -356,9 +358,10 @@ class ObjectStore:
         )
 
     def _create(self, key: str, content: bytes) -> bool:
-        """Write an object unless there is one with this key. Return whether it was written.
+        """Write an object unless this key already exists. Return whether it was written.
 
-        The client does not repeat such a write, because the first attempt may have succeeded without an answer.
+        The client does not retry such a write, because the first attempt may have succeeded although its response was
+        lost.
         """
         import obstore
         from obstore.exceptions import AlreadyExistsError
@@ -386,7 +389,8 @@ class ObjectStore:
 
     @contextmanager
     def _asking(self, what: str) -> Iterator[None]:
-        """Convert the client's errors in the `with` block to this project's errors, except that an object exists.
+        """Convert the client's errors in the `with` block to this project's errors, except the error that an object
+        already exists.
 
         The client's error is not chained, because its text may contain a signed URL.
 
@@ -409,10 +413,10 @@ class ObjectStore:
 
 
 def require_obstore() -> None:
-    """Check that the client of object stores is installed.
+    """Check that the client library for object stores is installed.
 
     Raises:
-        SettingsError: it is not.
+        SettingsError: it is not installed.
     """
     try:
         import obstore.store  # noqa: F401
@@ -432,11 +436,11 @@ def _file_key(name: str, file: FileRecord) -> str:
 
 
 def _read_checked(file: FileRecord, path: Path, part: int, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
-    """Yield a file's content in blocks.
+    """Yield a file's contents in blocks.
 
     Raises:
-        IntegrityError: the content differs from the record. The error is raised after the last block, and cancels an
-            upload.
+        IntegrityError: the contents differ from the record. The error is raised after the last block, and thereby
+            cancels an upload.
     """
     digest = hashlib.sha256()
     with path.open("rb") as source:
@@ -453,7 +457,9 @@ def _read_checked(file: FileRecord, path: Path, part: int, on_bytes: Callable[[i
 
 
 def _in_order(read: Callable[[int], "Bytes"], starts: Iterable[int]) -> Iterator["Bytes"]:
-    """Call a function for each start, in a few threads that work ahead, and yield the results in order."""
+    """Call a function for each start offset in a few threads, which work ahead of the consumer, and yield the results
+    in order.
+    """
     ahead: deque[Future[Bytes]] = deque()
     with ThreadPoolExecutor(_AT_ONCE, "download") as pool:
         for start in starts:
@@ -484,7 +490,7 @@ def _progress(text: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def _reason(error: Exception) -> str:
-    """Return the first line of a client's error, without signatures and without the rest of the store's answer."""
+    """Return the first line of a client's error, without URL signatures and the rest of the store's response."""
     text = str(error).split("\n\nDebug source", 1)[0]
     for pattern in _HIDDEN:
         text = pattern.sub("", text)

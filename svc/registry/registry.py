@@ -6,8 +6,8 @@ A version is published atomically. It is built in a hidden folder next to the pu
 manifest is written last, and a rename publishes it. A folder without a manifest is not a version. A
 version never changes: its files are read-only.
 
-With an object store (`artifacts.url`), the folder is a cache. A version of the store is first fetched without the
-files of its formats, which are downloaded when they are needed. Only `versions` and `names` never ask the store.
+With an object store (`artifacts.url`), the folder is a cache. A version is first fetched from the store without the
+files of its formats, which are downloaded when they are needed. Only `versions` and `names` never query the store.
 """
 
 import logging
@@ -96,7 +96,7 @@ class Registry:
         return self.models / version.name / str(version.number)
 
     def artifact(self, version: VersionId, format: Format) -> Path:
-        """Return the model folder of a version in the given format, after downloading the files that it lacks.
+        """Return the model folder of a version in the given format, after downloading any missing files.
 
         Raises:
             NotFoundError: the version, or its format, does not exist.
@@ -255,9 +255,10 @@ class Registry:
         return np.unique(np.concatenate(hashes))
 
     def refresh(self, name: str | None = None) -> None:
-        """Fetch all versions of the object store, or only those of one model, without the files of their formats.
+        """Fetch all versions from the object store, or only those of one model, without the files of their formats.
 
-        If the store does not respond, or a version is damaged, a warning is logged and the home's versions can be used.
+        If the store does not respond, or a version is damaged, a warning is logged and only the versions in the home
+        can be used.
         """
         if self.objects is None or (name is not None and not re.fullmatch(NAME_PATTERN, name)):
             return
@@ -273,13 +274,14 @@ class Registry:
                 log.warning("could not fetch %s: %s", version, error)
 
     def push(self, version: VersionId) -> None:
-        """Upload a version of the home to the object store, if it is not there yet.
+        """Upload a version from the home to the object store, if it is not there yet.
 
         Raises:
             NotFoundError: there is no such version.
             SettingsError: no object store is configured.
             IntegrityError: a file was changed.
-            RegistryError: the store does not respond, refuses, or has another version with this name and number.
+            RegistryError: the store does not respond, rejects a request, or has a different version with this name and
+                number.
         """
         if self.objects is None:
             raise SettingsError("no object store is configured", todo="set artifacts.url: docs/scale.md#object-storage")
@@ -301,7 +303,7 @@ class Registry:
             manifest: called with the version and the folder that contains the content; returns the manifest.
 
         Raises:
-            RegistryError: the object store does not respond, or another machine has published this number just now.
+            RegistryError: the object store does not respond, or another machine has just published this number.
         """
         parent = self.models / name
         parent.mkdir(parents=True, exist_ok=True)
@@ -318,7 +320,8 @@ class Registry:
     def publish_as(
         self, version: VersionId, content: dict[str, Path], manifest: Callable[[VersionId, Path], Manifest]
     ) -> None:
-        """Publish finished files under a given number, unless the version exists. MLflow does not know the version.
+        """Publish finished files under a given number, unless the version exists. The version is not registered in
+        MLflow.
 
         Args:
             content, manifest: see `publish`.
@@ -356,9 +359,10 @@ class Registry:
         return wait_for_lock(self.models / name / _FETCHING)
 
     def _source(self, name: str) -> str:
-        """Return where the versions of a model are, as MLflow shows it: the URL in the object store, or the folder.
+        """Return the location of a model's versions for display in MLflow: the URL in the object store, or the folder.
 
-        The folder becomes a URL with this machine's name if MLflow is a server, which rejects other machines' folders.
+        If MLflow is a server, the folder is given as a URL with this machine's name, because the server rejects folders
+        on other machines.
         """
         if self.objects is not None and not self.objects.url.startswith("file:"):
             return self.objects.versions_url(name)
@@ -369,7 +373,7 @@ class Registry:
         return (self.folder(version) / MANIFEST_FILE).is_file()
 
     def _fetch(self, version: VersionId, objects: ObjectStore) -> None:
-        """Fetch a version without the files of its formats. An interrupted fetch is continued by the next one."""
+        """Fetch a version without the files of its formats. The next fetch continues an interrupted one."""
         manifest, folder = objects.manifest(version), self.folder(version)
         staging = folder.with_name(f".fetch-{version.number}")
         with self.downloads_paused(version.name):
@@ -385,7 +389,7 @@ class Registry:
             sync_folder(folder.parent)
 
     def _fetch_format(self, version: VersionId, format: Format) -> None:
-        """Download the files of a format that the home lacks, and mark the format as used."""
+        """Download those files of a format that are missing in the home, and mark the format as used."""
         files, folder = self.format(version, format).files, self.folder(version)
         if self.objects is None:
             return

@@ -68,7 +68,7 @@ def _forgetting_table(results: Mapping[Format, Forgetting]) -> Table:
 
 
 def _preference_table(reports: Mapping[str, PreferenceReport]) -> Table:
-    """Return a table of preferences among held-out pairs, for the base and each format."""
+    """Return a table of preference accuracy on held-out pairs, for the base and each format."""
     pairs = next(iter(reports.values())).pairs
     table = Table(f"{pairs} held-out pairs", *reports, box=None)
     for name, title in PREFERENCE_TITLES.items():

@@ -109,9 +109,7 @@ class Tracking:
 
     @contextmanager
     def if_available(self) -> Iterator[None]:
-        """Log a RegistryError in the `with` block instead of raising it, for what is missed by nobody but readers of
-        MLflow's pages.
-        """
+        """Log a RegistryError in the `with` block instead of raising it, for data used only on MLflow's pages."""
         try:
             yield
         except RegistryError as error:

@@ -1,10 +1,9 @@
-"""Lets other code see a home's training runs: which models they train, and which runs are active.
+"""Lists a home's training runs: which models they train, and which of them are active.
 
     $SVC_HOME/runs/NAME-KEY/   lock  mlflow.json
 
-A run is active while its lock is held, which is from its first stage to its last, even if a step takes
-long, but no longer than its process lives. This module knows nothing about stages, or about runs in
-other homes.
+A run is active while its lock is held. Its process holds the lock from the first stage to the last, however long a step
+takes, and loses it if it dies. This module knows nothing about stages, or about runs in other homes.
 """
 
 import re

@@ -1,6 +1,6 @@
 """Batches of requests, one row each.
 
-A batch's owner creates and cancels it. The server that runs batches (serving.batches) carries it out:
+A batch's owner creates and cancels it. The server that runs batches (serving.batches) changes its status otherwise:
 
     validating ──▶ in_progress ──▶ finalizing ──▶ completed, expired
         │               │              │
@@ -28,7 +28,7 @@ from svc.store.tables import BatchRow, FileRow
 
 
 class BatchStatus(StrEnum):
-    """State of a batch, in OpenAI's words."""
+    """State of a batch, in OpenAI's terms."""
 
     VALIDATING = "validating"
     FAILED = "failed"
@@ -41,7 +41,7 @@ class BatchStatus(StrEnum):
 
     @property
     def ended(self) -> bool:
-        """Whether the batch is over, and never changes again."""
+        """Whether the state is final."""
         return self in (BatchStatus.FAILED, BatchStatus.COMPLETED, BatchStatus.EXPIRED, BatchStatus.CANCELLED)
 
 
@@ -49,20 +49,20 @@ _OPEN = [status.value for status in BatchStatus if not status.ended]
 
 
 class TooManyBatchesError(SvcError):
-    """Raised when an owner has too many batches that have not ended."""
+    """Raised when an owner has too many unfinished batches."""
 
 
 class BatchEndedError(RefusedError):
-    """Raised when a batch that has ended is to be cancelled."""
+    """Raised on an attempt to cancel a batch that has ended."""
 
 
 @dataclass(frozen=True, slots=True)
 class BatchError:
-    """A reason why a batch failed, in words for its owner. It contains no paths of the machine.
+    """A reason why a batch failed, as shown to its owner. It contains no paths on the server's machine.
 
     Attributes:
-        line: number of the line of the input file, beginning with 1, or None.
-        param: field that causes the failure, or None.
+        line: line number in the input file, starting at 1, or None.
+        param: field that caused the failure, or None.
     """
 
     code: str
@@ -76,7 +76,7 @@ class BatchProgress:
     """Progress of a batch.
 
     Attributes:
-        completed, failed: number of requests that were answered, and that failed.
+        completed, failed: number of answered requests, and of failed requests.
         tokens_in, tokens_out: tokens of the answered requests.
     """
 
@@ -108,7 +108,7 @@ class Batch:
 
     Attributes:
         owner: id of the key that created the batch; empty for requests without a key.
-        model: the model of all requests, or None if unknown or if they name several.
+        model: the model in all requests, or None if unknown or if the requests name several models.
         labels: the client's metadata as JSON with sorted keys, or None.
         output_expires_s: lifetime of the result files in seconds, or None if they do not expire.
         errors: JSON list of the fields of `BatchError`, or None unless the batch failed.
@@ -144,15 +144,16 @@ class Batch:
 
 
 def create_batch(store: Store, batch: Batch, entry: AuditEntry, *, max_open: int) -> Batch:
-    """Add a batch and return it, or return the open batch that an equal request has created within `REPEAT_WINDOW`.
+    """Add a batch and return it. If an identical request created an unfinished batch within `REPEAT_WINDOW`, return
+    that batch instead.
 
     Args:
-        entry: the audit event of the creation.
-        max_open: maximum number of an owner's batches that have not ended.
+        entry: audit event to record for the creation.
+        max_open: maximum number of unfinished batches of one owner.
 
     Raises:
         EntryNotFoundError: its input file has been deleted.
-        TooManyBatchesError: the owner has this many already.
+        TooManyBatchesError: the owner already has this many.
     """
     with exclusive(store) as session:
         if repeated := session.scalar(_equal_to(batch)):
@@ -173,7 +174,7 @@ def create_batch(store: Store, batch: Batch, entry: AuditEntry, *, max_open: int
 
 
 def _equal_to(batch: Batch) -> Select[BatchRow]:
-    """Return the query for open batches that an equal request has created, without those that are being cancelled."""
+    """Return the query for unfinished batches that an identical request created, except those being cancelled."""
     return select(BatchRow).where(
         BatchRow.owner == batch.owner,
         BatchRow.input_file == batch.input_file,
@@ -212,15 +213,15 @@ def read_batches(store: Store, owner: str | None, *, page: Page) -> tuple[list[B
 
 
 def cancel_batch(store: Store, id: str, owner: str | None, entry: AuditEntry) -> Batch:
-    """Request that a batch is cancelled, and return it. If it is being cancelled already, nothing changes.
+    """Request the cancellation of a batch, and return the batch. If it is already being cancelled, nothing changes.
 
     Args:
         owner: only a batch of this owner is found; None for all owners.
-        entry: the audit event of the change.
+        entry: audit event to record for the change.
 
     Raises:
         EntryNotFoundError: the owner has no batch with this id.
-        BatchEndedError: the batch has ended otherwise.
+        BatchEndedError: the batch has ended in another way.
     """
     with exclusive(store) as session:
         row = find_row(session, BatchRow, id, owner, "batch")

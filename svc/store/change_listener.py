@@ -1,9 +1,9 @@
-"""Hears from PostgreSQL of changes in the store (LISTEN and NOTIFY), so that a server need not read it several times
-per second.
+"""Receives PostgreSQL's notifications of changes in the store (LISTEN and NOTIFY), so that a server need not poll the
+store several times per second.
 
-A notification can be lost without an error: PgBouncer drops it unless it pools sessions, and a server that was
-replaced after a failure stays silent. The listener therefore sends itself an echo through the connections of the store
-every minute. The store is polled as often as SQLite unless the latest echo arrived.
+A notification can be lost without an error: PgBouncer drops it unless it pools sessions, and after a failover the old
+database server sends nothing more. The listener therefore sends itself an echo through the store's connection pool
+every minute. If the latest echo has not arrived, the store is polled as often as with SQLite.
 """
 
 import asyncio
@@ -41,7 +41,7 @@ class ChangeListener:
     _is_unheard: bool = field(default=False, init=False)
 
     async def run(self) -> None:
-        """Announce changes until cancelled. After an error, connect again; the store is polled meanwhile."""
+        """Announce changes until cancelled. After an error, reconnect; until then, the store is polled."""
         while True:
             pause_s = _PAUSE_S
             try:
@@ -61,7 +61,7 @@ class ChangeListener:
             await asyncio.sleep(pause_s)
 
     async def _listen(self) -> None:
-        """Announce changes for as long as echoes arrive.
+        """Announce changes as long as echoes arrive.
 
         Raises:
             _UnheardError: an echo did not arrive.

@@ -39,7 +39,7 @@ class Changes:
 
         Args:
             poll_s: longest wait in seconds if notifications may not arrive. Otherwise, it is `FALLBACK_POLL_S`.
-            within_s: longest wait in seconds in both cases, for what has to be done at a certain time.
+            within_s: longest wait in seconds in both cases, for work that is due at a certain time.
         """
         if self.count != count:
             return
@@ -60,7 +60,7 @@ class Changes:
         self._heard_until = time.monotonic() + seconds
 
     def distrust(self) -> None:
-        """Assume that notifications no longer arrive. Tasks read the store now, and often from now on."""
+        """Assume that notifications no longer arrive. Tasks read the store now, and poll it frequently from now on."""
         if self.heard:
             self._heard_until = float("-inf")
             self.announce()

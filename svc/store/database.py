@@ -44,7 +44,7 @@ _VERSION_TABLES = {"sqlite": "alembic_version", "postgresql": "tuneserve_alembic
 
 
 def open_store(settings: Settings) -> Store:
-    """Open the store that the settings name, creating or migrating it first if needed.
+    """Open the store given in the settings, creating or migrating it first if needed.
 
     Raises:
         RegistryError: the store was written by an incompatible release, or the database is not suitable.
@@ -80,7 +80,7 @@ def open_database(home: Path) -> Store:
 
 
 def open_new_store(settings: StoreSettings) -> Store:
-    """Open the PostgreSQL store that the settings name, creating its tables if it has none. Unlike `open_store`, this
+    """Open the PostgreSQL store given in the settings, creating its tables if it has none. Unlike `open_store`, this
     does not migrate the tables of an earlier release.
 
     Raises:
@@ -107,8 +107,7 @@ def open_new_store(settings: StoreSettings) -> Store:
 
 @contextmanager
 def sole_access(home: Path) -> Iterator[Connection]:
-    """Yield a read-only connection to the existing SQLite store of a home. No other connection can be open at the same
-    time.
+    """Yield a read-only connection to the existing SQLite store of a home, with all other connections excluded.
 
     Bytes that are not UTF-8 are decoded to lone surrogates.
 
@@ -151,7 +150,9 @@ def exclusive(store: Store) -> Iterator[Session]:
 
 @contextmanager
 def write_transaction(store: Store) -> Iterator[Connection]:
-    """Run the `with` block in an exclusive write transaction, like `exclusive`, for statements without objects."""
+    """Run the `with` block in an exclusive write transaction, like `exclusive`, for SQL statements outside an ORM
+    session.
+    """
     with store.begin() as connection:
         take_write_lock(connection)
         yield connection
@@ -172,10 +173,10 @@ def announce_change(connection: Connection, echo: str = "") -> None:
     """Notify the servers that use a store when the transaction commits. In SQLite, this increments a number in the
     file's header, which servers read (svc.store.sqlite_listener); the transaction must hold the write lock.
 
-    Call this for every change that a server must carry out immediately.
+    Call this for every change that a server must act on immediately.
 
     Args:
-        echo: text with which a listener recognizes its own test notification; empty if something has changed.
+        echo: text by which a listener recognizes its own test notification; empty for a real change.
     """
     if connection.dialect.name == "postgresql":
         connection.execute(_NOTIFY, {"echo": echo})
@@ -194,7 +195,7 @@ def is_sqlite(store: Store) -> bool:
 
 
 def upsert(store: Store, table: type[Table]) -> sqlite.Insert | postgresql.Insert:
-    """Return an INSERT that supports `on_conflict_do_...`, for which each database has its own class."""
+    """Return an INSERT that supports `on_conflict_do_...`. Each database has its own class for it."""
     return sqlite.insert(table) if is_sqlite(store) else postgresql.insert(table)
 
 
@@ -219,7 +220,9 @@ def _other_release(where: object, revision: str | None, *, todo: str) -> Registr
 
 
 def _shown_error(path: Path, context: ExceptionContext) -> BaseException | None:
-    """Return the error to raise in place of SQLAlchemy's if the file cannot be used now, or None to raise that."""
+    """Return the error to raise instead of SQLAlchemy's if the file cannot be used now, or None to raise SQLAlchemy's
+    error.
+    """
     error = context.original_exception
     code = error.sqlite_errorcode & 0xFF if isinstance(error, OperationalError) else None
     if code == SQLITE_BUSY:
@@ -258,8 +261,8 @@ def _use_wal(cursor: DBAPICursor) -> None:
     """Switch the database file to WAL mode, in which readers never wait for a writer. The setting is
     persistent.
 
-    SQLite ignores its busy timeout here: when three processes opened a new store concurrently, one of them
-    failed at once with "database is locked" in 14 of 300 attempts.
+    SQLite ignores its busy timeout here: when three processes opened a new store concurrently, one of them immediately
+    failed with "database is locked" in 14 of 300 attempts.
 
     Raises:
         OperationalError: another process kept the file locked, or the file cannot be written.

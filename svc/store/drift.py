@@ -45,7 +45,7 @@ class DriftAlarm:
         feature: the feature that drifted.
         since: time of the first request that shows the drift.
         ended_at: when the alarm ended, or None while it is active.
-        moved: how the feature drifted, as JSON.
+        moved: how the feature's values have changed, as JSON.
         examples: ids of the requests that show the drift best.
         id: row id of the alarm, or None before it is stored.
     """
@@ -81,7 +81,7 @@ def keep_drift(
     Args:
         alarms: alarms that began or ended; an alarm with an id replaces the row with that id.
         baseline: traffic newly accepted as the drift reference, or None to leave the reference unchanged.
-        lease: lease of the check; None if the store is used by one home only.
+        lease: lease of the check; None if only one home uses the store.
 
     Raises:
         LeaseLostError: another process has taken the lease. Nothing is stored.

@@ -1,4 +1,4 @@
-"""Deletes the rows of jobs and batches that ended long ago. Their files follow their own rules."""
+"""Deletes the rows of jobs and batches that ended long ago. Their files are removed separately."""
 
 from collections.abc import Callable, Collection
 from datetime import datetime
@@ -47,8 +47,8 @@ def remove_ended_jobs(
 ) -> int:
     """Delete the jobs that ended before a time, with their events and checkpoints, and return their number.
 
-    A job whose model or checkpoints are registered stays, because it says who may use them. What a worker has
-    registered is known on its machine only, so the jobs of other workers stay too.
+    A job whose model or checkpoints are registered is kept, because its row says who may use them. Only a worker's own
+    machine knows which versions it has registered, so the jobs of other workers are kept too.
 
     Args:
         worker: id of this machine's worker, or None if it has none.

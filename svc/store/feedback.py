@@ -29,7 +29,7 @@ class Feedback:
     """A user's feedback on one answer.
 
     Attributes:
-        label: category of the answer, in the caller's own words.
+        label: the caller's own category for the answer.
         correction: the right answer, redacted.
     """
 

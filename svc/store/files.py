@@ -1,4 +1,4 @@
-"""Files of clients, one row each: what they uploaded, and results that the server wrote for them.
+"""Clients' files, one row each: uploads, and results that the server wrote for clients.
 
 The contents are stored outside the database, see svc.client_files.
 """
@@ -29,11 +29,11 @@ class StorageLimitError(SvcError):
 
 
 class FileInUseError(RefusedError):
-    """Raised when a file is to be deleted that a job or batch still needs. Clients see the message."""
+    """Raised on an attempt to delete a file that a job or batch still needs. Clients see the message."""
 
 
 class Purpose(StrEnum):
-    """What a file is for, in OpenAI's words."""
+    """Purpose of a file, in OpenAI's terms."""
 
     FINE_TUNE = "fine-tune"
     FINE_TUNE_RESULTS = "fine-tune-results"
@@ -46,7 +46,7 @@ UPLOAD_PURPOSES = (Purpose.FINE_TUNE, Purpose.BATCH)
 
 
 class FileStatus(StrEnum):
-    """Whether a file has been checked: not yet, and usable, or unusable."""
+    """Result of a file's check: not checked yet, usable, or unusable."""
 
     UPLOADED = "uploaded"
     PROCESSED = "processed"
@@ -60,7 +60,7 @@ class ClientFile:
     Attributes:
         owner: id of the key that owns the file; empty for requests without a key.
         filename: the client's name for the file, never used as a path.
-        sha256: hash of the content, in hexadecimal.
+        sha256: hash of the contents, in hexadecimal.
         status_details: why the file is unusable, with line numbers.
     """
 
@@ -90,7 +90,7 @@ class StorageLimits:
 
 
 def add_file(store: Store, file: ClientFile, limits: StorageLimits | None = None) -> None:
-    """Add a file whose content has been stored.
+    """Add a file whose contents have been stored.
 
     Args:
         limits: limits for all files of the owner, or None for no limits.
@@ -152,7 +152,7 @@ def read_files(
 
 
 def read_unchecked(store: Store, most: int = 1000) -> list[ClientFile]:
-    """Return the oldest files that clients have uploaded and that have not been checked, at most `most`."""
+    """Return up to `most` of the oldest uploaded files that have not been checked yet."""
     query = select(FileRow).where(FileRow.status == FileStatus.UPLOADED.value, FileRow.purpose.in_(UPLOAD_PURPOSES))
     with Session(store) as session:
         rows = session.scalars(query.order_by(FileRow.created_at, FileRow.id).limit(most))
@@ -179,7 +179,7 @@ def remove_unused_file(store: Store, id: str, owner: str | None) -> None:
 
     Raises:
         EntryNotFoundError: the owner has no file with this id.
-        FileInUseError: a job or batch that has not ended needs the file.
+        FileInUseError: an unfinished job or batch needs the file.
     """
     with exclusive(store) as session:
         row = find_row(session, FileRow, id, owner, "file")
@@ -193,7 +193,7 @@ def remove_unused_file(store: Store, id: str, owner: str | None) -> None:
 
 
 def remove_expired_files(store: Store, now: datetime) -> list[str]:
-    """Delete the rows of files that have expired, except those that a job or batch which has not ended needs.
+    """Delete the rows of expired files, except those that an unfinished job or batch needs.
 
     Returns:
         The ids of at most 1,000 deleted files.
@@ -209,7 +209,7 @@ def remove_expired_files(store: Store, now: datetime) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class FileContent:
-    """The content of a file of a client."""
+    """Size and SHA-256 of a client's file."""
 
     id: str
     bytes: int
@@ -217,14 +217,14 @@ class FileContent:
 
 
 def read_contents(store: Store) -> list[FileContent]:
-    """Return the contents of all files."""
+    """Return the size and hash of every client's file."""
     with Session(store) as session:
         rows = session.execute(select(FileRow.id, FileRow.bytes, FileRow.sha256).order_by(FileRow.id))
         return [FileContent(id, size, sha256) for id, size, sha256 in rows]
 
 
 def find_content(store: Store, id: str) -> FileContent:
-    """Return the content of a file.
+    """Return the size and hash of a client's file.
 
     Raises:
         EntryNotFoundError: there is no file with this id.
@@ -234,12 +234,12 @@ def find_content(store: Store, id: str) -> FileContent:
 
 
 def known_files(store: Store, ids: Sequence[str]) -> set[str]:
-    """Return those of some ids that belong to files."""
+    """Return the given ids that belong to existing files."""
     return _matching_files(store, ids, true())
 
 
 def needed_files(store: Store, ids: Sequence[str]) -> set[str]:
-    """Return those of some ids that belong to files which a job or batch that has not ended needs."""
+    """Return the given ids that belong to files needed by unfinished jobs or batches."""
     by_job = select(JobRow.id).where(_used_by_job(FileRow.id)).exists()
     by_batch = select(BatchRow.id).where(_used_by_batch(FileRow.id)).exists()
     return _matching_files(store, ids, by_job | by_batch)

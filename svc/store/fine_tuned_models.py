@@ -76,7 +76,7 @@ def delete_model(store: Store, model: FineTunedModel, entry: AuditEntry) -> None
     """Delete a fine-tuned model or a checkpoint, so that no request finds it. Its version stays in the registry.
 
     Args:
-        entry: the audit event, which is recorded once if the model is deleted twice.
+        entry: the audit event, which is recorded only once even if the model is deleted twice.
     """
     with exclusive(store) as session:
         if row := session.scalar(select(JobRow).where(JobRow.fine_tuned_model == model.name)):

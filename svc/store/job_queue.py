@@ -1,4 +1,5 @@
-"""The queue of fine-tuning jobs. Workers on one or several machines take jobs from it, report on them, and end them.
+"""The queue of fine-tuning jobs. Workers on one or several machines take jobs from it, report their progress, and end
+them.
 
                     take_job               succeed, fail, end_cancelled
         queued ───────────────▶ running ───────────────────────────────▶ succeeded, failed, cancelled
@@ -6,7 +7,7 @@
            └───────────────────────┘
               release_job, or the worker has not reported for a minute
 
-All times that decide something are the database's, so the clocks of the machines need not agree.
+All decisions use the database's clock, so the machines' clocks need not agree.
 """
 
 import json
@@ -34,8 +35,8 @@ _RUNNING, _QUEUED = JobStatus.RUNNING.value, JobStatus.QUEUED.value
 
 
 class JobLostError(Exception):
-    """Raised when a worker reports on a job that another worker has taken or that has ended, for example after the
-    worker lost its connection to the store."""
+    """Raised when a worker reports on a job that has ended or that another worker has taken, for example because the
+    first worker lost its connection to the store."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +63,11 @@ class JobNews:
 
 @dataclass(frozen=True, slots=True)
 class Reported:
-    """What has been reported about the steps of a job.
+    """Summary of the steps that were reported for a job.
 
     Attributes:
         events: number of events with metrics.
-        step: the last of their steps, or 0.
+        step: the last reported step, or 0.
     """
 
     events: int
@@ -74,11 +75,11 @@ class Reported:
 
 
 def take_job(store: Store, worker: str, may_run: Callable[[Job], bool]) -> Job | None:
-    """Take a job and return it, or None if there is none.
+    """Take a job and return it, or return None if no job can be taken.
 
-    A job that this worker already runs comes first: an earlier process of the worker took it. A queued job is then
-    chosen by its owner, so that keys share the machines: the owner with the fewest running jobs, then the one whose
-    last job was started longest ago. A job that this worker had to interrupt precedes all others.
+    A job that the store says this worker is running comes first: an earlier process of the worker took it. Next comes a
+    job that this worker had to interrupt. Otherwise, the queued job of the owner with the fewest running jobs is taken,
+    so that keys share the machines; among equals, it is the owner whose last job was started longest ago.
 
     Args:
         worker: id of the worker, which runs one job at a time.
@@ -103,7 +104,7 @@ def take_job(store: Store, worker: str, may_run: Callable[[Job], bool]) -> Job |
 
 
 def read_wanted(store: Store, id: str, worker: str) -> Wanted:
-    """Return what the owner of a running job wants to happen to it.
+    """Return whether the owner of a running job wants it to continue, pause or be cancelled.
 
     Raises:
         JobLostError: this worker does not run the job.
@@ -121,10 +122,10 @@ def report_job(
     trained_tokens: int | None = None,
     news: Sequence[JobNews] = (),
 ) -> Wanted:
-    """Record that a worker still runs a job, and return what the job's owner wants to happen to it.
+    """Record that a worker is still running a job. Return what its owner wants; see `read_wanted`.
 
     Args:
-        left_s: expected rest of the training in seconds, or None to leave the expected end unchanged.
+        left_s: expected remaining training time in seconds, or None to leave the expected end unchanged.
         trained_tokens: number of tokens trained on so far, or None to leave it unchanged.
         news: events to add.
 
@@ -150,9 +151,9 @@ def release_job(
     whose owner has cancelled it ends.
 
     Args:
-        message: the reason, as an event. It is left out if it repeats one of the last two events.
-        died: whether the training died. The attempt is then counted.
-        resumes_here: whether this worker should resume the job before it begins others.
+        message: the reason, as an event. It is omitted if it repeats one of the last two events.
+        died: whether the training process died, in which case the attempt is counted.
+        resumes_here: whether this worker should resume the job before it takes others.
 
     Raises:
         JobLostError: this worker does not run the job.
@@ -203,7 +204,7 @@ def end_cancelled(store: Store, id: str, worker: str) -> None:
 
 
 def read_reported(store: Store, id: str) -> Reported:
-    """Return what has been reported about the steps of a job."""
+    """Return a summary of the steps that were reported for a job."""
     metrics = (JobEventRow.job == id) & (JobEventRow.type == EventType.METRICS.value)
     with Session(store) as session:
         count = session.scalar(select(func.count()).select_from(JobEventRow).where(metrics)) or 0
@@ -213,7 +214,7 @@ def read_reported(store: Store, id: str) -> Reported:
 
 
 def _abandoned(session: Session, worker: str) -> Sequence[JobRow]:
-    """Return the running jobs whose workers, others than this one, do not respond."""
+    """Return the running jobs of other workers that no longer report."""
     before = database_time(session) - ABANDONED_AFTER
     silent = JobRow.seen_at.is_(None) | (JobRow.seen_at < before)
     return session.scalars(select(JobRow).where(JobRow.status == _RUNNING, JobRow.worker != worker, silent)).all()
@@ -261,7 +262,7 @@ def _release(session: Session, row: JobRow, message: str, now: datetime) -> None
 
 
 def _record_new(session: Session, id: str, message: str) -> None:
-    """Add an event, unless it repeats one of the last two, as when a job is begun again and again without success."""
+    """Add an event, unless it repeats one of the last two, as happens when a job keeps failing to start."""
     last = select(JobEventRow.message).where(JobEventRow.job == id).order_by(JobEventRow.id.desc()).limit(2)
     if message not in session.scalars(last).all():
         record_event(session, id, message)

@@ -1,7 +1,7 @@
-"""What owners ask of their fine-tuning jobs: creation, cancelling, pausing and resuming.
+"""Owners' requests for fine-tuning jobs: creating, cancelling, pausing and resuming them.
 
-A client sends a request again if it receives no answer. A creation that is repeated returns the first job, and a
-repeated change changes nothing.
+A client sends a request again if it receives no response. Therefore, a repeated creation returns the first job, and a
+repeated change has no effect.
 """
 
 import json
@@ -30,19 +30,19 @@ _CHUNK = 100
 
 
 class TooManyJobsError(SvcError):
-    """Raised when an owner has too many jobs that have not ended."""
+    """Raised when an owner has too many unfinished jobs."""
 
 
 class JobEndedError(RefusedError):
-    """Raised when a job that has ended, or is being cancelled, is to be changed."""
+    """Raised on an attempt to change a job that has ended or is being cancelled."""
 
 
 @dataclass(frozen=True, slots=True)
 class JobError:
-    """Reason why a job failed, in words for its owner. It contains no paths of the machine.
+    """Reason why a job failed, as shown to its owner. It contains no paths on the server's machine.
 
     Attributes:
-        param: field of the request that causes the failure, or None.
+        param: field of the request that caused the failure, or None.
     """
 
     code: str
@@ -51,13 +51,13 @@ class JobError:
 
 
 def find_repeated(store: Store, fingerprint: str, owner: str, *, max_jobs: int) -> Job | None:
-    """Return the job that an equal request has created, or None if a new job may be created.
+    """Return the job that an identical request created, or None if a new job may be created.
 
     Args:
-        max_jobs: maximum number of an owner's jobs that have not ended.
+        max_jobs: maximum number of unfinished jobs of one owner.
 
     Raises:
-        TooManyJobsError: the owner has this many already.
+        TooManyJobsError: the owner already has this many.
     """
     with Session(store) as session:
         row = _find_repeated(session, fingerprint, owner, max_jobs)
@@ -67,17 +67,17 @@ def find_repeated(store: Store, fingerprint: str, owner: str, *, max_jobs: int) 
 def create_job(
     store: Store, job: Job, entry: AuditEntry, *, max_jobs: int, training_s: float | None, events: Iterable[str]
 ) -> Job:
-    """Add a job and return it, or return the job that an equal request has created.
+    """Add a job and return it, or return the job that an identical request created.
 
     Args:
-        entry: the audit event of the creation.
-        max_jobs: maximum number of an owner's jobs that have not ended.
-        training_s: expected duration of its training in seconds, if it is known.
+        entry: audit event to record for the creation.
+        max_jobs: maximum number of unfinished jobs of one owner.
+        training_s: expected duration of the training in seconds, or None if unknown.
         events: messages of the job's first events.
 
     Raises:
         EntryNotFoundError: one of its files has been deleted.
-        TooManyJobsError: the owner has this many already.
+        TooManyJobsError: the owner already has this many.
     """
     with exclusive(store) as session:
         row = _find_repeated(session, job.fingerprint, job.owner, max_jobs)
@@ -130,15 +130,15 @@ def fail_checked(store: Store, id: str, error: JobError) -> None:
 def change_wanted(store: Store, id: str, owner: str | None, wanted: Wanted, entry: AuditEntry | None = None) -> Job:
     """Cancel, pause or resume a job, and return it.
 
-    A job that no worker runs is cancelled immediately. Otherwise its worker carries out the change.
+    A job that no worker is running is cancelled immediately. Otherwise, its worker carries out the change.
 
     Args:
         owner: only a job of this owner is found; None for all owners.
-        entry: the audit event of the change, or None for no event.
+        entry: audit event to record for the change, or None to record no event.
 
     Raises:
         EntryNotFoundError: the owner has no job with this id.
-        JobEndedError: the job has ended otherwise, or is being cancelled.
+        JobEndedError: the job has ended in another way, or is being cancelled.
     """
     with exclusive(store) as session:
         row = find_row(session, JobRow, id, owner, "job")
@@ -178,7 +178,8 @@ def find_jobs(
 
 
 def find_trained(store: Store, model: str, owner: str | None) -> VersionId | None:
-    """Return the version that an owner's job has trained, by its name for clients (`ft:...`), or None.
+    """Return the version with the given client name (`ft:...`) that an owner's job has trained, or None if there is
+    none.
 
     Args:
         owner: id of the owner, or None for the models of all owners.
@@ -213,7 +214,7 @@ def _find_repeated(session: Session, fingerprint: str, owner: str, max_jobs: int
 
 
 def _estimate_finish(session: Session, training_s: float | None) -> datetime | None:
-    """Return when a training will have ended if it begins after all others."""
+    """Estimate when a training run will finish if it starts after all other jobs."""
     if training_s is None:
         return None
     others = session.scalar(select(func.max(JobRow.estimated_finish)).where(JobRow.status.in_(_OPEN)))

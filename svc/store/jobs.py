@@ -1,7 +1,7 @@
 """Fine-tuning jobs, one row each, with their events and checkpoints.
 
-A job's owner creates it, and changes what is wanted of it. A worker takes it from the queue (svc.store.job_queue), and
-records its progress and its result.
+A job's owner creates it, and can cancel, pause or resume it. A worker takes it from the queue (svc.store.job_queue),
+and records its progress and result.
 """
 
 import json
@@ -22,7 +22,7 @@ from svc.version import VersionId
 
 
 class JobStatus(StrEnum):
-    """State of a fine-tuning job, in OpenAI's words."""
+    """State of a fine-tuning job, in OpenAI's terms."""
 
     VALIDATING_FILES = "validating_files"
     QUEUED = "queued"
@@ -33,7 +33,7 @@ class JobStatus(StrEnum):
 
     @property
     def ended(self) -> bool:
-        """Whether the job is over, and never changes again."""
+        """Whether the state is final."""
         return self in (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED)
 
 
@@ -42,7 +42,7 @@ STAGE_BEGUN = "Stage begun: "
 
 
 class Wanted(StrEnum):
-    """What a job's owner wants to happen to it. A paused job has the status `queued`, and no worker takes it."""
+    """What a job's owner has requested for it. A paused job has the status `queued`, and no worker takes it."""
 
     RUN = "run"
     PAUSE = "pause"
@@ -50,7 +50,7 @@ class Wanted(StrEnum):
 
 
 class EventLevel(StrEnum):
-    """How serious an event is."""
+    """Severity of an event."""
 
     INFO = "info"
     WARN = "warn"
@@ -58,7 +58,7 @@ class EventLevel(StrEnum):
 
 
 class EventType(StrEnum):
-    """Whether an event is a text for people or has the metrics of a step."""
+    """Whether an event is a message for people or contains the metrics of a step."""
 
     MESSAGE = "message"
     METRICS = "metrics"
@@ -71,13 +71,13 @@ class Job:
     Attributes:
         owner: id of the key that created the job; empty for requests without a key.
         fingerprint: hash of the owner and the request. A client's retry has the same fingerprint.
-        model: the base, as the client named it.
+        model: the base's name, as given by the client.
         request: the client's request, as JSON.
         recipe: the recipe to train, as YAML. It names the base, and the training file by its path.
         name: name under which the version is registered.
         worker: the worker that runs the job, or None.
         seen_at: when that worker last reported.
-        attempts: number of the current attempt. An attempt that was interrupted, but did not fail, is not counted.
+        attempts: number of the current attempt. Attempts that were interrupted without failing are not counted.
         number: number of the registered version, or None until there is one.
         fine_tuned_model: the version's name for clients, `ft:BASE:ORG:SUFFIX:ID`.
         error: `{"code", "message", "param"}` as JSON, or None unless the job failed.
@@ -131,7 +131,7 @@ class JobCheckpoint:
 
     Attributes:
         model: the checkpoint's name for clients.
-        metrics: its metrics in OpenAI's words, as JSON.
+        metrics: its metrics under OpenAI's names, as JSON.
     """
 
     id: str
@@ -210,7 +210,7 @@ def read_events(store: Store, job: str, *, page: Page) -> tuple[list[JobEvent], 
 
 
 def add_checkpoint(store: Store, checkpoint: JobCheckpoint) -> None:
-    """Add a checkpoint to a job, unless the job has it."""
+    """Add a checkpoint to a job, unless the job already has it."""
     with exclusive(store) as session:
         if session.get(JobCheckpointRow, checkpoint.id) is None:
             session.add(JobCheckpointRow.of(checkpoint))

@@ -1,4 +1,4 @@
-"""Finds requests with stored prompt and answer that can be sent again as they were."""
+"""Finds requests whose stored prompt and answer allow sending them again unchanged."""
 
 from collections.abc import Sequence
 from datetime import datetime

@@ -23,7 +23,7 @@ class Key:
     Attributes:
         hash: hash of the current secret.
         expires_at: expiry time, or None if the key never expires.
-        previous_hash: hash of the secret before the last rotation, which is valid until `previous_until`.
+        previous_hash: hash of the secret before the last rotation, which stays valid until `previous_until`.
     """
 
     principal: Principal

@@ -1,10 +1,11 @@
-"""Servers that use one store together, and the leases that say which of them does what only one may do.
+"""Servers that share one store, and leases for the work that only one of them may do.
 
-Every server reports regularly that it is running. With each report it extends its leases and takes those that have
-ended. All times are the database's, so the servers' clocks need not agree.
+Every server reports regularly that it is running. With each report, it extends its leases and takes those that have
+expired. All decisions use the database's clock, so the servers' clocks need not agree.
 
-A server that was cut off may still believe that it holds a lease. Its writes therefore name the lease
-(`require_lease`): once another server has taken it, its generation has changed and they are rejected.
+A server that lost its connection may still believe that it holds a lease. Its writes therefore contain the lease's
+generation (`require_lease`). Once another server has taken the lease, the generation has changed and these writes are
+rejected.
 """
 
 import logging
@@ -35,15 +36,15 @@ _FORGOTTEN = timedelta(days=1)
 
 
 class LeaseLostError(Exception):
-    """Raised when a write names a lease that another server has taken meanwhile."""
+    """Raised when a write is based on a lease that another server has taken since."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A server's right to do what only one server may do, until it ends.
+    """A server's exclusive right to do some work, until the lease expires.
 
     Attributes:
-        name: what it is for, for example a model's rollouts.
+        name: the work that it covers, for example a model's rollouts.
         holder: id of the server.
         generation: number that increases when another server takes the lease.
     """
@@ -54,9 +55,10 @@ class Lease:
 
 
 def report_server(store: Store, server: str, address: str, names: Collection[str]) -> dict[str, Lease]:
-    """Record that a server is running, extend its leases, and take those that have ended or were never taken.
+    """Record that a server is running, extend its leases, and take those that have expired or were never taken.
 
-    With the first report of a server, an earlier one with its address counts as stopped: only one can listen there.
+    When a server first reports, an earlier server with the same address counts as stopped, because only one can listen
+    there.
 
     Args:
         address: host name and port of the server.
@@ -102,7 +104,7 @@ def _end_leases(session: Session, holder: str, now: datetime) -> None:
 
 def running_servers(store: Store) -> dict[str, str]:
     """Return host name and port of the servers that have reported within the last `LEASE_S`, keyed by the random id of
-    their process, in the order of their start. With SQLite, there are none.
+    their process, in start order. The result is empty with SQLite.
     """
     with Session(store) as session:
         running = running_ids(session)
@@ -111,7 +113,7 @@ def running_servers(store: Store) -> dict[str, str]:
 
 
 def running_ids(session: Session) -> set[str]:
-    """Return the ids of the servers that have reported within the last `LEASE_S`. With SQLite, there are none."""
+    """Return the ids of the servers that have reported within the last `LEASE_S`. The result is empty with SQLite."""
     recent = ServerRow.seen_at > database_time(session) - timedelta(seconds=LEASE_S)
     return set(session.scalars(select(ServerRow.id).where(recent)))
 
@@ -123,7 +125,7 @@ def require_lease(session: Session, lease: Lease | None) -> None:
         lease: None if no other server can use the store, as with SQLite.
 
     Raises:
-        LeaseLostError: another server has taken it.
+        LeaseLostError: another server has taken the lease.
     """
     if lease is None:
         return
@@ -184,7 +186,7 @@ def _extend(store: Store, lease: Lease, released: threading.Event) -> None:
 
 
 def _release(store: Store, lease: Lease) -> None:
-    """Let others take a lease immediately."""
+    """Release a lease, so that others can take it immediately."""
     try:
         with exclusive(store) as session:
             row = session.get(LeaseRow, lease.name)

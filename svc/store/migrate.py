@@ -51,8 +51,8 @@ class Migration:
     Attributes:
         target: host, port and name of the database.
         rows: number of rows, keyed by table.
-        replaced_texts: number of texts in which characters that no store accepts any more, such as NUL, were replaced
-            by question marks.
+        replaced_texts: number of texts in which question marks replace characters that stores no longer accept, such as
+            NUL.
     """
 
     target: str
@@ -63,7 +63,7 @@ class Migration:
 def migrate(home: Path, target: StoreSettings) -> Migration:
     """Copy the SQLite store of a home to a database in PostgreSQL.
 
-    The SQLite file is only read. If anything fails, the database has no rows afterwards.
+    The SQLite file is not changed. If anything fails, the database is left without rows.
 
     Raises:
         BusyError: a server or another process is using the home.
@@ -95,7 +95,7 @@ def migrate(home: Path, target: StoreSettings) -> Migration:
 
 
 class _Column:
-    """Converts a column's values from their form in SQLite to the values that `Table` has for them.
+    """Converts a column's values from their form in SQLite to the Python values that `Table` uses.
 
     Attributes:
         expected: kind of value that is valid in the column.
@@ -110,7 +110,7 @@ class _Column:
         self.replaced_texts = 0
 
     def read(self, value: Any) -> Any:
-        """Return a value as `Table` would after it has been written by this release.
+        """Return a value as `Table` would return it after this release has written it.
 
         Raises:
             ValueError: the value is not valid in this column.

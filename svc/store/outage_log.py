@@ -1,4 +1,4 @@
-"""Logs errors of the store in loops that retry, without a traceback per attempt while its database is away."""
+"""Logs errors of the store in retry loops, without a traceback for every attempt while the database is unavailable."""
 
 import logging
 import sys

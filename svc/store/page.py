@@ -1,4 +1,4 @@
-"""Pages of rows, as OpenAI's lists need them: newest first, after the last row of the page before."""
+"""Pages of rows as in OpenAI's list endpoints: newest first, each starting after the last row of the previous page."""
 
 import re
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ _ID = re.compile(r"[A-Za-z0-9_-]{1,100}")  # a client's text may contain charact
 
 
 class EntryNotFoundError(NotFoundError):
-    """Raised when there is no file, job or batch with an id, or it belongs to another owner. Clients see the message.
+    """Raised when no file, job or batch has the given id, or it belongs to another owner. Clients see the message.
 
     Attributes:
         param: name of the request's parameter that contains the id.
@@ -34,7 +34,7 @@ class Page:
 
     Attributes:
         limit: maximum number of rows.
-        after: id of the last row of the page before, or None for the first page. Ids of events are numbers.
+        after: id of the last row of the previous page, or None for the first page. Ids of events are numbers.
     """
 
     limit: int
@@ -46,7 +46,7 @@ def read_page(store: Store, table: type[Row], query: Select[Row], page: Page) ->
     """Return one page of the rows that a query selects, ordered by time and id, and whether more follow.
 
     Raises:
-        EntryNotFoundError: the query does not select the row after which the page begins.
+        EntryNotFoundError: the query does not select the row after which the page starts.
     """
     at = table.at if issubclass(table, JobEventRow) else table.created_at
     with Session(store) as session:
@@ -72,7 +72,7 @@ def find_row(
 
     Args:
         owner: only a row of this owner is found; None for all owners.
-        noun: name of what a row is, for the message.
+        noun: noun for a row, used in the message.
         param: name of the request's parameter that contains the id.
 
     Raises:

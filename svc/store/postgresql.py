@@ -1,5 +1,5 @@
-"""Connects to a store in PostgreSQL, with limits on every wait, and with errors that contain no password and no
-user's text.
+"""Connects to a store in PostgreSQL. Every wait has a time limit, and errors contain neither passwords nor users'
+texts.
 """
 
 from collections.abc import AsyncIterator
@@ -52,7 +52,7 @@ _UNAVAILABLE = ("08", "53", "57P", "58", _READ_ONLY)
 
 
 class _Pool(QueuePool):
-    """Connection pool that reports a store as unavailable if all connections stay in use."""
+    """Connection pool that reports the store as unavailable if no connection becomes free in time."""
 
     def connect(self) -> PoolProxiedConnection:
         try:
@@ -186,7 +186,7 @@ def _ignore(notification: object) -> None:
 
 
 def _shown_error(context: ExceptionContext, where: str) -> BaseException | None:
-    """Return the error to raise in place of SQLAlchemy's, or None to raise that."""
+    """Return the error to raise instead of SQLAlchemy's, or None to raise SQLAlchemy's error."""
     import psycopg
 
     error = context.original_exception
@@ -218,13 +218,13 @@ def _unavailable(reason: str, where: str) -> RegistryError:
 
 
 def _reason(text: str) -> str:
-    """Return the reason in libpq's message, of which the address is known."""
+    """Return the reason from libpq's message, without the address, which the caller already knows."""
     first = text.strip().partition("\n")[0]
     return first.rpartition(" failed: ")[2] if first.startswith("connection failed:") else first
 
 
 def _hide_values(context: ExceptionContext, error: BaseException, reason: str) -> None:
-    """Remove the details from an error that is logged: they may contain the whole row, with users' texts."""
+    """Remove the details from an error before it is logged, because they may contain a row with users' texts."""
     error.args = (reason,)
     if context.sqlalchemy_exception is not None:
         context.sqlalchemy_exception.args = (f"({type(error).__name__}) {reason}",)

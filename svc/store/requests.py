@@ -75,10 +75,10 @@ class RequestRecord(NamedTuple):
         temperature: as sent by the client; None if it was missing or not a number.
         max_tokens: the client's limit on the answer; None if it was missing or not a number.
         user_hash: `hash_user` of the user's name as sent by the client, if any.
-        unit: hash of the user, conversation or request that a rollout assigned to the version; None outside
-            rollouts.
-        valid: whether the answer is JSON; None if the model is not expected to answer in JSON, or outside
-            rollouts.
+        unit: hash of the user, conversation or request that a rollout assigned to the version; None if there was no
+            rollout.
+        valid: whether the answer is JSON; None if the model is not expected to answer in JSON, or if there was no
+            rollout.
     """
 
     request_id: str

@@ -287,7 +287,7 @@ def enter_state(
     """Record that a rollout has reached a state or canary step, and return the rollout.
 
     Args:
-        lease: right to lead the model's rollouts. None if no other server can use the store.
+        lease: lease for the model's rollouts. None if no other server can use the store.
         webhooks: URLs to which a message about the transition is sent. Entering the same state again is not
             reported.
 

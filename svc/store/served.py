@@ -63,7 +63,7 @@ def begin_serving(
 ) -> None:
     """Record that a server has started serving a version. Does nothing if the server is already serving it.
 
-    At the start of a server, the periods of servers that no longer run end too.
+    At the start of a server, this also ends the periods of servers that are no longer running.
 
     Args:
         at: time of the start, or None for now.
@@ -90,7 +90,7 @@ def begin_serving(
 
 
 def resume_serving(store: Store, server: str) -> None:
-    """Continue the last periods of a running server that another one took for dead, because it had not reported."""
+    """Reopen the last periods of a running server that another server considered dead, because it had not reported."""
     last = select(func.max(ServedRow.id)).where(ServedRow.server == server).group_by(ServedRow.name)
     is_lost = (ServedRow.ended_by == Ended.LOST) & ServedRow.id.in_(last)
     with exclusive(store) as session:
@@ -113,7 +113,7 @@ def is_served_elsewhere(store: Store, name: str, server: str) -> bool:
     """Return whether a running server other than the given one serves a model.
 
     Args:
-        server: id of the server; empty if no other one can use the store.
+        server: id of the server; empty if no other server can use the store.
     """
     if not server:
         return False
@@ -145,7 +145,7 @@ def _lasting(name: str, server: str) -> Select[ServedRow]:
 
 
 def _end_lost(session: Session, name: str, server: str, now: datetime) -> None:
-    """End the periods of other servers that no longer run."""
+    """End the periods of other servers that are no longer running."""
     running, seen = running_ids(session), _last_reports(session)
     for row in session.scalars(select(ServedRow).where(ServedRow.name == name, ServedRow.ended_at.is_(None))):
         if row.server not in {server, *running}:

@@ -22,8 +22,8 @@ class ServerView:
         address: host name and port.
         seen_at: time of its last report.
         running: whether the last report is recent.
-        serves: versions with their formats that it serves, such as `tickets@2 (gptq)`.
-        leads: names of the leases that it holds: models, and `*` for the work that belongs to no model.
+        serves: served versions with their formats, such as `tickets@2 (gptq)`.
+        leads: names of its leases: models, and `*` for work that does not belong to a model.
     """
 
     id: str
@@ -36,9 +36,9 @@ class ServerView:
 
 
 def server_views(store: Store) -> list[ServerView]:
-    """Return the servers that use a store, in the order of their start. With SQLite, there are none.
+    """Return the servers that use a store, in start order. The result is empty with SQLite.
 
-    A server that stopped reporting is included for a day, unless a server with its address is running again.
+    A server that stopped reporting is included for a day, unless a new server is running at its address.
     """
     if is_sqlite(store):
         return []

@@ -1,7 +1,7 @@
-"""Hears of changes in an SQLite store, so that the tasks of a server need not each read it several times per second.
+"""Detects changes in an SQLite store, so that a server's tasks need not each poll the store several times per second.
 
 Every announced change increments a number in the file's header (`svc.store.database.announce_change`). One thread reads
-this number regularly, without waking the event loop. Unlike `PRAGMA data_version`, it stays the same when rows of
+this number regularly, without waking the event loop. Unlike `PRAGMA data_version`, it does not change when rows of
 requests or usage are written.
 """
 
@@ -33,7 +33,7 @@ class SqliteListener:
     changes: Changes
 
     async def run(self) -> None:
-        """Announce changes until cancelled. After an error, try again; each task reads the store meanwhile."""
+        """Announce changes until cancelled. After an error, try again; until then, each task polls the store."""
         loop = asyncio.get_running_loop()
         while True:
             stopped, thread = threading.Event(), ThreadPoolExecutor(max_workers=1, thread_name_prefix="changes")

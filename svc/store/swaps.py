@@ -95,9 +95,9 @@ class ServerSwap:
         server: id of the server; empty if no other server can use the store.
         address: host name and port of the server; empty if it is unknown.
         running: whether the server has reported recently.
-        swap: its swap to the version, or None if it has not begun one.
-        later: target of its last swap for a later desired state, or None if there is none. If there is one, the server
-            begins no earlier swap any more.
+        swap: its swap to the version, or None if it has not begun a swap.
+        later: target of its last swap for a later desired state, or None if there is none. Once there is one, the
+            server will not begin an earlier swap.
     """
 
     server: str
@@ -140,7 +140,9 @@ def end_swap(store: Store, swap_id: int, result: SwapResult) -> None:
 
 
 def last_queued_s(store: Store, target: Target) -> float | None:
-    """Return for how long requests were queued in the last in-place swap to a version, or None if there was none."""
+    """Return how long requests were queued in the last in-place swap to a version, in seconds, or None if there was
+    none.
+    """
     row = SwapRow
     query = select(row.queued_s).where(row.kind == SwapKind.INPLACE, row.outcome == SwapOutcome.SUCCEEDED)
     query = query.where(is_of(row, target))
@@ -149,13 +151,13 @@ def last_queued_s(store: Store, target: Target) -> float | None:
 
 
 def end_lost_swaps(store: Store, started: Desired, address: str, result: SwapResult, reason: str) -> None:
-    """Record the results of a model's unfinished swaps on servers that no longer run.
+    """Record the results of a model's unfinished swaps on servers that are no longer running.
 
     Args:
-        started: desired state with which this server has started.
-        address: address of this server. A server that ran there before was this one.
-        result: result of its swap to that state. Other swaps have failed.
-        reason: why they have failed.
+        started: desired state with which this server started.
+        address: address of this server. An earlier server at this address counts as an earlier run of this server.
+        result: result of this server's swap to that state. All other swaps have failed.
+        reason: why the other swaps failed.
     """
     unfinished = select(SwapRow).where(SwapRow.name == started.name, SwapRow.outcome.is_(None))
     with exclusive(store) as session:
@@ -183,8 +185,8 @@ def find_swap(store: Store, name: str, generation: int | None = None, *, server:
 
 
 def last_swap(store: Store, name: str, *, server: str) -> SwapRecord | None:
-    """Return a model's last swap on a server. If there is none since the server started, return the last one on a
-    server that no longer runs, which may have been this one.
+    """Return a model's last swap on a server. If the server has not begun one since its start, return the last swap on
+    a server that is no longer running, which may have been an earlier run of this server.
 
     Args:
         server: id of the server; empty if no other server can use the store.
@@ -198,7 +200,7 @@ def last_swap(store: Store, name: str, *, server: str) -> SwapRecord | None:
 
 
 def unfinished_swaps(store: Store, name: str) -> list[SwapRecord]:
-    """Return the swaps of a model that its servers have not finished. Servers that no longer run are ignored."""
+    """Return a model's unfinished swaps. Servers that are no longer running are ignored."""
     with Session(store) as session:
         servers = {""} if is_sqlite(store) else running_ids(session)
         last = [session.scalar(_last_swap(name, None, server)) for server in sorted(servers)]
@@ -206,9 +208,9 @@ def unfinished_swaps(store: Store, name: str) -> list[SwapRecord]:
 
 
 def server_swaps(store: Store, name: str, generation: int) -> list[ServerSwap]:
-    """Return what each server has done to serve the version of a desired state, in the order of the servers' start.
+    """Return what each server has done to serve the version of a desired state, in the servers' start order.
 
-    A server that started with the version is left out, because it has nothing to do.
+    Servers that started with the version are left out, because they do not have to swap.
     """
     if is_sqlite(store):
         newest = find_swap(store, name)
@@ -234,7 +236,7 @@ def server_swaps(store: Store, name: str, generation: int) -> list[ServerSwap]:
 
 
 def failed_elsewhere(store: Store, target: Target, *, server: str) -> bool:
-    """Return whether the last swap to a version failed on another server that runs.
+    """Return whether the last swap to a version failed on another running server.
 
     Args:
         server: id of this server; empty if no other server can use the store.

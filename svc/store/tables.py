@@ -139,7 +139,7 @@ class ServerRow(Table):
 
 
 class LeaseRow(Table):
-    """What only one server may do, and which server that is until when; see svc.store.leases."""
+    """A lease for work that only one server may do: its holder and its end; see svc.store.leases."""
 
     __tablename__ = "leases"
 
@@ -504,7 +504,8 @@ class ServedRow(Table):
 
 
 class FileRow(Table):
-    """A file that a client uploaded, or that the server wrote for one. Its content is stored outside the database.
+    """A file that a client uploaded, or that the server wrote for a client. Its contents are stored outside the
+    database.
 
     `owner` is the id of the key that owns the file; empty for requests without a key.
     """

@@ -6,9 +6,11 @@ from svc.errors import RegistryError
 
 
 class StoreUnavailableError(SQLAlchemyError):
-    """Raised when the store does not respond in time: a PostgreSQL server that is away, a locked file, a full disk.
+    """Raised when the store cannot be used now, for example because PostgreSQL is down, the file is locked or the disk
+    is full.
 
-    Whoever retries after an error of the store retries after this one too. The command line shows `shown`.
+    It is an SQLAlchemyError, so that code which retries after errors of the store also retries after this one. The
+    command line prints `shown`.
     """
 
     def __init__(self, shown: RegistryError) -> None:

@@ -24,7 +24,7 @@ _KEPT = timedelta(days=1)
 
 
 class UploadStatus(StrEnum):
-    """State of an upload, in OpenAI's words."""
+    """State of an upload, in OpenAI's terms."""
 
     PENDING = "pending"
     COMPLETED = "completed"
@@ -33,11 +33,13 @@ class UploadStatus(StrEnum):
 
 
 class UploadEndedError(RefusedError):
-    """Raised when an upload that has ended is to be changed. Clients see the message."""
+    """Raised on an attempt to change an upload that has ended. Clients see the message."""
 
 
 class UploadSizeError(RefusedError):
-    """Raised when the parts of an upload do not have its size, or are too many. Clients see the message."""
+    """Raised when the parts of an upload do not add up to its size, or when there are too many. Clients see the
+    message.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ def add_upload(store: Store, upload: Upload) -> None:
     """Add an upload without parts.
 
     Raises:
-        StorageLimitError: the owner has too many uploads that have not ended.
+        StorageLimitError: the owner has too many unfinished uploads.
     """
     with exclusive(store) as session:
         is_open = (UploadRow.status == UploadStatus.PENDING.value) & (UploadRow.expires_at > datetime.now(UTC))
@@ -109,7 +111,7 @@ def require_pending(upload: Upload) -> None:
     """Check that an upload can be changed.
 
     Raises:
-        UploadEndedError: it has ended.
+        UploadEndedError: the upload has ended.
     """
     expired = upload.status is UploadStatus.PENDING and upload.expires_at <= datetime.now(UTC)
     if expired or upload.status is not UploadStatus.PENDING:
@@ -122,7 +124,7 @@ def add_part(store: Store, part: UploadPart) -> None:
 
     Raises:
         EntryNotFoundError, UploadEndedError: the upload does not exist, or has ended.
-        UploadSizeError: the parts are larger than the file, or too many.
+        UploadSizeError: the parts are larger than the file, or there are too many.
     """
     with exclusive(store) as session:
         upload = _require_pending(session, part.upload)
@@ -140,8 +142,8 @@ def read_parts(store: Store, upload: Upload, ids: Sequence[str]) -> list[UploadP
     """Return parts of an upload, in the given order.
 
     Raises:
-        EntryNotFoundError: the upload does not have one of them.
-        UploadSizeError: their size is not that of the upload.
+        EntryNotFoundError: the upload lacks one of the parts.
+        UploadSizeError: the parts do not add up to the upload's size.
     """
     with Session(store) as session:
         rows = session.scalars(select(UploadPartRow).where(UploadPartRow.upload == upload.id))
@@ -176,14 +178,14 @@ def complete_upload(store: Store, id: str, file: ClientFile, limits: StorageLimi
 
 
 def cancel_upload(store: Store, id: str, owner: str | None) -> Upload:
-    """Cancel an upload, remove the rows of its parts, and return it. Cancelling it again changes nothing.
+    """Cancel an upload, remove the rows of its parts, and return it. Cancelling it again has no effect.
 
     Args:
         owner: only an upload of this owner is found; None for all owners.
 
     Raises:
         EntryNotFoundError: the owner has no upload with this id.
-        UploadEndedError: it has ended in another way.
+        UploadEndedError: the upload has ended in another way.
     """
     with exclusive(store) as session:
         row = find_row(session, UploadRow, id, owner, "upload")

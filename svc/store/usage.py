@@ -35,7 +35,7 @@ class Usage(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Number of tokens, in and out."""
+        """Total number of prompt and answer tokens."""
         return self.tokens_in + self.tokens_out
 
     def plus(self, other: "Usage") -> "Usage":

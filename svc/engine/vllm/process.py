@@ -1,8 +1,8 @@
 """Manages the life cycle of a vLLM process on this machine, from its start or adoption until it is stopped.
 
-No process is ever forgotten. An engine outlives a server that is killed, but the next server finds its
-record and adopts or stops it. Restarting an engine is left to the supervisor. Waiting for files, locks
-and processes happens in threads, because the event loop handles clients' requests.
+No engine is left behind for good. An engine outlives a killed server, but the next server finds its record and adopts
+or stops it. Restarting an engine is left to the supervisor. Waiting for files, locks and processes happens in threads,
+because the event loop handles clients' requests.
 """
 
 import asyncio

@@ -16,8 +16,8 @@ _MAX_LABELS = 25
 
 
 def plot_lengths(data: DataSummary) -> str | None:
-    """Return a plot of prompt and answer lengths, as two histograms over one logarithmic axis, or None without training
-    examples.
+    """Return a plot of prompt and answer lengths, as two histograms over one logarithmic axis, or None if there are no
+    training examples.
     """
     if data.prompts is None or data.answers is None:
         return None
