@@ -74,7 +74,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class GatewayParts:
-    """The application that serves clients, and those of its components that must be run or closed.
+    """The application that serves clients, and its components that must be run or closed.
 
     Attributes:
         draining: to be set when load balancers must stop sending requests.
@@ -98,7 +98,7 @@ class Parts:
 
     Attributes:
         authenticator: loads the keys from the store; they must be loaded before the first request.
-        leadership: leases of this server, to be given up when it stops.
+        leadership: leases of this server, which must be released when it stops.
         works: coroutine functions that must run while the server runs.
         job_worker: trains fine-tuning jobs, as one of the works. None if this server trains none.
     """
@@ -127,7 +127,7 @@ def assemble(
     Args:
         capabilities: capabilities of this device.
         on_phase: called with each phase of an engine start.
-        on_ready: called with each version that starts to serve.
+        on_ready: called with each version that starts being served.
         on_failure: called with the reason why a model cannot be served.
         make_slots: function that returns the object that starts and finds engines.
 
@@ -228,9 +228,9 @@ def assemble(
 def make_job_worker(
     settings: Settings, registry: Registry, store: Store, files: ClientFiles, changes: Changes
 ) -> JobWorker | None:
-    """Return the worker that trains fine-tuning jobs on this machine, or None if the settings say that it trains none.
+    """Return the worker that trains fine-tuning jobs on this machine, or None if the settings disable it.
 
-    Jobs that clients have created remain in the queue when the bases are removed from the settings.
+    If the bases are removed from the settings, existing jobs remain in the queue.
     """
     tuning = settings.fine_tuning
     if not tuning.bases or not tuning.worker:
@@ -263,7 +263,7 @@ def assemble_gateway(
         sources: function that returns the engines whose metrics are shown.
         status: function that returns the JSON values of /svc/status.
         server: id of the server; empty if no other server can use the store.
-        loader: starts engines for fine-tuned models; None to start none.
+        loader: starts engines for fine-tuned models; None to start no engines.
     """
     limits, traces = settings.serve, make_traces(settings.telemetry, metrics)
     lose_features = partial(metrics.rows_dropped, Dropped.FEATURES)

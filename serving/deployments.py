@@ -71,10 +71,10 @@ class Deployments:
         leadership: the id of this server.
         registered: function that returns the names of all models, for errors about models that are not
             served. It reads from disk.
-        on_ready: called with each version that starts to serve.
+        on_ready: called with each version that starts being served.
         on_failure: called with the reason why a model cannot be served.
         server: id of this server; empty if no other server can use the store.
-        loaded_idle_s: time without requests after which a model from `load` is stopped, in seconds.
+        loaded_idle_s: time without requests after which a model that `load` started is stopped, in seconds.
         looked: event that is set once the engines of an earlier server, if any, have been adopted.
     """
 
@@ -167,13 +167,13 @@ class Deployments:
             await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     async def load(self, version: VersionId, targets: Sequence[Target]) -> None:
-        """Serve a version that was not promoted until it is idle, and return once it is served.
+        """Serve an unpromoted version until it becomes idle. Return once it is served.
 
-        It is not added to the store's set of models: each server loads what its own clients ask for, and none after a
-        restart.
+        It is not added to the store's set of models. Each server loads only the models that its own clients request,
+        and loads none of them after a restart.
 
         Args:
-            targets: the version in the formats in which it can be served, with the preferred one first.
+            targets: the version in each format in which it can be served, preferred format first.
 
         Raises:
             SvcError: there is not enough memory, the engine did not start, or another version of the model is in use.
@@ -278,7 +278,7 @@ class Deployments:
         return name not in self._tasks and name not in self._on_demand  # those are started independently of this task
 
     def _is_idle(self, name: str) -> bool:
-        """Return whether the engines of a model from `load` have been stopped because it was idle."""
+        """Return whether a model that `load` started is idle, so that its engines have been stopped."""
         deployment = self._all[name]
         return deployment.pool.state is EngineState.IDLE and not deployment.admission.queued
 
@@ -288,7 +288,7 @@ class Deployments:
                 await self._take_away(name)
 
     async def _load_requested(self) -> None:
-        """Load the models that requests ask for, one after another, until cancelled."""
+        """Load models for requests, one after another, until cancelled."""
         while True:
             load = await self._requested.get()
             try:
@@ -323,7 +323,7 @@ class Deployments:
         """Return the first target for which there is memory; if there is none, free the memory of idle models.
 
         Raises:
-            EngineError: there is not enough memory for any of them.
+            EngineError: there is not enough memory for any target.
         """
         for target in targets:
             with suppress(EngineError):
@@ -374,7 +374,8 @@ class Deployments:
             await asyncio.to_thread(remove_deployment, self.store, name)
 
     async def _make_room(self, target: Target) -> None:
-        """Put idle models to sleep or stop them, longest idle first, until there is memory for a version's engines.
+        """Put idle models to sleep or stop them, longest idle first, until there is enough memory for a version's
+        engines.
 
         Sleeping models are stopped last, because that frees little GPU memory and makes their next start slow.
 

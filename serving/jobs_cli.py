@@ -231,7 +231,7 @@ def _show_left(progress: "Progress", job: dict[str, Any]) -> None:
 
 
 def _end(source: "Jobs", job: dict[str, Any]) -> str:
-    """Return when a job ended or how much time is left. After its last step, return the stage that it is in."""
+    """Return text saying when a job ended, how much time is left or, after its last step, which stage it is in."""
     from svc.store.jobs import STAGE_BEGUN, JobStatus
 
     end = _minute(job["finished_at"]) or _left(job)
@@ -243,7 +243,7 @@ def _end(source: "Jobs", job: dict[str, Any]) -> str:
 
 
 def _left(job: dict[str, Any]) -> str:
-    """Return the remaining time of a job, or an empty text if it is not known or over."""
+    """Return the remaining time of a job as text; empty if it is unknown or the job has ended."""
     left = (job["estimated_finish"] or 0) - int(datetime.now(UTC).timestamp())
     if left <= 0:
         return ""

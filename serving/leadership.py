@@ -1,7 +1,8 @@
-"""Which models this server leads, if several servers use one store.
+"""Determines which models this server leads, if several servers use one store.
 
-Every server serves every model and follows the desired versions. What must happen once, such as the decisions of a
-rollout, is done by the server that holds the model's lease. With SQLite there is one server, which leads everything.
+Every server serves every model and follows the desired versions. Work that must happen only once, such as the decisions
+of a rollout, is done by the server that holds the model's lease. With SQLite, there is one server, which leads
+everything.
 """
 
 import asyncio
@@ -62,11 +63,13 @@ class Leadership:
         self.server = "" if is_sqlite(store) else uuid4().hex
 
     def leads(self, name: str) -> bool:
-        """Return whether this server leads a model now. One that cannot reach the store does not, after `LEASE_S`."""
+        """Return whether this server leads a model now. A server that cannot reach the store stops leading after
+        `LEASE_S`.
+        """
         return not self.server or (name in self._leases and self._clock() < self._until)
 
     def lease(self, name: str) -> Lease | None:
-        """Return the lease to name in writes about a model that this server leads. None if there are no other servers.
+        """Return the lease that writes about a model must name. None if no other server can use the store.
 
         Raises:
             LeaseLostError: this server is not the leader for the model.
@@ -78,7 +81,7 @@ class Leadership:
         return self._leases[name]
 
     async def run(self) -> None:
-        """Extend the leases until cancelled. Returns never."""
+        """Extend the leases until cancelled. Never returns."""
         if not self.server:
             await asyncio.Event().wait()
         while True:
@@ -86,8 +89,8 @@ class Leadership:
             await asyncio.sleep(_REPORT_S)
 
     async def report(self) -> None:
-        """Report that this server runs, extend its leases and take free ones. The tasks that wait for changes go on if
-        this server leads other models than before. With SQLite, nothing is reported.
+        """Report that this server is running, extend its leases and take free ones. If the set of models that it leads
+        has changed, wake the tasks that wait for changes. With SQLite, nothing is reported.
         """
         if not self.server:
             return
@@ -117,7 +120,7 @@ class Leadership:
             remove_server(self._store, self.server)
 
     async def close(self) -> None:
-        """Give up the leases, so that another server takes them immediately."""
+        """Release the leases, so that another server can take them immediately."""
         if self.server:
             try:
                 async with asyncio.timeout(_CLOSE_S):

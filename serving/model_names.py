@@ -32,9 +32,9 @@ class ModelNames:
     Attributes:
         served: the version in production, or None until a version serves.
         loaded: the versions that engines have loaded. During a swap of several engines, there are two.
-        since: time at which that version went into production, in Unix seconds.
-        candidate: the version that a rollout tries, or None outside rollouts.
-        of_candidate: the client-facing name of that version, `NAME@candidate`.
+        since: time at which the production version was promoted to production, in Unix seconds.
+        candidate: the version that a rollout tries, or None if there is no rollout.
+        of_candidate: the client-facing name of the candidate, `NAME@candidate`.
         assigned: internal name for requests that a rollout assigned to the candidate, which resolves to
             production while no engine runs the candidate. Clients cannot use it.
         candidate_on_demand: whether engines load the candidate as an adapter when it is requested.

@@ -24,7 +24,7 @@ class Retention:
     """Deletes ended jobs and batches. Several servers may do so.
 
     Attributes:
-        batches_days, jobs_days: age at which they are deleted, in days since their end.
+        batches_days, jobs_days: age at which batches and jobs are deleted, in days since their end.
         worker: id of this machine's worker, or None if it has none.
         registered: function that returns the names of all registered models. It reads from disk.
     """

@@ -1,4 +1,4 @@
-"""Choose the model and the backend for a request.
+"""Chooses the model and the backend for a request.
 
 During a rollout, the requests for a name are split between the production version and the candidate. The
 version that answers a request is chosen after admission.
@@ -63,7 +63,7 @@ class Destination(NamedTuple):
         assignment: decision of the model's rollout, or None if there is no rollout or the client requested a
             version.
         version: the version that answers, if it is known before admission, because the client requested a fine-tuned
-            model. Another model's engine may answer for it.
+            model. Another model's engine may serve it.
     """
 
     backend: Backend
@@ -116,7 +116,7 @@ class Router:
 
     @property
     def only_version(self) -> VersionId | None:
-        """The version in production if only one model is served, and every key may know it; otherwise None."""
+        """The version in production if only one model is served and every key may use that model; otherwise None."""
         if len(self._backends) != 1:
             return None
         names = self.backends[0].names
@@ -128,8 +128,8 @@ class Router:
         return {version for backend in self.backends for version in backend.names.versions}
 
     def names(self) -> tuple[str, ...]:
-        """Return the model names that currently resolve to a version, without those of fine-tuned models, which
-        only their owners may know.
+        """Return the model names that currently resolve to a version, except those of fine-tuned models, which only
+        their owners may see.
         """
         return tuple(name for backend in self.backends if not backend.names.owners for name in backend.names.all())
 

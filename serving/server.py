@@ -1,4 +1,4 @@
-"""Implement `svc serve`: claim the port and the home directory, run the server's components, and stop them.
+"""Implements `svc serve`: claims the port and the home directory, runs the server's components, and stops them.
 
 Both are claimed before the engine starts, so that a second server fails immediately rather than after forty
 seconds.

@@ -1,4 +1,4 @@
-"""Implement the protocol by which systemd and a process that it starts communicate.
+"""Implements the protocol by which systemd and a process that it starts communicate.
 
 The service manager listens on a socket and passes that socket to the process, so no connection is refused
 while the process is replaced. The process reports that it is ready, alive, or stopping. No library is used,

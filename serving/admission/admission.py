@@ -1,14 +1,14 @@
 """Admission control between HTTP and the engines: counts running requests and queues those that have to wait.
 
-While an engine is being changed and no other engine accepts requests, new requests wait, and each is
-answered by a single version. When all slots are taken, requests with a key wait too, and free slots are
-shared according to the weights of their keys. A request without a key is then rejected, unless other
-requests are already queued. In that case it is queued too and gets a share of the slots. The queue length and
-the waiting time are bounded, because clients could make them grow. The server's own requests have a separate
-slot and yield to every other request. Requests of batches have slots of their own too, and use only what clients
-leave. This module knows nothing of HTTP, of versions, or of why an engine is changed.
+While an engine is being changed and no other engine accepts requests, new requests wait, and each is answered by a
+single version. When all slots are taken, requests with a key wait too, and free slots are shared according to the
+weights of their keys. A request without a key is then rejected, unless other requests are already queued. In that case
+it is queued too and gets a share of the slots. The queue length and the waiting time are bounded, because clients could
+make them grow. The server's own requests have a separate slot and yield to every other request. Requests of batches
+also have separate slots, and use only the capacity that clients leave. This module knows nothing about HTTP, versions,
+or the reason why an engine is changed.
 
-There is one event loop and there are no locks: every change of state happens between two awaits.
+There is one event loop, so no locks are needed: every change of state happens between two awaits.
 """
 
 import asyncio
@@ -93,7 +93,9 @@ class Admission:
 
     @property
     def idle_s(self) -> float:
-        """Seconds since a request last ran or waited, or an engine became ready; 0 while any request runs or waits."""
+        """Seconds since a request last ran or waited, or since an engine became ready; 0 while any request runs or
+        waits.
+        """
         return 0.0 if self.running or self.queue or self._preparing else time.monotonic() - self._idle_since
 
     @property
@@ -299,7 +301,7 @@ class Admission:
             self.batch_slots.give(self._has_spare)
 
     def _has_spare(self, tokens: int) -> bool:
-        """Return whether there is spare capacity for a request of a batch."""
+        """Return whether there is spare capacity for another request of a batch."""
         if not self._ready or self._changing or self.queue:
             return False
         most = self._capacity - self._capacity // _FREE_SHARE
@@ -307,7 +309,7 @@ class Admission:
         return self.running + self.batch_slots.running < most and tokens <= self.max_tokens
 
     def _has_excess(self) -> bool:
-        """Return whether a request of a batch must make way for clients or for a change of the engine."""
+        """Return whether a running request of a batch must be interrupted for clients or for a change of the engine."""
         if not self._ready or self._changing:
             return True
         tokens = self._tokens + self.batch_slots.tokens

@@ -1,8 +1,8 @@
 """Slots for requests of batches, which use the capacity that clients leave.
 
-These requests do not count as running, so no client waits for one. They wait in arrival order while there is no
-spare capacity. When clients need the capacity, or the engine is changed, running ones are interrupted, the newest
-first. An interrupted request may be sent again.
+These requests do not count as running, so no client waits for them. They wait in arrival order while there is no spare
+capacity. When clients need the capacity, or the engine is changed, running requests of batches are interrupted, the
+newest first. An interrupted request may be sent again.
 
 `serving.admission.admission` decides when there is spare capacity.
 """
@@ -28,7 +28,7 @@ class _Waiting:
     """A request that waits for a slot.
 
     Attributes:
-        given: future that is done when the request gets its slot, or has waited for too long.
+        given: future that is done when the request gets its slot, or has waited too long.
     """
 
     tokens: int

@@ -5,11 +5,12 @@ its actual use. A request rejected because of a client error counts as a request
 slot is free costs nothing. The state is kept in memory only, with one entry per key in use. Keys come from the
 store, so clients cannot create any. When the server starts, it adds the usage from earlier that day.
 
-Of several servers on one store, each adds what the others used, soon after they did (`serving.telemetry.usage_writer`).
-Within t minutes, N servers then allow a key at most its limit x (t + N + d (N - 1)), where d is the time in minutes
-until a server knows of another's usage. Proof: the last server to admit a request has added everything except what the
-N - 1 others used within the last d, so all that is at most its limit x (t + 1). Each of the others can use its limit x
-(1 + d) within d. With d = 10 s, that is less than limit x (t + 1.2 N).
+If several servers share a store, each adds the usage of the others shortly afterwards
+(`serving.telemetry.usage_writer`). Within t minutes, N servers then allow a key at most its limit x (t + N + d (N -
+1)), where d is the time in minutes until a server knows of another's usage. Proof: the last server to admit a request
+has counted all usage except that of the N - 1 others within the last d, so the counted usage is at most limit x (t +
+1). Each of the others can use at most limit x (1 + d) within d. With d = 10 s, the total is less than limit x (t + 1.2
+N).
 
 A prompt's token count is known only after the engine has counted it. Until then, it is estimated from
 the request's size: text in most languages has three to five bytes per token, and a request has more
@@ -52,7 +53,7 @@ _NAMED = {limit: limit.value.replace("_", " ") for limit in Limit} | {Limit.CONC
 
 
 class Demand(NamedTuple):
-    """The maximum amount of its key's limits that a request may use.
+    """The maximum amount that a request may use of its key's limits.
 
     Attributes:
         tokens_in: estimated number of tokens in the prompt; see `estimated_tokens`.
@@ -104,7 +105,7 @@ class Reservation:
         return Reservation([*self._held, *other._held])
 
     def allowances(self) -> dict[Limit, Allowance]:
-        """Return what remains of each limit after this reservation. This is cheaper than asking the limiter."""
+        """Return what remains of each limit after this reservation. This is cheaper than `RateLimiter.allowances`."""
         return {
             quota.limit: Allowance(quota.most, max(0, int(free) - amount), quota.reset_s())
             for quota, amount, free in self._held
@@ -127,7 +128,8 @@ class RateLimiter:
     """Enforces the limits of all API keys.
 
     Args:
-        principal_of: function that returns the principal of a key that other servers report usage of, by key id.
+        principal_of: function that returns the principal of a key by its id. It is called for keys whose usage other
+            servers report.
         clock: function that returns monotonic time, in seconds.
         wall: function that returns wall-clock time, in seconds since 1970.
     """
@@ -183,7 +185,7 @@ class RateLimiter:
             quota.used += used
 
     def add_used_elsewhere(self, used: Mapping[str, Usage], servers: int) -> None:
-        """Add to the limits per minute what each key has used on other servers since the last call.
+        """Count each key's usage on other servers since the last call against its per-minute limits.
 
         Args:
             servers: number of running servers.

@@ -62,7 +62,8 @@ class Webhook:
         keys: keys that sign each message; during a rotation, the new and the old one.
         changes: changes in the store, for which this waits.
         count: called with the outcome of attempts and their number.
-        leads: function that returns whether this server sends the messages. Of several servers, only one does.
+        leads: function that returns whether this server sends the messages. If there are several servers, only one of
+            them does.
     """
 
     url: str

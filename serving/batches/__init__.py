@@ -1,1 +1,1 @@
-"""Batches of requests: a file of requests is answered with the capacity that no client needs, without a connection."""
+"""Batches of requests: the server answers a file of requests in the background, with spare capacity."""

@@ -1,4 +1,4 @@
-"""The answer to a request of a batch, and whether the request is sent again."""
+"""The response to a request of a batch, and whether the request may be retried."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ _OF_ENGINE = frozenset(
 
 
 def is_temporary(code: ErrorCode | None, retry_after_s: float | None) -> bool:
-    """Return whether a request has not reached an engine, and may be sent again for as long as its batch has time."""
+    """Return whether a request has not reached an engine, and may therefore be retried until its batch expires."""
     return code in _TEMPORARY or (code is ErrorCode.RATE_LIMIT_EXCEEDED and retry_after_s is not None)
 
 

@@ -59,7 +59,7 @@ class BatchContext:
     """Dependencies and limits of all batches of a server.
 
     Attributes:
-        folder: folder of all batches; each has its own in it.
+        folder: folder that contains a folder for each batch.
         ask: function that answers a request.
         lease: function that returns the lease of the server that runs batches, or raises LeaseLostError.
         concurrency: maximum number of concurrent requests of one batch.
@@ -94,7 +94,7 @@ class BatchRun:
     cancelled: asyncio.Event = field(default_factory=asyncio.Event, init=False)
 
     async def run(self) -> None:
-        """Carry out the batch. If this is cancelled, the batch can be resumed.
+        """Carry out the batch. If this task is cancelled, the batch can be resumed.
 
         Raises:
             LeaseLostError: another server runs batches now.
@@ -194,7 +194,7 @@ class BatchRun:
                 await progress.add(line.custom_id, await self._answer(line))
 
     async def _answer(self, line: RequestLine) -> Answer:
-        """Send a request until it has an answer or fails for good."""
+        """Send a request, with retries, until it is answered or fails permanently."""
         route, body, failed, pauses = Route(self.batch.endpoint), bytes(line.body), 0, 0
         while True:
             try:
@@ -210,7 +210,7 @@ class BatchRun:
             pauses += 1
 
     async def _record(self, progress: Progress) -> None:
-        """Record the number of answers regularly. Never returns."""
+        """Record the number of answers at regular intervals. Never returns."""
         recorded = BatchProgress()
         while True:
             await asyncio.sleep(_RECORD_S)
@@ -227,7 +227,7 @@ class BatchRun:
         self.batch = await self._stored(record)
 
     async def _expire(self, progress: Progress) -> None:
-        """Store for each request without an answer that it has expired."""
+        """Store an expiry error for each unanswered request."""
         if (path := await self._input()) is None:
             return
 
@@ -257,7 +257,7 @@ class BatchRun:
         await self._stored(lambda: end_batch(self.context.store, self.batch.id, result, lease=self.context.lease()))
 
     async def _add_file(self, path: Path, kind: str) -> str:
-        """Return the id of a new file of the owner with the content of a result file."""
+        """Create a file for the owner from a result file, and return the new file's id."""
 
         def add() -> str:
             with path.open("rb") as source, self.context.files.writing() as (id, writer):
@@ -281,7 +281,7 @@ class BatchRun:
         change: Callable[[], Result],
         run: Callable[[Callable[[], Result]], Awaitable[Result]] = asyncio.to_thread,
     ) -> Result:
-        """Change the store in a thread, and try again while the store does not respond."""
+        """Change the store in a thread, retrying while the store does not respond."""
         while True:
             try:
                 return await run(change)
@@ -290,12 +290,12 @@ class BatchRun:
                 await asyncio.sleep(RETRY_S)
 
     async def _input(self) -> Path | None:
-        """Return the path of the input file's content on this machine, or None if the batch is cancelled meanwhile.
+        """Return the path of the input file's contents on this machine, or None if the batch is cancelled meanwhile.
 
-        While the object store does not respond, this tries again until the batch's time is over.
+        While the object store does not respond, this retries until the batch expires.
 
         Raises:
-            BatchFailedError: the content cannot be read.
+            BatchFailedError: the contents cannot be read.
         """
         while True:
             try:
@@ -325,8 +325,8 @@ def _unavailable(message: str) -> BatchError:
 
 
 async def _until_written(write: Callable[[], Awaitable[Result]]) -> Result:
-    """Call a function that writes to the disk or the object store, and try again while it fails, for example because
-    the disk is full.
+    """Call a function that writes to the disk or the object store, and retry while it fails, for example because the
+    disk is full.
     """
     while True:
         try:
@@ -337,10 +337,10 @@ async def _until_written(write: Callable[[], Awaitable[Result]]) -> Result:
 
 
 def _pause_s(answer: Answer, pauses: int) -> float:
-    """Return the number of seconds after which a request is sent again.
+    """Return the number of seconds after which a request is retried.
 
-    The retry time in an answer is meant for clients, which should not retry often. An engine that is starting may be
-    ready much earlier.
+    The retry time in a response is not used as is, because it is meant for clients, which should not retry often. An
+    engine that is starting may be ready much earlier.
     """
     pause_s: float = min(_MAX_PAUSE_S, _MIN_PAUSE_S * 2 ** min(pauses, 10))
     if answer.of_engine or answer.code is ErrorCode.RATE_LIMIT_EXCEEDED:

@@ -1,6 +1,6 @@
-"""Runs batches while the server runs. Of several servers on one store, the one that leads does.
+"""Runs batches while the server runs. If several servers share a store, only the leader for batches runs them.
 
-A batch that was interrupted, because its server stopped or another one leads now, continues where it was.
+A batch that was interrupted, because its server stopped or lost the lead, continues where it was interrupted.
 """
 
 import asyncio
@@ -59,7 +59,9 @@ class BatchRunner:
             await self._stop()
 
     async def _step(self) -> bool:
-        """Begin open batches, and stop those that their owners have cancelled. Return whether there may be any."""
+        """Begin open batches, and stop those that their owners have cancelled. Return whether there may be any open
+        batches.
+        """
         if not self.leads():
             self._clean = False
             await self._stop()
@@ -100,20 +102,23 @@ class BatchRunner:
 
 
 def _remove_leftovers(folder: Path, open_ids: Collection[str]) -> None:
-    """Remove the folders of batches that have ended. A server that is killed while a batch ends leaves its folder."""
+    """Remove the folders of batches that have ended. A server that is killed while it ends a batch leaves the folder
+    behind.
+    """
     for path in folder.iterdir() if folder.exists() else ():
         if path.name not in open_ids:
             shutil.rmtree(path, ignore_errors=True)
 
 
 def next_batches(batches: Sequence[Batch], running: dict[str, str]) -> list[Batch]:
-    """Return the batches to begin now: those that only have to be ended, and others while fewer than `MAX_RUNNING` run.
+    """Return the batches to begin now: all that only need to be ended, and others as long as fewer than `MAX_RUNNING`
+    run.
 
     The owner with the fewest running batches is next, with its oldest batch.
 
     Args:
         batches: all open batches, oldest first.
-        running: owners of the running batches, by their ids.
+        running: owners of the running batches, keyed by batch id.
     """
     waiting, now = [batch for batch in batches if batch.id not in running], datetime.now(UTC)
     begun = [batch for batch in waiting if batch.status is BatchStatus.CANCELLING or batch.expires_at <= now]

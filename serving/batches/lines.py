@@ -1,4 +1,4 @@
-"""The lines of a batch's files: requests that are read, and results that are written."""
+"""Reads requests from a batch's input file, and writes lines of its result files."""
 
 import asyncio
 import codecs
@@ -21,7 +21,7 @@ _EXPIRED = {
 
 
 class RequestLine(msgspec.Struct, frozen=True):
-    """A line of an input file that has been checked.
+    """A request from a checked input file.
 
     Attributes:
         body: the JSON of the request, as the client wrote it.
@@ -52,7 +52,7 @@ _RESULTS = msgspec.json.Decoder(ResultLine)
 
 
 class RequestLines:
-    """Reads the requests of an input file one after the other, for several tasks."""
+    """Distributes the requests of an input file, in order, to several tasks."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("rb")
@@ -72,7 +72,7 @@ class RequestLines:
 
 
 def _read_lines(file: IO[bytes]) -> list[bytes]:
-    """Read lines that are not blank, until the end of the file if there are none."""
+    """Read some lines, and return those that are not blank. The result is empty only at the end of the file."""
     while lines := file.readlines(_READ_BYTES):
         # The first line may have a byte order mark; the check refuses one in any other line.
         if given := [line for line in lines if line.removeprefix(codecs.BOM_UTF8).strip()]:
@@ -119,7 +119,7 @@ def parse_result_line(line: bytes) -> ResultLine | None:
 
 
 def _one_line(body: bytes) -> bytes:
-    """Return a body as JSON without line ends. One that is not JSON becomes a string."""
+    """Return a body as JSON on one line. A body that is not JSON becomes a JSON string."""
     try:
         msgspec.json.decode(body, type=msgspec.Raw)
     except (msgspec.MsgspecError, ValueError, RecursionError):

@@ -1,7 +1,7 @@
 """The answers to a batch's requests, stored as they arrive, so that no request is answered twice after an interruption.
 
-Two files in the batch's folder have the lines of the later result files. A line that was not written completely is cut
-off when the files are opened again, and its request counts as not answered.
+Two files in the batch's folder contain the lines that later become the result files. An incomplete last line is removed
+when the files are opened again, and its request counts as unanswered.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ class _Lines(NamedTuple):
 
     Attributes:
         custom_ids: ids of the requests.
-        body: the answer, if there is one line.
+        body: the response, if there is only one line.
         written: future that is done when the lines are in the file.
     """
 
@@ -43,7 +43,7 @@ class _Lines(NamedTuple):
 
 
 class _File:
-    """A file to which lines are appended. A line that was not written completely is removed."""
+    """A file to which lines are appended. An incomplete last line is removed."""
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
@@ -124,12 +124,12 @@ class Progress:
             self._files[failed].cut(size)
 
     async def add(self, custom_id: str, answer: Answer) -> None:
-        """Store an answer. Returns once it has been written."""
+        """Store an answer. Return once it has been written."""
         failed = answer.status != 200
         await self._append(result_line(custom_id, answer), [custom_id], answer.body, failed=failed)
 
     async def add_expired(self, custom_ids: Sequence[str]) -> None:
-        """Store that requests were not answered in time."""
+        """Record that requests were not answered in time."""
         await self._append(b"".join(map(expired_line, custom_ids)), custom_ids, failed=True)
         self.expired += len(custom_ids)
 

@@ -1,6 +1,6 @@
-"""Fine-tuning jobs, as `svc jobs` sees them: in the store of this machine, or on a server through its API.
+"""Fine-tuning jobs for `svc jobs`, read from the store of this machine or from a server through its API.
 
-Both return the JSON objects of OpenAI's API, so that the output of a command is the same.
+Both return the JSON objects of OpenAI's API, so that the commands' output is the same.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,7 +31,7 @@ class Jobs(Protocol):
         """Return a job."""
 
     def events(self, id: str, after: str | None) -> Iterator[dict[str, Any]]:
-        """Yield the events of a job after one of them, or all events, oldest first."""
+        """Yield a job's events, oldest first: all of them, or only those after a given event."""
 
     def newest_events(self, id: str) -> list[dict[str, Any]]:
         """Return the newest events of a job, newest first."""
@@ -42,7 +42,7 @@ class Jobs(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RemoteJobs:
-    """The jobs of a server that the key may see."""
+    """The jobs on a server, limited to those that the key may see."""
 
     server: ServerAddress
 
@@ -71,7 +71,7 @@ class LocalJobs:
     """All jobs in the store of this machine, whether a server runs or not.
 
     Attributes:
-        organization: organization in the jobs.
+        organization: organization shown in the jobs.
     """
 
     store: Store
@@ -120,7 +120,7 @@ class LocalJobs:
 
 
 def has_ended(job: dict[str, Any]) -> bool:
-    """Return whether a job is over."""
+    """Return whether a job has ended."""
     return JobStatus(job["status"]).ended
 
 

@@ -1,8 +1,8 @@
 """Administration of the server that uses a home on this machine.
 
-Changes are sent to the server, through the socket in the home, so that the server's own settings apply: a shell
-rarely has the gates and rollout steps of the service's environment. The journal is read from the store, so that a
-change can be followed even after the server has died.
+Changes are sent to the server through the socket in the home, so that the server's own settings apply. The user's shell
+rarely has the same environment as the service, with its gates and rollout steps. The journal is read from the store, so
+that a change can be followed even after the server has died.
 """
 
 from dataclasses import dataclass

@@ -33,7 +33,7 @@ class ServerResult:
 
     Attributes:
         address: host name and port of the server; empty if no other server can use the store.
-        result: result of its swap, or None if the server stopped before it had one.
+        result: result of its swap, or None if the server stopped before the swap ended.
     """
 
     address: str
@@ -190,8 +190,8 @@ def swap_result(row: Mapping[str, Any]) -> SwapResult | None:
 
 
 def _updated(known: Mapping[str, ServerSwap], swaps: Sequence[ServerSwap]) -> dict[str, ServerSwap]:
-    """Return what is known of each server. The store has neither the address nor, without a swap, the name of a
-    server that has stopped.
+    """Return what is known about each server. For a stopped server, the store has no address, and no entry at all if it
+    began no swap.
     """
     stopped = {server: replace(each, running=False) for server, each in known.items()}
     return stopped | {
@@ -201,7 +201,7 @@ def _updated(known: Mapping[str, ServerSwap], swaps: Sequence[ServerSwap]) -> di
 
 
 def _result_of(each: ServerSwap) -> SwapResult | None:
-    """Return a server's result, or None if the server may still have one."""
+    """Return a server's result, or None if the server may still produce one."""
     if each.swap:
         return each.swap.result
     return SwapResult(SwapOutcome.CANCELLED, f"superseded by {each.later}") if each.later else None
@@ -247,7 +247,7 @@ def _stopped(change: VersionChange) -> ServerNotRunningError:
 
 
 def _results_from_status(server: ServerAddress, change: VersionChange) -> dict[str, SwapResult]:
-    """Return the result of a server's swap by the server's id, as shown in its status. Empty if it is not shown."""
+    """Return the swap result shown in a server's status, keyed by the server's id. Empty if the status shows none."""
     with suppress(ServerNotRunningError):
         status = read_status(server)
         for model in status["models"]:

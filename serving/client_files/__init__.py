@@ -1,1 +1,1 @@
-"""Work on clients' files in the background: their checks, and the removal of expired ones."""
+"""Background work on clients' files: checking them, and removing expired files."""

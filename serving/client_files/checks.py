@@ -4,7 +4,7 @@
                          └──▶ error, with the reason
 
 A file stays `uploaded` until its check has ended. A server that starts continues with these files. If the contents are
-in an object store, any server checks a file whose own server has not done so within a minute.
+in an object store, any server may check a file that its own server has not checked within a minute.
 """
 
 import asyncio
@@ -46,7 +46,7 @@ class FileChecks:
     """Checks files.
 
     Args:
-        check: function that checks a file's content.
+        check: function that checks a file's contents.
     """
 
     def __init__(self, store: Store, files: ClientFiles, check: CheckContent | None = None) -> None:
@@ -75,7 +75,7 @@ class FileChecks:
             await asyncio.gather(*self._running, return_exceptions=True)
 
     async def _begin_checks(self) -> None:
-        """Begin as many checks as may run, oldest file first, but only one for each owner."""
+        """Begin checks up to the maximum number, oldest file first, but only one for each owner."""
         if len(self._running) >= _MAX_CHECKS:
             return
         try:
@@ -116,7 +116,7 @@ class FileChecks:
             await asyncio.sleep(_POLL_S)
 
     async def _result(self, file: ClientFile) -> ContentCheck | None:
-        """Return the result of checking a file, or None if its content cannot be fetched now or was deleted."""
+        """Return the result of checking a file, or None if its contents cannot be fetched now or were deleted."""
         try:
             path = await self._files.content(file.id)
         except EntryNotFoundError:
@@ -139,7 +139,7 @@ class FileChecks:
 
 
 async def run_check(path: Path, purpose: Purpose, *, timeout_s: float = MAX_SECONDS) -> ContentCheck:
-    """Check a file's content in its own process, which is killed after `timeout_s` seconds."""
+    """Check a file's contents in a separate process, which is killed after `timeout_s` seconds."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-P", "-m", "svc.client_files.content_check", purpose.value, str(path)),
         env=os.environ | _SINGLE_THREADED,

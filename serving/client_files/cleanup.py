@@ -1,6 +1,6 @@
-"""Removes clients' files and uploads that have expired, and contents that a crash has left without a row.
+"""Removes expired files and uploads of clients, and contents that a crash has left without a row.
 
-With an object store, contents of deleted files are removed there, and contents that it lacks are added.
+With an object store, contents of deleted files are removed from it, and missing contents are uploaded to it.
 """
 
 import asyncio

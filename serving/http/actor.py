@@ -7,7 +7,7 @@ from svc.identity.actor import Actor
 
 
 def actor_of(request: Request) -> Actor:
-    """Return who made a request: its key or, without a key, the user who runs this server."""
+    """Return the author of a request: its key or, without a key, the user who runs this server."""
     principal = request_state(request.scope).principal
     if principal is None:
         return Actor.local()

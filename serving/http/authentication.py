@@ -47,7 +47,7 @@ class Authentication:
         authenticator: the authenticator, which must have loaded the keys from the store.
         keys_needed: whether a key is required even while none exists, because other machines can reach the
             server.
-        on_failure: called with what is wrong for each missing or invalid key.
+        on_failure: called with the fault of each missing or invalid key.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Sends the requests of batches to the completion endpoints, in this process and without a connection."""
+"""Sends the requests of batches to the completion endpoints, within this process and without a network connection."""
 
 import json
 import secrets
@@ -21,7 +21,7 @@ _RETRY_AFTER = "retry-after"
 
 
 def is_repeated(error: ApiError) -> bool:
-    """Return whether a request of a batch is sent again after an error. The failed attempt then does not count."""
+    """Return whether a request of a batch is retried after an error. If so, the failed attempt does not count."""
     after = error.headers.get(_RETRY_AFTER)
     return is_temporary(error.code, None if after is None else float(after))
 
@@ -40,7 +40,7 @@ class BatchRequests:
         self._principal_of = principal_of
 
     async def ask(self, route: Route, body: bytes, owner: str) -> Answer:
-        """Return the answer to a request, when there is spare capacity for it.
+        """Send a request once there is spare capacity for it, and return the answer.
 
         Args:
             owner: id of the key that sends the request; empty for requests without a key.

@@ -1,7 +1,6 @@
 """OpenAI's endpoints for batches of requests, `/v1/batches`.
 
-They only record requests in the store. The server answers the requests in the background
-(serving.batches).
+They only record batches in the store. The server answers the requests in the background (serving.batches).
 """
 
 import asyncio
@@ -105,10 +104,10 @@ class Batches:
 
 
 def _find_usable(store: Store, id: str, owner: str | None) -> ClientFile:
-    """Return a client's file that can be the input of a batch, as far as it has been checked.
+    """Return a client's file that can be the input of a batch. The file may not have been checked yet.
 
     Raises:
-        InvalidRequestError: it cannot, or the client has no such file.
+        InvalidRequestError: the file cannot be an input, or the client has no such file.
     """
     try:
         file = find_file(store, id, owner)

@@ -1,10 +1,9 @@
 """Sends an answer to its client from a buffer, so that engines and swaps never wait for slow readers.
 
-Buffers are bounded per answer, per caller and in total. When they are full, a stream is read from the
-engine no faster than its client reads, and an answer that is not streamed is rejected. A client that
-reads too slowly is disconnected, which frees its buffer. On a writable connection, data is sent
-immediately. The buffer, and the task that empties it, are used only when the connection is not writable. This
-module knows nothing of engines or of an answer's content.
+Buffers are bounded per answer, per caller and in total. When they are full, a stream is read from the engine no faster
+than its client reads, and an answer that is not streamed is rejected. A client that reads too slowly is disconnected,
+which frees its buffer. On a writable connection, data is sent immediately. The buffer, and the task that empties it,
+are used only when the connection is not writable. This module knows nothing about engines or the content of answers.
 """
 
 import asyncio

@@ -41,13 +41,14 @@ _CONTENT_HEADERS = {
 
 
 class _Content(FileResponse):
-    """The content of a file. If the requested range is invalid, the response is an error in OpenAI's form.
+    """A response with the contents of a file. If the requested range is invalid, the response is an error in OpenAI's
+    form.
 
-    Starlette's own response would be a plain text, from which OpenAI's client cannot read a message.
+    Starlette's own error response is plain text, from which OpenAI's client cannot read a message.
     """
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the content, the requested part of it, or an error."""
+        """Send the contents, the requested part of them, or an error."""
         refused: Message | None = None
 
         async def send_content(message: Message) -> None:
@@ -200,7 +201,7 @@ def upload_purpose(given: str | None) -> Purpose:
     """Return the purpose of a file that a client uploads.
 
     Raises:
-        InvalidRequestError: there is none, or it is not one for uploads.
+        InvalidRequestError: the purpose is missing, or is not allowed for uploads.
     """
     purpose = next((each for each in UPLOAD_PURPOSES if each.value == given), None)
     if purpose is None:
@@ -210,13 +211,13 @@ def upload_purpose(given: str | None) -> Purpose:
 
 
 def expiry_of(anchor: str | None, after_s: int | None, purpose: Purpose) -> int | None:
-    """Return after how many seconds a file expires, or None if it never does.
+    """Return the number of seconds after which a file expires, or None if it never does.
 
     Args:
-        anchor, after_s: what the client asks for; None if it does not.
+        anchor, after_s: the client's values; None if not sent.
 
     Raises:
-        InvalidRequestError: only one of them is given, or one is invalid.
+        InvalidRequestError: only one of the two values is given, or one is invalid.
     """
     if anchor is None and after_s is None:
         return _MAX_EXPIRY_S if purpose is Purpose.BATCH else None  # as in OpenAI's API

@@ -1,6 +1,6 @@
 """OpenAI's endpoints for fine-tuning jobs, `/v1/fine_tuning/jobs`.
 
-They only record requests in the store. A worker trains (serving.jobs.worker).
+They only record jobs in the store. A worker trains the models (serving.jobs.worker).
 """
 
 import asyncio
@@ -178,7 +178,7 @@ def _values(values: Hyperparameters) -> dict[str, Any]:
 
 
 def event_number(id: str) -> int | str:
-    """Return the number of an event by its id for clients, or the id itself if it is not one."""
+    """Return the number in an event's client-facing id, or the text unchanged if it is not such an id."""
     number = id.removeprefix(_EVENT)
     known = number.isdecimal() and number.isascii() and len(number) <= 18
     return int(number) if known else id
@@ -217,7 +217,7 @@ def _metadata(request: Request) -> Mapping[str, str] | None:
     """Return the metadata that the listed jobs must have: `metadata[KEY]=VALUE`, or None for `metadata=null`.
 
     Raises:
-        InvalidRequestError: both forms are given, or another one.
+        InvalidRequestError: both forms are given, or an unknown form.
     """
     query = request.query_params
     wanted = {match[1]: value for key, value in query.items() if (match := _METADATA.fullmatch(key))}

@@ -1,4 +1,4 @@
-"""Tracks what a request reserves of its key's limits, and the usage recorded when the request ends."""
+"""Tracks a request's reservation of its key's limits, and the usage recorded when the request ends."""
 
 from serving.admission.errors import RateLimitedError
 from serving.admission.party import Party, party_of
@@ -72,9 +72,10 @@ class KeyAccount:
             raise
 
     def reserve_in_batch(self, request: CompletionRequest, work: int, model: str) -> Reservation | None:
-        """Reserve what a request of a batch may use, provided that half of each limit stays free for the key's clients.
+        """Reserve what a request of a batch may use, provided that half of each limit stays free for the key's other
+        requests.
 
-        The limit per day has no such part.
+        This does not apply to the daily limit, all of which may be used.
 
         Raises:
             RateLimitedError: not enough of a limit is left.

@@ -1,7 +1,7 @@
 """Endpoints that list and describe the models that clients may use, and delete fine-tuned models.
 
-Only the operator changes which versions are served and stored, by promotion and in the registry. So a fine-tuned model
-is deleted for clients only. A key that is restricted to some models sees no other models.
+Only the operator can change which versions are served and stored. Deleting a fine-tuned model therefore only hides it
+from clients. A key that is restricted to some models sees no other models.
 """
 
 from typing import Any

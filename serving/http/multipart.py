@@ -38,8 +38,8 @@ def boundary_of(content_type: bytes) -> bytes:
     """Return the boundary of a form from its Content-Type.
 
     Raises:
-        MediaTypeError: the content type is not that of a form.
-        InvalidRequestError: it has no boundary.
+        MediaTypeError: the content type is not `multipart/form-data`.
+        InvalidRequestError: the content type has no boundary.
     """
     media_type, options = parse_options_header(content_type.decode("latin-1"))
     if media_type.strip() != _MEDIA_TYPE:
@@ -55,9 +55,9 @@ def read_form(
     """Read a form.
 
     Args:
-        file: name of the part with the file, which must be there.
+        file: name of the part with the file, which is required.
         fields: names of the other parts that are allowed.
-        write: called with each part of the file's content, in order.
+        write: called with each piece of the file, in order.
 
     Raises:
         InvalidRequestError: the form is malformed or incomplete, or has other parts.
@@ -90,7 +90,7 @@ def clean_name(text: str, param: str) -> str:
         param: name of the request's field, for the error.
 
     Raises:
-        InvalidRequestError: the rest is not a usable name.
+        InvalidRequestError: the remaining name is not usable.
     """
     name = text.replace("\\", "/").rpartition("/")[2].strip()
     usable = name not in ("", ".", "..") and len(name) <= MAX_NAME
@@ -104,7 +104,7 @@ def clean_name(text: str, param: str) -> str:
 
 
 class _Reader:
-    """Collects what the parser reports."""
+    """Collects the parser's callbacks."""
 
     def __init__(self, file: str, fields: Collection[str], write: Callable[[bytes], object]) -> None:
         self._file = file

@@ -1,8 +1,8 @@
 """The record of a request, from which its metrics and its database row are created.
 
 It contains the request's key, the version that answered, times, tokens and outcome. It is filled in by
-serving.http.inference and, for streamed answers, by serving.http.event_stream. This module
-knows nothing of the client's or the engine's connection.
+serving.http.inference and, for streamed answers, by serving.http.event_stream. This module knows nothing about the
+connections to the client and the engine.
 """
 
 import math
@@ -42,7 +42,8 @@ class RequestAccount:
         status: HTTP status of the response, or None until the response begins.
         begun: whether the response headers were sent or passed to the delivery.
         complete: whether the engine has sent the complete answer.
-        withdrawn: whether this is a request of a batch that is sent again later. It is neither counted nor stored.
+        withdrawn: whether this is a request of a batch that will be retried later. It is then neither counted nor
+            stored.
     """
 
     route: Route
@@ -98,7 +99,7 @@ class RequestAccount:
             self._content.expects_json = assignment.expects_json
 
     def admitted(self, waited_s: float) -> None:
-        """Record how long the request waited for admission. The time of a request of a batch begins now."""
+        """Record how long the request waited for admission. For a request of a batch, timing begins now."""
         if self.state.in_batch:
             self._started = self.clock()
         else:

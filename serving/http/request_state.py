@@ -35,7 +35,7 @@ class RequestState:
         grant: the key's grant, or None if no key was needed.
         version: the version that answers the request.
         reservation: the share of its key's limits that the request has reserved.
-        interruption: for a request of a batch, the event that interrupts it; see `serving.admission.party.Party`.
+        interruption: event that interrupts a request of a batch; see `serving.admission.party.Party`.
     """
 
     request_id: str
@@ -67,13 +67,15 @@ class RequestState:
 
     @property
     def caller(self) -> str:
-        """Who an admitted request is attributed to: its key or, without a key, its peer. Empty for a unix socket."""
+        """Identity to which an admitted request is attributed: its key or, without a key, its peer. Empty for a unix
+        socket.
+        """
         principal = self.principal
         return principal.key_id if principal else peer_of(self.address)
 
     @property
     def owner(self) -> str:
-        """The owner of what an admitted request creates: the id of its key, or empty if no key was needed."""
+        """Owner of the objects that an admitted request creates: the id of its key, or empty if no key was needed."""
         return self.principal.key_id if self.principal else ""
 
     @property

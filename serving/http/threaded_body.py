@@ -17,7 +17,8 @@ MIN_BYTES_PER_S = 16 * 1024
 class ThreadedBody:
     """A request body. The event loop receives it, and one thread iterates over its parts.
 
-    Create it in the event loop. Only one part is in memory at a time, besides what the server has read ahead.
+    Create it in the event loop. Only one part is in memory at a time, in addition to the data that the server has read
+    ahead.
 
     Args:
         max_bytes: maximum size of the body.
@@ -40,7 +41,7 @@ class ThreadedBody:
         Raises:
             BodyTooLargeError: the body is larger than the maximum.
             BodyTimeoutError: the client sends too slowly.
-            ClientGoneError: the client disconnected, or the body was stopped.
+            ClientGoneError: the client disconnected, or `stop` was called.
         """
         more = True
         while more:

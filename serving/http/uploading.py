@@ -48,17 +48,17 @@ class Uploading:
         self._threads = ThreadPoolExecutor(MAX_UPLOADS, "upload")
 
     async def run(self, request: Request, save: Callable[[ThreadedBody], Result], *, max_bytes: int) -> Result:
-        """Call a function in a thread that saves the content of a request's body, and return its result.
+        """Call a function in a thread to save a request's body, and return its result.
 
         Args:
-            save: reads the body. It leaves nothing behind if that fails.
-            max_bytes: maximum size of the content.
+            save: function that reads and saves the body. If it fails, it must leave nothing behind.
+            max_bytes: maximum size of the body, in bytes.
 
         Raises:
             ClientGoneError: the client disconnected.
             InvalidKeyError: the client's key became invalid.
             OverloadedError: too many uploads are running.
-            FileTooLargeError, BodyTooLargeError, BodyTimeoutError: the content is too large or arrives too slowly.
+            FileTooLargeError, BodyTooLargeError, BodyTimeoutError: the body is too large or arrives too slowly.
             DiskFullError: the disk is almost full.
         """
         state = request_state(request.scope)
@@ -73,7 +73,7 @@ class Uploading:
             return results[0]
 
     async def in_thread(self, request: Request, work: Callable[[], Result]) -> Result:
-        """Return the result of a function that writes a file for a request, and is called in a thread.
+        """Call a function in a thread to write a file for a request, and return its result.
 
         Raises:
             OverloadedError: too many uploads are running.
@@ -149,9 +149,9 @@ def _disk_full() -> DiskFullError:
 
 
 def _refuse_other_sites(state: RequestState) -> None:
-    """Refuse the forms of other sites' pages, which browsers send to any address without asking it first.
+    """Reject forms from other sites' pages, which browsers send to any address without a preflight request.
 
-    A page has no key, so this matters only while none is needed.
+    A page has no key, so this matters only if no key is required.
     """
     origin = state.headers.get(b"origin")
     if origin is not None and state.principal is None:

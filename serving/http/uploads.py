@@ -49,7 +49,7 @@ class _Body(BaseModel):
 
 
 class ExpiresAfter(_Body):
-    """When the file expires."""
+    """Expiry of the uploaded file."""
 
     anchor: Literal["created_at"]
     seconds: int
@@ -77,7 +77,7 @@ class Uploads:
 
     Args:
         uploading: runs the uploads of parts.
-        on_uploaded: called after each file that is complete.
+        on_uploaded: called after each completed file.
     """
 
     def __init__(

@@ -1,10 +1,10 @@
-"""Creates fine-tuning jobs, and refuses those that cannot work before anything is trained.
+"""Creates fine-tuning jobs, and rejects those that cannot work before anything is trained.
 
     request ──▶ base, files ──▶ recipe ──▶ `svc estimate` ──▶ job: queued
                                                 │
                 a file is still being checked ──┴──▶ job: validating_files ──▶ decided ──▶ queued, failed
 
-A request that is sent again, or several times at once, creates one job.
+A request that is repeated, even concurrently, creates only one job.
 """
 
 import asyncio
@@ -83,7 +83,7 @@ _QUEUED = "Files validated, moving job to queued state"
 
 
 class FineTuningDisabledError(SvcError):
-    """Raised when a client uses the fine-tuning API of a server that has no bases for it."""
+    """Raised when a client uses the fine-tuning API of a server that has no bases configured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ class _Plan:
 
     Attributes:
         recipe: see `serving.jobs.recipe.make_recipe`.
-        files: ids of the files, by the keys of their paths in the section `data` of the recipe.
+        files: ids of the files, keyed by the recipe keys (in the section `data`) that hold their paths.
         files_checked: whether all files have been checked.
     """
 
@@ -150,11 +150,11 @@ class JobCreation:
         self._running: dict[str, asyncio.Task[Job]] = {}
 
     async def create(self, request: JobRequest, client: Client) -> Job:
-        """Return the job for a request: a new one, or that of an equal request.
+        """Return a new job for a request, or the job that an identical request created.
 
         Raises:
-            InvalidRequestError: the job cannot work, or the client may not use what it names.
-            TooManyJobsError: too many jobs of the owner have not ended.
+            InvalidRequestError: the job cannot work, or the client may not use the files or models that it names.
+            TooManyJobsError: the owner has too many unfinished jobs.
             OverloadedError: too many jobs are being created.
         """
         fingerprint = hashlib.sha256(f"{client.owner}\n{request.json_text()}".encode()).hexdigest()
@@ -244,7 +244,7 @@ class JobCreation:
             raise _invalid(error.param, error.wrong, error.expected) from error
 
     def _plan(self, request: JobRequest, client: Client) -> _Plan:
-        """Find what a request refers to, and make its recipe."""
+        """Look up the files and the base that a request names, and make its recipe."""
         keys = request.recipe or {}
         check_recipe_keys(keys)
         check_conflicts(request)
@@ -268,8 +268,8 @@ class JobCreation:
         return _Plan(request, name, recipe, ids, all(file.status is FileStatus.PROCESSED for file in files.values()))
 
     def _base(self, model: str, client: Client, param: str) -> tuple[str, str]:
-        """Return the base that a client's name stands for, as a recipe names it, and the suffix of a new model of it
-        that has none.
+        """Return the base for a client's model name, as a recipe names it, and the default suffix for models trained
+        from it.
         """
         bases = self._settings.fine_tuning.bases
         if model in bases:
@@ -280,11 +280,11 @@ class JobCreation:
         return str(version), suffix_of(version.name, client.owner)
 
     async def _checked(self, plan: _Plan) -> TrainingCheck | None:
-        """Return the check of a plan, or None if the job is decided later, because a file has not been checked yet,
-        because its content cannot be fetched now, or because the check takes too long.
+        """Return the check of a plan, or None if the job must be decided later: a file has not been checked yet, its
+        contents cannot be fetched now, or the check takes too long.
 
         Raises:
-            ContentDamagedError: the content of a file was truncated or altered.
+            ContentDamagedError: the contents of a file were truncated or altered.
         """
         try:
             async with asyncio.timeout(_CHECK_S):
@@ -310,7 +310,8 @@ async def decide_job(
 ) -> None:
     """Move a job from `validating_files` to the queue, or fail it, once its files have been checked.
 
-    A server that lacks the contents leaves a job to the others: without an object store always, otherwise for a minute.
+    A server without the files' contents leaves the job to other servers: for a minute if there is an object store,
+    otherwise permanently.
 
     Raises:
         ContentMissingError, ContentStoreError: the contents of the files cannot be fetched now.
@@ -342,10 +343,11 @@ async def decide_job(
 
 
 def _is_own_turn(store: Store, files: ClientFiles, job: Job, ids: Iterable[str]) -> bool:
-    """Return whether this server decides a job: it has the contents, or no other server has decided it in time.
+    """Return whether this server decides a job, because it has the files' contents, or because no other server has
+    decided it in time.
 
     Raises:
-        InvalidRequestError: the content of a file has been lost.
+        InvalidRequestError: the contents of a file have been lost.
     """
     missing = next((id for id in ids if files.find(id) is None), None)
     if missing is None:
@@ -359,7 +361,7 @@ def _is_own_turn(store: Store, files: ClientFiles, job: Job, ids: Iterable[str])
 
 
 async def _contents(files: ClientFiles, ids: Mapping[str, str]) -> dict[str, str]:
-    """Return the paths of the contents of a job's files, by their keys in the recipe."""
+    """Return the paths of the contents of a job's files, keyed as in the recipe."""
     return {key: str(await files.content(id)) for key, id in ids.items()}
 
 
@@ -371,7 +373,7 @@ def require_enabled(settings: Settings) -> None:
     """Check that the fine-tuning API is on.
 
     Raises:
-        FineTuningDisabledError: it is off.
+        FineTuningDisabledError: the API is off.
     """
     if not settings.fine_tuning.bases:
         raise FineTuningDisabledError(
@@ -401,7 +403,7 @@ def _existing(base: str, model: str, param: str) -> str:
 
 
 def _find_version(store: Store, model: str, client: Client) -> VersionId | None:
-    """Return the version that a client names, or None if there is none that it may use."""
+    """Return the version that a client names, or None if there is no such version that the client may use."""
     if model.startswith("ft:"):
         return find_trained(store, model, client.visible_owner) if _MODEL.fullmatch(model) else None
     try:
@@ -450,10 +452,10 @@ def _require_valid(file: ClientFile, param: str) -> None:
 async def _run_check(
     check: CheckTraining, request: JobRequest, recipe: dict[str, Any], settings: Settings, timeout_s: float
 ) -> TrainingCheck:
-    """Check a recipe. The messages of errors are for clients, and contain no paths of the machine.
+    """Check a recipe. Error messages are shown to clients, so they contain no paths on this machine.
 
     Raises:
-        UnusableDataError, InvalidRequestError: the training cannot work.
+        UnusableDataError, InvalidRequestError: the recipe cannot be trained.
         CheckTimeoutError: the check took too long.
     """
     try:

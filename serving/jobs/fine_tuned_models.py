@@ -1,8 +1,8 @@
-"""Finds the fine-tuned models that requests name, and the engines that answer for them.
+"""Finds the fine-tuned models named in requests, and the engines that serve them.
 
-A model is usable as soon as its job has succeeded, without being promoted. An engine of any
-model that applies adapters to the same base answers for it. If there is none, an engine is started for the model. Only
-the owner of the job may use the model, so all others get the answer for an unknown name.
+A model is usable as soon as its job has succeeded, without being promoted. It is served by any engine that applies
+adapters to the same base. If there is no such engine, one is started for the model. Only the owner of the job may use
+the model; all other clients get the error for an unknown name.
 """
 
 import asyncio
@@ -39,7 +39,7 @@ _MAX_KNOWN = 10_000
 
 
 class ModelNotLoadedError(EngineUnavailableError):
-    """Raised when no engine can answer for a fine-tuned model."""
+    """Raised when no engine can serve a fine-tuned model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Loader:
     Attributes:
         targets: function that returns a version in each format in which it can be served, preferred first.
         load: see `serving.deployments.Deployments.load`.
-        patience_s: longest time that a request waits, in seconds.
+        patience_s: maximum time that a request waits, in seconds.
         max_waiting: maximum number of requests that wait.
     """
 
@@ -70,7 +70,7 @@ class FineTunedModels:
 
     Args:
         organization: the owner of these models in OpenAI's API.
-        loader: starts an engine for a model that no engine can answer for; None if no engines are started.
+        loader: starts an engine for a model that no running engine can serve; None if no engines are started.
         clock: function that returns monotonic time, in seconds.
 
     Attributes:
@@ -96,14 +96,15 @@ class FineTunedModels:
         self._known: dict[str, _Known] = {}
 
     async def find(self, model: str, principal: Principal | None) -> Destination | None:
-        """Return the backend for a request, or None if the router finds it, because no job has trained the model.
+        """Return the backend for a request, or None if no job has trained the model, so that the router must find the
+        backend.
 
         Args:
             model: model name as sent by the client, which begins with one of `PREFIXES`.
 
         Raises:
             ModelNotFoundError: there is no such model, or the key may not use it.
-            ModelNotLoadedError: no engine can answer for the model now.
+            ModelNotLoadedError: no engine can serve the model now.
         """
         found = await self.find_model(model, principal)
         return None if found is None else await self._place(found)
@@ -144,7 +145,7 @@ class FineTunedModels:
             self._known.pop(name, None)
 
     def _was_of_a_job(self, model: str) -> bool:
-        """Return whether an unknown name is that of a version whose model was deleted by the owner of its job."""
+        """Return whether an unknown name belongs to a version whose fine-tuned model was deleted by its owner."""
         name, at, number = model.partition("@")
         backend = self._router.backend(name)
         return bool(at and number.isdecimal() and backend and backend.names.owners)
@@ -176,8 +177,8 @@ class FineTunedModels:
         return Destination(backend, str(model.version), version=model.version)
 
     async def _loaded(self, loader: Loader, model: FineTunedModel) -> None:
-        """Wait until an engine has been started for a model. It is started once for all requests, and continues to
-        start when they no longer wait.
+        """Wait until an engine has been started for a model. All requests share one start, which continues even if none
+        of them waits any longer.
         """
         task = self._loading.get(model.version)
         if task is None:

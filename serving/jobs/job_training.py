@@ -1,11 +1,11 @@
-"""The training of one fine-tuning job that this machine's worker has taken, from its start to its end.
+"""Trains one fine-tuning job that this machine's worker has taken, from its start to its end.
 
     does its process still run? ── no ──▶ start `svc train RECIPE --progress FILE`
                │ yes                                        │
                └────────────▶ follow the file ◀─────────────┘ ──▶ how it ended ──▶ release, fail, succeed
 
-Every step may be repeated after a crash of the server: a training that has ended starts again, finds its stages
-complete, and ends in the same way.
+Every step may be repeated after a crash of the server: a finished training command is started again, finds its stages
+complete, and ends with the same result.
 """
 
 import asyncio
@@ -98,12 +98,12 @@ class Pace:
     """Intervals and timeouts of a worker, in seconds.
 
     Attributes:
-        poll_s: between two reads of the progress, and of what the job's owner wants.
-        report_s: between two reports to the store without news.
+        poll_s: between two reads of the progress file and of the owner's requests.
+        report_s: between two reports to the store when there is nothing new.
         event_s: between two events with metrics.
-        retry_s: before a job that had to wait is tried again.
-        pause_s: time for a checkpoint after a job was paused; then the training is killed.
-        stop_s: time for a checkpoint when the server stops.
+        retry_s: before another attempt at a job that had to wait.
+        pause_s: time to write a checkpoint after a job is paused; after that, the training is killed.
+        stop_s: time to write a checkpoint when the server stops.
     """
 
     poll_s: float = 1.0
@@ -121,7 +121,7 @@ class TrainingOptions:
     Attributes:
         worker: id of the worker.
         environment: environment variables of the command.
-        wait: function that makes the worker try a job again later.
+        wait: function that makes the worker try the job again later.
     """
 
     store: Store
@@ -135,13 +135,13 @@ class TrainingOptions:
 
 
 class JobTraining:
-    """The training of a job that this worker has taken.
+    """Trains a job that this worker has taken.
 
     Args:
         folder: the job's folder.
 
     Attributes:
-        job: the job, as it was taken.
+        job: the job, as of when it was taken.
     """
 
     def __init__(self, job: Job, folder: Path, options: TrainingOptions) -> None:
@@ -159,7 +159,7 @@ class JobTraining:
         self._reported_at = self._announced_at = float("-inf")
 
     async def run(self) -> None:
-        """Train the job until it ends, or its owner cancels or pauses it. It may be called again after an error.
+        """Train the job until it ends, or its owner cancels or pauses it. This may be called again after an error.
 
         Raises:
             JobLostError: another worker has taken the job.
@@ -202,7 +202,7 @@ class JobTraining:
             log_store_error(log, "the job %s could not be returned to the queue; this server resumes it", self.job.id)
 
     async def _begin(self) -> bool:
-        """Start the training unless it runs, and return whether to follow it."""
+        """Start the training unless it is already running, and return whether to follow it."""
         adopted = self._process is not None
         self._note(await asyncio.to_thread(self._reader.read), replayed=True, adopted=adopted)
         if adopted:
@@ -233,8 +233,8 @@ class JobTraining:
         return True
 
     async def _data(self) -> dict[str, str] | None:
-        """Return the paths of the job's files on this machine by their keys in the recipe, after fetching the contents
-        that it lacks; None if the job cannot be trained here now, or has ended.
+        """Return the paths of the job's files on this machine, keyed as in the recipe, after fetching missing contents.
+        Return None if the job cannot be trained here now, or has ended.
         """
         ids = file_keys(self.job.training_file, self.job.validation_file)
         try:
@@ -249,7 +249,9 @@ class JobTraining:
         return None
 
     async def _content(self, id: str) -> Path:
-        """Return the path of a file's content. While it is fetched, the job stays this worker's."""
+        """Return the path of a file's contents. While they are fetched, the worker keeps reporting, so that it does not
+        lose the job.
+        """
         fetching = asyncio.create_task(self._options.files.content(id))
         try:
             while not (await asyncio.wait([fetching], timeout=self._options.pace.report_s))[0]:
@@ -267,10 +269,10 @@ class JobTraining:
         return TrainingProcess.start(self._folder, command, environment)
 
     async def _follow(self) -> None:
-        """Report the progress, and read what the job's owner wants.
+        """Report the progress, and read the owner's requests.
 
-        A store that does not respond does not stop the training. Once it responds again, it says whether the job still
-        belongs to this worker.
+        The training continues while the store does not respond. Once the store responds again, it shows whether the job
+        still belongs to this worker.
         """
         try:
             self._note(await asyncio.to_thread(self._reader.read))
@@ -303,11 +305,11 @@ class JobTraining:
         )
 
     def _note(self, records: Sequence[ProgressRecord], *, replayed: bool = False, adopted: bool = False) -> None:
-        """Remember what the training has written.
+        """Process new progress records from the training.
 
         Args:
-            replayed: whether an earlier server or attempt may have noted the records.
-            adopted: whether the process that wrote them still runs.
+            replayed: whether an earlier server or attempt may already have processed the records.
+            adopted: whether the process that wrote them is still running.
         """
         self._steps.add(records)
         for record in records:
@@ -320,7 +322,7 @@ class JobTraining:
                     self._version = VersionId.parse(record.version)
 
     async def _obey(self) -> bool:
-        """Do what the job's owner wants, and return whether this has ended the training."""
+        """Carry out the owner's request, and return whether this has ended the training."""
         assert self._process is not None  # noqa: S101 - the caller has started it
         if self._wanted is Wanted.CANCEL:
             await asyncio.to_thread(self._process.kill)
@@ -409,7 +411,8 @@ class JobTraining:
     async def _end(self, function: Callable[..., None], **values: Any) -> None:
         """Record the end of the job, then delete the adapters of its epochs.
 
-        In this order, because after a crash the checkpoints are registered again as long as the job has not ended.
+        The order matters: if the server crashes before the job has ended, its checkpoints are registered again, from
+        these adapters.
         """
 
         def end() -> None:  # in one thread, because the server may stop at any time
@@ -425,7 +428,9 @@ class JobTraining:
 
 
 def remove_epochs(folder: Path) -> None:
-    """Delete the adapters of a job's epochs. Those that are checkpoints of the job are versions of the registry."""
+    """Delete the adapters saved at the ends of a job's epochs. The job's checkpoints are not affected, because they are
+    versions in the registry.
+    """
     shutil.rmtree(folder / EPOCHS_FOLDER, ignore_errors=True)
 
 

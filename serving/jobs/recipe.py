@@ -1,7 +1,7 @@
 """Turns a client's request into the recipe that `svc train` runs.
 
-A client chooses values of a recipe, never what the server reads or runs: paths, addresses and code are not among the
-keys below, and their values are numbers, true or false, or short words.
+A client can set values in a recipe, but never paths, addresses or code that the server would read or run. The keys
+below have only numbers, booleans or short words as values.
 """
 
 import hashlib
@@ -143,7 +143,7 @@ def check_conflicts(request: JobRequest) -> None:
     """Check that a request sets no value twice.
 
     Raises:
-        InvalidRequestError: it does.
+        InvalidRequestError: a value is set twice.
     """
     if request.method is not None and request.hyperparameters is not None:
         raise InvalidRequestError(
@@ -179,12 +179,12 @@ def registered_name(owner: str, suffix: str) -> str:
 
 
 def suffix_of(name: str, owner: str) -> str:
-    """Return the suffix of a name from `registered_name`; of another name, the name itself."""
+    """Return the suffix in a name that `registered_name` made, or any other name unchanged."""
     return name.removeprefix(f"{_PREFIX}{owner or _NO_OWNER}-")
 
 
 def make_recipe(request: JobRequest, name: str, sources: Sources) -> dict[str, Any]:
-    """Return the recipe for a request, without the values that depend on the examples: see `complete`."""
+    """Return the recipe for a request, without the values that depend on the examples; see `complete`."""
     values = request.values
     # Without GPTQ, whose gate would fail a job for a format that its owner has not asked for.
     recipe: dict[str, Any] = {"name": name, "base": sources.base, "formats": ["merged"]}
@@ -207,11 +207,11 @@ def make_recipe(request: JobRequest, name: str, sources: Sources) -> dict[str, A
 def complete(
     request: JobRequest, recipe: Mapping[str, Any], check: TrainingCheck
 ) -> tuple[JobRequest, dict[str, Any], float]:
-    """Return a request and its recipe with a value for each hyperparameter that is `auto`, and the expected duration
-    of the training in seconds.
+    """Replace each hyperparameter that is `auto` by a value. Return the request, its recipe and the expected duration
+    of the training, in seconds.
 
     Args:
-        check: the check of this recipe, which has one epoch.
+        check: the check of this recipe, which was made with one epoch.
     """
     values, train = request.values, dict(recipe["train"])
     epochs = values.n_epochs or default_epochs(check.examples)
@@ -239,12 +239,13 @@ def default_epochs(examples: int) -> int:
 
 
 def file_keys(training_file: str, validation_file: str | None) -> dict[str, str]:
-    """Return the ids of a job's files by the keys of their paths in the section `data` of its recipe."""
+    """Return the ids of a job's files, keyed by the keys of their paths in the section `data` of its recipe."""
     return {"train": training_file} | ({"heldout": validation_file} if validation_file is not None else {})
 
 
 def recipe_with_data(recipe: Mapping[str, Any], paths: Mapping[str, str]) -> dict[str, Any]:
-    """Return a job's recipe with its files on this machine. The home of another machine may have another path.
+    """Return a job's recipe with its files' paths on this machine, because the home may have a different path on each
+    machine.
 
     Args:
         paths: paths of the files, by their keys in the section `data`.
@@ -258,7 +259,7 @@ def recipe_text(recipe: Mapping[str, Any]) -> str:
 
 
 def training_variables(request: JobRequest) -> dict[str, str]:
-    """Return the environment variables with the project, entity and tags that a job names for Weights & Biases."""
+    """Return the environment variables with a job's project, entity and tags for Weights & Biases."""
     if not request.integrations:
         return {}
     wandb = request.integrations[0].wandb

@@ -1,6 +1,7 @@
 """The request that creates a fine-tuning job, in the form of OpenAI's client.
 
-Unknown fields are rejected. `recipe` is the only field that OpenAI's API lacks; clients send it through `extra_body`.
+Unknown fields are rejected. `recipe` is the only field that is not in OpenAI's API; clients send it through
+`extra_body`.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Results of fine-tuning jobs: the model's name for clients, the file with the metrics of its training, and the
 checkpoints of its last epochs.
 
-Every function may be called again after a crash, and then returns the same result.
+Every function may be called again after a crash and then returns the same result.
 """
 
 import csv
@@ -44,7 +44,7 @@ PROGRESS_FILE = "progress"
 
 
 class JobResults:
-    """Makes the results of jobs.
+    """Creates the results of jobs.
 
     Args:
         folder: folder that contains a folder for each job.
@@ -62,7 +62,7 @@ class JobResults:
         """Write a job's result file, register its checkpoints, and return its result.
 
         Args:
-            version: the version that the job has registered.
+            version: the version that was registered for the job.
 
         Raises:
             OSError: the disk is full.
@@ -120,7 +120,7 @@ class JobResults:
 
 
 def checkpoint_metrics(step: int, records: Iterable[ProgressRecord]) -> dict[str, float | None]:
-    """Return the metrics of a step under OpenAI's names. The held-out loss is always that of all held-out examples."""
+    """Return a step's metrics under OpenAI's names. The held-out loss is always measured on all held-out examples."""
     trained = heldout = None
     for record in records:
         if isinstance(record, StepDone) and record.step == step:
@@ -140,7 +140,9 @@ def checkpoint_metrics(step: int, records: Iterable[ProgressRecord]) -> dict[str
 
 
 def metrics_csv(records: Iterable[ProgressRecord]) -> str:
-    """Return the metrics of a training as CSV, with a line for each step. The last record of a step counts."""
+    """Return the metrics of a training run as CSV, with a line for each step. If a step has several records, the last
+    one is used.
+    """
     steps, heldout = dict[int, StepDone](), dict[int, HeldoutLoss]()
     for record in records:
         if isinstance(record, StepDone):
@@ -163,7 +165,7 @@ def _cells(record: StepDone | HeldoutLoss | None) -> tuple[str, str]:
 
 
 def _checkpoint_manifest(published: Manifest, version: VersionId, root: Path) -> Manifest:
-    """Return the manifest of a checkpoint: that of the job's version, without what was measured on that version."""
+    """Return the manifest of a checkpoint, which is that of the job's version without its measurements."""
     adapter = FormatRecord(files=record_files(root, root / Format.ADAPTER))
     return published.model_copy(
         update={

@@ -16,7 +16,7 @@ class StepEvents:
     """Chooses the steps of a job that become events.
 
     Args:
-        reported: what has been reported before.
+        reported: summary of the steps that were reported before.
     """
 
     def __init__(self, reported: Reported) -> None:
@@ -26,7 +26,7 @@ class StepEvents:
         self._total = 0
 
     def add(self, records: Iterable[ProgressRecord]) -> None:
-        """Add what the training has written since the last call."""
+        """Add the records that the training has written since the last call."""
         for record in records:
             if isinstance(record, StepDone):
                 self._steps[record.step], self._total = record, record.steps

@@ -1,4 +1,4 @@
-"""Checks a recipe with `svc estimate`, in its own process: the server cannot import the trainer.
+"""Checks a recipe with `svc estimate` in a separate process, because the server must not import the trainer.
 
 The command reads the recipe, the examples and the base's config, but no weights.
 """
@@ -36,7 +36,7 @@ class CheckTimeoutError(SvcError):
 
 
 class CheckFailedError(SvcError):
-    """Raised when a check fails for a reason that is not the client's."""
+    """Raised when a check fails for a reason that the client did not cause."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ async def check_training(recipe: str, settings: Settings, *, timeout_s: float) -
 
 
 def command_environment(settings: Settings) -> dict[str, str]:
-    """Return the environment in which a command of training has the settings of this process, wherever they came from.
+    """Return the environment for a training command. It contains the settings of this process, wherever they came from.
 
     The password of the store is not passed on, because training does not use the store.
     """

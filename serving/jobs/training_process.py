@@ -1,8 +1,9 @@
 """The process that trains a fine-tuning job: `svc train` in its own session, so that it outlives the server.
 
-A job's folder contains a record of its process, with which a later server finds it. All descendants of the process are
-marked in their environment, so that they are found even if their parents have died. Engines overwrite their environment
-with their title, so they are noted while the process runs. This module does not know jobs or the store.
+A job's folder contains a record of its process, by which a later server finds the process. All descendants of the
+process have a marker in their environment, so that they can be found even if their parents have died. Engines overwrite
+the marker when they set their process title, so their ids are recorded while the process runs. This module does not
+know jobs or the store.
 """
 
 import json
@@ -38,10 +39,10 @@ class _Record:
 
 
 class TrainingProcess:
-    """A training process that this server has started or found.
+    """A training process that this server started or found.
 
     Args:
-        child: the process, if this server has started it.
+        child: the child process, if this server started it.
     """
 
     def __init__(self, folder: Path, pid: int, child: subprocess.Popen[bytes] | None) -> None:
@@ -79,13 +80,13 @@ class TrainingProcess:
 
     @classmethod
     def find(cls, folder: Path) -> "TrainingProcess | None":
-        """Return the process that an earlier server has started in a folder, or None if it does not run."""
+        """Return the running process that an earlier server started in a folder, or None if there is none."""
         record = _read_record(folder)
         return cls(folder, record.pid, None) if record is not None and _is_alive(record) else None
 
     @property
     def running(self) -> bool:
-        """Whether the process has not exited."""
+        """Whether the process is still running."""
         if self._child is not None:
             return self._child.poll() is None
         return TrainingProcess.find(self._folder) is not None
@@ -109,7 +110,7 @@ class TrainingProcess:
                     self._noted[child.pid] = start_of(child.pid)
 
     def kill(self) -> None:
-        """Kill the process and all its descendants, also orphaned ones, and wait until they have exited."""
+        """Kill the process and all its descendants, including orphaned ones, and wait until they have exited."""
         end_processes(self._folder, self._noted)
         if self._child is not None:
             self._child.wait()
@@ -118,7 +119,7 @@ class TrainingProcess:
 def end_processes(folder: Path, noted: Mapping[int, tuple[str, int]] | None = None) -> None:
     """Kill all processes of a folder, and wait until they have exited.
 
-    They are searched again until none is left, because a process may create another one before it is killed.
+    The search is repeated until no process is left, because a process may create another one before it is killed.
 
     Args:
         noted: start times of other processes of the folder, as `start_of` returns them, by process id.
@@ -135,8 +136,8 @@ def end_processes(folder: Path, noted: Mapping[int, tuple[str, int]] | None = No
 
 
 def _processes(folder: Path, sessions: set[int], noted: Mapping[int, tuple[str, int]]) -> Iterator[psutil.Process]:
-    """Yield the processes that belong to a folder: those that are marked or noted, those in its sessions, and all
-    descendants of these. The sessions that they lead are added to `sessions`.
+    """Yield the processes that belong to a folder: those that are marked or noted, those in its sessions, and all of
+    their descendants. Sessions led by these processes are added to `sessions`.
     """
     mark, own = str(folder.resolve()), dict[int, psutil.Process]()
     everyone = [process for process in psutil.process_iter() if process.pid != os.getpid()]
@@ -172,7 +173,7 @@ def _is_alive(record: _Record) -> bool:
 
 
 def _is_reused(record: _Record) -> bool:
-    """Return whether the id of a process now belongs to another one, or did so before a reboot."""
+    """Return whether the id of a process now belongs to another process, or the id is from before a reboot."""
     with suppress(psutil.NoSuchProcess):
         return start_of(record.pid) != (record.boot, record.ticks)
     return start_of(os.getpid())[0] != record.boot

@@ -1,7 +1,8 @@
 """The worker of a machine: takes fine-tuning jobs from the queue, and trains them one at a time.
 
-A training is `svc train` in its own process, so it survives a crash of the server, and the server survives its crash. A
-worker that starts takes the job that it has not ended first, and finds the process that an earlier server has left.
+Each job is trained by `svc train` in a separate process, so that a crash of the server does not affect the training,
+and the other way round. A worker that starts first takes its unfinished job, and finds the process that an earlier
+server left running.
 """
 
 import asyncio
@@ -68,8 +69,8 @@ class JobWorker:
 
     Args:
         changes: changes in the store, for which this waits while the queue is empty.
-        complete: makes the result of a job that has succeeded, in a thread.
-        command: returns the command that trains a recipe.
+        complete: function, called in a thread, that creates the result of a job that has succeeded.
+        command: function that returns the command that trains a recipe.
 
     Attributes:
         id: id of the worker on this machine, which is the same after a restart.
@@ -113,7 +114,7 @@ class JobWorker:
     async def run(self) -> None:
         """Train jobs until cancelled. The training is then interrupted, and its job returns to the queue.
 
-        A training that an earlier server has left is continued.
+        Training that an earlier server left running is continued.
         """
         await asyncio.to_thread(self._end_foreign)
         while True:
@@ -132,7 +133,7 @@ class JobWorker:
             return None
 
     async def _train(self, job: Job) -> None:
-        """Train a job. If the store or the disk fails, the job remains this worker's, and is taken again."""
+        """Train a job. If the store or the disk fails, the worker keeps the job and takes it again later."""
         training = self._interrupted
         if training is None or training.job.id != job.id:
             training = JobTraining(job, self._folder / job.id, self._options)

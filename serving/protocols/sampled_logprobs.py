@@ -1,4 +1,4 @@
-"""Log-probabilities of the tokens that an engine samples: ask for them in a request, and read them from the answer.
+"""Requests log-probabilities of the tokens that an engine samples, and reads them from the answer.
 
 Only chat completions and completions are supported. The prompt is never scored, because that can crash an engine with
 adapters.
@@ -21,7 +21,7 @@ _WITHOUT_LOGPROBS = ("echo", "use_beam_search")
 def with_logprobs(route: Route, members: bytes) -> bytes:
     """Return a request that also asks for the log-probabilities of its sampled tokens, without alternatives.
 
-    A request that already asks for them, or that cannot, is returned unchanged.
+    A request that already asks for them, or that cannot ask for them, is returned unchanged.
 
     Args:
         members: JSON object for the engine, see `serving.protocols.request.CompletionRequest`.
@@ -41,7 +41,8 @@ def with_logprobs(route: Route, members: bytes) -> bytes:
 
 
 def mean_logprob(parts: Iterable[bytes]) -> float | None:
-    """Return the mean log-probability of an answer's sampled tokens, in nats per token, or None if there is none.
+    """Return the mean log-probability of an answer's sampled tokens, in nats per token, or None if the answer contains
+    none.
 
     Args:
         parts: the body, or the events of a stream. The tokens of all choices are counted.

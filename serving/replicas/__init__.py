@@ -1,1 +1,1 @@
-"""Manage the engines behind a model name: connect to them, supervise them, verify every load and pool them."""
+"""Manages the engines behind a model name: connects to them, supervises them, verifies every load and pools them."""

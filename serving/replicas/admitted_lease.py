@@ -1,7 +1,7 @@
-"""Lease an admission slot and an engine for one request, after loading the request's adapter.
+"""Leases an admission slot and an engine for one request, after loading the request's adapter.
 
-If a request held its slot while waiting for an adapter, it would keep other requests from an idle engine.
-This module knows nothing of HTTP.
+If a request held its slot while waiting for an adapter, it would keep other requests from an idle engine. This module
+knows nothing about HTTP.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Choose an engine from the pool for a request, and look up the requested version's name in that engine.
+"""Chooses an engine from the pool for a request, and looks up the requested version's name in that engine.
 
 This module knows neither HTTP nor how engines start and stop.
 """

@@ -1,4 +1,4 @@
-"""Load and verify the adapters of one engine. `serving.replicas.adapter_cache` tracks which are loaded.
+"""Loads and verifies the adapters of one engine. `serving.replicas.adapter_cache` tracks which are loaded.
 
 Before a request may use an adapter, the adapter's files are compared with the version's manifest. The
 adapter is then loaded under a new name and verified with the version's probes.

@@ -1,4 +1,4 @@
-"""Detect that an engine has died: its process exited, its core is dead, or it fails its health checks.
+"""Detects that an engine has died: its process exited, its core is dead, or it fails its health checks.
 
 An engine that does not respond to health checks may just be busy: vLLM's API server answers all clients
 from one thread. Silence alone therefore does not mean death; the API server's CPU time shows whether it is

@@ -37,7 +37,7 @@ class EnginePool:
         make: function that returns a replica, given its number and a callback for its changes.
         slots: assigns engine numbers.
         size: number of members after `fill`.
-        most: number of running engines to adopt at most.
+        most: maximum number of running engines to adopt.
         members: engines that accept requests when they are ready.
         others: engines that may become members, or used to be.
         candidate: engine in `others` that runs the candidate of a rollout, or None if there is none.
@@ -174,7 +174,8 @@ class EnginePool:
         """Remove the member with the fewest requests, which stops after its last one.
 
         Returns:
-            Whether a member was removed. A member that is being started or changed is not, nor the only ready one.
+            Whether a member was removed. Members that are being started or changed are not removed, nor is the only
+            ready member.
         """
         ready = self.ready
         free = [member for member in self.members if not member.lock.locked()]

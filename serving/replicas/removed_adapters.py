@@ -1,4 +1,4 @@
-"""Evict adapters whose versions were removed from the registry.
+"""Evicts adapters whose versions were removed from the registry.
 
 Other processes remove versions without asking the server. The store only protects versions that it marks as
 needed, which excludes adapters loaded by requests for a version number. Running requests complete with the

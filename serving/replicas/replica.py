@@ -1,4 +1,4 @@
-"""Manage one engine: start it or adopt a running one, verify its weights, and detect its death.
+"""Manages one engine: starts it or adopts a running one, verifies its weights, and detects its death.
 
 The reconciler decides what to load and what to do when an engine dies, and the pool decides which engine
 gets a request.
@@ -333,7 +333,7 @@ class Replica:
         self.target = self.checked = None
 
     async def fetch(self, target: Target) -> None:
-        """Copy a version's files to the engine's machine, if that is another one, before the engine is reloaded.
+        """Copy a version's files to the engine's machine, if the engine runs on another one, before a reload.
 
         Raises:
             SvcError: the files could not be copied.

@@ -1,4 +1,4 @@
-"""Stop unneeded engines in the background, either after their last request or while they are starting."""
+"""Stops unneeded engines in the background, either after their last request or while they are starting."""
 
 import asyncio
 import logging
@@ -29,7 +29,7 @@ class Retirement:
 
     @property
     def under_way(self) -> bool:
-        """Whether any engines remain to be stopped."""
+        """Whether any engines still have to be stopped."""
         return bool(self._endings)
 
     def after_requests(self, engine: Replica) -> None:

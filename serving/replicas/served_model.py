@@ -1,4 +1,4 @@
-"""Determine the model that an engine is started with to serve a target, and the adapters it can apply."""
+"""Determines the model with which an engine is started to serve a target, and the adapters that it can apply."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Start and find the engines in a home directory by number, and check whether there is memory for more.
+"""Starts and finds the engines in a home directory by number, and checks whether there is memory for more.
 
 Engine numbers are unique across models, and an engine's folder and log are named after its number. The
 rest of the server reaches processes, a Ray cluster, the machine's memory and its device only through this module.
@@ -126,7 +126,7 @@ class EngineSlots:
     def shortage(self, engines: Mapping[Target, int]) -> str | None:
         """Return a message stating what is missing to start more engines, or None if there is enough.
 
-        On this machine that is memory, and in a Ray cluster the resources that an engine reserves.
+        On this machine, the limiting resource is memory; in a Ray cluster, it is the resources that an engine reserves.
 
         Args:
             engines: number of additional engines per target.

@@ -1,7 +1,7 @@
-"""Estimate a model's generation speed for a single answer from recently completed answers.
+"""Estimates a model's generation speed for a single answer from recently completed answers.
 
-The estimate is used for answers whose client disconnected, because the engine does not report how many
-tokens it generated for them. It is wrong by as much as such an answer's speed differs from the mean speed.
+The estimate is used for answers whose client disconnected, because the engine does not report how many tokens it
+generated for them. It is inaccurate to the extent that such an answer's speed differs from the mean speed.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Make a single call to the engine, raising its failures and rejections as typed errors.
+"""Makes a single call to the engine, and raises its failures and rejections as typed errors.
 
 This is the only module that relies on vLLM's error messages. An error message never decides whether an
 engine is considered alive.

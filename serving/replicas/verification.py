@@ -1,4 +1,4 @@
-"""Verify that the engine runs a version's weights: file hashes are checked, and probes after loading."""
+"""Verifies that the engine runs a version's weights, by checking file hashes and, after loading, probes."""
 
 import asyncio
 import logging
@@ -103,11 +103,11 @@ class Verification:
     async def probes(self, engine: Engine, target: Target, *, fresh: bool) -> Checked:
         """Check all probes on the engine concurrently, and return the result.
 
-        If this kind of engine has not run the version before, there are no probes to compare with. New probes are
-        then recorded, and every later load is compared with them. Two versions of the same base can differ by less
-        than two kinds of engine do, so a load that had no effect could pass. Probes are therefore recorded only on
-        engines that were started with the version's files. For the same reason, an engine that cannot be probed is
-        only accepted for the version it was started with.
+        If this kind of engine has not run the version before, there are no probes to compare with. New probes are then
+        recorded, and every later load is compared with them. Two versions of the same base can differ by less than two
+        kinds of engine do, so a load that had no effect could go unnoticed. Probes are therefore recorded only on
+        engines that were started with the version's files. For the same reason, an engine that cannot be probed is only
+        accepted for the version it was started with.
 
         Args:
             fresh: whether the engine was newly started with the version's files, rather than already running.

@@ -1,4 +1,4 @@
-"""Cancel a running swap when a different version is desired.
+"""Cancels a running swap when a different version is desired.
 
 The swap checks for cancellation wherever it can stop safely. Cancelling its task from outside could
 interrupt a reload, after which the engine's weights would be unknown.

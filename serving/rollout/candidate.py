@@ -1,4 +1,4 @@
-"""Load a rollout's candidate alongside the production version, either as an adapter or in a second engine."""
+"""Loads a rollout's candidate alongside the production version, either as an adapter or in a second engine."""
 
 import logging
 from collections.abc import AsyncIterator
@@ -45,8 +45,8 @@ class CandidatePlan:
 
     Attributes:
         swap: plan for a swap from the production version to the candidate.
-        shortage: why memory does not suffice for the second engine that the candidate needs; None if it does, or if the
-            candidate is an adapter in the engines of the production version.
+        shortage: why there is not enough memory for the second engine that the candidate needs; None if there is
+            enough, or if the candidate is an adapter in the engines of the production version.
     """
 
     swap: Plan
@@ -85,7 +85,7 @@ class CandidateLoader:
     async def loaded(
         self, plan: CandidatePlan, current: Target, target: Target, report: Report, cancellation: Cancellation
     ) -> AsyncIterator[LoadedCandidate]:
-        """Load and verify a candidate; it answers requests for `NAME@candidate` during the body.
+        """Load and verify a candidate, which answers requests for `NAME@candidate` during the `with` body.
 
         Afterwards its engine is stopped, unless a swap has made it an engine of the production version.
 

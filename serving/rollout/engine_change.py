@@ -1,4 +1,4 @@
-"""Change an engine's version in place or by replacing the engine, and restore the old version on failure.
+"""Changes an engine's version in place or by replacing the engine, and restores the old version on failure.
 
 In place: stop sending requests -> drain -> reload -> reset the prefix cache -> check the probes. If no
 other engine accepts requests, requests are queued during the change. Blue-green: start a second engine with
@@ -165,11 +165,12 @@ class EngineChange:
 
     @asynccontextmanager
     async def borrowed(self, change: SwapInProgress, engine: Replica) -> AsyncIterator[None]:
-        """Load `change.target` into the only engine for the body, while clients' requests are queued.
+        """Load `change.target` into the only engine for the duration of the `with` body, while clients' requests are
+        queued.
 
-        Afterwards, `change.current` is loaded and verified, or a new engine started with it; then requests are answered
-        again. `change.target` never answers a client's request, nor is it adopted by a later server. The caller holds
-        the engine, and has compared the files of `change.target`.
+        Afterwards, `change.current` is loaded and verified, or a new engine is started with it, before requests are
+        answered again. `change.target` never answers a client's request, and no later server adopts it. The caller must
+        hold the engine, and must have verified the files of `change.target`.
 
         Raises:
             SupersededError: cancellation was requested.
@@ -188,10 +189,10 @@ class EngineChange:
             await self._give_back(change, engine, SupersededError("the body has ended"))
 
     async def _give_back(self, change: SwapInProgress, engine: Replica, error: Exception) -> None:
-        """Restore the previous version in a borrowed engine, or in a new one after an error of the engine.
+        """Restore the previous version in a borrowed engine, or in a new engine if the borrowed one fails.
 
         Raises:
-            EngineError: the engine was fine, but had to be replaced.
+            EngineError: the engine had been fine, but had to be replaced.
         """
         weights = engine.weights
         with suppress(EngineError):  # then the load fails too, and the engine is replaced

@@ -1,4 +1,4 @@
-"""Judge a rollout by what the server stored about both versions' answers.
+"""Judges a rollout by the results that the server stored about both versions' answers.
 
 All evidence is read from the store, so a restarted server has the same evidence.
 """
@@ -43,16 +43,16 @@ _LABELS = {
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """The state of the evidence at one time.
+    """A snapshot of the evidence.
 
     Attributes:
         units: number of the candidate's users, conversations or requests that have been observed; in the shadow step,
             the number of compared requests.
-        is_passed: whether a loss beyond the margin is excluded for every signal with data. Bad ratings can end a
-            rollout, but are too rare to hold one.
+        is_passed: whether a loss beyond the margin is ruled out for every signal with data. Bad ratings can end a
+            rollout, but are too rare to make it wait.
         losses: text that names the proven losses; empty if none is proven.
         text: one line about all signals with data.
-        warning: text about what keeps the evidence from growing; empty if nothing does.
+        warning: text saying what prevents the evidence from growing; empty if nothing does.
         is_complete: whether all requests of the shadow step are in the figures.
     """
 
@@ -118,7 +118,7 @@ class _Clients:
         self._all = self._most = 0
 
     def add(self, unit: str | None) -> None:
-        """Count a request; None is a client of its own."""
+        """Count a request. A unit of None counts as a separate client."""
         self._all += 1
         if unit is not None:
             self._requests[unit] += 1
@@ -131,7 +131,9 @@ class _Clients:
 
 
 def _few_clients_text(name: str) -> str:
-    """Return the warning about one client that sends most requests. It has no figures, so that it is shown once."""
+    """Return the warning about one client that sends most requests. It contains no figures, so that its text never
+    changes and it is shown only once.
+    """
     return (
         "one user or conversation sends more than half of the requests; it counts as one observation, so other "
         "clients must decide this step. If it stands for many users, send `user` with each request; if its requests "
@@ -142,10 +144,11 @@ def _few_clients_text(name: str) -> str:
 class ShadowEvidence:
     """Compares both versions' answers to the same requests.
 
-    Times are shown, but decide nothing: copies run one or two at a time, and production's requests at any load.
+    Times are shown, but do not affect the outcome, because copies run one or two at a time, while production's requests
+    run at any load.
 
     Args:
-        wanted: returns the number of requests after which the step ends.
+        wanted: function that returns the number of requests after which the step ends.
     """
 
     def __init__(self, store: Store, record: RolloutRecord, wanted: Callable[[], int]) -> None:
@@ -178,7 +181,7 @@ class ShadowEvidence:
 
 
 def exclusions(look: Look) -> str:
-    """Return a text that says which losses beyond the margins are excluded, which are not, and which are unknown."""
+    """Return text that says which losses beyond the margins are ruled out, which are not, and which are unknown."""
     rows = {row.signal: row.outcome == GateOutcome.PASSED for row in look.signals}
     kinds = {"excluded": True, "not excluded": False, "not compared": None}
     labels = {kind: [_LABELS[each] for each in Signal if rows.get(each) is is_so] for kind, is_so in kinds.items()}
@@ -186,7 +189,9 @@ def exclusions(look: Look) -> str:
 
 
 def doubts(look: Look, min_units: int) -> str:
-    """Return why a candidate without a proven loss must not be promoted after a replay; empty if it may be."""
+    """Return the reasons why a candidate without a proven loss must not be promoted after a replay; empty if it may be
+    promoted.
+    """
     units = next((row.units for row in look.signals if row.signal == Signal.ERRORS), 0)
     if units < min_units:
         return f"only {units} users or conversations were compared; at least {min_units} are required: {look.text}"
@@ -216,10 +221,10 @@ def _replay_expectations(store: Store, record: RolloutRecord, kept: int) -> list
 
 
 def expectations(store: Store, record: RolloutRecord, kept: int | None = None) -> list[str]:
-    """Return texts that say, before a rollout starts, how long it will take and which losses it can prove.
+    """Return texts that say how long a rollout will take and which losses it can prove, for display before it starts.
 
     Args:
-        kept: number of stored requests, if they are replayed because memory holds one engine only.
+        kept: number of stored requests, if they are replayed because there is memory for only one engine.
     """
     plan, per_day = record.plan, requests_per_day(store, record.name)
     deadline = timedelta(seconds=plan.max_step_s)
@@ -370,7 +375,9 @@ def _pairs_text(pairs: list[ShadowPair]) -> str:
 
 
 def _logprobs_text(pairs: list[ShadowPair]) -> str:
-    """Return the mean log-probabilities of the requests for which both versions' are known; empty without any."""
+    """Return text with both versions' mean log-probabilities over the requests for which both are known; empty if there
+    are none.
+    """
     known = [
         (pair.candidate_logprob, pair.production_logprob)
         for pair in pairs

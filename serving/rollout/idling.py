@@ -1,4 +1,4 @@
-"""Stop a model's engines after a period without requests, and start an engine for the next request.
+"""Stops a model's engines after a period without requests, and starts an engine for the next request.
 
 The next request is queued rather than rejected. Idling frees memory and, with a GPU, the device, but a
 stopped engine starts as slowly as any other. An engine that can sleep does so instead of stopping: it keeps
@@ -185,8 +185,8 @@ class Idling:
             log.warning("could not free memory for %s; starting it nevertheless: %s", self.target(), error.wrong)
 
     async def _wanted(self) -> None:
-        """Wait until a request is queued, one of a batch waits, a rollout is in progress, or an engine was started for
-        another reason.
+        """Wait until a request is queued, a request of a batch is waiting, a rollout is in progress, or an engine was
+        started for another reason.
         """
         while not (self.pool.ready or self.rolling_out() or self.admission.batch_slots.wanted):
             with suppress(TimeoutError):

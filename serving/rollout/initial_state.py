@@ -1,4 +1,4 @@
-"""Choose the models and versions that a server starts with, and check whether versions may be served."""
+"""Chooses the models and versions with which a server starts, and checks whether versions may be served."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -26,17 +26,17 @@ def choose_deployments(
     every: bool = False,
     needed: bool = True,
 ) -> list[Desired]:
-    """Return a desired state for each model that a server starts with, and store which models these are.
+    """Return a desired state for each model with which a server starts, and store the set of models.
 
-    If other servers use the store, all of them serve the same models in the same versions. A server that starts changes
-    neither.
+    If other servers use the store, all of them serve the same models in the same versions, and a server that starts
+    changes neither.
 
     Args:
         models: models as passed to `choose_desired`. If empty, the models that were served last are used, or
             else the only registered model.
         format: format in which all named models are served.
         every: whether to choose every model that has ever been served.
-        needed: whether there must be a model. Otherwise, the models that were served last may be none.
+        needed: whether at least one model is required.
 
     Raises:
         NotFoundError, RefusedError: see `choose_desired`. Also raised if no model is given and there is not
@@ -131,8 +131,8 @@ def require_servable(registry: Registry, target: Target) -> None:
 
 
 def servable_targets(registry: Registry, version: VersionId) -> list[Target]:
-    """Return a version in each format in which it can be served. The adapter comes first, because others of the same
-    base can share its engine. Empty if the version does not exist.
+    """Return a version in each format in which it can be served. The adapter format comes first, because other adapters
+    of the same base can share its engine. Empty if the version does not exist.
     """
     targets = list[Target]()
     for format in (Format.ADAPTER, *SERVED_FORMATS):

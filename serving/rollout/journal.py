@@ -1,4 +1,4 @@
-"""Write swaps and served versions to the store in order, using a single background thread.
+"""Writes swaps and served versions to the store in order, using a single background thread.
 
 This way, neither the event loop nor a swap waits for the disk.
 """

@@ -1,4 +1,4 @@
-"""Keep MLflow's `production` alias pointing at the served version.
+"""Keeps MLflow's `production` alias pointing at the served version.
 
 This runs in its own task, because MLflow may be slow or down and must not delay an engine or a swap.
 """
@@ -21,7 +21,8 @@ class ProductionAlias:
     """Keeps the `production` alias of one model up to date in MLflow.
 
     Args:
-        leads: function that returns whether this server leads the model. Of several servers, only that one writes.
+        leads: function that returns whether this server leads the model. If there are several servers, only the leader
+            writes the alias.
     """
 
     def __init__(self, tracking: Tracking, leads: Callable[[], bool] = lambda: True) -> None:
@@ -47,7 +48,7 @@ class ProductionAlias:
 
     async def settled(self, timeout_s: float) -> bool:
         """Wait until MLflow has stored the alias. Return False if that takes longer than `timeout_s`, or immediately if
-        another server writes it.
+        another server is responsible for it.
         """
         if not self._leads():
             return False
@@ -82,5 +83,7 @@ class ProductionAlias:
 
 
 def _is_defect(error: Exception) -> bool:
-    """Return whether a traceback is of use. MLflow's have the URL of its server, in which there may be a password."""
+    """Return whether an error is a defect, whose traceback is worth logging. Tracebacks of MLflow's own errors contain
+    its server's URL, which may include a password.
+    """
     return not isinstance(error, SvcError)

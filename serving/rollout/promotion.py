@@ -1,4 +1,4 @@
-"""What a client requests in a promotion, and what results from it.
+"""The request for a promotion, and its result.
 
 This module does not import the gates, which only the server checks.
 """

@@ -1,4 +1,4 @@
-"""Reconcile the version that is served with the desired one.
+"""Reconciles the served version with the desired one.
 
 Engines are started, changed and stopped only by code called from here. There are two loops, which never
 change the same engine concurrently. One starts missing engines, with backoff after failures (`Reviver.run`). The
@@ -177,7 +177,8 @@ class Reconciler:
                 await self.changes.wait(count, _POLL_S)
 
     async def _changed(self) -> Desired | None:
-        """Return the desired state if it is not in effect yet. One whose swap failed is replaced by the served state.
+        """Return the desired state if it is not in effect yet. A desired state whose swap failed is replaced by the
+        served state.
 
         Raises nothing if the store does not respond: the state is read again later.
         """
@@ -294,8 +295,8 @@ class Reconciler:
     async def _restore(self, failed: Desired, before: Desired) -> None:
         """Make the version that is still served the desired one again, so that other servers return to it too.
 
-        If it failed on another server, this server serves it alone until another version is desired: the two servers
-        would otherwise reject each other's versions forever.
+        If the served version failed on another server, only this server serves it until another version is desired.
+        Otherwise, the two servers would reject each other's versions forever.
         """
         elsewhere = partial(failed_elsewhere, self.store, before.target, server=self.leadership.server)
         if await asyncio.to_thread(elsewhere):
@@ -335,9 +336,9 @@ class Reconciler:
     async def _correct_previous(self, before: Desired) -> None:
         """Correct the previous version recorded in the desired state.
 
-        A promotion that is requested during another promotion can only guess the previous version. A change to another
-        version that directly follows the served state names it, or returns to an earlier state after a failure. Only
-        one server corrects it, because servers may have served different versions.
+        A promotion that is requested during another promotion can only guess the previous version. If the change
+        directly follows the served state, the recorded version is already right, or the change returns to an earlier
+        state after a failure. Only one server makes the correction, because servers may have served different versions.
         """
         is_same = self.actual.target == before.target
         if not self.leadership.leads(before.name) or (not is_same and self.actual.generation == before.generation + 1):

@@ -1,7 +1,9 @@
-"""The shadow step of a rollout where memory holds one engine: stored requests instead of copies of live ones.
+"""The shadow step of a rollout if there is memory for only one engine: it uses stored requests instead of copies of
+live ones.
 
-While no client asks, the only engine is loaded with the candidate, which answers stored requests one at a time.
-Clients' requests are queued meanwhile. As soon as there is one, the production version is loaded again and answers it.
+While there are no requests from clients, the candidate is loaded into the only engine and answers stored requests one
+at a time. If a client sends a request meanwhile, the request is queued, and the production version is loaded again
+immediately to answer it.
 """
 
 import asyncio
@@ -61,11 +63,11 @@ class Kept:
     """The stored requests of a rollout.
 
     Attributes:
-        compared: number of comparisons that are stored already.
+        compared: number of comparisons that are already stored.
         rows: row ids of the requests that were not replayed when the rollout began or continued, newest first.
-        units: number of distinct users, conversations or single requests among those to be compared. It is counted
-            up to `MIN_UNITS`.
-        done: number of `rows` that were replayed or skipped since.
+        units: number of distinct users, conversations or single requests among the requests to be compared. Counting
+            stops at `MIN_UNITS`.
+        done: number of `rows` that have been replayed or skipped since then.
     """
 
     compared: int
@@ -80,10 +82,10 @@ class Kept:
 
 
 def find_kept(store: Store, record: RolloutRecord, split: Split) -> Kept:
-    """Return the production version's newest stored requests from before the rollout that were not replayed yet.
+    """Return the production version's newest stored requests from before the rollout that have not been replayed yet.
 
     Args:
-        split: says which requests belong to one user or conversation.
+        split: determines which requests belong to one user or conversation.
     """
     at, pairs = record.requested_at, read_shadow_pairs(store, record.id)
     rows = find_kept_requests(
@@ -127,7 +129,7 @@ def require_replay(
     load_s: float | None,
     queue_timeout_s: float,
 ) -> None:
-    """Check that stored requests can be replayed where memory does not suffice for a second engine.
+    """Check that stored requests can be replayed if there is no memory for a second engine.
 
     Args:
         engines: number of engines of the production version.
@@ -135,7 +137,7 @@ def require_replay(
         queue_timeout_s: longest time a request may be queued.
 
     Raises:
-        RefusedError: they cannot.
+        RefusedError: the requests cannot be replayed.
     """
     wrong = f"not enough memory to run {record.target} next to the production version: {plan.shortage}"
     others = "promote it without shadow and canary steps (--direct), or serve the model as adapters"
@@ -178,7 +180,7 @@ class Replay:
 
     Attributes:
         kept: the requests, as found by `find_kept`.
-        split: says which requests belong to one user, and whether answers should be JSON.
+        split: determines which requests belong to one user, and whether answers should be JSON.
         report: called with the text of each step.
     """
 
@@ -270,7 +272,7 @@ class Replay:
             log.exception("could not read a stored request or store its comparison; retrying")
 
     async def _add(self, pair: ShadowPair | None) -> None:
-        """Store a comparison. None stands for a request that cannot be replayed as it was."""
+        """Store a comparison, or note with None that a request cannot be replayed unchanged."""
         if pair is None:
             self._skipped += 1
         else:
@@ -282,8 +284,9 @@ class Replay:
         """Send a stored request to the candidate, and return the comparison.
 
         Returns:
-            None if the request was deleted, if its prompt has another length than it had, as without its tools, if
-            the answer is too large, or if the engine rejects it, which may be due to parameters that are not stored.
+            None if the request was deleted, if its prompt no longer has the original length (for example because its
+            tools are missing), if the answer is too large, or if the engine rejects the request, which may be due to
+            parameters that are not stored.
 
         Raises:
             EngineError: the engine died.
@@ -312,7 +315,7 @@ class Replay:
 def _copy(kept: RequestRecord, split: Split) -> Copy | None:
     """Return a stored request as it is sent to the engine, or None if it cannot be read.
 
-    It is streamed: an engine that answers slowly is then not taken for a silent one.
+    It is streamed, so that an engine that answers slowly is not mistaken for a silent one.
     """
     fields = {"temperature": kept.temperature, "max_tokens": kept.max_tokens}
     try:

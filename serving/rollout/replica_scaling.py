@@ -1,7 +1,7 @@
 """Lets the number of a model's replicas follow its load, within the limits of `engine.replicas`.
 
-A new replica is a pool member without an engine, which the reviver starts and verifies like any other. A removed one
-first answers its running requests. Nothing changes during a swap or a rollout, or while the model is idle.
+A new replica is a pool member without an engine, which the reviver starts and verifies like any other. A removed
+replica first answers its running requests. Nothing changes during a swap or a rollout, or while the model is idle.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ class ReplicaScaling:
         target: function that returns the version in production.
         changing: function that returns whether a swap or a rollout is in progress.
         clock: function that returns the time in seconds.
-        refused: why a replica that the load needs is not added, or None.
+        refused: why a replica that the load requires cannot be added, or None.
     """
 
     policy: ScalingPolicy
@@ -75,7 +75,7 @@ class ReplicaScaling:
             self._set_capacity()
 
     def status(self) -> Mapping[str, Any]:
-        """Return the limits and the present number of replicas as JSON values."""
+        """Return the limits and the current number of replicas as JSON values."""
         limits = {"min": self.policy.least, "max": self.policy.most}
         return {**limits, "replicas": self.pool.size, "refused": self.refused}
 

@@ -1,4 +1,4 @@
-"""Start engines for pool members that have none, because their engine died or was never started.
+"""Starts engines for pool members that have none, because their engine died or was never started.
 
 Engines that are being changed are skipped.
 """

@@ -4,12 +4,13 @@
                     └──────────┴────────────┴─────────────┴──▶ rolled back, undecided, cancelled or failed
 
 Each state is stored before it takes effect, so that a server that was killed continues where it stopped. The production
-version stays loaded until the end: a rollback only changes where requests are sent. Where memory holds one engine only,
-stored requests are replayed instead of both steps, see serving.rollout.replay.
+version stays loaded until the end: a rollback only changes where requests are sent. If there is memory for only one
+engine, both steps are replaced by a replay of stored requests; see serving.rollout.replay.
 
-If several servers serve the model, one leads: the server that holds the model's lease. It alone compares both versions
-and changes the stored state. The others follow: they load the candidate and send it the same clients, so that the
-requests of all servers are evidence. If the lease moves, the next server continues with its loaded candidate.
+If several servers serve the model, the server that holds the model's lease leads. Only the leader compares both
+versions and changes the stored state. The other servers follow: they load the candidate and send it the same clients,
+so that the requests of all servers count as evidence. If another server takes the lease, it continues with its own
+loaded candidate.
 """
 
 import asyncio
@@ -98,7 +99,7 @@ class Rollouts:
 
     Attributes:
         changes: changes in the store, for which this waits.
-        leadership: says whether this server leads the model's rollouts.
+        leadership: tells whether this server leads the model's rollouts.
         report: function called with the rollout's id and a description of each step.
         split: function that sets how the model's requests are split between two versions. None sends them all
             to production.
@@ -124,11 +125,11 @@ class Rollouts:
 
     @property
     def leads(self) -> bool:
-        """Whether this server decides the model's rollouts. One of the servers that use the store does."""
+        """Whether this server leads the model's rollouts. Exactly one of the servers that use the store does."""
         return self.leadership.leads(self.names.name)
 
     def takes_part(self, record: RolloutRecord, generation: int) -> bool:
-        """Return whether this server must carry out a rollout now, or else only serve the desired version.
+        """Return whether this server must carry out a rollout now. Otherwise, it only has to serve the desired version.
 
         Args:
             generation: generation of the desired state that this server serves.
@@ -156,7 +157,8 @@ class Rollouts:
         self.metrics.rollout_ended(outcome)
 
     async def carry_out(self, record: RolloutRecord, change_to: ChangeTo) -> None:
-        """Take part in a rollout from its stored state until it has ended or this server has nothing left to do for it.
+        """Take part in a rollout, starting from its stored state, until it ends or this server has nothing left to do
+        for it.
 
         The server that leads the rollout stores the outcome.
 
@@ -173,8 +175,8 @@ class Rollouts:
 class _Run:
     """One server's part in a rollout, which it leads or follows. The role can change.
 
-    Both roles load the candidate and send it the same clients. Only the server that leads compares both versions, and
-    changes the rollout's stored state.
+    In both roles, the server loads the candidate and sends it the same clients. Only the leader compares both versions
+    and changes the rollout's stored state.
     """
 
     def __init__(self, rollouts: Rollouts, record: RolloutRecord, change_to: ChangeTo) -> None:
@@ -197,7 +199,7 @@ class _Run:
         self._split = Split(record.id, 0.0, by_request=record.plan.unit is UnitKind.REQUEST)
 
     async def run(self) -> None:
-        """Lead or follow the rollout until it has ended or this server has nothing left to do for it."""
+        """Lead or follow the rollout until it ends or this server has nothing left to do for it."""
         watching = asyncio.create_task(self._watch.run())
         try:
             over = False
@@ -239,7 +241,7 @@ class _Run:
         return False
 
     async def _follow(self) -> None:
-        """Send the candidate the same clients as the server that leads, until this server must do something else.
+        """Send the candidate the same clients as the leader does, until this server must do something else.
 
         If the candidate cannot be loaded or its engine dies, production answers all clients of this server.
 
@@ -266,7 +268,7 @@ class _Run:
 
     @property
     def _must_act(self) -> bool:
-        """Whether a server that follows must now lead, or swap to the candidate."""
+        """Whether a follower must now lead, or swap to the candidate."""
         return self._parts.leads or self._watch.seen.state is RolloutState.SWITCHING
 
     async def _load_to_follow(self, report: Callable[[str], None]) -> LoadedCandidate:
@@ -354,7 +356,7 @@ class _Run:
         return plan
 
     async def _load(self, plan: CandidatePlan, report: Callable[[str], None]) -> LoadedCandidate:
-        """Load the candidate until `_unload`, and return it."""
+        """Load the candidate and return it. It stays loaded until `_unload` is called."""
         record, loader = self._record, self._parts.loader
         loading = loader.loaded(plan, record.previous, record.target, report, self._cancellation)
         self._candidate = await self._loaded.enter_async_context(loading)
@@ -367,10 +369,10 @@ class _Run:
         await self._loaded.aclose()
 
     async def _find_kept(self, plan: CandidatePlan) -> Kept | None:
-        """Return the stored requests to replay if memory holds one engine only, else None.
+        """Return the stored requests to replay if there is memory for only one engine, else None.
 
         Raises:
-            RefusedError: they cannot be replayed.
+            RefusedError: the requests cannot be replayed.
         """
         if not plan.shortage:
             return None
@@ -478,7 +480,7 @@ class _Run:
         """Look at the evidence until the step is done.
 
         Args:
-            check: raises an error if the step cannot go on.
+            check: function that raises an error if the step cannot continue.
 
         Raises:
             LeaseLostError: another server leads the rollout now.
@@ -551,8 +553,8 @@ class _Run:
             raise StoppedError(outcome, result.reason or "the swap did not succeed")
 
     async def _await_others(self) -> None:
-        """Wait until the other servers have swapped to the candidate too. If one fails, all return to the previous
-        version.
+        """Wait until the other servers have swapped to the candidate too. If the swap fails on one of them, all servers
+        return to the previous version.
 
         Raises:
             LeaseLostError: another server leads the rollout now.
@@ -582,7 +584,7 @@ class _Run:
         """Wait until an engine with the production version is ready.
 
         Raises:
-            EngineError: none was ready within the longest duration of a step.
+            EngineError: no engine was ready within the maximum duration of a step.
             SupersededError: a user stopped the rollout.
         """
         while not self._parts.pool.ready:
@@ -605,7 +607,7 @@ class _Run:
         """Check that this server has led the rollout without interruption.
 
         Raises:
-            LeaseLostError: it does not lead it, or another server may have led it meanwhile.
+            LeaseLostError: this server does not lead the rollout, or another server may have led it in the meantime.
         """
         leadership = self._parts.leadership
         if self._watch.lapsed or leadership.lease(self._parts.names.name) != self._lease:

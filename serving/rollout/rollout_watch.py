@@ -1,7 +1,7 @@
-"""Read repeatedly what the store says about a rollout in progress.
+"""Keeps reading the stored state of a rollout in progress.
 
-A server that cannot read it must not send clients to the candidate for longer than `LEASE_S`: another server may lead
-the rollout meanwhile, and may have rolled it back.
+If a server cannot read the state, it must stop sending clients to the candidate after `LEASE_S`, because another server
+may be leading the rollout by then and may have rolled it back.
 """
 
 import asyncio
@@ -47,7 +47,7 @@ class RolloutWatch:
 
     Attributes:
         seen: the rollout, as last read.
-        lapsed: whether `on_lapse` was called since `renew`.
+        lapsed: whether `on_lapse` has been called since `renew`.
         cancellation: requested when this server must no longer take part: a user stopped the rollout, another version
             became the desired one, or the rollout has ended.
     """
@@ -88,7 +88,7 @@ class RolloutWatch:
         return Reading(began, desired, record or self.seen)  # rollouts are never deleted
 
     def renew(self, reading: Reading) -> RolloutRecord:
-        """Begin again with a new reading, and return the rollout."""
+        """Start over with a new reading, and return the rollout."""
         self.lapsed = False
         self._note(reading)
         return self.seen

@@ -1,8 +1,8 @@
-"""Decides how many replicas a model needs, from the number of its requests over time. Starts and stops nothing.
+"""Decides how many replicas a model needs from the number of its requests over time. It does not start or stop any.
 
-Replicas are added when the mean load of half a minute exceeds what the present ones should have, and removed when
-fewer would have been enough for the busiest half minute of the last quarter of an hour, with a margin. A short burst
-therefore adds no replica, and a replica that was needed recently is not removed.
+Replicas are added when the mean load over half a minute exceeds the target load of the current replicas. They are
+removed when fewer replicas would have been enough, with a margin, for the busiest half minute of the last quarter of an
+hour. A short burst therefore adds no replica, and a replica that was needed recently is not removed.
 """
 
 from collections import deque
@@ -41,7 +41,7 @@ class ScalingPolicy:
         Args:
             now: time of the observation, in seconds of any steady clock.
             requests: number of running and queued requests.
-            replicas: present number of replicas, including those that are starting.
+            replicas: current number of replicas, including those that are starting.
         """
         self._since = now if self._since is None else self._since
         self._samples.append((now, requests))

@@ -1,10 +1,10 @@
 """The shadow step of a rollout: the candidate answers copies of finished production requests.
 
 Copies never delay a client: they are sent after production has answered, a few at a time, and dropped while the server
-is busy. Dropped copies are counted, so that a shadow step that compares nothing is visible.
+is busy. Dropped copies are counted, so that it is visible if a shadow step compares nothing.
 
-Copies ask for the log-probabilities of the tokens that the candidate samples. Production's answer has them only if the
-client asked for them. One copy in `PRODUCTION_INTERVAL` is therefore sent to production, too, to compare both versions.
+Copies request the log-probabilities of the sampled tokens. Production's answer contains them only if the client
+requested them. To compare both versions, one copy in `PRODUCTION_INTERVAL` is therefore also sent to production.
 """
 
 import asyncio
@@ -165,8 +165,7 @@ class Shadow:
         """Return production's mean log-probability for a request, from its answer or from its answer to another copy.
 
         Returns:
-            None if the answer has none and no copy is sent, or if the copy was not answered. This says nothing about
-            production's answer to the client.
+            None if the answer contains none and no copy is sent, or if the copy was not answered.
         """
         known = await asyncio.to_thread(mean_logprob, copy.answer)
         if known is not None or not next(self._turns) or self.admission.queued:
@@ -184,7 +183,7 @@ class Shadow:
 
 
 def compared(copy: Copy, answer: "CopyAnswer", seconds: float, *, expects_json: bool) -> ShadowPair:
-    """Return what is stored about both versions' answers to a request.
+    """Return the comparison of both versions' answers to a request, in the form in which it is stored.
 
     Args:
         seconds: time until the candidate's answer was complete.
@@ -212,13 +211,13 @@ def compared(copy: Copy, answer: "CopyAnswer", seconds: float, *, expects_json: 
 
 
 def _kind(error: SvcError) -> str:
-    """Return an error's type and HTTP status. Its text may quote a client's request."""
+    """Return an error's type and HTTP status. Its message is left out, because it may quote a client's request."""
     status = f" (status {error.status})" if isinstance(error, EngineRefusedError) else ""
     return f"{type(error).__name__}{status}"
 
 
 def unit_of(record: RequestRecord) -> str:
-    """Return the hash of a request's user or conversation; empty if the request is a unit of its own."""
+    """Return the hash of a request's user or conversation; empty if the request is a unit by itself."""
     return (record.unit or "").rpartition(":")[2]
 
 
@@ -245,7 +244,7 @@ class CopyAnswer:
     Attributes:
         parts: the body, or the events of a stream.
         complete: whether the answer arrived in full.
-        is_too_large: whether reading stopped after `MAX_ANSWER_BYTES`. This says nothing about the version.
+        is_too_large: whether reading stopped after `MAX_ANSWER_BYTES`. This does not count against the version.
     """
 
     parts: list[bytes] = field(default_factory=list)

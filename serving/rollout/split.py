@@ -1,4 +1,4 @@
-"""Assign each request for a model's name to either the production version or a rollout's candidate."""
+"""Assigns each request for a model's name to either the production version or a rollout's candidate."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -56,7 +56,7 @@ class Split:
         share: share of users or conversations that the candidate answers, from 0 to 1.
         expects_json: whether the model's answers should be JSON.
         by_request: whether each request is assigned independently.
-        mirror: object that receives finished production requests, or None outside the shadow step.
+        mirror: object that receives finished production requests, or None if there is no shadow step.
     """
 
     rollout: int

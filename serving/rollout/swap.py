@@ -1,4 +1,4 @@
-"""Change the version of all engines without losing any request or mixing two versions in one answer.
+"""Changes the version of all engines without losing any request or mixing two versions in one answer.
 
 `EngineChange` changes one engine after another, while the other engines keep answering requests. If the
 swap fails or is superseded, the previous version is restored and verified again on every engine. An engine

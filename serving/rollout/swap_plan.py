@@ -1,4 +1,4 @@
-"""Plan a swap, running every check that can be made before an engine is touched."""
+"""Plans a swap, running every check that can be made before an engine is touched."""
 
 import asyncio
 import time
@@ -52,7 +52,7 @@ class SwapPlanner:
 
     Attributes:
         choice: setting that decides whether to start a second engine even if an in-place reload is possible.
-        slots: engine slots, which tell whether there is memory for another engine and what it is capable of.
+        slots: engine slots, which tell whether there is memory for another engine and which capabilities it would have.
         patience_s: longest time to wait until stopping engines have freed their memory and starting engines
             have allocated theirs, in seconds.
     """

@@ -1,4 +1,4 @@
-"""Change a model's desired version, after checking that the version may be served.
+"""Changes a model's desired version, after checking that the version may be served.
 
 The swap journal shows whether the change was carried out.
 """

@@ -41,7 +41,7 @@ class _Seconds(click.ParamType[float]):
 
 
 class _Number(click.FloatRange):
-    """click parameter type for a number in a range that is not `nan`, which every range contains."""
+    """click parameter type for a number in a range. It rejects `nan`, which click accepts in every range."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """Parse the option's value and return the number."""

@@ -132,7 +132,7 @@ async def measure(
 
 
 async def _step_s(client: LoadClient, prompt: list[int], answer: int, running: int) -> float:
-    """Return the time of a step in which some answers are generated from the same, cached prompt."""
+    """Return the time of a step in which several answers to the same cached prompt are generated."""
     await client.ask(prompt, 1)
     times = []
     for _ in range(_REPEATS if running <= 8 else 1):

@@ -1,4 +1,6 @@
-"""Determines a model's size from its config.json, or assumes a typical one for a size such as `8b`. Loads nothing."""
+"""Determines a model's size from its config.json, or assumes typical dimensions for a size such as `8b`. No weights are
+loaded.
+"""
 
 import json
 import re
@@ -35,7 +37,7 @@ class ModelSize:
         label: name for display.
         parameters: number of weights.
         expert_share: share of the weights that belong to experts.
-        used_share: share of the experts that compute a token.
+        used_share: share of the experts that are used for a token.
         weight_bytes: size of all weights in memory.
         token_bytes: size of one token in the KV cache over all layers.
         heads, kv_heads: numbers of attention heads, which several GPUs must divide evenly.
@@ -52,7 +54,7 @@ class ModelSize:
 
     @property
     def active(self) -> float:
-        """Number of weights that compute a token."""
+        """Number of weights that are used for a token."""
         return self.parameters * (1 - self.expert_share * (1 - self.used_share))
 
     def read_bytes(self, tokens: int) -> float:
@@ -69,7 +71,7 @@ def read_model_size(model: str, bits: int | None) -> ModelSize:
         bits: bits per weight, or None for the size of the folder's weight files, or 16.
 
     Raises:
-        SettingsError: the model is neither, or its config lacks the widths.
+        SettingsError: the model is none of these, or its config lacks the layer widths.
     """
     path = Path(model)
     if path.name == "config.json":
@@ -129,7 +131,7 @@ def _of_folder(folder: Path, bits: int | None) -> ModelSize:
 
 
 def _parameters(config: dict[str, Any]) -> tuple[int, int, float]:
-    """Return the numbers of weights outside and inside experts, and the share of experts that compute a token.
+    """Return the numbers of weights outside and inside experts, and the share of experts that are used for a token.
 
     Biases, norms, routers and shared experts are left out. A feed-forward block has three matrices as in Llama.
     """

@@ -1,4 +1,4 @@
-"""Finds the number of replicas that answer a load in time, and what memory, latency and rollouts to expect."""
+"""Finds the number of replicas that can answer a load in time, and the memory, latency and rollout effect to expect."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -58,7 +58,7 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class RolloutEffect:
-    """Latency of the requests that arrive while one replica after the other reloads its weights.
+    """Latency of the requests that arrive while the replicas reload their weights one after another.
 
     Attributes:
         reload_s: assumed duration of a reload, in seconds.
@@ -91,13 +91,14 @@ class Plan:
 
 
 def choose_gpus(size: ModelSize, gpu: ListedGpu, tokens: int) -> tuple[int, Memory]:
-    """Return the smallest number of GPUs per replica whose memory fits the model and one request, and its use.
+    """Return the smallest number of GPUs per replica whose memory fits the model and one request, and how the memory is
+    used.
 
     Args:
         tokens: prompt and answer of one request.
 
     Raises:
-        SettingsError: not even eight GPUs fit it.
+        SettingsError: not even eight GPUs have enough memory.
     """
     needed = size.weight_bytes + ENGINE_OVERHEAD + tokens * size.token_bytes
     for gpus in (1, 2, 4, _MAX_GPUS):
@@ -150,7 +151,7 @@ def make_plan(
 
 
 def predict(workload: Workload, replicas: int, times: StepTimes, sequences: int, count: int = _MIN_REQUESTS) -> Latency:
-    """Return the latency that a number of replicas has with a load."""
+    """Return the latency of a load on the given number of replicas."""
     return Latency.of(simulate(workload.requests(count), replicas, times, Limits(sequences)))
 
 
@@ -163,7 +164,7 @@ def differs_from_measurement(workload: Workload, times: StepTimes) -> bool:
 
 
 def _alone(workload: Workload, times: StepTimes, limits: Limits, count: int) -> Latency:
-    """Return the latency of requests that each have an idle replica."""
+    """Return the latency of requests that each run alone on an idle replica."""
     requests = workload.requests(count)
     for request in requests:
         simulate([request], 1, times, limits)
@@ -171,7 +172,7 @@ def _alone(workload: Workload, times: StepTimes, limits: Limits, count: int) -> 
 
 
 def _smallest(enough: Callable[[int], bool]) -> int:
-    """Return the smallest number of replicas that is enough, assuming that more are never worse."""
+    """Return the smallest sufficient number of replicas, assuming that more replicas are never worse."""
     high = 1
     while not enough(high):
         high *= 2

@@ -95,7 +95,7 @@ class MeasuredTimes(BaseModel):
         """Return the duration of a step. It is interpolated between measured points, and extrapolated beyond them.
 
         Args:
-            running: number of answers that get their next token.
+            running: number of running answers, each of which gets its next token.
             prompt_tokens: number of prompt tokens computed in the step.
             context: ignored, because the measured steps include their contexts.
         """
@@ -135,7 +135,8 @@ def _interpolated(points: tuple[Point, ...], count: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Roofline:
-    """Times estimated from published figures: a step takes as long as reading its memory, or as its operations.
+    """Times estimated from published figures: a step takes as long as its memory reads or its operations, whichever is
+    longer.
 
     Attributes:
         gpus: number of GPUs per replica.

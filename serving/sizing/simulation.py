@@ -1,4 +1,5 @@
-"""Simulates replicas that answer requests with continuous batching, as vLLM does: a clock and no threads.
+"""Simulates replicas that answer requests with continuous batching, as vLLM does. It uses a simulated clock and no
+threads.
 
 Like the gateway, the simulation sends each request to the replica with the fewest requests. Like vLLM, a replica gives
 every running answer its next token in each step, and fills the rest of the step with prompt tokens of new requests.
@@ -150,7 +151,7 @@ class _Replica:
             heapq.heappush(self._answers, (self._steps + request.answer - 1, self._added, request))
 
     def _decode(self, until: float) -> None:
-        """Compute all steps up to the next finished answer or the given time, which have the same composition."""
+        """Compute all steps up to the next finished answer or the given time. All of them have the same composition."""
         step_s = self._times.step_s(len(self._answers), 0, self._context)
         steps = min(self._answers[0][0] - self._steps, ceil((until - self._now) / step_s) if until < inf else inf)
         steps = max(1, int(steps))
@@ -165,7 +166,9 @@ class _Replica:
 
 @dataclass(eq=False)
 class _Rollout:
-    """A rolling swap: one replica after the other gets no requests until it is idle and its weights are reloaded."""
+    """A rolling swap: one replica after another gets no new requests until it has become idle and has reloaded its
+    weights.
+    """
 
     begins: float
     reload_s: float

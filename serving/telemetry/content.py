@@ -1,4 +1,4 @@
-"""Extract a request's prompt and answer as text from the bytes that the gateway forwarded.
+"""Extracts a request's prompt and answer as text from the bytes that the gateway forwarded.
 
 This runs in the thread that writes records, after the client has received its answer.
 """

@@ -22,7 +22,7 @@ _QUEUED_BUCKETS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class ShadowOutcome(StrEnum):
-    """What happened to a request in the shadow step of a rollout."""
+    """Outcome of a request in the shadow step of a rollout."""
 
     COMPARED = "compared"
     FAILED = "failed"
@@ -125,7 +125,7 @@ class DeploymentMetrics:
     def watch_admission(
         self, running: Callable[[], int], queued: Callable[[], int], batched: Callable[[], int] = lambda: 0
     ) -> None:
-        """Make gauges report the number of running and queued requests, and of those of batches, on each scrape."""
+        """Make gauges report the number of running and queued requests, and of batch requests, on each scrape."""
         self.instruments.running.labels(self.model).set_function(running)
         self.instruments.batched.labels(self.model).set_function(batched)
         self.instruments.queued.labels(self.model).set_function(queued)

@@ -1,4 +1,4 @@
-"""Compute drift features of requests in a separate process, and store them without any text.
+"""Computes drift features of requests in a separate process, and stores them without any text.
 
     request log ──records with texts──▶ queue ──≤ 100 at a time──▶ process: items ──▶ store
 

@@ -1,4 +1,4 @@
-"""Expose vLLM's own metrics on the server's metrics page, adding the labels `model`, `version` and `replica`.
+"""Exposes vLLM's own metrics on the server's metrics page, adding the labels `model`, `version` and `replica`.
 
 An engine listens on a private socket that scrapers cannot reach. Its counters continue across an
 in-place swap, so each version's series begins at the previous version's value, which `rate` and

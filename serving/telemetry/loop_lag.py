@@ -1,4 +1,4 @@
-"""Measure the lag of the event loop, which delays every request and stream."""
+"""Measures the lag of the event loop, which delays every request and stream."""
 
 import asyncio
 from collections.abc import Callable

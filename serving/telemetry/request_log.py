@@ -1,4 +1,4 @@
-"""Write a row for each completed request, and delete old rows. A single thread does this in batches.
+"""Writes a row for each completed request, and deletes old rows. A single thread does this in batches.
 
 Requests never wait for the log: rows are dropped and counted if they do not fit into the queue or the store
 rejects them. While a database in PostgreSQL is unavailable, rows wait in the queue. Content is extracted, redacted and

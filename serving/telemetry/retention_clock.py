@@ -1,4 +1,4 @@
-"""Decide when rows are too old to keep, using a wall clock that may be wrong.
+"""Decides when rows are too old to keep, using a wall clock that may be wrong.
 
 If the clock were a year ahead even for a minute, because of a bad time server or a resumed virtual machine,
 all rows would be deleted. The wall clock is therefore trusted only while it advances at the same rate as
@@ -33,7 +33,7 @@ class RetentionClock:
         max_age: maximum age of rows to keep.
         now: function that returns wall-clock time.
         elapsed_s: function that returns the seconds since a fixed moment, independently of the wall clock.
-        rows, setting: what the rows are, and the setting with their maximum age, for the log.
+        rows, setting: noun for the rows, and the setting with their maximum age, for log messages.
     """
 
     max_age: timedelta

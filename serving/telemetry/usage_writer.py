@@ -1,4 +1,4 @@
-"""Write the usage of each key to the store in a thread, every few seconds and when the server stops.
+"""Writes the usage of each key to the store in a thread, every few seconds and when the server stops.
 
 Limits survive a restart, because each key's usage so far today is read first. If several servers can use the store, the
 usage of the others is read after every write.
@@ -32,8 +32,8 @@ class UsageWriter:
     """Writes the counts of a usage meter to the store, and reads those of other servers.
 
     Attributes:
-        on_used_today: called with tokens that keys used today, by key id: first those from before the start of this
-            server, then what other servers have added since.
+        on_used_today: called with tokens that keys used today, by key id. The first call has the tokens from before the
+            start of this server, and later calls those that other servers have added since.
         on_used_elsewhere: called with usage on other servers since the last call, by key id, and the number of servers.
         now: function that returns the current time, which decides which day is today.
     """
@@ -59,10 +59,11 @@ class UsageWriter:
             await asyncio.sleep(self.every_s)
 
     async def exchange(self) -> None:
-        """Write the counts, and read those of other servers. An SQLite store has none, and is read once.
+        """Write the counts, and read those of other servers. With SQLite, there are no other servers, so the store is
+        read only once.
 
         Raises:
-            SQLAlchemyError: the store failed. The next call continues.
+            SQLAlchemyError: the store failed. The next call tries again.
         """
         written = await asyncio.to_thread(self.meter.flush)
         if self._reads:

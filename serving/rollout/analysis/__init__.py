@@ -1,4 +1,4 @@
-"""Decide from a canary's traffic whether the candidate is worse than production.
+"""Decides from a canary's traffic whether the candidate is worse than production.
 
 Decisions can be made at any time, and share one error budget.
 

@@ -1,4 +1,4 @@
-"""Decide from the traffic of a rollout whether its candidate passes."""
+"""Decides from the traffic of a rollout whether its candidate passes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from svc.evaluation.verdict import GateOutcome
 
 
 class Signal(StrEnum):
-    """What a rollout compares between candidate and production. For every signal, lower is better."""
+    """A quantity that a rollout compares between candidate and production. For every signal, lower is better."""
 
     ERRORS = "errors"
     """Share of requests that failed because of the server."""

@@ -1,4 +1,4 @@
-"""Collect evidence about a loss by betting, so that it can be checked at any time.
+"""Collects evidence about a loss by betting, so that it can be checked at any time.
 
 A bet stakes a fraction c of its money on a payoff of at least -1, which multiplies the money by 1 + c *
 payoff. If the payoffs are at most 0 on average, whatever came before, the probability that the money ever
@@ -10,9 +10,9 @@ A difference between -1 and 1 gives two payoffs: `proof` is at most 0 on average
 at most a bound, `exclusion` if the mean difference is at least the bound. The bounds that are not refuted
 form a confidence sequence.
 
-The money is divided among a few fixed stakes. Adaptive stakes (aGRAPA, in the same paper) prove losses as
-early, but rarely rule out a loss of one percentage point: they stop betting after an early chance loss, and
-need 1.5 to more than 3 times as many units.
+The money is divided among a few fixed stakes. Adaptive stakes (aGRAPA, in the same paper) prove losses equally early,
+but rarely rule out a loss of one percentage point: they stop betting after an early chance loss, and need 1.5 to more
+than 3 times as many units.
 """
 
 from collections.abc import Callable, Mapping

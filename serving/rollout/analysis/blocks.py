@@ -1,6 +1,6 @@
-"""Compare candidate and production within short periods, called blocks.
+"""Compares candidate and production within short periods, called blocks.
 
-Effects of time of day, load and outages therefore cancel out.
+Effects of the time of day, load and outages therefore cancel out.
 """
 
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Compare candidate and production on one signal, either a share of units or the 95th percentile of a time."""
+"""Compares candidate and production on one signal, either a share of units or the 95th percentile of a time."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -124,11 +124,11 @@ class ShareComparison:
 class LatencyComparison:
     """Compares the 95th percentile of a time between candidate and production.
 
-    It compares two shares: candidate units above `margin` times a threshold, and production units above the
-    threshold. The threshold is production's 95th percentile as estimated before the block. If every quantile of
-    the candidate is at most `margin` times production's, the first share is at most the second at any
-    threshold. So an inaccurate threshold costs power, but adds no wrong proofs. Replacing `margin` by other
-    ratios gives the limits of the ratio.
+    It compares two shares: candidate units above `margin` times a threshold, and production units above the threshold.
+    The threshold is production's 95th percentile as estimated before the block. If every quantile of the candidate is
+    at most `margin` times production's, the first share is at most the second at any threshold. An inaccurate threshold
+    therefore costs power, but does not increase the probability of wrong proofs. Replacing `margin` by other ratios
+    gives the limits of the ratio.
 
     Confidence sequences of both percentiles (Howard and Ramdas 2022) need about five times as many units for the
     same decision.

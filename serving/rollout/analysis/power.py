@@ -1,4 +1,4 @@
-"""Calculate in advance the smallest loss that a rollout can prove with a given number of candidate units.
+"""Calculates in advance the smallest loss that a rollout can prove with a given number of candidate units.
 
 The result is approximate. It assumes that each unit is a single request (sessions can prove smaller
 losses), that a block has one candidate unit and the usual number of production units, and that the

@@ -1,4 +1,4 @@
-"""Group requests into units of analysis.
+"""Groups requests into units of analysis.
 
 Requests from the same user depend on each other, so they count as one observation.
 """

@@ -1,4 +1,4 @@
-"""Check all gates of a promotion, in the order in which they are displayed."""
+"""Checks all gates of a promotion, in the order in which they are displayed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Check a version itself: that it is complete, was checked at registration, and is not too old."""
+"""Checks a version itself: that it is complete, was checked at registration, and is not too old."""
 
 from datetime import datetime
 from pathlib import Path
@@ -22,7 +22,9 @@ def check_integrity(folder: Path, manifest: Manifest, format: Format) -> tuple[G
 
 
 def check_freshness(manifest: Manifest, max_age_days: float | None, now: datetime) -> GateRow:
-    """Return the gate on the age of a version's training data and of its evaluation, which is that of the version."""
+    """Return the result of the gate on the age of a version's training data and of its evaluation, which is as old as
+    the version.
+    """
     data_at = manifest.data.modified_at
     data = None if data_at is None else _days(now, data_at)
     evaluation = _days(now, manifest.created_at)
@@ -41,7 +43,7 @@ def check_freshness(manifest: Manifest, max_age_days: float | None, now: datetim
 
 
 def _days(now: datetime, at: datetime) -> float:
-    """Return the days since a time; 0 for a time in the future, from another machine's clock."""
+    """Return the days since a time, or 0 if it is in the future because another machine's clock was wrong."""
     return max(0.0, (now - at).total_seconds() / _DAY_S)
 
 

@@ -1,4 +1,4 @@
-"""Check results exported by other tools: the share of passed tests and its 95% interval.
+"""Checks results exported by other tools: the share of passed tests and its 95% interval.
 
 Three file formats are recognised by their content:
 

@@ -1,4 +1,4 @@
-"""Check a version's speed as measured at registration: tokens per second and time to the first token."""
+"""Checks a version's speed as measured at registration: tokens per second and time to the first token."""
 
 from svc.errors import IntegrityError, NotFoundError
 from svc.evaluation.intervals import Interval
@@ -53,10 +53,11 @@ def check_speed(
 
 
 def _is_same_model(candidate: str | None, production: str | None) -> bool:
-    """Return whether two formats differ only in their weights' values, by their fingerprints.
+    """Return whether two formats differ only in their weights' values, according to their fingerprints.
 
-    An engine then does the same work for both, and a difference in speed is noise of the machine: two versions of one
-    recipe, registered an hour apart on a shared machine, had first tokens after 0.181 [0.16, 0.20] s and 0.311 s.
+    An engine then does the same work for both, so a difference in speed is measurement noise. For example, two versions
+    of one recipe, registered an hour apart on a shared machine, had times to first token of 0.181 [0.16, 0.20] s and
+    0.311 s.
     """
     return candidate is not None and candidate == production
 

@@ -1,4 +1,4 @@
-"""Send spans to a receiver via OTLP over HTTP, using the SDK's own exporter.
+"""Sends spans to a receiver via OTLP over HTTP, using the SDK's own exporter.
 
 Headers that contain secrets come from the standard environment variables, which the SDK reads itself. They
 are checked here first, because the SDK would log the value of a malformed header.

@@ -1,4 +1,4 @@
-"""Convert prompts and answers to the format of the GenAI conventions, in which messages have a role and typed parts.
+"""Converts prompts and answers to the format of the GenAI conventions, in which messages have a role and typed parts.
 
 The input is redacted content from the request log: the prompt as JSON in its route's format, and the answer
 as text.

@@ -1,4 +1,4 @@
-"""Build the span for a finished request, following OpenTelemetry's GenAI and HTTP conventions.
+"""Builds the span for a finished request, following OpenTelemetry's GenAI and HTTP conventions.
 
 Attribute names are written as literals. The conventions package has deprecated the GenAI names, which were
 moved to a separate repository (open-telemetry/semantic-conventions-genai) that has not been packaged yet.

@@ -1,8 +1,7 @@
-"""Trace requests: begin a span for each request, and send it to the receiver when the request has finished.
+"""Traces requests: begins a span for each request, and sends it to the receiver when the request has finished.
 
-Nothing here waits for the receiver. If spans arrive faster than the receiver accepts them, they are dropped
-and counted, and so is content beyond the queue's limit. OpenTelemetry's own code handles malformed Trace
-Context headers.
+No request waits for the receiver. If spans arrive faster than the receiver accepts them, they are dropped and counted,
+and so is content beyond the queue's limit. OpenTelemetry's own code handles malformed Trace Context headers.
 """
 
 import logging
