@@ -1,4 +1,4 @@
-"""Serialize an accepted traffic baseline for the store. It contains request features and hashes, but no text."""
+"""Serializes an accepted traffic baseline for the store. It contains request features and hashes, but no text."""
 
 import io
 from typing import Any

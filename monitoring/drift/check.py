@@ -1,4 +1,4 @@
-"""Run one drift check for a version: pass new requests through the detector and store the results.
+"""Runs one drift check for a version: passes new requests through the detector and stores the results.
 
 The results do not depend on how often checks run or on which process runs them. Only one check runs at a time: a lock
 in the home and, in PostgreSQL, a lease ensure it.
@@ -61,7 +61,8 @@ State = TypeVar("State")
 
 @contextmanager
 def only_check(home: Path, store: Store) -> Iterator[Lease | None]:
-    """Let no other process check for drift for the duration of the `with` block, on this home or on this store.
+    """Exclude other processes from checking for drift, in this home or this store, for the duration of the `with`
+    block.
 
     Raises:
         BusyError: another process is running a check.

@@ -1,4 +1,4 @@
-"""Limit each client to about its usual share, so that one client's batch does not look like drift."""
+"""Limits each client to about its usual share, so that one client's batch does not look like drift."""
 
 from collections import Counter, deque
 

@@ -1,4 +1,4 @@
-"""Estimate over what distance the requests in a stream depend on each other, as they do in conversations or bursts."""
+"""Estimates over what distance the requests in a stream depend on each other, as they do in conversations or bursts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

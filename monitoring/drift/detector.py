@@ -1,4 +1,4 @@
-"""Compare a version's requests with its reference: decide which requests count, and start and end alarms.
+"""Compares a version's requests with its reference, decides which requests count, and starts and ends alarms.
 
 This module is pure: it has no store and no clock, and its state is passed in as a value. Benchmarks and
 tests can therefore replay streams through the same code that watches live traffic.

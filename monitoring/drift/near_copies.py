@@ -1,4 +1,4 @@
-"""Detect requests that nearly repeat an earlier one, such as rephrasings, retries and health checks.
+"""Detects requests that nearly repeat an earlier one, such as rephrasings, retries and health checks.
 
 Of several near copies, only the first counts. Words are weighted by their rarity, because otherwise a
 shared template (RAG, forms) would make all prompts similar. No text is stored here: words are hashes

@@ -1,4 +1,4 @@
-"""Compare ratings of a version's answers with those of earlier versions, and report on the `people` signal.
+"""Compares ratings of a version's answers with those of earlier versions, and reports on the `people` signal.
 
 Only a person's first rating of each day counts.
 """
@@ -93,7 +93,7 @@ def rating_sample(pairs: Sequence[tuple[bool, bool]]) -> Sample:
 
 
 def rating_bets(reference: Sample) -> list[Bet]:
-    """Return two bets: that bad ratings have become more frequent, and that corrections have.
+    """Return two bets: that bad ratings have become more frequent, and that corrections have become more frequent.
 
     Improvements raise no alarm.
     """

@@ -1,4 +1,4 @@
-"""Format the output of `svc drift` as text and as JSON."""
+"""Formats the output of `svc drift` as text and as JSON."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass

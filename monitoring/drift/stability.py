@@ -1,4 +1,4 @@
-"""Measure how far a feature has shifted, using the population stability index (PSI)."""
+"""Measures how far a feature has shifted, using the population stability index (PSI)."""
 
 from dataclasses import dataclass
 

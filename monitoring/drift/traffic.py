@@ -1,4 +1,4 @@
-"""Run the stored features of a version's requests through the detector, and report on prompts and answers."""
+"""Runs the stored features of a version's requests through the detector, and reports on prompts and answers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
