@@ -367,7 +367,7 @@ class Deployments:
         if await asyncio.to_thread(is_served_elsewhere, self.store, name, self.server):
             if name in self._all:
                 await self._take_away(name, removed=False)
-            self._refused[name] = f"{why}; another server serves it, and this one tries again"
+            self._refused[name] = f"{why}; another server serves it, and this one will retry"
             self._retry_at[name] = time.monotonic() + _RETRY_S
         else:
             self._refused[name] = str(why)

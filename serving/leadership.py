@@ -98,7 +98,11 @@ class Leadership:
         try:
             leases = await asyncio.to_thread(self._report, names)
         except SQLAlchemyError:
-            log_store_error(log, "could not extend the leases of this server; it leads nothing after %.0f s", LEASE_S)
+            log_store_error(
+                log,
+                "could not extend this server's leases; unless this succeeds within %.0f s, it stops leading",
+                LEASE_S,
+            )
             return
         self._leases, self._until = leases, began + LEASE_S
         if before != set(leases):
@@ -126,4 +130,4 @@ class Leadership:
                 async with asyncio.timeout(_CLOSE_S):
                     await asyncio.to_thread(self._sign_off)
             except (SQLAlchemyError, TimeoutError):
-                log_store_error(log, "could not give up the leases of this server; they end after %.0f s", LEASE_S)
+                log_store_error(log, "could not release the leases of this server; they expire in %.0f s", LEASE_S)

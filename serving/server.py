@@ -198,7 +198,7 @@ class _Server:
         self._leave = leave
         draining = self._parts.gateway.draining
         if self._drain_s and not draining.is_set():
-            log.info("draining for %g s before the stop; another signal ends this", self._drain_s)
+            log.info("draining for %g s before stopping; send another signal to stop sooner", self._drain_s)
             draining.set()
             asyncio.get_running_loop().call_later(self._drain_s, self._stopping.set)
             return

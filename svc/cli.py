@@ -83,7 +83,9 @@ class LazyGroup(click.Group):
 )
 @click.option("--config", type=click.Path(path_type=Path), help="Settings file.  [default: ./svc.yaml, if it exists]")
 @click.option(
-    "--server", metavar="URL", help="URL of a remote server; works with status, jobs, promote, rollback and keys."
+    "--server",
+    metavar="URL",
+    help="URL of a remote server; works with status, jobs, promote, rollout, rollback and keys.",
 )
 @click.option("--key-file", type=click.Path(path_type=Path), help="File that contains the API key for --server.")
 @click.option("--ca", type=click.Path(path_type=Path), help="File with the CA certificates used to verify --server.")

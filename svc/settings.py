@@ -145,7 +145,7 @@ class ArtifactSettings(_Section):
 
     url: Annotated[str, AfterValidator(_artifacts_url)] | None = Field(
         None,
-        description="object store for versions and for contents of clients' files: `s3://bucket/prefix`, "
+        description="object store for versions and clients' files: `s3://bucket/prefix`, "
         "`gs://bucket/prefix`, `az://container/prefix` or `file:///path`; default: they are only in `home`",
     )
     checkpoints: bool = Field(
@@ -186,18 +186,19 @@ class RaySettings(_Section):
     gpu_type: str | None = Field(
         None, description="type of the GPUs to use, as Ray names it, such as `H100`; default: any"
     )
-    cpus: int = Field(1, ge=1, description="CPU cores that each worker reserves, and each engine without GPUs")
+    cpus: int = Field(
+        1, ge=1, description="CPU cores to reserve for each training worker, and for each engine without GPUs"
+    )
     folder: AbsolutePath = Field(
         Path("~/.cache/tuneserve/ray"),
         validate_default=True,
-        description="folder of each node for base models, checkpoints of unfinished training runs, and versions that "
-        "are served",
+        description="folder on each node for base models, checkpoints of unfinished training runs, and served versions",
     )
     wait_s: float = Field(
         10.0,
         gt=0,
-        description="maximum wait for free resources before a training or an engine starts, in seconds; longer if the "
-        "cluster adds nodes as needed",
+        description="maximum wait for free resources before a training run or an engine starts, in seconds; set it "
+        "higher if the cluster adds nodes on demand",
     )
 
 
@@ -302,7 +303,7 @@ class ServeSettings(_Section):
     max_running: int = Field(
         256,
         ge=1,
-        description="maximum concurrent requests per model, whose answers together may have at most this many times "
+        description="maximum concurrent requests per model; their answers together may have at most this many times "
         "`engine.max_model_len` tokens; further requests get status 429, or wait if they have a key",
     )
     max_queued: int = Field(
@@ -698,10 +699,10 @@ class FineTuningSettings(_Section):
         90.0,
         gt=0,
         le=36_500,
-        description="age in days, since its end, at which a job is deleted with its events; it stays while its "
-        "model or a checkpoint is registered",
+        description="days after its end at which a job is deleted with its events; it is kept while its model or a "
+        "checkpoint is registered",
     )
-    max_jobs: int = Field(50, ge=1, description="maximum number of unfinished jobs of one key")
+    max_jobs: int = Field(50, ge=1, description="maximum number of unfinished jobs per key")
     worker: bool = Field(True, description="whether this server trains jobs; if not, another one with its store must")
     wandb: bool = Field(
         False,
@@ -721,15 +722,15 @@ class BatchSettings(_Section):
     """Settings of OpenAI's Batch API. See docs/batches-api.md."""
 
     max_age_days: float = Field(
-        90.0, gt=0, le=36_500, description="age in days, since its end, at which a batch is deleted; its files stay"
+        90.0, gt=0, le=36_500, description="days after its end at which a batch is deleted; its files are kept"
     )
-    max_open: int = Field(20, ge=1, description="maximum number of unfinished batches of one key")
+    max_open: int = Field(20, ge=1, description="maximum number of unfinished batches per key")
     concurrency: int = Field(
         16,
         ge=1,
         le=1024,
-        description="maximum number of requests of batches that a model answers at the same time; fewer run while "
-        "clients need the capacity",
+        description="maximum number of batch requests that a model answers concurrently; fewer run while other clients "
+        "need the capacity",
     )
 
 
@@ -743,9 +744,9 @@ class FilesSettings(_Section):
         8.0, gt=0, description="maximum size of a file that is uploaded in parts, in GB of 2^30 bytes"
     )
     max_total_gb: float = Field(
-        100.0, gt=0, description="maximum size of all files of one key, in GB of 2^30 bytes; results count too"
+        100.0, gt=0, description="maximum total size of a key's files, in GB of 2^30 bytes, including results"
     )
-    max_files: int = Field(10_000, ge=1, description="maximum number of files of one key; results count too")
+    max_files: int = Field(10_000, ge=1, description="maximum number of files per key, including results")
     min_free_gb: float = Field(
         1.0, ge=0, description="free disk space below which uploads are refused, in GB of 2^30 bytes"
     )

@@ -31,7 +31,10 @@ _GAUGES = {
     "svc_drift_score": ("Size of the difference between the newest 100 items and the reference", ["signal", "feature"]),
     "svc_drift_evidence": ("Evidence for a change, on a logarithmic scale: 0 none, 1 alarm", ["signal", "feature"]),
     "svc_drift_checked_timestamp_seconds": ("Time of the last drift check", []),
-    "svc_holdout_changed": ("1 if the held-out results differ from those at registration, a serving fault", []),
+    "svc_holdout_changed": (
+        "1 if the held-out results differ from those at registration: a fault of serving",
+        [],
+    ),
     "svc_holdout_nll": ("Held-out negative log-likelihood, in nats per token", ["when"]),
     "svc_holdout_exact_match": ("Share of held-out answers that match exactly", ["when"]),
     "svc_holdout_score": ("Primary metric of the held-out answers", ["metric", "when"]),

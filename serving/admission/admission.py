@@ -31,7 +31,7 @@ from serving.admission.queue import RequestQueue
 
 _ENDED_POLL_S = 0.05
 _FREE_SHARE = 4
-"""Requests of batches leave one part in this many of the capacity free, so that clients seldom interrupt one."""
+"""Batch requests leave 1/N of the capacity free, so that clients rarely interrupt them; this is N."""
 
 
 @dataclass(eq=False, kw_only=True)

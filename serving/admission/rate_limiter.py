@@ -31,12 +31,12 @@ from svc.store.usage import Usage
 _BYTES_PER_TOKEN = 4
 _DAY_S = 86_400
 _UNTIL_ONE_ENDS_S = 1.0
-"""Retry time in seconds when a running request must complete first. When it will complete is not known."""
+"""Retry time in seconds when a running request must complete first. Its remaining time is not known."""
 _ROUNDING = 1e-9
 _NONE = Limits()
 _DEBT_PER_SERVER = 1.2
-"""Multiple of a limit per minute that the usage of other servers can fill, for each running server. More is never used
-while the servers reach the store; afterwards, all their usage since then is added in one step."""
+"""Maximum usage on other servers that counts towards a limit per minute, as a multiple of the limit for each running
+server. Usage exceeds it only after an outage of the store, when all usage since then is added in one step."""
 
 
 class Limit(StrEnum):

@@ -45,7 +45,7 @@ _POLL_S = 1.0
 _PAUSE_S = 60.0
 """Pause after an unexpected error or a failed write to the store, in seconds."""
 _NEVER = "`holdout.every_hours` is 0"
-_ELSEWHERE = "another server of the store runs the held-out set"
+_ELSEWHERE = "another server that uses this store runs the held-out set"
 MAX_EXAMPLES = 200
 """Maximum number of examples per run. Each example may wait for `scheduler.PATIENCE_S`, 30 s, so 200 examples take
 less than two hours."""

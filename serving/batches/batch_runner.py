@@ -72,7 +72,7 @@ class BatchRunner:
                 await asyncio.to_thread(_remove_leftovers, self.context.folder, {batch.id for batch in batches})
                 self._clean = True
         except SQLAlchemyError:
-            log_store_error(log, "the batches cannot be read")
+            log_store_error(log, "could not read the batches")
             return True
         for batch in batches:
             if batch.status is BatchStatus.CANCELLING and batch.id in self._running:
@@ -90,7 +90,7 @@ class BatchRunner:
         except LeaseLostError:
             log.info("another server continues the batch %s", run.batch.id)
         except Exception:  # the boundary: other batches continue
-            log.exception("unexpected error in the batch %s; it is continued in %.0f s", run.batch.id, _PAUSE_S)
+            log.exception("unexpected error in the batch %s; continuing it in %.0f s", run.batch.id, _PAUSE_S)
             await asyncio.sleep(_PAUSE_S)
 
     async def _stop(self) -> None:

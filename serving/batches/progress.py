@@ -172,7 +172,7 @@ class Progress:
             try:
                 return await asyncio.to_thread(self._write_now, file, data)
             except OSError as error:
-                log.error("cannot write to %s; the batch waits and tries again: %s", self._folder, error)
+                log.error("could not write to %s; retrying: %s", self._folder, error)
                 await asyncio.sleep(RETRY_S)
 
     def _write_now(self, file: _File, data: bytes) -> None:

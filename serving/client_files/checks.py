@@ -81,7 +81,7 @@ class FileChecks:
         try:
             unchecked = await asyncio.to_thread(self._read_unchecked)
         except SQLAlchemyError:
-            log_store_error(log, "the files that are to be checked cannot be read")
+            log_store_error(log, "could not read which files must be checked")
             return
         for file in unchecked:
             owners = {running.owner for running in self._running.values()}
@@ -112,7 +112,7 @@ class FileChecks:
                 status = FileStatus.PROCESSED if result.usable else FileStatus.ERROR
                 await asyncio.to_thread(set_file_status, self._store, file.id, status, result.details)
         except SQLAlchemyError:
-            log_store_error(log, "the result of checking the file %s could not be stored; it is checked again", file.id)
+            log_store_error(log, "could not store the result of checking the file %s; checking it again", file.id)
             await asyncio.sleep(_POLL_S)
 
     async def _result(self, file: ClientFile) -> ContentCheck | None:
@@ -126,7 +126,7 @@ class FileChecks:
         except (ContentMissingError, ContentStoreError, OSError) as error:
             if isinstance(error, ContentMissingError) and is_sqlite(self._store):  # no other server can have it
                 return ContentCheck(False, _LOST)
-            log.warning("the file %s cannot be checked now, and is tried again later: %s", file.id, error)
+            log.warning("could not check the file %s; retrying later: %s", file.id, error)
             self._not_before[file.id] = time.monotonic() + _FETCH_AGAIN_S
             return None
         return await self._check(path, file.purpose)

@@ -26,11 +26,11 @@ async def run_cleanup(files: ClientFiles, uploads: ClientUploads, *, interval_s:
         try:
             await asyncio.to_thread(_clean_up, files, uploads, unknown=count % _UNKNOWN_EVERY == 0)
         except SQLAlchemyError:
-            log_store_error(log, "expired files could not be removed")
+            log_store_error(log, "could not remove expired files")
         except OSError:
-            log.exception("expired files could not be removed")
+            log.exception("could not remove expired files")
         except ContentStoreError:
-            log.warning("contents in the object store could not be removed or added; this is tried again")
+            log.warning("could not remove files from the object store or add missing ones; retrying")
         count += 1
         await asyncio.sleep(interval_s)
 
@@ -40,7 +40,7 @@ def _clean_up(files: ClientFiles, uploads: ClientUploads, *, unknown: bool) -> N
     if any(expired):
         log.info("removed %d files and %d uploads that have expired", *expired)
     if unknown and (removed := files.remove_unknown() + uploads.remove_unknown()):
-        log.info("removed the contents of %d files that are not in the store, left by a crash", removed)
+        log.info("removed the contents of %d files that a crash had left without an entry in the store", removed)
     files.tidy_shared()
     if unknown and (shared := files.share_missing()):
         log.info("uploaded the contents of %d files that the object store lacked", shared)

@@ -31,7 +31,7 @@ _ANCHOR, _SECONDS = "expires_after[anchor]", "expires_after[seconds]"
 _MIN_EXPIRY_S, _MAX_EXPIRY_S = 3600, 30 * 86_400
 _RANGE_ERRORS = {
     400: "the header 'range' is malformed; expected for example bytes=0-1023",
-    416: "the range is outside of the file; its size is in the header 'content-range'",
+    416: "the range is outside the file; its size is in the header 'content-range'",
 }
 _CONTENT_HEADERS = {
     "x-content-type-options": "nosniff",

@@ -135,7 +135,7 @@ _KEYS = {
     503: "API keys cannot currently be checked",
 }
 _DEFECT = {500: "an internal error in the gateway"}
-_OTHER_HOST = {421: "the Host header contains a name that this server does not have"}
+_OTHER_HOST = {421: "the Host header contains a name that this server does not accept"}
 _KEY_HEADERS: Json = {
     "bearer": {"type": "http", "scheme": "bearer"},
     "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
@@ -144,14 +144,14 @@ _MODEL_NAME: Json = {"name": "name", "in": "path", "required": True, "schema": {
 _ID: Json = {"name": "id", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
 _UPLOAD_REFUSED = {
     400: "the form is malformed, a field is invalid, or the files of the key exceed a limit",
-    403: "the key lacks the required scope, or the page of another site sent the form",
+    403: "the key lacks the required scope, or a web page of another site sent the form",
     408: "the request body arrived too slowly",
     413: "the file or the form is too large",
     415: "the content type is not multipart/form-data",
     429: "too many uploads are running; see retry-after",
     507: "the server's disk for files is full",
 }
-_RANGES = {400: "the Range header is invalid", 416: "the range is outside of the file"}
+_RANGES = {400: "the Range header is invalid", 416: "the range is outside the file"}
 _NO_MODEL = {404: "no loaded version has this name", 503: "no version is loaded yet", **_DEFECT}
 
 _CHANGES: dict[str, tuple[str, type[BaseModel]]] = {
@@ -299,7 +299,7 @@ def _files() -> Json:
     purpose = {"name": "purpose", "in": "query", "schema": {"type": "string"}}
     bad_page = {400: "a query parameter is invalid", 404: "the file in `after` does not exist"}
     listing = _operation("List files, newest first", _json(_OBJECT), {**store, **bad_page})
-    deletion = {**no_file, 409: "a job or batch that has not ended uses the file"}
+    deletion = {**no_file, 409: "an unfinished job or batch uses the file"}
     content = _operation("Download a file", {"application/octet-stream": {}}, {**no_file, **_RANGES})
     content["responses"]["206"] = _answer("the requested part of the file", {"application/octet-stream": {}})
     return {
@@ -333,7 +333,7 @@ def _uploads(schemas: Json) -> Json:
     }
     refused = {**no_upload, **_BAD_BODY, 429: _UPLOAD_REFUSED[429], 507: _UPLOAD_REFUSED[507]}
     completion = {
-        **_operation("Make a file of the parts of an upload", _json(_OBJECT), refused),
+        **_operation("Combine the parts of an upload into a file", _json(_OBJECT), refused),
         "requestBody": {"required": True, "content": _json(_schema(CompleteUploadRequest, schemas))},
     }
     path = "/v1/uploads/{id}"

@@ -180,7 +180,7 @@ class JobCreation:
             try:
                 jobs = await asyncio.to_thread(read_checking, self._store)
             except SQLAlchemyError:
-                log_store_error(log, "the jobs whose files are being checked cannot be read")
+                log_store_error(log, "could not read the jobs whose files are being checked")
                 await asyncio.sleep(_POLL_S)
                 continue
             for job in jobs:
@@ -197,9 +197,9 @@ class JobCreation:
             async with self._decisions:
                 await decide_job(self._store, self._files, self._settings, job, self._check)
         except SQLAlchemyError:
-            log_store_error(log, "the check of the job %s could not be recorded; it is repeated", job.id)
+            log_store_error(log, "could not record the check of the job %s; repeating it", job.id)
         except (ContentMissingError, ContentStoreError, OSError) as error:
-            log.warning("the job %s cannot be checked now, and is tried again later: %s", job.id, error)
+            log.warning("could not check the job %s; retrying later: %s", job.id, error)
             await asyncio.sleep(_FETCH_AGAIN_S)
 
     async def _create(self, request: JobRequest, client: Client, fingerprint: str) -> Job:
@@ -437,7 +437,7 @@ def _files_checked(store: Store, job: Job) -> bool:
             try:
                 file = find_file(store, id, None)
             except EntryNotFoundError as error:
-                raise _invalid(param, error.wrong, "a file that exists until the job has ended") from error
+                raise _invalid(param, error.wrong, "a file that is not deleted before the job ends") from error
             _require_valid(file, param)
             checked = checked and file.status is FileStatus.PROCESSED
     return checked

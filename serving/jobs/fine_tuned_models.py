@@ -185,7 +185,9 @@ class FineTunedModels:
             task = self._loading[model.version] = asyncio.create_task(self._load(loader, model))
             task.add_done_callback(lambda ended: self._ended(model.version, ended))
         if self._waiting >= loader.max_waiting:
-            raise QueueOverflowError(f"{self._waiting} requests wait for models to be loaded", todo="retry later")
+            raise QueueOverflowError(
+                f"{self._waiting} requests are waiting for models to be loaded", todo="retry later"
+            )
         self._waiting += 1
         try:
             async with asyncio.timeout(loader.patience_s):

@@ -74,7 +74,7 @@ log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 Complete = Callable[[Job, VersionId], JobResult]
-"""Function that makes the result of a job whose version has been registered."""
+"""Function that creates the result of a job whose version has been registered."""
 TrainingCommand = Callable[[Path, Path], Sequence[str]]
 """Function that returns the command that trains a recipe and writes a progress file, from the paths of both."""
 
@@ -82,13 +82,13 @@ RECIPE_FILE = "recipe.yaml"
 _WAITS = {
     InsufficientMemoryError.exit_code: "Waiting until the server has enough free memory",
     DiskSpaceError.exit_code: "Waiting until the server has enough free disk space",
-    BusyError.exit_code: "Waiting until another process has finished the same training",
+    BusyError.exit_code: "Waiting until another process has finished the same training run",
 }
-"""Reasons why a job is tried again later, by the exit code of its training."""
-_WAITS_FOR_FILES = "Waiting until the contents of files can be read from or written to the object store"
+"""Reasons why a job is retried later, by the exit code of its training."""
+_WAITS_FOR_FILES = "Waiting until the object store for files is available"
 _INTERRUPTED = {InterruptedRunError.exit_code, 130, -signal.SIGTERM, -signal.SIGINT}
 _AGAIN = {RegistryError.exit_code}
-"""Exit codes after which a job is tried again, as if the training had died."""
+"""Exit codes after which a job is retried, as if the training had died."""
 _KILLED = re.compile(r"exited with code -9\b|was killed by SIGKILL")
 _LOG_BYTES = 20_000
 
@@ -190,7 +190,7 @@ class JobTraining:
             if self._process is None:
                 self._process = await asyncio.to_thread(TrainingProcess.find, self._folder)
             if self._process is not None and self._process.running:
-                log.info("the training of %s is interrupted, because the server stops", self.job.id)
+                log.info("interrupting the training of %s, because the server is stopping", self.job.id)
                 self._interrupt(self._options.pace.stop_s)
                 while self._process.running and not self._is_late():
                     await asyncio.sleep(min(0.1, self._options.pace.poll_s))
@@ -199,14 +199,14 @@ class JobTraining:
         except JobLostError as error:
             log.warning("%s", error)
         except SQLAlchemyError:
-            log_store_error(log, "the job %s could not be returned to the queue; this server resumes it", self.job.id)
+            log_store_error(log, "could not return the job %s to the queue; this server will resume it", self.job.id)
 
     async def _begin(self) -> bool:
         """Start the training unless it is already running, and return whether to follow it."""
         adopted = self._process is not None
         self._note(await asyncio.to_thread(self._reader.read), replayed=True, adopted=adopted)
         if adopted:
-            log.info("the training of %s, which an earlier server has started, is continued", self.job.id)
+            log.info("continuing the training of %s, which an earlier server started", self.job.id)
             return True
         await asyncio.to_thread(end_processes, self._folder)
         if self._wanted is Wanted.CANCEL:
@@ -226,7 +226,7 @@ class JobTraining:
                 self._process = await starting  # `stop` must know the process
             raise
         except OSError:
-            log.exception("the training of %s cannot be started", self.job.id)
+            log.exception("could not start the training of %s", self.job.id)
             self._options.wait(self.job)
             await self._release(_WAITS[DiskSpaceError.exit_code])
             return False
@@ -242,7 +242,7 @@ class JobTraining:
         except ContentDamagedError as error:
             await self._end(fail, error=JobError("server_error", error.wrong))
         except (ContentMissingError, ContentStoreError, OSError) as error:
-            log.warning("the files of the job %s cannot be fetched: %s", self.job.id, error)
+            log.warning("could not fetch the files of the job %s: %s", self.job.id, error)
             self._options.wait(self.job)
             full = isinstance(error, OSError)
             await self._release(_WAITS[DiskSpaceError.exit_code] if full else _WAITS_FOR_FILES)
@@ -277,7 +277,7 @@ class JobTraining:
         try:
             self._note(await asyncio.to_thread(self._reader.read))
         except OSError:  # for example, no file descriptor is free
-            log.exception("the progress of the job %s cannot be read", self.job.id)
+            log.exception("could not read the progress of the job %s", self.job.id)
         process = self._process
         assert process is not None  # noqa: S101 - the caller has started it
         now, pace = time.monotonic(), self._options.pace
@@ -293,7 +293,7 @@ class JobTraining:
             else:
                 self._wanted = await self._in_store(read_wanted)
         except SQLAlchemyError:
-            log_store_error(log, "the progress of the job %s could not be recorded", self.job.id)
+            log_store_error(log, "could not record the progress of the job %s", self.job.id)
 
     async def _report(self, news: Sequence[JobNews]) -> None:
         newest = self._newest
@@ -331,7 +331,7 @@ class JobTraining:
         if self._wanted is Wanted.PAUSE and self._kill_at is None:
             self._interrupt(self._options.pace.pause_s)
         if self._is_late():
-            log.warning("the training of %s has written no checkpoint in time and is killed", self.job.id)
+            log.warning("the training of %s wrote no checkpoint in time; killing it", self.job.id)
             await asyncio.to_thread(self._process.kill)
         return False
 
@@ -357,18 +357,22 @@ class JobTraining:
         elif self._version is not None and code in (0, None):
             await self._complete(self._version)
         elif stopping:
-            await self._release("The server is stopping; the training continues when it runs again", resumes_here=True)
+            await self._release(
+                "The server is stopping; the training continues when the server runs again", resumes_here=True
+            )
         elif self._kill_at is not None or code in _INTERRUPTED:
             await self._release("The training was interrupted; the job returns to the queue")
         elif code is None:
-            await self._release("The training ended while the server did not run; it is continued", resumes_here=True)
+            await self._release(
+                "The training stopped while the server was not running; it continues now", resumes_here=True
+            )
         elif code in _WAITS:
             self._options.wait(self.job)
             await self._release(_WAITS[code])
         elif self.job.attempts < MAX_ATTEMPTS and (code in _AGAIN or code < 0 or await self._child_was_killed(code)):
             log.warning("the training of %s ended with code %s; see %s", self.job.id, code, self._folder / LOG_FILE)
             self._options.wait(self.job)
-            await self._release("The training died; it is continued from its last checkpoint", died=True)
+            await self._release("The training died; it continues from its last checkpoint", died=True)
         else:
             await self._fail(code)
 
@@ -376,7 +380,7 @@ class JobTraining:
         try:
             result = await asyncio.to_thread(self._options.complete, self.job, version)
         except OSError:
-            log.exception("the result of %s cannot be written", self.job.id)
+            log.exception("could not write the result of %s", self.job.id)
             self._options.wait(self.job)
             await self._release(_WAITS[DiskSpaceError.exit_code])
             return

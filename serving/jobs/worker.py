@@ -129,7 +129,7 @@ class JobWorker:
         try:
             return await asyncio.to_thread(take_job, self._store, self.id, self._may_run)
         except SQLAlchemyError:
-            log_store_error(log, "the queue of fine-tuning jobs cannot be read")
+            log_store_error(log, "could not read the queue of fine-tuning jobs")
             return None
 
     async def _train(self, job: Job) -> None:
@@ -145,18 +145,18 @@ class JobWorker:
                 await training.stop()
             raise
         except JobLostError as error:
-            log.warning("%s; its training here is stopped", error)
+            log.warning("%s; stopping its training on this server", error)
             await training.kill()
         except SQLAlchemyError:
             self._interrupted = training
-            log_store_error(log, "the job %s could not be recorded; it is tried again", job.id)
+            log_store_error(log, "could not record the state of the job %s; retrying", job.id)
             await asyncio.sleep(self._pace.poll_s)
         except OSError:
             self._interrupted = training
-            log.exception("a file of the job %s cannot be read or written; it is tried again", job.id)
+            log.exception("could not read or write a file of the job %s; retrying", job.id)
             await asyncio.sleep(self._pace.poll_s)
         except Exception:
-            log.exception("the job %s failed, because the server has a defect", job.id)
+            log.exception("the job %s failed because of an unexpected error in the server", job.id)
             await training.kill()
             await self._fail(job)
 
@@ -166,7 +166,7 @@ class JobWorker:
             await asyncio.to_thread(fail, self._store, job.id, self.id, error)
             await asyncio.to_thread(remove_epochs, self._folder / job.id)
         except (SQLAlchemyError, JobLostError):
-            log_store_error(log, "the failure of the job %s could not be recorded", job.id)
+            log_store_error(log, "could not record the failure of the job %s", job.id)
 
     def _may_run(self, job: Job) -> bool:
         """Return whether a job can be trained here now."""
@@ -197,8 +197,8 @@ class JobWorker:
             except EntryNotFoundError:
                 own = False
             except SQLAlchemyError:
-                log_store_error(log, "the job %s cannot be read", folder.name)
+                log_store_error(log, "could not read the job %s", folder.name)
                 own = True
             if not own:
-                log.warning("the training of %s is stopped: the job no longer belongs to this machine", folder.name)
+                log.warning("stopping the training of %s: the job no longer belongs to this machine", folder.name)
                 end_processes(folder)

@@ -15,7 +15,7 @@ from serving.protocols.server_sent_events import json_of
 _UNKNOWN = -9999.0
 """vLLM's value for a log-probability that is unknown or minus infinity."""
 _WITHOUT_LOGPROBS = ("echo", "use_beam_search")
-"""Fields with which no log-probabilities are asked for: `echo` would score the prompt, and beams are not sampled."""
+"""Fields whose requests get no log-probabilities: `echo` would score the prompt, and beams are not sampled."""
 
 
 def with_logprobs(route: Route, members: bytes) -> bytes:

@@ -209,7 +209,7 @@ def _replay_expectations(store: Store, record: RolloutRecord, kept: int) -> list
     seconds = last_queued_s(store, record.previous)
     return [
         f"replay: memory holds one engine, so {record.target} answers {min(record.plan.shadow, kept)} of {kept} stored "
-        f"requests to {record.previous} while no client asks, and no canary follows",
+        f"requests to {record.previous} while no client sends requests, and no canary follows",
         f"a request that arrives meanwhile waits until {record.previous} is loaded again: "
         + (
             "an unknown time, because it was never loaded in place (two loads must fit in `serve.queue_timeout_s`)"
@@ -245,8 +245,9 @@ def expectations(store: Store, record: RolloutRecord, kept: int | None = None) -
             )
         losses = Analysis(_margins(plan), _budget(plan)).detectable(units, share)
         texts.append(
-            f"losses that this many prove with 80 % power: {100 * losses[Signal.ERRORS]:.1f} points more failed "
-            f"requests, {100 * losses[Signal.INVALID]:.1f} points more invalid JSON, or "
+            f"losses that so many users or conversations prove with 80 % power: "
+            f"{100 * losses[Signal.ERRORS]:.1f} points more failed requests, "
+            f"{100 * losses[Signal.INVALID]:.1f} points more invalid JSON, or "
             f"{losses[Signal.FIRST_TOKEN]:.1f} times production's time to first token"
         )
     return texts

@@ -50,7 +50,7 @@ MAX_AGE = timedelta(days=7)
 MIN_UNITS = 20
 """Smallest number of users, conversations or single requests to compare; with 16, a total loss is proven."""
 QUIET_S = 5.0
-"""Time without requests before the engine is lent. It doubles each time, because a request may have had to wait."""
+"""Seconds without requests before the candidate is loaded; doubled each time, as a request may have had to wait."""
 _MAX_QUIET_S = 300.0
 _POLL_S = 0.25
 _ROWS_PER_COMPARISON = 4

@@ -77,8 +77,8 @@ _LOOK_S = 1.0
 """Seconds between two checks of the evidence. Decisions remain valid no matter how often it is checked."""
 _STORE_PAUSE_S = 2.0
 _RESULT_S = 2.0
-"""Seconds after which a server whose swap failed, and which has made the previous version the desired one again, has
-recorded why."""
+"""Seconds within which a server whose swap failed records why, after it has made the previous version the desired one
+again."""
 _STOP_TIMEOUT_S = 45.0
 """Longest time to load the production version again when the server stops, which the service manager waits for."""
 _MAX_REFERENCES = 200
@@ -260,7 +260,7 @@ class _Run:
         except SupersededError:
             raise
         except Exception as error:  # a defect, too: production answers, and the other servers' rollout goes on
-            log.warning("%s answers no clients of this server", self._record.target, exc_info=error)
+            log.warning("%s no longer answers clients of this server", self._record.target, exc_info=error)
             await self._unload()
             self._report(f"{address}: {self._record.previous} answers all clients of this server: {error}")
         while not self._must_act:

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from math import ceil
 
 MEAN_S = 30.0
-"""Length of the means that are compared with the limits, in seconds."""
+"""Length of the window over which the load is averaged, in seconds."""
 HOLD_S = 900.0
-"""Time in which fewer replicas must have been enough before one is removed, in seconds."""
+"""Time for which fewer replicas must have been enough before one is removed, in seconds."""
 _TARGET_SHARE = 0.7
 """Share of a replica's sequences above which another replica is added. It takes a minute or two to start."""
 _REMOVAL_SHARE = 0.5

@@ -96,7 +96,7 @@ class Swap:
         while (engine := self._next(change)) is not None:
             change.cancellation.check()
             if engine.lock.locked():
-                change.report(f"replica {engine.replica} died and is being started: waiting for it")
+                change.report(f"replica {engine.replica} died and is being restarted; waiting for it")
             async with change.cancellation.holding(self.pool, [engine]):
                 if self._is_changed(change, engine) or (
                     changed and not await change.cancellation.interrupting(_recovers(engine))

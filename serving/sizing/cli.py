@@ -57,10 +57,16 @@ _positive = click.IntRange(1, 1_000_000)
 @click.command()
 @click.option("--model", metavar="SIZE|FOLDER", help="Number of parameters such as 8b, or a folder with a config.json.")
 @click.option("--gpu", metavar="NAME", help="GPU of a replica, such as h100; see svc/engine/gpus.yaml.")
-@click.option("--times", type=click.Path(path_type=Path), help="Measurement to use instead of published figures.")
+@click.option(
+    "--times", type=click.Path(path_type=Path), help="File with a measurement to use instead of published figures."
+)
 @click.option("--rps", type=_Number(0, 10_000, min_open=True), help="Requests per second.")
-@click.option("--prompt", type=_positive, default=_PROMPT, show_default=True, help="Mean tokens of a prompt.")
-@click.option("--answer", type=_positive, default=_ANSWER, show_default=True, help="Mean tokens of an answer.")
+@click.option(
+    "--prompt", type=_positive, default=_PROMPT, show_default=True, help="Mean length of a prompt, in tokens."
+)
+@click.option(
+    "--answer", type=_positive, default=_ANSWER, show_default=True, help="Mean length of an answer, in tokens."
+)
 @click.option(
     "--spread",
     type=_Number(0, 5),
@@ -69,11 +75,13 @@ _positive = click.IntRange(1, 1_000_000)
     help="Standard deviation of both lengths, divided by their mean.",
 )
 @click.option("--p95", type=_Seconds(), metavar="TIME", help="Time in which 95 % of the answers must be complete.")
+@click.option("--bits", type=click.Choice(["4", "8", "16"]), help="Bits per weight.  [default: as in the files, or 16]")
 @click.option(
-    "--bits", type=click.Choice(["4", "8", "16"]), help="Bits per weight.  [default: those of the files, or 16]"
+    "--reload", "reload_s", type=_Seconds(), metavar="TIME", help="Duration of a reload.  [default: estimated]"
 )
-@click.option("--reload", "reload_s", type=_Seconds(), metavar="TIME", help="Time of a reload.  [default: by size]")
-@click.option("--price", type=_Number(0), metavar="DOLLARS", help="Price per GPU hour.  [default: as listed]")
+@click.option(
+    "--price", type=_Number(0), metavar="DOLLARS", help="Price per GPU hour.  [default: as in the list of GPUs]"
+)
 @click.option("--measure", "target", metavar="NAME@N|URL", help="Measure a version, or https://HOST/v1#MODEL, instead.")
 @click.option(
     "--format",
@@ -81,7 +89,9 @@ _positive = click.IntRange(1, 1_000_000)
     type=click.Choice([format.value for format in SERVED_FORMATS]),
     help="Format of the version to measure.",
 )
-@click.option("--out", type=click.Path(path_type=Path), default=Path("times.json"), help="File for the measurement.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("times.json"), help="File to write the measurement to."
+)
 @click.option("--endpoint-key-file", type=click.Path(path_type=Path), help="File that holds the API key for the URL.")
 @json_option
 @click.pass_context
@@ -211,7 +221,7 @@ def _print_plan(plan: "Plan", label: str, device: "ListedGpu | None") -> None:
     each = f", each on {plan.gpus} x {device.label}" if device else ""
     lines = [
         f"times      {label}",
-        f"replicas   {plan.replicas}{each}; none is spare",
+        f"replicas   {plan.replicas}{each}, without a spare one",
         f"latency    p50 {latency.p50:.2f} s, p95 {latency.p95:.2f} s; on an idle replica {plan.idle_s:.2f} s",
         f"           to first token p50 {latency.first_p50:.2f} s, p95 {latency.first_p95:.2f} s",
     ]

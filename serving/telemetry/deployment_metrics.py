@@ -44,9 +44,7 @@ class DeploymentInstruments:
         histogram = partial(Histogram, registry=registry)
         model, outcome, version = ("model",), ("model", "outcome"), ("model", "version")
         self.running = gauge("svc_requests_running", "Requests currently running in the engines", model)
-        self.batched = gauge(
-            "svc_batch_requests_running", "Requests of batches currently running in the engines", model
-        )
+        self.batched = gauge("svc_batch_requests_running", "Batch requests currently running in the engines", model)
         self.queued = gauge("svc_requests_queued", "Requests currently waiting for a slot or an adapter", model)
         self.engine_state = gauge("svc_engine_state", "Number of engines, by state", ("model", "state"))
         self.replicas_wanted = gauge("svc_replicas_wanted", "Number of engines that the load needs", model)
@@ -58,7 +56,7 @@ class DeploymentInstruments:
         )
         self.shadow_requests = counter(
             "svc_shadow_requests_total",
-            "Requests during the shadow step of a rollout, by what became of the copy",
+            "Requests during the shadow step of a rollout, by outcome of the copy",
             outcome,
         )
         self.swap_duration = histogram(

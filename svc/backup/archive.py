@@ -34,7 +34,8 @@ log = logging.getLogger(__name__)
 
 STORE_FILE, TRACKING_FILE, OTHER_FILES = "svc.db", "mlflow.db", "files"
 CONTENTS_FILE = "contents.json"
-"""List of the contents of clients' files. Earlier releases, which do not know it, can still read the record."""
+"""File that lists the contents of clients' files. It is separate from the record, so that earlier releases can still
+read the record."""
 _RECORD_FILE = "snapshot.json"
 _NAME = re.compile(r"\d{8}T\d{6}\.\d{3}Z")
 
@@ -193,7 +194,7 @@ class Archive:
         try:
             wanted = {content.sha256 for snapshot in stay for content in self.contents_of(snapshot)}
         except (OSError, ValueError):  # what the damaged snapshot needs is unknown
-            log.exception("no contents of clients' files are removed from %s", self)
+            log.exception("cannot tell which clients' files are still needed in %s; removing none", self)
             return
         for path in self.contents.iterdir() if self.contents.is_dir() else ():
             if path.name not in wanted:

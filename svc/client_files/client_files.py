@@ -45,7 +45,7 @@ from svc.store.files import (
 log = logging.getLogger(__name__)
 
 FILES_FOLDER = "files"
-"""Folder of the home with the contents."""
+"""Folder of the home that holds the contents of files."""
 _REMOVED = ".removed-"
 _MAX_THREADS = 4
 Result = TypeVar("Result")
@@ -289,7 +289,7 @@ class ClientFiles:
             try:
                 self._shared.put(content, path)
             except (FileNotFoundError, IntegrityError) as error:
-                log.error("the content of %s is not uploaded: %s", content.id, error)
+                log.error("could not upload the content of %s: %s", content.id, error)
                 continue
             count += 1
             if not known_files(self._store, [content.id]):  # deleted meanwhile

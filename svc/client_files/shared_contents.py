@@ -121,7 +121,7 @@ class SharedContents:
         path = self._folder / content.id
         partial = self._folder / f".{content.id}.{secrets.token_hex(4)}"  # another process may fetch the same content
         if shutil.disk_usage(self._folder).free - content.bytes < self._min_free_bytes:
-            raise OSError(errno.ENOSPC, f"too little disk space is free for {content.bytes} bytes", str(path))
+            raise OSError(errno.ENOSPC, f"not enough free disk space for {content.bytes} bytes", str(path))
         with self._asking(content), self._slot(content):
             if self._objects.size(_key(content.id)) is None:
                 raise ContentMissingError(f"the content of the file {content.id} is not in the server's object store")
@@ -154,7 +154,7 @@ class SharedContents:
         except IntegrityError as error:
             if content is None or _key(content.id) not in error.wrong:
                 raise
-            log.error("the content of a file in the object store is not used: %s", error)
+            log.error("ignoring the content of a file in the object store: %s", error)
             raise ContentDamagedError(
                 f"the content of the file {content.id} in the server's object store was truncated or altered: "
                 f"{_key(content.id)}",

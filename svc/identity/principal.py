@@ -14,7 +14,7 @@ class Scope(StrEnum):
     FEEDBACK = "feedback"
     METRICS = "metrics"
     FILES = "files"
-    """Upload files, read and delete the key's own ones, and have batches of requests answered."""
+    """Upload files, read and delete the key's own files, and create batches of requests."""
     JOBS = "jobs"
     """Train models from the key's files."""
     ADMIN = "admin"

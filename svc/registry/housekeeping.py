@@ -214,7 +214,7 @@ def find_ended(store: Store, home: Path, older_than_days: float) -> Iterator[Rec
             try:
                 entry = find_job(store, id, None) if noun == "job" else find_batch(store, id, None)
             except EntryNotFoundError:
-                ended, why = touched < now - _DAY_S, f"the store does not know the {noun}"
+                ended, why = touched < now - _DAY_S, f"the {noun} is not in the store"
             else:
                 ended, why = entry.status.ended, f"the {noun} has ended"
             if ended:

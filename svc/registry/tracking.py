@@ -279,8 +279,8 @@ class Tracking:
         if allocated != version:
             self.discard(allocated)
             log.warning(
-                "MLflow at %s cannot have %s, because it has used that number already, so the version cannot have an "
-                "alias here; use one tracking_uri for all machines",
+                "MLflow at %s already has another version with the number of %s, so this version cannot have an alias "
+                "there; use one tracking_uri for all machines",
                 self.where,
                 version,
             )

@@ -30,7 +30,7 @@ from svc.version import VersionId
 ABANDONED_AFTER = timedelta(minutes=1)
 """A running job returns to the queue when its worker has not reported for this time."""
 MAX_ATTEMPTS = 3
-"""Number of times that a training may die. A training that is interrupted for another reason is not counted."""
+"""Number of times that a job's training may die. Interruptions for other reasons are not counted."""
 _RUNNING, _QUEUED = JobStatus.RUNNING.value, JobStatus.QUEUED.value
 
 
@@ -244,7 +244,7 @@ def _choose(session: Session, worker: str, may_run: Callable[[Job], bool]) -> Jo
 def _own(session: Session, id: str, worker: str) -> JobRow:
     row = session.get(JobRow, id)
     if row is None or row.status != _RUNNING or row.worker != worker:
-        raise JobLostError(f"the job {id} does not belong to the worker {worker} any more")
+        raise JobLostError(f"the job {id} no longer belongs to the worker {worker}")
     return row
 
 

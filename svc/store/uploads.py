@@ -134,7 +134,7 @@ def add_part(store: Store, part: UploadPart) -> None:
             raise UploadSizeError(f"the upload has {count} parts", expected=f"at most {MAX_PARTS}")
         if size + part.bytes > upload.bytes:
             wrong = f"the parts have {size + part.bytes} bytes in total"
-            raise UploadSizeError(wrong, expected=f"at most the {upload.bytes} bytes of the upload")
+            raise UploadSizeError(wrong, expected=f"at most {upload.bytes}, the size given when the upload was created")
         session.add(UploadPartRow.of(part))
 
 
@@ -151,13 +151,16 @@ def read_parts(store: Store, upload: Upload, ids: Sequence[str]) -> list[UploadP
     if missing := next((id for id in ids if id not in parts), None):
         raise EntryNotFoundError(
             f"the upload {upload.id} has no part {missing[:100]!a}",
-            expected="ids of parts of this upload",
+            expected="ids of parts that belong to this upload",
             param="part_ids",
         )
     if len(set(ids)) < len(ids):
-        raise UploadSizeError("a part is named twice", expected="each part once, in the order of the file")
+        raise UploadSizeError("a part is listed twice", expected="each part once, in the order of the file")
     if (size := sum(parts[id].bytes for id in ids)) != upload.bytes:
-        raise UploadSizeError(f"the parts have {size} bytes in total", expected=f"{upload.bytes}, as the upload says")
+        raise UploadSizeError(
+            f"the parts have {size} bytes in total",
+            expected=f"{upload.bytes}, the size given when the upload was created",
+        )
     return [parts[id] for id in ids]
 
 

@@ -36,7 +36,7 @@ def check_freshness(manifest: Manifest, max_age_days: float | None, now: datetim
     if max(evaluation, data or 0.0) > max_age_days:
         verdict = GateVerdict.FAILED
     elif data is None:
-        verdict, reason = GateVerdict.UNDECIDED, "the version has no time of its training files"
+        verdict, reason = GateVerdict.UNDECIDED, "the age of the version's training files is not recorded"
     else:
         verdict = GateVerdict.PASSED
     return GateRow(gate="freshness", measured=measured, limit=limit, verdict=verdict, reason=reason)

@@ -17,7 +17,7 @@ from tests.serving.jobs.worker_home import PACE, WorkerHome, fake_result
 
 AWAY = ContentStoreError("the object store is not responding")
 DAMAGED = ContentDamagedError("client-files/file-1 was altered")
-WAITS = "Waiting until the contents of files can be read from or written to the object store"
+WAITS = "Waiting until the object store for files is available"
 
 
 @pytest.fixture

@@ -156,7 +156,7 @@ async def test_training_that_is_killed_by_a_signal_continues_from_its_checkpoint
         await home.ended(id)
     assert home.job(id).status is JobStatus.SUCCEEDED
     assert len(home.starts(id)) == 2
-    assert "The training died; it is continued from its last checkpoint" in home.messages(id)
+    assert "The training died; it continues from its last checkpoint" in home.messages(id)
 
 
 async def test_processes_without_a_mark_are_killed_when_their_training_has_died(home: WorkerHome) -> None:
@@ -243,7 +243,7 @@ async def test_job_returns_to_the_queue_with_a_checkpoint_when_the_server_stops(
     assert not lives(home.starts(id)[0])
     job = home.job(id)
     assert (job.status, job.attempts) == (JobStatus.QUEUED, 0)
-    assert home.messages(id)[-1] == "The server is stopping; the training continues when it runs again"
+    assert home.messages(id)[-1] == "The server is stopping; the training continues when the server runs again"
     async with home.working():
         await home.until(lambda: len(home.starts(id)) == 2)
         assert home.job(other).status is JobStatus.QUEUED
