@@ -34,7 +34,9 @@ if "serve" in sys.orig_argv and any(part.endswith("/svc") for part in sys.orig_a
 """Python code that runs before `svc serve` and simulates memory for one engine."""
 
 
-def test_kept_requests_are_replayed_where_memory_holds_one_engine(home: Path, tmp_path: Path, report: Report) -> None:
+def test_stored_requests_are_replayed_when_memory_holds_only_one_engine(
+    home: Path, tmp_path: Path, report: Report
+) -> None:
     (tmp_path / "start").mkdir()
     (tmp_path / "start" / "sitecustomize.py").write_text(ONE_ENGINE, "utf-8")
     settings = SETTINGS | {"PYTHONPATH": python_path(tmp_path / "start"), "SVC_REQUEST_LOG__CONTENT_SHARE": "1"}

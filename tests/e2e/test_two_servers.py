@@ -160,7 +160,9 @@ def test_database_restart_under_load_fails_no_request(
     assert pair.served() == ["tiny@2"] * 2
 
 
-def test_server_without_its_network_serves_on_and_follows_once_it_is_back(pair: Pair, clients: list[Users]) -> None:
+def test_server_keeps_serving_without_a_network_and_catches_up_once_it_is_back(
+    pair: Pair, clients: list[Users]
+) -> None:
     with pair.link.cut():
         time.sleep(20)  # its leases end after 15 s
         done = pair.servers[0].command("promote", "tiny@2", "--direct", *ANY_QUALITY)

@@ -173,7 +173,7 @@ def test_job_is_paused_resumed_and_cancelled(home: WorkerHome, svc: Svc) -> None
     assert actions.count("job.cancel") == 1
 
 
-def test_job_is_not_cancelled_without_an_answer(home: WorkerHome, svc: Svc) -> None:
+def test_job_is_not_cancelled_without_confirmation(home: WorkerHome, svc: Svc) -> None:
     id = home.add()
     assert svc("cancel", id).exit_code == 1
     assert svc("cancel", id, "--json").exit_code == 2
@@ -195,7 +195,7 @@ async def remote(store: Store, socket_folder: Path, tmp_path: Path) -> AsyncIter
         yield RemoteJobs(ServerAddress("http://localhost", socket)), WorkerHome(store, socket_folder)
 
 
-async def test_server_and_store_show_the_same(remote: tuple[RemoteJobs, WorkerHome]) -> None:
+async def test_jobs_look_the_same_when_read_from_the_server_or_the_store(remote: tuple[RemoteJobs, WorkerHome]) -> None:
     source, home = remote
     local = LocalJobs(home.store, "tuneserve")
     id = home.add()

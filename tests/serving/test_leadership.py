@@ -62,7 +62,7 @@ async def test_server_that_cannot_reach_the_store_stops_leading_when_its_lease_e
     assert not cut_off.leads("teams")
 
 
-async def test_tasks_that_wait_for_changes_go_on_when_a_server_begins_to_lead(postgresql_store: Store) -> None:
+async def test_tasks_waiting_for_changes_continue_when_a_server_starts_leading(postgresql_store: Store) -> None:
     changes = Changes()
     server = Leadership(postgresql_store, changes, "gpu-1:8000", lambda: ["teams"])
     waiting = asyncio.create_task(changes.wait(changes.count, 60))
@@ -70,7 +70,7 @@ async def test_tasks_that_wait_for_changes_go_on_when_a_server_begins_to_lead(po
     await asyncio.wait_for(waiting, 1)
 
 
-async def test_server_is_gone_when_a_report_is_under_way_at_its_stop(
+async def test_stopped_server_is_not_listed_even_if_a_report_was_in_progress(
     postgresql_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server, began, go_on = leadership(postgresql_store), threading.Event(), threading.Event()
@@ -92,7 +92,7 @@ async def test_server_is_gone_when_a_report_is_under_way_at_its_stop(
     assert running_servers(postgresql_store) == {}
 
 
-async def test_stop_of_a_server_goes_on_when_the_store_is_frozen(
+async def test_server_stops_even_if_the_store_is_frozen(
     postgresql_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     thawed = threading.Event()

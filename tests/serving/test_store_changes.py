@@ -105,7 +105,7 @@ async def _served(client: httpx.AsyncClient) -> set[str]:
     return {model["model"] for model in (await client.get("/svc/status")).json()["models"]}
 
 
-async def test_model_is_added_and_removed_when_that_is_notified(
+async def test_model_is_added_and_removed_on_notification(
     home: Home, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.deployments._POLL_S", 60.0)

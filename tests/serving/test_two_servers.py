@@ -200,7 +200,7 @@ async def test_promotion_waits_for_a_server_that_was_taken_for_dead_when_it_repo
     assert any([await awaited() == {FIRST, SECOND} for _ in range(3)])
 
 
-async def test_stop_of_one_server_ends_only_its_own_served_period(first: Control, second: Control) -> None:
+async def test_stopping_one_server_ends_only_its_own_period_of_service(first: Control, second: Control) -> None:
     async with first.run():
         async with second.run():
             await until(lambda: len(served_spans(first.store, NAME)) == 2)

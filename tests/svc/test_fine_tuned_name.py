@@ -26,7 +26,7 @@ def test_name_has_the_first_base_when_a_fine_tuned_model_is_trained_further(mode
 
 @pytest.mark.parametrize("suffix", ["", "tickets"])
 @pytest.mark.parametrize("step", [None, 1, 2000])
-def test_parsed_name_equals_the_one_that_was_made(suffix: str, step: int | None) -> None:
+def test_parsed_name_equals_the_created_name(suffix: str, step: int | None) -> None:
     name = FineTunedName("HuggingFaceTB/SmolLM2-135M", "org", suffix, "ab12", step)
     assert parse_fine_tuned_name(str(name)) == name
 

@@ -124,7 +124,7 @@ def printed(width: int, *row: str) -> list[str]:
     return [line.strip() for line in file.getvalue().splitlines()]
 
 
-def test_names_in_a_table_stay_whole_if_there_is_room() -> None:
+def test_names_in_a_table_are_not_wrapped_if_there_is_space() -> None:
     [_, *lines] = printed(40, "debian-triage@1", "a reason of many words that is broken instead")
     assert lines[0].startswith("debian-triage@1  ")
     assert len(lines) > 1

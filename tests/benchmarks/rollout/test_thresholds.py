@@ -31,7 +31,7 @@ def test_measurements_are_those_of_the_candidate() -> None:
     assert (shares[5:] > 0.2).all()
 
 
-def test_rollback_comes_with_the_last_allowed_failed_measurement() -> None:
+def test_rollback_happens_at_the_last_allowed_failed_measurement() -> None:
     values = np.zeros((8, 4))
     values[[1, 4, 6], 0] = 0.5
     decision = thresholds.decide(measured(values), POLICY, np.array([0.4, NO_LIMIT, NO_LIMIT, NO_LIMIT]))

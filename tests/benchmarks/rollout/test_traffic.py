@@ -33,7 +33,7 @@ def test_equal_versions_give_equal_results_in_order_of_time(kind: Kind) -> None:
     assert not any(bad.equal for bad in BAD)
 
 
-def test_requests_of_a_user_have_one_place_and_sessions_have_2_to_20_requests() -> None:
+def test_requests_of_a_user_share_a_hash_place_and_sessions_have_2_to_20_requests() -> None:
     traffic = generate(Kind("sessions", shape=Shape.SESSIONS), HOUR_S, seed=4)
     users, counts = np.unique(traffic.unit, return_counts=True)
     assert counts.min() >= 2

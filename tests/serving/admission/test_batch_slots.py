@@ -91,7 +91,7 @@ async def test_requests_wait_while_clients_are_queued() -> None:
             await admission.enter(1, NO_KEY)  # for the end of the context above
 
 
-async def test_tokens_of_batches_make_way_for_those_of_clients() -> None:
+async def test_batch_requests_are_interrupted_when_clients_need_their_tokens() -> None:
     admission = open_admission(max_running=8, max_tokens=100)
     async with batched(admission, 3, tokens=40) as requests:
         assert begun(requests) == [True, True, False]
@@ -105,7 +105,7 @@ async def test_request_that_can_never_run_is_refused() -> None:
         await admission.enter(11, Party("alice", 1, OneShotEvent()))
 
 
-async def test_no_more_run_than_the_setting_allows() -> None:
+async def test_number_of_running_batch_requests_is_limited_by_the_setting() -> None:
     admission = Admission(max_running=100, max_tokens=100, max_queued=1, queue_timeout_s=1, max_batched=2)
     admission.available()
     async with batched(admission, 3) as requests:

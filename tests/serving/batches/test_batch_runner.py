@@ -92,7 +92,7 @@ async def test_all_requests_are_answered(service: BatchService, client: AsyncOpe
     assert (file.purpose, file.filename, file.expires_at) == (Purpose.BATCH_OUTPUT, f"{id}_output.jsonl", None)
 
 
-async def test_files_go_in_and_out_through_the_files_api(service: BatchService) -> None:
+async def test_batch_input_and_output_go_through_the_files_api(service: BatchService) -> None:
     key, other = service.key(*CLIENT), service.key(*CLIENT)
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(service.official(key))
@@ -202,7 +202,7 @@ async def test_missing_input_fails_the_batch(service: BatchService, client: Asyn
     assert batch.errors.data[0].code == "input_file_unavailable"
 
 
-async def test_finished_requests_are_not_asked_again_after_an_interruption(
+async def test_finished_requests_are_not_sent_again_after_an_interruption(
     service: BatchService, client: AsyncOpenAI, store: Store
 ) -> None:
     service.double.token_delay_s = 0.002
@@ -262,7 +262,7 @@ async def test_cancelled_batch_stops_within_seconds_and_keeps_its_answers(
     assert 8 <= batch.request_counts.completed == len(service.content(batch.output_file_id)) < 2000
 
 
-async def test_batch_that_waits_is_cancelled(service: BatchService, client: AsyncOpenAI) -> None:
+async def test_waiting_batch_can_be_cancelled(service: BatchService, client: AsyncOpenAI) -> None:
     id = await create(client, service.add_input(lines(2)))
     await client.batches.cancel(id)
     async with service.running_batches():
@@ -316,7 +316,9 @@ async def test_requests_wait_while_the_engine_is_changed(service: BatchService, 
     assert (batch.status, batch.error_file_id) == ("completed", None)
 
 
-async def test_engine_that_fails_is_asked_three_times(service: BatchService, client: AsyncOpenAI) -> None:
+async def test_request_is_sent_at_most_three_times_to_a_failing_engine(
+    service: BatchService, client: AsyncOpenAI
+) -> None:
     service.double.refuse_with = 500, {"message": "no", "type": "InternalServerError", "code": 500}
     async with service.running_batches():
         batch = await ended(client, await create(client, service.add_input(lines(1))))
@@ -385,7 +387,7 @@ async def test_requests_have_the_rights_and_limits_of_the_key(service: BatchServ
         assert (await ended(client, id)).status == "completed"
 
 
-async def test_batch_begins_when_its_creation_is_heard_and_the_store_is_not_read_before(
+async def test_batch_begins_on_notification_of_its_creation_without_polling_the_store(
     service: BatchService, client: AsyncOpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads = []

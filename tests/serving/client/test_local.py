@@ -15,7 +15,7 @@ from tests.serving.versions import NAME, make_version, target
 pytestmark = pytest.mark.slow
 
 
-async def test_promotion_takes_the_rollout_steps_that_only_the_server_has_configured(home: Home) -> None:
+async def test_promotion_uses_rollout_steps_configured_only_on_the_server(home: Home) -> None:
     plain = home.settings
     steps = RolloutSettings(shadow=5, max_step_s=7)
     home.settings = plain.model_copy(update={"models": {NAME: ModelSettings(rollout=steps)}})
@@ -29,7 +29,7 @@ async def test_promotion_takes_the_rollout_steps_that_only_the_server_has_config
             await asyncio.sleep(0.02)
 
 
-async def test_refusal_of_the_server_keeps_its_parts_and_needs_no_address(home: Home) -> None:
+async def test_refusal_by_the_local_server_has_the_reason_and_advice_without_its_address(home: Home) -> None:
     make_version(home.registry, 4, failed=("accuracy below 0.5",))
     async with home.serving(f"{NAME}@1"):
         here = LocalAdministration.of(home.settings)

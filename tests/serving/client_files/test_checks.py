@@ -92,7 +92,9 @@ async def test_owners_with_many_files_do_not_delay_others(store: Store, files: C
         await until(lambda: list(check.running) == [other, many[1]])
 
 
-async def test_check_that_a_stop_has_interrupted_runs_again(store: Store, files: ClientFiles, check: HeldCheck) -> None:
+async def test_check_interrupted_by_a_server_stop_runs_again(
+    store: Store, files: ClientFiles, check: HeldCheck
+) -> None:
     id = add(files)
     async with running(FileChecks(store, files, check)):
         await until(lambda: id in check.running)
@@ -151,6 +153,6 @@ async def test_check_that_takes_too_long_is_killed(tmp_path: Path) -> None:
     assert check == ContentCheck(False, "the check of the file took longer than 0.05 s")
 
 
-async def test_check_that_fails_is_an_error_of_the_file(tmp_path: Path) -> None:
+async def test_failed_check_marks_the_file_as_unusable(tmp_path: Path) -> None:
     check = await run_check(tmp_path, Purpose.BATCH)  # a folder cannot be read
     assert check == ContentCheck(False, "the file could not be checked; the server's log says why")

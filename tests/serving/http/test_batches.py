@@ -100,7 +100,7 @@ async def test_invalid_creation_is_refused(
     assert (await client.batches.list()).data == []
 
 
-async def test_equal_creates_at_the_same_time_and_later_create_one_batch(
+async def test_equal_create_requests_create_one_batch_when_concurrent_or_repeated_later(
     service: BatchService, client: AsyncOpenAI, store: Store
 ) -> None:
     given: dict[str, Any] = {"input_file_id": service.add_input(line("a")), "endpoint": CHAT_PATH, **WINDOW}

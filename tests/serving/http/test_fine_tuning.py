@@ -239,7 +239,7 @@ async def test_ended_job_cannot_be_changed_and_the_client_does_not_retry(
         assert caught.value.response.headers["x-should-retry"] == "false"
 
 
-async def test_equal_creates_at_the_same_time_create_one_job(
+async def test_equal_concurrent_create_requests_create_one_job(
     service: FineTuningService, client: AsyncOpenAI, check: FakeCheck
 ) -> None:
     file = service.add_file()
@@ -272,7 +272,7 @@ async def test_file_that_is_deleted_during_the_creation_is_refused(
         assert (await client.fine_tuning.jobs.list()).data == []
 
 
-async def test_equal_creates_on_two_servers_create_one_job(
+async def test_equal_create_requests_on_two_servers_create_one_job(
     service: FineTuningService, store: Store, socket_folder: Path, base: Path, check: FakeCheck
 ) -> None:
     (socket_folder / "other").mkdir()

@@ -236,7 +236,7 @@ def test_two_owners_never_share_a_name(first: str, second: str, suffixes: tuple[
 
 
 @given(owner=OWNERS, suffix=st.text("abc09._-", min_size=1, max_size=51))
-def test_suffix_of_a_name_is_the_one_it_was_made_from(owner: str, suffix: str) -> None:
+def test_suffix_can_be_recovered_from_a_name(owner: str, suffix: str) -> None:
     name = registered_name(owner, suffix)
     assert len(name) > 60 or suffix_of(name, owner) == suffix
 

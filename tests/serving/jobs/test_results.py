@@ -118,7 +118,7 @@ def test_result_file_has_openais_columns_and_belongs_to_the_owner_of_the_job(
     ]
 
 
-def test_same_result_and_one_file_when_completed_again_after_a_crash(
+def test_completing_a_job_again_after_a_crash_gives_the_same_result_and_one_file(
     store: Store, files: ClientFiles, results: JobResults, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
@@ -186,7 +186,7 @@ def test_checkpoint_is_a_version_that_engines_load_as_an_adapter(
 
 
 @pytest.mark.parametrize("config", [{"peft_type": "ADALORA"}, {"use_dora": True}])
-def test_adapter_that_no_engine_can_apply_is_no_checkpoint(
+def test_adapter_that_no_engine_can_apply_does_not_become_a_checkpoint(
     store: Store, registry: Registry, progress: ProgressFile, results: JobResults, config: dict[str, Any]
 ) -> None:
     save_epoch(registry, progress, 2, **config)
@@ -231,6 +231,6 @@ def test_result_file_has_only_the_columns_when_no_step_was_reported(files: Clien
     assert files.path(result.result_file).read_text().count("\n") == 1
 
 
-def test_last_record_of_a_step_counts_when_a_resumed_training_repeats_it() -> None:
+def test_last_record_of_a_step_counts_when_a_resumed_training_run_repeats_it() -> None:
     text = metrics_csv([step(1, 3.0), step(2, 2.0), step(1, 1.0), HeldoutLoss(step=3, loss=0.5)])
     assert text.splitlines()[1:] == ["1,1.00000,,,", "2,2.00000,,,", "3,,,0.50000,"]

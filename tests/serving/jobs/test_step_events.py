@@ -36,13 +36,13 @@ def test_losses_of_one_step_are_one_event() -> None:
     assert events.next() is None
 
 
-def test_steps_that_were_reported_before_are_no_events_when_a_training_is_followed_again() -> None:
+def test_steps_reported_before_create_no_events_when_a_training_run_is_followed_again() -> None:
     events = StepEvents(Reported(3, 5))
     events.add([step(4), HeldoutLoss(step=5, loss=1.5), step(5)])
     assert events.next(last=True) is None
 
 
-def test_long_training_has_few_events_and_one_for_its_last_step() -> None:
+def test_long_training_run_has_few_events_and_one_for_its_last_step() -> None:
     events, steps = StepEvents(Reported(0, 0)), 20_000
     messages = []
     for number in range(1, steps + 1):

@@ -42,7 +42,7 @@ def recipe(folder: Path, config: str = "llama-3.2-1b", *, bad: bool = False, **f
 
 
 @pytest.mark.slow
-async def test_training_that_works_has_its_figures(tmp_path: Path, settings: Settings) -> None:
+async def test_check_of_a_valid_training_returns_its_figures(tmp_path: Path, settings: Settings) -> None:
     check = await check_training(recipe(tmp_path), settings, timeout_s=300)
     assert 30 <= check.examples < 40  # about a tenth is held out
     assert 0 < check.learning_rate < 5e-4
@@ -51,7 +51,7 @@ async def test_training_that_works_has_its_figures(tmp_path: Path, settings: Set
 
 
 @pytest.mark.slow
-async def test_training_on_examples_that_openai_publishes_works(tmp_path: Path, settings: Settings) -> None:
+async def test_check_accepts_examples_that_openai_publishes(tmp_path: Path, settings: Settings) -> None:
     (tmp_path / "file-1").write_text(published(toy=4, drone=3), "utf-8")
     assert check_content(tmp_path / "file-1", Purpose.FINE_TUNE).usable
     request = JobRequest.model_validate_json('{"model": "small", "training_file": "file-1"}')

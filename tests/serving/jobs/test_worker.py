@@ -73,7 +73,7 @@ async def test_training_reads_the_file_of_this_machine_when_another_one_made_the
     assert str(home.folder / "files" / home.file) in (home.job_folder(id) / "recipe.yaml").read_text()
 
 
-async def test_job_is_taken_when_its_creation_is_heard_and_the_queue_is_not_read_before(
+async def test_job_is_taken_on_notification_of_its_creation_without_polling_the_queue(
     home: WorkerHome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads = []
@@ -281,7 +281,7 @@ async def test_training_is_killed_when_another_worker_has_taken_its_job(home: Wo
     assert home.job(id).status is JobStatus.RUNNING
 
 
-async def test_training_goes_on_when_the_store_does_not_respond_for_a_while(
+async def test_training_continues_while_the_store_does_not_respond(
     home: WorkerHome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     id = home.add(steps=40, step_s=0.02)
@@ -303,7 +303,7 @@ async def test_training_goes_on_when_the_store_does_not_respond_for_a_while(
     assert len(home.starts(id)) == 1
 
 
-async def test_job_fails_and_the_worker_goes_on_when_making_the_result_has_a_defect(home: WorkerHome) -> None:
+async def test_job_fails_and_the_worker_continues_when_creating_the_result_raises(home: WorkerHome) -> None:
     ids = [home.add(), home.add()]
 
     def broken(*arguments: object) -> None:
@@ -349,7 +349,7 @@ async def test_training_is_continued_by_the_next_server_when_the_server_is_kille
 
 
 @pytest.mark.slow
-async def test_training_goes_on_when_the_server_is_replaced_by_another(home: WorkerHome) -> None:
+async def test_training_continues_when_the_server_is_replaced_by_another(home: WorkerHome) -> None:
     id = home.add(steps=100, step_s=0.05)
     with server(home) as process:
         await home.until(lambda: home.step(id) > 2)
@@ -363,7 +363,7 @@ async def test_training_goes_on_when_the_server_is_replaced_by_another(home: Wor
 
 
 @pytest.mark.slow
-async def test_job_succeeds_when_its_training_ended_while_no_server_ran(home: WorkerHome) -> None:
+async def test_job_succeeds_when_its_training_ended_while_no_server_was_running(home: WorkerHome) -> None:
     id = home.add(steps=20, step_s=0.05)
     with server(home):
         await home.until(lambda: home.step(id) > 2)
@@ -374,7 +374,7 @@ async def test_job_succeeds_when_its_training_ended_while_no_server_ran(home: Wo
 
 
 @pytest.mark.slow
-async def test_all_of_20_jobs_succeed_once_when_the_server_is_killed_among_them(home: WorkerHome) -> None:
+async def test_each_of_20_jobs_succeeds_once_when_the_server_is_killed_in_between(home: WorkerHome) -> None:
     ids = [home.add(f"owner-{number % 3}", steps=5, step_s=0.02) for number in range(20)]
     for ended in (4, 9, 14):
         with server(home):

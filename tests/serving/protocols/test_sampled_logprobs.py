@@ -44,7 +44,7 @@ def event(logprobs: dict[str, Any] | None) -> bytes:
 
 
 @pytest.mark.parametrize("unset", [{}, {"logprobs": None}])
-def test_sampled_tokens_only_are_asked_for_when_client_asked_for_none(unset: dict[str, Any]) -> None:
+def test_logprobs_of_sampled_tokens_are_requested_when_the_client_requests_none(unset: dict[str, Any]) -> None:
     assert asking(Route.CHAT_COMPLETIONS, CHAT | unset) == CHAT | {"logprobs": True}
     assert asking(Route.COMPLETIONS, PLAIN | unset) == PLAIN | {"logprobs": 0}
 
@@ -63,7 +63,7 @@ def test_request_is_unchanged_when_client_asked_for_logprobs(route: Route, field
 
 
 @pytest.mark.parametrize("field", ["echo", "use_beam_search"])
-def test_no_logprobs_are_asked_for_when_prompt_would_be_scored_or_beams_searched(field: str) -> None:
+def test_no_logprobs_are_requested_when_prompt_would_be_scored_or_beams_searched(field: str) -> None:
     for route, fields in ROUTES.items():
         assert asking(route, fields | {field: True}) == fields | {field: True}
 

@@ -166,7 +166,7 @@ def test_warning_says_what_to_do(store: Store, record: RolloutRecord) -> None:
     assert "send `user`" in warning and f"models.{NAME}.rollout.unit: request" in warning
 
 
-def test_share_of_a_unit_is_counted_anew_in_each_step(store: Store, record: RolloutRecord) -> None:
+def test_share_of_a_unit_is_counted_again_in_each_step(store: Store, record: RolloutRecord) -> None:
     evidence = CanaryEvidence(store, record)
     add_of_units(store, record, ["ann"] * 100)
     assert evidence.look().warning

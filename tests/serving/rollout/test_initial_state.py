@@ -173,7 +173,7 @@ def shared(home: Home, postgresql_store: Store) -> Home:
 
 
 @pytest.mark.parametrize("model", [None, NAME, f"{NAME}@1"])
-def test_server_starts_beside_another_one_with_the_same_models(shared: Home, model: str | None) -> None:
+def test_server_starts_next_to_another_one_with_the_same_models(shared: Home, model: str | None) -> None:
     assert choose(shared, model)[0] == f"{NAME}@1"
 
 

@@ -52,14 +52,14 @@ def test_load_between_the_two_limits_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize(("requests", "wanted"), [(0, 2), (1000, 4)])
-def test_limits_are_kept(requests: int, wanted: int) -> None:
+def test_number_of_replicas_stays_within_its_limits(requests: int, wanted: int) -> None:
     policy, replicas = make_policy(least=2, most=4), 3
     for tick in range(800):
         replicas = policy.wanted(tick * STEP_S, requests, replicas)
     assert replicas == wanted
 
 
-def test_nothing_is_removed_soon_after_a_reset() -> None:
+def test_no_replica_is_removed_soon_after_a_reset() -> None:
     policy = make_policy()
     observe(policy, requests=0, replicas=4, seconds=HOLD_S - 10)
     policy.reset()

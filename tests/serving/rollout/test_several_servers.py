@@ -314,7 +314,7 @@ async def test_following_server_serves_only_production_when_memory_holds_one_eng
     assert versions == {ONE}
 
 
-async def test_rollout_goes_on_when_the_candidate_of_the_following_server_dies(servers: Servers) -> None:
+async def test_rollout_continues_when_the_candidate_of_the_following_server_dies(servers: Servers) -> None:
     async with servers.run(), servers.second.client() as client, Users(client).asking() as users:
         start(servers.first, 2, ENDLESS)
         await until(lambda: splits(servers.first, servers.second))
@@ -342,7 +342,7 @@ async def test_both_servers_stop_sending_clients_to_the_candidate_when_a_user_ro
     assert record(servers.first).outcome is RolloutOutcome.CANCELLED
 
 
-async def test_following_server_hears_of_a_rollback_and_ends_the_rollout_later_when_the_leading_server_is_dead(
+async def test_following_server_sees_a_rollback_and_later_ends_the_rollout_when_the_leading_server_is_dead(
     servers: Servers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with servers.run():
@@ -379,7 +379,7 @@ async def test_following_server_sends_all_clients_to_production_when_it_cannot_r
     assert len(servers.second.park.engines) == 2
 
 
-async def test_other_server_goes_on_when_the_leading_one_cannot_reach_the_store(servers: Servers) -> None:
+async def test_other_server_continues_the_rollout_when_the_leading_one_cannot_reach_the_store(servers: Servers) -> None:
     async with servers.run():
         start(servers.first, 2, ENDLESS)
         await until(lambda: splits(servers.first, servers.second))

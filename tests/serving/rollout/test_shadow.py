@@ -158,7 +158,7 @@ async def test_copy_is_dropped_when_the_answer_is_too_large(
     assert copies.dropped == 1
 
 
-async def test_production_did_not_fail_when_its_copy_fails(copies: Copies) -> None:
+async def test_failed_copy_does_not_count_as_a_failure_of_production(copies: Copies) -> None:
     def fail_next(path: str) -> None:
         if path == Route.CHAT_COMPLETIONS and copies.sent:
             copies.control.double.refuse_with = (500, {"message": "CUDA error"})

@@ -312,7 +312,7 @@ def test_requests_with_one_secret_share_a_grant_even_if_other_keys_change(
     assert authenticator.grant(issued.secret) is grant
 
 
-def test_repeated_secret_is_rejected_after_its_key_expires(
+def test_secret_that_was_accepted_before_is_rejected_after_its_key_expires(
     authenticator: Authenticator, issued: IssuedKey, clock: Clock
 ) -> None:
     authenticator.grant(issued.secret)
@@ -331,7 +331,7 @@ def test_old_secret_that_was_accepted_before_is_rejected_after_its_grace_period(
     assert fault_of(authenticator, issued.secret) is KeyFault.UNKNOWN
 
 
-def test_repeated_secret_is_accepted_only_while_keys_can_be_checked(
+def test_secret_that_was_accepted_before_is_accepted_only_while_keys_can_be_checked(
     authenticator: Authenticator, issued: IssuedKey, clock: Clock
 ) -> None:
     authenticator.grant(issued.secret)
@@ -348,7 +348,7 @@ def test_repeated_secret_is_accepted_only_while_keys_can_be_checked(
         ("DELETE FROM keys", KeyFault.UNKNOWN),
     ],
 )
-def test_repeated_secret_is_checked_against_the_newest_keys(
+def test_secret_that_was_accepted_before_is_checked_against_the_newest_keys(
     authenticator: Authenticator, issued: IssuedKey, store: Store, change: str, fault: KeyFault
 ) -> None:
     authenticator.grant(issued.secret)

@@ -79,7 +79,7 @@ def test_file_of_requests_is_checked_by_the_rules_of_batches(file: Path) -> None
 @pytest.mark.parametrize(
     ("error", "words"), [(MemoryError(), "4 GiB"), (sqlite3.OperationalError(), "too many problems")]
 )
-def test_check_beyond_its_limits_is_an_error_of_the_file(
+def test_check_that_exceeds_its_limits_marks_the_file_as_unusable(
     file: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
 ) -> None:
     def fail(path: Path) -> list[str]:

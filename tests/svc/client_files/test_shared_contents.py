@@ -124,7 +124,7 @@ async def test_fetched_content_is_not_fetched_again(
     assert await second.content(id) == path
 
 
-async def test_content_that_is_here_is_not_fetched(first: ClientFiles, objects: ObjectStore) -> None:
+async def test_local_content_is_not_fetched(first: ClientFiles, objects: ObjectStore) -> None:
     id = add(first)
     objects.delete([f"client-files/{id}"])
     assert await first.content(id) == first.path(id)
@@ -165,7 +165,7 @@ async def test_content_of_a_deleted_file_is_not_found(first: ClientFiles, second
 
 
 @slow
-async def test_content_that_several_need_is_fetched_once(tmp_path: Path, store: Store, bucket: Bucket) -> None:
+async def test_content_needed_by_several_readers_is_fetched_once(tmp_path: Path, store: Store, bucket: Bucket) -> None:
     first, second = (files_of(tmp_path / name, store, bucket.url) for name in ("first", "second"))
     id = add(first)
     bucket.requests.clear()
@@ -185,9 +185,7 @@ async def test_two_processes_of_a_home_fetch_the_same_content(
 
 @slow
 @pytest.mark.parametrize("fault", [Fault.ERROR, Fault.CUT, Fault.LOST])
-async def test_content_is_not_there_after_an_interrupted_fetch(
-    tmp_path: Path, store: Store, bucket: Bucket, fault: Fault
-) -> None:
+async def test_interrupted_fetch_leaves_no_content(tmp_path: Path, store: Store, bucket: Bucket, fault: Fault) -> None:
     first, second = (files_of(tmp_path / name, store, bucket.url) for name in ("first", "second"))
     id = add(first)
     bucket.fail(fault, "GET", id, times=100)
@@ -198,7 +196,9 @@ async def test_content_is_not_there_after_an_interrupted_fetch(
     assert (await second.content(id)).read_bytes() == CONTENT
 
 
-async def test_cancelled_wait_for_a_content_leaves_it_to_the_others(first: ClientFiles, second: ClientFiles) -> None:
+async def test_cancelling_one_waiting_reader_does_not_cancel_the_fetch_for_others(
+    first: ClientFiles, second: ClientFiles
+) -> None:
     id = add(first)
     waiting = [asyncio.create_task(second.content(id)) for _ in range(2)]
     await asyncio.sleep(0)
@@ -291,7 +291,7 @@ def test_object_of_an_expired_file_is_deleted(first: ClientFiles, store: Store, 
 
 
 @slow
-def test_deleted_file_is_deleted_in_the_object_store_once_that_answers(
+def test_deleted_file_is_deleted_in_the_object_store_once_the_store_responds(
     tmp_path: Path, store: Store, bucket: Bucket
 ) -> None:
     files = files_of(tmp_path, store, bucket.url)
@@ -312,7 +312,7 @@ def test_object_is_kept_if_a_later_attempt_has_added_the_file(first: ClientFiles
     assert objects.keys("client-files") == [f"client-files/{id}"]
 
 
-def test_object_of_a_content_that_a_crash_has_left_is_deleted(first: ClientFiles, objects: ObjectStore) -> None:
+def test_object_left_by_a_crash_is_deleted(first: ClientFiles, objects: ObjectStore) -> None:
     id = add(first, b"{}\n")
     objects.write("client-files/file-crashed", b"{}\n")
     first.path("file-crashed").write_bytes(b"{}\n")
@@ -359,7 +359,7 @@ async def test_file_from_before_the_object_store_is_uploaded(
     assert (await second.content(id)).read_bytes() == CONTENT
 
 
-def test_damaged_file_from_before_the_object_store_does_not_hinder_others(
+def test_damaged_file_from_before_the_object_store_does_not_prevent_other_uploads(
     tmp_path: Path, store: Store, url: str, objects: ObjectStore
 ) -> None:
     old = files_of(tmp_path / "first", store, None)

@@ -156,7 +156,7 @@ def test_conversation_hash_is_shared_by_all_turns_of_one_conversation_only() -> 
     assert len({first.conversation, *(make(other).conversation for other in others)}) == 4
 
 
-def test_plain_completion_is_a_conversation_of_its_own() -> None:
+def test_plain_completion_counts_as_a_separate_conversation() -> None:
     one, same_one, other = (make(RECORD._replace(prompt=json.dumps(text))) for text in ("a", "a", "b"))
     assert one.conversation == same_one.conversation != other.conversation
 

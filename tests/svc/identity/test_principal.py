@@ -49,7 +49,7 @@ def test_api_key_without_a_model_list_may_request_any_model() -> None:
         (ADMIN, True),
     ],
 )
-def test_model_with_owners_is_only_for_them_for_admins_and_for_keys_restricted_to_it(
+def test_model_with_owners_is_permitted_only_to_owners_admins_and_keys_restricted_to_it(
     principal: Principal, allowed: bool
 ) -> None:
     assert principal.may_ask("tickets@1", {"alice000"}) == allowed

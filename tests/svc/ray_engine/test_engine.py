@@ -134,7 +134,9 @@ async def test_file_changed_on_the_engines_machine_is_never_loaded(
     assert "/collective_rpc" not in engine_of(cluster).double.calls
 
 
-async def test_version_that_is_only_here_is_refused_with_the_command_that_uploads_it(make: Make, folder: Path) -> None:
+async def test_version_that_is_only_on_this_machine_is_refused_with_the_command_that_uploads_it(
+    make: Make, folder: Path
+) -> None:
     (folder / "store" / "manifests" / NAME / "1.json").unlink()
     with pytest.raises(EngineError, match="no version tuned@1") as error:
         await make().start()
@@ -168,12 +170,12 @@ async def test_other_certificate_is_refused_at_both_ports(make: Make, folder: Pa
     assert not await answers(record.placed.port, stranger)
 
 
-async def test_record_with_the_private_key_is_for_its_owner_only(make: Make, folder: Path) -> None:
+async def test_record_with_the_private_key_is_readable_only_by_its_owner(make: Make, folder: Path) -> None:
     await make().start()
     assert stat.S_IMODE((folder / "state" / RECORD_FILE).stat().st_mode) == 0o600
 
 
-async def test_copy_of_a_home_neither_adopts_nor_ends_its_engine(make: Make, folder: Path) -> None:
+async def test_copy_of_a_home_neither_adopts_nor_stops_its_engine(make: Make, folder: Path) -> None:
     await make().start()
     shutil.copytree(folder / "state", folder / "copy")
     assert read_actor(folder / "copy") is None
@@ -192,7 +194,7 @@ async def test_later_server_adopts_the_engine_that_was_left(make: Make, cluster:
     assert len(cluster.engines) == 1
 
 
-async def test_engine_with_other_options_is_not_adopted_but_ended_by_the_next_start(
+async def test_engine_with_other_options_is_not_adopted_but_stopped_by_the_next_start(
     make: Make, cluster: ClusterDouble
 ) -> None:
     first = make()
@@ -220,7 +222,7 @@ async def test_engine_that_exits_is_reported_with_its_code_and_refuses_connectio
     await asyncio.wait_for(next(iter(cluster.running.values())), 5)  # the actor ends, too, and frees its resources
 
 
-async def test_lost_actor_is_the_end_of_the_engine_and_of_its_commands(make: Make, cluster: ClusterDouble) -> None:
+async def test_lost_actor_counts_as_engine_death_and_fails_further_commands(make: Make, cluster: ClusterDouble) -> None:
     engine = make()
     await engine.start()
     await cluster.kill(next(iter(cluster.running)))
@@ -273,7 +275,7 @@ async def test_sleep_and_wake_reach_the_engine(make: Make, cluster: ClusterDoubl
     assert not engine_of(cluster).slept
 
 
-async def test_figures_of_the_engine_arrive(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_memory_and_cpu_time_of_the_engine_are_reported(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("svc.ray_engine.node.BEAT_S", 0.01)
     engine = make()
     await engine.start()

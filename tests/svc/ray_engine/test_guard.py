@@ -39,7 +39,7 @@ asyncio.run(main())
 
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [True, False], ids=["killed", "stopped"])
-def test_engine_and_its_children_end_with_their_actor(killed: bool) -> None:
+def test_engine_and_its_children_stop_with_their_actor(killed: bool) -> None:
     with TemporaryDirectory(prefix="svc") as folder:
         pipe = subprocess.PIPE
         with subprocess.Popen([sys.executable, "-c", ACTOR, folder, SERVER], stdin=pipe, stdout=pipe) as actor:

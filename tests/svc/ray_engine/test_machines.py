@@ -34,12 +34,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Need, ...]]:
     return asked
 
 
-def test_cluster_is_not_asked_when_no_engine_runs_there(tmp_path: Path, asked: list[tuple[Need, ...]]) -> None:
+def test_cluster_is_not_queried_when_no_engine_runs_there(tmp_path: Path, asked: list[tuple[Need, ...]]) -> None:
     machines(tmp_path, engine={}).check()
     assert asked == []
 
 
-def test_model_of_its_own_launcher_is_checked_too(tmp_path: Path, asked: list[tuple[Need, ...]]) -> None:
+def test_model_with_its_own_launcher_setting_is_checked_too(tmp_path: Path, asked: list[tuple[Need, ...]]) -> None:
     machines(tmp_path, engine={}, models={"big": {"engine": ON_RAY}}).check()
     assert len(asked) == 1
 

@@ -34,7 +34,7 @@ def same(tmp_path: Path) -> Callable[[Change, Change], bool]:
 Same = Callable[[Change, Change], bool]
 
 
-def test_two_trainings_of_one_model_share_a_fingerprint(same: Same) -> None:
+def test_two_training_runs_of_one_model_share_a_fingerprint(same: Same) -> None:
     assert same({"seed": 1}, {"seed": 2})
 
 

@@ -80,7 +80,7 @@ def test_run_files_of_a_removed_version_are_removed_and_count_as_freed_space(
     assert [path.name for path in run.iterdir()] == ["lock"]
 
 
-def test_weights_of_a_running_training_are_not_removed(registry: Registry, store: Store, publish: Publish) -> None:
+def test_weights_of_a_running_training_run_are_not_removed(registry: Registry, store: Store, publish: Publish) -> None:
     manifest = publish()
     run = run_of(registry, manifest)
     with hold_lock(run / "lock", "it"):

@@ -140,7 +140,7 @@ def test_damaged_manifest_does_not_hide_the_other_versions(
     assert f"could not fetch {damaged}" in caplog.text
 
 
-def test_home_s_versions_stay_usable_without_the_store(
+def test_versions_in_the_home_stay_usable_without_the_object_store(
     registry: Registry, publish: Publish, objects: ObjectStore, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     version = publish().id
@@ -218,7 +218,7 @@ def test_fetched_version_can_have_an_alias_in_a_separate_mlflow(
     assert machine.manifest(VersionId(name, 1)).number == 1
 
 
-def test_version_of_before_the_store_can_be_pushed(
+def test_version_registered_before_the_object_store_existed_can_be_pushed(
     tmp_path: Path, tracking: Tracking, name: str, content: dict[str, Path], run: str, svc: Svc
 ) -> None:
     home = tmp_path / "home"
@@ -235,7 +235,7 @@ def test_version_of_before_the_store_can_be_pushed(
     assert svc("show", str(manifest.id)).code == 0
 
 
-def test_missing_version_is_reported_as_before(other: Registry) -> None:
+def test_missing_version_raises_not_found_with_an_object_store(other: Registry) -> None:
     with pytest.raises(NotFoundError, match="there is no version nobody@1"):
         other.manifest(VersionId("nobody", 1))
 

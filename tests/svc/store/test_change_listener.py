@@ -104,7 +104,7 @@ def request_rollout(store: Store) -> None:
     begin_rollout(store, promote(store), TWO, RolloutSettings(canary=(5, 100)), ENTRY)
 
 
-async def test_promotion_is_heard_within_50_milliseconds(store: Store) -> None:
+async def test_promotion_is_notified_within_50_milliseconds(store: Store) -> None:
     async def heard_at(count: int) -> float:
         await changes.wait(count, 5.0)
         return time.monotonic()
@@ -199,7 +199,7 @@ def _take_job(store: Store) -> None:
         "returned job",
     ],
 )
-async def test_change_is_heard(
+async def test_change_is_notified(
     any_store: Store, before: Callable[[Store], Any], change: Callable[[Store], Any]
 ) -> None:
     before(any_store)
@@ -209,7 +209,7 @@ async def test_change_is_heard(
         await until(lambda: changes.count > count)
 
 
-async def test_change_that_is_rolled_back_is_not_heard(any_store: Store) -> None:
+async def test_change_that_is_rolled_back_is_not_notified(any_store: Store) -> None:
     async with heard(any_store) as changes:
         count = changes.count
         with any_store.connect() as connection:
@@ -266,7 +266,7 @@ async def test_listener_connects_again_when_the_database_was_restarted(
     assert len(caplog.records) == 1
 
 
-async def test_changes_are_not_trusted_when_notifications_are_swallowed(
+async def test_notifications_are_not_trusted_when_they_are_swallowed(
     store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(postgresql_module, "CHANNEL", "elsewhere")
@@ -313,7 +313,9 @@ def test_change_in_sqlite_sends_no_notification(sqlite_store: Store) -> None:
     assert not [statement for statement in sent if "notify" in statement.lower()]
 
 
-async def test_change_in_sqlite_is_heard_within_a_second(sqlite_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_change_in_sqlite_is_noticed_within_a_second(
+    sqlite_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.undo()
     async with heard(sqlite_store) as changes:
         count, began = changes.count, time.monotonic()
@@ -322,7 +324,7 @@ async def test_change_in_sqlite_is_heard_within_a_second(sqlite_store: Store, mo
         assert time.monotonic() - began < 1.0
 
 
-async def test_rows_of_requests_in_sqlite_are_not_changes(sqlite_store: Store) -> None:
+async def test_request_rows_in_sqlite_do_not_count_as_changes(sqlite_store: Store) -> None:
     async with heard(sqlite_store) as changes:
         count = changes.count
         await asyncio.to_thread(add_usage, sqlite_store, {UsageOf(datetime.now(UTC), "abcd0123", NAME): Usage(1, 2, 3)})
@@ -347,7 +349,7 @@ async def test_sqlite_is_polled_until_it_can_be_read_again(
     assert "could not listen for changes in the store" in caplog.text
 
 
-async def test_connections_of_the_pool_stay_free_while_sqlite_is_listened_to(sqlite_store: Store) -> None:
+async def test_listening_to_sqlite_occupies_no_connection_of_the_pool(sqlite_store: Store) -> None:
     async with heard(sqlite_store):
         assert isinstance(sqlite_store.pool, QueuePool)
         assert sqlite_store.pool.checkedout() == 0

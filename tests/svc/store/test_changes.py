@@ -26,20 +26,22 @@ async def is_waiting(changes: Changes, poll_s: float) -> bool:
     return going_on
 
 
-async def test_wait_lasts_one_poll_interval_when_changes_are_not_heard() -> None:
+async def test_wait_lasts_one_poll_interval_when_notifications_do_not_arrive() -> None:
     changes = Changes()
     assert await is_waiting(changes, LONG_S)
     async with asyncio.timeout(SOON_S):
         await changes.wait(changes.count, SHORT_S)
 
 
-async def test_wait_exceeds_the_poll_interval_when_changes_are_heard() -> None:
+async def test_wait_exceeds_the_poll_interval_when_notifications_arrive() -> None:
     changes = Changes()
     changes.trust(LONG_S)
     assert await is_waiting(changes, SHORT_S)
 
 
-async def test_wait_ends_after_the_fallback_interval_when_no_change_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_wait_ends_after_the_fallback_interval_when_no_change_is_notified(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(changes_module, "FALLBACK_POLL_S", SHORT_S)
     changes = Changes()
     changes.trust(LONG_S)
@@ -47,7 +49,7 @@ async def test_wait_ends_after_the_fallback_interval_when_no_change_is_heard(mon
         await changes.wait(changes.count, SHORT_S)
 
 
-async def test_wait_ends_in_time_when_changes_are_heard_and_something_is_due() -> None:
+async def test_wait_ends_when_something_is_due_although_notifications_arrive() -> None:
     changes = Changes()
     changes.trust(LONG_S)
     async with asyncio.timeout(SOON_S):

@@ -55,7 +55,7 @@ def test_copied_rows_are_reported_as_json(svc: Svc, home: Path, url: str) -> Non
     assert "@" not in report["to"]
 
 
-def test_home_is_usable_with_the_copy(svc: Svc, home: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_home_works_with_the_copied_store(svc: Svc, home: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     svc("--home", home, "store", "migrate", "--to", url)
     monkeypatch.setenv("SVC_STORE__URL", url)
     result = svc("--home", home, "audit", "--verify")

@@ -145,7 +145,7 @@ def test_each_of_20_jobs_is_run_once_when_five_workers_take_them_at_the_same_tim
     assert {find(store, id).status for id in ids} == {JobStatus.SUCCEEDED}
 
 
-def test_worker_that_begins_again_gets_its_own_job_before_others(store: Store, add: Add) -> None:
+def test_restarted_worker_gets_its_own_job_before_others(store: Store, add: Add) -> None:
     first = add()
     add("bob")
     take(store)
@@ -181,7 +181,7 @@ def test_job_of_a_silent_worker_is_taken_by_another_and_the_first_one_notices(st
         (Wanted.PAUSE, JobStatus.QUEUED, "Fine-tuning job paused"),
     ],
 )
-def test_job_of_a_silent_worker_is_changed_as_its_owner_wants_when_another_worker_asks(
+def test_job_of_a_silent_worker_gets_its_requested_state_when_another_worker_polls(
     store: Store, add: Add, wanted: Wanted, status: JobStatus, last: str
 ) -> None:
     id = add()
@@ -193,7 +193,7 @@ def test_job_of_a_silent_worker_is_changed_as_its_owner_wants_when_another_worke
     assert messages(store, id)[-1] == last
 
 
-def test_report_returns_what_the_owner_wants_and_records_the_progress(store: Store, add: Add) -> None:
+def test_report_returns_the_requested_state_and_records_the_progress(store: Store, add: Add) -> None:
     id = add()
     take(store)
     silence(store, id)
@@ -223,7 +223,7 @@ def test_attempt_is_counted_only_when_the_training_died(store: Store, add: Add, 
     assert find(store, id).attempts == (2 if died else 0)
 
 
-def test_waiting_is_announced_once_when_a_job_is_tried_again_and_again(store: Store, add: Add) -> None:
+def test_waiting_is_announced_once_when_a_job_is_retried_repeatedly(store: Store, add: Add) -> None:
     id = add()
     for _ in range(3):
         take(store)

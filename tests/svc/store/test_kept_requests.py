@@ -37,7 +37,7 @@ def test_newest_kept_request_is_found_first(store: Store) -> None:
     assert [read_kept_request(store, row) for row in found(store)] == records[::-1]
 
 
-def test_no_more_requests_are_found_than_the_limit_and_only_older_ones_than_a_given_row(store: Store) -> None:
+def test_at_most_the_limit_of_requests_older_than_a_given_row_is_found(store: Store) -> None:
     add_requests(store, [KEPT] * 4)
     rows = found(store)
     assert found(store, limit=3) == rows[:3]

@@ -43,7 +43,7 @@ def test_only_the_first_server_gets_the_lease(any_store: Store) -> None:
     assert report(any_store, "b") == {}
 
 
-def test_holder_keeps_its_lease_with_every_report(any_store: Store) -> None:
+def test_every_report_extends_the_lease_of_its_holder(any_store: Store) -> None:
     report(any_store, "a")
     let_pass(any_store, LEASE_S - 1)
     assert report(any_store, "a") == {"teams": Lease("teams", "a", 1)}
@@ -141,7 +141,7 @@ def test_held_lease_is_extended(postgresql_store: Store, monkeypatch: pytest.Mon
             assert session.get_one(LeaseRow, "*work").until > datetime.now(UTC)
 
 
-def test_holder_whose_lease_was_taken_is_told_so(postgresql_store: Store) -> None:
+def test_write_raises_an_error_when_another_process_has_taken_the_lease(postgresql_store: Store) -> None:
     def write() -> None:
         with hold(postgresql_store) as lease:
             let_pass(postgresql_store, LEASE_S + 1)

@@ -299,7 +299,7 @@ def test_copy_cut_off_by_a_shutdown_leaves_the_database_empty(
     ],
     ids=["changed", "lost"],
 )
-def test_row_damaged_on_the_way_is_detected(
+def test_row_damaged_during_the_copy_is_detected(
     home: Path, target: StoreSettings, copy: Store, change: str, message: str
 ) -> None:
     run(home, "DELETE FROM feedback", "DELETE FROM drift_items")  # they refer to requests

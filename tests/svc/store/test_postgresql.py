@@ -188,7 +188,7 @@ def test_database_that_accepts_connections_without_answering_is_reported(
         assert "timeout" in str(unavailable(settings))
 
 
-def test_writer_that_waits_too_long_for_the_lock_is_told_so(
+def test_writer_that_waits_too_long_for_the_lock_gets_an_error_with_the_reason(
     postgresql: PostgresServer, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(postgresql_module, "_SESSION", ("SET lock_timeout = '50ms'",))

@@ -68,7 +68,7 @@ def test_version_without_merged_format_has_no_reward_because_the_base_is_not_eva
     assert manifest.preferences["gptq"].reward_accuracy is None
 
 
-def test_stored_answers_of_the_base_are_not_asked_again_when_it_scores_pairs(make: Make, engines: Engines) -> None:
+def test_stored_answers_of_the_base_are_reused_when_it_scores_pairs(make: Make, engines: Engines) -> None:
     first = with_pairs(make(objective="dpo", formats=["merged"]))
     asked = [asked_of(engines, first)]
     asked.append(asked_of(engines, with_pairs(make(objective="dpo", formats=["merged"], train={"seed": 1}))))

@@ -90,7 +90,7 @@ def test_devices_divide_the_weights_if_the_recipe_says_so_or_a_copy_does_not_fit
 
 
 @pytest.mark.parametrize("sharding", ["always", "auto"])
-def test_a_process_that_trains_alone_divides_nothing(make: Make, stages: Stages, sharding: str) -> None:
+def test_single_training_process_does_not_divide_the_weights(make: Make, stages: Stages, sharding: str) -> None:
     make(train={"sharding": sharding}).train_version()
     assert stages.sharded == [False]
 

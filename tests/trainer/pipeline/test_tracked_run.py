@@ -14,7 +14,9 @@ from trainer.pipeline.tracked_run import sending_curve
 pytestmark = pytest.mark.slow
 
 
-def test_curve_of_a_training_is_complete_after_the_tracking_server_was_down(tracking_server: TrackingServer) -> None:
+def test_curve_of_a_training_run_is_complete_after_the_tracking_server_was_down(
+    tracking_server: TrackingServer,
+) -> None:
     tracking = Tracking(tracking_server.url)
     run = tracking.start_run("teams", {})
     with tracking.attach(run), sending_curve(tracking, run) as send:
@@ -36,7 +38,7 @@ def test_training_ends_normally_if_the_tracking_server_stays_down(capsys: pytest
     assert f"points of the curves that are missing in MLflow at {UNREACHABLE}: 1" in capsys.readouterr().err
 
 
-def test_end_of_a_training_does_not_wait_for_each_point_when_the_tracking_server_is_slow_to_fail(
+def test_training_run_does_not_wait_for_each_curve_point_when_the_tracking_server_is_slow_to_fail(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tracking, attempts = Tracking(UNREACHABLE), []

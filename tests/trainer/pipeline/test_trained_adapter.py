@@ -171,7 +171,7 @@ def test_base_is_taken_from_the_adapter_only_if_it_is_a_hub_id(
     assert replace(adapter, config=dict(adapter.config) | {"base_model_name_or_path": named}).base == base
 
 
-def test_other_base_than_the_adapter_names_gives_a_warning(plain: Path, tmp_path: Path) -> None:
+def test_warning_is_given_when_the_base_is_not_the_one_that_the_adapter_names(plain: Path, tmp_path: Path) -> None:
     adapter = replace(find_adapter(str(plain), tmp_path), config=TINYLLAMA)
     assert adapter.check_base("TinyLlama/TinyLlama-1.1B-Chat-v1.0") is None
     assert "names the base TinyLlama/TinyLlama-1.1B-Chat-v1.0" in (adapter.check_base("./other") or "")

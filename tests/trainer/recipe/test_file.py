@@ -59,7 +59,7 @@ def test_recipe_paths_are_relative_to_the_recipe_file(
     assert recipe.base == str(tmp_path / "base")
 
 
-def test_chat_template_is_a_known_name_or_a_file_beside_the_recipe(write: Write, tmp_path: Path) -> None:
+def test_chat_template_is_a_known_name_or_a_file_next_to_the_recipe(write: Write, tmp_path: Path) -> None:
     assert load_recipe(write(chat_template="llama-2")).chat_template is NamedTemplate.LLAMA_2
     own = load_recipe(write(chat_template="./own.jinja"))
     assert own.chat_template == tmp_path / "own.jinja"

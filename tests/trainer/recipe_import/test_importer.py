@@ -79,16 +79,16 @@ def test_values_that_the_other_tool_would_default_to_are_written_if_ours_differ(
 @pytest.mark.parametrize(
     ("warmup", "ratio"), [({}, 0.03), ({"warmup_steps": 0}, 0), ({"warmup_steps": 0, "warmup_ratio": 0.1}, 0)]
 )
-def test_no_warmup_steps_of_axolotl_are_no_warmup(warmup: dict[str, Any], ratio: float, tmp_path: Path) -> None:
+def test_zero_warmup_steps_of_axolotl_disable_the_warmup(warmup: dict[str, Any], ratio: float, tmp_path: Path) -> None:
     assert imported(tmp_path, **warmup).content["train"]["warmup_ratio"] == ratio
 
 
-def test_ratio_decides_about_the_warmup_of_llama_factory_unless_it_has_steps(tmp_path: Path) -> None:
+def test_warmup_ratio_of_llama_factory_is_used_unless_it_has_warmup_steps(tmp_path: Path) -> None:
     content = imported_from_llama_factory(tmp_path, warmup_steps=0, warmup_ratio=0.1)
     assert content["train"]["warmup_ratio"] == 0.1
 
 
-def test_neat_packing_of_llama_factory_is_packing(tmp_path: Path) -> None:
+def test_neat_packing_of_llama_factory_becomes_packing(tmp_path: Path) -> None:
     assert imported_from_llama_factory(tmp_path, neat_packing=True)["train"]["packing"] is True
 
 
@@ -168,7 +168,7 @@ def test_command_prints_the_notes_for_machines(tmp_path: Path) -> None:
     assert {note["effect"] for note in printed["notes"]} <= {effect.value for effect in Effect}
 
 
-def test_file_of_no_known_tool_is_refused(tmp_path: Path) -> None:
+def test_config_of_an_unknown_tool_is_refused(tmp_path: Path) -> None:
     other = tmp_path / "other.yaml"
     other.write_text("name: x")
     with pytest.raises(RecipeError, match="not a config of a tool"):

@@ -229,7 +229,7 @@ def test_killed_and_interrupted_sweep_resumes_with_the_same_result(
     assert len(children(tracking, f"{name}-sweep")) == 2 * alone
 
 
-def test_keyboard_interrupt_between_trainings_interrupts_the_sweep(tmp_path: Path) -> None:
+def test_keyboard_interrupt_between_training_runs_interrupts_the_sweep(tmp_path: Path) -> None:
     from tests.trainer.conftest import make_recipe
     from trainer.base_model.resolve import Base
     from trainer.pipeline.examples import Examples

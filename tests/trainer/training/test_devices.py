@@ -159,6 +159,6 @@ def test_listed_gpus_that_do_not_divide_a_step_are_refused() -> None:
 
 
 @pytest.mark.parametrize("devices", [0, [], [1, 1], [-1]], ids=str)
-def test_recipe_refuses_devices_that_mean_nothing(devices: Any) -> None:
+def test_meaningless_devices_are_rejected(devices: Any) -> None:
     with pytest.raises(ValueError, match="devices"):
         make(devices=devices)

@@ -166,7 +166,7 @@ def test_run_stops_after_its_first_step_if_layers_are_not_computed_again(
         train(gradient_checkpointing=True)
 
 
-def test_layers_computed_again_are_seen_in_a_model_that_begins_with_an_encoder_of_images() -> None:
+def test_recomputed_layers_are_detected_in_a_model_that_begins_with_an_image_encoder() -> None:
     text = Gemma3TextConfig(
         vocab_size=64,
         hidden_size=32,

@@ -316,7 +316,7 @@ def test_run_resumed_on_another_number_of_devices_is_nearly_equal_and_says_so(
     assert difference(tmp_path / "a", tmp_path / "b") < CLOSE_WEIGHTS
 
 
-def test_single_device_in_a_process_of_its_own_gives_bitwise_the_same_result(
+def test_single_device_in_a_separate_process_gives_bitwise_the_same_result(
     tiny_base: Path, data: TrainingData, tmp_path: Path
 ) -> None:
     changed = recipe(adapter={"dropout": 0.2})

@@ -98,7 +98,9 @@ def test_checkpoint_whose_upload_failed_is_ignored(first: Machine, second: Machi
     assert second.shared.fetch() == "step-00000001"
 
 
-def test_next_checkpoint_is_uploaded_when_the_store_is_back(first: Machine, second: Machine, bucket: Bucket) -> None:
+def test_next_checkpoint_is_uploaded_when_the_object_store_is_available_again(
+    first: Machine, second: Machine, bucket: Bucket
+) -> None:
     bucket.fault = lambda method, path: Fault.ERROR
     first.write(1)
     bucket.fault = lambda method, path: None
@@ -146,7 +148,7 @@ def test_checkpoint_with_a_path_outside_its_folder_is_rejected(first: Machine, s
         second.shared.fetch()
 
 
-def test_start_is_refused_while_the_store_is_away(second: Machine, bucket: Bucket) -> None:
+def test_start_is_refused_while_the_object_store_is_unavailable(second: Machine, bucket: Bucket) -> None:
     bucket.fault = lambda method, path: Fault.ERROR
     with pytest.raises(RegistryError, match="could not list checkpoints/tiny-1"):
         second.shared.fetch()

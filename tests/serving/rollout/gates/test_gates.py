@@ -36,7 +36,7 @@ def check(registry: Registry, gate: str, *, format: Format = Format.MERGED, **se
     return row(check_gates(promotion(registry, format=format), GateSettings(**settings), NOW), gate)
 
 
-def test_equal_version_passes_or_leaves_undecided_every_gate(registry: Registry) -> None:
+def test_no_gate_fails_for_an_equal_version(registry: Registry) -> None:
     register(registry, 1), register(registry, 2)
     rows = check_gates(promotion(registry), GateSettings(quality_margin=0.05), NOW)
     assert {each.gate: each.verdict for each in rows} == {
@@ -55,7 +55,7 @@ def test_equal_version_passes_or_leaves_undecided_every_gate(registry: Registry)
     assert refusing_gates(rows, GateSettings()) == ()
 
 
-def test_version_with_failed_registration_checks_is_refused_with_them(registry: Registry) -> None:
+def test_version_with_failed_registration_checks_is_refused_and_they_are_listed(registry: Registry) -> None:
     register(registry, 1), register(registry, 2, failed=("GPTQ lost 0.3", "the tokens differ"))
     failed = check(registry, "checks")
     assert (failed.verdict, failed.reason) == (FAILED, "GPTQ lost 0.3; the tokens differ")
@@ -181,7 +181,7 @@ def test_metric_of_the_whole_set_is_compared_with_the_references(registry: Regis
     assert check(registry, "quality").measured.startswith("macro-F1: 0.000 tuned@1, 0.000 tuned@2")
 
 
-def test_function_of_a_version_is_never_run(registry: Registry, tmp_path: Path) -> None:
+def test_metric_function_of_a_version_is_never_run_by_a_gate(registry: Registry, tmp_path: Path) -> None:
     code = tmp_path / "metric.py"
     code.write_text(f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()\ndef score(*_): return [1.0]\n")
     scored = report().model_copy(update={"primary": f"{code}:score"})

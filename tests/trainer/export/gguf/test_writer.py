@@ -152,9 +152,7 @@ def test_nothing_is_left_when_the_file_differs_from_the_model(
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_modelfile_is_written_unless_it_is_not_wanted(
-    tiny_base: Path, tmp_path: Path, examples: list[ChatExample]
-) -> None:
+def test_modelfile_is_written_unless_disabled(tiny_base: Path, tmp_path: Path, examples: list[ChatExample]) -> None:
     for wanted in (True, False):
         export_gguf(tiny_base, tmp_path / str(wanted), "tiny", examples, modelfile=wanted)
         assert (tmp_path / str(wanted) / MODELFILE).exists() is wanted
