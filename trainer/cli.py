@@ -177,7 +177,7 @@ def import_command(
     trained = find_adapter(origin, settings.base_cache)
     if not (base := base or trained.base):
         raise RecipeError(
-            f"{adapter} names its base as {trained.config.get('base_model_name_or_path')!r}, which is no Hub id",
+            f"{adapter} names its base as {trained.config.get('base_model_name_or_path')!r}, which is not a Hub id",
             expected="the base that the adapter was trained on",
             todo="add --base with its folder or Hub id",
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 from svc.engine.orphans import end_engine
 
 _WAIT = 'read -r _ || exec "$@"'
-"""A line in the pipe tells the guard to leave; its end, when the actor dies, tells it to stop the engine."""
+"""A line in the pipe tells the guard to exit; the end of the pipe, when the actor dies, tells it to stop the engine."""
 
 
 class Guard:

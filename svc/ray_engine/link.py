@@ -128,6 +128,6 @@ class ActorLink:
 
 def _lost() -> EngineError:
     return EngineError(
-        "the engine's machine was lost: the actor ended, or has not been heard of",
+        "the engine's machine was lost: its actor exited or no longer reports",
         todo="check the machine: ray status",
     )

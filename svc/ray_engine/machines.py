@@ -14,7 +14,7 @@ from svc.ray_engine.engine import Placement
 from svc.settings import Device, EngineSettings, Launcher, Settings
 
 _SOME = 0.001
-"""A machine with GPUs of a type has one of the resource `accelerator_type:TYPE`, however many GPUs that are."""
+"""A machine has one unit of the resource `accelerator_type:TYPE`, regardless of how many GPUs of the type it has."""
 
 
 class RayMachines:

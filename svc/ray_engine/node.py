@@ -111,7 +111,7 @@ class EngineNode:
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
         except (OSError, ValidationError, ValueError):
-            log.warning("a connection of the server broke", exc_info=True)
+            log.warning("a connection from the server broke", exc_info=True)
         finally:
             self._writers.discard(writer)
             beating.cancel()

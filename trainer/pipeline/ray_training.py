@@ -51,7 +51,7 @@ def count_workers(recipe: Recipe) -> int:
     """
     train, asked = recipe.train, recipe.train.devices
     if recipe.objective is not Objective.SFT:
-        raise RecipeError("preferences were never trained on a Ray cluster", todo="leave out --on ray")
+        raise RecipeError("training on preferences was never tested on a Ray cluster", todo="omit --on ray")
     if isinstance(asked, tuple):
         raise RecipeError(
             f"train.devices lists GPUs {', '.join(map(str, asked))}, but Ray chooses the GPUs",

@@ -229,7 +229,9 @@ class Pipeline:
 
         shared = self._shared_checkpoints
         if cluster is None and shared and (newest := shared.fetch()):
-            console.print(f"  fetched {newest} of another machine from {self.settings.artifacts.url}", markup=False)
+            console.print(
+                f"  fetched {newest}, written by another machine, from {self.settings.artifacts.url}", markup=False
+            )
         tracking, run_id = self.registry.tracking, self._tracking_run()
         with tracking.attach(run_id), self._report_to() as report:
             summary = train_model(

@@ -67,7 +67,7 @@ def sending_curve(tracking: Tracking, run_id: str) -> Iterator[Report]:
             thread.submit(sender.send)
     if sender.unsent:
         console.print(
-            f"points of the curves that are missing in MLflow at {tracking.where}: {len(sender.unsent)}",
+            f"curve points that are missing in MLflow at {tracking.where}: {len(sender.unsent)}",
             style="yellow",
             soft_wrap=True,
         )

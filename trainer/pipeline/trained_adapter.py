@@ -57,8 +57,8 @@ class TrainedAdapter:
         if not named or named == base:
             return None
         return (
-            f"the adapter names the base {named}, but the version is based on {base}: names and shapes are compared, "
-            "the base's weights cannot be"
+            f"the adapter names the base {named}, but the version is based on {base}: the names and shapes of "
+            "the tensors are checked, but not whether both bases have the same weights"
         )
 
     def describe(self, recipe: Recipe) -> Recipe:
@@ -175,7 +175,7 @@ def check_fits(model: Path, adapter: TrainedAdapter) -> None:
     expected = _expected_shapes(model, adapter)
     problems = [
         *(
-            f"has the tensor {name}, for which this base has no place"
+            f"has the tensor {name}, which belongs to no layer of this base"
             for name in sorted(saved.keys() - expected.keys())
         ),
         *(f"lacks the tensor {name}" for name in sorted(expected.keys() - saved.keys())),

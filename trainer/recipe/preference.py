@@ -23,7 +23,7 @@ class Preference(Section):
     """Preference tuning with `objective: dpo`, `orpo` or `kto`; see [training](training.md#preferences)."""
 
     beta: float = Field(0.1, gt=0)
-    """dpo, kto: how strongly the model is held to the one before training, higher is closer; orpo: weight of the
+    """dpo, kto: how close the model stays to the one before training (higher is closer); orpo: weight of the
     preference compared with the likelihood of the better answer"""
     loss: DpoLoss = DpoLoss.SIGMOID
     """dpo: sigmoid, ipo, or robust if a known share of the pairs is wrong"""

@@ -161,7 +161,7 @@ def _limit(draft: Draft, datasets: list[Any]) -> None:
         if len(datasets) == 1 and first.isdecimal():
             draft.values["data.limit"] = int(first)
         elif "[" in split:
-            draft.leave_out(f"datasets[{number}].split", f"{split}; data.limit sets the number of examples of all data")
+            draft.leave_out(f"datasets[{number}].split", f"{split}; data.limit sets the total number of examples")
         elif split != "train":
             draft.leave_out(f"datasets[{number}].split", f"{split}; name its files: hf:ORG/NAME/FILE")
 

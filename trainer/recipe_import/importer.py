@@ -41,7 +41,7 @@ class ImportedRecipe:
 
     def note_lines(self) -> list[str]:
         """Return the notes as lines of text, grouped by what became of the keys."""
-        lines = [f"Refused as it is: {self.refused}"] if self.refused else []
+        lines = [f"svc train would reject this recipe: {self.refused}"] if self.refused else []
         for effect, heading in _HEADINGS.items():
             notes = [note for note in self.notes if note.effect is effect]
             if notes and effect is Effect.NOT_NEEDED:

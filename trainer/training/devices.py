@@ -85,7 +85,7 @@ def share_of(train: Train, devices: int) -> Share:
     raise RecipeError(
         f"a step of {step} examples cannot be divided among {devices} devices",
         expected="train.batch_size x train.gradient_accumulation to be a multiple of the number of devices",
-        todo=f"set train.devices to {' or '.join(map(str, near))}, or change the batch",
+        todo=f"set train.devices to {' or '.join(map(str, near))}, or change train.batch_size",
     )
 
 
@@ -97,7 +97,7 @@ def find_undivided(recipe: Recipe, number_type: NumberType, *, experts: bool) ->
         experts: whether the base is a mixture of experts.
     """
     if number_type is NumberType.FLOAT16:
-        return "the scaled loss of float16 was never tested with divided weights"
+        return "loss scaling, which float16 needs, was never tested with divided weights"
     if experts:
         return "a mixture of experts was never tested with divided weights"
     return recipe.undivided

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 _OWN_GRACE_S = 2.0
 _GRACE_S = 60.0
-"""Seconds after a worker's connection broke in which the death of another one is noticed. Ray declares a node dead
-after 14 s."""
+"""Seconds to wait, after a worker's connection broke, for the death of another worker to be noticed. Ray declares a
+node dead after 14 s."""
 _REPLACEMENT_S = 600.0
 _CLEAN_S = 5.0
 _ATTEMPTS = 3

@@ -33,7 +33,7 @@ from trainer.training.shared_checkpoints import SharedCheckpoints
 
 _RECEIVE_S = 2.0
 _CHECKPOINT, TRAINED = "on_checkpoint", "on_trained"
-"""Functions of the caller: a checkpoint is in the object store; the trained model is."""
+"""Names of the caller's callbacks: for a checkpoint, and for the trained model, that is in the object store."""
 
 
 @dataclass(frozen=True, slots=True)

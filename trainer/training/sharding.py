@@ -24,7 +24,7 @@ from svc.errors import TrainingError
 from trainer.training.mechanisms import checkpointed_layers
 
 _ORIGINAL_CLASS = 2
-"""Place of a module's own class among the base classes of the one that `fully_shard` gives it."""
+"""Index of a module's own class among the base classes of the class that `fully_shard` gives it."""
 
 
 def shard_model(model: nn.Module, devices: int, number_type: NumberType, *, full: bool) -> None:

@@ -35,7 +35,7 @@ def test_training_ends_normally_if_the_tracking_server_stays_down(capsys: pytest
     tracking = Tracking(UNREACHABLE)
     with tracking.attach("abc"), sending_curve(tracking, "abc") as send:
         send(1, {"loss": 3.0})
-    assert f"points of the curves that are missing in MLflow at {UNREACHABLE}: 1" in capsys.readouterr().err
+    assert f"curve points that are missing in MLflow at {UNREACHABLE}: 1" in capsys.readouterr().err
 
 
 def test_training_run_does_not_wait_for_each_curve_point_when_the_tracking_server_is_slow_to_fail(
