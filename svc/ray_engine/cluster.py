@@ -264,8 +264,8 @@ def _describe(question: Describe) -> Described:
     raise EngineError(
         f"no machine of the Ray cluster has {' or '.join(str(need.resources) for need in question.needs)}",
         expected=f"a machine with these resources; the cluster has {sizes}",
-        todo="change ray.gpu_type, ray.cpus or engine.tensor_parallel, or add a machine; an engine's GPUs must be in one "
-        "machine",
+        todo="change ray.gpu_type, ray.cpus or engine.tensor_parallel, or add a machine; an engine's GPUs must be in "
+        "one machine",
     )
 
 
