@@ -159,7 +159,8 @@ class Training:
         means = 3 * FLOAT32 if recipe.adapter_type is AdapterType.ADALORA else 0
         parts = self._base()
         if not self.full:
-            parts[Part.ADAPTER] = FLOAT32 * self.trained + self.size * self._shared_projections()
+            first = self.trained if self.cpu and recipe.adapter.starts_from_base else 0  # kept in main memory
+            parts[Part.ADAPTER] = FLOAT32 * (self.trained + first) + self.size * self._shared_projections()
         # Without sharding, gradients are averaged in separate buffers.
         copies = 2 if self.devices > 1 and not self.sharded else 1
         parts[Part.GRADIENTS] = copies * FLOAT32 * self.trained

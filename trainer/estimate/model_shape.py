@@ -18,7 +18,7 @@ from trainer.base_model.checks import read_json
 from trainer.model.attention import attention_implementation
 from trainer.model.experts import fused_experts
 from trainer.model.layer_shapes import linear_layers, without_weights
-from trainer.model.target_modules import ALL_LINEAR, target_modules
+from trainer.model.target_modules import target_layers
 from trainer.recipe.targets import TargetChoice, Targets
 
 if TYPE_CHECKING:
@@ -188,9 +188,6 @@ def count_model(model: "PreTrainedModel", chosen: TargetChoice, notes: tuple[str
 
     model.tie_weights()
     config, linear, weights = model.config.get_text_config(), linear_layers(model), dict(model.named_parameters())
-    ends = target_modules(model, chosen)
-    all_linear = ends == ALL_LINEAR
-    targets = linear if all_linear else [name for name in linear if any(name.endswith(f".{end}") for end in ends)]
     experts = tuple((shape[0], shape[1], shape[2]) for name in fused_experts(model) if (shape := weights[name].shape))
     total = max((shape[0] for shape in experts), default=0)
     used = next((value for name in _USED_EXPERTS if (value := getattr(config, name, None))), total)
@@ -208,10 +205,10 @@ def count_model(model: "PreTrainedModel", chosen: TargetChoice, notes: tuple[str
         head_width=getattr(config, "head_dim", None) or config.hidden_size // heads,
         vocabulary=config.vocab_size,
         linear=linear,
-        targets=tuple(targets),
+        targets=tuple(target_layers(model, chosen)),
         experts=experts,
         experts_share=used / total if total else 1.0,
-        adapts_experts=bool(experts) and all_linear,
+        adapts_experts=bool(experts) and chosen is Targets.ALL_LINEAR,
         context=getattr(config, "max_position_embeddings", None),
         shares_keys=keeps_all_keys(config),
         stores_scores=attention_implementation(config) == "eager",

@@ -143,7 +143,8 @@ def _train(training: Training, workload: Workload) -> tuple[Need, Need]:
     """
     recipe, shape = training.recipe, training.shape
     kept = recipe.checkpoints.keep + 1 + recipe.stopping.keep_best
-    checkpoints = (FLOAT32 + moment_bytes(recipe.train.optimizer)) * training.trained * kept
+    first = FLOAT32 if recipe.adapter.starts_from_base else 0  # bytes of the matrices with which the adapter started
+    checkpoints = (FLOAT32 + first + moment_bytes(recipe.train.optimizer)) * training.trained * kept
     written = BFLOAT16 * shape.parameters if training.full else 0.0
     loaded = (FLOAT32 if training.full else training.size) * shape.parameters
     if training.nf4:  # tensor by tensor
@@ -242,7 +243,8 @@ def _computed(training: Training, size: float, ram: float = 0.0, disk: float = 0
 
 
 def _adapter(training: Training) -> float:
-    return 0.0 if training.full else FLOAT32 * training.trained
+    ranks = 2 if training.recipe.adapter.starts_from_base else 1  # see trainer.model.residual_start
+    return 0.0 if training.full else FLOAT32 * ranks * training.trained
 
 
 def _largest_layer(training: Training) -> int:

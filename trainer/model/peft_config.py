@@ -21,7 +21,7 @@ from trainer.model.adalora import rank_plan
 from trainer.model.experts import fused_experts
 from trainer.model.layer_shapes import linear_layers
 from trainer.model.target_modules import target_modules
-from trainer.recipe.adapter import AdapterType, Method
+from trainer.recipe.adapter import GAUSSIAN, AdapterType, Method
 from trainer.recipe.recipe import Recipe
 from trainer.recipe.targets import Targets
 
@@ -126,6 +126,12 @@ def _refuse_experts(recipe: Recipe, experts: list[str]) -> None:
             expected="no dropout, because PEFT adds the update to these weights, not to their outputs",
             todo=f"remove adapter.dropout, or set adapter.targets to {Targets.ATTENTION}, which skips the experts",
         )
+    if recipe.adapter.init is not None:
+        raise RecipeError(
+            f"{named}, but adapter.init is {recipe.adapter.init}, which is not available for them",
+            expected="no adapter.init",
+            todo=f"remove adapter.init, or set adapter.targets to {Targets.ATTENTION}, which skips the experts",
+        )
 
 
 @contextmanager
@@ -166,5 +172,11 @@ def adapter_config(recipe: Recipe, targets: list[str] | str, steps: int, experts
             dora = recipe.adapter_type is AdapterType.DORA
             parameters = list(experts) or None
             return LoraConfig(
-                r=recipe.rank, use_dora=dora, use_rslora=adapter.rslora, target_parameters=parameters, **lora
+                r=recipe.rank,
+                use_dora=dora,
+                use_rslora=adapter.rslora,
+                target_parameters=parameters,
+                # trainer.model.residual_start makes the starts that change the base.
+                init_lora_weights=GAUSSIAN if adapter.init == GAUSSIAN else True,
+                **lora,
             )

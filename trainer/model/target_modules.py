@@ -50,6 +50,18 @@ def target_modules(model: "PreTrainedModel", chosen: TargetChoice) -> list[str] 
     return sorted({_end(name, 2 if _end(name) in elsewhere else 1) for name in matching})
 
 
+def target_layers(model: "PreTrainedModel", chosen: TargetChoice) -> list[str]:
+    """Return the names of the linear layers that an adapter changes.
+
+    Raises:
+        RecipeError: as for `target_modules`.
+    """
+    layers, ends = list(linear_layers(model)), target_modules(model, chosen)
+    if ends == ALL_LINEAR:
+        return layers
+    return [name for name in layers if any(name.endswith(f".{end}") for end in ends)]
+
+
 def _no_layer(chosen: str, layers: set[str], *, expected: str) -> RecipeError:
     names = ", ".join(sorted({_end(name) for name in layers}))
     return RecipeError(

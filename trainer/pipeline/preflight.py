@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from svc.engine.device import DeviceCapabilities
 from svc.engine.vllm.model_check import model_check
-from svc.errors import BaseModelError
+from svc.errors import BaseModelError, RecipeError
 from svc.model_folder.chat_template import choose_template_kwargs
 from svc.registry.files import hash_tensor, read_headers
 from svc.settings import Device, EngineSettings
@@ -24,6 +24,8 @@ from trainer.data.vocabulary import check_tokenizer
 from trainer.export import eight_bits
 from trainer.export.gptq import check_layers, check_quantizer
 from trainer.model.config import load_config
+from trainer.model.layer_shapes import linear_layers, without_weights
+from trainer.model.target_modules import target_layers
 from trainer.parity.files import other_config, other_files
 from trainer.recipe.recipe import Recipe
 from trainer.training.optimizer import check_optimizer
@@ -66,6 +68,8 @@ def check_base(
         stops = stop_tokens(base, tokenizer)
         check_tokenizer(base, tokenizer, stops, config.get_text_config().vocab_size)
         check_ending(base, tokenizer, stops, choose_template_kwargs(base, recipe.chat_template_kwargs))
+        if recipe.adapter.starts_from_base:
+            _check_rank(config, recipe)
         if Format.GPTQ in recipe.formats:
             check_layers(base, recipe.quantize.group_size, capabilities.gptq_multiple(engine))
             check_quantizer(base)
@@ -83,6 +87,19 @@ def _check_architecture(base: Path, config: "PreTrainedConfig") -> None:
             f"{base} has model_type {config.model_type!r}, for which transformers has no causal language model",
             expected="a causal language model",
             todo="choose another base",
+        )
+
+
+def _check_rank(config: "PreTrainedConfig", recipe: Recipe) -> None:
+    """Reject a rank that a part of the base's weights cannot have."""
+    model = without_weights(config)
+    sizes = linear_layers(model)
+    smallest = min(target_layers(model, recipe.adapter.targets), key=lambda name: min(sizes[name]))
+    if recipe.rank > min(sizes[smallest]):
+        raise RecipeError(
+            f"adapter.rank is {recipe.rank}, but {smallest} has the sizes {' and '.join(map(str, sizes[smallest]))}",
+            expected=f"a rank of at most {min(sizes[smallest])} with adapter.init: {recipe.adapter.init}",
+            todo=f"set adapter.rank to {min(sizes[smallest])}, or choose other layers with adapter.targets",
         )
 
 

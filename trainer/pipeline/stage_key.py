@@ -47,6 +47,8 @@ def stage_keys(recipe: Recipe, base: Base, examples: Examples, trained: str | No
     measured = examples.measured_fingerprint if prefers or recipe.stopping.measures else None
     adapter = content["adapter"] | {"type": recipe.adapter_type}  # `method` only names this type and the quantization
     adapter.pop("trained")
+    if adapter["init"] is None:  # so that runs from before this key exists continue
+        adapter.pop("init")
     if not prefers:
         content["stopping"].pop("curve")
     content["train"] = {key: value for key, value in content["train"].items() if key not in DEVICE_KEYS}

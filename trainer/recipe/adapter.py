@@ -52,6 +52,13 @@ class Method(StrEnum):
 
 
 MAX_RANK = 1024
+GAUSSIAN, OLORA = "gaussian", "olora"
+"""Values of `adapter.init` with PEFT's names. The others start with `pissa`."""
+
+
+def pissa_iterations(init: str) -> int | None:
+    """Return the number of iterations of an approximate PiSSA, or None for an exact one."""
+    return int(number) if (number := init.partition("_niter_")[2]) else None
 
 
 class Adapter(Section):
@@ -70,14 +77,24 @@ class Adapter(Section):
     names such as `[q_proj, v_proj]`"""
     rslora: bool = False
     """scale by alpha / sqrt(rank), so that large ranks learn as fast as small ones; lora and dora only"""
+    init: Annotated[str, Field(pattern=r"^(gaussian|olora|pissa|pissa_niter_[1-9]\d{0,2})$")] | None = None
+    """how the first matrices are chosen: gaussian, olora, pissa, or pissa_niter_16 for a faster approximate pissa with
+    16 iterations (1 to 999); lora only; default: a random and a zero matrix; see
+    [training](training.md#first-matrices)"""
     trained: FolderOrHubId = None
     """an adapter saved by PEFT, as a folder (`./name`) or Hugging Face id, that becomes the version instead of being
     trained; the keys of `train` then have no effect; see [adapters](adapters.md#adapters-trained-elsewhere)"""
 
+    @property
+    def starts_from_base(self) -> bool:
+        """Whether the adapter starts with a part of the base's weights, which is then subtracted from them."""
+        return self.init not in (None, GAUSSIAN)
+
 
 UNUSED_KEYS = {
-    AdapterType.VERA: frozenset({"alpha", "rslora", "trained"}),
-    AdapterType.ADALORA: frozenset({"rslora", "trained"}),
+    AdapterType.VERA: frozenset({"alpha", "rslora", "init", "trained"}),
+    AdapterType.ADALORA: frozenset({"rslora", "init", "trained"}),
+    AdapterType.DORA: frozenset({"init"}),
 }
 """Keys of the `adapter` section that an adapter type does not use."""
 ADAPTER_TYPES = {Method.FULL: None, Method.QLORA: AdapterType.LORA} | {

@@ -149,6 +149,13 @@ class Recipe(Section):
         given, kind = self.adapter.model_fields_set, self.adapter_type
         if unused := given & UNUSED_KEYS.get(kind, frozenset()) if kind else given:
             raise ValueError(f"adapter.{min(unused)} is not used by {kind or f'`method: {self.method}`'}")
+        if self.adapter.starts_from_base and self.base_quantization:
+            raise ValueError(
+                f"`adapter.init: {self.adapter.init}` changes the base's weights, but `quantization: "
+                f"{self.base_quantization}` stores them in 4 bits"
+            )
+        if self.adapter.starts_from_base and self.adapter.rslora:
+            raise ValueError(f"adapter.rslora cannot be used with `adapter.init: {self.adapter.init}`")
         return self
 
     @model_validator(mode="after")
@@ -184,6 +191,8 @@ class Recipe(Section):
             return self
         if self.objective is not Objective.SFT:
             raise ValueError(f"`objective: {self.objective}` has no effect on adapter.trained")
+        if self.adapter.init is not None:
+            raise ValueError(f"`adapter.init: {self.adapter.init}` has no effect on adapter.trained")
         if not self.data.train and not self.data.heldout:
             raise ValueError("'data.heldout' is missing: a version is evaluated on held-out examples")
         if not self.data.train and Format.GPTQ in self.formats:

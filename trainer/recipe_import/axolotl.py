@@ -15,6 +15,7 @@ from trainer.recipe_import.common_keys import (
     import_optimizer,
     import_run,
     import_schedule,
+    import_start,
     import_targets,
     import_warmup,
     source,
@@ -203,6 +204,10 @@ def _import_adapter(draft: Draft) -> None:
             draft.values[f"adapter.{key}"] = value
     if draft.take("peft_use_rslora"):
         draft.values["adapter.rslora"] = True
+    if isinstance(start := draft.take("peft_init_lora_weights"), str):
+        import_start(draft, "peft_init_lora_weights", start)
+    elif start is False:
+        draft.leave_out("peft_init_lora_weights", "false starts with random values in both matrices")
     if names and not linear:
         import_targets(draft, "lora_target_modules", names)
     draft.leave_out_if_set("lora_model_dir", "training starts from the base; `base: NAME@N` continues from a version")

@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from svc.dataset.readers.source import HUB_PREFIX
 from svc.dataset.schema.objective import Objective
-from trainer.recipe.adapter import AdapterType, Method, Quantization
+from trainer.recipe.adapter import Adapter, AdapterType, Method, Quantization
 from trainer.recipe.targets import Targets
 from trainer.recipe.train import Optimizer, Schedule
 from trainer.recipe_import.draft import Draft
@@ -84,6 +86,20 @@ def import_targets(draft: Draft, key: str, names: Any) -> None:
         draft.values["adapter.targets"] = preset.value if preset else sorted(set(names))
     else:
         draft.leave_out(key, "a pattern for names of layers; list their last parts in adapter.targets")
+
+
+def import_start(draft: Draft, key: str, start: str) -> None:
+    """Import the start of an adapter, under PEFT's name. Call this after the method has been imported."""
+    plain, rooted = draft.values["method"] == Method.LORA, draft.values.get("adapter.rslora")
+    try:
+        adapter = Adapter(init=start)
+    except ValidationError:
+        draft.leave_out(key, f"{start} is not available; adapter.init lists those that are")
+        return
+    if plain and not (rooted and adapter.starts_from_base):
+        draft.values["adapter.init"] = start
+    else:
+        draft.leave_out(key, f"{start} is available for method: lora without rslora only")
 
 
 def import_dropout(draft: Draft) -> None:

@@ -20,6 +20,7 @@ from trainer.recipe_import.common_keys import (
     import_optimizer,
     import_run,
     import_schedule,
+    import_start,
     import_targets,
     import_warmup,
     source,
@@ -42,7 +43,7 @@ _NOT_NEEDED = (
     *("preprocessing_num_workers", "preprocessing_batch_size", "dataloader_*", "ddp_timeout", "overwrite_cache"),
     *("tokenized_path", "include_num_input_tokens_seen", "run_name", "hub_*", "push_to_hub", "cache_dir", "ray_*"),
     *("freeze_vision_tower", "freeze_multi_modal_projector", "freeze_language_model", "image_*", "video_*"),
-    *("dataset_dir", "use_reentrant_gc", "gradient_checkpointing_kwargs", "low_cpu_mem_usage"),
+    *("pissa_convert", "dataset_dir", "use_reentrant_gc", "gradient_checkpointing_kwargs", "low_cpu_mem_usage"),
 )
 _OBJECTIVES = {"sft": Objective.SFT, "dpo": Objective.DPO, "kto": Objective.KTO}
 _LOSSES = {"sigmoid": DpoLoss.SIGMOID, "ipo": DpoLoss.IPO}
@@ -193,6 +194,9 @@ def _import_adapter(draft: Draft) -> None:
     for key, value in (("alpha", alpha), ("rslora", rslora)):
         if value:
             draft.values[f"adapter.{key}"] = value
+    iterations = draft.take("pissa_iter", 16)
+    if draft.take("pissa_init"):
+        import_start(draft, "pissa_init", f"pissa_niter_{iterations}" if iterations > 0 else "pissa")
     if targets not in ("all", ["all"]):
         import_targets(draft, "lora_target", _listed(targets))
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
 
 from svc.engine.device import NumberType
@@ -27,6 +28,7 @@ from trainer.model.config import load_config, read_width
 from trainer.model.experts import count_experts
 from trainer.model.load import ModelForm, load_model
 from trainer.model.peft_config import add_adapter
+from trainer.model.residual_start import Matrices, first_matrices, start_from
 from trainer.recipe.adapter import AdapterType
 from trainer.recipe.recipe import Recipe
 from trainer.recipe.train import Train
@@ -35,7 +37,7 @@ from trainer.training.checkpoints import CheckpointFolder
 from trainer.training.device_group import ALONE, DeviceGroup
 from trainer.training.devices import find_undivided
 from trainer.training.mechanisms import MechanismCheck
-from trainer.training.trainer import ResumableTrainer
+from trainer.training.trainer import FIRST_MATRICES, ResumableTrainer
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,7 @@ def assemble_trainer(
     set_seed(recipe.train.seed)  # for the adapter: loading may have drawn random weights that the base lacks
     steps = count_steps(len(rows.dataset), recipe.train)
     model = add_adapter(model, recipe, steps)
+    first = _start_from_base(model, setup) if recipe.adapter.starts_from_base else None
     learning_rate = recipe.learning_rate(read_width(base))
     if curve is None and recipe.stopping.measures:
         curve = HeldoutCurve(rows.heldout, HeldoutSchedule.of(recipe.stopping))
@@ -130,6 +133,7 @@ def assemble_trainer(
         heldout=measured,
         heldout_schedule=schedule if measured else None,
         allocation=RankAllocation(model) if recipe.adapter_type is AdapterType.ADALORA else None,
+        first_matrices=first,
         preemption=setup.preemption,
         group=group,
         model=model,
@@ -154,6 +158,22 @@ def assemble_trainer(
     if setup.report is not None:
         trainer.add_callback(LossReport(setup.report))
     return trainer
+
+
+def _start_from_base(model: PeftModel, setup: TrainerSetup) -> Matrices:
+    """Start the adapter with a part of the base's weights, and return its first matrices. Those of an interrupted run
+    are in its checkpoint.
+    """
+    recipe, group = setup.recipe, setup.group
+    newest = setup.checkpoints.newest()
+    own: Matrices = {}
+    if group.rank == 0:  # the result of another machine may differ in sign and order
+        start = recipe.adapter.init or ""
+        own = load_file(newest / FIRST_MATRICES) if newest else first_matrices(model, start, recipe.train.seed)
+    shapes = {name: weight.shape for name, weight in model.named_parameters() if weight.requires_grad}
+    matrices = {name: group.spread(own.get(name), shape) for name, shape in shapes.items()}
+    start_from(model, matrices)
+    return matrices
 
 
 def _trained_tokens(rows: TrainerRows, steps: int, train: Train) -> float:

@@ -2,7 +2,8 @@
 
     checkpoints/step-00000120/   weights.safetensors  optimizer.pt  scheduler.pt  rng_state.pth
     trainer_state.json
-                                 in float16: scaler.pt; AdaLoRA: rank_allocator.safetensors
+                                 in float16: scaler.pt; AdaLoRA: rank_allocator.safetensors;
+                                 PiSSA and OLoRA: first_matrices.safetensors
                                  files.json: size and SHA-256 of each
 
 A checkpoint is written to a temporary folder, synced, and renamed, so that a kill at any time leaves the

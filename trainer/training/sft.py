@@ -41,6 +41,7 @@ from trainer.model.acceleration import choose_acceleration, machine_facts, takes
 from trainer.model.attention import takes_flash_attention
 from trainer.model.config import load_config
 from trainer.model.load import ModelForm, load_model
+from trainer.model.residual_start import save_as_lora
 from trainer.model.rounding import StochasticRounding, round_to_bfloat16
 from trainer.recipe.recipe import Recipe
 from trainer.recipe.train import Stopping
@@ -342,5 +343,7 @@ def save_model(trainer: ResumableTrainer, tokenizer: PreTrainedTokenizerBase, ou
         # AdaLoRA may prune all ranks of a layer; PEFT mistakes its empty tensors for shards that were not gathered.
         warnings.filterwarnings("ignore", r"Adapter 'default': \d+ LoRA tensor\(s\) have invalid shape")
         model.save_pretrained(out)
+    if trainer.first_matrices is not None:
+        save_as_lora(out, trainer.first_matrices)
     tokenizer.save_pretrained(out)
     (out / "README.md").unlink(missing_ok=True)  # PEFT's empty model card

@@ -2,9 +2,9 @@
 
 A checkpoint contains everything that the next step depends on: trained weights, optimizer, schedule,
 random number state, position in the data, the losses so far, AdaLoRA's allocator, the reference
-log-probabilities of a preference, and in float16 the scale of the loss. It also records the number type
-in which it was computed. Trained weights are always in float32, so a machine with another number type can
-resume from it. Imports torch and TRL.
+log-probabilities of a preference, the first matrices of PiSSA, and in float16 the scale of the loss. It
+also records the number type in which it was computed. Trained weights are always in float32, so a machine
+with another number type can resume from it. Imports torch and TRL.
 """
 
 import hashlib
@@ -35,6 +35,7 @@ from trainer.data.chat_template import IGNORED
 from trainer.data.device_batches import DeviceBatches
 from trainer.data.length_grouped_sampler import LengthGroupedSampler
 from trainer.model.adalora import RankAllocation
+from trainer.model.residual_start import Matrices
 from trainer.training.checkpoints import CheckpointFolder
 from trainer.training.device_group import ALONE, DeviceGroup, devices_of
 from trainer.training.loss import AnswerTrainer, answer_token_losses
@@ -49,6 +50,7 @@ from trainer.training.sharding import (
 )
 
 _WEIGHTS, _STATE = "weights.safetensors", "trainer_state.json"
+FIRST_MATRICES = "first_matrices.safetensors"
 _NUMBER_TYPE = "number_type"  # in the header of the weights' file
 
 
@@ -62,6 +64,8 @@ class ResumableTrainer(AnswerTrainer):
         heldout: held-out rows in the same form as the training rows. Empty if held-out loss is not measured.
         heldout_schedule: steps at which held-out loss is measured, or None for never.
         allocation: AdaLoRA's rank allocation, whose state is part of a checkpoint.
+        first_matrices: matrices with which the adapter started, if the base's weights were changed accordingly
+            (trainer.model.residual_start). They are part of a checkpoint.
         preemption: source of the signals that interrupt a step or a measurement of held-out loss in the
             middle.
         group: processes that train this model, one on each device.
@@ -75,6 +79,7 @@ class ResumableTrainer(AnswerTrainer):
         heldout: list[dict[str, Any]],
         heldout_schedule: HeldoutSchedule | None = None,
         allocation: RankAllocation | None = None,
+        first_matrices: Matrices | None = None,
         preemption: Preemption | None = None,
         group: DeviceGroup = ALONE,
         **options: Any,
@@ -91,6 +96,7 @@ class ResumableTrainer(AnswerTrainer):
         self._heldout = sorted(heldout, key=lambda row: len(row["input_ids"]))
         self._heldout_set = hashlib.sha256(repr([row["input_ids"] for row in self._heldout]).encode()).hexdigest()[:12]
         self._allocation = allocation
+        self.first_matrices = first_matrices
         if allocation is not None:
             self.add_callback(allocation)
 
@@ -257,6 +263,8 @@ class ResumableTrainer(AnswerTrainer):
                 self._save_scaler(str(folder))  # only in float16
                 if self._allocation is not None:
                     self._allocation.save(folder)
+                if self.first_matrices is not None:
+                    save_file(self.first_matrices, folder / FIRST_MATRICES)
                 self._save_more(folder)
                 self.state.save_to_json(str(folder / _STATE))
         self._saved_step = self.state.global_step

@@ -74,6 +74,14 @@ def test_number_of_trained_weights_matches_peft(method: str, preset: Targets) ->
     assert trained == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 
+def test_first_matrices_are_kept_in_main_memory_and_double_the_saved_adapter() -> None:
+    plain, started = (make_recipe(adapter={"rank": 8, "init": start}) for start in ("gaussian", "pissa"))
+    batch = Batch(1, 256, 0, 256)
+    cpu = [Training(recipe, published("llama-2-7b"), True, NumberType.FLOAT32) for recipe in (plain, started)]
+    assert cpu[1].peak(batch) - cpu[0].peak(batch) == 4 * cpu[0].trained
+    assert on_gpu(started).peak(batch) == on_gpu(plain).peak(batch)
+
+
 def test_each_expert_has_its_own_adapter() -> None:
     recipe = make_recipe(method="lora", adapter={"rank": 8})
     config = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}

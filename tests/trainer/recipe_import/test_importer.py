@@ -173,3 +173,37 @@ def test_config_of_an_unknown_tool_is_refused(tmp_path: Path) -> None:
     other.write_text("name: x")
     with pytest.raises(RecipeError, match="not a config of a tool"):
         import_recipe(other, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "start"),
+    [
+        ({"adapter": "lora", "peft_init_lora_weights": "pissa"}, "pissa"),
+        ({"adapter": "lora", "peft_init_lora_weights": "pissa_niter_16"}, "pissa_niter_16"),
+        ({"adapter": "lora", "peft_init_lora_weights": True}, None),
+    ],
+)
+def test_start_of_the_adapter_is_imported_from_axolotl(
+    content: dict[str, Any], start: str | None, tmp_path: Path
+) -> None:
+    result = imported(tmp_path, **content)
+    assert result.content.get("adapter", {}).get("init") == start
+    assert not left_out(result)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"adapter": "qlora", "peft_init_lora_weights": "pissa"},
+        {"adapter": "lora", "peft_init_lora_weights": "eva"},
+        {"adapter": "lora", "peft_init_lora_weights": False},
+    ],
+)
+def test_start_of_an_adapter_that_cannot_be_used_is_reported(content: dict[str, Any], tmp_path: Path) -> None:
+    assert left_out(imported(tmp_path, **content)) == {"peft_init_lora_weights"}
+
+
+@pytest.mark.parametrize(("iterations", "start"), [(16, "pissa_niter_16"), (-1, "pissa")])
+def test_pissa_is_imported_from_llama_factory(iterations: int, start: str, tmp_path: Path) -> None:
+    content = {"pissa_init": True, "pissa_iter": iterations, "pissa_convert": True}
+    assert imported_from_llama_factory(tmp_path, **content)["adapter"]["init"] == start
